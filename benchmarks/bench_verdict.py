@@ -55,7 +55,8 @@ def verdict_of(results: Results, reference: str) -> dict[str, Any]:
         return [low, value, high] if is_reference else [1 / high, 1 / value, 1 / low]
 
     return {
-        "winner": judged.one.name if judged.is_told_apart else "not significant",
+        "winner": judged.one.name,
+        "significant": judged.is_told_apart,
         "ratio": bounds(judged.ratio),
         "reason": judged.reasons[0][0] if judged.reasons else "none",
         "reason_ms": judged.reasons[0][1].value if judged.reasons else 0.0,
@@ -92,11 +93,12 @@ def main() -> None:
         low, value, high = row["ratio"]
         print(
             f"{number:3}  {row['winner']:20}  {value:.3f} ({low:.3f}-{high:.3f})  "
+            f"{'' if row['significant'] else 'not significant  '}"
             f"{row['reason']} {row['reason_ms']:+.2f} ms  others used "
             f"{row['foreign_cpu_share']:.0%}",
             flush=True,
         )
-    for what in ("winner", "reason"):
+    for what in ("winner", "significant", "reason"):
         print(
             f"{what}: " + ", ".join(f"{k} {n}" for k, n in Counter(r[what] for r in rows).items())
         )

@@ -75,8 +75,8 @@ def fitter(law: Law) -> Fitter:
         for source in law.sources:
             columns, dropped = without_spikes(read(source.table, Part.FITTED), *source.along)
             num_cleaned += dropped
-            parts.append(_rows(law, source, columns, sheet))
-        rows = _joined(parts)
+            parts.append(rows_of(law, source, columns, sheet))
+        rows = joined(parts)
         path = " and ".join(source.table.path for source in law.sources)
         surface, held_out = fit_surface(
             rows,
@@ -99,7 +99,8 @@ def fitter(law: Law) -> Fitter:
     return fit
 
 
-def _rows(law: Law, source: Source, columns: Columns, sheet: Profile) -> Rows:
+def rows_of(law: Law, source: Source, columns: Columns, sheet: Profile) -> Rows:
+    """Rows of a source's table as a fit takes them."""
     floor_s = sheet.terms[f"{law.kind}_floor_s"].value
     base = roofline(sheet.device, law.kind, law.dtype, source.sizes(columns), floor_s)
     others = tuple(name for name in columns if name not in source.shape)
@@ -112,7 +113,8 @@ def _rows(law: Law, source: Source, columns: Columns, sheet: Profile) -> Rows:
     )
 
 
-def _joined(parts: list[Rows]) -> Rows:
+def joined(parts: list[Rows]) -> Rows:
+    """Rows of several sources; no shape is shared between them."""
     shapes, before = [], 0
     for part in parts:
         shapes.append(part.shape + before)

@@ -52,4 +52,15 @@ def test_it_runs_from_a_wheel(tmp_path):
     home, folder = tmp_path / "home", tmp_path / "work"
     folder.mkdir()
     subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, home], check=True, timeout=60)
+    where = subprocess.run(
+        [sys.executable, "-c", "import expertlane; print(expertlane.__file__)"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(home)},
+    )
+    assert where.stdout.strip() == str(home / "expertlane" / "__init__.py")
+    assert (home / "expertlane" / "__init__.pyi").is_file()
     check(run(folder, PYTHONPATH=str(home)))

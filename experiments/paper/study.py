@@ -192,7 +192,7 @@ def _at(comparison: Comparison) -> str:
 def hidden(pair: Overlapped) -> str:
     """What overlap hides between two deployments, in a sentence."""
     steps = (
-        f"#{pair.off.number} takes {milliseconds(pair.off.step.round_s)} ms a step without it, "
+        f"#{pair.off.number} takes {milliseconds(pair.off.step.round_s)} ms per step without it, "
         f"#{pair.on.number} {milliseconds(pair.on.step.round_s)} ms with it; "
         f"{milliseconds(pair.exposed_s)} ms are exposed without it."
     )

@@ -132,7 +132,7 @@ def plan(
     execution: Literal['graph', 'eager'] = 'graph',
     out: str | Path | None = None,
 ) -> Results:
-    """Find the deployment that has the most tokens/s on a cluster, within latency limits.
+    """Find the deployment with the most tokens/s on a cluster, within latency limits.
 
     Tries every layout × replicas × dispatch form × overlap × micro-batches × redundant experts,
     aggregated and disaggregated (prefill and decode apart); projects each with a cost model
@@ -153,10 +153,11 @@ def plan(
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
             or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
         seed: Seed of all random draws; reproducible for equal seeds.
-        slo: Latency objectives: ttft.p95=500ms,tpot.mean=20ms for example. Here means alone;
+        slo: Latency objectives, a statistic and its limit each. For example:
+            ttft.mean=500ms,tpot.mean=20ms. Deployments that miss one are left out. Means alone;
             percentiles are for simulate.
-        price: Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all
-            machines together.
+        price: Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million
+            tokens.
         routing_trace: Routing as recorded by expertlane generate --record-routing.
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         dtype: Type of weights and activations.
@@ -212,8 +213,8 @@ def simulate(
 ) -> Results:
     """Project one deployment on target hardware.
 
-    The same scheduler as when it runs, on a virtual clock; steps are priced by a profile fitted
-    to published measurements or made by expertlane calibrate. Says what limits the deployment,
+    The scheduler of real runs, on a virtual clock; steps are priced by a profile fitted to
+    published measurements or made by expertlane calibrate. Says what limits the deployment,
     and where every number comes from. Needs no GPU and no weights.
 
     Args:
@@ -237,10 +238,11 @@ def simulate(
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
             or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
         seed: Seed of all random draws; reproducible for equal seeds.
-        slo: Latency objectives: ttft.p95=500ms,tpot.mean=20ms for example. Of ttft, tpot, itl
-            or e2e the mean, median, p90, p95 or p99. Goodput is of requests within all limits.
-        price: Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all
-            machines together.
+        slo: Latency objectives, a statistic and its limit each. For example:
+            ttft.p95=500ms,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95
+            or p99. Goodput is of requests within all limits.
+        price: Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million
+            tokens.
         routing_trace: Routing as recorded by expertlane generate --record-routing.
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         dtype: Type of weights and activations.
@@ -327,10 +329,11 @@ def bench(
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
             or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
         seed: Seed of all random draws; reproducible for equal seeds.
-        slo: Latency objectives: ttft.p95=500ms,tpot.mean=20ms for example. Of ttft, tpot, itl
-            or e2e the mean, median, p90, p95 or p99. Goodput is of requests within all limits.
-        price: Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all
-            machines together.
+        slo: Latency objectives, a statistic and its limit each. For example:
+            ttft.p95=500ms,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95
+            or p99. Goodput is of requests within all limits.
+        price: Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million
+            tokens.
         dtype: Type of weights and activations.
         max_model_len: Longest sequence, in tokens.
         num_blocks: KV-cache blocks.

@@ -16,7 +16,7 @@ from expertlane.cli import plan as plan_command
 from expertlane.cli import simulate as simulate_command
 from expertlane.cli.diff import THRESHOLD_PERCENT
 from expertlane.cli.options import call_with
-from expertlane.cli.output import Call, Found, write_beside
+from expertlane.cli.output import Call, Found, making_sense, write_beside
 from expertlane.cli.python_options import PythonFunction, PythonOptions
 from expertlane.errors import UserError
 from expertlane.report.sections import report_of
@@ -89,4 +89,6 @@ def diff(
         letter if isinstance(each, Schema) else str(each)
         for letter, each in zip("AB", given, strict=True)
     ]
-    return Difference.of(difference(results[0], results[1], (names[0], names[1]), share))
+    with making_sense(f"the difference from {names[0]} to {names[1]}"):
+        found = difference(results[0], results[1], (names[0], names[1]), share)
+    return Difference.of(found)

@@ -107,7 +107,13 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
     monkeypatch.setattr(expertlane.compare.machine, "check_memory", fake.check_memory)
     monkeypatch.setattr(expertlane.results.file, "to_json", as_json)
     monkeypatch.setattr(expertlane.results.file, "write", write)
-    install(expertlane.report, "sections", report_of=str)
+
+    def report_of(results: Any) -> str:
+        if isinstance(results, str):
+            return results
+        return ", ".join(f"{name}={value!r}" for name, value in vars(results).items())
+
+    install(expertlane.report, "sections", report_of=report_of)
     install(expertlane.report, "markdown", render=lambda report: f"# {report} ×\n")
     install(expertlane.report, "terminal", show=show, show_answer=show)
     install(expertlane.report, "html", render=lambda report: f"<title>{report} ×</title>\n")

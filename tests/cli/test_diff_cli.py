@@ -155,3 +155,11 @@ def test_a_missing_library_is_said_before_anything_runs(run, tmp_path, monkeypat
         "'expertlane[parquet]', or export csv\n"
     )
     assert [each.name for each in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_busy_machine_is_told(run, pair):
+    results = example_pages.serving()
+    busy = replace(results, foreign_cpu_share=0.5)
+    _, out, _ = run("diff", *pair(results, busy))
+    assert "Other processes used 0% of the cores in A, 50% in B" in " ".join(out.split())
+    assert "Other processes" not in run("diff", *pair(results, results))[1]

@@ -114,6 +114,31 @@ def test_recorded_requests(run):
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_prefixes_of_recorded_requests_are_not_computed_again(run, tmp_path):
+    path = tmp_path / "trace.jsonl"
+    lines = [
+        {"timestamp": 0, "input_length": 600, "output_length": 4, "hash_ids": [0, 1]},
+        {"timestamp": 0, "input_length": 700, "output_length": 3, "hash_ids": [0, 2]},
+        {"timestamp": 0, "input_length": 600, "output_length": 4, "hash_ids": [0, 1]},
+    ]
+    asked = ["--layout", "tp=8", "--cluster", "h100x8", "--requests", str(path), "--batch", "1"]
+    found = []
+    for known in (True, False):
+        of_file = [line if known else line | {"hash_ids": []} for line in lines]
+        path.write_text("\n".join(map(json.dumps, of_file)))
+        found.append(as_json(run, *asked, model="paper")["deployments"][0]["serving"][0])
+    # Full blocks of 16, the last token left out: 512 of the second, 592 of the third.
+    assert [each["num_cached_tokens"] for each in found] == [512 + 592, 0]
+    assert found[0]["ttft_s"]["mean"]["value"] < 0.9 * found[1]["ttft_s"]["mean"]["value"]
+    assert found[0]["tpot_s"]["mean"]["value"] == pytest.approx(found[1]["tpot_s"]["mean"]["value"])
+    path.write_text("\n".join(map(json.dumps, lines)))
+    out, _ = simulate(run, *asked, model="paper")
+    assert "58% of prompt tokens hit the prefix cache" in out
+    pools = ["--layout", "tp=8", "--prefill-layout", "tp=8", "--cluster", "h100x16", *asked[4:]]
+    (apart,) = as_json(run, *pools, model="paper")["deployments"][0]["serving"]
+    assert apart["num_cached_tokens"] == 512 + 592
+
+
 def test_goodput_and_cost(run):
     asked = [*EP16, *LOAD, "--slo", "ttft.p90=1us,e2e.p99=1h"]
     assert run("simulate", "paper-tiny", *asked)[0] == 2

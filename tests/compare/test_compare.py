@@ -15,7 +15,7 @@ from distributed.running import deployment, run_deployment
 from expertlane.balance.placement_file import placements_of
 from expertlane.compare import machine as compare_module
 from expertlane.compare.machine import check_memory, measure_peak
-from expertlane.compare.run import run_comparison
+from expertlane.compare.run import Repeats, run_comparison
 from expertlane.compare.virtual import VirtualSettings
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.cost.number_types import NumberTypes
@@ -352,6 +352,36 @@ def test_computing_by_a_profiles_laws(pools):
     assert values["compute"] == "cost model of profile h100, in float16"
     for each in found.select("virtual"):
         assert 0 < each.decode.round_s.value < 0.01  # here it takes longer
+
+
+@pytest.mark.parametrize(("repeats", "num_runs"), [(Repeats(1), 1), (Repeats(2, 1e-9), 2)])
+def test_too_few_repetitions_have_no_interval(pools, repeats, num_runs):
+    experiment = replace(EXPERIMENT, deployments=EXPERIMENT.deployments[1:3], scaling=())
+    found = run_comparison(
+        experiment,
+        pools.pool(4),
+        Silent(),
+        command="",
+        virtual=VirtualSettings(None),
+        repeats=repeats,
+    )
+    for source in ("measured", "virtual"):
+        pair = found.pair_of(source)
+        assert (pair.num_runs, pair.ratio.low, pair.ratio.high) == (num_runs, None, None)
+    said = report_of(found).answer.headline
+    assert f"({num_runs} run" in said
+    assert "too few to say how surely" in said
+
+
+def test_it_repeats_until_steps_took_so_long(pools):
+    experiment = replace(EXPERIMENT, deployments=EXPERIMENT.deployments[2:3], scaling=())
+    found = run_comparison(
+        experiment, pools.pool(4), Silent(), command="", repeats=Repeats(3, least_s=1.0)
+    )
+    (only,) = found.deployments
+    assert found.pairs == ()
+    assert len(only.decode.tps_of_runs) >= 3
+    assert only.decode.wall_s.value + only.prefill.wall_s.value >= 1.0
 
 
 def test_laws_of_computing_take_no_experts_that_move():

@@ -112,7 +112,15 @@ def _profile(draw: Any) -> Case:
 
 def _results(draw: Any) -> Case:
     data = changed_file(draw, draw(st.sampled_from(_RESULTS)), as_toml=False)
-    return Case({"case.json": data}, ["report", "case.json", "--out", "out"])
+    command = draw(
+        st.sampled_from(
+            (
+                ["report", "case.json", "--out", "out"],
+                ["diff", "case.json", "case.json", "--out", "out"],
+            )
+        )
+    )
+    return Case({"case.json": data}, command)
 
 
 def _placement(draw: Any) -> Case:

@@ -66,6 +66,9 @@ def test_what_has_no_end_ties_with_its_like_alone():
     assert a.ties(b)
     assert not a.ties(Uncertain(1.0, {}))
     assert not Uncertain(1.0, {}).ties(a)
+    queues = [Uncertain(value, {DRIVER: (0.5 * value, inf)}) for value in (1.0, 2.0)]
+    assert queues[1].over(queues[0]).bounds == (2.0, 2.0, 2.0)
+    assert queues[0].over(Uncertain(2.0, {})).bounds == (0.25, 0.5, inf)
 
 
 @dataclass(frozen=True)

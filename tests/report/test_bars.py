@@ -6,6 +6,7 @@ import example_pages
 import example_results
 from example_results import EXPERT, OVERLAP, ROTATING, TENSOR
 from expertlane.report.charts.bars import FASTER, SLOWER, Bar, causes_chart, throughput_chart
+from expertlane.report.charts.rows import ROW_PX
 from expertlane.report.charts.waterfall import step_title, waterfall_chart
 from expertlane.report.difference import StepDifference
 from expertlane.report.document import Chart, Section
@@ -51,6 +52,14 @@ def test_bars_stand_by_their_length_with_value_and_range():
     assert chart.note == "The line in a bar, and in brackets: slowest–fastest run."
 
 
+def test_a_long_name_ends_before_its_value():
+    chart = throughput(*(Bar(name * 80, Estimate(10.0, 9.0, 12.0)) for name in "abc"))
+    (name, _) = chart.spec["layer"][-2:]
+    assert name["mark"]["limit"] == {
+        "expr": f"0.85 * (width - {7.0 * len('10.0 (9.00–12.0)') + 8})"
+    }
+
+
 def test_two_values_are_a_sentence_s():
     assert throughput() is None
     assert throughput(Bar("a", Estimate(1.0))) is None
@@ -60,7 +69,7 @@ def test_two_values_are_a_sentence_s():
 
 def test_ten_deployments_have_a_row_each():
     chart = throughput(*(Bar(str(place), Estimate(place + 1.0)) for place in range(10)))
-    assert chart.spec["height"] == 10 * 38
+    assert chart.spec["height"] == 10 * ROW_PX
     assert len(values(chart)) == len(chart.table.rows) == 10
 
 
@@ -144,4 +153,4 @@ def test_parts_of_a_step_stand_end_to_end():
     assert by_cause[Cause.ENGINE] == pytest.approx(16)
     assert own[0]["said"] == "160 ms"
     assert [each.get("said") for each in own[1:]] == [None] * (len(own) - 1)
-    assert chart.title == f"50% of a's decode step goes to {Cause.EXPERTS}"
+    assert chart.title == f"50% of a's decode step is {Cause.EXPERTS}"

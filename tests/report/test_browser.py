@@ -106,12 +106,19 @@ def test_nothing_is_wider_than_a_phone_nor_too_small_to_read(opened, make, schem
     assert all(size > 9.5 for size in sizes_of_text(page))
 
 
-def test_what_is_said_first_is_seen_first(opened):
-    """The verdict and, where there are any, the plots beside it; the rest is closed."""
-    page = opened(example_results.usual)
+@pytest.mark.parametrize("width", [1440, 390])
+def test_what_is_said_first_is_seen_first(opened, width):
+    """The verdict and the plots beside it; most of the rest is closed."""
+    page = opened(example_results.usual, width)
     assert page.locator("h1").bounding_box()["y"] < 100
-    parts = page.locator("details.part")
-    assert 1 <= page.locator("details.part[open]").count() < parts.count() / 3
+    shown = page.locator(".first .plot")
+    assert shown.count() == 2
+    for plot in shown.all():
+        box = plot.bounding_box()
+        assert box["y"] + box["height"] < 900
+    assert (
+        1 <= page.locator("details.part[open]").count() < page.locator("details.part").count() / 3
+    )
 
 
 def timelines(page: Page):

@@ -314,4 +314,4 @@ def test_sixteen_ranks_with_full_timelines_stay_small():
         for each in results.deployments
     ]
     text = html.render(report_of(replace(results, deployments=tuple(deployments))))
-    assert len(text.encode()) < 5e6
+    assert len(text.encode()) < 8e5

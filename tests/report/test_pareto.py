@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 
-from example_plan import PLAN
+from example_plan import EXPERT, PLAN, planned
 from example_serving import POINT, RECORD, RESULTS, SPREAD
 from expertlane.report.charts.labels import placed
 from expertlane.report.charts.pareto import Dot, pareto_chart
 from expertlane.report.load_plots import by_load
 from expertlane.report.plan_plots import plan
 from expertlane.results.estimate import Estimate
-from expertlane.results.record import BEST, SLOResult
+from expertlane.results.record import BEST, PARETO, TWO_POOLS, SLOResult
+from expertlane.spec.layout import Layout
 from expertlane.spec.slo import SLO
 from report.shown import charts
 
@@ -75,7 +76,7 @@ def test_names_are_within_the_plot_and_none_covers_another():
 
 def test_a_name_is_right_above_its_point_or_left_where_there_is_no_room():
     (place,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0))
-    assert place[0] > 50.0 and place[1] < 50.0
+    assert place[0] > 50.0 > place[1]
     (place,) = placed([(190.0, 50.0)], ["abc"], (200.0, 100.0))
     assert place[0] + 3 * 6.2 < 190.0
     assert placed([(50.0, 50.0)], ["a name wider than the plot"], (100.0, 100.0)) == [None]
@@ -100,10 +101,32 @@ def test_a_plan_s_front_has_each_name_once():
     assert len(labels) == len(set(labels))
     assert not any(label == "expert parallel" for label in labels)  # it is the best, named so
     assert "no expert parallelism, pipeline" in labels
-    assert chart.title == (
-        "dp=8,tp=2,ep=16 gives most within the limit: 1,250 tokens/s per GPU at 200 per user"
-    )
+    assert chart.title == ("#1 dp=8,tp=2,ep=16 gives 1,250 tokens/s per GPU at 200 per user")
     assert best.num_ranks == 16
+
+
+def test_what_to_use_is_emphasised_also_where_that_is_disaggregated():
+    """Two pools that are 1.5 times as fast as the best aggregated, give or take a fifth."""
+    pools = replace(
+        planned(EXPERT, 30_000, TWO_POOLS, in_full=False), over_best=Estimate(1.5, 1.2, 1.8)
+    )
+    results = replace(PLAN, deployments=(*PLAN.deployments, pools))
+    (chart, *_) = charts(plan(results)[0])
+    assert values(chart)[-1]["label"] == "disaggregated"
+    assert values(chart)[-1]["kind"] == "best"
+    (aggregated,) = (each for each in values(chart) if each["label"].startswith("#1 "))
+    assert aggregated["kind"] == "others"
+    assert chart.title.startswith("disaggregated gives 1,875 tokens/s per GPU")
+
+
+def test_plans_that_tie_stand_as_they_are_ranked():
+    summary = replace(PLAN.plans[0], num_tied=3, tie_break="ttft")
+    slower = [planned(Layout(dp=2, tp=tp), tps, BEST) for tp, tps in ((8, 900), (4, 950), (2, 800))]
+    results = replace(PLAN, deployments=(*slower, *PLAN.select("projected", PARETO)))
+    (_, ranked) = charts(plan(replace(results, plans=(summary,)))[0])
+    assert [each["value"] for each in values(ranked)] == [900, 950, 800]
+    assert [each["role"] for each in values(ranked)] == ["faster", "other", "other"]
+    assert ranked.title == "#1 to #3 tie for most output tokens/s"
 
 
 def loads(num, **changes):
@@ -116,24 +139,23 @@ def loads(num, **changes):
     return replace(RESULTS, deployments=(replace(RECORD, serving=points),))
 
 
+def charts_of(results):
+    return [chart for section in by_load(results) for chart in charts(section)]
+
+
 @pytest.mark.parametrize("num", [1, 2])
 def test_fewer_than_three_loads_are_a_table_s(num):
-    assert by_load(loads(num)).parts == ()
+    assert by_load(loads(num)) == ()
 
 
 def test_throughput_and_latency_by_load():
-    section = by_load(loads(3))
-    output, tpot, ttft, trade = charts(section)
+    output, tpot, ttft, trade = charts_of(loads(3))
     assert [(each["x"], each["y"]) for each in values(output)] == [
         (1, 100.0),
         (2, 200.0),
         (4, 300.0),
     ]
-    assert (
-        output.title
-        == section.finding
-        == ("Output tokens/s: from 100 at concurrency 1 to 300 at 4")
-    )
+    assert output.title == "Output tokens/s: from 100 at concurrency 1 to 300 at 4"
     median, p95 = 1e3 * SPREAD.median.value, 1e3 * SPREAD.p95.value
     assert [(each["y"], each["high"]) for each in values(tpot)] == [(median, p95)] * 3
     assert ttft.title.startswith("TTFT: from 123,")
@@ -146,7 +168,7 @@ def test_an_objective_is_drawn_where_it_is_of_what_is_drawn():
         SLOResult(SLO("tpot", "median", 0.02), None),
         SLOResult(SLO("ttft", "p95", 0.5), None),
     )
-    _, tpot, ttft, trade = charts(by_load(loads(3, slos=objectives)))
+    _, tpot, ttft, trade = charts_of(loads(3, slos=objectives))
     assert tpot.spec["layer"][-1]["data"]["values"] == [{"limit": 20.0}]
     assert "data" not in ttft.spec["layer"][-1]
     assert trade.spec["layer"][0]["data"]["values"][0]["said"] == "TPOT ≤ 20 ms"
@@ -155,4 +177,4 @@ def test_an_objective_is_drawn_where_it_is_of_what_is_drawn():
 def test_recorded_arrivals_have_no_size_to_draw_by():
     recorded = tuple(replace(POINT, batch=None, rate=None) for _ in range(4))
     results = replace(RESULTS, deployments=(replace(RECORD, serving=recorded),))
-    assert by_load(results).parts == ()
+    assert by_load(results) == ()

@@ -30,12 +30,12 @@ def drawn(ranks: list[list[tuple[int, Stage, int, float, float]]], **how: bool) 
 def stretches(chart: Chart, lane: int = 0) -> set[tuple[str, int, float, float]]:
     """What, row, from when and to when in ms."""
     assert isinstance(chart.spec, Lanes)
-    return {
-        (kind, each.row, round(each.begin_us / 1e3, 6), round((each.begin_us + each.duration_us) / 1e3, 6))
-        for kind, of_kind in chart.spec.stretches.items()
-        for each in of_kind
-        if each.lane == lane
-    }  # fmt: skip
+    found = set()
+    for kind, of_kind in chart.spec.stretches.items():
+        for each in (each for each in of_kind if each.lane == lane):
+            end_us = each.begin_us + each.duration_us
+            found.add((kind, each.row, round(each.begin_us / 1e3, 6), round(end_us / 1e3, 6)))
+    return found
 
 
 def test_of_a_model_gaps_are_waits_before_and_after_idle():

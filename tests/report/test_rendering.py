@@ -116,7 +116,7 @@ def test_both_renderers_hold_every_part() -> None:
 def test_markdown_tables_are_rectangular() -> None:
     page = markdown.render(report_of(many()))
     lines = [line for line in page.splitlines() if line.startswith("|")]
-    assert page.startswith("# expertlane: example, top-2\n\n## Verdict\n\nFaster here: ")
+    assert page.startswith("# expertlane: example, top-2\n\n## Verdict\n\nEP 16 is ")
     assert (
         "| # | deployment | layout | ranks | weights per rank |\n"
         "| --- | --- | --- | ---: | --- |" in page

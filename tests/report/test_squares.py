@@ -34,7 +34,7 @@ def test_loads_are_shares_of_the_even_one_around_1():
         "above": ABOVE,
     }
     assert chart.title == (
-        "Expert 0 of layer 2 gets 2.00× its even share, the fullest of a mean layer 1.75×"
+        "Expert 0 of layer 2 gets 2.00× the mean load, the most loaded of an average layer 1.75×"
     )
     assert MARKUP in chart.note
     assert chart.table.rows == (("0", "1", "2", "3", "2"), ("2", "8", "0", "4", "4"))
@@ -45,12 +45,12 @@ def test_loads_are_shares_of_the_even_one_around_1():
     [
         ((), None),
         (((0, 0), (0, 0)), None),
-        (((7,), (7,)), "Experts are evenly loaded: none of a has more than 1.00× its even share."),
+        (((7,), (7,)), "Expert load is balanced: none of a has more than 1.00× the mean load."),
         (
             ((100, 104), (50, 50)),
-            "Experts are evenly loaded: none of a has more than 1.02× its even share.",
+            "Expert load is balanced: none of a has more than 1.02× the mean load.",
         ),
-        (((3, 1),), "Expert 0 of layer 0 gets 1.50× its even share, in a."),
+        (((3, 1),), "Expert 0 of layer 0 gets 1.50× the mean load, in a."),
     ],
 )
 def test_what_needs_no_map(loads, said):
@@ -65,14 +65,20 @@ def test_of_many_experts_their_order_is_drawn():
     first, *others = [each["load"] for each in values(chart) if each["layer"] == 60]
     assert first == pytest.approx((128 + 21 * 256 / 510) / 22, abs=1e-3)  # 22 of them together
     assert others == [pytest.approx(256 / 510, abs=1e-3)] * 11
-    assert "the fullest first" in chart.note
-    assert chart.title.startswith("Expert 0 of layer 0 gets 128× its even share")
+    assert "the most loaded first" in chart.note
+    assert chart.title.startswith("Expert 0 of layer 0 gets 128× the mean load")
     assert [len(chart.table.rows), len(chart.table.columns)] == [61, 4]
 
 
 def test_loads_that_are_the_same_are_one():
-    one, other = ((1, 2),), ((2, 1),)
-    assert alike({"a": one, "b": other, "c": one}) == [(["a", "c"], one), (["b"], other)]
+    """The third is of five times as many tokens, the last has another shape."""
+    one, other, fivefold, none = ((1, 2),), ((2, 1),), ((5, 10),), ((0, 0), (0, 0))
+    assert alike({"a": one, "b": other, "c": fivefold, "d": none}) == [
+        (["a", "c"], one),
+        (["b"], other),
+        (["d"], none),
+    ]
+    assert alike({}) == alike({"a": ()})[1:] == []
 
 
 def test_each_pattern_is_drawn_once():
@@ -82,14 +88,14 @@ def test_each_pattern_is_drawn_once():
     other = ((0, 4, 4), (4, 0, 4), (4, 4, 0))
     sent = {"a": one, MARKUP: twice, "c": other, "d": ((0, 0, 0),) * 3}
     (drawn,) = traffic_charts("decode", sent, 2, "all steps")
-    assert drawn.title == "3 deployments have 2 patterns of who sends to whom in decode"
+    assert drawn.title == "3 deployments have 2 traffic patterns in decode"
     assert [chart.title for chart in drawn.charts] == [f"a, {MARKUP}", "c"]
     first, second = drawn.charts
     squares = {(each["top"], each["left"], each["right"]): each["shade"] for each in values(first)}
     assert squares == {(-0.5, 0.5, 1.5): 1.0, (0.5, 1.5, 2.5): 1.0, (1.5, -0.5, 0.5): 0.57}
     assert len(values(second)) == 4  # squares beside each other with one shade are one
     assert first.note == "50% of the pairs send; most, 4.00 B, from rank 0 to 1."
-    assert f"In all: a 10.0 B, {MARKUP} 20.0 B." in first.words
+    assert f"Total: a 10.0 B, {MARKUP} 20.0 B." in first.words
     assert first.table.rows[2] == ("2", "2.00 B", "0 B", "0 B")
     borders = [layer["data"]["values"] for layer in first.spec["layer"][1:]]
     assert borders == [[{"at": 1.5}], [{"at": 1.5}]]
@@ -107,7 +113,7 @@ def test_of_many_ranks_nodes_are_drawn():
     sent = {"a": tuple(tuple(int(row != to) for to in range(64)) for row in range(64))}
     (drawn,) = traffic_charts("prefill", sent, 8, "one step")
     (chart,) = drawn.charts
-    assert drawn.title == "Who sends to whom in prefill"
+    assert drawn.title == "Traffic matrix, prefill"
     assert len(chart.table.rows) == 8
     assert chart.note.startswith("100% of the pairs send; most, 64.0 B, from node 0 to 1.")
 

@@ -31,7 +31,7 @@ def test_the_goals_are_judged_whatever_the_source():
     said = words(measured)
     assert "by layout 16 experts of a layer compute at once with #3, #4." in said
     assert "one expert of a layer to a rank: #3, #4" in said
-    assert "Overlap hides 25%: #3 takes 160 ms a step without it, #4 120 ms with it" in said
+    assert "Overlap hides 25%: #3 takes 160 ms per step without it, #4 120 ms with it" in said
     assert "critical-path TPS per rank becomes 0.0781×" in said
     assert modelled.heading.startswith("The four design goals, projected (h100x16, top-2, graph")
     fewest = "fewest weights read by a GPU in a step: 6.00 GB, with #1, #2, #3, #4."

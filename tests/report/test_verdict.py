@@ -40,8 +40,8 @@ def test_proposal_against_the_best_baseline_and_the_first() -> None:
         "decode, wall time (1 run: too few to say how surely)."
     )
     assert numbers == (
-        "133 against 50.0 tok/s; TPOT 120 against 320 ms. Of the first deployment's (TP 8 × PP 2): "
-        "3.33×."
+        "133 against 50.0 tok/s; TPOT 120 against 320 ms. Against the first deployment, TP 8 × "
+        "PP 2: 3.33×."
     )
     assert why.startswith(
         "Why: a decode step takes 120 ms with EP 16, two-batch overlap, 320 with TP 8 × PP 2, 2 "
@@ -228,8 +228,8 @@ def test_a_projection_is_judged_in_the_same_words() -> None:
         "for h100x16 (bounds 0.53–8.42)."
     )
     assert numbers == (
-        "134,737 against 64,000 tok/s; TPOT 7.60 against 16.0 ms. Of the first deployment's (TP 8 "
-        "× PP 2): 4.21×."
+        "134,737 against 64,000 tok/s; TPOT 7.60 against 16.0 ms. Against the first "
+        "deployment, TP 8 × PP 2: 4.21×."
     )
     assert why.startswith(
         "Why: a decode step at 1,024 tokens of context takes 7.60 ms with EP 16 + overlap, 16.0 "

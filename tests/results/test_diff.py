@@ -185,3 +185,8 @@ def test_what_else_differs_is_listed():
         ("seed", "0", "7"),
         ("machine.cpu_name", "Example CPU", "Other CPU"),
     )
+
+
+def test_a_busy_machine_is_told():
+    busy = replace(measured(0.4, 0.1), foreign_cpu_share=0.5)
+    assert diff(measured(0.4, 0.1), busy).foreign_cpu_shares == (0.0, 0.5)

@@ -55,8 +55,11 @@ def diff(
     B over A contains 1. Measured intervals are independent; projections on the same devices share
     their terms, whose errors cancel. Where the clocks differ, those that both have are compared.
 
-    Exit code: 1 on a regression beyond --threshold and beyond the noise, 2 where the two can't be
-    compared, else 0.
+    \b
+    Exit code
+      1   a regression beyond --threshold, and beyond its noise where that is known
+      2   the two cannot be compared
+      0   else
 
     \b
     Examples:

@@ -79,10 +79,10 @@ def _requests(**how: Any) -> Any:
     )
 
 
-def _slo(example: str, more: str) -> Any:
+def _slo(more: str) -> Any:
     return _option(
         metavar="SLO[,SLO…]",
-        help=f"Latency objectives. For example {example}. {more}",
+        help=f"Latency objectives, a statistic and its limit each. {more}",
     )
 
 
@@ -104,15 +104,14 @@ class LoadOptions:
     requests: Path | None = _requests()
     seed: int = seed_option(0)
     slo: list[str] | None = _slo(
-        "ttft.p95=500ms,tpot.mean=20ms",
-        "Of ttft, tpot, itl or e2e the mean, median, p90, p95 or p99. Goodput is of requests "
-        "within all limits.",
+        "For example: ttft.p95=500ms,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, "
+        "p90, p95 or p99. Goodput is of requests within all limits.",
     )
     price: float | None = _option(
         metavar="DOLLARS",
         rich_help_panel=Panel.MORE_WORKLOAD,
-        help="Price of a GPU for an hour, to give the cost of a million tokens; on CPUs, of all "
-        "machines together.",
+        help="Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million "
+        "tokens.",
     )
     slos: tuple[SLO, ...] = field(init=False)
 
@@ -216,8 +215,8 @@ class PlannedLoad(SimulatedLoad):
     num_requests: int | None = _num_requests(hidden=True)
     requests: Path | None = _requests(hidden=True)
     slo: list[str] | None = _slo(
-        "ttft.mean=500ms,tpot.mean=20ms",
-        "Deployments that miss one are left out. Means alone; percentiles are for simulate.",
+        "For example: ttft.mean=500ms,tpot.mean=20ms. Deployments that miss one are left out. "
+        "Means alone; percentiles are for simulate.",
     )
 
     def workload(self) -> "Workload":

@@ -39,7 +39,7 @@ def plan(
     load: PlannedLoad,
     projection: ProjectionOptions,
 ) -> None:
-    """Find the deployment that has the most tokens/s on a cluster, within latency limits.
+    """Find the deployment with the most tokens/s on a cluster, within latency limits.
 
     Tries every layout × replicas × dispatch form × overlap × micro-batches × redundant experts,
     aggregated and disaggregated (prefill and decode apart); projects each with a cost model
@@ -54,7 +54,7 @@ def plan(
       expertlane plan ./my-checkpoint --cluster h100x32 --slo tpot.mean=50ms \\
           --batch 1024 --prompt-len 2000 --output-len 500
           the most tokens/s with a mean TPOT of at most 50 ms
-      expertlane plan org/model --dtype float8 --routing-trace trace.npz
+      expertlane plan org/model --dtype float8 --routing-trace routing.npz
           with the routing of your own traffic
       expertlane plan mine --cluster machine.tomlx2
           on a machine that expertlane calibrate measured

@@ -79,8 +79,8 @@ def simulate(
 ) -> None:
     """Project one deployment on target hardware.
 
-    The same scheduler as when it runs, on a virtual clock; steps are priced by a profile fitted
-    to published measurements or made by expertlane calibrate. Says what limits the deployment,
+    The scheduler of real runs, on a virtual clock; steps are priced by a profile fitted to
+    published measurements or made by expertlane calibrate. Says what limits the deployment,
     and where every number comes from. Needs no GPU and no weights.
 
     \b

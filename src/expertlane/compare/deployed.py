@@ -220,7 +220,7 @@ class Deployed:
         if self.num_runs > 1 and not laws:
             steps = least_of_all(steps)
         whole, *without = self._replayed(runs, steps)
-        return whole, Repeated.of([whole, *without] if laws else without)
+        return whole, Repeated.of([whole, *without] if laws else without or [whole])
 
     def _replayed(self, runs: VirtualRuns, steps: Sequence[StepRecord]) -> list[StepsRecord]:
         """Each run by itself."""

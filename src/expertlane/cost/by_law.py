@@ -7,8 +7,8 @@ have one law low or high and all others likely, so that what two deployments sha
 What is one error, the same wherever it occurs, and so in two deployments at once:
 
 - of a law that was fitted, the scatter of its measurements around it: of alike sizes (the same to
-  a power of two, of what the law is looked up by). How far it is off for one size says nothing of
-  another, twice as large;
+  a power of two, of what the law is looked up by). How far it is off for one size says next to
+  nothing of another, twice as large (docs/validation.md);
 - where a law stands in for another device or type, what its bounds are wider for that: of the law;
 - of a law that nothing was measured for, and of single terms, launch and driver for example: all;
 - how well transfers hide behind what computes beside them.

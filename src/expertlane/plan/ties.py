@@ -46,7 +46,7 @@ class Uncertain:
         for error in {**self.by_error, **other.by_error}:
             mine, others = (each.by_error.get(error, (each.value,) * 2) for each in (self, other))
             moved = [
-                _log_ratio(a, self.value) - _log_ratio(b, other.value)
+                _difference(_log_ratio(a, self.value), _log_ratio(b, other.value))
                 for a, b in zip(mine, others, strict=True)
             ]
             down, up = hypot(down, min(*moved, 0.0)), hypot(up, max(*moved, 0.0))
@@ -57,6 +57,10 @@ class Uncertain:
         """Whether the ratio may be 1."""
         low, _, high = self.over(other).bounds
         return low <= 1 <= high
+
+
+def _difference(mine: float, others: float) -> float:
+    return 0.0 if mine == others else mine - others  # also where both are without end
 
 
 def _log_ratio(moved: float, value: float) -> float:

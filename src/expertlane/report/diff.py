@@ -6,6 +6,7 @@ from math import ceil
 
 from expertlane.report.document import Answer, Column, Report, Section, Table, number, text
 from expertlane.report.numbers import counted, figures, percent, with_bounds
+from expertlane.report.setup import FOREIGN_LOAD
 from expertlane.results.diff import Change, Difference, Verdict
 from expertlane.results.estimate import Estimate
 
@@ -130,6 +131,12 @@ def _notes(found: Difference) -> tuple[str, ...]:
     if unknown:
         notes.append(
             f"Noise unknown for {counted(len(unknown), 'metric')}: too few repetitions in A or B."
+        )
+    busy = [percent(each) for each in found.foreign_cpu_shares]
+    if max(found.foreign_cpu_shares) >= FOREIGN_LOAD:
+        notes.append(
+            f"Other processes used {busy[0]} of the cores in A, {busy[1]} in B: intervals are of "
+            "repetitions in one run, and runs may differ by more."
         )
     return tuple(notes)
 

@@ -100,6 +100,7 @@ def answer(
         ),
         *objectives(best),
         *([("Cost", f"{cost} (at {best.load})")] if cost else ()),
+        *_prefixes(best),
         *notes,
     ]
     table = Table("", (Heading("", False), Heading("", False)), tuple(said))
@@ -162,6 +163,15 @@ def _told(result: SLOResult) -> str:
         return f"{name} of no request"
     how = "≤ {}, met" if result.is_met else "> {}, MISSED"
     return f"{name} {milliseconds(result.value)} ms {how.format(result.slo.limit)}"
+
+
+def _prefixes(served: Served) -> Iterator[Note]:
+    num_cached, num_prompt = served.serving.num_cached_tokens, served.serving.num_prompt_tokens
+    if num_cached and num_prompt:
+        yield (
+            "Prefixes",
+            f"{percent(num_cached / num_prompt)} of prompt tokens hit the prefix cache",
+        )
 
 
 def cost_of(results: Results, served: Served) -> str | None:

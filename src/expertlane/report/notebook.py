@@ -54,12 +54,14 @@ def _table(table: Table) -> str:
 
     def row(cells: tuple[str, ...], kind: str) -> str:
         drawn = (
-            f'<{kind} style="text-align: {side}">{escape(cell)}</{kind}>'
+            f'<{kind} style="text-align: {side}; padding: 0 .6em">{escape(cell)}</{kind}>'
             for cell, side in zip(cells, sides, strict=True)
         )
         return f"<tr>{''.join(drawn)}</tr>"
 
     headings = tuple(column.heading for column in table.columns)
-    caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
+    caption = (
+        f'<caption style="text-align: left">{escape(table.title)}</caption>' if table.title else ""
+    )
     rows = "".join(row(cells, "td") for cells in table.rows)
     return f"<table>{caption}<thead>{row(headings, 'th')}</thead><tbody>{rows}</tbody></table>"

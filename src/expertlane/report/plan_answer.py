@@ -118,12 +118,7 @@ def verdict(results: Results) -> Section:
 
 
 def _setting(results: Results) -> str:
-    workload, limits = results.question["workload"], results.question
-    said = [
-        f"{name} ≤ {1e3 * limits[key]:g} ms"
-        for name, key in (("TPOT", "max_tpot_s"), ("TTFT", "max_ttft_s"))
-        if limits.get(key) is not None
-    ]
+    workload, said = results.question["workload"], _limits(results)
     load = (
         f"{workload['num_sequences']:,} concurrent, {workload['prompt_len']:,} in / "
         f"{workload['output_len']:,} out"
@@ -133,12 +128,21 @@ def _setting(results: Results) -> str:
     return shortened(name, max(COLUMNS - len(rest), _SHORTEST_NAME)) + rest
 
 
+def _limits(results: Results) -> list[str]:
+    """Those that were asked for, `TPOT ≤ 20 ms`."""
+    return [
+        f"{name} ≤ {1e3 * results.question[key]:g} ms"
+        for name, key in (("TPOT", "max_tpot_s"), ("TTFT", "max_ttft_s"))
+        if results.question.get(key) is not None
+    ]
+
+
 def headline(results: Results) -> str:
     """What to use, and by what it was chosen."""
     found, (best, *others) = results.plans[0], of_role(results, BEST)
     tps = serving(best).output_tps
     said = f"Use {named(best)}: {compact(tps)} tokens/s ({_plus_minus(tps)})"
-    pools = _faster_pools(results)
+    pools = faster_pools(results)
     if pools is not None and pools.over_best is not None:
         tps = serving(pools).output_tps
         return (
@@ -153,10 +157,10 @@ def headline(results: Results) -> str:
         return f"{said}. {tied} tie for most tokens/s ({apart} apart): {_WON_BY[found.tie_break]}."
     if others:
         return f"{said}; #2 is {versus(others[0])}."
-    return f"{said}; no other deployment meets the limits."
+    return f"{said}; no other deployment {'fits' if not _limits(results) else 'meets the limits'}."
 
 
-def _faster_pools(results: Results) -> DeploymentRecord | None:
+def faster_pools(results: Results) -> DeploymentRecord | None:
     """Disaggregated pools that are faster than the best aggregated, beyond their errors."""
     for each in of_role(results, TWO_POOLS):
         if each.over_best is not None and each.over_best.bounds[0] > 1:
@@ -210,7 +214,7 @@ def _two_pools(results: Results) -> str:
     if together is None or together.over_best is None:
         return f"Disaggregated: {_NO_POOLS[results.plans[0].no_two_pools or 'over limits']}."
     first = ttft(together)
-    names = f", {_pools(results)}" if _faster_pools(results) is None else ""
+    names = f", {_pools(results)}" if faster_pools(results) is None else ""
     return (
         f"Disaggregated{names}: {versus(together)}, TPOT "
         f"{milliseconds(tpot(together))} ms, "

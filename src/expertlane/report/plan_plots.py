@@ -1,55 +1,73 @@
 """The plots of a plan, and where a comparison lies against one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from expertlane.report.charts.bars import FASTER, Bar, throughput_chart
 from expertlane.report.charts.pareto import Dot, Role, pareto_chart
 from expertlane.report.compared import Comparison
 from expertlane.report.document import Chart, Section
 from expertlane.report.numbers import figures, times
+from expertlane.report.plan_answer import faster_pools
 from expertlane.report.planning import explained, named, serving, tpot
 from expertlane.report.speed import in_words
 from expertlane.report.step_plots import PHASES, causes, fits, plot_section, timelines
 from expertlane.results.record import BEST, FAMILY, PARETO, TWO_POOLS, DeploymentRecord
 from expertlane.results.results import Results
 
+_POOLS = "disaggregated"
+
 
 def plan(results: Results) -> tuple[Section, ...]:
     """Plots of a plan; everything is projected."""
-    best = results.select("projected", BEST)
-    bars = [
-        Bar(f"#{place} {named(each)}", serving(each).output_tps, FASTER if place == 1 else "other")
-        for place, each in enumerate(best, 1)
-    ]
     rows = {f"{number} {named(each)}": each for number, each in explained(results)}
     steps = {
         phase: {name: step for name, each in rows.items() for step in each.steps_of(phase)}
         for phase in PHASES
     }
-    speed = throughput_chart(
-        f"{named(best[0])} gives {figures(serving(best[0]).output_tps)} output tokens/s",
-        "output tokens/s",
-        bars,
-        between="low–high",
-    )
     words = "One step of each, at its own batch size, given below it."
     return (
-        Section("projected", tuple(filter(None, (_plan_front(results), speed))), "first"),
+        Section(
+            "projected", tuple(filter(None, (_plan_front(results), _ranked(results)))), "first"
+        ),
         plot_section("Where the time goes, projected", causes(steps)),
         plot_section("One step, rank by rank, projected", timelines(words, steps)),
     )
 
 
+def _ranked(results: Results) -> Chart | None:
+    """How fast the best are, in the order in which they are ranked; what to use is emphasised."""
+    best, pools = results.select("projected", BEST), faster_pools(results)
+    num_tied = min(results.plans[0].num_tied, len(best))
+    names = [f"#{place} {named(each)}" for place, each in enumerate(best, 1)]
+    bars = [
+        Bar(name, serving(each).output_tps, FASTER if each is best[0] and not pools else "other")
+        for name, each in zip(names, best, strict=True)
+    ]
+    title = f"{names[0]} gives {figures(serving(best[0]).output_tps)} output tokens/s"
+    if num_tied > 1:
+        title = f"#1 to #{num_tied} tie for most output tokens/s"
+    if pools is not None:
+        bars.insert(0, Bar(_POOLS, serving(pools).output_tps, FASTER))
+        title = f"Disaggregated gives {figures(serving(pools).output_tps)} output tokens/s; {title}"
+    return throughput_chart(title, "output tokens/s", bars, between="low–high", is_ranked=True)
+
+
 def _plan_front(results: Results) -> Chart:
-    """The front, what was chosen, and the best of each kind that is on neither."""
+    """The front, what to use, and the best of each kind that is on neither."""
     best, *_ = results.select("projected", BEST)
-    front = results.select("projected", PARETO)
+    front, pools = results.select("projected", PARETO), faster_pools(results)
     chosen = _planned(best, "chosen", f"#1 {named(best)}")
     known = {named(best), *map(named, front)}
     kinds = {each: each.name for each in results.select("projected", FAMILY)}
-    kinds |= dict.fromkeys(results.select("projected", TWO_POOLS), "disaggregated")
+    if pools is None:
+        kinds |= dict.fromkeys(results.select("projected", TWO_POOLS), _POOLS)
+        first = [chosen]
+    else:
+        chosen, aggregated = _planned(pools, "chosen", _POOLS), replace(chosen, role="other")
+        first = [chosen, aggregated]
     dots = [
-        chosen,
+        *first,
         *_front_dots(front, without=named(best)),
         *(
             _planned(each, "other", kind)
@@ -57,13 +75,11 @@ def _plan_front(results: Results) -> Chart:
             if named(each) not in known
         ),
     ]
-    limit_s = results.question.get("max_tpot_s")
-    within = "" if limit_s is None else " within the limit"
     return pareto_chart(
-        f"{chosen.name} is fastest{within}: {figures(chosen.device_tps)} tokens/s per GPU at "
+        f"{chosen.label} gives {figures(chosen.device_tps)} tokens/s per GPU at "
         f"{figures(chosen.user_tps)} per user",
         dots,
-        max_tpot_s=limit_s,
+        max_tpot_s=results.question.get("max_tpot_s"),
         note="No aggregated deployment is above and right of the front. It and the others, the "
         "best of their kinds, are screened, the best projected in full; lines: low to high.",
     )

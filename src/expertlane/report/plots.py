@@ -23,7 +23,7 @@ from expertlane.report.step_plots import (
     plot_section,
     timelines,
 )
-from expertlane.report.verdict import Verdict, judge
+from expertlane.report.verdict import Verdict, judge, spoken_of
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     PARETO,
@@ -47,7 +47,7 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
     steps = {phase: _steps(compared, phase) for phase in PHASES}
     largest = [
         f"Largest cost of {row.name}: {row.record.bottleneck.sentence}."
-        for row in compared.cast
+        for row in spoken_of(compared, results)
         if row.record.bottleneck
     ]
     if is_measured:

@@ -168,12 +168,9 @@ def bench_answer(results: Results) -> Answer:
     where = counted(machine.num_ranks, "rank")
     if is_on_cpus(results):
         where += f" on {counted(machine.num_cores, 'core')}"
-    num, serving = best.serving.num_requests or 0, best.serving
+    num = best.serving.num_requests or 0
     slowest = ", so that p95 is about the slowest" if num < _FEW else ""
     notes = [("How sure", f"one run of {counted(num, 'request')} per load, not repeated{slowest}")]
-    if serving.num_cached_tokens and serving.num_prompt_tokens:
-        share = serving.num_cached_tokens / serving.num_prompt_tokens
-        notes.append(("Prefixes", f"{percent(share)} of prompt tokens hit the prefix cache"))
     return answer(
         results,
         f"{shortened(results.question['model'], NAME_COLUMNS)} | {where}",

@@ -8,7 +8,7 @@ from expertlane.report.numbers import NONE, bytes_si, counted, figures, percent,
 from expertlane.results.record import EXPERIMENT, DeploymentRecord, Source
 from expertlane.results.results import Assumption, Machine, Results
 
-_FOREIGN_LOAD = 0.05  # of the cores; less is noise
+FOREIGN_LOAD = 0.05  # of the cores; less is noise
 
 
 def cautions(results: Results) -> Iterator[str]:
@@ -30,7 +30,7 @@ def cautions(results: Results) -> Iterator[str]:
     )
     if num_preemptions:
         yield f"{counted(num_preemptions, 'preemption')}: the KV cache was too small for the load."
-    if results.foreign_cpu_share >= _FOREIGN_LOAD:
+    if results.foreign_cpu_share >= FOREIGN_LOAD:
         yield (
             f"Other processes used {percent(results.foreign_cpu_share)} of the cores during the "
             "run: repeat it on an idle machine."

@@ -59,11 +59,12 @@ def deployments(comparison: Comparison, wall: Comparison | None = None) -> Secti
         "Deployments (virtual time)" if wall else f"Deployments ({comparison.source})",
         (
             Table.of("", columns, comparison.rows),
-            speed(comparison, comparison.rows, wall=wall),
+            speed(comparison, comparison.rows),
+            _spread(comparison, wall),
             f"Factors are of {comparison.phase} TPS{'' if wall else ', the median of runs'}. 90 %: "
-            "the interval of TPS, where there are five runs or more. Runs: how many, the slowest "
-            f"and the fastest{_LEAST if wall else ''}. TTFT and TPOT are medians. × best base: "
-            "against the best baseline.",
+            "the interval of TPS, with five runs or more. Slowest, fastest: single runs"
+            f"{_LEAST if wall else ''}. TTFT and TPOT are medians. × best base: against the best "
+            "baseline.",
             *(
                 f"#{row.number} dispatches by {table}: tokens per rank in a micro-batch, timed at "
                 "startup."
@@ -75,41 +76,38 @@ def deployments(comparison: Comparison, wall: Comparison | None = None) -> Secti
     )
 
 
-def speed(
-    comparison: Comparison, rows: Sequence[Row], title: str = "", wall: Comparison | None = None
-) -> Table:
-    """Throughput and latency, and factors of TPS; beside them what the same did in wall time."""
+def speed(comparison: Comparison, rows: Sequence[Row], title: str = "") -> Table:
+    """Throughput and latency, and factors of TPS."""
     best = comparison.best_baseline
-    in_wall_time = {row.number: row for row in wall.rows} if wall else {}
     columns: tuple[Column[Row], ...] = (
-        *(NAMED[:1] if wall else NAMED),  # with another column, names leave no room on a terminal
+        *NAMED,
         number("prefill TPS", _prefill, figures, "measured"),
         number("TTFT ms", lambda row: _median(row.record.prefill), milliseconds, "measured"),
         number("decode TPS", _decode_tps, figures),
-        number("90 %", lambda row: row.step.tps, low_high, "measured"),
-        number("runs", _runs, str, "measured"),
         number("1000 TPS, low–high", lambda row: row.step.tps, low_high_thousands, "projected"),
         number("TPOT ms", lambda row: _median(row.record.decode), milliseconds, "measured"),
-        *(
-            [number("p95", lambda row: _p95(row.record.decode), milliseconds, "measured")]
-            if not in_wall_time
-            else []
-        ),
+        number("p95", lambda row: _p95(row.record.decode), milliseconds, "measured"),
         number("TPOT ms", lambda row: row.step.round_s, milliseconds, "projected"),
         number("low–high", lambda row: row.step.round_s, low_high_ms, "projected"),
         number("× first", lambda row: row.tps / comparison.first.tps, figures),
         number("× best base", lambda row: row.tps / best.tps if best else None, figures),
-        *(
-            [number("wall TPS", lambda row: in_wall_time[row.number].tps, figures)]
-            if in_wall_time
-            else []
-        ),
     )
     return Table.of(title, columns, rows, comparison.source)
 
 
-def _runs(row: Row) -> str:
-    return f"{len(row.step.tps_of_runs)}: {low_high(row.tps_range)}"
+def _spread(comparison: Comparison, wall: Comparison | None) -> Table:
+    """How far runs differ; beside it what the same did in wall time."""
+    in_wall_time = {row.number: row for row in wall.rows} if wall else {}
+    columns: tuple[Column[Row], ...] = (
+        *NAMED,
+        number("runs", lambda row: len(row.step.tps_of_runs)),
+        number("90 %", lambda row: row.step.tps, low_high),
+        number("slowest–fastest", lambda row: row.tps_range, low_high),
+    )
+    if wall:
+        columns += (number("wall TPS", lambda row: in_wall_time[row.number].tps, figures),)
+    title = f"{str(comparison.phase).capitalize()} TPS over the runs"
+    return Table.of(title, columns, comparison.rows)
 
 
 def _decode_tps(row: Row) -> Estimate | None:

@@ -9,6 +9,7 @@ from expertlane.report.charts.traffic import fan_out_chart, traffic_charts
 from expertlane.report.compared import Comparison
 from expertlane.report.document import Chart, Multiples, Plot, Section, Timelines, Words
 from expertlane.report.numbers import likely, milliseconds
+from expertlane.report.verdict import spoken_of
 from expertlane.results.record import StepsRecord
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase, Traffic
@@ -85,7 +86,7 @@ def by_rank(
     results: Results, compared: Comparison, steps: Mapping[Phase, Named]
 ) -> list[Words | Plot]:
     """Of those that are spoken of; the others' are in the trace."""
-    cast = [row.label for row in compared.cast]
+    cast = [row.label for row in spoken_of(compared, results)]
     of_cast = {
         phase: {name: step for name, step in of_phase.items() if name in cast}
         for phase, of_phase in steps.items()

@@ -84,6 +84,14 @@ def judge(comparison: Comparison, results: Results) -> Verdict | None:
     return Verdict(one, other, found.ratio, found.num_runs, steps_s, *_reasons(told, found.ratio))
 
 
+def spoken_of(comparison: Comparison, results: Results) -> list[Row]:
+    """The experiment's first deployment and the two of the verdict, in the experiment's order."""
+    judged = judge(comparison, results)
+    named = [comparison.first, *([judged.one, judged.other] if judged else [])]
+    numbers = {row.number for row in named}
+    return [row for row in comparison.rows if row.number in numbers]
+
+
 def _reasons(causes_ms: Mapping[str, Estimate], ratio: Estimate) -> tuple[_Causes, _Causes]:
     """Those that go the way of the ratio, and the others."""
     ordered = sorted(causes_ms.items(), key=lambda item: -abs(item[1].value))
@@ -205,7 +213,7 @@ def _numbers(comparison: Comparison, judged: Verdict) -> str:
         f"{milliseconds(one.latency_s)} against {milliseconds(other.latency_s)} ms."
     )
     if first not in (one, other):
-        sentence += f" Of the first deployment's ({first.name}): {times(one.tps / first.tps)}."
+        sentence += f" Against the first deployment, {first.name}: {times(one.tps / first.tps)}."
     return sentence
 
 

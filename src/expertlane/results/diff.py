@@ -77,6 +77,7 @@ class Difference:
         leading: the source whose changes count.
         changes: of that source; `others` are those of the others.
         threshold: the share by which a metric may get worse.
+        foreign_cpu_shares: of the cores, what other processes used while A and B ran.
     """
 
     names: tuple[str, str]
@@ -86,6 +87,7 @@ class Difference:
     changes: tuple[Change, ...]
     others: tuple[Change, ...]
     threshold: float
+    foreign_cpu_shares: tuple[float, float]
 
     @property
     def regressions(self) -> tuple[Change, ...]:
@@ -130,6 +132,7 @@ def difference(
         tuple(each for each in changes if each.source == leading),
         tuple(each for each in changes if each.source != leading),
         threshold,
+        (first.foreign_cpu_share, second.foreign_cpu_share),
     )
 
 

@@ -87,7 +87,7 @@ def simulation(
         question,
         [_record(*best_run(runs, serving), routing, serving)],
         cluster=cluster_record(cluster, setup.types),
-        assumptions=_assumptions(setup, cluster, simulator.execution, routing, caution),
+        assumptions=_assumptions(simulator, routing, caution),
         cautions=() if caution is None else (caution,),
     )
 
@@ -103,6 +103,7 @@ def _serving(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO]) -> Ser
         batch=simulator.load.batch,
         rate=simulator.load.rate,
         num_preemptions=sum(each.pool.scheduler.num_preemptions for each in outcome.pools),
+        num_cached_tokens=outcome.pools[0].pool.scheduler.num_cached_tokens,
         basis=list(Basis)[int(_facts(outcome).basis_s.argmax())].label,
     )
 
@@ -201,18 +202,17 @@ def _traffic(totals: PhaseTotals, median: StepRecord) -> TrafficRecord:
 
 
 def _assumptions(
-    setup: ServingSetup,
-    cluster: ModelledCluster,
-    execution: Execution,
-    routing: RoutingChoice,
-    caution: str | None = None,
+    simulator: Simulator, routing: RoutingChoice, caution: str | None = None
 ) -> tuple[Assumption, ...]:
     """The assumptions, in the order in which a reader would ask for them.
 
     Args:
         caution: what there is to be known of the weights, in a sentence.
     """
-    beside = caution or "hidden states are bfloat16 beside float8"
+    setup, cluster, execution = simulator.setup, simulator.cluster, simulator.execution
+    shares = simulator.load.has_prefixes
+    prompts = "shared prefixes as hash_ids say" if shares else "no shared prefixes"
+    beside = caution or "with float8 weights, hidden states are bfloat16"
     rows = [
         ("weights", setup.types.weights, "--dtype", beside),
         ("KV cache", setup.types.kv, "--kv-dtype", "default: as hidden states"),
@@ -236,13 +236,8 @@ def _assumptions(
             "--cluster",
             "tensor-parallel ranks are innermost, so that they share a node",
         ),
-        (
-            "prompts",
-            "nothing in common",
-            "",
-            "no prefix is found in the cache, whatever the hash_ids of --requests",
-        ),
-        ("outputs", "of full length", "--output-len", "no end of sequence comes before"),
+        ("prompts", prompts, "--requests", "free blocks of the cache keep prefixes"),
+        ("outputs", "full length", "--output-len", "no early end of sequence"),
         (
             "scheduler overhead",
             f"{1e3 * cluster.profile.terms[DRIVER_S].value:.3g} ms",

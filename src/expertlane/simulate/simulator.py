@@ -34,7 +34,7 @@ from expertlane.spec.deployment import DISPATCH_FORMS, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
-from expertlane.spec.ranges import take_fields
+from expertlane.spec.ranges import RANGES, take_fields
 from expertlane.spec.workload import Load, draw_requests
 
 _CONTEXTS_APART = 32  # a step's work is priced for so many different mean contexts
@@ -211,7 +211,8 @@ class Simulator:
 
     def _run(self, seed: int, lead: int, on_finished: Callable[[], None]) -> Outcome:
         load, setup = self.load, self.setup
-        requests = draw_requests(load, self.model.vocab_size, [seed], blank=True)
+        is_blank = not load.has_prefixes
+        requests = draw_requests(load, self.model.vocab_size, [seed], blank=is_blank)
         shortened = [
             replace(each, output_len=setup.multi_token.num_steps(each.output_len))
             for each in requests
@@ -324,14 +325,16 @@ class Simulator:
         )
         max_len = load.prompt_len.high if role == "prefill" else load.max_len
         most_seqs = min(setup.max_num_seqs, load.num_requests)
+        num_blocks = most_seqs * (ceil(max_len / setup.block_size) + 1)
         wanted = Limits(
             vocab_size=self.model.vocab_size,
             max_model_len=max_len,
-            num_blocks=most_seqs * (ceil(max_len / setup.block_size) + 1),
+            # What is free keeps prefixes: all that memory has room for is of use.
+            num_blocks=int(RANGES["num_blocks"].high) if load.has_prefixes else num_blocks,
             block_size=setup.block_size,
             max_num_batched_tokens=setup.max_num_batched_tokens,
             max_num_seqs=setup.max_num_seqs,
-            prefix_caching=False,
+            prefix_caching=load.has_prefixes,
         )
         limits = held.fit_cache(wanted, FREE_SHARE * self.cluster.profile.device.memory_bytes)
         memory = held.fullest(limits)

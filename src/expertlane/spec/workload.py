@@ -176,6 +176,11 @@ class Load:
         return self.batch is not None
 
     @property
+    def has_prefixes(self) -> bool:
+        """Whether it is known which prompts begin alike."""
+        return any(each.hash_ids for each in self.recorded)
+
+    @property
     def max_len(self) -> int:
         """Positions of the longest sequence; its last token is not fed back."""
         if self.recorded:

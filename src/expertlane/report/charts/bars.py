@@ -39,15 +39,19 @@ FASTER, SLOWER = "faster", "slower"
 _COLOUR_OF = {FASTER: PROPOSAL, SLOWER: RIVAL, "other": OTHERS}
 
 
-def throughput_chart(title: str, unit: str, bars: Sequence[Bar], *, between: str) -> Chart | None:
+def throughput_chart(
+    title: str, unit: str, bars: Sequence[Bar], *, between: str, is_ranked: bool = False
+) -> Chart | None:
     """One bar a deployment, the fastest first; None of less than three.
 
     Args:
         between: what the range of a bar is of, for example `slowest and fastest run`.
+        is_ranked: whether the bars stay in the order in which they come.
     """
     if len(bars) < _LEAST_ROWS:
         return None
-    bars = sorted(bars, key=lambda each: -each.of.value)
+    if not is_ranked:
+        bars = sorted(bars, key=lambda each: -each.of.value)
     columns: dict[str, Column[Bar]] = {
         "row": text("deployment", lambda each: each.name),
         "shown": number(unit, lambda each: each.of, figures),
@@ -79,7 +83,7 @@ def throughput_chart(title: str, unit: str, bars: Sequence[Bar], *, between: str
     first, last = bars[0], bars[-1]
     return Chart(
         title,
-        f"Bars of {unit} of {len(bars)} deployments, the fastest first: from {first.name}, "
+        f"Bars of {unit} of {len(bars)} deployments, from {first.name}, "
         f"{figures(first.of)}, to {last.name}, {figures(last.of)}.",
         rows_spec(values, layers, len(bars)),
         Table.of(title, columns.values(), bars),

@@ -10,6 +10,7 @@ from expertlane.report.charts.encoding import Spec, by_name, nominal, quantity
 from expertlane.report.document import Chart, Column, Heading, Legend, Table, number
 from expertlane.report.numbers import counted, percent, times, whole
 
+_SAME = 0.02  # of an even share
 _EVEN = 0.05  # of an even share; less is none worth a map
 _MOST_CELLS, _LEAST_COLUMNS = 768, 8  # of a map; of more experts their order is drawn
 _MOST_IN_TABLE = 1024  # cells; of more the table has what matters
@@ -23,11 +24,26 @@ _Layer = tuple[int, Sequence[int]]
 
 
 def alike(loads: Mapping[str, _Loads]) -> list[tuple[list[str], _Loads]]:
-    """Each distinct load once, with the names of all that had it."""
-    found: dict[_Loads, list[str]] = {}
+    """Each distinct load once, of however many tokens, with the names of all that had it."""
+    found: list[tuple[list[str], _Loads]] = []
     for name, load in loads.items():
-        found.setdefault(tuple(map(tuple, load)), []).append(name)
-    return [(names, load) for load, names in found.items()]
+        same = (names for names, other in found if _is_alike(load, other))
+        if names := next(same, None):
+            names.append(name)
+        else:
+            found.append(([name], load))
+    return found
+
+
+def _is_alike(load: _Loads, other: _Loads) -> bool:
+    one, another = map(_over_mean, (load, other))
+    return one.shape == another.shape and bool(np.all(np.abs(one - another) <= _SAME))
+
+
+def _over_mean(load: _Loads) -> npt.NDArray[np.float64]:
+    tokens = np.array(load, dtype=np.float64)
+    ratio: npt.NDArray[np.float64] = tokens / np.maximum(tokens.mean(-1, keepdims=True), 1e-9)
+    return ratio
 
 
 def load_chart(names: Sequence[str], num_tokens: _Loads) -> Chart | str | None:

@@ -165,7 +165,7 @@ def _spec(
 def _bounds(across: Callable[[str], Spec], up: Callable[[str], Spec]) -> list[Spec]:
     """From low to high, of what was chosen."""
     chosen = [{"filter": f"datum.kind === {_LOOKS['chosen'].label!r} && isValid(datum.low)"}]
-    mark = {"type": "rule", "color": PROPOSAL, "opacity": 0.6, "clip": True}
+    mark = {"type": "rule", "color": PROPOSAL, "opacity": 0.6}
     return [
         {
             "transform": chosen,
@@ -184,11 +184,13 @@ def _values(
     dots: Sequence[Dot], columns: dict[str, Column[Dot]], far: float, high: float
 ) -> list[Spec]:
     """What is drawn, what matters most last and so on top, with where names are at both widths."""
-    dots = sorted(dots, key=lambda dot: (list(_LOOKS).index(dot.role), dot.user_tps.value))
+    dots = sorted(dots, key=lambda dot: list(_LOOKS).index(dot.role))
     values = [
         cells(columns, dot)
-        | {"x": dot.user_tps.value, "slow": dot.user_tps.low, "fast": dot.user_tps.high}
-        | {"y": dot.device_tps.value, "low": dot.device_tps.low, "high": dot.device_tps.high}
+        | {"x": dot.user_tps.value, "slow": dot.user_tps.bounds[0]}
+        | {"fast": min(far, dot.user_tps.bounds[-1])}
+        | {"y": dot.device_tps.value, "low": dot.device_tps.bounds[0]}
+        | {"high": min(high, dot.device_tps.bounds[-1])}
         | {"label": dot.label}
         for dot in dots
     ]

@@ -10,7 +10,8 @@ from expertlane.report.charts.encoding import Spec, quantity
 ROW_PX, BAR_PX = 32, 12
 _DOWN_PX = 5  # from the middle of a row to that of its bar
 _LEAST_PX = 30  # of a bar with words in it
-_VALUE_SHARE = 0.4  # of the width, for the words on the right
+_CHARACTER_PX, _GAP_PX = 7.0, 8  # of the words on the right, and before them
+_NARROWER = 0.85  # the font that names are measured in, against the widest of readers
 
 
 def rows_spec(values: Sequence[Spec], layers: Sequence[Spec], num_rows: int) -> Spec:
@@ -24,11 +25,9 @@ def rows_spec(values: Sequence[Spec], layers: Sequence[Spec], num_rows: int) -> 
     words: Spec = {"baseline": "top", "fontSize": 12, "yOffset": 1}
     named = {"y": _row(bandPosition=0.0)}
     is_first = [{"filter": "isValid(datum.said)"}]
-    left = words | {
-        "type": "text",
-        "align": "left",
-        "limit": {"expr": f"width * {1 - _VALUE_SHARE}"},
-    }
+    longest = max(len(each["said"]) for each in values if "said" in each)
+    room = f"{_NARROWER} * (width - {_CHARACTER_PX * longest + _GAP_PX})"
+    left = words | {"type": "text", "align": "left", "limit": {"expr": room}}
     right = words | {"type": "text", "align": "right", "color": "--ink"}
     return {
         "data": {"values": list(values)},

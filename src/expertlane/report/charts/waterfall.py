@@ -9,6 +9,7 @@ from expertlane.report.difference import StepDifference
 from expertlane.report.document import Chart, Legend, Table, number, text
 from expertlane.report.numbers import figures, signed
 
+_ROOM = 1.18  # of the longest bar, so that lines down to the next cross no value
 _EVEN = 0.01  # of the longer step; less is no difference
 
 
@@ -24,7 +25,7 @@ def waterfall_chart(
     reached = [value["end"] for value in rows] + [value["begin"] for value in rows]
     legend = [Legend("saves", SAVED), Legend("adds", ADDED)]
     looks = [*legend, Legend(from_name, RIVAL), Legend(to_name, PROPOSAL)]
-    most, least = max(reached), min(0.0, *reached)
+    most, least = _ROOM * max(reached), min(0.0, *reached)
     ends = {"x": along("begin", None, most, least), "x2": {"field": "end"}}
     layers: list[Spec] = [
         {
