@@ -84,7 +84,9 @@ def test_a_pipe_without_a_reader_ends_in_141_without_a_word(tmp_path, kept, as_j
 @pytest.mark.parametrize("arguments", ["--help", "report kept"])
 def test_closed_streams_are_as_dev_null(tmp_path, kept, streams, arguments):
     done = shell(f"EXPERTLANE {arguments} {streams}", tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    is_told = "report" in arguments and "2>" not in streams
+    told = "written: kept/report.md, kept/report.html\n" if is_told else ""
+    assert (done.returncode, done.stderr) == (0, told)
     assert bool(done.stdout) is (">&-" not in streams.replace("2>&-", ""))
     assert made(kept) == (["results.json"] if "help" in arguments else FILES)
     assert b"written" not in (kept / "results.json").read_bytes()
