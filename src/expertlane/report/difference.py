@@ -1,5 +1,6 @@
 """What makes one deployment's step longer than another's, cause by cause."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from expertlane.report.compared import Row
@@ -32,6 +33,17 @@ def step_difference(slower: Row, faster: Row) -> StepDifference:
         cause: 1e3 * (fast_s.get(cause, 0.0) - slow_s.get(cause, 0.0))
         for cause in dict.fromkeys([*slow_s, *fast_s])
     }
+    return difference_of(slower_ms, faster_ms, by_cause)
+
+
+def difference_of(
+    slower_ms: float, faster_ms: float, by_cause: Mapping[str, float]
+) -> StepDifference:
+    """In the order of a waterfall, small causes added up.
+
+    Args:
+        by_cause: milliseconds of the faster step less those of the slower one.
+    """
     named = {c: ms for c, ms in by_cause.items() if abs(ms) >= _LEAST_SHARE * slower_ms}
     ordered = sorted(named.items(), key=lambda item: (item[1] > 0, -abs(item[1])))
     rest = faster_ms - slower_ms - sum(named.values())
