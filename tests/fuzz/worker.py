@@ -40,7 +40,6 @@ def _import_all() -> None:
     import expertlane.results.file
     import expertlane.simulate.results
 
-    expertlane.report.html._library()  # kept in memory by the first report
     expertlane.engine.launch.start_pool = _no_ranks  # type: ignore[assignment]
     expertlane.engine.llm.start_pool = _no_ranks  # type: ignore[assignment]
 
