@@ -3,6 +3,7 @@
 import io
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -27,7 +28,7 @@ def shown(results: Results) -> list[str]:
     """The lines of a terminal of 80 columns."""
     stream = io.StringIO()
     console = Console(file=stream, width=80)
-    terminal.show_answer(report_of(results), console, "--full, or results/example/report.html")
+    terminal.show_answer(report_of(results), console, Path("results/example/report.html"))
     return [line.rstrip() for line in stream.getvalue().splitlines()]
 
 

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -25,8 +26,8 @@ SLOS = parse_slos(["ttft.p95=500ms,ttft.p99=1s,tpot.mean=20ms,itl.p99=0.1s,e2e.m
 def lines(results, width=80):
     """The answer as it is printed."""
     stream = io.StringIO()
-    more = "--full, or results/bench-a/report.html"
-    terminal.show_answer(report_of(results), Console(file=stream, width=width), more)
+    page = Path("results/bench-a/report.html")
+    terminal.show_answer(report_of(results), Console(file=stream, width=width), page)
     return stream.getvalue().splitlines()
 
 

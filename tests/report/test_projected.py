@@ -71,7 +71,7 @@ def test_the_verdict_stands_first_with_every_part() -> None:
     )
     text = words(results, "Projected: verdict")
     assert "Nothing was measured here: it needs 16 GB but 1 GB is free." in text
-    assert "Of the first deployment's (TP 8 × PP 2): 4.21×." in text
+    assert "Against the first deployment, TP 8 × PP 2: 4.21×." in text
     assert "With skewed routing the best proposal, EP 16 + overlap, has 2.11× the decode" in text
     assert "Most of it is extrapolated: 90% of these steps' time" in text
 
