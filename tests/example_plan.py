@@ -11,7 +11,6 @@ from expertlane.results.record import (
     PARETO,
     DeploymentRecord,
     PoolRecord,
-    ServingRecord,
 )
 from expertlane.results.results import (
     Assumption,
@@ -20,6 +19,9 @@ from expertlane.results.results import (
     Results,
     ServeCommand,
     Versions,
+)
+from expertlane.results.serving_record import (
+    ServingRecord,
 )
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

@@ -13,7 +13,16 @@ import expertlane
 from api_stub import STUB, stub
 from expertlane import api
 from expertlane.cli.app import app
-from expertlane.cli.options import EngineOptions, OutputOptions, call_with, parameters_of
+from expertlane.cli.option_groups import (
+    call_with,
+    parameters_of,
+)
+from expertlane.cli.options import (
+    EngineOptions,
+)
+from expertlane.cli.output_options import (
+    OutputOptions,
+)
 from expertlane.errors import SpecError, UserError
 from expertlane.report.shown import Results
 from expertlane.results.file import read, write

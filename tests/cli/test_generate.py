@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cli.stub_llm import StubLLM
 from expertlane.balance.trace import read_trace
-from expertlane.cli import model, output
+from expertlane.cli import model, model_output
 from expertlane.cli.generate import sampling_params
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
@@ -184,11 +184,11 @@ def test_a_terminal_obeys_nothing_that_a_model_writes(monkeypatch):
     text = "a\tb\n\x1b]0;title\x07\x9b31m\r\u202eלא\u202c\x7f"
     shown = Terminal()
     monkeypatch.setattr(sys, "stdout", shown)
-    output.print_text(text)
+    model_output.print_text(text)
     assert shown.getvalue() == ("a\tb\n\\x1b]0;title\\x07\\x9b31m\\r\\u202eלא\\u202c\\x7f")
     piped = io.StringIO()
     monkeypatch.setattr(sys, "stdout", piped)
-    output.print_text(text)
+    model_output.print_text(text)
     assert piped.getvalue() == text
 
 
@@ -297,7 +297,7 @@ def test_logits_that_are_not_finite_end_one_request_of_many(run, stub):
 def test_a_token_that_the_model_rules_out_has_no_log_probability():
     ended = RequestOutput("1", None, [1], 0.0)
     ended.logprobs = [TokenLogprobs(3, -0.5, ((3, -0.5), (4, -math.inf)))]
-    found = json.loads(output.output_json(ended), parse_constant=pytest.fail)
+    found = json.loads(model_output.output_json(ended), parse_constant=pytest.fail)
     assert found["logprobs"] == [{"token_id": 3, "logprob": -0.5, "top": [[3, -0.5], [4, None]]}]
 
 

@@ -11,7 +11,14 @@ from expertlane.report.charts.pareto import Dot, pareto_chart
 from expertlane.report.load_plots import by_load
 from expertlane.report.plan_plots import plan
 from expertlane.results.estimate import Estimate
-from expertlane.results.record import BEST, PARETO, TWO_POOLS, SLOResult
+from expertlane.results.record import (
+    BEST,
+    PARETO,
+    TWO_POOLS,
+)
+from expertlane.results.serving_record import (
+    SLOResult,
+)
 from expertlane.spec.layout import Layout
 from expertlane.spec.slo import SLO
 from report.shown import charts

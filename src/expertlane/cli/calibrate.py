@@ -10,13 +10,17 @@ import typer
 
 from expertlane.cli import output
 from expertlane.cli.help import Panel
+from expertlane.cli.option_groups import (
+    takes_groups,
+)
 from expertlane.cli.options import (
-    AnswerOptions,
     Dtype,
     dtype_option,
-    out_option,
-    takes_groups,
     timeout_option,
+)
+from expertlane.cli.output_options import (
+    AnswerOptions,
+    out_option,
 )
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json

@@ -13,17 +13,21 @@ import typer
 from expertlane.cli import completion, output
 from expertlane.cli.help import Panel
 from expertlane.cli.model import find_model
+from expertlane.cli.option_groups import (
+    takes_groups,
+)
 from expertlane.cli.options import (
     MODEL_HELP,
     Dtype,
     LaunchOptions,
-    OutputOptions,
     cluster_option,
     dtype_option,
     parse_list,
     skew_option,
-    takes_groups,
     trace_option,
+)
+from expertlane.cli.output_options import (
+    OutputOptions,
 )
 from expertlane.cli.virtual_time import DEFAULT_PROFILE, VirtualTimeOptions
 from expertlane.engine.checkpoint_folder import resolve_model

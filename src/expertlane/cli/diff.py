@@ -9,7 +9,14 @@ import typer
 
 from expertlane.cli import output
 from expertlane.cli.help import Panel
-from expertlane.cli.options import OutputOptions, export_option, out_option, takes_groups
+from expertlane.cli.option_groups import (
+    takes_groups,
+)
+from expertlane.cli.output_options import (
+    OutputOptions,
+    export_option,
+    out_option,
+)
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json, write_text
 

@@ -12,28 +12,34 @@ import typer
 
 from expertlane.cli.help import Panel
 from expertlane.cli.model import FoundModel, find_model
+from expertlane.cli.model_output import (
+    output_json,
+    output_text,
+    outputs_summary,
+    print_text,
+    stream_output,
+)
+from expertlane.cli.option_groups import (
+    takes_groups,
+)
 from expertlane.cli.options import (
     EngineOptions,
     ModelArgument,
-    json_option,
     layout_option,
-    out_option,
     parse_list,
     seed_option,
-    takes_groups,
 )
 from expertlane.cli.output import (
     Call,
     command_line,
     is_first_process,
-    output_json,
-    output_text,
-    outputs_summary,
     print_json,
     print_message,
-    print_text,
     slug,
-    stream_output,
+)
+from expertlane.cli.output_options import (
+    json_option,
+    out_option,
 )
 from expertlane.errors import ModelError, UserError
 from expertlane.spec.files import PROMPTS_BYTES, read_stream

@@ -1,23 +1,14 @@
-"""Options of the commands: how groups of them are declared, and the groups that commands share.
+"""Options of the commands, and the groups of them that commands share."""
 
-A group is a dataclass whose fields are options; a command takes groups as its parameters.
-"""
-
-import inspect
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, is_dataclass, replace
-from enum import Enum
-from functools import wraps
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import typer
-from typer.models import OptionInfo
 
 from expertlane.cli import completion
 from expertlane.cli.help import Panel
-from expertlane.cli.output import Call, command_line
 from expertlane.errors import UserError
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
@@ -27,7 +18,7 @@ from expertlane.spec.deployment import (
     PayloadType,
     PlacementMethod,
 )
-from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown, take
+from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 NumberType = Literal["float32", "bfloat16", "float16", "float8"]
@@ -38,164 +29,6 @@ MODEL_HELP = (
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", autocompletion=completion.models, help=MODEL_HELP)
 ]
-
-
-def out_option(default: str) -> Any:
-    """Where files go."""
-    return typer.Option(
-        None,
-        "--out",
-        "-o",
-        metavar="DIR",
-        show_default=default,
-        rich_help_panel=Panel.OUTPUT,
-        help="Folder that files are written to.",
-    )
-
-
-def json_option() -> Any:
-    """JSON for other programs."""
-    return typer.Option(
-        False, "--json", rich_help_panel=Panel.OUTPUT, help="Print JSON instead of text."
-    )
-
-
-def export_option() -> Any:
-    """A flat table beside the other files."""
-    return typer.Option(
-        None,
-        "--export",
-        rich_help_panel=Panel.MORE_OUTPUT,
-        help="Also write a flat table for other programs, a row for each deployment and phase or "
-        "load. parquet needs pyarrow.",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrintOptions:
-    """How much of the answer is printed.
-
-    Raises:
-        UserError: two forms at once.
-    """
-
-    panel: ClassVar = Panel.OUTPUT
-    full: bool = typer.Option(False, "--full", help="Print all tables.")
-    quiet: bool = typer.Option(False, "--quiet", "-q", help="Print one line.")
-    as_json: bool = json_option()
-
-    def __post_init__(self) -> None:
-        given = [
-            name
-            for name, is_given in (
-                ("--full", self.full),
-                ("--quiet", self.quiet),
-                ("--json", self.as_json),
-            )
-            if is_given
-        ]
-        if len(given) > 1:
-            raise UserError(f"{' and '.join(given)} exclude each other; give one")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnswerOptions(PrintOptions):
-    """The same, and where files go."""
-
-    out: Path | None = out_option("results/NAME, after the command and its subject")
-
-    def call(self) -> Call:
-        """This command line."""
-        return Call(command_line(), self.out, always_writes=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputOptions(AnswerOptions):
-    """The same for results, which can be exported too.
-
-    Raises:
-        UserError: also where a library for `--export` is missing.
-    """
-
-    export: Literal["csv", "parquet"] | None = export_option()
-
-    def __post_init__(self) -> None:
-        from expertlane.results.table import check_format  # numpy, not for the help of commands
-
-        check_format(self.export)
-        super().__post_init__()
-
-
-def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer takes it: in place of each group, its options, in the group's panel.
-
-    Numbers of options are checked by the ranges of the fields that they are named like.
-    """
-
-    parameters = parameters_of(command)
-
-    @wraps(command)
-    def run(**values: Any) -> None:
-        for each in parameters:
-            _check(each, values[each.name])
-        call_with(command, values)
-
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
-    return run
-
-
-def parameters_of(taker: Any) -> list[inspect.Parameter]:
-    """The options of a function that takes groups, all by keyword; a `Call` is no option."""
-    found = []
-    for each in inspect.signature(taker).parameters.values():
-        if is_group(each.annotation):
-            found += parameters_of(each.annotation)
-            continue
-        if each.annotation is Call:
-            continue
-        if isinstance(each.default, OptionInfo):
-            panel = each.default.rich_help_panel or getattr(taker, "panel", None)
-            each.default.rich_help_panel = panel
-            each.default.metavar = each.default.metavar or "|".join(_choices(each.annotation))
-        found.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-    return found
-
-
-def _choices(annotation: Any) -> list[str]:
-    """The values of a `Literal` or of an enumeration, also where they may be missing."""
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return [each.value for each in annotation]
-    return [
-        value
-        for each in get_args(annotation)
-        for value in ([each] if isinstance(each, str) else _choices(each))
-    ]
-
-
-def is_group(kind: object) -> bool:
-    """Whether a parameter of this type stands for several options."""
-    return is_dataclass(kind) and kind is not Call
-
-
-def call_with(taker: Any, values: dict[str, Any]) -> Any:
-    """Call a function that takes groups; a value for each option, by its name."""
-    return taker(
-        **{
-            name: call_with(each.annotation, values) if is_group(each.annotation) else values[name]
-            for name, each in inspect.signature(taker).parameters.items()
-        }
-    )
-
-
-def _check(option: inspect.Parameter, value: object) -> None:
-    if option.name not in RANGES:
-        return
-    declared = getattr(option.default, "param_decls", None)
-    for each in value if isinstance(value, list) else [value]:
-        if isinstance(each, int | float):
-            name = declared[0] if declared else f"--{option.name.replace('_', '-')}"
-            take(option.name, each, name)
 
 
 def timeout_option() -> Any:

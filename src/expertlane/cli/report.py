@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from expertlane.cli.options import OutputOptions, out_option, takes_groups
+from expertlane.cli.option_groups import (
+    takes_groups,
+)
 from expertlane.cli.output import (
     Found,
     check_folder,
@@ -15,6 +17,10 @@ from expertlane.cli.output import (
     print_report,
     print_written,
     write_beside,
+)
+from expertlane.cli.output_options import (
+    OutputOptions,
+    out_option,
 )
 
 

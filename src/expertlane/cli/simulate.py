@@ -10,16 +10,20 @@ from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import SimulatedLoad
 from expertlane.cli.model import find_model
+from expertlane.cli.option_groups import (
+    takes_groups,
+)
 from expertlane.cli.options import (
     DeploymentOptions,
     ModelArgument,
-    OutputOptions,
     ProjectionOptions,
     SchedulerOptions,
     cluster_option,
     layout_option,
-    takes_groups,
     trace_option,
+)
+from expertlane.cli.output_options import (
+    OutputOptions,
 )
 from expertlane.errors import UserError, naming
 

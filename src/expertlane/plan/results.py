@@ -29,9 +29,11 @@ from expertlane.results.record import (
     TWO_POOLS,
     Conditions,
     DeploymentRecord,
-    ServingRecord,
 )
 from expertlane.results.results import Assumption, NoPools, PlanSummary, Results
+from expertlane.results.serving_record import (
+    ServingRecord,
+)
 
 _NUM_BEST = 8
 _NUM_TIMELINES = 3

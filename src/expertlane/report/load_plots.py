@@ -9,8 +9,10 @@ from expertlane.report.loads import Served, best_of, served
 from expertlane.report.numbers import figures
 from expertlane.report.speed import unit_of
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.record import ServingRecord
 from expertlane.results.results import Results
+from expertlane.results.serving_record import (
+    ServingRecord,
+)
 
 _MS_PER_S = 1e3
 _NUM_FIRST = 2  # beside the answer

@@ -18,8 +18,15 @@ from expertlane.report.numbers import (
     whole,
 )
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.record import DeploymentRecord, ServingRecord, SLOResult, best_load
+from expertlane.results.record import (
+    DeploymentRecord,
+)
 from expertlane.results.results import Results
+from expertlane.results.serving_record import (
+    ServingRecord,
+    SLOResult,
+    best_load,
+)
 
 _GAP = 2  # columns between those of an answer's table
 _LEAST_NAME = 16  # columns for the names of layouts

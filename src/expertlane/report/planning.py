@@ -25,9 +25,11 @@ from expertlane.results.record import (
     FAMILY,
     PARETO,
     DeploymentRecord,
-    ServingRecord,
 )
 from expertlane.results.results import Results
+from expertlane.results.serving_record import (
+    ServingRecord,
+)
 from expertlane.spec.names import Phase
 
 NUM_EXPLAINED = 3

@@ -31,8 +31,15 @@ from expertlane.report.numbers import (
 from expertlane.report.setup import cautions, how_judged
 from expertlane.report.time_spent import FACTS, HOW_TO_READ_FACTS, IN_ALL, causes, over_floor
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.record import DeploymentRecord, PoolRecord, SLOResult, StepsRecord
+from expertlane.results.record import (
+    DeploymentRecord,
+    PoolRecord,
+    StepsRecord,
+)
 from expertlane.results.results import Results
+from expertlane.results.serving_record import (
+    SLOResult,
+)
 from expertlane.spec.names import Phase
 
 _NARROW = 0.05  # of the time; less is not worth a sentence

@@ -12,11 +12,13 @@ from expertlane.results.record import (
     PARETO,
     RUN,
     DeploymentRecord,
-    ServingRecord,
     Source,
     StepsRecord,
 )
 from expertlane.results.results import Results
+from expertlane.results.serving_record import (
+    ServingRecord,
+)
 from expertlane.results.statistics import LEAST_RUNS, median_interval
 from expertlane.results.table import Row, flat
 

@@ -9,8 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.record import ServingRecord, SLOResult, StepsRecord
+from expertlane.results.record import (
+    StepsRecord,
+)
 from expertlane.results.results import MachinePeak
+from expertlane.results.serving_record import (
+    ServingRecord,
+    SLOResult,
+)
 from expertlane.results.step_record import StepRecord
 from expertlane.results.time_shares import critical_path, stage_time
 from expertlane.results.traffic import traffic_record

@@ -21,11 +21,13 @@ from expertlane.results.record import (
     DeploymentRecord,
     PoolRecord,
     PoolRole,
-    ServingRecord,
     StepsRecord,
-    best_load,
 )
 from expertlane.results.results import Assumption, Results
+from expertlane.results.serving_record import (
+    ServingRecord,
+    best_load,
+)
 from expertlane.results.step_record import StepRecord
 from expertlane.results.timeline import timelines_of
 from expertlane.results.traffic import FanOut, TrafficRecord, bytes_by_link

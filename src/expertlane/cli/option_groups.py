@@ -1,0 +1,85 @@
+"""Groups of options: a dataclass whose fields are options; a command takes groups as its parameters."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from enum import Enum
+from functools import wraps
+from typing import Any, get_args
+
+from typer.models import OptionInfo
+
+from expertlane.cli.output import Call
+from expertlane.spec.ranges import RANGES, take
+
+
+def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer takes it: in place of each group, its options, in the group's panel.
+
+    Numbers of options are checked by the ranges of the fields that they are named like.
+    """
+
+    parameters = parameters_of(command)
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        for each in parameters:
+            _check(each, values[each.name])
+        call_with(command, values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
+
+
+def parameters_of(taker: Any) -> list[inspect.Parameter]:
+    """The options of a function that takes groups, all by keyword; a `Call` is no option."""
+    found = []
+    for each in inspect.signature(taker).parameters.values():
+        if is_group(each.annotation):
+            found += parameters_of(each.annotation)
+            continue
+        if each.annotation is Call:
+            continue
+        if isinstance(each.default, OptionInfo):
+            panel = each.default.rich_help_panel or getattr(taker, "panel", None)
+            each.default.rich_help_panel = panel
+            each.default.metavar = each.default.metavar or "|".join(_choices(each.annotation))
+        found.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    return found
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The values of a `Literal` or of an enumeration, also where they may be missing."""
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return [each.value for each in annotation]
+    return [
+        value
+        for each in get_args(annotation)
+        for value in ([each] if isinstance(each, str) else _choices(each))
+    ]
+
+
+def is_group(kind: object) -> bool:
+    """Whether a parameter of this type stands for several options."""
+    return is_dataclass(kind) and kind is not Call
+
+
+def call_with(taker: Any, values: dict[str, Any]) -> Any:
+    """Call a function that takes groups; a value for each option, by its name."""
+    return taker(
+        **{
+            name: call_with(each.annotation, values) if is_group(each.annotation) else values[name]
+            for name, each in inspect.signature(taker).parameters.items()
+        }
+    )
+
+
+def _check(option: inspect.Parameter, value: object) -> None:
+    if option.name not in RANGES:
+        return
+    declared = getattr(option.default, "param_decls", None)
+    for each in value if isinstance(value, list) else [value]:
+        if isinstance(each, int | float):
+            name = declared[0] if declared else f"--{option.name.replace('_', '-')}"
+            take(option.name, each, name)

@@ -1,0 +1,97 @@
+"""What requests felt under a load: part of a deployment's record."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.spec.ranges import Strict
+from expertlane.spec.slo import SLO
+
+
+@dataclass(frozen=True)
+class SLOResult(Strict):
+    """An objective, and what came of it.
+
+    Attributes:
+        value: of its statistic; None where no request has such a latency.
+    """
+
+    slo: SLO
+    value: Estimate | None
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the likely value is within the limit."""
+        return self.value is None or self.value.value <= self.slo.limit_s
+
+
+@dataclass(frozen=True)
+class ServingRecord(Strict):
+    """What requests felt under one load.
+
+    Attributes:
+        batch: concurrency, requests kept unfinished; None in an open loop.
+        rate: requests that arrive a second; None in a closed loop, and where they arrive as
+            recorded in a file.
+        num_running: planned: sequences that run at once, over the whole system.
+        wall_s: from the first request's due time to the last token.
+        output_tps, total_tps: output tokens a second, and prompt and output tokens.
+        prefill_tps: prompt tokens a second while nothing is decoded. Measured: over the time until
+            every request has its first token, decodes in between included; None unless all
+            requests were there at once.
+        ttft_s: from a request's due time to its first token; None where a queue would grow without
+            end.
+        tpot_s: of each request, the mean time of a token after the first; None where none has two.
+        num_cached_tokens: prompt tokens that were not computed, as the prefix cache had them.
+        itl_s: all times between successive tokens of a request.
+        e2e_s: from a request's due time to its last token.
+        transfer_s: of a prompt's keys and values from one pool to the other.
+        basis: what most of it rests on: measured, fitted or bound; None where it was measured here.
+        slos: the objectives that were asked for.
+        goodput: requests a second that are themselves within the limits of all `slos`; None
+            without any.
+        good_share: of the requests, those.
+        usd_per_million_output, usd_per_million_total: dollars for a million output tokens, or
+            prompt and output tokens, by the price of devices; None without one.
+    """
+
+    output_tps: Estimate
+    batch: int | None = None
+    rate: float | None = None
+    num_running: int | None = None
+    num_requests: int | None = None
+    num_prompt_tokens: int | None = None
+    num_output_tokens: int | None = None
+    num_preemptions: int | None = None
+    num_cached_tokens: int | None = None
+    wall_s: Estimate | None = None
+    total_tps: Estimate | None = None
+    prefill_tps: Estimate | None = None
+    requests_per_s: Estimate | None = None
+    ttft_s: Summary | None = None
+    tpot_s: Summary | None = None
+    itl_s: Summary | None = None
+    e2e_s: Summary | None = None
+    transfer_s: Estimate | None = None
+    basis: str | None = None
+    slos: tuple[SLOResult, ...] = ()
+    goodput: Estimate | None = None
+    good_share: Estimate | None = None
+    usd_per_million_output: Estimate | None = None
+    usd_per_million_total: Estimate | None = None
+
+    @property
+    def keeps_slos(self) -> bool:
+        """Whether all objectives are met."""
+        return all(each.is_met for each in self.slos)
+
+
+def best_load(serving: Sequence[ServingRecord]) -> ServingRecord:
+    """The load with most output that meets all objectives; if none does, with most goodput."""
+
+    def worth(each: ServingRecord) -> tuple[bool, float]:
+        if each.keeps_slos or each.goodput is None:
+            return True, each.output_tps.value
+        return False, each.goodput.value
+
+    return max(serving, key=worth)
