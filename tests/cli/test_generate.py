@@ -145,7 +145,7 @@ def test_a_closed_pipe_ends_it_quietly():
 def test_one_text_appears_as_it_comes(run, stub, checkpoint, monkeypatch):
     stub(checkpoint)
     pieces = []
-    monkeypatch.setattr(output, "print_text", pieces.append)
+    monkeypatch.setattr(model_output, "print_text", pieces.append)
     code, _, err = run("generate", str(checkpoint), "ab", "--max-tokens", "3")
 
     assert code == 0

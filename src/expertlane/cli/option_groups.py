@@ -1,4 +1,4 @@
-"""Groups of options: a dataclass whose fields are options; a command takes groups as its parameters."""
+"""Groups of options: dataclasses whose fields are options; a command takes groups as parameters."""
 
 import inspect
 from collections.abc import Callable
