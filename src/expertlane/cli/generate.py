@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
@@ -27,7 +27,6 @@ from expertlane.cli.options import (
     ModelArgument,
     layout_option,
     parse_list,
-    seed_option,
 )
 from expertlane.cli.output import (
     Call,
@@ -41,6 +40,7 @@ from expertlane.cli.output_options import (
     json_option,
     out_option,
 )
+from expertlane.cli.sampling import SamplingOptions, sampling_params
 from expertlane.errors import ModelError, UserError
 from expertlane.spec.files import PROMPTS_BYTES, read_stream
 from expertlane.spec.layout import Layout
@@ -77,70 +77,6 @@ class _Options:
     )
     out: Path | None = out_option("results/generate-MODEL")
     layout: str = layout_option("tp=1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """Options for the fields of `SamplingParams`, under its names; None for what is not given."""
-
-    panel: ClassVar = Panel.MORE_SAMPLING
-    max_tokens: int | None = typer.Option(
-        None,
-        metavar="N",
-        show_default="256",
-        rich_help_panel=Panel.SAMPLING,
-        help="Output tokens at most.",
-    )
-    temperature: float | None = typer.Option(
-        None,
-        metavar="T",
-        show_default="1",
-        rich_help_panel=Panel.SAMPLING,
-        help="0: greedy.",
-    )
-    seed: int | None = seed_option(None, "a new one", Panel.SAMPLING)
-    top_k: int | None = typer.Option(
-        None, metavar="K", show_default="0, all", help="Sample from the K likeliest tokens."
-    )
-    top_p: float | None = typer.Option(
-        None,
-        metavar="P",
-        show_default="1",
-        help="Nucleus sampling: the likeliest tokens of cumulative probability P.",
-    )
-    min_p: float | None = typer.Option(
-        None,
-        metavar="P",
-        show_default="0",
-        help="Sample from tokens at least P times as likely as the likeliest.",
-    )
-    repetition_penalty: float | None = typer.Option(
-        None,
-        metavar="X",
-        show_default="1",
-        help="Above 1: penalises tokens in prompt or output.",
-    )
-    presence_penalty: float | None = typer.Option(
-        None, metavar="X", show_default="0", help="Above 0: penalises tokens in the output."
-    )
-    frequency_penalty: float | None = typer.Option(
-        None,
-        metavar="X",
-        show_default="0",
-        help="Above 0: penalises tokens by their count in the output.",
-    )
-    stop: list[str] | None = typer.Option(None, metavar="TEXT", help="Stop string.")
-    stop_token_ids: list[int] | None = typer.Option(
-        None, "--stop-token-id", metavar="ID", help="Stop token."
-    )
-    ignore_eos: bool = typer.Option(
-        False, "--ignore-eos", help="Continue after an end-of-sequence token."
-    )
-    logprobs: int | None = typer.Option(
-        None,
-        metavar="N",
-        help="With --json: log-probabilities of each token and of the N likeliest.",
-    )
 
 
 @takes_groups
@@ -212,24 +148,6 @@ def generate(
     if errors and not own.chat:  # a chat told of each when it came
         more = f"; and {len(errors) - 1} more of {len(outputs)} prompts" if len(errors) > 1 else ""
         raise ModelError(f"{errors[0]}{more}")
-
-
-def sampling_params(folder: Path | None, given: dict[str, Any]) -> "SamplingParams":
-    """What the user asks for, over what the checkpoint recommends.
-
-    Args:
-        given: by the names of `SamplingParams`; None for what is not given.
-
-    Raises:
-        UserError: a value is not valid.
-    """
-    from expertlane.engine.tokenizer import default_sampling
-    from expertlane.spec.sampling import SamplingParams
-
-    recommended = {} if folder is None else default_sampling(folder)
-    return SamplingParams(
-        **recommended | {name: value for name, value in given.items() if value is not None}
-    )
 
 
 def _gather(texts: list[str], file: Path | None, token_ids: list[str]) -> "list[Prompt]":
