@@ -103,4 +103,8 @@ def test_other_numbers_of_experts_per_token(experiment, pools):
     assert results.assumptions[0].value == "1 of 8"
     assert results.assumptions[0].why == "asked for; the checkpoint's own is 3"
     loads = results.deployments[0].num_tokens_per_expert
-    assert [sum(layer) for layer in loads] == [2 * 5 * (12 + 3), 0, *[2 * 5 * (12 + 3)] * 2]
+    assert [sum(layer) for layer in loads] == [
+        5 * (12 + 3),
+        0,
+        *[5 * (12 + 3)] * 2,
+    ]  # of one repetition

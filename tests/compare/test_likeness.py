@@ -84,7 +84,7 @@ def test_a_comparison_prints_it_where_its_model_is_a_small_copy_of_the_papers():
             for each in experiment.deployments + experiment.scaling
         }
         found = measured_assumptions(experiment, example_results.machine(), limits)
-        return [each.value for each in found if each.name == "expert FLOPs a byte"]
+        return [each.value for each in found if each.name == "expert FLOPs per byte"]
 
     small = shipped("paper-small")
     (value,) = rows(small)

@@ -238,7 +238,7 @@ def test_a_projected_trace_has_the_rows_of_a_measured_one():
     _, steps = project("dp=2,ep=2", Options(overlap=True), flags={"record_events": True})
     events = json.loads(to_json(list(step_records(steps))))["traceEvents"]
     rows = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    assert rows == {"compute", "network", "copy"}
+    assert rows == {"compute", "network", "copy", "descheduled"}
     for rank in range(2):
         for row in range(2):
             of_row = [

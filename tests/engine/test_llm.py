@@ -200,7 +200,7 @@ class TestMistakes:
         with pytest.raises(UserError) as caught:
             stub_llm.generate(PROMPTS, [GREEDY, GREEDY])
         assert str(caught.value) == (
-            "3 prompts but 2 sampling parameters; give one for all, or one a prompt"
+            "3 prompts but 2 sampling parameters; give one for all, or one per prompt"
         )
         assert not stub_llm.engine.has_unfinished
 
