@@ -1,6 +1,7 @@
 """Plots as inline SVG, and timelines."""
 
 import re
+import resource
 from xml.etree import ElementTree
 
 import pytest
@@ -122,3 +123,9 @@ def test_ticks_are_round(until_ms, labels):
     assert sum(each.is_fine for each in found) >= 3 * (len(labels) - 1)
     for each in found:
         assert each.at * until_ms == pytest.approx(float(each.label))
+
+
+def test_nothing_is_drawn_where_it_would_abort_the_process(monkeypatch):
+    limits = (40 << 30, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
+    assert "ulimit -v allows less" in svg(bars("a"), "chart-1", 560)

@@ -1,6 +1,7 @@
 """A plot as inline SVG, whose colours are variables of the page's style sheet."""
 
 import re
+import resource
 from collections.abc import Iterable
 from html import escape
 from typing import Any
@@ -13,6 +14,8 @@ from expertlane.spec.printable import printable
 
 WIDE_PX, NARROW_PX, SMALL_PX = 560, 330, 220  # the page shows the one that fits
 _FONT_PX, _NARROW_FONT_PX = 12, 11
+_ADDRESS_SPACE = 96 << 30  # 40 GiB were too little, 80 enough
+_NOT_DRAWN = "Not drawn: this needs 96 GiB of address space, and ulimit -v allows less."
 _MOST_NAMED = 160  # marks with a title of their own; of more they would be half of the page
 _TIP = "tip"
 _RECT = "rect mark"
@@ -46,12 +49,20 @@ def svg(spec: Spec, name: str, width_px: int) -> Markup:
     Args:
         name: begins every id in it.
     """
+    if not _can_draw():
+        return Markup("<p>{}</p>").format(_NOT_DRAWN)
     import vl_convert  # a large library that nothing else needs
 
     shown = _shown(_described(spec))
     shown |= {"width": width_px, "autosize": {"type": "fit-x", "contains": "padding"}}
     drawn = vl_convert.vegalite_to_svg(shown, config=_config(width_px), allowed_base_urls=[])
     return _Writer(fromstring(drawn), name).whole()
+
+
+def _can_draw() -> bool:
+    """V8, in which Vega-Lite runs, aborts the process where it can't reserve address space."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return limit == resource.RLIM_INFINITY or limit >= _ADDRESS_SPACE
 
 
 def _config(width_px: int) -> Spec:
