@@ -73,7 +73,7 @@ def diff(
 
     \b
     Exit code
-      1   a trustworthy change for the worse, beyond --threshold and beyond its noise;
+      1   a trustworthy change for the worse, beyond --threshold and its noise;
           with --strict also one of a busy machine or of unknown noise
       2   the two cannot be compared
       0   else

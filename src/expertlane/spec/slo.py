@@ -61,7 +61,7 @@ def _parse(text: str) -> SLO:
     if not statistic and metric in get_args(LatencyMetric):
         first, *others = (f".{each}" for each in get_args(Statistic))
         raise UserError(
-            f"--slo is {shown(text)}: of which statistic? Write "
+            f"--slo is {shown(text)}: of which statistic? write "
             f"{metric}{first}={limit.strip()}, or {', '.join(others)}"
         )
     for what, word, valid in (
