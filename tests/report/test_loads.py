@@ -127,7 +127,7 @@ def test_the_best_load_is_named_with_its_latency():
     near = [replace(each, value=each.value * 0.5) for each in none[2].slos if each.value]
     none[2] = replace(none[2], slos=tuple(near))
     found = words(replace(SWEPT, deployments=(replace(record, serving=tuple(none)),)))
-    assert "No load meets the SLOs; batch 4 is nearest to them (ITL p99" in found
+    assert "No load meets the SLOs; batch 4 is nearest to them (TPOT mean" in found
     met = tuple(replace(each, value=Estimate(1e-3)) for each in record.serving[5].slos)
     serving = (*record.serving[:5], replace(record.serving[5], slos=met), *record.serving[6:])
     found = words(replace(SWEPT, deployments=(replace(record, serving=serving),)))
