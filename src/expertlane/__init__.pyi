@@ -117,11 +117,8 @@ def plan(
     *,
     cluster: Text = 'h100x16',
     batch: Text | None = None,
-    rate: Text | None = None,
-    num_requests: int | None = None,
     prompt_len: Text | None = None,
     output_len: Text | None = None,
-    requests: str | Path | None = None,
     seed: int = 0,
     slo: Text | Sequence[Text] | None = None,
     price: float | None = None,
@@ -146,12 +143,8 @@ def plan(
         cluster: The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML
             file of expertlane calibrate).
         batch: Closed loop: concurrency N.
-        rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
-        num_requests: Requests per batch size or rate; of --requests, the first N.
         prompt_len: Tokens per prompt.
         output_len: Tokens per output.
-        requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
-            or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
         seed: Seed of all random draws; reproducible for equal seeds.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.mean=500ms,tpot.mean=20ms. Deployments that miss one are left out. Means alone;

@@ -74,12 +74,14 @@ def diff(
     second: Schema | str | Path,
     *,
     threshold: float = THRESHOLD_PERCENT,
+    strict: bool = False,
 ) -> Difference:
     """What changed from one result to another: deployment by deployment, load by load.
 
     Args:
         first, second: results, a results.json, or the folder it is in.
         threshold: in percent: by how much a metric may get worse before it is a regression.
+        strict: whether changes of a busy machine or of unknown noise count as regressions too.
 
     Raises:
         UserError: they are of different commands, have nothing in common, or cannot be read.
@@ -92,5 +94,5 @@ def diff(
         for letter, each in zip("AB", given, strict=True)
     ]
     with making_sense(f"the difference from {names[0]} to {names[1]}"):
-        found = difference(results[0], results[1], (names[0], names[1]), share)
+        found = difference(results[0], results[1], (names[0], names[1]), share, strict)
     return Difference.of(found)

@@ -1,6 +1,7 @@
 """`expertlane diff` and `--export`: what is printed and written, exit codes, refusals."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -42,7 +43,7 @@ def pair(tmp_path):
 def test_the_answer_fits_one_screen_and_the_exit_code_tells(run, pair, make, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     paths = pair(make(), slower(make(), 0.5))
-    code, out, err = run("diff", *paths)
+    code, out, err = run("diff", *paths, "--strict")
     assert (code, err) == (1, "")
     lines = out.splitlines()
     assert len(lines) <= 40
@@ -50,11 +51,12 @@ def test_the_answer_fits_one_screen_and_the_exit_code_tells(run, pair, make, mon
     assert not any(line.endswith(" ") for line in lines)
     assert "beyond 5%" in out
     assert "Slower in B" in out
-    assert run("diff", *paths, "--threshold", "60")[0] == 0
-    assert run("diff", *reversed(paths))[0] == 0  # faster
+    assert run("diff", *paths, "--strict", "--threshold", "60")[0] == 0
+    assert run("diff", *reversed(paths), "--strict")[0] == 0  # faster
     code, out, _ = run("diff", paths[0], paths[0])
     assert code == 0
-    assert "No regression beyond 5%" in out
+    assert re.search(r"No regression: \d+ metrics, all identical\.", out)
+    assert "Noise unknown" not in out
 
 
 def test_many_long_names_fit_too(run, pair):
@@ -67,7 +69,7 @@ def test_many_long_names_fit_too(run, pair):
     first = replace(first, deployments=tuple(many))
     second = replace(slower(first, 0.5), deployments=slower(first, 0.5).deployments[3:])
     mixed = replace(second, deployments=slower(first, 2).deployments[3:9] + second.deployments[6:])
-    code, out, _ = run("diff", *pair(first, mixed))
+    code, out, _ = run("diff", *pair(first, mixed), "--strict")
     assert code == 1
     assert len(out.splitlines()) <= 40
     assert max(map(len, out.splitlines())) <= 80
@@ -77,17 +79,17 @@ def test_many_long_names_fit_too(run, pair):
 
 def test_other_forms(run, pair, tmp_path):
     paths = pair(example_pages.serving(), slower(example_pages.serving(), 0.5))
-    code, out, _ = run("diff", *paths, "--quiet")
+    code, out, _ = run("diff", *paths, "--strict", "--quiet")
     assert (code, len(out.splitlines())) == (1, 1)
-    code, out, _ = run("diff", *paths, "--json")
+    code, out, _ = run("diff", *paths, "--strict", "--json")
     found = json.loads(out)
     assert (code, found["num_regressions"], found["names"]) == (1, 3, list(paths))
-    assert {change["verdict"] for change in found["changes"]} == {"slower", "not significant"}
-    code, out, _ = run("diff", *paths, "--full")
+    assert {change["verdict"] for change in found["changes"]} == {"slower", "identical"}
+    code, out, _ = run("diff", *paths, "--strict", "--full")
     assert code == 1
     assert "verdict" in out
     there = tmp_path / "there"
-    code, _, err = run("diff", *paths, "--out", str(there), "--export", "csv")
+    code, _, err = run("diff", *paths, "--strict", "--out", str(there), "--export", "csv")
     assert code == 1
     assert sorted(each.name for each in there.iterdir()) == ["diff.csv", "diff.json", "diff.md"]
     assert err == f"written: {there}/diff.json, {there}/diff.md, {there}/diff.csv\n"
@@ -122,7 +124,7 @@ def test_a_name_is_escaped(run, pair):
     results = example_pages.serving()
     record = replace(results.deployments[0], name="\x1b[31m=red\n")
     results = replace(results, deployments=(record,))
-    code, out, _ = run("diff", *pair(results, slower(results, 0.5)))
+    code, out, _ = run("diff", *pair(results, slower(results, 0.5)), "--strict")
     assert code == 1
     assert "\x1b" not in out
 
@@ -157,9 +159,37 @@ def test_a_missing_library_is_said_before_anything_runs(run, tmp_path, monkeypat
     assert [each.name for each in tmp_path.iterdir()] == ["kept"]
 
 
-def test_a_busy_machine_is_told(run, pair):
+def test_a_busy_machine_or_unknown_noise_is_no_regression_unless_strict(run, pair):
     results = example_pages.serving()
-    busy = replace(results, foreign_cpu_share=0.5)
-    _, out, _ = run("diff", *pair(results, busy))
-    assert "Other processes used 0% of the cores in A, 50% in B" in " ".join(out.split())
-    assert "Other processes" not in run("diff", *pair(results, results))[1]
+    worse = slower(results, 0.5)
+    busy = replace(worse, foreign_cpu_share=0.5)
+    for second, why in ((worse, "noise unknown"), (busy, "busy machine")):
+        paths = pair(results, second)
+        code, out, _ = run("diff", *paths)
+        said = " ".join(out.split())
+        assert code == 0
+        assert f"No regression beyond 5%; 3 beyond it are not trustworthy ({why})." in said
+        assert "not counted without --strict" in said
+        code, out, _ = run("diff", *paths, "--strict")
+        assert code == 1
+        assert "3 regressions beyond 5%" in out
+    assert "other processes used 0% of the cores in A, 50% in B" in said
+    assert "Busy machine" not in run("diff", *pair(results, results))[1]
+
+
+def test_what_changed_is_named_with_its_load(run, pair):
+    results = example_pages.serving()
+    out = " ".join(run("diff", *pair(results, slower(results, 0.5)))[1].split())
+    (record,) = results.deployments
+    assert f"Identical: {record.name} batch 1 (TTFT ms, TPOT ms)" in out
+
+
+def test_loads_that_differ_are_named(run, pair):
+    first = example_pages.serving()
+    (record,) = first.deployments
+    loads = [replace(each, batch=each.batch + 100) for each in record.serving]
+    second = replace(first, deployments=(replace(record, serving=tuple(loads)),))
+    code, _, err = run("diff", *pair(first, second))
+    assert code == 2
+    assert "at batch 1" in err
+    assert "at batch 101" in err

@@ -146,3 +146,18 @@ def test_a_shell_completes_commands_options_and_values():
     assert "h100x16" in completed("expertlane plan paper --cluster h100")
     of = "expertlane simulate paper --cluster h100x2 --layout dp="
     assert completed(of) == ["dp=2", "dp=2,ep=2"]
+
+
+def test_every_command_has_the_options_of_output():
+    wanted = {"--full", "--quiet", "--json"}
+    for path, command in ALL.items():
+        if not hasattr(command, "commands"):
+            has = {name for each in command.params for name in each.opts} & wanted
+            assert has == (wanted if path != ("generate",) else {"--json"}), path
+
+
+def test_completion_is_of_the_command_however_it_is_run():
+    command = [sys.executable, "-m", "expertlane", "--show-completion", "bash"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "_EXPERTLANE_COMPLETE=complete_bash" in shown
+    assert "PYTHON" not in shown

@@ -64,3 +64,9 @@ def test_mistakes_are_one_line(run, arguments, words):
     assert (code, out) == (2, "")
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_alone_it_prints_its_help(run):
+    code, out, err = run("list")
+    assert (code, err) == (0, "")
+    assert (code, out, err) == run("list", "--help")

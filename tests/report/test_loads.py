@@ -121,6 +121,13 @@ def test_the_best_load_is_named_with_its_latency():
         SWEPT
     )
     record = SWEPT.deployments[0]
+    none = [
+        replace(each, goodput=Estimate(0.0), good_share=Estimate(0.0)) for each in record.serving
+    ]
+    near = [replace(each, value=each.value * 0.5) for each in none[2].slos if each.value]
+    none[2] = replace(none[2], slos=tuple(near))
+    found = words(replace(SWEPT, deployments=(replace(record, serving=tuple(none)),)))
+    assert "No load meets the SLOs; batch 4 is nearest to them (TPOT mean" in found
     met = tuple(replace(each, value=Estimate(1e-3)) for each in record.serving[5].slos)
     serving = (*record.serving[:5], replace(record.serving[5], slos=met), *record.serving[6:])
     found = words(replace(SWEPT, deployments=(replace(record, serving=serving),)))

@@ -1,15 +1,20 @@
 import io
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 
 import pytest
-from rich.box import Box
 from rich.cells import cell_len
 from rich.console import Console
 
+import example_pages
 import example_results as example
 import example_serving
 from expertlane.report import markdown, terminal
-from expertlane.report.document import Figure, Report, Section, Table
+from expertlane.report.document import Figure, Heading, Report, Section, Table
+from expertlane.report.folding import folded, folded_figure, folded_table
 from expertlane.report.sections import report_of
 from expertlane.report.setup import same_tokens, setup
 from expertlane.results.record import RebalanceRecord
@@ -17,9 +22,6 @@ from expertlane.results.results import Results
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from report.shown import in_terminal, section, tables, with_traffic
-
-# The report's own box, with borders that can be seen; the line below the headings has none.
-_WITH_BORDERS = Box("    \n  │ \n ── \n  │ \n    \n    \n  │ \n    \n")
 
 
 def many() -> Results:
@@ -78,27 +80,56 @@ def rebalanced() -> Results:
     return replace(given, deployments=(*others, replace(last, rebalances=(taken, late))))
 
 
-def columns_as_drawn(table: Table, width: int) -> list[str]:
-    """Of each column its heading and cells one after another, without any space."""
-    drawn = terminal._table(table)
-    drawn.box = _WITH_BORDERS
-    stream = io.StringIO()
-    Console(file=stream, width=width - 1).print(drawn)  # the report is one column to the right
-    lines = [line.split("│") for line in stream.getvalue().splitlines() if "│" in line]
-    return ["".join("".join(column).split()) for column in zip(*lines, strict=True)]
+def pieces(texts: Iterable[str]) -> Counter[str]:
+    """Words, and the parts of those that may be folded."""
+    return Counter(part for text in texts for word in text.split() for part in parts(word))
 
 
-@pytest.mark.parametrize("width", [80, 100])
+def parts(word: str) -> list[str]:
+    """What a word may be folded into, after its commas and hyphens."""
+    return [each for each in re.findall(r"[^,-]*[,-]*", word) if each]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
 @pytest.mark.parametrize("make", [example.usual, many, alone, rebalanced])
-def test_no_heading_and_no_cell_vanishes(make, width: int) -> None:
+def test_no_heading_and_no_cell_vanishes_and_no_word_is_broken(make, width: int) -> None:
     for part in report_of(make().with_traffic()).of_place("top", "tables"):
         for table in tables(part):
             headings = (column.heading for column in table.columns)
-            expected = [
-                "".join("".join(column).split())
-                for column in zip(headings, *table.rows, strict=True)
-            ]
-            assert columns_as_drawn(table, width) == expected
+            cells = (cell for row in table.rows for cell in row)
+            assert pieces(chain(*folded_table(table, width))) == pieces(chain(headings, cells))
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
+def test_no_word_of_an_answer_or_of_all_tables_is_broken(make, columns: int) -> None:
+    report = report_of(make())
+    answer = report.answer
+    wide, narrow = io.StringIO(), io.StringIO()
+    for stream, width in ((wide, 1_000), (narrow, columns)):
+        console = Console(file=stream, width=width)
+        terminal.draw_answer(answer, console)
+        terminal.show(replace(report, title=""), console)
+    drawn = [
+        pieces(line for line in each.getvalue().splitlines() if line.strip(" ─═"))
+        for each in (wide, narrow)
+    ]
+    for each in drawn:
+        for word in [word for word in each if set(word) <= {"─", "═"}]:
+            del each[word]
+    assert drawn[0] == drawn[1]
+
+
+def test_folding() -> None:
+    assert folded("a deployment rotating", 12) == ["a deployment", "rotating"]
+    assert folded("--max-num-batched-tokens 1", 12) == ["--max-num-", "batched-", "tokens 1"]
+    assert folded("dp=16,ep=16 1,024", 8) == ["dp=16,", "ep=16", "1,024"]
+    assert folded("unbreakable", 4) == ["unbreakable"]
+    line = "  bubble −57   dispatch +22   waiting +10"
+    assert folded_figure(line, 32) == ["  bubble −57   dispatch +22", "  waiting +10"]
+    names = Table("", (Heading("deployment", False), Heading("n")), (("rotating, overlap", "1"),))
+    assert folded_table(names, 15) == (["deployment    n"], ["rotating,     1", "overlap"])
+    assert folded_table(names, 4) == (["deployment n"], ["rotating,  1", "overlap"])  # wider
 
 
 def test_both_renderers_hold_every_part() -> None:

@@ -17,8 +17,10 @@ from expertlane.results.estimate import Estimate
 from expertlane.results.results import Results
 
 
-def diff(first: Results, second: Results, threshold: float = 0.05) -> Difference:
-    return difference(first, second, ("A", "B"), threshold)
+def diff(
+    first: Results, second: Results, threshold: float = 0.05, strict: bool = False
+) -> Difference:
+    return difference(first, second, ("A", "B"), threshold, strict)
 
 
 def measured(*step_s: float, runs: float | None = None, num_runs: int = 3) -> Results:
@@ -68,12 +70,28 @@ def test_a_deployment_that_got_slower_beyond_its_noise_is_a_regression():
 
 def test_a_change_within_the_noise_is_not_significant():
     noisy = diff(measured(0.4, 0.1, runs=0.15), measured(0.4, 0.125, runs=0.15))
-    assert {each.verdict for each in noisy.changes} == {"not significant"}
+    assert {each.verdict for each in noisy.changes} == {"not significant", "identical"}
     assert not noisy.regressions
     small = diff(measured(0.4, 0.1, runs=0.001), measured(0.4, 0.103, runs=0.001))
     assert len(small.with_verdict("slower")) == 2  # beyond the noise, within the threshold
     assert not small.regressions
-    assert diff(measured(0.4, 0.1), measured(0.4, 0.103), threshold=0.02).regressions
+    repeated = measured(0.4, 0.1, runs=0.001), measured(0.4, 0.103, runs=0.001)
+    assert diff(*repeated, threshold=0.02).regressions
+
+
+def test_what_is_not_trustworthy_counts_if_strict_alone():
+    unknown = measured(0.4, 0.1), measured(0.4, 0.2)
+    known = [measured(0.4, each, runs=0.001) for each in (0.1, 0.2)]
+    busy = known[0], replace(known[1], foreign_cpu_share=0.05)
+    almost = known[0], replace(known[1], foreign_cpu_share=0.049)
+    for first, second in (unknown, busy):
+        found, strict = diff(first, second), diff(first, second, strict=True)
+        assert not found.regressions
+        assert len(found.untrusted) == len(strict.regressions) == 2
+        assert not strict.untrusted
+    assert len(diff(*almost).regressions) == 2
+    busy_now = replace(served(Estimate(50.0)), foreign_cpu_share=0.5)
+    assert diff(served(Estimate(100.0)), busy_now).regressions  # projections do not depend on it
 
 
 def test_without_repetitions_there_is_no_interval():
@@ -141,14 +159,14 @@ def test_more_latency_is_slower():
     (change,) = diff(results, second).with_verdict("slower")
     assert (change.where, change.metric) == ("batch 1", "TPOT ms")
     assert change.gain == pytest.approx(-0.5)
-    assert diff(results, second).regressions == (change,)
+    assert diff(results, second, strict=True).regressions == (change,)
 
 
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 def test_results_of_every_kind_do_not_differ_from_themselves(make):
     found = diff(make(), make())
     assert found.changes
-    assert {each.verdict for each in found.changes + found.others} == {"not significant"}
+    assert {each.verdict for each in found.changes + found.others} == {"identical"}
     assert not found.settings
 
 
@@ -157,7 +175,7 @@ def test_two_plans_are_compared_by_their_choice_first():
     second = replace(PLAN, deployments=(replace(best, name="another"), *others))
     found = diff(PLAN, second)
     assert found.changes[0].deployment == f"{best.name} → another"
-    assert found.changes[0].verdict == "not significant"
+    assert found.changes[0].verdict == "identical"
     assert {each.deployment for each in found.with_verdict("only in A")} == {best.name}
 
 

@@ -24,7 +24,7 @@ def test_spellings():
 MISTAKES = {
     "ttlt.p95=1s": "no latency is called 'ttlt'; valid: ttft, tpot, itl, e2e",
     "ttft.p42=1s": "no statistic is called 'p42'; valid: mean, median, p90, p95, p99",
-    "ttft=1s": "no statistic is called ''",
+    "ttft=1s": "write ttft.mean=1s, or .median, .p90, .p95, .p99",
     "": "no latency is called ''",
     "ttft.p95": "the limit must be a number above 0, at most 1,000,000,000, with its unit, ms or s",
     "ttft.p95=500": "with its unit, ms or s",

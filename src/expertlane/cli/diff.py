@@ -35,6 +35,12 @@ class _Options:
         help="By how much a metric may get worse; beyond, and beyond its noise, the exit code is "
         "1.",
     )
+    strict: bool = typer.Option(
+        False,
+        "--strict",
+        rich_help_panel=Panel.OUTPUT,
+        help="Also count changes of a busy machine or of unknown noise.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +68,13 @@ def diff(
     B over A contains 1. Measured intervals are independent; projections on the same devices share
     their terms, whose errors cancel. Where the clocks differ, those that both have are compared.
 
+    A measured change is trustworthy if other processes used less than 5 % of the cores, and if
+    repetitions tell its noise. For CI: a quiet machine, and the repetitions of expertlane compare.
+
     \b
     Exit code
-      1   a regression beyond --threshold, and beyond its noise where that is known
+      1   a trustworthy change for the worse, beyond --threshold and its noise;
+          with --strict also one of a busy machine or of unknown noise
       2   the two cannot be compared
       0   else
 
@@ -88,9 +98,12 @@ def diff(
     created = datetime.now(UTC).isoformat(timespec="seconds")
     results = read(first), read(second)
     with output.making_sense(f"the difference from {first} to {second}"):
-        found = difference(*results, names, own.threshold / 100)
+        found = difference(*results, names, own.threshold / 100, own.strict)
         report = report_of_difference(found, output.command_line(), created)
-        plain = asdict(found) | {"num_regressions": len(found.regressions)}
+        plain = asdict(found) | {
+            "num_regressions": len(found.regressions),
+            "num_not_trustworthy": len(found.untrusted),
+        }
         as_json = strict_json(plain, indent=2, ensure_ascii=False) + "\n"
     output.print_report(report, output_options, None, lambda: as_json)
     if folder is not None:

@@ -35,6 +35,12 @@ _MOST_ROWS = 24  # of an answer
 app = typer.Typer(cls=Group, rich_markup_mode=None, help="List what a command can be given.")
 
 
+@app.callback(invoke_without_command=True)
+def _list(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
 def _command(function: Any) -> Any:
     return app.command(cls=Command, short_help=function.__doc__.partition("\n")[0])(function)
 

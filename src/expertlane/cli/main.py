@@ -51,7 +51,7 @@ def _run() -> int:
     try:
         _set_signal_handlers(_raise)
         try:
-            code = app(standalone_mode=False) or 0
+            code = app(standalone_mode=False, prog_name="expertlane") or 0
         finally:
             _set_signal_handlers(_exit_at_once)  # all ranks have ended
     except ExpertlaneError as error:

@@ -142,21 +142,31 @@ class PythonOption:
 
 @dataclass(frozen=True)
 class PythonOptions:
-    """All options of a command, and how its function is called."""
+    """All options of a command, and how its function is called.
+
+    Attributes:
+        hidden: what the command refuses with a better message than "no such option"; its default
+            is what the command gets.
+    """
 
     name: str
     intro: str
     options: tuple[PythonOption, ...]
+    hidden: tuple[PythonOption, ...]
 
     @classmethod
     def of(cls, command: Callable[..., None], run: Callable[..., Any]) -> "PythonOptions":
         """Of a command, those that its `run` takes, and `out`."""
         declared = inspect.signature(command).parameters
-        taken = [PythonOption.of(declared[each.name]) for each in parameters_of(run)]
-        ordered = sorted(taken, key=lambda option: not option.is_argument)
+        shown_options, hidden = list[PythonOption](), list[PythonOption]()
+        for each in parameters_of(run):
+            info, *_ = _info_of(declared[each.name])
+            kept = hidden if getattr(info, "hidden", False) else shown_options
+            kept.append(PythonOption.of(declared[each.name]))
+        ordered = sorted(shown_options, key=lambda option: not option.is_argument)
         out = PythonOption("out", Path, False, True, None, _OUT_HELP, False)
         intro = inspect.cleandoc(command.__doc__ or "").partition("\b")[0].strip()
-        return cls(command.__name__, intro, (*ordered, out))
+        return cls(command.__name__, intro, (*ordered, out), tuple(hidden))
 
     @property
     def signature(self) -> inspect.Signature:
@@ -183,7 +193,8 @@ class PythonOptions:
         """
         bound = self.signature.bind(*arguments, **given)
         bound.apply_defaults()
-        return {each.name: each.take(bound.arguments[each.name]) for each in self.options}
+        taken = {each.name: each.take(bound.arguments[each.name]) for each in self.options}
+        return taken | {each.name: each.default for each in self.hidden}
 
     def command(self, values: Mapping[str, Any]) -> str:
         """The call as a user repeats it: what is not the default."""

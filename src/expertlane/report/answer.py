@@ -1,7 +1,6 @@
 """The answer of a comparison: what fits on one screen of 80 columns."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,7 +16,6 @@ from expertlane.spec.names import Cause, Phase, ProjectedCause
 
 _MOST_LINES, _FEWER_LINES = 16, 10  # of a table; of one that has another below it
 _LETTERS = 22  # of a name, for which there is room on a line
-_WIDTH = 78
 _THOUSANDS = 10_000
 _LEAST_MS = 0.005  # smaller ones would be written as 0.00
 _MOST_CAUSES = 6
@@ -208,12 +206,4 @@ def _why(comparison: Comparison, judged: Verdict) -> Figure | str:
     if not told:
         return f"{title}; no cause differs by more than its noise."
     words = (f"{short(cause)} {signed(ms.value)}" for cause, ms in told[:_MOST_CAUSES])
-    joined = "   ".join(each.replace(" ", "\u00a0") for each in words)
-    lines = textwrap.wrap(joined, _WIDTH, break_on_hyphens=False)
-    return Figure(
-        "",
-        (
-            *textwrap.wrap(title, _WIDTH),
-            *(f"  {line}".replace("\u00a0", " ") for line in lines),
-        ),
-    )
+    return Figure("", (title, "  " + "   ".join(words)))

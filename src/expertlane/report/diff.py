@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
 from math import ceil
+from operator import attrgetter
 
 from expertlane.report.document import Answer, Column, Report, Section, Table, number, text
 from expertlane.report.numbers import counted, figures, percent, with_bounds
-from expertlane.report.setup import FOREIGN_LOAD
 from expertlane.results.diff import Change, Difference, Verdict
 from expertlane.results.estimate import Estimate
 
@@ -18,6 +18,7 @@ _WORDS: dict[Verdict, str] = {
     "slower": "Slower in B",
     "faster": "Faster in B",
     "not significant": "Not significant",
+    "identical": "Identical",
     "only in A": "Only in A",
     "only in B": "Only in B",
 }
@@ -45,15 +46,23 @@ def headline(found: Difference) -> str:
     regressions, beyond = found.regressions, f"{100 * found.threshold:g}%"
     counts = [(len(found.with_verdict(verdict)), verdict) for verdict in _WORDS]
     changed = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
+    of_all = f"Of {counted(len(found.changes), 'metric')}, {changed}."
+    if len(found.with_verdict("identical")) == len(found.changes):
+        return f"No regression: {counted(len(found.changes), 'metric')}, all identical."
     if not regressions:
-        return f"No regression beyond {beyond}: of {len(found.changes)} metrics: {changed}."
+        doubt = ""
+        if found.untrusted:
+            why = "busy machine" if found.is_busy else "noise unknown"
+            is_or_are = "is" if len(found.untrusted) == 1 else "are"
+            doubt = f"; {len(found.untrusted)} beyond it {is_or_are} not trustworthy ({why})"
+        return f"No regression beyond {beyond}{doubt}. {of_all}"
     worst = regressions[0]
     interval = _interval(worst.ratio)
     return (
         f"{counted(len(regressions), 'regression')} beyond {beyond}, the largest {worst.metric} "
         f"of {worst.deployment} ({worst.where}): {_change(worst)}"
         + (f" ({interval})" if interval else "")
-        + f". Of {len(found.changes)} metrics: {changed}."
+        + f". {of_all}"
     )
 
 
@@ -69,10 +78,21 @@ def _tables(found: Difference) -> Iterator[Table | str]:
             of = f", the {len(shown)} most changed of {len(ordered)}"
             yield _table(shown, words if len(shown) == len(ordered) else words + of)
         else:
-            names = list(dict.fromkeys(change.deployment for change in changes))
+            names = _named(found, changes)
             more = len(names) - _MOST_NAMES
             listed = "; ".join(names[:_MOST_NAMES]) + (f"; and {more} more" if more > 0 else "")
             yield f"{words}: {listed}"
+
+
+def _named(found: Difference, changes: Sequence[Change]) -> list[str]:
+    """Deployments with phase or load; with metrics, where others of these changed differently."""
+    names = []
+    key = attrgetter("deployment", "where")
+    for place, of_place in groupby(changes, key):
+        metrics = [change.metric for change in of_place]
+        is_all = len(metrics) == sum(key(each) == place for each in found.changes)
+        names.append(" ".join(place) + ("" if is_all else f" ({', '.join(metrics)})"))
+    return names
 
 
 def _that_fit(changes: Sequence[Change]) -> Sequence[Change]:
@@ -127,18 +147,25 @@ def _notes(found: Difference) -> tuple[str, ...]:
         more = len(found.settings) - len(shown)
         rest = f", and {more} more" if more else ""
         notes.append(f"Not the same in A and B: {', '.join(shown)}{rest}")
-    unknown = [each for each in found.changes if not each.is_noise_known]
+    unknown = [
+        each for each in found.changes if not each.is_noise_known and each.verdict != "identical"
+    ]
     if unknown:
         notes.append(
-            f"Noise unknown for {counted(len(unknown), 'metric')}: too few repetitions in A or B."
+            f"Noise unknown for {counted(len(unknown), 'metric')}, too few repetitions in A or B: "
+            + _counting(found)
         )
     busy = [percent(each) for each in found.foreign_cpu_shares]
-    if max(found.foreign_cpu_shares) >= FOREIGN_LOAD:
+    if found.is_busy and len(found.with_verdict("identical")) < len(found.changes):
         notes.append(
-            f"Other processes used {busy[0]} of the cores in A, {busy[1]} in B: intervals are of "
-            "repetitions in one run, and runs may differ by more."
+            f"Busy machine, other processes used {busy[0]} of the cores in A, {busy[1]} in B: "
+            + _counting(found)
         )
     return tuple(notes)
+
+
+def _counting(found: Difference) -> str:
+    return "counted all the same (--strict)." if found.strict else "not counted without --strict."
 
 
 def _settings(found: Difference) -> Table:

@@ -137,7 +137,9 @@ def headline(results: Results) -> str:
         misses = "" if serving.keeps_slos else "Misses the SLOs: "
         return f"{misses}{tps} output tokens/s at {where}{medians} (medians)."
     if not serving.keeps_slos:
-        lead = f"No load meets the SLOs; {where} has the highest goodput"
+        is_any_good = serving.goodput is not None and serving.goodput.value > 0
+        how = "has the highest goodput" if is_any_good else f"is nearest to them ({_worst(best)})"
+        lead = f"No load meets the SLOs; {where} {how}"
     else:
         within = " within the SLOs" if serving.slos else ""
         lead = f"{where} has the highest throughput{within}"
@@ -162,6 +164,11 @@ def objectives(served: Served) -> Iterator[Note]:
         f"{figures(serving.goodput)} requests/s: {percent(serving.good_share.value)} of "
         "requests meet all limits",
     )
+
+
+def _worst(served: Served) -> str:
+    worst = max(served.serving.slos, key=lambda each: each.excess)
+    return _told(worst).removesuffix(", MISSED")
 
 
 def _told(result: SLOResult) -> str:

@@ -3,11 +3,13 @@
 import io
 import re
 from html import escape
+from itertools import chain
 
 from rich.console import Console
 
 from expertlane.report import terminal
 from expertlane.report.document import Answer, Figure, Table, Words
+from expertlane.report.folding import folded_figure
 
 _WIDTH = 80
 
@@ -45,7 +47,8 @@ def _part(part: Words) -> str:
         case str():
             return f"<p>{escape(part)}</p>"
         case Figure():
-            return f"<p>{escape(part.title)}</p><pre>{escape(chr(10).join(part.lines))}</pre>"
+            lines = chain.from_iterable(folded_figure(line, _WIDTH) for line in part.lines)
+            return f"<p>{escape(part.title)}</p><pre>{escape(chr(10).join(lines))}</pre>"
     return _table(part)
 
 

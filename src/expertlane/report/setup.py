@@ -6,9 +6,7 @@ from typing import Any
 from expertlane.report.document import Column, Section, Table, text
 from expertlane.report.numbers import NONE, bytes_si, counted, figures, percent, rate_si
 from expertlane.results.record import EXPERIMENT, DeploymentRecord, Source
-from expertlane.results.results import Assumption, Machine, Results
-
-FOREIGN_LOAD = 0.05  # of the cores; less is noise
+from expertlane.results.results import FOREIGN_LOAD, Assumption, Machine, Results
 
 
 def cautions(results: Results) -> Iterator[str]:

@@ -1,19 +1,17 @@
 """A report as tables in a terminal."""
 
-import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
-from rich import box
+from rich.cells import cell_len
 from rich.console import Console
-from rich.padding import Padding
 from rich.rule import Rule
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from expertlane.report.document import Answer, Figure, Report, Table, Words
+from expertlane.report.folding import folded, folded_figure, folded_table
 
-# Headings of number columns are broken to this width, so that words have the room.
-_NUM_HEADING_COLUMNS = 8
+_INDENT = " "  # of what stands under a heading
 
 
 def show_answer(report: Report, console: Console, page: Path | None) -> None:
@@ -24,69 +22,55 @@ def show_answer(report: Report, console: Console, page: Path | None) -> None:
     """
     draw_answer(report.answer, console)
     console.print()
-    console.print(Text(f"More: --full{'' if page is None else f', or {page}'}"), soft_wrap=True)
+    _print(console, [f"More: --full{'' if page is None else f', or {page}'}"])
 
 
 def draw_answer(answer: Answer, console: Console) -> None:
     """Print the answer alone."""
-    console.print(Text(answer.setting, style="dim"))
-    console.print(Text(answer.headline, style="bold"))
+    _print(console, folded(answer.setting, console.width), "dim")
+    _print(console, folded(answer.headline, console.width), "bold")
     for part in answer.parts:
         console.print()
         if not isinstance(part, str) and part.title:
-            console.print(Text(part.title))
-        console.print(_drawn(part, compact=True))
+            _print(console, folded(part.title, console.width))
+        _draw(part, console)
 
 
 def show(report: Report, console: Console) -> None:
     """Print all but the plots, no wider than the console."""
     console.print(Rule(Text(report.title, style="bold"), characters="═"))
+    width = console.width - len(_INDENT)
     for section in report.of_place("top", "tables"):
         console.print()
-        console.print(Text(section.heading, style="bold cyan"))
+        _print(console, folded(section.heading, console.width), "bold cyan")
         for position, part in enumerate(section.words):
-            if isinstance(part, str):
-                console.print(Padding(Text(part), (0, 0, 0, 1), expand=False))
-                continue
-            if position:
-                console.print()
-            if part.title:
-                console.print(Padding(Text(part.title, style="italic"), (0, 0, 0, 1), expand=False))
-            console.print(Padding(_drawn(part), (0, 0, 0, 1), expand=False))
+            if not isinstance(part, str):
+                if position:
+                    console.print()
+                if part.title:
+                    _print(console, folded(part.title, width), "italic", _INDENT)
+            _draw(part, console, _INDENT, has_rule=True)
 
 
-def _drawn(part: Words, compact: bool = False) -> Text | RichTable:
+def _draw(part: Words, console: Console, indent: str = "", has_rule: bool = False) -> None:
+    """Args: has_rule: whether a line is drawn under a table's headings."""
+    width = console.width - len(indent)
     match part:
         case str():
-            return Text(part)
+            _print(console, folded(part, width), indent=indent)
         case Figure():
-            return Text("\n".join(part.lines))
-    return _table(part, compact)
+            lines = (folded_figure(line, width) for line in part.lines)
+            _print(console, (line for each in lines for line in each), indent=indent)
+        case Table():
+            headings, rows = folded_table(part, width)
+            if any(column.heading for column in part.columns):
+                _print(console, headings, "bold", indent)
+                if has_rule:
+                    _print(console, ["─" * max(map(cell_len, headings + rows))], indent=indent)
+            _print(console, rows, indent=indent)
 
 
-def _table(table: Table, compact: bool = False) -> RichTable:
-    """Compact: no rule under the headings, more between columns."""
-    drawn = RichTable(
-        box=None if compact else box.SIMPLE_HEAD,
-        padding=(0, 2 if compact else 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-        show_header=any(column.heading for column in table.columns),
-        header_style="bold",
-    )
-    for position, column in enumerate(table.columns):
-        heading = column.heading
-        if column.is_number:
-            widest = max((len(row[position]) for row in table.rows), default=0)
-            width = max(widest, _NUM_HEADING_COLUMNS)
-            heading = textwrap.fill(heading, width, break_long_words=False)
-        drawn.add_column(
-            Text(heading),
-            justify="right" if column.is_number else "left",
-            no_wrap=column.is_number,
-            overflow="fold",
-            vertical="top",
-        )
-    for row in table.rows:
-        drawn.add_row(*map(Text, row))
-    return drawn
+def _print(console: Console, lines: Iterable[str], style: str = "", indent: str = "") -> None:
+    """Print lines as they are, whatever the console's width."""
+    for line in lines:
+        console.print(Text(indent) + Text(line, style=style), soft_wrap=True)

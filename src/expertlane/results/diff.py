@@ -15,14 +15,14 @@ from expertlane.results.record import (
     Source,
     StepsRecord,
 )
-from expertlane.results.results import Results
+from expertlane.results.results import FOREIGN_LOAD, Results
 from expertlane.results.serving_record import (
     ServingRecord,
 )
 from expertlane.results.statistics import LEAST_RUNS, median_interval
 from expertlane.results.table import Row, flat
 
-Verdict = Literal["faster", "slower", "not significant", "only in A", "only in B"]
+Verdict = Literal["faster", "slower", "not significant", "identical", "only in A", "only in B"]
 _AS_SCREENED = {FAMILY, PARETO}  # of plans: the same deployments once more, less exactly
 _LEADING: tuple[Source, ...] = ("virtual", "measured", "projected")
 _ORDERS = 20  # of all repetitions; two of them have those of A on one side of those of B
@@ -61,8 +61,8 @@ class Change:
             cell: value for name in _ROW for cell, value in flat(name, getattr(self, name)).items()
         }
 
-    def is_regression(self, threshold: float) -> bool:
-        """Whether it is slower by more than a share, and by more than the noise."""
+    def is_worse(self, threshold: float) -> bool:
+        """Whether it is slower by more than a share, and by more than the noise that is known."""
         return self.verdict == "slower" and self.gain is not None and self.gain < -threshold
 
 
@@ -80,6 +80,7 @@ class Difference:
         changes: of that source; `others` are those of the others.
         threshold: the share by which a metric may get worse.
         foreign_cpu_shares: of the cores, what other processes used while A and B ran.
+        strict: whether changes that are not trustworthy count as regressions too.
     """
 
     names: tuple[str, str]
@@ -90,12 +91,34 @@ class Difference:
     others: tuple[Change, ...]
     threshold: float
     foreign_cpu_shares: tuple[float, float]
+    strict: bool = False
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether other processes may have caused what changed; never of projections."""
+        return self.leading in RUN and max(self.foreign_cpu_shares) >= FOREIGN_LOAD
 
     @property
     def regressions(self) -> tuple[Change, ...]:
-        """What got worse beyond the threshold and the noise, the worst first."""
-        found = [each for each in self.changes if each.is_regression(self.threshold)]
-        return tuple(sorted(found, key=lambda change: change.gain or 0.0))
+        """What got worse beyond the threshold and its noise, and is trustworthy; worst first.
+
+        Trustworthy: on a quiet machine, with enough repetitions to know the noise. If `strict`,
+        the others count as well.
+        """
+        return tuple(each for each in self._worse if self.strict or self._is_trusted(each))
+
+    @property
+    def untrusted(self) -> tuple[Change, ...]:
+        """What got worse beyond the threshold and is no regression, as it is not trustworthy."""
+        return tuple(each for each in self._worse if not self.strict and not self._is_trusted(each))
+
+    @property
+    def _worse(self) -> list[Change]:
+        found = [each for each in self.changes if each.is_worse(self.threshold)]
+        return sorted(found, key=lambda change: change.gain or 0.0)
+
+    def _is_trusted(self, change: Change) -> bool:
+        return change.is_noise_known and not self.is_busy
 
     def with_verdict(self, *verdicts: Verdict) -> tuple[Change, ...]:
         """The changes with one of these verdicts."""
@@ -103,13 +126,14 @@ class Difference:
 
 
 def difference(
-    first: Results, second: Results, names: tuple[str, str], threshold: float
+    first: Results, second: Results, names: tuple[str, str], threshold: float, strict: bool = False
 ) -> Difference:
     """Compare B with A.
 
     Args:
         names: how they are called.
         threshold: the share by which a metric may get worse before it is a regression.
+        strict: whether changes that are not trustworthy count as regressions too.
 
     Raises:
         UserError: they are of different commands, or have nothing in common.
@@ -135,12 +159,20 @@ def difference(
         tuple(each for each in changes if each.source != leading),
         threshold,
         (first.foreign_cpu_share, second.foreign_cpu_share),
+        strict,
     )
 
 
 def _held(results: Results) -> str:
-    shown = [f"{each.name} ({each.source})" for each in _compared(results)]
+    shown = [f"{each.name}{_loads(each)} ({each.source})" for each in _compared(results)]
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
+
+
+def _loads(record: DeploymentRecord) -> str:
+    """` at batch 8, batch 16`; empty where nothing was served."""
+    loads = list(dict.fromkeys(map(_load, record.serving)))
+    more = f" and {len(loads) - 4} more" if len(loads) > 4 else ""
+    return f" at {', '.join(loads[:4])}{more}" if loads else ""
 
 
 def _compared(results: Results) -> list[DeploymentRecord]:
@@ -311,8 +343,11 @@ def _change(deployment: str, source: Source, metric: _Metric, shared: bool) -> C
     ratio = _ratio(before, after, "shared" if shared else metric.num_runs)
     gain = 1 - ratio.value if metric.name in _LATENCIES else ratio.value - 1
     low, _, high = ratio.bounds
-    if low - _SAME <= 1 <= high + _SAME:
-        verdict: Verdict = "not significant"
+    verdict: Verdict
+    if abs(ratio.value - 1) <= _SAME:
+        verdict = "identical"
+    elif low - _SAME <= 1 <= high + _SAME:
+        verdict = "not significant"
     else:
         verdict = "faster" if gain > 0 else "slower"
     is_known = source not in RUN or comb(sum(metric.num_runs), metric.num_runs[0]) >= _ORDERS

@@ -17,6 +17,7 @@ from expertlane.spec.ranges import Strict
 from expertlane.version import __version__
 
 SCHEMA_VERSION = 8
+FOREIGN_LOAD = 0.05  # of the cores; less is noise
 
 Kind = Literal["comparison", "simulation", "plan", "bench"]
 NoPools = Literal["no split", "too large", "over limits"]

@@ -24,6 +24,11 @@ class SLOResult(Strict):
         """Whether the likely value is within the limit."""
         return self.value is None or self.value.value <= self.slo.limit_s
 
+    @property
+    def excess(self) -> float:
+        """The value over its limit; 0 where there is none."""
+        return 0.0 if self.value is None else self.value.value / self.slo.limit_s
+
 
 @dataclass(frozen=True)
 class ServingRecord(Strict):
@@ -87,11 +92,14 @@ class ServingRecord(Strict):
 
 
 def best_load(serving: Sequence[ServingRecord]) -> ServingRecord:
-    """The load with most output that meets all objectives; if none does, with most goodput."""
+    """The load with most output that meets all objectives; if none does, with most goodput.
 
-    def worth(each: ServingRecord) -> tuple[bool, float]:
+    Of loads without any goodput, the one that exceeds its limits by the smallest factor.
+    """
+
+    def worth(each: ServingRecord) -> tuple[bool, float, float]:
         if each.keeps_slos or each.goodput is None:
-            return True, each.output_tps.value
-        return False, each.goodput.value
+            return True, each.output_tps.value, 0.0
+        return False, each.goodput.value, -max(slo.excess for slo in each.slos)
 
     return max(serving, key=worth)

@@ -58,6 +58,12 @@ def _parse(text: str) -> SLO:
     name, _, limit = text.partition("=")
     metric, _, statistic = (part.strip() for part in name.lower().partition("."))
     statistic = "median" if statistic == "p50" else statistic
+    if not statistic and metric in get_args(LatencyMetric):
+        first, *others = (f".{each}" for each in get_args(Statistic))
+        raise UserError(
+            f"--slo is {shown(text)}: of which statistic? write "
+            f"{metric}{first}={limit.strip()}, or {', '.join(others)}"
+        )
     for what, word, valid in (
         ("latency", metric, get_args(LatencyMetric)),
         ("statistic", statistic, get_args(Statistic)),
