@@ -60,8 +60,8 @@ def comparison_answer(
     if own is None:
         assert modelled is not None, "something was measured or projected"
         setting = f"{name} | {_projected_setting(results, modelled)}"
-        parts = _parts(results, modelled, _MOST_LINES)
-        return Answer(setting, headline(modelled, results), parts)
+        projected_parts = _parts(results, modelled, _MOST_LINES)
+        return Answer(setting, headline(modelled, results), projected_parts)
     machine = results.measured_on
     cores = counted(machine.num_cores, "core") if machine.device == "cpu" else machine.device
     ranks = counted(machine.num_ranks, "rank")
