@@ -110,7 +110,12 @@ def test_how_often_and_which(comparison, run, arguments, repeats, names):
 
 @pytest.mark.parametrize(
     ("arguments", "is_asked"),
-    [([], False), (["--clock", "virtual"], True), (["--links", "a100"], True)],
+    [
+        ([], False),
+        (["--clock", "virtual"], True),
+        (["--links", "a100"], True),
+        (["--links", "h100"], True),
+    ],
 )
 def test_whether_virtual_time_was_asked_for(comparison, run, arguments, is_asked):
     """On several hosts it is not made unless it was."""
@@ -316,6 +321,7 @@ def test_a_failed_run_writes_nothing(comparison, run):
 
 
 TOP_KS = "it must be a whole number, 1 to 4,096, or several with commas between: 2,1"
+NUMBERED = "; ".join(f"{at}: {each.name}" for at, each in enumerate(SMALL.deployments, 1))
 WALL = "{} needs virtual time; leave out --clock wall"
 TIMEOUT = "it must be a number above 0, at most 1,000,000"
 
@@ -345,6 +351,7 @@ TIMEOUT = "it must be a number above 0, at most 1,000,000"
             f"--timeout-s is inf; {TIMEOUT}",
         ),
         (["--clock", "wall", "--links", "a100"], WALL.format("--links")),
+        (["--clock", "wall", "--links", "h100"], WALL.format("--links")),
         (["--clock", "wall", "--link-scale", "3"], WALL.format("--link-scale")),
         (
             ["--links", "none", "--link-scale", "3"],
@@ -356,13 +363,12 @@ TIMEOUT = "it must be a number above 0, at most 1,000,000"
         ),
         (
             ["--only", "EP 17"],
-            "--only EP 17: no deployment 'ep 17'; the nearest is 'ep 16'",
+            f"--only EP 17: no deployment 'EP 17'; valid: {NUMBERED}",
         ),
         (["--only", "8,EP 16"], "--only 8,EP 16: 'EP 16' is given twice"),
         (
             ["--only", ","],
-            "--only ,: no deployment ''; valid: "
-            + ", ".join(each.name.lower().replace("×", "x") for each in SMALL.deployments),
+            f"--only ,: no deployment ''; valid: {NUMBERED}",
         ),
         (["--repeat", "0"], "--repeat is 0; it must be a whole number, 1 to 1,000"),
         (["--min-time", "nan"], "--min-time is nan; it must be a number, 0 to 1,000,000"),

@@ -12,7 +12,7 @@ import example_projection
 import example_results as example
 from expertlane.report import terminal
 from expertlane.report.answer import compact, compact_range
-from expertlane.report.document import Figure
+from expertlane.report.document import Chart, Figure, Table
 from expertlane.report.sections import report_of
 from expertlane.results.estimate import Estimate
 from expertlane.results.pair import PairRecord
@@ -84,6 +84,11 @@ CASES |= {
     for name, results in CASES.items()
     if name != "projected"
 }
+CASES |= {
+    f"{name}, disturbed": replace(results, foreign_cpu_share=0.7)
+    for name, results in CASES.items()
+    if results.machine is not None
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -131,13 +136,14 @@ def test_who_wins_by_how_much_how_surely_on_what_clock_and_why() -> None:
         "EP 16          160        —   100  100  1,000  1.06  experts 50%",
         "",
         "Why, ms per step: TP 8 × PP 2 400 → EP 16 100",
-        "  bubble -57.0   dispatch +22.0",
+        "  bubble −57.0   dispatch +22.0   other −265",
         "",
         "rel: against TP 8 × PP 2. In brackets: 90 % intervals.",
         "",
         "EP 16 is 1.06× as fast as TP 8 × PP 2 in decode, wall time (1.04–1.09, 5 runs).",
-        "Which to believe: virtual time for a cluster (a core per rank, links as of",
-        "h100), wall time for this machine (16 ranks on 2 cores).",
+        "Which to believe: virtual time for a cluster (a core per rank, links of h100,",
+        "transfers 1.50× as long, messages 59.0× as large), wall time for this machine",
+        "(16 ranks on 2 cores).",
         "",
         "More: --full, or results/example/report.html",
     ]
@@ -153,6 +159,73 @@ def test_not_significant_and_nothing_but_noise() -> None:
     assert lines[1].startswith("Not significant: EP 16 is 1.02× as fast as TP 8 × PP 2 in decode")
     why = "Why, ms per step: TP 8 × PP 2 100 → EP 16 100; no cause differs by more than"
     assert any(line.startswith(why) for line in lines)
+
+
+def test_parts_add_up_and_the_largest_against_it_stays() -> None:
+    saved = {
+        Cause.ATTENTION: -0.060,
+        Cause.ROUTER: -0.050,
+        Cause.EXPERTS: -0.040,
+        Cause.HEAD: -0.030,
+        Cause.TP_COLLECTIVES: -0.090,
+        Cause.PIPELINE_BUBBLE: -0.070,
+        Cause.ENGINE: -0.001,  # 0.25 % of the step
+        Cause.WAITING: 0.012,
+        Cause.DISPATCH_COMBINE: 0.008,
+    }
+    sure = {cause.name: Estimate(s, s - 1e-4, s + 1e-4) for cause, s in saved.items()}
+    two = example.results([(example.TENSOR, 0.4), (example.EXPERT, 0.1)])
+    lines = shown(with_pair(two, SURE, **sure))
+    at = next(place for place, line in enumerate(lines) if line.startswith("Why, ms per step"))
+    assert lines[at:][:3] == [
+        "Why, ms per step: TP 8 × PP 2 400 → EP 16 100",
+        "  TP collectives −90.0   bubble −70.0   attention −60.0   router −50.0",
+        "  experts −40.0   waiting +12.0   other −2.00",
+    ]
+    parts = re.findall(r"[−+][\d.]+", " ".join(lines[at + 1 : at + 3]))
+    assert sum(float(each.replace("−", "-")) for each in parts) == pytest.approx(100 - 400)
+
+
+def test_a_disturbed_run_is_told_below_the_headline() -> None:
+    lines = shown(replace(example.usual(), foreign_cpu_share=0.7))
+    assert "Other processes used 70% of the cores: repeat it on an idle machine." in lines[:6]
+    assert not any(line.startswith("Other processes") for line in shown(example.usual()))
+
+
+def test_the_two_of_the_verdict_have_the_same_numbers_everywhere() -> None:
+    two = example.results([(example.TENSOR, 0.4), (example.EXPERT, 0.1)])
+    causes_s = {"PIPELINE_BUBBLE": Estimate(-0.057, -0.060, -0.054)}
+    given = with_pair(two, SURE, **causes_s)
+    own = replace(given.pairs[0], step_s=0.31, other_step_s=0.38)  # by other times than a table
+    report = report_of(replace(given, pairs=(own,)))
+    assert "EP 16 is 1.06× as fast" in report.answer.headline
+    assert report.answer.parts[0].rows[1][-2] == "1.06"  # rel
+    assert report.answer.parts[1].lines == (
+        "Why, ms per step: TP 8 × PP 2 380 → EP 16 310",
+        "  bubble −57.0   other −13.0",
+    )
+    tables = [part for each in report.sections for part in each.parts if isinstance(part, Table)]
+    factors = [
+        row[[column.heading for column in each.columns].index("× best base")]
+        for each in tables
+        for row in each.rows
+        if "× best base" in [column.heading for column in each.columns]
+    ]
+    assert factors == ["1.00", "1.06"]
+    waterfall = next(
+        part
+        for each in report.of_place("first")
+        for part in each.parts
+        if isinstance(part, Chart)
+        and part.table is not None
+        and "from, by, to" in [c.heading for c in part.table.columns]
+    )
+    assert [*waterfall.table.rows] == [
+        ("TP 8 × PP 2", "380"),
+        ("pipeline bubble", "−57.0"),
+        ("other", "−13.0"),
+        ("EP 16", "310"),
+    ]
 
 
 def test_of_too_many_the_pair_the_first_and_the_fastest_are_shown() -> None:

@@ -39,8 +39,8 @@ def test_factors_against_the_first_and_the_best_baseline() -> None:
 def test_gains_against_the_first_and_the_best_baseline() -> None:
     first, best = tables(gains(run(example.usual(), "measured")))
     assert first.rows[0][2:] == ("0", "1.00×", "0", "1.00×")
-    assert first.rows[2][2:] == ("+60.0", "2.50×", "-240", "2.50×")
-    assert best.rows[2][2:] == ("+50.0", "2.00×", "-160", "2.00×")
+    assert first.rows[2][2:] == ("+60.0", "2.50×", "−240", "2.50×")
+    assert best.rows[2][2:] == ("+50.0", "2.00×", "−160", "2.00×")
 
 
 def test_without_baselines() -> None:

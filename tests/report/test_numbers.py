@@ -14,8 +14,8 @@ from expertlane.report import numbers
         (450_000, "450,000"),
         (1234.5, "1,234"),
         (0.01234, "0.0123"),
-        (-12.34, "-12.3"),
-        (-1234, "-1,234"),
+        (-12.34, "−12.3"),
+        (-1234, "−1,234"),
     ],
 )
 def test_figures(value: float, text: str) -> None:
@@ -23,7 +23,7 @@ def test_figures(value: float, text: str) -> None:
 
 
 def test_signed() -> None:
-    assert [numbers.signed(value) for value in (1.5, 0, -1.5)] == ["+1.50", "0", "-1.50"]
+    assert [numbers.signed(value) for value in (1.5, 0, -1.5)] == ["+1.50", "0", "−1.50"]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_signed() -> None:
         (0.034, "3.4%"),
         (0.0999, "10%"),
         (0.41, "41%"),
-        (-0.12, "-12%"),
+        (-0.12, "−12%"),
     ],
 )
 def test_percent(share: float, text: str) -> None:

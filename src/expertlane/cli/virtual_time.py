@@ -34,9 +34,10 @@ class VirtualTimeOptions:
         "links (while measuring, ranks that share a core compute one at a time). wall: wall time "
         "only.",
     )
-    links: str = typer.Option(
-        DEFAULT_PROFILE,
+    links: str | None = typer.Option(
+        None,
         metavar="PROFILE",
+        show_default=DEFAULT_PROFILE,
         autocompletion=completion.profiles,
         help="The links of virtual time: a profile as in --cluster, or none, so that transfers "
         "take no time.",
@@ -57,7 +58,7 @@ class VirtualTimeOptions:
 
     def __post_init__(self) -> None:
         given = "--link-scale" if self.link_scale is not None else "--links"
-        is_given = self.links != DEFAULT_PROFILE or self.link_scale is not None
+        is_given = self.links is not None or self.link_scale is not None
         if self.compute != _MEASURED:
             given, is_given = "--compute", True
         if self.clock is _Clock.WALL and is_given:
@@ -76,7 +77,7 @@ class VirtualTimeOptions:
 
         if self.clock is _Clock.WALL:
             return None
-        profile = None if self.links == _NO_LINKS else read_profile(self.links)
+        profile = None if self.links == _NO_LINKS else read_profile(self.links or DEFAULT_PROFILE)
         compute = None if self.compute == _MEASURED else read_profile(self.compute)
-        is_asked = (self.clock, self.links, self.link_scale) != (None, DEFAULT_PROFILE, None)
+        is_asked = (self.clock, self.links, self.link_scale) != (None, None, None)
         return VirtualSettings(profile, self.link_scale, compute, is_asked or compute is not None)

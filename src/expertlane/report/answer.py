@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from expertlane.report.compared import Comparison, Row
+from expertlane.report.difference import OTHER, difference_of
 from expertlane.report.document import Answer, Column, Figure, Table, Words, number, text
 from expertlane.report.numbers import NONE, counted, figures, milliseconds, percent, signed
+from expertlane.report.setup import foreign_load
 from expertlane.report.speed import in_words
 from expertlane.report.verdict import Verdict, headline, in_wall_time, judge, ratio
 from expertlane.results.estimate import Estimate
@@ -14,10 +16,9 @@ from expertlane.results.record import StepsRecord
 from expertlane.results.results import Results
 from expertlane.spec.names import Cause, Phase, ProjectedCause
 
-_MOST_LINES, _FEWER_LINES = 16, 10  # of a table; of one that has another below it
+_MOST_LINES, _FEWER_LINES = 16, 9  # of a table; of one that has another below it
 _LETTERS = 22  # of a name, for which there is room on a line
 _THOUSANDS = 10_000
-_LEAST_MS = 0.005  # smaller ones would be written as 0.00
 _MOST_CAUSES = 6
 
 # What stands in a column beside seven others; other causes have words that are short.
@@ -57,13 +58,16 @@ def comparison_answer(
     if own is None:
         assert modelled is not None, "something was measured or projected"
         setting = f"{name} | {_projected_setting(results, modelled)}"
-        parts = _parts(results, modelled, _MOST_LINES)
-        return Answer(setting, headline(modelled, results), parts)
+        projected_parts = _parts(results, modelled, _MOST_LINES)
+        return Answer(setting, headline(modelled, results), projected_parts)
     machine = results.measured_on
     cores = counted(machine.num_cores, "core") if machine.device == "cpu" else machine.device
     ranks = counted(machine.num_ranks, "rank")
     setting = f"{name} | {ranks} on {cores} | {_clock(results, own)}"
-    parts = _parts(results, own, _FEWER_LINES if modelled else _MOST_LINES)
+    busy = foreign_load(results)
+    parts: tuple[Words, ...] = (busy,) if busy else ()
+    room = _FEWER_LINES if modelled else _MOST_LINES
+    parts += _parts(results, own, room - 2 * len(parts))
     if wall is not None and (beside := in_wall_time(wall, results)):
         parts += (beside,)
     if modelled is not None:
@@ -108,9 +112,11 @@ def _parts(results: Results, comparison: Comparison, most_lines: int) -> tuple[W
             notes.append("In brackets: 90 % intervals.")
     if comparison.source == "virtual" and any(len(r.step.tps_of_runs) > 1 for r in rows):
         notes.append(
-            "min–max: single runs; tok/s takes the lesser CPU time of two runs for each "
-            "operation, the factor the least of all."
+            "min–max: single runs; tok/s lies at their top since virtual time drops disturbances: "
+            "each computation takes the shorter of two measurements."
         )
+        if comparison.pair:
+            notes.append("The factor and Why take the shortest of all.")
     return (*parts, " ".join(notes)) if notes else tuple(parts)
 
 
@@ -150,15 +156,9 @@ def _table(comparison: Comparison, judged: Verdict | None, rows: Sequence[Row]) 
             columns += [number("p95", _p95, milliseconds)]
     columns += [number("TTFT", lambda row: _ttft(row.record.prefill), milliseconds)]
     if judged is not None:
-        columns += [number("rel", lambda row: _relative(row, judged), ratio)]
+        columns += [number("rel", lambda row: comparison.factor(row, judged.other), ratio)]
     columns += [text("largest cost", _largest)]
     return Table.of("", columns, rows)
-
-
-def _relative(row: Row, judged: Verdict) -> float:
-    """Against the other deployment of the verdict; of the one, the verdict's own factor."""
-    is_one = row.number == judged.one.number
-    return judged.ratio.value if is_one else row.tps / judged.other.tps
 
 
 def _p95(row: Row) -> Estimate | None:
@@ -193,6 +193,19 @@ def compact_range(estimate: Estimate) -> str:
     return f"{figures(low / 1e3)}–{figures(high / 1e3)}k"
 
 
+def _largest_causes(judged: Verdict) -> list[tuple[str, float]]:
+    """In milliseconds, those that there is room for and all others added up."""
+    first = (*judged.reasons[:1], *judged.counter[:1])  # the largest of each kind stay
+    others = (*judged.reasons[1:], *judged.counter[1:])
+    by_size = sorted(others, key=lambda each: -abs(each[1].value))
+    kept = dict((*first, *by_size[: _MOST_CAUSES - len(first)]))
+    all_ms = dict((*judged.reasons, *judged.counter))
+    causes_ms = {cause: ms.value for cause, ms in all_ms.items() if cause in kept}
+    one_ms, other_ms = (1e3 * seconds for seconds in judged.steps_s)
+    rest = dict(difference_of(other_ms, one_ms, causes_ms).causes).get(OTHER)
+    return [*causes_ms.items(), *([(OTHER, rest)] if rest else [])]
+
+
 def _why(comparison: Comparison, judged: Verdict) -> Figure | str:
     """How the one's step differs, in milliseconds: what makes it faster, then what it pays."""
     one, other = judged.one, judged.other
@@ -201,9 +214,7 @@ def _why(comparison: Comparison, judged: Verdict) -> Figure | str:
         f"Why, ms per {what}: {other.name} {milliseconds(judged.steps_s[1])} → {one.name} "
         f"{milliseconds(judged.steps_s[0])}"
     )
-    causes_ms = [*judged.reasons, *judged.counter]
-    told = [each for each in causes_ms if abs(each[1].value) >= _LEAST_MS]
-    if not told:
+    if not judged.reasons and not judged.counter:
         return f"{title}; no cause differs by more than its noise."
-    words = (f"{short(cause)} {signed(ms.value)}" for cause, ms in told[:_MOST_CAUSES])
+    words = (f"{short(cause)} {signed(ms)}" for cause, ms in _largest_causes(judged))
     return Figure("", (title, "  " + "   ".join(words)))

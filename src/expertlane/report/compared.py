@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from expertlane.results.estimate import Estimate
+from expertlane.results.pair import PairRecord
 from expertlane.results.record import (
     EXPERIMENT,
     FASTEST,
@@ -150,6 +151,7 @@ class Comparison:
         contexts: all there are, ascending.
         num_seqs: of the workload.
         planned: the fastest step that a planner found, if one was looked for.
+        pair: the verdict's two deployments, if they were measured in turns.
     """
 
     source: Source
@@ -160,6 +162,7 @@ class Comparison:
     contexts: tuple[int, ...] = ()
     num_seqs: int = 0
     planned: Row | None = None
+    pair: PairRecord | None = None
 
     @property
     def is_run(self) -> bool:
@@ -212,6 +215,13 @@ class Comparison:
         cast = [self.first, self.best_baseline, self.best_proposal]
         return list({row.number: row for row in cast if row is not None}.values())
 
+    def factor(self, row: Row, base: Row) -> float:
+        """TPS over another's; of the verdict's two deployments the verdict's own ratio."""
+        if self.pair and {row.name, base.name} == {self.pair.name, self.pair.other}:
+            ratio = self.pair.ratio.value
+            return ratio if row.name == self.pair.name else 1 / ratio
+        return row.tps / base.tps
+
     @property
     def overlapped(self) -> list[Overlapped]:
         """Each two that decode and differ in overlap alone."""
@@ -258,7 +268,7 @@ def run(results: Results, source: Source) -> Comparison | None:
         return None
     phase = Phase.DECODE if all(each.decode for each in records) else Phase.PREFILL
     steps = [each.decode if phase is Phase.DECODE else each.prefill for each in records]
-    return Comparison(source, phase, _rows(records, steps))
+    return Comparison(source, phase, _rows(records, steps), pair=results.pair_of(source))
 
 
 def projected(results: Results, conditions: Conditions | None = None) -> Comparison | None:

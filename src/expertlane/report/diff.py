@@ -136,7 +136,7 @@ def _interval(ratio: Estimate | None) -> str | None:
 def _signed(ratio: float) -> str:
     """`+12%`; of a ratio of 1.12."""
     share = ratio - 1
-    return f"{'+' if share > 0 else '−' if share < 0 else ''}{percent(abs(share))}"
+    return f"{'+' if share > 0 else ''}{percent(share)}"
 
 
 def _notes(found: Difference) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from expertlane.report.compared import Row
 
-_LEAST_SHARE = 0.01  # of the slower step; smaller differences are added up as OTHER
+LEAST_SHARE = 0.005  # of the step; smaller differences are added up as OTHER
+_LEAST_REST = 0.001  # likewise; a smaller OTHER is rounding
 OTHER = "other"
 
 
@@ -16,8 +17,8 @@ class StepDifference:
     Attributes:
         slower_ms, faster_ms: a decode step of every sequence, or the prefill.
         causes: each with what it adds on the way, negative where the faster step has less of it:
-            first what is saved, then what is added, the largest first; `OTHER` last. They sum to
-            `faster_ms - slower_ms`.
+            first what is saved, then what is added, the largest first; `OTHER` last, so that
+            they sum to `faster_ms - slower_ms`.
     """
 
     slower_ms: float
@@ -42,11 +43,12 @@ def difference_of(
     """In the order of a waterfall, small causes added up.
 
     Args:
-        by_cause: milliseconds of the faster step less those of the slower one.
+        by_cause: milliseconds of the faster step less those of the slower one, of all causes or
+            of some.
     """
-    named = {c: ms for c, ms in by_cause.items() if abs(ms) >= _LEAST_SHARE * slower_ms}
+    named = {c: ms for c, ms in by_cause.items() if abs(ms) >= LEAST_SHARE * slower_ms}
     ordered = sorted(named.items(), key=lambda item: (item[1] > 0, -abs(item[1])))
     rest = faster_ms - slower_ms - sum(named.values())
-    if len(named) < sum(ms != 0 for ms in by_cause.values()):
+    if abs(rest) >= _LEAST_REST * slower_ms:
         ordered.append((OTHER, rest))
     return StepDifference(slower_ms, faster_ms, tuple(ordered))

@@ -8,6 +8,7 @@ NONE = "—"
 COLUMNS = 80  # of a line that fits any terminal
 Amount = float | Estimate  # an estimate's likely value is what is written
 
+MINUS = "−"
 _MANY = 10_000
 _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -19,7 +20,12 @@ def figures(amount: Amount) -> str:
         return "0"
     rounded = float(f"{value:.3g}")
     num_decimals = max(0, 2 - math.floor(math.log10(abs(rounded))))
-    return f"{rounded if abs(value) < 1000 else value:,.{num_decimals}f}"
+    return _with_minus(f"{rounded if abs(value) < 1000 else value:,.{num_decimals}f}")
+
+
+def _with_minus(number: str) -> str:
+    """With the minus sign that is as wide as a plus."""
+    return number.replace("-", MINUS)
 
 
 def likely(amount: Amount) -> float:
@@ -46,7 +52,7 @@ def percent(share: float) -> str:
     """`41%`; small shares keep a digit."""
     if 0 < share < 0.0005:
         return "<0.1%"
-    return f"{share:.1%}" if 0 < abs(share) < 0.0995 else f"{share:.0%}"
+    return _with_minus(f"{share:.1%}" if 0 < abs(share) < 0.0995 else f"{share:.0%}")
 
 
 def times(factor: float) -> str:

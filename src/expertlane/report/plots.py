@@ -7,7 +7,7 @@ from expertlane.report.charts.bars import FASTER, SLOWER, Bar, causes_chart, thr
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
 from expertlane.report.charts.waterfall import step_title, waterfall_chart
 from expertlane.report.compared import Comparison, Row, scaling
-from expertlane.report.difference import difference_of, step_difference
+from expertlane.report.difference import step_difference
 from expertlane.report.document import Chart, Plot, Section, Words
 from expertlane.report.numbers import counted, figures, times
 from expertlane.report.plan_plots import front_chart
@@ -85,7 +85,7 @@ def first(results: Results, compared: Comparison) -> Section:
     chart = _throughput(compared, judged)
     charts = [chart] if chart else []
     if judged is not None:
-        charts.append(_step_difference(results, compared, judged))
+        charts.append(_step_difference(compared, judged))
     return Section(_WHERE.get(compared.source) or "projected", tuple(charts), "first")
 
 
@@ -108,25 +108,17 @@ def _throughput(compared: Comparison, judged: Verdict | None) -> Chart | None:
     return throughput_chart(title, unit, bars, between=between)
 
 
-def _step_difference(results: Results, compared: Comparison, judged: Verdict) -> Chart:
+def _step_difference(compared: Comparison, judged: Verdict) -> Chart:
     """By the times that the verdict's ratio is of."""
-    slower, faster = judged.slower_and_faster
-    pair = results.pair_of(compared.source)
-    if pair is None:
-        difference = step_difference(slower, faster)
-    else:
-        is_one = faster is judged.one
-        steps_ms = (1e3 * pair.other_step_s, 1e3 * pair.step_s)
-        sign = 1e3 if is_one else -1e3
-        by_cause = {cause: sign * seconds.value for cause, seconds in pair.causes_s.items()}
-        difference = difference_of(*(steps_ms if is_one else steps_ms[::-1]), by_cause)
-    phase = compared.phase
+    one, other, difference = judged.one, judged.other, judged.difference
+    least = compared.pair is not None and compared.source == "virtual"
+    how = ": each computation the shortest of all runs, in tables the shorter of two"
     return waterfall_chart(
-        step_title(slower.name, faster.name, difference),
-        slower.name,
-        faster.name,
+        step_title(other.name, one.name, difference),
+        other.name,
+        one.name,
         difference,
-        note=f"ms of a {phase} step, mean over ranks.",
+        note=f"ms of a {compared.phase} step, mean over ranks{how if least else ''}.",
     )
 
 

@@ -28,14 +28,19 @@ def cautions(results: Results) -> Iterator[str]:
     )
     if num_preemptions:
         yield f"{counted(num_preemptions, 'preemption')}: the KV cache was too small for the load."
-    if results.foreign_cpu_share >= FOREIGN_LOAD:
-        yield (
-            f"Other processes used {percent(results.foreign_cpu_share)} of the cores during the "
-            "run: repeat it on an idle machine."
-        )
+    if busy := foreign_load(results):
+        yield busy
     if results.not_measured:
         yield f"Nothing was measured here: {results.not_measured}."
     yield from results.cautions
+
+
+def foreign_load(results: Results) -> str:
+    """What to do where other processes disturbed the run; empty where they did not."""
+    share = results.foreign_cpu_share
+    if share < FOREIGN_LOAD:
+        return ""
+    return f"Other processes used {percent(share)} of the cores: repeat it on an idle machine."
 
 
 def how_judged(results: Results) -> str:

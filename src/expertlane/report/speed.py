@@ -35,7 +35,12 @@ NAMED: tuple[Column[Row], ...] = (
 )
 BEYOND = "*"  # of a step whose sequences do not all fit
 _EVEN = 0.05  # less is no difference
-_LEAST = ", including the figure itself, which takes each operation's lesser time of two runs"
+_DROPPED = (
+    "; TPS lies at their top since virtual time drops disturbances: each computation takes the "
+    "shorter of two measurements"
+)
+_OWN_FACTOR = " Between the verdict's two deployments: the verdict's own{}."
+_OF_ALL = ", where each computation takes the shortest of all measurements"
 
 
 def unit_of(source: Source) -> str:
@@ -61,9 +66,10 @@ def deployments(comparison: Comparison, wall: Comparison | None = None) -> Secti
             Table.of("", columns, comparison.rows),
             speed(comparison, comparison.rows),
             _spread(comparison, wall),
-            f"Factors are of {comparison.phase} TPS{'' if wall else ', the median of runs'}. 90 %: "
+            f"Factors are of {comparison.phase} TPS{'' if wall else ', the median of runs'}."
+            f"{_OWN_FACTOR.format(_OF_ALL if wall else '') if comparison.pair else ''} 90 %: "
             "the interval of TPS, with five runs or more. Slowest, fastest: single runs"
-            f"{_LEAST if wall else ''}. TTFT and TPOT are medians. × best base: against the best "
+            f"{_DROPPED if wall else ''}. TTFT and TPOT are medians. × best base: against the best "
             "baseline.",
             *(
                 f"#{row.number} dispatches by {table}: tokens per rank in a micro-batch, timed at "
@@ -89,8 +95,8 @@ def speed(comparison: Comparison, rows: Sequence[Row], title: str = "") -> Table
         number("p95", lambda row: _p95(row.record.decode), milliseconds, "measured"),
         number("TPOT ms", lambda row: row.step.round_s, milliseconds, "projected"),
         number("low–high", lambda row: row.step.round_s, low_high_ms, "projected"),
-        number("× first", lambda row: row.tps / comparison.first.tps, figures),
-        number("× best base", lambda row: row.tps / best.tps if best else None, figures),
+        number("× first", lambda row: comparison.factor(row, comparison.first), figures),
+        number("× best base", lambda row: comparison.factor(row, best) if best else None, figures),
     )
     return Table.of(title, columns, rows, comparison.source)
 
@@ -180,7 +186,7 @@ def _gains(title: str, comparison: Comparison, other: Row) -> Table:
     columns: tuple[Column[Row], ...] = (
         *NAMED,
         number(f"{comparison.phase} TPS gained", lambda row: row.tps - other.tps, signed),
-        number("throughput", lambda row: row.tps / other.tps, times),
+        number("throughput", lambda row: comparison.factor(row, other), times),
         number(
             f"{comparison.latency_name} ms changed",
             lambda row: 1e3 * (row.latency_s - other.latency_s),

@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from expertlane.report.compared import Comparison, Row, projected
-from expertlane.report.difference import step_difference
+from expertlane.report.difference import (
+    LEAST_SHARE,
+    OTHER,
+    StepDifference,
+    difference_of,
+    step_difference,
+)
 from expertlane.report.numbers import (
     counted,
     figures,
@@ -18,13 +24,11 @@ from expertlane.report.numbers import (
 from expertlane.report.speed import speed_of_links
 from expertlane.results.estimate import Estimate
 from expertlane.results.pair import choose_pair
-from expertlane.results.results import Results
+from expertlane.results.results import Results, VirtualTime
 from expertlane.results.statistics import is_told_apart
 from expertlane.spec.names import Phase
 
 _Causes = tuple[tuple[str, Estimate], ...]
-
-_MOST_CAUSES = 4  # of one kind, in a sentence
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,9 @@ class Verdict:
         num_runs: repetitions of each; None of a projection.
         steps_s: seconds of a step of each, by the times that the ratio is of.
         reasons, counter: milliseconds of a step of `one` less those of `other` by cause, of the
-            causes that differ by more than their noise, or of all where that is not known: those
-            that make the ratio, and those that go against it; the largest first.
+            causes that differ by more than their noise, or of all where that is not known, and by
+            0.5 % of the step: those that make the ratio, and those that go against it; the
+            largest first.
     """
 
     one: Row
@@ -53,9 +58,15 @@ class Verdict:
 
     @property
     def slower_and_faster(self) -> tuple[Row, Row]:
-        """By TPS of this source, whichever the verdict goes by."""
-        slower, faster = sorted((self.one, self.other), key=lambda row: row.tps)
-        return slower, faster
+        """By the ratio of this source, whichever the verdict goes by."""
+        return (self.other, self.one) if self.ratio.value >= 1 else (self.one, self.other)
+
+    @property
+    def difference(self) -> StepDifference:
+        """From the step of `other` to that of `one`, by the causes that are named."""
+        one_ms, other_ms = (1e3 * seconds for seconds in self.steps_s)
+        causes_ms = {cause: ms.value for cause, ms in (*self.reasons, *self.counter)}
+        return difference_of(other_ms, one_ms, causes_ms)
 
     @property
     def has_interval(self) -> bool:
@@ -73,13 +84,18 @@ def judge(comparison: Comparison, results: Results) -> Verdict | None:
 
     None of a single deployment.
     """
-    found = results.pair_of(comparison.source)
+    found = comparison.pair
     if found is None:
         return _judge_once(comparison)
     by_name = {row.name: row for row in comparison.rows}
     one, other = by_name[found.name], by_name[found.other]
     causes_ms = {cause: seconds * 1e3 for cause, seconds in found.causes_s.items()}
-    told = {c: ms for c, ms in causes_ms.items() if ms.low is None or is_told_apart(ms, 0.0)}
+    least_ms = 1e3 * LEAST_SHARE * found.other_step_s
+    told = {
+        cause: ms
+        for cause, ms in causes_ms.items()
+        if abs(ms.value) >= least_ms and (ms.low is None or is_told_apart(ms, 0.0))
+    }
     steps_s = found.step_s, found.other_step_s
     return Verdict(one, other, found.ratio, found.num_runs, steps_s, *_reasons(told, found.ratio))
 
@@ -111,13 +127,14 @@ def _judge_once(comparison: Comparison) -> Verdict | None:
         low, _, high = one.step.tps.bounds
         least, _, most = other.step.tps.bounds
         of_tps = Estimate(of_tps.value, low / most, high / least)
-    causes_ms = {cause: Estimate(ms) for cause, ms in step_difference(other, one).causes}
+    difference = step_difference(other, one)
+    causes_ms = {cause: Estimate(ms) for cause, ms in difference.causes if cause != OTHER}
     return Verdict(
         one,
         other,
         of_tps,
         num_runs if comparison.is_run else None,
-        (one.step.round_s.value, other.step.round_s.value),
+        (difference.faster_ms / 1e3, difference.slower_ms / 1e3),
         *_reasons(causes_ms, of_tps),
     )
 
@@ -198,11 +215,23 @@ def which_clock(results: Results) -> str:
     virtual, machine = results.virtual_time, results.machine
     if virtual is None or machine is None:
         return ""
-    links = f"links as of {virtual.links}" if virtual.links else "transfers that take no time"
     return (
-        f"Which to believe: virtual time for a cluster (a core per rank, {links}), wall time for "
-        f"this machine ({machine.num_ranks} ranks on {counted(machine.num_cores, 'core')})."
+        f"Which to believe: virtual time for a cluster (a core per rank, {_links(virtual)}), wall "
+        f"time for this machine ({machine.num_ranks} ranks on "
+        f"{counted(machine.num_cores, 'core')})."
     )
+
+
+def _links(virtual: VirtualTime) -> str:
+    """Of which profile, and by what factors they differ from it."""
+    if not virtual.links:
+        return "transfers that take no time"
+    words = f"links of {virtual.links}"
+    if virtual.scale != 1:
+        words += f", transfers {times(virtual.scale)} as long"
+    if virtual.byte_scale != 1:
+        words += f", messages {times(virtual.byte_scale)} as large"
+    return words
 
 
 def _numbers(comparison: Comparison, judged: Verdict) -> str:
@@ -213,7 +242,9 @@ def _numbers(comparison: Comparison, judged: Verdict) -> str:
         f"{milliseconds(one.latency_s)} against {milliseconds(other.latency_s)} ms."
     )
     if first not in (one, other):
-        sentence += f" Against the first deployment, {first.name}: {times(one.tps / first.tps)}."
+        sentence += (
+            f" Against the first deployment, {first.name}: {times(comparison.factor(one, first))}."
+        )
     return sentence
 
 
@@ -240,12 +271,14 @@ def why(comparison: Comparison, judged: Verdict) -> str:
         sentence += "."
     if judged.counter:
         sentence += f" Against it: {_listed(judged.counter)}."
+    if rest := dict(judged.difference.causes).get(OTHER):
+        sentence += f" Other causes: {signed(rest)}."
     largest, share = one.step.largest
     return f"{sentence} Largest cost of {one.name}: {largest}, {percent(share)}."
 
 
 def _listed(causes_ms: Sequence[tuple[str, Estimate]]) -> str:
-    return ", ".join(f"{cause} {signed(ms.value)}" for cause, ms in causes_ms[:_MOST_CAUSES])
+    return ", ".join(f"{cause} {signed(ms.value)}" for cause, ms in causes_ms)
 
 
 def _by_link_speed(results: Results, comparison: Comparison, judged: Verdict) -> str:

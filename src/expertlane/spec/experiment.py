@@ -104,22 +104,26 @@ class Experiment:
         places = {_plain(each.name): place for place, each in enumerate(self.deployments)}
         for place in range(len(self.deployments)):
             places.setdefault(str(place + 1), place)
-        wanted, rest = [], _plain(names)
+        wanted, rest = [], names.strip()
         while rest:
             parts = rest.split(",")
             beginnings = (",".join(parts[:num]).strip() for num in range(len(parts), 0, -1))
-            found = next((each for each in beginnings if each in places), None)
+            found = next((each for each in beginnings if _plain(each) in places), None)
             if found is None:
-                known = [_plain(each.name) for each in self.deployments]
-                raise SpecError(f"no deployment {parts[0]!r}{nearest(parts[0], known)}")
-            if places[found] in wanted:
-                raise SpecError(f"{self.deployments[places[found]].name!r} is given twice")
-            wanted.append(places[found])
+                raise SpecError(f"no deployment {parts[0]!r}; valid: {self._numbered()}")
+            place = places[_plain(found)]
+            if place in wanted:
+                raise SpecError(f"{self.deployments[place].name!r} is given twice")
+            wanted.append(place)
             rest = rest[rest.index(found) + len(found) :].lstrip().removeprefix(",").lstrip()
         if not wanted:
             raise SpecError("no deployment is named")
         kept = tuple(self.deployments[place] for place in sorted(wanted))
         return replace(self, deployments=kept, scaling=())
+
+    def _numbered(self) -> str:
+        names = enumerate((each.name for each in self.deployments), 1)
+        return "; ".join(f"{number}: {name}" for number, name in names)
 
     def num_sequences_alike(self, layout: Layout) -> int:
         """Sequences that give a rank of `layout` as many as the largest deployment's ranks have."""

@@ -75,7 +75,7 @@ def step_title(from_name: str, to_name: str, difference: StepDifference) -> str:
     if not named:
         return f"{to_name}'s step is {than}"
     cause, ms = max(named, key=lambda each: abs(each[1]))
-    return f"{to_name}'s step is {than}: {cause} {_signed(ms)} ms"
+    return f"{to_name}'s step is {than}: {cause} {signed(ms)} ms"
 
 
 def _rows(from_name: str, to_name: str, difference: StepDifference) -> list[Spec]:
@@ -93,7 +93,7 @@ def _rows(from_name: str, to_name: str, difference: StepDifference) -> list[Spec
                 "end": at_ms + ms,
                 "ms": ms,
                 "kind": "saves" if ms < 0 else "adds",
-                "said": _signed(ms),
+                "said": signed(ms),
             }
         )
         at_ms += ms
@@ -105,7 +105,3 @@ def _rows(from_name: str, to_name: str, difference: StepDifference) -> list[Spec
     for row, following in pairwise(rows):
         row["next"] = following["row"]
     return rows
-
-
-def _signed(ms: float) -> str:
-    return signed(ms).replace("-", "−")
