@@ -17,6 +17,7 @@ from expertlane.report.numbers import (
     shortened,
     whole,
 )
+from expertlane.report.setup import routing_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
     DeploymentRecord,
@@ -80,6 +81,19 @@ def is_on_cpus(results: Results) -> bool:
     return results.machine is not None and results.machine.device == "cpu"
 
 
+def is_of_cpus(results: Results) -> bool:
+    """Whether it was measured on CPUs, or is of a profile of them."""
+    cluster = results.cluster
+    return is_on_cpus(results) or (
+        cluster is not None and cluster.device.startswith("cpu rank of ")
+    )
+
+
+def device_of(results: Results) -> str:
+    """What throughput is divided by."""
+    return "rank" if is_of_cpus(results) else "GPU"
+
+
 def answer(
     results: Results, setting: str, why: str, parts: Sequence[Words], notes: Sequence[Note]
 ) -> Answer:
@@ -96,6 +110,8 @@ def answer(
     asked = f"{prompts} in / {outputs} out"
     if source := workload["requests"]:
         asked += f", {shortened(source, NAME_COLUMNS)}"
+    first = results.deployments[0]
+    routing = [] if first.conditions is None else [routing_of(first.conditions)]
     best = best_of(found)
     rows, num_left_out = _rows(found, best, len(results.deployments))
     cost = cost_of(results, best)
@@ -112,7 +128,7 @@ def answer(
     ]
     table = Table("", (Heading("", False), Heading("", False)), tuple(said))
     return Answer(
-        f"{setting} | {asked} | {results.deployments[0].source}",
+        " | ".join([setting, asked, first.source, *routing]),
         f"{headline(results)} {why}".strip(),
         (_table(results, rows), *parts, table),
     )
@@ -188,7 +204,7 @@ def cost_of(results: Results, served: Served) -> str | None:
         return None
     bounds = "" if output.low is None else f" ({low_high(output)})"
     num = served.record.num_ranks
-    of = "in all" if is_on_cpus(results) else f"for each of {counted(num, 'GPU')}"
+    of = "in all" if is_on_cpus(results) else f"for each of {counted(num, device_of(results))}"
     return (
         f"${figures(output)}{bounds} per million output tokens, ${figures(total)} of all tokens, "
         f"at ${results.question['price']:g} an hour {of}"
@@ -224,7 +240,7 @@ def _columns(results: Results, rows: Sequence[Served]) -> Iterator[_Ranked]:
     yield 0, number(kind, lambda each: load_of(each.serving)[1])
     yield 0, number("tok/s", _tps, compact)
     yield 4, number("low–high", _tps, low_high_compact, "projected")
-    yield 1, number("/rank" if is_on_cpus(results) else "/GPU", per_device, compact)
+    yield 1, number(f"/{device_of(results)}", per_device, compact)
     for rank, metric in ((2, "tpot"), (3, "ttft")):
         yield 0, number(metric.upper(), _of(metric, "median"), milliseconds)
         yield rank, number("p95", _of(metric, "p95"), milliseconds)

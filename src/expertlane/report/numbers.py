@@ -118,6 +118,17 @@ def shortened(name: str, width: int) -> str:
     return f"{name[:begin]}…{name[len(name) - (width - 1 - begin) :]}"
 
 
+def setting_lines(setting: str, width: int = COLUMNS) -> list[str]:
+    """A setting's lines, which end at its bars."""
+    lines: list[str] = []
+    for piece in setting.split(" | "):
+        if lines and len(f"{lines[-1]} | {piece} |") <= width:
+            lines[-1] += f" | {piece}"
+        else:
+            lines.append(piece)
+    return lines
+
+
 def counted(count: int, noun: str) -> str:
     """`1 rank`, `2 ranks`."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")

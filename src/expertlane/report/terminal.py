@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from expertlane.report.document import Answer, Figure, Report, Table, Words
+from expertlane.report.numbers import setting_lines
 
 # Headings of number columns are broken to this width, so that words have the room.
 _NUM_HEADING_COLUMNS = 8
@@ -29,7 +30,8 @@ def show_answer(report: Report, console: Console, page: Path | None) -> None:
 
 def draw_answer(answer: Answer, console: Console) -> None:
     """Print the answer alone."""
-    console.print(Text(answer.setting, style="dim"))
+    setting = " |\n".join(setting_lines(answer.setting, console.width))
+    console.print(Text(setting, style="dim"))
     console.print(Text(answer.headline, style="bold"))
     for part in answer.parts:
         console.print()
