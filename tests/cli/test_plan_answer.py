@@ -57,8 +57,8 @@ def test_lengths_that_do_not_fit_are_called_as_the_command_has_them(run):
     code, out, err = run("plan", "paper-small", "--cluster", "h100x2", "--prompt-len", "2000")
     assert (code, out) == (2, "")
     assert err == (
-        "expertlane: error: a prompt of 2000 and 256 output tokens take 2255 positions but "
-        "paper-small has 1024; valid --prompt-len at this --output-len: 1 to 769\n"
+        "expertlane: error: workload: a prompt of 2000 and 256 output tokens take 2255 positions "
+        "but paper-small has 1024; valid --prompt-len at this --output-len: 1 to 769\n"
     )
 
 

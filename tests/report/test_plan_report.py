@@ -78,8 +78,8 @@ def test_the_fastest_is_named_with_its_gap():
         ("lowest TTFT", "the lowest TTFT wins."),
         (
             "fewest kinds",
-            "3 of their TTFTs tie with the lowest within error; of these #1 has the fewest kinds of "
-            "parallelism.",
+            "3 of their TTFTs tie with the lowest within error; of these #1 has the fewest kinds "
+            "of parallelism.",
         ),
         (
             "most tokens",
@@ -139,7 +139,12 @@ def test_no_command_of_an_aggregated_plan_where_disaggregated_wins():
 
 
 def test_a_plan_for_cpus_is_per_rank_and_no_other_system_serves_it():
-    cpus = replace(PLAN, cluster=replace(PLAN.cluster, device="cpu rank of a CPU"))
+    load = {"num_sequences": 100, "prompt_len": 1000, "output_len": 1000}
+    cpus = replace(
+        PLAN,
+        cluster=replace(PLAN.cluster, device="cpu rank of a CPU"),
+        question=PLAN.question | {"workload": load},
+    )
     headings = [each.heading for each in answer(cpus).parts[0].columns]
     assert "/rank" in headings
     assert "/GPU" not in headings

@@ -1,6 +1,7 @@
 """How numbers are written: three significant digits, SI units, a dash where there is none."""
 
 import math
+import textwrap
 
 from expertlane.results.estimate import Estimate
 
@@ -120,12 +121,18 @@ def shortened(name: str, width: int) -> str:
 
 def setting_lines(setting: str, width: int = COLUMNS) -> list[str]:
     """A setting's lines, which end at its bars."""
-    lines: list[str] = []
-    for piece in setting.split(" | "):
-        if lines and len(f"{lines[-1]} | {piece} |") <= width:
-            lines[-1] += f" | {piece}"
-        else:
+
+    def height(line: str) -> int:
+        return len(textwrap.wrap(f"{line} |", width, break_on_hyphens=False))
+
+    first, *others = setting.split(" | ")
+    lines = [first]
+    for piece in others:
+        joined = f"{lines[-1]} | {piece}"
+        if height(joined) > height(lines[-1]):
             lines.append(piece)
+        else:
+            lines[-1] = joined
     return lines
 
 

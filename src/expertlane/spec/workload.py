@@ -56,8 +56,8 @@ class Workload(Strict):
                 else f"valid {prompt_len} at this {output_len}: 1 to {limit - self.output_len + 1}"
             )
             raise SpecError(
-                f"{'' if as_options else 'workload: '}a prompt of {self.prompt_len} and "
-                f"{self.output_len} output tokens take {self.max_len} positions but {model.name} has {limit}; {valid}"
+                f"workload: a prompt of {self.prompt_len} and {self.output_len} output tokens take "
+                f"{self.max_len} positions but {model.name} has {limit}; {valid}"
             )
 
     def check_size(self) -> None:
