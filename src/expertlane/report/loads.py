@@ -14,6 +14,7 @@ from expertlane.report.numbers import (
     low_high_compact,
     milliseconds,
     percent,
+    setting_lines,
     shortened,
     whole,
 )
@@ -33,6 +34,8 @@ _GAP = 2  # columns between those of an answer's table
 _LEAST_NAME = 16  # columns for the names of layouts
 NAME_COLUMNS = 36  # of a model's or a file's name
 _MOST_LINES = 16  # of the table's rows
+_FEWER_LINES = 8  # of them, below a setting that takes more lines than usual
+_SETTING_LINES = 3
 _MOST_SLOS = 3  # that are told, those that are missed first
 
 
@@ -113,7 +116,11 @@ def answer(
     first = results.deployments[0]
     routing = [] if first.conditions is None else [routing_of(first.conditions)]
     best = best_of(found)
-    rows, num_left_out = _rows(found, best, len(results.deployments))
+    setting = " | ".join([setting, asked, first.source, *routing])
+    heights = [len(textwrap.wrap(f"{line} |", COLUMNS)) for line in setting_lines(setting)]
+    is_long = sum(heights) > _SETTING_LINES
+    most = _FEWER_LINES if is_long else _MOST_LINES
+    rows, num_left_out = _rows(found, best, len(results.deployments), most)
     cost = cost_of(results, best)
     said = [
         *(
@@ -128,7 +135,7 @@ def answer(
     ]
     table = Table("", (Heading("", False), Heading("", False)), tuple(said))
     return Answer(
-        " | ".join([setting, asked, first.source, *routing]),
+        setting,
         f"{headline(results)} {why}".strip(),
         (_table(results, rows), *parts, table),
     )
@@ -281,7 +288,9 @@ def _width(table: Table) -> int:
     return sum(widths) + _GAP * (len(widths) - 1)
 
 
-def _rows(found: Sequence[Served], best: Served, num_layouts: int) -> tuple[list[Served], int]:
+def _rows(
+    found: Sequence[Served], best: Served, num_layouts: int, most_lines: int
+) -> tuple[list[Served], int]:
     """Those that there are lines for, in their order, and how many are left out.
 
     First the best, then the best of each other deployment, then the best's other loads.
@@ -300,7 +309,7 @@ def _rows(found: Sequence[Served], best: Served, num_layouts: int) -> tuple[list
         each, height = found[place], 1
         if num_layouts > 1 and each.record.name not in named:
             height = len(textwrap.wrap(each.layout, _LEAST_NAME))
-        if num_lines + height <= _MOST_LINES:
+        if num_lines + height <= most_lines:
             num_lines += height
             chosen.append(place)
             named.add(each.record.name)
