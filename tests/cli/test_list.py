@@ -36,6 +36,8 @@ def test_layouts_that_are_valid_and_what_they_hold(run):
     assert (code, err) == (0, "")
     assert fits_a_screen(out)
     assert out.endswith("More: --full\n")
+    assert "75 more are not shown; --full shows all." in out
+    assert {"tp=16,ep=16", "dp=16,ep=16", "replicas=2,tp=8"} <= set(out.split())
     found = json.loads(run(*LAYOUTS, "--json")[1])
     valid = {str(each) for each in valid_layouts(PRESETS["paper"], 16)}
     assert {row["layout"] for row in found} == valid

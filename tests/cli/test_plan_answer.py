@@ -37,6 +37,31 @@ def test_the_one_line_is_the_headline(run, tmp_path, monkeypatch):
     assert len(out.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        ((), "768 in / 256 out (the model's limit)"),
+        (("--prompt-len", "1000"), "1,000 in / 24 out (the model's limit)"),
+        (("--output-len", "1000"), "24 in / 1,000 out (the model's limit)"),
+        (("--prompt-len", "16"), "16 in / 256 out |"),
+    ],
+)
+def test_default_lengths_are_cut_to_what_the_model_has(run, tmp_path, monkeypatch, lengths, said):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("plan", "paper-small", "--cluster", "h100x2", "--batch", "8", *lengths)
+    assert code == 0, err
+    assert said in out
+
+
+def test_lengths_that_do_not_fit_are_called_as_the_command_has_them(run):
+    code, out, err = run("plan", "paper-small", "--cluster", "h100x2", "--prompt-len", "2000")
+    assert (code, out) == (2, "")
+    assert err == (
+        "expertlane: error: workload: a prompt of 2000 and 256 output tokens take 2255 positions "
+        "but paper-small has 1024; valid --prompt-len at this --output-len: 1 to 769\n"
+    )
+
+
 def test_a_type_that_the_devices_lack_is_one_line_before_anything_runs(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(

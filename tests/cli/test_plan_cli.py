@@ -12,7 +12,7 @@ from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.cli.model import find_model
 from expertlane.cli.options import ProjectionOptions
 from expertlane.cost.laws.profile_file import parse_cluster
-from expertlane.results.record import BEST
+from expertlane.results.record import BEST, TWO_POOLS
 from expertlane.results.results import Results
 from expertlane.spec.experiment import read_experiment
 
@@ -50,6 +50,9 @@ def test_a_plan_is_printed_and_written(run, here):
     best = data["deployments"][0]
     assert best["roles"] == ["best"]
     planned = experiment.deployments[-1]
+    assert [each.name.split(";")[0] for each in experiment.deployments] == [
+        str(each.layout) for each in experiment.deployments
+    ]
     assert planned.layout.dp == best["layout"]["dp"]
     assert planned.options.dispatch == best["options"]["dispatch"]
 
@@ -63,6 +66,14 @@ def test_json_is_the_file_and_reads_back(run, here):
     results = TypeAdapter(Results).validate_json(out)
     assert results.plans[0].num_candidates > 5
     best = results.select("projected", BEST)[0]
+    fastest, over = results.plans[0].fastest, results.plans[0].pools_over_fastest
+    most = max(each.serving[0].output_tps.value for each in results.select("projected", BEST))
+    assert (fastest or best).serving[0].output_tps.value >= most
+    if fastest is None or over is None:
+        assert over is None
+    else:
+        pools = results.select("projected", TWO_POOLS)[0].serving[0].output_tps.value
+        assert over.value == pytest.approx(pools / fastest.serving[0].output_tps.value)
     assert best.why == ""
     tps = best.serving[0].output_tps
     assert tps.low <= tps.value <= tps.high

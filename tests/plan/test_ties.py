@@ -118,7 +118,7 @@ def test_ttfts_that_tie_leave_it_to_fewer_kinds_of_parallelism_then_to_tokens():
     mixed, plain = plan("dp=2,tp=4,ep=8", 100, 0.100, 0.05), plan("tp=8,ep=8", 99, 0.101, 0.05)
     found = ranked([mixed, plain])
     assert layouts(found) == ["tp=8,ep=8", "dp=2,tp=4,ep=8"]
-    assert found.by == "fewest kinds"
+    assert (found.by, found.num_ttft_tied, found.fastest) == ("fewest kinds", 2, mixed)
     assert found.spread == pytest.approx(0.01)
     found = ranked([plan("dp=8,ep=8", 100, 0.101, 0.05), plan("tp=8,ep=8", 99, 0.100, 0.05)])
     assert layouts(found)[0] == "dp=8,ep=8"

@@ -10,6 +10,7 @@ from rich.console import Console
 from example_plan import PLAN, planned
 from example_projection import step
 from expertlane.report import terminal
+from expertlane.report.document import Figure
 from expertlane.report.plan_answer import answer, headline, how_sure, verdict
 from expertlane.report.sections import report_of
 from expertlane.results.cost import with_costs
@@ -75,16 +76,100 @@ def test_the_fastest_is_named_with_its_gap():
     ("by", "words"),
     [
         ("lowest TTFT", "the lowest TTFT wins."),
-        ("fewest kinds", "their TTFT ties too, so the fewest kinds of parallelism win."),
-        ("most tokens", "their TTFT ties too, so most tokens/s wins."),
+        (
+            "fewest kinds",
+            "3 of their TTFTs tie with the lowest within error; of these #1 has the fewest kinds "
+            "of parallelism.",
+        ),
+        (
+            "most tokens",
+            "3 of their TTFTs tie with the lowest within error; of these with the fewest kinds of "
+            "parallelism #1 has most tokens/s.",
+        ),
     ],
 )
 def test_a_tie_says_what_decided(by, words):
     rows = planned(FIRST, 20_000, BEST), behind(SECOND, 0.9, 1.02, 1.1)
-    tied = plan(*rows, num_tied=2, tie_spread=0.02, tie_break=by)
+    tied = plan(*rows, num_tied=2, tie_spread=0.02, tie_break=by, num_ttft_tied=3)
     assert headline(tied).endswith(f"#1–#2 tie for most tokens/s (2.0% apart): {words}")
     many = plan(*rows, num_tied=11, tie_spread=0.02, tie_break=by)
     assert "11 plans tie for most tokens/s" in headline(many)
+
+
+def chosen_by_ttft(*more: DeploymentRecord, over_fastest: Estimate | None = None) -> Results:
+    """#2 has a tenth more tokens/s than #1, within error."""
+    rows = planned(FIRST, 20_000, BEST), behind(SECOND, 0.9, 1.1, 1.3)
+    tie = {"num_tied": 2, "tie_spread": 0.09, "tie_break": "lowest TTFT"}
+    return plan(*rows, *more, **tie, fastest=rows[1], pools_over_fastest=over_fastest)
+
+
+def test_what_a_choice_by_ttft_costs_is_said():
+    assert headline(chosen_by_ttft()).endswith(
+        "the lowest TTFT wins. 20.0k for TTFT 1,000 ms; dp=16,ep=16 has 22.0k at 1,000 ms, within "
+        "error."
+    )
+
+
+def test_disaggregated_pools_are_held_against_the_fastest_not_the_first():
+    faster = chosen_by_ttft(*pools(1.1, 1.4, 1.7), over_fastest=Estimate(1.27, 1.15, 1.4))
+    assert "1.27× (1.15–1.40) the best aggregated, dp=16,ep=16." in headline(faster)
+    assert "Disaggregated: 27% faster than dp=16,ep=16 (15–40%)" in said(faster)
+    assert "Aggregated: #1–#2 tie for most tokens/s" in said(faster)
+    tied = chosen_by_ttft(*pools(1.1, 1.2, 1.3), over_fastest=Estimate(1.09, 0.95, 1.2))
+    assert headline(tied).startswith("Use dp=2,tp=8,ep=16: ")
+    assert "ties with dp=16,ep=16 (1.09×, 0.950–1.20)" in said(tied)
+
+
+def last_lines(results: Results) -> tuple[str, ...]:
+    """How to go on."""
+    after = answer(results).parts[-1]
+    assert isinstance(after, Figure)
+    return after.lines
+
+
+def test_no_command_of_an_aggregated_plan_where_disaggregated_wins():
+    best = planned(FIRST, 20_000, BEST)
+    assert last_lines(plan(best))[-1] == "vllm serve x"
+    assert last_lines(plan(best, *pools(1.1, 1.2, 1.3))) == (
+        "Next, on such a cluster: expertlane compare results/plan/experiment.toml",
+        "It has the best aggregated ones; compare runs no disaggregated pools.",
+    )
+    copies = plan(planned(Layout(replicas=2, tp=8), 20_000, BEST))
+    assert last_lines(copies)[-1] == "One of 2 replicas: vllm serve x"
+
+
+def test_a_plan_for_cpus_is_per_rank_and_no_other_system_serves_it():
+    load = {"num_sequences": 100, "prompt_len": 1000, "output_len": 1000}
+    cpus = replace(
+        PLAN,
+        cluster=replace(PLAN.cluster, device="cpu rank of a CPU"),
+        question=PLAN.question | {"workload": load},
+    )
+    headings = [each.heading for each in answer(cpus).parts[0].columns]
+    assert "/rank" in headings
+    assert "/GPU" not in headings
+    assert not any("vllm" in line for line in last_lines(cpus))
+
+
+@pytest.mark.parametrize(
+    ("routing", "words"),
+    [
+        ("--skew 0.8", "routing skew 0.8 (assumed; --skew 0 is uniform)"),
+        ("--skew 0", "routing uniform (assumed; the best case)"),
+        ("--routing-trace a/folder/mine.npz", "routing of mine.npz"),
+    ],
+)
+def test_the_setting_has_the_routing_and_the_models_limit(routing, words):
+    best = planned(FIRST, 20_000, BEST)
+    conditions = replace(best.conditions, routing=routing)
+    found = plan(replace(best, conditions=conditions))
+    assert answer(found).setting == (
+        "paper on h100x16 | 1,024 concurrent, 1,000 in / 1,000 out | TPOT ≤ 20 ms | projected | "
+        + words
+    )
+    model = {"name": "paper", "max_position_embeddings": 2000}
+    limited = replace(found, question=found.question | {"model": model})
+    assert "1,000 out (the model's limit) | " in answer(limited).setting
 
 
 def test_one_deployment_has_no_rival():
@@ -145,7 +230,7 @@ def test_why_nothing_is_disaggregated(why, words):
 def test_how_sure_it_is():
     judged = replace(PLAN.cluster, judged=JUDGED)
     assert next(iter(how_sure(replace(PLAN, cluster=judged)))) == (
-        "Projections of this kind: 34% median error on 127 measured rows (TPOT of a model)."
+        "Nearest measured: TPOT of a model: 34% median error, 127 rows."
     )
     assert "never compared with measurements" in next(iter(how_sure(PLAN)))
 
@@ -153,12 +238,13 @@ def test_how_sure_it_is():
 def test_what_most_time_rests_on_is_said():
     assert "Most of the time" not in said(plan(one()))
     # 8 of 10 ms are the decode step's: 0.8 × 0.7 + 0.2 × 0.2
-    assert "Most of the time of #1 rests on datasheets and assumptions (60%): rankings" in said(
-        plan(one(timed(8, 0.7, 0.0)))
-    )
-    assert "Most of the time of #1 lies outside the measured sizes (76%): rankings" in said(
-        plan(one(timed(8, 0.0, 0.9)))
-    )
+    most = "Most of the time of #1 rests on datasheets and assumptions (60%)"
+    assert f"{most}: take the range, not the value." in said(plan(one(timed(8, 0.7, 0.0))))
+    several = plan(one(timed(8, 0.7, 0.0)), behind(SECOND, 0.9, 1.02, 1.1))
+    assert f"{most}: rankings are reliable, absolute values are not." in said(several)
+    most = "Most of the time of #1 lies outside the measured sizes (76%)"
+    several = plan(one(timed(8, 0.0, 0.9)), behind(SECOND, 0.9, 1.02, 1.1))
+    assert f"{most}: take the range, not the value." in said(several)
 
 
 def test_cautions_are_part_of_the_answer():

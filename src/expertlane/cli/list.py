@@ -202,7 +202,7 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
     types = found.number_types(asked, cluster)
     full_len = own.max_model_len or found.config.max_position_embeddings
     rows: list[dict[str, Any]] = []
-    for layout in valid_layouts(found.config, cluster.num_devices):
+    for layout in sorted(valid_layouts(found.config, cluster.num_devices), key=lambda of: -of.ep):
         placements = placements_of(found.config, layout, Options())
         placed = PlacedModel(found.config, layout, types, placements)
         room = placed.capacity(cluster.profile.device.memory_bytes, full_len, full_len)
@@ -216,6 +216,7 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
             }
         )
     rows.sort(key=lambda row: (-row["num_sequences"], row["weight_bytes"]))
+    shown = _of_all_kinds(rows)
     columns: list[Column[Mapping[str, Any]]] = [
         text("layout", lambda row: row["layout"]),
         number("weights per rank", lambda row: row["weight_bytes"], bytes_si),
@@ -229,7 +230,15 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
     )
     headline = f"{counted(len(rows), 'valid layout')} on all devices; {num_fitting} fit in memory."
     caution = found.priced_wider(types)
-    _show(headline, setting, columns, rows, print_options, [caution] if caution else [])
+    notes = [caution] if caution else []
+    _show(headline, setting, columns, rows, print_options, notes, shown)
+
+
+def _of_all_kinds(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of each set of parallel kinds the first layout, then others, in their order."""
+    kinds = [tuple(part.split("=")[0] for part in row["layout"].split(",")) for row in rows]
+    by_kind = sorted(range(len(rows)), key=lambda place: kinds.index(kinds[place]) != place)
+    return [rows[place] for place in sorted(by_kind[:_MOST_ROWS])]
 
 
 def _show(
@@ -239,14 +248,22 @@ def _show(
     rows: Sequence[Mapping[str, Any]],
     options: PrintOptions,
     notes: Sequence[str] = (),
+    shown: Sequence[Mapping[str, Any]] | None = None,
 ) -> None:
+    """Print a list.
+
+    Args:
+        shown: rows of an answer; by default the first.
+    """
     from expertlane.report import terminal
     from expertlane.report.document import Answer, Report, Section, Table
 
-    first = Table.of("", columns, rows[:_MOST_ROWS])
+    first = Table.of("", columns, rows[:_MOST_ROWS] if shown is None else shown)
+    num_left_out = len(rows) - len(first.rows)
+    omitted = [f"{num_left_out} more are not shown; --full shows all."] if num_left_out else []
     report = Report(
         title=headline,
-        answer=Answer(setting, headline, (first, *notes)),
+        answer=Answer(setting, headline, (first, *omitted, *notes)),
         source="",
         command=output.command_line(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),

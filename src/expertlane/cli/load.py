@@ -13,6 +13,7 @@ from expertlane.spec.ranges import RANGES, shown
 from expertlane.spec.slo import SLO, parse_slos
 
 if TYPE_CHECKING:
+    from expertlane.spec.model import ModelConfig
     from expertlane.spec.workload import LengthRange, Load, RecordedRequest, Workload
 
 _OPEN_SIZE = 100  # requests of an open loop
@@ -219,8 +220,8 @@ class PlannedLoad(SimulatedLoad):
         "Means alone; percentiles are for simulate.",
     )
 
-    def workload(self) -> "Workload":
-        """What is served in the steady state.
+    def workload(self, model: "ModelConfig") -> "Workload":
+        """What is served in the steady state; default lengths are cut to the model's positions.
 
         Raises:
             UserError: it is of a load that begins and ends.
@@ -246,7 +247,27 @@ class PlannedLoad(SimulatedLoad):
                     f"--{name.replace('_', '-')} is {length}; plan takes one length, the mean for "
                     "example, simulate a range"
                 )
-        return Workload(int(batch), **{name: each.low for name, each in lengths.items()}, seed=0)
+        sizes = {name: each.low for name, each in lengths.items()}
+        return Workload(int(batch), **self._cut(sizes, model.max_position_embeddings), seed=0)
+
+    def _cut(self, lengths: dict[str, int], limit: int) -> dict[str, int]:
+        """Those that were not asked for no longer than fits; of both a fourth is output."""
+        cut = dict(lengths)
+        if sum(cut.values()) <= limit:
+            return cut
+        if self.output_len is None:
+            room = limit // 4 if self.prompt_len is None else limit - cut["prompt_len"]
+            cut["output_len"] = min(cut["output_len"], room) if room > 0 else cut["output_len"]
+        room = limit - cut["output_len"]
+        if self.prompt_len is None and room > 0:
+            cut["prompt_len"] = min(cut["prompt_len"], room)
+        return cut
+        if self.output_len is None:
+            room = limit // 4 if self.prompt_len is None else limit - cut["prompt_len"]
+            cut["output_len"] = max(1, min(cut["output_len"], room))
+        if self.prompt_len is None:
+            cut["prompt_len"] = max(1, min(cut["prompt_len"], limit - cut["output_len"]))
+        return cut
 
     def limits_s(self) -> dict[str, float]:
         """The longest mean TPOT and TTFT, as `Goals` has them.

@@ -81,8 +81,8 @@ def run(
     from expertlane.results.cost import with_costs
 
     found, devices = find_model(own.model, weights=False), parse_cluster(own.cluster)
-    workload, goals = load.workload(), Goals(**load.limits_s())
-    workload.check_model(found.config)
+    workload, goals = load.workload(found.config), Goals(**load.limits_s())
+    workload.check_model(found.config, as_options=True)
     routing = choose_routing(
         found.config, projection.routing_trace, projection.skew, load.seed, num_sampled_layers=2
     )

@@ -5,7 +5,7 @@ Options as documented for vLLM 0.14 (docs.vllm.ai, "Expert Parallel Deployment")
 """
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -143,7 +143,7 @@ def experiment_text(
     request: PlanRequest,
     name: str,
     checkpoint: str | None,
-    deployments: Mapping[str, Candidate],
+    deployments: Sequence[Candidate],
     comment: str,
 ) -> str:
     """TOML; the first deployment is the baseline.
@@ -159,11 +159,17 @@ def experiment_text(
         "workload": sizes_of(request.workload),
         "cluster": {"ranks_per_node": request.cluster.profile.ranks_per_node},
         "deployments": [
-            {"name": label, "layout": str(layout), **_given(options)}
-            for label, (layout, options) in deployments.items()
+            {"name": _named(each), "layout": str(each.layout), **_given(each.options)}
+            for each in deployments
         ],
     }
     return f"# {comment}\n\n{tomli_w.dumps(document)}"
+
+
+def _named(candidate: Candidate) -> str:
+    """Its layout, and its options where they are not the default."""
+    layout, options = map(str, candidate)
+    return layout if options == "plain" else f"{layout}; {options}"
 
 
 def sizes_of(workload: Workload) -> dict[str, int]:

@@ -16,7 +16,7 @@ from expertlane.plan.project import cluster_record, conditions_of
 from expertlane.plan.screen import ScreenedCandidate
 from expertlane.plan.search import NUM_FINALISTS, Finalist, OnePool, Search
 from expertlane.plan.throughput import ThroughputCurve
-from expertlane.plan.ties import Contender, Ranking, contender, pools_tps, ranked
+from expertlane.plan.ties import Contender, Ranking, Uncertain, contender, pools_tps, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress
 from expertlane.results.estimate import Estimate, Summary
@@ -87,6 +87,9 @@ class Plan:
             num_tied=self.ranking.num_tied,
             tie_spread=self.ranking.spread,
             tie_break=self.ranking.by,
+            num_ttft_tied=self.ranking.num_ttft_tied,
+            fastest=self._fastest(),
+            pools_over_fastest=self._pools_over_fastest(),
             no_two_pools=None if isinstance(self.pools, TwoPools) else self.pools,
             commands=tuple(commands),
             experiment=experiment,
@@ -109,7 +112,7 @@ class Plan:
         )
 
     def experiment(self, name: str, checkpoint: str | None, comment: str) -> str:
-        """The winner and what it is to be held against, the best without experts apart, as TOML.
+        """#1 of one pool, and the best without EP that it is to be held against, as TOML.
 
         Args:
             checkpoint: the model's folder, if it has one.
@@ -118,8 +121,7 @@ class Plan:
         winner = self.best
         ranked = [each.finalist.candidate for each in self.ranking.contenders]
         plain = [each for each in ranked if each.layout.ep == 1 and each != winner]
-        compared = {"best without EP": plain[0]} if plain else {}
-        compared["planned"] = winner
+        compared = [*plain[:1], winner]
         return experiment_text(self.request, name, checkpoint, compared, comment)
 
     @property
@@ -161,6 +163,23 @@ class Plan:
         why = gap_to(best, contender, self.request.workload)
         return replace(record, why=why, over_best=contender.tps.over(best.tps))
 
+    def _fastest(self) -> DeploymentRecord | None:
+        """The one of one pool with most tokens a second, where another is chosen."""
+        fastest = self.ranking.fastest
+        if fastest is self.ranking.chosen:
+            return None
+        return self._ranked(candidate_record(fastest.finalist, 0, BEST, self._conditions), fastest)
+
+    def _pools_over_fastest(self) -> Estimate | None:
+        fastest = self.ranking.fastest
+        if not isinstance(self.pools, TwoPools) or fastest is self.ranking.chosen:
+            return None
+        return self._pools_tps(self.pools).over(fastest.tps)
+
+    def _pools_tps(self, found: TwoPools) -> Uncertain:
+        workload = self.request.workload
+        return pools_tps(found.prefill, found.decode, found.transfer_s, workload)
+
     def _two(self) -> list[DeploymentRecord]:
         """The disaggregated best: both pools together, and each by itself."""
         found = self.pools
@@ -178,9 +197,7 @@ class Plan:
             roles=(TWO_POOLS,),
             conditions=self._conditions,
             serving=(replace(serving, transfer_s=Estimate.between(found.transfer_s)),),
-            over_best=pools_tps(
-                found.prefill, found.decode, found.transfer_s, self.request.workload
-            ).over(self.ranking.chosen.tps),
+            over_best=self._pools_tps(found).over(self.ranking.chosen.tps),
         )
         return [together, prefill, decode]
 

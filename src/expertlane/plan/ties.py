@@ -134,16 +134,23 @@ class Ranking:
     Attributes:
         num_tied: how many of the first tie with the one that has most tokens a second.
         by: what decided among them; None where one was alone.
+        num_ttft_tied: how many of those that tie have a TTFT that ties with the lowest.
     """
 
     contenders: Sequence[Contender]
     num_tied: int
     by: TieBreak | None
+    num_ttft_tied: int = 1
 
     @property
     def chosen(self) -> Contender:
         """The first."""
         return self.contenders[0]
+
+    @property
+    def fastest(self) -> Contender:
+        """The one with most tokens a second."""
+        return max(self.contenders, key=lambda each: each.tps.value)
 
     @property
     def spread(self) -> float:
@@ -172,7 +179,7 @@ def ranked(contenders: Sequence[Contender]) -> Ranking:
     if chosen is tied[0]:
         by = "lowest TTFT"
     tied.remove(chosen)
-    return Ranking([chosen, *tied, *others], 1 + len(tied), by)
+    return Ranking([chosen, *tied, *others], 1 + len(tied), by, len(as_soon))
 
 
 def num_kinds(layout: Layout) -> int:

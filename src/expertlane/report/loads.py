@@ -14,9 +14,11 @@ from expertlane.report.numbers import (
     low_high_compact,
     milliseconds,
     percent,
+    setting_lines,
     shortened,
     whole,
 )
+from expertlane.report.setup import routing_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
     DeploymentRecord,
@@ -32,6 +34,8 @@ _GAP = 2  # columns between those of an answer's table
 _LEAST_NAME = 16  # columns for the names of layouts
 NAME_COLUMNS = 36  # of a model's or a file's name
 _MOST_LINES = 16  # of the table's rows
+_FEWER_LINES = 8  # of them, below a setting that takes more lines than usual
+_SETTING_LINES = 3
 _MOST_SLOS = 3  # that are told, those that are missed first
 
 
@@ -80,6 +84,19 @@ def is_on_cpus(results: Results) -> bool:
     return results.machine is not None and results.machine.device == "cpu"
 
 
+def is_of_cpus(results: Results) -> bool:
+    """Whether it was measured on CPUs, or is of a profile of them."""
+    cluster = results.cluster
+    return is_on_cpus(results) or (
+        cluster is not None and cluster.device.startswith("cpu rank of ")
+    )
+
+
+def device_of(results: Results) -> str:
+    """What throughput is divided by."""
+    return "rank" if is_of_cpus(results) else "GPU"
+
+
 def answer(
     results: Results, setting: str, why: str, parts: Sequence[Words], notes: Sequence[Note]
 ) -> Answer:
@@ -96,8 +113,14 @@ def answer(
     asked = f"{prompts} in / {outputs} out"
     if source := workload["requests"]:
         asked += f", {shortened(source, NAME_COLUMNS)}"
+    first = results.deployments[0]
+    routing = [] if first.conditions is None else [routing_of(first.conditions)]
     best = best_of(found)
-    rows, num_left_out = _rows(found, best, len(results.deployments))
+    setting = " | ".join([setting, asked, first.source, *routing])
+    heights = [len(textwrap.wrap(f"{line} |", COLUMNS)) for line in setting_lines(setting)]
+    is_long = sum(heights) > _SETTING_LINES
+    most = _FEWER_LINES if is_long else _MOST_LINES
+    rows, num_left_out = _rows(found, best, len(results.deployments), most)
     cost = cost_of(results, best)
     said = [
         *(
@@ -112,7 +135,7 @@ def answer(
     ]
     table = Table("", (Heading("", False), Heading("", False)), tuple(said))
     return Answer(
-        f"{setting} | {asked} | {results.deployments[0].source}",
+        setting,
         f"{headline(results)} {why}".strip(),
         (_table(results, rows), *parts, table),
     )
@@ -195,7 +218,7 @@ def cost_of(results: Results, served: Served) -> str | None:
         return None
     bounds = "" if output.low is None else f" ({low_high(output)})"
     num = served.record.num_ranks
-    of = "in all" if is_on_cpus(results) else f"for each of {counted(num, 'GPU')}"
+    of = "in all" if is_on_cpus(results) else f"for each of {counted(num, device_of(results))}"
     return (
         f"${figures(output)}{bounds} per million output tokens, ${figures(total)} of all tokens, "
         f"at ${results.question['price']:g} an hour {of}"
@@ -231,7 +254,7 @@ def _columns(results: Results, rows: Sequence[Served]) -> Iterator[_Ranked]:
     yield 0, number(kind, lambda each: load_of(each.serving)[1])
     yield 0, number("tok/s", _tps, compact)
     yield 4, number("low–high", _tps, low_high_compact, "projected")
-    yield 1, number("/rank" if is_on_cpus(results) else "/GPU", per_device, compact)
+    yield 1, number(f"/{device_of(results)}", per_device, compact)
     for rank, metric in ((2, "tpot"), (3, "ttft")):
         yield 0, number(metric.upper(), _of(metric, "median"), milliseconds)
         yield rank, number("p95", _of(metric, "p95"), milliseconds)
@@ -272,7 +295,9 @@ def _width(table: Table) -> int:
     return sum(widths) + _GAP * (len(widths) - 1)
 
 
-def _rows(found: Sequence[Served], best: Served, num_layouts: int) -> tuple[list[Served], int]:
+def _rows(
+    found: Sequence[Served], best: Served, num_layouts: int, most_lines: int
+) -> tuple[list[Served], int]:
     """Those that there are lines for, in their order, and how many are left out.
 
     First the best, then the best of each other deployment, then the best's other loads.
@@ -291,7 +316,7 @@ def _rows(found: Sequence[Served], best: Served, num_layouts: int) -> tuple[list
         each, height = found[place], 1
         if num_layouts > 1 and each.record.name not in named:
             height = len(textwrap.wrap(each.layout, _LEAST_NAME))
-        if num_lines + height <= _MOST_LINES:
+        if num_lines + height <= most_lines:
             num_lines += height
             chosen.append(place)
             named.add(each.record.name)

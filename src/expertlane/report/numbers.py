@@ -1,6 +1,7 @@
 """How numbers are written: three significant digits, SI units, a dash where there is none."""
 
 import math
+import textwrap
 
 from expertlane.results.estimate import Estimate
 
@@ -122,6 +123,23 @@ def shortened(name: str, width: int) -> str:
         return name
     begin = (width - 1) // 2
     return f"{name[:begin]}…{name[len(name) - (width - 1 - begin) :]}"
+
+
+def setting_lines(setting: str, width: int = COLUMNS) -> list[str]:
+    """A setting's lines, which end at its bars."""
+
+    def height(line: str) -> int:
+        return len(textwrap.wrap(f"{line} |", width, break_on_hyphens=False))
+
+    first, *others = setting.split(" | ")
+    lines = [first]
+    for piece in others:
+        joined = f"{lines[-1]} | {piece}"
+        if height(joined) > height(lines[-1]):
+            lines.append(piece)
+        else:
+            lines[-1] = joined
+    return lines
 
 
 def counted(count: int, noun: str) -> str:

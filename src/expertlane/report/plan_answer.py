@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from expertlane.report.document import Answer, Column, Figure, Section, Table, Words, number, text
-from expertlane.report.loads import Served, cost_of
+from expertlane.report.loads import Served, cost_of, device_of, is_of_cpus
 from expertlane.report.numbers import (
     COLUMNS,
     compact,
@@ -15,12 +15,17 @@ from expertlane.report.numbers import (
     low_high_compact,
     milliseconds,
     percent,
+    setting_lines,
     shortened,
     whole,
 )
 from expertlane.report.planning import (
+    against,
+    faster_pools,
+    fastest,
     named,
     of_role,
+    over_fastest,
     serving,
     spaced,
     tie_or_gap,
@@ -28,7 +33,7 @@ from expertlane.report.planning import (
     ttft,
     versus,
 )
-from expertlane.report.setup import cautions, how_judged
+from expertlane.report.setup import cautions, how_judged, routing_of
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     BEST,
@@ -46,10 +51,12 @@ _NO_POOLS: dict[NoPools, str] = {
     "too large": "the model does not fit both pools of any split",
     "over limits": "none meets the limits",
 }
-_WON_BY: dict[TieBreak, str] = {
+_WON_BY: dict[TieBreak, str] = {  # the others that tie follow by TTFT
     "lowest TTFT": "the lowest TTFT wins",
-    "fewest kinds": "their TTFT ties too, so the fewest kinds of parallelism win",
-    "most tokens": "their TTFT ties too, so most tokens/s wins",
+    "fewest kinds": "{} of their TTFTs tie with the lowest within error; of these #1 has the "
+    "fewest kinds of parallelism",
+    "most tokens": "{} of their TTFTs tie with the lowest within error; of these with the fewest "
+    "kinds of parallelism #1 has most tokens/s",
 }
 _MOST = 0.5  # of the time
 _LINES = 40  # of the answer
@@ -64,9 +71,11 @@ def answer(results: Results) -> Answer:
     best = of_role(results, BEST)[0]
     cost = cost_of(results, Served(best, serving(best)))
     sure = " ".join((*how_sure(results), *cautions(results)))
-    around = [_two_pools(results), sure, *([f"Cost of #1: {cost}."] if cost else [])]
+    chosen = [f"Aggregated: {tie}."] if faster_pools(results) and (tie := _tie(results)) else []
+    around = [*chosen, _two_pools(results), sure, *([f"Cost of #1: {cost}."] if cost else [])]
     after = Figure("", _next(results))
-    num_taken = sum(map(_num_lines, (setting, found, *around))) + len(after.lines)
+    said = *setting_lines(setting), found, *around
+    num_taken = sum(map(_num_lines, said)) + len(after.lines)
     num_taken += 5 + len(around)  # blank lines, the table's head, and where the rest is
     table, gaps = _table(results), " ".join(_gaps(results))
     num_of_gaps = _num_lines(gaps) + 1 if gaps else 0
@@ -113,19 +122,24 @@ def verdict(results: Results) -> Section:
         f"do not fit, {found.num_over_limits:,} miss the limits), {found.num_pool_candidates:,} "
         "more disaggregated."
     )
-    asked = (_setting(results), headline(results), _two_pools(results), tried)
+    tie = [f"Aggregated: {said}."] if faster_pools(results) and (said := _tie(results)) else []
+    asked = (_setting(results), headline(results), *tie, _two_pools(results), tried)
     return Section("Verdict", (*asked, *how_sure(results), *cautions(results)), "top")
 
 
 def _setting(results: Results) -> str:
-    workload, said = results.question["workload"], _limits(results)
-    load = (
-        f"{workload['num_sequences']:,} concurrent, {workload['prompt_len']:,} in / "
-        f"{workload['output_len']:,} out"
-    )
-    rest = " | ".join([f" on {results.projected_for.name}", load, *said, "projected"])
-    name = results.question["model"]["name"]
-    return shortened(name, max(COLUMNS - len(rest), _SHORTEST_NAME)) + rest
+    question, workload = results.question, results.question["workload"]
+    lengths = f"{workload['prompt_len']:,} in / {workload['output_len']:,} out"
+    limit = question["model"].get("max_position_embeddings", 0)
+    if workload["prompt_len"] + workload["output_len"] - limit in (0, 1):  # the last is not read
+        lengths += " (the model's limit)"
+    load = f"{workload['num_sequences']:,} concurrent, {lengths}"
+    where = f" on {results.projected_for.name}"
+    room = COLUMNS - len(f"{where} | {load} |")
+    name = shortened(question["model"]["name"], max(room, _SHORTEST_NAME))
+    conditions = of_role(results, BEST)[0].conditions
+    routing = [] if conditions is None else [routing_of(conditions)]
+    return " | ".join([f"{name}{where}", load, *_limits(results), "projected", *routing])
 
 
 def _limits(results: Results) -> list[str]:
@@ -139,33 +153,45 @@ def _limits(results: Results) -> list[str]:
 
 def headline(results: Results) -> str:
     """What to use, and by what it was chosen."""
-    found, (best, *others) = results.plans[0], of_role(results, BEST)
+    best, *others = of_role(results, BEST)
     tps = serving(best).output_tps
     said = f"Use {named(best)}: {compact(tps)} tokens/s ({_plus_minus(tps)})"
-    pools = faster_pools(results)
-    if pools is not None and pools.over_best is not None:
+    pools, over = faster_pools(results), over_fastest(results)
+    if pools is not None and over is not None:
         tps = serving(pools).output_tps
         return (
             f"Use disaggregated pools, {_pools(results)}: {compact(tps)} tokens/s "
-            f"({_plus_minus(tps)}), {figures(pools.over_best)}× ({low_high(pools.over_best)}) the "
-            f"best aggregated, {named(best)}."
+            f"({_plus_minus(tps)}), {figures(over)}× ({low_high(over)}) the best aggregated, "
+            f"{named(fastest(results))}."
         )
-    if found.num_tied > 1 and found.tie_break is not None:
-        is_shown = found.num_tied <= 1 + len(others)
-        tied = f"#1–#{found.num_tied}" if is_shown else f"{found.num_tied} plans"
-        apart = percent(found.tie_spread)
-        return f"{said}. {tied} tie for most tokens/s ({apart} apart): {_WON_BY[found.tie_break]}."
+    if tie := _tie(results):
+        return f"{said}. {tie}."
     if others:
         return f"{said}; #2 is {versus(others[0])}."
     return f"{said}; no other deployment {'fits' if not _limits(results) else 'meets the limits'}."
 
 
-def faster_pools(results: Results) -> DeploymentRecord | None:
-    """Disaggregated pools that are faster than the best aggregated, beyond their errors."""
-    for each in of_role(results, TWO_POOLS):
-        if each.over_best is not None and each.over_best.bounds[0] > 1:
-            return each
-    return None
+def _tie(results: Results) -> str:
+    """How many tie, what decided among them, and what that costs; empty where one is alone."""
+    found, rows = results.plans[0], of_role(results, BEST)
+    if found.num_tied == 1 or found.tie_break is None:
+        return ""
+    tied = f"#1–#{found.num_tied}" if found.num_tied <= len(rows) else f"{found.num_tied} plans"
+    by = _WON_BY[found.tie_break].format(found.num_ttft_tied)
+    said = f"{tied} tie for most tokens/s ({percent(found.tie_spread)} apart): {by}"
+    if found.fastest is None:
+        return said
+    (mine, soon), (most, later) = (
+        (compact(serving(each).output_tps), _ms(ttft(each))) for each in (rows[0], found.fastest)
+    )
+    return (
+        f"{said}. {mine} for TTFT {soon}; {named(found.fastest)} has {most} at {later}, within "
+        "error"
+    )
+
+
+def _ms(seconds: Estimate | None) -> str:
+    return "unbounded" if seconds is None else f"{milliseconds(seconds)} ms"
 
 
 def _plus_minus(estimate: Estimate) -> str:
@@ -176,7 +202,7 @@ def _plus_minus(estimate: Estimate) -> str:
 def _table(results: Results) -> Table:
     rows, wanted = of_role(results, BEST), results.question["workload"]["num_sequences"]
     third: Column[DeploymentRecord] = number(
-        "/GPU", lambda each: serving(each).output_tps / each.num_ranks, compact
+        f"/{device_of(results)}", lambda each: serving(each).output_tps / each.num_ranks, compact
     )
     if any(serving(each).num_running != wanted for each in rows):
         third = number("seqs", lambda each: serving(each).num_running, whole)
@@ -210,15 +236,14 @@ def _gaps(results: Results) -> Iterator[str]:
 
 
 def _two_pools(results: Results) -> str:
-    together = next(iter(of_role(results, TWO_POOLS)), None)
-    if together is None or together.over_best is None:
+    together, over = next(iter(of_role(results, TWO_POOLS)), None), over_fastest(results)
+    if together is None or over is None:
         return f"Disaggregated: {_NO_POOLS[results.plans[0].no_two_pools or 'over limits']}."
-    first = ttft(together)
     names = f", {_pools(results)}" if faster_pools(results) is None else ""
+    best = results.plans[0].fastest
     return (
-        f"Disaggregated{names}: {versus(together)}, TPOT "
-        f"{milliseconds(tpot(together))} ms, "
-        f"TTFT {'unbounded' if first is None else f'{milliseconds(first)} ms'}, KV transfer "
+        f"Disaggregated{names}: {against(over, '#1' if best is None else named(best))}, TPOT "
+        f"{_ms(tpot(together))}, TTFT {_ms(ttft(together))}, KV transfer "
         f"{milliseconds(serving(together).transfer_s or 0.0)} ms."
     )
 
@@ -226,8 +251,8 @@ def _two_pools(results: Results) -> str:
 def _pools(results: Results) -> str:
     (prefill,), (decode,) = (of_role(results, role) for role in (PREFILL_POOL, DECODE_POOL))
     return (
-        f"{named(prefill)} on {prefill.num_ranks} ranks for prefill and {named(decode)} on "
-        f"{decode.num_ranks} for decode"
+        f"{named(prefill)} on {counted(prefill.num_ranks, 'rank')} for prefill and "
+        f"{named(decode)} on {decode.num_ranks} for decode"
     )
 
 
@@ -247,15 +272,16 @@ def how_sure(results: Results) -> Iterator[str]:
     )
     most = [f"{words} ({percent(share)})" for share, words in said if share > _MOST]
     if most:
-        yield (
-            f"Most of the time of #1 {' and '.join(most)}: rankings are reliable, absolute "
-            "values are not."
-        )
+        is_ranking = len(of_role(results, BEST)) > 1 and extrapolated < _MOST
+        so = "rankings are reliable, absolute values are not"
+        if not is_ranking:
+            so = "take the range, not the value"
+        yield f"Most of the time of #1 {' and '.join(most)}: {so}."
 
 
 def _next(results: Results) -> tuple[str, ...]:
     """How to go on; lines."""
-    found = results.plans[0]
+    found, has_pools = results.plans[0], faster_pools(results) is not None
     lines = []
     if found.experiment is not None:
         line = f"Next, on such a cluster: expertlane compare {found.experiment}"
@@ -263,7 +289,11 @@ def _next(results: Results) -> tuple[str, ...]:
             line = f"Next: expertlane compare {found.experiment}"
         short = "Next: expertlane compare, on the experiment.toml that was written"
         lines.append(line if len(line) <= COLUMNS else short)
+        if has_pools:
+            lines.append("It has the best aggregated ones; compare runs no disaggregated pools.")
     fitting = [each.command for each in found.commands if each.command is not None]
-    if fitting and len(fitting[0]) <= COLUMNS:
-        lines.append(fitting[0])
-    return tuple(lines)
+    if not fitting or has_pools or is_of_cpus(results):
+        return tuple(lines)
+    num = of_role(results, BEST)[0].layout.replicas
+    line = fitting[0] if num == 1 else f"One of {num} replicas: {fitting[0]}"
+    return (*lines, line) if len(line) <= COLUMNS else tuple(lines)

@@ -7,9 +7,9 @@ from expertlane.report.charts.bars import FASTER, Bar, throughput_chart
 from expertlane.report.charts.pareto import Dot, Role, pareto_chart
 from expertlane.report.compared import Comparison
 from expertlane.report.document import Chart, Section
+from expertlane.report.loads import device_of
 from expertlane.report.numbers import figures, times
-from expertlane.report.plan_answer import faster_pools
-from expertlane.report.planning import explained, named, serving, tpot
+from expertlane.report.planning import explained, faster_pools, named, serving, tpot
 from expertlane.report.speed import in_words
 from expertlane.report.step_plots import PHASES, causes, fits, plot_section, timelines
 from expertlane.results.record import BEST, FAMILY, PARETO, TWO_POOLS, DeploymentRecord
@@ -55,6 +55,7 @@ def _ranked(results: Results) -> Chart | None:
 
 def _plan_front(results: Results) -> Chart:
     """The front, what to use, and the best of each kind that is on neither."""
+    device = device_of(results)
     best, *_ = results.select("projected", BEST)
     front, pools = results.select("projected", PARETO), faster_pools(results)
     chosen = _planned(best, "chosen", f"#1 {named(best)}")
@@ -76,9 +77,10 @@ def _plan_front(results: Results) -> Chart:
         ),
     ]
     return pareto_chart(
-        f"{chosen.label} gives {figures(chosen.device_tps)} tokens/s per GPU at "
+        f"{chosen.label} gives {figures(chosen.device_tps)} tokens/s per {device} at "
         f"{figures(chosen.user_tps)} per user",
         dots,
+        device=device,
         max_tpot_s=results.question.get("max_tpot_s"),
         note="No aggregated deployment is above and right of the front. It and the others, the "
         "best of their kinds, are screened, the best projected in full; lines: low to high.",

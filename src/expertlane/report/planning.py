@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from expertlane.report.compared import Comparison
 from expertlane.report.document import Column, Section, Table, Words, number, text
+from expertlane.report.loads import is_of_cpus
 from expertlane.report.numbers import (
     bytes_si,
     figures,
@@ -24,6 +25,7 @@ from expertlane.results.record import (
     EXPERIMENT,
     FAMILY,
     PARETO,
+    TWO_POOLS,
     DeploymentRecord,
 )
 from expertlane.results.results import Results
@@ -53,15 +55,36 @@ def of_role(results: Results, role: str) -> tuple[DeploymentRecord, ...]:
 
 def versus(record: DeploymentRecord) -> str:
     """What a deployment is to #1: `9.3% slower than #1 (5.1–14%)`, or that they tie."""
-    if record.over_best is None:
-        return "#1"
-    low, value, high = record.over_best.bounds
+    return "#1" if record.over_best is None else against(record.over_best, "#1")
+
+
+def against(ratio: Estimate, name: str) -> str:
+    """A ratio to what is called so, in words."""
+    low, value, high = ratio.bounds
     if low <= 1 <= high:
-        return f"ties with #1 ({figures(value)}×, {low_high(record.over_best)})"
+        return f"ties with {name} ({figures(value)}×, {low_high(ratio)})"
     least, most = sorted(abs(1 - each) for each in (low, high))
     word = "slower" if value < 1 else "faster"
     within = f"{percent(least).rstrip('%')}–{percent(most)}"
-    return f"{percent(abs(1 - value))} {word} than #1 ({within})"
+    return f"{percent(abs(1 - value))} {word} than {name} ({within})"
+
+
+def fastest(results: Results) -> DeploymentRecord:
+    """The aggregated plan with most tokens/s: #1, or one that ties with it."""
+    return results.plans[0].fastest or of_role(results, BEST)[0]
+
+
+def over_fastest(results: Results) -> Estimate | None:
+    """Tokens/s of disaggregated pools over those of `fastest`; None without such pools."""
+    for pools in of_role(results, TWO_POOLS):
+        return results.plans[0].pools_over_fastest or pools.over_best
+    return None
+
+
+def faster_pools(results: Results) -> DeploymentRecord | None:
+    """Disaggregated pools that are faster than the fastest aggregated, beyond their errors."""
+    ratio = over_fastest(results)
+    return of_role(results, TWO_POOLS)[0] if ratio is not None and ratio.bounds[0] > 1 else None
 
 
 def serving(record: DeploymentRecord) -> ServingRecord:
@@ -194,8 +217,13 @@ def _run_it(results: Results) -> Section:
         f"{bytes_si(memory.sequence_bytes or 0)} of KV per full-length sequence."
     ]
     if found.experiment is not None:
-        parts.append(f"To measure it on such a cluster: expertlane compare {found.experiment}")
-    for each in found.commands:
+        parts.append(
+            f"To measure the best aggregated on such a cluster: expertlane compare "
+            f"{found.experiment} (it runs no disaggregated pools)"
+        )
+    if faster_pools(results) is not None and found.commands and not is_of_cpus(results):
+        parts.append(f"Commands of aggregated #1, {named(best)}, not of the disaggregated pools:")
+    for each in () if is_of_cpus(results) else found.commands:
         said = each.command or "cannot express it"
         parts.append(f"{each.system}: {said}{f'  ({each.note})' if each.note else ''}")
     return Section("Run it", tuple(parts))

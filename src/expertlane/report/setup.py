@@ -1,12 +1,23 @@
 """What every report says of its run: cautions, assumptions, and what was the same for all."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from expertlane.report.document import Column, Section, Table, text
-from expertlane.report.numbers import NONE, bytes_si, counted, figures, percent, rate_si
-from expertlane.results.record import EXPERIMENT, DeploymentRecord, Source
+from expertlane.report.numbers import (
+    NONE,
+    bytes_si,
+    counted,
+    figures,
+    percent,
+    rate_si,
+    shortened,
+)
+from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source
 from expertlane.results.results import FOREIGN_LOAD, Assumption, Machine, Results
+
+_NAME_COLUMNS = 36  # of a file's name
 
 
 def cautions(results: Results) -> Iterator[str]:
@@ -49,9 +60,21 @@ def how_judged(results: Results) -> str:
     if judged is None:
         return "Projections of this device were never compared with measurements."
     return (
-        f"Projections of this kind: {percent(judged.median_error)} median error on "
-        f"{judged.num_rows} measured rows ({judged.what})."
+        f"Nearest measured: {judged.what}: {percent(judged.median_error)} median error, "
+        f"{counted(judged.num_rows, 'row')}."
     )
+
+
+def routing_of(conditions: Conditions) -> str:
+    """The experts that tokens are taken to choose, in a few words."""
+    option, _, value = conditions.routing.partition(" ")
+    if option == "--routing-trace":
+        return f"routing of {shortened(Path(value).name, _NAME_COLUMNS)}"
+    if option != "--skew":
+        return f"routing {conditions.routing}"
+    if not float(value):
+        return "routing uniform (assumed; the best case)"
+    return f"routing skew {value} (assumed; --skew 0 is uniform)"
 
 
 def assumptions(results: Results, source: Source, heading: str = "Assumptions") -> Section:

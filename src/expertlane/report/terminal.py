@@ -10,6 +10,7 @@ from rich.text import Text
 
 from expertlane.report.document import Answer, Figure, Report, Table, Words
 from expertlane.report.folding import folded, folded_figure, folded_table
+from expertlane.report.numbers import setting_lines
 
 _INDENT = " "  # of what stands under a heading
 
@@ -27,7 +28,8 @@ def show_answer(report: Report, console: Console, page: Path | None) -> None:
 
 def draw_answer(answer: Answer, console: Console) -> None:
     """Print the answer alone."""
-    _print(console, folded(answer.setting, console.width), "dim")
+    setting = " |\n".join(setting_lines(answer.setting, console.width)).split("\n")
+    _print(console, setting, "dim")
     _print(console, folded(answer.headline, console.width), "bold")
     for part in answer.parts:
         console.print()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from expertlane.errors import UserError
+from expertlane.results.estimate import Estimate
 from expertlane.results.pair import PairRecord
 from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source, TieBreak
 from expertlane.spec.files import strict_json
@@ -201,6 +202,10 @@ class PlanSummary(Strict):
         num_tied: of the best, the first so many tie with the one of most tokens a second.
         tie_spread: how far the least of them is below the most tokens a second; a share.
         tie_break: what decided among them; None where one was alone.
+        num_ttft_tied: how many of those that tie have a TTFT that ties with the lowest.
+        fastest: the one of one pool with most tokens a second; None where that is the best.
+        pools_over_fastest: output tokens a second of two pools over those of `fastest`, with bounds
+            as `over_best` has them.
         no_two_pools: why there are none: the devices cannot be split for the model, nothing fits,
             or none keeps the limits.
         commands: the best, as other systems take it.
@@ -215,6 +220,9 @@ class PlanSummary(Strict):
     num_tied: int = 1
     tie_spread: float = 0.0
     tie_break: TieBreak | None = None
+    num_ttft_tied: int = 1
+    fastest: DeploymentRecord | None = None
+    pools_over_fastest: Estimate | None = None
     no_two_pools: NoPools | None = None
     commands: tuple[ServeCommand, ...] = ()
     experiment: str | None = None

@@ -37,18 +37,23 @@ class Workload(Strict):
         """Positions cached before a decode step, on average."""
         return self.prompt_len + (self.output_len - 1) // 2
 
-    def check_model(self, model: ModelConfig) -> None:
+    def check_model(self, model: ModelConfig, *, as_options: bool = False) -> None:
         """Check that every sequence fits the model's positions.
+
+        Args:
+            as_options: lengths are called as a command has them, not as a file.
 
         Raises:
             SpecError: prompt and output together pass `max_position_embeddings`.
         """
         limit = model.max_position_embeddings
         if self.max_len > limit:
+            names = ("--prompt-len", "--output-len") if as_options else ("prompt_len", "output_len")
+            prompt_len, output_len = names
             valid = (
-                f"valid output_len with a prompt of one token: 1 to {limit}"
+                f"valid {output_len} with a prompt of one token: 1 to {limit}"
                 if self.output_len > limit
-                else f"valid prompt_len at this output_len: 1 to {limit - self.output_len + 1}"
+                else f"valid {prompt_len} at this {output_len}: 1 to {limit - self.output_len + 1}"
             )
             raise SpecError(
                 f"workload: a prompt of {self.prompt_len} and {self.output_len} output tokens take "
