@@ -96,6 +96,7 @@ def answer(
     asked = f"{prompts} in / {outputs} out"
     if source := workload["requests"]:
         asked += f", {shortened(source, NAME_COLUMNS)}"
+    asked += _bursts(found)
     best = best_of(found)
     rows, num_left_out = _rows(found, best, len(results.deployments))
     cost = cost_of(results, best)
@@ -143,6 +144,16 @@ def headline(results: Results) -> str:
         lead = f"{where} has the highest throughput{within}"
         lead = lead[0].upper() + lead[1:] if len(results.deployments) == 1 else lead
     return f"{lead}: {tps} tokens/s{medians} (medians)."
+
+
+def _bursts(found: Sequence[Served]) -> str:
+    """Which batches are served at once, with nothing to come after them."""
+    closed = {each.serving.batch: each.serving for each in found if each.serving.batch}
+    bursts = [batch for batch, each in closed.items() if each.num_requests == batch]
+    if not bursts:
+        return ""
+    of = "" if len(bursts) == len(closed) else f" at {', '.join(map(whole, bursts))}"
+    return f", burst{of}"
 
 
 def _lengths(text: str) -> str:

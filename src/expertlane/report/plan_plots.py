@@ -76,7 +76,7 @@ def _plan_front(results: Results) -> Chart:
         ),
     ]
     return pareto_chart(
-        f"{chosen.label} gives {figures(chosen.device_tps)} tokens/s per GPU at "
+        f"{chosen.label[:1].upper()}{chosen.label[1:]} gives {figures(chosen.device_tps)} tokens/s per GPU at "
         f"{figures(chosen.user_tps)} per user",
         dots,
         max_tpot_s=results.question.get("max_tpot_s"),

@@ -8,6 +8,7 @@ from math import hypot
 _Place = tuple[float, float]
 _CHARACTER_PX, _LINE_PX = 6.2, 14.0
 _GAP_PX, _POINT_PX = 7.0, 4.0
+_REACH = (1.0, 2.0, 3.0)  # times the gap that a name may be away from its point
 # Which side of its point a name stands on, tried in this order: right of it, left, in the middle;
 # above, at its height, below.
 _SIDES = tuple(side for side in product((1, -1, 0), (-1, 0, 1)) if any(side))
@@ -52,7 +53,7 @@ def placed(
     for point, name in zip(points, names, strict=True):
         boxes = [
             box
-            for box in (_box(point, side, name) for side in _SIDES)
+            for box in (_box(point, side, name, reach) for reach in _REACH for side in _SIDES)
             if box.is_within(size_px) and not any(map(box.meets, taken))
         ]
         beside_line = (box for box in boxes if not any(map(box.meets, joined)))
@@ -76,9 +77,10 @@ def _along(line: Sequence[_Place]) -> Iterator[_Place]:
             yield x + (to_x - x) * place / num, y + (to_y - y) * place / num
 
 
-def _box(point: _Place, side: tuple[int, int], name: str) -> _Box:
+def _box(point: _Place, side: tuple[int, int], name: str, reach: float) -> _Box:
     across, down = side
     width = _CHARACTER_PX * len(name)
-    left = point[0] + {1: _GAP_PX, 0: -width / 2, -1: -width - _GAP_PX}[across]
-    middle = point[1] + down * (_LINE_PX / 2 + (_GAP_PX if across == 0 else _POINT_PX))
+    gap, above = reach * _GAP_PX, reach * (_GAP_PX if across == 0 else _POINT_PX)
+    left = point[0] + {1: gap, 0: -width / 2, -1: -width - gap}[across]
+    middle = point[1] + down * (_LINE_PX / 2 + above)
     return _Box(left, middle - _LINE_PX / 2, left + width, middle + _LINE_PX / 2)
