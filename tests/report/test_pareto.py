@@ -67,7 +67,9 @@ def test_one_dot_without_a_limit():
 
 def boxes(points, names, width, height):
     found = zip(placed(points, names, (width, height)), names, strict=True)
-    return [(place[0], place[0] + 6.2 * len(name), place[1]) for place, name in found if place]
+    return [
+        (place.left, place.left + 6.2 * len(name), place.middle) for place, name in found if place
+    ]
 
 
 def test_names_are_within_the_plot_and_none_covers_another():
@@ -83,9 +85,9 @@ def test_names_are_within_the_plot_and_none_covers_another():
 
 def test_a_name_is_right_above_its_point_or_left_where_there_is_no_room():
     (place,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0))
-    assert place[0] > 50.0 > place[1]
+    assert place.left > 50.0 > place.middle
     (place,) = placed([(190.0, 50.0)], ["abc"], (200.0, 100.0))
-    assert place[0] + 3 * 6.2 < 190.0
+    assert place.left + 3 * 6.2 < 190.0
     assert placed([(50.0, 50.0)], ["a name wider than the plot"], (100.0, 100.0)) == [None]
     assert placed([(50.0, 50.0)], [""], (100.0, 100.0)) == [None]
     assert placed([], [], (100.0, 100.0)) == []
@@ -93,9 +95,20 @@ def test_a_name_is_right_above_its_point_or_left_where_there_is_no_room():
 
 def test_a_name_does_not_cross_the_line_where_there_is_other_room():
     line = [(0.0, 0.0), (200.0, 0.0)], [(0.0, 39.0), (200.0, 39.0)]
-    (above,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0), line[0])
-    (below,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0), line[1])
-    assert above[1] < 50.0 <= below[1]
+    (above,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0), line[:1])
+    (below,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0), line[1:])
+    assert above.middle < 50.0 <= below.middle
+
+
+def test_a_name_stands_away_from_its_point_rather_than_on_a_line():
+    """A line on every side of the point: the name is beyond it, led to by a line of its own."""
+    around = [(30.0, 30.0), (90.0, 30.0), (90.0, 70.0), (30.0, 70.0), (30.0, 30.0)]
+    (place,) = placed([(60.0, 50.0)], ["a long name"], (300.0, 200.0), [around])
+    right, (x, y) = place.left + 6.2 * len("a long name"), place.lead
+    assert place.left > 90.0 or place.middle + 7 < 30.0 or place.middle - 7 > 70.0
+    assert place.left <= x <= right
+    assert abs(y - place.middle) <= 7
+    assert placed([(60.0, 50.0)], ["a long name"], (95.0, 75.0), [around]) == [None]
 
 
 def test_a_plan_s_front_has_each_name_once():

@@ -155,9 +155,7 @@ def _trade(by_layout: Mapping[str, Sequence[Served]], best: Served, unit: str) -
         for each in of_layout
         if each.serving.tpot_s and (median := each.serving.tpot_s.median)
     ]
-    limits_s = (
-        each.slo.limit_s for each in best.serving.slos if each.slo.name == "tpot.median"
-    )
+    limits_s = (each.slo.limit_s for each in best.serving.slos if each.slo.name == "tpot.median")
     chosen = next(dot for dot in dots if dot.role == "chosen")
     return pareto_chart(
         f"{best.load[:1].upper()}{best.load[1:]} gives {figures(chosen.device_tps)} tokens/s per "

@@ -82,7 +82,8 @@ def inside(text: str, middle: str, size: str, most: float, colours: Spec) -> Spe
         most: where the axis ends.
         colours: of the words, an encoding.
     """
-    place = {"x": along(middle, None, most), "color": colours}
+    # Of a scale of its own: layers share that of `color`, and words would be as their bars.
+    place = {"x": along(middle, None, most), "fill": colours}
     return {
         "transform": [{"filter": f"datum[{size!r}] * width / {most} > {_LEAST_PX}"}],
         "mark": {"type": "text", "yOffset": down(_DOWN_PX), "fontSize": 10.5},
