@@ -75,8 +75,9 @@ def _plan_front(results: Results) -> Chart:
             if named(each) not in known
         ),
     ]
+    label = f"{chosen.label[:1].upper()}{chosen.label[1:]}"
     return pareto_chart(
-        f"{chosen.label[:1].upper()}{chosen.label[1:]} gives {figures(chosen.device_tps)} tokens/s per GPU at "
+        f"{label} gives {figures(chosen.device_tps)} tokens/s per GPU at "
         f"{figures(chosen.user_tps)} per user",
         dots,
         max_tpot_s=results.question.get("max_tpot_s"),

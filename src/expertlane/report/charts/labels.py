@@ -106,7 +106,7 @@ def placed(
 
 def _further(point: _Place, name: str, size_px: _Place) -> list[_Box]:
     """Places for a name anywhere right of its point or above it, the nearest first."""
-    (x, y), (width, height) = point, size_px
+    (x, _), (width, height) = point, size_px
     size = _CHARACTER_PX * len(name)
     lefts = np.arange(max(0.0, x - size), width - size, _STEP_PX).tolist()
     tops = np.arange(0.0, height - _LINE_PX, _STEP_PX).tolist()
