@@ -108,9 +108,8 @@ def test_a_name_stands_away_from_its_point_rather_than_on_a_line():
     assert place.left > 90.0 or place.middle + 7 < 30.0 or place.middle - 7 > 70.0
     assert place.left <= x <= right
     assert abs(y - place.middle) <= 7
-    assert placed(
-        [(60.0, 50.0)], ["a long name"], (95.0, 72.0), [around, [(0.0, 20.0), (95.0, 20.0)]]
-    ) == [None]
+    everywhere = [[(0.0, y), (95.0, y)] for y in (0.0, 20.0, 40.0, 60.0)]
+    assert placed([(60.0, 50.0)], ["a long name"], (95.0, 72.0), everywhere) == [None]
 
 
 def test_a_plan_s_front_has_each_name_once():

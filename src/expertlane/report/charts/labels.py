@@ -97,10 +97,12 @@ def placed(
             and all(each.is_free(named) for each in map(_around, box.path_from(point)))
         )
         box = next(free, None)
-        if box is not None:
-            named.append(box)
-            joined += map(_around, box.path_from(point))
-        found.append(box and Placed(box.left, (box.top + box.bottom) / 2, box.lead(point)))
+        if box is None:
+            found.append(None)
+            continue
+        named.append(box)
+        joined += map(_around, box.path_from(point))
+        found.append(Placed(box.left, (box.top + box.bottom) / 2, box.lead(point)))
     return found
 
 
