@@ -44,7 +44,7 @@ def compare(
     trace: bool = False,
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None,
     clock: Literal['virtual', 'wall'] | None = None,
-    links: Text = 'h100',
+    links: Text | None = None,
     link_scale: float | None = None,
     compute: Text = 'measured',
     timeout_s: float = 60.0,

@@ -66,7 +66,7 @@ def test_layouts_side_by_side_on_real_ranks(run, tmp_path):
         assert point["num_prompt_tokens"] == same["num_prompt_tokens"]
         assert point["num_output_tokens"] == same["num_output_tokens"]
     for point in points:
-        assert point["num_requests"] == point["batch"]
+        assert point["num_requests"] == 2 * point["batch"]
         assert point["num_requests"] <= point["num_output_tokens"] <= 3 * point["num_requests"]
         assert point["rate"] is None
         tps = point["num_output_tokens"] / point["wall_s"]["value"]
@@ -111,8 +111,17 @@ def test_the_default_is_a_sweep(run, stub):
     code, out, _ = run("bench", "paper-tiny", "--json")
     assert code == 0
     points = json.loads(out)["deployments"][0]["serving"]
-    assert [(each["batch"], each["num_requests"]) for each in points] == [(1, 1), (8, 8), (32, 32)]
+    assert [(each["batch"], each["num_requests"]) for each in points] == [(1, 2), (8, 16), (32, 64)]
     assert all(each["num_output_tokens"] == 32 * each["num_requests"] for each in points)
+
+
+def test_a_load_without_a_second_wave_is_called_a_burst(run, stub):
+    code, out, _ = run("bench", "paper-tiny", "--batch", "8,64", "--prompt-len", "4")
+    assert code == 0
+    assert "out, burst at 64 | measured" in " ".join(out.split())
+    code, out, _ = run("bench", "paper-tiny", "--batch", "8", "--num-requests", "8")
+    assert code == 0
+    assert "out, burst | measured" in " ".join(out.split())
 
 
 def test_fewer_requests_than_the_usual_batches(run, stub):

@@ -40,7 +40,7 @@ def test_a_report_says_what_limits_the_deployment(run, tmp_path):
     assert "is limited by" in first
     for part in ("low–high", "TTFT", "floor", "weight reads", "fitted", "--routing", "inter-node"):
         assert part in out
-    assert "simulating 8 requests: done" in err
+    assert "simulating 32 requests: done" in err
     found = read(tmp_path / "new" / "results.json")
     (record,) = found.deployments
     assert record.num_ranks == found.cluster.num_devices == 16
@@ -194,7 +194,7 @@ def test_two_pools(run):
 
 
 def test_multi_token_prediction_pays_only_if_guesses_are_right(run):
-    load = ["--batch", "8", "--prompt-len", "8", "--output-len", "31"]
+    load = ["--batch", "8", "--num-requests", "8", "--prompt-len", "8", "--output-len", "31"]
     plain, wrong, right = (
         as_json(run, *EP16, *load, *options)["deployments"][0]
         for options in (

@@ -191,7 +191,7 @@ def _plan(name: str, arguments: str, is_quick: bool = False) -> Case:
     return Case(f"plan {name}", f"plan {_routed(arguments)}", is_quick=is_quick)
 
 
-_LOAD = "--batch 64 --prompt-len 512 --output-len 32"
+_LOAD = "--batch 64 --num-requests 64 --prompt-len 512 --output-len 32"
 _DRAWN = "--prompt-len 64:1024 --output-len 8:64"
 
 PROJECTED = (
@@ -261,7 +261,7 @@ PROJECTED = (
     _simulate(
         "deepseek drafts",
         "./deepseek --layout dp=16,ep=16 --cluster h100x16 --dispatch hierarchical --overlap on "
-        f"--mtp 2 --mtp-acceptance 0.7 --batch 64 {_DRAWN}",
+        f"--mtp 2 --mtp-acceptance 0.7 --batch 64 --num-requests 64 {_DRAWN}",
     ),
     _simulate(
         "deepseek two pools",
@@ -275,7 +275,7 @@ PROJECTED = (
     ),
     _simulate(
         "paper-small cpu",
-        "paper-small --layout dp=2,ep=2 --cluster cpu.tomlx2 --batch 8 "
+        "paper-small --layout dp=2,ep=2 --cluster cpu.tomlx2 --batch 8 --num-requests 8 "
         "--prompt-len 16:64 --output-len 4:16",
         is_quick=True,
     ),

@@ -7,6 +7,7 @@ import example_results
 from example_results import EXPERT, OVERLAP, ROTATING, TENSOR
 from expertlane.report.charts.bars import FASTER, SLOWER, Bar, causes_chart, throughput_chart
 from expertlane.report.charts.rows import ROW_PX
+from expertlane.report.charts.svg import svg
 from expertlane.report.charts.waterfall import step_title, waterfall_chart
 from expertlane.report.difference import StepDifference
 from expertlane.report.document import Chart, Section
@@ -56,8 +57,34 @@ def test_a_long_name_ends_before_its_value():
     chart = throughput(*(Bar(name * 80, Estimate(10.0, 9.0, 12.0)) for name in "abc"))
     (name, _) = chart.spec["layer"][-2:]
     assert name["mark"]["limit"] == {
-        "expr": f"0.85 * (width - {7.0 * len('10.0 (9.00–12.0)') + 8})"
+        "expr": f"0.85 * (width - (said_down ? 0 : {7.0 * len('10.0 (9.00–12.0)') + 8}))"
     }
+
+
+def test_on_a_phone_what_is_said_is_below_names_that_leave_no_room_for_it():
+    short, long = (
+        throughput(*(Bar(name * times, Estimate(10.0, 9.0, 12.0)) for name in "abc")).spec
+        for times in (10, 40)
+    )
+    assert short["height"] == long["height"] == 3 * ROW_PX
+    assert short["narrow"]["height"] == short["height"] < long["narrow"]["height"]
+
+
+def test_words_in_bars_are_not_as_the_bars():
+    given = example_results.usual().deployments[0].decode
+    drawn = svg(causes_chart({"a": given, "b": given}, "decode step", note="").spec, "plot", 560)
+    assert "var(--on-" in drawn
+
+
+def test_bars_of_shares_are_equally_long():
+    given = example_results.usual().deployments[0]
+    steps = {"prefill": given.prefill, "decode": given.decode}
+    chart = causes_chart(steps, "mean step", note="", as_shares=True)
+    for name, step in steps.items():
+        of_step = [each for each in values(chart) if each["row"] == name]
+        assert of_step[-1]["end"] == pytest.approx(1.0)
+        whole_ms = 1e3 * sum(step.breakdown_s.values())
+        assert sum(each["ms"] for each in of_step) == pytest.approx(whole_ms)
 
 
 def test_two_values_are_a_sentence_s():

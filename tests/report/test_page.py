@@ -251,8 +251,8 @@ def test_a_measured_wait_in_a_hand_over_is_the_bubble_of_the_pipeline():
         assert "pipeline bubble" in of_chart
         assert "PP send/recv" not in of_chart
     for of_chart in names(example_pages.projected()):
-        assert "PP send/recv" in of_chart
-        assert "pipeline bubble" not in of_chart
+        assert {"PP send/recv", "pipeline bubble"} <= of_chart
+        assert "idle" not in of_chart  # another stage has the work
 
 
 def test_a_model_without_experts():

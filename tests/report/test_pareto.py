@@ -67,7 +67,9 @@ def test_one_dot_without_a_limit():
 
 def boxes(points, names, width, height):
     found = zip(placed(points, names, (width, height)), names, strict=True)
-    return [(place[0], place[0] + 6.2 * len(name), place[1]) for place, name in found if place]
+    return [
+        (place.left, place.left + 6.2 * len(name), place.middle) for place, name in found if place
+    ]
 
 
 def test_names_are_within_the_plot_and_none_covers_another():
@@ -83,9 +85,9 @@ def test_names_are_within_the_plot_and_none_covers_another():
 
 def test_a_name_is_right_above_its_point_or_left_where_there_is_no_room():
     (place,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0))
-    assert place[0] > 50.0 > place[1]
+    assert place.left > 50.0 > place.middle
     (place,) = placed([(190.0, 50.0)], ["abc"], (200.0, 100.0))
-    assert place[0] + 3 * 6.2 < 190.0
+    assert place.left + 3 * 6.2 < 190.0
     assert placed([(50.0, 50.0)], ["a name wider than the plot"], (100.0, 100.0)) == [None]
     assert placed([(50.0, 50.0)], [""], (100.0, 100.0)) == [None]
     assert placed([], [], (100.0, 100.0)) == []
@@ -93,9 +95,21 @@ def test_a_name_is_right_above_its_point_or_left_where_there_is_no_room():
 
 def test_a_name_does_not_cross_the_line_where_there_is_other_room():
     line = [(0.0, 0.0), (200.0, 0.0)], [(0.0, 39.0), (200.0, 39.0)]
-    (above,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0), line[0])
-    (below,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0), line[1])
-    assert above[1] < 50.0 <= below[1]
+    (above,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0), line[:1])
+    (below,) = placed([(50.0, 50.0)], ["abc"], (200.0, 100.0), line[1:])
+    assert above.middle < 50.0 <= below.middle
+
+
+def test_a_name_stands_away_from_its_point_rather_than_on_a_line():
+    """A line on every side of the point: the name is beyond it, led to by a line of its own."""
+    around = [(30.0, 30.0), (90.0, 30.0), (90.0, 70.0), (30.0, 70.0), (30.0, 30.0)]
+    (place,) = placed([(60.0, 50.0)], ["a long name"], (300.0, 200.0), [around])
+    right, (x, y) = place.left + 6.2 * len("a long name"), place.lead
+    assert place.left > 90.0 or place.middle + 7 < 30.0 or place.middle - 7 > 70.0
+    assert place.left <= x <= right
+    assert abs(y - place.middle) <= 7
+    everywhere = [[(0.0, y), (95.0, y)] for y in (0.0, 20.0, 40.0, 60.0)]
+    assert placed([(60.0, 50.0)], ["a long name"], (95.0, 72.0), everywhere) == [None]
 
 
 def test_a_plan_s_front_has_each_name_once():
@@ -123,7 +137,7 @@ def test_what_to_use_is_emphasised_also_where_that_is_disaggregated():
     assert values(chart)[-1]["kind"] == "best"
     (aggregated,) = (each for each in values(chart) if each["label"].startswith("#1 "))
     assert aggregated["kind"] == "others"
-    assert chart.title.startswith("disaggregated gives 1,875 tokens/s per GPU")
+    assert chart.title.startswith("Disaggregated gives 1,875 tokens/s per GPU")
 
 
 def test_plans_that_tie_stand_as_they_are_ranked():
@@ -170,15 +184,25 @@ def test_throughput_and_latency_by_load():
     assert len(output.legend) == 0  # one layout needs none
 
 
-def test_an_objective_is_drawn_where_it_is_of_what_is_drawn():
+def test_a_limit_is_drawn_over_its_own_statistic_the_one_that_decides_first():
     objectives = (
-        SLOResult(SLO("tpot", "median", 0.02), None),
-        SLOResult(SLO("ttft", "p95", 0.5), None),
+        SLOResult(SLO("tpot", "median", 0.02), Estimate(0.01)),
+        SLOResult(SLO("ttft", "p95", 0.5), Estimate(0.6)),
     )
-    _, tpot, ttft, trade = charts_of(loads(3, slos=objectives))
+    _, ttft, tpot, trade = charts_of(loads(3, slos=objectives))
+    assert ttft.title.startswith("TTFT p95: from 600 ")
+    assert ttft.spec["layer"][-1]["data"]["values"] == [{"limit": 500.0}]
+    assert tpot.title.startswith("TPOT median: from 10.0 ")
     assert tpot.spec["layer"][-1]["data"]["values"] == [{"limit": 20.0}]
-    assert "data" not in ttft.spec["layer"][-1]
     assert trade.spec["layer"][0]["data"]["values"][0]["said"] == "TPOT ≤ 20 ms"
+
+
+def test_a_limit_on_the_mean_is_not_drawn_over_medians():
+    mean = SLOResult(SLO("tpot", "mean", 0.02), Estimate(0.01))
+    _, tpot, ttft, trade = charts_of(loads(3, slos=(mean,)))
+    assert tpot.title.startswith("TPOT mean: ")
+    assert "data" not in ttft.spec["layer"][-1]
+    assert not any("strokeDash" in str(layer) for layer in trade.spec["layer"])
 
 
 def test_recorded_arrivals_have_no_size_to_draw_by():

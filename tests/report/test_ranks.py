@@ -38,7 +38,7 @@ def stretches(chart: Chart, lane: int = 0) -> set[tuple[str, int, float, float]]
     return found
 
 
-def test_of_a_model_gaps_are_waits_before_and_after_idle():
+def test_in_a_pipeline_the_time_without_work_is_its_bubble():
     chart = drawn(
         [
             [(COMPUTE, Stage.ATTENTION, 0, 0, 2), (NETWORK, Stage.DISPATCH, 0, 2, 4),
@@ -51,15 +51,32 @@ def test_of_a_model_gaps_are_waits_before_and_after_idle():
         (Cause.DISPATCH_COMBINE, 0, 2, 4),
         (Cause.WAITING, 0, 4, 6),
         (Cause.EXPERTS, 0, 6, 8),
-        (Gap.IDLE, 0, 8, 10),
-        (Gap.IDLE, 1, 0, 1),
+        (Cause.PIPELINE_BUBBLE, 0, 8, 10),  # the other stage has the work
+        (Cause.PIPELINE_BUBBLE, 1, 0, 1),
         (Cause.ATTENTION, 1, 1, 3),
         (Cause.PIPELINE_BUBBLE, 1, 3, 7),  # until the stage before sends
         (Cause.HAND_OVER, 1, 7, 10),
     }
     assert chart.spec.num_lanes == 1
-    assert chart.title == "a: 10.0 ms, computing 30%, pipeline bubble 20%"
+    assert chart.title == "a: 10.0 ms, computing 30%, pipeline bubble 35%"
     assert chart.note == "4 tokens of 4 sequences. note"
+
+
+def test_without_a_pipeline_gaps_are_waits_before_and_after_idle():
+    chart = drawn(
+        [
+            [(COMPUTE, Stage.ATTENTION, 0, 0, 2), (COMPUTE, Stage.EXPERTS, 0, 6, 8)],
+            [(COMPUTE, Stage.ATTENTION, 0, 1, 10)],
+        ]
+    )
+    assert stretches(chart) == {
+        (Cause.ATTENTION, 0, 0, 2),
+        (Cause.WAITING, 0, 2, 6),
+        (Cause.EXPERTS, 0, 6, 8),
+        (Gap.IDLE, 0, 8, 10),
+        (Gap.IDLE, 1, 0, 1),
+        (Cause.ATTENTION, 1, 1, 10),
+    }
 
 
 def test_what_computing_hides_is_in_a_lane_of_its_own():
@@ -83,13 +100,13 @@ def test_in_wall_time_a_rank_without_a_core_is_not_idle():
         (Cause.ATTENTION, 0, 4, 5),
         (Gap.DESCHEDULED, 0, 5, 7),
         (Cause.WAITING, 0, 7, 8),
-        (Gap.IDLE, 0, 8, 10),
+        (Cause.PIPELINE_BUBBLE, 0, 8, 10),
         (Cause.HEAD, 1, 3, 10),
     }
     shared = drawn(rows, is_measured=True, shares_cores=True)
     assert stretches(shared) == both | {(Gap.DESCHEDULED, 1, 0, 3)}
     own = drawn(rows, is_measured=True)
-    assert stretches(own) == both | {(Gap.IDLE, 1, 0, 3)}
+    assert stretches(own) == both | {(Cause.PIPELINE_BUBBLE, 1, 0, 3)}
     assert own.spec.num_lanes == 1
 
 

@@ -25,15 +25,34 @@ class Defaults:
 
     Attributes:
         batch: as `--batch` has it.
+        waves: requests per place of a batch, so that finished ones are replaced.
+        least: requests.
+        burst_from: batches from this one on get one wave: it takes long enough.
     """
 
     batch: str
     prompt_len: int
     output_len: int
+    waves: int
+    least: int = 1
+    burst_from: int | None = None
+
+    def num_requests(self, batch: int) -> int:
+        """How many a closed loop gets."""
+        is_burst = self.burst_from is not None and batch >= self.burst_from
+        wanted = max(self.least, batch if is_burst else self.waves * batch)
+        return min(wanted, int(RANGES["num_requests"].high))
+
+    @property
+    def of_closed(self) -> str:
+        """The same, in words."""
+        least = f", at least {self.least}" if self.least > 1 else ""
+        burst = "" if self.burst_from is None else f", from {self.burst_from} on the batch"
+        return f"{self.waves} × the batch{least}{burst}"
 
 
-MODELLED = Defaults("256", 1024, 256)  # plan and simulate: a cluster
-MEASURED = Defaults("1,8,32", 32, 32)  # bench: perhaps a laptop
+MODELLED = Defaults("256", 1024, 256, waves=4, least=32)  # plan and simulate: a cluster
+MEASURED = Defaults("1,8,32", 32, 32, waves=2, burst_from=64)  # bench: perhaps a laptop
 
 
 _SEVERAL, _RANGE = "N[,N…]", "N[:N]"
@@ -60,11 +79,11 @@ def _rate(**how: Any) -> Any:
     )
 
 
-def _num_requests(**how: Any) -> Any:
+def _num_requests(defaults: Defaults, **how: Any) -> Any:
     return _option(
         metavar="N",
         rich_help_panel=Panel.MORE_WORKLOAD,
-        show_default=f"the batch; with --rate {_OPEN_SIZE}; of --requests all",
+        show_default=f"{defaults.of_closed}; with --rate {_OPEN_SIZE}; of --requests all",
         help="Requests per batch size or rate; of --requests, the first N.",
         **how,
     )
@@ -99,7 +118,7 @@ class LoadOptions:
     panel: ClassVar = Panel.WORKLOAD
     batch: str | None = _batch(MEASURED.batch)
     rate: str | None = _rate()
-    num_requests: int | None = _num_requests()
+    num_requests: int | None = _num_requests(MEASURED)
     prompt_len: str | None = _length("prompt", MEASURED.prompt_len)
     output_len: str | None = _length("output", MEASURED.output_len)
     requests: Path | None = _requests()
@@ -144,7 +163,9 @@ class LoadOptions:
             usual = [int(each) for each in self.defaults.batch.split(",")]
             batches = sorted({min(each, num or each) for each in usual})
         self._check_size(batches, num)
-        return [Load(num or each, *lengths, batch=each) for each in batches]
+        return [
+            Load(num or self.defaults.num_requests(each), *lengths, batch=each) for each in batches
+        ]
 
     def question(self, load: "Load") -> dict[str, Any]:
         """What is the same for all loads, as results have it."""
@@ -201,6 +222,7 @@ class SimulatedLoad(LoadOptions):
 
     defaults = MODELLED
     batch: str | None = _batch(MODELLED.batch)
+    num_requests: int | None = _num_requests(MODELLED)
     prompt_len: str | None = _length("prompt", MODELLED.prompt_len)
     output_len: str | None = _length("output", MODELLED.output_len)
 
@@ -213,7 +235,7 @@ class PlannedLoad(SimulatedLoad):
     prompt_len: str | None = _length("prompt", MODELLED.prompt_len, "N")
     output_len: str | None = _length("output", MODELLED.output_len, "N")
     rate: str | None = _rate(hidden=True)
-    num_requests: int | None = _num_requests(hidden=True)
+    num_requests: int | None = _num_requests(MODELLED, hidden=True)
     requests: Path | None = _requests(hidden=True)
     slo: list[str] | None = _slo(
         "For example: ttft.mean=500ms,tpot.mean=20ms. Deployments that miss one are left out. "

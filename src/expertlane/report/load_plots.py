@@ -1,6 +1,6 @@
 """The plots of several loads, of an engine or simulated: how throughput and latency grow."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
 from expertlane.report.charts.pareto import Dot, pareto_chart
@@ -13,6 +13,7 @@ from expertlane.results.results import Results
 from expertlane.results.serving_record import (
     ServingRecord,
 )
+from expertlane.spec.slo import SLO
 
 _MS_PER_S = 1e3
 _NUM_FIRST = 2  # beside the answer
@@ -37,17 +38,46 @@ def by_load(results: Results) -> tuple[Section, ...]:
     best = best_of([each for of_layout in by_layout.values() for each in of_layout])
     charts = [
         _against_load(by_layout, best, "output tokens/s", lambda each: each.serving.output_tps),
-        *(
-            _against_load(by_layout, best, f"{name}, ms", _median_ms(get), _limit_ms(best, name))
-            for name, get in _LATENCIES.items()
-            if all(_median_ms(get)(each) for each in by_layout[best.record.name])
-        ),
+        *_latencies(by_layout, best),
     ]
     if best.serving.tpot_s is not None:
         charts.append(_trade(by_layout, best, unit_of(source)))
     first, more = tuple(charts[:_NUM_FIRST]), tuple(charts[_NUM_FIRST:])
     finding = more[0].title if more else ""
     return Section(heading, first, "first"), Section(heading, more, "plots", finding)
+
+
+def _latencies(by_layout: Mapping[str, Sequence[Served]], best: Served) -> Iterator[Chart]:
+    """Every statistic that has a limit, the one that decides first; of the others medians."""
+    of_best = by_layout[best.record.name]
+    slos = [each.slo for each in best.serving.slos]
+    for slo in sorted(slos, key=lambda slo: _tightness(slo, of_best), reverse=True):
+        value = _objective_ms(slo)
+        if all(map(value, of_best)):
+            what = f"{slo.metric.upper()} {slo.statistic}, ms"
+            yield _against_load(by_layout, best, what, value, _MS_PER_S * slo.limit_s)
+    for name, get in _LATENCIES.items():
+        has_limit = any(slo.metric == name.lower() for slo in slos)
+        if not has_limit and all(map(_median_ms(get), of_best)):
+            yield _against_load(by_layout, best, f"{name}, ms", _median_ms(get))
+
+
+def _tightness(slo: SLO, loads: Sequence[Served]) -> tuple[int, float]:
+    """How many loads miss it, then how near to the limit they come."""
+    found = [value.value for each in loads if (value := _objective_ms(slo)(each)) is not None]
+    limit_ms = _MS_PER_S * slo.limit_s
+    return sum(ms > limit_ms for ms in found), max(found, default=0.0) / limit_ms
+
+
+def _objective_ms(slo: SLO) -> Callable[[Served], Estimate | None]:
+    """What an objective's statistic is."""
+
+    def value(each: Served) -> Estimate | None:
+        values = (result.value for result in each.serving.slos if result.slo == slo)
+        found = next(values, None)
+        return None if found is None else found * _MS_PER_S
+
+    return value
 
 
 def _load(each: Served) -> float | None:
@@ -86,9 +116,10 @@ def _against_load(
         f"{f' {unit}' * bool(unit)} at {last.x:,.6g}"
     )
     measured = best.record.source == "measured"
-    note = "Medians over requests; vertical lines reach up to p95." if unit else ""
+    is_median = bool(unit) and limit is None
+    note = "Medians over requests; vertical lines reach up to p95." if is_median else ""
     if not measured:
-        note = f"{'Medians over requests. ' if unit else ''}Vertical lines: low to high."
+        note = f"{'Medians over requests. ' if is_median else ''}Vertical lines: low to high."
     return curves_chart(title, Axis(load, "log"), Axis(what), curves, note=note, limit=limit)
 
 
@@ -109,16 +140,6 @@ def _median_ms(
     return median
 
 
-def _limit_ms(best: Served, metric: str) -> float | None:
-    """The objective for the median or the mean of a latency, if there is one."""
-    limits = (
-        _MS_PER_S * each.slo.limit_s
-        for each in best.serving.slos
-        if each.slo.metric == metric.lower() and each.slo.statistic in ("median", "mean")
-    )
-    return next(limits, None)
-
-
 def _trade(by_layout: Mapping[str, Sequence[Served]], best: Served, unit: str) -> Chart:
     """What a device gives against what a user sees, load by load."""
     dots = [
@@ -134,13 +155,13 @@ def _trade(by_layout: Mapping[str, Sequence[Served]], best: Served, unit: str) -
         for each in of_layout
         if each.serving.tpot_s and (median := each.serving.tpot_s.median)
     ]
-    limit_ms = _limit_ms(best, "TPOT")
+    limits_s = (each.slo.limit_s for each in best.serving.slos if each.slo.name == "tpot.median")
     chosen = next(dot for dot in dots if dot.role == "chosen")
     return pareto_chart(
         f"{best.load[:1].upper()}{best.load[1:]} gives {figures(chosen.device_tps)} tokens/s per "
         f"{unit} at {figures(chosen.user_tps)} per user",
         dots,
-        max_tpot_s=None if limit_ms is None else limit_ms / _MS_PER_S,
+        max_tpot_s=next(limits_s, None),
         device=unit,
         note="TPOT is the median over requests.",
     )

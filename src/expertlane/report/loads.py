@@ -115,6 +115,7 @@ def answer(
         asked += f", {shortened(source, NAME_COLUMNS)}"
     first = results.deployments[0]
     routing = [] if first.conditions is None else [routing_of(first.conditions)]
+    asked += _bursts(found)
     best = best_of(found)
     setting = " | ".join([setting, asked, first.source, *routing])
     heights = [len(textwrap.wrap(f"{line} |", COLUMNS)) for line in setting_lines(setting)]
@@ -168,6 +169,16 @@ def headline(results: Results) -> str:
         lead = f"{where} has the highest throughput{within}"
         lead = lead[0].upper() + lead[1:] if len(results.deployments) == 1 else lead
     return f"{lead}: {tps} tokens/s{medians} (medians)."
+
+
+def _bursts(found: Sequence[Served]) -> str:
+    """Which batches are served at once, with nothing to come after them."""
+    closed = {each.serving.batch: each.serving for each in found if each.serving.batch}
+    bursts = [batch for batch, each in closed.items() if each.num_requests == batch]
+    if not bursts:
+        return ""
+    of = "" if len(bursts) == len(closed) else f" at {', '.join(map(whole, bursts))}"
+    return f", burst{of}"
 
 
 def _lengths(text: str) -> str:

@@ -76,8 +76,9 @@ def _plan_front(results: Results) -> Chart:
             if named(each) not in known
         ),
     ]
+    label = f"{chosen.label[:1].upper()}{chosen.label[1:]}"
     return pareto_chart(
-        f"{chosen.label} gives {figures(chosen.device_tps)} tokens/s per {device} at "
+        f"{label} gives {figures(chosen.device_tps)} tokens/s per {device} at "
         f"{figures(chosen.user_tps)} per user",
         dots,
         device=device,

@@ -269,7 +269,8 @@ def simulation(results: Results) -> tuple[Section, ...]:
     record = results.deployments[0]
     phases = dict(phases_of(record))
     steps = {step.phase: {record.name: step} for step in phases.values()}
-    drawn = causes_chart(phases, "mean step", note="ms, mean over ranks.")
+    note = "Shares of each phase's mean step; numbers are ms, mean over ranks."
+    drawn = causes_chart(phases, "mean step", note=note, as_shares=True)
     loads = {record.name: record.num_tokens_per_expert}
     per_node = results.projected_for.ranks_per_node
     squares = experts_and_traffic(loads, steps, per_node, "one step")

@@ -1,6 +1,9 @@
 "use strict";
-// The page is whole without this: it adds what a stretch of a timeline is, and opens all on paper.
+// The page is whole and open without this: it folds what matters less, adds what a stretch of a
+// timeline is, and opens all on paper.
 (() => {
+  for (const each of document.querySelectorAll("details[data-folded]")) each.open = false;
+
   // Timelines of a group show the same stretch of time.
   for (const group of document.querySelectorAll(".timelines")) {
     const scrolled = [...group.querySelectorAll(".time")];

@@ -91,13 +91,16 @@ def throughput_chart(
     )
 
 
-def causes_chart(steps: Mapping[str, StepsRecord], what: str, *, note: str) -> Chart | None:
+def causes_chart(
+    steps: Mapping[str, StepsRecord], what: str, *, note: str, as_shares: bool = False
+) -> Chart | None:
     """A stacked bar a deployment, its causes in the order in which they are kept.
 
     None where all there is to say are two numbers.
 
     Args:
         what: that is drawn, for example `decode step`.
+        as_shares: whether bars are equally long, for steps of which one dwarfs the other.
     """
     seconds = {
         name: {cause: s if s > _LEAST_S else 0.0 for cause, s in step.breakdown_s.items()}
@@ -119,7 +122,7 @@ def causes_chart(steps: Mapping[str, StepsRecord], what: str, *, note: str) -> C
         _most_costly(seconds, what),
         f"Stacked bars, one per deployment: milliseconds of a {what} by cause. "
         + " ".join(_largest(name, each) for name, each in seconds.items()),
-        _stacked(seconds, causes, legend),
+        _stacked(seconds, causes, legend, as_shares),
         Table.across(f"ms of a {what}", [*map(_due_to, causes), in_all], list(seconds.items())),
         legend=legend,
         note=note,
@@ -127,19 +130,23 @@ def causes_chart(steps: Mapping[str, StepsRecord], what: str, *, note: str) -> C
 
 
 def _stacked(
-    seconds: Mapping[str, Mapping[str, float]], causes: Sequence[str], legend: Sequence[Legend]
+    seconds: Mapping[str, Mapping[str, float]],
+    causes: Sequence[str],
+    legend: Sequence[Legend],
+    as_shares: bool,
 ) -> Spec:
     """Parts end to end, each with its milliseconds where there is room for them."""
     values: list[Spec] = []
     for name, each in seconds.items():
-        begin_ms, whole_s = 0.0, sum(each.values())
+        begin, whole_s = 0.0, sum(each.values())
         for cause in causes:
             ms = 1e3 * each.get(cause, 0.0)
             part = {"row": name, "cause": cause, "ms": ms, "shown": figures(ms)}
-            place = {"begin": begin_ms, "end": begin_ms + ms, "middle": begin_ms + ms / 2}
+            size = ms / 1e3 / whole_s if as_shares else ms
+            place = {"size": size, "begin": begin, "end": begin + size, "middle": begin + size / 2}
             said = {"said": f"{milliseconds(whole_s)} ms"} if cause == causes[0] else {}
             values.append(part | place | said | {"share": percent(ms / 1e3 / whole_s)})
-            begin_ms += ms
+            begin += size
     most = max(value["end"] for value in values)
     ends = {"x": along("begin", None, most), "x2": {"field": "end"}}
     parts: Spec = {
@@ -153,7 +160,7 @@ def _stacked(
         },
     }
     words = colour("cause", [replace(each, colour=on(each.colour)) for each in legend])
-    said = inside("shown", "middle", "ms", most, words)
+    said = inside("shown", "middle", "size", most, words)
     return rows_spec(values, [parts, said], len(seconds))
 
 

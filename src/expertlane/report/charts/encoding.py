@@ -8,6 +8,8 @@ from expertlane.report.document import Column, Legend
 
 Spec = dict[str, Any]
 
+NARROW, NARROW_PX = "narrow", 330  # what of a plot is otherwise up to that width
+
 AXIS: Spec = {"format": "~s", "labelOverlap": True}  # `10k`, and no label over another
 
 # Marks that the library has no name for, in a square from -1 to 1.

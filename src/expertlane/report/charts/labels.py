@@ -1,16 +1,34 @@
 """Where the names of points go, so that none covers another or a point."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
-from math import hypot
+from itertools import chain, pairwise, product
+from math import dist, hypot
+
+import numpy as np
 
 _Place = tuple[float, float]
 _CHARACTER_PX, _LINE_PX = 6.2, 14.0
 _GAP_PX, _POINT_PX = 7.0, 4.0
+_STEP_PX = 10.0  # between places further away that are tried
 # Which side of its point a name stands on, tried in this order: right of it, left, in the middle;
 # above, at its height, below.
 _SIDES = tuple(side for side in product((1, -1, 0), (-1, 0, 1)) if any(side))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a name is.
+
+    Attributes:
+        left: its left end.
+        middle: of its height.
+        lead: where a line from its point to it ends; None where it stands beside the point.
+    """
+
+    left: float
+    middle: float
+    lead: _Place | None
 
 
 @dataclass(frozen=True)
@@ -32,35 +50,70 @@ class _Box:
             and other.top < self.bottom
         )
 
+    def lead(self, point: _Place) -> _Place | None:
+        """Where a line from its point ends; None where it stands beside that."""
+        end = self.nearest(point)
+        return end if dist(end, point) > 2 * _GAP_PX else None
+
+    def path_from(self, point: _Place) -> list[_Place]:
+        """Places on the line from its point."""
+        end = self.lead(point)
+        return [] if end is None else list(_along([point, end]))
+
+    def nearest(self, place: _Place) -> _Place:
+        """The point of it that is nearest to a place."""
+        x, y = place
+        return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
+
+    def is_free(self, taken: Iterable["_Box"]) -> bool:
+        return not any(map(self.meets, taken))
+
 
 def placed(
     points: Sequence[_Place],
     names: Sequence[str],
     size_px: _Place,
-    line: Sequence[_Place] = (),
-) -> list[_Place | None]:
-    """The left end and the middle of each name, in pixels; None where there is no room for it.
+    lines: Sequence[Sequence[_Place]] = (),
+) -> list[Placed | None]:
+    """Where each name is, in pixels; None where there is no room for it.
 
     Args:
         points: in pixels from the upper left; a name for each, the most important first, empty for
             a point without.
         size_px: width and height of what there is.
-        line: places that are joined, which a name crosses only where there is no other room.
+        lines: places that are joined; rather than cross one, a name stands away from its point.
     """
-    taken, joined = list(map(_around, points)), list(map(_around, _along(line)))
-    found: list[_Place | None] = []
+    taken, named = list(map(_around, points)), list[_Box]()
+    joined = [_around(place) for line in lines for place in _along(line)]
+    found: list[Placed | None] = []
     for point, name in zip(points, names, strict=True):
-        boxes = [
+        beside = [_box(point, side, name) for side in _SIDES] if name else []
+        further = _further(point, name, size_px) if name else []
+        free = (
             box
-            for box in (_box(point, side, name) for side in _SIDES)
-            if box.is_within(size_px) and not any(map(box.meets, taken))
-        ]
-        beside_line = (box for box in boxes if not any(map(box.meets, joined)))
-        box = next(beside_line, next(iter(boxes), None)) if name else None
-        if box is not None:
-            taken.append(box)
-        found.append(None if box is None else (box.left, (box.top + box.bottom) / 2))
+            for box in chain(beside, further)
+            if box.is_within(size_px)
+            and box.is_free([*taken, *joined, *named])
+            and all(each.is_free(named) for each in map(_around, box.path_from(point)))
+        )
+        box = next(free, None)
+        if box is None:
+            found.append(None)
+            continue
+        named.append(box)
+        joined += map(_around, box.path_from(point))
+        found.append(Placed(box.left, (box.top + box.bottom) / 2, box.lead(point)))
     return found
+
+
+def _further(point: _Place, name: str, size_px: _Place) -> list[_Box]:
+    """Places for a name anywhere right of its point or above it, the nearest first."""
+    (x, _), (width, height) = point, size_px
+    size = _CHARACTER_PX * len(name)
+    lefts = np.arange(max(0.0, x - size), width - size, _STEP_PX).tolist()
+    tops = np.arange(0.0, height - _LINE_PX, _STEP_PX).tolist()
+    boxes = [_Box(left, top, left + size, top + _LINE_PX) for left in lefts for top in tops]
+    return sorted(boxes, key=lambda box: dist(box.nearest(point), point))
 
 
 def _around(place: _Place) -> _Box:

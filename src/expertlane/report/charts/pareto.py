@@ -140,6 +140,16 @@ def _spec(
         }
         for width, is_wide in (("wide", ">"), ("narrow", "<="))
     ]
+    leads: list[Spec] = [
+        {
+            "transform": [
+                {"filter": f"width {is_wide} {_NARROW_PX} && isValid(datum.{width}Lead)"}
+            ],
+            "mark": {"type": "rule", "color": "--muted", "strokeWidth": 0.7},
+            "encoding": at | {"x2": {"field": f"{width}Lead.x"}, "y2": {"field": f"{width}Lead.y"}},
+        }
+        for width, is_wide in (("wide", ">"), ("narrow", "<="))
+    ]
     return {
         "data": {"values": _values(dots, columns, far, high)},
         "height": _HEIGHT_PX,
@@ -151,6 +161,7 @@ def _spec(
                 "encoding": at,
             },
             *_bounds(across, up),
+            *leads,
             {
                 "mark": {"type": "point", "filled": True, "opacity": 1},
                 "encoding": at
@@ -198,14 +209,25 @@ def _values(
         points = [
             (width_px * value["x"] / far, _HEIGHT_PX * (1 - value["y"] / high)) for value in values
         ]
-        line = [at for at, dot in zip(points, dots, strict=True) if dot.role == "front"]
+        lines = [[at for at, dot in zip(points, dots, strict=True) if dot.role == "front"]]
+        for value, dot, (x, y) in zip(values, dots, points, strict=True):
+            if dot.role == "chosen":
+                ends = value["slow"], value["fast"], value["high"], value["low"]
+                slow, fast = (width_px * each / far for each in ends[:2])
+                high_px, low_px = (_HEIGHT_PX * (1 - each / high) for each in ends[2:])
+                lines += [(slow, y), (fast, y)], [(x, high_px), (x, low_px)]
         names = [dot.label for dot in dots]
-        found = placed(points, names, (width_px, _HEIGHT_PX), line)
+        found = placed(points, names, (width_px, _HEIGHT_PX), lines)
         for value, place in zip(values, found, strict=True):
             if place is not None:
-                left, middle = place
                 value[name] = {
-                    "x": left / width_px * far,
-                    "y": (1 - middle / _HEIGHT_PX) * high,
+                    "x": place.left / width_px * far,
+                    "y": (1 - place.middle / _HEIGHT_PX) * high,
                 }
+                if place.lead is not None:
+                    x, y = place.lead
+                    value[f"{name}Lead"] = {
+                        "x": x / width_px * far,
+                        "y": (1 - y / _HEIGHT_PX) * high,
+                    }
     return values[::-1]

@@ -5,9 +5,10 @@ Names stand over the bars, not beside them, so that a row is legible on a phone 
 
 from collections.abc import Sequence
 
-from expertlane.report.charts.encoding import Spec, quantity
+from expertlane.report.charts.encoding import NARROW, NARROW_PX, Spec, quantity
 
 ROW_PX, BAR_PX = 32, 12
+_LINE_PX = 14  # of words
 _DOWN_PX = 5  # from the middle of a row to that of its bar
 _LEAST_PX = 30  # of a bar with words in it
 _CHARACTER_PX, _GAP_PX = 7.0, 8  # of the words on the right, and before them
@@ -25,13 +26,23 @@ def rows_spec(values: Sequence[Spec], layers: Sequence[Spec], num_rows: int) -> 
     words: Spec = {"baseline": "top", "fontSize": 12, "yOffset": 1}
     named = {"y": _row(bandPosition=0.0)}
     is_first = [{"filter": "isValid(datum.said)"}]
-    longest = max(len(each["said"]) for each in values if "said" in each)
-    room = f"{_NARROWER} * (width - {_CHARACTER_PX * longest + _GAP_PX})"
+    firsts = [each for each in values if "said" in each]
+    said_px = _GAP_PX + _CHARACTER_PX * max(len(each["said"]) for each in firsts)
+    named_px = _CHARACTER_PX * max(len(each["row"]) for each in firsts)
+    room = f"{_NARROWER} * (width - (said_down ? 0 : {said_px}))"
     left = words | {"type": "text", "align": "left", "limit": {"expr": room}}
     right = words | {"type": "text", "align": "right", "color": "--ink"}
+    right["yOffset"] = {"expr": "1 + said_down"}
+    # On a phone names that are too long for one line with what is said have that below them.
+    down_px = _LINE_PX if named_px + said_px > NARROW_PX else 0
     return {
         "data": {"values": list(values)},
+        "params": [{"name": "said_down", "value": 0}],
         "height": ROW_PX * num_rows,
+        NARROW: {
+            "params": [{"name": "said_down", "value": down_px}],
+            "height": (ROW_PX + down_px) * num_rows,
+        },
         "layer": [
             *layers,
             {
@@ -48,6 +59,11 @@ def rows_spec(values: Sequence[Spec], layers: Sequence[Spec], num_rows: int) -> 
     }
 
 
+def down(px: float) -> Spec:
+    """How far below the middle of a row, more where the words before a bar have two lines."""
+    return {"expr": f"{px} + said_down / 2"}
+
+
 def in_row() -> Spec:
     """The row of a value."""
     return {"y": _row()}
@@ -55,7 +71,7 @@ def in_row() -> Spec:
 
 def bar(**looks: object) -> Spec:
     """A mark where a row's bar is."""
-    return {"type": "bar", "height": BAR_PX, "yOffset": _DOWN_PX, **looks}
+    return {"type": "bar", "height": BAR_PX, "yOffset": down(_DOWN_PX), **looks}
 
 
 def inside(text: str, middle: str, size: str, most: float, colours: Spec) -> Spec:
@@ -66,17 +82,18 @@ def inside(text: str, middle: str, size: str, most: float, colours: Spec) -> Spe
         most: where the axis ends.
         colours: of the words, an encoding.
     """
-    place = {"x": along(middle, None, most), "color": colours}
+    # Of a scale of its own: layers share that of `color`, and words would be as their bars.
+    place = {"x": along(middle, None, most), "fill": colours}
     return {
         "transform": [{"filter": f"datum[{size!r}] * width / {most} > {_LEAST_PX}"}],
-        "mark": {"type": "text", "yOffset": _DOWN_PX, "fontSize": 10.5},
+        "mark": {"type": "text", "yOffset": down(_DOWN_PX), "fontSize": 10.5},
         "encoding": in_row() | place | {"text": {"field": text}},
     }
 
 
 def rule(**looks: object) -> Spec:
     """A line in the middle of a row's bar."""
-    return {"type": "rule", "yOffset": _DOWN_PX, **looks}
+    return {"type": "rule", "yOffset": down(_DOWN_PX), **looks}
 
 
 def along(field: str, title: str | None, most: float, least: float = 0.0) -> Spec:

@@ -9,10 +9,10 @@ from xml.etree.ElementTree import Element, fromstring
 
 from markupsafe import Markup
 
-from expertlane.report.charts.encoding import Spec
+from expertlane.report.charts.encoding import NARROW, NARROW_PX, Spec
 from expertlane.spec.printable import printable
 
-WIDE_PX, NARROW_PX, SMALL_PX = 560, 330, 220  # the page shows the one that fits
+WIDE_PX, SMALL_PX = 560, 220  # the page shows the one that fits; NARROW_PX on a phone
 _FONT_PX, _NARROW_FONT_PX = 12, 11
 _ADDRESS_SPACE = 96 << 30  # 40 GiB were too little, 80 enough
 _NOT_DRAWN = "Not drawn: this needs 96 GiB of address space, and ulimit -v allows less."
@@ -53,6 +53,8 @@ def svg(spec: Spec, name: str, width_px: int) -> Markup:
         return Markup("<p>{}</p>").format(_NOT_DRAWN)
     import vl_convert  # a large library that nothing else needs
 
+    narrow = spec.get(NARROW, {}) if width_px <= NARROW_PX else {}
+    spec = {key: each for key, each in spec.items() if key != NARROW} | narrow
     shown = _shown(_described(spec))
     shown |= {"width": width_px, "autosize": {"type": "fit-x", "contains": "padding"}}
     drawn = vl_convert.vegalite_to_svg(shown, config=_config(width_px), allowed_base_urls=[])

@@ -76,9 +76,13 @@ def _rank(rank: RankTimeline, step: StepTimeline, is_measured: bool, shares_core
         own = _without(each, taken)
         spent[kind] = _joined([spent.get(kind, _NONE), own])
         taken = _joined([taken, own])
-    starts_late = Gap.DESCHEDULED if is_measured and shares_cores else Gap.IDLE
+    starts_late: Gap | Cause = Gap.DESCHEDULED if is_measured and shares_cores else Gap.IDLE
+    ends_early: Gap | Cause = Gap.IDLE
+    if _is_pipeline(step):
+        ends_early = Cause.PIPELINE_BUBBLE
+        starts_late = starts_late if starts_late is Gap.DESCHEDULED else Cause.PIPELINE_BUBBLE
     arrivals = _joined([computed.get(_PP, _NONE), sent.get(_PP, _NONE)])
-    for kind, gap in _gaps(taken, arrivals, end_us, starts_late):
+    for kind, gap in _gaps(taken, arrivals, end_us, (starts_late, ends_early)):
         spent[kind] = _joined([spent.get(kind, _NONE), gap])
     hidden = {} if is_measured else {kind: _shared(each, busy) for kind, each in sent.items()}
     return _Rank(str(rank.rank), spent, hidden)
@@ -96,22 +100,32 @@ def _kind(track: str, stage: str, is_measured: bool) -> str | None:
     return str(cause)
 
 
+def _is_pipeline(step: StepTimeline) -> bool:
+    """Whether other stages have the work that a rank has not."""
+    of_pp = {
+        place for place, stage in enumerate(step.stages) if _CAUSES.get(stage) is Cause.HAND_OVER
+    }
+    return any(not of_pp.isdisjoint(rank.stage) for rank in step.ranks)
+
+
 _CAUSES = {stage.label: cause for stage, cause in CAUSE_OF_STAGE.items()}
 _PP = str(Cause.HAND_OVER)
 _NONE: _Spans = np.zeros((0, 2))
 
 
 def _gaps(
-    taken: _Spans, arrivals: _Spans, end_us: float, starts_late: Gap
+    taken: _Spans, arrivals: _Spans, end_us: float, at_ends: tuple[Gap | Cause, Gap | Cause]
 ) -> Iterable[tuple[str, _Spans]]:
     """What a rank has nothing in.
 
-    Before its first event it starts late, after its last one it has nothing to do; in between it
-    waits, for the pipeline stage before where that sends next.
+    Between its first and its last event it waits, for the pipeline stage before where that sends
+    next.
 
     Args:
         arrivals: what it has of PP send/recv.
+        at_ends: what the time before its first event and after its last one is.
     """
+    starts_late, ends_early = at_ends
     free = _without(np.array([[0.0, end_us]]), taken)
     if not len(taken):
         return [(str(Gap.IDLE), free)]
@@ -119,7 +133,7 @@ def _gaps(
     is_bubble = np.isin(free[:, 1], arrivals[:, 0]) & ~is_before
     return (
         (str(starts_late), free[is_before]),
-        (str(Gap.IDLE), free[is_after]),
+        (str(ends_early), free[is_after]),
         (str(Cause.PIPELINE_BUBBLE), free[is_bubble]),
         (str(Cause.WAITING), free[~is_before & ~is_after & ~is_bubble]),
     )

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from expertlane.report.charts.colours import ADDED, OTHERS, PROPOSAL, RIVAL, SAVED
 from expertlane.report.charts.encoding import Spec, colour
-from expertlane.report.charts.rows import BAR_PX, along, bar, in_row, rows_spec
+from expertlane.report.charts.rows import BAR_PX, along, bar, down, in_row, rows_spec
 from expertlane.report.difference import StepDifference
 from expertlane.report.document import Chart, Legend, Table, number, text
 from expertlane.report.numbers import figures, signed
@@ -30,7 +30,7 @@ def waterfall_chart(
     layers: list[Spec] = [
         {
             "transform": [{"filter": "isValid(datum.next)"}],
-            "mark": {"type": "rule", "strokeWidth": 1, "color": OTHERS, "yOffset": BAR_PX},
+            "mark": {"type": "rule", "strokeWidth": 1, "color": OTHERS, "yOffset": down(BAR_PX)},
             "encoding": {
                 "x": along("end", None, most, least),
                 "y": in_row()["y"],
