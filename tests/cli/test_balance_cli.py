@@ -45,11 +45,8 @@ def test_a_table_and_a_placement(run):
     code, out, err = run(*asked)
     assert (code, err) == (0, "written: new/placement.json\n")
     setting, more, headline, *_ = out.splitlines()
-    assert (
-        setting
-        == "a/model | 300 tokens, 2 of 8 experts each | EP 4 on 2 nodes, 12 physical experts"
-    )
-    assert more == "per layer"
+    assert setting == "a/model | 300 tokens, 2 of 8 experts each |"
+    assert more == "EP 4 on 2 nodes, 12 physical experts per layer"
     assert headline.startswith("Max/mean load of ranks ")
     assert fits_a_screen(out)
     assert run(*asked, "--quiet")[1] == headline + "\n"

@@ -71,7 +71,7 @@ def test_layouts_side_by_side_on_real_ranks(run, tmp_path):
         assert point["rate"] is None
         tps = point["num_output_tokens"] / point["wall_s"]["value"]
         assert point["output_tps"]["value"] == pytest.approx(tps)
-        assert point["prefill_tps"]["value"] > 0
+        assert point["prefill_tps"] is None  # not all requests were there at once
         ttft_s, e2e_s = point["ttft_s"], point["e2e_s"]
         assert ttft_s["median"]["value"] <= e2e_s["median"]["value"] <= e2e_s["p99"]["value"]
     lines = [line.partition(":")[0] for line in err.splitlines()]
@@ -343,7 +343,7 @@ def test_notes():
     text = " ".join(shown(results, 100).split())
     assert "512 ranks share 1 core: wall times compare work and waiting on this machine" in text
     assert "1 preemption: the KV cache was too small for the load." in text
-    assert "Other processes used 50% of the cores during the run" in text
+    assert "Other processes used 50% of the cores: repeat it on an idle machine." in text
     assert "TPOT — — — —" in text
     assert json.loads(to_json(results))["deployments"][0]["serving"][0]["itl_s"] is None
     on_gpu = replace(RESULTS, machine=replace(machine, device="a GPU"))

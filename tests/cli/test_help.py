@@ -157,7 +157,8 @@ def test_every_command_has_the_options_of_output():
 
 
 def test_completion_is_of_the_command_however_it_is_run():
-    command = [sys.executable, "-m", "expertlane", "--show-completion", "bash"]
+    # As from a prompt: the shell is told by the parent process.
+    command = ["bash", "-c", f"{sys.executable} -m expertlane --show-completion; true"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "_EXPERTLANE_COMPLETE=complete_bash" in shown
     assert "PYTHON" not in shown

@@ -28,8 +28,8 @@ def show_answer(report: Report, console: Console, page: Path | None) -> None:
 
 def draw_answer(answer: Answer, console: Console) -> None:
     """Print the answer alone."""
-    setting = " |\n".join(setting_lines(answer.setting, console.width)).split("\n")
-    _print(console, setting, "dim")
+    setting = " |\n".join(setting_lines(answer.setting, console.width))
+    _print(console, folded(setting, console.width), "dim")
     _print(console, folded(answer.headline, console.width), "bold")
     for part in answer.parts:
         console.print()
