@@ -282,12 +282,25 @@ PROJECTED = (
     Case("balance", "balance routing.npz --ep 16 --ranks-per-node 8 --num-redundant-experts 16"),
 )
 MEASURED = (
-    Case("compare paper-small", "compare paper-small --dtype float32 --clock wall", "measured"),
-    Case("compare skewed", "compare skewed.toml --dtype float32 --clock wall", "measured"),
     Case(
-        "compare tiny", "compare tiny.toml --dtype float32 --clock wall", "measured", is_quick=True
+        "compare paper-small",
+        "compare paper-small --dtype float32 --clock wall --repeat 2",
+        "measured",
     ),
-    Case("compare checkpoint", "compare checkpoint.toml --dtype float32 --clock wall", "measured"),
+    Case(
+        "compare skewed", "compare skewed.toml --dtype float32 --clock wall --repeat 2", "measured"
+    ),
+    Case(
+        "compare tiny",
+        "compare tiny.toml --dtype float32 --clock wall --repeat 2",
+        "measured",
+        is_quick=True,
+    ),
+    Case(
+        "compare checkpoint",
+        "compare checkpoint.toml --dtype float32 --clock wall --repeat 2",
+        "measured",
+    ),
 )
 CASES = PROJECTED + MEASURED
 

@@ -39,6 +39,7 @@ OF_TIMES = {
     "num_last_arrivals",
     "num_meetings",
     "flops_utilisation",
+    "pairs",
     "read_utilisation",
 }
 # Of those, what there may be none of: its type depends on time too.
