@@ -20,9 +20,7 @@ from expertlane.results.results import (
     ServeCommand,
     Versions,
 )
-from expertlane.results.serving_record import (
-    ServingRecord,
-)
+from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase

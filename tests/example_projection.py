@@ -15,9 +15,7 @@ from expertlane.results.record import (
     StepsRecord,
 )
 from expertlane.results.results import Assumption, Cluster, PlanSummary, Results
-from expertlane.results.serving_record import (
-    ServingRecord,
-)
+from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

@@ -9,9 +9,7 @@ from expertlane.results.record import (
     StepsRecord,
 )
 from expertlane.results.results import Assumption, Cluster, Results, Versions
-from expertlane.results.serving_record import (
-    ServingRecord,
-)
+from expertlane.results.serving_record import ServingRecord
 from expertlane.results.traffic import FanOut, TrafficBytes, TrafficRecord
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

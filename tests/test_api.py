@@ -17,12 +17,8 @@ from expertlane.cli.option_groups import (
     call_with,
     parameters_of,
 )
-from expertlane.cli.options import (
-    EngineOptions,
-)
-from expertlane.cli.output_options import (
-    OutputOptions,
-)
+from expertlane.cli.options import EngineOptions
+from expertlane.cli.output_options import OutputOptions
 from expertlane.errors import SpecError, UserError
 from expertlane.report.shown import Results
 from expertlane.results.file import read, write

@@ -15,9 +15,7 @@ from expertlane.cli import compare as compare_command
 from expertlane.cli import plan as plan_command
 from expertlane.cli import simulate as simulate_command
 from expertlane.cli.diff import THRESHOLD_PERCENT
-from expertlane.cli.option_groups import (
-    call_with,
-)
+from expertlane.cli.option_groups import call_with
 from expertlane.cli.output import Call, Found, making_sense, write_beside
 from expertlane.cli.python_options import PythonFunction, PythonOptions
 from expertlane.errors import UserError

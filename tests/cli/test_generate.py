@@ -14,9 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from cli.stub_llm import StubLLM
 from expertlane.balance.trace import read_trace
 from expertlane.cli import model, model_output
-from expertlane.cli.sampling import (
-    sampling_params,
-)
+from expertlane.cli.sampling import sampling_params
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.request import RequestOutput, not_finite

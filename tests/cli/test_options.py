@@ -9,9 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from expertlane.cli.app import app
-from expertlane.cli.option_groups import (
-    takes_groups,
-)
+from expertlane.cli.option_groups import takes_groups
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,7 @@ from expertlane.results.record import (
     PARETO,
     TWO_POOLS,
 )
-from expertlane.results.serving_record import (
-    SLOResult,
-)
+from expertlane.results.serving_record import SLOResult
 from expertlane.spec.layout import Layout
 from expertlane.spec.slo import SLO
 from report.shown import charts

@@ -11,9 +11,7 @@ import example_simulation
 from expertlane.results.cost import with_costs
 from expertlane.results.estimate import Estimate
 from expertlane.results.metrics import ServedRequest, serving_record
-from expertlane.results.serving_record import (
-    best_load,
-)
+from expertlane.results.serving_record import best_load
 from expertlane.spec.slo import SLO, parse_slos
 
 # TTFT 1, 2 and 4 s; TPOT 1 and 3 s; gaps 1, 1 and 2, 4 s; E2E 3, 8 and 4 s.

@@ -8,18 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 import typer
 
 from expertlane.cli.help import Panel
-from expertlane.cli.option_groups import (
-    takes_groups,
-)
+from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     placement_option,
     ranks_per_node_option,
     redundant_option,
 )
 from expertlane.cli.output import command_line, print_report, print_written, slug
-from expertlane.cli.output_options import (
-    AnswerOptions,
-)
+from expertlane.cli.output_options import AnswerOptions
 from expertlane.errors import UserError, naming
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import take

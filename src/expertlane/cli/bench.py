@@ -6,17 +6,13 @@ from typing import TYPE_CHECKING
 from expertlane.cli import output
 from expertlane.cli.load import LoadOptions
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.option_groups import (
-    takes_groups,
-)
+from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     EngineOptions,
     ModelArgument,
     layout_option,
 )
-from expertlane.cli.output_options import (
-    OutputOptions,
-)
+from expertlane.cli.output_options import OutputOptions
 from expertlane.errors import UserError
 from expertlane.spec.layout import Layout
 

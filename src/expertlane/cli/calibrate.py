@@ -10,9 +10,7 @@ import typer
 
 from expertlane.cli import output
 from expertlane.cli.help import Panel
-from expertlane.cli.option_groups import (
-    takes_groups,
-)
+from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     Dtype,
     dtype_option,

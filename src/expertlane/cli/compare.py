@@ -13,9 +13,7 @@ import typer
 from expertlane.cli import completion, output
 from expertlane.cli.help import Panel
 from expertlane.cli.model import find_model
-from expertlane.cli.option_groups import (
-    takes_groups,
-)
+from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     MODEL_HELP,
     Dtype,
@@ -26,9 +24,7 @@ from expertlane.cli.options import (
     skew_option,
     trace_option,
 )
-from expertlane.cli.output_options import (
-    OutputOptions,
-)
+from expertlane.cli.output_options import OutputOptions
 from expertlane.cli.virtual_time import DEFAULT_PROFILE, VirtualTimeOptions
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import CapacityError, UserError, naming

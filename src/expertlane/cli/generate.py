@@ -19,9 +19,7 @@ from expertlane.cli.model_output import (
     print_text,
     stream_output,
 )
-from expertlane.cli.option_groups import (
-    takes_groups,
-)
+from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     EngineOptions,
     ModelArgument,
@@ -114,18 +112,11 @@ def generate(
       expertlane generate paper-tiny --token-ids 1,2,3
           random weights: shows that it runs
     """
-    if sampling.logprobs is not None and not own.as_json:
-        raise UserError("--logprobs needs --json, which prints them")
-    if own.system is not None and not own.chat:
-        raise UserError("--system needs --chat")
-    if own.chat and (prompts or own.file or own.token_ids or own.as_json):
-        raise UserError("--chat reads standard input; leave prompts and --json out")
+    _check_options(own, sampling, prompts)
     found = find_model(model)
     layout = found.lay_out(own.layout)
     _check_stops(sampling, found)
     params = sampling_params(found.folder, vars(sampling))
-    if own.out is not None and not own.record_routing:
-        raise UserError("--out needs --record-routing, which writes there")
     trace = None
     if own.record_routing:
         call = Call(command_line(), own.out, always_writes=True)
@@ -148,6 +139,22 @@ def generate(
     if errors and not own.chat:  # a chat told of each when it came
         more = f"; and {len(errors) - 1} more of {len(outputs)} prompts" if len(errors) > 1 else ""
         raise ModelError(f"{errors[0]}{more}")
+
+
+def _check_options(own: _Options, sampling: SamplingOptions, prompts: list[str] | None) -> None:
+    """Those that need or exclude each other.
+
+    Raises:
+        UserError: two do not go together.
+    """
+    if sampling.logprobs is not None and not own.as_json:
+        raise UserError("--logprobs needs --json, which prints them")
+    if own.system is not None and not own.chat:
+        raise UserError("--system needs --chat")
+    if own.chat and (prompts or own.file or own.token_ids or own.as_json):
+        raise UserError("--chat reads standard input; leave prompts and --json out")
+    if own.out is not None and not own.record_routing:
+        raise UserError("--out needs --record-routing, which writes there")
 
 
 def _gather(texts: list[str], file: Path | None, token_ids: list[str]) -> "list[Prompt]":

@@ -10,9 +10,7 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Command, Group, Panel
 from expertlane.cli.model import find_model
-from expertlane.cli.option_groups import (
-    takes_groups,
-)
+from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     ModelArgument,
     NumberType,
@@ -22,9 +20,7 @@ from expertlane.cli.options import (
     kv_dtype_option,
     max_model_len_option,
 )
-from expertlane.cli.output_options import (
-    PrintOptions,
-)
+from expertlane.cli.output_options import PrintOptions
 from expertlane.spec.files import strict_json
 
 if TYPE_CHECKING:

@@ -12,9 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from typer.models import ArgumentInfo, OptionInfo
 
-from expertlane.cli.option_groups import (
-    parameters_of,
-)
+from expertlane.cli.option_groups import parameters_of
 from expertlane.errors import UserError
 from expertlane.spec.ranges import RANGES, shown, take
 

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from expertlane.cli.option_groups import (
-    takes_groups,
-)
+from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.output import (
     Found,
     check_folder,

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import typer
 
 from expertlane.cli.help import Panel
-from expertlane.cli.options import (
-    seed_option,
-)
+from expertlane.cli.options import seed_option
 
 if TYPE_CHECKING:
     from expertlane.spec.sampling import SamplingParams

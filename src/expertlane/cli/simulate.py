@@ -10,9 +10,7 @@ from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import SimulatedLoad
 from expertlane.cli.model import find_model
-from expertlane.cli.option_groups import (
-    takes_groups,
-)
+from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     DeploymentOptions,
     ModelArgument,
@@ -22,14 +20,14 @@ from expertlane.cli.options import (
     layout_option,
     trace_option,
 )
-from expertlane.cli.output_options import (
-    OutputOptions,
-)
+from expertlane.cli.output_options import OutputOptions
 from expertlane.errors import UserError, naming
 
 if TYPE_CHECKING:
+    from expertlane.cli.model import FoundModel
+    from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.multi_token import MultiToken
-    from expertlane.simulate.simulator import Outcome, Simulator
+    from expertlane.simulate.simulator import Outcome, ServingSetup, Simulator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +120,7 @@ def run(
     from expertlane.results.chrome_trace import write_traces
     from expertlane.results.cost import with_costs
     from expertlane.simulate.results import best_run, simulation
-    from expertlane.simulate.simulator import ServingSetup, Simulator, check_fits_cluster
+    from expertlane.simulate.simulator import ServingSetup, Simulator
     from expertlane.spec.workload import check_lengths
 
     config, seed = found_model.config, load_options.seed
@@ -142,12 +140,7 @@ def run(
     )
     for load in loads:
         check_lengths(load, config.max_position_embeddings)
-    check_fits_cluster(modelled, setup)
-    per_node = modelled.profile.ranks_per_node
-    found_model.check(setup.layout, setup.options, per_node)
-    if setup.prefill_layout is not None:
-        with naming("--prefill-layout"):
-            found_model.check(setup.prefill_layout, setup.options, per_node)
+    _check(found_model, setup, modelled)
     folder = call.folder(output.slug("simulate", config.name, own.cluster))
     simulators = [Simulator(config, modelled, setup, load) for load in loads]
     runs = [(each, _run(each, seed, is_alone=len(loads) == 1)) for each in simulators]
@@ -169,6 +162,22 @@ def run(
         return write_traces({str(setup.layout): simulator.trace(outcome)}, folder)
 
     return output.Found(results, folder, write_steps)
+
+
+def _check(found: "FoundModel", setup: "ServingSetup", modelled: "ModelledCluster") -> None:
+    """Both pools.
+
+    Raises:
+        UserError: a layout does not suit the model or the cluster.
+    """
+    from expertlane.simulate.simulator import check_fits_cluster
+
+    check_fits_cluster(modelled, setup)
+    per_node = modelled.profile.ranks_per_node
+    found.check(setup.layout, setup.options, per_node)
+    if setup.prefill_layout is not None:
+        with naming("--prefill-layout"):
+            found.check(setup.prefill_layout, setup.options, per_node)
 
 
 def _multi_token(num_drafts: int, acceptance: float | None) -> "MultiToken":

@@ -15,13 +15,13 @@ from expertlane.comm.clocks import HostClock
 from expertlane.comm.core_token import CoreToken
 from expertlane.comm.operation_log import OperationLog
 from expertlane.comm.progress import NO_LAYER, ProgressReporter
+from expertlane.comm.stretches import Arrival, stretches
 from expertlane.cost.step.operation import TransferKind
 from expertlane.results.step_record import RankEvents, RankRecord
 from expertlane.spec.names import Stage, Track, Traffic
 
 _NUM_STAGES = len(Stage)
 _TRACKS = list(Track)
-_LEAST_LOST_S = 20e-6  # of CPU time in a stretch; less is what the marks themselves take
 
 
 class Recorder:
@@ -74,7 +74,7 @@ class Recorder:
         self._marks: list[Any] = []  # where each interval begins; one more at the end
         self._cpu_marks: list[float] = []
         self._waits: list[tuple[int, Any, Any]] = []
-        self._arrivals: list[tuple[Any, float, float]] = []  # of each wait, for events
+        self._arrivals: list[Arrival] = []  # of each wait, for events
         self._flops = [0] * _NUM_STAGES
         self._weight_bytes = [0] * _NUM_STAGES
         self._num_collectives = [0] * _NUM_STAGES
@@ -155,7 +155,8 @@ class Recorder:
             self._log.pause()
             if self._token is not None:
                 self._token.release()
-        self._waited_cpu_s = time.thread_time()
+        if self._recording_events:
+            self._waited_cpu_s = time.thread_time()
         return self._clock.mark() if self._recording else None
 
     def end_wait(self, begin: Any, transfer: int | None = None) -> None:
@@ -362,7 +363,17 @@ class Recorder:
 
     def _events(self) -> RankEvents:
         """Every interval without its waits, every wait, and what of both other ranks took."""
-        rows = [row for row in self._rows() if row[3] > row[2]]
+        rows = [
+            row
+            for row in stretches(
+                self._clock,
+                zip(self._cells, pairwise(self._marks), pairwise(self._cpu_marks), strict=True),
+                zip(self._waits, self._arrivals, strict=True),
+                # Of a rank with several threads, one waits for the others meanwhile.
+                is_alone=self._token is not None and torch.get_num_threads() == 1,
+            )
+            if row[3] > row[2]
+        ]
         kept = [row for row in rows if row[1] % _NUM_STAGES != Stage.IDLE]
         cells = np.array([cell for _, cell, _, _ in kept], dtype=np.int64)
         slots, stage = np.divmod(cells, _NUM_STAGES)
@@ -376,46 +387,3 @@ class Recorder:
             begin_s=np.array([begin_s for _, _, begin_s, _ in kept]),
             end_s=np.array([end_s for *_, end_s in kept]),
         )
-
-    def _rows(self) -> Iterator[tuple[Track, int, float, float]]:
-        """Track, cell, begin and end of each, from the step's start."""
-        clock, first = self._clock, self._marks[0]
-        marks_s = [clock.seconds(first, mark) for mark in self._marks]
-        waits = iter(zip(self._waits, self._arrivals, strict=True))
-        following = next(waits, None)
-        intervals = zip(self._cells, pairwise(marks_s), pairwise(self._cpu_marks), strict=True)
-        for cell, (begin_s, end_s), (cpu_s, end_cpu_s) in intervals:
-            # A wait begins and ends within an interval of its own cell.
-            while following is not None:
-                (_, wait, over), (arrived, wait_cpu_s, over_cpu_s) = following
-                wait_s = clock.seconds(first, wait)
-                if wait_s >= end_s:
-                    break
-                arrived_s, over_s = clock.seconds(first, arrived), clock.seconds(first, over)
-                yield from self._computed(cell, begin_s, wait_s, wait_cpu_s - cpu_s)
-                yield from _split(Track.NETWORK, cell, wait_s, arrived_s, over_s)
-                begin_s, cpu_s = over_s, over_cpu_s
-                following = next(waits, None)
-            yield from self._computed(cell, begin_s, end_s, end_cpu_s - cpu_s)
-
-    def _computed(
-        self, cell: int, begin_s: float, end_s: float, cpu_s: float
-    ) -> Iterator[tuple[Track, int, float, float]]:
-        """A stretch as computing; what it lacks of CPU time stands at its end.
-
-        Of a rank with one thread alone: one with several waits for the others meanwhile.
-        """
-        has_own_thread = self._token is not None and torch.get_num_threads() == 1
-        computed_s = begin_s + cpu_s if has_own_thread else end_s
-        yield from _split(Track.COMPUTE, cell, begin_s, computed_s, end_s)
-
-
-def _split(
-    track: Track, cell: int, begin_s: float, until_s: float, end_s: float
-) -> Iterator[tuple[Track, int, float, float]]:
-    """A stretch up to where other ranks had the core, if they had it for long."""
-    if end_s - until_s < _LEAST_LOST_S:
-        yield track, cell, begin_s, end_s
-        return
-    yield track, cell, begin_s, until_s
-    yield Track.DESCHEDULED, cell, until_s, end_s

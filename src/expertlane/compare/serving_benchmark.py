@@ -17,9 +17,7 @@ from expertlane.errors import ModelError
 from expertlane.progress import Progress
 from expertlane.results.estimate import Estimate
 from expertlane.results.metrics import ServedRequest, serving_record
-from expertlane.results.serving_record import (
-    ServingRecord,
-)
+from expertlane.results.serving_record import ServingRecord
 from expertlane.schedule.request import RequestOutput
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams

@@ -10,13 +10,13 @@ from expertlane.spec.model import ModelConfig
 
 
 class KVTransfers:
-    """How long a request's keys and values travel from one pool to the other.
+    """How long a request's KV transfer takes, from one pool to the other.
 
     The ranks of the data-parallel rank that prefilled send equal parts of what each pipeline stage
     holds; each rank that will decode gets all that it has to hold, copies of shared heads too.
 
     Args:
-        prefill, decode: the layouts of the two pools.
+        prefill, decode: the layouts of both pools.
         remote: the pools are on different nodes.
     """
 

@@ -42,7 +42,7 @@ class PlanRequest:
     """Which deployment of a model to choose on a cluster, for what.
 
     Attributes:
-        workload: served without end, `num_sequences` at once where they fit; no prompt is read.
+        workload: in steady state, `num_sequences` at once where they fit; no prompt is read.
     """
 
     model: ModelConfig

@@ -31,9 +31,7 @@ from expertlane.results.record import (
     DeploymentRecord,
 )
 from expertlane.results.results import Assumption, NoPools, PlanSummary, Results
-from expertlane.results.serving_record import (
-    ServingRecord,
-)
+from expertlane.results.serving_record import ServingRecord
 
 _NUM_BEST = 8
 _NUM_TIMELINES = 3
@@ -49,8 +47,8 @@ class Plan:
         search: of one pool.
         found: by it.
         ranking: of what it found in full, and of the best of other families.
-        pools: the best two pools, or why there are none.
-        num_pool_candidates: deployments tried for two pools.
+        pools: the best disaggregated pools, or why there are none.
+        num_pool_candidates: disaggregated deployments tried.
     """
 
     request: PlanRequest

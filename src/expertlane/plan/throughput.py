@@ -1,11 +1,11 @@
 """From micro-batches on stages to steps, and from steps to what a user sees: TPS, TPOT and TTFT.
 
-Sequences are served without end: as soon as one is finished another begins. In one pool a token of
+Steady state: as soon as one is finished another begins. In one pool a token of
 every running sequence costs a decode step and its share of the prefills that go on meanwhile. In
-two pools both run side by side, and the slower one sets the pace.
+disaggregated pools both run side by side, and the slower one sets the pace.
 
-The first token is computed by the last step of a prompt, so TTFT ends there; in two pools its keys
-and values travel after that, which delays the second token and counts in TPOT.
+The first token is computed by the last step of a prompt, so TTFT ends there; in disaggregated pools
+KV transfer follows, which delays the second token and counts in TPOT.
 """
 
 from collections.abc import Sequence

@@ -86,7 +86,7 @@ def contender(finalist: Finalist, workload: Workload) -> Contender:
 def pools_tps(
     prefill: Finalist, decode: Finalist, transfer_s: Floats, workload: Workload
 ) -> Uncertain:
-    """Output tokens a second of two pools."""
+    """Output tokens/s of disaggregated pools."""
     errors = list(dict.fromkeys([_KV_TRANSFER, *_errors_of(prefill), *_errors_of(decode)]))
     at = np.full(1 + 2 * len(errors), transfer_s[LIKELY])
     at[1], at[2] = transfer_s[0], transfer_s[-1]

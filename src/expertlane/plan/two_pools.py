@@ -49,7 +49,7 @@ class _Pair:
 
 
 class TwoPoolSearch:
-    """Plans two pools on a cluster."""
+    """Plans disaggregated pools on a cluster."""
 
     def __init__(self, request: PlanRequest) -> None:
         self._request = request
@@ -74,7 +74,7 @@ class TwoPoolSearch:
         return sum(len(self._searches[size].candidates) for size in sizes)
 
     def run(self, advance: Callable[[int], None] = lambda _: None) -> TwoPools | NoPools:
-        """The best two pools, or why there are none.
+        """The best disaggregated pools, or why there are none.
 
         Args:
             advance: called with a number of candidates that are done.

@@ -40,7 +40,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """With the number that tables have, so that names cut short can be told apart."""
+        """With the number that tables have, so that shortened names stay distinct."""
         return f"#{self.number} {self.name}"
 
     def called(self, part: str) -> "Row":
@@ -378,7 +378,7 @@ def part_of_expert(record: DeploymentRecord) -> str:
 
 
 def weight_bytes_of_rank(row: Row) -> float:
-    """Weights that a rank reads while every sequence goes one token on.
+    """Weights that a rank reads in one decode step of every sequence.
 
     Projected: of the rank that reads most; measured: mean over ranks.
     """

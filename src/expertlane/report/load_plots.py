@@ -10,9 +10,7 @@ from expertlane.report.numbers import figures
 from expertlane.report.speed import unit_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.results import Results
-from expertlane.results.serving_record import (
-    ServingRecord,
-)
+from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.slo import SLO
 
 _MS_PER_S = 1e3

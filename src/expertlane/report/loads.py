@@ -20,9 +20,7 @@ from expertlane.report.numbers import (
 )
 from expertlane.report.setup import routing_of
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.record import (
-    DeploymentRecord,
-)
+from expertlane.results.record import DeploymentRecord
 from expertlane.results.results import Results
 from expertlane.results.serving_record import (
     ServingRecord,

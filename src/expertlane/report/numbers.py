@@ -126,16 +126,17 @@ def shortened(name: str, width: int) -> str:
 
 
 def setting_lines(setting: str, width: int = COLUMNS) -> list[str]:
-    """A setting's lines, which end at its bars."""
+    """A setting's lines, which end at its bars; the last one has none."""
 
     def height(line: str) -> int:
-        return len(textwrap.wrap(f"{line} |", width, break_on_hyphens=False))
+        return len(textwrap.wrap(line, width, break_on_hyphens=False))
 
     first, *others = setting.split(" | ")
     lines = [first]
-    for piece in others:
+    for place, piece in enumerate(others, 1):
         joined = f"{lines[-1]} | {piece}"
-        if height(joined) > height(lines[-1]):
+        end = " |" if place < len(others) else ""
+        if height(f"{joined}{end}") > height(f"{lines[-1]} |"):
             lines.append(piece)
         else:
             lines[-1] = joined

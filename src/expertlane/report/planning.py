@@ -29,9 +29,7 @@ from expertlane.results.record import (
     DeploymentRecord,
 )
 from expertlane.results.results import Results
-from expertlane.results.serving_record import (
-    ServingRecord,
-)
+from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.names import Phase
 
 NUM_EXPLAINED = 3

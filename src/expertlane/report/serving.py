@@ -37,9 +37,7 @@ from expertlane.results.record import (
     StepsRecord,
 )
 from expertlane.results.results import Results
-from expertlane.results.serving_record import (
-    SLOResult,
-)
+from expertlane.results.serving_record import SLOResult
 from expertlane.spec.names import Phase
 
 _NARROW = 0.05  # of the time; less is not worth a sentence

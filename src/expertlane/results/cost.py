@@ -3,13 +3,9 @@
 from dataclasses import replace
 
 from expertlane.results.estimate import Estimate
-from expertlane.results.record import (
-    DeploymentRecord,
-)
+from expertlane.results.record import DeploymentRecord
 from expertlane.results.results import Results
-from expertlane.results.serving_record import (
-    ServingRecord,
-)
+from expertlane.results.serving_record import ServingRecord
 
 _MILLION, _S_PER_HOUR = 1e6, 3600
 

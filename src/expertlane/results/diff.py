@@ -1,7 +1,7 @@
 """What changed from one file of results to another: deployment by deployment, load by load."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from math import comb, exp, hypot, log
 from typing import Any, Literal
 
@@ -16,9 +16,8 @@ from expertlane.results.record import (
     StepsRecord,
 )
 from expertlane.results.results import FOREIGN_LOAD, Results
-from expertlane.results.serving_record import (
-    ServingRecord,
-)
+from expertlane.results.serving_record import ServingRecord
+from expertlane.results.settings import different_settings
 from expertlane.results.statistics import LEAST_RUNS, median_interval
 from expertlane.results.table import Row, flat
 
@@ -27,7 +26,6 @@ _AS_SCREENED = {FAMILY, PARETO}  # of plans: the same deployments once more, les
 _LEADING: tuple[Source, ...] = ("virtual", "measured", "projected")
 _ORDERS = 20  # of all repetitions; two of them have those of A on one side of those of B
 _SAME = 1e-6  # a relative change that comes of rounding
-_MISSING = "—"
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def difference(
     return Difference(
         names,
         first.kind,
-        tuple(_settings(first, second)),
+        tuple(different_settings(first, second)),
         leading,
         tuple(each for each in changes if each.source == leading),
         tuple(each for each in changes if each.source != leading),
@@ -375,44 +373,3 @@ def _ratio(before: Estimate, after: Estimate, how: Literal["shared"] | tuple[int
         return Estimate(value, b_low / a_high, b_high / a_low)
     down, up = hypot(log(b / b_low), log(a_high / a)), hypot(log(b_high / b), log(a / a_low))
     return Estimate(value, value / exp(down), value * exp(up))
-
-
-def _settings(first: Results, second: Results) -> Iterator[tuple[str, str, str]]:
-    here, there = _setting(first), _setting(second)
-    for name in [*here, *(each for each in there if each not in here)]:
-        values = [each.get(name, _MISSING) for each in (here, there)]
-        if values[0] != values[1]:
-            yield name, values[0], values[1]
-
-
-_DEPLOYMENTS = ("experiment.deployments", "experiment.scaling", "experiment.name", "traffic")
-_OF_MACHINE = ("cpu_name", "device", "num_cores", "dtype", "kernels", "backend")
-
-
-def _setting(results: Results) -> dict[str, str]:
-    """All that was the same for every deployment, by name."""
-    found = {
-        name.removeprefix("experiment."): value
-        for name, value in _leaves(results.question)
-        if not name.startswith(_DEPLOYMENTS)
-    }
-    found["expertlane"] = results.versions.expertlane
-    found["torch"] = results.versions.torch or _MISSING
-    if results.machine is not None:
-        found |= {f"machine.{each}": str(getattr(results.machine, each)) for each in _OF_MACHINE}
-    if results.cluster is not None:
-        found["cluster"] = results.cluster.name
-    if results.virtual_time is not None:
-        found["links"] = results.virtual_time.links or "none"
-    conditions = {each.conditions for each in _projected(results)}
-    if len(conditions) == 1 and (only := conditions.pop()) is not None:
-        found |= {name: str(value) for name, value in asdict(only).items()}
-    return found
-
-
-def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", _MISSING if value is None else str(value)

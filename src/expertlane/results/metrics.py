@@ -9,9 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.record import (
-    StepsRecord,
-)
+from expertlane.results.record import StepsRecord
 from expertlane.results.results import MachinePeak
 from expertlane.results.serving_record import (
     ServingRecord,
@@ -189,7 +187,7 @@ class ServedRequest(Generic[TimeT]):
     def ttft_s(self) -> TimeT:
         """From when it was due to its first token, which its prompt's last step computes.
 
-        Where another pool decodes, keys and values travel afterwards: that delays the second token.
+        Where another pool decodes, KV transfer follows: that delays the second token.
         """
         return self.token_times_s[0] - self.due_s
 
@@ -234,7 +232,7 @@ def _statistic(values: Any, statistic: Statistic) -> Any:
 def serving_record(
     served: Sequence[ServedRequest[TimeT]], slos: Sequence[SLO] = ()
 ) -> ServingRecord:
-    """What users of a load felt, or would feel."""
+    """Throughput and latency of a load, measured or projected."""
     due_s = np.array([each.due_s for each in served])
     last_s = np.array([each.token_times_s[-1] for each in served])
     latencies: dict[LatencyMetric, Any] = {

@@ -198,14 +198,14 @@ class PlanSummary(Strict):
     Attributes:
         top_k: of the model that was planned for.
         num_candidates, num_too_large, num_over_limits: deployments of one pool.
-        num_pool_candidates: deployments tried for two pools.
+        num_pool_candidates: disaggregated deployments tried.
         num_tied: of the best, the first so many tie with the one of most tokens a second.
         tie_spread: how far the least of them is below the most tokens a second; a share.
         tie_break: what decided among them; None where one was alone.
         num_ttft_tied: how many of those that tie have a TTFT that ties with the lowest.
         fastest: the one of one pool with most tokens a second; None where that is the best.
-        pools_over_fastest: output tokens a second of two pools over those of `fastest`, with bounds
-            as `over_best` has them.
+        pools_over_fastest: output tokens/s of disaggregated pools over those of `fastest`, with
+            bounds as `over_best` has them.
         no_two_pools: why there are none: the devices cannot be split for the model, nothing fits,
             or none keeps the limits.
         commands: the best, as other systems take it.

@@ -82,7 +82,7 @@ class ServingSetup:
         return sum(layout.world_size for layout in self.pools.values())
 
     def are_pools_apart(self, ranks_per_node: int) -> bool:
-        """Whether two pools are on different nodes."""
+        """Whether the pools are on different nodes."""
         return self.num_devices > ranks_per_node
 
 

@@ -75,7 +75,7 @@ PROPOSAL, RIVAL, OTHERS = "--proposal", "--rival", "--others"
 SAVED, ADDED = "--below", "--above"
 BELOW, ABOVE = "--below", "--above"
 
-# Of curves and points, told apart by their marks too; those in the background are grey.
+# Of curves and points, which differ by their marks too; those in the background are grey.
 SERIES = (*("--sky", "--orange", "--purple", "--blue", "--green", "--pink", "--yellow", "--brick"),)
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 BACKGROUND = "--silver"

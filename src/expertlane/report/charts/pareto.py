@@ -113,9 +113,37 @@ def _spec(
     at = {"x": across("x"), "y": up("y")}
     size = by_name("kind", {each.label: _SIZES.get(each.label, 60) for each in looks})
     shape = by_name("kind", {each.label: PATHS.get(each.shape, each.shape) for each in looks})
-    limit: Spec = {
+    return {
+        "data": {"values": _values(dots, columns, far, high)},
+        "height": _HEIGHT_PX,
+        "layer": [
+            *([_limit(limits, across)] if limits else []),
+            {
+                "transform": [{"filter": f"datum.kind === {_LOOKS['front'].label!r}"}],
+                "mark": {"type": "line", "strokeWidth": 1.5, "color": RIVAL},
+                "encoding": at,
+            },
+            *_bounds(across, up),
+            *_leads(at),
+            {
+                "mark": {"type": "point", "filled": True, "opacity": 1},
+                "encoding": at
+                | {"color": colour("kind", looks), "shape": shape, "size": size}
+                | {"tooltip": tooltip_of(columns)},
+            },
+            *_names(across, up),
+        ],
+    }
+
+
+_Axis = Callable[[str], Spec]
+
+
+def _limit(limits_s: Sequence[float], across: _Axis) -> Spec:
+    """A dashed line at each TPOT that users are promised."""
+    return {
         "data": {
-            "values": [{"x": 1.0 / each, "said": f"TPOT ≤ {1e3 * each:g} ms"} for each in limits]
+            "values": [{"x": 1.0 / each, "said": f"TPOT ≤ {1e3 * each:g} ms"} for each in limits_s]
         },
         "layer": [
             {
@@ -128,7 +156,11 @@ def _spec(
             },
         ],
     }
-    names: list[Spec] = [
+
+
+def _names(across: _Axis, up: _Axis) -> list[Spec]:
+    """Where there is room at each of the two widths."""
+    return [
         {
             "transform": [{"filter": f"width {is_wide} {_NARROW_PX} && isValid(datum.{width})"}],
             "mark": {"type": "text", "align": "left", "baseline": "middle"},
@@ -140,7 +172,11 @@ def _spec(
         }
         for width, is_wide in (("wide", ">"), ("narrow", "<="))
     ]
-    leads: list[Spec] = [
+
+
+def _leads(at: Spec) -> list[Spec]:
+    """From a name to its point."""
+    return [
         {
             "transform": [
                 {"filter": f"width {is_wide} {_NARROW_PX} && isValid(datum.{width}Lead)"}
@@ -150,30 +186,9 @@ def _spec(
         }
         for width, is_wide in (("wide", ">"), ("narrow", "<="))
     ]
-    return {
-        "data": {"values": _values(dots, columns, far, high)},
-        "height": _HEIGHT_PX,
-        "layer": [
-            *([limit] if limits else []),
-            {
-                "transform": [{"filter": f"datum.kind === {_LOOKS['front'].label!r}"}],
-                "mark": {"type": "line", "strokeWidth": 1.5, "color": RIVAL},
-                "encoding": at,
-            },
-            *_bounds(across, up),
-            *leads,
-            {
-                "mark": {"type": "point", "filled": True, "opacity": 1},
-                "encoding": at
-                | {"color": colour("kind", looks), "shape": shape, "size": size}
-                | {"tooltip": tooltip_of(columns)},
-            },
-            *names,
-        ],
-    }
 
 
-def _bounds(across: Callable[[str], Spec], up: Callable[[str], Spec]) -> list[Spec]:
+def _bounds(across: _Axis, up: _Axis) -> list[Spec]:
     """From low to high, of what was chosen."""
     chosen = [{"filter": f"datum.kind === {_LOOKS['chosen'].label!r} && isValid(datum.low)"}]
     mark = {"type": "rule", "color": PROPOSAL, "opacity": 0.6}
