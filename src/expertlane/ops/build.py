@@ -44,7 +44,7 @@ BASELINE = InstructionSet(
 )
 AVX512_BF16 = InstructionSet(
     "avx512_bf16",
-    ("attention.cpp", "few_rows.cpp", "products.cpp", "rows.cpp", "sums.cpp"),
+    ("attention.cpp", "few_rows.cpp", "products.cpp", "rows.cpp", "step.cpp", "sums.cpp"),
     ("-march=x86-64-v4", "-mavx512bf16", "-fopenmp", "-ffast-math"),
     ("-fopenmp",),
 )

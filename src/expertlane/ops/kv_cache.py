@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import cached_property
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -236,7 +236,12 @@ class PagedBatch:
     """Where a batch's tokens stand in their sequences and in the cache; the same in all layers.
 
     Each property is made when it is first asked for: backends need different ones.
+
+    Attributes:
+        part: all of it as `ops.step.AttentionPart` takes it, once that has made it.
     """
+
+    part: Any = None
 
     def __init__(self, batch: Batch, block_size: int, device: torch.device) -> None:
         self._batch, self._block_size, self._device = batch, block_size, device

@@ -23,7 +23,9 @@ from expertlane.ops.products import (
     OnednnLinear,
     PairGroups,
 )
+from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
+from expertlane.ops.step import AttentionPart, AttentionWeights, LocalExperts
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,18 @@ class TorchBackend:
         """Experts side by side, applied as suits them best."""
         suits = GroupedExperts.suits(held)
         return (GroupedExperts if suits else LoopedExperts)(held, activation)
+
+    def router(self, params: RouterParams) -> Router:
+        """The norm before an MoE block, and its router."""
+        return Router(params, self.rms_norm)
+
+    def local_experts(self, router: Router, experts: Experts) -> LocalExperts | None:
+        """An MoE block whose experts are all here, in few calls; None where there is no such."""
+        return None
+
+    def attention_part(self, weights: AttentionWeights) -> AttentionPart | None:
+        """A layer's attention in one call; None where there is no such."""
+        return None
 
     def paged_attention(
         self,
