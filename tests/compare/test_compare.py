@@ -300,7 +300,7 @@ def test_nothing_to_decode(pools):
     results = run_comparison(experiment, pools.pool(4), Silent(), command="")
     assert [each.decode for each in results.deployments] == [None] * 3
     num_tokens = [each.prefill.num_tokens for each in results.deployments]
-    assert sorted(num_tokens) == [2, 5, 5]
+    assert sorted(num_tokens) == [2, DEFAULT_REPEAT, DEFAULT_REPEAT]
     pair = results.pair_of("measured")
     assert pair.phase is Phase.PREFILL
     assert len({each.tokens_sha256 for each in results.deployments}) == 1
