@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertlane.model.draw import NO_TOKEN, likeliest
 from expertlane.ops.backend import backend_of_cpu
 from expertlane.ops.build import BASELINE, ONLY_IF_ASKED_FOR, SETS, BuildError, build
 from expertlane.ops.cpu import VectorBackend
@@ -230,6 +231,9 @@ def test_attention(ours, lengths, new, heads, rotary_dim, interleave, window, fl
     (num_heads, num_kv_heads), dim, hidden = heads, 32, 48
     for dtype in TYPES:
         scheduled = [min(new, length) for length in lengths]
+        angles = random(40, 1, rotary_dim // 2, seed=8)
+        cos, sin = (torch.cat(each, dim=2) for each in ([angles.cos()] * 2, [-angles.sin()] * 2))
+        sin[..., rotary_dim // 2 :] *= -1
         if dtype is torch.float32:
             scheduled = [1] * len(lengths)
         batch = batch_of(lengths, scheduled, block_size=4)
@@ -254,15 +258,13 @@ def test_attention(ours, lengths, new, heads, rotary_dim, interleave, window, fl
                 num_heads=num_heads,
                 num_kv_heads=num_kv_heads,
                 head_dim=dim,
-                rotary_dim=rotary_dim,
+                cos=cos,
+                sin=sin,
                 interleave=interleave,
                 params=params,
             )
         )
         assert part is not None
-        angles = random(num_tokens, 1, rotary_dim // 2, seed=8)
-        cos, sin = (torch.cat(each, dim=2) for each in ([angles.cos()] * 2, [-angles.sin()] * 2))
-        sin[..., rotary_dim // 2 :] *= -1
         x = random(num_tokens, hidden, seed=9, dtype=dtype)
         num_blocks = int(batch.sequences.block_tables.max()) + 1
         caches = [KVCache(num_blocks, 4, num_kv_heads, dim, dim, dtype, CPU) for _ in range(2)]
@@ -271,14 +273,16 @@ def test_attention(ours, lengths, new, heads, rotary_dim, interleave, window, fl
                 pages.copy_(random(*pages.shape, seed=seed, dtype=dtype))
 
         assert part.takes(x, batch)
-        found = part(x, caches[0], batch, (cos, sin), adds_input=adds_input)
+        found = part(x, caches[0], batch, adds_input=adds_input)
 
         hidden_rows = x if norm is None else ours.rms_norm(x, norm, 1e-5)
         projected = qkv(hidden_rows).view(num_tokens, num_all, dim)
         query_key, value = projected[:, :-num_kv_heads], projected[:, -num_kv_heads:]
         if head_norms is not None:
             query_key = ours.rms_norm_heads_(query_key, head_norms, 1e-5)
-        query_key = ours.rotate_(query_key, cos, sin, interleave=interleave)
+        query_key = ours.rotate_(
+            query_key, cos[batch.positions], sin[batch.positions], interleave=interleave
+        )
         query, key = query_key[:, :num_heads], query_key[:, num_heads:]
         attended = ours.paged_attention(query, key, value, caches[1], batch, params)
         expected = output(attended.flatten(1))
@@ -300,7 +304,8 @@ def test_attention_that_ours_do_not_cover(ours):
             num_heads=1,
             num_kv_heads=1,
             head_dim=dim,
-            rotary_dim=dim,
+            cos=torch.ones(9, 1, dim),
+            sin=torch.zeros(9, 1, dim),
             interleave=False,
             params=AttentionParams(dim, 1.0),
         )
@@ -314,3 +319,47 @@ def test_attention_that_ours_do_not_cover(ours):
     assert in_float.takes(torch.empty(2, 16), decode)
     assert not in_float.takes(torch.empty(8, 16), prompt)
     assert not in_float.takes(torch.empty(0, 16), decode)
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("vocab_size", [1, 7, 40])
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_head(ours, dtype, vocab_size: int, has_norm: bool):
+    """Of some rows, with logits that are equal, infinite or no numbers."""
+    hidden = 32
+    head = ours.linear(random(vocab_size, hidden, dtype=dtype))
+    norm = 1 + random(hidden, seed=1) / 8 if has_norm else None
+    x, rows = random(6, hidden, seed=2, dtype=dtype), torch.tensor([0, 2, 5])
+    part = ours.head_part(head, norm, 1e-5)
+    assert part is not None
+    token_ids, best = torch.empty(6, dtype=torch.int64), torch.empty(6, 2, dtype=torch.float64)
+    logits = part(x, None, token_ids, best)
+    expected = head(x if norm is None else ours.rms_norm(x, norm, 1e-5)).float()
+    assert_near(logits, expected)
+    assert torch.equal(token_ids, likeliest(logits))
+    assert torch.equal(best[:, 0], logits.amax(1).double())
+    assert torch.equal(best[:, 1].long(), token_ids)
+    if has_norm:
+        some = torch.empty(3, dtype=torch.int64)
+        assert torch.equal(part(x, rows, some), logits[rows])
+        assert torch.equal(some, token_ids[rows])
+
+
+def test_head_s_choice_of_odd_logits(ours):
+    """The weights are chosen so that column i of x is logit i."""
+    size = 48
+    part = ours.head_part(ours.linear(torch.eye(size)), None, 1e-5)
+    assert part is not None
+    x = torch.zeros(5, size)
+    x[1, [9, 33, 47]] = 2.0
+    x[2] = -3.0
+    x[2, [40, 44]] = -1.0
+    x[3, 20] = torch.finfo(torch.float32).max
+    token_ids, best = torch.empty(5, dtype=torch.int64), torch.empty(5, 2, dtype=torch.float64)
+    part(x, None, token_ids, best)
+    assert token_ids.tolist() == [0, 9, 40, 20, 0]
+    x[0, 13], x[1, 1] = torch.nan, torch.inf  # no number times 0 is none in any column
+    part(x, None, token_ids, best)
+    assert token_ids.tolist() == [NO_TOKEN, NO_TOKEN, 40, 20, 0]
+    assert best[:2, 0].isnan().all()

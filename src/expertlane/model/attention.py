@@ -36,20 +36,10 @@ class RotaryEmbedding:
         factor = scaling.attention_factor if scaling is not None else 1.0
         cos, sin = angles.cos() * factor, angles.sin() * factor
         # Both halves of a pair side by side: [positions, 1, rotary_dim].
-        self._cos = torch.cat([cos, cos], dim=1).float().to(device)[:, None]
-        self._sin = torch.cat([-sin, sin], dim=1).float().to(device)[:, None]
-        self.rotary_dim, self.interleave = model.rotary_dim, model.rope_interleave
+        self.cos = torch.cat([cos, cos], dim=1).float().to(device)[:, None]
+        self.sin = torch.cat([-sin, sin], dim=1).float().to(device)[:, None]
+        self.interleave = model.rope_interleave
         self._ops = backend_for(device)
-
-    def of(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of a batch's tokens, [num_tokens, 1, rotary_dim] each."""
-        if batch.rotation is None:  # the same in all layers
-            positions = batch.pages.positions
-            batch.rotation = (
-                self._cos.index_select(0, positions),
-                self._sin.index_select(0, positions),
-            )
-        return batch.rotation
 
     def rotate_(self, x: Tensor, batch: ForwardBatch) -> Tensor:
         """Turn a batch's queries or keys, maybe in place.
@@ -57,7 +47,13 @@ class RotaryEmbedding:
         Args:
             x: [num_tokens, num_heads, head_dim]; not to be used afterwards.
         """
-        return self._ops.rotate_(x, *self.of(batch), interleave=self.interleave)
+        if batch.rotation is None:  # the same in all layers
+            positions = batch.pages.positions
+            batch.rotation = (
+                self.cos.index_select(0, positions),
+                self.sin.index_select(0, positions),
+            )
+        return self._ops.rotate_(x, *batch.rotation, interleave=self.interleave)
 
 
 def rotary_frequencies(model: ModelConfig) -> Tensor:
@@ -152,8 +148,7 @@ class _PagedHeads:
         adds_input: bool,
     ) -> Tensor:
         """What `part` makes of x, as `forward`; with x added or not."""
-        rotation = self._rotary.of(batch)
-        out = part(x, cache, batch.pages, rotation, adds_input=adds_input)
+        out = part(x, cache, batch.pages, adds_input=adds_input)
         self._count(batch, cache)
         return out
 
@@ -231,7 +226,8 @@ class Attention(_PagedHeads):
                 num_heads=self._num_heads,
                 num_kv_heads=self._num_kv_heads,
                 head_dim=self._head_dim,
-                rotary_dim=self._rotary.rotary_dim,
+                cos=self._rotary.cos,
+                sin=self._rotary.sin,
                 interleave=self._rotary.interleave,
                 params=self._params,
             )

@@ -51,6 +51,8 @@ class OutputHead:
         self._eps = model.rms_norm_eps
         self._norm = source.take(FINAL_NORM, dtype=torch.float32)
         self._head = self._ops.linear(source.take(HEAD, own))
+        in_part = self._norm if mesh.tp.size == 1 else None
+        self._part = self._ops.head_part(self._head, in_part, self._eps)
 
     def forward(self, x: Tensor, batch: ForwardBatch, needs_logits: bool) -> Steps[HeadResult]:
         """The next token of every sequence of the batch that yields one.
@@ -61,17 +63,24 @@ class OutputHead:
         """
         enter, tp = self._recorder.enter, self._mesh.tp
         enter(Stage.HEAD)
-        last = x[batch.last_tokens(self._mesh.at.tp_rank).to(x.device)]
-        hidden = self._ops.rms_norm(last, self._norm, self._eps)
+        last = batch.last_tokens(self._mesh.at.tp_rank)
+        if tp.size == 1 and self._part is not None and self._part.takes(x):
+            token_ids = None if needs_logits else last.new_empty(len(last))
+            logits = self._part(x, last, token_ids)
+            self._count(len(last))
+            return HeadResult(token_ids, logits, logits if needs_logits else None)
+        hidden = self._ops.rms_norm(x[last.to(x.device)], self._norm, self._eps)
         if tp.size > 1:
             enter(Stage.COLLECTIVES)
             hidden = yield tp.all_gather(hidden, batch.last_tokens_of_tp_rank)
             enter(Stage.HEAD)
-        logits = self._head(hidden).float()
-        num_seqs = len(hidden)
-        self._recorder.count_compute(
-            2 * num_seqs * self._head.num_weights, self._head.num_bytes if num_seqs else 0
-        )
+        best: Tensor | None = None
+        if tp.size > 1 and self._part is not None and self._part.takes(hidden):
+            best = torch.empty(len(hidden), 2, dtype=torch.float64)
+            logits = self._part(hidden, None, None, best)
+        else:
+            logits = self._head(hidden).float()
+        self._count(len(hidden))
         if needs_logits:
             all_logits = logits
             if tp.size > 1:
@@ -79,8 +88,14 @@ class OutputHead:
             return HeadResult(None, logits, all_logits)
         if tp.size == 1:
             return HeadResult(likeliest(logits), logits, None)
-        token_ids = yield from self._likeliest(logits)
+        best = self._best(logits) if best is None else best
+        token_ids = yield from self._likeliest(best)
         return HeadResult(token_ids, logits, None)
+
+    def _count(self, num_seqs: int) -> None:
+        self._recorder.count_compute(
+            2 * num_seqs * self._head.num_weights, self._head.num_bytes if num_seqs else 0
+        )
 
     def _gather_logits(self, logits: Tensor) -> Steps[Tensor]:
         """[num_seqs, vocab_size], from every rank's part of the vocabulary."""
@@ -91,14 +106,22 @@ class OutputHead:
         recorder.enter(Stage.HEAD)
         return gathered.t()
 
-    def _likeliest(self, logits: Tensor) -> Steps[Tensor]:
-        """`likeliest` over all ranks' parts."""
-        recorder, tp, num_seqs = self._recorder, self._mesh.tp, len(logits)
+    @staticmethod
+    def _best(logits: Tensor) -> Tensor:
+        """[num_seqs, 2] float64; the greatest of this rank's logits, and where it is."""
         if logits.shape[1]:
-            value, token_id = logits.max(dim=-1)
+            value, place = logits.max(dim=-1)
         else:  # more ranks than vocabulary
-            value, token_id = logits.new_full((num_seqs,), -torch.inf), logits.new_zeros(num_seqs)
-        candidates = torch.stack([value.double(), (token_id + self._first_token_id).double()], 1)
+            value, place = (
+                logits.new_full((len(logits),), -torch.inf),
+                logits.new_zeros(len(logits)),
+            )
+        return torch.stack([value.double(), place.double()], 1)
+
+    def _likeliest(self, candidates: Tensor) -> Steps[Tensor]:
+        """`likeliest` over all ranks' parts, of what is best in this one's."""
+        recorder, tp, num_seqs = self._recorder, self._mesh.tp, len(candidates)
+        candidates[:, 1] += self._first_token_id
         recorder.enter(Stage.COLLECTIVES)
         width = candidates.shape[1] * candidates.itemsize
         gathered = yield tp.all_gather(candidates, [num_seqs] * tp.size, metadata_bytes=width)
@@ -161,7 +184,7 @@ class TransformerStage:
         """First stage only: the hidden states of the owned tokens, [num_owned, hidden_size]."""
         assert self._embedding is not None, "only the first stage holds the embedding"
         self.mesh.recorder.enter(Stage.EMBED)
-        return self._embedding[batch.owned_token_ids]
+        return self._embedding.index_select(0, batch.owned_token_ids)
 
     def empty_hidden(self, num_tokens: int) -> Tensor:
         """Room for hidden states from another stage, [num_tokens, hidden_size]."""

@@ -45,7 +45,8 @@ BASELINE = InstructionSet(
 
 
 def _arithmetic(name: str, *flags: str) -> InstructionSet:
-    sources = ("attention.cpp", "few_rows.cpp", "products.cpp", "rows.cpp", "step.cpp", "sums.cpp")
+    names = ("attention", "few_rows", "moe_step", "products", "rows", "step", "sums")
+    sources = tuple(f"{name}.cpp" for name in names)
     return InstructionSet(name, sources, (*flags, "-fopenmp", "-ffp-contract=fast"), ("-fopenmp",))
 
 

@@ -25,6 +25,7 @@ from expertlane.ops.step import (
     AttentionPart,
     AttentionWeights,
     CompiledRouter,
+    HeadPart,
     LocalExperts,
     attention_part,
 )
@@ -229,6 +230,11 @@ class VectorBackend(CpuBackend):
             return None
         dtype = experts.held[0].up.weight.dtype
         return LocalExperts(router, experts, experts.matrices, self._library, dtype)
+
+    def head_part(self, head: Linear, norm: Tensor | None, eps: float) -> HeadPart | None:
+        if type(head) not in (PackedLinear, FewRowsLinear) or head.in_features % _LANES:
+            return None
+        return HeadPart(head, norm, eps, self._library, head.weight.dtype)
 
     def attention_part(self, weights: AttentionWeights) -> AttentionPart | None:
         linears = weights.query_key_value, weights.output

@@ -1,158 +1,10 @@
-// Parts of a layer, each in one call: what stands between two communications of a step, of the
-// kernels in this library. What a part keeps for its later calls lies in `work`, memory of the
-// caller's; its other memory is gone when a call returns.
+// Parts of a step, each in one call: a layer's attention, and the output head.
 
-#include <memory>
-#include <numeric>
 #include <utility>
-#include <vector>
 
-#include "lanes.h"
-
-extern "C" {
-// products.cpp and few_rows.cpp
-void linear(const bf16*, int64_t, int64_t, const bf16*, int64_t, int64_t, const float*, bf16*);
-void few_rows_linear(const float*, int64_t, int64_t, const float*, int64_t, int64_t, const float*,
-                     float*);
-void experts(const bf16*, int64_t, const int64_t*, const int64_t*, const int64_t*, int64_t,
-             const bf16* const*, const bf16* const*, const bf16* const*, int64_t, int64_t, bf16*,
-             bf16*);
-void few_rows_experts(const float*, int64_t, const int64_t*, const int64_t*, const int64_t*,
-                      int64_t, const float* const*, const float* const*, const float* const*,
-                      int64_t, int64_t, float*, float*);
-// rows.cpp
-void rms_norm(const bf16*, int64_t, int64_t, int64_t, int64_t, const float*, float, bf16*, int64_t);
-void rms_norm_float(const float*, int64_t, int64_t, int64_t, int64_t, const float*, float, float*,
-                    int64_t);
-void rotate(bf16*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, const float*,
-            int64_t);
-void rotate_float(float*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, const float*,
-                  int64_t);
-// attention.cpp
-void attention(const bf16*, int64_t, const bf16*, const bf16*, const int64_t*, int64_t,
-               const int64_t*, const int64_t*, const int64_t*, int64_t, int64_t, int64_t, int64_t,
-               int64_t, int64_t, float, int64_t, const float*, bf16*);
-void decode_attention_float(const float*, int64_t, const float*, const float*, const int64_t*,
-                            int64_t, const int64_t*, const int64_t*, const int64_t*, int64_t,
-                            int64_t, int64_t, int64_t, int64_t, int64_t, float, int64_t,
-                            const float*, float*);
-
-// The structures are those of `step.py`; a pointer may be null where a model has no such thing.
-
-struct Matrix {
-    const void* weight;
-    const float* bias;
-    int64_t outputs, inputs;
-};
-
-struct AttentionLayer {
-    Matrix query_key_value, output;
-    const float *norm, *head_norms, *sinks;  // norm null: rows come normed
-    int64_t heads, kv_heads, head_dim, rotary_dim, interleave, window;
-    float eps, scale;
-};
-
-struct Tokens {  // of a batch; the same in all layers
-    const float *cos, *sin;
-    const int64_t *slots, *tables, *first_token, *scheduled, *lengths;
-    int64_t width, seqs;
-};
-
-struct Pages {
-    void *keys, *values;
-    int64_t block_size;
-};
-
-struct Router {
-    const float *norm, *weight, *bias, *correction;
-    int64_t hidden, experts, top_k, is_softmax, renormalise, groups, top_groups, adds_two;
-    float eps, scale;
-};
-
-struct Experts {  // gate null: no gates
-    const void *const *gate, *const *up, *const *down;
-    int64_t count, inner;
-};
-}
+#include "step.h"
 
 namespace {
-
-inline void multiply(const Matrix& m, const bf16* x, int64_t rows, bf16* out) {
-    linear(x, m.inputs, rows, (const bf16*)m.weight, m.outputs, m.inputs, m.bias, out);
-}
-inline void multiply(const Matrix& m, const float* x, int64_t rows, float* out) {
-    few_rows_linear(x, m.inputs, rows, (const float*)m.weight, m.outputs, m.inputs, m.bias, out);
-}
-
-inline void apply(const Experts& e, const bf16* x, const int64_t* from, const int64_t* to,
-                  const int64_t* ends, int64_t hidden, bf16* scratch, bf16* out) {
-    experts(x, hidden, from, to, ends, e.count, (const bf16* const*)e.gate,
-            (const bf16* const*)e.up, (const bf16* const*)e.down, hidden, e.inner, scratch, out);
-}
-inline void apply(const Experts& e, const float* x, const int64_t* from, const int64_t* to,
-                  const int64_t* ends, int64_t hidden, float* scratch, float* out) {
-    few_rows_experts(x, hidden, from, to, ends, e.count, (const float* const*)e.gate,
-                     (const float* const*)e.up, (const float* const*)e.down, hidden, e.inner,
-                     scratch, out);
-}
-
-inline void norm(const bf16* x, int64_t stride, int64_t rows, int64_t groups, int64_t size,
-                 const float* weight, float eps, bf16* out, int64_t out_stride) {
-    rms_norm(x, stride, rows, groups, size, weight, eps, out, out_stride);
-}
-inline void norm(const float* x, int64_t stride, int64_t rows, int64_t groups, int64_t size,
-                 const float* weight, float eps, float* out, int64_t out_stride) {
-    rms_norm_float(x, stride, rows, groups, size, weight, eps, out, out_stride);
-}
-
-inline void turn(bf16* x, int64_t stride, int64_t tokens, int64_t heads, const AttentionLayer& l,
-                 const Tokens& t) {
-    rotate(x, stride, tokens, heads, l.head_dim, l.rotary_dim, t.cos, t.sin, l.interleave);
-}
-inline void turn(float* x, int64_t stride, int64_t tokens, int64_t heads, const AttentionLayer& l,
-                 const Tokens& t) {
-    rotate_float(x, stride, tokens, heads, l.head_dim, l.rotary_dim, t.cos, t.sin, l.interleave);
-}
-
-inline void attend(const bf16* q, int64_t stride, const AttentionLayer& l, const Tokens& t,
-                   const Pages& p, bf16* out) {
-    attention(q, stride, (const bf16*)p.keys, (const bf16*)p.values, t.tables, t.width,
-              t.first_token, t.scheduled, t.lengths, t.seqs, l.heads, l.kv_heads, l.head_dim,
-              l.head_dim, p.block_size, l.scale, l.window, l.sinks, out);
-}
-inline void attend(const float* q, int64_t stride, const AttentionLayer& l, const Tokens& t,
-                   const Pages& p, float* out) {
-    decode_attention_float(q, stride, (const float*)p.keys, (const float*)p.values, t.tables,
-                           t.width, t.first_token, t.scheduled, t.lengths, t.seqs, l.heads,
-                           l.kv_heads, l.head_dim, l.head_dim, p.block_size, l.scale, l.window,
-                           l.sinks, out);
-}
-
-template <class T>
-std::unique_ptr<T[]> room(int64_t count) {  // not set to anything
-    return std::unique_ptr<T[]>(new T[count]);
-}
-
-// As a value of type T has it.
-inline Lanes rounded(Lanes x, const float*) { return x; }
-inline Lanes rounded(Lanes x, const bf16*) {
-    bf16 values[kLanes];
-    store(values, x);
-    return load(values);
-}
-
-template <class T>
-Lanes load_some(const T* p, int64_t count) {
-    return count >= kLanes ? load(p) : load_part(p, count);
-}
-
-// x += y.
-template <class T>
-void add_to(T* x, const T* y, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-        store_part(x + i, load_some(x + i, count - i) + load_some(y + i, count - i), count - i);
-    }
-}
 
 template <class T>
 void attend_layer(const AttentionLayer& l, const Tokens& t, const Pages& pages, const T* x,
@@ -178,155 +30,80 @@ void attend_layer(const AttentionLayer& l, const Tokens& t, const Pages& pages, 
     if (adds_input) add_to(out, x, tokens * hidden);
 }
 
-using Choice = std::pair<float, int64_t>;
-
-// The k largest at the front, largest first. Equal ones come as torch.topk has them on a CPU: by
-// the same algorithms of the standard library.
-void choose(std::vector<Choice>& from, int64_t k) {
-    const auto before = [](const Choice& a, const Choice& b) {
-        return (std::isnan(a.first) && !std::isnan(b.first)) || a.first > b.first;
-    };
-    if (k * 64 <= (int64_t)from.size()) {
-        std::partial_sort(from.begin(), from.begin() + k, from.end(), before);
-    } else {
-        std::nth_element(from.begin(), from.begin() + k - 1, from.end(), before);
-        std::sort(from.begin(), from.begin() + k - 1, before);
+// Where the greatest of x [count] stands, the first of equals; and itself, NaN if one of x is.
+std::pair<int64_t, float> greatest(const float* x, int64_t count) {
+    Lanes most = all(-INFINITY);
+    Bits is_nan{};
+    for (int64_t i = 0; i + kLanes <= count; i += kLanes) {
+        const Lanes values = load(x + i);
+        most = larger(most, values);
+        is_nan |= (Bits)(values != values);
     }
+    float value = largest(most);
+    bool has_nan = false;
+    for (int i = 0; i < kLanes; ++i) has_nan |= is_nan[i] != 0;
+    for (int64_t i = count / kLanes * kLanes; i < count; ++i) {
+        value = std::max(value, x[i]);
+        has_nan |= std::isnan(x[i]);
+    }
+    if (has_nan) return {0, NAN};
+    return {std::find(x, x + count, value) - x, value};
 }
 
-void softmax(float* x, int64_t count) {
-    float most = x[0], sum = 0.0f;
-    for (int64_t i = 1; i < count; ++i) most = std::max(most, x[i]);
-    for (int64_t i = 0; i < count; ++i) sum += x[i] = std::exp(x[i] - most);
-    for (int64_t i = 0; i < count; ++i) x[i] /= sum;
+inline float* logits_of(const Matrix& m, const float* x, int64_t rows, float* logits) {
+    multiply(m, x, rows, logits);
+    return logits;
 }
-
-// -inf in place of the choices outside the best groups.
-void mask_groups(const Router& r, std::vector<Choice>& choices, std::vector<Choice>& groups) {
-    const int64_t size = r.experts / r.groups;
-    groups.resize(r.groups);
-    for (int64_t g = 0; g < r.groups; ++g) {
-        float first = -INFINITY, second = -INFINITY;
-        for (int64_t e = g * size; e < (g + 1) * size; ++e) {
-            const float score = choices[e].first;
-            if (score > first) second = first, first = score;
-            else second = std::max(second, score);
-        }
-        groups[g] = {r.adds_two ? first + second : first, g};
-    }
-    choose(groups, r.top_groups);
-    for (int64_t i = r.top_groups; i < r.groups; ++i) {
-        const int64_t g = groups[i].second;
-        for (int64_t e = g * size; e < (g + 1) * size; ++e) choices[e].first = -INFINITY;
-    }
-}
-
-// As `expertlane.ops.router.route`: scores [experts] hold logits, and are used up.
-void route_token(const Router& r, float* scores, std::vector<Choice>& choices,
-                 std::vector<Choice>& groups, int64_t* ids, float* weights) {
-    const bool of_chosen = r.is_softmax && r.renormalise && r.groups == 1 && !r.correction;
-    if (!of_chosen && r.is_softmax) softmax(scores, r.experts);
-    if (!of_chosen && !r.is_softmax) {
-        for (int64_t e = 0; e < r.experts; ++e) scores[e] = 1.0f / (1.0f + std::exp(-scores[e]));
-    }
-    for (int64_t e = 0; e < r.experts; ++e) {
-        choices[e] = {r.correction ? scores[e] + r.correction[e] : scores[e], e};
-    }
-    if (r.groups > 1) mask_groups(r, choices, groups);
-    choose(choices, r.top_k);
-    float sum = 0.0f;
-    for (int64_t k = 0; k < r.top_k; ++k) {
-        ids[k] = choices[k].second;
-        sum += weights[k] = scores[ids[k]];
-    }
-    if (of_chosen) softmax(weights, r.top_k);
-    for (int64_t k = 0; k < r.top_k; ++k) {
-        if (!of_chosen && r.renormalise) weights[k] /= sum + 1e-20f;  // it may have vanished
-        weights[k] *= r.scale;
-    }
-}
-
-inline const float* widen(const float* x, int64_t, float*) { return x; }
-inline const float* widen(const bf16* x, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-        store_part(to + i, load_some(x + i, count - i), count - i);
-    }
-    return to;
+inline float* logits_of(const Matrix& m, const bf16* x, int64_t rows, float* logits) {
+    const auto narrow = room<bf16>(rows * m.outputs);
+    multiply(m, x, rows, narrow.get());
+    widen(narrow.get(), rows * m.outputs, logits);
+    return logits;
 }
 
 template <class T>
-void route_rows(const Router& r, const T* x, int64_t tokens, T* normed, int64_t* ids,
-                float* weights) {
-    norm(x, r.hidden, tokens, 1, r.hidden, r.norm, r.eps, normed, r.hidden);
-    const auto wide = room<float>(sizeof(T) == 4 ? 0 : tokens * r.hidden);
-    const auto logits = room<float>(tokens * r.experts);
-    few_rows_linear(widen(normed, tokens * r.hidden, wide.get()), r.hidden, tokens, r.weight,
-                    r.experts, r.hidden, r.bias, logits.get());
-    std::vector<Choice> choices(r.experts), groups;
-    for (int64_t t = 0; t < tokens; ++t) {
-        choices.resize(r.experts);
-        route_token(r, logits.get() + t * r.experts, choices, groups, ids + t * r.top_k,
-                    weights + t * r.top_k);
+void head_rows(const Head& h, const T* x, const int64_t* rows, int64_t num,
+               float* logits, int64_t* ids, double* best) {
+    const int64_t hidden = h.matrix.inputs, vocab = h.matrix.outputs;
+    if (!num) return;
+    const auto normed = room<T>(h.norm ? num * hidden : 0);
+    for (int64_t i = 0; h.norm && i < num; ++i) {
+        norm(x + (rows ? rows[i] : i) * hidden, hidden, 1, 1, hidden, h.norm, h.eps,
+             normed.get() + i * hidden, hidden);
     }
-}
-
-// What the calls for a layer whose experts are all here leave to one another.
-template <class T>
-struct Work {
-    int64_t *ids, *row, *number, *ends;  // [tokens, top_k]; by expert the pairs' rows and numbers
-    T *normed, *results;                 // [tokens, hidden], [pairs, hidden]
-    float* weights;                      // [tokens, top_k]
-    int64_t bytes;
-
-    Work(const Router& r, const Experts& e, int64_t tokens, void* memory) {
-        const int64_t pairs = tokens * r.top_k;
-        ids = (int64_t*)memory;
-        ends = ids + pairs;
-        row = ends + e.count;
-        number = row + pairs;
-        normed = (T*)(number + pairs);
-        results = normed + tokens * r.hidden;
-        weights = (float*)(results + pairs * r.hidden);
-        bytes = (char*)(weights + pairs) - (char*)memory;
-    }
-};
-
-// Pairs by expert, stable; ends[e] is where those of expert e end.
-void group(const int64_t* ids, int64_t tokens, int64_t top_k, int64_t experts, int64_t* ends,
-           int64_t* row, int64_t* number) {
-    const int64_t pairs = tokens * top_k;
-    std::fill(ends, ends + experts, 0);
-    for (int64_t p = 0; p < pairs; ++p) ++ends[ids[p]];
-    int64_t begin = 0;
-    for (int64_t e = 0; e < experts; ++e) begin += std::exchange(ends[e], begin);
-    for (int64_t p = 0; p < pairs; ++p) {
-        const int64_t at = ends[ids[p]]++;
-        row[at] = p / top_k;
-        number[at] = p;
-    }
-}
-
-template <class T>
-void combine_rows(const Router& r, const Work<T>& w, const T* x, int64_t tokens, T* out) {
-#pragma omp parallel for schedule(static) if (tokens * r.top_k * r.hidden > 65536)
-    for (int64_t t = 0; t < tokens; ++t) {
-        const T* results = w.results + t * r.top_k * r.hidden;
-        for (int64_t i = 0; i < r.hidden; i += kLanes) {
-            const int64_t left = r.hidden - i, at = t * r.hidden + i;
-            Lanes sum{};
-            for (int64_t k = 0; k < r.top_k; ++k) {
-                const Lanes row = load_some(results + k * r.hidden + i, left);
-                sum = fma(all(w.weights[t * r.top_k + k]), row, sum);
-            }
-            if (x) sum = rounded(sum, x) + load_some(x + at, left);
-            store_part(out + at, sum, left);
-        }
+    logits_of(h.matrix, h.norm ? normed.get() : x, num, logits);
+#pragma omp parallel for schedule(static) if (num * vocab > 65536)
+    for (int64_t i = 0; i < (ids || best ? num : 0); ++i) {
+        const auto [place, value] = greatest(logits + i * vocab, vocab);
+        if (ids) ids[i] = std::isfinite(value) ? place : -1;
+        if (best) best[2 * i] = value, best[2 * i + 1] = (double)place;
     }
 }
 
 }  // namespace
 
 extern "C" {
+
+// Where the tokens of a batch stand, with what its sequences have: positions computed before, new
+// tokens, blocks of `size` positions [seqs, width]. To be filled: wide tables [seqs, width]; first
+// (new token) and lengths [seqs]; slots [tokens]; and of each token's position the row of cosines and
+// sines [.., dim], side by side [2, tokens, dim].
+void place_tokens(const int64_t* computed, const int64_t* scheduled, const int32_t* tables,
+                  int64_t width, int64_t seqs, int64_t tokens, int64_t size, const float* cos,
+                  const float* sin, int64_t dim, int64_t* wide, int64_t* first, int64_t* lengths,
+                  int64_t* slots, float* turns) {
+    for (int64_t i = 0; i < seqs * width; ++i) wide[i] = tables[i];
+    int64_t token = 0;
+    for (int64_t s = 0; s < seqs; ++s) {
+        first[s] = token;
+        lengths[s] = computed[s] + scheduled[s];
+        for (int64_t p = computed[s]; p < lengths[s]; ++p, ++token) {
+            slots[token] = wide[s * width + p / size] * size + p % size;
+            std::memcpy(turns + token * dim, cos + p * dim, dim * sizeof(float));
+            std::memcpy(turns + (tokens + token) * dim, sin + p * dim, dim * sizeof(float));
+        }
+    }
+}
 
 // out [tokens, hidden] = attention of normed x [tokens, hidden], with x itself added or not; the
 // tokens' keys and values are stored.
@@ -339,71 +116,15 @@ void attention_part_float(const AttentionLayer* layer, const Tokens* batch, cons
     attend_layer(*layer, *batch, *pages, x, tokens, adds_input, out);
 }
 
-// normed [tokens, hidden] of x [tokens, hidden]; ids and weights [tokens, top_k].
-void router_part(const Router* router, const bf16* x, int64_t tokens, bf16* normed, int64_t* ids,
-                 float* weights) {
-    route_rows(*router, x, tokens, normed, ids, weights);
+// logits [num, vocab] of rows [num] of x [.., hidden], which are null if there is no norm. If not
+// null, ids [num]: where the greatest of each stands, -1 where that is not finite; and best
+// [num, 2]: the greatest, NaN if one is, and its place.
+void head_part(const Head* head, const bf16* x, const int64_t* rows, int64_t num,
+               float* logits, int64_t* ids, double* best) {
+    head_rows(*head, x, rows, num, logits, ids, best);
 }
-void router_part_float(const Router* router, const float* x, int64_t tokens, float* normed,
-                       int64_t* ids, float* weights) {
-    route_rows(*router, x, tokens, normed, ids, weights);
-}
-}
-
-namespace {
-
-template <class T>
-void route_here(const Router& r, const Experts& e, const T* x, int64_t tokens, void* work) {
-    const Work<T> w(r, e, tokens, work);
-    route_rows(r, x, tokens, w.normed, w.ids, w.weights);
-}
-
-template <class T>
-void compute_here(const Router& r, const Experts& e, int64_t tokens, void* work) {
-    const Work<T> w(r, e, tokens, work);
-    const auto scratch = room<T>(tokens * r.top_k * e.inner);
-    apply(e, w.normed, w.row, w.number, w.ends, r.hidden, scratch.get(), w.results);
-}
-
-}  // namespace
-
-extern "C" {
-
-// A layer whose experts are all here: bytes of `work`, then four calls in this order.
-int64_t local_bytes(const Router* r, const Experts* e, int64_t tokens) {
-    return Work<bf16>(*r, *e, tokens, nullptr).bytes;
-}
-int64_t local_bytes_float(const Router* r, const Experts* e, int64_t tokens) {
-    return Work<float>(*r, *e, tokens, nullptr).bytes;
-}
-
-void local_route(const Router* r, const Experts* e, const bf16* x, int64_t tokens, void* work) {
-    route_here(*r, *e, x, tokens, work);
-}
-void local_route_float(const Router* r, const Experts* e, const float* x, int64_t tokens,
-                       void* work) {
-    route_here(*r, *e, x, tokens, work);
-}
-
-void local_group(const Router* r, const Experts* e, int64_t tokens, void* work) {
-    const Work<float> w(*r, *e, tokens, work);  // whole numbers come first, whatever the type
-    group(w.ids, tokens, r->top_k, e->count, w.ends, w.row, w.number);
-}
-
-void local_experts(const Router* r, const Experts* e, int64_t tokens, void* work) {
-    compute_here<bf16>(*r, *e, tokens, work);
-}
-void local_experts_float(const Router* r, const Experts* e, int64_t tokens, void* work) {
-    compute_here<float>(*r, *e, tokens, work);
-}
-
-// out = weighted sums, plus x if not null; [tokens, hidden] each.
-void local_combine(const Router* r, const Experts* e, const bf16* x, int64_t tokens, void* work,
-                   bf16* out) {
-    combine_rows(*r, Work<bf16>(*r, *e, tokens, work), x, tokens, out);
-}
-void local_combine_float(const Router* r, const Experts* e, const float* x, int64_t tokens,
-                         void* work, float* out) {
-    combine_rows(*r, Work<float>(*r, *e, tokens, work), x, tokens, out);
+void head_part_float(const Head* head, const float* x, const int64_t* rows, int64_t num,
+                     float* logits, int64_t* ids, double* best) {
+    head_rows(*head, x, rows, num, logits, ids, best);
 }
 }

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,10 @@ _LANES = 16
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _most(dtype: torch.dtype) -> int:
+    return FEW_ROWS if dtype is torch.float32 else _MOST_TOKENS
 
 
 class _Struct(ctypes.Structure):
@@ -62,7 +67,7 @@ class _Tokens(_Struct):
         *((name, _POINTER) for name in ("first_token", "scheduled", "lengths")),
         *((name, _WHOLE) for name in ("width", "seqs")),
     )
-    kept: Sequence[Tensor] = ()
+    kept: Sequence[Any] = ()
 
 
 class _Pages(_Struct):
@@ -76,6 +81,10 @@ class _Router(_Struct):
         *((name, _WHOLE) for name in ("renormalise", "groups", "top_groups", "adds_two")),
         *((name, _FLOAT) for name in ("eps", "scale")),
     )
+
+
+class _Head(_Struct):
+    _fields_ = (("matrix", _Matrix), ("norm", _POINTER), ("eps", _FLOAT))
 
 
 class _Experts(_Struct):
@@ -99,6 +108,7 @@ class AttentionWeights:
     Attributes:
         norm: [hidden_size] float32; None where tokens come normed.
         head_norms: [num_heads + num_kv_heads, head_dim] float32.
+        cos, sin: [num_positions, 1, rotary_dim] float32; as `rotate_` takes them.
         interleave: how rotary pairs stand.
     """
 
@@ -110,12 +120,10 @@ class AttentionWeights:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rotary_dim: int
+    cos: Tensor
+    sin: Tensor
     interleave: bool
     params: AttentionParams
-
-
-Rotation = tuple[Tensor, Tensor]
 
 
 class AttentionPart:
@@ -131,30 +139,27 @@ class AttentionPart:
         self._layer = _AttentionLayer(
             *(_Matrix.of(weights.query_key_value), _Matrix.of(weights.output)),
             *(_address(each) for each in (weights.norm, weights.head_norms, params.sinks)),
-            *(weights.num_heads, weights.num_kv_heads, weights.head_dim, weights.rotary_dim),
+            *(weights.num_heads, weights.num_kv_heads, weights.head_dim, weights.cos.shape[-1]),
             *(weights.interleave, params.window or 0, weights.eps, params.scale),
         )
         self._at = self._layer.address
         self._function = _part(library, f"attention_part{_SUFFIX[dtype]}", 7)
+        self._place = _part(library, "place_tokens", 15)
         self._pages: tuple[KVCache, _Pages] | None = None
 
     def takes(self, x: Tensor, batch: PagedBatch) -> bool:
         """Whether it computes tokens [num_tokens, hidden_size] of a batch."""
-        few = FEW_ROWS if self._dtype is torch.float32 else _MOST_TOKENS
         return (
-            0 < x.shape[0] <= few
+            0 < x.shape[0] <= _most(self._dtype)
             and x.is_contiguous()
             and (self._dtype is torch.bfloat16 or batch.is_decode)
         )
 
-    def __call__(
-        self, x: Tensor, cache: KVCache, batch: PagedBatch, rotation: Rotation, *, adds_input: bool
-    ) -> Tensor:
+    def __call__(self, x: Tensor, cache: KVCache, batch: PagedBatch, *, adds_input: bool) -> Tensor:
         """Store the tokens' keys and values, and attend.
 
         Args:
             x: [num_tokens, hidden_size].
-            rotation: cosines and sines of the tokens' positions.
             adds_input: x is added to the result.
 
         Returns:
@@ -163,23 +168,38 @@ class AttentionPart:
         if self._pages is None or self._pages[0] is not cache:
             pages = _Pages(cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1])
             self._pages = cache, pages
-        if batch.part is None:
-            batch.part = _tokens(batch, rotation)
+        if batch.places is None:  # the same in all layers
+            batch.places = self._placed(batch)
         out = torch.empty_like(x)
         self._function(
-            *(self._at, batch.part.address, self._pages[1].address, x.data_ptr()),
+            *(self._at, batch.places.address, self._pages[1].address, x.data_ptr()),
             *(x.shape[0], adds_input, out.data_ptr()),
         )
         return out
 
-
-def _tokens(batch: PagedBatch, rotation: Rotation) -> _Tokens:
-    sequences = batch.sequences
-    columns = sequences.first_tokens, sequences.num_scheduled, sequences.lengths
-    of_all = (*rotation, batch.slots, sequences.block_tables, *columns)
-    tokens = _Tokens(*map(_address, of_all), *reversed(sequences.block_tables.shape))
-    tokens.kept = of_all
-    return tokens
+    def _placed(self, paged: PagedBatch) -> _Tokens:
+        batch, weights = paged.batch, self._weights
+        (num_seqs, width), num_tokens = batch.block_tables.shape, batch.num_tokens
+        dim = weights.cos.shape[-1]
+        numbers = torch.empty(num_seqs * (width + 2) + num_tokens, dtype=torch.int64)
+        turns = torch.empty(2 * num_tokens * dim)
+        given = [
+            np.ascontiguousarray(each)
+            for each in (batch.num_computed_tokens, batch.num_scheduled_tokens, batch.block_tables)
+        ]
+        computed, scheduled, tables = (each.ctypes.data for each in given)
+        wide = numbers.data_ptr()
+        first = wide + 8 * num_seqs * width
+        lengths, slots, cos = first + 8 * num_seqs, first + 16 * num_seqs, turns.data_ptr()
+        self._place(
+            *(computed, scheduled, tables, width, num_seqs, num_tokens, paged.block_size),
+            *(weights.cos.data_ptr(), weights.sin.data_ptr(), dim),
+            *(wide, first, lengths, slots, cos),
+        )
+        sin = cos + 4 * num_tokens * dim
+        placed = _Tokens(cos, sin, slots, wide, first, scheduled, lengths, width, num_seqs)
+        placed.kept = numbers, turns, *given
+        return placed
 
 
 def attention_part(
@@ -195,6 +215,51 @@ def attention_part(
     if weights.head_dim % multiple or hidden % _LANES or not weights.num_heads:
         return None
     return AttentionPart(weights, library, dtype)
+
+
+class HeadPart:
+    """Final norm, output head, and the choice of the likeliest token.
+
+    Args:
+        norm: [hidden_size] float32; None where rows come normed.
+    """
+
+    def __init__(
+        self,
+        head: Linear,
+        norm: Tensor | None,
+        eps: float,
+        library: ctypes.CDLL,
+        dtype: torch.dtype,
+    ) -> None:
+        self._kept = head, norm
+        self._dtype, self._vocab_size = dtype, head.out_features
+        self._head = _Head(_Matrix.of(head), _address(norm), eps)
+        self._function = _part(library, f"head_part{_SUFFIX[dtype]}", 7)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it computes rows [num_rows, hidden_size]."""
+        return 0 < x.shape[0] <= _most(self._dtype) and x.is_contiguous()
+
+    def __call__(
+        self, x: Tensor, rows: Tensor | None, token_ids: Tensor | None, best: Tensor | None = None
+    ) -> Tensor:
+        """[num_seqs, vocab_size] float32.
+
+        Args:
+            x: [num_rows, hidden_size].
+            rows: [num_seqs]; which rows of x; None for all of them.
+            token_ids: [num_seqs] int64, to be filled: `model.draw.likeliest` of the logits.
+            best: [num_seqs, 2] float64, to be filled: the greatest logit, NaN if one is, and where
+                it is.
+        """
+        num = x.shape[0] if rows is None else rows.shape[0]
+        logits = torch.empty(num, self._vocab_size)
+        self._function(
+            *(self._head.address, x.data_ptr(), _address(rows), num, logits.data_ptr()),
+            *(_address(token_ids), _address(best)),
+        )
+        return logits
 
 
 class CompiledRouter(Router):
@@ -267,8 +332,7 @@ class LocalExperts:
 
     def takes(self, x: Tensor) -> bool:
         """Whether it computes tokens [num_tokens, hidden_size]."""
-        few = FEW_ROWS if self._dtype is torch.float32 else _MOST_TOKENS
-        return 0 < x.shape[0] <= few and x.is_contiguous()
+        return 0 < x.shape[0] <= _most(self._dtype) and x.is_contiguous()
 
     def route(self, x: Tensor) -> Tensor:
         """Choose experts of tokens [num_tokens, hidden_size]; what the other calls work on."""

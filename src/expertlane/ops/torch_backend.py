@@ -25,7 +25,7 @@ from expertlane.ops.products import (
 )
 from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
-from expertlane.ops.step import AttentionPart, AttentionWeights, LocalExperts
+from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart, LocalExperts
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,14 @@ class TorchBackend:
 
     def attention_part(self, weights: AttentionWeights) -> AttentionPart | None:
         """A layer's attention in one call; None where there is no such."""
+        return None
+
+    def head_part(self, head: Linear, norm: Tensor | None, eps: float) -> HeadPart | None:
+        """The output head in one call; None where there is no such.
+
+        Args:
+            norm: the weight of the norm before it, to be a part of it too.
+        """
         return None
 
     def paged_attention(
