@@ -14,9 +14,11 @@ from expertlane.ops.backend import backend_of_cpu
 from expertlane.ops.build import BASELINE, ONLY_IF_ASKED_FOR, SETS, BuildError, build
 from expertlane.ops.cpu import VectorBackend
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.moe_step import CompiledRouter
 from expertlane.ops.products import Activation, Expert
 from expertlane.ops.router import Router, RouterParams, route
-from expertlane.ops.step import FEW_ROWS, AttentionWeights, CompiledRouter
+from expertlane.ops.step import AttentionWeights
+from expertlane.ops.structs import FEW_ROWS
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import Routing

@@ -20,9 +20,10 @@ from expertlane.moe.hierarchical import HierarchicalDispatcher
 from expertlane.moe.payload import Payload
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
+from expertlane.ops.moe_step import LocalExperts
 from expertlane.ops.products import Activation, Expert, Linear
 from expertlane.ops.router import RouterParams
-from expertlane.ops.step import LocalExperts
+from expertlane.ops.step import AttentionPart
 from expertlane.spec.deployment import DispatchForm, PayloadType, form_on
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
@@ -77,6 +78,14 @@ class DecoderLayer:
         x = yield from self._attend(x, batch, cache)
         self._recorder.enter(Stage.ROUTER, self.index)
         return (yield from self.block.forward(x, batch))
+
+    @property
+    def parts(self) -> tuple[AttentionPart | None, LocalExperts | None]:
+        """Attention and MoE block, each if it is computed whole on this rank in few calls."""
+        here = None
+        if isinstance(self.block, MoEBlock) and not self.block.has_shared:
+            here = self.block.here
+        return self._part if self._mesh.tp.size == 1 else None, here
 
     def _attend(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         enter, tp = self._recorder.enter, self._mesh.tp
@@ -185,6 +194,8 @@ class MoEBlock:
     Attributes:
         placement: which experts each rank holds now.
         experts: those of this rank.
+        here: all of the block in few calls, if that is all on this rank.
+        has_shared: there is a shared expert, which `here` does not compute.
     """
 
     def __init__(
@@ -218,6 +229,7 @@ class MoEBlock:
         )
         held = [self._build_expert(model, source, expert) for expert in self._local]
         self._hold(held, activation_of(model))
+        self.has_shared = model.shared_expert_intermediate_size > 0
         self._shared: MLP | None = None
         if inner := model.shared_expert_intermediate_size:
             scaled = model.shared_expert_gate
@@ -250,9 +262,9 @@ class MoEBlock:
 
     def _hold(self, held: Sequence[Expert], activation: Activation) -> None:
         self.experts = self._ops.experts(held, activation)
-        self._here: LocalExperts | None = None
+        self.here: LocalExperts | None = None
         if self._mesh.stage.size == 1:
-            self._here = self._ops.local_experts(self._router, self.experts)
+            self.here = self._ops.local_experts(self._router, self.experts)
 
     def _build_expert(self, model: ModelConfig, source: WeightSource, expert: int) -> Expert:
         at, ops = self._mesh.at, self._ops
@@ -275,8 +287,8 @@ class MoEBlock:
 
     def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
         """Apply to the tokens this rank owns, [num_owned, hidden_size]."""
-        if self._here is not None and self._here.takes(x):
-            return (yield from self._compute_here(self._here, x, batch))
+        if self.here is not None and self.here.takes(x):
+            return (yield from self._compute_here(self.here, x, batch))
         recorder, layer = self._recorder, self._layer
         hidden, topk_ids, topk_weights = self._router(x)
         recorder.record_topk_ids(topk_ids)

@@ -16,11 +16,15 @@ from expertlane.model.layers import DecoderLayer, MoEBlock
 from expertlane.model.weights import WeightSource
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
+from expertlane.ops.layers import LayersPart
 from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.tensors import EMBEDDING, FINAL_NORM, HEAD
+
+# Of a layer where nothing travels, in order.
+_LAYER_STAGES = (Stage.ATTENTION, Stage.ROUTER, Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE)
 
 
 class HeadResult(NamedTuple):
@@ -146,6 +150,7 @@ class TransformerStage:
         self.mesh = mesh
         self._dtype, self._device = source.dtype, source.device
         self._caches: list[KVCache] = []
+        self._part: LayersPart | None = None
         rotary = RotaryEmbedding(model, source.device)
         self._layers = [
             DecoderLayer(model, layer, placements[layer], source, mesh, rotary)
@@ -174,11 +179,28 @@ class TransformerStage:
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> None:
         """Make room for `num_blocks` blocks of `block_size` positions; forget what was there."""
-        self._caches = []
+        self._part, self._caches = None, []
         self._caches = [
             KVCache(num_blocks, block_size, *layer.attention.cache_dims, self._dtype, self._device)
             for layer in self._layers
         ]
+
+    def _layers_part(self) -> LayersPart | None:
+        """All layers in one call, where nothing travels between them and no stage is recorded."""
+        if self.mesh.stage.size > 1 or self.mesh.recorder.is_recording:
+            return None
+        layers = [layer.parts for layer in self._layers]
+        if self._part is None or not self._part.is_made_of(layers):
+            parts = [
+                (attention, here)
+                for attention, here in layers
+                if attention is not None and here is not None
+            ]
+            if not parts or len(parts) < len(layers):
+                return None
+            first, progress = self._layers[0].index, self.mesh.recorder.progress.addresses()
+            self._part = LayersPart(parts, self._caches, first, progress, _LAYER_STAGES)
+        return self._part
 
     def embed(self, batch: ForwardBatch) -> Tensor:
         """First stage only: the hidden states of the owned tokens, [num_owned, hidden_size]."""
@@ -203,8 +225,12 @@ class TransformerStage:
         Returns:
             Hidden states [num_owned, hidden_size] for the next stage, or the head's result.
         """
-        for layer, cache in zip(self._layers, self._caches, strict=True):
-            x = yield from layer.forward(x, batch, cache)
+        if (part := self._layers_part()) is not None and part.takes(x, batch.pages):
+            x = part(x, batch.pages)
+            self.mesh.recorder.enter(Stage.COMBINE, self._layers[-1].index)
+        else:
+            for layer, cache in zip(self._layers, self._caches, strict=True):
+                x = yield from layer.forward(x, batch, cache)
         if self._head is None:
             return x
         return (yield from self._head.forward(x, batch, needs_logits))

@@ -45,7 +45,7 @@ BASELINE = InstructionSet(
 
 
 def _arithmetic(name: str, *flags: str) -> InstructionSet:
-    names = ("attention", "few_rows", "moe_step", "products", "rows", "step", "sums")
+    names = ("attention", "few_rows", "layers", "moe_step", "products", "rows", "step", "sums")
     sources = tuple(f"{name}.cpp" for name in names)
     return InstructionSet(name, sources, (*flags, "-fopenmp", "-ffp-contract=fast"), ("-fopenmp",))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.moe_step import CompiledRouter, LocalExperts
 from expertlane.ops.products import (
     Activation,
     Expert,
@@ -21,14 +22,7 @@ from expertlane.ops.products import (
 )
 from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
-from expertlane.ops.step import (
-    AttentionPart,
-    AttentionWeights,
-    CompiledRouter,
-    HeadPart,
-    LocalExperts,
-    attention_part,
-)
+from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart, attention_part
 from expertlane.ops.torch_backend import PeerRows, TorchBackend
 
 _LANES = 16

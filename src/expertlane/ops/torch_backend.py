@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
+from expertlane.ops.moe_step import LocalExperts
 from expertlane.ops.products import (
     Activation,
     Expert,
@@ -25,7 +26,7 @@ from expertlane.ops.products import (
 )
 from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
-from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart, LocalExperts
+from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart
 
 
 @dataclass(frozen=True)
