@@ -122,7 +122,7 @@ class Dispatcher(ABC):
         """
         parts = [*((part, None) for part in by_row), *((part, tokens) for part in by_token)]
         width = sum(part.shape[1] * part.itemsize for part, _ in parts)
-        packed = group.empty(len(by_row[0]), width, by_row[0], torch.uint8)
+        packed = group.empty(by_row[0].shape[0], width, by_row[0], torch.uint8)
         self._ops.pack(parts, packed)
         return packed
 

@@ -76,7 +76,7 @@ class CpuBackend(TorchBackend):
         physical = torch.empty(topk_ids.shape, dtype=torch.int32)
         self._choose_copies(
             *(topk_ids.data_ptr(), topk_ids.numel(), table.data_ptr(), table.shape[1]),
-            *(num_copies.data_ptr(), len(num_copies), first, physical.data_ptr()),
+            *(num_copies.data_ptr(), num_copies.shape[0], first, physical.data_ptr()),
         )
         return physical
 
@@ -169,7 +169,7 @@ class CpuBackend(TorchBackend):
         parts = values if isinstance(values, RowParts) else RowParts.of(values.contiguous())
         places, weights = places.contiguous(), None if weights is None else weights.contiguous()
         if out is None:
-            out = torch.empty(len(places), parts.width, dtype=parts.dtype)
+            out = torch.empty(places.shape[0], parts.width, dtype=parts.dtype)
         num_rows = array("q", parts.num_rows)
         self._gather_sum(
             *(parts.dtype is torch.bfloat16, parts.pointers.buffer_info()[0]),
@@ -295,7 +295,7 @@ class VectorBackend(CpuBackend):
             *(query.data_ptr(), query.stride(0), keys.data_ptr()),
             *(values.data_ptr() if values.shape[-1] else None, tables.data_ptr(), tables.shape[1]),
             *(sequences.first_tokens.data_ptr(), sequences.num_scheduled.data_ptr()),
-            *(sequences.lengths.data_ptr(), len(tables), num_heads, keys.shape[2]),
+            *(sequences.lengths.data_ptr(), tables.shape[0], num_heads, keys.shape[2]),
             *(key_dim, value_dim, keys.shape[1], scale, window or 0),
             *(None if sinks is None else sinks.data_ptr(), out.data_ptr()),
         )
@@ -383,14 +383,14 @@ class _PackedExperts(Experts):
         self.matrices = _matrices(held)
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
-        num_pairs, hidden = len(pairs.rows), rows.shape[1]
+        num_pairs, hidden = pairs.rows.shape[0], rows.shape[1]
         out = rows.new_empty(num_pairs, hidden) if out is None else out
         scratch = rows.new_empty(num_pairs, self._inner)
         if num_pairs:
             ends = pairs.ends
             self._function(
                 *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
-                *(pairs.order.data_ptr(), ends.data_ptr(), len(ends), *self.matrices),
+                *(pairs.order.data_ptr(), ends.data_ptr(), ends.shape[0], *self.matrices),
                 *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
             )
         return out
