@@ -86,6 +86,7 @@ class RankMachine:
     """A rank's machine, as the rank sees it.
 
     Attributes:
+        cpus: hardware threads that the rank is kept on; none where the system may move it.
         kernels: what computes: `expertlane` for our own CPU kernels, else `torch`, with the reason
             where ours would have been better.
         free_bytes: memory of its device that can still be allocated.
@@ -94,6 +95,7 @@ class RankMachine:
 
     host: str
     num_cores: int
+    cpus: list[int]
     cpu_name: str
     device: str
     backend: str
@@ -179,13 +181,6 @@ class TimeOneMove(Command[tuple[int, float]]):
 
 class MeasureRates(Command[RankRates]):
     """The rates of a large matrix product and of reading memory."""
-
-
-class PinToCore(Command[int | None]):
-    """Put all of the rank's threads on a core of its own, if there are as many cores as ranks.
-
-    The answer is which; None where ranks stay where they are.
-    """
 
 
 @dataclass(frozen=True)

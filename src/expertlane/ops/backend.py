@@ -17,7 +17,6 @@ import torch
 from expertlane.errors import UserError
 from expertlane.ops.build import AVX512_BF16, BASELINE, BuildError, build
 from expertlane.ops.cpu import Avx512Backend, CpuBackend
-from expertlane.ops.host import num_cores
 from expertlane.ops.torch_backend import TorchBackend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -145,8 +144,6 @@ def choose_platform(
     if dtype_name == "float16":
         raise UserError("dtype float16 needs a GPU for every rank; valid here: float32, bfloat16")
     _keep_freed_memory()
-    # No more than OMP_NUM_THREADS either, which torch took at its import.
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // num_local_ranks)))
     device, dtype = torch.device("cpu"), DTYPES[dtype_name or "float32"]
     # Compile kernels if need be: a rank is only said to be up afterwards, so no step waits for it.
     transport = _transport_of_cpu(shares_memory=shares_memory, several_nodes=several_nodes)
