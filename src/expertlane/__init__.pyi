@@ -38,7 +38,7 @@ def compare(
     model: Text | None = None,
     experts_per_token: int | None = None,
     only: Text | None = None,
-    repeat: int = 5,
+    repeat: int = 7,
     min_time: float = 0.0,
     traffic: bool = False,
     trace: bool = False,

@@ -28,7 +28,7 @@ from expertlane.cli.output_options import OutputOptions
 from expertlane.cli.virtual_time import DEFAULT_PROFILE, VirtualTimeOptions
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import CapacityError, UserError, naming
-from expertlane.spec.ranges import DEFAULT_SKEW, shown
+from expertlane.spec.ranges import DEFAULT_REPEAT, DEFAULT_SKEW, shown
 
 if TYPE_CHECKING:
     from expertlane.compare.projection import ExperimentProjector
@@ -63,7 +63,7 @@ class _Options:
         "layouts.",
     )
     repeat: int = typer.Option(
-        5,
+        DEFAULT_REPEAT,
         metavar="N",
         help="How often the two deployments of the verdict are measured; the others twice at most. "
         "Fewer than 5 give no intervals.",

@@ -17,10 +17,10 @@ from expertlane.progress import Progress
 from expertlane.results.pair import PairRecord, choose_pair
 from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord
 from expertlane.results.results import MachinePeak, Results, VirtualTime
-from expertlane.results.statistics import LEAST_RUNS
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.names import Phase
+from expertlane.spec.ranges import DEFAULT_REPEAT
 
 _MOST_RUNS = 1_000
 _RUNS_OF_OTHERS = 2
@@ -40,7 +40,7 @@ class Repeats:
         least_s: repeat until the steps of each of the two have taken so long.
     """
 
-    num_runs: int = LEAST_RUNS
+    num_runs: int = DEFAULT_REPEAT
     least_s: float = 0.0
 
 
@@ -63,7 +63,7 @@ def run_comparison(
         command: how a user repeats it; kept in the results.
         virtual: also replay what was measured in virtual time; None leaves that out, and lets
             ranks compute whenever the system lets them.
-        repeats: None for the least that gives intervals.
+        repeats: None for the default.
         on_trace: gets each deployment's name, and a prefill and a decode step of it with events;
             the same in virtual time under the name with "virtual" after it.
 
@@ -146,11 +146,12 @@ class _Measured:
 
     def measure(self, repeats: Repeats) -> None:
         """Run everything, then make the records."""
-        own = self.own
+        own, before = self.own, None
         num_of_others = min(_RUNS_OF_OTHERS, repeats.num_runs)
         for number in range(num_of_others):
             for each in own if number % 2 == 0 else reversed(own):
-                each.measure()
+                each.measure(deploy=each is not before)
+                before = each
         self.runs = self._virtual_runs()
         first = {each.name: self._record(each) for each in own}
         pair = self._pair(list(first.values()))
