@@ -150,12 +150,12 @@ def test_a_folder_without_anything_to_write_is_a_mistake(run, monkeypatch):
 @pytest.mark.parametrize(
     ("kernels", "said"),
     [
-        ("expertlane", ""),
+        ("expertlane (avx2)", "computing with expertlane (avx2)\n"),
         ("torch", ""),
         ("torch (no compiler)", "computing with torch (no compiler)\n"),
     ],
 )
-def test_falling_back_to_torch_is_said(monkeypatch, capsys, kernels, said):
+def test_what_computes_is_said_once(monkeypatch, capsys, kernels, said):
     llm = StubLLM(PRESETS["paper-tiny"])
     llm.machine = (replace(MACHINE, kernels=kernels),)
     monkeypatch.setattr("expertlane.engine.llm.LLM", lambda *_, **__: llm)

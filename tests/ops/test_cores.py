@@ -1,4 +1,4 @@
-"""Cores of ranks: NUMA nodes, hardware threads and shares, on made-up machines; pinning on this one."""
+"""Cores of ranks: shares of made-up machines; pinning on this one."""
 
 import os
 import subprocess
@@ -151,8 +151,8 @@ from pathlib import Path
 from expertlane.ops.cores import pin
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 is_pinned = pin([int(sys.argv[2])], Path(sys.argv[1]))
-threads = os.listdir("/proc/self/task")
-print(is_pinned, *sorted({cpu for t in threads for cpu in os.sched_getaffinity(int(t))}), flush=True)
+threads = map(int, os.listdir("/proc/self/task"))
+print(is_pinned, *sorted(set().union(*map(os.sched_getaffinity, threads))), flush=True)
 sys.stdin.read()
 """
 

@@ -86,14 +86,9 @@ class RankMachine:
     """A rank's machine, as the rank sees it.
 
     Attributes:
-<<<<<<< HEAD
         cpus: hardware threads that the rank is kept on; none where the system may move it.
-        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`, with the reason
-            where ours would have been better.
-=======
-        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that instruction set, else
-            `torch`, with the reason where ours would have been better.
->>>>>>> fast
+        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that instruction
+            set, else `torch`, with the reason where ours would have been better.
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
     """

@@ -115,8 +115,8 @@ def _check_asked(baseline: ctypes.CDLL) -> None:
     has = [name for name in names[1:] if baseline.has_instructions(name.encode())]
     if _asked_set() in {*names[1:]} - {*has}:
         raise UserError(
-            f"EXPERTLANE_CPU_ISA is {_asked_set()}, which this CPU lacks; it has: "
-            f"{', '.join([BASELINE.name, *has])}"
+            f"this CPU lacks {_asked_set()}, which --cpu-isa or EXPERTLANE_CPU_ISA asks for; it "
+            f"has: {', '.join([BASELINE.name, *has])}"
         )
 
 

@@ -2,9 +2,9 @@
 
 The ranks of a host divide its cores evenly, each within one NUMA node where that is possible: the
 memory that a rank writes first then is that node's. They are pinned to their shares, except where
-there are more ranks than cores, where a container's quota is below its cores (they are others' too),
-and where another engine is pinned to them. `EXPERTLANE_PIN=0` pins no rank; `EXPERTLANE_PIN=1` pins
-also beside other engines.
+there are more ranks than cores, where a container may use less than its cores (they are others'
+too), and where another engine is pinned to them. `EXPERTLANE_PIN=0` pins no rank;
+`EXPERTLANE_PIN=1` pins also beside other engines.
 """
 
 import fcntl
