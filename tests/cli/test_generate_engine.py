@@ -33,6 +33,8 @@ def test_engine_options_are_handed_over(run, stub):
     options += ["--block-size", "4", "--max-num-seqs", "3", "--max-num-batched-tokens", "7"]
     options += [
         "--oversubscribe",
+        "--cpu-isa",
+        "avx2",
         "--ignore-unused-tensors",
         "--no-prefix-caching",
         "--overlap",
@@ -72,6 +74,7 @@ def test_engine_options_are_handed_over(run, stub):
         "ranks_per_node": 1,
         "timeout_s": 5.0,
         "oversubscribe": True,
+        "cpu_isa": "avx2",
         "ignore_unused_tensors": True,
     }
     assert not stub.records_routing

@@ -72,8 +72,8 @@ def _expertlane(
       EXPERTLANE_BACKEND=cpu|torch
           own CPU kernels, or torch only; by default the own ones, where available
       EXPERTLANE_PIN=0|1
-          ranks on CPUs keep to cores of their own: never, or also beside other engines; by
-          default where no other engine does
+          ranks keep to cores of their own: never, or also beside other engines; by
+          default where there is no other
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
