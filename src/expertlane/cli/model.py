@@ -72,9 +72,7 @@ class FoundModel:
                 record_routing=record_routing,
                 **engine.for_llm(),
             )
-        if (kernels := llm.machine[0].kernels).startswith(
-            "torch ("
-        ):  # with the reason why they are not ours
+        if "(" in (kernels := llm.machine[0].kernels):  # the set, or why they are not ours
             print_message(f"computing with {kernels}")
         return llm
 

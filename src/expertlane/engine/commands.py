@@ -86,14 +86,16 @@ class RankMachine:
     """A rank's machine, as the rank sees it.
 
     Attributes:
-        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that
-            instruction set, else `torch`, with the reason where ours would have been better.
+        cpus: hardware threads that the rank is kept on; none where the system may move it.
+        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that instruction
+            set, else `torch`, with the reason where ours would have been better.
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
     """
 
     host: str
     num_cores: int
+    cpus: list[int]
     cpu_name: str
     device: str
     backend: str
@@ -179,13 +181,6 @@ class TimeOneMove(Command[tuple[int, float]]):
 
 class MeasureRates(Command[RankRates]):
     """The rates of a large matrix product and of reading memory."""
-
-
-class PinToCore(Command[int | None]):
-    """Put all of the rank's threads on a core of its own, if there are as many cores as ranks.
-
-    The answer is which; None where ranks stay where they are.
-    """
 
 
 @dataclass(frozen=True)
