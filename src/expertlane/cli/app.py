@@ -71,8 +71,8 @@ def _expertlane(
     Environment:
       EXPERTLANE_BACKEND=cpu|torch
           own CPU kernels, or torch only; by default the own ones, where available
-      EXPERTLANE_INSTRUCTIONS=baseline,avx512_bf16
-          instruction sets of the own kernels
+      EXPERTLANE_CPU_ISA=baseline|avx2|avx512|avx512_bf16|amx|neon|neon_bf16
+          the largest instruction set of the own kernels; by default the CPU's best
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -72,7 +72,9 @@ class FoundModel:
                 record_routing=record_routing,
                 **engine.for_llm(),
             )
-        if "(" in (kernels := llm.machine[0].kernels):  # with the reason why they are not ours
+        if (kernels := llm.machine[0].kernels).startswith(
+            "torch ("
+        ):  # with the reason why they are not ours
             print_message(f"computing with {kernels}")
         return llm
 

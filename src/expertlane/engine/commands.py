@@ -86,8 +86,8 @@ class RankMachine:
     """A rank's machine, as the rank sees it.
 
     Attributes:
-        kernels: what computes: `expertlane` for our own CPU kernels, else `torch`, with the reason
-            where ours would have been better.
+        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that instruction set, else
+            `torch`, with the reason where ours would have been better.
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
     """

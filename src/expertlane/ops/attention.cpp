@@ -36,23 +36,28 @@ float exponentials(float* row, int64_t count, const float* sink) {
     float most = sink ? *sink : row[0];
     for (int64_t t = 0; t < count; ++t) most = std::max(most, row[t]);
     float sum = sink ? std::exp(*sink - most) : 0.0f;
-    for (int64_t t = 0; t < count; ++t) row[t] = std::exp(row[t] - most);
-    for (int64_t t = 0; t < count; ++t) sum += row[t];
-    return sum;
+    Lanes sums = {};
+    for (int64_t t = 0; t < count; t += kLanes) {
+        const int64_t left = count - t;
+        const Lanes value = exp(load_part(row + t, left) - most);
+        store_part(row + t, value, left);
+        sums += load_part(row + t, left);
+    }
+    return sum + ::sum(sums);
 }
 
 float dot(const float* a, const float* b, int64_t size) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t d = 0; d < size; d += kLanes) sum = _mm512_fmadd_ps(widen(a + d), widen(b + d), sum);
-    return _mm512_reduce_add_ps(sum);
+    Lanes acc = {};
+    for (int64_t d = 0; d < size; d += kLanes) acc = fma(load(a + d), load(b + d), acc);
+    return sum(acc);
 }
 
 float dot(const bf16* a, const bf16* b, int64_t size) {
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t d = 0; d < size; d += 32) {
-        sum = _mm512_dpbf16_ps(sum, load_pairs(a + d), load_pairs(b + d));
+    Lanes acc = {};
+    for (int64_t d = 0; d < size; d += 2 * kLanes) {
+        acc = dot_pairs(acc, load_pairs(a + d), load_pairs(b + d));
     }
-    return _mm512_reduce_add_ps(sum);
+    return sum(acc);
 }
 
 // A sequence's only new token, for some kv heads and the query heads of each.
@@ -83,16 +88,15 @@ void attend_one(const Cache<T>& cache, const Shape& shape, const int64_t* table,
         for (int64_t h = 0; h < num; ++h) {
             const T* value = cache.values + slot * cache.value_row +
                              (begin + h) / group * cache.value_stride;
-            const __m512 weight = _mm512_set1_ps(scores[h * count + p - first]);
+            const Lanes weight = all(scores[h * count + p - first]);
             float* sum = sums + h * value_dim;
             for (int64_t d = 0; d < value_dim; d += kLanes) {
-                const __m512 now = _mm512_loadu_ps(sum + d);
-                _mm512_storeu_ps(sum + d, _mm512_fmadd_ps(weight, widen(value + d), now));
+                store(sum + d, fma(weight, load(value + d), load(sum + d)));
             }
         }
     });
     for (int64_t i = 0; i < num * value_dim; i += kLanes) {
-        store(out + begin * value_dim + i, _mm512_loadu_ps(sums + i), kLanes);
+        store(out + begin * value_dim + i, load(sums + i));
     }
 }
 
@@ -106,38 +110,44 @@ void attend_many(const Cache<bf16>& cache, const Shape& shape, const int64_t* ta
         shape.window > 0 ? std::max<int64_t>(0, start + 1 - shape.window) / 32 * 32 : 0;
     const int64_t padded = (end - first + 31) / 32 * 32;
     const int64_t value_blocks = (value_dim + 31) / 32 * 2;
-    room.assign((padded * (key_dim + value_blocks * kLanes) + kRows * padded) / 2 +
-                    kRows * padded, 0.0f);
+    room.assign(padded * (key_dim + value_blocks * kBlock) / 2 + 2 * kRows * padded +
+                    kRows * key_dim, 0.0f);
     float* scores = room.data();
-    bf16* weights = (bf16*)(scores + kRows * padded);
-    bf16* packed_keys = weights + kRows * padded;
+    Factor* weights = (Factor*)(scores + kRows * padded);
+    Factor* widened = (Factor*)(scores + 2 * kRows * padded);
+    bf16* packed_keys = (bf16*)(scores + 2 * kRows * padded + kRows * key_dim);
     bf16* packed_values = packed_keys + padded * key_dim;
     visit(table, first, end, cache.block_size, [&](int64_t p, int64_t slot) {
         const int64_t t = p - first;
         const bf16* key = cache.keys + slot * cache.key_row + kv_head * key_dim;
-        bf16* to = packed_keys + t / kLanes * key_dim * kLanes + t % kLanes * 2;
-        for (int64_t d = 0; d < key_dim; d += 2) std::memcpy(to + d * kLanes, key + d, 4);
+        bf16* to = packed_keys + t / kBlock * key_dim * kBlock + t % kBlock * 2;
+        for (int64_t d = 0; d < key_dim; d += 2) std::memcpy(to + d * kBlock, key + d, 4);
         const bf16* value =
             cache.values + slot * cache.value_row + kv_head * cache.value_stride;
-        bf16* pair = packed_values + t / 2 * 2 * kLanes + t % 2;
+        bf16* pair = packed_values + t / 2 * 2 * kBlock + t % 2;
         for (int64_t d = 0; d < value_dim; ++d) {
-            pair[d / kLanes * padded * kLanes + d % kLanes * 2] = value[d];
+            pair[d / kBlock * padded * kBlock + d % kBlock * 2] = value[d];
         }
     });
-    __m512 acc[kRows][2];
+    Lanes acc[kRows][2 * kVectors];
     for (int64_t h = kv_head * shape.group; h < (kv_head + 1) * shape.group; ++h) {
         for (int64_t row = 0; row < num; row += kRows) {
             const int rows = (int)std::min<int64_t>(kRows, num - row);
             const int64_t seen = (start + row + rows - first + 31) / 32 * 32;
-            const bf16* query = q + row * shape.q_stride + h * key_dim;
+            for (int r = 0; r < rows; ++r) {
+                const bf16* query = q + (row + r) * shape.q_stride + h * key_dim;
+                for (int64_t d = 0; d < key_dim; d += kLanes) {
+                    store(widened + r * key_dim + d, load(query + d));
+                }
+            }
             for (int64_t t = 0; t < seen; t += 32) {
                 const bf16* block = packed_keys + t * key_dim;
-                tiles(rows, query, shape.q_stride, block, block + key_dim * kLanes, key_dim, acc);
+                tiles(rows, widened, key_dim, block, block + key_dim * kBlock, key_dim, acc);
                 for (int r = 0; r < rows; ++r) {
                     float* to = scores + r * padded + t;
-                    const __m512 scale = _mm512_set1_ps(shape.scale);
-                    _mm512_storeu_ps(to, _mm512_mul_ps(acc[r][0], scale));
-                    _mm512_storeu_ps(to + kLanes, _mm512_mul_ps(acc[r][1], scale));
+                    for (int v = 0; v < 2 * kVectors; ++v) {
+                        store(to + v * kLanes, acc[r][v] * shape.scale);
+                    }
                 }
             }
             float sums[kRows];
@@ -151,18 +161,17 @@ void attend_many(const Cache<bf16>& cache, const Shape& shape, const int64_t* ta
                 std::fill(line, line + from, 0.0f);
                 std::fill(line + own + 1, line + seen, 0.0f);
                 for (int64_t t = 0; t < seen; t += kLanes) {
-                    store(weights + r * padded + t, _mm512_loadu_ps(line + t), kLanes);
+                    store(weights + r * padded + t, load(line + t));
                 }
             }
             for (int64_t block = 0; block < value_blocks; block += 2) {
-                const bf16* w = packed_values + block * padded * kLanes;
-                tiles(rows, weights, padded, w, w + padded * kLanes, seen, acc);
+                const bf16* w = packed_values + block * padded * kBlock;
+                tiles(rows, weights, padded, w, w + padded * kBlock, seen, acc);
                 for (int r = 0; r < rows; ++r) {
-                    bf16* to = out + ((row + r) * shape.heads + h) * value_dim + block * kLanes;
-                    const __m512 norm = _mm512_set1_ps(1.0f / sums[r]);
-                    store(to, _mm512_mul_ps(acc[r][0], norm), kLanes);
-                    if (value_dim > (block + 1) * kLanes) {
-                        store(to + kLanes, _mm512_mul_ps(acc[r][1], norm), kLanes);
+                    bf16* to = out + ((row + r) * shape.heads + h) * value_dim + block * kBlock;
+                    const int v_end = value_dim > (block + 1) * kBlock ? 2 * kVectors : kVectors;
+                    for (int v = 0; v < v_end; ++v) {
+                        store(to + v * kLanes, acc[r][v] * (1.0f / sums[r]));
                     }
                 }
             }

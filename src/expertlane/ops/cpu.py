@@ -46,7 +46,10 @@ class CpuBackend(TorchBackend):
 
     Attributes:
         baseline: the library that every CPU can use.
+        instructions: the name of the instruction set that computes.
     """
+
+    instructions = "baseline"
 
     def __init__(self, baseline: ctypes.CDLL) -> None:
         self.baseline = baseline
@@ -155,31 +158,33 @@ class CpuBackend(TorchBackend):
         return out
 
 
-class Avx512Backend(CpuBackend):
+class VectorBackend(CpuBackend):
     """Arithmetic too: in bfloat16 (`products.cpp`, `attention.cpp`, `rows.cpp`), and in float32.
 
     In float32 it has what decoding takes: products of few rows (`few_rows.cpp`), attention of one
     new token a sequence. torch has the rest.
+
+    Args:
+        library: compiled for the instruction set.
     """
 
-    def __init__(self, baseline: ctypes.CDLL, avx512_bf16: ctypes.CDLL) -> None:
+    def __init__(self, baseline: ctypes.CDLL, library: ctypes.CDLL, instructions: str) -> None:
         super().__init__(baseline)
-        self._linear = _function(avx512_bf16, "linear", "pnnpnnpp")
-        self._experts = _function(avx512_bf16, "experts", "pnpppnpppnnpp")
-        self._attention = _function(avx512_bf16, "attention", "pnpppnpppnnnnnnfnpp")
-        self._decode_attention = _function(
-            avx512_bf16, "decode_attention_float", "pnpppnpppnnnnnnfnpp"
-        )
-        self._few_rows_linear = _function(avx512_bf16, "few_rows_linear", "pnnpnnpp")
-        self._few_rows_experts = _function(avx512_bf16, "few_rows_experts", "pnpppnpppnnpp")
+        self.instructions = instructions
+        self._linear = _function(library, "linear", "pnnpnnpp")
+        self._experts = _function(library, "experts", "pnpppnpppnnpp")
+        self._attention = _function(library, "attention", "pnpppnpppnnnnnnfnpp")
+        self._decode_attention = _function(library, "decode_attention_float", "pnpppnpppnnnnnnfnpp")
+        self._few_rows_linear = _function(library, "few_rows_linear", "pnnpnnpp")
+        self._few_rows_experts = _function(library, "few_rows_experts", "pnpppnpppnnpp")
         self._rotate, self._rms_norm = (
             {
-                torch.bfloat16: _function(avx512_bf16, name, arguments),
-                torch.float32: _function(avx512_bf16, f"{name}_float", arguments),
+                torch.bfloat16: _function(library, name, arguments),
+                torch.float32: _function(library, f"{name}_float", arguments),
             }
             for name, arguments in (("rotate", "pnnnnnppn"), ("rms_norm", "pnnnnpfpn"))
         )
-        self._take_sums(avx512_bf16)
+        self._take_sums(library)
 
     def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         if weight.dtype is torch.float32 and weight.numel() and weight.is_contiguous():
