@@ -45,7 +45,8 @@ BASELINE = InstructionSet(
 
 
 def _arithmetic(name: str, *flags: str) -> InstructionSet:
-    sources = ("attention.cpp", "few_rows.cpp", "products.cpp", "rows.cpp", "sums.cpp")
+    names = ("attention", "few_rows", "narrow", "products", "rows", "sums")
+    sources = tuple(f"{each}.cpp" for each in names)
     return InstructionSet(name, sources, (*flags, "-fopenmp", "-ffp-contract=fast"), ("-fopenmp",))
 
 

@@ -46,12 +46,13 @@ class NarrowWeight:
             weight: [out_features, in_features] float32; its first input begins a group.
         """
         num_rows, num_columns = weight.shape
-        missing = -num_columns % GROUP
-        padded = torch.nn.functional.pad(weight, (0, missing)).view(num_rows, -1, GROUP)
+        num_groups = -(-num_columns // GROUP)
+        padded = torch.nn.functional.pad(weight, (0, num_groups * GROUP - num_columns))
+        padded = padded.view(num_rows, num_groups, GROUP)
         scales = padded.abs().amax(-1) / _INT8_MAX
         divisors = scales.where(scales > 0, 1.0)
         values = (padded / divisors[..., None]).round_().clamp_(-_INT8_MAX, _INT8_MAX)
-        whole = values.to(torch.int8).view(num_rows, -1)[:, :num_columns]
+        whole = values.to(torch.int8).flatten(1)[:, :num_columns]
         return cls(whole, scales, GROUP, 0, dtype)
 
     def columns(self, part: range) -> Self:

@@ -17,7 +17,7 @@ from expertlane.spec.hf_config import (
     ConfigReader,
     family_of,
     read_config,
-    weight_block_size,
+    narrow_scheme,
 )
 from expertlane.spec.model import LatentAttention, ModelConfig, RopeScaling, Routing
 
@@ -49,7 +49,7 @@ def from_hf(
     """
     family = family_of(config)
     if weights:
-        weight_block_size(config)
+        narrow_scheme(config)
     fields = ConfigReader(config, name or family, FAMILIES[family].defaults)
     if fields.get(str, "hidden_act") != "silu":
         raise fields.unsupported("hidden_act")
