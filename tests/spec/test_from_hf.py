@@ -5,7 +5,7 @@ import pytest
 
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
-from expertlane.spec.hf_config import family_of, quantization_of, read_config, weight_block_size
+from expertlane.spec.hf_config import family_of, narrow_scheme, quantization_of, read_config
 from expertlane.spec.model import LatentAttention, RopeScaling, Routing
 from expertlane.spec.ranges import ANY_WHOLE, RANGES
 from expertlane.spec.tensors import num_params
@@ -344,7 +344,8 @@ def test_deepseek_v3():
         group_score="top2_sum",
     )
     assert model.latent.mscale == pytest.approx(0.1 * math.log(40) + 1)
-    assert weight_block_size(DEEPSEEK_V3) == (128, 128)
+    scheme = narrow_scheme(DEEPSEEK_V3)
+    assert (scheme.type, scheme.rows, scheme.columns) == ("float8", 128, 128)
     assert not from_hf(DEEPSEEK_V3 | {"rope_interleave": False}).rope_interleave
 
 
@@ -541,7 +542,7 @@ def test_the_family_without_an_architecture_is_the_model_type():
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "awq"}, "quantization 'awq' is not supported; supported: fp8, mxfp4"),
+        ({"quant_method": "awq"}, "quantization 'awq' is not supported; supported: compressed-tensors"),
         ({"quant_method": "fp8"}, "with fmt 'e4m3' and weight_block_size None is not supported"),
         (
             {"quant_method": "fp8", "weight_block_size": [128]},
@@ -568,8 +569,8 @@ def test_a_configuration_alone_may_be_quantised_in_any_way():
 
 
 def test_block_sizes():
-    assert weight_block_size(MIXTRAL) is None
-    assert weight_block_size(GPT_OSS) is None
+    assert narrow_scheme(MIXTRAL) is None
+    assert narrow_scheme(GPT_OSS) is None
 
 
 def test_reading_the_file(tmp_path):

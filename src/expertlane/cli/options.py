@@ -16,8 +16,8 @@ from expertlane.spec.deployment import (
     MicroBatchSchedule,
     Options,
     PayloadType,
-    WeightsType,
     PlacementMethod,
+    WeightsType,
 )
 from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
 

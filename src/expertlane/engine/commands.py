@@ -92,6 +92,7 @@ class RankMachine:
             `torch`, with the reason where ours would have been better.
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
+        keeps_narrow: weights of one byte stay so in memory; else they are widened while loading.
     """
 
     host: str
@@ -106,6 +107,7 @@ class RankMachine:
     free_bytes: int
     ranks_per_node: int
     num_idle_gpus: int
+    keeps_narrow: bool = False
 
     @property
     def on_gpu(self) -> bool:

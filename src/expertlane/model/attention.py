@@ -145,7 +145,8 @@ class _PagedHeads:
         num_tokens, window = batch.batch.num_tokens, self._params.window
         pairs, positions = batch.pairs_and_positions(window)
         widths = cache.keys.shape[-1] + self._params.value_dim
-        num_weights = sum(each.num_weights for each in linears) + sum(each.numel() for each in others)
+        num_weights = sum(each.num_weights for each in linears)
+        num_weights += sum(each.numel() for each in others)
         num_bytes = sum(each.num_bytes for each in linears) + sum(each.nbytes for each in others)
         recorder.count_compute(
             flops=2 * num_tokens * num_weights + 2 * pairs * self._num_heads * widths,

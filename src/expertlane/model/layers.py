@@ -144,9 +144,7 @@ class MLP:
         out = self._down(self._activation(gate, self._up(rows)))
         num_weights = (2 if self._gate is None else 3) * self._up.num_weights
         num_bytes = (1 if self._gate is None else 2) * self._up.num_bytes + self._down.num_bytes
-        self._recorder.count_compute(
-            2 * len(rows) * num_weights, num_bytes if len(rows) else 0
-        )
+        self._recorder.count_compute(2 * len(rows) * num_weights, num_bytes if len(rows) else 0)
         if self._tp.size > 1:
             enter(Stage.COLLECTIVES, layer)
             out = yield self._tp.reduce_scatter(out, batch.tokens_of_tp_rank)

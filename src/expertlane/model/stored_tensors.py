@@ -23,9 +23,9 @@ from expertlane.spec.files import INDEX_BYTES, check_regular, read_json_object
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import (
     family_of,
+    narrow_scheme,
     num_extra_layers,
     read_config,
-    narrow_scheme,
 )
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import EMBEDDING, HEAD, Shape, tensor_names, tensor_shape
@@ -239,16 +239,12 @@ class StoredTensors:
         return names + [name for name in more if name in self._shards]
 
     def _is_narrow(self, stored: TensorLocation) -> bool:
-        """Whether a tensor is stored in one byte, with scales."""
+        """Whether a tensor is stored in one byte."""
         scheme = self.scheme
         if scheme is None or stored.expert is not None:
             return False
-        name = self._values_name(stored)
-        return (
-            f"{stored.name}{scheme.scale}" in self._shards
-            and name in self._shards
-            and self._stored_type(name) == _TYPE_NAMES[scheme.type, scheme.is_packed]
-        )
+        name, type_name = self._values_name(stored), _TYPE_NAMES[scheme.type, scheme.is_packed]
+        return name in self._shards and self._stored_type(name) == type_name
 
     def _values_name(self, stored: TensorLocation) -> str:
         packed = self.scheme is not None and self.scheme.is_packed
@@ -299,7 +295,7 @@ class StoredTensors:
     def _check_narrow(self, stored: TensorLocation, expected: list[int]) -> None:
         scheme = self.scheme
         assert scheme is not None
-        if len(expected) != 2:  # noqa: PLR2004
+        if len(expected) != 2:
             raise self._refused_type(stored.name)
         rows, columns = expected
         in_values = -(-columns // VALUES_OF_INT32) if scheme.is_packed else columns

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.backend import backend_for
-from expertlane.ops.narrow import GROUP, NarrowWeight
-from expertlane.spec.deployment import WeightsType
+from expertlane.ops.narrow import NarrowWeight
+from expertlane.spec.deployment import INPUTS_OF_SCALE, WeightsType
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import EMBEDDING, HEAD, cut_dim, layer_name, tensor_shape
 
@@ -82,8 +82,9 @@ class WeightSource(ABC):
         """Whole groups are read, so that no layout changes a scale."""
         if part is None or cut_dim(name) == 0:
             return NarrowWeight.rounded(self._read(name, part, torch.float32), self.dtype)
-        begin = part.start // GROUP * GROUP
-        end = min(-(-part.stop // GROUP) * GROUP, tensor_shape(self._model, name)[1])
+        size = INPUTS_OF_SCALE
+        begin, end = part.start // size * size, -(-part.stop // size) * size
+        end = min(end, tensor_shape(self._model, name)[1])
         whole = self._read(name, range(begin, end), torch.float32)
         inside = range(part.start - begin, part.stop - begin)
         return NarrowWeight.rounded(whole, self.dtype).columns(inside)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.products import Activation, Expert, Experts, Linear, PairGroups
+from expertlane.spec.deployment import INPUTS_OF_SCALE
 
-GROUP = 128  # inputs with a scale, where weights are rounded here
 _INT8_MAX = 127
 _BLOCK = 16  # outputs that are packed together
 
@@ -46,14 +46,14 @@ class NarrowWeight:
             weight: [out_features, in_features] float32; its first input begins a group.
         """
         num_rows, num_columns = weight.shape
-        num_groups = -(-num_columns // GROUP)
-        padded = torch.nn.functional.pad(weight, (0, num_groups * GROUP - num_columns))
-        padded = padded.view(num_rows, num_groups, GROUP)
+        num_groups = -(-num_columns // INPUTS_OF_SCALE)
+        padded = torch.nn.functional.pad(weight, (0, num_groups * INPUTS_OF_SCALE - num_columns))
+        padded = padded.view(num_rows, num_groups, INPUTS_OF_SCALE)
         scales = padded.abs().amax(-1) / _INT8_MAX
         divisors = scales.where(scales > 0, 1.0)
         values = (padded / divisors[..., None]).round_().clamp_(-_INT8_MAX, _INT8_MAX)
         whole = values.to(torch.int8).flatten(1)[:, :num_columns]
-        return cls(whole, scales, GROUP, 0, dtype)
+        return cls(whole, scales, INPUTS_OF_SCALE, 0, dtype)
 
     def columns(self, part: range) -> Self:
         """Some of its inputs."""

@@ -16,6 +16,7 @@ DispatchChoice = Literal[DispatchForm, "auto"]
 OverlapChoice = bool | Literal["auto"]
 PayloadType = Literal["model", "bfloat16", "float8"]
 WeightsType = Literal["model", "int8"]
+INPUTS_OF_SCALE = 128  # of weights that are rounded while loading
 PlacementMethod = Literal["linear", "round_robin"]
 
 

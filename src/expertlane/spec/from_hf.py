@@ -16,8 +16,8 @@ from expertlane.spec.hf_config import (
     FAMILIES,
     ConfigReader,
     family_of,
-    read_config,
     narrow_scheme,
+    read_config,
 )
 from expertlane.spec.model import LatentAttention, ModelConfig, RopeScaling, Routing
 

@@ -52,6 +52,11 @@ class Quantization:
     method: str
     is_float8: bool
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether weights have one byte, of those that can be read."""
+        return self.method in ("compressed-tensors", "fp8")
+
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint's folder.
