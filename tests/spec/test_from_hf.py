@@ -542,7 +542,10 @@ def test_the_family_without_an_architecture_is_the_model_type():
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "awq"}, "quantization 'awq' is not supported; supported: compressed-tensors"),
+        (
+            {"quant_method": "awq"},
+            "quantization 'awq' is not supported; supported: compressed-tensors",
+        ),
         ({"quant_method": "fp8"}, "with fmt 'e4m3' and weight_block_size None is not supported"),
         (
             {"quant_method": "fp8", "weight_block_size": [128]},
