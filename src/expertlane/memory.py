@@ -242,7 +242,7 @@ _ADDED_ONCE = {"output_bias", "down_bias"}  # to partial sums, by the first rank
 
 
 def _num_bytes(name: str, held: list[range], types: NumberTypes) -> int:
-    """Bytes of a part of a tensor: norms and routers are float32; one byte is for matrices alone."""
+    """Bytes of a part of a tensor: norms and routers are float32; only matrices have one byte."""
     part, num_values = name.rpartition(".")[2], prod(map(len, held))
     if part in _WIDE:
         return num_values * ITEM_BYTES["float32"]

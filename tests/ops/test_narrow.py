@@ -1,4 +1,4 @@
-"""Weights of one byte: rounding by hand, and our kernels of each instruction set against float64."""
+"""Weights of one byte: rounding by hand, and kernels of each instruction set against float64."""
 
 import math
 
