@@ -208,7 +208,7 @@ def _types(machine: RankMachine, weights: WeightsType, checkpoint: Path | None) 
     if not machine.keeps_narrow:
         return NumberTypes.all_of(machine.dtype)
     scheme = None if checkpoint is None else narrow_scheme(read_config(checkpoint))
-    return NumberTypes.kept_as(machine.dtype, weights, scheme and scheme.type)
+    return NumberTypes.kept_as(machine.dtype, weights, None if scheme is None else scheme.type)
 
 
 def with_blocks(

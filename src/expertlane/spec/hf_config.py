@@ -170,27 +170,29 @@ def _compressed(quantization: dict[str, Any]) -> NarrowScheme:
     groups, fmt = quantization.get("config_groups"), quantization.get("format")
     schemes = [*groups.values()] if isinstance(groups, dict) else []
     weights = [each.get("weights") if isinstance(each, dict) else None for each in schemes]
-    if not weights or any(not isinstance(each, dict) or each != weights[0] for each in weights):
+    of = weights[0] if weights else None
+    if not isinstance(of, dict) or any(each != of for each in weights):
         raise SpecError(
             "quantization compressed-tensors without config_groups, or with weights quantised in "
             "several ways, is not supported"
         )
-    of = weights[0]
     kind, own = _COMPRESSED.get(fmt if isinstance(fmt, str) else "", ("", "int8"))
-    is_read = of.get("type") == kind and of.get("num_bits") == _NARROW_BITS
-    blocks: dict[Any, Any] = {
+    is_read = (of.get("type"), of.get("num_bits"), of.get("symmetric", True)) == (
+        kind,
+        8,
+        True,
+    ) and of.get("actorder") in _ORDERS
+    blocks: dict[str, Any] = {
         "tensor": (None, None),
         "channel": (1, None),
-        "group": (1, of.get("group_size")),
+        "group": (1, of.get("group_size") or 0),
         "block": of.get("block_structure"),
     }
-    if is_read and of.get("symmetric", True) is True and of.get("actorder") in _ORDERS:
-        match blocks.get(str(of.get("strategy"))):
-            case [None | int() as rows, None | int() as columns] if (
-                rows != 0 and columns != 0 and min(rows or 1, columns or 1) > 0
-            ):
-                packed = fmt == "pack-quantized"
-                return NarrowScheme(own, rows, columns, "_scale", packed)
+    match blocks.get(str(of.get("strategy"))):
+        case [None | int() as rows, None | int() as columns] if (
+            is_read and min(1 if each is None else each for each in (rows, columns)) > 0
+        ):
+            return NarrowScheme(own, rows, columns, "_scale", fmt == "pack-quantized")
     said = ", ".join(
         f"{name} {shown(of.get(name))}"
         for name in ("type", "num_bits", "symmetric", "strategy", "group_size", "actorder")
@@ -202,7 +204,6 @@ def _compressed(quantization: dict[str, Any]) -> NarrowScheme:
     )
 
 
-_NARROW_BITS = 8
 _ORDERS = (None, False, "static", "weight")  # groups of neighbouring inputs
 
 
