@@ -88,8 +88,8 @@ class RankMachine:
     """A rank's machine, as the rank sees it.
 
     Attributes:
-        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that
-            instruction set, else `torch`, with the reason where ours would have been better.
+        kernels: what computes: `expertlane (avx2)` for our own CPU kernels, with their set,
+            else `torch`, with the reason where ours would have been better.
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
         keeps_narrow: weights of one byte stay so in memory; else they are widened while loading.
