@@ -78,7 +78,7 @@ class ModelRunner:
         options = deployment.options
         placements = check_deployment(model, deployment, ranks_per_node)
         folder = str(checkpoint) if checkpoint else None
-        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder)
+        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, options.weights)
         held = pool.call(Deploy(spec, options, limits.num_blocks, limits.block_size))
         self.held = held[: layout.world_size]
         self.dispatch_table = dispatch_table

@@ -17,9 +17,11 @@ from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.weights import WeightSource, taker_of
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import AttentionParams, KVCache
+from expertlane.ops.narrow import side_by_side
 from expertlane.ops.products import Linear
 from expertlane.spec.model import ModelConfig, RopeScaling
 from expertlane.spec.names import Stage
+from expertlane.spec.tensors import layer_name
 
 
 class RotaryEmbedding:
@@ -120,7 +122,8 @@ class _PagedHeads:
         has_bias = model.output_bias and mesh.at.tp_rank == 0
         inputs = self._of_heads(model.attention_output_size // model.num_attention_heads)
         self._output = self._ops.linear(
-            take("output", inputs), take("output_bias") if has_bias else None
+            source.matrix(layer_name(layer, "output"), inputs),
+            take("output_bias") if has_bias else None,
         )
 
     def _of_heads(self, width: int) -> range:
@@ -133,7 +136,7 @@ class _PagedHeads:
         batch: ForwardBatch,
         cache: KVCache,
         linears: Sequence[Linear],
-        num_other_weights: int = 0,
+        others: Sequence[Tensor] = (),
     ) -> None:
         """Linears as 2·m·n·k; attention as 2 × pairs × heads × (key_dim + value_dim)."""
         recorder = self._mesh.recorder
@@ -142,10 +145,12 @@ class _PagedHeads:
         num_tokens, window = batch.batch.num_tokens, self._params.window
         pairs, positions = batch.pairs_and_positions(window)
         widths = cache.keys.shape[-1] + self._params.value_dim
-        num_weights = sum(linear.num_weights for linear in linears) + num_other_weights
+        num_weights = sum(each.num_weights for each in linears)
+        num_weights += sum(each.numel() for each in others)
+        num_bytes = sum(each.num_bytes for each in linears) + sum(each.nbytes for each in others)
         recorder.count_compute(
             flops=2 * num_tokens * num_weights + 2 * pairs * self._num_heads * widths,
-            weight_bytes=num_weights * linears[0].itemsize if num_tokens else 0,
+            weight_bytes=num_bytes if num_tokens else 0,
             kv_bytes=cache.position_bytes * positions,
         )
 
@@ -174,7 +179,8 @@ class Attention(_PagedHeads):
         bias = None
         if model.qkv_bias:
             bias = torch.cat([take(f"{part}_bias", rows) for part, rows in parts.items()])
-        weight = torch.cat([take(part, rows) for part, rows in parts.items()])
+        matrices = [source.matrix(layer_name(layer, part), rows) for part, rows in parts.items()]
+        weight = side_by_side(matrices)
         self._query_key_value = self._ops.linear(weight, bias)
         self._norms: tuple[Tensor, Tensor] | None = None
         self._head_norms: Tensor | None = None  # of query and key heads, [heads, head_dim]
@@ -253,15 +259,19 @@ class LatentAttention(_PagedHeads):
         assert latent is not None, "the model has latent attention"
         super().__init__(model, layer, source, mesh, rotary, latent.kv_lora_rank)
         take, ops, num_heads = taker_of(source, layer), self._ops, self._num_heads
+
+        def linear(part: str, rows: range | None = None) -> Linear:
+            return ops.linear(source.matrix(layer_name(layer, part), rows))
+
         self._latent = latent
         self._query_a: tuple[Linear, Tensor] | None = None
         query = "query"
         if latent.q_lora_rank is not None:
             query = "query_b"
             norm = take("query_a_norm", dtype=torch.float32)
-            self._query_a = ops.linear(take("query_a")), norm
-        self._query = ops.linear(take(query, self._of_heads(model.head_dim)))
-        self._kv_a = ops.linear(take("kv_a"))
+            self._query_a = linear("query_a"), norm
+        self._query = linear(query, self._of_heads(model.head_dim))
+        self._kv_a = linear("kv_a")
         self._kv_a_norm = take("kv_a_norm", dtype=torch.float32)
         width = latent.qk_nope_head_dim + latent.v_head_dim
         kv_b = take("kv_b", self._of_heads(width)).view(num_heads, width, latent.kv_lora_rank)
@@ -296,7 +306,6 @@ class LatentAttention(_PagedHeads):
             query, key, key[..., :0], cache, batch.pages, self._params
         )
         out = torch.einsum("thr,hvr->thv", attended, self._value_b)
-        num_weights = self._key_b.numel() + self._value_b.numel()
-        self._count(batch, cache, linears, num_weights)
+        self._count(batch, cache, linears, (self._key_b, self._value_b))
         return self._output(out.flatten(1))
         yield  # a generator like Attention's, though it never waits

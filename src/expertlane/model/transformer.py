@@ -50,7 +50,7 @@ class OutputHead:
         self._ops = backend_for(source.device)
         self._eps = model.rms_norm_eps
         self._norm = source.take(FINAL_NORM, dtype=torch.float32)
-        self._head = self._ops.linear(source.take(HEAD, own))
+        self._head = self._ops.linear(source.matrix(HEAD, own))
 
     def forward(self, x: Tensor, batch: ForwardBatch, needs_logits: bool) -> Steps[HeadResult]:
         """The next token of every sequence of the batch that yields one.
