@@ -45,7 +45,17 @@ BASELINE = InstructionSet(
 
 
 def _arithmetic(name: str, *flags: str) -> InstructionSet:
-    names = ("attention", "few_rows", "narrow", "products", "rows", "sums")
+    names = (
+        "attention",
+        "few_rows",
+        "layers",
+        "moe_step",
+        "narrow",
+        "products",
+        "rows",
+        "step",
+        "sums",
+    )
     sources = tuple(f"{each}.cpp" for each in names)
     return InstructionSet(name, sources, (*flags, "-fopenmp", "-ffp-contract=fast"), ("-fopenmp",))
 

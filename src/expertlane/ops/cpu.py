@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.moe_step import CompiledRouter, LocalExperts
 from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight
 from expertlane.ops.products import (
     Activation,
@@ -20,7 +21,9 @@ from expertlane.ops.products import (
     Linear,
     PairGroups,
 )
+from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
+from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart, attention_part
 from expertlane.ops.torch_backend import PeerRows, TorchBackend
 
 _LANES = 16
@@ -176,6 +179,7 @@ class VectorBackend(CpuBackend):
     def __init__(self, baseline: ctypes.CDLL, library: ctypes.CDLL, instructions: str) -> None:
         super().__init__(baseline)
         self.instructions = instructions
+        self._library = library
         self._linear = _function(library, "linear", "pnnpnnpp")
         self._experts = _function(library, "experts", "pnpppnpppnnpp")
         self._attention = _function(library, "attention", "pnpppnpppnnnnnnfnpp")
@@ -220,6 +224,31 @@ class VectorBackend(CpuBackend):
         if not suits:
             return super().experts(held, activation)
         return _PackedExperts(held, activation, self._experts)
+
+    def router(self, params: RouterParams) -> Router:
+        if not CompiledRouter.suits(params):
+            return super().router(params)
+        return CompiledRouter(params, self.rms_norm, self._library)
+
+    def local_experts(self, router: Router, experts: Experts) -> LocalExperts | None:
+        if not isinstance(router, CompiledRouter):
+            return None
+        if not isinstance(experts, _PackedExperts | _FewRowsExperts):
+            return None
+        dtype = experts.held[0].up.weight.dtype
+        return LocalExperts(router, experts, experts.matrices, self._library, dtype)
+
+    def head_part(self, head: Linear, norm: Tensor | None, eps: float) -> HeadPart | None:
+        if type(head) not in (PackedLinear, FewRowsLinear) or head.in_features % _LANES:
+            return None
+        return HeadPart(head, norm, eps, self._library, head.weight.dtype)
+
+    def attention_part(self, weights: AttentionWeights) -> AttentionPart | None:
+        linears = weights.query_key_value, weights.output
+        for kind in (PackedLinear, FewRowsLinear):
+            if all(type(linear) is kind for linear in linears):
+                return attention_part(weights, self._library, linears[0].weight.dtype)
+        return None
 
     def paged_attention(
         self,
@@ -333,7 +362,7 @@ class _PackedExperts(Experts):
         super().__init__(held, activation)  # whose weights stay alive
         self._function = function
         self._inner = held[0].up.out_features
-        self._matrices = _matrices(held)
+        self.matrices = _matrices(held)
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
         num_pairs, hidden = len(pairs.rows), rows.shape[1]
@@ -343,7 +372,7 @@ class _PackedExperts(Experts):
             ends = pairs.counts.cumsum(0)
             self._function(
                 *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
-                *(pairs.order.data_ptr(), ends.data_ptr(), len(ends), *self._matrices),
+                *(pairs.order.data_ptr(), ends.data_ptr(), len(ends), *self.matrices),
                 *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
             )
         return out
@@ -384,7 +413,7 @@ class _FewRowsExperts(Experts):
         super().__init__(many.held, many.activation)
         self._many, self._function = many, function
         self._inner = self.held[0].up.out_features
-        self._matrices = _matrices(self.held)
+        self.matrices = _matrices(self.held)
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
         num_pairs, hidden = pairs.rows.shape[0], rows.shape[1]
@@ -395,7 +424,7 @@ class _FewRowsExperts(Experts):
         scratch, ends = rows.new_empty(num_pairs, self._inner), pairs.counts.cumsum(0)
         self._function(
             *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
-            *(pairs.order.data_ptr(), ends.data_ptr(), len(self.held), *self._matrices),
+            *(pairs.order.data_ptr(), ends.data_ptr(), len(self.held), *self.matrices),
             *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
         )
         return out

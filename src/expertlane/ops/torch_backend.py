@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
+from expertlane.ops.moe_step import LocalExperts
 from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.products import (
     Activation,
@@ -24,7 +25,9 @@ from expertlane.ops.products import (
     OnednnLinear,
     PairGroups,
 )
+from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
+from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,26 @@ class TorchBackend:
         """Experts side by side, applied as suits them best."""
         suits = GroupedExperts.suits(held)
         return (GroupedExperts if suits else LoopedExperts)(held, activation)
+
+    def router(self, params: RouterParams) -> Router:
+        """The norm before an MoE block, and its router."""
+        return Router(params, self.rms_norm)
+
+    def local_experts(self, router: Router, experts: Experts) -> LocalExperts | None:
+        """An MoE block whose experts are all here, in few calls; None where there is no such."""
+        return None
+
+    def attention_part(self, weights: AttentionWeights) -> AttentionPart | None:
+        """A layer's attention in one call; None where there is no such."""
+        return None
+
+    def head_part(self, head: Linear, norm: Tensor | None, eps: float) -> HeadPart | None:
+        """The output head in one call; None where there is no such.
+
+        Args:
+            norm: the weight of the norm before it, to be a part of it too.
+        """
+        return None
 
     def paged_attention(
         self,
