@@ -16,10 +16,12 @@ from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.weights import WeightSource, taker_of
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import AttentionParams, KVCache
+from expertlane.ops.narrow import side_by_side
 from expertlane.ops.products import Linear
 from expertlane.ops.step import AttentionPart, AttentionWeights
 from expertlane.spec.model import ModelConfig, RopeScaling
 from expertlane.spec.names import Stage
+from expertlane.spec.tensors import layer_name
 
 
 class RotaryEmbedding:
@@ -120,10 +122,11 @@ class _PagedHeads:
         has_bias = model.output_bias and mesh.at.tp_rank == 0
         inputs = self._of_heads(model.attention_output_size // model.num_attention_heads)
         self._output = self._ops.linear(
-            take("output", inputs), take("output_bias") if has_bias else None
+            source.matrix(layer_name(layer, "output"), inputs),
+            take("output_bias") if has_bias else None,
         )
         self._linears = [self._output]  # to be counted, and the weights that are in no such
-        self._num_other_weights = 0
+        self._other_weights: tuple[Tensor, ...] = ()
 
     def _of_heads(self, width: int) -> range:
         """Where this rank's heads are, with so many rows or columns each."""
@@ -160,11 +163,13 @@ class _PagedHeads:
         num_tokens, window = batch.batch.num_tokens, self._params.window
         pairs, positions = batch.pairs_and_positions(window)
         widths = cache.keys.shape[-1] + self._params.value_dim
-        linears = self._linears
-        num_weights = sum(linear.num_weights for linear in linears) + self._num_other_weights
+        linears, others = self._linears, self._other_weights
+        num_weights = sum(each.num_weights for each in linears)
+        num_weights += sum(each.numel() for each in others)
+        num_bytes = sum(each.num_bytes for each in linears) + sum(each.nbytes for each in others)
         recorder.count_compute(
             flops=2 * num_tokens * num_weights + 2 * pairs * self._num_heads * widths,
-            weight_bytes=num_weights * linears[0].itemsize if num_tokens else 0,
+            weight_bytes=num_bytes if num_tokens else 0,
             kv_bytes=cache.position_bytes * positions,
         )
 
@@ -193,7 +198,8 @@ class Attention(_PagedHeads):
         bias = None
         if model.qkv_bias:
             bias = torch.cat([take(f"{part}_bias", rows) for part, rows in parts.items()])
-        weight = torch.cat([take(part, rows) for part, rows in parts.items()])
+        matrices = [source.matrix(layer_name(layer, part), rows) for part, rows in parts.items()]
+        weight = side_by_side(matrices)
         self._query_key_value = self._ops.linear(weight, bias)
         self._linears.insert(0, self._query_key_value)
         self._norms: tuple[Tensor, Tensor] | None = None
@@ -294,23 +300,27 @@ class LatentAttention(_PagedHeads):
         assert latent is not None, "the model has latent attention"
         super().__init__(model, layer, source, mesh, rotary, latent.kv_lora_rank)
         take, ops, num_heads = taker_of(source, layer), self._ops, self._num_heads
+
+        def linear(part: str, rows: range | None = None) -> Linear:
+            return ops.linear(source.matrix(layer_name(layer, part), rows))
+
         self._latent = latent
         self._query_a: tuple[Linear, Tensor] | None = None
         query = "query"
         if latent.q_lora_rank is not None:
             query = "query_b"
             norm = take("query_a_norm", dtype=torch.float32)
-            self._query_a = ops.linear(take("query_a")), norm
+            self._query_a = linear("query_a"), norm
             self._linears.append(self._query_a[0])
-        self._query = ops.linear(take(query, self._of_heads(model.head_dim)))
-        self._kv_a = ops.linear(take("kv_a"))
+        self._query = linear(query, self._of_heads(model.head_dim))
+        self._kv_a = linear("kv_a")
         self._kv_a_norm = take("kv_a_norm", dtype=torch.float32)
         width = latent.qk_nope_head_dim + latent.v_head_dim
         kv_b = take("kv_b", self._of_heads(width)).view(num_heads, width, latent.kv_lora_rank)
         self._key_b = kv_b[:, : latent.qk_nope_head_dim]  # [heads, nope, rank]
         self._value_b = kv_b[:, latent.qk_nope_head_dim :]  # [heads, v_head_dim, rank]
         self._linears += [self._query, self._kv_a]
-        self._num_other_weights = kv_b.numel()
+        self._other_weights = (self._key_b, self._value_b)
 
     @property
     def cache_dims(self) -> tuple[int, int, int]:

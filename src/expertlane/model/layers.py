@@ -21,6 +21,7 @@ from expertlane.moe.payload import Payload
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
 from expertlane.ops.moe_step import LocalExperts
+from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.products import Activation, Expert, Linear
 from expertlane.ops.router import RouterParams
 from expertlane.ops.step import AttentionPart
@@ -28,7 +29,7 @@ from expertlane.spec.deployment import DispatchForm, PayloadType, form_on
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
-from expertlane.spec.tensors import expert_name
+from expertlane.spec.tensors import expert_name, layer_name
 
 _DISPATCHERS: dict[DispatchForm, type[Dispatcher]] = {
     "all_to_all": AllToAllDispatcher,
@@ -134,15 +135,15 @@ class MLP:
         *,
         is_scaled: bool = False,
     ) -> None:
-        take, ops = taker_of(source, layer), backend_for(source.device)
+        ops = backend_for(source.device)
         part = partition(inner, mesh.layout.tp)[mesh.at.tp_rank]
 
         def linear(matrix: str) -> Linear:
-            return ops.linear(take(f"{prefix}.{matrix}", part))
+            return ops.linear(source.matrix(layer_name(layer, f"{prefix}.{matrix}"), part))
 
         self._gate = linear("gate") if model.gated_mlp else None
         self._up, self._down = linear("up"), linear("down")
-        self._scale = take("shared_gate") if is_scaled else None
+        self._scale = taker_of(source, layer)("shared_gate") if is_scaled else None
         self._activation = activation_of(model)
         self._tp, self._recorder = mesh.tp, mesh.recorder
         self._layer = layer
@@ -157,9 +158,8 @@ class MLP:
         gate = None if self._gate is None else self._gate(rows)
         out = self._down(self._activation(gate, self._up(rows)))
         num_weights = (2 if self._gate is None else 3) * self._up.num_weights
-        self._recorder.count_compute(
-            2 * len(rows) * num_weights, num_weights * self._up.itemsize if len(rows) else 0
-        )
+        num_bytes = (1 if self._gate is None else 2) * self._up.num_bytes + self._down.num_bytes
+        self._recorder.count_compute(2 * len(rows) * num_weights, num_bytes if len(rows) else 0)
         if self._tp.size > 1:
             enter(Stage.COLLECTIVES, layer)
             out = yield self._tp.reduce_scatter(out, batch.tokens_of_tp_rank)
@@ -273,8 +273,11 @@ class MoEBlock:
         def take(part: str, rows: range = inner) -> Tensor:
             return source.take(expert_name(self._layer, expert, part), rows)
 
+        def matrix(part: str) -> Tensor | NarrowWeight:
+            return source.matrix(expert_name(self._layer, expert, part), inner)
+
         def linear(part: str) -> Linear:
-            return ops.linear(take(part), take(f"{part}_bias") if model.expert_bias else None)
+            return ops.linear(matrix(part), take(f"{part}_bias") if model.expert_bias else None)
 
         down_bias = None
         if model.expert_bias and at.etp_rank == 0:
@@ -282,7 +285,7 @@ class MoEBlock:
         return Expert(
             gate=linear("gate") if model.gated_mlp else None,
             up=linear("up"),
-            down=ops.linear(take("down"), down_bias),
+            down=ops.linear(matrix("down"), down_bias),
         )
 
     def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:

@@ -54,7 +54,7 @@ class OutputHead:
         self._ops = backend_for(source.device)
         self._eps = model.rms_norm_eps
         self._norm = source.take(FINAL_NORM, dtype=torch.float32)
-        self._head = self._ops.linear(source.take(HEAD, own))
+        self._head = self._ops.linear(source.matrix(HEAD, own))
         in_part = self._norm if mesh.tp.size == 1 else None
         self._part = self._ops.head_part(self._head, in_part, self._eps)
 

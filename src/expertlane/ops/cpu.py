@@ -13,6 +13,7 @@ from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import CompiledRouter, LocalExperts
+from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight
 from expertlane.ops.products import (
     Activation,
     Expert,
@@ -195,12 +196,16 @@ class CpuBackend(TorchBackend):
 class VectorBackend(CpuBackend):
     """Arithmetic too: in bfloat16 (`products.cpp`, `attention.cpp`, `rows.cpp`), and in float32.
 
+    Weights of one byte are widened as they are read (`narrow.cpp`).
+
     In float32 it has what decoding takes: products of few rows (`few_rows.cpp`), attention of one
     new token a sequence. torch has the rest.
 
     Args:
         library: compiled for the instruction set.
     """
+
+    keeps_narrow = True
 
     def __init__(self, baseline: ctypes.CDLL, library: ctypes.CDLL, instructions: str) -> None:
         super().__init__(baseline)
@@ -212,6 +217,8 @@ class VectorBackend(CpuBackend):
         self._decode_attention = _function(library, "decode_attention_float", "pnpppnpppnnnnnnfnpp")
         self._few_rows_linear = _function(library, "few_rows_linear", "pnnpnnpp")
         self._few_rows_experts = _function(library, "few_rows_experts", "pnpppnpppnnpp")
+        self._narrow_linear = _function(library, "narrow_linear", "iipnnppnnnnpp")
+        self._narrow_experts = _function(library, "narrow_experts", "iipnpppnpppnnnnnp")
         self._rotate, self._rms_norm = (
             {
                 torch.bfloat16: _function(library, name, arguments),
@@ -221,7 +228,11 @@ class VectorBackend(CpuBackend):
         )
         self._take_sums(library)
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Tensor | NarrowWeight, bias: Tensor | None = None) -> Linear:
+        if isinstance(weight, NarrowWeight) and weight.values.numel():
+            shift = None if bias is None else bias.float()
+            return NarrowLinear(weight, shift, self._narrow_linear)
+        weight = weight.widened() if isinstance(weight, NarrowWeight) else weight
         if weight.dtype is torch.float32 and weight.numel() and weight.is_contiguous():
             return FewRowsLinear(weight, bias, self._few_rows_linear)
         if weight.dtype is not torch.bfloat16 or weight.shape[1] % 2 or not weight.numel():
@@ -234,6 +245,8 @@ class VectorBackend(CpuBackend):
         if all(isinstance(each, FewRowsLinear) and each.bias is None for each in linears):
             many = super().experts(held, activation)
             return _FewRowsExperts(many, self._few_rows_experts) if is_plain else many
+        if NarrowExperts.suits(held, activation):
+            return NarrowExperts(held, activation, self._narrow_experts)
         suits = (
             held[0].up.out_features % 32 == 0
             and all(isinstance(each, PackedLinear) and each.bias is None for each in linears)

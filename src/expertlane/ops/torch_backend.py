@@ -14,6 +14,7 @@ from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import LocalExperts
+from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.products import (
     Activation,
     Expert,
@@ -68,8 +69,12 @@ class Outgoing:
 class TorchBackend:
     """Every operation in which backends differ; others replace what they do better."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    keeps_narrow = False  # whether products read weights of one byte
+
+    def linear(self, weight: Tensor | NarrowWeight, bias: Tensor | None = None) -> Linear:
         """A product with a weight [out_features, in_features], packed where that is faster."""
+        if isinstance(weight, NarrowWeight):
+            weight = weight.widened()
         return (OnednnLinear if OnednnLinear.suits(weight) else Linear)(weight, bias)
 
     def experts(self, held: Sequence[Expert], activation: Activation) -> Experts:
