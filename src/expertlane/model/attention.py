@@ -111,7 +111,7 @@ class _PagedHeads:
         value_dim: int,
     ) -> None:
         take = taker_of(source, layer)
-        self._mesh, self._rotary = mesh, rotary
+        self._mesh, self._rotary, self._dtype = mesh, rotary, source.dtype
         self._ops = backend_for(source.device)
         self._head_dim = model.head_dim
         self._num_heads = model.num_attention_heads // mesh.layout.tp
@@ -236,7 +236,8 @@ class Attention(_PagedHeads):
                 sin=self._rotary.sin,
                 interleave=self._rotary.interleave,
                 params=self._params,
-            )
+            ),
+            self._dtype,
         )
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:

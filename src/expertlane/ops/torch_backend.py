@@ -86,15 +86,23 @@ class TorchBackend:
         """The norm before an MoE block, and its router."""
         return Router(params, self.rms_norm)
 
-    def local_experts(self, router: Router, experts: Experts) -> LocalExperts | None:
-        """An MoE block whose experts are all here, in few calls; None where there is no such."""
+    def local_experts(
+        self, router: Router, experts: Experts, dtype: torch.dtype
+    ) -> LocalExperts | None:
+        """An MoE block whose experts are all here, in few calls; None where there is no such.
+
+        Args:
+            dtype: of hidden states, as of `attention_part` and `head_part`.
+        """
         return None
 
-    def attention_part(self, weights: AttentionWeights) -> AttentionPart | None:
+    def attention_part(self, weights: AttentionWeights, dtype: torch.dtype) -> AttentionPart | None:
         """A layer's attention in one call; None where there is no such."""
         return None
 
-    def head_part(self, head: Linear, norm: Tensor | None, eps: float) -> HeadPart | None:
+    def head_part(
+        self, head: Linear, norm: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> HeadPart | None:
         """The output head in one call; None where there is no such.
 
         Args:
