@@ -53,6 +53,7 @@ def _arithmetic(name: str, *flags: str) -> InstructionSet:
         "narrow",
         "products",
         "rows",
+        "sampling",
         "step",
         "sums",
     )

@@ -8,6 +8,8 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -211,6 +213,7 @@ class VectorBackend(CpuBackend):
         super().__init__(baseline)
         self.instructions = instructions
         self._library = library
+        self._draw_tokens = _function(library, "draw_tokens", "pnnppppppp")
         self._linear = _function(library, "linear", "pnnpnnpp")
         self._experts = _function(library, "experts", "pnpppnpppnnpp")
         self._attention = _function(library, "attention", "pnpppnpppnnnnnnfnpp")
@@ -282,6 +285,22 @@ class VectorBackend(CpuBackend):
         if not _multiplies(dtype, weights.query_key_value, weights.output):
             return None
         return attention_part(weights, self._library, dtype)
+
+    def draw_tokens(
+        self,
+        scores: Tensor,
+        temperature: Tensor,
+        limits: tuple[Tensor | None, Tensor | None, Tensor | None],
+        seeds: npt.NDArray[np.uint64],
+        num_drawn: Tensor,
+    ) -> Tensor | None:
+        scores, token_ids = scores.contiguous(), torch.empty(scores.shape[0], dtype=torch.int64)
+        self._draw_tokens(
+            *(scores.data_ptr(), *scores.shape, temperature.data_ptr()),
+            *(None if each is None else each.data_ptr() for each in limits),
+            *(seeds.ctypes.data, num_drawn.data_ptr(), token_ids.data_ptr()),
+        )
+        return token_ids
 
     def paged_attention(
         self,

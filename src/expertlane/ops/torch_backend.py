@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -107,6 +108,28 @@ class TorchBackend:
 
         Args:
             norm: the weight of the norm before it, to be a part of it too.
+        """
+        return None
+
+    def draw_tokens(
+        self,
+        scores: Tensor,
+        temperature: Tensor,
+        limits: tuple[Tensor | None, Tensor | None, Tensor | None],
+        seeds: npt.NDArray[np.uint64],
+        num_drawn: Tensor,
+    ) -> Tensor | None:
+        """Tokens drawn as `model.draw` defines it, in one pass; None where there is no such.
+
+        Args:
+            scores: [num_rows, vocab_size] float32.
+            temperature: [num_rows, 1] float32; above 0.
+            limits: top-k, top-p and min-p as `keep_likeliest` takes them.
+            seeds: [num_rows].
+            num_drawn: [num_rows] int64; tokens drawn so far, to be raised by one.
+
+        Returns:
+            [num_rows]; -1 where the greatest score is not finite.
         """
         return None
 
