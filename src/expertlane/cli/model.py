@@ -73,7 +73,8 @@ class FoundModel:
                 **engine.for_llm(),
             )
         if "(" in (kernels := llm.machine[0].kernels):  # the set, or why they are not ours
-            print_message(f"computing with {kernels}")
+            lost = "; expertlane's own kernels are faster" if kernels.startswith("torch (") else ""
+            print_message(f"computing with {kernels}{lost}")
         return llm
 
     def number_types(
