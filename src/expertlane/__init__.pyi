@@ -40,6 +40,7 @@ def compare(
     only: Text | None = None,
     repeat: int = 7,
     min_time: float = 0.0,
+    resume: bool = False,
     traffic: bool = False,
     trace: bool = False,
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None,
@@ -77,6 +78,8 @@ def compare(
         repeat: How often the two deployments of the verdict are measured; the others twice at
             most. Fewer than 5 give no intervals.
         min_time: Repeat until the steps of each of the two have taken so long.
+        resume: Go on with a comparison that was interrupted: what it measured is kept in the
+            folder of its results until it is complete.
         traffic: Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks
             and experts, and the straggler.
         trace: Also write trace-NAME.json: what every rank does when, in one prefill and one

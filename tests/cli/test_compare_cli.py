@@ -94,6 +94,11 @@ def test_virtual_time_has_the_links_that_were_asked_for(comparison, run, argumen
     assert (found.links and found.links.name, found.scale) == (links, scale)
 
 
+def test_resume_goes_on_in_the_folder_of_the_results(comparison, run):
+    assert run("compare", "--resume")[0] == 0
+    assert comparison.resume == (Path("results/paper-small"), True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "repeats", "names"),
     [
@@ -375,6 +380,10 @@ TIMEOUT = "it must be a number above 0, at most 1,000,000"
         (
             ["--only", ","],
             f"--only ,: no deployment ''; valid: {NUMBERED}",
+        ),
+        (
+            ["--resume", "--compute", "h100"],
+            "--resume and --compute: the plans of steps are not kept; leave one out",
         ),
         (["--repeat", "0"], "--repeat is 0; it must be a whole number, 1 to 1,000"),
         (["--min-time", "nan"], "--min-time is nan; it must be a number, 0 to 1,000,000"),

@@ -345,6 +345,13 @@ def test_what_the_wheel_brought_is_taken_before_a_compiler_is(monkeypatch, tmp_p
     shipped = tmp_path / shipped_name(BASELINE)
     shutil.copy(built, shipped)
     assert build(BASELINE)._name == str(shipped)
-    shipped.write_bytes(b"of another system")
+
+
+@needs_compiler
+def test_what_the_wheel_brought_for_another_system_is_compiled_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(build_module, "SHIPPED", tmp_path)
+    (tmp_path / shipped_name(BASELINE)).write_bytes(b"of another system")
+    assert Path(build(BASELINE)._name).parent != tmp_path
+    monkeypatch.setenv("CXX", "/bin/false")
     with pytest.raises(BuildError, match="/bin/false failed"):
         build(BASELINE)

@@ -17,6 +17,7 @@ from expertlane.spec.deployment import (
     Options,
     PayloadType,
     PlacementMethod,
+    WeightsType,
 )
 from expertlane.spec.names import CpuIsa
 from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
@@ -287,6 +288,11 @@ class EngineOptions:
         help="Turn prefix caching off.",
     )
     deployment: DeploymentOptions
+    weights: WeightsType = typer.Option(
+        "model",
+        help="Type in which matrices are kept; int8 rounds them while loading, with a scale for "
+        "every 128 inputs.",
+    )
     rebalance_steps: int = typer.Option(
         0,
         metavar="STEPS",
@@ -297,7 +303,9 @@ class EngineOptions:
     options: Options = field(init=False)
 
     def __post_init__(self) -> None:
-        options = replace(self.deployment.options, rebalance_steps=self.rebalance_steps)
+        options = replace(
+            self.deployment.options, weights=self.weights, rebalance_steps=self.rebalance_steps
+        )
         object.__setattr__(self, "options", options)
 
     def for_llm(self) -> dict[str, Any]:

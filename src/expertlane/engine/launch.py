@@ -21,7 +21,8 @@ from expertlane.errors import CapacityError, SpecError, UserError
 from expertlane.memory import FREE_SHARE, PlacedModel
 from expertlane.model.stored_tensors import StoredTensors
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.deployment import Deployment, Options, WeightsType
+from expertlane.spec.hf_config import narrow_scheme, read_config
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CpuIsa
@@ -186,12 +187,16 @@ def fit_to_machine(
     seen: Sequence[RankMachine],
     cpu_cache_share: float = 1.0,
     placements: Placements | None = None,
+    weights: WeightsType = "model",
+    checkpoint: Path | None = None,
 ) -> Limits:
     """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
 
     Args:
         seen: [num_ranks]; those of the layout first.
         placements: [num_hidden_layers]; linear ones without copies if not given.
+        weights: as `Options.weights`.
+        checkpoint: the folder the weights are in.
         cpu_cache_share: as `fit_cache`'s `cache_share`, where ranks compute on a CPU.
 
     Raises:
@@ -204,10 +209,18 @@ def fit_to_machine(
     placed = PlacedModel(
         model,
         layout,
-        NumberTypes.all_of(tightest.dtype),
+        _types(tightest, weights, checkpoint),
         placements or placements_of(model, layout, Options()),
     )
     return placed.fit_cache(limits, free_bytes, share)
+
+
+def _types(machine: RankMachine, weights: WeightsType, checkpoint: Path | None) -> NumberTypes:
+    """In what a rank holds weights, hidden states, keys and values."""
+    if not machine.keeps_narrow:
+        return NumberTypes.all_of(machine.dtype)
+    scheme = None if checkpoint is None else narrow_scheme(read_config(checkpoint))
+    return NumberTypes.kept_as(machine.dtype, weights, None if scheme is None else scheme.type)
 
 
 def with_blocks(
@@ -217,6 +230,8 @@ def with_blocks(
     layout: Layout,
     placements: Placements,
     seen: Sequence[RankMachine],
+    weights: WeightsType = "model",
+    checkpoint: Path | None = None,
 ) -> Limits:
     """The limits with `num_blocks`; with None as many as serve, or as there is room for.
 
@@ -226,8 +241,9 @@ def with_blocks(
     if num_blocks is None:
         enough = wanted.max_num_seqs * -(-wanted.max_model_len // wanted.block_size)
         wanted = replace(wanted, num_blocks=min(enough, int(RANGES["num_blocks"].high)))
-        return fit_to_machine(model, layout, wanted, seen, _CPU_CACHE_SHARE, placements)
-    fitting = fit_to_machine(model, layout, wanted, seen, placements=placements)
+        share = _CPU_CACHE_SHARE
+        return fit_to_machine(model, layout, wanted, seen, share, placements, weights, checkpoint)
+    fitting = fit_to_machine(model, layout, wanted, seen, 1.0, placements, weights, checkpoint)
     if fitting.num_blocks < num_blocks:
         raise CapacityError(
             f"num_blocks is {num_blocks} but there is memory for {fitting.num_blocks}"

@@ -145,7 +145,9 @@ class LLM:
         try:
             self.machine: tuple[RankMachine, ...] = tuple(describe_ranks(pool))
             self.limits = with_blocks(
-                wanted, num_blocks, self.model, chosen, placements, self.machine
+                *(wanted, num_blocks, self.model, chosen, placements, self.machine),
+                deployment.options.weights,
+                self._folder,
             )
             self._routing = RoutingRecorder(self.model) if record_routing else None
             self.engine = self._make_engine(deployment, seed, ranks_per_node, eos_token_ids)

@@ -128,10 +128,14 @@ class DeployedStage:
         touch = context.progress.touch
         source: WeightSource
         if spec.checkpoint is None:
-            source = SeededWeights(model, spec.seed, platform.dtype, platform.device, touch)
+            source = SeededWeights(
+                model, spec.seed, platform.dtype, platform.device, touch, spec.weights
+            )
         else:
             checkpoint = Checkpoint(Path(spec.checkpoint), model)
-            source = CheckpointWeights(checkpoint, platform.dtype, platform.device, touch)
+            source = CheckpointWeights(
+                checkpoint, platform.dtype, platform.device, touch, spec.weights
+            )
         self.stage = TransformerStage(model, spec.placements, source, self._mesh)
         self.migration = Migration(self.stage, context.progress)
         self._device = platform.device

@@ -49,12 +49,24 @@ BASELINE = InstructionSet(
 
 
 def _arithmetic(name: str, *flags: str) -> InstructionSet:
-    sources = ("attention.cpp", "few_rows.cpp", "products.cpp", "rows.cpp", "sums.cpp")
+    names = (
+        "attention",
+        "few_rows",
+        "layers",
+        "moe_step",
+        "narrow",
+        "products",
+        "rows",
+        "step",
+        "sums",
+    )
+    sources = tuple(f"{each}.cpp" for each in names)
     return InstructionSet(name, sources, (*flags, "-fopenmp", "-ffp-contract=fast"), ("-fopenmp",))
 
 
-AVX512_BF16 = _arithmetic("avx512_bf16", "-march=x86-64-v4", "-mavx512bf16")
-AMX = _arithmetic("amx", *AVX512_BF16.flags[:2], "-mamx-tile", "-mamx-bf16")
+# Of CPUs with products of bfloat16, Cooper Lake alone cannot look bytes up (vbmi).
+AVX512_BF16 = _arithmetic("avx512_bf16", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi")
+AMX = _arithmetic("amx", *AVX512_BF16.flags[:3], "-mamx-tile", "-mamx-bf16")
 _X86 = (
     _arithmetic("avx2", "-mavx2", "-mfma", "-mf16c"),
     _arithmetic("avx512", "-march=x86-64-v4"),
