@@ -193,7 +193,7 @@ def attend(
     st.sampled_from([None, 1, 7, 64]),
     st.booleans(),
 )
-def test_attention(sequences, block_size, heads, dims, window, has_sinks):
+def test_attention(kernels, sequences, block_size, heads, dims, window, has_sinks):
     """Sequences are (positions computed before, new tokens): decodes, prompts and chunks mixed."""
     (num_heads, num_kv_heads), (key_dim, value_dim) = heads, dims
     lengths = [computed + new for computed, new in sequences]
