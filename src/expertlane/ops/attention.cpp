@@ -219,7 +219,7 @@ void attend(const T* q, int64_t q_stride, const T* new_keys, int64_t new_key_str
     const Call<T> call{q, q_stride, keys, values ? values : keys, tables, width, first_token,
                        scheduled, lengths, heads, heads / kv_heads, kv_heads, key_dim, value_dim,
                        block_size, kv_heads * key_dim, kv_heads * stride, stride, scale * kLog2E,
-                       window, sinks, out};
+                       window, sinks, out, values != nullptr};
     attend(call, {new_keys, new_key_stride, new_values, new_value_stride, slots, tokens}, keys,
            values, seqs);
 }

@@ -11,6 +11,8 @@ constexpr int kSums = 16;  // accumulators that registers have room for
 constexpr int kSums = 8;
 #endif
 
+constexpr int64_t kBlockBytes = 128 << 10;  // of a block: with the next, less than a core's cache
+
 // The sum of each of kLanes vectors.
 inline Lanes sums_of(const Lanes* x) {
 #if defined(__AVX512F__)
@@ -44,8 +46,21 @@ inline Lanes sums_of(const Lanes* x) {
 #endif
 }
 
-template <class X>
-inline bool starts_line(int64_t place) { return place * sizeof(X) % 64 == 0; }
+// Lines of rows to fetch into the cache, in the order in which they lie in memory.
+template <class Row>
+struct Ahead {
+    const Row* const* rows;
+    int64_t row, end, at, size;  // rows left, and places of each
+
+    void fetch(int64_t values) {
+        for (int64_t i = 0; i < values && row < end; i += kLineValues) {
+            __builtin_prefetch(rows[row] + at, 0, 2);
+            at += kLineValues;
+            if (at >= size) at = 0, ++row;
+        }
+    }
+    static constexpr int64_t kLineValues = 64 / sizeof(Row);
+};
 
 // A vector of factors: pairs where both are multiplied so.
 template <bool in_pairs, class X>
@@ -59,20 +74,19 @@ inline auto factors(const X* p) {
 inline Lanes add_product(Lanes acc, Bits a, Bits b) { return dot_pairs(acc, a, b); }
 inline Lanes add_product(Lanes acc, Lanes a, Lanes b) { return fma(a, b, acc); }
 
-// logits[r][t] of R queries and n keys, n a multiple of kSums. Meanwhile the keys `ahead` are
-// fetched, if there are any.
+// logits[r][t] of R queries and n keys, n a multiple of kSums; keys[t] + offset is the head's.
 template <int R, class Key, class Query>
-inline void few_logits(const Key* const* keys, const Key* const* ahead, const Query* queries,
-                       int64_t dim, int64_t n, float scale, float* logits) {
+inline void few_logits(const Key* const* keys, int64_t offset, Ahead<Key> ahead,
+                       const Query* queries, int64_t dim, int64_t n, float scale, float* logits) {
     constexpr bool in_pairs = kMultipliesPairs && sizeof(Key) == 2 && sizeof(Query) == 2;
     constexpr int step = in_pairs ? 2 * kLanes : kLanes;
     constexpr int K = kSums / (R == 3 ? 4 : R);
     for (int64_t t = 0; t < n; t += K) {
         Lanes acc[kSums] = {};
+        ahead.fetch(K * dim);
         for (int64_t d = 0; d < dim; d += step) {
             for (int k = 0; k < K; ++k) {
-                const auto key = factors<in_pairs>(keys[t + k] + d);
-                if (ahead && starts_line<Key>(d)) __builtin_prefetch(ahead[t + k] + d);
+                const auto key = factors<in_pairs>(keys[t + k] + offset + d);
                 for (int r = 0; r < R; ++r) {
                     const auto query = factors<in_pairs>(queries + r * dim + d);
                     acc[r * K + k] = add_product(acc[r * K + k], key, query);
@@ -89,21 +103,18 @@ inline void few_logits(const Key* const* keys, const Key* const* ahead, const Qu
 
 // Adds weights times values to the sums of R rows, `vectors` from place d on.
 template <int R, int V, class Value, class Weight>
-inline void few_sums(const Value* const* values, const Value* const* ahead, const Weight* weights,
-                     int64_t n, int64_t d, float* sums, int64_t stride) {
+inline void few_sums(const Value* const* values, int64_t offset, Ahead<Value>& ahead,
+                     const Weight* weights, int64_t n, int64_t d, float* sums, int64_t stride) {
     Lanes acc[R][V];
     for (int r = 0; r < R; ++r) {
         for (int v = 0; v < V; ++v) acc[r][v] = load(sums + r * stride + d + v * kLanes);
     }
     if constexpr (kMultipliesPairs && sizeof(Value) == 2) {
         for (int64_t t = 0; t < n; t += 2) {
+            ahead.fetch(2 * V * kLanes);
             for (int v = 0; v < V; v += 2) {
-                const Bits a = load_pairs(values[t] + d + v * kLanes);
-                const Bits b = load_pairs(values[t + 1] + d + v * kLanes);
-                if (ahead) {
-                    __builtin_prefetch(ahead[t] + d + v * kLanes);
-                    __builtin_prefetch(ahead[t + 1] + d + v * kLanes);
-                }
+                const Bits a = load_pairs(values[t] + offset + d + v * kLanes);
+                const Bits b = load_pairs(values[t + 1] + offset + d + v * kLanes);
                 const Bits even = even_pairs(a, b), odd = odd_pairs(a, b);
                 for (int r = 0; r < R; ++r) {
                     const Weight* two = weights + r * kKeys + t;
@@ -114,11 +125,9 @@ inline void few_sums(const Value* const* values, const Value* const* ahead, cons
         }
     } else {
         for (int64_t t = 0; t < n; ++t) {
+            ahead.fetch(V * kLanes);
             for (int v = 0; v < V; ++v) {
-                const Lanes value = load(values[t] + d + v * kLanes);
-                if (ahead && starts_line<Value>(d + v * kLanes)) {
-                    __builtin_prefetch(ahead[t] + d + v * kLanes);
-                }
+                const Lanes value = load(values[t] + offset + d + v * kLanes);
                 for (int r = 0; r < R; ++r) {
                     acc[r][v] = fma(value, all(weights[r * kKeys + t]), acc[r][v]);
                 }
@@ -156,31 +165,48 @@ template <class T>
 struct FewRoom {
     using X = Operand<T>;
 
-    int64_t key_dim, value_dim, state_size;
+    int64_t key_dim, value_dim, state_size, block;  // positions of a block
     bool is_whole;  // vectors fit heads: keys and values need no copies with zeros after them
     std::vector<X> queries, keys, values;
     std::vector<float> logits;
     std::vector<X> weights;
+    float* states_of_task = nullptr;
 
     FewRoom(const Call<T>& call, int64_t most_rows)
         : key_dim(round_up(call.key_dim, kPanel)), value_dim(round_up(call.value_dim, kPanel)),
           state_size(call.state_size()),
+          block(std::clamp<int64_t>(kBlockBytes / (int64_t)sizeof(T) /
+                                        (call.key_row + (call.has_values ? call.value_row : 0)) /
+                                        kSums * kSums, kSums, kKeys)),
           is_whole(key_dim == call.key_dim && value_dim == call.value_dim),
           queries(call.kv_heads * most_rows * key_dim), keys(is_whole ? 0 : kKeys * key_dim),
           values(is_whole ? 0 : kKeys * value_dim), logits(4 * kKeys), weights(4 * kKeys) {}
 
-    // Rows of keys and values of a block, and of the next.
+    // Of a block's positions: keys and values of the task's first head, and the next block's.
     template <class Row>
     struct Rows {
         const Row *keys[kKeys], *values[kKeys], *next_keys[kKeys], *next_values[kKeys];
+        int64_t key_offset, value_offset;  // from head to head
+        int64_t num_next;
     };
 
-    // R rows from `row` on, over the n positions from `first` on.
+    // What of the next block is fetched meanwhile: the share of one of `heads`.
+    template <class Row>
+    static Ahead<Row> share(const Row* const* rows, int64_t num, int64_t head, int64_t heads,
+                            int64_t size) {
+        return {rows, num * head / heads, num * (head + 1) / heads, 0, size * heads};
+    }
+
+    // R rows from `row` on of a head, over the n positions from `first` on.
     template <int R, class Row>
-    void attend_rows(const Call<T>& call, const Task& task, const Rows<Row>& rows, int64_t first,
-                     int64_t n, int64_t row, const X* query, float* states, bool fetches) {
-        const int64_t padded = round_up(n, kSums);
-        few_logits<R>(rows.keys, fetches ? rows.next_keys : nullptr, query, key_dim, padded,
+    void attend_rows(const Call<T>& call, const Task& task, const Rows<Row>& rows, int64_t head,
+                     int64_t first, int64_t n, int64_t row) {
+        const int64_t padded = round_up(n, kSums), heads = task.end_head - task.head;
+        const X* query = queries.data() + (head * task.rows + row) * key_dim;
+        float* states = states_of_task + (head * task.rows + row) * state_size;
+        const int64_t num = row ? 0 : rows.num_next;
+        few_logits<R>(rows.keys, head * rows.key_offset,
+                      share(rows.next_keys, num, head, heads, key_dim), query, key_dim, padded,
                       call.scale, logits.data());
         for (int r = 0; r < R; ++r) {
             float *logit = logits.data() + r * kKeys, *state = states + r * state_size;
@@ -191,38 +217,34 @@ struct FewRoom {
             weigh(logit, padded, state, value_dim, state + state_size - kLanes,
                   weights.data() + r * kKeys);
         }
-        constexpr int V = std::max(2, kSums / (R == 3 ? 4 : R));
-        const Row* const* ahead = fetches ? rows.next_values : nullptr;
+        constexpr int V = std::min(8, kSums / (R == 3 ? 4 : R));
+        Ahead<Row> ahead = share(rows.next_values, num, head, heads, value_dim);
+        const int64_t offset = head * rows.value_offset;
         int64_t d = 0;
         for (; d + V * kLanes <= value_dim; d += V * kLanes) {
-            few_sums<R, V>(rows.values, ahead, weights.data(), n, d, states, state_size);
+            few_sums<R, V>(rows.values, offset, ahead, weights.data(), n, d, states, state_size);
         }
         for (; d < value_dim; d += kPanel) {
-            few_sums<R, 2>(rows.values, ahead, weights.data(), n, d, states, state_size);
+            few_sums<R, 2>(rows.values, offset, ahead, weights.data(), n, d, states, state_size);
         }
     }
 
     template <class Row>
-    void attend_block(const Call<T>& call, const Task& task, const Rows<Row>& rows, int64_t first,
-                      int64_t n, const X* query, float* states, bool has_next) {
+    void attend_block(const Call<T>& call, const Task& task, const Rows<Row>& rows, int64_t head,
+                      int64_t first, int64_t n) {
         for (int64_t row = 0; row < task.rows; row += 4) {
-            const bool fetches = has_next && row == 0;
-            const X* of_row = query + row * key_dim;
-            float* state = states + row * state_size;
             switch (std::min<int64_t>(4, task.rows - row)) {
-                case 1: attend_rows<1>(call, task, rows, first, n, row, of_row, state, fetches);
-                    break;
-                case 2: attend_rows<2>(call, task, rows, first, n, row, of_row, state, fetches);
-                    break;
-                case 3: attend_rows<3>(call, task, rows, first, n, row, of_row, state, fetches);
-                    break;
-                default: attend_rows<4>(call, task, rows, first, n, row, of_row, state, fetches);
+                case 1: attend_rows<1>(call, task, rows, head, first, n, row); break;
+                case 2: attend_rows<2>(call, task, rows, head, first, n, row); break;
+                case 3: attend_rows<3>(call, task, rows, head, first, n, row); break;
+                default: attend_rows<4>(call, task, rows, head, first, n, row);
             }
         }
     }
 
     // States [heads of the task, rows, state_size].
     void attend(const Call<T>& call, const Task& task, float* states) {
+        states_of_task = states;
         const int64_t heads = task.end_head - task.head;
         for (int64_t i = 0; i < heads * task.rows; ++i) {
             const T* query = query_of(call, task, task.head + i / task.rows, i % task.rows);
@@ -231,53 +253,49 @@ struct FewRoom {
             std::fill(state, state + state_size, 0.0f);
             state[state_size - kLanes] = kMasked;
         }
-        int64_t slots[2][kKeys];
-        int64_t n = std::min<int64_t>(kKeys, task.end - task.first), side = 0;
-        find_slots(call, task, task.first, n, slots[0]);
-        for (int64_t first = task.first; first < task.end; first += kKeys, side ^= 1) {
-            const int64_t left = task.end - first - n;
-            const int64_t next = std::min<int64_t>(kKeys, left);
-            if (left > 0) find_slots(call, task, first + n, next, slots[side ^ 1]);
+        Rows<T> rows;
+        int64_t n = std::min<int64_t>(block, task.end - task.first);
+        find_rows(call, task, task.first, n, rows.next_keys, rows.next_values);
+        rows.key_offset = call.key_dim, rows.value_offset = call.value_stride;
+        for (int64_t first = task.first; first < task.end; first += block) {
+            const int64_t next = std::min<int64_t>(block, task.end - first - n);
+            std::memcpy(rows.keys, rows.next_keys, sizeof(rows.keys));
+            std::memcpy(rows.values, rows.next_values, sizeof(rows.values));
+            rows.num_next = next;
+            if (next) find_rows(call, task, first + n, next, rows.next_keys, rows.next_values);
             for (int64_t h = 0; h < heads; ++h) {
-                const X* query = queries.data() + h * task.rows * key_dim;
-                float* state = states + h * task.rows * state_size;
                 if (is_whole) {
-                    Rows<T> rows;
-                    find_rows(call, slots[side], task.head + h, rows.keys, rows.values);
-                    if (left > 0) {
-                        find_rows(call, slots[side ^ 1], task.head + h, rows.next_keys,
-                                  rows.next_values);
-                    }
-                    attend_block(call, task, rows, first, n, query, state, left > 0);
+                    attend_block(call, task, rows, h, first, n);
                 } else {
-                    Rows<X> rows;
-                    copy_rows(call, slots[side], task.head + h, rows);
-                    attend_block(call, task, rows, first, n, query, state, false);
+                    attend_block(call, task, copied(call, rows, h), h, first, n);
                 }
             }
             n = next;
         }
     }
 
-    void find_rows(const Call<T>& call, const int64_t* slots, int64_t head, const T** of_keys,
-                   const T** of_values) const {
-        const T* key = call.keys + head * call.key_dim;
-        const T* value = call.values + head * call.value_stride;
+    void find_rows(const Call<T>& call, const Task& task, int64_t first, int64_t n,
+                   const T** of_keys, const T** of_values) const {
+        int64_t slots[kKeys];
+        find_slots(call, task, first, n, slots);
+        const T* key = call.keys + task.head * call.key_dim;
+        const T* value = call.values + task.head * call.value_stride;
         for (int t = 0; t < kKeys; ++t) {
             of_keys[t] = key + slots[t] * call.key_row;
             of_values[t] = value + slots[t] * call.value_row;
         }
     }
 
-    void copy_rows(const Call<T>& call, const int64_t* slots, int64_t head, Rows<X>& rows) {
-        Rows<T> from;
-        find_rows(call, slots, head, from.keys, from.values);
+    // Copies with zeros up to whole vectors.
+    Rows<X> copied(const Call<T>& call, const Rows<T>& from, int64_t head) {
+        Rows<X> rows{};
         for (int t = 0; t < kKeys; ++t) {
             X* key = keys.data() + t * key_dim;
             X* value = values.data() + t * value_dim;
-            copy_row(from.keys[t], call.key_dim, key_dim, key);
-            copy_row(from.values[t], call.value_dim, value_dim, value);
+            copy_row(from.keys[t] + head * from.key_offset, call.key_dim, key_dim, key);
+            copy_row(from.values[t] + head * from.value_offset, call.value_dim, value_dim, value);
             rows.keys[t] = key, rows.values[t] = value;
         }
+        return rows;
     }
 };

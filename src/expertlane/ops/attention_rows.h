@@ -101,6 +101,7 @@ struct Call {
     int64_t window;                            // 0 for all
     const float* sinks;
     T* out;
+    bool has_values;  // else they are a part of the keys
 
     int64_t state_size() const { return round_up(value_dim, kPanel) + kLanes; }
 };
