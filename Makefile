@@ -22,8 +22,8 @@ test: $(VENV)/.dev ## Run the tests, without the long ones
 	@$(PYTEST) -m "not full"
 	@echo "Again with EXPERTLANE_BACKEND=torch: the numerical tests"
 	@EXPERTLANE_BACKEND=torch $(PYTEST) $(NUMERICAL)
-	@echo "Again with EXPERTLANE_INSTRUCTIONS=baseline: the numerical tests in bfloat16"
-	@EXPERTLANE_INSTRUCTIONS=baseline $(BIN)/pytest $(NUMERICAL) -k bfloat16
+	@echo "Again with EXPERTLANE_CPU_ISA=baseline: the numerical tests in bfloat16"
+	@EXPERTLANE_CPU_ISA=baseline $(BIN)/pytest $(NUMERICAL) -k bfloat16
 
 test-full: $(VENV)/.dev ## Run all tests
 	@$(PYTEST)

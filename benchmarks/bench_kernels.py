@@ -23,7 +23,7 @@ from rich.table import Table
 
 from expertlane import __version__
 from expertlane.ops.backend import backend_of_cpu
-from expertlane.ops.cpu import Avx512Backend
+from expertlane.ops.cpu import VectorBackend
 from expertlane.ops.host import num_cores
 from expertlane.ops.products import Activation, Expert, PairGroups
 
@@ -58,7 +58,7 @@ def random(*shape: int) -> torch.Tensor:
     return (torch.randn(*shape) / shape[-1] ** 0.5).bfloat16()
 
 
-def products(ops: Avx512Backend) -> Iterator[Row]:
+def products(ops: VectorBackend) -> Iterator[Row]:
     for n, k in SHAPES:
         plain = [random(n, k) for _ in range(max(2, COPIES_BYTES // (2 * n * k)))]
         ours = [ops.linear(weight) for weight in plain]
@@ -79,7 +79,7 @@ def on_copy(copies: list[Any], use: Callable[[Any], object], i: int) -> object:
     return use(copies[i])
 
 
-def experts(ops: Avx512Backend) -> Iterator[Row]:
+def experts(ops: VectorBackend) -> Iterator[Row]:
     layers = range(NUM_LAYERS)
     plain = [[[random(SIZE, SIZE) for _ in range(NUM_EXPERTS)] for _ in range(3)] for _ in layers]
     ours = [
@@ -138,7 +138,7 @@ def rows(what: str, num_bytes: int, flops: int, found: dict[str, float]) -> Iter
 
 def main() -> None:
     ops, why_not = backend_of_cpu()
-    if not isinstance(ops, Avx512Backend):
+    if not isinstance(ops, VectorBackend):
         sys.exit(f"our kernels are not available here: {why_not}")
     torch.set_num_threads(num_cores())
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ _LONGEST = 64  # numbers of a list that are kept one by one
 # Of every file: when, from where and by what it was made.
 MADE_BY = {"command", "created", "version", "versions", "not_measured"}
 # Of `machine`, beside what was asked for.
-MACHINE = {"cpu_name", "num_cores", "memory_bytes", "num_idle_gpus", "peak"}
+MACHINE = {"cpu_name", "kernels", "num_cores", "memory_bytes", "num_idle_gpus", "peak"}
 # Seconds, microseconds, and tokens a second, under any name that says so.
 _TIMED = re.compile(r"(^|_)(s|us|tps)(_|$)")
 # What is computed from times without a unit in its name.

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,15 +17,19 @@ from expertlane.errors import UserError
 from expertlane.ops import backend as module
 from expertlane.ops.backend import backend_for, backend_of_cpu, choose_platform
 from expertlane.ops.build import (
-    AVX512_BF16,
+    _ARM,
+    _X86,
     BASELINE,
+    ONLY_IF_ASKED_FOR,
+    SETS,
     BuildError,
     InstructionSet,
     _library,
     build,
 )
-from expertlane.ops.cpu import Avx512Backend, CpuBackend
+from expertlane.ops.cpu import CpuBackend, VectorBackend
 from expertlane.ops.torch_backend import TorchBackend
+from expertlane.spec.names import CpuIsa
 
 CPU = torch.device("cpu")
 NO_COMPILER = "no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX is unset"
@@ -38,7 +43,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def anew(monkeypatch):
     """Each test chooses for itself."""
-    for variable in ("EXPERTLANE_BACKEND", "EXPERTLANE_INSTRUCTIONS"):
+    for variable in ("EXPERTLANE_BACKEND", "EXPERTLANE_CPU_ISA"):
         monkeypatch.delenv(variable, raising=False)
     backend_of_cpu.cache_clear()
     yield
@@ -56,7 +61,7 @@ def failing_compiler(folder: Path, says: str) -> str:
 @needs_compiler
 def test_any_cpu_has_the_bookkeeping():
     assert isinstance(backend_for(CPU), CpuBackend)
-    assert isinstance(backend_for(CPU), Avx512Backend) == (not backend_of_cpu()[1])
+    assert isinstance(backend_for(CPU), VectorBackend) == (not backend_of_cpu()[1])
 
 
 def test_torch_alone(monkeypatch):
@@ -66,12 +71,12 @@ def test_torch_alone(monkeypatch):
 
 
 @needs_compiler
-def test_a_set_that_is_switched_off(monkeypatch):
-    monkeypatch.setenv("EXPERTLANE_INSTRUCTIONS", "baseline")
+def test_no_set_but_the_baseline(monkeypatch):
+    monkeypatch.setenv("EXPERTLANE_CPU_ISA", "baseline")
     assert type(backend_for(CPU)) is CpuBackend
-    why = "EXPERTLANE_INSTRUCTIONS leaves avx512_bf16 out"
+    why = "EXPERTLANE_CPU_ISA=baseline leaves out what bfloat16 needs"
     assert choose_platform(0, 1, "bfloat16").kernels == f"torch ({why})"
-    assert choose_platform(0, 1, "float32").kernels == "torch and expertlane"
+    assert choose_platform(0, 1, "float32").kernels == "torch and expertlane (baseline)"
     monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
     backend_of_cpu.cache_clear()
     choose_platform(0, 1, "float32")
@@ -79,29 +84,87 @@ def test_a_set_that_is_switched_off(monkeypatch):
         choose_platform(0, 1, "bfloat16")
 
 
-@needs_compiler
-def test_a_cpu_without_the_instructions(monkeypatch):
-    class Older:
-        """The library of the baseline on another CPU."""
+def cpu_with(names: set[str]):
+    """The library of the baseline on another CPU."""
 
+    class Other:
         def __init__(self, library):
             self._library = library
 
-        def __getattr__(self, name):
-            return (lambda: 0) if name == "has_avx512_bf16" else getattr(self._library, name)
+        def has_instructions(self, name: bytes) -> bool:
+            return name.decode() in names
 
+        def __getattr__(self, name):
+            return getattr(self._library, name)
+
+    return Other(build(BASELINE))
+
+
+@needs_compiler
+def test_a_cpu_without_the_instructions(monkeypatch):
     def build_there(instructions: InstructionSet):
         assert instructions is BASELINE, "no other is to be loaded"
-        return Older(build(instructions))
+        return cpu_with(set())
 
     monkeypatch.setattr(module, "build", build_there)
-    why = "this CPU lacks avx512_bf16, which bfloat16 needs"
+    why = "this CPU lacks avx2 or neon, one of which bfloat16 needs"
     assert type(backend_for(CPU)) is CpuBackend
     assert choose_platform(0, 1, "bfloat16").kernels == f"torch ({why})"
     monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
     backend_of_cpu.cache_clear()
     with pytest.raises(UserError, match=why):
         choose_platform(0, 1, "bfloat16")
+
+
+@needs_compiler
+@pytest.mark.skipif(not SETS, reason="this architecture has no set but the baseline")
+@pytest.mark.parametrize("limit", [None, *(each.name for each in SETS)])
+@pytest.mark.parametrize("num_sets", range(1, len(SETS) + 1))
+def test_the_best_of_the_allowed_sets_is_chosen(monkeypatch, num_sets, limit):
+    names = [each.name for each in SETS]
+    there = cpu_with(set(names[:num_sets]))
+    others = build(SETS[0]) if build(BASELINE).has_instructions(names[0].encode()) else None
+    if others is None:
+        pytest.skip(f"this CPU lacks {names[0]}")
+    built = []
+
+    def build_there(instructions: InstructionSet):
+        built.append(instructions.name)
+        return there if instructions is BASELINE else others
+
+    monkeypatch.setattr(module, "build", build_there)
+    asked_only = {each.name for each in ONLY_IF_ASKED_FOR}
+    if limit is None:
+        allowed = [name for name in names if name not in asked_only]
+    else:
+        monkeypatch.setenv("EXPERTLANE_CPU_ISA", limit)
+        allowed = names[: names.index(limit) + 1]
+    if limit in names[num_sets:]:
+        has = ", ".join(["baseline", *names[:num_sets]])
+        with pytest.raises(UserError) as caught:
+            choose_platform(0, 1, "bfloat16")
+        asked = f"{limit}, which --cpu-isa or EXPERTLANE_CPU_ISA asks for"
+        assert str(caught.value) == f"this CPU lacks {asked}; it has: {has}"
+        return
+    expected = [name for name in allowed if name in names[:num_sets]][-1]
+    assert choose_platform(0, 1, "bfloat16").kernels == f"expertlane ({expected})"
+    assert choose_platform(0, 1, "float32").kernels == f"torch and expertlane ({expected})"
+    assert built == [BASELINE.name, expected]
+
+
+@needs_compiler
+def test_a_compiler_that_lacks_a_set(monkeypatch):
+    """The next smaller one serves."""
+    if not build(BASELINE).has_instructions(b"avx512"):
+        pytest.skip("this CPU lacks avx512")
+
+    def build_there(instructions: InstructionSet):
+        if instructions.name not in (BASELINE.name, "avx2"):
+            raise BuildError("unknown option")
+        return build(instructions)
+
+    monkeypatch.setattr(module, "build", build_there)
+    assert choose_platform(0, 1, "bfloat16").kernels == "expertlane (avx2)"
 
 
 def no_compiler(monkeypatch, folder):
@@ -167,7 +230,7 @@ def test_another_device_needs_no_kernels(monkeypatch):
 
 def test_the_variables_are_read_in_one_place():
     package = Path(expertlane.__file__).parent
-    reads = re.compile(r"(environ|getenv).*EXPERTLANE_(BACKEND|INSTRUCTIONS)")
+    reads = re.compile(r"(environ\b|getenv).*EXPERTLANE_(BACKEND|CPU_ISA)")
     found = [path.name for path in package.rglob("*.py") if reads.search(path.read_text())]
     assert found == ["backend.py"]
 
@@ -177,9 +240,10 @@ def test_the_variables_are_read_in_one_place():
     [
         ("EXPERTLANE_BACKEND", "cuda", "EXPERTLANE_BACKEND is 'cuda'; valid: cpu, torch"),
         (
-            "EXPERTLANE_INSTRUCTIONS",
-            "baseline, sse9",
-            "EXPERTLANE_INSTRUCTIONS names 'sse9'; valid: baseline, avx512_bf16",
+            "EXPERTLANE_CPU_ISA",
+            "sse9",
+            "EXPERTLANE_CPU_ISA is 'sse9'; valid: "
+            + ", ".join(["baseline", *(each.name for each in SETS)]),
         ),
     ],
 )
@@ -240,8 +304,9 @@ def test_a_library_is_compiled_once(monkeypatch, tmp_path):
 @needs_compiler
 def test_every_file_is_compiled_for_some_set(monkeypatch, tmp_path):
     sources = Path(module.__file__).parent.glob("*.cpp")
-    sets = (BASELINE, AVX512_BF16)
-    assert {name for each in sets for name in each.sources} == {path.name for path in sources}
+    sets = (BASELINE, *SETS)
+    if SETS:
+        assert {name for each in sets for name in each.sources} == {path.name for path in sources}
     assert not any("native" in flag for each in sets for flag in each.flags)
     with pytest.raises(BuildError, match=r"failed: .*no-such-cpu"):
         build(InstructionSet("other", BASELINE.sources, ("-march=no-such-cpu",)))
@@ -256,3 +321,15 @@ def test_a_damaged_library_is_compiled_anew(monkeypatch, tmp_path):
     library.write_bytes(b"damaged")
     assert build(BASELINE).choose_copies
     assert library.stat().st_size == size
+
+
+@needs_compiler
+def test_the_option_reaches_the_ranks():
+    arguments = ["generate", "paper-tiny", "--token-ids", "1,2", "--max-tokens", "2"]
+    ended = run([*arguments, "--cpu-isa", "baseline"], EXPERTLANE_CPU_ISA="")
+    assert ended.returncode == 0
+    assert "computing with torch and expertlane (baseline)\n" in ended.stderr
+
+
+def test_the_option_names_the_sets_of_every_architecture():
+    assert {*get_args(CpuIsa)} == {"baseline", *(each.name for each in (*_X86, *_ARM))}

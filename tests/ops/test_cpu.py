@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertlane.ops.backend import backend_of_cpu
-from expertlane.ops.cpu import Avx512Backend, PackedLinear
+from expertlane.ops.cpu import PackedLinear, VectorBackend
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.products import Activation, Expert, PairGroups
 from expertlane.ops.row_parts import RowParts
@@ -19,7 +19,7 @@ from expertlane.schedule.plan import Batch
 
 OURS, WHY_NOT = backend_of_cpu()
 TORCH, CPU = TorchBackend(), torch.device("cpu")
-pytestmark = pytest.mark.skipif(not isinstance(OURS, Avx512Backend), reason=WHY_NOT)
+pytestmark = pytest.mark.skipif(not isinstance(OURS, VectorBackend), reason=WHY_NOT)
 
 
 @pytest.fixture(autouse=True, scope="module")

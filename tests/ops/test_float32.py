@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from expertlane.ops.backend import backend_of_cpu
-from expertlane.ops.cpu import Avx512Backend, CpuBackend, FewRowsLinear
+from expertlane.ops.cpu import CpuBackend, FewRowsLinear, VectorBackend
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.products import Activation, Expert, PairGroups
 from expertlane.ops.row_parts import RowParts
@@ -14,7 +14,7 @@ from expertlane.schedule.plan import Batch
 
 OURS, WHY_NOT = backend_of_cpu()
 TORCH, CPU = TorchBackend(), torch.device("cpu")
-needs_avx512 = pytest.mark.skipif(not isinstance(OURS, Avx512Backend), reason=WHY_NOT)
+needs_avx512 = pytest.mark.skipif(not isinstance(OURS, VectorBackend), reason=WHY_NOT)
 needs_ours = pytest.mark.skipif(not isinstance(OURS, CpuBackend), reason=WHY_NOT)
 
 

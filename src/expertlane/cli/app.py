@@ -71,8 +71,9 @@ def _expertlane(
     Environment:
       EXPERTLANE_BACKEND=cpu|torch
           own CPU kernels, or torch only; by default the own ones, where available
-      EXPERTLANE_INSTRUCTIONS=baseline,avx512_bf16
-          instruction sets of the own kernels
+      EXPERTLANE_PIN=0|1
+          ranks keep to cores of their own: never, or also beside other engines; by
+          default where there is no other
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

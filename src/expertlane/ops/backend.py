@@ -1,7 +1,7 @@
 """Device, dtype, transport and compute backend of a rank: chosen once, and here only.
 
 `EXPERTLANE_BACKEND` is `cpu` for our own kernels or `torch`; unset, ours if available.
-`EXPERTLANE_INSTRUCTIONS` lists the instruction sets that may be used; unset, all of them.
+`EXPERTLANE_CPU_ISA` is the largest instruction set that may be used; unset, the best there is.
 `EXPERTLANE_TRANSPORT` is `shared_memory` or `gloo`, for ranks that compute on a CPU; unset, the
 first where the ranks of a node share memory; between nodes it is gloo.
 """
@@ -15,15 +15,20 @@ from functools import cache
 import torch
 
 from expertlane.errors import UserError
-from expertlane.ops.build import AVX512_BF16, BASELINE, BuildError, build
-from expertlane.ops.cpu import Avx512Backend, CpuBackend
-from expertlane.ops.host import num_cores
+from expertlane.ops.build import (
+    BASELINE,
+    ONLY_IF_ASKED_FOR,
+    SETS,
+    BuildError,
+    InstructionSet,
+    build,
+)
+from expertlane.ops.cpu import CpuBackend, VectorBackend
 from expertlane.ops.torch_backend import TorchBackend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SHARED_MEMORY = "shared_memory"  # begins the name of that transport
-_SETS = (BASELINE.name, AVX512_BF16.name)
 _TORCH = TorchBackend()
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES = 128 << 20  # at most, on top of a rank's heap
@@ -49,14 +54,18 @@ def backend_of_cpu() -> tuple[TorchBackend, str]:
         baseline = build(BASELINE)
     except BuildError as error:
         return _TORCH, str(error)
-    try:
-        if AVX512_BF16.name not in allowed:
-            raise BuildError(f"EXPERTLANE_INSTRUCTIONS leaves {AVX512_BF16.name} out")
-        if not baseline.has_avx512_bf16():
-            raise BuildError(f"this CPU lacks {AVX512_BF16.name}, which bfloat16 needs")
-        return Avx512Backend(baseline, build(AVX512_BF16)), ""
-    except BuildError as error:
-        return CpuBackend(baseline), str(error)
+    _check_asked(baseline)
+    why_not = "this CPU lacks avx2 or neon, one of which bfloat16 needs"
+    if SETS and not allowed:
+        why_not = "EXPERTLANE_CPU_ISA=baseline leaves out what bfloat16 needs"
+    for instructions in reversed(allowed):
+        if not baseline.has_instructions(instructions.name.encode()):
+            continue
+        try:
+            return VectorBackend(baseline, build(instructions), instructions.name), ""
+        except BuildError as error:  # perhaps the compiler is too old for it
+            why_not = str(error)
+    return CpuBackend(baseline), why_not
 
 
 def _wanted_backend() -> str | None:
@@ -86,13 +95,29 @@ def _transport_of_cpu(*, shares_memory: bool, several_nodes: bool) -> str:
     return f"{name}, gloo between nodes" if several_nodes else name
 
 
-def _allowed_sets() -> frozenset[str]:
-    value = os.environ.get("EXPERTLANE_INSTRUCTIONS") or ",".join(_SETS)
-    names = [name.strip() for name in value.split(",")]
-    for name in names:
-        if name not in _SETS:
-            raise UserError(f"EXPERTLANE_INSTRUCTIONS names {name!r}; valid: {', '.join(_SETS)}")
-    return frozenset(names)
+def _allowed_sets() -> tuple[InstructionSet, ...]:
+    """From the smallest on, without the baseline."""
+    value, names = _asked_set(), [BASELINE.name, *(each.name for each in SETS)]
+    if value is None:
+        return tuple(each for each in SETS if each not in ONLY_IF_ASKED_FOR)
+    if value not in names:
+        raise UserError(f"EXPERTLANE_CPU_ISA is {value!r}; valid: {', '.join(names)}")
+    return SETS[: names.index(value)]
+
+
+def _asked_set() -> str | None:
+    return os.environ.get("EXPERTLANE_CPU_ISA") or None
+
+
+def _check_asked(baseline: ctypes.CDLL) -> None:
+    """Refuse a set that this CPU lacks: its user would take another's speed for its own."""
+    names = [BASELINE.name, *(each.name for each in SETS)]
+    has = [name for name in names[1:] if baseline.has_instructions(name.encode())]
+    if _asked_set() in {*names[1:]} - {*has}:
+        raise UserError(
+            f"this CPU lacks {_asked_set()}, which --cpu-isa or EXPERTLANE_CPU_ISA asks for; it "
+            f"has: {', '.join([BASELINE.name, *has])}"
+        )
 
 
 @dataclass(frozen=True)
@@ -101,9 +126,9 @@ class Platform:
 
     Attributes:
         transport: begins with `shared_memory`, or is torch.distributed's name of it.
-        kernels: what computes: `expertlane` for our own CPU kernels, `torch and expertlane` where
-            torch computes products of many rows, else `torch`, with the reason where ours would
-            have been better.
+        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with the instruction
+            set in parentheses, `torch and expertlane (avx2)` where torch computes products of many
+            rows, else `torch`, with the reason where ours would have been better.
     """
 
     device: torch.device
@@ -145,8 +170,6 @@ def choose_platform(
     if dtype_name == "float16":
         raise UserError("dtype float16 needs a GPU for every rank; valid here: float32, bfloat16")
     _keep_freed_memory()
-    # No more than OMP_NUM_THREADS either, which torch took at its import.
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // num_local_ranks)))
     device, dtype = torch.device("cpu"), DTYPES[dtype_name or "float32"]
     # Compile kernels if need be: a rank is only said to be up afterwards, so no step waits for it.
     transport = _transport_of_cpu(shares_memory=shares_memory, several_nodes=several_nodes)
@@ -156,9 +179,9 @@ def choose_platform(
 def _kernels_of_cpu(dtype: torch.dtype) -> str:
     backend, why_not = backend_of_cpu()
     if isinstance(backend, CpuBackend) and dtype is not torch.bfloat16:
-        return "torch and expertlane"  # torch where rows are many, else ours
-    if isinstance(backend, Avx512Backend):
-        return "expertlane"
+        return f"torch and expertlane ({backend.instructions})"  # torch where rows are many
+    if isinstance(backend, VectorBackend):
+        return f"expertlane ({backend.instructions})"
     if _wanted_backend() == "cpu":
         raise UserError(f"EXPERTLANE_BACKEND=cpu, but our kernels are not available: {why_not}")
     return f"torch ({why_not})"

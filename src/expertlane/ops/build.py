@@ -42,12 +42,37 @@ class InstructionSet:
 BASELINE = InstructionSet(
     "baseline", ("dispatch.cpp", "instructions.cpp", "shared_memory.cpp", "sums.cpp")
 )
-AVX512_BF16 = InstructionSet(
-    "avx512_bf16",
-    ("attention.cpp", "few_rows.cpp", "products.cpp", "rows.cpp", "sums.cpp"),
-    ("-march=x86-64-v4", "-mavx512bf16", "-fopenmp", "-ffast-math"),
-    ("-fopenmp",),
+
+
+def _arithmetic(name: str, *flags: str) -> InstructionSet:
+    names = (
+        "attention",
+        "few_rows",
+        "layers",
+        "moe_step",
+        "narrow",
+        "products",
+        "rows",
+        "step",
+        "sums",
+    )
+    sources = tuple(f"{each}.cpp" for each in names)
+    return InstructionSet(name, sources, (*flags, "-fopenmp", "-ffp-contract=fast"), ("-fopenmp",))
+
+
+# Of CPUs with products of bfloat16, Cooper Lake alone cannot look bytes up (vbmi).
+AVX512_BF16 = _arithmetic("avx512_bf16", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi")
+AMX = _arithmetic("amx", *AVX512_BF16.flags[:3], "-mamx-tile", "-mamx-bf16")
+_X86 = (
+    _arithmetic("avx2", "-mavx2", "-mfma", "-mf16c"),
+    _arithmetic("avx512", "-march=x86-64-v4"),
+    AVX512_BF16,
+    AMX,
 )
+_ARM = (_arithmetic("neon"), _arithmetic("neon_bf16", "-march=armv8.2-a+bf16"))
+# Of each architecture, those with arithmetic: each has the instructions of those before it.
+SETS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(platform.machine(), ())
+ONLY_IF_ASKED_FOR = (AMX,)  # it has never run
 
 
 class BuildError(Exception):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.moe_step import CompiledRouter, LocalExperts
+from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight
 from expertlane.ops.products import (
     Activation,
     Expert,
@@ -19,7 +21,9 @@ from expertlane.ops.products import (
     Linear,
     PairGroups,
 )
+from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
+from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart, attention_part
 from expertlane.ops.torch_backend import PeerRows, TorchBackend
 
 _LANES = 16
@@ -46,7 +50,10 @@ class CpuBackend(TorchBackend):
 
     Attributes:
         baseline: the library that every CPU can use.
+        instructions: the name of the instruction set that computes.
     """
+
+    instructions = "baseline"
 
     def __init__(self, baseline: ctypes.CDLL) -> None:
         self.baseline = baseline
@@ -155,33 +162,46 @@ class CpuBackend(TorchBackend):
         return out
 
 
-class Avx512Backend(CpuBackend):
+class VectorBackend(CpuBackend):
     """Arithmetic too: in bfloat16 (`products.cpp`, `attention.cpp`, `rows.cpp`), and in float32.
+
+    Weights of one byte are widened as they are read (`narrow.cpp`).
 
     In float32 it has what decoding takes: products of few rows (`few_rows.cpp`), attention of one
     new token a sequence. torch has the rest.
+
+    Args:
+        library: compiled for the instruction set.
     """
 
-    def __init__(self, baseline: ctypes.CDLL, avx512_bf16: ctypes.CDLL) -> None:
+    keeps_narrow = True
+
+    def __init__(self, baseline: ctypes.CDLL, library: ctypes.CDLL, instructions: str) -> None:
         super().__init__(baseline)
-        self._linear = _function(avx512_bf16, "linear", "pnnpnnpp")
-        self._experts = _function(avx512_bf16, "experts", "pnpppnpppnnpp")
-        self._attention = _function(avx512_bf16, "attention", "pnpppnpppnnnnnnfnpp")
-        self._decode_attention = _function(
-            avx512_bf16, "decode_attention_float", "pnpppnpppnnnnnnfnpp"
-        )
-        self._few_rows_linear = _function(avx512_bf16, "few_rows_linear", "pnnpnnpp")
-        self._few_rows_experts = _function(avx512_bf16, "few_rows_experts", "pnpppnpppnnpp")
+        self.instructions = instructions
+        self._library = library
+        self._linear = _function(library, "linear", "pnnpnnpp")
+        self._experts = _function(library, "experts", "pnpppnpppnnpp")
+        self._attention = _function(library, "attention", "pnpppnpppnnnnnnfnpp")
+        self._decode_attention = _function(library, "decode_attention_float", "pnpppnpppnnnnnnfnpp")
+        self._few_rows_linear = _function(library, "few_rows_linear", "pnnpnnpp")
+        self._few_rows_experts = _function(library, "few_rows_experts", "pnpppnpppnnpp")
+        self._narrow_linear = _function(library, "narrow_linear", "iipnnppnnnnpp")
+        self._narrow_experts = _function(library, "narrow_experts", "iipnpppnpppnnnnnp")
         self._rotate, self._rms_norm = (
             {
-                torch.bfloat16: _function(avx512_bf16, name, arguments),
-                torch.float32: _function(avx512_bf16, f"{name}_float", arguments),
+                torch.bfloat16: _function(library, name, arguments),
+                torch.float32: _function(library, f"{name}_float", arguments),
             }
             for name, arguments in (("rotate", "pnnnnnppn"), ("rms_norm", "pnnnnpfpn"))
         )
-        self._take_sums(avx512_bf16)
+        self._take_sums(library)
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Tensor | NarrowWeight, bias: Tensor | None = None) -> Linear:
+        if isinstance(weight, NarrowWeight) and weight.values.numel():
+            shift = None if bias is None else bias.float()
+            return NarrowLinear(weight, shift, self._narrow_linear)
+        weight = weight.widened() if isinstance(weight, NarrowWeight) else weight
         if weight.dtype is torch.float32 and weight.numel() and weight.is_contiguous():
             return FewRowsLinear(weight, bias, self._few_rows_linear)
         if weight.dtype is not torch.bfloat16 or weight.shape[1] % 2 or not weight.numel():
@@ -194,6 +214,8 @@ class Avx512Backend(CpuBackend):
         if all(isinstance(each, FewRowsLinear) and each.bias is None for each in linears):
             many = super().experts(held, activation)
             return _FewRowsExperts(many, self._few_rows_experts) if is_plain else many
+        if NarrowExperts.suits(held, activation):
+            return NarrowExperts(held, activation, self._narrow_experts)
         suits = (
             held[0].up.out_features % 32 == 0
             and all(isinstance(each, PackedLinear) and each.bias is None for each in linears)
@@ -202,6 +224,31 @@ class Avx512Backend(CpuBackend):
         if not suits:
             return super().experts(held, activation)
         return _PackedExperts(held, activation, self._experts)
+
+    def router(self, params: RouterParams) -> Router:
+        if not CompiledRouter.suits(params):
+            return super().router(params)
+        return CompiledRouter(params, self.rms_norm, self._library)
+
+    def local_experts(self, router: Router, experts: Experts) -> LocalExperts | None:
+        if not isinstance(router, CompiledRouter):
+            return None
+        if not isinstance(experts, _PackedExperts | _FewRowsExperts):
+            return None
+        dtype = experts.held[0].up.weight.dtype
+        return LocalExperts(router, experts, experts.matrices, self._library, dtype)
+
+    def head_part(self, head: Linear, norm: Tensor | None, eps: float) -> HeadPart | None:
+        if type(head) not in (PackedLinear, FewRowsLinear) or head.in_features % _LANES:
+            return None
+        return HeadPart(head, norm, eps, self._library, head.weight.dtype)
+
+    def attention_part(self, weights: AttentionWeights) -> AttentionPart | None:
+        linears = weights.query_key_value, weights.output
+        for kind in (PackedLinear, FewRowsLinear):
+            if all(type(linear) is kind for linear in linears):
+                return attention_part(weights, self._library, linears[0].weight.dtype)
+        return None
 
     def paged_attention(
         self,
@@ -315,7 +362,7 @@ class _PackedExperts(Experts):
         super().__init__(held, activation)  # whose weights stay alive
         self._function = function
         self._inner = held[0].up.out_features
-        self._matrices = _matrices(held)
+        self.matrices = _matrices(held)
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
         num_pairs, hidden = len(pairs.rows), rows.shape[1]
@@ -325,7 +372,7 @@ class _PackedExperts(Experts):
             ends = pairs.counts.cumsum(0)
             self._function(
                 *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
-                *(pairs.order.data_ptr(), ends.data_ptr(), len(ends), *self._matrices),
+                *(pairs.order.data_ptr(), ends.data_ptr(), len(ends), *self.matrices),
                 *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
             )
         return out
@@ -366,7 +413,7 @@ class _FewRowsExperts(Experts):
         super().__init__(many.held, many.activation)
         self._many, self._function = many, function
         self._inner = self.held[0].up.out_features
-        self._matrices = _matrices(self.held)
+        self.matrices = _matrices(self.held)
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
         num_pairs, hidden = pairs.rows.shape[0], rows.shape[1]
@@ -377,7 +424,7 @@ class _FewRowsExperts(Experts):
         scratch, ends = rows.new_empty(num_pairs, self._inner), pairs.counts.cumsum(0)
         self._function(
             *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
-            *(pairs.order.data_ptr(), ends.data_ptr(), len(self.held), *self._matrices),
+            *(pairs.order.data_ptr(), ends.data_ptr(), len(self.held), *self.matrices),
             *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
         )
         return out

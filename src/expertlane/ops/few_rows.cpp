@@ -1,57 +1,24 @@
 // Products of few rows with float32 weights [n, k] as torch keeps them. Each weight is read from
 // memory once, in order; torch's own product packs them anew at every call.
 
-#include "tiles.h"
+#include "lanes.h"
 
 namespace {
 
-constexpr int kColumns = 4;       // outputs that are computed together
-constexpr int64_t kMostRows = 4;  // with kColumns, so many sums fit into registers
+constexpr int kColumns = 4;  // outputs that are computed together
+// With kColumns, so many sums fit into registers.
+constexpr int64_t kMostRows = kLanes == 8 ? 3 : 4;
 
-// One vector of the sums of 16 vectors' values.
-__m512 sums_of(const __m512 v[16]) {
-    __m512 two[8], four[4], eight[2];
-    for (int i = 0; i < 8; ++i) {
-        two[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[i], v[i + 8]), _mm512_unpackhi_ps(v[i], v[i + 8]));
-    }
-    for (int i = 0; i < 4; ++i) {
-        four[i] = _mm512_add_ps(_mm512_unpacklo_ps(two[i], two[i + 4]),
-                                _mm512_unpackhi_ps(two[i], two[i + 4]));
-    }
-    for (int i = 0; i < 2; ++i) {
-        eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[i], four[i + 2], 0x88),
-                                 _mm512_shuffle_f32x4(four[i], four[i + 2], 0xdd));
-    }
-    return _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], 0x88),
-                         _mm512_shuffle_f32x4(eight[0], eight[1], 0xdd));
-}
-
-// Where sums_of puts the sum of each vector: its lanes are in another order than the vectors.
-struct Places {
-    int of[16];
-    Places() {
-        for (int i = 0; i < 16; ++i) {
-            __m512 v[16];
-            for (auto& each : v) each = _mm512_setzero_ps();
-            v[i] = _mm512_set1_ps(1.0f);
-            float lanes[16];
-            _mm512_storeu_ps(lanes, sums_of(v));
-            of[i] = (int)(std::max_element(lanes, lanes + 16) - lanes);
-        }
-    }
-};
-
+// sums[r][c] += row r of x times row c of w, as many values of each as `load` takes from i on.
 template <int R, class Load>
 void add_products(const float* const* x, const float* w, int64_t k, int64_t i, Load load,
-                  __m512 sum[16]) {
-    __m512 rows[R];
+                  Lanes sums[R][kColumns]) {
+    Lanes rows[R];
     for (int r = 0; r < R; ++r) rows[r] = load(x[r] + i);
     for (int c = 0; c < kColumns; ++c) {
-        _mm_prefetch((const char*)(w + (c + kColumns) * k + i), _MM_HINT_T0);  // of the next tile
-        const __m512 weights = load(w + c * k + i);
-        for (int r = 0; r < R; ++r) {
-            sum[r * kColumns + c] = _mm512_fmadd_ps(rows[r], weights, sum[r * kColumns + c]);
-        }
+        __builtin_prefetch(w + (c + kColumns) * k + i);  // of the next tile
+        const Lanes weights = load(w + c * k + i);
+        for (int r = 0; r < R; ++r) sums[r][c] = fma(rows[r], weights, sums[r][c]);
     }
 }
 
@@ -59,27 +26,16 @@ void add_products(const float* const* x, const float* w, int64_t k, int64_t i, L
 template <int R>
 void few_rows_tile(const float* const* x, const float* w, int64_t k,
                    float out[kMostRows][kColumns]) {
-    static const Places places;
-    __m512 sum[16];
-    for (auto& each : sum) each = _mm512_setzero_ps();
+    Lanes sums[R][kColumns] = {};
     const int64_t whole = k / kLanes * kLanes;
     for (int64_t i = 0; i < whole; i += kLanes) {
-        add_products<R>(x, w, k, i, [](const float* p) { return _mm512_loadu_ps(p); }, sum);
+        add_products<R>(x, w, k, i, [](const float* p) { return load(p); }, sums);
     }
     if (whole < k) {
-        const __mmask16 mask = (__mmask16)((1u << (k - whole)) - 1);
-        const auto load = [mask](const float* p) { return _mm512_maskz_loadu_ps(mask, p); };
-        add_products<R>(x, w, k, whole, load, sum);
+        const auto rest = [left = k - whole](const float* p) { return load_part(p, left); };
+        add_products<R>(x, w, k, whole, rest, sums);
     }
-    if (R == 1) {
-        for (int c = 0; c < kColumns; ++c) out[0][c] = _mm512_reduce_add_ps(sum[c]);
-        return;
-    }
-    float lanes[16];
-    _mm512_storeu_ps(lanes, sums_of(sum));
-    for (int r = 0; r < R; ++r) {
-        for (int c = 0; c < kColumns; ++c) out[r][c] = lanes[places.of[r * kColumns + c]];
-    }
+    for (int r = 0; r < R; ++r) four_sums(sums[r], out[r]);
 }
 
 // The same for up to kMostRows rows, and up to kColumns rows of w.
@@ -90,20 +46,26 @@ void product(const float* const* x, int64_t rows, const float* w, int64_t column
             case 1: return few_rows_tile<1>(x, w, k, out);
             case 2: return few_rows_tile<2>(x, w, k, out);
             case 3: return few_rows_tile<3>(x, w, k, out);
-            default: return few_rows_tile<4>(x, w, k, out);
+            default: return few_rows_tile<kMostRows>(x, w, k, out);
         }
     }
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t c = 0; c < columns; ++c) {
-            __m512 sum = _mm512_setzero_ps();
+            Lanes each = {};
             for (int64_t i = 0; i < k; i += kLanes) {
-                const int64_t left = k - i;
-                const __mmask16 mask = left >= kLanes ? 0xffff : (__mmask16)((1u << left) - 1);
-                sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, x[r] + i),
-                                      _mm512_maskz_loadu_ps(mask, w + c * k + i), sum);
+                each = fma(load_part(x[r] + i, k - i), load_part(w + c * k + i, k - i), each);
             }
-            out[r][c] = _mm512_reduce_add_ps(sum);
+            out[r][c] = sum(each);
         }
+    }
+}
+
+// up = SiLU(gate) * up, or GELU(up) without a gate, of a tile's sums.
+void activate(const float* gate, float* up) {
+    for (int64_t i = 0; i < kMostRows * kColumns; i += kLanes) {
+        const int64_t left = kMostRows * kColumns - i;
+        const Lanes x = load_part(up + i, left);
+        store_part(up + i, gate ? silu(load_part(gate + i, left)) * x : gelu(x), left);
     }
 }
 
@@ -152,14 +114,12 @@ void few_rows_experts(const float* x, int64_t stride, const int64_t* from_row,
                 const int64_t rows = std::min(kMostRows, end - pair);
                 const float* from[kMostRows];
                 for (int64_t r = 0; r < rows; ++r) from[r] = x + from_row[pair + r] * stride;
-                float gates[kMostRows][kColumns], ups[kMostRows][kColumns];
+                float gates[kMostRows][kColumns] = {}, ups[kMostRows][kColumns] = {};
                 product(from, rows, up[e] + column * hidden, columns, hidden, ups);
                 if (gate) product(from, rows, gate[e] + column * hidden, columns, hidden, gates);
+                activate(gate ? gates[0] : nullptr, ups[0]);
                 for (int64_t r = 0; r < rows; ++r) {
-                    float* to = scratch + (pair + r) * inner + column;
-                    for (int64_t c = 0; c < columns; ++c) {
-                        to[c] = gate ? silu(gates[r][c]) * ups[r][c] : gelu(ups[r][c]);
-                    }
+                    std::copy_n(ups[r], columns, scratch + (pair + r) * inner + column);
                 }
             }
         }

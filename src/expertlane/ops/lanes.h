@@ -106,6 +106,24 @@ inline float sum(Lanes x) {
 #endif
 }
 
+// The sums of four vectors.
+inline void four_sums(const Lanes x[4], float to[4]) {
+#if defined(__AVX2__)
+    __m256 v[4];
+    for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+        v[i] = _mm512_castps512_ps256(x[i]) + _mm512_extractf32x8_ps(x[i], 1);
+#else
+        v[i] = x[i];
+#endif
+    }
+    const __m256 of = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    _mm_storeu_ps(to, _mm256_castps256_ps128(of) + _mm256_extractf128_ps(of, 1));
+#else
+    for (int i = 0; i < 4; ++i) to[i] = sum(x[i]);
+#endif
+}
+
 inline float largest(Lanes x) {
     float most = x[0];
     for (int i = 1; i < kLanes; ++i) most = std::max(most, x[i]);
@@ -234,3 +252,22 @@ inline Lanes exp(Lanes x) {
 }
 
 inline Lanes silu(Lanes x) { return x / (exp(-x) + 1.0f); }
+
+// erf to about one unit in the last place; coefficients of N. Juffa's erff.
+inline Lanes erf(Lanes x) {
+    const Lanes t = larger(x, -x), s = x * x;
+    Lanes far = fma(all(-1.72853470e-5f), t, all(3.83197126e-4f));
+    far = fma(far, s, fma(all(-3.88396438e-3f), t, all(2.42546219e-2f)));
+    for (float c : {-1.06777877e-1f, -6.34846687e-1f, -1.28717512e-1f}) far = fma(far, t, all(c));
+    far = 1.0f - exp(fma(far, t, -t));
+    far = lanes_of(bits_of(far) | (bits_of(x) & 0x80000000));
+    Lanes near = all(-5.96761703e-4f);
+    for (float c : {4.99119423e-3f, -2.67681349e-2f, 1.12819925e-1f, -3.76125336e-1f,
+                    1.28379166e-1f}) {
+        near = fma(near, s, all(c));
+    }
+    near = fma(near, x, x);
+    return t > 0.927734375f ? far : near;
+}
+
+inline Lanes gelu(Lanes x) { return x * 0.5f * (erf(x * 0.70710678118654752f) + 1.0f); }

@@ -1,25 +1,38 @@
 // Products with packed weights, and experts' MLPs.
 
+#include <memory>
 #include <vector>
 
 #include "tiles.h"
 
 namespace {
 
+using Sums = Lanes[kRows][2 * kVectors];
+
+// Room that is not zeroed.
+std::unique_ptr<Factor[]> room(int64_t count) {
+    return std::unique_ptr<Factor[]>(new Factor[(size_t)count]);
+}
+
+// Row r of x [m, k] for the products, as a row of a matrix of its own.
+void widen_row(const bf16* x, int64_t k, Factor* to) {
+    int64_t i = 0;
+    for (; i + kLanes <= k; i += kLanes) store(to + i, load(x + i));
+    for (; i < k; ++i) put(to_float(x[i]), to + i);
+}
+
 // Two neighbouring blocks of a product; the second may lie beyond the last one. Row r goes to the
 // row to_row[r] of out, or to row r where that is null.
-void two_blocks(const bf16* x, int64_t stride, int64_t m, const bf16* w, int64_t block, int64_t n,
-                int64_t k, const float* bias, bf16* out, int64_t out_stride,
+void two_blocks(const Factor* x, int64_t stride, int64_t m, const bf16* w, int64_t block,
+                int64_t n, int64_t k, const float* bias, bf16* out, int64_t out_stride,
                 const int64_t* to_row) {
-    const int64_t size = k * kLanes, left = n - block * kLanes;
+    const int64_t size = k * kBlock, left = n - block * kBlock;
     const bf16* w0 = w + block * size;
-    const bf16* w1 = left > kLanes ? w0 + size : w0;
-    __m512 acc[kRows][2];
-    __m512 add[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int b = 0; bias && b < 2 && left > b * kLanes; ++b) {
-        const int64_t count = std::min<int64_t>(left - b * kLanes, kLanes);
-        add[b] = _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1),
-                                       bias + (block + b) * kLanes);
+    const bf16* w1 = left > kBlock ? w0 + size : w0;
+    Sums acc;
+    Lanes add[2 * kVectors] = {};
+    for (int v = 0; bias && v < 2 * kVectors; ++v) {
+        add[v] = load_part(bias + block * kBlock + v * kLanes, left - v * kLanes);
     }
     const int64_t height = tile_height(m);
     for (int64_t row = 0; row < m; row += height) {
@@ -27,42 +40,35 @@ void two_blocks(const bf16* x, int64_t stride, int64_t m, const bf16* w, int64_t
         tiles(rows, x + row * stride, stride, w0, w1, k, acc);
         for (int r = 0; r < rows; ++r) {
             const int64_t at = to_row ? to_row[row + r] : row + r;
-            bf16* to = out + at * out_stride + block * kLanes;
-            store(to, _mm512_add_ps(acc[r][0], add[0]), left);
-            if (left > kLanes) {
-                store(to + kLanes, _mm512_add_ps(acc[r][1], add[1]), left - kLanes);
+            bf16* to = out + at * out_stride + block * kBlock;
+            for (int v = 0; v < 2 * kVectors && left > v * kLanes; ++v) {
+                store_part(to + v * kLanes, acc[r][v] + add[v], left - v * kLanes);
             }
         }
     }
 }
 
-// A block of act(gate) * up, or of act(up) where there is no gate (then two blocks of it), of the
-// rows from_row of x.
-void inner_block(const bf16* x, int64_t stride, const int64_t* from_row, int64_t m,
-                 const bf16* gate, const bf16* up, int64_t block, int64_t inner, int64_t k,
-                 bf16* out) {
-    const int64_t size = k * kLanes;
-    __m512 acc[kRows][2];
-    alignas(64) float g[kLanes], u[kLanes];
+// A block of act(gate) * up, or of act(up) where there is no gate (then two blocks of it), of m
+// rows of x.
+void inner_block(const Factor* const* x, int64_t m, const bf16* gate, const bf16* up,
+                 int64_t block, int64_t inner, int64_t k, Factor* out) {
+    const int64_t size = k * kBlock;
+    Sums acc;
     const bf16* w0 = gate ? gate + block * size : up + block * size;
     const bf16* w1 = gate ? up + block * size : w0 + size;
     const int64_t height = tile_height(m);
     for (int64_t row = 0; row < m; row += height) {
         const int rows = (int)std::min<int64_t>(height, m - row);
-        const bf16* from[kRows];
-        for (int r = 0; r < rows; ++r) from[r] = x + from_row[row + r] * stride;
-        tiles(rows, from, w0, w1, k, acc);
+        tiles(rows, x + row, w0, w1, k, acc);
         for (int r = 0; r < rows; ++r) {
-            bf16* to = out + (row + r) * inner + block * kLanes;
-            _mm512_store_ps(g, acc[r][0]);
-            _mm512_store_ps(u, acc[r][1]);
+            Factor* to = out + (row + r) * inner + block * kBlock;
             if (gate) {
-                for (int i = 0; i < kLanes; ++i) g[i] = silu(g[i]) * u[i];
+                for (int v = 0; v < kVectors; ++v) {
+                    store(to + v * kLanes, silu(acc[r][v]) * acc[r][kVectors + v]);
+                }
             } else {
-                for (int i = 0; i < kLanes; ++i) g[i] = gelu(g[i]), u[i] = gelu(u[i]);
-                store(to + kLanes, _mm512_load_ps(u), kLanes);
+                for (int v = 0; v < 2 * kVectors; ++v) store(to + v * kLanes, gelu(acc[r][v]));
             }
-            store(to, _mm512_load_ps(g), kLanes);
         }
     }
 }
@@ -74,10 +80,23 @@ extern "C" {
 // out [m, n] = x [m, k] times the packed [n, k], plus bias [n] or null.
 void linear(const bf16* x, int64_t stride, int64_t m, const bf16* w, int64_t n, int64_t k,
             const float* bias, bf16* out) {
-    const int64_t blocks = (n + kLanes - 1) / kLanes;
-#pragma omp parallel for schedule(static)
-    for (int64_t pair = 0; pair < (blocks + 1) / 2; ++pair) {
-        two_blocks(x, stride, m, w, 2 * pair, n, k, bias, out, n, nullptr);
+    const int64_t blocks = (n + kBlock - 1) / kBlock;
+    std::unique_ptr<Factor[]> widened;
+    if constexpr (!kMultipliesPairs) widened = room(m * k);
+#pragma omp parallel
+    {
+        if constexpr (!kMultipliesPairs) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < m; ++row) {
+                widen_row(x + row * stride, k, widened.get() + row * k);
+            }
+        }
+        const Factor* rows = kMultipliesPairs ? (const Factor*)x : widened.get();
+        const int64_t row_stride = kMultipliesPairs ? stride : k;
+#pragma omp for schedule(static)
+        for (int64_t pair = 0; pair < (blocks + 1) / 2; ++pair) {
+            two_blocks(rows, row_stride, m, w, 2 * pair, n, k, bias, out, n, nullptr);
+        }
     }
 }
 
@@ -93,24 +112,41 @@ void experts(const bf16* x, int64_t stride, const int64_t* from_row, const int64
     for (int64_t e = 0; e < num_experts; ++e) {
         if (ends[e] > (e ? ends[e - 1] : 0)) used.push_back(e);
     }
-    const int64_t step = gate ? 1 : 2, first_blocks = inner / kLanes / step;
-    const int64_t second_blocks = (hidden + 2 * kLanes - 1) / (2 * kLanes);
-    const int64_t count = (int64_t)used.size();
+    const int64_t step = gate ? 1 : 2, first_blocks = inner / kBlock / step;
+    const int64_t second_blocks = (hidden + 2 * kBlock - 1) / (2 * kBlock);
+    const int64_t count = (int64_t)used.size(), pairs = num_experts ? ends[num_experts - 1] : 0;
+    std::unique_ptr<Factor[]> widened;
+    Factor* inner_rows = (Factor*)scratch;
+    std::vector<const Factor*> row_of(pairs);
+    if constexpr (!kMultipliesPairs) {
+        widened = room(pairs * (hidden + inner));
+        inner_rows = widened.get() + pairs * hidden;
+    }
 #pragma omp parallel
     {
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < pairs; ++p) {
+            const bf16* row = x + from_row[p] * stride;
+            if constexpr (kMultipliesPairs) {
+                row_of[p] = (const Factor*)row;
+            } else {
+                widen_row(row, hidden, widened.get() + p * hidden);
+                row_of[p] = widened.get() + p * hidden;
+            }
+        }
 #pragma omp for schedule(dynamic, 8)
         for (int64_t task = 0; task < count * first_blocks; ++task) {
             const int64_t e = used[task / first_blocks], block = task % first_blocks * step;
             const int64_t begin = e ? ends[e - 1] : 0;
-            inner_block(x, stride, from_row + begin, ends[e] - begin, gate ? gate[e] : nullptr,
-                        up[e], block, inner, hidden, scratch + begin * inner);
+            inner_block(row_of.data() + begin, ends[e] - begin, gate ? gate[e] : nullptr, up[e],
+                        block, inner, hidden, inner_rows + begin * inner);
         }
 #pragma omp for schedule(dynamic, 8)
         for (int64_t task = 0; task < count * second_blocks; ++task) {
             const int64_t e = used[task / second_blocks], pair = task % second_blocks;
             const int64_t begin = e ? ends[e - 1] : 0;
-            two_blocks(scratch + begin * inner, inner, ends[e] - begin, down[e], 2 * pair, hidden,
-                       inner, nullptr, out, hidden, to_row + begin);
+            two_blocks(inner_rows + begin * inner, inner, ends[e] - begin, down[e], 2 * pair,
+                       hidden, inner, nullptr, out, hidden, to_row + begin);
         }
     }
 }

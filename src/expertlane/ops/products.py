@@ -52,7 +52,7 @@ class Linear:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the matrix."""
+        """Bytes of the matrix; scales are not counted."""
         return self.num_weights * self.itemsize
 
     def tensors(self) -> list[Tensor]:
@@ -216,7 +216,7 @@ class Experts(ABC):
         num_weights = sum(linear.num_weights for linear in linears)
         num_used = sum(1 for num_tokens in num_tokens_per_expert if num_tokens)
         flops = 2 * sum(num_tokens_per_expert) * num_weights
-        return flops, num_used * num_weights * linears[0].itemsize
+        return flops, num_used * sum(linear.num_bytes for linear in linears)
 
 
 class LoopedExperts(Experts):

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "tiles.h"
+#include "lanes.h"
 
 namespace {
 
@@ -46,17 +46,14 @@ void norm_rows(const T* x, int64_t stride, int64_t rows, int64_t groups, int64_t
         const int64_t row = task / groups, group = task % groups;
         const T* from = x + row * stride + group * size;
         T* to = out + row * out_stride + group * size;
-        __m512 squares = _mm512_setzero_ps();
+        Lanes squares = {};
         for (int64_t i = 0; i < size; i += kLanes) {
-            const __m512 value = widen(from + i);
-            squares = _mm512_fmadd_ps(value, value, squares);
+            const Lanes value = load(from + i);
+            squares = fma(value, value, squares);
         }
-        const float mean = _mm512_reduce_add_ps(squares) / (float)size;
-        const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + eps));
+        const float factor = 1.0f / std::sqrt(sum(squares) / (float)size + eps);
         for (int64_t i = 0; i < size; i += kLanes) {
-            const __m512 scaled = _mm512_mul_ps(widen(from + i), factor);
-            const __m512 gain = _mm512_loadu_ps(weight + group * size + i);
-            store(to + i, _mm512_mul_ps(scaled, gain), kLanes);
+            store(to + i, load(from + i) * factor * load(weight + group * size + i));
         }
     }
 }

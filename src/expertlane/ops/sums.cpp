@@ -1,31 +1,13 @@
 // Sums of rows, in float32 and in a fixed order. The rows lie in parts, such as what other ranks
 // wrote: part p begins at parts[p]. Compiled for any CPU, and again for the best instructions.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "lanes.h"
 
 namespace {
 
-using bf16 = uint16_t;
 constexpr int64_t kBlock = 64;  // values whose sums stay in registers
-
-inline float widen(float x) { return x; }
-inline float widen(bf16 x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-}
-
-inline void narrow(float x, float* to) { *to = x; }
-inline void narrow(float x, bf16* to) {  // to the nearest, ties to even; not a number stays so
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof(bits));
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    *to = (bf16)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 64 : rounded);
-}
 
 // to [count] = the sum over rows of (weights or 1) * row [count].
 template <class T>
@@ -36,16 +18,16 @@ void add_rows(const T* const* rows, const float* weights, int64_t num, int64_t c
             for (int64_t r = 0; r < num; ++r) {
                 const T* row = rows[r] + begin;
                 const float weight = weights[r];
-                for (int64_t i = 0; i < kBlock; ++i) sum[i] += weight * widen(row[i]);
+                for (int64_t i = 0; i < kBlock; ++i) sum[i] += weight * to_float(row[i]);
             }
-            for (int64_t i = 0; i < kBlock; ++i) narrow(sum[i], to + begin + i);
+            for (int64_t i = 0; i < kBlock; ++i) put(sum[i], to + begin + i);
         } else {
             for (int64_t r = 0; r < num; ++r) {
                 for (int64_t i = begin; i < count; ++i) {
-                    sum[i - begin] += weights[r] * widen(rows[r][i]);
+                    sum[i - begin] += weights[r] * to_float(rows[r][i]);
                 }
             }
-            for (int64_t i = begin; i < count; ++i) narrow(sum[i - begin], to + i);
+            for (int64_t i = begin; i < count; ++i) put(sum[i - begin], to + i);
         }
     }
 }

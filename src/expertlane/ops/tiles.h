@@ -1,106 +1,71 @@
-// What the kernels share: bfloat16 vectors of AVX512_BF16, and tiles of a matrix product. Each
-// weight, key and value is read from memory once, in order, by one thread; sums are float32.
+// Tiles of a product with packed weights: each weight is read from memory once, in order, by one
+// thread; sums are float32.
 //
 // A packed matrix [n, k] is [n / 16][k / 2][16][2]: 64 bytes hold two neighbouring inputs of 16
-// outputs, as vdpbf16ps takes them. k is even; n is padded to a multiple of 16 with zeros.
+// outputs, in as many vectors of pairs as the instruction set takes. k is even; n is padded to a
+// multiple of 16 with zeros. Rows that are multiplied with it are bfloat16 where the CPU has
+// products of pairs, else float32.
 
 #pragma once
 
-#include <immintrin.h>
+#include "lanes.h"
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+constexpr int kBlock = 16;                 // outputs of a packed block
+constexpr int kVectors = kBlock / kLanes;  // vectors of their sums
+constexpr int64_t kAhead = 16;             // blocks of 64 bytes to prefetch
 
-using bf16 = uint16_t;
+// Rows a tile of one block: with two vectors of weights, their sums fit into the registers.
+#if defined(__AVX512F__)
+constexpr int kRows = 12, kRowsOfTwoBlocks = 12;
+#elif defined(__AVX2__)
+constexpr int kRows = 6, kRowsOfTwoBlocks = 3;
+#else
+constexpr int kRows = 6, kRowsOfTwoBlocks = 3;
+#endif
 
-constexpr int kLanes = 16;
-constexpr int kRows = 12;       // rows a tile: 2 x 12 accumulators leave registers for operands
-constexpr int64_t kAhead = 16;  // lines to prefetch; blocks follow one another in memory
-
-inline __m512bh load_pairs(const bf16* p) {
-    __m512i raw = _mm512_loadu_si512(p);
-    return (__m512bh)raw;
-}
-
-inline __m512bh broadcast_pair(const bf16* p) {
-    int32_t pair;
-    std::memcpy(&pair, p, sizeof(pair));
-    return (__m512bh)_mm512_set1_epi32(pair);
-}
-
-inline void store(bf16* out, __m512 values, int64_t count) {
-    __mmask16 mask = count >= kLanes ? 0xffff : (__mmask16)((1u << count) - 1);
-    _mm256_mask_storeu_epi16(out, mask, (__m256i)_mm512_cvtneps_pbh(values));
-}
-
-inline void store(float* out, __m512 values, int64_t count) {
-    _mm512_mask_storeu_ps(out, count >= kLanes ? 0xffff : (__mmask16)((1u << count) - 1), values);
-}
-
-inline __m512 widen(const float* p) { return _mm512_loadu_ps(p); }
-inline __m512 widen(const bf16* p) {
-    __m256i raw = _mm256_loadu_si256((const __m256i*)p);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
-}
-
-inline float to_float(float x) { return x; }
-inline float to_float(bf16 x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
-}
-
-inline bf16 to_bf16(float x) {  // to the nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof(bits));
-    return (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-inline void put(float x, float* to) { *to = x; }
-inline void put(float x, bf16* to) { *to = to_bf16(x); }
-
-inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
-inline float gelu(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }
-
-// acc[r][b] = row x[r] times block b of the weights.
-template <int R>
-inline void tile(const bf16* const x[kRows], const bf16* w0, const bf16* w1, int64_t k,
-                 __m512 acc[kRows][2]) {
-    __m512 a[R][2];
-    const bf16* at_row[R];
-    for (int r = 0; r < R; ++r) a[r][0] = a[r][1] = _mm512_setzero_ps(), at_row[r] = x[r];
+// acc[r][v] = row x[r] times the vectors of B blocks from w on, `apart` values from one another;
+// acc[r] has a place for those of two blocks.
+template <int R, int B>
+inline void tile(const Factor* const* x, const bf16* w, int64_t apart, int64_t k,
+                 Lanes acc[][2 * kVectors]) {
+    constexpr int V = B * kVectors;
+    Lanes a[R][V];
+    const Factor* at_row[R];
+    for (int r = 0; r < R; ++r) {
+        at_row[r] = x[r];
+        for (int v = 0; v < V; ++v) a[r][v] = Lanes{};
+    }
     for (int64_t i = 0; i < k; i += 2) {
-        const int64_t at = i * kLanes;
-        _mm_prefetch((const char*)(w0 + at + kAhead * 32), _MM_HINT_T0);
-        _mm_prefetch((const char*)(w1 + at + kAhead * 32), _MM_HINT_T0);
-        const __m512bh first = load_pairs(w0 + at), second = load_pairs(w1 + at);
+        Bits pairs[V];
+        for (int b = 0; b < B; ++b) {
+            const bf16* from = w + b * apart + i * kBlock;
+            __builtin_prefetch(from + kAhead * 2 * kBlock);
+            for (int v = 0; v < kVectors; ++v) {
+                pairs[b * kVectors + v] = load_pairs(from + v * 2 * kLanes);
+            }
+        }
         for (int r = 0; r < R; ++r) {
-            const __m512bh pair = broadcast_pair(at_row[r] + i);
-            a[r][0] = _mm512_dpbf16_ps(a[r][0], first, pair);
-            a[r][1] = _mm512_dpbf16_ps(a[r][1], second, pair);
+            for (int v = 0; v < V; ++v) a[r][v] = add_products(a[r][v], pairs[v], at_row[r] + i);
         }
     }
-    for (int r = 0; r < R; ++r) acc[r][0] = a[r][0], acc[r][1] = a[r][1];
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < V; ++v) acc[r][v] = a[r][v];
+    }
 }
 
-inline void tiles(int rows, const bf16* const x[kRows], const bf16* w0, const bf16* w1, int64_t k,
-                  __m512 acc[kRows][2]) {
-    switch (rows) {
-        case 1: return tile<1>(x, w0, w1, k, acc);
-        case 2: return tile<2>(x, w0, w1, k, acc);
-        case 3: return tile<3>(x, w0, w1, k, acc);
-        case 4: return tile<4>(x, w0, w1, k, acc);
-        case 5: return tile<5>(x, w0, w1, k, acc);
-        case 6: return tile<6>(x, w0, w1, k, acc);
-        case 7: return tile<7>(x, w0, w1, k, acc);
-        case 8: return tile<8>(x, w0, w1, k, acc);
-        case 9: return tile<9>(x, w0, w1, k, acc);
-        case 10: return tile<10>(x, w0, w1, k, acc);
-        case 11: return tile<11>(x, w0, w1, k, acc);
-        default: return tile<12>(x, w0, w1, k, acc);
+template <int R = kRows>
+inline void tiles(int rows, const Factor* const* x, const bf16* w0, const bf16* w1, int64_t k,
+                  Lanes acc[kRows][2 * kVectors]) {
+    if constexpr (R > 1) {
+        if (rows < R) return tiles<R - 1>(rows, x, w0, w1, k, acc);
+    }
+    if constexpr (R <= kRowsOfTwoBlocks) {
+        tile<R, 2>(x, w0, w1 - w0, k, acc);
+    } else {
+        tile<R, 1>(x, w0, 0, k, acc);
+        Lanes second[R][2 * kVectors];
+        tile<R, 1>(x, w1, 0, k, second);
+        for (int r = 0; r < R; ++r) std::copy_n(second[r], kVectors, acc[r] + kVectors);
     }
 }
 
@@ -111,9 +76,9 @@ inline int64_t tile_height(int64_t m) {
 }
 
 // The same for rows `stride` apart.
-inline void tiles(int rows, const bf16* x, int64_t stride, const bf16* w0, const bf16* w1,
-                  int64_t k, __m512 acc[kRows][2]) {
-    const bf16* from[kRows];
+inline void tiles(int rows, const Factor* x, int64_t stride, const bf16* w0, const bf16* w1,
+                  int64_t k, Lanes acc[kRows][2 * kVectors]) {
+    const Factor* from[kRows] = {};
     for (int r = 0; r < rows; ++r) from[r] = x + r * stride;
     tiles(rows, from, w0, w1, k, acc);
 }

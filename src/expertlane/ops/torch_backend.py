@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
+from expertlane.ops.moe_step import LocalExperts
+from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.products import (
     Activation,
     Expert,
@@ -23,7 +25,9 @@ from expertlane.ops.products import (
     OnednnLinear,
     PairGroups,
 )
+from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
+from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,38 @@ class PeerRows:
 class TorchBackend:
     """Every operation in which backends differ; others replace what they do better."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    keeps_narrow = False  # whether products read weights of one byte
+
+    def linear(self, weight: Tensor | NarrowWeight, bias: Tensor | None = None) -> Linear:
         """A product with a weight [out_features, in_features], packed where that is faster."""
+        if isinstance(weight, NarrowWeight):
+            weight = weight.widened()
         return (OnednnLinear if OnednnLinear.suits(weight) else Linear)(weight, bias)
 
     def experts(self, held: Sequence[Expert], activation: Activation) -> Experts:
         """Experts side by side, applied as suits them best."""
         suits = GroupedExperts.suits(held)
         return (GroupedExperts if suits else LoopedExperts)(held, activation)
+
+    def router(self, params: RouterParams) -> Router:
+        """The norm before an MoE block, and its router."""
+        return Router(params, self.rms_norm)
+
+    def local_experts(self, router: Router, experts: Experts) -> LocalExperts | None:
+        """An MoE block whose experts are all here, in few calls; None where there is no such."""
+        return None
+
+    def attention_part(self, weights: AttentionWeights) -> AttentionPart | None:
+        """A layer's attention in one call; None where there is no such."""
+        return None
+
+    def head_part(self, head: Linear, norm: Tensor | None, eps: float) -> HeadPart | None:
+        """The output head in one call; None where there is no such.
+
+        Args:
+            norm: the weight of the norm before it, to be a part of it too.
+        """
+        return None
 
     def paged_attention(
         self,

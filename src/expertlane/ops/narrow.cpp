@@ -1,0 +1,452 @@
+// Products with weights of one byte and their scales, and experts' MLPs: each weight is read from
+// memory once, in order, by one thread, and widened in registers; sums are float32.
+//
+// A matrix [n, k] is [n / 16][k][16] bytes, n padded to a multiple of 16 with zeros, and a scale
+// for every output and group of inputs, [n / 16][groups][16]. The first group may have begun
+// `first` inputs earlier, where a matrix is cut along its inputs.
+
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+
+using ::load;
+
+struct E4m3 { uint8_t bits; };  // sign, 4 bits of exponent, 3 of mantissa; no infinity
+
+struct Matrix {
+    const uint8_t* values;
+    const float* scales;
+};
+
+struct Groups {
+    int64_t size, first;
+    int64_t count(int64_t k) const { return (first + k + size - 1) / size; }
+};
+
+constexpr int kBlock = 16;                      // outputs that are packed together
+constexpr int kBlocks = kLanes == 16 ? 2 : 1;   // that a tile computes
+constexpr int kVectors = kBlocks * kBlock / kLanes;
+constexpr int kRows = kLanes == 16 ? 12 : 6;    // most rows of a tile, so that sums fit registers
+constexpr int64_t kAhead = 1024;                // bytes to prefetch
+
+// Half precision has e4m3's mantissa with 7 zeros after it, and an exponent that is 8 less.
+inline Lanes load(const E4m3* p) {
+#if defined(__AVX512F__)
+    const __m512i bits = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+    const __m512i half = (__m512i)(((Bits)bits << 7) & 0xbf80);
+    const __m512 value = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(half));
+#elif defined(__AVX2__)
+    const __m128i bits = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
+    const __m128i half = _mm_and_si128(_mm_slli_epi16(bits, 7), _mm_set1_epi16((short)0xbf80));
+    const __m256 value = _mm256_cvtph_ps(half);
+#endif
+#if defined(__AVX2__)
+    return value * 256.0f;
+#else
+    // As a float32 with too small an exponent, maybe none: multiplying sets both right.
+    Bits bits;
+    for (int i = 0; i < kLanes; ++i) bits[i] = p[i].bits;
+    const Lanes value = lanes_of((bits & 0x7f) << 20) * 0x1p120f;
+    return lanes_of(bits_of(value) | (bits & 0x80) << 24);
+#endif
+}
+
+inline int64_t place(int64_t i, int v) { return i * kBlock + v * kLanes % kBlock; }
+
+// Pairs of the inputs i and i + 1: one byte has no more digits than bfloat16.
+template <class W>
+inline Bits load_narrow_pairs(const W* p, int64_t i, int v) {
+    const Bits low = bits_of(load(p + place(i, v))) >> 16;
+    return low | (bits_of(load(p + place(i + 1, v))) & 0xffff0000);
+}
+
+#if defined(__AVX512VBMI__)
+// mantissa * 2^exponent as bfloat16, of at most 8 bits.
+constexpr bf16 bf16_of(int mantissa, int exponent) {
+    if (!mantissa) return 0;
+    while (mantissa < 128) mantissa *= 2, --exponent;
+    return (bf16)((exponent + 7 + 127) << 7 | (mantissa & 127));
+}
+
+constexpr bf16 magnitude(int8_t, int code) { return bf16_of(code, 0); }
+constexpr bf16 magnitude(E4m3, int code) {
+    const int exponent = code >> 3, mantissa = code & 7;
+    if (code == 127) return 0x7fc0;
+    return exponent ? bf16_of(8 + mantissa, exponent - 10) : bf16_of(mantissa, -9);
+}
+
+// The bytes of the bfloat16 of every magnitude; and which byte of 4 inputs of 16 outputs goes where
+// so that interleaving low and high bytes makes pairs of them, in order.
+template <class W>
+struct Lookup {
+    alignas(64) uint8_t low[128] = {}, high[128] = {}, order[64] = {};
+    constexpr Lookup() {
+        for (int code = 0; code < 128; ++code) {
+            const bf16 value = magnitude(W(), code);
+            low[code] = (uint8_t)value, high[code] = (uint8_t)(value >> 8);
+        }
+        for (int i = 0; i < 64; ++i) {
+            const int lane = i / 16, word = i % 8, input = i % 16 / 8 * 2 + word % 2;
+            order[i] = (uint8_t)(input * kBlock + lane * 4 + word / 2);
+        }
+    }
+};
+
+// Looks up values of int8 and e4m3 as sign and magnitude.
+template <class W>
+struct Widener {
+    static constexpr Lookup<W> table{};
+    __m512i low[2], high[2], order;
+    Widener() {
+        for (int i = 0; i < 2; ++i) {
+            low[i] = _mm512_load_si512(table.low + 64 * i);
+            high[i] = _mm512_load_si512(table.high + 64 * i);
+        }
+        order = _mm512_load_si512(table.order);
+    }
+
+    // Pairs of the first two, and of the next two, of 4 inputs of a block.
+    void operator()(const W* p, Bits pairs[2]) const {
+        const __m512i w = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(p));
+        constexpr bool is_int8 = std::is_same_v<W, int8_t>;
+        const __m512i code = is_int8 ? _mm512_abs_epi8(w) : w;  // of which 7 bits are looked at
+        const __m512i lows = _mm512_permutex2var_epi8(low[0], code, low[1]);
+        __m512i highs = _mm512_permutex2var_epi8(high[0], code, high[1]);
+        constexpr int kFirstOrBoth = 0xf8;  // a | (b & c)
+        highs = _mm512_ternarylogic_epi32(highs, w, _mm512_set1_epi8((char)0x80), kFirstOrBoth);
+        if (is_int8) {  // -128's magnitude has 8 bits
+            const __m512i of_least = _mm512_set1_epi8((char)(magnitude(int8_t(), 128) >> 8 | 0x80));
+            highs = _mm512_mask_mov_epi8(highs, _mm512_movepi8_mask(code), of_least);
+        }
+        pairs[0] = (Bits)_mm512_unpacklo_epi8(lows, highs);
+        pairs[1] = (Bits)_mm512_unpackhi_epi8(lows, highs);
+    }
+};
+#endif
+
+// sums[r][v] += rows x times the weights of the inputs from i to end, unscaled.
+template <int R, class W>
+inline void add_group(const float* const* x, const W* const* w, int64_t i, int64_t end,
+                      Lanes sums[R][kVectors]) {
+    constexpr int kChains = R == 1 ? 4 : R <= 2 ? 2 : 1;  // sums that do not wait for each other
+    Lanes more[kChains][R][kVectors] = {};
+    for (; i + kChains <= end; i += kChains) {
+        for (int c = 0; c < kChains; ++c) {
+            for (int v = 0; v < kVectors; ++v) {
+                const W* from = w[v * kLanes / kBlock] + place(i + c, v);
+                __builtin_prefetch((const char*)from + kAhead);
+                const Lanes weights = load(from);
+                for (int r = 0; r < R; ++r) {
+                    more[c][r][v] = fma(weights, all(x[r][i + c]), more[c][r][v]);
+                }
+            }
+        }
+    }
+    for (; i < end; ++i) {
+        for (int v = 0; v < kVectors; ++v) {
+            const Lanes weights = load(w[v * kLanes / kBlock] + place(i, v));
+            for (int r = 0; r < R; ++r) more[0][r][v] = fma(weights, all(x[r][i]), more[0][r][v]);
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+            sums[r][v] = more[0][r][v];
+            for (int c = 1; c < kChains; ++c) sums[r][v] = sums[r][v] + more[c][r][v];
+        }
+    }
+}
+
+template <int R, class W>
+inline void add_group(const bf16* const* x, const W* const* w, int64_t i, int64_t end,
+                      Lanes sums[R][kVectors]) {
+    for (int r = 0; r < R; ++r) for (int v = 0; v < kVectors; ++v) sums[r][v] = Lanes{};
+#if defined(__AVX512VBMI__)
+    const Widener<W> widen;
+    constexpr int kChains = R <= 4 ? 2 : 1;  // sums that do not wait for each other
+    Lanes more[kChains][R][kVectors] = {};
+    for (; i + 4 <= end; i += 4) {
+        for (int v = 0; v < kVectors; ++v) {
+            const W* from = w[v] + i * kBlock;
+            __builtin_prefetch((const char*)from + kAhead);
+            Bits pairs[2];
+            widen(from, pairs);
+            for (int r = 0; r < R; ++r) {
+                for (int p = 0; p < 2; ++p) {
+                    Lanes& sum = more[p % kChains][r][v];
+                    sum = add_products(sum, pairs[p], x[r] + i + 2 * p);
+                }
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+            sums[r][v] = kChains > 1 ? more[0][r][v] + more[kChains - 1][r][v] : more[0][r][v];
+        }
+    }
+#endif
+    for (; i + 2 <= end; i += 2) {
+        for (int v = 0; v < kVectors; ++v) {
+            const W* from = w[v * kLanes / kBlock];
+            __builtin_prefetch((const char*)(from + place(i, v)) + kAhead);
+            const Bits pairs = load_narrow_pairs(from, i, v);
+            for (int r = 0; r < R; ++r) sums[r][v] = add_products(sums[r][v], pairs, x[r] + i);
+        }
+    }
+    for (; i < end; ++i) {
+        for (int v = 0; v < kVectors; ++v) {
+            const Lanes weights = load(w[v * kLanes / kBlock] + place(i, v));
+            for (int r = 0; r < R; ++r) {
+                sums[r][v] = fma(weights, all(to_float(x[r][i])), sums[r][v]);
+            }
+        }
+    }
+}
+
+// out[r] = row x[r] times kBlocks blocks of 16 outputs.
+template <int R, class W, class X>
+void tile(const X* const* x, const W* const* w, const float* const* scales, int64_t k,
+          Groups groups, float* out) {
+    Lanes total[R][kVectors] = {};
+    for (int64_t i = 0, end = groups.size - groups.first, g = 0; i < k;
+         i = end, end += groups.size, ++g) {
+        Lanes sums[R][kVectors];
+        add_group<R>(x, w, i, std::min(end, k), sums);
+        for (int v = 0; v < kVectors; ++v) {
+            const Lanes scale = load(scales[v * kLanes / kBlock] + place(g, v));
+            for (int r = 0; r < R; ++r) total[r][v] = fma(sums[r][v], scale, total[r][v]);
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < kVectors; ++v) store(out + r * 2 * kBlock + v * kLanes, total[r][v]);
+    }
+}
+
+template <class W, class X>
+using Tile = void (*)(const X* const*, const W* const*, const float* const*, int64_t, Groups,
+                      float*);
+
+template <class W, class X, int... R>
+Tile<W, X> tile_of(int rows, std::integer_sequence<int, R...>) {
+    static constexpr Tile<W, X> tiles[] = {tile<R + 1, W, X>...};
+    return tiles[rows - 1];
+}
+
+// A block of a matrix.
+template <class W>
+struct Block {
+    const W* values;
+    const float* scales;
+    Block(const Matrix& of, int64_t number, int64_t k, Groups groups)
+        : values((const W*)of.values + number * k * kBlock),
+          scales(of.scales + number * groups.count(k) * kBlock) {}
+};
+
+// out[r] = rows of x times two blocks.
+template <class W, class X>
+void two_blocks(int rows, const X* const* x, const Block<W>& first, const Block<W>& second,
+                int64_t k, Groups groups, float (*out)[2 * kBlock]) {
+    const auto tile = tile_of<W, X>(rows, std::make_integer_sequence<int, kRows>());
+    const W* w[] = {first.values, second.values};
+    const float* scales[] = {first.scales, second.scales};
+    for (int b = 0; b < 2; b += kBlocks) {
+        if (b && second.values == first.values) break;
+        tile(x, w + b, scales + b, k, groups, out[0] + b * kBlock);
+    }
+}
+
+// Rows a tile so that all tiles of m rows are about equally high.
+inline int64_t tile_height(int64_t m) {
+    const int64_t count = (m + kRows - 1) / kRows;
+    return count ? (m + count - 1) / count : kRows;
+}
+
+template <class O>
+inline void write(const float* sums, const float* bias, int64_t count, O* to) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const Lanes values = load(sums + i);
+        store_part(to + i, bias ? values + load_part(bias + i, count - i) : values, count - i);
+    }
+}
+
+// Rows that a product takes, as it takes them: float32, or bfloat16 where the CPU multiplies it.
+template <class X>
+using Taken = std::conditional_t<kMultipliesPairs, X, float>;
+
+template <class X>
+struct TakenRows {
+    std::unique_ptr<float[]> widened;
+    const Taken<X>* begin;
+    int64_t stride;
+
+    // Rows from_row[i] of x, or i where that is null.
+    TakenRows(const X* x, int64_t stride, const int64_t* from_row, int64_t m, int64_t k)
+        : stride(stride) {
+        if constexpr (std::is_same_v<Taken<X>, X>) {
+            begin = x;
+        } else {
+            widened.reset(new float[(size_t)(m * k)]);
+            begin = widened.get(), this->stride = k;
+#pragma omp parallel for schedule(static) if (m * k > 65536)
+            for (int64_t i = 0; i < m; ++i) {
+                const X* row = x + (from_row ? from_row[i] : i) * stride;
+                for (int64_t j = 0; j < k; j += kLanes) {
+                    const Lanes values = k - j < kLanes ? load_part(row + j, k - j) : load(row + j);
+                    store_part(widened.get() + i * k + j, values, k - j);
+                }
+            }
+        }
+    }
+};
+
+template <class W, class X>
+void product(const Taken<X>* x, int64_t stride, const int64_t* from_row, int64_t m,
+             const Matrix& w, int64_t pair, int64_t n, int64_t k, Groups groups,
+             const float* bias, X* out, const int64_t* to_row) {
+    const int64_t at = 2 * pair * kBlock, left = n - at;
+    const Block<W> first(w, 2 * pair, k, groups);
+    const Block<W> second(w, left > kBlock ? 2 * pair + 1 : 2 * pair, k, groups);
+    float sums[kRows][2 * kBlock];
+    const int64_t height = tile_height(m);
+    for (int64_t row = 0; row < m; row += height) {
+        const int rows = (int)std::min<int64_t>(height, m - row);
+        const Taken<X>* from[kRows];
+        for (int r = 0; r < rows; ++r) {
+            from[r] = x + (from_row ? from_row[row + r] : row + r) * stride;
+        }
+        two_blocks(rows, from, first, second, k, groups, sums);
+        for (int r = 0; r < rows; ++r) {
+            X* to = out + (to_row ? to_row[row + r] : row + r) * n + at;
+            write(sums[r], bias ? bias + at : nullptr, std::min<int64_t>(left, 2 * kBlock), to);
+        }
+    }
+}
+
+inline float gelu(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }
+
+// A block of act(gate) · up, or of act(up) where there is no gate, for rows of x.
+template <class W, class X>
+void inner_block(const X* x, int64_t stride, const int64_t* from_row, int64_t m,
+                 const Matrix* gate, const Matrix& up, int64_t block, int64_t k, Groups groups,
+                 int64_t out_stride, X* out) {
+    const Block<W> second(up, block, k, groups), first = gate ? Block<W>(*gate, block, k, groups)
+                                                              : second;
+    float sums[kRows][2 * kBlock];
+    const int64_t height = tile_height(m);
+    for (int64_t row = 0; row < m; row += height) {
+        const int rows = (int)std::min<int64_t>(height, m - row);
+        const X* from[kRows];
+        for (int r = 0; r < rows; ++r) from[r] = x + from_row[row + r] * stride;
+        two_blocks(rows, from, first, second, k, groups, sums);
+        for (int r = 0; r < rows; ++r) {
+            float* of_row = sums[r];
+            for (int i = 0; !gate && i < kBlock; ++i) of_row[i] = gelu(of_row[i]);
+            for (int i = 0; gate && i < kBlock; i += kLanes) {
+                store(of_row + i, silu(load(of_row + i)) * load(of_row + kBlock + i));
+            }
+            write(of_row, nullptr, kBlock, out + (row + r) * out_stride + block * kBlock);
+        }
+    }
+}
+
+template <class W, class X>
+void linear(const X* x, int64_t stride, int64_t m, const Matrix& w, int64_t n, int64_t k,
+            Groups groups, const float* bias, X* out) {
+    const TakenRows<X> rows(x, stride, nullptr, m, k);
+    const int64_t pairs = (n + 2 * kBlock - 1) / (2 * kBlock);
+#pragma omp parallel for schedule(static) if (m * n * k > 65536)
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+        product<W, X>(rows.begin, rows.stride, nullptr, m, w, pair, n, k, groups, bias, out,
+                      nullptr);
+    }
+}
+
+struct Experts {
+    const int64_t *from_row, *to_row, *ends;
+    int64_t count;
+    const Matrix *gate, *up, *down;
+    int64_t hidden, inner;
+    Groups of_hidden, of_inner;
+};
+
+template <class W, class X>
+void experts(const X* x, int64_t stride, const Experts& of, X* out) {
+    std::vector<int64_t> used, numbers;
+    for (int64_t e = 0; e < of.count; ++e) {
+        if (of.ends[e] > (e ? of.ends[e - 1] : 0)) used.push_back(e);
+    }
+    const int64_t num_pairs = of.ends[of.count - 1], blocks = (of.inner + kBlock - 1) / kBlock;
+    const int64_t width = blocks * kBlock;
+    const int64_t outs = (of.hidden + 2 * kBlock - 1) / (2 * kBlock);
+    const TakenRows<X> rows(x, stride, of.from_row, num_pairs, of.hidden);
+    const int64_t* from_row = of.from_row;
+    if (rows.widened) {  // in the order of pairs
+        for (int64_t i = 0; i < num_pairs; ++i) numbers.push_back(i);
+        from_row = numbers.data();
+    }
+    const std::unique_ptr<Taken<X>[]> scratch(new Taken<X>[(size_t)(num_pairs * width)]);
+    const int64_t num_used = (int64_t)used.size();
+#pragma omp parallel
+    {
+#pragma omp for schedule(dynamic, 8)
+        for (int64_t task = 0; task < num_used * blocks; ++task) {
+            const int64_t e = used[task / blocks], begin = e ? of.ends[e - 1] : 0;
+            inner_block<W>(rows.begin, rows.stride, from_row + begin, of.ends[e] - begin,
+                           of.gate ? of.gate + e : nullptr, of.up[e], task % blocks,
+                           of.hidden, of.of_hidden, width, scratch.get() + begin * width);
+        }
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t task = 0; task < num_used * outs; ++task) {
+            const int64_t e = used[task / outs], begin = e ? of.ends[e - 1] : 0;
+            product<W, X>(scratch.get() + begin * width, width, nullptr, of.ends[e] - begin,
+                          of.down[e], task % outs, of.hidden, of.inner, of.of_inner, nullptr,
+                          out, of.to_row + begin);
+        }
+    }
+}
+
+// Calls f with the types of weights and of rows.
+template <class F>
+void with_types(bool is_float8, bool is_bf16, F f) {
+    if (is_float8 && is_bf16) return f(E4m3(), bf16());
+    if (is_float8) return f(E4m3(), float());
+    if (is_bf16) return f(int8_t(), bf16());
+    f(int8_t(), float());
+}
+
+}  // namespace
+
+extern "C" {
+
+// out [m, n] = x [m, k] times w [n, k], plus bias [n] or null. x and out are float32 or bfloat16;
+// weights are int8 or e4m3, `group` inputs with a scale.
+void narrow_linear(int32_t is_float8, int32_t is_bf16, const void* x, int64_t stride, int64_t m,
+                   const uint8_t* values, const float* scales, int64_t n, int64_t k,
+                   int64_t group, int64_t first, const float* bias, void* out) {
+    with_types(is_float8, is_bf16, [&](auto w, auto row) {
+        using X = decltype(row);
+        linear<decltype(w), X>((const X*)x, stride, m, {values, scales}, n, k, {group, first},
+                               bias, (X*)out);
+    });
+}
+
+// Experts' MLPs, as `experts` of products.cpp; of each matrix there are values and scales.
+// gate (or null), up: [experts] of [inner, hidden]; down: of [hidden, inner].
+void narrow_experts(int32_t is_float8, int32_t is_bf16, const void* x, int64_t stride,
+                    const int64_t* from_row, const int64_t* to_row, const int64_t* ends,
+                    int64_t num_experts, const void* gate, const void* up, const void* down,
+                    int64_t hidden, int64_t inner, int64_t hidden_group, int64_t inner_group,
+                    int64_t inner_first, void* out) {
+    const Experts of{from_row, to_row, ends, num_experts, (const Matrix*)gate, (const Matrix*)up,
+                      (const Matrix*)down, hidden, inner, {hidden_group, 0},
+                      {inner_group, inner_first}};
+    with_types(is_float8, is_bf16, [&](auto w, auto row) {
+        using X = decltype(row);
+        experts<decltype(w), X>((const X*)x, stride, of, (X*)out);
+    });
+}
+}

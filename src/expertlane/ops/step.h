@@ -1,0 +1,169 @@
+// What parts of a layer are made of: the kernels of this library, by the type of their values, and
+// the structures of `step.py`.
+
+#pragma once
+
+#include <memory>
+
+#include "lanes.h"
+
+extern "C" {
+// products.cpp and few_rows.cpp
+void linear(const bf16*, int64_t, int64_t, const bf16*, int64_t, int64_t, const float*, bf16*);
+void few_rows_linear(const float*, int64_t, int64_t, const float*, int64_t, int64_t, const float*,
+                     float*);
+void experts(const bf16*, int64_t, const int64_t*, const int64_t*, const int64_t*, int64_t,
+             const bf16* const*, const bf16* const*, const bf16* const*, int64_t, int64_t, bf16*,
+             bf16*);
+void few_rows_experts(const float*, int64_t, const int64_t*, const int64_t*, const int64_t*,
+                      int64_t, const float* const*, const float* const*, const float* const*,
+                      int64_t, int64_t, float*, float*);
+// rows.cpp
+void rms_norm(const bf16*, int64_t, int64_t, int64_t, int64_t, const float*, float, bf16*, int64_t);
+void rms_norm_float(const float*, int64_t, int64_t, int64_t, int64_t, const float*, float, float*,
+                    int64_t);
+void rotate(bf16*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, const float*,
+            int64_t);
+void rotate_float(float*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, const float*,
+                  int64_t);
+// attention.cpp
+void attention(const bf16*, int64_t, const bf16*, const bf16*, const int64_t*, int64_t,
+               const int64_t*, const int64_t*, const int64_t*, int64_t, int64_t, int64_t, int64_t,
+               int64_t, int64_t, float, int64_t, const float*, bf16*);
+void decode_attention_float(const float*, int64_t, const float*, const float*, const int64_t*,
+                            int64_t, const int64_t*, const int64_t*, const int64_t*, int64_t,
+                            int64_t, int64_t, int64_t, int64_t, int64_t, float, int64_t,
+                            const float*, float*);
+
+// The structures are those of `step.py`; a pointer may be null where a model has no such thing.
+
+struct Matrix {
+    const void* weight;
+    const float* bias;
+    int64_t outputs, inputs;
+};
+
+struct AttentionLayer {
+    Matrix query_key_value, output;
+    const float *norm, *head_norms, *sinks;  // norm null: rows come normed
+    int64_t heads, kv_heads, head_dim, rotary_dim, interleave, window;
+    float eps, scale;
+};
+
+struct Tokens {  // of a batch; the same in all layers
+    const float *cos, *sin;
+    const int64_t *slots, *tables, *first_token, *scheduled, *lengths;
+    int64_t width, seqs;
+};
+
+struct Pages {
+    void *keys, *values;
+    int64_t block_size;
+};
+
+struct Router {
+    const float *norm, *weight, *bias, *correction;
+    int64_t hidden, experts, top_k, is_softmax, renormalise, groups, top_groups, adds_two;
+    float eps, scale;
+};
+
+struct Head {
+    Matrix matrix;
+    const float* norm;  // null: rows come normed
+    float eps;
+};
+
+struct Experts {  // gate null: no gates
+    const void *const *gate, *const *up, *const *down;
+    int64_t count, inner;
+};
+}
+
+namespace {
+
+inline void multiply(const Matrix& m, const bf16* x, int64_t rows, bf16* out) {
+    linear(x, m.inputs, rows, (const bf16*)m.weight, m.outputs, m.inputs, m.bias, out);
+}
+inline void multiply(const Matrix& m, const float* x, int64_t rows, float* out) {
+    few_rows_linear(x, m.inputs, rows, (const float*)m.weight, m.outputs, m.inputs, m.bias, out);
+}
+
+inline void apply(const Experts& e, const bf16* x, const int64_t* from, const int64_t* to,
+                  const int64_t* ends, int64_t hidden, bf16* scratch, bf16* out) {
+    experts(x, hidden, from, to, ends, e.count, (const bf16* const*)e.gate,
+            (const bf16* const*)e.up, (const bf16* const*)e.down, hidden, e.inner, scratch, out);
+}
+inline void apply(const Experts& e, const float* x, const int64_t* from, const int64_t* to,
+                  const int64_t* ends, int64_t hidden, float* scratch, float* out) {
+    few_rows_experts(x, hidden, from, to, ends, e.count, (const float* const*)e.gate,
+                     (const float* const*)e.up, (const float* const*)e.down, hidden, e.inner,
+                     scratch, out);
+}
+
+inline void norm(const bf16* x, int64_t stride, int64_t rows, int64_t groups, int64_t size,
+                 const float* weight, float eps, bf16* out, int64_t out_stride) {
+    rms_norm(x, stride, rows, groups, size, weight, eps, out, out_stride);
+}
+inline void norm(const float* x, int64_t stride, int64_t rows, int64_t groups, int64_t size,
+                 const float* weight, float eps, float* out, int64_t out_stride) {
+    rms_norm_float(x, stride, rows, groups, size, weight, eps, out, out_stride);
+}
+
+inline void turn(bf16* x, int64_t stride, int64_t tokens, int64_t heads, const AttentionLayer& l,
+                 const Tokens& t) {
+    rotate(x, stride, tokens, heads, l.head_dim, l.rotary_dim, t.cos, t.sin, l.interleave);
+}
+inline void turn(float* x, int64_t stride, int64_t tokens, int64_t heads, const AttentionLayer& l,
+                 const Tokens& t) {
+    rotate_float(x, stride, tokens, heads, l.head_dim, l.rotary_dim, t.cos, t.sin, l.interleave);
+}
+
+inline void attend(const bf16* q, int64_t stride, const AttentionLayer& l, const Tokens& t,
+                   const Pages& p, bf16* out) {
+    attention(q, stride, (const bf16*)p.keys, (const bf16*)p.values, t.tables, t.width,
+              t.first_token, t.scheduled, t.lengths, t.seqs, l.heads, l.kv_heads, l.head_dim,
+              l.head_dim, p.block_size, l.scale, l.window, l.sinks, out);
+}
+inline void attend(const float* q, int64_t stride, const AttentionLayer& l, const Tokens& t,
+                   const Pages& p, float* out) {
+    decode_attention_float(q, stride, (const float*)p.keys, (const float*)p.values, t.tables,
+                           t.width, t.first_token, t.scheduled, t.lengths, t.seqs, l.heads,
+                           l.kv_heads, l.head_dim, l.head_dim, p.block_size, l.scale, l.window,
+                           l.sinks, out);
+}
+
+template <class T>
+std::unique_ptr<T[]> room(int64_t count) {  // not set to anything
+    return std::unique_ptr<T[]>(new T[count]);
+}
+
+// As a value of type T has it.
+inline Lanes rounded(Lanes x, const float*) { return x; }
+inline Lanes rounded(Lanes x, const bf16*) {
+    bf16 values[kLanes];
+    store(values, x);
+    return load(values);
+}
+
+template <class T>
+Lanes load_some(const T* p, int64_t count) {
+    return count >= kLanes ? load(p) : load_part(p, count);
+}
+
+// x += y.
+template <class T>
+void add_to(T* x, const T* y, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        store_part(x + i, load_some(x + i, count - i) + load_some(y + i, count - i), count - i);
+    }
+}
+
+inline const float* widen(const float* x, int64_t, float*) { return x; }
+inline const float* widen(const bf16* x, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        store_part(to + i, load_some(x + i, count - i), count - i);
+    }
+    return to;
+}
+
+}  // namespace
