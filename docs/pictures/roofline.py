@@ -1,0 +1,89 @@
+"""Draw kernels under the roofs of each instruction set, as `roofline.svg` beside this script.
+
+    for set in avx2 avx512 avx512_bf16; do
+        EXPERTLANE_CPU_ISA=$set python benchmarks/bench_kernels.py | tail -1 > kernels-$set.json
+    done
+    python docs/pictures/roofline.py kernels-*.json
+
+A point is a product: FLOPs for each byte that it reads, and the FLOP/s that it reaches. A line is
+the roof of its set: what its bytes take to be read, then the peak of its multiply-adds.
+"""
+
+import json
+import sys
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from expertlane.report.charts.colours import style_sheet
+from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
+from expertlane.report.charts.svg import WIDE_PX, svg
+from expertlane.report.document import Chart
+from expertlane.results.estimate import Estimate
+
+HERE = Path(__file__).parent
+GIGA, LEGEND_PX = 1e9, 26
+INTENSITY, SPEED = "FLOPs for each byte read", "GFLOP/s"
+
+
+def roof(found: dict[str, Any], intensities: list[float]) -> Curve:
+    """The most FLOP/s of a set at each number of FLOPs a byte, bending at its ridge."""
+    peak, reads = found["peak_flops_per_s"], found["read_bytes_per_s"]
+    places = sorted({min(intensities), peak / reads, max(*intensities, peak / reads)})
+    points = [Point(x, Estimate(value=min(peak, x * reads) / GIGA)) for x in places]
+    return Curve(f"roof of {found['instructions']}", tuple(points), role="back")
+
+
+def kernels(found: dict[str, Any]) -> Curve:
+    """What our kernels reach."""
+    points = [
+        Point(
+            row["flops_per_s"] / row["bytes_per_s"],
+            Estimate(value=row["flops_per_s"] / GIGA),
+            row["what"],
+        )
+        for row in found["rows"]
+        if row["variant"] == "ours" and row["flops_per_s"]
+    ]
+    return Curve(found["instructions"], tuple(points), is_joined=False)
+
+
+def roofline(sets: list[dict[str, Any]]) -> Chart:
+    """Roofs in grey, kernels in front."""
+    front = [kernels(found) for found in sets]
+    intensities = [point.x for curve in front for point in curve.points]
+    roofs = [roof(found, intensities) for found in sets]
+    return curves_chart(
+        "Kernels under their roofs",
+        Axis(INTENSITY, "log"),
+        Axis(SPEED, "log"),
+        [*roofs, *front],
+        note="",
+    )
+
+
+def picture(chart: Chart) -> str:
+    """The chart as a file of its own: names of the sets above it, colours inside it."""
+    drawn = str(svg(chart.spec, "roofline", WIDE_PX))
+    width, height = map(float, drawn.split('"')[1].split()[2:])  # of its view box
+    names = "".join(
+        f'<tspan fill="var({each.colour})">■ </tspan>{escape(each.label)}\u2003'
+        for each in chart.legend
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
+        f'viewBox="0 0 {width:g} {height + LEGEND_PX:g}">'
+        f"<style>{style_sheet()}svg{{background:var(--card)}}</style>"
+        f'<text x="8" y="16" font-size="13" fill="var(--ink)">{names}</text>'
+        f'{drawn.replace("<svg ", f"""<svg y="{LEGEND_PX}" height="{height:g}" """, 1)}</svg>\n'
+    )
+
+
+def main() -> None:
+    """Write the picture."""
+    chart = roofline([json.loads(Path(name).read_text("utf-8")) for name in sys.argv[1:]])
+    (HERE / "roofline.svg").write_text(picture(chart), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
