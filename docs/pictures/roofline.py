@@ -1,12 +1,10 @@
 """Draw kernels under the roofs of each instruction set, as `roofline.svg` beside this script.
 
-    for set in avx2 avx512 avx512_bf16; do
-        EXPERTLANE_CPU_ISA=$set python benchmarks/bench_kernels.py | tail -1 > kernels-$set.json
-    done
-    python docs/pictures/roofline.py kernels-*.json
+    python benchmarks/bench_kernels.py | tail -1 > kernels.json
+    python docs/pictures/roofline.py kernels.json
 
-A point is a product: FLOPs for each byte that it reads, and the FLOP/s that it reaches. A line is
-the roof of its set: what its bytes take to be read, then the peak of its multiply-adds.
+A point is a product in bfloat16: FLOPs for each byte that it reads, and the FLOP/s that it reaches.
+A line is the roof of a set: what its bytes take to be read, then the peak of its multiply-adds.
 """
 
 import json
@@ -23,36 +21,49 @@ from expertlane.results.estimate import Estimate
 
 HERE = Path(__file__).parent
 GIGA, LEGEND_PX = 1e9, 26
+DTYPE = "bfloat16"
+READ = "read"  # the benchmark's loop over as many bytes
 INTENSITY, SPEED = "FLOPs for each byte read", "GFLOP/s"
 
 
-def roof(found: dict[str, Any], intensities: list[float]) -> Curve:
-    """The most FLOP/s of a set at each number of FLOPs a byte, bending at its ridge."""
-    peak, reads = found["peak_flops_per_s"], found["read_bytes_per_s"]
+def roof(name: str, peak: float, reads: float, intensities: list[float]) -> Curve:
+    """The most FLOP/s of a set at each number of FLOPs a byte, bending at its ridge.
+
+    Args:
+        peak: FLOP/s.
+        reads: bytes per second.
+    """
     places = sorted({min(intensities), peak / reads, max(*intensities, peak / reads)})
     points = [Point(x, Estimate(value=min(peak, x * reads) / GIGA)) for x in places]
-    return Curve(f"roof of {found['instructions']}", tuple(points), role="back")
+    return Curve(f"roof of {name}", tuple(points), role="back")
 
 
-def kernels(found: dict[str, Any]) -> Curve:
-    """What our kernels reach."""
+def kernels(name: str, rows: list[dict[str, Any]]) -> Curve:
+    """What our kernels of a set reach."""
     points = [
         Point(
             row["flops_per_s"] / row["bytes_per_s"],
             Estimate(value=row["flops_per_s"] / GIGA),
             row["what"],
         )
-        for row in found["rows"]
-        if row["variant"] == "ours" and row["flops_per_s"]
+        for row in rows
+        if row["variant"] == name
     ]
-    return Curve(found["instructions"], tuple(points), is_joined=False)
+    return Curve(name, tuple(points), is_joined=False)
 
 
-def roofline(sets: list[dict[str, Any]]) -> Chart:
-    """Roofs in grey, kernels in front."""
-    front = [kernels(found) for found in sets]
+def roofline(found: dict[str, Any]) -> Chart:
+    """Roofs in grey, kernels in front, from the benchmark's JSON."""
+    rows = [row for row in found["rows"] if row["dtype"].endswith(DTYPE)]
+    peaks = {
+        key.split()[0]: peak
+        for key, peak in found["peak_flops_per_s"].items()
+        if key.endswith(DTYPE)
+    }
+    reads = max(row["bytes_per_s"] for row in rows if row["variant"] == READ)
+    front = [kernels(name, rows) for name in peaks]
     intensities = [point.x for curve in front for point in curve.points]
-    roofs = [roof(found, intensities) for found in sets]
+    roofs = [roof(name, peak, reads, intensities) for name, peak in peaks.items()]
     return curves_chart(
         "Kernels under their roofs",
         Axis(INTENSITY, "log"),
@@ -81,7 +92,7 @@ def picture(chart: Chart) -> str:
 
 def main() -> None:
     """Write the picture."""
-    chart = roofline([json.loads(Path(name).read_text("utf-8")) for name in sys.argv[1:]])
+    chart = roofline(json.loads(Path(sys.argv[1]).read_text("utf-8")))
     (HERE / "roofline.svg").write_text(picture(chart), "utf-8")
 
 
