@@ -59,7 +59,7 @@ void inner_block(const Factor* const* x, int64_t m, const bf16* gate, const bf16
     const int64_t height = tile_height(m);
     for (int64_t row = 0; row < m; row += height) {
         const int rows = (int)std::min<int64_t>(height, m - row);
-        tiles(rows, x + row, w0, w1, k, acc);
+        tiles(rows, x + row, w0, w1, k, gate ? 1 : 2, acc);
         for (int r = 0; r < rows; ++r) {
             Factor* to = out + (row + r) * inner + block * kBlock;
             if (gate) {

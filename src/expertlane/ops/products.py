@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Literal, Self
 
@@ -127,6 +127,11 @@ class PairGroups:
     order: Tensor
     numbers: Tensor
 
+    @cached_property
+    def ends(self) -> Tensor:
+        """[num_groups]; where each group's pairs end."""
+        return self.counts.cumsum(0)
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -226,7 +231,7 @@ class LoopedExperts(Experts):
         """[P, H]."""
         rows = rows.index_select(0, pairs.rows)
         results = torch.empty_like(rows) if out is None else out
-        ends = pairs.counts.cumsum(0).tolist()
+        ends = pairs.ends.tolist()
         for expert, (begin, end) in zip(self.held, pairwise([0, *ends]), strict=True):
             if end > begin:
                 of_expert = rows[begin:end]

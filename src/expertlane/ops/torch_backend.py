@@ -47,6 +47,25 @@ class PeerRows:
     places: Tensor
 
 
+@dataclass(frozen=True)
+class Outgoing:
+    """What leaves for the peers in a flat all-to-all.
+
+    Attributes:
+        ids: [T, K] int32; the copy of each pair.
+        counts: [2 · num_peers]; rows for each peer, then pairs.
+        tokens: [R]; the token of each row; rows are as those of `PeerRows`.
+        ids_there: [R, K] int32; by what the peer knows its ids, -1 for other peers'.
+        places: [T, K]; where each pair stands among all by peer.
+    """
+
+    ids: Tensor
+    counts: Tensor
+    tokens: Tensor
+    ids_there: Tensor
+    places: Tensor
+
+
 class TorchBackend:
     """Every operation in which backends differ; others replace what they do better."""
 
@@ -204,6 +223,26 @@ class TorchBackend:
         places = torch.full(reached.shape, -1, device=ids.device)
         places[tokens, peer] = torch.arange(len(tokens), device=ids.device)
         return PeerRows(reached.sum(0), tokens, ids_there, places)
+
+    def outgoing(
+        self,
+        topk_ids: Tensor,
+        table: Tensor,
+        num_copies: Tensor,
+        first: int,
+        divisor: int,
+        num_peers: int,
+    ) -> Outgoing:
+        """Copies of pairs, and the rows that they make for the peers id // divisor.
+
+        Args:
+            topk_ids, table, num_copies, first: as `choose_copies` takes them.
+        """
+        ids = self.choose_copies(topk_ids, table, num_copies, first)
+        rows = self.rows_by_peer(ids, divisor, num_peers)
+        pairs = self.group_pairs(ids, 0, divisor, num_peers)
+        counts = torch.cat([rows.counts, pairs.counts])
+        return Outgoing(ids, counts, rows.tokens, rows.ids, inverse(pairs.order).view_as(ids))
 
     def fan_out(
         self, ids: Tensor, divisor: int, nodes: Tensor, node: int
