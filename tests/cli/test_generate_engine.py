@@ -166,6 +166,6 @@ def test_what_computes_is_said_once(monkeypatch, capsys, kernels, said):
     llm.machine = (replace(MACHINE, kernels=kernels),)
     monkeypatch.setattr("expertlane.engine.llm.LLM", lambda *_, **__: llm)
     found = model.find_model("paper-tiny")
-    engine = SimpleNamespace(for_llm=dict)
+    engine = SimpleNamespace(for_llm=dict, weights="model")
     assert found.load(Layout(), engine) is llm
     assert capsys.readouterr().err.partition(" s\n")[2] == said

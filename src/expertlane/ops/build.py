@@ -92,8 +92,8 @@ def build(instructions: InstructionSet) -> ctypes.CDLL:
     Raises:
         BuildError: there is no compiler, it failed, or there is nowhere to put the library.
     """
-    if (library := _shipped(instructions)) is not None:
-        return library
+    if (shipped := _shipped(instructions)) is not None:
+        return shipped
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if found is None:
         raise BuildError(
