@@ -162,21 +162,29 @@ Block<W> block_of(const Matrix& matrix, int64_t number, int64_t k, Groups groups
 
 constexpr int64_t kFewRows = 2 * kRows;  // with more, two blocks are widened once for all of them
 
-// Two blocks, widened into a cache.
-template <class W>
+// Two blocks, widened into a cache as rows of type X take them.
+template <class W, class X>
 struct Panel {
-    std::unique_ptr<Pair<W>[]> pairs;
-    Block<Pair<W>> first, second;
+    using Cell = std::conditional_t<std::is_same_v<X, float>, Wide<W>, Pair<W>>;
+    static constexpr int64_t kInputs = std::is_same_v<X, float> ? 1 : 2;  // of a cell
+
+    std::unique_ptr<Cell[]> cells;
+    Block<Cell> first, second;
 
     Panel(const Block<W>& one, const Block<W>& two, int64_t k)
-        : pairs(new Pair<W>[(size_t)(k * kBlock)]),
-          first{pairs.get(), one.scales}, second{pairs.get() + k / 2 * kBlock, two.scales} {
-        widen(one.values, k, pairs.get());
-        widen(two.values, k, pairs.get() + k / 2 * kBlock);
+        : cells(new Cell[(size_t)(2 * k / kInputs * kBlock)]),
+          first{cells.get(), one.scales}, second{cells.get() + k / kInputs * kBlock, two.scales} {
+        widen(one.values, k, cells.get());
+        widen(two.values, k, cells.get() + k / kInputs * kBlock);
     }
 
     static bool suits(int64_t m, int64_t k, Groups groups) {
-        return m > kFewRows && !(k % 2 || groups.first % 2 || (groups.size % 2 && groups.size < k));
+        const int64_t ends = k | groups.first | (groups.size < k ? groups.size : 0);
+        return m > kFewRows && ends % kInputs == 0;
+    }
+
+    static void widen(const W* from, int64_t k, Wide<W>* to) {
+        for (int64_t i = 0; i < k * kBlock; i += kLanes) store(&to[i].value, load(from + i));
     }
 
     static void widen(const W* from, int64_t k, Pair<W>* to) {
@@ -186,13 +194,13 @@ struct Panel {
         for (; i + 4 <= k; i += 4) {
             Bits both[2];
             widen_four(from + i * kBlock, both);
-            std::memcpy(to + i / 2 * kBlock, both, sizeof(both));
+            std::memcpy((void*)(to + i / 2 * kBlock), both, sizeof(both));
         }
 #endif
         for (; i < k; i += 2) {
             for (int v = 0; v < kBlock / kLanes; ++v) {
                 const Bits both = load_narrow_pairs(from, i, v);
-                std::memcpy(to + place(i / 2, v), &both, sizeof(both));
+                std::memcpy((void*)(to + place(i / 2, v)), &both, sizeof(both));
             }
         }
     }
@@ -253,9 +261,9 @@ struct TakenRows {
 template <class W, class X, class Use>
 void each_row(const X* x, int64_t stride, const int64_t* from_row, int64_t m, const Block<W>& first,
               const Block<W>& second, int64_t k, Groups groups, Use use) {
-    if constexpr (std::is_same_v<X, bf16> && sizeof(W) == 1) {
-        if (Panel<W>::suits(m, k, groups)) {
-            const Panel<W> panel(first, second, k);
+    if constexpr (sizeof(W) == 1) {
+        if (Panel<W, X>::suits(m, k, groups)) {
+            const Panel<W, X> panel(first, second, k);
             return each_row(x, stride, from_row, m, panel.first, panel.second, k, groups, use);
         }
     }

@@ -15,6 +15,14 @@ constexpr float kUnit = 1.0f;
 template <>
 constexpr float kUnit<E4m3> = 256.0f;
 
+// A widened weight; the same unit.
+template <class W>
+struct Wide { float value; };
+template <class W>
+constexpr float kUnit<Wide<W>> = kUnit<W>;
+template <class W>
+inline Lanes load(const Wide<W>* p) { return load(&p->value); }
+
 // Two inputs of an output, as a panel of widened weights has them: [k / 2][16].
 template <class W>
 struct Pair { bf16 both[2]; };
