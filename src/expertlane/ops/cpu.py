@@ -167,8 +167,7 @@ class VectorBackend(CpuBackend):
 
     Weights of one byte are widened as they are read (`narrow.cpp`).
 
-    In float32 it has what decoding takes: products of few rows (`few_rows.cpp`), attention of one
-    new token a sequence. torch has the rest.
+    In float32 it has attention too, and products of few rows (`few_rows.cpp`). torch has the rest.
 
     Args:
         library: compiled for the instruction set.
@@ -182,8 +181,10 @@ class VectorBackend(CpuBackend):
         self._library = library
         self._linear = _function(library, "linear", "pnnpnnpp")
         self._experts = _function(library, "experts", "pnpppnpppnnpp")
-        self._attention = _function(library, "attention", "pnpppnpppnnnnnnfnpp")
-        self._decode_attention = _function(library, "decode_attention_float", "pnpppnpppnnnnnnfnpp")
+        self._attention = {
+            dtype: _function(library, name, "pnpnpnpnpppnpppnnnnnnfnpp")
+            for dtype, name in ((torch.bfloat16, "attention"), (torch.float32, "attention_float"))
+        }
         self._few_rows_linear = _function(library, "few_rows_linear", "pnnpnnpp")
         self._few_rows_experts = _function(library, "few_rows_experts", "pnpppnpppnnpp")
         self._narrow_linear = _function(library, "narrow_linear", "iipnnppnnnnpp")
@@ -262,23 +263,19 @@ class VectorBackend(CpuBackend):
         value_dim, scale, window, sinks = params
         num_tokens, num_heads, key_dim = query.shape
         keys, values = cache.keys, cache.values
-        attend, multiple = self._attention, 32
-        if keys.dtype is torch.float32 and batch.is_decode:
-            attend, multiple = self._decode_attention, 16
-        elif keys.dtype is not torch.bfloat16:
-            multiple = 0
-        if not multiple or key_dim % multiple or value_dim % 16 or query.dtype is not keys.dtype:
+        if query.dtype not in self._attention or query.dtype is not keys.dtype:
             return super().paged_attention(query, key, value, cache, batch, params)
-        cache.write(batch.slots, key, value)
+        query, key, value = (_heads_side_by_side(each) for each in (query, key, value))
         out = query.new_empty(num_tokens, num_heads, value_dim)
         sequences = batch.sequences
         tables = sequences.block_tables
-        attend(
-            *(query.data_ptr(), query.stride(0), keys.data_ptr()),
-            *(values.data_ptr() if values.shape[-1] else None, tables.data_ptr(), tables.shape[1]),
-            *(sequences.first_tokens.data_ptr(), sequences.num_scheduled.data_ptr()),
-            *(sequences.lengths.data_ptr(), len(tables), num_heads, keys.shape[2]),
-            *(key_dim, value_dim, keys.shape[1], scale, window or 0),
+        self._attention[query.dtype](
+            *(query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0)),
+            *(value.data_ptr(), value.stride(0), batch.slots.data_ptr(), num_tokens),
+            *(keys.data_ptr(), values.data_ptr() if values.shape[-1] else None),
+            *(tables.data_ptr(), tables.shape[1], sequences.first_tokens.data_ptr()),
+            *(sequences.num_scheduled.data_ptr(), sequences.lengths.data_ptr(), len(tables)),
+            *(num_heads, keys.shape[2], key_dim, value_dim, keys.shape[1], scale, window or 0),
             *(None if sinks is None else sinks.data_ptr(), out.data_ptr()),
         )
         return out
@@ -313,6 +310,11 @@ class VectorBackend(CpuBackend):
             *(cos.data_ptr(), sin.data_ptr(), interleave),
         )
         return x
+
+
+def _heads_side_by_side(x: Tensor) -> Tensor:
+    """[num_tokens, heads, dim] whose tokens alone may lie apart."""
+    return x if x[0:1].is_contiguous() else x.contiguous()
 
 
 class PackedLinear(Linear):
