@@ -302,6 +302,7 @@ def bench(
     payload: Literal['model', 'bfloat16', 'float8'] = 'model',
     placement: Text = 'linear',
     num_redundant_experts: int = 0,
+    weights: Literal['model', 'int8'] = 'model',
     rebalance_steps: int = 0,
     ranks_per_node: int = 0,
     timeout_s: float = 60.0,
@@ -353,6 +354,8 @@ def bench(
         placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
             expertlane balance.
         num_redundant_experts: Redundant experts per MoE layer, to share load.
+        weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
+            for every 128 inputs.
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
         ranks_per_node: Consecutive ranks that count as one node.

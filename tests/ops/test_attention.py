@@ -202,6 +202,31 @@ def test_what_is_not_seen_may_be_anything(ours, dtype):
     assert torch.equal(*found)
 
 
+@pytest.mark.numerical
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(
+    num_tokens=st.integers(0, 30),
+    heads=st.integers(1, 5),
+    sizes=st.tuples(st.integers(1, 70), st.sampled_from([1, 2, 6, 32, 130])),
+)
+def test_a_product_for_each_head(ours, num_tokens, heads, sizes):
+    """Between rows that lie apart; odd widths are torch's."""
+    out_features, in_features = sizes
+    generator = torch.Generator().manual_seed(0)
+    for dtype, bound in BOUND.items():
+        wide = torch.randn(num_tokens, heads, in_features + 3, generator=generator).to(dtype)
+        weight = torch.randn(heads, out_features, in_features, generator=generator).to(dtype)
+        x, out = wide[..., 3:], torch.zeros(num_tokens, heads, out_features + 5, dtype=dtype)
+        product = ours.heads_linear(weight)
+        assert product.num_weights == weight.numel()
+        product(x, out=out[..., :-5])
+        expected = torch.einsum("thk,hnk->thn", x.double(), weight.double())
+        assert not out[..., -5:].any()
+        if num_tokens:
+            error = (out[..., :-5].double() - expected).abs().max()
+            assert error <= bound * expected.abs().max()
+
+
 def test_other_types_are_torch_s(ours):
     batch = batch_of([(4, 1), (0, 3)], 4)
     drawn = Drawn(batch, (4, 2), (8, 8), torch.float64)

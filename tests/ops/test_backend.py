@@ -15,6 +15,7 @@ import torch
 import expertlane
 from expertlane.errors import UserError
 from expertlane.ops import backend as module
+from expertlane.ops import build as build_module
 from expertlane.ops.backend import backend_for, backend_of_cpu, choose_platform
 from expertlane.ops.build import (
     _ARM,
@@ -26,6 +27,7 @@ from expertlane.ops.build import (
     InstructionSet,
     _library,
     build,
+    shipped_name,
 )
 from expertlane.ops.cpu import CpuBackend, VectorBackend
 from expertlane.ops.torch_backend import TorchBackend
@@ -333,3 +335,23 @@ def test_the_option_reaches_the_ranks():
 
 def test_the_option_names_the_sets_of_every_architecture():
     assert {*get_args(CpuIsa)} == {"baseline", *(each.name for each in (*_X86, *_ARM))}
+
+
+@needs_compiler
+def test_what_the_wheel_brought_is_taken_before_a_compiler_is(monkeypatch, tmp_path):
+    built = Path(build(BASELINE)._name)
+    monkeypatch.setattr(build_module, "SHIPPED", tmp_path)
+    monkeypatch.setenv("CXX", "/bin/false")
+    shipped = tmp_path / shipped_name(BASELINE)
+    shutil.copy(built, shipped)
+    assert build(BASELINE)._name == str(shipped)
+
+
+@needs_compiler
+def test_what_the_wheel_brought_for_another_system_is_compiled_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(build_module, "SHIPPED", tmp_path)
+    (tmp_path / shipped_name(BASELINE)).write_bytes(b"of another system")
+    assert Path(build(BASELINE)._name).parent != tmp_path
+    monkeypatch.setenv("CXX", "/bin/false")
+    with pytest.raises(BuildError, match="/bin/false failed"):
+        build(BASELINE)

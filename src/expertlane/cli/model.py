@@ -73,7 +73,8 @@ class FoundModel:
                 **engine.for_llm(),
             )
         if "(" in (kernels := llm.machine[0].kernels):  # the set, or why they are not ours
-            print_message(f"computing with {kernels}")
+            lost = "; expertlane's own kernels are faster" if kernels.startswith("torch (") else ""
+            print_message(f"computing with {kernels}{lost}")
         is_narrow = self.quantization is not None and self.quantization.is_narrow
         if (is_narrow or engine.weights != "model") and not llm.machine[0].keeps_narrow:
             dtype = llm.machine[0].dtype

@@ -295,13 +295,13 @@ class MoEBlock:
         recorder, layer = self._recorder, self._layer
         hidden, topk_ids, topk_weights = self._router(x)
         recorder.record_topk_ids(topk_ids)
-        self._count_router(len(x))
+        self._count_router(x.shape[0])
         recorder.enter(Stage.DISPATCH, layer)
         dispatcher = self._dispatchers[batch.dispatch_form]
         tokens = RoutedTokens(hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank)
         rows, pairs, sent = yield from dispatcher.dispatch(tokens)
         recorder.enter(Stage.EXPERTS, layer)
-        results = self.experts(rows, pairs, dispatcher.room(len(pairs.rows), rows))
+        results = self.experts(rows, pairs, dispatcher.room(pairs.rows.shape[0], rows))
         if recorder.is_recording:
             with recorder.uncounted():
                 self._count_experts(pairs.counts.tolist())

@@ -18,13 +18,14 @@ from expertlane.ops.products import (
     Activation,
     Expert,
     Experts,
+    HeadsLinear,
     Linear,
     PairGroups,
 )
 from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
 from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart, attention_part
-from expertlane.ops.torch_backend import PeerRows, TorchBackend
+from expertlane.ops.torch_backend import Outgoing, PeerRows, TorchBackend
 
 _LANES = 16
 _FEW_ROWS = 16  # with more, torch's own products are faster
@@ -59,7 +60,8 @@ class CpuBackend(TorchBackend):
         self.baseline = baseline
         self._choose_copies = _function(baseline, "choose_copies", "pnpnpnnp")
         self._rows_by_peer = _function(baseline, "rows_by_peer", "pnnninpppp", ctypes.c_int64)
-        self._group_pairs = _function(baseline, "group_pairs", "pnnniinpppp", ctypes.c_int64)
+        self._group_pairs = _function(baseline, "group_pairs", "pnnniinppppp", ctypes.c_int64)
+        self._outgoing = _function(baseline, "outgoing", "pnnpnpnninppppp", ctypes.c_int64)
         self._fan_out = _function(baseline, "fan_out", "pnninpnppp")
         self._pack_rows = _function(baseline, "pack_rows", "pnnnpppp")
         self._take_sums(baseline)
@@ -76,7 +78,7 @@ class CpuBackend(TorchBackend):
         physical = torch.empty(topk_ids.shape, dtype=torch.int32)
         self._choose_copies(
             *(topk_ids.data_ptr(), topk_ids.numel(), table.data_ptr(), table.shape[1]),
-            *(num_copies.data_ptr(), len(num_copies), first, physical.data_ptr()),
+            *(num_copies.data_ptr(), num_copies.shape[0], first, physical.data_ptr()),
         )
         return physical
 
@@ -106,14 +108,44 @@ class CpuBackend(TorchBackend):
 
     def group_pairs(self, ids: Tensor, first: int, divisor: int, num_groups: int) -> PairGroups:
         num_rows, top_k = ids.shape
-        counts = torch.empty(num_groups, dtype=torch.int64)
-        rows, order = torch.empty(2, num_rows * top_k, dtype=torch.int64).unbind()
+        counts, ends = (torch.empty(num_groups, dtype=torch.int64) for _ in range(2))
+        rows, order = (torch.empty(num_rows * top_k, dtype=torch.int64) for _ in range(2))
         numbers = torch.empty(num_rows, top_k, dtype=torch.int64)
         num_pairs = self._group_pairs(
             *(ids.data_ptr(), ids.stride(0), num_rows, top_k, first, divisor, num_groups),
-            *(counts.data_ptr(), rows.data_ptr(), order.data_ptr(), numbers.data_ptr()),
+            *(counts.data_ptr(), ends.data_ptr(), rows.data_ptr(), order.data_ptr()),
+            numbers.data_ptr(),
         )
-        return PairGroups(counts, rows[:num_pairs], order[:num_pairs], numbers)
+        if num_pairs < num_rows * top_k:
+            rows, order = rows[:num_pairs], order[:num_pairs]
+        pairs = PairGroups(counts, rows, order, numbers)
+        pairs.__dict__["ends"] = ends  # known already
+        return pairs
+
+    def outgoing(
+        self,
+        topk_ids: Tensor,
+        table: Tensor,
+        num_copies: Tensor,
+        first: int,
+        divisor: int,
+        num_peers: int,
+    ) -> Outgoing:
+        assert topk_ids.dtype is torch.int64, "kernels take its memory as it is"
+        num_tokens, top_k = topk_ids.shape
+        topk_ids, most = topk_ids.contiguous(), num_tokens * min(top_k, num_peers)
+        counts, tokens = (torch.empty(num, dtype=torch.int64) for num in (2 * num_peers, most))
+        ids, ids_there = (torch.empty(num, top_k, dtype=torch.int32) for num in (num_tokens, most))
+        places = torch.empty(num_tokens, top_k, dtype=torch.int64)
+        num_rows = self._outgoing(
+            *(topk_ids.data_ptr(), num_tokens, top_k, table.data_ptr(), table.shape[1]),
+            *(num_copies.data_ptr(), num_copies.shape[0], first, divisor, num_peers),
+            *(ids.data_ptr(), counts.data_ptr(), tokens.data_ptr(), ids_there.data_ptr()),
+            places.data_ptr(),
+        )
+        if num_rows < most:
+            tokens, ids_there = tokens[:num_rows], ids_there[:num_rows]
+        return Outgoing(ids, counts, tokens, ids_there, places)
 
     def pack(self, parts: Sequence[tuple[Tensor, Tensor | None]], packed: Tensor) -> None:
         from_, stride, num_bytes, index = (array("q", [0] * len(parts)) for _ in range(4))
@@ -139,7 +171,7 @@ class CpuBackend(TorchBackend):
         parts = values if isinstance(values, RowParts) else RowParts.of(values.contiguous())
         places, weights = places.contiguous(), None if weights is None else weights.contiguous()
         if out is None:
-            out = torch.empty(len(places), parts.width, dtype=parts.dtype)
+            out = torch.empty(places.shape[0], parts.width, dtype=parts.dtype)
         num_rows = array("q", parts.num_rows)
         self._gather_sum(
             *(parts.dtype is torch.bfloat16, parts.pointers.buffer_info()[0]),
@@ -180,6 +212,7 @@ class VectorBackend(CpuBackend):
         self.instructions = instructions
         self._library = library
         self._linear = _function(library, "linear", "pnnpnnpp")
+        self._heads_linear = _function(library, "heads_linear", "pnnnpnnnpnn")
         self._experts = _function(library, "experts", "pnpppnpppnnpp")
         self._attention = {
             dtype: _function(library, name, "pnpnpnpnpppnpppnnnnnnfnpp")
@@ -225,6 +258,11 @@ class VectorBackend(CpuBackend):
         if not suits:
             return super().experts(held, activation)
         return _PackedExperts(held, activation, self._experts)
+
+    def heads_linear(self, weight: Tensor) -> HeadsLinear:
+        if weight.dtype is not torch.bfloat16 or weight.shape[2] % 2 or not weight.numel():
+            return super().heads_linear(weight)
+        return PackedHeadsLinear(weight, self._heads_linear)
 
     def router(self, params: RouterParams) -> Router:
         if not CompiledRouter.suits(params):
@@ -274,7 +312,7 @@ class VectorBackend(CpuBackend):
             *(value.data_ptr(), value.stride(0), batch.slots.data_ptr(), num_tokens),
             *(keys.data_ptr(), values.data_ptr() if values.shape[-1] else None),
             *(tables.data_ptr(), tables.shape[1], sequences.first_tokens.data_ptr()),
-            *(sequences.num_scheduled.data_ptr(), sequences.lengths.data_ptr(), len(tables)),
+            *(sequences.num_scheduled.data_ptr(), sequences.lengths.data_ptr(), tables.shape[0]),
             *(num_heads, keys.shape[2], key_dim, value_dim, keys.shape[1], scale, window or 0),
             *(None if sinks is None else sinks.data_ptr(), out.data_ptr()),
         )
@@ -352,6 +390,31 @@ class PackedLinear(Linear):
         return out
 
 
+class PackedHeadsLinear(HeadsLinear):
+    """Matrices side by side, each as `PackedLinear` has it; widths are even.
+
+    Args:
+        function: the kernel.
+    """
+
+    def __init__(self, weight: Tensor, function: Any) -> None:
+        super().__init__(weight)
+        self._function = function
+
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        return torch.stack([PackedLinear.pack(each) for each in weight])
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        assert x.stride(2) == out.stride(2) == 1, "values of a head lie side by side"
+        self._function(
+            *(x.data_ptr(), x.stride(0), x.stride(1), x.shape[0], self.weight.data_ptr()),
+            *(self.num_heads, self.out_features, self.in_features),
+            *(out.data_ptr(), out.stride(0), out.stride(1)),
+        )
+        return out
+
+
 class _PackedExperts(Experts):
     """One call of a kernel: SiLU(gate) · up, or GELU(up) without a gate; then down.
 
@@ -367,14 +430,14 @@ class _PackedExperts(Experts):
         self.matrices = _matrices(held)
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
-        num_pairs, hidden = len(pairs.rows), rows.shape[1]
+        num_pairs, hidden = pairs.rows.shape[0], rows.shape[1]
         out = rows.new_empty(num_pairs, hidden) if out is None else out
         scratch = rows.new_empty(num_pairs, self._inner)
         if num_pairs:
-            ends = pairs.counts.cumsum(0)
+            ends = pairs.ends
             self._function(
                 *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
-                *(pairs.order.data_ptr(), ends.data_ptr(), len(ends), *self.matrices),
+                *(pairs.order.data_ptr(), ends.data_ptr(), ends.shape[0], *self.matrices),
                 *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
             )
         return out
@@ -423,7 +486,7 @@ class _FewRowsExperts(Experts):
         if not 0 < most <= _FEW_ROWS or rows.stride(1) != 1:
             return self._many(rows, pairs, out)
         out = rows.new_empty(num_pairs, hidden) if out is None else out
-        scratch, ends = rows.new_empty(num_pairs, self._inner), pairs.counts.cumsum(0)
+        scratch, ends = rows.new_empty(num_pairs, self._inner), pairs.ends
         self._function(
             *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
             *(pairs.order.data_ptr(), ends.data_ptr(), len(self.held), *self.matrices),

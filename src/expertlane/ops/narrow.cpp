@@ -34,24 +34,27 @@ constexpr int kVectors = kBlocks * kBlock / kLanes;
 constexpr int kRows = kLanes == 16 ? 12 : 6;    // most rows of a tile, so that sums fit registers
 constexpr int64_t kAhead = 1024;                // bytes to prefetch
 
-// Half precision has e4m3's mantissa with 7 zeros after it, and an exponent that is 8 less.
+// What a loaded weight is to be multiplied by, beside its scale.
+template <class W>
+constexpr float kUnit = 1.0f;
+template <>
+constexpr float kUnit<E4m3> = 256.0f;
+
+// Half precision has e4m3's mantissa with 7 zeros after it, and an exponent that is 8 more.
 inline Lanes load(const E4m3* p) {
 #if defined(__AVX512F__)
-    const __m512i bits = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
-    const __m512i half = (__m512i)(((Bits)bits << 7) & 0xbf80);
-    const __m512 value = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(half));
+    const __m256i bits = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+    const __m256i magnitude = _mm256_slli_epi16(bits, 7);
+    return _mm512_cvtph_ps(_mm256_and_si256(magnitude, _mm256_set1_epi16((short)0xbf80)));
 #elif defined(__AVX2__)
     const __m128i bits = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
-    const __m128i half = _mm_and_si128(_mm_slli_epi16(bits, 7), _mm_set1_epi16((short)0xbf80));
-    const __m256 value = _mm256_cvtph_ps(half);
-#endif
-#if defined(__AVX2__)
-    return value * 256.0f;
+    const __m128i magnitude = _mm_slli_epi16(bits, 7);
+    return _mm256_cvtph_ps(_mm_and_si128(magnitude, _mm_set1_epi16((short)0xbf80)));
 #else
     // As a float32 with too small an exponent, maybe none: multiplying sets both right.
     Bits bits;
     for (int i = 0; i < kLanes; ++i) bits[i] = p[i].bits;
-    const Lanes value = lanes_of((bits & 0x7f) << 20) * 0x1p120f;
+    const Lanes value = lanes_of((bits & 0x7f) << 20) * 0x1p112f;
     return lanes_of(bits_of(value) | (bits & 0x80) << 24);
 #endif
 }
@@ -77,7 +80,7 @@ constexpr bf16 magnitude(int8_t, int code) { return bf16_of(code, 0); }
 constexpr bf16 magnitude(E4m3, int code) {
     const int exponent = code >> 3, mantissa = code & 7;
     if (code == 127) return 0x7fc0;
-    return exponent ? bf16_of(8 + mantissa, exponent - 10) : bf16_of(mantissa, -9);
+    return exponent ? bf16_of(8 + mantissa, exponent - 18) : bf16_of(mantissa, -17);
 }
 
 // The bytes of the bfloat16 of every magnitude; and which byte of 4 inputs of 16 outputs goes where
@@ -207,6 +210,25 @@ inline void add_group(const bf16* const* x, const W* const* w, int64_t i, int64_
     }
 }
 
+// Two inputs of an output, as a panel of widened weights has them: [k / 2][16].
+template <class W>
+struct Pair { bf16 both[2]; };
+template <class W>
+constexpr float kUnit<Pair<W>> = kUnit<W>;
+
+template <int R, class W>
+inline void add_group(const bf16* const* x, const Pair<W>* const* w, int64_t i, int64_t end,
+                      Lanes sums[R][kVectors]) {
+    for (int r = 0; r < R; ++r) for (int v = 0; v < kVectors; ++v) sums[r][v] = Lanes{};
+    for (; i < end; i += 2) {
+        for (int v = 0; v < kVectors; ++v) {
+            const Pair<W>* from = w[v * kLanes / kBlock] + place(i / 2, v);
+            const Bits pairs = load_pairs(from->both);
+            for (int r = 0; r < R; ++r) sums[r][v] = add_products(sums[r][v], pairs, x[r] + i);
+        }
+    }
+}
+
 // out[r] = row x[r] times kBlocks blocks of 16 outputs.
 template <int R, class W, class X>
 void tile(const X* const* x, const W* const* w, const float* const* scales, int64_t k,
@@ -217,7 +239,7 @@ void tile(const X* const* x, const W* const* w, const float* const* scales, int6
         Lanes sums[R][kVectors];
         add_group<R>(x, w, i, std::min(end, k), sums);
         for (int v = 0; v < kVectors; ++v) {
-            const Lanes scale = load(scales[v * kLanes / kBlock] + place(g, v));
+            const Lanes scale = load(scales[v * kLanes / kBlock] + place(g, v)) * kUnit<W>;
             for (int r = 0; r < R; ++r) total[r][v] = fma(sums[r][v], scale, total[r][v]);
         }
     }
@@ -241,9 +263,50 @@ template <class W>
 struct Block {
     const W* values;
     const float* scales;
-    Block(const Matrix& of, int64_t number, int64_t k, Groups groups)
-        : values((const W*)of.values + number * k * kBlock),
-          scales(of.scales + number * groups.count(k) * kBlock) {}
+};
+
+template <class W>
+Block<W> block_of(const Matrix& matrix, int64_t number, int64_t k, Groups groups) {
+    return {(const W*)matrix.values + number * k * kBlock,
+            matrix.scales + number * groups.count(k) * kBlock};
+}
+
+constexpr int64_t kFewRows = 2 * kRows;  // with more, two blocks are widened once for all of them
+
+// Two blocks, widened into a cache.
+template <class W>
+struct Panel {
+    std::unique_ptr<Pair<W>[]> pairs;
+    Block<Pair<W>> first, second;
+
+    Panel(const Block<W>& one, const Block<W>& two, int64_t k)
+        : pairs(new Pair<W>[(size_t)(k * kBlock)]),
+          first{pairs.get(), one.scales}, second{pairs.get() + k / 2 * kBlock, two.scales} {
+        widen(one.values, k, pairs.get());
+        widen(two.values, k, pairs.get() + k / 2 * kBlock);
+    }
+
+    static bool suits(int64_t m, int64_t k, Groups groups) {
+        return m > kFewRows && !(k % 2 || groups.first % 2 || (groups.size % 2 && groups.size < k));
+    }
+
+    static void widen(const W* from, int64_t k, Pair<W>* to) {
+        int64_t i = 0;
+#if defined(__AVX512VBMI__)
+        const Widener<W> widen_four;
+        for (; i + 4 <= k; i += 4) {
+            Bits both[2];
+            widen_four(from + i * kBlock, both);
+            std::memcpy(to + i / 2 * kBlock, both, sizeof(both));
+        }
+#endif
+        for (; i < k; i += 2) {
+            for (int v = 0; v < kBlock / kLanes; ++v) {
+                const Bits both = load_narrow_pairs(from, i, v);
+                std::memcpy(to + place(i / 2, v), &both, sizeof(both));
+            }
+        }
+    }
 };
 
 // out[r] = rows of x times two blocks.
@@ -303,27 +366,39 @@ struct TakenRows {
     }
 };
 
-template <class W, class X>
-void product(const Taken<X>* x, int64_t stride, const int64_t* from_row, int64_t m,
-             const Matrix& w, int64_t pair, int64_t n, int64_t k, Groups groups,
-             const float* bias, X* out, const int64_t* to_row) {
-    const int64_t at = 2 * pair * kBlock, left = n - at;
-    const Block<W> first(w, 2 * pair, k, groups);
-    const Block<W> second(w, left > kBlock ? 2 * pair + 1 : 2 * pair, k, groups);
+// use(row, sums) for the sums of each of m rows with two blocks; row i is from_row[i] of x, or i.
+template <class W, class X, class Use>
+void each_row(const X* x, int64_t stride, const int64_t* from_row, int64_t m, const Block<W>& first,
+              const Block<W>& second, int64_t k, Groups groups, Use use) {
+    if constexpr (std::is_same_v<X, bf16> && sizeof(W) == 1) {
+        if (Panel<W>::suits(m, k, groups)) {
+            const Panel<W> panel(first, second, k);
+            return each_row(x, stride, from_row, m, panel.first, panel.second, k, groups, use);
+        }
+    }
     float sums[kRows][2 * kBlock];
     const int64_t height = tile_height(m);
     for (int64_t row = 0; row < m; row += height) {
         const int rows = (int)std::min<int64_t>(height, m - row);
-        const Taken<X>* from[kRows];
+        const X* from[kRows];
         for (int r = 0; r < rows; ++r) {
             from[r] = x + (from_row ? from_row[row + r] : row + r) * stride;
         }
         two_blocks(rows, from, first, second, k, groups, sums);
-        for (int r = 0; r < rows; ++r) {
-            X* to = out + (to_row ? to_row[row + r] : row + r) * n + at;
-            write(sums[r], bias ? bias + at : nullptr, std::min<int64_t>(left, 2 * kBlock), to);
-        }
+        for (int r = 0; r < rows; ++r) use(row + r, sums[r]);
     }
+}
+
+template <class W, class X>
+void product(const Taken<X>* x, int64_t stride, int64_t m, const Matrix& w, int64_t pair, int64_t n,
+             int64_t k, Groups groups, const float* bias, X* out, const int64_t* to_row) {
+    const int64_t at = 2 * pair * kBlock, left = n - at;
+    const auto first = block_of<W>(w, 2 * pair, k, groups);
+    const auto second = block_of<W>(w, left > kBlock ? 2 * pair + 1 : 2 * pair, k, groups);
+    each_row(x, stride, nullptr, m, first, second, k, groups, [&](int64_t row, float* sums) {
+        X* to = out + (to_row ? to_row[row] : row) * n + at;
+        write(sums, bias ? bias + at : nullptr, std::min<int64_t>(left, 2 * kBlock), to);
+    });
 }
 
 inline float gelu(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }
@@ -333,24 +408,15 @@ template <class W, class X>
 void inner_block(const X* x, int64_t stride, const int64_t* from_row, int64_t m,
                  const Matrix* gate, const Matrix& up, int64_t block, int64_t k, Groups groups,
                  int64_t out_stride, X* out) {
-    const Block<W> second(up, block, k, groups), first = gate ? Block<W>(*gate, block, k, groups)
-                                                              : second;
-    float sums[kRows][2 * kBlock];
-    const int64_t height = tile_height(m);
-    for (int64_t row = 0; row < m; row += height) {
-        const int rows = (int)std::min<int64_t>(height, m - row);
-        const X* from[kRows];
-        for (int r = 0; r < rows; ++r) from[r] = x + from_row[row + r] * stride;
-        two_blocks(rows, from, first, second, k, groups, sums);
-        for (int r = 0; r < rows; ++r) {
-            float* of_row = sums[r];
-            for (int i = 0; !gate && i < kBlock; ++i) of_row[i] = gelu(of_row[i]);
-            for (int i = 0; gate && i < kBlock; i += kLanes) {
-                store(of_row + i, silu(load(of_row + i)) * load(of_row + kBlock + i));
-            }
-            write(of_row, nullptr, kBlock, out + (row + r) * out_stride + block * kBlock);
+    const auto second = block_of<W>(up, block, k, groups);
+    const auto first = gate ? block_of<W>(*gate, block, k, groups) : second;
+    each_row(x, stride, from_row, m, first, second, k, groups, [&](int64_t row, float* sums) {
+        for (int i = 0; !gate && i < kBlock; ++i) sums[i] = gelu(sums[i]);
+        for (int i = 0; gate && i < kBlock; i += kLanes) {
+            store(sums + i, silu(load(sums + i)) * load(sums + kBlock + i));
         }
-    }
+        write(sums, nullptr, kBlock, out + row * out_stride + block * kBlock);
+    });
 }
 
 template <class W, class X>
@@ -360,8 +426,7 @@ void linear(const X* x, int64_t stride, int64_t m, const Matrix& w, int64_t n, i
     const int64_t pairs = (n + 2 * kBlock - 1) / (2 * kBlock);
 #pragma omp parallel for schedule(static) if (m * n * k > 65536)
     for (int64_t pair = 0; pair < pairs; ++pair) {
-        product<W, X>(rows.begin, rows.stride, nullptr, m, w, pair, n, k, groups, bias, out,
-                      nullptr);
+        product<W>(rows.begin, rows.stride, m, w, pair, n, k, groups, bias, out, nullptr);
     }
 }
 
@@ -402,9 +467,9 @@ void experts(const X* x, int64_t stride, const Experts& of, X* out) {
 #pragma omp for schedule(dynamic, 4)
         for (int64_t task = 0; task < num_used * outs; ++task) {
             const int64_t e = used[task / outs], begin = e ? of.ends[e - 1] : 0;
-            product<W, X>(scratch.get() + begin * width, width, nullptr, of.ends[e] - begin,
-                          of.down[e], task % outs, of.hidden, of.inner, of.of_inner, nullptr,
-                          out, of.to_row + begin);
+            product<W>(scratch.get() + begin * width, width, of.ends[e] - begin, of.down[e],
+                       task % outs, of.hidden, of.inner, of.of_inner, nullptr, out,
+                       of.to_row + begin);
         }
     }
 }

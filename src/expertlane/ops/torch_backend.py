@@ -20,6 +20,7 @@ from expertlane.ops.products import (
     Expert,
     Experts,
     GroupedExperts,
+    HeadsLinear,
     Linear,
     LoopedExperts,
     OnednnLinear,
@@ -44,6 +45,25 @@ class PeerRows:
     counts: Tensor
     tokens: Tensor
     ids: Tensor
+    places: Tensor
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What leaves for the peers in a flat all-to-all.
+
+    Attributes:
+        ids: [T, K] int32; the copy of each pair.
+        counts: [2 · num_peers]; rows for each peer, then pairs.
+        tokens: [R]; the token of each row; rows are as those of `PeerRows`.
+        ids_there: [R, K] int32; by what the peer knows its ids, -1 for other peers'.
+        places: [T, K]; where each pair stands among all by peer.
+    """
+
+    ids: Tensor
+    counts: Tensor
+    tokens: Tensor
+    ids_there: Tensor
     places: Tensor
 
 
@@ -82,6 +102,10 @@ class TorchBackend:
             norm: the weight of the norm before it, to be a part of it too.
         """
         return None
+
+    def heads_linear(self, weight: Tensor) -> HeadsLinear:
+        """A product with a matrix for each head: weight [num_heads, out_features, in_features]."""
+        return HeadsLinear(weight)
 
     def paged_attention(
         self,
@@ -204,6 +228,26 @@ class TorchBackend:
         places = torch.full(reached.shape, -1, device=ids.device)
         places[tokens, peer] = torch.arange(len(tokens), device=ids.device)
         return PeerRows(reached.sum(0), tokens, ids_there, places)
+
+    def outgoing(
+        self,
+        topk_ids: Tensor,
+        table: Tensor,
+        num_copies: Tensor,
+        first: int,
+        divisor: int,
+        num_peers: int,
+    ) -> Outgoing:
+        """Copies of pairs, and the rows that they make for the peers id // divisor.
+
+        Args:
+            topk_ids, table, num_copies, first: as `choose_copies` takes them.
+        """
+        ids = self.choose_copies(topk_ids, table, num_copies, first)
+        rows = self.rows_by_peer(ids, divisor, num_peers)
+        pairs = self.group_pairs(ids, 0, divisor, num_peers)
+        counts = torch.cat([rows.counts, pairs.counts])
+        return Outgoing(ids, counts, rows.tokens, rows.ids, inverse(pairs.order).view_as(ids))
 
     def fan_out(
         self, ids: Tensor, divisor: int, nodes: Tensor, node: int
