@@ -17,7 +17,7 @@ from expertlane.model.weights import WeightSource, taker_of
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import AttentionParams, KVCache
 from expertlane.ops.narrow import side_by_side
-from expertlane.ops.products import Linear
+from expertlane.ops.products import HeadsLinear, Linear
 from expertlane.ops.step import AttentionPart, AttentionWeights
 from expertlane.spec.model import ModelConfig, RopeScaling
 from expertlane.spec.names import Stage
@@ -125,8 +125,7 @@ class _PagedHeads:
             source.matrix(layer_name(layer, "output"), inputs),
             take("output_bias") if has_bias else None,
         )
-        self._linears = [self._output]  # to be counted, and the weights that are in no such
-        self._other_weights: tuple[Tensor, ...] = ()
+        self._linears: list[Linear | HeadsLinear] = [self._output]  # to be counted
 
     def _of_heads(self, width: int) -> range:
         """Where this rank's heads are, with so many rows or columns each."""
@@ -163,10 +162,8 @@ class _PagedHeads:
         num_tokens, window = batch.batch.num_tokens, self._params.window
         pairs, positions = batch.pairs_and_positions(window)
         widths = cache.keys.shape[-1] + self._params.value_dim
-        linears, others = self._linears, self._other_weights
-        num_weights = sum(each.num_weights for each in linears)
-        num_weights += sum(each.numel() for each in others)
-        num_bytes = sum(each.num_bytes for each in linears) + sum(each.nbytes for each in others)
+        num_weights = sum(each.num_weights for each in self._linears)
+        num_bytes = sum(each.num_bytes for each in self._linears)
         recorder.count_compute(
             flops=2 * num_tokens * num_weights + 2 * pairs * self._num_heads * widths,
             weight_bytes=num_bytes if num_tokens else 0,
@@ -318,10 +315,10 @@ class LatentAttention(_PagedHeads):
         self._kv_a_norm = take("kv_a_norm", dtype=torch.float32)
         width = latent.qk_nope_head_dim + latent.v_head_dim
         kv_b = take("kv_b", self._of_heads(width)).view(num_heads, width, latent.kv_lora_rank)
-        self._key_b = kv_b[:, : latent.qk_nope_head_dim]  # [heads, nope, rank]
-        self._value_b = kv_b[:, latent.qk_nope_head_dim :]  # [heads, v_head_dim, rank]
-        self._linears += [self._query, self._kv_a]
-        self._other_weights = (self._key_b, self._value_b)
+        key_b, value_b = kv_b.split([latent.qk_nope_head_dim, latent.v_head_dim], dim=1)
+        self._to_latent = ops.heads_linear(key_b.transpose(1, 2))
+        self._from_latent = ops.heads_linear(value_b)
+        self._linears += [self._query, self._kv_a, self._to_latent, self._from_latent]
 
     @property
     def cache_dims(self) -> tuple[int, int, int]:
@@ -343,12 +340,14 @@ class LatentAttention(_PagedHeads):
         rotated = self._rotary.rotate_(rotated[:, None], batch)
         key = torch.cat([compressed[:, None], rotated], dim=-1)  # [num_tokens, 1, rank + rope]
         nope, rope = torch.split(query, [latent.qk_nope_head_dim, latent.qk_rope_head_dim], dim=-1)
-        in_latent = torch.einsum("thn,hnr->thr", nope, self._key_b)
-        query = torch.cat([in_latent, rope], dim=-1)
+        query = query.new_empty(*query.shape[:2], key.shape[2])
+        self._to_latent(nope, out=query[..., : latent.kv_lora_rank])
+        query[..., latent.kv_lora_rank :] = rope
         attended = self._ops.paged_attention(
             query, key, key[..., :0], cache, batch.pages, self._params
         )
-        out = torch.einsum("thr,hvr->thv", attended, self._value_b)
+        out = query.new_empty(*query.shape[:2], latent.v_head_dim)
+        self._from_latent(attended, out=out)
         self._count(batch, cache)
         return self._output(out.flatten(1))
         yield  # a generator like Attention's, though it never waits

@@ -91,14 +91,14 @@ class DecoderLayer:
     def _attend(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         enter, tp = self._recorder.enter, self._mesh.tp
         enter(Stage.ATTENTION, self.index)
-        if self._part is not None and tp.size == 1 and self._part.takes(x, batch.pages):
+        if self._part is not None and tp.size == 1 and self._part.takes(x):
             return self.attention.compute(self._part, x, batch, cache, adds_input=True)
         hidden = self._ops.rms_norm(x, self._attention_norm, self._eps)
         if tp.size > 1:
             enter(Stage.COLLECTIVES, self.index)
             hidden = yield tp.all_gather(hidden, batch.tokens_of_tp_rank)
             enter(Stage.ATTENTION, self.index)
-        if self._part is not None and tp.size > 1 and self._part.takes(hidden, batch.pages):
+        if self._part is not None and tp.size > 1 and self._part.takes(hidden):
             hidden = self.attention.compute(self._part, hidden, batch, cache, adds_input=False)
         else:
             hidden = yield from self.attention.forward(hidden, batch, cache)

@@ -225,7 +225,7 @@ class TransformerStage:
         Returns:
             Hidden states [num_owned, hidden_size] for the next stage, or the head's result.
         """
-        if (part := self._layers_part()) is not None and part.takes(x, batch.pages):
+        if (part := self._layers_part()) is not None and part.takes(x):
             x = part(x, batch.pages)
             self.mesh.recorder.enter(Stage.COMBINE, self._layers[-1].index)
         else:

@@ -20,6 +20,7 @@ from expertlane.ops.products import (
     Activation,
     Expert,
     Experts,
+    HeadsLinear,
     Linear,
     PairGroups,
 )
@@ -200,8 +201,7 @@ class VectorBackend(CpuBackend):
 
     Weights of one byte are widened as they are read (`narrow.cpp`).
 
-    In float32 it has what decoding takes: products of few rows (`few_rows.cpp`), attention of one
-    new token a sequence. torch has the rest.
+    In float32 it has attention too, and products of few rows (`few_rows.cpp`). torch has the rest.
 
     Args:
         library: compiled for the instruction set.
@@ -215,9 +215,12 @@ class VectorBackend(CpuBackend):
         self._library = library
         self._draw_tokens = _function(library, "draw_tokens", "pnnppppppp")
         self._linear = _function(library, "linear", "pnnpnnpp")
+        self._heads_linear = _function(library, "heads_linear", "pnnnpnnnpnn")
         self._experts = _function(library, "experts", "pnpppnpppnnpp")
-        self._attention = _function(library, "attention", "pnpppnpppnnnnnnfnpp")
-        self._decode_attention = _function(library, "decode_attention_float", "pnpppnpppnnnnnnfnpp")
+        self._attention = {
+            dtype: _function(library, name, "pnpnpnpnpppnpppnnnnnnfnpp")
+            for dtype, name in ((torch.bfloat16, "attention"), (torch.float32, "attention_float"))
+        }
         self._few_rows_linear = _function(library, "few_rows_linear", "pnnpnnpp")
         self._few_rows_experts = _function(library, "few_rows_experts", "pnpppnpppnnpp")
         self._narrow_linear = _function(library, "narrow_linear", "iipnnppnnnnpp")
@@ -258,6 +261,11 @@ class VectorBackend(CpuBackend):
         if not suits:
             return super().experts(held, activation)
         return _PackedExperts(held, activation, self._experts)
+
+    def heads_linear(self, weight: Tensor) -> HeadsLinear:
+        if weight.dtype is not torch.bfloat16 or weight.shape[2] % 2 or not weight.numel():
+            return super().heads_linear(weight)
+        return PackedHeadsLinear(weight, self._heads_linear)
 
     def router(self, params: RouterParams) -> Router:
         if not CompiledRouter.suits(params):
@@ -314,23 +322,19 @@ class VectorBackend(CpuBackend):
         value_dim, scale, window, sinks = params
         num_tokens, num_heads, key_dim = query.shape
         keys, values = cache.keys, cache.values
-        attend, multiple = self._attention, 32
-        if keys.dtype is torch.float32 and batch.is_decode:
-            attend, multiple = self._decode_attention, 16
-        elif keys.dtype is not torch.bfloat16:
-            multiple = 0
-        if not multiple or key_dim % multiple or value_dim % 16 or query.dtype is not keys.dtype:
+        if query.dtype not in self._attention or query.dtype is not keys.dtype:
             return super().paged_attention(query, key, value, cache, batch, params)
-        cache.write(batch.slots, key, value)
+        query, key, value = (_heads_side_by_side(each) for each in (query, key, value))
         out = query.new_empty(num_tokens, num_heads, value_dim)
         sequences = batch.sequences
         tables = sequences.block_tables
-        attend(
-            *(query.data_ptr(), query.stride(0), keys.data_ptr()),
-            *(values.data_ptr() if values.shape[-1] else None, tables.data_ptr(), tables.shape[1]),
-            *(sequences.first_tokens.data_ptr(), sequences.num_scheduled.data_ptr()),
-            *(sequences.lengths.data_ptr(), tables.shape[0], num_heads, keys.shape[2]),
-            *(key_dim, value_dim, keys.shape[1], scale, window or 0),
+        self._attention[query.dtype](
+            *(query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0)),
+            *(value.data_ptr(), value.stride(0), batch.slots.data_ptr(), num_tokens),
+            *(keys.data_ptr(), values.data_ptr() if values.shape[-1] else None),
+            *(tables.data_ptr(), tables.shape[1], sequences.first_tokens.data_ptr()),
+            *(sequences.num_scheduled.data_ptr(), sequences.lengths.data_ptr(), tables.shape[0]),
+            *(num_heads, keys.shape[2], key_dim, value_dim, keys.shape[1], scale, window or 0),
             *(None if sinks is None else sinks.data_ptr(), out.data_ptr()),
         )
         return out
@@ -373,6 +377,11 @@ def _multiplies(dtype: torch.dtype, *linears: Linear) -> bool:
     return kind is not None and all(type(each) in (kind, NarrowLinear) for each in linears)
 
 
+def _heads_side_by_side(x: Tensor) -> Tensor:
+    """[num_tokens, heads, dim] whose tokens alone may lie apart."""
+    return x if x[0:1].is_contiguous() else x.contiguous()
+
+
 class PackedLinear(Linear):
     """The weight [n, k], k even, as our kernels read it: [n / 16, k / 2, 16, 2], n padded.
 
@@ -405,6 +414,31 @@ class PackedLinear(Linear):
                 *(x.data_ptr(), x.stride(0), m, self.weight.data_ptr(), self.out_features, k),
                 *(shift, out.data_ptr()),
             )
+        return out
+
+
+class PackedHeadsLinear(HeadsLinear):
+    """Matrices side by side, each as `PackedLinear` has it; widths are even.
+
+    Args:
+        function: the kernel.
+    """
+
+    def __init__(self, weight: Tensor, function: Any) -> None:
+        super().__init__(weight)
+        self._function = function
+
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        return torch.stack([PackedLinear.pack(each) for each in weight])
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        assert x.stride(2) == out.stride(2) == 1, "values of a head lie side by side"
+        self._function(
+            *(x.data_ptr(), x.stride(0), x.stride(1), x.shape[0], self.weight.data_ptr()),
+            *(self.num_heads, self.out_features, self.in_features),
+            *(out.data_ptr(), out.stride(0), out.stride(1)),
+        )
         return out
 
 

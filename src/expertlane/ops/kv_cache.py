@@ -290,11 +290,6 @@ class PagedBatch:
         return attention_groups(self.batch, self.block_size, self._device)
 
     @cached_property
-    def is_decode(self) -> bool:
-        """Whether every sequence has one new token."""
-        return bool((self.batch.num_scheduled_tokens == 1).all())
-
-    @cached_property
     def sequences(self) -> PagedSequences:
         """The batch's sequences one by one."""
         batch = self.batch

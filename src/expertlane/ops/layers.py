@@ -54,9 +54,9 @@ class LayersPart:
             for own, other in zip(self._made_of, layers, strict=True)
         )
 
-    def takes(self, x: Tensor, batch: PagedBatch) -> bool:
-        """Whether it computes tokens [num_tokens, hidden_size] of a batch."""
-        return self._made_of[0][0].takes(x, batch)
+    def takes(self, x: Tensor) -> bool:
+        """Whether it computes tokens [num_tokens, hidden_size]."""
+        return self._made_of[0][0].takes(x)
 
     def __call__(self, x: Tensor, batch: PagedBatch) -> Tensor:
         """[num_tokens, hidden_size] after the last layer, of [num_tokens, hidden_size]."""

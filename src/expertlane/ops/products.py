@@ -71,6 +71,34 @@ class Linear:
         return F.linear(x, self.weight, self.bias)
 
 
+class HeadsLinear:
+    """x · Wᵀ with a matrix of its own for each head.
+
+    Args:
+        weight: [num_heads, out_features, in_features]; not kept where it is packed.
+
+    Attributes:
+        num_weights, num_bytes: of all matrices.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.num_weights, self.num_bytes = weight.numel(), weight.nbytes
+        self.num_heads, self.out_features, self.in_features = weight.shape
+        self.weight = self.pack(weight)
+
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        """[num_heads, out_features, in_features] as it is to be kept."""
+        return weight
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        """Fill out [num_tokens, num_heads, out_features] from [num_tokens, num_heads, in_features].
+
+        Tokens and heads of both may lie apart.
+        """
+        return out.copy_(torch.einsum("thk,hnk->thn", x, self.weight))
+
+
 class OnednnLinear(Linear):
     """The weight as oneDNN packs it, which only oneDNN reads: it is sent as torch has it."""
 

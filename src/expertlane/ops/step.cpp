@@ -10,7 +10,7 @@ template <class T>
 void attend_layer(const AttentionLayer& l, const Tokens& t, const Pages& pages, const T* x,
                   int64_t tokens, int64_t adds_input, T* out) {
     const int64_t hidden = l.query_key_value.inputs, width = l.query_key_value.outputs;
-    const int64_t dim = l.head_dim, own = l.heads * dim, kv = l.kv_heads * dim;
+    const int64_t dim = l.head_dim, own = l.heads * dim;
     const auto normed = room<T>(l.norm ? tokens * hidden : 0);
     const auto heads = room<T>(tokens * width), attended = room<T>(tokens * own);
     if (l.norm) norm(x, hidden, tokens, 1, hidden, l.norm, l.eps, normed.get(), hidden);
@@ -20,12 +20,7 @@ void attend_layer(const AttentionLayer& l, const Tokens& t, const Pages& pages, 
         norm(heads.get(), width, tokens, turned, dim, l.head_norms, l.eps, heads.get(), width);
     }
     turn(heads.get(), width, tokens, turned, l, t);
-    for (int64_t i = 0; i < tokens; ++i) {
-        const T* key = heads.get() + i * width + own;
-        std::memcpy((T*)pages.keys + t.slots[i] * kv, key, kv * sizeof(T));
-        std::memcpy((T*)pages.values + t.slots[i] * kv, key + kv, kv * sizeof(T));
-    }
-    attend(heads.get(), width, l, t, pages, attended.get());
+    attend(heads.get(), width, tokens, l, t, pages, attended.get());
     multiply(l.output, attended.get(), tokens, out);
     if (adds_input) add_to(out, x, tokens * hidden);
 }

@@ -33,13 +33,14 @@ void rotate(bf16*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, co
 void rotate_float(float*, int64_t, int64_t, int64_t, int64_t, int64_t, const float*, const float*,
                   int64_t);
 // attention.cpp
-void attention(const bf16*, int64_t, const bf16*, const bf16*, const int64_t*, int64_t,
-               const int64_t*, const int64_t*, const int64_t*, int64_t, int64_t, int64_t, int64_t,
-               int64_t, int64_t, float, int64_t, const float*, bf16*);
-void decode_attention_float(const float*, int64_t, const float*, const float*, const int64_t*,
-                            int64_t, const int64_t*, const int64_t*, const int64_t*, int64_t,
-                            int64_t, int64_t, int64_t, int64_t, int64_t, float, int64_t,
-                            const float*, float*);
+void attention(const bf16*, int64_t, const bf16*, int64_t, const bf16*, int64_t, const int64_t*,
+               int64_t, bf16*, bf16*, const int64_t*, int64_t, const int64_t*, const int64_t*,
+               const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float,
+               int64_t, const float*, bf16*);
+void attention_float(const float*, int64_t, const float*, int64_t, const float*, int64_t,
+                     const int64_t*, int64_t, float*, float*, const int64_t*, int64_t,
+                     const int64_t*, const int64_t*, const int64_t*, int64_t, int64_t, int64_t,
+                     int64_t, int64_t, int64_t, float, int64_t, const float*, float*);
 
 // The structures are those of `step.py`; a pointer may be null where a model has no such thing.
 
@@ -147,18 +148,22 @@ inline void turn(float* x, int64_t stride, int64_t tokens, int64_t heads, const 
     rotate_float(x, stride, tokens, heads, l.head_dim, l.rotary_dim, t.cos, t.sin, l.interleave);
 }
 
-inline void attend(const bf16* q, int64_t stride, const AttentionLayer& l, const Tokens& t,
-                   const Pages& p, bf16* out) {
-    attention(q, stride, (const bf16*)p.keys, (const bf16*)p.values, t.tables, t.width,
-              t.first_token, t.scheduled, t.lengths, t.seqs, l.heads, l.kv_heads, l.head_dim,
-              l.head_dim, p.block_size, l.scale, l.window, l.sinks, out);
+// Of heads [tokens, width]: queries, then new keys, then new values, which are stored.
+template <class T, class Kernel>
+void attend_with(Kernel kernel, const T* heads, int64_t width, int64_t tokens,
+                 const AttentionLayer& l, const Tokens& t, const Pages& p, T* out) {
+    const T *key = heads + l.heads * l.head_dim, *value = key + l.kv_heads * l.head_dim;
+    kernel(heads, width, key, width, value, width, t.slots, tokens, (T*)p.keys, (T*)p.values,
+           t.tables, t.width, t.first_token, t.scheduled, t.lengths, t.seqs, l.heads, l.kv_heads,
+           l.head_dim, l.head_dim, p.block_size, l.scale, l.window, l.sinks, out);
 }
-inline void attend(const float* q, int64_t stride, const AttentionLayer& l, const Tokens& t,
-                   const Pages& p, float* out) {
-    decode_attention_float(q, stride, (const float*)p.keys, (const float*)p.values, t.tables,
-                           t.width, t.first_token, t.scheduled, t.lengths, t.seqs, l.heads,
-                           l.kv_heads, l.head_dim, l.head_dim, p.block_size, l.scale, l.window,
-                           l.sinks, out);
+inline void attend(const bf16* heads, int64_t width, int64_t tokens, const AttentionLayer& l,
+                   const Tokens& t, const Pages& p, bf16* out) {
+    attend_with(attention, heads, width, tokens, l, t, p, out);
+}
+inline void attend(const float* heads, int64_t width, int64_t tokens, const AttentionLayer& l,
+                   const Tokens& t, const Pages& p, float* out) {
+    attend_with(attention_float, heads, width, tokens, l, t, p, out);
 }
 
 template <class T>

@@ -73,13 +73,9 @@ class AttentionPart:
         self._place = function_of(library, "place_tokens", 15)
         self._pages: tuple[KVCache, Pages] | None = None
 
-    def takes(self, x: Tensor, batch: PagedBatch) -> bool:
-        """Whether it computes tokens [num_tokens, hidden_size] of a batch."""
-        return (
-            0 < x.shape[0] <= most_tokens(self.dtype)
-            and x.is_contiguous()
-            and (self.dtype is torch.bfloat16 or batch.is_decode)
-        )
+    def takes(self, x: Tensor) -> bool:
+        """Whether it computes tokens [num_tokens, hidden_size]."""
+        return 0 < x.shape[0] <= most_tokens(self.dtype) and x.is_contiguous()
 
     def __call__(self, x: Tensor, cache: KVCache, batch: PagedBatch, *, adds_input: bool) -> Tensor:
         """Store the tokens' keys and values, and attend.
@@ -146,9 +142,8 @@ def attention_part(
     Args:
         dtype: of weights that the library multiplies with.
     """
-    multiple = 32 if dtype is torch.bfloat16 else 16
     hidden = weights.query_key_value.in_features
-    if weights.head_dim % multiple or hidden % LANES or not weights.num_heads:
+    if weights.head_dim % LANES or hidden % LANES or not weights.num_heads:
         return None
     return AttentionPart(weights, library, dtype)
 

@@ -21,6 +21,7 @@ from expertlane.ops.products import (
     Expert,
     Experts,
     GroupedExperts,
+    HeadsLinear,
     Linear,
     LoopedExperts,
     OnednnLinear,
@@ -132,6 +133,10 @@ class TorchBackend:
             [num_rows]; -1 where the greatest score is not finite.
         """
         return None
+
+    def heads_linear(self, weight: Tensor) -> HeadsLinear:
+        """A product with a matrix for each head: weight [num_heads, out_features, in_features]."""
+        return HeadsLinear(weight)
 
     def paged_attention(
         self,
