@@ -50,6 +50,7 @@ def compare(
     compute: Text = 'measured',
     timeout_s: float = 60.0,
     oversubscribe: bool = False,
+    cpu_isa: Literal['baseline', 'avx2', 'avx512', 'avx512_bf16', 'amx', 'neon', 'neon_bf16'] | None = None,
     ignore_unused_tensors: bool = False,
     project: bool = False,
     cluster: Text | None = None,
@@ -95,6 +96,7 @@ def compare(
             operations that ran.
         timeout_s: Longest wait for a rank that makes no progress.
         oversubscribe: Allow more than 32 local ranks per core.
+        cpu_isa: Largest instruction set that kernels on CPUs may use; amx only if asked for.
         ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that
             its config.json does not use.
         project: Also project the same deployments on a modelled cluster, in separate tables;
@@ -305,6 +307,7 @@ def bench(
     ranks_per_node: int = 0,
     timeout_s: float = 60.0,
     oversubscribe: bool = False,
+    cpu_isa: Literal['baseline', 'avx2', 'avx512', 'avx512_bf16', 'amx', 'neon', 'neon_bf16'] | None = None,
     ignore_unused_tensors: bool = False,
     out: str | Path | None = None,
 ) -> Results:
@@ -358,6 +361,7 @@ def bench(
         ranks_per_node: Consecutive ranks that count as one node.
         timeout_s: Longest wait for a rank that makes no progress.
         oversubscribe: Allow more than 32 local ranks per core.
+        cpu_isa: Largest instruction set that kernels on CPUs may use; amx only if asked for.
         ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that
             its config.json does not use.
         out: Folder for results.json, the reports and all else that the command writes. None:

@@ -27,7 +27,7 @@ def test_the_default_runs_shows_and_writes(comparison, run):
 
     assert (code, out) == (0, "results!\n")
     assert comparison.pools == [
-        {"num_ranks": 16, "dtype": None, "oversubscribe": False, "timeout_s": 60.0}
+        {"num_ranks": 16, "dtype": None, "oversubscribe": False, "cpu_isa": None, "timeout_s": 60.0}
     ]
     assert comparison.calls == [{"experiment": SMALL, "command": "expertlane compare"}]
     assert Path("results/paper-small/report.md").read_text() == "# results ×\n"
@@ -68,7 +68,13 @@ def test_options_are_handed_over(comparison, run):
 
     assert code == 0
     assert comparison.pools == [
-        {"num_ranks": 16, "dtype": "bfloat16", "oversubscribe": True, "timeout_s": 2.5}
+        {
+            "num_ranks": 16,
+            "dtype": "bfloat16",
+            "oversubscribe": True,
+            "cpu_isa": None,
+            "timeout_s": 2.5,
+        }
     ]
     paper = read_experiment(shipped_experiments()["paper"])
     assert [call["experiment"] for call in comparison.calls] == [paper]

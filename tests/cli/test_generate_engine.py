@@ -34,6 +34,8 @@ def test_engine_options_are_handed_over(run, stub):
     options += ["--block-size", "4", "--max-num-seqs", "3", "--max-num-batched-tokens", "7"]
     options += [
         "--oversubscribe",
+        "--cpu-isa",
+        "avx2",
         "--ignore-unused-tensors",
         "--no-prefix-caching",
         "--overlap",
@@ -73,6 +75,7 @@ def test_engine_options_are_handed_over(run, stub):
         "ranks_per_node": 1,
         "timeout_s": 5.0,
         "oversubscribe": True,
+        "cpu_isa": "avx2",
         "ignore_unused_tensors": True,
     }
     assert not stub.records_routing
@@ -151,12 +154,15 @@ def test_a_folder_without_anything_to_write_is_a_mistake(run, monkeypatch):
 @pytest.mark.parametrize(
     ("kernels", "said"),
     [
-        ("expertlane", ""),
+        ("expertlane (avx2)", "computing with expertlane (avx2)\n"),
         ("torch", ""),
-        ("torch (no compiler)", "computing with torch (no compiler)\n"),
+        (
+            "torch (no compiler)",
+            "computing with torch (no compiler); expertlane's own kernels are faster\n",
+        ),
     ],
 )
-def test_falling_back_to_torch_is_said(monkeypatch, capsys, kernels, said):
+def test_what_computes_is_said_once(monkeypatch, capsys, kernels, said):
     llm = StubLLM(PRESETS["paper-tiny"])
     llm.machine = (replace(MACHINE, kernels=kernels),)
     monkeypatch.setattr("expertlane.engine.llm.LLM", lambda *_, **__: llm)

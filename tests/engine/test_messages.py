@@ -8,7 +8,6 @@ import struct
 import threading
 from functools import reduce
 from operator import or_
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -137,7 +136,6 @@ def test_every_command_has_a_handler_and_an_answer_that_can_be_decoded():
         Decoder(result_type(command))
     assert result_type(SetDispatch) in (None, type(None))
     assert result_type(commands.TimeOneMove) == tuple[int, float]
-    assert get_args(result_type(commands.PinToCore))
 
 
 @pytest.mark.parametrize(

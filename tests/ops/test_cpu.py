@@ -1,4 +1,4 @@
-"""Our CPU kernels against float32 arithmetic written out; skipped where they are not available."""
+"""Our CPU kernels against float32 arithmetic written out, for each set."""
 
 import math
 
@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.ops.backend import backend_of_cpu
 from expertlane.ops.cpu import PackedLinear, VectorBackend
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.products import Activation, Expert, PairGroups
@@ -17,9 +16,7 @@ from expertlane.ops.row_parts import RowParts
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 
-OURS, WHY_NOT = backend_of_cpu()
 TORCH, CPU = TorchBackend(), torch.device("cpu")
-pytestmark = pytest.mark.skipif(not isinstance(OURS, VectorBackend), reason=WHY_NOT)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,21 +45,21 @@ def assert_near(ours: torch.Tensor, expected: torch.Tensor, steps: float = 2.0) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_what_ours_do_not_cover_is_torch_s(dtype: torch.dtype):
+def test_what_ours_do_not_cover_is_torch_s(kernels, dtype: torch.dtype):
     """float64, and widths that our kernels refuse."""
     width = 16 if dtype is torch.float64 else 5
     x, weight = random(3, width).to(dtype), random(7, width, seed=1).to(dtype)
-    assert type(OURS.linear(weight)) is type(TORCH.linear(weight))
-    assert torch.equal(OURS.linear(weight)(x), TORCH.linear(weight)(x))
+    assert type(kernels.linear(weight)) is type(TORCH.linear(weight))
+    assert torch.equal(kernels.linear(weight)(x), TORCH.linear(weight)(x))
     scale = torch.linspace(1, 2, width)
-    assert torch.equal(OURS.rms_norm(x, scale, 1e-5), TORCH.rms_norm(x, scale, 1e-5))
+    assert torch.equal(kernels.rms_norm(x, scale, 1e-5), TORCH.rms_norm(x, scale, 1e-5))
     heads = x[:, None]
     assert torch.equal(
-        OURS.rms_norm_heads_(heads.clone(), scale[None], 1e-5),
+        kernels.rms_norm_heads_(heads.clone(), scale[None], 1e-5),
         TORCH.rms_norm_heads_(heads, scale[None], 1e-5),
     )
     places = torch.tensor([[0, 2], [-1, 1]])
-    assert torch.equal(OURS.gather_sum(x, places), TORCH.gather_sum(x, places))
+    assert torch.equal(kernels.gather_sum(x, places), TORCH.gather_sum(x, places))
 
 
 @pytest.mark.parametrize(
@@ -74,16 +71,18 @@ def test_what_ours_do_not_cover_is_torch_s(dtype: torch.dtype):
         (32, False, Activation("gelu")),
     ],
 )
-def test_experts_that_ours_do_not_cover(inner: int, has_bias: bool, activation: Activation):
+def test_experts_that_ours_do_not_cover(
+    kernels, inner: int, has_bias: bool, activation: Activation
+):
     def linear(n: int, k: int, seed: int):
-        return OURS.linear(random(n, k, seed=seed), random(n, seed=9) if has_bias else None)
+        return kernels.linear(random(n, k, seed=seed), random(n, seed=9) if has_bias else None)
 
     held = [
         Expert(linear(inner, 32, i), linear(32, inner, i), linear(inner, 32, 7)) for i in (1, 2)
     ]
     x, at = random(3, 32), torch.tensor([0, 1, 2])
     pairs = PairGroups(torch.tensor([2, 1]), at, at, at[:, None])
-    ours = OURS.experts(held, activation)(x, pairs)
+    ours = kernels.experts(held, activation)(x, pairs)
     for rows, expert in ((slice(0, 2), held[0]), (slice(2, 3), held[1])):
         expected = expert.down(activation(expert.gate(x[rows]), expert.up(x[rows])))
         assert_near(ours[rows], expected, steps=1)
@@ -102,17 +101,17 @@ def test_a_packed_matrix_by_hand():
 @pytest.mark.parametrize("m", [0, 1, 2, 3, 7, 8, 9, 16, 23])
 @pytest.mark.parametrize(("n", "k"), [(1, 2), (16, 8), (31, 6), (33, 64), (64, 130)])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_linear(m: int, n: int, k: int, has_bias: bool):
+def test_linear(kernels, m: int, n: int, k: int, has_bias: bool):
     x, weight = random(m, k), random(n, k, seed=1)
     bias = random(n, seed=2) if has_bias else None
-    ours = OURS.linear(weight, bias)(x)
+    ours = kernels.linear(weight, bias)(x)
     expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     assert_near(ours, expected)
 
 
-def test_linear_takes_rows_that_are_apart():
+def test_linear_takes_rows_that_are_apart(kernels):
     wide, weight = random(5, 24), random(9, 8, seed=1)
-    x, linear = wide[:, 8:16], OURS.linear(weight)
+    x, linear = wide[:, 8:16], kernels.linear(weight)
     assert torch.equal(linear(x), linear(x.contiguous()))
     across = random(8, 5).t()  # columns that lie side by side
     assert_near(linear(across), across.float() @ weight.float().t())
@@ -125,7 +124,7 @@ def test_linear_takes_rows_that_are_apart():
     st.sampled_from([32, 64]),
     st.booleans(),
 )
-def test_experts(counts: list[int], hidden: int, inner: int, is_gated: bool):
+def test_experts(kernels, counts: list[int], hidden: int, inner: int, is_gated: bool):
     """Pairs take their rows from, and give their results to, any places."""
     generator = torch.Generator().manual_seed(sum(counts))
     rows = random(7, hidden + 6)[:, 6:]
@@ -136,12 +135,12 @@ def test_experts(counts: list[int], hidden: int, inner: int, is_gated: bool):
         return random(len(counts), n, k, seed=seed, scale=1 / math.sqrt(k))
 
     gate, up, down = stack(inner, hidden, 1), stack(inner, hidden, 2), stack(hidden, inner, 3)
-    gates, ups, downs = ([OURS.linear(w) for w in each] for each in (gate, up, down))
+    gates, ups, downs = ([kernels.linear(w) for w in each] for each in (gate, up, down))
     held = [
         Expert(up=up, down=down, gate=gate if is_gated else None)
         for gate, up, down in zip(gates, ups, downs, strict=True)
     ]
-    apply = OURS.experts(held, Activation("silu" if is_gated else "gelu"))
+    apply = kernels.experts(held, Activation("silu" if is_gated else "gelu"))
     pairs = PairGroups(torch.tensor(counts), row_of_pair, result_of_pair, torch.empty(0))
     ours = apply(rows, pairs)
     ends = torch.tensor(counts).cumsum(0).tolist()
@@ -171,6 +170,7 @@ def paged(lengths: list[int], scheduled: list[int], block_size: int, seed: int) 
 
 
 def attend(
+    kernels: VectorBackend,
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -181,7 +181,7 @@ def attend(
     new = (x.flatten(0, 1)[batch.slots] for x in (keys, values))
     cache = KVCache(1, 1, 1, 1, 1, torch.bfloat16, CPU)
     cache.keys, cache.values = keys, values
-    return OURS.paged_attention(query, *new, cache, batch, AttentionParams(**options))
+    return kernels.paged_attention(query, *new, cache, batch, AttentionParams(**options))
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -193,7 +193,7 @@ def attend(
     st.sampled_from([None, 1, 7, 64]),
     st.booleans(),
 )
-def test_attention(sequences, block_size, heads, dims, window, has_sinks):
+def test_attention(kernels, sequences, block_size, heads, dims, window, has_sinks):
     """Sequences are (positions computed before, new tokens): decodes, prompts and chunks mixed."""
     (num_heads, num_kv_heads), (key_dim, value_dim) = heads, dims
     lengths = [computed + new for computed, new in sequences]
@@ -209,6 +209,7 @@ def test_attention(sequences, block_size, heads, dims, window, has_sinks):
     query, scale = wide[:, :num_heads], key_dim**-0.5
     sinks = torch.linspace(-1, 2, num_heads) if has_sinks else None
     ours = attend(
+        kernels,
         query,
         keys,
         values[..., :0] if is_latent else values,
@@ -238,27 +239,27 @@ def test_attention(sequences, block_size, heads, dims, window, has_sinks):
     assert_near(ours, expected, steps=3)
 
 
-def test_attention_forgets_what_its_threads_had_before():
+def test_attention_forgets_what_its_threads_had_before(kernels):
     """A long sequence, then a short one, in the same memory."""
     keys, values = (random(9, 16, 2, 32, seed=seed) for seed in (1, 2))
     long, short = (paged([n], [n], 16, seed=0) for n in (140, 3))
     query = random(140, 2, 32)
 
     options = {"value_dim": 32, "scale": 0.2, "window": None, "sinks": None}
-    alone = attend(query[:3], keys, values, short, **options)
-    attend(query, keys, values, long, **options)
-    assert torch.equal(attend(query[:3], keys, values, short, **options), alone)
+    alone = attend(kernels, query[:3], keys, values, short, **options)
+    attend(kernels, query, keys, values, long, **options)
+    assert torch.equal(attend(kernels, query[:3], keys, values, short, **options), alone)
 
 
 @pytest.mark.parametrize("interleave", [False, True])
 @pytest.mark.parametrize(("head_dim", "dim"), [(4, 4), (10, 6), (64, 64)])
-def test_rotate(interleave: bool, head_dim: int, dim: int):
+def test_rotate(kernels, interleave: bool, head_dim: int, dim: int):
     wide = random(3, 5, head_dim)
     angles = torch.randn(3, dim // 2, generator=torch.Generator().manual_seed(1))
     cos = torch.cat([angles.cos()] * 2, dim=1)[:, None].contiguous()
     sin = torch.cat([-angles.sin(), angles.sin()], dim=1)[:, None].contiguous()
     before = wide.clone()
-    OURS.rotate_(wide[:, :4], cos, sin, interleave=interleave)
+    kernels.rotate_(wide[:, :4], cos, sin, interleave=interleave)
     assert torch.equal(wide[:, 4], before[:, 4])
     assert torch.equal(wide[..., : head_dim - dim], before[..., : head_dim - dim])
     turning = before[:, :4, head_dim - dim :].float()
@@ -272,37 +273,37 @@ def test_rotate(interleave: bool, head_dim: int, dim: int):
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 40])
-def test_rms_norm(num_rows: int):
+def test_rms_norm(kernels, num_rows: int):
     wide = random(num_rows, 80)
     x, weight = wide[:, :48], torch.linspace(0.5, 2, 48)
-    ours = OURS.rms_norm(x, weight, 1e-5)
+    ours = kernels.rms_norm(x, weight, 1e-5)
     assert_near(ours, F.rms_norm(x.float(), (48,), weight, 1e-5), steps=1)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 3])
-def test_rms_norm_of_heads_in_place(num_tokens: int):
+def test_rms_norm_of_heads_in_place(kernels, num_tokens: int):
     wide = random(num_tokens, 5, 32)
     before, weight = wide.clone(), torch.linspace(0.5, 2, 3 * 32).view(3, 32)
-    OURS.rms_norm_heads_(wide[:, :3], weight, 1e-5)
+    kernels.rms_norm_heads_(wide[:, :3], weight, 1e-5)
     assert torch.equal(wide[:, 3:], before[:, 3:])
     expected = F.rms_norm(before[:, :3].float(), (32,), None, 1e-5) * weight
     assert_near(wide[:, :3].contiguous(), expected, steps=1)
 
 
 @pytest.mark.parametrize(("num_tokens", "top_k"), [(0, 2), (1, 1), (5, 3), (40, 2)])
-def test_weighted_sum(num_tokens: int, top_k: int):
+def test_weighted_sum(summing, num_tokens: int, top_k: int):
     rows = random(num_tokens * top_k, 32)
     places = torch.randperm(num_tokens * top_k, generator=torch.Generator().manual_seed(1))
     places = places.view(num_tokens, top_k)
     weights = torch.rand(num_tokens, top_k, generator=torch.Generator().manual_seed(2))
     of_pair = rows[places].float()
-    ours = OURS.gather_sum(rows, places, weights)
+    ours = summing.gather_sum(rows, places, weights)
     assert_near(ours, (of_pair * weights[..., None]).sum(1), steps=1)
-    assert_near(OURS.gather_sum(rows, places), of_pair.sum(1), steps=1)
+    assert_near(summing.gather_sum(rows, places), of_pair.sum(1), steps=1)
 
 
 @pytest.mark.parametrize(("num_rows", "size"), [(0, 4), (1, 5), (3, 16), (7, 33)])
-def test_sum_of_parts(num_rows: int, size: int):
+def test_sum_of_parts(summing, num_rows: int, size: int):
     rows = random(3 * num_rows, size)
-    ours = OURS.sum_parts(RowParts.of(rows), 3)
+    ours = summing.sum_parts(RowParts.of(rows), 3)
     assert_near(ours, rows.view(3, num_rows, size).float().sum(0), steps=1)

@@ -1,21 +1,17 @@
-"""Our kernels for decoding in float32 against torch's; skipped where they are not available."""
+"""Our kernels for decoding in float32 against torch's, for each set."""
 
 import numpy as np
 import pytest
 import torch
 
-from expertlane.ops.backend import backend_of_cpu
-from expertlane.ops.cpu import CpuBackend, FewRowsLinear, VectorBackend
+from expertlane.ops.cpu import FewRowsLinear
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.products import Activation, Expert, PairGroups
 from expertlane.ops.row_parts import RowParts
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 
-OURS, WHY_NOT = backend_of_cpu()
 TORCH, CPU = TorchBackend(), torch.device("cpu")
-needs_avx512 = pytest.mark.skipif(not isinstance(OURS, VectorBackend), reason=WHY_NOT)
-needs_ours = pytest.mark.skipif(not isinstance(OURS, CpuBackend), reason=WHY_NOT)
 
 
 def random(*shape, seed=0):
@@ -27,12 +23,11 @@ def assert_near(ours, expected):
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
 
 
-@needs_avx512
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 16), (8, 5), (37, 100), (64, 256)])
-def test_products_of_few_rows(n, k, has_bias):
+def test_products_of_few_rows(kernels, n, k, has_bias):
     weight, bias = random(n, k), random(n, seed=1) if has_bias else None
-    product = OURS.linear(weight, bias)
+    product = kernels.linear(weight, bias)
     assert isinstance(product, FewRowsLinear)
     for m in (0, 1, 2, 3, 4, 5, 16, 17):
         x = random(m, k + 3, seed=2)[:, :k]  # rows apart
@@ -45,11 +40,10 @@ def test_products_of_few_rows(n, k, has_bias):
     assert_near(other(x), x @ (2 * weight).t() + (0 if bias is None else bias))
 
 
-@needs_avx512
 @pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize("counts", [[0, 0, 0], [1, 0, 4], [16, 2, 5], [17, 1, 0]])
 @pytest.mark.parametrize(("hidden", "inner"), [(16, 32), (20, 10)])
-def test_experts_with_few_pairs(counts, is_gated, hidden, inner):
+def test_experts_with_few_pairs(kernels, counts, is_gated, hidden, inner):
     def expert(ops, seed):
         up, down, gate = (random(*shape, seed=seed + i) / 4 for i, shape in enumerate(shapes))
         return Expert(ops.linear(up), ops.linear(down), ops.linear(gate) if is_gated else None)
@@ -62,7 +56,7 @@ def test_experts_with_few_pairs(counts, is_gated, hidden, inner):
     x = random(num // 2 + 1, hidden + 1)[:, :hidden]
     ours, theirs = (
         ops.experts([expert(ops, 10 * seed) for seed in range(3)], activation)
-        for ops in (OURS, TORCH)
+        for ops in (kernels, TORCH)
     )
     if not num:
         assert ours(x, pairs).shape == (0, hidden)
@@ -72,14 +66,13 @@ def test_experts_with_few_pairs(counts, is_gated, hidden, inner):
     assert_near(out, theirs(x, pairs))
 
 
-@needs_avx512
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize(
     ("heads", "dims"), [((4, 2), (16, 16)), ((4, 4), (48, 32)), ((6, 1), (64, None))]
 )
 @pytest.mark.parametrize("scheduled", [[1, 1, 1], [1, 3, 2], []])
-def test_attention(heads, dims, window, has_sinks, scheduled):
+def test_attention(kernels, heads, dims, window, has_sinks, scheduled):
     """One new token a sequence is ours; with more, or without a sequence, it is torch's."""
     (num_heads, num_kv_heads), (key_dim, value_dim) = heads, dims
     num, lengths = len(scheduled), np.array([1, 9, 23][: len(scheduled)]) + scheduled
@@ -99,7 +92,7 @@ def test_attention(heads, dims, window, has_sinks, scheduled):
     key = random(tokens, num_kv_heads, key_dim, seed=2)
     value = random(tokens, num_kv_heads, value_dim or 0, seed=3)
     found = []
-    for ops in (OURS, TORCH):
+    for ops in (kernels, TORCH):
         cache = KVCache(1, 1, 1, 1, 1, torch.float32, CPU)
         cache.keys = random(12, 8, num_kv_heads, key_dim, seed=4)
         cache.values = random(12, 8, num_kv_heads, value_dim or 0, seed=5)
@@ -110,13 +103,12 @@ def test_attention(heads, dims, window, has_sinks, scheduled):
         assert_near(*found)
 
 
-@needs_avx512
-def test_norms_and_rotation():
+def test_norms_and_rotation(kernels):
     x, weight = random(5, 40)[:, :32], random(32, seed=1)
-    assert_near(OURS.rms_norm(x, weight, 1e-5), TORCH.rms_norm(x, weight, 1e-5))
+    assert_near(kernels.rms_norm(x, weight, 1e-5), TORCH.rms_norm(x, weight, 1e-5))
     heads, head_weight = random(5, 3, 16), random(3, 16, seed=2)
     assert_near(
-        OURS.rms_norm_heads_(heads.clone(), head_weight, 1e-5),
+        kernels.rms_norm_heads_(heads.clone(), head_weight, 1e-5),
         TORCH.rms_norm_heads_(heads, head_weight, 1e-5),
     )
     angles = random(5, 4, seed=3)
@@ -124,15 +116,14 @@ def test_norms_and_rotation():
     sin = torch.cat([-angles.sin(), angles.sin()], dim=1)[:, None].contiguous()
     for interleave in (False, True):
         ours, theirs = (
-            ops.rotate_(heads.clone(), cos, sin, interleave=interleave) for ops in (OURS, TORCH)
+            ops.rotate_(heads.clone(), cos, sin, interleave=interleave) for ops in (kernels, TORCH)
         )
         assert_near(ours, theirs)
 
 
-@needs_ours
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 63, 64, 200])
-def test_sums_of_parts_that_lie_apart(dtype, width):
+def test_sums_of_parts_that_lie_apart(summing, dtype, width):
     """Parts as other ranks wrote them, some empty; their order is that of the sum."""
     num_rows = [2, 0, 3, 1]
     parts = [random(num, width, seed=i).to(dtype) for i, num in enumerate(num_rows)]
@@ -148,12 +139,12 @@ def test_sums_of_parts_that_lie_apart(dtype, width):
         for choice, row in enumerate(place):
             if row >= 0:
                 expected[token] += weights[token, choice] * whole[row].float()
-    found = OURS.gather_sum(apart, places, weights)
+    found = summing.gather_sum(apart, places, weights)
     assert found.dtype is dtype
-    assert torch.equal(found, OURS.gather_sum(whole, places, weights))
+    assert torch.equal(found, summing.gather_sum(whole, places, weights))
     steps = 2.0**-8 if dtype is torch.bfloat16 else 2.0**-22
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=steps * expected.abs().max())
     equal = RowParts.of(whole, 3)
-    summed = OURS.sum_parts(equal, 3)
+    summed = summing.sum_parts(equal, 3)
     assert torch.equal(summed, sum(each.float() for each in whole.view(3, 2, width)).to(dtype))
     assert torch.equal(summed, TORCH.sum_parts(equal, 3))

@@ -263,7 +263,11 @@ def _measure(
     num_ranks = max(each.experiment.num_ranks for each in comparisons)
     with output.task_on_stderr(f"starting {num_ranks} ranks"):
         pool = start_pool(
-            num_ranks, timeout_s=launch.timeout_s, dtype=dtype, oversubscribe=launch.oversubscribe
+            num_ranks,
+            timeout_s=launch.timeout_s,
+            dtype=dtype,
+            oversubscribe=launch.oversubscribe,
+            cpu_isa=launch.cpu_isa,
         )
     if pool is None:  # torchrun started this process beside the one that starts ranks
         return

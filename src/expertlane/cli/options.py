@@ -19,6 +19,7 @@ from expertlane.spec.deployment import (
     PlacementMethod,
     WeightsType,
 )
+from expertlane.spec.names import CpuIsa
 from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -112,6 +113,17 @@ def dtype_option(default: str) -> Any:
         show_default=default,
         rich_help_panel=Panel.DEPLOYMENT,
         help="Type of weights and activations.",
+    )
+
+
+def cpu_isa_option() -> Any:
+    """What kernels may use."""
+    return typer.Option(
+        None,
+        envvar="EXPERTLANE_CPU_ISA",
+        show_default="the best that this CPU has",
+        rich_help_panel=Panel.RANKS,
+        help="Largest instruction set that kernels on CPUs may use; amx only if asked for.",
     )
 
 
@@ -245,6 +257,7 @@ class LaunchOptions:
     oversubscribe: bool = typer.Option(
         False, "--oversubscribe", help="Allow more than 32 local ranks per core."
     )
+    cpu_isa: CpuIsa | None = cpu_isa_option()
     ignore_unused_tensors: bool = typer.Option(
         False,
         "--ignore-unused-tensors",

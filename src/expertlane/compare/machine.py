@@ -135,6 +135,7 @@ def memory_shortage(experiment: Experiment, dtype: str | None) -> str | None:
     rank = RankMachine(
         host="",
         num_cores=host.num_cores(),
+        cpus=[],
         cpu_name="",
         device="cpu",
         backend="gloo",

@@ -88,8 +88,9 @@ class RankMachine:
     """A rank's machine, as the rank sees it.
 
     Attributes:
-        kernels: what computes: `expertlane (avx2)` for our own CPU kernels, with their set,
-            else `torch`, with the reason where ours would have been better.
+        cpus: hardware threads that the rank is kept on; none where the system may move it.
+        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that instruction
+            set, else `torch`, with the reason where ours would have been better.
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
         keeps_narrow: weights of one byte stay so in memory; else they are widened while loading.
@@ -97,6 +98,7 @@ class RankMachine:
 
     host: str
     num_cores: int
+    cpus: list[int]
     cpu_name: str
     device: str
     backend: str
@@ -183,13 +185,6 @@ class TimeOneMove(Command[tuple[int, float]]):
 
 class MeasureRates(Command[RankRates]):
     """The rates of a large matrix product and of reading memory."""
-
-
-class PinToCore(Command[int | None]):
-    """Put all of the rank's threads on a core of its own, if there are as many cores as ranks.
-
-    The answer is which; None where ranks stay where they are.
-    """
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,22 @@ from expertlane.spec.deployment import Deployment, Options, WeightsType
 from expertlane.spec.hf_config import narrow_scheme, read_config
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import CpuIsa
 from expertlane.spec.ranges import RANGES, take
 
 
 def start_pool(
-    num_ranks: int, *, timeout_s: float, dtype: str | None = None, oversubscribe: bool = False
+    num_ranks: int,
+    *,
+    timeout_s: float,
+    dtype: str | None = None,
+    oversubscribe: bool = False,
+    cpu_isa: CpuIsa | None = None,
 ) -> RankPool | None:
     """Ranks of this machine, or of all nodes where torchrun has started processes.
+
+    Args:
+        cpu_isa: the largest instruction set that kernels may use; None as the environment says.
 
     Returns:
         The pool; None in those processes of torchrun that have nothing to do. The first ones of
@@ -45,7 +54,7 @@ def start_pool(
     """
     if not is_under_torchrun():
         check_num_ranks(num_ranks, oversubscribe=oversubscribe)
-        return RankPool(LocalRanks(num_ranks, timeout_s, dtype), timeout_s)
+        return RankPool(LocalRanks(num_ranks, timeout_s, dtype, cpu_isa=cpu_isa), timeout_s)
     node = TorchrunNode.from_environment()
     if not node.is_supervisor:
         return None
@@ -57,12 +66,15 @@ def start_pool(
         raise
     oversubscribe |= node.num_processes > 1  # asked for
     if node.number > 0:
-        become_supervisor(node, ranks_per_node, timeout_s, dtype, oversubscribe=oversubscribe)
+        become_supervisor(
+            node, ranks_per_node, timeout_s, dtype, oversubscribe=oversubscribe, cpu_isa=cpu_isa
+        )
     end_with_torchrun()
     check_num_ranks(ranks_per_node, oversubscribe=oversubscribe)
     if node.meeting is None:
-        return RankPool(LocalRanks(ranks_per_node, timeout_s, dtype), timeout_s)
-    return RankPool(NodeRanks(node.meeting, ranks_per_node, timeout_s, dtype), timeout_s)
+        return RankPool(LocalRanks(ranks_per_node, timeout_s, dtype, cpu_isa=cpu_isa), timeout_s)
+    ranks = NodeRanks(node.meeting, ranks_per_node, timeout_s, dtype, cpu_isa=cpu_isa)
+    return RankPool(ranks, timeout_s)
 
 
 def describe_ranks(pool: RankPool) -> list[RankMachine]:

@@ -16,7 +16,7 @@ void add_products(const float* const* x, const float* w, int64_t k, int64_t i, L
     Lanes rows[R];
     for (int r = 0; r < R; ++r) rows[r] = load(x[r] + i);
     for (int c = 0; c < kColumns; ++c) {
-        __builtin_prefetch(w + (c + kColumns) * k + i);  // of the next tile
+        prefetch(w + (c + kColumns) * k + i);  // of the next tile
         const Lanes weights = load(w + c * k + i);
         for (int r = 0; r < R; ++r) sums[r][c] = fma(rows[r], weights, sums[r][c]);
     }

@@ -49,6 +49,10 @@ template <>
 struct FactorOf<true> { using Type = bf16; };
 using Factor = FactorOf<kMultipliesPairs>::Type;
 
+// Into the second-level cache: where memory is the bound, the first level's few outstanding lines
+// are better left to loads.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {
     const uint32_t bits = (uint32_t)x << 16;
@@ -79,6 +83,17 @@ inline Lanes fma(Lanes a, Lanes b, Lanes c) {  // a * b + c
     return vfmaq_f32(c, a, b);
 #else
     return a * b + c;
+#endif
+}
+
+// acc + a * b in the register of acc, as sums of a tile need it: GCC, left to itself with 16
+// registers, moves them to the stack and back.
+inline Lanes accumulate(Lanes acc, Lanes a, Lanes b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    asm("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+    return acc;
+#else
+    return fma(a, b, acc);
 #endif
 }
 

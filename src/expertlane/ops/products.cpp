@@ -59,7 +59,7 @@ void inner_block(const Factor* const* x, int64_t m, const bf16* gate, const bf16
     const int64_t height = tile_height(m);
     for (int64_t row = 0; row < m; row += height) {
         const int rows = (int)std::min<int64_t>(height, m - row);
-        tiles(rows, x + row, w0, w1, k, acc);
+        tiles(rows, x + row, w0, w1, k, gate ? 1 : 2, acc);
         for (int r = 0; r < rows; ++r) {
             Factor* to = out + (row + r) * inner + block * kBlock;
             if (gate) {
@@ -96,6 +96,34 @@ void linear(const bf16* x, int64_t stride, int64_t m, const bf16* w, int64_t n, 
 #pragma omp for schedule(static)
         for (int64_t pair = 0; pair < (blocks + 1) / 2; ++pair) {
             two_blocks(rows, row_stride, m, w, 2 * pair, n, k, bias, out, n, nullptr);
+        }
+    }
+}
+
+// A product for each head: out [m, heads, n] = x [m, heads, k] times the packed [heads, n, k]. Tokens
+// and heads of x and out lie as their strides say.
+void heads_linear(const bf16* x, int64_t stride, int64_t head_stride, int64_t m, const bf16* w,
+                  int64_t heads, int64_t n, int64_t k, bf16* out, int64_t out_stride,
+                  int64_t out_head_stride) {
+    const int64_t blocks = (n + kBlock - 1) / kBlock, pairs = (blocks + 1) / 2;
+    std::unique_ptr<Factor[]> widened;
+    if constexpr (!kMultipliesPairs) widened = room(heads * m * k);
+#pragma omp parallel
+    {
+        if constexpr (!kMultipliesPairs) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < heads * m; ++i) {
+                widen_row(x + i % m * stride + i / m * head_stride, k, widened.get() + i * k);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < heads * pairs; ++task) {
+            const int64_t head = task / pairs;
+            const Factor* rows = kMultipliesPairs ? (const Factor*)x + head * head_stride
+                                                  : widened.get() + head * m * k;
+            two_blocks(rows, kMultipliesPairs ? stride : k, m, w + head * blocks * kBlock * k,
+                       2 * (task % pairs), n, k, nullptr, out + head * out_head_stride, out_stride,
+                       nullptr);
         }
     }
 }

@@ -12,21 +12,52 @@
 
 constexpr int kBlock = 16;                 // outputs of a packed block
 constexpr int kVectors = kBlock / kLanes;  // vectors of their sums
-constexpr int64_t kAhead = 16;             // blocks of 64 bytes to prefetch
 
-// Rows a tile of one block: with two vectors of weights, their sums fit into the registers.
+// Rows a tile of one block, and of two blocks side by side: their sums, with two vectors of weights,
+// fit into the registers. More rows than 8 are no faster.
 #if defined(__AVX512F__)
-constexpr int kRows = 12, kRowsOfTwoBlocks = 12;
-#elif defined(__AVX2__)
-constexpr int kRows = 6, kRowsOfTwoBlocks = 3;
+constexpr int kRows = 8, kRowsOfTwoBlocks = 8;
 #else
-constexpr int kRows = 6, kRowsOfTwoBlocks = 3;
+constexpr int kRows = 5, kRowsOfTwoBlocks = 2;
 #endif
 
-// acc[r][v] = row x[r] times the vectors of B blocks from w on, `apart` values from one another;
-// acc[r] has a place for those of two blocks.
+// a[r][v] += the pairs from `w` on, those of each of B blocks `apart` values from one another, times
+// two neighbouring values of each row.
 template <int R, int B>
-inline void tile(const Factor* const* x, const bf16* w, int64_t apart, int64_t k,
+inline void add_pairs(const bf16* const* at_row, const bf16* w, int64_t apart, int64_t i,
+                      Lanes a[R][B * kVectors]) {
+    Bits pairs[B * kVectors];
+    for (int v = 0; v < B * kVectors; ++v) {
+        pairs[v] = load_pairs(w + v / kVectors * apart + v % kVectors * 2 * kLanes);
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < B * kVectors; ++v) a[r][v] = add_products(a[r][v], pairs[v], at_row[r] + i);
+    }
+}
+
+// The same, all rows by the first values and then by the second ones: so few registers hold
+// weights.
+template <int R, int B>
+inline void add_pairs(const float* const* at_row, const bf16* w, int64_t apart, int64_t i,
+                      Lanes a[R][B * kVectors]) {
+    for (int which = 0; which < 2; ++which) {
+        Lanes weights[B * kVectors];
+        for (int v = 0; v < B * kVectors; ++v) {
+            const Bits pairs = load_pairs(w + v / kVectors * apart + v % kVectors * 2 * kLanes);
+            weights[v] = which ? second_of(pairs) : first_of(pairs);
+        }
+        for (int r = 0; r < R; ++r) {
+            const Lanes x = all(at_row[r][i + which]);
+            for (int v = 0; v < B * kVectors; ++v) a[r][v] = accumulate(a[r][v], weights[v], x);
+        }
+        asm("" : "+r"(w));  // load them again: they would be kept in registers that sums need
+    }
+}
+
+// acc[r][v] = row x[r] times the vectors of B blocks from w on, `apart` values from one another;
+// acc[r] has a place for those of two blocks. `ahead` values on lies what is prefetched.
+template <int R, int B>
+inline void tile(const Factor* const* x, const bf16* w, int64_t apart, int64_t k, int64_t ahead,
                  Lanes acc[][2 * kVectors]) {
     constexpr int V = B * kVectors;
     Lanes a[R][V];
@@ -36,35 +67,37 @@ inline void tile(const Factor* const* x, const bf16* w, int64_t apart, int64_t k
         for (int v = 0; v < V; ++v) a[r][v] = Lanes{};
     }
     for (int64_t i = 0; i < k; i += 2) {
-        Bits pairs[V];
-        for (int b = 0; b < B; ++b) {
-            const bf16* from = w + b * apart + i * kBlock;
-            __builtin_prefetch(from + kAhead * 2 * kBlock);
-            for (int v = 0; v < kVectors; ++v) {
-                pairs[b * kVectors + v] = load_pairs(from + v * 2 * kLanes);
-            }
-        }
-        for (int r = 0; r < R; ++r) {
-            for (int v = 0; v < V; ++v) a[r][v] = add_products(a[r][v], pairs[v], at_row[r] + i);
-        }
+        const bf16* at = w + i * kBlock;
+        for (int b = 0; b < B; ++b) prefetch(at + b * apart + ahead);
+        add_pairs<R, B>(at_row, at, apart, i, a);
     }
     for (int r = 0; r < R; ++r) {
         for (int v = 0; v < V; ++v) acc[r][v] = a[r][v];
     }
 }
 
+// Values from a block of a matrix to what a thread should prefetch meanwhile: the block that is
+// `step` blocks on, which it reads next, where the second-level cache has room for it.
+inline int64_t ahead_of(int64_t step, int64_t k) {
+    const int64_t next = step * k * kBlock;
+    return next <= 32768 ? next : 2048;
+}
+
+// The rows times a block from w0 on, and one from w1 on; `step` blocks on in each matrix are those
+// that follow.
 template <int R = kRows>
 inline void tiles(int rows, const Factor* const* x, const bf16* w0, const bf16* w1, int64_t k,
-                  Lanes acc[kRows][2 * kVectors]) {
+                  int64_t step, Lanes acc[kRows][2 * kVectors]) {
     if constexpr (R > 1) {
-        if (rows < R) return tiles<R - 1>(rows, x, w0, w1, k, acc);
+        if (rows < R) return tiles<R - 1>(rows, x, w0, w1, k, step, acc);
     }
+    const int64_t ahead = ahead_of(step, k);
     if constexpr (R <= kRowsOfTwoBlocks) {
-        tile<R, 2>(x, w0, w1 - w0, k, acc);
+        tile<R, 2>(x, w0, w1 - w0, k, ahead, acc);
     } else {
-        tile<R, 1>(x, w0, 0, k, acc);
+        tile<R, 1>(x, w0, 0, k, ahead, acc);
         Lanes second[R][2 * kVectors];
-        tile<R, 1>(x, w1, 0, k, second);
+        tile<R, 1>(x, w1, 0, k, ahead, second);
         for (int r = 0; r < R; ++r) std::copy_n(second[r], kVectors, acc[r] + kVectors);
     }
 }
@@ -80,5 +113,5 @@ inline void tiles(int rows, const Factor* x, int64_t stride, const bf16* w0, con
                   int64_t k, Lanes acc[kRows][2 * kVectors]) {
     const Factor* from[kRows] = {};
     for (int r = 0; r < rows; ++r) from[r] = x + r * stride;
-    tiles(rows, from, w0, w1, k, acc);
+    tiles(rows, from, w0, w1, k, 2, acc);
 }

@@ -30,7 +30,8 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
         free_bytes, memory_bytes = host.memory_bytes()
     return RankMachine(
         host=socket.gethostname(),
-        num_cores=host.num_cores(),
+        num_cores=context.share.num_cores,
+        cpus=list(context.share.cpus) if context.is_pinned else [],
         cpu_name=_cpu_name(),
         device="cpu" if chosen.device.type == "cpu" else chosen.device_name,
         backend=chosen.transport,
