@@ -7,7 +7,7 @@ NUMERICAL = -m "numerical and not full" $$(grep -rl mark.numerical tests --inclu
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test test-full gpu check docs
+.PHONY: help compare test test-full gpu check docs wheel
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,11 @@ check: $(VENV)/.dev ## Lint, formatting, types, and which package imports which
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+# Built where it is run, so that it serves systems with this one's C library, or a later one.
+wheel: $(VENV)/.dev ## Build a wheel with compiled kernels for this kind of CPU into dist/
+	@EXPERTLANE_WHEEL_KERNELS=1 $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*manylinux*.whl
 
 docs: $(VENV)/.docs ## Build the documentation into docs/_build/html
 	@$(BIN)/python docs/option_table.py

@@ -2,15 +2,18 @@
 
 Two checkpoints with random weights are made once, a Mixtral of 235 million parameters and a
 Qwen3-MoE of 63 million. Each contender is a process that loads one and stays: expertlane at each
-of several layouts, transformers with each of its experts implementations, vLLM at one and two
-ranks. They take turns at every point, the order rotating from round to round, all with the same
-prompts of random ids, new in each round; a turn begins when the machine is idle. All run bfloat16
-and greedy, past any end token, with no prefix caching.
+of several layouts, transformers, vLLM at one and two ranks. They take turns at every point, the
+order rotating from round to round, all with the same prompts of random ids, new in each round; a
+turn begins when the machine is idle. All run bfloat16 (transformers also float32) and greedy, past
+any end token, with no prefix caching. With --cpu-isa no contender uses instructions beyond a set,
+and the machine is measured so too (engine_peers/instruction_limit.py).
 
 A decode sample is 32·batch / (t33 − t1), where tN is the time of a batch from prompts of 32 token
-ids to N new ids each; a prefill sample is 512·8 / t1. The best of ours and the better peer are by
-median. Roofs and goals: engine_peers/roof.py. A sample during which anything but the contender
-took over a tenth of a core is taken again, at most --retries times; the least disturbed counts.
+ids to N new ids each; a prefill sample is 512·8 / t1, or 32·32 / t1. The best of ours and the best
+peer are by median; weights of one byte are shown, not judged. The goal at a point is the lower of
+1.5 × the best peer and 75 % of the roof (engine_peers/roof.py). A sample during which anything but
+the contender took over a tenth of a core is taken again, at most --retries times; the least
+disturbed counts.
 
 vLLM needs an environment of its own, whose python is given by --vllm-python:
 
@@ -19,13 +22,15 @@ vLLM needs an environment of its own, whose python is given by --vllm-python:
     ENV/bin/pip uninstall -y torchaudio torchcodec   # they miss system libraries; not needed
     apt-get install libtcmalloc-minimal4t64          # preloaded if there, with ENV's libiomp5
 
-Prints a table for each checkpoint, then one JSON line. Run it with nothing else on the machine:
+Prints a table and an answer for each checkpoint, then one JSON line. Run it with nothing else on
+the machine:
 
-    python benchmarks/bench_engine.py --vllm-python ENV/bin/python
+    python benchmarks/bench_engine.py --vllm-python ENV/bin/python --cpu-isa avx2
 """
 
 import argparse
 import json
+import os
 import random
 import signal
 import statistics
@@ -39,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from engine_peers import instruction_limit
 from engine_peers.contender import Contender, ContenderError, start
 from engine_peers.roof import DECODE_TOKENS, POINTS, ModelShape, Point, goal, roof
 from rich.console import Console
@@ -52,13 +58,16 @@ CONTENDERS = (
     "ours:tp=1",
     "ours:tp=2",
     "ours:dp=2,ep=2",
-    "transformers:eager",
     "transformers:grouped_mm",
-    "transformers:batched_mm",
     "vllm:1",
     "vllm:2",
 )
-CONTENDER_FORMS = "ours:LAYOUT, transformers:EXPERTS_IMPLEMENTATION or vllm:RANKS"
+CONTENDER_FORMS = (
+    "ours:LAYOUT, ours:LAYOUT,weights=int8, transformers:EXPERTS_IMPLEMENTATION, "
+    "transformers:EXPERTS_IMPLEMENTATION,float32 or vllm:RANKS"
+)
+# Without instructions for bfloat16 torch's float32 is several times faster than its bfloat16.
+FLOAT32_SETS = ("avx2", "avx512")
 PEERS_FOLDER = Path(__file__).parent / "engine_peers"
 IDLE_CORES = 0.1
 
@@ -164,7 +173,7 @@ def run_rounds(
                 samples[point.name][contender.name] = []
     machines = []
     for number in range(options.rounds):
-        machines.append(measure_machine(options.max_wait))
+        machines.append(measure_machine(options))
         shift = number % len(contenders)
         for point in points:
             for contender in contenders[shift:] + contenders[:shift]:
@@ -182,22 +191,27 @@ def run_rounds(
     return samples, machines
 
 
-def measure_machine(max_wait_s: float) -> dict[str, float]:
-    wait_until_idle(max_wait_s)
+def measure_machine(options: argparse.Namespace) -> dict[str, float]:
+    wait_until_idle(options.max_wait)
     command = [sys.executable, str(PEERS_FOLDER / "measure_machine.py"), str(num_cores())]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    limited = os.environ | instruction_limit.environment(options.cpu_isa)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=limited)
     rates: dict[str, float] = json.loads(done.stdout)
     return rates
 
 
 def start_contenders(
-    names: list[str], checkpoint: Path, vllm_python: Path | None, stack: ExitStack
+    options: argparse.Namespace, checkpoint: Path, stack: ExitStack
 ) -> list[Contender]:
     """Those that load; a line on standard error for each of the others."""
     contenders = []
-    for name in names:
+    in_float32 = ",float32" if options.cpu_isa in FLOAT32_SETS else ""
+    options.contenders = options.contenders or [
+        name + in_float32 if name.startswith("transformers") else name for name in CONTENDERS
+    ]
+    for name in options.contenders:
         try:
-            contender = start(name, checkpoint, num_cores(), vllm_python)
+            contender = start(name, checkpoint, num_cores(), options.vllm_python, options.cpu_isa)
         except ContenderError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
@@ -220,17 +234,18 @@ def summary(
 ) -> dict[str, Any]:
     """What the JSON line says about a point."""
     medians = {name: statistics.median(rates(each)) for name, each in samples.items()}
-    ours = max((n for n in medians if n.startswith("ours")), key=medians.__getitem__, default=None)
+    judged = [name for name in medians if name.startswith("ours") and "weights=" not in name]
+    ours = max(judged, key=medians.__getitem__, default=None)
     peers = [name for name in medians if not name.startswith("ours")]
     peer = max(peers, key=medians.__getitem__, default=None)
-    roof_tps = roof(shape, point, **machine)
-    wanted = None if peer is None else goal(point, medians[peer], roof_tps)
+    roof_tps = roof(shape, point, machine["read_bytes_per_s"], machine["gemm_flops_per_s"])
+    wanted = None if peer is None else goal(medians[peer], roof_tps)
     return {
         "point": point.name,
         "medians": medians,
         "samples": {name: [asdict(sample) for sample in each] for name, each in samples.items()},
         "roof": roof_tps,
-        "better_peer": peer,
+        "best_peer": peer,
         "goal": wanted,
         "ours": ours,
         "reached": None if wanted is None or ours is None else medians[ours] >= wanted,
@@ -253,9 +268,21 @@ def print_table(title: str, names: list[str], summaries: list[dict[str, Any]]) -
                 else "–"
             )
         table.add_row(name, *cells, end_section=name == names[-1])
-    for row in ("roof", "better_peer", "goal", "ours", "reached"):
+    for row in ("roof", "best_peer", "goal", "ours", "reached"):
         table.add_row(row.replace("_", " "), *(shown(each[row]) for each in summaries))
     Console(width=120).print(table)
+
+
+def answer(summaries: list[dict[str, Any]]) -> str:
+    """A sentence: how many goals are reached, and by how much the others are missed."""
+    judged = [each for each in summaries if each["reached"] is not None]
+    missed = [
+        f"{each['point']} {each['medians'][each['ours']]:.0f} of {each['goal']:.0f}"
+        for each in judged
+        if not each["reached"]
+    ]
+    text = f"goal reached at {len(judged) - len(missed)} of {len(judged)} points"
+    return f"{text}; not at {', '.join(missed)}" if missed else text
 
 
 def shown(value: object) -> str:
@@ -274,21 +301,29 @@ def run_checkpoint(name: str, options: argparse.Namespace) -> dict[str, object]:
     checkpoint = make_checkpoint(name, options.folder)
     points = [point for point in POINTS if point.name in options.points]
     with ExitStack() as stack:
-        contenders = start_contenders(options.contenders, checkpoint, options.vllm_python, stack)
+        contenders = start_contenders(options, checkpoint, stack)
         if not contenders:
             sys.exit("no contender could be started")
         samples, machines = run_rounds(contenders, points, options)
     machine = {key: statistics.median(each[key] for each in machines) for key in machines[0]}
     shape = ModelShape.of(checkpoint)
     summaries = [summary(point, shape, samples[point.name], machine) for point in points]
+    limit = f", no more than {options.cpu_isa}" if options.cpu_isa else ""
     title = (
-        f"{name}: medians (lowest–highest) of {options.rounds} rounds; "
+        f"{name}{limit}: medians (lowest–highest) of {options.rounds} rounds; "
         f"{machine['read_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"{machine['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s; "
         f"{disturbed_share(samples):.0%} of samples disturbed by other processes"
     )
     print_table(title, [contender.name for contender in contenders], summaries)
-    return {"checkpoint": name, "machine": machine, "machines": machines, "points": summaries}
+    print(answer(summaries))
+    return {
+        "checkpoint": name,
+        "cpu_isa": options.cpu_isa,
+        "machine": machine,
+        "machines": machines,
+        "points": summaries,
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -297,7 +332,10 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", choices=(*CHECKPOINTS, "both"), default="both")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--cpu-isa", choices=instruction_limit.SETS, help="for all contenders (default: no limit)"
+    )
     parser.add_argument("--retries", type=int, default=2, help="of a disturbed sample")
     parser.add_argument(
         "--max-wait", type=float, default=15.0, help="seconds to wait for an idle machine"
@@ -306,8 +344,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        default=list(CONTENDERS),
-        help=f"{CONTENDER_FORMS}; default: {' '.join(CONTENDERS)}",
+        help=f"{CONTENDER_FORMS}; default: {' '.join(CONTENDERS)}, transformers in float32 "
+        f"where --cpu-isa is {' or '.join(FLOAT32_SETS)}",
     )
     parser.add_argument(
         "--folder",
@@ -319,6 +357,10 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}; at least 1")
+    in_float32 = ",float32" if options.cpu_isa in FLOAT32_SETS else ""
+    options.contenders = options.contenders or [
+        name + in_float32 if name.startswith("transformers") else name for name in CONTENDERS
+    ]
     for name in options.contenders:
         if name.partition(":")[0] not in ("ours", "transformers", "vllm"):
             parser.error(f"no contender {name!r}; {CONTENDER_FORMS}")

@@ -26,9 +26,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.engine.commands import PinToCore, SetDispatch
+from expertlane.engine.commands import SetDispatch
 from expertlane.engine.dispatch_timing import still_hopeful
-from expertlane.engine.launch import start_pool
+from expertlane.engine.launch import describe_ranks, start_pool
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.report.compared import hidden_share
@@ -218,7 +218,7 @@ def main() -> None:
         task = progress.add_task("points", total=len(asked.hidden) * len(asked.tokens))
         for hidden_size in asked.hidden:
             with start_pool(LAYOUT.world_size, timeout_s=60.0, dtype="bfloat16") as pool:
-                cores = pool.call(PinToCore())
+                cores = [each.cpus for each in describe_ranks(pool)]
                 most_tokens = max(asked.tokens)
                 runner_for(pool, hidden_size, most_tokens)  # draws weights; kept for the next
                 began = time.perf_counter()

@@ -46,21 +46,24 @@ class ReferenceRuns:
     """Greedy generations of the reference, each computed once."""
 
     def __init__(self) -> None:
-        self._models: dict[tuple[ModelConfig, int], ReferenceModel] = {}
-        self._runs: dict[tuple[ModelConfig, Workload, int], ReferenceRun] = {}
+        self._models: dict[tuple[ModelConfig, int, bool], ReferenceModel] = {}
+        self._runs: dict[tuple[ModelConfig, Workload, int, bool], ReferenceRun] = {}
 
-    def model(self, model: ModelConfig, seed: int) -> ReferenceModel:
-        """The reference with the weights of `seed`."""
-        if (model, seed) not in self._models:
-            self._models[model, seed] = ReferenceModel(model, seed)
-        return self._models[model, seed]
+    def model(self, model: ModelConfig, seed: int, rounded: bool = False) -> ReferenceModel:
+        """The reference with the weights of `seed`, perhaps rounded to int8."""
+        if (model, seed, rounded) not in self._models:
+            self._models[model, seed, rounded] = ReferenceModel(model, seed, rounded=rounded)
+        return self._models[model, seed, rounded]
 
-    def run(self, model: ModelConfig, workload: Workload, seed: int) -> ReferenceRun:
+    def run(
+        self, model: ModelConfig, workload: Workload, seed: int, rounded: bool = False
+    ) -> ReferenceRun:
         """What the reference makes of a workload."""
-        key = model, workload, seed
+        key = model, workload, seed, rounded
         if key not in self._runs:
             prompts = workload.prompt_token_ids(model.vocab_size)
-            self._runs[key] = self.model(model, seed).generate(prompts, workload.output_len)
+            of_weights = self.model(model, seed, rounded)
+            self._runs[key] = of_weights.generate(prompts, workload.output_len)
         return self._runs[key]
 
 

@@ -11,6 +11,7 @@ from expertlane.errors import CapacityError
 from expertlane.memory import PlacedModel, RankMemory, workload_limits
 from expertlane.model.transformer import TransformerStage
 from expertlane.model.weights import SeededWeights
+from expertlane.ops.backend import backend_for
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -44,11 +45,13 @@ class NoGroups(Meshes):
         return None
 
 
-def held_by_engine(model, layout, rank, dtype) -> TransformerStage:
+def held_by_engine(model, layout, rank, dtype, weights) -> TransformerStage:
     """What the engine builds for a rank, with one position of cache."""
     recorder = SimpleNamespace()
     mesh = ParallelMesh(layout, NoGroups(), rank, 8, recorder)
-    source = SeededWeights(model, 0, getattr(torch, dtype), torch.device("cpu"), touch=lambda: None)
+    source = SeededWeights(
+        model, 0, getattr(torch, dtype), torch.device("cpu"), lambda: None, weights
+    )
     placements = placements_of(model, layout, Options())
     stage = TransformerStage(model, placements, source, mesh)
     stage.allocate_cache(1, 1)
@@ -220,13 +223,17 @@ def test_key_value_heads_fewer_than_ranks_are_held_by_several():
     assert memory.weight_bytes == 4 * (4 * layer + 257 * 64 + 64 * 64 + wide)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [("float32", "model"), ("bfloat16", "model"), ("bfloat16", "int8")]
+)
 @pytest.mark.parametrize("layout", ["tp=1", "tp=2", "tp=4,ep=4", "tp=4,pp=3", "dp=3,ep=3,tp=2"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_every_rank_of_the_engine_holds_as_much(model, layout, dtype):
-    layout = Layout.parse(layout)
-    limits, types = Limits(model.vocab_size, 1, 1, 1, 1), NumberTypes.all_of(dtype)
+def test_every_rank_of_the_engine_holds_as_much(model, layout, dtype, weights):
+    layout, types = Layout.parse(layout), NumberTypes.all_of(dtype)
+    if backend_for(torch.device("cpu")).keeps_narrow:
+        types = NumberTypes.kept_as(dtype, weights, None)
+    limits = Limits(model.vocab_size, 1, 1, 1, 1)
     for rank in range(layout.world_size):
-        held = held_by_engine(model, layout, rank, dtype)
+        held = held_by_engine(model, layout, rank, dtype, weights)
         need = placed(model, layout, types).rank_memory(limits, rank)
         assert (need.weight_bytes, need.kv_bytes) == (held.weight_bytes, held.kv_bytes)

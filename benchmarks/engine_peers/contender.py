@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import psutil
+from engine_peers import instruction_limit
 
 LOAD_TIMEOUT_S = 600.0
 RUN_TIMEOUT_S = 300.0
@@ -120,11 +121,18 @@ class Contender:
         return answer
 
 
-def start(name: str, checkpoint: Path, num_cores: int, vllm_python: Path | None) -> Contender:
+def start(
+    name: str,
+    checkpoint: Path,
+    num_cores: int,
+    vllm_python: Path | None,
+    cpu_isa: str | None = None,
+) -> Contender:
     """Start a contender by its name and wait until it has loaded.
 
     Args:
         name: `ours:LAYOUT`, `transformers:EXPERTS_IMPLEMENTATION` or `vllm:TENSOR_PARALLEL_SIZE`.
+        cpu_isa: the largest instruction set that it may use; None for all.
 
     Raises:
         ContenderError: it could not load, or memory is short.
@@ -138,11 +146,14 @@ def start(name: str, checkpoint: Path, num_cores: int, vllm_python: Path | None)
     here = Path(__file__).parent
     kind, _, option = name.partition(":")
     python, environment = Path(sys.executable), {"HF_HUB_OFFLINE": "1"}
+    environment |= instruction_limit.environment(cpu_isa)
     if kind == "vllm":
         if vllm_python is None:
             raise ContenderError(f"{name}: no --vllm-python")
         python = vllm_python
         environment |= _vllm_environment(vllm_python, checkpoint, num_cores, int(option))
+    if kind == "ours":
+        environment["EXPERTLANE_PIN"] = "1"  # other layouts' ranks are there too, but idle
     script = here / f"run_{kind}.py"
     command = [str(python), str(script), str(checkpoint), option]
     if kind == "transformers":

@@ -43,7 +43,8 @@ class Point:
         return 3 if self.decode and self.batch_size <= 8 else 1
 
 
-POINTS = (*(Point(True, batch, 32) for batch in (1, 8, 32, 128)), Point(False, 8, 512))
+DECODE = tuple(Point(True, batch, 32) for batch in (1, 8, 32, 128))
+POINTS = (*DECODE, Point(False, 8, 512), Point(False, 32, 32))
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,6 @@ def roof(
     return point.batch_size * (1 if point.decode else point.prompt_len) / seconds
 
 
-def goal(point: Point, better_peer: float, roof_tps: float) -> float:
-    """The lower of 75 % of the roof and 1.5 × the better peer; 1.2 × where compute binds."""
-    factor = 1.5 if point.decode and point.batch_size < 128 else 1.2
-    return min(factor * better_peer, 0.75 * roof_tps)
+def goal(best_peer: float, roof_tps: float) -> float:
+    """The lower of 75 % of the roof and 1.5 × the best peer."""
+    return min(1.5 * best_peer, 0.75 * roof_tps)

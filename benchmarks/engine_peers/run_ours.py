@@ -1,6 +1,7 @@
-"""expertlane as a contender. Run: python run_ours.py FOLDER LAYOUT"""
+"""expertlane as a contender. Run: python run_ours.py FOLDER LAYOUT[,weights=int8]"""
 
 import sys
+from typing import Any
 
 from serving import Answers, serve
 
@@ -12,10 +13,13 @@ NUM_BLOCKS = 2048  # of 16 tokens: over three times what the largest point needs
 
 def main() -> None:
     answers = Answers()
-    folder, layout = sys.argv[1:]
+    folder, option = sys.argv[1:]
+    parts = option.split(",")
+    settings: Any = dict(part.split("=") for part in parts if part.startswith("weights="))
     with LLM(
         folder,
-        layout=layout,
+        layout=",".join(part for part in parts if not part.startswith("weights=")),
+        **settings,
         dtype="bfloat16",
         max_model_len=1024,
         num_blocks=NUM_BLOCKS,

@@ -38,8 +38,9 @@ def compare(
     model: Text | None = None,
     experts_per_token: int | None = None,
     only: Text | None = None,
-    repeat: int = 5,
+    repeat: int = 7,
     min_time: float = 0.0,
+    resume: bool = False,
     traffic: bool = False,
     trace: bool = False,
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None,
@@ -49,6 +50,7 @@ def compare(
     compute: Text = 'measured',
     timeout_s: float = 60.0,
     oversubscribe: bool = False,
+    cpu_isa: Literal['baseline', 'avx2', 'avx512', 'avx512_bf16', 'amx', 'neon', 'neon_bf16'] | None = None,
     ignore_unused_tensors: bool = False,
     project: bool = False,
     cluster: Text | None = None,
@@ -76,6 +78,8 @@ def compare(
         repeat: How often the two deployments of the verdict are measured; the others twice at
             most. Fewer than 5 give no intervals.
         min_time: Repeat until the steps of each of the two have taken so long.
+        resume: Go on with a comparison that was interrupted: what it measured is kept in the
+            folder of its results until it is complete.
         traffic: Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks
             and experts, and the straggler.
         trace: Also write trace-NAME.json: what every rank does when, in one prefill and one
@@ -92,6 +96,7 @@ def compare(
             operations that ran.
         timeout_s: Longest wait for a rank that makes no progress.
         oversubscribe: Allow more than 32 local ranks per core.
+        cpu_isa: Largest instruction set that kernels on CPUs may use; amx only if asked for.
         ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that
             its config.json does not use.
         project: Also project the same deployments on a modelled cluster, in separate tables;
@@ -297,10 +302,12 @@ def bench(
     payload: Literal['model', 'bfloat16', 'float8'] = 'model',
     placement: Text = 'linear',
     num_redundant_experts: int = 0,
+    weights: Literal['model', 'int8'] = 'model',
     rebalance_steps: int = 0,
     ranks_per_node: int = 0,
     timeout_s: float = 60.0,
     oversubscribe: bool = False,
+    cpu_isa: Literal['baseline', 'avx2', 'avx512', 'avx512_bf16', 'amx', 'neon', 'neon_bf16'] | None = None,
     ignore_unused_tensors: bool = False,
     out: str | Path | None = None,
 ) -> Results:
@@ -347,11 +354,14 @@ def bench(
         placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
             expertlane balance.
         num_redundant_experts: Redundant experts per MoE layer, to share load.
+        weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
+            for every 128 inputs.
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
         ranks_per_node: Consecutive ranks that count as one node.
         timeout_s: Longest wait for a rank that makes no progress.
         oversubscribe: Allow more than 32 local ranks per core.
+        cpu_isa: Largest instruction set that kernels on CPUs may use; amx only if asked for.
         ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that
             its config.json does not use.
         out: Folder for results.json, the reports and all else that the command writes. None:

@@ -116,10 +116,10 @@ class PlacedModel:
         )
         outside = (EMBEDDING,) * (at.pp_rank == 0)
         outside += (HEAD, FINAL_NORM) * (at.pp_rank == layout.pp - 1)
-        held = {name: self._num_held(at, name, tensor_shape(model, name)) for name in outside}
-        num_bytes += sum(num * _item_bytes(name, types) for name, num in held.items())
+        held = [(name, self._held(at, name, tensor_shape(model, name))) for name in outside]
+        num_bytes += sum(_num_bytes(name, each, types) for name, each in held)
         largest_matrix = model.hidden_size * max(inner, model.attention_size // layout.tp)
-        largest_matrix = max(largest_matrix, *held.values(), 0)
+        largest_matrix = max(largest_matrix, *(prod(map(len, each)) for _, each in held), 0)
         # Token-expert pairs that reach this rank when routing is even; from the whole stage.
         num_tokens = limits.max_num_batched_tokens
         num_pairs_in_stage = layout.dp * num_tokens * model.num_experts_per_tok
@@ -193,7 +193,7 @@ class PlacedModel:
         return min(found, key=lambda each: each.max_seqs)
 
     def _layer_bytes(self, at: Coordinates, is_dense: bool, num_experts: int) -> int:
-        """Bytes of a layer's weights; scales of float8 are not counted.
+        """Bytes of a layer's weights.
 
         Args:
             num_experts: that the rank holds, or holds a slice of.
@@ -204,44 +204,57 @@ class PlacedModel:
             experts = {f"experts.{part}": shape for part, shape in parts.items()}
             shapes, num_of = shapes | experts, num_of | dict.fromkeys(experts, num_experts)
         return sum(
-            num_of[name] * self._num_held(at, name, shape) * _item_bytes(name, self.types)
+            num_of[name] * _num_bytes(name, self._held(at, name, shape), self.types)
             for name, shape in shapes.items()
         )
 
-    def _num_held(self, at: Coordinates, name: str, shape: Shape) -> int:
-        """Values of a tensor that a rank holds; key/value heads fewer than `tp` by several."""
+    def _held(self, at: Coordinates, name: str, shape: Shape) -> list[range]:
+        """The part of a tensor that a rank holds; key/value heads fewer than `tp` by several."""
         model, layout = self.model, self.layout
         of_expert, part = name.startswith("experts."), name.rpartition(".")[2]
+        whole = [range(size) for size in shape]
         if part in _ADDED_ONCE:
-            return prod(shape) if (at.etp_rank if of_expert else at.tp_rank) == 0 else 0
-        full, held = shape[cut_dim(name)], shape[cut_dim(name)]
+            is_first = (at.etp_rank if of_expert else at.tp_rank) == 0
+            return whole if is_first else [range(0)]
+        full = shape[cut_dim(name)]
+        held = range(full)
         if of_expert:
-            held = len(partition(full, layout.etp)[at.etp_rank])
+            held = partition(full, layout.etp)[at.etp_rank]
         elif name == HEAD or name.startswith(("dense.", "shared.")):
-            held = len(partition(full, layout.tp)[at.tp_rank])
+            held = partition(full, layout.tp)[at.tp_rank]
         elif part in _OF_QUERIES or (part == "query_norm" and model.qk_norm == "full"):
-            held = full // layout.tp
+            size = full // layout.tp
+            held = range(at.tp_rank * size, (at.tp_rank + 1) * size)
         elif part in _OF_KEYS or (part == "key_norm" and model.qk_norm == "full"):
-            held = max(1, model.num_kv_heads // layout.tp) * model.head_dim
-        return prod(shape) // full * held
+            held = range(max(1, model.num_kv_heads // layout.tp) * model.head_dim)
+        whole[cut_dim(name)] = held
+        return whole
 
 
 _WIDE = {
     *("attention_norm", "moe_norm", "query_a_norm", "kv_a_norm", FINAL_NORM),
     *("sinks", "router", "router_bias", "correction_bias"),
 }
-_KEPT = {EMBEDDING, HEAD, "query_norm", "key_norm", "kv_b", "shared_gate"}
+_KEPT = {EMBEDDING, "query_norm", "key_norm", "kv_b", "shared_gate"}
 _OF_QUERIES = {"query", "query_bias", "query_b", "output", "kv_b", "sinks"}
 _OF_KEYS = {"key", "key_bias", "value", "value_bias"}
 _ADDED_ONCE = {"output_bias", "down_bias"}  # to partial sums, by the first rank
 
 
-def _item_bytes(name: str, types: NumberTypes) -> int:
-    """Bytes of a value: norms and routers are float32; float8 is for matrices alone."""
-    part = name.rpartition(".")[2]
+def _num_bytes(name: str, held: list[range], types: NumberTypes) -> int:
+    """Bytes of a part of a tensor: norms and routers are float32; only matrices have one byte."""
+    part, num_values = name.rpartition(".")[2], prod(map(len, held))
     if part in _WIDE:
-        return ITEM_BYTES["float32"]
-    return ITEM_BYTES[types.kept] if part in _KEPT or part.endswith("_bias") else types.weight_bytes
+        return num_values * ITEM_BYTES["float32"]
+    is_kept = part in _KEPT or part.endswith("_bias") or (name == HEAD and not types.narrow_head)
+    if is_kept or not types.is_narrow:
+        return num_values * ITEM_BYTES[types.kept]
+    num_bytes = num_values * types.weight_bytes
+    if types.inputs_of_scale is None:
+        return num_bytes
+    rows, inputs = held
+    groups = ceil(inputs.stop / types.inputs_of_scale) - inputs.start // types.inputs_of_scale
+    return num_bytes + len(rows) * groups * _FLOAT32_BYTES if inputs else num_bytes
 
 
 def workload_limits(workload: Workload, model: ModelConfig, layout: Layout) -> Limits:

@@ -71,6 +71,7 @@ def profile(request, tmp_path_factory):
     """As read from the file that a calibration wrote."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quiet, "_MOST_TRIES", 1)
+        patch.setenv("EXPERTLANE_PIN", "1")  # other tests run beside this one
         with RankPool(LocalRanks(2, 60.0, request.param), 60.0) as pool:
             calibration = calibrate.Calibration(pool, 2, TINY)
             calibration.run()

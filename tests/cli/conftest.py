@@ -60,10 +60,12 @@ class FakeComparison:
         command: str,
         virtual: Any,
         repeats: Any,
+        folder: Any,
+        resume: bool,
         on_trace: Any,
     ) -> Any:
         self.calls.append({"experiment": experiment, "command": command})
-        self.virtual, self.repeats = virtual, repeats
+        self.virtual, self.repeats, self.resume = virtual, repeats, (folder, resume)
         if on_trace is not None:
             for name in ("EP 16", "EP/16"):
                 on_trace(name, [])

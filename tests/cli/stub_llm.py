@@ -20,6 +20,7 @@ from expertlane.spec.model import ModelConfig
 MACHINE = RankMachine(
     host="here",
     num_cores=2,
+    cpus=[],
     cpu_name="a CPU",
     device="cpu",
     backend="gloo",

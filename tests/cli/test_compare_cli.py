@@ -27,7 +27,7 @@ def test_the_default_runs_shows_and_writes(comparison, run):
 
     assert (code, out) == (0, "results!\n")
     assert comparison.pools == [
-        {"num_ranks": 16, "dtype": None, "oversubscribe": False, "timeout_s": 60.0}
+        {"num_ranks": 16, "dtype": None, "oversubscribe": False, "cpu_isa": None, "timeout_s": 60.0}
     ]
     assert comparison.calls == [{"experiment": SMALL, "command": "expertlane compare"}]
     assert Path("results/paper-small/report.md").read_text() == "# results ×\n"
@@ -68,7 +68,13 @@ def test_options_are_handed_over(comparison, run):
 
     assert code == 0
     assert comparison.pools == [
-        {"num_ranks": 16, "dtype": "bfloat16", "oversubscribe": True, "timeout_s": 2.5}
+        {
+            "num_ranks": 16,
+            "dtype": "bfloat16",
+            "oversubscribe": True,
+            "cpu_isa": None,
+            "timeout_s": 2.5,
+        }
     ]
     paper = read_experiment(shipped_experiments()["paper"])
     assert [call["experiment"] for call in comparison.calls] == [paper]
@@ -88,13 +94,18 @@ def test_virtual_time_has_the_links_that_were_asked_for(comparison, run, argumen
     assert (found.links and found.links.name, found.scale) == (links, scale)
 
 
+def test_resume_goes_on_in_the_folder_of_the_results(comparison, run):
+    assert run("compare", "--resume")[0] == 0
+    assert comparison.resume == (Path("results/paper-small"), True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "repeats", "names"),
     [
-        ([], Repeats(5, 0.0), [each.name for each in SMALL.deployments]),
-        (["--repeat", "7", "--min-time", "2.5"], Repeats(7, 2.5), None),
-        (["--only", "EP 16"], Repeats(5, 0.0), ["EP 16"]),
-        (["--only", "dp 2 x tp 8, ep 2,8"], Repeats(5, 0.0), ["DP 2 × TP 8, EP 2", "EP 16"]),
+        ([], Repeats(), [each.name for each in SMALL.deployments]),
+        (["--repeat", "9", "--min-time", "2.5"], Repeats(9, 2.5), None),
+        (["--only", "EP 16"], Repeats(), ["EP 16"]),
+        (["--only", "dp 2 x tp 8, ep 2,8"], Repeats(), ["DP 2 × TP 8, EP 2", "EP 16"]),
     ],
 )
 def test_how_often_and_which(comparison, run, arguments, repeats, names):
@@ -369,6 +380,10 @@ TIMEOUT = "it must be a number above 0, at most 1,000,000"
         (
             ["--only", ","],
             f"--only ,: no deployment ''; valid: {NUMBERED}",
+        ),
+        (
+            ["--resume", "--compute", "h100"],
+            "--resume and --compute: the plans of steps are not kept; leave one out",
         ),
         (["--repeat", "0"], "--repeat is 0; it must be a whole number, 1 to 1,000"),
         (["--min-time", "nan"], "--min-time is nan; it must be a number, 0 to 1,000,000"),

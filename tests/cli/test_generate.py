@@ -104,7 +104,8 @@ def test_a_preset_on_real_ranks(run, type_in, tmp_path):
     assert first["e2e_s"] == pytest.approx(first["ttft_s"] + 2 * first["tpot_s"])
     assert [each["token_id"] for each in first["logprobs"]] == first["token_ids"]
     assert first["logprobs"][0]["top"] == [[first["token_ids"][0], first["logprobs"][0]["logprob"]]]
-    loading, written, speed = err.splitlines()
+    loading, computing, written, speed = err.splitlines()
+    assert computing.startswith("computing with ")
     assert written == f"written: {trace}"
     assert re.fullmatch(r"loading paper-tiny on 2 ranks \(tp=2\): done in \d+\.\d s", loading)
     assert re.fullmatch(r"6 tokens in \S+ s, \S+ tokens/s; median TTFT \S+ ms", speed)
@@ -136,10 +137,11 @@ def test_a_closed_pipe_ends_it_quietly():
         text=True,
     )
     process.stdout.close()
-    (line,) = process.stderr.read().splitlines()
+    loading, computing = process.stderr.read().splitlines()
     process.stderr.close()
     assert process.wait() == 141
-    assert line.startswith("loading paper-tiny")
+    assert loading.startswith("loading paper-tiny")
+    assert computing.startswith("computing with ")
 
 
 def test_one_text_appears_as_it_comes(run, stub, checkpoint, monkeypatch):

@@ -18,8 +18,7 @@ _SECONDS = 30.0
 _RANK = """
 import sys
 from expertlane.comm import core_token
-core_token.num_cores = lambda: 2
-token = core_token.CoreToken(int(sys.argv[1]), int(sys.argv[2]))
+token = core_token.CoreToken(int(sys.argv[1]), int(sys.argv[2]), 2)
 for line in sys.stdin:
     getattr(token, line.strip())()
     print(line.strip(), flush=True)
@@ -119,8 +118,7 @@ def test_two_processes_never_compute_at_once(file, tmp_path):
 import os, sys
 from pathlib import Path
 from expertlane.comm import core_token
-core_token.num_cores = lambda: 1
-token, counter = core_token.CoreToken(int(sys.argv[1]), int(sys.argv[2])), Path(sys.argv[3])
+token, counter = core_token.CoreToken(int(sys.argv[1]), int(sys.argv[2]), 1), Path(sys.argv[3])
 for _ in range(int(sys.argv[4])):
     token.acquire()
     number = int(counter.read_text())
@@ -145,11 +143,10 @@ for _ in range(int(sys.argv[4])):
 
 
 def test_ranks_take_turns_with_the_cores_that_there_are(file, monkeypatch):
-    monkeypatch.setattr(core_token, "num_cores", lambda: 3)
     locked = []
     monkeypatch.setattr(
         core_token.fcntl, "lockf", lambda fd, how, num, core: locked.append((fd, num, core))
     )
     for local_rank in range(5):
-        CoreToken(file, local_rank).acquire()
+        CoreToken(file, local_rank, 3).acquire()
     assert locked == [(file, 1, core) for core in (0, 1, 2, 0, 1)]

@@ -33,6 +33,7 @@ from expertlane.results.record import SCALING
 from expertlane.spec.experiment import Cluster, Experiment, read_experiment, shipped_experiments
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase, Stage, Track
+from expertlane.spec.ranges import DEFAULT_REPEAT
 from expertlane.spec.workload import Workload
 
 ROTATING = {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}
@@ -168,10 +169,10 @@ def test_all_compute_the_same_tokens(results, pools):
 
 
 def num_runs(results):
-    """Of each deployment, by its name: five of those in the verdict, two of the others."""
+    """Of each deployment, by its name: more of those in the verdict, two of the others."""
     pair = results.pair_of("virtual")
     names = [each.name for each in EXPERIMENT.deployments]
-    return {name: 5 if name in (pair.name, pair.other) else 2 for name in names}
+    return {name: DEFAULT_REPEAT if name in (pair.name, pair.other) else 2 for name in names}
 
 
 def test_tokens_are_counted_once(results):
@@ -194,11 +195,11 @@ def test_the_same_two_are_held_against_each_other_on_every_clock(results):
     one, other = by_name[virtual.name], by_name[virtual.other]
     assert one.is_baseline is not other.is_baseline
     for alike in (one, other):  # the faster of its kind in virtual time, after two runs of each
-        assert len(alike.decode.tps_of_runs) == 5
+        assert len(alike.decode.tps_of_runs) == DEFAULT_REPEAT
         assert alike.decode.tps.low < alike.decode.tps.value < alike.decode.tps.high
     assert virtual.ratio.value > 0.9  # the other was no faster, after all repetitions
     for pair in (virtual, wall):
-        assert pair.num_runs == 5
+        assert pair.num_runs == DEFAULT_REPEAT
         assert pair.ratio.low <= pair.ratio.value <= pair.ratio.high
         assert set(pair.causes_s) == set(one.decode.breakdown_s)
     difference = sum(each.value for each in virtual.causes_s.values())
@@ -299,7 +300,7 @@ def test_nothing_to_decode(pools):
     results = run_comparison(experiment, pools.pool(4), Silent(), command="")
     assert [each.decode for each in results.deployments] == [None] * 3
     num_tokens = [each.prefill.num_tokens for each in results.deployments]
-    assert sorted(num_tokens) == [2, 5, 5]
+    assert sorted(num_tokens) == [2, DEFAULT_REPEAT, DEFAULT_REPEAT]
     pair = results.pair_of("measured")
     assert pair.phase is Phase.PREFILL
     assert len({each.tokens_sha256 for each in results.deployments}) == 1

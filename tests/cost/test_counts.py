@@ -23,7 +23,7 @@ from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step.totals import count
-from expertlane.engine.commands import SetDispatch
+from expertlane.engine.commands import DescribeMachine, SetDispatch
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.results.step_record import RankCounts
 from expertlane.schedule.request import Limits
@@ -97,13 +97,15 @@ class Counting:
         if table is not None:
             ranks = range(layout.world_size)
             pool.call(SetDispatch(table), ranks=ranks)
-        self._model = model
+        self._model, types = model, NumberTypes.all_of(dtype)
+        if pool.call(DescribeMachine())[0].keeps_narrow:
+            types = NumberTypes.kept_as(dtype, options.weights, None)
         self._builders = [
             ProgramBuilder(
                 model,
                 layout,
                 placements_of(model, layout, options),
-                types=NumberTypes.all_of(dtype),
+                types=types,
                 dispatch=table or DispatchTable.fixed(options.dispatch, options.overlap),
                 payload=options.payload,
                 ranks_per_node=case.ranks_per_node,
@@ -232,6 +234,15 @@ def test_bfloat16(pools, family):
         options = options_of(case, "hierarchical", True, payload)
         counting = Counting(pools, MODELS[family], case, options, dtype="bfloat16")
         counting.check(random_plan(rng, 2, 1, MODELS[family].vocab_size, PREFILL))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_weights_of_one_byte(pools, family):
+    case = Case("dp=2,tp=2,ep=2", 2)
+    options = replace(options_of(case, "all_to_all", False), weights="int8")
+    counting = Counting(pools, MODELS[family], case, options)
+    plan = random_plan(np.random.default_rng(5), 2, 1, MODELS[family].vocab_size, DECODE)
+    counting.check(plan)
 
 
 def test_steps_without_tokens(pools):

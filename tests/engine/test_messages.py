@@ -8,7 +8,6 @@ import struct
 import threading
 from functools import reduce
 from operator import or_
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from expertlane.engine.messages import (
     MessageError,
     MessageKind,
     encode,
+    messages_in,
 )
 from expertlane.engine.stage import HANDLERS
 from expertlane.errors import UserError
@@ -136,7 +136,6 @@ def test_every_command_has_a_handler_and_an_answer_that_can_be_decoded():
         Decoder(result_type(command))
     assert result_type(SetDispatch) in (None, type(None))
     assert result_type(commands.TimeOneMove) == tuple[int, float]
-    assert get_args(result_type(commands.PinToCore))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +185,17 @@ HEADER = struct.Struct("<4sIQQ")
 def test_garbage(pair, garbage, said):
     with pytest.raises(MessageError, match=said):
         through(garbage, pair)
+
+
+def test_messages_in_a_file():
+    values = [Failure(FailureKind.BUG, text) for text in ("one", "two")]
+    content = b"".join(encode(MessageKind.FAILURE, each) for each in values)
+    decoder = Decoder(Failure)
+    for cut, num in ((0, 2), (1, 1), (len(content) // 2, 1), (len(content), 0)):
+        found = messages_in(memoryview(content[: len(content) - cut]))
+        assert [decoder.decode(each) for each in found] == values[:num]
+    with pytest.raises(MessageError, match="header"):
+        list(messages_in(memoryview(content + b"?" * 64)))
 
 
 def test_the_end_in_the_middle_of_a_message(pair):

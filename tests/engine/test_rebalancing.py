@@ -62,6 +62,7 @@ def run(pools, chosen, worth=None, num_steps=4, model=TINY, executor=INLINE):
         ("dp=2,tp=2,ep=2", {"num_redundant_experts": 3, "dispatch": "all_gather"}),
         ("pp=2,dp=2,ep=2", {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}),
         ("replicas=2,dp=2,ep=2", {"num_redundant_experts": 2}),
+        ("dp=2,tp=2,ep=2", {"weights": "int8"}),
     ],
 )
 def test_tokens_stay_the_same_while_experts_move(pools, layout, options):

@@ -125,7 +125,7 @@ def test_the_first_process_of_another_node_becomes_its_supervisor(
     monkeypatch.setattr(torchrun.os, "execve", execve)
     monkeypatch.setattr(torchrun.os, "dup2", lambda *fds: duplicated.append(fds))
     with pytest.raises(_Replaced):
-        start_pool(6, timeout_s=7.0, dtype="bfloat16")
+        start_pool(6, timeout_s=7.0, dtype="bfloat16", cpu_isa="avx2")
     settings = msgspec.json.decode(seen["command"][-1], type=SupervisorSettings)
     meeting = TorchrunNode.from_environment().meeting
     assert settings == SupervisorSettings(
@@ -133,11 +133,12 @@ def test_the_first_process_of_another_node_becomes_its_supervisor(
     )
     assert (2, 1) in duplicated
     assert "GOMP_SPINCOUNT" in seen["environment"]
+    assert seen["environment"]["EXPERTLANE_CPU_ISA"] == "avx2"
 
 
 def test_the_launcher_of_one_node_starts_local_ranks(place, monkeypatch):
     asked = []
-    monkeypatch.setattr(launch, "LocalRanks", lambda *args: asked.append(args))
+    monkeypatch.setattr(launch, "LocalRanks", lambda *args, **named: asked.append((*args, named)))
     monkeypatch.setattr(launch, "RankPool", lambda ranks, timeout_s: "pool")
-    assert start_pool(2, timeout_s=1.0) == "pool"
-    assert asked == [(2, 1.0, None)]
+    assert start_pool(2, timeout_s=1.0, cpu_isa="avx2") == "pool"
+    assert asked == [(2, 1.0, None, {"cpu_isa": "avx2"})]

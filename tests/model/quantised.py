@@ -50,6 +50,68 @@ def fp8_meaning(weight: Tensor, scales: Tensor, block_size: tuple[int, int]) -> 
     return weight.float() * of_value[: weight.shape[0], : weight.shape[1]]
 
 
+COMPRESSED = {
+    # format, strategy, what its arguments add, rows and columns that share a scale
+    "int8 by channel": ("int-quantized", "channel", {}, (1, None)),
+    "int8 by group": ("int-quantized", "group", {"group_size": 12}, (1, 12)),
+    "packed by channel": ("pack-quantized", "channel", {"actorder": None}, (1, None)),
+    "packed by group": ("pack-quantized", "group", {"group_size": 5}, (1, 5)),
+    "float8 by tensor": ("float-quantized", "tensor", {}, (None, None)),
+    "float8 by channel": ("float-quantized", "channel", {}, (1, None)),
+    "float8 by block": ("float-quantized", "block", {"block_structure": [16, 12]}, (16, 12)),
+}
+
+
+def save_compressed(source: Path, quantised: Path, plain: Path, kind: str) -> None:
+    """As compressed-tensors has it: all matrices of the layers but routers."""
+    fmt, strategy, more, block = COMPRESSED[kind]
+    stored, meant = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if ".layers." not in name or not name.endswith("_proj.weight") or tensor.dim() != 2:
+            stored[name] = meant[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        size = (block[0] or rows, block[1] or columns)
+        if fmt == "float-quantized":
+            values, scales = _to_fp8(tensor, size)
+        else:
+            values, scales = _to_int8(tensor, size)
+        scales = scales.bfloat16()
+        meant[name] = fp8_meaning(values, scales.float(), size)
+        stored[f"{name}_scale"] = scales.flatten() if strategy == "tensor" else scales
+        if fmt == "pack-quantized":
+            stored[f"{name}_packed"] = _to_int32(values)
+            stored[f"{name}_shape"] = torch.tensor([rows, columns])
+        else:
+            stored[name] = values
+    weights = {
+        **{"num_bits": 8, "type": "float" if fmt.startswith("float") else "int"},
+        **{"symmetric": True, "strategy": strategy, "group_size": None, "dynamic": False},
+    }
+    group = {"targets": ["Linear"], "weights": weights | more, "input_activations": None}
+    method = {"quant_method": "compressed-tensors", "format": fmt, "ignore": ["lm_head"]}
+    method["config_groups"] = {"group_0": group}
+    _save(source, quantised, stored, {"quantization_config": method})
+    _save(source, plain, meant, {})
+
+
+def _to_int8(weight: Tensor, block_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """With -128 where a magnitude is half a step above what 127 stands for."""
+    blocks = [weight[:, at : at + block_size[1]] for at in range(0, weight.shape[1], block_size[1])]
+    scales = torch.stack([2 * block.abs().amax(1) / 255 for block in blocks], dim=1)
+    of_value = scales.repeat_interleave(block_size[1], 1)[:, : weight.shape[1]]
+    return (weight / of_value).round().clamp(-128, 127).to(torch.int8), scales
+
+
+def _to_int32(values: Tensor) -> Tensor:
+    """Four values plus 128 as one int32, the first in its lowest bits; zeros at the end of rows."""
+    rows, columns = values.shape
+    unsigned = torch.zeros(rows, -(-columns // 4) * 4, dtype=torch.int64)
+    unsigned[:, :columns] = values.long() + 128
+    factors = torch.tensor([1, 1 << 8, 1 << 16, 1 << 24])
+    return (unsigned.unflatten(1, (-1, 4)) * factors).sum(-1).to(torch.int32)
+
+
 def save_mxfp4(source: Path, quantised: Path, plain: Path) -> None:
     """GPT-OSS's form: experts as blocks of 32 values along the input features."""
     stored, meant = {}, {}

@@ -37,6 +37,8 @@ class Given:
     def take(self, name, part=None, dtype=None):
         return self._tensors[name.rsplit(".", 1)[-1]]
 
+    matrix = take
+
 
 @pytest.fixture
 def weights():

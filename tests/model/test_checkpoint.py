@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from expertlane.errors import SpecError
 from expertlane.model import checkpoint as checkpoint_module
@@ -12,7 +12,7 @@ from expertlane.model import stored_tensors
 from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
 from expertlane.spec.tensors import tensor_names, tensor_shape
 from model.families import FAMILIES, load_model, make_model
-from model.quantised import save_fp8, save_mxfp4
+from model.quantised import COMPRESSED, save_compressed, save_fp8, save_mxfp4
 
 _LAYER = "model.layers.3"
 
@@ -129,6 +129,52 @@ def test_block_scaled_fp8(checkpoints, tmp_path):
     assert stored[f"{_LAYER}.mlp.experts.0.up_proj.weight"].dtype == torch.float8_e4m3fn
     assert stored[f"{_LAYER}.self_attn.q_a_proj.weight_scale_inv"].shape == (2, 6)
     _assert_slices_of_meaning(Checkpoint(tmp_path / "fp8"), Checkpoint(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_compressed_tensors(checkpoints, tmp_path, kind):
+    source = checkpoints.folder("deepseek_v3")
+    save_compressed(source, tmp_path / "narrow", tmp_path / "plain", kind)
+    narrow, plain = Checkpoint(tmp_path / "narrow"), Checkpoint(tmp_path / "plain")
+    assert narrow.check() == []
+    _assert_slices_of_meaning(narrow, plain)
+    name = "layers.0.query_a"
+    kept = narrow.narrow(name, range(3, 20), range(5, 40), torch.float32)
+    assert kept.values.dtype is (torch.float8_e4m3fn if "float8" in kind else torch.int8)
+    assert torch.equal(kept.widened(), plain.tensor(name, dtype=torch.float32)[3:20, 5:40])
+    assert narrow.narrow("layers.0.attention_norm") is None
+    assert narrow.narrow("head") is None
+
+
+def test_activations_that_would_be_rounded_are_not(checkpoints, tmp_path):
+    """Scales of static ones are there, and not needed."""
+    source = checkpoints.folder("mixtral")
+    save_compressed(source, tmp_path / "narrow", tmp_path / "plain", "float8 by tensor")
+    path = tmp_path / "narrow" / "model.safetensors"
+    more = {f"{_LAYER}.self_attn.o_proj.input_scale": torch.ones(1)}
+    save_file(load_file(path) | more, path)
+    assert Checkpoint(tmp_path / "narrow").check() == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("weight_scale", "weight_scale is missing"),
+        ("weight_packed", "weight_packed has shape [64, 3]; config.json asks for [64, 16]"),
+    ],
+)
+def test_compressed_tensors_that_do_not_fit(checkpoints, tmp_path, changed, message):
+    source = checkpoints.folder("mixtral")
+    save_compressed(source, tmp_path / "narrow", tmp_path / "plain", "packed by group")
+    path, name = tmp_path / "narrow" / "model.safetensors", f"{_LAYER}.self_attn.o_proj"
+    stored = load_file(path)
+    if changed == "weight_scale":
+        del stored[f"{name}.{changed}"]
+    else:
+        stored[f"{name}.{changed}"] = stored[f"{name}.{changed}"][:, :3].contiguous()
+    save_file(stored, path)
+    assert message in _error(tmp_path / "narrow")
+    assert message in _error(tmp_path / "narrow", "layers.3.output")
 
 
 def test_mxfp4(checkpoints, tmp_path):

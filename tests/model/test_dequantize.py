@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from expertlane.model.checkpoint import dequantize_fp8, dequantize_mxfp4
+from expertlane.model.checkpoint import dequantize_mxfp4, with_block_scales
 from model.quantised import fp8_meaning, mxfp4_meaning
 
 
@@ -13,7 +13,8 @@ def _random_fp8(rows, columns):
 def test_fp8_by_hand():
     weight = torch.tensor([[1.0, -2.0, 0.5], [4.0, 0.0, 448.0], [3.0, 1.5, -1.0]])
     scales = torch.tensor([[2.0, 10.0], [0.5, 100.0]])
-    values = dequantize_fp8(weight.to(torch.float8_e4m3fn), scales, (2, 2), (0, 0), torch.float32)
+    stored = weight.to(torch.float8_e4m3fn)
+    values = with_block_scales(stored, scales, (2, 2), (0, 0), torch.float32).widened()
     expected = [[2.0, -4.0, 5.0], [8.0, 0.0, 4480.0], [1.5, 0.75, -100.0]]
     assert values.tolist() == expected
 
@@ -23,7 +24,7 @@ def test_fp8_whole_matrices(block_size):
     weight = _random_fp8(200, 150)
     num_blocks = [-(-n // b) for n, b in zip(weight.shape, block_size, strict=True)]
     scales = torch.rand(num_blocks, generator=torch.Generator().manual_seed(1))
-    values = dequantize_fp8(weight, scales, block_size, (0, 0), torch.float32)
+    values = with_block_scales(weight, scales, block_size, (0, 0), torch.float32).widened()
     assert torch.equal(values, fp8_meaning(weight, scales, block_size))
 
 
@@ -46,7 +47,7 @@ def test_fp8_slices_are_slices_of_the_whole(rows, columns):
     ]
     part = weight[rows.start : rows.stop, columns.start : columns.stop]
     first = (rows.start, columns.start)
-    values = dequantize_fp8(part, touched, block_size, first, torch.bfloat16)
+    values = with_block_scales(part, touched, block_size, first, torch.bfloat16).widened()
     whole = fp8_meaning(weight, scales, block_size).bfloat16()
     assert torch.equal(values, whole[rows.start : rows.stop, columns.start : columns.stop])
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ import torch
 import expertlane
 from expertlane.errors import UserError
 from expertlane.ops import backend as module
+from expertlane.ops import build as build_module
 from expertlane.ops.backend import backend_for, backend_of_cpu, choose_platform
 from expertlane.ops.build import (
+    _ARM,
+    _X86,
     BASELINE,
     ONLY_IF_ASKED_FOR,
     SETS,
@@ -23,9 +27,11 @@ from expertlane.ops.build import (
     InstructionSet,
     _library,
     build,
+    shipped_name,
 )
 from expertlane.ops.cpu import CpuBackend, VectorBackend
 from expertlane.ops.torch_backend import TorchBackend
+from expertlane.spec.names import CpuIsa
 
 CPU = torch.device("cpu")
 NO_COMPILER = "no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX is unset"
@@ -117,7 +123,6 @@ def test_a_cpu_without_the_instructions(monkeypatch):
 @pytest.mark.parametrize("limit", [None, *(each.name for each in SETS)])
 @pytest.mark.parametrize("num_sets", range(1, len(SETS) + 1))
 def test_the_best_of_the_allowed_sets_is_chosen(monkeypatch, num_sets, limit):
-    """What a CPU lacks is not an error: the variable says which set is the largest."""
     names = [each.name for each in SETS]
     there = cpu_with(set(names[:num_sets]))
     others = build(SETS[0]) if build(BASELINE).has_instructions(names[0].encode()) else None
@@ -136,6 +141,13 @@ def test_the_best_of_the_allowed_sets_is_chosen(monkeypatch, num_sets, limit):
     else:
         monkeypatch.setenv("EXPERTLANE_CPU_ISA", limit)
         allowed = names[: names.index(limit) + 1]
+    if limit in names[num_sets:]:
+        has = ", ".join(["baseline", *names[:num_sets]])
+        with pytest.raises(UserError) as caught:
+            choose_platform(0, 1, "bfloat16")
+        asked = f"{limit}, which --cpu-isa or EXPERTLANE_CPU_ISA asks for"
+        assert str(caught.value) == f"this CPU lacks {asked}; it has: {has}"
+        return
     expected = [name for name in allowed if name in names[:num_sets]][-1]
     assert choose_platform(0, 1, "bfloat16").kernels == f"expertlane ({expected})"
     assert choose_platform(0, 1, "float32").kernels == f"torch and expertlane ({expected})"
@@ -220,7 +232,7 @@ def test_another_device_needs_no_kernels(monkeypatch):
 
 def test_the_variables_are_read_in_one_place():
     package = Path(expertlane.__file__).parent
-    reads = re.compile(r"(environ|getenv).*EXPERTLANE_(BACKEND|CPU_ISA)")
+    reads = re.compile(r"(environ\b|getenv).*EXPERTLANE_(BACKEND|CPU_ISA)")
     found = [path.name for path in package.rglob("*.py") if reads.search(path.read_text())]
     assert found == ["backend.py"]
 
@@ -311,3 +323,35 @@ def test_a_damaged_library_is_compiled_anew(monkeypatch, tmp_path):
     library.write_bytes(b"damaged")
     assert build(BASELINE).choose_copies
     assert library.stat().st_size == size
+
+
+@needs_compiler
+def test_the_option_reaches_the_ranks():
+    arguments = ["generate", "paper-tiny", "--token-ids", "1,2", "--max-tokens", "2"]
+    ended = run([*arguments, "--cpu-isa", "baseline"], EXPERTLANE_CPU_ISA="")
+    assert ended.returncode == 0
+    assert "computing with torch and expertlane (baseline)\n" in ended.stderr
+
+
+def test_the_option_names_the_sets_of_every_architecture():
+    assert {*get_args(CpuIsa)} == {"baseline", *(each.name for each in (*_X86, *_ARM))}
+
+
+@needs_compiler
+def test_what_the_wheel_brought_is_taken_before_a_compiler_is(monkeypatch, tmp_path):
+    built = Path(build(BASELINE)._name)
+    monkeypatch.setattr(build_module, "SHIPPED", tmp_path)
+    monkeypatch.setenv("CXX", "/bin/false")
+    shipped = tmp_path / shipped_name(BASELINE)
+    shutil.copy(built, shipped)
+    assert build(BASELINE)._name == str(shipped)
+
+
+@needs_compiler
+def test_what_the_wheel_brought_for_another_system_is_compiled_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(build_module, "SHIPPED", tmp_path)
+    (tmp_path / shipped_name(BASELINE)).write_bytes(b"of another system")
+    assert Path(build(BASELINE)._name).parent != tmp_path
+    monkeypatch.setenv("CXX", "/bin/false")
+    with pytest.raises(BuildError, match="/bin/false failed"):
+        build(BASELINE)

@@ -145,8 +145,11 @@ def test_every_backend_does_what_torch_does(num_rows, top_k, divisor, num_peers,
     def found(ops):
         rows = ops.rows_by_peer(some_ids, divisor, num_peers)
         pairs = ops.group_pairs(some_ids, first, divisor, max(1, num_peers - 1))
+        assert torch.equal(pairs.ends, pairs.counts.cumsum(0))
+        within = table % (divisor * num_peers)
+        leaving = ops.outgoing(topk_ids, within, num_copies, first, divisor, num_peers)
         copies = ops.choose_copies(topk_ids, table, num_copies, first)
-        return [*vars(rows).values(), *vars(pairs).values(), copies]
+        return [*(each for of in (rows, pairs, leaving) for each in vars(of).values()), copies]
 
     for one, other in zip(found(CHOSEN), found(TORCH), strict=True):
         assert torch.equal(one, other)

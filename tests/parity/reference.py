@@ -36,12 +36,32 @@ class ReferenceRun:
     router_margins: npt.NDArray[np.float32]
 
 
-class ReferenceModel:
-    """The whole model in float32 on the CPU; weights are those of `seed`."""
+def rounded_to_int8(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Each 128 inputs of a row to -127 … 127 times a scale, the largest magnitude / 127."""
+    out = np.zeros_like(weight)
+    for row in range(weight.shape[0]):
+        for begin in range(0, weight.shape[1], 128):
+            part = weight[row, begin : begin + 128]
+            scale = np.abs(part).max() / np.float32(127)
+            if scale:
+                out[row, begin : begin + 128] = np.rint(part / scale) * scale
+    return out
 
-    def __init__(self, model: ModelConfig, seed: int) -> None:
+
+class ReferenceModel:
+    """The whole model in float32 on the CPU; weights are those of `seed`.
+
+    Args:
+        rounded: matrices but router and embedding are what int8 with a scale for every 128 inputs
+            makes of them.
+    """
+
+    def __init__(self, model: ModelConfig, seed: int, *, rounded: bool = False) -> None:
         def weight(name: str) -> Tensor:
-            return torch.from_numpy(draw(model, seed, name))
+            drawn = draw(model, seed, name)
+            if rounded and name != EMBEDDING and not name.endswith(("norm", "router", "bias")):
+                drawn = rounded_to_int8(drawn)
+            return torch.from_numpy(drawn)
 
         self._model = model
         self._embedding = weight(EMBEDDING)

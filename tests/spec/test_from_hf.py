@@ -5,7 +5,13 @@ import pytest
 
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
-from expertlane.spec.hf_config import family_of, quantization_of, read_config, weight_block_size
+from expertlane.spec.hf_config import (
+    NarrowScheme,
+    family_of,
+    narrow_scheme,
+    quantization_of,
+    read_config,
+)
 from expertlane.spec.model import LatentAttention, RopeScaling, Routing
 from expertlane.spec.ranges import ANY_WHOLE, RANGES
 from expertlane.spec.tensors import num_params
@@ -344,7 +350,8 @@ def test_deepseek_v3():
         group_score="top2_sum",
     )
     assert model.latent.mscale == pytest.approx(0.1 * math.log(40) + 1)
-    assert weight_block_size(DEEPSEEK_V3) == (128, 128)
+    scheme = narrow_scheme(DEEPSEEK_V3)
+    assert (scheme.type, scheme.rows, scheme.columns) == ("float8", 128, 128)
     assert not from_hf(DEEPSEEK_V3 | {"rope_interleave": False}).rope_interleave
 
 
@@ -538,10 +545,34 @@ def test_the_family_without_an_architecture_is_the_model_type():
     assert family_of(MIXTRAL | {"architectures": None}) == "mixtral"
 
 
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+
+
+def compressed(*weights, **more):
+    """An entry of compressed-tensors."""
+    groups = {f"group_{number}": {"weights": each} for number, each in enumerate(weights)}
+    own = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    return {**own, "config_groups": groups, **more}
+
+
+def test_compressed_tensors():
+    assert narrow_scheme({"quantization_config": compressed(INT8)}) == NarrowScheme(
+        "int8", 1, None, "_scale"
+    )
+    groups = INT8 | {"strategy": "group", "group_size": 128}
+    packed = compressed(groups, format="pack-quantized")
+    assert narrow_scheme({"quantization_config": packed}) == NarrowScheme(
+        "int8", 1, 128, "_scale", is_packed=True
+    )
+
+
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "awq"}, "quantization 'awq' is not supported; supported: fp8, mxfp4"),
+        (
+            {"quant_method": "awq"},
+            "quantization 'awq' is not supported; supported: compressed-tensors",
+        ),
         ({"quant_method": "fp8"}, "with fmt 'e4m3' and weight_block_size None is not supported"),
         (
             {"quant_method": "fp8", "weight_block_size": [128]},
@@ -552,6 +583,31 @@ def test_the_family_without_an_architecture_is_the_model_type():
             "with fmt 'e5m2' and",
         ),
         ("int4", "quantization_config is 'int4'; it must be an object"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors without config_groups, or"),
+        (
+            compressed({"num_bits": 8, "type": "int"}, {"num_bits": 4, "type": "int"}),
+            "with weights quantised in several ways, is not supported",
+        ),
+        (
+            compressed({"num_bits": 4, "type": "int", "strategy": "channel"}),
+            "format 'int-quantized' and weights of type 'int', num_bits 4, symmetric None, "
+            "strategy 'channel', group_size None, actorder None is not supported",
+        ),
+        *(
+            (compressed(INT8 | more), "is not supported; supported: symmetric ones of 8 bits in")
+            for more in (
+                {"symmetric": False},
+                {"actorder": "group"},
+                {"strategy": "token"},
+                {"strategy": ["channel"]},
+                {"strategy": "group", "group_size": -1},
+                {"strategy": "group", "group_size": "128"},
+                {"strategy": "block", "block_structure": [128]},
+                {"type": "float"},
+            )
+        ),
+        (compressed(INT8, format="marlin-24"), "with format 'marlin-24' and weights"),
+        (compressed(INT8, config_groups={"group_0": 3}), "without config_groups, or"),
     ],
 )
 def test_other_quantisations(quantization, message):
@@ -568,8 +624,8 @@ def test_a_configuration_alone_may_be_quantised_in_any_way():
 
 
 def test_block_sizes():
-    assert weight_block_size(MIXTRAL) is None
-    assert weight_block_size(GPT_OSS) is None
+    assert narrow_scheme(MIXTRAL) is None
+    assert narrow_scheme(GPT_OSS) is None
 
 
 def test_reading_the_file(tmp_path):

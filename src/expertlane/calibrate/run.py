@@ -28,7 +28,6 @@ from expertlane.engine.commands import (
     MeasureLaunches,
     MeasureOperations,
     MeasureTransfers,
-    PinToCore,
 )
 from expertlane.engine.launch import describe_ranks
 from expertlane.engine.pool import RankPool
@@ -81,9 +80,10 @@ class Calibration:
     def __init__(self, pool: RankPool, num_ranks: int, grid: Grid | None = None) -> None:
         self._pool = pool
         self._num_ranks = num_ranks
-        self.machine = describe_ranks(pool)[0]
+        machines = describe_ranks(pool)
+        self.machine = machines[0]
         self.grid = grid or (GPU_GRID if self.machine.on_gpu else CPU_GRID)
-        self.cores = pool.call(PinToCore())
+        self.cores = [each.cpus[0] if each.cpus else None for each in machines]
         self._points = self.grid.points(self.machine.dtype)
         self._transfer_points = self.grid.transfers(num_ranks)
         self.measured = Measured()

@@ -71,8 +71,9 @@ def _expertlane(
     Environment:
       EXPERTLANE_BACKEND=cpu|torch
           own CPU kernels, or torch only; by default the own ones, where available
-      EXPERTLANE_CPU_ISA=baseline|avx2|avx512|avx512_bf16|amx|neon|neon_bf16
-          the largest instruction set of the own kernels; by default the CPU's best
+      EXPERTLANE_PIN=0|1
+          ranks keep to cores of their own: never, or also beside other engines; by
+          default where there is no other
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -13,6 +13,7 @@ from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     Dtype,
+    cpu_isa_option,
     dtype_option,
     timeout_option,
 )
@@ -22,6 +23,7 @@ from expertlane.cli.output_options import (
 )
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
+from expertlane.spec.names import CpuIsa
 
 if TYPE_CHECKING:
     from expertlane.calibrate.run import Calibration
@@ -42,6 +44,7 @@ class _Options:
     )
     dtype: Dtype | None = dtype_option("the machine's choice")
     timeout_s: float = timeout_option()
+    cpu_isa: CpuIsa | None = cpu_isa_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,7 @@ def _measure(own: _Options) -> "tuple[Calibration, Profile]":
     from expertlane.engine.launch import start_pool
 
     num_ranks = own.ranks or num_devices()
-    pool = start_pool(num_ranks, timeout_s=own.timeout_s, dtype=own.dtype)
+    pool = start_pool(num_ranks, timeout_s=own.timeout_s, dtype=own.dtype, cpu_isa=own.cpu_isa)
     assert pool is not None, "not under torchrun"
     with pool:
         calibration = Calibration(pool, num_ranks)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from expertlane.cli.output_options import OutputOptions
 from expertlane.cli.virtual_time import DEFAULT_PROFILE, VirtualTimeOptions
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import CapacityError, UserError, naming
-from expertlane.spec.ranges import DEFAULT_SKEW, shown
+from expertlane.spec.ranges import DEFAULT_REPEAT, DEFAULT_SKEW, shown
 
 if TYPE_CHECKING:
     from expertlane.compare.projection import ExperimentProjector
@@ -63,7 +63,7 @@ class _Options:
         "layouts.",
     )
     repeat: int = typer.Option(
-        5,
+        DEFAULT_REPEAT,
         metavar="N",
         help="How often the two deployments of the verdict are measured; the others twice at most. "
         "Fewer than 5 give no intervals.",
@@ -72,6 +72,12 @@ class _Options:
         0.0,
         metavar="SECONDS",
         help="Repeat until the steps of each of the two have taken so long.",
+    )
+    resume: bool = typer.Option(
+        False,
+        "--resume",
+        help="Go on with a comparison that was interrupted: what it measured is kept in the folder "
+        "of its results until it is complete.",
     )
     traffic: bool = typer.Option(
         False,
@@ -184,6 +190,8 @@ def run(
     """Compare, without a word on standard output: one comparison after the other."""
     comparisons = _comparisons(experiment, own, call)
     virtual = time.settings()
+    if own.resume:
+        _check_resumable(comparisons, virtual)
     from expertlane.compare.machine import check_experiment, memory_shortage
 
     for each in comparisons:
@@ -255,7 +263,11 @@ def _measure(
     num_ranks = max(each.experiment.num_ranks for each in comparisons)
     with output.task_on_stderr(f"starting {num_ranks} ranks"):
         pool = start_pool(
-            num_ranks, timeout_s=launch.timeout_s, dtype=dtype, oversubscribe=launch.oversubscribe
+            num_ranks,
+            timeout_s=launch.timeout_s,
+            dtype=dtype,
+            oversubscribe=launch.oversubscribe,
+            cpu_isa=launch.cpu_isa,
         )
     if pool is None:  # torchrun started this process beside the one that starts ranks
         return
@@ -265,7 +277,7 @@ def _measure(
         for each in comparisons:
             traces: dict[str, list[StepRecord]] = {}
             on_trace = traces.__setitem__ if own.trace else None
-            with output.progress_on_stderr() as progress:
+            with output.progress_on_stderr() as progress, _telling_what_is_kept(each.folder):
                 results = run_comparison(
                     each.experiment,
                     pool,
@@ -273,6 +285,8 @@ def _measure(
                     command=command,
                     virtual=virtual,
                     repeats=Repeats(own.repeat, own.min_time),
+                    folder=None if virtual is not None and virtual.compute else each.folder,
+                    resume=own.resume,
                     on_trace=on_trace,
                 )
             if each.projection is not None:
@@ -283,6 +297,33 @@ def _measure(
             folder = each.folder
             also = tuple if folder is None else partial(write_traces, traces, folder)
             yield output.Found(results, folder, also)
+
+
+def _check_resumable(comparisons: list[_Comparison], virtual: "VirtualSettings | None") -> None:
+    """Refuse --resume where nothing is kept.
+
+    Raises:
+        UserError: results are not written, or computing is priced from plans of steps.
+    """
+    if any(each.folder is None for each in comparisons):
+        raise UserError("--resume needs the folder of the results; give --out")
+    if virtual is not None and virtual.compute is not None:
+        raise UserError("--resume and --compute: the plans of steps are not kept; leave one out")
+
+
+@contextmanager
+def _telling_what_is_kept(folder: Path | None) -> Iterator[None]:
+    """Say how to go on, where a comparison ends before it is complete."""
+    try:
+        yield
+    except BaseException:
+        from expertlane.compare.journal import FILE_NAME
+
+        if folder is not None and (folder / FILE_NAME).exists():
+            output.print_message(
+                f"expertlane: what is measured so far is kept in {folder}; --resume goes on with it"
+            )
+        raise
 
 
 def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: bool) -> None:

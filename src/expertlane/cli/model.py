@@ -72,10 +72,15 @@ class FoundModel:
                 record_routing=record_routing,
                 **engine.for_llm(),
             )
-        if (kernels := llm.machine[0].kernels).startswith(
-            "torch ("
-        ):  # with the reason why they are not ours
-            print_message(f"computing with {kernels}")
+        if "(" in (kernels := llm.machine[0].kernels):  # the set, or why they are not ours
+            lost = "; expertlane's own kernels are faster" if kernels.startswith("torch (") else ""
+            print_message(f"computing with {kernels}{lost}")
+        is_narrow = self.quantization is not None and self.quantization.is_narrow
+        if (is_narrow or engine.weights != "model") and not llm.machine[0].keeps_narrow:
+            dtype = llm.machine[0].dtype
+            print_message(
+                f"weights of one byte are widened to {dtype}: torch has no product of them"
+            )
         return llm
 
     def number_types(

@@ -17,7 +17,9 @@ from expertlane.spec.deployment import (
     Options,
     PayloadType,
     PlacementMethod,
+    WeightsType,
 )
+from expertlane.spec.names import CpuIsa
 from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -111,6 +113,17 @@ def dtype_option(default: str) -> Any:
         show_default=default,
         rich_help_panel=Panel.DEPLOYMENT,
         help="Type of weights and activations.",
+    )
+
+
+def cpu_isa_option() -> Any:
+    """What kernels may use."""
+    return typer.Option(
+        None,
+        envvar="EXPERTLANE_CPU_ISA",
+        show_default="the best that this CPU has",
+        rich_help_panel=Panel.RANKS,
+        help="Largest instruction set that kernels on CPUs may use; amx only if asked for.",
     )
 
 
@@ -244,6 +257,7 @@ class LaunchOptions:
     oversubscribe: bool = typer.Option(
         False, "--oversubscribe", help="Allow more than 32 local ranks per core."
     )
+    cpu_isa: CpuIsa | None = cpu_isa_option()
     ignore_unused_tensors: bool = typer.Option(
         False,
         "--ignore-unused-tensors",
@@ -274,6 +288,11 @@ class EngineOptions:
         help="Turn prefix caching off.",
     )
     deployment: DeploymentOptions
+    weights: WeightsType = typer.Option(
+        "model",
+        help="Type in which matrices are kept; int8 rounds them while loading, with a scale for "
+        "every 128 inputs.",
+    )
     rebalance_steps: int = typer.Option(
         0,
         metavar="STEPS",
@@ -284,7 +303,9 @@ class EngineOptions:
     options: Options = field(init=False)
 
     def __post_init__(self) -> None:
-        options = replace(self.deployment.options, rebalance_steps=self.rebalance_steps)
+        options = replace(
+            self.deployment.options, weights=self.weights, rebalance_steps=self.rebalance_steps
+        )
         object.__setattr__(self, "options", options)
 
     def for_llm(self) -> dict[str, Any]:

@@ -174,7 +174,7 @@ class Group:
         if self._link is None:
             return Pending(self._recorder, None, rows)
         rows = rows.contiguous()
-        to_each = [len(rows)] * self.size
+        to_each = [rows.shape[0]] * self.size
         transfer = self._post(TransferKind.ALL_GATHER, rows, to_each, metadata_bytes)
         received = rows.new_empty((sum(num_rows_of), rows.shape[1]))
         work = self._link.all_gather(rows, received, num_rows_of)

@@ -2,8 +2,6 @@
 
 import fcntl
 
-from expertlane.ops.host import num_cores
-
 
 class CoreToken:
     """The right to compute on a core, held by one of the ranks that share it at a time.
@@ -14,11 +12,12 @@ class CoreToken:
     Args:
         file: descriptor of a file that the ranks of a node share.
         local_rank: the rank within its node; ranks are assigned to cores in turn.
+        num_cores: of the node.
     """
 
-    def __init__(self, file: int, local_rank: int) -> None:
+    def __init__(self, file: int, local_rank: int, num_cores: int) -> None:
         self._file = file
-        self._core = local_rank % num_cores()
+        self._core = local_rank % num_cores
         self._is_held = False
 
     def acquire(self) -> None:

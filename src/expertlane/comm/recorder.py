@@ -111,8 +111,9 @@ class Recorder:
                 `record`.
         """
         self.progress.set_step(step)
-        self._clear(num_micro_batches)
         self._recording = record or record_routing or record_events or record_operations
+        if self._recording:
+            self._clear(num_micro_batches)
         self._recording_routing = record_routing
         self._recording_events = record_events
         self._micro_batch = 0

@@ -234,7 +234,7 @@ class SharedLink:
         return _SharedWork(self._endpoint, exchange, self._ranks, self._timeout_s)
 
     def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> _SharedWork:
-        send = [len(rows)] * len(self._ranks)
+        send = [rows.shape[0]] * len(self._ranks)
         exchange = self._endpoint.begin(
             self._group, rows, send, received, num_rows_of, same_for_all=True
         )

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import placements_of
+from expertlane.compare.journal import Journal, Measurement
 from expertlane.compare.pair import Repeated
 from expertlane.compare.projection import usual_number_type
 from expertlane.compare.records import measured_record, rebalance_records, typical
@@ -17,6 +18,7 @@ from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.virtual import least_of_all, undisturbed, without_each
+from expertlane.engine.commands import HeldBytes
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.errors import ModelError
@@ -28,7 +30,13 @@ from expertlane.results.metrics import (
     phase_record,
     speed_of_runs,
 )
-from expertlane.results.record import EXPERIMENT, DeploymentRecord, Source, StepsRecord
+from expertlane.results.record import (
+    EXPERIMENT,
+    DeploymentRecord,
+    RebalanceRecord,
+    Source,
+    StepsRecord,
+)
 from expertlane.results.results import MachinePeak
 from expertlane.results.statistics import LEAST_RUNS, jackknife_interval, median_interval
 from expertlane.results.step_record import StepRecord
@@ -42,6 +50,7 @@ from expertlane.spec.experiment import Experiment
 from expertlane.spec.names import Cause, Phase
 from expertlane.spec.workload import Workload
 
+_SHARE = -1  # in a journal, the run with the same sequences a rank
 _WARM_UP_LEN, _WARM_UP_PART, _WARM_UP_LEAST = 4, 4, 64  # of a prompt; of all sequences
 
 
@@ -51,6 +60,7 @@ class Setting:
 
     Attributes:
         virtual: what virtual time is to assume; None where none is made.
+        journal: keeps what is measured; None where nothing is written.
     """
 
     experiment: Experiment
@@ -59,6 +69,7 @@ class Setting:
     ranks_per_node: int
     progress: Progress
     virtual: VirtualSettings | None = None
+    journal: Journal | None = None
 
 
 @dataclass(eq=False)
@@ -86,6 +97,9 @@ class Deployed:
         self._plans: dict[StepRecord, StepPlan] = {}
         self._share_steps: list[StepRecord] = []
         self._dispatch: DispatchTable | None = None
+        self._runner: ModelRunner | None = None  # where it is on the ranks
+        self._held: Sequence[HeldBytes] = ()
+        self._rebalances: Sequence[RebalanceRecord] = ()
 
     @property
     def name(self) -> str:
@@ -103,7 +117,13 @@ class Deployed:
         Args:
             deploy: put it on the ranks, and warm up, before; needless where it ran last.
         """
+        if self._restored(self.num_runs):
+            self.num_runs += 1
+            return
         workload, progress = self.setting.experiment.workload, self.setting.progress
+        # Experts that moved go back to where they began.
+        moves = bool(self.deployment.options.rebalance_steps)
+        deploy = deploy or moves or self._runner is None
         again = f", run {self.num_runs + 1}" if self.num_runs else ""
         num_tokens = workload.num_sequences * workload.output_len
         progress.task(f"{self.name}{again}", int(deploy) + num_tokens)
@@ -113,6 +133,10 @@ class Deployed:
         # Ranks keep when they did what in the first repetition, which costs next to nothing.
         with_events = self.num_runs == 0 and self.role == EXPERIMENT
         self._tokens = self._run(workload, self._keep, run=self.num_runs, record_events=with_events)
+        rebalancer = self._runner.rebalancer if self._runner else None
+        self._rebalances = rebalance_records(rebalancer) if rebalancer else ()
+        own = [step for step in chain(*self._steps.values()) if step.run == self.num_runs]
+        self._note(self.num_runs, own)
         self.num_runs += 1
         progress.done()
 
@@ -127,9 +151,9 @@ class Deployed:
             seed=experiment.seed,
             ranks_per_node=setting.ranks_per_node,
             checkpoint=Path(experiment.checkpoint) if experiment.checkpoint else None,
+            dispatch_table=self._dispatch,
         )
-        if self.num_runs == 0:
-            self._dispatch = self._runner.dispatch_table
+        self._held, self._dispatch = self._runner.held, self._runner.dispatch_table
         num_sequences = workload.num_sequences
         shorter = replace(
             workload,
@@ -143,11 +167,38 @@ class Deployed:
         """Run the workload once more with as many sequences a rank as the largest deployment."""
         experiment, progress = self.setting.experiment, self.setting.progress
         num_seqs = experiment.num_sequences_alike(self.deployment.layout)
-        if num_seqs < experiment.workload.num_sequences:
+        if num_seqs < experiment.workload.num_sequences and not self._restored(_SHARE):
+            if self._runner is None:
+                self._deploy()
             share = replace(experiment.workload, num_sequences=num_seqs)
             progress.task(f"{self.name}, same sequences per rank", num_seqs * share.output_len)
             self._run(share, self._keep_share)
+            self._note(_SHARE, self._share_steps)
             progress.done()
+
+    def _restored(self, run: int) -> bool:
+        """Whether an earlier process has measured it, which is then taken."""
+        journal = self.setting.journal
+        kept = journal and journal.take(self.role, self.name, run)
+        if not kept:
+            return False
+        take = self._keep_share if run == _SHARE else self._keep
+        for step in kept.steps:
+            take(step)
+        if run != _SHARE:
+            self._tokens = kept.tokens
+        self._held, self._dispatch, self._rebalances = kept.held, kept.dispatch, kept.rebalances
+        self._runner = None  # the ranks may hold another
+        return True
+
+    def _note(self, run: int, steps: Sequence[StepRecord]) -> None:
+        if self.setting.journal is not None:
+            self.setting.journal.add(
+                Measurement(
+                    *(self.role, self.name, run, list(steps), self._tokens),
+                    *(list(self._held), self._dispatch, list(self._rebalances)),
+                )
+            )
 
     def _keep_share(self, step: StepRecord) -> None:
         if step.phase is Phase.DECODE:
@@ -192,9 +243,11 @@ class Deployed:
         for request in requests:
             scheduler.add(request)
         plans: list[StepPlan] = []
+        runner = self._runner
+        assert runner is not None, "it is deployed"
 
         def noting_plans() -> Iterator[FinishedStep]:
-            for finished in drive(scheduler, self._runner):
+            for finished in drive(scheduler, runner):
                 plans.append(finished.plan)
                 yield finished
 
@@ -230,13 +283,12 @@ class Deployed:
 
     def record(self, peak: MachinePeak) -> DeploymentRecord:
         """The record of all repetitions together, in wall time."""
-        rebalancer = self._runner.rebalancer
         found = self._record("measured", peak, self._steps, self._share_steps)
         medians = (replace(each, tps=median_interval(each.tps_of_runs)) for each in found.steps)
         return replace(
             found,
             steps=tuple(medians),
-            rebalances=rebalance_records(rebalancer) if rebalancer else (),
+            rebalances=tuple(self._rebalances),
         )
 
     def virtual_record(self, runs: VirtualRuns) -> DeploymentRecord:
@@ -320,7 +372,7 @@ class Deployed:
             self.deployment,
             self.setting.experiment.model,
             phases,
-            self._runner.held,
+            self._held,
             self._tokens,
             source,
             roles=(self.role,),

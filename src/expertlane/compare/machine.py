@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from expertlane.balance.placement_file import Placements
 from expertlane.engine.commands import MeasureRates, RankMachine
@@ -91,7 +92,8 @@ def experiment_limits(experiment: Experiment, seen: Sequence[RankMachine]) -> di
         wanted = workload_limits(experiment.workload, model, each.layout)
         try:
             limits[each.name] = fit_to_machine(
-                model, each.layout, wanted, seen, placements=placements
+                *(model, each.layout, wanted, seen, 1.0, placements, each.options.weights),
+                Path(experiment.checkpoint) if experiment.checkpoint else None,
             )
         except CapacityError as error:
             raise CapacityError(
@@ -133,6 +135,7 @@ def memory_shortage(experiment: Experiment, dtype: str | None) -> str | None:
     rank = RankMachine(
         host="",
         num_cores=host.num_cores(),
+        cpus=[],
         cpu_name="",
         device="cpu",
         backend="gloo",

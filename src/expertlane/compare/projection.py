@@ -12,7 +12,7 @@ from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting, RoutingSource
-from expertlane.errors import CapacityError
+from expertlane.errors import CapacityError, UserError
 from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.plan.candidates import MOST_DEVICES, Goals, PlanRequest
 from expertlane.plan.project import (
@@ -48,6 +48,19 @@ def usual_number_type(profile: Profile) -> str:
     return "float32" if OVERHEAD_S in profile.terms else "float16"
 
 
+def check_has_law(deployment: Deployment) -> None:
+    """Refuse weights of a type of which no profile knows how long products take.
+
+    Raises:
+        UserError: they are rounded to one byte.
+    """
+    if deployment.options.weights != "model":
+        raise UserError(
+            f"deployment {deployment.name!r} has {deployment.options.weights} weights, for which "
+            "no profile has a law; it can be measured, and not projected"
+        )
+
+
 class ExperimentProjector:
     """Projects all deployments of an experiment.
 
@@ -78,6 +91,7 @@ class ExperimentProjector:
 
     def _check(self) -> None:
         for deployment in self._experiment.deployments:
+            check_has_law(deployment)
             needed = deployment.layout.world_size
             if needed > self._cluster.num_devices:
                 name = self._cluster.profile.name

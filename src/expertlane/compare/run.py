@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 from expertlane.compare.assumptions import measured_assumptions
 from expertlane.compare.deployed import Deployed, Setting
+from expertlane.compare.journal import Journal
 from expertlane.compare.machine import experiment_limits, machine_record, measure_peak
 from expertlane.compare.pair import pair_in_virtual_time, pair_in_wall_time
 from expertlane.compare.virtual import VirtualRuns, VirtualSettings
@@ -17,10 +19,10 @@ from expertlane.progress import Progress
 from expertlane.results.pair import PairRecord, choose_pair
 from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord
 from expertlane.results.results import MachinePeak, Results, VirtualTime
-from expertlane.results.statistics import LEAST_RUNS
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.names import Phase
+from expertlane.spec.ranges import DEFAULT_REPEAT
 
 _MOST_RUNS = 1_000
 _RUNS_OF_OTHERS = 2
@@ -40,7 +42,7 @@ class Repeats:
         least_s: repeat until the steps of each of the two have taken so long.
     """
 
-    num_runs: int = LEAST_RUNS
+    num_runs: int = DEFAULT_REPEAT
     least_s: float = 0.0
 
 
@@ -52,6 +54,8 @@ def run_comparison(
     command: str,
     virtual: VirtualSettings | None = None,
     repeats: Repeats | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
     on_trace: Callable[[str, list[StepRecord]], None] | None = None,
 ) -> Results:
     """Measure every deployment of the experiment on the ranks of `pool`.
@@ -63,13 +67,16 @@ def run_comparison(
         command: how a user repeats it; kept in the results.
         virtual: also replay what was measured in virtual time; None leaves that out, and lets
             ranks compute whenever the system lets them.
-        repeats: None for the least that gives intervals.
+        repeats: None for the default.
+        folder: where measurements are kept until all are made.
+        resume: go on with those that are kept there.
         on_trace: gets each deployment's name, and a prefill and a decode step of it with events;
             the same in virtual time under the name with "virtual" after it.
 
     Raises:
         RankError: a rank died, hung or failed.
         ModelError: the logits of a sequence are not finite.
+        UserError: what is kept in the folder is not this comparison's.
     """
     seen = describe_ranks(pool)
     virtual, cautions = _virtual_on(seen, virtual)
@@ -79,15 +86,28 @@ def run_comparison(
     progress.done()
     ranks_per_node = experiment.cluster.ranks_per_node or seen[0].ranks_per_node
     limits = experiment_limits(experiment, seen)
-    foreign = ForeignLoad()
-    setting = Setting(experiment, pool, seen[0].dtype, ranks_per_node, progress, virtual)
+    foreign, journal = ForeignLoad(), None
+    if folder is not None:
+        journal = Journal.of(folder, experiment, seen, peak, resume=resume)
+        peak = journal.peak  # so that links are scaled as before
+        if journal.num_kept:
+            progress.task(f"{journal.num_kept} measurements of the interrupted run", 1)
+            progress.advance()
+            progress.done()
+    setting = Setting(experiment, pool, seen[0].dtype, ranks_per_node, progress, virtual, journal)
     measured = _Measured(
         setting,
         peak,
         [Deployed(e, setting, limits[e.name], EXPERIMENT) for e in experiment.deployments],
         [Deployed(e, setting, limits[e.name], SCALING) for e in experiment.scaling],
     )
-    measured.measure(repeats or Repeats())
+    is_finished = False
+    try:
+        measured.measure(repeats or Repeats())
+        is_finished = True
+    finally:
+        if journal is not None:
+            journal.close(finished=is_finished)
     if on_trace is not None:
         for name, steps in measured.traces():
             on_trace(name, steps)
@@ -146,11 +166,12 @@ class _Measured:
 
     def measure(self, repeats: Repeats) -> None:
         """Run everything, then make the records."""
-        own = self.own
+        own, before = self.own, None
         num_of_others = min(_RUNS_OF_OTHERS, repeats.num_runs)
         for number in range(num_of_others):
             for each in own if number % 2 == 0 else reversed(own):
-                each.measure()
+                each.measure(deploy=each is not before)
+                before = each
         self.runs = self._virtual_runs()
         first = {each.name: self._record(each) for each in own}
         pair = self._pair(list(first.values()))

@@ -10,7 +10,7 @@ from expertlane.compare.likeness import (
     own_step_work,
     paper_step_work,
 )
-from expertlane.compare.projection import usual_number_type
+from expertlane.compare.projection import check_has_law, usual_number_type
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.number_types import NumberTypes
@@ -61,6 +61,7 @@ class VirtualSettings:
                     f"deployment {each.name!r} moves experts while it runs; --compute needs "
                     "deployments without rebalancing"
                 )
+            check_has_law(each)
 
 
 def compute_ratio(here: StepWork, there: StepWork, peak: MachinePeak, profile: Profile) -> float:

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from expertlane.errors import SpecError
-from expertlane.spec.deployment import PayloadType
+from expertlane.spec.deployment import INPUTS_OF_SCALE, PayloadType, WeightsType
+from expertlane.spec.hf_config import NarrowType
 
-ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
+ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1}
 SCALED_VALUES = 128  # of a float8 payload, values with one float32 scale
 
 
@@ -13,17 +14,23 @@ SCALED_VALUES = 128  # of a float8 payload, values with one float32 scale
 class NumberTypes:
     """The types of weights, of hidden states, and of keys and values.
 
-    The engine has one for all. Where weights are float8, embedding, output head and the absorbed
-    products of latent attention stay in the type of activations, as in checkpoints so quantised;
-    router weights are always float32.
+    Where weights have one byte, embedding, output head and the absorbed products of latent
+    attention stay in the type of activations, as in checkpoints so quantised; router weights are
+    always float32.
+
+    Attributes:
+        narrow_head: the output head has one byte too: it was rounded while loading.
+        inputs_of_scale: of a weight of one byte, in memory; None where scales are not counted.
 
     Raises:
-        SpecError: an unknown type, or float8 activations.
+        SpecError: an unknown type, or activations of one byte.
     """
 
     weights: str = "bfloat16"
     activations: str = "bfloat16"
     kv: str = "bfloat16"
+    narrow_head: bool = False
+    inputs_of_scale: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("weights", "activations", "kv"):
@@ -31,8 +38,10 @@ class NumberTypes:
             if value not in ITEM_BYTES:
                 valid = ", ".join(ITEM_BYTES)
                 raise SpecError(f"type of {name} is {value!r}; valid: {valid}")
-        if self.activations == "float8":
-            raise SpecError("activations in float8 are no type of a whole model; use bfloat16")
+        if ITEM_BYTES[self.activations] == 1:
+            raise SpecError(
+                f"activations in {self.activations} are no type of a whole model; use bfloat16"
+            )
 
     @classmethod
     def asked(cls, weights: str, kv: str | None = None) -> "NumberTypes":
@@ -46,17 +55,42 @@ class NumberTypes:
 
     @classmethod
     def all_of(cls, number_type: str) -> "NumberTypes":
-        """One type for everything, as the engine has it."""
+        """One type for everything, as the engine has it unless weights have one byte."""
         return cls(number_type, number_type, number_type)
+
+    @classmethod
+    def kept_as(
+        cls, number_type: str, asked: WeightsType, stored: NarrowType | None
+    ) -> "NumberTypes":
+        """As the engine has them where it can keep weights of one byte.
+
+        Args:
+            asked: as `Options.weights`.
+            stored: what most matrices of a checkpoint are in, if in one byte: they stay so.
+        """
+        if asked == "model" and stored is None:
+            return cls.all_of(number_type)
+        return cls(
+            stored or asked,
+            number_type,
+            number_type,
+            narrow_head=asked == "int8",
+            inputs_of_scale=INPUTS_OF_SCALE,
+        )
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether weights have one byte, and scales."""
+        return ITEM_BYTES[self.weights] == 1
 
     @property
     def kept(self) -> str:
-        """The type of weights that are not quantised to float8."""
-        return self.activations if self.weights == "float8" else self.weights
+        """The type of weights that are not quantised to one byte."""
+        return self.activations if self.is_narrow else self.weights
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of a weight; scales of float8 are not counted."""
+        """Bytes of a weight, without its share of a scale."""
         return ITEM_BYTES[self.weights]
 
     @property
@@ -91,7 +125,7 @@ class PayloadBytes:
     @classmethod
     def of(cls, payload: PayloadType, activation_bytes: int, hidden_size: int) -> "PayloadBytes":
         """No effect where activations are as narrow already."""
-        item = {"model": activation_bytes, "bfloat16": 2, "float8": 1}[payload]
+        item = {"model": activation_bytes, "bfloat16": 2, "float8": 1, "int8": 1}[payload]
         if item >= activation_bytes:
             return cls(hidden_size * activation_bytes, 0, False)
         blocks = -(-hidden_size // SCALED_VALUES) if payload == "float8" else 0

@@ -15,7 +15,7 @@ from expertlane.balance.placement_file import Placements
 from expertlane.cost.step.operation import SIZES, Kind, TransferKind
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
-from expertlane.spec.deployment import DispatchTable, Options
+from expertlane.spec.deployment import DispatchTable, Options, WeightsType
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.sampling import TokenLogprobs
@@ -44,6 +44,7 @@ class StageSpec:
     Attributes:
         placements: [num_hidden_layers]; where experts are at first.
         checkpoint: the folder the weights are in; None for seeded ones.
+        weights: as `Options.weights`.
     """
 
     model: ModelConfig
@@ -52,6 +53,7 @@ class StageSpec:
     seed: int
     ranks_per_node: int
     checkpoint: str | None = None
+    weights: WeightsType = "model"
 
 
 @dataclass(eq=False)
@@ -86,14 +88,17 @@ class RankMachine:
     """A rank's machine, as the rank sees it.
 
     Attributes:
-        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that
-            instruction set, else `torch`, with the reason where ours would have been better.
+        cpus: hardware threads that the rank is kept on; none where the system may move it.
+        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that instruction
+            set, else `torch`, with the reason where ours would have been better.
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
+        keeps_narrow: weights of one byte stay so in memory; else they are widened while loading.
     """
 
     host: str
     num_cores: int
+    cpus: list[int]
     cpu_name: str
     device: str
     backend: str
@@ -104,6 +109,7 @@ class RankMachine:
     free_bytes: int
     ranks_per_node: int
     num_idle_gpus: int
+    keeps_narrow: bool = False
 
     @property
     def on_gpu(self) -> bool:
@@ -179,13 +185,6 @@ class TimeOneMove(Command[tuple[int, float]]):
 
 class MeasureRates(Command[RankRates]):
     """The rates of a large matrix product and of reading memory."""
-
-
-class PinToCore(Command[int | None]):
-    """Put all of the rank's threads on a core of its own, if there are as many cores as ranks.
-
-    The answer is which; None where ranks stay where they are.
-    """
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,26 @@ from expertlane.errors import CapacityError, SpecError, UserError
 from expertlane.memory import FREE_SHARE, PlacedModel
 from expertlane.model.stored_tensors import StoredTensors
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.deployment import Deployment, Options, WeightsType
+from expertlane.spec.hf_config import narrow_scheme, read_config
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import CpuIsa
 from expertlane.spec.ranges import RANGES, take
 
 
 def start_pool(
-    num_ranks: int, *, timeout_s: float, dtype: str | None = None, oversubscribe: bool = False
+    num_ranks: int,
+    *,
+    timeout_s: float,
+    dtype: str | None = None,
+    oversubscribe: bool = False,
+    cpu_isa: CpuIsa | None = None,
 ) -> RankPool | None:
     """Ranks of this machine, or of all nodes where torchrun has started processes.
+
+    Args:
+        cpu_isa: the largest instruction set that kernels may use; None as the environment says.
 
     Returns:
         The pool; None in those processes of torchrun that have nothing to do. The first ones of
@@ -44,7 +54,7 @@ def start_pool(
     """
     if not is_under_torchrun():
         check_num_ranks(num_ranks, oversubscribe=oversubscribe)
-        return RankPool(LocalRanks(num_ranks, timeout_s, dtype), timeout_s)
+        return RankPool(LocalRanks(num_ranks, timeout_s, dtype, cpu_isa=cpu_isa), timeout_s)
     node = TorchrunNode.from_environment()
     if not node.is_supervisor:
         return None
@@ -56,12 +66,15 @@ def start_pool(
         raise
     oversubscribe |= node.num_processes > 1  # asked for
     if node.number > 0:
-        become_supervisor(node, ranks_per_node, timeout_s, dtype, oversubscribe=oversubscribe)
+        become_supervisor(
+            node, ranks_per_node, timeout_s, dtype, oversubscribe=oversubscribe, cpu_isa=cpu_isa
+        )
     end_with_torchrun()
     check_num_ranks(ranks_per_node, oversubscribe=oversubscribe)
     if node.meeting is None:
-        return RankPool(LocalRanks(ranks_per_node, timeout_s, dtype), timeout_s)
-    return RankPool(NodeRanks(node.meeting, ranks_per_node, timeout_s, dtype), timeout_s)
+        return RankPool(LocalRanks(ranks_per_node, timeout_s, dtype, cpu_isa=cpu_isa), timeout_s)
+    ranks = NodeRanks(node.meeting, ranks_per_node, timeout_s, dtype, cpu_isa=cpu_isa)
+    return RankPool(ranks, timeout_s)
 
 
 def describe_ranks(pool: RankPool) -> list[RankMachine]:
@@ -174,12 +187,16 @@ def fit_to_machine(
     seen: Sequence[RankMachine],
     cpu_cache_share: float = 1.0,
     placements: Placements | None = None,
+    weights: WeightsType = "model",
+    checkpoint: Path | None = None,
 ) -> Limits:
     """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
 
     Args:
         seen: [num_ranks]; those of the layout first.
         placements: [num_hidden_layers]; linear ones without copies if not given.
+        weights: as `Options.weights`.
+        checkpoint: the folder the weights are in.
         cpu_cache_share: as `fit_cache`'s `cache_share`, where ranks compute on a CPU.
 
     Raises:
@@ -192,10 +209,18 @@ def fit_to_machine(
     placed = PlacedModel(
         model,
         layout,
-        NumberTypes.all_of(tightest.dtype),
+        _types(tightest, weights, checkpoint),
         placements or placements_of(model, layout, Options()),
     )
     return placed.fit_cache(limits, free_bytes, share)
+
+
+def _types(machine: RankMachine, weights: WeightsType, checkpoint: Path | None) -> NumberTypes:
+    """In what a rank holds weights, hidden states, keys and values."""
+    if not machine.keeps_narrow:
+        return NumberTypes.all_of(machine.dtype)
+    scheme = None if checkpoint is None else narrow_scheme(read_config(checkpoint))
+    return NumberTypes.kept_as(machine.dtype, weights, None if scheme is None else scheme.type)
 
 
 def with_blocks(
@@ -205,6 +230,8 @@ def with_blocks(
     layout: Layout,
     placements: Placements,
     seen: Sequence[RankMachine],
+    weights: WeightsType = "model",
+    checkpoint: Path | None = None,
 ) -> Limits:
     """The limits with `num_blocks`; with None as many as serve, or as there is room for.
 
@@ -214,8 +241,9 @@ def with_blocks(
     if num_blocks is None:
         enough = wanted.max_num_seqs * -(-wanted.max_model_len // wanted.block_size)
         wanted = replace(wanted, num_blocks=min(enough, int(RANGES["num_blocks"].high)))
-        return fit_to_machine(model, layout, wanted, seen, _CPU_CACHE_SHARE, placements)
-    fitting = fit_to_machine(model, layout, wanted, seen, placements=placements)
+        share = _CPU_CACHE_SHARE
+        return fit_to_machine(model, layout, wanted, seen, share, placements, weights, checkpoint)
+    fitting = fit_to_machine(model, layout, wanted, seen, 1.0, placements, weights, checkpoint)
     if fitting.num_blocks < num_blocks:
         raise CapacityError(
             f"num_blocks is {num_blocks} but there is memory for {fitting.num_blocks}"

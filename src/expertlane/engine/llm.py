@@ -33,6 +33,7 @@ from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.names import CpuIsa
 from expertlane.spec.ranges import take
 from expertlane.spec.sampling import SamplingParams
 
@@ -72,6 +73,8 @@ class LLM:
         seed: of random weights.
         timeout_s: the longest wait for a rank without progress.
         oversubscribe: allow more local ranks than the machine should run.
+        cpu_isa: the largest instruction set that kernels on CPUs may use; by default
+            `EXPERTLANE_CPU_ISA`, else the best that the CPU has.
         ignore_unused_tensors: load a checkpoint with tensors that its `config.json` has no use for,
             with a warning on stderr.
         record_routing: keep which experts each token chooses, for `routing_trace`; takes time in
@@ -106,10 +109,11 @@ class LLM:
         seed: int = 0,
         timeout_s: float = 60.0,
         oversubscribe: bool = False,
+        cpu_isa: CpuIsa | None = None,
         ignore_unused_tensors: bool = False,
         record_routing: bool = False,
     ) -> None:
-        _check_settings(dtype, seed, timeout_s)
+        _check_settings(dtype, cpu_isa, seed, timeout_s)
         chosen = layout if isinstance(layout, Layout) else Layout.parse(str(layout))
         deployment = Deployment("llm", chosen, options or Options())
         self.model, self._folder = _find_model(model, ignore_unused_tensors)
@@ -133,6 +137,7 @@ class LLM:
             timeout_s=timeout_s,
             dtype=dtype or own_dtype(self.model if self._folder else None),
             oversubscribe=oversubscribe,
+            cpu_isa=cpu_isa,
         )
         if pool is None:  # torchrun has started this process besides one that starts ranks
             raise SystemExit(0)
@@ -140,7 +145,9 @@ class LLM:
         try:
             self.machine: tuple[RankMachine, ...] = tuple(describe_ranks(pool))
             self.limits = with_blocks(
-                wanted, num_blocks, self.model, chosen, placements, self.machine
+                *(wanted, num_blocks, self.model, chosen, placements, self.machine),
+                deployment.options.weights,
+                self._folder,
             )
             self._routing = RoutingRecorder(self.model) if record_routing else None
             self.engine = self._make_engine(deployment, seed, ranks_per_node, eos_token_ids)
@@ -367,7 +374,9 @@ def own_dtype(model: ModelConfig | None) -> str | None:
     return None if model is None or model.dtype == "float16" else model.dtype
 
 
-def _check_settings(dtype: str | None, seed: int, timeout_s: float) -> None:
+def _check_settings(dtype: str | None, cpu_isa: str | None, seed: int, timeout_s: float) -> None:
+    if cpu_isa not in (None, *get_args(CpuIsa)):
+        raise UserError(f"cpu_isa is {cpu_isa!r}; valid: {', '.join(get_args(CpuIsa))}")
     if dtype not in (None, *get_args(Dtype)):
         raise UserError(f"dtype is {dtype!r}; valid: {', '.join(get_args(Dtype))}")
     take("seed", seed)

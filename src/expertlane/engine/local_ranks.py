@@ -31,6 +31,7 @@ from expertlane.engine.messages import (
 from expertlane.engine.rendezvous import Meeting, Place
 from expertlane.errors import CapacityError, RankError, TerminatedError, UserError
 from expertlane.ops.host import num_cores
+from expertlane.spec.names import CpuIsa
 
 MAX_RANKS_PER_CORE = 32
 _KILL_TIMEOUT_S = 5.0
@@ -114,6 +115,7 @@ class LocalRanks:
     The first node of several is such a one too: `NodeRanks` adds the others.
 
     Args:
+        cpu_isa: the largest instruction set that kernels may use; None as the environment says.
         meeting: where the ranks meet those of other nodes; None without.
 
     Attributes:
@@ -134,6 +136,7 @@ class LocalRanks:
         dtype: str | None,
         server_module: str = "expertlane.engine.fork_server",
         *,
+        cpu_isa: CpuIsa | None = None,
         meeting: Meeting | None = None,
         launcher: Place | None = None,
     ) -> None:
@@ -165,12 +168,18 @@ class LocalRanks:
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._files.close)
             try:
-                self._start(first_rank, launcher, server_module)
+                self._start(first_rank, launcher, server_module, cpu_isa)
             except OSError as error:
                 raise CapacityError(f"cannot start {num_ranks} ranks: {error.strerror}") from error
             on_failure.pop_all()
 
-    def _start(self, first_rank: RankSettings, launcher: Place | None, server_module: str) -> None:
+    def _start(
+        self,
+        first_rank: RankSettings,
+        launcher: Place | None,
+        server_module: str,
+        cpu_isa: CpuIsa | None,
+    ) -> None:
         pairs = [socket.socketpair() for _ in range(1 + first_rank.num_local_ranks)]
         control, *of_ranks = [theirs.fileno() for _, theirs in pairs]
         settings = ServerSettings(
@@ -187,7 +196,7 @@ class LocalRanks:
             stdin=subprocess.DEVNULL,
             stdout=2,  # what libraries print in ranks must not mix with results
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the ranks
-            env=rank_environment(on_one_node=first_rank.meeting is None),
+            env=rank_environment(cpu_isa, on_one_node=first_rank.meeting is None),
         )
         for _, theirs in pairs:
             theirs.close()
@@ -318,15 +327,18 @@ class LocalRanks:
         self._files.close()
 
 
-def rank_environment(*, on_one_node: bool) -> dict[str, str]:
+def rank_environment(cpu_isa: CpuIsa | None, *, on_one_node: bool) -> dict[str, str]:
     """The environment of ranks.
 
+    Kernels are chosen by it, since every process that computes chooses for itself.
     On one node, gloo goes over loopback, whatever the host's name resolves to. A thread of a
     parallel kernel waits a short while for the others, then sleeps: libgomp's own default keeps a
     core spinning for milliseconds, which other processes on it, the launcher first of all, need.
     """
     environment = dict(os.environ)
     environment.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+    if cpu_isa is not None:
+        environment["EXPERTLANE_CPU_ISA"] = cpu_isa
     interfaces = {name for _, name in socket.if_nameindex()} if on_one_node else ()
     for loopback in ("lo", "lo0"):
         if loopback in interfaces:

@@ -7,6 +7,7 @@ that shared memory could hold the same encoding.
 
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any, Generic, NamedTuple, TypeVar, get_args
@@ -223,6 +224,34 @@ def encode(kind: MessageKind, value: object) -> bytes:
     return b"".join([header, body, bytes(-len(body) % _ALIGNMENT), *arrays.parts])
 
 
+def messages_in(content: memoryview) -> Iterator[Message]:
+    """Messages that follow one another, as in a file; the last one is left out if it is cut off.
+
+    Raises:
+        MessageError: the header of one is wrong, or announces too many bytes.
+    """
+    while len(content) >= _HEADER.size:
+        kind, body_size, arrays_begin, size = _sizes(content[: _HEADER.size])
+        if len(content) < _HEADER.size + size:
+            return
+        own, content = content[_HEADER.size :][:size], content[_HEADER.size + size :]
+        yield Message(kind, own[:body_size], own[arrays_begin:])
+
+
+def _sizes(header: memoryview) -> tuple[MessageKind, int, int, int]:
+    """Its kind, bytes of its value, where its arrays begin, and bytes of all after the header."""
+    magic, kind, body_size, arrays_size = _HEADER.unpack(header)
+    if magic != _MAGIC or kind not in list(MessageKind):
+        raise MessageError("the header is wrong")
+    if body_size + arrays_size > MAX_MESSAGE_BYTES:
+        raise MessageError(
+            f"the header announces {body_size + arrays_size:,} bytes; at most "
+            f"{MAX_MESSAGE_BYTES:,} are taken"
+        )
+    arrays_begin = body_size + -body_size % _ALIGNMENT
+    return MessageKind(kind), body_size, arrays_begin, arrays_begin + arrays_size
+
+
 class Channel:
     """One side of a connection for messages; owns its socket.
 
@@ -265,17 +294,9 @@ class Channel:
             EOFError, OSError: the connection is closed.
             MessageError: its header is wrong, or announces too many bytes.
         """
-        magic, kind, body_size, arrays_size = _HEADER.unpack(self._receive_exactly(_HEADER.size))
-        if magic != _MAGIC or kind not in list(MessageKind):
-            raise MessageError("the header is wrong")
-        if body_size + arrays_size > MAX_MESSAGE_BYTES:
-            raise MessageError(
-                f"the header announces {body_size + arrays_size:,} bytes; at most "
-                f"{MAX_MESSAGE_BYTES:,} are taken"
-            )
-        arrays_begin = body_size + -body_size % _ALIGNMENT
-        content = self._receive_exactly(arrays_begin + arrays_size)
-        return Message(MessageKind(kind), content[:body_size], content[arrays_begin:])
+        kind, body_size, arrays_begin, size = _sizes(self._receive_exactly(_HEADER.size))
+        content = self._receive_exactly(size)
+        return Message(kind, content[:body_size], content[arrays_begin:])
 
     def _receive_exactly(self, size: int) -> memoryview:
         content = memoryview(bytearray(size))

@@ -53,6 +53,7 @@ class ModelRunner:
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
         seed: of the model's weights, where they come from no checkpoint.
         checkpoint: the folder the weights are in.
+        dispatch_table: as measured before, for what is `auto`; None to measure it.
         log: takes a line for each thing that is decided.
 
     Raises:
@@ -69,6 +70,7 @@ class ModelRunner:
         seed: int,
         ranks_per_node: int,
         checkpoint: Path | None = None,
+        dispatch_table: DispatchTable | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._pool = pool
@@ -76,14 +78,15 @@ class ModelRunner:
         options = deployment.options
         placements = check_deployment(model, deployment, ranks_per_node)
         folder = str(checkpoint) if checkpoint else None
-        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder)
+        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, options.weights)
         held = pool.call(Deploy(spec, options, limits.num_blocks, limits.block_size))
         self.held = held[: layout.world_size]
-        self.dispatch_table: DispatchTable | None = None
+        self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
         if options.is_timed:
-            modes = options.modes(layout, ranks_per_node)
-            self.dispatch_table = time_dispatch(self, layout, limits, modes)
+            if self.dispatch_table is None:
+                modes = options.modes(layout, ranks_per_node)
+                self.dispatch_table = time_dispatch(self, layout, limits, modes)
             self.set_dispatch(self.dispatch_table)
             text = str(self.dispatch_table)
             unit = " (tokens per rank)" if " up to " in text else " for all steps"

@@ -25,7 +25,6 @@ from expertlane.engine.commands import (
     MeasureOperations,
     MeasureRates,
     MeasureTransfers,
-    PinToCore,
     RankOutcome,
     RunStep,
     SetDispatch,
@@ -34,7 +33,7 @@ from expertlane.engine.commands import (
     TimeOneMove,
 )
 from expertlane.engine.measure.machine import describe_machine, measure_rates
-from expertlane.engine.measure.operations import measure_launches, measure_operations, pin_to_core
+from expertlane.engine.measure.operations import measure_launches, measure_operations
 from expertlane.engine.measure.transfers import measure_contention, measure_transfers
 from expertlane.engine.migration import Migration, PlacementsBefore
 from expertlane.engine.worker import Handlers, RankContext
@@ -129,10 +128,14 @@ class DeployedStage:
         touch = context.progress.touch
         source: WeightSource
         if spec.checkpoint is None:
-            source = SeededWeights(model, spec.seed, platform.dtype, platform.device, touch)
+            source = SeededWeights(
+                model, spec.seed, platform.dtype, platform.device, touch, spec.weights
+            )
         else:
             checkpoint = Checkpoint(Path(spec.checkpoint), model)
-            source = CheckpointWeights(checkpoint, platform.dtype, platform.device, touch)
+            source = CheckpointWeights(
+                checkpoint, platform.dtype, platform.device, touch, spec.weights
+            )
         self.stage = TransformerStage(model, spec.placements, source, self._mesh)
         self.migration = Migration(self.stage, context.progress)
         self._device = platform.device
@@ -355,7 +358,6 @@ HANDLERS: Handlers = {
     FinishMoves: lambda context, _: context.deployed.migration.finish_moves(),
     TimeOneMove: lambda context, _: context.deployed.migration.time_one_move(),
     MeasureRates: measure_rates,
-    PinToCore: pin_to_core,
     MeasureOperations: measure_operations,
     MeasureLaunches: measure_launches,
     MeasureTransfers: measure_transfers,

@@ -41,6 +41,7 @@ from expertlane.engine.rendezvous import (
     new_secret,
 )
 from expertlane.errors import CapacityError, RankError, UserError
+from expertlane.spec.names import CpuIsa
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -157,6 +158,8 @@ class NodeRanks(LocalRanks):
         timeout_s: float,
         dtype: str | None,
         server_module: str = "expertlane.engine.fork_server",
+        *,
+        cpu_isa: CpuIsa | None = None,
     ) -> None:
         with closing(listen(meeting.address, meeting.num_nodes * (1 + ranks_per_node))) as listener:
             launcher = Place(*listener.getsockname()[:2])
@@ -165,6 +168,7 @@ class NodeRanks(LocalRanks):
                 timeout_s,
                 dtype,
                 server_module,
+                cpu_isa=cpu_isa,
                 meeting=meeting,
                 launcher=launcher,
             )
@@ -215,7 +219,13 @@ def supervisor_command(
 
 
 def become_supervisor(
-    node: TorchrunNode, num_ranks: int, timeout_s: float, dtype: str | None, *, oversubscribe: bool
+    node: TorchrunNode,
+    num_ranks: int,
+    timeout_s: float,
+    dtype: str | None,
+    *,
+    oversubscribe: bool,
+    cpu_isa: CpuIsa | None,
 ) -> NoReturn:
     """Replace this process by the supervisor of its node.
 
@@ -232,7 +242,7 @@ def become_supervisor(
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)  # what libraries print in ranks must not mix with results
-    os.execve(command[0], command, rank_environment(on_one_node=False))
+    os.execve(command[0], command, rank_environment(cpu_isa, on_one_node=False))
 
 
 def main(handlers: "Handlers | None" = None) -> None:

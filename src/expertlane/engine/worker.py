@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 from operator import or_
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
 
@@ -45,7 +46,7 @@ from expertlane.ops.backend import (
     choose_platform,
     compiled_messages,
 )
-from expertlane.ops.host import num_cores
+from expertlane.ops.cores import Share, pin, share_of
 from expertlane.spec.names import Stage
 
 # The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.
@@ -60,12 +61,15 @@ class RankContext:
     """What lives in a rank between commands.
 
     Attributes:
+        is_pinned: whether its threads stay on the hardware threads of its share.
         meshes: process groups; made once, since making them is collective and slow.
         deployed: what `engine.stage` put here; None before.
     """
 
     settings: RankSettings
     platform: Platform
+    share: Share
+    is_pinned: bool
     progress: ProgressReporter
     meshes: Meshes
     deployed: Any = None
@@ -80,7 +84,7 @@ class RankContext:
         settings = self.settings
         if self.platform.device.type != "cpu" or settings.board_fd is None:
             return None
-        return CoreToken(settings.board_fd, settings.local_rank)
+        return CoreToken(settings.board_fd, settings.local_rank, self.share.num_cores)
 
 
 # What a rank does for each command; the answer is of the command's own result type.
@@ -120,11 +124,18 @@ def _end_with_launcher(channel: Channel) -> threading.Thread:
     return thread
 
 
-def _connect(settings: RankSettings, platform: Platform) -> Transport:
+def _take(share: Share) -> bool:
+    """Compute with a share of the cores; gives whether this rank is pinned to it."""
+    # No more threads than OMP_NUM_THREADS either, which torch took at its import.
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), share.num_threads)))
+    return pin(share.cpus)
+
+
+def _connect(settings: RankSettings, platform: Platform, share: Share) -> Transport:
     bound_s = settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S
     shares_memory = platform.transport.startswith(SHARED_MEMORY)
     if shares_memory and settings.meeting is None:
-        return _share_memory(settings, bound_s)
+        return _share_memory(settings, share, bound_s)
     store = (
         FileStore(settings.store_path, settings.world_size)
         if settings.meeting is None
@@ -143,17 +154,17 @@ def _connect(settings: RankSettings, platform: Platform) -> Transport:
     among_nodes = TorchTransport(platform.device.type, settings.rank, over_links=over_links)
     if not shares_memory:
         return among_nodes
-    in_node = _share_memory(settings, bound_s)
+    in_node = _share_memory(settings, share, bound_s)
     return NodesTransport(in_node, among_nodes, settings.rank, settings.num_local_ranks)
 
 
-def _share_memory(settings: RankSettings, bound_s: float) -> SharedTransport:
+def _share_memory(settings: RankSettings, share: Share, bound_s: float) -> SharedTransport:
     assert settings.memory_fd is not None, "all ranks have inherited it"
     region = Region(settings.num_local_ranks)
     memory, rank = region.map(settings.memory_fd), settings.local_rank
     endpoint: Endpoint
     if (library := compiled_messages()) is not None:
-        has_core = settings.num_local_ranks <= num_cores()
+        has_core = settings.num_local_ranks <= share.num_cores
         endpoint = CompiledEndpoint(library, memory, region, rank, _NUM_SPINS if has_core else 0)
     else:
         sizes = region.groups_bytes, region.heap_bytes
@@ -177,6 +188,7 @@ def _answer(channel: Channel, settings: RankSettings, handlers: Handlers) -> int
     board = ProgressBoard(settings.world_size, settings.board_fd)
     progress = board.reporter(settings.rank)
     try:
+        share = share_of(settings.local_rank, settings.num_local_ranks)
         platform = choose_platform(
             settings.local_rank,
             settings.num_local_ranks,
@@ -184,8 +196,9 @@ def _answer(channel: Channel, settings: RankSettings, handlers: Handlers) -> int
             shares_memory=settings.memory_fd is not None,
             several_nodes=settings.meeting is not None,
         )
-        meshes = Meshes(_connect(settings, platform))
-        context = RankContext(settings, platform, progress, meshes)
+        is_pinned = platform.device.type == "cpu" and _take(share)
+        meshes = Meshes(_connect(settings, platform, share))
+        context = RankContext(settings, platform, share, is_pinned, progress, meshes)
         progress.enter(Stage.IDLE, NO_LAYER)
         send(MessageKind.READY, Ready(os.getpid()))
         while (command := _next_command(channel, commands)) is not None:

@@ -6,7 +6,6 @@ Both give a partial sum over the tensor-parallel group.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,9 +16,12 @@ from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.weights import WeightSource, taker_of
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import AttentionParams, KVCache
-from expertlane.ops.products import Linear
+from expertlane.ops.narrow import side_by_side
+from expertlane.ops.products import HeadsLinear, Linear
+from expertlane.ops.step import AttentionPart, AttentionWeights
 from expertlane.spec.model import ModelConfig, RopeScaling
 from expertlane.spec.names import Stage
+from expertlane.spec.tensors import layer_name
 
 
 class RotaryEmbedding:
@@ -36,9 +38,9 @@ class RotaryEmbedding:
         factor = scaling.attention_factor if scaling is not None else 1.0
         cos, sin = angles.cos() * factor, angles.sin() * factor
         # Both halves of a pair side by side: [positions, 1, rotary_dim].
-        self._cos = torch.cat([cos, cos], dim=1).float().to(device)[:, None]
-        self._sin = torch.cat([-sin, sin], dim=1).float().to(device)[:, None]
-        self._interleave = model.rope_interleave
+        self.cos = torch.cat([cos, cos], dim=1).float().to(device)[:, None]
+        self.sin = torch.cat([-sin, sin], dim=1).float().to(device)[:, None]
+        self.interleave = model.rope_interleave
         self._ops = backend_for(device)
 
     def rotate_(self, x: Tensor, batch: ForwardBatch) -> Tensor:
@@ -50,10 +52,10 @@ class RotaryEmbedding:
         if batch.rotation is None:  # the same in all layers
             positions = batch.pages.positions
             batch.rotation = (
-                self._cos.index_select(0, positions),
-                self._sin.index_select(0, positions),
+                self.cos.index_select(0, positions),
+                self.sin.index_select(0, positions),
             )
-        return self._ops.rotate_(x, *batch.rotation, interleave=self._interleave)
+        return self._ops.rotate_(x, *batch.rotation, interleave=self.interleave)
 
 
 def rotary_frequencies(model: ModelConfig) -> Tensor:
@@ -109,7 +111,7 @@ class _PagedHeads:
         value_dim: int,
     ) -> None:
         take = taker_of(source, layer)
-        self._mesh, self._rotary = mesh, rotary
+        self._mesh, self._rotary, self._dtype = mesh, rotary, source.dtype
         self._ops = backend_for(source.device)
         self._head_dim = model.head_dim
         self._num_heads = model.num_attention_heads // mesh.layout.tp
@@ -120,21 +122,39 @@ class _PagedHeads:
         has_bias = model.output_bias and mesh.at.tp_rank == 0
         inputs = self._of_heads(model.attention_output_size // model.num_attention_heads)
         self._output = self._ops.linear(
-            take("output", inputs), take("output_bias") if has_bias else None
+            source.matrix(layer_name(layer, "output"), inputs),
+            take("output_bias") if has_bias else None,
         )
+        self._linears: list[Linear | HeadsLinear] = [self._output]  # to be counted
 
     def _of_heads(self, width: int) -> range:
         """Where this rank's heads are, with so many rows or columns each."""
         first = self._mesh.at.tp_rank * self._num_heads
         return range(first * width, (first + self._num_heads) * width)
 
-    def _count(
+    def part(self, norm: Tensor | None) -> AttentionPart | None:
+        """All of it in one call, where the backend has that.
+
+        Args:
+            norm: the weight of the norm before it, to be a part of it too.
+        """
+        return None
+
+    def compute(
         self,
+        part: AttentionPart,
+        x: Tensor,
         batch: ForwardBatch,
         cache: KVCache,
-        linears: Sequence[Linear],
-        num_other_weights: int = 0,
-    ) -> None:
+        *,
+        adds_input: bool,
+    ) -> Tensor:
+        """What `part` makes of x, as `forward`; with x added or not."""
+        out = part(x, cache, batch.pages, adds_input=adds_input)
+        self._count(batch, cache)
+        return out
+
+    def _count(self, batch: ForwardBatch, cache: KVCache) -> None:
         """Linears as 2·m·n·k; attention as 2 × pairs × heads × (key_dim + value_dim)."""
         recorder = self._mesh.recorder
         if not recorder.is_recording:
@@ -142,10 +162,11 @@ class _PagedHeads:
         num_tokens, window = batch.batch.num_tokens, self._params.window
         pairs, positions = batch.pairs_and_positions(window)
         widths = cache.keys.shape[-1] + self._params.value_dim
-        num_weights = sum(linear.num_weights for linear in linears) + num_other_weights
+        num_weights = sum(each.num_weights for each in self._linears)
+        num_bytes = sum(each.num_bytes for each in self._linears)
         recorder.count_compute(
             flops=2 * num_tokens * num_weights + 2 * pairs * self._num_heads * widths,
-            weight_bytes=num_weights * linears[0].itemsize if num_tokens else 0,
+            weight_bytes=num_bytes if num_tokens else 0,
             kv_bytes=cache.position_bytes * positions,
         )
 
@@ -174,8 +195,10 @@ class Attention(_PagedHeads):
         bias = None
         if model.qkv_bias:
             bias = torch.cat([take(f"{part}_bias", rows) for part, rows in parts.items()])
-        weight = torch.cat([take(part, rows) for part, rows in parts.items()])
+        matrices = [source.matrix(layer_name(layer, part), rows) for part, rows in parts.items()]
+        weight = side_by_side(matrices)
         self._query_key_value = self._ops.linear(weight, bias)
+        self._linears.insert(0, self._query_key_value)
         self._norms: tuple[Tensor, Tensor] | None = None
         self._head_norms: Tensor | None = None  # of query and key heads, [heads, head_dim]
         if model.qk_norm == "full":
@@ -191,6 +214,28 @@ class Attention(_PagedHeads):
     def cache_dims(self) -> tuple[int, int, int]:
         """Heads, key_dim and value_dim of the cache."""
         return self._num_kv_heads, self._head_dim, self._head_dim
+
+    def part(self, norm: Tensor | None) -> AttentionPart | None:
+        """As that of both kinds."""
+        if self._norms is not None:  # over the heads of all ranks, which have to talk
+            return None
+        return self._ops.attention_part(
+            AttentionWeights(
+                norm=norm,
+                eps=self._eps,
+                query_key_value=self._query_key_value,
+                head_norms=self._head_norms,
+                output=self._output,
+                num_heads=self._num_heads,
+                num_kv_heads=self._num_kv_heads,
+                head_dim=self._head_dim,
+                cos=self._rotary.cos,
+                sin=self._rotary.sin,
+                interleave=self._rotary.interleave,
+                params=self._params,
+            ),
+            self._dtype,
+        )
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         """Attend from the batch's new tokens to all positions up to each.
@@ -212,7 +257,7 @@ class Attention(_PagedHeads):
         query_key = self._rotary.rotate_(query_key, batch)
         query, key = query_key[:, : self._num_heads], query_key[:, self._num_heads :]
         attended = self._ops.paged_attention(query, key, value, cache, batch.pages, self._params)
-        self._count(batch, cache, (self._query_key_value, self._output))
+        self._count(batch, cache)
         return self._output(attended.flatten(1))
 
     def _norm_all_heads(self, query_key: Tensor, norms: tuple[Tensor, Tensor]) -> Steps[Tensor]:
@@ -253,20 +298,28 @@ class LatentAttention(_PagedHeads):
         assert latent is not None, "the model has latent attention"
         super().__init__(model, layer, source, mesh, rotary, latent.kv_lora_rank)
         take, ops, num_heads = taker_of(source, layer), self._ops, self._num_heads
+
+        def linear(part: str, rows: range | None = None) -> Linear:
+            return ops.linear(source.matrix(layer_name(layer, part), rows))
+
         self._latent = latent
         self._query_a: tuple[Linear, Tensor] | None = None
         query = "query"
         if latent.q_lora_rank is not None:
             query = "query_b"
             norm = take("query_a_norm", dtype=torch.float32)
-            self._query_a = ops.linear(take("query_a")), norm
-        self._query = ops.linear(take(query, self._of_heads(model.head_dim)))
-        self._kv_a = ops.linear(take("kv_a"))
+            self._query_a = linear("query_a"), norm
+            self._linears.append(self._query_a[0])
+        self._query = linear(query, self._of_heads(model.head_dim))
+        self._kv_a = linear("kv_a")
         self._kv_a_norm = take("kv_a_norm", dtype=torch.float32)
         width = latent.qk_nope_head_dim + latent.v_head_dim
         kv_b = take("kv_b", self._of_heads(width)).view(num_heads, width, latent.kv_lora_rank)
-        self._key_b = kv_b[:, : latent.qk_nope_head_dim]  # [heads, nope, rank]
-        self._value_b = kv_b[:, latent.qk_nope_head_dim :]  # [heads, v_head_dim, rank]
+        parts = [latent.qk_nope_head_dim, latent.v_head_dim]
+        key_b, value_b = torch.split(kv_b, parts, dim=1)
+        self._to_latent = ops.heads_linear(key_b.transpose(1, 2))
+        self._from_latent = ops.heads_linear(value_b)
+        self._linears += [self._query, self._kv_a, self._to_latent, self._from_latent]
 
     @property
     def cache_dims(self) -> tuple[int, int, int]:
@@ -277,10 +330,8 @@ class LatentAttention(_PagedHeads):
         """As `Attention.forward`."""
         latent, eps = self._latent, self._latent.norm_eps
         hidden = x
-        linears = [self._query, self._kv_a, self._output]
         if self._query_a is not None:
             hidden = self._ops.rms_norm(self._query_a[0](x), self._query_a[1], eps)
-            linears.append(self._query_a[0])
         query = self._query(hidden).view(len(x), self._num_heads, self._head_dim)
         query = self._rotary.rotate_(query, batch)
         compressed, rotated = torch.split(
@@ -290,13 +341,14 @@ class LatentAttention(_PagedHeads):
         rotated = self._rotary.rotate_(rotated[:, None], batch)
         key = torch.cat([compressed[:, None], rotated], dim=-1)  # [num_tokens, 1, rank + rope]
         nope, rope = torch.split(query, [latent.qk_nope_head_dim, latent.qk_rope_head_dim], dim=-1)
-        in_latent = torch.einsum("thn,hnr->thr", nope, self._key_b)
-        query = torch.cat([in_latent, rope], dim=-1)
+        query = query.new_empty(*query.shape[:2], key.shape[2])
+        self._to_latent(nope, out=query[..., : latent.kv_lora_rank])
+        query[..., latent.kv_lora_rank :] = rope
         attended = self._ops.paged_attention(
             query, key, key[..., :0], cache, batch.pages, self._params
         )
-        out = torch.einsum("thr,hvr->thv", attended, self._value_b)
-        num_weights = self._key_b.numel() + self._value_b.numel()
-        self._count(batch, cache, linears, num_weights)
+        out = query.new_empty(*query.shape[:2], latent.v_head_dim)
+        self._from_latent(attended, out=out)
+        self._count(batch, cache)
         return self._output(out.flatten(1))
         yield  # a generator like Attention's, though it never waits

@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from expertlane.model.checkpoint_names import MXFP4_BLOCK, TensorLocation
-from expertlane.model.stored_tensors import FP8, MAX_MAPPED_BYTES, PLAIN_TYPES, StoredTensors
+from expertlane.model.stored_tensors import (
+    MAX_MAPPED_BYTES,
+    PLAIN_TYPES,
+    VALUES_OF_INT32,
+    StoredTensors,
+)
 from expertlane.model.weights import WeightSource
+from expertlane.ops.narrow import NarrowWeight
+from expertlane.spec.deployment import WeightsType
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import Shape, cut_dim
 
@@ -54,8 +61,8 @@ class Checkpoint(StoredTensors):
             return torch.empty([len(part) for part in parts], dtype=dtype)
         if self._is_mxfp4(stored):
             return self._read_mxfp4(stored, shape, parts, dtype)
-        if self._stored_type(stored.name) == FP8:
-            return self._read_fp8(stored, shape, parts, dtype)
+        if self._is_narrow(stored):
+            return self._read_narrow(stored, shape, parts, dtype).widened()
         if self._stored_type(stored.name) not in PLAIN_TYPES:
             raise self._refused_type(stored.name)
         out = torch.empty([len(part) for part in parts], dtype=dtype)
@@ -82,22 +89,58 @@ class Checkpoint(StoredTensors):
             part.copy_(self._shards.slice(stored_name)[(*index[:at], rows, *index[at + 1 :])])
             self._shards.count_read(len(part) * row_bytes)
 
-    def _read_fp8(
+    def narrow(
+        self,
+        name: str,
+        rows: range | None = None,
+        columns: range | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> NarrowWeight | None:
+        """A matrix that is stored in one byte, or a slice of it, as `tensor`; None for others.
+
+        Args:
+            dtype: that it is widened to.
+        """
+        stored, shape = self._locate(name)
+        if not self._is_narrow(stored):
+            return None
+        dtype = dtype or getattr(torch, self.model.dtype)
+        parts = [part or range(n) for part, n in zip((rows, columns), shape, strict=True)]
+        return self._read_narrow(stored, shape, parts, dtype)
+
+    def _read_narrow(
         self, stored: TensorLocation, shape: Shape, parts: list[range], dtype: torch.dtype
-    ) -> Tensor:
-        block_size, scale_name = self._block_size, f"{stored.name}_scale_inv"
-        if block_size is None or len(parts) != 2 or stored.expert is not None:
-            raise self._refused_type(stored.name)
-        self._check_shape(scale_name, [-(-n // b) for n, b in zip(shape, block_size, strict=True)])
-        weight = torch.empty([len(part) for part in parts], dtype=torch.float8_e4m3fn)
-        self._copy(stored.name, _index(stored, parts, shape[0]), weight)
+    ) -> NarrowWeight:
+        scheme = self.scheme
+        assert scheme is not None, "it is narrow"
+        name, (rows, columns) = self._values_name(stored), parts
+        if scheme.is_packed:
+            values = self._unpacked(name, rows, columns)
+        else:
+            kind = torch.int8 if scheme.type == "int8" else torch.float8_e4m3fn
+            values = torch.empty(len(rows), len(columns), dtype=kind)
+            self._copy(name, _index(stored, parts, shape[0]), values)
+        size = scheme.rows or shape[0], scheme.columns or shape[1]
         blocks = [
-            range(part.start // size, -(-part.stop // size))
-            for part, size in zip(parts, block_size, strict=True)
+            slice(part.start // n, -(-part.stop // n)) for part, n in zip(parts, size, strict=True)
         ]
-        scales = torch.empty([len(block) for block in blocks])
-        self._copy(scale_name, tuple(slice(block.start, block.stop) for block in blocks), scales)
-        return dequantize_fp8(weight, scales, block_size, (parts[0].start, parts[1].start), dtype)
+        scales = torch.empty([block.stop - block.start for block in blocks])
+        name = f"{stored.name}{scheme.scale}"
+        if self._shards.slice(name).get_shape() in ([], [1]):
+            scales.fill_(float(self._shards.tensor(name)))
+        else:
+            self._copy(name, tuple(blocks), scales)
+        return with_block_scales(values, scales, size, (rows.start, columns.start), dtype)
+
+    def _unpacked(self, name: str, rows: range, columns: range) -> Tensor:
+        """Values of 8 bits plus 128, four in an int32, the first in its lowest bits."""
+        per = VALUES_OF_INT32
+        inside = range(columns.start // per, -(-columns.stop // per))
+        words = torch.empty(len(rows), len(inside), dtype=torch.int32)
+        self._copy(name, (slice(rows.start, rows.stop), slice(inside.start, inside.stop)), words)
+        first = columns.start - inside.start * per
+        values = (words.view(torch.uint8) ^ 0x80).view(torch.int8)
+        return values[:, first : first + len(columns)]
 
     def _read_mxfp4(
         self, stored: TensorLocation, shape: Shape, parts: list[range], dtype: torch.dtype
@@ -140,18 +183,21 @@ class CheckpointWeights(WeightSource):
         dtype: torch.dtype,
         device: torch.device,
         touch: Callable[[], None],
+        weights: WeightsType = "model",
     ) -> None:
-        super().__init__(dtype, device, touch)
+        super().__init__(checkpoint.model, dtype, device, touch, weights)
         self._checkpoint = checkpoint
 
     def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
-        by_columns = cut_dim(name) == 1
-        return self._checkpoint.tensor(
-            name,
-            rows=None if by_columns else part,
-            columns=part if by_columns else None,
-            dtype=dtype,
-        )
+        return self._checkpoint.tensor(name, *_sides(name, part), dtype)
+
+    def _stored_narrow(self, name: str, part: range | None) -> NarrowWeight | None:
+        return self._checkpoint.narrow(name, *_sides(name, part), self.dtype)
+
+
+def _sides(name: str, part: range | None) -> tuple[range | None, range | None]:
+    """Rows and columns of a part along the dimension that layouts cut."""
+    return (None, part) if cut_dim(name) == 1 else (part, None)
 
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -159,33 +205,27 @@ _E8M0_BIAS = 127
 _VALUES_AT_A_TIME = 4_194_304
 
 
-def dequantize_fp8(
-    weight: Tensor,
+def with_block_scales(
+    values: Tensor,
     scales: Tensor,
     block_size: tuple[int, int],
     first: tuple[int, int],
     dtype: torch.dtype,
-) -> Tensor:
-    """weight · the scale of its block, multiplied in float32 (DeepSeek-AI 2024, V3).
+) -> NarrowWeight:
+    """A matrix whose scales belong to blocks of rows and columns (DeepSeek-AI 2024, V3).
 
     Args:
-        weight: [num_rows, num_columns] float8_e4m3fn; a slice of a matrix.
-        scales: the scales of the blocks that the slice touches, one a block.
+        values: [num_rows, num_columns] int8 or float8_e4m3fn; a slice of a matrix.
+        scales: those of the blocks that the slice touches, one a block.
         block_size: rows and columns of a block.
         first: row and column of the matrix at which the slice begins.
-
-    Returns:
-        [num_rows, num_columns] in `dtype`.
     """
-    num_rows, num_columns = weight.shape
     block_rows, block_columns = block_size
-    out = torch.empty(num_rows, num_columns, dtype=dtype)
-    column_block = (torch.arange(num_columns) + first[1] % block_columns) // block_columns
-    stop = 0
-    for scale in scales.float()[:, column_block]:  # [num_columns], one a block of rows
-        start, stop = stop, min(num_rows, stop + block_rows - (first[0] + stop) % block_rows)
-        out[start:stop] = weight[start:stop].float() * scale
-    return out
+    of_row = (torch.arange(len(values)) + first[0] % block_rows) // block_rows
+    of_columns = block_columns, first[1] % block_columns
+    if scales.shape[1] == 1:  # one for all columns
+        of_columns = max(1, values.shape[1]), 0
+    return NarrowWeight(values, scales.float()[of_row], *of_columns, dtype)
 
 
 def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

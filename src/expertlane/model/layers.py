@@ -18,15 +18,18 @@ from expertlane.moe.all_to_all import AllToAllDispatcher
 from expertlane.moe.dispatch import CopyChooser, Dispatcher, LocalDispatcher, RoutedTokens
 from expertlane.moe.hierarchical import HierarchicalDispatcher
 from expertlane.moe.payload import Payload
-from expertlane.moe.router import route
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
+from expertlane.ops.moe_step import LocalExperts
+from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.products import Activation, Expert, Linear
+from expertlane.ops.router import RouterParams
+from expertlane.ops.step import AttentionPart
 from expertlane.spec.deployment import DispatchForm, PayloadType, form_on
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
-from expertlane.spec.tensors import expert_name
+from expertlane.spec.tensors import expert_name, layer_name
 
 _DISPATCHERS: dict[DispatchForm, type[Dispatcher]] = {
     "all_to_all": AllToAllDispatcher,
@@ -54,14 +57,15 @@ class DecoderLayer:
         # float32, as they are computed in
         take = taker_of(source, index)
         self._attention_norm = take("attention_norm", dtype=torch.float32)
-        self._mlp_norm = take("moe_norm", dtype=torch.float32)
+        mlp_norm = take("moe_norm", dtype=torch.float32)
         heads = Attention if model.latent is None else LatentAttention
         self.attention = heads(model, index, source, mesh, rotary)
-        self.block: MoEBlock | MLP
+        self._part = self.attention.part(None if mesh.tp.size > 1 else self._attention_norm)
+        self.block: MoEBlock | DenseBlock
         if placement is None:
-            self.block = MLP(model, index, source, mesh, "dense", model.intermediate_size)
+            self.block = DenseBlock(model, index, source, mesh, mlp_norm)
         else:
-            self.block = MoEBlock(model, index, placement, source, mesh)
+            self.block = MoEBlock(model, index, placement, source, mesh, mlp_norm)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         """Run the layer on the tokens this rank owns.
@@ -72,24 +76,36 @@ class DecoderLayer:
         Returns:
             [num_owned, hidden_size].
         """
-        x = x + (yield from self._attend(x, batch, cache))
+        x = yield from self._attend(x, batch, cache)
         self._recorder.enter(Stage.ROUTER, self.index)
-        hidden = self._ops.rms_norm(x, self._mlp_norm, self._eps)
-        return x + (yield from self.block.forward(hidden, batch))
+        return (yield from self.block.forward(x, batch))
+
+    @property
+    def parts(self) -> tuple[AttentionPart | None, LocalExperts | None]:
+        """Attention and MoE block, each if it is computed whole on this rank in few calls."""
+        here = None
+        if isinstance(self.block, MoEBlock) and not self.block.has_shared:
+            here = self.block.here
+        return self._part if self._mesh.tp.size == 1 else None, here
 
     def _attend(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         enter, tp = self._recorder.enter, self._mesh.tp
         enter(Stage.ATTENTION, self.index)
+        if self._part is not None and tp.size == 1 and self._part.takes(x):
+            return self.attention.compute(self._part, x, batch, cache, adds_input=True)
         hidden = self._ops.rms_norm(x, self._attention_norm, self._eps)
         if tp.size > 1:
             enter(Stage.COLLECTIVES, self.index)
             hidden = yield tp.all_gather(hidden, batch.tokens_of_tp_rank)
             enter(Stage.ATTENTION, self.index)
-        hidden = yield from self.attention.forward(hidden, batch, cache)
+        if self._part is not None and tp.size > 1 and self._part.takes(hidden):
+            hidden = self.attention.compute(self._part, hidden, batch, cache, adds_input=False)
+        else:
+            hidden = yield from self.attention.forward(hidden, batch, cache)
         if tp.size > 1:
             enter(Stage.COLLECTIVES, self.index)
             hidden = yield tp.reduce_scatter(hidden, batch.tokens_of_tp_rank)
-        return hidden
+        return x + hidden
 
 
 def activation_of(model: ModelConfig) -> Activation:
@@ -119,15 +135,15 @@ class MLP:
         *,
         is_scaled: bool = False,
     ) -> None:
-        take, ops = taker_of(source, layer), backend_for(source.device)
+        ops = backend_for(source.device)
         part = partition(inner, mesh.layout.tp)[mesh.at.tp_rank]
 
         def linear(matrix: str) -> Linear:
-            return ops.linear(take(f"{prefix}.{matrix}", part))
+            return ops.linear(source.matrix(layer_name(layer, f"{prefix}.{matrix}"), part))
 
         self._gate = linear("gate") if model.gated_mlp else None
         self._up, self._down = linear("up"), linear("down")
-        self._scale = take("shared_gate") if is_scaled else None
+        self._scale = taker_of(source, layer)("shared_gate") if is_scaled else None
         self._activation = activation_of(model)
         self._tp, self._recorder = mesh.tp, mesh.recorder
         self._layer = layer
@@ -142,9 +158,8 @@ class MLP:
         gate = None if self._gate is None else self._gate(rows)
         out = self._down(self._activation(gate, self._up(rows)))
         num_weights = (2 if self._gate is None else 3) * self._up.num_weights
-        self._recorder.count_compute(
-            2 * len(rows) * num_weights, num_weights * self._up.itemsize if len(rows) else 0
-        )
+        num_bytes = (1 if self._gate is None else 2) * self._up.num_bytes + self._down.num_bytes
+        self._recorder.count_compute(2 * len(rows) * num_weights, num_bytes if len(rows) else 0)
         if self._tp.size > 1:
             enter(Stage.COLLECTIVES, layer)
             out = yield self._tp.reduce_scatter(out, batch.tokens_of_tp_rank)
@@ -153,12 +168,34 @@ class MLP:
         return out
 
 
+class DenseBlock:
+    """A norm and an MLP, whose output is added to its input."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        source: WeightSource,
+        mesh: ParallelMesh,
+        norm: Tensor,
+    ) -> None:
+        self._ops, self._norm, self._eps = backend_for(source.device), norm, model.rms_norm_eps
+        self._mlp = MLP(model, layer, source, mesh, "dense", model.intermediate_size)
+
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
+        """Apply to the tokens this rank owns, [num_owned, hidden_size]."""
+        hidden = self._ops.rms_norm(x, self._norm, self._eps)
+        return x + (yield from self._mlp.forward(hidden, batch))
+
+
 class MoEBlock:
-    """Router, dispatch, experts, combine; and the shared expert, if there is one.
+    """Norm, router, dispatch, experts, combine, the shared expert if any; added to the input.
 
     Attributes:
         placement: which experts each rank holds now.
         experts: those of this rank.
+        here: all of the block in few calls, if that is all on this rank.
+        has_shared: there is a shared expert, which `here` does not compute.
     """
 
     def __init__(
@@ -168,23 +205,32 @@ class MoEBlock:
         placement: Placement,
         source: WeightSource,
         mesh: ParallelMesh,
+        norm: Tensor,
     ) -> None:
         self._layer = layer
         self._mesh, self._recorder = mesh, mesh.recorder
-        self._top_k = model.num_experts_per_tok
-        self._routing = routing = model.routing
-        self._device, self._ops = source.device, backend_for(source.device)
+        routing = model.routing
+        self._dtype, self._device = source.dtype, source.device
+        self._ops = backend_for(source.device)
         self._forms: Sequence[DispatchForm] = ("all_to_all",)
         self._payload = Payload("model", self._recorder)
         self._place(placement)
 
-        # float32: near ties must not turn on rounding
         take = partial(taker_of(source, layer), dtype=torch.float32)
-        self._router = take("router")
-        self._router_bias = take("router_bias") if routing.router_bias else None
-        self._correction = take("correction_bias") if routing.correction_bias else None
+        self._router = self._ops.router(
+            RouterParams(
+                norm=norm,
+                eps=model.rms_norm_eps,
+                weight=take("router"),
+                bias=take("router_bias") if routing.router_bias else None,
+                correction_bias=take("correction_bias") if routing.correction_bias else None,
+                top_k=model.num_experts_per_tok,
+                routing=routing,
+            )
+        )
         held = [self._build_expert(model, source, expert) for expert in self._local]
-        self.experts = self._ops.experts(held, activation_of(model))
+        self._hold(held, activation_of(model))
+        self.has_shared = model.shared_expert_intermediate_size > 0
         self._shared: MLP | None = None
         if inner := model.shared_expert_intermediate_size:
             scaled = model.shared_expert_gate
@@ -213,7 +259,13 @@ class MoEBlock:
         own = {**arrived, **dict(zip(self._local, self.experts.held, strict=True))}
         held = [own[expert] for expert in placement.experts_of_rank[self._mesh.at.ep_rank]]
         self._place(placement)
-        self.experts = self._ops.experts(held, self.experts.activation)
+        self._hold(held, self.experts.activation)
+
+    def _hold(self, held: Sequence[Expert], activation: Activation) -> None:
+        self.experts = self._ops.experts(held, activation)
+        self.here: LocalExperts | None = None
+        if self._mesh.stage.size == 1:
+            self.here = self._ops.local_experts(self._router, self.experts, self._dtype)
 
     def _build_expert(self, model: ModelConfig, source: WeightSource, expert: int) -> Expert:
         at, ops = self._mesh.at, self._ops
@@ -222,8 +274,11 @@ class MoEBlock:
         def take(part: str, rows: range = inner) -> Tensor:
             return source.take(expert_name(self._layer, expert, part), rows)
 
+        def matrix(part: str) -> Tensor | NarrowWeight:
+            return source.matrix(expert_name(self._layer, expert, part), inner)
+
         def linear(part: str) -> Linear:
-            return ops.linear(take(part), take(f"{part}_bias") if model.expert_bias else None)
+            return ops.linear(matrix(part), take(f"{part}_bias") if model.expert_bias else None)
 
         down_bias = None
         if model.expert_bias and at.etp_rank == 0:
@@ -231,35 +286,63 @@ class MoEBlock:
         return Expert(
             gate=linear("gate") if model.gated_mlp else None,
             up=linear("up"),
-            down=ops.linear(take("down"), down_bias),
+            down=ops.linear(matrix("down"), down_bias),
         )
 
-    def forward(self, hidden: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
-        """Apply to the normed tokens this rank owns, [num_owned, hidden_size]."""
-        recorder, layer, router = self._recorder, self._layer, self._router
-        logits = F.linear(hidden.float(), router, self._router_bias)
-        topk_ids, topk_weights = route(logits, self._top_k, self._routing, self._correction)
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
+        """Apply to the tokens this rank owns, [num_owned, hidden_size]."""
+        if self.here is not None and self.here.takes(x):
+            return (yield from self._compute_here(self.here, x, batch))
+        recorder, layer = self._recorder, self._layer
+        hidden, topk_ids, topk_weights = self._router(x)
         recorder.record_topk_ids(topk_ids)
-        recorder.count_compute(
-            2 * len(hidden) * router.numel(), router.nbytes if len(hidden) else 0
-        )
+        self._count_router(x.shape[0])
         recorder.enter(Stage.DISPATCH, layer)
         dispatcher = self._dispatchers[batch.dispatch_form]
         tokens = RoutedTokens(hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank)
         rows, pairs, sent = yield from dispatcher.dispatch(tokens)
         recorder.enter(Stage.EXPERTS, layer)
-        results = self.experts(rows, pairs, dispatcher.room(len(pairs.rows), rows))
+        results = self.experts(rows, pairs, dispatcher.room(pairs.rows.shape[0], rows))
         if recorder.is_recording:
             with recorder.uncounted():
-                num_tokens: list[int] = pairs.counts.tolist()
-                recorder.count_compute(*self.experts.compute_cost(num_tokens))
-                if self._mesh.at.etp_rank == 0:
-                    recorder.count_expert_tokens(self._local, num_tokens)
+                self._count_experts(pairs.counts.tolist())
         recorder.enter(Stage.COMBINE, layer)
         combined = yield from dispatcher.combine(sent, results)
         if self._shared is not None:
             combined = combined + (yield from self._shared.forward(hidden, batch))
-        return combined
+        return x + combined
+
+    def _compute_here(self, here: LocalExperts, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
+        """The same where nothing travels, in a call a stage."""
+        recorder, layer, num_tokens = self._recorder, self._layer, x.shape[0]
+        work = here.route(x)
+        if recorder.is_recording:
+            recorder.record_topk_ids(here.topk_ids(work, num_tokens))
+            self._count_router(num_tokens)
+        recorder.enter(Stage.DISPATCH, layer)
+        here.group(work, num_tokens)
+        recorder.enter(Stage.EXPERTS, layer)
+        here.compute(work, num_tokens)
+        if recorder.is_recording:
+            with recorder.uncounted():
+                self._count_experts(here.num_tokens_per_expert(work, num_tokens))
+        recorder.enter(Stage.COMBINE, layer)
+        combined = here.combine(work, x, adds_input=self._shared is None)
+        if self._shared is None:
+            return combined
+        normed = here.normed(work, x)
+        return x + (combined + (yield from self._shared.forward(normed, batch)))
+
+    def _count_router(self, num_tokens: int) -> None:
+        weight = self._router.params.weight
+        self._recorder.count_compute(
+            2 * num_tokens * weight.numel(), weight.nbytes if num_tokens else 0
+        )
+
+    def _count_experts(self, num_tokens: list[int]) -> None:
+        self._recorder.count_compute(*self.experts.compute_cost(num_tokens))
+        if self._mesh.at.etp_rank == 0:
+            self._recorder.count_expert_tokens(self._local, num_tokens)
 
 
 def make_dispatcher(

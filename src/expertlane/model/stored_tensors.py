@@ -23,15 +23,21 @@ from expertlane.spec.files import INDEX_BYTES, check_regular, read_json_object
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import (
     family_of,
+    narrow_scheme,
     num_extra_layers,
     read_config,
-    weight_block_size,
 )
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import EMBEDDING, HEAD, Shape, tensor_names, tensor_shape
 
 PLAIN_TYPES = ("F32", "BF16", "F16")
-FP8 = "F8_E4M3"
+VALUES_OF_INT32 = 4  # that are packed into one
+_TYPE_NAMES = {
+    ("int8", False): "I8",
+    ("int8", True): "I32",
+    ("float8", False): "F8_E4M3",
+}
+_OF_ACTIVATIONS = ("input_scale", "input_zero_point")
 MAX_MAPPED_BYTES = 64 * 1024**2
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _COMPARED_BYTES = 16 * 1024**2  # at a time
@@ -75,6 +81,10 @@ class Shards:
             return self._file(file).get_slice(stored_name)
         except SafetensorError:
             raise SpecError(f"{self._folder / file}: tensor {stored_name} is missing") from None
+
+    def tensor(self, stored_name: str) -> Any:
+        """The whole of a stored tensor, which `slice` has found."""
+        return self._file(self._file_of_tensor[stored_name]).get_tensor(stored_name)
 
     def bytes_of(self, stored_name: str) -> memoryview:
         """The bytes of a stored tensor, memory-mapped."""
@@ -143,6 +153,7 @@ class StoredTensors:
     Attributes:
         folder: where it is.
         model: as given or described.
+        scheme: how matrices of one byte are stored; None where there are none.
 
     Raises:
         SpecError: no checkpoint is there, or it is of a kind that cannot be read.
@@ -158,7 +169,7 @@ class StoredTensors:
         config = read_config(folder)
         self.model = model or from_hf(config, folder.resolve().name)
         self._family = family_of(config)
-        self._block_size = weight_block_size(config)
+        self.scheme = narrow_scheme(config)
         self._num_extra_layers = num_extra_layers(config)
         self._shards = Shards(folder, framework)
 
@@ -218,9 +229,26 @@ class StoredTensors:
         """A tensor's own name, or those of its quantised form."""
         if self._is_mxfp4(stored):
             return [f"{stored.name}_blocks", f"{stored.name}_scales"]
-        scale = f"{stored.name}_scale_inv"
-        has_scale = scale in self._shards and self._stored_type(stored.name) == FP8
-        return [stored.name, scale] if has_scale else [stored.name]
+        if not self._is_narrow(stored):
+            return [stored.name]
+        assert self.scheme is not None
+        names = [self._values_name(stored), f"{stored.name}{self.scheme.scale}"]
+        more = [f"{stored.name}_shape"] if self.scheme.is_packed else []
+        # Activations are not rounded.
+        more += [stored.name.removesuffix("weight") + each for each in _OF_ACTIVATIONS]
+        return names + [name for name in more if name in self._shards]
+
+    def _is_narrow(self, stored: TensorLocation) -> bool:
+        """Whether a tensor is stored in one byte."""
+        scheme = self.scheme
+        if scheme is None or stored.expert is not None:
+            return False
+        name, type_name = self._values_name(stored), _TYPE_NAMES[scheme.type, scheme.is_packed]
+        return name in self._shards and self._stored_type(name) == type_name
+
+    def _values_name(self, stored: TensorLocation) -> str:
+        packed = self.scheme is not None and self.scheme.is_packed
+        return f"{stored.name}_packed" if packed else stored.name
 
     def _stored_type(self, stored_name: str) -> str:
         return str(self._shards.slice(stored_name).get_dtype())
@@ -244,7 +272,7 @@ class StoredTensors:
             )
         shape = tensor_shape(self.model, name)
         for stored in locations:
-            if stored.name in self._shards or self._is_mxfp4(stored):
+            if stored.name in self._shards or self._is_mxfp4(stored) or self._is_narrow(stored):
                 break
         else:
             raise SpecError(f"{self.folder}: tensor {locations[0].name} is missing")
@@ -256,11 +284,28 @@ class StoredTensors:
             expected[1:] = [expected[1] // MXFP4_BLOCK]
             self._check_shape(f"{stored.name}_scales", leading + expected)
             self._check_shape(f"{stored.name}_blocks", [*leading, *expected, MXFP4_BLOCK // 2])
+        elif self._is_narrow(stored):
+            self._check_narrow(stored, expected)
         else:
             self._check_shape(
                 stored.name, leading + (expected[::-1] if stored.transposed else expected)
             )
         return stored, shape
+
+    def _check_narrow(self, stored: TensorLocation, expected: list[int]) -> None:
+        scheme = self.scheme
+        assert scheme is not None
+        if len(expected) != 2:
+            raise self._refused_type(stored.name)
+        rows, columns = expected
+        in_values = -(-columns // VALUES_OF_INT32) if scheme.is_packed else columns
+        self._check_shape(self._values_name(stored), [rows, in_values])
+        scales = [-(-rows // (scheme.rows or rows)), -(-columns // (scheme.columns or columns))]
+        name = f"{stored.name}{scheme.scale}"
+        if self._stored_type(name) not in PLAIN_TYPES:
+            raise self._refused_type(name)
+        if scheme.rows is not None or self._shards.slice(name).get_shape() not in ([], [1]):
+            self._check_shape(name, scales)
 
     def _check_shape(self, stored_name: str, expected: list[int]) -> None:
         found = list(self._shards.slice(stored_name).get_shape())

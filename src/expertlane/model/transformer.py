@@ -16,11 +16,15 @@ from expertlane.model.layers import DecoderLayer, MoEBlock
 from expertlane.model.weights import WeightSource
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
+from expertlane.ops.layers import LayersPart
 from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.tensors import EMBEDDING, FINAL_NORM, HEAD
+
+# Of a layer where nothing travels, in order.
+_LAYER_STAGES = (Stage.ATTENTION, Stage.ROUTER, Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE)
 
 
 class HeadResult(NamedTuple):
@@ -50,7 +54,9 @@ class OutputHead:
         self._ops = backend_for(source.device)
         self._eps = model.rms_norm_eps
         self._norm = source.take(FINAL_NORM, dtype=torch.float32)
-        self._head = self._ops.linear(source.take(HEAD, own))
+        self._head = self._ops.linear(source.matrix(HEAD, own))
+        in_part = self._norm if mesh.tp.size == 1 else None
+        self._part = self._ops.head_part(self._head, in_part, self._eps, source.dtype)
 
     def forward(self, x: Tensor, batch: ForwardBatch, needs_logits: bool) -> Steps[HeadResult]:
         """The next token of every sequence of the batch that yields one.
@@ -61,17 +67,24 @@ class OutputHead:
         """
         enter, tp = self._recorder.enter, self._mesh.tp
         enter(Stage.HEAD)
-        last = x[batch.last_tokens(self._mesh.at.tp_rank).to(x.device)]
-        hidden = self._ops.rms_norm(last, self._norm, self._eps)
+        last = batch.last_tokens(self._mesh.at.tp_rank)
+        if tp.size == 1 and self._part is not None and self._part.takes(x):
+            token_ids = None if needs_logits else last.new_empty(len(last))
+            logits = self._part(x, last, token_ids)
+            self._count(len(last))
+            return HeadResult(token_ids, logits, logits if needs_logits else None)
+        hidden = self._ops.rms_norm(x[last.to(x.device)], self._norm, self._eps)
         if tp.size > 1:
             enter(Stage.COLLECTIVES)
             hidden = yield tp.all_gather(hidden, batch.last_tokens_of_tp_rank)
             enter(Stage.HEAD)
-        logits = self._head(hidden).float()
-        num_seqs = len(hidden)
-        self._recorder.count_compute(
-            2 * num_seqs * self._head.num_weights, self._head.num_bytes if num_seqs else 0
-        )
+        best: Tensor | None = None
+        if tp.size > 1 and self._part is not None and self._part.takes(hidden):
+            best = torch.empty(len(hidden), 2, dtype=torch.float64)
+            logits = self._part(hidden, None, None, best)
+        else:
+            logits = self._head(hidden).float()
+        self._count(len(hidden))
         if needs_logits:
             all_logits = logits
             if tp.size > 1:
@@ -79,8 +92,14 @@ class OutputHead:
             return HeadResult(None, logits, all_logits)
         if tp.size == 1:
             return HeadResult(likeliest(logits), logits, None)
-        token_ids = yield from self._likeliest(logits)
+        best = self._best(logits) if best is None else best
+        token_ids = yield from self._likeliest(best)
         return HeadResult(token_ids, logits, None)
+
+    def _count(self, num_seqs: int) -> None:
+        self._recorder.count_compute(
+            2 * num_seqs * self._head.num_weights, self._head.num_bytes if num_seqs else 0
+        )
 
     def _gather_logits(self, logits: Tensor) -> Steps[Tensor]:
         """[num_seqs, vocab_size], from every rank's part of the vocabulary."""
@@ -91,14 +110,22 @@ class OutputHead:
         recorder.enter(Stage.HEAD)
         return gathered.t()
 
-    def _likeliest(self, logits: Tensor) -> Steps[Tensor]:
-        """`likeliest` over all ranks' parts."""
-        recorder, tp, num_seqs = self._recorder, self._mesh.tp, len(logits)
+    @staticmethod
+    def _best(logits: Tensor) -> Tensor:
+        """[num_seqs, 2] float64; the greatest of this rank's logits, and where it is."""
         if logits.shape[1]:
-            value, token_id = logits.max(dim=-1)
+            value, place = logits.max(dim=-1)
         else:  # more ranks than vocabulary
-            value, token_id = logits.new_full((num_seqs,), -torch.inf), logits.new_zeros(num_seqs)
-        candidates = torch.stack([value.double(), (token_id + self._first_token_id).double()], 1)
+            value, place = (
+                logits.new_full((len(logits),), -torch.inf),
+                logits.new_zeros(len(logits)),
+            )
+        return torch.stack([value.double(), place.double()], 1)
+
+    def _likeliest(self, candidates: Tensor) -> Steps[Tensor]:
+        """`likeliest` over all ranks' parts, of what is best in this one's."""
+        recorder, tp, num_seqs = self._recorder, self._mesh.tp, len(candidates)
+        candidates[:, 1] += self._first_token_id
         recorder.enter(Stage.COLLECTIVES)
         width = candidates.shape[1] * candidates.itemsize
         gathered = yield tp.all_gather(candidates, [num_seqs] * tp.size, metadata_bytes=width)
@@ -123,6 +150,7 @@ class TransformerStage:
         self.mesh = mesh
         self._dtype, self._device = source.dtype, source.device
         self._caches: list[KVCache] = []
+        self._part: LayersPart | None = None
         rotary = RotaryEmbedding(model, source.device)
         self._layers = [
             DecoderLayer(model, layer, placements[layer], source, mesh, rotary)
@@ -151,17 +179,34 @@ class TransformerStage:
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> None:
         """Make room for `num_blocks` blocks of `block_size` positions; forget what was there."""
-        self._caches = []
+        self._part, self._caches = None, []
         self._caches = [
             KVCache(num_blocks, block_size, *layer.attention.cache_dims, self._dtype, self._device)
             for layer in self._layers
         ]
 
+    def _layers_part(self) -> LayersPart | None:
+        """All layers in one call, where nothing travels between them and no stage is recorded."""
+        if self.mesh.stage.size > 1 or self.mesh.recorder.is_recording:
+            return None
+        layers = [layer.parts for layer in self._layers]
+        if self._part is None or not self._part.is_made_of(layers):
+            parts = [
+                (attention, here)
+                for attention, here in layers
+                if attention is not None and here is not None
+            ]
+            if not parts or len(parts) < len(layers):
+                return None
+            first, progress = self._layers[0].index, self.mesh.recorder.progress.addresses()
+            self._part = LayersPart(parts, self._caches, first, progress, _LAYER_STAGES)
+        return self._part
+
     def embed(self, batch: ForwardBatch) -> Tensor:
         """First stage only: the hidden states of the owned tokens, [num_owned, hidden_size]."""
         assert self._embedding is not None, "only the first stage holds the embedding"
         self.mesh.recorder.enter(Stage.EMBED)
-        return self._embedding[batch.owned_token_ids]
+        return self._embedding.index_select(0, batch.owned_token_ids)
 
     def empty_hidden(self, num_tokens: int) -> Tensor:
         """Room for hidden states from another stage, [num_tokens, hidden_size]."""
@@ -180,8 +225,12 @@ class TransformerStage:
         Returns:
             Hidden states [num_owned, hidden_size] for the next stage, or the head's result.
         """
-        for layer, cache in zip(self._layers, self._caches, strict=True):
-            x = yield from layer.forward(x, batch, cache)
+        if (part := self._layers_part()) is not None and part.takes(x):
+            x = part(x, batch.pages)
+            self.mesh.recorder.enter(Stage.COMBINE, self._layers[-1].index)
+        else:
+            for layer, cache in zip(self._layers, self._caches, strict=True):
+                x = yield from layer.forward(x, batch, cache)
         if self._head is None:
             return x
         return (yield from self._head.forward(x, batch, needs_logits))

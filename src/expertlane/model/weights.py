@@ -16,6 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from expertlane.ops.backend import backend_for
+from expertlane.ops.narrow import NarrowWeight
+from expertlane.spec.deployment import INPUTS_OF_SCALE, WeightsType
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import EMBEDDING, HEAD, cut_dim, layer_name, tensor_shape
 
@@ -24,17 +27,29 @@ class WeightSource(ABC):
     """Gives slices on the rank's device, and counts them.
 
     Args:
+        model: whose tensors they are.
         dtype: of the slices, unless another is asked for.
         touch: called after every tensor, to say that work goes on.
+        weights: whether matrices are rounded to a narrower type.
 
     Attributes:
         num_bytes: taken so far.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, touch: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        touch: Callable[[], None],
+        weights: WeightsType = "model",
+    ) -> None:
+        self._model = model
         self.dtype = dtype
         self.device = device
         self._touch = touch
+        self._weights = weights
+        self._keeps_narrow = backend_for(device).keeps_narrow
         self.num_bytes = 0
 
     def take(
@@ -45,6 +60,38 @@ class WeightSource(ABC):
         self.num_bytes += tensor.nbytes
         self._touch()
         return tensor
+
+    def matrix(self, name: str, part: range | None = None) -> Tensor | NarrowWeight:
+        """As `take`, for a product: in one byte if it is stored so or rounded, and can be kept so.
+
+        Where what computes on the device cannot keep it so, it is widened: the numbers are the
+        same.
+        """
+        narrow = self._stored_narrow(name, part)
+        if narrow is None and self._weights == "int8":
+            narrow = self._rounded(name, part)
+        if narrow is None:
+            return self.take(name, part)
+        narrow = narrow.to(self.device)
+        weight = narrow if self._keeps_narrow else narrow.widened()
+        self.num_bytes += weight.nbytes
+        self._touch()
+        return weight
+
+    def _rounded(self, name: str, part: range | None) -> NarrowWeight:
+        """Whole groups are read, so that no layout changes a scale."""
+        if part is None or cut_dim(name) == 0:
+            return NarrowWeight.rounded(self._read(name, part, torch.float32), self.dtype)
+        size = INPUTS_OF_SCALE
+        begin, end = part.start // size * size, -(-part.stop // size) * size
+        end = min(end, tensor_shape(self._model, name)[1])
+        whole = self._read(name, range(begin, end), torch.float32)
+        inside = range(part.start - begin, part.stop - begin)
+        return NarrowWeight.rounded(whole, self.dtype).columns(inside)
+
+    def _stored_narrow(self, name: str, part: range | None) -> NarrowWeight | None:
+        """A matrix as it is stored, if that is in one byte."""
+        return None
 
     @abstractmethod
     def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
@@ -111,9 +158,9 @@ class SeededWeights(WeightSource):
         dtype: torch.dtype,
         device: torch.device,
         touch: Callable[[], None],
+        weights: WeightsType = "model",
     ) -> None:
-        super().__init__(dtype, device, touch)
-        self._model = model
+        super().__init__(model, dtype, device, touch, weights)
         self._seed = seed
 
     def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:

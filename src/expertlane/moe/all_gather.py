@@ -52,6 +52,6 @@ class AllGatherDispatcher(Dispatcher):
 
     def combine(self, sent: Gathered, results: Tensor) -> Steps[Tensor]:
         """Add up all ranks' weighted partial sums."""
-        out = self._mesh.stage.empty(len(sent.places), results.shape[1], results)
+        out = self._mesh.stage.empty(sent.places.shape[0], results.shape[1], results)
         partial = self._ops.gather_sum(results, sent.places, sent.weights, out)
         return (yield self._mesh.stage.reduce_scatter(partial, sent.num_of_stage_rank))

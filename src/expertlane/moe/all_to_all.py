@@ -17,7 +17,6 @@ from expertlane.moe.dispatch import Dispatcher, RoutedTokens
 from expertlane.moe.payload import bytes_of, columns_of, unpack
 from expertlane.ops.products import PairGroups
 from expertlane.ops.row_parts import RowParts
-from expertlane.ops.torch_backend import inverse
 
 _ROWS, _PAIRS = 0, 1
 
@@ -47,15 +46,12 @@ class AllToAllDispatcher(Dispatcher):
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Exchanged]]:
         """Send a copy of each token to every rank it reaches."""
         mesh, at, ep = self._mesh, self._mesh.at, self._mesh.ep.size
-        ids, num_slots = self._choice.physical_ids(tokens.topk_ids), self._choice.num_slots
-        to_ranks = self._ops.rows_by_peer(ids, num_slots, ep)
-        by_rank = self._ops.group_pairs(ids, 0, num_slots, ep)
-        counting = self._tell_all([to_ranks.counts, by_rank.counts])
+        leaving = self._choice.outgoing(tokens.topk_ids)
+        counting = self._tell_all(leaving.counts)
         # While the counts travel:
         hidden = self._payload.encode(tokens.x)
-        columns = columns_of([to_ranks.ids, *hidden])
-        packed = self._pack(mesh.ep, [to_ranks.ids], hidden, to_ranks.tokens)
-        places = inverse(by_rank.order).view_as(ids)
+        columns = columns_of([leaving.ids_there, *hidden])
+        packed = self._pack(mesh.ep, [leaving.ids_there], hidden, leaving.tokens)
         counts = (yield counting).view(-1, 2, ep).cpu().numpy()
         packed = yield from self._send(packed, counts, bytes_of(columns[:-1]))
         slots, *hidden = unpack(packed, columns)
@@ -67,7 +63,7 @@ class AllToAllDispatcher(Dispatcher):
             returns_to_etp_rank=came.sum(axis=0).tolist(),
             pairs_from=came[:, at.etp_rank].tolist(),
             pairs_to=counts[mesh.stage.rank, _PAIRS].tolist(),
-            places=places,
+            places=leaving.places,
         )
         return rows, pairs, sent
 

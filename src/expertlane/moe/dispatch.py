@@ -19,6 +19,7 @@ from expertlane.comm.mesh import ParallelMesh
 from expertlane.moe.payload import Payload
 from expertlane.ops.backend import backend_for
 from expertlane.ops.products import PairGroups
+from expertlane.ops.torch_backend import Outgoing
 
 
 class CopyChooser:
@@ -44,7 +45,7 @@ class CopyChooser:
         slots = placement.slots()[ranks, np.arange(placement.num_experts)[:, None]]
         self._table = torch.from_numpy(ranks * self.num_slots + slots).to(device)
         self._num_copies = torch.from_numpy(num_copies).to(device)
-        self._offset = mesh.stage.rank
+        self._offset, self._num_ranks = mesh.stage.rank, mesh.ep.size
         self._recorder = mesh.recorder
         node_ids = sorted(set(nodes))
         self._own_node = node_ids.index(nodes[ep_rank])
@@ -57,14 +58,22 @@ class CopyChooser:
             topk_ids: [T, K] int64; logical experts.
         """
         ids = self.ops.choose_copies(topk_ids, self._table, self._num_copies, self._offset)
-        if self._recorder.is_recording:
-            with self._recorder.uncounted():
-                self._count_fan_out(ids)
+        self._count_fan_out(ids)
         return ids
 
+    def outgoing(self, topk_ids: Tensor) -> Outgoing:
+        """The same, and what they make for the ranks of the expert-parallel group."""
+        leaving = self.ops.outgoing(
+            topk_ids, self._table, self._num_copies, self._offset, self.num_slots, self._num_ranks
+        )
+        self._count_fan_out(leaving.ids)
+        return leaving
+
     def _count_fan_out(self, ids: Tensor) -> None:
-        counts = self.ops.fan_out(ids, self.num_slots, self._nodes, self._own_node)
-        self._recorder.count_fan_out(*counts)
+        if self._recorder.is_recording:
+            with self._recorder.uncounted():
+                counts = self.ops.fan_out(ids, self.num_slots, self._nodes, self._own_node)
+                self._recorder.count_fan_out(*counts)
 
 
 class RoutedTokens(NamedTuple):
@@ -113,13 +122,13 @@ class Dispatcher(ABC):
         """
         parts = [*((part, None) for part in by_row), *((part, tokens) for part in by_token)]
         width = sum(part.shape[1] * part.itemsize for part, _ in parts)
-        packed = group.empty(len(by_row[0]), width, by_row[0], torch.uint8)
+        packed = group.empty(by_row[0].shape[0], width, by_row[0], torch.uint8)
         self._ops.pack(parts, packed)
         return packed
 
-    def _tell_all(self, counts: Sequence[Tensor]) -> Pending:
+    def _tell_all(self, counts: Tensor) -> Pending:
         """Begin to give every rank of the stage this one's counts, a row of them each."""
-        own, stage = torch.cat(list(counts)).view(1, -1), self._mesh.stage
+        own, stage = counts.view(1, -1), self._mesh.stage
         return stage.all_gather(own, [1] * stage.size, metadata_bytes=own.nbytes)
 
     @abstractmethod

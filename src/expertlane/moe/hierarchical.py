@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from expertlane.comm.collectives import Group, Steps
@@ -64,7 +65,7 @@ class HierarchicalDispatcher(Dispatcher):
         ids = self._choice.physical_ids(tokens.topk_ids)
         to_nodes = self._ops.rows_by_peer(ids, within.size * num_slots, between.size)
         to_ranks = self._ops.rows_by_peer(ids, num_slots, mesh.layout.ep)
-        counting = self._tell_all([to_ranks.counts, to_nodes.counts])
+        counting = self._tell_all(torch.cat([to_ranks.counts, to_nodes.counts]))
         # While the counts travel:
         travelling = [tokens.topk_weights, *self._payload.encode(tokens.x)]
         columns = columns_of([to_nodes.ids, *travelling])

@@ -1,264 +1,260 @@
-// Causal attention over a paged cache.
+// Causal attention over a paged cache, of bfloat16 or float32.
+//
+// A sequence's rows (`attention_rows.h`) are cut into blocks. With few blocks, as in a decode, its
+// positions are cut into equal stretches too, whose results are merged: how many depends on the
+// length alone, so that a result does not depend on who computes it.
 
 #include <omp.h>
 
-#include <array>
-#include <vector>
+#include <memory>
 
-#include "tiles.h"
+#include "attention_few.h"
+#include "attention_tiles.h"
 
 namespace {
 
-template <class T>
-struct Cache {
-    const T *keys, *values;
-    int64_t key_row, value_row, key_dim, value_stride, block_size;
+constexpr int64_t kFewRows = 8;       // at most, of those multiplied where keys and values lie
+constexpr int64_t kBlockRows = 128;   // at most, of those that go through keys together
+constexpr int64_t kFewBlocks = 4;     // at most, of a sequence whose positions are cut
+constexpr int64_t kStretch = 256;     // positions that are not cut
+constexpr int64_t kStretches = 64;    // at most
+
+// A block of rows, whose `stretches` tasks' states are merged.
+struct Block {
+    Task all;
+    int64_t stretches, length;  // length of each but the last
+
+    Task stretch(Task part, int64_t i) const {
+        part.first = all.first + i * length;
+        part.end = std::min(all.end, part.first + length);
+        return part;
+    }
 };
 
-// Calls with (position, place in the cache) for each position from first to end.
-template <class Visit>
-inline void visit(const int64_t* table, int64_t first, int64_t end, int64_t size, Visit visit) {
-    for (int64_t p = first; p < end;) {
-        const int64_t block = p / size, stop = std::min(end, (block + 1) * size);
-        for (int64_t slot = table[block] * size + p - block * size; p < stop;) visit(p++, slot++);
-    }
-}
-
-struct Shape {
-    int64_t heads, group, value_dim, q_stride;
-    float scale;
-    int64_t window;
-    const float* sinks;
-};
-
-// Logits to weights, in place, with room for a sink's share; gives what is to be divided by.
-float exponentials(float* row, int64_t count, const float* sink) {
-    float most = sink ? *sink : row[0];
-    for (int64_t t = 0; t < count; ++t) most = std::max(most, row[t]);
-    float sum = sink ? std::exp(*sink - most) : 0.0f;
-    Lanes sums = {};
-    for (int64_t t = 0; t < count; t += kLanes) {
-        const int64_t left = count - t;
-        const Lanes value = exp(load_part(row + t, left) - most);
-        store_part(row + t, value, left);
-        sums += load_part(row + t, left);
-    }
-    return sum + ::sum(sums);
-}
-
-float dot(const float* a, const float* b, int64_t size) {
-    Lanes acc = {};
-    for (int64_t d = 0; d < size; d += kLanes) acc = fma(load(a + d), load(b + d), acc);
-    return sum(acc);
-}
-
-float dot(const bf16* a, const bf16* b, int64_t size) {
-    Lanes acc = {};
-    for (int64_t d = 0; d < size; d += 2 * kLanes) {
-        acc = dot_pairs(acc, load_pairs(a + d), load_pairs(b + d));
-    }
-    return sum(acc);
-}
-
-// A sequence's only new token, for some kv heads and the query heads of each.
 template <class T>
-void attend_one(const Cache<T>& cache, const Shape& shape, const int64_t* table, int64_t end,
-                const T* q, int64_t begin_head, int64_t end_head, std::vector<float>& room,
-                T* out) {
-    const int64_t group = shape.group, value_dim = shape.value_dim;
-    const int64_t first = shape.window > 0 ? std::max<int64_t>(0, end - shape.window) : 0;
-    const int64_t count = end - first, begin = begin_head * group, num = end_head * group - begin;
-    room.assign(num * (count + value_dim), 0.0f);
-    float* scores = room.data();
-    float* sums = scores + num * count;
-    visit(table, first, end, cache.block_size, [&](int64_t p, int64_t slot) {
-        for (int64_t h = begin; h < begin + num; ++h) {
-            const T* key = cache.keys + slot * cache.key_row + h / group * cache.key_dim;
-            scores[(h - begin) * count + p - first] =
-                shape.scale * dot(q + h * cache.key_dim, key, cache.key_dim);
-        }
-    });
-    for (int64_t h = 0; h < num; ++h) {
-        float* row = scores + h * count;
-        const float sum =
-            exponentials(row, count, shape.sinks ? shape.sinks + begin + h : nullptr);
-        for (int64_t t = 0; t < count; ++t) row[t] /= sum;
-    }
-    visit(table, first, end, cache.block_size, [&](int64_t p, int64_t slot) {
-        for (int64_t h = 0; h < num; ++h) {
-            const T* value = cache.values + slot * cache.value_row +
-                             (begin + h) / group * cache.value_stride;
-            const Lanes weight = all(scores[h * count + p - first]);
-            float* sum = sums + h * value_dim;
-            for (int64_t d = 0; d < value_dim; d += kLanes) {
-                store(sum + d, fma(weight, load(value + d), load(sum + d)));
-            }
-        }
-    });
-    for (int64_t i = 0; i < num * value_dim; i += kLanes) {
-        store(out + begin * value_dim + i, load(sums + i));
-    }
-}
-
-// Several new tokens of a sequence, for one kv head and its query heads. Keys and values are
-// packed like weights, so that logits and sums are products of tiles; weights round to bfloat16.
-void attend_many(const Cache<bf16>& cache, const Shape& shape, const int64_t* table, int64_t end,
-                 int64_t num, const bf16* q, int64_t kv_head, std::vector<float>& room, bf16* out) {
-    const int64_t key_dim = cache.key_dim, value_dim = shape.value_dim;
-    const int64_t start = end - num;  // positions computed before
-    const int64_t first =
-        shape.window > 0 ? std::max<int64_t>(0, start + 1 - shape.window) / 32 * 32 : 0;
-    const int64_t padded = (end - first + 31) / 32 * 32;
-    const int64_t value_blocks = (value_dim + 31) / 32 * 2;
-    room.assign(padded * (key_dim + value_blocks * kBlock) / 2 + 2 * kRows * padded +
-                    kRows * key_dim, 0.0f);
-    float* scores = room.data();
-    Factor* weights = (Factor*)(scores + kRows * padded);
-    Factor* widened = (Factor*)(scores + 2 * kRows * padded);
-    bf16* packed_keys = (bf16*)(scores + 2 * kRows * padded + kRows * key_dim);
-    bf16* packed_values = packed_keys + padded * key_dim;
-    visit(table, first, end, cache.block_size, [&](int64_t p, int64_t slot) {
-        const int64_t t = p - first;
-        const bf16* key = cache.keys + slot * cache.key_row + kv_head * key_dim;
-        bf16* to = packed_keys + t / kBlock * key_dim * kBlock + t % kBlock * 2;
-        for (int64_t d = 0; d < key_dim; d += 2) std::memcpy(to + d * kBlock, key + d, 4);
-        const bf16* value =
-            cache.values + slot * cache.value_row + kv_head * cache.value_stride;
-        bf16* pair = packed_values + t / 2 * 2 * kBlock + t % 2;
-        for (int64_t d = 0; d < value_dim; ++d) {
-            pair[d / kBlock * padded * kBlock + d % kBlock * 2] = value[d];
-        }
-    });
-    Lanes acc[kRows][2 * kVectors];
-    for (int64_t h = kv_head * shape.group; h < (kv_head + 1) * shape.group; ++h) {
-        for (int64_t row = 0; row < num; row += kRows) {
-            const int rows = (int)std::min<int64_t>(kRows, num - row);
-            const int64_t seen = (start + row + rows - first + 31) / 32 * 32;
-            for (int r = 0; r < rows; ++r) {
-                const bf16* query = q + (row + r) * shape.q_stride + h * key_dim;
-                for (int64_t d = 0; d < key_dim; d += kLanes) {
-                    store(widened + r * key_dim + d, load(query + d));
-                }
-            }
-            for (int64_t t = 0; t < seen; t += 32) {
-                const bf16* block = packed_keys + t * key_dim;
-                tiles(rows, widened, key_dim, block, block + key_dim * kBlock, key_dim, acc);
-                for (int r = 0; r < rows; ++r) {
-                    float* to = scores + r * padded + t;
-                    for (int v = 0; v < 2 * kVectors; ++v) {
-                        store(to + v * kLanes, acc[r][v] * shape.scale);
-                    }
-                }
-            }
-            float sums[kRows];
-            for (int r = 0; r < rows; ++r) {
-                const int64_t own = start + row + r - first;  // its own place among the keys
-                const int64_t from =
-                    shape.window > 0 ? std::max<int64_t>(0, own + 1 - shape.window) : 0;
-                float* line = scores + r * padded;
-                sums[r] = exponentials(line + from, own + 1 - from,
-                                       shape.sinks ? shape.sinks + h : nullptr);
-                std::fill(line, line + from, 0.0f);
-                std::fill(line + own + 1, line + seen, 0.0f);
-                for (int64_t t = 0; t < seen; t += kLanes) {
-                    store(weights + r * padded + t, load(line + t));
-                }
-            }
-            for (int64_t block = 0; block < value_blocks; block += 2) {
-                const bf16* w = packed_values + block * padded * kBlock;
-                tiles(rows, weights, padded, w, w + padded * kBlock, seen, acc);
-                for (int r = 0; r < rows; ++r) {
-                    bf16* to = out + ((row + r) * shape.heads + h) * value_dim + block * kBlock;
-                    const int v_end = value_dim > (block + 1) * kBlock ? 2 * kVectors : kVectors;
-                    for (int v = 0; v < v_end; ++v) {
-                        store(to + v * kLanes, acc[r][v] * (1.0f / sums[r]));
-                    }
-                }
-            }
-        }
-    }
-}
-
-// A sequence, and some of its kv heads.
-using Task = std::array<int64_t, 3>;
-
-// All heads of a position lie side by side: a decode takes as many as leave work for others.
-std::vector<Task> share_out(const int64_t* scheduled, int64_t seqs, int64_t kv_heads) {
-    const int64_t threads = omp_get_max_threads();
-    const int64_t parts = std::min<int64_t>(kv_heads, seqs >= 4 * threads ? 1 : 2 * threads);
-    std::vector<Task> tasks;
+std::vector<Block> blocks_of(const Call<T>& call, int64_t seqs) {
+    std::vector<Block> blocks;
     for (int64_t s = 0; s < seqs; ++s) {
-        const int64_t num = scheduled[s] > 1 ? kv_heads : parts;
-        for (int64_t i = 0; i < num; ++i) {
-            tasks.push_back({s, kv_heads * i / num, kv_heads * (i + 1) / num});
+        const int64_t rows = call.scheduled[s] * call.group;
+        const int64_t count = (rows + kBlockRows - 1) / kBlockRows;
+        for (int64_t row = 0; row < rows; row += kBlockRows) {
+            Task task{s, row, std::min(kBlockRows, rows - row), 0, 0, 0, call.kv_heads};
+            task.end = own_position(call, task, task.rows - 1) + 1;
+            if (call.window > 0) {
+                task.first = std::max<int64_t>(0, own_position(call, task, 0) + 1 - call.window);
+            }
+            const int64_t positions = task.end - task.first;
+            Block block{task, 1, positions};
+            if (count <= kFewBlocks && positions > kStretch) {
+                const int64_t most = 2 * ((positions + 2 * kStretch - 1) / (2 * kStretch));
+                block.length = round_up((positions - 1) / std::min(most, kStretches) + 1, kPanel);
+                block.stretches = (positions - 1) / block.length + 1;
+            }
+            blocks.push_back(block);
         }
     }
-    return tasks;
+    return blocks;
+}
+
+// Some stretches of a block for some kv heads: all of them, or one whose states go to `states`.
+struct Piece {
+    const Block* block;
+    int64_t stretch, head, end_head;
+    float* states;
+};
+
+int64_t rows_of_states(const Task& task) {
+    return task.rows <= kFewRows ? task.rows : round_up(task.rows, kPanel);
+}
+
+// A thread's room, and its work on pieces.
+template <class T>
+class Worker {
+  public:
+    explicit Worker(const Call<T>& call) : call_(call), size_(call.state_size()) {}
+
+    void attend(const Piece& piece) {
+        Task task = piece.block->all;
+        task.head = piece.head, task.end_head = piece.end_head;
+        if (piece.states) return attend(piece.block->stretch(task, piece.stretch), piece.states);
+        const int64_t per_head = rows_of_states(task) * size_;
+        const int64_t num = (task.end_head - task.head) * per_head;
+        if ((int64_t)states_.size() < 2 * num) states_.resize(2 * num);
+        float *states = states_.data(), *others = states + num;
+        for (int64_t i = 0; i < piece.block->stretches; ++i) {
+            attend(piece.block->stretch(task, i), i ? others : states);
+            for (int64_t at = 0; i && at < num; at += size_) merge(states + at, others + at, size_);
+        }
+        for (int64_t h = task.head; h < task.end_head; ++h, states += per_head) {
+            for (int64_t r = 0; r < task.rows; ++r) finish(call_, task, h, r, states + r * size_);
+        }
+    }
+
+  private:
+    // States [heads, rows_of_states, size].
+    void attend(const Task& task, float* states) {
+        if (task.rows <= kFewRows) {
+            if (!few_) few_ = std::make_unique<FewRoom<T>>(call_, kFewRows);
+            return few_->attend(call_, task, states);
+        }
+        if (!tiles_) tiles_ = std::make_unique<TileRoom<T>>(call_, kBlockRows);
+        for (int64_t h = task.head; h < task.end_head; ++h) {
+            tiles_->attend(call_, task, h, states);
+            states += rows_of_states(task) * size_;
+        }
+    }
+
+    const Call<T>& call_;
+    int64_t size_;
+    std::unique_ptr<FewRoom<T>> few_;
+    std::unique_ptr<TileRoom<T>> tiles_;
+    std::vector<float> states_;
+};
+
+// What all threads do: pieces first, then blocks whose stretches were done apart.
+struct Plan {
+    std::vector<Block> blocks;
+    std::vector<Piece> pieces;
+    std::vector<const Block*> cut;
+    std::vector<float*> states_of_cut;
+    std::vector<float> states;
+};
+
+// A block that is much of the work is cut; kv heads are shared out where that is not enough.
+template <class T>
+Plan plan_of(const Call<T>& call, int64_t seqs) {
+    const int64_t threads = omp_get_max_threads(), size = call.state_size();
+    Plan plan;
+    plan.blocks = blocks_of(call, seqs);
+    int64_t total = 0, apart = 0, tasks = 0;
+    for (const Block& block : plan.blocks) total += block.stretches;
+    const auto is_cut = [&](const Block& block) {
+        return block.stretches > 1 && block.stretches * 2 * threads > total;
+    };
+    for (const Block& block : plan.blocks) {
+        tasks += is_cut(block) ? block.stretches : 1;
+        if (is_cut(block)) apart += block.stretches * rows_of_states(block.all);
+    }
+    plan.states.resize(apart * call.kv_heads * size);
+    float* states = plan.states.data();
+    const int64_t wanted = tasks ? (4 * threads + tasks - 1) / tasks : 1;
+    for (const Block& block : plan.blocks) {
+        const bool is_many = block.all.rows > kFewRows;
+        const int64_t parts = is_many ? call.kv_heads : std::min(call.kv_heads, wanted);
+        const int64_t per_head = rows_of_states(block.all) * size;
+        const int64_t stretches = is_cut(block) ? block.stretches : 1;
+        if (is_cut(block)) plan.cut.push_back(&block), plan.states_of_cut.push_back(states);
+        for (int64_t i = 0; i < stretches; ++i) {
+            for (int64_t part = 0; part < parts; ++part) {
+                const int64_t head = call.kv_heads * part / parts;
+                const int64_t end = call.kv_heads * (part + 1) / parts;
+                float* to = is_cut(block) ? states + head * per_head : nullptr;
+                plan.pieces.push_back({&block, i, head, end, to});
+            }
+            if (is_cut(block)) states += call.kv_heads * per_head;
+        }
+    }
+    return plan;
+}
+
+// Row r of a block for a kv head, whose stretches were done apart.
+template <class T>
+void merge_cut(const Call<T>& call, const Block& block, float* states, int64_t head, int64_t r) {
+    const int64_t size = call.state_size(), rows = rows_of_states(block.all);
+    float* own = states + (head * rows + r) * size;
+    for (int64_t i = 1; i < block.stretches; ++i) {
+        merge(own, own + i * call.kv_heads * rows * size, size);
+    }
+    finish(call, block.all, head, r, own);
+}
+
+// The new tokens' keys and values, and where they go.
+template <class T>
+struct NewTokens {
+    const T* keys;
+    int64_t key_stride;
+    const T* values;
+    int64_t value_stride;
+    const int64_t* slots;
+    int64_t count;
+};
+
+template <class T>
+void attend(const Call<T>& call, const NewTokens<T>& added, T* keys, T* values, int64_t seqs) {
+    Plan plan = plan_of(call, seqs);
+    const int64_t num_pieces = (int64_t)plan.pieces.size(), num_cut = (int64_t)plan.cut.size();
+#pragma omp parallel
+    {
+        Worker<T> worker(call);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < added.count; ++i) {
+            const int64_t slot = added.slots[i];
+            std::memcpy(keys + slot * call.key_row, added.keys + i * added.key_stride,
+                        (size_t)call.key_row * sizeof(T));
+            if (!values) continue;
+            std::memcpy(values + slot * call.value_row, added.values + i * added.value_stride,
+                        (size_t)call.value_row * sizeof(T));
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < num_pieces; ++i) worker.attend(plan.pieces[i]);
+        for (int64_t i = 0; i < num_cut; ++i) {
+            const Block& block = *plan.cut[i];
+            const int64_t rows = block.all.rows;
+#pragma omp for schedule(static) nowait
+            for (int64_t at = 0; at < call.kv_heads * rows; ++at) {
+                merge_cut(call, block, plan.states_of_cut[i], at / rows, at % rows);
+            }
+        }
+    }
 }
 
 template <class T>
-Cache<T> cache_of(const T* keys, const T* values, int64_t kv_heads, int64_t key_dim,
-                  int64_t value_dim, int64_t block_size) {
+void attend(const T* q, int64_t q_stride, const T* new_keys, int64_t new_key_stride,
+            const T* new_values, int64_t new_value_stride, const int64_t* slots, int64_t tokens,
+            T* keys, T* values, const int64_t* tables, int64_t width, const int64_t* first_token,
+            const int64_t* scheduled, const int64_t* lengths, int64_t seqs, int64_t heads,
+            int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_size, float scale,
+            int64_t window, const float* sinks, T* out) {
     const int64_t stride = values ? value_dim : key_dim;
-    return {keys, values ? values : keys, kv_heads * key_dim, kv_heads * stride, key_dim, stride,
-            block_size};
+    const Call<T> call{q, q_stride, keys, values ? values : keys, tables, width, first_token,
+                       scheduled, lengths, heads, heads / kv_heads, kv_heads, key_dim, value_dim,
+                       block_size, kv_heads * key_dim, kv_heads * stride, stride, scale * kLog2E,
+                       window, sinks, out, values != nullptr};
+    attend(call, {new_keys, new_key_stride, new_values, new_value_stride, slots, tokens}, keys,
+           values, seqs);
 }
 
 }  // namespace
 
 extern "C" {
 
-// Causal attention of each sequence's new tokens. q [tokens, heads, key_dim], the new tokens of
-// sequence s from first_token[s] on, scheduled[s] of them, the last at position lengths[s] - 1;
-// keys and values [blocks, block_size, kv_heads, dim], values null where they are the first
-// value_dim of the keys; tables [seqs, width]; sinks [heads] or null; out [tokens, heads,
-// value_dim]. key_dim is a multiple of 32, value_dim of 16.
-void attention(const bf16* q, int64_t q_stride, const bf16* keys, const bf16* values,
-               const int64_t* tables, int64_t width, const int64_t* first_token,
-               const int64_t* scheduled, const int64_t* lengths, int64_t seqs, int64_t heads,
-               int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_size,
-               float scale, int64_t window, const float* sinks, bf16* out) {
-    const auto cache = cache_of(keys, values, kv_heads, key_dim, value_dim, block_size);
-    const Shape shape{heads, heads / kv_heads, value_dim, q_stride, scale, window, sinks};
-    const std::vector<Task> tasks = share_out(scheduled, seqs, kv_heads);
-#pragma omp parallel
-    {
-        std::vector<float> room;
-#pragma omp for schedule(dynamic, 1)
-        for (size_t task = 0; task < tasks.size(); ++task) {
-            const auto [s, begin, end] = tasks[task];
-            const int64_t* table = tables + s * width;
-            const bf16* query = q + first_token[s] * q_stride;
-            bf16* to = out + first_token[s] * heads * value_dim;
-            if (scheduled[s] == 1) {
-                attend_one(cache, shape, table, lengths[s], query, begin, end, room, to);
-            } else {
-                attend_many(cache, shape, table, lengths[s], scheduled[s], query, begin, room, to);
-            }
-        }
-    }
+// Stores new tokens' keys and values; causal attention of each sequence's new tokens.
+//
+// q [tokens, heads, key_dim]; new_keys, new_values [tokens, kv_heads, dim], their places in the
+// cache slots [tokens]; keys and values [blocks, block_size, kv_heads, dim], values null where they
+// are the first value_dim of the keys. Of sequence s: block table tables[s], new tokens from
+// first_token[s] on, scheduled[s] of them, the last at position lengths[s] - 1. Strides are those
+// of tokens. A window of 0 is none; sinks [heads] or null; out [tokens, heads, value_dim].
+void attention(const bf16* q, int64_t q_stride, const bf16* new_keys, int64_t new_key_stride,
+               const bf16* new_values, int64_t new_value_stride, const int64_t* slots,
+               int64_t tokens, bf16* keys, bf16* values, const int64_t* tables, int64_t width,
+               const int64_t* first_token, const int64_t* scheduled, const int64_t* lengths,
+               int64_t seqs, int64_t heads, int64_t kv_heads, int64_t key_dim, int64_t value_dim,
+               int64_t block_size, float scale, int64_t window, const float* sinks, bf16* out) {
+    attend(q, q_stride, new_keys, new_key_stride, new_values, new_value_stride, slots, tokens, keys,
+           values, tables, width, first_token, scheduled, lengths, seqs, heads, kv_heads, key_dim,
+           value_dim, block_size, scale, window, sinks, out);
 }
 
-// The same in float32 for sequences of one new token each; key_dim is a multiple of 16 too.
-void decode_attention_float(const float* q, int64_t q_stride, const float* keys,
-                            const float* values, const int64_t* tables, int64_t width,
-                            const int64_t* first_token, const int64_t* scheduled,
-                            const int64_t* lengths, int64_t seqs, int64_t heads, int64_t kv_heads,
-                            int64_t key_dim, int64_t value_dim, int64_t block_size, float scale,
-                            int64_t window, const float* sinks, float* out) {
-    const auto cache = cache_of(keys, values, kv_heads, key_dim, value_dim, block_size);
-    const Shape shape{heads, heads / kv_heads, value_dim, q_stride, scale, window, sinks};
-    const std::vector<Task> tasks = share_out(scheduled, seqs, kv_heads);
-#pragma omp parallel
-    {
-        std::vector<float> room;
-#pragma omp for schedule(dynamic, 1)
-        for (size_t task = 0; task < tasks.size(); ++task) {
-            const auto [s, begin, end] = tasks[task];
-            const int64_t token = first_token[s];
-            attend_one(cache, shape, tables + s * width, lengths[s], q + token * q_stride, begin,
-                       end, room, out + token * heads * value_dim);
-        }
-    }
+void attention_float(const float* q, int64_t q_stride, const float* new_keys,
+                     int64_t new_key_stride, const float* new_values, int64_t new_value_stride,
+                     const int64_t* slots, int64_t tokens, float* keys, float* values,
+                     const int64_t* tables, int64_t width, const int64_t* first_token,
+                     const int64_t* scheduled, const int64_t* lengths, int64_t seqs, int64_t heads,
+                     int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_size,
+                     float scale, int64_t window, const float* sinks, float* out) {
+    attend(q, q_stride, new_keys, new_key_stride, new_values, new_value_stride, slots, tokens, keys,
+           values, tables, width, first_token, scheduled, lengths, seqs, heads, kv_heads, key_dim,
+           value_dim, block_size, scale, window, sinks, out);
 }
 }

@@ -24,7 +24,6 @@ from expertlane.ops.build import (
     build,
 )
 from expertlane.ops.cpu import CpuBackend, VectorBackend
-from expertlane.ops.host import num_cores
 from expertlane.ops.torch_backend import TorchBackend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +54,7 @@ def backend_of_cpu() -> tuple[TorchBackend, str]:
         baseline = build(BASELINE)
     except BuildError as error:
         return _TORCH, str(error)
+    _check_asked(baseline)
     why_not = "this CPU lacks avx2 or neon, one of which bfloat16 needs"
     if SETS and not allowed:
         why_not = "EXPERTLANE_CPU_ISA=baseline leaves out what bfloat16 needs"
@@ -97,13 +97,27 @@ def _transport_of_cpu(*, shares_memory: bool, several_nodes: bool) -> str:
 
 def _allowed_sets() -> tuple[InstructionSet, ...]:
     """From the smallest on, without the baseline."""
-    value = os.environ.get("EXPERTLANE_CPU_ISA")
-    if not value:
+    value, names = _asked_set(), [BASELINE.name, *(each.name for each in SETS)]
+    if value is None:
         return tuple(each for each in SETS if each not in ONLY_IF_ASKED_FOR)
-    names = [BASELINE.name, *(each.name for each in SETS)]
     if value not in names:
         raise UserError(f"EXPERTLANE_CPU_ISA is {value!r}; valid: {', '.join(names)}")
     return SETS[: names.index(value)]
+
+
+def _asked_set() -> str | None:
+    return os.environ.get("EXPERTLANE_CPU_ISA") or None
+
+
+def _check_asked(baseline: ctypes.CDLL) -> None:
+    """Refuse a set that this CPU lacks: its user would take another's speed for its own."""
+    names = [BASELINE.name, *(each.name for each in SETS)]
+    has = [name for name in names[1:] if baseline.has_instructions(name.encode())]
+    if _asked_set() in {*names[1:]} - {*has}:
+        raise UserError(
+            f"this CPU lacks {_asked_set()}, which --cpu-isa or EXPERTLANE_CPU_ISA asks for; it "
+            f"has: {', '.join([BASELINE.name, *has])}"
+        )
 
 
 @dataclass(frozen=True)
@@ -156,8 +170,6 @@ def choose_platform(
     if dtype_name == "float16":
         raise UserError("dtype float16 needs a GPU for every rank; valid here: float32, bfloat16")
     _keep_freed_memory()
-    # No more than OMP_NUM_THREADS either, which torch took at its import.
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cores() // num_local_ranks)))
     device, dtype = torch.device("cpu"), DTYPES[dtype_name or "float32"]
     # Compile kernels if need be: a rank is only said to be up afterwards, so no step waits for it.
     transport = _transport_of_cpu(shares_memory=shares_memory, several_nodes=several_nodes)

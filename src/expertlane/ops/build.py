@@ -1,4 +1,7 @@
-"""Compiles the C++ files where they are first needed; libraries stay in the user's cache."""
+"""Libraries of the C++ files: those that came in the wheel, else compiled where first needed.
+
+Compiled ones stay in the user's cache.
+"""
 
 import ctypes
 import fcntl
@@ -16,6 +19,7 @@ from expertlane.spec.files import user_cache
 
 _FOLDER = Path(__file__).parent
 _HEADERS = sorted(_FOLDER.glob("*.h"))
+SHIPPED = _FOLDER / "libraries"  # in wheels that `make wheel` makes
 _COMPILE = ("-O3", "-std=c++17", "-fPIC")
 _TIMEOUT_S = 120.0
 
@@ -45,12 +49,25 @@ BASELINE = InstructionSet(
 
 
 def _arithmetic(name: str, *flags: str) -> InstructionSet:
-    sources = ("attention.cpp", "few_rows.cpp", "products.cpp", "rows.cpp", "sums.cpp")
+    names = (
+        "attention",
+        "few_rows",
+        "layers",
+        "moe_step",
+        "narrow",
+        "products",
+        "rows",
+        "sampling",
+        "step",
+        "sums",
+    )
+    sources = tuple(f"{each}.cpp" for each in names)
     return InstructionSet(name, sources, (*flags, "-fopenmp", "-ffp-contract=fast"), ("-fopenmp",))
 
 
-AVX512_BF16 = _arithmetic("avx512_bf16", "-march=x86-64-v4", "-mavx512bf16")
-AMX = _arithmetic("amx", *AVX512_BF16.flags[:2], "-mamx-tile", "-mamx-bf16")
+# Of CPUs with products of bfloat16, Cooper Lake alone cannot look bytes up (vbmi).
+AVX512_BF16 = _arithmetic("avx512_bf16", "-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi")
+AMX = _arithmetic("amx", *AVX512_BF16.flags[:3], "-mamx-tile", "-mamx-bf16")
 _X86 = (
     _arithmetic("avx2", "-mavx2", "-mfma", "-mf16c"),
     _arithmetic("avx512", "-march=x86-64-v4"),
@@ -74,13 +91,15 @@ class BuildError(Exception):
 
 
 def build(instructions: InstructionSet) -> ctypes.CDLL:
-    """The library of an instruction set.
+    """The library of an instruction set, as shipped, or compiled.
 
     Ranks that start together wait for the one that compiles.
 
     Raises:
         BuildError: there is no compiler, it failed, or there is nowhere to put the library.
     """
+    if (shipped := _shipped(instructions)) is not None:
+        return shipped
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if found is None:
         raise BuildError(
@@ -104,6 +123,29 @@ def build(instructions: InstructionSet) -> ctypes.CDLL:
     raise BuildError(f"compiling with {found} failed: {reason}")
 
 
+def _shipped(instructions: InstructionSet) -> ctypes.CDLL | None:
+    path = SHIPPED / shipped_name(instructions)
+    try:
+        return ctypes.CDLL(str(path)) if path.exists() else None
+    except OSError:  # a system that lacks a library of its own, as one without glibc does
+        return None
+
+
+def shipped_name(instructions: InstructionSet) -> str:
+    """The file of its library in a wheel: of these very sources and flags."""
+    return _name(instructions, ())
+
+
+def _name(instructions: InstructionSet, compiler: tuple[bytes, ...]) -> str:
+    sources = (_FOLDER / name for name in instructions.sources)
+    flags = (*_COMPILE, *instructions.flags, *instructions.link_flags)
+    contents = (path.read_bytes() for path in (*sources, *_HEADERS))
+    key = hashlib.blake2b(
+        b"\0".join((*contents, *compiler, *map(str.encode, flags))), digest_size=12
+    )
+    return f"{platform.machine()}-{instructions.name}-{key.hexdigest()}.so"
+
+
 def _first_line(output: bytes) -> str:
     """The first error of a compiler, or else the first line of its output."""
     lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
@@ -114,24 +156,25 @@ def _library(compiler: list[str], instructions: InstructionSet) -> Path:
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_S
     ).stdout
-    sources = [_FOLDER / name for name in instructions.sources]
-    texts = (*compiler, *_COMPILE, *instructions.flags, *instructions.link_flags)
-    contents = (path.read_bytes() for path in (*sources, *_HEADERS))
-    key = (*contents, version, *map(str.encode, texts))
-    name = hashlib.blake2b(b"\0".join(key), digest_size=12).hexdigest()
     folder = user_cache()
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"{platform.machine()}-{instructions.name}-{name}.so"
+    library = folder / _name(instructions, (version, *map(str.encode, compiler)))
     with (folder / "build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            _compile(compiler, instructions, sources, library)
+            compile_library(compiler, instructions, library)
     return library
 
 
-def _compile(
-    compiler: list[str], instructions: InstructionSet, sources: list[Path], library: Path
+def compile_library(
+    compiler: list[str], instructions: InstructionSet, library: Path, *link_flags: str
 ) -> None:
+    """Compile and link one set.
+
+    Raises:
+        CalledProcessError, TimeoutExpired: of the compiler.
+    """
+    sources = [_FOLDER / name for name in instructions.sources]
     made = library.with_suffix(".new")
 
     def run(*arguments: str) -> None:
@@ -142,5 +185,5 @@ def _compile(
     with tempfile.TemporaryDirectory() as folder:
         run(*_COMPILE, *instructions.flags, "-c", *map(str, sources))  # objects go where it runs
         objects = (f"{source.stem}.o" for source in sources)
-        run("-shared", *instructions.link_flags, *objects, "-o", str(made))
+        run("-shared", *instructions.link_flags, *link_flags, *objects, "-o", str(made))
     made.replace(library)

@@ -8,19 +8,26 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.moe_step import CompiledRouter, LocalExperts
+from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight
 from expertlane.ops.products import (
     Activation,
     Expert,
     Experts,
+    HeadsLinear,
     Linear,
     PairGroups,
 )
+from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
-from expertlane.ops.torch_backend import PeerRows, TorchBackend
+from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart, attention_part
+from expertlane.ops.torch_backend import Outgoing, PeerRows, TorchBackend
 
 _LANES = 16
 _FEW_ROWS = 32  # with more, torch's own products are faster
@@ -55,7 +62,8 @@ class CpuBackend(TorchBackend):
         self.baseline = baseline
         self._choose_copies = _function(baseline, "choose_copies", "pnpnpnnp")
         self._rows_by_peer = _function(baseline, "rows_by_peer", "pnnninpppp", ctypes.c_int64)
-        self._group_pairs = _function(baseline, "group_pairs", "pnnniinpppp", ctypes.c_int64)
+        self._group_pairs = _function(baseline, "group_pairs", "pnnniinppppp", ctypes.c_int64)
+        self._outgoing = _function(baseline, "outgoing", "pnnpnpnninppppp", ctypes.c_int64)
         self._fan_out = _function(baseline, "fan_out", "pnninpnppp")
         self._pack_rows = _function(baseline, "pack_rows", "pnnnpppp")
         self._take_sums(baseline)
@@ -72,7 +80,7 @@ class CpuBackend(TorchBackend):
         physical = torch.empty(topk_ids.shape, dtype=torch.int32)
         self._choose_copies(
             *(topk_ids.data_ptr(), topk_ids.numel(), table.data_ptr(), table.shape[1]),
-            *(num_copies.data_ptr(), len(num_copies), first, physical.data_ptr()),
+            *(num_copies.data_ptr(), num_copies.shape[0], first, physical.data_ptr()),
         )
         return physical
 
@@ -102,14 +110,44 @@ class CpuBackend(TorchBackend):
 
     def group_pairs(self, ids: Tensor, first: int, divisor: int, num_groups: int) -> PairGroups:
         num_rows, top_k = ids.shape
-        counts = torch.empty(num_groups, dtype=torch.int64)
-        rows, order = torch.empty(2, num_rows * top_k, dtype=torch.int64).unbind()
+        counts, ends = (torch.empty(num_groups, dtype=torch.int64) for _ in range(2))
+        rows, order = (torch.empty(num_rows * top_k, dtype=torch.int64) for _ in range(2))
         numbers = torch.empty(num_rows, top_k, dtype=torch.int64)
         num_pairs = self._group_pairs(
             *(ids.data_ptr(), ids.stride(0), num_rows, top_k, first, divisor, num_groups),
-            *(counts.data_ptr(), rows.data_ptr(), order.data_ptr(), numbers.data_ptr()),
+            *(counts.data_ptr(), ends.data_ptr(), rows.data_ptr(), order.data_ptr()),
+            numbers.data_ptr(),
         )
-        return PairGroups(counts, rows[:num_pairs], order[:num_pairs], numbers)
+        if num_pairs < num_rows * top_k:
+            rows, order = rows[:num_pairs], order[:num_pairs]
+        pairs = PairGroups(counts, rows, order, numbers)
+        pairs.__dict__["ends"] = ends  # known already
+        return pairs
+
+    def outgoing(
+        self,
+        topk_ids: Tensor,
+        table: Tensor,
+        num_copies: Tensor,
+        first: int,
+        divisor: int,
+        num_peers: int,
+    ) -> Outgoing:
+        assert topk_ids.dtype is torch.int64, "kernels take its memory as it is"
+        num_tokens, top_k = topk_ids.shape
+        topk_ids, most = topk_ids.contiguous(), num_tokens * min(top_k, num_peers)
+        counts, tokens = (torch.empty(num, dtype=torch.int64) for num in (2 * num_peers, most))
+        ids, ids_there = (torch.empty(num, top_k, dtype=torch.int32) for num in (num_tokens, most))
+        places = torch.empty(num_tokens, top_k, dtype=torch.int64)
+        num_rows = self._outgoing(
+            *(topk_ids.data_ptr(), num_tokens, top_k, table.data_ptr(), table.shape[1]),
+            *(num_copies.data_ptr(), num_copies.shape[0], first, divisor, num_peers),
+            *(ids.data_ptr(), counts.data_ptr(), tokens.data_ptr(), ids_there.data_ptr()),
+            places.data_ptr(),
+        )
+        if num_rows < most:
+            tokens, ids_there = tokens[:num_rows], ids_there[:num_rows]
+        return Outgoing(ids, counts, tokens, ids_there, places)
 
     def pack(self, parts: Sequence[tuple[Tensor, Tensor | None]], packed: Tensor) -> None:
         from_, stride, num_bytes, index = (array("q", [0] * len(parts)) for _ in range(4))
@@ -135,7 +173,7 @@ class CpuBackend(TorchBackend):
         parts = values if isinstance(values, RowParts) else RowParts.of(values.contiguous())
         places, weights = places.contiguous(), None if weights is None else weights.contiguous()
         if out is None:
-            out = torch.empty(len(places), parts.width, dtype=parts.dtype)
+            out = torch.empty(places.shape[0], parts.width, dtype=parts.dtype)
         num_rows = array("q", parts.num_rows)
         self._gather_sum(
             *(parts.dtype is torch.bfloat16, parts.pointers.buffer_info()[0]),
@@ -161,22 +199,32 @@ class CpuBackend(TorchBackend):
 class VectorBackend(CpuBackend):
     """Arithmetic too: in bfloat16 (`products.cpp`, `attention.cpp`, `rows.cpp`), and in float32.
 
-    In float32 it has what decoding takes: products of few rows (`few_rows.cpp`), attention of one
-    new token a sequence. torch has the rest.
+    Weights of one byte are widened as they are read (`narrow.cpp`).
+
+    In float32 it has attention too, and products of few rows (`few_rows.cpp`). torch has the rest.
 
     Args:
         library: compiled for the instruction set.
     """
 
+    keeps_narrow = True
+
     def __init__(self, baseline: ctypes.CDLL, library: ctypes.CDLL, instructions: str) -> None:
         super().__init__(baseline)
         self.instructions = instructions
+        self._library = library
+        self._draw_tokens = _function(library, "draw_tokens", "pnnppppppp")
         self._linear = _function(library, "linear", "pnnpnnpp")
+        self._heads_linear = _function(library, "heads_linear", "pnnnpnnnpnn")
         self._experts = _function(library, "experts", "pnpppnpppnnpp")
-        self._attention = _function(library, "attention", "pnpppnpppnnnnnnfnpp")
-        self._decode_attention = _function(library, "decode_attention_float", "pnpppnpppnnnnnnfnpp")
+        self._attention = {
+            dtype: _function(library, name, "pnpnpnpnpppnpppnnnnnnfnpp")
+            for dtype, name in ((torch.bfloat16, "attention"), (torch.float32, "attention_float"))
+        }
         self._few_rows_linear = _function(library, "few_rows_linear", "pnnpnnpp")
         self._few_rows_experts = _function(library, "few_rows_experts", "pnpppnpppnnpp")
+        self._narrow_linear = _function(library, "narrow_linear", "iipnnppnnnnpp")
+        self._narrow_experts = _function(library, "narrow_experts", "iipnpppnpppnnnnnp")
         self._rotate, self._rms_norm = (
             {
                 torch.bfloat16: _function(library, name, arguments),
@@ -186,7 +234,11 @@ class VectorBackend(CpuBackend):
         )
         self._take_sums(library)
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Tensor | NarrowWeight, bias: Tensor | None = None) -> Linear:
+        if isinstance(weight, NarrowWeight) and weight.values.numel():
+            shift = None if bias is None else bias.float()
+            return NarrowLinear(weight, shift, self._narrow_linear)
+        weight = weight.widened() if isinstance(weight, NarrowWeight) else weight
         if weight.dtype is torch.float32 and weight.numel() and weight.is_contiguous():
             return FewRowsLinear(weight, bias, self._few_rows_linear)
         if weight.dtype is not torch.bfloat16 or weight.shape[1] % 2 or not weight.numel():
@@ -199,6 +251,8 @@ class VectorBackend(CpuBackend):
         if all(isinstance(each, FewRowsLinear) and each.bias is None for each in linears):
             many = super().experts(held, activation)
             return _FewRowsExperts(many, self._few_rows_experts) if is_plain else many
+        if NarrowExperts.suits(held, activation):
+            return NarrowExperts(held, activation, self._narrow_experts)
         suits = (
             held[0].up.out_features % 32 == 0
             and all(isinstance(each, PackedLinear) and each.bias is None for each in linears)
@@ -207,6 +261,54 @@ class VectorBackend(CpuBackend):
         if not suits:
             return super().experts(held, activation)
         return _PackedExperts(held, activation, self._experts)
+
+    def heads_linear(self, weight: Tensor) -> HeadsLinear:
+        if weight.dtype is not torch.bfloat16 or weight.shape[2] % 2 or not weight.numel():
+            return super().heads_linear(weight)
+        return PackedHeadsLinear(weight, self._heads_linear)
+
+    def router(self, params: RouterParams) -> Router:
+        if not CompiledRouter.suits(params):
+            return super().router(params)
+        return CompiledRouter(params, self.rms_norm, self._library)
+
+    def local_experts(
+        self, router: Router, experts: Experts, dtype: torch.dtype
+    ) -> LocalExperts | None:
+        if not isinstance(router, CompiledRouter):
+            return None
+        kinds = _PackedExperts | _FewRowsExperts | NarrowExperts
+        if not isinstance(experts, kinds) or not _multiplies(dtype, experts.held[0].up):
+            return None
+        return LocalExperts(router, experts, experts.matrices, self._library, dtype)
+
+    def head_part(
+        self, head: Linear, norm: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> HeadPart | None:
+        if not _multiplies(dtype, head) or head.in_features % _LANES:
+            return None
+        return HeadPart(head, norm, eps, self._library, dtype)
+
+    def attention_part(self, weights: AttentionWeights, dtype: torch.dtype) -> AttentionPart | None:
+        if not _multiplies(dtype, weights.query_key_value, weights.output):
+            return None
+        return attention_part(weights, self._library, dtype)
+
+    def draw_tokens(
+        self,
+        scores: Tensor,
+        temperature: Tensor,
+        limits: tuple[Tensor | None, Tensor | None, Tensor | None],
+        seeds: npt.NDArray[np.uint64],
+        num_drawn: Tensor,
+    ) -> Tensor | None:
+        scores, token_ids = scores.contiguous(), torch.empty(scores.shape[0], dtype=torch.int64)
+        self._draw_tokens(
+            *(scores.data_ptr(), *scores.shape, temperature.data_ptr()),
+            *(None if each is None else each.data_ptr() for each in limits),
+            *(seeds.ctypes.data, num_drawn.data_ptr(), token_ids.data_ptr()),
+        )
+        return token_ids
 
     def paged_attention(
         self,
@@ -220,23 +322,19 @@ class VectorBackend(CpuBackend):
         value_dim, scale, window, sinks = params
         num_tokens, num_heads, key_dim = query.shape
         keys, values = cache.keys, cache.values
-        attend, multiple = self._attention, 32
-        if keys.dtype is torch.float32 and batch.is_decode:
-            attend, multiple = self._decode_attention, 16
-        elif keys.dtype is not torch.bfloat16:
-            multiple = 0
-        if not multiple or key_dim % multiple or value_dim % 16 or query.dtype is not keys.dtype:
+        if query.dtype not in self._attention or query.dtype is not keys.dtype:
             return super().paged_attention(query, key, value, cache, batch, params)
-        cache.write(batch.slots, key, value)
+        query, key, value = (_heads_side_by_side(each) for each in (query, key, value))
         out = query.new_empty(num_tokens, num_heads, value_dim)
         sequences = batch.sequences
         tables = sequences.block_tables
-        attend(
-            *(query.data_ptr(), query.stride(0), keys.data_ptr()),
-            *(values.data_ptr() if values.shape[-1] else None, tables.data_ptr(), tables.shape[1]),
-            *(sequences.first_tokens.data_ptr(), sequences.num_scheduled.data_ptr()),
-            *(sequences.lengths.data_ptr(), len(tables), num_heads, keys.shape[2]),
-            *(key_dim, value_dim, keys.shape[1], scale, window or 0),
+        self._attention[query.dtype](
+            *(query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0)),
+            *(value.data_ptr(), value.stride(0), batch.slots.data_ptr(), num_tokens),
+            *(keys.data_ptr(), values.data_ptr() if values.shape[-1] else None),
+            *(tables.data_ptr(), tables.shape[1], sequences.first_tokens.data_ptr()),
+            *(sequences.num_scheduled.data_ptr(), sequences.lengths.data_ptr(), tables.shape[0]),
+            *(num_heads, keys.shape[2], key_dim, value_dim, keys.shape[1], scale, window or 0),
             *(None if sinks is None else sinks.data_ptr(), out.data_ptr()),
         )
         return out
@@ -271,6 +369,17 @@ class VectorBackend(CpuBackend):
             *(cos.data_ptr(), sin.data_ptr(), interleave),
         )
         return x
+
+
+def _multiplies(dtype: torch.dtype, *linears: Linear) -> bool:
+    """Whether kernels of ours multiply rows of that type with all of these."""
+    kind = {torch.bfloat16: PackedLinear, torch.float32: FewRowsLinear}.get(dtype)
+    return kind is not None and all(type(each) in (kind, NarrowLinear) for each in linears)
+
+
+def _heads_side_by_side(x: Tensor) -> Tensor:
+    """[num_tokens, heads, dim] whose tokens alone may lie apart."""
+    return x if x[0:1].is_contiguous() else x.contiguous()
 
 
 class PackedLinear(Linear):
@@ -308,6 +417,31 @@ class PackedLinear(Linear):
         return out
 
 
+class PackedHeadsLinear(HeadsLinear):
+    """Matrices side by side, each as `PackedLinear` has it; widths are even.
+
+    Args:
+        function: the kernel.
+    """
+
+    def __init__(self, weight: Tensor, function: Any) -> None:
+        super().__init__(weight)
+        self._function = function
+
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        return torch.stack([PackedLinear.pack(each) for each in weight])
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        assert x.stride(2) == out.stride(2) == 1, "values of a head lie side by side"
+        self._function(
+            *(x.data_ptr(), x.stride(0), x.stride(1), x.shape[0], self.weight.data_ptr()),
+            *(self.num_heads, self.out_features, self.in_features),
+            *(out.data_ptr(), out.stride(0), out.stride(1)),
+        )
+        return out
+
+
 class _PackedExperts(Experts):
     """One call of a kernel: SiLU(gate) · up, or GELU(up) without a gate; then down.
 
@@ -320,17 +454,17 @@ class _PackedExperts(Experts):
         super().__init__(held, activation)  # whose weights stay alive
         self._function = function
         self._inner = held[0].up.out_features
-        self._matrices = _matrices(held)
+        self.matrices = _matrices(held)
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
-        num_pairs, hidden = len(pairs.rows), rows.shape[1]
+        num_pairs, hidden = pairs.rows.shape[0], rows.shape[1]
         out = rows.new_empty(num_pairs, hidden) if out is None else out
         scratch = rows.new_empty(num_pairs, self._inner)
         if num_pairs:
-            ends = pairs.counts.cumsum(0)
+            ends = pairs.ends
             self._function(
                 *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
-                *(pairs.order.data_ptr(), ends.data_ptr(), len(ends), *self._matrices),
+                *(pairs.order.data_ptr(), ends.data_ptr(), ends.shape[0], *self.matrices),
                 *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
             )
         return out
@@ -371,7 +505,7 @@ class _FewRowsExperts(Experts):
         super().__init__(many.held, many.activation)
         self._many, self._function = many, function
         self._inner = self.held[0].up.out_features
-        self._matrices = _matrices(self.held)
+        self.matrices = _matrices(self.held)
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
         num_pairs, hidden = pairs.rows.shape[0], rows.shape[1]
@@ -379,10 +513,10 @@ class _FewRowsExperts(Experts):
         if not 0 < most <= _FEW_ROWS or rows.stride(1) != 1:
             return self._many(rows, pairs, out)
         out = rows.new_empty(num_pairs, hidden) if out is None else out
-        scratch, ends = rows.new_empty(num_pairs, self._inner), pairs.counts.cumsum(0)
+        scratch, ends = rows.new_empty(num_pairs, self._inner), pairs.ends
         self._function(
             *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
-            *(pairs.order.data_ptr(), ends.data_ptr(), len(self.held), *self._matrices),
+            *(pairs.order.data_ptr(), ends.data_ptr(), len(self.held), *self.matrices),
             *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
         )
         return out

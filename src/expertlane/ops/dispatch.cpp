@@ -54,11 +54,30 @@ int64_t rows_by_peer(const int32_t* ids, int64_t stride, int64_t tokens, int64_t
     return rows;
 }
 
+// What leaves for the peers, of logical experts: the copies' ids, as of choose_copies and
+// rows_by_peer; counts [2, peers] of rows and of pairs; place [tokens, top_k], where each pair stands
+// among all by peer, stable.
+int64_t outgoing(const int64_t* experts, int64_t tokens, int64_t top_k, const int64_t* table,
+                 int64_t most_copies, const int64_t* num_copies, int64_t num_experts, int64_t first,
+                 int32_t divisor, int64_t peers, int32_t* ids, int64_t* counts, int64_t* token,
+                 int32_t* ids_there, int64_t* place) {
+    choose_copies(experts, tokens * top_k, table, most_copies, num_copies, num_experts, first, ids);
+    std::vector<int64_t> row_places(tokens * peers), next(peers + 1);
+    const int64_t rows = rows_by_peer(ids, top_k, tokens, top_k, divisor, peers, counts, token,
+                                      ids_there, row_places.data());
+    int64_t* pairs = counts + peers;
+    std::memset(pairs, 0, peers * sizeof(int64_t));
+    for (int64_t p = 0; p < tokens * top_k; ++p) ++pairs[ids[p] / divisor];
+    for (int64_t p = 0; p < peers; ++p) next[p + 1] = next[p] + pairs[p];
+    for (int64_t p = 0; p < tokens * top_k; ++p) place[p] = next[ids[p] / divisor]++;
+    return rows;
+}
+
 // Pairs in the order of their groups, stable: group g has the ids from first + g * divisor on,
-// others belong to no pair. Pairs are numbered by row, then choice. counts [groups]; row and number
+// others belong to no pair. Pairs are numbered by row, then choice. counts and ends [groups]; row and number
 // [pairs], in the order of groups; numbers [rows, top_k], -1 where there is no pair.
 int64_t group_pairs(const int32_t* ids, int64_t stride, int64_t rows, int64_t top_k, int32_t first,
-                    int32_t divisor, int64_t groups, int64_t* counts, int64_t* row,
+                    int32_t divisor, int64_t groups, int64_t* counts, int64_t* ends, int64_t* row,
                     int64_t* number, int64_t* numbers) {
     std::memset(counts, 0, groups * sizeof(int64_t));
     const auto group_of = [=](int64_t r, int64_t k) -> int64_t {
@@ -75,12 +94,11 @@ int64_t group_pairs(const int32_t* ids, int64_t stride, int64_t rows, int64_t to
             if (group >= 0) ++counts[group];
         }
     }
-    std::vector<int64_t> next(groups);
-    for (int64_t g = 1; g < groups; ++g) next[g] = next[g - 1] + counts[g - 1];
+    for (int64_t g = 0, begin = 0; g < groups; ++g) ends[g] = begin, begin += counts[g];
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t k = 0; k < top_k; ++k) {
             if (numbers[r * top_k + k] < 0) continue;
-            const int64_t at = next[group_of(r, k)]++;
+            const int64_t at = ends[group_of(r, k)]++;  // so they become ends
             row[at] = r;
             number[at] = numbers[r * top_k + k];
         }

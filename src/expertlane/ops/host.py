@@ -11,8 +11,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 def num_cores() -> int:
     """Cores this process may use: its affinity, or less where a container's quota is smaller."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    quota = _read("cpu.max").split()  # microseconds of CPU time, and of the period
-    if len(quota) == 2 and quota[0].isdigit():
+    # Microseconds of CPU time, and of the period; the first version of cgroups has two files.
+    quota = _read("cpu.max").split() or [
+        _read(f"cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period")
+    ]
+    if len(quota) == 2 and quota[0].isdigit() and quota[1].isdigit():
         cores = min(cores or 1, max(1, int(quota[0]) // int(quota[1])))
     return cores or 1
 

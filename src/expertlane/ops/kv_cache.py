@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import cached_property
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -236,10 +236,15 @@ class PagedBatch:
     """Where a batch's tokens stand in their sequences and in the cache; the same in all layers.
 
     Each property is made when it is first asked for: backends need different ones.
+
+    Attributes:
+        places: all of it as `ops.step.AttentionPart` takes it, once that has made it.
     """
 
+    places: Any = None
+
     def __init__(self, batch: Batch, block_size: int, device: torch.device) -> None:
-        self._batch, self._block_size, self._device = batch, block_size, device
+        self.batch, self.block_size, self._device = batch, block_size, device
 
     @cached_property
     def positions(self) -> Tensor:
@@ -249,7 +254,7 @@ class PagedBatch:
     @cached_property
     def slots(self) -> Tensor:
         """[num_tokens]; where the cache keeps each token's keys and values."""
-        batch, size = self._batch, self._block_size
+        batch, size = self.batch, self.block_size
         seqs = np.repeat(np.arange(batch.num_seqs), batch.num_scheduled_tokens)
         blocks = batch.block_tables[seqs, self._positions // size]
         slots = blocks.astype(np.int64) * size + self._positions % size
@@ -261,7 +266,7 @@ class PagedBatch:
 
         What another sequence left there is masked, but where it was NaN, masked is not enough.
         """
-        batch, size = self._batch, self._block_size
+        batch, size = self.batch, self.block_size
         ends = batch.num_computed_tokens + batch.num_scheduled_tokens
         last = ends // size
         is_begun = (ends % size > 0) & (batch.num_computed_tokens <= last * size)
@@ -271,7 +276,7 @@ class PagedBatch:
 
     @cached_property
     def _positions(self) -> npt.NDArray[np.int64]:
-        batch = self._batch
+        batch = self.batch
         scheduled = batch.num_scheduled_tokens
         if batch.num_tokens == batch.num_seqs:
             return batch.num_computed_tokens
@@ -282,17 +287,12 @@ class PagedBatch:
     @cached_property
     def groups(self) -> list[AttentionGroup]:
         """The batch's sequences, put together where attention can take them as one."""
-        return attention_groups(self._batch, self._block_size, self._device)
-
-    @cached_property
-    def is_decode(self) -> bool:
-        """Whether every sequence has one new token."""
-        return bool((self._batch.num_scheduled_tokens == 1).all())
+        return attention_groups(self.batch, self.block_size, self._device)
 
     @cached_property
     def sequences(self) -> PagedSequences:
         """The batch's sequences one by one."""
-        batch = self._batch
+        batch = self.batch
         ends = np.cumsum(batch.num_scheduled_tokens)
         columns = (
             batch.block_tables.astype(np.int64),

@@ -110,6 +110,34 @@ void linear(const bf16* x, int64_t stride, int64_t m, const bf16* w, int64_t n, 
     }
 }
 
+// A product for each head: out [m, heads, n] = x [m, heads, k] times the packed [heads, n, k]. Tokens
+// and heads of x and out lie as their strides say.
+void heads_linear(const bf16* x, int64_t stride, int64_t head_stride, int64_t m, const bf16* w,
+                  int64_t heads, int64_t n, int64_t k, bf16* out, int64_t out_stride,
+                  int64_t out_head_stride) {
+    const int64_t blocks = (n + kBlock - 1) / kBlock, pairs = (blocks + 1) / 2;
+    std::unique_ptr<Factor[]> widened;
+    if constexpr (!kMultipliesPairs) widened = room(heads * m * k);
+#pragma omp parallel
+    {
+        if constexpr (!kMultipliesPairs) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < heads * m; ++i) {
+                widen_row(x + i % m * stride + i / m * head_stride, k, widened.get() + i * k);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < heads * pairs; ++task) {
+            const int64_t head = task / pairs;
+            const Factor* rows = kMultipliesPairs ? (const Factor*)x + head * head_stride
+                                                  : widened.get() + head * m * k;
+            two_blocks(rows, kMultipliesPairs ? stride : k, m, w + head * blocks * kBlock * k,
+                       2 * (task % pairs), n, k, nullptr, out + head * out_head_stride, out_stride,
+                       nullptr);
+        }
+    }
+}
+
 // Experts' MLPs: expert e has the pairs ends[e-1] to ends[e]; pair p takes the row from_row[p] of x
 // and gives the row to_row[p] of out [pairs, hidden]. gate (or null), up: [experts] pointers to
 // packed [inner, hidden]; down: to packed [hidden, inner]. scratch: [pairs, inner]. inner is a

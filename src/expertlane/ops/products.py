@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Literal, Self
 
@@ -52,7 +52,7 @@ class Linear:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the matrix."""
+        """Bytes of the matrix; scales are not counted."""
         return self.num_weights * self.itemsize
 
     def tensors(self) -> list[Tensor]:
@@ -69,6 +69,34 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """[num_rows, out_features] of [num_rows, in_features]."""
         return F.linear(x, self.weight, self.bias)
+
+
+class HeadsLinear:
+    """x · Wᵀ with a matrix of its own for each head.
+
+    Args:
+        weight: [num_heads, out_features, in_features]; not kept where it is packed.
+
+    Attributes:
+        num_weights, num_bytes: of all matrices.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.num_weights, self.num_bytes = weight.numel(), weight.nbytes
+        self.num_heads, self.out_features, self.in_features = weight.shape
+        self.weight = self.pack(weight)
+
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        """[num_heads, out_features, in_features] as it is to be kept."""
+        return weight
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        """Fill out [num_tokens, num_heads, out_features] from [num_tokens, num_heads, in_features].
+
+        Tokens and heads of both may lie apart.
+        """
+        return out.copy_(torch.einsum("thk,hnk->thn", x, self.weight))
 
 
 class OnednnLinear(Linear):
@@ -126,6 +154,11 @@ class PairGroups:
     rows: Tensor
     order: Tensor
     numbers: Tensor
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """[num_groups]; where each group's pairs end."""
+        return self.counts.cumsum(0)
 
 
 @dataclass(frozen=True)
@@ -216,7 +249,7 @@ class Experts(ABC):
         num_weights = sum(linear.num_weights for linear in linears)
         num_used = sum(1 for num_tokens in num_tokens_per_expert if num_tokens)
         flops = 2 * sum(num_tokens_per_expert) * num_weights
-        return flops, num_used * num_weights * linears[0].itemsize
+        return flops, num_used * sum(linear.num_bytes for linear in linears)
 
 
 class LoopedExperts(Experts):
@@ -226,7 +259,7 @@ class LoopedExperts(Experts):
         """[P, H]."""
         rows = rows.index_select(0, pairs.rows)
         results = torch.empty_like(rows) if out is None else out
-        ends = pairs.counts.cumsum(0).tolist()
+        ends = pairs.ends.tolist()
         for expert, (begin, end) in zip(self.held, pairwise([0, *ends]), strict=True):
             if end > begin:
                 of_expert = rows[begin:end]

@@ -34,7 +34,7 @@ class RowParts:
         Args:
             rows: [num_rows, width], contiguous.
         """
-        num, begin = len(rows) // num_parts, rows.data_ptr()
+        num, begin = rows.shape[0] // num_parts, rows.data_ptr()
         step = num * rows.shape[1] * rows.itemsize
         pointers = array("q", range(begin, begin + num_parts * step, step) if step else [begin])
         return cls(pointers, [num] * len(pointers), rows.shape[1], rows.dtype, rows)

@@ -8,22 +8,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
+from expertlane.ops.moe_step import LocalExperts
+from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.products import (
     Activation,
     Expert,
     Experts,
     GroupedExperts,
+    HeadsLinear,
     Linear,
     LoopedExperts,
     OnednnLinear,
     PairGroups,
 )
+from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
+from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,94 @@ class PeerRows:
     places: Tensor
 
 
+@dataclass(frozen=True)
+class Outgoing:
+    """What leaves for the peers in a flat all-to-all.
+
+    Attributes:
+        ids: [T, K] int32; the copy of each pair.
+        counts: [2 · num_peers]; rows for each peer, then pairs.
+        tokens: [R]; the token of each row; rows are as those of `PeerRows`.
+        ids_there: [R, K] int32; by what the peer knows its ids, -1 for other peers'.
+        places: [T, K]; where each pair stands among all by peer.
+    """
+
+    ids: Tensor
+    counts: Tensor
+    tokens: Tensor
+    ids_there: Tensor
+    places: Tensor
+
+
 class TorchBackend:
     """Every operation in which backends differ; others replace what they do better."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    keeps_narrow = False  # whether products read weights of one byte
+
+    def linear(self, weight: Tensor | NarrowWeight, bias: Tensor | None = None) -> Linear:
         """A product with a weight [out_features, in_features], packed where that is faster."""
+        if isinstance(weight, NarrowWeight):
+            weight = weight.widened()
         return (OnednnLinear if OnednnLinear.suits(weight) else Linear)(weight, bias)
 
     def experts(self, held: Sequence[Expert], activation: Activation) -> Experts:
         """Experts side by side, applied as suits them best."""
         suits = GroupedExperts.suits(held)
         return (GroupedExperts if suits else LoopedExperts)(held, activation)
+
+    def router(self, params: RouterParams) -> Router:
+        """The norm before an MoE block, and its router."""
+        return Router(params, self.rms_norm)
+
+    def local_experts(
+        self, router: Router, experts: Experts, dtype: torch.dtype
+    ) -> LocalExperts | None:
+        """An MoE block whose experts are all here, in few calls; None where there is no such.
+
+        Args:
+            dtype: of hidden states, as of `attention_part` and `head_part`.
+        """
+        return None
+
+    def attention_part(self, weights: AttentionWeights, dtype: torch.dtype) -> AttentionPart | None:
+        """A layer's attention in one call; None where there is no such."""
+        return None
+
+    def head_part(
+        self, head: Linear, norm: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> HeadPart | None:
+        """The output head in one call; None where there is no such.
+
+        Args:
+            norm: the weight of the norm before it, to be a part of it too.
+        """
+        return None
+
+    def draw_tokens(
+        self,
+        scores: Tensor,
+        temperature: Tensor,
+        limits: tuple[Tensor | None, Tensor | None, Tensor | None],
+        seeds: npt.NDArray[np.uint64],
+        num_drawn: Tensor,
+    ) -> Tensor | None:
+        """Tokens drawn as `model.draw` defines it, in one pass; None where there is no such.
+
+        Args:
+            scores: [num_rows, vocab_size] float32.
+            temperature: [num_rows, 1] float32; above 0.
+            limits: top-k, top-p and min-p as `keep_likeliest` takes them.
+            seeds: [num_rows].
+            num_drawn: [num_rows] int64; tokens drawn so far, to be raised by one.
+
+        Returns:
+            [num_rows]; -1 where the greatest score is not finite.
+        """
+        return None
+
+    def heads_linear(self, weight: Tensor) -> HeadsLinear:
+        """A product with a matrix for each head: weight [num_heads, out_features, in_features]."""
+        return HeadsLinear(weight)
 
     def paged_attention(
         self,
@@ -176,6 +259,26 @@ class TorchBackend:
         places = torch.full(reached.shape, -1, device=ids.device)
         places[tokens, peer] = torch.arange(len(tokens), device=ids.device)
         return PeerRows(reached.sum(0), tokens, ids_there, places)
+
+    def outgoing(
+        self,
+        topk_ids: Tensor,
+        table: Tensor,
+        num_copies: Tensor,
+        first: int,
+        divisor: int,
+        num_peers: int,
+    ) -> Outgoing:
+        """Copies of pairs, and the rows that they make for the peers id // divisor.
+
+        Args:
+            topk_ids, table, num_copies, first: as `choose_copies` takes them.
+        """
+        ids = self.choose_copies(topk_ids, table, num_copies, first)
+        rows = self.rows_by_peer(ids, divisor, num_peers)
+        pairs = self.group_pairs(ids, 0, divisor, num_peers)
+        counts = torch.cat([rows.counts, pairs.counts])
+        return Outgoing(ids, counts, rows.tokens, rows.ids, inverse(pairs.order).view_as(ids))
 
     def fan_out(
         self, ids: Tensor, divisor: int, nodes: Tensor, node: int

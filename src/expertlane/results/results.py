@@ -65,8 +65,8 @@ class Machine(Strict):
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
         backend: of the collectives, for example `shared_memory`.
         dtype: of weights and activations.
-        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that
-            instruction set, else `torch`, with the reason where ours would have been better.
+        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that instruction
+            set, else `torch`, with the reason where ours would have been better.
         peak: None where no utilisation is given.
     """
 

@@ -15,6 +15,8 @@ DispatchForm = Literal["all_to_all", "all_gather", "hierarchical"]
 DispatchChoice = Literal[DispatchForm, "auto"]
 OverlapChoice = bool | Literal["auto"]
 PayloadType = Literal["model", "bfloat16", "float8"]
+WeightsType = Literal["model", "int8"]
+INPUTS_OF_SCALE = 128  # of weights that are rounded while loading
 PlacementMethod = Literal["linear", "round_robin"]
 
 
@@ -66,6 +68,9 @@ class Options(Strict):
         payload: the type in which hidden states travel to experts: `model`: the model's own;
             `bfloat16`; `float8`: eight bits with a scale for every 128 values. Results come back in
             the model's. Rounding changes what a deployment computes, by an error that is measured.
+        weights: the type in which ranks keep matrices: `model`: as they are stored, if in one byte,
+            else the model's own; `int8`: eight bits with a scale for every 128 inputs. Routers,
+            norms, embeddings and biases are not rounded.
         placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`.
         placement_file: a placement written by `expertlane balance`, in place of these.
         rebalance_steps: experts move while requests run: after so many steps they are rebalanced
@@ -81,6 +86,7 @@ class Options(Strict):
     micro_batch_schedule: MicroBatchSchedule = "drained"
     dispatch: DispatchChoice = "all_to_all"
     payload: PayloadType = "model"
+    weights: WeightsType = "model"
     placement: PlacementMethod = "linear"
     placement_file: str | None = None
     num_redundant_experts: int = 0
@@ -133,6 +139,8 @@ class Options(Strict):
             parts.append(name.replace("_", "-"))
         if self.payload != "model":
             parts.append(f"payload {self.payload}")
+        if self.weights != "model":
+            parts.append(f"{self.weights} weights")
         if self.placement != "linear":
             parts.append(self.placement.replace("_", "-"))
         if self.placement_file is not None:

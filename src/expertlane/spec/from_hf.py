@@ -16,8 +16,8 @@ from expertlane.spec.hf_config import (
     FAMILIES,
     ConfigReader,
     family_of,
+    narrow_scheme,
     read_config,
-    weight_block_size,
 )
 from expertlane.spec.model import LatentAttention, ModelConfig, RopeScaling, Routing
 
@@ -49,7 +49,7 @@ def from_hf(
     """
     family = family_of(config)
     if weights:
-        weight_block_size(config)
+        narrow_scheme(config)
     fields = ConfigReader(config, name or family, FAMILIES[family].defaults)
     if fields.get(str, "hidden_act") != "silu":
         raise fields.unsupported("hidden_act")

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from expertlane.errors import SpecError
 from expertlane.spec.files import CONFIG_BYTES, read_json_object
@@ -51,6 +51,11 @@ class Quantization:
 
     method: str
     is_float8: bool
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether weights have one byte, of those that can be read."""
+        return self.method in ("compressed-tensors", "fp8")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -105,8 +110,28 @@ def quantization_of(config: dict[str, Any]) -> Quantization | None:
     return Quantization(method, is_float8)
 
 
-def weight_block_size(config: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns that share a scale where weights are block-scaled FP8; None where not.
+NarrowType = Literal["int8", "float8"]
+
+
+@dataclass(frozen=True)
+class NarrowScheme:
+    """Weights of one byte, each with a scale that is shared by a block of its matrix.
+
+    Attributes:
+        rows, columns: of a block; None for all.
+        scale: what follows the name of a matrix in that of its scales.
+        is_packed: four values are one int32, in a tensor named `..._packed`.
+    """
+
+    type: NarrowType
+    rows: int | None
+    columns: int | None
+    scale: str
+    is_packed: bool = False
+
+
+def narrow_scheme(config: dict[str, Any]) -> NarrowScheme | None:
+    """How matrices of one byte are stored; None where there are none.
 
     Raises:
         SpecError: the weights are quantised in a way that cannot be read.
@@ -114,19 +139,72 @@ def weight_block_size(config: dict[str, Any]) -> tuple[int, int] | None:
     found = quantization_of(config)
     if found is None or found.method == "mxfp4":
         return None
+    quantization = config["quantization_config"]
+    if found.method == "compressed-tensors":
+        return _compressed(quantization)
     if found.method != "fp8":
         raise SpecError(
-            f"quantization {shown(found.method)} is not supported; supported: fp8, mxfp4"
+            f"quantization {shown(found.method)} is not supported; supported: compressed-tensors, "
+            "fp8, mxfp4"
         )
-    quantization = config["quantization_config"]
     block, fmt = quantization.get("weight_block_size"), quantization.get("fmt", "e4m3")
     match block:
         case [int(rows), int(columns)] if fmt == "e4m3" and rows > 0 and columns > 0:
-            return rows, columns
+            return NarrowScheme("float8", rows, columns, "_scale_inv")
     raise SpecError(
         f"quantization fp8 with fmt {shown(fmt)} and weight_block_size {shown(block)} is not "
         "supported; supported: 'e4m3' with blocks of two sizes, such as [128, 128]"
     )
+
+
+_COMPRESSED: dict[str, tuple[str, NarrowType]] = {
+    "int-quantized": ("int", "int8"),
+    "naive-quantized": ("float", "float8"),
+    "float-quantized": ("float", "float8"),
+    "pack-quantized": ("int", "int8"),
+}
+
+
+def _compressed(quantization: dict[str, Any]) -> NarrowScheme:
+    """A scheme of compressed-tensors: one for all matrices that are not left out."""
+    groups, fmt = quantization.get("config_groups"), quantization.get("format")
+    schemes = [*groups.values()] if isinstance(groups, dict) else []
+    weights = [each.get("weights") if isinstance(each, dict) else None for each in schemes]
+    of = weights[0] if weights else None
+    if not isinstance(of, dict) or any(each != of for each in weights):
+        raise SpecError(
+            "quantization compressed-tensors without config_groups, or with weights quantised in "
+            "several ways, is not supported"
+        )
+    kind, own = _COMPRESSED.get(fmt if isinstance(fmt, str) else "", ("", "int8"))
+    is_read = (of.get("type"), of.get("num_bits"), of.get("symmetric", True)) == (
+        kind,
+        8,
+        True,
+    ) and of.get("actorder") in _ORDERS
+    blocks: dict[str, Any] = {
+        "tensor": (None, None),
+        "channel": (1, None),
+        "group": (1, of.get("group_size") or 0),
+        "block": of.get("block_structure"),
+    }
+    match blocks.get(str(of.get("strategy"))):
+        case [None | int() as rows, None | int() as columns] if (
+            is_read and min(1 if each is None else each for each in (rows, columns)) > 0
+        ):
+            return NarrowScheme(own, rows, columns, "_scale", fmt == "pack-quantized")
+    said = ", ".join(
+        f"{name} {shown(of.get(name))}"
+        for name in ("type", "num_bits", "symmetric", "strategy", "group_size", "actorder")
+    )
+    raise SpecError(
+        f"quantization compressed-tensors with format {shown(fmt)} and weights of {said} is not "
+        "supported; supported: symmetric ones of 8 bits in int-quantized, pack-quantized or "
+        "float-quantized, by tensor, channel, group or block"
+    )
+
+
+_ORDERS = (None, False, "static", "weight")  # groups of neighbouring inputs
 
 
 def num_extra_layers(config: dict[str, Any]) -> int:

@@ -1,6 +1,10 @@
-"""The shared names of stages and causes: what a rank does, and what a step's time goes to."""
+"""Shared names: of what a rank does, what a step's time goes to, and sets of instructions."""
 
 from enum import IntEnum, StrEnum
+from typing import Literal
+
+# Of instructions that our CPU kernels are compiled for; `ops/build.py` says what each has.
+CpuIsa = Literal["baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"]
 
 _LABELS = {"COLLECTIVES": "TP collectives", "HAND_OVER": "PP send/recv"}
 

@@ -88,7 +88,13 @@ def head_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     out.memory(Stage.HEAD, 4 * part.owned_yielding * hidden_bytes, kernels)
     out.all_gather(Stage.COLLECTIVES, "tp", part.owned_yielding, hidden_bytes)
     vocab = tp_shares(model.vocab_size, out)
-    out.gemm(Stage.HEAD, num_seqs, vocab, model.hidden_size, dtype=types.kept)
+    out.gemm(
+        Stage.HEAD,
+        num_seqs,
+        vocab,
+        model.hidden_size,
+        dtype=None if types.narrow_head else types.kept,
+    )
     needs_logits = part.asks_logits
     logits_bytes = num_seqs * vocab * (_LOGIT_BYTES + types.activation_bytes)
     out.memory(Stage.HEAD, logits_bytes + num_seqs * vocab * _LOGIT_BYTES, out.kernels.argmax)

@@ -12,6 +12,7 @@ import torch
 from expertlane.engine.commands import DescribeMachine, MeasureRates, RankMachine, RankRates
 from expertlane.engine.worker import RankContext
 from expertlane.ops import host
+from expertlane.ops.backend import backend_for
 
 _GEMM_SIZE = 1024
 _GPU_GEMM_SIZE = 8192
@@ -29,7 +30,8 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
         free_bytes, memory_bytes = host.memory_bytes()
     return RankMachine(
         host=socket.gethostname(),
-        num_cores=host.num_cores(),
+        num_cores=context.share.num_cores,
+        cpus=list(context.share.cpus) if context.is_pinned else [],
         cpu_name=_cpu_name(),
         device="cpu" if chosen.device.type == "cpu" else chosen.device_name,
         backend=chosen.transport,
@@ -40,6 +42,7 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
         free_bytes=free_bytes,
         ranks_per_node=context.settings.num_local_ranks,
         num_idle_gpus=torch.cuda.device_count() if chosen.device.type == "cpu" else 0,
+        keeps_narrow=backend_for(chosen.device).keeps_narrow,
     )
 
 

@@ -1,11 +1,9 @@
 """Seconds of single operations, as the engine does them."""
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -16,7 +14,7 @@ from expertlane.comm.clocks import clock_for
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder
 from expertlane.cost.step.operation import Kind
-from expertlane.engine.commands import MeasureLaunches, MeasureOperations, PinToCore, Point
+from expertlane.engine.commands import MeasureLaunches, MeasureOperations, Point
 from expertlane.engine.measure.machine import synchronize
 from expertlane.engine.worker import RankContext
 from expertlane.ops.backend import DTYPES, backend_for
@@ -80,18 +78,6 @@ def first_ranks(context: RankContext, num_ranks: int) -> ParallelMesh | None:
     clock = clock_for(context.platform.device)
     recorder = Recorder(context.rank, 1, 1, context.progress, clock, num_ranks)
     return ParallelMesh(layout, context.meshes, context.rank, num_ranks, recorder)
-
-
-def pin_to_core(context: RankContext, _: PinToCore) -> int | None:
-    """Put all of this rank's threads on a core of its own; which, None where ranks stay."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    rank, num_ranks = context.settings.local_rank, context.settings.num_local_ranks
-    if context.platform.device.type == "cuda" or num_ranks > len(cores):
-        return None
-    threads = Path("/proc/self/task")
-    for thread in threads.iterdir() if threads.exists() else ():
-        os.sched_setaffinity(int(thread.name), {cores[rank]})
-    return cores[rank]
 
 
 def barrier(mesh: ParallelMesh, device: torch.device) -> None:

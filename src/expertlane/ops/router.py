@@ -1,11 +1,59 @@
 """The router: which experts each token goes to, and with which weights."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.spec.model import Routing
 
 _TINY = 1e-20  # keeps a sum of vanishing scores from dividing by zero
+
+
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class RouterParams:
+    """A layer's router, and the norm of its input.
+
+    Attributes:
+        norm: [hidden_size] float32; of the root-mean-square norm, with `eps`.
+        weight: [num_experts, hidden_size] float32: near ties must not turn on rounding.
+        bias, correction_bias: [num_experts] float32.
+    """
+
+    norm: Tensor
+    eps: float
+    weight: Tensor
+    bias: Tensor | None
+    correction_bias: Tensor | None
+    top_k: int
+    routing: Routing
+
+
+class Router:
+    """Norms tokens and chooses their experts.
+
+    Args:
+        norm: what computes the norm.
+    """
+
+    def __init__(self, params: RouterParams, norm: Norm) -> None:
+        self.params, self._norm = params, norm
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The normed tokens, [num_tokens, hidden_size], and what `route` gives for them.
+
+        Args:
+            x: [num_tokens, hidden_size].
+        """
+        params = self.params
+        hidden = self._norm(x, params.norm, params.eps)
+        logits = F.linear(hidden.float(), params.weight, params.bias)
+        return hidden, *route(logits, params.top_k, params.routing, params.correction_bias)
 
 
 def route(

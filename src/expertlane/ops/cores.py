@@ -1,0 +1,143 @@
+"""Which cores a rank computes on: its share of those that this process may use.
+
+The ranks of a host divide its cores evenly, each within one NUMA node where that is possible: the
+memory that a rank writes first then is that node's. They are pinned to their shares, except where
+there are more ranks than cores, where a container may use less than its cores (they are others'
+too), and where another engine is pinned to them. `EXPERTLANE_PIN=0` pins no rank;
+`EXPERTLANE_PIN=1` pins also beside other engines.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertlane.errors import UserError
+from expertlane.ops.host import num_cores
+
+Core = tuple[int, ...]  # its hardware threads, by the system's numbers
+
+_SYSTEM = Path("/sys/devices/system")
+_THREADS = Path("/proc/self/task")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank computes with.
+
+    Attributes:
+        num_cores: of all ranks of this host: hardware threads, or fewer where a container has less.
+        num_threads: of this rank; one a core of its share.
+        cpus: hardware threads to pin it to; none where it is to stay where the system puts it.
+    """
+
+    num_cores: int
+    num_threads: int
+    cpus: tuple[int, ...]
+
+
+def share_of(local_rank: int, num_local_ranks: int, system: Path = _SYSTEM) -> Share:
+    """The share of one of the ranks of this host, before any of them is pinned.
+
+    Raises:
+        UserError: `EXPERTLANE_PIN` is not valid.
+    """
+    wanted = _wanted()
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    nodes, limit = read_nodes(allowed, system), num_cores()
+    shares = divide(nodes, num_local_ranks)
+    own = shares[local_rank] if shares and limit >= len(allowed) > 0 and wanted != "0" else ()
+    num_each = min(sum(map(len, nodes)) or limit, limit) // num_local_ranks
+    return Share(limit, max(1, num_each), tuple(sorted(cpu for core in own for cpu in core)))
+
+
+def read_nodes(allowed: Iterable[int], system: Path = _SYSTEM) -> list[list[Core]]:
+    """The cores of each NUMA node, of those hardware threads that may be used.
+
+    Args:
+        system: as `/sys/devices/system`; what is missing there counts as one node, and as one
+            core a hardware thread.
+    """
+    cores: dict[int, Core] = {}
+    for cpu in sorted(allowed):
+        siblings = _read_list(system / f"cpu/cpu{cpu}/topology/thread_siblings_list") or [cpu]
+        core = tuple(sorted(set(siblings) & {*allowed}))
+        cores[min(core, default=cpu)] = core or (cpu,)
+    folders = sorted(system.glob("node/node[0-9]*"), key=lambda folder: int(folder.name[4:]))
+    of_nodes = [set(_read_list(folder / "cpulist")) for folder in folders]
+    nodes = [[core for first, core in cores.items() if first in node] for node in of_nodes]
+    nodes.append([core for first, core in cores.items() if not any(first in n for n in of_nodes)])
+    return [node for node in nodes if node]
+
+
+def _read_list(path: Path) -> list[int]:
+    """The numbers of a list such as `0-3,8`; none where there is no such file."""
+    try:
+        parts = [part.split("-") for part in path.read_text().strip().split(",") if part]
+    except OSError:
+        return []
+    return [cpu for part in parts for cpu in range(int(part[0]), int(part[-1]) + 1)]
+
+
+def divide(nodes: Sequence[Sequence[Core]], num_ranks: int) -> list[list[Core]]:
+    """The cores of each rank, equally many; none where there are more ranks than cores.
+
+    Consecutive ranks are neighbours. Where a rank's cores don't fit into nodes, all take the next
+    ones in turn: ranks wait for each other, so an equal number matters more.
+    """
+    num_each = sum(map(len, nodes)) // num_ranks
+    if num_each == 0:
+        return []
+    pieces = [
+        list(node[first : first + num_each])
+        for node in nodes
+        for first in range(0, len(node) - num_each + 1, num_each)
+    ]
+    if len(pieces) < num_ranks:
+        cores = [core for node in nodes for core in node]
+        pieces = [cores[rank * num_each : (rank + 1) * num_each] for rank in range(num_ranks)]
+    return pieces[:num_ranks]
+
+
+def pin(cpus: Sequence[int], system: Path = _SYSTEM) -> bool:
+    """Keep all threads of this process on some hardware threads, now and later ones.
+
+    Returns:
+        Whether they are kept there: not where another engine is pinned to one of them.
+    """
+    if not cpus or {*cpus} == os.sched_getaffinity(0):
+        return bool(cpus)
+    if not _hold(cpus, system) and _wanted() != "1":
+        return False
+    for thread in _THREADS.iterdir():
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread.name), cpus)
+    return True
+
+
+def _hold(cpus: Sequence[int], system: Path) -> bool:
+    """Whether no other process holds one of them; this one does from now on, until it ends.
+
+    A lock on a folder of the system's own needs no file of ours, and every user sees it.
+    """
+    held: list[int] = []
+    for cpu in cpus:
+        try:
+            held.append(os.open(system / f"cpu/cpu{cpu}", os.O_RDONLY))
+            fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            for descriptor in held:
+                os.close(descriptor)
+            return False
+        except OSError:  # no such folder, or no locks there: nobody can tell
+            continue
+    return True
+
+
+def _wanted() -> str | None:
+    value = os.environ.get("EXPERTLANE_PIN") or None
+    if value not in (None, "0", "1"):
+        raise UserError(f"EXPERTLANE_PIN is {value!r}; valid: 0, 1")
+    return value

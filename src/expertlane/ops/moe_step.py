@@ -1,0 +1,142 @@
+"""The router, and an MoE block whose experts are all here, as few calls of `moe_step.cpp`."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertlane.ops.narrow import NarrowLinear
+from expertlane.ops.products import Experts
+from expertlane.ops.router import Norm, Router, RouterParams
+from expertlane.ops.structs import (
+    LANES,
+    MOST_TOKENS,
+    SUFFIX,
+    WHOLE,
+    ExpertsLayer,
+    RouterLayer,
+    address_of,
+    function_of,
+    most_tokens,
+)
+
+
+class CompiledRouter(Router):
+    """One call."""
+
+    def __init__(self, params: RouterParams, norm: Norm, library: ctypes.CDLL) -> None:
+        super().__init__(params, norm)
+        routing, (num_experts, hidden) = params.routing, params.weight.shape
+        self.layer = RouterLayer(
+            *(address_of(each) for each in (params.norm, params.weight)),
+            *(address_of(each) for each in (params.bias, params.correction_bias)),
+            *(hidden, num_experts, params.top_k, routing.scoring_func == "softmax"),
+            *(routing.norm_topk_prob, routing.n_group, routing.topk_group),
+            *(routing.group_score == "top2_sum", params.eps, routing.routed_scaling_factor),
+        )
+        self._functions = {
+            dtype: function_of(library, f"router_part{suffix}", 6)
+            for dtype, suffix in SUFFIX.items()
+        }
+
+    @staticmethod
+    def suits(params: RouterParams) -> bool:
+        """Whether our C++ has it."""
+        return params.weight.shape[1] % LANES == 0 and params.weight.is_contiguous()
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Router`."""
+        num_tokens, top_k = x.shape[0], self.params.top_k
+        if x.dtype not in SUFFIX or num_tokens > MOST_TOKENS or not x.is_contiguous():
+            return super().__call__(x)
+        hidden = torch.empty_like(x)
+        topk_ids = torch.empty(num_tokens, top_k, dtype=torch.int64)
+        topk_weights = torch.empty(num_tokens, top_k)
+        self._functions[x.dtype](
+            *(self.layer.address, x.data_ptr(), num_tokens, hidden.data_ptr()),
+            *(topk_ids.data_ptr(), topk_weights.data_ptr()),
+        )
+        return hidden, topk_ids, topk_weights
+
+
+class LocalExperts:
+    """Router, experts and sums of a layer whose experts are all on this rank.
+
+    Its four calls follow one another: `route`, `group`, `compute`, `combine`.
+
+    Args:
+        matrices: where the experts' gates (None without), ups and downs lie.
+    """
+
+    def __init__(
+        self,
+        router: CompiledRouter,
+        experts: Experts,
+        matrices: Sequence[Any],
+        library: ctypes.CDLL,
+        dtype: torch.dtype,
+    ) -> None:
+        self._kept, self.library = (router, experts, matrices), library
+        self.dtype, self._top_k = dtype, router.params.top_k
+        held = experts.held
+        pointers = (None if each is None else ctypes.addressof(each) for each in matrices)
+        up, down = held[0].up, held[0].down
+        narrow: tuple[int, ...] = ()
+        if isinstance(up, NarrowLinear) and isinstance(down, NarrowLinear):
+            narrow = True, up.is_float8, up.group, down.group, down.first
+        self._experts = ExpertsLayer(*pointers, len(held), up.out_features, *narrow)
+        self._num_experts = len(held)
+        self.layers = router.layer.address, self._experts.address
+        suffix = SUFFIX[dtype]
+        self._bytes = function_of(library, f"local_bytes{suffix}", 3, WHOLE)
+        self._route = function_of(library, f"local_route{suffix}", 5)
+        self._group = function_of(library, "local_group", 4)
+        self._compute = function_of(library, f"local_experts{suffix}", 4)
+        self._combine = function_of(library, f"local_combine{suffix}", 6)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it computes tokens [num_tokens, hidden_size]."""
+        return 0 < x.shape[0] <= most_tokens(self.dtype) and x.is_contiguous()
+
+    def route(self, x: Tensor) -> Tensor:
+        """Choose experts of tokens [num_tokens, hidden_size]; what the other calls work on."""
+        num_tokens = x.shape[0]
+        work = torch.empty(self._bytes(*self.layers, num_tokens), dtype=torch.uint8)
+        self._route(*self.layers, x.data_ptr(), num_tokens, work.data_ptr())
+        return work
+
+    def topk_ids(self, work: Tensor, num_tokens: int) -> Tensor:
+        """[num_tokens, top_k] int64; the experts that `route` has chosen."""
+        return self._whole_numbers(work)[: num_tokens * self._top_k].view(num_tokens, self._top_k)
+
+    def normed(self, work: Tensor, x: Tensor) -> Tensor:
+        """[num_tokens, hidden_size]; the normed tokens."""
+        begin = 8 * (3 * x.shape[0] * self._top_k + self._num_experts)
+        return work[begin : begin + x.nbytes].view(x.dtype).view(x.shape)
+
+    def group(self, work: Tensor, num_tokens: int) -> None:
+        """Put the pairs in the order of their experts."""
+        self._group(*self.layers, num_tokens, work.data_ptr())
+
+    def num_tokens_per_expert(self, work: Tensor, num_tokens: int) -> list[int]:
+        """[num_experts]; after `group`."""
+        begin = num_tokens * self._top_k
+        ends = self._whole_numbers(work)[begin : begin + self._num_experts]
+        num_tokens_of: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        return num_tokens_of
+
+    def compute(self, work: Tensor, num_tokens: int) -> None:
+        """Apply experts to their pairs."""
+        self._compute(*self.layers, num_tokens, work.data_ptr())
+
+    def combine(self, work: Tensor, x: Tensor, *, adds_input: bool) -> Tensor:
+        """[num_tokens, hidden_size]; sums of experts' results, with x added or not."""
+        out, added = torch.empty_like(x), x.data_ptr() if adds_input else None
+        self._combine(*self.layers, added, x.shape[0], work.data_ptr(), out.data_ptr())
+        return out
+
+    @staticmethod
+    def _whole_numbers(work: Tensor) -> Tensor:
+        return work[: work.shape[0] // 8 * 8].view(torch.int64)

@@ -1,0 +1,215 @@
+"""Weights of one byte with scales, and products that widen them as they read them (`narrow.cpp`).
+
+A weight is value · scale, computed in float32. Values are int8, or float8 (e4m3); scales are shared
+by groups of a row's inputs: all of them, or so many.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from expertlane.ops.products import Activation, Expert, Experts, Linear, PairGroups
+from expertlane.spec.deployment import INPUTS_OF_SCALE
+
+_INT8_MAX = 127
+_BLOCK = 16  # outputs that are packed together
+
+
+@dataclass(frozen=True, eq=False)
+class NarrowWeight:
+    """A matrix, or a slice of one.
+
+    Attributes:
+        values: [out_features, in_features] int8 or float8_e4m3fn.
+        scales: [out_features, num_groups] float32.
+        group: inputs of a group; the last one may have fewer.
+        first: where in its group the first input stands.
+        dtype: of the weight where it is widened.
+    """
+
+    values: Tensor
+    scales: Tensor
+    group: int
+    first: int
+    dtype: torch.dtype
+
+    @classmethod
+    def rounded(cls, weight: Tensor, dtype: torch.dtype) -> Self:
+        """To int8, symmetric: a group's scale is its largest magnitude / 127.
+
+        Args:
+            weight: [out_features, in_features] float32; its first input begins a group.
+        """
+        num_rows, num_columns = weight.shape
+        num_groups = -(-num_columns // INPUTS_OF_SCALE)
+        padded = torch.nn.functional.pad(weight, (0, num_groups * INPUTS_OF_SCALE - num_columns))
+        padded = padded.view(num_rows, num_groups, INPUTS_OF_SCALE)
+        scales = padded.abs().amax(-1) / _INT8_MAX
+        divisors = scales.where(scales > 0, 1.0)
+        values = (padded / divisors[..., None]).round_().clamp_(-_INT8_MAX, _INT8_MAX)
+        whole = values.to(torch.int8).flatten(1)[:, :num_columns]
+        return cls(whole, scales, INPUTS_OF_SCALE, 0, dtype)
+
+    def columns(self, part: range) -> Self:
+        """Some of its inputs."""
+        begin, end = self.first + part.start, self.first + part.stop
+        groups = slice(begin // self.group, -(-end // self.group))
+        first, values = begin % self.group, self.values[:, part.start : part.stop]
+        return type(self)(values, self.scales[:, groups], self.group, first, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Of values and scales."""
+        return self.values.nbytes + self.scales.nbytes
+
+    def to(self, device: torch.device) -> Self:
+        """On a device, contiguous."""
+        values, scales = self.values.to(device).contiguous(), self.scales.to(device).contiguous()
+        return type(self)(values, scales, self.group, self.first, self.dtype)
+
+    def widened(self, dtype: torch.dtype | None = None) -> Tensor:
+        """[out_features, in_features]; value · scale, multiplied in float32, then rounded."""
+        places = torch.arange(self.values.shape[1], device=self.scales.device) + self.first
+        dtype = dtype or self.dtype
+        out = torch.empty(self.values.shape, dtype=dtype, device=self.values.device)
+        groups, step = places // self.group, max(1, _WIDENED_AT_A_TIME // max(1, len(places)))
+        for start in range(0, len(out), step):
+            rows = slice(start, start + step)
+            out[rows] = self.values[rows].float() * self.scales[rows][:, groups]
+        return out
+
+
+_WIDENED_AT_A_TIME = 4_194_304
+
+
+def side_by_side(weights: Sequence[Tensor | NarrowWeight]) -> Tensor | NarrowWeight:
+    """The outputs of several matrices in one; widened where they are not narrow alike."""
+    narrow = [each for each in weights if isinstance(each, NarrowWeight)]
+    first = narrow[0] if narrow else None
+    if first is not None and len(narrow) == len(weights):
+        kinds = {(each.group, each.first, each.values.dtype) for each in narrow}
+        if len(kinds) == 1:
+            values = torch.cat([each.values.view(torch.uint8) for each in narrow])
+            scales = torch.cat([each.scales for each in narrow])
+            values = values.view(first.values.dtype)
+            return NarrowWeight(values, scales, first.group, first.first, first.dtype)
+    return torch.cat(
+        [each.widened() if isinstance(each, NarrowWeight) else each for each in weights]
+    )
+
+
+class NarrowLinear(Linear):
+    """A narrow weight as our kernel reads it; `weight` holds [n / 16, k, 16] bytes, n padded.
+
+    Args:
+        bias: [n] float32.
+        function: the kernel.
+
+    Attributes:
+        scales: [n / 16, num_groups, 16] float32, n padded.
+    """
+
+    is_packed = True
+
+    def __init__(self, weight: NarrowWeight, bias: Tensor | None, function: Any) -> None:
+        self.out_features, self.in_features = weight.values.shape
+        self.itemsize = weight.values.itemsize
+        self.weight, self.scales = _packed(weight.values.view(torch.uint8)), _packed(weight.scales)
+        self.bias = bias
+        self.group, self.first = weight.group, weight.first
+        self.is_float8 = weight.values.dtype is not torch.int8
+        self._function = function
+
+    def tensors(self) -> list[Tensor]:
+        """Values, scales and bias."""
+        return [self.weight, self.scales, *([] if self.bias is None else [self.bias])]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """As `Linear`'s."""
+        other = copy(self)
+        other.weight, other.scales = tensors[:2]
+        other.bias = tensors[2] if len(tensors) > 2 else None
+        return other
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_rows, out_features] of [num_rows, in_features] float32 or bfloat16."""
+        m, k = x.shape
+        out = x.new_empty(m, self.out_features)
+        if m:
+            x = x if x.stride(1) == 1 else x.contiguous()
+            self._function(
+                *(self.is_float8, x.dtype is torch.bfloat16, x.data_ptr(), x.stride(0), m),
+                *(self.weight.data_ptr(), self.scales.data_ptr(), self.out_features, k),
+                *(self.group, self.first, None if self.bias is None else self.bias.data_ptr()),
+                out.data_ptr(),
+            )
+        return out
+
+
+def _packed(rows: Tensor) -> Tensor:
+    """[n / 16, columns, 16] of [n, columns], n padded with zeros."""
+    missing = -len(rows) % _BLOCK
+    if missing:
+        rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
+    return rows.view(-1, _BLOCK, rows.shape[1]).transpose(1, 2).contiguous()
+
+
+class NarrowExperts(Experts):
+    """One call of a kernel: SiLU(gate) · up, or GELU(up) without a gate; then down.
+
+    Args:
+        function: the kernel.
+    """
+
+    def __init__(self, held: Sequence[Expert], activation: Activation, function: Any) -> None:
+        super().__init__(held, activation)  # whose weights stay alive
+        self._function = function
+        *gates, ups, downs = (
+            _matrices(linears) for linears in zip(*(each.linears for each in held), strict=True)
+        )
+        self.matrices = (gates[0] if gates else None, ups, downs)
+
+    @staticmethod
+    def suits(held: Sequence[Expert], activation: Activation) -> bool:
+        """Whether the kernel computes these: all matrices narrow alike, none with a bias."""
+        parts = [(place, each) for expert in held for place, each in enumerate(expert.linears)]
+        last = len(held[0].linears) - 1
+        kinds = {
+            (place == last, each.is_float8, each.group, each.first)
+            for place, each in parts
+            if isinstance(each, NarrowLinear) and each.bias is None
+        }
+        return (
+            all(isinstance(each, NarrowLinear) and each.bias is None for _, each in parts)
+            and len(kinds) == 2
+            and len({is_float8 for _, is_float8, _, _ in kinds}) == 1
+            and activation.is_plain(is_gated=held[0].gate is not None)
+        )
+
+    def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
+        """[P, H]."""
+        num_pairs, hidden = len(pairs.rows), rows.shape[1]
+        out = rows.new_empty(num_pairs, hidden) if out is None else out
+        if num_pairs:
+            rows = rows if rows.stride(1) == 1 else rows.contiguous()
+            ends, up, down = pairs.counts.cumsum(0), self.held[0].up, self.held[0].down
+            assert isinstance(up, NarrowLinear)
+            assert isinstance(down, NarrowLinear)
+            self._function(
+                *(up.is_float8, rows.dtype is torch.bfloat16, rows.data_ptr(), rows.stride(0)),
+                *(pairs.rows.data_ptr(), pairs.order.data_ptr(), ends.data_ptr(), len(ends)),
+                *(*self.matrices, hidden, up.out_features, up.group, down.group, down.first),
+                out.data_ptr(),
+            )
+        return out
+
+
+def _matrices(linears: Sequence[Linear]) -> Any:
+    """[2 · num_linears]; where values and scales of each lie."""
+    places = [tensor.data_ptr() for each in linears for tensor in each.tensors()[:2]]
+    return (ctypes.c_void_p * len(places))(*places)

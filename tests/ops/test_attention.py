@@ -1,0 +1,236 @@
+"""Attention over pages of each instruction set that this machine has, against float64."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertlane.ops.backend import backend_of_cpu
+from expertlane.ops.build import BASELINE, ONLY_IF_ASKED_FOR, SETS, BuildError, build
+from expertlane.ops.cpu import VectorBackend
+from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.torch_backend import TorchBackend
+from expertlane.schedule.plan import Batch
+
+CPU = torch.device("cpu")
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7}  # of the largest value
+HEADS = [(4, 4), (4, 2), (6, 1), (9, 3), (16, 1), (40, 1)]  # few rows a kv head, and many
+DIMS = [(32, 32), (64, 48), (80, 80), (5, 7), (16, 16), (96, None)]  # None: values are in the keys
+# Positions computed before and new tokens: decodes, prompts, chunks, none; of keys 96 make a block,
+# and more than 256 are cut.
+SEQUENCE = st.one_of(
+    st.tuples(st.sampled_from([0, 1, 31, 94, 95, 96, 255, 256, 600]), st.just(1)),
+    st.tuples(st.integers(0, 70), st.integers(0, 40)),
+    st.tuples(st.integers(200, 700), st.integers(1, 8)),
+    st.tuples(st.just(0), st.integers(90, 150)),
+)
+
+
+@cache
+def backend_with(name: str) -> VectorBackend | str:
+    """The kernels of an instruction set, or why they cannot run here."""
+    try:
+        baseline = build(BASELINE)
+        if not baseline.has_instructions(name.encode()):
+            return f"this CPU lacks {name}"
+        (instructions,) = (each for each in SETS if each.name == name)
+        return VectorBackend(baseline, build(instructions), name)
+    except BuildError as error:
+        return str(error)
+
+
+@pytest.fixture(params=[s.name for s in SETS if s not in ONLY_IF_ASKED_FOR], scope="module")
+def ours(request) -> VectorBackend:
+    if backend_of_cpu()[1] == "EXPERTLANE_BACKEND=torch":
+        pytest.skip("EXPERTLANE_BACKEND=torch")
+    backend = backend_with(request.param)
+    if isinstance(backend, str):
+        pytest.skip(backend)
+    return backend
+
+
+def batch_of(sequences: list[tuple[int, int]], block_size: int) -> PagedBatch:
+    """Sequences are (positions computed before, new tokens); blocks in random order."""
+    computed, new = np.array(sequences, dtype=np.int64).T
+    width = max(1, -(-int((computed + new).max()) // block_size))
+    blocks = np.random.default_rng(0).permutation(len(sequences) * width)
+    batch = Batch(
+        seq_ids=np.arange(len(sequences)),
+        num_scheduled_tokens=np.ascontiguousarray(new),
+        num_computed_tokens=np.ascontiguousarray(computed),
+        token_ids=np.zeros(new.sum(), dtype=np.int64),
+        block_tables=blocks.reshape(len(sequences), width).astype(np.int32),
+        yields_token=np.ones(len(sequences), dtype=np.bool_),
+    )
+    return PagedBatch(batch, block_size, CPU)
+
+
+class Drawn:
+    """A cache; new tokens' queries, keys and values, side by side as a projection gives them."""
+
+    def __init__(self, batch, heads, dims, dtype):
+        (num_heads, kv_heads), (key_dim, value_dim) = heads, dims
+        generator = torch.Generator().manual_seed(1)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        self.value_dim = value_dim or key_dim // 2
+        stored = value_dim or 0
+        sizes = batch.sequences.block_tables.numel(), batch.block_size, kv_heads
+        self.cache = KVCache(*sizes, key_dim, stored, dtype, CPU)
+        self.cache.keys.copy_(random(*sizes, key_dim))
+        self.cache.values.copy_(random(*sizes, stored))
+        wide = random(len(batch.slots), num_heads + kv_heads, key_dim)
+        self.query, self.key = wide[:, :num_heads], wide[:, num_heads:]
+        self.value = random(len(batch.slots), kv_heads + 1, stored)[:, 1:]
+
+    def expected(self, batch, params):
+        """In float64, token by token; and the cache afterwards."""
+        keys, values = (x.flatten(0, 1).clone() for x in (self.cache.keys, self.cache.values))
+        keys[batch.slots], values[batch.slots] = self.key, self.value
+        after = keys.view_as(self.cache.keys), values.view_as(self.cache.values)
+        values = values.double() if values.shape[-1] else keys[..., : self.value_dim].double()
+        keys, group = keys.double(), self.query.shape[1] // self.key.shape[1]
+        out = torch.empty(*self.query.shape[:2], self.value_dim, dtype=torch.float64)
+        paged, size = batch.sequences, batch.block_size
+        for table, first, new, end in zip(*(each.numpy() for each in paged), strict=True):
+            seen = np.arange(end)
+            slots = table[seen // size] * size + seen % size
+            k, v = (x[slots].repeat_interleave(group, dim=1) for x in (keys, values))
+            tokens, own = slice(first, first + new), np.arange(end - new, end)[:, None]
+            logits = torch.einsum("phd,nhd->hnp", k, self.query[tokens].double()) * params.scale
+            is_seen = (seen <= own) & (seen > own - (params.window or end))
+            logits = logits.masked_fill(~torch.from_numpy(is_seen), -torch.inf)
+            if params.sinks is not None:
+                sinks = params.sinks.double()[:, None, None].expand(-1, int(new), 1)
+                logits = torch.cat([logits, sinks], dim=2)
+            out[tokens] = torch.einsum("hnp,phd->nhd", logits.softmax(2)[..., :end], v)
+        return out, after
+
+
+@pytest.mark.numerical
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(
+    sequences=st.lists(SEQUENCE, min_size=1, max_size=4),
+    block_size=st.sampled_from([1, 3, 16]),
+    heads=st.sampled_from(HEADS),
+    dims=st.sampled_from(DIMS),
+    window=st.sampled_from([None, None, 1, 7, 64, 300]),
+    has_sinks=st.booleans(),
+)
+def test_attention(ours, sequences, block_size, heads, dims, window, has_sinks):
+    batch = batch_of(sequences, block_size)
+    sinks = torch.linspace(-1, 2, heads[0]) if has_sinks else None
+    for dtype, bound in BOUND.items():
+        drawn = Drawn(batch, heads, dims, dtype)
+        params = AttentionParams(drawn.value_dim, dims[0] ** -0.5, window, sinks)
+        expected, (keys, values) = drawn.expected(batch, params)
+        found = ours.paged_attention(
+            drawn.query, drawn.key, drawn.value, drawn.cache, batch, params
+        )
+        assert found.dtype is dtype
+        assert found.shape == expected.shape
+        assert torch.equal(drawn.cache.keys, keys)
+        assert torch.equal(drawn.cache.values, values)
+        if len(found):
+            assert (found.double() - expected).abs().max() <= bound * expected.abs().max()
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("dims", [(576, None), (512, 512)])
+@pytest.mark.parametrize("sequences", [[(700, 1)], [(40, 20), (3, 1)]])
+def test_the_largest_heads(ours, dims, sequences):
+    test_attention.hypothesis.inner_test(ours, sequences, 16, (16, 1), dims, None, False)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_a_result_does_not_depend_on_threads_or_company(ours, dtype):
+    """Long contexts are cut by their lengths alone."""
+    sequences = [(900, 1), (5, 1), (700, 4), (0, 60)]
+    params = AttentionParams(64, 0.1)
+    found = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        batch = batch_of(sequences, 16)
+        drawn = Drawn(batch, (4, 2), (64, 64), dtype)
+        tensors = drawn.query, drawn.key, drawn.value
+        found.append(ours.paged_attention(*tensors, drawn.cache, batch, params))
+    torch.set_num_threads(1)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    first = batch.sequences.block_tables[:1].numpy().astype(np.int32)
+    alone = PagedBatch(
+        Batch(
+            np.arange(1),
+            np.array([1]),
+            np.array([900]),
+            np.zeros(1, np.int64),
+            first,
+            np.ones(1, dtype=np.bool_),
+        ),
+        16,
+        CPU,
+    )
+    tensors = (x[:1] for x in (drawn.query, drawn.key, drawn.value))
+    assert torch.equal(ours.paged_attention(*tensors, drawn.cache, alone, params), found[0][:1])
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_what_is_not_seen_may_be_anything(ours, dtype):
+    """NaN after the last position and before the window, in blocks that others have."""
+    batch = batch_of([(200, 1), (30, 12)], 16)
+    params = AttentionParams(32, 0.2, 40)
+    found = []
+    for unseen in (0.0, torch.nan):
+        drawn = Drawn(batch, (8, 2), (32, 32), dtype)
+        for pages in (drawn.cache.keys, drawn.cache.values):
+            kept = pages.flatten(0, 1).clone()
+            pages.fill_(unseen)
+            for table, first, end in zip(
+                batch.sequences.block_tables, (161, 0), (200, 30), strict=True
+            ):
+                seen = torch.arange(first, end)
+                slots = table[seen // 16] * 16 + seen % 16
+                pages.flatten(0, 1)[slots] = kept[slots]
+        tensors = drawn.query, drawn.key, drawn.value
+        found.append(ours.paged_attention(*tensors, drawn.cache, batch, params))
+    assert found[0].isfinite().all()
+    assert torch.equal(*found)
+
+
+@pytest.mark.numerical
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(
+    num_tokens=st.integers(0, 30),
+    heads=st.integers(1, 5),
+    sizes=st.tuples(st.integers(1, 70), st.sampled_from([1, 2, 6, 32, 130])),
+)
+def test_a_product_for_each_head(ours, num_tokens, heads, sizes):
+    """Between rows that lie apart; odd widths are torch's."""
+    out_features, in_features = sizes
+    generator = torch.Generator().manual_seed(0)
+    for dtype, bound in BOUND.items():
+        wide = torch.randn(num_tokens, heads, in_features + 3, generator=generator).to(dtype)
+        weight = torch.randn(heads, out_features, in_features, generator=generator).to(dtype)
+        x, out = wide[..., 3:], torch.zeros(num_tokens, heads, out_features + 5, dtype=dtype)
+        product = ours.heads_linear(weight)
+        assert product.num_weights == weight.numel()
+        product(x, out=out[..., :-5])
+        expected = torch.einsum("thk,hnk->thn", x.double(), weight.double())
+        assert not out[..., -5:].any()
+        if num_tokens:
+            error = (out[..., :-5].double() - expected).abs().max()
+            assert error <= bound * expected.abs().max()
+
+
+def test_other_types_are_torch_s(ours):
+    batch = batch_of([(4, 1), (0, 3)], 4)
+    drawn = Drawn(batch, (4, 2), (8, 8), torch.float64)
+    params = AttentionParams(8, 0.3)
+    tensors = drawn.query, drawn.key, drawn.value
+    expected = TorchBackend().paged_attention(*tensors, drawn.cache, batch, params)
+    assert torch.equal(ours.paged_attention(*tensors, drawn.cache, batch, params), expected)
