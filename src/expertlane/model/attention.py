@@ -314,7 +314,7 @@ class LatentAttention(_PagedHeads):
         self._kv_a_norm = take("kv_a_norm", dtype=torch.float32)
         width = latent.qk_nope_head_dim + latent.v_head_dim
         kv_b = take("kv_b", self._of_heads(width)).view(num_heads, width, latent.kv_lora_rank)
-        key_b, value_b = kv_b.split([latent.qk_nope_head_dim, latent.v_head_dim], dim=1)
+        key_b, value_b = torch.split(kv_b, [latent.qk_nope_head_dim, latent.v_head_dim], dim=1)
         self._to_latent = ops.heads_linear(key_b.transpose(1, 2))
         self._from_latent = ops.heads_linear(value_b)
         self._linears += [self._query, self._kv_a, self._to_latent, self._from_latent]
