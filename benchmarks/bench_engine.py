@@ -4,9 +4,9 @@ Two checkpoints with random weights are made once, a Mixtral of 235 million para
 Qwen3-MoE of 63 million. Each contender is a process that loads one and stays: expertlane at each
 of several layouts, transformers, vLLM at one and two ranks. They take turns at every point, the
 order rotating from round to round, all with the same prompts of random ids, new in each round; a
-turn begins when the machine is idle. All run bfloat16 and greedy, past any end token, with no
-prefix caching. With --cpu-isa no contender uses instructions beyond a set, and the machine is
-measured so too (engine_peers/instruction_limit.py).
+turn begins when the machine is idle. All run bfloat16 (transformers also float32) and greedy, past
+any end token, with no prefix caching. With --cpu-isa no contender uses instructions beyond a set,
+and the machine is measured so too (engine_peers/instruction_limit.py).
 
 A decode sample is 32·batch / (t33 − t1), where tN is the time of a batch from prompts of 32 token
 ids to N new ids each; a prefill sample is 512·8 / t1, or 32·32 / t1. The best of ours and the best
@@ -63,8 +63,11 @@ CONTENDERS = (
     "vllm:2",
 )
 CONTENDER_FORMS = (
-    "ours:LAYOUT, ours:LAYOUT,weights=int8, transformers:EXPERTS_IMPLEMENTATION or vllm:RANKS"
+    "ours:LAYOUT, ours:LAYOUT,weights=int8, transformers:EXPERTS_IMPLEMENTATION, "
+    "transformers:EXPERTS_IMPLEMENTATION,float32 or vllm:RANKS"
 )
+# Without instructions for bfloat16 torch's float32 is several times faster than its bfloat16.
+FLOAT32_SETS = ("avx2", "avx512")
 PEERS_FOLDER = Path(__file__).parent / "engine_peers"
 IDLE_CORES = 0.1
 
@@ -202,6 +205,10 @@ def start_contenders(
 ) -> list[Contender]:
     """Those that load; a line on standard error for each of the others."""
     contenders = []
+    in_float32 = ",float32" if options.cpu_isa in FLOAT32_SETS else ""
+    options.contenders = options.contenders or [
+        name + in_float32 if name.startswith("transformers") else name for name in CONTENDERS
+    ]
     for name in options.contenders:
         try:
             contender = start(name, checkpoint, num_cores(), options.vllm_python, options.cpu_isa)
@@ -337,8 +344,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        default=list(CONTENDERS),
-        help=f"{CONTENDER_FORMS}; default: {' '.join(CONTENDERS)}",
+        help=f"{CONTENDER_FORMS}; default: {' '.join(CONTENDERS)}, transformers in float32 "
+        f"where --cpu-isa is {' or '.join(FLOAT32_SETS)}",
     )
     parser.add_argument(
         "--folder",
@@ -350,6 +357,10 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}; at least 1")
+    in_float32 = ",float32" if options.cpu_isa in FLOAT32_SETS else ""
+    options.contenders = options.contenders or [
+        name + in_float32 if name.startswith("transformers") else name for name in CONTENDERS
+    ]
     for name in options.contenders:
         if name.partition(":")[0] not in ("ours", "transformers", "vllm"):
             parser.error(f"no contender {name!r}; {CONTENDER_FORMS}")

@@ -1,9 +1,9 @@
 """Weights of one byte beside bfloat16 ones: products, experts, and decoding with the engine.
 
-Products x · Wᵀ and one layer's experts (16 of 1024 × 1024, top-2), rows in bfloat16, take turns over
-so many copies of the weights that none is found in a cache; a time is the tenth percentile. Then
-one engine of each type of weights decodes in turns: the least time of a step. Run it for each
-instruction set, with nothing else on the machine:
+Products x · Wᵀ and one layer's experts (16 of 1024 × 1024, top-2), rows in bfloat16, take turns
+over so many copies of the weights that none is found in a cache; a time is the tenth percentile.
+Or an engine of each type of weights decodes in turns: the least mean time of a step. Run it for
+each instruction set, with nothing else on the machine:
 
     python benchmarks/bench_narrow.py [--engine CHECKPOINT]
 """
@@ -11,6 +11,8 @@ instruction set, with nothing else on the machine:
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -27,18 +29,22 @@ SHAPES = [(3072, 1024), (1024, 1024), (4096, 4096)]
 NUM_ROWS = [1, 2, 4, 8, 32, 128, 512]
 NUM_EXPERTS, SIZE = 16, 1024
 NUM_TOKENS = [1, 8, 32, 512]
-DECODED, TURNS = 48, 4
+DECODED, TURNS = 24, 5
 
 
-def tenth_percentiles(variants: dict[str, Callable[[int], object]], copies: int) -> list[float]:
+def tenth_percentiles(variants: dict[str, Callable[..., object]], copies: int) -> list[float]:
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(ROUNDS):
         for name, variant in variants.items():
             for copy in range(copies):
                 began = time.perf_counter()
-                variant(copy)
+                variant(copy=copy)
                 times[name].append(time.perf_counter() - began)
     return [sorted(of)[len(of) // 10] for of in times.values()]
+
+
+def on_copy(made: list[Any], kind: int, *given: object, copy: int) -> object:
+    return made[copy][kind](*given)
 
 
 def show(what: str, num_bytes: int, times: list[float]) -> None:
@@ -66,7 +72,7 @@ def products(ops: VectorBackend) -> None:
         made = [[ops.linear(each) for each in weights_of(n, k)] for _ in range(copies)]
         for m in NUM_ROWS:
             x = torch.randn(m, k).bfloat16()
-            variants = {str(i): lambda copy, i=i, x=x: made[copy][i](x) for i in range(3)}
+            variants = {str(i): partial(on_copy, made, i, x) for i in range(3)}
             show(f"{n} × {k}, {m} rows", n * k, tenth_percentiles(variants, copies))
 
 
@@ -90,7 +96,7 @@ def experts(ops: VectorBackend) -> None:
         counts = torch.bincount(experts_of_pair, minlength=NUM_EXPERTS)
         pairs = PairGroups(counts, order // 2, order, ids)
         x = torch.randn(m, SIZE).bfloat16()
-        variants = {str(i): lambda copy, i=i: made[copy][i](x, pairs) for i in range(3)}
+        variants = {str(i): partial(on_copy, made, i, x, pairs) for i in range(3)}
         num_bytes = int((counts > 0).sum()) * 3 * SIZE * SIZE
         show(f"experts, {m} tokens", num_bytes, tenth_percentiles(variants, copies))
 
@@ -108,7 +114,7 @@ def engine(checkpoint: str) -> None:
         )
         for weights in types
     }
-    print(running["model"].machine[0].kernels)
+    print(running["model"].machine[0].kernels, flush=True)
     try:
         for batch in (1, 8, 32):
             best = dict.fromkeys(types, float("inf"))
@@ -119,7 +125,8 @@ def engine(checkpoint: str) -> None:
             wide_s, narrow_s = best.values()
             print(
                 f"decode at batch {batch:3}: bf16 {1e3 * wide_s:.2f} ms, int8 "
-                f"{1e3 * narrow_s:.2f} ms, ×{wide_s / narrow_s:.2f}"
+                f"{1e3 * narrow_s:.2f} ms, ×{wide_s / narrow_s:.2f}",
+                flush=True,
             )
     finally:
         for each in running.values():
@@ -143,10 +150,11 @@ def main() -> None:
     if not isinstance(ops, VectorBackend):
         sys.exit(why_not)
     if sys.argv[1:2] == ["--engine"]:
-        return engine(sys.argv[2])
-    print(f"{ops.instructions}, {torch.get_num_threads()} threads")
-    products(ops)
-    experts(ops)
+        engine(sys.argv[2])
+    else:
+        print(f"{ops.instructions}, {torch.get_num_threads()} threads")
+        products(ops)
+        experts(ops)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,8 @@ def start(
             raise ContenderError(f"{name}: no --vllm-python")
         python = vllm_python
         environment |= _vllm_environment(vllm_python, checkpoint, num_cores, int(option))
+    if kind == "ours":
+        environment["EXPERTLANE_PIN"] = "1"  # other layouts' ranks are there too, but idle
     script = here / f"run_{kind}.py"
     command = [str(python), str(script), str(checkpoint), option]
     if kind == "transformers":

@@ -1,6 +1,6 @@
 """transformers as a contender, with one of its experts implementations.
 
-Run: python run_transformers.py FOLDER EXPERTS_IMPLEMENTATION NUM_THREADS
+Run: python run_transformers.py FOLDER EXPERTS_IMPLEMENTATION[,float32] NUM_THREADS
 """
 
 import sys
@@ -14,10 +14,11 @@ MAX_GATHERED_BYTES = 1e9  # batched_mm copies an expert's weights for each token
 
 def main() -> None:
     answers = Answers()
-    folder, experts, num_threads = sys.argv[1:]
+    folder, option, num_threads = sys.argv[1:]
+    experts, _, dtype = option.partition(",")
     torch.set_num_threads(int(num_threads))
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, experts_implementation=experts
+        folder, dtype=getattr(torch, dtype or "bfloat16"), experts_implementation=experts
     ).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0

@@ -9,6 +9,7 @@ from cli.stub_llm import MACHINE, StubLLM
 from expertlane.balance.trace import read_trace
 from expertlane.cli import model
 from expertlane.spec.deployment import Options
+from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 
@@ -166,6 +167,22 @@ def test_what_computes_is_said_once(monkeypatch, capsys, kernels, said):
     llm.machine = (replace(MACHINE, kernels=kernels),)
     monkeypatch.setattr("expertlane.engine.llm.LLM", lambda *_, **__: llm)
     found = model.find_model("paper-tiny")
-    engine = SimpleNamespace(for_llm=dict)
+    engine = SimpleNamespace(for_llm=dict, weights="model")
     assert found.load(Layout(), engine) is llm
     assert capsys.readouterr().err.partition(" s\n")[2] == said
+
+
+@pytest.mark.parametrize("keeps_narrow", [True, False])
+@pytest.mark.parametrize(
+    ("weights", "method"), [("int8", None), ("model", "fp8"), ("model", "compressed-tensors")]
+)
+def test_widened_weights_are_said(monkeypatch, capsys, weights, method, keeps_narrow):
+    llm = StubLLM(PRESETS["paper-tiny"])
+    llm.machine = (replace(MACHINE, kernels="torch", keeps_narrow=keeps_narrow),)
+    monkeypatch.setattr("expertlane.engine.llm.LLM", lambda *_, **__: llm)
+    found = model.find_model("paper-tiny")
+    if method is not None:
+        found = replace(found, quantization=Quantization(method, is_float8=method == "fp8"))
+    found.load(Layout(), SimpleNamespace(for_llm=dict, weights=weights))
+    said = f"weights of one byte are widened to {MACHINE.dtype}: torch has no product of them\n"
+    assert capsys.readouterr().err.partition(" s\n")[2] == ("" if keeps_narrow else said)

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 
 from expertlane.compare.projection import ExperimentProjector, usual_number_type
+from expertlane.compare.virtual import VirtualSettings
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile_file import parse_cluster
+from expertlane.cost.laws.profile_file import parse_cluster, read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
-from expertlane.errors import CapacityError
+from expertlane.errors import CapacityError, UserError
 from expertlane.plan.project import Projector, Setting, StepSize
 from expertlane.progress import Silent
 from expertlane.results.record import BEST, EXPERIMENT, FASTEST, SCALING, DeploymentRecord
@@ -153,6 +154,16 @@ def test_no_step_is_faster_than_its_floor(projection):
         for step in row.steps:
             assert step.wall_s.low <= step.wall_s.value <= step.wall_s.high
             assert step.round_s.value >= step.floor_s
+
+
+def test_int8_weights_are_not_projected():
+    narrow = replace(SMALL.deployments[0], options=Options(weights="int8"))
+    experiment = replace(SMALL, deployments=(narrow,), scaling=())
+    text = f"deployment '{narrow.name}' has int8 weights, for which no profile has a law"
+    with pytest.raises(UserError, match=text):
+        ExperimentProjector(experiment, parse_cluster("h100x8"), "float16", 1.0)
+    with pytest.raises(UserError, match=text):
+        VirtualSettings(None, compute=read_profile("h100")).check([narrow])
 
 
 def test_a_cluster_with_too_few_devices():

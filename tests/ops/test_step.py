@@ -15,6 +15,7 @@ from expertlane.ops.build import BASELINE, ONLY_IF_ASKED_FOR, SETS, BuildError, 
 from expertlane.ops.cpu import VectorBackend
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import CompiledRouter
+from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.products import Activation, Expert
 from expertlane.ops.router import Router, RouterParams, route
 from expertlane.ops.step import AttentionWeights
@@ -142,9 +143,12 @@ def test_equal_scores_are_chosen_in_torch_s_order(ours, num_experts, top_k, leve
         assert torch.equal(topk_ids, expected)
 
 
-def held_experts(ops: TorchBackend, num: int, hidden: int, inner: int, dtype, *, is_gated: bool):
+def held_experts(
+    ops: TorchBackend, num: int, hidden: int, inner: int, dtype, *, is_gated: bool, is_narrow=False
+):
     def linear(n: int, k: int, seed: int):
-        return ops.linear((random(n, k, seed=seed) / k**0.5).to(dtype))
+        weight = random(n, k, seed=seed) / k**0.5
+        return ops.linear(NarrowWeight.rounded(weight, dtype) if is_narrow else weight.to(dtype))
 
     return [
         Expert(
@@ -159,15 +163,18 @@ def held_experts(ops: TorchBackend, num: int, hidden: int, inner: int, dtype, *,
 @pytest.mark.numerical
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("is_gated", [True, False])
+@pytest.mark.parametrize("is_narrow", [True, False])
 @pytest.mark.parametrize("num_tokens", [1, 2, 9, 16])
-def test_experts_that_are_all_here(ours, dtype, is_gated: bool, num_tokens: int):
+def test_experts_that_are_all_here(ours, dtype, is_gated: bool, is_narrow: bool, num_tokens: int):
     """Against router, grouping, experts and sums one by one."""
     hidden, inner, num_experts = 48, 64, 5
     params = router_params(num_experts, 2, Routing(norm_topk_prob=False), hidden=hidden)
     router = ours.router(params)
-    held = held_experts(ours, num_experts, hidden, inner, dtype, is_gated=is_gated)
+    held = held_experts(
+        ours, num_experts, hidden, inner, dtype, is_gated=is_gated, is_narrow=is_narrow
+    )
     experts = ours.experts(held, Activation("silu" if is_gated else "gelu"))
-    here = ours.local_experts(router, experts)
+    here = ours.local_experts(router, experts, dtype)
     x = random(num_tokens, hidden, seed=7, dtype=dtype)
     assert here is not None
     assert here.takes(x)
@@ -191,15 +198,17 @@ def test_which_blocks_ours_compute(ours):
     params = router_params(4, 2, Routing(), hidden=32)
     for dtype, most in ((torch.float32, FEW_ROWS), (torch.bfloat16, 512)):
         held = held_experts(ours, 4, 32, 32, dtype, is_gated=True)
-        here = ours.local_experts(ours.router(params), ours.experts(held, Activation("silu")))
+        here = ours.local_experts(
+            ours.router(params), ours.experts(held, Activation("silu")), dtype
+        )
         assert here is not None
         taken = {num: here.takes(torch.empty(num, 32, dtype=dtype)) for num in (0, 1, most)}
         assert taken == {0: False, 1: True, most: True}
         assert not here.takes(torch.empty(most + 1, 32, dtype=dtype))
         assert not here.takes(torch.empty(2, 64, dtype=dtype)[:, :32])
         clamped = ours.experts(held, Activation("silu", swiglu_limit=7.0))
-        assert ours.local_experts(ours.router(params), clamped) is None
-    assert TorchBackend().local_experts(ours.router(params), clamped) is None
+        assert ours.local_experts(ours.router(params), clamped, dtype) is None
+    assert TorchBackend().local_experts(ours.router(params), clamped, dtype) is None
 
 
 def batch_of(lengths: Sequence[int], scheduled: Sequence[int], block_size: int) -> PagedBatch:
@@ -225,11 +234,11 @@ def batch_of(lengths: Sequence[int], scheduled: Sequence[int], block_size: int) 
     rotary_dim=st.sampled_from([32, 8]),
     interleave=st.booleans(),
     window=st.sampled_from([None, 5]),
-    flags=st.tuples(*[st.booleans()] * 5),
+    flags=st.tuples(*[st.booleans()] * 6),
 )
 def test_attention(ours, lengths, new, heads, rotary_dim, interleave, window, flags):
     """Norm, projections, head norms, rotation, cache and attention one by one."""
-    has_norm, has_bias, has_head_norms, has_sinks, adds_input = flags
+    has_norm, has_bias, has_head_norms, has_sinks, adds_input, is_narrow = flags
     (num_heads, num_kv_heads), dim, hidden = heads, 32, 48
     for dtype in TYPES:
         scheduled = [min(new, length) for length in lengths]
@@ -240,7 +249,8 @@ def test_attention(ours, lengths, new, heads, rotary_dim, interleave, window, fl
         num_tokens, num_all = sum(scheduled), num_heads + 2 * num_kv_heads
         bias = random(num_all * dim, seed=1) if has_bias else None
         projection = random(num_all * dim, hidden, seed=2) / hidden**0.5
-        qkv = ours.linear(projection.to(dtype), bias)
+        weight = NarrowWeight.rounded(projection, dtype) if is_narrow else projection.to(dtype)
+        qkv = ours.linear(weight, bias)
         output = ours.linear((random(hidden, num_heads * dim, seed=3) / 12).to(dtype))
         head_norms = None
         if has_head_norms:
@@ -262,7 +272,8 @@ def test_attention(ours, lengths, new, heads, rotary_dim, interleave, window, fl
                 sin=sin,
                 interleave=interleave,
                 params=params,
-            )
+            ),
+            dtype,
         )
         assert part is not None
         x = random(num_tokens, hidden, seed=9, dtype=dtype)
@@ -309,7 +320,7 @@ def test_attention_that_ours_do_not_cover(ours):
             interleave=False,
             params=AttentionParams(dim, 1.0),
         )
-        return ours.attention_part(weights)
+        return ours.attention_part(weights, dtype)
 
     assert part(24, torch.float32) is None
     assert part(8, torch.bfloat16) is None
@@ -329,7 +340,7 @@ def test_head(ours, dtype, vocab_size: int, has_norm: bool):
     head = ours.linear(random(vocab_size, hidden, dtype=dtype))
     norm = 1 + random(hidden, seed=1) / 8 if has_norm else None
     x, rows = random(6, hidden, seed=2, dtype=dtype), torch.tensor([0, 2, 5])
-    part = ours.head_part(head, norm, 1e-5)
+    part = ours.head_part(head, norm, 1e-5, dtype)
     assert part is not None
     token_ids, best = torch.empty(6, dtype=torch.int64), torch.empty(6, 2, dtype=torch.float64)
     logits = part(x, None, token_ids, best)
@@ -347,7 +358,7 @@ def test_head(ours, dtype, vocab_size: int, has_norm: bool):
 def test_head_s_choice_of_odd_logits(ours):
     """The weights are chosen so that column i of x is logit i."""
     size = 48
-    part = ours.head_part(ours.linear(torch.eye(size)), None, 1e-5)
+    part = ours.head_part(ours.linear(torch.eye(size)), None, 1e-5, torch.float32)
     assert part is not None
     x = torch.zeros(5, size)
     x[1, [9, 33, 47]] = 2.0

@@ -111,7 +111,7 @@ class _PagedHeads:
         value_dim: int,
     ) -> None:
         take = taker_of(source, layer)
-        self._mesh, self._rotary = mesh, rotary
+        self._mesh, self._rotary, self._dtype = mesh, rotary, source.dtype
         self._ops = backend_for(source.device)
         self._head_dim = model.head_dim
         self._num_heads = model.num_attention_heads // mesh.layout.tp
@@ -233,7 +233,8 @@ class Attention(_PagedHeads):
                 sin=self._rotary.sin,
                 interleave=self._rotary.interleave,
                 params=self._params,
-            )
+            ),
+            self._dtype,
         )
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
@@ -314,7 +315,8 @@ class LatentAttention(_PagedHeads):
         self._kv_a_norm = take("kv_a_norm", dtype=torch.float32)
         width = latent.qk_nope_head_dim + latent.v_head_dim
         kv_b = take("kv_b", self._of_heads(width)).view(num_heads, width, latent.kv_lora_rank)
-        key_b, value_b = torch.split(kv_b, [latent.qk_nope_head_dim, latent.v_head_dim], dim=1)
+        parts = [latent.qk_nope_head_dim, latent.v_head_dim]
+        key_b, value_b = torch.split(kv_b, parts, dim=1)
         self._to_latent = ops.heads_linear(key_b.transpose(1, 2))
         self._from_latent = ops.heads_linear(value_b)
         self._linears += [self._query, self._kv_a, self._to_latent, self._from_latent]

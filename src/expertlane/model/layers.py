@@ -210,7 +210,8 @@ class MoEBlock:
         self._layer = layer
         self._mesh, self._recorder = mesh, mesh.recorder
         routing = model.routing
-        self._device, self._ops = source.device, backend_for(source.device)
+        self._dtype, self._device = source.dtype, source.device
+        self._ops = backend_for(source.device)
         self._forms: Sequence[DispatchForm] = ("all_to_all",)
         self._payload = Payload("model", self._recorder)
         self._place(placement)
@@ -264,7 +265,7 @@ class MoEBlock:
         self.experts = self._ops.experts(held, activation)
         self.here: LocalExperts | None = None
         if self._mesh.stage.size == 1:
-            self.here = self._ops.local_experts(self._router, self.experts)
+            self.here = self._ops.local_experts(self._router, self.experts, self._dtype)
 
     def _build_expert(self, model: ModelConfig, source: WeightSource, expert: int) -> Expert:
         at, ops = self._mesh.at, self._ops

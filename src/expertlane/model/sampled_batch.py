@@ -18,6 +18,7 @@ from expertlane.model.draw import (
     token_logprobs,
     uniform_numbers,
 )
+from expertlane.ops.backend import backend_for
 from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprobs
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -150,7 +151,7 @@ class _Members:
         self.rows: Tensor | slice = slice(None)
         if len(found) < len(sequences):
             self.rows = torch.tensor(self.numbers, dtype=torch.int64, device=device)
-        self._device = device
+        self.device = device
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -160,7 +161,7 @@ class _Members:
     ) -> Tensor:
         """A parameter of each: [num_members, 1]."""
         values = [[value(sequence.params)] for sequence in self.sequences]
-        return torch.tensor(values, dtype=dtype, device=self._device).view(-1, 1)
+        return torch.tensor(values, dtype=dtype, device=self.device).view(-1, 1)
 
     def join(self, name: str) -> Tensor:
         """One tensor from an attribute of each, [num_members, …]; they keep views of it."""
@@ -222,7 +223,7 @@ class _Draws:
     """Sequences whose tokens are drawn."""
 
     def __init__(self, members: _Members, vocab_size: int) -> None:
-        self.rows = members.rows
+        self.rows, self._ops = members.rows, backend_for(members.device)
         self._seeds = np.array([sequence.seed for sequence in members.sequences], dtype=np.uint64)
         self._num_output_tokens = members.join("num_output_tokens")
         # What float32 rounds to 0 or to infinity would make NaNs.
@@ -240,13 +241,19 @@ class _Draws:
 
     def choose(self, scores: Tensor) -> Tensor:
         """Draw from scores, [num_members, vocab_size]; the token ids, [num_members]."""
+        limits = self._top_k, self._top_p, self._min_p
+        drawn = self._ops.draw_tokens(
+            scores, self._temperature, limits, self._seeds, self._num_output_tokens
+        )
+        if drawn is not None:
+            return drawn
         greatest = scores.amax(1, keepdim=True)
         is_finite = greatest.isfinite()
         if not is_finite.all():  # drawn from all the same: the numbers of other rows stay theirs
             scores = scores.masked_fill(~is_finite, 0)
             greatest = greatest.masked_fill(~is_finite, 0)
         p = probabilities(scores, greatest, self._temperature)
-        p = keep_likeliest(p, self._top_k, self._top_p, self._min_p)
+        p = keep_likeliest(p, *limits)
         uniform = uniform_numbers(self._seeds, self._num_output_tokens.numpy())
         self._num_output_tokens += 1
         token_ids = draw(p, torch.from_numpy(uniform).to(p.device))

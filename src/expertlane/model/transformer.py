@@ -56,7 +56,7 @@ class OutputHead:
         self._norm = source.take(FINAL_NORM, dtype=torch.float32)
         self._head = self._ops.linear(source.matrix(HEAD, own))
         in_part = self._norm if mesh.tp.size == 1 else None
-        self._part = self._ops.head_part(self._head, in_part, self._eps)
+        self._part = self._ops.head_part(self._head, in_part, self._eps, source.dtype)
 
     def forward(self, x: Tensor, batch: ForwardBatch, needs_logits: bool) -> Steps[HeadResult]:
         """The next token of every sequence of the batch that yields one.

@@ -57,6 +57,7 @@ def _arithmetic(name: str, *flags: str) -> InstructionSet:
         "narrow",
         "products",
         "rows",
+        "sampling",
         "step",
         "sums",
     )
@@ -74,8 +75,14 @@ _X86 = (
     AMX,
 )
 _ARM = (_arithmetic("neon"), _arithmetic("neon_bf16", "-march=armv8.2-a+bf16"))
-# Of each architecture, those with arithmetic: each has the instructions of those before it.
-SETS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(platform.machine(), ())
+
+
+def arithmetic_sets(machine: str) -> tuple[InstructionSet, ...]:
+    """Those with arithmetic of an architecture: each has the instructions of those before it."""
+    return {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(machine, ())
+
+
+SETS = arithmetic_sets(platform.machine())
 ONLY_IF_ASKED_FOR = (AMX,)  # it has never run
 
 
@@ -91,8 +98,8 @@ def build(instructions: InstructionSet) -> ctypes.CDLL:
     Raises:
         BuildError: there is no compiler, it failed, or there is nowhere to put the library.
     """
-    if (library := _shipped(instructions)) is not None:
-        return library
+    if (shipped := _shipped(instructions)) is not None:
+        return shipped
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if found is None:
         raise BuildError(

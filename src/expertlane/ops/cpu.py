@@ -8,6 +8,8 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -211,6 +213,7 @@ class VectorBackend(CpuBackend):
         super().__init__(baseline)
         self.instructions = instructions
         self._library = library
+        self._draw_tokens = _function(library, "draw_tokens", "pnnppppppp")
         self._linear = _function(library, "linear", "pnnpnnpp")
         self._heads_linear = _function(library, "heads_linear", "pnnnpnnnpnn")
         self._experts = _function(library, "experts", "pnpppnpppnnpp")
@@ -269,25 +272,43 @@ class VectorBackend(CpuBackend):
             return super().router(params)
         return CompiledRouter(params, self.rms_norm, self._library)
 
-    def local_experts(self, router: Router, experts: Experts) -> LocalExperts | None:
+    def local_experts(
+        self, router: Router, experts: Experts, dtype: torch.dtype
+    ) -> LocalExperts | None:
         if not isinstance(router, CompiledRouter):
             return None
-        if not isinstance(experts, _PackedExperts | _FewRowsExperts):
+        kinds = _PackedExperts | _FewRowsExperts | NarrowExperts
+        if not isinstance(experts, kinds) or not _multiplies(dtype, experts.held[0].up):
             return None
-        dtype = experts.held[0].up.weight.dtype
         return LocalExperts(router, experts, experts.matrices, self._library, dtype)
 
-    def head_part(self, head: Linear, norm: Tensor | None, eps: float) -> HeadPart | None:
-        if type(head) not in (PackedLinear, FewRowsLinear) or head.in_features % _LANES:
+    def head_part(
+        self, head: Linear, norm: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> HeadPart | None:
+        if not _multiplies(dtype, head) or head.in_features % _LANES:
             return None
-        return HeadPart(head, norm, eps, self._library, head.weight.dtype)
+        return HeadPart(head, norm, eps, self._library, dtype)
 
-    def attention_part(self, weights: AttentionWeights) -> AttentionPart | None:
-        linears = weights.query_key_value, weights.output
-        for kind in (PackedLinear, FewRowsLinear):
-            if all(type(linear) is kind for linear in linears):
-                return attention_part(weights, self._library, linears[0].weight.dtype)
-        return None
+    def attention_part(self, weights: AttentionWeights, dtype: torch.dtype) -> AttentionPart | None:
+        if not _multiplies(dtype, weights.query_key_value, weights.output):
+            return None
+        return attention_part(weights, self._library, dtype)
+
+    def draw_tokens(
+        self,
+        scores: Tensor,
+        temperature: Tensor,
+        limits: tuple[Tensor | None, Tensor | None, Tensor | None],
+        seeds: npt.NDArray[np.uint64],
+        num_drawn: Tensor,
+    ) -> Tensor | None:
+        scores, token_ids = scores.contiguous(), torch.empty(scores.shape[0], dtype=torch.int64)
+        self._draw_tokens(
+            *(scores.data_ptr(), *scores.shape, temperature.data_ptr()),
+            *(None if each is None else each.data_ptr() for each in limits),
+            *(seeds.ctypes.data, num_drawn.data_ptr(), token_ids.data_ptr()),
+        )
+        return token_ids
 
     def paged_attention(
         self,
@@ -348,6 +369,12 @@ class VectorBackend(CpuBackend):
             *(cos.data_ptr(), sin.data_ptr(), interleave),
         )
         return x
+
+
+def _multiplies(dtype: torch.dtype, *linears: Linear) -> bool:
+    """Whether kernels of ours multiply rows of that type with all of these."""
+    kind = {torch.bfloat16: PackedLinear, torch.float32: FewRowsLinear}.get(dtype)
+    return kind is not None and all(type(each) in (kind, NarrowLinear) for each in linears)
 
 
 def _heads_side_by_side(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertlane.ops.narrow import NarrowLinear
 from expertlane.ops.products import Experts
 from expertlane.ops.router import Norm, Router, RouterParams
 from expertlane.ops.structs import (
@@ -81,7 +82,11 @@ class LocalExperts:
         self.dtype, self._top_k = dtype, router.params.top_k
         held = experts.held
         pointers = (None if each is None else ctypes.addressof(each) for each in matrices)
-        self._experts = ExpertsLayer(*pointers, len(held), held[0].up.out_features)
+        up, down = held[0].up, held[0].down
+        narrow: tuple[int, ...] = ()
+        if isinstance(up, NarrowLinear) and isinstance(down, NarrowLinear):
+            narrow = True, up.is_float8, up.group, down.group, down.first
+        self._experts = ExpertsLayer(*pointers, len(held), up.out_features, *narrow)
         self._num_experts = len(held)
         self.layers = router.layer.address, self._experts.address
         suffix = SUFFIX[dtype]

@@ -1,22 +1,17 @@
 // Products with weights of one byte and their scales, and experts' MLPs: each weight is read from
-// memory once, in order, by one thread, and widened in registers; sums are float32.
+// memory once, in order, by one thread; sums are float32.
 //
 // A matrix [n, k] is [n / 16][k][16] bytes, n padded to a multiple of 16 with zeros, and a scale
 // for every output and group of inputs, [n / 16][groups][16]. The first group may have begun
 // `first` inputs earlier, where a matrix is cut along its inputs.
 
 #include <memory>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "lanes.h"
+#include "narrow_weights.h"
 
 namespace {
-
-using ::load;
-
-struct E4m3 { uint8_t bits; };  // sign, 4 bits of exponent, 3 of mantissa; no infinity
 
 struct Matrix {
     const uint8_t* values;
@@ -28,121 +23,21 @@ struct Groups {
     int64_t count(int64_t k) const { return (first + k + size - 1) / size; }
 };
 
-constexpr int kBlock = 16;                      // outputs that are packed together
-constexpr int kBlocks = kLanes == 16 ? 2 : 1;   // that a tile computes
-constexpr int kVectors = kBlocks * kBlock / kLanes;
-constexpr int kRows = kLanes == 16 ? 12 : 6;    // most rows of a tile, so that sums fit registers
-constexpr int64_t kAhead = 1024;                // bytes to prefetch
-
-// What a loaded weight is to be multiplied by, beside its scale.
-template <class W>
-constexpr float kUnit = 1.0f;
-template <>
-constexpr float kUnit<E4m3> = 256.0f;
-
-// Half precision has e4m3's mantissa with 7 zeros after it, and an exponent that is 8 more.
-inline Lanes load(const E4m3* p) {
-#if defined(__AVX512F__)
-    const __m256i bits = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
-    const __m256i magnitude = _mm256_slli_epi16(bits, 7);
-    return _mm512_cvtph_ps(_mm256_and_si256(magnitude, _mm256_set1_epi16((short)0xbf80)));
-#elif defined(__AVX2__)
-    const __m128i bits = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
-    const __m128i magnitude = _mm_slli_epi16(bits, 7);
-    return _mm256_cvtph_ps(_mm_and_si128(magnitude, _mm_set1_epi16((short)0xbf80)));
-#else
-    // As a float32 with too small an exponent, maybe none: multiplying sets both right.
-    Bits bits;
-    for (int i = 0; i < kLanes; ++i) bits[i] = p[i].bits;
-    const Lanes value = lanes_of((bits & 0x7f) << 20) * 0x1p112f;
-    return lanes_of(bits_of(value) | (bits & 0x80) << 24);
-#endif
-}
-
-inline int64_t place(int64_t i, int v) { return i * kBlock + v * kLanes % kBlock; }
-
-// Pairs of the inputs i and i + 1: one byte has no more digits than bfloat16.
-template <class W>
-inline Bits load_narrow_pairs(const W* p, int64_t i, int v) {
-    const Bits low = bits_of(load(p + place(i, v))) >> 16;
-    return low | (bits_of(load(p + place(i + 1, v))) & 0xffff0000);
-}
-
-#if defined(__AVX512VBMI__)
-// mantissa * 2^exponent as bfloat16, of at most 8 bits.
-constexpr bf16 bf16_of(int mantissa, int exponent) {
-    if (!mantissa) return 0;
-    while (mantissa < 128) mantissa *= 2, --exponent;
-    return (bf16)((exponent + 7 + 127) << 7 | (mantissa & 127));
-}
-
-constexpr bf16 magnitude(int8_t, int code) { return bf16_of(code, 0); }
-constexpr bf16 magnitude(E4m3, int code) {
-    const int exponent = code >> 3, mantissa = code & 7;
-    if (code == 127) return 0x7fc0;
-    return exponent ? bf16_of(8 + mantissa, exponent - 18) : bf16_of(mantissa, -17);
-}
-
-// The bytes of the bfloat16 of every magnitude; and which byte of 4 inputs of 16 outputs goes where
-// so that interleaving low and high bytes makes pairs of them, in order.
-template <class W>
-struct Lookup {
-    alignas(64) uint8_t low[128] = {}, high[128] = {}, order[64] = {};
-    constexpr Lookup() {
-        for (int code = 0; code < 128; ++code) {
-            const bf16 value = magnitude(W(), code);
-            low[code] = (uint8_t)value, high[code] = (uint8_t)(value >> 8);
-        }
-        for (int i = 0; i < 64; ++i) {
-            const int lane = i / 16, word = i % 8, input = i % 16 / 8 * 2 + word % 2;
-            order[i] = (uint8_t)(input * kBlock + lane * 4 + word / 2);
-        }
-    }
-};
-
-// Looks up values of int8 and e4m3 as sign and magnitude.
-template <class W>
-struct Widener {
-    static constexpr Lookup<W> table{};
-    __m512i low[2], high[2], order;
-    Widener() {
-        for (int i = 0; i < 2; ++i) {
-            low[i] = _mm512_load_si512(table.low + 64 * i);
-            high[i] = _mm512_load_si512(table.high + 64 * i);
-        }
-        order = _mm512_load_si512(table.order);
-    }
-
-    // Pairs of the first two, and of the next two, of 4 inputs of a block.
-    void operator()(const W* p, Bits pairs[2]) const {
-        const __m512i w = _mm512_permutexvar_epi8(order, _mm512_loadu_si512(p));
-        constexpr bool is_int8 = std::is_same_v<W, int8_t>;
-        const __m512i code = is_int8 ? _mm512_abs_epi8(w) : w;  // of which 7 bits are looked at
-        const __m512i lows = _mm512_permutex2var_epi8(low[0], code, low[1]);
-        __m512i highs = _mm512_permutex2var_epi8(high[0], code, high[1]);
-        constexpr int kFirstOrBoth = 0xf8;  // a | (b & c)
-        highs = _mm512_ternarylogic_epi32(highs, w, _mm512_set1_epi8((char)0x80), kFirstOrBoth);
-        if (is_int8) {  // -128's magnitude has 8 bits
-            const __m512i of_least = _mm512_set1_epi8((char)(magnitude(int8_t(), 128) >> 8 | 0x80));
-            highs = _mm512_mask_mov_epi8(highs, _mm512_movepi8_mask(code), of_least);
-        }
-        pairs[0] = (Bits)_mm512_unpacklo_epi8(lows, highs);
-        pairs[1] = (Bits)_mm512_unpackhi_epi8(lows, highs);
-    }
-};
-#endif
+constexpr int kBlocks = kLanes == kBlock ? 2 : 1;  // that a tile computes
+constexpr int kSums = kBlocks * kVectors;        // vectors of sums of a row
+constexpr int64_t kAheadBytes = 1024;               // to prefetch
 
 // sums[r][v] += rows x times the weights of the inputs from i to end, unscaled.
 template <int R, class W>
 inline void add_group(const float* const* x, const W* const* w, int64_t i, int64_t end,
-                      Lanes sums[R][kVectors]) {
+                      Lanes sums[R][kSums]) {
     constexpr int kChains = R == 1 ? 4 : R <= 2 ? 2 : 1;  // sums that do not wait for each other
-    Lanes more[kChains][R][kVectors] = {};
+    Lanes more[kChains][R][kSums] = {};
     for (; i + kChains <= end; i += kChains) {
         for (int c = 0; c < kChains; ++c) {
-            for (int v = 0; v < kVectors; ++v) {
+            for (int v = 0; v < kSums; ++v) {
                 const W* from = w[v * kLanes / kBlock] + place(i + c, v);
-                __builtin_prefetch((const char*)from + kAhead);
+                __builtin_prefetch((const char*)from + kAheadBytes);
                 const Lanes weights = load(from);
                 for (int r = 0; r < R; ++r) {
                     more[c][r][v] = fma(weights, all(x[r][i + c]), more[c][r][v]);
@@ -151,13 +46,13 @@ inline void add_group(const float* const* x, const W* const* w, int64_t i, int64
         }
     }
     for (; i < end; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < kSums; ++v) {
             const Lanes weights = load(w[v * kLanes / kBlock] + place(i, v));
             for (int r = 0; r < R; ++r) more[0][r][v] = fma(weights, all(x[r][i]), more[0][r][v]);
         }
     }
     for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < kSums; ++v) {
             sums[r][v] = more[0][r][v];
             for (int c = 1; c < kChains; ++c) sums[r][v] = sums[r][v] + more[c][r][v];
         }
@@ -166,16 +61,16 @@ inline void add_group(const float* const* x, const W* const* w, int64_t i, int64
 
 template <int R, class W>
 inline void add_group(const bf16* const* x, const W* const* w, int64_t i, int64_t end,
-                      Lanes sums[R][kVectors]) {
-    for (int r = 0; r < R; ++r) for (int v = 0; v < kVectors; ++v) sums[r][v] = Lanes{};
+                      Lanes sums[R][kSums]) {
+    for (int r = 0; r < R; ++r) for (int v = 0; v < kSums; ++v) sums[r][v] = Lanes{};
 #if defined(__AVX512VBMI__)
     const Widener<W> widen;
     constexpr int kChains = R <= 4 ? 2 : 1;  // sums that do not wait for each other
-    Lanes more[kChains][R][kVectors] = {};
+    Lanes more[kChains][R][kSums] = {};
     for (; i + 4 <= end; i += 4) {
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < kSums; ++v) {
             const W* from = w[v] + i * kBlock;
-            __builtin_prefetch((const char*)from + kAhead);
+            __builtin_prefetch((const char*)from + kAheadBytes);
             Bits pairs[2];
             widen(from, pairs);
             for (int r = 0; r < R; ++r) {
@@ -187,21 +82,21 @@ inline void add_group(const bf16* const* x, const W* const* w, int64_t i, int64_
         }
     }
     for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < kSums; ++v) {
             sums[r][v] = kChains > 1 ? more[0][r][v] + more[kChains - 1][r][v] : more[0][r][v];
         }
     }
 #endif
     for (; i + 2 <= end; i += 2) {
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < kSums; ++v) {
             const W* from = w[v * kLanes / kBlock];
-            __builtin_prefetch((const char*)(from + place(i, v)) + kAhead);
+            __builtin_prefetch((const char*)(from + place(i, v)) + kAheadBytes);
             const Bits pairs = load_narrow_pairs(from, i, v);
             for (int r = 0; r < R; ++r) sums[r][v] = add_products(sums[r][v], pairs, x[r] + i);
         }
     }
     for (; i < end; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < kSums; ++v) {
             const Lanes weights = load(w[v * kLanes / kBlock] + place(i, v));
             for (int r = 0; r < R; ++r) {
                 sums[r][v] = fma(weights, all(to_float(x[r][i])), sums[r][v]);
@@ -210,18 +105,12 @@ inline void add_group(const bf16* const* x, const W* const* w, int64_t i, int64_
     }
 }
 
-// Two inputs of an output, as a panel of widened weights has them: [k / 2][16].
-template <class W>
-struct Pair { bf16 both[2]; };
-template <class W>
-constexpr float kUnit<Pair<W>> = kUnit<W>;
-
 template <int R, class W>
 inline void add_group(const bf16* const* x, const Pair<W>* const* w, int64_t i, int64_t end,
-                      Lanes sums[R][kVectors]) {
-    for (int r = 0; r < R; ++r) for (int v = 0; v < kVectors; ++v) sums[r][v] = Lanes{};
+                      Lanes sums[R][kSums]) {
+    for (int r = 0; r < R; ++r) for (int v = 0; v < kSums; ++v) sums[r][v] = Lanes{};
     for (; i < end; i += 2) {
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < kSums; ++v) {
             const Pair<W>* from = w[v * kLanes / kBlock] + place(i / 2, v);
             const Bits pairs = load_pairs(from->both);
             for (int r = 0; r < R; ++r) sums[r][v] = add_products(sums[r][v], pairs, x[r] + i);
@@ -233,18 +122,18 @@ inline void add_group(const bf16* const* x, const Pair<W>* const* w, int64_t i, 
 template <int R, class W, class X>
 void tile(const X* const* x, const W* const* w, const float* const* scales, int64_t k,
           Groups groups, float* out) {
-    Lanes total[R][kVectors] = {};
+    Lanes total[R][kSums] = {};
     for (int64_t i = 0, end = groups.size - groups.first, g = 0; i < k;
          i = end, end += groups.size, ++g) {
-        Lanes sums[R][kVectors];
+        Lanes sums[R][kSums];
         add_group<R>(x, w, i, std::min(end, k), sums);
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < kSums; ++v) {
             const Lanes scale = load(scales[v * kLanes / kBlock] + place(g, v)) * kUnit<W>;
             for (int r = 0; r < R; ++r) total[r][v] = fma(sums[r][v], scale, total[r][v]);
         }
     }
     for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < kVectors; ++v) store(out + r * 2 * kBlock + v * kLanes, total[r][v]);
+        for (int v = 0; v < kSums; ++v) store(out + r * 2 * kBlock + v * kLanes, total[r][v]);
     }
 }
 
@@ -273,21 +162,29 @@ Block<W> block_of(const Matrix& matrix, int64_t number, int64_t k, Groups groups
 
 constexpr int64_t kFewRows = 2 * kRows;  // with more, two blocks are widened once for all of them
 
-// Two blocks, widened into a cache.
-template <class W>
+// Two blocks, widened into a cache as rows of type X take them.
+template <class W, class X>
 struct Panel {
-    std::unique_ptr<Pair<W>[]> pairs;
-    Block<Pair<W>> first, second;
+    using Cell = std::conditional_t<std::is_same_v<X, float>, Wide<W>, Pair<W>>;
+    static constexpr int64_t kInputs = std::is_same_v<X, float> ? 1 : 2;  // of a cell
+
+    std::unique_ptr<Cell[]> cells;
+    Block<Cell> first, second;
 
     Panel(const Block<W>& one, const Block<W>& two, int64_t k)
-        : pairs(new Pair<W>[(size_t)(k * kBlock)]),
-          first{pairs.get(), one.scales}, second{pairs.get() + k / 2 * kBlock, two.scales} {
-        widen(one.values, k, pairs.get());
-        widen(two.values, k, pairs.get() + k / 2 * kBlock);
+        : cells(new Cell[(size_t)(2 * k / kInputs * kBlock)]),
+          first{cells.get(), one.scales}, second{cells.get() + k / kInputs * kBlock, two.scales} {
+        widen(one.values, k, cells.get());
+        widen(two.values, k, cells.get() + k / kInputs * kBlock);
     }
 
     static bool suits(int64_t m, int64_t k, Groups groups) {
-        return m > kFewRows && !(k % 2 || groups.first % 2 || (groups.size % 2 && groups.size < k));
+        const int64_t ends = k | groups.first | (groups.size < k ? groups.size : 0);
+        return m > kFewRows && ends % kInputs == 0;
+    }
+
+    static void widen(const W* from, int64_t k, Wide<W>* to) {
+        for (int64_t i = 0; i < k * kBlock; i += kLanes) store(&to[i].value, load(from + i));
     }
 
     static void widen(const W* from, int64_t k, Pair<W>* to) {
@@ -297,13 +194,13 @@ struct Panel {
         for (; i + 4 <= k; i += 4) {
             Bits both[2];
             widen_four(from + i * kBlock, both);
-            std::memcpy(to + i / 2 * kBlock, both, sizeof(both));
+            std::memcpy((void*)(to + i / 2 * kBlock), both, sizeof(both));
         }
 #endif
         for (; i < k; i += 2) {
             for (int v = 0; v < kBlock / kLanes; ++v) {
                 const Bits both = load_narrow_pairs(from, i, v);
-                std::memcpy(to + place(i / 2, v), &both, sizeof(both));
+                std::memcpy((void*)(to + place(i / 2, v)), &both, sizeof(both));
             }
         }
     }
@@ -320,12 +217,6 @@ void two_blocks(int rows, const X* const* x, const Block<W>& first, const Block<
         if (b && second.values == first.values) break;
         tile(x, w + b, scales + b, k, groups, out[0] + b * kBlock);
     }
-}
-
-// Rows a tile so that all tiles of m rows are about equally high.
-inline int64_t tile_height(int64_t m) {
-    const int64_t count = (m + kRows - 1) / kRows;
-    return count ? (m + count - 1) / count : kRows;
 }
 
 template <class O>
@@ -370,9 +261,9 @@ struct TakenRows {
 template <class W, class X, class Use>
 void each_row(const X* x, int64_t stride, const int64_t* from_row, int64_t m, const Block<W>& first,
               const Block<W>& second, int64_t k, Groups groups, Use use) {
-    if constexpr (std::is_same_v<X, bf16> && sizeof(W) == 1) {
-        if (Panel<W>::suits(m, k, groups)) {
-            const Panel<W> panel(first, second, k);
+    if constexpr (sizeof(W) == 1) {
+        if (Panel<W, X>::suits(m, k, groups)) {
+            const Panel<W, X> panel(first, second, k);
             return each_row(x, stride, from_row, m, panel.first, panel.second, k, groups, use);
         }
     }
@@ -401,8 +292,6 @@ void product(const Taken<X>* x, int64_t stride, int64_t m, const Matrix& w, int6
     });
 }
 
-inline float gelu(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }
-
 // A block of act(gate) · up, or of act(up) where there is no gate, for rows of x.
 template <class W, class X>
 void inner_block(const X* x, int64_t stride, const int64_t* from_row, int64_t m,
@@ -411,9 +300,9 @@ void inner_block(const X* x, int64_t stride, const int64_t* from_row, int64_t m,
     const auto second = block_of<W>(up, block, k, groups);
     const auto first = gate ? block_of<W>(*gate, block, k, groups) : second;
     each_row(x, stride, from_row, m, first, second, k, groups, [&](int64_t row, float* sums) {
-        for (int i = 0; !gate && i < kBlock; ++i) sums[i] = gelu(sums[i]);
-        for (int i = 0; gate && i < kBlock; i += kLanes) {
-            store(sums + i, silu(load(sums + i)) * load(sums + kBlock + i));
+        for (int i = 0; i < kBlock; i += kLanes) {
+            const Lanes x = load(sums + i);
+            store(sums + i, gate ? silu(x) * load(sums + kBlock + i) : gelu(x));
         }
         write(sums, nullptr, kBlock, out + row * out_stride + block * kBlock);
     });

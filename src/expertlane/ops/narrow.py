@@ -172,7 +172,7 @@ class NarrowExperts(Experts):
         *gates, ups, downs = (
             _matrices(linears) for linears in zip(*(each.linears for each in held), strict=True)
         )
-        self._matrices = (gates[0] if gates else None, ups, downs)
+        self.matrices = (gates[0] if gates else None, ups, downs)
 
     @staticmethod
     def suits(held: Sequence[Expert], activation: Activation) -> bool:
@@ -203,7 +203,7 @@ class NarrowExperts(Experts):
             self._function(
                 *(up.is_float8, rows.dtype is torch.bfloat16, rows.data_ptr(), rows.stride(0)),
                 *(pairs.rows.data_ptr(), pairs.order.data_ptr(), ends.data_ptr(), len(ends)),
-                *(*self._matrices, hidden, up.out_features, up.group, down.group, down.first),
+                *(*self.matrices, hidden, up.out_features, up.group, down.group, down.first),
                 out.data_ptr(),
             )
         return out

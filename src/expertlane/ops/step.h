@@ -18,6 +18,12 @@ void experts(const bf16*, int64_t, const int64_t*, const int64_t*, const int64_t
 void few_rows_experts(const float*, int64_t, const int64_t*, const int64_t*, const int64_t*,
                       int64_t, const float* const*, const float* const*, const float* const*,
                       int64_t, int64_t, float*, float*);
+// narrow.cpp
+void narrow_linear(int32_t, int32_t, const void*, int64_t, int64_t, const uint8_t*, const float*,
+                   int64_t, int64_t, int64_t, int64_t, const float*, void*);
+void narrow_experts(int32_t, int32_t, const void*, int64_t, const int64_t*, const int64_t*,
+                    const int64_t*, int64_t, const void*, const void*, const void*, int64_t,
+                    int64_t, int64_t, int64_t, int64_t, void*);
 // rows.cpp
 void rms_norm(const bf16*, int64_t, int64_t, int64_t, int64_t, const float*, float, bf16*, int64_t);
 void rms_norm_float(const float*, int64_t, int64_t, int64_t, int64_t, const float*, float, float*,
@@ -40,8 +46,8 @@ void attention_float(const float*, int64_t, const float*, int64_t, const float*,
 
 struct Matrix {
     const void* weight;
-    const float* bias;
-    int64_t outputs, inputs;
+    const float *bias, *scales;  // scales null: the weight has the type of rows
+    int64_t outputs, inputs, group, first, is_float8;
 };
 
 struct AttentionLayer {
@@ -76,26 +82,49 @@ struct Head {
 
 struct Experts {  // gate null: no gates
     const void *const *gate, *const *up, *const *down;
-    int64_t count, inner;
+    int64_t count, inner, is_narrow, is_float8, hidden_group, inner_group, inner_first;
 };
 }
 
 namespace {
 
+template <class T>
+bool multiply_narrow(const Matrix& m, const T* x, int64_t rows, T* out) {
+    if (!m.scales) return false;
+    narrow_linear((int32_t)m.is_float8, sizeof(T) == 2, x, m.inputs, rows,
+                  (const uint8_t*)m.weight, m.scales, m.outputs, m.inputs, m.group, m.first, m.bias,
+                  out);
+    return true;
+}
+
 inline void multiply(const Matrix& m, const bf16* x, int64_t rows, bf16* out) {
+    if (multiply_narrow(m, x, rows, out)) return;
     linear(x, m.inputs, rows, (const bf16*)m.weight, m.outputs, m.inputs, m.bias, out);
 }
 inline void multiply(const Matrix& m, const float* x, int64_t rows, float* out) {
+    if (multiply_narrow(m, x, rows, out)) return;
     few_rows_linear(x, m.inputs, rows, (const float*)m.weight, m.outputs, m.inputs, m.bias, out);
+}
+
+template <class T>
+bool apply_narrow(const Experts& e, const T* x, const int64_t* from, const int64_t* to,
+                  const int64_t* ends, int64_t hidden, T* out) {
+    if (!e.is_narrow) return false;
+    narrow_experts((int32_t)e.is_float8, sizeof(T) == 2, x, hidden, from, to, ends, e.count,
+                   e.gate, e.up, e.down, hidden, e.inner, e.hidden_group, e.inner_group,
+                   e.inner_first, out);
+    return true;
 }
 
 inline void apply(const Experts& e, const bf16* x, const int64_t* from, const int64_t* to,
                   const int64_t* ends, int64_t hidden, bf16* scratch, bf16* out) {
+    if (apply_narrow(e, x, from, to, ends, hidden, out)) return;
     experts(x, hidden, from, to, ends, e.count, (const bf16* const*)e.gate,
             (const bf16* const*)e.up, (const bf16* const*)e.down, hidden, e.inner, scratch, out);
 }
 inline void apply(const Experts& e, const float* x, const int64_t* from, const int64_t* to,
                   const int64_t* ends, int64_t hidden, float* scratch, float* out) {
+    if (apply_narrow(e, x, from, to, ends, hidden, out)) return;
     few_rows_experts(x, hidden, from, to, ends, e.count, (const float* const*)e.gate,
                      (const float* const*)e.up, (const float* const*)e.down, hidden, e.inner,
                      scratch, out);

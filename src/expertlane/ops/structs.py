@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertlane.ops.narrow import NarrowLinear
 from expertlane.ops.products import Linear
 
 FEW_ROWS = 16  # in float32 torch's own products are faster with more
@@ -39,15 +40,19 @@ class Matrix(Struct):
     """A product's weight, as its kernel takes it, and bias."""
 
     _fields_ = (
-        *((name, POINTER) for name in ("weight", "bias")),
-        *((name, WHOLE) for name in ("outputs", "inputs")),
+        *((name, POINTER) for name in ("weight", "bias", "scales")),
+        *((name, WHOLE) for name in ("outputs", "inputs", "group", "first", "is_float8")),
     )
 
     @staticmethod
     def of(linear: Linear) -> "Matrix":
         """Of a linear layer of our kernels'."""
+        weight, bias = linear.weight.data_ptr(), address_of(linear.bias)
         sizes = linear.out_features, linear.in_features
-        return Matrix(linear.weight.data_ptr(), address_of(linear.bias), *sizes)
+        if not isinstance(linear, NarrowLinear):
+            return Matrix(weight, bias, None, *sizes)
+        narrow = linear.group, linear.first, linear.is_float8
+        return Matrix(weight, bias, linear.scales.data_ptr(), *sizes, *narrow)
 
 
 class AttentionLayer(Struct):
@@ -101,7 +106,8 @@ class ExpertsLayer(Struct):
 
     _fields_ = (
         *((name, POINTER) for name in ("gate", "up", "down")),
-        *((name, WHOLE) for name in ("count", "inner")),
+        *((name, WHOLE) for name in ("count", "inner", "is_narrow", "is_float8")),
+        *((name, WHOLE) for name in ("hidden_group", "inner_group", "inner_first")),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,19 +88,49 @@ class TorchBackend:
         """The norm before an MoE block, and its router."""
         return Router(params, self.rms_norm)
 
-    def local_experts(self, router: Router, experts: Experts) -> LocalExperts | None:
-        """An MoE block whose experts are all here, in few calls; None where there is no such."""
+    def local_experts(
+        self, router: Router, experts: Experts, dtype: torch.dtype
+    ) -> LocalExperts | None:
+        """An MoE block whose experts are all here, in few calls; None where there is no such.
+
+        Args:
+            dtype: of hidden states, as of `attention_part` and `head_part`.
+        """
         return None
 
-    def attention_part(self, weights: AttentionWeights) -> AttentionPart | None:
+    def attention_part(self, weights: AttentionWeights, dtype: torch.dtype) -> AttentionPart | None:
         """A layer's attention in one call; None where there is no such."""
         return None
 
-    def head_part(self, head: Linear, norm: Tensor | None, eps: float) -> HeadPart | None:
+    def head_part(
+        self, head: Linear, norm: Tensor | None, eps: float, dtype: torch.dtype
+    ) -> HeadPart | None:
         """The output head in one call; None where there is no such.
 
         Args:
             norm: the weight of the norm before it, to be a part of it too.
+        """
+        return None
+
+    def draw_tokens(
+        self,
+        scores: Tensor,
+        temperature: Tensor,
+        limits: tuple[Tensor | None, Tensor | None, Tensor | None],
+        seeds: npt.NDArray[np.uint64],
+        num_drawn: Tensor,
+    ) -> Tensor | None:
+        """Tokens drawn as `model.draw` defines it, in one pass; None where there is no such.
+
+        Args:
+            scores: [num_rows, vocab_size] float32.
+            temperature: [num_rows, 1] float32; above 0.
+            limits: top-k, top-p and min-p as `keep_likeliest` takes them.
+            seeds: [num_rows].
+            num_drawn: [num_rows] int64; tokens drawn so far, to be raised by one.
+
+        Returns:
+            [num_rows]; -1 where the greatest score is not finite.
         """
         return None
 
