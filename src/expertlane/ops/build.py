@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+from expertlane.ops.host import num_cores
 from expertlane.spec.files import user_cache
 
 _FOLDER = Path(__file__).parent
@@ -182,8 +184,11 @@ def compile_library(
             [*compiler, *arguments], capture_output=True, check=True, timeout=_TIMEOUT_S, cwd=folder
         )
 
-    with tempfile.TemporaryDirectory() as folder:
-        run(*_COMPILE, *instructions.flags, "-c", *map(str, sources))  # objects go where it runs
+    def compile_one(source: Path) -> None:  # its object goes where the compiler runs
+        run(*_COMPILE, *instructions.flags, "-c", str(source))
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPool(num_cores()) as pool:
+        pool.map(compile_one, sources, chunksize=1)
         objects = (f"{source.stem}.o" for source in sources)
         run("-shared", *instructions.link_flags, *link_flags, *objects, "-o", str(made))
     made.replace(library)
