@@ -25,19 +25,25 @@ struct Groups {
 
 constexpr int kBlocks = kLanes == kBlock ? 2 : 1;  // that a tile computes
 constexpr int kSums = kBlocks * kVectors;        // vectors of sums of a row
-constexpr int64_t kAheadBytes = 1024;               // to prefetch
+
+// Values from a block to what a thread should prefetch meanwhile: the block that is `step` blocks
+// on, which it reads next, where the second-level cache has room for it.
+inline int64_t ahead_of_bytes(int64_t step, int64_t k) {
+    const int64_t next = step * k * kBlock;
+    return next <= 65536 ? next : 4096;
+}
 
 // sums[r][v] += rows x times the weights of the inputs from i to end, unscaled.
 template <int R, class W>
 inline void add_group(const float* const* x, const W* const* w, int64_t i, int64_t end,
-                      Lanes sums[R][kSums]) {
+                      int64_t ahead, Lanes sums[R][kSums]) {
     constexpr int kChains = R == 1 ? 4 : R <= 2 ? 2 : 1;  // sums that do not wait for each other
     Lanes more[kChains][R][kSums] = {};
     for (; i + kChains <= end; i += kChains) {
         for (int c = 0; c < kChains; ++c) {
             for (int v = 0; v < kSums; ++v) {
                 const W* from = w[v * kLanes / kBlock] + place(i + c, v);
-                __builtin_prefetch((const char*)from + kAheadBytes);
+                prefetch(from + ahead);
                 const Lanes weights = load(from);
                 for (int r = 0; r < R; ++r) {
                     more[c][r][v] = fma(weights, all(x[r][i + c]), more[c][r][v]);
@@ -61,7 +67,7 @@ inline void add_group(const float* const* x, const W* const* w, int64_t i, int64
 
 template <int R, class W>
 inline void add_group(const bf16* const* x, const W* const* w, int64_t i, int64_t end,
-                      Lanes sums[R][kSums]) {
+                      int64_t ahead, Lanes sums[R][kSums]) {
     for (int r = 0; r < R; ++r) for (int v = 0; v < kSums; ++v) sums[r][v] = Lanes{};
 #if defined(__AVX512VBMI__)
     const Widener<W> widen;
@@ -70,7 +76,7 @@ inline void add_group(const bf16* const* x, const W* const* w, int64_t i, int64_
     for (; i + 4 <= end; i += 4) {
         for (int v = 0; v < kSums; ++v) {
             const W* from = w[v] + i * kBlock;
-            __builtin_prefetch((const char*)from + kAheadBytes);
+            prefetch(from + ahead);
             Bits pairs[2];
             widen(from, pairs);
             for (int r = 0; r < R; ++r) {
@@ -90,7 +96,7 @@ inline void add_group(const bf16* const* x, const W* const* w, int64_t i, int64_
     for (; i + 2 <= end; i += 2) {
         for (int v = 0; v < kSums; ++v) {
             const W* from = w[v * kLanes / kBlock];
-            __builtin_prefetch((const char*)(from + place(i, v)) + kAheadBytes);
+            prefetch(from + place(i, v) + ahead);
             const Bits pairs = load_narrow_pairs(from, i, v);
             for (int r = 0; r < R; ++r) sums[r][v] = add_products(sums[r][v], pairs, x[r] + i);
         }
@@ -107,7 +113,7 @@ inline void add_group(const bf16* const* x, const W* const* w, int64_t i, int64_
 
 template <int R, class W>
 inline void add_group(const bf16* const* x, const Pair<W>* const* w, int64_t i, int64_t end,
-                      Lanes sums[R][kSums]) {
+                      int64_t, Lanes sums[R][kSums]) {
     for (int r = 0; r < R; ++r) for (int v = 0; v < kSums; ++v) sums[r][v] = Lanes{};
     for (; i < end; i += 2) {
         for (int v = 0; v < kSums; ++v) {
@@ -121,12 +127,12 @@ inline void add_group(const bf16* const* x, const Pair<W>* const* w, int64_t i, 
 // out[r] = row x[r] times kBlocks blocks of 16 outputs.
 template <int R, class W, class X>
 void tile(const X* const* x, const W* const* w, const float* const* scales, int64_t k,
-          Groups groups, float* out) {
+          Groups groups, int64_t ahead, float* out) {
     Lanes total[R][kSums] = {};
     for (int64_t i = 0, end = groups.size - groups.first, g = 0; i < k;
          i = end, end += groups.size, ++g) {
         Lanes sums[R][kSums];
-        add_group<R>(x, w, i, std::min(end, k), sums);
+        add_group<R>(x, w, i, std::min(end, k), ahead, sums);
         for (int v = 0; v < kSums; ++v) {
             const Lanes scale = load(scales[v * kLanes / kBlock] + place(g, v)) * kUnit<W>;
             for (int r = 0; r < R; ++r) total[r][v] = fma(sums[r][v], scale, total[r][v]);
@@ -139,7 +145,7 @@ void tile(const X* const* x, const W* const* w, const float* const* scales, int6
 
 template <class W, class X>
 using Tile = void (*)(const X* const*, const W* const*, const float* const*, int64_t, Groups,
-                      float*);
+                      int64_t, float*);
 
 template <class W, class X, int... R>
 Tile<W, X> tile_of(int rows, std::integer_sequence<int, R...>) {
@@ -209,13 +215,13 @@ struct Panel {
 // out[r] = rows of x times two blocks.
 template <class W, class X>
 void two_blocks(int rows, const X* const* x, const Block<W>& first, const Block<W>& second,
-                int64_t k, Groups groups, float (*out)[2 * kBlock]) {
+                int64_t k, Groups groups, int64_t ahead, float (*out)[2 * kBlock]) {
     const auto tile = tile_of<W, X>(rows, std::make_integer_sequence<int, kRows>());
     const W* w[] = {first.values, second.values};
     const float* scales[] = {first.scales, second.scales};
     for (int b = 0; b < 2; b += kBlocks) {
         if (b && second.values == first.values) break;
-        tile(x, w + b, scales + b, k, groups, out[0] + b * kBlock);
+        tile(x, w + b, scales + b, k, groups, ahead, out[0] + b * kBlock);
     }
 }
 
@@ -258,13 +264,14 @@ struct TakenRows {
 };
 
 // use(row, sums) for the sums of each of m rows with two blocks; row i is from_row[i] of x, or i.
+// The blocks `step` blocks on in each matrix are those that follow.
 template <class W, class X, class Use>
 void each_row(const X* x, int64_t stride, const int64_t* from_row, int64_t m, const Block<W>& first,
-              const Block<W>& second, int64_t k, Groups groups, Use use) {
+              const Block<W>& second, int64_t k, Groups groups, int64_t step, Use use) {
     if constexpr (sizeof(W) == 1) {
         if (Panel<W, X>::suits(m, k, groups)) {
             const Panel<W, X> panel(first, second, k);
-            return each_row(x, stride, from_row, m, panel.first, panel.second, k, groups, use);
+            return each_row(x, stride, from_row, m, panel.first, panel.second, k, groups, 0, use);
         }
     }
     float sums[kRows][2 * kBlock];
@@ -275,7 +282,7 @@ void each_row(const X* x, int64_t stride, const int64_t* from_row, int64_t m, co
         for (int r = 0; r < rows; ++r) {
             from[r] = x + (from_row ? from_row[row + r] : row + r) * stride;
         }
-        two_blocks(rows, from, first, second, k, groups, sums);
+        two_blocks(rows, from, first, second, k, groups, ahead_of_bytes(step, k), sums);
         for (int r = 0; r < rows; ++r) use(row + r, sums[r]);
     }
 }
@@ -286,7 +293,7 @@ void product(const Taken<X>* x, int64_t stride, int64_t m, const Matrix& w, int6
     const int64_t at = 2 * pair * kBlock, left = n - at;
     const auto first = block_of<W>(w, 2 * pair, k, groups);
     const auto second = block_of<W>(w, left > kBlock ? 2 * pair + 1 : 2 * pair, k, groups);
-    each_row(x, stride, nullptr, m, first, second, k, groups, [&](int64_t row, float* sums) {
+    each_row(x, stride, nullptr, m, first, second, k, groups, 2, [&](int64_t row, float* sums) {
         X* to = out + (to_row ? to_row[row] : row) * n + at;
         write(sums, bias ? bias + at : nullptr, std::min<int64_t>(left, 2 * kBlock), to);
     });
@@ -299,7 +306,7 @@ void inner_block(const X* x, int64_t stride, const int64_t* from_row, int64_t m,
                  int64_t out_stride, X* out) {
     const auto second = block_of<W>(up, block, k, groups);
     const auto first = gate ? block_of<W>(*gate, block, k, groups) : second;
-    each_row(x, stride, from_row, m, first, second, k, groups, [&](int64_t row, float* sums) {
+    each_row(x, stride, from_row, m, first, second, k, groups, 1, [&](int64_t row, float* sums) {
         for (int i = 0; i < kBlock; i += kLanes) {
             const Lanes x = load(sums + i);
             store(sums + i, gate ? silu(x) * load(sums + kBlock + i) : gelu(x));

@@ -14,12 +14,11 @@ std::unique_ptr<Factor[]> room(int64_t count) {
     return std::unique_ptr<Factor[]>(new Factor[(size_t)count]);
 }
 
-// Rows of x as the products take them: those from_row, or all where that is null.
+// m rows of k values as the products take them; row(r) is where each lies.
 class FactorRows {
   public:
-    FactorRows(const bf16* x, int64_t stride, const int64_t* from_row, int64_t m, int64_t k)
-        : at_(m) {
-        const auto row = [=](int64_t r) { return x + (from_row ? from_row[r] : r) * stride; };
+    template <class Row>
+    FactorRows(int64_t m, int64_t k, Row row) : at_(m) {
         if constexpr (kMultipliesPairs && !kHasTiles) {
             for (int64_t r = 0; r < m; ++r) at_[r] = (const Factor*)row(r);
         } else {
@@ -103,7 +102,7 @@ extern "C" {
 void linear(const bf16* x, int64_t stride, int64_t m, const bf16* w, int64_t n, int64_t k,
             const float* bias, bf16* out) {
     const int64_t blocks = (n + kBlock - 1) / kBlock;
-    const FactorRows rows(x, stride, nullptr, m, k);
+    const FactorRows rows(m, k, [=](int64_t r) { return x + r * stride; });
 #pragma omp parallel for schedule(static)
     for (int64_t pair = 0; pair < (blocks + 1) / 2; ++pair) {
         two_blocks(rows.at(0), m, w, 2 * pair, n, k, bias, out, n, nullptr);
@@ -116,25 +115,14 @@ void heads_linear(const bf16* x, int64_t stride, int64_t head_stride, int64_t m,
                   int64_t heads, int64_t n, int64_t k, bf16* out, int64_t out_stride,
                   int64_t out_head_stride) {
     const int64_t blocks = (n + kBlock - 1) / kBlock, pairs = (blocks + 1) / 2;
-    std::unique_ptr<Factor[]> widened;
-    if constexpr (!kMultipliesPairs) widened = room(heads * m * k);
-#pragma omp parallel
-    {
-        if constexpr (!kMultipliesPairs) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < heads * m; ++i) {
-                widen_row(x + i % m * stride + i / m * head_stride, k, widened.get() + i * k);
-            }
-        }
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < heads * pairs; ++task) {
-            const int64_t head = task / pairs;
-            const Factor* rows = kMultipliesPairs ? (const Factor*)x + head * head_stride
-                                                  : widened.get() + head * m * k;
-            two_blocks(rows, kMultipliesPairs ? stride : k, m, w + head * blocks * kBlock * k,
-                       2 * (task % pairs), n, k, nullptr, out + head * out_head_stride, out_stride,
-                       nullptr);
-        }
+    const FactorRows rows(heads * m, k, [=](int64_t i) {
+        return x + i % m * stride + i / m * head_stride;
+    });
+#pragma omp parallel for schedule(static)
+    for (int64_t task = 0; task < heads * pairs; ++task) {
+        const int64_t head = task / pairs;
+        two_blocks(rows.at(head * m), m, w + head * blocks * kBlock * k, 2 * (task % pairs), n, k,
+                   nullptr, out + head * out_head_stride, out_stride, nullptr);
     }
 }
 
@@ -153,7 +141,7 @@ void experts(const bf16* x, int64_t stride, const int64_t* from_row, const int64
     const int64_t step = gate ? 1 : 2, first_blocks = inner / kBlock / step;
     const int64_t second_blocks = (hidden + 2 * kBlock - 1) / (2 * kBlock);
     const int64_t count = (int64_t)used.size(), pairs = num_experts ? ends[num_experts - 1] : 0;
-    const FactorRows rows(x, stride, from_row, pairs, hidden);
+    const FactorRows rows(pairs, hidden, [=](int64_t p) { return x + from_row[p] * stride; });
     std::unique_ptr<Factor[]> wider;
     Factor* middle = (Factor*)scratch;
     if constexpr (!kMultipliesPairs) {
