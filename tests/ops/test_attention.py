@@ -1,16 +1,11 @@
 """Attention over pages of each instruction set that this machine has, against float64."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.ops.backend import backend_of_cpu
-from expertlane.ops.build import BASELINE, ONLY_IF_ASKED_FOR, SETS, BuildError, build
-from expertlane.ops.cpu import VectorBackend
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
@@ -27,29 +22,6 @@ SEQUENCE = st.one_of(
     st.tuples(st.integers(200, 700), st.integers(1, 8)),
     st.tuples(st.just(0), st.integers(90, 150)),
 )
-
-
-@cache
-def backend_with(name: str) -> VectorBackend | str:
-    """The kernels of an instruction set, or why they cannot run here."""
-    try:
-        baseline = build(BASELINE)
-        if not baseline.has_instructions(name.encode()):
-            return f"this CPU lacks {name}"
-        (instructions,) = (each for each in SETS if each.name == name)
-        return VectorBackend(baseline, build(instructions), name)
-    except BuildError as error:
-        return str(error)
-
-
-@pytest.fixture(params=[s.name for s in SETS if s not in ONLY_IF_ASKED_FOR], scope="module")
-def ours(request) -> VectorBackend:
-    if backend_of_cpu()[1] == "EXPERTLANE_BACKEND=torch":
-        pytest.skip("EXPERTLANE_BACKEND=torch")
-    backend = backend_with(request.param)
-    if isinstance(backend, str):
-        pytest.skip(backend)
-    return backend
 
 
 def batch_of(sequences: list[tuple[int, int]], block_size: int) -> PagedBatch:
@@ -122,14 +94,14 @@ class Drawn:
     window=st.sampled_from([None, None, 1, 7, 64, 300]),
     has_sinks=st.booleans(),
 )
-def test_attention(ours, sequences, block_size, heads, dims, window, has_sinks):
+def test_attention(kernels, sequences, block_size, heads, dims, window, has_sinks):
     batch = batch_of(sequences, block_size)
     sinks = torch.linspace(-1, 2, heads[0]) if has_sinks else None
     for dtype, bound in BOUND.items():
         drawn = Drawn(batch, heads, dims, dtype)
         params = AttentionParams(drawn.value_dim, dims[0] ** -0.5, window, sinks)
         expected, (keys, values) = drawn.expected(batch, params)
-        found = ours.paged_attention(
+        found = kernels.paged_attention(
             drawn.query, drawn.key, drawn.value, drawn.cache, batch, params
         )
         assert found.dtype is dtype
@@ -143,12 +115,12 @@ def test_attention(ours, sequences, block_size, heads, dims, window, has_sinks):
 @pytest.mark.numerical
 @pytest.mark.parametrize("dims", [(576, None), (512, 512)])
 @pytest.mark.parametrize("sequences", [[(700, 1)], [(40, 20), (3, 1)]])
-def test_the_largest_heads(ours, dims, sequences):
-    test_attention.hypothesis.inner_test(ours, sequences, 16, (16, 1), dims, None, False)
+def test_the_largest_heads(kernels, dims, sequences):
+    test_attention.hypothesis.inner_test(kernels, sequences, 16, (16, 1), dims, None, False)
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-def test_a_result_does_not_depend_on_threads_or_company(ours, dtype):
+def test_a_result_does_not_depend_on_threads_or_company(kernels, dtype):
     """Long contexts are cut by their lengths alone."""
     sequences = [(900, 1), (5, 1), (700, 4), (0, 60)]
     params = AttentionParams(64, 0.1)
@@ -158,7 +130,7 @@ def test_a_result_does_not_depend_on_threads_or_company(ours, dtype):
         batch = batch_of(sequences, 16)
         drawn = Drawn(batch, (4, 2), (64, 64), dtype)
         tensors = drawn.query, drawn.key, drawn.value
-        found.append(ours.paged_attention(*tensors, drawn.cache, batch, params))
+        found.append(kernels.paged_attention(*tensors, drawn.cache, batch, params))
     torch.set_num_threads(1)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -176,11 +148,11 @@ def test_a_result_does_not_depend_on_threads_or_company(ours, dtype):
         CPU,
     )
     tensors = (x[:1] for x in (drawn.query, drawn.key, drawn.value))
-    assert torch.equal(ours.paged_attention(*tensors, drawn.cache, alone, params), found[0][:1])
+    assert torch.equal(kernels.paged_attention(*tensors, drawn.cache, alone, params), found[0][:1])
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-def test_what_is_not_seen_may_be_anything(ours, dtype):
+def test_what_is_not_seen_may_be_anything(kernels, dtype):
     """NaN after the last position and before the window, in blocks that others have."""
     batch = batch_of([(200, 1), (30, 12)], 16)
     params = AttentionParams(32, 0.2, 40)
@@ -197,7 +169,7 @@ def test_what_is_not_seen_may_be_anything(ours, dtype):
                 slots = table[seen // 16] * 16 + seen % 16
                 pages.flatten(0, 1)[slots] = kept[slots]
         tensors = drawn.query, drawn.key, drawn.value
-        found.append(ours.paged_attention(*tensors, drawn.cache, batch, params))
+        found.append(kernels.paged_attention(*tensors, drawn.cache, batch, params))
     assert found[0].isfinite().all()
     assert torch.equal(*found)
 
@@ -209,7 +181,7 @@ def test_what_is_not_seen_may_be_anything(ours, dtype):
     heads=st.integers(1, 5),
     sizes=st.tuples(st.integers(1, 70), st.sampled_from([1, 2, 6, 32, 130])),
 )
-def test_a_product_for_each_head(ours, num_tokens, heads, sizes):
+def test_a_product_for_each_head(kernels, num_tokens, heads, sizes):
     """Between rows that lie apart; odd widths are torch's."""
     out_features, in_features = sizes
     generator = torch.Generator().manual_seed(0)
@@ -217,7 +189,7 @@ def test_a_product_for_each_head(ours, num_tokens, heads, sizes):
         wide = torch.randn(num_tokens, heads, in_features + 3, generator=generator).to(dtype)
         weight = torch.randn(heads, out_features, in_features, generator=generator).to(dtype)
         x, out = wide[..., 3:], torch.zeros(num_tokens, heads, out_features + 5, dtype=dtype)
-        product = ours.heads_linear(weight)
+        product = kernels.heads_linear(weight)
         assert product.num_weights == weight.numel()
         product(x, out=out[..., :-5])
         expected = torch.einsum("thk,hnk->thn", x.double(), weight.double())
@@ -227,10 +199,10 @@ def test_a_product_for_each_head(ours, num_tokens, heads, sizes):
             assert error <= bound * expected.abs().max()
 
 
-def test_other_types_are_torch_s(ours):
+def test_other_types_are_torch_s(kernels):
     batch = batch_of([(4, 1), (0, 3)], 4)
     drawn = Drawn(batch, (4, 2), (8, 8), torch.float64)
     params = AttentionParams(8, 0.3)
     tensors = drawn.query, drawn.key, drawn.value
     expected = TorchBackend().paged_attention(*tensors, drawn.cache, batch, params)
-    assert torch.equal(ours.paged_attention(*tensors, drawn.cache, batch, params), expected)
+    assert torch.equal(kernels.paged_attention(*tensors, drawn.cache, batch, params), expected)
