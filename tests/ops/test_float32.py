@@ -29,7 +29,7 @@ def test_products_of_few_rows(kernels, n, k, has_bias):
     weight, bias = random(n, k), random(n, seed=1) if has_bias else None
     product = kernels.linear(weight, bias)
     assert isinstance(product, FewRowsLinear)
-    for m in (0, 1, 2, 3, 4, 5, 16, 17):
+    for m in (0, 1, 2, 3, 4, 5, 32, 33):
         x = random(m, k + 3, seed=2)[:, :k]  # rows apart
         expected = x @ weight.t() + (0 if bias is None else bias)
         if m:
@@ -41,7 +41,7 @@ def test_products_of_few_rows(kernels, n, k, has_bias):
 
 
 @pytest.mark.parametrize("is_gated", [False, True])
-@pytest.mark.parametrize("counts", [[0, 0, 0], [1, 0, 4], [16, 2, 5], [17, 1, 0]])
+@pytest.mark.parametrize("counts", [[0, 0, 0], [1, 0, 4], [32, 2, 5], [33, 1, 0]])
 @pytest.mark.parametrize(("hidden", "inner"), [(16, 32), (20, 10)])
 def test_experts_with_few_pairs(kernels, counts, is_gated, hidden, inner):
     def expert(ops, seed):

@@ -13,7 +13,7 @@
 
 namespace {
 
-constexpr int64_t kFewRows = 8;       // at most, of those multiplied where keys and values lie
+constexpr int64_t kFewRows = 16;      // at most, of those multiplied where keys and values lie
 constexpr int64_t kBlockRows = 128;   // at most, of those that go through keys together
 constexpr int64_t kFewBlocks = 4;     // at most, of a sequence whose positions are cut
 constexpr int64_t kStretch = 256;     // positions that are not cut

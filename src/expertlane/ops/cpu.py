@@ -30,7 +30,7 @@ from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart, atten
 from expertlane.ops.torch_backend import Outgoing, PeerRows, TorchBackend
 
 _LANES = 16
-_FEW_ROWS = 16  # with more, torch's own products are faster
+_FEW_ROWS = 32  # with more, torch's own products are faster
 _SUMMED = (torch.float32, torch.bfloat16)
 _TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,

@@ -14,17 +14,38 @@ std::unique_ptr<Factor[]> room(int64_t count) {
     return std::unique_ptr<Factor[]>(new Factor[(size_t)count]);
 }
 
-// Row r of x [m, k] for the products, as a row of a matrix of its own.
-void widen_row(const bf16* x, int64_t k, Factor* to) {
-    int64_t i = 0;
-    for (; i + kLanes <= k; i += kLanes) store(to + i, load(x + i));
-    for (; i < k; ++i) put(to_float(x[i]), to + i);
-}
+// m rows of k values as the products take them; row(r) is where each lies.
+class FactorRows {
+  public:
+    template <class Row>
+    FactorRows(int64_t m, int64_t k, Row row) : at_(m) {
+        if constexpr (kMultipliesPairs && !kHasTiles) {
+            for (int64_t r = 0; r < m; ++r) at_[r] = (const Factor*)row(r);
+        } else {
+            copy_ = room(m * k);
+#pragma omp parallel for schedule(static) if (m * k > 65536)
+            for (int64_t r = 0; r < m; ++r) at_[r] = copy_row(row(r), k, copy_.get() + r * k);
+        }
+    }
+
+    const Factor* const* at(int64_t row) const { return at_.data() + row; }
+
+  private:
+    static const Factor* copy_row(const bf16* x, int64_t k, Factor* to) {
+        int64_t i = 0;
+        for (; i + kLanes <= k; i += kLanes) store(to + i, load(x + i));
+        for (; i < k; ++i) put(to_float(x[i]), to + i);
+        return to;
+    }
+
+    std::vector<const Factor*> at_;
+    std::unique_ptr<Factor[]> copy_;
+};
 
 // Two neighbouring blocks of a product; the second may lie beyond the last one. Row r goes to the
 // row to_row[r] of out, or to row r where that is null.
-void two_blocks(const Factor* x, int64_t stride, int64_t m, const bf16* w, int64_t block,
-                int64_t n, int64_t k, const float* bias, bf16* out, int64_t out_stride,
+void two_blocks(const Factor* const* x, int64_t m, const bf16* w, int64_t block, int64_t n,
+                int64_t k, const float* bias, bf16* out, int64_t out_stride,
                 const int64_t* to_row) {
     const int64_t size = k * kBlock, left = n - block * kBlock;
     const bf16* w0 = w + block * size;
@@ -37,7 +58,7 @@ void two_blocks(const Factor* x, int64_t stride, int64_t m, const bf16* w, int64
     const int64_t height = tile_height(m);
     for (int64_t row = 0; row < m; row += height) {
         const int rows = (int)std::min<int64_t>(height, m - row);
-        tiles(rows, x + row * stride, stride, w0, w1, k, acc);
+        tiles(rows, x + row, w0, w1, k, 2, acc);
         for (int r = 0; r < rows; ++r) {
             const int64_t at = to_row ? to_row[row + r] : row + r;
             bf16* to = out + at * out_stride + block * kBlock;
@@ -81,22 +102,10 @@ extern "C" {
 void linear(const bf16* x, int64_t stride, int64_t m, const bf16* w, int64_t n, int64_t k,
             const float* bias, bf16* out) {
     const int64_t blocks = (n + kBlock - 1) / kBlock;
-    std::unique_ptr<Factor[]> widened;
-    if constexpr (!kMultipliesPairs) widened = room(m * k);
-#pragma omp parallel
-    {
-        if constexpr (!kMultipliesPairs) {
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < m; ++row) {
-                widen_row(x + row * stride, k, widened.get() + row * k);
-            }
-        }
-        const Factor* rows = kMultipliesPairs ? (const Factor*)x : widened.get();
-        const int64_t row_stride = kMultipliesPairs ? stride : k;
-#pragma omp for schedule(static)
-        for (int64_t pair = 0; pair < (blocks + 1) / 2; ++pair) {
-            two_blocks(rows, row_stride, m, w, 2 * pair, n, k, bias, out, n, nullptr);
-        }
+    const FactorRows rows(m, k, [=](int64_t r) { return x + r * stride; });
+#pragma omp parallel for schedule(static)
+    for (int64_t pair = 0; pair < (blocks + 1) / 2; ++pair) {
+        two_blocks(rows.at(0), m, w, 2 * pair, n, k, bias, out, n, nullptr);
     }
 }
 
@@ -106,25 +115,14 @@ void heads_linear(const bf16* x, int64_t stride, int64_t head_stride, int64_t m,
                   int64_t heads, int64_t n, int64_t k, bf16* out, int64_t out_stride,
                   int64_t out_head_stride) {
     const int64_t blocks = (n + kBlock - 1) / kBlock, pairs = (blocks + 1) / 2;
-    std::unique_ptr<Factor[]> widened;
-    if constexpr (!kMultipliesPairs) widened = room(heads * m * k);
-#pragma omp parallel
-    {
-        if constexpr (!kMultipliesPairs) {
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < heads * m; ++i) {
-                widen_row(x + i % m * stride + i / m * head_stride, k, widened.get() + i * k);
-            }
-        }
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < heads * pairs; ++task) {
-            const int64_t head = task / pairs;
-            const Factor* rows = kMultipliesPairs ? (const Factor*)x + head * head_stride
-                                                  : widened.get() + head * m * k;
-            two_blocks(rows, kMultipliesPairs ? stride : k, m, w + head * blocks * kBlock * k,
-                       2 * (task % pairs), n, k, nullptr, out + head * out_head_stride, out_stride,
-                       nullptr);
-        }
+    const FactorRows rows(heads * m, k, [=](int64_t i) {
+        return x + i % m * stride + i / m * head_stride;
+    });
+#pragma omp parallel for schedule(static)
+    for (int64_t task = 0; task < heads * pairs; ++task) {
+        const int64_t head = task / pairs;
+        two_blocks(rows.at(head * m), m, w + head * blocks * kBlock * k, 2 * (task % pairs), n, k,
+                   nullptr, out + head * out_head_stride, out_stride, nullptr);
     }
 }
 
@@ -143,38 +141,30 @@ void experts(const bf16* x, int64_t stride, const int64_t* from_row, const int64
     const int64_t step = gate ? 1 : 2, first_blocks = inner / kBlock / step;
     const int64_t second_blocks = (hidden + 2 * kBlock - 1) / (2 * kBlock);
     const int64_t count = (int64_t)used.size(), pairs = num_experts ? ends[num_experts - 1] : 0;
-    std::unique_ptr<Factor[]> widened;
-    Factor* inner_rows = (Factor*)scratch;
-    std::vector<const Factor*> row_of(pairs);
+    const FactorRows rows(pairs, hidden, [=](int64_t p) { return x + from_row[p] * stride; });
+    std::unique_ptr<Factor[]> wider;
+    Factor* middle = (Factor*)scratch;
     if constexpr (!kMultipliesPairs) {
-        widened = room(pairs * (hidden + inner));
-        inner_rows = widened.get() + pairs * hidden;
+        wider = room(pairs * inner);
+        middle = wider.get();
     }
+    std::vector<const Factor*> middle_at(pairs);
+    for (int64_t p = 0; p < pairs; ++p) middle_at[p] = middle + p * inner;
 #pragma omp parallel
     {
-#pragma omp for schedule(static)
-        for (int64_t p = 0; p < pairs; ++p) {
-            const bf16* row = x + from_row[p] * stride;
-            if constexpr (kMultipliesPairs) {
-                row_of[p] = (const Factor*)row;
-            } else {
-                widen_row(row, hidden, widened.get() + p * hidden);
-                row_of[p] = widened.get() + p * hidden;
-            }
-        }
 #pragma omp for schedule(dynamic, 8)
         for (int64_t task = 0; task < count * first_blocks; ++task) {
             const int64_t e = used[task / first_blocks], block = task % first_blocks * step;
             const int64_t begin = e ? ends[e - 1] : 0;
-            inner_block(row_of.data() + begin, ends[e] - begin, gate ? gate[e] : nullptr, up[e],
-                        block, inner, hidden, inner_rows + begin * inner);
+            inner_block(rows.at(begin), ends[e] - begin, gate ? gate[e] : nullptr, up[e], block,
+                        inner, hidden, middle + begin * inner);
         }
 #pragma omp for schedule(dynamic, 8)
         for (int64_t task = 0; task < count * second_blocks; ++task) {
             const int64_t e = used[task / second_blocks], pair = task % second_blocks;
             const int64_t begin = e ? ends[e - 1] : 0;
-            two_blocks(inner_rows + begin * inner, inner, ends[e] - begin, down[e], 2 * pair,
-                       hidden, inner, nullptr, out, hidden, to_row + begin);
+            two_blocks(middle_at.data() + begin, ends[e] - begin, down[e], 2 * pair, hidden, inner,
+                       nullptr, out, hidden, to_row + begin);
         }
     }
 }

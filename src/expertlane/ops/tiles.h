@@ -16,9 +16,16 @@ constexpr int kVectors = kBlock / kLanes;  // vectors of their sums
 // Rows a tile of one block, and of two blocks side by side: their sums, with two vectors of weights,
 // fit into the registers. More rows than 8 are no faster.
 #if defined(__AVX512F__)
-constexpr int kRows = 8, kRowsOfTwoBlocks = 8;
+constexpr int kRowsOfOneBlock = 8, kRowsOfTwoBlocks = 8;
 #else
-constexpr int kRows = 5, kRowsOfTwoBlocks = 2;
+constexpr int kRowsOfOneBlock = 5, kRowsOfTwoBlocks = 2;
+#endif
+#if defined(__AMX_BF16__)
+constexpr bool kHasTiles = true;
+constexpr int kRows = 32;  // of a call: as AMX takes them
+#else
+constexpr bool kHasTiles = false;
+constexpr int kRows = kRowsOfOneBlock;
 #endif
 
 // a[r][v] += the pairs from `w` on, those of each of B blocks `apart` values from one another, times
@@ -83,13 +90,11 @@ inline int64_t ahead_of(int64_t step, int64_t k) {
     return next <= 32768 ? next : 2048;
 }
 
-// The rows times a block from w0 on, and one from w1 on; `step` blocks on in each matrix are those
-// that follow.
-template <int R = kRows>
-inline void tiles(int rows, const Factor* const* x, const bf16* w0, const bf16* w1, int64_t k,
-                  int64_t step, Lanes acc[kRows][2 * kVectors]) {
+template <int R = kRowsOfOneBlock>
+inline void register_tiles(int rows, const Factor* const* x, const bf16* w0, const bf16* w1,
+                           int64_t k, int64_t step, Lanes acc[][2 * kVectors]) {
     if constexpr (R > 1) {
-        if (rows < R) return tiles<R - 1>(rows, x, w0, w1, k, step, acc);
+        if (rows < R) return register_tiles<R - 1>(rows, x, w0, w1, k, step, acc);
     }
     const int64_t ahead = ahead_of(step, k);
     if constexpr (R <= kRowsOfTwoBlocks) {
@@ -99,6 +104,68 @@ inline void tiles(int rows, const Factor* const* x, const bf16* w0, const bf16* 
         Lanes second[R][2 * kVectors];
         tile<R, 1>(x, w1, 0, k, ahead, second);
         for (int r = 0; r < R; ++r) std::copy_n(second[r], kVectors, acc[r] + kVectors);
+    }
+}
+
+#if defined(__AMX_BF16__)
+// As _tile_loadconfig takes it.
+struct TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// The same for 1 to 32 rows `stride` apart, k a multiple of 32: sums in the tiles 0 to 3, rows in 4
+// and 5, blocks in 6 and 7; 32 inputs of a packed block are a tile as it is.
+inline void amx_tiles(int rows, const bf16* x, int64_t stride, const bf16* w0, const bf16* w1,
+                      int64_t k, Lanes acc[][2 * kVectors]) {
+    const int first = std::min(rows, 16), second = rows - first;
+    TileConfig config;
+    const int rows_of[] = {first, first, second, second, first, second, 16, 16};
+    for (int t = 0; t < 8; ++t) {
+        if (rows_of[t]) config.rows[t] = (uint8_t)rows_of[t], config.row_bytes[t] = 64;
+    }
+    _tile_loadconfig(&config);
+    _tile_zero(0);
+    _tile_zero(1);
+    if (second) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t i = 0; i < k; i += 32) {
+        _tile_loadd(6, w0 + i * kBlock, 64);
+        _tile_loadd(7, w1 + i * kBlock, 64);
+        _tile_loadd(4, x + i, stride * 2);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (second) {
+            _tile_loadd(5, x + 16 * stride + i, stride * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, acc[0], sizeof(acc[0]));
+    _tile_stored(1, acc[0] + 1, sizeof(acc[0]));
+    if (second) {
+        _tile_stored(2, acc[16], sizeof(acc[0]));
+        _tile_stored(3, acc[16] + 1, sizeof(acc[0]));
+    }
+    _tile_release();
+}
+#endif
+
+// Up to kRows rows times a block from w0 on, and one from w1 on; in each matrix, `step` blocks on
+// lie those that this thread reads next.
+inline void tiles(int rows, const Factor* const* x, const bf16* w0, const bf16* w1, int64_t k,
+                  int64_t step, Lanes acc[kRows][2 * kVectors]) {
+#if defined(__AMX_BF16__)
+    const int64_t stride = rows > 1 ? x[1] - x[0] : 0;
+    bool suits = rows > kRowsOfOneBlock && k % 32 == 0;
+    for (int r = 2; suits && r < rows; ++r) suits = x[r] - x[r - 1] == stride;
+    if (suits) return amx_tiles(rows, x[0], stride, w0, w1, k, acc);
+#endif
+    for (int r = 0; r < rows; r += kRowsOfOneBlock) {
+        register_tiles(std::min(rows - r, kRowsOfOneBlock), x + r, w0, w1, k, step, acc + r);
     }
 }
 
