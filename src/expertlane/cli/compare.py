@@ -76,6 +76,7 @@ class _Options:
     resume: bool = typer.Option(
         False,
         "--resume",
+        rich_help_panel=Panel.MORE_WORKLOAD,
         help="Go on with a comparison that was interrupted: what it measured is kept in the folder "
         "of its results until it is complete.",
     )
