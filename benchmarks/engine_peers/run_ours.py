@@ -6,6 +6,7 @@ from typing import Any
 from serving import Answers, serve
 
 from expertlane.engine.llm import LLM
+from expertlane.spec.deployment import Options
 from expertlane.spec.sampling import SamplingParams
 
 NUM_BLOCKS = 2048  # of 16 tokens: over three times what the largest point needs
@@ -15,11 +16,11 @@ def main() -> None:
     answers = Answers()
     folder, option = sys.argv[1:]
     parts = option.split(",")
-    settings: Any = dict(part.split("=") for part in parts if part.startswith("weights="))
+    weights: Any = dict(part.split("=") for part in parts if part.startswith("weights="))
     with LLM(
         folder,
         layout=",".join(part for part in parts if not part.startswith("weights=")),
-        **settings,
+        options=Options(**weights),
         dtype="bfloat16",
         max_model_len=1024,
         num_blocks=NUM_BLOCKS,
