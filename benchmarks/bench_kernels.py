@@ -10,6 +10,7 @@ the machine; ROWS narrows it down, for example to decoding:
     python benchmarks/bench_kernels.py [ROWS …]
 """
 
+import argparse
 import ctypes
 import json
 import sys
@@ -212,7 +213,11 @@ def this_machine() -> Machine:
 
 
 def main() -> None:
-    num_rows = [int(argument) for argument in sys.argv[1:]] or NUM_ROWS
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", nargs="*", type=int, default=NUM_ROWS, metavar="ROWS")
+    num_rows = parser.parse_args().rows
     torch.set_num_threads(num_cores())
     torch.manual_seed(0)
     machine = this_machine()

@@ -73,8 +73,7 @@ class RandomWeights(WeightSource):
     """Drawn on the device: their values do not matter, and a large layer has many."""
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(dtype, device, lambda: None)
-        self._model = model
+        super().__init__(model, dtype, device, lambda: None)
 
     def _read(self, name: str, part: range | None, dtype: torch.dtype) -> torch.Tensor:
         shape = tensor_shape(self._model, name)

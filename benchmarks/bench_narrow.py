@@ -8,6 +8,7 @@ each instruction set, with nothing else on the machine:
     python benchmarks/bench_narrow.py [--engine CHECKPOINT]
 """
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -146,11 +147,16 @@ def mean_step_s(llm: LLM, batch: int) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--engine", metavar="CHECKPOINT", help="measure decoding, nothing else")
+    checkpoint = parser.parse_args().engine
     ops, why_not = backend_of_cpu()
     if not isinstance(ops, VectorBackend):
         sys.exit(why_not)
-    if sys.argv[1:2] == ["--engine"]:
-        engine(sys.argv[2])
+    if checkpoint is not None:
+        engine(checkpoint)
     else:
         print(f"{ops.instructions}, {torch.get_num_threads()} threads")
         products(ops)

@@ -31,9 +31,9 @@ def stub(monkeypatch):
 def test_they_reach_the_memory_plan_the_ranks_and_the_scheduler(monkeypatch, stub):
     fit = launch.fit_to_machine
 
-    def fitting(*args, placements):
+    def fitting(*args, placements, **more):
         stub["placements"] = placements
-        return fit(*args, placements=placements)
+        return fit(*args, placements=placements, **more)
 
     monkeypatch.setattr(launch, "fit_to_machine", fitting)
     options = Options(num_redundant_experts=2, num_micro_batches=2)

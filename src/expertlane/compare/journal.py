@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -82,9 +83,8 @@ class Journal:
     def __init__(self, path: Path, owner: _Owner, kept: Sequence[Measurement]) -> None:
         self._path, self.peak, self.num_kept = path, owner.peak, len(kept)
         self._kept = {(each.role, each.name, each.run): each for each in kept}
-        parts = [encode(MessageKind.RESULT, each) for each in (owner, *kept)]
-        write_whole(path, lambda file: file.writelines(parts))
-        self._file = path.open("ab")
+        self._parts = [encode(MessageKind.RESULT, each) for each in (owner, *kept)]
+        self._file: BinaryIO | None = None  # made with the first measurement
 
     @classmethod
     def of(
@@ -110,6 +110,7 @@ class Journal:
             peak,
         )
         if not resume:
+            path.unlink(missing_ok=True)
             return cls(path, owner, [])
         first, kept = _read(path)
         if (what := first.what_differs(owner)) is not None:
@@ -122,12 +123,16 @@ class Journal:
 
     def add(self, measurement: Measurement) -> None:
         """Keep one more."""
+        if self._file is None:
+            write_whole(self._path, lambda file: file.writelines(self._parts))
+            self._file = self._path.open("ab")
         self._file.write(encode(MessageKind.RESULT, measurement))
         self._file.flush()
 
     def close(self, *, finished: bool) -> None:
         """Leave the file for `--resume`, or remove it where everything is measured."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if finished:
             self._path.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from expertlane.balance.placement_file import Placements, placements_of
@@ -238,12 +239,14 @@ def with_blocks(
     Raises:
         CapacityError: there is no room for the model and one sequence, or for `num_blocks`.
     """
+    fit = partial(
+        fit_to_machine, model, layout, placements=placements, weights=weights, checkpoint=checkpoint
+    )
     if num_blocks is None:
         enough = wanted.max_num_seqs * -(-wanted.max_model_len // wanted.block_size)
         wanted = replace(wanted, num_blocks=min(enough, int(RANGES["num_blocks"].high)))
-        share = _CPU_CACHE_SHARE
-        return fit_to_machine(model, layout, wanted, seen, share, placements, weights, checkpoint)
-    fitting = fit_to_machine(model, layout, wanted, seen, 1.0, placements, weights, checkpoint)
+        return fit(wanted, seen, _CPU_CACHE_SHARE)
+    fitting = fit(wanted, seen, 1.0)
     if fitting.num_blocks < num_blocks:
         raise CapacityError(
             f"num_blocks is {num_blocks} but there is memory for {fitting.num_blocks}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from expertlane.errors import SpecError
 from expertlane.model.checkpoint_names import MXFP4_BLOCK, TensorLocation
 from expertlane.model.stored_tensors import (
     MAX_MAPPED_BYTES,
@@ -130,6 +131,10 @@ class Checkpoint(StoredTensors):
             scales.fill_(float(self._shards.tensor(name)))
         else:
             self._copy(name, tuple(blocks), scales)
+        if not torch.isfinite(scales).all():
+            raise SpecError(f"{self.folder}: tensor {name} holds NaN or infinite scales")
+        if scheme.type == "float8" and ((values.view(torch.uint8) & 0x7F) == 0x7F).any():
+            raise SpecError(f"{self.folder}: tensor {self._values_name(stored)} holds NaN")
         return with_block_scales(values, scales, size, (rows.start, columns.start), dtype)
 
     def _unpacked(self, name: str, rows: range, columns: range) -> Tensor:

@@ -53,11 +53,13 @@ def backend_of_cpu() -> tuple[TorchBackend, str]:
     try:
         baseline = build(BASELINE)
     except BuildError as error:
+        if allowed and _asked_set():
+            raise _without(str(error)) from None
         return _TORCH, str(error)
     _check_asked(baseline)
     why_not = "this CPU lacks avx2 or neon, one of which bfloat16 needs"
     if SETS and not allowed:
-        why_not = "EXPERTLANE_CPU_ISA=baseline leaves out what bfloat16 needs"
+        why_not = "the baseline, which was asked for, has no kernels for bfloat16"
     for instructions in reversed(allowed):
         if not baseline.has_instructions(instructions.name.encode()):
             continue
@@ -65,6 +67,8 @@ def backend_of_cpu() -> tuple[TorchBackend, str]:
             return VectorBackend(baseline, build(instructions), instructions.name), ""
         except BuildError as error:  # perhaps the compiler is too old for it
             why_not = str(error)
+            if instructions.name == _asked_set():
+                raise _without(why_not) from None
     return CpuBackend(baseline), why_not
 
 
@@ -101,12 +105,19 @@ def _allowed_sets() -> tuple[InstructionSet, ...]:
     if value is None:
         return tuple(each for each in SETS if each not in ONLY_IF_ASKED_FOR)
     if value not in names:
-        raise UserError(f"EXPERTLANE_CPU_ISA is {value!r}; valid: {', '.join(names)}")
+        raise UserError(
+            f"--cpu-isa (or EXPERTLANE_CPU_ISA) is {value!r}; valid here: {', '.join(names)}"
+        )
     return SETS[: names.index(value)]
 
 
 def _asked_set() -> str | None:
     return os.environ.get("EXPERTLANE_CPU_ISA") or None
+
+
+def _without(reason: str) -> UserError:
+    """What a set that was asked for cannot be had without."""
+    return UserError(f"--cpu-isa (or EXPERTLANE_CPU_ISA) asks for {_asked_set()}, but {reason}")
 
 
 def _check_asked(baseline: ctypes.CDLL) -> None:

@@ -159,7 +159,12 @@ def _library(compiler: list[str], instructions: InstructionSet) -> Path:
         [*compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_S
     ).stdout
     folder = user_cache()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BuildError(
+            f"compiled kernels cannot be kept in {folder}: {error.strerror}; set XDG_CACHE_HOME"
+        ) from None
     library = folder / _name(instructions, (version, *map(str.encode, compiler)))
     with (folder / "build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
