@@ -76,7 +76,7 @@ def test_torch_alone(monkeypatch):
 def test_no_set_but_the_baseline(monkeypatch):
     monkeypatch.setenv("EXPERTLANE_CPU_ISA", "baseline")
     assert type(backend_for(CPU)) is CpuBackend
-    why = "EXPERTLANE_CPU_ISA=baseline leaves out what bfloat16 needs"
+    why = "the baseline, which was asked for, has no kernels for bfloat16"
     assert choose_platform(0, 1, "bfloat16").kernels == f"torch ({why})"
     assert choose_platform(0, 1, "float32").kernels == "torch and expertlane (baseline)"
     monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
@@ -199,7 +199,7 @@ def odd_compiler(monkeypatch, folder):
 def no_cache(monkeypatch, folder):
     (folder / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "file"))
-    return "Not a directory: "
+    return "Not a directory; set XDG_CACHE_HOME"
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_the_variables_are_read_in_one_place():
         (
             "EXPERTLANE_CPU_ISA",
             "sse9",
-            "EXPERTLANE_CPU_ISA is 'sse9'; valid: "
+            "CPU_ISA.*is 'sse9'; valid here: "
             + ", ".join(["baseline", *(each.name for each in SETS)]),
         ),
     ],
