@@ -6,7 +6,7 @@ from math import ceil, prod
 
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.kv_transfer import held_kv_width
-from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
+from expertlane.cost.number_types import NumberTypes, weight_bytes
 from expertlane.errors import CapacityError
 from expertlane.results.record import PoolRecord
 from expertlane.schedule.request import Limits
@@ -117,7 +117,7 @@ class PlacedModel:
         outside = (EMBEDDING,) * (at.pp_rank == 0)
         outside += (HEAD, FINAL_NORM) * (at.pp_rank == layout.pp - 1)
         held = {name: self._num_held(at, name, tensor_shape(model, name)) for name in outside}
-        num_bytes += sum(num * _item_bytes(name, types) for name, num in held.items())
+        num_bytes += sum(_num_bytes(name, num, types) for name, num in held.items())
         largest_matrix = model.hidden_size * max(inner, model.attention_size // layout.tp)
         largest_matrix = max(largest_matrix, *held.values(), 0)
         # Token-expert pairs that reach this rank when routing is even; from the whole stage.
@@ -134,7 +134,8 @@ class PlacedModel:
             weight_bytes=num_bytes,
             kv_bytes=len(layers) * num_positions * kv_width * types.kv_bytes,
             activation_bytes=num_values * types.activation_bytes,
-            loading_bytes=largest_matrix * (_FLOAT32_BYTES + types.weight_bytes),
+            loading_bytes=largest_matrix * _FLOAT32_BYTES
+            + int(weight_bytes(largest_matrix, types.weights)),
         )
 
     def fit_cache(self, limits: Limits, free_bytes: float, cache_share: float = 1.0) -> Limits:
@@ -193,7 +194,7 @@ class PlacedModel:
         return min(found, key=lambda each: each.max_seqs)
 
     def _layer_bytes(self, at: Coordinates, is_dense: bool, num_experts: int) -> int:
-        """Bytes of a layer's weights; scales of float8 are not counted.
+        """Bytes of a layer's weights, scales included.
 
         Args:
             num_experts: that the rank holds, or holds a slice of.
@@ -204,7 +205,7 @@ class PlacedModel:
             experts = {f"experts.{part}": shape for part, shape in parts.items()}
             shapes, num_of = shapes | experts, num_of | dict.fromkeys(experts, num_experts)
         return sum(
-            num_of[name] * self._num_held(at, name, shape) * _item_bytes(name, self.types)
+            num_of[name] * _num_bytes(name, self._num_held(at, name, shape), self.types)
             for name, shape in shapes.items()
         )
 
@@ -236,12 +237,19 @@ _OF_KEYS = {"key", "key_bias", "value", "value_bias"}
 _ADDED_ONCE = {"output_bias", "down_bias"}  # to partial sums, by the first rank
 
 
-def _item_bytes(name: str, types: NumberTypes) -> int:
-    """Bytes of a value: norms and routers are float32; float8 is for matrices alone."""
+def _num_bytes(name: str, num_values: int, types: NumberTypes) -> int:
+    """Bytes of a tensor: norms and routers are float32; narrow types are for matrices alone."""
     part = name.rpartition(".")[2]
     if part in _WIDE:
-        return ITEM_BYTES["float32"]
-    return ITEM_BYTES[types.kept] if part in _KEPT or part.endswith("_bias") else types.weight_bytes
+        number_type = "float32"
+    elif part in _KEPT or part.endswith("_bias"):
+        number_type = types.kept
+    elif name.startswith("experts."):
+        number_type = types.of_part("experts")
+    else:
+        is_mlp = name.startswith(("dense.", "shared."))
+        number_type = types.of_part("mlp" if is_mlp else "attention")
+    return int(weight_bytes(num_values, number_type))
 
 
 def workload_limits(workload: Workload, model: ModelConfig, layout: Layout) -> Limits:

@@ -94,7 +94,12 @@ def test_a_checkpoint_needs_only_its_configuration(run, here):
     [
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "float8", ""),
         ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float8", ""),
-        ({"quant_method": "mxfp4"}, "bfloat16", "weights are mxfp4 but priced as bfloat16"),
+        ({"quant_method": "mxfp4"}, "mxfp4", ""),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            "bfloat16",
+            "weights are modelopt but priced as bfloat16",
+        ),
         ({"quant_method": "awq", "bits": 4}, "bfloat16", "weights are awq but priced as bfloat16"),
     ],
 )

@@ -9,7 +9,7 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout
 
-FP8, MXFP4 = Quantization("fp8", is_float8=True), Quantization("mxfp4", is_float8=False)
+FP8, MXFP4 = Quantization("fp8", "float8"), Quantization("mxfp4", "mxfp4")
 
 
 @pytest.mark.parametrize(
