@@ -1,8 +1,9 @@
 """Fits profiles of cards to the measured tables of aiconfigurator-core.
 
 python calibration/fit.py h200 b200     write their profiles
-python calibration/fit.py --table       all cards; also print how well laws fit, as Markdown
-python calibration/fit.py h100 --judge  the same with rows that are for judging alone
+python calibration/fit.py h100 --table  also print how well laws fit, as Markdown
+python calibration/fit.py --judge       all cards, with rows that are for judging alone; and a table
+                                        of all
 """
 
 import argparse
@@ -13,9 +14,9 @@ from pathlib import Path
 
 from laws import fit_computation
 from links import fit_links
-from quality import Quality, markdown
+from quality import Quality, markdown, side_by_side
 from sheet import CARDS, Card
-from tables import MissingTablesError
+from tables import MissingTablesError, Part
 
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import write_profile
@@ -31,15 +32,18 @@ def main() -> int:
     parser.add_argument("--judge", action="store_true", help="also on rows for judging alone")
     parser.add_argument("--output", type=Path, default=_PROFILES, help="a folder")
     given = parser.parse_args()
+    found = {}
     try:
         for name in given.cards or CARDS:
-            profile, qualities = _fit(CARDS[name], given.judge)
+            profile, found[name] = _fit(CARDS[name], given.judge)
             write_profile(profile, given.output / f"{name}.toml", CARDS[name].like)
             if given.table or given.judge:
-                print(f"{name}\n\n{markdown(qualities)}", flush=True)
+                print(f"{name}\n\n{markdown(found[name])}", flush=True)
     except MissingTablesError as error:
         print(error, file=sys.stderr)
         return 2
+    if given.judge and len(found) > 1:
+        print(side_by_side(found, Part.LARGEST.value))
     return 0
 
 

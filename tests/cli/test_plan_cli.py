@@ -89,6 +89,15 @@ def test_a_checkpoint_needs_only_its_configuration(run, here):
     assert written["model"] == {"checkpoint": str(here / "mine")}
 
 
+@pytest.mark.parametrize("name", ["b200", "b300", "gb200", "gb300", "h200"])
+def test_a_node_of_every_profile(run, here, name):
+    checkpoint(here / "mine", quantization_config={"quant_method": "mxfp4"})
+    code, _, err = run("plan", "./mine", "--cluster", f"{name}x8", *WORKLOAD, "--out", "there")
+    assert code == 0, err
+    found = json.loads((here / "there" / "results.json").read_text())
+    assert {each["conditions"]["dtype"] for each in found["deployments"]} == {"mxfp4"}
+
+
 @pytest.mark.parametrize(
     ("quantization", "weights", "caution"),
     [

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
-from expertlane.cost.laws.profile_file import read_profile, shipped_profiles, to_toml, write_profile
+from expertlane.cost.laws.profile_file import (
+    Like,
+    parse_cluster,
+    read_profile,
+    shipped_profiles,
+    to_toml,
+    write_profile,
+)
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
 from expertlane.errors import SpecError, UserError
@@ -154,6 +161,24 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, old, new, said):
     assert said in text
     assert text.startswith(str(path))
     assert "\n" not in text
+
+
+def test_a_rack_is_one_node_of_many_hosts(tmp_path):
+    rack, server = read_profile("gb200"), read_profile("b200")
+    assert (rack.ranks_per_node, rack.devices_per_host) == (72, 4)
+    assert [rack.num_hosts(num) for num in (1, 4, 8, 72)] == [1, 1, 2, 18]
+    assert [server.num_hosts(num) for num in (1, 8, 9)] == [1, 1, 2]
+    assert read_profile(write_profile(rack, tmp_path / "rack.toml")).devices_per_host == 4
+    assert parse_cluster("gb200x72").num_nodes == 1
+    assert parse_cluster("gb200x144").num_nodes == 2
+
+
+def test_what_fills_holes_is_written_too(tmp_path):
+    bare = replace(_PROFILE, surfaces={"experts.nvfp4": _PROFILE.surfaces["memory"]}, terms={})
+    read = read_profile(write_profile(bare, tmp_path / "bare.toml", Like("gb200", 2)))
+    assert read.surfaces["gemm.nvfp4"].basis is Basis.BOUND
+    assert read.surfaces["experts.nvfp4"].basis is Basis.FITTED
+    assert "experts.nvfp4.min_latency" not in read.surfaces  # of an operation with a law
 
 
 def test_like_must_name_another_profile(tmp_path):

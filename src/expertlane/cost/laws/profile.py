@@ -35,6 +35,8 @@ class Device(Strict):
             `bfloat16`, `float8`, `nvfp4`, `mxfp4`; of a type that is widened as it is read, the
             peak of what it becomes.
         origin: of these figures.
+        float8_attention: the type that attention over a float8 cache computes in: keys and values
+            are widened as they are read, or multiplied as they are.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Device(Strict):
     memory_bytes_per_s: float
     flops_per_s: Mapping[str, float]
     origin: str
+    float8_attention: str = "bfloat16"
 
 
 @dataclass(frozen=True)

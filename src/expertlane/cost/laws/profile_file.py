@@ -18,7 +18,7 @@ import numpy as np
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
-from expertlane.cost.number_types import WEIGHT_BYTES
+from expertlane.cost.number_types import ITEM_BYTES, WEIGHT_BYTES
 from expertlane.errors import SpecError, naming
 from expertlane.spec.files import CONFIG_BYTES, build, read_toml, write_text
 from expertlane.spec.names import Link
@@ -157,6 +157,11 @@ def _profile(file: _File) -> Profile:
         if dtype not in WEIGHT_BYTES:
             raise SpecError(f"device.flops_per_s.{dtype} is an unknown key")
         RANGES["flops_per_s"].take(f"device.flops_per_s.{dtype}", flops_per_s)
+    if file.device.float8_attention not in ITEM_BYTES:
+        raise SpecError(
+            f"device.float8_attention is {shown(file.device.float8_attention)}; it must be one of "
+            f"{', '.join(ITEM_BYTES)}"
+        )
     own = Profile(
         name=file.name,
         device=file.device,

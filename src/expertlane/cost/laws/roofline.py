@@ -66,8 +66,8 @@ def peak_flops_per_s(device: Device, kind: Kind, dtype: str) -> float:
     Raises:
         SpecError: the datasheet has none.
     """
-    # Attention over a float8 cache widens keys and values as it reads them.
-    computes_in = "bfloat16" if kind in ATTENTION and dtype == "float8" else dtype
+    is_float8 = kind in ATTENTION and dtype == "float8"
+    computes_in = device.float8_attention if is_float8 else dtype
     peak = device.flops_per_s.get(computes_in)
     if peak is None:
         known = ", ".join(device.flops_per_s)
