@@ -234,7 +234,36 @@ def _laws_of_products(card: Card) -> list[Law]:
             )
             for dtype, kernel, rows, what, library in experts
         ),
+        *([] if is_hopper else _flashinfer(card)),
         _deepgemm(card),
+    ]
+
+
+def _flashinfer(card: Card) -> list[Law]:
+    """What SGLang and vLLM run on Blackwell; far faster for few tokens than the others.
+
+    In NVFP4 where no other such kernel was timed, and for few tokens alone: for many it is not the
+    fastest, and its law is too fast there.
+    """
+    few = {"num_tokens": (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256)}
+    which: list[tuple[str, str, dict[str, object], str]] = [
+        ("float8", "fp8_block", {}, "scales by block")
+    ]
+    if not card.has_min_latency:
+        which.append(("nvfp4", "nvfp4", few, "scales by 16, at most 256 tokens"))
+    kernel = {"kernel_source": "sglang_flashinfer_trtllm_moe", "moe_ep_size": _UP_TO_64}
+    path = f"{card.folder}/moe/sglang/0.5.14/moe_perf.parquet"
+    return [
+        Law(
+            Kind.EXPERTS,
+            dtype,
+            (_experts(path, {**kernel, **where, "moe_dtype": rows}),),
+            axes_of(card.generation)["experts"],
+            f"TensorRT-LLM's grouped GEMM in FlashInfer with routing around, {scales}, balanced",
+            smoothness=1.0,
+            library="flashinfer",
+        )
+        for dtype, rows, where, scales in which
     ]
 
 
