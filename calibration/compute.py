@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from cleaning import group_numbers, without_spikes
-from fitted import Fitted, Fitter
 from quality import Quality
 from tables import SOURCE, Array, Columns, Part, Table, read
 
@@ -67,36 +66,30 @@ class Law:
         return f"{self.kind}.{self.dtype}{f'.{self.library}' if self.library else ''}"
 
 
-def fitter(law: Law) -> Fitter:
-    """The fitter of a law."""
-
-    def fit(sheet: Profile, with_judging: bool) -> Fitted:
-        parts, num_cleaned = [], 0
-        for source in law.sources:
-            columns, dropped = without_spikes(read(source.table, Part.FITTED), *source.along)
-            num_cleaned += dropped
-            parts.append(rows_of(law, source, columns, sheet))
-        rows = joined(parts)
-        path = " and ".join(source.table.path for source in law.sources)
-        surface, held_out = fit_surface(
-            rows,
-            law.axes,
-            basis=Basis.FITTED,
-            origin=f"{SOURCE}, {path}: {law.what}; {num_cleaned} spikes left out",
-            smoothness=law.smoothness,
-        )
-        judged = _judge(law, surface, sheet) if with_judging else {}
-        quality = Quality(
-            name=law.name,
-            source=path,
-            num_fitted=len(rows),
-            num_cleaned=num_cleaned,
-            held_out=held_out,
-            judged=judged,
-        )
-        return Fitted(surfaces={law.name: surface}, qualities=[quality])
-
-    return fit
+def fit_law(law: Law, sheet: Profile, with_judging: bool) -> tuple[Surface, Quality]:
+    """A law over a datasheet's rooflines, and how well it fits."""
+    parts, num_cleaned = [], 0
+    for source in law.sources:
+        columns, dropped = without_spikes(read(source.table, Part.FITTED), *source.along)
+        num_cleaned += dropped
+        parts.append(rows_of(law, source, columns, sheet))
+    rows = joined(parts)
+    path = " and ".join(source.table.path for source in law.sources)
+    surface, held_out = fit_surface(
+        rows,
+        law.axes,
+        basis=Basis.FITTED,
+        origin=f"{SOURCE}, {path}: {law.what}; {num_cleaned} spikes left out",
+        smoothness=law.smoothness,
+    )
+    return surface, Quality(
+        name=law.name,
+        source=path,
+        num_fitted=len(rows),
+        num_cleaned=num_cleaned,
+        held_out=held_out,
+        judged=_judge(law, surface, sheet) if with_judging else {},
+    )
 
 
 def rows_of(law: Law, source: Source, columns: Columns, sheet: Profile) -> Rows:

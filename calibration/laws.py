@@ -1,14 +1,28 @@
 """Which tables the laws of computation are fitted to, and over which knots."""
 
+from collections.abc import Callable
+
 import numpy as np
-from compute import Law, Sizes, Source, fitter
+from compute import Law, Sizes, Source, fit_law
+from fitted import Fitted
+from knots import axes_of
+from sheet import Card, Generation
 from skew import busiest_rank
 from tables import Array, Columns, Table
 
 from expertlane.cost.step.operation import Kind
 
-_ATTENTION = "attention/vllm/0.24.0/{}_attention_perf.parquet"
-_FLASH = {"kernel_source": "vllm_flash_attn_fa3", "window_size": 0}
+_TRTLLM = "trtllm/1.3.0rc20"
+_ATTENTION = "{}/attention/vllm/0.24.0/{}_attention_perf.parquet"
+# What vLLM chooses; on Blackwell another kernel computes the fewest prompts.
+_ATTENTION_KERNELS = {
+    Generation.HOPPER: ("vllm_flash_attn_fa3",),
+    Generation.BLACKWELL: ("vllm_flashinfer_trtllmprefill", "vllm_flashinfer_trtllmdecode"),
+}
+_ATTENTION_NAMES = {
+    Generation.HOPPER: "FlashAttention 3",
+    Generation.BLACKWELL: "TensorRT-LLM's kernels in FlashInfer",
+}
 _HEADS = ("num_heads", "num_key_value_heads", "head_dim")
 _LATENT = {"key_dim": 576.0, "value_dim": 512.0}  # DeepSeek's rank 512 and rotated 64
 _WIDENED = {"key_dim": 192.0, "value_dim": 128.0}  # the same, keys and values of every head apart
@@ -80,11 +94,16 @@ def _grouped(c: Columns) -> dict[str, Array]:
     return {"kv_heads": c["num_key_value_heads"], "head_dim": c["head_dim"]}
 
 
-def _prefill(cache: str) -> Source:
+def _attention_rows(card: Card, cache: str) -> dict[str, object]:
+    kernels = _ATTENTION_KERNELS[card.generation]
+    return {"kernel_source": kernels, "window_size": 0, "kv_cache_dtype": cache}
+
+
+def _prefill(card: Card, cache: str) -> Source:
     return Source(
         Table(
-            _ATTENTION.format("context"),
-            {**_FLASH, "kv_cache_dtype": cache},
+            _ATTENTION.format(card.folder, "context"),
+            _attention_rows(card, cache),
             lambda c: _causal(c)["query_key_pairs"] * c["num_heads"] * c["head_dim"],
         ),
         lambda c: {**_causal(c), **_grouped(c)},
@@ -93,11 +112,11 @@ def _prefill(cache: str) -> Source:
     )
 
 
-def _decode(cache: str) -> Source:
+def _decode(card: Card, cache: str) -> Source:
     return Source(
         Table(
-            _ATTENTION.format("generation"),
-            {**_FLASH, "kv_cache_dtype": cache},
+            _ATTENTION.format(card.folder, "generation"),
+            _attention_rows(card, cache),
             lambda c: _one_token(c)["positions"] * c["num_heads"] * c["head_dim"],
         ),
         lambda c: {**_one_token(c), **_grouped(c)},
@@ -119,10 +138,10 @@ def _latent_prefill(path: str, cache: str, dims: dict[str, float]) -> Source:
     )
 
 
-def _latent_decode(cache: str) -> Source:
+def _latent_decode(card: Card, cache: str) -> Source:
     return Source(
         Table(
-            "mla/trtllm/1.3.0rc20/generation_mla_perf.parquet",
+            f"{card.folder}/mla/{_TRTLLM}/generation_mla_perf.parquet",
             {"kv_cache_dtype": cache},
             lambda c: _one_token(c)["positions"] * c["num_heads"],
         ),
@@ -141,161 +160,163 @@ def _scaling(path: str) -> Source:
     )
 
 
-def _both_latent_prefills(cache: str) -> tuple[Source, ...]:
-    return (
-        _latent_prefill("mla/sglang/0.5.14/context_mla_perf.parquet", cache, _LATENT),
-        _latent_prefill("mla/trtllm/1.3.0rc20/context_mla_perf.parquet", cache, _WIDENED),
-    )
+def _latent_prefills(card: Card, cache: str) -> tuple[Source, ...]:
+    """In the latent too where a framework does so: none on Blackwell, by the tables' times."""
+    path = f"{card.folder}/mla/{{}}/context_mla_perf.parquet"
+    widened = _latent_prefill(path.format(_TRTLLM), cache, _WIDENED)
+    if card.generation is Generation.BLACKWELL:
+        return (widened,)
+    return _latent_prefill(path.format("sglang/0.5.14"), cache, _LATENT), widened
 
 
-_MEMORY_AXES = {"bytes": (1e2, 1e5, 1e6, 3e6, 1e7, 3e7, 4e7, 5e7, 1e9)}
-# The first and last knots become the tables' extremes.
-_GEMM_AXES = {
-    "m": (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4352, 32768),
-    "n": (32, 128, 512, 1024, 2048, 4096, 8192, 16384, 65536),
-    "k": (32, 128, 512, 1024, 2048, 4096, 8192, 16384, 65536),
-}
-_EXPERT_AXES = {
-    "pairs_per_expert": (1, 2, 8, 32, 128, 512, 4096),
-    "active": (1, 4, 16, 64, 512),
-    "hidden": (2048, 4096, 7168),
-    "inner": (16, 128, 512, 1024, 4096, 16384),
-}
-_PREFILL_AXES = {
-    "keys_per_query": (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 16384),
-    "query_heads": (16, 128, 1024, 8192, 65536, 524288, 8388608),
-    "group": (1, 4, 16, 64),
-    "head_dim": (64, 128, 256),
-}
-_DECODE_AXES = {
-    "positions_per_seq": (2, 64, 256, 1024, 4096, 16384, 131072),
-    "seq_kv_heads": (1, 8, 64, 256, 1024, 4096, 16384),
-    "group": (1, 4, 8, 16, 64),
-    "head_dim": (64, 128, 256),
-}
-_LATENT_PREFILL_AXES = {
-    "keys_per_query": (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 16384),
-    "query_heads": (16, 128, 1024, 8192, 65536, 524288, 8388608),
-    "key_dim": (192, 576),
-}
-_LATENT_DECODE_AXES = {
-    "positions_per_seq": (2, 64, 256, 1024, 4096, 16384, 131072),
-    "seqs": (1, 4, 16, 64, 256, 1024),
-    "heads": (1, 4, 16, 64, 128),
-    "key_dim": (576,),
-}
+# Beyond, time goes to tokens of other ranks, which a dispatch does not bring.
+_UP_TO_64 = (1, 2, 4, 8, 16, 32, 64)
 
-_TRTLLM_EXPERTS = "moe/trtllm/1.3.0rc20/moe_perf.parquet"
-_DEEPGEMM_EXPERTS = "moe/sglang/0.5.10/wideep_context_moe_perf.parquet"
-_UP_TO_64 = {
-    "kernel_source": "moe_torch_flow_cutlass",
-    # Beyond, time goes to tokens of other ranks, which a dispatch does not bring.
-    "moe_ep_size": (1, 2, 4, 8, 16, 32, 64),
-}
 
-LAWS = (
-    Law(
-        Kind.GEMM,
-        "bfloat16",
-        (_gemm("gemm/vllm/0.24.0/gemm_perf.parquet", {"gemm_dtype": "bfloat16"}),),
-        _GEMM_AXES,
-        "torch.nn.functional.linear (cuBLAS)",
-    ),
-    Law(
-        Kind.GEMM,
-        "float8",
-        (_gemm("gemm/trtllm/1.3.0rc20/gemm_perf.parquet", {"gemm_dtype": "fp8_block"}),),
-        _GEMM_AXES,
-        "TensorRT-LLM, scales by block",
-    ),
-    Law(
+def _trtllm_experts(card: Card, kernel: str, dtype: str) -> Source:
+    where = {"kernel_source": kernel, "moe_dtype": dtype, "moe_ep_size": _UP_TO_64}
+    path = f"{card.folder}/moe/{_TRTLLM}/moe_perf.parquet"
+    if "mxfp4" in dtype:  # of two models alone, gpt-oss, so whole layouts of them are left out
+        return _experts(path, where, ("num_experts", "moe_tp_size", "moe_ep_size"))
+    return _experts(path, where)
+
+
+def _laws_of_products(card: Card) -> list[Law]:
+    axes, is_hopper = axes_of(card.generation), card.generation is Generation.HOPPER
+    grouped = "CUTLASS" if is_hopper else "DeepGEMM"
+    of_trtllm = f"{card.folder}/gemm/{_TRTLLM}/gemm_perf.parquet"
+    of_vllm = f"{card.folder}/gemm/vllm/0.24.0/gemm_perf.parquet"
+    gemms = [
+        (
+            "bfloat16",
+            _gemm(of_vllm, {"gemm_dtype": "bfloat16"}),
+            "torch.nn.functional.linear (cuBLAS)",
+        ),
+        ("float8", _gemm(of_trtllm, {"gemm_dtype": "fp8_block"}), "TensorRT-LLM, scales by block"),
+    ]
+    cutlass, by_block = "moe_torch_flow_cutlass", "scales by block, balanced"
+    experts = [
+        ("bfloat16", cutlass, "bfloat16", "CUTLASS grouped GEMM with routing around, balanced", ""),
+        (
+            "float8",
+            cutlass if is_hopper else "deepgemm",
+            "fp8_block",
+            f"{grouped} grouped GEMM with routing around, {by_block}",
+            "",
+        ),
+        (
+            "mxfp4",
+            "moe_torch_flow",
+            "w4a16_mxfp4" if is_hopper else "w4a8_mxfp4_mxfp8",
+            f"TensorRT-LLM, {'bfloat16' if is_hopper else 'mxfp8'} activations, balanced",
+            "",
+        ),
+    ]
+    if not is_hopper:
+        where = {"gemm_dtype": "nvfp4"}
+        gemms.append(("nvfp4", _gemm(of_trtllm, where), "TensorRT-LLM, scales by 16"))
+        what = "grouped GEMM with routing around, scales by 16, balanced"
+        experts.append(("nvfp4", cutlass, "nvfp4", f"CUTLASS {what}", ""))
+        if card.has_min_latency:
+            kernel = "moe_torch_flow_min_latency"
+            experts.append(("nvfp4", kernel, "nvfp4", f"TensorRT-LLM's own {what}", "min_latency"))
+    return [
+        *(Law(Kind.GEMM, dtype, (rows,), axes["gemm"], what) for dtype, rows, what in gemms),
+        *(
+            Law(
+                Kind.EXPERTS,
+                dtype,
+                (_trtllm_experts(card, kernel, rows),),
+                axes["experts"],
+                what,
+                smoothness=1.0,
+                library=library,
+            )
+            for dtype, kernel, rows, what, library in experts
+        ),
+        *([] if is_hopper else _flashinfer(card)),
+        _deepgemm(card),
+    ]
+
+
+def _flashinfer(card: Card) -> list[Law]:
+    """What SGLang and vLLM run on Blackwell; far faster for few tokens than the others.
+
+    In NVFP4 where no other such kernel was timed, and for few tokens alone: for many it is not the
+    fastest, and its law is too fast there.
+    """
+    few = {"num_tokens": (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256)}
+    which: list[tuple[str, str, dict[str, object], str]] = [
+        ("float8", "fp8_block", {}, "scales by block")
+    ]
+    if not card.has_min_latency:
+        which.append(("nvfp4", "nvfp4", few, "scales by 16, at most 256 tokens"))
+    kernel = {"kernel_source": "sglang_flashinfer_trtllm_moe", "moe_ep_size": _UP_TO_64}
+    path = f"{card.folder}/moe/sglang/0.5.14/moe_perf.parquet"
+    return [
+        Law(
+            Kind.EXPERTS,
+            dtype,
+            (_experts(path, {**kernel, **where, "moe_dtype": rows}),),
+            axes_of(card.generation)["experts"],
+            f"TensorRT-LLM's grouped GEMM in FlashInfer with routing around, {scales}, balanced",
+            smoothness=1.0,
+            library="flashinfer",
+        )
+        for dtype, rows, where, scales in which
+    ]
+
+
+def _deepgemm(card: Card) -> Law:
+    path = f"{card.folder}/moe/sglang/0.5.10/wideep_context_moe_perf.parquet"
+    return Law(
         Kind.EXPERTS,
-        "bfloat16",
-        (_experts(_TRTLLM_EXPERTS, {**_UP_TO_64, "moe_dtype": "bfloat16"}),),
-        _EXPERT_AXES,
-        "CUTLASS grouped GEMM with routing around, balanced",
-        smoothness=1.0,
-    ),
-    Law(
-        Kind.EXPERTS,
         "float8",
-        (_experts(_TRTLLM_EXPERTS, {**_UP_TO_64, "moe_dtype": "fp8_block"}),),
-        _EXPERT_AXES,
-        "CUTLASS grouped GEMM with routing around, scales by block, balanced",
-        smoothness=1.0,
-    ),
-    Law(
-        Kind.EXPERTS,
-        "float8",
-        (_experts(_DEEPGEMM_EXPERTS, {}, shape=("moe_ep_size",)),),
-        {**_EXPERT_AXES, "hidden": (7168,), "inner": (2048,)},
+        (_experts(path, {}, shape=("moe_ep_size",)),),
+        {**axes_of(card.generation)["experts"], "hidden": (7168,), "inner": (2048,)},
         "DeepGEMM's contiguous grouped GEMM with sorting around, scales by block, uniform",
         smoothness=0.3,
         library="deepgemm",
-    ),
-    Law(
-        Kind.MEMORY,
-        "bfloat16",
-        (_scaling("quantize/trtllm/1.3.0rc20/scale_matrix_perf.parquet"),),
-        _MEMORY_AXES,
-        "rows read as bfloat16 and written as float8, up to 50 MB from the cache",
-    ),
-    Law(
-        Kind.PREFILL_ATTENTION,
-        "bfloat16",
-        (_prefill("bfloat16"),),
-        _PREFILL_AXES,
-        "FlashAttention 3",
-    ),
-    Law(
-        Kind.PREFILL_ATTENTION,
-        "float8",
-        (_prefill("fp8"),),
-        _PREFILL_AXES,
-        "FlashAttention 3, float8 cache",
-    ),
-    Law(
-        Kind.DECODE_ATTENTION,
-        "bfloat16",
-        (_decode("bfloat16"),),
-        _DECODE_AXES,
-        "FlashAttention 3",
-    ),
-    Law(
-        Kind.DECODE_ATTENTION,
-        "float8",
-        (_decode("fp8"),),
-        _DECODE_AXES,
-        "FlashAttention 3, float8 cache",
-    ),
-    Law(
-        Kind.LATENT_PREFILL,
-        "bfloat16",
-        _both_latent_prefills("bfloat16"),
-        _LATENT_PREFILL_AXES,
-        "key_dim 576 in the latent (FlashAttention 3), 192 with widened keys and values",
-    ),
-    Law(
-        Kind.LATENT_PREFILL,
-        "float8",
-        _both_latent_prefills("fp8"),
-        _LATENT_PREFILL_AXES,
-        "as bfloat16, float8 cache",
-    ),
-    Law(
-        Kind.LATENT_DECODE,
-        "bfloat16",
-        (_latent_decode("bfloat16"),),
-        _LATENT_DECODE_AXES,
-        "TensorRT-LLM, in the latent",
-    ),
-    Law(
-        Kind.LATENT_DECODE,
-        "float8",
-        (_latent_decode("fp8"),),
-        _LATENT_DECODE_AXES,
-        "TensorRT-LLM, in the latent, float8 cache",
-    ),
-)
+    )
 
-FITTERS = [fitter(law) for law in LAWS]
+
+def laws_of(card: Card) -> list[Law]:
+    """Of all kinds and types that its tables have."""
+    axes = axes_of(card.generation)
+    kernels, is_hopper = _ATTENTION_NAMES[card.generation], card.generation is Generation.HOPPER
+    in_latent = "key_dim 576 in the latent (FlashAttention 3), " if is_hopper else ""
+    scaling = f"{card.folder}/quantize/{_TRTLLM}/scale_matrix_perf.parquet"
+    moved = "rows read as bfloat16 and written as float8, small ones from the cache"
+    laws = [
+        *_laws_of_products(card),
+        Law(Kind.MEMORY, "bfloat16", (_scaling(scaling),), axes["memory"], moved),
+    ]
+    of_attention: list[tuple[Kind, str, str, Callable[[Card, str], Source | tuple[Source, ...]]]]
+    of_attention = [
+        (Kind.PREFILL_ATTENTION, "prefill", kernels, _prefill),
+        (Kind.DECODE_ATTENTION, "decode", kernels, _decode),
+        (
+            Kind.LATENT_PREFILL,
+            "latent_prefill",
+            f"{in_latent}key_dim 192 with widened keys and values (TensorRT-LLM)",
+            _latent_prefills,
+        ),
+        (Kind.LATENT_DECODE, "latent_decode", "TensorRT-LLM, in the latent", _latent_decode),
+    ]
+    for kind, name, what, rows_of in of_attention:
+        for dtype, cache in (("bfloat16", "bfloat16"), ("float8", "fp8")):
+            rows = rows_of(card, cache)
+            sources = rows if isinstance(rows, tuple) else (rows,)
+            suffix = "" if dtype == "bfloat16" else ", float8 cache"
+            laws.append(Law(kind, dtype, sources, axes[name], what + suffix))
+    return laws
+
+
+def fit_computation(card: Card, with_judging: bool) -> Fitted:
+    """All laws of computation of a card."""
+    fitted = Fitted()
+    for law in laws_of(card):
+        surface, quality = fit_law(law, card.sheet, with_judging)
+        fitted.surfaces[law.name] = surface
+        fitted.qualities.append(quality)
+    return fitted

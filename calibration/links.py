@@ -5,6 +5,7 @@ What the tables measure and which transfer of the engine they stand for:
 - NCCL's collectives inside a node: the engine's own.
 - DeepEP low-latency: the flat all-to-all over nodes, and one more candidate inside a node. It has
   no exchange of counts.
+- TensorRT-LLM's all-to-all over NVLink: the flat all-to-all inside an NVLink domain.
 - DeepEP normal, 20 SMs: both hops of the hierarchical form, forwarding as copies arrive. The time
   of its `notify` kernel before a dispatch is that of an exchange of counts over all ranks, and
   stands for the floor of a collective that spans nodes; before a combine it is part of that.
@@ -16,9 +17,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from deepep import COUNTS, far_sources_of_laws
 from fitted import Fitted
-from links_tables import COUNTS, Loads, Source, far_sources_of_laws, read_loads, sources_of_laws
+from links_tables import sources_of_laws
+from loads import Loads, Source, read_loads
 from quality import Quality
+from sheet import Card
 from tables import SOURCE, Array, Part
 
 from expertlane.cost.laws.fitting import Rows, fit_surface, knots_of
@@ -36,18 +40,22 @@ _NUM_LARGE = 4  # largest sizes, where bytes over time is a rate
 _STAND_IN = 0.5, 2.0  # bounds of a floor that was measured on another kind of exchange
 
 
-def fit_links(sheet: Profile, with_judging: bool) -> Fitted:
-    """All laws of the tables."""
-    sources = sources_of_laws()
+def fit_links(card: Card, with_judging: bool) -> Fitted:
+    """All laws of a card's tables."""
+    sources = sources_of_laws(card)
     read = {law: read_loads(each, Part.FITTED) for law, each in sources.items()}
     origins = {law: f"{SOURCE}, {each[0].table.path}" for law, each in sources.items()}
     terms = {name: term for name, term in ASSUMED_TERMS.items() if name.startswith("contention")}
+    if card.like is not None:  # as assumed of the other, and wider
+        terms = {}
     for law, (loads, _) in read.items():
         terms |= _floor_terms(law, loads, origins[law])
     for stage in ("dispatch", "combine"):
         law = f"{stage}.forwarded.inter_node"
+        if law not in read:
+            continue
         terms[f"forwarding_bytes_per_s.{stage}"] = _forwarding_rate(read[law][0], origins[law])
-    profile = replace(sheet, surfaces={}, terms=terms)
+    profile = replace(card.sheet, surfaces={}, terms=terms)
     surfaces, qualities = {}, []
     for law, (loads, num_spikes) in read.items():
         if law == COUNTS:
@@ -61,7 +69,7 @@ def fit_links(sheet: Profile, with_judging: bool) -> Fitted:
             smoothness=_SMOOTHNESS,
         )
         surfaces[law] = _rising(law, surface, profile)
-        judged = _judge(law, sources[law], surfaces[law], profile) if with_judging else {}
+        judged = _judge(card, law, sources[law], surfaces[law], profile) if with_judging else {}
         qualities.append(
             Quality(
                 name=law,
@@ -76,11 +84,11 @@ def fit_links(sheet: Profile, with_judging: bool) -> Fitted:
 
 
 def _judge(
-    law: str, sources: Sequence[Source], surface: Surface, profile: Profile
+    card: Card, law: str, sources: Sequence[Source], surface: Surface, profile: Profile
 ) -> dict[str, Array]:
     """Logarithms of measured over predicted of rows that no fit has seen, by what they are."""
     parts = {Part.LARGEST.value: [read_loads(sources, Part.LARGEST)[0]]}
-    far = far_sources_of_laws().get(law)
+    far = far_sources_of_laws(card).get(law)
     if far is not None:
         parts["8 nodes"] = [read_loads(far, part)[0] for part in (Part.FITTED, Part.LARGEST)]
     judged = {}
@@ -198,6 +206,3 @@ def _rising(law: str, surface: Surface, profile: Profile) -> Surface:
         lowered = np.minimum.accumulate(values[::-1])[::-1]
         correction[row] = (lifted + lowered) / 2 - level
     return replace(surface, correction=correction)
-
-
-FITTERS = [fit_links]

@@ -1,6 +1,6 @@
 """How well laws fit, as rows of a table for readers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +46,26 @@ def markdown(qualities: Sequence[Quality]) -> str:
             cells.append(f"{len(errors):,}, {both[0]}, {both[1]}" if len(errors) else "")
         lines.append(" | ".join(cells))
     return "".join(f"| {line} |\n" for line in lines)
+
+
+def side_by_side(qualities: Mapping[str, Sequence[Quality]], part: str) -> str:
+    """A table of cards: percent of rows left out, median and p90, then the median of a part's."""
+    of_law: dict[str, dict[str, Quality]] = {}
+    for card, of_card in qualities.items():
+        for each in of_card:
+            of_law.setdefault(each.name, {})[card] = each
+    lines = [" | ".join(["law", *qualities]), " | ".join(["---"] * (1 + len(qualities)))]
+    for law, of_cards in of_law.items():
+        cells = [_short(of_cards.get(card), part) for card in qualities]
+        lines.append(" | ".join([f"`{law}`", *cells]))
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def _short(quality: Quality | None, part: str) -> str:
+    if quality is None:
+        return ""
+    numbers = _percent(quality.held_out) + _percent(quality.judged.get(part, np.empty(0)))[:1]
+    return " / ".join(number.removesuffix(" %") for number in numbers if number)
 
 
 def _percent(errors: Array) -> list[str]:

@@ -1,65 +1,207 @@
-"""The H100's datasheet, and terms that no table of the package measures."""
+"""The cards: datasheets, which tables of the package are a card's, and terms that none measures."""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
+from expertlane.cost.laws.profile_file import Like
 from expertlane.cost.laws.times import Basis
 from expertlane.spec.names import Link
 
-_DATASHEET = "NVIDIA H100 SXM5 datasheet"
+_DENSE = "dense, without sparsity"
 _SMALLEST = "about the least that a kernel of the fitted table takes; corrected by its surface"
 _ASSUMED = "assumed, not measured: "
+
+
+class Generation(StrEnum):
+    """Which kernels the frameworks choose."""
+
+    HOPPER = "hopper"
+    BLACKWELL = "blackwell"
+
+
+@dataclass(frozen=True, eq=False)
+class Card:
+    """A card that the package has tables of.
+
+    Attributes:
+        sheet: its datasheet, with the terms that no table measures.
+        folder: of its tables.
+        measured_ranks: that collectives were timed on, inside a node.
+        deepep_nodes: nodes that the fitted rows of DeepEP are on.
+        has_min_latency: whether TensorRT-LLM's kernels for few tokens in NVFP4 were timed.
+        has_nvlink_exchange: whether an all-to-all over an NVLink domain of many hosts was timed.
+        like: whose laws fill the holes.
+    """
+
+    sheet: Profile
+    folder: str
+    generation: Generation
+    measured_ranks: tuple[int, ...]
+    deepep_nodes: tuple[int, ...] = (1,)
+    has_min_latency: bool = False
+    has_nvlink_exchange: bool = False
+    like: Like | None = None
 
 
 def _floor(micros: float) -> Term:
     return Term(micros * 1e-6, micros * 0.5e-6, micros * 2e-6, Basis.FITTED, _SMALLEST)
 
 
-H100 = Profile(
-    name="h100",
-    device=Device(
-        name="NVIDIA H100 SXM 80 GB",
-        memory_bytes=80e9,
-        memory_bytes_per_s=3.35e12,
-        flops_per_s={
-            "float32": 67e12,
-            "float16": 989e12,
-            "bfloat16": 989e12,
-            "float8": 1979e12,
-        },
-        origin=f"{_DATASHEET}; dense, without sparsity",
+_TERMS = {
+    "gemm_floor_s": _floor(2.5),
+    "experts_floor_s": _floor(20),
+    "prefill_attention_floor_s": _floor(8),
+    "decode_attention_floor_s": _floor(8),
+    "latent_prefill_floor_s": _floor(12),
+    "latent_decode_floor_s": _floor(12),
+    "memory_floor_s": _floor(2),
+    "launch_s": Term(
+        5e-6,
+        2.5e-6,
+        10e-6,
+        Basis.BOUND,
+        _ASSUMED + "one kernel's launch from Python, where nothing is captured in a graph",
     ),
-    ranks_per_node=8,
-    links={
-        Link.INTRA_NODE: LinkSheet(450e9, f"{_DATASHEET}: NVLink 900 GB/s in both directions"),
-        Link.INTER_NODE: LinkSheet(50e9, "DGX H100 datasheet: one 400 Gb/s NIC for every GPU"),
-    },
-    terms={
-        "gemm_floor_s": _floor(2.5),
-        "experts_floor_s": _floor(20),
-        "prefill_attention_floor_s": _floor(8),
-        "decode_attention_floor_s": _floor(8),
-        "latent_prefill_floor_s": _floor(12),
-        "latent_decode_floor_s": _floor(12),
-        "memory_floor_s": _floor(2),
-        "launch_s": Term(
-            5e-6,
-            2.5e-6,
-            10e-6,
-            Basis.BOUND,
-            _ASSUMED + "one kernel's launch from Python, where nothing is captured in a graph",
+    "graph_launch_s": Term(
+        10e-6,
+        5e-6,
+        30e-6,
+        Basis.BOUND,
+        _ASSUMED + "one launch of a captured graph, however many kernels it has",
+    ),
+    "driver_s": Term(
+        200e-6,
+        50e-6,
+        1000e-6,
+        Basis.BOUND,
+        _ASSUMED + "between steps: a step is planned and sent to the ranks, tokens come back",
+    ),
+}
+_WIDENED = "; mxfp4 weights are widened to bfloat16 as they are read"
+_WITH_FLOAT8 = "; mxfp4 is multiplied with 8-bit activations"
+# Rates in TFLOP/s; memory in GB and TB/s; links in GB/s a direction.
+_HOPPER = {"float32": 67, "float16": 989, "bfloat16": 989, "float8": 1979, "mxfp4": 989}
+_B200 = {"float32": 75, "float16": 2250, "bfloat16": 2250, "float8": 4500, "mxfp4": 4500}
+_GB200 = {"float32": 80, "float16": 2500, "bfloat16": 2500, "float8": 5000, "mxfp4": 5000}
+
+
+def _sheet(
+    name: str,
+    device: str,
+    memory: tuple[float, float],
+    tflops: dict[str, float],
+    origin: str,
+    near: tuple[float, str],
+    far: tuple[float, str],
+) -> Profile:
+    return Profile(
+        name=name,
+        device=Device(
+            name=device,
+            memory_bytes=memory[0] * 1e9,
+            memory_bytes_per_s=memory[1] * 1e12,
+            flops_per_s={dtype: rate * 1e12 for dtype, rate in tflops.items()},
+            origin=origin,
+            # Rows of Blackwell's tables reach 1.3 × bfloat16's peak; of Hopper's 0.76.
+            float8_attention="float8" if "nvfp4" in tflops else "bfloat16",
         ),
-        "graph_launch_s": Term(
-            10e-6,
-            5e-6,
-            30e-6,
-            Basis.BOUND,
-            _ASSUMED + "one launch of a captured graph, however many kernels it has",
-        ),
-        "driver_s": Term(
-            200e-6,
-            50e-6,
-            1000e-6,
-            Basis.BOUND,
-            _ASSUMED + "between steps: a step is planned and sent to the ranks, tokens come back",
-        ),
-    },
+        ranks_per_node=8,
+        links={
+            Link.INTRA_NODE: LinkSheet(near[0] * 1e9, near[1]),
+            Link.INTER_NODE: LinkSheet(far[0] * 1e9, far[1]),
+        },
+        terms=_TERMS,
+    )
+
+
+_H100 = _sheet(
+    "h100",
+    "NVIDIA H100 SXM 80 GB",
+    (80, 3.35),
+    _HOPPER,
+    f"NVIDIA H100 SXM5 datasheet; {_DENSE}{_WIDENED}",
+    (450, "NVIDIA H100 SXM5 datasheet: NVLink 900 GB/s in both directions"),
+    (50, "DGX H100 datasheet: one 400 Gb/s NIC for every GPU"),
 )
+_H200 = _sheet(
+    "h200",
+    "NVIDIA H200 SXM 141 GB",
+    (141, 4.8),
+    _HOPPER,
+    f"NVIDIA H200 datasheet, SXM; {_DENSE}{_WIDENED}",
+    (450, "NVIDIA H200 datasheet: NVLink 900 GB/s in both directions"),
+    (50, "DGX H200 datasheet: one 400 Gb/s NIC for every GPU"),
+)
+_B200_SHEET = _sheet(
+    "b200",
+    "NVIDIA B200 SXM 180 GB",
+    (180, 7.7),
+    {**_B200, "nvfp4": 9000},
+    f"NVIDIA HGX B200 and DGX B200 datasheets, an eighth of a node; {_DENSE}{_WITH_FLOAT8}",
+    (900, "NVIDIA HGX B200 datasheet: NVLink 1.8 TB/s in both directions"),
+    (50, "DGX B200 datasheet: one 400 Gb/s NIC for every GPU"),
+)
+_B300_SHEET = _sheet(
+    "b300",
+    "NVIDIA B300 SXM 288 GB",
+    (288, 7.75),
+    {**_B200, "nvfp4": 13500},
+    f"NVIDIA HGX B300 and DGX B300 datasheets, an eighth of a node; {_DENSE}{_WITH_FLOAT8}",
+    (900, "NVIDIA HGX B300 datasheet: NVLink 1.8 TB/s in both directions"),
+    (100, "DGX B300 datasheet: one 800 Gb/s NIC for every GPU"),
+)
+_GB200_SHEET = replace(
+    _sheet(
+        "gb200",
+        "NVIDIA GB200",
+        (186, 8.0),
+        {**_GB200, "nvfp4": 10000},
+        f"NVIDIA GB200 NVL72 datasheet, a 72nd of a rack; {_DENSE}{_WITH_FLOAT8}",
+        (900, "NVIDIA GB200 NVL72 datasheet: NVLink 1.8 TB/s in both directions, all 72 GPUs"),
+        (50, "GB200 NVL72, compute tray: one 400 Gb/s NIC for every GPU"),
+    ),
+    ranks_per_node=72,
+    devices_per_host=4,
+)
+_GB300_SHEET = replace(
+    _sheet(
+        "gb300",
+        "NVIDIA GB300",
+        (279, 8.0),
+        {**_GB200, "nvfp4": 15000},
+        f"NVIDIA GB300 NVL72 datasheet, a 72nd of a rack; {_DENSE}{_WITH_FLOAT8}",
+        (900, "NVIDIA GB300 NVL72 datasheet: NVLink 1.8 TB/s in both directions, all 72 GPUs"),
+        (100, "NVIDIA GB300 NVL72 datasheet: one 800 Gb/s NIC for every GPU"),
+    ),
+    ranks_per_node=72,
+    devices_per_host=4,
+)
+_HOPPER_LIKE, _OTHER_LIKE = Like("h100", 1.2), Like("h100", 1.5)
+
+CARDS = {
+    card.sheet.name: card
+    for card in (
+        Card(_H100, "h100_sxm", Generation.HOPPER, (2, 4, 8), (1, 2, 4)),
+        Card(_H200, "h200_sxm", Generation.HOPPER, (2, 4, 8), like=_HOPPER_LIKE),
+        Card(
+            _B200_SHEET,
+            "b200_sxm",
+            Generation.BLACKWELL,
+            (2, 4, 8),
+            has_min_latency=True,
+            like=_OTHER_LIKE,
+        ),
+        Card(_B300_SHEET, "b300_sxm", Generation.BLACKWELL, (2, 4, 8), like=_OTHER_LIKE),
+        Card(
+            _GB200_SHEET,
+            "gb200",
+            Generation.BLACKWELL,
+            (2, 4),
+            has_min_latency=True,
+            has_nvlink_exchange=True,
+            like=_OTHER_LIKE,
+        ),
+        Card(_GB300_SHEET, "gb300", Generation.BLACKWELL, (2, 4), like=Like("gb200", 1.2)),
+    )
+}

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 VERSION = "0.12.0"
 SOURCE = f"aiconfigurator-core {VERSION}"
-_FOLDER = Path("systems/data/h100_sxm")
+_FOLDER = Path("systems/data")
 _BALANCED = ("balanced", "uniform")  # as tables call it
 _LARGEST = 0.9  # the quantile of size from where on rows are for judging
 
@@ -41,7 +41,7 @@ class Table:
     """Some rows of one Parquet file.
 
     Attributes:
-        path: below the folder of the H100.
+        path: below the folder of all cards.
         where: by column, the value, or the values, of the rows that are meant.
         size: of every row; FLOPs or bytes, whatever orders rows by how much they do.
         unit_s: seconds of one unit of `latency`.

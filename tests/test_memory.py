@@ -197,7 +197,29 @@ def test_float8_weights_leave_embedding_head_norms_and_router_as_they_were():
     one_byte = 4 * (8192 + 16 * 2 * 64 * 64)
     two_bytes = 4 * 3 * 32 + 257 * 64 + 129 * 64  # biases; embedding; half of the head
     four_bytes = 4 * (16 * 64 + 2 * 64) + 64  # routers and norms
-    assert memory.weight_bytes == one_byte + 2 * two_bytes + 4 * four_bytes
+    without_scales = one_byte + 2 * two_bytes + 4 * four_bytes
+    # A float32 for every 128 × 128 of them, in whole bytes of each matrix.
+    assert _is_scales(memory.weight_bytes - without_scales, one_byte)
+
+
+def _is_scales(num_bytes: int, num_weights: int) -> bool:
+    return num_weights / 128**2 * 4 <= num_bytes < num_weights / 128**2 * 4 + 100
+
+
+def test_four_bits_hold_scales_and_only_what_checkpoints_have_in_them():
+    layout, limits = Layout.parse("tp=1"), Limits(257, 1, 1, 1, 1)
+
+    def held(weights: str, **changed: int) -> int:
+        model = TINY.with_overrides(**changed)
+        return placed(model, layout, NumberTypes.asked(weights)).rank_memory(limits, 0).weight_bytes
+
+    wide, nvfp4, mxfp4 = (held(weights) for weights in ("bfloat16", "nvfp4", "mxfp4"))
+    in_experts = TINY.num_hidden_layers * 16 * 2 * 64 * TINY.moe_intermediate_size
+    assert wide - nvfp4 == in_experts * (2 - 9 / 16)
+    assert wide - mxfp4 == in_experts * (2 - 17 / 32)
+    shared, in_shared = {"shared_expert_intermediate_size": 64}, 4 * 2 * 64 * 64
+    assert held("nvfp4", **shared) - nvfp4 == in_shared * 9 / 16
+    assert held("mxfp4", **shared) - mxfp4 == in_shared * 2
 
 
 def test_latent_attention_holds_its_projections_down_on_every_rank():
@@ -212,7 +234,8 @@ def test_latent_attention_holds_its_projections_down_on_every_rank():
     mlps = 3 * 32 * 13 + 2 * 8 * 3 * 32 * 9
     one_byte, two_bytes = 3 * (down + cut) + mlps, 3 * absorbed + 31 * 32 + 16 * 32
     four_bytes = 3 * (10 + 12 + 2 * 32) + 2 * 8 * (32 + 1) + 32
-    assert memory.weight_bytes == one_byte + 2 * two_bytes + 4 * four_bytes
+    without_scales = one_byte + 2 * two_bytes + 4 * four_bytes
+    assert _is_scales(memory.weight_bytes - without_scales, one_byte)
 
 
 def test_key_value_heads_fewer_than_ranks_are_held_by_several():

@@ -6,7 +6,7 @@ from math import ceil, prod
 
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.kv_transfer import held_kv_width
-from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
+from expertlane.cost.number_types import NumberTypes, weight_bytes
 from expertlane.errors import CapacityError
 from expertlane.results.record import PoolRecord
 from expertlane.schedule.request import Limits
@@ -134,7 +134,8 @@ class PlacedModel:
             weight_bytes=num_bytes,
             kv_bytes=len(layers) * num_positions * kv_width * types.kv_bytes,
             activation_bytes=num_values * types.activation_bytes,
-            loading_bytes=largest_matrix * (_FLOAT32_BYTES + types.weight_bytes),
+            loading_bytes=largest_matrix * _FLOAT32_BYTES
+            + int(weight_bytes(largest_matrix, types.weights)),
         )
 
     def fit_cache(self, limits: Limits, free_bytes: float, cache_share: float = 1.0) -> Limits:
@@ -193,7 +194,7 @@ class PlacedModel:
         return min(found, key=lambda each: each.max_seqs)
 
     def _layer_bytes(self, at: Coordinates, is_dense: bool, num_experts: int) -> int:
-        """Bytes of a layer's weights.
+        """Bytes of a layer's weights, scales included.
 
         Args:
             num_experts: that the rank holds, or holds a slice of.
@@ -242,19 +243,22 @@ _ADDED_ONCE = {"output_bias", "down_bias"}  # to partial sums, by the first rank
 
 
 def _num_bytes(name: str, held: list[range], types: NumberTypes) -> int:
-    """Bytes of a part of a tensor: norms and routers are float32; only matrices have one byte."""
+    """Bytes of a part of a tensor: norms and routers are float32; only matrices are narrow."""
     part, num_values = name.rpartition(".")[2], prod(map(len, held))
     if part in _WIDE:
-        return num_values * ITEM_BYTES["float32"]
-    is_kept = part in _KEPT or part.endswith("_bias") or (name == HEAD and not types.narrow_head)
-    if is_kept or not types.is_narrow:
-        return num_values * ITEM_BYTES[types.kept]
-    num_bytes = num_values * types.weight_bytes
-    if types.inputs_of_scale is None:
-        return num_bytes
-    rows, inputs = held
-    groups = ceil(inputs.stop / types.inputs_of_scale) - inputs.start // types.inputs_of_scale
-    return num_bytes + len(rows) * groups * _FLOAT32_BYTES if inputs else num_bytes
+        number_type = "float32"
+    elif part in _KEPT or part.endswith("_bias") or (name == HEAD and not types.narrow_head):
+        number_type = types.kept
+    elif types.inputs_of_scale is not None:
+        rows, inputs = held
+        groups = ceil(inputs.stop / types.inputs_of_scale) - inputs.start // types.inputs_of_scale
+        return num_values + (len(rows) * groups * _FLOAT32_BYTES if inputs else 0)
+    elif name.startswith("experts."):
+        number_type = types.of_part("experts")
+    else:
+        is_mlp = name.startswith(("dense.", "shared."))
+        number_type = types.of_part("mlp" if is_mlp else "attention")
+    return int(weight_bytes(num_values, number_type))
 
 
 def workload_limits(workload: Workload, model: ModelConfig, layout: Layout) -> Limits:

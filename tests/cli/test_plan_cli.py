@@ -89,12 +89,26 @@ def test_a_checkpoint_needs_only_its_configuration(run, here):
     assert written["model"] == {"checkpoint": str(here / "mine")}
 
 
+@pytest.mark.parametrize("name", ["b200", "b300", "gb200", "gb300", "h200"])
+def test_a_node_of_every_profile(run, here, name):
+    checkpoint(here / "mine", quantization_config={"quant_method": "mxfp4"})
+    code, _, err = run("plan", "./mine", "--cluster", f"{name}x8", *WORKLOAD, "--out", "there")
+    assert code == 0, err
+    found = json.loads((here / "there" / "results.json").read_text())
+    assert {each["conditions"]["dtype"] for each in found["deployments"]} == {"mxfp4"}
+
+
 @pytest.mark.parametrize(
     ("quantization", "weights", "caution"),
     [
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "float8", ""),
         ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float8", ""),
-        ({"quant_method": "mxfp4"}, "bfloat16", "weights are mxfp4 but priced as bfloat16"),
+        ({"quant_method": "mxfp4"}, "mxfp4", ""),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            "bfloat16",
+            "weights are modelopt but priced as bfloat16",
+        ),
         ({"quant_method": "awq", "bits": 4}, "bfloat16", "weights are awq but priced as bfloat16"),
     ],
 )

@@ -171,7 +171,7 @@ def test_routing_is_skewed_unless_a_user_says_otherwise(run):
 
 @pytest.mark.parametrize(
     ("method", "weights", "caution"),
-    [("fp8", "float8", False), ("mxfp4", "bfloat16", True)],
+    [("fp8", "float8", False), ("mxfp4", "mxfp4", False), ("awq", "bfloat16", True)],
 )
 def test_quantised_checkpoints(run, tmp_path, method, weights, caution):
     checkpoint(tmp_path / "mine", quantization_config={"quant_method": method})

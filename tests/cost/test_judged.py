@@ -40,3 +40,4 @@ def test_calibrated_rows_are_those_measured():
 def test_another_devices_laws_were_not_judged():
     assert judged(read_profile("h100")) is JUDGED[Basis.FITTED]
     assert judged(read_profile("b200")) is None
+    assert judged(read_profile("a100")) is None

@@ -9,7 +9,7 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout
 
-FP8, MXFP4 = Quantization("fp8", is_float8=True), Quantization("mxfp4", is_float8=False)
+FP8, MXFP4 = Quantization("fp8", "float8"), Quantization("mxfp4", "mxfp4")
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,8 @@ FP8, MXFP4 = Quantization("fp8", is_float8=True), Quantization("mxfp4", is_float
         ("bfloat16", FP8, "--dtype bfloat16", "it serves the stored fp8 weights, not bfloat16"),
         ("bfloat16", MXFP4, "--dtype bfloat16", "it serves the stored mxfp4 weights, not bfloat16"),
         ("float8", MXFP4, "", "it serves the stored mxfp4 weights, not float8"),
+        ("mxfp4", MXFP4, "", ""),
+        ("nvfp4", None, "", "it needs a checkpoint quantised to nvfp4"),
     ],
 )
 def test_types_of_weights(weights, stored, words, note):

@@ -642,3 +642,20 @@ def test_reading_the_file(tmp_path):
         read_config(path)
     path.write_text(json.dumps(MIXTRAL))
     assert read_config(tmp_path) == MIXTRAL
+
+
+@pytest.mark.parametrize(
+    ("entry", "number_type"),
+    [
+        ({"quant_method": "fp8"}, "float8"),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float8"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
+        ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "mxfp4"),
+        ({"quant_method": "awq", "bits": 4}, None),
+        ({"quant_method": "modelopt", "quant_algo": 4}, None),
+    ],
+)
+def test_number_types_of_quantised_weights(entry, number_type):
+    found = quantization_of(MIXTRAL | {"quantization_config": entry})
+    assert (found.method, found.number_type) == (entry["quant_method"], number_type)

@@ -12,6 +12,7 @@ from expertlane.cli.help import Command, Group, Panel
 from expertlane.cli.model import find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
+    CacheType,
     ModelArgument,
     NumberType,
     ProjectionOptions,
@@ -102,17 +103,19 @@ def profiles(print_options: PrintOptions) -> None:
         for name in shipped_profiles()
         for device in [read_profile(name).device]
     ]
+
+    def peak(dtype: str) -> Any:
+        return lambda row: row["flops_per_s"].get(dtype)
+
+    def flops(of: float) -> str:
+        return rate_si(of, "FLOP")
+
     columns: list[Column[Mapping[str, Any]]] = [
         text("profile", lambda row: row["name"]),
         text("device", lambda row: row["device"]),
         number("memory", lambda row: row["memory_bytes"], bytes_si),
         number("bandwidth", lambda row: row["memory_bytes_per_s"], lambda of: rate_si(of, "B")),
-        number(
-            "bfloat16",
-            lambda row: row["flops_per_s"].get("bfloat16"),
-            lambda of: rate_si(of, "FLOP"),
-        ),
-        text("float8", lambda row: "yes" if "float8" in row["flops_per_s"] else "no"),
+        *(number(dtype, peak(dtype), flops) for dtype in ("bfloat16", "float8", "nvfp4")),
     ]
     headline = f"{len(rows)} profiles: {', '.join(shipped_profiles())}."
     _show(headline, "Devices | dense rates of their datasheets", columns, rows, print_options)
@@ -165,7 +168,7 @@ class _Options:
     panel: ClassVar = Panel.DEPLOYMENT
     cluster: str = cluster_option(...)
     dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
-    kv_dtype: NumberType | None = kv_dtype_option()
+    kv_dtype: CacheType | None = kv_dtype_option()
     max_model_len: int | None = max_model_len_option()
 
 

@@ -100,8 +100,9 @@ class FoundModel:
         own: str = self.config.dtype if self.folder else "float16"
         if not self.folder and own not in known:
             own = next(iter(known))
-        if self.quantization is not None and self.quantization.is_float8:
-            own = "float8"
+        stored = self.quantization.number_type if self.quantization is not None else None
+        if stored is not None and (stored == "float8" or stored in known):
+            own = stored  # a narrower one is priced wider, with a word
         types = NumberTypes.asked(projection.dtype or own, projection.kv_dtype)
         if types.weights not in known:
             raise UserError(
@@ -111,12 +112,13 @@ class FoundModel:
         return types
 
     def priced_wider(self, types: "NumberTypes") -> str | None:
-        """A sentence where a checkpoint's weights are narrower than any that can be priced."""
-        if self.quantization is None or self.quantization.is_float8:
+        """A sentence where a checkpoint's weights are narrower than what they are priced as."""
+        stored = self.quantization
+        if stored is None or stored.number_type in ("float8", types.weights):
             return None
         nearer = "" if types.weights == "float8" else "; --dtype float8 comes nearer"
         return (
-            f"The checkpoint's weights are {self.quantization.method} but priced as "
+            f"The checkpoint's weights are {stored.method} but priced as "
             f"{types.weights}, for want of a law of narrower ones: their memory and reads come out "
             f"too large{nearer}."
         )

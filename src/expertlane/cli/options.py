@@ -23,7 +23,8 @@ from expertlane.spec.names import CpuIsa
 from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-NumberType = Literal["float32", "bfloat16", "float16", "float8"]
+CacheType = Literal["float32", "bfloat16", "float16", "float8"]
+NumberType = Literal["float32", "bfloat16", "float16", "float8", "nvfp4", "mxfp4"]
 MODEL_HELP = (
     "A checkpoint folder, a hub id (org/name), or a preset with random weights: "
     "paper-tiny, paper-small, paper."
@@ -334,7 +335,7 @@ class ProjectionOptions:
     )
     skew: float | None = skew_option()
     dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
-    kv_dtype: NumberType | None = kv_dtype_option()
+    kv_dtype: CacheType | None = kv_dtype_option()
     execution: Literal["graph", "eager"] = typer.Option(
         "graph", help="Steps as CUDA graphs, or kernels launched one by one."
     )

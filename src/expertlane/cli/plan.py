@@ -83,7 +83,8 @@ def run(
         found.config, projection.routing_trace, projection.skew, load.seed, num_sampled_layers=2
     )
     types = found.number_types(projection, devices)
-    payload: PayloadType = "float8" if types.weights == "float8" else "model"
+    is_narrow = types.weights in ("float8", "nvfp4")  # DeepEP sends float8 beside both
+    payload: PayloadType = "float8" if is_narrow else "model"
     setting = Setting(types, Execution(projection.execution), routing.source, payload)
     name = output.slug("plan", found.config.name, devices)
     folder = call.folder(name)

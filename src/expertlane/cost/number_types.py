@@ -1,29 +1,57 @@
 """The number types a projected deployment computes, stores and sends in."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
+
+from expertlane.cost.step.operation import Amounts, Ints
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import INPUTS_OF_SCALE, PayloadType, WeightsType
 from expertlane.spec.hf_config import NarrowType
 
+# Of a value of hidden states, and of keys and values.
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1}
 SCALED_VALUES = 128  # of a float8 payload, values with one float32 scale
+# Of a weight with its share of the scales: float8 has a float32 for every 128 × 128 weights, NVFP4
+# a byte for every 16, MXFP4 (OCP Microscaling Formats 1.0) a byte for every 32.
+WEIGHT_BYTES: dict[str, float] = {
+    **ITEM_BYTES,
+    "float8": 1 + 4 / 128**2,
+    "nvfp4": 1 / 2 + 1 / 16,
+    "mxfp4": 1 / 2 + 1 / 32,
+}
+# What checkpoints so quantised have in the type: of DeepSeek-V3, of NVIDIA's DeepSeek-R1-FP4, of
+# gpt-oss.
+_QUANTISED: dict[str, tuple[str, ...]] = {
+    "float8": ("attention", "mlp", "experts"),
+    "int8": ("attention", "mlp", "experts"),
+    "nvfp4": ("mlp", "experts"),
+    "mxfp4": ("experts",),
+}
+
+
+def weight_bytes(num_weights: Amounts | int, number_type: str) -> Ints:
+    """Bytes of weights with their scales, whole; of the shape of `num_weights`."""
+    return np.ceil(np.asarray(num_weights) * WEIGHT_BYTES[number_type]).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class NumberTypes:
     """The types of weights, of hidden states, and of keys and values.
 
-    Where weights have one byte, embedding, output head and the absorbed products of latent
-    attention stay in the type of activations, as in checkpoints so quantised; router weights are
-    always float32.
+    Where weights are narrower than activations, what checkpoints so quantised keep stays in the
+    type of activations: embedding, output head and the absorbed products of latent attention;
+    beside NVFP4 all of attention; beside MXFP4 all but the experts. Router weights are always
+    float32.
 
     Attributes:
         narrow_head: the output head has one byte too: it was rounded while loading.
-        inputs_of_scale: of a weight of one byte, in memory; None where scales are not counted.
+        inputs_of_scale: of a weight of one byte in the engine's memory; None where scales are those
+            of checkpoints.
 
     Raises:
-        SpecError: an unknown type, or activations of one byte.
+        SpecError: an unknown type, or activations or a cache in a type of weights alone.
     """
 
     weights: str = "bfloat16"
@@ -34,10 +62,9 @@ class NumberTypes:
 
     def __post_init__(self) -> None:
         for name in ("weights", "activations", "kv"):
-            value = getattr(self, name)
-            if value not in ITEM_BYTES:
-                valid = ", ".join(ITEM_BYTES)
-                raise SpecError(f"type of {name} is {value!r}; valid: {valid}")
+            value, known = getattr(self, name), WEIGHT_BYTES if name == "weights" else ITEM_BYTES
+            if value not in known:
+                raise SpecError(f"type of {name} is {value!r}; valid: {', '.join(known)}")
         if ITEM_BYTES[self.activations] == 1:
             raise SpecError(
                 f"activations in {self.activations} are no type of a whole model; use bfloat16"
@@ -45,12 +72,12 @@ class NumberTypes:
 
     @classmethod
     def asked(cls, weights: str, kv: str | None = None) -> "NumberTypes":
-        """As a user names them: hidden states are bfloat16 beside float8 weights.
+        """As a user names them: hidden states are bfloat16 beside narrower weights.
 
         Args:
             kv: that of hidden states if not given.
         """
-        activations = "bfloat16" if weights == "float8" else weights
+        activations = "bfloat16" if weights in _QUANTISED else weights
         return cls(weights, activations, kv or activations)
 
     @classmethod
@@ -79,19 +106,13 @@ class NumberTypes:
         )
 
     @property
-    def is_narrow(self) -> bool:
-        """Whether weights have one byte, and scales."""
-        return ITEM_BYTES[self.weights] == 1
-
-    @property
     def kept(self) -> str:
-        """The type of weights that are not quantised to one byte."""
-        return self.activations if self.is_narrow else self.weights
+        """The type of weights that are not quantised."""
+        return self.activations if self.weights in _QUANTISED else self.weights
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of a weight, without its share of a scale."""
-        return ITEM_BYTES[self.weights]
+    def of_part(self, part: Literal["attention", "mlp", "experts"]) -> str:
+        """The type of the matrices of attention, of dense and shared MLPs, or of experts."""
+        return self.weights if part in _QUANTISED.get(self.weights, (part,)) else self.kept
 
     @property
     def activation_bytes(self) -> int:

@@ -94,14 +94,18 @@ def _form(options: Options) -> FormTraits:
 
 def _weights(types: NumberTypes, served: ServeTarget) -> list[str]:
     """Both systems quantise to float8 as they load; what is stored so already needs no word."""
-    if types.weights != "float8":
+    if types.weights == types.kept:
         return ["--dtype", types.weights]
-    return [] if served.quantization else ["--quantization", "fp8"]
+    return (
+        ["--quantization", "fp8"] if types.weights == "float8" and not served.quantization else []
+    )
 
 
 def _kept_weights(types: NumberTypes, served: ServeTarget) -> list[str]:
     stored = served.quantization
-    if stored is None or (stored.is_float8 and types.weights == "float8"):
+    if stored is None and types.weights in ("nvfp4", "mxfp4"):
+        return [f"it needs a checkpoint quantised to {types.weights}"]
+    if stored is None or stored.number_type == types.weights:
         return []
     return [f"it serves the stored {stored.method} weights, not {types.weights}"]
 

@@ -74,8 +74,8 @@ class Plan:
         """
         found, request, winner = self.found, self.request, self.best
         workload, types = request.workload, request.setting.types
-        num_nodes = -(-winner.layout.replica_size // request.cluster.profile.ranks_per_node)
-        commands = serve_commands(winner, loaded, types, workload.max_len + 1, num_nodes)
+        num_hosts = request.cluster.profile.num_hosts(winner.layout.replica_size)
+        commands = serve_commands(winner, loaded, types, workload.max_len + 1, num_hosts)
         summary = PlanSummary(
             top_k=request.model.num_experts_per_tok,
             num_candidates=found.num_candidates,

@@ -14,6 +14,7 @@ from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, RANGES, Range, shown
 _KIND_NAMES: dict[type, str] = {bool: "true or false", str: "a string"}
 
 _FLOAT8_METHODS = ("fp8", "fbgemm_fp8")
+_FLOAT4_NAMES = {"nvfp4": {"nvfp4", "nvfp4-pack-quantized"}, "mxfp4": {"mxfp4"}}
 
 T = TypeVar("T", int, float, bool, str)
 
@@ -47,10 +48,11 @@ class Quantization:
 
     Attributes:
         method: its `quant_method`.
+        number_type: `float8`, `nvfp4` or `mxfp4`; None where it is none that is known here.
     """
 
     method: str
-    is_float8: bool
+    number_type: str | None
 
     @property
     def is_narrow(self) -> bool:
@@ -106,8 +108,15 @@ def quantization_of(config: dict[str, Any]) -> Quantization | None:
         raise SpecError(
             f"quantization_config: quant_method is {shown(method)}; it must be a string"
         )
-    is_float8 = method in _FLOAT8_METHODS or quantization.get("format") == "float-quantized"
-    return Quantization(method, is_float8)
+    if method in _FLOAT8_METHODS or quantization.get("format") == "float-quantized":
+        return Quantization(method, "float8")
+    # As NVIDIA's ModelOpt and compressed-tensors write it.
+    names = [method, quantization.get("quant_algo"), quantization.get("format")]
+    said = {name.lower() for name in names if isinstance(name, str)}
+    for number_type, spellings in _FLOAT4_NAMES.items():
+        if said & spellings:
+            return Quantization(method, number_type)
+    return Quantization(method, None)
 
 
 NarrowType = Literal["int8", "float8"]

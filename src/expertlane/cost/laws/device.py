@@ -14,8 +14,8 @@ from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.roofline import Roofline, roofline
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis, Times, where
-from expertlane.cost.number_types import ITEM_BYTES
-from expertlane.cost.step.operation import SIZES, Floats, Kind
+from expertlane.cost.number_types import ITEM_BYTES, WEIGHT_BYTES
+from expertlane.cost.step.operation import ATTENTION, SIZES, Floats, Kind
 from expertlane.errors import SpecError
 
 _SAME_WIDTH = {"float16": "bfloat16", "bfloat16": "float16"}
@@ -38,8 +38,8 @@ class DeviceModel:
         """Seconds with bounds, without launch overheads.
 
         Args:
-            dtype: of weights; of the cache for attention; `float32`, `float16`, `bfloat16` or
-                `float8`. Activations are at least 16 bits wide.
+            dtype: one of `WEIGHT_BYTES`; of the cache for attention. Outputs are at least 16 bits
+                wide.
             sizes: those that `SIZES` names for the kind; each [R] or one for all. Nothing to do
                 (no rows, pairs, tokens or bytes) takes no time.
 
@@ -66,8 +66,9 @@ class DeviceModel:
         return [law for name, law in self._profile.surfaces.items() if name.startswith(begin)]
 
     def _law(self, kind: Kind, dtype: str) -> tuple[Surface, float]:
-        if dtype not in ITEM_BYTES:
-            raise SpecError(f"{dtype} is not priced; known types are {', '.join(ITEM_BYTES)}")
+        types = ITEM_BYTES if kind in ATTENTION else WEIGHT_BYTES
+        if dtype not in types:
+            raise SpecError(f"{dtype} is not priced; known types are {', '.join(types)}")
         device = self._profile.device
         known = roofline(device, kind, dtype, dict.fromkeys(SIZES[kind], 1.0)).at
         surface = self._surface(kind, dtype)

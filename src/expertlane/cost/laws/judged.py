@@ -12,8 +12,12 @@ JUDGED = {
     Basis.MEASURED: Judged("step time, 36 deployments, after expertlane calibrate", 72, 0.056),
 }
 
+_JUDGED_CARD = "h100"  # of those with fitted laws
+
 
 def judged(profile: Profile) -> Judged | None:
-    """Of the firmest laws that the profile has; None where another device's stand in for all."""
+    """Of the firmest laws that the profile has; None where nothing of that card was judged."""
     firmest = min((law.basis for law in profile.surfaces.values()), default=Basis.BOUND)
+    if firmest is Basis.FITTED and profile.name != _JUDGED_CARD:
+        return None
     return JUDGED.get(firmest)

@@ -11,6 +11,8 @@ Surfaces that are looked for, on the axes `bytes` and `ranks` (of the group) or 
   ranks stands in for the first).
 - `dispatch.low_latency.intra_node`, `combine.low_latency.intra_node` and `….inter_node`: every
   copy goes straight to the rank of its expert: the flat all-to-all.
+- `dispatch.two_sided.intra_node`, `dispatch.one_sided.intra_node` and those of `combine`: the same
+  over an NVLink domain of many hosts, by kernels that write into other ranks' memory.
 - `dispatch.forwarded.intra_node`, `combine.forwarded.intra_node` and `….inter_node`: a copy for
   every node reached, forwarded inside it while others still arrive: both hops of hierarchical
   dispatch in one, see `LinkModel.forwarded`.
@@ -52,6 +54,7 @@ from expertlane.cost.step.operation import (
 from expertlane.spec.names import Link, Stage
 
 _WIDER_FOR_TWICE_THE_NODES = 1.6
+_INSIDE_NODES = ("low_latency", "forwarded", "two_sided", "one_sided")
 _DISPATCHING = {Stage.DISPATCH: "dispatch", Stage.COMBINE: "combine"}
 
 
@@ -181,7 +184,7 @@ class LinkModel:
         names = [f"{kind}.intra_node", f"{kind}.custom.intra_node"]
         if kind is TransferKind.ALL_TO_ALL and stage in _DISPATCHING:
             name = _DISPATCHING[stage]
-            names += [f"{name}.low_latency.intra_node", f"{name}.forwarded.intra_node"]
+            names += [f"{name}.{variant}.intra_node" for variant in _INSIDE_NODES]
         near = carried[Link.INTRA_NODE]
         found = [self._surface_times(name, near, load.group_size, load.num_nodes) for name in names]
         known = [each for each in found if each is not None]

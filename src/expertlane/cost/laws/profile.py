@@ -31,8 +31,12 @@ class Device(Strict):
 
     Attributes:
         memory_bytes, memory_bytes_per_s: its memory and what reads it at best.
-        flops_per_s: dense peak by type: `float32`, `float16`, `bfloat16`, `float8`.
+        flops_per_s: dense peak of products with weights of a type: `float32`, `float16`,
+            `bfloat16`, `float8`, `nvfp4`, `mxfp4`; of a type that is widened as it is read, the
+            peak of what it becomes.
         origin: of these figures.
+        float8_attention: the type that attention over a float8 cache computes in: keys and values
+            are widened as they are read, or multiplied as they are.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Device(Strict):
     memory_bytes_per_s: float
     flops_per_s: Mapping[str, float]
     origin: str
+    float8_attention: str = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,12 @@ class Profile:
     """What times are modelled with.
 
     Attributes:
-        ranks_per_node: devices of a node.
+        ranks_per_node: devices of a node, which is an NVLink domain.
         links: by kind of link.
         surfaces: by what they are for and a type or variant: `gemm.bfloat16`,
             `all_gather.intra_node`; `cost.laws.device` and `cost.laws.links` say which they use.
         terms: single numbers by name: floors, overheads, contention.
+        devices_per_host: that one operating system sees, where a node spans several; 0 if not.
     """
 
     name: str
@@ -73,6 +79,11 @@ class Profile:
     links: Mapping[Link, LinkSheet]
     surfaces: Mapping[str, Surface] = field(default_factory=dict)
     terms: Mapping[str, Term] = field(default_factory=dict)
+    devices_per_host: int = 0
+
+    def num_hosts(self, num_devices: int) -> int:
+        """Machines that a deployment is started on."""
+        return -(-num_devices // (self.devices_per_host or self.ranks_per_node))
 
     def link_rate(self, link: Link) -> float:
         """Bytes per second of a link.

@@ -2,7 +2,7 @@
 
 A file holds what `Profile` has. A surface's table is a string of whole numbers, thousandths of a
 logarithm, one line for every knot of all axes but the last. `like` takes the laws of another
-shipped profile over to this one's datasheet, as bounds and wider.
+shipped profile over to this one's datasheet where it has none of its own, as bounds and wider.
 """
 
 import math
@@ -18,7 +18,7 @@ import numpy as np
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
-from expertlane.cost.number_types import ITEM_BYTES
+from expertlane.cost.number_types import ITEM_BYTES, WEIGHT_BYTES
 from expertlane.errors import SpecError, naming
 from expertlane.spec.files import CONFIG_BYTES, build, read_toml, write_text
 from expertlane.spec.names import Link
@@ -57,22 +57,33 @@ def read_profile(name_or_path: str | Path) -> Profile:
         return _profile(build(_File, data))
 
 
-def write_profile(profile: Profile, path: Path) -> Path:
+@dataclass(frozen=True)
+class Like(Strict):
+    """Whose laws hold where a profile has none of its own, and by what factor bounds are wider."""
+
+    profile: str
+    wider: float
+
+
+def write_profile(profile: Profile, path: Path, like: Like | None = None) -> Path:
     """Write a profile whole or not at all; return its path.
 
     Raises:
         UserError: its folder can't be written to.
     """
-    return write_text(path, to_toml(profile))
+    return write_text(path, to_toml(profile, like))
 
 
-def to_toml(profile: Profile) -> str:
+def to_toml(profile: Profile, like: Like | None = None) -> str:
     """The text of a profile's file."""
     import tomli_w  # not needed to read
 
+    hosts = {"devices_per_host": profile.devices_per_host} if profile.devices_per_host else {}
     data = {
         "name": profile.name,
         "ranks_per_node": profile.ranks_per_node,
+        **hosts,
+        **({} if like is None else {"like": asdict(like)}),
         "device": asdict(profile.device),
         "links": {link.name.lower(): asdict(sheet) for link, sheet in profile.links.items()},
         "terms": {name: _as_table(term) for name, term in profile.terms.items()},
@@ -126,12 +137,6 @@ class _Surface(_Law):
 
 
 @dataclass(frozen=True)
-class _Like(Strict):
-    profile: str
-    wider: float
-
-
-@dataclass(frozen=True)
 class _File(Strict):
     name: str
     device: Device
@@ -139,17 +144,24 @@ class _File(Strict):
     links: dict[str, LinkSheet] = field(default_factory=dict)
     surfaces: dict[str, _Surface] = field(default_factory=dict)
     terms: dict[str, _Term] = field(default_factory=dict)
-    like: _Like | None = None
+    devices_per_host: int = 0
+    like: Like | None = None
 
 
 def _profile(file: _File) -> Profile:
     RANGES["num_devices"].take("ranks_per_node", file.ranks_per_node)
+    RANGES["ranks_per_node"].take("devices_per_host", file.devices_per_host)
     _check(file, "")
     _check(file.device, "device.")
     for dtype, flops_per_s in file.device.flops_per_s.items():
-        if dtype not in ITEM_BYTES:
+        if dtype not in WEIGHT_BYTES:
             raise SpecError(f"device.flops_per_s.{dtype} is an unknown key")
         RANGES["flops_per_s"].take(f"device.flops_per_s.{dtype}", flops_per_s)
+    if file.device.float8_attention not in ITEM_BYTES:
+        raise SpecError(
+            f"device.float8_attention is {shown(file.device.float8_attention)}; it must be one of "
+            f"{', '.join(ITEM_BYTES)}"
+        )
     own = Profile(
         name=file.name,
         device=file.device,
@@ -157,6 +169,7 @@ def _profile(file: _File) -> Profile:
         links=_links(file.links),
         surfaces={name: _surface(each, f"surfaces.{name}") for name, each in file.surfaces.items()},
         terms={name: _term(each, f"terms.{name}") for name, each in file.terms.items()},
+        devices_per_host=file.devices_per_host,
     )
     if file.like is None:
         return own
@@ -191,9 +204,18 @@ def _with_laws_of(own: Profile, name: str, wider: float) -> Profile:
             for key, law in laws.items()
         }
 
-    of_other = {key: replace(law, wider=law.wider * wider) for key, law in other.surfaces.items()}
+    # Of an operation that has a law of its own, another library's is no hole.
+    of_other = {
+        key: replace(law, wider=law.wider * wider)
+        for key, law in other.surfaces.items()
+        if key.rpartition(".")[0] not in own.surfaces
+    }
     surfaces = widened(of_other, f"as {name}, over this datasheet's roofline")
-    terms = widened(other.terms, f"as {name}")
+    # Floors of a law belong to its surface.
+    of_others = {
+        key: term for key, term in other.terms.items() if key.partition(".")[2] not in own.surfaces
+    }
+    terms = widened(of_others, f"as {name}")
     return replace(own, surfaces={**surfaces, **own.surfaces}, terms={**terms, **own.terms})
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from expertlane.cost.laws.profile import Device
-from expertlane.cost.number_types import ITEM_BYTES
+from expertlane.cost.number_types import ITEM_BYTES, WEIGHT_BYTES
 from expertlane.cost.step.operation import ATTENTION, Floats, Kind, flops_of
 from expertlane.errors import SpecError
 
@@ -45,7 +45,8 @@ def roofline(
     Raises:
         SpecError: the datasheet has no figure for the type.
     """
-    num_bytes, at = _WORK[kind](sizes, ITEM_BYTES[dtype])
+    item = ITEM_BYTES[dtype] if kind in ATTENTION else WEIGHT_BYTES[dtype]
+    num_bytes, at = _WORK[kind](sizes, item)
     memory_s = np.asarray(num_bytes) / device.memory_bytes_per_s
     if kind is Kind.MEMORY:
         return Roofline(np.where(memory_s > 0, memory_s + floor_s, 0.0), at)
@@ -65,8 +66,8 @@ def peak_flops_per_s(device: Device, kind: Kind, dtype: str) -> float:
     Raises:
         SpecError: the datasheet has none.
     """
-    # Attention over a float8 cache widens keys and values as it reads them.
-    computes_in = "bfloat16" if kind in ATTENTION and dtype == "float8" else dtype
+    is_float8 = kind in ATTENTION and dtype == "float8"
+    computes_in = device.float8_attention if is_float8 else dtype
     peak = device.flops_per_s.get(computes_in)
     if peak is None:
         known = ", ".join(device.flops_per_s)
@@ -74,12 +75,12 @@ def peak_flops_per_s(device: Device, kind: Kind, dtype: str) -> float:
     return peak
 
 
-def _gemm(sizes: Sizes, item: int) -> _Work:
+def _gemm(sizes: Sizes, item: float) -> _Work:
     m, n, k = sizes["m"], sizes["n"], sizes["k"]
     return item * (n * k + m * k) + max(item, 2) * m * n, {"m": m, "n": n, "k": k}
 
 
-def _experts(sizes: Sizes, item: int) -> _Work:
+def _experts(sizes: Sizes, item: float) -> _Work:
     pairs, active, hidden = sizes["pairs"], sizes["active"], sizes["hidden"]
     inner, matrices = sizes["inner"], sizes["matrices"]
     activations = pairs * (2 * hidden + matrices * inner)
@@ -92,7 +93,7 @@ def _experts(sizes: Sizes, item: int) -> _Work:
     return item * active * (hidden * inner * matrices) + max(item, 2) * activations, at
 
 
-def _attention(sizes: Sizes, item: int) -> _Work:
+def _attention(sizes: Sizes, item: float) -> _Work:
     is_prefill, is_latent = "tokens" in sizes, "key_dim" in sizes
     queries, heads = sizes["tokens" if is_prefill else "seqs"], sizes["heads"]
     positions = sizes["positions"]
@@ -117,11 +118,11 @@ def _attention(sizes: Sizes, item: int) -> _Work:
     return num_bytes, at | widths
 
 
-def _memory(sizes: Sizes, item: int) -> _Work:
+def _memory(sizes: Sizes, item: float) -> _Work:
     return sizes["bytes"], {"bytes": sizes["bytes"]}
 
 
-_WORK: dict[Kind, Callable[[Sizes, int], _Work]] = {
+_WORK: dict[Kind, Callable[[Sizes, float], _Work]] = {
     Kind.GEMM: _gemm,
     Kind.EXPERTS: _experts,
     **dict.fromkeys(ATTENTION, _attention),

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from expertlane.cost.number_types import PayloadBytes
+from expertlane.cost.number_types import PayloadBytes, weight_bytes
 from expertlane.cost.step.batch_sizes import TokenSizes
 from expertlane.cost.step.counts import DispatchCounts
 from expertlane.cost.step.mlp import shares
@@ -77,7 +77,7 @@ class ExpertSteps:
                 "inner": inner,
                 "matrices": matrices,
             },
-            weight_bytes=counts.active_experts * num_weights * out.types.weight_bytes,
+            weight_bytes=counts.active_experts * weight_bytes(num_weights, out.types.weights),
             num_kernels=kernels.experts_once + math.ceil(counts.active_experts.max()) * of_expert,
         )
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
+from expertlane.cost.number_types import NumberTypes, weight_bytes
 from expertlane.cost.step.counts import Exchange
 from expertlane.cost.step.kernel_sets import ENGINE, KernelSet
 from expertlane.cost.step.operation import (
@@ -75,15 +75,16 @@ class StepWriter(ABC):
         """A product [m, k] · [k, n]; sizes of all ranks, [A] or one number.
 
         Args:
-            dtype: of the weights, if not the deployment's.
+            dtype: of the weights, if not that of attention's, or of an MLP's.
         """
+        if dtype is None:
+            dtype = self.types.of_part("attention" if stage is Stage.ATTENTION else "mlp")
         num_weights = np.asarray(n) * np.asarray(k)
-        item = ITEM_BYTES[dtype or self.types.weights]
         self.operation(
             Kind.GEMM,
             stage,
             {"m": m, "n": n, "k": k},
-            weight_bytes=(m > 0) * (num_weights * item),
+            weight_bytes=(m > 0) * weight_bytes(num_weights, dtype),
             num_kernels=num_kernels,
             dtype=dtype,
         )
