@@ -21,6 +21,7 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
+from expertlane.cost.step.operation import TransferKind
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step.totals import count
 from expertlane.engine.commands import DescribeMachine, SetDispatch
@@ -141,9 +142,15 @@ class Counting:
                 np.testing.assert_array_equal(*values, message, strict=True)
 
 
-# What differs with GPU libraries' kernels, beside the numbers of rows that flat dispatch does not
-# tell: of latent attention, for prompts attend to keys and values made from the latent.
+# What differs with GPU libraries' kernels, beside the numbers of rows that are told in no
+# transfer of their own: of latent attention, for prompts attend to keys and values made from the
+# latent.
 FUSED = ("flops", "weight_bytes")
+
+
+def tells_counts(step):
+    """Whether a step is the exchange of counts alone."""
+    return getattr(step, "syncs_host", False) and step.kind is TransferKind.ALL_GATHER
 
 
 def without_counts(program):
@@ -152,7 +159,7 @@ def without_counts(program):
 
     def section_of(section):
         if id(section.steps) not in kept:  # layers that do the same stay one
-            steps = (each for each in section.steps if not getattr(each, "syncs_host", False))
+            steps = (each for each in section.steps if not tells_counts(each))
             kept[id(section.steps)] = tuple(steps)
         return replace(section, steps=kept[id(section.steps)])
 

@@ -223,10 +223,11 @@ def test_fused_kernels_launch_less():
 
 
 @pytest.mark.parametrize(("form", "num"), [("all_to_all", 0), ("hierarchical", 1)])
-def test_kernels_of_gpu_libraries_tell_no_counts_in_flat_dispatch(form, num):
+def test_kernels_of_gpu_libraries_tell_counts_inside_dispatch_or_not_at_all(form, num):
     program = program_of(form, "dp=4,ep=4", ranks_per_node=2, kernels=GPU_LIBRARIES)
-    steps = program.stages[0][0].parts[0][1].steps
-    assert sum(isinstance(step, Transfer) and step.syncs_host for step in steps) == num
+    transfers = [e for e in program.stages[0][0].parts[0][1].steps if isinstance(e, Transfer)]
+    assert {each.kind for each in transfers} == {TransferKind.ALL_TO_ALL}
+    assert sum(each.syncs_host for each in transfers) == num
 
 
 def test_hand_over_between_nodes():

@@ -106,3 +106,15 @@ def test_skipped_layers_are_exact(parts, execution, launch_s, num_layers):
     )
     np.testing.assert_allclose(of_fast.wall_s, of_slow.wall_s, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(of_fast.blocked_s, of_slow.blocked_s, rtol=1e-6, atol=1e-6)
+
+
+def test_a_hop_that_is_included_in_the_one_before_ends_no_turn():
+    """Two halves hide as much of a dispatch by one kernel as of a single hop."""
+    one_hop = [compute(2.0), send(3.0), compute(2.0), send(1.0)]
+    two_hops = [compute(2.0), send(3.0), send(0.0), compute(2.0), send(1.0), send(0.0)]
+    ends = []
+    for steps in (one_hop, two_hops):
+        parts = [[Block(steps, range(6))]] * 2
+        timeline = Timeline(terms(Execution.GRAPH, 0.0), 1, 1)
+        ends.append(timeline.run([[StageWork(parts)]], 0.0).spans[0][0].end)
+    np.testing.assert_allclose(*ends)

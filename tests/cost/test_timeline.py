@@ -88,7 +88,7 @@ def test_overlap_hides_part_of_a_long_transfer():
 
 def test_contention_slows_what_computes_beside_a_transfer():
     a = part(compute(4.0), send(6.0, contention=0.25), compute(1.0))
-    b = part(compute(3.0), send(0.0), compute(0.0))
+    b = part(compute(3.0), send(1e-9), compute(0.0))
     times = run(one_stage(a, b), 1)
     # b's 3 s take 4 s at three quarters of the pace; then a waits for 2 more.
     assert log(times)[:4] == [
@@ -97,7 +97,7 @@ def test_contention_slows_what_computes_beside_a_transfer():
         "network dispatch 0a 4-10",
         "compute experts 0a 10-11",
     ]
-    longer = part(compute(6.0), send(0.0), compute(0.0))
+    longer = part(compute(6.0), send(1e-9), compute(0.0))
     times = run(one_stage(a, longer), 1)
     # In the 6 s of the transfer 4.5 s of work get done, the other 1.5 s after it.
     assert "compute experts 0b 4-11.5" in log(times)

@@ -125,6 +125,7 @@ class Entry(NamedTuple):
         offset: as a `TimedStep`'s.
         lost_share, stretch: [B, 1]; of compute beside a transfer: the share that is lost, and how
             many times as long it takes.
+        is_included: a transfer that takes no time, since the one before does both.
     """
 
     step: Step
@@ -135,6 +136,7 @@ class Entry(NamedTuple):
     offset: int
     lost_share: Floats
     stretch: Floats
+    is_included: bool = False
 
 
 class Compiler:
@@ -184,6 +186,7 @@ class Compiler:
                     groups,
                     block.steps[place].offset,
                     *self._contention(contention),
+                    groups is not None and not seconds[place].any(),
                 )
             )
         return entries

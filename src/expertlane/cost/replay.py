@@ -161,7 +161,9 @@ class Replay:
     """Runs the parts of a micro-batch; each up to its next transfer in turn, as the engine does.
 
     A transfer begins when the last member of its group has posted it and has no earlier one under
-    way; it ends for all of them after the longest of their times. Of what a rank computes while a
+    way; it ends for all of them after the longest of their times. One that takes no time is a part
+    of the one before (both hops of a dispatch by one kernel): there it is not another part's turn,
+    which would hide less than that kernel does. Of what a rank computes while a
     transfer of its own is in flight, a share is lost (`TimedStep.contention`).
 
     Args:
@@ -196,6 +198,9 @@ class Replay:
                     break
                 if not isinstance(entry.step, Transfer):
                     self._compute(cursor, entry, in_flight)
+                    continue
+                if entry.is_included:
+                    self._pass(cursor, entry)
                     continue
                 posted = self._post(cursor, entry)
                 for _ in range(entry.step.num_steps_before_wait):
@@ -251,6 +256,11 @@ class Replay:
         met = groups.largest(np.maximum(posted, clocks.network))
         done = clocks.network = met + entry.seconds
         return cursor.executed(entry, begin, posted, met, posted, done, done)
+
+    def _pass(self, cursor: _Cursor, entry: Entry) -> None:
+        """A hop that the kernel of the one before has made: nobody posts it, or waits for it."""
+        now = self.clocks.compute
+        self.log.executed.append(cursor.executed(entry, now, now, now, now, now, now))
 
     def _wait(self, pending: ExecutedStep) -> None:
         clocks, step = self.clocks, pending.entry.step

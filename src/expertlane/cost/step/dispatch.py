@@ -122,9 +122,13 @@ class ExpertSteps:
         values = self._payload.values
         metadata = self._top_k * (_ID_BYTES + _WEIGHT_BYTES) + self._payload.scales
         self._bookkeeping(owned, kernels.choose + 2 * kernels.by_peer)
-        self._exchange_counts(self._layout.ep + num_nodes)
+        if kernels.counts_first:
+            self._exchange_counts(self._layout.ep + num_nodes)
         self._pack(of_nodes.rows_sent, metadata)
-        out.all_to_all(Stage.DISPATCH, "ep_inter", of_nodes.rows, values, metadata)
+        tells = not kernels.counts_first  # kernels that forward have buffers of the right size
+        out.all_to_all(
+            Stage.DISPATCH, "ep_inter", of_nodes.rows, values, metadata, tells_counts=tells
+        )
         if size > 1:
             self._bookkeeping(of_nodes.rows_arriving, kernels.by_peer)
             moved = 2 * of_nodes.rows_forwarded * (values + metadata)

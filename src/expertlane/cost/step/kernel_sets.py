@@ -30,8 +30,9 @@ class KernelSet:
         expert_product: of an active expert.
         embed, last, argmax, best: at the model's two ends.
         gathered, reduced: of a collective, what puts rows together and adds them up.
-        counts_first: flat dispatch tells numbers of rows before it sends any; kernels with buffers
-            of a static size need not, and can be captured in a graph.
+        counts_first: dispatch tells numbers of rows, in a transfer of its own, before it sends any.
+            Kernels with buffers of a static size need not, and can be captured in a graph; others
+            tell them inside dispatch, in the time that it was measured with.
         kernels_move: dispatch and combine, and the experts' products, pack, sort and sum rows
             themselves, in the times that they were measured with.
         expands_latent: prompts attend to keys and values of each head, made from the latent; else

@@ -142,10 +142,22 @@ class StepWriter(ABC):
         self._transfer(TransferKind.REDUCE_SCATTER, stage, axis, from_all, payload)
 
     def all_to_all(
-        self, stage: Stage, axis: Axis, rows: Exchange, payload: int, metadata: int = 0
+        self,
+        stage: Stage,
+        axis: Axis,
+        rows: Exchange,
+        payload: int,
+        metadata: int = 0,
+        *,
+        tells_counts: bool = False,
     ) -> None:
-        """Every rank sends rows of its own to each of its group."""
-        self._transfer(TransferKind.ALL_TO_ALL, stage, axis, rows, payload, metadata)
+        """Every rank sends rows of its own to each of its group.
+
+        Args:
+            tells_counts: the host learns from it how many rows came, and waits for that.
+        """
+        kind = TransferKind.ALL_TO_ALL
+        self._transfer(kind, stage, axis, rows, payload, metadata, tells_counts=tells_counts)
 
     def _transfer(
         self,
@@ -156,6 +168,8 @@ class StepWriter(ABC):
         payload: Ints | int,
         metadata: Ints | int = 0,
         num_steps_before_wait: int = 0,
+        *,
+        tells_counts: bool = False,
     ) -> None:
         """Nothing in groups of one rank, as the engine's are left out."""
         groups = self.mesh.groups(axis)
@@ -170,7 +184,7 @@ class StepWriter(ABC):
                 sent_bytes=sent_bytes,
                 num_kernels=self.transfer_kernels[kind],
                 num_steps_before_wait=num_steps_before_wait,
-                syncs_host=num_steps_before_wait > 0,  # counts, which size what comes next
+                syncs_host=tells_counts or num_steps_before_wait > 0,  # which sizes what follows
             )
         )
 
