@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.ops.cpu import PackedLinear, VectorBackend
+from expertlane.ops.cpu import VectorBackend
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.packed import PackedLinear
 from expertlane.ops.products import Activation, Expert, PairGroups
 from expertlane.ops.row_parts import RowParts
 from expertlane.ops.torch_backend import TorchBackend

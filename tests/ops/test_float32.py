@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from expertlane.ops.cpu import FewRowsLinear
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.packed import FewRowsLinear
 from expertlane.ops.products import Activation, Expert, PairGroups
 from expertlane.ops.row_parts import RowParts
 from expertlane.ops.torch_backend import TorchBackend

@@ -16,10 +16,10 @@ from expertlane.ops.cpu import VectorBackend
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import CompiledRouter
 from expertlane.ops.narrow import NarrowWeight
+from expertlane.ops.packed import FEW_ROWS
 from expertlane.ops.products import Activation, Expert
 from expertlane.ops.router import Router, RouterParams, route
 from expertlane.ops.step import AttentionWeights
-from expertlane.ops.structs import FEW_ROWS
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import Routing

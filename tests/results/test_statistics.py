@@ -80,14 +80,6 @@ def test_jackknife_of_a_mean_is_students_prediction_of_another_mean():
     assert found.bounds == pytest.approx((6.2 - margin, 6.2, 6.2 + margin))
 
 
-def test_jackknife_of_leasts_is_not_widened_again():
-    values = [1.0, 1.1, 0.9, 1.05, 1.0]
-    plain, of_least = (
-        jackknife_difference(1.0, values, of_least=of_least) for of_least in (False, True)
-    )
-    assert plain.high - 1 == pytest.approx(math.sqrt(2) * (of_least.high - 1))
-
-
 @pytest.mark.parametrize(
     ("low", "high", "is_told"), [(1.01, 1.2, True), (0.8, 0.99, True), (0.99, 1.1, False)]
 )
@@ -158,8 +150,7 @@ def test_what_virtual_time_takes_repeats_within_its_intervals(num, shared, of_tw
         slow = 1 + shared * random.exponential(size=(num, 1))
         operations = slow * (1 + random.exponential(0.2, (num, 100)))
         without = [figure(np.delete(operations, place, axis=0)) for place in range(num)]
-        interval = jackknife_interval(figure(operations), without, of_least=not of_two)
-        found.append(interval)
+        found.append(jackknife_interval(figure(operations), without))
     values = np.array([each.value for each in found])
     inside = np.mean([(each.low <= values) & (values <= each.high) for each in found])
-    assert 0.8 <= inside <= 0.98  # 0.89 to 0.92 where no noise is shared
+    assert 0.85 <= inside <= 0.98

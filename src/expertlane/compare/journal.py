@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -129,11 +129,14 @@ class Journal:
         self._file.write(encode(MessageKind.RESULT, measurement))
         self._file.flush()
 
-    def close(self, *, finished: bool) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leave the file for `--resume`, or remove it where everything is measured."""
         if self._file is not None:
             self._file.close()
-        if finished:
+        if kind is None:
             self._path.unlink(missing_ok=True)
 
 

@@ -105,7 +105,7 @@ def pair_in_virtual_time(
     steps: tuple[StepsRecord, StepsRecord],
     repeated: tuple[Repeated, Repeated],
 ) -> PairRecord:
-    """From the least times of all repetitions together, and of all but one.
+    """From all repetitions together, and from all but one.
 
     Args:
         names: the faster one first.
@@ -121,7 +121,6 @@ def pair_in_virtual_time(
         jackknife_interval(
             first.tps.value / second.tps.value,
             [a / b for a, b in zip(one.tps, other.tps, strict=True)],
-            of_least=True,
         ),
         first.round_s.value,
         second.round_s.value,
@@ -129,7 +128,6 @@ def pair_in_virtual_time(
             cause: jackknife_difference(
                 first.breakdown_s[cause] - second.breakdown_s[cause],
                 [a[cause] - b[cause] for a, b in zip(one.causes_s, other.causes_s, strict=True)],
-                of_least=True,
             )
             for cause in first.breakdown_s
         },

@@ -1,6 +1,7 @@
 """Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -90,10 +91,7 @@ def run_comparison(
     if folder is not None:
         journal = Journal.of(folder, experiment, seen, peak, resume=resume)
         peak = journal.peak  # so that links are scaled as before
-        if journal.num_kept:
-            progress.task(f"{journal.num_kept} measurements of the interrupted run", 1)
-            progress.advance()
-            progress.done()
+        _tell_kept(journal, progress)
     setting = Setting(experiment, pool, seen[0].dtype, ranks_per_node, progress, virtual, journal)
     measured = _Measured(
         setting,
@@ -101,13 +99,8 @@ def run_comparison(
         [Deployed(e, setting, limits[e.name], EXPERIMENT) for e in experiment.deployments],
         [Deployed(e, setting, limits[e.name], SCALING) for e in experiment.scaling],
     )
-    is_finished = False
-    try:
+    with journal or nullcontext():
         measured.measure(repeats or Repeats())
-        is_finished = True
-    finally:
-        if journal is not None:
-            journal.close(finished=is_finished)
     if on_trace is not None:
         for name, steps in measured.traces():
             on_trace(name, steps)
@@ -128,6 +121,13 @@ def run_comparison(
         cautions=cautions,
         foreign_cpu_share=foreign.share(),
     )
+
+
+def _tell_kept(journal: Journal, progress: Progress) -> None:
+    if journal.num_kept:
+        progress.task(f"{journal.num_kept} measurements of the interrupted run", 1)
+        progress.advance()
+        progress.done()
 
 
 def _virtual_on(

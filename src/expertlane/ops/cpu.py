@@ -16,21 +16,20 @@ from torch import Tensor
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import CompiledRouter, LocalExperts
 from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight
-from expertlane.ops.products import (
-    Activation,
-    Expert,
-    Experts,
-    HeadsLinear,
-    Linear,
-    PairGroups,
+from expertlane.ops.packed import (
+    LANES,
+    FewRowsExperts,
+    FewRowsLinear,
+    PackedExperts,
+    PackedHeadsLinear,
+    PackedLinear,
 )
+from expertlane.ops.products import Activation, Expert, Experts, HeadsLinear, Linear, PairGroups
 from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
 from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart, attention_part
 from expertlane.ops.torch_backend import Outgoing, PeerRows, TorchBackend
 
-_LANES = 16
-_FEW_ROWS = 32  # with more, torch's own products are faster
 _SUMMED = (torch.float32, torch.bfloat16)
 _TYPES: dict[str, Any] = {
     "p": ctypes.c_void_p,
@@ -250,7 +249,7 @@ class VectorBackend(CpuBackend):
         is_plain = activation.is_plain(is_gated=held[0].gate is not None)
         if all(isinstance(each, FewRowsLinear) and each.bias is None for each in linears):
             many = super().experts(held, activation)
-            return _FewRowsExperts(many, self._few_rows_experts) if is_plain else many
+            return FewRowsExperts(many, self._few_rows_experts) if is_plain else many
         if NarrowExperts.suits(held, activation):
             return NarrowExperts(held, activation, self._narrow_experts)
         suits = (
@@ -260,7 +259,7 @@ class VectorBackend(CpuBackend):
         )
         if not suits:
             return super().experts(held, activation)
-        return _PackedExperts(held, activation, self._experts)
+        return PackedExperts(held, activation, self._experts)
 
     def heads_linear(self, weight: Tensor) -> HeadsLinear:
         if weight.dtype is not torch.bfloat16 or weight.shape[2] % 2 or not weight.numel():
@@ -277,7 +276,7 @@ class VectorBackend(CpuBackend):
     ) -> LocalExperts | None:
         if not isinstance(router, CompiledRouter):
             return None
-        kinds = _PackedExperts | _FewRowsExperts | NarrowExperts
+        kinds = PackedExperts | FewRowsExperts | NarrowExperts
         if not isinstance(experts, kinds) or not _multiplies(dtype, experts.held[0].up):
             return None
         return LocalExperts(router, experts, experts.matrices, self._library, dtype)
@@ -285,7 +284,7 @@ class VectorBackend(CpuBackend):
     def head_part(
         self, head: Linear, norm: Tensor | None, eps: float, dtype: torch.dtype
     ) -> HeadPart | None:
-        if not _multiplies(dtype, head) or head.in_features % _LANES:
+        if not _multiplies(dtype, head) or head.in_features % LANES:
             return None
         return HeadPart(head, norm, eps, self._library, dtype)
 
@@ -380,158 +379,3 @@ def _multiplies(dtype: torch.dtype, *linears: Linear) -> bool:
 def _heads_side_by_side(x: Tensor) -> Tensor:
     """[num_tokens, heads, dim] whose tokens alone may lie apart."""
     return x if x[0:1].is_contiguous() else x.contiguous()
-
-
-class PackedLinear(Linear):
-    """The weight [n, k], k even, as our kernels read it: [n / 16, k / 2, 16, 2], n padded.
-
-    Args:
-        bias: [n] float32.
-        function: the kernel.
-    """
-
-    is_packed = True
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, function: Any) -> None:
-        super().__init__(weight, bias)
-        self._function = function
-
-    @staticmethod
-    def pack(weight: Tensor) -> Tensor:
-        n, k = weight.shape
-        missing = -n % _LANES
-        if missing:
-            weight = torch.cat([weight, weight.new_zeros(missing, k)])
-        return weight.view(-1, _LANES, k // 2, 2).transpose(1, 2).contiguous()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        m, k = x.shape
-        out = x.new_empty(m, self.out_features)
-        if m:
-            x = x if x.stride(1) == 1 else x.contiguous()
-            shift = None if self.bias is None else self.bias.data_ptr()
-            self._function(
-                *(x.data_ptr(), x.stride(0), m, self.weight.data_ptr(), self.out_features, k),
-                *(shift, out.data_ptr()),
-            )
-        return out
-
-
-class PackedHeadsLinear(HeadsLinear):
-    """Matrices side by side, each as `PackedLinear` has it; widths are even.
-
-    Args:
-        function: the kernel.
-    """
-
-    def __init__(self, weight: Tensor, function: Any) -> None:
-        super().__init__(weight)
-        self._function = function
-
-    @staticmethod
-    def pack(weight: Tensor) -> Tensor:
-        return torch.stack([PackedLinear.pack(each) for each in weight])
-
-    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        assert x.stride(2) == out.stride(2) == 1, "values of a head lie side by side"
-        self._function(
-            *(x.data_ptr(), x.stride(0), x.stride(1), x.shape[0], self.weight.data_ptr()),
-            *(self.num_heads, self.out_features, self.in_features),
-            *(out.data_ptr(), out.stride(0), out.stride(1)),
-        )
-        return out
-
-
-class _PackedExperts(Experts):
-    """One call of a kernel: SiLU(gate) · up, or GELU(up) without a gate; then down.
-
-    Args:
-        held: of packed weights without biases, their inner width a multiple of 32.
-        function: the kernel.
-    """
-
-    def __init__(self, held: Sequence[Expert], activation: Activation, function: Any) -> None:
-        super().__init__(held, activation)  # whose weights stay alive
-        self._function = function
-        self._inner = held[0].up.out_features
-        self.matrices = _matrices(held)
-
-    def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
-        num_pairs, hidden = pairs.rows.shape[0], rows.shape[1]
-        out = rows.new_empty(num_pairs, hidden) if out is None else out
-        scratch = rows.new_empty(num_pairs, self._inner)
-        if num_pairs:
-            ends = pairs.ends
-            self._function(
-                *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
-                *(pairs.order.data_ptr(), ends.data_ptr(), ends.shape[0], *self.matrices),
-                *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
-            )
-        return out
-
-
-class FewRowsLinear(Linear):
-    """A weight of float32 as torch has it, and a kernel for so few rows that packing is dear.
-
-    Args:
-        function: the kernel.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, function: Any) -> None:
-        super().__init__(weight, bias)
-        self._function = function
-
-    def __call__(self, x: Tensor) -> Tensor:
-        m, k = x.shape
-        if not 0 < m <= _FEW_ROWS or x.stride(1) != 1 or x.dtype is not torch.float32:
-            return super().__call__(x)
-        out = x.new_empty(m, self.out_features)
-        self._function(
-            *(x.data_ptr(), x.stride(0), m, self.weight.data_ptr(), self.out_features, k),
-            *(None if self.bias is None else self.bias.data_ptr(), out.data_ptr()),
-        )
-        return out
-
-
-class _FewRowsExperts(Experts):
-    """One call of a kernel where every expert has few pairs.
-
-    Args:
-        many: for the others; of float32 weights without biases.
-        function: the kernel.
-    """
-
-    def __init__(self, many: Experts, function: Any) -> None:
-        super().__init__(many.held, many.activation)
-        self._many, self._function = many, function
-        self._inner = self.held[0].up.out_features
-        self.matrices = _matrices(self.held)
-
-    def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
-        num_pairs, hidden = pairs.rows.shape[0], rows.shape[1]
-        most = int(pairs.counts.max()) if num_pairs > _FEW_ROWS else num_pairs
-        if not 0 < most <= _FEW_ROWS or rows.stride(1) != 1:
-            return self._many(rows, pairs, out)
-        out = rows.new_empty(num_pairs, hidden) if out is None else out
-        scratch, ends = rows.new_empty(num_pairs, self._inner), pairs.ends
-        self._function(
-            *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
-            *(pairs.order.data_ptr(), ends.data_ptr(), len(self.held), *self.matrices),
-            *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
-        )
-        return out
-
-
-def _matrices(held: Sequence[Expert]) -> tuple[Any, Any, Any]:
-    """Where gates (None without), ups and downs lie."""
-    gates = [expert.gate for expert in held if expert.gate is not None]
-    return (
-        _pointers(gates) if gates else None,
-        _pointers([expert.up for expert in held]),
-        _pointers([expert.down for expert in held]),
-    )
-
-
-def _pointers(linears: Sequence[Linear]) -> Any:
-    """Where their packed weights lie."""
-    return (ctypes.c_void_p * len(linears))(*(linear.weight.data_ptr() for linear in linears))

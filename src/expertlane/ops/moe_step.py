@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.narrow import NarrowLinear
+from expertlane.ops.packed import LANES
 from expertlane.ops.products import Experts
 from expertlane.ops.router import Norm, Router, RouterParams
 from expertlane.ops.structs import (
-    LANES,
     MOST_TOKENS,
     SUFFIX,
     WHOLE,

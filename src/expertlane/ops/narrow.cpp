@@ -340,7 +340,7 @@ void experts(const X* x, int64_t stride, const Experts& of, X* out) {
     for (int64_t e = 0; e < of.count; ++e) {
         if (of.ends[e] > (e ? of.ends[e - 1] : 0)) used.push_back(e);
     }
-    const int64_t num_pairs = of.ends[of.count - 1], blocks = (of.inner + kBlock - 1) / kBlock;
+    const int64_t num_pairs = of.count ? of.ends[of.count - 1] : 0, blocks = (of.inner + kBlock - 1) / kBlock;
     const int64_t width = blocks * kBlock;
     const int64_t outs = (of.hidden + 2 * kBlock - 1) / (2 * kBlock);
     const TakenRows<X> rows(x, stride, of.from_row, num_pairs, of.hidden);

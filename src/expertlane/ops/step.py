@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.packed import LANES
 from expertlane.ops.products import Linear
 from expertlane.ops.structs import (
-    LANES,
     SUFFIX,
     AttentionLayer,
     HeadLayer,

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.narrow import NarrowLinear
+from expertlane.ops.packed import FEW_ROWS
 from expertlane.ops.products import Linear
 
-FEW_ROWS = 16  # in float32 torch's own products are faster with more
 MOST_TOKENS = 512  # with more, operations one by one cost no more, and their memory is given back
 POINTER, WHOLE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SUFFIX = {torch.bfloat16: "", torch.float32: "_float"}
-LANES = 16
 
 
 def address_of(tensor: Tensor | None) -> int | None:

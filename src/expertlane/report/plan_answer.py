@@ -62,6 +62,7 @@ _MOST = 0.5  # of the time
 _LINES = 40  # of the answer
 _GAP = 2  # columns between those of a table
 _FEW = 3  # rows: with fewer, what is said of gaps makes room
+_LEAST_ROOM = 8  # for a layout, where the numbers of an odd profile fill the line
 _SHORTEST_NAME = 12
 
 
@@ -101,7 +102,7 @@ def _fitting(table: Table, num_lines: int) -> Table:
         max(len(column.heading), *map(len, cells)) + _GAP
         for column, cells in zip(table.columns, texts, strict=True)
     ]
-    room = COLUMNS - (sum(widths) - widths[place])
+    room = max(_LEAST_ROOM, COLUMNS - (sum(widths) - widths[place]))
     rows: list[tuple[str, ...]] = []
     for row in table.rows:
         name = row[place]

@@ -14,10 +14,7 @@ nothing here assumes a normal distribution of single repetitions:
   chapter 11), with Student's t for n - 1 degrees of freedom, in logarithms. It is a prediction
   interval: where the number of another such measurement lies 9 times of 10. That has the same
   noise, so the variance is twice that of one (Hahn and Meeker, *Statistical Intervals*, 1991,
-  section 4.5). The first kind holds another median of five 83 times of 100. Of a number made of
-  least times, the jackknife's variance is already twice the true one: if noise is exponential, the
-  least of n varies by 1 / n^2 of it, and leaving out the least shifts it by a spacing whose mean
-  square is 2 / (n - 1)^2 (Renyi 1953), so ((n - 1) / n)^2 times that is 2 / n^2.
+  section 4.5). The first kind holds another median of five 83 times of 100.
 """
 
 import math
@@ -65,41 +62,35 @@ def ratio_interval(values: Sequence[float], others: Sequence[float]) -> Estimate
     return median_interval([value / other for value, other in zip(values, others, strict=True)])
 
 
-def jackknife_interval(
-    value: float, without_one: Sequence[float], *, of_least: bool = False
-) -> Estimate:
+def jackknife_interval(value: float, without_one: Sequence[float]) -> Estimate:
     """A number above 0 that was computed from n repetitions, and where another like it would lie.
 
     Args:
         without_one: [n]; the same computed without each repetition.
-        of_least: it is made of the least times of all repetitions.
 
     Low and high are None of fewer than `LEAST_RUNS` repetitions.
     """
     num = len(without_one)
     if num < LEAST_RUNS:
         return Estimate(value)
-    logs = [math.log(each) for each in without_one]
-    spread = math.exp(_margin(logs, of_least=of_least))
+    spread = math.exp(_margin([math.log(each) for each in without_one]))
     return Estimate(value, value / spread, value * spread)
 
 
-def jackknife_difference(
-    value: float, without_one: Sequence[float], *, of_least: bool = False
-) -> Estimate:
+def jackknife_difference(value: float, without_one: Sequence[float]) -> Estimate:
     """As `jackknife_interval`, of a number that may be negative: not in logarithms."""
     if len(without_one) < LEAST_RUNS:
         return Estimate(value)
-    margin = _margin(without_one, of_least=of_least)
+    margin = _margin(without_one)
     return Estimate(value, value - margin, value + margin)
 
 
-def _margin(without_one: Sequence[float], *, of_least: bool) -> float:
+def _margin(without_one: Sequence[float]) -> float:
     num = len(without_one)
     mean = math.fsum(without_one) / num
     variance = (num - 1) / num * math.fsum((each - mean) ** 2 for each in without_one)
     t = _T[num - 2] if num - 2 < len(_T) else _NORMAL
-    return t * math.sqrt(variance if of_least else 2 * variance)
+    return t * math.sqrt(2 * variance)
 
 
 def is_told_apart(estimate: Estimate, none: float) -> bool:

@@ -18,7 +18,7 @@ MAX_RANKS = 1_000_000
 MAX_PARAMS = 10**14
 # Of expert popularity, in every command: between uniform, 0, and heavy, above 1. An assumption.
 DEFAULT_SKEW = 0.8
-DEFAULT_REPEAT = 7  # five repetitions give intervals 1.6 times as wide (docs/log.md)
+DEFAULT_REPEAT = 7  # fewer give intervals over 5 % wide (docs/log.md)
 SHOWN_LENGTH = 60  # of a wrong value, in a message
 _SHOWN_BITS = 128  # of a whole number that is written out
 
