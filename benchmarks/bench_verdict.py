@@ -1,6 +1,6 @@
 """How far a comparison's verdict repeats: its winner, its first reason, and its interval.
 
-.venv/bin/python benchmarks/bench_verdict.py [--runs 40] [--only NAME,NAME] [--repeat 5]
+.venv/bin/python benchmarks/bench_verdict.py [--runs 40] [--only NAME,NAME] [--repeat 7]
 Compares two deployments of `paper-small` again and again, each time on new ranks and by the same
 code as `expertlane compare --only NAME,NAME`, in virtual time. Prints, of each run, who wins, by
 what factor, its 90 % interval and the first reason; then how often each winner and first reason
