@@ -22,7 +22,7 @@ from expertlane.cost.pricing import forwarding_hops, law_dtype
 from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
-from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
+from expertlane.cost.step.layer import arrival_steps, embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import (
     SIZES,
     Floats,
@@ -96,7 +96,7 @@ class StageSteps:
         return layers
 
     def lists(self, part: Scenarios) -> list[ExpectedStepList]:
-        """Each kind of layer, embedding, and head; to be priced."""
+        """Each kind of layer, embedding, arrival from the stage before, and head; to be priced."""
         model, layout = self.model, self.mesh.layout
         by_node = is_by_node_on(layout, self.form)
         busiest = busiest_counts(
@@ -104,17 +104,18 @@ class StageSteps:
         )
 
         def begun() -> ExpectedStepList:
-            return ExpectedStepList(self.mesh, part.size, self.types, GPU_LIBRARIES)
+            return ExpectedStepList(self.mesh, part.size, self.types, self.form, GPU_LIBRARIES)
 
-        embedding, head = begun(), begun()
-        embedding_steps(embedding, model, part)
-        head_steps(head, model, part)
+        around = []
+        for steps in (embedding_steps, arrival_steps, head_steps):
+            around.append(begun())
+            steps(around[-1], model, part)
         layers = []
         for (is_dense, _), layer in self._layers.items():
             layers.append(begun())
             counts = None if is_dense else busiest
-            layer_steps(layers[-1], model, layer, part, counts, self.form, self.payload)
-        return [*layers, embedding, head]
+            layer_steps(layers[-1], model, layer, part, counts, self.payload)
+        return [*layers, *around]
 
     def stages(self, priced: Sequence[ScenarioTimes]) -> list[ScenarioTimes]:
         """[pp]; a micro-batch on each stage, from the times of `lists`.
@@ -127,7 +128,7 @@ class StageSteps:
         for pp_rank in range(layout.pp):
             kinds = Counter(map(self._kind, layout.layers_of_stage(num_layers, pp_rank)))
             of_layers = (kinds[kind] for kind in self._layers)
-            counts = *of_layers, pp_rank == 0, pp_rank == layout.pp - 1
+            counts = *of_layers, pp_rank == 0, pp_rank > 0, pp_rank == layout.pp - 1
             if counts not in made:
                 done = zip(counts, priced, strict=True)
                 made[counts] = ScenarioTimes.sum((num, part) for num, part in done if num)
