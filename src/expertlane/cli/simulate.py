@@ -1,5 +1,6 @@
 """`expertlane simulate`: one deployment on a modelled cluster, on a virtual clock."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -13,6 +14,7 @@ from expertlane.cli.model import find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     DeploymentOptions,
+    DraftOptions,
     ModelArgument,
     ProjectionOptions,
     SchedulerOptions,
@@ -26,7 +28,6 @@ from expertlane.errors import UserError, naming
 if TYPE_CHECKING:
     from expertlane.cli.model import FoundModel
     from expertlane.cost.laws.profile_file import ModelledCluster
-    from expertlane.cost.multi_token import MultiToken
     from expertlane.simulate.simulator import Outcome, ServingSetup, Simulator
 
 
@@ -40,19 +41,7 @@ class _Options:
         metavar="LAYOUT",
         rich_help_panel=Panel.MORE_DEPLOYMENT,
         help="Disaggregated: a prefill pool of its own, on further devices; --layout then decodes. "
-        "All other options hold for both pools.",
-    )
-    mtp: int = typer.Option(
-        0,
-        metavar="N",
-        rich_help_panel=Panel.MORE_DEPLOYMENT,
-        help="Multi-token prediction: N draft tokens per step.",
-    )
-    mtp_acceptance: float | None = typer.Option(
-        None,
-        metavar="P",
-        rich_help_panel=Panel.MORE_DEPLOYMENT,
-        help="Acceptance rate of drafts, 0 to 1; needed with --mtp.",
+        "All other options hold for both pools; --prefill-dispatch is the prefill pool's.",
     )
     trace: bool = trace_option()
 
@@ -77,6 +66,7 @@ def simulate(
     load_options: SimulatedLoad,
     projection: ProjectionOptions,
     deployment: _Deployment,
+    drafts: DraftOptions,
     scheduler: SchedulerOptions,
 ) -> None:
     """Project one deployment on target hardware.
@@ -96,7 +86,7 @@ def simulate(
           --prefill-layout tp=8 --cluster h100x16 --trace
     """
     call = output_options.call()
-    found = run(model, own, load_options, projection, deployment, scheduler, call)
+    found = run(model, own, load_options, projection, deployment, drafts, scheduler, call)
     output.publish(found, output_options)
 
 
@@ -106,12 +96,13 @@ def run(
     load_options: SimulatedLoad,
     projection: ProjectionOptions,
     deployment: _Deployment,
+    drafts: DraftOptions,
     scheduler: SchedulerOptions,
     call: output.Call,
 ) -> output.Found:
     """Simulate, without a word on standard output."""
     loads = load_options.loads()
-    multi_token = _multi_token(own.mtp, own.mtp_acceptance)
+    multi_token = drafts.multi_token()
     found_model = find_model(model, weights=False)
 
     from expertlane.cost.laws.execution import Execution
@@ -174,23 +165,9 @@ def _check(found: "FoundModel", setup: "ServingSetup", modelled: "ModelledCluste
 
     check_fits_cluster(modelled, setup)
     per_node = modelled.profile.ranks_per_node
-    found.check(setup.layout, setup.options, per_node)
-    if setup.prefill_layout is not None:
-        with naming("--prefill-layout"):
-            found.check(setup.prefill_layout, setup.options, per_node)
-
-
-def _multi_token(num_drafts: int, acceptance: float | None) -> "MultiToken":
-    from expertlane.cost.multi_token import MultiToken
-
-    if (acceptance is None) == (num_drafts > 0):
-        raise UserError(
-            f"--mtp is {num_drafts} and --mtp-acceptance "
-            + ("not given" if acceptance is None else f"{acceptance:g}")
-            + "; give both, 1 or more tokens and a share from 0 to 1, or neither"
-        )
-    with naming("--mtp"):
-        return MultiToken(num_drafts, acceptance or 0.0)
+    for role, layout in setup.pools.items():
+        with naming("--prefill-layout") if role == "prefill" else nullcontext():
+            found.check(layout, setup.options_of(role), per_node, is_modelled=True)
 
 
 def _run(simulator: "Simulator", seed: int, *, is_alone: bool) -> "Outcome":

@@ -76,6 +76,10 @@ class ServingSetup:
             return {"both": self.layout}
         return {"prefill": self.prefill_layout, "decode": self.layout}
 
+    def options_of(self, role: PoolRole) -> Options:
+        """What a pool runs with: one that has a phase of its own, with that phase's dispatch."""
+        return self.options if role == "both" else self.options.of_phase(Phase(role))
+
     @property
     def num_devices(self) -> int:
         """Devices of all pools."""
@@ -100,13 +104,12 @@ def check_fits_cluster(cluster: ModelledCluster, setup: ServingSetup) -> None:
             each = " and ".join(f"{layout} with {layout.world_size}" for layout in layouts)
             need = f"layouts {each} need {needed} devices"
         raise SpecError(f"{need} but {cluster} has {cluster.num_devices}")
-    if not setup.options.is_by_node:
-        return
     per_node = cluster.profile.ranks_per_node
-    for layout in layouts:
-        if layout.ep_ranks_per_node(per_node) == layout.ep:
+    for role, layout in setup.pools.items():
+        options = setup.options_of(role)
+        if options.is_by_node and layout.ep_ranks_per_node(per_node) == layout.ep:
             raise SpecError(
-                f"layout {layout}: {setup.options.dispatch} dispatch is for experts on several "
+                f"layout {layout}: hierarchical dispatch is for experts on several "
                 f"nodes, but each group of ep={layout.ep} is on one node of {per_node}; valid: "
                 f"{', '.join(form for form, of in DISPATCH_FORMS.items() if not of.by_node)}"
             )
@@ -189,9 +192,11 @@ class Simulator:
         """How often the load is served to know the bounds.
 
         Where requests arrive by themselves, slower steps have more of them wait and run together,
-        so that each bound needs a schedule of its own.
+        so that each bound needs a schedule of its own; likewise where a bound has another number of
+        steps, since other drafts are accepted.
         """
-        return 1 if self.load.is_closed else len(BOUNDS)
+        is_one = self.load.is_closed and not self.setup.multi_token.num_drafts
+        return 1 if is_one else len(BOUNDS)
 
     def run(self, seed: int, on_finished: Callable[[], None] = lambda: None) -> Outcome:
         """Serve the whole load, `num_runs` times.
@@ -210,12 +215,11 @@ class Simulator:
         return replace(outcome, served=served)
 
     def _run(self, seed: int, lead: int, on_finished: Callable[[], None]) -> Outcome:
-        load, setup = self.load, self.setup
+        load, setup, multi_token = self.load, self.setup, self.setup.multi_token.at(lead)
         is_blank = not load.has_prefixes
         requests = draw_requests(load, self.model.vocab_size, [seed], blank=is_blank)
         shortened = [
-            replace(each, output_len=setup.multi_token.num_steps(each.output_len))
-            for each in requests
+            replace(each, output_len=multi_token.num_steps(each.output_len)) for each in requests
         ]
         pools = tuple(self._pool(ranks, lead) for ranks in self._pools)
         apart = None
@@ -276,8 +280,9 @@ class Simulator:
         return replace(FinishedStep(plan, done).record(), seq_ids=seq_ids)
 
     def _pool(self, ranks: PoolRanks, lead: int) -> SimulatedPool:
-        limits = self._scheduled(ranks.limits)
-        scheduler = ContinuousScheduler(ranks.layout, self.setup.options, limits, record=False)
+        limits = self._scheduled(ranks.limits, self.setup.multi_token.at(lead))
+        options = self.setup.options_of(ranks.role)
+        scheduler = ContinuousScheduler(ranks.layout, options, limits, record=False)
         num_drafts = self.setup.multi_token.num_drafts
         totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, num_drafts)
         return SimulatedPool(ranks, Pool(scheduler, self._runner(ranks, totals, lead)), totals)
@@ -287,15 +292,17 @@ class Simulator:
     ) -> CostRunner:
         """The runner of a pool; without totals for single steps as they are planned."""
         setup, profile = self.setup, self.cluster.profile
-        form, drafts = setup.options.dispatch, setup.multi_token.num_drafts
-        assert form != "auto", "checked before"
+        options, drafts = setup.options_of(ranks.role), setup.multi_token.num_drafts
+        assert options.dispatch != "auto", "checked before"
         builder = ProgramBuilder(
             self.model,
             ranks.layout,
             ranks.placements,
             types=setup.types,
-            dispatch=DispatchTable.fixed(form, setup.options.overlap is True),
-            payload=setup.options.payload,
+            dispatch=DispatchTable.fixed(
+                options.dispatch, options.overlap is True, options.prefill_dispatch
+            ),
+            payload=options.payload,
             ranks_per_node=profile.ranks_per_node,
             block_size=setup.block_size,
             kernels=ENGINE if OVERHEAD_S in profile.terms else GPU_LIBRARIES,
@@ -304,7 +311,7 @@ class Simulator:
         parts = builder, setup.routing, self._pricing, self._terms
         if totals is None:
             return CostRunner(*parts)
-        multi_token = MultiTokenAdapter(setup.multi_token) if drafts else None
+        multi_token = MultiTokenAdapter(setup.multi_token.at(lead)) if drafts else None
         return CostRunner(
             *parts,
             sharing=ranks.sharing,
@@ -315,13 +322,13 @@ class Simulator:
 
     def _ranks(self, role: PoolRole, layout: Layout) -> PoolRanks:
         """Ranks with as many blocks as memory has room for, at most what the load can use."""
-        setup, load, drafts = self.setup, self.load, self.setup.multi_token
+        setup, load, num_drafts = self.setup, self.load, self.setup.multi_token.num_drafts
         placements = placements_of(self.model, layout, setup.options)
         held = PlacedModel(  # the layer that guesses too
-            with_drafting_layer(self.model, drafts),
+            with_drafting_layer(self.model, num_drafts),
             layout,
             setup.types,
-            placements + placements[-1:] * bool(drafts.num_drafts),
+            placements + placements[-1:] * (num_drafts > 0),
         )
         max_len = load.prompt_len.high if role == "prefill" else load.max_len
         most_seqs = min(setup.max_num_seqs, load.num_requests)
@@ -344,9 +351,9 @@ class Simulator:
         sharing = StepSharing(context_step, layout.replica_size, max(few, 1))
         return PoolRanks(role, layout, placements, limits, memory, sharing)
 
-    def _scheduled(self, limits: Limits) -> Limits:
+    def _scheduled(self, limits: Limits, multi_token: MultiToken) -> Limits:
         """The scheduler counts a position a step; with more, a cache that is full as early."""
-        load, multi_token = self.load, self.setup.multi_token
+        load = self.load
         if not multi_token.num_drafts:
             return limits
         prompt, output = load.mean_lens
@@ -376,8 +383,8 @@ def _moved(step: StepRecord, first_rank: int, begin_s: float) -> StepRecord:
 def _merged(of_runs: Sequence[ServedRequest[Floats]]) -> ServedRequest[Floats]:
     """A request with the times of each bound, from the run that this bound scheduled."""
     likely = of_runs[LIKELY]
-    bounds = range(len(BOUNDS))
-    times = zip(*(each.token_times_s for each in of_runs), strict=True)
+    bounds, num = range(len(BOUNDS)), len(likely.token_times_s)
+    times = zip(*(_as_many(each.token_times_s, num) for each in of_runs), strict=True)
     return replace(
         likely,
         due_s=np.array([of_runs[bound].due_s[bound] for bound in bounds]),
@@ -385,3 +392,9 @@ def _merged(of_runs: Sequence[ServedRequest[Floats]]) -> ServedRequest[Floats]:
             np.array([of_bound[bound] for bound, of_bound in enumerate(each)]) for each in times
         ],
     )
+
+
+def _as_many(times_s: Sequence[Floats], num: int) -> Sequence[Floats]:
+    """So many of them, the first and the last among them; of a run with more or fewer steps."""
+    places = np.linspace(0, len(times_s) - 1, num).round().astype(int)
+    return [times_s[place] for place in places.tolist()]

@@ -92,7 +92,7 @@ _TOKEN = _whole(0, 2**31 - 1)
 
 _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     # layout and cluster
-    "replicas pp dp tp ep num_devices": _whole(1, MAX_RANKS),
+    "replicas pp dp tp ep dcp num_devices": _whole(1, MAX_RANKS),
     "ranks_per_node": _whole(0, MAX_RANKS),
     # deployment
     "num_micro_batches": _whole(1, 1024),

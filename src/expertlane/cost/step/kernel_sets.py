@@ -1,7 +1,8 @@
 """Sets of kernels that steps are priced with: the engine's, and one that it does not have.
 
 What is counted (FLOPs, bytes, collectives) is what the engine counts with `ENGINE`. With
-`GPU_LIBRARIES` it differs where those do otherwise: `counts_first` and `expands_latent`.
+`GPU_LIBRARIES` it differs where those do otherwise: `counts_first`, `expands_latent` and
+`dummy_batches`.
 """
 
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class KernelSet:
             themselves, in the times that they were measured with.
         expands_latent: prompts attend to keys and values of each head, made from the latent; else
             all tokens attend in the latent.
+        dummy_batches: a data-parallel rank without requests computes one token at the first
+            position in every step of its replica, as serving engines' do; else it has none.
     """
 
     name: str
@@ -75,6 +78,7 @@ class KernelSet:
     counts_first: bool = True
     kernels_move: bool = False
     expands_latent: bool = False
+    dummy_batches: bool = False
 
 
 ENGINE = KernelSet("the engine's tensor operations")
@@ -116,6 +120,7 @@ GPU_LIBRARIES = KernelSet(
     counts_first=False,
     kernels_move=True,
     expands_latent=True,
+    dummy_batches=True,
 )
 
 KERNEL_SETS = (ENGINE, GPU_LIBRARIES)
