@@ -14,7 +14,7 @@ from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter, with_drafting_layer
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
-from expertlane.cost.routing import RoutingSource
+from expertlane.cost.routing import RoutingSource, extremes_of
 from expertlane.cost.runner import CostRunner, StepSharing
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
@@ -123,6 +123,7 @@ class PoolRanks:
         placements: [num_hidden_layers].
         limits: of the scheduler.
         memory: of the fullest rank, with the whole cache.
+        sharing: [B]; of runs that each bound leads, all the same where routing has no bounds.
     """
 
     role: PoolRole
@@ -130,7 +131,7 @@ class PoolRanks:
     placements: Placements
     limits: Limits
     memory: RankMemory
-    sharing: StepSharing
+    sharing: tuple[StepSharing, ...]
 
     @property
     def num_resident(self) -> int:
@@ -180,6 +181,7 @@ class Simulator:
         self.load = load
         self._terms = Terms.of(cluster.profile, setup.execution)
         self._pricing = Pricing(cluster.profile, setup.types)
+        self._routings = _by_bound(setup)
         self._pools = [self._ranks(role, layout) for role, layout in setup.pools.items()]
 
     @property
@@ -193,10 +195,10 @@ class Simulator:
 
         Where requests arrive by themselves, slower steps have more of them wait and run together,
         so that each bound needs a schedule of its own; likewise where a bound has another number of
-        steps, since other drafts are accepted.
+        steps, since other drafts are accepted, or its own routing.
         """
         is_one = self.load.is_closed and not self.setup.multi_token.num_drafts
-        return 1 if is_one else len(BOUNDS)
+        return 1 if is_one and len(set(self._routings)) == 1 else len(BOUNDS)
 
     def run(self, seed: int, on_finished: Callable[[], None] = lambda: None) -> Outcome:
         """Serve the whole load, `num_runs` times.
@@ -308,13 +310,13 @@ class Simulator:
             kernels=ENGINE if OVERHEAD_S in profile.terms else GPU_LIBRARIES,
             num_drafts=drafts,
         )
-        parts = builder, setup.routing, self._pricing, self._terms
+        parts = builder, self._routings[lead], self._pricing, self._terms
         if totals is None:
             return CostRunner(*parts)
         multi_token = MultiTokenAdapter(setup.multi_token.at(lead)) if drafts else None
         return CostRunner(
             *parts,
-            sharing=ranks.sharing,
+            sharing=ranks.sharing[lead],
             observe=totals.observe if lead == LIKELY else None,
             multi_token=multi_token,
             lead=lead,
@@ -348,7 +350,11 @@ class Simulator:
         num_positions = limits.num_blocks * limits.block_size
         few = int(_SHARE_ALIKE * memory.weight_bytes * num_positions / memory.kv_bytes)
         context_step = min(max(load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
-        sharing = StepSharing(context_step, layout.replica_size, max(few, 1))
+        of_routing = {
+            each: StepSharing(context_step, layout.replica_size, max(few, 1))
+            for each in self._routings
+        }
+        sharing = tuple(of_routing[each] for each in self._routings)
         return PoolRanks(role, layout, placements, limits, memory, sharing)
 
     def _scheduled(self, limits: Limits, multi_token: MultiToken) -> Limits:
@@ -361,6 +367,15 @@ class Simulator:
         longest = load.prompt_len.high + multi_token.num_steps(load.output_len.high)
         least = ceil(longest / limits.block_size) + 1
         return replace(limits, num_blocks=max(least, int(limits.num_blocks * share)))
+
+
+def _by_bound(setup: ServingSetup) -> tuple[RoutingSource, ...]:
+    """[B]; the same at all where it has no bounds, or no layout has expert parallelism."""
+    extremes = extremes_of(setup.routing)
+    if extremes is None or all(layout.ep == 1 for layout in setup.pools.values()):
+        return (setup.routing,) * len(BOUNDS)
+    even, uneven = extremes
+    return even, setup.routing, uneven
 
 
 def _moved(step: StepRecord, first_rank: int, begin_s: float) -> StepRecord:
