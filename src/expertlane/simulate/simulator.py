@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
+from typing import Any
 
 import numpy as np
 
@@ -217,18 +218,7 @@ class Simulator:
             replace(each, output_len=setup.multi_token.num_steps(each.output_len))
             for each in requests
         ]
-        pools = tuple(self._pool(ranks, lead) for ranks in self._pools)
-        apart = None
-        if len(pools) > 1:
-            transfers = KVTransfers(
-                self.model,
-                setup.types,
-                pools[0].ranks.layout,
-                pools[1].ranks.layout,
-                LinkModel(self.cluster.profile),
-                remote=setup.are_pools_apart(self.cluster.profile.ranks_per_node),
-            )
-            apart = pools[1].pool, transfers
+        pools, apart = self.start(lead)
         served = run_load(
             pools[0].pool, shortened, load.batch, apart=apart, on_finished=on_finished
         )
@@ -239,6 +229,27 @@ class Simulator:
             for each, wanted in zip(served, requests, strict=True)
         ]
         return Outcome(whole, pools)
+
+    def start(
+        self, lead: int = LIKELY, *, observed: bool = True
+    ) -> tuple[tuple[SimulatedPool, ...], tuple[Pool, KVTransfers] | None]:
+        """The pools before any request, and what `run_load` takes of the second.
+
+        Args:
+            observed: whether steps are added up in the pools' totals.
+        """
+        pools = tuple(self._pool(ranks, lead, observed) for ranks in self._pools)
+        if len(pools) == 1:
+            return pools, None
+        transfers = KVTransfers(
+            self.model,
+            self.setup.types,
+            pools[0].ranks.layout,
+            pools[1].ranks.layout,
+            LinkModel(self.cluster.profile),
+            remote=self.setup.are_pools_apart(self.cluster.profile.ranks_per_node),
+        )
+        return pools, (pools[1].pool, transfers)
 
     def trace(self, outcome: Outcome) -> list[StepRecord]:
         """The median prefill and the median decode step, one after the other, with events.
@@ -275,17 +286,22 @@ class Simulator:
         seq_ids = tuple(seq for batch in plan.batches for seq in batch.seq_ids.tolist())
         return replace(FinishedStep(plan, done).record(), seq_ids=seq_ids)
 
-    def _pool(self, ranks: PoolRanks, lead: int) -> SimulatedPool:
-        limits = self._scheduled(ranks.limits)
+    def _pool(self, ranks: PoolRanks, lead: int, observed: bool) -> SimulatedPool:
+        limits, multi_token = self._scheduled(ranks.limits), self.setup.multi_token
+        drafts = multi_token.num_drafts
         scheduler = ContinuousScheduler(ranks.layout, self.setup.options, limits, record=False)
-        num_drafts = self.setup.multi_token.num_drafts
-        totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, num_drafts)
-        return SimulatedPool(ranks, Pool(scheduler, self._runner(ranks, totals, lead)), totals)
+        totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, drafts)
+        runner = self._runner(
+            ranks,
+            sharing=ranks.sharing,
+            observe=totals.observe if observed and lead == LIKELY else None,
+            multi_token=MultiTokenAdapter(multi_token) if drafts else None,
+            lead=lead,
+        )
+        return SimulatedPool(ranks, Pool(scheduler, runner), totals)
 
-    def _runner(
-        self, ranks: PoolRanks, totals: PoolTotals | None = None, lead: int = LIKELY
-    ) -> CostRunner:
-        """The runner of a pool; without totals for single steps as they are planned."""
+    def _runner(self, ranks: PoolRanks, **others: Any) -> CostRunner:
+        """The runner of a pool; without `others` for single steps as they are planned."""
         setup, profile = self.setup, self.cluster.profile
         form, drafts = setup.options.dispatch, setup.multi_token.num_drafts
         assert form != "auto", "checked before"
@@ -301,17 +317,7 @@ class Simulator:
             kernels=ENGINE if OVERHEAD_S in profile.terms else GPU_LIBRARIES,
             num_drafts=drafts,
         )
-        parts = builder, setup.routing, self._pricing, self._terms
-        if totals is None:
-            return CostRunner(*parts)
-        multi_token = MultiTokenAdapter(setup.multi_token) if drafts else None
-        return CostRunner(
-            *parts,
-            sharing=ranks.sharing,
-            observe=totals.observe if lead == LIKELY else None,
-            multi_token=multi_token,
-            lead=lead,
-        )
+        return CostRunner(builder, setup.routing, self._pricing, self._terms, **others)
 
     def _ranks(self, role: PoolRole, layout: Layout) -> PoolRanks:
         """Ranks with as many blocks as memory has room for, at most what the load can use."""

@@ -13,6 +13,7 @@ from expertlane.errors import UserError
 BOUNDS = ("low", "seconds", "high")  # the first axis of every clock
 LIKELY = BOUNDS.index("seconds")
 
+ARRIVAL_S = "arrival_s"
 DRIVER_S = "driver_s"
 DRIVER_PER_RANK_S = "driver_per_rank_s"
 GRAPH_LAUNCH_S = "graph_launch_s"
@@ -39,6 +40,7 @@ class Terms:
         in_series: where all is in series, of operations by stage and of transfers, in place of
             `launch_s`; from the profile's terms `overhead_s.<stage>` and `overhead_s.transfer`.
         driver_per_rank_s: for every rank of a replica after the first.
+        arrival_s: from when a request is sent until it can be scheduled.
         hiding: how well transfers are hidden by what computes beside them: perfectly (low), as is
             likely, not at all (high).
     """
@@ -48,6 +50,7 @@ class Terms:
     driver_s: Floats
     in_series: Mapping[str, Floats] = field(default_factory=dict)
     driver_per_rank_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
+    arrival_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
     hiding: Sequence[str] = BOUNDS
 
     @property
@@ -99,6 +102,7 @@ class Terms:
                 if term.startswith(begin)
             },
             driver_per_rank_s=known.get(DRIVER_PER_RANK_S, np.zeros(len(BOUNDS))),
+            arrival_s=known.get(ARRIVAL_S, np.zeros(len(BOUNDS))),
         )
 
     @property
@@ -110,6 +114,7 @@ class Terms:
             driver_s=_likely(self.driver_s),
             in_series={place: _likely(each) for place, each in self.in_series.items()},
             driver_per_rank_s=_likely(self.driver_per_rank_s),
+            arrival_s=_likely(self.arrival_s),
             hiding=[BOUNDS[LIKELY]] * len(BOUNDS),
         )
 
