@@ -18,6 +18,8 @@ from expertlane.cost.laws.times import Basis
 
 TITLES = {"trt": "TensorRT-LLM", "dynamo-trt": "Dynamo with TensorRT-LLM", "sglang": "SGLang"}
 _CHUNKS = {"trt": 8192, "dynamo-trt": 8192, "sglang": 16384}  # assumed, not fitted
+# TensorRT-LLM's with attention data parallelism: TTFT of the rows to fit to, at little load.
+_WAITS = {"trt": 60, "dynamo-trt": 0, "sglang": 0}
 _SEED = 18
 _SAMPLES = np.concatenate([np.arange(0.0, 0.02, 1e-4), np.arange(0.02, 1.0, 5e-3)])
 _INNER = (0.1, 0.9)  # quantiles of what single rows ask for: the bounds of a term
@@ -59,7 +61,7 @@ def _framework(name: str, terms: Mapping[str, tuple[float, float, float]]) -> Fr
         term: Term(value, low, high, Basis.FITTED, _ORIGIN)
         for term, (low, value, high) in terms.items()
     }
-    return Framework(name, TITLES[name], _CHUNKS[name], known)
+    return Framework(name, TITLES[name], _CHUNKS[name], _WAITS[name], known)
 
 
 def acceptances(rows: Sequence[Row]) -> dict[tuple[str, int, int], float]:
@@ -145,6 +147,7 @@ def write(
         name: {
             "title": each.title,
             "max_num_batched_tokens": each.max_num_batched_tokens,
+            "prompt_wait_steps": each.prompt_wait_steps,
             "terms": {
                 term: {
                     "value": float(f"{law.value:.3g}"),

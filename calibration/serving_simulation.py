@@ -28,6 +28,7 @@ from expertlane.simulate.steady import steady_rates
 _CACHE = Path("build/judge_serving.jsonl")
 _MODELLED = ("cost", "simulate", "schedule", "balance", "spec", "memory.py")
 _SEED = 0
+_LEAST_STEPS = 24
 
 Bounds = tuple[float, float, float]
 
@@ -155,13 +156,14 @@ def simulate(question: Question) -> Projected:
         options=row.options(profile),
         types=NumberTypes.asked(TYPES[row.precision], "float8"),
         execution=Execution.GRAPH,
-        routing=choose_routing(model, None, None, _SEED, num_sampled_layers=2).source,
+        routing=choose_routing(model, None, None, _SEED, num_sampled_layers=1).source,
         multi_token=MultiToken(row.num_drafts, question.acceptance),
         max_num_seqs=2 * of_rank + 8,
         max_num_batched_tokens=framework.max_num_batched_tokens,
+        prompt_wait_steps=framework.prompt_wait_steps,
     )
     simulator = Simulator(model, ModelledCluster(profile, row.num_devices), setup, row.load)
-    rates = steady_rates(simulator, _SEED)
+    rates = steady_rates(simulator, _SEED, _LEAST_STEPS)
     devices = decode.world_size
     return Projected(
         tpot_s=_bounds(rates.tpot_s),

@@ -169,11 +169,16 @@ def _sizes(scheduler: SchedulerOptions, framework: str | None) -> dict[str, int]
     """The scheduler's; tokens of a step are the framework's where none were asked for."""
     from expertlane.cost.laws.frameworks import find_framework
 
-    sizes = vars(scheduler)
-    if framework is None or scheduler.max_num_batched_tokens != BATCHED_TOKENS:
-        return sizes
-    tokens = find_framework(framework).max_num_batched_tokens
-    return {**sizes, "max_num_batched_tokens": tokens}
+    if framework is None:
+        return vars(scheduler)
+    found, tokens = find_framework(framework), scheduler.max_num_batched_tokens
+    if tokens == BATCHED_TOKENS:
+        tokens = found.max_num_batched_tokens
+    return {
+        **vars(scheduler),
+        "max_num_batched_tokens": tokens,
+        "prompt_wait_steps": found.prompt_wait_steps,
+    }
 
 
 def _check(found: "FoundModel", setup: "ServingSetup", modelled: "ModelledCluster") -> None:

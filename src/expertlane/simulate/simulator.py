@@ -51,6 +51,7 @@ class ServingSetup:
         prefill_layout: of a pool for prompts alone, on devices of its own.
         routing: which experts tokens choose.
         max_num_seqs, max_num_batched_tokens: of a data-parallel rank.
+        prompt_wait_steps: as of `Limits`.
 
     Raises:
         SpecError: a size is out of its range.
@@ -66,6 +67,7 @@ class ServingSetup:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     block_size: int = 16
+    prompt_wait_steps: int = 0
 
     def __post_init__(self) -> None:
         take_fields(self)
@@ -340,6 +342,7 @@ class Simulator:
             block_size=setup.block_size,
             max_num_batched_tokens=setup.max_num_batched_tokens,
             max_num_seqs=setup.max_num_seqs,
+            prompt_wait_steps=0 if role == "decode" else setup.prompt_wait_steps,
             prefix_caching=load.has_prefixes,
         )
         limits = held.fit_cache(wanted, FREE_SHARE * self.cluster.profile.device.memory_bytes)

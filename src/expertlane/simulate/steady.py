@@ -68,7 +68,8 @@ class _Stretch:
         steps_of_output = self._multi_token.num_steps(ceil(mean_output))
         self._steps_of_output = steps_of_output
         enough = ceil(least_steps * self._batch / steps_of_output)
-        self._num_first = max(_FEWEST_FIRST, enough)
+        first_together = self._simulator.setup.layout.dp if simulator.setup.prompt_wait_steps else 1
+        self._num_first = max(_FEWEST_FIRST, 2 * first_together, enough)
         self._first: Floats | None = None
 
     def rates(self) -> SteadyRates:
@@ -136,7 +137,7 @@ class _Stretch:
         layout, limits = pool.ranks.layout, pool.ranks.limits
         prompt = ceil(self._load.mean_lens[0])
         together = max(1, limits.max_num_batched_tokens // prompt) * layout.dp * layout.replicas
-        requests = [TimedRequest([0] * prompt, 1, 0.0)] * (4 * together)
+        requests = [TimedRequest([0] * prompt, 1, 0.0)] * (3 * together)
         served = run_load(self._alone(pool), requests, 2 * together)
         ends = sorted(float(each.token_times_s[0][LIKELY]) for each in served)
         late = ends[len(ends) // 2 - 1 :]
@@ -209,6 +210,8 @@ class _Watch:
 
     def _take(self, at_s: Floats) -> None:
         self._next += 1
+        if self._num_begun == 1 and at_s[LIKELY] <= self.begin_s[LIKELY]:
+            return  # of the same step as the one that it begins with
         steps = len(self._decode.runner.bounds)
         if not self._num_begun and steps < _SETTLING_STEPS:
             return

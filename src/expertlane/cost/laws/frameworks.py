@@ -30,12 +30,14 @@ class Framework:
     Attributes:
         title: as its makers write it.
         max_num_batched_tokens: of a step and data-parallel rank.
+        prompt_wait_steps: as of `schedule.request.Limits`.
         terms: in place of a profile's: `driver_s`, `arrival_s`.
     """
 
     name: str
     title: str
     max_num_batched_tokens: int
+    prompt_wait_steps: int
     terms: Mapping[str, Term]
 
 
@@ -43,6 +45,7 @@ class Framework:
 class _Framework(Strict):
     title: str
     max_num_batched_tokens: int
+    prompt_wait_steps: int
     terms: dict[str, TermTable]
 
 
@@ -89,6 +92,7 @@ def frameworks() -> Mapping[str, Framework]:
                 name,
                 each.title,
                 each.max_num_batched_tokens,
+                each.prompt_wait_steps,
                 {term: read_term(law, f"{name}.{term}") for term, law in each.terms.items()},
             )
             for name, each in _file().frameworks.items()
