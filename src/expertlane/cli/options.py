@@ -176,6 +176,9 @@ def skew_option() -> Any:
     )
 
 
+BATCHED_TOKENS = 2048
+
+
 @dataclass(frozen=True, kw_only=True)
 class SchedulerOptions:
     """How many requests run at once, in the engine and on a modelled cluster."""
@@ -186,7 +189,7 @@ class SchedulerOptions:
         256, metavar="N", help="Concurrent requests per data-parallel rank."
     )
     max_num_batched_tokens: int = typer.Option(
-        2048, metavar="N", help="Tokens per step and data-parallel rank."
+        BATCHED_TOKENS, metavar="N", help="Tokens per step and data-parallel rank."
     )
 
 
@@ -362,6 +365,17 @@ class EngineOptions:
         }
 
 
+def framework_option() -> Any:
+    """Whose overheads a projection takes."""
+    return typer.Option(
+        None,
+        metavar="NAME",
+        show_default="the profile's own overheads",
+        help="Overheads as fitted to a serving framework: trt, dynamo-trt or sglang; simulate also "
+        "takes its --max-num-batched-tokens, where that is not given.",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProjectionOptions:
     """What of a modelled cluster is not its profile's."""
@@ -378,6 +392,7 @@ class ProjectionOptions:
     execution: Literal["graph", "eager"] = typer.Option(
         "graph", help="Steps as CUDA graphs, or kernels launched one by one."
     )
+    framework: str | None = framework_option()
 
 
 def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,7 @@ class ServingSetup:
         prefill_layout: of a pool for prompts alone, on devices of its own.
         routing: which experts tokens choose.
         max_num_seqs, max_num_batched_tokens: of a data-parallel rank.
+        prompt_wait_steps: as of `Limits`.
 
     Raises:
         SpecError: a size is out of its range.
@@ -65,6 +67,7 @@ class ServingSetup:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     block_size: int = 16
+    prompt_wait_steps: int = 0
 
     def __post_init__(self) -> None:
         take_fields(self)
@@ -217,24 +220,13 @@ class Simulator:
         return replace(outcome, served=served)
 
     def _run(self, seed: int, lead: int, on_finished: Callable[[], None]) -> Outcome:
-        load, setup, multi_token = self.load, self.setup, self.setup.multi_token.at(lead)
+        load, multi_token = self.load, self.setup.multi_token.at(lead)
         is_blank = not load.has_prefixes
         requests = draw_requests(load, self.model.vocab_size, [seed], blank=is_blank)
         shortened = [
             replace(each, output_len=multi_token.num_steps(each.output_len)) for each in requests
         ]
-        pools = tuple(self._pool(ranks, lead) for ranks in self._pools)
-        apart = None
-        if len(pools) > 1:
-            transfers = KVTransfers(
-                self.model,
-                setup.types,
-                pools[0].ranks.layout,
-                pools[1].ranks.layout,
-                LinkModel(self.cluster.profile),
-                remote=setup.are_pools_apart(self.cluster.profile.ranks_per_node),
-            )
-            apart = pools[1].pool, transfers
+        pools, apart = self.start(lead)
         served = run_load(
             pools[0].pool, shortened, load.batch, apart=apart, on_finished=on_finished
         )
@@ -245,6 +237,27 @@ class Simulator:
             for each, wanted in zip(served, requests, strict=True)
         ]
         return Outcome(whole, pools)
+
+    def start(
+        self, lead: int = LIKELY, *, observed: bool = True
+    ) -> tuple[tuple[SimulatedPool, ...], tuple[Pool, KVTransfers] | None]:
+        """The pools before any request, and what `run_load` takes of the second.
+
+        Args:
+            observed: whether steps are added up in the pools' totals.
+        """
+        pools = tuple(self._pool(ranks, lead, observed) for ranks in self._pools)
+        if len(pools) == 1:
+            return pools, None
+        transfers = KVTransfers(
+            self.model,
+            self.setup.types,
+            pools[0].ranks.layout,
+            pools[1].ranks.layout,
+            LinkModel(self.cluster.profile),
+            remote=self.setup.are_pools_apart(self.cluster.profile.ranks_per_node),
+        )
+        return pools, (pools[1].pool, transfers)
 
     def trace(self, outcome: Outcome) -> list[StepRecord]:
         """The median prefill and the median decode step, one after the other, with events.
@@ -281,18 +294,23 @@ class Simulator:
         seq_ids = tuple(seq for batch in plan.batches for seq in batch.seq_ids.tolist())
         return replace(FinishedStep(plan, done).record(), seq_ids=seq_ids)
 
-    def _pool(self, ranks: PoolRanks, lead: int) -> SimulatedPool:
-        limits = self._scheduled(ranks.limits, self.setup.multi_token.at(lead))
-        options = self.setup.options_of(ranks.role)
+    def _pool(self, ranks: PoolRanks, lead: int, observed: bool) -> SimulatedPool:
+        multi_token, options = self.setup.multi_token.at(lead), self.setup.options_of(ranks.role)
+        drafts, limits = multi_token.num_drafts, self._scheduled(ranks.limits, multi_token)
         scheduler = ContinuousScheduler(ranks.layout, options, limits, record=False)
-        num_drafts = self.setup.multi_token.num_drafts
-        totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, num_drafts)
-        return SimulatedPool(ranks, Pool(scheduler, self._runner(ranks, totals, lead)), totals)
+        totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, drafts)
+        runner = self._runner(
+            ranks,
+            lead,
+            sharing=ranks.sharing[lead],
+            observe=totals.observe if observed and lead == LIKELY else None,
+            multi_token=MultiTokenAdapter(multi_token) if drafts else None,
+            lead=lead,
+        )
+        return SimulatedPool(ranks, Pool(scheduler, runner), totals)
 
-    def _runner(
-        self, ranks: PoolRanks, totals: PoolTotals | None = None, lead: int = LIKELY
-    ) -> CostRunner:
-        """The runner of a pool; without totals for single steps as they are planned."""
+    def _runner(self, ranks: PoolRanks, bound: int = LIKELY, **others: Any) -> CostRunner:
+        """The runner of a pool; without `others` for single steps as they are planned."""
         setup, profile = self.setup, self.cluster.profile
         options, drafts = setup.options_of(ranks.role), setup.multi_token.num_drafts
         assert options.dispatch != "auto", "checked before"
@@ -310,17 +328,7 @@ class Simulator:
             kernels=ENGINE if OVERHEAD_S in profile.terms else GPU_LIBRARIES,
             num_drafts=drafts,
         )
-        parts = builder, self._routings[lead], self._pricing, self._terms
-        if totals is None:
-            return CostRunner(*parts)
-        multi_token = MultiTokenAdapter(setup.multi_token.at(lead)) if drafts else None
-        return CostRunner(
-            *parts,
-            sharing=ranks.sharing[lead],
-            observe=totals.observe if lead == LIKELY else None,
-            multi_token=multi_token,
-            lead=lead,
-        )
+        return CostRunner(builder, self._routings[bound], self._pricing, self._terms, **others)
 
     def _ranks(self, role: PoolRole, layout: Layout) -> PoolRanks:
         """Ranks with as many blocks as memory has room for, at most what the load can use."""
@@ -343,6 +351,7 @@ class Simulator:
             block_size=setup.block_size,
             max_num_batched_tokens=setup.max_num_batched_tokens,
             max_num_seqs=setup.max_num_seqs,
+            prompt_wait_steps=0 if role == "decode" else setup.prompt_wait_steps,
             prefix_caching=load.has_prefixes,
         )
         limits = held.fit_cache(wanted, FREE_SHARE * self.cluster.profile.device.memory_bytes)

@@ -124,6 +124,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "block_size": _whole(1, 2**16),
     "max_num_batched_tokens": _whole(1, MAX_TOKENS_OF_A_RUN),
     "max_num_seqs": _whole(1, 2**20),
+    "prompt_wait_steps": _whole(0, 10_000),
     "aging_steps": _whole(1, 10**9),
     "priority": _whole(-(2**31), 2**31 - 1),
     # sampling
