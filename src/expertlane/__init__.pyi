@@ -312,6 +312,7 @@ def bench(
     placement: Text = 'linear',
     num_redundant_experts: int = 0,
     weights: Literal['model', 'int8'] = 'model',
+    cache_int8: bool = False,
     rebalance_steps: int = 0,
     ranks_per_node: int = 0,
     timeout_s: float = 60.0,
@@ -366,6 +367,8 @@ def bench(
         num_redundant_experts: Redundant experts per MoE layer, to share load.
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
+        cache_int8: With --weights int8: keep what is rounded in the checkpoint's folder, for
+            later starts.
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
         ranks_per_node: Consecutive ranks that count as one node.

@@ -336,6 +336,12 @@ class EngineOptions:
         help="Type in which matrices are kept; int8 rounds them while loading, with a scale for "
         "every 128 inputs.",
     )
+    cache_int8: bool = typer.Option(
+        False,
+        "--cache-int8",
+        help="With --weights int8: keep what is rounded in the checkpoint's folder, for later "
+        "starts.",
+    )
     rebalance_steps: int = typer.Option(
         0,
         metavar="STEPS",
@@ -347,7 +353,10 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         options = replace(
-            self.deployment.options, weights=self.weights, rebalance_steps=self.rebalance_steps
+            self.deployment.options,
+            weights=self.weights,
+            cache_int8=self.cache_int8,
+            rebalance_steps=self.rebalance_steps,
         )
         object.__setattr__(self, "options", options)
 

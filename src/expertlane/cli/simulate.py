@@ -27,8 +27,11 @@ from expertlane.cli.output_options import OutputOptions
 from expertlane.errors import UserError, naming
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from expertlane.cli.model import FoundModel
     from expertlane.cost.laws.profile_file import ModelledCluster
+    from expertlane.results.results import Results
     from expertlane.simulate.simulator import Outcome, ServingSetup, Simulator
 
 
@@ -109,9 +112,8 @@ def run(
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.frameworks import served_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.results.chrome_trace import write_traces
     from expertlane.results.cost import with_costs
-    from expertlane.simulate.results import best_run, simulation
+    from expertlane.simulate.results import simulation
     from expertlane.simulate.simulator import ServingSetup, Simulator
     from expertlane.spec.workload import check_lengths
 
@@ -146,14 +148,22 @@ def run(
     )
     if load_options.price is not None:
         results = with_costs(results, load_options.price)
+    traced = folder if own.trace else None
+    return output.Found(results, folder, lambda: _write_trace(runs, results, traced))
 
-    def write_steps() -> list[Path]:
-        if folder is None or not own.trace:
-            return []
-        simulator, outcome = best_run(runs, results.deployments[0].serving)
-        return write_traces({str(setup.layout): simulator.trace(outcome)}, folder)
 
-    return output.Found(results, folder, write_steps)
+def _write_trace(
+    runs: "Sequence[tuple[Simulator, Outcome]]", results: "Results", folder: Path | None
+) -> list[Path]:
+    """The steps of the best run, if there is a folder for them; gives the files."""
+    if folder is None:
+        return []
+
+    from expertlane.results.chrome_trace import write_traces
+    from expertlane.simulate.results import best_run
+
+    simulator, outcome = best_run(runs, results.deployments[0].serving)
+    return write_traces({str(simulator.setup.layout): simulator.trace(outcome)}, folder)
 
 
 def _sizes(scheduler: SchedulerOptions, framework: str | None) -> dict[str, int]:
