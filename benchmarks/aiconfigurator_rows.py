@@ -8,6 +8,7 @@ import sys
 import time
 
 from aiconfigurator_core.sdk.backends.factory import get_backend
+from aiconfigurator_core.sdk.common import FMHAQuantMode, KVCacheQuantMode
 from aiconfigurator_core.sdk.config import ModelConfig, RuntimeConfig
 from aiconfigurator_core.sdk.models import get_model
 from aiconfigurator_core.sdk.perf_database import get_database
@@ -45,6 +46,8 @@ def estimate(row: dict, databases: dict) -> dict:
             attention_dp_size=dp,
             moe_tp_size=tp // ep,
             moe_ep_size=ep,
+            fmha_quant_mode=FMHAQuantMode.bfloat16,  # the tables have prefill in no other
+            kvcache_quant_mode=KVCacheQuantMode.fp8,
         ),
         backend_name,
     )
