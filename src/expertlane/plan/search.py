@@ -21,6 +21,7 @@ from expertlane.plan.candidates import (
     check_plan_size,
     valid_layouts,
 )
+from expertlane.plan.phases import with_fastest_prefill
 from expertlane.plan.project import Projector, Setting, StepSize
 from expertlane.plan.screen import Screen, Screened, ScreenedCandidate, fitting
 from expertlane.plan.throughput import one_pool
@@ -144,7 +145,7 @@ class OnePool:
     """What was found for one pool of all devices.
 
     Attributes:
-        options: all that fit, in the order of candidates.
+        options: all that fit, in the order of candidates; then those with prefill of their own.
         finalists: by tokens a second, the best first; all keep the limits.
         num_candidates, num_too_large: of all, and those that do not fit.
     """
@@ -186,7 +187,11 @@ class Search:
             candidate
             for layout in valid_layouts(self._request.model, self._request.cluster.num_devices)
             for candidate in candidates_of(
-                layout, self._request.model, per_node, self._request.setting.payload
+                layout,
+                self._request.model,
+                per_node,
+                self._request.setting.payload,
+                self._request.setting.multi_token.num_drafts,
             )
         ]
 
@@ -225,13 +230,14 @@ class Search:
             UserError: nothing fits, or nothing keeps the limits; with the nearest deployment.
         """
         options = fitting(screened)
+        num_too_large = len(screened) - len(options)
+        options += with_fastest_prefill(options, self._request)
         if not options:
             raise UserError(self._too_large(screened))
         finals = best_in_full(options, self._request.goals, self.finish, advance)
         if not finals.kept:
             nearest = min(finals.broke, key=lambda each: each.breach(self._request.goals))
             raise UserError(self._missed(nearest))
-        num_too_large = len(screened) - len(options)
         return OnePool(finals.options, finals.kept, len(screened), num_too_large)
 
     def finish(self, option: ScreenedCandidate) -> Finalist:
@@ -294,7 +300,9 @@ class Search:
         """What projects it in full, and its steps at its best number of sequences."""
         request, prompts = self._request, option.steps.prompts
         num, new, cached = option.steps.num_prompts, prompts.num_new, prompts.num_cached
-        return Projector(request.model, *option.candidate, request.cluster, setting), {
+        layout, options, num_drafts = option.candidate
+        projector = Projector(request.model, layout, options, request.cluster, setting, num_drafts)
+        return projector, {
             Phase.PREFILL: StepSize(num, new, cached, phase=Phase.PREFILL),
             Phase.DECODE: StepSize(option.num_seqs, 1, request.workload.mean_context),
         }

@@ -95,7 +95,7 @@ _TOKEN = _whole(0, 2**31 - 1)
 
 _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     # layout and cluster
-    "replicas pp dp tp ep num_devices": _whole(1, MAX_RANKS),
+    "replicas pp dp tp ep dcp num_devices": _whole(1, MAX_RANKS),
     "ranks_per_node": _whole(0, MAX_RANKS),
     # deployment
     "num_micro_batches": _whole(1, 1024),
@@ -124,8 +124,14 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "block_size": _whole(1, 2**16),
     "max_num_batched_tokens": _whole(1, MAX_TOKENS_OF_A_RUN),
     "max_num_seqs": _whole(1, 2**20),
+    "prompt_wait_steps": _whole(0, 10_000),
     "aging_steps": _whole(1, 10**9),
     "priority": _whole(-(2**31), 2**31 - 1),
+    # server
+    "port": _whole(0, 65535),
+    "max_num_queued": _whole(1, 10**6),
+    "request_timeout_s": _above(0, 1e6),
+    "drain_s": _number(0, 1e6),
     # sampling
     "temperature": _number(0, 1e9),
     "top_k": _whole(0, 2**31 - 1),
@@ -134,6 +140,8 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "repetition_penalty": _number(1e-6, 1e6),  # beyond, logits would grow to infinity
     "presence_penalty frequency_penalty": _number(-2, 2),
     "max_tokens": _whole(1, 2**31 - 1),
+    "min_tokens": _whole(0, 2**31 - 1),
+    "bias": _number(-100, 100),  # of a logit
     "logprobs": _whole(0, 20),
     "stop_token_ids": _TOKEN,
     # model; also under the other names that a config.json has for them
