@@ -20,9 +20,9 @@ STEP_TOKENS = 8192  # of a step's prompts, as both frameworks have it by default
 
 
 def main() -> None:
-    databases = {}
-    for line in sys.stdin:
-        row = json.loads(line)
+    rows = [json.loads(line) for line in sys.stdin]
+    databases = {key: get_database(*key, "current") for key in {*map(key_of, rows)}}
+    for row in rows:
         started = time.process_time()
         try:
             found = estimate(row, databases)
@@ -31,12 +31,15 @@ def main() -> None:
         print(json.dumps(found | {"seconds": time.process_time() - started}), flush=True)
 
 
+def key_of(row: dict) -> tuple[str, str]:
+    """The system and the backend of a row."""
+    return SYSTEMS.get(row["hardware"], row["hardware"]), BACKENDS[row["framework"]]
+
+
 def estimate(row: dict, databases: dict) -> dict:
     """TPOT and output tokens a second a device, of one row."""
-    backend_name = BACKENDS[row["framework"]]
-    key = SYSTEMS.get(row["hardware"], row["hardware"]), backend_name
-    if key not in databases:
-        databases[key] = get_database(*key, "current")
+    key = key_of(row)
+    backend_name = key[1]
     tp, ep = row["tp"], row["ep"]
     dp = tp if row["dp_attention"] else 1
     model = get_model(
@@ -60,7 +63,7 @@ def estimate(row: dict, databases: dict) -> dict:
         ctx_tokens=min(STEP_TOKENS, isl * batch),
     )
     found = summary.get_result_dict()
-    return {"tpot_s": found["tpot"] / 1e3, "tps_per_gpu": found["tokens/s/gpu"]}
+    return {"tpot_s": found["tpot"] / 1e3, "output_tps": found["tokens/s/gpu"]}
 
 
 if __name__ == "__main__":
