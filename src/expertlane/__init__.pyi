@@ -55,6 +55,7 @@ def compare(
     project: bool = False,
     cluster: Text | None = None,
     skew: float | None = None,
+    framework: Text | None = None,
     out: str | Path | None = None,
 ) -> Results:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
@@ -104,6 +105,8 @@ def compare(
         cluster: The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML
             file of expertlane calibrate).
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
+        framework: Overheads as fitted to a serving framework: trt, dynamo-trt or sglang;
+            simulate also takes its --max-num-batched-tokens, where that is not given.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 
@@ -132,6 +135,7 @@ def plan(
     dtype: Literal['float32', 'bfloat16', 'float16', 'float8', 'nvfp4', 'mxfp4'] | None = None,
     kv_dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
     execution: Literal['graph', 'eager'] = 'graph',
+    framework: Text | None = None,
     mtp: int = 0,
     mtp_acceptance: float | None = None,
     out: str | Path | None = None,
@@ -164,6 +168,8 @@ def plan(
         dtype: Type of weights and activations.
         kv_dtype: Type of the KV cache.
         execution: Steps as CUDA graphs, or kernels launched one by one.
+        framework: Overheads as fitted to a serving framework: trt, dynamo-trt or sglang;
+            simulate also takes its --max-num-batched-tokens, where that is not given.
         mtp: Multi-token prediction: N draft tokens per step.
         mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         out: Folder for results.json, the reports and all else that the command writes. None:
@@ -200,6 +206,7 @@ def simulate(
     dtype: Literal['float32', 'bfloat16', 'float16', 'float8', 'nvfp4', 'mxfp4'] | None = None,
     kv_dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
     execution: Literal['graph', 'eager'] = 'graph',
+    framework: Text | None = None,
     overlap: Literal['off', 'on', 'auto'] = 'off',
     num_micro_batches: int = 1,
     micro_batch_schedule: Literal['drained', 'rotating'] = 'drained',
@@ -251,6 +258,8 @@ def simulate(
         dtype: Type of weights and activations.
         kv_dtype: Type of the KV cache.
         execution: Steps as CUDA graphs, or kernels launched one by one.
+        framework: Overheads as fitted to a serving framework: trt, dynamo-trt or sglang;
+            simulate also takes its --max-num-batched-tokens, where that is not given.
         overlap: Two-batch overlap: one half batch computes while the other communicates; auto:
             where faster for a step's number of tokens, timed at startup.
         num_micro_batches: Micro-batches per pipeline step.
@@ -312,6 +321,7 @@ def bench(
     placement: Text = 'linear',
     num_redundant_experts: int = 0,
     weights: Literal['model', 'int8'] = 'model',
+    cache_int8: bool = False,
     rebalance_steps: int = 0,
     ranks_per_node: int = 0,
     timeout_s: float = 60.0,
@@ -366,6 +376,8 @@ def bench(
         num_redundant_experts: Redundant experts per MoE layer, to share load.
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
+        cache_int8: With --weights int8: keep what is rounded in the checkpoint's folder, for
+            later starts.
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
         ranks_per_node: Consecutive ranks that count as one node.

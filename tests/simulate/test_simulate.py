@@ -1,5 +1,6 @@
 """One deployment on a modelled cluster, without the command around it."""
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -24,13 +25,18 @@ from expertlane.spec.workload import LengthRange, Load
 MODEL = PRESETS["paper-tiny"]
 
 
-def simulator_of(layout, prefill_layout=None, *, rate=None, num_requests=8, **more):
+ROUTING = PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok)
+
+
+def simulator_of(
+    layout, prefill_layout=None, *, rate=None, num_requests=8, routing=ROUTING, **more
+):
     setup = ServingSetup(
         layout=Layout.parse(layout),
         prefill_layout=None if prefill_layout is None else Layout.parse(prefill_layout),
         types=NumberTypes(),
         execution=Execution.GRAPH,
-        routing=PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok),
+        routing=routing,
         **{"options": Options(), **more},
     )
     batch = None if rate else 8
@@ -74,6 +80,23 @@ def test_the_median_step_of_however_many(num_steps, median, apart):
         totals.add(plan, np.full(3, place if place != 4 else 900.0), num_drafts=0)
     assert abs(totals.median.place - median) <= apart
     assert len(totals.sample) <= 257
+
+
+@pytest.mark.parametrize("rate", [None, 50.0])
+def test_an_assumed_skew_widens_bounds_alone(rate):
+    asked, assumed = (replace(ROUTING, alpha=0.8, bounds=each) for each in (None, (0.0, 2.0)))
+    known, wide = (simulator_of("dp=4,ep=4", rate=rate, routing=each) for each in (asked, assumed))
+    assert (known.num_runs, wide.num_runs) == (1 if rate is None else 3, 3)
+    one, other = (serving_record(each.run(0).served).tpot_s.mean for each in (known, wide))
+    assert other.value == one.value
+    assert other.low < one.low
+    assert other.high > one.high
+
+
+def test_skew_is_no_matter_without_expert_parallelism():
+    assumed = replace(ROUTING, bounds=(0.0, 2.0))
+    assert simulator_of("tp=4", routing=assumed).num_runs == 1
+    assert simulator_of("tp=4", "dp=4,ep=4", routing=assumed).num_runs == 3
 
 
 def test_an_open_loop_shares_steps_that_are_alike(monkeypatch):

@@ -176,6 +176,9 @@ def skew_option() -> Any:
     )
 
 
+BATCHED_TOKENS = 2048
+
+
 @dataclass(frozen=True, kw_only=True)
 class SchedulerOptions:
     """How many requests run at once, in the engine and on a modelled cluster."""
@@ -186,7 +189,7 @@ class SchedulerOptions:
         256, metavar="N", help="Concurrent requests per data-parallel rank."
     )
     max_num_batched_tokens: int = typer.Option(
-        2048, metavar="N", help="Tokens per step and data-parallel rank."
+        BATCHED_TOKENS, metavar="N", help="Tokens per step and data-parallel rank."
     )
 
 
@@ -333,6 +336,12 @@ class EngineOptions:
         help="Type in which matrices are kept; int8 rounds them while loading, with a scale for "
         "every 128 inputs.",
     )
+    cache_int8: bool = typer.Option(
+        False,
+        "--cache-int8",
+        help="With --weights int8: keep what is rounded in the checkpoint's folder, for later "
+        "starts.",
+    )
     rebalance_steps: int = typer.Option(
         0,
         metavar="STEPS",
@@ -344,7 +353,10 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         options = replace(
-            self.deployment.options, weights=self.weights, rebalance_steps=self.rebalance_steps
+            self.deployment.options,
+            weights=self.weights,
+            cache_int8=self.cache_int8,
+            rebalance_steps=self.rebalance_steps,
         )
         object.__setattr__(self, "options", options)
 
@@ -360,6 +372,17 @@ class EngineOptions:
             **vars(self.scheduler),
             **vars(self.launch),
         }
+
+
+def framework_option() -> Any:
+    """Whose overheads a projection takes."""
+    return typer.Option(
+        None,
+        metavar="NAME",
+        show_default="the profile's own overheads",
+        help="Overheads as fitted to a serving framework: trt, dynamo-trt or sglang; simulate also "
+        "takes its --max-num-batched-tokens, where that is not given.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,6 +401,7 @@ class ProjectionOptions:
     execution: Literal["graph", "eager"] = typer.Option(
         "graph", help="Steps as CUDA graphs, or kernels launched one by one."
     )
+    framework: str | None = framework_option()
 
 
 def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:

@@ -76,7 +76,7 @@ def run(
 ) -> output.Found:
     """Plan, without a word on standard output."""
     from expertlane.cost.laws.execution import Execution
-    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.laws.frameworks import served_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.plan.candidates import Goals, PlanRequest
     from expertlane.plan.project import Setting
@@ -84,7 +84,8 @@ def run(
     from expertlane.results.cost import with_costs
 
     multi_token = drafts.multi_token()
-    found, devices = find_model(own.model, weights=False), parse_cluster(own.cluster)
+    found = find_model(own.model, weights=False)
+    devices = served_cluster(own.cluster, projection.framework)
     workload, goals = load.workload(found.config), Goals(**load.limits_s())
     workload.check_model(found.config, as_options=True)
     routing = choose_routing(

@@ -13,6 +13,7 @@ from expertlane.cli.load import SimulatedLoad
 from expertlane.cli.model import find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
+    BATCHED_TOKENS,
     DeploymentOptions,
     DraftOptions,
     ModelArgument,
@@ -26,8 +27,11 @@ from expertlane.cli.output_options import OutputOptions
 from expertlane.errors import UserError, naming
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from expertlane.cli.model import FoundModel
     from expertlane.cost.laws.profile_file import ModelledCluster
+    from expertlane.results.results import Results
     from expertlane.simulate.simulator import Outcome, ServingSetup, Simulator
 
 
@@ -106,16 +110,15 @@ def run(
     found_model = find_model(model, weights=False)
 
     from expertlane.cost.laws.execution import Execution
-    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.laws.frameworks import served_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.results.chrome_trace import write_traces
     from expertlane.results.cost import with_costs
-    from expertlane.simulate.results import best_run, simulation
+    from expertlane.simulate.results import simulation
     from expertlane.simulate.simulator import ServingSetup, Simulator
     from expertlane.spec.workload import check_lengths
 
     config, seed = found_model.config, load_options.seed
-    modelled = parse_cluster(own.cluster)
+    modelled = served_cluster(own.cluster, projection.framework)
     routing = choose_routing(config, projection.routing_trace, projection.skew, seed)
     setup = ServingSetup(
         layout=found_model.lay_out(own.layout),
@@ -127,7 +130,7 @@ def run(
         execution=Execution(projection.execution),
         routing=routing.source,
         multi_token=multi_token,
-        **vars(scheduler),
+        **_sizes(scheduler, projection.framework),
     )
     for load in loads:
         check_lengths(load, config.max_position_embeddings)
@@ -145,14 +148,38 @@ def run(
     )
     if load_options.price is not None:
         results = with_costs(results, load_options.price)
+    traced = folder if own.trace else None
+    return output.Found(results, folder, lambda: _write_trace(runs, results, traced))
 
-    def write_steps() -> list[Path]:
-        if folder is None or not own.trace:
-            return []
-        simulator, outcome = best_run(runs, results.deployments[0].serving)
-        return write_traces({str(setup.layout): simulator.trace(outcome)}, folder)
 
-    return output.Found(results, folder, write_steps)
+def _write_trace(
+    runs: "Sequence[tuple[Simulator, Outcome]]", results: "Results", folder: Path | None
+) -> list[Path]:
+    """The steps of the best run, if there is a folder for them; gives the files."""
+    if folder is None:
+        return []
+
+    from expertlane.results.chrome_trace import write_traces
+    from expertlane.simulate.results import best_run
+
+    simulator, outcome = best_run(runs, results.deployments[0].serving)
+    return write_traces({str(simulator.setup.layout): simulator.trace(outcome)}, folder)
+
+
+def _sizes(scheduler: SchedulerOptions, framework: str | None) -> dict[str, int]:
+    """The scheduler's; tokens of a step are the framework's where none were asked for."""
+    from expertlane.cost.laws.frameworks import find_framework
+
+    if framework is None:
+        return vars(scheduler)
+    found, tokens = find_framework(framework), scheduler.max_num_batched_tokens
+    if tokens == BATCHED_TOKENS:
+        tokens = found.max_num_batched_tokens
+    return {
+        **vars(scheduler),
+        "max_num_batched_tokens": tokens,
+        "prompt_wait_steps": found.prompt_wait_steps,
+    }
 
 
 def _check(found: "FoundModel", setup: "ServingSetup", modelled: "ModelledCluster") -> None:

@@ -110,9 +110,9 @@ def further_drafts(sizes: PartSizes, num_before: int) -> PartSizes:
 
 def projection_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """Hidden states and the embeddings of what followed, normed, and made one."""
-    moved = 6 * part.owned * (model.hidden_size * out.types.activation_bytes)
+    moved = 6 * out.held(part) * (model.hidden_size * out.types.activation_bytes)
     out.memory(Stage.EMBED, moved, out.kernels.embed + 2 * out.norm_kernels)
-    out.gemm(Stage.EMBED, part.owned, model.hidden_size, 2 * model.hidden_size)
+    out.gemm(Stage.EMBED, out.held(part), model.hidden_size, 2 * model.hidden_size)
 
 
 def with_drafting_layer(model: ModelConfig, num_drafts: int) -> ModelConfig:

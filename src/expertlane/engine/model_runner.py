@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.commands import (
+    CacheInt8,
     Deploy,
     DiscardSteps,
     RankOutcome,
@@ -58,7 +59,7 @@ class ModelRunner:
         log: takes a line for each thing that is decided.
 
     Raises:
-        UserError: as `check_deployment`.
+        UserError: as `check_deployment`; or int8 weights cannot be kept in the folder.
     """
 
     def __init__(
@@ -79,7 +80,15 @@ class ModelRunner:
         options = deployment.options
         placements = check_deployment(model, deployment, ranks_per_node)
         folder = str(checkpoint) if checkpoint else None
-        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, options.weights)
+        kept = options.weights, options.cache_int8
+        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept)
+        if options.cache_int8:
+            if folder is None:
+                raise UserError(
+                    f"cache_int8 (--cache-int8) needs a checkpoint's folder; {model.name} has "
+                    "random weights"
+                )
+            pool.call(CacheInt8(model, folder), ranks=[0])
         held = pool.call(Deploy(spec, options, limits.num_blocks, limits.block_size))
         self.held = held[: layout.world_size]
         self.dispatch_table = dispatch_table

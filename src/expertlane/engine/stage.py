@@ -15,6 +15,7 @@ from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.progress import NO_LAYER
 from expertlane.comm.recorder import Recorder
 from expertlane.engine.commands import (
+    CacheInt8,
     Deploy,
     DescribeMachine,
     DiscardSteps,
@@ -37,9 +38,11 @@ from expertlane.engine.measure.operations import measure_launches, measure_opera
 from expertlane.engine.measure.transfers import measure_contention, measure_transfers
 from expertlane.engine.migration import Migration, PlacementsBefore
 from expertlane.engine.worker import Handlers, RankContext
-from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
+from expertlane.model.checkpoint import Checkpoint
+from expertlane.model.checkpoint_weights import CheckpointWeights
 from expertlane.model.draw import NO_TOKEN
 from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.int8_cache import Int8Cache, write_int8_cache
 from expertlane.model.sampler import Sampler, SamplerStep
 from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import SeededWeights, WeightSource
@@ -78,6 +81,15 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
         held = HeldBytes(stage.weight_bytes, stage.kv_bytes)
     context.progress.enter(Stage.IDLE, NO_LAYER)
     return held
+
+
+def cache_int8(context: RankContext, command: CacheInt8) -> None:
+    """Write the file if it is missing, or of other files."""
+    context.progress.enter(Stage.SETUP, NO_LAYER)
+    checkpoint = Checkpoint(Path(command.checkpoint), command.model)
+    if Int8Cache.find(checkpoint) is None:
+        write_int8_cache(checkpoint, context.progress.touch)
+    context.progress.enter(Stage.IDLE, NO_LAYER)
 
 
 def run_step(context: RankContext, command: RunStep) -> RankOutcome:
@@ -133,8 +145,9 @@ class DeployedStage:
             )
         else:
             checkpoint = Checkpoint(Path(spec.checkpoint), model)
+            cache = Int8Cache.find(checkpoint) if spec.cache_int8 else None
             source = CheckpointWeights(
-                checkpoint, platform.dtype, platform.device, touch, spec.weights
+                checkpoint, platform.dtype, platform.device, touch, spec.weights, cache
             )
         self.stage = TransformerStage(model, spec.placements, source, self._mesh)
         self.migration = Migration(self.stage, context.progress)
@@ -353,6 +366,7 @@ class DeployedStage:
 
 HANDLERS: Handlers = {
     DescribeMachine: describe_machine,
+    CacheInt8: cache_int8,
     Deploy: deploy,
     SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
     RunStep: run_step,

@@ -280,7 +280,13 @@ def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberT
     return Conditions(top_k, execution.value, routing, types.weights, types.kv)
 
 
-def cluster_record(cluster: ModelledCluster, types: NumberTypes) -> Cluster:
+def cluster_record(
+    cluster: ModelledCluster,
+    types: NumberTypes,
+    *,
+    has_two_pools: bool = False,
+    has_drafts: bool = False,
+) -> Cluster:
     """The cluster as results have it."""
     device = cluster.profile.device
     return Cluster(
@@ -291,5 +297,11 @@ def cluster_record(cluster: ModelledCluster, types: NumberTypes) -> Cluster:
         memory_bytes=device.memory_bytes,
         memory_bytes_per_s=device.memory_bytes_per_s,
         flops_per_s=device.flops_per_s[types.weights],
-        judged=judged(cluster.profile),
+        framework=cluster.profile.framework,
+        judged=judged(
+            cluster.profile,
+            types.weights,
+            has_two_pools=has_two_pools,
+            has_drafts=has_drafts,
+        ),
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from expertlane.cost.by_law import ErrorSeconds
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.cost.routing import PowerLawRouting
+from expertlane.cost.routing import PowerLawRouting, RoutingSource, extremes_of
 from expertlane.errors import UserError
 from expertlane.memory import size_text
 from expertlane.plan.candidates import (
@@ -25,6 +25,7 @@ from expertlane.plan.phases import with_fastest_prefill
 from expertlane.plan.project import Projector, Setting, StepSize
 from expertlane.plan.screen import Screen, Screened, ScreenedCandidate, fitting
 from expertlane.plan.throughput import one_pool
+from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.timeline import StepTimeline
 from expertlane.spec.names import Phase
@@ -36,8 +37,8 @@ class Finalist(ScreenedCandidate):
 
     Attributes:
         option: as screened, at its best number of sequences.
-        by_error: the seconds of both steps under the error of each law, and with other experts
-            drawn.
+        by_error: the seconds of both steps under the error of each law, with other experts drawn,
+            and with the most even and the most uneven popularity.
     """
 
     option: ScreenedCandidate
@@ -58,7 +59,7 @@ NUM_FINALISTS = 12
 _MOST_OF_LAYOUT = 2  # finalists, and trials of as many sequences
 _MOST_BROKEN = 24  # trials that break a limit, before what was found is all
 _NUM_NEAREST = 6
-_DRAW = "drawn experts"  # an error beside those of laws
+_DRAW, _SKEW = "drawn experts", "skew of experts"  # errors beside those of laws
 # Two differences between draws, added as squares, are about twice a draw's standard deviation.
 _NUM_REDRAWN = 2
 
@@ -155,6 +156,14 @@ class OnePool:
     num_too_large: int
 
 
+def _with_skews(step: StepsRecord, likely_s: Sequence[float]) -> StepsRecord:
+    """The step with bounds that also hold the times of the least and of the most skew."""
+    value, (low, wall_s, high) = step.round_s.value, step.wall_s.bounds
+    factors = [1.0, *(each / value for each in likely_s)]
+    wider = Estimate(wall_s, low * min(factors), high * max(factors))
+    return replace(step, wall_s=wider, tps=step.num_tokens / wider)
+
+
 def _unseen(num: int) -> None:
     """Progress that nobody watches."""
 
@@ -239,13 +248,20 @@ class Search:
         decode, decode_by_error = projector.step_by_error(sizes[Phase.DECODE])
         prefill, prefill_by_error = projector.step_by_error(sizes[Phase.PREFILL])
         by_error = {Phase.DECODE: dict(decode_by_error), Phase.PREFILL: dict(prefill_by_error)}
-        redrawn = self._redrawn if option.candidate.layout.ep > 1 else []
-        for number, routing in enumerate(redrawn):
-            other, _ = self._projected(option, replace(setting, routing=routing))
+        if option.candidate.layout.ep > 1:
+            of_draws = [self._likely_s(option, routing) for routing in self._redrawn]
+            of_skews = [self._likely_s(option, each) for each in extremes_of(setting.routing) or ()]
             for step in (decode, prefill):
-                likely_s = step.round_s.value
-                other_s = other.likely_s(sizes[step.phase])
-                by_error[step.phase][_DRAW, (number,)] = other_s, likely_s**2 / other_s
+                phase, likely_s = step.phase, step.round_s.value
+                for number, other_s in enumerate(each[phase] for each in of_draws):
+                    by_error[phase][_DRAW, (number,)] = other_s, likely_s**2 / other_s
+                if of_skews:
+                    low_s, high_s = (each[phase] for each in of_skews)
+                    by_error[phase][_SKEW, ()] = low_s, high_s
+            decode, prefill = (
+                _with_skews(step, [each[step.phase] for each in of_skews])
+                for step in (decode, prefill)
+            )
         steps = replace(
             option.steps,
             num_seqs=np.array([option.num_seqs]),
@@ -272,6 +288,11 @@ class Search:
         """Other draws of the experts that tokens choose; none of a trace, which is as it is."""
         routing = self._request.setting.routing
         return routing.redrawn(_NUM_REDRAWN) if isinstance(routing, PowerLawRouting) else []
+
+    def _likely_s(self, option: ScreenedCandidate, routing: RoutingSource) -> dict[Phase, float]:
+        """The seconds of both steps if tokens chose other experts."""
+        projector, sizes = self._projected(option, replace(self._request.setting, routing=routing))
+        return {phase: projector.likely_s(size) for phase, size in sizes.items()}
 
     def _projected(
         self, option: ScreenedCandidate, setting: Setting

@@ -24,7 +24,7 @@ from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.counts import DispatchCounts
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
-from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
+from expertlane.cost.step.layer import arrival_steps, embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import (
     SIZES,
     Floats,
@@ -100,22 +100,22 @@ class StageSteps:
         return layers
 
     def lists(self, part: Scenarios) -> list[ExpectedStepList]:
-        """Each kind of layer, embedding, head, the first pass that guesses, and a later one.
-
-        They are to be priced; passes only where there are any.
+        """To be priced: each kind of layer, embedding, arrival from the stage before, head, and
+        where there are any the first pass that guesses and a later one.
         """
         model, busiest = self.model, self._busiest(part)
-        embedding, head = self._begun(part), self._begun(part)
-        embedding_steps(embedding, model, part)
-        head_steps(head, model, part)
+        around = []
+        for steps in (embedding_steps, arrival_steps, head_steps):
+            around.append(self._begun(part))
+            steps(around[-1], model, part)
         layers = []
         for layer in self._layers.values():
             layers.append(self._begun(part))
             self._layer(layers[-1], layer, part, busiest)
-        return [*layers, embedding, head, *self._drafts(part, busiest)]
+        return [*layers, *around, *self._drafts(part, busiest)]
 
     def _begun(self, part: Scenarios) -> ExpectedStepList:
-        return ExpectedStepList(self.mesh, part.size, self.types, GPU_LIBRARIES)
+        return ExpectedStepList(self.mesh, part.size, self.types, self.form, GPU_LIBRARIES)
 
     def _busiest(self, part: Scenarios) -> DispatchCounts:
         layout, top_k = self.mesh.layout, self.model.num_experts_per_tok
@@ -126,7 +126,7 @@ class StageSteps:
         self, out: ExpectedStepList, layer: int, part: Scenarios, busiest: DispatchCounts
     ) -> None:
         counts = None if self.model.is_dense(layer) else busiest
-        layer_steps(out, self.model, layer, part, counts, self.form, self.payload)
+        layer_steps(out, self.model, layer, part, counts, self.payload)
 
     def _drafts(self, part: Scenarios, busiest: DispatchCounts) -> list[ExpectedStepList]:
         """As `ProgramBuilder` has them: the first takes all tokens of the step."""
@@ -153,7 +153,7 @@ class StageSteps:
             of_layers = (kinds[kind] for kind in self._layers)
             is_last = int(pp_rank == layout.pp - 1)
             passes = (is_last, is_last * (self.num_drafts - 1))[: self.num_drafts]
-            counts = *of_layers, int(pp_rank == 0), is_last, *passes
+            counts = *of_layers, int(pp_rank == 0), int(pp_rank > 0), is_last, *passes
             if counts not in made:
                 done = zip(counts, priced, strict=True)
                 made[counts] = ScenarioTimes.sum((num, part) for num, part in done if num)

@@ -155,7 +155,8 @@ class Cluster(Strict):
     Attributes:
         name: as `--cluster` takes it.
         flops_per_s: dense, in the type of weights.
-        judged: how far off projections by such a profile were; None where none was judged.
+        framework: whose overheads were taken; "" for none that is known.
+        judged: how far off projections of such a kind were; None where none was judged.
     """
 
     name: str
@@ -165,6 +166,7 @@ class Cluster(Strict):
     memory_bytes: float
     memory_bytes_per_s: float
     flops_per_s: float
+    framework: str = ""
     judged: Judged | None = None
 
 

@@ -90,7 +90,12 @@ def simulation(
         command,
         question,
         [_record(*best_run(runs, serving), routing, serving)],
-        cluster=cluster_record(cluster, setup.types),
+        cluster=cluster_record(
+            cluster,
+            setup.types,
+            has_two_pools=setup.prefill_layout is not None,
+            has_drafts=bool(drafts.num_drafts),
+        ),
         assumptions=_assumptions(simulator, routing, caution),
         cautions=() if caution is None else (caution,),
     )

@@ -67,6 +67,8 @@ class Options(Strict):
         weights: the type in which ranks keep matrices: `model`: as they are stored, if in one byte,
             else the model's own; `int8`: eight bits with a scale for every 128 inputs. Routers,
             norms, embeddings and biases are not rounded.
+        cache_int8: what `weights` rounds is kept in the checkpoint's folder, and read from there by
+            later starts.
         placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`.
         placement_file: a placement written by `expertlane balance`, in place of these.
         rebalance_steps: experts move while requests run: after so many steps they are rebalanced
@@ -88,9 +90,15 @@ class Options(Strict):
     placement_file: str | None = None
     num_redundant_experts: int = 0
     rebalance_steps: int = 0
+    cache_int8: bool = False
 
     def __post_init__(self) -> None:
         take_fields(self)
+        if self.cache_int8 and self.weights != "int8":
+            raise SpecError(
+                f"cache_int8 keeps matrices that are rounded to int8, but weights are "
+                f"{self.weights!r}; give weights='int8' (--weights int8) too"
+            )
         if self.placement_file is not None and (
             self.num_redundant_experts or self.placement != "linear"
         ):

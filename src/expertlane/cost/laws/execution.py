@@ -16,6 +16,7 @@ from expertlane.spec.layout import Layout
 BOUNDS = ("low", "seconds", "high")  # the first axis of every clock
 LIKELY = BOUNDS.index("seconds")
 
+ARRIVAL_S = "arrival_s"
 DRIVER_S = "driver_s"
 DRIVER_PER_RANK_S = "driver_per_rank_s"
 DP_SYNC_S = "dp_sync_s"
@@ -51,6 +52,7 @@ class Terms:
         driver_per_rank_s: for every rank of a replica after the first.
         dp_sync_s: between data-parallel ranks that have a scheduler each, for every doubling of
             them; nothing where all is in series: there one driver plans for all.
+        arrival_s: from when a request is sent until it can be scheduled.
         hiding: how well transfers are hidden by what computes beside them: perfectly (low), as is
             likely, not at all (high).
     """
@@ -61,6 +63,7 @@ class Terms:
     in_series: Mapping[str, Floats] = field(default_factory=dict)
     driver_per_rank_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
     dp_sync_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
+    arrival_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
     hiding: Sequence[str] = BOUNDS
 
     @property
@@ -117,6 +120,7 @@ class Terms:
             },
             driver_per_rank_s=known.get(DRIVER_PER_RANK_S, none),
             dp_sync_s=none if execution is Execution.SERIAL else sync_s,
+            arrival_s=known.get(ARRIVAL_S, none),
         )
 
     @property
@@ -129,6 +133,7 @@ class Terms:
             in_series={place: _likely(each) for place, each in self.in_series.items()},
             driver_per_rank_s=_likely(self.driver_per_rank_s),
             dp_sync_s=_likely(self.dp_sync_s),
+            arrival_s=_likely(self.arrival_s),
             hiding=[BOUNDS[LIKELY]] * len(BOUNDS),
         )
 

@@ -22,15 +22,15 @@ _SUM_BYTES = 4  # of a head's log-sum-exp, a float32
 def attention_steps(
     out: StepWriter, model: ModelConfig, window: int | None, part: TokenSizes
 ) -> None:
-    """From the hidden states a rank owns to attention's sum for them."""
+    """From the hidden states that a rank has to attention's sum for them."""
     hidden_bytes = model.hidden_size * out.types.activation_bytes
-    out.memory(Stage.ATTENTION, 2 * part.owned * hidden_bytes, out.norm_kernels)
-    out.all_gather(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
+    out.by_token(Stage.ATTENTION, part, hidden_bytes, 2, out.norm_kernels)
+    out.gather_tokens(part.owned, hidden_bytes)
     if model.latent is None:
         _grouped_query(out, model, window, part)
     else:
         _latent(out, model, model.latent, part)
-    out.reduce_scatter(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
+    out.sum_tokens(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
 
 
 def _grouped_query(
