@@ -109,11 +109,7 @@ def fit(base: Sequence[tuple[Row, Projected]]) -> dict[str, Framework]:
     """
     found = {}
     for name in TITLES:
-        own = [
-            each
-            for each in base
-            if each[0].framework == name and not each[1].refused
-        ]
+        own = [each for each in base if each[0].framework == name and not each[1].refused]
         measured = np.array([row.tpot_s for row, _ in own])
         likely = np.array([each.tpot_s[1] for _, each in own])
         steps = np.array([each.steps_per_token for _, each in own])
@@ -139,9 +135,7 @@ def _nearest(
     return min(low, value), value, max(high, value)
 
 
-def write(
-    frameworks: Mapping[str, Framework], judged: Sequence[JudgedGroup], path: Path
-) -> None:
+def write(frameworks: Mapping[str, Framework], judged: Sequence[JudgedGroup], path: Path) -> None:
     """The file that expertlane reads."""
     tables = {
         name: {

@@ -20,8 +20,8 @@ from expertlane.cli.options import (
     LaunchOptions,
     cluster_option,
     dtype_option,
-    parse_list,
     framework_option,
+    parse_list,
     skew_option,
     trace_option,
 )
