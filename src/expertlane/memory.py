@@ -133,7 +133,7 @@ class PlacedModel:
         num_positions = limits.num_blocks * limits.block_size
         return RankMemory(
             weight_bytes=num_bytes,
-            kv_bytes=len(layers) * num_positions * kv_width * types.kv_bytes,
+            kv_bytes=len(layers) * ceil(num_positions / layout.dcp) * kv_width * types.kv_bytes,
             activation_bytes=num_values * types.activation_bytes,
             loading_bytes=largest_matrix * _FLOAT32_BYTES
             + int(weight_bytes(largest_matrix, types.weights)),

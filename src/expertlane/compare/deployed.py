@@ -333,7 +333,9 @@ class Deployed:
             return None
         layout, options, dispatch = deployment.layout, deployment.options, self._dispatch
         if options.dispatch != "auto" and options.overlap != "auto":
-            dispatch = DispatchTable.fixed(options.dispatch, options.overlap)
+            dispatch = DispatchTable.fixed(
+                options.dispatch, options.overlap, options.prefill_dispatch
+            )
         assert dispatch is not None, "what is auto was timed"
         builder = ProgramBuilder(
             model,

@@ -12,6 +12,7 @@ from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome
 from expertlane.schedule.request import Chunk, FinishReason, Request, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.names import Phase
 from expertlane.spec.sampling import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -41,6 +42,10 @@ class Engine(Generic[HandleT]):
         eos_token_ids: tokens that end an output unless `ignore_eos`.
         tokenizer: None where prompts are tokens only.
         on_commit: called with every step.
+
+    Attributes:
+        scheduler: its counts may be read from any thread.
+        on_commit: as given; may be set between steps.
     """
 
     def __init__(
@@ -52,24 +57,30 @@ class Engine(Generic[HandleT]):
         tokenizer: Tokenizer | None = None,
         on_commit: Callable[[FinishedStep], None] | None = None,
     ) -> None:
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._loop = DriveLoop(scheduler, runner)
         self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
-        self._on_commit = on_commit
+        self.on_commit = on_commit
         self._live: dict[str, _Live] = {}
+        self._unscheduled: dict[int, _Live] = {}  # by sequence id: in no step so far
         self._ended: list[Chunk] = []  # by a cancellation, not yet told
         self._seeds = SystemRandom()
 
     @property
     def num_cached_tokens(self) -> int:
         """As the scheduler has it."""
-        return self._scheduler.num_cached_tokens
+        return self.scheduler.num_cached_tokens
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has more to give."""
         return bool(self._live or self._ended)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left to do: no request, and no step that an ended one was in."""
+        return not (self._ended or self.scheduler.has_unfinished)
 
     def add(
         self,
@@ -104,7 +115,7 @@ class Engine(Generic[HandleT]):
             sampling_seed=seed,
             name=name,
         )
-        self._scheduler.add(request)
+        self.scheduler.add(request)
         prompt_ids: list[int] = request.prompt_token_ids.tolist()
         output = RequestOutput(
             request_id,
@@ -115,9 +126,11 @@ class Engine(Generic[HandleT]):
         )
         detokenizer = None
         if self._tokenizer is not None:
-            detokenizer = IncrementalDetokenizer(self._tokenizer, prompt_ids, stop=params.stop)
+            detokenizer = IncrementalDetokenizer(
+                self._tokenizer, prompt_ids, stop=params.stop, min_tokens=params.min_tokens
+            )
         wants_logprobs = params.logprobs is not None
-        self._live[request_id] = _Live(
+        self._live[request_id] = self._unscheduled[request.seq_id] = _Live(
             request,
             output,
             detokenizer,
@@ -145,7 +158,8 @@ class Engine(Generic[HandleT]):
         live = self._live.pop(request_id, None)
         if live is None:
             return False
-        self._scheduler.cancel(request_id)
+        self.scheduler.cancel(request_id)
+        self._unscheduled.pop(live.request.seq_id, None)
         self._ended.append(self._end(live, None, FinishReason.CANCELLED))
         return True
 
@@ -162,13 +176,21 @@ class Engine(Generic[HandleT]):
         finished = self._loop.commit_next()
         if finished is None:
             return chunks
-        if self._on_commit is not None:
-            self._on_commit(finished)
-        stepped, failed = self._scheduler.stepped, self._scheduler.failed
+        if self.on_commit is not None:
+            self.on_commit(finished)
+        if self._unscheduled and finished.plan.phase is Phase.PREFILL:
+            self._note_scheduled(finished)
+        stepped, failed = self.scheduler.stepped, self.scheduler.failed
         self._loop.submit()
         for request in failed:
             chunks.append(self._end(self._live.pop(request.request_id), None, FinishReason.ERROR))
         return chunks + self._take(stepped, finished.outcome)
+
+    def _note_scheduled(self, finished: FinishedStep) -> None:
+        for batch in finished.plan.batches:
+            for seq_id in batch.seq_ids.tolist():
+                if (live := self._unscheduled.pop(seq_id, None)) is not None:
+                    live.output.scheduled_s = finished.outcome.submitted_s
 
     def _take(self, stepped: list[Request], outcome: StepOutcome) -> list[Chunk]:
         """What a step brought the requests that got a token; a hot loop."""
@@ -188,7 +210,7 @@ class Engine(Generic[HandleT]):
                 live.output.text += text
                 if live.detokenizer.stopped:
                     reason = FinishReason.STOP
-                    self._scheduler.cancel(request_id, reason)
+                    self.scheduler.cancel(request_id, reason)
             if reason is None:
                 chunks.append(Chunk(request_id, token_id, text, None))
             else:

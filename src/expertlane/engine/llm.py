@@ -201,6 +201,14 @@ class LLM:
         """
         self._shared.close(self._pool.close)
 
+    def check_ranks(self) -> None:
+        """Notice a rank that has ended while no step ran; for those who bring their own loop.
+
+        Raises:
+            RankError: one has.
+        """
+        self._pool.check()
+
     def routing_trace(self) -> RoutingTrace:
         """Which experts each token chose in each MoE layer, of all steps finished so far.
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Phase
 from expertlane.spec.sampling import TokenLogprobs
 
 
@@ -94,8 +95,11 @@ class ModelRunner:
         self.rebalancer: Rebalancer | None = None
         if options.is_timed:
             if self.dispatch_table is None:
-                modes = options.modes(layout, ranks_per_node)
-                self.dispatch_table = time_dispatch(self, layout, limits, modes)
+                modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
+                self.dispatch_table = replace(
+                    time_dispatch(self, layout, limits, modes),
+                    prefill_form=options.prefill_dispatch,
+                )
             self.set_dispatch(self.dispatch_table)
             text = str(self.dispatch_table)
             unit = " (tokens per rank)" if " up to " in text else " for all steps"

@@ -172,7 +172,9 @@ class DeployedStage:
         self.migration.forget_arrived()
         self._payload = options.payload
         if options.dispatch != "auto" and options.overlap != "auto":
-            self.set_dispatch(DispatchTable.fixed(options.dispatch, options.overlap))
+            self.set_dispatch(
+                DispatchTable.fixed(options.dispatch, options.overlap, options.prefill_dispatch)
+            )
         self._block_size = block_size
         self._phase = None
         self._sampler = Sampler(self.spec.model.vocab_size, self._device)
@@ -326,7 +328,8 @@ class DeployedStage:
     def _choose(self, micro_batch: RankBatch) -> DispatchMode:
         """Decided by what all ranks of all stages see alike, before the batch is split."""
         most = max(micro_batch.num_tokens)
-        return self._dispatch.choose(-(-most // self.spec.layout.tp), micro_batch.can_split)
+        num_owned = -(-most // self.spec.layout.tp)
+        return self._dispatch.choose(num_owned, micro_batch.can_split, self._phase)
 
     def _run_micro_batch(
         self, parts: list[ForwardBatch], arriving: Pending | None
