@@ -234,7 +234,7 @@ def _laws_of_products(card: Card) -> list[Law]:
             )
             for dtype, kernel, rows, what, library in experts
         ),
-        *([] if is_hopper else _flashinfer(card)),
+        *(_triton(card) if is_hopper else _flashinfer(card)),
         _deepgemm(card),
     ]
 
@@ -264,6 +264,27 @@ def _flashinfer(card: Card) -> list[Law]:
             library="flashinfer",
         )
         for dtype, rows, where, scales in which
+    ]
+
+
+def _triton(card: Card) -> list[Law]:
+    """What SGLang and vLLM run on Hopper; faster for few tokens than the others."""
+    path = f"{card.folder}/moe/sglang/0.5.14/moe_perf.parquet"
+    where = {"kernel_source": "sglang_fused_moe_triton", "moe_ep_size": _UP_TO_64}
+    return [
+        Law(
+            Kind.EXPERTS,
+            dtype,
+            (_experts(path, {**where, "moe_dtype": rows}),),
+            axes_of(card.generation)["experts"],
+            f"SGLang's fused kernel in Triton with routing around{scales}, balanced",
+            smoothness=1.0,
+            library="triton",
+        )
+        for dtype, rows, scales in (
+            ("bfloat16", "bfloat16", ""),
+            ("float8", "fp8_block", ", scales by block"),
+        )
     ]
 
 

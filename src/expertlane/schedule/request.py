@@ -43,6 +43,8 @@ class Limits:
         max_num_seqs: running requests.
         aging_steps: steps of waiting that make up for one level of priority.
         prefix_caching: requests with a common prefix share blocks.
+        prompt_wait_steps: with data-parallel attention a prompt waits until there is one for every
+            rank, at most so many steps: a step takes as long as its busiest rank.
         phases_apart: a step holds prompts or decodes, never both, and prompts go first; so that
             each can be measured by itself. A decode waits while any prompt can be computed.
 
@@ -58,6 +60,7 @@ class Limits:
     max_num_seqs: int = 256
     aging_steps: int = 1000
     prefix_caching: bool = True
+    prompt_wait_steps: int = 0
     phases_apart: bool = False
 
     def __post_init__(self) -> None:

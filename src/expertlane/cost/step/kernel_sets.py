@@ -1,10 +1,14 @@
 """Sets of kernels that steps are priced with: the engine's, and one that it does not have.
 
 What is counted (FLOPs, bytes, collectives) is what the engine counts with `ENGINE`. With
-`GPU_LIBRARIES` it differs where those do otherwise: `counts_first` and `expands_latent`.
+`GPU_LIBRARIES` it differs where those do otherwise: `counts_first`, `expands_latent`,
+`dummy_batches` and `reduces_to_all`.
 """
 
 from dataclasses import dataclass
+
+from expertlane.spec.deployment import DispatchForm, form_on
+from expertlane.spec.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,13 @@ class KernelSet:
             themselves, in the times that they were measured with.
         expands_latent: prompts attend to keys and values of each head, made from the latent; else
             all tokens attend in the latent.
+        dummy_batches: a data-parallel rank without requests computes one token at the first
+            position in every step of its replica, as serving engines' do; else it has none.
+        reduces_to_all: a tensor-parallel group adds up by all-reduce, and all its ranks norm and
+            route all tokens, where it is the whole stage and no token is sent to its expert; else
+            each rank owns a part of the tokens, scattered and gathered again.
+        normed_bytes: of hidden states, up to which such an all-reduce norms what it adds up, in
+            its own time.
     """
 
     name: str
@@ -75,6 +86,13 @@ class KernelSet:
     counts_first: bool = True
     kernels_move: bool = False
     expands_latent: bool = False
+    dummy_batches: bool = False
+    reduces_to_all: bool = False
+    normed_bytes: int = 0
+
+    def keeps_all(self, layout: Layout, form: DispatchForm) -> bool:
+        """Whether every rank of a stage has the hidden states of all tokens between operations."""
+        return self.reduces_to_all and layout.dp == 1 and form_on(layout, form) == "all_gather"
 
 
 ENGINE = KernelSet("the engine's tensor operations")
@@ -116,6 +134,9 @@ GPU_LIBRARIES = KernelSet(
     counts_first=False,
     kernels_move=True,
     expands_latent=True,
+    dummy_batches=True,
+    reduces_to_all=True,
+    normed_bytes=2**19,  # of vLLM on compute capability 9.0, the least of all its limits
 )
 
 KERNEL_SETS = (ENGINE, GPU_LIBRARIES)
