@@ -40,7 +40,7 @@ def test_a_report_says_what_limits_the_deployment(run, tmp_path):
     assert "is limited by" in first
     for part in ("low–high", "TTFT", "floor", "weight reads", "fitted", "--routing", "inter-node"):
         assert part in out
-    assert "simulating 32 requests: done" in err
+    assert "simulating 32 requests 3 times, for the bounds: done" in err
     found = read(tmp_path / "new" / "results.json")
     (record,) = found.deployments
     assert record.num_ranks == found.cluster.num_devices == 16

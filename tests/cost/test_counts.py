@@ -38,12 +38,13 @@ from expertlane.spec.deployment import (
     Options,
 )
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Stage, Traffic
+from expertlane.spec.names import Phase, Stage, Traffic
 from expertlane.spec.sampling import SamplingParams, SamplingState
 
 FORMS = tuple(DISPATCH_FORMS)
 PHASES = (PREFILL, PREFILL + CHUNKS + DECODE, DECODE)
 MOST_RANKS = 8
+WITHOUT_DUMMIES = replace(GPU_LIBRARIES, dummy_batches=False)  # the engine computes none
 
 
 class Case(NamedTuple):
@@ -108,12 +109,13 @@ class Counting:
                 layout,
                 placements_of(model, layout, options),
                 types=types,
-                dispatch=table or DispatchTable.fixed(options.dispatch, options.overlap),
+                dispatch=table
+                or DispatchTable.fixed(options.dispatch, options.overlap, options.prefill_dispatch),
                 payload=options.payload,
                 ranks_per_node=case.ranks_per_node,
                 kernels=kernels,
             )
-            for kernels in (ENGINE, GPU_LIBRARIES)
+            for kernels in (ENGINE, WITHOUT_DUMMIES)
         ]
 
     def check(self, plan, sampled=()):
@@ -233,6 +235,28 @@ def test_whole_product(pools, case, family):
     for number, (form, overlap) in enumerate(product(FORMS, (False, True))):
         if case.is_even or form != "hierarchical":
             check_case(pools, MODELS[family], case, form, overlap, seed=100 + number)
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill"), [("all_to_all", "hierarchical"), ("hierarchical", "all_gather")]
+)
+def test_prompts_take_a_form_of_their_own(pools, decode, prefill):
+    case, model = Case("dp=4,ep=4", 2), MODELS["plain"]
+
+    def sent(options):
+        counting = Counting(pools, model, case, options)
+        rng = np.random.default_rng(1)
+        plan = random_plan(rng, 4, 1, model.vocab_size, DECODE, share_empty=0)
+        found = {}
+        for step, phase in enumerate(Phase):
+            records = counting.check(replace(plan, step=step, phase=phase))
+            found[phase] = np.stack([record.sent_bytes for record in records])
+        return found
+
+    apart = sent(Options(dispatch=decode, prefill_dispatch=prefill))
+    same = sent(Options(dispatch=decode))
+    np.testing.assert_array_equal(apart[Phase.DECODE], same[Phase.DECODE])
+    assert (apart[Phase.PREFILL] != same[Phase.PREFILL]).any()
 
 
 @pytest.mark.parametrize("payload", ["bfloat16", "float8"])

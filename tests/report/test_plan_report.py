@@ -230,9 +230,9 @@ def test_why_nothing_is_disaggregated(why, words):
 def test_how_sure_it_is():
     judged = replace(PLAN.cluster, judged=JUDGED)
     assert next(iter(how_sure(replace(PLAN, cluster=judged)))) == (
-        "Nearest measured: TPOT of a model: 34% median error, 127 rows."
+        "Judged on TPOT of a model: 34% median error, 127 rows."
     )
-    assert "never compared with measurements" in next(iter(how_sure(PLAN)))
+    assert "Not judged" in next(iter(how_sure(PLAN)))
 
 
 def test_what_most_time_rests_on_is_said():

@@ -220,10 +220,10 @@ def _run_it(results: Results) -> Section:
             f"{found.experiment} (it runs no disaggregated pools)"
         )
     if faster_pools(results) is not None and found.commands and not is_of_cpus(results):
-        parts.append(f"Commands of aggregated #1, {named(best)}, not of the disaggregated pools:")
+        parts.append(f"Commands of aggregated #1, {named(best)}, then of the disaggregated pools:")
     for each in () if is_of_cpus(results) else found.commands:
         said = each.command or "cannot express it"
-        parts.append(f"{each.system}: {said}{f'  ({each.note})' if each.note else ''}")
+        parts.append(f"{each.label}: {said}{f'  ({each.note})' if each.note else ''}")
     return Section("Run it", tuple(parts))
 
 

@@ -30,6 +30,7 @@ from expertlane.spec.deployment import (
 )
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Phase
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +141,11 @@ class ProgramBuilder:
             self._meshes[key] = StageMesh.of(self.layout, *key, self.ranks_per_node)
         return self._meshes[key]
 
-    def _mode(self, micro_batch: tuple[Batch, ...]) -> DispatchMode:
+    def _mode(self, micro_batch: tuple[Batch, ...], phase: Phase) -> DispatchMode:
         """How a micro-batch runs; all ranks choose alike."""
         most = max(batch.num_tokens for batch in micro_batch)
         can_split = any(batch.num_seqs > 1 for batch in micro_batch)
-        return self.dispatch.choose(-(-most // self.layout.tp), can_split)
+        return self.dispatch.choose(-(-most // self.layout.tp), can_split, phase)
 
     def build(
         self,
@@ -162,7 +163,7 @@ class ProgramBuilder:
         """
         by_micro_batch: list[tuple[DispatchForm, list[PartSizes]]] = []
         for micro_batch in plan.micro_batches:
-            mode = self._mode(micro_batch)
+            mode = self._mode(micro_batch, plan.phase)
             by_dp_rank = [batch.split(1 + mode.overlap) for batch in micro_batch]
             parts = [
                 PartSizes.of(batches, self.layout.tp, sampled, self.block_size, self.num_drafts)
@@ -198,9 +199,10 @@ class ProgramBuilder:
         for form, of_parts in micro_batches:
             by_micro_batch.append([])
             for sizes in of_parts:
-                part = _Part(form, sizes, routing, first_token, before, record)
+                filled = sizes.with_dummies() if self.kernels.dummy_batches else sizes
+                part = _Part(form, filled, routing, first_token, before, record)
                 by_micro_batch[-1].append(part)
-                before = before + sizes.owned
+                before = before + filled.owned
         stages = []
         for pp_rank in range(self.layout.pp):
             mesh = self._mesh(replica, pp_rank)
