@@ -174,14 +174,14 @@ class _Stretch:
             is_first = is_new and bool(times) and begin[LIKELY] < times[0][LIKELY] <= end[LIKELY]
             num_first += is_first
             num_others += inside - is_first
-        tokens = num_others * self._multi_token.tokens_per_step
+        tokens = np.maximum(num_others * self._multi_token.tokens_bounds, 1.0)
         decoding = self._batch * seconds - waited
         num_decoding = float(decoding[LIKELY] / seconds[LIKELY])
         return SteadyRates(
             ttft_s=waited / max(num_first, 1),
-            tpot_s=decoding / max(tokens, 1.0),
+            tpot_s=decoding / tokens,
             output_tps=(tokens + num_first) / seconds,
-            steps_per_token=watch.num_steps * num_decoding / max(tokens, 1.0),
+            steps_per_token=watch.num_steps * num_decoding / float(tokens[LIKELY]),
             num_decoding=num_decoding,
             num_waiting=self._batch - num_decoding,
             num_steps=sum(len(pool.runner.bounds) for pool in pools),
