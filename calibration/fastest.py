@@ -3,8 +3,8 @@
 python calibration/fastest.py            all cards and types of experts with several laws
 python calibration/fastest.py b300 h200  some
 
-Each size that was timed counts once, by the fastest library that was timed at it; rows for judging
-alone are among them, since nothing is fitted here. Prints Markdown.
+Each size that all of them were timed at counts once, by the fastest; rows for judging alone are
+among them, since nothing is fitted here. Prints Markdown.
 """
 
 import argparse
@@ -68,6 +68,7 @@ def _several(card: Card) -> dict[str, list[Law]]:
 def _errors(model: DeviceModel, laws: list[Law]) -> dict[tuple[float, ...], float]:
     """By size, the logarithm of predicted over measured."""
     fastest: dict[tuple[float, ...], tuple[float, float]] = {}
+    libraries: defaultdict[tuple[float, ...], set[str]] = defaultdict(set)
     for law in laws:
         for source in law.sources:
             for part in (Part.FITTED, Part.LARGEST):
@@ -77,9 +78,14 @@ def _errors(model: DeviceModel, laws: list[Law]) -> dict[tuple[float, ...], floa
                 for size, measured, likely in zip(
                     sizes, columns["seconds"].tolist(), predicted.tolist(), strict=True
                 ):
+                    libraries[size].add(law.library)
                     if size not in fastest or measured < fastest[size][0]:
                         fastest[size] = measured, likely
-    return {size: float(np.log(likely / measured)) for size, (measured, likely) in fastest.items()}
+    return {
+        size: float(np.log(likely / measured))
+        for size, (measured, likely) in fastest.items()
+        if len(libraries[size]) == len(laws)
+    }
 
 
 if __name__ == "__main__":

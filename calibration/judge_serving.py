@@ -14,7 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 from serving_errors import FEWEST, NOISE, Errors, Pair, by_group, orders, single_rows, table
-from serving_fit import TITLES, Sides, acceptance_of, acceptances, fit, unfitted, write
+from serving_fit import (
+    Sides,
+    acceptance_of,
+    acceptances,
+    fit,
+    unfitted,
+    with_overheads,
+    write,
+)
 from serving_rows import TYPES, Row, read_rows
 from serving_simulation import Question, project
 
@@ -32,18 +40,15 @@ def main() -> int:
     sides = Sides.drawn(rows)
     accepted = acceptances(sides.fitted)
 
-    def simulated(of: Sequence[Row], frameworks: Mapping[str, Framework]) -> list[Pair]:
-        questions = [
-            Question(row, frameworks[row.framework], acceptance_of(row, accepted)) for row in of
-        ]
-        return list(zip(of, project(questions, asked.jobs), strict=True))
-
-    base = simulated(rows, {name: unfitted(name) for name in TITLES})
+    questions = [
+        Question(row, unfitted(row.framework), acceptance_of(row, accepted)) for row in rows
+    ]
+    base = list(zip(rows, project(questions, asked.jobs), strict=True))
+    refused = [pair for pair in base if pair[1].refused]
+    base = [pair for pair in base if not pair[1].refused]
     fitted = {row.configuration for row in sides.fitted}
     frameworks = fit([each for each in base if each[0].configuration in fitted])
-    pairs = simulated(rows, frameworks)
-    refused = [pair for pair in pairs if pair[1].refused]
-    base, pairs = ([pair for pair in of if not pair[1].refused] for of in (base, pairs))
+    pairs = [(row, with_overheads(row, each, frameworks[row.framework])) for row, each in base]
     _print(fitted, pairs)
     print("\nWithout any overhead, on the half that was not fitted:\n")
     rest = [pair for pair in base if pair[0].configuration not in fitted]

@@ -87,14 +87,20 @@ class Case:
 
 
 @cache
-def step_of(case: Case, layout: Layout) -> StepsRecord:
-    """A decode step of all sequences; of rotating micro-batches, a round."""
-    setting = Setting(TYPES, Execution.GRAPH, PowerLawRouting.of(case.model, 0.0))
-    options = Options(overlap="auto")
+def step_of(case: Case, layout: Layout, *, overlap: bool = True) -> StepsRecord:
+    """A decode step of all sequences; of rotating micro-batches, a round.
+
+    Args:
+        overlap: of the proposal: with two-batch overlap where that is faster.
+    """
+    options = Options(overlap="auto" if overlap else False)
     if layout == BASELINE:
         options = Options(
             num_micro_batches=case.num_micro_batches, micro_batch_schedule=case.schedule
         )
+    elif case.num_micro_batches > 1:  # which are the baseline's
+        return step_of(replace(case, num_micro_batches=1, schedule="drained"), layout)
+    setting = Setting(TYPES, Execution.GRAPH, PowerLawRouting.of(case.model, 0.0))
     cluster = ModelledCluster(case.profile, NUM_GPUS)
     projector = Projector(case.model, layout, options, cluster, setting)
     return projector.step(StepSize(case.batch, 1, case.context))
@@ -212,12 +218,7 @@ def _together(alike: Sequence[Term]) -> Term:
 def terms_section(case: Case) -> Section:
     """The proposal's step at the start of a sequence."""
     terms = terms_of(case, PROPOSAL)
-    options = Options()
-    setting = Setting(TYPES, Execution.GRAPH, PowerLawRouting.of(case.model, 0.0))
-    projector = Projector(
-        case.model, PROPOSAL, options, ModelledCluster(case.profile, NUM_GPUS), setting
-    )
-    step = projector.step(StepSize(case.batch, 1, case.context))
+    step = step_of(case, PROPOSAL, overlap=False)
     rest_s = step.round_s.value - sum(term.total_s.value for term in terms)
     terms.append(
         Term(

@@ -296,7 +296,9 @@ class Simulator:
 
     def _pool(self, ranks: PoolRanks, lead: int, observed: bool) -> SimulatedPool:
         multi_token, options = self.setup.multi_token.at(lead), self.setup.options_of(ranks.role)
-        drafts, limits = multi_token.num_drafts, self._scheduled(ranks.limits, multi_token)
+        drafts, limits = multi_token.num_drafts, ranks.limits
+        if observed:  # else those under way stand where they are, not where a step a token is
+            limits = self._scheduled(limits, multi_token)
         scheduler = ContinuousScheduler(ranks.layout, options, limits, record=False)
         totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, drafts)
         runner = self._runner(

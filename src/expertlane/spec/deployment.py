@@ -86,11 +86,11 @@ class Options(Strict):
     prefill_dispatch: DispatchForm | None = None
     payload: PayloadType = "model"
     weights: WeightsType = "model"
+    cache_int8: bool = False
     placement: PlacementMethod = "linear"
     placement_file: str | None = None
     num_redundant_experts: int = 0
     rebalance_steps: int = 0
-    cache_int8: bool = False
 
     def __post_init__(self) -> None:
         take_fields(self)
