@@ -194,9 +194,10 @@ def decode_steps(cell: Cell) -> tuple[StepsRecord, StepsRecord] | None:
         return None
     request = request_of(cell.model, cell.hardware, cell.num_devices, DEFAULT_SKEW)
     first, second = (
-        Projector(request.model, *each.candidate, request.cluster, request.setting).step(
-            StepSize(min(cell.num_seqs, int(each.served.num_seqs[-1])), 1, _CONTEXT)
-        )
+        Projector(
+            *(request.model, each.candidate.layout, each.candidate.options),
+            *(request.cluster, request.setting),
+        ).step(StepSize(min(cell.num_seqs, int(each.served.num_seqs[-1])), 1, _CONTEXT))
         for each in (cell.with_ep, cell.without)
     )
     return first, second
