@@ -6,7 +6,7 @@ the same devices, by output tokens a second as the planner screens them.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+
 from math import exp, log
 from typing import NamedTuple
 
@@ -248,7 +248,7 @@ def projected_factor(pair: Pair) -> float | None:
         of_layout = candidates_of(
             layout, request.model, request.cluster.profile.ranks_per_node, "model"
         )
-        plain = (each for each in of_layout if not each.options.num_redundant_experts)
-        screened = fitting(Screen(request).run(islice(plain, 2), lambda _: None))
+        plain = [each for each in of_layout if not each.options.num_redundant_experts]
+        screened = fitting(Screen(request).run(plain, lambda _: None))
         tps.append(max((tps_at(each, pair.num_seqs) for each in screened), default=0.0))
     return tps[0] / tps[1] if all(tps) else None
