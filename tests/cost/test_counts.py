@@ -143,8 +143,8 @@ class Counting:
 
 
 # What differs with GPU libraries' kernels, beside the numbers of rows that are told in no
-# transfer of their own: of latent attention, for prompts attend to keys and values made from the
-# latent.
+# transfer of their own: of latent attention, for all prompts attend to keys and values made from
+# the latent, also those for which that takes more FLOPs.
 FUSED = ("flops", "weight_bytes")
 
 

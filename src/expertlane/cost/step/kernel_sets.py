@@ -1,7 +1,7 @@
 """Sets of kernels that steps are priced with: the engine's, and one that it does not have.
 
 What is counted (FLOPs, bytes, collectives) is what the engine counts with `ENGINE`. With
-`GPU_LIBRARIES` it differs where those do otherwise: `counts_first` and `expands_latent`.
+`GPU_LIBRARIES` it differs where those do otherwise: `counts_first` and `expands_all`.
 """
 
 from dataclasses import dataclass
@@ -35,8 +35,8 @@ class KernelSet:
             tell them inside dispatch, in the time that it was measured with.
         kernels_move: dispatch and combine, and the experts' products, pack, sort and sum rows
             themselves, in the times that they were measured with.
-        expands_latent: prompts attend to keys and values of each head, made from the latent; else
-            all tokens attend in the latent.
+        expands_all: all prompts attend to keys and values of each head, made from the latent; else
+            those for which that takes fewer FLOPs.
     """
 
     name: str
@@ -74,7 +74,7 @@ class KernelSet:
     reduced: int = 2
     counts_first: bool = True
     kernels_move: bool = False
-    expands_latent: bool = False
+    expands_all: bool = False
 
 
 ENGINE = KernelSet("the engine's tensor operations")
@@ -115,7 +115,7 @@ GPU_LIBRARIES = KernelSet(
     reduced=1,
     counts_first=False,
     kernels_move=True,
-    expands_latent=True,
+    expands_all=True,
 )
 
 KERNEL_SETS = (ENGINE, GPU_LIBRARIES)
