@@ -10,8 +10,9 @@ from torch import Tensor
 from expertlane.balance.placement import Placement
 from expertlane.comm.collectives import Steps
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.model.attention import Attention, LatentAttention, RotaryEmbedding
+from expertlane.model.attention import Attention, RotaryEmbedding
 from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.latent_attention import LatentAttention
 from expertlane.model.weights import WeightSource, taker_of
 from expertlane.moe.all_gather import AllGatherDispatcher
 from expertlane.moe.all_to_all import AllToAllDispatcher

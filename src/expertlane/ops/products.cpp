@@ -122,12 +122,13 @@ void linear(const bf16* x, int64_t stride, int64_t m, const bf16* w, int64_t n, 
 }
 
 // A product for each head: out [m, heads, n] = x [m, heads, k] times the packed [heads, n, k]. Tokens
-// and heads of x and out lie as their strides say.
+// and heads of x and out lie as their strides say; a head stride of 0: all heads take the same x.
 void heads_linear(const bf16* x, int64_t stride, int64_t head_stride, int64_t m, const bf16* w,
                   int64_t heads, int64_t n, int64_t k, bf16* out, int64_t out_stride,
                   int64_t out_head_stride) {
     const int64_t blocks = (n + kBlock - 1) / kBlock, pairs = (blocks + 1) / 2;
-    FactorRows rows(heads * m, k, [=](int64_t i) {
+    const int64_t taken = head_stride ? heads : 1;
+    FactorRows rows(taken * m, k, [=](int64_t i) {
         return x + i % m * stride + i / m * head_stride;
     });
 #pragma omp parallel
@@ -136,8 +137,9 @@ void heads_linear(const bf16* x, int64_t stride, int64_t head_stride, int64_t m,
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < heads * pairs; ++task) {
             const int64_t head = task / pairs;
-            two_blocks(rows.at(head * m), m, w + head * blocks * kBlock * k, 2 * (task % pairs), n,
-                       k, nullptr, out + head * out_head_stride, out_stride, nullptr);
+            two_blocks(rows.at(head % taken * m), m, w + head * blocks * kBlock * k,
+                       2 * (task % pairs), n, k, nullptr, out + head * out_head_stride, out_stride,
+                       nullptr);
         }
     }
 }
