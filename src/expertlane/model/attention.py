@@ -272,7 +272,9 @@ class Attention(PagedHeads):
             layer = recorder.layer
             recorder.enter(Stage.COLLECTIVES, layer)
             width = squares.shape[1] * squares.itemsize
-            gathered = yield tp.all_gather(squares, [len(squares)] * tp.size, metadata_bytes=width)
+            gathered = yield from tp.gathered(
+                squares, [len(squares)] * tp.size, metadata_bytes=width
+            )
             squares = gathered.view(tp.size, -1, 2).sum(dim=0) if len(squares) else squares
             recorder.enter(Stage.ATTENTION, layer)
         sizes = torch.tensor([self._attention_size, self._kv_size], device=squares.device)
