@@ -19,8 +19,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from expertlane.errors import UserError
 from expertlane.server.errors import ApiError, bad_field
-from expertlane.spec.files import strict_json
+from expertlane.spec.files import parse_json, strict_json
 from expertlane.spec.ranges import RANGES, shown
 from expertlane.spec.sampling import SamplingParams
 
@@ -32,6 +33,7 @@ MOST_CHOICES = 128  # of a prompt
 MOST_PROMPTS = 2048  # of a request, times its choices
 _MOST_STOPS = 64
 _MOST_BIASES = 1024
+_MOST_TOOLS = 128
 _COMPLETION_TOKENS = 16  # by default, as in the API
 
 # Fields of the API and of engines that speak it, with the values that change nothing here; null is
@@ -75,8 +77,6 @@ _NEUTRAL_OF_CHAT = _NEUTRAL | {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": (),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -306,25 +306,80 @@ class TextPart(_Strict):
     text: str
 
 
+class CalledFunction(_Strict):
+    """What a model has called, with its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Strict):
+    """A call that an answer held."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As templates take it: arguments as an object, where they are one."""
+        try:
+            arguments: Any = parse_json(self.function.arguments)
+        except UserError:
+            arguments = self.function.arguments
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
 class Message(_Known):
     """A message of a chat; the checkpoint's template says which roles it takes."""
 
     neutral = dict.fromkeys(("audio", "function_call", "refusal", "model"), ()) | {
-        "tool_calls": ([],),
         "annotations": ([],),
     }
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
 
-    def for_template(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise bad_field("messages", "messages: only role assistant has tool_calls")
+        if self.content is None and not self.tool_calls:
+            raise bad_field("messages", f"messages: one of role {self.role} has no content")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
         """As templates take it; parts are joined by line ends."""
-        parts = self.content
+        parts = self.content or ""
         text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
-        message = {"role": self.role, "content": text}
-        more = {"name": self.name, "reasoning_content": self.reasoning_content}
-        return message | {name: value for name, value in more.items() if value is not None}
+        more = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": [call.for_template() for call in self.tool_calls or ()] or None,
+        }
+        given = {name: value for name, value in more.items() if value is not None}
+        return {"role": self.role, "content": text} | given
+
+
+class Function(_Strict):
+    """A tool that a model may call."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None  # nothing holds the model to them
+
+
+class Tool(_Strict):
+    """The same, as a request has it."""
+
+    type: Literal["function"]
+    function: Function
 
 
 class ChatRequest(GenerationRequest):
@@ -337,17 +392,28 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = _number("logprobs")
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None  # there are no tools
+    tools: list[Tool] | None = Field(default=None, max_length=_MOST_TOOLS)
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise bad_field("top_logprobs", "top_logprobs is given, but logprobs is not true")
+        if self.tool_choice == "auto" and not self.tools:
+            raise bad_field("tool_choice", "tool_choice is given, but no tools are")
         asked = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(asked) > 1:
             text = "max_tokens and max_completion_tokens differ; give one"
             raise bad_field("max_tokens", text)
         return self
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """As templates take them; None where the model may call none."""
+        if not self.tools or self.tool_choice == "none":
+            return None
+        return [tool.model_dump(exclude_none=True) for tool in self.tools]
 
     @property
     def wanted_tokens(self) -> int | None:
