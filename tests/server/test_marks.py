@@ -1,6 +1,7 @@
 """Reasoning and calls of tools: text by pieces is taken apart as the whole is."""
 
 import json
+from itertools import pairwise
 
 import httpx
 import openai
@@ -27,7 +28,7 @@ def parts(text, prompt="", marks=BOTH, takes_calls=True, cuts=()):
     found = {}
     chat = ChatParts(MarkedText(marks, prompt, takes_calls=takes_calls))
     places = [0, *sorted(cuts), len(text)]
-    pieces = [text[i:j] for i, j in zip(places, places[1:], strict=False)]
+    pieces = [text[i:j] for i, j in pairwise(places)]
     for number, piece in enumerate(pieces, 1):
         for name, value in chat.feed(piece, is_last=number == len(pieces)).items():
             empty = [] if isinstance(value, list) else ""

@@ -15,8 +15,9 @@ from expertlane.errors import UserError
 from expertlane.schedule.request import Limits
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.marks import Marks
+from expertlane.server.messages import Message
 from expertlane.server.metrics import Metrics
-from expertlane.server.requests import GenerationRequest, Message
+from expertlane.server.requests import GenerationRequest
 from expertlane.spec.sampling import SamplingParams
 
 _RETRY_S = 1
