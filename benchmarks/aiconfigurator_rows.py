@@ -8,6 +8,7 @@ import sys
 import time
 
 from aiconfigurator_core.sdk.backends.factory import get_backend
+from aiconfigurator_core.sdk.common import FMHAQuantMode, KVCacheQuantMode
 from aiconfigurator_core.sdk.config import ModelConfig, RuntimeConfig
 from aiconfigurator_core.sdk.models import get_model
 from aiconfigurator_core.sdk.perf_database import get_database
@@ -19,9 +20,9 @@ STEP_TOKENS = 8192  # of a step's prompts, as both frameworks have it by default
 
 
 def main() -> None:
-    databases = {}
-    for line in sys.stdin:
-        row = json.loads(line)
+    rows = [json.loads(line) for line in sys.stdin]
+    databases = {key: get_database(*key, "current") for key in {*map(key_of, rows)}}
+    for row in rows:
         started = time.process_time()
         try:
             found = estimate(row, databases)
@@ -30,12 +31,15 @@ def main() -> None:
         print(json.dumps(found | {"seconds": time.process_time() - started}), flush=True)
 
 
+def key_of(row: dict) -> tuple[str, str]:
+    """The system and the backend of a row."""
+    return SYSTEMS.get(row["hardware"], row["hardware"]), BACKENDS[row["framework"]]
+
+
 def estimate(row: dict, databases: dict) -> dict:
     """TPOT and output tokens a second a device, of one row."""
-    backend_name = BACKENDS[row["framework"]]
-    key = SYSTEMS.get(row["hardware"], row["hardware"]), backend_name
-    if key not in databases:
-        databases[key] = get_database(*key, "current")
+    key = key_of(row)
+    backend_name = key[1]
     tp, ep = row["tp"], row["ep"]
     dp = tp if row["dp_attention"] else 1
     model = get_model(
@@ -45,6 +49,8 @@ def estimate(row: dict, databases: dict) -> dict:
             attention_dp_size=dp,
             moe_tp_size=tp // ep,
             moe_ep_size=ep,
+            fmha_quant_mode=FMHAQuantMode.bfloat16,  # the tables have prefill in no other
+            kvcache_quant_mode=KVCacheQuantMode.fp8,
         ),
         backend_name,
     )
@@ -57,7 +63,7 @@ def estimate(row: dict, databases: dict) -> dict:
         ctx_tokens=min(STEP_TOKENS, isl * batch),
     )
     found = summary.get_result_dict()
-    return {"tpot_s": found["tpot"] / 1e3, "tps_per_gpu": found["tokens/s/gpu"]}
+    return {"tpot_s": found["tpot"] / 1e3, "output_tps": found["tokens/s/gpu"]}
 
 
 if __name__ == "__main__":
