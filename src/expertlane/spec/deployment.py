@@ -349,3 +349,8 @@ def is_by_node_on(layout: Layout, form: DispatchForm) -> bool:
     """Whether what a form comes down to sends by nodes."""
     own = form_on(layout, form)
     return own is not None and DISPATCH_FORMS[own].by_node
+
+
+def drafts_text(num_drafts: int) -> str:
+    """`, 2 drafts`, after what else a deployment has; empty without multi-token prediction."""
+    return f", {num_drafts} draft{'' if num_drafts == 1 else 's'}" if num_drafts else ""
