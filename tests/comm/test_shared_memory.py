@@ -267,3 +267,42 @@ def test_a_wait_ends_and_names_who_is_missing(transports):
         return True
 
     assert on_all(transports(3, timeout_s=0.2), [everyone], run) == [True, None, True]
+
+
+def test_a_transfer_that_is_waited_for_at_once(transports):
+    """One call, where compiled: uneven rows, the same ones for all, and what is made of them."""
+    everyone = (0, 1, 2)
+    send = [[1, 2, 0], [0, 0, 0], [2, 1, 0]]
+
+    def run(rank, links):
+        at_once = links[everyone].at_once
+        if at_once is None:
+            return None
+        rows = torch.arange(3, dtype=torch.float32)[: sum(send[rank]), None] + 10.0 * rank
+        receive = [send[source][rank] for source in everyone]
+        found = [at_once(rows, send[rank], receive)]
+        found.append(at_once(rows, send[rank], receive, finish=lambda parts: parts.tensor() + 1))
+        found.append(at_once(rows[:1], [len(rows[:1])] * 3, [1, 0, 1], same_for_all=True))
+        return [each.ravel().tolist() for each in found]
+
+    found = on_all(transports(3), [everyone], run)
+    if found != [None] * 3:
+        assert [each[0] for each in found] == [[0, 20, 21], [1, 2, 22], []]
+        assert [each[1] for each in found] == [[1, 21, 22], [2, 3, 23], []]
+        assert [each[2] for each in found] == [[0, 20]] * 3
+
+
+@pytest.mark.parametrize(
+    ("receive", "message"), [(1, "waited 1 s for rank 1"), (2, "sent another")]
+)
+def test_a_wait_at_once_ends_and_names_who_is_missing(transports, receive, message):
+    def run(rank, links):
+        at_once = links[(0, 1)].at_once
+        if at_once is None or (rank and receive == 1):
+            return None
+        rows = torch.zeros(1, 1)
+        with pytest.raises(PeerLostError, match=message):
+            at_once(rows, [1, 1], [receive, receive])
+        return rank
+
+    on_all(transports(2, timeout_s=1.0), [(0, 1)], run)

@@ -1,10 +1,12 @@
-"""Ranks that do not compute alike are refused."""
+"""Ranks that do not compute alike are refused; what a start waits for."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from expertlane.engine.launch import describe_ranks
+from expertlane.engine import pool as pool_module
+from expertlane.engine.launch import describe_ranks, start_pool
 from expertlane.errors import UserError
 
 
@@ -42,3 +44,20 @@ def test_ranks_with_other_transports_are_refused():
         "rank 0 exchanges messages by shared_memory, but rank 1 by shared_memory (without compiled "
         "code); set EXPERTLANE_TRANSPORT=gloo on all nodes"
     )
+
+
+@pytest.mark.full
+def test_a_start_that_waits_for_a_compiler_is_no_hang(monkeypatch, tmp_path):
+    """It takes longer than a start may without progress, then fails: torch computes."""
+    compiler = tmp_path / "cxx"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\nsleep 20\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("EXPERTLANE_CPU_ISA", "")
+    monkeypatch.setattr(pool_module, "_START_TIMEOUT_S", 12.0)  # imports take some seconds
+    began_s = time.monotonic()
+    with start_pool(2, timeout_s=12.0) as pool:
+        assert time.monotonic() - began_s > 20
+        for machine in describe_ranks(pool):
+            assert "failed: exit code 1" in machine.kernels

@@ -62,7 +62,8 @@ def test_a_closed_connection_frees_its_blocks(stub_server, stream):
     assert wait_until(lambda: is_idle(server))
     # The step at the gate, and those that it lets be planned ahead before it is left.
     assert server.engine.runner.num_steps <= num_steps + 3
-    assert b'finished_reason="abort"} 1.0' in server.service.metrics.text()
+    line = b'vllm:request_success_total{engine="0",finished_reason="abort",model_name="stub"} 1.0'
+    assert wait_until(lambda: line in server.service.metrics.text(), seconds=5)
 
 
 def test_a_closed_connection_disturbs_no_other(stub_server):

@@ -16,6 +16,8 @@ GOOD = {
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [5]},
 }
+CALL = {"id": "1", "type": "function", "function": {"name": "a", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "a"}}
 OF_BOTH = [
     ({"unknown_field": 1}, "unknown_field"),
     ({"model": 5}, "model"),
@@ -91,9 +93,9 @@ CASES = [
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"messages": "hello"}, "messages"),
     (CHAT, {"messages": [{}]}, "messages[0].role"),
-    (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user"}]}, "messages"),
     (CHAT, {"messages": [{"role": "god", "content": "x"}]}, "messages[0].role"),
-    (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": "x", "odd": 1}]}, "messages[0].odd"),
     (
@@ -101,12 +103,31 @@ CASES = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
         "messages[0].content[0].type",
     ),
-    (CHAT, {"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, "tool_calls"),
+    (
+        CHAT,
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]},
+        "messages[0].tool_calls[0]",
+    ),
+    (CHAT, {"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages"),
     (CHAT, {"logprobs": 5}, "logprobs"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (CHAT, {"max_completion_tokens": 3}, "max_tokens"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools[0].function"),
+    (CHAT, {"tools": [TOOL | {"type": "code"}]}, "tools[0].type"),
+    (
+        CHAT,
+        {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+        "tools[0].function.name",
+    ),
+    (
+        CHAT,
+        {"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]},
+        "tools[0].function.strict",
+    ),
+    (CHAT, {"tools": [TOOL] * 129}, "tools"),
+    (CHAT, {"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls"),
+    (CHAT, {"tool_choice": "auto"}, "tool_choice"),
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
     (CHAT, {"chat_template": "{{ 1 }}"}, "chat_template"),
     (CHAT, {"reasoning_effort": "high"}, "reasoning_effort"),

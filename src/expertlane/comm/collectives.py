@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertlane.comm.recorder import Recorder
-from expertlane.comm.transport import Link, Work
+from expertlane.comm.transport import AtOnce, Link, Work
 from expertlane.cost.step.operation import TransferKind
 from expertlane.ops.backend import backend_for
 from expertlane.ops.row_parts import RowParts
@@ -192,13 +192,53 @@ class Group:
         """
         if self._link is None:
             return Pending(self._recorder, None, rows)
-        own, ops = num_rows_of[self.rank], backend_for(rows.device)
+        own, kind = num_rows_of[self.rank], TransferKind.REDUCE_SCATTER
+        return self._exchange(kind, rows, num_rows_of, [own] * self.size, 0, self._adder(rows))
 
-        def add_up(received: RowParts) -> Tensor:
-            return ops.sum_parts(received, self.size)
+    def gathered(
+        self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int = 0
+    ) -> "Steps[Tensor]":
+        """As `all_gather`, and its result: where there is nothing to do meanwhile, in one call."""
+        at_once = self._at_once()
+        if at_once is None:
+            return (yield self.all_gather(rows, num_rows_of, metadata_bytes))
+        rows = rows.contiguous()
+        to_each = [rows.shape[0]] * self.size
+        return self._recorder.wait_at_once(
+            lambda: at_once(rows, to_each, num_rows_of, same_for_all=True)
+        )
 
-        kind = TransferKind.REDUCE_SCATTER
-        return self._exchange(kind, rows, num_rows_of, [own] * self.size, 0, add_up)
+    def exchanged(
+        self,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        metadata_bytes: int = 0,
+        finish: Callable[[RowParts], Tensor] | None = None,
+    ) -> "Steps[Tensor]":
+        """As `all_to_all`, and its result: where there is nothing to do meanwhile, in one call."""
+        at_once = self._at_once()
+        if at_once is None:
+            return (yield self.all_to_all(rows, send, receive, metadata_bytes, finish))
+        rows = rows.contiguous()
+        return self._recorder.wait_at_once(lambda: at_once(rows, send, receive, finish=finish))
+
+    def reduced(self, rows: Tensor, num_rows_of: Sequence[int]) -> "Steps[Tensor]":
+        """As `reduce_scatter`, and its result: as `gathered`."""
+        if self._at_once() is None:
+            return (yield self.reduce_scatter(rows, num_rows_of))
+        own = [num_rows_of[self.rank]] * self.size
+        return (yield from self.exchanged(rows, num_rows_of, own, 0, self._adder(rows)))
+
+    def _at_once(self) -> AtOnce | None:
+        """None where something is to be done meanwhile, or counted, or nothing travels."""
+        if self._link is None or not self._recorder.may_wait_at_once:
+            return None
+        return self._link.at_once
+
+    def _adder(self, rows: Tensor) -> Callable[[RowParts], Tensor]:
+        ops = backend_for(rows.device)
+        return lambda received: ops.sum_parts(received, self.size)
 
     def send(self, rows: Tensor, to: int) -> Pending | None:
         """Begin to send rows to the rank at place `to`; None where there are none to send."""

@@ -2,10 +2,10 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from expertlane.comm.stretches import Arrival, stretches
 from expertlane.cost.step.operation import TransferKind
 from expertlane.results.step_record import RankEvents, RankRecord
 from expertlane.spec.names import Stage, Track, Traffic
+
+ResultT = TypeVar("ResultT")
 
 _NUM_STAGES = len(Stage)
 _TRACKS = list(Track)
@@ -34,6 +36,9 @@ class Recorder:
         rank: global rank.
         world_size: ranks of the layout, replicas too.
         token: taken while a step's operations are recorded; None where ranks share no cores.
+
+    Attributes:
+        is_interleaved: another part of the batch is computed while one waits.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class Recorder:
         self._recording = False
         self._recording_routing = False
         self._recording_events = False
+        self.is_interleaved = False
         self._started_s = 0.0
         self._micro_batch = 0
         self._waited_cpu_s = 0.0
@@ -256,6 +262,20 @@ class Recorder:
         """The transfer is under way, and the rank computes on."""
         if self._log is not None:
             self._log.resume()
+
+    @property
+    def may_wait_at_once(self) -> bool:
+        """Whether nothing else can be computed while a rank waits, and nothing is counted."""
+        return not (self._recording or self.is_interleaved)
+
+    def wait_at_once(self, until: Callable[[], ResultT]) -> ResultT:
+        """What a wait in the current stage gives, in a step in which nothing is counted."""
+        progress = self.progress
+        progress.set_waiting(True)
+        result = until()
+        progress.set_waiting(False)
+        progress.touch()
+        return result
 
     @property
     def is_recording(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from expertlane.comm.region import Region
-from expertlane.comm.transport import PeerLostError
+from expertlane.comm.transport import AtOnce, PeerLostError
 from expertlane.errors import CapacityError
 from expertlane.ops.library import function_of
 from expertlane.ops.row_parts import RowParts
@@ -89,6 +89,7 @@ class CompiledEndpoint:
             ("shared_begin", "pnppipp", "p"),
             ("shared_wait", "pnpp", "i"),
             ("shared_end", "p", ""),
+            ("shared_exchange", "pnppippnppp", "i"),
         ):
             function_of(library, name, arguments, result)
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -97,6 +98,8 @@ class CompiledEndpoint:
         weakref.finalize(self, library.shared_close, self._endpoint)
         self._place, self._pointers = ctypes.c_int64(), array("q", [0] * region.num_ranks)
         self._results = ctypes.byref(self._place), self._pointers.buffer_info()[0]
+        self._exchange = ctypes.c_void_p()  # the latest of those begun and waited for in one call
+        self._to_exchange = ctypes.addressof(self._exchange)
         self._in_use: dict[Any, tuple[Any, ...]] = {}  # by exchanges under way
         heap = region.heap(rank)
         self._heap = torch.frombuffer(memory, dtype=torch.uint8, offset=heap.start, count=len(heap))
@@ -136,6 +139,30 @@ class CompiledEndpoint:
         if state == 0 and self._in_use[exchange][1] is not None:
             del self._in_use[exchange]
         return state, self._place.value
+
+    def exchange(
+        self,
+        group: Any,
+        rows: Tensor,
+        send: Sequence[int],
+        received: Tensor | None,
+        receive: Sequence[int],
+        timeout_s: float,
+        *,
+        same_for_all: bool,
+    ) -> tuple[Any, int]:
+        """`begin`, then `wait`, in one call; gives the exchange, and the state as `wait` does."""
+        out, back = array("q", send), array("q", receive)
+        into = None if received is None else received.data_ptr() or self._pointers.buffer_info()[0]
+        state: int = self._library.shared_exchange(
+            *(group, rows.shape[1] * rows.itemsize, rows.data_ptr(), out.buffer_info()[0]),
+            *(same_for_all, into, back.buffer_info()[0], int(timeout_s * 1e9), *self._results),
+            self._to_exchange,
+        )
+        exchange = self._exchange.value
+        if state or received is None:
+            self._in_use[exchange] = rows, received, receive
+        return exchange, state
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         num_bytes = num_rows * width * dtype.itemsize
@@ -206,9 +233,34 @@ class SharedLink:
     ) -> None:
         self._endpoint, self._ranks, self._place = endpoint, ranks, place
         self._group, self._pairs, self._timeout_s = group, pairs, timeout_s
+        is_one_call = isinstance(endpoint, CompiledEndpoint)
+        self.at_once: AtOnce | None = self._at_once if is_one_call else None
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return self._endpoint.empty(num_rows, width, dtype)
+
+    def _at_once(
+        self,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        *,
+        same_for_all: bool = False,
+        finish: Callable[[RowParts], Tensor] | None = None,
+    ) -> Tensor:
+        endpoint = self._endpoint
+        assert isinstance(endpoint, CompiledEndpoint), "it is one call"
+        received = None if finish else rows.new_empty((sum(receive), rows.shape[1]))
+        exchange, state = endpoint.exchange(
+            *(self._group, rows, send, received, receive, min(_SLICE_S, self._timeout_s)),
+            same_for_all=same_for_all,
+        )
+        if state:
+            _SharedWork(endpoint, exchange, self._ranks, self._timeout_s).wait()
+        if received is not None:
+            return received
+        assert finish is not None, "or there is room"
+        return endpoint.read(exchange, finish)
 
     def all_to_all(
         self, rows: Tensor, send: Sequence[int], received: Tensor, receive: Sequence[int]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from expertlane.comm.transport import PeerLostError
+from expertlane.comm.transport import AtOnce, PeerLostError
 from expertlane.ops.row_parts import RowParts
 
 _MANY_BYTES = 256 * 1024  # of a rank's rows in an all-gather
@@ -71,6 +71,7 @@ class TorchLink:
         self._group, self._ranks, self._place = group, ranks, place
         self._device = torch.device(device_type)
         self._over_links = over_links
+        self.at_once: AtOnce | None = None
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(num_rows, width, dtype=dtype, device=self._device)

@@ -38,11 +38,36 @@ class Work(Protocol):
         ...
 
 
+class AtOnce(Protocol):
+    """Begins a transfer, and waits for it."""
+
+    def __call__(
+        self,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        *,
+        same_for_all: bool = False,
+        finish: Callable[[RowParts], Tensor] | None = None,
+    ) -> Tensor:
+        """`all_to_all`, or `all_gather` of what is the same for all.
+
+        Returns:
+            [sum(receive), width], or what `finish` makes of it.
+        """
+        ...
+
+
 class Link(Protocol):
     """Transfers among the ranks of one group; every rank of it begins them in the same order.
 
     Rows are contiguous, [num_rows, width]. What is sent must stay as it is until the wait is over.
+
+    Attributes:
+        at_once: None where that is no cheaper.
     """
+
+    at_once: AtOnce | None
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """Room for rows where the transport would have them: to be filled, sent once, let alone."""

@@ -71,6 +71,11 @@ class ChatTemplate:
         with self._lock:
             self._start()
 
+    @property
+    def source(self) -> str:
+        """In Jinja's language."""
+        return str(self._template["source"])
+
     @staticmethod
     def is_in(folder: Path) -> bool:
         """Whether a checkpoint has a template."""
@@ -99,6 +104,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """A chat as the text of a prompt; encode it without adding special tokens.
@@ -106,6 +112,7 @@ class ChatTemplate:
         Args:
             messages: each with a `role` and a `content`; the template says which roles it knows.
             add_generation_prompt: end with what begins the model's answer.
+            tools: that the model may call, as the OpenAI API has them.
             variables: more of the template's own, such as `enable_thinking`.
 
         Raises:
@@ -117,7 +124,7 @@ class ChatTemplate:
             _check(i, message)
         given = dict(variables or {}) | {
             "messages": [dict(message) for message in messages],
-            "tools": None,
+            "tools": None if tools is None else list(tools),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -231,6 +238,8 @@ def _check(i: int, message: Any) -> None:
         raise UserError(
             f"message {i} has role {message.get('role')!r}; it must be a string such as 'user'"
         )
+    if message.get("content") is None and message.get("tool_calls"):
+        return
     if not isinstance(message.get("content"), str | list):
         raise UserError(
             f"message {i} has content {message.get('content')!r}; it must be a string, or a list "

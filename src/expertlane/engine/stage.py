@@ -342,6 +342,7 @@ class DeployedStage:
             arrived = arriving.wait()
             self._recorder.arrive()
             inputs = list(torch.split(arrived, [part.num_owned for part in parts]))
+        self._recorder.is_interleaved = len(parts) > 1
         results = interleave(
             [
                 stage.forward(x, part, self._needs_logits(part))

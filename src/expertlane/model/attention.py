@@ -1,8 +1,7 @@
 """Causal attention over a key/value cache, for the heads one rank holds.
 
-`Attention` is multi-head or grouped-query; `LatentAttention` attends in the latent (DeepSeek-AI
-2024): queries are taken into the latent's space, so one common key and value serve all heads.
-Both give a partial sum over the tensor-parallel group.
+`Attention` is multi-head or grouped-query; that in a latent has `model/latent_attention.py`. Both
+give a partial sum over the tensor-parallel group.
 """
 
 import math
@@ -94,7 +93,7 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, rotary_dim: int, theta: flo
     return frequencies * (1 - divided + divided / scaling.factor)
 
 
-class _PagedHeads:
+class PagedHeads:
     """What both kinds share: the rank's heads, what computes, the output, and the counters.
 
     Args:
@@ -171,7 +170,7 @@ class _PagedHeads:
         )
 
 
-class Attention(_PagedHeads):
+class Attention(PagedHeads):
     """Multi-head or grouped-query attention; key/value heads fewer than `tp` are replicated."""
 
     def __init__(
@@ -273,7 +272,9 @@ class Attention(_PagedHeads):
             layer = recorder.layer
             recorder.enter(Stage.COLLECTIVES, layer)
             width = squares.shape[1] * squares.itemsize
-            gathered = yield tp.all_gather(squares, [len(squares)] * tp.size, metadata_bytes=width)
+            gathered = yield from tp.gathered(
+                squares, [len(squares)] * tp.size, metadata_bytes=width
+            )
             squares = gathered.view(tp.size, -1, 2).sum(dim=0) if len(squares) else squares
             recorder.enter(Stage.ATTENTION, layer)
         sizes = torch.tensor([self._attention_size, self._kv_size], device=squares.device)
@@ -281,74 +282,3 @@ class Attention(_PagedHeads):
         query = query * factors[:, :1] * norms[0].float()
         key = key * factors[:, 1:] * norms[1].float()
         return torch.cat([query, key], dim=1).to(query_key.dtype).view(query_key.shape)
-
-
-class LatentAttention(_PagedHeads):
-    """Latent attention; the latent, which all heads share, is replicated over `tp`."""
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        layer: int,
-        source: WeightSource,
-        mesh: ParallelMesh,
-        rotary: RotaryEmbedding,
-    ) -> None:
-        latent = model.latent
-        assert latent is not None, "the model has latent attention"
-        super().__init__(model, layer, source, mesh, rotary, latent.kv_lora_rank)
-        take, ops, num_heads = taker_of(source, layer), self._ops, self._num_heads
-
-        def linear(part: str, rows: range | None = None) -> Linear:
-            return ops.linear(source.matrix(layer_name(layer, part), rows))
-
-        self._latent = latent
-        self._query_a: tuple[Linear, Tensor] | None = None
-        query = "query"
-        if latent.q_lora_rank is not None:
-            query = "query_b"
-            norm = take("query_a_norm", dtype=torch.float32)
-            self._query_a = linear("query_a"), norm
-            self._linears.append(self._query_a[0])
-        self._query = linear(query, self._of_heads(model.head_dim))
-        self._kv_a = linear("kv_a")
-        self._kv_a_norm = take("kv_a_norm", dtype=torch.float32)
-        width = latent.qk_nope_head_dim + latent.v_head_dim
-        kv_b = take("kv_b", self._of_heads(width)).view(num_heads, width, latent.kv_lora_rank)
-        parts = [latent.qk_nope_head_dim, latent.v_head_dim]
-        key_b, value_b = torch.split(kv_b, parts, dim=1)
-        self._to_latent = ops.heads_linear(key_b.transpose(1, 2))
-        self._from_latent = ops.heads_linear(value_b)
-        self._linears += [self._query, self._kv_a, self._to_latent, self._from_latent]
-
-    @property
-    def cache_dims(self) -> tuple[int, int, int]:
-        """Heads, key_dim and value_dim of the cache."""
-        return 1, self._latent.kv_lora_rank + self._latent.qk_rope_head_dim, 0
-
-    def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
-        """As `Attention.forward`."""
-        latent, eps = self._latent, self._latent.norm_eps
-        hidden = x
-        if self._query_a is not None:
-            hidden = self._ops.rms_norm(self._query_a[0](x), self._query_a[1], eps)
-        query = self._query(hidden).view(len(x), self._num_heads, self._head_dim)
-        query = self._rotary.rotate_(query, batch)
-        compressed, rotated = torch.split(
-            self._kv_a(x), [latent.kv_lora_rank, latent.qk_rope_head_dim], dim=1
-        )
-        compressed = self._ops.rms_norm(compressed, self._kv_a_norm, eps)
-        rotated = self._rotary.rotate_(rotated[:, None], batch)
-        key = torch.cat([compressed[:, None], rotated], dim=-1)  # [num_tokens, 1, rank + rope]
-        nope, rope = torch.split(query, [latent.qk_nope_head_dim, latent.qk_rope_head_dim], dim=-1)
-        query = query.new_empty(*query.shape[:2], key.shape[2])
-        self._to_latent(nope, out=query[..., : latent.kv_lora_rank])
-        query[..., latent.kv_lora_rank :] = rope
-        attended = self._ops.paged_attention(
-            query, key, key[..., :0], cache, batch.pages, self._params
-        )
-        out = query.new_empty(*query.shape[:2], latent.v_head_dim)
-        self._from_latent(attended, out=out)
-        self._count(batch, cache)
-        return self._output(out.flatten(1))
-        yield  # a generator like Attention's, though it never waits

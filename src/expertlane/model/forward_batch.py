@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from expertlane.cost.step.batch_sizes import pairs_and_positions
+from expertlane.model.latent_batch import LatentParts, latent_parts
 from expertlane.ops.kv_cache import PagedBatch
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.layout import Coordinates, Layout, partition
+from expertlane.spec.model import LatentAttention
 
 
 class ForwardBatch:
@@ -53,6 +55,7 @@ class ForwardBatch:
             len(part) for of_dp_rank in num_tokens for part in partition(of_dp_rank, layout.tp)
         ]
         self.rotation: tuple[Tensor, Tensor] | None = None
+        self._latent_parts: LatentParts | None = None
         self._last = (np.cumsum(self.batch.num_scheduled_tokens) - 1)[self.batch.yields_token]
 
     @property
@@ -72,6 +75,12 @@ class ForwardBatch:
         of_seqs = pairs_and_positions(batch.num_scheduled_tokens, batch.num_computed_tokens, window)
         pairs, positions = (int(each.sum()) for each in of_seqs)
         return pairs, positions
+
+    def latent_parts(self, latent: LatentAttention) -> LatentParts:
+        """Which sequences attend in the latent; the same in all layers."""
+        if self._latent_parts is None:
+            self._latent_parts = latent_parts(self.pages, latent, self._device)
+        return self._latent_parts
 
     def last_tokens(self, tp_rank: int) -> Tensor:
         """Which tokens of a tensor-parallel rank's slice yield a next one; places in the slice."""

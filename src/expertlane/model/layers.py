@@ -10,8 +10,9 @@ from torch import Tensor
 from expertlane.balance.placement import Placement
 from expertlane.comm.collectives import Steps
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.model.attention import Attention, LatentAttention, RotaryEmbedding
+from expertlane.model.attention import Attention, RotaryEmbedding
 from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.latent_attention import LatentAttention
 from expertlane.model.weights import WeightSource, taker_of
 from expertlane.moe.all_gather import AllGatherDispatcher
 from expertlane.moe.all_to_all import AllToAllDispatcher
@@ -97,7 +98,7 @@ class DecoderLayer:
         hidden = self._ops.rms_norm(x, self._attention_norm, self._eps)
         if tp.size > 1:
             enter(Stage.COLLECTIVES, self.index)
-            hidden = yield tp.all_gather(hidden, batch.tokens_of_tp_rank)
+            hidden = yield from tp.gathered(hidden, batch.tokens_of_tp_rank)
             enter(Stage.ATTENTION, self.index)
         if self._part is not None and tp.size > 1 and self._part.takes(hidden):
             hidden = self.attention.compute(self._part, hidden, batch, cache, adds_input=False)
@@ -105,7 +106,7 @@ class DecoderLayer:
             hidden = yield from self.attention.forward(hidden, batch, cache)
         if tp.size > 1:
             enter(Stage.COLLECTIVES, self.index)
-            hidden = yield tp.reduce_scatter(hidden, batch.tokens_of_tp_rank)
+            hidden = yield from tp.reduced(hidden, batch.tokens_of_tp_rank)
         return x + hidden
 
 
@@ -166,7 +167,7 @@ class MLP:
         rows = x
         if self._tp.size > 1:
             enter(Stage.COLLECTIVES, layer)
-            rows = yield self._tp.all_gather(x, batch.tokens_of_tp_rank)
+            rows = yield from self._tp.gathered(x, batch.tokens_of_tp_rank)
         enter(Stage.EXPERTS, layer)
         if self._tp.size > 1 and part is not None and part.takes(rows):
             out = part(rows)
@@ -176,7 +177,7 @@ class MLP:
         self._count(rows)
         if self._tp.size > 1:
             enter(Stage.COLLECTIVES, layer)
-            out = yield self._tp.reduce_scatter(out, batch.tokens_of_tp_rank)
+            out = yield from self._tp.reduced(out, batch.tokens_of_tp_rank)
         if self._scale is not None:
             out = out * torch.sigmoid(F.linear(x, self._scale))
         return out

@@ -76,7 +76,7 @@ class OutputHead:
         hidden = self._ops.rms_norm(x[last.to(x.device)], self._norm, self._eps)
         if tp.size > 1:
             enter(Stage.COLLECTIVES)
-            hidden = yield tp.all_gather(hidden, batch.last_tokens_of_tp_rank)
+            hidden = yield from tp.gathered(hidden, batch.last_tokens_of_tp_rank)
             enter(Stage.HEAD)
         best: Tensor | None = None
         if tp.size > 1 and self._part is not None and self._part.takes(hidden):
@@ -106,7 +106,7 @@ class OutputHead:
         recorder, tp = self._recorder, self._mesh.tp
         recorder.enter(Stage.COLLECTIVES)
         # The vocabulary is what is cut: it must be the rows.
-        gathered = yield tp.all_gather(logits.t().contiguous(), self._vocab_of_tp_rank)
+        gathered = yield from tp.gathered(logits.t().contiguous(), self._vocab_of_tp_rank)
         recorder.enter(Stage.HEAD)
         return gathered.t()
 
@@ -128,7 +128,7 @@ class OutputHead:
         candidates[:, 1] += self._first_token_id
         recorder.enter(Stage.COLLECTIVES)
         width = candidates.shape[1] * candidates.itemsize
-        gathered = yield tp.all_gather(candidates, [num_seqs] * tp.size, metadata_bytes=width)
+        gathered = yield from tp.gathered(candidates, [num_seqs] * tp.size, metadata_bytes=width)
         recorder.enter(Stage.HEAD)
         by_rank = gathered.view(tp.size, num_seqs, 2)
         best = by_rank[:, :, 0].argmax(dim=0)  # the first of equals: the lowest token id

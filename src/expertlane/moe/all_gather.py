@@ -41,7 +41,7 @@ class AllGatherDispatcher(Dispatcher):
         ids = self._choice.physical_ids(tokens.topk_ids)
         parts = [ids, tokens.topk_weights, *self._payload.encode(tokens.x)]
         columns = columns_of(parts)
-        packed = yield self._mesh.stage.all_gather(
+        packed = yield from self._mesh.stage.gathered(
             self._pack(self._mesh.stage, parts), num_of, metadata_bytes=bytes_of(columns[:-1])
         )
         ids, weights, *hidden = unpack(packed, columns)
@@ -54,4 +54,4 @@ class AllGatherDispatcher(Dispatcher):
         """Add up all ranks' weighted partial sums."""
         out = self._mesh.stage.empty(sent.places.shape[0], results.shape[1], results)
         partial = self._ops.gather_sum(results, sent.places, sent.weights, out)
-        return (yield self._mesh.stage.reduce_scatter(partial, sent.num_of_stage_rank))
+        return (yield from self._mesh.stage.reduced(partial, sent.num_of_stage_rank))

@@ -73,14 +73,14 @@ class AllToAllDispatcher(Dispatcher):
         """The packed rows that arrive here."""
         mesh, at, etp = self._mesh, self._mesh.at, self._mesh.etp.size
         arriving = counts[:, _ROWS, at.ep_rank].reshape(-1, etp)
-        packed = yield mesh.ep.all_to_all(
+        packed = yield from mesh.ep.exchanged(
             packed,
             counts[mesh.stage.rank, _ROWS].tolist(),
             arriving[:, at.etp_rank].tolist(),
             metadata_bytes=metadata_bytes,
         )
         if etp > 1:
-            packed = yield mesh.etp.all_gather(
+            packed = yield from mesh.etp.gathered(
                 packed, arriving.sum(axis=0).tolist(), metadata_bytes=metadata_bytes
             )
         return packed
@@ -94,9 +94,11 @@ class AllToAllDispatcher(Dispatcher):
         """Return a row for every pair, and sum them at home."""
         mesh = self._mesh
         if mesh.etp.size > 1:
-            results = yield mesh.etp.reduce_scatter(results, sent.returns_to_etp_rank)
+            results = yield from mesh.etp.reduced(results, sent.returns_to_etp_rank)
 
         def add_up(arrived: RowParts) -> Tensor:
             return self._ops.gather_sum(arrived, sent.places, sent.topk_weights)
 
-        return (yield mesh.ep.all_to_all(results, sent.pairs_from, sent.pairs_to, finish=add_up))
+        return (
+            yield from mesh.ep.exchanged(results, sent.pairs_from, sent.pairs_to, finish=add_up)
+        )

@@ -74,16 +74,16 @@ class HierarchicalDispatcher(Dispatcher):
         counts, of_etp_rank = self._counts(gathered)
         metadata_bytes = bytes_of(columns[:-1])
         inter = self._inter_hop(to_nodes.places, counts)
-        packed = yield between.all_to_all(packed, inter.send, inter.receive, metadata_bytes)
+        packed = yield from between.exchanged(packed, inter.send, inter.receive, metadata_bytes)
         intra = None
         if within.size > 1:
             ids, *arrived = unpack(packed, columns)
             inside = self._ops.rows_by_peer(ids, num_slots, within.size)
             packed = self._pack(within, [inside.ids], arrived, inside.tokens)
             intra = self._intra_hop(inside.places, counts)
-            packed = yield within.all_to_all(packed, intra.send, intra.receive, metadata_bytes)
+            packed = yield from within.exchanged(packed, intra.send, intra.receive, metadata_bytes)
         if mesh.layout.etp > 1:
-            packed = yield mesh.etp.all_gather(packed, of_etp_rank, metadata_bytes)
+            packed = yield from mesh.etp.gathered(packed, of_etp_rank, metadata_bytes)
         slots, weights, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, tokens.x.dtype)
         pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts)
@@ -128,7 +128,7 @@ class HierarchicalDispatcher(Dispatcher):
         out = first.empty(len(sent.places), results.shape[1], results)
         partial = ops.gather_sum(results, sent.places, sent.weights, out)
         if mesh.layout.etp > 1:
-            partial = yield mesh.etp.reduce_scatter(partial, sent.rows_of_etp_rank)
+            partial = yield from mesh.etp.reduced(partial, sent.rows_of_etp_rank)
         for (group, hop), following in zip(hops, [*groups[1:], None], strict=True):
 
             def add_up(
@@ -138,5 +138,5 @@ class HierarchicalDispatcher(Dispatcher):
                 out = None if following is None else following.empty(*size, results)
                 return ops.gather_sum(back, hop.places, out=out)
 
-            partial = yield group.all_to_all(partial, hop.receive, hop.send, finish=add_up)
+            partial = yield from group.exchanged(partial, hop.receive, hop.send, finish=add_up)
         return partial

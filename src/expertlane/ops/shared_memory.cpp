@@ -406,4 +406,12 @@ int32_t shared_wait(void* of, int64_t timeout_ns, int64_t* place, const char** a
     std::copy(exchange.at.begin(), exchange.at.end(), at);
     return 0;
 }
+
+// shared_begin, then shared_wait; `exchange` gets what others are to go on with.
+int32_t shared_exchange(void* of, int64_t row_bytes, const char* from, const int64_t* send,
+                        int32_t same_for_all, char* to, const int64_t* receive,
+                        int64_t timeout_ns, int64_t* place, const char** at, void** exchange) {
+    *exchange = shared_begin(of, row_bytes, from, send, same_for_all, to, receive);
+    return shared_wait(*exchange, timeout_ns, place, at);
+}
 }

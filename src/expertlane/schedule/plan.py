@@ -55,6 +55,19 @@ class Batch:
         seq_ids: list[int] = self.seq_ids[self.yields_token].tolist()
         return seq_ids
 
+    def only(self, seqs: npt.NDArray[np.intp]) -> "Batch":
+        """Some of its sequences, in the order given, which is theirs here."""
+        chosen = np.zeros(self.num_seqs, dtype=np.bool_)
+        chosen[seqs] = True
+        return Batch(
+            self.seq_ids[chosen],
+            self.num_scheduled_tokens[chosen],
+            self.num_computed_tokens[chosen],
+            self.token_ids[np.repeat(chosen, self.num_scheduled_tokens)],
+            self.block_tables[chosen],
+            self.yields_token[chosen],
+        )
+
     def split(self, num_parts: int) -> list["Batch"]:
         """Cut into `num_parts` batches at sequence borders, near-equal in tokens."""
         borders, ends = self._borders(num_parts)

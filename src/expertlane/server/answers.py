@@ -15,6 +15,7 @@ from expertlane.engine.async_engine import Generation
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.server.errors import ApiError, json_response
 from expertlane.server.logprobs import TokenTexts
+from expertlane.server.marks import ChatParts, MarkedText
 from expertlane.server.requests import ChatRequest, CompletionRequest, GenerationRequest
 from expertlane.server.service import Service
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
@@ -253,27 +254,48 @@ class ChatAnswer(Answer):
         request: ChatRequest,
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
+        text: str,
     ) -> None:
         super().__init__(service, request, prompts, params)
         self._wants_logprobs = bool(request.logprobs)
+        takes_calls = request.offered_tools is not None
+        self._parts: list[ChatParts] = []  # none where all text is content
+        if takes_calls or service.marks.has_reasoning:
+            self._parts = [
+                ChatParts(MarkedText(service.marks, text, takes_calls=takes_calls)) for _ in params
+            ]
 
     def choice(self, piece: Piece) -> dict[str, Any]:
         """With the message."""
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        found = self._fields(piece)
+        calls = found.get("tool_calls")
+        for call in calls or ():
+            del call["index"]  # which deltas alone have
+        content = found.pop("content", None if calls else "")
+        message = {"role": "assistant", "content": content, "refusal": None} | found
         return self._choice(piece, {"message": message})
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        """With new text; the role comes with the first one."""
-        delta = {"content": piece.text}
+        """With what is new; the role comes with the first one."""
+        delta = self._fields(piece) or {"content": ""}
         if piece.start == 0:
             delta["role"] = "assistant"
         return self._choice(piece, {"delta": delta})
+
+    def _fields(self, piece: Piece) -> dict[str, Any]:
+        if not self._parts:
+            return {"content": piece.text}
+        is_last = piece.finish_reason is not None
+        return self._parts[piece.place].feed(piece.text, is_last=is_last)
 
     def _choice(self, piece: Piece, what: dict[str, Any]) -> dict[str, Any]:
         logprobs = None
         if self._wants_logprobs:
             logprobs = {"content": self._texts.of_chat(piece.logprobs), "refusal": None}
-        more = {"logprobs": logprobs, "finish_reason": piece.finish_reason}
+        reason: str | None = piece.finish_reason
+        if reason == FinishReason.STOP and self._parts and self._parts[piece.place].num_calls:
+            reason = "tool_calls"
+        more = {"logprobs": logprobs, "finish_reason": reason}
         return self._with_ids(piece, {"index": piece.place} | what | more)
 
 

@@ -68,14 +68,19 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat(request: ChatRequest) -> Answer:
         """Continue a conversation."""
         service.check_admission(request.model)
-        prompt = await service.encode_chat(
+        tools = request.offered_tools
+        if tools and not service.marks.has_calls:
+            text = "tools: the chat template of this model marks no calls as <tool_call>"
+            raise bad_field("tools", text, "unsupported_parameter")
+        prompt, text = await service.encode_chat(
             request.messages,
             add_generation_prompt=request.add_generation_prompt,
             add_special_tokens=request.add_special_tokens,
+            tools=tools,
             variables=request.chat_template_kwargs,
         )
         params = service.params(request, [prompt], "messages")
-        return ChatAnswer(service, request, [prompt], params)
+        return ChatAnswer(service, request, [prompt], params, text)
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -89,7 +94,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
                 request.prompt or "", "prompt", add_special_tokens=request.add_special_tokens
             )
         else:
-            tokens = await service.encode_chat(
+            tokens, _ = await service.encode_chat(
                 request.messages,
                 add_generation_prompt=request.add_generation_prompt,
                 add_special_tokens=request.add_special_tokens,

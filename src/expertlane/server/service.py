@@ -14,8 +14,10 @@ from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.request import Limits
 from expertlane.server.errors import ApiError, bad_field
+from expertlane.server.marks import Marks
+from expertlane.server.messages import Message
 from expertlane.server.metrics import Metrics
-from expertlane.server.requests import GenerationRequest, Message
+from expertlane.server.requests import GenerationRequest
 from expertlane.spec.sampling import SamplingParams
 
 _RETRY_S = 1
@@ -69,6 +71,7 @@ class Service:
         on_end: called when the ranks have ended.
 
     Attributes:
+        marks: that the model's template tells it to write.
         created: seconds since 1970.
         is_draining: whether no new requests are taken.
         num_open: requests that have no complete answer yet.
@@ -84,6 +87,8 @@ class Service:
     ) -> None:
         self.model = model
         self.options = options
+        template = model.template
+        self.marks = Marks() if template is None else Marks.of_template(template.source)
         self.created = int(time.time())
         self.is_draining = False
         self.num_open = 0
@@ -184,9 +189,10 @@ class Service:
         *,
         add_generation_prompt: bool | None,
         add_special_tokens: bool | None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None,
-    ) -> list[int]:
-        """Token ids of a chat, by the model's template.
+    ) -> tuple[list[int], str]:
+        """Token ids of a chat and its text, by the model's template.
 
         Raises:
             ApiError: there is none, or it refuses the chat.
@@ -200,11 +206,13 @@ class Service:
                 template.render,
                 [message.for_template() for message in messages],
                 add_generation_prompt=add_generation_prompt is not False,
+                tools=tools,
                 variables=variables,
             )
         except UserError as error:
             raise bad_field("messages", str(error)) from None
-        return await self.encode(text, "messages", add_special_tokens=bool(add_special_tokens))
+        tokens = await self.encode(text, "messages", add_special_tokens=bool(add_special_tokens))
+        return tokens, text
 
     def params(
         self, request: GenerationRequest, prompts: Sequence[Sequence[int]], param: str

@@ -75,20 +75,25 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
     out.gemm(Stage.ATTENTION, tokens, heads * model.head_dim, query_in)
     if key_width:
         out.gemm(Stage.ATTENTION, tokens, key_width, model.hidden_size)
+    in_latent, expanded = _latent_sizes(out, latent, part)
+    absorbed = in_latent.decode_seqs * in_latent.num_queries
+    if in_latent.num_prefill_groups:
+        absorbed = absorbed + in_latent.prefill_tokens
     # Queries are turned and put together with their part in the latent; so is the one key.
-    in_latent = 0 if out.kernels.expands_latent else rank + rope
-    moved = 2 * heads * (model.head_dim + in_latent) * item + 4 * (rank + rope) * item
+    moved = (2 * heads * model.head_dim + 4 * (rank + rope)) * item + (rank + rope) * types.kv_bytes
+    put_together = 0 if out.kernels.expands_all else absorbed * (2 * heads * (rank + rope) * item)
     num_kernels = 2 * out.kernels.rotate + out.norm_kernels + out.kernels.write
-    out.memory(Stage.ATTENTION, tokens * (moved + (rank + rope) * types.kv_bytes), num_kernels)
-    sizes, absorbed = part.attention(None), tokens
-    if out.kernels.expands_latent and sizes.num_prefill_groups:
-        _expanded(out, model, latent, heads, sizes)
-        sizes, absorbed = replace(sizes, num_prefill_groups=0), sizes.decode_seqs
-    if not out.kernels.expands_latent or sizes.num_decode_groups:
+    out.memory(Stage.ATTENTION, tokens * moved + put_together, num_kernels)
+    if expanded.num_prefill_groups:
+        _expanded(out, model, latent, heads, expanded)
+    if (
+        not expanded.num_prefill_groups
+        or in_latent.num_decode_groups + in_latent.num_prefill_groups
+    ):
         out.gemm(Stage.ATTENTION, absorbed, heads * rank, latent.qk_nope_head_dim, dtype=types.kept)
         _core(
             out,
-            sizes,
+            in_latent,
             {"heads": heads, "key_dim": rank + rope, "value_dim": rank},
             position_bytes=(rank + rope) * types.kv_bytes,
             query_bytes=heads * (rank + rope) * item,
@@ -96,6 +101,16 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
         )
         out.gemm(Stage.ATTENTION, absorbed, heads * latent.v_head_dim, rank, dtype=types.kept)
     out.gemm(Stage.ATTENTION, tokens, model.hidden_size, heads * latent.v_head_dim)
+
+
+def _latent_sizes(
+    out: StepWriter, latent: LatentAttention, part: TokenSizes
+) -> tuple[AttentionSizes, AttentionSizes]:
+    """What attends in the latent, and prompts that have keys and values of each head."""
+    if not out.kernels.expands_all:
+        return part.latent_attention(latent)
+    sizes = part.attention(None)
+    return replace(sizes, num_prefill_groups=0), replace(sizes, num_decode_groups=0)
 
 
 def _expanded(
@@ -111,7 +126,7 @@ def _expanded(
     out.gemm(Stage.ATTENTION, positions, width, latent.kv_lora_rank, dtype=out.types.kept)
     _core(
         out,
-        replace(sizes, num_decode_groups=0),
+        sizes,
         {"heads": heads, "key_dim": model.head_dim, "value_dim": latent.v_head_dim},
         position_bytes=(latent.kv_lora_rank + latent.qk_rope_head_dim) * out.types.kv_bytes,
         query_bytes=0,  # no decode

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from expertlane.cost.step.operation import Ints
 from expertlane.schedule.plan import Batch
+from expertlane.spec.model import LatentAttention
 
 _POSITION_BITS = 22  # of a number of positions
 _FEW_BLOCKS = 8  # narrower block tables are not kept apart by the engine
@@ -205,8 +206,15 @@ class PartSizes:
     def attention(self, window: int | None) -> AttentionSizes:
         """Sizes under a window: how many latest positions a token sees; None for all."""
         if window not in self._by_window:
-            self._by_window[window] = self._attention(window)
+            self._by_window[window] = self._sizes(window, self._is_decode, ~self._is_decode)
         return self._by_window[window]
+
+    def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
+        """Sizes of what attends in the latent, and of prompts whose keys and values are made."""
+        is_expanded = takes_less_expanded(self.num_new, self.num_cached, latent)
+        is_expanded &= ~self._is_decode
+        in_latent = self._sizes(None, self._is_decode, ~self._is_decode & ~is_expanded)
+        return in_latent, self._sizes(None, np.zeros_like(is_expanded), is_expanded)
 
     @cached_property
     def _is_decode(self) -> npt.NDArray[np.bool_]:
@@ -219,11 +227,14 @@ class PartSizes:
         """[S]; of its new tokens, those that a next one is chosen for, if it yields any."""
         return 1 + self.num_drafts * self._is_decode
 
-    def _attention(self, window: int | None) -> AttentionSizes:
+    def _sizes(
+        self,
+        window: int | None,
+        is_decode: npt.NDArray[np.bool_],
+        is_prefill: npt.NDArray[np.bool_],
+    ) -> AttentionSizes:
         pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window)
-        is_decode = self._is_decode
-        is_prefill = ~is_decode
-        decode_groups, prefill_groups = self._num_groups
+        decode_groups, prefill_groups = self._num_groups(is_decode, is_prefill)
         return AttentionSizes(
             decode_seqs=self._for_ranks(self._sum(is_decode)),
             decode_positions=self._for_ranks(self._sum(positions * is_decode)),
@@ -236,15 +247,15 @@ class PartSizes:
             num_queries=1 + self.num_drafts,
         )
 
-    @cached_property
-    def _num_groups(self) -> tuple[int, int]:
-        """Calls of attention that the engine makes for decodes and for the rest, at most."""
-        is_decode = self._is_decode
+    def _num_groups(
+        self, is_decode: npt.NDArray[np.bool_], is_prefill: npt.NDArray[np.bool_]
+    ) -> tuple[int, int]:
+        """Calls of attention that the engine makes for decodes and for prompts, at most."""
         width = np.maximum(self.num_cached // self.block_size + 1, _FEW_BLOCKS)
         bucket = np.ceil(np.log2(width)).astype(np.int64)
         chunk = self.num_new * (1 << _POSITION_BITS) + self.num_cached
         decodes = _most_kinds(self.dp_rank[is_decode], bucket[is_decode])
-        return decodes, _most_kinds(self.dp_rank[~is_decode], chunk[~is_decode])
+        return decodes, _most_kinds(self.dp_rank[is_prefill], chunk[is_prefill])
 
 
 def _most_kinds(dp_rank: Ints, kind: Ints) -> int:
@@ -322,8 +333,23 @@ class Scenarios:
     def attention(self, window: int | None) -> AttentionSizes:
         """As `PartSizes.attention`."""
         is_decode = self.num_new == 1 + self.num_drafts
+        return self._sizes(window, is_decode, ~is_decode)
+
+    def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
+        """As `PartSizes.latent_attention`."""
+        is_decode = self.num_new == 1 + self.num_drafts
+        is_expanded = takes_less_expanded(self.num_new, self.num_cached, latent)
+        in_latent = self._sizes(None, is_decode, ~is_decode & ~is_expanded)
+        return in_latent, self._sizes(None, np.zeros_like(is_expanded), is_expanded)
+
+    def _sizes(
+        self,
+        window: int | None,
+        is_decode: npt.NDArray[np.bool_],
+        is_prefill: npt.NDArray[np.bool_],
+    ) -> AttentionSizes:
         pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window)
-        decodes, prompts = self.num_seqs * is_decode, self.num_seqs * ~is_decode
+        decodes, prompts = self.num_seqs * is_decode, self.num_seqs * is_prefill
         return AttentionSizes(
             decode_seqs=decodes,
             decode_positions=decodes * positions,
@@ -354,6 +380,26 @@ def pairs_and_positions(num_new: Ints, num_cached: Ints, window: int | None) -> 
     after = num_cached + num_new
     pairs = _pairs_up_to(after, window) - _pairs_up_to(num_cached, window)
     return pairs, after if window is None else np.minimum(after, num_new + window - 1)
+
+
+def takes_less_expanded(
+    num_new: Ints, num_cached: Ints, latent: LatentAttention
+) -> npt.NDArray[np.bool_]:
+    """[S]; whether prompts take fewer FLOPs with keys and values of each head.
+
+    Those are made from the latents of all positions, and are narrower; in the latent each new token
+    takes two products as wide in place of them. Sequences of one new token stay there.
+
+    Args:
+        num_new, num_cached: [S].
+    """
+    pairs, positions = pairs_and_positions(num_new, num_cached, None)
+    rank, rope, value = latent.kv_lora_rank, latent.qk_rope_head_dim, latent.v_head_dim
+    product = rank * (latent.qk_nope_head_dim + value)
+    in_latent = pairs * (2 * rank + rope) + num_new * product
+    expanded = pairs * (latent.qk_nope_head_dim + rope + value) + positions * product
+    is_less: npt.NDArray[np.bool_] = (expanded < in_latent) & (num_new > 1)
+    return is_less
 
 
 def _pairs_up_to(length: Ints, window: int | None) -> Ints:

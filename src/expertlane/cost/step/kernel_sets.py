@@ -1,7 +1,7 @@
 """Sets of kernels that steps are priced with: the engine's, and one that it does not have.
 
 What is counted (FLOPs, bytes, collectives) is what the engine counts with `ENGINE`. With
-`GPU_LIBRARIES` it differs where those do otherwise: `counts_first`, `expands_latent`,
+`GPU_LIBRARIES` it differs where those do otherwise: `counts_first`, `expands_all`,
 `merges_products`, `dummy_batches` and `reduces_to_all`.
 """
 
@@ -39,8 +39,8 @@ class KernelSet:
             tell them inside dispatch, in the time that it was measured with.
         kernels_move: dispatch and combine, and the experts' products, pack, sort and sum rows
             themselves, in the times that they were measured with.
-        expands_latent: prompts attend to keys and values of each head, made from the latent; else
-            all tokens attend in the latent.
+        expands_all: all prompts attend to keys and values of each head, made from the latent; else
+            those for which that takes fewer FLOPs.
         merges_products: products of the same input are one: an MLP's gate and up, and queries and
             keys of latent attention on their way to what is narrow.
         dummy_batches: a data-parallel rank without requests computes one token at the first
@@ -87,7 +87,7 @@ class KernelSet:
     reduced: int = 2
     counts_first: bool = True
     kernels_move: bool = False
-    expands_latent: bool = False
+    expands_all: bool = False
     merges_products: bool = False
     dummy_batches: bool = False
     reduces_to_all: bool = False
@@ -136,7 +136,7 @@ GPU_LIBRARIES = KernelSet(
     reduced=1,
     counts_first=False,
     kernels_move=True,
-    expands_latent=True,
+    expands_all=True,
     merges_products=True,
     dummy_batches=True,
     reduces_to_all=True,

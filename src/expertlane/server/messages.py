@@ -1,0 +1,93 @@
+"""Messages of a chat, and the tools that a model may call."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from expertlane.errors import UserError
+from expertlane.server.errors import bad_field
+from expertlane.server.fields import Known, Strict
+from expertlane.spec.files import parse_json
+
+
+class TextPart(Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Strict):
+    """What a model has called, with its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A call that an answer held."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As templates take it: arguments as an object, where they are one."""
+        try:
+            arguments: Any = parse_json(self.function.arguments)
+        except UserError:
+            arguments = self.function.arguments
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+class Message(Known):
+    """A message of a chat; the checkpoint's template says which roles it takes."""
+
+    neutral = dict.fromkeys(("audio", "function_call", "refusal", "model"), ()) | {
+        "annotations": ([],),
+    }
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise bad_field("messages", "messages: only role assistant has tool_calls")
+        if self.content is None and not self.tool_calls:
+            raise bad_field("messages", f"messages: one of role {self.role} has no content")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """As templates take it; parts are joined by line ends."""
+        parts = self.content or ""
+        text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
+        more = {
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": [call.for_template() for call in self.tool_calls or ()] or None,
+        }
+        given = {name: value for name, value in more.items() if value is not None}
+        return {"role": self.role, "content": text} | given
+
+
+class Function(Strict):
+    """A tool that a model may call."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Literal[False] | None = None  # nothing holds the model to them
+
+
+class Tool(Strict):
+    """The same, as a request has it."""
+
+    type: Literal["function"]
+    function: Function

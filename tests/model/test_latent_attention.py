@@ -1,0 +1,154 @@
+"""Latent attention against softmax written out over each head's keys and values, in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from expertlane.comm.clocks import HostClock
+from expertlane.comm.collectives import interleave
+from expertlane.comm.mesh import Meshes, ParallelMesh
+from expertlane.comm.progress import ProgressBoard
+from expertlane.comm.recorder import Recorder
+from expertlane.cost.step.batch_sizes import takes_less_expanded
+from expertlane.model import attention as module
+from expertlane.model import latent_batch
+from expertlane.model.attention import RotaryEmbedding
+from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.latent_attention import LatentAttention
+from expertlane.model.weights import SeededWeights
+from expertlane.ops.kv_cache import KVCache
+from expertlane.ops.torch_backend import TorchBackend
+from expertlane.schedule.plan import Batch
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS
+from expertlane.spec.model import LatentAttention as Latent
+from ops.instruction_sets import ARITHMETIC, backend_or_skip
+
+CPU, BLOCK_SIZE = torch.device("cpu"), 4
+RANK, NOPE, ROPE, VALUE, HEADS = 32, 12, 4, 16, 3
+LATENT = Latent(kv_lora_rank=RANK, qk_nope_head_dim=NOPE, qk_rope_head_dim=ROPE, v_head_dim=VALUE)
+MODEL = PRESETS["paper-tiny"].with_overrides(
+    hidden_size=48,
+    num_attention_heads=HEADS,
+    num_key_value_heads=None,
+    head_dim=NOPE + ROPE,
+    latent=LATENT,
+    max_position_embeddings=256,
+)
+# (computed before, new tokens): a prompt, a chunk that pays for its latents, one that does not.
+PROMPT, LONG_CHUNK, SHORT_CHUNK, DECODE = (0, 9), (70, 60), (50, 3), (20, 1)
+EXPANDED = {PROMPT: True, LONG_CHUNK: True, SHORT_CHUNK: False, DECODE: False}
+
+
+@pytest.fixture(params=["torch", *ARITHMETIC])
+def backend(request, monkeypatch):
+    found = TorchBackend() if request.param == "torch" else backend_or_skip(request.param)
+    monkeypatch.setattr(module, "backend_for", lambda device: found)
+    return found
+
+
+def attention_of(dtype):
+    recorder = Recorder(0, 1, 1, ProgressBoard(1).reporter(0), HostClock(), world_size=1)
+    mesh = ParallelMesh(Layout(), Meshes(), 0, 1, recorder)
+    source = SeededWeights(MODEL, 0, dtype, CPU, lambda: None)
+    return LatentAttention(MODEL, 0, source, mesh, RotaryEmbedding(MODEL, CPU)), source
+
+
+def run(attention, sequences, hidden, dtype):
+    """The new tokens' outputs; what is before them is computed in a step of its own."""
+    width = -(-max(sum(each) for each in sequences) // BLOCK_SIZE)
+    blocks = np.random.default_rng(0).permutation(len(sequences) * width)
+    cache = KVCache(len(blocks), BLOCK_SIZE, *attention.cache_dims, dtype, CPU)
+    cache.keys.fill_(torch.nan)  # nothing that was not written may matter
+    computed, out = np.zeros(len(sequences), dtype=np.int64), []
+    for step in range(2):
+        new = np.array([each[step] for each in sequences])
+        chosen = np.flatnonzero(new)
+        batch = Batch(
+            seq_ids=chosen,
+            num_scheduled_tokens=new[chosen],
+            num_computed_tokens=computed[chosen],
+            token_ids=np.zeros(new.sum(), dtype=np.int64),
+            block_tables=blocks.reshape(-1, width)[chosen].astype(np.int32),
+            yields_token=np.ones(len(chosen), dtype=np.bool_),
+        )
+        layout = Layout()
+        at = layout.coordinates(0)
+        part = ForwardBatch(batch, [batch.num_tokens], layout, at, CPU, BLOCK_SIZE)
+        rows = zip(hidden, computed, computed + new, strict=True)
+        x = torch.cat([of_seq[start:end] for of_seq, start, end in rows])
+        (out,) = interleave([attention.forward(x, part, cache)])
+        computed = computed + new
+    return out.split([each[1] for each in sequences])
+
+
+def turned(x, first):
+    """The last ROPE values by their positions, as pairs (i, i + ROPE / 2) or neighbours."""
+    positions = torch.arange(first, first + x.shape[0], dtype=torch.float64)
+    frequencies = MODEL.rope_theta ** -(torch.arange(0, ROPE, 2, dtype=torch.float64) / ROPE)
+    angles = positions[:, None] * frequencies
+    cos, sin = (f.view(f.shape[0], *[1] * (x.dim() - 2), -1) for f in (angles.cos(), angles.sin()))
+    kept, turning = x[..., :-ROPE], x[..., -ROPE:]
+    if MODEL.rope_interleave:
+        a, b = turning[..., 0::2], turning[..., 1::2]
+    else:
+        a, b = turning.chunk(2, -1)
+    return torch.cat([kept, a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def expected(source, x, computed):
+    """Of one sequence x [length, hidden], from position `computed` on."""
+    weights = {
+        name: source.take(f"layers.0.{name}", None, torch.float64)
+        for name in ("query", "kv_a", "kv_a_norm", "kv_b", "output")
+    }
+    x = x.double()
+    length = len(x)
+    query = turned((x @ weights["query"].T).view(length, HEADS, NOPE + ROPE), 0)
+    latent, rotated = (x @ weights["kv_a"].T).split([RANK, ROPE], dim=1)
+    latent = latent * (latent.square().mean(1, keepdim=True) + LATENT.norm_eps).rsqrt()
+    latent = latent * weights["kv_a_norm"]
+    rotated = turned(rotated, 0)
+    of_heads = (latent @ weights["kv_b"].T).view(length, HEADS, NOPE + VALUE)
+    keys = torch.cat([of_heads[..., :NOPE], rotated[:, None].expand(-1, HEADS, -1)], dim=-1)
+    logits = torch.einsum("qhd,khd->hqk", query, keys) * MODEL.softmax_scale
+    logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+    out = torch.einsum("hqk,khd->qhd", logits.softmax(-1), of_heads[..., NOPE:])
+    return (out.flatten(1) @ weights["output"].T)[computed:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        [PROMPT],
+        [DECODE],
+        [PROMPT, PROMPT],
+        [LONG_CHUNK, PROMPT],
+        [SHORT_CHUNK, PROMPT, DECODE, LONG_CHUNK],
+    ],
+)
+def test_expanded_or_in_the_latent(backend, monkeypatch, dtype, sequences):
+    monkeypatch.setattr(latent_batch, "_MOST_POSITIONS", 80)  # several rooms
+    attention, source = attention_of(dtype)
+    generator = torch.Generator().manual_seed(3)
+    hidden = [torch.randn(sum(each), 48, generator=generator).to(dtype) for each in sequences]
+    found = run(attention, sequences, hidden, dtype)
+    bound = 2e-6 if dtype is torch.float32 else 2e-2
+    for of_seq, (computed, _), out in zip(hidden, sequences, found, strict=True):
+        exact = expected(source, of_seq, computed)
+        assert (out.double() - exact).abs().max() <= bound * exact.abs().max()
+
+
+def test_prompts_are_expanded_where_that_takes_fewer_flops():
+    computed, new = (np.array(column) for column in zip(*EXPANDED, strict=True))
+    assert takes_less_expanded(new, computed, LATENT).tolist() == list(EXPANDED.values())
+
+
+def test_by_hand_where_both_take_the_same():
+    """A chunk of n after c: 36 fewer a pair, n · c + n (n + 1) / 2; 896 more a cached position."""
+    # 36 (n c + n (n + 1) / 2) > 896 c: n = 24 of c = 300 gives 270,000 and 268,800.
+    assert takes_less_expanded(np.array([24, 23]), np.array([300, 300]), LATENT).tolist() == [
+        True,
+        False,
+    ]
