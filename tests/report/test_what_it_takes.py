@@ -33,7 +33,7 @@ def test_terms_are_the_step(page):
     assert terms[0] is experts
     total_s = sum(term.total_s.value for term in terms)
     step_s = page.step_of(case, page.PROPOSAL).round_s.value
-    assert step_s - 0.25e-3 < total_s < 1.1 * step_s  # 0.2 ms between steps, and the graph
+    assert step_s - 0.35e-3 < total_s < 1.1 * step_s  # between steps, and launch of the graph
     for term in terms:
         assert term.floor_s <= 1.35 * term.seconds[1], term.name  # small reads live in caches
         assert term.seconds[0] <= term.seconds[1] <= term.seconds[2]
