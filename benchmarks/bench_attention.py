@@ -89,7 +89,7 @@ class Case:
                 (heads.kv, stored),
             )
         )
-        block = torch.randn(BLOCK_SIZE, heads.kv, heads.key_dim).to(dtype)
+        block = torch.randn(heads.kv, BLOCK_SIZE, heads.key_dim).to(dtype)
 
         def cache() -> KVCache:
             sizes = num_seqs * width, BLOCK_SIZE, heads.kv, heads.key_dim, stored
@@ -122,9 +122,9 @@ class Case:
         """A call of torch's."""
         num_seqs, _, new = self.sizes
         cache = self._next()
-        by_seq = num_seqs, cache.keys.shape[0] * BLOCK_SIZE // num_seqs
+        by_seq = num_seqs, self.heads.kv, cache.keys.shape[0] * BLOCK_SIZE // num_seqs
         keys, values = (
-            x.view(*by_seq, *x.shape[2:])[:, : self.length].transpose(1, 2)
+            x.view(*by_seq, x.shape[-1])[:, :, : self.length]  # whatever stands there
             for x in (cache.keys, cache.values)
         )
         if self.heads.value_dim is None:

@@ -3,8 +3,8 @@
 python calibration/fastest.py            all cards and types of experts with several laws
 python calibration/fastest.py b300 h200  some
 
-Each size that was timed counts once, by the fastest library that was timed at it; rows for judging
-alone are among them, since nothing is fitted here. Prints Markdown.
+Each size that all of them were timed at counts once, by the fastest; rows for judging alone are
+among them, since nothing is fitted here. Prints Markdown.
 """
 
 import argparse
@@ -68,8 +68,12 @@ def _several(card: Card) -> dict[str, list[Law]]:
 def _errors(model: DeviceModel, laws: list[Law]) -> dict[tuple[float, ...], float]:
     """By size, the logarithm of predicted over measured."""
     fastest: dict[tuple[float, ...], tuple[float, float]] = {}
+    kernels: defaultdict[tuple[float, ...], set[object]] = defaultdict(set)
+    all_kernels = set()
     for law in laws:
         for source in law.sources:
+            kernel = source.table.path, source.table.where.get("kernel_source")
+            all_kernels.add(kernel)
             for part in (Part.FITTED, Part.LARGEST):
                 columns = read(source.table, part)
                 predicted = model.times(law.kind, law.dtype, source.sizes(columns)).seconds
@@ -77,9 +81,14 @@ def _errors(model: DeviceModel, laws: list[Law]) -> dict[tuple[float, ...], floa
                 for size, measured, likely in zip(
                     sizes, columns["seconds"].tolist(), predicted.tolist(), strict=True
                 ):
+                    kernels[size].add(kernel)
                     if size not in fastest or measured < fastest[size][0]:
                         fastest[size] = measured, likely
-    return {size: float(np.log(likely / measured)) for size, (measured, likely) in fastest.items()}
+    return {
+        size: float(np.log(likely / measured))
+        for size, (measured, likely) in fastest.items()
+        if kernels[size] == all_kernels
+    }
 
 
 if __name__ == "__main__":

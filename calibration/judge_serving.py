@@ -13,8 +13,17 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
+import numpy as np
 from serving_errors import FEWEST, NOISE, Errors, Pair, by_group, orders, single_rows, table
-from serving_fit import TITLES, Sides, acceptance_of, acceptances, fit, unfitted, write
+from serving_fit import (
+    Sides,
+    acceptance_of,
+    acceptances,
+    fit,
+    unfitted,
+    with_overheads,
+    write,
+)
 from serving_rows import TYPES, Row, read_rows
 from serving_simulation import Question, project
 
@@ -32,18 +41,18 @@ def main() -> int:
     sides = Sides.drawn(rows)
     accepted = acceptances(sides.fitted)
 
-    def simulated(of: Sequence[Row], frameworks: Mapping[str, Framework]) -> list[Pair]:
-        questions = [
-            Question(row, frameworks[row.framework], acceptance_of(row, accepted)) for row in of
-        ]
-        return list(zip(of, project(questions, asked.jobs), strict=True))
-
-    base = simulated(rows, {name: unfitted(name) for name in TITLES})
+    questions = [
+        Question(row, unfitted(row.framework), acceptance_of(row, accepted)) for row in rows
+    ]
+    # In a drawn order: what is done tells how long the rest takes, and an interrupted run is of all.
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    answers = dict(zip(order, project([questions[i] for i in order], asked.jobs), strict=True))
+    base = [(row, answers[place]) for place, row in enumerate(rows)]
+    refused = [pair for pair in base if pair[1].refused]
+    base = [pair for pair in base if not pair[1].refused]
     fitted = {row.configuration for row in sides.fitted}
     frameworks = fit([each for each in base if each[0].configuration in fitted])
-    pairs = simulated(rows, frameworks)
-    refused = [pair for pair in pairs if pair[1].refused]
-    base, pairs = ([pair for pair in of if not pair[1].refused] for of in (base, pairs))
+    pairs = [(row, with_overheads(row, each, frameworks[row.framework])) for row, each in base]
     _print(fitted, pairs)
     print("\nWithout any overhead, on the half that was not fitted:\n")
     rest = [pair for pair in base if pair[0].configuration not in fitted]

@@ -66,9 +66,7 @@ class Errors:
         )
 
 
-def by_group(
-    pairs: Sequence[Pair], key: Callable[[Row], Any]
-) -> dict[str, list[Pair]]:
+def by_group(pairs: Sequence[Pair], key: Callable[[Row], Any]) -> dict[str, list[Pair]]:
     """Pairs of each group, by its name."""
     found: defaultdict[str, list[Pair]] = defaultdict(list)
     for row, each in pairs:
@@ -126,13 +124,23 @@ def orders(pairs: Sequence[Pair], counts: Callable[[Row, Row], bool]) -> Iterato
     for same in points.values():
         row = same[0][0]
         is_apart = row.prefill is not None
-        loads[row.hardware, row.framework, row.precision, row.is_speculative, is_apart,
-              row.lengths, row.conc].append(same)
+        loads[
+            row.hardware,
+            row.framework,
+            row.precision,
+            row.is_speculative,
+            is_apart,
+            row.lengths,
+            row.conc,
+        ].append(same)
     for what, noise in NOISE.items():
         num_pairs = num_right = num_loads = 0
         for layouts in loads.values():
-            found = [_is_right(what, noise, *each) for each in combinations(layouts, 2)
-                     if counts(each[0][0][0], each[1][0][0])]
+            found = [
+                _is_right(what, noise, *each)
+                for each in combinations(layouts, 2)
+                if counts(each[0][0][0], each[1][0][0])
+            ]
             clear = [right for right in found if right is not None]
             num_loads += bool(clear)
             num_pairs, num_right = num_pairs + len(clear), num_right + sum(clear)
@@ -140,9 +148,7 @@ def orders(pairs: Sequence[Pair], counts: Callable[[Row, Row], bool]) -> Iterato
         yield f"| {what} | {num_loads} | {num_pairs} | {share} |"
 
 
-def _is_right(
-    what: str, noise: float, one: Sequence[Pair], other: Sequence[Pair]
-) -> bool | None:
+def _is_right(what: str, noise: float, one: Sequence[Pair], other: Sequence[Pair]) -> bool | None:
     """None where what was measured is too near to be told apart."""
     first, second = (np.median([_MEASURED[what](row) for row, _ in each]) for each in (one, other))
     if abs(np.log(first / second)) < np.log1p(noise):

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +109,7 @@ def fit(base: Sequence[tuple[Row, Projected]]) -> dict[str, Framework]:
     """
     found = {}
     for name in TITLES:
-        own = [
-            each
-            for each in base
-            if each[0].framework == name and not each[1].refused
-        ]
+        own = [each for each in base if each[0].framework == name and not each[1].refused]
         measured = np.array([row.tpot_s for row, _ in own])
         likely = np.array([each.tpot_s[1] for _, each in own])
         steps = np.array([each.steps_per_token for _, each in own])
@@ -124,6 +120,30 @@ def fit(base: Sequence[tuple[Row, Projected]]) -> dict[str, Framework]:
         arrival = _nearest(likely_s, np.ones(len(later)), first_s)
         found[name] = _framework(name, {DRIVER_S: host, ARRIVAL_S: arrival})
     return found
+
+
+def with_overheads(row: Row, base: Projected, framework: Framework) -> Projected:
+    """What the model says where hosts take a framework's time.
+
+    Added to what was simulated without: nothing hides the time between two steps, so it comes once
+    a step. In a closed loop of so many requests throughput falls as latency grows.
+    """
+    host, arrival = (
+        np.array([law.low, law.value, law.high])
+        for law in (framework.terms[DRIVER_S], framework.terms[ARRIVAL_S])
+    )
+    before_s, first_s = np.array(base.tpot_s), np.array(base.ttft_s)
+    tpot_s = before_s + base.steps_per_token * host
+    ttft_s = first_s + arrival + host
+    num_after = row.load.mean_lens[1] - 1
+    longer = (ttft_s + num_after * tpot_s) / (first_s + num_after * before_s)
+    low, likely, high = np.array(base.output_tps) / longer[::-1]
+    return replace(
+        base,
+        tpot_s=tuple(tpot_s.tolist()),
+        ttft_s=tuple(ttft_s.tolist()),
+        output_tps=(float(low), float(likely), float(high)),
+    )
 
 
 def _nearest(
@@ -139,9 +159,7 @@ def _nearest(
     return min(low, value), value, max(high, value)
 
 
-def write(
-    frameworks: Mapping[str, Framework], judged: Sequence[JudgedGroup], path: Path
-) -> None:
+def write(frameworks: Mapping[str, Framework], judged: Sequence[JudgedGroup], path: Path) -> None:
     """The file that expertlane reads."""
     tables = {
         name: {

@@ -109,7 +109,8 @@ def _read() -> dict[str, Projected]:
     found = {}
     for line in _CACHE.read_text(encoding="utf-8").splitlines():
         fields = json.loads(line)
-        found[fields.pop("key")] = Projected(**fields)
+        key = fields.pop("key")
+        found[key] = Projected(**fields)
     return found
 
 

@@ -52,7 +52,9 @@ ROW = Row(
 
 
 def projected(tpot_s, ttft_s=0.1, output_tps=50.0):
-    around = [tuple(share * each for share in (0.8, 1, 1.2)) for each in (tpot_s, ttft_s, output_tps)]
+    around = [
+        tuple(share * each for share in (0.8, 1, 1.2)) for each in (tpot_s, ttft_s, output_tps)
+    ]
     return Projected(*around, steps_per_token=1.0)
 
 
@@ -60,11 +62,15 @@ def test_rows_are_read_as_deployments(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text(HEADER + LINES)
     (one_pool, two_pools), (unknown,) = read_rows(file)
-    assert str(one_pool.decode.layout) == "dp=8,ep=8" and one_pool.prefill is None
-    assert one_pool.num_devices == 8 and one_pool.num_drafts == 0
+    assert str(one_pool.decode.layout) == "dp=8,ep=8"
+    assert one_pool.prefill is None
+    assert one_pool.num_devices == 8
+    assert one_pool.num_drafts == 0
     assert str(two_pools.prefill.layout) == "replicas=5,dp=4,ep=4"
-    assert str(two_pools.decode.layout) == "dp=32,ep=32" and two_pools.num_devices == 52
-    assert two_pools.tokens_seen == pytest.approx(2.3) and two_pools.num_drafts == 3
+    assert str(two_pools.decode.layout) == "dp=32,ep=32"
+    assert two_pools.num_devices == 52
+    assert two_pools.tokens_seen == pytest.approx(2.3)
+    assert two_pools.num_drafts == 3
     assert unknown.decode.tp == 36
     assert (one_pool.load.batch, one_pool.load.output_len.low) == (64, 819)
 
@@ -72,7 +78,8 @@ def test_rows_are_read_as_deployments(tmp_path):
 def test_the_model_is_deepseek_s():
     config = model()
     assert (config.num_hidden_layers, config.num_experts, config.hidden_size) == (61, 256, 7168)
-    assert config.routing.n_group == 8 and config.latent.kv_lora_rank == 512
+    assert config.routing.n_group == 8
+    assert config.latent.kv_lora_rank == 512
     assert config.routing.scoring_func == "sigmoid"
 
 
@@ -85,7 +92,8 @@ def test_all_loads_of_a_configuration_are_on_one_side():
     ]
     sides = serving_fit.Sides.drawn(rows)
     fitted, judged = ({row.configuration for row in side} for side in (sides.fitted, sides.judged))
-    assert not fitted & judged and len(sides.fitted) == len(sides.judged) == 12
+    assert not fitted & judged
+    assert len(sides.fitted) == len(sides.judged) == 12
     assert sides == serving_fit.Sides.drawn(rows[::-1][::-1])
 
 
@@ -113,8 +121,10 @@ def test_acceptance_gives_the_tokens_that_were_seen():
 def test_errors_and_bounds():
     pairs = [(ROW, projected(0.01 * share)) for share in (0.9, 1.0, 1.1, 1.5)]
     errors = serving_errors.Errors.of("TPOT", pairs)
-    assert errors.signed == pytest.approx(0.05) and errors.size == pytest.approx(0.1)
-    assert errors.inside == 0.75 and errors.half_width == pytest.approx(0.2)
+    assert errors.signed == pytest.approx(0.05)
+    assert errors.size == pytest.approx(0.1)
+    assert errors.inside == 0.75
+    assert errors.half_width == pytest.approx(0.2)
     lines = "\n".join(serving_errors.table({"h200": pairs}))
     assert "| h200 | 4 | TPOT | not judged |" in lines
     assert "+5%" in "\n".join(serving_errors.table({"h200": pairs}, fewest=4))

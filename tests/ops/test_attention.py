@@ -40,6 +40,11 @@ def batch_of(sequences: list[tuple[int, int]], block_size: int) -> PagedBatch:
     return PagedBatch(batch, block_size, CPU)
 
 
+def by_slot(pages: torch.Tensor) -> torch.Tensor:
+    """[num_slots, heads, dim] of keys or values of a cache."""
+    return pages.transpose(1, 2).flatten(0, 1).clone()
+
+
 class Drawn:
     """A cache; new tokens' queries, keys and values, side by side as a projection gives them."""
 
@@ -54,17 +59,17 @@ class Drawn:
         stored = value_dim or 0
         sizes = batch.sequences.block_tables.numel(), batch.block_size, kv_heads
         self.cache = KVCache(*sizes, key_dim, stored, dtype, CPU)
-        self.cache.keys.copy_(random(*sizes, key_dim))
-        self.cache.values.copy_(random(*sizes, stored))
+        self.cache.keys.copy_(random(*self.cache.keys.shape))
+        self.cache.values.copy_(random(*self.cache.values.shape))
         wide = random(len(batch.slots), num_heads + kv_heads, key_dim)
         self.query, self.key = wide[:, :num_heads], wide[:, num_heads:]
         self.value = random(len(batch.slots), kv_heads + 1, stored)[:, 1:]
 
     def expected(self, batch, params):
         """In float64, token by token; and the cache afterwards."""
-        keys, values = (x.flatten(0, 1).clone() for x in (self.cache.keys, self.cache.values))
+        keys, values = (by_slot(x) for x in (self.cache.keys, self.cache.values))
         keys[batch.slots], values[batch.slots] = self.key, self.value
-        after = keys.view_as(self.cache.keys), values.view_as(self.cache.values)
+        after = keys, values
         values = values.double() if values.shape[-1] else keys[..., : self.value_dim].double()
         keys, group = keys.double(), self.query.shape[1] // self.key.shape[1]
         out = torch.empty(*self.query.shape[:2], self.value_dim, dtype=torch.float64)
@@ -106,8 +111,8 @@ def test_attention(kernels, sequences, block_size, heads, dims, window, has_sink
         )
         assert found.dtype is dtype
         assert found.shape == expected.shape
-        assert torch.equal(drawn.cache.keys, keys)
-        assert torch.equal(drawn.cache.values, values)
+        assert torch.equal(by_slot(drawn.cache.keys), keys)
+        assert torch.equal(by_slot(drawn.cache.values), values)
         if len(found):
             assert (found.double() - expected).abs().max() <= bound * expected.abs().max()
 
@@ -160,14 +165,14 @@ def test_what_is_not_seen_may_be_anything(kernels, dtype):
     for unseen in (0.0, torch.nan):
         drawn = Drawn(batch, (8, 2), (32, 32), dtype)
         for pages in (drawn.cache.keys, drawn.cache.values):
-            kept = pages.flatten(0, 1).clone()
+            kept = pages.clone()
             pages.fill_(unseen)
             for table, first, end in zip(
                 batch.sequences.block_tables, (161, 0), (200, 30), strict=True
             ):
                 seen = torch.arange(first, end)
-                slots = table[seen // 16] * 16 + seen % 16
-                pages.flatten(0, 1)[slots] = kept[slots]
+                at = table[seen // 16], slice(None), seen % 16
+                pages[at] = kept[at]
         tensors = drawn.query, drawn.key, drawn.value
         found.append(kernels.paged_attention(*tensors, drawn.cache, batch, params))
     assert found[0].isfinite().all()
@@ -180,15 +185,17 @@ def test_what_is_not_seen_may_be_anything(kernels, dtype):
     num_tokens=st.integers(0, 30),
     heads=st.integers(1, 5),
     sizes=st.tuples(st.integers(1, 70), st.sampled_from([1, 2, 6, 32, 130])),
+    is_shared=st.booleans(),
 )
-def test_a_product_for_each_head(kernels, num_tokens, heads, sizes):
-    """Between rows that lie apart; odd widths are torch's."""
+def test_a_product_for_each_head(kernels, num_tokens, heads, sizes, is_shared):
+    """Between rows that lie apart, or that all heads take; odd widths are torch's."""
     out_features, in_features = sizes
     generator = torch.Generator().manual_seed(0)
     for dtype, bound in BOUND.items():
         wide = torch.randn(num_tokens, heads, in_features + 3, generator=generator).to(dtype)
         weight = torch.randn(heads, out_features, in_features, generator=generator).to(dtype)
-        x, out = wide[..., 3:], torch.zeros(num_tokens, heads, out_features + 5, dtype=dtype)
+        x = wide[:, :1, 3:].expand(-1, heads, -1) if is_shared else wide[..., 3:]
+        out = torch.zeros(num_tokens, heads, out_features + 5, dtype=dtype)
         product = kernels.heads_linear(weight)
         assert product.num_weights == weight.numel()
         product(x, out=out[..., :-5])

@@ -181,7 +181,7 @@ def attend(
     """Over a cache that holds the new tokens' keys and values already."""
     new = (x.flatten(0, 1)[batch.slots] for x in (keys, values))
     cache = KVCache(1, 1, 1, 1, 1, torch.bfloat16, CPU)
-    cache.keys, cache.values = keys, values
+    cache.keys, cache.values = (x.transpose(1, 2).contiguous() for x in (keys, values))
     return kernels.paged_attention(query, *new, cache, batch, AttentionParams(**options))
 
 

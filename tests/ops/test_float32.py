@@ -94,8 +94,8 @@ def test_attention(kernels, heads, dims, window, has_sinks, scheduled):
     found = []
     for ops in (kernels, TORCH):
         cache = KVCache(1, 1, 1, 1, 1, torch.float32, CPU)
-        cache.keys = random(12, 8, num_kv_heads, key_dim, seed=4)
-        cache.values = random(12, 8, num_kv_heads, value_dim or 0, seed=5)
+        cache.keys = random(12, num_kv_heads, 8, key_dim, seed=4)
+        cache.values = random(12, num_kv_heads, 8, value_dim or 0, seed=5)
         paged = PagedBatch(batch, 8, CPU)
         found.append(ops.paged_attention(query.clone(), key, value, cache, paged, params))
     assert found[0].shape == found[1].shape

@@ -131,7 +131,7 @@ def test_paged_attention(random, device, dtype, sequences, kv_heads, window, has
     query, key, value = random(num_tokens, heads, dim), *random(2, num_tokens, kv_heads, dim)
     cache = KVCache(num_blocks, block_size, kv_heads, dim, dim, dtype, device)
     cache.keys[:], cache.values[:] = random(2, *cache.keys.shape)
-    before = cache.keys.flatten(0, 1).double(), cache.values.flatten(0, 1).double()
+    before = [x.transpose(1, 2).flatten(0, 1).double() for x in (cache.keys, cache.values)]
     sinks = torch.linspace(-1, 2, heads, device=device) if has_sinks else None
     params = AttentionParams(dim, dim**-0.5, window, sinks)
     found = OPS.paged_attention(query, key, value, cache, batch, params)

@@ -179,6 +179,15 @@ struct NewTokens {
     int64_t count;
 };
 
+// A token's heads [kv_heads, dim] to where the cache [blocks, kv_heads, block_size, dim] has them.
+template <class T>
+void put_heads(const Call<T>& call, const T* from, int64_t slot, int64_t dim, T* cache) {
+    const int64_t size = call.block_size, row = slot / size * call.kv_heads * size + slot % size;
+    for (int64_t head = 0; head < call.kv_heads; ++head) {
+        std::memcpy(cache + (row + head * size) * dim, from + head * dim, (size_t)dim * sizeof(T));
+    }
+}
+
 template <class T>
 void attend(const Call<T>& call, const NewTokens<T>& added, T* keys, T* values, int64_t seqs) {
     Plan plan = plan_of(call, seqs);
@@ -189,11 +198,9 @@ void attend(const Call<T>& call, const NewTokens<T>& added, T* keys, T* values, 
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < added.count; ++i) {
             const int64_t slot = added.slots[i];
-            std::memcpy(keys + slot * call.key_row, added.keys + i * added.key_stride,
-                        (size_t)call.key_row * sizeof(T));
+            put_heads(call, added.keys + i * added.key_stride, slot, call.key_dim, keys);
             if (!values) continue;
-            std::memcpy(values + slot * call.value_row, added.values + i * added.value_stride,
-                        (size_t)call.value_row * sizeof(T));
+            put_heads(call, added.values + i * added.value_stride, slot, call.value_dim, values);
         }
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < num_pieces; ++i) worker.attend(plan.pieces[i]);
@@ -218,8 +225,7 @@ void attend(const T* q, int64_t q_stride, const T* new_keys, int64_t new_key_str
     const int64_t stride = values ? value_dim : key_dim;
     const Call<T> call{q, q_stride, keys, values ? values : keys, tables, width, first_token,
                        scheduled, lengths, heads, heads / kv_heads, kv_heads, key_dim, value_dim,
-                       block_size, kv_heads * key_dim, kv_heads * stride, stride, scale * kLog2E,
-                       window, sinks, out, values != nullptr};
+                       block_size, stride, scale * kLog2E, window, sinks, out, values != nullptr};
     attend(call, {new_keys, new_key_stride, new_values, new_value_stride, slots, tokens}, keys,
            values, seqs);
 }
@@ -231,7 +237,7 @@ extern "C" {
 // Stores new tokens' keys and values; causal attention of each sequence's new tokens.
 //
 // q [tokens, heads, key_dim]; new_keys, new_values [tokens, kv_heads, dim], their places in the
-// cache slots [tokens]; keys and values [blocks, block_size, kv_heads, dim], values null where they
+// cache slots [tokens]; keys and values [blocks, kv_heads, block_size, dim], values null where they
 // are the first value_dim of the keys. Of sequence s: block table tables[s], new tokens from
 // first_token[s] on, scheduled[s] of them, the last at position lengths[s] - 1. Strides are those
 // of tokens. A window of 0 is none; sinks [heads] or null; out [tokens, heads, value_dim].

@@ -46,21 +46,25 @@ inline Lanes sums_of(const Lanes* x) {
 #endif
 }
 
-// Lines of rows to fetch into the cache, in the order in which they lie in memory.
+// Rows of a kv head that a thread reads next, to be fetched into the cache meanwhile, in the order in
+// which they lie in memory; a few lines at a time, which memory answers faster than single ones.
 template <class Row>
 struct Ahead {
     const Row* const* rows;
-    int64_t row, end, at, size;  // rows left, and places of each
+    int64_t offset, count, size;  // rows[i] + offset is the head's
+    int64_t row = 0, at = 0;
 
     void fetch(int64_t values) {
-        for (int64_t i = 0; i < values && row < end; i += kLineValues) {
-            __builtin_prefetch(rows[row] + at, 0, 2);
+        for (int64_t i = 0; i < values && row < count; i += kLineValues) {
+            prefetch(rows[row] + offset + at);
             at += kLineValues;
             if (at >= size) at = 0, ++row;
         }
     }
     static constexpr int64_t kLineValues = 64 / sizeof(Row);
 };
+constexpr int64_t kFetchedValues = 128;  // at a time, of each of some keys
+constexpr int64_t kFetchedRows = 16;     // at a time, of values
 
 // A vector of factors: pairs where both are multiplied so.
 template <bool in_pairs, class X>
@@ -83,8 +87,8 @@ inline void few_logits(const Key* const* keys, int64_t offset, Ahead<Key> ahead,
     constexpr int K = kSums / (R == 3 ? 4 : R);
     for (int64_t t = 0; t < n; t += K) {
         Lanes acc[kSums] = {};
-        ahead.fetch(K * dim);
         for (int64_t d = 0; d < dim; d += step) {
+            if (d % kFetchedValues == 0) ahead.fetch(K * kFetchedValues);
             for (int k = 0; k < K; ++k) {
                 const auto key = factors<in_pairs>(keys[t + k] + offset + d);
                 for (int r = 0; r < R; ++r) {
@@ -111,7 +115,7 @@ inline void few_sums(const Value* const* values, int64_t offset, Ahead<Value>& a
     }
     if constexpr (kMultipliesPairs && sizeof(Value) == 2) {
         for (int64_t t = 0; t < n; t += 2) {
-            ahead.fetch(2 * V * kLanes);
+            if (t % kFetchedRows == 0) ahead.fetch(kFetchedRows * V * kLanes);
             for (int v = 0; v < V; v += 2) {
                 const Bits a = load_pairs(values[t] + offset + d + v * kLanes);
                 const Bits b = load_pairs(values[t + 1] + offset + d + v * kLanes);
@@ -125,7 +129,7 @@ inline void few_sums(const Value* const* values, int64_t offset, Ahead<Value>& a
         }
     } else {
         for (int64_t t = 0; t < n; ++t) {
-            ahead.fetch(V * kLanes);
+            if (t % kFetchedRows == 0) ahead.fetch(kFetchedRows * V * kLanes);
             for (int v = 0; v < V; ++v) {
                 const Lanes value = load(values[t] + offset + d + v * kLanes);
                 for (int r = 0; r < R; ++r) {
@@ -175,27 +179,20 @@ struct FewRoom {
     FewRoom(const Call<T>& call, int64_t most_rows)
         : key_dim(round_up(call.key_dim, kPanel)), value_dim(round_up(call.value_dim, kPanel)),
           state_size(call.state_size()),
-          block(std::clamp<int64_t>(kBlockBytes / (int64_t)sizeof(T) /
-                                        (call.key_row + (call.has_values ? call.value_row : 0)) /
-                                        kSums * kSums, kSums, kKeys)),
+          block(std::clamp<int64_t>(kBlockBytes / call.position_bytes() / kSums * kSums, kSums,
+                                    kKeys)),
           is_whole(key_dim == call.key_dim && value_dim == call.value_dim),
           queries(call.kv_heads * most_rows * key_dim), keys(is_whole ? 0 : kKeys * key_dim),
           values(is_whole ? 0 : kKeys * value_dim), logits(4 * kKeys), weights(4 * kKeys) {}
 
-    // Of a block's positions: keys and values of the task's first head, and the next block's.
+    // Of a block's positions: keys and values of the task's first head, and the next block's. Those
+    // that are copies are in the cache already.
     template <class Row>
     struct Rows {
         const Row *keys[kKeys], *values[kKeys], *next_keys[kKeys], *next_values[kKeys];
         int64_t key_offset, value_offset;  // from head to head
-        int64_t num_next;
+        int64_t num, num_next;             // positions; 0: there is nothing to fetch
     };
-
-    // What of the next block is fetched meanwhile: the share of one of `heads`.
-    template <class Row>
-    static Ahead<Row> share(const Row* const* rows, int64_t num, int64_t head, int64_t heads,
-                            int64_t size) {
-        return {rows, num * head / heads, num * (head + 1) / heads, 0, size * heads};
-    }
 
     // R rows from `row` on of a head, over the n positions from `first` on.
     template <int R, class Row>
@@ -204,9 +201,13 @@ struct FewRoom {
         const int64_t padded = round_up(n, kSums), heads = task.end_head - task.head;
         const X* query = queries.data() + (head * task.rows + row) * key_dim;
         float* states = states_of_task + (head * task.rows + row) * state_size;
-        const int64_t num = row ? 0 : rows.num_next;
-        few_logits<R>(rows.keys, head * rows.key_offset,
-                      share(rows.next_keys, num, head, heads, key_dim), query, key_dim, padded,
+        // What comes next: the next head of this block, or the first one of the next block.
+        const bool is_here = head + 1 < heads;
+        const int64_t next = is_here ? head + 1 : 0;
+        const int64_t num = row ? 0 : is_here ? rows.num : rows.num_next;
+        const Ahead<Row> keys_ahead{is_here ? rows.keys : rows.next_keys, next * rows.key_offset,
+                                    num, key_dim};
+        few_logits<R>(rows.keys, head * rows.key_offset, keys_ahead, query, key_dim, padded,
                       call.scale, logits.data());
         for (int r = 0; r < R; ++r) {
             float *logit = logits.data() + r * kKeys, *state = states + r * state_size;
@@ -218,7 +219,8 @@ struct FewRoom {
                   weights.data() + r * kKeys);
         }
         constexpr int V = std::min(8, kSums / (R == 3 ? 4 : R));
-        Ahead<Row> ahead = share(rows.next_values, num, head, heads, value_dim);
+        Ahead<Row> ahead{is_here ? rows.values : rows.next_values, next * rows.value_offset,
+                         call.has_values ? num : 0, value_dim};
         const int64_t offset = head * rows.value_offset;
         int64_t d = 0;
         for (; d + V * kLanes <= value_dim; d += V * kLanes) {
@@ -255,14 +257,15 @@ struct FewRoom {
         }
         Rows<T> rows;
         int64_t n = std::min<int64_t>(block, task.end - task.first);
-        find_rows(call, task, task.first, n, rows.next_keys, rows.next_values);
-        rows.key_offset = call.key_dim, rows.value_offset = call.value_stride;
+        point_at(call, task, task.first, n, rows.next_keys, rows.next_values);
+        rows.key_offset = call.block_size * call.key_dim;
+        rows.value_offset = call.block_size * call.value_stride;
         for (int64_t first = task.first; first < task.end; first += block) {
             const int64_t next = std::min<int64_t>(block, task.end - first - n);
             std::memcpy(rows.keys, rows.next_keys, sizeof(rows.keys));
             std::memcpy(rows.values, rows.next_values, sizeof(rows.values));
-            rows.num_next = next;
-            if (next) find_rows(call, task, first + n, next, rows.next_keys, rows.next_values);
+            rows.num = n, rows.num_next = next;
+            if (next) point_at(call, task, first + n, next, rows.next_keys, rows.next_values);
             for (int64_t h = 0; h < heads; ++h) {
                 if (is_whole) {
                     attend_block(call, task, rows, h, first, n);
@@ -274,15 +277,14 @@ struct FewRoom {
         }
     }
 
-    void find_rows(const Call<T>& call, const Task& task, int64_t first, int64_t n,
-                   const T** of_keys, const T** of_values) const {
-        int64_t slots[kKeys];
-        find_slots(call, task, first, n, slots);
-        const T* key = call.keys + task.head * call.key_dim;
-        const T* value = call.values + task.head * call.value_stride;
+    void point_at(const Call<T>& call, const Task& task, int64_t first, int64_t n,
+                  const T** of_keys, const T** of_values) const {
+        int64_t rows[kKeys];
+        find_rows(call, task, first, n, rows);
         for (int t = 0; t < kKeys; ++t) {
-            of_keys[t] = key + slots[t] * call.key_row;
-            of_values[t] = value + slots[t] * call.value_row;
+            const int64_t row = rows[t] + task.head * call.block_size;
+            of_keys[t] = call.keys + row * call.key_dim;
+            of_values[t] = call.values + row * call.value_stride;
         }
     }
 

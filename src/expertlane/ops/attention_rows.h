@@ -96,14 +96,17 @@ struct Call {
     int64_t width;
     const int64_t *first_token, *scheduled, *lengths;
     int64_t heads, group, kv_heads, key_dim, value_dim, block_size;
-    int64_t key_row, value_row, value_stride;  // values from position to position, head to head
-    float scale;                               // times log2(e)
-    int64_t window;                            // 0 for all
+    int64_t value_stride;  // from position to position
+    float scale;           // times log2(e)
+    int64_t window;        // 0 for all
     const float* sinks;
     T* out;
     bool has_values;  // else they are a part of the keys
 
     int64_t state_size() const { return round_up(value_dim, kPanel) + kLanes; }
+    int64_t position_bytes() const {
+        return kv_heads * (key_dim + (has_values ? value_stride : 0)) * (int64_t)sizeof(T);
+    }
 };
 
 // Rows of a sequence for some kv heads, over a stretch of positions.
@@ -124,17 +127,20 @@ inline const T* query_of(const Call<T>& call, const Task& task, int64_t head, in
            (head * call.group + (task.row + row) % call.group) * call.key_dim;
 }
 
-// Places in the cache of `count` positions from `first` on, the last again up to kKeys.
+// Rows of the cache [blocks, kv_heads, block_size] that have the first kv head's keys and values of
+// `count` positions from `first` on, the last again up to kKeys; those of the next kv head stand
+// block_size rows further.
 template <class T>
-inline void find_slots(const Call<T>& call, const Task& task, int64_t first, int64_t count,
-                       int64_t* slots) {
+inline void find_rows(const Call<T>& call, const Task& task, int64_t first, int64_t count,
+                      int64_t* rows) {
     const int64_t* table = call.tables + task.seq * call.width;
+    const int64_t block_rows = call.kv_heads * call.block_size;
     int64_t block = first / call.block_size, offset = first % call.block_size;
     for (int64_t i = 0; i < count; ++i, ++offset) {
         if (offset == call.block_size) ++block, offset = 0;
-        slots[i] = table[block] * call.block_size + offset;
+        rows[i] = table[block] * block_rows + offset;
     }
-    std::fill(slots + count, slots + kKeys, slots[count - 1]);
+    std::fill(rows + count, rows + kKeys, rows[count - 1]);
 }
 
 // Merges the state of further positions into one.

@@ -83,18 +83,18 @@ struct TileRoom {
     }
 
     // Keys side by side; values as panels [n / kStep][kPanel][kStep], even places first.
-    void take_block(const Call<T>& call, const int64_t* slots, int64_t n, int64_t head) {
-        const T* of_keys = call.keys + head * call.key_dim;
-        const T* of_values = call.values + head * call.value_stride;
+    void take_block(const Call<T>& call, const int64_t* rows, int64_t n, int64_t head) {
+        const T* of_keys = call.keys + head * call.block_size * call.key_dim;
+        const T* of_values = call.values + head * call.block_size * call.value_stride;
         for (int64_t t = 0; t < round_up(n, kKeyTile); ++t) {
-            copy_row(of_keys + slots[t] * call.key_row, call.key_dim, key_dim,
+            copy_row(of_keys + rows[t] * call.key_dim, call.key_dim, key_dim,
                      keys.data() + t * key_stride);
         }
         for (int64_t t = 0; t < n; t += kStep) {
-            const T* a = of_values + slots[t] * call.value_row;
+            const T* a = of_values + rows[t] * call.value_stride;
             X* to = values.data() + t * kPanel;
             if constexpr (kInPairs<T>) {
-                const T* b = of_values + slots[t + 1] * call.value_row;
+                const T* b = of_values + rows[t + 1] * call.value_stride;
                 for (int64_t d = 0; d < value_dim; d += kPanel, to += kKeys * kPanel) {
                     const int64_t left = call.value_dim - d;
                     const Bits x = left < kPanel ? load_pairs_part(a + d, left) : load_pairs(a + d);
@@ -213,13 +213,13 @@ struct TileRoom {
 
     // All rows of a task for one kv head; states [rows up to a whole panel, state_size].
     void attend(const Call<T>& call, const Task& task, int64_t head, float* states) {
-        int64_t slots[kKeys];
+        int64_t rows_of_block[kKeys];
         take_queries(call, task, head);
         std::fill(states, states + round_up(task.rows, kPanel) * state_size, 0.0f);
         for (int64_t first = task.first; first < task.end; first += kKeys) {
             const int64_t n = std::min<int64_t>(kKeys, task.end - first);
-            find_slots(call, task, first, n, slots);
-            take_block(call, slots, n, head);
+            find_rows(call, task, first, n, rows_of_block);
+            take_block(call, rows_of_block, n, head);
             for (int64_t panel = 0; panel * kPanel < task.rows; ++panel) {
                 const int64_t rows = std::min(kPanel, task.rows - panel * kPanel);
                 float* of_panel = states + panel * kPanel * state_size;

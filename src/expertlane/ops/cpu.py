@@ -333,7 +333,7 @@ class VectorBackend(CpuBackend):
             *(keys.data_ptr(), values.data_ptr() if values.shape[-1] else None),
             *(tables.data_ptr(), tables.shape[1], sequences.first_tokens.data_ptr()),
             *(sequences.num_scheduled.data_ptr(), sequences.lengths.data_ptr(), tables.shape[0]),
-            *(num_heads, keys.shape[2], key_dim, value_dim, keys.shape[1], scale, window or 0),
+            *(num_heads, cache.num_heads, key_dim, value_dim, cache.block_size, scale, window or 0),
             *(None if sinks is None else sinks.data_ptr(), out.data_ptr()),
         )
         return out

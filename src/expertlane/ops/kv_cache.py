@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,10 @@ _FEW_BLOCKS = 8  # below this width another call costs more than the padding it 
 
 
 class KVCache:
-    """One layer's cache: blocks of `block_size` positions, [num_blocks, block_size, heads, dim].
+    """One layer's cache: blocks of `block_size` positions, [num_blocks, heads, block_size, dim].
 
-    A slot is a position's place in it, block × block_size + offset. With latent attention the one
+    In a block each head's keys, and its values, lie side by side: attention reads them in order.
+    A slot is a position's place, block × block_size + offset. With latent attention the one
     head's key is the latent and the rotated part; its value is the latent, a part of the key, so
     it is not stored again (`value_dim` 0).
     """
@@ -33,10 +34,17 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (num_blocks, block_size, num_local_heads)
+        shape = (num_blocks, num_local_heads, block_size)
         # Zeros: a padded place is masked, but what is masked must still be a number.
         self.keys = _zeros((*shape, key_dim), dtype, device)
         self.values = _zeros((*shape, value_dim), dtype, device)
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> Self:
+        """One that lies in given tensors, [num_blocks, heads, block_size, dim]."""
+        cache = cls.__new__(cls)
+        cache.keys, cache.values = keys, values
+        return cache
 
     @property
     def num_bytes(self) -> int:
@@ -47,7 +55,17 @@ class KVCache:
     def position_bytes(self) -> int:
         """Bytes of one position of one sequence."""
         width = self.keys.shape[-1] + self.values.shape[-1]
-        return int(self.keys.shape[2] * width * self.keys.itemsize)
+        return self.num_heads * width * self.keys.itemsize
+
+    @property
+    def num_heads(self) -> int:
+        """Key and value heads that this rank holds."""
+        return self.keys.shape[1]
+
+    @property
+    def block_size(self) -> int:
+        """Positions of a block."""
+        return self.keys.shape[2]
 
     def clear(self, blocks: Tensor) -> None:
         """Zero some blocks."""
@@ -62,9 +80,14 @@ class KVCache:
             slots: [num_tokens].
             keys, values: [num_tokens, num_local_heads, key_dim or value_dim].
         """
-        self.keys.flatten(0, 1).index_copy_(0, slots, keys)
+        blocks, offsets = slots // self.block_size, slots % self.block_size
+        self.keys[blocks, :, offsets] = keys
         if values.shape[-1]:
-            self.values.flatten(0, 1).index_copy_(0, slots, values)
+            self.values[blocks, :, offsets] = values
+
+    def keys_at(self, slots: Tensor) -> Tensor:
+        """[num_slots, num_local_heads, key_dim]."""
+        return self.keys[slots // self.block_size, :, slots % self.block_size]
 
     def read(self, block_tables: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
         """Gather the first positions of some sequences.
@@ -75,13 +98,14 @@ class KVCache:
         Returns:
             keys, values: [num_seqs, num_local_heads, num_positions, key_dim or value_dim].
         """
-
         num_seqs, width = block_tables.shape
+        heads = torch.arange(self.num_heads, device=block_tables.device)[:, None]
+        parts = (block_tables[:, None] * self.num_heads + heads).flatten()  # by sequence, then head
 
         def gather(paged: Tensor) -> Tensor:
-            blocks = paged.index_select(0, block_tables.flatten())
-            of_seqs = blocks.view(num_seqs, width * paged.shape[1], *paged.shape[2:])
-            return of_seqs[:, :num_positions].transpose(1, 2)
+            of_heads = paged.flatten(0, 1).index_select(0, parts)
+            shape = num_seqs, self.num_heads, width * self.block_size, paged.shape[-1]
+            return of_heads.view(shape)[:, :, :num_positions]
 
         return gather(self.keys), gather(self.values)
 
@@ -254,10 +278,19 @@ class PagedBatch:
     @cached_property
     def slots(self) -> Tensor:
         """[num_tokens]; where the cache keeps each token's keys and values."""
-        batch, size = self.batch, self.block_size
-        seqs = np.repeat(np.arange(batch.num_seqs), batch.num_scheduled_tokens)
-        blocks = batch.block_tables[seqs, self._positions // size]
-        slots = blocks.astype(np.int64) * size + self._positions % size
+        seqs = np.repeat(np.arange(self.batch.num_seqs), self.batch.num_scheduled_tokens)
+        return self._slots_of(seqs, self._positions)
+
+    @cached_property
+    def cached_slots(self) -> Tensor:
+        """[num_cached]; where the positions before the new tokens are, sequence after sequence."""
+        cached = self.batch.num_computed_tokens
+        positions = np.arange(cached.sum()) - np.repeat(np.cumsum(cached) - cached, cached)
+        return self._slots_of(np.repeat(np.arange(self.batch.num_seqs), cached), positions)
+
+    def _slots_of(self, seqs: npt.NDArray[np.intp], positions: npt.NDArray[np.int64]) -> Tensor:
+        blocks = self.batch.block_tables[seqs, positions // self.block_size].astype(np.int64)
+        slots = blocks * self.block_size + positions % self.block_size
         return torch.from_numpy(slots).to(self._device)
 
     @cached_property

@@ -100,7 +100,7 @@ class AttentionPart:
     @staticmethod
     def pages(cache: KVCache) -> Pages:
         """Where a layer's cache lies."""
-        return Pages(cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1])
+        return Pages(cache.keys.data_ptr(), cache.values.data_ptr(), cache.block_size)
 
     def placed(self, batch: PagedBatch) -> Tokens:
         """Where a batch's tokens stand; the same in all layers."""

@@ -13,6 +13,7 @@ from expertlane.spec.deployment import (
     Options,
     PayloadType,
     dispatch_forms,
+    drafts_text,
 )
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.model import ModelConfig
@@ -64,8 +65,7 @@ class Candidate(NamedTuple):
     num_drafts: int = 0
 
     def __str__(self) -> str:
-        drafts = f", {self.num_drafts} drafts" if self.num_drafts else ""
-        return f"{self.layout}; {self.options}{drafts}"
+        return f"{self.layout}; {self.options}{drafts_text(self.num_drafts)}"
 
 
 def check_plan_size(cluster: ModelledCluster) -> None:

@@ -254,7 +254,7 @@ def candidate_record(
     candidate: ScreenedCandidate, place: int, role: str, conditions: Conditions
 ) -> DeploymentRecord:
     """The record at one of the numbers of sequences that were screened, or projected in full."""
-    layout, options, _ = candidate.candidate
+    layout, options, num_drafts = candidate.candidate
     serving = serving_at(candidate.served, place)
     prefill_tps = Estimate.between(candidate.steps.prefill_tps)
     return DeploymentRecord(
@@ -266,6 +266,7 @@ def candidate_record(
         conditions=conditions,
         pools=(candidate.capacity.record(),),
         serving=(replace(serving, prefill_tps=prefill_tps),),
+        num_drafts=num_drafts,
     )
 
 

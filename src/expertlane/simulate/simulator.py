@@ -1,11 +1,9 @@
 """One deployment on a modelled cluster: a load through the scheduler on a virtual clock."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any
-
-import numpy as np
 
 from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.kv_transfer import KVTransfers
@@ -29,6 +27,7 @@ from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.simulate.merging import merged, moved
 from expertlane.simulate.pools import Pool, run_load
 from expertlane.simulate.totals import PoolTotals
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchTable, Options
@@ -216,7 +215,7 @@ class Simulator:
             outcome if bound == LIKELY else self._run(seed, bound, on_finished)
             for bound in range(len(BOUNDS))
         ]
-        served = [_merged(of_runs) for of_runs in zip(*(run.served for run in runs), strict=True)]
+        served = [merged(of_runs) for of_runs in zip(*(run.served for run in runs), strict=True)]
         return replace(outcome, served=served)
 
     def _run(self, seed: int, lead: int, on_finished: Callable[[], None]) -> Outcome:
@@ -270,7 +269,7 @@ class Simulator:
         for pool, of_pool in zip(outcome.pools, self.median_steps(outcome), strict=True):
             for phase, step in of_pool.items():
                 if pool.ranks.role in ("both", phase.value):
-                    steps.append(_moved(step, first_rank, begin_s))
+                    steps.append(moved(step, first_rank, begin_s))
                     begin_s = steps[-1].finished_s
             first_rank += pool.ranks.layout.world_size
         return steps
@@ -296,7 +295,9 @@ class Simulator:
 
     def _pool(self, ranks: PoolRanks, lead: int, observed: bool) -> SimulatedPool:
         multi_token, options = self.setup.multi_token.at(lead), self.setup.options_of(ranks.role)
-        drafts, limits = multi_token.num_drafts, self._scheduled(ranks.limits, multi_token)
+        drafts, limits = multi_token.num_drafts, ranks.limits
+        if observed:  # else those under way stand where they are, not where a step a token is
+            limits = self._scheduled(limits, multi_token)
         scheduler = ContinuousScheduler(ranks.layout, options, limits, record=False)
         totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, drafts)
         runner = self._runner(
@@ -385,40 +386,3 @@ def _by_bound(setup: ServingSetup) -> tuple[RoutingSource, ...]:
         return (setup.routing,) * len(BOUNDS)
     even, uneven = extremes
     return even, setup.routing, uneven
-
-
-def _moved(step: StepRecord, first_rank: int, begin_s: float) -> StepRecord:
-    """The same step on other ranks, submitted at another time."""
-    later_s = begin_s - step.submitted_s
-    records = []
-    for each in step.records:
-        events = each.events
-        assert events is not None, "asked for"
-        events = replace(events, start_s=events.start_s + later_s)
-        records.append(replace(each, rank=first_rank + each.rank, events=events))
-    return replace(
-        step,
-        submitted_s=begin_s,
-        finished_s=step.finished_s + later_s,
-        records=tuple(records),
-    )
-
-
-def _merged(of_runs: Sequence[ServedRequest[Floats]]) -> ServedRequest[Floats]:
-    """A request with the times of each bound, from the run that this bound scheduled."""
-    likely = of_runs[LIKELY]
-    bounds, num = range(len(BOUNDS)), len(likely.token_times_s)
-    times = zip(*(_as_many(each.token_times_s, num) for each in of_runs), strict=True)
-    return replace(
-        likely,
-        due_s=np.array([of_runs[bound].due_s[bound] for bound in bounds]),
-        token_times_s=[
-            np.array([of_bound[bound] for bound, of_bound in enumerate(each)]) for each in times
-        ],
-    )
-
-
-def _as_many(times_s: Sequence[Floats], num: int) -> Sequence[Floats]:
-    """So many of them, the first and the last among them; of a run with more or fewer steps."""
-    places = np.linspace(0, len(times_s) - 1, num).round().astype(int)
-    return [times_s[place] for place in places.tolist()]

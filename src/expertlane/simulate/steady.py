@@ -75,6 +75,7 @@ class _Stretch:
     def rates(self) -> SteadyRates:
         """Serve the stretch and add it up."""
         num_running = self._num_running()
+        spread = self._spread(num_running)
         pools, apart = self._simulator.start(observed=False)
         decode = pools[-1].pool
         watch = _Watch(num_running, self._num_first, decode)
@@ -85,7 +86,20 @@ class _Stretch:
             apart=apart,
             is_done=watch.is_done,
         )
-        return self._sum(served, watch, [each.pool for each in pools])
+        return self._sum(served, watch, [each.pool for each in pools], spread)
+
+    def _spread(self, num_running: int) -> Floats:
+        """[3]; a decode step by each bound's own routing, over one by the likely routing."""
+        if self._simulator.num_runs == 1:
+            return np.ones(len(BOUNDS))
+
+        def steps_s(lead: int) -> Floats:
+            pools = self._simulator.start(lead, observed=False)[0]
+            return self._decode_step_s(pools[-1], num_running, lead)
+
+        likely = steps_s(LIKELY)
+        of_bounds = [steps_s(lead)[lead] / likely[lead] for lead in range(len(BOUNDS))]
+        return np.array(of_bounds)
 
     def _requests(self, num_running: int) -> Iterator[TimedRequest]:
         """Those under way, then those that wait, then others without end."""
@@ -118,7 +132,7 @@ class _Stretch:
         rate = self._prefill_rate(pools[0])
         running = most
         for _ in range(_NUM_GUESSES):
-            step_s = self._decode_step_s(pools[-1], running)
+            step_s = float(self._decode_step_s(pools[-1], running)[LIKELY])
             running = max(1, min(most, round(rate * self._steps_of_output * step_s)))
             if running == most:
                 break
@@ -143,23 +157,28 @@ class _Stretch:
         late = ends[len(ends) // 2 - 1 :]
         return (len(late) - 1) / max(late[-1] - late[0], 1e-9)
 
-    def _decode_step_s(self, pool: SimulatedPool, num_running: int) -> float:
+    def _decode_step_s(self, pool: SimulatedPool, num_running: int, lead: int = LIKELY) -> Floats:
+        """[3]; a step in which all decode."""
         requests = [
             replace(self._under_way((place + 0.5) / num_running), output_len=1 + _PROBE_STEPS)
             for place in range(num_running)
         ]
-        served = run_load(self._alone(pool), requests, num_running)
+        served = run_load(self._alone(pool, lead), requests, num_running)
         times = [each.token_times_s for each in served]
-        gaps = [float((each[-1] - each[0])[LIKELY]) / _PROBE_STEPS for each in times]
-        return float(np.median(gaps))
+        gaps: Floats = np.median([each[-1] - each[0] for each in times], axis=0) / _PROBE_STEPS
+        return gaps
 
-    def _alone(self, pool: SimulatedPool) -> Pool:
+    def _alone(self, pool: SimulatedPool, lead: int = LIKELY) -> Pool:
         """The same ranks at rest, with the steps that are known."""
-        pools = self._simulator.start(observed=False)[0]
+        pools = self._simulator.start(lead, observed=False)[0]
         return next(each.pool for each in pools if each.ranks is pool.ranks)
 
     def _sum(
-        self, served: Sequence[ServedRequest[Floats]], watch: "_Watch", pools: Sequence[Pool]
+        self,
+        served: Sequence[ServedRequest[Floats]],
+        watch: "_Watch",
+        pools: Sequence[Pool],
+        spread: Floats,
     ) -> SteadyRates:
         begin, end = watch.begin_s, watch.end_s
         seconds = end - begin
@@ -174,14 +193,14 @@ class _Stretch:
             is_first = is_new and bool(times) and begin[LIKELY] < times[0][LIKELY] <= end[LIKELY]
             num_first += is_first
             num_others += inside - is_first
-        tokens = num_others * self._multi_token.tokens_per_step
+        tokens = np.maximum(num_others * self._multi_token.tokens_bounds / spread, 1.0)
         decoding = self._batch * seconds - waited
         num_decoding = float(decoding[LIKELY] / seconds[LIKELY])
         return SteadyRates(
             ttft_s=waited / max(num_first, 1),
-            tpot_s=decoding / max(tokens, 1.0),
+            tpot_s=decoding / tokens,
             output_tps=(tokens + num_first) / seconds,
-            steps_per_token=watch.num_steps * num_decoding / max(tokens, 1.0),
+            steps_per_token=float(watch.num_steps * num_decoding / tokens[LIKELY]),
             num_decoding=num_decoding,
             num_waiting=self._batch - num_decoding,
             num_steps=sum(len(pool.runner.bounds) for pool in pools),

@@ -86,11 +86,11 @@ class Options(Strict):
     prefill_dispatch: DispatchForm | None = None
     payload: PayloadType = "model"
     weights: WeightsType = "model"
+    cache_int8: bool = False
     placement: PlacementMethod = "linear"
     placement_file: str | None = None
     num_redundant_experts: int = 0
     rebalance_steps: int = 0
-    cache_int8: bool = False
 
     def __post_init__(self) -> None:
         take_fields(self)
@@ -349,3 +349,8 @@ def is_by_node_on(layout: Layout, form: DispatchForm) -> bool:
     """Whether what a form comes down to sends by nodes."""
     own = form_on(layout, form)
     return own is not None and DISPATCH_FORMS[own].by_node
+
+
+def drafts_text(num_drafts: int) -> str:
+    """`, 2 drafts`, after what else a deployment has; empty without multi-token prediction."""
+    return f", {num_drafts} draft{'' if num_drafts == 1 else 's'}" if num_drafts else ""

@@ -127,6 +127,8 @@ class _Law(Strict):
 
 @dataclass(frozen=True)
 class TermTable(_Law):
+    """A term as files have it."""
+
     value: float
 
 
@@ -229,6 +231,14 @@ def _links(sheets: Mapping[str, LinkSheet]) -> dict[Link, LinkSheet]:
 
 
 def read_term(law: TermTable, place: str) -> Term:
+    """A term of a file, checked.
+
+    Args:
+        place: the key that an error names.
+
+    Raises:
+        SpecError: a number is out of its range, or low and high are not around the value.
+    """
     _check(law, f"{place}.", "term")
     if not law.low <= law.value <= law.high:
         raise SpecError(

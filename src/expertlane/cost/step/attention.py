@@ -66,13 +66,15 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
     types, tokens = out.types, part.tokens
     item, heads = types.activation_bytes, model.num_attention_heads // out.mesh.layout.tp
     rank, rope = latent.kv_lora_rank, latent.qk_rope_head_dim
-    query_in = model.hidden_size
+    query_in, key_width = model.hidden_size, rank + rope
     if latent.q_lora_rank is not None:
-        out.gemm(Stage.ATTENTION, tokens, latent.q_lora_rank, query_in)
-        query_in = latent.q_lora_rank
+        merged = key_width if out.kernels.merges_products else 0
+        out.gemm(Stage.ATTENTION, tokens, latent.q_lora_rank + merged, query_in)
+        query_in, key_width = latent.q_lora_rank, key_width - merged
         out.memory(Stage.ATTENTION, 2 * tokens * (query_in * item), out.norm_kernels)
     out.gemm(Stage.ATTENTION, tokens, heads * model.head_dim, query_in)
-    out.gemm(Stage.ATTENTION, tokens, rank + rope, model.hidden_size)
+    if key_width:
+        out.gemm(Stage.ATTENTION, tokens, key_width, model.hidden_size)
     # Queries are turned and put together with their part in the latent; so is the one key.
     in_latent = 0 if out.kernels.expands_latent else rank + rope
     moved = 2 * heads * (model.head_dim + in_latent) * item + 4 * (rank + rope) * item

@@ -2,7 +2,7 @@
 
 What is counted (FLOPs, bytes, collectives) is what the engine counts with `ENGINE`. With
 `GPU_LIBRARIES` it differs where those do otherwise: `counts_first`, `expands_latent`,
-`dummy_batches` and `reduces_to_all`.
+`merges_products`, `dummy_batches` and `reduces_to_all`.
 """
 
 from dataclasses import dataclass
@@ -41,6 +41,8 @@ class KernelSet:
             themselves, in the times that they were measured with.
         expands_latent: prompts attend to keys and values of each head, made from the latent; else
             all tokens attend in the latent.
+        merges_products: products of the same input are one: an MLP's gate and up, and queries and
+            keys of latent attention on their way to what is narrow.
         dummy_batches: a data-parallel rank without requests computes one token at the first
             position in every step of its replica, as serving engines' do; else it has none.
         reduces_to_all: a tensor-parallel group adds up by all-reduce, and all its ranks norm and
@@ -86,6 +88,7 @@ class KernelSet:
     counts_first: bool = True
     kernels_move: bool = False
     expands_latent: bool = False
+    merges_products: bool = False
     dummy_batches: bool = False
     reduces_to_all: bool = False
     normed_bytes: int = 0
@@ -134,6 +137,7 @@ GPU_LIBRARIES = KernelSet(
     counts_first=False,
     kernels_move=True,
     expands_latent=True,
+    merges_products=True,
     dummy_batches=True,
     reduces_to_all=True,
     normed_bytes=2**19,  # of vLLM on compute capability 9.0, the least of all its limits

@@ -29,8 +29,9 @@ def mlp_steps(
     own = tp_shares(inner, out)
     out.gather_tokens(part.owned, hidden * item)
     num_inner = 2 if model.gated_mlp else 1
-    for _ in range(num_inner):
-        out.gemm(Stage.EXPERTS, part.tokens, own, hidden)
+    num_products = 1 if out.kernels.merges_products else num_inner
+    for _ in range(num_products):
+        out.gemm(Stage.EXPERTS, part.tokens, own * (num_inner // num_products), hidden)
     moved = part.tokens * own * ((num_inner + 1) * item)
     out.memory(Stage.EXPERTS, moved, out.kernels.activation)
     out.gemm(Stage.EXPERTS, part.tokens, hidden, own)
