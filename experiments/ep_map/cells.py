@@ -6,7 +6,6 @@ the same devices, by output tokens a second as the planner screens them.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-
 from math import exp, log
 from typing import NamedTuple
 

@@ -125,9 +125,12 @@ def made(
     charts = [chart(each, measured) for each in panels(cells)]
     headline = in_short(cells)
     sections = (
-        Section("The map, projected", (Multiples("", tuple(charts), HOW, legend()),), "plots"),
-        Section("In short, projected", (headline, HOW), "top"),
-        Section("Each region and why, projected", (_regions(regions, whys),), "top"),
+        Section(
+            "In short, projected",
+            (headline, HOW, Multiples("", tuple(charts), legend=legend())),
+            "top",
+        ),
+        Section("Each region and why, projected", (_regions(regions, whys),), "tables"),
         Section("Measured by others", measured_parts(judged), "tables"),
         Section("Measured by this engine", own_parts(), "tables"),
     )
