@@ -35,7 +35,8 @@ _BYTES = {
     Generation.HOPPER: (1e2, 1e5, 1e6, 3e6, 1e7, 3e7, 4e7, 5e7, 1e9),
     Generation.BLACKWELL: (1e2, 1e5, 1e6, 3e6, 1e7, 3e7, 6e7, 1e8, 1.5e8, 1e9),
 }
-_HEAD_DIMS = {Generation.HOPPER: (64, 128, 256), Generation.BLACKWELL: (64, 128, 256, 512)}
+_HEAD_DIMS = (64, 128, 256, 512)
+_PREFILL_HEAD_DIMS = {Generation.HOPPER: _HEAD_DIMS[:-1], Generation.BLACKWELL: _HEAD_DIMS}
 _LATENT_DIMS = {Generation.HOPPER: (192, 576), Generation.BLACKWELL: (192,)}
 
 
@@ -48,13 +49,13 @@ def axes_of(generation: Generation) -> dict[str, Axes]:
             "keys_per_query": _KEYS_PER_QUERY,
             "query_heads": _QUERY_HEADS,
             "group": (1, 4, 16, 64),
-            "head_dim": _HEAD_DIMS[generation],
+            "head_dim": _PREFILL_HEAD_DIMS[generation],
         },
         "decode": {
             "positions_per_seq": _POSITIONS,
             "seq_kv_heads": (1, 8, 64, 256, 1024, 4096, 16384),
             "group": (1, 4, 8, 16, 64),
-            "head_dim": _HEAD_DIMS[generation],
+            "head_dim": _HEAD_DIMS,
         },
         "latent_prefill": {
             "keys_per_query": _KEYS_PER_QUERY,

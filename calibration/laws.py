@@ -13,7 +13,8 @@ from tables import Array, Columns, Table
 from expertlane.cost.step.operation import Kind
 
 _TRTLLM = "trtllm/1.3.0rc20"
-_ATTENTION = "{}/attention/vllm/0.24.0/{}_attention_perf.parquet"
+_ATTENTION = "{}/attention/{}/{}_attention_perf.parquet"
+_VLLM, _SGLANG = "vllm/0.24.0", "sglang/0.5.14"
 # What vLLM chooses; on Blackwell another kernel computes the fewest prompts.
 _ATTENTION_KERNELS = {
     Generation.HOPPER: ("vllm_flash_attn_fa3",),
@@ -23,6 +24,9 @@ _ATTENTION_NAMES = {
     Generation.HOPPER: "FlashAttention 3",
     Generation.BLACKWELL: "TensorRT-LLM's kernels in FlashInfer",
 }
+# Decode on Hopper is SGLang's: of vLLM's kernels the one for heads of 512 takes 2 µs a sequence and
+# kv head however short contexts are, and no layer of more than 8 kv heads was timed.
+_HOPPERS_DECODE = ("fa3", "triton")  # Triton for heads of 512 alone
 _HEADS = ("num_heads", "num_key_value_heads", "head_dim")
 _LATENT = {"key_dim": 576.0, "value_dim": 512.0}  # DeepSeek's rank 512 and rotated 64
 _WIDENED = {"key_dim": 192.0, "value_dim": 128.0}  # the same, keys and values of every head apart
@@ -94,16 +98,15 @@ def _grouped(c: Columns) -> dict[str, Array]:
     return {"kv_heads": c["num_key_value_heads"], "head_dim": c["head_dim"]}
 
 
-def _attention_rows(card: Card, cache: str) -> dict[str, object]:
-    kernels = _ATTENTION_KERNELS[card.generation]
+def _attention_rows(kernels: tuple[str, ...], cache: str) -> dict[str, object]:
     return {"kernel_source": kernels, "window_size": 0, "kv_cache_dtype": cache}
 
 
 def _prefill(card: Card, cache: str) -> Source:
     return Source(
         Table(
-            _ATTENTION.format(card.folder, "context"),
-            _attention_rows(card, cache),
+            _ATTENTION.format(card.folder, _VLLM, "context"),
+            _attention_rows(_ATTENTION_KERNELS[card.generation], cache),
             lambda c: _causal(c)["query_key_pairs"] * c["num_heads"] * c["head_dim"],
         ),
         lambda c: {**_causal(c), **_grouped(c)},
@@ -113,10 +116,13 @@ def _prefill(card: Card, cache: str) -> Source:
 
 
 def _decode(card: Card, cache: str) -> Source:
+    engine, kernels = _VLLM, _ATTENTION_KERNELS[card.generation]
+    if card.generation is Generation.HOPPER:
+        engine, kernels = _SGLANG, _HOPPERS_DECODE
     return Source(
         Table(
-            _ATTENTION.format(card.folder, "generation"),
-            _attention_rows(card, cache),
+            _ATTENTION.format(card.folder, engine, "generation"),
+            _attention_rows(kernels, cache),
             lambda c: _one_token(c)["positions"] * c["num_heads"] * c["head_dim"],
         ),
         lambda c: {**_one_token(c), **_grouped(c)},
@@ -234,36 +240,60 @@ def _laws_of_products(card: Card) -> list[Law]:
             )
             for dtype, kernel, rows, what, library in experts
         ),
-        *([] if is_hopper else _flashinfer(card)),
+        *(_triton(card) if is_hopper else _flashinfer(card)),
         _deepgemm(card),
     ]
 
 
 def _flashinfer(card: Card) -> list[Law]:
-    """What SGLang and vLLM run on Blackwell; far faster for few tokens than the others.
-
-    In NVFP4 where no other such kernel was timed, and for few tokens alone: for many it is not the
-    fastest, and its law is too fast there.
-    """
-    few = {"num_tokens": (1, 2, 4, 8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256)}
-    which: list[tuple[str, str, dict[str, object], str]] = [
-        ("float8", "fp8_block", {}, "scales by block")
-    ]
-    if not card.has_min_latency:
-        which.append(("nvfp4", "nvfp4", few, "scales by 16, at most 256 tokens"))
+    """What SGLang and vLLM run on Blackwell; far faster for few tokens than the others."""
     kernel = {"kernel_source": "sglang_flashinfer_trtllm_moe", "moe_ep_size": _UP_TO_64}
     path = f"{card.folder}/moe/sglang/0.5.14/moe_perf.parquet"
     return [
         Law(
             Kind.EXPERTS,
             dtype,
-            (_experts(path, {**kernel, **where, "moe_dtype": rows}),),
+            (_experts(path, {**kernel, "moe_dtype": rows}),),
             axes_of(card.generation)["experts"],
             f"TensorRT-LLM's grouped GEMM in FlashInfer with routing around, {scales}, balanced",
             smoothness=1.0,
             library="flashinfer",
         )
-        for dtype, rows, where, scales in which
+        for dtype, rows, scales in (
+            ("float8", "fp8_block", "scales by block"),
+            ("nvfp4", "nvfp4", "scales by 16"),
+        )
+    ]
+
+
+def _triton(card: Card) -> list[Law]:
+    """What SGLang and vLLM run on Hopper; faster for few tokens than the others.
+
+    DeepSeek's sizes, for which it was tuned, have a law of their own too: with those of all models
+    TP 8 at 64 tokens would take 1.8 times as long as it was timed.
+    """
+    path = f"{card.folder}/moe/sglang/0.5.14/moe_perf.parquet"
+    where: dict[str, object] = {
+        "kernel_source": "sglang_fused_moe_triton",
+        "moe_ep_size": _UP_TO_64,
+        "moe_dtype": "fp8_block",
+    }
+    deepseek = {"hidden_size": 7168, "inter_size": 2048, "num_experts": 256, "topk": 8}
+    axes = axes_of(card.generation)["experts"]
+    what = "SGLang's fused kernel in Triton with routing around, scales by block, balanced"
+    all_rows = _experts(path, where)
+    rows = _experts(path, {**where, **deepseek}, shape=("moe_tp_size", "moe_ep_size"))
+    inner = {"hidden": (7168,), "inner": (16, 64, 128, 256, 512, 1024, 2048)}
+    return [
+        Law(Kind.EXPERTS, "float8", (all_rows,), axes, what, smoothness=1.0, library="triton"),
+        Law(
+            Kind.EXPERTS,
+            "float8",
+            (rows,),
+            {**axes, **inner},
+            f"{what}; DeepSeek-V3's sizes",
+            library="triton_deepseek",
+        ),
     ]
 
 
@@ -284,6 +314,7 @@ def laws_of(card: Card) -> list[Law]:
     """Of all kinds and types that its tables have."""
     axes = axes_of(card.generation)
     kernels, is_hopper = _ATTENTION_NAMES[card.generation], card.generation is Generation.HOPPER
+    of_decode = f"{kernels}, SGLang's in Triton for heads of 512" if is_hopper else kernels
     in_latent = "key_dim 576 in the latent (FlashAttention 3), " if is_hopper else ""
     scaling = f"{card.folder}/quantize/{_TRTLLM}/scale_matrix_perf.parquet"
     moved = "rows read as bfloat16 and written as float8, small ones from the cache"
@@ -294,7 +325,7 @@ def laws_of(card: Card) -> list[Law]:
     of_attention: list[tuple[Kind, str, str, Callable[[Card, str], Source | tuple[Source, ...]]]]
     of_attention = [
         (Kind.PREFILL_ATTENTION, "prefill", kernels, _prefill),
-        (Kind.DECODE_ATTENTION, "decode", kernels, _decode),
+        (Kind.DECODE_ATTENTION, "decode", of_decode, _decode),
         (
             Kind.LATENT_PREFILL,
             "latent_prefill",

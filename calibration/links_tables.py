@@ -20,11 +20,9 @@ _COLLECTIVES = {
     "all_reduce": "all_reduce",
     "all_to_all": "alltoall",
 }
-# H100's own is the one that its profile was first fitted to.
-_CUSTOM: Mapping[str, tuple[str, Mapping[str, object]]] = {
-    "h100": ("sglang/0.5.6.post2", {}),
-    "": ("sglang/0.5.14", {"backend": "sglang_graph"}),
-}
+# A serving engine's own kernels, one-shot and two-shot; and those that add up in NVLink's switches,
+# which vLLM takes for large messages (on as many ranks as a node has).
+_OF_ENGINES = {"custom": ("sglang", "0.5.14"), "multicast": ("vllm", "0.24.0")}
 
 
 def sources_of_laws(card: Card) -> dict[str, list[Source]]:
@@ -38,12 +36,12 @@ def sources_of_laws(card: Card) -> dict[str, list[Source]]:
         ]
         for kind, name in _COLLECTIVES.items()
     }
-    version, where = _CUSTOM.get(card.sheet.name, _CUSTOM[""])
-    custom = f"{card.folder}/comm/{version}/custom_allreduce_perf.parquet"
-    laws["all_reduce.custom.intra_node"] = [
-        _inside_node(custom, {"op_name": "all_reduce", **where}, ranks, 2)
-        for ranks in card.measured_ranks
-    ]
+    for library, (engine, version) in _OF_ENGINES.items():
+        path = f"{card.folder}/comm/{engine}/{version}/custom_allreduce_perf.parquet"
+        where = {"op_name": "all_reduce", "backend": f"{engine}_graph"}
+        laws[f"all_reduce.{library}.intra_node"] = [
+            _inside_node(path, where, ranks, 2) for ranks in card.measured_ranks
+        ]
     over_nodes = card.deepep_nodes[1:]
     for span, numbers in (("intra_node", (1,)), ("inter_node", over_nodes)):
         for stage in ("dispatch", "combine") if numbers else ():

@@ -55,6 +55,7 @@ def compare(
     project: bool = False,
     cluster: Text | None = None,
     skew: float | None = None,
+    framework: Text | None = None,
     out: str | Path | None = None,
 ) -> Results:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
@@ -104,6 +105,8 @@ def compare(
         cluster: The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML
             file of expertlane calibrate).
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
+        framework: Overheads as fitted to a serving framework: trt, dynamo-trt or sglang;
+            simulate also takes its --max-num-batched-tokens, where that is not given.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 
@@ -132,15 +135,19 @@ def plan(
     dtype: Literal['float32', 'bfloat16', 'float16', 'float8', 'nvfp4', 'mxfp4'] | None = None,
     kv_dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
     execution: Literal['graph', 'eager'] = 'graph',
+    framework: Text | None = None,
+    mtp: int = 0,
+    mtp_acceptance: float | None = None,
     out: str | Path | None = None,
 ) -> Results:
     """Find the deployment with the most tokens/s on a cluster, within latency limits.
 
-    Tries every layout × replicas × dispatch form × overlap × micro-batches × redundant experts,
-    aggregated and disaggregated (prefill and decode apart); projects each with a cost model
+    Tries every layout × replicas × dispatch form of each phase × overlap × micro-batches ×
+    redundant experts, with --mtp also × drafts or none, aggregated and disaggregated (prefill and
+    decode apart); projects each with a cost model
     calibrated on public measurements. Needs no GPU, loads no weights. Gives each deployment's gap
-    to #1, and writes the winner as an experiment for expertlane compare, and as vLLM and SGLang
-    command lines.
+    to #1, and writes the winner as an experiment for expertlane compare, and as
+    command lines of vLLM, SGLang and TensorRT-LLM.
 
     Args:
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
@@ -161,6 +168,10 @@ def plan(
         dtype: Type of weights and activations.
         kv_dtype: Type of the KV cache.
         execution: Steps as CUDA graphs, or kernels launched one by one.
+        framework: Overheads as fitted to a serving framework: trt, dynamo-trt or sglang;
+            simulate also takes its --max-num-batched-tokens, where that is not given.
+        mtp: Multi-token prediction: N draft tokens per step.
+        mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 
@@ -180,8 +191,6 @@ def simulate(
     layout: Text,
     cluster: Text,
     prefill_layout: Text | None = None,
-    mtp: int = 0,
-    mtp_acceptance: float | None = None,
     trace: bool = False,
     batch: Text | None = None,
     rate: Text | None = None,
@@ -197,13 +206,17 @@ def simulate(
     dtype: Literal['float32', 'bfloat16', 'float16', 'float8', 'nvfp4', 'mxfp4'] | None = None,
     kv_dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
     execution: Literal['graph', 'eager'] = 'graph',
+    framework: Text | None = None,
     overlap: Literal['off', 'on', 'auto'] = 'off',
     num_micro_batches: int = 1,
     micro_batch_schedule: Literal['drained', 'rotating'] = 'drained',
     dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'auto'] = 'all_to_all',
+    prefill_dispatch: Literal['all_to_all', 'all_gather', 'hierarchical'] | None = None,
     payload: Literal['model', 'bfloat16', 'float8'] = 'model',
     placement: Text = 'linear',
     num_redundant_experts: int = 0,
+    mtp: int = 0,
+    mtp_acceptance: float | None = None,
     block_size: int = 16,
     max_num_seqs: int = 256,
     max_num_batched_tokens: int = 2048,
@@ -222,9 +235,8 @@ def simulate(
         cluster: The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML
             file of expertlane calibrate).
         prefill_layout: Disaggregated: a prefill pool of its own, on further devices; --layout
-            then decodes. All other options hold for both pools.
-        mtp: Multi-token prediction: N draft tokens per step.
-        mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
+            then decodes. All other options hold for both pools; --prefill-dispatch is the
+            prefill pool's.
         trace: Also write trace-NAME.json: what every rank does when, in one prefill and one
             decode step, for ui.perfetto.dev or chrome://tracing. In virtual time:
             trace-NAME-virtual.json too.
@@ -246,6 +258,8 @@ def simulate(
         dtype: Type of weights and activations.
         kv_dtype: Type of the KV cache.
         execution: Steps as CUDA graphs, or kernels launched one by one.
+        framework: Overheads as fitted to a serving framework: trt, dynamo-trt or sglang;
+            simulate also takes its --max-num-batched-tokens, where that is not given.
         overlap: Two-batch overlap: one half batch computes while the other communicates; auto:
             where faster for a step's number of tokens, timed at startup.
         num_micro_batches: Micro-batches per pipeline step.
@@ -254,11 +268,14 @@ def simulate(
         dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
             all ranks, one copy per node reached, forwarded inside it, or the fastest for a
             step's number of tokens, timed at startup.
+        prefill_dispatch: The dispatch form of steps that hold prompts, where it is another.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).
         placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
             expertlane balance.
         num_redundant_experts: Redundant experts per MoE layer, to share load.
+        mtp: Multi-token prediction: N draft tokens per step.
+        mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         block_size: Tokens per KV-cache block.
         max_num_seqs: Concurrent requests per data-parallel rank.
         max_num_batched_tokens: Tokens per step and data-parallel rank.
@@ -299,10 +316,12 @@ def bench(
     num_micro_batches: int = 1,
     micro_batch_schedule: Literal['drained', 'rotating'] = 'drained',
     dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'auto'] = 'all_to_all',
+    prefill_dispatch: Literal['all_to_all', 'all_gather', 'hierarchical'] | None = None,
     payload: Literal['model', 'bfloat16', 'float8'] = 'model',
     placement: Text = 'linear',
     num_redundant_experts: int = 0,
     weights: Literal['model', 'int8'] = 'model',
+    cache_int8: bool = False,
     rebalance_steps: int = 0,
     ranks_per_node: int = 0,
     timeout_s: float = 60.0,
@@ -349,6 +368,7 @@ def bench(
         dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
             all ranks, one copy per node reached, forwarded inside it, or the fastest for a
             step's number of tokens, timed at startup.
+        prefill_dispatch: The dispatch form of steps that hold prompts, where it is another.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).
         placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
@@ -356,6 +376,8 @@ def bench(
         num_redundant_experts: Redundant experts per MoE layer, to share load.
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
+        cache_int8: With --weights int8: keep what is rounded in the checkpoint's folder, for
+            later starts.
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
         ranks_per_node: Consecutive ranks that count as one node.

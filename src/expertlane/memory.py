@@ -19,6 +19,7 @@ from expertlane.spec.tensors import (
     Shape,
     cut_dim,
     expert_shapes,
+    is_matrix,
     layer_shapes,
     tensor_shape,
 )
@@ -132,7 +133,7 @@ class PlacedModel:
         num_positions = limits.num_blocks * limits.block_size
         return RankMemory(
             weight_bytes=num_bytes,
-            kv_bytes=len(layers) * num_positions * kv_width * types.kv_bytes,
+            kv_bytes=len(layers) * ceil(num_positions / layout.dcp) * kv_width * types.kv_bytes,
             activation_bytes=num_values * types.activation_bytes,
             loading_bytes=largest_matrix * _FLOAT32_BYTES
             + int(weight_bytes(largest_matrix, types.weights)),
@@ -236,7 +237,6 @@ _WIDE = {
     *("attention_norm", "moe_norm", "query_a_norm", "kv_a_norm", FINAL_NORM),
     *("sinks", "router", "router_bias", "correction_bias"),
 }
-_KEPT = {EMBEDDING, "query_norm", "key_norm", "kv_b", "shared_gate"}
 _OF_QUERIES = {"query", "query_bias", "query_b", "output", "kv_b", "sinks"}
 _OF_KEYS = {"key", "key_bias", "value", "value_bias"}
 _ADDED_ONCE = {"output_bias", "down_bias"}  # to partial sums, by the first rank
@@ -247,7 +247,7 @@ def _num_bytes(name: str, held: list[range], types: NumberTypes) -> int:
     part, num_values = name.rpartition(".")[2], prod(map(len, held))
     if part in _WIDE:
         number_type = "float32"
-    elif part in _KEPT or part.endswith("_bias") or (name == HEAD and not types.narrow_head):
+    elif not is_matrix(name) or (name == HEAD and not types.narrow_head):
         number_type = types.kept
     elif types.inputs_of_scale is not None:
         rows, inputs = held

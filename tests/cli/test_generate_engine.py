@@ -182,7 +182,9 @@ def test_widened_weights_are_said(monkeypatch, capsys, weights, method, keeps_na
     monkeypatch.setattr("expertlane.engine.llm.LLM", lambda *_, **__: llm)
     found = model.find_model("paper-tiny")
     if method is not None:
-        found = replace(found, quantization=Quantization(method, is_float8=method == "fp8"))
+        found = replace(
+            found, quantization=Quantization(method, "float8" if method == "fp8" else None)
+        )
     found.load(Layout(), SimpleNamespace(for_llm=dict, weights=weights))
     said = f"weights of one byte are widened to {MACHINE.dtype}: torch has no product of them\n"
     assert capsys.readouterr().err.partition(" s\n")[2] == ("" if keeps_narrow else said)

@@ -13,6 +13,7 @@ from expertlane.spec.names import Phase
 
 LOAD = ["--batch", "8", "--prompt-len", "4:16", "--output-len", "2:6"]
 EP16 = ["--layout", "dp=16,ep=16", "--cluster", "h100x16"]
+TP2 = ["--layout", "tp=2", "--cluster", "h100x2"]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ def test_a_report_says_what_limits_the_deployment(run, tmp_path):
     assert "is limited by" in first
     for part in ("low–high", "TTFT", "floor", "weight reads", "fitted", "--routing", "inter-node"):
         assert part in out
-    assert "simulating 32 requests: done" in err
+    assert "simulating 32 requests 3 times, for the bounds: done" in err
     found = read(tmp_path / "new" / "results.json")
     (record,) = found.deployments
     assert record.num_ranks == found.cluster.num_devices == 16
@@ -70,9 +71,9 @@ def test_arrivals_have_bounds_of_their_own(run):
 
 
 def test_loads_in_turn_are_one_record_and_the_best_is_told_in_detail(run, tmp_path):
-    swept = ["--batch", "2,8,4", *LOAD[2:], "--num-requests", "8"]
+    swept = ["--batch", "2,8,4", *LOAD[2:], "--num-requests", "64"]
     both, alone = (
-        as_json(run, *EP16, *load)["deployments"][0]
+        as_json(run, *TP2, *load)["deployments"][0]
         for load in (swept, [*swept[2:], "--batch", "8"])
     )
     assert [each["batch"] for each in both["serving"]] == [2, 8, 4]
@@ -81,13 +82,13 @@ def test_loads_in_turn_are_one_record_and_the_best_is_told_in_detail(run, tmp_pa
     assert both["pools"] == alone["pools"]
     # Within the objective nothing but the smallest batch.
     limit = both["serving"][2]["tpot_s"]["mean"]["value"]
-    kept = as_json(run, *EP16, *swept, "--slo", f"tpot.mean={0.999 * limit}s")["deployments"][0]
+    kept = as_json(run, *TP2, *swept, "--slo", f"tpot.mean={0.999 * limit}s")["deployments"][0]
     assert [each["slos"][0]["value"] for each in kept["serving"]] == [
         each["tpot_s"]["mean"] for each in both["serving"]
     ]
-    small = as_json(run, *EP16, *swept[2:], "--batch", "2")["deployments"][0]
+    small = as_json(run, *TP2, *swept[2:], "--batch", "2")["deployments"][0]
     assert kept["steps"] == small["steps"]
-    _, err = simulate(run, *EP16, *swept)
+    _, err = simulate(run, *TP2, *swept)
     assert [line.partition(":")[0] for line in err.splitlines()] == [
         "batch 2",
         "batch 8",

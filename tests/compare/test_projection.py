@@ -51,10 +51,10 @@ def usual(found: Results) -> tuple[DeploymentRecord, ...]:
 def test_every_deployment_stands_under_every_condition(projection):
     assert {each.top_k for each in projection.conditions} == {2}
     assert [(each.execution, each.routing) for each in projection.conditions] == [
-        ("graph", "balanced"),
         ("graph", "skewed"),
-        ("eager", "balanced"),
+        ("graph", "balanced"),
         ("eager", "skewed"),
+        ("eager", "balanced"),
     ]
     for conditions in projection.conditions:
         rows = projection.select("projected", EXPERIMENT, conditions)
@@ -67,7 +67,8 @@ def test_every_deployment_stands_under_every_condition(projection):
 
 
 def test_a_row_is_what_the_projector_says(projection):
-    setting = Setting(NumberTypes.all_of("float16"), Execution.GRAPH, PowerLawRouting(16, 2))
+    routing = PowerLawRouting(16, 2, 1.0)
+    setting = Setting(NumberTypes.all_of("float16"), Execution.GRAPH, routing)
     cluster = parse_cluster("h100x4")
     projector = Projector(SMALL.model, EXPERT.layout, EXPERT.options, cluster, setting)
     row = usual(projection)[1]

@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 from itertools import product
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
-from expertlane.cost.step.operation import TransferKind
+from expertlane.cost.step.operation import Transfer, TransferKind
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step.totals import count
 from expertlane.engine.commands import DescribeMachine, SetDispatch
@@ -37,12 +38,13 @@ from expertlane.spec.deployment import (
     Options,
 )
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Stage, Traffic
+from expertlane.spec.names import Phase, Stage, Traffic
 from expertlane.spec.sampling import SamplingParams, SamplingState
 
 FORMS = tuple(DISPATCH_FORMS)
 PHASES = (PREFILL, PREFILL + CHUNKS + DECODE, DECODE)
 MOST_RANKS = 8
+WITHOUT_DUMMIES = replace(GPU_LIBRARIES, dummy_batches=False)  # the engine computes none
 
 
 class Case(NamedTuple):
@@ -107,12 +109,13 @@ class Counting:
                 layout,
                 placements_of(model, layout, options),
                 types=types,
-                dispatch=table or DispatchTable.fixed(options.dispatch, options.overlap),
+                dispatch=table
+                or DispatchTable.fixed(options.dispatch, options.overlap, options.prefill_dispatch),
                 payload=options.payload,
                 ranks_per_node=case.ranks_per_node,
                 kernels=kernels,
             )
-            for kernels in (ENGINE, GPU_LIBRARIES)
+            for kernels in (ENGINE, WITHOUT_DUMMIES)
         ]
 
     def check(self, plan, sampled=()):
@@ -123,29 +126,42 @@ class Counting:
             builder.build(plan, routing, sampled=sampled) for builder in self._builders
         )
         self._compare(program, records)
-        self._compare(without_counts(of_libraries), self._count(without_counts(program)), FUSED)
+        left_out = dict(FUSED) if self._model.latent is not None else {}
+        if reduces_to_all(of_libraries):
+            left_out = {name: {*left_out.get(name, ()), *stages} for name, stages in WHOLE.items()}
+        self._compare(without_counts(of_libraries), self._count(without_counts(program)), left_out)
         return records
 
     def _count(self, program):
         return count(program, self._model.num_hidden_layers, self._model.num_experts)
 
-    def _compare(self, program, expected, left_out=()):
+    def _compare(self, program, expected, left_out=MappingProxyType({})):
         counted = self._count(program)
         assert len(counted) == len(expected)
-        expands = bool(left_out) and self._model.latent is not None
         for of_engine, of_rank in zip(expected, counted, strict=True):
             for name in (field.name for field in fields(RankCounts)):
                 values = np.array(getattr(of_rank, name)), np.array(getattr(of_engine, name))
-                if expands and name in left_out:
-                    values = tuple(np.delete(each, Stage.ATTENTION, axis=0) for each in values)
+                if name in left_out:
+                    stages = list(left_out[name])
+                    values = tuple(np.delete(each, stages, axis=0) for each in values)
                 message = f"{name} of rank {of_engine.rank}"
                 np.testing.assert_array_equal(*values, message, strict=True)
 
 
-# What differs with GPU libraries' kernels, beside the numbers of rows that are told in no
+# What differs with GPU libraries' kernels, by stage, beside the numbers of rows that are told in no
 # transfer of their own: of latent attention, for all prompts attend to keys and values made from
-# the latent, also those for which that takes more FLOPs.
-FUSED = ("flops", "weight_bytes")
+# the latent, also those for which that takes more FLOPs; and where a whole stage adds up by all-reduce, the transfers, and routers of all tokens.
+FUSED = {name: {Stage.ATTENTION} for name in ("flops", "weight_bytes")}
+WHOLE = {
+    **{name: {Stage.ROUTER} for name in ("flops", "weight_bytes")},
+    **{name: {*Stage} for name in ("sent_bytes", "num_collectives")},
+}
+
+
+def reduces_to_all(program):
+    """Whether ranks keep all tokens, and so add up by all-reduce."""
+    steps = (step for stage in program.of_stages() for step, _ in stage.distinct_steps())
+    return any(isinstance(e, Transfer) and e.kind is TransferKind.ALL_REDUCE for e in steps)
 
 
 def tells_counts(step):
@@ -219,6 +235,28 @@ def test_whole_product(pools, case, family):
     for number, (form, overlap) in enumerate(product(FORMS, (False, True))):
         if case.is_even or form != "hierarchical":
             check_case(pools, MODELS[family], case, form, overlap, seed=100 + number)
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill"), [("all_to_all", "hierarchical"), ("hierarchical", "all_gather")]
+)
+def test_prompts_take_a_form_of_their_own(pools, decode, prefill):
+    case, model = Case("dp=4,ep=4", 2), MODELS["plain"]
+
+    def sent(options):
+        counting = Counting(pools, model, case, options)
+        rng = np.random.default_rng(1)
+        plan = random_plan(rng, 4, 1, model.vocab_size, DECODE, share_empty=0)
+        found = {}
+        for step, phase in enumerate(Phase):
+            records = counting.check(replace(plan, step=step, phase=phase))
+            found[phase] = np.stack([record.sent_bytes for record in records])
+        return found
+
+    apart = sent(Options(dispatch=decode, prefill_dispatch=prefill))
+    same = sent(Options(dispatch=decode))
+    np.testing.assert_array_equal(apart[Phase.DECODE], same[Phase.DECODE])
+    assert (apart[Phase.PREFILL] != same[Phase.PREFILL]).any()
 
 
 @pytest.mark.parametrize("payload", ["bfloat16", "float8"])

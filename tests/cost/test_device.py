@@ -224,3 +224,61 @@ def test_what_was_measured_in_caches_is_no_faster_than_the_peak():
     own = replace(profile, surfaces={"memory": replace(surface, basis=Basis.MEASURED)})
     measured = DeviceModel(own).times(Kind.MEMORY, "bfloat16", sizes)
     assert measured.seconds == pytest.approx(np.array([1e-5, 1e-3]) * np.exp(-0.5))
+
+
+def _experts(pairs, active, hidden=8192.0, inner=32_768.0, matrices=2.0):
+    sizes = {"pairs": pairs, "active": active}
+    return {**sizes, "hidden": hidden, "inner": inner, "matrices": matrices}
+
+
+def _gemm(m, n, k):
+    return {"m": m, "n": n, "k": k}
+
+
+@pytest.mark.parametrize("matrices", [2.0, 3.0])
+def test_wide_experts_are_products_of_their_own_size(h100, matrices):
+    """One of the paper's, 128 tokens: up, down, and the activation between them."""
+    times = h100.times(Kind.EXPERTS, "bfloat16", _experts(128.0, 1.0, matrices=matrices))
+    up = h100.times(Kind.GEMM, "bfloat16", _gemm(128.0, 32_768.0, 8192.0))
+    down = h100.times(Kind.GEMM, "bfloat16", _gemm(128.0, 8192.0, 32_768.0))
+    moved = h100.times(Kind.MEMORY, "bfloat16", {"bytes": 128 * 32_768 * matrices * 2})
+    assert times.seconds == pytest.approx(
+        (matrices - 1) * up.seconds + down.seconds + moved.seconds
+    )
+    assert times.low < times.seconds < times.high
+    assert times.basis is Basis.FITTED
+    assert not times.is_extrapolated
+
+
+def test_wide_experts_of_a_rank_come_one_after_the_other(h100):
+    one = h100.times(Kind.EXPERTS, "bfloat16", _experts(128.0, 1.0)).seconds
+    four = h100.times(Kind.EXPERTS, "bfloat16", _experts(512.0, 4.0)).seconds
+    assert 3.9 * one < four < 4 * one  # but for what a launch takes
+
+
+def test_a_long_product_of_wide_experts_is_near_the_peak(h100):
+    seconds = h100.times(Kind.EXPERTS, "bfloat16", _experts(16_384.0, 1.0)).seconds
+    assert 650e12 < 2 * 16_384 * 2 * 8192 * 32_768 / seconds < 800e12
+
+
+def test_experts_that_a_law_knows_keep_it(h100):
+    """Some are wide on a rank that has any pairs; Mixtral's are as timed."""
+    mixtral = _experts(512.0, 8.0, 4096.0, 14_336.0, 3.0)
+    with_products = h100.times(Kind.EXPERTS, "bfloat16", mixtral).seconds
+    profile = read_profile("h100")
+    without = {n: law for n, law in profile.surfaces.items() if not n.startswith("gemm.")}
+    alone = DeviceModel(replace(profile, surfaces=without))
+    assert with_products == alone.times(Kind.EXPERTS, "bfloat16", mixtral).seconds
+    some = _experts(np.array([0.0, 128.0]), np.array([0.0, 1.0]))
+    assert h100.times(Kind.EXPERTS, "bfloat16", some).seconds[0] == 0
+    # Without a product's law the experts' own holds, far outside its sizes.
+    assert alone.times(Kind.EXPERTS, "bfloat16", _experts(128.0, 1.0)).is_extrapolated
+
+
+def test_wide_experts_of_a_machine_that_was_measured_keep_its_law():
+    axes = {"hidden": (64.0, 512.0), "inner": (64.0, 512.0)}
+    law = Surface(axes, np.zeros((2, 2)), 0.9, 1.1, Basis.MEASURED, "by hand")
+    gemm = Surface({"m": (1.0, 2.0)}, np.log([9.0, 9.0]), 0.9, 1.1, Basis.MEASURED, "by hand")
+    model = DeviceModel(replace(_TOY, surfaces={"experts.float32": law, "gemm.float32": gemm}))
+    times = model.times(Kind.EXPERTS, "float32", _experts(1.0, 1.0))
+    assert times.seconds == pytest.approx(2 * 8192 * 32_768 * 4 / 1e9, rel=1e-3)

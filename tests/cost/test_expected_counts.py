@@ -91,18 +91,20 @@ class Stage:
     def steps(self, counts, part, out):
         """Embedding, an MoE layer and the head."""
         embedding_steps(out, self._model, part)
-        layer_steps(out, self._model, 1, part, counts, self.form, self._payload)
+        layer_steps(out, self._model, 1, part, counts, self._payload)
         head_steps(out, self._model, part)
         return out.steps
 
     def of_ranks(self):
         return self.steps(
-            self.sampled(), self.part, StepList(self.mesh, NumberTypes(), self._kernels)
+            self.sampled(),
+            self.part,
+            StepList(self.mesh, NumberTypes(), self.form, self._kernels),
         )
 
     def of_one_rank(self, counts=mean_counts):
         scenarios = self.scenarios
-        out = ExpectedStepList(self.mesh, scenarios.size, NumberTypes(), self._kernels)
+        out = ExpectedStepList(self.mesh, scenarios.size, NumberTypes(), self.form, self._kernels)
         return self.steps(self.expected(counts), scenarios, out)
 
 

@@ -306,3 +306,18 @@ def test_h100_over_nodes_is_near_deepep(h100: Profile) -> None:
         assert times.seconds == pytest.approx([expected] * 16, rel=0.1)
         assert times.basis is Basis.FITTED
         assert not times.is_extrapolated.any()
+
+
+def test_h100_adds_up_small_sums_as_serving_engines_do(h100: Profile) -> None:
+    """64 tokens of 7,168 in a group of eight: far less than reduce-scatter and all-gather."""
+    model = LinkModel(h100)
+    rows = 64 // 8 * 7168 * 2
+    apart = sum(
+        model.times(transfer(kind, evenly(8, rows), [0] * 8, stage=Stage.COLLECTIVES)).seconds.max()
+        for kind in (TransferKind.REDUCE_SCATTER, TransferKind.ALL_GATHER)
+    )
+    together = model.times(
+        transfer(TransferKind.ALL_REDUCE, evenly(8, 2 * rows), [0] * 8, stage=Stage.COLLECTIVES)
+    )
+    assert together.seconds.max() < 0.6 * apart
+    assert together.basis is Basis.FITTED

@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 
 from expertlane.balance.trace import RoutingTrace
-from expertlane.cost.routing import GivenRouting, PowerLawRouting, TraceRouting
+from expertlane.cost.routing import (
+    GivenRouting,
+    PowerLawRouting,
+    TraceRouting,
+    choose_routing,
+    extremes_of,
+)
 from expertlane.spec.model import PRESETS, Routing
+from expertlane.spec.ranges import DEFAULT_SKEW, SKEW_BOUNDS
 
 NOTHING = np.zeros(2, dtype=np.int64)
 
@@ -49,6 +56,24 @@ def test_second_choices_are_drawn_from_the_rest():
     for i, j in ((0, 1), (0, 2), (1, 2)):
         both = ((ids == i).any(axis=1) & (ids == j).any(axis=1)).mean()
         assert both == pytest.approx(p[i] * p[j] * (1 / (1 - p[i]) + 1 / (1 - p[j])), abs=0.02)
+
+
+def test_the_default_skew_has_bounds_and_one_that_was_asked_for_has_none():
+    model = PRESETS["paper"]
+    assumed = choose_routing(model, None, None)
+    assert f"exponent {DEFAULT_SKEW:g}" in assumed.words
+    assert f"from uniform to exponent {SKEW_BOUNDS[1]:g}" in assumed.words
+    even, uneven = extremes_of(assumed.source)
+    assert (even.alpha, assumed.source.alpha, uneven.alpha) == (0.0, DEFAULT_SKEW, SKEW_BOUNDS[1])
+    assert SKEW_BOUNDS[0] < DEFAULT_SKEW < SKEW_BOUNDS[1]
+    assert extremes_of(even) is None
+    asked = choose_routing(model, None, DEFAULT_SKEW)
+    assert extremes_of(asked.source) is None
+    assert "bounds" not in asked.words
+    np.testing.assert_array_equal(some(asked.source, 100), some(assumed.source, 100))
+    ids = np.array([[[0, 1], [2, 3]]], dtype=np.int16)
+    trace = RoutingTrace("paper", 16, (0,), ids, np.zeros(2, dtype=np.int64))
+    assert extremes_of(TraceRouting(trace)) is None
 
 
 @pytest.mark.parametrize("score", ["max", "top2_sum"])

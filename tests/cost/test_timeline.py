@@ -181,7 +181,7 @@ def test_what_a_transfer_adds_on_a_cpu_takes_nothing_from_what_computes_meanwhil
 
 def test_a_driver_takes_longer_with_every_rank():
     given = replace(Terms.free(), driver_s=np.full(3, 1.0), driver_per_rank_s=np.full(3, 0.5))
-    assert given.step_s(4).tolist() == [2.5] * 3
+    assert given.step_s(Layout(tp=4)).tolist() == [2.5] * 3
 
 
 STAGE_S = [[2.0, 3.0], [1.0, 4.0]]  # [stage][micro-batch]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,7 @@ def run_deployment(
     forced: npt.NDArray[np.int64] | None = None,
     return_logits: bool = False,
     ranks_per_node: int = 8,
+    checkpoint: Path | None = None,
     **flags: bool,
 ) -> Run:
     """Prefill and decode; with `forced`, those tokens are fed in place of the chosen ones.
@@ -69,7 +71,12 @@ def run_deployment(
         flags: what the plans ask for, as `ContinuousScheduler` takes it.
     """
     limits = workload_limits(workload, model, deployment.layout)
-    runner = ModelRunner(pool, model, deployment, limits, seed=seed, ranks_per_node=ranks_per_node)
+    runner = ModelRunner(
+        *(pool, model, deployment, limits),
+        seed=seed,
+        ranks_per_node=ranks_per_node,
+        checkpoint=checkpoint,
+    )
     scheduler = ContinuousScheduler(
         deployment.layout, deployment.options, limits, return_logits=return_logits, **flags
     )

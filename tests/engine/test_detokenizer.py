@@ -254,3 +254,17 @@ def test_a_long_broken_run_costs_no_more_a_token(monkeypatch: pytest.MonkeyPatch
         pieces = [detokenizer.append(broken_id) for _ in range(1000)]
         assert "".join([*pieces, detokenizer.finish()]) == "\ufffd" * 1000
         assert 1000 <= sum(lengths) < 12_000
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1, 2, 3, 4, 5])
+def test_stop_strings_count_from_a_token_on(min_tokens):
+    tokenizer = byte_level()
+    tokens = [token for letter in "aXbXc" for token in tokenizer.encode(letter)]
+    assert len(tokens) == 5
+    detokenizer = IncrementalDetokenizer(tokenizer, [], stop=("X",), min_tokens=min_tokens)
+    pieces = [detokenizer.append(token) for token in tokens] + [detokenizer.finish()]
+    expected = {0: "a", 1: "a", 2: "a", 3: "aXb", 4: "aXb", 5: "aXbXc"}[min_tokens]
+    assert "".join(pieces) == expected
+    assert detokenizer.stopped == (min_tokens < 5)
+    if min_tokens == 3:
+        assert pieces[:2] == ["a", "X"]  # given at once: no stop string can take it back

@@ -29,7 +29,7 @@ def check_idle(llm: LLM) -> None:
     while llm.engine._loop.uncommitted:
         llm.engine.step()
     assert not llm.engine.has_unfinished
-    check_empty(llm.engine._scheduler)
+    check_empty(llm.engine.scheduler)
 
 
 class TestGenerate:

@@ -41,7 +41,7 @@ def test_they_reach_the_memory_plan_the_ranks_and_the_scheduler(monkeypatch, stu
     with LLM("paper-tiny", ranks_per_node=3, **settings) as llm:
         assert [placed.num_slots for placed in stub["placements"]] == [18] * 4
         assert (stub["options"], stub["ranks_per_node"]) == (options, 3)
-        assert llm.engine._scheduler._num_micro_batches == 2
+        assert llm.engine.scheduler._num_micro_batches == 2
     with LLM("paper-tiny", **settings):
         assert stub["ranks_per_node"] == 1  # as the rank saw it
 
@@ -66,7 +66,7 @@ def test_routing_is_there_if_asked_for(stub):
     ):
         llm.routing_trace()
     with LLM("paper-tiny", record_routing=True) as llm:
-        assert llm.engine._scheduler._flags["record_routing"]
+        assert llm.engine.scheduler._flags["record_routing"]
         assert len(llm.generate([1], GREEDY)[0].token_ids) == 5
         trace = llm.routing_trace()  # the stub's ranks tell nothing
     assert (trace.layers, trace.num_tokens) == ((0, 1, 2, 3), 0)

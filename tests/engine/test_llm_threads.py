@@ -64,7 +64,7 @@ def check_idle(llm: LLM) -> None:
     while llm.engine._loop.uncommitted:
         llm.engine.step()
     assert not llm.engine.has_unfinished
-    check_empty(llm.engine._scheduler)
+    check_empty(llm.engine.scheduler)
     shared = llm._shared
     assert not any((shared._turns, shared._followers, shared._to_cancel, shared._arrivals))
     assert shared._leader is None

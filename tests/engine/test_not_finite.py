@@ -162,7 +162,7 @@ def test_others_go_on_as_ever(poisoned, undisturbed, layout, value, dtype, optio
         assert not llm.engine.has_unfinished
         while llm.engine._loop.uncommitted:
             llm.engine.step()
-        check_empty(llm.engine._scheduler)
+        check_empty(llm.engine.scheduler)
 
 
 def until_poison(prompt: list[int], num_tokens: int) -> list[int]:

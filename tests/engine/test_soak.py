@@ -153,6 +153,6 @@ def test_a_rank_and_its_engine():
         soak = Soak(llm.engine, llm.model.vocab_size, resident_bytes(None, llm._pool.pid(0)))
         soak.run()
         check(soak)
-        scheduler = llm.engine._scheduler
+        scheduler = llm.engine.scheduler
         assert scheduler.tables[0][0].blocks.num_used == 0
         check_empty(scheduler)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from expertlane.errors import SpecError
 from expertlane.model import checkpoint as checkpoint_module
 from expertlane.model import stored_tensors
-from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
+from expertlane.model.checkpoint import Checkpoint
+from expertlane.model.checkpoint_weights import CheckpointWeights
 from expertlane.spec.tensors import tensor_names, tensor_shape
 from model.families import FAMILIES, load_model, make_model
 from model.quantised import COMPRESSED, save_compressed, save_fp8, save_mxfp4

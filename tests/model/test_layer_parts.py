@@ -16,6 +16,7 @@ from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.recorder import Recorder
 from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.layers import DenseBlock
 from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import SeededWeights
 from expertlane.ops.backend import backend_of_cpu
@@ -82,6 +83,11 @@ class Small:
             layer._part = None
         for block in self.stage.moe_blocks.values():
             block.here = None
+            if block.shared is not None:
+                block.shared.part = None
+        for layer in self.stage._layers:
+            if isinstance(layer.block, DenseBlock):
+                layer.block.mlp.part = None
         assert self.stage._head is not None
         self.stage._head._part = None
 
@@ -115,12 +121,21 @@ FAMILIES = {
         BASE.with_overrides(
             qkv_bias=True, shared_expert_intermediate_size=32, shared_expert_gate=True
         ),
-        (True, True, False),
+        (True, True, True),
     ),
     "olmoe": (BASE.with_overrides(qk_norm="full"), (False, True, False)),
     "glm4": (
-        BASE.with_overrides(dense_layers=(0,), intermediate_size=96, routing=GROUPS),
-        (True, True, False),
+        BASE.with_overrides(
+            dense_layers=(0,),
+            intermediate_size=96,
+            shared_expert_intermediate_size=64,
+            routing=GROUPS,
+        ),
+        (True, True, True),
+    ),
+    "narrow shared expert": (
+        BASE.with_overrides(shared_expert_intermediate_size=24),
+        (True, True, None),
     ),
     "deepseek": (
         BASE.with_overrides(latent=LATENT, head_dim=32, num_key_value_heads=None, routing=GROUPS),
@@ -149,6 +164,8 @@ def test_which_way_layers_go(family: str, dtype: torch.dtype):
     attention = {layer._part is not None for layer in layers}
     blocks = {block.here is not None for block in small.stage.moe_blocks.values()}
     whole = small.stage._layers_part() is not None
+    if expected[2] is None:  # which only kernels of unpacked weights take
+        expected = (*expected[:2], dtype is torch.float32)
     assert (attention, blocks, whole) == ({expected[0]}, {expected[1]}, expected[2])
 
 

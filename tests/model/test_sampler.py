@@ -418,3 +418,49 @@ def test_the_likeliest_of_rows_that_are_not_finite():
     assert likeliest(logits).tolist() == [2] + [NO_TOKEN] * 4
     assert Sampler(4, CPU).sample([0, 1, 2, 3, 4], logits) == ([2] + [NO_TOKEN] * 4, {})
     assert likeliest(torch.empty(0, 4)).tolist() == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_is_added_before_all_else(temperature):
+    params = SamplingParams(temperature=temperature, logit_bias={3: 100, 5: -100})
+    tokens, _ = generate(11, {1: params}, [[1, 2]] * 20)
+    assert tokens[1] == [3] * 20
+    plain, _ = generate(11, {}, [[1, 2]] * 20)
+    assert tokens[2] == plain[2]
+
+
+def test_a_bias_of_little_changes_what_penalties_see():
+    def of(*bias):
+        return SamplingParams(temperature=0, repetition_penalty=2.0, logit_bias=bias)
+
+    logits = torch.tensor([[1.0, -1.0, 0.8]])
+    for bias, expected in (((), 0), (((0, 0.5),), 0), (((0, -0.3),), 2)):
+        sampler = Sampler(3, CPU)
+        sampler.begin_step(admitted={1: state(of(*bias), prompt=[1])})
+        assert sampler.sample([1], logits)[0] == [expected]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_stop_token_before_there_are_enough(temperature):
+    vocab_size, stops = 5, (0, 1, 2, 99)
+    params = SamplingParams(temperature=temperature, min_tokens=6, stop_token_ids=stops, seed=1)
+    held = SamplingState(params, 1, np.array([4]), np.array([], dtype=np.int64), stops)
+    sampler = Sampler(vocab_size, CPU)
+    sampler.begin_step(admitted={1: held, 2: state(SamplingParams(seed=2), seed=2)})
+    logits = torch.tensor([[9.0, 1.0, 1.0, 0.0, 0.0]] * 2)
+    chosen = []
+    for step in range(12):
+        batch = [1, 2] if step % 2 else [2, 1]  # another batch each step
+        tokens, _ = sampler.sample(batch, logits)
+        chosen.append(tokens[batch.index(1)])
+    assert {*chosen[:6]} <= {3, 4}
+    assert 0 in chosen[6:]
+
+
+def test_tokens_before_a_preemption_count_as_enough():
+    params = SamplingParams(temperature=0, min_tokens=3, stop_token_ids=(0,))
+    again = SamplingState(params, 1, np.array([4]), np.array([1, 1]), (0,))
+    sampler = Sampler(3, CPU)
+    sampler.begin_step(admitted={1: again})
+    logits = torch.tensor([[9.0, 1.0, 0.0]])
+    assert [sampler.sample([1], logits)[0][0] for _ in range(3)] == [1, 0, 0]

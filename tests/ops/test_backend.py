@@ -1,5 +1,6 @@
 """Which kernels are used: two environment variables, the CPU, the compiler; and what is refused."""
 
+import fcntl
 import os
 import re
 import shlex
@@ -25,6 +26,7 @@ from expertlane.ops.build import (
     SETS,
     BuildError,
     InstructionSet,
+    _CompilerFailed,
     _library,
     build,
     shipped_name,
@@ -176,6 +178,7 @@ def no_compiler(monkeypatch, folder):
 
 
 def broken_compiler(monkeypatch, folder):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     compiler = failing_compiler(folder, "In file included\nx.h:1: error: no room\nnote")
     monkeypatch.setenv("CXX", compiler)
     return f"compiling with {compiler} failed: x.h:1: error: no room"
@@ -303,6 +306,73 @@ def test_a_library_is_compiled_once(monkeypatch, tmp_path):
     assert [path.suffix for path in library.parent.iterdir() if path != library] == [".lock"]
 
 
+def counting_compiler(folder: Path, seconds: float = 0) -> tuple[str, Path]:
+    """One that fails, and the file where it leaves a line each time that it compiles."""
+    script, calls = folder / "cxx", folder / "calls"
+    calls.touch()
+    script.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho >> {calls}\nsleep {seconds}\n'
+        'echo "x.h:1: error: no room" >&2\nexit 1\n'
+    )
+    script.chmod(0o755)
+    return str(script), calls
+
+
+def test_what_failed_is_not_tried_again_at_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler, calls = counting_compiler(tmp_path)
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(BuildError, match=r"failed: x.h:1: error: no room$"):
+        build(BASELINE)
+    num_calls = len(calls.read_text())
+    assert num_calls
+    with pytest.raises(BuildError, match=r"no room; it is tried again in 10 minutes$"):
+        build(BASELINE)
+    assert len(calls.read_text()) == num_calls
+    other = InstructionSet("other", BASELINE.sources, ("-DOTHER",))  # of this nothing is known
+    with pytest.raises(BuildError, match=r"no room$"):
+        build(other)
+    assert len(calls.read_text()) > num_calls
+    (failed,) = (tmp_path / "expertlane").glob("*-baseline-*.failed")
+    os.utime(failed, (1, 1))  # long ago
+    with pytest.raises(BuildError, match=r"no room$"):
+        build(BASELINE)
+
+
+@needs_compiler
+def test_a_compiler_that_is_mended_is_asked_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+    library = _library(compiler, BASELINE)
+    failed = library.with_suffix(".failed")
+    library.unlink()
+    failed.write_text("no room")
+    with pytest.raises(_CompilerFailed, match=r"^no room; it is tried again"):
+        _library(compiler, BASELINE)
+    os.utime(failed, (1, 1))
+    assert _library(compiler, BASELINE) == library
+    assert not failed.exists()
+
+
+def test_who_waits_for_a_compiler_says_so(monkeypatch, tmp_path):
+    """Here, and where another process has the lock, for so long at most."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build_module, "_TOUCH_S", 0.05)
+    compiler, _ = counting_compiler(tmp_path, seconds=0.5)
+    monkeypatch.setenv("CXX", compiler)
+    touched = []
+    with pytest.raises(BuildError, match=r"no room$"):
+        build(BASELINE, lambda: touched.append(1))
+    assert len(touched) >= 2
+    touched.clear()
+    monkeypatch.setattr(build_module, "_LOCK_TIMEOUT_S", 0.5)
+    with (tmp_path / "expertlane" / "build.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(BuildError, match=r"another process has been at it for 0 s$"):
+            build(BASELINE, lambda: touched.append(1))
+    assert len(touched) >= 2
+
+
 @needs_compiler
 def test_every_file_is_compiled_for_some_set(monkeypatch, tmp_path):
     sources = Path(module.__file__).parent.glob("*.cpp")
@@ -310,6 +380,7 @@ def test_every_file_is_compiled_for_some_set(monkeypatch, tmp_path):
     if SETS:
         assert {name for each in sets for name in each.sources} == {path.name for path in sources}
     assert not any("native" in flag for each in sets for flag in each.flags)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(BuildError, match=r"failed: .*no-such-cpu"):
         build(InstructionSet("other", BASELINE.sources, ("-march=no-such-cpu",)))
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertlane.ops.backend import backend_for
-from expertlane.ops.torch_backend import TorchBackend, inverse, stable_order
+from expertlane.ops.bookkeeping import inverse, stable_order
+from expertlane.ops.torch_backend import TorchBackend
 
 pytestmark = pytest.mark.numerical
 

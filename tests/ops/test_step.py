@@ -193,6 +193,54 @@ def test_experts_that_are_all_here(ours, dtype, is_gated: bool, is_narrow: bool,
     assert_near(here.combine(work, x, adds_input=True), x + expected)
 
 
+@pytest.mark.numerical
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    num_tokens=st.sampled_from([1, 2, 9, 32]),
+    sizes=st.sampled_from([(48, 64), (16, 32), (208, 96)]),
+    flags=st.tuples(*[st.booleans()] * 4),
+)
+def test_an_mlp_of_all_tokens(ours, num_tokens: int, sizes, flags):
+    """Against norm, projections, activation and scale one by one."""
+    is_gated, is_narrow, has_norm, has_scale = flags
+    hidden, inner = sizes
+    for dtype in TYPES:
+        (mlp,) = held_experts(ours, 1, hidden, inner, dtype, is_gated=is_gated, is_narrow=is_narrow)
+        activation = Activation("silu" if is_gated else "gelu")
+        norm = 1 + random(hidden, seed=11) / 8 if has_norm else None
+        scale = (random(1, hidden, seed=12) / hidden**0.5).to(dtype) if has_scale else None
+        part = ours.mlp_part(mlp, activation, dtype, norm, 1e-5, scale)
+        x = random(num_tokens, hidden, seed=13, dtype=dtype)
+        assert part is not None
+        assert part.takes(x)
+        rows = x if norm is None else ours.rms_norm(x, norm, 1e-5)
+        gate = None if mlp.gate is None else mlp.gate(rows)
+        expected = mlp.down(activation(gate, mlp.up(rows)))
+        if scale is not None:
+            expected = expected * torch.sigmoid(rows @ scale.T)
+        found, expected = part(x), expected.double()  # which is rounded in three more places
+        assert (found.double() - expected).abs().max() <= 2 * ERRORS[dtype] * expected.abs().max()
+
+
+def test_which_mlps_ours_compute(ours):
+    """No rows, too many, rows apart; other activations, biases, and widths of bfloat16."""
+    for dtype, most in ((torch.float32, FEW_ROWS), (torch.bfloat16, 512)):
+        (mlp,) = held_experts(ours, 1, 32, 32, dtype, is_gated=True)
+        part = ours.mlp_part(mlp, Activation("silu"), dtype, None, 0.0, None)
+        taken = {num: part.takes(torch.empty(num, 32, dtype=dtype)) for num in (0, 1, most)}
+        assert taken == {0: False, 1: True, most: True}
+        assert not part.takes(torch.empty(most + 1, 32, dtype=dtype))
+        assert not part.takes(torch.empty(2, 64, dtype=dtype)[:, :32])
+        for other in (Activation("gelu"), Activation("silu", swiglu_limit=7.0)):
+            assert ours.mlp_part(mlp, other, dtype, None, 0.0, None) is None
+        (odd,) = held_experts(ours, 1, 24, 32, dtype, is_gated=True)
+        assert ours.mlp_part(odd, Activation("silu"), dtype, None, 0.0, None) is None
+    (thin,) = held_experts(ours, 1, 32, 24, torch.bfloat16, is_gated=True)
+    assert ours.mlp_part(thin, Activation("silu"), torch.bfloat16, None, 0.0, None) is None
+    (mlp,) = held_experts(TorchBackend(), 1, 32, 32, torch.float32, is_gated=True)
+    assert TorchBackend().mlp_part(mlp, Activation("silu"), torch.float32, None, 0, None) is None
+
+
 def test_which_blocks_ours_compute(ours):
     """No rows, too many, rows apart, and experts with biases go the general way."""
     params = router_params(4, 2, Routing(), hidden=32)

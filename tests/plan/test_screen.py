@@ -44,7 +44,7 @@ def test_steps_without_overlap_agree_with_the_whole_model(model, num_devices, ex
     found, cluster, setting = screened(model, num_devices, workload, execution=execution)
     plain = [each for each in found if not each.candidate.options.overlap]
     for each in plain[:: max(1, len(plain) // 12)]:
-        layout, options = each.candidate
+        layout, options, _ = each.candidate
         projector = Projector(model, layout, options, cluster, setting)
         num_caches = layout.replicas * layout.dp
         size = StepSize(int(each.steps.num_seqs[-1]), 1, workload.mean_context)
@@ -67,7 +67,7 @@ def test_idle_ranks_agree_with_the_whole_model(num_sequences):
     of_candidate = {str(each.candidate): each for each in found}
     for layout in ("dp=8", "tp=8", "replicas=2,dp=4", "dp=2,tp=4"):
         each = of_candidate[f"{layout}; plain"]
-        projector = Projector(PAPER, *each.candidate, cluster, setting)
+        projector = Projector(PAPER, *each.candidate[:2], cluster, setting)
         step = projector.step(StepSize(num_sequences, 1, workload.mean_context))
         assert each.steps.decode_s[1, -1] == pytest.approx(step.round_s.value, rel=0.15)
 
@@ -99,7 +99,7 @@ def test_a_trace_is_judged_by_several_layers():
         setting = replace(setting_of(PAPER), routing=routing)
         request = PlanRequest(PAPER, cluster, workload, Goals(), setting)
         (found,) = Screen(request).run(candidates, lambda _: None)
-        step = Projector(PAPER, *candidates[0], cluster, setting).step(StepSize(512, 512, 0))
+        step = Projector(PAPER, *candidates[0][:2], cluster, setting).step(StepSize(512, 512, 0))
         seconds[name] = found.steps.prefill_s[1], step.round_s.value
     screened, in_full = (seconds["trace"][k] / seconds["even"][k] for k in (0, 1))
     assert in_full > 3

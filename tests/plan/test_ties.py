@@ -1,11 +1,12 @@
 """Which plans tie, on numbers made by hand, and on a plan."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, hypot, inf, log
 
 import pytest
 
 from expertlane.plan.candidates import Candidate
+from expertlane.plan.search import Search
 from expertlane.plan.ties import Contender, Uncertain, contender, num_kinds, pools_tps, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.spec.deployment import Options
@@ -155,6 +156,25 @@ def test_experts_are_drawn_again_where_they_are_apart(found):
             name == "drawn experts" for name, _ in contender(each, WORKLOAD).tps.by_error
         )
         assert is_drawn == (each.candidate.layout.ep > 1)
+
+
+def test_an_assumed_skew_is_one_error_of_all_that_spread_experts(found):
+    """The first finalist with experts spread and the first without, of a routing with bounds."""
+    search = search_of()
+    setting = search._request.setting
+    bounded = replace(setting, routing=replace(setting.routing, bounds=(0.0, 1.0)))
+    assumed = Search(replace(search._request, setting=bounded))
+    for is_spread in (True, False):
+        one = next(each for each in found.finalists if (each.candidate.layout.ep > 1) == is_spread)
+        other = assumed.finish(one.option)
+        assert other.decode.round_s.value == one.decode.round_s.value
+        skewed = [error for error in contender(other, WORKLOAD).tps.by_error if "skew" in error[0]]
+        assert len(skewed) == is_spread
+        assert (other.decode.wall_s.high > one.decode.wall_s.high) == is_spread
+        assert other.decode.tps.low == pytest.approx(
+            other.decode.num_tokens / other.decode.wall_s.high
+        )
+        assert (other.served.tps[0, 0] < one.served.tps[0, 0]) == is_spread
 
 
 def test_ratios_are_narrower_than_bounds(found):

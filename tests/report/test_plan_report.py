@@ -12,6 +12,7 @@ from example_projection import step
 from expertlane.report import terminal
 from expertlane.report.document import Figure
 from expertlane.report.plan_answer import answer, headline, how_sure, verdict
+from expertlane.report.planning import named
 from expertlane.report.sections import report_of
 from expertlane.results.cost import with_costs
 from expertlane.results.estimate import Estimate, Summary
@@ -230,9 +231,9 @@ def test_why_nothing_is_disaggregated(why, words):
 def test_how_sure_it_is():
     judged = replace(PLAN.cluster, judged=JUDGED)
     assert next(iter(how_sure(replace(PLAN, cluster=judged)))) == (
-        "Nearest measured: TPOT of a model: 34% median error, 127 rows."
+        "Judged on TPOT of a model: 34% median error, 127 rows."
     )
-    assert "never compared with measurements" in next(iter(how_sure(PLAN)))
+    assert "Not judged" in next(iter(how_sure(PLAN)))
 
 
 def test_what_most_time_rests_on_is_said():
@@ -305,3 +306,10 @@ def test_an_answer_fits_a_screen(results):
     assert max(map(len, lines)) <= 80
     names = {word for row in answer(results).parts[0].rows for word in row[1].split()}
     assert all(any(name in line for line in lines) for name in names)  # no word is broken
+
+
+def test_drafts_are_part_of_a_name():
+    record = replace(PLAN.deployments[0], num_drafts=2)
+    assert named(record).endswith(", 2 drafts") or named(record).endswith("; 2 drafts")
+    assert named(replace(record, options=Options(), num_drafts=1)).endswith("; 1 draft")
+    assert "draft" not in named(replace(record, num_drafts=0))

@@ -66,7 +66,10 @@ def test_the_file_has_the_names_of_the_schema(written: Path) -> None:
     data = json.loads(written.read_text())
     assert data["schema_version"] == 8
     deployment = data["deployments"][0]
-    assert deployment["layout"] == {"replicas": 1, "pp": 2, "dp": 1, "tp": 8, "ep": 1}
+    assert deployment["layout"] == {
+        **{"replicas": 1, "pp": 2, "dp": 1, "tp": 8},
+        **{"ep": 1, "dcp": 1},
+    }
     assert deployment["source"] == "measured"
     prefill, decode = deployment["steps"]
     assert (prefill["phase"], decode["phase"]) == ("prefill", "decode")

@@ -1,5 +1,6 @@
 """One deployment on a modelled cluster, without the command around it."""
 
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import parse_cluster
+from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import StepSharing
@@ -17,19 +19,25 @@ from expertlane.simulate.totals import PhaseTotals
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
+from expertlane.spec.names import Stage, Traffic
 from expertlane.spec.workload import LengthRange, Load
 
 MODEL = PRESETS["paper-tiny"]
 
 
-def simulator_of(layout, prefill_layout=None, *, rate=None, num_requests=8):
+ROUTING = PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok)
+
+
+def simulator_of(
+    layout, prefill_layout=None, *, rate=None, num_requests=8, routing=ROUTING, **more
+):
     setup = ServingSetup(
         layout=Layout.parse(layout),
         prefill_layout=None if prefill_layout is None else Layout.parse(prefill_layout),
-        options=Options(),
         types=NumberTypes(),
         execution=Execution.GRAPH,
-        routing=PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok),
+        routing=routing,
+        **{"options": Options(), **more},
     )
     batch = None if rate else 8
     load = Load(num_requests, LengthRange(4, 16), LengthRange(2, 6), batch, rate)
@@ -74,6 +82,23 @@ def test_the_median_step_of_however_many(num_steps, median, apart):
     assert len(totals.sample) <= 257
 
 
+@pytest.mark.parametrize("rate", [None, 50.0])
+def test_an_assumed_skew_widens_bounds_alone(rate):
+    asked, assumed = (replace(ROUTING, alpha=0.8, bounds=each) for each in (None, (0.0, 2.0)))
+    known, wide = (simulator_of("dp=4,ep=4", rate=rate, routing=each) for each in (asked, assumed))
+    assert (known.num_runs, wide.num_runs) == (1 if rate is None else 3, 3)
+    one, other = (serving_record(each.run(0).served).tpot_s.mean for each in (known, wide))
+    assert other.value == one.value
+    assert other.low < one.low
+    assert other.high > one.high
+
+
+def test_skew_is_no_matter_without_expert_parallelism():
+    assumed = replace(ROUTING, bounds=(0.0, 2.0))
+    assert simulator_of("tp=4", routing=assumed).num_runs == 1
+    assert simulator_of("tp=4", "dp=4,ep=4", routing=assumed).num_runs == 3
+
+
 def test_an_open_loop_shares_steps_that_are_alike(monkeypatch):
     sharing, apart = (simulator_of("tp=2", rate=50.0, num_requests=64) for _ in range(2))
     shared = sharing.run(0)
@@ -87,3 +112,44 @@ def test_an_open_loop_shares_steps_that_are_alike(monkeypatch):
     num_steps = sum(len(each.step_s) for each in shared.pools[0].totals.phases.values())
     assert every.pools[0].pool.runner.num_priced == num_steps > 200
     assert shared.pools[0].pool.runner.num_priced < num_steps / 5
+
+
+def to_peers(records):
+    """Bytes of hidden states to each other rank in dispatch; of each rank."""
+    sent = [record.sent_bytes[Stage.DISPATCH, Traffic.PAYLOAD] for record in records]
+    return [set(each[each > 0].tolist()) for each in sent]
+
+
+@pytest.mark.parametrize("form", ["all_to_all", "all_gather"])
+def test_each_phase_has_its_dispatch_form(form):
+    """Only an all-gather sends the same to all."""
+    other = {"all_to_all": "all_gather", "all_gather": "all_to_all"}[form]
+    options = Options(dispatch=form, prefill_dispatch=other)
+    simulator = simulator_of("dp=4,ep=4", options=options)
+    (steps,) = simulator.median_steps(simulator.run(0))
+    is_even = {
+        phase: all(len(each) == 1 for each in to_peers(step.records))
+        for phase, step in steps.items()
+    }
+    assert is_even == {"decode": form == "all_gather", "prefill": other == "all_gather"}
+
+
+def test_pools_apart_take_the_form_of_their_phase():
+    options = Options(dispatch="all_to_all", prefill_dispatch="all_gather")
+    simulator = simulator_of("dp=4,ep=4", "dp=2,ep=2", options=options)
+    assert simulator.setup.options_of("prefill") == Options(dispatch="all_gather")
+    assert simulator.setup.options_of("decode") == Options()
+    assert len(simulator.run(0).served) == 8
+
+
+def test_acceptance_has_bounds(monkeypatch):
+    assert simulator_of("tp=2").num_runs == 1
+    spread = []
+    for unsure in (0.1, 0.0):
+        monkeypatch.setattr("expertlane.cost.multi_token.ACCEPTANCE_UNSURE", unsure)
+        simulator = simulator_of("tp=2", multi_token=MultiToken(2, 0.6))
+        assert simulator.num_runs == 3
+        tpot_s = serving_record(simulator.run(0).served).tpot_s.mean
+        assert tpot_s.low < tpot_s.value < tpot_s.high
+        spread.append(tpot_s.high / tpot_s.low)
+    assert spread[0] > 1.05 * spread[1]

@@ -17,6 +17,7 @@ from expertlane.spec.deployment import (
     is_by_node_on,
 )
 from expertlane.spec.layout import Layout
+from expertlane.spec.names import Phase
 
 FLAT, GATHER = DispatchMode("all_to_all"), DispatchMode("all_gather")
 FLAT_OVERLAP = DispatchMode("all_to_all", overlap=True)
@@ -145,3 +146,29 @@ def test_what_a_form_comes_down_to():
     assert forms_on("dp=2,ep=2") == list(DISPATCH_FORMS)
     assert is_by_node_on(Layout.parse("dp=2,ep=2"), "hierarchical")
     assert not is_by_node_on(Layout.parse("dp=2"), "hierarchical")
+
+
+def test_prompts_may_have_a_form_of_their_own():
+    table = DispatchTable.fixed("all_to_all", overlap=True, prefill_form="hierarchical")
+    chosen = [table.choose(9, phase=phase) for phase in (Phase.PREFILL, Phase.DECODE, None)]
+    assert [each.form for each in chosen] == ["hierarchical", "all_to_all", "all_to_all"]
+    assert all(each.overlap for each in chosen)
+    assert set(table.forms) == {"all_to_all", "hierarchical"}
+    assert str(table) == "all-to-all with overlap, hierarchical in prefill"
+
+
+def test_options_of_a_phase():
+    options = Options(dispatch="all_gather", prefill_dispatch="hierarchical")
+    assert options.of_phase(Phase.PREFILL) == Options(dispatch="hierarchical")
+    assert options.of_phase(Phase.DECODE) == Options(dispatch="all_gather")
+    assert Options(dispatch="auto").of_phase(Phase.PREFILL) == Options(dispatch="auto")
+    assert options.is_by_node
+    assert str(options) == "all-gather, hierarchical in prefill"
+    assert options.forms(Layout(dp=16, ep=16), 8) == ("all_gather", "hierarchical")
+
+
+def test_a_form_of_prompts_that_cannot_be():
+    with pytest.raises(SpecError, match="dispatch is auto, which picks a form for every step"):
+        Options(dispatch="auto", prefill_dispatch="all_gather")
+    with pytest.raises(SpecError, match="valid: all_to_all, all_gather, hierarchical"):
+        Options(prefill_dispatch="ring")

@@ -154,9 +154,9 @@ def test_text_leaves_out_ones_and_spaces_are_allowed():
     [
         ("", "layout '' names no axis; an example: tp=8,pp=2"),
         (" , ", "layout ' , ' names no axis; an example: tp=8,pp=2"),
-        ("xp=2", "layout 'xp=2': unknown axis 'xp'; valid: replicas, pp, dp, tp, ep"),
-        ("=2", "layout '=2': unknown axis ''; valid: replicas, pp, dp, tp, ep"),
-        ("TP=2", "layout 'TP=2': unknown axis 'TP'; valid: replicas, pp, dp, tp, ep"),
+        ("xp=2", "layout 'xp=2': unknown axis 'xp'; valid: replicas, pp, dp, tp, ep, dcp"),
+        ("=2", "layout '=2': unknown axis ''; valid: replicas, pp, dp, tp, ep, dcp"),
+        ("TP=2", "layout 'TP=2': unknown axis 'TP'; valid: replicas, pp, dp, tp, ep, dcp"),
         ("tp=2,tp=2", "layout 'tp=2,tp=2': tp is given twice"),
         ("tp", "layout 'tp': tp is ''; it must be a whole number, 1 to 1,000,000"),
         ("tp=", "layout 'tp=': tp is ''; it must be a whole number, 1 to 1,000,000"),
@@ -246,3 +246,24 @@ def test_ranks_of_a_node_are_counted_over_all_stages():
     # Ranks 2 and 3, the second stage, lie on two nodes.
     with pytest.raises(SpecError, match="nodes of 3 hold 1, 1, and 2 in another stage or replica"):
         Layout.parse("pp=3,dp=2,ep=2").ep_ranks_per_node(3)
+
+
+MULTI_QUERY = TINY.with_overrides(num_attention_heads=8, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize(("layout", "most"), [("tp=1", 1), ("tp=2", 1), ("tp=4", 2), ("tp=8", 4)])
+def test_context_parallelism_parts_what_ranks_hold_twice(layout, most):
+    parsed = Layout.parse(layout)
+    assert parsed.most_dcp(MULTI_QUERY) == most
+    for dcp in (1, 2, 4, 8):
+        if parsed.tp % dcp:
+            with pytest.raises(SpecError, match=f"dcp={dcp} does not divide tp={parsed.tp}"):
+                Layout.parse(f"{layout},dcp={dcp}")
+            continue
+        parted = Layout.parse(f"{layout},dcp={dcp}")
+        assert parted.world_size == parsed.world_size
+        if most % dcp:
+            with pytest.raises(SpecError, match="valid dcp"):
+                parted.check_model(MULTI_QUERY)
+        else:
+            parted.check_model(MULTI_QUERY)

@@ -48,6 +48,7 @@ def test_plain_greedy_needs_no_logits(asked, needs_logits):
         ("frequency_penalty", [-2.1, 2.1, NAN, INF, "0"]),
         ("top_k", [-1, 0.5, 3.0, NAN, True, "3", None]),
         ("max_tokens", [0, -5, 2.0, NAN, True, None]),
+        ("min_tokens", [-1, 2.0, NAN, True, None]),
         ("seed", [-1, 2**64, 1.0, True, "1"]),
         ("logprobs", [-1, 21, 1.0, True]),
     ],
@@ -70,6 +71,8 @@ def test_a_number_of_many_digits_is_not_written_out():
         ("ignore_eos", [None, 1, "yes"], "true or false"),
         ("stop", [None, 5, b"x"], "a list of strings, none empty"),
         ("stop_token_ids", [None, 5, "5"], "a list of whole numbers"),
+        ("logit_bias", [None, 5, "x", [5], [(1, 2, 3)]], "pairs of a token id and a number"),
+        ("min_tokens", [257], "at most max_tokens, 256"),
     ],
 )
 def test_a_value_of_another_kind_is_refused_in_one_line(name, values, valid):
@@ -127,3 +130,35 @@ def test_values_are_kept_in_one_form():
         assert type(getattr(params, name)) is type(getattr(same, name))
     assert (params.stop, params.stop_token_ids) == (("end",), (7, 9))
     assert dataclasses.replace(params, temperature=0).is_greedy
+
+
+def test_a_bias_is_a_mapping_or_pairs():
+    assert SamplingParams(logit_bias={5: 1, 7: -2.5}).logit_bias == ((5, 1.0), (7, -2.5))
+    assert SamplingParams(logit_bias=[(5, 1)]) == SamplingParams(logit_bias={5: 1})
+
+
+@pytest.mark.parametrize(
+    ("bias", "words"),
+    [
+        ({-1: 1}, "a token of logit_bias is -1; it must be a whole number, 0 to 2,147,483,647"),
+        ({1: 101}, "a number of logit_bias is 101; it must be a number, -100 to 100"),
+        ({1: NAN}, "a number of logit_bias is nan; it must be a number, -100 to 100"),
+    ],
+)
+def test_a_bad_bias_is_named(bias, words):
+    with pytest.raises(UserError) as refused:
+        SamplingParams(logit_bias=bias)
+    assert str(refused.value) == f"sampling: {words}"
+
+
+@pytest.mark.parametrize(
+    ("params", "needs"),
+    [
+        ({"min_tokens": 3}, True),
+        ({"min_tokens": 3, "ignore_eos": True}, False),
+        ({"min_tokens": 3, "ignore_eos": True, "stop_token_ids": [5]}, True),
+        ({"logit_bias": {5: 1}}, True),
+    ],
+)
+def test_what_changes_logits_needs_them(params, needs):
+    assert SamplingParams(temperature=0, **params).needs_logits == needs

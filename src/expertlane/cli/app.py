@@ -15,6 +15,7 @@ from expertlane.cli.help import Command, Group
 from expertlane.cli.list import app as list_app
 from expertlane.cli.plan import plan
 from expertlane.cli.report import report
+from expertlane.cli.serve import serve
 from expertlane.cli.simulate import simulate
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ for _command, _help in {
     compare: "Run deployments side by side; say which is faster, and why.",
     plan: "Find the best deployment of a model on a cluster, and why it is.",
     generate: "Continue prompts with a model, or talk to it.",
+    serve: "Serve a model over HTTP, with the OpenAI API.",
     bench: "Measure throughput and latency under load.",
     simulate: "Project one deployment on target hardware; needs no GPU.",
     balance: "Place experts on ranks by the load in a routing trace.",
@@ -54,7 +56,7 @@ def _expertlane(
         ),
     ] = False,
 ) -> None:
-    """Run and compare expert-parallel inference of Mixture-of-Experts models.
+    """Run, serve and compare expert-parallel inference of Mixture-of-Experts models.
 
     \b
     Examples:

@@ -20,6 +20,7 @@ from expertlane.cli.options import (
     LaunchOptions,
     cluster_option,
     dtype_option,
+    framework_option,
     parse_list,
     skew_option,
     trace_option,
@@ -102,11 +103,14 @@ class _Projection:
     )
     cluster: str | None = cluster_option(None, "as many h100 as ranks")
     skew: float | None = skew_option()
+    framework: str | None = framework_option()
 
     def __post_init__(self) -> None:
-        if not self.project and (self.cluster is not None or self.skew is not None):
-            option = "--skew" if self.cluster is None else "--cluster"
-            raise UserError(f"{option} needs a projection; add --project")
+        if self.project:
+            return
+        for name in ("cluster", "skew", "framework"):
+            if getattr(self, name) is not None:
+                raise UserError(f"--{name} needs a projection; add --project")
 
 
 @dataclass
@@ -235,9 +239,10 @@ def _projector(
         UserError: an unknown cluster, or one with too few devices.
     """
     from expertlane.compare.projection import ExperimentProjector, usual_number_type
-    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.laws.frameworks import served_cluster
 
-    cluster = parse_cluster(options.cluster or f"{DEFAULT_PROFILE}x{experiment.num_ranks}")
+    name = options.cluster or f"{DEFAULT_PROFILE}x{experiment.num_ranks}"
+    cluster = served_cluster(name, options.framework)
     number_type = dtype or usual_number_type(cluster.profile)
     skew = DEFAULT_SKEW if options.skew is None else options.skew
     return ExperimentProjector(experiment, cluster, number_type, skew)

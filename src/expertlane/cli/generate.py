@@ -298,7 +298,7 @@ class Chat:
         return self._outputs
 
     def _answer(self, llm: "LLM", message: str) -> None:
-        from expertlane.engine.engine import deferred_interrupts
+        from expertlane.engine.shared_engine import deferred_interrupts
 
         number = str(len(self._outputs) + 1)
         output = llm.engine.add(

@@ -20,6 +20,7 @@ class Panel(StrEnum):
 
     PROMPTS = "Prompts"
     SAMPLING = "Sampling"
+    SERVER = "Server"
     WORKLOAD = "Workload"
     DEPLOYMENT = "Deployment"
     PROJECTION = "Projection"

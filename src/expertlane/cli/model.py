@@ -45,15 +45,21 @@ class FoundModel:
         chosen.check_model(self.config)
         return chosen
 
-    def check(self, layout: Layout, options: Options, ranks_per_node: int) -> None:
+    def check(
+        self, layout: Layout, options: Options, ranks_per_node: int, *, is_modelled: bool = False
+    ) -> None:
         """Check what can be known before ranks are started.
+
+        Args:
+            is_modelled: as `check_deployment` takes it.
 
         Raises:
             UserError: experts cannot be placed or reached so.
         """
         from expertlane.engine.launch import check_deployment
 
-        check_deployment(self.config, Deployment(self.name, layout, options), ranks_per_node)
+        deployment = Deployment(self.name, layout, options)
+        check_deployment(self.config, deployment, ranks_per_node, is_modelled=is_modelled)
 
     def load(self, layout: Layout, engine: EngineOptions, *, record_routing: bool = False) -> "LLM":
         """Start the ranks and load the model, saying so on stderr.

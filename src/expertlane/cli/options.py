@@ -3,16 +3,17 @@
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import typer
 
 from expertlane.cli import completion
 from expertlane.cli.help import Panel
-from expertlane.errors import UserError
+from expertlane.errors import UserError, naming
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
     DispatchChoice,
+    DispatchForm,
     MicroBatchSchedule,
     Options,
     PayloadType,
@@ -21,6 +22,9 @@ from expertlane.spec.deployment import (
 )
 from expertlane.spec.names import CpuIsa
 from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
+
+if TYPE_CHECKING:
+    from expertlane.cost.multi_token import MultiToken
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 CacheType = Literal["float32", "bfloat16", "float16", "float8"]
@@ -172,6 +176,9 @@ def skew_option() -> Any:
     )
 
 
+BATCHED_TOKENS = 2048
+
+
 @dataclass(frozen=True, kw_only=True)
 class SchedulerOptions:
     """How many requests run at once, in the engine and on a modelled cluster."""
@@ -182,7 +189,7 @@ class SchedulerOptions:
         256, metavar="N", help="Concurrent requests per data-parallel rank."
     )
     max_num_batched_tokens: int = typer.Option(
-        2048, metavar="N", help="Tokens per step and data-parallel rank."
+        BATCHED_TOKENS, metavar="N", help="Tokens per step and data-parallel rank."
     )
 
 
@@ -213,6 +220,11 @@ class DeploymentOptions:
         + ", ".join(form.sends for form in DISPATCH_FORMS.values())
         + ", or the fastest for a step's number of tokens, timed at startup.",
     )
+    prefill_dispatch: DispatchForm | None = typer.Option(
+        None,
+        show_default="as --dispatch",
+        help="The dispatch form of steps that hold prompts, where it is another.",
+    )
     payload: PayloadType = typer.Option(
         "model",
         help="Number type of dispatched hidden states; float8 rounds them (expertlane compare "
@@ -242,11 +254,41 @@ class DeploymentOptions:
             num_micro_batches=self.num_micro_batches,
             micro_batch_schedule=self.micro_batch_schedule,
             dispatch=self.dispatch,
+            prefill_dispatch=self.prefill_dispatch,
             payload=self.payload,
             num_redundant_experts=num_redundant,
             **where,
         )
         object.__setattr__(self, "options", options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftOptions:
+    """Multi-token prediction on a modelled cluster."""
+
+    panel: ClassVar = Panel.MORE_DEPLOYMENT
+    mtp: int = typer.Option(0, metavar="N", help="Multi-token prediction: N draft tokens per step.")
+    mtp_acceptance: float | None = typer.Option(
+        None, metavar="P", help="Acceptance rate of drafts, 0 to 1; needed with --mtp."
+    )
+
+    def multi_token(self) -> "MultiToken":
+        """Both.
+
+        Raises:
+            UserError: one without the other, or no such number.
+        """
+        from expertlane.cost.multi_token import MultiToken
+
+        acceptance = self.mtp_acceptance
+        if (acceptance is None) == (self.mtp > 0):
+            raise UserError(
+                f"--mtp is {self.mtp} and --mtp-acceptance "
+                + ("not given" if acceptance is None else f"{acceptance:g}")
+                + "; give both, 1 or more tokens and a share from 0 to 1, or neither"
+            )
+        with naming("--mtp"):
+            return MultiToken(self.mtp, acceptance or 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +336,12 @@ class EngineOptions:
         help="Type in which matrices are kept; int8 rounds them while loading, with a scale for "
         "every 128 inputs.",
     )
+    cache_int8: bool = typer.Option(
+        False,
+        "--cache-int8",
+        help="With --weights int8: keep what is rounded in the checkpoint's folder, for later "
+        "starts.",
+    )
     rebalance_steps: int = typer.Option(
         0,
         metavar="STEPS",
@@ -305,7 +353,10 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         options = replace(
-            self.deployment.options, weights=self.weights, rebalance_steps=self.rebalance_steps
+            self.deployment.options,
+            weights=self.weights,
+            cache_int8=self.cache_int8,
+            rebalance_steps=self.rebalance_steps,
         )
         object.__setattr__(self, "options", options)
 
@@ -321,6 +372,17 @@ class EngineOptions:
             **vars(self.scheduler),
             **vars(self.launch),
         }
+
+
+def framework_option() -> Any:
+    """Whose overheads a projection takes."""
+    return typer.Option(
+        None,
+        metavar="NAME",
+        show_default="the profile's own overheads",
+        help="Overheads as fitted to a serving framework: trt, dynamo-trt or sglang; simulate also "
+        "takes its --max-num-batched-tokens, where that is not given.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +401,7 @@ class ProjectionOptions:
     execution: Literal["graph", "eager"] = typer.Option(
         "graph", help="Steps as CUDA graphs, or kernels launched one by one."
     )
+    framework: str | None = framework_option()
 
 
 def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:

@@ -11,6 +11,7 @@ from expertlane.cli.load import PlannedLoad
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
+    DraftOptions,
     ModelArgument,
     ProjectionOptions,
     cluster_option,
@@ -38,14 +39,16 @@ def plan(
     output_options: OutputOptions,
     load: PlannedLoad,
     projection: ProjectionOptions,
+    drafts: DraftOptions,
 ) -> None:
     """Find the deployment with the most tokens/s on a cluster, within latency limits.
 
-    Tries every layout × replicas × dispatch form × overlap × micro-batches × redundant experts,
-    aggregated and disaggregated (prefill and decode apart); projects each with a cost model
+    Tries every layout × replicas × dispatch form of each phase × overlap × micro-batches ×
+    redundant experts, with --mtp also × drafts or none, aggregated and disaggregated (prefill and
+    decode apart); projects each with a cost model
     calibrated on public measurements. Needs no GPU, loads no weights. Gives each deployment's gap
-    to #1, and writes the winner as an experiment for expertlane compare, and as vLLM and SGLang
-    command lines.
+    to #1, and writes the winner as an experiment for expertlane compare, and as
+    command lines of vLLM, SGLang and TensorRT-LLM.
 
     \b
     Examples:
@@ -61,22 +64,28 @@ def plan(
       expertlane plan paper --json | jq '.deployments[0].layout'
           for other programs
     """
-    output.publish(run(own, load, projection, output_options.call()), output_options)
+    output.publish(run(own, load, projection, drafts, output_options.call()), output_options)
 
 
 def run(
-    own: _Options, load: PlannedLoad, projection: ProjectionOptions, call: output.Call
+    own: _Options,
+    load: PlannedLoad,
+    projection: ProjectionOptions,
+    drafts: DraftOptions,
+    call: output.Call,
 ) -> output.Found:
     """Plan, without a word on standard output."""
     from expertlane.cost.laws.execution import Execution
-    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.laws.frameworks import served_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.plan.candidates import Goals, PlanRequest
     from expertlane.plan.project import Setting
     from expertlane.plan.results import make_plan
     from expertlane.results.cost import with_costs
 
-    found, devices = find_model(own.model, weights=False), parse_cluster(own.cluster)
+    multi_token = drafts.multi_token()
+    found = find_model(own.model, weights=False)
+    devices = served_cluster(own.cluster, projection.framework)
     workload, goals = load.workload(found.config), Goals(**load.limits_s())
     workload.check_model(found.config, as_options=True)
     routing = choose_routing(
@@ -85,7 +94,13 @@ def run(
     types = found.number_types(projection, devices)
     is_narrow = types.weights in ("float8", "nvfp4")  # DeepEP sends float8 beside both
     payload: PayloadType = "float8" if is_narrow else "model"
-    setting = Setting(types, Execution(projection.execution), routing.source, payload)
+    setting = Setting(
+        types,
+        Execution(projection.execution),
+        routing.source,
+        payload,
+        multi_token=multi_token,
+    )
     name = output.slug("plan", found.config.name, devices)
     folder = call.folder(name)
     experiment = None if folder is None else folder / _EXPERIMENT

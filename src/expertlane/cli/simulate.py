@@ -1,5 +1,6 @@
 """`expertlane simulate`: one deployment on a modelled cluster, on a virtual clock."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -12,7 +13,9 @@ from expertlane.cli.load import SimulatedLoad
 from expertlane.cli.model import find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
+    BATCHED_TOKENS,
     DeploymentOptions,
+    DraftOptions,
     ModelArgument,
     ProjectionOptions,
     SchedulerOptions,
@@ -24,9 +27,11 @@ from expertlane.cli.output_options import OutputOptions
 from expertlane.errors import UserError, naming
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from expertlane.cli.model import FoundModel
     from expertlane.cost.laws.profile_file import ModelledCluster
-    from expertlane.cost.multi_token import MultiToken
+    from expertlane.results.results import Results
     from expertlane.simulate.simulator import Outcome, ServingSetup, Simulator
 
 
@@ -40,19 +45,7 @@ class _Options:
         metavar="LAYOUT",
         rich_help_panel=Panel.MORE_DEPLOYMENT,
         help="Disaggregated: a prefill pool of its own, on further devices; --layout then decodes. "
-        "All other options hold for both pools.",
-    )
-    mtp: int = typer.Option(
-        0,
-        metavar="N",
-        rich_help_panel=Panel.MORE_DEPLOYMENT,
-        help="Multi-token prediction: N draft tokens per step.",
-    )
-    mtp_acceptance: float | None = typer.Option(
-        None,
-        metavar="P",
-        rich_help_panel=Panel.MORE_DEPLOYMENT,
-        help="Acceptance rate of drafts, 0 to 1; needed with --mtp.",
+        "All other options hold for both pools; --prefill-dispatch is the prefill pool's.",
     )
     trace: bool = trace_option()
 
@@ -77,6 +70,7 @@ def simulate(
     load_options: SimulatedLoad,
     projection: ProjectionOptions,
     deployment: _Deployment,
+    drafts: DraftOptions,
     scheduler: SchedulerOptions,
 ) -> None:
     """Project one deployment on target hardware.
@@ -96,7 +90,7 @@ def simulate(
           --prefill-layout tp=8 --cluster h100x16 --trace
     """
     call = output_options.call()
-    found = run(model, own, load_options, projection, deployment, scheduler, call)
+    found = run(model, own, load_options, projection, deployment, drafts, scheduler, call)
     output.publish(found, output_options)
 
 
@@ -106,25 +100,25 @@ def run(
     load_options: SimulatedLoad,
     projection: ProjectionOptions,
     deployment: _Deployment,
+    drafts: DraftOptions,
     scheduler: SchedulerOptions,
     call: output.Call,
 ) -> output.Found:
     """Simulate, without a word on standard output."""
     loads = load_options.loads()
-    multi_token = _multi_token(own.mtp, own.mtp_acceptance)
+    multi_token = drafts.multi_token()
     found_model = find_model(model, weights=False)
 
     from expertlane.cost.laws.execution import Execution
-    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.laws.frameworks import served_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.results.chrome_trace import write_traces
     from expertlane.results.cost import with_costs
-    from expertlane.simulate.results import best_run, simulation
+    from expertlane.simulate.results import simulation
     from expertlane.simulate.simulator import ServingSetup, Simulator
     from expertlane.spec.workload import check_lengths
 
     config, seed = found_model.config, load_options.seed
-    modelled = parse_cluster(own.cluster)
+    modelled = served_cluster(own.cluster, projection.framework)
     routing = choose_routing(config, projection.routing_trace, projection.skew, seed)
     setup = ServingSetup(
         layout=found_model.lay_out(own.layout),
@@ -136,7 +130,7 @@ def run(
         execution=Execution(projection.execution),
         routing=routing.source,
         multi_token=multi_token,
-        **vars(scheduler),
+        **_sizes(scheduler, projection.framework),
     )
     for load in loads:
         check_lengths(load, config.max_position_embeddings)
@@ -154,14 +148,38 @@ def run(
     )
     if load_options.price is not None:
         results = with_costs(results, load_options.price)
+    traced = folder if own.trace else None
+    return output.Found(results, folder, lambda: _write_trace(runs, results, traced))
 
-    def write_steps() -> list[Path]:
-        if folder is None or not own.trace:
-            return []
-        simulator, outcome = best_run(runs, results.deployments[0].serving)
-        return write_traces({str(setup.layout): simulator.trace(outcome)}, folder)
 
-    return output.Found(results, folder, write_steps)
+def _write_trace(
+    runs: "Sequence[tuple[Simulator, Outcome]]", results: "Results", folder: Path | None
+) -> list[Path]:
+    """The steps of the best run, if there is a folder for them; gives the files."""
+    if folder is None:
+        return []
+
+    from expertlane.results.chrome_trace import write_traces
+    from expertlane.simulate.results import best_run
+
+    simulator, outcome = best_run(runs, results.deployments[0].serving)
+    return write_traces({str(simulator.setup.layout): simulator.trace(outcome)}, folder)
+
+
+def _sizes(scheduler: SchedulerOptions, framework: str | None) -> dict[str, int]:
+    """The scheduler's; tokens of a step are the framework's where none were asked for."""
+    from expertlane.cost.laws.frameworks import find_framework
+
+    if framework is None:
+        return vars(scheduler)
+    found, tokens = find_framework(framework), scheduler.max_num_batched_tokens
+    if tokens == BATCHED_TOKENS:
+        tokens = found.max_num_batched_tokens
+    return {
+        **vars(scheduler),
+        "max_num_batched_tokens": tokens,
+        "prompt_wait_steps": found.prompt_wait_steps,
+    }
 
 
 def _check(found: "FoundModel", setup: "ServingSetup", modelled: "ModelledCluster") -> None:
@@ -174,23 +192,9 @@ def _check(found: "FoundModel", setup: "ServingSetup", modelled: "ModelledCluste
 
     check_fits_cluster(modelled, setup)
     per_node = modelled.profile.ranks_per_node
-    found.check(setup.layout, setup.options, per_node)
-    if setup.prefill_layout is not None:
-        with naming("--prefill-layout"):
-            found.check(setup.prefill_layout, setup.options, per_node)
-
-
-def _multi_token(num_drafts: int, acceptance: float | None) -> "MultiToken":
-    from expertlane.cost.multi_token import MultiToken
-
-    if (acceptance is None) == (num_drafts > 0):
-        raise UserError(
-            f"--mtp is {num_drafts} and --mtp-acceptance "
-            + ("not given" if acceptance is None else f"{acceptance:g}")
-            + "; give both, 1 or more tokens and a share from 0 to 1, or neither"
-        )
-    with naming("--mtp"):
-        return MultiToken(num_drafts, acceptance or 0.0)
+    for role, layout in setup.pools.items():
+        with naming("--prefill-layout") if role == "prefill" else nullcontext():
+            found.check(layout, setup.options_of(role), per_node, is_modelled=True)
 
 
 def _run(simulator: "Simulator", seed: int, *, is_alone: bool) -> "Outcome":

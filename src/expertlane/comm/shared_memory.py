@@ -19,6 +19,7 @@ from torch import Tensor
 from expertlane.comm.region import Region
 from expertlane.comm.transport import PeerLostError
 from expertlane.errors import CapacityError
+from expertlane.ops.library import function_of
 from expertlane.ops.row_parts import RowParts
 
 _SLICE_S = 0.5  # of a wait: in between, Python handles signals
@@ -79,23 +80,17 @@ class CompiledEndpoint:
         self, library: ctypes.CDLL, memory: mmap.mmap, region: Region, rank: int, num_spins: int
     ) -> None:
         self._library, self._memory = library, memory  # mapped as long as this lives
-        pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        for name, result, arguments in (
-            ("shared_group_bytes", number, [number]),
-            ("shared_open", pointer, [pointer, *[number] * 5]),
-            ("shared_close", None, [pointer]),
-            ("shared_group", pointer, [pointer, *[number] * 4, pointer]),
-            ("shared_room", number, [pointer, number]),
-            (
-                "shared_begin",
-                pointer,
-                [pointer, number, pointer, pointer, flag, pointer, pointer],
-            ),
-            ("shared_wait", flag, [pointer, number, pointer, pointer]),
-            ("shared_end", None, [pointer]),
+        for name, arguments, result in (
+            ("shared_group_bytes", "n", "n"),
+            ("shared_open", "pnnnnn", "p"),
+            ("shared_close", "p", ""),
+            ("shared_group", "pnnnnp", "p"),
+            ("shared_room", "pn", "n"),
+            ("shared_begin", "pnppipp", "p"),
+            ("shared_wait", "pnpp", "i"),
+            ("shared_end", "p", ""),
         ):
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
+            function_of(library, name, arguments, result)
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         sizes = region.num_ranks, region.groups_bytes, region.heap_bytes
         self._endpoint = library.shared_open(base, *sizes, rank, num_spins)

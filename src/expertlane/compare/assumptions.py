@@ -229,7 +229,8 @@ def projected_assumptions(
         ),
         Assumption(
             "routing",
-            "uniform" if not skew else f"balanced: uniform; skewed: Zipf's law, exponent {skew:g}",
+            "uniform" if not skew else f"skewed: Zipf's law, exponent {skew:g}; balanced: uniform",
+            "published traces are skewed, so that is the usual case and uniform the best one; "
             "experts are drawn per token, so balanced loads vary too",
             "--skew",
         ),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from expertlane.errors import UserError
-from expertlane.plan.candidates import PlanRequest
+from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.results import candidate_record, pareto_records
 from expertlane.plan.search import OnePool, Search
 from expertlane.progress import Progress
@@ -49,9 +49,9 @@ def plan_beside(
         rows[place : place + 1] = [replace(fastest, roles=(*fastest.roles, FASTEST))]
     if found is not None:
         rows.append(candidate_record(found.finalists[0], 0, BEST, conditions))
-        by_candidate = {tuple(option.candidate): option for option in found.options}
+        by_candidate = {option.candidate: option for option in found.options}
         for place, row in enumerate(own):
-            option = by_candidate.get((row.layout, row.options))
+            option = by_candidate.get(Candidate(row.layout, row.options))
             if option is not None and option.place is not None:
                 planned = candidate_record(search.finish(option), 0, BEST, conditions)
                 rows[place] = replace(rows[place], serving=planned.serving)
@@ -82,7 +82,7 @@ def _fastest(
     finalists = [] if found is None else found.finalists
     rows = list(own)
     for finalist in [each for each in finalists if each.num_seqs >= num_seqs][:_NUM_IN_FULL]:
-        layout, options = finalist.candidate
+        layout, options, _ = finalist.candidate
         if any((row.layout, row.options) == (layout, options) for row in own):
             continue
         rows.append(row_of(Deployment(str(finalist.candidate), layout, options)))

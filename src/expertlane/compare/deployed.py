@@ -12,7 +12,7 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.compare.journal import Journal, Measurement
 from expertlane.compare.pair import Repeated
 from expertlane.compare.projection import usual_number_type
-from expertlane.compare.records import measured_record, rebalance_records, typical
+from expertlane.compare.records import measured_record, rebalance_records, traced_steps
 from expertlane.compare.virtual import VirtualRuns, VirtualSettings
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.number_types import NumberTypes
@@ -333,7 +333,9 @@ class Deployed:
             return None
         layout, options, dispatch = deployment.layout, deployment.options, self._dispatch
         if options.dispatch != "auto" and options.overlap != "auto":
-            dispatch = DispatchTable.fixed(options.dispatch, options.overlap)
+            dispatch = DispatchTable.fixed(
+                options.dispatch, options.overlap, options.prefill_dispatch
+            )
         assert dispatch is not None, "what is auto was timed"
         builder = ProgramBuilder(
             model,
@@ -356,7 +358,7 @@ class Deployed:
         share: Sequence[StepRecord],
     ) -> DeploymentRecord:
         layout, ranks_per_node = self.deployment.layout, self.setting.ranks_per_node
-        kept = self._traced(steps)
+        kept = traced_steps(self.deployment.options, steps)
         self.traces[self.name if source == "measured" else f"{self.name} {source}"] = kept
         timelines = timelines_of(kept)
         phases = [
@@ -383,22 +385,6 @@ class Deployed:
             return found
         alike = phase_record(layout, share, peak, ranks_per_node)
         return replace(found, steps=(*found.steps, alike))
-
-    def _traced(self, measured: Mapping[Phase, Sequence[StepRecord]]) -> list[StepRecord]:
-        """A prefill and a decode step of those with events.
-
-        Of those with most tokens the one that takes about as long as most did; of micro-batches
-        that rotate, as many steps of each as make a round.
-        """
-        options = self.deployment.options
-        is_rotating = options.micro_batch_schedule == "rotating"
-        num_kept = options.num_micro_batches if is_rotating else 1
-        kept: list[StepRecord] = []
-        for of_phase in measured.values():
-            traced = [step for step in of_phase if step.records[0].events is not None]
-            if traced:
-                kept += typical(traced, of_phase, num_kept)
-        return kept
 
 
 def _without_scheduler(steps: StepsRecord) -> StepsRecord:

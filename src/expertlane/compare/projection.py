@@ -66,7 +66,8 @@ class ExperimentProjector:
 
     Args:
         number_type: of weights, hidden states, keys and values.
-        skew: of the power law for skewed routing, which is projected too; 0 for uniform alone.
+        skew: of the power law for skewed routing, the usual one; uniform routing, the best case, is
+            projected too. 0 for uniform alone.
 
     Raises:
         CapacityError: the cluster has too few devices, with both numbers.
@@ -84,7 +85,8 @@ class ExperimentProjector:
         is_cpu = OVERHEAD_S in cluster.profile.terms
         gpu = [Execution.GRAPH, Execution.EAGER]
         self._executions = [Execution.SERIAL] if is_cpu else gpu
-        self._usual = self._conditions(self._executions[0], "balanced")  # those spoken of
+        self._routings = ("skewed", "balanced") if skew else ("balanced",)
+        self._usual = self._conditions(self._executions[0], self._routings[0])  # those spoken of
         prompt_len = experiment.workload.prompt_len
         self._contexts = sorted({each for each in CONTEXTS if each < prompt_len} | {prompt_len})
         self._check()
@@ -159,14 +161,13 @@ class ExperimentProjector:
     def _rows(self, progress: Progress) -> list[DeploymentRecord]:
         """Every deployment under all conditions, the usual ones first."""
         deployments = self._experiment.deployments
-        routings = ("balanced", "skewed") if self._skew else ("balanced",)
-        cases = list(product(self._executions, routings, deployments))
+        cases = list(product(self._executions, self._routings, deployments))
         rows: list[DeploymentRecord] = []
         for case in each_of(cases, progress, f"projecting on {self._cluster}"):
             execution, routing, deployment = case
             conditions = self._conditions(execution, routing)
-            if routing == "skewed" and deployment.layout.ep == 1:
-                # Every rank has a part of every expert: as under balanced routing, before.
+            if routing != self._routings[0] and deployment.layout.ep == 1:
+                # Every rank has a part of every expert: as under skewed routing, before.
                 row = replace(rows[-len(deployments)], conditions=conditions)
             else:
                 row = replace(self._row(deployment, conditions), roles=(EXPERIMENT,))

@@ -1,7 +1,7 @@
 """What ranks did, as the record of a deployment."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -20,8 +20,9 @@ from expertlane.results.record import (
 )
 from expertlane.results.step_record import StepRecord
 from expertlane.results.time_shares import find_bottleneck
-from expertlane.spec.deployment import Deployment
+from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Phase
 
 
 def measured_record(
@@ -74,7 +75,25 @@ def measured_record(
     )
 
 
-def typical(
+def traced_steps(
+    options: Options, measured: Mapping[Phase, Sequence[StepRecord]]
+) -> list[StepRecord]:
+    """A prefill and a decode step of those with events.
+
+    Of those with most tokens the one that takes about as long as most did; of micro-batches that
+    rotate, as many steps of each as make a round.
+    """
+    is_rotating = options.micro_batch_schedule == "rotating"
+    num_kept = options.num_micro_batches if is_rotating else 1
+    kept: list[StepRecord] = []
+    for of_phase in measured.values():
+        traced = [step for step in of_phase if step.records[0].events is not None]
+        if traced:
+            kept += _typical(traced, of_phase, num_kept)
+    return kept
+
+
+def _typical(
     steps: Sequence[StepRecord], measured: Sequence[StepRecord], num_kept: int
 ) -> Sequence[StepRecord]:
     """`num_kept` steps in a row: of those with most tokens, those nearest to the usual time."""

@@ -1,10 +1,11 @@
 """Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Self
 
 from expertlane.compare.assumptions import measured_assumptions
 from expertlane.compare.deployed import Deployed, Setting
@@ -21,6 +22,7 @@ from expertlane.results.pair import PairRecord, choose_pair
 from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord
 from expertlane.results.results import MachinePeak, Results, VirtualTime
 from expertlane.results.step_record import StepRecord
+from expertlane.schedule.request import Limits
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.names import Phase
 from expertlane.spec.ranges import DEFAULT_REPEAT
@@ -81,10 +83,7 @@ def run_comparison(
     """
     seen = describe_ranks(pool)
     virtual, cautions = _virtual_on(seen, virtual)
-    progress.task("measuring this machine's peak", 1)
-    peak = measure_peak(pool, seen)
-    progress.advance()
-    progress.done()
+    peak = _peak(pool, seen, progress)
     ranks_per_node = experiment.cluster.ranks_per_node or seen[0].ranks_per_node
     limits = experiment_limits(experiment, seen)
     foreign, journal = ForeignLoad(), None
@@ -93,34 +92,21 @@ def run_comparison(
         peak = journal.peak  # so that links are scaled as before
         _tell_kept(journal, progress)
     setting = Setting(experiment, pool, seen[0].dtype, ranks_per_node, progress, virtual, journal)
-    measured = _Measured(
-        setting,
-        peak,
-        [Deployed(e, setting, limits[e.name], EXPERIMENT) for e in experiment.deployments],
-        [Deployed(e, setting, limits[e.name], SCALING) for e in experiment.scaling],
-    )
+    measured = _Measured.of(setting, peak, limits)
     with journal or nullcontext():
         measured.measure(repeats or Repeats())
     if on_trace is not None:
         for name, steps in measured.traces():
             on_trace(name, steps)
-    machine = machine_record(seen, experiment.num_ranks, ranks_per_node, peak)
-    return Results.now(
-        "comparison",
-        command,
-        {"experiment": experiment},
-        measured.records,
-        torch_version=seen[0].torch_version,
-        machine=machine,
-        pairs=measured.pairs,
-        virtual_time=measured.virtual_time(),
-        assumptions=(
-            *measured_assumptions(experiment, machine, limits),
-            *(measured.runs.assumptions() if measured.runs else ()),
-        ),
-        cautions=cautions,
-        foreign_cpu_share=foreign.share(),
-    )
+    return measured.results(command, seen, cautions, foreign.share())
+
+
+def _peak(pool: RankPool, seen: Sequence[RankMachine], progress: Progress) -> MachinePeak:
+    progress.task("measuring this machine's peak", 1)
+    peak = measure_peak(pool, seen)
+    progress.advance()
+    progress.done()
+    return peak
 
 
 def _tell_kept(journal: Journal, progress: Progress) -> None:
@@ -164,6 +150,23 @@ class _Measured:
     records: tuple[DeploymentRecord, ...] = ()
     pairs: tuple[PairRecord, ...] = ()
 
+    @classmethod
+    def of(cls, setting: Setting, peak: MachinePeak, limits: Mapping[str, Limits]) -> Self:
+        """Nothing is measured yet.
+
+        Args:
+            limits: by the deployment's name.
+        """
+        experiment = setting.experiment
+        own, scaling = (
+            [Deployed(each, setting, limits[each.name], role) for each in deployments]
+            for deployments, role in (
+                (experiment.deployments, EXPERIMENT),
+                (experiment.scaling, SCALING),
+            )
+        )
+        return cls(setting, peak, own, scaling)
+
     def measure(self, repeats: Repeats) -> None:
         """Run everything, then make the records."""
         own, before = self.own, None
@@ -198,7 +201,35 @@ class _Measured:
         for each in self.own:
             yield from each.traces.items()
 
-    def virtual_time(self) -> VirtualTime | None:
+    def results(
+        self,
+        command: str,
+        seen: Sequence[RankMachine],
+        cautions: tuple[str, ...],
+        foreign_cpu_share: float,
+    ) -> Results:
+        """All of it, for the report; once it is measured."""
+        experiment, peak = self.setting.experiment, self.peak
+        limits = {each.name: each.limits for each in (*self.own, *self.scaling)}
+        machine = machine_record(seen, experiment.num_ranks, self.setting.ranks_per_node, peak)
+        return Results.now(
+            "comparison",
+            command,
+            {"experiment": experiment},
+            self.records,
+            torch_version=seen[0].torch_version,
+            machine=machine,
+            pairs=self.pairs,
+            virtual_time=self._virtual_time(),
+            assumptions=(
+                *measured_assumptions(experiment, machine, limits),
+                *(self.runs.assumptions() if self.runs else ()),
+            ),
+            cautions=cautions,
+            foreign_cpu_share=foreign_cpu_share,
+        )
+
+    def _virtual_time(self) -> VirtualTime | None:
         """What virtual time assumes about links; None without it."""
         if self.runs is None:
             return None

@@ -32,6 +32,7 @@ LawError = tuple[str, tuple[int, ...]]  # the law, and the sizes where it is of 
 ErrorSeconds = Mapping[LawError, tuple[float, float]]  # at the error's low and its high
 
 _LAUNCHING, _HIDING = ("launches", ()), ("hiding of transfers", ())
+_SINGLE_TERMS = ("driver_s", "driver_per_rank_s", "dp_sync_s")
 _HIGH = BOUNDS.index("high")
 _Work = Sequence[Sequence[StageWork]]  # [num_stages][num_micro_batches]
 
@@ -47,7 +48,7 @@ class ClocksByLaw:
     def of(cls, works: Sequence[_Work], terms: Terms, types: NumberTypes) -> "ClocksByLaw":
         """For all errors that these steps, and the terms of their execution, have."""
         found: dict[LawError, None] = dict.fromkeys([_LAUNCHING, _HIDING])
-        for name in ("driver_s", "driver_per_rank_s"):
+        for name in _SINGLE_TERMS:
             found[name, ()] = None
         found |= dict.fromkeys((place, ()) for place in terms.in_series)
         for stage in (each for work in works for of_stage in work for each in of_stage):
@@ -65,15 +66,16 @@ class ClocksByLaw:
         return Terms(
             execution=terms.execution,
             launch_s=self._on_clocks(terms.launch_s, {_LAUNCHING: terms.launch_s}),
-            driver_s=self._on_clocks(terms.driver_s, {("driver_s", ()): terms.driver_s}),
             in_series={
                 place: self._on_clocks(each, {(place, ()): each})
                 for place, each in terms.in_series.items()
             },
-            driver_per_rank_s=self._on_clocks(
-                terms.driver_per_rank_s, {("driver_per_rank_s", ()): terms.driver_per_rank_s}
-            ),
             hiding=hiding,
+            **{
+                name: self._on_clocks(each, {(name, ()): each})
+                for name in _SINGLE_TERMS
+                for each in (getattr(terms, name),)
+            },
         )
 
     def work(self, works: Sequence[_Work]) -> list[list[list[StageWork]]]:

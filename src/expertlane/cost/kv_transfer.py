@@ -13,7 +13,8 @@ class KVTransfers:
     """How long a request's KV transfer takes, from one pool to the other.
 
     The ranks of the data-parallel rank that prefilled send equal parts of what each pipeline stage
-    holds; each rank that will decode gets all that it has to hold, copies of shared heads too.
+    holds; each rank that will decode gets all that it has to hold, copies of shared heads too, and
+    with decode context parallelism only its share of the positions.
 
     Args:
         prefill, decode: the layouts of both pools.
@@ -33,7 +34,7 @@ class KVTransfers:
         self._links = links
         self._remote = remote
         whole = held_kv_width(model, 1) * types.kv_bytes
-        held = held_kv_width(model, decode.tp) * types.kv_bytes
+        held = held_kv_width(model, decode.tp) * types.kv_bytes / decode.dcp
         self._sent_bytes = np.repeat(_num_layers(model, prefill) * whole / prefill.tp, prefill.tp)
         self._received_bytes = np.repeat(_num_layers(model, decode) * held, decode.tp)
 

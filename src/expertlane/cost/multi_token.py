@@ -4,7 +4,8 @@ With N drafts a decode step takes 1 + N tokens of a sequence through the model a
 last token and what was guessed to follow. Then N passes of one more layer, as wide as the model's
 last, and of the head guess anew, each from the one before; the first of them takes all of the
 step's tokens. Guesses are right with the same probability P each, and count up to the first wrong
-one, so that a step yields 1 + P + P² + … + P^N tokens on average.
+one, so that a step yields 1 + P + P² + … + P^N tokens on average. P depends on the
+text: bounds have it lower and higher by `ACCEPTANCE_UNSURE`.
 
 How many tokens a step yields is taken as that average, for every sequence in every step: what
 chance does to single steps is not modelled.
@@ -16,6 +17,7 @@ from math import ceil
 
 import numpy as np
 
+from expertlane.cost.laws.execution import BOUNDS, LIKELY
 from expertlane.cost.step.batch_sizes import PartSizes, TokenSizes
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.step_list import StepWriter
@@ -25,6 +27,7 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 
 _MOST_DRAFTS = 16
+ACCEPTANCE_UNSURE = 0.1  # an assumption: texts differ about so much
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,20 @@ class MultiToken:
     def tokens_per_step(self) -> float:
         """Tokens of a decoding sequence in a step, on average; 1 without drafts."""
         return sum(self.acceptance**place for place in range(self.num_drafts + 1))
+
+    def at(self, bound: int) -> "MultiToken":
+        """With the acceptance that a bound of time stands for: the low one for the highest.
+
+        Args:
+            bound: place in `BOUNDS`.
+        """
+        moved = self.acceptance + (LIKELY - bound) * ACCEPTANCE_UNSURE
+        return replace(self, acceptance=min(max(moved, 0.0), 1.0))
+
+    @property
+    def tokens_bounds(self) -> Floats:
+        """[3]; `tokens_per_step` of the low, likely and high time."""
+        return np.array([self.at(bound).tokens_per_step for bound in range(len(BOUNDS))])
 
     def num_steps(self, output_len: int) -> int:
         """Steps that give a sequence a token, the one that ends its prompt among them."""
@@ -93,14 +110,14 @@ def further_drafts(sizes: PartSizes, num_before: int) -> PartSizes:
 
 def projection_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """Hidden states and the embeddings of what followed, normed, and made one."""
-    moved = 6 * part.owned * (model.hidden_size * out.types.activation_bytes)
+    moved = 6 * out.held(part) * (model.hidden_size * out.types.activation_bytes)
     out.memory(Stage.EMBED, moved, out.kernels.embed + 2 * out.norm_kernels)
-    out.gemm(Stage.EMBED, part.owned, model.hidden_size, 2 * model.hidden_size)
+    out.gemm(Stage.EMBED, out.held(part), model.hidden_size, 2 * model.hidden_size)
 
 
-def with_drafting_layer(model: ModelConfig, multi_token: MultiToken) -> ModelConfig:
+def with_drafting_layer(model: ModelConfig, num_drafts: int) -> ModelConfig:
     """The model whose ranks hold as much as those with the layer that guesses."""
-    if not multi_token.num_drafts:
+    if not num_drafts:
         return model
     window: Sequence[int | None] = model.sliding_window[-1:]
     return replace(

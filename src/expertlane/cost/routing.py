@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from expertlane.balance.trace import RoutingTrace, read_trace
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.errors import UserError
 from expertlane.spec.model import ModelConfig, Routing
-from expertlane.spec.ranges import DEFAULT_SKEW, take_option
+from expertlane.spec.ranges import DEFAULT_SKEW, SKEW_BOUNDS, take_option
 
 _DRAWN_TOGETHER = 1024  # tokens
 _MOST_DRAWN = 16_384  # tokens of a layer before they come again
@@ -52,6 +53,7 @@ class PowerLawRouting:
         alpha: 0 for uniform.
         num_sampled_layers: layers take turns with so many samples.
         groups: those of the router; none by default.
+        bounds: of `alpha`, where it is assumed and nobody asked for it.
     """
 
     num_experts: int
@@ -60,19 +62,33 @@ class PowerLawRouting:
     seed: int = 0
     num_sampled_layers: int = 4
     groups: Routing = field(default_factory=Routing)
+    bounds: tuple[float, float] | None = None
     _drawn: dict[int, Ints] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(
-        cls, model: ModelConfig, alpha: float, seed: int = 0, num_sampled_layers: int = 4
+        cls,
+        model: ModelConfig,
+        alpha: float,
+        seed: int = 0,
+        num_sampled_layers: int = 4,
+        bounds: tuple[float, float] | None = None,
     ) -> "PowerLawRouting":
         """The routing of a model's experts."""
         sizes = model.num_experts, model.num_experts_per_tok
-        return cls(*sizes, alpha, seed, num_sampled_layers, model.routing)
+        return cls(*sizes, alpha, seed, num_sampled_layers, model.routing, bounds)
 
     def redrawn(self, times: int) -> "list[PowerLawRouting]":
         """As likely others."""
         return [replace(self, seed=self.seed + 1 + each) for each in range(times)]
+
+    @cached_property
+    def extremes(self) -> "tuple[PowerLawRouting, PowerLawRouting] | None":
+        """With the lowest and the highest exponent; None where it was asked for."""
+        if self.bounds is None:
+            return None
+        low, high = (replace(self, alpha=each, bounds=None) for each in self.bounds)
+        return low, high
 
     def sample_of(self, layer: int) -> int:
         """The sample that a layer uses; layers take turns."""
@@ -119,6 +135,11 @@ def _close_groups(arrivals: npt.NDArray[np.float32], groups: Routing) -> None:
     order = np.argsort(first.prod(axis=2), axis=1)
     closed = order[:, groups.topk_group :]
     by_group[np.arange(len(arrivals))[:, None], closed] = np.inf
+
+
+def extremes_of(source: RoutingSource) -> tuple[RoutingSource, RoutingSource] | None:
+    """The most even and the most uneven that an assumed one may be; None of what is not assumed."""
+    return source.extremes if isinstance(source, PowerLawRouting) else None
 
 
 class TraceRouting:
@@ -196,7 +217,7 @@ def choose_routing(
     """A trace, else experts whose popularity falls with their rank to the power of -`skew`.
 
     Args:
-        skew: None for the default, without a trace.
+        skew: None for the default with its bounds, without a trace.
         num_sampled_layers: for a power law; see `PowerLawRouting.of`.
 
     Raises:
@@ -204,13 +225,16 @@ def choose_routing(
     """
     take_option("--skew", skew)
     if trace is None:
+        bounds = SKEW_BOUNDS if skew is None else None
         skew = DEFAULT_SKEW if skew is None else skew
-        source = PowerLawRouting.of(model, skew, seed, num_sampled_layers)
+        source = PowerLawRouting.of(model, skew, seed, num_sampled_layers, bounds)
         words = (
             f"expert popularity by Zipf's law, exponent {skew:g}, in a random order per layer"
             if skew
             else "uniform over experts; real traffic is not, so this is the best case"
         )
+        if bounds is not None:
+            words += f"; bounds go from uniform to exponent {bounds[1]:g}"
         if model.routing.n_group > 1:
             words += (
                 f"; within the top {model.routing.topk_group} of {model.routing.n_group} groups "

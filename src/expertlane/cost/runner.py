@@ -165,7 +165,6 @@ class CostRunner:
 
     def __post_init__(self) -> None:
         layout = self.builder.layout
-        self._num_ranks = layout.replica_size
         self._num_tokens = 0
         self._replicas = [
             _Replica(Timeline(self.terms, layout.pp, layout.stage_size))
@@ -179,7 +178,7 @@ class CostRunner:
     def submit(self, plan: StepPlan) -> StepHandle:
         """Begin a step."""
         submitted_s = self.now_s
-        self.now_s = submitted_s + self.terms.step_s(self._num_ranks)
+        self.now_s = submitted_s + self.terms.step_s(self.builder.layout)
         if self.multi_token is not None:
             plan = self.multi_token.adapt(plan)
         known = self._work(plan)

@@ -255,7 +255,7 @@ class VirtualClock:
         for step in ordered:
             before = [end_s for measured_s, end_s in ends if measured_s <= step.submitted_s]
             begin_s = np.max([plan_s, *before], axis=0)
-            plan_s = begin_s + terms.step_s(layout.replica_size)
+            plan_s = begin_s + terms.step_s(layout)
             times = timeline.run(self._work(step), plan_s, may_skip=False)
             ends.append((step.finished_s, times.end_s))
             by_scale = [

@@ -71,6 +71,12 @@ class ChatTemplate:
         with self._lock:
             self._start()
 
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether a checkpoint has a template."""
+        config = read_json(folder / TOKENIZER_CONFIG)
+        return os.path.lexists(folder / _FILE) or config.get("chat_template") is not None
+
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
         """The template of a checkpoint: `chat_template.jinja`, else in `tokenizer_config.json`.
@@ -88,12 +94,19 @@ class ChatTemplate:
         path = folder / TOKENIZER_CONFIG
         return cls(_default(config.get("chat_template"), path), special_tokens, str(path))
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """A chat as the text of a prompt; encode it without adding special tokens.
 
         Args:
             messages: each with a `role` and a `content`; the template says which roles it knows.
             add_generation_prompt: end with what begins the model's answer.
+            variables: more of the template's own, such as `enable_thinking`.
 
         Raises:
             UserError: a message lacks something, or the template refuses or fails.
@@ -102,20 +115,20 @@ class ChatTemplate:
             raise UserError("the chat is empty; give at least one message")
         for i, message in enumerate(messages):
             _check(i, message)
-        variables = {
+        given = dict(variables or {}) | {
             "messages": [dict(message) for message in messages],
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            num_characters = len(json.dumps(variables))
+            num_characters = len(json.dumps(given))
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"the chat's messages must be plain JSON data: {error}") from None
         most = _MAX_ADDED_CHARACTERS + _MAX_EXPANSION * num_characters
         with self._lock:
             process = self._process or self._start()
-            return self._ask(process, {"variables": variables, "max_characters": most})
+            return self._ask(process, {"variables": given, "max_characters": most})
 
     def _start(self) -> "_TemplateProcess":
         process = _TemplateProcess()

@@ -44,7 +44,7 @@ class StageSpec:
     Attributes:
         placements: [num_hidden_layers]; where experts are at first.
         checkpoint: the folder the weights are in; None for seeded ones.
-        weights: as `Options.weights`.
+        weights, cache_int8: as in `Options`.
     """
 
     model: ModelConfig
@@ -54,6 +54,7 @@ class StageSpec:
     ranks_per_node: int
     checkpoint: str | None = None
     weights: WeightsType = "model"
+    cache_int8: bool = False
 
 
 @dataclass(eq=False)
@@ -128,6 +129,17 @@ class RankRates:
 
 class DescribeMachine(Command[RankMachine]):
     """Describe the machine of the rank."""
+
+
+class CacheInt8(Command[None]):
+    """Write a checkpoint's matrices, rounded to int8, into its folder, unless they are there.
+
+    Attributes:
+        checkpoint: the folder.
+    """
+
+    model: ModelConfig
+    checkpoint: str
 
 
 class Deploy(Command[HeldBytes]):

@@ -1,26 +1,18 @@
-"""Requests in, tokens out: the scheduler and the ranks as one, a step at a time.
+"""Requests in, tokens out: the scheduler and the ranks as one, a step at a time."""
 
-For several threads too: of those that wait for steps, one runs them for all.
-"""
-
-import signal
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from copy import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import SystemRandom
-from types import FrameType
-from typing import Any, Generic
+from typing import Generic
 
 from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from expertlane.errors import RankError, UserError
+from expertlane.errors import UserError
 from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome
 from expertlane.schedule.request import Chunk, FinishReason, Request, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.names import Phase
 from expertlane.spec.sampling import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -50,6 +42,10 @@ class Engine(Generic[HandleT]):
         eos_token_ids: tokens that end an output unless `ignore_eos`.
         tokenizer: None where prompts are tokens only.
         on_commit: called with every step.
+
+    Attributes:
+        scheduler: its counts may be read from any thread.
+        on_commit: as given; may be set between steps.
     """
 
     def __init__(
@@ -61,24 +57,30 @@ class Engine(Generic[HandleT]):
         tokenizer: Tokenizer | None = None,
         on_commit: Callable[[FinishedStep], None] | None = None,
     ) -> None:
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._loop = DriveLoop(scheduler, runner)
         self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
-        self._on_commit = on_commit
+        self.on_commit = on_commit
         self._live: dict[str, _Live] = {}
+        self._unscheduled: dict[int, _Live] = {}  # by sequence id: in no step so far
         self._ended: list[Chunk] = []  # by a cancellation, not yet told
         self._seeds = SystemRandom()
 
     @property
     def num_cached_tokens(self) -> int:
         """As the scheduler has it."""
-        return self._scheduler.num_cached_tokens
+        return self.scheduler.num_cached_tokens
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has more to give."""
         return bool(self._live or self._ended)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is left to do: no request, and no step that an ended one was in."""
+        return not (self._ended or self.scheduler.has_unfinished)
 
     def add(
         self,
@@ -113,7 +115,7 @@ class Engine(Generic[HandleT]):
             sampling_seed=seed,
             name=name,
         )
-        self._scheduler.add(request)
+        self.scheduler.add(request)
         prompt_ids: list[int] = request.prompt_token_ids.tolist()
         output = RequestOutput(
             request_id,
@@ -124,9 +126,11 @@ class Engine(Generic[HandleT]):
         )
         detokenizer = None
         if self._tokenizer is not None:
-            detokenizer = IncrementalDetokenizer(self._tokenizer, prompt_ids, stop=params.stop)
+            detokenizer = IncrementalDetokenizer(
+                self._tokenizer, prompt_ids, stop=params.stop, min_tokens=params.min_tokens
+            )
         wants_logprobs = params.logprobs is not None
-        self._live[request_id] = _Live(
+        self._live[request_id] = self._unscheduled[request.seq_id] = _Live(
             request,
             output,
             detokenizer,
@@ -154,7 +158,8 @@ class Engine(Generic[HandleT]):
         live = self._live.pop(request_id, None)
         if live is None:
             return False
-        self._scheduler.cancel(request_id)
+        self.scheduler.cancel(request_id)
+        self._unscheduled.pop(live.request.seq_id, None)
         self._ended.append(self._end(live, None, FinishReason.CANCELLED))
         return True
 
@@ -171,13 +176,21 @@ class Engine(Generic[HandleT]):
         finished = self._loop.commit_next()
         if finished is None:
             return chunks
-        if self._on_commit is not None:
-            self._on_commit(finished)
-        stepped, failed = self._scheduler.stepped, self._scheduler.failed
+        if self.on_commit is not None:
+            self.on_commit(finished)
+        if self._unscheduled and finished.plan.phase is Phase.PREFILL:
+            self._note_scheduled(finished)
+        stepped, failed = self.scheduler.stepped, self.scheduler.failed
         self._loop.submit()
         for request in failed:
             chunks.append(self._end(self._live.pop(request.request_id), None, FinishReason.ERROR))
         return chunks + self._take(stepped, finished.outcome)
+
+    def _note_scheduled(self, finished: FinishedStep) -> None:
+        for batch in finished.plan.batches:
+            for seq_id in batch.seq_ids.tolist():
+                if (live := self._unscheduled.pop(seq_id, None)) is not None:
+                    live.output.scheduled_s = finished.outcome.submitted_s
 
     def _take(self, stepped: list[Request], outcome: StepOutcome) -> list[Chunk]:
         """What a step brought the requests that got a token; a hot loop."""
@@ -197,7 +210,7 @@ class Engine(Generic[HandleT]):
                 live.output.text += text
                 if live.detokenizer.stopped:
                     reason = FinishReason.STOP
-                    self._scheduler.cancel(request_id, reason)
+                    self.scheduler.cancel(request_id, reason)
             if reason is None:
                 chunks.append(Chunk(request_id, token_id, text, None))
             else:
@@ -217,186 +230,3 @@ class Engine(Generic[HandleT]):
             output.text += rest
             text += rest
         return Chunk(output.request_id, token_id, text, reason, output.error)
-
-
-class SharedEngine:
-    """Gives threads exclusive use of an engine, in the order in which they ask for it.
-
-    One of the waiting threads is the leader: it runs steps until it has what it waits for, wakes
-    others when they have theirs, and then another leads. Those that add requests or close get the
-    engine between two steps.
-
-    Args:
-        is_closed: whether the ranks have been ended.
-    """
-
-    def __init__(self, engine: Engine[Any], is_closed: Callable[[], bool]) -> None:
-        self._engine = engine
-        self._is_closed = is_closed
-        # Never held during a step. Reentrant: a garbage collection in one may close a stream.
-        self._changed = threading.Condition()
-        self._turns: deque[int] = deque()  # threads; the first has the engine
-        self._leader: int | None = None
-        self._followers: list[Callable[[], bool]] = []  # whether each has what it waits for
-        self._errors: list[Exception] = []  # of steps
-        self._to_cancel: deque[str] = deque()
-        self._arrivals: dict[str, deque[Chunk]] = {}  # by request id: chunks not yet yielded
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """A context in which no other thread uses the engine."""
-        own = threading.get_ident()
-        try:
-            with self._changed:
-                self._end_turn(own)  # an interruption may have kept this thread from it
-                self._turns.append(own)
-                self._changed.wait_for(lambda: self._turns[0] == own)
-            yield
-        finally:
-            with self._changed:
-                self._end_turn(own)
-
-    def _end_turn(self, thread: int) -> None:
-        if thread in self._turns:
-            if self._turns[0] == thread:
-                self._cancel_now()
-            self._turns.remove(thread)
-            self._changed.notify_all()
-
-    def add(
-        self,
-        request_id: str,
-        prompt: Prompt,
-        params: SamplingParams,
-        name: str,
-        arrived: deque[Chunk] | None,
-    ) -> RequestOutput:
-        """Queue a request.
-
-        Args:
-            arrived: gets its chunks, until it is cancelled.
-
-        Raises:
-            UserError: it can never be served.
-        """
-        with self.exclusive():
-            output = self._engine.add(request_id, prompt, params, name=name)
-            if arrived is not None:
-                self._arrivals[request_id] = arrived
-        return output
-
-    def cancel(self, request_ids: Iterable[str]) -> None:
-        """End requests that are not finished, now or after the present step; does not wait."""
-        for request_id in request_ids:
-            self._arrivals.pop(request_id, None)
-            self._to_cancel.append(request_id)
-        with self._changed:
-            if not self._turns:
-                self._cancel_now()
-
-    def _cancel_now(self) -> None:
-        while self._to_cancel:
-            self._engine.cancel(self._to_cancel.popleft())
-
-    def close(self, close: Callable[[], None]) -> None:
-        """Call `close` after the present step; those that wait for more get a `RankError`."""
-        try:
-            if self._turns and self._turns[0] == threading.get_ident():
-                close()  # in a step of this thread
-                return
-            with self.exclusive():
-                close()
-        except BaseException:
-            close()
-            raise
-
-    def wait(self, is_ready: Callable[[], bool]) -> None:
-        """Run steps, or let another thread run them, until it is ready.
-
-        Args:
-            is_ready: called from other threads too.
-
-        Raises:
-            RankError: a rank died, hung or failed, or the ranks are gone.
-        """
-        own = threading.get_ident()
-        try:
-            while not is_ready():
-                with self._changed:
-                    if self._leader not in (None, own):
-                        self._follow(is_ready)
-                    elif not is_ready():
-                        self._leader = own
-                if self._leader == own:
-                    self._lead(is_ready)
-        finally:
-            with self._changed:
-                if self._leader == own:
-                    self._leader = None
-                    self._changed.notify_all()
-
-    def _follow(self, is_ready: Callable[[], bool]) -> None:
-        """Wait until it is ready, or somebody has to lead; raises a leader's error."""
-        num_errors = len(self._errors)
-        self._followers.append(is_ready)
-        try:
-            self._changed.wait_for(lambda: self._leader is None or is_ready())
-        finally:
-            self._followers.remove(is_ready)
-        if len(self._errors) > num_errors and not is_ready():
-            raise copy(self._errors[-1])
-
-    def _lead(self, is_ready: Callable[[], bool]) -> None:
-        """Run steps until it is ready or another thread asks for the engine."""
-        try:
-            with self.exclusive():
-                while not is_ready():
-                    self._step()
-                    if self._followers:
-                        with self._changed:
-                            if any(follower() for follower in self._followers):
-                                self._changed.notify_all()
-                    if len(self._turns) > 1 or self._to_cancel:
-                        return
-        except Exception as error:
-            self._errors.append(error)
-            raise
-
-    def _step(self) -> None:
-        if self._is_closed():
-            raise RankError("the ranks are gone; make a new LLM")
-        if self._followers and threading.current_thread() is threading.main_thread():
-            # An interruption must not end a step that others wait for too.
-            with deferred_interrupts() as is_noted:
-                self._take_chunks()
-            if is_noted():
-                raise KeyboardInterrupt
-        else:
-            self._take_chunks()
-
-    def _take_chunks(self) -> None:
-        for chunk in self._engine.step():
-            if (arrived := self._arrivals.get(chunk.request_id)) is not None:
-                arrived.append(chunk)
-
-
-@contextmanager
-def deferred_interrupts() -> Iterator[Callable[[], bool]]:
-    """Only note a Ctrl-C; a second one raises `KeyboardInterrupt` at once. In the main thread.
-
-    Yields:
-        A function that tells whether there was one.
-    """
-    is_noted = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal is_noted
-        if is_noted:
-            raise KeyboardInterrupt
-        is_noted = True
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: is_noted
-    finally:
-        signal.signal(signal.SIGINT, before)

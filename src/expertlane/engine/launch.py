@@ -102,11 +102,14 @@ def describe_ranks(pool: RankPool) -> list[RankMachine]:
     return machines
 
 
-def check_deployment(model: ModelConfig, deployment: Deployment, ranks_per_node: int) -> Placements:
+def check_deployment(
+    model: ModelConfig, deployment: Deployment, ranks_per_node: int, *, is_modelled: bool = False
+) -> Placements:
     """Check a deployment; gives the placement that its experts begin with.
 
     Args:
         ranks_per_node: 0 where only the launcher will know.
+        is_modelled: nothing is to run it, so it may have what the engine has not.
 
     Raises:
         UserError: the model cannot be laid out, its experts placed or moved, or its hidden
@@ -114,6 +117,11 @@ def check_deployment(model: ModelConfig, deployment: Deployment, ranks_per_node:
     """
     layout, options = deployment.layout, deployment.options
     layout.check_model(model)
+    if layout.dcp > 1 and not is_modelled:
+        raise UserError(
+            f"layout {layout}: decode context parallelism is modelled by plan and simulate; the "
+            "engine does not run it; valid here: dcp=1"
+        )
     take("ranks_per_node", ranks_per_node)
     if options.is_by_node and ranks_per_node:
         layout.ep_ranks_per_node(ranks_per_node)

@@ -15,7 +15,7 @@ from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.engine.commands import RankMachine
-from expertlane.engine.engine import Engine, Prompt, SharedEngine
+from expertlane.engine.engine import Engine, Prompt
 from expertlane.engine.launch import (
     check_checkpoint,
     check_deployment,
@@ -25,6 +25,7 @@ from expertlane.engine.launch import (
 )
 from expertlane.engine.model_runner import ModelRunner, RoutingRecorder, moe_layers
 from expertlane.engine.pool import RankPool
+from expertlane.engine.shared_engine import SharedEngine
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import UserError
 from expertlane.schedule.request import Chunk, Limits, RequestOutput
@@ -132,16 +133,13 @@ class LLM:
             max_num_seqs=max_num_seqs,
             prefix_caching=prefix_caching,
         )
-        pool = start_pool(
-            chosen.world_size,
+        pool = self._pool = _started(
+            chosen,
             timeout_s=timeout_s,
             dtype=dtype or own_dtype(self.model if self._folder else None),
             oversubscribe=oversubscribe,
             cpu_isa=cpu_isa,
         )
-        if pool is None:  # torchrun has started this process besides one that starts ranks
-            raise SystemExit(0)
-        self._pool: RankPool = pool
         try:
             self.machine: tuple[RankMachine, ...] = tuple(describe_ranks(pool))
             self.limits = with_blocks(
@@ -202,6 +200,14 @@ class LLM:
         Calls of other threads that are not finished then raise a `RankError`.
         """
         self._shared.close(self._pool.close)
+
+    def check_ranks(self) -> None:
+        """Notice a rank that has ended while no step ran; for those who bring their own loop.
+
+        Raises:
+            RankError: one has.
+        """
+        self._pool.check()
 
     def routing_trace(self) -> RoutingTrace:
         """Which experts each token chose in each MoE layer, of all steps finished so far.
@@ -353,6 +359,14 @@ def _find_model(model: str | Path, ignore_unused_tensors: bool) -> tuple[ModelCo
         log=_print_to_stderr,
     )
     return checked, folder
+
+
+def _started(layout: Layout, **settings: Any) -> RankPool:
+    """The ranks of a layout, as `start_pool` starts them."""
+    pool = start_pool(layout.world_size, **settings)
+    if pool is None:  # torchrun has started this process besides one that starts ranks
+        raise SystemExit(0)
+    return pool
 
 
 def _print_to_stderr(line: str) -> None:

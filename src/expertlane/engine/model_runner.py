@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.commands import (
+    CacheInt8,
     Deploy,
     DiscardSteps,
     RankOutcome,
@@ -27,6 +28,7 @@ from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Phase
 from expertlane.spec.sampling import TokenLogprobs
 
 
@@ -57,7 +59,7 @@ class ModelRunner:
         log: takes a line for each thing that is decided.
 
     Raises:
-        UserError: as `check_deployment`.
+        UserError: as `check_deployment`; or int8 weights cannot be kept in the folder.
     """
 
     def __init__(
@@ -78,15 +80,26 @@ class ModelRunner:
         options = deployment.options
         placements = check_deployment(model, deployment, ranks_per_node)
         folder = str(checkpoint) if checkpoint else None
-        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, options.weights)
+        kept = options.weights, options.cache_int8
+        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept)
+        if options.cache_int8:
+            if folder is None:
+                raise UserError(
+                    f"cache_int8 (--cache-int8) needs a checkpoint's folder; {model.name} has "
+                    "random weights"
+                )
+            pool.call(CacheInt8(model, folder), ranks=[0])
         held = pool.call(Deploy(spec, options, limits.num_blocks, limits.block_size))
         self.held = held[: layout.world_size]
         self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
         if options.is_timed:
             if self.dispatch_table is None:
-                modes = options.modes(layout, ranks_per_node)
-                self.dispatch_table = time_dispatch(self, layout, limits, modes)
+                modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
+                self.dispatch_table = replace(
+                    time_dispatch(self, layout, limits, modes),
+                    prefill_form=options.prefill_dispatch,
+                )
             self.set_dispatch(self.dispatch_table)
             text = str(self.dispatch_table)
             unit = " (tokens per rank)" if " up to " in text else " for all steps"

@@ -182,6 +182,11 @@ class RankPool:
         self._wait_for([ticket], self._timeout_s)
         return [ticket.results[rank] for rank in ticket.ranks]
 
+    def check(self) -> None:
+        """Notice what has happened while nothing was asked of the ranks; does not wait."""
+        self._ranks.ping()
+        self._receive_available(0)
+
     def _wait_for(self, tickets: Sequence[Ticket[Any]], bound_s: float) -> None:
         """Wait until one of the tickets is done."""
         while not any(ticket.is_done for ticket in tickets):

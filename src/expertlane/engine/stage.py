@@ -15,6 +15,7 @@ from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.progress import NO_LAYER
 from expertlane.comm.recorder import Recorder
 from expertlane.engine.commands import (
+    CacheInt8,
     Deploy,
     DescribeMachine,
     DiscardSteps,
@@ -37,9 +38,11 @@ from expertlane.engine.measure.operations import measure_launches, measure_opera
 from expertlane.engine.measure.transfers import measure_contention, measure_transfers
 from expertlane.engine.migration import Migration, PlacementsBefore
 from expertlane.engine.worker import Handlers, RankContext
-from expertlane.model.checkpoint import Checkpoint, CheckpointWeights
+from expertlane.model.checkpoint import Checkpoint
+from expertlane.model.checkpoint_weights import CheckpointWeights
 from expertlane.model.draw import NO_TOKEN
 from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.int8_cache import Int8Cache, write_int8_cache
 from expertlane.model.sampler import Sampler, SamplerStep
 from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import SeededWeights, WeightSource
@@ -78,6 +81,15 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
         held = HeldBytes(stage.weight_bytes, stage.kv_bytes)
     context.progress.enter(Stage.IDLE, NO_LAYER)
     return held
+
+
+def cache_int8(context: RankContext, command: CacheInt8) -> None:
+    """Write the file if it is missing, or of other files."""
+    context.progress.enter(Stage.SETUP, NO_LAYER)
+    checkpoint = Checkpoint(Path(command.checkpoint), command.model)
+    if Int8Cache.find(checkpoint) is None:
+        write_int8_cache(checkpoint, context.progress.touch)
+    context.progress.enter(Stage.IDLE, NO_LAYER)
 
 
 def run_step(context: RankContext, command: RunStep) -> RankOutcome:
@@ -133,8 +145,9 @@ class DeployedStage:
             )
         else:
             checkpoint = Checkpoint(Path(spec.checkpoint), model)
+            cache = Int8Cache.find(checkpoint) if spec.cache_int8 else None
             source = CheckpointWeights(
-                checkpoint, platform.dtype, platform.device, touch, spec.weights
+                checkpoint, platform.dtype, platform.device, touch, spec.weights, cache
             )
         self.stage = TransformerStage(model, spec.placements, source, self._mesh)
         self.migration = Migration(self.stage, context.progress)
@@ -159,7 +172,9 @@ class DeployedStage:
         self.migration.forget_arrived()
         self._payload = options.payload
         if options.dispatch != "auto" and options.overlap != "auto":
-            self.set_dispatch(DispatchTable.fixed(options.dispatch, options.overlap))
+            self.set_dispatch(
+                DispatchTable.fixed(options.dispatch, options.overlap, options.prefill_dispatch)
+            )
         self._block_size = block_size
         self._phase = None
         self._sampler = Sampler(self.spec.model.vocab_size, self._device)
@@ -313,7 +328,8 @@ class DeployedStage:
     def _choose(self, micro_batch: RankBatch) -> DispatchMode:
         """Decided by what all ranks of all stages see alike, before the batch is split."""
         most = max(micro_batch.num_tokens)
-        return self._dispatch.choose(-(-most // self.spec.layout.tp), micro_batch.can_split)
+        num_owned = -(-most // self.spec.layout.tp)
+        return self._dispatch.choose(num_owned, micro_batch.can_split, self._phase)
 
     def _run_micro_batch(
         self, parts: list[ForwardBatch], arriving: Pending | None
@@ -350,6 +366,7 @@ class DeployedStage:
 
 HANDLERS: Handlers = {
     DescribeMachine: describe_machine,
+    CacheInt8: cache_int8,
     Deploy: deploy,
     SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
     RunStep: run_step,

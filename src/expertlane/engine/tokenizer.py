@@ -93,6 +93,11 @@ class Tokenizer:
         """Whether an id is known; models have spare ones."""
         return self._core.id_to_token(token_id) is not None
 
+    def name(self, token_id: int) -> str | None:
+        """A token as the vocabulary writes it, such as `Ġthe`; None of an unknown id."""
+        name: str | None = self._core.id_to_token(token_id)
+        return name
+
 
 class IncrementalDetokenizer:
     """The text of one request, a token at a time.
@@ -107,6 +112,7 @@ class IncrementalDetokenizer:
             with some tokenizers, and may end inside a character: that one is then given too.
         stop: strings that end the text. The first to be complete counts; of two that end
             together, the longer.
+        min_tokens: stop strings count from this token on; text before it is given as it comes.
         skip_special_tokens: leave control tokens out of the text.
 
     Attributes:
@@ -119,12 +125,14 @@ class IncrementalDetokenizer:
         prompt_token_ids: Sequence[int],
         *,
         stop: tuple[str, ...] = (),
+        min_tokens: int = 0,
         skip_special_tokens: bool = True,
     ) -> None:
         self.stopped = False
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._stop = stop
+        self._num_free = min_tokens - 1  # tokens to come that no stop string may end in
         beginnings = {string[:end] for string in stop for end in range(1, len(string))}
         self._beginnings = sorted(beginnings, key=len, reverse=True)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -136,9 +144,12 @@ class IncrementalDetokenizer:
 
     def append(self, token_id: int) -> str:
         """The new text that is certain after one more token."""
+        is_free = self._num_free > 0
+        self._num_free -= 1
         if self.stopped or not self._has_text(token_id):
             return ""
-        return self._give(self._feed(token_id))
+        text = self._feed(token_id)
+        return text if is_free else self._give(text)
 
     def finish(self) -> str:
         """What was held back, as no token follows."""

@@ -195,6 +195,7 @@ def _answer(channel: Channel, settings: RankSettings, handlers: Handlers) -> int
             settings.dtype,
             shares_memory=settings.memory_fd is not None,
             several_nodes=settings.meeting is not None,
+            touch=progress.touch,
         )
         is_pinned = platform.device.type == "cpu" and _take(share)
         meshes = Meshes(_connect(settings, platform, share))

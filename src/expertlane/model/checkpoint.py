@@ -1,6 +1,5 @@
 """Reading slices of a Hugging Face checkpoint; nothing else of it is read."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +14,9 @@ from expertlane.model.stored_tensors import (
     VALUES_OF_INT32,
     StoredTensors,
 )
-from expertlane.model.weights import WeightSource
 from expertlane.ops.narrow import NarrowWeight
-from expertlane.spec.deployment import WeightsType
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.tensors import Shape, cut_dim
+from expertlane.spec.tensors import Shape
 
 _MAX_COPIED_BYTES = MAX_MAPPED_BYTES // 4  # at a time
 
@@ -106,7 +103,10 @@ class Checkpoint(StoredTensors):
         if not self._is_narrow(stored):
             return None
         dtype = dtype or getattr(torch, self.model.dtype)
-        parts = [part or range(n) for part, n in zip((rows, columns), shape, strict=True)]
+        parts = [
+            range(n) if part is None else part
+            for part, n in zip((rows, columns), shape, strict=True)
+        ]
         return self._read_narrow(stored, shape, parts, dtype)
 
     def _read_narrow(
@@ -177,32 +177,6 @@ def _index(stored: TensorLocation, parts: list[range], num_rows: int) -> Index:
     if stored.transposed:
         index.reverse()
     return tuple(index) if stored.expert is None else (stored.expert, *index)
-
-
-class CheckpointWeights(WeightSource):
-    """A rank's slices of a checkpoint."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device,
-        touch: Callable[[], None],
-        weights: WeightsType = "model",
-    ) -> None:
-        super().__init__(checkpoint.model, dtype, device, touch, weights)
-        self._checkpoint = checkpoint
-
-    def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
-        return self._checkpoint.tensor(name, *_sides(name, part), dtype)
-
-    def _stored_narrow(self, name: str, part: range | None) -> NarrowWeight | None:
-        return self._checkpoint.narrow(name, *_sides(name, part), self.dtype)
-
-
-def _sides(name: str, part: range | None) -> tuple[range | None, range | None]:
-    """Rows and columns of a part along the dimension that layouts cut."""
-    return (None, part) if cut_dim(name) == 1 else (part, None)
 
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)

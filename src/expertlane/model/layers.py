@@ -21,11 +21,12 @@ from expertlane.moe.hierarchical import HierarchicalDispatcher
 from expertlane.moe.payload import Payload
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
+from expertlane.ops.layers import LayerParts
+from expertlane.ops.mlp import MlpPart
 from expertlane.ops.moe_step import LocalExperts
 from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.products import Activation, Expert, Linear
 from expertlane.ops.router import RouterParams
-from expertlane.ops.step import AttentionPart
 from expertlane.spec.deployment import DispatchForm, PayloadType, form_on
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
@@ -82,12 +83,12 @@ class DecoderLayer:
         return (yield from self.block.forward(x, batch))
 
     @property
-    def parts(self) -> tuple[AttentionPart | None, LocalExperts | None]:
-        """Attention and MoE block, each if it is computed whole on this rank in few calls."""
-        here = None
-        if isinstance(self.block, MoEBlock) and not self.block.has_shared:
-            here = self.block.here
-        return self._part if self._mesh.tp.size == 1 else None, here
+    def parts(self) -> LayerParts | None:
+        """What it is computed in on this rank; None where not all of it is."""
+        block = self.block.parts
+        if self._part is None or block is None or self._mesh.tp.size > 1:
+            return None
+        return LayerParts(self._part, *block)
 
     def _attend(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         enter, tp = self._recorder.enter, self._mesh.tp
@@ -122,6 +123,7 @@ class MLP:
 
     Args:
         inner: its whole inner width.
+        norm: [hidden_size] float32; None where tokens come normed.
         is_scaled: its output is multiplied by the sigmoid of a projection, `shared_gate`.
     """
 
@@ -134,9 +136,10 @@ class MLP:
         prefix: str,
         inner: int,
         *,
+        norm: Tensor | None = None,
         is_scaled: bool = False,
     ) -> None:
-        ops = backend_for(source.device)
+        ops = self._ops = backend_for(source.device)
         part = partition(inner, mesh.layout.tp)[mesh.at.tp_rank]
 
         def linear(matrix: str) -> Linear:
@@ -147,26 +150,42 @@ class MLP:
         self._scale = taker_of(source, layer)("shared_gate") if is_scaled else None
         self._activation = activation_of(model)
         self._tp, self._recorder = mesh.tp, mesh.recorder
-        self._layer = layer
+        self._layer, self._norm, self._eps = layer, norm, model.rms_norm_eps
+        around = (norm, self._eps, self._scale) if mesh.tp.size == 1 else (None, self._eps, None)
+        linears = Expert(gate=self._gate, up=self._up, down=self._down)
+        self.part = ops.mlp_part(linears, self._activation, source.dtype, *around)
 
     def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
-        """Apply to the normed tokens this rank owns, [num_owned, hidden_size]."""
-        enter, layer, rows = self._recorder.enter, self._layer, x
+        """Apply to the tokens this rank owns, [num_owned, hidden_size]."""
+        enter, layer, part = self._recorder.enter, self._layer, self.part
+        if self._tp.size == 1 and part is not None and part.takes(x):
+            enter(Stage.EXPERTS, layer)
+            self._count(x)
+            return part(x)
+        if self._norm is not None:
+            x = self._ops.rms_norm(x, self._norm, self._eps)
+        rows = x
         if self._tp.size > 1:
             enter(Stage.COLLECTIVES, layer)
             rows = yield self._tp.all_gather(x, batch.tokens_of_tp_rank)
         enter(Stage.EXPERTS, layer)
-        gate = None if self._gate is None else self._gate(rows)
-        out = self._down(self._activation(gate, self._up(rows)))
-        num_weights = (2 if self._gate is None else 3) * self._up.num_weights
-        num_bytes = (1 if self._gate is None else 2) * self._up.num_bytes + self._down.num_bytes
-        self._recorder.count_compute(2 * len(rows) * num_weights, num_bytes if len(rows) else 0)
+        if self._tp.size > 1 and part is not None and part.takes(rows):
+            out = part(rows)
+        else:
+            gate = None if self._gate is None else self._gate(rows)
+            out = self._down(self._activation(gate, self._up(rows)))
+        self._count(rows)
         if self._tp.size > 1:
             enter(Stage.COLLECTIVES, layer)
             out = yield self._tp.reduce_scatter(out, batch.tokens_of_tp_rank)
         if self._scale is not None:
             out = out * torch.sigmoid(F.linear(x, self._scale))
         return out
+
+    def _count(self, rows: Tensor) -> None:
+        num_weights = (2 if self._gate is None else 3) * self._up.num_weights
+        num_bytes = (1 if self._gate is None else 2) * self._up.num_bytes + self._down.num_bytes
+        self._recorder.count_compute(2 * len(rows) * num_weights, num_bytes if len(rows) else 0)
 
 
 class DenseBlock:
@@ -180,13 +199,16 @@ class DenseBlock:
         mesh: ParallelMesh,
         norm: Tensor,
     ) -> None:
-        self._ops, self._norm, self._eps = backend_for(source.device), norm, model.rms_norm_eps
-        self._mlp = MLP(model, layer, source, mesh, "dense", model.intermediate_size)
+        self.mlp = MLP(model, layer, source, mesh, "dense", model.intermediate_size, norm=norm)
+
+    @property
+    def parts(self) -> tuple[None, MlpPart] | None:
+        """What it is computed in; None where that is not all in few calls."""
+        return None if self.mlp.part is None else (None, self.mlp.part)
 
     def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
         """Apply to the tokens this rank owns, [num_owned, hidden_size]."""
-        hidden = self._ops.rms_norm(x, self._norm, self._eps)
-        return x + (yield from self._mlp.forward(hidden, batch))
+        return x + (yield from self.mlp.forward(x, batch))
 
 
 class MoEBlock:
@@ -195,8 +217,8 @@ class MoEBlock:
     Attributes:
         placement: which experts each rank holds now.
         experts: those of this rank.
-        here: all of the block in few calls, if that is all on this rank.
-        has_shared: there is a shared expert, which `here` does not compute.
+        here: all of the block but the shared expert in few calls, if that is all on this rank.
+        shared: the shared expert, if there is one.
     """
 
     def __init__(
@@ -231,11 +253,18 @@ class MoEBlock:
         )
         held = [self._build_expert(model, source, expert) for expert in self._local]
         self._hold(held, activation_of(model))
-        self.has_shared = model.shared_expert_intermediate_size > 0
-        self._shared: MLP | None = None
+        self.shared: MLP | None = None
         if inner := model.shared_expert_intermediate_size:
             scaled = model.shared_expert_gate
-            self._shared = MLP(model, layer, source, mesh, "shared", inner, is_scaled=scaled)
+            self.shared = MLP(model, layer, source, mesh, "shared", inner, is_scaled=scaled)
+
+    @property
+    def parts(self) -> tuple[LocalExperts, MlpPart | None] | None:
+        """What it is computed in; None where that is not all in few calls."""
+        shared = None if self.shared is None else self.shared.part
+        if self.here is None or (self.shared is not None and shared is None):
+            return None
+        return self.here, shared
 
     def set_forms(self, forms: Sequence[DispatchForm], payload: PayloadType) -> None:
         """Make ready for batches that use these dispatch forms, and no others."""
@@ -309,8 +338,8 @@ class MoEBlock:
                 self._count_experts(pairs.counts.tolist())
         recorder.enter(Stage.COMBINE, layer)
         combined = yield from dispatcher.combine(sent, results)
-        if self._shared is not None:
-            combined = combined + (yield from self._shared.forward(hidden, batch))
+        if self.shared is not None:
+            combined = combined + (yield from self.shared.forward(hidden, batch))
         return x + combined
 
     def _compute_here(self, here: LocalExperts, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
@@ -328,11 +357,11 @@ class MoEBlock:
             with recorder.uncounted():
                 self._count_experts(here.num_tokens_per_expert(work, num_tokens))
         recorder.enter(Stage.COMBINE, layer)
-        combined = here.combine(work, x, adds_input=self._shared is None)
-        if self._shared is None:
+        combined = here.combine(work, x, adds_input=self.shared is None)
+        if self.shared is None:
             return combined
         normed = here.normed(work, x)
-        return x + (combined + (yield from self._shared.forward(normed, batch)))
+        return x + (combined + (yield from self.shared.forward(normed, batch)))
 
     def _count_router(self, num_tokens: int) -> None:
         weight = self._router.params.weight

@@ -32,9 +32,10 @@ class SampledSequence:
         num_output_tokens: [1]; so far.
         repetition: [1, vocab_size]; the penalty of tokens seen, 1 of all others.
         counts: [1, vocab_size]; how often each token is in the output.
+        num_held: [1]; tokens to come of which none may be one of `stop_token_ids`.
 
-    The last two are empty if no penalty needs them. All three are views of the tensors of the batch
-    it was last in, and so move on with it.
+    The penalties are empty if not needed. All four are views of the tensors of the batch it was
+    last in, and so move on with it.
     """
 
     def __init__(self, state: SamplingState, vocab_size: int, device: torch.device) -> None:
@@ -42,6 +43,8 @@ class SampledSequence:
         self.params = params
         self.seed = state.seed
         self.num_output_tokens = torch.tensor([len(output)])
+        self.stop_token_ids = [each for each in state.stop_token_ids if each < vocab_size]
+        self.num_held = torch.tensor([max(0, params.min_tokens - len(output))])
         self.repetition = self.counts = torch.empty(1, 0)
         if params.repetition_penalty != 1:
             factors = np.ones((1, vocab_size), dtype=np.float32)
@@ -66,11 +69,15 @@ class SampledBatch:
         def members(belongs: Callable[[SamplingParams], bool]) -> _Members:
             return _Members(sequences, belongs, device)
 
-        self._penalties: list[_RepetitionPenalty | _OutputPenalty] = []
+        self._penalties: list[_LogitBias | _RepetitionPenalty | _OutputPenalty | _HeldStops] = []
+        if biased := members(lambda params: bool(params.logit_bias)):
+            self._penalties.append(_LogitBias(biased))
         if repeated := members(lambda params: params.repetition_penalty != 1):
             self._penalties.append(_RepetitionPenalty(repeated))
         if counted := members(lambda params: params.counts_output):
             self._penalties.append(_OutputPenalty(counted))
+        if held := members(lambda params: params.holds_stops):
+            self._penalties.append(_HeldStops(held))
         # Apart by what they need, so that no one waits for what only others need.
         drawn = [members(partial(_is_drawn, kind=kind, vocab_size=vocab_size)) for kind in _Kind]
         self._draws = [_Draws(group, vocab_size) for group in drawn if group]
@@ -169,6 +176,50 @@ class _Members:
         for sequence, row in zip(self.sequences, joined[:, None].unbind(), strict=True):
             setattr(sequence, name, row)
         return joined
+
+
+class _LogitBias:
+    """Adds a number to the logits of some tokens."""
+
+    def __init__(self, members: _Members) -> None:
+        biases = [sequence.params.logit_bias for sequence in members.sequences]
+        rows = [row for row, pairs in zip(members.numbers, biases, strict=True) for _ in pairs]
+        tokens = [token for pairs in biases for token, _ in pairs]
+        self._places = torch.tensor([rows, tokens], device=members.device).unbind()
+        values = [value for pairs in biases for _, value in pairs]
+        self._values = torch.tensor(values, dtype=torch.float32, device=members.device)
+
+    def apply(self, scores: Tensor) -> None:
+        """Add to scores, [num_seqs, vocab_size], in place."""
+        scores[self._places] += self._values
+
+    def count(self, token_ids: Tensor) -> None:
+        """Depends on no token."""
+
+
+class _HeldStops:
+    """Lets no token end an output that is still too short."""
+
+    def __init__(self, members: _Members) -> None:
+        self._num_held = members.join("num_held")
+        places = [
+            (member, row, token)
+            for member, (row, sequence) in enumerate(
+                zip(members.numbers, members.sequences, strict=True)
+            )
+            for token in sequence.stop_token_ids
+        ]
+        self._places = torch.tensor(places, dtype=torch.int64).view(-1, 3).T
+
+    def apply(self, scores: Tensor) -> None:
+        """Make them impossible in scores, [num_seqs, vocab_size], in place."""
+        members, rows, tokens = self._places
+        is_held = self._num_held[members] > 0
+        scores[rows[is_held].to(scores.device), tokens[is_held].to(scores.device)] = -math.inf
+
+    def count(self, token_ids: Tensor) -> None:
+        """One token less to come, whichever it is."""
+        self._num_held -= 1
 
 
 class _RepetitionPenalty:

@@ -95,6 +95,15 @@ class Shards:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return memoryview(mapped)[8 + header_bytes :][begin:end]
 
+    def files(self) -> Iterable[Path]:
+        """All of them, and the index where there is one."""
+        names = set(self._file_of_tensor.values())
+        return (self._folder / name for name in (*names, *({_INDEX} - names)))
+
+    def metadata(self) -> dict[str, str]:
+        """What a folder's only file says about itself."""
+        return dict(self._file(_FILE).metadata() or {})
+
     def count_read(self, num_bytes: int) -> None:
         """Count bytes that were read from mapped files."""
         self._mapped_bytes += num_bytes
@@ -198,6 +207,15 @@ class StoredTensors:
         }
         self._shards.close()
         return sorted(unused)
+
+    def files(self) -> Iterable[Path]:
+        """What the folder holds of it."""
+        of_shards = (path for path in self._shards.files() if path.exists())
+        return (self.folder / "config.json", *of_shards)
+
+    def is_narrow(self, name: str) -> bool:
+        """Whether a logical tensor is stored in one byte."""
+        return self._is_narrow(self._locate(name)[0])
 
     def has_head_of_its_own(self) -> bool:
         """Whether `config.json` ties the head to the embedding, but there is another head.

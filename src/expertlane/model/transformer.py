@@ -191,11 +191,7 @@ class TransformerStage:
             return None
         layers = [layer.parts for layer in self._layers]
         if self._part is None or not self._part.is_made_of(layers):
-            parts = [
-                (attention, here)
-                for attention, here in layers
-                if attention is not None and here is not None
-            ]
+            parts = [each for each in layers if each is not None]
             if not parts or len(parts) < len(layers):
                 return None
             first, progress = self._layers[0].index, self.mesh.recorder.progress.addresses()

@@ -18,8 +18,8 @@ from expertlane.comm.collectives import Group, Pending, Steps
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.moe.payload import Payload
 from expertlane.ops.backend import backend_for
+from expertlane.ops.bookkeeping import Outgoing
 from expertlane.ops.products import PairGroups
-from expertlane.ops.torch_backend import Outgoing
 
 
 class CopyChooser:

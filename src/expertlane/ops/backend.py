@@ -9,8 +9,9 @@ first where the ranks of a node share memory; between nodes it is gloo.
 import contextlib
 import ctypes
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -47,6 +48,10 @@ def backend_for(device: torch.device) -> TorchBackend:
 @cache
 def backend_of_cpu() -> tuple[TorchBackend, str]:
     """The best there is; and why it lacks kernels of ours, in a line, empty where it has all."""
+    return _best_of_cpu(build)
+
+
+def _best_of_cpu(build: Callable[[InstructionSet], ctypes.CDLL]) -> tuple[TorchBackend, str]:
     wanted, allowed = _wanted_backend(), _allowed_sets()
     if wanted == "torch":
         return _TORCH, "EXPERTLANE_BACKEND=torch"
@@ -161,12 +166,14 @@ def choose_platform(
     *,
     shares_memory: bool = False,
     several_nodes: bool = False,
+    touch: Callable[[], None] | None = None,
 ) -> Platform:
     """One GPU a rank with NCCL and float16 where there are enough; else the CPU and float32.
 
     Args:
         shares_memory: whether the ranks of this node have inherited memory that they share.
         several_nodes: whether there are ranks on others.
+        touch: called every second while a compiler works.
 
     Raises:
         UserError: float16 was asked for on a CPU, which has no fast float16 arithmetic; or the
@@ -183,6 +190,8 @@ def choose_platform(
     _keep_freed_memory()
     device, dtype = torch.device("cpu"), DTYPES[dtype_name or "float32"]
     # Compile kernels if need be: a rank is only said to be up afterwards, so no step waits for it.
+    if touch is not None:
+        _best_of_cpu(partial(build, touch=touch))
     transport = _transport_of_cpu(shares_memory=shares_memory, several_nodes=several_nodes)
     return Platform(device, transport, dtype, "CPU", _kernels_of_cpu(dtype))
 

@@ -12,9 +12,13 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import TextIO
 
 from expertlane.ops.host import num_cores
 from expertlane.spec.files import user_cache
@@ -24,6 +28,9 @@ _HEADERS = sorted(_FOLDER.glob("*.h"))
 SHIPPED = _FOLDER / "libraries"  # in wheels that `make wheel` makes
 _COMPILE = ("-O3", "-std=c++17", "-fPIC")
 _TIMEOUT_S = 120.0
+_LOCK_TIMEOUT_S = 3 * _TIMEOUT_S  # who has the lock compiles and links
+_REMEMBERED_S = 600.0  # what keeps a compiler from it may be mended
+_TOUCH_S, _LOOK_S = 1.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ def _arithmetic(name: str, *flags: str) -> InstructionSet:
         "attention",
         "few_rows",
         "layers",
+        "mlp",
         "moe_step",
         "narrow",
         "products",
@@ -92,10 +100,22 @@ class BuildError(Exception):
     """A library cannot be built; the text says why in one line."""
 
 
-def build(instructions: InstructionSet) -> ctypes.CDLL:
+class _CompilerFailed(Exception):
+    """The text says why in one line."""
+
+
+def _no_touch() -> None:
+    """Nobody waits."""
+
+
+def build(instructions: InstructionSet, touch: Callable[[], None] = _no_touch) -> ctypes.CDLL:
     """The library of an instruction set, as shipped, or compiled.
 
-    Ranks that start together wait for the one that compiles.
+    Ranks that start together wait for the one that compiles; where that failed, they and those who
+    start soon afterwards do not try again.
+
+    Args:
+        touch: called every second while a compiler works, here or for another process.
 
     Raises:
         BuildError: there is no compiler, it failed, or there is nowhere to put the library.
@@ -109,16 +129,16 @@ def build(instructions: InstructionSet) -> ctypes.CDLL:
         )
     try:
         compiler = shlex.split(found)  # it may have options, or a prefix such as ccache
-        library = _library(compiler, instructions)
+        library = _library(compiler, instructions, touch)
         try:
             return ctypes.CDLL(str(library))
         except OSError:  # damaged since it was compiled
             library.unlink(missing_ok=True)
-            return ctypes.CDLL(str(_library(compiler, instructions)))
-    except subprocess.CalledProcessError as error:
-        reason = _first_line(error.stderr) or f"exit code {error.returncode}"
-    except subprocess.TimeoutExpired:
-        reason = f"no answer within {_TIMEOUT_S:.0f} s"
+            return ctypes.CDLL(str(_library(compiler, instructions, touch)))
+    except _CompilerFailed as error:
+        reason = str(error)
+    except subprocess.SubprocessError as error:
+        reason = _reason(error)
     except (OSError, RuntimeError, ValueError) as error:
         # No home folder, a full disk, a malformed CXX.
         reason = _first_line(str(error).encode())
@@ -148,13 +168,21 @@ def _name(instructions: InstructionSet, compiler: tuple[bytes, ...]) -> str:
     return f"{platform.machine()}-{instructions.name}-{key.hexdigest()}.so"
 
 
+def _reason(error: subprocess.SubprocessError) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        return _first_line(error.stderr) or f"exit code {error.returncode}"
+    return f"no answer within {_TIMEOUT_S:.0f} s"
+
+
 def _first_line(output: bytes) -> str:
     """The first error of a compiler, or else the first line of its output."""
     lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
     return next((line for line in lines if "error" in line), lines[0] if lines else "")
 
 
-def _library(compiler: list[str], instructions: InstructionSet) -> Path:
+def _library(
+    compiler: list[str], instructions: InstructionSet, touch: Callable[[], None] = _no_touch
+) -> Path:
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT_S
     ).stdout
@@ -167,16 +195,62 @@ def _library(compiler: list[str], instructions: InstructionSet) -> Path:
         ) from None
     library = folder / _name(instructions, (version, *map(str.encode, compiler)))
     with (folder / "build.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _take(lock, touch)
         if not library.exists():
-            compile_library(compiler, instructions, library)
+            _compile_unless_failed(compiler, instructions, library, touch)
     return library
 
 
+def _take(lock: TextIO, touch: Callable[[], None]) -> None:
+    """Wait until no other process compiles; a stopped one would keep the lock for ever."""
+    begin_s = touched_s = time.monotonic()
+    while True:
+        with suppress(BlockingIOError):
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        now_s = time.monotonic()
+        if now_s - begin_s > _LOCK_TIMEOUT_S:
+            raise _CompilerFailed(f"another process has been at it for {_LOCK_TIMEOUT_S:.0f} s")
+        if now_s - touched_s > _TOUCH_S:
+            touch()
+            touched_s = now_s
+        time.sleep(_LOOK_S)
+
+
+def _compile_unless_failed(
+    compiler: list[str], instructions: InstructionSet, library: Path, touch: Callable[[], None]
+) -> None:
+    """Compile; a failure stands in a file beside the library for a while.
+
+    Raises:
+        _CompilerFailed: it fails, or did so lately.
+    """
+    failed = library.with_suffix(".failed")
+    with suppress(OSError):  # there is none
+        left_s = failed.stat().st_mtime + _REMEMBERED_S - time.time()
+        if 0 < left_s <= _REMEMBERED_S:
+            text = failed.read_text(errors="replace")
+            raise _CompilerFailed(f"{text}; it is tried again in {left_s / 60:.0f} minutes")
+    try:
+        compile_library(compiler, instructions, library, touch=touch)
+    except subprocess.SubprocessError as error:
+        reason = _reason(error)
+        with suppress(OSError):
+            failed.write_text(reason)
+        raise _CompilerFailed(reason) from None
+    failed.unlink(missing_ok=True)
+
+
 def compile_library(
-    compiler: list[str], instructions: InstructionSet, library: Path, *link_flags: str
+    compiler: list[str],
+    instructions: InstructionSet,
+    library: Path,
+    *link_flags: str,
+    touch: Callable[[], None] = _no_touch,
 ) -> None:
     """Compile and link one set.
+
+    Args:
+        touch: called every second meanwhile.
 
     Raises:
         CalledProcessError, TimeoutExpired: of the compiler.
@@ -193,7 +267,11 @@ def compile_library(
         run(*_COMPILE, *instructions.flags, "-c", str(source))
 
     with tempfile.TemporaryDirectory() as folder, ThreadPool(num_cores()) as pool:
-        pool.map(compile_one, sources, chunksize=1)
+        compiled = pool.map_async(compile_one, sources, chunksize=1)
+        while not compiled.ready():
+            compiled.wait(_TOUCH_S)
+            touch()
+        compiled.get()
         objects = (f"{source.stem}.o" for source in sources)
         run("-shared", *instructions.link_flags, *link_flags, *objects, "-o", str(made))
     made.replace(library)

@@ -3,8 +3,8 @@
 The ranks of a host divide its cores evenly, each within one NUMA node where that is possible: the
 memory that a rank writes first then is that node's. They are pinned to their shares, except where
 there are more ranks than cores, where a container may use less than its cores (they are others'
-too), and where another engine is pinned to them. `EXPERTLANE_PIN=0` pins no rank;
-`EXPERTLANE_PIN=1` pins also beside other engines.
+too), and where another engine is pinned to them, outside other containers. `EXPERTLANE_PIN=0` pins
+no rank; `EXPERTLANE_PIN=1` pins also beside other engines.
 """
 
 import fcntl
@@ -120,7 +120,8 @@ def pin(cpus: Sequence[int], system: Path = _SYSTEM) -> bool:
 def _hold(cpus: Sequence[int], system: Path) -> bool:
     """Whether no other process holds one of them; this one does from now on, until it ends.
 
-    A lock on a folder of the system's own needs no file of ours, and every user sees it.
+    A lock on a folder of the system's own needs no file of ours, and every user sees it. Other
+    containers do not: each has folders of its own.
     """
     held: list[int] = []
     for cpu in cpus:

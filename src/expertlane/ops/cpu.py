@@ -6,14 +6,17 @@ Only `ops/backend.py` chooses among these.
 import ctypes
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from expertlane.ops.bookkeeping import Outgoing, PeerRows
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.library import function_of
+from expertlane.ops.mlp import MlpPart
 from expertlane.ops.moe_step import CompiledRouter, LocalExperts
 from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight
 from expertlane.ops.packed import (
@@ -28,23 +31,9 @@ from expertlane.ops.products import Activation, Expert, Experts, HeadsLinear, Li
 from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
 from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart, attention_part
-from expertlane.ops.torch_backend import Outgoing, PeerRows, TorchBackend
+from expertlane.ops.torch_backend import TorchBackend
 
 _SUMMED = (torch.float32, torch.bfloat16)
-_TYPES: dict[str, Any] = {
-    "p": ctypes.c_void_p,
-    "n": ctypes.c_int64,
-    "i": ctypes.c_int32,
-    "f": ctypes.c_float,
-}
-
-
-def _function(library: ctypes.CDLL, name: str, arguments: str, result: Any = None) -> Any:
-    """A function of a library, with a letter for each of its arguments' types."""
-    function = getattr(library, name)
-    function.argtypes = [_TYPES[letter] for letter in arguments]
-    function.restype = result
-    return function
 
 
 class CpuBackend(TorchBackend):
@@ -59,17 +48,17 @@ class CpuBackend(TorchBackend):
 
     def __init__(self, baseline: ctypes.CDLL) -> None:
         self.baseline = baseline
-        self._choose_copies = _function(baseline, "choose_copies", "pnpnpnnp")
-        self._rows_by_peer = _function(baseline, "rows_by_peer", "pnnninpppp", ctypes.c_int64)
-        self._group_pairs = _function(baseline, "group_pairs", "pnnniinppppp", ctypes.c_int64)
-        self._outgoing = _function(baseline, "outgoing", "pnnpnpnninppppp", ctypes.c_int64)
-        self._fan_out = _function(baseline, "fan_out", "pnninpnppp")
-        self._pack_rows = _function(baseline, "pack_rows", "pnnnpppp")
+        self._choose_copies = function_of(baseline, "choose_copies", "pnpnpnnp")
+        self._rows_by_peer = function_of(baseline, "rows_by_peer", "pnnninpppp", "n")
+        self._group_pairs = function_of(baseline, "group_pairs", "pnnniinppppp", "n")
+        self._outgoing = function_of(baseline, "outgoing", "pnnpnpnninppppp", "n")
+        self._fan_out = function_of(baseline, "fan_out", "pnninpnppp")
+        self._pack_rows = function_of(baseline, "pack_rows", "pnnnpppp")
         self._take_sums(baseline)
 
     def _take_sums(self, library: ctypes.CDLL) -> None:
-        self._gather_sum = _function(library, "gather_sum", "ippnppnnnp")
-        self._sum_parts = _function(library, "sum_parts", "ipnnp")
+        self._gather_sum = function_of(library, "gather_sum", "ippnppnnnp")
+        self._sum_parts = function_of(library, "sum_parts", "ipnnp")
 
     def choose_copies(
         self, topk_ids: Tensor, table: Tensor, num_copies: Tensor, first: int
@@ -212,22 +201,22 @@ class VectorBackend(CpuBackend):
         super().__init__(baseline)
         self.instructions = instructions
         self._library = library
-        self._draw_tokens = _function(library, "draw_tokens", "pnnppppppp")
-        self._linear = _function(library, "linear", "pnnpnnpp")
-        self._heads_linear = _function(library, "heads_linear", "pnnnpnnnpnn")
-        self._experts = _function(library, "experts", "pnpppnpppnnpp")
+        self._draw_tokens = function_of(library, "draw_tokens", "pnnppppppp")
+        self._linear = function_of(library, "linear", "pnnpnnpp")
+        self._heads_linear = function_of(library, "heads_linear", "pnnnpnnnpnn")
+        self._experts = function_of(library, "experts", "pnpppnpppnnpp")
         self._attention = {
-            dtype: _function(library, name, "pnpnpnpnpppnpppnnnnnnfnpp")
+            dtype: function_of(library, name, "pnpnpnpnpppnpppnnnnnnfnpp")
             for dtype, name in ((torch.bfloat16, "attention"), (torch.float32, "attention_float"))
         }
-        self._few_rows_linear = _function(library, "few_rows_linear", "pnnpnnpp")
-        self._few_rows_experts = _function(library, "few_rows_experts", "pnpppnpppnnpp")
-        self._narrow_linear = _function(library, "narrow_linear", "iipnnppnnnnpp")
-        self._narrow_experts = _function(library, "narrow_experts", "iipnpppnpppnnnnnp")
+        self._few_rows_linear = function_of(library, "few_rows_linear", "pnnpnnpp")
+        self._few_rows_experts = function_of(library, "few_rows_experts", "pnpppnpppnnpp")
+        self._narrow_linear = function_of(library, "narrow_linear", "iipnnppnnnnpp")
+        self._narrow_experts = function_of(library, "narrow_experts", "iipnpppnpppnnnnnp")
         self._rotate, self._rms_norm = (
             {
-                torch.bfloat16: _function(library, name, arguments),
-                torch.float32: _function(library, f"{name}_float", arguments),
+                torch.bfloat16: function_of(library, name, arguments),
+                torch.float32: function_of(library, f"{name}_float", arguments),
             }
             for name, arguments in (("rotate", "pnnnnnppn"), ("rms_norm", "pnnnnpfpn"))
         )
@@ -274,12 +263,23 @@ class VectorBackend(CpuBackend):
     def local_experts(
         self, router: Router, experts: Experts, dtype: torch.dtype
     ) -> LocalExperts | None:
-        if not isinstance(router, CompiledRouter):
-            return None
-        kinds = PackedExperts | FewRowsExperts | NarrowExperts
-        if not isinstance(experts, kinds) or not _multiplies(dtype, experts.held[0].up):
+        if not isinstance(router, CompiledRouter) or not _computes(experts, dtype):
             return None
         return LocalExperts(router, experts, experts.matrices, self._library, dtype)
+
+    def mlp_part(
+        self,
+        mlp: Expert,
+        activation: Activation,
+        dtype: torch.dtype,
+        norm: Tensor | None,
+        eps: float,
+        scale: Tensor | None,
+    ) -> MlpPart | None:
+        experts = self.experts([mlp], activation)
+        if not _computes(experts, dtype) or mlp.up.in_features % LANES:
+            return None
+        return MlpPart(experts, experts.matrices, norm, eps, scale, self._library, dtype)
 
     def head_part(
         self, head: Linear, norm: Tensor | None, eps: float, dtype: torch.dtype
@@ -368,6 +368,14 @@ class VectorBackend(CpuBackend):
             *(cos.data_ptr(), sin.data_ptr(), interleave),
         )
         return x
+
+
+def _computes(
+    experts: Experts, dtype: torch.dtype
+) -> TypeGuard[PackedExperts | FewRowsExperts | NarrowExperts]:
+    """Whether kernels of ours apply these to rows of that type."""
+    is_ours = isinstance(experts, PackedExperts | FewRowsExperts | NarrowExperts)
+    return is_ours and _multiplies(dtype, experts.held[0].up)
 
 
 def _multiplies(dtype: torch.dtype, *linears: Linear) -> bool:

@@ -1,6 +1,8 @@
 // Products of few rows with float32 weights [n, k] as torch keeps them. Each weight is read from
 // memory once, in order; torch's own product packs them anew at every call.
 
+#include <vector>
+
 #include "lanes.h"
 
 namespace {
@@ -102,14 +104,18 @@ void few_rows_experts(const float* x, int64_t stride, const int64_t* from_row,
                       int64_t hidden, int64_t inner, float* scratch, float* out) {
     const int64_t firsts = (inner + kColumns - 1) / kColumns;
     const int64_t seconds = (hidden + kColumns - 1) / kColumns;
-#pragma omp parallel
+    std::vector<int64_t> used;
     for (int64_t e = 0; e < num_experts; ++e) {
-        const int64_t begin = e ? ends[e - 1] : 0, end = ends[e];
-        if (begin == end) continue;
+        if (ends[e] > (e ? ends[e - 1] : 0)) used.push_back(e);
+    }
+    const int64_t count = (int64_t)used.size();
+#pragma omp parallel
+    {
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < firsts; ++block) {
-            const int64_t column = block * kColumns;
+        for (int64_t task = 0; task < count * firsts; ++task) {
+            const int64_t e = used[task / firsts], column = task % firsts * kColumns;
             const int64_t columns = std::min<int64_t>(kColumns, inner - column);
+            const int64_t begin = e ? ends[e - 1] : 0, end = ends[e];
             for (int64_t pair = begin; pair < end; pair += kMostRows) {
                 const int64_t rows = std::min(kMostRows, end - pair);
                 const float* from[kMostRows];
@@ -124,9 +130,10 @@ void few_rows_experts(const float* x, int64_t stride, const int64_t* from_row,
             }
         }
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < seconds; ++block) {
-            const int64_t column = block * kColumns;
+        for (int64_t task = 0; task < count * seconds; ++task) {
+            const int64_t e = used[task / seconds], column = task % seconds * kColumns;
             const int64_t columns = std::min<int64_t>(kColumns, hidden - column);
+            const int64_t begin = e ? ends[e - 1] : 0, end = ends[e];
             for (int64_t pair = begin; pair < end; pair += kMostRows) {
                 const int64_t rows = std::min(kMostRows, end - pair);
                 const float* from[kMostRows];

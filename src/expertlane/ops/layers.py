@@ -2,21 +2,36 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from expertlane.ops.kv_cache import KVCache, PagedBatch
+from expertlane.ops.library import function_of
+from expertlane.ops.mlp import MlpPart
 from expertlane.ops.moe_step import LocalExperts
 from expertlane.ops.step import AttentionPart
-from expertlane.ops.structs import SUFFIX, Layer, Progress, function_of
+from expertlane.ops.structs import SUFFIX, Layer, Progress
+
+
+class LayerParts(NamedTuple):
+    """What a layer is computed in.
+
+    Attributes:
+        experts: None in a dense layer.
+        mlp: of a dense layer, with its norm; or the shared expert, if there is one.
+    """
+
+    attention: AttentionPart
+    experts: LocalExperts | None
+    mlp: MlpPart | None
 
 
 class LayersPart:
-    """A stage's layers, whose attention and experts are all on this rank.
+    """A stage's layers, whose attention and MLPs are all on this rank.
 
     Args:
-        layers: attention and MoE block of each.
         caches: of each.
         first_layer: the number of the first.
         progress: where the rank's layer, stage, counter and time (ns) are to be kept up to date.
@@ -25,7 +40,7 @@ class LayersPart:
 
     def __init__(
         self,
-        layers: Sequence[tuple[AttentionPart, LocalExperts]],
+        layers: Sequence[LayerParts],
         caches: Sequence[KVCache],
         first_layer: int,
         progress: Sequence[int],
@@ -35,32 +50,36 @@ class LayersPart:
         self._progress = Progress(*progress, (ctypes.c_int64 * len(stages))(*stages))
         self._layers = (Layer * len(layers))(
             *(
-                Layer(attention.layer, *here.layers, attention.pages(cache), first_layer + number)
-                for number, ((attention, here), cache) in enumerate(
+                Layer(
+                    attention.layer,
+                    *((None, None) if experts is None else experts.layers),
+                    None if mlp is None else mlp.layer,
+                    attention.pages(cache),
+                    first_layer + number,
+                )
+                for number, ((attention, experts, mlp), cache) in enumerate(
                     zip(layers, caches, strict=True)
                 )
             )
         )
-        attention, here = layers[0]
-        assert attention.dtype is here.dtype, "a model has one"
-        self._function = function_of(attention.library, f"layers_part{SUFFIX[here.dtype]}", 7)
+        attention = layers[0].attention
+        name = f"layers_part{SUFFIX[attention.dtype]}"
+        self._function = function_of(attention.library, name, "pnpppnp")
 
-    def is_made_of(
-        self, layers: Sequence[tuple[AttentionPart | None, LocalExperts | None]]
-    ) -> bool:
+    def is_made_of(self, layers: Sequence[LayerParts | None]) -> bool:
         """Whether it still does what these do."""
         return all(
-            own[0] is other[0] and own[1] is other[1]
+            other is not None and all(a is b for a, b in zip(own, other, strict=True))
             for own, other in zip(self._made_of, layers, strict=True)
         )
 
     def takes(self, x: Tensor) -> bool:
         """Whether it computes tokens [num_tokens, hidden_size]."""
-        return self._made_of[0][0].takes(x)
+        return self._made_of[0].attention.takes(x)
 
     def __call__(self, x: Tensor, batch: PagedBatch) -> Tensor:
         """[num_tokens, hidden_size] after the last layer, of [num_tokens, hidden_size]."""
-        placed, out = self._made_of[0][0].placed(batch), torch.empty_like(x)
+        placed, out = self._made_of[0].attention.placed(batch), torch.empty_like(x)
         self._function(
             *(ctypes.addressof(self._layers), len(self._layers), placed.address),
             *(self._progress.address, x.data_ptr(), x.shape[0], out.data_ptr()),

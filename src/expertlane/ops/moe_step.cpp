@@ -200,6 +200,11 @@ void local_experts_float(const Router* r, const Experts* e, int64_t tokens, void
     compute_here<float>(*r, *e, tokens, work);
 }
 
+// The normed tokens [tokens, hidden], after local_route.
+const void* local_normed(const Router* r, const Experts* e, int64_t tokens, void* work) {
+    return Work<float>(*r, *e, tokens, work).normed;  // which whole numbers alone come before
+}
+
 // out = weighted sums, plus x if not null; [tokens, hidden] each.
 void local_combine(const Router* r, const Experts* e, const bf16* x, int64_t tokens, void* work,
                    bf16* out) {

@@ -7,18 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertlane.ops.narrow import NarrowLinear
+from expertlane.ops.library import function_of
 from expertlane.ops.packed import LANES
 from expertlane.ops.products import Experts
 from expertlane.ops.router import Norm, Router, RouterParams
 from expertlane.ops.structs import (
     MOST_TOKENS,
     SUFFIX,
-    WHOLE,
     ExpertsLayer,
     RouterLayer,
     address_of,
-    function_of,
     most_tokens,
 )
 
@@ -37,7 +35,7 @@ class CompiledRouter(Router):
             *(routing.group_score == "top2_sum", params.eps, routing.routed_scaling_factor),
         )
         self._functions = {
-            dtype: function_of(library, f"router_part{suffix}", 6)
+            dtype: function_of(library, f"router_part{suffix}", "ppnppp")
             for dtype, suffix in SUFFIX.items()
         }
 
@@ -80,21 +78,15 @@ class LocalExperts:
     ) -> None:
         self._kept, self.library = (router, experts, matrices), library
         self.dtype, self._top_k = dtype, router.params.top_k
-        held = experts.held
-        pointers = (None if each is None else ctypes.addressof(each) for each in matrices)
-        up, down = held[0].up, held[0].down
-        narrow: tuple[int, ...] = ()
-        if isinstance(up, NarrowLinear) and isinstance(down, NarrowLinear):
-            narrow = True, up.is_float8, up.group, down.group, down.first
-        self._experts = ExpertsLayer(*pointers, len(held), up.out_features, *narrow)
-        self._num_experts = len(held)
+        self._experts = ExpertsLayer.of(experts.held, matrices)
+        self._num_experts = len(experts.held)
         self.layers = router.layer.address, self._experts.address
         suffix = SUFFIX[dtype]
-        self._bytes = function_of(library, f"local_bytes{suffix}", 3, WHOLE)
-        self._route = function_of(library, f"local_route{suffix}", 5)
-        self._group = function_of(library, "local_group", 4)
-        self._compute = function_of(library, f"local_experts{suffix}", 4)
-        self._combine = function_of(library, f"local_combine{suffix}", 6)
+        self._bytes = function_of(library, f"local_bytes{suffix}", "ppn", "n")
+        self._route = function_of(library, f"local_route{suffix}", "pppnp")
+        self._group = function_of(library, "local_group", "ppnp")
+        self._compute = function_of(library, f"local_experts{suffix}", "ppnp")
+        self._combine = function_of(library, f"local_combine{suffix}", "pppnpp")
 
     def takes(self, x: Tensor) -> bool:
         """Whether it computes tokens [num_tokens, hidden_size]."""

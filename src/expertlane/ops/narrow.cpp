@@ -5,225 +5,11 @@
 // for every output and group of inputs, [n / 16][groups][16]. The first group may have begun
 // `first` inputs earlier, where a matrix is cut along its inputs.
 
-#include <memory>
-#include <utility>
 #include <vector>
 
-#include "narrow_weights.h"
+#include "narrow_tiles.h"
 
 namespace {
-
-struct Matrix {
-    const uint8_t* values;
-    const float* scales;
-};
-
-struct Groups {
-    int64_t size, first;
-    int64_t count(int64_t k) const { return (first + k + size - 1) / size; }
-};
-
-constexpr int kBlocks = kLanes == kBlock ? 2 : 1;  // that a tile computes
-constexpr int kSums = kBlocks * kVectors;        // vectors of sums of a row
-
-// Values from a block to what a thread should prefetch meanwhile: the block that is `step` blocks
-// on, which it reads next, where the second-level cache has room for it.
-inline int64_t ahead_of_bytes(int64_t step, int64_t k) {
-    const int64_t next = step * k * kBlock;
-    return next <= 65536 ? next : 4096;
-}
-
-// sums[r][v] += rows x times the weights of the inputs from i to end, unscaled.
-template <int R, class W>
-inline void add_group(const float* const* x, const W* const* w, int64_t i, int64_t end,
-                      int64_t ahead, Lanes sums[R][kSums]) {
-    constexpr int kChains = R == 1 ? 4 : R <= 2 ? 2 : 1;  // sums that do not wait for each other
-    Lanes more[kChains][R][kSums] = {};
-    for (; i + kChains <= end; i += kChains) {
-        for (int c = 0; c < kChains; ++c) {
-            for (int v = 0; v < kSums; ++v) {
-                const W* from = w[v * kLanes / kBlock] + place(i + c, v);
-                prefetch(from + ahead);
-                const Lanes weights = load(from);
-                for (int r = 0; r < R; ++r) {
-                    more[c][r][v] = fma(weights, all(x[r][i + c]), more[c][r][v]);
-                }
-            }
-        }
-    }
-    for (; i < end; ++i) {
-        for (int v = 0; v < kSums; ++v) {
-            const Lanes weights = load(w[v * kLanes / kBlock] + place(i, v));
-            for (int r = 0; r < R; ++r) more[0][r][v] = fma(weights, all(x[r][i]), more[0][r][v]);
-        }
-    }
-    for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < kSums; ++v) {
-            sums[r][v] = more[0][r][v];
-            for (int c = 1; c < kChains; ++c) sums[r][v] = sums[r][v] + more[c][r][v];
-        }
-    }
-}
-
-template <int R, class W>
-inline void add_group(const bf16* const* x, const W* const* w, int64_t i, int64_t end,
-                      int64_t ahead, Lanes sums[R][kSums]) {
-    for (int r = 0; r < R; ++r) for (int v = 0; v < kSums; ++v) sums[r][v] = Lanes{};
-#if defined(__AVX512VBMI__)
-    const Widener<W> widen;
-    constexpr int kChains = R <= 4 ? 2 : 1;  // sums that do not wait for each other
-    Lanes more[kChains][R][kSums] = {};
-    for (; i + 4 <= end; i += 4) {
-        for (int v = 0; v < kSums; ++v) {
-            const W* from = w[v] + i * kBlock;
-            prefetch(from + ahead);
-            Bits pairs[2];
-            widen(from, pairs);
-            for (int r = 0; r < R; ++r) {
-                for (int p = 0; p < 2; ++p) {
-                    Lanes& sum = more[p % kChains][r][v];
-                    sum = add_products(sum, pairs[p], x[r] + i + 2 * p);
-                }
-            }
-        }
-    }
-    for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < kSums; ++v) {
-            sums[r][v] = kChains > 1 ? more[0][r][v] + more[kChains - 1][r][v] : more[0][r][v];
-        }
-    }
-#endif
-    for (; i + 2 <= end; i += 2) {
-        for (int v = 0; v < kSums; ++v) {
-            const W* from = w[v * kLanes / kBlock];
-            prefetch(from + place(i, v) + ahead);
-            const Bits pairs = load_narrow_pairs(from, i, v);
-            for (int r = 0; r < R; ++r) sums[r][v] = add_products(sums[r][v], pairs, x[r] + i);
-        }
-    }
-    for (; i < end; ++i) {
-        for (int v = 0; v < kSums; ++v) {
-            const Lanes weights = load(w[v * kLanes / kBlock] + place(i, v));
-            for (int r = 0; r < R; ++r) {
-                sums[r][v] = fma(weights, all(to_float(x[r][i])), sums[r][v]);
-            }
-        }
-    }
-}
-
-template <int R, class W>
-inline void add_group(const bf16* const* x, const Pair<W>* const* w, int64_t i, int64_t end,
-                      int64_t, Lanes sums[R][kSums]) {
-    for (int r = 0; r < R; ++r) for (int v = 0; v < kSums; ++v) sums[r][v] = Lanes{};
-    for (; i < end; i += 2) {
-        for (int v = 0; v < kSums; ++v) {
-            const Pair<W>* from = w[v * kLanes / kBlock] + place(i / 2, v);
-            const Bits pairs = load_pairs(from->both);
-            for (int r = 0; r < R; ++r) sums[r][v] = add_products(sums[r][v], pairs, x[r] + i);
-        }
-    }
-}
-
-// out[r] = row x[r] times kBlocks blocks of 16 outputs.
-template <int R, class W, class X>
-void tile(const X* const* x, const W* const* w, const float* const* scales, int64_t k,
-          Groups groups, int64_t ahead, float* out) {
-    Lanes total[R][kSums] = {};
-    for (int64_t i = 0, end = groups.size - groups.first, g = 0; i < k;
-         i = end, end += groups.size, ++g) {
-        Lanes sums[R][kSums];
-        add_group<R>(x, w, i, std::min(end, k), ahead, sums);
-        for (int v = 0; v < kSums; ++v) {
-            const Lanes scale = load(scales[v * kLanes / kBlock] + place(g, v)) * kUnit<W>;
-            for (int r = 0; r < R; ++r) total[r][v] = fma(sums[r][v], scale, total[r][v]);
-        }
-    }
-    for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < kSums; ++v) store(out + r * 2 * kBlock + v * kLanes, total[r][v]);
-    }
-}
-
-template <class W, class X>
-using Tile = void (*)(const X* const*, const W* const*, const float* const*, int64_t, Groups,
-                      int64_t, float*);
-
-template <class W, class X, int... R>
-Tile<W, X> tile_of(int rows, std::integer_sequence<int, R...>) {
-    static constexpr Tile<W, X> tiles[] = {tile<R + 1, W, X>...};
-    return tiles[rows - 1];
-}
-
-// A block of a matrix.
-template <class W>
-struct Block {
-    const W* values;
-    const float* scales;
-};
-
-template <class W>
-Block<W> block_of(const Matrix& matrix, int64_t number, int64_t k, Groups groups) {
-    return {(const W*)matrix.values + number * k * kBlock,
-            matrix.scales + number * groups.count(k) * kBlock};
-}
-
-constexpr int64_t kFewRows = 2 * kRows;  // with more, two blocks are widened once for all of them
-
-// Two blocks, widened into a cache as rows of type X take them.
-template <class W, class X>
-struct Panel {
-    using Cell = std::conditional_t<std::is_same_v<X, float>, Wide<W>, Pair<W>>;
-    static constexpr int64_t kInputs = std::is_same_v<X, float> ? 1 : 2;  // of a cell
-
-    std::unique_ptr<Cell[]> cells;
-    Block<Cell> first, second;
-
-    Panel(const Block<W>& one, const Block<W>& two, int64_t k)
-        : cells(new Cell[(size_t)(2 * k / kInputs * kBlock)]),
-          first{cells.get(), one.scales}, second{cells.get() + k / kInputs * kBlock, two.scales} {
-        widen(one.values, k, cells.get());
-        widen(two.values, k, cells.get() + k / kInputs * kBlock);
-    }
-
-    static bool suits(int64_t m, int64_t k, Groups groups) {
-        const int64_t ends = k | groups.first | (groups.size < k ? groups.size : 0);
-        return m > kFewRows && ends % kInputs == 0;
-    }
-
-    static void widen(const W* from, int64_t k, Wide<W>* to) {
-        for (int64_t i = 0; i < k * kBlock; i += kLanes) store(&to[i].value, load(from + i));
-    }
-
-    static void widen(const W* from, int64_t k, Pair<W>* to) {
-        int64_t i = 0;
-#if defined(__AVX512VBMI__)
-        const Widener<W> widen_four;
-        for (; i + 4 <= k; i += 4) {
-            Bits both[2];
-            widen_four(from + i * kBlock, both);
-            std::memcpy((void*)(to + i / 2 * kBlock), both, sizeof(both));
-        }
-#endif
-        for (; i < k; i += 2) {
-            for (int v = 0; v < kBlock / kLanes; ++v) {
-                const Bits both = load_narrow_pairs(from, i, v);
-                std::memcpy((void*)(to + place(i / 2, v)), &both, sizeof(both));
-            }
-        }
-    }
-};
-
-// out[r] = rows of x times two blocks.
-template <class W, class X>
-void two_blocks(int rows, const X* const* x, const Block<W>& first, const Block<W>& second,
-                int64_t k, Groups groups, int64_t ahead, float (*out)[2 * kBlock]) {
-    const auto tile = tile_of<W, X>(rows, std::make_integer_sequence<int, kRows>());
-    const W* w[] = {first.values, second.values};
-    const float* scales[] = {first.scales, second.scales};
-    for (int b = 0; b < 2; b += kBlocks) {
-        if (b && second.values == first.values) break;
-        tile(x, w + b, scales + b, k, groups, ahead, out[0] + b * kBlock);
-    }
-}
 
 template <class O>
 inline void write(const float* sums, const float* bias, int64_t count, O* to) {
@@ -288,8 +74,8 @@ void each_row(const X* x, int64_t stride, const int64_t* from_row, int64_t m, co
 }
 
 template <class W, class X>
-void product(const Taken<X>* x, int64_t stride, int64_t m, const Matrix& w, int64_t pair, int64_t n,
-             int64_t k, Groups groups, const float* bias, X* out, const int64_t* to_row) {
+void product(const Taken<X>* x, int64_t stride, int64_t m, const NarrowMatrix& w, int64_t pair,
+             int64_t n, int64_t k, Groups groups, const float* bias, X* out, const int64_t* to_row) {
     const int64_t at = 2 * pair * kBlock, left = n - at;
     const auto first = block_of<W>(w, 2 * pair, k, groups);
     const auto second = block_of<W>(w, left > kBlock ? 2 * pair + 1 : 2 * pair, k, groups);
@@ -302,8 +88,8 @@ void product(const Taken<X>* x, int64_t stride, int64_t m, const Matrix& w, int6
 // A block of act(gate) · up, or of act(up) where there is no gate, for rows of x.
 template <class W, class X>
 void inner_block(const X* x, int64_t stride, const int64_t* from_row, int64_t m,
-                 const Matrix* gate, const Matrix& up, int64_t block, int64_t k, Groups groups,
-                 int64_t out_stride, X* out) {
+                 const NarrowMatrix* gate, const NarrowMatrix& up, int64_t block, int64_t k,
+                 Groups groups, int64_t out_stride, X* out) {
     const auto second = block_of<W>(up, block, k, groups);
     const auto first = gate ? block_of<W>(*gate, block, k, groups) : second;
     each_row(x, stride, from_row, m, first, second, k, groups, 1, [&](int64_t row, float* sums) {
@@ -316,7 +102,7 @@ void inner_block(const X* x, int64_t stride, const int64_t* from_row, int64_t m,
 }
 
 template <class W, class X>
-void linear(const X* x, int64_t stride, int64_t m, const Matrix& w, int64_t n, int64_t k,
+void linear(const X* x, int64_t stride, int64_t m, const NarrowMatrix& w, int64_t n, int64_t k,
             Groups groups, const float* bias, X* out) {
     const TakenRows<X> rows(x, stride, nullptr, m, k);
     const int64_t pairs = (n + 2 * kBlock - 1) / (2 * kBlock);
@@ -326,22 +112,22 @@ void linear(const X* x, int64_t stride, int64_t m, const Matrix& w, int64_t n, i
     }
 }
 
-struct Experts {
+struct NarrowExperts {
     const int64_t *from_row, *to_row, *ends;
     int64_t count;
-    const Matrix *gate, *up, *down;
+    const NarrowMatrix *gate, *up, *down;
     int64_t hidden, inner;
     Groups of_hidden, of_inner;
 };
 
 template <class W, class X>
-void experts(const X* x, int64_t stride, const Experts& of, X* out) {
+void experts(const X* x, int64_t stride, const NarrowExperts& of, X* out) {
     std::vector<int64_t> used, numbers;
     for (int64_t e = 0; e < of.count; ++e) {
         if (of.ends[e] > (e ? of.ends[e - 1] : 0)) used.push_back(e);
     }
-    const int64_t num_pairs = of.count ? of.ends[of.count - 1] : 0, blocks = (of.inner + kBlock - 1) / kBlock;
-    const int64_t width = blocks * kBlock;
+    const int64_t num_pairs = of.count ? of.ends[of.count - 1] : 0;
+    const int64_t blocks = (of.inner + kBlock - 1) / kBlock, width = blocks * kBlock;
     const int64_t outs = (of.hidden + 2 * kBlock - 1) / (2 * kBlock);
     const TakenRows<X> rows(x, stride, of.from_row, num_pairs, of.hidden);
     const int64_t* from_row = of.from_row;
@@ -402,9 +188,9 @@ void narrow_experts(int32_t is_float8, int32_t is_bf16, const void* x, int64_t s
                     int64_t num_experts, const void* gate, const void* up, const void* down,
                     int64_t hidden, int64_t inner, int64_t hidden_group, int64_t inner_group,
                     int64_t inner_first, void* out) {
-    const Experts of{from_row, to_row, ends, num_experts, (const Matrix*)gate, (const Matrix*)up,
-                      (const Matrix*)down, hidden, inner, {hidden_group, 0},
-                      {inner_group, inner_first}};
+    const NarrowExperts of{from_row, to_row, ends, num_experts, (const NarrowMatrix*)gate,
+                           (const NarrowMatrix*)up, (const NarrowMatrix*)down, hidden, inner,
+                           {hidden_group, 0}, {inner_group, inner_first}};
     with_types(is_float8, is_bf16, [&](auto w, auto row) {
         using X = decltype(row);
         experts<decltype(w), X>((const X*)x, stride, of, (X*)out);

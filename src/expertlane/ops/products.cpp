@@ -15,29 +15,37 @@ std::unique_ptr<Factor[]> room(int64_t count) {
 }
 
 // m rows of k values as the products take them; row(r) is where each lies.
+template <class Row>
 class FactorRows {
   public:
-    template <class Row>
-    FactorRows(int64_t m, int64_t k, Row row) : at_(m) {
-        if constexpr (kMultipliesPairs && !kHasTiles) {
-            for (int64_t r = 0; r < m; ++r) at_[r] = (const Factor*)row(r);
-        } else {
-            copy_ = room(m * k);
-#pragma omp parallel for schedule(static) if (m * k > 65536)
-            for (int64_t r = 0; r < m; ++r) at_[r] = copy_row(row(r), k, copy_.get() + r * k);
+    FactorRows(int64_t m, int64_t k, Row row) : m_(m), k_(k), row_(row), at_(m) {
+        if constexpr (kCopied) copy_ = room(m * k);
+        for (int64_t r = 0; r < m; ++r) {
+            at_[r] = kCopied ? copy_.get() + r * k : (const Factor*)row(r);
+        }
+    }
+
+    // By all threads of a parallel region, before they use the rows.
+    void fill() {
+        if constexpr (kCopied) {
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < m_; ++r) copy_row(row_(r), k_, copy_.get() + r * k_);
         }
     }
 
     const Factor* const* at(int64_t row) const { return at_.data() + row; }
 
   private:
-    static const Factor* copy_row(const bf16* x, int64_t k, Factor* to) {
+    static constexpr bool kCopied = !kMultipliesPairs || kHasTiles;
+
+    static void copy_row(const bf16* x, int64_t k, Factor* to) {
         int64_t i = 0;
         for (; i + kLanes <= k; i += kLanes) store(to + i, load(x + i));
         for (; i < k; ++i) put(to_float(x[i]), to + i);
-        return to;
     }
 
+    int64_t m_, k_;
+    Row row_;
     std::vector<const Factor*> at_;
     std::unique_ptr<Factor[]> copy_;
 };
@@ -102,10 +110,14 @@ extern "C" {
 void linear(const bf16* x, int64_t stride, int64_t m, const bf16* w, int64_t n, int64_t k,
             const float* bias, bf16* out) {
     const int64_t blocks = (n + kBlock - 1) / kBlock;
-    const FactorRows rows(m, k, [=](int64_t r) { return x + r * stride; });
-#pragma omp parallel for schedule(static)
-    for (int64_t pair = 0; pair < (blocks + 1) / 2; ++pair) {
-        two_blocks(rows.at(0), m, w, 2 * pair, n, k, bias, out, n, nullptr);
+    FactorRows rows(m, k, [=](int64_t r) { return x + r * stride; });
+#pragma omp parallel
+    {
+        rows.fill();
+#pragma omp for schedule(static)
+        for (int64_t pair = 0; pair < (blocks + 1) / 2; ++pair) {
+            two_blocks(rows.at(0), m, w, 2 * pair, n, k, bias, out, n, nullptr);
+        }
     }
 }
 
@@ -116,14 +128,19 @@ void heads_linear(const bf16* x, int64_t stride, int64_t head_stride, int64_t m,
                   int64_t out_head_stride) {
     const int64_t blocks = (n + kBlock - 1) / kBlock, pairs = (blocks + 1) / 2;
     const int64_t taken = head_stride ? heads : 1;
-    const FactorRows rows(taken * m, k, [=](int64_t i) {
+    FactorRows rows(taken * m, k, [=](int64_t i) {
         return x + i % m * stride + i / m * head_stride;
     });
-#pragma omp parallel for schedule(static)
-    for (int64_t task = 0; task < heads * pairs; ++task) {
-        const int64_t head = task / pairs;
-        two_blocks(rows.at(head % taken * m), m, w + head * blocks * kBlock * k, 2 * (task % pairs), n, k,
-                   nullptr, out + head * out_head_stride, out_stride, nullptr);
+#pragma omp parallel
+    {
+        rows.fill();
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < heads * pairs; ++task) {
+            const int64_t head = task / pairs;
+            two_blocks(rows.at(head % taken * m), m, w + head * blocks * kBlock * k,
+                       2 * (task % pairs), n, k, nullptr, out + head * out_head_stride, out_stride,
+                       nullptr);
+        }
     }
 }
 
@@ -142,7 +159,7 @@ void experts(const bf16* x, int64_t stride, const int64_t* from_row, const int64
     const int64_t step = gate ? 1 : 2, first_blocks = inner / kBlock / step;
     const int64_t second_blocks = (hidden + 2 * kBlock - 1) / (2 * kBlock);
     const int64_t count = (int64_t)used.size(), pairs = num_experts ? ends[num_experts - 1] : 0;
-    const FactorRows rows(pairs, hidden, [=](int64_t p) { return x + from_row[p] * stride; });
+    FactorRows rows(pairs, hidden, [=](int64_t p) { return x + from_row[p] * stride; });
     std::unique_ptr<Factor[]> wider;
     Factor* middle = (Factor*)scratch;
     if constexpr (!kMultipliesPairs) {
@@ -153,6 +170,7 @@ void experts(const bf16* x, int64_t stride, const int64_t* from_row, const int64
     for (int64_t p = 0; p < pairs; ++p) middle_at[p] = middle + p * inner;
 #pragma omp parallel
     {
+        rows.fill();
 #pragma omp for schedule(dynamic, 8)
         for (int64_t task = 0; task < count * first_blocks; ++task) {
             const int64_t e = used[task / first_blocks], block = task % first_blocks * step;

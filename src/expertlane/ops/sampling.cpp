@@ -11,7 +11,7 @@ namespace {
 constexpr int kDigitBits = 10;  // of a probability's bits, the highest two of which are 0
 constexpr int kDigits = 1 << kDigitBits;
 constexpr int kShift = 20;
-constexpr int64_t kBlock = 128;  // tokens whose probabilities are summed together when drawing
+constexpr int64_t kSummedTokens = 128;  // whose probabilities are summed together when drawing
 
 uint32_t digit_of(float p) {
     uint32_t bits;
@@ -81,15 +81,15 @@ void probabilities(const float* scores, int64_t count, float greatest, float tem
 int64_t draw(const float* p, int64_t count, double uniform, std::vector<double>& sums) {
     sums.clear();
     double all_sum = 0.0;
-    for (int64_t i = 0; i < count; i += kBlock) {
-        sums.push_back(total(p + i, std::min(kBlock, count - i)));
+    for (int64_t i = 0; i < count; i += kSummedTokens) {
+        sums.push_back(total(p + i, std::min(kSummedTokens, count - i)));
         all_sum += sums.back();
     }
     double goal = uniform * all_sum;
     int64_t block = 0, likely = 0;
     while (block + 1 < (int64_t)sums.size() && goal >= sums[block]) goal -= sums[block++];
     while (block && !sums[block]) --block;  // by rounding
-    for (int64_t i = block * kBlock; i < std::min(count, (block + 1) * kBlock); ++i) {
+    for (int64_t i = block * kSummedTokens; i < std::min(count, (block + 1) * kSummedTokens); ++i) {
         if (!p[i]) continue;
         likely = i;
         if (goal < p[i]) return i;

@@ -84,6 +84,14 @@ struct Experts {  // gate null: no gates
     const void *const *gate, *const *up, *const *down;
     int64_t count, inner, is_narrow, is_float8, hidden_group, inner_group, inner_first;
 };
+
+struct Mlp {  // norm null: rows come normed; scale null: the output is not multiplied
+    const Experts* experts;  // one
+    const float* norm;
+    const void* scale;
+    int64_t hidden;
+    float eps;
+};
 }
 
 namespace {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.library import function_of
 from expertlane.ops.packed import LANES
 from expertlane.ops.products import Linear
 from expertlane.ops.structs import (
@@ -21,7 +22,6 @@ from expertlane.ops.structs import (
     Pages,
     Tokens,
     address_of,
-    function_of,
     most_tokens,
 )
 
@@ -69,8 +69,8 @@ class AttentionPart:
             *(weights.interleave, params.window or 0, weights.eps, params.scale),
         )
         self.layer = self._layer.address
-        self._function = function_of(library, f"attention_part{SUFFIX[dtype]}", 7)
-        self._place = function_of(library, "place_tokens", 15)
+        self._function = function_of(library, f"attention_part{SUFFIX[dtype]}", "ppppnnp")
+        self._place = function_of(library, "place_tokens", "pppnnnnppnppppp")
         self._pages: tuple[KVCache, Pages] | None = None
 
     def takes(self, x: Tensor) -> bool:
@@ -166,7 +166,7 @@ class HeadPart:
         self._kept = head, norm
         self._dtype, self._vocab_size = dtype, head.out_features
         self._head = HeadLayer(Matrix.of(head), address_of(norm), eps)
-        self._function = function_of(library, f"head_part{SUFFIX[dtype]}", 7)
+        self._function = function_of(library, f"head_part{SUFFIX[dtype]}", "pppnppp")
 
     def takes(self, x: Tensor) -> bool:
         """Whether it computes rows [num_rows, hidden_size]."""

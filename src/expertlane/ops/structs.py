@@ -1,4 +1,4 @@
-"""The structures of `step.h` and `layers.cpp`, and what calls the functions that take them."""
+"""The structures of `step.h` and `layers.cpp`."""
 
 import ctypes
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expertlane.ops.narrow import NarrowLinear
 from expertlane.ops.packed import FEW_ROWS
-from expertlane.ops.products import Linear
+from expertlane.ops.products import Expert, Linear
 
 MOST_TOKENS = 512  # with more, operations one by one cost no more, and their memory is given back
 POINTER, WHOLE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -109,12 +109,36 @@ class ExpertsLayer(Struct):
         *((name, WHOLE) for name in ("hidden_group", "inner_group", "inner_first")),
     )
 
+    @staticmethod
+    def of(held: Sequence[Expert], matrices: Sequence[Any]) -> "ExpertsLayer":
+        """Of experts of our kernels'.
+
+        Args:
+            matrices: where their gates (None without), ups and downs lie.
+        """
+        pointers = (None if each is None else ctypes.addressof(each) for each in matrices)
+        up, down = held[0].up, held[0].down
+        narrow: tuple[int, ...] = ()
+        if isinstance(up, NarrowLinear) and isinstance(down, NarrowLinear):
+            narrow = True, up.is_float8, up.group, down.group, down.first
+        return ExpertsLayer(*pointers, len(held), up.out_features, *narrow)
+
+
+class Mlp(Struct):
+    """What an MLP of all tokens computes with."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("experts", "norm", "scale")),
+        ("hidden", WHOLE),
+        ("eps", FLOAT),
+    )
+
 
 class Layer(Struct):
     """A layer that is computed with others in one call."""
 
     _fields_ = (
-        *((name, POINTER) for name in ("attention", "router", "experts")),
+        *((name, POINTER) for name in ("attention", "router", "experts", "mlp")),
         ("pages", Pages),
         ("index", WHOLE),
     )
@@ -127,11 +151,3 @@ class Progress(Struct):
         *((name, POINTER) for name in ("layer", "stage", "counter", "time_ns")),
         ("stages", WHOLE * 5),
     )
-
-
-def function_of(library: ctypes.CDLL, name: str, num_arguments: int, result: Any = None) -> Any:
-    """A function of a library that takes pointers and whole numbers."""
-    function = getattr(library, name)
-    function.argtypes = [POINTER] * num_arguments  # whole numbers pass as such too
-    function.restype = result
-    return function

@@ -7,20 +7,20 @@
 
 namespace {
 
-constexpr int64_t kBlock = 64;  // values whose sums stay in registers
+constexpr int64_t kHeldValues = 64;  // values whose sums stay in registers
 
 // to [count] = the sum over rows of (weights or 1) * row [count].
 template <class T>
 void add_rows(const T* const* rows, const float* weights, int64_t num, int64_t count, T* to) {
-    for (int64_t begin = 0; begin < count; begin += kBlock) {
-        float sum[kBlock] = {};
-        if (count - begin >= kBlock) {
+    for (int64_t begin = 0; begin < count; begin += kHeldValues) {
+        float sum[kHeldValues] = {};
+        if (count - begin >= kHeldValues) {
             for (int64_t r = 0; r < num; ++r) {
                 const T* row = rows[r] + begin;
                 const float weight = weights[r];
-                for (int64_t i = 0; i < kBlock; ++i) sum[i] += weight * to_float(row[i]);
+                for (int64_t i = 0; i < kHeldValues; ++i) sum[i] += weight * to_float(row[i]);
             }
-            for (int64_t i = 0; i < kBlock; ++i) put(sum[i], to + begin + i);
+            for (int64_t i = 0; i < kHeldValues; ++i) put(sum[i], to + begin + i);
         } else {
             for (int64_t r = 0; r < num; ++r) {
                 for (int64_t i = begin; i < count; ++i) {
@@ -59,7 +59,7 @@ void gather(const char* const* parts, const int64_t* num_rows, int64_t num_parts
 
 template <class T>
 void add_parts(const char* const* parts, int64_t num_parts, int64_t count, T* out) {
-    const int64_t chunk = 64 * kBlock, chunks = (count + chunk - 1) / chunk;
+    const int64_t chunk = 64 * kHeldValues, chunks = (count + chunk - 1) / chunk;
 #pragma omp parallel if (num_parts * count > 65536)
     {
         std::vector<const T*> rows(num_parts);

@@ -1,11 +1,6 @@
-"""What a rank computes, by torch's own operations: the reference, and what runs on GPUs.
-
-Dispatch has ids of experts. A *physical id* names a slot of a rank; -1 is none. Shapes: T tokens, R
-rows, K = top_k ids in each, P token-expert pairs, numbered by row, then choice.
-"""
+"""What a rank computes, by torch's own operations: the reference, and what runs on GPUs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertlane.ops.bookkeeping import Bookkeeping
 from expertlane.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
+from expertlane.ops.mlp import MlpPart
 from expertlane.ops.moe_step import LocalExperts
 from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.products import (
@@ -25,50 +22,13 @@ from expertlane.ops.products import (
     Linear,
     LoopedExperts,
     OnednnLinear,
-    PairGroups,
 )
 from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
 from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart
 
 
-@dataclass(frozen=True)
-class PeerRows:
-    """Rows of tokens for peers: one for each peer that a token reaches, by peer, then token.
-
-    Attributes:
-        counts: [num_peers]; rows for each.
-        tokens: [R]; the token of each row.
-        ids: [R, K] int32; by what the peer knows its ids, -1 for other peers'.
-        places: [T, num_peers]; the row of each token for each peer, -1 for none.
-    """
-
-    counts: Tensor
-    tokens: Tensor
-    ids: Tensor
-    places: Tensor
-
-
-@dataclass(frozen=True)
-class Outgoing:
-    """What leaves for the peers in a flat all-to-all.
-
-    Attributes:
-        ids: [T, K] int32; the copy of each pair.
-        counts: [2 · num_peers]; rows for each peer, then pairs.
-        tokens: [R]; the token of each row; rows are as those of `PeerRows`.
-        ids_there: [R, K] int32; by what the peer knows its ids, -1 for other peers'.
-        places: [T, K]; where each pair stands among all by peer.
-    """
-
-    ids: Tensor
-    counts: Tensor
-    tokens: Tensor
-    ids_there: Tensor
-    places: Tensor
-
-
-class TorchBackend:
+class TorchBackend(Bookkeeping):
     """Every operation in which backends differ; others replace what they do better."""
 
     keeps_narrow = False  # whether products read weights of one byte
@@ -95,6 +55,22 @@ class TorchBackend:
 
         Args:
             dtype: of hidden states, as of `attention_part` and `head_part`.
+        """
+        return None
+
+    def mlp_part(
+        self,
+        mlp: Expert,
+        activation: Activation,
+        dtype: torch.dtype,
+        norm: Tensor | None,
+        eps: float,
+        scale: Tensor | None,
+    ) -> MlpPart | None:
+        """An MLP of all tokens in one call; None where there is no such.
+
+        Args:
+            norm, scale: to be a part of it too; as `MlpPart` takes them.
         """
         return None
 
@@ -225,113 +201,6 @@ class TorchBackend:
             return turned
         return torch.cat([x[..., : x.shape[-1] - dim], turned], dim=-1)
 
-    def choose_copies(
-        self, topk_ids: Tensor, table: Tensor, num_copies: Tensor, first: int
-    ) -> Tensor:
-        """[T, K] int32; physical ids of logical experts, whose copies take turns in order of pairs.
-
-        Args:
-            topk_ids: [T, K] int64.
-            table: [num_experts, most copies] int64; physical ids.
-            num_copies: [num_experts] int64; how many of them are to be used.
-            first: the turn to begin with.
-        """
-        assert topk_ids.dtype is torch.int64, "kernels take its memory as it is"
-        ids = topk_ids.flatten()
-        copy: Tensor | int = 0
-        if table.shape[1] > 1:
-            copy = (_num_equal_before(ids) + first) % num_copies[ids]
-        return table[ids, copy].view_as(topk_ids).int()
-
-    def rows_by_peer(self, ids: Tensor, divisor: int, num_peers: int) -> PeerRows:
-        """Rows for the peers id // divisor, which know the ids as id % divisor.
-
-        Args:
-            ids: [T, K] int32, rows may be apart; -1 for none.
-        """
-        peers = torch.div(ids, divisor, rounding_mode="floor")
-        reached = torch.zeros(len(ids), num_peers + 1, dtype=torch.bool, device=ids.device)
-        reached = reached.scatter_(1, peers.where(peers >= 0, num_peers).long(), True)
-        reached = reached[:, :num_peers]
-        peer, tokens = reached.t().nonzero(as_tuple=True)
-        is_theirs = peers.index_select(0, tokens) == peer[:, None]
-        ids_there = torch.where(is_theirs, ids.index_select(0, tokens) % divisor, -1)
-        places = torch.full(reached.shape, -1, device=ids.device)
-        places[tokens, peer] = torch.arange(len(tokens), device=ids.device)
-        return PeerRows(reached.sum(0), tokens, ids_there, places)
-
-    def outgoing(
-        self,
-        topk_ids: Tensor,
-        table: Tensor,
-        num_copies: Tensor,
-        first: int,
-        divisor: int,
-        num_peers: int,
-    ) -> Outgoing:
-        """Copies of pairs, and the rows that they make for the peers id // divisor.
-
-        Args:
-            topk_ids, table, num_copies, first: as `choose_copies` takes them.
-        """
-        ids = self.choose_copies(topk_ids, table, num_copies, first)
-        rows = self.rows_by_peer(ids, divisor, num_peers)
-        pairs = self.group_pairs(ids, 0, divisor, num_peers)
-        counts = torch.cat([rows.counts, pairs.counts])
-        return Outgoing(ids, counts, rows.tokens, rows.ids, inverse(pairs.order).view_as(ids))
-
-    def fan_out(
-        self, ids: Tensor, divisor: int, nodes: Tensor, node: int
-    ) -> tuple[Tensor, Tensor, int, int]:
-        """How many ranks and nodes hold some id of a token, [T] each; and all that are elsewhere.
-
-        Args:
-            ids: [T, K] int32; none missing.
-            divisor: the rank of an id is id // divisor.
-            nodes: [num_ranks] int64; the node of each rank, from 0.
-            node: this rank's own; other nodes and their ranks are elsewhere.
-        """
-        reached = torch.zeros(len(ids), len(nodes), device=ids.device)
-        reached.scatter_(1, (ids // divisor).long(), 1.0)
-        by_node = (reached @ F.one_hot(nodes).float()).long()  # [T, num_nodes]
-        ranks, num_nodes, here = by_node.sum(1), (by_node > 0).sum(1), by_node[:, node]
-        remote_nodes = num_nodes - (here > 0).long()
-        return ranks, num_nodes, int((ranks - here).sum()), int(remote_nodes.sum())
-
-    def group_pairs(self, ids: Tensor, first: int, divisor: int, num_groups: int) -> PairGroups:
-        """Pairs by the groups (id - first) // divisor; ids of other groups belong to no pair.
-
-        Args:
-            ids: [R, K] int32, rows may be apart.
-        """
-        groups = torch.div(ids.flatten() - first, divisor, rounding_mode="floor")
-        pair = ((groups >= 0) & (groups < num_groups)).nonzero().squeeze(1)  # row · K + choice
-        groups = groups[pair]
-        order = stable_order(groups, num_groups)
-        numbers = torch.full((ids.numel(),), -1, device=ids.device)
-        numbers[pair] = torch.arange(len(pair), device=ids.device)
-        counts = torch.bincount(groups, minlength=num_groups)
-        return PairGroups(counts, pair[order] // ids.shape[1], order, numbers.view(ids.shape))
-
-    def pack(self, parts: Sequence[tuple[Tensor, Tensor | None]], packed: Tensor) -> None:
-        """Put parts of rows side by side.
-
-        Args:
-            parts: each [num_rows, columns], of any dtype; or [num, columns] and the row of it that
-                each row takes, [num_rows].
-            packed: [num_rows, bytes of all]; to be filled.
-        """
-        begin = 0
-        for part, rows in parts:
-            end = begin + part.shape[1] * part.itemsize
-            # A typed view: a byte view of a one-column tensor with stride 0 fails.
-            place = packed[:, begin:end].view(part.dtype)
-            if rows is None:
-                place.copy_(part)
-            else:
-                torch.index_select(part, 0, rows, out=place)  # ten times as fast as part[rows]
-            begin = end
-
     def gather_sum(
         self,
         values: Tensor | RowParts,
@@ -409,30 +278,3 @@ def _attend(
     sink = sinks[None, :, None, None].expand(*logits.shape[:3], 1)
     weights = torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
     return weights.to(values.dtype) @ values
-
-
-def inverse(order: Tensor) -> Tensor:
-    """[n]; where each of n things stands in an order of them."""
-    places = torch.empty_like(order)
-    places[order] = torch.arange(len(order), device=order.device)
-    return places
-
-
-def stable_order(values: Tensor, num_values: int) -> Tensor:
-    """[n]; the order of values [n] that are less than `num_values`, equal ones as they stand."""
-    if values.device.type == "cpu":
-        narrow = values.numpy().astype(np.min_scalar_type(num_values))  # numpy then sorts by radix
-        return torch.from_numpy(np.argsort(narrow, kind="stable"))
-    return torch.argsort(values, stable=True)
-
-
-def _num_equal_before(ids: Tensor) -> Tensor:
-    """[n]; how many equal ids stand before each."""
-    order = torch.argsort(ids, stable=True)
-    ordered, places = ids[order], torch.arange(len(ids), device=ids.device)
-    is_first = torch.ones_like(ids, dtype=torch.bool)
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    start = torch.where(is_first, places, 0).cummax(0).values if len(ids) else places
-    num_before = torch.empty_like(places)
-    num_before[order] = places - start
-    return num_before

@@ -1,7 +1,7 @@
 """What a plan is made for, and every deployment that a model and a number of devices allow."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from expertlane.cost.laws.profile_file import ModelledCluster
@@ -13,6 +13,7 @@ from expertlane.spec.deployment import (
     Options,
     PayloadType,
     dispatch_forms,
+    drafts_text,
 )
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.model import ModelConfig
@@ -53,13 +54,18 @@ class PlanRequest:
 
 
 class Candidate(NamedTuple):
-    """One deployment, not yet named."""
+    """One deployment, not yet named.
+
+    Attributes:
+        num_drafts: of multi-token prediction.
+    """
 
     layout: Layout
     options: Options
+    num_drafts: int = 0
 
     def __str__(self) -> str:
-        return f"{self.layout}; {self.options}"
+        return f"{self.layout}; {self.options}{drafts_text(self.num_drafts)}"
 
 
 def check_plan_size(cluster: ModelledCluster) -> None:
@@ -79,7 +85,8 @@ def valid_layouts(model: ModelConfig, num_devices: int) -> list[Layout]:
     """All layouts that use all devices and that the model can be laid out as.
 
     Without expert parallelism `ep` is 1, and it goes up to all ranks of a stage, also where there
-    are fewer experts: copies then fill the ranks.
+    are fewer experts: copies then fill the ranks. Where ranks of a `tp` group hold the same keys
+    and values, there is also the layout in which each holds a part of the positions.
     """
     layouts = []
     for replicas in divisors(num_devices):
@@ -89,15 +96,24 @@ def valid_layouts(model: ModelConfig, num_devices: int) -> list[Layout]:
                 dp = of_replica // pp // tp
                 for ep in divisors(dp * tp):
                     layout = Layout(replicas, pp, dp, tp, ep)
-                    if _fits(layout, model):
-                        layouts.append(layout)
+                    if not _fits(layout, model):
+                        continue
+                    layouts.append(layout)
+                    if (dcp := layout.most_dcp(model)) > 1:
+                        layouts.append(replace(layout, dcp=dcp))
     return layouts
 
 
 def candidates_of(
-    layout: Layout, model: ModelConfig, ranks_per_node: int, payload: PayloadType = "model"
+    layout: Layout,
+    model: ModelConfig,
+    ranks_per_node: int,
+    payload: PayloadType = "model",
+    num_drafts: int = 0,
 ) -> Iterator[Candidate]:
     """A layout with every dispatch form × overlap × micro-batches × redundancy that it takes.
+
+    With drafts, each with and without them.
 
     Redundancy is none, or one slot more on every rank; a form that comes down to another one on
     this layout is left out.
@@ -106,17 +122,17 @@ def candidates_of(
         for num_redundant in _redundancies(layout, model):
             for num_micro_batches, schedule in _PIPELINES if layout.pp > 1 else _PIPELINES[:1]:
                 for overlap in (False, True) if layout.stage_size > 1 else (False,):
-                    yield Candidate(
-                        layout,
-                        Options(
-                            overlap=overlap,
-                            num_micro_batches=num_micro_batches,
-                            micro_batch_schedule=schedule,
-                            dispatch=form,
-                            payload=payload if layout.ep > 1 else "model",
-                            num_redundant_experts=num_redundant,
-                        ),
+                    options = Options(
+                        overlap=overlap,
+                        num_micro_batches=num_micro_batches,
+                        micro_batch_schedule=schedule,
+                        dispatch=form,
+                        payload=payload if layout.ep > 1 else "model",
+                        num_redundant_experts=num_redundant,
                     )
+                    yield Candidate(layout, options)
+                    if num_drafts:
+                        yield Candidate(layout, options, num_drafts)
 
 
 def _fits(layout: Layout, model: ModelConfig) -> bool:

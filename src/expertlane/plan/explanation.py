@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from expertlane.cost.laws.execution import LIKELY
 from expertlane.plan.candidates import Goals
 from expertlane.plan.screen import ScreenedCandidate
 from expertlane.plan.search import Finalist, best_in_full
@@ -76,7 +77,7 @@ def time_by_cause(finalist: Finalist, workload: Workload) -> dict[str, float]:
     """Seconds of the whole system for one output token, its part of prefill included."""
     per_token = workload.prompt_len / workload.output_len
     of_phases = (
-        (finalist.decode, 1 / finalist.num_seqs),
+        (finalist.decode, 1 / (finalist.num_seqs * float(finalist.steps.tokens_per_step[LIKELY]))),
         (finalist.prefill, per_token / finalist.prefill.num_tokens),
     )
     return {

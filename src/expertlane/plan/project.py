@@ -5,7 +5,7 @@ where `plan.screen` has one rank stand for all.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from expertlane.cost.by_law import ClocksByLaw, ErrorSeconds
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.laws.judged import judged
 from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing, StageWork
 from expertlane.cost.routing import RoutingSource
@@ -44,6 +45,7 @@ class Setting:
         routing: which experts tokens choose.
         payload: in which hidden states are dispatched.
         step_tokens: of a prefill step, as for `memory.prefill_step_tokens`.
+        multi_token: of deployments that guess; others have no drafts.
     """
 
     types: NumberTypes
@@ -51,6 +53,7 @@ class Setting:
     routing: RoutingSource
     payload: PayloadType = "model"
     step_tokens: int | None = None
+    multi_token: MultiToken = field(default_factory=MultiToken)
 
 
 _ROUNDS = 3  # of rotating micro-batches; the last one counts
@@ -77,6 +80,9 @@ class Projector:
     """Projects steps of one deployment on one cluster.
 
     What is `auto` takes the fastest form, with or without overlap, of each size of a step.
+
+    Args:
+        num_drafts: of multi-token prediction.
     """
 
     def __init__(
@@ -86,9 +92,13 @@ class Projector:
         options: Options,
         cluster: ModelledCluster,
         setting: Setting,
+        num_drafts: int = 0,
     ) -> None:
         ranks_per_node = cluster.profile.ranks_per_node
-        self._modes = options.modes(layout, ranks_per_node)
+        self._modes = {
+            phase: options.of_phase(phase).modes(layout, ranks_per_node) for phase in Phase
+        }
+        self._num_drafts = num_drafts
         self._layout = layout
         self._options = options
         self._setting = setting
@@ -103,16 +113,17 @@ class Projector:
             payload=options.payload,
             ranks_per_node=ranks_per_node,
             kernels=GPU_LIBRARIES,
+            num_drafts=num_drafts,
         )
 
     def step(self, size: StepSize) -> StepsRecord:
         """One step; of rotating micro-batches, a round."""
-        steps = (self._step(*self._priced(size, mode), size) for mode in self._modes)
+        steps = (self._step(*self._priced(size, mode), size) for mode in self._modes[size.phase])
         return min(steps, key=lambda step: step.round_s.value)
 
     def step_by_error(self, size: StepSize) -> tuple[StepsRecord, ErrorSeconds]:
         """One step of a deployment with a single mode, and its seconds under each law's error."""
-        (mode,) = self._modes
+        (mode,) = self._modes[size.phase]
         programs, works = self._priced(size, mode)
         clocks = ClocksByLaw.of(works, self._terms, self._setting.types)
         run = self._run(clocks.work(works), clocks.terms(self._terms))
@@ -120,7 +131,7 @@ class Projector:
 
     def likely_s(self, size: StepSize) -> float:
         """Likely seconds of one step, or round, of a deployment with a single mode."""
-        (mode,) = self._modes
+        (mode,) = self._modes[size.phase]
         _, works = self._priced(size, mode)
         timeline = Timeline(self._terms, self._layout.pp, self._layout.stage_size)
         return float(_last_round_s(self._rounds(works, timeline, self._terms), works)[LIKELY])
@@ -144,7 +155,7 @@ class Projector:
             num_tokens=num_tokens,
             num_seqs=size.num_seqs,
             wall_s=wall_s,
-            tps=num_tokens / wall_s,
+            tps=num_tokens * self._tokens_per_step(size.phase) / wall_s,
             breakdown_s={
                 str(cause): wall_s.value * share for cause, share in breakdown.shares.items()
             },
@@ -157,12 +168,18 @@ class Projector:
             fits=size.fits,
         )
 
+    def _tokens_per_step(self, phase: Phase) -> float:
+        """Of a sequence for each new token that its step has."""
+        is_drafted = self._num_drafts and phase is Phase.DECODE
+        return self._setting.multi_token.tokens_per_step if is_drafted else 1.0
+
     def timeline(self, size: StepSize) -> StepTimeline:
         """What every rank of a replica does when in such a step, or round."""
-        layout, (mode, *others) = self._layout, self._modes
+        layout, modes = self._layout, self._modes[size.phase]
+        mode, *others = modes
         if others:
             mode = min(
-                self._modes,
+                modes,
                 key=lambda each: self._step(*self._priced(size, each), size).round_s.value,
             )
         _, works = self._priced(size, mode)
@@ -214,8 +231,9 @@ class Projector:
             for place in range(num_parts)
         ]
         layout = self._layout
+        drafts = self._num_drafts if size.phase is Phase.DECODE else 0
         return [
-            PartSizes.even(layout.dp, layout.tp, half, size.num_new, size.num_cached)
+            PartSizes.even(layout.dp, layout.tp, half, size.num_new, size.num_cached, drafts)
             for half in halves
             if any(half)
         ]
@@ -240,7 +258,7 @@ class Projector:
         may_skip: bool = True,
     ) -> list[tuple[StepTimes, int]]:
         """Steps up to the steady state, each with its group; the last round is in it."""
-        driver_s = terms.step_s(self._layout.replica_size)
+        driver_s = terms.step_s(self._layout)
         ends: Floats = np.zeros((len(works), terms.num_clocks))  # of each group's last step
         ran = []
         for _ in range(_ROUNDS if len(works) > 1 else 2):
@@ -262,7 +280,13 @@ def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberT
     return Conditions(top_k, execution.value, routing, types.weights, types.kv)
 
 
-def cluster_record(cluster: ModelledCluster, types: NumberTypes) -> Cluster:
+def cluster_record(
+    cluster: ModelledCluster,
+    types: NumberTypes,
+    *,
+    has_two_pools: bool = False,
+    has_drafts: bool = False,
+) -> Cluster:
     """The cluster as results have it."""
     device = cluster.profile.device
     return Cluster(
@@ -273,5 +297,11 @@ def cluster_record(cluster: ModelledCluster, types: NumberTypes) -> Cluster:
         memory_bytes=device.memory_bytes,
         memory_bytes_per_s=device.memory_bytes_per_s,
         flops_per_s=device.flops_per_s[types.weights],
-        judged=judged(cluster.profile),
+        framework=cluster.profile.framework,
+        judged=judged(
+            cluster.profile,
+            types.weights,
+            has_two_pools=has_two_pools,
+            has_drafts=has_drafts,
+        ),
     )

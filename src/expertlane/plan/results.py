@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from expertlane.cost.laws.execution import Execution
+from expertlane.cost.multi_token import ACCEPTANCE_UNSURE, MultiToken
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE
 from expertlane.plan.candidates import Candidate, PlanRequest
-from expertlane.plan.commands import ServeTarget, experiment_text, serve_commands, sizes_of
+from expertlane.plan.commands import ServedPool, ServeTarget, serve_commands
+from expertlane.plan.experiment_text import experiment_text, sizes_of
 from expertlane.plan.explanation import best_of_families, gap_to, of_other_families, pareto
 from expertlane.plan.project import cluster_record, conditions_of
 from expertlane.plan.screen import ScreenedCandidate
@@ -29,6 +31,7 @@ from expertlane.results.record import (
     TWO_POOLS,
     Conditions,
     DeploymentRecord,
+    PoolRole,
 )
 from expertlane.results.results import Assumption, NoPools, PlanSummary, Results
 from expertlane.results.serving_record import ServingRecord
@@ -72,10 +75,9 @@ class Plan:
             loaded: what other systems are to load.
             experiment: the path of the file with `experiment`.
         """
-        found, request, winner = self.found, self.request, self.best
+        found, request = self.found, self.request
         workload, types = request.workload, request.setting.types
-        num_hosts = request.cluster.profile.num_hosts(winner.layout.replica_size)
-        commands = serve_commands(winner, loaded, types, workload.max_len + 1, num_hosts)
+        commands = serve_commands(self._served(), loaded, types, workload.max_len + 1)
         summary = PlanSummary(
             top_k=request.model.num_experts_per_tok,
             num_candidates=found.num_candidates,
@@ -108,6 +110,15 @@ class Plan:
             cautions=self.cautions,
             plans=(summary,),
         )
+
+    def _served(self) -> list[ServedPool]:
+        """#1 of one pool, and the disaggregated pools."""
+        pools: list[tuple[Candidate, PoolRole]] = [(self.best, "both")]
+        if isinstance(self.pools, TwoPools):
+            pools.append((self.pools.prefill.candidate, "prefill"))
+            pools.append((self.pools.decode.candidate, "decode"))
+        num_hosts = self.request.cluster.profile.num_hosts
+        return [ServedPool(each, num_hosts(each.layout.replica_size), role) for each, role in pools]
 
     def experiment(self, name: str, checkpoint: str | None, comment: str) -> str:
         """#1 of one pool, and the best without EP that it is to be held against, as TOML.
@@ -243,7 +254,7 @@ def candidate_record(
     candidate: ScreenedCandidate, place: int, role: str, conditions: Conditions
 ) -> DeploymentRecord:
     """The record at one of the numbers of sequences that were screened, or projected in full."""
-    layout, options = candidate.candidate
+    layout, options, num_drafts = candidate.candidate
     serving = serving_at(candidate.served, place)
     prefill_tps = Estimate.between(candidate.steps.prefill_tps)
     return DeploymentRecord(
@@ -255,6 +266,7 @@ def candidate_record(
         conditions=conditions,
         pools=(candidate.capacity.record(),),
         serving=(replace(serving, prefill_tps=prefill_tps),),
+        num_drafts=num_drafts,
     )
 
 
@@ -297,6 +309,12 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
             "",
         ),
         (
+            "data-parallel ranks",
+            "each has a scheduler, which agree before every step; idle ones compute a dummy batch",
+            "",
+        ),
+        *_of_drafts(request.setting.multi_token),
+        (
             "TPOT",
             "mean; aggregated: other requests' prefills between decode steps included; "
             "disaggregated: KV transfer included",
@@ -323,3 +341,18 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
         ),
     )
     return tuple(Assumption(name, value, change=change) for name, value, change in rows)
+
+
+def _of_drafts(drafts: MultiToken) -> list[tuple[str, str, str]]:
+    if not drafts.num_drafts:
+        return []
+    fewest, _, most = sorted(drafts.tokens_bounds.tolist())
+    return [
+        (
+            "multi-token prediction",
+            f"each deployment with {drafts.num_drafts} drafts and without; "
+            f"{drafts.acceptance:g} ± {ACCEPTANCE_UNSURE:g} accepted: "
+            f"{drafts.tokens_per_step:.3g} tokens per step ({fewest:.3g} to {most:.3g})",
+            "--mtp, --mtp-acceptance",
+        )
+    ]

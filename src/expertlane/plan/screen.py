@@ -13,6 +13,7 @@ from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.laws.execution import LIKELY, Terms
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.multi_token import MultiToken, with_drafting_layer
 from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.expected_counts import ExpectedFanOut, sampled_layers
 from expertlane.cost.step.operation import Floats, HandOver, Ints
@@ -100,10 +101,13 @@ class _Phase:
         stages: [pp]; what a part takes on each, once it is priced.
     """
 
-    def __init__(self, steps: StageSteps, parts: Iterable[_Part]) -> None:
+    def __init__(self, steps: StageSteps, parts: Iterable[_Part], num_drafts: int = 0) -> None:
         self.place = {part: place for place, part in enumerate(sorted(set(parts)))}
-        columns = np.array(list(self.place), dtype=np.int64).T
-        self.scenarios = Scenarios(steps.mesh.layout.tp, *columns)
+        num_seqs, num_new, num_cached, stage_seqs = np.array(list(self.place), dtype=np.int64).T
+        layout = steps.mesh.layout
+        self.scenarios = Scenarios(
+            layout.tp, num_seqs, num_new, num_cached, stage_seqs, num_drafts, layout.dp
+        )
         self.lists = steps.lists(self.scenarios)
         self.stages: list[ScenarioTimes] = []
         self._steps = steps
@@ -121,6 +125,7 @@ class Structure:
         num_seqs: [N]; of a data-parallel rank, that decode steps are estimated for; none where no
             sequence fits.
         prefill_tokens: of a data-parallel rank's prefill step, at most.
+        tokens_per_step: [3]; of a decoding sequence.
     """
 
     candidates: list[Candidate]
@@ -129,6 +134,7 @@ class Structure:
     room: Capacity
     num_seqs: Ints
     prefill_tokens: int
+    tokens_per_step: Floats
 
     @cached_property
     def phases(self) -> list[_Phase]:
@@ -138,7 +144,8 @@ class Structure:
         hows = [Pipelining.of(candidate.options) for candidate in self.candidates]
         decode = [part for how in hows for part in self._decode_parts(how)]
         prefill = [self._prefill_part(how)[0] for how in hows]
-        return [_Phase(self.steps, decode), _Phase(self.steps, prefill)]
+        drafts = self.steps.num_drafts
+        return [_Phase(self.steps, decode, drafts), _Phase(self.steps, prefill)]
 
     def results(self, links: LinkModel, terms: Terms, goals: Goals) -> Iterator[Screened]:
         """The outcome of every candidate, once `phases` are priced."""
@@ -160,7 +167,7 @@ class Structure:
                 terms,
                 how,
                 self.steps.model.num_hidden_layers,
-                layout.replica_size,
+                layout,
             )
 
         for candidate in self.candidates:
@@ -168,14 +175,23 @@ class Structure:
             decoding = estimates(decode, self._decode_parts(how), how)
             part, how_prefill, prompts = self._prefill_part(how)
             prefilling = estimates(prefill, [part], how_prefill)
-            steps = Steps(layout, num_seqs, decoding, prefilling[:, 0], prompts, num_all)
+            steps = Steps(
+                layout,
+                num_seqs,
+                decoding,
+                prefilling[:, 0],
+                prompts,
+                num_all,
+                self.tokens_per_step,
+            )
             served = one_pool(steps, self.workload)
             yield ScreenedCandidate(candidate, self.room, steps, served, served.best(goals))
 
     def _decode_parts(self, how: Pipelining) -> list[_Part]:
         context = self.workload.mean_context
         sizes = [-(-num // how.num_parts) for num in self.num_seqs.tolist()]
-        return [_Part(num, 1, context, self._stage_seqs(num)) for num in sizes]
+        num_new = 1 + self.steps.num_drafts
+        return [_Part(num, num_new, context, self._stage_seqs(num)) for num in sizes]
 
     def _stage_seqs(self, num_seqs: int) -> int:
         """Sequences of all data-parallel ranks of the fullest replica, where one has so many."""
@@ -250,8 +266,9 @@ class Screen:
         """
         alike: defaultdict[object, list[Candidate]] = defaultdict(list)
         for candidate in candidates:
-            layout, options = candidate
-            alike[layout, options.dispatch, options.num_redundant_experts].append(candidate)
+            layout, options, num_drafts = candidate
+            key = layout, options.dispatch, options.num_redundant_experts, num_drafts
+            alike[key].append(candidate)
         screened: list[Screened] = []
         rest = iter(alike.values())
         while some := list(islice(rest, _PRICED_TOGETHER)):
@@ -268,7 +285,7 @@ class Screen:
         return screened
 
     def _structure(self, candidates: list[Candidate]) -> Structure:
-        (layout, options), request = candidates[0], self._request
+        (layout, options, num_drafts), request = candidates[0], self._request
         model, setting, workload = request.model, request.setting, request.workload
         placement = Placement.linear(model.num_experts, layout.ep, options.num_redundant_experts)
         placements: Placements = tuple(
@@ -276,15 +293,22 @@ class Screen:
         )
         assert options.dispatch != "auto", "candidates name their form"
         prefill_tokens = prefill_step_tokens(workload, layout, setting.step_tokens)
-        room = PlacedModel(model, layout, setting.types, placements).capacity(
+        held = with_drafting_layer(model, num_drafts)
+        of_drafts = placements[-1:] * (num_drafts > 0)
+        room = PlacedModel(held, layout, setting.types, placements + of_drafts).capacity(
             self._profile.device.memory_bytes, workload.max_len, prefill_tokens
         )
         mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
         fan_out = self._fan_out(mesh, placement)
-        steps = StageSteps(model, setting.types, mesh, fan_out, options.dispatch, options.payload)
+        steps = StageSteps(
+            model, setting.types, mesh, fan_out, options.dispatch, options.payload, num_drafts
+        )
+        drafts = setting.multi_token if num_drafts else MultiToken()
         wanted = -(-workload.num_sequences // (layout.replicas * layout.dp))
         num_seqs = _numbers_up_to(min(room.max_seqs, wanted))
-        return Structure(candidates, steps, workload, room, num_seqs, prefill_tokens)
+        return Structure(
+            candidates, steps, workload, room, num_seqs, prefill_tokens, drafts.tokens_bounds
+        )
 
     def _fan_out(self, mesh: StageMesh, placement: Placement) -> ExpectedFanOut:
         key = mesh.size, placement.ep, placement.num_slots

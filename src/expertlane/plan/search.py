@@ -10,7 +10,7 @@ import numpy as np
 
 from expertlane.cost.by_law import ErrorSeconds
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.cost.routing import PowerLawRouting
+from expertlane.cost.routing import PowerLawRouting, RoutingSource, extremes_of
 from expertlane.errors import UserError
 from expertlane.memory import size_text
 from expertlane.plan.candidates import (
@@ -21,9 +21,11 @@ from expertlane.plan.candidates import (
     check_plan_size,
     valid_layouts,
 )
+from expertlane.plan.phases import with_fastest_prefill
 from expertlane.plan.project import Projector, Setting, StepSize
 from expertlane.plan.screen import Screen, Screened, ScreenedCandidate, fitting
 from expertlane.plan.throughput import one_pool
+from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.timeline import StepTimeline
 from expertlane.spec.names import Phase
@@ -35,8 +37,8 @@ class Finalist(ScreenedCandidate):
 
     Attributes:
         option: as screened, at its best number of sequences.
-        by_error: the seconds of both steps under the error of each law, and with other experts
-            drawn.
+        by_error: the seconds of both steps under the error of each law, with other experts drawn,
+            and with the most even and the most uneven popularity.
     """
 
     option: ScreenedCandidate
@@ -57,7 +59,7 @@ NUM_FINALISTS = 12
 _MOST_OF_LAYOUT = 2  # finalists, and trials of as many sequences
 _MOST_BROKEN = 24  # trials that break a limit, before what was found is all
 _NUM_NEAREST = 6
-_DRAW = "drawn experts"  # an error beside those of laws
+_DRAW, _SKEW = "drawn experts", "skew of experts"  # errors beside those of laws
 # Two differences between draws, added as squares, are about twice a draw's standard deviation.
 _NUM_REDRAWN = 2
 
@@ -143,7 +145,7 @@ class OnePool:
     """What was found for one pool of all devices.
 
     Attributes:
-        options: all that fit, in the order of candidates.
+        options: all that fit, in the order of candidates; then those with prefill of their own.
         finalists: by tokens a second, the best first; all keep the limits.
         num_candidates, num_too_large: of all, and those that do not fit.
     """
@@ -152,6 +154,14 @@ class OnePool:
     finalists: Sequence[Finalist]
     num_candidates: int
     num_too_large: int
+
+
+def _with_skews(step: StepsRecord, likely_s: Sequence[float]) -> StepsRecord:
+    """The step with bounds that also hold the times of the least and of the most skew."""
+    value, (low, wall_s, high) = step.round_s.value, step.wall_s.bounds
+    factors = [1.0, *(each / value for each in likely_s)]
+    wider = Estimate(wall_s, low * min(factors), high * max(factors))
+    return replace(step, wall_s=wider, tps=step.num_tokens / wider)
 
 
 def _unseen(num: int) -> None:
@@ -177,7 +187,11 @@ class Search:
             candidate
             for layout in valid_layouts(self._request.model, self._request.cluster.num_devices)
             for candidate in candidates_of(
-                layout, self._request.model, per_node, self._request.setting.payload
+                layout,
+                self._request.model,
+                per_node,
+                self._request.setting.payload,
+                self._request.setting.multi_token.num_drafts,
             )
         ]
 
@@ -216,13 +230,14 @@ class Search:
             UserError: nothing fits, or nothing keeps the limits; with the nearest deployment.
         """
         options = fitting(screened)
+        num_too_large = len(screened) - len(options)
+        options += with_fastest_prefill(options, self._request)
         if not options:
             raise UserError(self._too_large(screened))
         finals = best_in_full(options, self._request.goals, self.finish, advance)
         if not finals.kept:
             nearest = min(finals.broke, key=lambda each: each.breach(self._request.goals))
             raise UserError(self._missed(nearest))
-        num_too_large = len(screened) - len(options)
         return OnePool(finals.options, finals.kept, len(screened), num_too_large)
 
     def finish(self, option: ScreenedCandidate) -> Finalist:
@@ -233,13 +248,20 @@ class Search:
         decode, decode_by_error = projector.step_by_error(sizes[Phase.DECODE])
         prefill, prefill_by_error = projector.step_by_error(sizes[Phase.PREFILL])
         by_error = {Phase.DECODE: dict(decode_by_error), Phase.PREFILL: dict(prefill_by_error)}
-        redrawn = self._redrawn if option.candidate.layout.ep > 1 else []
-        for number, routing in enumerate(redrawn):
-            other, _ = self._projected(option, replace(setting, routing=routing))
+        if option.candidate.layout.ep > 1:
+            of_draws = [self._likely_s(option, routing) for routing in self._redrawn]
+            of_skews = [self._likely_s(option, each) for each in extremes_of(setting.routing) or ()]
             for step in (decode, prefill):
-                likely_s = step.round_s.value
-                other_s = other.likely_s(sizes[step.phase])
-                by_error[step.phase][_DRAW, (number,)] = other_s, likely_s**2 / other_s
+                phase, likely_s = step.phase, step.round_s.value
+                for number, other_s in enumerate(each[phase] for each in of_draws):
+                    by_error[phase][_DRAW, (number,)] = other_s, likely_s**2 / other_s
+                if of_skews:
+                    low_s, high_s = (each[phase] for each in of_skews)
+                    by_error[phase][_SKEW, ()] = low_s, high_s
+            decode, prefill = (
+                _with_skews(step, [each[step.phase] for each in of_skews])
+                for step in (decode, prefill)
+            )
         steps = replace(
             option.steps,
             num_seqs=np.array([option.num_seqs]),
@@ -267,13 +289,20 @@ class Search:
         routing = self._request.setting.routing
         return routing.redrawn(_NUM_REDRAWN) if isinstance(routing, PowerLawRouting) else []
 
+    def _likely_s(self, option: ScreenedCandidate, routing: RoutingSource) -> dict[Phase, float]:
+        """The seconds of both steps if tokens chose other experts."""
+        projector, sizes = self._projected(option, replace(self._request.setting, routing=routing))
+        return {phase: projector.likely_s(size) for phase, size in sizes.items()}
+
     def _projected(
         self, option: ScreenedCandidate, setting: Setting
     ) -> tuple[Projector, dict[Phase, StepSize]]:
         """What projects it in full, and its steps at its best number of sequences."""
         request, prompts = self._request, option.steps.prompts
         num, new, cached = option.steps.num_prompts, prompts.num_new, prompts.num_cached
-        return Projector(request.model, *option.candidate, request.cluster, setting), {
+        layout, options, num_drafts = option.candidate
+        projector = Projector(request.model, layout, options, request.cluster, setting, num_drafts)
+        return projector, {
             Phase.PREFILL: StepSize(num, new, cached, phase=Phase.PREFILL),
             Phase.DECODE: StepSize(option.num_seqs, 1, request.workload.mean_context),
         }

@@ -17,12 +17,14 @@ from expertlane.cost.laws.execution import LIKELY, Execution, Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Times
+from expertlane.cost.multi_token import projection_steps
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import forwarding_hops, law_dtype
 from expertlane.cost.step.batch_sizes import Scenarios
+from expertlane.cost.step.counts import DispatchCounts
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
-from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
+from expertlane.cost.step.layer import arrival_steps, embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import (
     SIZES,
     Floats,
@@ -75,6 +77,7 @@ class StageSteps:
     Attributes:
         mesh: of the first stage.
         fan_out: of an MoE layer's tokens.
+        num_drafts: of multi-token prediction.
     """
 
     model: ModelConfig
@@ -83,6 +86,7 @@ class StageSteps:
     fan_out: ExpectedFanOut
     form: DispatchForm
     payload: PayloadType
+    num_drafts: int = 0
 
     def _kind(self, layer: int) -> _LayerKind:
         return self.model.is_dense(layer), self.model.window_of_layer(layer)
@@ -96,25 +100,45 @@ class StageSteps:
         return layers
 
     def lists(self, part: Scenarios) -> list[ExpectedStepList]:
-        """Each kind of layer, embedding, and head; to be priced."""
-        model, layout = self.model, self.mesh.layout
-        by_node = is_by_node_on(layout, self.form)
-        busiest = busiest_counts(
-            self.fan_out, part, layout, model.num_experts_per_tok, by_node=by_node
-        )
-
-        def begun() -> ExpectedStepList:
-            return ExpectedStepList(self.mesh, part.size, self.types, GPU_LIBRARIES)
-
-        embedding, head = begun(), begun()
-        embedding_steps(embedding, model, part)
-        head_steps(head, model, part)
+        """To be priced: each kind of layer, embedding, arrival from the stage before, head, and
+        where there are any the first pass that guesses and a later one.
+        """
+        model, busiest = self.model, self._busiest(part)
+        around = []
+        for steps in (embedding_steps, arrival_steps, head_steps):
+            around.append(self._begun(part))
+            steps(around[-1], model, part)
         layers = []
-        for (is_dense, _), layer in self._layers.items():
-            layers.append(begun())
-            counts = None if is_dense else busiest
-            layer_steps(layers[-1], model, layer, part, counts, self.form, self.payload)
-        return [*layers, embedding, head]
+        for layer in self._layers.values():
+            layers.append(self._begun(part))
+            self._layer(layers[-1], layer, part, busiest)
+        return [*layers, *around, *self._drafts(part, busiest)]
+
+    def _begun(self, part: Scenarios) -> ExpectedStepList:
+        return ExpectedStepList(self.mesh, part.size, self.types, self.form, GPU_LIBRARIES)
+
+    def _busiest(self, part: Scenarios) -> DispatchCounts:
+        layout, top_k = self.mesh.layout, self.model.num_experts_per_tok
+        by_node = is_by_node_on(layout, self.form)
+        return busiest_counts(self.fan_out, part, layout, top_k, by_node=by_node)
+
+    def _layer(
+        self, out: ExpectedStepList, layer: int, part: Scenarios, busiest: DispatchCounts
+    ) -> None:
+        counts = None if self.model.is_dense(layer) else busiest
+        layer_steps(out, self.model, layer, part, counts, self.payload)
+
+    def _drafts(self, part: Scenarios, busiest: DispatchCounts) -> list[ExpectedStepList]:
+        """As `ProgramBuilder` has them: the first takes all tokens of the step."""
+        further = part.further()
+        passes = [(part, busiest), (further, self._busiest(further))][: self.num_drafts]
+        lists = []
+        for sizes, counts in passes:
+            lists.append(self._begun(part))
+            projection_steps(lists[-1], self.model, sizes)
+            self._layer(lists[-1], self.model.num_hidden_layers - 1, sizes, counts)
+            head_steps(lists[-1], self.model, further)
+        return lists
 
     def stages(self, priced: Sequence[ScenarioTimes]) -> list[ScenarioTimes]:
         """[pp]; a micro-batch on each stage, from the times of `lists`.
@@ -127,7 +151,9 @@ class StageSteps:
         for pp_rank in range(layout.pp):
             kinds = Counter(map(self._kind, layout.layers_of_stage(num_layers, pp_rank)))
             of_layers = (kinds[kind] for kind in self._layers)
-            counts = *of_layers, pp_rank == 0, pp_rank == layout.pp - 1
+            is_last = int(pp_rank == layout.pp - 1)
+            passes = (is_last, is_last * (self.num_drafts - 1))[: self.num_drafts]
+            counts = *of_layers, int(pp_rank == 0), int(pp_rank > 0), is_last, *passes
             if counts not in made:
                 done = zip(counts, priced, strict=True)
                 made[counts] = ScenarioTimes.sum((num, part) for num, part in done if num)

@@ -9,7 +9,7 @@ KV transfer follows, which delays the second token and counts in TPOT.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +56,7 @@ def step_estimates(
     terms: Terms,
     how: Pipelining,
     num_layers: int,
-    num_ranks: int,
+    layout: Layout,
 ) -> Floats:
     """[3, N]; seconds of steps, low, likely and high, or of a round where micro-batches rotate.
 
@@ -68,7 +68,6 @@ def step_estimates(
         hand_over_s: [3, S]; of a part, to the next stage.
         places: [N]; the scenario of each size's parts.
         num_layers: of the model.
-        num_ranks: of a replica.
     """
     num_stages, m = len(stages), how.num_micro_batches
     made = {  # stages that do the same are one object
@@ -78,7 +77,7 @@ def step_estimates(
     seconds = np.stack([made[id(each)] for each in stages])  # [pp, 3, N]
     sent_s = hand_over_s[:, places] * ((1 + how.overlap) * (num_stages - 1))
     through, slowest = seconds.sum(axis=0) + sent_s, seconds.max(axis=0)
-    driver_s = terms.step_s(num_ranks)[:, None]
+    driver_s = terms.step_s(layout)[:, None]
     total: Floats
     if how.schedule == "rotating":
         total = np.maximum(m * slowest, through) + driver_s
@@ -143,6 +142,7 @@ class Steps:
         prefill_s: [3]; one step, of `prompts` on each data-parallel rank.
         most_seqs: that are there at once, over the whole system; fewer than data-parallel ranks
             leave some idle.
+        tokens_per_step: [3]; of a decoding sequence, more than one where drafts are accepted.
     """
 
     layout: Layout
@@ -151,6 +151,7 @@ class Steps:
     prefill_s: Floats
     prompts: Prompts
     most_seqs: int
+    tokens_per_step: Floats = field(default_factory=lambda: np.ones(len(BOUNDS)))
 
     @property
     def num_caches(self) -> int:
@@ -161,6 +162,12 @@ class Steps:
     def num_prompts(self) -> int:
         """Prompts in a prefill step, over the whole system."""
         return min(self.prompts.num_seqs * self.num_caches, self.most_seqs)
+
+    @property
+    def token_s(self) -> Floats:
+        """[3, N]; of decoding, for a token of every sequence."""
+        seconds: Floats = self.decode_s / self.tokens_per_step[:, None]
+        return seconds
 
     @property
     def prefill_tps(self) -> Floats:
@@ -209,7 +216,7 @@ def one_pool(steps: Steps, workload: Workload) -> ThroughputCurve:
     """The curve of one pool that computes prompts and decodes."""
     per_token = workload.prompt_len / workload.output_len
     prefill_s = per_token / steps.prefill_tps[:, None]  # of one sequence, for each output token
-    tpot_s = steps.decode_s + steps.num_seqs * prefill_s
+    tpot_s = steps.token_s + steps.num_seqs * prefill_s
     busy = steps.num_seqs * prefill_s / tpot_s
     return ThroughputCurve(
         num_seqs=steps.num_seqs,
@@ -230,10 +237,10 @@ def two_pools(
     Args:
         transfer_s: [3]; of a prompt's keys and values.
     """
-    could_tps = decode.num_seqs / decode.decode_s
+    could_tps = decode.num_seqs / decode.token_s
     fed_tps = prefill.prefill_tps[:, None] / workload.prompt_len * workload.output_len
     before_s = prefill.prompts.num_steps * prefill.prefill_s + transfer_s
-    of_sequence_s = decode.decode_s + before_s[:, None] / workload.output_len
+    of_sequence_s = decode.token_s + before_s[:, None] / workload.output_len
     tps = np.minimum(np.minimum(could_tps, fed_tps), workload.num_sequences / of_sequence_s)
     # A pool that is fed less has fewer sequences running; a step of fewer is taken to be as long.
     busy = tps / fed_tps
@@ -241,7 +248,7 @@ def two_pools(
     return ThroughputCurve(
         num_seqs=decode.num_seqs,
         tps=tps[::-1],
-        tpot_s=decode.decode_s + transfer_s[:, None] / num_later,
+        tpot_s=decode.token_s + transfer_s[:, None] / num_later,
         ttft_s=_prompt_s(prefill, workload, np.minimum(busy, _MOST_BUSY)),
     )
 

@@ -25,6 +25,7 @@ from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
 _KV_TRANSFER: LawError = ("KV transfer", ())
+_ACCEPTANCE: LawError = ("acceptance of drafts", ())
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def pools_tps(
 
 def _errors_of(finalist: Finalist) -> list[LawError]:
     of_phases = finalist.by_error
-    return list(dict.fromkeys([*of_phases[Phase.DECODE], *of_phases[Phase.PREFILL]]))
+    drafts = [_ACCEPTANCE] * (finalist.candidate.num_drafts > 0)
+    return list(dict.fromkeys([*drafts, *of_phases[Phase.DECODE], *of_phases[Phase.PREFILL]]))
 
 
 def _moved(finalist: Finalist, errors: Sequence[LawError]) -> Steps:
@@ -108,8 +110,13 @@ def _moved(finalist: Finalist, errors: Sequence[LawError]) -> Steps:
         return np.array([likely_s, *moved])
 
     steps = finalist.steps
+    tokens = np.full(1 + 2 * len(errors), steps.tokens_per_step[LIKELY])
+    if _ACCEPTANCE in errors:
+        place = 1 + 2 * errors.index(_ACCEPTANCE)
+        tokens[place], tokens[place + 1] = steps.tokens_per_step[[0, -1]]
     return replace(
         steps,
+        tokens_per_step=tokens,
         decode_s=times(Phase.DECODE, float(steps.decode_s[LIKELY, 0]))[:, None],
         prefill_s=times(Phase.PREFILL, float(steps.prefill_s[LIKELY])),
     )
@@ -184,4 +191,5 @@ def ranked(contenders: Sequence[Contender]) -> Ranking:
 
 def num_kinds(layout: Layout) -> int:
     """Kinds of parallelism that a layout has."""
-    return sum(size > 1 for size in (layout.replicas, layout.pp, layout.dp, layout.tp, layout.ep))
+    sizes = layout.replicas, layout.pp, layout.dp, layout.tp, layout.ep, layout.dcp
+    return sum(size > 1 for size in sizes)

@@ -154,7 +154,7 @@ class TwoPoolSearch:
 
 def _decode_tps(option: ScreenedCandidate, goals: Goals) -> float:
     """The most tokens a second of decoding alone within the limit of TPOT."""
-    step_s = option.steps.decode_s[LIKELY]
+    step_s = option.steps.token_s[LIKELY]
     limit = np.inf if goals.max_tpot_s is None else goals.max_tpot_s
     tps = np.where(step_s <= limit, option.steps.num_seqs / step_s, 0)
     return float(tps.max())

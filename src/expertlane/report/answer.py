@@ -8,7 +8,7 @@ from expertlane.report.compared import Comparison, Row
 from expertlane.report.difference import OTHER, difference_of
 from expertlane.report.document import Answer, Column, Figure, Table, Words, number, text
 from expertlane.report.numbers import NONE, counted, figures, milliseconds, percent, signed
-from expertlane.report.setup import foreign_load
+from expertlane.report.setup import foreign_load, how_judged
 from expertlane.report.speed import in_words
 from expertlane.report.verdict import Verdict, headline, in_wall_time, judge, ratio
 from expertlane.results.estimate import Estimate
@@ -58,8 +58,8 @@ def comparison_answer(
     if own is None:
         assert modelled is not None, "something was measured or projected"
         setting = f"{name} | {_projected_setting(results, modelled)}"
-        projected_parts = _parts(results, modelled, _MOST_LINES)
-        return Answer(setting, headline(modelled, results), projected_parts)
+        projected_parts = _parts(results, modelled, _MOST_LINES - 1)
+        return Answer(setting, headline(modelled, results), (*projected_parts, how_judged(results)))
     machine = results.measured_on
     cores = counted(machine.num_cores, "core") if machine.device == "cpu" else machine.device
     ranks = counted(machine.num_ranks, "rank")
@@ -76,6 +76,7 @@ def comparison_answer(
             f"Also projected ({_projected_setting(results, modelled)}): "
             f"{headline(modelled, results)}",
             _table(modelled, judged, _shown(modelled, judged, len(modelled.cast))),
+            how_judged(results),
         )
     return Answer(setting, headline(own, results), parts)
 

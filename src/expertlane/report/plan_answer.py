@@ -292,7 +292,9 @@ def _next(results: Results) -> tuple[str, ...]:
         lines.append(line if len(line) <= COLUMNS else short)
         if has_pools:
             lines.append("It has the best aggregated ones; compare runs no disaggregated pools.")
-    fitting = [each.command for each in found.commands if each.command is not None]
+    fitting = [
+        each.command for each in found.commands if each.command is not None and each.role == "both"
+    ]
     if not fitting or has_pools or is_of_cpus(results):
         return tuple(lines)
     num = of_role(results, BEST)[0].layout.replicas

@@ -30,6 +30,7 @@ from expertlane.results.record import (
 )
 from expertlane.results.results import Results
 from expertlane.results.serving_record import ServingRecord
+from expertlane.spec.deployment import drafts_text
 from expertlane.spec.names import Phase
 
 NUM_EXPLAINED = 3
@@ -38,7 +39,10 @@ NUM_EXPLAINED = 3
 def named(record: DeploymentRecord) -> str:
     """`dp=8,tp=2,ep=16; overlap`; the layout as options take it."""
     layout, options = str(record.layout), str(record.options)
-    return layout + ("" if options == "plain" else f"; {options}")
+    drafts = drafts_text(record.num_drafts)
+    if options == "plain":
+        return layout + drafts.replace(", ", "; ")
+    return f"{layout}; {options}{drafts}"
 
 
 def spaced(name: str) -> str:
@@ -153,8 +157,8 @@ def _best(results: Results) -> Section:
 
 def _families(results: Results) -> Section:
     """Those that are not among the best."""
-    best = {(each.layout, each.options) for each in of_role(results, BEST)}
-    rows = [each for each in of_role(results, FAMILY) if (each.layout, each.options) not in best]
+    best = {named(each) for each in of_role(results, BEST)}
+    rows = [each for each in of_role(results, FAMILY) if named(each) not in best]
     kind: Column[DeploymentRecord] = text("kind", lambda each: each.name)
     columns = (kind, _HOW, _TPS[0], _TPOT[0], _TTFT, _VERSUS)
     parts = (Table.of("", columns, rows), *_gaps(kind, rows)) if rows else ()
@@ -220,10 +224,10 @@ def _run_it(results: Results) -> Section:
             f"{found.experiment} (it runs no disaggregated pools)"
         )
     if faster_pools(results) is not None and found.commands and not is_of_cpus(results):
-        parts.append(f"Commands of aggregated #1, {named(best)}, not of the disaggregated pools:")
+        parts.append(f"Commands of aggregated #1, {named(best)}, then of the disaggregated pools:")
     for each in () if is_of_cpus(results) else found.commands:
         said = each.command or "cannot express it"
-        parts.append(f"{each.system}: {said}{f'  ({each.note})' if each.note else ''}")
+        parts.append(f"{each.label}: {said}{f'  ({each.note})' if each.note else ''}")
     return Section("Run it", tuple(parts))
 
 

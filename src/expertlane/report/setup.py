@@ -55,12 +55,14 @@ def foreign_load(results: Results) -> str:
 
 
 def how_judged(results: Results) -> str:
-    """How far off projections for this device were."""
-    judged = results.projected_for.judged
+    """How far off projections of this kind were."""
+    cluster = results.projected_for
+    judged = cluster.judged
     if judged is None:
-        return "Projections of this device were never compared with measurements."
+        return "Not judged: no projection of this kind was compared with measurements."
+    framework = f", overheads of {cluster.framework}" if cluster.framework else ""
     return (
-        f"Nearest measured: {judged.what}: {percent(judged.median_error)} median error, "
+        f"Judged on {judged.what}{framework}: {percent(judged.median_error)} median error, "
         f"{counted(judged.num_rows, 'row')}."
     )
 

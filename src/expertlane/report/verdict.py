@@ -189,7 +189,7 @@ def verdict(comparison: Comparison, results: Results) -> tuple[str, ...]:
         sentences += [
             _by_context(comparison, judged),
             _prefill(comparison),
-            _skewed(results, comparison),
+            _otherwise_routed(results, comparison),
         ]
     elif results.measured_on.is_oversubscribed:
         sentences += [_by_critical_path(judged)]
@@ -338,14 +338,17 @@ def _prefill(comparison: Comparison) -> str:
     )
 
 
-def _skewed(results: Results, comparison: Comparison) -> str:
-    skewed = next((each for each in results.conditions if each.routing == "skewed"), None)
-    other = projected(results, skewed) if skewed else None
-    if other is None or other.best_baseline is None or other.best_proposal is None:
+def _otherwise_routed(results: Results, comparison: Comparison) -> str:
+    usual = results.conditions[0].routing
+    others = next((each for each in results.conditions if each.routing != usual), None)
+    other = projected(results, others) if others else None
+    if others is None or other is None:
+        return ""
+    if other.best_baseline is None or other.best_proposal is None:
         return ""
     best, proposal = other.best_baseline, other.best_proposal
     return (
-        f"With skewed routing the best proposal, {proposal.name}, has "
+        f"With {others.routing} routing the best proposal, {proposal.name}, has "
         f"{times(proposal.tps / best.tps)} the decode TPS of the best baseline, {best.name}, at "
         f"{comparison.context:,} tokens."
     )

@@ -283,6 +283,7 @@ class DeploymentRecord(Strict):
         dispatch_table: by which `dispatch` or `overlap` was chosen, where it is `auto`.
         tokens_sha256: of all generated tokens, to compare runs by.
         why: what makes it slower than the best of a plan; empty where it ties with that.
+        num_drafts: of multi-token prediction, as planned.
         over_best: its output tokens a second over those of the best of a plan, with the bounds that
             are left when the errors that both share have cancelled; None for that.
     """
@@ -306,6 +307,7 @@ class DeploymentRecord(Strict):
     tokens_sha256: str | None = None
     why: str = ""
     over_best: Estimate | None = None
+    num_drafts: int = 0
 
     def __repr__(self) -> str:
         """A line: its parts have thousands of numbers."""

@@ -12,7 +12,14 @@ import numpy as np
 from expertlane.errors import UserError
 from expertlane.results.estimate import Estimate
 from expertlane.results.pair import PairRecord
-from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source, TieBreak
+from expertlane.results.record import (
+    EXPERIMENT,
+    Conditions,
+    DeploymentRecord,
+    PoolRole,
+    Source,
+    TieBreak,
+)
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import Strict
 from expertlane.version import __version__
@@ -148,7 +155,8 @@ class Cluster(Strict):
     Attributes:
         name: as `--cluster` takes it.
         flops_per_s: dense, in the type of weights.
-        judged: how far off projections by such a profile were; None where none was judged.
+        framework: whose overheads were taken; "" for none that is known.
+        judged: how far off projections of such a kind were; None where none was judged.
     """
 
     name: str
@@ -158,6 +166,7 @@ class Cluster(Strict):
     memory_bytes: float
     memory_bytes_per_s: float
     flops_per_s: float
+    framework: str = ""
     judged: Judged | None = None
 
 
@@ -184,11 +193,22 @@ class ServeCommand(Strict):
     Attributes:
         command: None where the system cannot express the deployment.
         note: what differs from the deployment, or why there is no command; may be empty.
+        role: which pool it starts.
+        checked: the version whose parser takes the command's options; None for unverified.
     """
 
     system: str
     command: str | None
     note: str
+    role: PoolRole = "both"
+    checked: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The system, and how far the command can be relied on."""
+        of = "" if self.role == "both" else f" {self.role} pool"
+        trust = f"options of {self.checked}" if self.checked else "unverified"
+        return f"{self.system}{of} ({trust})"
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ class Limits:
         max_num_seqs: running requests.
         aging_steps: steps of waiting that make up for one level of priority.
         prefix_caching: requests with a common prefix share blocks.
+        prompt_wait_steps: with data-parallel attention a prompt waits until there is one for every
+            rank, at most so many steps: a step takes as long as its busiest rank.
         phases_apart: a step holds prompts or decodes, never both, and prompts go first; so that
             each can be measured by itself. A decode waits while any prompt can be computed.
 
@@ -58,6 +60,7 @@ class Limits:
     max_num_seqs: int = 256
     aging_steps: int = 1000
     prefix_caching: bool = True
+    prompt_wait_steps: int = 0
     phases_apart: bool = False
 
     def __post_init__(self) -> None:
@@ -78,12 +81,19 @@ class Limits:
 
         Raises:
             UserError: the prompt is empty, too long for the model or the cache, or holds what is
-                no token of the vocabulary; `max_tokens` is under 1; `priority` is no number.
+                no token of the vocabulary, as does `logit_bias`; `max_tokens` is under 1;
+                `priority` is no number.
         """
         name = request.name
         self._check_prompt(name, request.prompt_token_ids)
         take("max_tokens", request.max_tokens, f"{name}: max_tokens")
         take("priority", request.priority, f"{name}: priority")
+        for token_id, _ in () if request.sampling is None else request.sampling.logit_bias:
+            if token_id >= self.vocab_size:
+                raise UserError(
+                    f"{name}: token id {token_id} of logit_bias is not in the vocabulary; "
+                    f"valid ids: 0 to {self.vocab_size - 1}"
+                )
 
     def _check_prompt(self, name: str, prompt: np.ndarray) -> None:
         if prompt.size == 0:
@@ -184,7 +194,10 @@ class Request:
         if self.sampling is None:
             return None
         output = np.array(self.output_token_ids, dtype=np.int64)
-        return SamplingState(self.sampling, self.sampling_seed, self.prompt_token_ids, output)
+        stops = tuple(sorted(self.stop_token_ids)) if self.sampling.holds_stops else ()
+        return SamplingState(
+            self.sampling, self.sampling_seed, self.prompt_token_ids, output, stops
+        )
 
     def finish(self, reason: FinishReason) -> None:
         """Take no more tokens."""
@@ -239,6 +252,8 @@ class RequestOutput:
         error: why it ended in an error, in a line; None where it did not.
         num_preemptions: how often its keys and values were dropped and computed again.
         arrival_s: when it was added, on `time.perf_counter`.
+        scheduled_s: when the first step with tokens of it began, on the same clock; None before
+            that step has ended.
         token_times_s: [len(token_ids)]; when each token came, on the same clock.
     """
 
@@ -253,6 +268,7 @@ class RequestOutput:
     num_preemptions: int = 0
     token_times_s: list[float] = field(default_factory=list)
     error: str | None = None
+    scheduled_s: float | None = None
 
     @property
     def ttft_s(self) -> float | None:

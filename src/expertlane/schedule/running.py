@@ -23,6 +23,7 @@ class RunningTable:
 
     Attributes:
         requests: by row; None where a row is unused.
+        num_queried: tokens that the prefix cache was asked for, by requests that began here.
         num_pending: tokens of all rows that are not computed yet: one for each request in
             decoding, the rest of the prompt for the others.
         num_tokens, num_computed: [num_rows]; prompt and output tokens, and how many of them are
@@ -39,7 +40,7 @@ class RunningTable:
         num_rows = min(limits.max_num_seqs, limits.num_blocks)
         self.blocks = BlockManager(limits.num_blocks, limits.block_size)
         self.requests: list[Request | None] = [None] * num_rows
-        self.num_pending = 0
+        self.num_pending = self.num_queried = 0
         self.seq_ids = np.zeros(num_rows, dtype=np.int64)
         self.num_tokens = np.zeros(num_rows, dtype=np.int64)
         self.num_computed = np.zeros(num_rows, dtype=np.int64)
@@ -112,6 +113,7 @@ class RunningTable:
         """Give a request a row and blocks for all its tokens, the `cached` ones first."""
         num_tokens = request.num_tokens
         blocks = self.blocks.allocate(self.blocks.blocks_for(num_tokens), cached)
+        self.num_queried += num_tokens
         row = self._unused.pop()
         self._widen(len(blocks))
         self.requests[row] = request

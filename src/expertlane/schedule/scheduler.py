@@ -271,8 +271,17 @@ class ContinuousScheduler:
     def _add_prompts(self, replica: int, drafts: list[BatchDraft]) -> None:
         for draft in drafts:
             draft.add_prefills()
-        if self._waiting:
+        if self._waiting and not self._waits_for_others():
             self._admit(replica, drafts)
+
+    def _waits_for_others(self) -> bool:
+        """Whether prompts are held back until there is one for every data-parallel rank."""
+        most = self._limits.prompt_wait_steps
+        if not most or self._num_waiting >= sum(map(len, self.tables)):
+            return False
+        first = self._waiting[0][1]
+        is_running = any(table.num_running for table in chain.from_iterable(self.tables))
+        return is_running and self._num_steps - first.order[0] < most
 
     def _release(self, request: Request) -> None:
         """Let the ranks of its replica forget how to sample it."""

@@ -5,7 +5,7 @@ the pool that decodes. Each pool has its own scheduler, driver and ranks; all sh
 """
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -73,6 +73,7 @@ def run_load(
     *,
     apart: tuple[Pool, KVTransfers] | None = None,
     on_finished: Callable[[], None] = lambda: None,
+    is_done: Callable[[Sequence[ServedRequest[Floats]]], bool] = lambda served: False,
 ) -> list[ServedRequest[Floats]]:
     """Serve requests to their whole lengths; gives them in the order of `requests`.
 
@@ -85,8 +86,9 @@ def run_load(
         max_unfinished: a request waits while there are so many; then it is due when added.
         apart: the pool of all tokens but the first, and how keys and values get there.
         on_finished: called for each request that is done.
+        is_done: told after each step what was served so far; true ends the load there.
     """
-    return _Serving(pool, apart, max_unfinished, on_finished).run(requests)
+    return _Serving(pool, apart, max_unfinished, on_finished, is_done).run(requests)
 
 
 class _Serving:
@@ -98,50 +100,58 @@ class _Serving:
         apart: tuple[Pool, KVTransfers] | None,
         max_unfinished: int | None,
         on_finished: Callable[[], None],
+        is_done: Callable[[Sequence[ServedRequest[Floats]]], bool],
     ) -> None:
         self._prefill = pool
         self._apart = apart
         self._max_unfinished = max_unfinished
         self._on_finished = on_finished
+        self._is_done = is_done
         self._free_s: dict[tuple[int, int], Floats] = {}  # by sender: replica and dp rank
-        self._served: dict[str, ServedRequest[Floats]] = {}
+        self._served: list[ServedRequest[Floats]] = []
         self._num_unfinished = 0
 
     def run(self, requests: Iterable[TimedRequest]) -> list[ServedRequest[Floats]]:
         """Deliver all, and let both pools work until nothing is left."""
-        waiting = list(requests)[::-1]
+        waiting = iter(requests)
         pools = [self._prefill, *([] if self._apart is None else self._apart[:1])]
         now_s: Floats = np.zeros(len(BOUNDS))
-        while True:
-            while waiting and not self._is_full():
-                self._deliver(waiting.pop(), now_s)
+        while not self._is_done(self._served):
+            self._fill(waiting, now_s)
             busy = [(pool.next_s, pool) for pool in pools if pool.next_s is not None]
             if not busy:
-                return list(self._served.values())
+                break
             pool = min(busy, key=lambda each: each[0] or 0.0)[1]
             for request, at_s in pool.advance():
                 now_s = at_s
                 self._take_token(request, at_s, is_first=pool is self._prefill)
-            while waiting and not self._is_full():
-                self._deliver(waiting.pop(), now_s)
+            self._fill(waiting, now_s)
             pool.submit()
+        return self._served
 
-    def _is_full(self) -> bool:
-        return self._max_unfinished is not None and self._num_unfinished >= self._max_unfinished
+    def _fill(self, waiting: Iterator[TimedRequest], now_s: Floats) -> None:
+        """Deliver what there is room for."""
+        most = self._max_unfinished
+        while most is None or self._num_unfinished < most:
+            wanted = next(waiting, None)
+            if wanted is None:
+                return
+            self._deliver(wanted, now_s)
 
     def _deliver(self, wanted: TimedRequest, now_s: Floats) -> None:
         due_s = np.full(len(BOUNDS), wanted.due_s) if self._max_unfinished is None else now_s
-        request_id = str(len(self._served))
-        self._served[request_id] = ServedRequest(
-            len(wanted.prompt_token_ids), wanted.output_len, due_s
-        )
+        prompt, num_arrived = wanted.prompt_token_ids, wanted.num_arrived
+        place = str(len(self._served))
+        self._served.append(ServedRequest(len(prompt), wanted.output_len, due_s))
         self._num_unfinished += 1
-        max_tokens = wanted.output_len if self._apart is None else 1
-        request = Request(request_id, wanted.prompt_token_ids, max_tokens=max_tokens)
-        self._prefill.deliver(request, due_s)
+        pool, max_tokens = self._prefill, wanted.output_len
+        if self._apart is not None:
+            pool, max_tokens = (self._apart[0], max_tokens) if num_arrived else (pool, 1)
+        request = Request(place, prompt, max_tokens=max_tokens, num_arrived_tokens=num_arrived)
+        pool.deliver(request, due_s if num_arrived else due_s + pool.runner.terms.arrival_s)
 
     def _take_token(self, request: Request, at_s: Floats, *, is_first: bool) -> None:
-        served = self._served[request.request_id]
+        served = self._served[int(request.request_id)]
         served.token_times_s.append(at_s)
         if len(served.token_times_s) == served.output_len:
             served.num_preemptions += request.num_preemptions

@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
+from math import log2
 from operator import add
 from typing import Any
 
 import numpy as np
 
 from expertlane.cost.breakdown import shares_of
-from expertlane.cost.laws.execution import DRIVER_S, LIKELY, OVERHEAD_S, Execution
+from expertlane.cost.laws.execution import DRIVER_S, LIKELY, OVERHEAD_S, Execution, Terms
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.laws.times import Basis
+from expertlane.cost.multi_token import ACCEPTANCE_UNSURE
 from expertlane.cost.routing import RoutingChoice
 from expertlane.memory import FREE_SHARE
 from expertlane.plan.project import cluster_record, conditions_of
@@ -88,7 +90,12 @@ def simulation(
         command,
         question,
         [_record(*best_run(runs, serving), routing, serving)],
-        cluster=cluster_record(cluster, setup.types),
+        cluster=cluster_record(
+            cluster,
+            setup.types,
+            has_two_pools=setup.prefill_layout is not None,
+            has_drafts=bool(drafts.num_drafts),
+        ),
         assumptions=_assumptions(simulator, routing, caution),
         cautions=() if caution is None else (caution,),
     )
@@ -251,8 +258,24 @@ def _assumptions(
         rows.append(
             ("kernels", "of GPU libraries", "", "fused as there, not one per tensor operation")
         )
-    rows += _of_pools(setup, cluster) + _of_drafts(setup)
+    rows += _of_pools(setup, cluster) + _of_data_parallelism(simulator) + _of_drafts(setup)
     return tuple(Assumption(name, value, why, change) for name, value, change, why in rows)
+
+
+def _of_data_parallelism(simulator: Simulator) -> list[tuple[str, str, str, str]]:
+    setup, profile = simulator.setup, simulator.cluster.profile
+    most = max(layout.dp for layout in setup.pools.values())
+    if most == 1 or simulator.execution is Execution.SERIAL:
+        return []
+    sync_s = log2(most) * Terms.of(profile, setup.execution).dp_sync_s[LIKELY]
+    return [
+        (
+            "data-parallel ranks",
+            f"{1e3 * sync_s:.2g} ms a step to agree",
+            "--cluster",
+            "each has a scheduler; one without requests computes a dummy batch",
+        )
+    ]
 
 
 def _of_pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, str, str, str]]:
@@ -287,7 +310,7 @@ def _of_drafts(setup: ServingSetup) -> list[tuple[str, str, str, str]]:
     return [
         (
             "multi-token prediction",
-            f"{drafts.num_drafts} drafts, {drafts.acceptance:g} accepted: "
+            f"{drafts.num_drafts} drafts, {drafts.acceptance:g} ± {ACCEPTANCE_UNSURE:g} accepted: "
             f"{drafts.tokens_per_step:.3g} tokens per step",
             "--mtp, --mtp-acceptance",
             f"a decode step runs {1 + drafts.num_drafts} tokens through the model, then "

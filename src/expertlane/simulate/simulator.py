@@ -1,10 +1,9 @@
 """One deployment on a modelled cluster: a load through the scheduler on a virtual clock."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import ceil
-
-import numpy as np
+from typing import Any
 
 from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.kv_transfer import KVTransfers
@@ -14,7 +13,7 @@ from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter, with_drafting_layer
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
-from expertlane.cost.routing import RoutingSource
+from expertlane.cost.routing import RoutingSource, extremes_of
 from expertlane.cost.runner import CostRunner, StepSharing
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
@@ -28,6 +27,7 @@ from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.simulate.merging import merged, moved
 from expertlane.simulate.pools import Pool, run_load
 from expertlane.simulate.totals import PoolTotals
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchTable, Options
@@ -50,6 +50,7 @@ class ServingSetup:
         prefill_layout: of a pool for prompts alone, on devices of its own.
         routing: which experts tokens choose.
         max_num_seqs, max_num_batched_tokens: of a data-parallel rank.
+        prompt_wait_steps: as of `Limits`.
 
     Raises:
         SpecError: a size is out of its range.
@@ -65,6 +66,7 @@ class ServingSetup:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     block_size: int = 16
+    prompt_wait_steps: int = 0
 
     def __post_init__(self) -> None:
         take_fields(self)
@@ -75,6 +77,10 @@ class ServingSetup:
         if self.prefill_layout is None:
             return {"both": self.layout}
         return {"prefill": self.prefill_layout, "decode": self.layout}
+
+    def options_of(self, role: PoolRole) -> Options:
+        """What a pool runs with: one that has a phase of its own, with that phase's dispatch."""
+        return self.options if role == "both" else self.options.of_phase(Phase(role))
 
     @property
     def num_devices(self) -> int:
@@ -100,13 +106,12 @@ def check_fits_cluster(cluster: ModelledCluster, setup: ServingSetup) -> None:
             each = " and ".join(f"{layout} with {layout.world_size}" for layout in layouts)
             need = f"layouts {each} need {needed} devices"
         raise SpecError(f"{need} but {cluster} has {cluster.num_devices}")
-    if not setup.options.is_by_node:
-        return
     per_node = cluster.profile.ranks_per_node
-    for layout in layouts:
-        if layout.ep_ranks_per_node(per_node) == layout.ep:
+    for role, layout in setup.pools.items():
+        options = setup.options_of(role)
+        if options.is_by_node and layout.ep_ranks_per_node(per_node) == layout.ep:
             raise SpecError(
-                f"layout {layout}: {setup.options.dispatch} dispatch is for experts on several "
+                f"layout {layout}: hierarchical dispatch is for experts on several "
                 f"nodes, but each group of ep={layout.ep} is on one node of {per_node}; valid: "
                 f"{', '.join(form for form, of in DISPATCH_FORMS.items() if not of.by_node)}"
             )
@@ -120,6 +125,7 @@ class PoolRanks:
         placements: [num_hidden_layers].
         limits: of the scheduler.
         memory: of the fullest rank, with the whole cache.
+        sharing: [B]; of runs that each bound leads, all the same where routing has no bounds.
     """
 
     role: PoolRole
@@ -127,7 +133,7 @@ class PoolRanks:
     placements: Placements
     limits: Limits
     memory: RankMemory
-    sharing: StepSharing
+    sharing: tuple[StepSharing, ...]
 
     @property
     def num_resident(self) -> int:
@@ -177,6 +183,7 @@ class Simulator:
         self.load = load
         self._terms = Terms.of(cluster.profile, setup.execution)
         self._pricing = Pricing(cluster.profile, setup.types)
+        self._routings = _by_bound(setup)
         self._pools = [self._ranks(role, layout) for role, layout in setup.pools.items()]
 
     @property
@@ -189,9 +196,11 @@ class Simulator:
         """How often the load is served to know the bounds.
 
         Where requests arrive by themselves, slower steps have more of them wait and run together,
-        so that each bound needs a schedule of its own.
+        so that each bound needs a schedule of its own; likewise where a bound has another number of
+        steps, since other drafts are accepted, or its own routing.
         """
-        return 1 if self.load.is_closed else len(BOUNDS)
+        is_one = self.load.is_closed and not self.setup.multi_token.num_drafts
+        return 1 if is_one and len(set(self._routings)) == 1 else len(BOUNDS)
 
     def run(self, seed: int, on_finished: Callable[[], None] = lambda: None) -> Outcome:
         """Serve the whole load, `num_runs` times.
@@ -206,29 +215,17 @@ class Simulator:
             outcome if bound == LIKELY else self._run(seed, bound, on_finished)
             for bound in range(len(BOUNDS))
         ]
-        served = [_merged(of_runs) for of_runs in zip(*(run.served for run in runs), strict=True)]
+        served = [merged(of_runs) for of_runs in zip(*(run.served for run in runs), strict=True)]
         return replace(outcome, served=served)
 
     def _run(self, seed: int, lead: int, on_finished: Callable[[], None]) -> Outcome:
-        load, setup = self.load, self.setup
+        load, multi_token = self.load, self.setup.multi_token.at(lead)
         is_blank = not load.has_prefixes
         requests = draw_requests(load, self.model.vocab_size, [seed], blank=is_blank)
         shortened = [
-            replace(each, output_len=setup.multi_token.num_steps(each.output_len))
-            for each in requests
+            replace(each, output_len=multi_token.num_steps(each.output_len)) for each in requests
         ]
-        pools = tuple(self._pool(ranks, lead) for ranks in self._pools)
-        apart = None
-        if len(pools) > 1:
-            transfers = KVTransfers(
-                self.model,
-                setup.types,
-                pools[0].ranks.layout,
-                pools[1].ranks.layout,
-                LinkModel(self.cluster.profile),
-                remote=setup.are_pools_apart(self.cluster.profile.ranks_per_node),
-            )
-            apart = pools[1].pool, transfers
+        pools, apart = self.start(lead)
         served = run_load(
             pools[0].pool, shortened, load.batch, apart=apart, on_finished=on_finished
         )
@@ -239,6 +236,27 @@ class Simulator:
             for each, wanted in zip(served, requests, strict=True)
         ]
         return Outcome(whole, pools)
+
+    def start(
+        self, lead: int = LIKELY, *, observed: bool = True
+    ) -> tuple[tuple[SimulatedPool, ...], tuple[Pool, KVTransfers] | None]:
+        """The pools before any request, and what `run_load` takes of the second.
+
+        Args:
+            observed: whether steps are added up in the pools' totals.
+        """
+        pools = tuple(self._pool(ranks, lead, observed) for ranks in self._pools)
+        if len(pools) == 1:
+            return pools, None
+        transfers = KVTransfers(
+            self.model,
+            self.setup.types,
+            pools[0].ranks.layout,
+            pools[1].ranks.layout,
+            LinkModel(self.cluster.profile),
+            remote=self.setup.are_pools_apart(self.cluster.profile.ranks_per_node),
+        )
+        return pools, (pools[1].pool, transfers)
 
     def trace(self, outcome: Outcome) -> list[StepRecord]:
         """The median prefill and the median decode step, one after the other, with events.
@@ -251,7 +269,7 @@ class Simulator:
         for pool, of_pool in zip(outcome.pools, self.median_steps(outcome), strict=True):
             for phase, step in of_pool.items():
                 if pool.ranks.role in ("both", phase.value):
-                    steps.append(_moved(step, first_rank, begin_s))
+                    steps.append(moved(step, first_rank, begin_s))
                     begin_s = steps[-1].finished_s
             first_rank += pool.ranks.layout.world_size
         return steps
@@ -275,53 +293,53 @@ class Simulator:
         seq_ids = tuple(seq for batch in plan.batches for seq in batch.seq_ids.tolist())
         return replace(FinishedStep(plan, done).record(), seq_ids=seq_ids)
 
-    def _pool(self, ranks: PoolRanks, lead: int) -> SimulatedPool:
-        limits = self._scheduled(ranks.limits)
-        scheduler = ContinuousScheduler(ranks.layout, self.setup.options, limits, record=False)
-        num_drafts = self.setup.multi_token.num_drafts
-        totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, num_drafts)
-        return SimulatedPool(ranks, Pool(scheduler, self._runner(ranks, totals, lead)), totals)
+    def _pool(self, ranks: PoolRanks, lead: int, observed: bool) -> SimulatedPool:
+        multi_token, options = self.setup.multi_token.at(lead), self.setup.options_of(ranks.role)
+        drafts, limits = multi_token.num_drafts, ranks.limits
+        if observed:  # else those under way stand where they are, not where a step a token is
+            limits = self._scheduled(limits, multi_token)
+        scheduler = ContinuousScheduler(ranks.layout, options, limits, record=False)
+        totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, drafts)
+        runner = self._runner(
+            ranks,
+            lead,
+            sharing=ranks.sharing[lead],
+            observe=totals.observe if observed and lead == LIKELY else None,
+            multi_token=MultiTokenAdapter(multi_token) if drafts else None,
+            lead=lead,
+        )
+        return SimulatedPool(ranks, Pool(scheduler, runner), totals)
 
-    def _runner(
-        self, ranks: PoolRanks, totals: PoolTotals | None = None, lead: int = LIKELY
-    ) -> CostRunner:
-        """The runner of a pool; without totals for single steps as they are planned."""
+    def _runner(self, ranks: PoolRanks, bound: int = LIKELY, **others: Any) -> CostRunner:
+        """The runner of a pool; without `others` for single steps as they are planned."""
         setup, profile = self.setup, self.cluster.profile
-        form, drafts = setup.options.dispatch, setup.multi_token.num_drafts
-        assert form != "auto", "checked before"
+        options, drafts = setup.options_of(ranks.role), setup.multi_token.num_drafts
+        assert options.dispatch != "auto", "checked before"
         builder = ProgramBuilder(
             self.model,
             ranks.layout,
             ranks.placements,
             types=setup.types,
-            dispatch=DispatchTable.fixed(form, setup.options.overlap is True),
-            payload=setup.options.payload,
+            dispatch=DispatchTable.fixed(
+                options.dispatch, options.overlap is True, options.prefill_dispatch
+            ),
+            payload=options.payload,
             ranks_per_node=profile.ranks_per_node,
             block_size=setup.block_size,
             kernels=ENGINE if OVERHEAD_S in profile.terms else GPU_LIBRARIES,
             num_drafts=drafts,
         )
-        parts = builder, setup.routing, self._pricing, self._terms
-        if totals is None:
-            return CostRunner(*parts)
-        multi_token = MultiTokenAdapter(setup.multi_token) if drafts else None
-        return CostRunner(
-            *parts,
-            sharing=ranks.sharing,
-            observe=totals.observe if lead == LIKELY else None,
-            multi_token=multi_token,
-            lead=lead,
-        )
+        return CostRunner(builder, self._routings[bound], self._pricing, self._terms, **others)
 
     def _ranks(self, role: PoolRole, layout: Layout) -> PoolRanks:
         """Ranks with as many blocks as memory has room for, at most what the load can use."""
-        setup, load, drafts = self.setup, self.load, self.setup.multi_token
+        setup, load, num_drafts = self.setup, self.load, self.setup.multi_token.num_drafts
         placements = placements_of(self.model, layout, setup.options)
         held = PlacedModel(  # the layer that guesses too
-            with_drafting_layer(self.model, drafts),
+            with_drafting_layer(self.model, num_drafts),
             layout,
             setup.types,
-            placements + placements[-1:] * bool(drafts.num_drafts),
+            placements + placements[-1:] * (num_drafts > 0),
         )
         max_len = load.prompt_len.high if role == "prefill" else load.max_len
         most_seqs = min(setup.max_num_seqs, load.num_requests)
@@ -334,6 +352,7 @@ class Simulator:
             block_size=setup.block_size,
             max_num_batched_tokens=setup.max_num_batched_tokens,
             max_num_seqs=setup.max_num_seqs,
+            prompt_wait_steps=0 if role == "decode" else setup.prompt_wait_steps,
             prefix_caching=load.has_prefixes,
         )
         limits = held.fit_cache(wanted, FREE_SHARE * self.cluster.profile.device.memory_bytes)
@@ -341,12 +360,16 @@ class Simulator:
         num_positions = limits.num_blocks * limits.block_size
         few = int(_SHARE_ALIKE * memory.weight_bytes * num_positions / memory.kv_bytes)
         context_step = min(max(load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
-        sharing = StepSharing(context_step, layout.replica_size, max(few, 1))
+        of_routing = {
+            each: StepSharing(context_step, layout.replica_size, max(few, 1))
+            for each in self._routings
+        }
+        sharing = tuple(of_routing[each] for each in self._routings)
         return PoolRanks(role, layout, placements, limits, memory, sharing)
 
-    def _scheduled(self, limits: Limits) -> Limits:
+    def _scheduled(self, limits: Limits, multi_token: MultiToken) -> Limits:
         """The scheduler counts a position a step; with more, a cache that is full as early."""
-        load, multi_token = self.load, self.setup.multi_token
+        load = self.load
         if not multi_token.num_drafts:
             return limits
         prompt, output = load.mean_lens
@@ -356,32 +379,10 @@ class Simulator:
         return replace(limits, num_blocks=max(least, int(limits.num_blocks * share)))
 
 
-def _moved(step: StepRecord, first_rank: int, begin_s: float) -> StepRecord:
-    """The same step on other ranks, submitted at another time."""
-    later_s = begin_s - step.submitted_s
-    records = []
-    for each in step.records:
-        events = each.events
-        assert events is not None, "asked for"
-        events = replace(events, start_s=events.start_s + later_s)
-        records.append(replace(each, rank=first_rank + each.rank, events=events))
-    return replace(
-        step,
-        submitted_s=begin_s,
-        finished_s=step.finished_s + later_s,
-        records=tuple(records),
-    )
-
-
-def _merged(of_runs: Sequence[ServedRequest[Floats]]) -> ServedRequest[Floats]:
-    """A request with the times of each bound, from the run that this bound scheduled."""
-    likely = of_runs[LIKELY]
-    bounds = range(len(BOUNDS))
-    times = zip(*(each.token_times_s for each in of_runs), strict=True)
-    return replace(
-        likely,
-        due_s=np.array([of_runs[bound].due_s[bound] for bound in bounds]),
-        token_times_s=[
-            np.array([of_bound[bound] for bound, of_bound in enumerate(each)]) for each in times
-        ],
-    )
+def _by_bound(setup: ServingSetup) -> tuple[RoutingSource, ...]:
+    """[B]; the same at all where it has no bounds, or no layout has expert parallelism."""
+    extremes = extremes_of(setup.routing)
+    if extremes is None or all(layout.ep == 1 for layout in setup.pools.values()):
+        return (setup.routing,) * len(BOUNDS)
+    even, uneven = extremes
+    return even, setup.routing, uneven

@@ -2,13 +2,14 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 from expertlane.errors import SpecError
 from expertlane.spec.layout import Layout
-from expertlane.spec.ranges import Strict, take_fields
+from expertlane.spec.names import Phase
+from expertlane.spec.ranges import Strict, shown, take_fields
 
 MicroBatchSchedule = Literal["drained", "rotating"]
 DispatchForm = Literal["all_to_all", "all_gather", "hierarchical"]
@@ -16,6 +17,7 @@ DispatchChoice = Literal[DispatchForm, "auto"]
 OverlapChoice = bool | Literal["auto"]
 PayloadType = Literal["model", "bfloat16", "float8"]
 WeightsType = Literal["model", "int8"]
+DeepEPKernels = Literal["low_latency", "normal"]
 INPUTS_OF_SCALE = 128  # of weights that are rounded while loading
 PlacementMethod = Literal["linear", "round_robin"]
 
@@ -28,26 +30,19 @@ class FormTraits:
         sends: what travels, as the help says it.
         by_node: over groups of a node's ranks and across nodes, so every node must hold equally
             many; another form does the same unless several nodes hold several ranks each.
-        vllm: the nearest of vLLM's `--all2all-backend`.
-        sglang: the nearest of SGLang's `--deepep-mode`; None without DeepEP.
+        deepep: the nearest of DeepEP's kernels for decodes; None for what needs no such library.
     """
 
     sends: str
-    vllm: str
-    sglang: str | None = None
+    deepep: DeepEPKernels | None = None
     by_node: bool = False
 
 
 DISPATCH_FORMS: dict[DispatchForm, FormTraits] = {
-    "all_to_all": FormTraits(
-        "one copy per rank reached", vllm="deepep_low_latency", sglang="low_latency"
-    ),
-    "all_gather": FormTraits("all tokens to all ranks", vllm="allgather_reducescatter"),
+    "all_to_all": FormTraits("one copy per rank reached", deepep="low_latency"),
+    "all_gather": FormTraits("all tokens to all ranks"),
     "hierarchical": FormTraits(
-        "one copy per node reached, forwarded inside it",
-        vllm="deepep_high_throughput",
-        sglang="normal",
-        by_node=True,
+        "one copy per node reached, forwarded inside it", deepep="normal", by_node=True
     ),
 }
 
@@ -65,12 +60,15 @@ class Options(Strict):
             last one, so the pipeline never runs empty.
         dispatch: how tokens travel to experts, one of `DISPATCH_FORMS`; or `auto`: the fastest for
             a step's number of tokens, by a table measured once at the start.
+        prefill_dispatch: the form of steps that hold prompts; None for `dispatch` in all steps.
         payload: the type in which hidden states travel to experts: `model`: the model's own;
             `bfloat16`; `float8`: eight bits with a scale for every 128 values. Results come back in
             the model's. Rounding changes what a deployment computes, by an error that is measured.
         weights: the type in which ranks keep matrices: `model`: as they are stored, if in one byte,
             else the model's own; `int8`: eight bits with a scale for every 128 inputs. Routers,
             norms, embeddings and biases are not rounded.
+        cache_int8: what `weights` rounds is kept in the checkpoint's folder, and read from there by
+            later starts.
         placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`.
         placement_file: a placement written by `expertlane balance`, in place of these.
         rebalance_steps: experts move while requests run: after so many steps they are rebalanced
@@ -85,8 +83,10 @@ class Options(Strict):
     num_micro_batches: int = 1
     micro_batch_schedule: MicroBatchSchedule = "drained"
     dispatch: DispatchChoice = "all_to_all"
+    prefill_dispatch: DispatchForm | None = None
     payload: PayloadType = "model"
     weights: WeightsType = "model"
+    cache_int8: bool = False
     placement: PlacementMethod = "linear"
     placement_file: str | None = None
     num_redundant_experts: int = 0
@@ -94,6 +94,11 @@ class Options(Strict):
 
     def __post_init__(self) -> None:
         take_fields(self)
+        if self.cache_int8 and self.weights != "int8":
+            raise SpecError(
+                f"cache_int8 keeps matrices that are rounded to int8, but weights are "
+                f"{self.weights!r}; give weights='int8' (--weights int8) too"
+            )
         if self.placement_file is not None and (
             self.num_redundant_experts or self.placement != "linear"
         ):
@@ -103,6 +108,17 @@ class Options(Strict):
             )
         if not isinstance(self.overlap, bool) and self.overlap != "auto":
             raise SpecError(f"overlap is {self.overlap!r}; it must be true, false or 'auto'")
+        if self.prefill_dispatch is not None:
+            if self.prefill_dispatch not in DISPATCH_FORMS:
+                raise SpecError(
+                    f"prefill_dispatch is {shown(self.prefill_dispatch)}; valid: "
+                    f"{', '.join(DISPATCH_FORMS)}"
+                )
+            if self.dispatch == "auto":
+                raise SpecError(
+                    f"prefill_dispatch is {self.prefill_dispatch}, but dispatch is auto, which "
+                    "picks a form for every step; give one of them"
+                )
 
     @property
     def is_timed(self) -> bool:
@@ -112,13 +128,23 @@ class Options(Strict):
     @property
     def is_by_node(self) -> bool:
         """Whether a form was asked for that needs equally many ranks on every node."""
-        return self.dispatch != "auto" and DISPATCH_FORMS[self.dispatch].by_node
+        forms = (self.dispatch, self.prefill_dispatch)
+        asked = [form for form in forms if form is not None and form != "auto"]
+        return any(DISPATCH_FORMS[form].by_node for form in asked)
+
+    def of_phase(self, phase: Phase) -> "Options":
+        """What steps of a phase run with: one dispatch form."""
+        if self.prefill_dispatch is None:
+            return self
+        form = self.prefill_dispatch if phase is Phase.PREFILL else self.dispatch
+        return replace(self, dispatch=form, prefill_dispatch=None)
 
     def forms(self, layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
         """The dispatch forms that steps may take."""
         if self.dispatch == "auto":
             return dispatch_forms(layout, ranks_per_node)
-        return (self.dispatch,)
+        prefill = (self.prefill_dispatch,) if self.prefill_dispatch else ()
+        return tuple(dict.fromkeys((self.dispatch, *prefill)))
 
     def modes(self, layout: Layout, ranks_per_node: int) -> tuple["DispatchMode", ...]:
         """What steps may take, without overlap first; one rank alone has nothing to overlap."""
@@ -137,6 +163,8 @@ class Options(Strict):
         if self.dispatch != "all_to_all":
             name = "auto dispatch" if self.dispatch == "auto" else self.dispatch
             parts.append(name.replace("_", "-"))
+        if self.prefill_dispatch not in (None, self.dispatch):
+            parts.append(f"{self.prefill_dispatch} in prefill".replace("_", "-"))
         if self.payload != "model":
             parts.append(f"payload {self.payload}")
         if self.weights != "model":
@@ -209,6 +237,7 @@ class DispatchTable(Strict):
     Attributes:
         modes: what was timed; of equally fast ones the first is taken.
         rows: ascending in tokens, one at least.
+        prefill_form: of steps that hold prompts, in place of the mode's; None for the same.
 
     Raises:
         SpecError: no row, or one that does not have a time for each mode.
@@ -216,6 +245,7 @@ class DispatchTable(Strict):
 
     modes: tuple[DispatchMode, ...]
     rows: tuple[DispatchRow, ...]
+    prefill_form: DispatchForm | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(row.step_s) for row in self.rows}
@@ -226,32 +256,47 @@ class DispatchTable(Strict):
             )
 
     @classmethod
-    def fixed(cls, form: DispatchForm, overlap: bool = False) -> "DispatchTable":
-        """A table that always chooses this mode."""
-        return cls((DispatchMode(form, overlap),), (DispatchRow(1, (0.0,)),))
+    def fixed(
+        cls,
+        form: DispatchForm,
+        overlap: bool = False,
+        prefill_form: DispatchForm | None = None,
+    ) -> "DispatchTable":
+        """A table that always chooses this mode, for prompts perhaps another form."""
+        return cls((DispatchMode(form, overlap),), (DispatchRow(1, (0.0,)),), prefill_form)
 
-    def choose(self, num_tokens: int, can_split: bool = True) -> DispatchMode:
+    def choose(
+        self, num_tokens: int, can_split: bool = True, phase: Phase | None = None
+    ) -> DispatchMode:
         """The fastest mode, of times interpolated between rows; past the last, as there.
 
         Args:
             can_split: whether there is anything to halve; if not, modes with overlap count only
                 where there are no others.
+            phase: of the step; None for one without prompts.
         """
         spans = self._spans if can_split else self._unsplit_spans
         index = bisect_left(spans, num_tokens, key=lambda span: span[0])
-        return spans[min(index, len(spans) - 1)][1]
+        mode = spans[min(index, len(spans) - 1)][1]
+        if phase is Phase.PREFILL and self.prefill_form is not None:
+            return DispatchMode(self.prefill_form, mode.overlap)
+        return mode
 
     @property
     def forms(self) -> tuple[DispatchForm, ...]:
         """All forms that may be chosen."""
         spans = [*self._spans, *self._unsplit_spans]
-        return tuple(dict.fromkeys(mode.form for _, mode in spans))
+        prefill = (self.prefill_form,) if self.prefill_form else ()
+        return tuple(dict.fromkeys((*(mode.form for _, mode in spans), *prefill)))
 
     def __str__(self) -> str:
         """What is picked up to how many tokens: `all-gather up to 16, then all-to-all`."""
         *before, (_, last) = self._spans
         parts = [f"{mode} up to {num_tokens}" for num_tokens, mode in before]
-        return ", ".join([*parts, f"then {last}" if parts else str(last)])
+        parts.append(f"then {last}" if parts else str(last))
+        if self.prefill_form is not None:
+            parts.append(f"{self.prefill_form} in prefill".replace("_", "-"))
+        return ", ".join(parts)
 
     @cached_property
     def _spans(self) -> list[tuple[int, DispatchMode]]:
@@ -304,3 +349,8 @@ def is_by_node_on(layout: Layout, form: DispatchForm) -> bool:
     """Whether what a form comes down to sends by nodes."""
     own = form_on(layout, form)
     return own is not None and DISPATCH_FORMS[own].by_node
+
+
+def drafts_text(num_drafts: int) -> str:
+    """`, 2 drafts`, after what else a deployment has; empty without multi-token prediction."""
+    return f", {num_drafts} draft{'' if num_drafts == 1 else 's'}" if num_drafts else ""

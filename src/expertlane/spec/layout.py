@@ -10,7 +10,7 @@ from expertlane.errors import SpecError
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.ranges import MAX_RANKS, Strict, parse_sizes, shown, take_fields
 
-_AXES = ("replicas", "pp", "dp", "tp", "ep")
+_AXES = ("replicas", "pp", "dp", "tp", "ep", "dcp")
 
 
 class Coordinates(NamedTuple):
@@ -33,8 +33,12 @@ class Layout(Strict):
     1/`etp` of each of them. With i = dp_rank·tp + tp_rank: ep_rank = i // etp,
     etp_rank = i % etp.
 
+    Decode context parallelism: `dcp` consecutive ranks of a `tp` group, which would hold the same
+    keys and values, hold every `dcp`-th position each. The cluster model has it, the engine not.
+
     Raises:
-        SpecError: a size or the number of ranks is out of range, or `ep` does not divide `dp × tp`.
+        SpecError: a size or the number of ranks is out of range, `ep` does not divide `dp × tp`,
+            or `dcp` does not divide `tp`.
     """
 
     replicas: int = 1
@@ -42,6 +46,7 @@ class Layout(Strict):
     dp: int = 1
     tp: int = 1
     ep: int = 1
+    dcp: int = 1
 
     def __post_init__(self) -> None:
         take_fields(self, "layout: {}".format)
@@ -53,6 +58,11 @@ class Layout(Strict):
             raise SpecError(
                 f"layout {self}: ep={self.ep} does not divide dp × tp = {self.stage_size}; "
                 f"valid ep: {_listed(divisors(self.stage_size))}"
+            )
+        if self.tp % self.dcp:
+            raise SpecError(
+                f"layout {self}: dcp={self.dcp} does not divide tp={self.tp}; "
+                f"valid dcp: {_listed(divisors(self.tp))}"
             )
 
     @classmethod
@@ -141,6 +151,10 @@ class Layout(Strict):
         """The layers a pipeline stage holds; near-equal."""
         return partition(num_hidden_layers, self.pp)[pp_rank]
 
+    def most_dcp(self, model: ModelConfig) -> int:
+        """How many ranks of a `tp` group hold the same keys and values without `dcp`."""
+        return self.tp if model.latent is not None else max(1, self.tp // model.num_kv_heads)
+
     def check_model(self, model: ModelConfig) -> None:
         """Check that `model` can be laid out so.
 
@@ -158,6 +172,12 @@ class Layout(Strict):
             raise SpecError(
                 f"layout {self}: tp={self.tp} and the {kv_heads} key/value heads of {model.name} "
                 "do not divide each other"
+            )
+        if self.most_dcp(model) % self.dcp:
+            raise SpecError(
+                f"layout {self}: dcp={self.dcp} ranks would share keys and values that tp ranks "
+                f"of {model.name} hold {self.most_dcp(model)} times; valid dcp: "
+                f"{_listed(divisors(self.most_dcp(model)))}"
             )
         if self.pp > model.num_hidden_layers:
             raise SpecError(

@@ -16,8 +16,11 @@ from expertlane.errors import SpecError
 MAX_TOKENS_OF_A_RUN = 2**28  # prompts and outputs together; they are held in memory
 MAX_RANKS = 1_000_000
 MAX_PARAMS = 10**14
-# Of expert popularity, in every command: between uniform, 0, and heavy, above 1. An assumption.
+# Of expert popularity, in every projection: published traces have 0.2 to 1.3, what aiconfigurator
+# assumes is 0.7 to 0.9 (calibration/popularity.py has all, and their sources). Bounds go from
+# uniform to the most skew that was measured on the ranks of an engine.
 DEFAULT_SKEW = 0.8
+SKEW_BOUNDS = (0.0, 1.0)
 DEFAULT_REPEAT = 7  # fewer give intervals over 5 % wide (docs/log.md)
 SHOWN_LENGTH = 60  # of a wrong value, in a message
 _SHOWN_BITS = 128  # of a whole number that is written out
@@ -92,7 +95,7 @@ _TOKEN = _whole(0, 2**31 - 1)
 
 _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     # layout and cluster
-    "replicas pp dp tp ep num_devices": _whole(1, MAX_RANKS),
+    "replicas pp dp tp ep dcp num_devices": _whole(1, MAX_RANKS),
     "ranks_per_node": _whole(0, MAX_RANKS),
     # deployment
     "num_micro_batches": _whole(1, 1024),
@@ -121,8 +124,14 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "block_size": _whole(1, 2**16),
     "max_num_batched_tokens": _whole(1, MAX_TOKENS_OF_A_RUN),
     "max_num_seqs": _whole(1, 2**20),
+    "prompt_wait_steps": _whole(0, 10_000),
     "aging_steps": _whole(1, 10**9),
     "priority": _whole(-(2**31), 2**31 - 1),
+    # server
+    "port": _whole(0, 65535),
+    "max_num_queued": _whole(1, 10**6),
+    "request_timeout_s": _above(0, 1e6),
+    "drain_s": _number(0, 1e6),
     # sampling
     "temperature": _number(0, 1e9),
     "top_k": _whole(0, 2**31 - 1),
@@ -131,6 +140,8 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "repetition_penalty": _number(1e-6, 1e6),  # beyond, logits would grow to infinity
     "presence_penalty frequency_penalty": _number(-2, 2),
     "max_tokens": _whole(1, 2**31 - 1),
+    "min_tokens": _whole(0, 2**31 - 1),
+    "bias": _number(-100, 100),  # of a logit
     "logprobs": _whole(0, 20),
     "stop_token_ids": _TOKEN,
     # model; also under the other names that a config.json has for them

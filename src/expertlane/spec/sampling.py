@@ -1,21 +1,21 @@
 """How the tokens of a request are chosen, and what is reported of a chosen token."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import UserError
-from expertlane.spec.ranges import shown, take_fields
+from expertlane.spec.ranges import shown, take, take_fields
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """What a request asks for.
 
-    Each token is chosen in this order: penalties, temperature, top-k, top-p, min-p, draw. Tokens
-    as likely as the last one that top-k or top-p keeps are kept too.
+    Each token is chosen in this order: bias, penalties, temperature, top-k, top-p, min-p, draw.
+    Tokens as likely as the last one that top-k or top-p keeps are kept too.
 
     Attributes:
         temperature: 0 takes the likeliest token (the lowest id of equals).
@@ -31,6 +31,9 @@ class SamplingParams:
         stop: strings that end the output and are no part of it; one string or a list.
         stop_token_ids: tokens that end the output, besides the end-of-sequence tokens.
         ignore_eos: end-of-sequence tokens do not end the output.
+        min_tokens: output tokens at least: before, no end-of-sequence or stop token is chosen, and
+            stop strings are text like any other.
+        logit_bias: (token id, what is added to its logit), each token once; a mapping too.
         logprobs: report the log-probability of each chosen token and of this many likeliest ones;
             0 for the chosen token only, None for none. They are of the model's own distribution,
             the log-softmax of the logits before penalties, temperature and filters.
@@ -51,6 +54,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +69,10 @@ class SamplingParams:
         take_fields(self, "sampling: {}".format)
         if not isinstance(self.ignore_eos, bool):
             raise _refusal("ignore_eos", "is", self.ignore_eos, "true or false")
+        if self.min_tokens > self.max_tokens:
+            valid = f"at most max_tokens, {self.max_tokens}"
+            raise _refusal("min_tokens", "is", self.min_tokens, valid)
+        self._take_bias()
 
     @property
     def is_greedy(self) -> bool:
@@ -83,13 +92,34 @@ class SamplingParams:
             or self.repetition_penalty != 1
             or self.counts_output
             or self.logprobs is not None
+            or bool(self.logit_bias)
+            or self.holds_stops
         )
+
+    @property
+    def holds_stops(self) -> bool:
+        """Whether tokens that end the output may not be chosen at first."""
+        return self.min_tokens > 0 and not (self.ignore_eos and not self.stop_token_ids)
 
     def _take_list(self, name: str, items: str) -> None:
         values = getattr(self, name)
         if isinstance(values, str | bytes) or not isinstance(values, Iterable):
             raise _refusal(name, "is", values, f"a list of {items}")
         object.__setattr__(self, name, tuple(values))
+
+    def _take_bias(self) -> None:
+        given = self.logit_bias
+        pairs = given.items() if isinstance(given, Mapping) else given
+        try:
+            by_token = {
+                take("stop_token_ids", token, "sampling: a token of logit_bias"): take(
+                    "bias", bias, "sampling: a number of logit_bias"
+                )
+                for token, bias in pairs
+            }
+        except (TypeError, ValueError):
+            raise _refusal("logit_bias", "is", given, "pairs of a token id and a number") from None
+        object.__setattr__(self, "logit_bias", tuple(by_token.items()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,12 +130,14 @@ class SamplingState:
         seed: the request's own, or the one chosen for it.
         prompt_token_ids: [prompt_len].
         output_token_ids: [num_output_tokens]; generated before.
+        stop_token_ids: all tokens that end its output, where `min_tokens` holds them back.
     """
 
     params: SamplingParams
     seed: int
     prompt_token_ids: npt.NDArray[np.int64]
     output_token_ids: npt.NDArray[np.int64]
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

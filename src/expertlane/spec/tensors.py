@@ -44,6 +44,18 @@ def cut_dim(name: str) -> int:
     return 1 if name.rsplit(".", 1)[-1] in _CUT_BY_INPUT else 0
 
 
+_WITHOUT_PRODUCT = {"router", "kv_b", "shared_gate", "sinks"}
+
+
+def is_matrix(name: str) -> bool:
+    """Whether it is the weight of a product, which may be kept in one byte.
+
+    Routers are not, nor `kv_b`, which is taken apart by heads, nor the gate of a shared expert.
+    """
+    part = name.rpartition(".")[2]
+    return not (part in _WITHOUT_PRODUCT or name == EMBEDDING or part.endswith(("_norm", "_bias")))
+
+
 def tensor_shape(model: ModelConfig, name: str) -> Shape:
     """The logical shape of a tensor.
 

@@ -215,11 +215,13 @@ class TimedRequest:
 
     Attributes:
         due_s: from the start; 0 in a closed loop, where it is due as soon as there is room.
+        num_arrived: positions of the prompt that come with keys and values; 0 but in a snapshot.
     """
 
     prompt_token_ids: list[int]
     output_len: int
     due_s: float
+    num_arrived: int = 0
 
 
 def check_lengths(load: Load, max_positions: int) -> None:

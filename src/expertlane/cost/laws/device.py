@@ -3,12 +3,16 @@
 A profile's surface `gemm.bfloat16` holds for that kind and type, `memory` for all types; the term
 `gemm_floor_s` is what an operation of the kind takes beside its roofline, however small it is.
 Where `gemm.bfloat16.<library>` holds too, and is faster, a deployment is taken to use that library.
+
+Experts wider than a law of `experts` knows are priced by the law of `gemm`, each matrix a product
+at its own size: a single one of them fills a device, as those of small experts do only together.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.roofline import Roofline, roofline
@@ -25,6 +29,7 @@ _EFFICIENCY = 0.6
 _LEAST_EFFICIENCY = 0.2
 _KNOWN_DOUBLINGS = 1.0  # of sizes outside a library's law, up to which it may be the faster one
 _OUT_OF_CACHES_S = 1e-4  # of a roofline; so long no operation lives on what caches hold
+_WIDE = 2**25  # weights of an expert's matrix, from where on it may fill a device by itself
 
 
 class DeviceModel:
@@ -54,11 +59,42 @@ class DeviceModel:
         times = surface.times(base.seconds, base.at)
         for other in self._others(kind, dtype):
             times = _faster(times, other, base)
+        if kind is Kind.EXPERTS:
+            is_wide = _is_wide(surface, sizes) & (base.seconds > 0)
+            if is_wide.any():
+                times = where(is_wide, self._products(dtype, sizes, times), times)
         if surface.basis is not Basis.MEASURED:
             times = _no_faster_than_peak(times, base.seconds - floor_s)
         if base.seconds.all():
             return times
         return replace(times, is_extrapolated=times.is_extrapolated & (base.seconds > 0))
+
+    def _products(self, dtype: str, sizes: Mapping[str, Floats | float], otherwise: Times) -> Times:
+        """Experts as products of their mean rows, one after the other, and the activation.
+
+        Args:
+            otherwise: where no product of the type was timed.
+        """
+        surface, floor_s = self._law(Kind.GEMM, dtype)
+        if not surface.axes:
+            return otherwise
+        hidden, inner, matrices = sizes["hidden"], sizes["inner"], sizes["matrices"]
+        active = np.maximum(sizes["active"], 1)
+        rows = np.maximum(sizes["pairs"] / active, 1)
+
+        def product(n: Floats | float, k: Floats | float) -> Times:
+            one = roofline(self._profile.device, Kind.GEMM, dtype, {"m": rows, "n": n, "k": k})
+            return surface.times(one.seconds * active + floor_s, one.at)
+
+        moved = sizes["pairs"] * (inner * (matrices * max(WEIGHT_BYTES[dtype], 2)))
+        activation = self.times(Kind.MEMORY, dtype, {"bytes": moved})
+        up, down = product(inner, hidden), product(hidden, inner)
+        return Times(
+            (matrices - 1) * up.bounds + down.bounds + activation.bounds,
+            max(up.basis, activation.basis),
+            up.is_extrapolated | down.is_extrapolated,
+            max(up.wider, activation.wider),
+        )
 
     def _others(self, kind: Kind, dtype: str) -> list[Surface]:
         """Laws of other libraries for the same operation, named `experts.float8.<library>`."""
@@ -105,6 +141,16 @@ class DeviceModel:
             basis=Basis.BOUND,
             origin=f"datasheet's roofline at {_LEAST_EFFICIENCY:.0%} to 100% of the peak",
         )
+
+
+def _is_wide(law: Surface, sizes: Mapping[str, Floats | float]) -> npt.NDArray[np.bool_]:
+    """[R]; whether experts are wider than any that the law was fitted to."""
+    hidden, inner = np.asarray(sizes["hidden"]), np.asarray(sizes["inner"])
+    if law.basis is Basis.MEASURED or not {"hidden", "inner"} <= set(law.axes):
+        return np.zeros(np.broadcast(hidden, inner).shape, dtype=np.bool_)
+    is_beyond = (hidden > law.axes["hidden"][-1]) | (inner > law.axes["inner"][-1])
+    is_wide: npt.NDArray[np.bool_] = is_beyond & (hidden * inner >= _WIDE)
+    return is_wide
 
 
 def _no_faster_than_peak(times: Times, peak_s: Floats) -> Times:

@@ -3,22 +3,33 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import log2
 
 import numpy as np
 
-from expertlane.cost.laws.profile import Profile
+from expertlane.cost.laws.profile import Profile, Term
+from expertlane.cost.laws.times import Basis
 from expertlane.cost.step.operation import Floats, Operation, Transfer
 from expertlane.errors import UserError
+from expertlane.spec.layout import Layout
 
 BOUNDS = ("low", "seconds", "high")  # the first axis of every clock
 LIKELY = BOUNDS.index("seconds")
 
+ARRIVAL_S = "arrival_s"
 DRIVER_S = "driver_s"
 DRIVER_PER_RANK_S = "driver_per_rank_s"
+DP_SYNC_S = "dp_sync_s"
 GRAPH_LAUNCH_S = "graph_launch_s"
 LAUNCH_S = "launch_s"
 OVERHEAD_S = "overhead_s"
 OF_TRANSFERS = "transfer"  # in place of a stage, after `overhead_s.`
+
+# Of serving engines, whose data-parallel ranks have a scheduler each: before every step they tell
+# each other how many tokens they have, since all take part in its collectives.
+_ASSUMED_DP_SYNC = Term(
+    20e-6, 5e-6, 100e-6, Basis.BOUND, "assumption: a message between hosts or a small all-reduce"
+)
 
 
 class Execution(StrEnum):
@@ -39,6 +50,9 @@ class Terms:
         in_series: where all is in series, of operations by stage and of transfers, in place of
             `launch_s`; from the profile's terms `overhead_s.<stage>` and `overhead_s.transfer`.
         driver_per_rank_s: for every rank of a replica after the first.
+        dp_sync_s: between data-parallel ranks that have a scheduler each, for every doubling of
+            them; nothing where all is in series: there one driver plans for all.
+        arrival_s: from when a request is sent until it can be scheduled.
         hiding: how well transfers are hidden by what computes beside them: perfectly (low), as is
             likely, not at all (high).
     """
@@ -48,6 +62,8 @@ class Terms:
     driver_s: Floats
     in_series: Mapping[str, Floats] = field(default_factory=dict)
     driver_per_rank_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
+    dp_sync_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
+    arrival_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
     hiding: Sequence[str] = BOUNDS
 
     @property
@@ -55,9 +71,10 @@ class Terms:
         """B; those of `BOUNDS` come first."""
         return len(self.driver_s)
 
-    def step_s(self, num_ranks: int) -> Floats:
-        """[3]; the driver's part of a step of a replica of so many ranks."""
-        return self.driver_s + (num_ranks - 1) * self.driver_per_rank_s
+    def step_s(self, layout: Layout) -> Floats:
+        """[B]; the driver's part of a step of a replica."""
+        of_ranks = (layout.replica_size - 1) * self.driver_per_rank_s
+        return self.driver_s + of_ranks + log2(layout.dp) * self.dp_sync_s
 
     def overhead_s(self, step: Operation | Transfer) -> Floats:
         """[3]; of a step in series, beside what its law says: the engine's own work around it."""
@@ -88,6 +105,9 @@ class Terms:
                     f"profile {profile.name} has no term {term!r}; it has: "
                     f"{', '.join(sorted(known)) or 'none'}"
                 )
+        none = np.zeros(len(BOUNDS))
+        sync = profile.terms.get(DP_SYNC_S, _ASSUMED_DP_SYNC)
+        sync_s = np.array([sync.low, sync.value, sync.high])
         begin = f"{OVERHEAD_S}."
         return cls(
             execution=execution,
@@ -98,7 +118,9 @@ class Terms:
                 for term, each in known.items()
                 if term.startswith(begin)
             },
-            driver_per_rank_s=known.get(DRIVER_PER_RANK_S, np.zeros(len(BOUNDS))),
+            driver_per_rank_s=known.get(DRIVER_PER_RANK_S, none),
+            dp_sync_s=none if execution is Execution.SERIAL else sync_s,
+            arrival_s=known.get(ARRIVAL_S, none),
         )
 
     @property
@@ -110,6 +132,8 @@ class Terms:
             driver_s=_likely(self.driver_s),
             in_series={place: _likely(each) for place, each in self.in_series.items()},
             driver_per_rank_s=_likely(self.driver_per_rank_s),
+            dp_sync_s=_likely(self.dp_sync_s),
+            arrival_s=_likely(self.arrival_s),
             hiding=[BOUNDS[LIKELY]] * len(BOUNDS),
         )
 

@@ -6,9 +6,10 @@ of link counts the larger of what the rank sends and receives, so a hot receiver
 Surfaces that are looked for, on the axes `bytes` and `ranks` (of the group) or `nodes`:
 
 - `all_gather.intra_node`, `reduce_scatter.intra_node`, `all_reduce.intra_node`,
-  `all_to_all.intra_node`: groups inside a node; and `all_reduce.custom.intra_node`, a serving
-  engine's own kernel. `send.intra_node`, `send.inter_node`: point to point (an all-to-all of two
-  ranks stands in for the first).
+  `all_to_all.intra_node`: groups inside a node; and a serving engine's own kernels,
+  `all_reduce.custom.intra_node` (one-shot and two-shot) and `all_reduce.multicast.intra_node`
+  (NVLink's switches add up). `send.intra_node`, `send.inter_node`: point to point (an all-to-all
+  of two ranks stands in for the first).
 - `dispatch.low_latency.intra_node`, `combine.low_latency.intra_node` and `….inter_node`: every
   copy goes straight to the rank of its expert: the flat all-to-all.
 - `dispatch.two_sided.intra_node`, `dispatch.one_sided.intra_node` and those of `combine`: the same
@@ -55,6 +56,7 @@ from expertlane.spec.names import Link, Stage
 
 _WIDER_FOR_TWICE_THE_NODES = 1.6
 _INSIDE_NODES = ("low_latency", "forwarded", "two_sided", "one_sided")
+_OF_ENGINES = ("custom", "multicast")
 _DISPATCHING = {Stage.DISPATCH: "dispatch", Stage.COMBINE: "combine"}
 
 
@@ -181,7 +183,7 @@ class LinkModel:
 
     def _inside(self, kind: TransferKind, stage: Stage, load: LinkLoad, carried: Floats) -> Times:
         """Groups inside one node."""
-        names = [f"{kind}.intra_node", f"{kind}.custom.intra_node"]
+        names = [f"{kind}.intra_node", *(f"{kind}.{each}.intra_node" for each in _OF_ENGINES)]
         if kind is TransferKind.ALL_TO_ALL and stage in _DISPATCHING:
             name = _DISPATCHING[stage]
             names += [f"{name}.{variant}.intra_node" for variant in _INSIDE_NODES]

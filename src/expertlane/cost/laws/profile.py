@@ -71,6 +71,7 @@ class Profile:
             `all_gather.intra_node`; `cost.laws.device` and `cost.laws.links` say which they use.
         terms: single numbers by name: floors, overheads, contention.
         devices_per_host: that one operating system sees, where a node spans several; 0 if not.
+        framework: whose overheads are among the terms, by name; "" for none that is known.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Profile:
     surfaces: Mapping[str, Surface] = field(default_factory=dict)
     terms: Mapping[str, Term] = field(default_factory=dict)
     devices_per_host: int = 0
+    framework: str = ""
 
     def num_hosts(self, num_devices: int) -> int:
         """Machines that a deployment is started on."""

@@ -126,7 +126,9 @@ class _Law(Strict):
 
 
 @dataclass(frozen=True)
-class _Term(_Law):
+class TermTable(_Law):
+    """A term as files have it."""
+
     value: float
 
 
@@ -143,7 +145,7 @@ class _File(Strict):
     ranks_per_node: int
     links: dict[str, LinkSheet] = field(default_factory=dict)
     surfaces: dict[str, _Surface] = field(default_factory=dict)
-    terms: dict[str, _Term] = field(default_factory=dict)
+    terms: dict[str, TermTable] = field(default_factory=dict)
     devices_per_host: int = 0
     like: Like | None = None
 
@@ -168,7 +170,7 @@ def _profile(file: _File) -> Profile:
         ranks_per_node=file.ranks_per_node,
         links=_links(file.links),
         surfaces={name: _surface(each, f"surfaces.{name}") for name, each in file.surfaces.items()},
-        terms={name: _term(each, f"terms.{name}") for name, each in file.terms.items()},
+        terms={name: read_term(each, f"terms.{name}") for name, each in file.terms.items()},
         devices_per_host=file.devices_per_host,
     )
     if file.like is None:
@@ -228,7 +230,15 @@ def _links(sheets: Mapping[str, LinkSheet]) -> dict[Link, LinkSheet]:
     return {known[name]: sheet for name, sheet in sheets.items()}
 
 
-def _term(law: _Term, place: str) -> Term:
+def read_term(law: TermTable, place: str) -> Term:
+    """A term of a file, checked.
+
+    Args:
+        place: the key that an error names.
+
+    Raises:
+        SpecError: a number is out of its range, or low and high are not around the value.
+    """
     _check(law, f"{place}.", "term")
     if not law.low <= law.value <= law.high:
         raise SpecError(

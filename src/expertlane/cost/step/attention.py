@@ -1,4 +1,10 @@
-"""Attention of one layer as steps: norm, projections, the core over the cache, the output."""
+"""Attention of one layer as steps: norm, projections, the core over the cache, the output.
+
+With decode context parallelism the ranks of a `dcp` group hold every `dcp`-th position. To decode,
+each gathers the queries of all their heads, attends to its own positions, and they add up what they
+found, weighted by its log-sum-exp (as vLLM's `ag_rs`: arXiv:2507.07120 has the exchange in one
+all-to-all). A chunk of a prompt gathers the positions that came before it.
+"""
 
 from dataclasses import replace
 
@@ -10,20 +16,21 @@ from expertlane.spec.model import LatentAttention, ModelConfig
 from expertlane.spec.names import Stage
 
 _SQUARES_BYTES = 8  # of a token's query and key, one float32 each
+_SUM_BYTES = 4  # of a head's log-sum-exp, a float32
 
 
 def attention_steps(
     out: StepWriter, model: ModelConfig, window: int | None, part: TokenSizes
 ) -> None:
-    """From the hidden states a rank owns to attention's sum for them."""
+    """From the hidden states that a rank has to attention's sum for them."""
     hidden_bytes = model.hidden_size * out.types.activation_bytes
-    out.memory(Stage.ATTENTION, 2 * part.owned * hidden_bytes, out.norm_kernels)
-    out.all_gather(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
+    out.by_token(Stage.ATTENTION, part, hidden_bytes, 2, out.norm_kernels)
+    out.gather_tokens(part.owned, hidden_bytes)
     if model.latent is None:
         _grouped_query(out, model, window, part)
     else:
         _latent(out, model, model.latent, part)
-    out.reduce_scatter(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
+    out.sum_tokens(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
 
 
 def _grouped_query(
@@ -49,6 +56,8 @@ def _grouped_query(
         part.attention(window),
         {"heads": heads, "kv_heads": kv_heads, "head_dim": dim},
         position_bytes=2 * kv_heads * dim * out.types.kv_bytes,
+        query_bytes=heads * dim * item,
+        value_bytes=heads * dim * item,
     )
     out.gemm(Stage.ATTENTION, part.tokens, model.hidden_size, heads * dim)
 
@@ -57,13 +66,15 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
     types, tokens = out.types, part.tokens
     item, heads = types.activation_bytes, model.num_attention_heads // out.mesh.layout.tp
     rank, rope = latent.kv_lora_rank, latent.qk_rope_head_dim
-    query_in = model.hidden_size
+    query_in, key_width = model.hidden_size, rank + rope
     if latent.q_lora_rank is not None:
-        out.gemm(Stage.ATTENTION, tokens, latent.q_lora_rank, query_in)
-        query_in = latent.q_lora_rank
+        merged = key_width if out.kernels.merges_products else 0
+        out.gemm(Stage.ATTENTION, tokens, latent.q_lora_rank + merged, query_in)
+        query_in, key_width = latent.q_lora_rank, key_width - merged
         out.memory(Stage.ATTENTION, 2 * tokens * (query_in * item), out.norm_kernels)
     out.gemm(Stage.ATTENTION, tokens, heads * model.head_dim, query_in)
-    out.gemm(Stage.ATTENTION, tokens, rank + rope, model.hidden_size)
+    if key_width:
+        out.gemm(Stage.ATTENTION, tokens, key_width, model.hidden_size)
     in_latent, expanded = _latent_sizes(out, latent, part)
     absorbed = in_latent.decode_seqs * in_latent.num_queries
     if in_latent.num_prefill_groups:
@@ -85,6 +96,8 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
             in_latent,
             {"heads": heads, "key_dim": rank + rope, "value_dim": rank},
             position_bytes=(rank + rope) * types.kv_bytes,
+            query_bytes=heads * (rank + rope) * item,
+            value_bytes=heads * rank * item,
         )
         out.gemm(Stage.ATTENTION, absorbed, heads * latent.v_head_dim, rank, dtype=types.kept)
     out.gemm(Stage.ATTENTION, tokens, model.hidden_size, heads * latent.v_head_dim)
@@ -116,6 +129,8 @@ def _expanded(
         sizes,
         {"heads": heads, "key_dim": model.head_dim, "value_dim": latent.v_head_dim},
         position_bytes=(latent.kv_lora_rank + latent.qk_rope_head_dim) * out.types.kv_bytes,
+        query_bytes=0,  # no decode
+        value_bytes=0,
     )
 
 
@@ -125,16 +140,25 @@ def _core(
     widths: dict[str, Ints | int],
     *,
     position_bytes: int,
+    query_bytes: int,
+    value_bytes: int,
 ) -> None:
     """Prefill and decode apart, each where any rank has one.
 
     Several queries of a decode read the cache once, as more heads would.
+
+    Args:
+        position_bytes: of a position in the cache.
+        query_bytes, value_bytes: of a token, all heads of the rank: what attends, and is found.
     """
     prefill, decode = Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION
     if "key_dim" in widths:
         prefill, decode = Kind.LATENT_PREFILL, Kind.LATENT_DECODE
-    kernels = out.kernels
+    kernels, dcp = out.kernels, out.mesh.layout.dcp
     if sizes.num_prefill_groups:
+        if dcp > 1:
+            before = sizes.prefill_positions - sizes.prefill_tokens
+            out.all_gather(Stage.COLLECTIVES, "dcp", -(-before // dcp), position_bytes)
         out.operation(
             prefill,
             Stage.ATTENTION,
@@ -149,6 +173,11 @@ def _core(
             num_kernels=_calls(sizes.num_prefill_groups, kernels) * kernels.prefill_group,
         )
     if sizes.num_decode_groups:
+        heads, tokens = widths["heads"], sizes.decode_seqs * sizes.num_queries
+        if dcp > 1:
+            out.all_gather(Stage.COLLECTIVES, "dcp", tokens, query_bytes)
+            positions = -(-sizes.decode_positions // dcp)
+            sizes, heads = replace(sizes, decode_positions=positions), heads * dcp
         out.operation(
             decode,
             Stage.ATTENTION,
@@ -156,11 +185,15 @@ def _core(
                 "seqs": sizes.decode_seqs,
                 "positions": sizes.decode_positions,
                 **widths,
-                "heads": sizes.num_queries * widths["heads"],
+                "heads": sizes.num_queries * heads,
             },
             kv_bytes=sizes.decode_positions * position_bytes,
             num_kernels=_calls(sizes.num_decode_groups, kernels) * kernels.decode_group,
         )
+        if dcp > 1:
+            out.all_gather(Stage.COLLECTIVES, "dcp", tokens, 0, heads * _SUM_BYTES)
+            out.memory(Stage.ATTENTION, 2 * dcp * tokens * value_bytes)
+            out.reduce_scatter(Stage.COLLECTIVES, "dcp", tokens, value_bytes)
 
 
 def _calls(num_groups: int, kernels: KernelSet) -> int:

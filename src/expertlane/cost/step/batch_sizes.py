@@ -1,8 +1,9 @@
 """How many tokens, sequences and positions the ranks of a stage have in a part of a micro-batch."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -104,21 +105,46 @@ class PartSizes:
         seqs_per_dp_rank: int | Sequence[int],
         num_new: int = 1,
         num_cached: int = 0,
+        num_drafts: int = 0,
     ) -> "PartSizes":
         """Sequences that are all alike, each yielding a token.
 
         Args:
             seqs_per_dp_rank: one number, or one for each data-parallel rank.
+            num_drafts: that come to every decode, beside `num_new`.
         """
         dp_rank = np.repeat(np.arange(dp), seqs_per_dp_rank)
         return cls(
             dp=dp,
             tp=tp,
-            num_new=np.full(len(dp_rank), num_new, dtype=np.int64),
+            num_new=np.full(len(dp_rank), num_new + num_drafts, dtype=np.int64),
             num_cached=np.full(len(dp_rank), num_cached, dtype=np.int64),
             dp_rank=dp_rank,
             yields=np.ones(len(dp_rank), dtype=np.bool_),
             needs_logits=np.zeros(dp, dtype=np.bool_),
+            num_drafts=num_drafts,
+        )
+
+    def with_dummies(self) -> "PartSizes":
+        """With a token at the first position on every data-parallel rank that has no sequence.
+
+        With drafts it is as many tokens as those of a decode.
+        """
+        idle = np.setdiff1d(np.arange(self.dp), self.dp_rank)
+        if not len(idle):
+            return self
+        dp_rank = np.concatenate([self.dp_rank, idle])
+        order = np.argsort(dp_rank, kind="stable")
+
+        def filled(values: npt.NDArray[np.generic], value: int) -> npt.NDArray[Any]:
+            return np.concatenate([values, np.full(len(idle), value, values.dtype)])[order]
+
+        return replace(
+            self,
+            num_new=filled(self.num_new, 1 + self.num_drafts),
+            num_cached=filled(self.num_cached, 0),
+            dp_rank=dp_rank[order],
+            yields=filled(self.yields, 1),
         )
 
     def _sum(self, values: npt.NDArray[np.int64 | np.bool_]) -> Ints:
@@ -248,6 +274,8 @@ class Scenarios:
         num_seqs, num_new, num_cached: [S]; sequences, and of each the new tokens and the positions
             cached before them. A scenario is all decodes or all prompts.
         stage_seqs: [S]; sequences of all data-parallel ranks, of which some may be idle.
+        num_drafts: as a `PartSizes`', of scenarios that are all decodes.
+        dp: data-parallel ranks; those without a sequence compute a dummy batch of one, if any.
     """
 
     tp: int
@@ -255,6 +283,14 @@ class Scenarios:
     num_new: Ints
     num_cached: Ints
     stage_seqs: Ints
+    num_drafts: int = 0
+    dp: int = 1
+
+    def further(self) -> "Scenarios":
+        """One more token of every sequence, with those before it in the cache."""
+        one = np.ones_like(self.num_new)
+        cached = self.num_cached + self.num_new
+        return replace(self, num_new=one, num_cached=cached, num_drafts=0)
 
     @property
     def size(self) -> int:
@@ -268,8 +304,9 @@ class Scenarios:
 
     @property
     def stage_tokens(self) -> Ints:
-        """[S]; of all data-parallel ranks."""
-        return self.stage_seqs * self.num_new
+        """[S]; of all data-parallel ranks, dummy batches included."""
+        num_idle: Ints = np.maximum(self.dp - self.stage_seqs, 0)
+        return self.stage_seqs * self.num_new + num_idle * (1 + self.num_drafts)
 
     @property
     def owned(self) -> Ints:
@@ -280,12 +317,12 @@ class Scenarios:
     @property
     def num_yielding(self) -> Ints:
         """[S]."""
-        return self.num_seqs
+        return self.num_seqs * (1 + self.num_drafts)
 
     @property
     def owned_yielding(self) -> Ints:
         """[S]; on average."""
-        owned: Ints = -(-self.num_seqs // self.tp)
+        owned: Ints = -(-self.num_yielding // self.tp)
         return owned
 
     @property
@@ -295,13 +332,13 @@ class Scenarios:
 
     def attention(self, window: int | None) -> AttentionSizes:
         """As `PartSizes.attention`."""
-        is_decode = self.num_new == 1
+        is_decode = self.num_new == 1 + self.num_drafts
         return self._sizes(window, is_decode, ~is_decode)
 
     def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
         """As `PartSizes.latent_attention`."""
-        is_decode = self.num_new == 1
-        is_expanded = takes_less_expanded(self.num_new, self.num_cached, latent)
+        is_decode = self.num_new == 1 + self.num_drafts
+        is_expanded = takes_less_expanded(self.num_new, self.num_cached, latent) & ~is_decode
         in_latent = self._sizes(None, is_decode, ~is_decode & ~is_expanded)
         return in_latent, self._sizes(None, np.zeros_like(is_expanded), is_expanded)
 
@@ -322,6 +359,7 @@ class Scenarios:
             prefill_positions=prompts * positions,
             num_decode_groups=int(decodes.any()),
             num_prefill_groups=int(prompts.any()),
+            num_queries=1 + self.num_drafts,
         )
 
 

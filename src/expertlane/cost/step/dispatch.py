@@ -13,7 +13,7 @@ from expertlane.cost.step.counts import DispatchCounts
 from expertlane.cost.step.mlp import shares
 from expertlane.cost.step.operation import Amounts, Kind
 from expertlane.cost.step.step_list import StepWriter
-from expertlane.spec.deployment import DispatchForm, form_on
+from expertlane.spec.deployment import form_on
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 
@@ -22,11 +22,7 @@ _BOOKKEEPING_BYTES = 40  # read and written for a token-expert pair to be put in
 
 
 class ExpertSteps:
-    """Puts down how a layer's tokens get to their experts and back; all arrays [A].
-
-    Args:
-        form: as the deployment names it; fewer ranks may come down to another.
-    """
+    """Puts down how a layer's tokens get to their experts and back; all arrays [A]."""
 
     def __init__(
         self,
@@ -34,17 +30,17 @@ class ExpertSteps:
         model: ModelConfig,
         part: TokenSizes,
         counts: DispatchCounts,
-        form: DispatchForm,
         payload: PayloadBytes,
     ) -> None:
         self._out = out
         self._kernels = out.kernels
         self._model = model
         self._top_k = model.num_experts_per_tok
+        self._part = part
         self._owned = part.owned
         self._counts = counts
         self._layout = out.mesh.layout
-        self._form = form_on(self._layout, form)
+        self._form = form_on(self._layout, out.form)
         self._payload = payload
         self._row_bytes = model.hidden_size * out.types.activation_bytes
 
@@ -53,6 +49,8 @@ class ExpertSteps:
         match self._form:
             case None:
                 self._local()
+            case "all_gather" if self._out.keeps_all:
+                self._in_place()
             case "all_gather":
                 self._all_gather()
             case "all_to_all":
@@ -86,6 +84,12 @@ class ExpertSteps:
         self._bookkeeping(owned, self._kernels.by_expert)
         self.experts()
         self._sum(owned * self._top_k, owned, self._top_k, is_last=True)
+
+    def _in_place(self) -> None:
+        """Where each rank has all tokens: experts take their own, and their sums are added up."""
+        self.experts()
+        self._out.sum_tokens(Stage.COMBINE, "stage", self._owned, self._row_bytes)
+        self._out.by_token(Stage.COMBINE, self._part, self._row_bytes, 3)
 
     def _all_gather(self) -> None:
         out, owned, everywhere = self._out, self._owned, self._counts.stage_tokens

@@ -1,10 +1,14 @@
 """Sets of kernels that steps are priced with: the engine's, and one that it does not have.
 
 What is counted (FLOPs, bytes, collectives) is what the engine counts with `ENGINE`. With
-`GPU_LIBRARIES` it differs where those do otherwise: `counts_first` and `expands_all`.
+`GPU_LIBRARIES` it differs where those do otherwise: `counts_first`, `expands_all`,
+`merges_products`, `dummy_batches` and `reduces_to_all`.
 """
 
 from dataclasses import dataclass
+
+from expertlane.spec.deployment import DispatchForm, form_on
+from expertlane.spec.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,15 @@ class KernelSet:
             themselves, in the times that they were measured with.
         expands_all: all prompts attend to keys and values of each head, made from the latent; else
             those for which that takes fewer FLOPs.
+        merges_products: products of the same input are one: an MLP's gate and up, and queries and
+            keys of latent attention on their way to what is narrow.
+        dummy_batches: a data-parallel rank without requests computes one token at the first
+            position in every step of its replica, as serving engines' do; else it has none.
+        reduces_to_all: a tensor-parallel group adds up by all-reduce, and all its ranks norm and
+            route all tokens, where it is the whole stage and no token is sent to its expert; else
+            each rank owns a part of the tokens, scattered and gathered again.
+        normed_bytes: of hidden states, up to which such an all-reduce norms what it adds up, in
+            its own time.
     """
 
     name: str
@@ -75,6 +88,14 @@ class KernelSet:
     counts_first: bool = True
     kernels_move: bool = False
     expands_all: bool = False
+    merges_products: bool = False
+    dummy_batches: bool = False
+    reduces_to_all: bool = False
+    normed_bytes: int = 0
+
+    def keeps_all(self, layout: Layout, form: DispatchForm) -> bool:
+        """Whether every rank of a stage has the hidden states of all tokens between operations."""
+        return self.reduces_to_all and layout.dp == 1 and form_on(layout, form) == "all_gather"
 
 
 ENGINE = KernelSet("the engine's tensor operations")
@@ -116,6 +137,10 @@ GPU_LIBRARIES = KernelSet(
     counts_first=False,
     kernels_move=True,
     expands_all=True,
+    merges_products=True,
+    dummy_batches=True,
+    reduces_to_all=True,
+    normed_bytes=2**19,  # of vLLM on compute capability 9.0, the least of all its limits
 )
 
 KERNEL_SETS = (ENGINE, GPU_LIBRARIES)

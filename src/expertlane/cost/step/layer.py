@@ -9,7 +9,7 @@ from expertlane.cost.step.counts import DispatchCounts
 from expertlane.cost.step.dispatch import ExpertSteps
 from expertlane.cost.step.mlp import mlp_steps, tp_shares
 from expertlane.cost.step.step_list import StepWriter
-from expertlane.spec.deployment import DispatchForm, PayloadType
+from expertlane.spec.deployment import PayloadType
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 
@@ -23,10 +23,9 @@ def layer_steps(
     layer: int,
     part: TokenSizes,
     counts: DispatchCounts | None,
-    form: DispatchForm,
     payload: PayloadType,
 ) -> None:
-    """A decoder layer, from hidden states to hidden states of the tokens each rank owns.
+    """A decoder layer, from hidden states to hidden states of the tokens each rank has.
 
     Args:
         layer: its number says its window.
@@ -39,26 +38,28 @@ def layer_steps(
         return
     _router_steps(out, model, part)
     width = PayloadBytes.of(payload, out.types.activation_bytes, model.hidden_size)
-    ExpertSteps(out, model, part, counts, form, width).put_down()
-    if model.shared_expert_intermediate_size:
-        inner, is_scaled = model.shared_expert_intermediate_size, model.shared_expert_gate
+    inner, is_scaled = model.shared_expert_intermediate_size, model.shared_expert_gate
+    if inner and out.keeps_all:  # one sum over ranks for both
+        mlp_steps(out, model, inner, part, is_scaled=is_scaled, is_summed=False)
+    ExpertSteps(out, model, part, counts, width).put_down()
+    if inner and not out.keeps_all:
         mlp_steps(out, model, inner, part, is_scaled=is_scaled)
 
 
 def _norm_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """The residual of attention, and the norm before MLP or router."""
     hidden_bytes = model.hidden_size * out.types.activation_bytes
-    out.memory(Stage.ROUTER, 5 * part.owned * hidden_bytes, 1 + out.norm_kernels)
+    out.by_token(Stage.ROUTER, part, hidden_bytes, 5, 1 + out.norm_kernels)
 
 
 def _router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """That norm, and the choice of experts."""
     _norm_steps(out, model, part)
-    routing, owned = model.routing, part.owned
+    routing, routed = model.routing, out.held(part)
     widened = 1 if out.types.activations != _ROUTER_TYPE else 0
     out.gemm(
         Stage.ROUTER,
-        owned,
+        routed,
         model.num_experts,
         model.hidden_size,
         dtype=_ROUTER_TYPE,
@@ -69,14 +70,21 @@ def _router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None
         num_kernels, num_passes = out.kernels.scored_route, 4
     if routing.n_group > 1:
         num_kernels, num_passes = out.kernels.grouped_route, 7
-    num_bytes = owned * (num_passes * model.num_experts * _LOGIT_BYTES)
+    num_bytes = routed * (num_passes * model.num_experts * _LOGIT_BYTES)
     out.memory(Stage.ROUTER, num_bytes, num_kernels)
 
 
 def embedding_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
-    """The hidden states of the tokens each rank owns."""
-    moved = 2 * part.owned * (model.hidden_size * out.types.activation_bytes)
+    """The hidden states of the tokens each rank has."""
+    moved = 2 * out.held(part) * (model.hidden_size * out.types.activation_bytes)
     out.memory(Stage.EMBED, moved, out.kernels.embed)
+
+
+def arrival_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
+    """What ranks got from the stage before, to all of them that need it."""
+    if out.keeps_all:
+        hidden_bytes = model.hidden_size * out.types.activation_bytes
+        out.all_gather(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
 
 
 def head_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
@@ -85,8 +93,9 @@ def head_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     hidden_bytes = model.hidden_size * types.activation_bytes
     num_seqs = part.num_yielding
     kernels = out.norm_kernels + out.kernels.last
-    out.memory(Stage.HEAD, 4 * part.owned_yielding * hidden_bytes, kernels)
-    out.all_gather(Stage.COLLECTIVES, "tp", part.owned_yielding, hidden_bytes)
+    normed = num_seqs if out.keeps_all else part.owned_yielding
+    out.memory(Stage.HEAD, 4 * normed * hidden_bytes, kernels)
+    out.gather_tokens(part.owned_yielding, hidden_bytes)
     vocab = tp_shares(model.vocab_size, out)
     out.gemm(
         Stage.HEAD,

@@ -10,27 +10,38 @@ from expertlane.spec.names import Stage
 
 
 def mlp_steps(
-    out: StepWriter, model: ModelConfig, inner: int, part: TokenSizes, *, is_scaled: bool = False
+    out: StepWriter,
+    model: ModelConfig,
+    inner: int,
+    part: TokenSizes,
+    *,
+    is_scaled: bool = False,
+    is_summed: bool = True,
 ) -> None:
     """Gathered over tp, cut in its inner width, scattered; then added to the residual.
 
     Args:
         inner: the whole inner width.
         is_scaled: the sum is multiplied by a gate of its own.
+        is_summed: over the ranks; else what comes after does that.
     """
     item, hidden = out.types.activation_bytes, model.hidden_size
     own = tp_shares(inner, out)
-    out.all_gather(Stage.COLLECTIVES, "tp", part.owned, hidden * item)
+    out.gather_tokens(part.owned, hidden * item)
     num_inner = 2 if model.gated_mlp else 1
-    for _ in range(num_inner):
-        out.gemm(Stage.EXPERTS, part.tokens, own, hidden)
+    num_products = 1 if out.kernels.merges_products else num_inner
+    for _ in range(num_products):
+        out.gemm(Stage.EXPERTS, part.tokens, own * (num_inner // num_products), hidden)
     moved = part.tokens * own * ((num_inner + 1) * item)
     out.memory(Stage.EXPERTS, moved, out.kernels.activation)
     out.gemm(Stage.EXPERTS, part.tokens, hidden, own)
-    out.reduce_scatter(Stage.COLLECTIVES, "tp", part.owned, hidden * item)
-    num_rows = 6 if is_scaled else 3
-    num_kernels = 1 + (out.kernels.gate if is_scaled else 0)
-    out.memory(Stage.EXPERTS, part.owned * (num_rows * hidden * item), num_kernels)
+    num_passes = 3 if is_scaled else 0
+    num_kernels = out.kernels.gate if is_scaled else 0
+    if is_summed:
+        out.sum_tokens(Stage.COLLECTIVES, "tp", part.owned, hidden * item)
+        num_passes, num_kernels = num_passes + 3, num_kernels + 1
+    if num_passes:
+        out.by_token(Stage.EXPERTS, part, hidden * item, num_passes, num_kernels)
 
 
 def tp_shares(total: int, out: StepWriter) -> Ints:

@@ -16,7 +16,7 @@ from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.counts import TokenCounts, count_dispatch
 from expertlane.cost.step.kernel_sets import ENGINE, KernelSet
-from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
+from expertlane.cost.step.layer import arrival_steps, embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import OUTSIDE, HandOver, Ints, Step
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import StepList, StepWriter
@@ -30,6 +30,7 @@ from expertlane.spec.deployment import (
 )
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Phase
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +141,11 @@ class ProgramBuilder:
             self._meshes[key] = StageMesh.of(self.layout, *key, self.ranks_per_node)
         return self._meshes[key]
 
-    def _mode(self, micro_batch: tuple[Batch, ...]) -> DispatchMode:
+    def _mode(self, micro_batch: tuple[Batch, ...], phase: Phase) -> DispatchMode:
         """How a micro-batch runs; all ranks choose alike."""
         most = max(batch.num_tokens for batch in micro_batch)
         can_split = any(batch.num_seqs > 1 for batch in micro_batch)
-        return self.dispatch.choose(-(-most // self.layout.tp), can_split)
+        return self.dispatch.choose(-(-most // self.layout.tp), can_split, phase)
 
     def build(
         self,
@@ -162,7 +163,7 @@ class ProgramBuilder:
         """
         by_micro_batch: list[tuple[DispatchForm, list[PartSizes]]] = []
         for micro_batch in plan.micro_batches:
-            mode = self._mode(micro_batch)
+            mode = self._mode(micro_batch, plan.phase)
             by_dp_rank = [batch.split(1 + mode.overlap) for batch in micro_batch]
             parts = [
                 PartSizes.of(batches, self.layout.tp, sampled, self.block_size, self.num_drafts)
@@ -198,9 +199,10 @@ class ProgramBuilder:
         for form, of_parts in micro_batches:
             by_micro_batch.append([])
             for sizes in of_parts:
-                part = _Part(form, sizes, routing, first_token, before, record)
+                filled = sizes.with_dummies() if self.kernels.dummy_batches else sizes
+                part = _Part(form, filled, routing, first_token, before, record)
                 by_micro_batch[-1].append(part)
-                before = before + sizes.owned
+                before = before + filled.owned
         stages = []
         for pp_rank in range(self.layout.pp):
             mesh = self._mesh(replica, pp_rank)
@@ -222,9 +224,9 @@ class ProgramBuilder:
     def _sections(self, mesh: StageMesh, pp_rank: int, part: _Part) -> tuple[Section, ...]:
         """A part on one pipeline stage."""
         model = self.model
-        sections = []
-        if pp_rank == 0:
-            sections.append(self._outside(embedding_steps, mesh, part.sizes))
+        sections = [self._outside(arrival_steps if pp_rank else embedding_steps, mesh, part)]
+        if not sections[0].steps:
+            sections.clear()
         built: dict[object, Section] = {}
         for layer in self.layout.layers_of_stage(model.num_hidden_layers, pp_rank):
             placement = self.placements[layer]
@@ -235,7 +237,7 @@ class ProgramBuilder:
                 built[key] = self._layer(layer, mesh, part)
             sections.append(replace(built[key], layer=layer))
         if pp_rank == self.layout.pp - 1:
-            sections.append(self._outside(head_steps, mesh, part.sizes))
+            sections.append(self._outside(head_steps, mesh, part))
             sections += self._drafts(mesh, part)
         return tuple(sections)
 
@@ -250,8 +252,8 @@ class ProgramBuilder:
                 by_node=is_by_node_on(self.layout, part.form),
                 fan_out=part.record,
             )
-        out = StepList(mesh, self.types, self.kernels)
-        layer_steps(out, self.model, layer, part.sizes, counts, part.form, self.payload)
+        out = StepList(mesh, self.types, part.form, self.kernels)
+        layer_steps(out, self.model, layer, part.sizes, counts, self.payload)
         return Section(layer, tuple(out.steps), counts)
 
     def _choice(self, placement: Placement, mesh: StageMesh) -> CopyChoice:
@@ -270,17 +272,19 @@ class ProgramBuilder:
             sizes = further_drafts(part.sizes, draft) if draft else part.sizes
             if not sizes.num_new.size:
                 return
-            yield self._outside(projection_steps, mesh, sizes)
-            yield self._layer(last, mesh, replace(part, sizes=sizes, record=False))
-            yield self._outside(head_steps, mesh, further_drafts(part.sizes, draft))
+            drafting = replace(part, sizes=sizes, record=False)
+            yield self._outside(projection_steps, mesh, drafting)
+            yield self._layer(last, mesh, drafting)
+            chosen = replace(part, sizes=further_drafts(part.sizes, draft))
+            yield self._outside(head_steps, mesh, chosen)
 
     def _outside(
         self,
         steps: Callable[[StepWriter, ModelConfig, PartSizes], None],
         mesh: StageMesh,
-        sizes: PartSizes,
+        part: _Part,
     ) -> Section:
-        """Embedding or head."""
-        out = StepList(mesh, self.types, self.kernels)
-        steps(out, self.model, sizes)
+        """What comes before the layers of a stage, or after them."""
+        out = StepList(mesh, self.types, part.form, self.kernels)
+        steps(out, self.model, part.sizes)
         return Section(OUTSIDE, tuple(out.steps))

@@ -9,7 +9,7 @@ import numpy as np
 from expertlane.cost.step.operation import Ints, RankGroups
 from expertlane.spec.layout import Layout
 
-Axis = Literal["tp", "ep", "etp", "stage", "ep_inter", "ep_intra"]
+Axis = Literal["tp", "dcp", "ep", "etp", "stage", "ep_inter", "ep_intra"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +89,8 @@ class StageMesh:
         match axis:
             case "tp":
                 return self._places // layout.tp
+            case "dcp":
+                return self._places // layout.dcp
             case "etp":
                 return self.ep_rank
             case "ep":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from expertlane.cost.number_types import NumberTypes, weight_bytes
+from expertlane.cost.step.batch_sizes import TokenSizes
 from expertlane.cost.step.counts import Exchange
 from expertlane.cost.step.kernel_sets import ENGINE, KernelSet
 from expertlane.cost.step.operation import (
@@ -23,6 +24,7 @@ from expertlane.cost.step.operation import (
     flops_of,
 )
 from expertlane.cost.step.stage_mesh import Axis, StageMesh
+from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.names import Stage
 
 
@@ -30,9 +32,11 @@ class StepWriter(ABC):
     """Writes operations down; subclasses decide over how many ranks or scenarios.
 
     Args:
+        form: as the deployment names it; fewer ranks may come down to another.
         tp_rank, etp_rank: [A]; of the ranks.
 
     Attributes:
+        keeps_all: as of `KernelSet`.
         steps: so far.
     """
 
@@ -41,17 +45,21 @@ class StepWriter(ABC):
         mesh: StageMesh,
         types: NumberTypes,
         kernels: KernelSet,
+        form: DispatchForm,
         tp_rank: Ints,
         etp_rank: Ints,
     ) -> None:
         self.mesh = mesh
         self.types = types
         self.kernels = kernels
+        self.form = form
+        self.keeps_all = kernels.keeps_all(mesh.layout, form)
         self.tp_rank, self.etp_rank = tp_rank, etp_rank
         self.steps: list[Step] = []
         self.transfer_kernels = {
             TransferKind.ALL_GATHER: kernels.gathered,
             TransferKind.REDUCE_SCATTER: kernels.reduced,
+            TransferKind.ALL_REDUCE: 1,
             TransferKind.ALL_TO_ALL: 1,
         }
         self._none: Ints = np.zeros(len(tp_rank), dtype=np.int64)
@@ -88,6 +96,23 @@ class StepWriter(ABC):
             num_kernels=num_kernels,
             dtype=dtype,
         )
+
+    def by_token(
+        self, stage: Stage, part: TokenSizes, row_bytes: int, num_passes: int, num_kernels: int = 1
+    ) -> None:
+        """Passes over the hidden states that a rank has: a norm, or a sum with the residual.
+
+        None over few enough to be normed as they are added up.
+        """
+        num_bytes = self.held(part) * row_bytes
+        if self.keeps_all:
+            num_bytes = np.where(num_bytes <= self.kernels.normed_bytes, 0, num_bytes)
+            num_kernels *= int(num_bytes.any())
+        self.memory(stage, num_passes * num_bytes, num_kernels)
+
+    def held(self, part: TokenSizes) -> Ints:
+        """[A]; tokens whose hidden states a rank has."""
+        return part.tokens if self.keeps_all else part.owned
 
     def memory(self, stage: Stage, num_bytes: Amounts, num_kernels: int = 1) -> None:
         """Bytes [A] read and written, with nothing that is counted."""
@@ -140,6 +165,21 @@ class StepWriter(ABC):
         """Every rank gets, and adds up, its `rows` [A] of all of its group."""
         from_all = self._to_all(axis, rows).T
         self._transfer(TransferKind.REDUCE_SCATTER, stage, axis, from_all, payload)
+
+    def all_reduce(self, stage: Stage, axis: Axis, rows: Amounts, payload: int) -> None:
+        """All ranks get the sums of all rows; each adds up its `rows` [A] and hands them out."""
+        both_ways = _both_ways(self._to_all(axis, rows))
+        self._transfer(TransferKind.ALL_REDUCE, stage, axis, both_ways, payload)
+
+    def gather_tokens(self, rows: Amounts, row_bytes: int) -> None:
+        """To each rank of a tensor-parallel group the `rows` [A] that others own."""
+        if not self.keeps_all:
+            self.all_gather(Stage.COLLECTIVES, "tp", rows, row_bytes)
+
+    def sum_tokens(self, stage: Stage, axis: Axis, rows: Amounts, row_bytes: int) -> None:
+        """Add up hidden states of a group's ranks, each of which owns `rows` [A] of them."""
+        add_up = self.all_reduce if self.keeps_all else self.reduce_scatter
+        add_up(stage, axis, rows, row_bytes)
 
     def all_to_all(
         self,
@@ -202,8 +242,10 @@ class StepWriter(ABC):
 class StepList(StepWriter):
     """What the ranks of a stage do in turn; arrays over ranks."""
 
-    def __init__(self, mesh: StageMesh, types: NumberTypes, kernels: KernelSet = ENGINE) -> None:
-        super().__init__(mesh, types, kernels, mesh.tp_rank, mesh.etp_rank)
+    def __init__(
+        self, mesh: StageMesh, types: NumberTypes, form: DispatchForm, kernels: KernelSet = ENGINE
+    ) -> None:
+        super().__init__(mesh, types, kernels, form, mesh.tp_rank, mesh.etp_rank)
 
     def _to_all(self, axis: Axis, rows: Amounts) -> Exchange:
         return rows[:, None]
@@ -222,9 +264,16 @@ class ExpectedStepList(StepWriter):
     It has the longest shares.
     """
 
-    def __init__(self, mesh: StageMesh, size: int, types: NumberTypes, kernels: KernelSet) -> None:
+    def __init__(
+        self,
+        mesh: StageMesh,
+        size: int,
+        types: NumberTypes,
+        form: DispatchForm,
+        kernels: KernelSet,
+    ) -> None:
         first = np.zeros(size, dtype=np.int64)
-        super().__init__(mesh, types, kernels, first, first)
+        super().__init__(mesh, types, kernels, form, first, first)
         self.size = size
 
     def _to_all(self, axis: Axis, rows: Amounts) -> Exchange:
@@ -238,6 +287,13 @@ class ExpectedStepList(StepWriter):
         by_link = rows.near, rows.far
         sent = [[each * num_bytes for each in by_link] for num_bytes in row_bytes]
         return groups.one, np.array(sent)
+
+
+def _both_ways(rows: Exchange) -> Exchange:
+    """Rows and as many back."""
+    if isinstance(rows, RowsByLink):
+        return RowsByLink(2 * rows.near, 2 * rows.far)
+    return rows + rows.T
 
 
 def _floats(size: Amounts | int) -> Floats | float:

@@ -1,0 +1,166 @@
+"""`expertlane serve`: a model behind an OpenAI-compatible HTTP interface."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import typer
+
+from expertlane.cli.help import Panel
+from expertlane.cli.model import FoundModel, find_model
+from expertlane.cli.option_groups import takes_groups
+from expertlane.cli.options import EngineOptions, ModelArgument, layout_option
+from expertlane.cli.output import is_first_process, print_json
+from expertlane.cli.output_options import json_option
+from expertlane.errors import UserError
+from expertlane.spec.files import strict_json
+from expertlane.spec.layout import Layout
+
+if TYPE_CHECKING:
+    from expertlane.engine.chat_template import ChatTemplate
+    from expertlane.server.service import ServedModel
+
+_API_KEY = "EXPERTLANE_API_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    panel: ClassVar = Panel.SERVER
+    layout: str = layout_option("tp=1")
+    host: str = typer.Option("127.0.0.1", metavar="NAME", help="Address to listen at.")
+    port: int = typer.Option(8000, metavar="N", help="Port to listen at. 0: any free one.")
+    served_model_name: str | None = typer.Option(
+        None, metavar="NAME", show_default="MODEL", help="What requests call the model."
+    )
+    api_key: list[str] | None = typer.Option(
+        None,
+        metavar="KEY",
+        show_default=f"{_API_KEY}, else none",
+        help="Refuse requests without this key, or one of several.",
+    )
+    max_num_queued: int = typer.Option(
+        4096, metavar="N", help="Waiting requests; more are refused, with status 429."
+    )
+    request_timeout_s: float | None = typer.Option(
+        None,
+        metavar="SECONDS",
+        show_default="any time",
+        help="Longest time of a request, waiting included.",
+    )
+    drain_s: float = typer.Option(
+        30.0,
+        metavar="SECONDS",
+        help="How long running requests may go on after SIGTERM or Ctrl-C.",
+    )
+    as_json: bool = json_option()
+
+
+@takes_groups
+def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
+    """Serve a model over HTTP, with the OpenAI API.
+
+    Clients use http://HOST:PORT/v1. There are /v1/completions, /v1/chat/completions, /v1/models,
+    /tokenize, /detokenize, /health, /ping, /version, /load, /metrics and /openapi.json. A field
+    that is not supported is refused by its name.
+
+    SIGTERM or Ctrl-C ends it: new requests get status 503, and those that run are finished, for up
+    to --drain-s. A second signal ends it at once.
+
+    \b
+    Examples:
+      expertlane serve ./my-checkpoint --layout dp=2,ep=2
+      expertlane serve org/model --port 0 --json
+      expertlane serve ./my-checkpoint --host 0.0.0.0 --api-key KEY
+      curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json'
+          -d '{"prompt": "Once upon a time", "max_tokens": 20}'
+    """
+    _check_libraries()
+    from expertlane.server.run import bind, serve
+    from expertlane.server.service import ServedModel, ServerOptions
+
+    keys = own.api_key or [key for key in [os.environ.get(_API_KEY)] if key]
+    if "" in keys:
+        raise UserError("--api-key is empty; give one of 1 character or more")
+    found = find_model(model)
+    layout = found.lay_out(own.layout)
+    found.check(layout, engine.options, engine.ranks_per_node)
+    options = ServerOptions(
+        api_keys=tuple(keys),
+        max_num_queued=own.max_num_queued,
+        request_timeout_s=own.request_timeout_s,
+        drain_s=own.drain_s,
+    )
+    # Before the model is loaded, which takes long; of torchrun's processes, the first one listens.
+    template, recommended = _of_checkpoint(found)
+    bound = bind(own.host, own.port if is_first_process() else 0)
+    with bound, found.load(layout, engine) as llm:
+        name = own.served_model_name or model
+        served = ServedModel(name, llm.engine, llm.limits, llm.tokenizer, template, recommended)
+        serve(
+            served,
+            options,
+            bound,
+            check_ranks=llm.check_ranks,
+            on_start=lambda running: _say(served, layout, bound, own.as_json),
+        )
+
+
+def _check_libraries() -> None:
+    """Refuse to start without what a server needs.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+        import uvloop  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"serve needs {error.name}, which is not installed; install expertlane again"
+        ) from None
+
+
+def _of_checkpoint(found: FoundModel) -> "tuple[ChatTemplate | None, dict[str, Any]]":
+    """Its chat template, if it has one, and the sampling that it recommends."""
+    from expertlane.engine.chat_template import ChatTemplate
+    from expertlane.engine.tokenizer import default_sampling
+
+    if found.folder is None:
+        return None, {}
+    has_template = ChatTemplate.is_in(found.folder)
+    template = ChatTemplate.from_folder(found.folder) if has_template else None
+    return template, default_sampling(found.folder)
+
+
+def _say(served: "ServedModel", layout: Layout, bound: socket.socket, as_json: bool) -> None:
+    """Where it listens, and what it has: a line of JSON, or three for people."""
+    host, port = bound.getsockname()[:2]
+    url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+    limits = served.limits
+    num_caches = layout.replicas * layout.dp
+    num_tokens = num_caches * limits.num_blocks * limits.block_size
+    if as_json:
+        facts: dict[str, Any] = {
+            "url": url,
+            "host": host,
+            "port": port,
+            "model": served.name,
+            "layout": str(layout),
+            "num_ranks": layout.world_size,
+            "max_model_len": served.max_model_len,
+            "num_cache_tokens": num_tokens,
+            "pid": os.getpid(),
+        }
+        print_json(strict_json(facts) + "\n")
+        return
+    ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
+    print(f"{served.name} at {url}", flush=True)
+    print(
+        f"{layout} on {ranks}; cache {num_tokens:,} tokens; up to {served.max_model_len:,} a "
+        "request",
+        flush=True,
+    )
+    print("Ctrl-C ends it once running requests have finished", flush=True)

@@ -1,0 +1,253 @@
+"""The engine for asyncio: one thread runs all steps, and what a step brings comes in one call."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import count
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from expertlane.engine.engine import Engine, Prompt
+from expertlane.errors import RankError, UserError
+from expertlane.schedule.request import Chunk, RequestOutput
+from expertlane.spec.sampling import SamplingParams
+
+_IDLE_S = 1.0  # between looks at idle ranks
+
+
+class Generation:
+    """Requests that were asked for together, and what they have brought; of one event loop.
+
+    Attributes:
+        request_ids: [num_requests].
+        outputs: [num_requests]; they fill while steps run, ahead of `take`.
+    """
+
+    def __init__(self, request_ids: Sequence[str], cancel: Callable[[list[str]], None]) -> None:
+        self.request_ids = request_ids
+        self.outputs: list[RequestOutput] = []
+        self._places = {request_id: place for place, request_id in enumerate(request_ids)}
+        self._unfinished = dict.fromkeys(request_ids)
+        self._cancel = cancel
+        self._arrived: deque[tuple[int, Chunk]] = deque()
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is to come; what has come may still have to be taken."""
+        return not self._unfinished
+
+    async def take(self) -> list[tuple[int, Chunk]]:
+        """What has come since the last call: places and chunks; waits until there is something.
+
+        Empty once all requests are finished.
+
+        Raises:
+            Exception: the one that ended them.
+        """
+        while not self._arrived and self._unfinished and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._error is not None:
+            raise self._error
+        arrived = list(self._arrived)
+        self._arrived.clear()
+        return arrived
+
+    def end(self, error: Exception) -> None:
+        """Cancel what is not finished; whoever takes gets the error. No effect if all is taken."""
+        if self._unfinished or self._arrived:
+            self._error = self._error or error
+        self.cancel()
+        self._wake()
+
+    def cancel(self) -> None:
+        """Let the engine end what is not finished, before its next step."""
+        if self._unfinished:
+            self._cancel(list(self._unfinished))
+            self._unfinished.clear()
+
+    def add(self, chunk: Chunk) -> RequestOutput:
+        """Take a chunk in, for the engine; gives the output that it belongs to."""
+        place = self._places[chunk.request_id]
+        self._arrived.append((place, chunk))
+        if chunk.finish_reason is not None:
+            self._unfinished.pop(chunk.request_id, None)
+        self._wake()
+        return self.outputs[place]
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class AsyncEngine:
+    """Runs an engine in a thread of its own, for one event loop.
+
+    Args:
+        engine: of this thread alone until `close` has returned.
+        check_ranks: called once a second while no step runs; raises when a rank has ended.
+        on_chunk: called in the loop with every chunk; the last one of a cancelled request says so.
+        on_end: called in the loop when the ranks have ended.
+
+    Attributes:
+        error: what ended the ranks; None while they run.
+        num_unseen: requests that the engine has not taken in yet.
+    """
+
+    def __init__(
+        self,
+        engine: Engine[Any],
+        *,
+        check_ranks: Callable[[], None] = lambda: None,
+        on_chunk: Callable[[RequestOutput, Chunk], None],
+        on_end: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
+        self.error: Exception | None = None
+        self.num_unseen = 0
+        self._engine = engine
+        self._check_ranks, self._on_chunk, self._on_end = check_ranks, on_chunk, on_end
+        self._loop = asyncio.get_running_loop()
+        self._numbers = count()
+        self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._live: dict[str, Generation] = {}
+        self._asked: dict[Generation, asyncio.Future[None]] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        *,
+        priority: int = 0,
+    ) -> Generation:
+        """Queue requests, all of them or none.
+
+        Raises:
+            UserError: one of them can never be served.
+            RankError: the ranks have ended.
+        """
+        if self.error is not None:
+            raise self.error
+        request_ids = [str(next(self._numbers)) for _ in prompts]
+        generation = Generation(request_ids, self._cancel)
+        answer = self._asked[generation] = self._loop.create_future()
+        self._live.update(dict.fromkeys(request_ids, generation))
+        self.num_unseen += len(request_ids)
+        requests = list(zip(request_ids, prompts, params, strict=True))
+        asked_s = time.perf_counter()
+        self._orders.put(partial(self._add, generation, requests, priority, asked_s))
+        try:
+            await answer
+        except BaseException:
+            generation.cancel()
+            raise
+        finally:
+            self._asked.pop(generation, None)
+        return generation
+
+    def stop(self) -> None:
+        """Let the thread end after the present step; no requests may follow."""
+        self._orders.put(None)
+
+    async def close(self) -> None:
+        """As `stop`, and wait for it; what is not finished gets a `RankError`."""
+        self.stop()
+        await asyncio.to_thread(self._thread.join)
+        if self.error is None:
+            self._fail(RankError("the server has ended"))
+
+    def _cancel(self, request_ids: list[str]) -> None:
+        self._orders.put(partial(self._cancel_now, request_ids))
+
+    # In the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._take_orders():
+                if chunks := self._engine.step():
+                    self._tell(self._deliver, chunks)
+        except Exception as error:
+            self._tell(self._fail, error)
+
+    def _take_orders(self) -> bool:
+        """Do what was asked for since the last step; False when that is to end."""
+        while True:
+            is_idle = self._engine.is_idle
+            try:
+                order = self._orders.get(block=is_idle, timeout=_IDLE_S)
+            except Empty:
+                if is_idle:
+                    self._check_ranks()
+                    continue
+                return True
+            if order is None:
+                return False
+            order()
+
+    def _add(
+        self,
+        generation: Generation,
+        requests: list[tuple[str, Prompt, SamplingParams]],
+        priority: int,
+        asked_s: float,
+    ) -> None:
+        error: UserError | None = None
+        try:
+            for number, (request_id, prompt, params) in enumerate(requests, 1):
+                name = "prompt" if len(requests) == 1 else f"prompt {number}"
+                output = self._engine.add(request_id, prompt, params, priority=priority, name=name)
+                output.arrival_s = asked_s  # it may have waited for a step
+                generation.outputs.append(output)
+        except UserError as refusal:
+            error = refusal
+            self._cancel_now([request_id for request_id, _, _ in requests])
+        self._tell(self._answer, generation, error)
+
+    def _cancel_now(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._engine.cancel(request_id)
+
+    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    # In the loop.
+
+    def _answer(self, generation: Generation, error: UserError | None) -> None:
+        self.num_unseen -= len(generation.request_ids)
+        if error is not None:
+            for request_id in generation.request_ids:
+                self._live.pop(request_id, None)
+        answer = self._asked.get(generation)
+        if answer is None or answer.done():
+            return
+        if error is None:
+            answer.set_result(None)
+        else:
+            answer.set_exception(error)
+
+    def _deliver(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            generation = self._live.get(chunk.request_id)
+            if generation is None:
+                continue
+            if chunk.finish_reason is not None:
+                del self._live[chunk.request_id]
+            self._on_chunk(generation.add(chunk), chunk)
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        for generation in dict.fromkeys(self._live.values()):
+            generation.end(error)
+        self._live.clear()
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(error)
+        self._on_end(error)

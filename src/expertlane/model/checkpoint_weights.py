@@ -1,0 +1,49 @@
+"""A rank's weights, from a checkpoint."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from expertlane.model.checkpoint import Checkpoint
+from expertlane.model.int8_cache import Int8Cache
+from expertlane.model.weights import WeightSource
+from expertlane.ops.narrow import NarrowWeight
+from expertlane.spec.deployment import WeightsType
+from expertlane.spec.tensors import cut_dim
+
+
+class CheckpointWeights(WeightSource):
+    """A rank's slices of a checkpoint.
+
+    Args:
+        cache: has what is to be rounded; None where it is rounded here.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        touch: Callable[[], None],
+        weights: WeightsType = "model",
+        cache: Int8Cache | None = None,
+    ) -> None:
+        super().__init__(checkpoint.model, dtype, device, touch, weights)
+        self._checkpoint, self._cache = checkpoint, cache
+
+    def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
+        return self._checkpoint.tensor(name, *_sides(name, part), dtype)
+
+    def _rounded(self, name: str, part: range | None) -> NarrowWeight:
+        if self._cache is None:
+            return super()._rounded(name, part)
+        return self._cache.part(name, *_sides(name, part), self.dtype)
+
+    def _stored_narrow(self, name: str, part: range | None) -> NarrowWeight | None:
+        return self._checkpoint.narrow(name, *_sides(name, part), self.dtype)
+
+
+def _sides(name: str, part: range | None) -> tuple[range | None, range | None]:
+    """Rows and columns of a part along the dimension that layouts cut."""
+    return (None, part) if cut_dim(name) == 1 else (part, None)

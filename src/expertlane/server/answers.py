@@ -1,0 +1,317 @@
+"""Answers to requests for text: whole, or as server-sent events, one write a step."""
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from uuid import uuid4
+
+import msgspec
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from expertlane.engine.async_engine import Generation
+from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
+from expertlane.server.errors import ApiError, json_response
+from expertlane.server.logprobs import TokenTexts
+from expertlane.server.requests import ChatRequest, CompletionRequest, GenerationRequest
+from expertlane.server.service import Service
+from expertlane.spec.sampling import SamplingParams, TokenLogprobs
+
+_EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
+_DONE = b"data: [DONE]\n\n"
+
+
+class ClientGone(Exception):
+    """The client has closed the connection."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """What has come of one choice since the last piece.
+
+    Attributes:
+        start, stop: of its output tokens.
+    """
+
+    place: int
+    output: RequestOutput
+    start: int
+    stop: int
+    text: str
+    finish_reason: FinishReason | None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Its tokens."""
+        return self.output.token_ids[self.start : self.stop]
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """Of its tokens; empty unless asked for."""
+        return self.output.logprobs[self.start : self.stop]
+
+
+class Answer(Response):
+    """Generates, and answers with what comes; a closed connection ends both.
+
+    Args:
+        prompts: [num_prompts].
+        params: [num_prompts × num_choices]; choices of a prompt stand together.
+    """
+
+    param: ClassVar[str]  # the field of the prompts
+    prefix: ClassVar[str]
+    kind: ClassVar[str]
+    kind_of_chunks: ClassVar[str]
+
+    def __init__(
+        self,
+        service: Service,
+        request: GenerationRequest,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+    ) -> None:
+        super().__init__()  # what it calls when it is sent is below
+        self._service = service
+        self._request = request
+        self._num_choices = request.num_choices
+        self._prompts = prompts
+        self._params = params
+        self._texts = TokenTexts(
+            service.model.tokenizer, as_ids=bool(request.return_tokens_as_token_ids)
+        )
+        options = request.stream_options
+        self._is_usage_asked = options is not None and bool(options.include_usage)
+        self._is_usage_everywhere = options is not None and bool(options.continuous_usage_stats)
+        self._head = {
+            "id": f"{self.prefix}-{uuid4().hex}",
+            "object": self.kind_of_chunks if request.stream else self.kind,
+            "created": int(time.time()),
+            "model": service.model.name,
+        }
+        self._num_taken = [0] * len(params)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; for the server."""
+        service = self._service
+        service.num_open += 1
+        generation: Generation | None = None
+        watcher: asyncio.Task[None] | None = None
+        try:
+            generation = await service.generate(
+                self._of_choices(), self._params, self._request, self.param
+            )
+            watcher = asyncio.create_task(_watch(receive, generation))
+            if self._request.stream:
+                await self._stream(generation, send)
+            else:
+                answer = await self._whole(generation)
+                await answer(scope, receive, send)
+        except ApiError as error:  # before anything was sent
+            await error.response()(scope, receive, send)
+        except ClientGone:
+            pass
+        finally:
+            service.num_open -= 1
+            if watcher is not None:
+                watcher.cancel()
+            if generation is not None:
+                service.finish(generation)
+
+    def _of_choices(self) -> list[list[int]]:
+        return [prompt for prompt in self._prompts for _ in range(self._num_choices)]
+
+    async def _whole(self, generation: Generation) -> Response:
+        """The answer once all of it is there."""
+        while await _taken(generation):
+            pass
+        pieces = [
+            Piece(place, output, 0, len(output.token_ids), output.text, output.finish_reason)
+            for place, output in enumerate(generation.outputs)
+        ]
+        for piece in pieces:
+            _check(piece)
+        self._num_taken = [piece.stop for piece in pieces]
+        choices = [self.choice(piece) for piece in pieces]
+        return json_response(self._head | {"choices": choices, "usage": self._usage()})
+
+    async def _stream(self, generation: Generation, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+        try:
+            while arrived := await _taken(generation):
+                events = b"".join(map(self._event, self._pieces(generation, arrived)))
+                await _send_part(send, events)
+            end = _DONE
+            if self._is_usage_asked:
+                usage = {"choices": [], "usage": self._usage()}
+                end = _as_event(self._head | usage) + end
+        except ApiError as error:
+            end = _as_event(error.body) + _DONE
+        await _send_part(send, end, is_last=True)
+
+    def _pieces(self, generation: Generation, arrived: list[tuple[int, Chunk]]) -> Iterator[Piece]:
+        """One a choice: what came together is sent together."""
+        pieces: dict[int, Piece] = {}
+        for place, chunk in arrived:
+            piece = pieces.get(place)
+            if piece is None:
+                start = self._num_taken[place]
+                output = generation.outputs[place]
+                piece = pieces[place] = Piece(place, output, start, start, "", None)
+            piece.stop += chunk.token_id is not None
+            piece.text += chunk.text
+            piece.finish_reason = chunk.finish_reason
+        for piece in pieces.values():
+            _check(piece)
+            yield piece
+            self._num_taken[piece.place] = piece.stop
+
+    def _event(self, piece: Piece) -> bytes:
+        event = self._head | {"choices": [self.delta(piece)]}
+        if self._is_usage_asked or self._is_usage_everywhere:
+            event["usage"] = None
+        if self._is_usage_everywhere:
+            self._num_taken[piece.place] = piece.stop
+            event["usage"] = self._usage()
+        return _as_event(event)
+
+    def _usage(self) -> dict[str, int]:
+        num_prompt, num_output = sum(map(len, self._prompts)), sum(self._num_taken)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+        }
+
+    def _with_ids(self, piece: Piece, choice: dict[str, Any]) -> dict[str, Any]:
+        if self._request.return_token_ids:
+            choice["token_ids"] = piece.token_ids
+            if piece.start == 0:
+                choice["prompt_token_ids"] = self._prompts[piece.place // self._num_choices]
+        return choice
+
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        """A whole choice, as the answer has it."""
+        raise NotImplementedError
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        """What is new of a choice, as a stream has it."""
+        raise NotImplementedError
+
+
+class CompletionAnswer(Answer):
+    """Of `/v1/completions`."""
+
+    param = "prompt"
+    prefix, kind, kind_of_chunks = "cmpl", "text_completion", "text_completion"
+
+    def __init__(
+        self,
+        service: Service,
+        request: CompletionRequest,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        echoed: Sequence[str],
+    ) -> None:
+        super().__init__(service, request, prompts, params)
+        self._wants_logprobs = request.logprobs is not None
+        self._echoed = echoed
+        self._offsets = [len(self._before(place)) for place in range(len(params))]
+
+    def _before(self, place: int) -> str:
+        return self._echoed[place // self._num_choices] if self._echoed else ""
+
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        """With the prompt's text before it, where asked for."""
+        text = piece.text if piece.start else self._before(piece.place) + piece.text
+        logprobs = None
+        if self._wants_logprobs:
+            logprobs = self._texts.of_completion(piece.logprobs, self._offsets[piece.place])
+            self._offsets[piece.place] += sum(map(len, logprobs["tokens"]))
+        choice = {
+            "index": piece.place,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": piece.finish_reason,
+        }
+        return self._with_ids(piece, choice)
+
+    delta = choice
+
+
+class ChatAnswer(Answer):
+    """Of `/v1/chat/completions`."""
+
+    param = "messages"
+    prefix, kind, kind_of_chunks = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(
+        self,
+        service: Service,
+        request: ChatRequest,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+    ) -> None:
+        super().__init__(service, request, prompts, params)
+        self._wants_logprobs = bool(request.logprobs)
+
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        """With the message."""
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        return self._choice(piece, {"message": message})
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        """With new text; the role comes with the first one."""
+        delta = {"content": piece.text}
+        if piece.start == 0:
+            delta["role"] = "assistant"
+        return self._choice(piece, {"delta": delta})
+
+    def _choice(self, piece: Piece, what: dict[str, Any]) -> dict[str, Any]:
+        logprobs = None
+        if self._wants_logprobs:
+            logprobs = {"content": self._texts.of_chat(piece.logprobs), "refusal": None}
+        more = {"logprobs": logprobs, "finish_reason": piece.finish_reason}
+        return self._with_ids(piece, {"index": piece.place} | what | more)
+
+
+async def _watch(receive: Receive, generation: Generation) -> None:
+    """End the generation when the client closes the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    generation.end(ClientGone())
+
+
+async def _taken(generation: Generation) -> list[tuple[int, Chunk]]:
+    """What has come.
+
+    Raises:
+        ApiError: what ended the generation.
+        ClientGone: the client has.
+    """
+    try:
+        return await generation.take()
+    except (ApiError, ClientGone):
+        raise
+    except Exception as error:
+        raise ApiError(500, f"the engine has ended: {error}", code="engine_dead") from None
+
+
+def _check(piece: Piece) -> None:
+    """Refuse to give what is no answer.
+
+    Raises:
+        ApiError: the request ended in an error.
+    """
+    if piece.finish_reason is FinishReason.ERROR:
+        raise ApiError(500, str(piece.output.error), code="model_error")
+
+
+async def _send_part(send: Send, body: bytes, *, is_last: bool = False) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+
+def _as_event(body: object) -> bytes:
+    return b"data: %b\n\n" % msgspec.json.encode(body)

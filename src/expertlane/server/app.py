@@ -1,0 +1,166 @@
+"""The HTTP interface: routes, and what stands before all of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Response
+
+from expertlane.server.answers import Answer, ChatAnswer, CompletionAnswer
+from expertlane.server.errors import bad_field, install_handlers, json_response
+from expertlane.server.metrics import CONTENT_TYPE
+from expertlane.server.middleware import ApiKeys, BodyLimit, Counted
+from expertlane.server.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from expertlane.server.service import Service
+from expertlane.version import __version__
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "The request is wrong; `error.param` names the field."},
+    "5XX": {"description": "The server cannot answer."},
+}
+
+
+def make_app(service: Service) -> FastAPI:
+    """An app that answers for a service."""
+    app = FastAPI(
+        title="expertlane",
+        version=__version__,
+        docs_url=None,  # its page would load scripts of other hosts
+        redoc_url=None,
+        responses=_ERRORS,
+    )
+    install_handlers(app)
+    _add_generation(app, service)
+    _add_tokens(app, service)
+    _add_state(app, service)
+    # The last one added comes first.
+    app.add_middleware(BodyLimit)
+    app.add_middleware(ApiKeys, keys=service.options.api_keys)
+    app.add_middleware(Counted, count=service.metrics.on_response)
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", response_class=Response)
+    async def complete(request: CompletionRequest) -> Answer:
+        """Continue prompts."""
+        service.check_admission(request.model)
+        prompts = [
+            await service.encode(each, "prompt", add_special_tokens=request.add_special_tokens)
+            if isinstance(each, str)
+            else each
+            for each in request.prompt
+        ]
+        params = service.params(request, prompts, "prompt")
+        echoed: Sequence[str] = ()
+        if request.echo:
+            decode = service.tokenizer("echo").decode
+            echoed = [
+                given if isinstance(given, str) else decode(given) for given in request.prompt
+            ]
+        return CompletionAnswer(service, request, prompts, params, echoed)
+
+    @app.post("/v1/chat/completions", response_class=Response)
+    async def chat(request: ChatRequest) -> Answer:
+        """Continue a conversation."""
+        service.check_admission(request.model)
+        prompt = await service.encode_chat(
+            request.messages,
+            add_generation_prompt=request.add_generation_prompt,
+            add_special_tokens=request.add_special_tokens,
+            variables=request.chat_template_kwargs,
+        )
+        params = service.params(request, [prompt], "messages")
+        return ChatAnswer(service, request, [prompt], params)
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize")
+    async def tokenize(request: TokenizeRequest) -> Response:
+        """The token ids of a text, or of a chat."""
+        service.check_model(request.model)
+        tokenizer = service.tokenizer("prompt")
+        if request.messages is None:
+            tokens = await service.encode(
+                request.prompt or "", "prompt", add_special_tokens=request.add_special_tokens
+            )
+        else:
+            tokens = await service.encode_chat(
+                request.messages,
+                add_generation_prompt=request.add_generation_prompt,
+                add_special_tokens=request.add_special_tokens,
+                variables=request.chat_template_kwargs,
+            )
+        names = [tokenizer.name(each) for each in tokens] if request.return_token_strs else None
+        return json_response(
+            {
+                "count": len(tokens),
+                "max_model_len": service.model.max_model_len,
+                "tokens": tokens,
+                "token_strs": names,
+            }
+        )
+
+    @app.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest) -> Response:
+        """The text of token ids."""
+        service.check_model(request.model)
+        size = service.model.limits.vocab_size
+        for token_id in request.tokens:
+            if token_id >= size:
+                text = f"tokens holds {token_id}; valid ids: 0 to {size - 1}"
+                raise bad_field("tokens", text)
+        decode = service.tokenizer("tokens").decode
+        return json_response({"prompt": decode(request.tokens, skip_special_tokens=False)})
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    def model_card() -> dict[str, Any]:
+        return {
+            "id": service.model.name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "expertlane",
+            "root": service.model.name,
+            "parent": None,
+            "max_model_len": service.model.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The one model."""
+        return json_response({"object": "list", "data": [model_card()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        """The same, by its name."""
+        service.check_model(name)
+        return json_response(model_card())
+
+    async def health() -> Response:
+        """Empty, with 200 while requests are taken."""
+        service.check_running()
+        return Response()
+
+    for path in ("/health", "/ping"):
+        app.get(path)(health)
+    app.post("/ping", include_in_schema=False)(health)  # as some platforms ask
+
+    @app.get("/version")
+    async def version() -> Response:
+        """Of expertlane."""
+        return json_response({"version": __version__})
+
+    @app.get("/load")
+    async def load() -> Response:
+        """Requests that have no complete answer yet."""
+        return json_response({"server_load": service.num_open})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)

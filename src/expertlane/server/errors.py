@@ -1,0 +1,143 @@
+"""Errors as the OpenAI API has them: a status, and a JSON object that names the field."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from expertlane.errors import UserError
+from expertlane.spec.printable import printable
+
+JSON = "application/json"
+TOO_LARGE = 413
+_CODES = {404: "not_found", 405: "method_not_allowed", TOO_LARGE: "body_too_large"}
+_MOST = 500  # characters of a message
+
+
+class ApiError(Exception):
+    """A request that gets no answer.
+
+    Args:
+        message: one line, which says what would be valid.
+        param: the field that is wrong, as `messages[0].content`.
+        code: a word for programs.
+        retry_after_s: when another attempt makes sense.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The object that the client gets."""
+        message = printable(str(self))
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {
+            "error": {
+                "message": message if len(message) <= _MOST else f"{message[:_MOST]}…",
+                "type": "rate_limit_error" if self.status == 429 else kind,
+                "param": None if self.param is None else printable(self.param)[:_MOST],
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> Response:
+        """The answer."""
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return json_response(self.body, self.status, headers)
+
+
+def json_response(
+    body: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A value as JSON; NaN and infinity are null."""
+    return Response(msgspec.json.encode(body), status, headers, media_type=JSON)
+
+
+def bad_field(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
+    """A field's value that is wrong."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Let every error of an app, also of its framework, have this form."""
+
+    async def of_api(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def of_validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return refusal(error.errors()).response()
+
+    async def of_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        status = error.status_code
+        text = f"{request.method} {request.url.path}: {error.detail}"
+        answer = ApiError(status, text, code=_CODES.get(status)).response()
+        answer.headers.update(error.headers or {})
+        if status == TOO_LARGE:
+            answer.headers["Connection"] = "close"  # the rest is not read
+        return answer
+
+    async def of_mistake(request: Request, error: Exception) -> Response:
+        return bad_field(None, str(error)).response()
+
+    async def of_bug(request: Request, error: Exception) -> Response:
+        return ApiError(500, "internal error", code="internal_error").response()
+
+    app.add_exception_handler(ApiError, of_api)
+    app.add_exception_handler(RequestValidationError, of_validation)
+    app.add_exception_handler(HTTPException, of_http)
+    app.add_exception_handler(UserError, of_mistake)
+    app.add_exception_handler(Exception, of_bug)
+
+
+def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """What pydantic found, as one error: of the alternatives of a field, the one that fits most."""
+    error = max(errors, key=lambda each: len(each["loc"]))
+    kind = error["type"]
+    if kind == "json_invalid":
+        reason = error.get("ctx", {}).get("error", "invalid")
+        return ApiError(400, f"the body is no JSON: {reason}", code="invalid_json")
+    param = _param(error["loc"][1:], is_unknown=kind == "extra_forbidden")
+    if param is None:
+        return ApiError(400, "the body must be a JSON object", code="invalid_json")
+    if kind == "extra_forbidden":
+        return bad_field(param, f"unknown field {param}", "unknown_parameter")
+    if kind == "missing":
+        return bad_field(param, f"{param} is missing", "missing_required_parameter")
+    message = error["msg"].replace("Input should", "it must").replace("Value error, ", "")
+    return bad_field(param, f"{param}: {message}")
+
+
+def _param(location: Sequence[str | int], *, is_unknown: bool) -> str | None:
+    """A field's path, without the names that pydantic gives the alternatives of a type."""
+    path = ""
+    for i, part in enumerate(location):
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif (is_unknown and i == len(location) - 1) or _is_field(part):
+            path += f".{part}" if path else part
+    return path or None
+
+
+def _is_field(part: str) -> bool:
+    return part.islower() and part not in ("str", "int", "bool", "float") and "[" not in part

@@ -1,0 +1,238 @@
+"""What the server counts, under the names and in the buckets that dashboards for vLLM query.
+
+Counts are kept as plain numbers, since an observation a token must cost little, and become metrics
+of prometheus-client when they are asked for.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain, count
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from expertlane.schedule.drive import FinishedStep
+from expertlane.schedule.request import Chunk, FinishReason, Limits, RequestOutput
+from expertlane.schedule.scheduler import ContinuousScheduler
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_TTFT_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_TOKEN_S = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0),
+)
+_REQUEST_S = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_CHOICES = (1, 2, 5, 10, 20)
+_REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CANCELLED: "abort",
+    FinishReason.ERROR: "error",
+}
+
+
+class Histogram:
+    """Observations by bucket, and their sum."""
+
+    def __init__(self, text: str, bounds: Sequence[float]) -> None:
+        self.text = text
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value; a bucket's bound belongs to it."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+class Metrics(Collector):
+    """All counts of one server, with a registry of their own; of one thread but for steps.
+
+    Args:
+        scheduler: whose counts are shown as they are.
+    """
+
+    def __init__(self, model_name: str, limits: Limits, scheduler: ContinuousScheduler) -> None:
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._limits = limits
+        self._scheduler = scheduler
+        self._num_prompt_tokens = self._num_generation_tokens = 0
+        self._num_seen: dict[str, int] = {}  # tokens of requests that are not finished
+        self._ended = dict.fromkeys(_REASONS.values(), 0)
+        self._responses: Counter[tuple[str, str, str]] = Counter()
+        tokens = _one_two_five(limits.max_model_len)
+        named = {
+            "time_to_first_token_seconds": ("time to first token", _TTFT_S),
+            "inter_token_latency_seconds": ("time between tokens", _TOKEN_S),
+            "request_time_per_output_token_seconds": ("mean time per output token", _TOKEN_S),
+            "e2e_request_latency_seconds": ("time from arrival to last token", _REQUEST_S),
+            "request_queue_time_seconds": ("time until a request's first step", _REQUEST_S),
+            "request_inference_time_seconds": ("time from first step to last token", _REQUEST_S),
+            "request_prefill_time_seconds": ("time from first step to first token", _REQUEST_S),
+            "request_decode_time_seconds": ("time from first token to last", _REQUEST_S),
+            "request_prompt_tokens": ("prompt tokens of a request", tokens),
+            "request_generation_tokens": ("output tokens of a request", tokens),
+            "request_params_max_tokens": ("max_tokens of a request", tokens),
+            "request_params_n": ("n of a request", _CHOICES),
+            "iteration_tokens_total": ("tokens of an engine step", _STEP_TOKENS),
+        }
+        self._histograms = {name: Histogram(*each) for name, each in named.items()}
+        self._ttft = self._histograms["time_to_first_token_seconds"]
+        self._itl = self._histograms["inter_token_latency_seconds"]
+        self._step_tokens = self._histograms["iteration_tokens_total"]
+        # The name of earlier versions, which dashboards still ask for.
+        self._histograms["time_per_output_token_seconds"] = self._itl
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def on_step(self, step: FinishedStep) -> None:
+        """Take a step in; in the engine's thread, which alone changes these counts."""
+        self._step_tokens.observe(sum(batch.num_tokens for batch in step.plan.batches))
+
+    def on_chunk(self, output: RequestOutput, chunk: Chunk) -> None:
+        """Take in what a step brought a request; a hot path."""
+        if chunk.token_id is not None:
+            self._num_generation_tokens += 1
+            index, times = self._num_seen.get(chunk.request_id, 0), output.token_times_s
+            if index:
+                self._itl.observe(times[index] - times[index - 1])
+            else:
+                self._ttft.observe(times[0] - output.arrival_s)
+            self._num_seen[chunk.request_id] = index + 1
+        if chunk.finish_reason is not None:
+            self._end(output, chunk.finish_reason)
+
+    def on_request(self, num_choices: int, max_tokens: int) -> None:
+        """Count what a request asks for."""
+        self._histograms["request_params_n"].observe(num_choices)
+        self._histograms["request_params_max_tokens"].observe(max_tokens)
+
+    def on_response(self, method: str, path: str, status: int) -> None:
+        """Count an answer."""
+        self._responses[method, path, str(status)] += 1
+
+    def _end(self, output: RequestOutput, reason: FinishReason) -> None:
+        """Count a request that has ended, and its times."""
+        self._num_seen.pop(output.request_id, None)
+        self._ended[_REASONS[reason]] += 1
+        self._num_prompt_tokens += len(output.prompt_token_ids)
+        times = output.token_times_s
+        histograms = self._histograms
+        histograms["request_prompt_tokens"].observe(len(output.prompt_token_ids))
+        histograms["request_generation_tokens"].observe(len(times))
+        if not times or reason is FinishReason.CANCELLED:
+            return
+        began_s = output.arrival_s if output.scheduled_s is None else output.scheduled_s
+        for name, seconds in {
+            "e2e_request_latency_seconds": times[-1] - output.arrival_s,
+            "request_queue_time_seconds": began_s - output.arrival_s,
+            "request_inference_time_seconds": times[-1] - began_s,
+            "request_prefill_time_seconds": times[0] - began_s,
+            "request_decode_time_seconds": times[-1] - times[0],
+        }.items():
+            histograms[name].observe(seconds)
+        if output.tpot_s is not None:
+            histograms["request_time_per_output_token_seconds"].observe(output.tpot_s)
+
+    def text(self) -> bytes:
+        """All metrics, as Prometheus reads them."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics; for the registry."""
+        scheduler, limits = self._scheduler, self._limits
+        tables = list(chain.from_iterable(scheduler.tables))
+        num_blocks = limits.num_blocks * len(tables)
+        num_used = sum(table.blocks.num_used for table in tables)
+        for name, text, value in (
+            ("num_requests_running", "Requests that hold blocks", scheduler.num_running),
+            ("num_requests_waiting", "Requests that wait for blocks", scheduler.num_waiting),
+            ("kv_cache_usage_perc", "Share of cache blocks in use", num_used / num_blocks),
+        ):
+            yield self._gauge(name, text, value)
+        for name, text, total in (
+            ("prompt_tokens", "Prompt tokens of ended requests", self._num_prompt_tokens),
+            ("generation_tokens", "Output tokens", self._num_generation_tokens),
+            ("num_preemptions", "Requests that lost their blocks", scheduler.num_preemptions),
+            (
+                "prefix_cache_queries",
+                "Tokens that the prefix cache was asked for",
+                sum(table.num_queried for table in tables),
+            ),
+            ("prefix_cache_hits", "Of these, found", scheduler.num_cached_tokens),
+        ):
+            yield self._counter(name, text, total)
+        ended = CounterMetricFamily(
+            "vllm:request_success", "Requests that ended", labels=[*self._labels, "finished_reason"]
+        )
+        for reason, number in self._ended.items():
+            ended.add_metric([*self._labels.values(), reason], number)
+        yield ended
+        yield self._cache_config()
+        for name, histogram in self._histograms.items():
+            yield self._histogram(name, histogram)
+        answers = CounterMetricFamily(
+            "http_requests", "Answers", labels=["method", "handler", "status"]
+        )
+        for labels, number in list(self._responses.items()):
+            answers.add_metric(labels, number)
+        yield answers
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"vllm:{name}", text, labels=[*self._labels])
+        family.add_metric([*self._labels.values()], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"vllm:{name}", text, labels=[*self._labels])
+        family.add_metric([*self._labels.values()], value)
+        return family
+
+    def _cache_config(self) -> Metric:
+        limits = self._limits
+        facts = {
+            "block_size": limits.block_size,
+            "num_gpu_blocks": limits.num_blocks,
+            "enable_prefix_caching": limits.prefix_caching,
+        }
+        labels = self._labels | {name: str(value) for name, value in facts.items()}
+        family = GaugeMetricFamily(
+            "vllm:cache_config_info", "Sizes of the cache of a rank", labels=[*labels]
+        )
+        family.add_metric([*labels.values()], 1)
+        return family
+
+    def _histogram(self, name: str, histogram: Histogram) -> Metric:
+        family = HistogramMetricFamily(f"vllm:{name}", histogram.text, labels=[*self._labels])
+        bounds = [*map(str, map(float, histogram.bounds)), "+Inf"]
+        totals = accumulate(histogram.counts)
+        buckets = list(zip(bounds, totals, strict=True))
+        family.add_metric([*self._labels.values()], buckets, histogram.sum)
+        return family
+
+
+def _one_two_five(most: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50 and so on, up to `most`."""
+    found: list[int] = []
+    for exponent in count():
+        for mantissa in (1, 2, 5):
+            bound = mantissa * 10**exponent
+            if bound > most:
+                return found
+            found.append(bound)
+    return found

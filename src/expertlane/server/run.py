@@ -1,0 +1,185 @@
+"""A server's life: a socket, the loop, signals, and an end that loses no request."""
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import uvicorn
+import uvloop
+
+from expertlane.errors import TerminatedError, UserError
+from expertlane.server.app import make_app
+from expertlane.server.errors import ApiError
+from expertlane.server.service import ServedModel, ServerOptions, Service
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_BACKLOG = 2048
+_POLL_S = 0.02
+_SHELL_BASE = 128  # shells add it to a signal's number
+_LAST_WRITES_S = 5  # for what has been computed to reach clients
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address, which does not listen yet.
+
+    Raises:
+        UserError: there is no such address, or it is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UserError(f"--host is {host!r}: {error.strerror}") from None
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise UserError(f"cannot serve at {host}, port {port}: {error.strerror}") from None
+    return bound
+
+
+@dataclass
+class Running:
+    """A server between its start and its end; for those who start it from other threads.
+
+    Attributes:
+        loop: that it runs in.
+        service: what it serves.
+        num_told: how often it was told to end.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    service: Service
+    server: "_Server"
+    num_told: int = field(default=0, init=False)
+    _drained: asyncio.Task[None] | None = field(default=None, init=False)
+
+    def end(self) -> None:
+        """Take no new requests, and end when those that run have; a second call ends at once."""
+        self.num_told += 1
+        self.service.is_draining = True
+        if self.num_told == 1:
+            self._drained = self.loop.create_task(self._drain())
+        else:
+            self._end_now()
+
+    async def _drain(self) -> None:
+        until = self.loop.time() + self.service.options.drain_s
+        while self.service.num_open and self.loop.time() < until:
+            await asyncio.sleep(_POLL_S)
+        self._end_now()
+
+    def _end_now(self) -> None:
+        self.service.end_all(ApiError(503, "the server has ended", code="ended"))
+        self.server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    """Without signal handlers of its own."""
+
+    def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_start = on_start
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        self._on_start()
+
+
+def serve(
+    model: ServedModel,
+    options: ServerOptions,
+    bound: socket.socket,
+    *,
+    check_ranks: Callable[[], None] = lambda: None,
+    on_start: Callable[[Running], None] = lambda running: None,
+    takes_signals: bool = True,
+) -> None:
+    """Serve until told to end.
+
+    Args:
+        bound: from `bind`; closed in the end.
+        check_ranks: notices ranks that have ended while no step runs.
+        on_start: called once requests are taken.
+        takes_signals: SIGINT, SIGTERM and SIGHUP end it; in the main thread only.
+
+    Raises:
+        RankError: a rank died, hung or failed.
+        TerminatedError: it was told to end twice.
+    """
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        error = runner.run(_serve(model, options, bound, check_ranks, on_start, takes_signals))
+    if error is not None:
+        raise error
+
+
+async def _serve(
+    model: ServedModel,
+    options: ServerOptions,
+    bound: socket.socket,
+    check_ranks: Callable[[], None],
+    on_start: Callable[[Running], None],
+    takes_signals: bool,
+) -> Exception | None:
+    """The same in a loop; gives the error that ended it."""
+    loop = asyncio.get_running_loop()
+
+    def on_end() -> None:
+        running.server.should_exit = True
+
+    service = Service(model, options, check_ranks=check_ranks, on_end=on_end)
+    config = uvicorn.Config(
+        make_app(service),
+        loop="none",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=_LAST_WRITES_S,
+    )
+    running = Running(loop, service, _Server(config, lambda: on_start(running)))
+    last: list[signal.Signals] = []
+
+    def take(number: signal.Signals) -> None:
+        last.append(number)
+        running.end()
+
+    before = {number: signal.getsignal(number) for number in _SIGNALS if takes_signals}
+    before = {number: each for number, each in before.items() if each is not signal.SIG_IGN}
+    for number in before:
+        loop.add_signal_handler(number, take, number)
+    try:
+        await running.server.serve(sockets=[bound])
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+    if running.num_told > 1:  # the present step is not waited for: whoever has the ranks ends them
+        service.engine.stop()
+        return service.engine.error or _terminated(last)
+    error = service.engine.error
+    await service.engine.close()
+    return error
+
+
+def _terminated(signals: list[signal.Signals]) -> TerminatedError:
+    number = signals[-1] if signals else signal.SIGTERM
+    error = TerminatedError(f"ended by {number.name}")
+    error.exit_code = _SHELL_BASE + number
+    return error

@@ -1,0 +1,125 @@
+"""Decode context parallelism: each rank of a group reads its share of the cache, for more heads."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cost.tiny_models import MODELS
+from expertlane.balance.placement_file import placements_of
+from expertlane.cost.kv_transfer import KVTransfers
+from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.laws.profile_file import parse_cluster
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.routing import PowerLawRouting
+from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
+from expertlane.cost.step.operation import Kind, Transfer
+from expertlane.cost.step.program import ProgramBuilder
+from expertlane.memory import PlacedModel
+from expertlane.schedule.request import Limits
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Stage, Traffic
+
+TYPES = NumberTypes()
+LATENT = MODELS["latent"]
+MULTI_QUERY = MODELS["plain"].with_overrides(num_attention_heads=4, num_key_value_heads=1)
+
+
+def layer_steps(model, layout, part):
+    placements = placements_of(model, layout, Options())
+    builder = ProgramBuilder(model, layout, placements, types=TYPES, kernels=GPU_LIBRARIES)
+    routing = PowerLawRouting(model.num_experts, model.num_experts_per_tok)
+    program = builder.build_sized([("all_to_all", [part])], routing)
+    sections = program.stages[0][0].parts[0]
+    return next(each.steps for each in sections if each.layer == 0)
+
+
+def of_kind(steps, *kinds):
+    return [each for each in steps if each.kind in kinds and not isinstance(each, Transfer)]
+
+
+DECODES = (Kind.DECODE_ATTENTION, Kind.LATENT_DECODE)
+PREFILLS = (Kind.PREFILL_ATTENTION, Kind.LATENT_PREFILL)
+
+
+@given(
+    model=st.sampled_from((LATENT, MULTI_QUERY)),
+    dcp=st.sampled_from((2, 4)),
+    num_seqs=st.integers(1, 5),
+    cached=st.integers(0, 99),
+    num_drafts=st.integers(0, 2),
+)
+def test_a_decode_reads_a_share_for_the_heads_of_all(model, dcp, num_seqs, cached, num_drafts):
+    part = PartSizes.even(1, 4, num_seqs, 1, cached, num_drafts)
+    plain, parted = (layer_steps(model, Layout(tp=4, dcp=each), part) for each in (1, dcp))
+    (whole,), (share,) = of_kind(plain, *DECODES), of_kind(parted, *DECODES)
+    positions = num_seqs * (cached + 1 + num_drafts)
+    assert whole.sizes["positions"].tolist() == [positions] * 4
+    assert share.sizes["positions"].tolist() == [-(-positions // dcp)] * 4
+    assert share.sizes["heads"] == dcp * whole.sizes["heads"]
+    assert (share.kv_bytes * dcp >= whole.kv_bytes).all()
+    more = len([each for each in parted if isinstance(each, Transfer)])
+    assert more == len([each for each in plain if isinstance(each, Transfer)]) + 3
+
+
+def test_what_is_gathered_and_added_up():
+    part = PartSizes.even(1, 4, 3, 1, 20)
+    latent, item, tokens = LATENT.latent, TYPES.activation_bytes, 3
+    heads = LATENT.num_attention_heads // 4
+    steps = layer_steps(LATENT, Layout(tp=4, dcp=2), part)
+    groups = [
+        each.sent_bytes[[Traffic.PAYLOAD, Traffic.METADATA]].sum(axis=2)[:, 0].tolist()
+        for each in steps
+        if isinstance(each, Transfer) and each.groups.size[0] == 2
+    ]
+    query = heads * (latent.kv_lora_rank + latent.qk_rope_head_dim) * item
+    assert groups == [
+        [tokens * query, 0],
+        [0, tokens * 2 * heads * 4],
+        [tokens * heads * latent.kv_lora_rank * item, 0],
+    ]
+    assert all(
+        each.stage is Stage.COLLECTIVES
+        for each in steps
+        if isinstance(each, Transfer) and each.groups.size[0] == 2
+    )
+
+
+def test_a_prompt_gathers_what_came_before():
+    first, later = (
+        layer_steps(LATENT, Layout(tp=4, dcp=4), PartSizes.even(1, 4, 1, 8, cached))
+        for cached in (0, 32)
+    )
+    plain = layer_steps(LATENT, Layout(tp=4), PartSizes.even(1, 4, 1, 8, 32))
+    for steps in (first, later):
+        (mine,), (whole,) = of_kind(steps, *PREFILLS), of_kind(plain, *PREFILLS)
+        assert mine.sizes["heads"] == whole.sizes["heads"]
+    moved = [
+        sum(int(each.sent_bytes.sum()) for each in steps if isinstance(each, Transfer))
+        for steps in (first, later, plain)
+    ]
+    width = LATENT.latent.kv_lora_rank + LATENT.latent.qk_rope_head_dim
+    assert moved[0] == moved[2]
+    # Of 32 positions each of 4 ranks holds 8, and sends them to 3 others.
+    assert moved[1] - moved[2] == 4 * 3 * 8 * width * TYPES.kv_bytes
+
+
+@pytest.mark.parametrize("model", [LATENT, MULTI_QUERY], ids=["latent", "multi-query"])
+def test_memory_and_transfer_are_shared(model):
+    plain, parted = Layout(tp=4), Layout(tp=4, dcp=4)
+    limits = Limits(model.vocab_size, 64, num_blocks=8, block_size=16)
+    kv_bytes = [
+        PlacedModel(model, layout, TYPES, placements_of(model, layout, Options()))
+        .rank_memory(limits, 0)
+        .kv_bytes
+        for layout in (plain, parted)
+    ]
+    assert kv_bytes[0] == 4 * kv_bytes[1]
+    links = LinkModel(parse_cluster("h100x8").profile)
+    seconds = [
+        KVTransfers(model, TYPES, Layout(tp=1), layout, links).seconds(10**6)
+        for layout in (Layout(tp=4), parted)
+    ]
+    assert (np.asarray(seconds[1]) <= seconds[0]).all()

@@ -1,0 +1,107 @@
+"""A real checkpoint behind a real server, and servers without ranks."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from expertlane.engine.chat_template import ChatTemplate
+from expertlane.engine.llm import LLM
+from expertlane.engine.tokenizer import default_sampling
+from expertlane.schedule.request import RequestOutput
+from expertlane.server.service import ServedModel
+from expertlane.spec.sampling import SamplingParams
+from model.families import save_checkpoint
+from server.running import DRAWN, GREEDY, MESSAGES, PATIENCE_S, PROMPTS, ServerInThread, StubServer
+
+TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'developer' %}{{ raise_exception('No developers.') }}{% endif %}"
+    "<u>{{ message.content }}{% if shout is defined %}!{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with a byte-level tokenizer and a chat template."""
+    folder = save_checkpoint("mixtral", tmp_path_factory.mktemp("served"), vocab_size=270)
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=261,
+        special_tokens=["<u>", "</s>", "<a>", "<s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator(["the thing"], trainer)
+    core.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@dataclass
+class Served:
+    """A server on real ranks, and what the same ranks gave offline before it started."""
+
+    server: ServerInThread
+    client: openai.OpenAI
+    http: httpx.Client
+    greedy: list[RequestOutput]
+    drawn: list[RequestOutput]
+    chat: RequestOutput
+    plain_chat: RequestOutput
+
+
+def _chat(llm: LLM, params: SamplingParams) -> RequestOutput:
+    template = ChatTemplate.from_folder(llm._folder)
+    text = template.render([*MESSAGES])
+    prompt = llm.tokenizer.encode(text, add_special_tokens=False)
+    return llm.generate([prompt], params)[0]
+
+
+@pytest.fixture(scope="session")
+def served(chatty: Path) -> Iterator[Served]:
+    """Two data-parallel ranks."""
+    with LLM(chatty, layout="dp=2,ep=2", dtype="float32", num_blocks=128) as llm:
+        greedy = llm.generate([*PROMPTS], GREEDY)
+        drawn = llm.generate([*PROMPTS], DRAWN)
+        chat = _chat(llm, replace(GREEDY, logprobs=3))
+        plain_chat = _chat(llm, replace(DRAWN, logprobs=None))
+        template = ChatTemplate.from_folder(chatty)
+        model = ServedModel(
+            "tiny", llm.engine, llm.limits, llm.tokenizer, template, default_sampling(chatty)
+        )
+        server = ServerInThread(model, check_ranks=llm.check_ranks)
+        try:
+            with (
+                openai.OpenAI(
+                    base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE_S
+                ) as client,
+                httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http,
+            ):
+                yield Served(server, client, http, greedy, drawn, chat, plain_chat)
+        finally:
+            server.stop()
+        assert server.error is None
+
+
+@pytest.fixture
+def stub_server() -> Iterator[Callable[..., StubServer]]:
+    """Makes servers without ranks; all are ended."""
+    made: list[StubServer] = []
+
+    def make(*given: Any, **more: Any) -> StubServer:
+        made.append(StubServer(*given, **more))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.stop()

@@ -1,0 +1,106 @@
+"""Servers in threads of the test's own process."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from engine.stub_runner import StubEngine, letters
+from expertlane.server.run import Running, bind, serve
+from expertlane.server.service import ServedModel, ServerOptions
+from expertlane.spec.sampling import SamplingParams
+
+PATIENCE_S = 30.0
+PROMPTS: tuple[str | list[int], ...] = ("the thing", "a", [5, 6, 7], "thing the thing the")
+MESSAGES = ({"role": "system", "content": "the"}, {"role": "user", "content": "thing"})
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+DRAWN = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=12, logprobs=2)
+
+
+class ServerInThread:
+    """A server at a free port.
+
+    Attributes:
+        url: without `/v1`.
+        error: what `serve` raised.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        options: ServerOptions | None = None,
+        check_ranks: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.error: Exception | None = None
+        self.running: Running | None = None
+        bound = bind("127.0.0.1", 0)
+        self.port = bound.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        started = threading.Event()
+
+        def on_start(running: Running) -> None:
+            self.running = running
+            started.set()
+
+        def run() -> None:
+            try:
+                serve(
+                    model,
+                    options or ServerOptions(),
+                    bound,
+                    check_ranks=check_ranks,
+                    on_start=on_start,
+                    takes_signals=False,
+                )
+            except Exception as error:
+                self.error = error
+            finally:
+                bound.close()
+
+        self.thread = threading.Thread(target=run)
+        self.thread.start()
+        assert started.wait(PATIENCE_S), "it did not start"
+
+    @property
+    def service(self) -> Any:
+        assert self.running is not None
+        return self.running.service
+
+    def tell_to_end(self) -> None:
+        assert self.running is not None
+        self.running.loop.call_soon_threadsafe(self.running.end)
+
+    def join(self) -> None:
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive(), "it did not end"
+
+    def stop(self) -> None:
+        if self.thread.is_alive():
+            self.tell_to_end()
+        self.join()
+
+
+class StubServer(ServerInThread):
+    """A server of a `StubEngine`, whose steps can be held up.
+
+    Attributes:
+        gate: steps go on while it is set.
+        step_s: how long one takes.
+    """
+
+    def __init__(self, options: ServerOptions | None = None, **engine: Any) -> None:
+        self.step_s = 0.0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.engine = StubEngine(tokenizer=letters(), **engine)
+        self.engine.runner.before = self._pass_gate
+        model = ServedModel("stub", self.engine, self.engine.limits, letters())
+        super().__init__(model, options)
+
+    def _pass_gate(self) -> None:
+        assert self.gate.wait(PATIENCE_S), "the gate stayed closed"
+        time.sleep(self.step_s)
+
+    def stop(self) -> None:
+        self.gate.set()
+        super().stop()

@@ -1,0 +1,249 @@
+"""From arrival to end: closed connections, full queues, deadlines, draining, ranks that die."""
+
+import json
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from engine.processes import wait_until
+from engine.stub_runner import expected, spell
+from expertlane.errors import RankError, TerminatedError
+from expertlane.server.service import ServerOptions
+from server.running import PATIENCE_S
+
+LONG = {"prompt": [1, 2, 3], "max_tokens": 50, "temperature": 0}
+
+
+def post(server, **more):
+    return httpx.post(f"{server.url}/v1/completions", json=LONG | more, timeout=PATIENCE_S)
+
+
+def is_idle(server):
+    return server.engine.is_idle and server.engine.num_blocks_used() == 0
+
+
+class Stream:
+    """A connection that reads as much as it wants."""
+
+    def __init__(self, server, **more):
+        body = json.dumps(LONG | {"stream": True} | more).encode()
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
+        self.socket.sendall(head.encode() + body)
+
+    def read_until(self, text):
+        found = b""
+        while text not in found:
+            part = self.socket.recv(4096)
+            assert part, found
+            found += part
+        return found
+
+    def close(self):
+        self.socket.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_closed_connection_frees_its_blocks(stub_server, stream):
+    server = stub_server()
+    server.gate.clear()
+    connection = Stream(server, stream=stream)
+    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    num_steps = server.engine.runner.num_steps
+    connection.close()
+    assert wait_until(lambda: server.service.num_open == 0)
+    server.gate.set()
+    assert wait_until(lambda: is_idle(server))
+    # The step at the gate, and those that it lets be planned ahead before it is left.
+    assert server.engine.runner.num_steps <= num_steps + 3
+    assert b'finished_reason="abort"} 1.0' in server.service.metrics.text()
+
+
+def test_a_closed_connection_disturbs_no_other(stub_server):
+    server = stub_server()
+    server.step_s = 0.02
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(post, server, prompt=[4, 5], return_token_ids=True)
+        connection = Stream(server)
+        assert wait_until(lambda: server.engine.scheduler.num_running == 2)
+        connection.close()
+        assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+        found = other.result().json()["choices"][0]
+    assert found["token_ids"] == expected([4, 5], 50)
+    assert wait_until(lambda: is_idle(server))
+
+
+def test_a_half_closed_connection_is_closed(stub_server):
+    server = stub_server()
+    server.gate.clear()
+    connection = Stream(server)
+    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection.socket.shutdown(socket.SHUT_WR)
+    assert wait_until(lambda: server.service.num_open == 0)
+    connection.close()
+    server.gate.set()
+    assert wait_until(lambda: is_idle(server))
+
+
+def test_a_full_queue(stub_server):
+    server = stub_server(ServerOptions(max_num_queued=2), max_num_seqs=1)
+    server.gate.clear()
+    with ThreadPoolExecutor(3) as pool:
+        running = pool.submit(post, server)
+        assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+        waiting = [pool.submit(post, server) for _ in range(2)]
+        assert wait_until(lambda: server.service.num_queued == 2)
+        refused = post(server)
+        server.gate.set()
+        answers = [each.result().status_code for each in (running, *waiting)]
+    assert answers == [200, 200, 200]
+    assert refused.status_code == 429
+    assert refused.headers["Retry-After"] == "1"
+    assert refused.json()["error"]["code"] == "queue_full"
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert post(server).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [(ServerOptions(request_timeout_s=0.05), {}), (ServerOptions(), {"timeout_s": 0.05})],
+)
+def test_a_deadline(stub_server, options, more):
+    server = stub_server(options)
+    server.gate.clear()
+    threading.Timer(0.4, server.gate.set).start()
+    answer = post(server, **more)
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "timeout"
+    server.gate.set()
+    assert wait_until(lambda: is_idle(server))
+
+
+def test_a_deadline_in_a_stream(stub_server):
+    server = stub_server()
+    connection = Stream(server, timeout_s=0.3, max_tokens=1)
+    connection.read_until(b"[DONE]")
+    connection.close()
+    server.gate.clear()
+    connection = Stream(server, timeout_s=0.3)
+    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    threading.Timer(0.6, server.gate.set).start()
+    end = connection.read_until(b"[DONE]")
+    connection.close()
+    assert b'"code":"timeout"' in end
+
+
+def test_draining(stub_server):
+    server = stub_server()
+    server.gate.clear()
+    connection = Stream(server, return_token_ids=True)
+    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    server.tell_to_end()
+    assert wait_until(lambda: server.service.is_draining)
+    refused = post(server)
+    health = httpx.get(f"{server.url}/health")
+    server.gate.set()
+    found = connection.read_until(b"[DONE]")
+    connection.close()
+    server.join()
+    assert server.error is None
+    assert refused.status_code == health.status_code == 503
+    assert refused.headers["Retry-After"] == "1"
+    assert refused.json()["error"]["code"] == "draining"
+    events = [json.loads(line[6:]) for line in found.split(b"\n") if line.startswith(b"data: {")]
+    text = "".join(event["choices"][0]["text"] for event in events)
+    assert text == spell(expected([1, 2, 3], 50))
+    assert server.engine.num_blocks_used() == 0
+
+
+def test_draining_has_a_bound(stub_server):
+    server = stub_server(ServerOptions(drain_s=0.1))
+    server.gate.clear()
+    connection = Stream(server)
+    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    server.tell_to_end()
+    assert b'"code":"ended"' in connection.read_until(b"[DONE]")
+    connection.close()
+    server.gate.set()
+    server.join()
+    assert server.error is None
+
+
+def test_told_twice_it_ends_at_once(stub_server):
+    server = stub_server()
+    server.gate.clear()
+    connection = Stream(server)
+    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    server.tell_to_end()
+    server.tell_to_end()
+    assert b'"code":"ended"' in connection.read_until(b"[DONE]")
+    connection.close()
+    server.join()
+    assert isinstance(server.error, TerminatedError)
+    server.gate.set()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ranks_that_die_end_all(stub_server, stream):
+    server = stub_server()
+
+    def die():
+        raise RankError("rank 1 was killed")
+
+    server.engine.runner.before = die
+    connection = Stream(server, stream=stream)
+    end = connection.read_until(b"engine_dead")
+    connection.close()
+    server.join()
+    assert end.startswith(b"HTTP/1.1 200" if stream else b"HTTP/1.1 500")
+    assert b"rank 1 was killed" in end
+    assert str(server.error) == "rank 1 was killed"
+
+
+def test_a_request_without_logits_fails_alone(stub_server):
+    server = stub_server()
+    server.engine.runner.poison = 3
+    assert post(server).status_code == 500
+    answer = post(server, prompt=[4, 5], max_tokens=1)
+    assert answer.status_code == 200
+
+
+def test_a_slow_reader_holds_nobody_up(stub_server):
+    server = stub_server()
+    connection = Stream(server, n=8)
+    assert post(server, prompt=[4]).status_code == 200
+    assert connection.read_until(b"[DONE]").count(b'"finish_reason":"length"') == 8
+    connection.close()
+
+
+def test_keys(stub_server):
+    server = stub_server(ServerOptions(api_keys=("one", "two")))
+    url = f"{server.url}/v1/models"
+    for key in ("one", "two"):
+        assert httpx.get(url, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    for headers in (
+        {},
+        {"Authorization": "Bearer three"},
+        {"Authorization": "one"},
+        {"Authorization": "Basic one"},
+        {"Authorization": b"Bearer \xff"},
+    ):
+        answer = httpx.get(url, headers=headers)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+    assert post(server).status_code == 401
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_no_other_site_may_ask(stub_server):
+    server = stub_server()
+    headers = {"Origin": "http://other", "Access-Control-Request-Method": "POST"}
+    answer = httpx.options(f"{server.url}/v1/completions", headers=headers)
+    assert answer.status_code == 405
+    assert not [name for name in answer.headers if name.startswith("access-control")]

@@ -1,0 +1,234 @@
+"""Wrong requests: each gets a 4xx and an error that names the field; the server goes on."""
+
+import json
+import socket
+
+import pytest
+
+from expertlane.server.middleware import MOST_BODY_BYTES
+from expertlane.server.requests import MOST_CHOICES, MOST_PROMPTS
+from server.running import MESSAGES, PATIENCE_S
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+GOOD = {
+    COMPLETIONS: {"prompt": "a", "max_tokens": 2},
+    CHAT: {"messages": [*MESSAGES], "max_tokens": 2},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [5]},
+}
+OF_BOTH = [
+    ({"unknown_field": 1}, "unknown_field"),
+    ({"model": 5}, "model"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.5}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"top_k": 2.5}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"presence_penalty": 3}, "presence_penalty"),
+    ({"frequency_penalty": -3}, "frequency_penalty"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"),
+    ({"logit_bias": {"270": 1}}, "logit_bias"),
+    ({"logit_bias": [5, 1]}, "logit_bias"),
+    ({"seed": 1.5}, "seed"),
+    ({"seed": 2**64}, "seed"),
+    ({"n": 0}, "n"),
+    ({"n": MOST_CHOICES + 1}, "n"),
+    ({"n": 10**30}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 256}, "max_tokens"),  # with the prompt, more than there is room for
+    ({"max_tokens": "16"}, "max_tokens"),
+    ({"min_tokens": 3}, "min_tokens"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a", ""]}, "stop"),
+    ({"stop": ["a"] * 65}, "stop"),
+    ({"stop": 5}, "stop"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ({"stop_token_ids": 5}, "stop_token_ids"),
+    ({"ignore_eos": "yes"}, "ignore_eos"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"wrong": True}}, "stream_options.wrong"),
+    ({"priority": 1.5}, "priority"),
+    ({"timeout_s": 0}, "timeout_s"),
+    ({"user": 5}, "user"),
+    ({"metadata": "x"}, "metadata"),
+    ({"store": True}, "store"),
+    ({"best_of": 2}, "best_of"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs"),
+    ({"guided_json": {}}, "guided_json"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"service_tier": "flex"}, "service_tier"),
+    ({"skip_special_tokens": False}, "skip_special_tokens"),
+]
+CASES = [
+    *((path, change, param) for path in (COMPLETIONS, CHAT) for change, param in OF_BOTH),
+    (COMPLETIONS, {"prompt": None}, "prompt"),
+    (COMPLETIONS, {"prompt": []}, "prompt"),
+    (COMPLETIONS, {"prompt": ""}, "prompt"),
+    (COMPLETIONS, {"prompt": [[]]}, "prompt"),
+    (COMPLETIONS, {"prompt": [[5], []]}, "prompt"),
+    (COMPLETIONS, {"prompt": ["a", 5]}, "prompt"),
+    (COMPLETIONS, {"prompt": [5, True]}, "prompt"),
+    (COMPLETIONS, {"prompt": [5, -1]}, "prompt"),
+    (COMPLETIONS, {"prompt": [270]}, "prompt"),
+    (COMPLETIONS, {"prompt": {"text": "a"}}, "prompt"),
+    (COMPLETIONS, {"prompt": ["a"] * (MOST_PROMPTS + 1)}, "prompt"),
+    (COMPLETIONS, {"prompt": ["a"] * MOST_PROMPTS, "n": 2}, "prompt"),
+    (COMPLETIONS, {"prompt": [5] * 256}, "prompt"),
+    (COMPLETIONS, {"prompt": [5] * 255}, "max_tokens"),  # too long by one token
+    (COMPLETIONS, {"logprobs": 21}, "logprobs"),
+    (COMPLETIONS, {"logprobs": True}, "logprobs"),
+    (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo"),
+    (COMPLETIONS, {"suffix": "end"}, "suffix"),
+    (COMPLETIONS, {"messages": []}, "messages"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": "hello"}, "messages"),
+    (CHAT, {"messages": [{}]}, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "god", "content": "x"}]}, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": "x", "odd": 1}]}, "messages[0].odd"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
+        "messages[0].content[0].type",
+    ),
+    (CHAT, {"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, "tool_calls"),
+    (CHAT, {"logprobs": 5}, "logprobs"),
+    (CHAT, {"top_logprobs": 2}, "top_logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    (CHAT, {"max_completion_tokens": 3}, "max_tokens"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"chat_template": "{{ 1 }}"}, "chat_template"),
+    (CHAT, {"reasoning_effort": "high"}, "reasoning_effort"),
+    (CHAT, {"modalities": ["audio"]}, "modalities"),
+    ("/tokenize", {"prompt": 5}, "prompt"),
+    ("/tokenize", {"messages": [*MESSAGES]}, "prompt"),
+    ("/tokenize", {"odd": 5}, "odd"),
+    ("/detokenize", {"tokens": [270]}, "tokens"),
+    ("/detokenize", {"tokens": ["x"]}, "tokens[0]"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "param"),
+    CASES,
+    ids=[f"{path}-{str(change)[:50]}" for path, change, _ in CASES],
+)
+def test_the_field_is_named(served, path, change, param):
+    answer = served.http.post(path, json=GOOD[path] | change)
+    assert 400 <= answer.status_code < 500, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert param.split("[")[0].split(".")[0] in error["message"]
+    assert error.keys() == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"no json",
+        b"[]",
+        b"5",
+        b"null",
+        b'"text"',
+        b'{"prompt": "a"',
+        b'{"prompt": "\xff\xfe"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"\\ud800": 1, "prompt": "a"}',
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "a", "temperature": 1e999}',
+        b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}",
+        b"[" * 100_000,
+        b'{"prompt": ' + b"[" * 100_000,
+    ],
+    ids=lambda body: str(body[:24]),
+)
+def test_broken_bodies(served, body):
+    headers = {"Content-Type": "application/json"}
+    answer = served.http.post(COMPLETIONS, content=body, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["message"]
+
+
+def test_no_json_by_its_type(served):
+    answer = served.http.post(COMPLETIONS, data={"prompt": "a"})
+    assert answer.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("GET", COMPLETIONS, 405),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/models/other", 404),
+        ("GET", "/docs", 404),
+    ],
+)
+def test_other_routes(served, method, path, status):
+    answer = served.http.request(method, path)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_another_model(served, path):
+    answer = served.http.post(path, json=GOOD[path] | {"model": "/etc/passwd"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["param"] == "model"
+    assert answer.json()["error"]["code"] == "model_not_found"
+
+
+def answer_of(connection):
+    """All that comes until the server closes the connection."""
+    connection.settimeout(PATIENCE_S)
+    answer = b""
+    while part := connection.recv(4096):
+        answer += part
+    return answer
+
+
+def test_a_body_that_says_it_is_large(served):
+    with socket.create_connection(("127.0.0.1", served.server.port)) as connection:
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n"
+        connection.sendall(head.encode())
+        answer = answer_of(connection)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"body_too_large" in answer
+
+
+def test_a_body_that_turns_out_large(served):
+    with socket.create_connection(("127.0.0.1", served.server.port)) as connection:
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head.encode())
+        part = b"100000\r\n" + b" " * 2**20 + b"\r\n"
+        for _ in range(MOST_BODY_BYTES // 2**20):
+            connection.sendall(part)
+        connection.sendall(b"1\r\n \r\n")
+        answer = answer_of(connection)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"body_too_large" in answer
+
+
+def test_one_bad_prompt_of_several_queues_none(served):
+    answer = served.http.post(COMPLETIONS, json={"prompt": [[5], [270]], "max_tokens": 2})
+    assert answer.status_code == 400
+    assert "prompt 2" in answer.json()["error"]["message"]
+    assert served.server.service.num_queued == 0
+
+
+def test_a_long_message_is_cut(served):
+    answer = served.http.post(COMPLETIONS, json={"prompt": "a", "x" * 10_000: 1})
+    assert answer.status_code == 400
+    assert len(json.dumps(answer.json())) < 2000
