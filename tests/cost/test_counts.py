@@ -150,7 +150,8 @@ class Counting:
 
 # What differs with GPU libraries' kernels, by stage, beside the numbers of rows that are told in no
 # transfer of their own: of latent attention, for all prompts attend to keys and values made from
-# the latent, also those for which that takes more FLOPs; and where a whole stage adds up by all-reduce, the transfers, and routers of all tokens.
+# the latent, also those for which that takes more FLOPs; and where a whole stage adds up by
+# all-reduce, the transfers, and routers of all tokens.
 FUSED = {name: {Stage.ATTENTION} for name in ("flops", "weight_bytes")}
 WHOLE = {
     **{name: {Stage.ROUTER} for name in ("flops", "weight_bytes")},
