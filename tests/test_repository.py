@@ -101,6 +101,7 @@ OTHER_JSON = {
     "experiment.py",
     "file.py",
     "fork_server.py",
+    "int8_cache.py",
     "chat_sandbox.py",
 }
 

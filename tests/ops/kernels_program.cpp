@@ -2,14 +2,7 @@
 // ends where a page that may not be touched begins, so that a read past its end ends the program.
 // Prints what it checked; gives 1 where a result is off.
 
-#include <sys/mman.h>
-#include <unistd.h>
-
-#include <cstdio>
-#include <random>
-#include <vector>
-
-#include "lanes.h"
+#include "kernel_checks.h"
 
 extern "C" {
 void linear(const bf16*, int64_t, int64_t, const bf16*, int64_t, int64_t, const float*, bf16*);
@@ -28,41 +21,6 @@ void sum_parts(int32_t, const char* const*, int64_t, int64_t, void*);
 }
 
 namespace {
-
-std::mt19937 generator(1);
-int num_checks = 0, num_wrong = 0;
-
-// `count` values, the last one before a page without access.
-template <class T>
-struct Guarded {
-    T* data;
-    explicit Guarded(int64_t count) {
-        const int64_t page = sysconf(_SC_PAGESIZE), bytes = count * (int64_t)sizeof(T);
-        const int64_t room = (bytes + page - 1) / page * page;
-        char* at = (char*)mmap(nullptr, room + page, PROT_READ | PROT_WRITE,
-                               MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (at == MAP_FAILED || mprotect(at + room, page, PROT_NONE)) std::abort();
-        data = (T*)(at + room - bytes);
-        std::normal_distribution<float> normal;
-        for (int64_t i = 0; i < count; ++i) set(i, normal(generator));
-    }
-    void set(int64_t i, float value) {
-        if constexpr (std::is_integral_v<T> && sizeof(T) == 8) data[i] = 0;
-        else put(value, data + i);
-    }
-};
-
-void check(const char* what, double found, double expected, double size, double tolerance) {
-    ++num_checks;
-    if (std::abs(found - expected) <= tolerance * size) return;
-    if (++num_wrong <= 10) std::printf("%s: %.9g instead of %.9g\n", what, found, expected);
-}
-
-double dot(const auto* x, const auto* w, int64_t k) {
-    double sum = 0;
-    for (int64_t i = 0; i < k; ++i) sum += (double)to_float(x[i]) * to_float(w[i]);
-    return sum;
-}
 
 // As products.cpp wants it: [n / 16][k / 2][16][2].
 Guarded<bf16> packed(const bf16* w, int64_t n, int64_t k) {
@@ -90,10 +48,6 @@ void product(const float* x, int64_t stride, int64_t m, const float* w, int64_t 
              const float* bias, float* out) {
     few_rows_linear(x, stride, m, w, n, k, bias, out);
 }
-
-// Of results: bfloat16 rounds them, float32 only sums.
-template <class T>
-constexpr double kTolerance = sizeof(T) == 2 ? 1.0 / 128 : 1e-5;
 
 template <class T>
 void check_linear(const char* what, int64_t m, int64_t n, int64_t k, bool has_bias) {
@@ -225,6 +179,8 @@ int main() {
             }
         }
     }
+    check_attention();
+    check_narrow();
     for (int64_t rows : {0, 1, 3}) {
         check_norm<bf16>("rms_norm", rms_norm, rows, 48);
         check_norm<float>("rms_norm_float", rms_norm_float, rows, 48);

@@ -14,7 +14,8 @@ from ops.instruction_sets import ARITHMETIC, backend_or_skip
 pytestmark = pytest.mark.full
 
 OPS = Path(module.__file__).parent
-SOURCES = ("few_rows.cpp", "products.cpp", "rows.cpp", "sums.cpp")
+KERNELS = ("attention", "few_rows", "narrow", "products", "rows", "sums")
+CHECKS = ("attention_checks", "kernels_program", "narrow_checks")
 
 
 def compile_program(
@@ -22,7 +23,8 @@ def compile_program(
 ) -> Path:
     """The program with the kernels of a set; a skip where the compiler lacks one of the options."""
     program = folder / "kernels"
-    sources = [Path(__file__).with_name("kernels_program.cpp"), *(OPS / name for name in SOURCES)]
+    here = Path(__file__).parent
+    sources = [here / f"{name}.cpp" for name in CHECKS] + [OPS / f"{name}.cpp" for name in KERNELS]
     arguments = ["-O2", "-std=c++20", f"-I{OPS}", *instructions.flags, *options]
     done = subprocess.run(
         [compiler, *arguments, *map(str, sources), "-o", str(program)],

@@ -338,7 +338,7 @@ class Scenarios:
     def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
         """As `PartSizes.latent_attention`."""
         is_decode = self.num_new == 1 + self.num_drafts
-        is_expanded = takes_less_expanded(self.num_new, self.num_cached, latent)
+        is_expanded = takes_less_expanded(self.num_new, self.num_cached, latent) & ~is_decode
         in_latent = self._sizes(None, is_decode, ~is_decode & ~is_expanded)
         return in_latent, self._sizes(None, np.zeros_like(is_expanded), is_expanded)
 
