@@ -26,6 +26,7 @@ from serving_fit import (
 )
 from serving_rows import TYPES, Row, read_rows
 from serving_simulation import Question, project
+from serving_waves import in_waves
 
 from expertlane.cost.laws.frameworks import FILE, Framework, JudgedGroup
 
@@ -44,12 +45,12 @@ def main() -> int:
     questions = [
         Question(row, unfitted(row.framework), acceptance_of(row, accepted)) for row in rows
     ]
-    # In a drawn order: what is done tells how long the rest takes, and an interrupted run is of all.
+    # In a drawn order: what is done tells how long the rest takes.
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
     answers = dict(zip(order, project([questions[i] for i in order], asked.jobs), strict=True))
     base = [(row, answers[place]) for place, row in enumerate(rows)]
     refused = [pair for pair in base if pair[1].refused]
-    base = [pair for pair in base if not pair[1].refused]
+    base = [(row, in_waves(row, each)) for row, each in base if not each.refused]
     fitted = {row.configuration for row in sides.fitted}
     frameworks = fit([each for each in base if each[0].configuration in fitted])
     pairs = [(row, with_overheads(row, each, frameworks[row.framework])) for row, each in base]

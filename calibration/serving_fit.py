@@ -11,7 +11,7 @@ import tomli_w
 from serving_rows import Row
 from serving_simulation import Projected
 
-from expertlane.cost.laws.execution import ARRIVAL_S, DRIVER_S
+from expertlane.cost.laws.execution import ARRIVAL_S, DRIVER_S, LIKELY
 from expertlane.cost.laws.frameworks import Framework, JudgedGroup
 from expertlane.cost.laws.profile import Term
 from expertlane.cost.laws.times import Basis
@@ -20,9 +20,10 @@ TITLES = {"trt": "TensorRT-LLM", "dynamo-trt": "Dynamo with TensorRT-LLM", "sgla
 _CHUNKS = {"trt": 8192, "dynamo-trt": 8192, "sglang": 16384}  # assumed, not fitted
 # TensorRT-LLM's with attention data parallelism: TTFT of the rows to fit to, at little load.
 _WAITS = {"trt": 60, "dynamo-trt": 0, "sglang": 0}
+_FEW_OPEN = 64  # requests
 _SEED = 18
 _SAMPLES = np.concatenate([np.arange(0.0, 0.02, 1e-4), np.arange(0.02, 1.0, 5e-3)])
-_INNER = (0.1, 0.9)  # quantiles of what single rows ask for: the bounds of a term
+_INNER = (0.25, 0.75)  # quantiles of what single rows ask for: the bounds of a term
 _ORIGIN = "calibration/judge_serving.py: half of the configurations of DeepSeek-R1"
 
 
@@ -102,24 +103,43 @@ def fit(base: Sequence[tuple[Row, Projected]]) -> dict[str, Framework]:
     """The overheads of each framework.
 
     A step's host time adds to TPOT as many times as there are steps to a token. What a request
-    takes to arrive adds to TTFT where none waits for others.
+    takes to arrive adds to TTFT where hardly any waits for others. Repeats of a point count once.
 
     Args:
         base: rows to fit to, with what the model says where hosts take no time.
     """
     found = {}
     for name in TITLES:
-        own = [each for each in base if each[0].framework == name and not each[1].refused]
-        measured = np.array([row.tpot_s for row, _ in own])
-        likely = np.array([each.tpot_s[1] for _, each in own])
-        steps = np.array([each.steps_per_token for _, each in own])
-        host = _nearest(likely, steps, measured)
-        later = [(row, each) for row, each in own if each.num_waiting < 1 + row.conc / 16]
-        first_s = np.array([row.ttft_s for row, _ in later])
-        likely_s = np.array([each.ttft_s[1] + host[1] for _, each in later])
-        arrival = _nearest(likely_s, np.ones(len(later)), first_s)
+        own = _points([each for each in base if each[0].framework == name])
+        host = _nearest(
+            [(row.tpot_s, each.tpot_s[LIKELY], each.steps_per_token) for row, each in own]
+        )
+        alone = [each for each in own if _is_prompt_alone(each[0])]
+        arrival = _nearest(
+            [(row.ttft_s, each.ttft_s[LIKELY] + host[1], 1.0) for row, each in alone or own]
+        )
         found[name] = _framework(name, {DRIVER_S: host, ARRIVAL_S: arrival})
     return found
+
+
+def _points(pairs: Sequence[tuple[Row, Projected]]) -> list[tuple[Row, Projected]]:
+    """Repeats of a point taken together, by the medians of what was measured."""
+    same: defaultdict[Any, list[tuple[Row, Projected]]] = defaultdict(list)
+    for row, each in pairs:
+        same[row.point].append((row, each))
+    found = []
+    for repeats in same.values():
+        row, each = repeats[0]
+        tpot_s = float(np.median([other.tpot_s for other, _ in repeats]))
+        ttft_s = float(np.median([other.ttft_s for other, _ in repeats]))
+        found.append((replace(row, tpot_s=tpot_s, ttft_s=ttft_s), each))
+    return found
+
+
+def _is_prompt_alone(row: Row) -> bool:
+    """Whether a prompt hardly waits: few requests, no other ranks whose prompts it awaits."""
+    workers = row.prefill or row.decode
+    return row.conc <= _FEW_OPEN and (row.prefill is not None or not workers.dp_attention)
 
 
 def with_overheads(row: Row, base: Projected, framework: Framework) -> Projected:
@@ -146,16 +166,19 @@ def with_overheads(row: Row, base: Projected, framework: Framework) -> Projected
     )
 
 
-def _nearest(
-    likely: np.ndarray[Any, Any], times: np.ndarray[Any, Any], measured: np.ndarray[Any, Any]
-) -> tuple[float, float, float]:
-    """Low, likely and high of what, added so many times, makes the median error least."""
-    if not len(likely):
+def _nearest(asked: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """Low, likely and high of a time whose likely value makes the median error least.
+
+    Args:
+        asked: what was measured, what the model says, and how often the time adds to that.
+    """
+    if not asked:
         return 0.0, 0.0, 0.0
+    measured, likely, times = np.array(asked).T
     off = np.abs(np.log((likely + _SAMPLES[:, None] * times) / measured))
     value = float(_SAMPLES[np.median(off, axis=1).argmin()])
-    asked = np.maximum((measured - likely) / times, 0.0)
-    low, high = (float(np.quantile(asked, share)) for share in _INNER)
+    lacking = np.maximum((measured - likely) / times, 0.0)
+    low, high = (float(np.quantile(lacking, share)) for share in _INNER)
     return min(low, value), value, max(high, value)
 
 

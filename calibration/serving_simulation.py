@@ -39,7 +39,7 @@ class Projected:
 
     Attributes:
         output_tps: of a GPU that decodes.
-        steps_per_token, num_waiting: as `SteadyRates` has them.
+        steps_per_token, num_waiting, prefill_rate: as `SteadyRates` has them.
         seconds: that the simulation took.
         refused: why there is none; all else is 0 then.
     """
@@ -49,6 +49,7 @@ class Projected:
     output_tps: Bounds = (0.0, 0.0, 0.0)
     steps_per_token: float = 0.0
     num_waiting: float = 0.0
+    prefill_rate: float = 0.0
     num_steps: int = 0
     num_priced: int = 0
     seconds: float = 0.0
@@ -172,6 +173,7 @@ def simulate(question: Question) -> Projected:
         output_tps=_bounds(rates.output_tps / devices),
         steps_per_token=rates.steps_per_token,
         num_waiting=rates.num_waiting,
+        prefill_rate=rates.prefill_rate,
         num_steps=rates.num_steps,
         num_priced=rates.num_priced,
     )

@@ -12,6 +12,7 @@ sys.path.append(str(ROOT / "calibration"))
 
 import serving_errors  # noqa: E402
 import serving_fit  # noqa: E402
+import serving_waves  # noqa: E402
 from serving_rows import Row, Workers, model, read_rows  # noqa: E402
 from serving_simulation import Projected  # noqa: E402
 
@@ -160,3 +161,23 @@ def test_what_is_written_is_read(tmp_path, monkeypatch):
     assert set(read) == set(serving_fit.TITLES)
     assert read["trt"].terms["driver_s"].value == pytest.approx(0.002, abs=1e-4)
     assert np.isfinite([term.high for each in read.values() for term in each.terms.values()]).all()
+
+
+def test_waves_wait_for_each_other_s_prefill():
+    """Eight at once, a prompt a second, no time to decode: each wave waits for seven others."""
+    alone = serving_waves.waits_s(1, 1.0, 1, 0.1, (10, 10))
+    assert alone.tolist() == [0.0] * serving_waves.NUM_WAVES
+    waits = serving_waves.waits_s(8, 1.0, 1, 0.0, (10, 10))
+    assert waits[:8].tolist() == list(range(8))
+    assert waits[8:] == pytest.approx(np.full(len(waits) - 8, 7.0))
+    long = serving_waves.waits_s(8, 1.0, 1, 100.0, (10, 10))
+    assert long[8:].max() == pytest.approx(0.0)  # spread by the first wave for good
+
+
+def test_a_benchmark_of_waves_is_slower_than_its_steady_state():
+    steady = projected(0.01)
+    assert serving_waves.in_waves(ROW, steady).output_tps[1] == pytest.approx(50 / 1.05)
+    apart = replace(ROW, prefill=Workers(8, 8, False, 1), conc=64)
+    found = serving_waves.in_waves(apart, replace(steady, prefill_rate=5.0))
+    assert found.ttft_s[1] >= steady.ttft_s[1]
+    assert found.output_tps[1] < 50 / 1.05

@@ -34,6 +34,7 @@ class SteadyRates:
         output_tps: of all requests together.
         steps_per_token: likely; steps of the pool that decodes, over tokens of a request in them.
         num_decoding, num_waiting: likely requests past their first token, and before it.
+        prefill_rate: likely prompts a second of a pool for prompts that always has some; 0 without.
         num_steps, num_priced: of all pools, in the stretch and before it.
     """
 
@@ -43,6 +44,7 @@ class SteadyRates:
     steps_per_token: float
     num_decoding: float
     num_waiting: float
+    prefill_rate: float
     num_steps: int
     num_priced: int
 
@@ -70,7 +72,7 @@ class _Stretch:
         enough = ceil(least_steps * self._batch / steps_of_output)
         first_together = self._simulator.setup.layout.dp if simulator.setup.prompt_wait_steps else 1
         self._num_first = max(_FEWEST_FIRST, 2 * first_together, enough)
-        self._first: Floats | None = None
+        self._prefill_rate = 0.0
 
     def rates(self) -> SteadyRates:
         """Serve the stretch and add it up."""
@@ -129,7 +131,7 @@ class _Stretch:
         most = min(self._batch, self._room(pools[-1].ranks))
         if len(pools) == 1:
             return most
-        rate = self._prefill_rate(pools[0])
+        self._prefill_rate = rate = self._rate_of_prompts(pools[0])
         running = most
         for _ in range(_NUM_GUESSES):
             step_s = float(self._decode_step_s(pools[-1], running)[LIKELY])
@@ -146,7 +148,7 @@ class _Stretch:
         of_rank = min(int(limits.num_blocks / blocks), limits.max_num_seqs)
         return max(1, of_rank * layout.dp * layout.replicas)
 
-    def _prefill_rate(self, pool: SimulatedPool) -> float:
+    def _rate_of_prompts(self, pool: SimulatedPool) -> float:
         """Prompts a second of a pool that always has some to compute."""
         layout, limits = pool.ranks.layout, pool.ranks.limits
         prompt = ceil(self._load.mean_lens[0])
@@ -203,6 +205,7 @@ class _Stretch:
             steps_per_token=float(watch.num_steps * num_decoding / tokens[LIKELY]),
             num_decoding=num_decoding,
             num_waiting=self._batch - num_decoding,
+            prefill_rate=self._prefill_rate,
             num_steps=sum(len(pool.runner.bounds) for pool in pools),
             num_priced=sum(pool.runner.num_priced for pool in pools),
         )
