@@ -150,7 +150,8 @@ def test_without_the_option_it_is_an_error_as_before(too_small, comparison, run)
         (
             ["--project", "--cluster", "h100"],
             "cluster 'h100' is not PROFILExCOUNT, for example h100x16 (COUNT: a whole number, 1 to "
-            "1,000,000); profiles: a100, b200, h100, h200, or a TOML file of expertlane calibrate",
+            "1,000,000); profiles: a100, b200, b300, gb200, gb300, h100, h200, or a TOML file of "
+            "expertlane calibrate",
         ),
         (
             ["--project", "--cluster", "h100x8"],

@@ -382,6 +382,7 @@ def framework_option() -> Any:
         show_default="the profile's own overheads",
         help="Overheads as fitted to a serving framework: trt, dynamo-trt or sglang; simulate also "
         "takes its --max-num-batched-tokens, where that is not given.",
+        rich_help_panel=Panel.MODELLED,
     )
 
 
