@@ -120,7 +120,7 @@ class Row:
             self.hardware,
             self.framework,
             self.precision,
-            "one pool" if self.prefill is None else "two pools",
+            "aggregated" if self.prefill is None else "disaggregated",
             "MTP" if self.is_speculative else "",
         )
 

@@ -16,7 +16,7 @@ from expertlane.results.record import StepsRecord
 from expertlane.results.results import Results
 from expertlane.spec.names import Cause, Phase, ProjectedCause
 
-_MOST_LINES, _FEWER_LINES = 16, 9  # of a table; of one that has another below it
+_MOST_LINES, _FEWER_LINES = 16, 8  # of a table; of one that has another below it
 _LETTERS = 22  # of a name, for which there is room on a line
 _THOUSANDS = 10_000
 _MOST_CAUSES = 6
@@ -74,9 +74,8 @@ def comparison_answer(
         judged = judge(modelled, results)
         parts += (
             f"Also projected ({_projected_setting(results, modelled)}): "
-            f"{headline(modelled, results)}",
+            f"{headline(modelled, results)} {how_judged(results)}",
             _table(modelled, judged, _shown(modelled, judged, len(modelled.cast))),
-            how_judged(results),
         )
     return Answer(setting, headline(own, results), parts)
 
