@@ -112,7 +112,7 @@ def table(both: Sequence[Both]) -> list[str]:
     """The errors of both, by hardware, framework and type, as Markdown."""
     quantities = ("TPOT", "output tokens/s")
     of_each = " | ".join(f"{each}: signed | absolute | p90" for each in quantities)
-    lines = [f"| rows of | rows | model | {of_each} | CPU s a row |"]
+    lines = [f"| rows of | rows | model | {of_each} | CPU s per row |"]
     lines.append("| --- | ---: | --- |" + " ---: |" * 7)
     kinds = dict.fromkeys(sorted(_kind(row) for row, _, _ in both))
     for kind in [*kinds, "all"]:

@@ -31,7 +31,7 @@ def main() -> int:
     """Print a row for each card, type and number of tokens."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cards", nargs="*", choices=[[], *CARDS], metavar="CARD")
-    print("| card | experts | tokens | sizes | median | median of its size |")
+    print("| card | experts | tokens | sizes | median | absolute |")
     print("| --- | --- | --- | ---: | ---: | ---: |")
     try:
         for name in parser.parse_args().cards or CARDS:

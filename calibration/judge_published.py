@@ -165,7 +165,7 @@ def _judge_silicon(package: Path) -> None:
             continue
         for what, projected, measured in _of_row(model, row):
             errors[row["model_path"], row["mode"], what].append(projected / measured - 1)
-    print("| model | mode | of | rows | median error | median of its size | p90 |")
+    print("| model | mode | of | rows | median error | absolute | p90 |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
     for (name, mode, what), found in sorted(errors.items()):
         size = np.abs(found)

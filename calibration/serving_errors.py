@@ -79,7 +79,7 @@ def by_group(pairs: Sequence[Pair], key: Callable[[Row], Any]) -> dict[str, list
 
 def table(groups: Mapping[str, Sequence[Pair]], fewest: int = FEWEST) -> Iterator[str]:
     """Markdown: a line for each quantity of each group."""
-    yield "| rows of | rows | of | median error | of its size | p90 | inside bounds | bounds |"
+    yield "| rows of | rows | of | median error | absolute | p90 | inside bounds | bounds |"
     yield "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
     for name, pairs in groups.items():
         for what in NOISE:

@@ -48,9 +48,9 @@ class Hardware(NamedTuple):
 
 
 HARDWARE = (
-    Hardware("h200", "H200", "InfiniBand, 50 GB/s a device, between nodes of 8"),
-    Hardware("b200", "B200", "InfiniBand, 50 GB/s a device, between nodes of 8"),
-    Hardware("gb200", "GB200", "NVLink, 900 GB/s a device, over a rack of 72"),
+    Hardware("h200", "H200", "InfiniBand, 50 GB/s per device, between nodes of 8"),
+    Hardware("b200", "B200", "InfiniBand, 50 GB/s per device, between nodes of 8"),
+    Hardware("gb200", "GB200", "NVLink, 900 GB/s per device, within a rack of 72"),
 )
 MODELS: dict[str, tuple[ModelConfig, str]] = {
     "DeepSeek-V3": (
@@ -62,7 +62,7 @@ MODELS: dict[str, tuple[ModelConfig, str]] = {
         "float8",
     ),
     "Mixtral 8x7B": (from_hf({"model_type": "mixtral"}, "Mixtral 8x7B"), "float8"),
-    "the paper's": (PRESETS["paper"], "float16"),
+    "the paper's model": (PRESETS["paper"], "float16"),
 }
 
 

@@ -65,17 +65,17 @@ COLOURS = {"EP": "--below", "no EP": "--above", "even": "--silver", "neither": "
 SIDES = {
     "EP": "EP has more tokens/s",
     "no EP": "without EP has more",
-    "even": f"within {SAME - 1:.0%}, or up to the routing",
+    "even": f"within {SAME - 1:.0%}, or depends on routing",
 }
 MARKS = {"EP": "triangle-up", "no EP": "triangle-down", "even": "circle"}
 ROW_PX, GAP_PX, TITLE_PX = 26, 14, 22
 HOW = (
-    f"A square is a load on a cluster: {PROMPT_LEN:,} prompt and {OUTPUT_LEN:,} output tokens, so "
-    "many sequences at once for each GPU. Its number is output tokens/s of the best deployment "
-    "with experts spread over GPUs (ep > 1) over those of the best without (ep = 1), both on all "
-    "of these GPUs, as expertlane plan screens them. Routing is by Zipf's law, exponent "
-    f"{DEFAULT_SKEW:g}; a square is grey where uniform routing or exponent {SKEW_BOUNDS[1]:g} "
-    f"would turn it round, or where the two are within {SAME - 1:.0%}."
+    f"A square is one load on one cluster: requests of {PROMPT_LEN:,} prompt and {OUTPUT_LEN:,} "
+    "output tokens, and a number of concurrent sequences per GPU. Its number is a ratio of output "
+    "tokens/s: the best deployment with experts spread over GPUs (ep > 1), over the best without "
+    "(ep = 1). Both use all of these GPUs, as expertlane plan screens them. Routing follows Zipf's "
+    f"law with exponent {DEFAULT_SKEW:g}. A square is grey if the two are within {SAME - 1:.0%}, "
+    f"or if uniform routing or exponent {SKEW_BOUNDS[1]:g} would reverse their order."
 )
 
 
@@ -178,17 +178,17 @@ def in_short(cells: Sequence[Cell]) -> str:
     least = min(compared, key=lambda each: each.factor or 0)
     return (
         f"Of {counted(len(compared), 'combination')} of model, link, GPUs and load, EP has more "
-        f"tokens/s in {len(of_side['EP'])}, a deployment without it in {len(of_side['no EP'])}, "
-        f"and {len(of_side['even'])} are too close or up to the routing. The most is "
-        f"{times(most.factor or 0)}, {_where(most)}; the least {times(least.factor or 0)}, "
-        f"{_where(least)}."
+        f"tokens/s in {len(of_side['EP'])}, a deployment without it in {len(of_side['no EP'])}; "
+        f"{len(of_side['even'])} are within {SAME - 1:.0%} or depend on the routing. With over "
+        f"without EP, the highest ratio is {times(most.factor or 0)}: {_where(most)}. The lowest "
+        f"is {times(least.factor or 0)}: {_where(least)}."
     )
 
 
 def _where(cell: Cell) -> str:
     return (
         f"{cell.model} on {cell.num_devices} {cell.hardware.name} with {cell.seqs_per_device:g} "
-        "sequences a GPU"
+        "sequences per GPU"
     )
 
 
@@ -211,7 +211,7 @@ def why(region: Sequence[Cell]) -> str:
     sentence = (
         f"At {clearest.num_devices} GPUs and {clearest.seqs_per_device:g} sequences each a decode "
         f"step takes {milliseconds(each_s[0])} ms as {layouts[0]}, {milliseconds(each_s[1])} as "
-        f"{layouts[1]}: {reasons[0]}, against it {reasons[1]}"
+        f"{layouts[1]}. Largest reason: {reasons[0]}; largest against: {reasons[1]}"
     )
     if steps[0].num_seqs != steps[1].num_seqs:
         sentence += f"; memory holds {steps[0].num_seqs:,} and {steps[1].num_seqs:,} sequences"
@@ -225,7 +225,7 @@ def _regions(regions: Sequence[Sequence[Cell]], whys: Sequence[str]) -> Table:
         text("on", lambda row: row[0][0].hardware.name),
         text("region", lambda row: SIDES[row[0][0].side]),
         text("GPUs", lambda row: _span(each.num_devices for each in row[0])),
-        text("sequences a GPU", lambda row: _span(each.seqs_per_device for each in row[0])),
+        text("sequences per GPU", lambda row: _span(each.seqs_per_device for each in row[0])),
         text("with over without EP", lambda row: _factors(row[0])),
         text("why", lambda row: row[1]),
     )
@@ -260,12 +260,12 @@ def measured_parts(judged: Sequence[tuple[Pair, float | None]]) -> tuple[str | T
         number("projected", lambda row: row[1], times),
     )
     words = (
-        f"DeepSeek-R1 with its experts spread (ep = tp) over the same with each expert cut over "
-        f"all GPUs (ep = 1), at one load; attention is tensor-parallel in both. "
-        f"{counted(len(judged), 'pair')} of public measurements; the two of a pair are of "
-        "different days, and of different releases of their framework where those are far apart. "
-        f"Where they differ by more than {SAME - 1:.0%}, the projection of the same two layouts "
-        f"has the same order in {right} of {len(clear)}."
+        f"DeepSeek-R1 with experts spread over GPUs (ep = tp), over the same with each expert "
+        f"split across all GPUs (ep = 1), at one load. Attention is tensor-parallel in both. "
+        f"{counted(len(judged), 'pair')} of public measurements. The two of a pair were measured "
+        "on different days; where those are far apart, with different releases of the framework. "
+        f"Of the {len(clear)} pairs that differ by more than {SAME - 1:.0%}, the projection of the "
+        f"same two layouts has the same order in {right}."
     )
     return words, Table.of("Output tokens/s with EP over without", columns, judged)
 
@@ -282,7 +282,8 @@ def own_parts() -> tuple[str | Table, ...]:
     words = (
         "A small copy of the paper's model on 16 real ranks of a CPU, in virtual time: computation "
         "is measured, links are those of 16 H100 in two nodes. DP 2 × TP 8, EP 2 is the best "
-        "baseline everywhere; with a skewed router one expert a rank leaves nothing to balance."
+        "baseline everywhere. EP 16 has one expert per rank, so with a skewed router there is "
+        "nothing to balance."
     )
     cases = json.loads(OWN.read_text(encoding="utf-8"))["cases"]
     return words, Table.of("", columns, cases)
@@ -307,7 +308,7 @@ def chart(panel: Sequence[Cell], measured: Sequence[Pair]) -> Chart:
     points = [] if first.model != "DeepSeek-V3" else _points(first.hardware, measured)
     columns = (
         number("GPUs", lambda each: each.num_devices),
-        number("sequences a GPU", lambda each: f"{each.seqs_per_device:g}"),
+        number("sequences per GPU", lambda each: f"{each.seqs_per_device:g}"),
         text("more tokens/s", lambda each: each.side),
         number("with over without EP", lambda each: each.factor, times),
         text("best with EP", lambda each: each.with_ep and str(each.with_ep.candidate)),
@@ -344,7 +345,7 @@ def _spec(values: list[Spec], points: list[Spec]) -> Spec:
     scale = {"paddingInner": 0.06, "paddingOuter": 0}
     loads, gpus = [f"{each:g}" for each in SEQS_PER_DEVICE], [*map(str, reversed(DEVICES))]
     at = {
-        "x": nominal("load", "sequences a GPU")
+        "x": nominal("load", "sequences per GPU")
         | {"axis": axis, "scale": scale | {"domain": loads}},
         "y": nominal("gpus", "GPUs") | {"axis": axis, "scale": scale | {"domain": gpus}},
     }

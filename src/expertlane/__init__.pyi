@@ -102,11 +102,11 @@ def compare(
             its config.json does not use.
         project: Also project the same deployments on a modelled cluster, in separate tables;
             only project where this machine is too small to run them.
-        cluster: The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML
-            file of expertlane calibrate).
+        cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
+            h100, h200, or a TOML file of expertlane calibrate).
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
-        framework: Overheads as fitted to a serving framework: trt, dynamo-trt or sglang;
-            simulate also takes its --max-num-batched-tokens, where that is not given.
+        framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
+            sglang. simulate also takes its --max-num-batched-tokens, unless you give one.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 
@@ -143,17 +143,16 @@ def plan(
     """Find the deployment with the most tokens/s on a cluster, within latency limits.
 
     Tries every layout × replicas × dispatch form of each phase × overlap × micro-batches ×
-    redundant experts, with --mtp also × drafts or none, aggregated and disaggregated (prefill and
-    decode apart); projects each with a cost model
-    calibrated on public measurements. Needs no GPU, loads no weights. Gives each deployment's gap
-    to #1, and writes the winner as an experiment for expertlane compare, and as
-    command lines of vLLM, SGLang and TensorRT-LLM.
+    redundant experts, aggregated and disaggregated (prefill and decode apart); with --mtp each
+    with drafts and without. Projects each with a cost model calibrated on public measurements.
+    Needs no GPU, loads no weights. Gives each deployment's gap to #1. Writes the winner as an
+    experiment for expertlane compare, and as command lines of vLLM, SGLang and TensorRT-LLM.
 
     Args:
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
             paper-tiny, paper-small, paper.
-        cluster: The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML
-            file of expertlane calibrate).
+        cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
+            h100, h200, or a TOML file of expertlane calibrate).
         batch: Closed loop: concurrency N.
         prompt_len: Tokens per prompt.
         output_len: Tokens per output.
@@ -168,8 +167,8 @@ def plan(
         dtype: Type of weights and activations.
         kv_dtype: Type of the KV cache.
         execution: Steps as CUDA graphs, or kernels launched one by one.
-        framework: Overheads as fitted to a serving framework: trt, dynamo-trt or sglang;
-            simulate also takes its --max-num-batched-tokens, where that is not given.
+        framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
+            sglang. simulate also takes its --max-num-batched-tokens, unless you give one.
         mtp: Multi-token prediction: N draft tokens per step.
         mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         out: Folder for results.json, the reports and all else that the command writes. None:
@@ -232,11 +231,11 @@ def simulate(
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
             paper-tiny, paper-small, paper.
         layout: How ranks are arranged: dp=2,ep=2 for example.
-        cluster: The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML
-            file of expertlane calibrate).
-        prefill_layout: Disaggregated: a prefill pool of its own, on further devices; --layout
-            then decodes. All other options hold for both pools; --prefill-dispatch is the
-            prefill pool's.
+        cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
+            h100, h200, or a TOML file of expertlane calibrate).
+        prefill_layout: Disaggregated: a separate prefill pool, on further devices; --layout is
+            then the decode pool's. --prefill-dispatch is the prefill pool's, all other options
+            hold for both.
         trace: Also write trace-NAME.json: what every rank does when, in one prefill and one
             decode step, for ui.perfetto.dev or chrome://tracing. In virtual time:
             trace-NAME-virtual.json too.
@@ -258,8 +257,8 @@ def simulate(
         dtype: Type of weights and activations.
         kv_dtype: Type of the KV cache.
         execution: Steps as CUDA graphs, or kernels launched one by one.
-        framework: Overheads as fitted to a serving framework: trt, dynamo-trt or sglang;
-            simulate also takes its --max-num-batched-tokens, where that is not given.
+        framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
+            sglang. simulate also takes its --max-num-batched-tokens, unless you give one.
         overlap: Two-batch overlap: one half batch computes while the other communicates; auto:
             where faster for a step's number of tokens, timed at startup.
         num_micro_batches: Micro-batches per pipeline step.
@@ -268,7 +267,7 @@ def simulate(
         dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
             all ranks, one copy per node reached, forwarded inside it, or the fastest for a
             step's number of tokens, timed at startup.
-        prefill_dispatch: The dispatch form of steps that hold prompts, where it is another.
+        prefill_dispatch: Dispatch form of steps that hold prompts, if different.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).
         placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
@@ -368,7 +367,7 @@ def bench(
         dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
             all ranks, one copy per node reached, forwarded inside it, or the fastest for a
             step's number of tokens, timed at startup.
-        prefill_dispatch: The dispatch form of steps that hold prompts, where it is another.
+        prefill_dispatch: Dispatch form of steps that hold prompts, if different.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).
         placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
@@ -376,8 +375,8 @@ def bench(
         num_redundant_experts: Redundant experts per MoE layer, to share load.
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
-        cache_int8: With --weights int8: keep what is rounded in the checkpoint's folder, for
-            later starts.
+        cache_int8: With --weights int8: keep the rounded weights in the checkpoint's folder,
+            for later starts.
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
         ranks_per_node: Consecutive ranks that count as one node.

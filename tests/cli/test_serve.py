@@ -70,7 +70,7 @@ def test_lines_for_people_and_a_rank_that_dies_while_idle(command):
     server = command()
     assert server.first.startswith("paper-tiny at http://127.0.0.1:")
     lines = [server.process.stdout.readline() for _ in range(2)]
-    assert lines[0].startswith("dp=2,ep=2 on 2 ranks; cache ")
+    assert lines[0].startswith("dp=2,ep=2 on 2 ranks; KV cache of ")
     assert lines[1].startswith("Ctrl-C ")
     running = RunningRanks(server.process.pid, 2)
     running.kill(1)

@@ -31,14 +31,14 @@ def modules():
 def made(modules):
     ep_map, cells, _ = modules
     pair = cells.Pair("h200", "trt", "fp8", 8, 1024, 1024, 16, 0.7, 12)
-    clusters = [(model, cells.HARDWARE[0], 8) for model in ("DeepSeek-V3", "the paper's")]
+    clusters = [(model, cells.HARDWARE[0], 8) for model in ("DeepSeek-V3", "the paper's model")]
     return ep_map.made(clusters, [pair, replace(pair, hardware="mi300x")])
 
 
 def test_a_panel_for_each_model_with_a_square_for_each_load(modules, made):
     _, cells, _ = modules
     report, drawn = made
-    assert [each.title for each in drawn] == ["DeepSeek-V3, H200", "the paper's, H200"]
+    assert [each.title for each in drawn] == ["DeepSeek-V3, H200", "the paper's model, H200"]
     for each in drawn:
         values = each.spec["data"]["values"]
         assert [value["load"] for value in values] == ["0.5", "2", "8", "32", "128"]
@@ -54,7 +54,7 @@ def test_each_region_has_its_reason_in_a_sentence(made):
     report, drawn = made
     (regions,) = [each for each in report.sections if each.heading.startswith("Each region")]
     (table,) = regions.parts
-    assert {row[0] for row in table.rows} == {"DeepSeek-V3", "the paper's"}
+    assert {row[0] for row in table.rows} == {"DeepSeek-V3", "the paper's model"}
     for row in table.rows:
         assert re.fullmatch(
             r"At 8 GPUs and [\d.]+ sequences each a decode step takes .+ ms as .*ep=\d+, .+ ms\.|"

@@ -29,7 +29,7 @@ def test_terms_are_the_step(page):
     assert experts.num == 4
     assert experts.work.startswith("1,073.7 MB")  # two matrices of 8192 × 32,768, float16
     assert experts.floor_s == pytest.approx(2 * 8192 * 32_768 * 2 / 3.35e12, rel=0.03)
-    assert by_name["output head"].num == 1
+    assert by_name["LM head"].num == 1
     assert terms[0] is experts
     total_s = sum(term.total_s.value for term in terms)
     step_s = page.step_of(case, page.PROPOSAL).round_s.value
@@ -76,8 +76,8 @@ def test_the_page(page, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.strip().endswith("page.md")
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "## A step of the proposal, term by term" in text
-    assert "| queries, keys and values | 402.7 MB" in text
-    assert "the factor of 3.75× is reached" in text
+    assert "| QKV projection | 402.7 MB" in text
+    assert "The factor of 3.75× is reached" in text
     for row in ("| 1,024 |", "| 1 |", "| top-1 |", f"| {page.ONE_DOMAIN} |"):
         assert row in text
     (tmp_path / "file").touch()

@@ -160,8 +160,8 @@ def cluster_option(default: Any, show_default: bool | str = True) -> Any:
         metavar="PROFILExN",
         autocompletion=completion.clusters,
         show_default=show_default,
-        help="The modelled cluster: N devices of a profile (a100, b200, h100, h200, or a TOML "
-        "file of expertlane calibrate).",
+        help="The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300, h100, "
+        "h200, or a TOML file of expertlane calibrate).",
     )
 
 
@@ -223,7 +223,7 @@ class DeploymentOptions:
     prefill_dispatch: DispatchForm | None = typer.Option(
         None,
         show_default="as --dispatch",
-        help="The dispatch form of steps that hold prompts, where it is another.",
+        help="Dispatch form of steps that hold prompts, if different.",
     )
     payload: PayloadType = typer.Option(
         "model",
@@ -339,7 +339,7 @@ class EngineOptions:
     cache_int8: bool = typer.Option(
         False,
         "--cache-int8",
-        help="With --weights int8: keep what is rounded in the checkpoint's folder, for later "
+        help="With --weights int8: keep the rounded weights in the checkpoint's folder, for later "
         "starts.",
     )
     rebalance_steps: int = typer.Option(
@@ -380,8 +380,8 @@ def framework_option() -> Any:
         None,
         metavar="NAME",
         show_default="the profile's own overheads",
-        help="Overheads as fitted to a serving framework: trt, dynamo-trt or sglang; simulate also "
-        "takes its --max-num-batched-tokens, where that is not given.",
+        help="Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or sglang. "
+        "simulate also takes its --max-num-batched-tokens, unless you give one.",
         rich_help_panel=Panel.MODELLED,
     )
 

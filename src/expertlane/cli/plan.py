@@ -44,11 +44,10 @@ def plan(
     """Find the deployment with the most tokens/s on a cluster, within latency limits.
 
     Tries every layout × replicas × dispatch form of each phase × overlap × micro-batches ×
-    redundant experts, with --mtp also × drafts or none, aggregated and disaggregated (prefill and
-    decode apart); projects each with a cost model
-    calibrated on public measurements. Needs no GPU, loads no weights. Gives each deployment's gap
-    to #1, and writes the winner as an experiment for expertlane compare, and as
-    command lines of vLLM, SGLang and TensorRT-LLM.
+    redundant experts, aggregated and disaggregated (prefill and decode apart); with --mtp each
+    with drafts and without. Projects each with a cost model calibrated on public measurements.
+    Needs no GPU, loads no weights. Gives each deployment's gap to #1. Writes the winner as an
+    experiment for expertlane compare, and as command lines of vLLM, SGLang and TensorRT-LLM.
 
     \b
     Examples:

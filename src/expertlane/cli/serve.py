@@ -28,10 +28,10 @@ _API_KEY = "EXPERTLANE_API_KEY"
 class _Options:
     panel: ClassVar = Panel.SERVER
     layout: str = layout_option("tp=1")
-    host: str = typer.Option("127.0.0.1", metavar="NAME", help="Address to listen at.")
-    port: int = typer.Option(8000, metavar="N", help="Port to listen at. 0: any free one.")
+    host: str = typer.Option("127.0.0.1", metavar="NAME", help="Address to listen on.")
+    port: int = typer.Option(8000, metavar="N", help="Port to listen on. 0: any free one.")
     served_model_name: str | None = typer.Option(
-        None, metavar="NAME", show_default="MODEL", help="What requests call the model."
+        None, metavar="NAME", show_default="MODEL", help="Name of the model in requests."
     )
     api_key: list[str] | None = typer.Option(
         None,
@@ -40,18 +40,18 @@ class _Options:
         help="Refuse requests without this key, or one of several.",
     )
     max_num_queued: int = typer.Option(
-        4096, metavar="N", help="Waiting requests; more are refused, with status 429."
+        4096, metavar="N", help="Most waiting requests; further ones get status 429."
     )
     request_timeout_s: float | None = typer.Option(
         None,
         metavar="SECONDS",
-        show_default="any time",
-        help="Longest time of a request, waiting included.",
+        show_default="no limit",
+        help="Time limit of a request, waiting included.",
     )
     drain_s: float = typer.Option(
         30.0,
         metavar="SECONDS",
-        help="How long running requests may go on after SIGTERM or Ctrl-C.",
+        help="How long running requests may continue after SIGTERM or Ctrl-C.",
     )
     as_json: bool = json_option()
 
@@ -60,12 +60,12 @@ class _Options:
 def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
     """Serve a model over HTTP, with the OpenAI API.
 
-    Clients use http://HOST:PORT/v1. There are /v1/completions, /v1/chat/completions, /v1/models,
-    /tokenize, /detokenize, /health, /ping, /version, /load, /metrics and /openapi.json. A field
-    that is not supported is refused by its name.
+    Clients use http://HOST:PORT/v1. Routes: /v1/completions, /v1/chat/completions, /v1/models,
+    /tokenize, /detokenize, /health, /ping, /version, /load, /metrics and /openapi.json. A request
+    with an unsupported field gets status 400 and an error that names the field.
 
-    SIGTERM or Ctrl-C ends it: new requests get status 503, and those that run are finished, for up
-    to --drain-s. A second signal ends it at once.
+    SIGTERM or Ctrl-C shuts the server down: new requests get status 503, running ones have up to
+    --drain-s to finish. A second signal ends it at once.
 
     \b
     Examples:
@@ -159,8 +159,8 @@ def _say(served: "ServedModel", layout: Layout, bound: socket.socket, as_json: b
     ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
     print(f"{served.name} at {url}", flush=True)
     print(
-        f"{layout} on {ranks}; cache {num_tokens:,} tokens; up to {served.max_model_len:,} a "
-        "request",
+        f"{layout} on {ranks}; KV cache of {num_tokens:,} tokens; up to "
+        f"{served.max_model_len:,} per request",
         flush=True,
     )
-    print("Ctrl-C ends it once running requests have finished", flush=True)
+    print("Ctrl-C shuts it down once running requests have finished", flush=True)

@@ -44,8 +44,8 @@ class _Options:
         None,
         metavar="LAYOUT",
         rich_help_panel=Panel.MORE_DEPLOYMENT,
-        help="Disaggregated: a prefill pool of its own, on further devices; --layout then decodes. "
-        "All other options hold for both pools; --prefill-dispatch is the prefill pool's.",
+        help="Disaggregated: a separate prefill pool, on further devices; --layout is then the "
+        "decode pool's. --prefill-dispatch is the prefill pool's, all other options hold for both.",
     )
     trace: bool = trace_option()
 

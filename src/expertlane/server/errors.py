@@ -116,7 +116,7 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     kind = error["type"]
     if kind == "json_invalid":
         reason = error.get("ctx", {}).get("error", "invalid")
-        return ApiError(400, f"the body is no JSON: {reason}", code="invalid_json")
+        return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
     param = _param(error["loc"][1:], is_unknown=kind == "extra_forbidden")
     if param is None:
         return ApiError(400, "the body must be a JSON object", code="invalid_json")

@@ -60,7 +60,7 @@ class Message(Known):
         if self.tool_calls and self.role != "assistant":
             raise bad_field("messages", "messages: only role assistant has tool_calls")
         if self.content is None and not self.tool_calls:
-            raise bad_field("messages", f"messages: one of role {self.role} has no content")
+            raise bad_field("messages", f"messages: a message of role {self.role} has no content")
         return self
 
     def for_template(self) -> dict[str, Any]:

@@ -261,7 +261,7 @@ class TokenizeRequest(Known):
     @model_validator(mode="after")
     def _check_one(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise bad_field("prompt", "give prompt or messages, one of them")
+            raise bad_field("prompt", "give either prompt or messages")
         return self
 
 

@@ -135,7 +135,7 @@ class Service:
         if self.is_draining:
             raise ApiError(
                 503,
-                "the server is ending and takes no new requests",
+                "the server is shutting down and takes no new requests",
                 code="draining",
                 retry_after_s=_RETRY_S,
             )
@@ -149,7 +149,7 @@ class Service:
         if name not in (None, self.model.name):
             raise ApiError(
                 404,
-                f"there is no model {name!r}; served is {self.model.name!r}",
+                f"there is no model {name!r}; this server has {self.model.name!r}",
                 param="model",
                 code="model_not_found",
             )

@@ -271,7 +271,7 @@ def _of_data_parallelism(simulator: Simulator) -> list[tuple[str, str, str, str]
     return [
         (
             "data-parallel ranks",
-            f"{1e3 * sync_s:.2g} ms a step to agree",
+            f"{1e3 * sync_s:.2g} ms per step to synchronise",
             "--cluster",
             "each has a scheduler; one without requests computes a dummy batch",
         )
