@@ -65,6 +65,16 @@ def test_parts_of_text_are_joined(served):
     assert answer.choices[0].message.content == served.chat.text
 
 
+def test_a_call_with_arguments_that_are_no_json(served):
+    """Clients send back what a model wrote."""
+    call = {"id": "1", "type": "function", "function": {"name": "a", "arguments": '{"cut'}}
+    said = {"role": "assistant", "content": "x", "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "1", "content": "no JSON"}
+    body = {"messages": [*MESSAGES, said, result], "max_tokens": 2}
+    answer = served.http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+
+
 def test_without_a_number_of_tokens_it_is_as_many_as_fit(served):
     answer = served.client.chat.completions.create(extra_body={"ignore_eos": True}, **ASKED)
     assert answer.usage.total_tokens == 256

@@ -62,6 +62,7 @@ OF_BOTH = [
     ({"metadata": "x"}, "metadata"),
     ({"store": True}, "store"),
     ({"best_of": 2}, "best_of"),
+    ({"best_of": True}, "best_of"),
     ({"use_beam_search": True}, "use_beam_search"),
     ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ({"guided_json": {}}, "guided_json"),
@@ -179,12 +180,20 @@ def test_broken_bodies(served, body):
     headers = {"Content-Type": "application/json"}
     answer = served.http.post(COMPLETIONS, content=body, headers=headers)
     assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert error["param"] or (error["code"] == "invalid_json" and "the body" in error["message"])
 
 
 def test_no_json_by_its_type(served):
     answer = served.http.post(COMPLETIONS, data={"prompt": "a"})
     assert answer.status_code == 400
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
+def test_no_words_of_pydantic(served):
+    bad = GOOD[CHAT] | {"messages": []}
+    message = served.http.post(CHAT, json=bad).json()["error"]["message"]
+    assert message == "messages: it must have at least 1 item after validation, not 0"
 
 
 @pytest.mark.parametrize(
@@ -218,6 +227,19 @@ def answer_of(connection):
     while part := connection.recv(4096):
         answer += part
     return answer
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"\x16\x03\x01\r\n\r\n", b"GET /health HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade"],
+    ids=["tls", "upgrade"],
+)
+def test_odd_bytes_write_no_log(served, caplog, head):
+    with socket.create_connection(("127.0.0.1", served.server.port)) as connection:
+        connection.sendall(head + b"\r\n\r\n")
+        connection.shutdown(socket.SHUT_WR)
+        answer_of(connection)
+    assert caplog.records == []
 
 
 def test_a_body_that_says_it_is_large(served):

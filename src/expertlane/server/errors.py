@@ -1,5 +1,6 @@
 """Errors as the OpenAI API has them: a status, and a JSON object that names the field."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from expertlane.spec.printable import printable
 JSON = "application/json"
 TOO_LARGE = 413
 _CODES = {404: "not_found", 405: "method_not_allowed", TOO_LARGE: "body_too_large"}
+_PYDANTIC = re.compile(r"^\w+ should(?= )")  # Input, String, List…
+_NO_JSON = "invalid_json"
 _MOST = 500  # characters of a message
 
 
@@ -85,11 +88,14 @@ def install_handlers(app: FastAPI) -> None:
 
     async def of_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return refusal(error.errors()).response()
+        return refusal(error.errors(), request.headers.get("content-type")).response()
 
     async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = error.status_code
+        if status == 400:  # of the framework's parser; syntax errors come to `of_validation`
+            text = "the body is no JSON: not UTF-8, nested too deeply, or with a huge number"
+            return ApiError(400, text, code=_NO_JSON).response()
         text = f"{request.method} {request.url.path}: {error.detail}"
         answer = ApiError(status, text, code=_CODES.get(status)).response()
         answer.headers.update(error.headers or {})
@@ -110,21 +116,28 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, of_bug)
 
 
-def refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """What pydantic found, as one error: of the alternatives of a field, the one that fits most."""
+def refusal(errors: Sequence[Mapping[str, Any]], content_type: str | None) -> ApiError:
+    """What pydantic found, as one error: of the alternatives of a field, the one that fits most.
+
+    Args:
+        content_type: of the request; bodies of another type than JSON are not parsed.
+    """
     error = max(errors, key=lambda each: len(each["loc"]))
     kind = error["type"]
     if kind == "json_invalid":
         reason = error.get("ctx", {}).get("error", "invalid")
-        return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
+        return ApiError(400, f"the body is not valid JSON: {reason}", code=_NO_JSON)
     param = _param(error["loc"][1:], is_unknown=kind == "extra_forbidden")
     if param is None:
-        return ApiError(400, "the body must be a JSON object", code="invalid_json")
+        text = "the body must be a JSON object"
+        if "json" not in (content_type or "").lower():
+            text += f", with Content-Type: {JSON}"
+        return ApiError(400, text, code=_NO_JSON)
     if kind == "extra_forbidden":
         return bad_field(param, f"unknown field {param}", "unknown_parameter")
     if kind == "missing":
         return bad_field(param, f"{param} is missing", "missing_required_parameter")
-    message = error["msg"].replace("Input should", "it must").replace("Value error, ", "")
+    message = _PYDANTIC.sub("it must", error["msg"].removeprefix("Value error, "))
     return bad_field(param, f"{param}: {message}")
 
 

@@ -110,9 +110,15 @@ class Known(Strict):
         for name, value in given.items():
             if name not in cls.neutral:
                 found[name] = value
-            elif value is not None and value not in cls.neutral[name]:
+            elif not _is_neutral(value, cls.neutral[name]):
                 raise _unsupported(name, value, cls.neutral[name])
         return found
+
+
+def _is_neutral(value: object, neutral: Iterable[Any]) -> bool:
+    """Whether it is null or one of them; Python's True equals 1, JSON's does not."""
+    same = (each for each in neutral if isinstance(value, bool) == isinstance(each, bool))
+    return value is None or value in same
 
 
 def _unsupported(name: str, value: object, neutral: Iterable[Any]) -> ApiError:

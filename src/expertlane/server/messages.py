@@ -1,5 +1,6 @@
 """Messages of a chat, and the tools that a model may call."""
 
+from json import JSONDecodeError
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -36,7 +37,7 @@ class ToolCall(Strict):
         """As templates take it: arguments as an object, where they are one."""
         try:
             arguments: Any = parse_json(self.function.arguments)
-        except UserError:
+        except (UserError, JSONDecodeError):
             arguments = self.function.arguments
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": self.type, "function": function}

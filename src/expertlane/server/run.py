@@ -147,6 +147,7 @@ async def _serve(
         ws="none",
         lifespan="off",
         log_config=None,
+        log_level="error",  # warnings are of bytes that anyone can send
         access_log=False,
         server_header=False,
         proxy_headers=False,

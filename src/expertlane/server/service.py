@@ -179,7 +179,7 @@ class Service:
             ApiError: it has none.
         """
         if self.model.tokenizer is None:
-            text = f"{self.model.name} has no tokenizer; {param} can only be token ids"
+            text = f"{param}: {self.model.name} has no tokenizer; give and take token ids"
             raise bad_field(param, text, "no_tokenizer")
         return self.model.tokenizer
 
