@@ -72,7 +72,8 @@ def test_what_is_faster_in_full_than_screened_is_found(screened):
     options = options_within(screened, goals)
     assert all(option.place is None for option in options)
     finals = best_in_full(options, goals, slower(0.95), lambda _: None)
-    assert finals.kept[0].served.tpot_s[1, 0] == pytest.approx(0.95 * fastest)
+    quickest = min(float(each.served.tpot_s[1, 0]) for each in finals.kept)
+    assert quickest == pytest.approx(0.95 * fastest)
     assert finals.kept[0].option in finals.options
 
 
