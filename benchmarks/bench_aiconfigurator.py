@@ -5,8 +5,8 @@
 
 The file is InferenceX's (SemiAnalysis) as a table of DeepSeek-R1. Rows are those of one pool
 without speculation in the half that expertlane's overheads of frameworks were not fitted to; of
-repeats on several days the newest. expertlane simulates a stretch of the load in its steady state, as
-calibration/judge_serving.py does; aiconfigurator has `run_agg` of the same layout, load and
+repeats on several days the newest. expertlane simulates a stretch of the load in its steady state,
+as calibration/judge_serving.py does; aiconfigurator has `run_agg` of the same layout, load and
 lengths, in an environment of its own, with its own defaults (experts' loads by a power law).
 Seconds are of the CPU, without reading tables and profiles.
 """

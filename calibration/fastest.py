@@ -68,9 +68,12 @@ def _several(card: Card) -> dict[str, list[Law]]:
 def _errors(model: DeviceModel, laws: list[Law]) -> dict[tuple[float, ...], float]:
     """By size, the logarithm of predicted over measured."""
     fastest: dict[tuple[float, ...], tuple[float, float]] = {}
-    libraries: defaultdict[tuple[float, ...], set[str]] = defaultdict(set)
+    kernels: defaultdict[tuple[float, ...], set[object]] = defaultdict(set)
+    all_kernels = set()
     for law in laws:
         for source in law.sources:
+            kernel = source.table.path, source.table.where.get("kernel_source")
+            all_kernels.add(kernel)
             for part in (Part.FITTED, Part.LARGEST):
                 columns = read(source.table, part)
                 predicted = model.times(law.kind, law.dtype, source.sizes(columns)).seconds
@@ -78,13 +81,13 @@ def _errors(model: DeviceModel, laws: list[Law]) -> dict[tuple[float, ...], floa
                 for size, measured, likely in zip(
                     sizes, columns["seconds"].tolist(), predicted.tolist(), strict=True
                 ):
-                    libraries[size].add(law.library)
+                    kernels[size].add(kernel)
                     if size not in fastest or measured < fastest[size][0]:
                         fastest[size] = measured, likely
     return {
         size: float(np.log(likely / measured))
         for size, (measured, likely) in fastest.items()
-        if len(libraries[size]) == len(laws)
+        if kernels[size] == all_kernels
     }
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
+import numpy as np
 from serving_errors import FEWEST, NOISE, Errors, Pair, by_group, orders, single_rows, table
 from serving_fit import (
     Sides,
@@ -43,7 +44,10 @@ def main() -> int:
     questions = [
         Question(row, unfitted(row.framework), acceptance_of(row, accepted)) for row in rows
     ]
-    base = list(zip(rows, project(questions, asked.jobs), strict=True))
+    # In a drawn order: what is done tells how long the rest takes, and an interrupted run is of all.
+    order = np.random.default_rng(0).permutation(len(rows)).tolist()
+    answers = dict(zip(order, project([questions[i] for i in order], asked.jobs), strict=True))
+    base = [(row, answers[place]) for place, row in enumerate(rows)]
     refused = [pair for pair in base if pair[1].refused]
     base = [pair for pair in base if not pair[1].refused]
     fitted = {row.configuration for row in sides.fitted}

@@ -6,7 +6,7 @@ the same devices, by output tokens a second as the planner screens them.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+
 from math import exp, log
 from typing import NamedTuple
 
@@ -194,9 +194,10 @@ def decode_steps(cell: Cell) -> tuple[StepsRecord, StepsRecord] | None:
         return None
     request = request_of(cell.model, cell.hardware, cell.num_devices, DEFAULT_SKEW)
     first, second = (
-        Projector(request.model, *each.candidate, request.cluster, request.setting).step(
-            StepSize(min(cell.num_seqs, int(each.served.num_seqs[-1])), 1, _CONTEXT)
-        )
+        Projector(
+            *(request.model, each.candidate.layout, each.candidate.options),
+            *(request.cluster, request.setting),
+        ).step(StepSize(min(cell.num_seqs, int(each.served.num_seqs[-1])), 1, _CONTEXT))
         for each in (cell.with_ep, cell.without)
     )
     return first, second
@@ -247,7 +248,7 @@ def projected_factor(pair: Pair) -> float | None:
         of_layout = candidates_of(
             layout, request.model, request.cluster.profile.ranks_per_node, "model"
         )
-        plain = (each for each in of_layout if not each.options.num_redundant_experts)
-        screened = fitting(Screen(request).run(islice(plain, 2), lambda _: None))
+        plain = [each for each in of_layout if not each.options.num_redundant_experts]
+        screened = fitting(Screen(request).run(plain, lambda _: None))
         tps.append(max((tps_at(each, pair.num_seqs) for each in screened), default=0.0))
     return tps[0] / tps[1] if all(tps) else None

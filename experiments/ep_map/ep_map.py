@@ -10,6 +10,7 @@ pairs.py took from a file of public measurements.
 
 import argparse
 import csv
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -57,6 +58,7 @@ from expertlane.spec.ranges import DEFAULT_SKEW, SKEW_BOUNDS
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
+OWN = HERE.parents[1] / "benchmarks" / "results" / "2026-11-26-bench_factor.json"
 COMMAND = "python experiments/ep_map/ep_map.py"
 TITLE = "When does expert parallelism win?"
 COLOURS = {"EP": "--below", "no EP": "--above", "even": "--silver", "neither": "--card"}
@@ -127,6 +129,7 @@ def made(
         Section("In short, projected", (headline, HOW), "top"),
         Section("Each region and why, projected", (_regions(regions, whys),), "top"),
         Section("Measured by others", measured_parts(judged), "tables"),
+        Section("Measured by this engine", own_parts(), "tables"),
     )
     answer = Answer("the best with expert parallelism over the best without", headline)
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -262,6 +265,31 @@ def measured_parts(judged: Sequence[tuple[Pair, float | None]]) -> tuple[str | T
         f"has the same order in {right} of {len(clear)}."
     )
     return words, Table.of("Output tokens/s with EP over without", columns, judged)
+
+
+def own_parts() -> tuple[str | Table, ...]:
+    """What benchmarks/bench_factor.py measured, where its results are beside this."""
+    if not OWN.exists():
+        return ()
+    columns = (
+        number("sequences", lambda case: case["batch"], "{:,}".format),
+        text("router", lambda case: f"skew {case['skew']:g}" if case["skew"] else "balanced"),
+        number("EP 16 over the best baseline", _own_factor, times),
+    )
+    words = (
+        "A small copy of the paper's model on 16 real ranks of a CPU, in virtual time: computation "
+        "is measured, links are those of 16 H100 in two nodes. DP 2 × TP 8, EP 2 is the best "
+        "baseline everywhere; with a skewed router one expert a rank leaves nothing to balance."
+    )
+    cases = json.loads(OWN.read_text(encoding="utf-8"))["cases"]
+    return words, Table.of("", columns, cases)
+
+
+def _own_factor(case: dict[str, Any]) -> float:
+    at_scale: float = next(
+        each["over_best_baseline"] for each in case["factors"] if each["scale"] == case["scale"]
+    )
+    return at_scale
 
 
 def _side(factor: float) -> str:

@@ -1,5 +1,6 @@
 """Replicas, data-parallel ranks, micro-batches and steps in flight by hand."""
 
+from expertlane.spec.names import Phase
 from schedule.by_hand import add, answer, make, make_limits, request, scheduled, step, until_done
 from schedule.paged import seqs_of
 
@@ -118,3 +119,25 @@ def test_flags_reach_every_plan():
         plan = scheduler.next_plan()
         assert plan.return_logits is flags.get("return_logits", False)
         assert plan.record is flags.get("record", True)
+
+
+def test_a_prompt_waits_for_one_on_every_rank():
+    """Two ranks, one decoding: another prompt waits for its company, or for three steps."""
+    scheduler = make("dp=2", prompt_wait_steps=3)
+    add(scheduler, request("first", prompt_len=4, max_tokens=9))
+    assert step(scheduler).phase is Phase.PREFILL  # nobody decodes, so nobody is held up
+    (late,) = add(scheduler, request("late", prompt_len=4, max_tokens=9))
+    phases = [step(scheduler).phase for _ in range(4)]
+    assert phases == [Phase.DECODE, Phase.DECODE, Phase.DECODE, Phase.PREFILL]
+    assert len(late.output_token_ids) == 1
+
+    scheduler = make("dp=2", prompt_wait_steps=3)
+    add(scheduler, request("first", prompt_len=4, max_tokens=9))
+    step(scheduler)
+    both = add(
+        scheduler,
+        request("one", prompt_len=4, max_tokens=9),
+        request("two", prompt_len=4, max_tokens=9),
+    )
+    assert step(scheduler).phase is Phase.PREFILL
+    assert {each.dp_rank for each in both} == {0, 1}

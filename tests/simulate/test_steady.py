@@ -40,13 +40,13 @@ def simulator_of(layouts, batch, num_requests, prompt, output, multi_token=NO_DR
     ("layouts", "batch", "prompt", "output", "multi_token"),
     [
         (("tp=2",), 4, (40, 50), (90, 110), NO_DRAFTS),
-        (("dp=4,ep=4",), 16, (40, 50), (90, 110), NO_DRAFTS),
+        (("dp=2,ep=2",), 6, (40, 50), (90, 110), NO_DRAFTS),
         (("tp=2",), 4, (40, 50), (90, 110), MultiToken(2, 0.5)),
         (("tp=2", "replicas=2,tp=2"), 8, (40, 50), (90, 110), NO_DRAFTS),
     ],
 )
 def test_as_the_whole_load(layouts, batch, prompt, output, multi_token):
-    whole = simulator_of(layouts, batch, 20 * batch, prompt, output, multi_token)
+    whole = simulator_of(layouts, batch, 8 * batch, prompt, output, multi_token)
     served = serving_record(whole.run(0).served, ())
     found = steady_rates(
         simulator_of(layouts, batch, batch, prompt, output, multi_token), 0, least_steps=200
