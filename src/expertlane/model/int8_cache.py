@@ -92,7 +92,8 @@ def write_int8_cache(checkpoint: Checkpoint, touch: Callable[[], None]) -> None:
     for name in sorted(shapes, key=lambda each: not each.endswith(_SCALES)):
         rows, columns = shapes[name]
         begin, end = end, end + rows * columns * (4 if name.endswith(_SCALES) else 1)
-        header[name] = {"dtype": _dtype(name), "shape": [rows, columns], "data_offsets": [begin, end]}
+        offsets = [begin, end]
+        header[name] = {"dtype": _dtype(name), "shape": [rows, columns], "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
