@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +76,25 @@ def test_byte_tokens_are_those_that_decode_to_bytes() -> None:
     assert Tokenizer(core).byte_tokens == {1: b"\n", 2: b"\xe4"}
 
 
+def test_a_long_text_holds_no_other_thread_up(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(save(tmp_path))
+    found: list[list[int]] = []
+    thread = threading.Thread(target=lambda: found.append(tokenizer.encode("a b " * 200_000)))
+    thread.start()
+    num_turns = 0
+    while thread.is_alive():
+        num_turns += 1
+        time.sleep(0.001)
+    assert found == [[0, *[4, 5] * 200_000]]
+    assert num_turns > 10  # `encode` alone leaves one or two
+
+
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(save(tmp_path))
     with pytest.raises(UserError, match=r"^the text 'a \\ud800' holds half a surrogate pair"):
         tokenizer.encode("a \ud800")
+    with pytest.raises(UserError, match="holds half a surrogate pair"):
+        tokenizer.encode("a " * 20_000 + "\ud800")
     with pytest.raises(TypeError):
         tokenizer.encode(7)  # type: ignore[arg-type]  # a mistake of ours, not of the text
 

@@ -142,7 +142,14 @@ def take_another(checkpoint):
     path.write_bytes(path.read_bytes().replace(b"layers.0.query", b"layers.9.query"))
 
 
-@pytest.mark.parametrize("change", [change_time, change_size, cut_short, spoil, take_another])
+def change_type(checkpoint):
+    path = checkpoint.folder / FOLDER / FILE
+    path.write_bytes(path.read_bytes().replace(b'"I8"', b'"U8"', 1))
+
+
+@pytest.mark.parametrize(
+    "change", [change_time, change_size, cut_short, spoil, take_another, change_type]
+)
 def test_a_file_of_something_else_counts_as_missing(copied, change):
     checkpoint = copied("mixtral")
     write_int8_cache(checkpoint, touch)

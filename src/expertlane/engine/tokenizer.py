@@ -19,6 +19,7 @@ _GENERATION_CONFIG = "generation_config.json"
 _SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
 _REPLACEMENT = "\ufffd"
 _MAX_CHARACTER_BYTES = 4
+LONG_TEXT = 20_000  # characters; some milliseconds
 
 
 class Tokenizer:
@@ -77,7 +78,11 @@ class Tokenizer:
             UserError: the text holds half a surrogate pair, which is no character.
         """
         try:
-            return self._core.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) <= LONG_TEXT:
+                return self._core.encode(text, add_special_tokens=add_special_tokens).ids
+            # Other threads wait for `encode` to end, but not for this.
+            encoded = self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return encoded[0].ids
         except TypeError:
             if not any("\ud800" <= character <= "\udfff" for character in text):
                 raise

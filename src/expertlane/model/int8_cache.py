@@ -37,7 +37,8 @@ class Int8Cache:
         if self._shards.metadata() != _metadata(checkpoint):
             raise SpecError(f"{checkpoint.folder / FOLDER} is of other files")
         for name, shape in _shapes(checkpoint).items():
-            if tuple(self._shards.slice(name).get_shape()) != shape:
+            stored = self._shards.slice(name)
+            if (stored.get_dtype(), tuple(stored.get_shape())) != (_dtype(name), shape):
                 raise SpecError(f"{checkpoint.folder / FOLDER} is of another model")
         self._shards.close()
 
@@ -91,8 +92,8 @@ def write_int8_cache(checkpoint: Checkpoint, touch: Callable[[], None]) -> None:
     for name in sorted(shapes, key=lambda each: not each.endswith(_SCALES)):
         rows, columns = shapes[name]
         begin, end = end, end + rows * columns * (4 if name.endswith(_SCALES) else 1)
-        dtype = "F32" if name.endswith(_SCALES) else "I8"
-        header[name] = {"dtype": dtype, "shape": [rows, columns], "data_offsets": [begin, end]}
+        offsets = [begin, end]
+        header[name] = {"dtype": _dtype(name), "shape": [rows, columns], "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
@@ -131,6 +132,10 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
             rows, columns = shapes[name] = tensor_shape(checkpoint.model, name)
             shapes[name + _SCALES] = rows, -(-columns // INPUTS_OF_SCALE)
     return shapes
+
+
+def _dtype(name: str) -> str:
+    return "F32" if name.endswith(_SCALES) else "I8"
 
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:

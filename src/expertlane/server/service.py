@@ -10,7 +10,7 @@ from typing import Any
 from expertlane.engine.async_engine import AsyncEngine, Generation
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.engine import Engine
-from expertlane.engine.tokenizer import Tokenizer
+from expertlane.engine.tokenizer import LONG_TEXT, Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.request import Limits
 from expertlane.server.errors import ApiError, bad_field
@@ -165,7 +165,7 @@ class Service:
         tokenizer = self.tokenizer(param)
         encode = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens is not False)
         try:
-            return await asyncio.to_thread(encode) if len(text) > _LONG_TEXT else encode()
+            return await asyncio.to_thread(encode) if len(text) > LONG_TEXT else encode()
         except UserError as error:
             raise bad_field(param, f"{param}: {error}") from None
 
@@ -292,9 +292,6 @@ class Service:
         """Cancel everything; clients get the error."""
         for generation in list(self._open):
             generation.end(error)
-
-
-_LONG_TEXT = 20_000  # characters; some milliseconds
 
 
 def _ended(error: Exception) -> ApiError:

@@ -94,6 +94,8 @@ class Options(Strict):
 
     def __post_init__(self) -> None:
         take_fields(self)
+        if not isinstance(self.cache_int8, bool):
+            raise SpecError(f"cache_int8 is {shown(self.cache_int8)}; it must be true or false")
         if self.cache_int8 and self.weights != "int8":
             raise SpecError(
                 f"cache_int8 keeps matrices that are rounded to int8, but weights are "

@@ -58,10 +58,13 @@ def write_text(path: Path, text: str) -> Path:
 def user_cache() -> Path:
     """Where what took long to make is kept; not made yet.
 
+    XDG_CACHE_HOME counts where it is absolute, as the XDG specification has it.
+
     Raises:
         RuntimeError: this user has no home.
     """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertlane"
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".cache") / "expertlane"
 
 
 _MIB = 2**20
