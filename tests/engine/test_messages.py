@@ -11,7 +11,7 @@ from operator import or_
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertlane.engine import commands, messages
@@ -246,6 +246,7 @@ def test_arrays_that_are_not_what_they_should_be(pair, array, said):
 
 
 @given(st.data())
+@settings(deadline=None)
 def test_damaged_messages_are_refused_or_harmless(data):
     """Whatever is changed in a message, decoding gives a value or a `MessageError`."""
     plan = StepPlan(1, 0, Phase.PREFILL, ((batch(2),),))
