@@ -132,6 +132,8 @@ CASES = [
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
     (CHAT, {"chat_template": "{{ 1 }}"}, "chat_template"),
     (CHAT, {"reasoning_effort": "high"}, "reasoning_effort"),
+    (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
     (CHAT, {"modalities": ["audio"]}, "modalities"),
     ("/tokenize", {"prompt": 5}, "prompt"),
     ("/tokenize", {"messages": [*MESSAGES]}, "prompt"),

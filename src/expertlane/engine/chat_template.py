@@ -31,6 +31,8 @@ _ANSWER_S = 30.0  # wall time: the machine may be busy
 # How much longer than its messages a prompt may be: templates add system prompts of their own.
 _MAX_ADDED_CHARACTERS = 2**20
 _MAX_EXPANSION = 4
+# What templates are given anyway, and nobody else may name.
+OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 # Isolated: neither the working directory nor the environment decides what is imported. Packages
 # outside the standard library come from where this process has them.
@@ -113,7 +115,8 @@ class ChatTemplate:
             messages: each with a `role` and a `content`; the template says which roles it knows.
             add_generation_prompt: end with what begins the model's answer.
             tools: that the model may call, as the OpenAI API has them.
-            variables: more of the template's own, such as `enable_thinking`.
+            variables: more of the template's own, such as `enable_thinking`; none of
+                `OWN_VARIABLES`, whose values win.
 
         Raises:
             UserError: a message lacks something, or the template refuses or fails.

@@ -14,6 +14,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from expertlane.engine.chat_template import OWN_VARIABLES
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import RANGES, shown
@@ -53,6 +54,12 @@ def _take_bias(value: dict[str, float]) -> dict[str, float]:
     return value
 
 
+def _take_variables(value: dict[str, Any]) -> dict[str, Any]:
+    for name in sorted(OWN_VARIABLES & value.keys()):
+        raise _refuse(name, "another name: the template is given this one anyway")
+    return value
+
+
 def _is_token(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
@@ -83,6 +90,7 @@ _PROMPT_SCHEMA = {
 }
 Stop = Annotated[list[str] | None, BeforeValidator(_take_stop), WithJsonSchema(_STOP_SCHEMA)]
 Prompts = Annotated[Any, BeforeValidator(_take_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_take_variables)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 

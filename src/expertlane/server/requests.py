@@ -18,6 +18,7 @@ from expertlane.server.fields import (
     Prompts,
     Stop,
     Strict,
+    TemplateVariables,
     TokenId,
     number,
 )
@@ -208,7 +209,7 @@ class ChatRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = number("logprobs")
     add_generation_prompt: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     tools: list[Tool] | None = Field(default=None, max_length=_MOST_TOOLS)
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Literal[True] | None = None
@@ -256,7 +257,7 @@ class TokenizeRequest(Known):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
