@@ -106,7 +106,8 @@ def compare(
             h100, h200, or a TOML file of expertlane calibrate).
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
-            sglang. simulate also takes its --max-num-batched-tokens, unless you give one.
+            sglang. simulate also takes its --max-num-batched-tokens, where that is left at
+            2048.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 
@@ -168,7 +169,8 @@ def plan(
         kv_dtype: Type of the KV cache.
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
-            sglang. simulate also takes its --max-num-batched-tokens, unless you give one.
+            sglang. simulate also takes its --max-num-batched-tokens, where that is left at
+            2048.
         mtp: Multi-token prediction: N draft tokens per step.
         mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         out: Folder for results.json, the reports and all else that the command writes. None:
@@ -258,7 +260,8 @@ def simulate(
         kv_dtype: Type of the KV cache.
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
-            sglang. simulate also takes its --max-num-batched-tokens, unless you give one.
+            sglang. simulate also takes its --max-num-batched-tokens, where that is left at
+            2048.
         overlap: Two-batch overlap: one half batch computes while the other communicates; auto:
             where faster for a step's number of tokens, timed at startup.
         num_micro_batches: Micro-batches per pipeline step.

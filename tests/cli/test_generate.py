@@ -8,8 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cli.stub_llm import StubLLM
 from expertlane.balance.trace import read_trace
@@ -20,7 +18,7 @@ from expertlane.errors import UserError
 from expertlane.schedule.request import RequestOutput, not_finite
 from expertlane.spec.model import PRESETS
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
-from model.families import save_checkpoint
+from model.chat_checkpoint import save_chat_checkpoint
 
 TINY = PRESETS["paper-tiny"]
 TEMPLATE = """\
@@ -33,20 +31,7 @@ STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('No system.') 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A tiny checkpoint with a byte-level tokenizer and a chat template."""
-    folder = save_checkpoint("mixtral", tmp_path_factory.mktemp("chatty"), vocab_size=270)
-    core = tokenizers.Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=261,
-        special_tokens=["<u>", "</s>", "<a>", "<s>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    core.train_from_iterator(["the thing"], trainer)
-    core.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return save_chat_checkpoint(tmp_path_factory.mktemp("chatty"), TEMPLATE)
 
 
 class Terminal(io.StringIO):

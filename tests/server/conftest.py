@@ -8,8 +8,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.llm import LLM
@@ -17,7 +15,7 @@ from expertlane.engine.tokenizer import default_sampling
 from expertlane.schedule.request import RequestOutput
 from expertlane.server.service import ServedModel
 from expertlane.spec.sampling import SamplingParams
-from model.families import save_checkpoint
+from model.chat_checkpoint import save_chat_checkpoint
 from server.running import DRAWN, GREEDY, MESSAGES, PATIENCE_S, PROMPTS, ServerInThread, StubServer
 
 TEMPLATE = (
@@ -31,20 +29,7 @@ TEMPLATE = (
 @pytest.fixture(scope="session")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with a byte-level tokenizer and a chat template."""
-    folder = save_checkpoint("mixtral", tmp_path_factory.mktemp("served"), vocab_size=270)
-    core = tokenizers.Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=261,
-        special_tokens=["<u>", "</s>", "<a>", "<s>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    core.train_from_iterator(["the thing"], trainer)
-    core.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return save_chat_checkpoint(tmp_path_factory.mktemp("served"), TEMPLATE)
 
 
 @dataclass

@@ -166,7 +166,7 @@ def cluster_option(default: Any, show_default: bool | str = True) -> Any:
 
 
 def skew_option() -> Any:
-    """Routing without a trace."""
+    """The skew of routing that no trace gives."""
     return typer.Option(
         None,
         metavar="ALPHA",
@@ -381,7 +381,7 @@ def framework_option() -> Any:
         metavar="NAME",
         show_default="the profile's own overheads",
         help="Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or sglang. "
-        "simulate also takes its --max-num-batched-tokens, unless you give one.",
+        "simulate also takes its --max-num-batched-tokens, where that is left at 2048.",
         rich_help_panel=Panel.MODELLED,
     )
 
