@@ -53,6 +53,7 @@ class RankWatch:
 
     Attributes:
         layers: the hidden layers that have experts.
+        stage_of_layer: [num_moe_layers]; the pipeline stage of each of them.
         readings: of the last two minutes, the latest last; never empty. Other threads may copy it.
     """
 
@@ -66,6 +67,10 @@ class RankWatch:
     ) -> None:
         self.layout, self.num_experts = layout, model.num_experts
         self.layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
+        stages = [layout.layers_of_stage(model.num_hidden_layers, i) for i in range(layout.pp)]
+        self.stage_of_layer = [
+            next(i for i, own in enumerate(stages) if layer in own) for layer in self.layers
+        ]
         self.rebalancer = rebalancer
         self._pool, self._placements = pool, placements
         self._ranks = range(layout.world_size)

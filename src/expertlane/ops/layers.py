@@ -50,6 +50,7 @@ class LayersPart:
         meter: tuple[int, Sequence[Tensor | None]] | None = None,
     ) -> None:
         self._made_of, self._caches = list(layers), list(caches)
+        self._counts: Sequence[Tensor | None]
         address, self._counts = (None, [None] * len(layers)) if meter is None else meter
         self._progress = Progress(*progress, address, (ctypes.c_int64 * len(stages))(*stages))
         self._layers = (Layer * len(layers))(
