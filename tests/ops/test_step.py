@@ -187,7 +187,7 @@ def test_experts_that_are_all_here(ours, dtype, is_gated: bool, is_narrow: bool,
     assert torch.equal(here.topk_ids(work, num_tokens), topk_ids)
     assert torch.equal(here.normed(work, x), normed)
     here.group(work, num_tokens)
-    assert here.num_tokens_per_expert(work, num_tokens) == pairs.counts.tolist()
+    assert here.num_tokens_per_expert(work, num_tokens).tolist() == pairs.counts.tolist()
     here.compute(work, num_tokens)
     assert_near(here.combine(work, x, adds_input=False), expected)
     assert_near(here.combine(work, x, adds_input=True), x + expected)

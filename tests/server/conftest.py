@@ -62,7 +62,8 @@ def served(chatty: Path) -> Iterator[Served]:
         plain_chat = _chat(llm, replace(DRAWN, logprobs=None))
         template = ChatTemplate.from_folder(chatty)
         model = ServedModel(
-            "tiny", llm.engine, llm.limits, llm.tokenizer, template, default_sampling(chatty)
+            *("tiny", llm.engine, llm.limits, llm.tokenizer, template),
+            *(default_sampling(chatty), llm.watch()),
         )
         server = ServerInThread(model, check_ranks=llm.check_ranks)
         try:

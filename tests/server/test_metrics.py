@@ -12,9 +12,18 @@ from engine.processes import wait_until
 from expertlane.server.metrics import Histogram
 from server.running import PATIENCE_S
 
-GAUGES = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"}
+GAUGES = {
+    "num_requests_running",
+    "num_requests_waiting",
+    "num_requests_waiting_by_reason",
+    "kv_cache_usage_perc",
+    "engine_sleep_state",
+    "cache_config_info",
+}
 COUNTERS = {
     "prompt_tokens",
+    "prompt_tokens_cached",
+    "prompt_tokens_by_source",
     "generation_tokens",
     "num_preemptions",
     "prefix_cache_queries",
@@ -33,6 +42,7 @@ HISTOGRAMS = {
     "request_decode_time_seconds",
     "request_prompt_tokens",
     "request_generation_tokens",
+    "request_prefill_kv_computed_tokens",
     "request_params_n",
     "request_params_max_tokens",
     "iteration_tokens_total",
@@ -86,7 +96,30 @@ def test_the_numbers_are_those_of_the_clients(stub_server):
     assert values["vllm:request_queue_time_seconds_count",] == 5
     assert values["vllm:num_requests_running",] == 0
     assert values["vllm:kv_cache_usage_perc",] == 0
-    assert values["http_requests_total", "/v1/completions", "200", "POST"] == 2
+    assert values["http_requests_total", "/v1/completions", "2xx", "POST"] == 2
+
+
+def test_prompt_tokens_by_source(stub_server):
+    server = stub_server()
+    for _ in range(2):
+        post(server, prompt=list(range(10)), max_tokens=2)  # two full blocks of four are shared
+    assert wait_until(lambda: server.engine.is_idle)
+    values, _ = scrape(server)
+    assert values["vllm:prompt_tokens_cached_total",] == 8
+    assert values["vllm:prompt_tokens_by_source_total", "local_compute"] == 12
+    assert values["vllm:prompt_tokens_by_source_total", "local_cache_hit"] == 8
+    assert values["vllm:request_prefill_kv_computed_tokens_sum",] == 12
+
+
+def test_dummy_steps_are_those_of_ranks_without_a_token(stub_server):
+    server = stub_server(layout="dp=3")
+    post(server, prompt=[1, 2], max_tokens=6)
+    assert wait_until(lambda: server.engine.is_idle)
+    values, _ = scrape(server)
+    counts = [values["expertlane:dummy_steps_total", "0", str(dp)] for dp in range(3)]
+    steps = [values.get(("expertlane:steps_total", "0", each), 0) for each in ("decode", "prefill")]
+    assert sorted(counts) == [0, 6, 6]
+    assert steps == [5, 1]
 
 
 def test_running_and_waiting_requests(stub_server):
@@ -120,6 +153,33 @@ def test_real_ranks_have_times(served):
         + values["vllm:request_inference_time_seconds_sum",],
         rel=1e-3,
     )
+
+
+def test_our_own_metrics_of_real_ranks(served):
+    server = served.server
+
+    def tokens():
+        text = httpx.get(f"{server.url}/metrics").text
+        families = {each.name: each for each in text_string_to_metric_families(text)}
+        counts = families["expertlane:expert_tokens"].samples
+        assert all(each.labels.keys() == {"model_name", "layer", "expert"} for each in counts)
+        return sum(each.value for each in counts), len(counts)
+
+    before, num_series = tokens()
+    assert num_series == 4 * 8  # layers and experts
+    served.client.completions.create(model="tiny", prompt=[7, 8, 9], max_tokens=9)
+    computed = 4 * 2 * (3 + 8)  # layers, experts a token; the last token is not fed back
+    assert wait_until(lambda: tokens()[0] == before + computed)
+    values, _ = scrape(server)
+    for rank in "01":
+        for stage in ("attention", "router", "experts", "waiting"):
+            assert values["expertlane:rank_step_seconds_sum", rank, stage] > 0
+            assert values["expertlane:rank_step_seconds_count", rank, stage] > 0
+    assert values["expertlane:link_bytes_total", "intra-node"] > 0
+    assert values["expertlane:link_bytes_total", "inter-node"] == 0
+    assert values["expertlane:transfer_seconds_total", "exposed"] > 0
+    assert 1 <= values["expertlane:imbalance", "0"] <= 2
+    assert values["process_resident_memory_bytes",] > 0
 
 
 @given(st.lists(st.floats(0, 10, allow_nan=False)))

@@ -2,8 +2,10 @@
 
 import os
 import socket
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import typer
 
@@ -11,7 +13,7 @@ from expertlane.cli.help import Panel
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import EngineOptions, ModelArgument, layout_option
-from expertlane.cli.output import is_first_process, print_json
+from expertlane.cli.output import is_first_process, print_json, print_message
 from expertlane.cli.output_options import json_option
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
@@ -19,9 +21,13 @@ from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
     from expertlane.engine.chat_template import ChatTemplate
+    from expertlane.engine.tokenizer import Tokenizer
+    from expertlane.server.logs import RequestLog
     from expertlane.server.service import ServedModel
+    from expertlane.server.tracing import Tracing
 
 _API_KEY = "EXPERTLANE_API_KEY"
+LogFormat = Literal["off", "text", "json"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,18 @@ class _Options:
         metavar="SECONDS",
         help="How long running requests may continue after SIGTERM or Ctrl-C.",
     )
+    log_format: LogFormat = typer.Option(
+        "off", help="Write a line per request to stderr: text, or JSON objects."
+    )
+    log_prompts: bool = typer.Option(
+        False, "--log-prompts", help="Put prompts and outputs into these lines too."
+    )
+    otlp_endpoint: str | None = typer.Option(
+        None,
+        metavar="URL",
+        show_default="OTEL_EXPORTER_OTLP_ENDPOINT, else none",
+        help="Send OpenTelemetry traces of requests there; needs opentelemetry-sdk.",
+    )
     as_json: bool = json_option()
 
 
@@ -62,7 +80,8 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
 
     Clients use http://HOST:PORT/v1. Routes: /v1/completions, /v1/chat/completions, /v1/models,
     /tokenize, /detokenize, /health, /ping, /version, /load, /metrics and /openapi.json. A request
-    with an unsupported field gets status 400 and an error that names the field.
+    with an unsupported field gets status 400 and an error that names the field. Open
+    http://HOST:PORT/live in a browser to see what ranks and experts are doing.
 
     SIGTERM or Ctrl-C shuts the server down: new requests get status 503, running ones have up to
     --drain-s to finish. A second signal ends it at once.
@@ -85,18 +104,32 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
     found = find_model(model)
     layout = found.lay_out(own.layout)
     found.check(layout, engine.options, engine.ranks_per_node)
-    options = ServerOptions(
-        api_keys=tuple(keys),
-        max_num_queued=own.max_num_queued,
-        request_timeout_s=own.request_timeout_s,
-        drain_s=own.drain_s,
-    )
+    if own.log_prompts and own.log_format == "off":
+        raise UserError("--log-prompts needs --log-format text or json")
     # Before the model is loaded, which takes long; of torchrun's processes, the first one listens.
     template, recommended = _of_checkpoint(found)
     bound = bind(own.host, own.port if is_first_process() else 0)
-    with bound, found.load(layout, engine) as llm:
-        name = own.served_model_name or model
-        served = ServedModel(name, llm.engine, llm.limits, llm.tokenizer, template, recommended)
+    name = own.served_model_name or model
+    with ExitStack() as stack:
+        stack.enter_context(bound)
+        tracing = _tracing(own.otlp_endpoint, name)
+        if tracing is not None:
+            stack.callback(tracing.close)
+        llm = stack.enter_context(found.load(layout, engine))
+        log = _log(own, name, llm.tokenizer)
+        if log is not None:
+            stack.callback(log.close)
+        options = ServerOptions(
+            api_keys=tuple(keys),
+            max_num_queued=own.max_num_queued,
+            request_timeout_s=own.request_timeout_s,
+            drain_s=own.drain_s,
+            observers=tuple(each for each in (log, tracing) if each is not None),
+            on_event=None if log is None else log.event,
+        )
+        served = ServedModel(
+            name, llm.engine, llm.limits, llm.tokenizer, template, recommended, llm.watch()
+        )
         serve(
             served,
             options,
@@ -104,6 +137,32 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
             check_ranks=llm.check_ranks,
             on_start=lambda running: _say(served, layout, bound, own.as_json),
         )
+
+
+def _tracing(endpoint: str | None, name: str) -> "Tracing | None":
+    """Traces, where they are asked for; variables alone are no reason to refuse to start."""
+    from expertlane.server.tracing import is_configured, start_tracing
+
+    if not is_configured(endpoint) or not is_first_process():
+        return None
+    try:
+        return start_tracing(endpoint, name)
+    except UserError as error:
+        if endpoint is not None:
+            raise UserError(f"--otlp-endpoint: {error}") from None
+        print_message(f"no traces are sent: {error}")
+        return None
+
+
+def _log(own: _Options, name: str, tokenizer: "Tokenizer | None") -> "RequestLog | None":
+    from expertlane.server.logs import RequestLog
+
+    if own.log_format == "off":
+        return None
+    decode = None
+    if own.log_prompts:
+        decode = str if tokenizer is None else partial(tokenizer.decode, skip_special_tokens=False)
+    return RequestLog(own.log_format, name, decode=decode)
 
 
 def _check_libraries() -> None:
@@ -136,7 +195,7 @@ def _of_checkpoint(found: FoundModel) -> "tuple[ChatTemplate | None, dict[str, A
 
 
 def _say(served: "ServedModel", layout: Layout, bound: socket.socket, as_json: bool) -> None:
-    """Where it listens, and what it has: a line of JSON, or three for people."""
+    """Where it listens, and what it has: a line of JSON, or four for people."""
     host, port = bound.getsockname()[:2]
     url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
     limits = served.limits
@@ -147,6 +206,7 @@ def _say(served: "ServedModel", layout: Layout, bound: socket.socket, as_json: b
             "url": url,
             "host": host,
             "port": port,
+            "live": f"{url.removesuffix('v1')}live",
             "model": served.name,
             "layout": str(layout),
             "num_ranks": layout.world_size,
@@ -163,4 +223,5 @@ def _say(served: "ServedModel", layout: Layout, bound: socket.socket, as_json: b
         f"{served.max_model_len:,} per request",
         flush=True,
     )
+    print(f"what it does: {url.removesuffix('v1')}live in a browser", flush=True)
     print("Ctrl-C shuts it down once running requests have finished", flush=True)

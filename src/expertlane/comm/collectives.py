@@ -5,16 +5,22 @@ Every sum is ours, in float32 and in rank order, so a result does not depend on 
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from time import monotonic_ns
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from expertlane.comm.meter import links_of
 from expertlane.comm.recorder import Recorder
 from expertlane.comm.transport import AtOnce, Link, Work
 from expertlane.cost.step.operation import TransferKind
 from expertlane.ops.backend import backend_for
 from expertlane.ops.row_parts import RowParts
+from expertlane.spec.names import Stage
+
+# Of transfers of the others, what waits for another pipeline stage or moves beside steps.
+_HIDEABLE = (Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES)
 
 
 class Pending:
@@ -38,6 +44,8 @@ class Pending:
         self._received, self._finish = received, finish
         self._sent = sent  # must outlive the transfer
         self._stage, self._layer = recorder.stage, recorder.layer
+        is_metered = recorder.meter is not None and recorder.stage in _HIDEABLE
+        self._posted_ns = monotonic_ns() if is_metered and work is not None else 0
 
     def wait(self) -> Tensor:
         """Block until the transfer is done and give its result.
@@ -47,7 +55,10 @@ class Pending:
         """
         self._recorder.enter(self._stage, self._layer)
         if self._work is not None:
+            needed_ns = monotonic_ns() if self._posted_ns else 0
             self._block(self._work.wait, self._transfer)
+            if self._posted_ns and self._recorder.meter is not None:
+                self._recorder.meter.transferred(self._posted_ns, needed_ns)
         self._sent = None
         if self._finish is None:
             return self._received
@@ -94,14 +105,20 @@ class Group:
         self._recorder = recorder
         self.size = len(ranks)
         self.rank = self.ranks.index(rank)
+        self._links = links_of(self.nodes, self.rank)
 
     def _post(
         self, kind: TransferKind, rows: Tensor, num_rows: Sequence[int], metadata_bytes: int
     ) -> int | None:
         row_bytes = rows.shape[1] * rows.itemsize
+        self._meter_sent(rows, num_rows)
         return self._recorder.post(
             kind, self.ranks, self.ranks, num_rows, row_bytes, metadata_bytes
         )
+
+    def _meter_sent(self, rows: Tensor, num_rows: Sequence[int]) -> None:
+        if (meter := self._recorder.meter) is not None:
+            meter.sent(self._links, num_rows, rows.shape[1] * rows.itemsize)
 
     def _exchange(
         self,
@@ -204,6 +221,7 @@ class Group:
             return (yield self.all_gather(rows, num_rows_of, metadata_bytes))
         rows = rows.contiguous()
         to_each = [rows.shape[0]] * self.size
+        self._meter_sent(rows, to_each)
         return self._recorder.wait_at_once(
             lambda: at_once(rows, to_each, num_rows_of, same_for_all=True)
         )
@@ -221,6 +239,7 @@ class Group:
         if at_once is None:
             return (yield self.all_to_all(rows, send, receive, metadata_bytes, finish))
         rows = rows.contiguous()
+        self._meter_sent(rows, send)
         return self._recorder.wait_at_once(lambda: at_once(rows, send, receive, finish=finish))
 
     def reduced(self, rows: Tensor, num_rows_of: Sequence[int]) -> "Steps[Tensor]":
@@ -247,6 +266,8 @@ class Group:
         assert self._link is not None, "there is another rank"
         rows = rows.contiguous()
         row_bytes = rows.shape[1] * rows.itemsize
+        if (meter := self._recorder.meter) is not None:
+            meter.sent([self._links[to]], [rows.shape[0]], row_bytes)
         self._recorder.post(
             TransferKind.SEND, self.ranks, [self.ranks[to]], [rows.shape[0]], row_bytes
         )

@@ -104,13 +104,14 @@ class ProgressReporter:
         """Say which step begins; -1 before the first."""
         self._cells[_STEP] = step
 
-    def enter(self, stage: Stage, layer: int) -> None:
-        """Say which stage of which layer begins."""
+    def enter(self, stage: Stage, layer: int) -> int:
+        """Say which stage of which layer begins; gives the time, in ns of the monotonic clock."""
         cells = self._cells
         cells[_STAGE] = stage
         cells[_LAYER] = layer
         cells[_COUNTER] += 1  # as `touch`, without a call of it
-        cells[_TIME_NS] = time.monotonic_ns()
+        cells[_TIME_NS] = now_ns = time.monotonic_ns()
+        return now_ns
 
     def touch(self) -> None:
         """Say that work goes on."""

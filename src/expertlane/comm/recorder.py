@@ -13,10 +13,12 @@ from torch import Tensor
 
 from expertlane.comm.clocks import HostClock
 from expertlane.comm.core_token import CoreToken
+from expertlane.comm.meter import Meter
 from expertlane.comm.operation_log import OperationLog
 from expertlane.comm.progress import NO_LAYER, ProgressReporter
 from expertlane.comm.stretches import Arrival, stretches
 from expertlane.cost.step.operation import TransferKind
+from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_record import RankEvents, RankRecord
 from expertlane.spec.names import Stage, Track, Traffic
 
@@ -39,6 +41,7 @@ class Recorder:
 
     Attributes:
         is_interleaved: another part of the batch is computed while one waits.
+        meter: running totals, of steps without a record too; None until they are asked for.
     """
 
     def __init__(
@@ -66,9 +69,11 @@ class Recorder:
         self._recording_routing = False
         self._recording_events = False
         self.is_interleaved = False
+        self.meter: Meter | None = None
         self._started_s = 0.0
         self._micro_batch = 0
         self._waited_cpu_s = 0.0
+        self._wait_began_ns = 0
         self._ended_s = time.perf_counter()
         self._process_cpu_s = time.process_time()
         self._clear(1)
@@ -117,6 +122,8 @@ class Recorder:
                 `record`.
         """
         self.progress.set_step(step)
+        if self.meter is not None:
+            self.meter.num_steps += 1
         self._recording = record or record_routing or record_events or record_operations
         if self._recording:
             self._clear(num_micro_batches)
@@ -143,7 +150,9 @@ class Recorder:
         self.stage, self.layer = stage, layer
         if layer != NO_LAYER:
             self._last_layer = layer
-        self.progress.enter(stage, layer)
+        now_ns = self.progress.enter(stage, layer)
+        if self.meter is not None:
+            self.meter.enter(stage, now_ns)
         if self._log is not None:
             self._log.enter(stage, layer, self._micro_batch)
         if self._recording:
@@ -164,6 +173,8 @@ class Recorder:
                 self._token.release()
         if self._recording_events:
             self._waited_cpu_s = time.thread_time()
+        if self.meter is not None:
+            self._wait_began_ns = time.monotonic_ns()
         return self._clock.mark() if self._recording else None
 
     def end_wait(self, begin: Any, transfer: int | None = None) -> None:
@@ -174,6 +185,8 @@ class Recorder:
                 wait for it too.
         """
         arrived = self._clock.mark() if self._recording_events else None
+        if self.meter is not None:
+            self.meter.waited(self._wait_began_ns)
         if self._log is not None and self._token is not None:
             self._token.acquire()
         self.progress.set_waiting(False)
@@ -270,12 +283,24 @@ class Recorder:
 
     def wait_at_once(self, until: Callable[[], ResultT]) -> ResultT:
         """What a wait in the current stage gives, in a step in which nothing is counted."""
-        progress = self.progress
+        progress, meter = self.progress, self.meter
         progress.set_waiting(True)
-        result = until()
+        if meter is None:
+            result = until()
+        else:
+            began_ns = time.monotonic_ns()
+            result = until()
+            meter.waited(began_ns)
+            meter.transferred(began_ns, began_ns)
         progress.set_waiting(False)
         progress.touch()
         return result
+
+    def totals(self) -> RankTotals:
+        """Since the first call, which begins them."""
+        if self.meter is None:
+            self.meter = Meter(self._num_layers, self._num_experts)
+        return self.meter.totals()
 
     @property
     def is_recording(self) -> bool:

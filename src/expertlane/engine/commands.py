@@ -13,6 +13,7 @@ import numpy.typing as npt
 from expertlane.balance.moves import Move
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.step.operation import SIZES, Kind, TransferKind
+from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
 from expertlane.spec.deployment import DispatchTable, Options, WeightsType
@@ -176,6 +177,10 @@ class DiscardSteps(Command[None]):
     """Undo these steps, as far as they have run; all others are committed."""
 
     steps: tuple[int, ...]
+
+
+class ReadTotals(Command[RankTotals]):
+    """What the rank has done since it was first asked; a rank that is not asked keeps no count."""
 
 
 class StartMoves(Command[None]):

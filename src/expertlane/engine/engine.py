@@ -188,9 +188,11 @@ class Engine(Generic[HandleT]):
 
     def _note_scheduled(self, finished: FinishedStep) -> None:
         for batch in finished.plan.batches:
-            for seq_id in batch.seq_ids.tolist():
+            num_computed = batch.num_computed_tokens.tolist()
+            for seq_id, num_cached in zip(batch.seq_ids.tolist(), num_computed, strict=True):
                 if (live := self._unscheduled.pop(seq_id, None)) is not None:
                     live.output.scheduled_s = finished.outcome.submitted_s
+                    live.output.num_cached_tokens = num_cached
 
     def _take(self, stepped: list[Request], outcome: StepOutcome) -> list[Chunk]:
         """What a step brought the requests that got a token; a hot loop."""

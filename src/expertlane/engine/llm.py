@@ -25,6 +25,7 @@ from expertlane.engine.launch import (
 )
 from expertlane.engine.model_runner import ModelRunner, RoutingRecorder, moe_layers
 from expertlane.engine.pool import RankPool
+from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.shared_engine import SharedEngine
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import UserError
@@ -162,7 +163,7 @@ class LLM:
         eos_token_ids: frozenset[int],
     ) -> Engine[Any]:
         """Load the model on the ranks, and put a scheduler before it."""
-        runner = ModelRunner(
+        runner = self._runner = ModelRunner(
             self._pool,
             self.model,
             deployment,
@@ -208,6 +209,10 @@ class LLM:
             RankError: one has.
         """
         self._pool.check()
+
+    def watch(self) -> RankWatch:
+        """Begin to count what ranks do; for those who bring their own loop, and show it."""
+        return self._runner.watch()
 
     def routing_trace(self) -> RoutingTrace:
         """Which experts each token chose in each MoE layer, of all steps finished so far.

@@ -21,6 +21,7 @@ from expertlane.engine.commands import (
 from expertlane.engine.dispatch_timing import time_dispatch
 from expertlane.engine.launch import check_deployment
 from expertlane.engine.pool import RankPool, Ticket
+from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.rebalancing import Rebalancer
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
@@ -91,6 +92,7 @@ class ModelRunner:
             pool.call(CacheInt8(model, folder), ranks=[0])
         held = pool.call(Deploy(spec, options, limits.num_blocks, limits.block_size))
         self.held = held[: layout.world_size]
+        self._model, self._placements = model, placements
         self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
         if options.is_timed:
@@ -113,6 +115,11 @@ class ModelRunner:
                 num_steps=options.rebalance_steps,
                 log=log,
             )
+
+    def watch(self) -> RankWatch:
+        """Begin to count what ranks do, for those who ask while they serve."""
+        given = self._pool, self._layout, self._model, self._placements
+        return RankWatch(*given, self.rebalancer)
 
     def set_dispatch(self, table: DispatchTable) -> None:
         """Choose how steps run from now on."""

@@ -8,6 +8,7 @@ takes seconds for many layers of many experts: no step waits for a decision, and
 a placement.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from expertlane.schedule.plan import StepPlan
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 
+_MOST_LOADS = 50_000
 SLICE_BYTES = 32_000_000  # moved at once, over all ranks
 
 
@@ -80,6 +82,9 @@ class _Replica:
         num_experts = self.now[0].num_experts
         self.tracker = LoadTracker(len(self.layers), num_experts, num_steps)
         self.num_since = 0  # steps since the last decision
+        self.imbalances: deque[float] = deque(maxlen=num_steps)  # of steps since the last switch
+        self.imbalance_before: float | None = None  # the mean of those before it
+        self.saved_s = 0.0
         self.pair_cost = PairCost()
         self.gate: RebalanceGate
         self.planning: Future[Proposal] | None = None
@@ -111,7 +116,7 @@ class Rebalancer:
 
     Attributes:
         decisions: all so far, in order.
-        loads: of all finished steps.
+        loads: of the finished steps, up to the last 50,000.
     """
 
     def __init__(
@@ -135,7 +140,7 @@ class Rebalancer:
         self._ep_per_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
         self._replicas = [_Replica(placements, num_steps) for _ in range(layout.replicas)]
         self.decisions: list[Rebalance] = []
-        self.loads: list[StepLoad] = []
+        self.loads: deque[StepLoad] = deque(maxlen=_MOST_LOADS)
         # A discarded step is seen again, and goes as it went.
         self._begun: WeakKeyDictionary[StepPlan, Placements | None] = WeakKeyDictionary()
         self._finished: WeakSet[StepPlan] = WeakSet()
@@ -144,6 +149,20 @@ class Rebalancer:
         ]  # the first opens connections
         self._expert_bytes = max(num_bytes for num_bytes, _ in timed[-1]) * layout.etp
         self._move_s = max(1e-6, min(max(seconds for _, seconds in each) for each in timed))
+
+    @property
+    def saved_s(self) -> float:
+        """Time of the fullest ranks' experts that the new placements have saved; may be negative.
+
+        Each step since a switch counts what its imbalance is under the mean of the window before
+        the switch, at the seconds that a pair more has cost a rank.
+        """
+        return sum(replica.saved_s for replica in self._replicas)
+
+    @property
+    def placements(self) -> list[Placements]:
+        """[replicas][num_hidden_layers]; where experts are in the step planned last."""
+        return [replica.placements for replica in self._replicas]
 
     def before_step(self, plan: StepPlan) -> Placements | None:
         """Send a slice of experts, or decide; gives the placements that the step is to bring."""
@@ -181,6 +200,11 @@ class Rebalancer:
         most = int(of_rank.sum(axis=2).max(axis=0).sum())
         mean = float(load.sum()) / self._layout.ep
         self.loads.append(StepLoad(plan.replica, plan.step, most, mean, float(expert_s.max())))
+        if mean > 0:
+            replica.imbalances.append(most / mean)
+            if replica.imbalance_before is not None:
+                pairs = replica.imbalance_before * mean - most
+                replica.saved_s += pairs * replica.pair_cost.pair_s
 
     def _begin_planning(self, replica: _Replica) -> None:
         replica.num_since = 0
@@ -238,6 +262,9 @@ class Rebalancer:
             len(replica.layers), replica.now[0].num_experts, self._num_steps
         )
         replica.num_since = 0
+        if replica.imbalances:
+            replica.imbalance_before = sum(replica.imbalances) / len(replica.imbalances)
+            replica.imbalances.clear()
         latest = max(i for i, each in enumerate(self.decisions) if each.replica == plan.replica)
         self.decisions[latest] = replace(self.decisions[latest], switched=plan.step)
         return replica.placements

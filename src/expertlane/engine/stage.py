@@ -27,6 +27,7 @@ from expertlane.engine.commands import (
     MeasureRates,
     MeasureTransfers,
     RankOutcome,
+    ReadTotals,
     RunStep,
     SetDispatch,
     StageSpec,
@@ -46,6 +47,7 @@ from expertlane.model.int8_cache import Int8Cache, write_int8_cache
 from expertlane.model.sampler import Sampler, SamplerStep
 from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import SeededWeights, WeightSource
+from expertlane.results.rank_totals import RankTotals
 from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
@@ -228,6 +230,11 @@ class DeployedStage:
         outcome.record = recorder.end_step()
         return outcome
 
+    def totals(self) -> RankTotals:
+        """Of steps since the first call."""
+        with torch.inference_mode():  # in which steps add to what it takes in
+            return self._recorder.totals()
+
     def _begin_changes(self, step: RankStep, placements: Placements | None) -> _Changes:
         sampled = replaced = None
         if placements is not None:
@@ -372,6 +379,7 @@ HANDLERS: Handlers = {
     SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
     RunStep: run_step,
     DiscardSteps: lambda context, command: context.deployed.discard(command.steps),
+    ReadTotals: lambda context, _: context.deployed.totals(),
     StartMoves: lambda context, command: context.deployed.migration.start_moves(command.moves),
     FinishMoves: lambda context, _: context.deployed.migration.finish_moves(),
     TimeOneMove: lambda context, _: context.deployed.migration.time_one_move(),

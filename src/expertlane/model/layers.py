@@ -1,6 +1,6 @@
 """A decoder layer and its blocks as generators that yield where they wait for communication."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -333,9 +333,7 @@ class MoEBlock:
         rows, pairs, sent = yield from dispatcher.dispatch(tokens)
         recorder.enter(Stage.EXPERTS, layer)
         results = self.experts(rows, pairs, dispatcher.room(pairs.rows.shape[0], rows))
-        if recorder.is_recording:
-            with recorder.uncounted():
-                self._count_experts(pairs.counts.tolist())
+        self._count_pairs(lambda: pairs.counts)
         recorder.enter(Stage.COMBINE, layer)
         combined = yield from dispatcher.combine(sent, results)
         if self.shared is not None:
@@ -353,9 +351,7 @@ class MoEBlock:
         here.group(work, num_tokens)
         recorder.enter(Stage.EXPERTS, layer)
         here.compute(work, num_tokens)
-        if recorder.is_recording:
-            with recorder.uncounted():
-                self._count_experts(here.num_tokens_per_expert(work, num_tokens))
+        self._count_pairs(lambda: here.num_tokens_per_expert(work, num_tokens))
         recorder.enter(Stage.COMBINE, layer)
         combined = here.combine(work, x, adds_input=self.shared is None)
         if self.shared is None:
@@ -369,10 +365,24 @@ class MoEBlock:
             2 * num_tokens * weight.numel(), weight.nbytes if num_tokens else 0
         )
 
-    def _count_experts(self, num_tokens: list[int]) -> None:
-        self._recorder.count_compute(*self.experts.compute_cost(num_tokens))
-        if self._mesh.at.etp_rank == 0:
-            self._recorder.count_expert_tokens(self._local, num_tokens)
+    @property
+    def metered(self) -> Tensor | None:
+        """[num_held] int64, to be added to: pairs of each expert; None where nobody counts them."""
+        if self._recorder.meter is None or self._mesh.at.etp_rank > 0:
+            return None
+        return self._recorder.meter.counts(self._layer, self._local, self._device)
+
+    def _count_pairs(self, counts: Callable[[], Tensor]) -> None:
+        """Take note of the pairs of each expert, [num_held], if anybody wants to know."""
+        if (metered := self.metered) is not None:
+            metered.add_(counts())
+        if not self._recorder.is_recording:
+            return
+        with self._recorder.uncounted():
+            num_tokens = counts().tolist()
+            self._recorder.count_compute(*self.experts.compute_cost(num_tokens))
+            if self._mesh.at.etp_rank == 0:
+                self._recorder.count_expert_tokens(self._local, num_tokens)
 
 
 def make_dispatcher(

@@ -9,6 +9,7 @@ from torch import Tensor
 from expertlane.balance.placement_file import Placements
 from expertlane.comm.collectives import Steps
 from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.meter import Meter
 from expertlane.model.attention import RotaryEmbedding
 from expertlane.model.draw import NO_TOKEN, likeliest
 from expertlane.model.forward_batch import ForwardBatch
@@ -151,6 +152,7 @@ class TransformerStage:
         self._dtype, self._device = source.dtype, source.device
         self._caches: list[KVCache] = []
         self._part: LayersPart | None = None
+        self._meter: Meter | None = None  # that the part adds to
         rotary = RotaryEmbedding(model, source.device)
         self._layers = [
             DecoderLayer(model, layer, placements[layer], source, mesh, rotary)
@@ -190,12 +192,21 @@ class TransformerStage:
         if self.mesh.stage.size > 1 or self.mesh.recorder.is_recording:
             return None
         layers = [layer.parts for layer in self._layers]
-        if self._part is None or not self._part.is_made_of(layers):
+        meter = self.mesh.recorder.meter
+        if self._part is None or self._meter is not meter or not self._part.is_made_of(layers):
             parts = [each for each in layers if each is not None]
             if not parts or len(parts) < len(layers):
                 return None
             first, progress = self._layers[0].index, self.mesh.recorder.progress.addresses()
-            self._part = LayersPart(parts, self._caches, first, progress, _LAYER_STAGES)
+            blocks, totals = self.moe_blocks, None
+            if meter is not None:
+                counts = [
+                    blocks[layer.index].metered if layer.index in blocks else None
+                    for layer in self._layers
+                ]
+                totals = meter.address, counts
+            self._part = LayersPart(parts, self._caches, first, progress, _LAYER_STAGES, totals)
+            self._meter = meter
         return self._part
 
     def embed(self, batch: ForwardBatch) -> Tensor:

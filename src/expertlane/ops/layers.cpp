@@ -16,6 +16,7 @@ int64_t local_bytes_float(const Router*, const Experts*, int64_t);
 void local_route(const Router*, const Experts*, const bf16*, int64_t, void*);
 void local_route_float(const Router*, const Experts*, const float*, int64_t, void*);
 void local_group(const Router*, const Experts*, int64_t, void*);
+void local_count(const Router*, const Experts*, int64_t, const void*, int64_t*);
 void local_experts(const Router*, const Experts*, int64_t, void*);
 void local_experts_float(const Router*, const Experts*, int64_t, void*);
 void local_combine(const Router*, const Experts*, const bf16*, int64_t, void*, bf16*);
@@ -32,11 +33,13 @@ struct Layer {
     const Mlp* mlp;  // a dense layer's, with its norm, or the shared expert; null: there is none
     Pages pages;
     int64_t index;
+    int64_t* counts;  // [experts]; pairs so far; null: nobody asks
 };
 
-// A rank's line of the progress board; the stages' numbers in the order of their calls.
+// A rank's line of the progress board; the stages' numbers in the order of their calls. The meter,
+// if not null: when the present stage began, which it is, and nanoseconds by stage.
 struct Progress {
-    int64_t *layer, *stage, *counter, *time_ns;
+    int64_t *layer, *stage, *counter, *time_ns, *meter;
     int64_t stages[5];
 };
 }
@@ -69,6 +72,10 @@ void enter(const Progress& p, int64_t stage, int64_t layer) {
     *p.layer = layer;
     ++*p.counter;
     *p.time_ns = now.tv_sec * 1000000000LL + now.tv_nsec;
+    if (!p.meter) return;
+    p.meter[2 + p.meter[1]] += *p.time_ns - p.meter[0];
+    p.meter[0] = *p.time_ns;
+    p.meter[1] = p.stages[stage];
 }
 
 template <class T>
@@ -100,6 +107,7 @@ void run(const Layer* layers, int64_t count, const Tokens* batch, const Progress
         kernels.route(l.router, l.experts, attended.get(), tokens, work);
         enter(progress, 2, l.index);
         local_group(l.router, l.experts, tokens, work);
+        if (l.counts) local_count(l.router, l.experts, tokens, work, l.counts);
         enter(progress, 3, l.index);
         kernels.compute(l.router, l.experts, tokens, work);
         enter(progress, 4, l.index);

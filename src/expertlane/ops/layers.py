@@ -12,7 +12,7 @@ from expertlane.ops.library import function_of
 from expertlane.ops.mlp import MlpPart
 from expertlane.ops.moe_step import LocalExperts
 from expertlane.ops.step import AttentionPart
-from expertlane.ops.structs import SUFFIX, Layer, Progress
+from expertlane.ops.structs import SUFFIX, Layer, Progress, address_of
 
 
 class LayerParts(NamedTuple):
@@ -36,6 +36,8 @@ class LayersPart:
         first_layer: the number of the first.
         progress: where the rank's layer, stage, counter and time (ns) are to be kept up to date.
         stages: the numbers of attention, router, dispatch, experts and combine there.
+        meter: where a `Meter` keeps times, and by layer the pairs of each expert that it counts;
+            None where nobody asks.
     """
 
     def __init__(
@@ -45,9 +47,12 @@ class LayersPart:
         first_layer: int,
         progress: Sequence[int],
         stages: Sequence[int],
+        meter: tuple[int, Sequence[Tensor | None]] | None = None,
     ) -> None:
         self._made_of, self._caches = list(layers), list(caches)
-        self._progress = Progress(*progress, (ctypes.c_int64 * len(stages))(*stages))
+        self._counts: Sequence[Tensor | None]
+        address, self._counts = (None, [None] * len(layers)) if meter is None else meter
+        self._progress = Progress(*progress, address, (ctypes.c_int64 * len(stages))(*stages))
         self._layers = (Layer * len(layers))(
             *(
                 Layer(
@@ -56,9 +61,10 @@ class LayersPart:
                     None if mlp is None else mlp.layer,
                     attention.pages(cache),
                     first_layer + number,
+                    address_of(counts),
                 )
-                for number, ((attention, experts, mlp), cache) in enumerate(
-                    zip(layers, caches, strict=True)
+                for number, ((attention, experts, mlp), cache, counts) in enumerate(
+                    zip(layers, caches, self._counts, strict=True)
                 )
             )
         )

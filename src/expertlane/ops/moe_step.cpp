@@ -193,6 +193,13 @@ void local_group(const Router* r, const Experts* e, int64_t tokens, void* work) 
     group(w.ids, tokens, r->top_k, e->count, w.ends, w.row, w.number);
 }
 
+// Adds the pairs of each expert to counts [experts], after local_group.
+void local_count(const Router* r, const Experts* e, int64_t tokens, const void* work,
+                 int64_t* counts) {
+    const Work<float> w(*r, *e, tokens, (void*)work);
+    for (int64_t i = 0; i < e->count; ++i) counts[i] += w.ends[i] - (i ? w.ends[i - 1] : 0);
+}
+
 void local_experts(const Router* r, const Experts* e, int64_t tokens, void* work) {
     compute_here<bf16>(*r, *e, tokens, work);
 }

@@ -112,12 +112,11 @@ class LocalExperts:
         """Put the pairs in the order of their experts."""
         self._group(*self.layers, num_tokens, work.data_ptr())
 
-    def num_tokens_per_expert(self, work: Tensor, num_tokens: int) -> list[int]:
+    def num_tokens_per_expert(self, work: Tensor, num_tokens: int) -> Tensor:
         """[num_experts]; after `group`."""
         begin = num_tokens * self._top_k
         ends = self._whole_numbers(work)[begin : begin + self._num_experts]
-        num_tokens_of: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
-        return num_tokens_of
+        return ends.diff(prepend=ends.new_zeros(1))
 
     def compute(self, work: Tensor, num_tokens: int) -> None:
         """Apply experts to their pairs."""

@@ -141,13 +141,14 @@ class Layer(Struct):
         *((name, POINTER) for name in ("attention", "router", "experts", "mlp")),
         ("pages", Pages),
         ("index", WHOLE),
+        ("counts", POINTER),
     )
 
 
 class Progress(Struct):
-    """A rank's line of the progress board."""
+    """A rank's line of the progress board, and where its meter keeps times."""
 
     _fields_ = (
-        *((name, POINTER) for name in ("layer", "stage", "counter", "time_ns")),
+        *((name, POINTER) for name in ("layer", "stage", "counter", "time_ns", "meter")),
         ("stages", WHOLE * 5),
     )

@@ -254,6 +254,7 @@ class RequestOutput:
         arrival_s: when it was added, on `time.perf_counter`.
         scheduled_s: when the first step with tokens of it began, on the same clock; None before
             that step has ended.
+        num_cached_tokens: of the prompt, those that the prefix cache had when it was scheduled.
         token_times_s: [len(token_ids)]; when each token came, on the same clock.
     """
 
@@ -269,6 +270,7 @@ class RequestOutput:
     token_times_s: list[float] = field(default_factory=list)
     error: str | None = None
     scheduled_s: float | None = None
+    num_cached_tokens: int = 0
 
     @property
     def ttft_s(self) -> float | None:

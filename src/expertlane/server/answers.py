@@ -16,6 +16,7 @@ from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.server.errors import ApiError, json_response
 from expertlane.server.logprobs import TokenTexts
 from expertlane.server.marks import ChatParts, MarkedText
+from expertlane.server.observed import Generated, note
 from expertlane.server.requests import ChatRequest, CompletionRequest, GenerationRequest
 from expertlane.server.service import Service
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
@@ -104,6 +105,7 @@ class Answer(Response):
             generation = await service.generate(
                 self._of_choices(), self._params, self._request, self.param
             )
+            note(scope, self._generated(generation))
             watcher = asyncio.create_task(_watch(receive, generation))
             if self._request.stream:
                 await self._stream(generation, send)
@@ -120,6 +122,15 @@ class Answer(Response):
                 watcher.cancel()
             if generation is not None:
                 service.finish(generation)
+
+    def _generated(self, generation: Generation) -> Generated:
+        return Generated(
+            str(self._head["id"]),
+            generation.outputs,
+            self._params,
+            self._num_choices,
+            bool(self._request.stream),
+        )
 
     def _of_choices(self) -> list[list[int]]:
         return [prompt for prompt in self._prompts for _ in range(self._num_choices)]

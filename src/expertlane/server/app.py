@@ -7,8 +7,10 @@ from fastapi import FastAPI, Response
 
 from expertlane.server.answers import Answer, ChatAnswer, CompletionAnswer
 from expertlane.server.errors import bad_field, install_handlers, json_response
+from expertlane.server.live import add_live
 from expertlane.server.metrics import CONTENT_TYPE
 from expertlane.server.middleware import ApiKeys, BodyLimit, Counted
+from expertlane.server.observed import Observed
 from expertlane.server.requests import (
     ChatRequest,
     CompletionRequest,
@@ -37,10 +39,12 @@ def make_app(service: Service) -> FastAPI:
     _add_generation(app, service)
     _add_tokens(app, service)
     _add_state(app, service)
+    add_live(app, service.live)
     # The last one added comes first.
     app.add_middleware(BodyLimit)
     app.add_middleware(ApiKeys, keys=service.options.api_keys)
     app.add_middleware(Counted, count=service.metrics.on_response)
+    app.add_middleware(Observed, observers=service.options.observers)
     return app
 
 

@@ -5,11 +5,11 @@ of prometheus-client when they are asked for.
 """
 
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain, count
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -18,9 +18,11 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from expertlane.engine.rank_watch import RankWatch
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Chunk, FinishReason, Limits, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.server.own_metrics import OwnMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT_S = (
@@ -37,6 +39,7 @@ _REQUEST_S = (
 )
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _CHOICES = (1, 2, 5, 10, 20)
+_RECENT = 1000  # requests whose times are kept one by one
 _REASONS = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
@@ -65,13 +68,30 @@ class Metrics(Collector):
 
     Args:
         scheduler: whose counts are shown as they are.
+        watch: of the ranks; None where there are none.
+
+    Attributes:
+        own: those that only expertlane has.
+        recent_ttft, recent_tpot: of the latest requests, when they came, on `time.perf_counter`,
+            and seconds.
+        num_generation_tokens: since the start.
     """
 
-    def __init__(self, model_name: str, limits: Limits, scheduler: ContinuousScheduler) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        limits: Limits,
+        scheduler: ContinuousScheduler,
+        watch: RankWatch | None = None,
+    ) -> None:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._limits = limits
         self._scheduler = scheduler
-        self._num_prompt_tokens = self._num_generation_tokens = 0
+        self.own = OwnMetrics({"model_name": model_name}, scheduler, watch)
+        self.recent_ttft, self.recent_tpot = (
+            deque[tuple[float, float]](maxlen=_RECENT) for _ in "12"
+        )
+        self._num_prompt_tokens = self.num_generation_tokens = self._num_cached_tokens = 0
         self._num_seen: dict[str, int] = {}  # tokens of requests that are not finished
         self._ended = dict.fromkeys(_REASONS.values(), 0)
         self._responses: Counter[tuple[str, str, str]] = Counter()
@@ -87,6 +107,9 @@ class Metrics(Collector):
             "request_decode_time_seconds": ("time from first token to last", _REQUEST_S),
             "request_prompt_tokens": ("prompt tokens of a request", tokens),
             "request_generation_tokens": ("output tokens of a request", tokens),
+            "request_prefill_kv_computed_tokens": (
+                *("prompt tokens of a request that the prefix cache did not have", tokens),
+            ),
             "request_params_max_tokens": ("max_tokens of a request", tokens),
             "request_params_n": ("n of a request", _CHOICES),
             "iteration_tokens_total": ("tokens of an engine step", _STEP_TOKENS),
@@ -99,20 +122,23 @@ class Metrics(Collector):
         self._histograms["time_per_output_token_seconds"] = self._itl
         self._registry = CollectorRegistry()
         self._registry.register(self)
+        ProcessCollector(registry=self._registry)
 
     def on_step(self, step: FinishedStep) -> None:
         """Take a step in; in the engine's thread, which alone changes these counts."""
         self._step_tokens.observe(sum(batch.num_tokens for batch in step.plan.batches))
+        self.own.on_step(step)
 
     def on_chunk(self, output: RequestOutput, chunk: Chunk) -> None:
         """Take in what a step brought a request; a hot path."""
         if chunk.token_id is not None:
-            self._num_generation_tokens += 1
+            self.num_generation_tokens += 1
             index, times = self._num_seen.get(chunk.request_id, 0), output.token_times_s
             if index:
                 self._itl.observe(times[index] - times[index - 1])
             else:
                 self._ttft.observe(times[0] - output.arrival_s)
+                self.recent_ttft.append((times[0], times[0] - output.arrival_s))
             self._num_seen[chunk.request_id] = index + 1
         if chunk.finish_reason is not None:
             self._end(output, chunk.finish_reason)
@@ -124,17 +150,25 @@ class Metrics(Collector):
 
     def on_response(self, method: str, path: str, status: int) -> None:
         """Count an answer."""
-        self._responses[method, path, str(status)] += 1
+        self._responses[method, path, f"{status // 100}xx"] += 1
+
+    @property
+    def num_failures(self) -> int:
+        """Answers with a status of 500 or more."""
+        return sum(number for (_, _, status), number in self._responses.items() if status == "5xx")
 
     def _end(self, output: RequestOutput, reason: FinishReason) -> None:
         """Count a request that has ended, and its times."""
         self._num_seen.pop(output.request_id, None)
         self._ended[_REASONS[reason]] += 1
         self._num_prompt_tokens += len(output.prompt_token_ids)
+        self._num_cached_tokens += output.num_cached_tokens
         times = output.token_times_s
         histograms = self._histograms
         histograms["request_prompt_tokens"].observe(len(output.prompt_token_ids))
         histograms["request_generation_tokens"].observe(len(times))
+        num_computed = len(output.prompt_token_ids) - output.num_cached_tokens
+        histograms["request_prefill_kv_computed_tokens"].observe(num_computed)
         if not times or reason is FinishReason.CANCELLED:
             return
         began_s = output.arrival_s if output.scheduled_s is None else output.scheduled_s
@@ -148,10 +182,11 @@ class Metrics(Collector):
             histograms[name].observe(seconds)
         if output.tpot_s is not None:
             histograms["request_time_per_output_token_seconds"].observe(output.tpot_s)
+            self.recent_tpot.append((times[-1], output.tpot_s))
 
     def text(self) -> bytes:
         """All metrics, as Prometheus reads them."""
-        return generate_latest(self._registry)
+        return generate_latest(self._registry) + self.own.text_of_experts()
 
     def collect(self) -> Iterator[Metric]:
         """All metrics; for the registry."""
@@ -167,7 +202,12 @@ class Metrics(Collector):
             yield self._gauge(name, text, value)
         for name, text, total in (
             ("prompt_tokens", "Prompt tokens of ended requests", self._num_prompt_tokens),
-            ("generation_tokens", "Output tokens", self._num_generation_tokens),
+            (
+                "prompt_tokens_cached",
+                "Of these, found in the prefix cache",
+                self._num_cached_tokens,
+            ),
+            ("generation_tokens", "Output tokens", self.num_generation_tokens),
             ("num_preemptions", "Requests that lost their blocks", scheduler.num_preemptions),
             (
                 "prefix_cache_queries",
@@ -183,6 +223,7 @@ class Metrics(Collector):
         for reason, number in self._ended.items():
             ended.add_metric([*self._labels.values(), reason], number)
         yield ended
+        yield from self._of_vllm_alone()
         yield self._cache_config()
         for name, histogram in self._histograms.items():
             yield self._histogram(name, histogram)
@@ -192,6 +233,37 @@ class Metrics(Collector):
         for labels, number in list(self._responses.items()):
             answers.add_metric(labels, number)
         yield answers
+        yield from self.own.collect()
+
+    def _of_vllm_alone(self) -> Iterator[Metric]:
+        """What dashboards query of things that are always alike here."""
+        waiting = self._scheduler.num_waiting
+        for name, text, label, values in (
+            (
+                *("num_requests_waiting_by_reason", "Requests that wait, by reason", "reason"),
+                {"capacity": waiting, "deferred": 0},
+            ),
+            (
+                *("engine_sleep_state", "1 for the state that the engine is in", "sleep_state"),
+                {"awake": 1, "weights_offloaded": 0, "discard_all": 0},
+            ),
+        ):
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=[*self._labels, label])
+            for each, value in values.items():
+                gauge.add_metric([*self._labels.values(), each], value)
+            yield gauge
+        sources = CounterMetricFamily(
+            "vllm:prompt_tokens_by_source",
+            "Prompt tokens of ended requests, by where their keys and values came from",
+            labels=[*self._labels, "source"],
+        )
+        for source, total in (
+            ("local_compute", self._num_prompt_tokens - self._num_cached_tokens),
+            ("local_cache_hit", self._num_cached_tokens),
+            ("external_kv_transfer", 0),
+        ):
+            sources.add_metric([*self._labels.values(), source], total)
+        yield sources
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"vllm:{name}", text, labels=[*self._labels])

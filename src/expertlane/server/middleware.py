@@ -10,8 +10,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from expertlane.server.errors import TOO_LARGE, ApiError
 
 MOST_BODY_BYTES = 32 * 2**20
-# For probes and Prometheus; they hold numbers only.
-_OPEN = frozenset({"/health", "/ping", "/metrics", "/version", "/load"})
+# For probes and Prometheus; they hold numbers only. The page at /live is the same for everybody: it
+# asks for a key, which what it shows needs.
+_OPEN = frozenset({"/health", "/ping", "/metrics", "/version", "/load", "/live"})
 
 
 class Counted:

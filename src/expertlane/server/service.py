@@ -10,13 +10,18 @@ from typing import Any
 from expertlane.engine.async_engine import AsyncEngine, Generation
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.engine import Engine
+from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.tokenizer import LONG_TEXT, Tokenizer
 from expertlane.errors import UserError
+from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Limits
 from expertlane.server.errors import ApiError, bad_field
+from expertlane.server.live import LiveFeed
+from expertlane.server.live_state import LiveState
 from expertlane.server.marks import Marks
 from expertlane.server.messages import Message
 from expertlane.server.metrics import Metrics
+from expertlane.server.observed import Observer
 from expertlane.server.requests import GenerationRequest
 from expertlane.spec.sampling import SamplingParams
 
@@ -31,6 +36,7 @@ class ServedModel:
         name: what requests call it.
         template: None where it cannot chat.
         recommended: sampling by the checkpoint, where a request says nothing.
+        watch: of the ranks, for metrics and the live page; None where there are none.
     """
 
     name: str
@@ -39,6 +45,7 @@ class ServedModel:
     tokenizer: Tokenizer | None = None
     template: ChatTemplate | None = None
     recommended: Mapping[str, Any] | None = None
+    watch: RankWatch | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -55,12 +62,16 @@ class ServerOptions:
         max_num_queued: waiting requests, beyond which others are refused.
         request_timeout_s: the longest that a request may take, waiting included; None: any time.
         drain_s: how long running requests may go on once the server is told to end.
+        observers: told of every request once it has its answer.
+        on_event: told what happens to the server, by kind and text.
     """
 
     api_keys: tuple[str, ...] = ()
     max_num_queued: int = 4096
     request_timeout_s: float | None = None
     drain_s: float = 30.0
+    observers: tuple[Observer, ...] = ()
+    on_event: Callable[[str, str], None] | None = None
 
 
 class Service:
@@ -92,15 +103,31 @@ class Service:
         self.created = int(time.time())
         self.is_draining = False
         self.num_open = 0
-        self.metrics = Metrics(model.name, model.limits, model.engine.scheduler)
-        model.engine.on_commit = self.metrics.on_step
+        self.metrics = Metrics(model.name, model.limits, model.engine.scheduler, model.watch)
+        model.engine.on_commit = self._on_step
+        self._check_ranks, self._on_end = check_ranks, on_end
         self.engine = AsyncEngine(
             model.engine,
-            check_ranks=check_ranks,
+            check_ranks=self._check_idle,
             on_chunk=self.metrics.on_chunk,
-            on_end=lambda error: on_end(),
+            on_end=self._end,
         )
+        self.live = LiveFeed(LiveState(self))
         self._open: dict[Generation, asyncio.TimerHandle | None] = {}
+
+    def _on_step(self, step: FinishedStep) -> None:
+        self.metrics.on_step(step)
+        if self.model.watch is not None:
+            self.model.watch.poll()
+
+    def _check_idle(self) -> None:
+        self._check_ranks()
+        if self.model.watch is not None:
+            self.model.watch.poll()
+
+    def _end(self, error: Exception) -> None:
+        self.live.close()
+        self._on_end()
 
     @property
     def num_queued(self) -> int:
@@ -289,7 +316,8 @@ class Service:
             timer.cancel()
 
     def end_all(self, error: Exception) -> None:
-        """Cancel everything; clients get the error."""
+        """Cancel everything; clients get the error, and pages of `/live` their last frame."""
+        self.live.close()
         for generation in list(self._open):
             generation.end(error)
 

@@ -1,0 +1,122 @@
+"""A rank's running totals, cheap enough for every step of a server.
+
+Unlike a record of a step it does not keep layers from running in one call: C++ adds to the same
+memory.
+"""
+
+from array import array
+from collections.abc import Sequence
+from time import monotonic_ns
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from expertlane.results.rank_totals import RankTotals
+from expertlane.spec.names import Link, Stage
+
+# Of the memory that C++ adds to: when the present stage began, which it is, nanoseconds by stage.
+_SINCE, _STAGE, _SPENT = 0, 1, 2
+_OWN = len(Link)  # in place of a link: rows that stay on the rank
+
+
+def links_of(nodes: Sequence[int], rank: int) -> list[int]:
+    """[size]; the link from a place in a group to each, for `Meter.sent`.
+
+    Args:
+        nodes: [size].
+    """
+    links = [Link.INTRA_NODE if node == nodes[rank] else Link.INTER_NODE for node in nodes]
+    return [_OWN if place == rank else int(link) for place, link in enumerate(links)]
+
+
+class Meter:
+    """Totals since it was made; see `RankTotals`.
+
+    Attributes:
+        num_steps: to be counted by whoever begins them.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.num_steps = 0
+        self._cells = array("q", [monotonic_ns(), Stage.IDLE, *[0] * len(Stage)])
+        self._waited = [0] * len(Stage)
+        self._sent = [0] * (len(Link) + 1)
+        self._overlapped = self._exposed = 0
+        self._tokens = np.zeros((num_layers, num_experts), dtype=np.int64)
+        # By layer, the experts held now and how many tokens each has had since they are.
+        self._held: dict[int, tuple[Sequence[int], Tensor]] = {}
+
+    @property
+    def address(self) -> int:
+        """Where C++ finds what it adds to, int64 each."""
+        return self._cells.buffer_info()[0]
+
+    def enter(self, stage: Stage, now_ns: int) -> None:
+        """Another stage begins."""
+        cells = self._cells
+        cells[_SPENT + cells[_STAGE]] += now_ns - cells[_SINCE]
+        cells[_SINCE], cells[_STAGE] = now_ns, stage
+
+    def waited(self, begun_ns: int) -> None:
+        """A wait for other ranks, in the present stage, has ended."""
+        waited_ns = monotonic_ns() - begun_ns
+        self._waited[self._cells[_STAGE]] += waited_ns
+
+    def transferred(self, posted_ns: int, needed_ns: int) -> None:
+        """What was needed of a transfer since `needed_ns` is there."""
+        self._overlapped += needed_ns - posted_ns
+        self._exposed += monotonic_ns() - needed_ns
+
+    def sent(self, links: Sequence[int], num_rows: Sequence[int], row_bytes: int) -> None:
+        """Rows go to the members of a group.
+
+        Args:
+            links: by `links_of`.
+            num_rows: as many.
+        """
+        sent = self._sent
+        for link, num in zip(links, num_rows, strict=True):
+            sent[link] += num * row_bytes
+
+    def counts(self, layer: int, experts: Sequence[int], device: torch.device) -> Tensor:
+        """[num_held] int64; to be added to, tokens of each expert that the rank holds in a layer.
+
+        Args:
+            experts: [num_held]; logical. One object as long as they are the same.
+        """
+        held = self._held.get(layer)
+        if held is None or held[0] is not experts:
+            self._take(layer)
+            held = experts, torch.zeros(len(experts), dtype=torch.int64, device=device)
+            self._held[layer] = held
+        return held[1]
+
+    def _take(self, layer: int) -> None:
+        if layer in self._held:
+            experts, counts = self._held[layer]
+            np.add.at(self._tokens[layer], list(experts), counts.cpu().numpy())
+            counts.zero_()
+
+    def totals(self) -> RankTotals:
+        """All so far; the present stage too."""
+        now_ns = monotonic_ns()
+        self.enter(Stage(self._cells[_STAGE]), now_ns)
+        for layer in self._held:
+            self._take(layer)
+        experts = np.flatnonzero(self._tokens.any(axis=0))
+        return RankTotals(
+            num_steps=self.num_steps,
+            spent_ns=_whole(self._cells[_SPENT:]),
+            waited_ns=_whole(self._waited),
+            experts=experts.astype(np.int64),
+            num_tokens=np.ascontiguousarray(self._tokens[:, experts]),
+            sent_bytes=_whole(self._sent[:_OWN]),
+            overlapped_ns=self._overlapped,
+            exposed_ns=self._exposed,
+        )
+
+
+def _whole(numbers: Sequence[int]) -> npt.NDArray[np.int64]:
+    return np.array(numbers, dtype=np.int64)

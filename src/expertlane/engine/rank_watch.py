@@ -1,0 +1,151 @@
+"""What ranks do while they serve, seen from the launcher: totals, asked for at a bounded rate."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.placement_file import Placements
+from expertlane.comm.progress import Position
+from expertlane.engine.commands import ReadTotals
+from expertlane.engine.pool import RankPool, Ticket
+from expertlane.engine.rebalancing import Rebalancer
+from expertlane.results.rank_totals import RankTotals
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Link, Stage
+
+READ_S = 0.5  # between two readings, at least
+_KEPT_S = 120.0
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Totals of all ranks at one time.
+
+    Attributes:
+        time_s: on the monotonic clock.
+        num_steps: [world_size].
+        spent_s, waited_s: [world_size, num_stages].
+        num_tokens: [num_moe_layers, num_experts]; token-expert pairs.
+        rank_tokens: [num_moe_layers, world_size]; pairs that each rank computed; zero where
+            another rank of its expert tensor-parallel group reports them.
+        link_bytes: [num_links].
+        overlapped_s, exposed_s: as of `RankTotals`, over all ranks.
+    """
+
+    time_s: float
+    num_steps: npt.NDArray[np.int64]
+    spent_s: npt.NDArray[np.float64]
+    waited_s: npt.NDArray[np.float64]
+    num_tokens: npt.NDArray[np.int64]
+    rank_tokens: npt.NDArray[np.int64]
+    link_bytes: npt.NDArray[np.int64]
+    overlapped_s: float
+    exposed_s: float
+
+
+class RankWatch:
+    """Reads the totals of all ranks twice a second; of the thread that has the pool.
+
+    Attributes:
+        layers: the hidden layers that have experts.
+        stage_of_layer: [num_moe_layers]; the pipeline stage of each of them.
+        readings: of the last two minutes, the latest last; never empty. Other threads may copy it.
+    """
+
+    def __init__(
+        self,
+        pool: RankPool,
+        layout: Layout,
+        model: ModelConfig,
+        placements: Placements,
+        rebalancer: Rebalancer | None = None,
+    ) -> None:
+        self.layout, self.num_experts = layout, model.num_experts
+        self.layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
+        stages = [layout.layers_of_stage(model.num_hidden_layers, i) for i in range(layout.pp)]
+        self.stage_of_layer = [
+            next(i for i, own in enumerate(stages) if layer in own) for layer in self.layers
+        ]
+        self.rebalancer = rebalancer
+        self._pool, self._placements = pool, placements
+        self._ranks = range(layout.world_size)
+        self._ticket: Ticket[RankTotals] | None = None
+        self._asked_s = time.monotonic()
+        first = self._reading(pool.call(ReadTotals(), ranks=self._ranks))
+        self.readings: deque[Reading] = deque([first], maxlen=int(_KEPT_S / READ_S))
+
+    def poll(self) -> None:
+        """Take in what ranks have answered, and ask again where it is time; never waits.
+
+        Raises:
+            RankError: a rank died.
+        """
+        if self._ticket is not None:
+            if not self._ticket.is_done:
+                return
+            results = self._ticket.results
+            self.readings.append(self._reading([results[rank] for rank in self._ranks]))
+            self._ticket = None
+        if time.monotonic() - self._asked_s >= READ_S:
+            self._asked_s = time.monotonic()
+            self._ticket = self._pool.submit(ReadTotals(), ranks=self._ranks)
+
+    @property
+    def positions(self) -> list[Position]:
+        """[world_size]; what each rank reported last."""
+        return [self._pool.position(rank) for rank in self._ranks]
+
+    @property
+    def placements(self) -> list[Placements]:
+        """[replicas][num_hidden_layers]; which rank of a replica holds which expert."""
+        if self.rebalancer is None:
+            return [self._placements] * self.layout.replicas
+        return self.rebalancer.placements
+
+    def since(self, seconds: float) -> Reading:
+        """The latest reading that is so old, else the oldest."""
+        readings = list(self.readings)
+        until_s = readings[-1].time_s - seconds
+        return next((each for each in reversed(readings) if each.time_s <= until_s), readings[0])
+
+    def imbalance(self, seconds: float) -> dict[int, float]:
+        """By hidden layer, tokens of the fullest rank over the mean of its replica's, lately.
+
+        Of several replicas, the worst. Layers that had no tokens are left out.
+        """
+        tokens = self.readings[-1].rank_tokens - self.since(seconds).rank_tokens
+        found = {}
+        for layer, of_rank in zip(self.layers, tokens, strict=True):
+            by_replica = of_rank.reshape(self.layout.replicas, -1)
+            shares = [
+                each.max() * self.layout.ep / each.sum() for each in by_replica if each.sum() > 0
+            ]
+            if shares:
+                found[layer] = float(max(shares))
+        return found
+
+    def _reading(self, totals: Sequence[RankTotals]) -> Reading:
+        tokens = np.zeros((len(self.layers), self.num_experts), dtype=np.int64)
+        of_rank = np.zeros((len(self.layers), len(totals)), dtype=np.int64)
+        for rank, each in enumerate(totals):
+            own = each.num_tokens[self.layers]
+            tokens[:, each.experts] += own
+            of_rank[:, rank] = own.sum(axis=1)
+        return Reading(
+            time_s=time.monotonic(),
+            num_steps=np.array([each.num_steps for each in totals]),
+            spent_s=np.array([each.spent_ns for each in totals]).reshape(-1, len(Stage)) / 1e9,
+            waited_s=np.array([each.waited_ns for each in totals]).reshape(-1, len(Stage)) / 1e9,
+            num_tokens=tokens,
+            rank_tokens=of_rank,
+            link_bytes=np.array([each.sent_bytes for each in totals])
+            .reshape(-1, len(Link))
+            .sum(axis=0),
+            overlapped_s=sum(each.overlapped_ns for each in totals) / 1e9,
+            exposed_s=sum(each.exposed_ns for each in totals) / 1e9,
+        )

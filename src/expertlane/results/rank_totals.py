@@ -1,0 +1,33 @@
+"""What a rank has done since it was first asked: totals that grow while it serves."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, eq=False)
+class RankTotals:
+    """Totals of one rank, E of whose experts have had tokens.
+
+    Attributes:
+        num_steps: that it took part in.
+        spent_ns: [num_stages]; wall time, waits included.
+        waited_ns: [num_stages]; the part of it spent waiting for other ranks.
+        experts: [E]; logical experts that it computed in any layer.
+        num_tokens: [num_layers, E]; token-expert pairs that it computed; zero where another rank
+            of its expert tensor-parallel group reports them.
+        sent_bytes: [num_links]; sent to other ranks, weights of experts that moved included.
+        overlapped_ns: of transfers within steps and a pipeline stage, from their begin until their
+            result was needed.
+        exposed_ns: of the same, the wait for their result.
+    """
+
+    num_steps: int
+    spent_ns: npt.NDArray[np.int64]
+    waited_ns: npt.NDArray[np.int64]
+    experts: npt.NDArray[np.int64]
+    num_tokens: npt.NDArray[np.int64]
+    sent_bytes: npt.NDArray[np.int64]
+    overlapped_ns: int
+    exposed_ns: int

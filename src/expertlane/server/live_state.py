@@ -1,0 +1,357 @@
+"""What `/live` shows: frames of numbers, what has happened, and what somebody should look at."""
+
+import time
+from base64 import b64encode
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.placement_file import Placements
+from expertlane.comm.progress import NO_LAYER
+from expertlane.engine.rank_watch import Reading
+from expertlane.server.own_metrics import IMBALANCE_S, WAITING
+from expertlane.spec.names import Stage
+from expertlane.version import __version__
+
+if TYPE_CHECKING:
+    from expertlane.server.service import Service
+
+_STAGES = [stage for stage in Stage if stage != Stage.SETUP]
+_LATELY_S = 60.0  # over which percentiles are taken
+_PERCENTILES = (50, 90, 99)
+_MOST_EVENTS = 200
+_MOST_HISTORY = 500_000  # token counts that a page gets at its start
+_HISTORY_FRAMES = 60
+_KEPT_LOOKS = 120
+_FULL, _NEARLY_FULL = 0.95, 0.8
+_UNEVEN = 2.0
+_SILENT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened.
+
+    Attributes:
+        number: from 1, in order.
+        at: seconds since 1970.
+    """
+
+    number: int
+    at: float
+    kind: Literal["rebalance", "preemption", "error", "drain", "end"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Alert:
+    """Something that somebody should look at.
+
+    Attributes:
+        level: red where requests suffer, amber where they may soon.
+        advice: what to do.
+    """
+
+    level: Literal["red", "amber"]
+    text: str
+    advice: str
+
+
+@dataclass
+class LiveState:
+    """Of one server; of its loop."""
+
+    service: "Service"
+    events: deque[Event] = field(default_factory=lambda: deque(maxlen=_MOST_EVENTS))
+    _num_events: int = 0
+    _seen: dict[str, int] = field(default_factory=dict)
+    _began: float = field(default_factory=time.time)
+    _began_s: float = field(default_factory=time.monotonic)
+    _preempted_s: float = float("-inf")
+    _speeds: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_KEPT_LOOKS))
+
+    def add(self, kind: Any, text: str) -> None:
+        """Note an event."""
+        self._num_events += 1
+        self.events.append(Event(self._num_events, time.time(), kind, text))
+        if (on_event := self.service.options.on_event) is not None:
+            on_event(kind, text)
+
+    def look(self) -> None:
+        """Note what has happened since the last look; to be called once a second."""
+        service = self.service
+        self._speeds.append((time.time(), service.metrics.num_generation_tokens))
+        if more := self._more("preemptions", service.model.engine.scheduler.num_preemptions):
+            self._preempted_s = time.monotonic()
+            self.add("preemption", f"{_count(more, 'request')} lost cache blocks and will wait")
+        if more := self._more("failures", service.metrics.num_failures):
+            self.add("error", f"{_count(more, 'answer')} with a status of 500 or more")
+        if self._more("draining", service.is_draining):
+            self.add("drain", "the server is draining: it takes no new requests")
+        if service.engine.error is not None and self._more("end", 1):
+            self.add("end", str(service.engine.error))
+        self._look_at_rebalancer()
+
+    def _more(self, name: str, number: int) -> int:
+        more = number - self._seen.get(name, 0)
+        self._seen[name] = number
+        return more
+
+    def _look_at_rebalancer(self) -> None:
+        watch = self.service.model.watch
+        if watch is None or watch.rebalancer is None:
+            return
+        switched = [each for each in watch.rebalancer.decisions if each.switched is not None]
+        for each in switched[len(switched) - self._more("switched", len(switched)) :]:
+            whose = f"replica {each.replica}, " if watch.layout.replicas > 1 else ""
+            decision = each.decision
+            self.add(
+                "rebalance",
+                f"{whose}step {each.switched}: {decision.num_bytes / 1e6:.3g} MB of experts moved "
+                f"in about {decision.cost_s:.2g} s, to save {decision.gain_s:.2g} s within "
+                f"{decision.num_steps} steps; the fullest rank's load over the mean is to fall "
+                f"from {each.predicted_before:.2f} to {each.predicted_after:.2f}",
+            )
+
+    def start(self) -> dict[str, Any]:
+        """What a page has to know before the first frame."""
+        service, watch = self.service, self.service.model.watch
+        limits = service.model.limits
+        facts: dict[str, Any] = {
+            "kind": "start",
+            "version": __version__,
+            "model": service.model.name,
+            "began": self._began,
+            "max_num_queued": service.options.max_num_queued,
+            "max_num_seqs": limits.max_num_seqs,
+            "num_blocks": limits.num_blocks,
+            "block_size": limits.block_size,
+            "stages": [*(stage.label for stage in _STAGES), WAITING],
+            "ranks": [],
+            "layers": [],
+            "events": list(self.events),
+            "speeds": list(self._speeds),
+            "history": [],
+        }
+        if watch is None:
+            return facts
+        layout = watch.layout
+        readings = list(watch.readings)
+        most = max(2, _MOST_HISTORY // max(1, readings[-1].num_tokens.size))
+        return facts | {
+            "layout": str(layout),
+            "is_rebalanced": watch.rebalancer is not None,
+            "ranks": [
+                {
+                    "replica": at.replica,
+                    "pp": at.pp_rank,
+                    "dp": at.dp_rank,
+                    "ep": at.ep_rank,
+                }
+                for at in map(layout.coordinates, range(layout.world_size))
+            ],
+            "num_experts": watch.num_experts,
+            "layers": watch.layers,
+            "stage_of_layer": watch.stage_of_layer,
+            "placements": self.placements(watch.placements),
+            "history": [
+                self._totals(each) for each in _spread(readings, min(most, _HISTORY_FRAMES))
+            ],
+        }
+
+    def placements(self, placements: Sequence[Placements]) -> list[list[list[list[int]]]]:
+        """[replicas][num_moe_layers][ep]; the experts that each rank holds."""
+        return [
+            [[list(held) for held in each.experts_of_rank] for each in of_replica if each]
+            for of_replica in placements
+        ]
+
+    def frame(self) -> dict[str, Any]:
+        """The numbers of now; what grows is given as a total, so that frames may be lost."""
+        service, metrics = self.service, self.service.metrics
+        scheduler, watch = service.model.engine.scheduler, service.model.watch
+        tables = list(chain.from_iterable(scheduler.tables))
+        found: dict[str, Any] = {
+            "kind": "frame",
+            "at": time.time(),
+            "state": self._state(),
+            "num_open": service.num_open,
+            "num_running": scheduler.num_running,
+            "num_waiting": service.num_queued,
+            "cache": [table.blocks.num_used / table.blocks.num_blocks for table in tables],
+            "running": [table.num_running for table in tables],
+            "dummy_steps": list(metrics.own.num_dummy_steps.values()),
+            "num_generation_tokens": metrics.num_generation_tokens,
+            "num_preemptions": scheduler.num_preemptions,
+            "num_queried": sum(table.num_queried for table in tables),
+            "num_cached": scheduler.num_cached_tokens,
+            "ttft": _percentiles(metrics.recent_ttft),
+            "tpot": _percentiles(metrics.recent_tpot),
+            "alerts": list(self.alerts()),
+        }
+        if watch is not None:
+            reading = watch.readings[-1]
+            now_s = time.monotonic()
+            found |= {
+                "totals": self._totals(reading),
+                "link_bytes": reading.link_bytes.tolist(),
+                "overlapped_s": round(reading.overlapped_s, 4),
+                "exposed_s": round(reading.exposed_s, 4),
+                "now": [
+                    {
+                        "stage": position.stage.label,
+                        "layer": None if position.layer == NO_LAYER else position.layer,
+                        "waiting": position.waiting,
+                        "silent_s": round(max(0.0, now_s - position.time_s), 2),
+                    }
+                    for position in watch.positions
+                ],
+                "rebalances": self._rebalances(),
+                "imbalance": {
+                    str(layer): round(ratio, 3)
+                    for layer, ratio in watch.imbalance(IMBALANCE_S).items()
+                },
+            }
+        return found
+
+    def _rebalances(self) -> dict[str, Any] | None:
+        """What the rebalancer has done so far; None without one."""
+        watch = self.service.model.watch
+        if watch is None or watch.rebalancer is None:
+            return None
+        decisions = list(watch.rebalancer.decisions)
+        return {
+            "num_decisions": len(decisions),
+            "num_moved": sum(each.switched is not None for each in decisions),
+            "saved_s": round(watch.rebalancer.saved_s, 4),
+            "latest": f"step {decisions[-1].step}: {decisions[-1].decision.line}"
+            if decisions
+            else None,
+        }
+
+    def _totals(self, reading: Reading) -> dict[str, Any]:
+        """A reading for the page, times in ms."""
+        own_s = (reading.spent_s - reading.waited_s)[:, _STAGES]
+        waited_s = reading.waited_s.sum(axis=1, keepdims=True)
+        return {
+            "at": round(self._began + reading.time_s - self._began_s, 3),
+            "tokens": _whole_numbers(reading.num_tokens),
+            "rank_tokens": _whole_numbers(reading.rank_tokens),
+            "ms": np.rint(1e3 * np.concatenate([own_s, waited_s], axis=1)).astype(int).tolist(),
+        }
+
+    def _state(self) -> str:
+        if self.service.engine.error is not None:
+            return "ended"
+        return "draining" if self.service.is_draining else "running"
+
+    def alerts(self) -> Iterator[Alert]:
+        """What somebody should look at, the worst first."""
+        service = self.service
+        if service.engine.error is not None:
+            yield Alert(
+                "red", str(service.engine.error), "Start the server again; its log says more."
+            )
+            return
+        yield from self._of_ranks()
+        scheduler, most = service.model.engine.scheduler, service.options.max_num_queued
+        if service.num_queued >= _NEARLY_FULL * most:
+            yield Alert(
+                "red",
+                f"{service.num_queued} requests are waiting, of at most {most}: soon new ones get "
+                "status 429.",
+                "Send less, add data-parallel ranks or replicas, or raise --max-num-queued.",
+            )
+        used = max(table.blocks.num_used / table.blocks.num_blocks for table in _tables(scheduler))
+        is_preempting = time.monotonic() - self._preempted_s < _LATELY_S
+        if is_preempting:
+            yield Alert(
+                "red" if used >= _FULL else "amber",
+                "The KV cache was full in the last minute: requests lost their blocks and are "
+                "computed again.",
+                "Raise --num-blocks, lower --max-num-seqs, or add data-parallel ranks.",
+            )
+        elif used >= _FULL and scheduler.num_waiting:
+            yield Alert(
+                "amber",
+                f"A rank's KV cache is {used:.0%} full: requests wait for blocks.",
+                "Raise --num-blocks, or add data-parallel ranks.",
+            )
+        if service.is_draining:
+            yield Alert(
+                "amber",
+                "The server is draining: new requests get status 503.",
+                "Nothing: it ends once running requests have finished.",
+            )
+
+    def _of_ranks(self) -> Iterator[Alert]:
+        watch = self.service.model.watch
+        if watch is None:
+            return
+        now_s = time.monotonic()
+        for rank, position in enumerate(watch.positions):
+            silent_s = now_s - position.time_s
+            if position.stage not in (Stage.IDLE, Stage.SETUP) and silent_s > _SILENT_S:
+                yield Alert(
+                    "red",
+                    f"Rank {rank} has reported nothing for {silent_s:.0f} s, in {position}.",
+                    "See whether its process is stopped or its machine swaps; after --timeout-s "
+                    "all ranks are ended.",
+                )
+        uneven = watch.imbalance(IMBALANCE_S)
+        worst = max(uneven, key=lambda layer: uneven[layer], default=None)
+        if watch.layout.ep > 1 and worst is not None and uneven[worst] >= _UNEVEN:
+            advice = (
+                "Wait for the rebalancer, or give it copies: --num-redundant-experts."
+                if watch.rebalancer is not None
+                else "Let experts move (--rebalance-steps) or give them copies "
+                "(--num-redundant-experts)."
+            )
+            yield Alert(
+                "amber",
+                f"Layer {worst}: the fullest rank computes {uneven[worst]:.1f} times the mean's "
+                f"tokens (last {IMBALANCE_S:.0f} s), and the others wait for it.",
+                advice,
+            )
+
+
+def _tables(scheduler: Any) -> Iterable[Any]:
+    return chain.from_iterable(scheduler.tables)
+
+
+def _percentiles(recent: Iterable[tuple[float, float]]) -> dict[str, Any]:
+    """Seconds by percentile, of those that came in the last minute."""
+    since_s = time.perf_counter() - _LATELY_S
+    values = sorted(seconds for when_s, seconds in list(recent) if when_s >= since_s)
+    found: dict[str, Any] = {"num": len(values)}
+    if values:
+        found |= {
+            f"p{share}": round(values[min(len(values) - 1, len(values) * share // 100)], 5)
+            for share in _PERCENTILES
+        }
+    return found
+
+
+def _whole_numbers(numbers: npt.NDArray[np.int64]) -> str:
+    """As base64 of uint32, which may wrap: pages subtract."""
+    return b64encode(numbers.astype("<u4").tobytes()).decode()
+
+
+def _spread(readings: Sequence[Reading], most: int) -> list[Reading]:
+    """At most so many, at near-equal distances in time, the first and the last among them."""
+    if len(readings) <= most:
+        return list(readings)
+    times = [each.time_s for each in readings]
+    wanted = np.linspace(times[0], times[-1], most)
+    places = dict.fromkeys(bisect_left(times, each) for each in wanted)
+    return [readings[min(place, len(readings) - 1)] for place in places]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

@@ -1,0 +1,167 @@
+"""A line a request on stderr: JSON for machines, or text; without prompts unless asked for."""
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from queue import Empty, SimpleQueue
+from typing import Any, Literal, TextIO
+
+import msgspec
+
+from expertlane.schedule.request import FinishReason, RequestOutput
+from expertlane.server.observed import Exchange, Generated
+from expertlane.spec.printable import printable
+
+# Asked for often, by probes, Prometheus and pages; written down only where they fail.
+_QUIET = frozenset({"/health", "/ping", "/metrics", "/load", "/live"})
+_MOST_WAITING = 10_000  # lines
+_MOST_ID = 128  # characters of a client's own id
+_CLOSE_S = 2.0
+
+
+class RequestLog:
+    """Writes in a thread of its own, so that a reader that is slow holds up no request.
+
+    Args:
+        decode: makes text of a prompt's tokens, which is then written too, as is the output; None
+            to write neither.
+    """
+
+    def __init__(
+        self,
+        form: Literal["text", "json"],
+        model: str,
+        *,
+        decode: Callable[[list[int]], str] | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
+        self._form, self._model, self._decode = form, model, decode
+        self._stream = sys.stderr if stream is None else stream
+        self._lines: SimpleQueue[str | None] = SimpleQueue()
+        self._num_lost = 0
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Write a request down."""
+        if exchange.path in _QUIET and exchange.status < 400:
+            return
+        facts = self._facts(exchange)
+        self._put(facts, "error" if exchange.status >= 500 else "info", _line(facts))
+
+    def event(self, kind: str, text: str) -> None:
+        """Write down what happened to the server."""
+        level = "error" if kind in ("error", "end") else "info"
+        self._put({"event": kind, "text": text}, level, f"{kind}: {text}")
+
+    def close(self) -> None:
+        """Write what is left, for a bounded time."""
+        self._lines.put(None)
+        self._thread.join(_CLOSE_S)
+
+    def _put(self, facts: dict[str, Any], level: str, line: str) -> None:
+        if self._lines.qsize() >= _MOST_WAITING:
+            self._num_lost += 1
+            return
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        if self._form == "json":
+            if self._num_lost:
+                facts["num_lines_lost"], self._num_lost = self._num_lost, 0
+            line = msgspec.json.encode({"time": now, "level": level} | facts).decode()
+        else:
+            line = f"{now} {printable(line)}"
+        self._lines.put(line)
+
+    def _facts(self, exchange: Exchange) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "event": "request",
+            "method": exchange.method,
+            "path": exchange.path,
+            "status": exchange.status,
+            "duration_s": round(exchange.seconds, 6),
+            "client": exchange.client,
+        }
+        if own := exchange.headers.get("x-request-id"):
+            facts["client_request_id"] = own[:_MOST_ID]
+        if exchange.generated is not None:
+            facts |= self._of_text(exchange.generated)
+        return facts
+
+    def _of_text(self, generated: Generated) -> dict[str, Any]:
+        outputs = generated.outputs
+        facts: dict[str, Any] = {
+            "request_id": generated.request_id,
+            "model": self._model,
+            "stream": generated.is_stream,
+            "n": generated.num_choices,
+            "prompt_tokens": sum(
+                len(each.prompt_token_ids) for each in outputs[:: generated.num_choices]
+            ),
+            "cached_tokens": sum(each.num_cached_tokens for each in outputs),
+            "completion_tokens": sum(len(each.token_ids) for each in outputs),
+            "queue_s": _rounded(min, map(queue_s, outputs)),
+            "ttft_s": _rounded(min, (each.ttft_s for each in outputs)),
+            "tpot_s": _rounded(max, (each.tpot_s for each in outputs)),
+            "finish_reasons": [finish_reason(each) for each in outputs],
+            "preemptions": sum(each.num_preemptions for each in outputs),
+        }
+        if self._decode is not None:
+            facts["prompts"] = [
+                self._decode(each.prompt_token_ids) for each in outputs[:: generated.num_choices]
+            ]
+            facts["outputs"] = [each.text for each in outputs]
+        return facts
+
+    def _write(self) -> None:
+        is_open = True
+        while is_open:
+            lines = [self._lines.get()]
+            try:
+                while len(lines) < 1000:
+                    lines.append(self._lines.get_nowait())
+            except Empty:
+                pass
+            is_open = None not in lines
+            text = "".join(f"{line}\n" for line in lines if line is not None)
+            try:
+                self._stream.write(text)
+                self._stream.flush()
+            except (OSError, ValueError):  # nobody reads any more
+                return
+
+
+def finish_reason(output: RequestOutput) -> str:
+    """Of an answer that has ended; `abort` where the client went, or its time was over."""
+    reason = output.finish_reason
+    return "abort" if reason in (None, FinishReason.CANCELLED) else str(reason)
+
+
+def queue_s(output: RequestOutput) -> float | None:
+    """From arrival to the first step; None before that."""
+    return None if output.scheduled_s is None else output.scheduled_s - output.arrival_s
+
+
+def _rounded(
+    choose: Callable[[list[float]], float], values: Iterable[float | None]
+) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(choose(known), 6) if known else None
+
+
+def _line(facts: dict[str, Any]) -> str:
+    """The same for people."""
+    parts = [f"{facts['method']} {facts['path']} {facts['status']} in {facts['duration_s']:.3f} s"]
+    if "request_id" in facts:
+        parts += [
+            facts["request_id"],
+            f"{facts['prompt_tokens']} + {facts['completion_tokens']} tokens",
+            *(
+                f"{name} {1e3 * facts[key]:.1f} ms"
+                for name, key in (("TTFT", "ttft_s"), ("TPOT", "tpot_s"))
+                if facts[key] is not None
+            ),
+            "/".join(dict.fromkeys(str(each) for each in facts["finish_reasons"])),
+        ]
+        parts += [f"{name} {facts[name]!r}" for name in ("prompts", "outputs") if name in facts]
+    return ", ".join(part for part in parts if part)

@@ -1,0 +1,196 @@
+"""What only expertlane counts: where ranks' time goes, and which experts are hot."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    Metric,
+    SummaryMetricFamily,
+)
+
+from expertlane.engine.rank_watch import RankWatch
+from expertlane.engine.rebalancing import Rebalancer
+from expertlane.schedule.drive import FinishedStep
+from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.names import Link, Stage
+
+WAITING = "waiting"  # for other ranks; beside the names of stages
+IMBALANCE_S = 30.0  # over which it is taken
+_PREFIX = "expertlane:"
+
+
+class OwnMetrics:
+    """Of one server.
+
+    Args:
+        labels: that every metric has.
+        watch: None where there are no ranks to be watched.
+    """
+
+    def __init__(
+        self, labels: Mapping[str, str], scheduler: ContinuousScheduler, watch: RankWatch | None
+    ) -> None:
+        self._labels, self._scheduler, self.watch = dict(labels), scheduler, watch
+        self._num_steps: Counter[tuple[str, str]] = Counter()  # by replica and phase
+        # By replica and data-parallel rank, the steps that it took part in without a token.
+        self.num_dummy_steps = {
+            (replica, dp_rank): 0
+            for replica, tables in enumerate(scheduler.tables)
+            for dp_rank in range(len(tables))
+        }
+
+    def on_step(self, step: FinishedStep) -> None:
+        """Take a step in; in the engine's thread."""
+        plan = step.plan
+        self._num_steps[str(plan.replica), plan.phase] += 1
+        for dp_rank, batches in enumerate(zip(*plan.micro_batches, strict=True)):
+            if not any(batch.num_seqs for batch in batches):
+                self.num_dummy_steps[plan.replica, dp_rank] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        """All but those of experts, which are many."""
+        yield from self._of_scheduler()
+        if self.watch is None:
+            return
+        yield from self._of_ranks(self.watch)
+        yield from self._of_links(self.watch)
+        if self.watch.rebalancer is not None:
+            yield from self._of_rebalancer(self.watch.rebalancer)
+
+    def text_of_experts(self) -> bytes:
+        """`expertlane:expert_tokens_total`, as Prometheus reads it.
+
+        With 61 layers of 256 experts these are 15,616 lines, for which prometheus-client takes 15
+        times as long.
+        """
+        watch = self.watch
+        if watch is None or not watch.layers:
+            return b""
+        name = f"{_PREFIX}expert_tokens_total"
+        lines = [
+            f"# HELP {name} Token-expert pairs computed, of a layer's logical expert",
+            f"# TYPE {name} counter",
+        ]
+        labels = ",".join(f'{label}="{_escaped(value)}"' for label, value in self._labels.items())
+        for layer, of_layer in zip(watch.layers, watch.readings[-1].num_tokens, strict=True):
+            begin = f'{name}{{{labels},layer="{layer}",expert="'
+            lines += [f'{begin}{i}"}} {number}.0' for i, number in enumerate(of_layer.tolist())]
+        return ("\n".join(lines) + "\n").encode()
+
+    def _of_scheduler(self) -> Iterator[Metric]:
+        steps = self._counter("steps", "Steps of a replica", "replica", "phase")
+        for labels, number in list(self._num_steps.items()):
+            self._add(steps, labels, number)
+        yield steps
+        dummy = self._counter(
+            "dummy_steps",
+            "Steps that a data-parallel rank took part in without a token of its own",
+            *("replica", "dp_rank"),
+        )
+        running = self._gauge(
+            "requests_running", "Requests that hold blocks of a rank", "replica", "dp_rank"
+        )
+        used = self._gauge(
+            "kv_cache_usage_ratio", "Share of a rank's cache blocks in use", "replica", "dp_rank"
+        )
+        for (replica, dp_rank), number in self.num_dummy_steps.items():
+            table = self._scheduler.tables[replica][dp_rank]
+            labels = str(replica), str(dp_rank)
+            self._add(dummy, labels, number)
+            self._add(running, labels, table.num_running)
+            blocks = table.blocks
+            self._add(used, labels, blocks.num_used / (blocks.num_used + blocks.num_free))
+        yield from (dummy, running, used)
+
+    def _of_ranks(self, watch: RankWatch) -> Iterator[Metric]:
+        reading = watch.readings[-1]
+        seconds = SummaryMetricFamily(
+            f"{_PREFIX}rank_step_seconds",
+            "Wall time of a rank by stage, waits for other ranks apart; counts are its steps",
+            labels=[*self._labels, "rank", "stage"],
+        )
+        own_s = reading.spent_s - reading.waited_s
+        for rank, number in enumerate(reading.num_steps.tolist()):
+            times = {
+                stage.name.lower(): own_s[rank, stage] for stage in Stage if stage != Stage.SETUP
+            }
+            times[WAITING] = reading.waited_s[rank].sum()
+            for stage, total_s in times.items():
+                labels = [*self._labels.values(), str(rank), stage]
+                seconds.add_metric(labels, number, float(total_s))
+        yield seconds
+        imbalance = self._gauge(
+            "imbalance",
+            f"Tokens of a layer's fullest rank over the mean, in the last {IMBALANCE_S:.0f} s",
+            "layer",
+        )
+        for layer, ratio in watch.imbalance(IMBALANCE_S).items():
+            self._add(imbalance, [str(layer)], ratio)
+        yield imbalance
+
+    def _of_links(self, watch: RankWatch) -> Iterator[Metric]:
+        reading = watch.readings[-1]
+        sent = self._counter("link_bytes", "Bytes that ranks sent each other", "link")
+        for link, number in zip(Link, reading.link_bytes.tolist(), strict=True):
+            self._add(sent, [link.label], number)
+        yield sent
+        transfers = self._counter(
+            "transfer_seconds",
+            "Time of dispatch, combine and TP collectives: overlapped with computing, or exposed",
+            "part",
+        )
+        self._add(transfers, ["overlapped"], reading.overlapped_s)
+        self._add(transfers, ["exposed"], reading.exposed_s)
+        yield transfers
+
+    def _of_rebalancer(self, rebalancer: Rebalancer) -> Iterator[Metric]:
+        decisions = list(rebalancer.decisions)
+        moved = [each for each in decisions if each.switched is not None]
+        taken = self._counter("rebalance_decisions", "Decisions of the rebalancer", "outcome")
+        self._add(taken, ["moved"], len(moved))
+        self._add(taken, ["stayed"], len(decisions) - len(moved))
+        yield taken
+        for name, text, total in (
+            ("bytes", "Weights moved", sum(each.decision.num_bytes for each in moved)),
+            (
+                "cost_seconds",
+                "Time to move them, as estimated from a timed move",
+                sum(each.decision.cost_s for each in moved),
+            ),
+            (
+                "expected_gain_seconds",
+                "Time that they were to save within the window that was decided for",
+                sum(each.decision.gain_s for each in moved),
+            ),
+        ):
+            family = self._counter(f"rebalance_{name}", text)
+            self._add(family, [], total)
+            yield family
+        saved = self._gauge(
+            "rebalance_saved_seconds",
+            "Time of the fullest ranks' experts saved so far against the placement before; may "
+            "fall",
+        )
+        self._add(saved, [], rebalancer.saved_s)
+        yield saved
+
+    def _counter(self, name: str, text: str, *labels: str) -> CounterMetricFamily:
+        return CounterMetricFamily(f"{_PREFIX}{name}", text, labels=[*self._labels, *labels])
+
+    def _gauge(self, name: str, text: str, *labels: str) -> GaugeMetricFamily:
+        return GaugeMetricFamily(f"{_PREFIX}{name}", text, labels=[*self._labels, *labels])
+
+    def _add(
+        self,
+        family: CounterMetricFamily | GaugeMetricFamily,
+        labels: list[str] | tuple[str, ...],
+        value: float,
+    ) -> None:
+        family.add_metric([*chain(self._labels.values(), labels)], value)
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
