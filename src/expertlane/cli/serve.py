@@ -53,6 +53,11 @@ class _Options:
         metavar="SECONDS",
         help="How long running requests may continue after SIGTERM or Ctrl-C.",
     )
+    max_stored_responses: int = typer.Option(
+        1000,
+        metavar="N",
+        help="Most answers of /v1/responses kept for previous_response_id. 0: none.",
+    )
     as_json: bool = json_option()
 
 
@@ -60,9 +65,9 @@ class _Options:
 def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
     """Serve a model over HTTP, with the OpenAI API.
 
-    Clients use http://HOST:PORT/v1. Routes: /v1/completions, /v1/chat/completions, /v1/models,
-    /tokenize, /detokenize, /health, /ping, /version, /load, /metrics and /openapi.json. A request
-    with an unsupported field gets status 400 and an error that names the field.
+    Clients use http://HOST:PORT/v1. Routes: /v1/completions, /v1/chat/completions, /v1/responses,
+    /v1/models, /tokenize, /detokenize, /health, /ping, /version, /load, /metrics and /openapi.json.
+    A request with an unsupported field gets status 400 and an error that names the field.
 
     SIGTERM or Ctrl-C shuts the server down: new requests get status 503, running ones have up to
     --drain-s to finish. A second signal ends it at once.
@@ -90,6 +95,7 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
         max_num_queued=own.max_num_queued,
         request_timeout_s=own.request_timeout_s,
         drain_s=own.drain_s,
+        max_stored_responses=own.max_stored_responses,
     )
     # Before the model is loaded, which takes long; of torchrun's processes, the first one listens.
     template, recommended = _of_checkpoint(found)

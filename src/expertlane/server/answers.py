@@ -21,7 +21,10 @@ from expertlane.server.service import Service
 from expertlane.server.usage import ReasoningCount, usage_of
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 
-_EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
+EVENTS_HEAD = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+)
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -95,7 +98,7 @@ class Answer(Response):
         }
         self._num_taken = [0] * len(params)
         self._generation: Generation | None = None
-        self.began_s = asyncio.get_running_loop().time()  # its time limit counts from here
+        self.began_s = 0.0  # when the request arrived; set before it is sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; for the server."""
@@ -127,7 +130,7 @@ class Answer(Response):
 
     async def _whole(self, generation: Generation) -> Response:
         """The answer once all of it is there."""
-        while arrived := await _taken(generation):
+        while arrived := await taken(generation):
             for place, chunk in arrived:
                 self.note(place, chunk)
         pieces = [
@@ -142,18 +145,18 @@ class Answer(Response):
         return json_response(self._head | {"choices": choices, "usage": self._usage()} | more)
 
     async def _stream(self, generation: Generation, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+        await send({"type": "http.response.start", "status": 200, "headers": EVENTS_HEAD})
         try:
-            while arrived := await _taken(generation):
+            while arrived := await taken(generation):
                 events = b"".join(map(self._event, self._pieces(generation, arrived)))
-                await _send_part(send, events)
+                await send_part(send, events)
             end = _DONE
             if self._is_usage_asked:
                 usage = {"choices": [], "usage": self._usage()}
                 end = _as_event(self._head | usage) + end
         except ApiError as error:
             end = _as_event(error.body) + _DONE
-        await _send_part(send, end, is_last=True)
+        await send_part(send, end, is_last=True)
 
     def _pieces(self, generation: Generation, arrived: list[tuple[int, Chunk]]) -> Iterator[Piece]:
         """One a choice: what came together is sent together."""
@@ -337,7 +340,7 @@ async def _watch(receive: Receive, generation: Generation) -> None:
     generation.end(ClientGone())
 
 
-async def _taken(generation: Generation) -> list[tuple[int, Chunk]]:
+async def taken(generation: Generation) -> list[tuple[int, Chunk]]:
     """What has come.
 
     Raises:
@@ -362,7 +365,8 @@ def _check(piece: Piece) -> None:
         raise ApiError(500, str(piece.output.error), code="model_error")
 
 
-async def _send_part(send: Send, body: bytes, *, is_last: bool = False) -> None:
+async def send_part(send: Send, body: bytes, *, is_last: bool = False) -> None:
+    """A part of a body."""
     await send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
 

@@ -16,6 +16,7 @@ from expertlane.server.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from expertlane.server.responses.routes import add_responses
 from expertlane.server.service import Service
 from expertlane.version import __version__
 
@@ -37,6 +38,7 @@ def make_app(service: Service) -> FastAPI:
     )
     install_handlers(app)
     _add_generation(app, service)
+    add_responses(app, service)
     _add_tokens(app, service)
     _add_state(app, service)
     # The last one added comes first.

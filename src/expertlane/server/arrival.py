@@ -7,7 +7,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from expertlane.server.answers import Answer
-from expertlane.server.requests import GenerationRequest
+from expertlane.server.requests import SampledRequest
 from expertlane.server.service import Service
 
 
@@ -19,7 +19,7 @@ class Arrival(Response):
     """
 
     def __init__(
-        self, service: Service, request: GenerationRequest, make: Callable[[], Awaitable[Answer]]
+        self, service: Service, request: SampledRequest, make: Callable[[], Awaitable[Answer]]
     ) -> None:
         super().__init__()  # what it calls when it is sent is below
         self._service, self._request, self._make = service, request, make

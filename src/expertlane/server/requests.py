@@ -87,8 +87,8 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class GenerationRequest(Known):
-    """What completions and chats have in common."""
+class SampledRequest(Known):
+    """What all requests for text have in common."""
 
     temperature: float | None = number("temperature")
     top_p: float | None = number("top_p")
@@ -99,18 +99,12 @@ class GenerationRequest(Known):
     frequency_penalty: float | None = number("frequency_penalty")
     logit_bias: Bias | None = None
     seed: int | None = number("seed", -(2**63))
-    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
-    max_tokens: int | None = number("max_tokens")
     min_tokens: int | None = number("min_tokens")
-    prompt_logprobs: int | None = number("prompt_logprobs")
     stop: Stop = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=MOST_STOPS)
     ignore_eos: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
     priority: int | None = number("priority")
     timeout_s: float | None = number("timeout_s")
     # Without effect, whatever they are.
@@ -120,6 +114,17 @@ class GenerationRequest(Known):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     request_id: str | None = None
+
+
+class GenerationRequest(SampledRequest):
+    """What completions and chats have in common."""
+
+    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
+    max_tokens: int | None = number("max_tokens")
+    prompt_logprobs: int | None = number("prompt_logprobs")
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> Self:

@@ -18,7 +18,7 @@ from expertlane.server.marks import Marks
 from expertlane.server.messages import Message
 from expertlane.server.metrics import Metrics
 from expertlane.server.prompts import PromptEncoder, TooLongError
-from expertlane.server.requests import GenerationRequest
+from expertlane.server.requests import GenerationRequest, SampledRequest
 from expertlane.spec.sampling import SamplingParams
 
 _RETRY_S = 1
@@ -57,12 +57,14 @@ class ServerOptions:
         max_num_queued: waiting requests, beyond which others are refused.
         request_timeout_s: the longest that a request may take, waiting included; None: any time.
         drain_s: how long running requests may go on once the server is told to end.
+        max_stored_responses: of `/v1/responses`, kept in memory for later requests.
     """
 
     api_keys: tuple[str, ...] = ()
     max_num_queued: int = 4096
     request_timeout_s: float | None = None
     drain_s: float = 30.0
+    max_stored_responses: int = 1000
 
 
 class Service:
@@ -235,7 +237,7 @@ class Service:
                 variables=variables,
             )
         except UserError as error:
-            raise bad_field("messages", str(error)) from None
+            raise bad_field("messages", f"messages: {error}") from None
         tokens = await self.encode(text, "messages", add_special_tokens=bool(add_special_tokens))
         return tokens, text
 
@@ -294,7 +296,7 @@ class Service:
         if request.stop:
             self.tokenizer("stop")
 
-    def time_limit_s(self, request: GenerationRequest) -> float | None:
+    def time_limit_s(self, request: SampledRequest) -> float | None:
         """How long a request may take, from its arrival; None for any time."""
         limits = (request.timeout_s, self.options.request_timeout_s)
         return min((each for each in limits if each is not None), default=None)

@@ -130,6 +130,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     # server
     "port": _whole(0, 65535),
     "max_num_queued": _whole(1, 10**6),
+    "max_stored_responses": _whole(0, 10**6),
     "request_timeout_s": _above(0, 1e6),
     "drain_s": _number(0, 1e6),
     # sampling
