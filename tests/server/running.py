@@ -1,5 +1,7 @@
 """Servers in threads of the test's own process."""
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ PATIENCE_S = 30.0
 PROMPTS: tuple[str | list[int], ...] = ("the thing", "a", [5, 6, 7], "thing the thing the")
 MESSAGES = ({"role": "system", "content": "the"}, {"role": "user", "content": "thing"})
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
+LONG = {"prompt": [1, 2, 3], "max_tokens": 50, "temperature": 0}
 DRAWN = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=12, logprobs=2)
 
 
@@ -104,3 +107,31 @@ class StubServer(ServerInThread):
     def stop(self) -> None:
         self.gate.set()
         super().stop()
+
+
+def is_idle(server):
+    return server.engine.is_idle and server.engine.num_blocks_used() == 0
+
+
+class Stream:
+    """A connection that reads as much as it wants."""
+
+    def __init__(self, server, **more):
+        body = json.dumps(LONG | {"stream": True} | more).encode()
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
+        self.socket.sendall(head.encode() + body)
+
+    def read_until(self, text):
+        found = b""
+        while text not in found:
+            part = self.socket.recv(4096)
+            assert part, found
+            found += part
+        return found
+
+    def close(self):
+        self.socket.close()

@@ -1,7 +1,6 @@
 """From arrival to end: closed connections, full queues, deadlines, draining, ranks that die."""
 
 import json
-import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,41 +11,11 @@ from engine.processes import wait_until
 from engine.stub_runner import expected, spell
 from expertlane.errors import RankError, TerminatedError
 from expertlane.server.service import ServerOptions
-from server.running import PATIENCE_S
-
-LONG = {"prompt": [1, 2, 3], "max_tokens": 50, "temperature": 0}
+from server.running import LONG, PATIENCE_S, Stream, is_idle
 
 
 def post(server, **more):
     return httpx.post(f"{server.url}/v1/completions", json=LONG | more, timeout=PATIENCE_S)
-
-
-def is_idle(server):
-    return server.engine.is_idle and server.engine.num_blocks_used() == 0
-
-
-class Stream:
-    """A connection that reads as much as it wants."""
-
-    def __init__(self, server, **more):
-        body = json.dumps(LONG | {"stream": True} | more).encode()
-        head = (
-            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
-        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
-        self.socket.sendall(head.encode() + body)
-
-    def read_until(self, text):
-        found = b""
-        while text not in found:
-            part = self.socket.recv(4096)
-            assert part, found
-            found += part
-        return found
-
-    def close(self):
-        self.socket.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -77,18 +46,6 @@ def test_a_closed_connection_disturbs_no_other(stub_server):
         assert wait_until(lambda: server.engine.scheduler.num_running == 1)
         found = other.result().json()["choices"][0]
     assert found["token_ids"] == expected([4, 5], 50)
-    assert wait_until(lambda: is_idle(server))
-
-
-def test_a_half_closed_connection_is_closed(stub_server):
-    server = stub_server()
-    server.gate.clear()
-    connection = Stream(server)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
-    connection.socket.shutdown(socket.SHUT_WR)
-    assert wait_until(lambda: server.service.num_open == 0)
-    connection.close()
-    server.gate.set()
     assert wait_until(lambda: is_idle(server))
 
 

@@ -42,6 +42,11 @@ OF_BOTH = [
     ({"n": MOST_CHOICES + 1}, "n"),
     ({"n": 10**30}, "n"),
     ({"max_tokens": 0}, "max_tokens"),
+    ({"stop_token_ids": [270]}, "stop_token_ids"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt_logprobs": True}, "prompt_logprobs"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ({"max_tokens": 256}, "max_tokens"),  # with the prompt, more than there is room for
     ({"max_tokens": "16"}, "max_tokens"),
     ({"min_tokens": 3}, "min_tokens"),
@@ -64,7 +69,6 @@ OF_BOTH = [
     ({"best_of": 2}, "best_of"),
     ({"best_of": True}, "best_of"),
     ({"use_beam_search": True}, "use_beam_search"),
-    ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ({"guided_json": {}}, "guided_json"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"service_tier": "flex"}, "service_tier"),
@@ -88,7 +92,12 @@ CASES = [
     (COMPLETIONS, {"prompt": [5] * 255}, "max_tokens"),  # too long by one token
     (COMPLETIONS, {"logprobs": 21}, "logprobs"),
     (COMPLETIONS, {"logprobs": True}, "logprobs"),
-    (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo"),
+    (COMPLETIONS, {"max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens"),
+    (COMPLETIONS, {"max_tokens": -1, "echo": True}, "max_tokens"),
+    (COMPLETIONS, {"prompt": [5] * 257, "echo": True, "max_tokens": 0}, "prompt"),
+    (COMPLETIONS, {"prompt": "a" * 30_000}, "prompt"),
+    (COMPLETIONS, {"prompt": "a" * 5_000_000}, "prompt"),
+    (CHAT, {"messages": [{"role": "user", "content": "a" * 5_000_000}]}, "messages"),
     (COMPLETIONS, {"suffix": "end"}, "suffix"),
     (COMPLETIONS, {"messages": []}, "messages"),
     (CHAT, {"messages": []}, "messages"),
@@ -269,7 +278,7 @@ def test_a_body_that_turns_out_large(served):
 def test_one_bad_prompt_of_several_queues_none(served):
     answer = served.http.post(COMPLETIONS, json={"prompt": [[5], [270]], "max_tokens": 2})
     assert answer.status_code == 400
-    assert "prompt 2" in answer.json()["error"]["message"]
+    assert answer.json()["error"]["message"].startswith("prompt[1]: token id 270")
     assert served.server.service.num_queued == 0
 
 

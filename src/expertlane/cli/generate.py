@@ -149,6 +149,8 @@ def _check_options(own: _Options, sampling: SamplingOptions, prompts: list[str] 
     """
     if sampling.logprobs is not None and not own.as_json:
         raise UserError("--logprobs needs --json, which prints them")
+    if sampling.prompt_logprobs is not None and not own.as_json:
+        raise UserError("--prompt-logprobs needs --json, which prints them")
     if own.system is not None and not own.chat:
         raise UserError("--system needs --chat")
     if own.chat and (prompts or own.file or own.token_ids or own.as_json):

@@ -67,6 +67,10 @@ def output_json(output: "RequestOutput") -> str:
     }
     if output.logprobs:
         shown["logprobs"] = [_logprobs(each) for each in output.logprobs]
+    if output.prompt_logprobs is not None:
+        shown["prompt_logprobs"] = [
+            None if each is None else _logprobs(each) for each in output.prompt_logprobs
+        ]
     return strict_json(shown) + "\n"
 
 

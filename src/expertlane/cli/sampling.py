@@ -75,6 +75,11 @@ class SamplingOptions:
         metavar="N",
         help="With --json: log-probabilities of each token and of the N likeliest.",
     )
+    prompt_logprobs: int | None = typer.Option(
+        None,
+        metavar="N",
+        help="With --json: the same for the tokens of the prompt.",
+    )
 
 
 def sampling_params(folder: Path | None, given: dict[str, Any]) -> "SamplingParams":

@@ -71,6 +71,11 @@ class _Options:
         show_default="OTEL_EXPORTER_OTLP_ENDPOINT, else none",
         help="Send OpenTelemetry traces of requests there; needs opentelemetry-sdk.",
     )
+    max_stored_responses: int = typer.Option(
+        1000,
+        metavar="N",
+        help="Most answers of /v1/responses kept for previous_response_id. 0: none.",
+    )
     as_json: bool = json_option()
 
 
@@ -78,9 +83,9 @@ class _Options:
 def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
     """Serve a model over HTTP, with the OpenAI API.
 
-    Clients use http://HOST:PORT/v1. Routes: /v1/completions, /v1/chat/completions, /v1/models,
-    /tokenize, /detokenize, /health, /ping, /version, /load, /metrics and /openapi.json. A request
-    with an unsupported field gets status 400 and an error that names the field. Open
+    Clients use http://HOST:PORT/v1. Routes: /v1/completions, /v1/chat/completions, /v1/responses,
+    /v1/models, /tokenize, /detokenize, /health, /ping, /version, /load, /metrics and /openapi.json.
+    A request with an unsupported field gets status 400 and an error that names the field. Open
     http://HOST:PORT/live in a browser to see what ranks and experts are doing.
 
     SIGTERM or Ctrl-C shuts the server down: new requests get status 503, running ones have up to
@@ -126,6 +131,7 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
             drain_s=own.drain_s,
             observers=tuple(each for each in (log, tracing) if each is not None),
             on_event=None if log is None else log.event,
+            max_stored_responses=own.max_stored_responses,
         )
         served = ServedModel(
             name, llm.engine, llm.limits, llm.tokenizer, template, recommended, llm.watch()

@@ -137,7 +137,9 @@ class ChatTemplate:
             raise UserError(f"the chat's messages must be plain JSON data: {error}") from None
         most = _MAX_ADDED_CHARACTERS + _MAX_EXPANSION * num_characters
         with self._lock:
-            process = self._process or self._start()
+            process = self._process
+            if process is None or process.has_ended:  # as by a machine that is out of memory
+                process = self._start()
             return self._ask(process, {"variables": given, "max_characters": most})
 
     def _start(self) -> "_TemplateProcess":
@@ -176,6 +178,11 @@ class _TemplateProcess:
                 process_group=0,  # a terminal's Ctrl-C is not for it
             )
         self.end = weakref.finalize(self, _end, self._process, self._connection, os.getpid())
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is gone, whoever ended it."""
+        return self._process.poll() is not None
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
         """Send a request and wait for its answer: a `text`, or an `error` that says why not."""

@@ -19,6 +19,7 @@ from expertlane.schedule.plan import RankStep
 from expertlane.spec.deployment import DispatchTable, Options, WeightsType
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import TokenLogprobs
 
 ResultT = TypeVar("ResultT")
@@ -63,8 +64,8 @@ class RankOutcome:
     """A rank's part of a step's outcome; sequences only from the last stage.
 
     Attributes:
-        token_ids, logprobs: by sequence id; empty but on the first rank of a tensor-parallel
-            group.
+        token_ids, logprobs, prompt_logprobs: by sequence id; empty but on the first rank of a
+            tensor-parallel group.
         logits: by sequence id, this rank's part of the vocabulary; empty unless asked for.
         not_finite: sequences that have no next token: their greatest logit is NaN or infinite;
             empty where `token_ids` is.
@@ -75,6 +76,7 @@ class RankOutcome:
     logits: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     record: RankRecord | None = None
     not_finite: list[int] = field(default_factory=list)
+    prompt_logprobs: dict[int, PromptPart] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from expertlane.schedule.plan import HandleT, Runner, StepOutcome
 from expertlane.schedule.request import Chunk, FinishReason, Request, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.names import Phase
+from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.sampling import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -64,6 +65,7 @@ class Engine(Generic[HandleT]):
         self.on_commit = on_commit
         self._live: dict[str, _Live] = {}
         self._unscheduled: dict[int, _Live] = {}  # by sequence id: in no step so far
+        self._scoring: dict[int, RequestOutput] = {}  # by sequence id: with `prompt_logprobs`
         self._ended: list[Chunk] = []  # by a cancellation, not yet told
         self._seeds = SystemRandom()
 
@@ -129,6 +131,9 @@ class Engine(Generic[HandleT]):
             detokenizer = IncrementalDetokenizer(
                 self._tokenizer, prompt_ids, stop=params.stop, min_tokens=params.min_tokens
             )
+        if params.prompt_logprobs is not None:
+            output.prompt_logprobs = PromptLogprobs(prompt_ids, params.prompt_logprobs)
+            self._scoring[request.seq_id] = output
         wants_logprobs = params.logprobs is not None
         self._live[request_id] = self._unscheduled[request.seq_id] = _Live(
             request,
@@ -180,6 +185,10 @@ class Engine(Generic[HandleT]):
             self.on_commit(finished)
         if self._unscheduled and finished.plan.phase is Phase.PREFILL:
             self._note_scheduled(finished)
+        for seq_id, part in finished.outcome.prompt_logprobs.items():
+            output = self._scoring.get(seq_id)  # None of a request that was cancelled meanwhile
+            if output is not None and output.prompt_logprobs is not None:
+                output.prompt_logprobs.add(part)
         stepped, failed = self.scheduler.stepped, self.scheduler.failed
         self._loop.submit()
         for request in failed:
@@ -188,11 +197,10 @@ class Engine(Generic[HandleT]):
 
     def _note_scheduled(self, finished: FinishedStep) -> None:
         for batch in finished.plan.batches:
-            num_computed = batch.num_computed_tokens.tolist()
-            for seq_id, num_cached in zip(batch.seq_ids.tolist(), num_computed, strict=True):
+            for seq_id in batch.seq_ids.tolist():
                 if (live := self._unscheduled.pop(seq_id, None)) is not None:
                     live.output.scheduled_s = finished.outcome.submitted_s
-                    live.output.num_cached_tokens = num_cached
+                    live.output.num_cached_tokens = live.request.num_cached_tokens or 0
 
     def _take(self, stepped: list[Request], outcome: StepOutcome) -> list[Chunk]:
         """What a step brought the requests that got a token; a hot loop."""
@@ -226,6 +234,7 @@ class Engine(Generic[HandleT]):
         output = live.output
         output.finish_reason = reason
         output.error = live.request.error
+        self._scoring.pop(live.request.seq_id, None)
         output.num_preemptions = live.request.num_preemptions
         if live.detokenizer is not None:
             rest = live.detokenizer.finish()

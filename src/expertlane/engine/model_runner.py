@@ -30,6 +30,7 @@ from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
+from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import TokenLogprobs
 
 
@@ -168,15 +169,18 @@ def outcome_of(
     """The ranks' parts of an outcome, in rank order, as one."""
     token_ids: dict[int, int] = {}
     logprobs: dict[int, TokenLogprobs] = {}
+    prompt_logprobs: dict[int, PromptPart] = {}
     logits: dict[int, list[np.ndarray]] = {}
     for outcome in outcomes:
         token_ids |= outcome.token_ids
         logprobs |= outcome.logprobs
+        prompt_logprobs |= outcome.prompt_logprobs
         for seq, part in outcome.logits.items():  # in rank order: so are their vocabularies
             logits.setdefault(seq, []).append(part)
     return StepOutcome(
         token_ids=token_ids,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         logits={seq: np.concatenate(parts) for seq, parts in logits.items()},
         not_finite=tuple(seq for outcome in outcomes for seq in outcome.not_finite),
         records=tuple(o.record for o in outcomes if o.record is not None),

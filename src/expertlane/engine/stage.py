@@ -45,6 +45,7 @@ from expertlane.model.draw import NO_TOKEN
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.int8_cache import Int8Cache, write_int8_cache
 from expertlane.model.sampler import Sampler, SamplerStep
+from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import SeededWeights, WeightSource
 from expertlane.results.rank_totals import RankTotals
@@ -225,6 +226,8 @@ class DeployedStage:
                 recorder.enter(Stage.HEAD)
                 seq_ids = part.batch.yielding_seq_ids
                 changes.chosen |= self._take(seq_ids, result, outcome, step.return_logits)
+                if self._mesh.at.tp_rank == 0:
+                    outcome.prompt_logprobs |= result.prompt_logprobs
         for send in self._sends[-1]:
             send.let_go()
         outcome.record = recorder.end_step()
@@ -352,7 +355,7 @@ class DeployedStage:
         self._recorder.is_interleaved = len(parts) > 1
         results = interleave(
             [
-                stage.forward(x, part, self._needs_logits(part))
+                stage.forward(x, part, self._needs_logits(part), self._scored(part))
                 for x, part in zip(inputs, parts, strict=True)
             ]
         )
@@ -370,6 +373,12 @@ class DeployedStage:
     def _needs_logits(self, part: ForwardBatch) -> bool:
         """Whether any sequence of the part asks for more than its likeliest token."""
         return any(seq in self._sampler for seq in part.batch.yielding_seq_ids)
+
+    def _scored(self, part: ForwardBatch) -> ScoredPrompts | None:
+        """The prompt tokens of the part whose log-probabilities are asked for."""
+        if not self._mesh.is_last_stage:
+            return None
+        return ScoredPrompts.of_batch(part.batch, self._sampler.state)
 
 
 HANDLERS: Handlers = {

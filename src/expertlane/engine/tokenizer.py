@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import tokenizers
 
+from expertlane.engine.token_bytes import TokenBytes
 from expertlane.errors import UserError
 from expertlane.spec.files import INDEX_BYTES, check_regular, read_json_object
 from expertlane.spec.hf_config import ConfigReader
@@ -46,6 +47,7 @@ class Tokenizer:
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
         self.byte_tokens = _byte_tokens(core)
         self.vocab_size = core.get_vocab_size()
+        self._bytes = TokenBytes(core, self.byte_tokens)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
@@ -65,6 +67,11 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{path} cannot be read: {error}") from None
         return cls(core, _eos_token_ids(folder, core))
+
+    @property
+    def longest_token(self) -> int:
+        """Characters of the longest token, as the vocabulary writes it."""
+        return max(map(len, self._core.get_vocab()), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
@@ -97,6 +104,10 @@ class Tokenizer:
     def has_token(self, token_id: int) -> bool:
         """Whether an id is known; models have spare ones."""
         return self._core.id_to_token(token_id) is not None
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token stands for, which may be a part of a character; empty of an unknown id."""
+        return self._bytes[token_id]
 
     def name(self, token_id: int) -> str | None:
         """A token as the vocabulary writes it, such as `Ġthe`; None of an unknown id."""

@@ -7,6 +7,7 @@ attention and the next attention each token exists on its owner only.
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -89,6 +90,12 @@ class ForwardBatch:
         if len(self._slices) > 1:
             last = last[(last >= own.start) & (last < own.stop)] - own.start
         return torch.from_numpy(last)
+
+    def owned(self, rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """[tp]; of ascending tokens of the batch, those in each rank's slice; places in it."""
+        return [
+            rows[(rows >= part.start) & (rows < part.stop)] - part.start for part in self._slices
+        ]
 
     @property
     def last_tokens_of_tp_rank(self) -> list[int]:

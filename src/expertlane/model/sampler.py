@@ -67,6 +67,11 @@ class Sampler:
     def __contains__(self, seq_id: object) -> bool:
         return seq_id in self._admitted
 
+    def state(self, seq_id: int) -> SamplingState | None:
+        """A sequence as it was admitted; None of a greedy one."""
+        admitted = self._admitted.get(seq_id)
+        return None if admitted is None else admitted.state
+
     def begin_step(
         self, released: Iterable[int] = (), admitted: Mapping[int, SamplingState] | None = None
     ) -> SamplerStep:

@@ -1,6 +1,7 @@
 """The part of a transformer that one rank holds: its stage's layers, heads and experts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from expertlane.model.attention import RotaryEmbedding
 from expertlane.model.draw import NO_TOKEN, likeliest
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.layers import DecoderLayer, MoEBlock
+from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.weights import WeightSource
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
@@ -22,6 +24,7 @@ from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
+from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.tensors import EMBEDDING, FINAL_NORM, HEAD
 
 # Of a layer where nothing travels, in order.
@@ -36,11 +39,13 @@ class HeadResult(NamedTuple):
             where the greatest logit is not finite; None where more is needed.
         logits: [num_seqs, num_local_vocab] float32.
         all_logits: [num_seqs, vocab_size] float32; None unless needed.
+        prompt_logprobs: by sequence id, where asked for.
     """
 
     token_ids: Tensor | None
     logits: Tensor
     all_logits: Tensor | None
+    prompt_logprobs: Mapping[int, PromptPart] = MappingProxyType({})
 
 
 class OutputHead:
@@ -74,11 +79,7 @@ class OutputHead:
             logits = self._part(x, last, token_ids)
             self._count(len(last))
             return HeadResult(token_ids, logits, logits if needs_logits else None)
-        hidden = self._ops.rms_norm(x[last.to(x.device)], self._norm, self._eps)
-        if tp.size > 1:
-            enter(Stage.COLLECTIVES)
-            hidden = yield from tp.gathered(hidden, batch.last_tokens_of_tp_rank)
-            enter(Stage.HEAD)
+        hidden = yield from self._normed(x, last, batch.last_tokens_of_tp_rank)
         best: Tensor | None = None
         if tp.size > 1 and self._part is not None and self._part.takes(hidden):
             best = torch.empty(len(hidden), 2, dtype=torch.float64)
@@ -96,6 +97,37 @@ class OutputHead:
         best = self._best(logits) if best is None else best
         token_ids = yield from self._likeliest(best)
         return HeadResult(token_ids, logits, None)
+
+    def score(
+        self, x: Tensor, batch: ForwardBatch, scored: ScoredPrompts
+    ) -> Steps[dict[int, PromptPart]]:
+        """Log-probabilities of prompt tokens by sequence id, alike on all tensor-parallel ranks.
+
+        Args:
+            x: [num_owned, hidden_size].
+        """
+        found = []
+        self._recorder.enter(Stage.HEAD)
+        for chunk in scored.chunks(sum(self._vocab_of_tp_rank)):
+            of_tp_rank = batch.owned(scored.rows[chunk])
+            own = torch.from_numpy(of_tp_rank[self._mesh.at.tp_rank])
+            hidden = yield from self._normed(x, own, list(map(len, of_tp_rank)))
+            logits = self._head(hidden).float()
+            self._count(len(hidden))
+            if self._mesh.tp.size > 1:
+                logits = yield from self._gather_logits(logits)
+            found.append(scored.score(logits, chunk))
+        return scored.parts(found)
+
+    def _normed(self, x: Tensor, own: Tensor, num_of_tp_rank: list[int]) -> Steps[Tensor]:
+        """[num_rows, hidden_size]; rows of all tensor-parallel ranks, `own` of this one's."""
+        recorder, tp = self._recorder, self._mesh.tp
+        hidden = self._ops.rms_norm(x[own.to(x.device)], self._norm, self._eps)
+        if tp.size > 1:
+            recorder.enter(Stage.COLLECTIVES)
+            hidden = yield from tp.gathered(hidden, num_of_tp_rank)
+            recorder.enter(Stage.HEAD)
+        return hidden
 
     def _count(self, num_seqs: int) -> None:
         self._recorder.count_compute(
@@ -221,13 +253,18 @@ class TransformerStage:
         return torch.empty(shape, dtype=self._dtype, device=self._device)
 
     def forward(
-        self, x: Tensor, batch: ForwardBatch, needs_logits: bool
+        self,
+        x: Tensor,
+        batch: ForwardBatch,
+        needs_logits: bool,
+        scored: ScoredPrompts | None = None,
     ) -> Steps[Tensor | HeadResult]:
         """Run a batch through the stage's layers, and the head on the last stage.
 
         Args:
             x: [num_owned, hidden_size].
             needs_logits: all logits are wanted, not only the likeliest token.
+            scored: prompt tokens whose log-probabilities are wanted too.
 
         Returns:
             Hidden states [num_owned, hidden_size] for the next stage, or the head's result.
@@ -240,4 +277,8 @@ class TransformerStage:
                 x = yield from layer.forward(x, batch, cache)
         if self._head is None:
             return x
-        return (yield from self._head.forward(x, batch, needs_logits))
+        result = yield from self._head.forward(x, batch, needs_logits)
+        if scored is not None:
+            found = yield from self._head.score(x, batch, scored)
+            result = result._replace(prompt_logprobs=found)
+        return result

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.names import Phase
+from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import SamplingState, TokenLogprobs
 
 HandleT = TypeVar("HandleT")
@@ -212,6 +213,7 @@ class StepOutcome:
         not_finite: sequences that have none instead: their greatest logit is NaN or infinite.
         logits: by sequence id, [vocab_size]; empty unless the plan asked for them.
         logprobs: by sequence id, for those that asked for them.
+        prompt_logprobs: by sequence id, of the part of its prompt that was computed.
         records: one a rank of the replica; empty unless the plan asked for them.
         submitted_s, finished_s: on the clock of whoever drives the runner.
     """
@@ -223,6 +225,7 @@ class StepOutcome:
     finished_s: float
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     not_finite: tuple[int, ...] = ()
+    prompt_logprobs: dict[int, PromptPart] = field(default_factory=dict)
 
 
 class Runner(Protocol[HandleT]):

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from expertlane.errors import UserError
 from expertlane.schedule.blocks import ROOT, block_digest
+from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.ranges import take, take_fields
 from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprobs
 
@@ -138,6 +139,8 @@ class Request:
         order: who goes first where not all can; set on arrival and never changed.
         replica, dp_rank, row: where it runs; chosen anew after a preemption.
         num_preemptions: how often its blocks were taken away.
+        num_cached_tokens: of its prompt, found in the prefix cache when it first began; None
+            before.
         has_cached: whether it uses blocks that other requests computed.
         may_share: whether it may use such blocks when it is admitted again.
 
@@ -179,10 +182,19 @@ class Request:
         self.order = (0, -1)
         self.replica = self.dp_rank = self.row = -1
         self.num_preemptions = 0
+        self.num_cached_tokens: int | None = None
         self.has_cached = False
         self.may_share = True
         self.error: str | None = None
         self._digests: list[bytes] = []
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether its prompt has to be computed for log-probabilities, as `SamplingState` says."""
+        params = self.sampling
+        return (
+            params is not None and params.prompt_logprobs is not None and not self.output_token_ids
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -248,13 +260,15 @@ class RequestOutput:
         token_ids: the output, with the token that ended it.
         text: of the output; without what stopped it, and empty without a tokenizer.
         logprobs: [len(token_ids)]; empty unless asked for.
+        prompt_logprobs: [len(prompt_token_ids)]; None unless asked for. All are there before the
+            first token is.
+        num_cached_tokens: of the prompt, found in the prefix cache and not computed.
         finish_reason: None while it goes on.
         error: why it ended in an error, in a line; None where it did not.
         num_preemptions: how often its keys and values were dropped and computed again.
         arrival_s: when it was added, on `time.perf_counter`.
         scheduled_s: when the first step with tokens of it began, on the same clock; None before
             that step has ended.
-        num_cached_tokens: of the prompt, those that the prefix cache had when it was scheduled.
         token_times_s: [len(token_ids)]; when each token came, on the same clock.
     """
 
@@ -265,12 +279,13 @@ class RequestOutput:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
+    num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
     token_times_s: list[float] = field(default_factory=list)
     error: str | None = None
     scheduled_s: float | None = None
-    num_cached_tokens: int = 0
 
     @property
     def ttft_s(self) -> float | None:

@@ -93,7 +93,7 @@ class RunningTable:
 
     def find_cached(self, request: Request) -> list[int]:
         """Blocks here that a request can share; its last token is always left to compute."""
-        if not (self._limits.prefix_caching and request.may_share):
+        if not (self._limits.prefix_caching and request.may_share) or request.scores_prompt:
             return []
         size = self._limits.block_size
         num_full = (request.num_tokens - 1) // size
@@ -130,6 +130,8 @@ class RunningTable:
         self.num_pending += num_tokens - int(self.num_computed[row])
         request.state, request.row = RequestState.RUNNING, row
         request.has_cached = bool(cached)
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = len(cached) * self._limits.block_size
         return row
 
     def release(self, row: int) -> Request:

@@ -13,15 +13,19 @@ from starlette.types import Receive, Scope, Send
 
 from expertlane.engine.async_engine import Generation
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
-from expertlane.server.errors import ApiError, json_response
+from expertlane.server.errors import ApiError, bad_field, json_response
 from expertlane.server.logprobs import TokenTexts
 from expertlane.server.marks import ChatParts, MarkedText
 from expertlane.server.observed import Generated, note
-from expertlane.server.requests import ChatRequest, CompletionRequest, GenerationRequest
+from expertlane.server.requests import ChatRequest, GenerationRequest
 from expertlane.server.service import Service
+from expertlane.server.usage import ReasoningCount, usage_of
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 
-_EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
+EVENTS_HEAD = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+)
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -94,16 +98,17 @@ class Answer(Response):
             "model": service.model.name,
         }
         self._num_taken = [0] * len(params)
+        self._generation: Generation | None = None
+        self.began_s = 0.0  # when the request arrived; set before it is sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; for the server."""
         service = self._service
-        service.num_open += 1
         generation: Generation | None = None
         watcher: asyncio.Task[None] | None = None
         try:
-            generation = await service.generate(
-                self._of_choices(), self._params, self._request, self.param
+            generation = self._generation = await service.generate(
+                self._of_choices(), self._params, self._request, self.param, self.began_s
             )
             note(scope, self._generated(generation))
             watcher = asyncio.create_task(_watch(receive, generation))
@@ -117,7 +122,6 @@ class Answer(Response):
         except ClientGone:
             pass
         finally:
-            service.num_open -= 1
             if watcher is not None:
                 watcher.cancel()
             if generation is not None:
@@ -137,36 +141,39 @@ class Answer(Response):
 
     async def _whole(self, generation: Generation) -> Response:
         """The answer once all of it is there."""
-        while await _taken(generation):
-            pass
+        while arrived := await taken(generation):
+            for place, chunk in arrived:
+                self.note(place, chunk)
         pieces = [
             Piece(place, output, 0, len(output.token_ids), output.text, output.finish_reason)
             for place, output in enumerate(generation.outputs)
         ]
         for piece in pieces:
             _check(piece)
-        self._num_taken = [piece.stop for piece in pieces]
         choices = [self.choice(piece) for piece in pieces]
-        return json_response(self._head | {"choices": choices, "usage": self._usage()})
+        self._num_taken = [piece.stop for piece in pieces]
+        more = self.more_of_whole(pieces)
+        return json_response(self._head | {"choices": choices, "usage": self._usage()} | more)
 
     async def _stream(self, generation: Generation, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+        await send({"type": "http.response.start", "status": 200, "headers": EVENTS_HEAD})
         try:
-            while arrived := await _taken(generation):
+            while arrived := await taken(generation):
                 events = b"".join(map(self._event, self._pieces(generation, arrived)))
-                await _send_part(send, events)
+                await send_part(send, events)
             end = _DONE
             if self._is_usage_asked:
                 usage = {"choices": [], "usage": self._usage()}
                 end = _as_event(self._head | usage) + end
         except ApiError as error:
             end = _as_event(error.body) + _DONE
-        await _send_part(send, end, is_last=True)
+        await send_part(send, end, is_last=True)
 
     def _pieces(self, generation: Generation, arrived: list[tuple[int, Chunk]]) -> Iterator[Piece]:
         """One a choice: what came together is sent together."""
         pieces: dict[int, Piece] = {}
         for place, chunk in arrived:
+            self.note(place, chunk)
             piece = pieces.get(place)
             if piece is None:
                 start = self._num_taken[place]
@@ -189,13 +196,23 @@ class Answer(Response):
             event["usage"] = self._usage()
         return _as_event(event)
 
-    def _usage(self) -> dict[str, int]:
-        num_prompt, num_output = sum(map(len, self._prompts)), sum(self._num_taken)
-        return {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_output,
-            "total_tokens": num_prompt + num_output,
-        }
+    def _usage(self) -> dict[str, Any]:
+        outputs = () if self._generation is None else self._generation.outputs
+        firsts = outputs[:: self._num_choices]  # others of a prompt share it
+        return usage_of(
+            sum(map(len, self._prompts)),
+            sum(output.num_cached_tokens for output in firsts),
+            sum(self._num_taken),
+            self.num_reasoning_tokens,
+        )
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Of the output tokens, those before the answer itself."""
+        return 0
+
+    def note(self, place: int, chunk: Chunk) -> None:
+        """Look at a chunk before it is answered with."""
 
     def _with_ids(self, piece: Piece, choice: dict[str, Any]) -> dict[str, Any]:
         if self._request.return_token_ids:
@@ -204,6 +221,10 @@ class Answer(Response):
                 choice["prompt_token_ids"] = self._prompts[piece.place // self._num_choices]
         return choice
 
+    def more_of_whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """What a whole answer has besides."""
+        return {}
+
     def choice(self, piece: Piece) -> dict[str, Any]:
         """A whole choice, as the answer has it."""
         raise NotImplementedError
@@ -211,46 +232,6 @@ class Answer(Response):
     def delta(self, piece: Piece) -> dict[str, Any]:
         """What is new of a choice, as a stream has it."""
         raise NotImplementedError
-
-
-class CompletionAnswer(Answer):
-    """Of `/v1/completions`."""
-
-    param = "prompt"
-    prefix, kind, kind_of_chunks = "cmpl", "text_completion", "text_completion"
-
-    def __init__(
-        self,
-        service: Service,
-        request: CompletionRequest,
-        prompts: Sequence[list[int]],
-        params: Sequence[SamplingParams],
-        echoed: Sequence[str],
-    ) -> None:
-        super().__init__(service, request, prompts, params)
-        self._wants_logprobs = request.logprobs is not None
-        self._echoed = echoed
-        self._offsets = [len(self._before(place)) for place in range(len(params))]
-
-    def _before(self, place: int) -> str:
-        return self._echoed[place // self._num_choices] if self._echoed else ""
-
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        """With the prompt's text before it, where asked for."""
-        text = piece.text if piece.start else self._before(piece.place) + piece.text
-        logprobs = None
-        if self._wants_logprobs:
-            logprobs = self._texts.of_completion(piece.logprobs, self._offsets[piece.place])
-            self._offsets[piece.place] += sum(map(len, logprobs["tokens"]))
-        choice = {
-            "index": piece.place,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": piece.finish_reason,
-        }
-        return self._with_ids(piece, choice)
-
-    delta = choice
 
 
 class ChatAnswer(Answer):
@@ -275,6 +256,27 @@ class ChatAnswer(Answer):
             self._parts = [
                 ChatParts(MarkedText(service.marks, text, takes_calls=takes_calls)) for _ in params
             ]
+        self._counts: list[ReasoningCount] = []
+        if service.marks.has_reasoning:
+            self._counts = [ReasoningCount(service.marks, text) for _ in params]
+        self._num_prompt_top = request.prompt_logprobs
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Of all choices."""
+        return sum(count.num_tokens for count in self._counts)
+
+    def note(self, place: int, chunk: Chunk) -> None:
+        """Count it if it is reasoning."""
+        if self._counts:
+            self._counts[place].feed(chunk)
+
+    def more_of_whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """With what is known of the prompt, if it was asked for."""
+        prompt = pieces[0].output.prompt_logprobs
+        if self._num_prompt_top is None or prompt is None:
+            return {}
+        return {"prompt_logprobs": self._texts.of_prompt(prompt, self._num_prompt_top)}
 
     def choice(self, piece: Piece) -> dict[str, Any]:
         """With the message."""
@@ -310,6 +312,38 @@ class ChatAnswer(Answer):
         return self._with_ids(piece, {"index": piece.place} | what | more)
 
 
+async def make_chat(service: Service, request: ChatRequest) -> ChatAnswer:
+    """An answer to a request, with its chat as tokens.
+
+    Raises:
+        ApiError: it can never be served.
+    """
+    prompt, text, params = await prepare_chat(service, request)
+    return ChatAnswer(service, request, [prompt], params, text)
+
+
+async def prepare_chat(
+    service: Service, request: ChatRequest
+) -> tuple[list[int], str, list[SamplingParams]]:
+    """A chat's tokens, its text, and how each of its choices is drawn.
+
+    Raises:
+        ApiError: it can never be served.
+    """
+    tools = request.offered_tools
+    if tools and not service.marks.has_calls:
+        text = "tools: the chat template of this model marks no calls as <tool_call>"
+        raise bad_field("tools", text, "unsupported_parameter")
+    prompt, text = await service.encode_chat(
+        request.messages,
+        add_generation_prompt=request.add_generation_prompt,
+        add_special_tokens=request.add_special_tokens,
+        tools=tools,
+        variables=request.chat_template_kwargs,
+    )
+    return prompt, text, service.params(request, [prompt], "messages")
+
+
 async def _watch(receive: Receive, generation: Generation) -> None:
     """End the generation when the client closes the connection."""
     while (await receive())["type"] != "http.disconnect":
@@ -317,7 +351,7 @@ async def _watch(receive: Receive, generation: Generation) -> None:
     generation.end(ClientGone())
 
 
-async def _taken(generation: Generation) -> list[tuple[int, Chunk]]:
+async def taken(generation: Generation) -> list[tuple[int, Chunk]]:
     """What has come.
 
     Raises:
@@ -342,7 +376,8 @@ def _check(piece: Piece) -> None:
         raise ApiError(500, str(piece.output.error), code="model_error")
 
 
-async def _send_part(send: Send, body: bytes, *, is_last: bool = False) -> None:
+async def send_part(send: Send, body: bytes, *, is_last: bool = False) -> None:
+    """A part of a body."""
     await send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
 

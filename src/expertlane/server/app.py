@@ -1,11 +1,12 @@
 """The HTTP interface: routes, and what stands before all of them."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Response
 
-from expertlane.server.answers import Answer, ChatAnswer, CompletionAnswer
+from expertlane.server.answers import make_chat
+from expertlane.server.arrival import Arrival
+from expertlane.server.completions import make_completion
 from expertlane.server.errors import bad_field, install_handlers, json_response
 from expertlane.server.live import add_live
 from expertlane.server.metrics import CONTENT_TYPE
@@ -17,9 +18,11 @@ from expertlane.server.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from expertlane.server.responses.routes import add_responses
 from expertlane.server.service import Service
 from expertlane.version import __version__
 
+_TOKENIZED = 4  # times the longest prompt: clients cut what they have tokenized
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "The request is wrong; `error.param` names the field."},
     "5XX": {"description": "The server cannot answer."},
@@ -37,6 +40,7 @@ def make_app(service: Service) -> FastAPI:
     )
     install_handlers(app)
     _add_generation(app, service)
+    add_responses(app, service)
     _add_tokens(app, service)
     _add_state(app, service)
     add_live(app, service.live)
@@ -50,41 +54,16 @@ def make_app(service: Service) -> FastAPI:
 
 def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_class=Response)
-    async def complete(request: CompletionRequest) -> Answer:
+    async def complete(request: CompletionRequest) -> Response:
         """Continue prompts."""
         service.check_admission(request.model)
-        prompts = [
-            await service.encode(each, "prompt", add_special_tokens=request.add_special_tokens)
-            if isinstance(each, str)
-            else each
-            for each in request.prompt
-        ]
-        params = service.params(request, prompts, "prompt")
-        echoed: Sequence[str] = ()
-        if request.echo:
-            decode = service.tokenizer("echo").decode
-            echoed = [
-                given if isinstance(given, str) else decode(given) for given in request.prompt
-            ]
-        return CompletionAnswer(service, request, prompts, params, echoed)
+        return Arrival(service, request, lambda: make_completion(service, request))
 
     @app.post("/v1/chat/completions", response_class=Response)
-    async def chat(request: ChatRequest) -> Answer:
+    async def chat(request: ChatRequest) -> Response:
         """Continue a conversation."""
         service.check_admission(request.model)
-        tools = request.offered_tools
-        if tools and not service.marks.has_calls:
-            text = "tools: the chat template of this model marks no calls as <tool_call>"
-            raise bad_field("tools", text, "unsupported_parameter")
-        prompt, text = await service.encode_chat(
-            request.messages,
-            add_generation_prompt=request.add_generation_prompt,
-            add_special_tokens=request.add_special_tokens,
-            tools=tools,
-            variables=request.chat_template_kwargs,
-        )
-        params = service.params(request, [prompt], "messages")
-        return ChatAnswer(service, request, [prompt], params, text)
+        return Arrival(service, request, lambda: make_chat(service, request))
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -94,8 +73,11 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         service.check_model(request.model)
         tokenizer = service.tokenizer("prompt")
         if request.messages is None:
-            tokens = await service.encode(
-                request.prompt or "", "prompt", add_special_tokens=request.add_special_tokens
+            (tokens,) = await service.encode_all(
+                [request.prompt or ""],
+                "prompt",
+                add_special_tokens=request.add_special_tokens,
+                factor=_TOKENIZED,
             )
         else:
             tokens, _ = await service.encode_chat(

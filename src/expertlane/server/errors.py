@@ -13,8 +13,13 @@ from expertlane.errors import UserError
 from expertlane.spec.printable import printable
 
 JSON = "application/json"
-TOO_LARGE = 413
-_CODES = {404: "not_found", 405: "method_not_allowed", TOO_LARGE: "body_too_large"}
+TOO_SLOW, TOO_LARGE = 408, 413
+_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    TOO_SLOW: "body_too_slow",
+    TOO_LARGE: "body_too_large",
+}
 _PYDANTIC = re.compile(r"^\w+ should(?= )")  # Input, String, List…
 _NO_JSON = "invalid_json"
 _MOST = 500  # characters of a message
@@ -99,7 +104,7 @@ def install_handlers(app: FastAPI) -> None:
         text = f"{request.method} {request.url.path}: {error.detail}"
         answer = ApiError(status, text, code=_CODES.get(status)).response()
         answer.headers.update(error.headers or {})
-        if status == TOO_LARGE:
+        if status in (TOO_SLOW, TOO_LARGE):
             answer.headers["Connection"] = "close"  # the rest is not read
         return answer
 

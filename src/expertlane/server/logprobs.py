@@ -1,14 +1,18 @@
-"""Log-probabilities of tokens, as the two kinds of answers have them."""
+"""Log-probabilities of tokens, as the kinds of answers have them."""
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 from expertlane.engine.tokenizer import Tokenizer
+from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.sampling import TokenLogprobs
 
 _LEAST = -9999.0  # of a token that cannot be: JSON has no infinity
 _KEPT = 4096
+
+Named = tuple[int, TokenLogprobs | None]  # a token, and what is known of it
 
 
 class TokenTexts:
@@ -20,40 +24,50 @@ class TokenTexts:
     """
 
     def __init__(self, tokenizer: Tokenizer | None, *, as_ids: bool) -> None:
-        self._tokenizer = None if as_ids else tokenizer
-        self._text = lru_cache(_KEPT)(self._make_text)
+        self.tokenizer = tokenizer
+        self._as_ids = as_ids or tokenizer is None
+        self._bytes = lru_cache(_KEPT)(self._make_bytes)
 
-    def _make_text(self, token_id: int) -> str:
-        if self._tokenizer is None:
+    def _make_bytes(self, token_id: int) -> bytes:
+        if self.tokenizer is None:
+            return f"token_id:{token_id}".encode()
+        return self.tokenizer.bytes_of(token_id)
+
+    def text(self, token_id: int) -> str:
+        """For people: a part of a character is U+FFFD."""
+        if self._as_ids:
             return f"token_id:{token_id}"
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return self._bytes(token_id).decode(errors="replace")
 
-    def of_completion(self, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
-        """Lists side by side, one entry a token.
+    def _name(self, token_id: int) -> str:
+        """Differs for tokens that do: a part of a character is `bytes:` and its bytes."""
+        if self._as_ids:
+            return f"token_id:{token_id}"
+        given = self._bytes(token_id)
+        try:
+            return given.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in given)
 
-        Args:
-            offset: characters before the first token.
-        """
-        texts = [self._text(each.token_id) for each in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(offset)
-            offset += len(text)
+    def of_completion(
+        self, tokens: Sequence[Named], offsets: "TextOffsets", num_top: int
+    ) -> dict[str, Any]:
+        """Lists side by side, one entry a token; the first of a prompt has no log-probability."""
         return {
-            "tokens": texts,
-            "token_logprobs": [_finite(each.logprob) for each in tokens],
-            "top_logprobs": [self._top(each) for each in tokens],
-            "text_offset": offsets,
+            "tokens": [self._name(token_id) for token_id, _ in tokens],
+            "token_logprobs": [None if of is None else _finite(of.logprob) for _, of in tokens],
+            "top_logprobs": [None if of is None else self._top(of, num_top) for _, of in tokens],
+            "text_offset": [offsets.take(token_id) for token_id, _ in tokens],
         }
 
-    def _top(self, token: TokenLogprobs) -> dict[str, float]:
-        """The likeliest by text, and the chosen one; of equal texts the likeliest counts."""
+    def _top(self, token: TokenLogprobs, num_top: int) -> dict[str, float]:
+        """The likeliest by text, and the token itself; of equal texts the likeliest counts."""
         found: dict[str, float] = {}
-        for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
-            found.setdefault(self._text(token_id), _finite(logprob))
+        for token_id, logprob in (*token.top[:num_top], (token.token_id, token.logprob)):
+            found.setdefault(self._name(token_id), _finite(logprob))
         return found
 
-    def of_chat(self, tokens: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+    def of_chat(self, tokens: Iterable[TokenLogprobs]) -> list[dict[str, Any]]:
         """An object a token."""
         return [
             self._entry(each.token_id, each.logprob)
@@ -62,8 +76,53 @@ class TokenTexts:
         ]
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token_id)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+        given = list(self._bytes(token_id))
+        return {"token": self.text(token_id), "logprob": _finite(logprob), "bytes": given}
+
+    def of_prompt(self, prompt: PromptLogprobs, num_top: int) -> list[dict[str, Any] | None]:
+        """vLLM's form: by token id, the likeliest and the token itself, with their ranks."""
+        return [
+            None if each is None else self._ranked(each, int(prompt.ranks[place]), num_top)
+            for place, each in enumerate(prompt)
+        ]
+
+    def _ranked(self, token: TokenLogprobs, own_rank: int, num_top: int) -> dict[str, Any]:
+        likely = [(rank, *each) for rank, each in enumerate(token.top[:num_top], 1)]
+        return {
+            str(token_id): {
+                "logprob": _finite(logprob),
+                "rank": rank,
+                "decoded_token": self.text(token_id),
+            }
+            for rank, token_id, logprob in ((own_rank, token.token_id, token.logprob), *likely)
+        }
+
+
+class TextOffsets:
+    """Where tokens that follow each other begin in their text, in characters.
+
+    Args:
+        echoed: what the text begins with. Control tokens have a place in it if they are in it;
+            later text has none of them.
+    """
+
+    def __init__(self, texts: TokenTexts, echoed: str = "") -> None:
+        self._texts = texts
+        self._echoed = echoed
+        self._num = 0
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def take(self, token_id: int) -> int:
+        """Of the next token."""
+        before, tokenizer = self._num, self._texts.tokenizer
+        if tokenizer is None:
+            return before
+        given = tokenizer.bytes_of(token_id)
+        if token_id not in tokenizer.special_token_ids:
+            self._num += len(self._utf8.decode(given))
+        elif self._echoed.startswith(name := given.decode(), before):
+            self._num += len(name)
+        return before
 
 
 def _finite(logprob: float) -> float:

@@ -58,6 +58,11 @@ class MarkedText:
         if marks.has_reasoning and prompt.rstrip().endswith(_THINK):
             self._kind, self._is_start = "reasoning", False
 
+    @property
+    def kind(self) -> Kind | None:
+        """Of the text to come; None while that is not known."""
+        return None if self._is_start else self._kind
+
     def feed(self, text: str, *, is_last: bool = False) -> list[Part]:
         """The parts that are certain after some more text."""
         self._held += text

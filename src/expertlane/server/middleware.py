@@ -1,5 +1,6 @@
 """What every request passes before its route: counting, keys, and a bound on its body."""
 
+import asyncio
 import hmac
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -7,12 +8,14 @@ from hashlib import sha256
 from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from expertlane.server.errors import TOO_LARGE, ApiError
+from expertlane.server.errors import TOO_LARGE, TOO_SLOW, ApiError
 
 MOST_BODY_BYTES = 32 * 2**20
 # For probes and Prometheus; they hold numbers only. The page at /live is the same for everybody: it
 # asks for a key, which what it shows needs.
 _OPEN = frozenset({"/health", "/ping", "/metrics", "/version", "/load", "/live"})
+BODY_S = 30.0  # for a body to come, and what it takes at the least rate besides
+LEAST_BYTES_PER_S = 10_000
 
 
 class Counted:
@@ -72,7 +75,7 @@ class ApiKeys:
 
 
 class BodyLimit:
-    """Refuses bodies that are too large, before they are in memory."""
+    """Refuses bodies that are too large, before they are in memory, or too slow."""
 
     def __init__(self, app: ASGIApp, most_bytes: int = MOST_BODY_BYTES) -> None:
         self._app = app
@@ -90,14 +93,23 @@ class BodyLimit:
             answer.headers["Connection"] = "close"  # the rest is not read
             await answer(scope, receive, send)
             return
-        num_bytes = 0
+        num_bytes, is_complete = 0, False
+        until_s = asyncio.get_running_loop().time() + BODY_S
 
         async def counting_receive() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, is_complete
+            if is_complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until_s + num_bytes / LEAST_BYTES_PER_S):
+                    message = await receive()
+            except TimeoutError:
+                text = f"the body is too slow: {num_bytes:,} bytes, and more to come"
+                raise HTTPException(TOO_SLOW, text) from None
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._most:
                 raise HTTPException(TOO_LARGE, self._text)
+            is_complete = not message.get("more_body", False)
             return message
 
         await self._app(scope, counting_receive, send)

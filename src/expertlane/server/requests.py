@@ -50,7 +50,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
-    "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
@@ -88,8 +87,8 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class GenerationRequest(Known):
-    """What completions and chats have in common."""
+class SampledRequest(Known):
+    """What all requests for text have in common."""
 
     temperature: float | None = number("temperature")
     top_p: float | None = number("top_p")
@@ -100,17 +99,12 @@ class GenerationRequest(Known):
     frequency_penalty: float | None = number("frequency_penalty")
     logit_bias: Bias | None = None
     seed: int | None = number("seed", -(2**63))
-    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
-    max_tokens: int | None = number("max_tokens")
     min_tokens: int | None = number("min_tokens")
     stop: Stop = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=MOST_STOPS)
     ignore_eos: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
-    return_token_ids: bool | None = None
-    return_tokens_as_token_ids: bool | None = None
     priority: int | None = number("priority")
     timeout_s: float | None = number("timeout_s")
     # Without effect, whatever they are.
@@ -121,10 +115,23 @@ class GenerationRequest(Known):
     prompt_cache_retention: str | None = None
     request_id: str | None = None
 
+
+class GenerationRequest(SampledRequest):
+    """What completions and chats have in common."""
+
+    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
+    max_tokens: int | None = number("max_tokens")
+    prompt_logprobs: int | None = number("prompt_logprobs")
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+
     @model_validator(mode="after")
     def _check_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise bad_field("stream_options", "stream_options is given, but stream is not true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise bad_field("prompt_logprobs", "prompt_logprobs is given, but stream is true")
         return self
 
     @property
@@ -141,6 +148,16 @@ class GenerationRequest(Known):
     def wanted_logprobs(self) -> int | None:
         """As `SamplingParams.logprobs`."""
         return None
+
+    @property
+    def drops_output(self) -> bool:
+        """Whether only the prompt is of interest."""
+        return False
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        """As `SamplingParams.prompt_logprobs`."""
+        return self.prompt_logprobs
 
     def params(
         self, recommended: Mapping[str, Any], max_tokens: int, choice: int
@@ -162,7 +179,10 @@ class GenerationRequest(Known):
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         known = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(
-            **dict(recommended) | known, max_tokens=max_tokens, logprobs=self.wanted_logprobs
+            **dict(recommended) | known,
+            max_tokens=max_tokens,
+            logprobs=self.wanted_logprobs,
+            prompt_logprobs=self.wanted_prompt_logprobs,
         )
 
 
@@ -172,6 +192,7 @@ class CompletionRequest(GenerationRequest):
     neutral = _NEUTRAL_OF_COMPLETIONS
     prompt: Prompts
     echo: bool | None = None
+    max_tokens: int | None = number("max_tokens", 0)
     logprobs: int | None = number("logprobs")
 
     @model_validator(mode="after")
@@ -182,10 +203,21 @@ class CompletionRequest(GenerationRequest):
                 "prompt",
                 f"prompt holds {len(self.prompt)}; valid with n={self.num_choices}: 1 to {most}",
             )
-        if self.echo and self.logprobs is not None:
-            text = "echo with logprobs is not supported: prompts have no log-probabilities here"
-            raise bad_field("echo", text, "unsupported_parameter")
+        if self.drops_output and not self.echo and self.prompt_logprobs is None:
+            text = "max_tokens is 0, which needs echo or prompt_logprobs; else it must be 1 or more"
+            raise bad_field("max_tokens", text)
         return self
+
+    @property
+    def drops_output(self) -> bool:
+        """Whether it asks for no token."""
+        return self.max_tokens == 0
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        """Under either name: an echo with `logprobs` has those of the prompt too."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((each for each in asked if each is not None), default=None)
 
     @property
     def wanted_tokens(self) -> int | None:

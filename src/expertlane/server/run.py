@@ -13,12 +13,14 @@ import uvloop
 from expertlane.errors import TerminatedError, UserError
 from expertlane.server.app import make_app
 from expertlane.server.errors import ApiError
+from expertlane.server.protocol import BoundedProtocol
 from expertlane.server.service import ServedModel, ServerOptions, Service
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BACKLOG = 2048
 _POLL_S = 0.02
 _SHELL_BASE = 128  # shells add it to a signal's number
+_KEEP_ALIVE_S = 60  # clients keep connections for later, and some do not look before they use them
 _LAST_WRITES_S = 5  # for what has been computed to reach clients
 
 
@@ -143,7 +145,7 @@ async def _serve(
     config = uvicorn.Config(
         make_app(service),
         loop="none",
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -153,6 +155,7 @@ async def _serve(
         proxy_headers=False,
         backlog=_BACKLOG,
         timeout_graceful_shutdown=_LAST_WRITES_S,
+        timeout_keep_alive=_KEEP_ALIVE_S,
     )
     running = Running(loop, service, _Server(config, lambda: on_start(running)))
     last: list[signal.Signals] = []

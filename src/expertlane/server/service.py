@@ -1,17 +1,17 @@
 """What a server serves: one model on its engine, who may come in, and texts as tokens."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from expertlane.engine.async_engine import AsyncEngine, Generation
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.engine import Engine
 from expertlane.engine.rank_watch import RankWatch
-from expertlane.engine.tokenizer import LONG_TEXT, Tokenizer
+from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Limits
@@ -22,10 +22,12 @@ from expertlane.server.marks import Marks
 from expertlane.server.messages import Message
 from expertlane.server.metrics import Metrics
 from expertlane.server.observed import Observer
-from expertlane.server.requests import GenerationRequest
+from expertlane.server.prompts import PromptEncoder, TooLongError
+from expertlane.server.requests import GenerationRequest, SampledRequest
 from expertlane.spec.sampling import SamplingParams
 
 _RETRY_S = 1
+_PROMPT = re.compile(r"prompt(?: (\d+))?(?=:)")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class ServerOptions:
         drain_s: how long running requests may go on once the server is told to end.
         observers: told of every request once it has its answer.
         on_event: told what happens to the server, by kind and text.
+        max_stored_responses: of `/v1/responses`, kept in memory for later requests.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -72,6 +75,7 @@ class ServerOptions:
     drain_s: float = 30.0
     observers: tuple[Observer, ...] = ()
     on_event: Callable[[str, str], None] | None = None
+    max_stored_responses: int = 1000
 
 
 class Service:
@@ -113,6 +117,9 @@ class Service:
             on_end=self._end,
         )
         self.live = LiveFeed(LiveState(self))
+        self._encoder: PromptEncoder | None = None
+        if model.tokenizer is not None:
+            self._encoder = PromptEncoder(model.tokenizer, model.max_model_len)
         self._open: dict[Generation, asyncio.TimerHandle | None] = {}
 
     def _on_step(self, step: FinishedStep) -> None:
@@ -189,10 +196,30 @@ class Service:
         Raises:
             ApiError: there is no tokenizer, or the text is no Unicode.
         """
-        tokenizer = self.tokenizer(param)
-        encode = partial(tokenizer.encode, text, add_special_tokens=add_special_tokens is not False)
+        (tokens,) = await self.encode_all([text], param, add_special_tokens=add_special_tokens)
+        return tokens
+
+    async def encode_all(
+        self,
+        texts: Sequence[str],
+        param: str,
+        *,
+        add_special_tokens: bool | None = None,
+        factor: int = 1,
+    ) -> list[list[int]]:
+        """As `encode`, of several texts.
+
+        Args:
+            factor: how many times the longest prompt a text may have tokens for.
+        """
+        self.tokenizer(param)
+        assert self._encoder is not None, "there is a tokenizer"
         try:
-            return await asyncio.to_thread(encode) if len(text) > LONG_TEXT else encode()
+            return await self._encoder.encode(
+                texts, add_special_tokens=add_special_tokens is not False, factor=factor
+            )
+        except TooLongError as error:
+            raise bad_field(param, f"{param}: {error}", "context_length_exceeded") from None
         except UserError as error:
             raise bad_field(param, f"{param}: {error}") from None
 
@@ -237,7 +264,7 @@ class Service:
                 variables=variables,
             )
         except UserError as error:
-            raise bad_field("messages", str(error)) from None
+            raise bad_field("messages", f"messages: {error}") from None
         tokens = await self.encode(text, "messages", add_special_tokens=bool(add_special_tokens))
         return tokens, text
 
@@ -253,11 +280,12 @@ class Service:
             ApiError: a prompt or its output would be too long, or fields do not go together.
         """
         most = self.model.max_model_len
+        self._check_tokens(request)
         found = []
         for prompt in prompts:
             room = most - len(prompt)
             wanted = request.wanted_tokens
-            if room < 1:
+            if room < (not request.drops_output):
                 text = f"{param} has {len(prompt)} tokens; the model takes {most}, output included"
                 raise bad_field(param, text, "context_length_exceeded")
             if wanted is not None and wanted > room:
@@ -266,15 +294,44 @@ class Service:
                     f"most {most}"
                 )
                 raise bad_field("max_tokens", text, "context_length_exceeded")
-            if (request.min_tokens or 0) > (wanted or room):
-                text = f"min_tokens is {request.min_tokens}; it must be at most {wanted or room}"
+            wanted = room if wanted is None else wanted
+            if (request.min_tokens or 0) > wanted:
+                text = f"min_tokens is {request.min_tokens}; it must be at most {wanted}"
                 raise bad_field("min_tokens", text)
             found += [
-                request.params(self.model.recommended or {}, wanted or room, choice)
+                request.params(self.model.recommended or {}, max(wanted, 1), choice)
                 for choice in range(request.num_choices)
             ]
-            self.metrics.on_request(request.num_choices, wanted or room)
+            self.metrics.on_request(request.num_choices, wanted)
         return found
+
+    def _check_tokens(self, request: GenerationRequest) -> None:
+        """Refuse what is no token of the model.
+
+        Raises:
+            ApiError: a field names one.
+        """
+        size = self.model.limits.vocab_size
+        for name, given in (
+            ("stop_token_ids", request.stop_token_ids or ()),
+            ("logit_bias", map(int, request.logit_bias or ())),
+        ):
+            for token_id in given:
+                if token_id >= size:
+                    text = f"{name}: there is no token {token_id}; valid ids: 0 to {size - 1}"
+                    raise bad_field(name, text)
+        if request.stop:
+            self.tokenizer("stop")
+
+    def time_limit_s(self, request: SampledRequest) -> float | None:
+        """How long a request may take, from its arrival; None for any time."""
+        limits = (request.timeout_s, self.options.request_timeout_s)
+        return min((each for each in limits if each is not None), default=None)
+
+    @staticmethod
+    def late(limit_s: float | None) -> ApiError:
+        """The error of a request whose time is over."""
+        return ApiError(504, f"not finished within {limit_s:g} s", code="timeout")
 
     async def generate(
         self,
@@ -282,29 +339,28 @@ class Service:
         params: Sequence[SamplingParams],
         request: GenerationRequest,
         param: str,
+        began_s: float,
     ) -> Generation:
         """Queue requests; they are cancelled when their time is over, or the server's.
 
         Args:
             param: the field of the prompts.
+            began_s: when the request arrived, on the loop's clock.
 
         Raises:
             ApiError: they can never be served, or the ranks have ended.
         """
-        limits = (request.timeout_s, self.options.request_timeout_s)
-        given = [each for each in limits if each is not None]
+        limit_s = self.time_limit_s(request)
         loop = asyncio.get_running_loop()
-        began_s = loop.time()
         try:
             generation = await self.engine.generate(prompts, params, priority=request.priority or 0)
         except UserError as error:
-            raise bad_field(_param_of(str(error), param), str(error)) from None
+            raise bad_field(param, _as_field(str(error), param, request.num_choices)) from None
         except Exception as error:
             raise _ended(error) from None
         timer = None
-        if given:
-            late = ApiError(504, f"not finished within {min(given):g} s", code="timeout")
-            timer = loop.call_at(began_s + min(given), generation.end, late)
+        if limit_s is not None:
+            timer = loop.call_at(began_s + limit_s, generation.end, self.late(limit_s))
         self._open[generation] = timer
         return generation
 
@@ -326,7 +382,11 @@ def _ended(error: Exception) -> ApiError:
     return ApiError(500, f"the engine has ended: {error}", code="engine_dead")
 
 
-def _param_of(message: str, of_prompts: str) -> str:
-    """The field that a refusal of the engine is about."""
-    named = (name for name in ("logit_bias", "priority", "stop") if name in message)
-    return next(named, of_prompts)
+def _as_field(message: str, param: str, num_choices: int) -> str:
+    """A refusal of the engine with the field's name for `prompt`, or `prompt 3`."""
+    found = _PROMPT.match(message)
+    if found is None:
+        return f"{param}: {message}"
+    number = found[1]
+    place = "" if number is None else f"[{(int(number) - 1) // num_choices}]"
+    return f"{param}{place}{message[found.end() :]}"

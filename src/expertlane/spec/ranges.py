@@ -130,6 +130,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     # server
     "port": _whole(0, 65535),
     "max_num_queued": _whole(1, 10**6),
+    "max_stored_responses": _whole(0, 10**6),
     "request_timeout_s": _above(0, 1e6),
     "drain_s": _number(0, 1e6),
     # sampling
@@ -142,7 +143,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "max_tokens": _whole(1, 2**31 - 1),
     "min_tokens": _whole(0, 2**31 - 1),
     "bias": _number(-100, 100),  # of a logit
-    "logprobs": _whole(0, 20),
+    "logprobs prompt_logprobs": _whole(0, 20),
     "stop_token_ids": _TOKEN,
     # model; also under the other names that a config.json has for them
     "num_hidden_layers": _whole(1, 1024),

@@ -37,6 +37,8 @@ class SamplingParams:
         logprobs: report the log-probability of each chosen token and of this many likeliest ones;
             0 for the chosen token only, None for none. They are of the model's own distribution,
             the log-softmax of the logits before penalties, temperature and filters.
+        prompt_logprobs: the same of each token of the prompt but the first, which has none. Such a
+            prompt is computed whole, whatever the prefix cache holds.
 
     Raises:
         UserError: a value is not valid.
@@ -57,6 +59,7 @@ class SamplingParams:
     min_tokens: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -92,6 +95,7 @@ class SamplingParams:
             or self.repetition_penalty != 1
             or self.counts_output
             or self.logprobs is not None
+            or self.prompt_logprobs is not None
             or bool(self.logit_bias)
             or self.holds_stops
         )
@@ -138,6 +142,11 @@ class SamplingState:
     prompt_token_ids: npt.NDArray[np.int64]
     output_token_ids: npt.NDArray[np.int64]
     stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are wanted and not there: output follows them."""
+        return self.params.prompt_logprobs is not None and not len(self.output_token_ids)
 
 
 @dataclass(frozen=True)

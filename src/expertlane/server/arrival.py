@@ -1,0 +1,56 @@
+"""From a request to its answer's beginning: tokens, within its time and while the client waits."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from expertlane.server.answers import Answer
+from expertlane.server.requests import SampledRequest
+from expertlane.server.service import Service
+
+
+class Arrival(Response):
+    """Gives an answer once it is made, unless the client or the request's time is gone before.
+
+    Args:
+        make: the answer; it takes as long as a prompt takes to become tokens.
+    """
+
+    def __init__(
+        self, service: Service, request: SampledRequest, make: Callable[[], Awaitable[Answer]]
+    ) -> None:
+        super().__init__()  # what it calls when it is sent is below
+        self._service, self._request, self._make = service, request, make
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; for the server."""
+        service = self._service
+        began_s = asyncio.get_running_loop().time()
+        limit_s = service.time_limit_s(self._request)
+        service.num_open += 1
+        making = asyncio.ensure_future(self._make())
+        leaving = asyncio.ensure_future(_leaves(receive))
+        try:
+            await asyncio.wait(
+                {making, leaving}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if making.done():
+                answer = making.result()
+            elif leaving.done():
+                return
+            else:
+                raise service.late(limit_s)
+            leaving.cancel()
+            answer.began_s = began_s
+            await answer(scope, receive, send)
+        finally:
+            service.num_open -= 1
+            making.cancel()
+            leaving.cancel()
+
+
+async def _leaves(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

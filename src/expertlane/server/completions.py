@@ -1,0 +1,91 @@
+"""Answers of `/v1/completions`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from expertlane.schedule.request import FinishReason
+from expertlane.server.answers import Answer, Piece
+from expertlane.server.logprobs import Named, TextOffsets
+from expertlane.server.requests import CompletionRequest
+from expertlane.server.service import Service
+from expertlane.spec.sampling import SamplingParams
+
+
+class CompletionAnswer(Answer):
+    """Texts that continue prompts, after the prompts' own where those are echoed.
+
+    Args:
+        echoed: [num_prompts]; texts of the prompts; empty where they are not wanted.
+    """
+
+    param = "prompt"
+    prefix, kind, kind_of_chunks = "cmpl", "text_completion", "text_completion"
+
+    def __init__(
+        self,
+        service: Service,
+        request: CompletionRequest,
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        echoed: Sequence[str],
+    ) -> None:
+        super().__init__(service, request, prompts, params)
+        self._wants = request
+        self._echoed = echoed
+        self._offsets = [
+            TextOffsets(self._texts, self._before(place)) for place in range(len(params))
+        ]
+
+    def _before(self, place: int) -> str:
+        return self._echoed[place // self._num_choices] if self._echoed else ""
+
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        """With the prompt's text before it, where asked for."""
+        if self._wants.drops_output:  # one token is computed all the same
+            piece.stop, piece.text = piece.start, ""
+            piece.finish_reason = FinishReason.LENGTH
+        is_first = piece.start == 0
+        choice = {
+            "index": piece.place,
+            "text": self._before(piece.place) + piece.text if is_first else piece.text,
+            "logprobs": self._logprobs(piece),
+            "finish_reason": piece.finish_reason,
+        }
+        prompt, num_top = piece.output.prompt_logprobs, self._wants.prompt_logprobs
+        if is_first and prompt is not None and num_top is not None:
+            choice["prompt_logprobs"] = self._texts.of_prompt(prompt, num_top)
+        return self._with_ids(piece, choice)
+
+    delta = choice
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any] | None:
+        num_top = self._wants.logprobs
+        if num_top is None:
+            return None
+        tokens: list[Named] = [(each.token_id, each) for each in piece.logprobs]
+        prompt = piece.output.prompt_logprobs
+        offsets = self._offsets[piece.place]
+        if self._wants.echo and piece.start == 0 and prompt is not None:
+            tokens = [*zip(piece.output.prompt_token_ids, prompt, strict=True), *tokens]
+        return self._texts.of_completion(tokens, offsets, num_top)
+
+
+async def make_completion(service: Service, request: CompletionRequest) -> CompletionAnswer:
+    """An answer to a request, with its prompts as tokens.
+
+    Raises:
+        ApiError: it can never be served.
+    """
+    texts = [each for each in request.prompt if isinstance(each, str)]
+    encoded: Iterator[list[int]] = iter(())
+    if texts:
+        encoded = iter(
+            await service.encode_all(texts, "prompt", add_special_tokens=request.add_special_tokens)
+        )
+    prompts = [next(encoded) if isinstance(each, str) else each for each in request.prompt]
+    params = service.params(request, prompts, "prompt")
+    echoed: Sequence[str] = ()
+    if request.echo:
+        decode = service.tokenizer("echo").decode
+        echoed = [each if isinstance(each, str) else decode(each) for each in request.prompt]
+    return CompletionAnswer(service, request, prompts, params, echoed)

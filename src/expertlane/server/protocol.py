@@ -1,0 +1,130 @@
+"""HTTP on a connection: as uvicorn has it, with bounds, and for clients that half-close it.
+
+A client that has sent its request may close its own direction and wait. The kernel does not tell
+that from a client that is gone, until something is sent: then the one that is gone resets the
+connection. So the server sends what changes nothing, and looks.
+"""
+
+import asyncio
+import socket
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from expertlane.server.errors import JSON, ApiError
+
+HEAD_S = 30.0  # from a connection's, or a request's, beginning to the end of its headers
+MOST_HEAD_BYTES = 64 * 2**10
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # before an answer: clients pass it over
+_COMMENT = b"3\r\n:\n\n\r\n"  # inside a stream of events, which are all that is sent in chunks
+_LOOKS_S = (0.005, 0.05, 0.2, 1.0)  # after that, what is sent once more
+_CLOSED = 7  # TCP_CLOSE of Linux
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _look_timer: asyncio.TimerHandle | None = None
+    _num_head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for headers, but not for ever."""
+        super().connection_made(transport)
+        self._begin_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End what waits."""
+        self._end_head()
+        if self._look_timer is not None:
+            self._look_timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take more of a request."""
+        super().data_received(data)
+        if not self._awaits_head() or self.transport.is_closing():
+            return
+        self._num_head_bytes += len(data)
+        if self._head_timer is None:
+            self._begin_head()
+        if self._num_head_bytes > MOST_HEAD_BYTES:
+            self._refuse(431, f"the headers have more than {MOST_HEAD_BYTES:,} bytes")
+
+    def on_headers_complete(self) -> None:
+        """Begin with a request."""
+        self._end_head()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP."""
+        self._refuse(400, f"this is no HTTP/1.1: {msg}")
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """The client sends no more; true where it may still read."""
+        if self._awaits_head():
+            if self._num_head_bytes:
+                self._refuse(400, "the request ends inside its headers")
+            return None
+        if self.cycle.more_body and not self.cycle.response_started:
+            self._refuse(400, "the body ends early: it is shorter than Content-Length says")
+            return None
+        if not hasattr(socket, "TCP_INFO") or self.scope["http_version"] != "1.1":
+            return None
+        self.cycle.keep_alive = False
+        self._probe(0)
+        return True
+
+    def _awaits_head(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def _begin_head(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_S, self._on_slow_head)
+
+    def _end_head(self) -> None:
+        self._num_head_bytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _on_slow_head(self) -> None:
+        if self._num_head_bytes:
+            self._refuse(408, f"the headers are not complete after {HEAD_S:g} s")
+        elif not self.transport.is_closing():
+            self.transport.close()
+
+    def _probe(self, number: int) -> None:
+        """Send what changes nothing; whether the client is still there is seen soon after."""
+        if self.transport.is_closing() or self.cycle.response_complete:
+            return
+        if number % len(_LOOKS_S) == 0:
+            self.transport.write(_COMMENT if self.cycle.response_started else _CONTINUE)
+        after_s = _LOOKS_S[min(number, len(_LOOKS_S) - 1)]
+        self._look_timer = self.loop.call_later(after_s, self._look, number + 1)
+
+    def _look(self, number: int) -> None:
+        if self._is_reset():
+            self.transport.abort()
+        else:
+            self._probe(number)
+
+    def _is_reset(self) -> bool:
+        connection = self.transport.get_extra_info("socket")
+        try:
+            state = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        except OSError:
+            return True
+        return bool(state[0] == _CLOSED)
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer without the app, and close; what is under way on the connection ends."""
+        cycle = self.cycle
+        is_free = cycle is None or cycle.response_complete or not cycle.response_started
+        if cycle is not None and not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.message_event.set()
+        if is_free and not self.transport.is_closing():
+            body = msgspec.json.encode(ApiError(status, message, code="invalid_http").body)
+            head = f"content-type: {JSON}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
+            self.transport.write(STATUS_LINE[status] + head.encode() + b"\r\n" + body)
+        self.transport.close()

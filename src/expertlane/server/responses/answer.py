@@ -1,0 +1,180 @@
+"""Answers of `/v1/responses`: items of output, whole or as events."""
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
+from uuid import uuid4
+
+import msgspec
+from fastapi import Response
+from starlette.types import Send
+
+from expertlane.engine.async_engine import Generation
+from expertlane.schedule.request import FinishReason
+from expertlane.server.answers import (
+    EVENTS_HEAD,
+    ChatAnswer,
+    prepare_chat,
+    send_part,
+    taken,
+)
+from expertlane.server.errors import ApiError, json_response
+from expertlane.server.requests import ChatRequest
+from expertlane.server.responses.items import Event, ResponseItems
+from expertlane.server.responses.request import ResponsesRequest, renamed
+from expertlane.server.responses.store import ResponseStore, StoredResponse
+from expertlane.server.service import Service
+from expertlane.spec.sampling import SamplingParams
+
+
+class ResponseAnswer(ChatAnswer):
+    """Goes on with a chat.
+
+    Args:
+        chat: the request, as a chat.
+        messages: of the chat, without instructions.
+    """
+
+    param = "input"
+
+    def __init__(
+        self,
+        service: Service,
+        request: ResponsesRequest,
+        chat: ChatRequest,
+        prompt: list[int],
+        params: Sequence[SamplingParams],
+        text: str,
+        store: ResponseStore,
+        messages: list[dict[str, Any]],
+    ) -> None:
+        super().__init__(service, chat, [prompt], params, text)
+        self._items = ResponseItems()
+        self._reason: FinishReason | None = None
+        self._num_events = 0
+        self._is_stored = request.store is not False and store.is_open
+        self._store, self._messages = store, messages
+        self._body = _body(service, request, params[0]) | {
+            "created_at": self._head["created"],
+            "store": self._is_stored,
+        }
+
+    async def _whole(self, generation: Generation) -> Response:
+        async for _ in self._steps(generation):
+            pass
+        return json_response(self._finished())
+
+    async def _stream(self, generation: Generation, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": EVENTS_HEAD})
+        begun = self._body | {"status": "in_progress", "output": []}
+        names = ("response.created", "response.in_progress")
+        await send_part(send, self._bytes({"type": name, "response": begun} for name in names))
+        try:
+            async for events in self._steps(generation):
+                await send_part(send, self._bytes(events))
+            response = self._finished()
+        except ApiError as error:
+            failure = {"code": "server_error", "message": error.body["error"]["message"]}
+            response = begun | {"status": "failed", "error": failure, "output": self._items.items}
+        end: Event = {"type": f"response.{response['status']}", "response": response}
+        await send_part(send, self._bytes([end]), is_last=True)
+
+    async def _steps(self, generation: Generation) -> AsyncIterator[list[Event]]:
+        """What the engine's steps bring.
+
+        Raises:
+            ApiError, ClientGone: what ended the generation.
+        """
+        while arrived := await taken(generation):
+            events: list[Event] = []
+            for piece in self._pieces(generation, arrived):
+                found = self._texts.of_chat(piece.logprobs) if self._wants_logprobs else []
+                events += self._items.feed(self._fields(piece), found)
+                self._reason = piece.finish_reason
+            yield events
+        yield list(self._items.end("incomplete" if self._is_cut else "completed"))
+
+    @property
+    def _is_cut(self) -> bool:
+        return self._reason is FinishReason.LENGTH
+
+    def _finished(self) -> dict[str, Any]:
+        """The response in its end; kept if it is to be."""
+        usage = self._usage()
+        details = usage["prompt_tokens_details"] | {"cache_write_tokens": 0}
+        body = self._body | {
+            "status": "incomplete" if self._is_cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if self._is_cut else None,
+            "output": self._items.items,
+            "usage": {
+                "input_tokens": usage["prompt_tokens"],
+                "input_tokens_details": details,
+                "output_tokens": usage["completion_tokens"],
+                "output_tokens_details": usage["completion_tokens_details"],
+                "total_tokens": usage["total_tokens"],
+            },
+        }
+        if self._is_stored:
+            messages = [*self._messages, self._items.message()]
+            self._store.put(StoredResponse(body, messages))
+        return body
+
+    def _bytes(self, events: Iterable[Event]) -> bytes:
+        parts = []
+        for event in events:
+            numbered = event | {"sequence_number": self._num_events}
+            self._num_events += 1
+            data = msgspec.json.encode(numbered)
+            parts.append(b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data))
+        return b"".join(parts)
+
+
+def _body(service: Service, request: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:
+    """What a response says of its request."""
+    tools = request.tools or []
+    choice = request.tool_choice or "auto"
+    return {
+        "id": f"resp_{uuid4().hex}",
+        "object": "response",
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": request.instructions,
+        "max_output_tokens": request.max_output_tokens,
+        "metadata": request.metadata or {},
+        "model": service.model.name,
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "previous_response_id": request.previous_response_id,
+        "prompt_cache_key": request.prompt_cache_key,
+        "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": request.safety_identifier,
+        "service_tier": "default",
+        "temperature": params.temperature,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+        "tools": [{"parameters": None, "strict": None} | tool.model_dump() for tool in tools],
+        "top_logprobs": request.top_logprobs or 0,
+        "top_p": params.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": request.user,
+    }
+
+
+async def make_response(
+    service: Service, request: ResponsesRequest, store: ResponseStore
+) -> ResponseAnswer:
+    """An answer to a request, with its chat as tokens.
+
+    Raises:
+        ApiError: it can never be served.
+    """
+    before: list[dict[str, Any]] = []
+    if request.previous_response_id is not None:
+        before = store.get(request.previous_response_id, "previous_response_id").messages
+    chat = request.as_chat(before)
+    try:
+        prompt, text, params = await prepare_chat(service, chat)
+    except ApiError as error:
+        raise renamed(error) from None
+    messages = [*before, *request.messages()]
+    return ResponseAnswer(service, request, chat, prompt, params, text, store, messages)

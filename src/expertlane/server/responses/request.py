@@ -1,0 +1,256 @@
+"""The body of `/v1/responses`, and the chat that it asks for."""
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from expertlane.server.errors import ApiError, bad_field, refusal
+from expertlane.server.fields import Known, Strict, TemplateVariables, number
+from expertlane.server.messages import CalledFunction, Function
+from expertlane.server.requests import ChatRequest, SampledRequest
+
+LOGPROBS = "message.output_text.logprobs"  # to be asked for with `include`
+_MOST_ITEMS = 4096
+_NAMES = {"messages": "input", "max_tokens": "max_output_tokens"}  # of the chat's fields
+_STATUS = ("in_progress", "completed", "incomplete")
+
+
+class ContentPart(Known):
+    """A part of a message's text, given or from an answer."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": ([],), "model": ()}
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    logprobs: list[Any] | None = None  # as answers have them
+
+
+class _Item(Known):
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "status": _STATUS,
+        "namespace": (),
+        "caller": (),
+        "phase": (),
+        "model": (),
+    }
+    id: str | None = None
+
+
+class MessageItem(_Item):
+    """A message, by whoever."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart]
+
+    def into(self, messages: "_Messages") -> None:
+        """Add it to a chat."""
+        parts = self.content
+        content: Any = parts
+        if not isinstance(parts, str):
+            content = [{"type": "text", "text": part.text} for part in parts]
+        if self.role == "assistant":
+            messages.of_assistant("content", content)
+        else:
+            messages.add({"role": self.role, "content": content})
+
+
+class ReasoningText(Strict):
+    """A part of what a model thought."""
+
+    type: Literal["reasoning_text", "summary_text"]
+    text: str
+
+
+class ReasoningItem(_Item):
+    """What a model thought before it answered."""
+
+    neutral = dict(_Item.neutral) | {"encrypted_content": ()}
+    type: Literal["reasoning"]
+    summary: list[ReasoningText] | None = None
+    content: list[ReasoningText] | None = None
+
+    def into(self, messages: "_Messages") -> None:
+        """Add it to a chat."""
+        text = "".join(part.text for part in self.content or self.summary or ())
+        if text:
+            messages.of_assistant("reasoning_content", text)
+
+
+class CallItem(_Item):
+    """A call that an answer held."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+    def into(self, messages: "_Messages") -> None:
+        """Add it to a chat."""
+        function = CalledFunction(name=self.name, arguments=self.arguments).model_dump()
+        messages.of_assistant("tool_calls", {"id": self.call_id, "function": function})
+
+
+class CallOutputItem(_Item):
+    """What came of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[ContentPart]
+
+    def into(self, messages: "_Messages") -> None:
+        """Add it to a chat."""
+        parts = self.output
+        text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
+        messages.add({"role": "tool", "tool_call_id": self.call_id, "content": text})
+
+
+class _Messages:
+    """A chat as it grows: what one turn of the model said is one message."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Any]] = []
+
+    def add(self, message: dict[str, Any]) -> None:
+        self.found.append(message)
+
+    def of_assistant(self, name: str, value: Any) -> None:
+        last = self.found[-1] if self.found else {}
+        # A turn is reasoning, then text, then calls.
+        order = ("reasoning_content", "content", "tool_calls")
+        later = order[order.index(name) + (name == "tool_calls") :]
+        if last.get("role") != "assistant" or any(each in last for each in later):
+            last = {"role": "assistant"}
+            self.found.append(last)
+        if name == "tool_calls":
+            last.setdefault(name, []).append(value)
+        else:
+            last[name] = value
+
+
+Item = MessageItem | ReasoningItem | CallItem | CallOutputItem
+
+
+class ResponseTool(Function):
+    """A tool that a model may call."""
+
+    type: Literal["function"]
+
+    def for_chat(self) -> dict[str, Any]:
+        """As chats have it."""
+        return {"type": self.type, "function": self.model_dump(exclude={"type"}, exclude_none=True)}
+
+
+class NamedTool(Strict):
+    """The one tool that is to be called."""
+
+    type: Literal["function"]
+    name: str
+
+
+class TextFormat(Known):
+    """What the text has to be."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"model": ()}
+    type: Literal["text"]
+
+
+class TextOptions(Known):
+    """Of the text in an answer."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"verbosity": ("medium",), "model": ()}
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(SampledRequest):
+    """The body of `/v1/responses`."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "background": (False,),
+        "context_management": ([],),
+        "conversation": (),
+        "max_tool_calls": (),
+        "moderation": (),
+        "prompt": (),
+        "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
+        "service_tier": ("auto", "default"),
+        "stream_options": ({}, {"include_obfuscation": False}),
+        "truncation": ("disabled",),
+    }
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=_MOST_ITEMS)]
+    instructions: str | None = None
+    max_output_tokens: int | None = number("max_tokens")
+    previous_response_id: str | None = None
+    store: bool | None = None
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    top_logprobs: int | None = number("logprobs")
+    text: TextOptions | None = None
+    tools: list[ResponseTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+
+    @model_validator(mode="after")
+    def _check_input(self) -> Self:
+        if self.input == "":
+            raise bad_field("input", "input is empty; give a text or a list of items")
+        return self
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Under either name."""
+        return LOGPROBS in (self.include or ()) or self.top_logprobs is not None
+
+    def messages(self) -> list[dict[str, Any]]:
+        """What is new of the chat, without instructions."""
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        messages = _Messages()
+        for item in self.input:
+            item.into(messages)
+        return messages.found
+
+    def as_chat(self, before: Iterable[dict[str, Any]]) -> ChatRequest:
+        """The chat that is to be continued.
+
+        Args:
+            before: messages of the previous response and what led to it.
+
+        Raises:
+            ApiError: it is none, by the rules of chats.
+        """
+        system = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        common = SampledRequest.model_fields.keys() & self.model_fields_set
+        choice: Any = self.tool_choice
+        if isinstance(choice, NamedTool):
+            choice = {"type": choice.type, "function": {"name": choice.name}}
+        given = {name: getattr(self, name) for name in common} | {
+            "messages": [*system, *before, *self.messages()],
+            "max_tokens": self.max_output_tokens,
+            "logprobs": self.wants_logprobs or None,
+            "top_logprobs": self.top_logprobs,
+            "tools": None if self.tools is None else [tool.for_chat() for tool in self.tools],
+            "tool_choice": choice if self.tools or choice != "auto" else None,
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+        try:
+            return ChatRequest.model_validate(given)
+        except ValidationError as error:
+            located = [each | {"loc": ("body", *each["loc"])} for each in error.errors()]
+            raise renamed(refusal(located, "json")) from None
+        except ApiError as error:
+            raise renamed(error) from None
+
+
+def renamed(error: ApiError) -> ApiError:
+    """An error of a chat, with this API's names of fields."""
+    message, param = str(error), error.param
+    for theirs, ours in _NAMES.items():
+        message = message.replace(theirs, ours)
+        param = ours if param is not None and param.startswith(theirs) else param
+    if param is not None and param.startswith("tools"):
+        param, message = param.replace(".function", ""), message.replace(".function", "")
+    return ApiError(
+        error.status, message, param=param, code=error.code, retry_after_s=error.retry_after_s
+    )

@@ -1,0 +1,161 @@
+"""Connections that are slow, endless, broken or half-closed: each gets an answer or its end."""
+
+import json
+import socket
+import threading
+
+import httpx
+import pytest
+
+from engine.processes import wait_until
+from engine.stub_runner import expected, spell
+from expertlane.server import middleware, protocol
+from server.running import LONG, PATIENCE_S, Stream, is_idle
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+def connect(server):
+    return socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)
+
+
+def answer_of(connection):
+    """Status and JSON of what comes until the server closes the connection."""
+    answer = b""
+    while part := connection.recv(4096):
+        answer += part
+    while answer.startswith(b"HTTP/1.1 100 "):
+        answer = answer.partition(b"\r\n\r\n")[2]
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+def refused(connection):
+    """Status and message of an error in the API's form."""
+    status, body = answer_of(connection)
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    return status, body["error"]["message"]
+
+
+def test_a_half_closed_client_gets_its_answer(stub_server):
+    server = stub_server()
+    server.gate.clear()
+    with connect(server) as connection:
+        body = json.dumps(LONG).encode()
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        connection.shutdown(socket.SHUT_WR)
+        assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+        threading.Timer(0.5, server.gate.set).start()
+        status, answer = answer_of(connection)
+    assert status == 200
+    assert answer["choices"][0]["text"] == spell(expected(LONG["prompt"], LONG["max_tokens"]))
+    assert wait_until(lambda: is_idle(server))
+
+
+def test_a_half_closed_client_gets_its_stream(stub_server):
+    server = stub_server()
+    server.gate.clear()
+    connection = Stream(server)
+    connection.read_until(b"text/event-stream")
+    connection.socket.shutdown(socket.SHUT_WR)
+    threading.Timer(0.3, server.gate.set).start()
+    events = connection.read_until(b"[DONE]")
+    connection.close()
+    found = [json.loads(line[6:]) for line in events.split(b"\n") if line.startswith(b"data: {")]
+    text = "".join(event["choices"][0]["text"] for event in found)
+    assert text == spell(expected(LONG["prompt"], LONG["max_tokens"]))
+    assert b"\n:\n" in events  # by which the server saw that the client is there
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_half_closes_and_goes_frees_its_blocks(stub_server, stream):
+    server = stub_server()
+    server.gate.clear()
+    connection = Stream(server, stream=stream)
+    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    if stream:
+        connection.read_until(b"text/event-stream")
+    connection.socket.shutdown(socket.SHUT_WR)
+    connection.close()
+    assert wait_until(lambda: server.service.num_open == 0)
+    server.gate.set()
+    assert wait_until(lambda: is_idle(server))
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "word"),
+    [
+        (b"GET /health HT", 400, "headers"),
+        (HEAD + b"X-A: b\r\n", 400, "headers"),
+        (HEAD + b"Content-Length: 50\r\n\r\n{", 400, "ends early"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{", 400, "ends early"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\r\n\r\n", 400, "no HTTP"),
+        (b"GET /health SMTP/9\r\n\r\n", 400, "no HTTP"),
+        (HEAD + b"Content-Length: -5\r\n\r\n", 400, "no HTTP"),
+        (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400, "no HTTP"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400, "no HTTP"),
+    ],
+)
+def test_a_request_that_is_cut_or_none(stub_server, sent, status, word):
+    server = stub_server()
+    with connect(server) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        found, message = refused(connection)
+    assert (found, word in message) == (status, True), message
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_headers_without_end(stub_server):
+    server = stub_server()
+    with connect(server) as connection:
+        connection.sendall(HEAD)
+        connection.sendall((b"X-A: " + b"b" * 1000 + b"\r\n") * 70)
+        assert refused(connection)[0] == 431
+
+
+def test_slow_headers(stub_server, monkeypatch):
+    monkeypatch.setattr(protocol, "HEAD_S", 0.2)
+    server = stub_server()
+    with connect(server) as connection, connect(server) as silent:
+        connection.sendall(HEAD)
+        assert refused(connection) == (408, "the headers are not complete after 0.2 s")
+        assert silent.recv(1) == b""
+    with connect(server) as later:
+        later.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in later.recv(4096)
+        later.sendall(b"GET /hea")
+        assert refused(later)[0] == 408
+
+
+def test_a_slow_body(stub_server, monkeypatch):
+    monkeypatch.setattr(middleware, "BODY_S", 0.2)
+    server = stub_server()
+    with connect(server) as connection:
+        connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n" + b" " * 500)
+        status, message = refused(connection)
+    assert (status, message.count("too slow: 500 bytes")) == (408, 1)
+    assert server.service.num_open == 0
+
+
+def test_a_client_that_goes_while_its_text_becomes_tokens(stub_server, monkeypatch):
+    server = stub_server(max_model_len=2**16, num_blocks=2**14)
+    begun, go_on = threading.Event(), threading.Event()
+    encode = type(server.engine._tokenizer).encode
+
+    def slow(tokenizer, text, **more):
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        return encode(tokenizer, text, **more)
+
+    monkeypatch.setattr(type(server.engine._tokenizer), "encode", slow)
+    connection = Stream(server, prompt="a" * 30_000, max_tokens=1)
+    assert begun.wait(PATIENCE_S)
+    assert server.service.num_open == 1
+    connection.close()
+    assert wait_until(lambda: server.service.num_open == 0)
+    body = LONG | {"prompt": "a" * 30_000, "timeout_s": 0.1}
+    late = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S)
+    assert late.status_code == 504
+    go_on.set()
+    assert is_idle(server)
