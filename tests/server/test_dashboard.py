@@ -128,6 +128,28 @@ def test_every_metric_of_ours_that_counts_is_shown():
     }
 
 
+def rows_of(text):
+    """The rows of the table in `docs/metrics.md`, from a scrape."""
+    rows = []
+    for family in text_string_to_metric_families(text):
+        if not family.name.startswith(("vllm:", "expertlane:", "http_")):
+            continue
+        labels = dict.fromkeys(
+            label for sample in family.samples for label in sample.labels if label != "le"
+        )
+        own = [f"`{label}`" for label in labels if label not in ("model_name", "engine")]
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        rows.append(f"| `{name}` | {family.type} | {', '.join(own)} | {family.documentation} |")
+    return rows
+
+
+def test_the_page_of_metrics_lists_what_there_is(rebalanced):
+    page = (DEPLOY.parent / "docs" / "metrics.md").read_text().splitlines()
+    wanted = rows_of(httpx.get(f"{rebalanced.url}/metrics").text)
+    given = [line for line in page if re.match(r"\| `(vllm:|expertlane:|http_)", line)]
+    assert sorted(given) == sorted(wanted), "\n".join(wanted)
+
+
 @pytest.mark.full
 @pytest.mark.skipif(PROMETHEUS is None, reason="no prometheus on this machine: Debian has it")
 def test_prometheus_gives_data_for_every_panel(rebalanced, tmp_path):
