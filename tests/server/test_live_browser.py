@@ -77,6 +77,11 @@ PAINTED = """id => {
 }"""
 
 
+NAMES = """[...document.querySelectorAll("canvas, select, button, input, [tabindex]")]
+  .filter(each => each.ariaHidden !== "true")
+  .map(each => each.ariaLabel || each.labels?.[0]?.textContent || each.textContent)"""
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "dark")])
 def test_all_of_it_is_drawn(opened, busy, width, scheme):
     page = opened(busy, width, scheme)
@@ -114,10 +119,7 @@ def test_it_is_used_by_keys_alone(opened, busy):
     expect(page.locator("#placement-said")).to_have_text(re.compile("^Layer 2: no copies"))
     page.keyboard.press("Escape")
     expect(readout).to_have_text("No cell chosen.")
-    names = page.evaluate(
-        """[...document.querySelectorAll("canvas, select, button, input, [tabindex]")]
-        .filter(each => each.ariaHidden !== "true").map(each => each.getAttribute("aria-label") || each.labels?.[0]?.textContent || each.textContent)"""
-    )
+    names = page.evaluate(NAMES)
     assert all(names)
 
 
