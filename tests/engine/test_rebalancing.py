@@ -83,6 +83,7 @@ def test_a_gate_that_refuses_moves_nothing(pools):
     chosen = deployment("dp=2,ep=2", num_redundant_experts=2)
     _, rebalancer, lines = run(pools, chosen, worth=lambda decision: -1.0)
     assert rebalancer.decisions
+    assert rebalancer.saved_s == 0
     assert all(each.switched is None for each in rebalancer.decisions)
     assert all("saves" in line and "costs" in line for line in lines)
     assert all(result.load_after is None for result in rebalance_records(rebalancer))

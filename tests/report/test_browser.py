@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 import example_pages
 import example_results
+from chromium import CHROMIUM, NEEDS_CHROMIUM, QUIET
 from expertlane.report.charts.lanes import UNITS
 from expertlane.report.document import Lanes
 from expertlane.report.numbers import figures, milliseconds
@@ -18,11 +18,7 @@ from expertlane.results.file import to_json
 from expertlane.results.record import EXPERIMENT
 from report.shown import charts, made_by
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium on this machine: install Debian's chromium to run these"
-)
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+pytestmark = NEEDS_CHROMIUM
 
 
 @pytest.fixture(scope="module")

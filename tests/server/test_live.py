@@ -6,14 +6,17 @@ import socket
 from base64 import b64decode, b64encode
 from contextlib import contextmanager
 from hashlib import sha256
+from itertools import combinations
 
 import httpx
 import numpy as np
 import pytest
 
 from engine.processes import wait_until
+from expertlane.report.charts.colours import PALETTE
 from expertlane.server import live
 from expertlane.server.service import ServerOptions
+from report.colour_vision import SEEN_BY, difference, lab
 from server.running import PATIENCE_S
 
 
@@ -57,6 +60,16 @@ def test_the_page_loads_nothing_from_elsewhere(stub_server):
         (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
         digest = b64encode(sha256(text.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
+
+
+@pytest.mark.parametrize("seen_by", SEEN_BY)
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_lanes_and_the_scale_are_told_apart_by_everybody(scheme, seen_by):
+    scale = ["--below", "--page", "--above"]
+    for together, least in ((["--page", *live.COLOURS.values()], 10), (scale, 20)):
+        for one, other in combinations(together, 2):
+            seen = (lab(PALETTE[each][scheme], seen_by) for each in (one, other))
+            assert difference(*seen) >= least, (one, other)
 
 
 def test_frames_say_what_the_clients_did(stub_server):

@@ -11,10 +11,11 @@ import msgspec
 from fastapi import FastAPI, Response
 from starlette.types import Receive, Scope, Send
 
-from expertlane.report.charts.colours import OF_CAUSE, style_sheet
+from expertlane.report.charts.colours import OF_CAUSE, OF_GAP, style_sheet
 from expertlane.server.errors import ApiError
 from expertlane.server.live_state import LiveState
-from expertlane.spec.names import Cause, Stage
+from expertlane.server.own_metrics import WAITING
+from expertlane.spec.names import Cause, Gap, Stage
 
 MOST_VIEWERS = 32
 _FRAME_S = 1.0
@@ -26,17 +27,19 @@ _EVENTS = (
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),
 )
-# The colour of each stage, as in reports.
-_OF_STAGE = {
-    Stage.EMBED: Cause.HEAD,
-    Stage.ATTENTION: Cause.ATTENTION,
-    Stage.ROUTER: Cause.ROUTER,
-    Stage.DISPATCH: Cause.DISPATCH_COMBINE,
-    Stage.EXPERTS: Cause.EXPERTS,
-    Stage.COMBINE: Cause.DISPATCH_COMBINE,
-    Stage.COLLECTIVES: Cause.TP_COLLECTIVES,
-    Stage.HAND_OVER: Cause.HAND_OVER,
-    Stage.HEAD: Cause.HEAD,
+# The colours of lanes by stage, as in reports; what these add up is told apart here.
+COLOURS = {
+    Stage.EMBED.label: "--overhead-1",
+    Stage.ATTENTION.label: OF_CAUSE[Cause.ATTENTION],
+    Stage.ROUTER.label: OF_CAUSE[Cause.ROUTER],
+    Stage.DISPATCH.label: OF_CAUSE[Cause.DISPATCH_COMBINE],
+    Stage.EXPERTS.label: OF_CAUSE[Cause.EXPERTS],
+    Stage.COMBINE.label: "--communication-2",
+    Stage.COLLECTIVES.label: OF_CAUSE[Cause.TP_COLLECTIVES],
+    Stage.HAND_OVER.label: OF_CAUSE[Cause.HAND_OVER],
+    Stage.HEAD.label: OF_CAUSE[Cause.HEAD],
+    WAITING: OF_CAUSE[Cause.WAITING],
+    Stage.IDLE.label: OF_GAP[Gap.IDLE],
 }
 
 
@@ -206,11 +209,7 @@ def live_page() -> tuple[bytes, str]:
 
 def _stage_colours() -> str:
     """Variables by stage: `--stage-experts` and so on."""
-    found = {stage: OF_CAUSE[cause] for stage, cause in _OF_STAGE.items()}
-    found |= {Stage.COMBINE: "--communication-2", Stage.EMBED: "--overhead-1"}
-    named = {_slug(stage.label): colour for stage, colour in found.items()}
-    named |= {"waiting": "--waiting-1", "idle": "--waiting-3"}
-    rules = "".join(f"--stage-{name}:var({colour});" for name, colour in named.items())
+    rules = "".join(f"--stage-{_slug(name)}:var({colour});" for name, colour in COLOURS.items())
     return f":root{{{rules}}}\n"
 
 

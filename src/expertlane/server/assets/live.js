@@ -394,6 +394,7 @@
 
   function drawScale() {
     const bar = make("canvas");
+    bar.setAttribute("aria-hidden", "true"); // its parent says what it is
     fill(at("scale"), [bar, ...["0", "½", "1 ×", "2 ×", "≥ 4 ×"].map((each) => make("span", each))]);
     const [context, width] = canvas(bar, 12);
     for (let i = 0; i <= 64; i += 1) {

@@ -1,0 +1,184 @@
+"""The dashboard's and the alerts' queries, against a server that they would be asked of."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import promql_parser
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from promql_parser import MatchOp
+
+from engine.processes import wait_until
+from expertlane.engine.llm import LLM
+from expertlane.server.run import bind
+from expertlane.server.service import ServedModel
+from expertlane.spec.deployment import Options
+from server.running import PATIENCE_S, ServerInThread
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+DASHBOARD = json.loads((DEPLOY / "grafana" / "expertlane.json").read_text())
+ALERTS = (DEPLOY / "prometheus" / "alerts.yml").read_text()
+OF_PROMETHEUS = {"job": "expertlane", "instance": "here"}
+VARIABLES = {"$__rate_interval": "6s", "$model_name": ".*", "$layer": "0"}
+PROMETHEUS = shutil.which("prometheus")
+
+
+def filled(query):
+    for name, value in VARIABLES.items():
+        query = query.replace(name, value)
+    return query
+
+
+PANELS = {
+    f"{panel['title']}: {target['legendFormat']}": filled(target["expr"])
+    for panel in DASHBOARD["panels"]
+    for target in panel.get("targets", ())
+}
+QUERIES = PANELS | {query: query for query in re.findall(r"expr: (.*)", ALERTS)}
+
+
+@pytest.fixture(scope="module")
+def rebalanced(chatty):
+    """A server whose experts move, which has answered requests."""
+    options = Options(rebalance_steps=4, num_redundant_experts=2)
+    with LLM(chatty, layout="dp=2,ep=2", dtype="float32", num_blocks=32, options=options) as llm:
+        model = ServedModel("tiny", llm.engine, llm.limits, llm.tokenizer, watch=llm.watch())
+        server = ServerInThread(model, check_ranks=llm.check_ranks)
+        try:
+            ask(server)
+            rebalancer = model.watch.rebalancer
+            assert wait_until(lambda: ask(server) or rebalancer.decisions)
+            yield server
+        finally:
+            server.stop()
+
+
+def ask(server):
+    body = {"prompt": [[1, 2, 3], [1, 2, 3, 4] * 5], "max_tokens": 12, "temperature": 0}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S)
+    assert answer.status_code == 200
+
+
+def selectors(node):
+    """All selectors below a node of a query."""
+    if isinstance(node, promql_parser.VectorSelector):
+        return [node]
+    if isinstance(node, promql_parser.MatrixSelector):
+        return [node.vector_selector]
+    below = [getattr(node, name, None) for name in ("expr", "lhs", "rhs", "param")]
+    below += getattr(node, "args", [])
+    return [each for child in below if child is not None for each in selectors(child)]
+
+
+def fits(matcher, labels):
+    value = labels.get(matcher.name, "")
+    if matcher.op in (MatchOp.Re, MatchOp.NotRe):
+        return bool(re.fullmatch(matcher.value, value)) == (matcher.op == MatchOp.Re)
+    return (value == matcher.value) == (matcher.op == MatchOp.Equal)
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_every_query_finds_series_with_its_labels(query, rebalanced):
+    text = httpx.get(f"{rebalanced.url}/metrics").text
+    series = [
+        (sample.name, sample.labels | OF_PROMETHEUS)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    ] + [("up", OF_PROMETHEUS)]
+    expression = promql_parser.parse(QUERIES[query])
+    asked = selectors(expression)
+    assert asked
+    wanted = set(re.findall(r"\{\{ ?(?:\$labels\.)?(\w+) ?\}\}", query))
+    for each in re.findall(r"(?:by|on) \(([^)]+)\)", QUERIES[query]):
+        wanted |= set(each.split(", "))
+    for selector in asked:
+        found = [
+            labels
+            for name, labels in series
+            if name == selector.name and all(fits(m, labels) for m in selector.matchers.matchers)
+        ]
+        if 'status="5xx"' in QUERIES[query]:
+            continue  # there was none
+        assert found, f"no series for {selector.prettify()}"
+        if wanted - {"le"} and len(asked) == 1:
+            assert wanted <= set(found[0])
+
+
+def test_variables_are_labels_of_the_scrape(rebalanced):
+    text = httpx.get(f"{rebalanced.url}/metrics").text
+    asked = [each["query"] for each in DASHBOARD["templating"]["list"] if each["type"] == "query"]
+    for each in asked:
+        name, label = re.fullmatch(r"label_values\(([\w:]+), (\w+)\)", each["query"]).groups()
+        assert re.search(rf'^{name}{{.*\b{label}="', text, re.MULTILINE)
+
+
+def test_every_metric_of_ours_that_counts_is_shown():
+    shown = {
+        each.name for query in PANELS.values() for each in selectors(promql_parser.parse(query))
+    }
+    source = Path(__file__).parents[2] / "src" / "expertlane" / "server" / "own_metrics.py"
+    names = re.findall(r'_(?:counter|gauge)\(\s*"(\w+)"', source.read_text())
+    assert {f"expertlane:{name}" for name in names} - {"expertlane:requests_running"} <= {
+        name.removesuffix("_total") for name in shown
+    }
+
+
+def rows_of(text):
+    """The rows of the table in `docs/metrics.md`, from a scrape."""
+    rows = []
+    for family in text_string_to_metric_families(text):
+        if not family.name.startswith(("vllm:", "expertlane:", "http_")):
+            continue
+        labels = dict.fromkeys(
+            label for sample in family.samples for label in sample.labels if label != "le"
+        )
+        own = [f"`{label}`" for label in labels if label not in ("model_name", "engine")]
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        rows.append(f"| `{name}` | {family.type} | {', '.join(own)} | {family.documentation} |")
+    return rows
+
+
+def test_the_page_of_metrics_lists_what_there_is(rebalanced):
+    page = (DEPLOY.parent / "docs" / "metrics.md").read_text().splitlines()
+    wanted = rows_of(httpx.get(f"{rebalanced.url}/metrics").text)
+    given = [line for line in page if re.match(r"\| `(vllm:|expertlane:|http_)", line)]
+    assert sorted(given) == sorted(wanted), "\n".join(wanted)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(PROMETHEUS is None, reason="no prometheus on this machine: Debian has it")
+def test_prometheus_gives_data_for_every_panel(rebalanced, tmp_path):
+    bound = bind("127.0.0.1", 0)
+    port = bound.getsockname()[1]
+    bound.close()
+    config = (DEPLOY / "prometheus" / "prometheus.yml").read_text()
+    config = config.replace("127.0.0.1:8000", f"127.0.0.1:{rebalanced.port}").replace("5s", "1s")
+    (tmp_path / "prometheus.yml").write_text(config)
+    (tmp_path / "alerts.yml").write_text(ALERTS)
+    command = [
+        *(PROMETHEUS, "--config.file", str(tmp_path / "prometheus.yml"), "--log.level=error"),
+        *("--storage.tsdb.path", str(tmp_path / "data"), f"--web.listen-address=127.0.0.1:{port}"),
+    ]
+    with subprocess.Popen(command) as process:
+        try:
+            until_s = time.monotonic() + 12
+            while time.monotonic() < until_s:
+                ask(rebalanced)
+            for name, query in PANELS.items():
+                answer = httpx.get(
+                    f"http://127.0.0.1:{port}/api/v1/query", params={"query": query}
+                ).json()
+                assert answer["status"] == "success", (name, answer)
+                values = [float(each["value"][1]) for each in answer["data"]["result"]]
+                assert values, name
+                assert any(value == value for value in values), f"{name} is NaN"
+            rules = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules").json()
+            of_group = rules["data"]["groups"][0]["rules"]
+            assert [each["health"] for each in of_group] == ["ok"] * len(of_group)
+        finally:
+            process.terminate()
