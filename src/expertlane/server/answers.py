@@ -12,6 +12,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from expertlane.engine.async_engine import Generation
+from expertlane.engine.grammars import Grammar
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.server.errors import ApiError, json_response
 from expertlane.server.logprobs import TokenTexts
@@ -60,6 +61,7 @@ class Answer(Response):
     Args:
         prompts: [num_prompts].
         params: [num_prompts × num_choices]; choices of a prompt stand together.
+        grammar: of its outputs; kept, so that the engine finds it.
     """
 
     param: ClassVar[str]  # the field of the prompts
@@ -73,6 +75,7 @@ class Answer(Response):
         request: GenerationRequest,
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
+        grammar: Grammar | None = None,
     ) -> None:
         super().__init__()  # what it calls when it is sent is below
         self._service = service
@@ -80,6 +83,7 @@ class Answer(Response):
         self._num_choices = request.num_choices
         self._prompts = prompts
         self._params = params
+        self._grammar = grammar
         self._texts = TokenTexts(
             service.model.tokenizer, as_ids=bool(request.return_tokens_as_token_ids)
         )
@@ -215,8 +219,9 @@ class CompletionAnswer(Answer):
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
         echoed: Sequence[str],
+        grammar: Grammar | None = None,
     ) -> None:
-        super().__init__(service, request, prompts, params)
+        super().__init__(service, request, prompts, params, grammar)
         self._wants_logprobs = request.logprobs is not None
         self._echoed = echoed
         self._offsets = [len(self._before(place)) for place in range(len(params))]

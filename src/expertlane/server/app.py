@@ -55,14 +55,16 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             else each
             for each in request.prompt
         ]
-        params = service.params(request, prompts, "prompt")
+        structured, field = request.structured()
+        grammar = structured and await service.compile(structured, field)
+        params = service.params(request, prompts, "prompt", structured=structured)
         echoed: Sequence[str] = ()
         if request.echo:
             decode = service.tokenizer("echo").decode
             echoed = [
                 given if isinstance(given, str) else decode(given) for given in request.prompt
             ]
-        return CompletionAnswer(service, request, prompts, params, echoed)
+        return CompletionAnswer(service, request, prompts, params, echoed, grammar=grammar)
 
     @app.post("/v1/chat/completions", response_class=Response)
     async def chat(request: ChatRequest) -> Answer:

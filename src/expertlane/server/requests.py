@@ -23,11 +23,13 @@ from expertlane.server.fields import (
     number,
 )
 from expertlane.server.messages import Message, Tool
+from expertlane.server.structured import StructuredRequest
 from expertlane.spec.sampling import SamplingParams
 
 _AS_THEY_ARE = (  # in `SamplingParams`
     *("temperature", "top_p", "min_p", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("skip_special_tokens", "include_stop_str_in_output"),
 )
 MOST_CHOICES = 128  # of a prompt
 MOST_PROMPTS = 2048  # of a request, times its choices
@@ -41,22 +43,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "best_of": (1,),
     "cache_salt": (),
-    "guided_choice": (),
     "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_stop_str_in_output": (False,),
+    "guided_whitespace_pattern": (),
     "kv_transfer_params": (),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
@@ -88,7 +83,7 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class GenerationRequest(Known):
+class GenerationRequest(StructuredRequest):
     """What completions and chats have in common."""
 
     temperature: float | None = number("temperature")
@@ -106,6 +101,8 @@ class GenerationRequest(Known):
     stop: Stop = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=MOST_STOPS)
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     add_special_tokens: bool | None = None
@@ -143,12 +140,13 @@ class GenerationRequest(Known):
         return None
 
     def params(
-        self, recommended: Mapping[str, Any], max_tokens: int, choice: int
+        self, recommended: Mapping[str, Any], max_tokens: int, choice: int, **more: Any
     ) -> SamplingParams:
         """How tokens of one of the choices are drawn.
 
         Args:
             recommended: by the checkpoint, where the request says nothing.
+            more: fields that come from elsewhere, such as `structured`.
 
         Raises:
             UserError: two fields do not go together.
@@ -162,7 +160,9 @@ class GenerationRequest(Known):
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         known = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(
-            **dict(recommended) | known, max_tokens=max_tokens, logprobs=self.wanted_logprobs
+            **dict(recommended) | known | more,
+            max_tokens=max_tokens,
+            logprobs=self.wanted_logprobs,
         )
 
 

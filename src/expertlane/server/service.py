@@ -10,6 +10,7 @@ from typing import Any
 from expertlane.engine.async_engine import AsyncEngine, Generation
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.engine import Engine
+from expertlane.engine.grammars import Grammar
 from expertlane.engine.tokenizer import LONG_TEXT, Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.request import Limits
@@ -19,6 +20,7 @@ from expertlane.server.messages import Message
 from expertlane.server.metrics import Metrics
 from expertlane.server.requests import GenerationRequest
 from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.structured import Structured
 
 _RETRY_S = 1
 
@@ -214,13 +216,32 @@ class Service:
         tokens = await self.encode(text, "messages", add_special_tokens=bool(add_special_tokens))
         return tokens, text
 
+    async def compile(self, structured: Structured, param: str) -> Grammar:
+        """A grammar, compiled beside the loop; while it is kept, requests find it at once.
+
+        Raises:
+            ApiError: it is not valid, or too costly.
+        """
+        self.tokenizer(param)
+        try:
+            grammars = self.model.engine.grammars
+            known = grammars.known(structured)
+            return known or await asyncio.wrap_future(grammars.compile_soon(structured))
+        except UserError as error:
+            raise bad_field(param, f"{param}: {error}") from None
+
     def params(
-        self, request: GenerationRequest, prompts: Sequence[Sequence[int]], param: str
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[Sequence[int]],
+        param: str,
+        **more: Any,
     ) -> list[SamplingParams]:
         """Of every choice of every prompt, in their order.
 
         Args:
             param: the field of the prompts.
+            more: as `GenerationRequest.params` takes them.
 
         Raises:
             ApiError: a prompt or its output would be too long, or fields do not go together.
@@ -243,7 +264,7 @@ class Service:
                 text = f"min_tokens is {request.min_tokens}; it must be at most {wanted or room}"
                 raise bad_field("min_tokens", text)
             found += [
-                request.params(self.model.recommended or {}, wanted or room, choice)
+                request.params(self.model.recommended or {}, wanted or room, choice, **more)
                 for choice in range(request.num_choices)
             ]
             self.metrics.on_request(request.num_choices, wanted or room)
