@@ -104,10 +104,10 @@ TEXTS = {
     "<tool_call>run\n</tool_call>",
     "minimax": 'so<tool_calls>\n{"name": "look", "arguments": {"at": "ö"}}\n'
     '{"name": "run", "arguments": {}}\n</tool_calls>',
-    "minimax_m2": 'so<minimax:tool_call>\n<invoke name="look">\n<parameter name="at">ö</parameter>\n'
-    '</invoke>\n<invoke name="run">\n</invoke>\n</minimax:tool_call>',
-    "harmony": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>so"
-    "<|end|><|start|>assistant<|channel|>commentary to=functions.look <|constrain|>json"
+    "minimax_m2": 'so<minimax:tool_call>\n<invoke name="look">\n<parameter name="at">ö'
+    '</parameter>\n</invoke>\n<invoke name="run">\n</invoke>\n</minimax:tool_call>',
+    "harmony": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final"
+    "<|message|>so<|end|><|start|>assistant<|channel|>commentary to=functions.look <|constrain|>json"
     '<|message|>{"at": "ö"}<|call|><|start|>assistant<|channel|>commentary to=functions.run'
     "<|message|>{}",
 }
@@ -196,7 +196,7 @@ def test_the_template_tells_the_marks(source, thoughts, calls):
 def test_the_marks_by_name():
     named = Marks.of_template("", calls="kimi_k2", thoughts="none")
     assert named == Marks(None, CALL_FORMS["kimi_k2"])
-    with pytest.raises(UserError, match="--tool-call-parser is 'x'; valid: hermes, .*none"):
+    with pytest.raises(UserError, match=r"--tool-call-parser is 'x'; valid: hermes, .*none"):
         Marks.of_template("", calls="x")
 
 

@@ -53,6 +53,20 @@ class _Options:
         metavar="SECONDS",
         help="How long running requests may continue after SIGTERM or Ctrl-C.",
     )
+    tool_call_parser: str | None = typer.Option(
+        None,
+        metavar="NAME",
+        show_default="by the chat template",
+        help="How the model marks calls of tools: hermes, deepseek_v3, deepseek_v31, kimi_k2, "
+        "mistral, mistral_args, llama3_json, qwen3_coder, glm45, minimax, minimax_m2, harmony, "
+        "none.",
+    )
+    reasoning_parser: str | None = typer.Option(
+        None,
+        metavar="NAME",
+        show_default="by the chat template",
+        help="How the model marks reasoning: think, mistral, harmony, none.",
+    )
     as_json: bool = json_option()
 
 
@@ -77,8 +91,10 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
     """
     _check_libraries()
     from expertlane.server.run import bind, serve
+    from expertlane.server.marks import Marks
     from expertlane.server.service import ServedModel, ServerOptions
 
+    Marks.of_template("", calls=own.tool_call_parser, thoughts=own.reasoning_parser)  # are known
     keys = own.api_key or [key for key in [os.environ.get(_API_KEY)] if key]
     if "" in keys:
         raise UserError("--api-key is empty; give one of 1 character or more")
@@ -90,6 +106,8 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
         max_num_queued=own.max_num_queued,
         request_timeout_s=own.request_timeout_s,
         drain_s=own.drain_s,
+        tool_call_parser=own.tool_call_parser,
+        reasoning_parser=own.reasoning_parser,
     )
     # Before the model is loaded, which takes long; of torchrun's processes, the first one listens.
     template, recommended = _of_checkpoint(found)

@@ -36,7 +36,7 @@ _STACK_BYTES = 512 * 2**20  # the library recurses from rule to rule; memory is 
 _KEPT = 32  # compiled grammars
 # Within values a line end and an indentation, or a space: without a bound a model may write no
 # more than them.
-_WHITESPACE = r"\x20|\x0A[\x20\x09]{0,40}"
+WHITESPACE = r"\x20|\x0A[\x20\x09]{0,40}"
 _END_TOKEN = "<|expertlane end|>"  # of tokenizers that have no end of sequence; never chosen
 
 
@@ -135,7 +135,10 @@ class Grammars:
             UserError: as `compile`.
         """
         assert params.structured is not None, "it is asked for"
-        grammar = self.compile(params.structured)
+        try:
+            grammar = self.compile(params.structured)
+        except UserError as error:
+            raise UserError(f"structured: {params.structured.kind}: {error}") from None
         return Constraint(grammar, params, {*stop_token_ids, *self._eos_token_ids})
 
     def advance(self, tokens: Sequence[tuple[Constraint, int]]) -> "Future[None]":
@@ -172,22 +175,21 @@ class Grammars:
     def _compile(self, structured: Structured) -> Grammar:
         from llguidance import LLMatcher, LLParserLimits
 
-        kind = structured.kind
         if self._tokenizer is None:
             self._tokenizer = self._make_tokenizer()
         try:
             text = self._as_llguidance(structured)
         except (ValueError, RecursionError) as error:  # of the library's conversions
-            raise UserError(f"{kind}: {_first_line(str(error))}") from None
+            raise UserError(_first_line(str(error))) from None
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LLParserLimits(**_LIMITS))
         mask = self._empty_masks(1)
         if not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.size)
         if matcher.is_error():
-            raise UserError(f"{kind}: {_first_line(matcher.get_error())}")
+            raise UserError(_first_line(matcher.get_error()))
         _clear(mask[0], self._never)
         if matcher.is_stopped() or not mask.any():
-            raise UserError(f"{kind}: it allows no output of 1 token or more")
+            raise UserError("it allows no output of 1 token or more")
         grammar = self._known[structured] = Grammar(matcher, mask[0])
         return grammar
 
@@ -214,27 +216,23 @@ class Grammars:
 
         body: dict[str, Any] = {"name": "body"}
         if structured.json_schema is not None:
-            options: JsonCompileOptions = {"whitespace_pattern": _WHITESPACE}
+            options: JsonCompileOptions = {"whitespace_pattern": WHITESPACE}
             text = LLMatcher.grammar_from_json_schema(structured.json_schema, overrides=options)
             body |= json.loads(text)["grammars"][0]
         else:
             body["lark_grammar"] = _lark(structured)
-        if structured.lead is None:
+        if structured.lead is None and not structured.prefix:
             return json.dumps({"grammars": [body]})
         first = {"name": "all", "lark_grammar": self._lead(structured)}
         return json.dumps({"grammars": [first, body]})
 
     def _lead(self, structured: Structured) -> str:
         """Some text up to a mark, or none, then the body."""
-        assert structured.lead is not None, "it has one"
-        end = lark_text(structured.lead, self._source)
-        beginning = structured.may_lead
-        before = "lead" if beginning is None else f"({lark_text(beginning, self._source)} lead)?"
-        if end.startswith("<["):
-            lead = rf"lead: /(.|\n)*/ {end}"
-        else:
-            lead = rf"lead[suffix={end}]: /(.|\n)*/"
-        return f"%llguidance {{}}\nstart: {before} SPACE @body\n{lead}\nSPACE: /\\n{{0,2}}/\n"
+        if structured.lead is None:
+            return f"%llguidance {{}}\nstart: {lark_text(structured.prefix, self._source)} @body\n"
+        element, rules = lead_rules(structured.lead, structured.may_lead, self._source)
+        prefix = lark_text(structured.prefix, self._source)
+        return f"%llguidance {{}}\nstart: {element} {prefix} @body\n{rules}\n"
 
 
 def lark_text(text: str, tokenizer: Tokenizer) -> str:
@@ -245,6 +243,18 @@ def lark_text(text: str, tokenizer: Tokenizer) -> str:
             json.dumps(part, ensure_ascii=False) if token_id is None else f"<[{token_id}]>"
         )
     return " ".join(parts)
+
+
+def lead_rules(lead: str, may_lead: str | None, tokenizer: Tokenizer) -> tuple[str, str]:
+    """The element of a text before an output, in Lark's syntax, and the rules it needs.
+
+    Args:
+        lead, may_lead: as in `Structured`.
+    """
+    end = lark_text(lead, tokenizer)
+    element = "lead" if may_lead is None else f"({lark_text(may_lead, tokenizer)} lead)?"
+    rule = rf"lead: /(.|\n)*/ {end}" if end.startswith("<[") else rf"lead[suffix={end}]: /(.|\n)*/"
+    return f"{element} LINES", f"{rule}\nLINES: /\\n{{0,2}}/"
 
 
 def _lark(structured: Structured) -> str:

@@ -260,14 +260,19 @@ class ChatAnswer(Answer):
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
         text: str,
+        grammar: Grammar | None = None,
     ) -> None:
-        super().__init__(service, request, prompts, params)
+        super().__init__(service, request, prompts, params, grammar)
         self._wants_logprobs = bool(request.logprobs)
-        takes_calls = request.offered_tools is not None
+        functions = request.callable_functions
         self._parts: list[ChatParts] = []  # none where all text is content
-        if takes_calls or service.marks.has_reasoning:
+        if functions or service.marks.thoughts is not None:
+            schemas = {each.name: each.parameters or {} for each in functions}
             self._parts = [
-                ChatParts(MarkedText(service.marks, text, takes_calls=takes_calls)) for _ in params
+                ChatParts(
+                    MarkedText(service.marks, text, takes_calls=bool(functions), schemas=schemas)
+                )
+                for _ in params
             ]
 
     def choice(self, piece: Piece) -> dict[str, Any]:

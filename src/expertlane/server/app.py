@@ -16,6 +16,7 @@ from expertlane.server.requests import (
     TokenizeRequest,
 )
 from expertlane.server.service import Service
+from expertlane.server.tools import structured_chat
 from expertlane.version import __version__
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             for each in request.prompt
         ]
         structured, field = request.structured()
-        grammar = structured and await service.compile(structured, field)
+        grammar = None if structured is None else await service.compile(structured, field)
         params = service.params(request, prompts, "prompt", structured=structured)
         echoed: Sequence[str] = ()
         if request.echo:
@@ -71,8 +72,11 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Continue a conversation."""
         service.check_admission(request.model)
         tools = request.offered_tools
-        if tools and not service.marks.has_calls:
-            text = "tools: the chat template of this model marks no calls as <tool_call>"
+        if tools and service.marks.calls is None:
+            text = (
+                "tools: the chat template of this model has none of the known marks of calls "
+                "(--tool-call-parser names them)"
+            )
             raise bad_field("tools", text, "unsupported_parameter")
         prompt, text = await service.encode_chat(
             request.messages,
@@ -81,8 +85,13 @@ def _add_generation(app: FastAPI, service: Service) -> None:
             tools=tools,
             variables=request.chat_template_kwargs,
         )
-        params = service.params(request, [prompt], "messages")
-        return ChatAnswer(service, request, [prompt], params, text)
+        structured, field = structured_chat(request, service.marks, text, service.model.tokenizer)
+        grammar = None if structured is None else await service.compile(structured, field)
+        shown = service.shown_token_ids(request)
+        params = service.params(
+            request, [prompt], "messages", structured=structured, shown_token_ids=shown
+        )
+        return ChatAnswer(service, request, [prompt], params, text, grammar)
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

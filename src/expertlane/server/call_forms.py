@@ -54,7 +54,7 @@ class CallForm:
     @property
     def closers(self) -> tuple[str, ...]:
         """Marks after calls, which are no text."""
-        texts = (self.end.strip(), self.section_end.strip(), *self.end.split())
+        texts = (self.end.strip(), self.section_end.strip(), *self.end.strip("\n`").split())
         return tuple(dict.fromkeys(each for each in texts if len(each) > 1))
 
 

@@ -118,6 +118,7 @@ class MarkedText:
         self._raw = ""  # of a call, before it is known to be one
         self._had_calls = False
         self._is_bare = True  # nothing but space was given
+        self._drops_space = False  # after a call
         self._object = CallObject()
         self._named = NamedArguments()
         self._xml = XmlArguments(None)
@@ -193,6 +194,9 @@ class MarkedText:
                 return
         closers = form.closers if form is not None and self._had_calls else ()
         text, mark = self._until([*openers, *closers], is_last)
+        if self._drops_space:
+            text = text.lstrip()
+            self._drops_space = not text
         if text:
             self._is_bare = self._is_bare and not text.strip()
             yield Part("content", text)
@@ -222,7 +226,7 @@ class MarkedText:
             name = name if found is None else found[1]
             rest = text[place:]
             self._held = rest.removeprefix(end)
-            self._raw, self._had_calls = "", True
+            self._raw, self._had_calls, self._drops_space = "", True, True
             yield Part("name", name)
             if form.body == "xml":
                 self._xml = XmlArguments(self._schemas.get(name))
@@ -291,7 +295,7 @@ class MarkedText:
                 yield from self._give_up()
             return
         if not is_known:
-            self._raw, self._had_calls = "", True
+            self._raw, self._had_calls, self._drops_space = "", True, True
             yield Part("name", name)
         if given:
             yield Part("arguments", given)
@@ -411,7 +415,7 @@ class ChatParts:
                 self._add_arguments(found.setdefault("tool_calls", []), part.text)
             elif part.kind == "reasoning":
                 found["reasoning_content"] = found.get("reasoning_content", "") + part.text
-            elif not self.num_calls or part.text.strip():  # line ends part calls
+            else:
                 found["content"] = found.get("content", "") + part.text
         return found
 

@@ -22,7 +22,7 @@ from expertlane.server.fields import (
     TokenId,
     number,
 )
-from expertlane.server.messages import Message, Tool
+from expertlane.server.messages import Function, Message, NamedTool, Tool
 from expertlane.server.structured import StructuredRequest
 from expertlane.spec.sampling import SamplingParams
 
@@ -211,20 +211,38 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
     tools: list[Tool] | None = Field(default=None, max_length=_MOST_TOOLS)
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise bad_field("top_logprobs", "top_logprobs is given, but logprobs is not true")
-        if self.tool_choice == "auto" and not self.tools:
-            raise bad_field("tool_choice", "tool_choice is given, but no tools are")
+        self._check_tools()
         asked = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(asked) > 1:
             text = "max_tokens and max_completion_tokens differ; give one"
             raise bad_field("max_tokens", text)
         return self
+
+    def _check_tools(self) -> None:
+        choice, names = self.tool_choice, [tool.function.name for tool in self.tools or ()]
+        if choice not in (None, "none") and not names:
+            raise bad_field("tool_choice", "tool_choice is given, but no tools are")
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            text = f"tool_choice names {choice.function.name!r}; the tools: {', '.join(names)}"
+            raise bad_field("tool_choice", text)
+        if len(set(names)) < len(names):
+            raise bad_field("tools", "tools: two have the same name")
+
+    @property
+    def callable_functions(self) -> list[Function]:
+        """That the answer may call; empty where it may call none."""
+        functions = [tool.function for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return [each for each in functions if each.name == name]
+        return [] if self.tool_choice == "none" else functions
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:

@@ -18,7 +18,7 @@ from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.marks import Marks
 from expertlane.server.messages import Message
 from expertlane.server.metrics import Metrics
-from expertlane.server.requests import GenerationRequest
+from expertlane.server.requests import ChatRequest, GenerationRequest
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
 
@@ -57,12 +57,16 @@ class ServerOptions:
         max_num_queued: waiting requests, beyond which others are refused.
         request_timeout_s: the longest that a request may take, waiting included; None: any time.
         drain_s: how long running requests may go on once the server is told to end.
+        tool_call_parser, reasoning_parser: names of forms in `call_forms`, or `none`; None for
+            what the chat template tells.
     """
 
     api_keys: tuple[str, ...] = ()
     max_num_queued: int = 4096
     request_timeout_s: float | None = None
     drain_s: float = 30.0
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
 
 
 class Service:
@@ -90,7 +94,11 @@ class Service:
         self.model = model
         self.options = options
         template = model.template
-        self.marks = Marks() if template is None else Marks.of_template(template.source)
+        self.marks = Marks()
+        if template is not None:
+            self.marks = Marks.of_template(
+                template.source, calls=options.tool_call_parser, thoughts=options.reasoning_parser
+            )
         self.created = int(time.time())
         self.is_draining = False
         self.num_open = 0
@@ -216,6 +224,14 @@ class Service:
         tokens = await self.encode(text, "messages", add_special_tokens=bool(add_special_tokens))
         return tokens, text
 
+    def shown_token_ids(self, request: ChatRequest) -> tuple[int, ...]:
+        """Control tokens that its answer's text needs, to be taken apart."""
+        tokenizer = self.model.tokenizer
+        needs_them = request.callable_functions or self.marks.thoughts is not None
+        if tokenizer is None or not needs_them:
+            return ()
+        return self.marks.shown_token_ids(tokenizer)
+
     async def compile(self, structured: Structured, param: str) -> Grammar:
         """A grammar, compiled beside the loop; while it is kept, requests find it at once.
 
@@ -225,8 +241,9 @@ class Service:
         self.tokenizer(param)
         try:
             grammars = self.model.engine.grammars
-            known = grammars.known(structured)
-            return known or await asyncio.wrap_future(grammars.compile_soon(structured))
+            if (known := grammars.known(structured)) is not None:
+                return known
+            return await asyncio.wrap_future(grammars.compile_soon(structured))
         except UserError as error:
             raise bad_field(param, f"{param}: {error}") from None
 

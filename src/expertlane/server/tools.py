@@ -2,18 +2,23 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from expertlane.engine.grammars import WHITESPACE, lark_text, lead_rules
 from expertlane.engine.tokenizer import Tokenizer
+from expertlane.errors import UserError
 from expertlane.server.call_forms import HARMONY_ANSWER, CallForm
 from expertlane.server.call_reader import is_text
-from expertlane.server.messages import Function
+from expertlane.server.errors import bad_field
+from expertlane.server.marks import Marks
+from expertlane.server.messages import Function, NamedTool
+from expertlane.server.requests import ChatRequest
 from expertlane.spec.structured import Structured
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 _ANY_OBJECT = {"type": "object"}
+_NOT_OF_TEXTS = ("pattern", "format", "minLength")
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,58 @@ class CallRules:
             element, rules = lead_rules(lead, may_lead, tokenizer)
         lines = ["%llguidance {}", f"start: {element} {answer}", rules, *writer.rules]
         return Structured(grammar="\n".join(filter(None, lines)) + "\n")
+
+
+def structured_chat(
+    request: ChatRequest, marks: Marks, prompt: str, tokenizer: Tokenizer | None
+) -> tuple[Structured | None, str]:
+    """What a chat's answer must be, and the field that says so.
+
+    Args:
+        prompt: the rendered chat.
+
+    Raises:
+        ApiError: fields do not go together.
+    """
+    structured, field = request.structured()
+    functions, choice = request.callable_functions, request.tool_choice
+    needs_call = choice == "required" or isinstance(choice, NamedTool)
+    most_one = request.parallel_tool_calls is False
+    is_strict = any(each.strict for each in functions)
+    if tokenizer is None:
+        return structured, field
+    lead, may_lead = _lead(marks, prompt)
+    if not functions or marks.calls is None:
+        if structured is not None:
+            structured = replace(
+                structured, lead=lead, may_lead=may_lead, prefix=marks.answer_begin
+            )
+        return structured, field
+    if structured is not None and (needs_call or structured.kind != "json_schema"):
+        text = f"{field} with tools is not supported, but for JSON with tool_choice auto"
+        raise bad_field(field, text, "unsupported_parameter")
+    if not (structured or needs_call or most_one or is_strict):
+        return None, ""
+    rules = CallRules(
+        marks.calls,
+        functions,
+        needs_call=needs_call,
+        holds_all=needs_call,
+        most_one=most_one or isinstance(choice, NamedTool),
+        content_schema=None if structured is None else structured.json_schema,
+    )
+    try:
+        return rules.structured(tokenizer, lead=lead, may_lead=may_lead), field or "tools"
+    except UserError as error:
+        raise bad_field("tools", f"tools: {error}") from None
+
+
+def _lead(marks: Marks, prompt: str) -> tuple[str | None, str | None]:
+    """As in `Structured`, of the reasoning before an answer."""
+    form, end = marks.thoughts, prompt.rstrip()
+    if form is None or end.endswith(form.end):
+        return None, None
+    return form.end, None if end.endswith(form.begin) else form.begin
 
 
 class _Writer:
@@ -116,9 +173,11 @@ class _Writer:
 
     def _of_function(self, number: int, function: Function) -> str:
         form, name = self._form, f"call_{number}"
-        schema = _ANY_OBJECT
+        schema: Mapping[str, Any] = _ANY_OBJECT
         if self._asked.holds_all or function.strict:
             schema = _NO_PARAMETERS if function.parameters is None else function.parameters
+        if function.strict and form.body == "xml":
+            _check_texts(function)
         end = self._text(form.end)
         if form.body == "json":
             head = f'{{"name": {json.dumps(function.name)}, "{form.arguments_key}": '
@@ -152,8 +211,28 @@ class _Writer:
         if options:
             texts = " | ".join(self._text(str(each)) or '""' for each in options)
             return f"({texts}) {self._text(self._form.value_end)}"
-        self.rules.append(rf"{name}[suffix={json.dumps(self._form.value_end)}]: /(.|\n)*/")
+        most = schema.get("maxLength", "") if isinstance(schema, Mapping) else ""
+        self.rules.append(
+            rf"{name}[suffix={json.dumps(self._form.value_end)}]: /(.|\n){{0,{most}}}/"
+        )
         return name
+
+
+def _check_texts(function: Function) -> None:
+    """Refuse to promise what texts between marks cannot be held to.
+
+    Raises:
+        UserError: a text of a strict tool has one of these limits.
+    """
+    properties = (function.parameters or {}).get("properties") or {}
+    for key, schema in properties.items():
+        if is_text(schema) and isinstance(schema, Mapping):
+            for limit in _NOT_OF_TEXTS:
+                if limit in schema:
+                    raise UserError(
+                        f"{function.name} is strict, and {key} has {limit}: texts in this model's "
+                        "calls cannot be held to it"
+                    )
 
 
 def _json(schema: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from expertlane.errors import UserError
@@ -29,6 +29,7 @@ class Structured:
             there is none.
         may_lead: the beginning of such a text, where the output may have one or not; None where it
             has one anyway.
+        prefix: a text that stands before it.
 
     Raises:
         UserError: none or several are given, or one is too large or of a wrong type.
@@ -40,6 +41,7 @@ class Structured:
     choice: tuple[str, ...] | None = None
     lead: str | None = None
     may_lead: str | None = None
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         given = [name for name in KINDS if getattr(self, name) is not None]
@@ -64,7 +66,7 @@ class Structured:
         return next(name for name in KINDS if getattr(self, name) is not None)
 
 
-KINDS = tuple(field.name for field in fields(Structured) if not field.name.endswith("lead"))
+KINDS = ("json_schema", "regex", "grammar", "choice")
 
 
 def _check_size(kind: str, text: str, most: int) -> None:
