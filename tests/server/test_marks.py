@@ -107,9 +107,9 @@ TEXTS = {
     "minimax_m2": 'so<minimax:tool_call>\n<invoke name="look">\n<parameter name="at">ö'
     '</parameter>\n</invoke>\n<invoke name="run">\n</invoke>\n</minimax:tool_call>',
     "harmony": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final"
-    "<|message|>so<|end|><|start|>assistant<|channel|>commentary to=functions.look <|constrain|>json"
-    '<|message|>{"at": "ö"}<|call|><|start|>assistant<|channel|>commentary to=functions.run'
-    "<|message|>{}",
+    "<|message|>so<|end|><|start|>assistant<|channel|>commentary to=functions.look "
+    '<|constrain|>json<|message|>{"at": "ö"}<|call|><|start|>assistant<|channel|>commentary '
+    "to=functions.run<|message|>{}",
 }
 
 

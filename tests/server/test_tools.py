@@ -169,8 +169,8 @@ def test_an_answer_is_json_or_a_call():
     ],
 )
 def test_what_does_not_go_together(more, param):
+    marks = Marks(None, CALL_FORMS["hermes"])
     with pytest.raises(ApiError) as refused:
-        marks = Marks(None, CALL_FORMS["hermes"])
         structured_chat(asked(**more), marks, "", tokenizer("hermes", False))
     assert refused.value.param == param
 

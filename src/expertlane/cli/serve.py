@@ -90,8 +90,8 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
           -d '{"prompt": "Once upon a time", "max_tokens": 20}'
     """
     _check_libraries()
-    from expertlane.server.run import bind, serve
     from expertlane.server.marks import Marks
+    from expertlane.server.run import bind, serve
     from expertlane.server.service import ServedModel, ServerOptions
 
     Marks.of_template("", calls=own.tool_call_parser, thoughts=own.reasoning_parser)  # are known

@@ -94,7 +94,9 @@ class StructuredRequest(Known):
             given = {name: value for name, value in given.items() if value is not None}
             if outputs.json_object and outputs.json_ is not None:
                 raise bad_field("structured_outputs", "structured_outputs: json and json_object")
-            pairs.append(("structured_outputs", given or {"json_schema": None}))
+            if not given:
+                raise bad_field("structured_outputs", "structured_outputs is empty; give one")
+            pairs.append(("structured_outputs", given))
         if (form := self.response_format) is not None:
             pairs.append(("response_format", {"json_schema": _schema_of(form)}))
         return [
