@@ -14,7 +14,8 @@ from expertlane.errors import UserError
 from expertlane.schedule.request import FinishReason, RequestOutput
 from expertlane.server.answers import ChatAnswer, Piece
 from expertlane.server.call_forms import CALL_FORMS, THOUGHT_FORMS
-from expertlane.server.marks import ChatParts, MarkedText, Marks
+from expertlane.server.chat_parts import ChatParts
+from expertlane.server.marks import MarkedText, Marks
 from expertlane.server.requests import ChatRequest
 from expertlane.server.service import ServedModel
 from server.running import PATIENCE_S, ServerInThread

@@ -19,7 +19,7 @@ from server.test_tools import TOOLS, check
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "a"}]
-CHECKER = jsonschema.FormatChecker()
+CHECKER = jsonschema.Draft202012Validator.FORMAT_CHECKER  # times by rfc3339-validator
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ from starlette.types import Receive, Scope, Send
 from expertlane.engine.async_engine import Generation
 from expertlane.engine.grammars import Grammar
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
+from expertlane.server.chat_parts import ChatParts
 from expertlane.server.errors import ApiError, json_response
 from expertlane.server.logprobs import TokenTexts
-from expertlane.server.marks import ChatParts, MarkedText
+from expertlane.server.marks import MarkedText
 from expertlane.server.requests import ChatRequest, CompletionRequest, GenerationRequest
 from expertlane.server.service import Service
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
