@@ -29,6 +29,7 @@ class _Live:
     Attributes:
         is_plain: tokens are all that it is given.
         add_time: takes the time of a token.
+        includes_stop: the token that ends it is text too.
         constraint: what its tokens are held to; None where nothing is.
     """
 
@@ -38,6 +39,7 @@ class _Live:
     wants_logprobs: bool
     is_plain: bool
     add_time: Callable[[float], None]
+    includes_stop: bool = False
     constraint: Constraint | None = None
 
 
@@ -168,6 +170,7 @@ class Engine(Generic[HandleT]):
             wants_logprobs,
             is_plain=detokenizer is None and not wants_logprobs,
             add_time=output.token_times_s.append,
+            includes_stop=params.include_stop_str_in_output,
             constraint=constraint,
         )
         return output
@@ -291,10 +294,11 @@ class Engine(Generic[HandleT]):
                 continue
             if live.wants_logprobs:
                 live.output.logprobs.append(outcome.logprobs[request.seq_id])
-            if live.detokenizer is not None and reason is not FinishReason.STOP:
+            ends = reason is FinishReason.STOP and not live.includes_stop
+            if live.detokenizer is not None and not ends:
                 text = live.detokenizer.append(token_id)
                 live.output.text += text
-                if live.detokenizer.stopped:
+                if live.detokenizer.stopped and reason is not FinishReason.STOP:
                     reason = FinishReason.STOP
                     self.scheduler.cancel(request_id, reason)
             if reason is None and self._complete:

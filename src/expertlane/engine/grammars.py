@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.engine.json_schemas import for_library
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.spec.sampling import SamplingParams
@@ -19,7 +20,6 @@ from expertlane.spec.structured import Structured
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
-    from llguidance._lib import JsonCompileOptions
 
 Mask = npt.NDArray[np.uint8]
 
@@ -34,9 +34,6 @@ _LIMITS: dict[str, Any] = {
 }
 _STACK_BYTES = 512 * 2**20  # the library recurses from rule to rule; memory is taken as it is used
 _KEPT = 32  # compiled grammars
-# Within values a line end and an indentation, or a space: without a bound a model may write no
-# more than them.
-WHITESPACE = r"\x20|\x0A[\x20\x09]{0,40}"
 _END_TOKEN = "<|expertlane end|>"  # of tokenizers that have no end of sequence; never chosen
 
 
@@ -212,13 +209,9 @@ class Grammars:
 
     def _as_llguidance(self, structured: Structured) -> str:
         """In the library's own form: a JSON object of grammars that refer to each other."""
-        from llguidance import LLMatcher
-
         body: dict[str, Any] = {"name": "body"}
         if structured.json_schema is not None:
-            options: JsonCompileOptions = {"whitespace_pattern": WHITESPACE}
-            text = LLMatcher.grammar_from_json_schema(structured.json_schema, overrides=options)
-            body |= json.loads(text)["grammars"][0]
+            body["json_schema"] = for_library(json.loads(structured.json_schema))
         else:
             body["lark_grammar"] = _lark(structured)
         if structured.lead is None and not structured.prefix:

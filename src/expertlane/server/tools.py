@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from expertlane.engine.grammars import WHITESPACE, lark_text, lead_rules
+from expertlane.engine.grammars import lark_text, lead_rules
+from expertlane.engine.json_schemas import for_library
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.server.call_forms import HARMONY_ANSWER, CallForm
@@ -236,5 +237,4 @@ def _check_texts(function: Function) -> None:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    options = {"x-guidance": {"whitespace_pattern": WHITESPACE}}
-    return f"%json {json.dumps({**schema, **options}, ensure_ascii=False)}"
+    return f"%json {json.dumps(for_library(schema), ensure_ascii=False)}"

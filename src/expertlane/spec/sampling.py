@@ -43,7 +43,7 @@ class SamplingParams:
             and `min_tokens` say; after `max_tokens` it may be cut off.
         skip_special_tokens: leave control tokens out of the text.
         shown_token_ids: control tokens that are in the text all the same.
-        include_stop_str_in_output: the text ends with the stop string that ended it.
+        include_stop_str_in_output: the text ends with the stop string or token that ended it.
 
     Raises:
         UserError: a value is not valid.
