@@ -319,12 +319,10 @@ class _Draws:
 
 def _mask_out(scores: Tensor, masks: Mapping[int, npt.NDArray[np.uint8]]) -> None:
     """Make all other tokens impossible in scores, [num_seqs, vocab_size], in place."""
-    bits = np.unpackbits(np.stack(list(masks.values())), axis=1, bitorder="little")
-    is_out = torch.from_numpy(bits[:, : scores.shape[1]]).to(scores.device) == 0
-    rows: list[int] | slice = list(masks)
-    if rows == list(range(len(scores))):
-        rows = slice(None)
-    scores[rows] = scores[rows].masked_fill(is_out, -math.inf)
+    bits = np.invert(np.stack(list(masks.values())))
+    is_out = np.unpackbits(bits, axis=1, count=scores.shape[1], bitorder="little")
+    for row, of_row in zip(masks, torch.from_numpy(is_out.view(np.bool_)), strict=True):
+        scores[row].masked_fill_(of_row.to(scores.device), -math.inf)
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> float:
