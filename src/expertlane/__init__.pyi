@@ -23,6 +23,7 @@ __all__ = [
     "Options",
     "Results",
     "SamplingParams",
+    "Structured",
     "__version__",
     "bench",
     "compare",

@@ -113,6 +113,20 @@ def test_a_chat_with_a_checkpoint_on_a_real_rank(run, type_in, checkpoint):
     assert re.search(r"^\d tokens in .*; median TTFT", err, re.MULTILINE)
 
 
+def test_what_an_output_must_be_on_a_real_rank(run, checkpoint, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["one", {"two": 2}]}')
+    code, out, _ = run("generate", str(checkpoint), "the", "--json-schema", str(schema), "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert json.loads(answer["text"]) in ["one", {"two": 2}]
+    assert answer["finish_reason"] == "stop"
+    schema.write_text("{")
+    code, _, err = run("generate", str(checkpoint), "the", "--json-schema", str(schema))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "json_schema is no JSON" in err
+
+
 def test_a_closed_pipe_ends_it_quietly():
     process = subprocess.Popen(
         [sys.executable, "-m", "expertlane", "generate", "paper-tiny", "--token-ids", "1"],
@@ -240,6 +254,11 @@ MISTAKES = {
     "no file": (["paper-tiny", "--file", "none"], "cannot read none: No such file or directory"),
     "logprobs": (["paper-tiny", *IDS, "--logprobs", "1"], "--logprobs needs --json, which prints"),
     "system": (["paper-tiny", *IDS, "--system", "a"], "--system needs --chat"),
+    "regex": (["paper-tiny", *IDS, "--regex", "a"], "--regex needs a tokenizer, and paper-tiny"),
+    "two forms": (
+        ["paper-tiny", *IDS, "--regex", "a", "--json-schema", "b"],
+        "--json-schema and --regex exclude each other",
+    ),
     "chat with": (["paper-tiny", *IDS, "--chat"], "--chat reads standard input; leave prompts"),
     "chat": (["paper-tiny", "--chat"], "paper-tiny has no tokenizer, which a chat needs"),
 }

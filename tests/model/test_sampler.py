@@ -464,3 +464,34 @@ def test_tokens_before_a_preemption_count_as_enough():
     sampler.begin_step(admitted={1: again})
     logits = torch.tensor([[9.0, 1.0, 0.0]])
     assert [sampler.sample([1], logits)[0][0] for _ in range(3)] == [1, 0, 0]
+
+
+def bits(vocab_size, tokens):
+    allowed = np.zeros(-(-vocab_size // 8) * 8, dtype=np.uint8)
+    allowed[list(tokens)] = 1
+    return np.packbits(allowed, bitorder="little")
+
+
+@given(st.data(), st.integers(2, 70))
+def test_masks_are_as_if_the_vocabulary_were_smaller(data, vocab_size):
+    """Whatever else is asked for: a bias on them, and penalties, do not let others back in."""
+    asked = {1: SamplingParams(temperature=0, logit_bias={0: 100}), 2: SamplingParams(top_k=3)}
+    asked[3] = SamplingParams(top_p=0.9, min_p=0.1, repetition_penalty=0.5, logprobs=1)
+    sampler = Sampler(vocab_size, CPU)
+    masks = {}
+    for seq in (2, 3, 4):
+        allowed = data.draw(st.sets(st.integers(0, vocab_size - 1), min_size=1))
+        masks[seq] = bits(vocab_size, allowed)
+    admitted = {seq: state(params, prompt=[0], seed=seq) for seq, params in asked.items()}
+    sampler.begin_step(admitted=admitted, masks=masks)
+    logits = torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(1))
+    before = logits.clone()
+    tokens, logprobs = sampler.sample([1, 2, 3, 4], logits)
+    assert torch.equal(logits, before)
+    for seq, token in zip([2, 3, 4], tokens[1:], strict=True):
+        assert np.unpackbits(masks[seq], bitorder="little")[token]
+    assert tokens[0] == (logits[0] + torch.tensor([100.0] + [0.0] * (vocab_size - 1))).argmax()
+    assert logprobs[3].logprob == pytest.approx(logits[2].log_softmax(0)[tokens[2]].item())
+    sampler.begin_step()  # the next step has masks of its own, or none
+    free, _ = sampler.sample([4], logits[3:])
+    assert free == [logits[3].argmax().item()]

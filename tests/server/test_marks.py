@@ -1,6 +1,5 @@
 """Reasoning and calls of tools: text by pieces is taken apart as the whole is."""
 
-import json
 from itertools import pairwise
 
 import httpx
@@ -11,41 +10,43 @@ from hypothesis import strategies as st
 
 from engine.stub_runner import StubEngine, letters
 from expertlane.engine.chat_template import ChatTemplate
+from expertlane.errors import UserError
 from expertlane.schedule.request import FinishReason, RequestOutput
 from expertlane.server.answers import ChatAnswer, Piece
-from expertlane.server.marks import ChatParts, MarkedText, Marks
+from expertlane.server.call_forms import CALL_FORMS, THOUGHT_FORMS
+from expertlane.server.chat_parts import ChatParts
+from expertlane.server.marks import MarkedText, Marks
 from expertlane.server.requests import ChatRequest
 from expertlane.server.service import ServedModel
 from server.running import PATIENCE_S, ServerInThread
 
-BOTH = Marks(has_reasoning=True, has_calls=True)
+BOTH = Marks(THOUGHT_FORMS["think"], CALL_FORMS["hermes"])
 CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "ö"}}\n</tool_call>'
 SECOND = '<tool_call>{"name": "run", "arguments": {}}</tool_call>'
+SCHEMAS = {"look": {"properties": {"at": {"type": "string"}, "n": {"type": "integer"}}}}
 
 
 def parts(text, prompt="", marks=BOTH, takes_calls=True, cuts=()):
-    """Fields of a message, whose text comes in pieces; without the ids of calls."""
-    found = {}
-    chat = ChatParts(MarkedText(marks, prompt, takes_calls=takes_calls))
+    """Fields of a message, whose text comes in pieces; calls as names and arguments."""
+    found, calls = {}, []
+    chat = ChatParts(MarkedText(marks, prompt, takes_calls=takes_calls, schemas=SCHEMAS))
     places = [0, *sorted(cuts), len(text)]
     pieces = [text[i:j] for i, j in pairwise(places)]
     for number, piece in enumerate(pieces, 1):
-        for name, value in chat.feed(piece, is_last=number == len(pieces)).items():
-            empty = [] if isinstance(value, list) else ""
-            found[name] = found.get(name, empty) + value
-    for call in found.get("tool_calls", ()):
-        assert call.pop("id").startswith("call_")
-    return found
+        delta = chat.feed(piece, is_last=number == len(pieces))
+        for call in delta.pop("tool_calls", ()):
+            if "id" in call:
+                assert call["index"] == len(calls)
+                calls.append([call["function"]["name"], ""])
+            assert call["index"] == len(calls) - 1
+            calls[-1][1] += call["function"]["arguments"]
+        for name, value in delta.items():
+            found[name] = found.get(name, "") + value
+    return found | ({"calls": calls} if calls else {})
 
 
-def call(index, name, **arguments):
-    function = {
-        "name": name,
-        "arguments": json.dumps(arguments, ensure_ascii=False, separators=(",", ":")),
-    }
-    return {"index": index, "type": "function", "function": function}
-
-
+LOOK = ["look", '{"at": "ö"}']
+RUN = ["run", "{}"]
 CASES = [
     ("plain", "", {"content": "plain"}),
     ("", "", {}),
@@ -54,33 +55,114 @@ CASES = [
     ("why</think>so", "…<think>\n", {"reasoning_content": "why", "content": "so"}),
     ("a <think>b</think>", "", {"content": "a <think>b</think>"}),
     ("<thin", "", {"content": "<thin"}),
-    (CALL, "", {"tool_calls": [call(0, "look", at="ö")]}),
-    (f"so: {CALL}", "", {"content": "so: ", "tool_calls": [call(0, "look", at="ö")]}),
-    (f"{CALL}\n{SECOND}\n", "", {"tool_calls": [call(0, "look", at="ö"), call(1, "run")]}),
-    (
-        f"<think>a<b</think>{SECOND}",
-        "",
-        {"reasoning_content": "a<b", "tool_calls": [call(0, "run")]},
-    ),
+    (CALL, "", {"calls": [LOOK]}),
+    (f"so: {CALL}", "", {"content": "so: ", "calls": [LOOK]}),
+    (f"{CALL}\n{SECOND}\n", "", {"calls": [LOOK, RUN]}),
+    (f"<think>a<b</think>{SECOND}", "", {"reasoning_content": "a<b", "calls": [RUN]}),
     ("<tool_call>no json</tool_call>", "", {"content": "<tool_call>no json</tool_call>"}),
     ("<tool_call>[1]</tool_call>", "", {"content": "<tool_call>[1]</tool_call>"}),
     ('<tool_call>{"name": "cut', "", {"content": '<tool_call>{"name": "cut'}),
+    ('<tool_call>{"name": "cut", "arguments": {"a', "", {"calls": [["cut", '{"a']]}),
+    ('<tool_call>{"name": "look"}</tool_call>', "", {"calls": [["look", "{}"]]}),
+    (
+        '<tool_call>{"arguments": {"at": "}\\""}, "name": "look"}</tool_call>',
+        "",
+        {"calls": [["look", '{"at": "}\\""}']]},
+    ),
     ("a <tool", "", {"content": "a <tool"}),
 ]
+DEEPSEEK = "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>"
+KIMI = "<|tool_calls_section_begin|>{}<|tool_calls_section_end|>"
+BOTH_CALLS = {"content": "so", "calls": [LOOK, ["run", "{}"]]}
+# A text with two calls, as each form writes it.
+TEXTS = {
+    "hermes": f"so{CALL}\n{SECOND}",
+    "deepseek_v3": "so"
+    + DEEPSEEK.format(
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>look\n```json\n{"
+        '"at": "ö"}\n```<｜tool▁call▁end｜>\n'
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>run\n```json\n{}\n```<｜tool▁call▁end｜>"
+    ),
+    "deepseek_v31": "so"
+    + DEEPSEEK.format(
+        '<｜tool▁call▁begin｜>look<｜tool▁sep｜>{"at": "ö"}<｜tool▁call▁end｜>'
+        "<｜tool▁call▁begin｜>run<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+    ),
+    "kimi_k2": "so"
+    + KIMI.format(
+        '<|tool_call_begin|>functions.look:0<|tool_call_argument_begin|>{"at": "ö"}'
+        "<|tool_call_end|><|tool_call_begin|>functions.run:1<|tool_call_argument_begin|>{}"
+        "<|tool_call_end|>"
+    ),
+    "mistral": 'so[TOOL_CALLS][{"name": "look", "arguments": {"at": "ö"}}, '
+    '{"name": "run", "arguments": {}}]',
+    "mistral_args": 'so[TOOL_CALLS]look[ARGS]{"at": "ö"}[TOOL_CALLS]run[ARGS]{}',
+    "llama3_json": '<|python_tag|>{"name": "look", "parameters": {"at": "ö"}}; '
+    '{"name": "run", "parameters": {}}',
+    "qwen3_coder": "so<tool_call>\n<function=look>\n<parameter=at>\nö\n</parameter>\n</function>\n"
+    "</tool_call>\n<tool_call>\n<function=run>\n</function>\n</tool_call>",
+    "glm45": "so<tool_call>look\n<arg_key>at</arg_key>\n<arg_value>ö</arg_value>\n</tool_call>\n"
+    "<tool_call>run\n</tool_call>",
+    "minimax": 'so<tool_calls>\n{"name": "look", "arguments": {"at": "ö"}}\n'
+    '{"name": "run", "arguments": {}}\n</tool_calls>',
+    "minimax_m2": 'so<minimax:tool_call>\n<invoke name="look">\n<parameter name="at">ö'
+    '</parameter>\n</invoke>\n<invoke name="run">\n</invoke>\n</minimax:tool_call>',
+    "harmony": "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final"
+    "<|message|>so<|end|><|start|>assistant<|channel|>commentary to=functions.look "
+    '<|constrain|>json<|message|>{"at": "ö"}<|call|><|start|>assistant<|channel|>commentary '
+    "to=functions.run<|message|>{}",
+}
+
+
+def marks_of(name):
+    return Marks(THOUGHT_FORMS["harmony"] if name == "harmony" else None, CALL_FORMS[name])
+
+
+def expected_of(name):
+    more = {"reasoning_content": "hm"} if name == "harmony" else {}
+    found = BOTH_CALLS | more
+    return {key: value for key, value in found.items() if (name, key) != ("llama3_json", "content")}
 
 
 @pytest.mark.parametrize(("text", "prompt", "expected"), CASES)
-def test_a_text_at_once_and_letter_by_letter(text, prompt, expected):
+def test_an_answer_is_taken_apart(text, prompt, expected):
     assert parts(text, prompt) == expected
-    assert parts(text, prompt, cuts=range(1, len(text))) == expected
+
+
+@pytest.mark.parametrize("name", CALL_FORMS)
+def test_calls_of_every_form(name):
+    assert parts(TEXTS[name], marks=marks_of(name)) == expected_of(name)
 
 
 @given(st.data())
-def test_pieces_do_not_matter(data):
-    words = st.sampled_from(["<think>", "</think>", "<tool_call>", "</tool_call>", "<", "x", "\n"])
-    text = "".join(data.draw(st.lists(words | st.just('{"name": "a", "arguments": {}}'))))
-    cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=8))
-    assert parts(text, cuts=cuts) == parts(text)
+def test_pieces_give_what_the_whole_gives(data):
+    name = data.draw(st.sampled_from(sorted(TEXTS)))
+    text, prompt, marks = TEXTS[name], "", marks_of(name)
+    if data.draw(st.booleans()):
+        text, prompt, _ = data.draw(st.sampled_from(CASES))
+        marks = BOTH
+    cuts = data.draw(st.lists(st.integers(0, len(text)), max_size=12))
+    whole = parts(text, prompt, marks)
+    assert parts(text, prompt, marks, cuts=cuts) == whole
+    assert parts(text, prompt, marks, cuts=range(len(text))) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("glm45", "<tool_call>look\n<arg_key>n</arg_key>\n<arg_value>5</arg_value>\n</tool_call>"),
+        (
+            "qwen3_coder",
+            "<tool_call>\n<function=look>\n<parameter=n>\n5\n</parameter>\n</function>\n</tool_call>",
+        ),
+    ],
+)
+def test_the_schema_says_what_is_a_text(name, text):
+    assert parts(text, marks=marks_of(name)) == {"calls": [["look", '{"n": 5}']]}
+    as_text = text.replace("5", "five")
+    assert parts(as_text, marks=marks_of(name)) == {"calls": [["look", '{"n": "five"}']]}
+    other = text.replace("<parameter=n", "<parameter=at").replace(">n<", ">at<").replace("5", '"')
+    assert parts(other, marks=marks_of(name)) == {"calls": [["look", '{"at": "\\""}']]}
 
 
 def test_without_tools_a_call_is_text():
@@ -90,16 +172,33 @@ def test_without_tools_a_call_is_text():
 
 
 @pytest.mark.parametrize(
-    ("source", "marks"),
+    ("source", "thoughts", "calls"),
     [
-        ("{{ messages }}", Marks()),
-        ("… </think> …", Marks(has_reasoning=True)),
-        ('… <tool_call> {"name": …, "arguments": …}', Marks(has_calls=True)),
-        ("… <tool_call> <function=…>", Marks()),
+        ("{{ messages }}", None, None),
+        ("… </think> …", "think", None),
+        ('… <tool_call> {"name": …, "arguments": …}', None, "hermes"),
+        ("… <tool_call> <function=…>", None, "qwen3_coder"),
+        ("<tool_call>{{ name }} <arg_key>", None, "glm45"),
+        ("<｜tool▁calls▁begin｜> ```json", None, "deepseek_v3"),
+        ("<｜tool▁calls▁begin｜> </think>", "think", "deepseek_v31"),
+        ("<|tool_calls_section_begin|>", None, "kimi_k2"),
+        ("[TOOL_CALLS] [THINK] [/THINK] [ARGS]", "mistral", "mistral_args"),
+        ("[TOOL_CALLS]", None, "mistral"),
+        ("<|channel|>analysis<|message|>", "harmony", "harmony"),
+        ('<|start_header_id|> {"name": "x", "parameters": {}}', None, "llama3_json"),
+        ("<minimax:tool_call> </think>", "think", "minimax_m2"),
+        ("<tool_calls>", None, "minimax"),
     ],
 )
-def test_the_template_tells_the_marks(source, marks):
-    assert Marks.of_template(source) == marks
+def test_the_template_tells_the_marks(source, thoughts, calls):
+    assert Marks.of_template(source) == Marks(THOUGHT_FORMS.get(thoughts), CALL_FORMS.get(calls))
+
+
+def test_the_marks_by_name():
+    named = Marks.of_template("", calls="kimi_k2", thoughts="none")
+    assert named == Marks(None, CALL_FORMS["kimi_k2"])
+    with pytest.raises(UserError, match=r"--tool-call-parser is 'x'; valid: hermes, .*none"):
+        Marks.of_template("", calls="x")
 
 
 TEMPLATE = """{# <tool_call> {"name": "", "arguments": {}} </think> #}

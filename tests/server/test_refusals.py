@@ -18,6 +18,11 @@ GOOD = {
 }
 CALL = {"id": "1", "type": "function", "function": {"name": "a", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "a"}}
+NAMED = {"type": "function", "function": {"name": "nobody"}}
+HARD = {"type": "integer", "multipleOf": 1_000_003, "minimum": 7}
+DEEP: dict = {}
+for _ in range(70):
+    DEEP = {"items": DEEP}
 OF_BOTH = [
     ({"unknown_field": 1}, "unknown_field"),
     ({"model": 5}, "model"),
@@ -69,10 +74,37 @@ OF_BOTH = [
     ({"best_of": 2}, "best_of"),
     ({"best_of": True}, "best_of"),
     ({"use_beam_search": True}, "use_beam_search"),
-    ({"guided_json": {}}, "guided_json"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"guided_json": {"type": "unheard of"}}, "guided_json"),
+    ({"guided_json": {"not": {"type": "string"}}}, "guided_json"),
+    ({"guided_json": {"$ref": "http://127.0.0.1:1/x"}}, "guided_json"),
+    ({"guided_json": {"$ref": "#"}}, "guided_json"),
+    ({"guided_json": "{cut"}, "guided_json"),
+    ({"guided_json": 5}, "guided_json"),
+    ({"guided_json": DEEP}, "guided_json"),
+    ({"guided_json": {"enum": ["x" * 2**18]}}, "guided_json"),
+    ({"guided_json": {"properties": {f"p{i}": HARD for i in range(400)}}}, "guided_json"),
+    ({"guided_regex": "(("}, "guided_regex"),
+    ({"guided_regex": ""}, "guided_regex"),
+    ({"guided_regex": "a\\1"}, "guided_regex"),
+    ({"guided_regex": "(" * 9000 + ")" * 9000}, "guided_regex"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"guided_choice": [5]}, "guided_choice[0]"),
+    ({"guided_choice": ["a"] * 4097}, "guided_choice"),
+    ({"guided_grammar": "start: nobody"}, "guided_grammar"),
+    ({"guided_grammar": "root ::= nobody"}, "guided_grammar"),
+    ({"grammar": "("}, "grammar"),
+    ({"grammar": "start: " + "(" * 9000 + "a" + ")" * 9000}, "grammar"),
+    ({"regex": "a", "grammar": "start: a"}, "grammar"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "text", "json_schema": {"name": "a"}}}, "response_format"),
     ({"service_tier": "flex"}, "service_tier"),
-    ({"skip_special_tokens": False}, "skip_special_tokens"),
+    ({"skip_special_tokens": 1}, "skip_special_tokens"),
+    ({"include_stop_str_in_output": "yes"}, "include_stop_str_in_output"),
+    ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
 ]
 CASES = [
     *((path, change, param) for path in (COMPLETIONS, CHAT) for change, param in OF_BOTH),
@@ -132,11 +164,13 @@ CASES = [
     ),
     (
         CHAT,
-        {"tools": [{"type": "function", "function": {"name": "a", "strict": True}}]},
+        {"tools": [{"type": "function", "function": {"name": "a", "strict": "yes"}}]},
         "tools[0].function.strict",
     ),
     (CHAT, {"tools": [TOOL] * 129}, "tools"),
-    (CHAT, {"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls"),
+    (CHAT, {"tools": [TOOL], "parallel_tool_calls": 0}, "parallel_tool_calls"),
+    (CHAT, {"tools": [TOOL, TOOL]}, "tools"),
+    (CHAT, {"tools": [TOOL], "tool_choice": NAMED}, "tool_choice"),
     (CHAT, {"tool_choice": "auto"}, "tool_choice"),
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
     (CHAT, {"chat_template": "{{ 1 }}"}, "chat_template"),

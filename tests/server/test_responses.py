@@ -5,7 +5,9 @@ import json
 import openai
 import pytest
 
-from expertlane.server.marks import ChatParts, MarkedText, Marks
+from expertlane.server.call_forms import CALL_FORMS, THOUGHT_FORMS
+from expertlane.server.chat_parts import ChatParts
+from expertlane.server.marks import MarkedText, Marks
 from expertlane.server.responses.items import ResponseItems
 from expertlane.server.responses.request import ResponsesRequest
 from expertlane.server.responses.store import ResponseStore, StoredResponse
@@ -77,6 +79,14 @@ def test_logprobs(served):
     assert {len(each.top_logprobs) for each in found} == {3}
 
 
+def test_the_format_of_the_text(served):
+    schema = {"enum": ["yes", "no"]}
+    form = {"type": "json_schema", "name": "answer", "schema": schema, "strict": True}
+    answer = served.client.responses.create(input=INPUT, text={"format": form}, **ASKED)
+    assert json.loads(answer.output_text) in ("yes", "no")
+    assert answer.text.format.schema_ == schema
+
+
 def test_one_after_the_other(served):
     """A conversation by ids is that with all items."""
     create = served.client.responses.create
@@ -124,7 +134,9 @@ def test_items_of_reasoning_text_and_calls(size):
     """By the openai package's own accumulation of the events."""
     from openai.lib.streaming.responses._responses import ResponseStreamState
 
-    parts = ChatParts(MarkedText(Marks(True, True), "", takes_calls=True))
+    parts = ChatParts(
+        MarkedText(Marks(THOUGHT_FORMS["think"], CALL_FORMS["hermes"]), "", takes_calls=True)
+    )
     items = ResponseItems()
     pieces = [MARKED[i : i + size] for i in range(0, len(MARKED), size)]
     events = []
@@ -166,16 +178,21 @@ def test_items_of_reasoning_text_and_calls(size):
     }
 
 
+THOUGHT = {"type": "reasoning_text", "text": "why"}
+OUTPUT = {"type": "input_text", "text": "2"}
+
+
 def test_items_make_the_chat_that_they_were():
     given = {
         "input": [
             {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
-            {"type": "reasoning", "id": "1", "summary": [], "content": [{"type": "reasoning_text", "text": "why"}]},
-            {"type": "message", "id": "2", "role": "assistant", "status": "completed", "content": [{"type": "output_text", "text": "b", "annotations": [], "logprobs": []}]},
+            {"type": "reasoning", "id": "1", "summary": [], "content": [THOUGHT]},
+            {"type": "message", "id": "2", "role": "assistant", "status": "completed",
+             "content": [{"type": "output_text", "text": "b", "annotations": [], "logprobs": []}]},
             {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}", "id": "3"},
             {"type": "function_call", "call_id": "d", "name": "run", "arguments": "{}"},
             {"type": "function_call_output", "call_id": "c", "output": "1"},
-            {"type": "function_call_output", "call_id": "d", "output": [{"type": "input_text", "text": "2"}]},
+            {"type": "function_call_output", "call_id": "d", "output": [OUTPUT]},
             {"role": "assistant", "content": "x"},
             {"role": "assistant", "content": "y"},
         ],
@@ -218,7 +235,9 @@ BAD = [
     ({"truncation": "auto"}, "truncation"),
     ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
     ({"reasoning": {"effort": "high"}}, "reasoning"),
-    ({"text": {"format": {"type": "json_object"}}}, "text.format.type"),
+    ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+    ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
+    ({"text": {"format": {"type": "json_schema", "name": "a", "schema": 5}}}, "text.format"),
     ({"text": {"verbosity": "high"}}, "verbosity"),
     ({"previous_response_id": "resp_x"}, "previous_response_id"),
     ({"previous_response_id": 5}, "previous_response_id"),

@@ -40,7 +40,7 @@ from expertlane.cli.output_options import (
 )
 from expertlane.cli.sampling import SamplingOptions, sampling_params
 from expertlane.errors import ModelError, UserError
-from expertlane.spec.files import PROMPTS_BYTES, read_stream
+from expertlane.spec.files import CONFIG_BYTES, PROMPTS_BYTES, read_stream, read_text
 from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from expertlane.engine.llm import LLM
     from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import SamplingParams
+    from expertlane.spec.structured import Structured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,18 @@ class _Options:
     )
     system: str | None = typer.Option(
         None, metavar="TEXT", help="The conversation's system message."
+    )
+    json_schema: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        rich_help_panel=Panel.SAMPLING,
+        help="The output is JSON that fits this JSON schema.",
+    )
+    regex: str | None = typer.Option(
+        None,
+        metavar="REGEX",
+        rich_help_panel=Panel.SAMPLING,
+        help="The output matches this regular expression.",
     )
     as_json: bool = json_option()
     record_routing: bool = typer.Option(
@@ -107,6 +120,7 @@ def generate(
       expertlane generate org/model --layout tp=2,ep=2 --file prompts.txt
       expertlane generate ./my-checkpoint --chat --system "Be brief."
       echo "Once upon a time" | expertlane generate ./my-checkpoint --json
+      expertlane generate ./my-checkpoint "A person as JSON:" --json-schema person.json
       expertlane generate ./my-checkpoint --file prompts.txt --record-routing
           then: expertlane balance results/generate-my-checkpoint/routing.npz --ep 8
       expertlane generate paper-tiny --token-ids 1,2,3
@@ -116,7 +130,8 @@ def generate(
     found = find_model(model)
     layout = found.lay_out(own.layout)
     _check_stops(sampling, found)
-    params = sampling_params(found.folder, vars(sampling))
+    structured = _structured(own, found)
+    params = sampling_params(found.folder, vars(sampling) | {"structured": structured})
     trace = None
     if own.record_routing:
         call = Call(command_line(), own.out, always_writes=True)
@@ -157,6 +172,26 @@ def _check_options(own: _Options, sampling: SamplingOptions, prompts: list[str] 
         raise UserError("--chat reads standard input; leave prompts and --json out")
     if own.out is not None and not own.record_routing:
         raise UserError("--out needs --record-routing, which writes there")
+
+
+def _structured(own: _Options, found: FoundModel) -> "Structured | None":
+    """What outputs must be.
+
+    Raises:
+        UserError: two options say it, one is not valid, or there is no tokenizer.
+    """
+    from expertlane.spec.structured import Structured
+
+    if own.json_schema is None and own.regex is None:
+        return None
+    if own.json_schema is not None and own.regex is not None:
+        raise UserError("--json-schema and --regex exclude each other")
+    name = "--regex" if own.json_schema is None else "--json-schema"
+    if not _has_tokenizer(found):
+        raise UserError(f"{name} needs a tokenizer, and {found.name} has none")
+    if own.json_schema is None:
+        return Structured(regex=own.regex)
+    return Structured(json_schema=read_text(own.json_schema, CONFIG_BYTES))
 
 
 def _gather(texts: list[str], file: Path | None, token_ids: list[str]) -> "list[Prompt]":

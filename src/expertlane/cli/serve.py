@@ -76,6 +76,20 @@ class _Options:
         metavar="N",
         help="Most answers of /v1/responses kept for previous_response_id. 0: none.",
     )
+    tool_call_parser: str | None = typer.Option(
+        None,
+        metavar="NAME",
+        show_default="by the chat template",
+        help="How the model marks calls of tools: hermes, deepseek_v3, deepseek_v31, kimi_k2, "
+        "mistral, mistral_args, llama3_json, qwen3_coder, glm45, minimax, minimax_m2, harmony, "
+        "none.",
+    )
+    reasoning_parser: str | None = typer.Option(
+        None,
+        metavar="NAME",
+        show_default="by the chat template",
+        help="How the model marks reasoning: think, mistral, harmony, none.",
+    )
     as_json: bool = json_option()
 
 
@@ -100,9 +114,11 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
           -d '{"prompt": "Once upon a time", "max_tokens": 20}'
     """
     _check_libraries()
+    from expertlane.server.marks import Marks
     from expertlane.server.run import bind, serve
     from expertlane.server.service import ServedModel, ServerOptions
 
+    Marks.of_template("", calls=own.tool_call_parser, thoughts=own.reasoning_parser)  # are known
     keys = own.api_key or [key for key in [os.environ.get(_API_KEY)] if key]
     if "" in keys:
         raise UserError("--api-key is empty; give one of 1 character or more")
@@ -132,6 +148,8 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
             observers=tuple(each for each in (log, tracing) if each is not None),
             on_event=None if log is None else log.event,
             max_stored_responses=own.max_stored_responses,
+            tool_call_parser=own.tool_call_parser,
+            reasoning_parser=own.reasoning_parser,
         )
         served = ServedModel(
             name, llm.engine, llm.limits, llm.tokenizer, template, recommended, llm.watch()

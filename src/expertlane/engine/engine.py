@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+from functools import cached_property
 from random import SystemRandom
 from typing import Generic
 
+from expertlane.engine.grammars import Constraint, Grammars
 from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.drive import DriveLoop, FinishedStep
@@ -16,6 +19,7 @@ from expertlane.spec.names import Phase
 from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.sampling import SamplingParams
 
+_MASKS_S = 0.005  # that a step may wait for masks; the step before it is under way meanwhile
 Prompt = str | Sequence[int]
 
 
@@ -26,6 +30,8 @@ class _Live:
     Attributes:
         is_plain: tokens are all that it is given.
         add_time: takes the time of a token.
+        includes_stop: the token that ends it is text too.
+        constraint: what its tokens are held to; None where nothing is.
     """
 
     request: Request
@@ -34,6 +40,8 @@ class _Live:
     wants_logprobs: bool
     is_plain: bool
     add_time: Callable[[float], None]
+    includes_stop: bool = False
+    constraint: Constraint | None = None
 
 
 class Engine(Generic[HandleT]):
@@ -68,6 +76,19 @@ class Engine(Generic[HandleT]):
         self._scoring: dict[int, RequestOutput] = {}  # by sequence id: with `prompt_logprobs`
         self._ended: list[Chunk] = []  # by a cancellation, not yet told
         self._seeds = SystemRandom()
+        self._masks: dict[Future[None], list[_Live]] = {}  # that are being computed
+        self._complete: dict[str, FinishReason] = {}  # by id, what a constraint has ended
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """For outputs with a structure.
+
+        Raises:
+            UserError: there is no tokenizer.
+        """
+        if self._tokenizer is None:
+            raise UserError("structured output needs a tokenizer")
+        return Grammars(self._tokenizer, self.scheduler.vocab_size, self._eos_token_ids)
 
     @property
     def num_cached_tokens(self) -> int:
@@ -104,6 +125,11 @@ class Engine(Generic[HandleT]):
         """
         name = f"request {request_id!r}" if name is None else name
         token_ids = self._encode(name, prompt, params)
+        constraint, sampling = None, params
+        if params.structured is not None:
+            constraint = self.grammars.begin(params, params.stop_token_ids)
+            # What may end an output, the masks say; ranks need no more than them.
+            sampling = replace(params, structured=None, min_tokens=0)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         request = Request(
             request_id,
@@ -111,10 +137,11 @@ class Engine(Generic[HandleT]):
             max_tokens=params.max_tokens,
             stop_token_ids=params.stop_token_ids,
             eos_token_ids=self._eos_token_ids,
-            ignore_eos=params.ignore_eos,
+            ignore_eos=params.ignore_eos and constraint is None,
             priority=priority,
-            sampling=params if params.needs_logits else None,
+            sampling=sampling if params.needs_logits else None,
             sampling_seed=seed,
+            mask=None if constraint is None else constraint.mask,
             name=name,
         )
         self.scheduler.add(request)
@@ -129,7 +156,13 @@ class Engine(Generic[HandleT]):
         detokenizer = None
         if self._tokenizer is not None:
             detokenizer = IncrementalDetokenizer(
-                self._tokenizer, prompt_ids, stop=params.stop, min_tokens=params.min_tokens
+                self._tokenizer,
+                prompt_ids,
+                stop=params.stop,
+                min_tokens=params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+                shown_token_ids=params.shown_token_ids,
+                include_stop=params.include_stop_str_in_output,
             )
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = PromptLogprobs(prompt_ids, params.prompt_logprobs)
@@ -142,6 +175,8 @@ class Engine(Generic[HandleT]):
             wants_logprobs,
             is_plain=detokenizer is None and not wants_logprobs,
             add_time=output.token_times_s.append,
+            includes_stop=params.include_stop_str_in_output,
+            constraint=constraint,
         )
         return output
 
@@ -176,11 +211,15 @@ class Engine(Generic[HandleT]):
         Raises:
             RankError: a rank died, hung or failed.
         """
+        if self._masks:
+            self._take_masks(0)
         self._loop.submit()
         chunks, self._ended = self._ended, []
         finished = self._loop.commit_next()
         if finished is None:
-            return chunks
+            if self._masks:  # all that is left waits for them
+                self._take_masks(None)
+            return chunks + self._end_complete()
         if self.on_commit is not None:
             self.on_commit(finished)
         if self._unscheduled and finished.plan.phase is Phase.PREFILL:
@@ -190,10 +229,60 @@ class Engine(Generic[HandleT]):
             if output is not None and output.prompt_logprobs is not None:
                 output.prompt_logprobs.add(part)
         stepped, failed = self.scheduler.stepped, self.scheduler.failed
+        self._begin_masks(stepped)
+        if self._masks:
+            self._take_masks(_MASKS_S)
         self._loop.submit()
         for request in failed:
             chunks.append(self._end(self._live.pop(request.request_id), None, FinishReason.ERROR))
-        return chunks + self._take(stepped, finished.outcome)
+        chunks += self._take(stepped, finished.outcome)
+        return chunks + self._end_complete()
+
+    def _begin_masks(self, stepped: list[Request]) -> None:
+        """Let masks be computed of the tokens after those that a step brought."""
+        lives = self._live
+        going = [
+            lives[request.request_id]
+            for request in stepped
+            if request.is_masked and request.finish_reason is None
+        ]
+        if going:
+            tokens = [
+                (live.constraint, live.request.output_token_ids[-1])
+                for live in going
+                if live.constraint is not None
+            ]
+            self._masks[self.grammars.advance(tokens)] = going
+
+    def _take_masks(self, timeout_s: float | None) -> None:
+        """Give the scheduler the masks that are there; wait for all, so long at most.
+
+        Args:
+            timeout_s: None for any time.
+        """
+        for future in wait(self._masks, timeout_s).done:
+            future.result()
+            for live in self._masks.pop(future):
+                request, constraint = live.request, live.constraint
+                if self._live.get(request.request_id) is not live or constraint is None:
+                    continue  # it was cancelled
+                if constraint.error is not None:
+                    request.error = f"{request.name}: {constraint.error}"
+                    self._complete[request.request_id] = FinishReason.ERROR
+                elif constraint.is_ended:
+                    self._complete[request.request_id] = FinishReason.STOP
+                else:
+                    self.scheduler.allow(request, constraint.mask)
+
+    def _end_complete(self) -> list[Chunk]:
+        """End what constraints have ended after its last chunk."""
+        chunks = []
+        for request_id, reason in self._complete.items():
+            if (live := self._live.pop(request_id, None)) is not None:
+                self.scheduler.cancel(request_id, reason)
+                chunks.append(self._end(live, None, reason))
+        self._complete.clear()
+        return chunks
 
     def _note_scheduled(self, finished: FinishedStep) -> None:
         for batch in finished.plan.batches:
@@ -215,11 +304,16 @@ class Engine(Generic[HandleT]):
                 continue
             if live.wants_logprobs:
                 live.output.logprobs.append(outcome.logprobs[request.seq_id])
-            if live.detokenizer is not None and reason is not FinishReason.STOP:
+            ends = reason is FinishReason.STOP and not live.includes_stop
+            if live.detokenizer is not None and not ends:
                 text = live.detokenizer.append(token_id)
                 live.output.text += text
-                if live.detokenizer.stopped:
+                if live.detokenizer.stopped and reason is not FinishReason.STOP:
                     reason = FinishReason.STOP
+                    self.scheduler.cancel(request_id, reason)
+            if reason is None and self._complete:
+                reason = self._complete.pop(request_id, None)
+                if reason is not None:
                     self.scheduler.cancel(request_id, reason)
             if reason is None:
                 chunks.append(Chunk(request_id, token_id, text, None))

@@ -243,7 +243,7 @@ class DeployedStage:
         if placements is not None:
             replaced = self.migration.apply_placements(placements)
         if self._mesh.is_last_stage:
-            sampled = self._sampler.begin_step(step.released, step.admitted)
+            sampled = self._sampler.begin_step(step.released, step.admitted, step.masks)
         changes = _Changes(step.step, sampled, replaced)
         self._uncommitted.append(changes)
         return changes

@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import re
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -44,7 +45,10 @@ class Tokenizer:
         self._core = core
         self.eos_token_ids = frozenset(eos_token_ids)
         added = core.get_added_tokens_decoder()
-        self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
+        special = {i: token.content for i, token in added.items() if token.special}
+        self.special_token_ids = frozenset(special)
+        names = sorted(filter(None, special.values()), key=len, reverse=True)
+        self._names = f"({'|'.join(map(re.escape, names))})" if names else ""
         self.byte_tokens = _byte_tokens(core)
         self.vocab_size = core.get_vocab_size()
         self._bytes = TokenBytes(core, self.byte_tokens)
@@ -109,6 +113,22 @@ class Tokenizer:
         """What a token stands for, which may be a part of a character; empty of an unknown id."""
         return self._bytes[token_id]
 
+    def to_json(self) -> str:
+        """All of it, as its file has it."""
+        text: str = self._core.to_str()
+        return text
+
+    def split_special(self, text: str) -> list[tuple[str, int | None]]:
+        """A text cut into the names of control tokens, with their ids, and what is between."""
+        if not self._names:
+            return [(text, None)]
+        parts = re.split(self._names, text)
+        return [
+            (part, self._core.token_to_id(part) if number % 2 else None)
+            for number, part in enumerate(parts)
+            if part
+        ]
+
     def name(self, token_id: int) -> str | None:
         """A token as the vocabulary writes it, such as `Ġthe`; None of an unknown id."""
         name: str | None = self._core.id_to_token(token_id)
@@ -130,6 +150,8 @@ class IncrementalDetokenizer:
             together, the longer.
         min_tokens: stop strings count from this token on; text before it is given as it comes.
         skip_special_tokens: leave control tokens out of the text.
+        shown_token_ids: control tokens that are in the text all the same.
+        include_stop: the text ends with the stop string that ended it.
 
     Attributes:
         stopped: whether a stop string has appeared; tokens after it are ignored.
@@ -143,10 +165,14 @@ class IncrementalDetokenizer:
         stop: tuple[str, ...] = (),
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
+        shown_token_ids: Iterable[int] = (),
+        include_stop: bool = False,
     ) -> None:
         self.stopped = False
+        self._include_stop = include_stop
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped.difference(shown_token_ids)
         self._stop = stop
         self._num_free = min_tokens - 1  # tokens to come that no stop string may end in
         beginnings = {string[:end] for string in stop for end in range(1, len(string))}
@@ -225,7 +251,7 @@ class IncrementalDetokenizer:
         ]
         if ends:
             self.stopped = True
-            piece = held[: min(ends)[1]]
+            piece = held[: min(ends)[0 if self._include_stop else 1]]
         else:
             matching = (len(part) for part in self._beginnings if held.endswith(part))
             num_certain = len(held) - (0 if is_last else next(matching, 0))

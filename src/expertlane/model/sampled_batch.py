@@ -1,11 +1,12 @@
 """Sequences that are sampled together, with their parameters side by side."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum, auto
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -84,18 +85,23 @@ class SampledBatch:
         self._all_drawn = sum(map(len, drawn)) == len(sequences)
         self._logprobs = members(lambda params: params.logprobs is not None)
 
-    def choose(self, logits: Tensor) -> Tensor:
+    def choose(
+        self, logits: Tensor, masks: Mapping[int, npt.NDArray[np.uint8]] | None = None
+    ) -> Tensor:
         """The next tokens, which count as output from now on.
 
         Args:
             logits: [num_seqs, vocab_size] float32; left as they are.
+            masks: by row, the tokens that may be chosen, as `plan.StepPlan.masks`.
 
         Returns:
             [num_seqs]; `NO_TOKEN` where the greatest score is not finite.
         """
-        scores = logits.clone() if self._penalties else logits
+        scores = logits.clone() if self._penalties or masks else logits
         for penalty in self._penalties:
             penalty.apply(scores)
+        if masks:
+            _mask_out(scores, masks)
         if self._all_drawn:
             token_ids = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
         else:
@@ -309,6 +315,14 @@ class _Draws:
         self._num_output_tokens += 1
         token_ids = draw(p, torch.from_numpy(uniform).to(p.device))
         return token_ids.where(is_finite.squeeze(1), NO_TOKEN)
+
+
+def _mask_out(scores: Tensor, masks: Mapping[int, npt.NDArray[np.uint8]]) -> None:
+    """Make all other tokens impossible in scores, [num_seqs, vocab_size], in place."""
+    bits = np.invert(np.stack(list(masks.values())))
+    is_out = np.unpackbits(bits, axis=1, count=scores.shape[1], bitorder="little")
+    for row, of_row in zip(masks, torch.from_numpy(is_out.view(np.bool_)), strict=True):
+        scores[row].masked_fill_(of_row.to(scores.device), -math.inf)
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> float:

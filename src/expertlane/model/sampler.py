@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,10 +40,12 @@ class SamplerStep:
 
     Attributes:
         before: what was known of sequences that it released or admitted; None of unknown ones.
+        masks: by sequence id, as `plan.StepPlan.masks`.
         chosen: sequences, None for those that are not sampled, and their tokens.
     """
 
     before: dict[int, _Admitted | None]
+    masks: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     chosen: list[tuple[list[_Admitted | None], list[int]]] = field(default_factory=list)
 
 
@@ -73,17 +76,22 @@ class Sampler:
         return None if admitted is None else admitted.state
 
     def begin_step(
-        self, released: Iterable[int] = (), admitted: Mapping[int, SamplingState] | None = None
+        self,
+        released: Iterable[int] = (),
+        admitted: Mapping[int, SamplingState] | None = None,
+        masks: Mapping[int, npt.NDArray[np.uint8]] | None = None,
     ) -> SamplerStep:
         """Begin a step; it is to be committed, or else undone before all steps before it.
 
         Args:
             released: sequences to forget first; unknown ones are passed over.
             admitted: how to sample sequences from now on, whatever was known of them before.
+            masks: by sequence id, which tokens this step may choose, as `plan.StepPlan.masks`.
         """
         admitted = admitted or {}
         changed = [*released, *admitted]
-        self._step = SamplerStep({seq_id: self._admitted.get(seq_id) for seq_id in changed})
+        before = {seq_id: self._admitted.get(seq_id) for seq_id in changed}
+        self._step = SamplerStep(before, masks or {})
         for seq_id in changed:
             self._admitted.pop(seq_id, None)
         self._admitted |= {seq_id: _Admitted(state) for seq_id, state in admitted.items()}
@@ -128,13 +136,20 @@ class Sampler:
         for part in self._parts(len(seq_ids)):
             own_ids, own_logits = seq_ids[part], logits[part]
             sequences, batch = self._batch(tuple(own_ids))
-            chosen = batch.choose(own_logits)
+            chosen = batch.choose(own_logits, self._masks_of(own_ids))
             of_part: list[int] = chosen.tolist()
             self._step.chosen.append((sequences, of_part))
             token_ids += of_part
             for row, found in batch.logprobs(own_logits, chosen):
                 logprobs[own_ids[row]] = found
         return token_ids, logprobs
+
+    def _masks_of(self, seq_ids: list[int]) -> dict[int, npt.NDArray[np.uint8]]:
+        """By row."""
+        masks = self._step.masks
+        if not masks:
+            return {}
+        return {row: masks[seq_id] for row, seq_id in enumerate(seq_ids) if seq_id in masks}
 
     def _parts(self, num_seqs: int) -> list[slice]:
         step = num_seqs

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -133,6 +133,8 @@ class _Step:
         admitted: by sequence id, how to sample the sequences that begin, or begin again, with
             this step; those that take the likeliest token are not in it.
         released: earlier such sequences that do not go on; they come before `admitted`.
+        masks: by sequence id, which tokens may come next, of those that yield one and may not take
+            any: a bit a token, the lowest of a byte first.
         num_uncommitted: how many steps of the replica before this one are not committed: all
             others are, and what they changed is never undone.
         return_logits: send the logits of every sequence's last token back with the outcome.
@@ -149,6 +151,7 @@ class _Step:
     _: KW_ONLY
     admitted: dict[int, SamplingState] = field(default_factory=dict)
     released: tuple[int, ...] = ()
+    masks: dict[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     num_uncommitted: int = 0
     return_logits: bool = False
     record: bool = True
@@ -163,7 +166,7 @@ class RankStep(_Step):
 
     Attributes:
         micro_batches: [num_micro_batches].
-        admitted: of its own sequences.
+        admitted, masks: of its own sequences.
     """
 
     micro_batches: tuple[RankBatch, ...]
@@ -195,11 +198,12 @@ class StepPlan(_Step):
         parts = [RankBatch.of_dp_ranks(batches) for batches in self.micro_batches]
         steps = []
         for micro_batches in zip(*parts, strict=True):
-            admitted = self.admitted
-            if admitted:
+            changed: dict[str, Any] = {"micro_batches": micro_batches}
+            if self.admitted or self.masks:
                 own = {seq for part in micro_batches for seq in part.own.seq_ids.tolist()}
-                admitted = {seq: state for seq, state in admitted.items() if seq in own}
-            changed = {"micro_batches": micro_batches, "admitted": admitted}
+                for name in ("admitted", "masks"):
+                    of_all = getattr(self, name)
+                    changed[name] = {seq: each for seq, each in of_all.items() if seq in own}
             steps.append(RankStep(**(vars(self) | changed)))
         return steps
 

@@ -131,6 +131,9 @@ class Request:
         priority: lower goes first.
         sampling: how its tokens are chosen; None where the likeliest is taken.
         sampling_seed: of its random numbers.
+        mask: which tokens may come next, as `plan.StepPlan.masks`; None where all may, or where it
+            is not known yet.
+        is_masked: whether each of its tokens waits for a mask.
         num_arrived_tokens: of the prompt, how many positions come with keys and values that were
             computed elsewhere; forgotten if it loses its blocks. The last token's never count.
         output_token_ids: the tokens generated so far.
@@ -161,6 +164,7 @@ class Request:
         sampling: SamplingParams | None = None,
         sampling_seed: int = 0,
         num_arrived_tokens: int = 0,
+        mask: npt.NDArray[np.uint8] | None = None,
         name: str | None = None,
     ) -> None:
         self.request_id = request_id
@@ -175,6 +179,8 @@ class Request:
         self.sampling = sampling
         self.sampling_seed = sampling_seed
         self.num_arrived_tokens = num_arrived_tokens
+        self.mask = mask
+        self.is_masked = mask is not None
         self.state = RequestState.WAITING
         self.finish_reason: FinishReason | None = None
         self.output_token_ids: list[int] = []

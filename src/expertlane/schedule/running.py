@@ -33,6 +33,7 @@ class RunningTable:
         block_tables: [num_rows, width], padded with -1; `width` grows as needed.
         in_flight: [num_rows]; how many steps that are not finished it takes part in.
         last_step: [num_rows]; the step it took part in last.
+        is_masked: [num_rows]; whether its tokens wait for masks (`Request.mask`).
     """
 
     def __init__(self, limits: Limits, *, lookahead: bool = False) -> None:
@@ -49,6 +50,9 @@ class RunningTable:
         self.block_tables = np.full((num_rows, 8), _NO_BLOCK, dtype=np.int32)
         self.in_flight = np.zeros(num_rows, dtype=np.int64)
         self.last_step = np.zeros(num_rows, dtype=np.int64)
+        self.is_masked = np.zeros(num_rows, dtype=np.bool_)
+        self._waits = np.zeros(num_rows, dtype=np.bool_)  # for the mask of its next token
+        self._decodes_masked = np.zeros(num_rows, dtype=np.bool_)  # in a step in flight
         self._limits = limits
         self._lookahead = lookahead
         self._is_used = np.zeros(num_rows, dtype=np.bool_)
@@ -78,17 +82,28 @@ class RunningTable:
         held: list[int] = self.block_tables[row, : self.num_blocks[row]].tolist()
         return held
 
-    def ready(self) -> tuple[Rows, Rows]:
+    @property
+    def decodes_masked(self) -> bool:
+        """Whether a step in flight decodes a row of a mask."""
+        return bool(self._decodes_masked.any())
+
+    def ready(self, *, holds_masked: bool = False) -> tuple[Rows, Rows]:
         """Rows that may take part in a step: those that lack one token, and those that lack more.
 
         The first are in decoding (or one token short of it), the others in their prompts. With
         `lookahead` a row may while it is in flight, unless it is known to end with that step.
+        One that waits for its mask may not.
+
+        Args:
+            holds_masked: none that lacks one token and has a mask may.
         """
         num_missing = self.num_tokens - self.num_computed
         is_busy = self.in_flight > 0
         if self._lookahead:
             is_busy &= (self.num_tokens >= self._max_num_tokens) | self._is_cancelled
-        num_missing[is_busy] = 0
+        num_missing[is_busy | self._waits] = 0
+        if holds_masked:
+            num_missing[self.is_masked & (num_missing == 1)] = 0
         return np.flatnonzero(num_missing == 1), np.flatnonzero(num_missing > 1)
 
     def find_cached(self, request: Request) -> list[int]:
@@ -127,6 +142,7 @@ class RunningTable:
         self.block_tables[row, : len(blocks)] = blocks
         self._max_num_tokens[row] = self._limits.max_num_tokens(request)
         self.last_step[row] = -1
+        self.is_masked[row] = request.is_masked
         self.num_pending += num_tokens - int(self.num_computed[row])
         request.state, request.row = RequestState.RUNNING, row
         request.has_cached = bool(cached)
@@ -143,10 +159,15 @@ class RunningTable:
         self.num_tokens[row] = self.num_computed[row] = self.num_blocks[row] = 0
         self.block_tables[row] = _NO_BLOCK
         self._is_used[row] = self._is_cancelled[row] = False
+        self.is_masked[row] = self._waits[row] = self._decodes_masked[row] = False
         self._nan_rows.discard(row)
         self._unused.append(row)
         request.row = -1
         return request
+
+    def allow(self, row: int) -> None:
+        """Let a row go on, whose request has the mask of its next token."""
+        self._waits[row] = False
 
     def cancel(self, row: int) -> None:
         """Release a row, or do so when its steps are finished."""
@@ -212,6 +233,10 @@ class RunningTable:
         yielding = rows[batch.yields_token]
         self.num_tokens[yielding] += 1
         self.last_token[yielding] = UNKNOWN
+        if self.is_masked.any():
+            self._waits[yielding] = self.is_masked[yielding]
+            decodes = rows[batch.yields_token & (batch.num_scheduled_tokens == 1)]
+            self._decodes_masked[decodes] = self.is_masked[decodes]
         self.num_pending += len(yielding) - batch.num_tokens
 
     def commit(
@@ -223,6 +248,7 @@ class RunningTable:
             The requests that got a token, and those that got none (see `_cancel_not_finite`).
         """
         self.in_flight[rows] -= 1
+        self._decodes_masked[rows] = False
         without_token: list[Request] = []
         if outcome.not_finite:
             not_finite = np.isin(self.seq_ids[rows], outcome.not_finite)
@@ -278,6 +304,8 @@ class RunningTable:
         requests = list(map(self.request, rows.tolist()))
         for request, token in zip(requests, tokens, strict=True):
             request.output_token_ids.append(token)
+            if request.is_masked:
+                request.mask = None
             if token in request.stop_token_ids:
                 request.finish(FinishReason.STOP)
                 self.cancel(request.row)
@@ -315,11 +343,12 @@ class BatchDraft:
         """Sequences in the batch."""
         return len(self._decodes) + len(self._prefills)
 
-    def add_decodes(self, num_groups: int) -> list[Request]:
+    def add_decodes(self, num_groups: int, *, holds_masked: bool = False) -> list[Request]:
         """Take running requests in decoding.
 
         Args:
             num_groups: steps that the decodes are spread over, near-equally.
+            holds_masked: leave those with masks out.
 
         Returns:
             Requests preempted, since the decodes needed their blocks.
@@ -327,7 +356,7 @@ class BatchDraft:
         table = self.table
         if not table.num_running:
             return []
-        decodes, _ = table.ready()
+        decodes, _ = table.ready(holds_masked=holds_masked)
         # Before the choice: those that wait for a block must not take the places of others.
         decodes, preempted = table.extend(decodes)
         limit = min(self.budget, -(-table.num_running // num_groups))
@@ -385,3 +414,13 @@ class BatchDraft:
             yields_token=num_computed + num_scheduled == table.num_tokens[rows],
         )
         return rows, batch
+
+    def masks(self, rows: Rows, batch: Batch) -> dict[int, npt.NDArray[np.uint8]]:
+        """Of the sequences of its batch that yield a token, as `plan.StepPlan.masks`."""
+        table = self.table
+        found = {}
+        for row in rows[batch.yields_token & table.is_masked[rows]].tolist():
+            request = table.request(row)
+            assert request.mask is not None, "it waits for its mask"
+            found[request.seq_id] = request.mask
+        return found

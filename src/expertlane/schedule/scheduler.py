@@ -7,6 +7,7 @@ from operator import or_
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane.errors import UserError
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
@@ -50,6 +51,10 @@ class ContinuousScheduler:
     the scheduler: a token that is not known yet is -1 in the plan, and the ranks put in what they
     chose themselves. A request that turns out to have ended computes one token in vain.
 
+    **Masks.** A request whose tokens are masked takes part in a step once `allow` has given it the
+    mask of its next token, which needs the token before; others go on. With lookahead, decodes of
+    such requests are in every second step at most while others run, all in the same ones.
+
     **Steps in flight.** Drained: one a replica, cut into up to `num_micro_batches`. Rotating: up
     to `pp` a replica over disjoint requests, each with 1/`num_micro_batches` of the decodes; those
     that waited longest go first, so the groups even out as requests come and go.
@@ -84,6 +89,7 @@ class ContinuousScheduler:
         self.failed: list[Request] = []
         self.num_preemptions = 0
         self._limits = limits
+        self._lookahead = lookahead
         self._flags = {
             "return_logits": return_logits,
             "record": record,
@@ -105,6 +111,11 @@ class ContinuousScheduler:
         self._num_waiting_blocks = 0
         self._num_steps = 0
         self._num_added = 0
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the model."""
+        return self._limits.vocab_size
 
     @property
     def num_waiting(self) -> int:
@@ -167,6 +178,12 @@ class ContinuousScheduler:
         request.finish(reason)
         return True
 
+    def allow(self, request: Request, mask: npt.NDArray[np.uint8]) -> None:
+        """Give a request that is not finished the mask of its next token."""
+        request.mask = mask
+        if request.state is RequestState.RUNNING:
+            self.tables[request.replica][request.dp_rank].allow(request.row)
+
     def next_plan(self) -> StepPlan | None:
         """The next step, or None while no more may be in flight or there is nothing to do."""
         for replica, num_in_flight in enumerate(self._num_in_flight):
@@ -213,7 +230,7 @@ class ContinuousScheduler:
         if self._limits.phases_apart:
             self._fill_with_one_phase(replica, drafts)
         else:
-            self._add_decodes(drafts)
+            self._add_decodes(replica, drafts)
             self._add_prompts(replica, drafts)
         if not any(draft.num_seqs for draft in drafts):
             return None
@@ -225,6 +242,7 @@ class ContinuousScheduler:
             phase=Phase.PREFILL if is_prefill else Phase.DECODE,
             micro_batches=self._cut([batch for _, batch in built]),
             admitted=reduce(or_, (draft.admitted for draft in drafts)),
+            masks=reduce(or_, (d.masks(*b) for d, b in zip(drafts, built, strict=True))),
             released=tuple(self._released[replica]),
             num_uncommitted=self._num_in_flight[replica],
             **self._flags,
@@ -252,11 +270,14 @@ class ContinuousScheduler:
             return
         in_flight = [flight for flight in self._in_flight.values() if flight.replica == replica]
         if not any(flight.phase is Phase.PREFILL for flight in in_flight):
-            self._add_decodes(drafts)
+            self._add_decodes(replica, drafts)
 
-    def _add_decodes(self, drafts: list[BatchDraft]) -> None:
+    def _add_decodes(self, replica: int, drafts: list[BatchDraft]) -> None:
+        # Two groups in turns would take two steps for what one can do.
+        tables = self.tables[replica]
+        holds_masked = self._lookahead and any(table.decodes_masked for table in tables)
         for draft in drafts:
-            for request in draft.add_decodes(self._num_groups):
+            for request in draft.add_decodes(self._num_groups, holds_masked=holds_masked):
                 self._requeue(request)
                 self.num_preemptions += 1
 
@@ -303,6 +324,8 @@ class ContinuousScheduler:
             if request.state is RequestState.FINISHED:
                 heapq.heappop(self._waiting)
                 continue
+            if request.is_masked and request.mask is None:  # it was preempted; soon
+                return
             if sum(draft.num_prefills for draft in drafts) >= most or self._is_loaded(replica):
                 return
             place = _place(request, drafts)

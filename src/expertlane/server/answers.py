@@ -12,13 +12,16 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from expertlane.engine.async_engine import Generation
+from expertlane.engine.grammars import Grammar
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
+from expertlane.server.chat_parts import ChatParts
 from expertlane.server.errors import ApiError, bad_field, json_response
 from expertlane.server.logprobs import TokenTexts
-from expertlane.server.marks import ChatParts, MarkedText
+from expertlane.server.marks import MarkedText
 from expertlane.server.observed import Generated, note
 from expertlane.server.requests import ChatRequest, GenerationRequest
 from expertlane.server.service import Service
+from expertlane.server.tools import structured_chat
 from expertlane.server.usage import ReasoningCount, usage_of
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 
@@ -65,6 +68,7 @@ class Answer(Response):
     Args:
         prompts: [num_prompts].
         params: [num_prompts × num_choices]; choices of a prompt stand together.
+        grammar: of its outputs; kept, so that the engine finds it.
     """
 
     param: ClassVar[str]  # the field of the prompts
@@ -78,6 +82,7 @@ class Answer(Response):
         request: GenerationRequest,
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
+        grammar: Grammar | None = None,
     ) -> None:
         super().__init__()  # what it calls when it is sent is below
         self._service = service
@@ -85,6 +90,7 @@ class Answer(Response):
         self._num_choices = request.num_choices
         self._prompts = prompts
         self._params = params
+        self._grammar = grammar
         self._texts = TokenTexts(
             service.model.tokenizer, as_ids=bool(request.return_tokens_as_token_ids)
         )
@@ -244,20 +250,25 @@ class ChatAnswer(Answer):
         self,
         service: Service,
         request: ChatRequest,
-        prompts: Sequence[list[int]],
+        prompt: list[int],
         params: Sequence[SamplingParams],
         text: str,
+        grammar: Grammar | None = None,
     ) -> None:
-        super().__init__(service, request, prompts, params)
+        super().__init__(service, request, [prompt], params, grammar)
         self._wants_logprobs = bool(request.logprobs)
-        takes_calls = request.offered_tools is not None
+        functions = request.callable_functions
         self._parts: list[ChatParts] = []  # none where all text is content
-        if takes_calls or service.marks.has_reasoning:
+        if functions or service.marks.thoughts is not None:
+            schemas = {each.name: each.parameters or {} for each in functions}
             self._parts = [
-                ChatParts(MarkedText(service.marks, text, takes_calls=takes_calls)) for _ in params
+                ChatParts(
+                    MarkedText(service.marks, text, takes_calls=bool(functions), schemas=schemas)
+                )
+                for _ in params
             ]
         self._counts: list[ReasoningCount] = []
-        if service.marks.has_reasoning:
+        if service.marks.thoughts is not None:
             self._counts = [ReasoningCount(service.marks, text) for _ in params]
         self._num_prompt_top = request.prompt_logprobs
 
@@ -318,21 +329,23 @@ async def make_chat(service: Service, request: ChatRequest) -> ChatAnswer:
     Raises:
         ApiError: it can never be served.
     """
-    prompt, text, params = await prepare_chat(service, request)
-    return ChatAnswer(service, request, [prompt], params, text)
+    return ChatAnswer(service, request, *await prepare_chat(service, request))
 
 
 async def prepare_chat(
     service: Service, request: ChatRequest
-) -> tuple[list[int], str, list[SamplingParams]]:
-    """A chat's tokens, its text, and how each of its choices is drawn.
+) -> tuple[list[int], list[SamplingParams], str, Grammar | None]:
+    """A chat's tokens, how each of its choices is drawn, its text, and a grammar of answers.
 
     Raises:
         ApiError: it can never be served.
     """
     tools = request.offered_tools
-    if tools and not service.marks.has_calls:
-        text = "tools: the chat template of this model marks no calls as <tool_call>"
+    if tools and service.marks.calls is None:
+        text = (
+            "tools: the chat template of this model has none of the known marks of calls "
+            "(--tool-call-parser names them)"
+        )
         raise bad_field("tools", text, "unsupported_parameter")
     prompt, text = await service.encode_chat(
         request.messages,
@@ -341,7 +354,13 @@ async def prepare_chat(
         tools=tools,
         variables=request.chat_template_kwargs,
     )
-    return prompt, text, service.params(request, [prompt], "messages")
+    structured, field = structured_chat(request, service.marks, text, service.model.tokenizer)
+    grammar = None if structured is None else await service.compile(structured, field)
+    shown = service.shown_token_ids(request)
+    params = service.params(
+        request, [prompt], "messages", structured=structured, shown_token_ids=shown
+    )
+    return prompt, params, text, grammar
 
 
 async def _watch(receive: Receive, generation: Generation) -> None:

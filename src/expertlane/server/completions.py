@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from expertlane.engine.grammars import Grammar
 from expertlane.schedule.request import FinishReason
 from expertlane.server.answers import Answer, Piece
 from expertlane.server.logprobs import Named, TextOffsets
@@ -28,8 +29,9 @@ class CompletionAnswer(Answer):
         prompts: Sequence[list[int]],
         params: Sequence[SamplingParams],
         echoed: Sequence[str],
+        grammar: Grammar | None,
     ) -> None:
-        super().__init__(service, request, prompts, params)
+        super().__init__(service, request, prompts, params, grammar)
         self._wants = request
         self._echoed = echoed
         self._offsets = [
@@ -83,9 +85,11 @@ async def make_completion(service: Service, request: CompletionRequest) -> Compl
             await service.encode_all(texts, "prompt", add_special_tokens=request.add_special_tokens)
         )
     prompts = [next(encoded) if isinstance(each, str) else each for each in request.prompt]
-    params = service.params(request, prompts, "prompt")
+    structured, field = request.structured()
+    grammar = None if structured is None else await service.compile(structured, field)
+    params = service.params(request, prompts, "prompt", structured=structured)
     echoed: Sequence[str] = ()
     if request.echo:
         decode = service.tokenizer("echo").decode
         echoed = [each if isinstance(each, str) else decode(each) for each in request.prompt]
-    return CompletionAnswer(service, request, prompts, params, echoed)
+    return CompletionAnswer(service, request, prompts, params, echoed, grammar)

@@ -1,42 +1,93 @@
-"""Reasoning and calls of tools in a model's text, by the marks that its chat template knows."""
+"""Reasoning and calls of tools in a model's text, by the marks that its family writes."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
-from uuid import uuid4
 
-import msgspec
+from expertlane.engine.tokenizer import Tokenizer
+from expertlane.errors import UserError
+from expertlane.server.call_forms import (
+    CALL_FORMS,
+    HARMONY_ANSWER,
+    HARMONY_MARKS,
+    THOUGHT_FORMS,
+    CallForm,
+    ThoughtForm,
+    call_form_of,
+    thought_form_of,
+)
+from expertlane.server.call_reader import CallObject, NamedArguments, XmlArguments
 
-_THINK, _THOUGHT = "<think>", "</think>"
-_CALL, _CALLED = "<tool_call>", "</tool_call>"
-_CALL_FORM = re.compile(r"""["']arguments["']""")
+_NONE = "none"
+_PYTHON_TAG = "<|python_tag|>"  # that Llama may write before a call
+_BETWEEN_OBJECTS = " \t\r\n[],;"
+_MOST_NAME = 256  # characters of a name and what may be beside it
+_NUMBERED = re.compile(r"^(?:functions\.)?(.*?)(?::\d+)?$", re.DOTALL)
+_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)")
+_RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
 
-Kind = Literal["content", "reasoning", "call"]
+Kind = Literal["content", "reasoning", "name", "arguments"]
 
 
 @dataclass(frozen=True)
 class Marks:
-    """What a template tells its model to write.
+    """What a model writes around reasoning and calls; None of what it does not mark."""
 
-    Attributes:
-        has_reasoning: `<think>…</think>` before the answer.
-        has_calls: `<tool_call>{"name": …, "arguments": …}</tool_call>`.
-    """
-
-    has_reasoning: bool = False
-    has_calls: bool = False
+    thoughts: ThoughtForm | None = None
+    calls: CallForm | None = None
 
     @classmethod
-    def of_template(cls, source: str) -> Self:
-        """Those that a template's source holds."""
-        has_calls = _CALL in source and _CALL_FORM.search(source) is not None
-        return cls(_THOUGHT in source, has_calls)
+    def of_template(
+        cls, source: str, *, calls: str | None = None, thoughts: str | None = None
+    ) -> Self:
+        """Those that a chat template holds, or of other names: keys of the forms, or `none`.
+
+        Raises:
+            UserError: there is no form of a name.
+        """
+        call_name = call_form_of(source) if calls is None else calls
+        thought_name = thought_form_of(source) if thoughts is None else thoughts
+        return cls(
+            _form(THOUGHT_FORMS, thought_name, "--reasoning-parser"),
+            _form(CALL_FORMS, call_name, "--tool-call-parser"),
+        )
+
+    @property
+    def is_harmony(self) -> bool:
+        """Whether all of an answer is in channels."""
+        return THOUGHT_FORMS["harmony"] is self.thoughts or CALL_FORMS["harmony"] is self.calls
+
+    @property
+    def answer_begin(self) -> str:
+        """What stands before an answer's content."""
+        return HARMONY_ANSWER if self.is_harmony else ""
+
+    def shown_token_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Control tokens that are marks, which the text must hold to be taken apart."""
+        texts: list[str] = [*HARMONY_MARKS] if self.is_harmony else []
+        if self.thoughts is not None:
+            texts += [self.thoughts.begin, self.thoughts.end]
+        if (form := self.calls) is not None:
+            texts += [form.section, form.begin, form.name_end, form.end, form.section_end]
+            texts += [form.key_begin, form.key_end, form.value_end]
+            texts += [_PYTHON_TAG] if not form.opener else []
+        found = (each for text in texts for _, each in tokenizer.split_special(text))
+        return tuple(sorted({each for each in found if each is not None}))
+
+
+def _form(forms: Mapping[str, Any], name: str | None, option: str) -> Any:
+    if name is None or name == _NONE:
+        return None
+    if name not in forms:
+        valid = ", ".join([*forms, _NONE])
+        raise UserError(f"{option} is {name!r}; valid: {valid}")
+    return forms[name]
 
 
 @dataclass(slots=True)
 class Part:
-    """A part of an answer; of a call its text, `{"name": …, "arguments": …}`."""
+    """A part of an answer; a call is its name and then its arguments, piece by piece."""
 
     kind: Kind
     text: str
@@ -48,20 +99,47 @@ class MarkedText:
     Args:
         prompt: its end tells whether the answer begins inside reasoning.
         takes_calls: whether tools were offered; else marks of calls are text.
+        schemas: of the tools' parameters, by name.
     """
 
-    def __init__(self, marks: Marks, prompt: str, *, takes_calls: bool) -> None:
-        self._takes_calls = takes_calls and marks.has_calls
+    def __init__(
+        self,
+        marks: Marks,
+        prompt: str,
+        *,
+        takes_calls: bool,
+        schemas: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._form = marks.calls if takes_calls else None
+        self._thoughts = marks.thoughts
+        self._schemas = schemas or {}
         self._held = ""
-        self._is_start = marks.has_reasoning
+        self._raw = ""  # of a call, before it is known to be one
+        self._had_calls = False
+        self._is_bare = True  # nothing but space was given
+        self._drops_space = False  # after a call
+        self._object = CallObject()
+        self._named = NamedArguments()
+        self._xml = XmlArguments(None)
         self._kind: Kind = "content"
-        if marks.has_reasoning and prompt.rstrip().endswith(_THINK):
-            self._kind, self._is_start = "reasoning", False
+        self._state: Callable[[bool], Iterator[Part]] = self._in_content
+        if marks.is_harmony:
+            self._state = self._in_header
+        elif self._thoughts is not None:
+            begins = prompt.rstrip().endswith(self._thoughts.begin)
+            self._state = self._in_thoughts if begins else self._in_start
 
     @property
     def kind(self) -> Kind | None:
         """Of the text to come; None while that is not known."""
-        return None if self._is_start else self._kind
+        if self._state in (self._in_start, self._in_header):
+            return None
+        return "reasoning" if self._state == self._in_thoughts else self._kind
+
+    @property
+    def numbers_calls(self) -> bool:
+        """Whether the model numbers its calls."""
+        return self._form is not None and self._form.numbers
 
     def feed(self, text: str, *, is_last: bool = False) -> list[Part]:
         """The parts that are certain after some more text."""
@@ -69,94 +147,254 @@ class MarkedText:
         return list(self._parts(is_last))
 
     def _parts(self, is_last: bool) -> Iterator[Part]:
-        if self._is_start and not self._leave_start(is_last):
-            return
-        while (mark := self._next_mark()) is not None:
-            before, found, after = self._held.partition(mark)
-            if not found:
-                break
-            if before:
-                yield Part(self._kind, before)
-            self._kind = "call" if mark == _CALL else "content"
-            self._held = after
-        if is_last:
-            text = _CALL + self._held if self._kind == "call" else self._held
-            kind: Kind = "content" if self._kind == "call" else self._kind
-            num_certain = len(self._held)
-        else:
-            num_certain = (
-                0 if self._kind == "call" else len(self._held) - _overlap(self._held, mark)
-            )
-            text, kind = self._held[:num_certain], self._kind
-        self._held = self._held[num_certain:]
+        while True:
+            before = self._state, self._held
+            yield from self._state(is_last)
+            if before == (self._state, self._held):
+                return
+
+    def _take(self, size: int) -> str:
+        taken, self._held = self._held[:size], self._held[size:]
+        return taken
+
+    def _until(self, marks: Iterable[str], is_last: bool) -> tuple[str, str]:
+        """The text before the first of some marks, and that mark; what may begin one is held."""
+        places = [(self._held.find(mark), -len(mark), mark) for mark in marks]
+        found = [each for each in places if each[0] >= 0]
+        if found:
+            place, _, mark = min(found)
+            text = self._take(place)
+            self._take(len(mark))
+            return text, mark
+        held = 0 if is_last else max((_overlap(self._held, mark) for mark in marks), default=0)
+        return self._take(len(self._held) - held), ""
+
+    def _in_start(self, is_last: bool) -> Iterator[Part]:
+        """It may begin with reasoning."""
+        assert self._thoughts is not None, "else it begins with content"
+        text, mark = self._held.lstrip(), self._thoughts.begin
+        if text.startswith(mark):
+            self._held, self._state = text.removeprefix(mark), self._in_thoughts
+        elif is_last or not mark.startswith(text):
+            self._state = self._in_content
+        yield from ()
+
+    def _in_thoughts(self, is_last: bool) -> Iterator[Part]:
+        assert self._thoughts is not None, "it is inside"
+        text, mark = self._until([self._thoughts.end], is_last)
         if text:
-            yield Part(kind, text)
+            yield Part("reasoning", text)
+        if mark:
+            self._state = self._in_content
 
-    def _leave_start(self, is_last: bool) -> bool:
-        """Whether it is known if the answer begins with reasoning."""
+    def _in_content(self, is_last: bool) -> Iterator[Part]:
+        form = self._form
+        if form is None:
+            openers: Sequence[str] = ()
+        elif form.opener:
+            openers = form.openers
+        else:
+            openers = (_PYTHON_TAG,)
+            if self._is_bare and self._held.lstrip().startswith("{"):
+                self._state, self._raw = self._in_objects, ""
+                return
+        closers = form.closers if form is not None and self._had_calls else ()
+        text, mark = self._until([*openers, *closers], is_last)
+        if self._drops_space:
+            text = text.lstrip()
+            self._drops_space = not text
+        if text:
+            self._is_bare = self._is_bare and not text.strip()
+            yield Part("content", text)
+        if mark in openers and form is not None:
+            self._raw = mark
+            self._state = self._in_objects if form.body == "json" else self._in_name
+
+    # A call that begins with its name.
+
+    def _in_name(self, is_last: bool) -> Iterator[Part]:
+        form = self._form
+        assert form is not None, "it takes calls"
+        begin, end = _after(form.begin, form.openers), form.name_end.strip() or form.name_end
+        if form.section and self._raw == form.opener:  # the first call is still to begin
+            begin = form.begin
         text = self._held.lstrip()
-        if text.startswith(_THINK):
-            self._kind, self._held = "reasoning", text.removeprefix(_THINK)
-        elif _THINK.startswith(text) and not is_last:
-            return False
-        self._is_start = False
-        return True
+        for mark in begin.split():
+            if text.startswith(mark):
+                text = text.removeprefix(mark).lstrip()
+            elif mark.startswith(text) and not is_last:
+                return
+        place = _first_of(text, [end, *form.closers] if end != "\n" else [end, *form.closers, "<"])
+        name = text[:place].strip().strip('"')
+        is_name = 0 < len(name) <= _MOST_NAME and "\n" not in name and "{" not in name
+        if is_name and place >= 0:
+            found = _NUMBERED.match(name) if form.numbers else None
+            name = name if found is None else found[1]
+            rest = text[place:]
+            self._held = rest.removeprefix(end)
+            self._raw, self._had_calls, self._drops_space = "", True, True
+            yield Part("name", name)
+            if form.body == "xml":
+                self._xml = XmlArguments(self._schemas.get(name))
+                self._state = self._in_keys
+            else:
+                self._named = NamedArguments()
+                self._state = self._in_named
+        elif is_last or place >= 0 or len(text) > _MOST_NAME:
+            yield from self._give_up()
 
-    def _next_mark(self) -> str | None:
-        """What ends the present part; None where nothing does."""
-        if self._kind == "content":
-            return _CALL if self._takes_calls else None
-        return _THOUGHT if self._kind == "reasoning" else _CALLED
+    def _give_up(self) -> Iterator[Part]:
+        """It is no call: text, like any other."""
+        if self._raw:
+            yield Part("content", self._raw)
+        self._raw, self._is_bare, self._state = "", False, self._in_content
+
+    def _in_named(self, is_last: bool) -> Iterator[Part]:
+        text = self._held.lstrip() if not self._named.is_begun else self._held
+        if not text:
+            self._held = ""
+            return
+        if not self._named.is_begun and text[0] != "{":
+            self._held = text
+            yield Part("arguments", "{}")
+            self._state = self._in_content
+            return
+        given, self._held = self._named.feed(text)
+        if given:
+            yield Part("arguments", given)
+        if self._named.is_ended:
+            self._state = self._in_fence
+
+    def _in_fence(self, is_last: bool) -> Iterator[Part]:
+        """What some put around arguments."""
+        text = self._held.lstrip()
+        if text.startswith("```"):
+            self._held = text.removeprefix("```")
+        elif text or is_last:
+            self._held = text
+        if text and not "```".startswith(text):
+            self._state = self._in_content
+        yield from ()
+
+    # A call, or several, that are JSON objects.
+
+    def _in_objects(self, is_last: bool) -> Iterator[Part]:
+        rest = self._held.lstrip(_BETWEEN_OBJECTS)
+        if rest.startswith("{"):
+            self._raw += self._take(len(self._held) - len(rest))
+            self._object = CallObject()
+            self._state = self._in_object
+        elif rest or is_last:
+            if self._raw:
+                yield from self._give_up()
+            else:
+                self._held, self._state = rest, self._in_content
+
+    def _in_object(self, is_last: bool) -> Iterator[Part]:
+        is_known = self._object.name is not None
+        text = self._take(len(self._held))
+        given, self._held = self._object.feed(text)
+        name = self._object.name
+        if name is None:
+            self._raw += text[: len(text) - len(self._held)]
+            if self._object.is_ended or is_last:
+                yield from self._give_up()
+            return
+        if not is_known:
+            self._raw, self._had_calls, self._drops_space = "", True, True
+            yield Part("name", name)
+        if given:
+            yield Part("arguments", given)
+        if self._object.is_ended:
+            if not self._object.has_arguments:
+                yield Part("arguments", "{}")
+            self._state = self._in_objects
+
+    # Keys and values between marks.
+
+    def _in_keys(self, is_last: bool) -> Iterator[Part]:
+        form = self._form
+        assert form is not None, "it takes calls"
+        ends = [each for each in form.closers if each != form.section_end.strip()]
+        _, mark = self._until([form.key_begin, *ends], is_last)
+        if mark == form.key_begin:
+            self._state = self._in_key
+        elif mark:
+            yield Part("arguments", self._xml.end())
+            self._state = self._in_content
+
+    def _in_key(self, is_last: bool) -> Iterator[Part]:
+        form = self._form
+        assert form is not None, "it takes calls"
+        marks = form.key_end.split()
+        text = self._held
+        key, found, rest = text.partition(marks[0])
+        for mark in marks[1:]:
+            rest = rest.lstrip()
+            found = mark if rest.startswith(mark) else ""
+            rest = rest.removeprefix(mark)
+        if not found or (form.key_end.endswith("\n") and not rest and not is_last):
+            return
+        self._held = rest.removeprefix("\n") if form.key_end.endswith("\n") else rest
+        yield Part("arguments", self._xml.begin(key.strip().strip('"')))
+        self._state = self._in_value
+
+    def _in_value(self, is_last: bool) -> Iterator[Part]:
+        form = self._form
+        assert form is not None, "it takes calls"
+        mark = form.value_end.strip()
+        marks = [f"\n{mark}", mark] if form.value_end.startswith("\n") else [mark]
+        text, found = self._until(marks, False)
+        given = self._xml.feed(text, is_last=bool(found))
+        if given:
+            yield Part("arguments", given)
+        if found:
+            self._state = self._in_keys
+
+    # Channels.
+
+    def _in_header(self, is_last: bool) -> Iterator[Part]:
+        before, found, rest = self._held.partition("<|message|>")
+        if not found:
+            if is_last and before and "<|" not in before:
+                self._held = ""
+                yield Part("content", before)
+            return
+        self._held = rest
+        channel, recipient = _CHANNEL.search(before), _RECIPIENT.search(before)
+        self._kind = "content"
+        if recipient is not None and self._form is not None:
+            self._kind = "arguments"
+            yield Part("name", recipient[1])
+        elif channel is not None and channel[1] == "analysis":
+            self._kind = "reasoning"
+        self._state = self._in_message
+
+    def _in_message(self, is_last: bool) -> Iterator[Part]:
+        ends = ["<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>"]
+        text, mark = self._until(ends, is_last)
+        if text:
+            yield Part(self._kind, text)
+        if mark:
+            self._held = mark + self._held if mark == "<|channel|>" else self._held
+            self._state = self._in_header
 
 
-def _overlap(text: str, mark: str | None) -> int:
+def _after(begin: str, openers: Iterable[str]) -> str:
+    """What follows the mark that a call is known by."""
+    for opener in openers:
+        if begin.startswith(opener):
+            return begin.removeprefix(opener)
+    return begin
+
+
+def _first_of(text: str, marks: Iterable[str]) -> int:
+    """Where the first of some marks is; -1 without any."""
+    places = [place for mark in marks if (place := text.find(mark)) >= 0]
+    return min(places, default=-1)
+
+
+def _overlap(text: str, mark: str) -> int:
     """Characters at the end of a text that may begin a mark."""
-    if mark is None:
-        return 0
     sizes = range(min(len(mark) - 1, len(text)), 0, -1)
     return next((size for size in sizes if text.endswith(mark[:size])), 0)
-
-
-class ChatParts:
-    """The fields of a message, from the text of one choice.
-
-    Attributes:
-        num_calls: of tools, so far.
-    """
-
-    def __init__(self, text: MarkedText) -> None:
-        self._text = text
-        self.num_calls = 0
-
-    def feed(self, text: str, *, is_last: bool = False) -> dict[str, Any]:
-        """What is new of each field: `content`, `reasoning_content`, `tool_calls`."""
-        found: dict[str, Any] = {}
-        for part in self._text.feed(text, is_last=is_last):
-            call = self._call(part.text) if part.kind == "call" else None
-            if call is not None:
-                found.setdefault("tool_calls", []).append(call)
-            elif part.kind == "reasoning":
-                found["reasoning_content"] = found.get("reasoning_content", "") + part.text
-            elif not self.num_calls or part.text.strip():  # line ends part calls
-                shown = f"{_CALL}{part.text}{_CALLED}" if part.kind == "call" else part.text
-                found["content"] = found.get("content", "") + shown
-        return found
-
-    def _call(self, text: str) -> dict[str, Any] | None:
-        """A call of a tool; None if the text is none."""
-        try:
-            given = msgspec.json.decode(text)
-        except (msgspec.DecodeError, RecursionError):
-            return None
-        if not isinstance(given, dict) or not isinstance(given.get("name"), str):
-            return None
-        arguments = given.get("arguments", given.get("parameters", {}))
-        if not isinstance(arguments, str):
-            arguments = msgspec.json.encode(arguments).decode()
-        self.num_calls += 1
-        return {
-            "index": self.num_calls - 1,
-            "id": f"call_{uuid4().hex[:24]}",
-            "type": "function",
-            "function": {"name": given["name"], "arguments": arguments},
-        }

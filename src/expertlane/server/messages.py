@@ -84,7 +84,20 @@ class Function(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None  # nothing holds the model to them
+    strict: bool | None = None  # whether arguments are held to the parameters
+
+
+class NamedFunction(Strict):
+    """The tool that has to be called."""
+
+    name: str
+
+
+class NamedTool(Strict):
+    """The same, as a request has it."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class Tool(Strict):

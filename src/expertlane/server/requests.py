@@ -22,12 +22,14 @@ from expertlane.server.fields import (
     TokenId,
     number,
 )
-from expertlane.server.messages import Message, Tool
+from expertlane.server.messages import Function, Message, NamedTool, Tool
+from expertlane.server.structured import StructuredRequest
 from expertlane.spec.sampling import SamplingParams
 
 _AS_THEY_ARE = (  # in `SamplingParams`
     *("temperature", "top_p", "min_p", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    *("skip_special_tokens", "include_stop_str_in_output"),
 )
 MOST_CHOICES = 128  # of a prompt
 MOST_PROMPTS = 2048  # of a request, times its choices
@@ -41,21 +43,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": ([],),
     "best_of": (1,),
     "cache_salt": (),
-    "guided_choice": (),
     "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_stop_str_in_output": (False,),
+    "guided_whitespace_pattern": (),
     "kv_transfer_params": (),
     "length_penalty": (1.0,),
     "logits_processors": ([],),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
-    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
@@ -103,6 +98,8 @@ class SampledRequest(Known):
     stop: Stop = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=MOST_STOPS)
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     add_special_tokens: bool | None = None
     priority: int | None = number("priority")
@@ -116,7 +113,7 @@ class SampledRequest(Known):
     request_id: str | None = None
 
 
-class GenerationRequest(SampledRequest):
+class GenerationRequest(SampledRequest, StructuredRequest):
     """What completions and chats have in common."""
 
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
@@ -160,12 +157,13 @@ class GenerationRequest(SampledRequest):
         return self.prompt_logprobs
 
     def params(
-        self, recommended: Mapping[str, Any], max_tokens: int, choice: int
+        self, recommended: Mapping[str, Any], max_tokens: int, choice: int, **more: Any
     ) -> SamplingParams:
         """How tokens of one of the choices are drawn.
 
         Args:
             recommended: by the checkpoint, where the request says nothing.
+            more: fields that come from elsewhere, such as `structured`.
 
         Raises:
             UserError: two fields do not go together.
@@ -179,7 +177,7 @@ class GenerationRequest(SampledRequest):
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         known = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(
-            **dict(recommended) | known,
+            **dict(recommended) | known | more,
             max_tokens=max_tokens,
             logprobs=self.wanted_logprobs,
             prompt_logprobs=self.wanted_prompt_logprobs,
@@ -243,20 +241,38 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
     tools: list[Tool] | None = Field(default=None, max_length=_MOST_TOOLS)
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise bad_field("top_logprobs", "top_logprobs is given, but logprobs is not true")
-        if self.tool_choice == "auto" and not self.tools:
-            raise bad_field("tool_choice", "tool_choice is given, but no tools are")
+        self._check_tools()
         asked = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(asked) > 1:
             text = "max_tokens and max_completion_tokens differ; give one"
             raise bad_field("max_tokens", text)
         return self
+
+    def _check_tools(self) -> None:
+        choice, names = self.tool_choice, [tool.function.name for tool in self.tools or ()]
+        if choice not in (None, "none") and not names:
+            raise bad_field("tool_choice", "tool_choice is given, but no tools are")
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            text = f"tool_choice names {choice.function.name!r}; the tools: {', '.join(names)}"
+            raise bad_field("tool_choice", text)
+        if len(set(names)) < len(names):
+            raise bad_field("tools", "tools: two have the same name")
+
+    @property
+    def callable_functions(self) -> list[Function]:
+        """That the answer may call; empty where it may call none."""
+        functions = [tool.function for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            return [each for each in functions if each.name == name]
+        return [] if self.tool_choice == "none" else functions
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:

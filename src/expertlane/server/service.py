@@ -10,6 +10,7 @@ from typing import Any
 from expertlane.engine.async_engine import AsyncEngine, Generation
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.engine import Engine
+from expertlane.engine.grammars import Grammar
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
@@ -23,8 +24,9 @@ from expertlane.server.messages import Message
 from expertlane.server.metrics import Metrics
 from expertlane.server.observed import Observer
 from expertlane.server.prompts import PromptEncoder, TooLongError
-from expertlane.server.requests import GenerationRequest, SampledRequest
+from expertlane.server.requests import ChatRequest, GenerationRequest, SampledRequest
 from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.structured import Structured
 
 _RETRY_S = 1
 _PROMPT = re.compile(r"prompt(?: (\d+))?(?=:)")
@@ -67,6 +69,8 @@ class ServerOptions:
         observers: told of every request once it has its answer.
         on_event: told what happens to the server, by kind and text.
         max_stored_responses: of `/v1/responses`, kept in memory for later requests.
+        tool_call_parser, reasoning_parser: names of forms in `call_forms`, or `none`; None for
+            what the chat template tells.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -76,6 +80,8 @@ class ServerOptions:
     observers: tuple[Observer, ...] = ()
     on_event: Callable[[str, str], None] | None = None
     max_stored_responses: int = 1000
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
 
 
 class Service:
@@ -103,7 +109,11 @@ class Service:
         self.model = model
         self.options = options
         template = model.template
-        self.marks = Marks() if template is None else Marks.of_template(template.source)
+        self.marks = Marks()
+        if template is not None:
+            self.marks = Marks.of_template(
+                template.source, calls=options.tool_call_parser, thoughts=options.reasoning_parser
+            )
         self.created = int(time.time())
         self.is_draining = False
         self.num_open = 0
@@ -268,13 +278,41 @@ class Service:
         tokens = await self.encode(text, "messages", add_special_tokens=bool(add_special_tokens))
         return tokens, text
 
+    def shown_token_ids(self, request: ChatRequest) -> tuple[int, ...]:
+        """Control tokens that its answer's text needs, to be taken apart."""
+        tokenizer = self.model.tokenizer
+        needs_them = request.callable_functions or self.marks.thoughts is not None
+        if tokenizer is None or not needs_them:
+            return ()
+        return self.marks.shown_token_ids(tokenizer)
+
+    async def compile(self, structured: Structured, param: str) -> Grammar:
+        """A grammar, compiled beside the loop; while it is kept, requests find it at once.
+
+        Raises:
+            ApiError: it is not valid, or too costly.
+        """
+        self.tokenizer(param)
+        try:
+            grammars = self.model.engine.grammars
+            if (known := grammars.known(structured)) is not None:
+                return known
+            return await asyncio.wrap_future(grammars.compile_soon(structured))
+        except UserError as error:
+            raise bad_field(param, f"{param}: {error}") from None
+
     def params(
-        self, request: GenerationRequest, prompts: Sequence[Sequence[int]], param: str
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[Sequence[int]],
+        param: str,
+        **more: Any,
     ) -> list[SamplingParams]:
         """Of every choice of every prompt, in their order.
 
         Args:
             param: the field of the prompts.
+            more: as `GenerationRequest.params` takes them.
 
         Raises:
             ApiError: a prompt or its output would be too long, or fields do not go together.
@@ -299,7 +337,7 @@ class Service:
                 text = f"min_tokens is {request.min_tokens}; it must be at most {wanted}"
                 raise bad_field("min_tokens", text)
             found += [
-                request.params(self.model.recommended or {}, max(wanted, 1), choice)
+                request.params(self.model.recommended or {}, max(wanted, 1), choice, **more)
                 for choice in range(request.num_choices)
             ]
             self.metrics.on_request(request.num_choices, wanted)

@@ -51,4 +51,5 @@ class ReasoningCount:
         else:
             self._num_unknown += num
             if self._text.kind == "reasoning":
-                self.num_tokens, self._num_unknown = self._num_unknown, 0
+                self.num_tokens += self._num_unknown
+                self._num_unknown = 0

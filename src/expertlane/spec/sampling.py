@@ -8,13 +8,15 @@ import numpy.typing as npt
 
 from expertlane.errors import UserError
 from expertlane.spec.ranges import shown, take, take_fields
+from expertlane.spec.structured import Structured
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """What a request asks for.
 
-    Each token is chosen in this order: bias, penalties, temperature, top-k, top-p, min-p, draw.
+    Each token is chosen in this order: bias, penalties, `structured`, temperature, top-k, top-p,
+    min-p, draw.
     Tokens as likely as the last one that top-k or top-p keeps are kept too.
 
     Attributes:
@@ -39,6 +41,11 @@ class SamplingParams:
             the log-softmax of the logits before penalties, temperature and filters.
         prompt_logprobs: the same of each token of the prompt but the first, which has none. Such a
             prompt is computed whole, whatever the prefix cache holds.
+        structured: what the output must be. It ends when nothing can follow, whatever `ignore_eos`
+            and `min_tokens` say; after `max_tokens` it may be cut off.
+        skip_special_tokens: leave control tokens out of the text.
+        shown_token_ids: control tokens that are in the text all the same.
+        include_stop_str_in_output: the text ends with the stop string or token that ended it.
 
     Raises:
         UserError: a value is not valid.
@@ -60,6 +67,10 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured: Structured | None = None
+    skip_special_tokens: bool = True
+    shown_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -69,9 +80,13 @@ class SamplingParams:
             if not isinstance(text, str) or not text:
                 raise _refusal("stop", "holds", text, "a string, not empty")
         self._take_list("stop_token_ids", "whole numbers")
+        self._take_list("shown_token_ids", "whole numbers")
         take_fields(self, "sampling: {}".format)
-        if not isinstance(self.ignore_eos, bool):
-            raise _refusal("ignore_eos", "is", self.ignore_eos, "true or false")
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise _refusal(name, "is", getattr(self, name), "true or false")
+        if not isinstance(self.structured, Structured | None):
+            raise _refusal("structured", "is", self.structured, "Structured, or nothing")
         if self.min_tokens > self.max_tokens:
             valid = f"at most max_tokens, {self.max_tokens}"
             raise _refusal("min_tokens", "is", self.min_tokens, valid)
@@ -98,6 +113,7 @@ class SamplingParams:
             or self.prompt_logprobs is not None
             or bool(self.logit_bias)
             or self.holds_stops
+            or self.structured is not None
         )
 
     @property

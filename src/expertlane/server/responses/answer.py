@@ -9,6 +9,7 @@ from fastapi import Response
 from starlette.types import Send
 
 from expertlane.engine.async_engine import Generation
+from expertlane.engine.grammars import Grammar
 from expertlane.schedule.request import FinishReason
 from expertlane.server.answers import (
     EVENTS_HEAD,
@@ -44,10 +45,11 @@ class ResponseAnswer(ChatAnswer):
         prompt: list[int],
         params: Sequence[SamplingParams],
         text: str,
+        grammar: Grammar | None,
         store: ResponseStore,
         messages: list[dict[str, Any]],
     ) -> None:
-        super().__init__(service, chat, [prompt], params, text)
+        super().__init__(service, chat, prompt, params, text, grammar)
         self._items = ResponseItems()
         self._reason: FinishReason | None = None
         self._num_events = 0
@@ -149,7 +151,7 @@ def _body(service: Service, request: ResponsesRequest, params: SamplingParams) -
         "safety_identifier": request.safety_identifier,
         "service_tier": "default",
         "temperature": params.temperature,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": request.format_of_text},
         "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
         "tools": [{"parameters": None, "strict": None} | tool.model_dump() for tool in tools],
         "top_logprobs": request.top_logprobs or 0,
@@ -173,8 +175,8 @@ async def make_response(
         before = store.get(request.previous_response_id, "previous_response_id").messages
     chat = request.as_chat(before)
     try:
-        prompt, text, params = await prepare_chat(service, chat)
+        prepared = await prepare_chat(service, chat)
     except ApiError as error:
         raise renamed(error) from None
     messages = [*before, *request.messages()]
-    return ResponseAnswer(service, request, chat, prompt, params, text, store, messages)
+    return ResponseAnswer(service, request, chat, *prepared, store, messages)

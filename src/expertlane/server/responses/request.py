@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from expertlane.server.errors import ApiError, bad_field, refusal
 from expertlane.server.fields import Known, Strict, TemplateVariables, number
@@ -12,7 +12,12 @@ from expertlane.server.requests import ChatRequest, SampledRequest
 
 LOGPROBS = "message.output_text.logprobs"  # to be asked for with `include`
 _MOST_ITEMS = 4096
-_NAMES = {"messages": "input", "max_tokens": "max_output_tokens"}  # of the chat's fields
+_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+}  # of the chat's fields
 _STATUS = ("in_progress", "completed", "incomplete")
 
 
@@ -152,7 +157,16 @@ class TextFormat(Known):
     """What the text has to be."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"model": ()}
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: JsonValue | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+    def for_chat(self) -> dict[str, Any]:
+        """As chats have it."""
+        schema = self.model_dump(by_alias=True, exclude_none=True, exclude={"type"})
+        return {"type": self.type} | ({"json_schema": schema} if schema else {})
 
 
 class TextOptions(Known):
@@ -201,6 +215,13 @@ class ResponsesRequest(SampledRequest):
         """Under either name."""
         return LOGPROBS in (self.include or ()) or self.top_logprobs is not None
 
+    @property
+    def format_of_text(self) -> dict[str, Any]:
+        """What the text has to be, as it was given."""
+        if self.text is None or self.text.format is None:
+            return {"type": "text"}
+        return self.text.format.model_dump(by_alias=True, exclude_none=True)
+
     def messages(self) -> list[dict[str, Any]]:
         """What is new of the chat, without instructions."""
         if isinstance(self.input, str):
@@ -229,6 +250,9 @@ class ResponsesRequest(SampledRequest):
             "max_tokens": self.max_output_tokens,
             "logprobs": self.wants_logprobs or None,
             "top_logprobs": self.top_logprobs,
+            "response_format": None
+            if self.text is None or self.text.format is None
+            else self.text.format.for_chat(),
             "tools": None if self.tools is None else [tool.for_chat() for tool in self.tools],
             "tool_choice": choice if self.tools or choice != "auto" else None,
             "parallel_tool_calls": self.parallel_tool_calls,

@@ -1,0 +1,115 @@
+"""Fields that say what an output must be, under all the names that clients have for them."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from expertlane.errors import UserError
+from expertlane.server.errors import bad_field
+from expertlane.server.fields import Known, Strict
+from expertlane.spec.structured import Structured
+
+_ANY_OBJECT = {"type": "object"}
+_Schema = dict[str, Any] | bool
+
+
+class JsonSchema(Strict):
+    """A schema by name, as the API has it. `strict` changes nothing: all are held to it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    strict: bool | None = None
+    schema_: _Schema | None = Field(default=None, alias="schema")
+
+
+class ResponseFormat(Strict):
+    """What the API has for it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Strict):
+    """What vLLM has for it; one of them."""
+
+    json_: _Schema | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_fallback: bool | None = None  # there is one backend
+    disable_any_whitespace: Literal[False] | None = None
+    disable_additional_properties: Literal[False] | None = None
+    whitespace_pattern: None = None
+    structural_tag: None = None
+
+
+class StructuredRequest(Known):
+    """A request whose output may have to be something."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: _Schema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+    def structured(self) -> tuple[Structured | None, str]:
+        """What its output must be, and the field that says so.
+
+        Raises:
+            ApiError: several fields do, or one is not valid.
+        """
+        found = self._asked()
+        if len(found) > 1:
+            first, second = (name for name, _ in found[:2])
+            raise bad_field(second, f"{second} and {first} are both given; give one")
+        if not found:
+            return None, ""
+        ((param, given),) = found
+        try:
+            return Structured(**given), param
+        except UserError as error:
+            raise bad_field(param, f"{param}: {error}") from None
+
+    def _asked(self) -> list[tuple[str, dict[str, Any]]]:
+        """Fields that say what the output must be, with the arguments of `Structured`."""
+        pairs: list[tuple[str, dict[str, Any]]] = [
+            ("guided_json", {"json_schema": self.guided_json}),
+            ("guided_regex", {"regex": self.guided_regex}),
+            ("guided_choice", {"choice": self.guided_choice}),
+            ("guided_grammar", {"grammar": self.guided_grammar}),
+            ("regex", {"regex": self.regex}),
+            ("grammar", {"grammar": self.grammar}),
+        ]
+        if (outputs := self.structured_outputs) is not None:
+            given = {
+                "json_schema": _ANY_OBJECT if outputs.json_object else outputs.json_,
+                "regex": outputs.regex,
+                "choice": outputs.choice,
+                "grammar": outputs.grammar,
+            }
+            given = {name: value for name, value in given.items() if value is not None}
+            if outputs.json_object and outputs.json_ is not None:
+                raise bad_field("structured_outputs", "structured_outputs: json and json_object")
+            if not given:
+                raise bad_field("structured_outputs", "structured_outputs is empty; give one")
+            pairs.append(("structured_outputs", given))
+        if (form := self.response_format) is not None:
+            pairs.append(("response_format", {"json_schema": _schema_of(form)}))
+        return [
+            (name, given) for name, given in pairs if any(v is not None for v in given.values())
+        ]
+
+
+def _schema_of(form: ResponseFormat) -> _Schema | None:
+    """None where any text will do."""
+    if (form.type == "json_schema") != (form.json_schema is not None):
+        text = "response_format: json_schema is given with type json_schema, and only with it"
+        raise bad_field("response_format", text)
+    if form.json_schema is not None:
+        schema = form.json_schema.schema_
+        return _ANY_OBJECT if schema is None else schema
+    return _ANY_OBJECT if form.type == "json_object" else None

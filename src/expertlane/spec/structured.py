@@ -1,0 +1,121 @@
+"""What an output must be: JSON of a schema, a match of a regex or a grammar, one of some texts."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from expertlane.errors import UserError
+from expertlane.spec.ranges import shown
+
+KIB = 1024
+MOST_SCHEMA_CHARACTERS = 256 * KIB
+MOST_GRAMMAR_CHARACTERS = 256 * KIB
+MOST_REGEX_CHARACTERS = 16 * KIB
+MOST_CHOICES = 4096
+MOST_DEPTH = 64  # of lists and objects in a schema
+
+
+@dataclass(frozen=True)
+class Structured:
+    """What an output must be; exactly one of them is given.
+
+    Attributes:
+        json_schema: of a JSON value, as an object, a boolean or JSON text; kept as text.
+        regex: that the whole output matches, in the syntax of Rust's `regex` crate.
+        grammar: in llguidance's Lark syntax, or in GBNF (`root ::= …`).
+        choice: texts, of which the output is one.
+        lead: text that comes before it, such as reasoning, of any kind up to this end; None where
+            there is none.
+        may_lead: the beginning of such a text, where the output may have one or not; None where it
+            has one anyway.
+        prefix: a text that stands before it.
+
+    Raises:
+        UserError: none or several are given, or one is too large or of a wrong type.
+    """
+
+    json_schema: Any = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: tuple[str, ...] | None = None
+    lead: str | None = None
+    may_lead: str | None = None
+    prefix: str = ""
+
+    def __post_init__(self) -> None:
+        given = [name for name in KINDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            names = ", ".join(KINDS)
+            raise UserError(f"structured: {len(given)} of {names} are given; give one")
+        (kind,) = given
+        value = getattr(self, kind)
+        if kind == "json_schema":
+            object.__setattr__(self, kind, _schema_text(value))
+        elif kind == "choice":
+            object.__setattr__(self, kind, _choices(value))
+        else:
+            most = MOST_REGEX_CHARACTERS if kind == "regex" else MOST_GRAMMAR_CHARACTERS
+            if not isinstance(value, str) or not value:
+                raise UserError(f"{kind} is {shown(value)}; it must be a text, not empty")
+            _check_size(kind, value, most)
+
+    @property
+    def kind(self) -> str:
+        """Which one is given."""
+        return next(name for name in KINDS if getattr(self, name) is not None)
+
+
+KINDS = ("json_schema", "regex", "grammar", "choice")
+
+
+def _check_size(kind: str, text: str, most: int) -> None:
+    if len(text) > most:
+        raise UserError(f"{kind} has {len(text):,} characters; at most {most:,} are taken")
+    if any("\ud800" <= each <= "\udfff" for each in text):
+        raise UserError(f"{kind} holds half a surrogate pair; give valid Unicode")
+
+
+def _schema_text(value: Any) -> str:
+    if isinstance(value, str):
+        _check_size("json_schema", value, MOST_SCHEMA_CHARACTERS)
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"json_schema is no JSON: {error}") from None
+    if not isinstance(value, Mapping | bool):
+        raise UserError(f"json_schema is {shown(value)}; it must be an object or a boolean")
+    if any(depth > MOST_DEPTH for depth in _depths(value)):
+        raise UserError(f"json_schema is nested more than {MOST_DEPTH} deep")
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"json_schema is no JSON: {error}") from None
+    _check_size("json_schema", text, MOST_SCHEMA_CHARACTERS)
+    return text
+
+
+def _depths(value: Any) -> Iterator[int]:
+    """The depth of each list and object, from the outside; none is looked into beyond the most."""
+    found = [(value, 1)]
+    while found:
+        each, depth = found.pop()
+        inner: Iterable[Any] = ()
+        if isinstance(each, Mapping):
+            inner = each.values()
+        elif isinstance(each, list | tuple):
+            inner = each
+        else:
+            continue
+        yield depth
+        found += [(part, depth + 1) for part in inner]
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    texts = tuple(value) if isinstance(value, list | tuple) else ()
+    if not texts or not all(isinstance(each, str) for each in texts):
+        raise UserError(f"choice is {shown(value)}; it must be a list of texts, not empty")
+    if len(texts) > MOST_CHOICES:
+        raise UserError(f"choice holds {len(texts):,} texts; at most {MOST_CHOICES:,} are taken")
+    _check_size("choice", "".join(texts), MOST_GRAMMAR_CHARACTERS)
+    return texts
