@@ -1,12 +1,20 @@
 """What schemathesis draws from our OpenAPI schema: no 5xx, no hang, errors in the API's form."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
+from expertlane.server.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from expertlane.server.responses.request import ResponsesRequest
 from server.running import PATIENCE_S
 
 NUM_ROUTES = 15
@@ -61,6 +69,15 @@ def test_many_requests(described):
     found = draw(described, 230)
     print(found)
     assert found.total() >= 2000
+
+
+@pytest.mark.parametrize(
+    "model",
+    [CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest],
+)
+def test_the_page_has_every_field(model):
+    page = (Path(__file__).parents[2] / "docs/http_api.md").read_text()
+    assert [name for name in model.model_fields if f"`{name}`" not in page] == []
 
 
 def test_bodies_are_described(described):
