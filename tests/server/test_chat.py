@@ -123,6 +123,31 @@ def test_models(served):
 def test_health(served, path):
     answer = served.http.get(path)
     assert (answer.status_code, answer.content) == (200, b"")
+    assert served.http.head(path).status_code == 200
+
+
+def test_head_is_get_without_its_body(served):
+    found = served.http.get("/v1/models")
+    head = served.http.head("/v1/models")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["Content-Length"] == found.headers["Content-Length"]
+    assert served.http.head("/v1/embeddings").status_code == 404
+
+
+def test_what_evaluations_ask_of_a_tokenizer(served):
+    """lm-eval uses `/tokenize` in place of a tokenizer where this is answered."""
+    info = served.http.get("/tokenizer_info").json()
+    assert {"eos_token", "bos_token", "pad_token", "chat_template"} <= info.keys()
+    body = {"prompt": "the thing", "add_special_tokens": False}
+    assert served.http.post("/tokenize", json=body).json()["tokens"]
+
+
+def test_cached_tokens_are_told(served):
+    body = ASKED | {"messages": [{"role": "user", "content": "the thing is that " * 4}]}
+    usage = [served.client.chat.completions.create(max_tokens=1, **body).usage for _ in range(2)]
+    assert usage[1].prompt_tokens_details.cached_tokens >= 16
+    assert usage[1].prompt_tokens == usage[0].prompt_tokens
+    assert usage[1].completion_tokens_details.reasoning_tokens == 0
 
 
 def test_version_load_and_schema(served):

@@ -249,6 +249,13 @@ def test_no_words_of_pydantic(served):
         ("POST", "/v1/models", 405),
         ("GET", "/v1/models/other", 404),
         ("GET", "/docs", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/images/generations", 404),
+        ("POST", "/v1/responses/resp_x/cancel", 404),
+        ("GET", "/v1/responses/resp_x", 404),
+        ("DELETE", "/v1/responses/resp_x", 404),
+        ("PUT", "/v1/responses", 405),
+        ("OPTIONS", CHAT, 405),
     ],
 )
 def test_other_routes(served, method, path, status):

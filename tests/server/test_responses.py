@@ -187,8 +187,15 @@ def test_items_make_the_chat_that_they_were():
         "input": [
             {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
             {"type": "reasoning", "id": "1", "summary": [], "content": [THOUGHT]},
-            {"type": "message", "id": "2", "role": "assistant", "status": "completed",
-             "content": [{"type": "output_text", "text": "b", "annotations": [], "logprobs": []}]},
+            {
+                "type": "message",
+                "id": "2",
+                "role": "assistant",
+                "status": "completed",
+                "content": [
+                    {"type": "output_text", "text": "b", "annotations": [], "logprobs": []}
+                ],
+            },
             {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}", "id": "3"},
             {"type": "function_call", "call_id": "d", "name": "run", "arguments": "{}"},
             {"type": "function_call_output", "call_id": "c", "output": "1"},
@@ -198,7 +205,7 @@ def test_items_make_the_chat_that_they_were():
         ],
         "instructions": "be brief",
         "tools": [{"type": "function", "name": "look", "parameters": {"type": "object"}}],
-    }  # fmt: skip
+    }
     chat = ResponsesRequest.model_validate(given).as_chat([{"role": "user", "content": "0"}])
     shown = [message.model_dump(exclude_none=True) for message in chat.messages]
     assert [each["role"] for each in shown] == [
@@ -233,7 +240,7 @@ BAD = [
     ({"background": True}, "background"),
     ({"conversation": "c"}, "conversation"),
     ({"truncation": "auto"}, "truncation"),
-    ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
+    ({"include": ["file_search_call.results"]}, "include[0]"),
     ({"reasoning": {"effort": "high"}}, "reasoning"),
     ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
     ({"text": {"format": {"type": "json_schema"}}}, "text.format"),

@@ -61,9 +61,10 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], name: str) -> None:
+        self._special_tokens = dict(special_tokens)
         self._template = {
             "source": source,
-            "special_tokens": dict(special_tokens),
+            "special_tokens": self._special_tokens,
             "cpu_s": _CPU_S,
             "memory_bytes": _MEMORY_BYTES,
         }
@@ -72,6 +73,11 @@ class ChatTemplate:
         self._process: _TemplateProcess | None = None
         with self._lock:
             self._start()
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """As given."""
+        return dict(self._special_tokens)
 
     @property
     def source(self) -> str:

@@ -7,10 +7,10 @@ from fastapi import FastAPI, Response
 from expertlane.server.answers import make_chat
 from expertlane.server.arrival import Arrival
 from expertlane.server.completions import make_completion
-from expertlane.server.errors import bad_field, install_handlers, json_response
+from expertlane.server.errors import ErrorBody, bad_field, install_handlers, json_response
 from expertlane.server.live import add_live
 from expertlane.server.metrics import CONTENT_TYPE
-from expertlane.server.middleware import ApiKeys, BodyLimit, Counted
+from expertlane.server.middleware import ApiKeys, BodyLimit, Counted, Heads
 from expertlane.server.observed import Observed
 from expertlane.server.requests import (
     ChatRequest,
@@ -24,8 +24,8 @@ from expertlane.version import __version__
 
 _TOKENIZED = 4  # times the longest prompt: clients cut what they have tokenized
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "The request is wrong; `error.param` names the field."},
-    "5XX": {"description": "The server cannot answer."},
+    "4XX": {"model": ErrorBody, "description": "The request is wrong; `error.param` names it."},
+    "5XX": {"model": ErrorBody, "description": "The server cannot answer."},
 }
 
 
@@ -45,6 +45,7 @@ def make_app(service: Service) -> FastAPI:
     _add_state(app, service)
     add_live(app, service.live)
     # The last one added comes first.
+    app.add_middleware(Heads)
     app.add_middleware(BodyLimit)
     app.add_middleware(ApiKeys, keys=service.options.api_keys)
     app.add_middleware(Counted, count=service.metrics.on_response)
@@ -95,6 +96,16 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
                 "token_strs": names,
             }
         )
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """What evaluations must know to use `/tokenize` in place of a tokenizer of their own."""
+        tokenizer, template = service.tokenizer("tokenizer"), service.model.template
+        eos = [tokenizer.name(each) for each in sorted(tokenizer.eos_token_ids)]
+        own = {"eos_token": eos[0] if eos else None, "bos_token": None, "pad_token": None}
+        if template is not None:
+            own |= template.special_tokens | {"chat_template": template.source}
+        return json_response(own | {"model_max_length": service.model.max_model_len})
 
     @app.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> Response:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from expertlane.errors import UserError
@@ -23,6 +24,21 @@ _CODES = {
 _PYDANTIC = re.compile(r"^\w+ should(?= )")  # Input, String, List…
 _NO_JSON = "invalid_json"
 _MOST = 500  # characters of a message
+
+
+class ErrorFacts(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: ErrorFacts
 
 
 class ApiError(Exception):

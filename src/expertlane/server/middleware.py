@@ -44,6 +44,18 @@ class Counted:
         await self._app(scope, receive, counting_send)
 
 
+class Heads:
+    """Answers HEAD as GET; the server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on."""
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self._app({**scope, "method": "GET"} if is_head else scope, receive, send)
+
+
 class ApiKeys:
     """Refuses requests without one of the keys.
 

@@ -1,8 +1,7 @@
 """What requests may ask for: every field that is known, what it may be, and what it becomes.
 
 A field that is neither here nor in a table of neutral values is refused by its name, as is a value
-that would have an effect that this server lacks. `docs/commands/serve.md` says which clients were
-looked at.
+that would have an effect that this server lacks. `docs/http_api.md` says which clients were run.
 """
 
 from collections.abc import Mapping

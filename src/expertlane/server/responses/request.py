@@ -196,7 +196,10 @@ class ResponsesRequest(SampledRequest):
     max_output_tokens: int | None = number("max_tokens")
     previous_response_id: str | None = None
     store: bool | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    # Reasoning is given, and taken back, as text: there is nothing to encrypt.
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
+        None
+    )
     top_logprobs: int | None = number("logprobs")
     text: TextOptions | None = None
     tools: list[ResponseTool] | None = None

@@ -1,0 +1,91 @@
+"""What schemathesis draws from our OpenAPI schema: no 5xx, no hang, errors in the API's form."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+
+from expertlane.server.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from expertlane.server.responses.request import ResponsesRequest
+from server.running import PATIENCE_S
+
+NUM_ROUTES = 15
+ERROR = {"message", "type", "param", "code"}
+
+
+@pytest.fixture(scope="module")
+def described(served):
+    return schemathesis.openapi.from_url(f"{served.server.url}/openapi.json")
+
+
+def check(case):
+    """The answer comes, and is none of a broken server; gives its status."""
+    if isinstance(case.body, dict):  # what runs to the end of its context is for other tests
+        case.body.setdefault("timeout_s", 2)
+    answer = case.call(timeout=PATIENCE_S)
+    status = answer.status_code
+    error = answer.json()["error"] if status >= 400 else None
+    assert status < 500 or (status == 504 and error["code"] == "timeout"), answer.text
+    assert error is None or (error.keys() == ERROR and error["message"])
+    return status
+
+
+def draw(described, num_examples):
+    """Draw for every route, valid requests and invalid ones; gives how often each status came."""
+    found = Counter()
+    for result in described.get_all_operations():
+        operation = result.ok()
+        for mode in GenerationMode if operation.body else [GenerationMode.POSITIVE]:
+
+            @settings(
+                max_examples=num_examples,
+                deadline=None,
+                derandomize=True,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def answer(case):
+                found[check(case)] += 1
+
+            answer()
+    return found
+
+
+def test_some_requests(described):
+    assert {200, 400} <= draw(described, 5).keys()
+
+
+@pytest.mark.full
+def test_many_requests(described):
+    found = draw(described, 230)
+    print(found)
+    assert found.total() >= 2000
+
+
+@pytest.mark.parametrize(
+    "model",
+    [CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest],
+)
+def test_the_page_has_every_field(model):
+    page = (Path(__file__).parents[2] / "docs/http_api.md").read_text()
+    assert [name for name in model.model_fields if f"`{name}`" not in page] == []
+
+
+def test_bodies_are_described(described):
+    schema = described.raw_schema
+    assert len(list(described.get_all_operations())) == NUM_ROUTES
+    for path in ("completions", "chat/completions", "responses"):
+        body = schema["paths"][f"/v1/{path}"]["post"]["requestBody"]["content"]["application/json"]
+        name = body["schema"]["$ref"].rpartition("/")[2]
+        fields = schema["components"]["schemas"][name]
+        assert fields["additionalProperties"] is False
+        assert fields["properties"]["temperature"]["anyOf"][0]["maximum"] == 1e9
