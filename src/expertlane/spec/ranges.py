@@ -107,7 +107,9 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "num_sequences": _whole(1, 2**20),
     "prompt_len output_len": _POSITIONS,
     "seed": _whole(0, 2**64 - 1),
-    "num_requests batch": _whole(1, 10**6),
+    "num_requests batch num_prefixes": _whole(1, 10**6),
+    "prefix_len": _whole(0, 2**24),
+    "num_warm_up": _whole(0, 10**6),
     "rate": _number(1e-3, 1e6),
     "limit_s": _above(0, 1e9),  # of an SLO, in its unit
     "price": _above(0, 1e6),
