@@ -5,7 +5,6 @@ import ssl
 import time
 from array import array
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
 from urllib.parse import urlsplit
@@ -17,6 +16,7 @@ from expertlane.version import __version__
 
 MOST_ANSWER_BYTES = 2**28
 _SSE = "text/event-stream"
+_KEPT_S = 2.0  # idle; servers close theirs after 5 and more, and a request must not meet that
 
 
 class ConnectionFailed(Exception):
@@ -94,7 +94,11 @@ class Answer:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, which has one request at a time."""
+    """One connection, which has one request at a time.
+
+    Attributes:
+        idle_since_s: when the last answer was whole.
+    """
 
     def __init__(self) -> None:
         self.answer = Answer()
@@ -103,6 +107,8 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
         self._is_usable_again = False
+        self._has_length = False
+        self.idle_since_s = 0.0
 
     async def ask(self, head: bytes, body: bytes, answer: Answer) -> bool:
         """Send a request and fill the answer; gives whether another one may follow.
@@ -113,9 +119,11 @@ class _Connection(asyncio.Protocol):
         assert self._transport is not None
         self.answer = answer
         self._parser = httptools.HttpResponseParser(self)
+        self._has_length = False
         self._waiter = asyncio.get_running_loop().create_future()
         self._transport.write(head + body)
         await self._waiter
+        self.idle_since_s = time.perf_counter()
         return self._is_usable_again and self.is_open
 
     def close(self) -> None:
@@ -138,11 +146,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_open = False
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            # An answer without a length ends where the connection does.
-            with suppress(httptools.HttpParserError):
-                self._parser.feed_data(b"")
+        if self.answer.status and not self._has_length and error is None:
+            self._finish()  # such an answer ends where the connection does
         self._fail(ClosedEarly("connection closed"))
 
     def _fail(self, error: Exception) -> None:
@@ -152,8 +157,10 @@ class _Connection(asyncio.Protocol):
     # Called by the parser.
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"content-type":
+        name = name.lower()
+        if name == b"content-type":
             self.answer.content_type = value.decode("latin-1").lower()
+        self._has_length |= name in (b"content-length", b"transfer-encoding")
 
     def on_headers_complete(self) -> None:
         self.answer.status = self._parser.get_status_code()
@@ -171,6 +178,9 @@ class _Connection(asyncio.Protocol):
         if 100 <= self.answer.status < 200:
             return
         self._is_usable_again = self._parser.should_keep_alive()
+        self._finish()
+
+    def _finish(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -212,17 +222,17 @@ class Connections:
             f"{method} {self.url.path}{path} HTTP/1.1\r\n{self._headers}"
             f"Content-Length: {len(body)}\r\n\r\n"
         ).encode("latin-1")
+        connection = self._kept() or await self._connect()
+        return await self._ask(connection, head, body, answer)
+
+    def _kept(self) -> _Connection | None:
+        """The one that was used last; older ones may be closed at any time."""
         while self._idle:
             kept = self._idle.pop()
-            if not kept.is_open:
-                continue
-            try:
-                return await self._ask(kept, head, body, answer)
-            except ClosedEarly:
-                if answer.status:
-                    raise
-                break  # it was idle for too long: a new one, once
-        return await self._ask(await self._connect(), head, body, answer)
+            if kept.is_open and time.perf_counter() - kept.idle_since_s < _KEPT_S:
+                return kept
+            kept.close()
+        return None
 
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
