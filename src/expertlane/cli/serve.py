@@ -19,6 +19,7 @@ from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
     from expertlane.engine.chat_template import ChatTemplate
+    from expertlane.server.run import Running
     from expertlane.server.service import ServedModel
 
 _API_KEY = "EXPERTLANE_API_KEY"
@@ -97,12 +98,17 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
     with bound, found.load(layout, engine) as llm:
         name = own.served_model_name or model
         served = ServedModel(name, llm.engine, llm.limits, llm.tokenizer, template, recommended)
+
+        def on_start(running: "Running") -> None:
+            llm.on_told_to_end(running.tell_to_drain)
+            _say(served, layout, bound, own.as_json)
+
         serve(
             served,
             options,
             bound,
             check_ranks=llm.check_ranks,
-            on_start=lambda running: _say(served, layout, bound, own.as_json),
+            on_start=on_start,
         )
 
 
