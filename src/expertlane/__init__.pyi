@@ -316,8 +316,8 @@ def bench(
     price: float | None = None,
     url: Text | None = None,
     compare: Text | None = None,
-    repeat: int | None = None,
-    chat: bool = False,
+    rounds: int | None = None,
+    endpoint: Literal['completions', 'chat'] = 'completions',
     tokenizer: str | Path | None = None,
     api_key_file: str | Path | Sequence[str | Path] | None = None,
     num_warm_up: int | None = None,
@@ -381,8 +381,8 @@ def bench(
         url: Measure a server of the OpenAI API: this one, vLLM, SGLang… MODEL is its name
             there.
         compare: A second server, measured in turns with the first one.
-        repeat: Rounds, each with requests of its own; 5 or more give an interval.
-        chat: Chat completions instead of completions.
+        rounds: Rounds, each with requests of its own; 5 or more give an interval.
+        endpoint: What requests ask for; prompts of chats are text.
         tokenizer: Folder of the model's tokenizer; chats need one.
         api_key_file: File with the API key; a second one is for --compare.
         num_warm_up: Requests before each load that are not counted.

@@ -15,6 +15,7 @@ from engine.processes import wait_until
 from expertlane.results.file import read
 
 SHORT = ["--prompt-len", "4", "--output-len", "3", "--num-requests", "6", "--batch", "2"]
+CHAT = ["--endpoint", "chat"]
 KEY = "sk-a-secret"
 
 
@@ -110,7 +111,7 @@ def test_a_chat_gets_text(run, fake, tmp_path):
 
     server = fake(chat)
     folder = str(letters(tmp_path))
-    code, out, err = run("bench", "--url", server.url, "--chat", "--tokenizer", folder, *SHORT)
+    code, out, err = run("bench", "--url", server.url, *CHAT, "--tokenizer", folder, *SHORT)
     assert code == 0, err
     lens = [len(each["messages"][0]["content"]) for each in server.asked[1:]]
     assert set(lens) == {2}  # of 4 tokens the template adds two
@@ -119,7 +120,7 @@ def test_a_chat_gets_text(run, fake, tmp_path):
 
 MISTAKES = {
     "no model": ([], "MODEL is missing: give a model, or a server's --url"),
-    "no server": (["paper-tiny", "--chat"], "--chat is for a server; give its --url"),
+    "no server": (["paper-tiny", *CHAT], "--endpoint is for a server; give its --url"),
     "no URL": (["--url", "ftp://h"], "--url is 'ftp://h'; it must be like http://127.0.0.1:8000"),
     "engine": (["--url", "{url}", "--layout", "tp=2"], "--layout says how a model runs here"),
     "engine too": (["--url", "{url}", "--num-blocks", "9"], "--num-blocks says how a model runs"),
@@ -133,8 +134,8 @@ MISTAKES = {
         ["--url", "{url}", "--api-key-file", "a", "--api-key-file", "b"],
         "--api-key-file is given 2 times; once for each server",
     ),
-    "repeat": (["--url", "{url}", "--repeat", "0"], "--repeat is 0; it must be a whole number, 1"),
-    "chat": (["--url", "{url}", "--chat"], "chats need text prompts; give the model's folder"),
+    "rounds": (["--url", "{url}", "--rounds", "0"], "--rounds is 0; it must be a whole number, 1"),
+    "chat": (["--url", "{url}", *CHAT], "chats need text prompts; give the model's folder"),
     "prefix": (
         ["--url", "{url}", "--prompt-len", "8", "--prefix-len", "8"],
         "--prefix-len is 8, --prompt-len 8; a prompt must be longer than the beginning",

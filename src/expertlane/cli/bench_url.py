@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import typer
 
@@ -38,13 +38,15 @@ class UrlOptions:
     compare: str | None = typer.Option(
         None, metavar="URL", help="A second server, measured in turns with the first one."
     )
-    repeat: int | None = typer.Option(
+    rounds: int | None = typer.Option(
         None,
         metavar="N",
         show_default=f"1; with --compare {_PAIRED_ROUNDS}",
         help="Rounds, each with requests of its own; 5 or more give an interval.",
     )
-    chat: bool = typer.Option(False, "--chat", help="Chat completions instead of completions.")
+    endpoint: Literal["completions", "chat"] = typer.Option(
+        "completions", help="What requests ask for; prompts of chats are text."
+    )
     tokenizer: Path | None = typer.Option(
         None,
         metavar="DIR",
@@ -124,7 +126,7 @@ class UrlOptions:
     @property
     def num_rounds(self) -> int:
         """How often each load is repeated."""
-        return self.repeat or (1 if self.compare is None else _PAIRED_ROUNDS)
+        return self.rounds or (1 if self.compare is None else _PAIRED_ROUNDS)
 
 
 def _check_key(key: str, where: str) -> None:
@@ -148,7 +150,7 @@ def run_url(
         load.seed,
         load.slos,
         options.vocabulary(model),
-        options.chat,
+        options.endpoint == "chat",
         options.num_warm_up,
         options.num_rounds,
         **more,
@@ -174,7 +176,7 @@ def _results(
             "model": " and ".join(dict.fromkeys(seen.models)),
             "workload": load.question(asked.loads[0]),
             "urls": urls,
-            "chat": asked.is_chat,
+            "endpoint": "chat" if asked.is_chat else "completions",
             "rounds": asked.num_rounds,
         },
         seen.records,

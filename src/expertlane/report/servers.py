@@ -40,9 +40,9 @@ _IN_ANSWER = ("output tokens/s", "goodput", "TTFT median", "TTFT p99", "TPOT med
 def server_answer(results: Results) -> Answer:
     """What each server gave, how two of them differ, and what went wrong."""
     urls = results.question["urls"]
-    route = "chat" if results.question["chat"] else "completions"
     found = served(results)
-    setting = [shortened(results.question["model"], NAME_COLUMNS), *_called(urls), route]
+    setting = [shortened(results.question["model"], NAME_COLUMNS), *_called(urls)]
+    setting.append(results.question["endpoint"])
     parts: list[Words] = []
     if results.ratios:
         shown = [each for each in results.ratios if each.metric in _IN_ANSWER]

@@ -260,7 +260,7 @@ class Results(Strict):
             deployments), `skew` of its projection, and `traffic` where each deployment's is to be
             shown in detail; simulation: `model`, `workload`, `serving`;
             plan: `model`, `workload`, `max_tpot_s`, `max_ttft_s`; bench: `model`, `workload`,
-            `ranks_per_node`, or `urls`, `chat` and `rounds` of servers. The workload of a
+            `ranks_per_node`, or `urls`, `endpoint` and `rounds` of servers. The workload of a
             simulation or bench has what is the same for all loads: `prompt_len`, `output_len`,
             `seed`, and `requests`, the file they are from; `prefix_len` and `num_prefixes` where
             prompts share their beginning.

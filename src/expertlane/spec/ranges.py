@@ -116,7 +116,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "skew": _number(0, 10),
     "threshold": _number(0, 1e3),
     "link_scale": _number(1e-6, 1e9),
-    "repeat": _whole(1, 1000),
+    "repeat rounds": _whole(1, 1000),
     "min_time": _number(0, 1e6),
     "mtp_acceptance": _number(0, 1),
     # engine
