@@ -386,7 +386,7 @@ def bench(
         tokenizer: Folder of the model's tokenizer; chats need one.
         api_key_file: File with the API key; a second one is for --compare.
         num_warm_up: Requests before each load that are not counted.
-        request_timeout_s: Time limit of a request.
+        request_timeout_s: Time limit of a request, waiting included.
         dtype: Type of weights and activations.
         max_model_len: Longest sequence, in tokens.
         num_blocks: KV-cache blocks.

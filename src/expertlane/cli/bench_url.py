@@ -66,7 +66,10 @@ class UrlOptions:
         help="Requests before each load that are not counted.",
     )
     request_timeout_s: float | None = typer.Option(
-        None, metavar="SECONDS", show_default="600", help="Time limit of a request."
+        None,
+        metavar="SECONDS",
+        show_default="600",
+        help="Time limit of a request, waiting included.",
     )
 
     def check_unused(self) -> None:
