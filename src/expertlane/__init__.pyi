@@ -200,6 +200,8 @@ def simulate(
     prompt_len: Text | None = None,
     output_len: Text | None = None,
     requests: str | Path | None = None,
+    prefix_len: int | None = None,
+    num_prefixes: int | None = None,
     seed: int = 0,
     slo: Text | Sequence[Text] | None = None,
     price: float | None = None,
@@ -249,6 +251,9 @@ def simulate(
         output_len: Tokens per output. N:N: uniform in that range.
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
             or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
+        prefix_len: Tokens at the beginning of a prompt, of --prompt-len, that it shares with
+            others.
+        num_prefixes: Different shared beginnings; each prompt has one of them.
         seed: Seed of all random draws; reproducible for equal seeds.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=500ms,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95
@@ -296,7 +301,7 @@ def simulate(
 
 
 def bench(
-    model: Text,
+    model: Text | None = None,
     *,
     layout: Text | Sequence[Text] | None = None,
     batch: Text | None = None,
@@ -305,9 +310,19 @@ def bench(
     prompt_len: Text | None = None,
     output_len: Text | None = None,
     requests: str | Path | None = None,
+    prefix_len: int | None = None,
+    num_prefixes: int | None = None,
     seed: int = 0,
     slo: Text | Sequence[Text] | None = None,
     price: float | None = None,
+    url: Text | None = None,
+    compare: Text | None = None,
+    rounds: int | None = None,
+    endpoint: Literal['completions', 'chat'] = 'completions',
+    tokenizer: str | Path | None = None,
+    api_key_file: str | Path | Sequence[str | Path] | None = None,
+    num_warm_up: int | None = None,
+    request_timeout_s: float | None = None,
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None,
     max_model_len: int | None = None,
     num_blocks: int | None = None,
@@ -333,15 +348,20 @@ def bench(
     ignore_unused_tensors: bool = False,
     out: str | Path | None = None,
 ) -> Results:
-    """Measure throughput and latency of a model under load.
+    """Measure throughput and latency of a model, or of a server, under load.
 
     A sweep over batch sizes, or requests that arrive at a rate; each layout gets the same
     requests, one after the other. Prompts are random token ids; decoding is greedy and ignores end
     of sequence. Before each load the ranks are warmed up.
 
+    With --url requests go to a server over HTTP, as streams. Its API key is taken from
+    EXPERTLANE_API_KEY or a file. Latency counts from when a request was due, however late it could
+    be sent; failed requests are counted by their error. Ctrl-C gives what was measured until then.
+
     Args:
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
-            paper-tiny, paper-small, paper.
+            paper-tiny, paper-small, paper. With --url: the model's name there; not needed if
+            there is one alone.
         layout: How ranks are arranged: dp=2,ep=2 for example.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
@@ -350,12 +370,24 @@ def bench(
         output_len: Tokens per output. N:N: uniform in that range.
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
             or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
+        prefix_len: Tokens at the beginning of a prompt, of --prompt-len, that it shares with
+            others.
+        num_prefixes: Different shared beginnings; each prompt has one of them.
         seed: Seed of all random draws; reproducible for equal seeds.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=500ms,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95
             or p99. Goodput is of requests within all limits.
         price: Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million
             tokens.
+        url: Measure a server of the OpenAI API: this one, vLLM, SGLang… MODEL is its name
+            there.
+        compare: A second server, measured in turns with the first one.
+        rounds: Rounds, each with requests of its own; 5 or more give an interval.
+        endpoint: What requests ask for; prompts of chats are text.
+        tokenizer: Folder of the model's tokenizer; chats need one.
+        api_key_file: File with the API key; a second one is for --compare.
+        num_warm_up: Requests before each load that are not counted.
+        request_timeout_s: Time limit of a request, waiting included.
         dtype: Type of weights and activations.
         max_model_len: Longest sequence, in tokens.
         num_blocks: KV-cache blocks.

@@ -1,17 +1,18 @@
 """`expertlane bench`: put load on a model, and show throughput and latency."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from signal import SIGINT
+from typing import TYPE_CHECKING, Annotated
 
-from expertlane.cli import output
+import typer
+
+from expertlane.cli import completion, output
+from expertlane.cli.bench_url import UrlOptions, run_url
 from expertlane.cli.load import LoadOptions
+from expertlane.cli.main import INTERRUPTED
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import (
-    EngineOptions,
-    ModelArgument,
-    layout_option,
-)
+from expertlane.cli.option_groups import given, takes_groups
+from expertlane.cli.options import MODEL_HELP, EngineOptions, layout_option
 from expertlane.cli.output_options import OutputOptions
 from expertlane.errors import UserError
 from expertlane.spec.layout import Layout
@@ -26,19 +27,34 @@ class _Options:
     layout: list[str] | None = layout_option(None, "tp=1")
 
 
+_Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        autocompletion=completion.models,
+        help=f"{MODEL_HELP} With --url: the model's name there; not needed if there is one alone.",
+    ),
+]
+
+
 @takes_groups
 def bench(
-    model: ModelArgument,
     own: _Options,
     output_options: OutputOptions,
     load: LoadOptions,
+    at: UrlOptions,
     engine: EngineOptions,
+    model: _Model = None,
 ) -> None:
-    """Measure throughput and latency of a model under load.
+    """Measure throughput and latency of a model, or of a server, under load.
 
     A sweep over batch sizes, or requests that arrive at a rate; each layout gets the same
     requests, one after the other. Prompts are random token ids; decoding is greedy and ignores end
     of sequence. Before each load the ranks are warmed up.
+
+    With --url requests go to a server over HTTP, as streams. Its API key is taken from
+    EXPERTLANE_API_KEY or a file. Latency counts from when a request was due, however late it could
+    be sent; failed requests are counted by their error. Ctrl-C gives what was measured until then.
 
     \b
     TTFT     from a request's arrival to its first token
@@ -55,20 +71,37 @@ def bench(
       expertlane bench ./my-checkpoint
       expertlane bench ./my-checkpoint --batch 1,32 --layout tp=2 --layout dp=2,ep=2
       expertlane bench ./my-checkpoint --rate 2,5 --prompt-len 32:512
+      expertlane bench --url http://127.0.0.1:8000 --rate 2,5 --slo ttft.p95=500ms
+      expertlane bench --url http://127.0.0.1:8000 --compare http://127.0.0.1:8001
       expertlane bench paper-tiny --json |
           jq '.deployments[].serving[].output_tps.value'
     """
-    output.publish(run(model, own, load, engine, output_options.call()), output_options)
+    call = output_options.call()
+    if at.url is None:
+        output.publish(run(own, load, at, engine, call, model), output_options)
+        return
+    _check_alone(own, engine)
+    found, signal = run_url(model, at, load, call)
+    output.publish(found, output_options)
+    if signal is not None:
+        raise typer.Exit(INTERRUPTED - SIGINT + signal)
 
 
 def run(
-    model: ModelArgument,
     own: _Options,
     load: LoadOptions,
+    at: UrlOptions,
     engine: EngineOptions,
     call: output.Call,
+    model: _Model = None,
 ) -> output.Found:
     """Measure, without a word on standard output."""
+    if at.url is not None:
+        _check_alone(own, engine)
+        return run_url(model, at, load, call)[0]
+    at.check_unused()
+    if model is None:
+        raise UserError("MODEL is missing: give a model, or a server's --url")
     loads = load.loads()
     found = find_model(model)
     layouts = [found.lay_out(each) for each in own.layout or ["tp=1"]]
@@ -76,6 +109,16 @@ def run(
     folder = call.folder(output.slug("bench", found.config.name))
     results = _measured(found, engine, loads, layouts, load, call.command)
     return output.Found(results, folder)
+
+
+def _check_alone(own: _Options, engine: EngineOptions) -> None:
+    """Refuse what only a model that runs here can have.
+
+    Raises:
+        UserError: it is given.
+    """
+    if unused := [*given(own), *given(engine)]:
+        raise UserError(f"{unused[0]} says how a model runs here; leave it out with --url")
 
 
 def _check(

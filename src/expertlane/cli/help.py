@@ -26,6 +26,7 @@ class Panel(StrEnum):
     PROJECTION = "Projection"
     OUTPUT = "Output"
     OTHER = "Options"
+    MORE_SERVER = "Advanced: server"
     MORE_WORKLOAD = "Advanced: workload"
     MORE_SAMPLING = "Advanced: sampling"
     BATCHING = "Advanced: batching and cache"

@@ -99,6 +99,26 @@ def _requests(**how: Any) -> Any:
     )
 
 
+def _prefix_len(**how: Any) -> Any:
+    return _option(
+        metavar="N",
+        show_default="0",
+        rich_help_panel=Panel.MORE_WORKLOAD,
+        help="Tokens at the beginning of a prompt, of --prompt-len, that it shares with others.",
+        **how,
+    )
+
+
+def _num_prefixes(**how: Any) -> Any:
+    return _option(
+        metavar="N",
+        show_default="1",
+        rich_help_panel=Panel.MORE_WORKLOAD,
+        help="Different shared beginnings; each prompt has one of them.",
+        **how,
+    )
+
+
 def _slo(more: str) -> Any:
     return _option(
         metavar="SLO[,SLO…]",
@@ -122,6 +142,8 @@ class LoadOptions:
     prompt_len: str | None = _length("prompt", MEASURED.prompt_len)
     output_len: str | None = _length("output", MEASURED.output_len)
     requests: Path | None = _requests()
+    prefix_len: int | None = _prefix_len()
+    num_prefixes: int | None = _num_prefixes()
     seed: int = seed_option(0)
     slo: list[str] | None = _slo(
         "For example: ttft.p95=500ms,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, "
@@ -156,25 +178,40 @@ class LoadOptions:
             how = [(each, None) for each in batches] + [(None, each) for each in rates]
             return [Load.of(recorded, *each) for each in how or [(None, None)]]
         lengths = self._range("prompt_len"), self._range("output_len")
-        num = self.num_requests
+        num, shared = self.num_requests, self._shared(lengths[0])
         if rates:
-            return [Load(num or _OPEN_SIZE, *lengths, rate=each) for each in rates]
+            return [Load(num or _OPEN_SIZE, *lengths, rate=each, **shared) for each in rates]
         if not batches:
             usual = [int(each) for each in self.defaults.batch.split(",")]
             batches = sorted({min(each, num or each) for each in usual})
         self._check_size(batches, num)
         return [
-            Load(num or self.defaults.num_requests(each), *lengths, batch=each) for each in batches
+            Load(num or self.defaults.num_requests(each), *lengths, batch=each, **shared)
+            for each in batches
         ]
 
     def question(self, load: "Load") -> dict[str, Any]:
         """What is the same for all loads, as results have it."""
-        return {
+        asked = {
             "prompt_len": str(load.prompt_len),
             "output_len": str(load.output_len),
             "seed": self.seed,
             "requests": None if self.requests is None else str(self.requests),
         }
+        return asked | self._shared(load.prompt_len)
+
+    def _shared(self, prompt_len: "LengthRange") -> dict[str, Any]:
+        """The beginnings that prompts share; empty where they share none."""
+        if not self.prefix_len:
+            if self.num_prefixes is not None:
+                raise UserError("--num-prefixes is given, but --prefix-len is not")
+            return {}
+        if self.prefix_len >= prompt_len.low:
+            raise UserError(
+                f"--prefix-len is {self.prefix_len}, --prompt-len {prompt_len}; a prompt must be "
+                "longer than the beginning that it shares"
+            )
+        return {"prefix_len": self.prefix_len, "num_prefixes": self.num_prefixes or 1}
 
     def _numbers(self, name: str, example: str) -> list[Any]:
         text = getattr(self, name)
@@ -183,7 +220,7 @@ class LoadOptions:
     def _recorded(self, path: Path) -> "tuple[RecordedRequest, ...]":
         from expertlane.spec.request_file import read_requests
 
-        for name in ("prompt_len", "output_len"):
+        for name in ("prompt_len", "output_len", "prefix_len", "num_prefixes"):
             if getattr(self, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option} and --requests exclude each other; the file has lengths")
@@ -237,6 +274,8 @@ class PlannedLoad(SimulatedLoad):
     rate: str | None = _rate(hidden=True)
     num_requests: int | None = _num_requests(MODELLED, hidden=True)
     requests: Path | None = _requests(hidden=True)
+    prefix_len: int | None = _prefix_len(hidden=True)
+    num_prefixes: int | None = _num_prefixes(hidden=True)
     slo: list[str] | None = _slo(
         "For example: ttft.mean=500ms,tpot.mean=20ms. Deployments that miss one are left out. "
         "Means alone; percentiles are for simulate.",
@@ -250,7 +289,7 @@ class PlannedLoad(SimulatedLoad):
         """
         from expertlane.spec.workload import Workload
 
-        for name in ("rate", "num_requests", "requests"):
+        for name in ("rate", "num_requests", "requests", "prefix_len", "num_prefixes"):
             if getattr(self, name) is not None:
                 raise UserError(
                     f"--{name.replace('_', '-')} is for expertlane simulate and bench; plan takes "

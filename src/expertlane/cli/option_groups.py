@@ -1,6 +1,7 @@
 """Groups of options: dataclasses whose fields are options; a command takes groups as parameters."""
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from enum import Enum
@@ -75,11 +76,32 @@ def call_with(taker: Any, values: dict[str, Any]) -> Any:
     )
 
 
+def given(group: Any) -> list[str]:
+    """The options of a group that are not at their defaults, as a command line has them.
+
+    Those that the environment sets are left out.
+    """
+    found = []
+    for name, each in inspect.signature(type(group)).parameters.items():
+        value = getattr(group, name)
+        if is_group(each.annotation):
+            found += given(value)
+            continue
+        info = each.default
+        is_set_around = (getattr(info, "envvar", None) or "") in os.environ
+        if value != getattr(info, "default", info) and not is_set_around:
+            found.append(_spelling(each))
+    return found
+
+
+def _spelling(option: inspect.Parameter) -> str:
+    declared = getattr(option.default, "param_decls", None)
+    return declared[0] if declared else f"--{option.name.replace('_', '-')}"
+
+
 def _check(option: inspect.Parameter, value: object) -> None:
     if option.name not in RANGES:
         return
-    declared = getattr(option.default, "param_decls", None)
     for each in value if isinstance(value, list) else [value]:
         if isinstance(each, int | float):
-            name = declared[0] if declared else f"--{option.name.replace('_', '-')}"
-            take(option.name, each, name)
+            take(option.name, each, _spelling(option))

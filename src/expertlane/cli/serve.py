@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from expertlane.engine.chat_template import ChatTemplate
     from expertlane.engine.tokenizer import Tokenizer
     from expertlane.server.logs import RequestLog
+    from expertlane.server.run import Running
     from expertlane.server.service import ServedModel
     from expertlane.server.tracing import Tracing
 
@@ -154,12 +155,17 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
         served = ServedModel(
             name, llm.engine, llm.limits, llm.tokenizer, template, recommended, llm.watch()
         )
+
+        def on_start(running: "Running") -> None:
+            llm.on_told_to_end(running.tell_to_drain)
+            _say(served, layout, bound, own.as_json)
+
         serve(
             served,
             options,
             bound,
             check_ranks=llm.check_ranks,
-            on_start=lambda running: _say(served, layout, bound, own.as_json),
+            on_start=on_start,
         )
 
 

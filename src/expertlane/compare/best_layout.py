@@ -51,7 +51,7 @@ def plan_beside(
         rows.append(candidate_record(found.finalists[0], 0, BEST, conditions))
         by_candidate = {option.candidate: option for option in found.options}
         for place, row in enumerate(own):
-            option = by_candidate.get(Candidate(row.layout, row.options))
+            option = by_candidate.get(Candidate(row.known_layout, row.known_options))
             if option is not None and option.place is not None:
                 planned = candidate_record(search.finish(option), 0, BEST, conditions)
                 rows[place] = replace(rows[place], serving=planned.serving)

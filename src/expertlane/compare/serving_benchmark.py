@@ -23,15 +23,12 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.slo import SLO
 from expertlane.spec.workload import (
-    LengthRange,
     Load,
     TimedRequest,
     check_lengths,
     draw_requests,
+    warm_up_of,
 )
-
-_WARM_UP_LEN = 2  # output tokens: a prefill and a decode
-_OPEN_WARM_UP_BATCH = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,17 +132,10 @@ def run_loads(
         check_lengths(load, llm.limits.max_positions)
     for index, load in enumerate(loads):
         progress.task(f"{layout}, {load}", load.num_requests)
-        serve(llm.engine, draw_requests(_warm_up(load), llm.model.vocab_size, [seed, index, 1]))
+        serve(llm.engine, draw_requests(warm_up_of(load), llm.model.vocab_size, [seed, index, 1]))
         requests = draw_requests(load, llm.model.vocab_size, [seed, index, 0])
         num_cached = llm.engine.num_cached_tokens
         served = serve(llm.engine, requests, load.batch, on_finished=progress.advance)
         progress.done()
         num_cached = llm.engine.num_cached_tokens - num_cached
         yield replace(measure(load, served, slos), num_cached_tokens=num_cached)
-
-
-def _warm_up(load: Load) -> Load:
-    """As many requests at once, with outputs as short as they can be."""
-    batch = min(load.batch or _OPEN_WARM_UP_BATCH, load.num_requests)
-    output_len = min(_WARM_UP_LEN, load.output_len.low)
-    return Load(batch, load.prompt_len, LengthRange(output_len, output_len), batch=batch)

@@ -232,19 +232,24 @@ class _Server:
             Whether the launcher has said so before.
         """
         signal.signal(signal.SIGTERM, _terminate)
-        try:
-            while self._settings.is_parent_alive():
-                if self._poll.poll(_POLL_MS):
-                    if self._control.receive().kind is MessageKind.END:
-                        return True
-                    self._control.send(encode(MessageKind.HEARTBEAT, self._heartbeat()))
-                self._report_ended()
-        except TerminatedError as error:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(EOFError, OSError, TerminatedError):  # the launcher has ended
+            try:
+                return self._answer_launcher()
+            except TerminatedError as error:
+                # The launcher ends this node: at once, or when what runs has finished.
                 failure = Failure(FailureKind.TERMINATED, str(error))
                 self._control.send(encode(MessageKind.FAILURE, failure))
-        except (EOFError, OSError):
-            pass  # the launcher has ended
+                return self._answer_launcher()
+        return False
+
+    def _answer_launcher(self) -> bool:
+        """Until it has ended; gives whether it has said so."""
+        while self._settings.is_parent_alive():
+            if self._poll.poll(_POLL_MS):
+                if self._control.receive().kind is MessageKind.END:
+                    return True
+                self._control.send(encode(MessageKind.HEARTBEAT, self._heartbeat()))
+            self._report_ended()
         return False
 
     def _heartbeat(self) -> Heartbeat:
@@ -300,7 +305,10 @@ def serve(settings: ServerSettings, handlers: "Handlers | None") -> bool:
 
         handlers = HANDLERS
     server = _Server(settings)
-    store = server.meet()
+    try:
+        store = server.meet()
+    except BrokenPipeError:  # the launcher has ended
+        return False
     try:
         server.fork_all(handlers)
         return server.watch()

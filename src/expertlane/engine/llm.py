@@ -214,6 +214,15 @@ class LLM:
         """Begin to count what ranks do; for those who bring their own loop, and show it."""
         return self._runner.watch()
 
+    def on_told_to_end(self, react: Callable[[], None]) -> None:
+        """What to do where another node is told to end by SIGTERM; by default all ends at once.
+
+        Args:
+            react: called from whichever thread waits for ranks; it should see to it that the LLM is
+                closed soon.
+        """
+        self._pool.on_told_to_end(react)
+
     def routing_trace(self) -> RoutingTrace:
         """Which experts each token chose in each MoE layer, of all steps finished so far.
 

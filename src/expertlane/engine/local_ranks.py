@@ -7,7 +7,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -124,6 +124,7 @@ class LocalRanks:
         board: where the ranks report their progress.
         ranks_per_node: how many a node has.
         stopped: ranks whose processes were stopped when their nodes last said so.
+        on_told_to_end: called where a node was told to end; None to end all nodes at once.
 
     Raises:
         CapacityError: not enough file descriptors or temporary space for so many ranks.
@@ -148,6 +149,7 @@ class LocalRanks:
         self._asked_s: dict[int, float] = {}  # when nodes were pinged that have not answered yet
         self._pinged_s = 0.0
         self._is_server_hung = False
+        self.on_told_to_end: Callable[[], None] | None = None
         self._files = RunFiles(num_nodes * num_ranks, num_ranks)
         self.board = self._files.board
         self.channels: list[Channel] = []
@@ -259,6 +261,9 @@ class LocalRanks:
                 self._take_heartbeat(node, Decoder(Heartbeat).decode(message))
             elif message.kind is MessageKind.FAILURE:
                 failure = Decoder(Failure).decode(message)
+                if failure.kind is FailureKind.TERMINATED and self.on_told_to_end is not None:
+                    self.on_told_to_end()
+                    return None
                 of_kind = {FailureKind.USER: UserError, FailureKind.TERMINATED: TerminatedError}
                 raise of_kind.get(failure.kind, RankError)(failure.text)
             else:

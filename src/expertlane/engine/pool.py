@@ -6,7 +6,7 @@ import select
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -181,6 +181,10 @@ class RankPool:
         """Wait for a ticket; its results in rank order."""
         self._wait_for([ticket], self._timeout_s)
         return [ticket.results[rank] for rank in ticket.ranks]
+
+    def on_told_to_end(self, react: Callable[[], None]) -> None:
+        """Call this, from then on, where a node is told to end, instead of ending all at once."""
+        self._ranks.on_told_to_end = react
 
     def check(self) -> None:
         """Notice what has happened while nothing was asked of the ranks; does not wait."""

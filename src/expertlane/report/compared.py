@@ -231,9 +231,9 @@ class Comparison:
             Overlapped(off, on)
             for off in self.rows
             for on in self.rows
-            if on.record.options.overlap is True
+            if on.record.known_options.overlap is True
             and off.record.layout == on.record.layout
-            and off.record.options == replace(on.record.options, overlap=False)
+            and off.record.known_options == replace(on.record.known_options, overlap=False)
         ]
 
     def at(self, row: Row, context: int) -> StepsRecord:
@@ -347,23 +347,24 @@ def scaling(results: Results, source: Source) -> list[Size]:
     for record in records:
         steps = record.steps_of(Phase.DECODE)
         if steps:
-            by_size.setdefault(record.layout.ep, Size(None, record, steps[0], steps[-1]))
+            by_size.setdefault(record.known_layout.ep, Size(None, record, steps[0], steps[-1]))
     return [by_size[size] for size in sorted(by_size)]
 
 
 def _family(record: DeploymentRecord) -> tuple[object, ...]:
-    layout = record.layout
-    return layout.replicas, layout.pp, layout.tp, layout.etp, record.options
+    layout = record.known_layout
+    own = layout.replicas, layout.pp, layout.tp, layout.etp
+    return *own, record.known_options
 
 
 def experts_at_once(record: DeploymentRecord) -> int:
     """Experts of one layer that compute at the same time: `ep` in each replica."""
-    return record.layout.ep * record.layout.replicas
+    return record.known_layout.ep * record.known_layout.replicas
 
 
 def stages_at_once(record: DeploymentRecord) -> int:
     """Pipeline stages with work at the same time: no more than micro-batches to fill them."""
-    return min(record.layout.pp, record.options.num_micro_batches)
+    return min(record.known_layout.pp, record.known_options.num_micro_batches)
 
 
 def experts_per_rank(record: DeploymentRecord) -> set[int]:
@@ -374,7 +375,7 @@ def experts_per_rank(record: DeploymentRecord) -> set[int]:
 
 def part_of_expert(record: DeploymentRecord) -> str:
     """`all`, or the share of each expert that a rank holds."""
-    return "all" if record.layout.etp == 1 else f"1/{record.layout.etp}"
+    return "all" if record.known_layout.etp == 1 else f"1/{record.known_layout.etp}"
 
 
 def weight_bytes_of_rank(row: Row) -> float:

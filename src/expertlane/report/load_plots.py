@@ -38,7 +38,7 @@ def by_load(results: Results) -> tuple[Section, ...]:
         _against_load(by_layout, best, "output tokens/s", lambda each: each.serving.output_tps),
         *_latencies(by_layout, best),
     ]
-    if best.serving.tpot_s is not None:
+    if best.serving.tpot_s is not None and best.record.layout is not None:
         charts.append(_trade(by_layout, best, unit_of(source)))
     first, more = tuple(charts[:_NUM_FIRST]), tuple(charts[_NUM_FIRST:])
     finding = more[0].title if more else ""

@@ -54,9 +54,14 @@ class Served:
         return {"batch": f"batch {size}", "req/s": f"{size} req/s"}.get(kind, f"{size} arrivals")
 
     @property
+    def name(self) -> str:
+        """The layout; of a server that does not tell it, where that is."""
+        return self.record.name if self.record.layout is None else str(self.record.layout)
+
+    @property
     def layout(self) -> str:
-        """With blanks, where a line may end."""
-        return str(self.record.layout).replace(",", ", ")
+        """The same with blanks, where a line may end."""
+        return self.name.replace(",", ", ")
 
 
 def load_of(serving: ServingRecord) -> tuple[str, str]:
@@ -96,7 +101,12 @@ def device_of(results: Results) -> str:
 
 
 def answer(
-    results: Results, setting: str, why: str, parts: Sequence[Words], notes: Sequence[Note]
+    results: Results,
+    setting: str,
+    why: str,
+    parts: Sequence[Words],
+    notes: Sequence[Note],
+    lead: str = "",
 ) -> Answer:
     """What fits on one screen.
 
@@ -105,6 +115,7 @@ def answer(
         why: what limits the best load, in a sentence; may be empty.
         parts: more of that.
         notes: what else must be known.
+        lead: what was found, where that is not the best load.
     """
     workload, found = results.question["workload"], served(results)
     prompts, outputs = (_lengths(workload[f"{name}_len"]) for name in ("prompt", "output"))
@@ -135,7 +146,7 @@ def answer(
     table = Table("", (Heading("", False), Heading("", False)), tuple(said))
     return Answer(
         setting,
-        f"{headline(results)} {why}".strip(),
+        f"{lead or headline(results)} {why}".strip(),
         (_table(results, rows), *parts, table),
     )
 
@@ -227,7 +238,8 @@ def cost_of(results: Results, served: Served) -> str | None:
         return None
     bounds = "" if output.low is None else f" ({low_high(output)})"
     num = served.record.num_ranks
-    of = "in all" if is_on_cpus(results) else f"for each of {counted(num, device_of(results))}"
+    is_whole = is_on_cpus(results) or served.record.layout is None
+    of = "in all" if is_whole else f"for each of {counted(num, device_of(results))}"
     return (
         f"${figures(output)}{bounds} per million output tokens, ${figures(total)} of all tokens, "
         f"at ${results.question['price']:g} an hour {of}"
@@ -259,11 +271,13 @@ def _columns(results: Results, rows: Sequence[Served]) -> Iterator[_Ranked]:
             for place, each in enumerate(rows)
             if not place or rows[place - 1].record is not each.record
         ]
-        yield 0, text("layout", lambda each: each.layout if each in firsts else "")
+        what = "server" if rows[0].record.layout is None else "layout"
+        yield 0, text(what, lambda each: each.layout if each in firsts else "")
     yield 0, number(kind, lambda each: load_of(each.serving)[1])
     yield 0, number("tok/s", _tps, compact)
     yield 4, number("low–high", _tps, low_high_compact, "projected")
-    yield 1, number(f"/{device_of(results)}", per_device, compact)
+    if rows[0].record.layout is not None:
+        yield 1, number(f"/{device_of(results)}", per_device, compact)
     for rank, metric in ((2, "tpot"), (3, "ttft")):
         yield 0, number(metric.upper(), _of(metric, "median"), milliseconds)
         yield rank, number("p95", _of(metric, "p95"), milliseconds)

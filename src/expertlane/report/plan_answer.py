@@ -226,9 +226,10 @@ def _gaps(results: Results) -> Iterator[str]:
     slower = next((each for each in rows if each.why), None)
     if slower is not None:
         yield f"Gap of #{1 + rows.index(slower)} to #1: {slower.why}."
-    has_experts = rows[0].layout.ep > 1
+    has_experts = rows[0].known_layout.ep > 1
     other = next(
-        (each for each in of_role(results, FAMILY) if (each.layout.ep > 1) != has_experts), None
+        (each for each in of_role(results, FAMILY) if (each.known_layout.ep > 1) != has_experts),
+        None,
     )
     if other is not None and other.over_best is not None:
         kind = "without" if has_experts else "with"
@@ -297,6 +298,6 @@ def _next(results: Results) -> tuple[str, ...]:
     ]
     if not fitting or has_pools or is_of_cpus(results):
         return tuple(lines)
-    num = of_role(results, BEST)[0].layout.replicas
+    num = of_role(results, BEST)[0].known_layout.replicas
     line = fitting[0] if num == 1 else f"One of {num} replicas: {fitting[0]}"
     return (*lines, line) if len(line) <= COLUMNS else tuple(lines)

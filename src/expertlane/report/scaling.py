@@ -175,8 +175,9 @@ def sizes_sentence(found: Sequence[Size], unit: str) -> str:
         return times(get(last) / get(first)) if get(first) else NONE
 
     head = (
-        f"From {counted(first.record.num_ranks, unit)} (ep={first.record.layout.ep}) to "
-        f"{counted(last.record.num_ranks, unit)} (ep={last.record.layout.ep}), the same workload: "
+        f"From {counted(first.record.num_ranks, unit)} (ep={first.record.known_layout.ep}) to "
+        f"{counted(last.record.num_ranks, unit)} (ep={last.record.known_layout.ep}), the same "
+        "workload: "
     )
     same = factor(lambda size: size.tps_per_rank)
     if last.record.source == "virtual":
@@ -212,7 +213,7 @@ def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
         )
 
     columns: tuple[Column[Size], ...] = (
-        number("ep", lambda size: size.record.layout.ep),
+        number("ep", lambda size: size.record.known_layout.ep),
         number("ranks", lambda size: size.record.num_ranks, str, "measured"),
         number(
             "experts per GPU",
@@ -259,14 +260,15 @@ def _beyond(found: Sequence[Size]) -> list[str]:
     too_large = [each for each in found if not each.step.fits]
     if too_large:
         size = too_large[0].record
-        names = ", ".join(f"ep={each.record.layout.ep}" for each in too_large)
+        names = ", ".join(f"ep={each.record.known_layout.ep}" for each in too_large)
         parts.append(
             f"{BEYOND} Not all sequences fit; shown ignoring the memory limit: {names}. "
-            f"ep={size.layout.ep} has {bytes_si(size.pools[0].weight_bytes or 0)} of weights per "
-            f"GPU, of {bytes_si(size.pools[0].allowed_bytes or 0)} that may be used."
+            f"ep={size.known_layout.ep} has {bytes_si(size.pools[0].weight_bytes or 0)} of weights "
+            f"per GPU, of {bytes_si(size.pools[0].allowed_bytes or 0)} that may be used."
         )
     slots = [
-        (each.record.pools[0].num_slots_per_rank or 0) * each.record.layout.ep for each in found
+        (each.record.pools[0].num_slots_per_rank or 0) * each.record.known_layout.ep
+        for each in found
     ]
     if max(slots) > slots[0]:
         parts.append("Beyond one expert per GPU, GPUs hold redundant experts.")

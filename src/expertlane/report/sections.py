@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from expertlane.report import load_plots, plan_answer, plan_plots, planning, plots, serving
+from expertlane.report import load_plots, plan_answer, plan_plots, planning, plots, servers, serving
 from expertlane.report.answer import comparison_answer
 from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.document import Answer, Report, Section
@@ -178,11 +178,15 @@ def _bench(results: Results) -> _Made:
         f"{results.question['model']}, prompts of {load['prompt_len']} and outputs of "
         f"{load['output_len']} tokens"
     )
+    if "urls" in results.question:
+        own, answer = servers.of_servers(results), servers.server_answer(results)
+    else:
+        own, answer = serving.bench(results), serving.bench_answer(results)
     return (
         f" bench: {asked}",
-        serving.bench_answer(results),
+        answer,
         (
-            *serving.bench(results),
+            *own,
             *load_plots.by_load(results),
             setup(results, "What was measured"),
         ),

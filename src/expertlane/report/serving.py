@@ -51,7 +51,7 @@ def throughput(results: Results) -> Table:
     found = served(results)
     one_layout = len(results.deployments) == 1
     columns: tuple[Column[Served], ...] = (
-        text("layout", lambda each: each.record.layout, "measured"),
+        text("layout", lambda each: each.name, "measured"),
         text("load", lambda each: each.load),
         number("requests", lambda each: each.serving.num_requests, whole),
         number("output", lambda each: each.serving.output_tps, figures),
@@ -76,7 +76,7 @@ def objectives(results: Results) -> Iterator[Words]:
         return
     rows = [_Objective(each, result) for each in found for result in each.serving.slos]
     columns: tuple[Column[_Objective], ...] = (
-        text("layout", lambda row: row.of.record.layout, "measured"),
+        text("layout", lambda row: row.of.name, "measured"),
         text("load", lambda row: row.of.load),
         text("objective", lambda row: row.result.slo),
         number("ms", lambda row: row.result.value, milliseconds),
@@ -84,7 +84,7 @@ def objectives(results: Results) -> Iterator[Words]:
         text("", lambda row: "met" if row.result.is_met else "missed"),
     )
     goodput: tuple[Column[Served], ...] = (
-        text("layout", lambda each: each.record.layout, "measured"),
+        text("layout", lambda each: each.name, "measured"),
         text("load", lambda each: each.load),
         number("goodput, requests/s", lambda each: each.serving.goodput, figures),
         number("low–high", lambda each: each.serving.goodput, low_high, "projected"),
@@ -105,13 +105,14 @@ def cost(results: Results) -> Iterator[Words]:
     if price is None:
         return
     columns: tuple[Column[Served], ...] = (
-        text("layout", lambda each: each.record.layout, "measured"),
+        text("layout", lambda each: each.name, "measured"),
         text("load", lambda each: each.load),
         number("output tokens", lambda each: each.serving.usd_per_million_output, figures),
         number("low–high", lambda each: each.serving.usd_per_million_output, low_high, "projected"),
         number("all tokens", lambda each: each.serving.usd_per_million_total, figures),
     )
     of = "for the machine" if is_on_cpus(results) else "for each of a deployment's devices"
+    of = "for the server" if results.deployments[0].layout is None else of
     yield Table.of("Dollars per million", columns, served(results), results.deployments[0].source)
     yield f"At ${price:g} an hour {of}."
 
@@ -148,7 +149,7 @@ def latency(results: Results) -> Table:
     of_load: Column[_Latency] = text("load", lambda row: row.of.load if row.of else "")
     is_alone = results.kind == "simulation" and len(served(results)) == 1
     columns: tuple[Column[_Latency], ...] = (
-        text("layout", lambda row: row.of.record.layout if row.of else "", "measured"),
+        text("layout", lambda row: row.of.name if row.of else "", "measured"),
         *(() if is_alone else (of_load,)),
         text("", lambda row: row.name),
         *(each.of(lambda row: row.seconds) for each in _SUMMARY),
@@ -369,7 +370,7 @@ def ms_with_bounds(estimate: Estimate) -> str:
 
 
 def _held_back(results: Results, record: DeploymentRecord) -> Iterator[str]:
-    wanted, layout = record.best_load.batch, record.layout
+    wanted, layout = record.best_load.batch, record.known_layout
     slots = layout.dp * layout.replicas * results.question["serving"]["max_num_seqs"]
     for pool in record.pools:
         running, room = pool.most_running or 0, pool.num_resident or 0

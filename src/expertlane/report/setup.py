@@ -119,7 +119,8 @@ def setup(results: Results, heading: str) -> Section:
             )
         )
     if results.kind in ("simulation", "bench"):
-        rows.append(("options", str(records[0].options)))
+        if records[0].options is not None:
+            rows.append(("options", str(records[0].options)))
         rows.append(("seed", str(experiment.get("workload", {}).get("seed", NONE))))
     software = [f"expertlane {versions.expertlane}", f"Python {versions.python}"]
     if versions.torch:

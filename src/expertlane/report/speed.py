@@ -359,5 +359,5 @@ def memory(results: Results, comparison: Comparison) -> Section:
 
 def _kv_bytes(row: Row, num_seqs: int) -> float:
     """Data-parallel ranks have sequences of their own."""
-    num_caches = row.record.layout.dp * row.record.layout.replicas
+    num_caches = row.record.known_layout.dp * row.record.known_layout.replicas
     return (row.record.pools[0].sequence_bytes or 0) * num_seqs / num_caches

@@ -101,7 +101,7 @@ def by_rank(
 
     def typical(phase: Phase, name: str) -> str:
         """How the step that is drawn compares with those that were measured."""
-        step, options = steps[phase][name], rows[name].record.options
+        step, options = steps[phase][name], rows[name].record.known_options
         assert step.timeline is not None, "it is drawn"
         is_round = options.micro_batch_schedule == "rotating" and phase is Phase.DECODE
         median = step.step_s.median if step.step_s else None

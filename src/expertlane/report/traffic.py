@@ -120,7 +120,7 @@ _HOTTEST: tuple[Column[TrafficRecord], ...] = (
 def hot_spots(comparison: Comparison) -> Section:
     """The short form: one line a deployment and table."""
     errors = tuple(
-        f"#{row.number} sends hidden states as {row.record.options.payload}: they change by "
+        f"#{row.number} sends hidden states as {row.record.known_options.payload}: they change by "
         f"{error_in_words(error)}."
         for row in comparison.rows
         if (error := seen(row).payload_error) is not None

@@ -373,8 +373,8 @@ def _rounding(rows: Sequence[Row]) -> Iterator[str]:
         error = row.step.traffic.payload_error if row.step.traffic else None
         if error:
             yield (
-                f"{row.name} rounds hidden states to {row.record.options.payload} on their way to "
-                f"experts, by {error_in_words(error)}: its outputs differ slightly."
+                f"{row.name} rounds hidden states to {row.record.known_options.payload} on their "
+                f"way to experts, by {error_in_words(error)}: its outputs differ slightly."
             )
 
 

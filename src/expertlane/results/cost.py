@@ -13,7 +13,8 @@ _MILLION, _S_PER_HOUR = 1e6, 3600
 def with_costs(results: Results, usd_per_hour: float) -> Results:
     """The same, each load with its dollars for a million tokens.
 
-    Devices that a deployment leaves idle are not counted. On CPUs, the price is of all that ran.
+    Devices that a deployment leaves idle are not counted. On CPUs, and of a server seen from
+    outside, the price is of all that ran.
 
     Args:
         usd_per_hour: of one device; kept as the question's `price`.
@@ -21,7 +22,7 @@ def with_costs(results: Results, usd_per_hour: float) -> Results:
 
     def priced(record: DeploymentRecord) -> DeploymentRecord:
         is_cpu = results.machine is not None and results.machine.device == "cpu"
-        usd_per_s = usd_per_hour / _S_PER_HOUR * (1 if is_cpu else record.num_ranks)
+        usd_per_s = usd_per_hour / _S_PER_HOUR * (1 if is_cpu else record.num_ranks or 1)
 
         def cost(tps: Estimate | None) -> Estimate | None:
             return None if tps is None else _MILLION * usd_per_s / tps

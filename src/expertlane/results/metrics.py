@@ -230,9 +230,13 @@ def _statistic(values: Any, statistic: Statistic) -> Any:
 
 
 def serving_record(
-    served: Sequence[ServedRequest[TimeT]], slos: Sequence[SLO] = ()
+    served: Sequence[ServedRequest[TimeT]], slos: Sequence[SLO] = (), num_failed: int = 0
 ) -> ServingRecord:
-    """Throughput and latency of a load, measured or projected."""
+    """Throughput and latency of a load, measured or projected.
+
+    Args:
+        num_failed: further requests, none of them good.
+    """
     due_s = np.array([each.due_s for each in served])
     last_s = np.array([each.token_times_s[-1] for each in served])
     latencies: dict[LatencyMetric, Any] = {
@@ -270,5 +274,5 @@ def serving_record(
         record,
         slos=tuple(results),
         goodput=Estimate.of(num_good / wall_s),
-        good_share=Estimate.of(num_good / len(served)),
+        good_share=Estimate.of(num_good / (len(served) + num_failed)),
     )

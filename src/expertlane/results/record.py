@@ -268,7 +268,8 @@ class DeploymentRecord(Strict):
     """One deployment.
 
     Attributes:
-        layout: of the pool that decodes, where two serve.
+        layout: of the pool that decodes, where two serve; None of a server that was measured from
+            outside, which does not tell it, nor its options.
         prefill_layout: of the pool that computes prompts; None where `layout` does both.
         is_baseline: whether it stands for what an experiment compares against.
         roles: why it is there, of the words above.
@@ -289,8 +290,8 @@ class DeploymentRecord(Strict):
     """
 
     name: str
-    layout: Layout
-    options: Options
+    layout: Layout | None
+    options: Options | None
     source: Source
     prefill_layout: Layout | None = None
     is_baseline: bool = False
@@ -316,9 +317,21 @@ class DeploymentRecord(Strict):
 
     @property
     def num_ranks(self) -> int:
-        """Ranks of all pools."""
-        prefill = self.prefill_layout
-        return self.layout.world_size + (0 if prefill is None else prefill.world_size)
+        """Ranks of all pools; 0 where they are not known."""
+        layouts = filter(None, (self.layout, self.prefill_layout))
+        return sum(each.world_size for each in layouts)
+
+    @property
+    def known_layout(self) -> Layout:
+        """`layout`, of a deployment that is no server seen from outside."""
+        assert self.layout is not None, "only such a server has none"
+        return self.layout
+
+    @property
+    def known_options(self) -> Options:
+        """`options`, likewise."""
+        assert self.options is not None, "only such a server has none"
+        return self.options
 
     @property
     def best_load(self) -> ServingRecord:

@@ -12,6 +12,7 @@ import numpy as np
 from expertlane.errors import UserError
 from expertlane.results.estimate import Estimate
 from expertlane.results.pair import PairRecord
+from expertlane.results.ratio import RatioRecord
 from expertlane.results.record import (
     EXPERIMENT,
     Conditions,
@@ -259,13 +260,17 @@ class Results(Strict):
             deployments), `skew` of its projection, and `traffic` where each deployment's is to be
             shown in detail; simulation: `model`, `workload`, `serving`;
             plan: `model`, `workload`, `max_tpot_s`, `max_ttft_s`; bench: `model`, `workload`,
-            `ranks_per_node`. The workload of a simulation or bench has what is the same for all
-            loads: `prompt_len`, `output_len`, `seed`, and `requests`, the file they are from.
+            `ranks_per_node`, or `urls`, `endpoint` and `rounds` of servers. The workload of a
+            simulation or bench has what is the same for all loads: `prompt_len`, `output_len`,
+            `seed`, and `requests`, the file they are from; `prefix_len` and `num_prefixes` where
+            prompts share their beginning.
             `price`: dollars an hour of a device, where one was given.
         machine: where it was measured; None where nothing was.
         cluster: what was modelled; None where nothing was.
         virtual_time: None where nothing is in virtual time.
         pairs: the two deployments of a comparison's verdict, by each clock that there is.
+        ratios: of two servers that were measured in turns, the first one's numbers over the
+            second one's.
         cautions: what a reader must know of the numbers, in sentences.
         plans: a plan's one, or of a comparison's projection one for each top-k.
         context: of a comparison's projection the one that is spoken of: the longest at which all
@@ -289,6 +294,7 @@ class Results(Strict):
     cluster: Cluster | None = None
     virtual_time: VirtualTime | None = None
     pairs: tuple[PairRecord, ...] = ()
+    ratios: tuple[RatioRecord, ...] = ()
     assumptions: tuple[Assumption, ...] = ()
     cautions: tuple[str, ...] = ()
     plans: tuple[PlanSummary, ...] = ()
@@ -299,7 +305,7 @@ class Results(Strict):
     def __post_init__(self) -> None:
         if not self.deployments:
             raise UserError("results without a deployment")
-        if self.machine is None and self.select("measured"):
+        if self.machine is None and any(each.layout for each in self.select("measured")):
             raise UserError("results that were measured, without the machine")
         if self.cluster is None and self.select("projected"):
             raise UserError("results that were projected, without the cluster")

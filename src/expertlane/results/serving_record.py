@@ -1,7 +1,7 @@
 """What requests felt under a load: part of a deployment's record."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.spec.ranges import Strict
@@ -31,6 +31,76 @@ class SLOResult(Strict):
 
 
 @dataclass(frozen=True)
+class FailureRecord(Strict):
+    """Requests that failed in one way.
+
+    Attributes:
+        name: `HTTP 429`, `timeout`, `stream ended early`…
+        message: what the first of them was told.
+    """
+
+    name: str
+    num_requests: int
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class RequestsRecord(Strict):
+    """The requests that a server answered, in the order in which they were due; [num_requests].
+
+    Attributes:
+        rounds: the repetition that each was of, from 1.
+        numbers: which of the load's requests.
+        due_s: from the round's first request.
+        late_s: from when it was due to when it was sent.
+        prompt_lens, output_lens: tokens, as the server counts them.
+        num_events: that brought tokens.
+    """
+
+    rounds: tuple[int, ...] = field(repr=False)
+    numbers: tuple[int, ...] = field(repr=False)
+    due_s: tuple[float, ...] = field(repr=False)
+    late_s: tuple[float, ...] = field(repr=False)
+    ttft_s: tuple[float, ...] = field(repr=False)
+    e2e_s: tuple[float, ...] = field(repr=False)
+    prompt_lens: tuple[int, ...] = field(repr=False)
+    output_lens: tuple[int, ...] = field(repr=False)
+    num_events: tuple[int, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ClientRecord(Strict):
+    """What only a client knows of a load that it put on a server.
+
+    Attributes:
+        num_rounds: repetitions, whose requests are taken together.
+        num_failed: requests without a whole answer; they count in no latency, and are never good.
+        num_unsent: requests that were not sent or not waited for, as the load was ended.
+        why_ended: before its time; empty where it was not.
+        num_events: that brought tokens; fewer than tokens where one brings several.
+        num_uncounted: answers whose tokens the server did not count: each event counts as one.
+        late_s: from when requests were due to when they were sent.
+        cpu_s: CPU time of the client.
+        cpu_share: of one core, while it ran.
+        asked_prompt_len, asked_output_len: means of what was asked for.
+    """
+
+    num_rounds: int
+    num_failed: int
+    num_unsent: int
+    failures: tuple[FailureRecord, ...]
+    why_ended: str
+    num_events: int
+    num_uncounted: int
+    late_s: Summary | None
+    cpu_s: float
+    cpu_share: float
+    asked_prompt_len: float
+    asked_output_len: float
+    requests: RequestsRecord
+
+
+@dataclass(frozen=True)
 class ServingRecord(Strict):
     """What requests felt under one load.
 
@@ -56,6 +126,7 @@ class ServingRecord(Strict):
         goodput: requests a second that are themselves within the limits of all `slos`; None
             without any.
         good_share: of the requests, those.
+        client: where a server was measured from outside.
         usd_per_million_output, usd_per_million_total: dollars for a million output tokens, or
             prompt and output tokens, by the price of devices; None without one.
     """
@@ -84,6 +155,7 @@ class ServingRecord(Strict):
     good_share: Estimate | None = None
     usd_per_million_output: Estimate | None = None
     usd_per_million_total: Estimate | None = None
+    client: ClientRecord | None = None
 
     @property
     def keeps_slos(self) -> bool:

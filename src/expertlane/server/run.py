@@ -4,7 +4,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import uvicorn
@@ -65,11 +65,21 @@ class Running:
     def end(self) -> None:
         """Take no new requests, and end when those that run have; a second call ends at once."""
         self.num_told += 1
-        self.service.is_draining = True
         if self.num_told == 1:
-            self._drained = self.loop.create_task(self._drain())
+            self.drain()
         else:
             self._end_now()
+
+    def drain(self) -> None:
+        """Take no new requests, and end when those that run have."""
+        if self._drained is None:
+            self.service.is_draining = True
+            self._drained = self.loop.create_task(self._drain())
+
+    def tell_to_drain(self) -> None:
+        """The same from any thread."""
+        with suppress(RuntimeError):  # the loop is closed: it has ended
+            self.loop.call_soon_threadsafe(self.drain)
 
     async def _drain(self) -> None:
         until = self.loop.time() + self.service.options.drain_s

@@ -107,14 +107,16 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "num_sequences": _whole(1, 2**20),
     "prompt_len output_len": _POSITIONS,
     "seed": _whole(0, 2**64 - 1),
-    "num_requests batch": _whole(1, 10**6),
+    "num_requests batch num_prefixes": _whole(1, 10**6),
+    "prefix_len": _whole(0, 2**24),
+    "num_warm_up": _whole(0, 10**6),
     "rate": _number(1e-3, 1e6),
     "limit_s": _above(0, 1e9),  # of an SLO, in its unit
     "price": _above(0, 1e6),
     "skew": _number(0, 10),
     "threshold": _number(0, 1e3),
     "link_scale": _number(1e-6, 1e9),
-    "repeat": _whole(1, 1000),
+    "repeat rounds": _whole(1, 1000),
     "min_time": _number(0, 1e6),
     "mtp_acceptance": _number(0, 1),
     # engine

@@ -126,6 +126,8 @@ class Load:
         rate: requests that arrive a second, on average; None in a closed loop, or where they
             arrive as recorded.
         recorded: requests of a file, by due time; empty where lengths are drawn.
+        prefix_len: tokens at the beginning that a prompt shares with others.
+        num_prefixes: different beginnings; each prompt has one of them, at random.
 
     Raises:
         UserError: a number or the sum of all tokens is out of its range.
@@ -137,6 +139,8 @@ class Load:
     batch: int | None = None
     rate: float | None = None
     recorded: tuple[RecordedRequest, ...] = field(default=(), repr=False)
+    prefix_len: int = 0
+    num_prefixes: int = 1
 
     @classmethod
     def of(
@@ -165,6 +169,13 @@ class Load:
         for name, lengths in (("prompt_len", self.prompt_len), ("output_len", self.output_len)):
             if take(name, lengths.low) > take(name, lengths.high):
                 raise UserError(f"{name} is {lengths}; the first end must be the lower one")
+        take("prefix_len", self.prefix_len)
+        take("num_prefixes", self.num_prefixes)
+        if self.prefix_len >= self.prompt_len.low:
+            raise UserError(
+                f"prefix_len is {self.prefix_len}, prompt_len {self.prompt_len}; a prompt must be "
+                "longer than the beginning that it shares"
+            )
         num_tokens = self.num_requests * (self.prompt_len.high + self.output_len.high)
         if self.recorded:
             num_tokens = sum(each.prompt_len + each.output_len for each in self.recorded)
@@ -183,7 +194,7 @@ class Load:
     @property
     def has_prefixes(self) -> bool:
         """Whether it is known which prompts begin alike."""
-        return any(each.hash_ids for each in self.recorded)
+        return self.prefix_len > 0 or any(each.hash_ids for each in self.recorded)
 
     @property
     def max_len(self) -> int:
@@ -224,6 +235,21 @@ class TimedRequest:
     num_arrived: int = 0
 
 
+_WARM_UP_LEN = 2  # output tokens: a prefill and a decode
+_OPEN_WARM_UP_BATCH = 8
+
+
+def warm_up_of(load: Load, num_requests: int | None = None) -> Load:
+    """Requests at once before a load, with outputs as short as they can be.
+
+    Args:
+        num_requests: as many as the load has at once if None.
+    """
+    batch = num_requests or min(load.batch or _OPEN_WARM_UP_BATCH, load.num_requests)
+    output_len = min(_WARM_UP_LEN, load.output_len.low)
+    return Load(batch, load.prompt_len, LengthRange(output_len, output_len), batch=batch)
+
+
 def check_lengths(load: Load, max_positions: int) -> None:
     """Check that all requests of a load can have their whole output.
 
@@ -254,7 +280,7 @@ def draw_requests(
     """Random prompts, lengths and, in an open loop, arrivals; the first is due at once.
 
     Of recorded requests lengths are known, and arrivals unless the load has a rate; blocks of
-    equal hash ids get equal tokens.
+    equal hash ids get equal tokens. Of drawn ones, prompts begin with one of the load's prefixes.
 
     Args:
         seed: equal ones give equal requests.
@@ -273,6 +299,11 @@ def draw_requests(
         output_lens = generator.integers(load.output_len.low, load.output_len.high + 1, size)
     if load.rate is not None:
         due_s[1:] = np.cumsum(generator.exponential(1 / load.rate, size - 1))
+    shared = []
+    if load.prefix_len and not blank:
+        of_prefixes = np.random.default_rng([*seed, load.prefix_len])
+        prefixes = of_prefixes.integers(vocab_size, size=(load.num_prefixes, load.prefix_len))
+        shared = prefixes[of_prefixes.integers(load.num_prefixes, size=size)].tolist()
     blocks: dict[int, list[int]] = {}
 
     def block(hash_id: int) -> list[int]:
@@ -287,8 +318,8 @@ def draw_requests(
         if recorded and recorded[number].hash_ids:
             tokens = [token for hash_id in recorded[number].hash_ids for token in block(hash_id)]
             return tokens[:length]
-        drawn: list[int] = generator.integers(vocab_size, size=length).tolist()
-        return drawn
+        own: list[int] = generator.integers(vocab_size, size=length - load.prefix_len).tolist()
+        return [*shared[number], *own] if shared else own
 
     return [
         TimedRequest(prompt(number, prompt_len), output_len, due)

@@ -1,0 +1,212 @@
+"""From what a client saw to records: of loads in rounds, and of how two servers differ."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from expertlane.client.drive import Driven, Sent
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.metrics import ServedRequest, serving_record
+from expertlane.results.ratio import RatioRecord
+from expertlane.results.serving_record import (
+    ClientRecord,
+    FailureRecord,
+    RequestsRecord,
+    ServingRecord,
+)
+from expertlane.results.statistics import median_interval, ratio_interval
+from expertlane.spec.slo import SLO
+from expertlane.spec.workload import Load
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """One repetition of a load.
+
+    Attributes:
+        served: those that were answered; times from the round's start.
+        record: of this round alone; None where nothing was answered.
+    """
+
+    driven: Driven
+    answered: tuple[Sent, ...]
+    served: tuple[ServedRequest[float], ...]
+    record: ServingRecord | None
+
+    @classmethod
+    def of(cls, driven: Driven, slos: Sequence[SLO]) -> "Round":
+        """From what was driven."""
+        answered = sorted(
+            (each for each in driven.sent if each.generated is not None),
+            key=lambda each: each.due_s,
+        )
+        served = tuple(_served(each, driven.began_s) for each in answered)
+        num_failed = len(driven.sent) - len(answered)
+        record = serving_record(served, slos, num_failed) if served else None
+        return cls(driven, tuple(answered), served, record)
+
+
+def _served(sent: Sent, began_s: float) -> ServedRequest[float]:
+    found = sent.generated
+    assert found is not None
+    num_events = len(found.times_s)
+    return ServedRequest(
+        found.num_prompt_tokens or len(sent.request.prompt_token_ids),
+        max(found.num_tokens or num_events, 1),
+        sent.due_s - began_s,
+        [each - began_s for each in found.times_s],
+    )
+
+
+def load_record(load: Load, rounds: Sequence[Round], slos: Sequence[SLO]) -> ServingRecord | None:
+    """All rounds of one load; None where nothing was answered.
+
+    Latencies are of the requests of all rounds; throughput is the median of the rounds, with its
+    90 % interval where there are enough.
+    """
+    full = [each for each in rounds if each.record is not None]
+    if not full:
+        return None
+    client = _client(load, rounds)
+    later_s, served = 0.0, list[ServedRequest[float]]()
+    for each in full:
+        assert each.record is not None
+        served += [_shifted(one, later_s - each.served[0].due_s) for one in each.served]
+        later_s += each.record.wall_s.value if each.record.wall_s else 0.0
+    record = serving_record(served, slos, client.num_failed)
+    cached = [
+        one.generated.num_cached_tokens for each in full for one in each.answered if one.generated
+    ]
+    known = [each for each in cached if each is not None]
+    medians: dict[str, Any] = _medians([each.record for each in full])
+    return replace(
+        record,
+        batch=load.batch,
+        rate=load.rate,
+        num_cached_tokens=sum(known) if known else None,
+        client=client,
+        **medians,
+    )
+
+
+def _shifted(served: ServedRequest[float], by_s: float) -> ServedRequest[float]:
+    times_s = [each + by_s for each in served.token_times_s]
+    return ServedRequest(served.prompt_len, served.output_len, served.due_s + by_s, times_s)
+
+
+_RATES = ("output_tps", "total_tps", "requests_per_s", "goodput")
+
+
+def _medians(records: Sequence[ServingRecord | None]) -> dict[str, Estimate]:
+    found = {}
+    for name in _RATES:
+        values = [getattr(each, name) for each in records]
+        if None not in values:
+            found[name] = median_interval([each.value for each in values])
+    return found
+
+
+def _client(load: Load, rounds: Sequence[Round]) -> ClientRecord:
+    failed = [one for each in rounds for one in each.driven.sent if one.error is not None]
+    counts = Counter(one.error.name for one in failed if one.error)
+    messages = {one.error.name: str(one.error) for one in reversed(failed) if one.error}
+    cpu_s = sum(each.driven.cpu_s for each in rounds)
+    wall_s = sum(each.driven.wall_s for each in rounds)
+    answered = [one for each in rounds for one in each.answered]
+    late_s = [one.sent_s - one.due_s for each in rounds for one in each.driven.sent]
+    asked = [one.request for one in answered]
+    return ClientRecord(
+        num_rounds=len(rounds),
+        num_failed=len(failed),
+        num_unsent=sum(each.driven.num_unsent for each in rounds),
+        failures=tuple(
+            FailureRecord(name, num, messages[name]) for name, num in counts.most_common()
+        ),
+        why_ended=next((e.driven.why_ended for e in rounds if e.driven.why_ended), ""),
+        num_events=sum(len(one.generated.times_s) for one in answered if one.generated),
+        num_uncounted=sum(
+            one.generated is not None and one.generated.num_tokens is None for one in answered
+        ),
+        late_s=None if load.is_closed else Summary.of(late_s),
+        cpu_s=cpu_s,
+        cpu_share=cpu_s / wall_s if wall_s else 0.0,
+        asked_prompt_len=_mean([len(each.prompt_token_ids) for each in asked]),
+        asked_output_len=_mean([each.output_len for each in asked]),
+        requests=_requests(rounds),
+    )
+
+
+def _mean(values: Sequence[int]) -> float:
+    return float(np.mean(values)) if values else 0.0
+
+
+def _requests(rounds: Sequence[Round]) -> RequestsRecord:
+    rows = [
+        (number, sent, served)
+        for number, each in enumerate(rounds, 1)
+        for sent, served in zip(each.answered, each.served, strict=True)
+    ]
+
+    def column(get: Callable[[Any, Any], Any]) -> tuple[Any, ...]:
+        return tuple(get(sent, served) for _, sent, served in rows)
+
+    return RequestsRecord(
+        tuple(number for number, _, _ in rows),
+        column(lambda sent, served: sent.number),
+        column(lambda sent, served: round(served.due_s, 6)),
+        column(lambda sent, served: round(sent.sent_s - sent.due_s, 6)),
+        column(lambda sent, served: round(served.ttft_s, 6)),
+        column(lambda sent, served: round(served.e2e_s, 6)),
+        column(lambda sent, served: served.prompt_len),
+        column(lambda sent, served: served.output_len),
+        column(lambda sent, served: len(served.token_times_s)),
+    )
+
+
+def ratios(
+    load: Load, rounds: Sequence[Round], others: Sequence[Round], names: tuple[str, str]
+) -> list[RatioRecord]:
+    """Of one server's numbers over another's, from rounds that were measured in pairs."""
+    pairs = [
+        (one.record, other.record)
+        for one, other in zip(rounds, others, strict=False)
+        if one.record is not None and other.record is not None
+    ]
+    found = []
+    for name, get in _METRICS.items():
+        values = [(get(one), get(other)) for one, other in pairs]
+        known = [(a, b) for a, b in values if a is not None and b is not None and a > 0 and b > 0]
+        if known and len(known) == len(pairs):
+            ratio = ratio_interval(*zip(*known, strict=True))
+            found.append(RatioRecord(*names, str(load), name, len(known), ratio))
+    return found
+
+
+def _of(latency: str, statistic: str) -> Callable[[ServingRecord], float | None]:
+    def get(record: ServingRecord) -> float | None:
+        found = getattr(getattr(record, f"{latency}_s"), statistic, None)
+        return None if found is None else float(found.value)
+
+    return get
+
+
+def _rate(name: str) -> Callable[[ServingRecord], float | None]:
+    def get(record: ServingRecord) -> float | None:
+        found = getattr(record, name)
+        return None if found is None else float(found.value)
+
+    return get
+
+
+_METRICS: dict[str, Callable[[ServingRecord], float | None]] = {
+    "output tokens/s": _rate("output_tps"),
+    "goodput": _rate("goodput"),
+    "TTFT median": _of("ttft", "median"),
+    "TTFT p99": _of("ttft", "p99"),
+    "TPOT median": _of("tpot", "median"),
+    "ITL p99": _of("itl", "p99"),
+    "E2E median": _of("e2e", "median"),
+}

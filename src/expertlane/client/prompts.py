@@ -1,0 +1,76 @@
+"""Prompts of given lengths for a server: token ids that its model has, or texts of as many."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from expertlane.errors import UserError
+from expertlane.spec.model import PRESETS
+
+if TYPE_CHECKING:
+    from expertlane.engine.tokenizer import Tokenizer
+
+_MOST_ATTEMPTS = 8
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens that prompts are drawn from.
+
+    Attributes:
+        token_ids: ordinary ones; what is drawn are places in it.
+        tokenizer: for prompts that must be text; None where there is none here.
+    """
+
+    token_ids: Sequence[int]
+    tokenizer: "Tokenizer | None" = None
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "Vocabulary":
+        """Of a checkpoint.
+
+        Raises:
+            UserError: it has no tokenizer that can be read.
+        """
+        from expertlane.engine.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.from_folder(folder)
+        special = tokenizer.special_token_ids
+        return cls([each for each in range(tokenizer.vocab_size) if each not in special], tokenizer)
+
+    @classmethod
+    def of_name(cls, name: str) -> "Vocabulary | None":
+        """Of a model that is known by its name, or is a folder here."""
+        if name in PRESETS:
+            return cls(range(PRESETS[name].vocab_size))
+        folder = Path(name)
+        if (folder / "tokenizer.json").is_file():
+            return cls.of_folder(folder)
+        return None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def ids(self, places: Sequence[int]) -> list[int]:
+        """The tokens at places that were drawn."""
+        return [self.token_ids[place] for place in places]
+
+    def text(self, places: Sequence[int]) -> str:
+        """A text of as many tokens, or nearly: not every row of tokens is what its text becomes.
+
+        Raises:
+            UserError: there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError("prompts must be text here; give the model's folder with --tokenizer")
+        wanted = self.ids(places)
+        decode, encode = self.tokenizer.decode, self.tokenizer.encode
+        text = decode(wanted)
+        for _ in range(_MOST_ATTEMPTS):
+            found = encode(text, add_special_tokens=False)
+            if len(found) == len(wanted):
+                break
+            found = found[: len(wanted)] + wanted[: max(0, len(wanted) - len(found))]
+            text = decode(found)
+        return text

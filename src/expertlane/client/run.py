@@ -1,0 +1,239 @@
+"""Loads on one server, or on two in turns: warm-up, rounds, and what is found."""
+
+import asyncio
+import resource
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import uvloop
+
+from expertlane.client.connection import Connections, Url
+from expertlane.client.drive import Driven, Stop, drive
+from expertlane.client.measure import Round, load_record, ratios
+from expertlane.client.prompts import Vocabulary
+from expertlane.client.server import Server, find_server
+from expertlane.errors import ExpertlaneError, UserError
+from expertlane.progress import Progress
+from expertlane.results.ratio import RatioRecord
+from expertlane.results.record import DeploymentRecord
+from expertlane.spec.slo import SLO
+from expertlane.spec.workload import Load, check_lengths, draw_requests, warm_up_of
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server to be measured.
+
+    Attributes:
+        key: of its API; None where it asks for none.
+        model: its name there; None for the only one.
+    """
+
+    url: Url
+    key: str | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is put on servers.
+
+    Attributes:
+        num_warm_up: requests before each load that are not counted; None for a usual number.
+        num_rounds: repetitions, each of requests of its own.
+        timeout_s: of a request.
+    """
+
+    loads: Sequence[Load]
+    seed: int
+    slos: Sequence[SLO] = ()
+    tokenizer: Vocabulary | None = None
+    is_chat: bool = False
+    num_warm_up: int | None = None
+    num_rounds: int = 1
+    timeout_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found.
+
+    Attributes:
+        models: what each server calls the model.
+        ratios: of two servers, the first one's over the second one's.
+        why_ended: before all was done; empty where it was not.
+        signal: that ended it.
+    """
+
+    records: tuple[DeploymentRecord, ...]
+    models: tuple[str, ...]
+    ratios: tuple[RatioRecord, ...]
+    why_ended: str
+    signal: int | None
+
+
+def measure(targets: Sequence[Target], asked: Asked, progress: Progress) -> Seen:
+    """Put loads on one server, or on two in turns; SIGINT and SIGTERM end it with what there is.
+
+    Raises:
+        UserError: a server refuses, or is not there; requests are too long for it.
+        ExpertlaneError: not one request was answered.
+    """
+    _allow_connections()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_measure(targets, asked, progress))
+
+
+def _allow_connections() -> None:
+    """As many as this process may ever have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _measure(targets: Sequence[Target], asked: Asked, progress: Progress) -> Seen:
+    loop, stop, told = asyncio.get_running_loop(), Stop(), list[int]()
+
+    def end(number: int) -> None:
+        told.append(number)
+        stop("interrupted" if number == signal.SIGINT else "told to end")
+
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: each for number, each in before.items() if each is not signal.SIG_IGN}
+    for number in before:
+        loop.add_signal_handler(number, end, number)
+    several = [Connections(each.url, _headers(each)) for each in targets]
+    try:
+        looking = asyncio.gather(
+            *(
+                find_server(each, target.model, asked.tokenizer, is_chat=asked.is_chat)
+                for each, target in zip(several, targets, strict=True)
+            )
+        )
+        stopped = asyncio.ensure_future(stop.wait())
+        await asyncio.wait((looking, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if stop.why:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+            raise KeyboardInterrupt
+        servers = await looking
+        _check(servers, asked)
+        rounds = await _rounds(servers, asked, stop, progress)
+    finally:
+        for connections in several:
+            connections.close()
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+    return _seen(servers, asked, rounds, stop.why, told[0] if told else None)
+
+
+def _headers(target: Target) -> dict[str, str]:
+    return {} if target.key is None else {"Authorization": f"Bearer {target.key}"}
+
+
+def _check(servers: Sequence[Server], asked: Asked) -> None:
+    for server in servers:
+        for load in asked.loads:
+            if server.max_model_len is not None:
+                check_lengths(load, server.max_model_len - 1)
+
+
+_Rounds = dict[tuple[int, int], list[Round]]  # by server and load
+
+
+async def _rounds(
+    servers: Sequence[Server], asked: Asked, stop: Stop, progress: Progress
+) -> _Rounds:
+    found: _Rounds = {}
+    for place, load in enumerate(asked.loads):
+        for server in servers:
+            if not stop.why:
+                await _warm_up(server, load, asked, place, stop)
+        num_all = asked.num_rounds * len(servers) * load.num_requests
+        progress.task(str(load), num_all)
+        for number in range(asked.num_rounds):
+            # A B, B A, A B…: what drifts meets both alike.
+            order = range(len(servers)) if number % 2 == 0 else reversed(range(len(servers)))
+            for which in order:
+                if stop.why:
+                    break
+                seed = [asked.seed, place, 0, *([number] if number else [])]
+                driven = await _drive(
+                    servers[which], load, asked, seed, stop, on_finished=progress.advance
+                )
+                found.setdefault((which, place), []).append(Round.of(driven, asked.slos))
+        progress.done()
+    return found
+
+
+async def _warm_up(server: Server, load: Load, asked: Asked, place: int, stop: Stop) -> None:
+    if asked.num_warm_up != 0:
+        warm_up = warm_up_of(load, asked.num_warm_up)
+        driven = await _drive(server, warm_up, asked, [asked.seed, place, 1], stop)
+        _check_answered([driven], server)
+
+
+async def _drive(
+    server: Server,
+    load: Load,
+    asked: Asked,
+    seed: Sequence[int],
+    stop: Stop,
+    on_finished: Callable[[], None] = lambda: None,
+) -> Driven:
+    requests = draw_requests(load, len(server.vocabulary), seed)
+    return await drive(
+        server, requests, load.batch, stop, timeout_s=asked.timeout_s, on_finished=on_finished
+    )
+
+
+def _check_answered(driven: Sequence[Driven], server: Server) -> None:
+    """Refuse to go on with a server that answers nothing.
+
+    Raises:
+        UserError: not one request was answered, and none was given up.
+    """
+    sent = [one for each in driven for one in each.sent]
+    errors = [one.error for one in sent if one.error is not None]
+    if errors and len(errors) == len(sent):
+        first = errors[0]
+        raise UserError(
+            f"{server.connections.url} answered none of {len(sent)} requests: {first.name}, {first}"
+        )
+
+
+def _seen(
+    servers: Sequence[Server], asked: Asked, rounds: _Rounds, why: str, number: int | None
+) -> Seen:
+    records = []
+    for which, server in enumerate(servers):
+        own = {place: found for (server_, place), found in rounds.items() if server_ == which}
+        _check_answered([each.driven for found in own.values() for each in found], server)
+        serving = [
+            load_record(asked.loads[place], found, asked.slos) for place, found in own.items()
+        ]
+        name = f"{server.connections.url}"
+        if server.software:
+            name += f" ({server.software})"
+        full = tuple(each for each in serving if each is not None)
+        if full:
+            records.append(DeploymentRecord(name, None, None, "measured", serving=full))
+    if not records:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise ExpertlaneError(f"ended before any request was answered: {why}")
+    compared = []
+    if len(records) == 2:
+        names = records[0].name, records[1].name
+        for place, load in enumerate(asked.loads):
+            one, other = (rounds.get((which, place), []) for which in (0, 1))
+            compared += ratios(load, one, other, names)
+    models = tuple(each.model for each in servers)
+    return Seen(tuple(records), models, tuple(compared), why, number)

@@ -1,0 +1,240 @@
+"""A server as a client sees it: its models, what it takes, and requests to it."""
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import msgspec
+
+from expertlane.client.connection import Answer, ClosedEarly, ConnectionFailed, Connections
+from expertlane.client.events import AnswerError, Generated, error_message, read_answer
+from expertlane.client.prompts import Vocabulary
+from expertlane.errors import ExpertlaneError, UserError
+from expertlane.spec.workload import TimedRequest
+
+_PROBE_S = 120.0  # a server's first step may compile
+_SAMPLE_TEXT = (
+    "The quick brown fox jumps over the lazy dog; 0123456789 of them were seen by farmers, "
+    "sailors and clerks in the year of the great flood, when nobody had yet thought of counting "
+    '(or so it is told). "Why," said one, "would anybody want to know? A = b + c * 2 / 7 - 1." '
+)
+
+
+class Unreachable(ExpertlaneError):
+    """A server that does not answer."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Form:
+    """How requests are put.
+
+    Attributes:
+        is_chat: chat completions, else completions.
+        as_tokens: prompts are token ids, else text.
+        ignores_eos: answers can be made as long as asked for.
+    """
+
+    is_chat: bool
+    as_tokens: bool
+    ignores_eos: bool
+
+    @property
+    def path(self) -> str:
+        """The route."""
+        return "/v1/chat/completions" if self.is_chat else "/v1/completions"
+
+
+@dataclass(frozen=True, eq=False)
+class Server:
+    """A model at a URL.
+
+    Attributes:
+        software: what the server says it is; may be empty.
+        max_model_len: None where it does not say.
+        num_extra: tokens that it adds to a prompt: of a chat's template, or a first one.
+    """
+
+    connections: Connections
+    model: str
+    software: str
+    max_model_len: int | None
+    vocabulary: Vocabulary
+    form: Form
+    num_extra: int = 0
+
+    def body(self, request: TimedRequest) -> bytes:
+        """A request as JSON."""
+        fields: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": request.output_len,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self.form.ignores_eos:
+            fields["ignore_eos"] = True
+        places = request.prompt_token_ids
+        if self.form.as_tokens:
+            fields["prompt"] = self.vocabulary.ids(places)
+        else:
+            text = self.vocabulary.text(places[: max(1, len(places) - self.num_extra)])
+            if self.form.is_chat:
+                fields["messages"] = [{"role": "user", "content": text}]
+            else:
+                fields["prompt"] = text
+        return msgspec.json.encode(fields)
+
+    async def generate(self, body: bytes, into: Answer | None = None) -> Generated:
+        """Ask, and read the answer.
+
+        Raises:
+            AnswerError: there is none.
+        """
+        try:
+            answer = await self.connections.ask("POST", self.form.path, body, into)
+        except ConnectionFailed as error:
+            raise AnswerError("no connection", str(error)) from None
+        except ClosedEarly as error:
+            name = "stream ended early" if into is not None and into.body else "no answer"
+            raise AnswerError(name, str(error)) from None
+        return read_answer(answer)
+
+
+async def find_server(
+    connections: Connections,
+    model: str | None,
+    tokenizer: Vocabulary | None,
+    *,
+    is_chat: bool,
+) -> Server:
+    """Look at a server, and try how it takes requests.
+
+    Args:
+        model: its name there; None for the only one.
+        tokenizer: the model's; None to find one, or to ask the server.
+
+    Raises:
+        Unreachable: it does not answer.
+        UserError: it has no such model, or refuses.
+    """
+    url = connections.url
+    try:
+        async with asyncio.timeout(_PROBE_S):
+            card = await _card(connections, model)
+            name = str(card["id"])
+            software = await _software(connections, str(card.get("owned_by", "")))
+            vocabulary = tokenizer or await _vocabulary(connections, card)
+            most = card.get("max_model_len")
+            found = Server(
+                connections,
+                name,
+                software,
+                most if isinstance(most, int) else None,
+                vocabulary,
+                Form(is_chat, as_tokens=not is_chat, ignores_eos=True),
+            )
+            return await _tried(found, is_chat=is_chat)
+    except TimeoutError:
+        raise Unreachable(f"{url} did not answer within {_PROBE_S:g} s") from None
+    except ConnectionFailed as error:
+        raise Unreachable(f"cannot connect to {url}: {error}") from None
+    except ClosedEarly as error:
+        raise Unreachable(f"{url} gave no answer: {error}") from None
+
+
+async def _card(connections: Connections, model: str | None) -> dict[str, Any]:
+    """What the server says of the model."""
+    url = connections.url
+    answer = await connections.ask("GET", "/v1/models")
+    if answer.status in (401, 403):
+        raise UserError(
+            f"{url} refuses the API key (HTTP {answer.status}): "
+            f"{error_message(bytes(answer.body))}; set EXPERTLANE_API_KEY, or give --api-key-file"
+        )
+    if answer.status != 200:
+        message = error_message(bytes(answer.body))
+        raise UserError(
+            f"{url} is no OpenAI server: /v1/models gave HTTP {answer.status} {message}"
+        )
+    try:
+        data = msgspec.json.decode(bytes(answer.body))["data"]
+        cards = {str(each["id"]): each for each in data}
+    except (msgspec.DecodeError, KeyError, TypeError):
+        raise UserError(
+            f"{url} is no OpenAI server: its /v1/models has no list of models"
+        ) from None
+    if model is None:
+        if len(cards) != 1:
+            raise UserError(f"{url} has {len(cards)} models; give one: {', '.join(cards)}")
+        return dict(next(iter(cards.values())))
+    if model not in cards:
+        raise UserError(f"{url} has no model {model!r}; it has {', '.join(cards) or 'none'}")
+    return dict(cards[model])
+
+
+async def _json(connections: Connections, method: str, path: str, fields: Any = None) -> Any:
+    """A JSON answer; None where there is no such route."""
+    body = b"" if fields is None else msgspec.json.encode(fields)
+    answer = await connections.ask(method, path, body)
+    if answer.status != 200:
+        return None
+    try:
+        return msgspec.json.decode(bytes(answer.body))
+    except msgspec.DecodeError:
+        return None
+
+
+async def _software(connections: Connections, owner: str) -> str:
+    found = await _json(connections, "GET", "/version")
+    version = found.get("version") if isinstance(found, dict) else None
+    return f"{owner} {version}".strip() if isinstance(version, str) else owner
+
+
+async def _vocabulary(connections: Connections, card: dict[str, Any]) -> Vocabulary:
+    for name in (card["id"], card.get("root")):
+        known = Vocabulary.of_name(name) if isinstance(name, str) else None
+        if known is not None:
+            return known
+    asked = {"model": card["id"], "prompt": _SAMPLE_TEXT, "add_special_tokens": False}
+    found = await _json(connections, "POST", "/tokenize", asked)
+    tokens = found.get("tokens") if isinstance(found, dict) else None
+    if isinstance(tokens, list) and tokens and all(isinstance(each, int) for each in tokens):
+        return Vocabulary(sorted(set(tokens)))
+    raise UserError(
+        f"{connections.url} does not tell the tokens of {card['id']}; give the model's folder "
+        "with --tokenizer"
+    )
+
+
+def _forms(*, is_chat: bool, has_tokenizer: bool) -> Iterator[Form]:
+    """How requests may be put, the best first."""
+    for ignores_eos, as_tokens in product((True, False), (True, False)):
+        if not (as_tokens and is_chat) and (as_tokens or has_tokenizer):
+            yield Form(is_chat, as_tokens, ignores_eos)
+
+
+async def _tried(server: Server, *, is_chat: bool) -> Server:
+    """The server with the first form that it takes."""
+    has_tokenizer = server.vocabulary.tokenizer is not None
+    if is_chat and not has_tokenizer:
+        raise UserError("chats need text prompts; give the model's folder with --tokenizer")
+    length = 4
+    probe = TimedRequest([place % len(server.vocabulary) for place in range(length)], 2, 0.0)
+    refusal: AnswerError | None = None
+    for form in _forms(is_chat=is_chat, has_tokenizer=has_tokenizer):
+        tried = replace(server, form=form)
+        try:
+            found = await tried.generate(tried.body(probe))
+        except AnswerError as error:
+            refusal = refusal or error
+            if error.name in ("HTTP 400", "HTTP 422"):
+                continue
+            break
+        extra = 0 if form.as_tokens else max(0, (found.num_prompt_tokens or length) - length)
+        return replace(tried, num_extra=extra)
+    assert refusal is not None
+    raise UserError(f"{server.connections.url} refuses a request: {refusal.name}, {refusal}")

@@ -1,0 +1,246 @@
+"""Servers measured from outside: what the answer and the report of `bench --url` say."""
+
+from collections.abc import Iterator, Sequence
+
+from expertlane.report.document import Answer, Column, Section, Table, Words, number, text
+from expertlane.report.loads import (
+    NAME_COLUMNS,
+    Note,
+    Served,
+    answer,
+    best_of,
+    headline,
+    served,
+)
+from expertlane.report.numbers import (
+    counted,
+    figures,
+    low_high,
+    milliseconds,
+    percent,
+    shortened,
+    whole,
+)
+from expertlane.report.serving import cost, latency, objectives, throughput
+from expertlane.report.setup import cautions
+from expertlane.results.ratio import RatioRecord
+from expertlane.results.results import Results
+from expertlane.results.serving_record import ClientRecord, FailureRecord
+from expertlane.results.statistics import LEAST_RUNS
+
+_BUSY = 0.8  # of a core, from where the client may be what is measured
+_LATE_S = 0.01
+_OFF = 0.02  # of the tokens that were asked for
+_MANY = 0.01  # of requests that failed
+_MOST_ERRORS = 3
+_MOST_RATIOS = 8
+_IN_ANSWER = ("output tokens/s", "goodput", "TTFT median", "TTFT p99", "TPOT median")
+
+
+def server_answer(results: Results) -> Answer:
+    """What each server gave, how two of them differ, and what went wrong."""
+    urls = results.question["urls"]
+    found = served(results)
+    setting = [shortened(results.question["model"], NAME_COLUMNS), *_called(urls)]
+    setting.append(results.question["endpoint"])
+    parts: list[Words] = []
+    if results.ratios:
+        shown = [each for each in results.ratios if each.metric in _IN_ANSWER]
+        is_best = [each for each in shown if each.load == best_of(found).load]
+        parts.append(_ratio_table(is_best if len(shown) > _MOST_RATIOS else shown))
+    return answer(
+        results,
+        " | ".join(setting),
+        "",
+        parts,
+        [*_errors(found), *_doubts(found), ("How sure", _sure(results, found))],
+        verdict(results) or headline(results),
+    )
+
+
+def _called(urls: Sequence[str]) -> list[str]:
+    if len(urls) == 1:
+        return [urls[0]]
+    return [f"{letter}: {url}" for letter, url in zip("AB", urls, strict=True)]
+
+
+def verdict(results: Results) -> str:
+    """Which of two servers is faster at the best load; empty of one server."""
+    load = best_of(served(results)).load
+    own = {each.metric: each for each in results.ratios if each.load == load}
+    first = own.get("output tokens/s")
+    if first is None:
+        return ""
+    more = [own[name] for name in ("TTFT median", "TPOT median") if name in own]
+    return (
+        f"At {load} A gives {_said(first)} the output tokens/s of B, {_sentence(first)}"
+        + "".join(f"; {each.metric} {_said(each)}" for each in more)
+        + "."
+    )
+
+
+def _said(ratio: RatioRecord) -> str:
+    interval = "" if ratio.ratio.low is None else f" ({low_high(ratio.ratio)})"
+    return f"{figures(ratio.ratio)} ×{interval}"
+
+
+def _sentence(ratio: RatioRecord) -> str:
+    if ratio.ratio.low is None:
+        return "of too few rounds to tell a difference from noise"
+    return "a significant difference" if ratio.is_significant else "no significant difference"
+
+
+def _which(ratio: RatioRecord) -> str:
+    if ratio.ratio.low is None:
+        return "unknown"
+    if not ratio.is_significant:
+        return "no difference"
+    return f"{'A' if ratio.is_better else 'B'} is better"
+
+
+_RATIOS: tuple[Column[RatioRecord], ...] = (
+    text("load", lambda each: each.load),
+    text("metric", lambda each: each.metric),
+    number("A / B", lambda each: each.ratio, figures),
+    number("90 % interval", lambda each: each.ratio if each.ratio.low else None, low_high),
+    text("", _which),
+)
+
+
+def _ratio_table(ratios: Sequence[RatioRecord]) -> Table:
+    return Table.of("A over B, median of rounds in pairs", _RATIOS, ratios)
+
+
+def _clients(found: Sequence[Served]) -> list[tuple[Served, ClientRecord]]:
+    return [(each, each.serving.client) for each in found if each.serving.client is not None]
+
+
+def _errors(found: Sequence[Served]) -> Iterator[Note]:
+    for each, client in _clients(found):
+        if client.num_failed:
+            num_all = client.num_failed + (each.serving.num_requests or 0)
+            told = "; ".join(map(_failure, client.failures[:_MOST_ERRORS]))
+            more = len(client.failures) - _MOST_ERRORS
+            told += f"; {more} kinds more" if more > 0 else ""
+            yield (
+                "Errors",
+                f"{client.num_failed:,} of {num_all:,} requests at {_at(found, each)}: {told}",
+            )
+
+
+def _at(found: Sequence[Served], each: Served) -> str:
+    several = len({id(one.record) for one in found}) > 1
+    return f"{each.load} of {each.record.name}" if several else each.load
+
+
+def _failure(failure: FailureRecord) -> str:
+    message = f", {shortened(failure.message, 60)}" if failure.message else ""
+    return f"{failure.name} × {failure.num_requests:,}{message}"
+
+
+def _doubts(found: Sequence[Served]) -> Iterator[Note]:
+    """What makes numbers less than they seem; one sentence a kind, of the worst load."""
+    clients = _clients(found)
+    ended = [client for _, client in clients if client.why_ended]
+    if ended:
+        num = sum(client.num_unsent for client in ended)
+        yield "Partial", f"{ended[0].why_ended}; {counted(num, 'request')} not measured"
+    each, client = max(clients, key=lambda pair: pair[1].cpu_share)
+    if client.cpu_share > _BUSY:
+        yield (
+            "Client",
+            f"used {percent(client.cpu_share)} of a core at {_at(found, each)}: it may be what "
+            "was measured",
+        )
+    late = [
+        (one, p99.value)
+        for one, of in clients
+        if of.late_s is not None and (p99 := of.late_s.p99) is not None
+    ]
+    if late and max(late, key=lambda pair: pair[1])[1] > _LATE_S:
+        one, late_s = max(late, key=lambda pair: pair[1])
+        yield (
+            "Late",
+            f"requests were sent up to {milliseconds(late_s)} ms late (p99) at {_at(found, one)}; "
+            "latencies count from when they were due",
+        )
+    yield from _lengths(clients)
+
+
+def _lengths(clients: Sequence[tuple[Served, ClientRecord]]) -> Iterator[Note]:
+    for name, asked_of, found_of in (
+        ("prompts", "asked_prompt_len", "num_prompt_tokens"),
+        ("outputs", "asked_output_len", "num_output_tokens"),
+    ):
+        for each, client in clients:
+            asked = getattr(client, asked_of)
+            mean = (getattr(each.serving, found_of) or 0) / (each.serving.num_requests or 1)
+            if asked and abs(mean / asked - 1) > _OFF:
+                yield (
+                    "Lengths",
+                    f"{name} had {figures(mean)} tokens on average, asked for were "
+                    f"{figures(asked)}",
+                )
+                break
+    num_uncounted = sum(client.num_uncounted for _, client in clients)
+    if num_uncounted:
+        yield (
+            "Tokens",
+            f"{counted(num_uncounted, 'answer')} without usage: each event counts as a token",
+        )
+    num_tokens = sum(each.serving.num_output_tokens or 0 for each, _ in clients)
+    num_events = sum(client.num_events for _, client in clients)
+    if num_tokens and abs(num_events / num_tokens - 1) > _OFF:
+        yield "Events", f"{figures(num_tokens / num_events)} tokens in each; ITL is between events"
+
+
+def _sure(results: Results, found: Sequence[Served]) -> str:
+    rounds = results.question["rounds"]
+    num = found[0].serving.num_requests or 0
+    if rounds == 1:
+        return f"one round of {counted(num, 'request')} per load, not repeated"
+    told = f"{rounds} rounds per load, {counted(num, 'request')} in all"
+    return told if rounds >= LEAST_RUNS else f"{told}; {LEAST_RUNS} or more give an interval"
+
+
+_OF_CLIENT: tuple[Column[tuple[Served, ClientRecord]], ...] = (
+    text("server", lambda pair: pair[0].record.name),
+    text("load", lambda pair: pair[0].load),
+    number("answered", lambda pair: pair[0].serving.num_requests, whole),
+    number("failed", lambda pair: pair[1].num_failed, whole),
+    number("events", lambda pair: pair[1].num_events, whole),
+    number("late p99, ms", lambda pair: pair[1].late_s and pair[1].late_s.p99, milliseconds),
+    number("client, of a core", lambda pair: pair[1].cpu_share, percent),
+    number(
+        "µs CPU per token",
+        lambda pair: 1e6 * pair[1].cpu_s / (pair[0].serving.num_output_tokens or 1),
+        figures,
+    ),
+)
+_FAILURES: tuple[Column[tuple[Served, FailureRecord]], ...] = (
+    text("server", lambda pair: pair[0].record.name),
+    text("load", lambda pair: pair[0].load),
+    text("error", lambda pair: pair[1].name),
+    number("requests", lambda pair: pair[1].num_requests, whole),
+    text("the first one's message", lambda pair: pair[1].message),
+)
+
+
+def of_servers(results: Results) -> tuple[Section, ...]:
+    """All of what a client saw."""
+    found = served(results)
+    clients = _clients(found)
+    failures = [(each, one) for each, client in clients for one in client.failures]
+    said = [verdict(results) or headline(results), *cautions(results)]
+    compared = (_ratio_table(results.ratios),) if results.ratios else ()
+    failed = (Table.of("Failed requests", _FAILURES, failures),) if failures else ()
+    client = Table.of("", _OF_CLIENT, clients)
+    return (
+        Section("Verdict", tuple(said), "top"),
+        Section("Differences", compared, "top"),
+        Section("Throughput, tokens/s (measured)", (throughput(results),), "top"),
+        Section("Latency, ms (measured)", (latency(results),)),
+        Section("Objectives and goodput (measured)", tuple(objectives(results)), "top"),
+        Section("Cost (measured)", tuple(cost(results))),
+        Section("Client", (client, *failed)),
+    )

@@ -1,0 +1,202 @@
+"""`expertlane bench --url`: what it prints, writes and refuses, and what Ctrl-C leaves."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from client.fake_server import Fake, answer, error
+from engine.processes import wait_until
+from expertlane.results.file import read
+
+SHORT = ["--prompt-len", "4", "--output-len", "3", "--num-requests", "6", "--batch", "2"]
+CHAT = ["--endpoint", "chat"]
+KEY = "sk-a-secret"
+
+
+@pytest.fixture
+def fake():
+    made = []
+
+    def make(*given, **more):
+        made.append(Fake(*given, **more))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.stop()
+
+
+@pytest.fixture(autouse=True)
+def around(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EXPERTLANE_API_KEY", raising=False)
+
+
+def test_results_of_one_server(run, fake, monkeypatch, tmp_path):
+    monkeypatch.setenv("EXPERTLANE_API_KEY", KEY)
+    server = fake()
+    asked = ["bench", "--url", server.url, *SHORT, "--slo", "ttft.p95=1000s", "--price", "3"]
+    code, out, err = run(*asked, "--json", "--out", "found", "--export", "csv")
+    assert code == 0, err
+    results = read(tmp_path / "found")
+    found = json.loads(out)
+    (serving,) = found["deployments"][0]["serving"]
+    assert found["deployments"][0]["layout"] is None
+    assert found["machine"] is None
+    assert found["question"]["urls"] == [server.url]
+    assert serving["client"]["requests"]["output_lens"] == [3] * 6
+    assert serving["usd_per_million_output"]["value"] > 0
+    assert results.deployments[0].serving[0].num_output_tokens == 18
+    assert set(server.keys) == {f"Bearer {KEY}".lower()}
+    written = list((tmp_path / "found").iterdir())
+    assert {each.name for each in written} >= {"results.json", "report.html", "results.csv"}
+    assert not any(KEY in each.read_text("utf-8") for each in written)
+
+    code, out, _ = run(*asked)
+    lines = out.splitlines()
+    assert code == 0
+    assert f"paper-tiny | {server.url} | completions" in lines[0]
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    code, out, _ = run("diff", "found", "found")
+    assert code == 0, out
+
+
+def test_two_servers_and_their_page(run, fake, tmp_path):
+    name = "<script>alert(1)</script>"
+    first, second = fake(models=(name,)), fake(models=(name,))
+    key = tmp_path / "key"
+    key.write_text(f"{KEY}\n")
+    asked = ["bench", "--url", first.url, "--compare", second.url, *SHORT, "--out", "found"]
+    asked += ["--tokenizer", str(letters(tmp_path)), "--api-key-file", str(key)]
+    code, out, err = run(*asked)
+    assert code == 0, err
+    assert f"A: {first.url} | B: {second.url}" in " ".join(out.split())
+    assert "At batch 2 A gives" in out
+    assert "significant difference" in " ".join(out.split())
+    assert len(out.splitlines()) <= 40
+    page = (tmp_path / "found" / "report.html").read_text("utf-8")
+    assert name not in page
+    assert "&lt;script&gt;alert(1)" in page
+    results = read(tmp_path / "found")
+    assert len(results.ratios) >= 5
+    assert {each.num_rounds for each in results.ratios} == {5}
+    assert second.keys[-1] == f"bearer {KEY}"
+
+
+def letters(folder):
+    """A folder with a tokenizer of single letters."""
+    from engine.stub_runner import letters as tokenizer
+
+    path = folder / "tokenizer"
+    path.mkdir()
+    tokenizer()._core.save(str(path / "tokenizer.json"))
+    return path
+
+
+def test_a_chat_gets_text(run, fake, tmp_path):
+    async def chat(asked, number):
+        if "messages" not in asked:
+            yield error(400, "messages is missing")
+            return
+        text = asked["messages"][0]["content"]
+        async for part in answer(asked | {"prompt": [*text, "role", "end"]}, number):
+            yield part
+
+    server = fake(chat)
+    folder = str(letters(tmp_path))
+    code, out, err = run("bench", "--url", server.url, *CHAT, "--tokenizer", folder, *SHORT)
+    assert code == 0, err
+    lens = [len(each["messages"][0]["content"]) for each in server.asked[1:]]
+    assert set(lens) == {2}  # of 4 tokens the template adds two
+    assert " | chat | " in out
+
+
+MISTAKES = {
+    "no model": ([], "MODEL is missing: give a model, or a server's --url"),
+    "no server": (["paper-tiny", *CHAT], "--endpoint is for a server; give its --url"),
+    "no URL": (["--url", "ftp://h"], "--url is 'ftp://h'; it must be like http://127.0.0.1:8000"),
+    "engine": (["--url", "{url}", "--layout", "tp=2"], "--layout says how a model runs here"),
+    "engine too": (["--url", "{url}", "--num-blocks", "9"], "--num-blocks says how a model runs"),
+    "gone": (["--url", "http://127.0.0.1:1"], "cannot connect to http://127.0.0.1:1: connection"),
+    "model": (["other", "--url", "{url}"], "{url} has no model 'other'; it has paper-tiny"),
+    "no key": (
+        ["--url", "{url}", "--api-key-file", "none"],
+        "--api-key-file: cannot read none: No",
+    ),
+    "keys": (
+        ["--url", "{url}", "--api-key-file", "a", "--api-key-file", "b"],
+        "--api-key-file is given 2 times; once for each server",
+    ),
+    "rounds": (["--url", "{url}", "--rounds", "0"], "--rounds is 0; it must be a whole number, 1"),
+    "chat": (["--url", "{url}", *CHAT], "chats need text prompts; give the model's folder"),
+    "prefix": (
+        ["--url", "{url}", "--prompt-len", "8", "--prefix-len", "8"],
+        "--prefix-len is 8, --prompt-len 8; a prompt must be longer than the beginning",
+    ),
+    "prefixes": (["--url", "{url}", "--num-prefixes", "2"], "--num-prefixes is given, but"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "line"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(run, fake, arguments, line):
+    url = fake().url
+    code, out, err = run("bench", *(each.format(url=url) for each in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"expertlane: error: {line.format(url=url)}")
+    assert err.count("\n") == 1
+    assert not Path("results").exists()
+
+
+def test_a_refused_key_is_one_line(run, fake, monkeypatch):
+    server = fake()
+    monkeypatch.setattr(server, "_about", lambda route: error(401, "give a valid API key"))
+    code, _, err = run("bench", "--url", server.url)
+    assert code == 2
+    assert err == (
+        f"expertlane: error: {server.url} refuses the API key (HTTP 401): give a valid API key; "
+        "set EXPERTLANE_API_KEY, or give --api-key-file\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_gives_what_there_is_and_says_so(fake, tmp_path, number):
+    """The server answers ten requests and keeps the others waiting."""
+
+    async def stalls(asked, request):
+        if request > 10:
+            await asyncio.sleep(120)
+        async for part in answer(asked, request):
+            yield part
+
+    server = fake(stalls)
+    arguments = ["bench", "--url", server.url, "--batch", "4", "--num-requests", "50"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "expertlane", *arguments, "--num-warm-up", "0", "--out", "found"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "80"},
+    )
+    try:
+        assert wait_until(lambda: len(server.asked) >= 15)
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 128 + number
+    words = " ".join(out.split())
+    why = "interrupted" if number == signal.SIGINT else "told to end"
+    assert f"Partial {why}; 40 requests not measured" in words
+    results = read(tmp_path / "found")
+    (serving,) = results.deployments[0].serving
+    assert serving.client is not None
+    assert (serving.num_requests, serving.client.num_unsent) == (10, 40)
+    assert results.cautions == (f"Partial: {why} before all was measured.",)
