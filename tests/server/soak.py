@@ -39,7 +39,9 @@ TEMPLATE = (
     "{% for message in messages %}<u>{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}<a>{% endif %}"
 )
-COMMON = ("--num-blocks", "32", "--max-num-seqs", "48", "--max-num-batched-tokens", "256")
+# So small a cache that requests lose their blocks.
+CACHE = ("--block-size", "4", "--num-blocks", "160")
+COMMON = (*CACHE, "--max-num-seqs", "32", "--max-num-batched-tokens", "256")
 LAYOUTS = {
     "dp=2,ep=2": ("--num-redundant-experts", "2", "--rebalance-steps", "40"),
     "tp=2,ep=2": ("--rebalance-steps", "40"),
@@ -171,12 +173,16 @@ def check_counts(counts: Counter[str], before: Metrics, after: Metrics) -> None:
         "vllm:inter_token_latency_seconds_count": counts["completion tokens"] - num_choices,
     }
     found = {name: after[name] - before.get(name, 0) for name in expected}
-    statuses = {200: "answered", 400: "refused", 404: "refused"}
+    kinds = {"200": "answered", "400": "refused", "404": "refused"}
+    expected |= {kind: counts[kind] for kind in kinds.values()}
+    found |= dict.fromkeys(kinds.values(), 0)
     for name in after:
         if name.startswith("http_requests_total /v1/"):
-            status = statuses[int(name.rpartition(" ")[2])]
-            found[status] = found.get(status, 0) + after[name] - before.get(name, 0)
-    expected |= {status: counts[status] for status in ("answered", "refused")}
+            status = name.rpartition(" ")[2]
+            grown = after[name] - before.get(name, 0)
+            assert not grown or status in kinds, f"{grown} answers have status {status}"
+            if grown:
+                found[kinds[status]] += grown
     assert found == expected, f"/metrics has {found}, the clients {expected}"
 
 
