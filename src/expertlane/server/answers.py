@@ -16,12 +16,14 @@ from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.server.errors import ApiError, json_response
 from expertlane.server.logprobs import TokenTexts
 from expertlane.server.marks import ChatParts, MarkedText
+from expertlane.server.middleware import DIRECT_SEND
 from expertlane.server.requests import ChatRequest, CompletionRequest, GenerationRequest
 from expertlane.server.service import Service
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 
 _EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
 _DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.Encoder().encode
 
 
 class ClientGone(Exception):
@@ -92,6 +94,8 @@ class Answer(Response):
             "created": int(time.time()),
             "model": service.model.name,
         }
+        # The same in all events, up to the choice.
+        self._event_begin = b'data: %b,"choices":[' % _encode(self._head).removesuffix(b"}")
         self._num_taken = [0] * len(params)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,7 +110,7 @@ class Answer(Response):
             )
             watcher = asyncio.create_task(_watch(receive, generation))
             if self._request.stream:
-                await self._stream(generation, send)
+                await self._stream(generation, send, scope.get(DIRECT_SEND, send))
             else:
                 answer = await self._whole(generation)
                 await answer(scope, receive, send)
@@ -138,22 +142,37 @@ class Answer(Response):
         choices = [self.choice(piece) for piece in pieces]
         return json_response(self._head | {"choices": choices, "usage": self._usage()})
 
-    async def _stream(self, generation: Generation, send: Send) -> None:
+    async def _stream(self, generation: Generation, send: Send, send_part: Send) -> None:
+        """Events as they come; a hot loop.
+
+        Args:
+            send_part: for all but the answer's beginning.
+        """
         await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
         try:
             while arrived := await _taken(generation):
                 events = b"".join(map(self._event, self._pieces(generation, arrived)))
-                await _send_part(send, events)
+                await _send_part(send_part, events)
             end = _DONE
             if self._is_usage_asked:
                 usage = {"choices": [], "usage": self._usage()}
                 end = _as_event(self._head | usage) + end
         except ApiError as error:
             end = _as_event(error.body) + _DONE
-        await _send_part(send, end, is_last=True)
+        await _send_part(send_part, end, is_last=True)
 
     def _pieces(self, generation: Generation, arrived: list[tuple[int, Chunk]]) -> Iterator[Piece]:
         """One a choice: what came together is sent together."""
+        if len(arrived) == 1:
+            ((place, chunk),) = arrived
+            start = self._num_taken[place]
+            stop = start + (chunk.token_id is not None)
+            output = generation.outputs[place]
+            piece = Piece(place, output, start, stop, chunk.text, chunk.finish_reason)
+            _check(piece)
+            yield piece
+            self._num_taken[place] = stop
+            return
         pieces: dict[int, Piece] = {}
         for place, chunk in arrived:
             piece = pieces.get(place)
@@ -170,13 +189,13 @@ class Answer(Response):
             self._num_taken[piece.place] = piece.stop
 
     def _event(self, piece: Piece) -> bytes:
-        event = self._head | {"choices": [self.delta(piece)]}
-        if self._is_usage_asked or self._is_usage_everywhere:
-            event["usage"] = None
+        usage = b""
         if self._is_usage_everywhere:
             self._num_taken[piece.place] = piece.stop
-            event["usage"] = self._usage()
-        return _as_event(event)
+            usage = b',"usage":' + _encode(self._usage())
+        elif self._is_usage_asked:
+            usage = b',"usage":null'
+        return b"%b%b]%b}\n\n" % (self._event_begin, _encode(self.delta(piece)), usage)
 
     def _usage(self) -> dict[str, int]:
         num_prompt, num_output = sum(map(len, self._prompts)), sum(self._num_taken)
@@ -336,4 +355,4 @@ async def _send_part(send: Send, body: bytes, *, is_last: bool = False) -> None:
 
 
 def _as_event(body: object) -> bytes:
-    return b"data: %b\n\n" % msgspec.json.encode(body)
+    return b"data: %b\n\n" % _encode(body)

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from expertlane.server.errors import TOO_LARGE, ApiError
 
 MOST_BODY_BYTES = 32 * 2**20
+DIRECT_SEND = "expertlane.send"  # in a scope: past what only looks at an answer's beginning
 # For probes and Prometheus; they hold numbers only.
 _OPEN = frozenset({"/health", "/ping", "/metrics", "/version", "/load"})
 
@@ -37,6 +38,7 @@ class Counted:
                 self._count(scope["method"], route, message["status"])
             await send(message)
 
+        scope[DIRECT_SEND] = send
         await self._app(scope, receive, counting_send)
 
 
