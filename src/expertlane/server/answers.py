@@ -168,9 +168,9 @@ class Answer(Response):
             start = self._num_taken[place]
             stop = start + (chunk.token_id is not None)
             output = generation.outputs[place]
-            piece = Piece(place, output, start, stop, chunk.text, chunk.finish_reason)
-            _check(piece)
-            yield piece
+            only = Piece(place, output, start, stop, chunk.text, chunk.finish_reason)
+            _check(only)
+            yield only
             self._num_taken[place] = stop
             return
         pieces: dict[int, Piece] = {}
