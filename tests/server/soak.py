@@ -30,11 +30,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.processes import wait_until
 from expertlane.engine.llm import LLM
 from model.chat_checkpoint import save_chat_checkpoint
+from server import soak_serve
 from server.running import PATIENCE_S
 from server.soak_client import send
 from server.soak_judge import Arbiter, Judge
 from server.soak_requests import Asked, Right, draw, right_answers
-from server.soak_serve import SWITCHED
 
 TEMPLATE = (
     "{% for message in messages %}<u>{{ message.content }}{% endfor %}"
@@ -101,10 +101,13 @@ def serving(
     Raises:
         AssertionError: it did not start, or did not end well.
     """
-    command = [sys.executable, "-m", "server.soak_serve", "serve", str(folder), "--layout", layout]
+    program = str(Path(soak_serve.__file__))
+    command = [sys.executable, "-P", program, "serve", str(folder), "--layout", layout]
     command += ["--dtype", dtype, "--port", "0", "--json", "--served-model-name", "tiny", *options]
-    with log.open("w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
@@ -246,7 +249,7 @@ def soak(
             check_counts(judge.counts - counts, before, after)
             run.resident.append(server.resident())
             judge.counts["preemptions"] = int(after["vllm:num_preemptions_total"])
-            judge.counts["rebalances"] = log.read_text().count(SWITCHED)
+            judge.counts["rebalances"] = log.read_text().count(soak_serve.SWITCHED)
             print(f"{layout} {dtype}: {end - numbers.start} of {len(numbers)} requests", flush=True)
         print(f"memory grew by {check_memory(run.resident)} bytes")
     return judge.counts
