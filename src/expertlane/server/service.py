@@ -115,6 +115,9 @@ class Service:
         """
         self.check_running()
         self.check_model(model)
+        self._check_queue()
+
+    def _check_queue(self) -> None:
         most = self.options.max_num_queued
         if self.num_queued >= most:
             raise ApiError(
@@ -262,8 +265,9 @@ class Service:
             param: the field of the prompts.
 
         Raises:
-            ApiError: they can never be served, or the ranks have ended.
+            ApiError: they can never be served, the queue is full, or the ranks have ended.
         """
+        self._check_queue()  # again: others have come while prompts became tokens
         limits = (request.timeout_s, self.options.request_timeout_s)
         given = [each for each in limits if each is not None]
         loop = asyncio.get_running_loop()
