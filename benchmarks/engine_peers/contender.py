@@ -151,7 +151,7 @@ def start(
         if vllm_python is None:
             raise ContenderError(f"{name}: no --vllm-python")
         python = vllm_python
-        environment |= _vllm_environment(vllm_python, checkpoint, num_cores, int(option))
+        environment |= vllm_environment(vllm_python, checkpoint, num_cores, int(option))
     if kind == "ours":
         environment["EXPERTLANE_PIN"] = "1"  # other layouts' ranks are there too, but idle
     script = here / f"run_{kind}.py"
@@ -162,7 +162,7 @@ def start(
     return Contender(name, command, environment, log)
 
 
-def _vllm_environment(
+def vllm_environment(
     python: Path, checkpoint: Path, num_cores: int, tensor_parallel_size: int
 ) -> dict[str, str]:
     """Threads bound to cores, one group a rank; the libraries that its manual asks to preload."""

@@ -184,3 +184,17 @@ def test_names_are_no_markup(monkeypatch):
     monkeypatch.setattr(sys, "stdout", shown)
     stdout_console().print("[red]a[/red] [link=http://x]b :smile:")
     assert shown.getvalue() == "[red]a[/red] [link=http://x]b :smile:\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_line_on_stderr_does_not_wait_for_the_end(tmp_path, unbuffered):
+    path = tmp_path / "errors"
+    code = (
+        "import sys; from expertlane.cli.streams import guard_streams; guard_streams(); "
+        "print('a line', file=sys.stderr); print(open(sys.argv[1]).read())"
+    )
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-c", code, str(path)]
+    with path.open("w") as errors:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, env=environment)
+    assert done.stdout == b"a line\n\n"

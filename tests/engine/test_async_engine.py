@@ -1,6 +1,7 @@
 """`AsyncEngine`: what `Engine` gives, in a loop; cancelling, mistakes, ends."""
 
 import asyncio
+import threading
 
 import pytest
 
@@ -168,5 +169,29 @@ def test_arrival_is_when_it_was_asked_for_and_the_first_step_is_noted():
         await taken(generation)
         (output,) = generation.outputs
         assert output.scheduled_s == 1.0  # the stub's clock counts steps
+
+    run(use)
+
+
+def test_what_comes_during_a_step_is_in_the_next_plan():
+    """One step is under way meanwhile; a cancelled request is in no plan after that."""
+
+    async def use(engine, stub, chunks):
+        plans, gate = [], threading.Event()
+        submit = stub.runner.submit
+        stub.runner.submit = lambda plan: plans.append(plan) or submit(plan)
+        first = await engine.generate([[1]], [SamplingParams(temperature=0, max_tokens=40)])
+        await until(lambda: len(first.outputs[0].token_ids) >= 2)
+        stub.runner.before = lambda: gate.wait(30)
+        await asyncio.sleep(0.05)  # a step is at the gate, another one is planned
+        num_plans = len(plans)
+        asked = asyncio.create_task(engine.generate([[2]], [GREEDY]))
+        await asyncio.sleep(0)
+        first.cancel()
+        gate.set()
+        second = await asked
+        await taken(second)
+        seqs = [{*batch.seq_ids.tolist()} for batch in plans[num_plans].batches]
+        assert set.union(*seqs) == {1}
 
     run(use)

@@ -1,5 +1,6 @@
 """`expertlane serve`: a model behind an OpenAI-compatible HTTP interface."""
 
+import gc
 import os
 import socket
 from contextlib import ExitStack
@@ -158,7 +159,7 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
 
         def on_start(running: "Running") -> None:
             llm.on_told_to_end(running.tell_to_drain)
-            _say(served, layout, bound, own.as_json)
+            _start(served, layout, bound, own.as_json)
 
         serve(
             served,
@@ -222,6 +223,13 @@ def _of_checkpoint(found: FoundModel) -> "tuple[ChatTemplate | None, dict[str, A
     has_template = ChatTemplate.is_in(found.folder)
     template = ChatTemplate.from_folder(found.folder) if has_template else None
     return template, default_sampling(found.folder)
+
+
+def _start(served: "ServedModel", layout: Layout, bound: socket.socket, as_json: bool) -> None:
+    """Say that requests are taken; what is there now is no garbage, and is not looked at again."""
+    gc.collect()
+    gc.freeze()
+    _say(served, layout, bound, as_json)
 
 
 def _say(served: "ServedModel", layout: Layout, bound: socket.socket, as_json: bool) -> None:

@@ -61,8 +61,10 @@ def _text(before: "TextIO | None", raw: io.FileIO) -> io.TextIOWrapper:
         io.BufferedWriter(raw),
         encoding=getattr(before, "encoding", "utf-8"),
         errors=_REPLACE,
-        line_buffering=getattr(before, "line_buffering", False),
-        write_through=getattr(before, "write_through", False),
+        # With PYTHONUNBUFFERED text is written through, here only as far as the buffer.
+        line_buffering=any(
+            getattr(before, each, False) for each in ("line_buffering", "write_through")
+        ),
     )
 
 

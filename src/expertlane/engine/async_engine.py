@@ -117,6 +117,7 @@ class AsyncEngine:
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._live: dict[str, Generation] = {}
         self._asked: dict[Generation, asyncio.Future[None]] = {}
+        self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -170,25 +171,33 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            while self._take_orders():
-                if chunks := self._engine.step():
+            while not self._is_stopped:
+                if self._engine.is_idle:
+                    self._wait_for_order()
+                self._take_orders()
+                # Also between a step's end and the plan of one to come: what has come until then
+                # is in that plan, and what was cancelled is not.
+                if chunks := self._engine.step(self._take_orders):
                     self._tell(self._deliver, chunks)
         except Exception as error:
             self._tell(self._fail, error)
 
-    def _take_orders(self) -> bool:
-        """Do what was asked for since the last step; False when that is to end."""
-        while True:
-            is_idle = self._engine.is_idle
-            try:
-                order = self._orders.get(block=is_idle, timeout=_IDLE_S)
-            except Empty:
-                if is_idle:
-                    self._check_ranks()
-                    continue
-                return True
-            if order is None:
-                return False
+    def _wait_for_order(self) -> None:
+        try:
+            self._take(self._orders.get(timeout=_IDLE_S))
+        except Empty:
+            self._check_ranks()
+
+    def _take_orders(self) -> None:
+        """Do what was asked for since the last call."""
+        with suppress(Empty):
+            while True:
+                self._take(self._orders.get_nowait())
+
+    def _take(self, order: Callable[[], None] | None) -> None:
+        if order is None:
+            self._is_stopped = True
+        else:
             order()
 
     def _add(

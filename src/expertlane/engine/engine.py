@@ -203,10 +203,13 @@ class Engine(Generic[HandleT]):
         self._ended.append(self._end(live, None, FinishReason.CANCELLED))
         return True
 
-    def step(self) -> list[Chunk]:
+    def step(self, before_plan: Callable[[], None] = lambda: None) -> list[Chunk]:
         """Wait for one step of the ranks, and give what it brought.
 
         The next step is under way before this one's tokens are turned into text.
+
+        Args:
+            before_plan: called between the two; it may add requests and cancel some.
 
         Raises:
             RankError: a rank died, hung or failed.
@@ -230,11 +233,13 @@ class Engine(Generic[HandleT]):
                 output.prompt_logprobs.add(part)
         stepped, failed = self.scheduler.stepped, self.scheduler.failed
         self._begin_masks(stepped)
+        before_plan()
         if self._masks:
             self._take_masks(_MASKS_S)
         self._loop.submit()
         for request in failed:
-            chunks.append(self._end(self._live.pop(request.request_id), None, FinishReason.ERROR))
+            if (live := self._live.pop(request.request_id, None)) is not None:
+                chunks.append(self._end(live, None, FinishReason.ERROR))
         chunks += self._take(stepped, finished.outcome)
         return chunks + self._end_complete()
 
@@ -296,7 +301,9 @@ class Engine(Generic[HandleT]):
         chunks, finished_s, lives = [], outcome.finished_s, self._live
         for request in stepped:
             request_id, reason, text = request.request_id, request.finish_reason, ""
-            live = lives[request_id]
+            live = lives.get(request_id)
+            if live is None:  # cancelled since
+                continue
             token_id = request.output_token_ids[-1]
             live.add_time(finished_s)
             if live.is_plain and reason is None:

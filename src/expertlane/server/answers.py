@@ -18,6 +18,7 @@ from expertlane.server.chat_parts import ChatParts
 from expertlane.server.errors import ApiError, bad_field, json_response
 from expertlane.server.logprobs import TokenTexts
 from expertlane.server.marks import MarkedText
+from expertlane.server.middleware import DIRECT_SEND
 from expertlane.server.observed import Generated, note
 from expertlane.server.requests import ChatRequest, GenerationRequest
 from expertlane.server.service import Service
@@ -30,6 +31,7 @@ EVENTS_HEAD = (
     (b"cache-control", b"no-cache"),
 )
 _DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.Encoder().encode
 
 
 class ClientGone(Exception):
@@ -103,6 +105,8 @@ class Answer(Response):
             "created": int(time.time()),
             "model": service.model.name,
         }
+        # The same in all events, up to the choice.
+        self._event_begin = b'data: %b,"choices":[' % _encode(self._head).removesuffix(b"}")
         self._num_taken = [0] * len(params)
         self._generation: Generation | None = None
         self.began_s = 0.0  # when the request arrived; set before it is sent
@@ -119,7 +123,7 @@ class Answer(Response):
             note(scope, self._generated(generation))
             watcher = asyncio.create_task(_watch(receive, generation))
             if self._request.stream:
-                await self._stream(generation, send)
+                await self._stream(generation, send, scope.get(DIRECT_SEND, send))
             else:
                 answer = await self._whole(generation)
                 await answer(scope, receive, send)
@@ -161,22 +165,38 @@ class Answer(Response):
         more = self.more_of_whole(pieces)
         return json_response(self._head | {"choices": choices, "usage": self._usage()} | more)
 
-    async def _stream(self, generation: Generation, send: Send) -> None:
+    async def _stream(self, generation: Generation, send: Send, direct: Send) -> None:
+        """Events as they come; a hot loop.
+
+        Args:
+            direct: sends all but the answer's beginning.
+        """
         await send({"type": "http.response.start", "status": 200, "headers": EVENTS_HEAD})
         try:
             while arrived := await taken(generation):
                 events = b"".join(map(self._event, self._pieces(generation, arrived)))
-                await send_part(send, events)
+                await send_part(direct, events)
             end = _DONE
             if self._is_usage_asked:
                 usage = {"choices": [], "usage": self._usage()}
                 end = _as_event(self._head | usage) + end
         except ApiError as error:
             end = _as_event(error.body) + _DONE
-        await send_part(send, end, is_last=True)
+        await send_part(direct, end, is_last=True)
 
     def _pieces(self, generation: Generation, arrived: list[tuple[int, Chunk]]) -> Iterator[Piece]:
         """One a choice: what came together is sent together."""
+        if len(arrived) == 1:
+            ((place, chunk),) = arrived
+            self.note(place, chunk)
+            start = self._num_taken[place]
+            stop = start + (chunk.token_id is not None)
+            output = generation.outputs[place]
+            only = Piece(place, output, start, stop, chunk.text, chunk.finish_reason)
+            _check(only)
+            yield only
+            self._num_taken[place] = stop
+            return
         pieces: dict[int, Piece] = {}
         for place, chunk in arrived:
             self.note(place, chunk)
@@ -194,13 +214,13 @@ class Answer(Response):
             self._num_taken[piece.place] = piece.stop
 
     def _event(self, piece: Piece) -> bytes:
-        event = self._head | {"choices": [self.delta(piece)]}
-        if self._is_usage_asked or self._is_usage_everywhere:
-            event["usage"] = None
+        usage = b""
         if self._is_usage_everywhere:
             self._num_taken[piece.place] = piece.stop
-            event["usage"] = self._usage()
-        return _as_event(event)
+            usage = b',"usage":' + _encode(self._usage())
+        elif self._is_usage_asked:
+            usage = b',"usage":null'
+        return b"%b%b]%b}\n\n" % (self._event_begin, _encode(self.delta(piece)), usage)
 
     def _usage(self) -> dict[str, Any]:
         outputs = () if self._generation is None else self._generation.outputs
@@ -401,4 +421,4 @@ async def send_part(send: Send, body: bytes, *, is_last: bool = False) -> None:
 
 
 def _as_event(body: object) -> bytes:
-    return b"data: %b\n\n" % msgspec.json.encode(body)
+    return b"data: %b\n\n" % _encode(body)

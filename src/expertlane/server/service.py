@@ -159,6 +159,9 @@ class Service:
         """
         self.check_running()
         self.check_model(model)
+        self._check_queue()
+
+    def _check_queue(self) -> None:
         most = self.options.max_num_queued
         if self.num_queued >= most:
             raise ApiError(
@@ -386,8 +389,9 @@ class Service:
             began_s: when the request arrived, on the loop's clock.
 
         Raises:
-            ApiError: they can never be served, or the ranks have ended.
+            ApiError: they can never be served, the queue is full, or the ranks have ended.
         """
+        self._check_queue()  # again: others have come while prompts became tokens
         limit_s = self.time_limit_s(request)
         loop = asyncio.get_running_loop()
         try:

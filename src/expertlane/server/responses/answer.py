@@ -65,20 +65,20 @@ class ResponseAnswer(ChatAnswer):
             pass
         return json_response(self._finished())
 
-    async def _stream(self, generation: Generation, send: Send) -> None:
+    async def _stream(self, generation: Generation, send: Send, direct: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": EVENTS_HEAD})
         begun = self._body | {"status": "in_progress", "output": []}
         names = ("response.created", "response.in_progress")
-        await send_part(send, self._bytes({"type": name, "response": begun} for name in names))
+        await send_part(direct, self._bytes({"type": name, "response": begun} for name in names))
         try:
             async for events in self._steps(generation):
-                await send_part(send, self._bytes(events))
+                await send_part(direct, self._bytes(events))
             response = self._finished()
         except ApiError as error:
             failure = {"code": "server_error", "message": error.body["error"]["message"]}
             response = begun | {"status": "failed", "error": failure, "output": self._items.items}
         end: Event = {"type": f"response.{response['status']}", "response": response}
-        await send_part(send, self._bytes([end]), is_last=True)
+        await send_part(direct, self._bytes([end]), is_last=True)
 
     async def _steps(self, generation: Generation) -> AsyncIterator[list[Event]]:
         """What the engine's steps bring.

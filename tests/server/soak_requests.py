@@ -1,0 +1,227 @@
+"""Requests of a soak: each drawn from (seed, number) alone, and what is right for it.
+
+A prompt holds the number of its request, so an answer to another one is noticed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from expertlane.engine.chat_template import ChatTemplate
+from expertlane.engine.llm import LLM
+from expertlane.schedule.request import RequestOutput
+from expertlane.spec.sampling import SamplingParams
+
+BAD = 0.05  # share
+ABORTED, LATE = 0.25, 0.01  # shares where clients may leave
+MOST_TOKENS = 48
+_MOST_LETTERS = 60
+_COMMON = "the thing of the thing and " * 3  # what prompts may begin with alike
+_LETTERS = np.array(list("abcdefghij klmnop qrstuvwxyz é日"))
+# What is wrong, and the field that the refusal has to name.
+_WRONG: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"temperature": -1}, "temperature"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 100_000}, "max_tokens"),
+    ({"n": 0}, "n"),
+    ({"n": "two"}, "n"),
+    ({"top_p": 2}, "top_p"),
+    ({"stop": [""]}, "stop"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"nonsense": 1}, "nonsense"),
+    ({"seed": 1.5}, "seed"),
+    ({"stream_options": {"include_usage": True}, "stream": False}, "stream_options"),
+    ({"model": "another"}, "model"),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request.
+
+    Attributes:
+        prompts: of each choice; a text, tokens, or a list of messages.
+        params: of each choice.
+        wrong: the field that is wrong; None where none is.
+        aborted_after: of its events (a stream) or in hundredths of a second, when its client
+            leaves; None where it stays.
+    """
+
+    number: int
+    body: dict[str, Any]
+    prompts: tuple[Any, ...]
+    params: tuple[SamplingParams, ...]
+    wrong: str | None = None
+    aborted_after: int | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it goes to `/v1/chat/completions`."""
+        return "messages" in self.body
+
+    @property
+    def path(self) -> str:
+        """Where it goes."""
+        return "/v1/chat/completions" if self.is_chat else "/v1/completions"
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it asks for events."""
+        return bool(self.body.get("stream"))
+
+    @property
+    def is_determined(self) -> bool:
+        """Whether its answer follows from the request."""
+        return all(each.is_greedy or each.seed is not None for each in self.params)
+
+
+def draw(seed: int, number: int, *, is_calm: bool = False) -> Asked:
+    """A request; the same for the same arguments.
+
+    Args:
+        is_calm: its client stays to the end, and is told the number of tokens.
+    """
+    random = np.random.default_rng((seed, number))
+    what: dict[str, Any] = {}
+    prompts = _draw_prompts(random, number, what)
+    num_choices = int(random.integers(2, 4)) if random.random() < 0.06 else 1
+    sampling = _draw_sampling(random)
+    wants_logprobs = random.random() < 0.12
+    body = what | _as_body(sampling) | {"return_token_ids": bool(random.random() < 0.7)}
+    if num_choices > 1:
+        body["n"] = num_choices
+    if wants_logprobs:
+        more = {"logprobs": True, "top_logprobs": 1} if "messages" in what else {"logprobs": 1}
+        body |= more
+    if random.random() < 0.55:
+        body |= {
+            "stream": True,
+            "stream_options": {"include_usage": is_calm or bool(random.random() < 0.5)},
+        }
+    if random.random() < 0.2:
+        body["priority"] = int(random.integers(-1, 2))
+    if random.random() < LATE and not is_calm:
+        body["timeout_s"] = float(random.uniform(0.001, 0.2))
+    params = tuple(
+        SamplingParams(**_of_choice(sampling, choice), logprobs=1 if wants_logprobs else None)
+        for choice in range(num_choices)
+    )
+    kind = random.random()
+    if kind < BAD:
+        change, field = _WRONG[random.integers(len(_WRONG))]
+        return Asked(number, body | change, (), (), wrong=field)
+    after = int(random.integers(0, 12)) if kind < BAD + ABORTED and not is_calm else None
+    of_choices = tuple(prompt for prompt in prompts for _ in range(num_choices))
+    return Asked(number, body, of_choices, params * len(prompts), aborted_after=after)
+
+
+def _draw_prompts(random: np.random.Generator, number: int, what: dict[str, Any]) -> list[Any]:
+    """Puts them into a body, and gives them as the engine takes them."""
+
+    def text(place: int) -> str:
+        letters = random.choice(_LETTERS, random.integers(1, _MOST_LETTERS))
+        begin = _COMMON if random.random() < 0.4 else ""
+        return f"{begin}{number}.{place}: {''.join(letters)}"
+
+    kind = random.random()
+    if kind < 0.35:
+        messages = [{"role": "user", "content": text(0)}]
+        if random.random() < 0.4:
+            messages.insert(0, {"role": "system", "content": _COMMON})
+        what["messages"] = messages
+        return [messages]
+    if kind < 0.65:
+        prompts: list[Any] = [text(0)]
+        what["prompt"] = prompts[0]
+    elif kind < 0.9:
+        digits = [10 + int(digit) for digit in str(number)]
+        prompts = [digits + random.integers(20, 260, random.integers(1, 90)).tolist()]
+        what["prompt"] = prompts[0]
+    else:
+        prompts = [text(place) for place in range(random.integers(2, 4))]
+        what["prompt"] = prompts
+    return prompts
+
+
+def _draw_sampling(random: np.random.Generator) -> dict[str, Any]:
+    """Fields of `SamplingParams`, and of a body."""
+    found: dict[str, Any] = {"temperature": 0.0}
+    kind = random.random()
+    if kind < 0.1:
+        found |= {"repetition_penalty": 1.2, "frequency_penalty": 0.3, "presence_penalty": 0.2}
+    elif kind < 0.15:
+        found["logit_bias"] = {int(token): 2.0 for token in random.integers(5, 260, 3)}
+    elif kind < 0.4:
+        filters = ({"top_p": 0.8}, {"top_k": 20}, {"min_p": 0.05}, {"presence_penalty": 0.4}, {})
+        found = {"temperature": 0.8, **filters[random.integers(len(filters))]}
+        found["seed"] = int(random.integers(0, 2**62))
+    elif kind < 0.5:
+        found = {"temperature": 1.0, "top_p": 0.9}
+    found["max_tokens"] = min(MOST_TOKENS, int(random.geometric(1 / 14)))
+    if random.random() < 0.2:
+        found["stop"] = [str(each) for each in random.choice(list("ehotagn"), 2, replace=False)]
+    if random.random() < 0.1:
+        found["stop_token_ids"] = random.integers(5, 260, 6).tolist()
+    if random.random() < 0.1:
+        found["min_tokens"] = int(random.integers(0, found["max_tokens"] + 1))
+    if random.random() < 0.5:
+        found["ignore_eos"] = True
+    return found
+
+
+def _as_body(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    bias = sampling.get("logit_bias")
+    if bias is None:
+        return dict(sampling)
+    return sampling | {"logit_bias": {str(token): each for token, each in bias.items()}}
+
+
+def _of_choice(sampling: Mapping[str, Any], choice: int) -> dict[str, Any]:
+    seed = sampling.get("seed")
+    return dict(sampling) if seed is None else sampling | {"seed": seed + choice}
+
+
+@dataclass(frozen=True)
+class Right:
+    """What a choice has to be.
+
+    Attributes:
+        logprobs: [len(token_ids)]; empty unless asked for.
+    """
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    logprobs: list[float]
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> "Right":
+        """Of what came offline."""
+        assert output.finish_reason is not None
+        return cls(
+            output.prompt_token_ids,
+            list(output.token_ids),
+            output.text,
+            str(output.finish_reason),
+            [each.logprob for each in output.logprobs],
+        )
+
+
+def right_answers(llm: LLM, asked: Sequence[Asked]) -> dict[int, list[Right]]:
+    """By number, of those whose answer follows from the request."""
+    wanted = [each for each in asked if each.wrong is None and each.is_determined]
+    prompts = [as_engine_takes(llm, prompt) for each in wanted for prompt in each.prompts]
+    params = [of_choice for each in wanted for of_choice in each.params]
+    outputs = iter(llm.generate(prompts, params) if prompts else ())
+    return {each.number: [Right.of(next(outputs)) for _ in each.params] for each in wanted}
+
+
+def as_engine_takes(llm: LLM, prompt: Any) -> Any:
+    """A chat as tokens; others as they are."""
+    if not (isinstance(prompt, list) and isinstance(prompt[0], dict)):
+        return prompt
+    template = llm._chat_template = llm._chat_template or ChatTemplate.from_folder(llm._folder)
+    return llm.tokenizer.encode(template.render(prompt), add_special_tokens=False)
