@@ -32,6 +32,12 @@ class RunBareSteps(Command[list[float]]):
     batch_size: int
 
 
+class ProfileBareSteps(Command[dict[str, list[float]]]):
+    """Of decode steps of a batch, recorded: seconds and bytes read by stage."""
+
+    batch_size: int
+
+
 def start_ranks(num_ranks: int, dtype: str | None = "bfloat16") -> RankPool:
     return RankPool(LocalRanks(num_ranks, TIMEOUT_S, dtype, __name__), TIMEOUT_S)
 
@@ -47,5 +53,6 @@ def main() -> None:
         MeasureCollectives: bench_collectives.measure,
         MeasureDispatch: bench_dispatch.measure,
         RunBareSteps: bench_step.bare_steps,
+        ProfileBareSteps: bench_step.profiled_steps,
     }
     fork_server.main({**HANDLERS, **own})
