@@ -2,12 +2,13 @@
 
     python benchmarks/bench_live.py [LAYOUT] [ROUNDS]
 
-Both sides take turns, so that what else the machine does hits them alike. Prints the median of the
-rounds' ratios, with and without, and the CPU time behind them.
+Sides take turns, so that what else the machine does hits them alike; medians over the rounds.
 
-1. Ranks: two engines of the same model, one of them watched (twice a second); CPU time of the ranks
-   a step of 8 greedy sequences, and wall time of the same.
-2. Pages: one server under a steady load of 8 streams; CPU time of its process an output token, and
+1. Calls: CPU time of a rank's calls with a meter and without, in one process.
+2. Idle: CPU time of an idle server's front in a second, with ten pages open and with none.
+3. Ranks: two engines of the same model, one of them watched (twice a second); CPU time of the ranks
+   for 8 greedy sequences, and wall time of the same.
+4. Load: one server under a steady load of 8 streams; CPU time of its front an output token, and
    tokens a second, with ten pages open and with none.
 """
 
@@ -17,17 +18,25 @@ import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from statistics import median
 
 import httpx
 import psutil
+import torch
 
+from expertlane.comm.clocks import HostClock
+from expertlane.comm.progress import ProgressBoard
+from expertlane.comm.recorder import Recorder
 from expertlane.engine.llm import LLM
+from expertlane.spec.names import Stage
 from expertlane.spec.sampling import SamplingParams
 
 MODEL = "paper-small"
 NUM_STREAMS, NUM_TOKENS, NUM_VIEWERS = 8, 100, 10
 LOAD_S = 8.0
+NUM_CALLS = 20_000
 PROMPTS = [[seq + 1] * 8 for seq in range(NUM_STREAMS)]
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
@@ -48,8 +57,39 @@ def run(llm: LLM, watch) -> tuple[float, float]:
     return seconds_of_ranks(llm) - before_s, time.perf_counter() - began_s
 
 
-def bench_ranks(layout: str, num_rounds: int) -> None:
+def bench_calls(num_rounds: int) -> None:
     """The first part."""
+    progress = ProgressBoard(1).reporter(0)
+    counts, zeros = torch.ones(16, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)
+
+    def calls(recorder: Recorder) -> dict[str, Callable[[], object]]:
+        meter = recorder.meter
+        found = {
+            "enter": lambda: recorder.enter(Stage.EXPERTS, 3),
+            "wait": lambda: recorder.wait_at_once(lambda: None),
+        }
+        if meter is not None:
+            found["sent to 16"] = lambda: meter.sent([0] * 16, [1] * 16, 64)
+            found["counts"] = lambda: zeros.add_(counts)
+        return found
+
+    recorders = [Recorder(0, 8, 64, progress, HostClock(), 16) for _ in range(2)]
+    recorders[1].totals()
+    taken: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for _ in range(num_rounds):
+        for side, recorder in enumerate(recorders):
+            for name, call in calls(recorder).items():
+                began_s = time.process_time()
+                for _ in range(NUM_CALLS):
+                    call()
+                taken[name, side].append((time.process_time() - began_s) / NUM_CALLS)
+    for name in calls(recorders[1]):
+        without, with_ = (1e9 * median(taken.get((name, side), [0.0])) for side in (0, 1))
+        print(f"{name}: {without:.0f} ns without, {with_:.0f} with a meter")
+
+
+def bench_ranks(layout: str, num_rounds: int) -> None:
+    """The third part."""
     given = {"layout": layout, "num_blocks": 512, "prefix_caching": False}
     with LLM(MODEL, **given) as plain, LLM(MODEL, **given) as watched:
         watch, rounds = watched.watch(), []
@@ -120,10 +160,27 @@ async def round_of(server: Server, num_viewers: int) -> tuple[float, float]:
     return (after[0] - before[0]) / tokens, tokens / (ended_s - began_s)
 
 
+async def idle(server: Server, num_viewers: int) -> float:
+    """CPU time of the front in a second."""
+    viewers = [asyncio.create_task(view(server.url)) for _ in range(num_viewers)]
+    await asyncio.sleep(1)
+    before, began_s = server.measure(), time.monotonic()
+    await asyncio.sleep(LOAD_S)
+    after, ended_s = server.measure(), time.monotonic()
+    for each in viewers:
+        each.cancel()
+    return (after[0] - before[0]) / (ended_s - began_s)
+
+
 def bench_pages(layout: str, num_rounds: int) -> None:
-    """The second part."""
+    """The second and the fourth part."""
     server, rounds = Server(layout), []
     try:
+        idles = [
+            [asyncio.run(idle(server, num)) for num in (0, NUM_VIEWERS)] for _ in range(num_rounds)
+        ]
+        none, ten = (1e3 * median(column) for column in zip(*idles, strict=True))
+        print(f"idle, {layout}: {none:.1f} ms of CPU time a second, {ten:.1f} with ten pages")
         asyncio.run(round_of(server, 0))  # warm
         for number in range(num_rounds):
             found = {
@@ -149,5 +206,6 @@ def bench_pages(layout: str, num_rounds: int) -> None:
 if __name__ == "__main__":
     chosen = sys.argv[1] if len(sys.argv) > 1 else "dp=2,ep=2"
     times = int(sys.argv[2]) if len(sys.argv) > 2 else 7
-    bench_ranks(chosen, times)
+    bench_calls(times)
     bench_pages(chosen, times)
+    bench_ranks(chosen, times)

@@ -1,6 +1,7 @@
 """`expertlane serve` as a process: what it prints, how it ends, what it refuses."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -69,9 +70,10 @@ def test_it_says_where_it_is_serves_and_drains(command):
 def test_lines_for_people_and_a_rank_that_dies_while_idle(command):
     server = command()
     assert server.first.startswith("paper-tiny at http://127.0.0.1:")
-    lines = [server.process.stdout.readline() for _ in range(2)]
+    lines = [server.process.stdout.readline() for _ in range(3)]
     assert lines[0].startswith("dp=2,ep=2 on 2 ranks; KV cache of ")
-    assert lines[1].startswith("Ctrl-C ")
+    assert re.fullmatch(r"what it does: http://127.0.0.1:\d+/live in a browser\n", lines[1])
+    assert lines[2].startswith("Ctrl-C ")
     running = RunningRanks(server.process.pid, 2)
     running.kill(1)
     code, _, err = server.end()

@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import time
 from base64 import b64decode, b64encode
 from contextlib import contextmanager
 from hashlib import sha256
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 
 from engine.processes import wait_until
+from expertlane.comm.progress import Position
+from expertlane.engine.rank_watch import RankWatch
 from expertlane.report.charts.colours import PALETTE
 from expertlane.server import live
 from expertlane.server.service import ServerOptions
+from expertlane.spec.names import Stage
 from report.colour_vision import SEEN_BY, difference, lab
 from server.running import PATIENCE_S
 
@@ -185,6 +189,19 @@ def test_dead_ranks_are_the_last_frame(stub_server):
     assert rest[-1]["alerts"][0]["text"] == rest[-1]["events"][-1]["text"]
     assert "rank 1 was killed" in rest[-1]["alerts"][0]["text"]
     server.join()
+
+
+def test_a_silent_rank_is_red_and_a_full_one_amber(served, monkeypatch):
+    state = served.server.service.live.state
+    old = Position(7, 2, Stage.EXPERTS, False, 1, time.monotonic() - 60)
+    idle = old._replace(stage=Stage.IDLE)
+    monkeypatch.setattr(RankWatch, "positions", property(lambda self: [idle, old]))
+    monkeypatch.setattr(RankWatch, "imbalance", lambda self, seconds: {1: 1.2, 3: 2.5})
+    silent, uneven = state.alerts()
+    assert (silent.level, uneven.level) == ("red", "amber")
+    assert silent.text == "Rank 1 has reported nothing for 60 s, in step 7, layer 2, stage experts."
+    assert uneven.text.startswith("Layer 3: the fullest rank computes 2.5 times the mean's tokens")
+    assert "--rebalance-steps" in uneven.advice
 
 
 def test_a_full_queue_is_red_and_preemptions_are_events(stub_server):

@@ -63,8 +63,8 @@ class OwnMetrics:
     def text_of_experts(self) -> bytes:
         """`expertlane:expert_tokens_total`, as Prometheus reads it.
 
-        With 61 layers of 256 experts these are 15,616 lines, for which prometheus-client takes 15
-        times as long.
+        With 61 layers of 256 experts these are 15,616 lines: 6 ms of CPU time here, in which
+        requests wait, and 123 by prometheus-client.
         """
         watch = self.watch
         if watch is None or not watch.layers:
