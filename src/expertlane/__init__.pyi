@@ -385,7 +385,7 @@ def bench(
         rounds: Rounds, each with requests of its own; 5 or more give an interval.
         endpoint: What requests ask for; prompts of chats are text.
         tokenizer: Folder of the model's tokenizer; chats need one.
-        api_key_file: File with the API key; a second one is for --compare.
+        api_key_file: File with the API key. A second file is for --compare.
         num_warm_up: Requests before each load that are not counted.
         request_timeout_s: Time limit of a request, waiting included.
         dtype: Type of weights and activations.

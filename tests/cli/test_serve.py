@@ -100,7 +100,8 @@ def test_a_port_that_is_taken_is_noticed_before_anything_is_loaded(run):
         (("--max-num-queued", "0"), "--max-num-queued is 0; it must be a whole number, 1 to"),
         (("--request-timeout-s", "0"), "--request-timeout-s is 0.0; it must be a number above 0"),
         (("--drain-s", "-1"), "--drain-s is -1.0; it must be a number, 0 to"),
-        (("--api-key", ""), "--api-key is empty"),
+        (("--api-key", ""), "--api-key 1 is no API key: it must be one word"),
+        (("--api-key-file", "/dev/null/none"), "--api-key-file: cannot read"),
         (("--layout", "dp=3,ep=2"), "layout "),
     ],
 )

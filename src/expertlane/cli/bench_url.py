@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.api_keys import API_KEY, check_key, key_lines
 from expertlane.cli.help import Panel
 from expertlane.cli.load import LoadOptions
 from expertlane.cli.option_groups import given
 from expertlane.errors import UserError, naming
-from expertlane.spec.files import read_text
 
 if TYPE_CHECKING:
     from expertlane.client.prompts import Vocabulary
     from expertlane.client.run import Asked, Seen, Target
     from expertlane.results.results import Results
 
-API_KEY = "EXPERTLANE_API_KEY"
-_MOST_KEY_BYTES = 4096
 _PAIRED_ROUNDS = 5  # for an interval
 
 
@@ -57,7 +55,7 @@ class UrlOptions:
         None,
         metavar="FILE",
         show_default=f"{API_KEY}, else none",
-        help="File with the API key; a second one is for --compare.",
+        help="File with the API key. A second file is for --compare.",
     )
     num_warm_up: int | None = typer.Option(
         None,
@@ -104,12 +102,13 @@ class UrlOptions:
             raise UserError(f"--api-key-file is given {len(files)} times; once for each server")
         keys: list[str | None] = []
         for path in files:
-            with naming("--api-key-file"):
-                key = read_text(path, _MOST_KEY_BYTES).strip()
-            _check_key(key, str(path))
+            (where, key), *others = key_lines(path).items()
+            if others:
+                raise UserError(f"--api-key-file: {path} has {1 + len(others)} keys; one is needed")
+            check_key(key, where)
             keys.append(key)
         if not keys and (found := os.environ.get(API_KEY)):
-            _check_key(found, API_KEY)
+            check_key(found, API_KEY)
             keys.append(found)
         return keys or [None]
 
@@ -130,11 +129,6 @@ class UrlOptions:
     def num_rounds(self) -> int:
         """How often each load is repeated."""
         return self.rounds or (1 if self.compare is None else _PAIRED_ROUNDS)
-
-
-def _check_key(key: str, where: str) -> None:
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(f"{where} holds no API key: it must be one word of printable ASCII")
 
 
 def run_url(

@@ -6,10 +6,12 @@ import socket
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import typer
 
+from expertlane.cli.api_keys import API_KEY, check_key, key_lines
 from expertlane.cli.help import Panel
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import takes_groups
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from expertlane.server.service import ServedModel
     from expertlane.server.tracing import Tracing
 
-_API_KEY = "EXPERTLANE_API_KEY"
 LogFormat = Literal["off", "text", "json"]
 
 
@@ -44,8 +45,14 @@ class _Options:
     api_key: list[str] | None = typer.Option(
         None,
         metavar="KEY",
-        show_default=f"{_API_KEY}, else none",
+        show_default=f"{API_KEY}, else none",
         help="Refuse requests without this key, or one of several.",
+    )
+    api_key_file: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        help="File with the API key. Several: one a line. Nothing is then seen in a list of "
+        "processes, as --api-key is.",
     )
     max_num_queued: int = typer.Option(
         4096, metavar="N", help="Most waiting requests; further ones get status 429."
@@ -94,6 +101,21 @@ class _Options:
     )
     as_json: bool = json_option()
 
+    def api_keys(self) -> tuple[str, ...]:
+        """All that were given, else the one of the environment.
+
+        Raises:
+            UserError: one is no key, or the file cannot be read or has none.
+        """
+        keys = {f"--api-key {number}": key for number, key in enumerate(self.api_key or [], 1)}
+        if self.api_key_file is not None:
+            keys |= key_lines(self.api_key_file)
+        if not keys and (found := os.environ.get(API_KEY)):
+            keys[API_KEY] = found
+        for where, key in keys.items():
+            check_key(key, where)
+        return tuple(keys.values())
+
 
 @takes_groups
 def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
@@ -121,9 +143,7 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
     from expertlane.server.service import ServedModel, ServerOptions
 
     Marks.of_template("", calls=own.tool_call_parser, thoughts=own.reasoning_parser)  # are known
-    keys = own.api_key or [key for key in [os.environ.get(_API_KEY)] if key]
-    if "" in keys:
-        raise UserError("--api-key is empty; give one of 1 character or more")
+    keys = own.api_keys()
     found = find_model(model)
     layout = found.lay_out(own.layout)
     found.check(layout, engine.options, engine.ranks_per_node)
@@ -143,7 +163,7 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
         if log is not None:
             stack.callback(log.close)
         options = ServerOptions(
-            api_keys=tuple(keys),
+            api_keys=keys,
             max_num_queued=own.max_num_queued,
             request_timeout_s=own.request_timeout_s,
             drain_s=own.drain_s,
