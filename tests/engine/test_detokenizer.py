@@ -268,3 +268,26 @@ def test_stop_strings_count_from_a_token_on(min_tokens):
     assert detokenizer.stopped == (min_tokens < 5)
     if min_tokens == 3:
         assert pieces[:2] == ["a", "X"]  # given at once: no stop string can take it back
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({}, "the END"),
+        ({"shown_token_ids": [1]}, "the</s> END"),
+        ({"skip_special_tokens": False}, "<s>the</s> END"),
+        ({"skip_special_tokens": False, "stop": ("END",)}, "<s>the</s> "),
+        ({"stop": ("END",), "include_stop": True}, "the END"),
+    ],
+)
+def test_control_tokens_and_stop_strings_that_are_text(more, text):
+    tokenizer = byte_level()
+    tokens = [0, *tokenizer.encode("the"), 1, *tokenizer.encode(" END")]
+    detokenizer = IncrementalDetokenizer(tokenizer, [], **more)
+    assert "".join(map(detokenizer.append, tokens)) + detokenizer.finish() == text
+    assert tokenizer.split_special("a<s></s>b") == [
+        ("a", None),
+        ("<s>", 0),
+        ("</s>", 1),
+        ("b", None),
+    ]

@@ -69,13 +69,13 @@ class _Options:
     json_schema: Path | None = typer.Option(
         None,
         metavar="FILE",
-        rich_help_panel=Panel.SAMPLING,
+        rich_help_panel=Panel.MORE_SAMPLING,
         help="The output is JSON that fits this JSON schema.",
     )
     regex: str | None = typer.Option(
         None,
         metavar="REGEX",
-        rich_help_panel=Panel.SAMPLING,
+        rich_help_panel=Panel.MORE_SAMPLING,
         help="The output matches this regular expression.",
     )
     as_json: bool = json_option()
@@ -120,7 +120,7 @@ def generate(
       expertlane generate org/model --layout tp=2,ep=2 --file prompts.txt
       expertlane generate ./my-checkpoint --chat --system "Be brief."
       echo "Once upon a time" | expertlane generate ./my-checkpoint --json
-      expertlane generate ./my-checkpoint "A person as JSON:" --json-schema person.json
+      expertlane generate ./my-checkpoint "As JSON:" --json-schema person.json
       expertlane generate ./my-checkpoint --file prompts.txt --record-routing
           then: expertlane balance results/generate-my-checkpoint/routing.npz --ep 8
       expertlane generate paper-tiny --token-ids 1,2,3

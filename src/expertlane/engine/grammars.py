@@ -1,6 +1,5 @@
 """Grammars of outputs for one tokenizer, compiled by llguidance; and masks, beside the steps."""
 
-import json
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from expertlane.engine.json_schemas import for_library
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
+from expertlane.spec.files import parse_json, strict_json
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
 
@@ -211,13 +211,13 @@ class Grammars:
         """In the library's own form: a JSON object of grammars that refer to each other."""
         body: dict[str, Any] = {"name": "body"}
         if structured.json_schema is not None:
-            body["json_schema"] = for_library(json.loads(structured.json_schema))
+            body["json_schema"] = for_library(parse_json(structured.json_schema))
         else:
             body["lark_grammar"] = _lark(structured)
         if structured.lead is None and not structured.prefix:
-            return json.dumps({"grammars": [body]})
+            return strict_json({"grammars": [body]})
         first = {"name": "all", "lark_grammar": self._lead(structured)}
-        return json.dumps({"grammars": [first, body]})
+        return strict_json({"grammars": [first, body]})
 
     def _lead(self, structured: Structured) -> str:
         """Some text up to a mark, or none, then the body."""
@@ -233,7 +233,7 @@ def lark_text(text: str, tokenizer: Tokenizer) -> str:
     parts = []
     for part, token_id in tokenizer.split_special(text):
         parts.append(
-            json.dumps(part, ensure_ascii=False) if token_id is None else f"<[{token_id}]>"
+            strict_json(part, ensure_ascii=False) if token_id is None else f"<[{token_id}]>"
         )
     return " ".join(parts)
 
@@ -256,7 +256,7 @@ def _lark(structured: Structured) -> str:
     if structured.regex is not None:
         return f"start: /{regex_to_lark(structured.regex, '')}/\n"
     if structured.choice is not None:
-        texts = (json.dumps(each, ensure_ascii=False) for each in dict.fromkeys(structured.choice))
+        texts = (strict_json(each, ensure_ascii=False) for each in dict.fromkeys(structured.choice))
         return f"start: {' | '.join(texts)}\n"
     text = structured.grammar or ""
     if "::=" not in text:
@@ -271,11 +271,11 @@ def _clear(mask: Mask, token_ids: Iterable[int]) -> None:
 
 
 def _with_token(source: str, name: str, token_id: int) -> str:
-    tokenizer = json.loads(source)
+    tokenizer = parse_json(source, lenient=True)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     token = {"id": token_id, "content": name, "special": True} | flags
     tokenizer["added_tokens"] = [*tokenizer.get("added_tokens", ()), token]
-    return json.dumps(tokenizer)
+    return strict_json(tokenizer)
 
 
 def _first_line(text: str) -> str:

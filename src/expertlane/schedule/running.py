@@ -418,7 +418,9 @@ class BatchDraft:
     def masks(self, rows: Rows, batch: Batch) -> dict[int, npt.NDArray[np.uint8]]:
         """Of the sequences of its batch that yield a token, as `plan.StepPlan.masks`."""
         table = self.table
-        found = {}
+        found: dict[int, npt.NDArray[np.uint8]] = {}
+        if not table.is_masked.any():
+            return found
         for row in rows[batch.yields_token & table.is_masked[rows]].tolist():
             request = table.request(row)
             assert request.mask is not None, "it waits for its mask"

@@ -1,8 +1,10 @@
 """Calls of tools as their text comes: which one, and its arguments piece by piece."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from expertlane.errors import UserError
+from expertlane.spec.files import parse_json, strict_json
 
 _SPACE = " \t\r\n"
 _ARGUMENTS = ("arguments", "parameters")
@@ -130,8 +132,8 @@ class CallObject:
 
 def _decoded(text: str) -> str | None:
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = parse_json(text)
+    except (UserError, ValueError):
         return None
     return value if isinstance(value, str) else None
 
@@ -156,19 +158,19 @@ class XmlArguments:
         self._held = ""
         self._num_keys += 1
         before = "{" if self._num_keys == 1 else ", "
-        return f"{before}{json.dumps(key, ensure_ascii=False)}: " + ('"' if self._is_text else "")
+        return f"{before}{strict_json(key, ensure_ascii=False)}: " + ('"' if self._is_text else "")
 
     def feed(self, text: str, *, is_last: bool = False) -> str:
         """The JSON of a part of its value; of one that is no text once it is complete."""
         if self._is_text:
-            return json.dumps(text, ensure_ascii=False)[1:-1] + ('"' if is_last else "")
+            return strict_json(text, ensure_ascii=False)[1:-1] + ('"' if is_last else "")
         self._held += text
         if not is_last:
             return ""
         try:
-            json.loads(self._held)
-        except (ValueError, RecursionError):
-            return json.dumps(self._held, ensure_ascii=False)
+            parse_json(self._held)
+        except (UserError, ValueError):
+            return strict_json(self._held, ensure_ascii=False)
         return self._held.strip()
 
     def end(self) -> str:

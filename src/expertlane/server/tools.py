@@ -1,6 +1,5 @@
 """Grammars of answers with tools: calls in the model's own marks, arguments by their schemas."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from expertlane.server.errors import bad_field
 from expertlane.server.marks import Marks
 from expertlane.server.messages import Function, NamedTool
 from expertlane.server.requests import ChatRequest
+from expertlane.spec.files import parse_json, strict_json
 from expertlane.spec.structured import Structured
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -132,7 +132,7 @@ class _Writer:
             return calls
         if asked.content_schema is not None:
             before = self._text(HARMONY_ANSWER) if form.body == "harmony" else ""
-            content = self._rule("content", before, _json(json.loads(asked.content_schema)))
+            content = self._rule("content", before, _json(parse_json(asked.content_schema)))
             return f"({calls} | {content})"
         if form.body == "harmony":
             content = self._rule("content", self._text(HARMONY_ANSWER), r"/(.|\n)*/")
@@ -181,7 +181,7 @@ class _Writer:
             _check_texts(function)
         end = self._text(form.end)
         if form.body == "json":
-            head = f'{{"name": {json.dumps(function.name)}, "{form.arguments_key}": '
+            head = f'{{"name": {strict_json(function.name)}, "{form.arguments_key}": '
             return self._rule(name, self._text(head), _json(schema), self._text("}" + form.end))
         own = self._text(function.name)
         if form.numbers:
@@ -214,7 +214,7 @@ class _Writer:
             return f"({texts}) {self._text(self._form.value_end)}"
         most = schema.get("maxLength", "") if isinstance(schema, Mapping) else ""
         self.rules.append(
-            rf"{name}[suffix={json.dumps(self._form.value_end)}]: /(.|\n){{0,{most}}}/"
+            rf"{name}[suffix={strict_json(self._form.value_end)}]: /(.|\n){{0,{most}}}/"
         )
         return name
 
@@ -237,4 +237,4 @@ def _check_texts(function: Function) -> None:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    return f"%json {json.dumps(for_library(schema), ensure_ascii=False)}"
+    return f"%json {strict_json(for_library(schema), ensure_ascii=False)}"

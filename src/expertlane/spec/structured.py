@@ -1,11 +1,11 @@
 """What an output must be: JSON of a schema, a match of a regex or a grammar, one of some texts."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from expertlane.errors import UserError
+from expertlane.spec.files import parse_json, strict_json
 from expertlane.spec.ranges import shown
 
 KIB = 1024
@@ -80,15 +80,15 @@ def _schema_text(value: Any) -> str:
     if isinstance(value, str):
         _check_size("json_schema", value, MOST_SCHEMA_CHARACTERS)
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(value)
+        except (UserError, ValueError) as error:
             raise UserError(f"json_schema is no JSON: {error}") from None
     if not isinstance(value, Mapping | bool):
         raise UserError(f"json_schema is {shown(value)}; it must be an object or a boolean")
     if any(depth > MOST_DEPTH for depth in _depths(value)):
         raise UserError(f"json_schema is nested more than {MOST_DEPTH} deep")
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = strict_json(value, ensure_ascii=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise UserError(f"json_schema is no JSON: {error}") from None
     _check_size("json_schema", text, MOST_SCHEMA_CHARACTERS)
