@@ -13,100 +13,78 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.plan.candidates import Goals
-from expertlane.plan.stage_times import ScenarioTimes
-from expertlane.spec.deployment import MicroBatchSchedule, Options
+from expertlane.plan.stage_times import COMPUTE, IN_SERIES, LAUNCHES, MOVED, SLOWED
+from expertlane.spec.deployment import MicroBatchSchedule
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
 
 _LOW = BOUNDS.index("low")
 
 
-@dataclass(frozen=True)
-class Pipelining:
-    """How a step is cut.
-
-    Attributes:
-        overlap: whether a micro-batch runs in two halves.
-    """
-
-    overlap: bool = False
-    num_micro_batches: int = 1
-    schedule: MicroBatchSchedule = "drained"
-
-    @classmethod
-    def of(cls, options: Options) -> "Pipelining":
-        """How a deployment with these options is pipelined."""
-        overlap = bool(options.overlap)
-        return cls(overlap, options.num_micro_batches, options.micro_batch_schedule)
-
-    @property
-    def num_parts(self) -> int:
-        """Parts that a data-parallel rank's batch is cut into."""
-        return self.num_micro_batches * (1 + self.overlap)
-
-
 def step_estimates(
-    stages: Sequence[ScenarioTimes],
+    stages: Sequence[tuple[int, Floats]],
     hand_over_s: Floats,
-    places: Ints,
+    driver_s: Floats,
     terms: Terms,
-    how: Pipelining,
+    schedule: MicroBatchSchedule,
+    num_micro_batches: Ints,
+    overlap: npt.NDArray[np.bool_],
     num_layers: int,
-    layout: Layout,
 ) -> Floats:
-    """[3, N]; seconds of steps, low, likely and high, or of a round where micro-batches rotate.
+    """[3, P]; seconds of steps, low, likely and high, or of a round where micro-batches rotate.
 
     A drained step of m micro-batches takes the way through all stages and m - 1 times the slowest;
     a round of m rotating ones takes m times the slowest, or the way through all if that is longer.
 
     Args:
-        stages: [pp]; a part on each.
-        hand_over_s: [3, S]; of a part, to the next stage.
-        places: [N]; the scenario of each size's parts.
+        stages: how many are alike, and what a part takes there: [rows, P].
+        hand_over_s: [3, P]; of a part, to the next stage.
+        driver_s: [3, P]; between steps.
+        num_micro_batches: [P]; m.
+        overlap: [P]; whether a micro-batch runs in two halves.
         num_layers: of the model.
     """
-    num_stages, m = len(stages), how.num_micro_batches
-    made = {  # stages that do the same are one object
-        id(each): _micro_batch(each, places, terms, how.overlap, num_layers / num_stages)
-        for each in {id(each): each for each in stages}.values()
-    }
-    seconds = np.stack([made[id(each)] for each in stages])  # [pp, 3, N]
-    sent_s = hand_over_s[:, places] * ((1 + how.overlap) * (num_stages - 1))
-    through, slowest = seconds.sum(axis=0) + sent_s, seconds.max(axis=0)
-    driver_s = terms.step_s(layout)[:, None]
+    num_stages = sum(num for num, _ in stages)
+    through = hand_over_s * ((1 + overlap) * (num_stages - 1))
+    slowest = np.zeros_like(through)
+    for num, priced in stages:
+        seconds = _micro_batch(priced, terms, overlap, num_layers / num_stages)
+        through, slowest = through + num * seconds, np.maximum(slowest, seconds)
     total: Floats
-    if how.schedule == "rotating":
-        total = np.maximum(m * slowest, through) + driver_s
+    if schedule == "rotating":
+        total = np.maximum(num_micro_batches * slowest, through) + driver_s
     else:
-        total = through + (m - 1) * slowest + driver_s
+        total = through + (num_micro_batches - 1) * slowest + driver_s
     return total
 
 
 def _micro_batch(
-    priced: ScenarioTimes, places: Ints, terms: Terms, overlap: bool, layers_of_stage: float
+    priced: Floats, terms: Terms, overlap: npt.NDArray[np.bool_], layers_of_stage: float
 ) -> Floats:
-    """[3, N]; operations and transfers in turn, or two halves side by side; on one stage."""
+    """[3, P]; operations and transfers in turn, or two halves side by side; on one stage."""
     halves = 1 + overlap
-    computing = halves * priced.compute_s[:, places]
-    moving = halves * priced.transfer_s[:, places]
+    computing, moving = halves * priced[COMPUTE], halves * priced[MOVED]
     seconds = computing + moving
-    if overlap:
+    if overlap.any():
         # The share that transfers take of computing beside them, mean over transfers.
-        share = halves * priced.slowed_s[places] / np.maximum(moving[LIKELY], 1e-12)
+        share = halves * priced[SLOWED] / np.maximum(moving[LIKELY], 1e-12)
         slowed = share * np.minimum(moving[LIKELY], computing[LIKELY])
         ramp = moving[LIKELY] / halves / max(layers_of_stage, 1)  # the first layer's hides nothing
         beside = np.maximum(moving[LIKELY], computing[LIKELY] + slowed) + ramp
-        seconds[LIKELY] = np.minimum(beside, seconds[LIKELY])
-        seconds[_LOW] = np.maximum(computing[_LOW], moving[_LOW])
-    return _launched(seconds, halves * priced.num_kernels, halves * priced.in_series_s, terms)
+        beside = np.minimum(beside, seconds[LIKELY])
+        seconds[LIKELY] = np.where(overlap, beside, seconds[LIKELY])
+        side_by_side = np.maximum(computing[_LOW], moving[_LOW])
+        seconds[_LOW] = np.where(overlap, side_by_side, seconds[_LOW])
+    return _launched(seconds, halves * priced[LAUNCHES], halves * priced[IN_SERIES], terms)
 
 
-def _launched(seconds: Floats, num_kernels: int, in_series_s: Floats, terms: Terms) -> Floats:
-    """[3, N]; with what getting the work onto the device takes."""
+def _launched(seconds: Floats, num_kernels: Floats, in_series_s: Floats, terms: Terms) -> Floats:
+    """[3, P]; with what getting the work onto the device takes."""
     launch_s = terms.launch_s[:, None]
     match terms.execution:
         case Execution.EAGER:
@@ -114,7 +92,7 @@ def _launched(seconds: Floats, num_kernels: int, in_series_s: Floats, terms: Ter
         case Execution.GRAPH:
             return seconds + launch_s
         case Execution.SERIAL:
-            return seconds + in_series_s[:, None]
+            return seconds + in_series_s
 
 
 class Prompts(NamedTuple):
@@ -205,25 +183,62 @@ class ThroughputCurve:
 
     def breach(self, goals: Goals) -> Floats:
         """[N]; by what factor the worse limit is missed; 1 or less where both are kept."""
-        worst = np.zeros(len(self.num_seqs))
-        for limit, value in ((goals.max_tpot_s, self.tpot_s), (goals.max_ttft_s, self.ttft_s)):
-            if limit is not None:
-                worst = np.maximum(worst, value[LIKELY] / limit)
-        return worst
+        return breach(goals, self.tpot_s, self.ttft_s)
+
+
+def breach(goals: Goals, tpot_s: Floats, ttft_s: Floats) -> Floats:
+    """[P]; by what factor the worse limit is missed; 1 or less where both are kept.
+
+    Args:
+        tpot_s, ttft_s: [3, P].
+    """
+    worst = np.zeros(tpot_s.shape[1])
+    for limit, value in ((goals.max_tpot_s, tpot_s), (goals.max_ttft_s, ttft_s)):
+        if limit is not None:
+            worst = np.maximum(worst, value[LIKELY] / limit)
+    return worst
 
 
 def one_pool(steps: Steps, workload: Workload) -> ThroughputCurve:
     """The curve of one pool that computes prompts and decodes."""
-    per_token = workload.prompt_len / workload.output_len
-    prefill_s = per_token / steps.prefill_tps[:, None]  # of one sequence, for each output token
-    tpot_s = steps.token_s + steps.num_seqs * prefill_s
-    busy = steps.num_seqs * prefill_s / tpot_s
-    return ThroughputCurve(
-        num_seqs=steps.num_seqs,
-        tps=(steps.num_seqs / tpot_s)[::-1],
-        tpot_s=tpot_s,
-        ttft_s=steps.decode_s + _prompt_s(steps, workload, busy),
+    num_seqs, own = steps.num_seqs, steps.prompts
+    tps, tpot_s, ttft_s = together(
+        num_seqs,
+        steps.decode_s,
+        steps.token_s,
+        steps.prefill_s[:, None],
+        steps.prefill_tps[:, None],
+        own.num_steps,
+        steps.num_caches,
+        workload,
     )
+    return ThroughputCurve(num_seqs, tps, tpot_s, ttft_s)
+
+
+def together(
+    num_seqs: Ints,
+    decode_s: Floats,
+    token_s: Floats,
+    prefill_s: Floats,
+    prefill_tps: Floats,
+    num_steps: Ints | int,
+    num_caches: Ints | int,
+    workload: Workload,
+) -> tuple[Floats, Floats, Floats]:
+    """Tokens a second, TPOT and TTFT, [3, P] each, where one pool computes prompts and decodes.
+
+    Args:
+        num_seqs, num_steps, num_caches: [P], as `Steps` and `Prompts` have them.
+        decode_s, token_s, prefill_s, prefill_tps: [3, P], likewise.
+    """
+    per_token = workload.prompt_len / workload.output_len
+    of_prompt_s = per_token / prefill_tps  # of one sequence, for each output token
+    tpot_s = token_s + num_seqs * of_prompt_s
+    busy = num_seqs * of_prompt_s / tpot_s
+    ttft_s = decode_s + _prompt_s(
+        prefill_s, prefill_tps, num_steps, num_caches, workload.prompt_len, busy
+    )
+    return (num_seqs / tpot_s)[::-1], tpot_s, ttft_s
 
 
 def two_pools(
@@ -249,21 +264,35 @@ def two_pools(
         num_seqs=decode.num_seqs,
         tps=tps[::-1],
         tpot_s=decode.token_s + transfer_s[:, None] / num_later,
-        ttft_s=_prompt_s(prefill, workload, np.minimum(busy, _MOST_BUSY)),
+        ttft_s=_prompt_s(
+            prefill.prefill_s[:, None],
+            prefill.prefill_tps[:, None],
+            prefill.prompts.num_steps,
+            prefill.num_caches,
+            workload.prompt_len,
+            np.minimum(busy, _MOST_BUSY),
+        ),
     )
 
 
 _MOST_BUSY = 0.95  # a queue that is never empty has no mean wait; admission keeps it short
 
 
-def _prompt_s(steps: Steps, workload: Workload, busy: Floats) -> Floats:
-    """[3, N]; a prompt's own steps and its wait: M/D/1, a server for each data-parallel rank.
+def _prompt_s(
+    prefill_s: Floats,
+    prefill_tps: Floats,
+    num_steps: Ints | int,
+    num_caches: Ints | int,
+    prompt_len: int,
+    busy: Floats,
+) -> Floats:
+    """[3, P]; a prompt's own steps and its wait: M/D/1, a server for each data-parallel rank.
 
     Args:
-        busy: [3, N]; the share of the time in which prompts are computed.
+        busy: [3, P]; the share of the time in which prompts are computed.
     """
-    own_s = workload.prompt_len * steps.num_caches / steps.prefill_tps[:, None]
+    own_s = prompt_len * num_caches / prefill_tps
     with np.errstate(divide="ignore"):
         wait_s = np.where(busy < 1, own_s * busy / (2 * (1 - busy)), np.inf)
-    whole: Floats = wait_s + steps.prompts.num_steps * steps.prefill_s[:, None]
+    whole: Floats = wait_s + num_steps * prefill_s
     return whole
