@@ -156,7 +156,7 @@ class Layout(Strict):
 
     def layers_of_stage(self, num_hidden_layers: int, pp_rank: int) -> range:
         """The layers a pipeline stage holds; near-equal."""
-        return partition(num_hidden_layers, self.pp)[pp_rank]
+        return part_of(num_hidden_layers, self.pp, pp_rank)
 
     def most_dcp(self, model: ModelConfig) -> int:
         """How many ranks of a `tp` group hold the same keys and values without `dcp`."""
@@ -225,3 +225,10 @@ def partition(total: int, num_parts: int) -> list[range]:
     size, num_longer = divmod(total, num_parts)
     starts = [part * size + min(part, num_longer) for part in range(num_parts + 1)]
     return [range(start, stop) for start, stop in pairwise(starts)]
+
+
+def part_of(total: int, num_parts: int, place: int) -> range:
+    """One part of `partition`."""
+    size, num_longer = divmod(total, num_parts)
+    start = place * size + min(place, num_longer)
+    return range(start, start + size + (place < num_longer))

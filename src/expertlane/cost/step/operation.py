@@ -209,7 +209,7 @@ class RankGroups:
 
     @cached_property
     def _here(self) -> tuple[Ints, Ints]:
-        """The group of each pair of a group and a node that it is on; and ranks of a rank's, [R]."""
+        """The group of each pair of group and node; how many ranks each rank has there, [R]."""
         _, node = np.unique(self.node, return_inverse=True)
         num_nodes = int(node.max(initial=0)) + 1
         pairs, which, counts = np.unique(
