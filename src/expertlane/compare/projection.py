@@ -15,12 +15,11 @@ from expertlane.cost.routing import PowerLawRouting, RoutingSource
 from expertlane.errors import CapacityError, UserError
 from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.plan.candidates import MOST_DEVICES, Goals, PlanRequest
+from expertlane.cost.records import cluster_record, conditions_of
 from expertlane.plan.project import (
     Projector,
     Setting,
     StepSize,
-    cluster_record,
-    conditions_of,
 )
 from expertlane.progress import Progress, each_of
 from expertlane.results.record import (

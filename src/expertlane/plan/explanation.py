@@ -1,48 +1,23 @@
 """What a planner says beside its ranking: kinds of deployment, the Pareto front, and gaps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.plan.candidates import Goals
 from expertlane.plan.screen import ScreenedCandidate
-from expertlane.plan.search import Finalist, best_in_full
+from expertlane.plan.search import Finalist
 from expertlane.plan.ties import Contender, Ranking
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
 
 
 def family_of(layout: Layout) -> str:
-    """The family in a few words; how attention is cut is left to the layout."""
+    """The family in a few words; replicas serve as one of them does."""
     parts = ["expert parallel" if layout.ep > 1 else "no expert parallelism"]
+    if layout.dp > 1:
+        parts.append("data-parallel attention")
     if layout.pp > 1:
         parts.append("pipeline")
-    if layout.replicas > 1:
-        parts.append("replicas")
     return ", ".join(parts)
-
-
-def of_other_families(
-    finalists: Sequence[Finalist],
-    options: Sequence[ScreenedCandidate],
-    goals: Goals,
-    finish: Callable[[ScreenedCandidate], Finalist],
-) -> list[Finalist]:
-    """The best in full of each family that has no finalist, if any of it keeps the limits.
-
-    Args:
-        finish: projects an option in full.
-    """
-    known = {family_of(each.candidate.layout) for each in finalists}
-    others: dict[str, list[ScreenedCandidate]] = {}
-    for option in options:
-        family = family_of(option.candidate.layout)
-        if family not in known and option.place is not None:
-            others.setdefault(family, []).append(option)
-    found = (
-        best_in_full(of_family, goals, finish, lambda _: None, most=1).kept
-        for of_family in others.values()
-    )
-    return [each for kept in found for each in kept]
 
 
 def best_of_families(ranking: Ranking) -> dict[str, Contender]:

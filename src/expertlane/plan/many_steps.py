@@ -7,7 +7,7 @@ sequences, F of them in all.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -18,11 +18,14 @@ from expertlane.cost.laws.execution import Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.step.operation import Floats, HandOver, Ints
 from expertlane.plan.stage_times import Points, PricedPoints, Shape
-from expertlane.plan.throughput import step_estimates
+from expertlane.plan.throughput import Arriving, step_estimates
 from expertlane.spec.deployment import MicroBatchSchedule, Options
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
+
+
+_LEAST_ADDED = 0.05  # of a prompt by itself, that it adds to a step of decodes
 
 
 class Pipelining(NamedTuple):
@@ -113,6 +116,7 @@ class ManySteps:
     links: LinkModel
     terms: Terms
     _priced: list[tuple[int, Floats]] = field(default_factory=list, init=False)
+    _arriving: Arriving | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         layouts = [each.layout for each in self.structures]
@@ -136,14 +140,12 @@ class ManySteps:
 
     def points(self) -> Points:
         """All parts of all steps, to be priced."""
-        everything = [*self._decode_points.values(), *self._prefill_points.values()]
-        whole = _joined(everything)
+        whole = _joined(self._all_points)
         return _joined([whole, whole.further()]) if self.num_drafts else whole
 
     def take(self, priced: PricedPoints, first: int) -> None:
         """Take the times of `points`, which stand from a place on."""
-        num = sum(len(each.shape) for each in self._decode_points.values())
-        num += sum(len(each.shape) for each in self._prefill_points.values())
+        num = self._slices[-1].stop
         own, experts = (
             each[first : first + num * (1 + (self.num_drafts > 0))]
             for each in (priced.own, priced.of_experts)
@@ -202,6 +204,32 @@ class ManySteps:
         found: Floats = layer[:, own]
         return found if is_dense else found + priced.experts[:, experts]
 
+    @cached_property
+    def alone_s(self) -> Floats:
+        """[3, S]; as `Steps.alone_s`; a step of prompts and decodes reads weights once."""
+        every, none = np.arange(len(self.structures)), np.zeros(len(self.structures))
+        prompt_s, token_s = (
+            self._estimates(
+                self._slices[-2 + place],
+                points,
+                every,
+                "drained",
+                1 + none.astype(np.int64),
+                none.astype(np.bool_),
+            )
+            for place, points in enumerate(self._alone_points)
+        )
+        num_steps = -(-self.workload.prompt_len // self._alone_points[0].num_new)
+        more_s: Floats = np.maximum(prompt_s - token_s, _LEAST_ADDED * prompt_s) * num_steps
+        return more_s
+
+    def arriving(self, tokens_per_step: Floats) -> Arriving:
+        """Prompts at each number of sequences."""
+        if self._arriving is None:
+            sizes = self.replicas[self.structure], self.dp[self.structure]
+            self._arriving = Arriving.of(self.num_seqs, *sizes, tokens_per_step, self.workload)
+        return self._arriving
+
     def decode(self, how: Pipelining) -> Floats:
         """[3, F]; seconds of decode steps."""
         keys = list(self._decode_points)
@@ -258,11 +286,15 @@ class ManySteps:
         num_bytes = owned * (self.model.hidden_size * self.activation_bytes)
         return self.links.hand_over(HandOver(num_bytes, self._is_remote[structure])).bounds
 
+    @property
+    def _all_points(self) -> list[Points]:
+        of_steps = *self._decode_points.values(), *self._prefill_points.values()
+        return [*of_steps, *self._alone_points]
+
     @cached_property
     def _slices(self) -> list[slice]:
         """Where each set of points stands among all."""
-        sizes = [len(each.shape) for each in self._decode_points.values()]
-        sizes += [len(each.shape) for each in self._prefill_points.values()]
+        sizes = [len(each.shape) for each in self._all_points]
         ends = np.cumsum(sizes).tolist()
         return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
@@ -276,6 +308,21 @@ class ManySteps:
             )
             for num in dict.fromkeys(how.num_parts for how in self.hows)
         }
+
+    @cached_property
+    def _alone_points(self) -> tuple[Points, Points]:
+        """A prompt, or a chunk of it, and a decode; one rank has it, and the others nothing."""
+        every = np.arange(len(self.structures))
+        one, prompt_len = np.ones_like(every), self.workload.prompt_len
+        chunk = np.minimum(prompt_len, self._tokens)
+        points = (
+            self._points(every, one, chunk, (prompt_len - chunk) // 2, 0),
+            self._points(
+                every, one, 1 + self.num_drafts, self.workload.mean_context, self.num_drafts
+            ),
+        )
+        prompt, token = (replace(each, stage_seqs=one) for each in points)
+        return prompt, token
 
     @cached_property
     def _prefill_points(self) -> dict[Pipelining, Points]:

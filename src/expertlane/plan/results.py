@@ -14,7 +14,7 @@ from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.commands import ServedPool, ServeTarget, serve_commands
 from expertlane.plan.experiment_text import experiment_text, sizes_of
 from expertlane.plan.explanation import best_of_families, gap_to, of_other_families, pareto
-from expertlane.plan.project import cluster_record, conditions_of
+from expertlane.cost.records import cluster_record, conditions_of
 from expertlane.plan.screen import ScreenedCandidate
 from expertlane.plan.search import NUM_FINALISTS, Finalist, OnePool, Search
 from expertlane.plan.throughput import ThroughputCurve

@@ -244,24 +244,20 @@ class _Curves:
     """How structures that are cut alike serve."""
 
     def __init__(self, many: ManySteps, how: Pipelining, request: PlanRequest) -> None:
-        workload, goals, self._workload = request.workload, request.goals, request.workload
+        goals, self._workload = request.goals, request.workload
         self._num_seqs, self._decode_s = many.num_seqs, many.decode(how)
         self._prefill = prefill = many.prefill(how)
         drafts = request.setting.multi_token if many.num_drafts else MultiToken()
         self._tokens_per_step = drafts.tokens_bounds
-        num_caches = np.minimum(many.replicas * many.dp, workload.num_sequences)
-        num_prompts = np.minimum(prefill.num_seqs * num_caches, workload.num_sequences)
-        prefill_tps = num_prompts * prefill.num_new / prefill.seconds
-        at = many.structure
+        at, self._alone_s = many.structure, many.alone_s
+        batched_s = prefill.seconds * (prefill.num_steps / prefill.num_seqs)
         self._tps, self._tpot_s, self._ttft_s = together(
             self._num_seqs,
             self._decode_s,
             self._decode_s / self._tokens_per_step[:, None],
-            prefill.seconds[:, at],
-            prefill_tps[:, at],
-            prefill.num_steps[at],
-            num_caches[at],
-            workload,
+            batched_s[:, at],
+            self._alone_s[:, at],
+            many.arriving(self._tokens_per_step),
         )
         self._ends = np.cumsum(many.num_sizes).tolist()
         kept = np.where(breach(goals, self._tpot_s, self._ttft_s) <= 1, self._tps[LIKELY], -1)
@@ -291,6 +287,7 @@ class _Curves:
             prefill.seconds[:, number],
             prompts,
             self._workload.num_sequences,
+            self._alone_s[:, number],
             self._tokens_per_step,
         )
         served = ThroughputCurve(

@@ -267,6 +267,7 @@ class Search:
             num_seqs=np.array([option.num_seqs]),
             decode_s=np.array(decode.round_s.bounds)[:, None],
             prefill_s=np.array(prefill.round_s.bounds),
+            alone_s=option.steps.alone_s * (prefill.round_s.bounds / option.steps.prefill_s),
         )
         served = one_pool(steps, self._request.workload)
         in_full = vars(option) | {"steps": steps, "served": served, "place": 0}

@@ -1,8 +1,8 @@
 """From micro-batches on stages to steps, and from steps to what a user sees: TPS, TPOT and TTFT.
 
-Steady state: as soon as one is finished another begins. In one pool a token of
-every running sequence costs a decode step and its share of the prefills that go on meanwhile. In
-disaggregated pools both run side by side, and the slower one sets the pace.
+Steady state: as soon as one is finished another begins. In one pool prompts come one by one, and
+each holds up the decodes of its replica. In disaggregated pools both run side by side, and the
+slower one sets the pace.
 
 The first token is computed by the last step of a prompt, so TTFT ends there; in disaggregated pools
 KV transfer follows, which delays the second token and counts in TPOT.
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
+from expertlane.cost.step.expected_counts import largest_normal
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.plan.candidates import Goals
 from expertlane.plan.stage_times import COMPUTE, IN_SERIES, LAUNCHES, MOVED, SLOWED
@@ -120,6 +121,7 @@ class Steps:
         prefill_s: [3]; one step, of `prompts` on each data-parallel rank.
         most_seqs: that are there at once, over the whole system; fewer than data-parallel ranks
             leave some idle.
+        alone_s: [3]; what a prompt adds to a replica's steps if no other rank computes any.
         tokens_per_step: [3]; of a decoding sequence, more than one where drafts are accepted.
     """
 
@@ -129,7 +131,19 @@ class Steps:
     prefill_s: Floats
     prompts: Prompts
     most_seqs: int
+    alone_s: Floats
     tokens_per_step: Floats = field(default_factory=lambda: np.ones(len(BOUNDS)))
+
+    @property
+    def batched_s(self) -> Floats:
+        """[3]; of a prompt where all data-parallel ranks compute as many."""
+        seconds: Floats = self.prefill_s * (self.prompts.num_steps / self.prompts.num_seqs)
+        return seconds
+
+    def arriving(self, workload: Workload) -> "Arriving":
+        """Prompts at each number of sequences."""
+        sizes = self.layout.replicas, self.layout.dp
+        return Arriving.of(self.num_seqs, *sizes, self.tokens_per_step, workload)
 
     @property
     def num_caches(self) -> int:
@@ -199,46 +213,103 @@ def breach(goals: Goals, tpot_s: Floats, ttft_s: Floats) -> Floats:
     return worst
 
 
-def one_pool(steps: Steps, workload: Workload) -> ThroughputCurve:
-    """The curve of one pool that computes prompts and decodes."""
-    num_seqs, own = steps.num_seqs, steps.prompts
+def one_pool(
+    steps: Steps, workload: Workload, arriving: "Arriving | None" = None
+) -> ThroughputCurve:
+    """The curve of one pool that computes prompts and decodes.
+
+    Args:
+        arriving: as `Steps.arriving` says, where that is known.
+    """
     tps, tpot_s, ttft_s = together(
-        num_seqs,
+        steps.num_seqs,
         steps.decode_s,
         steps.token_s,
-        steps.prefill_s[:, None],
-        steps.prefill_tps[:, None],
-        own.num_steps,
-        steps.num_caches,
-        workload,
+        steps.batched_s[:, None],
+        steps.alone_s[:, None],
+        arriving or steps.arriving(workload),
     )
-    return ThroughputCurve(num_seqs, tps, tpot_s, ttft_s)
+    return ThroughputCurve(steps.num_seqs, tps, tpot_s, ttft_s)
+
+
+class Arriving(NamedTuple):
+    """Prompts that come by themselves, one whenever a request ends; [3, P] or [1, P] each.
+
+    Attributes:
+        of_rank: of a data-parallel rank in a decode step, on average.
+        most: of the rank that has most in a step, on average over steps: all wait for it.
+    """
+
+    of_rank: Floats
+    most: Floats
+
+    @classmethod
+    def of(
+        cls,
+        num_seqs: Ints,
+        replicas: Ints | int,
+        dp: Ints | int,
+        tokens_per_step: Floats,
+        workload: Workload,
+    ) -> "Arriving":
+        """Those of P numbers of sequences.
+
+        Args:
+            num_seqs, replicas, dp: [P].
+        """
+        tokens = tokens_per_step[:, None]
+        if (tokens == tokens[0]).all():
+            tokens = tokens[:1]
+        num_ranks = np.clip(-(-num_seqs // replicas), 1, dp)  # those that have sequences
+        of_rank = num_seqs / (replicas * num_ranks * workload.output_len) * tokens
+        return cls(of_rank, _most_of(of_rank, num_ranks))
+
+
+_MOST_COUNTED = 12.0  # of a Poisson variable's mean, beyond which it is taken to be normal
+_NUM_TERMS = 32
+
+
+def _most_of(mean: Floats, num: Ints) -> Floats:
+    """Of the largest of so many independent Poisson variables, the mean; about, where many."""
+    few = np.minimum(mean, _MOST_COUNTED)
+    chance = np.exp(-few)
+    below = chance.copy()
+    most: Floats = 1 - below**num
+    for count in range(1, _NUM_TERMS):
+        chance = chance * (few / count)
+        below = np.minimum(below + chance, 1.0)
+        most += 1 - below**num
+    if (mean > _MOST_COUNTED).any():
+        sizes, which = np.unique(num, return_inverse=True)
+        deviations = np.array([largest_normal(size) for size in sizes.tolist()])[which]
+        most = np.where(mean > _MOST_COUNTED, mean + deviations * np.sqrt(mean), most)
+    return most
 
 
 def together(
     num_seqs: Ints,
     decode_s: Floats,
     token_s: Floats,
-    prefill_s: Floats,
-    prefill_tps: Floats,
-    num_steps: Ints | int,
-    num_caches: Ints | int,
-    workload: Workload,
+    batched_s: Floats,
+    alone_s: Floats,
+    arriving: Arriving,
 ) -> tuple[Floats, Floats, Floats]:
     """Tokens a second, TPOT and TTFT, [3, P] each, where one pool computes prompts and decodes.
 
+    A prompt on one data-parallel rank holds up the decodes of all. As more come, each rank has one
+    in more of the steps, so that more of them share the wait.
+
     Args:
-        num_seqs, num_steps, num_caches: [P], as `Steps` and `Prompts` have them.
-        decode_s, token_s, prefill_s, prefill_tps: [3, P], likewise.
+        num_seqs: [P]; over the whole system.
+        decode_s, token_s, batched_s, alone_s: [3, P]; as `Steps` has them.
     """
-    per_token = workload.prompt_len / workload.output_len
-    of_prompt_s = per_token / prefill_tps  # of one sequence, for each output token
-    tpot_s = token_s + num_seqs * of_prompt_s
-    busy = num_seqs * of_prompt_s / tpot_s
-    ttft_s = decode_s + _prompt_s(
-        prefill_s, prefill_tps, num_steps, num_caches, workload.prompt_len, busy
-    )
-    return (num_seqs / tpot_s)[::-1], tpot_s, ttft_s
+    share = np.minimum(arriving.of_rank, 1)
+    prompt_s = share * batched_s + (1 - share) * alone_s
+    step_s = decode_s + arriving.most * prompt_s
+    tpot_s = token_s * (step_s / decode_s)
+    busy = arriving.of_rank * prompt_s / step_s
+    wait_s = prompt_s * busy / (2 * (1 - busy))  # M/D/1, a server for each data-parallel rank
+    return (num_seqs / tpot_s)[::-1], tpot_s, step_s + prompt_s + wait_s
 
 
 def two_pools(
@@ -264,35 +335,19 @@ def two_pools(
         num_seqs=decode.num_seqs,
         tps=tps[::-1],
         tpot_s=decode.token_s + transfer_s[:, None] / num_later,
-        ttft_s=_prompt_s(
-            prefill.prefill_s[:, None],
-            prefill.prefill_tps[:, None],
-            prefill.prompts.num_steps,
-            prefill.num_caches,
-            workload.prompt_len,
-            np.minimum(busy, _MOST_BUSY),
-        ),
+        ttft_s=_prompt_s(prefill, workload, np.minimum(busy, _MOST_BUSY)),
     )
 
 
 _MOST_BUSY = 0.95  # a queue that is never empty has no mean wait; admission keeps it short
 
 
-def _prompt_s(
-    prefill_s: Floats,
-    prefill_tps: Floats,
-    num_steps: Ints | int,
-    num_caches: Ints | int,
-    prompt_len: int,
-    busy: Floats,
-) -> Floats:
-    """[3, P]; a prompt's own steps and its wait: M/D/1, a server for each data-parallel rank.
+def _prompt_s(steps: Steps, workload: Workload, busy: Floats) -> Floats:
+    """[3, N]; a prompt's own steps and its wait: M/D/1, a server for each data-parallel rank.
 
     Args:
-        busy: [3, P]; the share of the time in which prompts are computed.
+        busy: [3, N]; the share of the time in which prompts are computed.
     """
-    own_s = prompt_len * num_caches / prefill_tps
-    with np.errstate(divide="ignore"):
-        wait_s = np.where(busy < 1, own_s * busy / (2 * (1 - busy)), np.inf)
-    whole: Floats = wait_s + num_steps * prefill_s
-    return whole
+    own_s = workload.prompt_len * steps.num_caches / steps.prefill_tps[:, None]
+    whole: Floats = own_s * busy / (2 * (1 - busy))
+    return whole + steps.prompts.num_steps * steps.prefill_s[:, None]

@@ -110,6 +110,7 @@ def _moved(finalist: Finalist, errors: Sequence[LawError]) -> Steps:
         return np.array([likely_s, *moved])
 
     steps = finalist.steps
+    prefill_s = times(Phase.PREFILL, float(steps.prefill_s[LIKELY]))
     tokens = np.full(1 + 2 * len(errors), steps.tokens_per_step[LIKELY])
     if _ACCEPTANCE in errors:
         place = 1 + 2 * errors.index(_ACCEPTANCE)
@@ -118,7 +119,8 @@ def _moved(finalist: Finalist, errors: Sequence[LawError]) -> Steps:
         steps,
         tokens_per_step=tokens,
         decode_s=times(Phase.DECODE, float(steps.decode_s[LIKELY, 0]))[:, None],
-        prefill_s=times(Phase.PREFILL, float(steps.prefill_s[LIKELY])),
+        prefill_s=prefill_s,
+        alone_s=prefill_s * (steps.alone_s[LIKELY] / steps.prefill_s[LIKELY]),
     )
 
 

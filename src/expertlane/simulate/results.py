@@ -16,7 +16,7 @@ from expertlane.cost.laws.times import Basis
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE
 from expertlane.cost.routing import RoutingChoice
 from expertlane.memory import FREE_SHARE
-from expertlane.plan.project import cluster_record, conditions_of
+from expertlane.cost.records import cluster_record, conditions_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.metrics import serving_record
 from expertlane.results.record import (

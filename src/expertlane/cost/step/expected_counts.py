@@ -151,7 +151,7 @@ def busiest_counts(
     rows = np.minimum(hot * tokens * (fan_out.reached / layout.ep), pairs)
     has_any = _has_any(fan_out.chosen[0], tokens)
     deviation = np.sqrt((has_any * (1 - has_any)).sum(axis=1))
-    active = has_any.sum(axis=1) + _largest_normal(layout.ep) * deviation
+    active = has_any.sum(axis=1) + largest_normal(layout.ep) * deviation
     active = np.minimum(active, fan_out.num_slots)
     rows, pairs = np.ceil(rows), np.ceil(pairs)
     own = rows, pairs, np.ceil(rows / layout.etp), np.ceil(pairs / layout.etp), np.ceil(active)
@@ -210,10 +210,10 @@ def _has_any(chosen: Floats, stage_tokens: Floats) -> Floats:
 
 def _busiest_of(mean: Floats, num_ranks: int) -> Floats:
     """What the busiest of ranks has if each has `mean` things on average, by chance alone."""
-    return mean + _largest_normal(num_ranks) * np.sqrt(mean)
+    return mean + largest_normal(num_ranks) * np.sqrt(mean)
 
 
-def _largest_normal(num: int) -> float:
+def largest_normal(num: int) -> float:
     """The median of the largest of `num` standard normal variables."""
     return NormalDist().inv_cdf(0.5 ** (1 / num)) if num > 1 else 0.0
 
