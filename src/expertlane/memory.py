@@ -30,7 +30,7 @@ from expertlane.spec.workload import Workload
 BLOCK_SIZE = 16
 STEP_TOKENS = 16_384  # of a comparison, over all ranks
 _FLOAT32_BYTES = 4
-_RANK_STEP_TOKENS = 8192  # of a data-parallel rank's prefill step, if nothing else is said
+RANK_STEP_TOKENS = 8192  # of a data-parallel rank's prefill step, if nothing else is said
 FREE_SHARE = 0.9  # of a device's memory; the rest is for the framework and what is not counted
 
 
@@ -316,7 +316,7 @@ def prefill_step_tokens(workload: Workload, layout: Layout, step_tokens: int | N
         step_tokens: allowed over the whole system; 8,192 on each data-parallel rank if None.
     """
     num_caches = layout.replicas * layout.dp
-    allowed = _RANK_STEP_TOKENS if step_tokens is None else max(1, step_tokens // num_caches)
+    allowed = RANK_STEP_TOKENS if step_tokens is None else max(1, step_tokens // num_caches)
     return min(allowed, workload.prompt_len * ceil(workload.num_sequences / num_caches))
 
 

@@ -47,7 +47,8 @@ class CopyChoice:
             rank: [T]; the stage's rank that owns each token.
         """
         if self._only is not None:
-            return self._only[topk_ids]
+            only: Ints = self._only[topk_ids]
+            return only
         num_choosers = len(self._ep_rank) * self.num_experts
         chooser = (rank[:, None] * self.num_experts + topk_ids).ravel()
         if len(chooser) < num_choosers:

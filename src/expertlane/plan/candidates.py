@@ -157,6 +157,16 @@ def _options(
     )
 
 
+def family_of(layout: Layout) -> str:
+    """The family in a few words; replicas serve as one of them does."""
+    parts = ["expert parallel" if layout.ep > 1 else "no expert parallelism"]
+    if layout.dp > 1:
+        parts.append("data-parallel attention")
+    if layout.pp > 1:
+        parts.append("pipeline")
+    return ", ".join(parts)
+
+
 def _fits(layout: Layout, model: ModelConfig) -> bool:
     try:
         layout.check_model(model)

@@ -3,21 +3,11 @@
 from collections.abc import Sequence
 
 from expertlane.cost.laws.execution import LIKELY
+from expertlane.plan.candidates import family_of
 from expertlane.plan.screen import ScreenedCandidate
 from expertlane.plan.search import Finalist
 from expertlane.plan.ties import Contender, Ranking
-from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
-
-
-def family_of(layout: Layout) -> str:
-    """The family in a few words; replicas serve as one of them does."""
-    parts = ["expert parallel" if layout.ep > 1 else "no expert parallelism"]
-    if layout.dp > 1:
-        parts.append("data-parallel attention")
-    if layout.pp > 1:
-        parts.append("pipeline")
-    return ", ".join(parts)
 
 
 def best_of_families(ranking: Ranking) -> dict[str, Contender]:
@@ -45,21 +35,26 @@ def pareto(options: Sequence[ScreenedCandidate]) -> list[tuple[ScreenedCandidate
 
 
 _NAMED = 2  # causes
+_MET = "decodes held up by prompts"
 _LEAST = 0.1  # of what grows, for a cause to be named
 
 
 def time_by_cause(finalist: Finalist, workload: Workload) -> dict[str, float]:
-    """Seconds of the whole system for one output token, its part of prefill included."""
+    """Seconds of the whole system for one output token, its part of prefill included.
+
+    What is left of those simulated is how requests met, beside steps of decodes or prompts alone.
+    """
     per_token = workload.prompt_len / workload.output_len
     of_phases = (
         (finalist.decode, 1 / (finalist.num_seqs * float(finalist.steps.tokens_per_step[LIKELY]))),
         (finalist.prefill, per_token / finalist.prefill.num_tokens),
     )
-    return {
+    seconds = {
         f"{cause} in {step.phase}": seconds * share
         for step, share in of_phases
         for cause, seconds in step.breakdown_s.items()
     }
+    return seconds | {_MET: 1 / finalist.tps - sum(seconds.values())}
 
 
 def gap_to(best: Contender, other: Contender, workload: Workload) -> str:

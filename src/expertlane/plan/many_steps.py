@@ -24,7 +24,6 @@ from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
 
-
 _LEAST_ADDED = 0.05  # of a prompt by itself, that it adds to a step of decodes
 
 
@@ -136,7 +135,8 @@ class ManySteps:
     def num_seqs(self) -> Ints:
         """[F]; in a decode step, over the whole system."""
         of_all = self._of_rank * (self.replicas * self.dp)[self.structure]
-        return np.minimum(of_all, self.workload.num_sequences)
+        num_seqs: Ints = np.minimum(of_all, self.workload.num_sequences)
+        return num_seqs
 
     def points(self) -> Points:
         """All parts of all steps, to be priced."""

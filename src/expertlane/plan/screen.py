@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -93,18 +93,35 @@ class _Structure:
     sized: Sized | None
 
 
-class Screen:
-    """Prices candidates of one model on one cluster."""
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What screens of one model share, on parts of one cluster.
 
-    def __init__(self, request: PlanRequest) -> None:
+    Attributes:
+        fan_outs: by stage, ranks and slots of experts.
+        placements: by ranks and redundant experts.
+        rooms: of a rank, by all that it turns on but replicas.
+    """
+
+    fan_outs: dict[tuple[int, ...], ExpectedFanOut] = field(default_factory=dict)
+    placements: dict[tuple[int, int], Placement] = field(default_factory=dict)
+    rooms: dict[tuple[int, ...], Capacity] = field(default_factory=dict)
+
+
+class Screen:
+    """Prices candidates of one model on one cluster.
+
+    Args:
+        known: by other screens.
+    """
+
+    def __init__(self, request: PlanRequest, known: Known | None = None) -> None:
         self._request = request
         setting, profile = request.setting, request.cluster.profile
         self._profile = profile
         self._links = LinkModel(profile)
         self._terms = Terms.of(profile, setting.execution)
-        self._fan_outs: dict[tuple[object, ...], ExpectedFanOut] = {}
-        self._placements: dict[tuple[int, int], Placement] = {}
-        self._rooms: dict[tuple[object, ...], Capacity] = {}
+        self._known = known or Known()
         self._layers = sampled_layers(request.model, setting.routing)
 
     def run(
@@ -138,8 +155,8 @@ class Screen:
         if many:
             points, firsts = joined_points(many)
             priced = shared.price(points)
-            for each, first in zip(many, firsts, strict=True):
-                each.take(priced, first)
+            for of_chunk, first in zip(many, firsts, strict=True):
+                of_chunk.take(priced, first)
         found: dict[int, list[ScreenedCandidate]] = {}
         for of_chunk, chunk in zip(many, chunks.values(), strict=True):
             some = [structures[number] for number in chunk]
@@ -172,17 +189,18 @@ class Screen:
         return _Structure(candidates, room, sized)
 
     def _placement(self, ep: int, num_redundant: int) -> Placement:
-        if (key := (ep, num_redundant)) not in self._placements:
-            num_experts = self._request.model.num_experts
-            self._placements[key] = Placement.linear(num_experts, ep, num_redundant)
-        return self._placements[key]
+        known = self._known.placements
+        if (key := (ep, num_redundant)) not in known:
+            known[key] = Placement.linear(self._request.model.num_experts, ep, num_redundant)
+        return known[key]
 
     def _room(
         self, layout: Layout, placement: Placement, num_drafts: int, prefill_tokens: int
     ) -> Capacity:
         """Replicas are alike, and dispatch needs no memory that counts."""
-        key = replace(layout, replicas=1), placement.num_slots, num_drafts, prefill_tokens
-        if key not in self._rooms:
+        known, sizes = self._known.rooms, (layout.pp, layout.dp, layout.tp, layout.ep, layout.dcp)
+        key = *sizes, placement.num_slots, num_drafts, prefill_tokens
+        if key not in known:
             model, types = self._request.model, self._request.setting.types
             placements: Placements = tuple(
                 None if model.is_dense(layer) else placement
@@ -190,30 +208,29 @@ class Screen:
             )
             held = with_drafting_layer(model, num_drafts)
             of_drafts = placements[-1:] * (num_drafts > 0)
-            self._rooms[key] = PlacedModel(held, layout, types, placements + of_drafts).capacity(
+            known[key] = PlacedModel(held, layout, types, placements + of_drafts).capacity(
                 self._profile.device.memory_bytes, self._request.workload.max_len, prefill_tokens
             )
-        return replace(self._rooms[key], layout=layout)
+        room = known[key]
+        return Capacity(layout, room.memory, room.free_bytes, room.max_seqs)
 
     def _fan_out(self, mesh: StageMesh, placement: Placement) -> ExpectedFanOut:
-        key = mesh.size, placement.ep, placement.num_slots
-        if key not in self._fan_outs:
+        known, key = self._known.fan_outs, (mesh.size, placement.ep, placement.num_slots)
+        if key not in known:
             routing = self._request.setting.routing
-            self._fan_outs[key] = ExpectedFanOut.mean(
+            known[key] = ExpectedFanOut.mean(
                 [
                     ExpectedFanOut.of_sample(mesh, placement, routing, layer)
                     for layer in self._layers
                 ]
             )
-        return self._fan_outs[key]
+        return known[key]
 
     def _many(self, structures: Sequence[_Structure]) -> ManySteps:
         """Steps of structures with equally many stages and drafts."""
         request = self._request
         hows = [
-            Pipelining.of(candidate.options)
-            for each in structures
-            for candidate in each.candidates
+            Pipelining.of(candidate.options) for each in structures for candidate in each.candidates
         ]
         return ManySteps(
             [each.sized for each in structures if each.sized is not None],

@@ -5,10 +5,11 @@ and data-parallel ranks wait for each other: here a scheduler plans every step. 
 length around their mean, since requests of equal length would stay in step and hide that.
 """
 
-import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,14 +17,16 @@ from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
-from expertlane.errors import CapacityError
-from expertlane.memory import prefill_step_tokens
-from expertlane.plan.candidates import Goals, PlanRequest
-from expertlane.plan.explanation import family_of
-from expertlane.plan.screen import ScreenedCandidate
+from expertlane.errors import CapacityError, UserError
+from expertlane.memory import RANK_STEP_TOKENS
+from expertlane.plan.candidates import Goals, PlanRequest, family_of
+from expertlane.plan.screen import Screened, ScreenedCandidate, TooLarge
+from expertlane.plan.search import OnePool, Search
 from expertlane.plan.throughput import ThroughputCurve
 from expertlane.simulate.simulator import ServingSetup, Simulator
 from expertlane.simulate.steady import steady_rates
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
 from expertlane.spec.workload import LengthRange, Load, Workload
 
 LENGTHS = 0.8, 1.2  # of outputs, over their mean
@@ -32,6 +35,7 @@ _LEAST_STEPS = 24  # of a stretch
 _MOST_OF_LAYOUT = 2
 _LEAST_SHARE = 0.5  # of the most that was screened, for a family to be worth a look
 _MOST_RANKS = 1024  # of a replica: a step tells what each pair of a stage's ranks exchanges
+_MOST_REPLICAS = 16  # of both pools
 _NUM_NEAREST = 6  # of those that break a limit as screened
 
 
@@ -42,40 +46,76 @@ def simulate(option: ScreenedCandidate, request: PlanRequest) -> ThroughputCurve
     not even one request of the longest output fits.
     """
     layout, options, num_drafts = option.candidate
-    setting, workload = request.setting, request.workload
-    replica, profile = replace(layout, replicas=1), request.cluster.profile
     batch = -(-option.num_seqs // layout.replicas)
-    tokens, wait_steps = prefill_step_tokens(workload, layout, setting.step_tokens), 0
+    setup = _Served(replace(layout, replicas=1), options, num_drafts, -(-batch // layout.dp))
+    return _rates(request, setup, None, batch, option.num_seqs)
+
+
+def simulate_pools(
+    prefill: ScreenedCandidate, decode: ScreenedCandidate, request: PlanRequest
+) -> ThroughputCurve | None:
+    """A closed load on two pools; on a part of their replicas, where those divide alike.
+
+    None where too many replicas are left, or not even one request fits.
+    """
+    (first, of_prompts, _), (second, options, num_drafts) = prefill.candidate, decode.candidate
+    num_parts = gcd(first.replicas, second.replicas)
+    layouts = [replace(each, replicas=each.replicas // num_parts) for each in (first, second)]
+    if sum(each.replicas for each in layouts) > _MOST_REPLICAS:
+        return None
+    whole = request.workload.num_sequences
+    of_rank = -(-decode.num_seqs // (second.replicas * second.dp))
+    setup = _Served(layouts[1], options, num_drafts, of_rank)
+    return _rates(request, setup, (layouts[0], of_prompts), -(-whole // num_parts), whole)
+
+
+class _Served(NamedTuple):
+    """A pool that decodes, and sequences of a data-parallel rank at most."""
+
+    layout: Layout
+    options: Options
+    num_drafts: int
+    max_num_seqs: int
+
+
+def _rates(
+    request: PlanRequest,
+    served: _Served,
+    prefill: tuple[Layout, Options] | None,
+    batch: int,
+    num_seqs: int,
+) -> ThroughputCurve | None:
+    """What a load comes to, for so many sequences; of a part of the system, with `batch`."""
+    setting, workload = request.setting, request.workload
+    profile, layout = request.cluster.profile, served.layout
+    tokens, wait_steps = setting.step_tokens or RANK_STEP_TOKENS, 0
     if profile.framework:
         framework = find_framework(profile.framework)
         tokens, wait_steps = framework.max_num_batched_tokens, framework.prompt_wait_steps
-    of_rank = -(-batch // layout.dp)
     setup = ServingSetup(
-        replica,
-        None,
-        options,
+        layout,
+        None if prefill is None else prefill[0],
+        served.options,
         setting.types,
         setting.execution,
         setting.routing,
-        setting.multi_token if num_drafts else MultiToken(),
-        max_num_seqs=of_rank,
-        max_num_batched_tokens=max(tokens, of_rank),
+        setting.multi_token if served.num_drafts else MultiToken(),
+        max_num_seqs=served.max_num_seqs,
+        max_num_batched_tokens=max(tokens, served.max_num_seqs),
         prompt_wait_steps=wait_steps,
+        prefill_options=None if prefill is None else prefill[1],
     )
-    load = Load(
-        batch,
-        LengthRange(workload.prompt_len, workload.prompt_len),
-        _output_lens(workload, request.model.max_position_embeddings),
-        batch,
-    )
-    cluster = ModelledCluster(profile, replica.world_size)
+    prompt_len = LengthRange(workload.prompt_len, workload.prompt_len)
+    output_len = _output_lens(workload, request.model.max_position_embeddings)
+    load = Load(batch, prompt_len, output_len, batch)
+    cluster = ModelledCluster(profile, setup.num_devices)
     try:
         rates = steady_rates(Simulator(request.model, cluster, setup, load), 0, _LEAST_STEPS)
     except CapacityError:
         return None
     return ThroughputCurve(
-        num_seqs=np.array([option.num_seqs]),
-        tps=(rates.output_tps * (option.num_seqs / batch))[::-1, None],
+        num_seqs=np.array([num_seqs]),
+        tps=(rates.output_tps * (num_seqs / batch))[::-1, None],
         tpot_s=rates.tpot_s[:, None],
         ttft_s=rates.ttft_s[:, None],
     )
@@ -129,9 +169,10 @@ class Simulations:
 class BestFirst:
     """Simulates those that may be the best, the likeliest first.
 
-    First the best of each family as screened, except where it is far from the most; then, as long
-    as there is any, the one that was not simulated and has most tokens a second as screened, times
-    the largest ratio of simulated to screened in its family, if that is more than the best has.
+    First the best of each family as screened, except where it is far from the most. Then those that
+    may have more tokens a second than the best has: screened ones times the largest ratio of
+    simulated to screened of their kind (data-parallel ranks, stages, experts spread or not), or of
+    all where none of the kind was simulated.
 
     Args:
         run: simulates an option; None where it cannot be.
@@ -150,123 +191,125 @@ class BestFirst:
         self._kept: list[SimulatedCandidate] = []
         self._broke: list[SimulatedCandidate] = []
         self._of_layout = Counter[object]()
-        self._queues: dict[str, _Queue] = {}
-        for option in options:
-            if option.place is not None and option.candidate.layout.replica_size <= _MOST_RANKS:
-                family = family_of(option.candidate.layout)
-                self._queues.setdefault(family, _Queue()).push(option)
+        self._ratios: dict[object, float] = {}
+        able = [
+            each
+            for each in options
+            if each.place is not None and each.candidate.layout.replica_size <= _MOST_RANKS
+        ]
+        self._waiting = sorted(able, key=lambda each: -each.tps)
 
     def result(self) -> Simulations:
         """All of it."""
-        by_first = sorted(self._queues.values(), key=lambda each: -each.first_tps)
-        most = by_first[0].first_tps if by_first else 0.0
+        best: dict[str, ScreenedCandidate] = {}
+        for option in self._waiting:
+            best.setdefault(family_of(option.candidate.layout), option)
         seen: set[bool] = set()
-        for queue in by_first:
-            has_experts = queue.has_experts
-            if queue.first_tps >= _LEAST_SHARE * most or has_experts not in seen:
-                self._take_best_of(queue)
+        most = self._waiting[0].tps if self._waiting else 0.0
+        for option in best.values():
+            has_experts = option.candidate.layout.ep > 1
+            if option.tps >= _LEAST_SHARE * most or has_experts not in seen:
+                self._take_until_kept(option)
                 seen.add(has_experts)
-        while self._num_done < self._most and (queue := self._likeliest()) is not None:
-            self._take(queue)
-        is_open = [
-            each for queue in self._queues.values() for each in queue.above(self._best_tps)
-        ]
+        while self._num_done < self._most and (may_win := self._may_win()):
+            self._take(may_win[0])
         kept = sorted(self._kept, key=lambda each: -each.tps)
-        return Simulations(kept, self._broke, len(is_open))
+        return Simulations(kept, self._broke, len(self._may_win()))
 
     @property
     def _num_done(self) -> int:
         return len(self._kept) + len(self._broke)
 
-    @property
-    def _best_tps(self) -> float:
-        return max((each.tps for each in self._kept), default=0.0)
+    def _may_win(self) -> list[ScreenedCandidate]:
+        """Those that may have more than the best, the likeliest first; few of one layout."""
+        best_tps = max((each.tps for each in self._kept), default=0.0)
+        usual = max(self._ratios.values(), default=1.0)
+        may_be = [
+            (tps, each)
+            for each in self._waiting
+            if (tps := each.tps * self._ratios.get(_kind_of(each), usual)) > best_tps
+            and self._of_layout[each.candidate.layout] < _MOST_OF_LAYOUT
+        ]
+        return [each for _, each in sorted(may_be, key=lambda each: -each[0])]
 
-    def _likeliest(self) -> "_Queue | None":
-        """The family of the one that may have most, if that is more than the best has."""
-        known = [each.ratio for each in self._queues.values() if each.ratio is not None]
-        usual = max(known, default=1.0)
-        for queue in self._queues.values():
-            queue.usual = usual
-            queue.skip(lambda option: self._of_layout[option.candidate.layout] >= _MOST_OF_LAYOUT)
-        rest = [each for each in self._queues.values() if each.first_tps]
-        best = max(rest, key=lambda each: each.may_be, default=None)
-        return best if best is not None and best.may_be > self._best_tps else None
-
-    def _take_best_of(self, queue: "_Queue") -> None:
-        """Simulate the first of a family that keeps the limits."""
-        while queue.first_tps and self._num_done < self._most:
-            if self._take(queue):
+    def _take_until_kept(self, option: ScreenedCandidate) -> None:
+        """Simulate an option with ever fewer sequences, until it keeps the limits."""
+        while self._num_done < self._most:
+            lower = self._take(option)
+            if lower is None:
                 return
+            option = lower
 
-    def _take(self, queue: "_Queue") -> bool:
-        """Simulate a family's first; whether it keeps the limits."""
-        option = queue.pop()
+    def _take(self, option: ScreenedCandidate) -> ScreenedCandidate | None:
+        """Simulate an option; the same with fewer sequences where it breaks a limit."""
+        self._waiting = [each for each in self._waiting if each is not option]
         served = self._run(option)
         if served is None:
-            return False
+            return None
         found = SimulatedCandidate.of(option, served)
-        queue.learn(found.over_screened)
-        self._of_layout[option.candidate.layout] += 1
+        kind = _kind_of(option)
+        self._ratios[kind] = max(found.over_screened, self._ratios.get(kind, 0.0))
         if served.best(self._goals) is not None:
+            self._of_layout[option.candidate.layout] += 1
             self._kept.append(found)
             self._advance(1)
-            return True
+            return None
         self._broke.append(found)
         lower = option.next_best(self._goals)
-        if lower.place is not None:
-            queue.push(lower)
-        return False
+        if lower.place is None:
+            return None
+        self._waiting.append(lower)
+        return lower
 
 
-@dataclass(eq=False)
-class _Queue:
-    """The options of a family that were not simulated, the best first.
+def _kind_of(option: ScreenedCandidate) -> object:
+    """What the ratio of simulated to screened turns on most."""
+    layout = option.candidate.layout
+    return layout.dp, layout.pp, layout.ep > 1
 
-    Attributes:
-        ratio: the largest of simulated over screened; None before any.
-        usual: in its place.
+
+def simulated_pool(
+    search: Search, screened: Sequence[Screened], advance: Callable[[int], None]
+) -> OnePool:
+    """The best of those screened, simulated; each explained by its steps in full.
+
+    Args:
+        advance: called with 1 for each of the best.
+
+    Raises:
+        UserError: nothing fits, or nothing keeps the limits; with the nearest deployment.
     """
+    request, options = search.request, search.options(screened)
 
-    ratio: float | None = None
-    usual: float = 1.0
-    _heap: list[tuple[float, int, ScreenedCandidate]] = field(default_factory=list)
-    _num: int = 0
+    def run(option: ScreenedCandidate) -> ThroughputCurve | None:
+        return simulate(option, request)
 
-    @property
-    def first_tps(self) -> float:
-        """As screened; 0 where there is none."""
-        return -self._heap[0][0] if self._heap else 0.0
+    found = BestFirst(options, request.goals, run, advance).result()
+    kept, broke = list(found.kept), list(found.broke)
+    if not kept:
+        for each in nearest_simulated(options, request.goals, run):
+            (broke if each.served.best(request.goals) is None else kept).append(each)
+    if not kept:
+        if not broke:
+            raise UserError(too_many_ranks(request))
+        nearest = min(broke, key=lambda each: float(each.served.breach(request.goals)[0]))
+        raise UserError(search.missed(nearest.option, nearest.served))
+    finalists = [
+        replace(search.finish(each.option), served=each.served)
+        for each in sorted(kept, key=lambda each: -each.tps)
+    ]
+    num_too_large = sum(isinstance(each, TooLarge) for each in screened)
+    num_simulated = len(kept) + len(broke)
+    return OnePool(options, finalists, len(screened), num_too_large, num_simulated, found.num_open)
 
-    @property
-    def has_experts(self) -> bool:
-        """Whether experts are spread over ranks."""
-        return self._heap[0][2].candidate.layout.ep > 1
 
-    @property
-    def may_be(self) -> float:
-        """What the first may have if it is simulated."""
-        return self.first_tps * (self.usual if self.ratio is None else self.ratio)
-
-    def push(self, option: ScreenedCandidate) -> None:
-        heapq.heappush(self._heap, (-option.tps, self._num, option))
-        self._num += 1
-
-    def pop(self) -> ScreenedCandidate:
-        return heapq.heappop(self._heap)[2]
-
-    def skip(self, is_enough: Callable[[ScreenedCandidate], bool]) -> None:
-        """Drop the first ones of which there are enough."""
-        while self._heap and is_enough(self._heap[0][2]):
-            self.pop()
-
-    def learn(self, ratio: float) -> None:
-        self.ratio = max(ratio, self.ratio or 0.0)
-
-    def above(self, tps: float) -> list[ScreenedCandidate]:
-        """Those that may have more than so many tokens a second."""
-        ratio = self.usual if self.ratio is None else self.ratio
-        return [each for value, _, each in self._heap if -value * ratio > tps]
+def too_many_ranks(request: PlanRequest) -> str:
+    """Why none can be simulated."""
+    return (
+        f"{request.model.name} fits {request.cluster} with replicas of more than {_MOST_RANKS:,} "
+        f"ranks alone, and those are not simulated; take float8, shorter sequences or devices with "
+        "more memory"
+    )
 
 
 def nearest_simulated(

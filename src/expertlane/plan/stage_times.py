@@ -9,7 +9,7 @@ owns. So layouts share their parts, and their number grows far more slowly than 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,7 @@ from expertlane.spec.model import ModelConfig
 COMPUTE, MOVED, IN_SERIES = slice(0, 3), slice(3, 6), slice(8, 11)
 SLOWED, LAUNCHES = 6, 7
 _NUM_ROWS = 11
+_AnyColumn = npt.NDArray[Any]
 
 
 class Shape(NamedTuple):
@@ -174,18 +175,19 @@ class SharedParts:
         """All parts of all points."""
         own_key = np.array(self._own.of_shape)[points.shape]
         experts_key = np.array(self._experts.of_shape)[points.shape]
-        tp, dp, keeps_all = (each[points.shape] for each in self._sizes())
+        tp, dp, does_keep = self._sizes()
+        keeps_all = does_keep[points.shape]
         scenarios = Scenarios(
-            tp,
+            tp[points.shape],
             points.num_seqs,
             points.num_new,
             points.num_cached,
             points.stage_seqs,
             points.num_drafts,
-            dp,
+            dp[points.shape],
         )
         is_normed = keeps_all & (scenarios.tokens * self._row_bytes <= GPU_LIBRARIES.normed_bytes)
-        of_own = (
+        of_own: list[_AnyColumn] = [
             own_key,
             is_normed,
             points.num_new == 1 + points.num_drafts,
@@ -193,10 +195,10 @@ class SharedParts:
             points.num_seqs,
             points.num_new,
             points.num_cached,
-        )
+        ]
         firsts, own = _distinct(of_own)
         rows = np.where(keeps_all, scenarios.tokens, scenarios.owned)
-        of_experts = experts_key, is_normed, rows, scenarios.stage_tokens
+        of_experts: list[_AnyColumn] = [experts_key, is_normed, rows, scenarios.stage_tokens]
         lists = self._own_lists([each[firsts] for each in of_own])
         chosen, places = _distinct(of_experts)
         experts = self._expert_lists([each[chosen] for each in of_experts])
@@ -248,7 +250,7 @@ class SharedParts:
         return self._ones[key]
 
     def _own_lists(
-        self, columns: Sequence[Ints]
+        self, columns: Sequence[_AnyColumn]
     ) -> list[tuple[tuple[str, int | None], Ints, ExpectedStepList]]:
         """Parts but for experts, where they stand among the columns, and their steps."""
         model = self._model
@@ -290,7 +292,7 @@ class SharedParts:
                 projection_steps(begin("projection"), model, part)
         return lists
 
-    def _expert_lists(self, columns: Sequence[Ints]) -> list[tuple[Ints, ExpectedStepList]]:
+    def _expert_lists(self, columns: Sequence[_AnyColumn]) -> list[tuple[Ints, ExpectedStepList]]:
         """Where they stand among the columns, and their steps."""
         lists: list[tuple[Ints, ExpectedStepList]] = []
         if not self._has_experts:
@@ -317,7 +319,7 @@ class SharedParts:
         return ExpectedStepList(shape.mesh, size, self._types, shape.form, GPU_LIBRARIES)
 
 
-def _distinct(columns: Sequence[npt.NDArray[np.generic]]) -> tuple[Ints, Ints]:
+def _distinct(columns: Sequence[_AnyColumn]) -> tuple[Ints, Ints]:
     """The first place of each distinct row of columns [P], and which of them each row is, [P]."""
     code = np.zeros(len(columns[0]), dtype=np.int64)
     for column in columns:
@@ -327,7 +329,7 @@ def _distinct(columns: Sequence[npt.NDArray[np.generic]]) -> tuple[Ints, Ints]:
     return firsts, which
 
 
-def _alike(columns: Sequence[npt.NDArray[np.generic]]) -> list[Ints]:
+def _alike(columns: Sequence[_AnyColumn]) -> list[Ints]:
     """Places of rows that are alike, in groups."""
     firsts, which = _distinct(columns)
     order = np.argsort(which, kind="stable")

@@ -260,7 +260,7 @@ class Arriving(NamedTuple):
         tokens = tokens_per_step[:, None]
         if (tokens == tokens[0]).all():
             tokens = tokens[:1]
-        num_ranks = np.clip(-(-num_seqs // replicas), 1, dp)  # those that have sequences
+        num_ranks: Ints = np.clip(-(-num_seqs // replicas), 1, dp)  # those that have sequences
         of_rank = num_seqs / (replicas * num_ranks * workload.output_len) * tokens
         return cls(of_rank, _most_of(of_rank, num_ranks))
 
@@ -282,7 +282,8 @@ def _most_of(mean: Floats, num: Ints) -> Floats:
     if (mean > _MOST_COUNTED).any():
         sizes, which = np.unique(num, return_inverse=True)
         deviations = np.array([largest_normal(size) for size in sizes.tolist()])[which]
-        most = np.where(mean > _MOST_COUNTED, mean + deviations * np.sqrt(mean), most)
+        normal: Floats = np.where(mean > _MOST_COUNTED, mean + deviations * np.sqrt(mean), most)
+        return normal
     return most
 
 

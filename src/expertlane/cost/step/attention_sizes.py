@@ -31,7 +31,7 @@ class AttentionSizes:
     prefill_positions: Ints
     num_decode_groups: int
     num_prefill_groups: int
-    num_queries: int = 1
+    num_queries: int | Ints = 1
 
 
 def pairs_and_positions(num_new: Ints, num_cached: Ints, window: int | None) -> tuple[Ints, Ints]:
