@@ -29,7 +29,7 @@ _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
     (4, "rotating"),
 )
 
-MOST_DEVICES = 4096
+MOST_DEVICES = 4096  # of a plan
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def check_plan_size(cluster: ModelledCluster) -> None:
     """
     if cluster.num_devices > MOST_DEVICES:
         raise CapacityError(
-            f"cluster {cluster} has {cluster.num_devices} devices; a plan takes at most "
-            f"{MOST_DEVICES}: plan a part of it, {cluster.profile.name}x{MOST_DEVICES} for example"
+            f"cluster {cluster} has {cluster.num_devices:,} devices; a plan takes at most "
+            f"{MOST_DEVICES:,}: plan a part, {cluster.profile.name}x{MOST_DEVICES} for example"
         )
 
 

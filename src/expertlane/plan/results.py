@@ -15,7 +15,7 @@ from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.commands import ServedPool, ServeTarget, serve_commands
 from expertlane.plan.experiment_text import experiment_text, sizes_of
 from expertlane.plan.explanation import best_of_families, gap_to, pareto
-from expertlane.plan.screen import ScreenedCandidate
+from expertlane.plan.screen import ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, OnePool, Search
 from expertlane.plan.simulated import NUM_SIMULATED, simulated_pool
 from expertlane.plan.throughput import ThroughputCurve
@@ -225,7 +225,6 @@ def make_plan(
         UserError: no layout is valid, nothing fits, or nothing keeps the limits.
     """
     search = Search(request)
-    of_pools = TwoPoolSearch(request, search.known)
     progress.task("aggregated: all layouts and options", len(search.candidates))
     screened = search.screen(progress.advance)
     progress.done()
@@ -233,6 +232,7 @@ def make_plan(
     found = simulated_pool(search, screened, progress.advance)
     ranking = ranked([contender(each, request.workload) for each in found.finalists])
     progress.done()
+    of_pools = TwoPoolSearch(request, search.known, fitting(screened))
     progress.task("disaggregated: prefill and decode apart", of_pools.num_candidates)
     pools = of_pools.run(progress.advance)
     progress.done()

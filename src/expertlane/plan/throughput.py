@@ -272,13 +272,14 @@ _NUM_TERMS = 32
 def _most_of(mean: Floats, num: Ints) -> Floats:
     """Of the largest of so many independent Poisson variables, the mean; about, where many."""
     few = np.minimum(mean, _MOST_COUNTED)
-    chance = np.exp(-few)
-    below = chance.copy()
-    most: Floats = 1 - below**num
+    chance: Floats = np.exp(-few)
+    below: Floats = chance.copy()
+    power = num.astype(np.float64)
+    most: Floats = 1 - below**power
     for count in range(1, _NUM_TERMS):
         chance = chance * (few / count)
         below = np.minimum(below + chance, 1.0)
-        most += 1 - below**num
+        most = most + (1 - below**power)
     if (mean > _MOST_COUNTED).any():
         sizes, which = np.unique(num, return_inverse=True)
         deviations = np.array([largest_normal(size) for size in sizes.tolist()])[which]

@@ -1,7 +1,9 @@
 """Prefill and decode on disjoint devices: how to part them, and what each pool should run."""
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -10,7 +12,7 @@ from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.step.operation import Floats
-from expertlane.plan.candidates import Goals, PlanRequest
+from expertlane.plan.candidates import Candidate, Goals, PlanRequest
 from expertlane.plan.screen import Known, ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, Search
 from expertlane.plan.simulated import simulate_pools
@@ -20,6 +22,8 @@ from expertlane.spec.layout import Layout, divisors
 
 _PARTS = 4  # of a cluster of one node, of which some prefill
 _MOST_PARTS = 8  # of one of many, each of whole nodes
+_MOST_EXHAUSTIVE = 96  # devices, up to which pools take any layout
+_NUM_SHAPES = 48  # for prefill, and for each number of sequences for decode
 _NUM_PREFILL, _NUM_DECODE = 4, 12  # of each pool, the best by themselves are tried together
 _MOST_TRIED = 6  # pairs that are simulated
 
@@ -57,9 +61,15 @@ class TwoPoolSearch:
 
     Args:
         known: by a search for one pool.
+        shapes: found by it; of large clusters, the best replicas of these alone are tried.
     """
 
-    def __init__(self, request: PlanRequest, known: Known | None = None) -> None:
+    def __init__(
+        self,
+        request: PlanRequest,
+        known: Known | None = None,
+        shapes: Sequence[ScreenedCandidate] = (),
+    ) -> None:
         known = known or Known()
         self._request = request
         self._links = LinkModel(request.cluster.profile)
@@ -73,6 +83,10 @@ class TwoPoolSearch:
             )
             for size in sorted(sizes | {num_devices - size for size in sizes})
         }
+        if shapes and cluster.num_devices > _MOST_EXHAUSTIVE:
+            kept = _best_shapes(shapes, request.goals)
+            for size, search in searches.items():
+                search.candidates = _of_size(kept, size)
         self._searches = {size: each for size, each in searches.items() if each.candidates}
         splits = [(size, num_devices - size) for size in sorted(sizes)]
         self._splits = [each for each in splits if set(each) <= set(self._searches)]
@@ -171,6 +185,40 @@ def _decode_tps(option: ScreenedCandidate, goals: Goals) -> float:
     limit = np.inf if goals.max_tpot_s is None else goals.max_tpot_s
     tps = np.where(step_s <= limit, option.steps.num_seqs / step_s, 0)
     return float(tps.max())
+
+
+def _best_shapes(screened: Sequence[ScreenedCandidate], goals: Goals) -> list[Candidate]:
+    """Deployments whose replicas compute prompts, or decode, fastest for each device."""
+    chosen: dict[Candidate, None] = {}
+
+    def choose(value: Callable[[ScreenedCandidate], float]) -> None:
+        best = heapq.nlargest(_NUM_SHAPES, screened, value)
+        chosen.update(dict.fromkeys(each.candidate for each in best))
+
+    choose(lambda each: float(each.steps.prefill_tps[LIKELY]))
+    choose(lambda each: -float(each.steps.prefill_s[LIKELY]))
+    choose(lambda each: _decode_tps(each, goals))
+    most = max((len(each.steps.num_seqs) for each in screened), default=0)
+    for halvings in range(most):
+        choose(partial(_decode_tps_at, halvings))
+    return list(chosen)
+
+
+def _decode_tps_at(halvings: int, option: ScreenedCandidate) -> float:
+    """Tokens a second of decoding alone, the number of sequences halved so many times."""
+    place = len(option.steps.num_seqs) - 1 - halvings
+    if place < 0:
+        return 0.0
+    return float(option.steps.num_seqs[place] / option.steps.token_s[LIKELY, place])
+
+
+def _of_size(candidates: Sequence[Candidate], num_devices: int) -> list[Candidate]:
+    """The same replicas, as many as so many devices hold."""
+    return [
+        each._replace(layout=replace(each.layout, replicas=num_devices // size))
+        for each in candidates
+        if num_devices % (size := each.layout.replica_size) == 0
+    ]
 
 
 def _prefill_sizes(num_devices: int, per_node: int) -> set[int]:
