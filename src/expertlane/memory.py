@@ -2,7 +2,9 @@
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil, prod
+from typing import NamedTuple
 
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.kv_transfer import held_kv_width
@@ -10,7 +12,7 @@ from expertlane.cost.number_types import NumberTypes, weight_bytes
 from expertlane.errors import CapacityError
 from expertlane.results.record import PoolRecord
 from expertlane.schedule.request import Limits
-from expertlane.spec.layout import Coordinates, Layout, partition
+from expertlane.spec.layout import Coordinates, Layout, part_of, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import (
     EMBEDDING,
@@ -28,7 +30,7 @@ from expertlane.spec.workload import Workload
 BLOCK_SIZE = 16
 STEP_TOKENS = 16_384  # of a comparison, over all ranks
 _FLOAT32_BYTES = 4
-_RANK_STEP_TOKENS = 8192  # of a data-parallel rank's prefill step, if nothing else is said
+RANK_STEP_TOKENS = 8192  # of a data-parallel rank's prefill step, if nothing else is said
 FREE_SHARE = 0.9  # of a device's memory; the rest is for the framework and what is not counted
 
 
@@ -108,7 +110,7 @@ class PlacedModel:
         of_layer = [
             len(placed.experts_of_rank[at.ep_rank]) if placed else 0 for placed in self.placements
         ]
-        inner = len(partition(model.moe_intermediate_size, layout.etp)[at.etp_rank])
+        inner = len(part_of(model.moe_intermediate_size, layout.etp, at.etp_rank))
         num_bytes = sum(
             count * self._layer_bytes(at, is_dense, num_experts)
             for (is_dense, num_experts), count in Counter(
@@ -200,37 +202,59 @@ class PlacedModel:
         Args:
             num_experts: that the rank holds, or holds a slice of.
         """
-        num_of = dict.fromkeys(shapes := layer_shapes(self.model, is_dense), 1)
-        if num_experts:
-            parts = expert_shapes(self.model)
-            experts = {f"experts.{part}": shape for part, shape in parts.items()}
-            shapes, num_of = shapes | experts, num_of | dict.fromkeys(experts, num_experts)
-        return sum(
-            num_of[name] * _num_bytes(name, self._held(at, name, shape), self.types)
-            for name, shape in shapes.items()
-        )
+        cut = _Cut(self.layout.tp, at.tp_rank, self.layout.etp, at.etp_rank)
+        return _layer_bytes(self.model, self.types, cut, is_dense, num_experts)
 
     def _held(self, at: Coordinates, name: str, shape: Shape) -> list[range]:
-        """The part of a tensor that a rank holds; key/value heads fewer than `tp` by several."""
-        model, layout = self.model, self.layout
-        of_expert, part = name.startswith("experts."), name.rpartition(".")[2]
-        whole = [range(size) for size in shape]
-        if part in _ADDED_ONCE:
-            is_first = (at.etp_rank if of_expert else at.tp_rank) == 0
-            return whole if is_first else [range(0)]
-        full = shape[cut_dim(name)]
-        held = range(full)
-        if of_expert:
-            held = partition(full, layout.etp)[at.etp_rank]
-        elif name == HEAD or name.startswith(("dense.", "shared.")):
-            held = partition(full, layout.tp)[at.tp_rank]
-        elif part in _OF_QUERIES or (part == "query_norm" and model.qk_norm == "full"):
-            size = full // layout.tp
-            held = range(at.tp_rank * size, (at.tp_rank + 1) * size)
-        elif part in _OF_KEYS or (part == "key_norm" and model.qk_norm == "full"):
-            held = range(max(1, model.num_kv_heads // layout.tp) * model.head_dim)
-        whole[cut_dim(name)] = held
-        return whole
+        """The part of a tensor that a rank holds."""
+        cut = _Cut(self.layout.tp, at.tp_rank, self.layout.etp, at.etp_rank)
+        return _held(self.model, cut, name, shape)
+
+
+class _Cut(NamedTuple):
+    """How a rank's tensors are cut, and its place in both cuts."""
+
+    tp: int
+    tp_rank: int
+    etp: int
+    etp_rank: int
+
+
+@cache
+def _layer_bytes(
+    model: ModelConfig, types: NumberTypes, cut: _Cut, is_dense: bool, num_experts: int
+) -> int:
+    num_of = dict.fromkeys(shapes := layer_shapes(model, is_dense), 1)
+    if num_experts:
+        parts = expert_shapes(model)
+        experts = {f"experts.{part}": shape for part, shape in parts.items()}
+        shapes, num_of = shapes | experts, num_of | dict.fromkeys(experts, num_experts)
+    return sum(
+        num_of[name] * _num_bytes(name, _held(model, cut, name, shape), types)
+        for name, shape in shapes.items()
+    )
+
+
+def _held(model: ModelConfig, cut: _Cut, name: str, shape: Shape) -> list[range]:
+    """The part of a tensor that a rank holds; key/value heads fewer than `tp` by several."""
+    of_expert, part = name.startswith("experts."), name.rpartition(".")[2]
+    whole = [range(size) for size in shape]
+    if part in _ADDED_ONCE:
+        is_first = (cut.etp_rank if of_expert else cut.tp_rank) == 0
+        return whole if is_first else [range(0)]
+    full = shape[cut_dim(name)]
+    held = range(full)
+    if of_expert:
+        held = part_of(full, cut.etp, cut.etp_rank)
+    elif name == HEAD or name.startswith(("dense.", "shared.")):
+        held = part_of(full, cut.tp, cut.tp_rank)
+    elif part in _OF_QUERIES or (part == "query_norm" and model.qk_norm == "full"):
+        size = full // cut.tp
+        held = range(cut.tp_rank * size, (cut.tp_rank + 1) * size)
+    elif part in _OF_KEYS or (part == "key_norm" and model.qk_norm == "full"):
+        held = range(max(1, model.num_kv_heads // cut.tp) * model.head_dim)
+    whole[cut_dim(name)] = held
+    return whole
 
 
 _WIDE = {
@@ -292,7 +316,7 @@ def prefill_step_tokens(workload: Workload, layout: Layout, step_tokens: int | N
         step_tokens: allowed over the whole system; 8,192 on each data-parallel rank if None.
     """
     num_caches = layout.replicas * layout.dp
-    allowed = _RANK_STEP_TOKENS if step_tokens is None else max(1, step_tokens // num_caches)
+    allowed = RANK_STEP_TOKENS if step_tokens is None else max(1, step_tokens // num_caches)
     return min(allowed, workload.prompt_len * ceil(workload.num_sequences / num_caches))
 
 

@@ -9,7 +9,7 @@ from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.recorder import Recorder
-from expertlane.cost.step.batch_sizes import takes_less_expanded
+from expertlane.cost.step.attention_sizes import takes_less_expanded
 from expertlane.model import attention as module
 from expertlane.model import latent_batch
 from expertlane.model.attention import RotaryEmbedding

@@ -34,7 +34,9 @@ def slower(factor):
             ttft_s=option.served.ttft_s[:, at] * factor,
         )
         in_full = vars(option) | {"served": served, "place": 0}
-        return Finalist(**in_full, option=option, decode=None, prefill=None, by_error={})
+        return Finalist(
+            **in_full, formula=served, option=option, decode=None, prefill=None, by_error={}
+        )
 
     return finish
 

@@ -1,10 +1,12 @@
 """A workload by hand: 2 data-parallel ranks, prompts of 100 tokens, 10 output tokens."""
 
+from math import exp, factorial
+
 import numpy as np
 import pytest
 
 from expertlane.plan.candidates import Goals
-from expertlane.plan.throughput import Prompts, Steps, one_pool, two_pools
+from expertlane.plan.throughput import Arriving, Prompts, Steps, one_pool, two_pools
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
 
@@ -12,7 +14,9 @@ WORKLOAD = Workload(num_sequences=8, prompt_len=100, output_len=10)
 BOUNDS = np.array([0.5, 1.0, 2.0])
 
 
-def steps(decode_ms=(10.0, 20.0), num_seqs=(4, 8), prefill_ms=10.0, most_seqs=8) -> Steps:
+def steps(
+    decode_ms=(10.0, 20.0), num_seqs=(4, 8), prefill_ms=10.0, most_seqs=8, alone_ms=6.0
+) -> Steps:
     return Steps(
         Layout(dp=2, ep=2),
         np.array(num_seqs),
@@ -20,23 +24,46 @@ def steps(decode_ms=(10.0, 20.0), num_seqs=(4, 8), prefill_ms=10.0, most_seqs=8)
         BOUNDS * prefill_ms / 1e3,
         Prompts(num_seqs=1, num_new=100, num_cached=0, num_steps=1),
         most_seqs,
+        BOUNDS * alone_ms / 1e3,
     )
 
 
-def test_a_token_costs_its_step_and_the_prefills_of_others():
+def most_of_two(mean):
+    """The mean of the larger of two independent Poisson variables, term by term."""
+    chance = [exp(-mean) * mean**k / factorial(k) for k in range(40)]
+    return sum(max(i, j) * a * b for i, a in enumerate(chance) for j, b in enumerate(chance))
+
+
+def test_a_step_waits_for_the_rank_with_most_prompts():
     served = one_pool(steps(), WORKLOAD)
-    # 2 ranks × 100 tokens in 10 ms: 20,000 tokens/s; 10 prompt tokens for each output token.
-    assert served.tpot_s[1] == pytest.approx([0.010 + 4 * 10 / 20_000, 0.020 + 8 * 10 / 20_000])
-    assert served.tps[1] == pytest.approx([4 / 0.012, 8 / 0.024])
+    # 4 sequences of 10 tokens on 2 ranks: a fifth of a prompt for each rank and step. One in five
+    # shares its step with one of the other rank (10 ms), the others do not (6 ms).
+    waits = [most_of_two(each) * (each * 10 + (1 - each) * 6) for each in (0.2, 0.4)]
+    assert served.tpot_s[1] == pytest.approx([(10 + waits[0]) / 1e3, (20 + waits[1]) / 1e3])
+    assert served.tps[1] == pytest.approx([4e3 / (10 + waits[0]), 8e3 / (20 + waits[1])])
     np.testing.assert_allclose(served.tps[0], served.tps[1] / 2)
     np.testing.assert_allclose(served.tps[2], served.tps[1] * 2)
 
 
 def test_a_prompt_waits_in_a_queue():
     served = one_pool(steps(), WORKLOAD)
-    busy = (4 * 10 / 20_000) / 0.012
-    wait = 0.010 * busy / (2 * (1 - busy))  # a prompt takes its rank 10 ms
-    assert served.ttft_s[1, 0] == pytest.approx(0.010 + wait + 0.010)
+    step_s, prompt_s = served.tpot_s[1, 0], 0.0068
+    busy = 0.2 * prompt_s / step_s
+    wait = prompt_s * busy / (2 * (1 - busy))
+    assert served.ttft_s[1, 0] == pytest.approx(step_s + prompt_s + wait)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "mean"), [(1, 0.3), (2, 11.9), (2, 12.1), (8, 40.0), (64, 3)]
+)
+def test_the_most_prompts_of_many_ranks(num_ranks, mean):
+    rng = np.random.default_rng(0)
+    drawn = rng.poisson(mean, size=(20_000, num_ranks)).max(axis=1).mean()
+    workload = Workload(num_sequences=2**20, prompt_len=100, output_len=10)
+    num_seqs = np.array([round(mean * num_ranks * 10)])
+    found = Arriving.of(num_seqs, 1, num_ranks, np.ones(3), workload)
+    assert found.of_rank == pytest.approx(np.array([[mean]]))
+    assert found.most == pytest.approx(np.array([[drawn]]), rel=0.03)
 
 
 def test_limits_choose_the_number_of_sequences():
@@ -44,7 +71,7 @@ def test_limits_choose_the_number_of_sequences():
     assert served.best(Goals()) == 1
     assert served.best(Goals(max_tpot_s=0.013)) == 0
     assert served.best(Goals(max_tpot_s=0.001)) is None
-    assert served.breach(Goals(max_tpot_s=0.001))[0] == pytest.approx(12)
+    assert served.breach(Goals(max_tpot_s=0.001))[0] == pytest.approx(1e3 * served.tpot_s[1, 0])
     assert served.best(Goals(max_ttft_s=1e-4)) is None
 
 
@@ -75,7 +102,8 @@ def test_fewer_sequences_than_ranks_leave_some_idle():
     served = one_pool(alone, Workload(num_sequences=1, prompt_len=100, output_len=10))
     assert alone.num_prompts == 1
     assert alone.prefill_tps[1] == pytest.approx(10_000)  # one rank's
-    assert served.tps[1] == pytest.approx([1 / (0.010 + 0.001)])
+    # its own prompt, a tenth of it for each token, nearly always in a step of its own
+    assert served.tps[1] == pytest.approx([1 / (0.010 + 0.1 * (0.1 * 0.010 + 0.9 * 0.006))])
 
 
 def test_a_sequence_alone_is_in_one_pool_at_a_time():

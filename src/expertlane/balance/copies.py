@@ -7,6 +7,8 @@ stage: so ranks begin with different copies, and the load is spread without a wo
 R ranks of a stage, E experts, T tokens, K = top_k.
 """
 
+from functools import cached_property
+
 import numpy as np
 import numpy.typing as npt
 
@@ -29,15 +31,13 @@ class CopyChoice:
 
     def __init__(self, placement: Placement, ep_rank: Ints, nodes: Ints) -> None:
         self.num_experts = placement.num_experts
+        self._ep_rank, self._nodes = ep_rank, nodes
         held = placement.slots().T >= 0  # [E, ep]
-        self._only: Ints | None = None
-        if (held.sum(axis=1) == 1).all():
-            self._only = held.argmax(axis=1)
-            return
-        usable = usable_copies(held, ep_rank, nodes)
-        self._num_copies = usable.sum(axis=2).ravel()  # [R · E]
-        order = np.argsort(~usable, axis=2, kind="stable")[..., : self._num_copies.max()]
-        self._table = order.reshape(len(self._num_copies), -1)
+        num_held = held.sum(axis=1)
+        self._only = held.argmax(axis=1) if (num_held == 1).all() else None
+        most = int(num_held.max())
+        self._holders: Ints = np.argsort(~held, axis=1, kind="stable")[:, :most]  # [E, copies]
+        self._is_held: Bools = np.arange(most) < num_held[:, None]
 
     def ep_ranks(self, topk_ids: Ints, rank: Ints) -> Ints:
         """[T, K]; the ep rank that computes each pair.
@@ -47,14 +47,37 @@ class CopyChoice:
             rank: [T]; the stage's rank that owns each token.
         """
         if self._only is not None:
-            return self._only[topk_ids]
+            only: Ints = self._only[topk_ids]
+            return only
+        num_choosers = len(self._ep_rank) * self.num_experts
         chooser = (rank[:, None] * self.num_experts + topk_ids).ravel()
-        turns, num_copies = np.zeros_like(chooser), self._num_copies[chooser]
+        if len(chooser) < num_choosers:
+            table, num_copies = self._usable(*np.divmod(chooser, self.num_experts))
+        else:
+            table, num_copies = (each[chooser] for each in self._of_all)
+        turns = np.zeros_like(chooser)
         open_pairs = np.flatnonzero(num_copies > 1)
         first = rank[open_pairs // topk_ids.shape[1]]
-        turns[open_pairs] = num_equal_before(chooser[open_pairs], len(self._num_copies)) + first
-        ranks: Ints = self._table[chooser, turns % num_copies]
+        turns[open_pairs] = num_equal_before(chooser[open_pairs], num_choosers) + first
+        ranks: Ints = table[np.arange(len(chooser)), turns % num_copies]
         return ranks.reshape(topk_ids.shape)
+
+    @cached_property
+    def _of_all(self) -> tuple[Ints, Ints]:
+        """`_usable` of every rank and expert."""
+        return self._usable(*np.indices((len(self._ep_rank), self.num_experts)).reshape(2, -1))
+
+    def _usable(self, rank: Ints, expert: Ints) -> tuple[Ints, Ints]:
+        """The ep ranks that a rank sends an expert's pairs to come first; [n, copies], how many."""
+        holders = self._holders[expert]
+        own = self._ep_rank[rank][:, None]
+        is_near = self._nodes[rank[:, None], holders] == self._nodes[rank[:, None], own]
+        is_held = self._is_held[expert]
+        usable = is_held & (holders == own)
+        for others in (is_held & is_near, is_held):
+            usable = np.where(usable.any(axis=1, keepdims=True), usable, others)
+        order = np.argsort(~usable, axis=1, kind="stable")
+        return np.take_along_axis(holders, order, axis=1), usable.sum(axis=1)
 
 
 def usable_copies(is_held: Bools, ep_rank: Ints, nodes: Ints) -> Bools:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -98,7 +99,7 @@ class Placement:
         """Expert-parallel ranks."""
         return len(self.experts_of_rank)
 
-    @property
+    @cached_property
     def num_slots(self) -> int:
         """Physical experts of all ranks."""
         return sum(map(len, self.experts_of_rank))

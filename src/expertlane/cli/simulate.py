@@ -130,6 +130,7 @@ def run(
         execution=Execution(projection.execution),
         routing=routing.source,
         multi_token=multi_token,
+        prefill_options=None,
         **_sizes(scheduler, projection.framework),
     )
     for load in loads:

@@ -11,6 +11,7 @@ from expertlane.cost.laws.execution import OVERHEAD_S, Execution
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.records import cluster_record, conditions_of
 from expertlane.cost.routing import PowerLawRouting, RoutingSource
 from expertlane.errors import CapacityError, UserError
 from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
@@ -19,8 +20,6 @@ from expertlane.plan.project import (
     Projector,
     Setting,
     StepSize,
-    cluster_record,
-    conditions_of,
 )
 from expertlane.progress import Progress, each_of
 from expertlane.results.record import (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertlane.comm.collectives import Steps
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.cost.step.batch_sizes import pairs_and_positions
+from expertlane.cost.step.attention_sizes import pairs_and_positions
 from expertlane.model.attention import PagedHeads, RotaryEmbedding
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.latent_batch import Expanded

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 from expertlane.cost.laws.profile_file import ModelledCluster
@@ -17,6 +18,7 @@ from expertlane.spec.deployment import (
 )
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.ranges import RANGES
 from expertlane.spec.workload import Workload
 
 _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
@@ -27,7 +29,7 @@ _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
     (4, "rotating"),
 )
 
-MOST_DEVICES = 96  # of a plan: beyond, layouts and their ranks take over a minute
+MOST_DEVICES = 4096  # of a plan
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def check_plan_size(cluster: ModelledCluster) -> None:
     """
     if cluster.num_devices > MOST_DEVICES:
         raise CapacityError(
-            f"cluster {cluster} has {cluster.num_devices} devices; a plan takes at most "
-            f"{MOST_DEVICES}: plan a part of it, {cluster.profile.name}x{MOST_DEVICES} for example"
+            f"cluster {cluster} has {cluster.num_devices:,} devices; a plan takes at most "
+            f"{MOST_DEVICES:,}: plan a part, {cluster.profile.name}x{MOST_DEVICES} for example"
         )
 
 
@@ -122,17 +124,47 @@ def candidates_of(
         for num_redundant in _redundancies(layout, model):
             for num_micro_batches, schedule in _PIPELINES if layout.pp > 1 else _PIPELINES[:1]:
                 for overlap in (False, True) if layout.stage_size > 1 else (False,):
-                    options = Options(
-                        overlap=overlap,
-                        num_micro_batches=num_micro_batches,
-                        micro_batch_schedule=schedule,
-                        dispatch=form,
-                        payload=payload if layout.ep > 1 else "model",
-                        num_redundant_experts=num_redundant,
+                    options = _options(
+                        overlap,
+                        num_micro_batches,
+                        schedule,
+                        form,
+                        payload if layout.ep > 1 else "model",
+                        num_redundant,
                     )
                     yield Candidate(layout, options)
                     if num_drafts:
                         yield Candidate(layout, options, num_drafts)
+
+
+@cache
+def _options(
+    overlap: bool,
+    num_micro_batches: int,
+    schedule: MicroBatchSchedule,
+    form: DispatchForm,
+    payload: PayloadType,
+    num_redundant: int,
+) -> Options:
+    """Those of a candidate; many layouts share them."""
+    return Options(
+        overlap=overlap,
+        num_micro_batches=num_micro_batches,
+        micro_batch_schedule=schedule,
+        dispatch=form,
+        payload=payload,
+        num_redundant_experts=num_redundant,
+    )
+
+
+def family_of(layout: Layout) -> str:
+    """The family in a few words; replicas serve as one of them does."""
+    parts = ["expert parallel" if layout.ep > 1 else "no expert parallelism"]
+    if layout.dp > 1:
+        parts.append("data-parallel attention")
+    if layout.pp > 1:
+        parts.append("pipeline")
+    return ", ".join(parts)
 
 
 def _fits(layout: Layout, model: ModelConfig) -> bool:
@@ -151,6 +183,8 @@ def _forms(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
 
 def _redundancies(layout: Layout, model: ModelConfig) -> tuple[int, ...]:
     per_rank = -(-model.num_experts // layout.ep)  # slots without redundancy
-    if layout.ep == 1 or per_rank + 1 > model.num_experts:
+    one_more = layout.ep * (per_rank + 1) - model.num_experts
+    most = RANGES["num_redundant_experts"].high
+    if layout.ep == 1 or per_rank + 1 > model.num_experts or one_more > most:
         return (0,)
-    return (0, layout.ep * (per_rank + 1) - model.num_experts)
+    return (0, one_more)

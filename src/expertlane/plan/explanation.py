@@ -1,48 +1,13 @@
 """What a planner says beside its ranking: kinds of deployment, the Pareto front, and gaps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.plan.candidates import Goals
+from expertlane.plan.candidates import family_of
 from expertlane.plan.screen import ScreenedCandidate
-from expertlane.plan.search import Finalist, best_in_full
+from expertlane.plan.search import Finalist
 from expertlane.plan.ties import Contender, Ranking
-from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
-
-
-def family_of(layout: Layout) -> str:
-    """The family in a few words; how attention is cut is left to the layout."""
-    parts = ["expert parallel" if layout.ep > 1 else "no expert parallelism"]
-    if layout.pp > 1:
-        parts.append("pipeline")
-    if layout.replicas > 1:
-        parts.append("replicas")
-    return ", ".join(parts)
-
-
-def of_other_families(
-    finalists: Sequence[Finalist],
-    options: Sequence[ScreenedCandidate],
-    goals: Goals,
-    finish: Callable[[ScreenedCandidate], Finalist],
-) -> list[Finalist]:
-    """The best in full of each family that has no finalist, if any of it keeps the limits.
-
-    Args:
-        finish: projects an option in full.
-    """
-    known = {family_of(each.candidate.layout) for each in finalists}
-    others: dict[str, list[ScreenedCandidate]] = {}
-    for option in options:
-        family = family_of(option.candidate.layout)
-        if family not in known and option.place is not None:
-            others.setdefault(family, []).append(option)
-    found = (
-        best_in_full(of_family, goals, finish, lambda _: None, most=1).kept
-        for of_family in others.values()
-    )
-    return [each for kept in found for each in kept]
 
 
 def best_of_families(ranking: Ranking) -> dict[str, Contender]:
@@ -70,21 +35,26 @@ def pareto(options: Sequence[ScreenedCandidate]) -> list[tuple[ScreenedCandidate
 
 
 _NAMED = 2  # causes
+_MET = "decodes held up by prompts"
 _LEAST = 0.1  # of what grows, for a cause to be named
 
 
 def time_by_cause(finalist: Finalist, workload: Workload) -> dict[str, float]:
-    """Seconds of the whole system for one output token, its part of prefill included."""
+    """Seconds of the whole system for one output token, its part of prefill included.
+
+    What is left of those simulated is how requests met, beside steps of decodes or prompts alone.
+    """
     per_token = workload.prompt_len / workload.output_len
     of_phases = (
         (finalist.decode, 1 / (finalist.num_seqs * float(finalist.steps.tokens_per_step[LIKELY]))),
         (finalist.prefill, per_token / finalist.prefill.num_tokens),
     )
-    return {
+    seconds = {
         f"{cause} in {step.phase}": seconds * share
         for step, share in of_phases
         for cause, seconds in step.breakdown_s.items()
     }
+    return seconds | {_MET: 1 / finalist.tps - sum(seconds.values())}
 
 
 def gap_to(best: Contender, other: Contender, workload: Workload) -> str:

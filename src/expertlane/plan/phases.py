@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.plan.candidates import PlanRequest
+from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.screen import ScreenedCandidate
-from expertlane.plan.throughput import one_pool
+from expertlane.plan.throughput import Arriving, one_pool
+from expertlane.spec.deployment import DispatchForm, Options
 
 _LEAST_GAIN = 0.02  # of prefill: less is not worth a second form
 
@@ -19,39 +21,56 @@ def with_fastest_prefill(
     Nothing else of a step turns on how the other phase dispatches, so none is to be screened anew.
     """
     fastest: dict[object, ScreenedCandidate] = {}
-    for each in options:
-        known = fastest.setdefault(_but_form(each), each)
-        if _prefill_tps(each) > _prefill_tps(known):
-            fastest[_but_form(each)] = each
-    pairs = [(each, fastest[_but_form(each)]) for each in options]
+    keys = [_but_form(each.candidate) for each in options]
+    prefill_tps = [float(each.steps.prefill_tps[LIKELY]) for each in options]
+    most: dict[object, float] = {}
+    for key, tps, each in zip(keys, prefill_tps, options, strict=True):
+        if tps > most.get(key, 0.0):
+            most[key], fastest[key] = tps, each
+    arriving: dict[object, Arriving] = {}
     return [
-        _prefilled_as(each, best, request)
-        for each, best in pairs
-        if _prefill_tps(best) > (1 + _LEAST_GAIN) * _prefill_tps(each)
+        _prefilled_as(each, fastest[key], request, arriving)
+        for key, tps, each in zip(keys, prefill_tps, options, strict=True)
+        if most[key] > (1 + _LEAST_GAIN) * tps
     ]
 
 
-def _but_form(option: ScreenedCandidate) -> object:
-    candidate = option.candidate
-    return candidate._replace(options=replace(candidate.options, dispatch="all_to_all"))
-
-
-def _prefill_tps(option: ScreenedCandidate) -> float:
-    return float(option.steps.prefill_tps[LIKELY])
+def _but_form(candidate: Candidate) -> object:
+    layout, options, num_drafts = candidate
+    how = options.overlap, options.num_micro_batches, options.micro_batch_schedule
+    return layout, how, options.num_redundant_experts, num_drafts
 
 
 def _prefilled_as(
-    option: ScreenedCandidate, best: ScreenedCandidate, request: PlanRequest
+    option: ScreenedCandidate,
+    best: ScreenedCandidate,
+    request: PlanRequest,
+    arriving: dict[object, Arriving],
 ) -> ScreenedCandidate:
+    """An option with another's prefill.
+
+    Args:
+        arriving: of numbers of sequences that are known; more are added.
+    """
     form = best.candidate.options.dispatch
     assert form != "auto", "candidates name their form"
-    options = replace(option.candidate.options, prefill_dispatch=form)
-    steps = replace(option.steps, prefill_s=best.steps.prefill_s, prompts=best.steps.prompts)
-    served = one_pool(steps, request.workload)
-    return replace(
-        option,
-        candidate=option.candidate._replace(options=options),
-        steps=steps,
-        served=served,
-        place=served.best(request.goals),
+    steps = replace(
+        option.steps,
+        prefill_s=best.steps.prefill_s,
+        prompts=best.steps.prompts,
+        alone_s=best.steps.alone_s,
     )
+    layout, num_drafts = option.candidate.layout, option.candidate.num_drafts
+    key = layout.replicas, layout.dp, num_drafts, steps.num_seqs.tobytes()
+    if key not in arriving:
+        arriving[key] = steps.arriving(request.workload)
+    served = one_pool(steps, request.workload, arriving[key])
+    candidate = option.candidate._replace(options=_prefilling(option.candidate.options, form))
+    return replace(
+        option, candidate=candidate, steps=steps, served=served, place=served.best(request.goals)
+    )
+
+
+@cache
+def _prefilling(options: Options, form: DispatchForm) -> Options:
+    return replace(options, prefill_dispatch=form)

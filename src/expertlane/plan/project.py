@@ -13,7 +13,6 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.cost.breakdown import Breakdown, BreakdownTable, basis_shares, floor_s
 from expertlane.cost.by_law import ClocksByLaw, ErrorSeconds
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
-from expertlane.cost.laws.judged import judged
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
@@ -27,8 +26,7 @@ from expertlane.cost.step.totals import most_weight_bytes
 from expertlane.cost.step_log import rank_events
 from expertlane.cost.timeline import StepTimes, Timeline
 from expertlane.results.estimate import Estimate
-from expertlane.results.record import Conditions, StepsRecord
-from expertlane.results.results import Cluster
+from expertlane.results.record import StepsRecord
 from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
 from expertlane.spec.deployment import DispatchMode, Options, PayloadType
@@ -273,35 +271,3 @@ def _last_round_s(ran: Sequence[tuple[StepTimes, int]], works: Sequence[object])
     """[B]; of steps up to the steady state, each with its group."""
     seconds: Floats = ran[-1][0].end_s - ran[-1 - len(works)][0].end_s
     return seconds
-
-
-def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberTypes) -> Conditions:
-    """The conditions as records have them."""
-    return Conditions(top_k, execution.value, routing, types.weights, types.kv)
-
-
-def cluster_record(
-    cluster: ModelledCluster,
-    types: NumberTypes,
-    *,
-    has_two_pools: bool = False,
-    has_drafts: bool = False,
-) -> Cluster:
-    """The cluster as results have it."""
-    device = cluster.profile.device
-    return Cluster(
-        name=str(cluster),
-        device=device.name,
-        num_devices=cluster.num_devices,
-        ranks_per_node=cluster.profile.ranks_per_node,
-        memory_bytes=device.memory_bytes,
-        memory_bytes_per_s=device.memory_bytes_per_s,
-        flops_per_s=device.flops_per_s[types.weights],
-        framework=cluster.profile.framework,
-        judged=judged(
-            cluster.profile,
-            types.weights,
-            has_two_pools=has_two_pools,
-            has_drafts=has_drafts,
-        ),
-    )

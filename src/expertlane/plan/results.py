@@ -7,16 +7,17 @@ import numpy as np
 
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE, MultiToken
+from expertlane.cost.records import cluster_record, conditions_of
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE
 from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.commands import ServedPool, ServeTarget, serve_commands
 from expertlane.plan.experiment_text import experiment_text, sizes_of
-from expertlane.plan.explanation import best_of_families, gap_to, of_other_families, pareto
-from expertlane.plan.project import cluster_record, conditions_of
-from expertlane.plan.screen import ScreenedCandidate
-from expertlane.plan.search import NUM_FINALISTS, Finalist, OnePool, Search
+from expertlane.plan.explanation import best_of_families, gap_to, pareto
+from expertlane.plan.screen import ScreenedCandidate, fitting
+from expertlane.plan.search import Finalist, OnePool, Search
+from expertlane.plan.simulated import NUM_SIMULATED, simulated_pool
 from expertlane.plan.throughput import ThroughputCurve
 from expertlane.plan.ties import Contender, Ranking, Uncertain, contender, pools_tps, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
@@ -84,6 +85,8 @@ class Plan:
             num_too_large=found.num_too_large,
             num_over_limits=sum(option.place is None for option in found.options),
             num_pool_candidates=self.num_pool_candidates,
+            num_simulated=found.num_simulated,
+            num_open=found.num_open,
             num_tied=self.ranking.num_tied,
             tie_spread=self.ranking.spread,
             tie_break=self.ranking.by,
@@ -186,8 +189,7 @@ class Plan:
         return self._pools_tps(self.pools).over(fastest.tps)
 
     def _pools_tps(self, found: TwoPools) -> Uncertain:
-        workload = self.request.workload
-        return pools_tps(found.prefill, found.decode, found.transfer_s, workload)
+        return pools_tps(found, self.request.workload)
 
     def _two(self) -> list[DeploymentRecord]:
         """The disaggregated best: both pools together, and each by itself."""
@@ -222,15 +224,15 @@ def make_plan(
     Raises:
         UserError: no layout is valid, nothing fits, or nothing keeps the limits.
     """
-    search, of_pools = Search(request), TwoPoolSearch(request)
+    search = Search(request)
     progress.task("aggregated: all layouts and options", len(search.candidates))
     screened = search.screen(progress.advance)
     progress.done()
-    progress.task("projecting the best in full", NUM_FINALISTS)
-    found = search.in_full(screened, progress.advance)
-    others = of_other_families(found.finalists, found.options, request.goals, search.finish)
-    ranking = ranked([contender(each, request.workload) for each in [*found.finalists, *others]])
+    progress.task("simulating the best", NUM_SIMULATED)
+    found = simulated_pool(search, screened, progress.advance)
+    ranking = ranked([contender(each, request.workload) for each in found.finalists])
     progress.done()
+    of_pools = TwoPoolSearch(request, search.known, fitting(screened))
     progress.task("disaggregated: prefill and decode apart", of_pools.num_candidates)
     pools = of_pools.run(progress.advance)
     progress.done()

@@ -1,10 +1,8 @@
 """Every candidate deployment priced at once, from expected counts and one rank of each stage."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,22 +12,21 @@ from expertlane.balance.placement_file import Placements
 from expertlane.cost.laws.execution import LIKELY, Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.multi_token import MultiToken, with_drafting_layer
-from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.expected_counts import ExpectedFanOut, sampled_layers
-from expertlane.cost.step.operation import Floats, HandOver, Ints
+from expertlane.cost.step.operation import Ints
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.memory import Capacity, PlacedModel, prefill_step_tokens
 from expertlane.plan.candidates import Candidate, Goals, PlanRequest
-from expertlane.plan.stage_times import ScenarioTimes, StageSteps, price
+from expertlane.plan.many_steps import ManySteps, Pipelining, Sized, joined_points
+from expertlane.plan.stage_times import Shape, SharedParts
 from expertlane.plan.throughput import (
-    Pipelining,
     Prompts,
     Steps,
     ThroughputCurve,
-    one_pool,
-    step_estimates,
+    breach,
+    together,
 )
-from expertlane.spec.workload import Workload
+from expertlane.spec.layout import Layout
 
 
 class TooLarge(NamedTuple):
@@ -80,181 +77,52 @@ def fitting(screened: Iterable[Screened]) -> list[ScreenedCandidate]:
     return [each for each in screened if isinstance(each, ScreenedCandidate)]
 
 
-class _Part(NamedTuple):
-    """Sequences of a data-parallel rank in a part of a micro-batch, and of each its tokens.
-
-    Attributes:
-        stage_seqs: sequences of all data-parallel ranks.
-    """
-
-    num_seqs: int
-    num_new: int
-    num_cached: int
-    stage_seqs: int
-
-
-class _Phase:
-    """The parts of one phase.
-
-    Attributes:
-        place: of a part among scenarios.
-        stages: [pp]; what a part takes on each, once it is priced.
-    """
-
-    def __init__(self, steps: StageSteps, parts: Iterable[_Part], num_drafts: int = 0) -> None:
-        self.place = {part: place for place, part in enumerate(sorted(set(parts)))}
-        num_seqs, num_new, num_cached, stage_seqs = np.array(list(self.place), dtype=np.int64).T
-        layout = steps.mesh.layout
-        self.scenarios = Scenarios(
-            layout.tp, num_seqs, num_new, num_cached, stage_seqs, num_drafts, layout.dp
-        )
-        self.lists = steps.lists(self.scenarios)
-        self.stages: list[ScenarioTimes] = []
-        self._steps = steps
-
-    def take(self, priced: Iterator[ScenarioTimes]) -> None:
-        """Take the times of `lists` from those that come next."""
-        self.stages = self._steps.stages(list(islice(priced, len(self.lists))))
+_MOST_BATCHES = 12  # numbers of sequences that are tried
 
 
 @dataclass(frozen=True, eq=False)
-class Structure:
-    """Candidates that share their steps, which are priced once.
+class _Structure:
+    """Candidates that share their parts, which are priced once.
 
     Attributes:
-        num_seqs: [N]; of a data-parallel rank, that decode steps are estimated for; none where no
-            sequence fits.
-        prefill_tokens: of a data-parallel rank's prefill step, at most.
-        tokens_per_step: [3]; of a decoding sequence.
+        sized: None where no sequence fits.
     """
 
     candidates: list[Candidate]
-    steps: StageSteps
-    workload: Workload
     room: Capacity
-    num_seqs: Ints
-    prefill_tokens: int
-    tokens_per_step: Floats
-
-    @cached_property
-    def phases(self) -> list[_Phase]:
-        """Decode and prefill; neither where no sequence fits."""
-        if not len(self.num_seqs):
-            return []
-        hows = [Pipelining.of(candidate.options) for candidate in self.candidates]
-        decode = [part for how in hows for part in self._decode_parts(how)]
-        prefill = [self._prefill_part(how)[0] for how in hows]
-        drafts = self.steps.num_drafts
-        return [_Phase(self.steps, decode, drafts), _Phase(self.steps, prefill)]
-
-    def results(self, links: LinkModel, terms: Terms, goals: Goals) -> Iterator[Screened]:
-        """The outcome of every candidate, once `phases` are priced."""
-        if not self.phases:
-            yield from (TooLarge(candidate, self.room) for candidate in self.candidates)
-            return
-        layout, num_all = self.steps.mesh.layout, self.workload.num_sequences
-        num_seqs = np.minimum(self.num_seqs * (layout.replicas * layout.dp), num_all)
-        decode, prefill = ((phase, self._hand_over_s(links, phase)) for phase in self.phases)
-
-        def estimates(
-            of_phase: tuple[_Phase, Floats], parts: list[_Part], how: Pipelining
-        ) -> Floats:
-            phase, hand_over_s = of_phase
-            return step_estimates(
-                phase.stages,
-                hand_over_s,
-                np.array([phase.place[part] for part in parts]),
-                terms,
-                how,
-                self.steps.model.num_hidden_layers,
-                layout,
-            )
-
-        for candidate in self.candidates:
-            how = Pipelining.of(candidate.options)
-            decoding = estimates(decode, self._decode_parts(how), how)
-            part, how_prefill, prompts = self._prefill_part(how)
-            prefilling = estimates(prefill, [part], how_prefill)
-            steps = Steps(
-                layout,
-                num_seqs,
-                decoding,
-                prefilling[:, 0],
-                prompts,
-                num_all,
-                self.tokens_per_step,
-            )
-            served = one_pool(steps, self.workload)
-            yield ScreenedCandidate(candidate, self.room, steps, served, served.best(goals))
-
-    def _decode_parts(self, how: Pipelining) -> list[_Part]:
-        context = self.workload.mean_context
-        sizes = [-(-num // how.num_parts) for num in self.num_seqs.tolist()]
-        num_new = 1 + self.steps.num_drafts
-        return [_Part(num, num_new, context, self._stage_seqs(num)) for num in sizes]
-
-    def _stage_seqs(self, num_seqs: int) -> int:
-        """Sequences of all data-parallel ranks of the fullest replica, where one has so many."""
-        layout = self.steps.mesh.layout
-        return min(num_seqs * layout.dp, -(-self.workload.num_sequences // layout.replicas))
-
-    def _prefill_part(self, how: Pipelining) -> tuple[_Part, Pipelining, Prompts]:
-        """A part of a prefill step, how the step is cut, and the whole of it.
-
-        Steps are cut between sequences: what holds one prompt, or a chunk of one, is not. Rotating
-        micro-batches are whole steps, in flight together, of prompts that may run at once.
-        """
-        prompt, most = self.workload.prompt_len, self.prefill_tokens
-        num_running = int(self.num_seqs[-1])
-        rotating = min(how.num_micro_batches, num_running)
-        in_flight = rotating if how.schedule == "rotating" else 1
-        seqs = min(most // prompt, num_running // in_flight)
-        if seqs < 2:
-            new = min(prompt, most)
-            cached = (prompt - new) // 2  # on average over a prompt's chunks
-            whole = Pipelining(False, in_flight, how.schedule)
-            num_steps = -(-prompt // new)
-            part = _Part(1, new, cached, self._stage_seqs(1))
-            return part, whole, Prompts(in_flight, new, cached, num_steps)
-        num_parts = 1 + how.overlap
-        if how.schedule == "rotating":
-            how = Pipelining(how.overlap, in_flight, how.schedule)
-        else:
-            num_parts = how.num_parts
-        if num_parts > seqs:
-            how, num_parts = Pipelining(False, in_flight, how.schedule), 1
-        of_part = -(-seqs // num_parts)
-        part = _Part(of_part, prompt, 0, self._stage_seqs(of_part))
-        num_seqs = min(of_part * num_parts * in_flight, num_running)
-        return part, how, Prompts(num_seqs, prompt, 0, 1)
-
-    def _hand_over_s(self, links: LinkModel, phase: _Phase) -> Floats:
-        """[3, S]; to the next stage, over the slowest link that any rank uses."""
-        model, mesh = self.steps.model, self.steps.mesh
-        row_bytes = model.hidden_size * self.steps.types.activation_bytes
-        num_bytes, layout = phase.scenarios.owned * row_bytes, mesh.layout
-        if layout.pp == 1:
-            return np.zeros((3, len(num_bytes)))
-        ranks = np.arange(layout.replica_size - layout.stage_size)
-        nodes, next_nodes = (each // mesh.ranks_per_node for each in (ranks, ranks + mesh.size))
-        is_remote = np.full(len(num_bytes), (nodes != next_nodes).any())
-        return links.hand_over(HandOver(num_bytes, is_remote)).bounds
+    sized: Sized | None
 
 
-_MOST_BATCHES = 12  # numbers of sequences that are tried
-_PRICED_TOGETHER = 48  # structures: enough for long arrays, few enough to say how far it is
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What screens of one model share, on parts of one cluster.
+
+    Attributes:
+        fan_outs: by stage, ranks and slots of experts.
+        placements: by ranks and redundant experts.
+        rooms: of a rank, by all that it turns on but replicas.
+    """
+
+    fan_outs: dict[tuple[int, ...], ExpectedFanOut] = field(default_factory=dict)
+    placements: dict[tuple[int, int], Placement] = field(default_factory=dict)
+    rooms: dict[tuple[int, ...], Capacity] = field(default_factory=dict)
 
 
 class Screen:
-    """Prices candidates of one model on one cluster."""
+    """Prices candidates of one model on one cluster.
 
-    def __init__(self, request: PlanRequest) -> None:
+    Args:
+        known: by other screens.
+    """
+
+    def __init__(self, request: PlanRequest, known: Known | None = None) -> None:
         self._request = request
-        self._profile = request.cluster.profile
-        self._links = LinkModel(self._profile)
-        self._terms = Terms.of(self._profile, request.setting.execution)
-        self._fan_outs: dict[tuple[object, ...], ExpectedFanOut] = {}
-        self._layers = sampled_layers(request.model, request.setting.routing)
+        setting, profile = request.setting, request.cluster.profile
+        self._profile = profile
+        self._links = LinkModel(profile)
+        self._terms = Terms.of(profile, setting.execution)
+        self._known = known or Known()
+        self._layers = sampled_layers(request.model, setting.routing)
 
     def run(
         self, candidates: Iterable[Candidate], advance: Callable[[int], None]
@@ -269,58 +137,180 @@ class Screen:
             layout, options, num_drafts = candidate
             key = layout, options.dispatch, options.num_redundant_experts, num_drafts
             alike[key].append(candidate)
+        setting = self._request.setting
+        shared = SharedParts(
+            self._request.model,
+            setting.types,
+            self._profile,
+            self._terms,
+            has_drafts=setting.multi_token.num_drafts > 0,
+        )
+        structures = [self._structure(each, shared) for each in alike.values()]
+        chunks: defaultdict[object, list[int]] = defaultdict(list)
+        for number, each in enumerate(structures):
+            layout, _, num_drafts = each.candidates[0]
+            if each.sized is not None:
+                chunks[layout.pp, num_drafts].append(number)
+        many = [self._many([structures[each] for each in chunk]) for chunk in chunks.values()]
+        if many:
+            points, firsts = joined_points(many)
+            priced = shared.price(points)
+            for of_chunk, first in zip(many, firsts, strict=True):
+                of_chunk.take(priced, first)
+        found: dict[int, list[ScreenedCandidate]] = {}
+        for of_chunk, chunk in zip(many, chunks.values(), strict=True):
+            some = [structures[number] for number in chunk]
+            results = self._results(of_chunk, some)
+            found |= zip(chunk, results, strict=True)
+            advance(sum(map(len, results)))
         screened: list[Screened] = []
-        rest = iter(alike.values())
-        while some := list(islice(rest, _PRICED_TOGETHER)):
-            structures = [self._structure(candidates) for candidates in some]
-            phases = [phase for each in structures for phase in each.phases]
-            lists = [steps for phase in phases for steps in phase.lists]
-            types = self._request.setting.types
-            priced = iter(price(self._profile, types, self._terms, lists))
-            for phase in phases:
-                phase.take(priced)
-            for each in structures:
-                screened += each.results(self._links, self._terms, self._request.goals)
-            advance(sum(map(len, some)))
+        for number, each in enumerate(structures):
+            if each.sized is None:
+                advance(len(each.candidates))
+                screened += [TooLarge(candidate, each.room) for candidate in each.candidates]
+            else:
+                screened += found[number]
         return screened
 
-    def _structure(self, candidates: list[Candidate]) -> Structure:
+    def _structure(self, candidates: list[Candidate], shared: SharedParts) -> _Structure:
         (layout, options, num_drafts), request = candidates[0], self._request
-        model, setting, workload = request.model, request.setting, request.workload
-        placement = Placement.linear(model.num_experts, layout.ep, options.num_redundant_experts)
-        placements: Placements = tuple(
-            None if model.is_dense(layer) else placement for layer in range(model.num_hidden_layers)
-        )
-        assert options.dispatch != "auto", "candidates name their form"
-        prefill_tokens = prefill_step_tokens(workload, layout, setting.step_tokens)
-        held = with_drafting_layer(model, num_drafts)
-        of_drafts = placements[-1:] * (num_drafts > 0)
-        room = PlacedModel(held, layout, setting.types, placements + of_drafts).capacity(
-            self._profile.device.memory_bytes, workload.max_len, prefill_tokens
-        )
-        mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
-        fan_out = self._fan_out(mesh, placement)
-        steps = StageSteps(
-            model, setting.types, mesh, fan_out, options.dispatch, options.payload, num_drafts
-        )
-        drafts = setting.multi_token if num_drafts else MultiToken()
+        placement = self._placement(layout.ep, options.num_redundant_experts)
+        workload, form = request.workload, options.dispatch
+        prefill_tokens = prefill_step_tokens(workload, layout, request.setting.step_tokens)
+        room = self._room(layout, placement, num_drafts, prefill_tokens)
         wanted = -(-workload.num_sequences // (layout.replicas * layout.dp))
         num_seqs = _numbers_up_to(min(room.max_seqs, wanted))
-        return Structure(
-            candidates, steps, workload, room, num_seqs, prefill_tokens, drafts.tokens_bounds
-        )
+        if not len(num_seqs):
+            return _Structure(candidates, room, None)
+        assert form != "auto", "candidates name their form"
+        mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
+        shape = Shape(mesh, self._fan_out(mesh, placement), form, options.payload)
+        sized = Sized(layout, (shared.add(shape), shape), num_seqs, prefill_tokens)
+        return _Structure(candidates, room, sized)
+
+    def _placement(self, ep: int, num_redundant: int) -> Placement:
+        known = self._known.placements
+        if (key := (ep, num_redundant)) not in known:
+            known[key] = Placement.linear(self._request.model.num_experts, ep, num_redundant)
+        return known[key]
+
+    def _room(
+        self, layout: Layout, placement: Placement, num_drafts: int, prefill_tokens: int
+    ) -> Capacity:
+        """Replicas are alike, and dispatch needs no memory that counts."""
+        known, sizes = self._known.rooms, (layout.pp, layout.dp, layout.tp, layout.ep, layout.dcp)
+        key = *sizes, placement.num_slots, num_drafts, prefill_tokens
+        if key not in known:
+            model, types = self._request.model, self._request.setting.types
+            placements: Placements = tuple(
+                None if model.is_dense(layer) else placement
+                for layer in range(model.num_hidden_layers)
+            )
+            held = with_drafting_layer(model, num_drafts)
+            of_drafts = placements[-1:] * (num_drafts > 0)
+            known[key] = PlacedModel(held, layout, types, placements + of_drafts).capacity(
+                self._profile.device.memory_bytes, self._request.workload.max_len, prefill_tokens
+            )
+        room = known[key]
+        return Capacity(layout, room.memory, room.free_bytes, room.max_seqs)
 
     def _fan_out(self, mesh: StageMesh, placement: Placement) -> ExpectedFanOut:
-        key = mesh.size, placement.ep, placement.num_slots
-        if key not in self._fan_outs:
+        known, key = self._known.fan_outs, (mesh.size, placement.ep, placement.num_slots)
+        if key not in known:
             routing = self._request.setting.routing
-            self._fan_outs[key] = ExpectedFanOut.mean(
+            known[key] = ExpectedFanOut.mean(
                 [
                     ExpectedFanOut.of_sample(mesh, placement, routing, layer)
                     for layer in self._layers
                 ]
             )
-        return self._fan_outs[key]
+        return known[key]
+
+    def _many(self, structures: Sequence[_Structure]) -> ManySteps:
+        """Steps of structures with equally many stages and drafts."""
+        request = self._request
+        hows = [
+            Pipelining.of(candidate.options) for each in structures for candidate in each.candidates
+        ]
+        return ManySteps(
+            [each.sized for each in structures if each.sized is not None],
+            list(dict.fromkeys(hows)),
+            request.model,
+            request.workload,
+            structures[0].candidates[0].num_drafts,
+            request.setting.types.activation_bytes,
+            self._links,
+            self._terms,
+        )
+
+    def _results(
+        self, many: ManySteps, structures: Sequence[_Structure]
+    ) -> list[list[ScreenedCandidate]]:
+        """By structure, its candidates in their order."""
+        curves = {how: _Curves(many, how, self._request) for how in many.hows}
+        return [
+            [
+                curves[Pipelining.of(candidate.options)].option(candidate, number, each.room)
+                for candidate in each.candidates
+            ]
+            for number, each in enumerate(structures)
+        ]
+
+
+class _Curves:
+    """How structures that are cut alike serve."""
+
+    def __init__(self, many: ManySteps, how: Pipelining, request: PlanRequest) -> None:
+        goals, self._workload = request.goals, request.workload
+        self._num_seqs, self._decode_s = many.num_seqs, many.decode(how)
+        self._prefill = prefill = many.prefill(how)
+        drafts = request.setting.multi_token if many.num_drafts else MultiToken()
+        self._tokens_per_step = drafts.tokens_bounds
+        at, self._alone_s = many.structure, many.alone_s
+        batched_s = prefill.seconds * (prefill.num_steps / prefill.num_seqs)
+        self._tps, self._tpot_s, self._ttft_s = together(
+            self._num_seqs,
+            self._decode_s,
+            self._decode_s / self._tokens_per_step[:, None],
+            batched_s[:, at],
+            self._alone_s[:, at],
+            many.arriving(self._tokens_per_step),
+        )
+        self._ends = np.cumsum(many.num_sizes).tolist()
+        kept = np.where(breach(goals, self._tpot_s, self._ttft_s) <= 1, self._tps[LIKELY], -1)
+        starts = np.array([0, *self._ends[:-1]])
+        most = np.maximum.reduceat(kept, starts)
+        is_most = np.where(kept == most[at], np.arange(len(at)), len(at))
+        first = np.minimum.reduceat(is_most, starts) - starts
+        self._places = [
+            place if best >= 0 else None
+            for place, best in zip(first.tolist(), most.tolist(), strict=True)
+        ]
+
+    def option(self, candidate: Candidate, number: int, room: Capacity) -> ScreenedCandidate:
+        """A candidate of a structure."""
+        at = slice(self._ends[number - 1] if number else 0, self._ends[number])
+        prefill, num_seqs = self._prefill, self._num_seqs[at]
+        prompts = Prompts(
+            int(prefill.num_seqs[number]),
+            int(prefill.num_new[number]),
+            int(prefill.num_cached[number]),
+            int(prefill.num_steps[number]),
+        )
+        steps = Steps(
+            candidate.layout,
+            num_seqs,
+            self._decode_s[:, at],
+            prefill.seconds[:, number],
+            prompts,
+            self._workload.num_sequences,
+            self._alone_s[:, number],
+            self._tokens_per_step,
+        )
+        served = ThroughputCurve(
+            num_seqs, self._tps[:, at], self._tpot_s[:, at], self._ttft_s[:, at]
+        )
+        return ScreenedCandidate(candidate, room, steps, served, self._places[number])
 
 
 def _numbers_up_to(most: int) -> Ints:

@@ -23,8 +23,8 @@ from expertlane.plan.candidates import (
 )
 from expertlane.plan.phases import with_fastest_prefill
 from expertlane.plan.project import Projector, Setting, StepSize
-from expertlane.plan.screen import Screen, Screened, ScreenedCandidate, fitting
-from expertlane.plan.throughput import one_pool
+from expertlane.plan.screen import Known, Screen, Screened, ScreenedCandidate, TooLarge, fitting
+from expertlane.plan.throughput import ThroughputCurve, one_pool
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.timeline import StepTimeline
@@ -36,11 +36,14 @@ class Finalist(ScreenedCandidate):
     """A candidate projected in full, at one number of sequences; `place` is 0.
 
     Attributes:
+        served: by the formula over steps in full; or as simulated.
+        formula: by that formula.
         option: as screened, at its best number of sequences.
         by_error: the seconds of both steps under the error of each law, with other experts drawn,
             and with the most even and the most uneven popularity.
     """
 
+    formula: ThroughputCurve
     option: ScreenedCandidate
     decode: StepsRecord
     prefill: StepsRecord
@@ -148,12 +151,16 @@ class OnePool:
         options: all that fit, in the order of candidates; then those with prefill of their own.
         finalists: by tokens a second, the best first; all keep the limits.
         num_candidates, num_too_large: of all, and those that do not fit.
+        num_simulated: request by request.
+        num_open: not simulated, though they may have more tokens a second than the best.
     """
 
     options: Sequence[ScreenedCandidate]
     finalists: Sequence[Finalist]
     num_candidates: int
     num_too_large: int
+    num_simulated: int = 0
+    num_open: int = 0
 
 
 def _with_skews(step: StepsRecord, likely_s: Sequence[float]) -> StepsRecord:
@@ -171,27 +178,31 @@ def _unseen(num: int) -> None:
 class Search:
     """Plans deployments of a model on a cluster.
 
+    Args:
+        known: by other searches on parts of it.
+
     Raises:
         UserError: the cluster is larger than a plan can be made for.
     """
 
-    def __init__(self, request: PlanRequest) -> None:
+    def __init__(self, request: PlanRequest, known: Known | None = None) -> None:
         check_plan_size(request.cluster)
-        self._request = request
+        self.known = known or Known()
+        self.request = request
 
     @cached_property
     def candidates(self) -> list[Candidate]:
         """All candidates that use every device."""
-        per_node = self._request.cluster.profile.ranks_per_node
+        per_node = self.request.cluster.profile.ranks_per_node
         return [
             candidate
-            for layout in valid_layouts(self._request.model, self._request.cluster.num_devices)
+            for layout in valid_layouts(self.request.model, self.request.cluster.num_devices)
             for candidate in candidates_of(
                 layout,
-                self._request.model,
+                self.request.model,
                 per_node,
-                self._request.setting.payload,
-                self._request.setting.multi_token.num_drafts,
+                self.request.setting.payload,
+                self.request.setting.multi_token.num_drafts,
             )
         ]
 
@@ -209,14 +220,14 @@ class Search:
             UserError: no layout of so many devices is valid for the model.
         """
         if not self.candidates:
-            model = self._request.model
+            model = self.request.model
             raise UserError(
-                f"no layout of {self._request.cluster.num_devices} devices is valid for "
+                f"no layout of {self.request.cluster.num_devices} devices is valid for "
                 f"{model.name}: it has {model.num_attention_heads} attention heads, "
                 f"{model.num_kv_heads} of keys and values and {model.num_hidden_layers} layers, "
                 "and tp must divide the heads"
             )
-        return Screen(self._request).run(self.candidates, advance)
+        return Screen(self.request, self.known).run(self.candidates, advance)
 
     def in_full(
         self, screened: Sequence[Screened], advance: Callable[[int], None] = _unseen
@@ -229,21 +240,29 @@ class Search:
         Raises:
             UserError: nothing fits, or nothing keeps the limits; with the nearest deployment.
         """
+        options = self.options(screened)
+        finals = best_in_full(options, self.request.goals, self.finish, advance)
+        if not finals.kept:
+            nearest = min(finals.broke, key=lambda each: each.breach(self.request.goals))
+            raise UserError(self.missed(nearest, nearest.served))
+        num_too_large = sum(isinstance(each, TooLarge) for each in screened)
+        return OnePool(finals.options, finals.kept, len(screened), num_too_large)
+
+    def options(self, screened: Sequence[Screened]) -> list[ScreenedCandidate]:
+        """Those that fit, and further ones with prefill of their own.
+
+        Raises:
+            UserError: nothing fits.
+        """
         options = fitting(screened)
-        num_too_large = len(screened) - len(options)
-        options += with_fastest_prefill(options, self._request)
         if not options:
             raise UserError(self._too_large(screened))
-        finals = best_in_full(options, self._request.goals, self.finish, advance)
-        if not finals.kept:
-            nearest = min(finals.broke, key=lambda each: each.breach(self._request.goals))
-            raise UserError(self._missed(nearest))
-        return OnePool(finals.options, finals.kept, len(screened), num_too_large)
+        return options + with_fastest_prefill(options, self.request)
 
     def finish(self, option: ScreenedCandidate) -> Finalist:
         """An option in full, at its best number of sequences; it may break a limit then."""
         assert option.place is not None, "it meets the limits as screened"
-        setting = self._request.setting
+        setting = self.request.setting
         projector, sizes = self._projected(option, setting)
         decode, decode_by_error = projector.step_by_error(sizes[Phase.DECODE])
         prefill, prefill_by_error = projector.step_by_error(sizes[Phase.PREFILL])
@@ -267,11 +286,13 @@ class Search:
             num_seqs=np.array([option.num_seqs]),
             decode_s=np.array(decode.round_s.bounds)[:, None],
             prefill_s=np.array(prefill.round_s.bounds),
+            alone_s=option.steps.alone_s * (prefill.round_s.bounds / option.steps.prefill_s),
         )
-        served = one_pool(steps, self._request.workload)
+        served = one_pool(steps, self.request.workload)
         in_full = vars(option) | {"steps": steps, "served": served, "place": 0}
         return Finalist(
             **in_full,
+            formula=served,
             option=option,
             decode=decode,
             prefill=prefill,
@@ -280,25 +301,25 @@ class Search:
 
     def timelines(self, finalist: Finalist) -> dict[Phase, StepTimeline]:
         """What every rank does when, in the steps that it was projected by."""
-        projector, sizes = self._projected(finalist.option, self._request.setting)
+        projector, sizes = self._projected(finalist.option, self.request.setting)
         return {phase: projector.timeline(size) for phase, size in sizes.items()}
 
     @cached_property
     def _redrawn(self) -> Sequence[PowerLawRouting]:
         """Other draws of the experts that tokens choose; none of a trace, which is as it is."""
-        routing = self._request.setting.routing
+        routing = self.request.setting.routing
         return routing.redrawn(_NUM_REDRAWN) if isinstance(routing, PowerLawRouting) else []
 
     def _likely_s(self, option: ScreenedCandidate, routing: RoutingSource) -> dict[Phase, float]:
         """The seconds of both steps if tokens chose other experts."""
-        projector, sizes = self._projected(option, replace(self._request.setting, routing=routing))
+        projector, sizes = self._projected(option, replace(self.request.setting, routing=routing))
         return {phase: projector.likely_s(size) for phase, size in sizes.items()}
 
     def _projected(
         self, option: ScreenedCandidate, setting: Setting
     ) -> tuple[Projector, dict[Phase, StepSize]]:
         """What projects it in full, and its steps at its best number of sequences."""
-        request, prompts = self._request, option.steps.prompts
+        request, prompts = self.request, option.steps.prompts
         num, new, cached = option.steps.num_prompts, prompts.num_new, prompts.num_cached
         layout, options, num_drafts = option.candidate
         projector = Projector(request.model, layout, options, request.cluster, setting, num_drafts)
@@ -310,7 +331,7 @@ class Search:
     def _too_large(self, screened: Iterable[Screened]) -> str:
         nearest = min(screened, key=lambda each: each.capacity.memory.total_bytes)
         need = nearest.capacity.memory
-        request = self._request
+        request = self.request
         return (
             f"{request.model.name} in {request.setting.types} fits no deployment on "
             f"{request.cluster}: "
@@ -321,13 +342,17 @@ class Search:
             "sequences"
         )
 
-    def _missed(self, nearest: Finalist) -> str:
-        """What to say where nothing keeps the limits: which limits, and who comes nearest."""
+    def missed(self, nearest: ScreenedCandidate, served: ThroughputCurve) -> str:
+        """What to say where nothing keeps the limits: which limits, and who comes nearest.
+
+        Args:
+            served: by the nearest; place 0.
+        """
         misses: list[str] = []
         keeps: list[str] = []
         for name, limit, value in (
-            ("TPOT", self._request.goals.max_tpot_s, nearest.served.tpot_s[LIKELY, 0]),
-            ("TTFT", self._request.goals.max_ttft_s, nearest.served.ttft_s[LIKELY, 0]),
+            ("TPOT", self.request.goals.max_tpot_s, served.tpot_s[LIKELY, 0]),
+            ("TTFT", self.request.goals.max_ttft_s, served.ttft_s[LIKELY, 0]),
         ):
             if limit is not None:
                 says = misses if value > limit else keeps
@@ -335,7 +360,7 @@ class Search:
         said = [f"misses {' and '.join(misses)}", *(f"meets {each}" for each in keeps)]
         num = nearest.num_seqs
         return (
-            f"no deployment on {self._request.cluster} meets the limits; the nearest, "
+            f"no deployment on {self.request.cluster} meets the limits; the nearest, "
             f"{nearest.candidate}, with {num} sequence{'' if num == 1 else 's'} at once, "
             f"{' and '.join(said)}"
         )

@@ -1,16 +1,18 @@
-"""What one micro-batch takes on each pipeline stage of a layout, over many scenarios.
+"""What the parts of a step take, over many scenarios at once; each distinct part is priced once.
 
-A scenario is a number of alike sequences; one rank of the stage stands for all. Its steps are those
-of `cost.step` over expected counts, and those of many layouts are priced together: few calls over
-long arrays.
+A scenario is a number of alike sequences; one rank of the stage stands for all. A part turns on few
+of a layout's sizes: attention, MLPs and the two ends of the model on the tensor-parallel group and
+its sequences; dispatch, experts and combine on the stage, its experts and the tokens that a rank
+owns. So layouts share their parts, and their number grows far more slowly than that of layouts.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import LIKELY, Execution, Terms
@@ -20,16 +22,27 @@ from expertlane.cost.laws.times import Times
 from expertlane.cost.multi_token import projection_steps
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import forwarding_hops, law_dtype
+from expertlane.cost.step.attention import attention_steps
 from expertlane.cost.step.batch_sizes import Scenarios
-from expertlane.cost.step.counts import DispatchCounts
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
-from expertlane.cost.step.layer import arrival_steps, embedding_steps, head_steps, layer_steps
+from expertlane.cost.step.layer import (
+    arrival_steps,
+    dense_steps,
+    embedding_steps,
+    expert_steps,
+    head_steps,
+    router_steps,
+    shared_expert_steps,
+)
 from expertlane.cost.step.operation import (
     SIZES,
     Floats,
+    Ints,
     Kind,
+    OneOfGroup,
     Operation,
+    RankGroups,
     Transfer,
 )
 from expertlane.cost.step.stage_mesh import StageMesh
@@ -37,152 +50,313 @@ from expertlane.cost.step.step_list import ExpectedStepList
 from expertlane.spec.deployment import DispatchForm, PayloadType, is_by_node_on
 from expertlane.spec.model import ModelConfig
 
-_LayerKind = tuple[bool, int | None]  # whether dense, and the attention window
+# Rows of what is added up: three bounds of computing, of transfers, what all transfers would cost
+# computing beside them, launches, and three bounds of the engine's own work where all is in series.
+COMPUTE, MOVED, IN_SERIES = slice(0, 3), slice(3, 6), slice(8, 11)
+SLOWED, LAUNCHES = 6, 7
+_NUM_ROWS = 11
+_AnyColumn = npt.NDArray[Any]
 
 
-@dataclass(frozen=True, eq=False)
-class ScenarioTimes:
-    """What a list of steps takes, or several of them; three bounds (low, likely, high).
-
-    Attributes:
-        compute_s, transfer_s: [3, S].
-        slowed_s: [S]; what all of these transfers would cost computing that runs beside them.
-        num_kernels: launches where nothing is captured in a graph.
-        in_series_s: [3]; the engine's own work around steps, where all is in series.
-    """
-
-    compute_s: Floats
-    transfer_s: Floats
-    slowed_s: Floats
-    num_kernels: int
-    in_series_s: Floats
-
-    @classmethod
-    def sum(cls, parts: Iterable[tuple[int, "ScenarioTimes"]]) -> "ScenarioTimes":
-        """The sum of parts, each done a number of times; one part at least."""
-        (num, first), *others = parts
-        total = [num * getattr(first, each.name) for each in fields(cls)]
-        for num, other in others:
-            total = [
-                so_far + num * getattr(other, each.name)
-                for so_far, each in zip(total, fields(cls), strict=True)
-            ]
-        return cls(*total)
-
-
-@dataclass(frozen=True, eq=False)
-class StageSteps:
-    """The steps of a layout with one dispatch form and placement.
+class Shape(NamedTuple):
+    """What the parts of a stage turn on beside the sequences.
 
     Attributes:
         mesh: of the first stage.
         fan_out: of an MoE layer's tokens.
-        num_drafts: of multi-token prediction.
     """
 
-    model: ModelConfig
-    types: NumberTypes
     mesh: StageMesh
     fan_out: ExpectedFanOut
     form: DispatchForm
     payload: PayloadType
-    num_drafts: int = 0
 
-    def _kind(self, layer: int) -> _LayerKind:
-        return self.model.is_dense(layer), self.model.window_of_layer(layer)
 
-    @cached_property
-    def _layers(self) -> dict[_LayerKind, int]:
-        """The first of each kind."""
-        layers: dict[_LayerKind, int] = {}
-        for layer in range(self.model.num_hidden_layers):
-            layers.setdefault(self._kind(layer), layer)
-        return layers
+@dataclass(frozen=True, eq=False)
+class Points:
+    """P scenarios of some shapes; [P] each.
 
-    def lists(self, part: Scenarios) -> list[ExpectedStepList]:
-        """To be priced: each kind of layer, embedding, arrival from the stage before, head, and
-        where there are any the first pass that guesses and a later one.
-        """
-        model, busiest = self.model, self._busiest(part)
-        around = []
-        for steps in (embedding_steps, arrival_steps, head_steps):
-            around.append(self._begun(part))
-            steps(around[-1], model, part)
-        layers = []
-        for layer in self._layers.values():
-            layers.append(self._begun(part))
-            self._layer(layers[-1], layer, part, busiest)
-        return [*layers, *around, *self._drafts(part, busiest)]
+    Attributes:
+        shape: as `SharedParts.add` numbered it.
+        num_seqs, num_new, num_cached, stage_seqs, num_drafts: as `Scenarios` have them.
+    """
 
-    def _begun(self, part: Scenarios) -> ExpectedStepList:
-        return ExpectedStepList(self.mesh, part.size, self.types, self.form, GPU_LIBRARIES)
+    shape: Ints
+    num_seqs: Ints
+    num_new: Ints
+    num_cached: Ints
+    stage_seqs: Ints
+    num_drafts: Ints
 
-    def _busiest(self, part: Scenarios) -> DispatchCounts:
-        layout, top_k = self.mesh.layout, self.model.num_experts_per_tok
-        by_node = is_by_node_on(layout, self.form)
-        return busiest_counts(self.fan_out, part, layout, top_k, by_node=by_node)
+    def further(self) -> "Points":
+        """As `Scenarios.further`."""
+        one, none = np.ones_like(self.num_new), np.zeros_like(self.num_drafts)
+        cached = self.num_cached + self.num_new
+        return Points(self.shape, self.num_seqs, one, cached, self.stage_seqs, none)
 
-    def _layer(
-        self, out: ExpectedStepList, layer: int, part: Scenarios, busiest: DispatchCounts
+
+@dataclass(eq=False)
+class _Column:
+    """Shapes by the key of those that share a kind of parts; a key's first stands for it."""
+
+    number_of: dict[object, int] = field(default_factory=dict)
+    firsts: list[Shape] = field(default_factory=list)
+    of_shape: list[int] = field(default_factory=list)
+
+    def add(self, key: object, shape: Shape) -> None:
+        number = self.number_of.setdefault(key, len(self.firsts))
+        if number == len(self.firsts):
+            self.firsts.append(shape)
+        self.of_shape.append(number)
+
+
+class PricedPoints(NamedTuple):
+    """Parts of P points, priced: tables over distinct ones, and where each point's stand.
+
+    Attributes:
+        dense: by attention's window, [rows, U]; a layer without experts.
+        sparse: by window, [rows, U]; one with experts, but for them.
+        experts: [rows, V]; dispatch, experts and combine.
+        embedding, arrival, head, projection: [rows, U].
+        own, of_experts: [P]; places of U and V.
+    """
+
+    dense: dict[int | None, Floats]
+    sparse: dict[int | None, Floats]
+    experts: Floats
+    embedding: Floats
+    arrival: Floats
+    head: Floats
+    projection: Floats
+    own: Ints
+    of_experts: Ints
+
+
+class SharedParts:
+    """Prices parts of stages; those of one layout are added up in `plan.screen`.
+
+    Args:
+        has_drafts: whether any deployment guesses tokens.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        types: NumberTypes,
+        profile: Profile,
+        terms: Terms,
+        *,
+        has_drafts: bool = False,
     ) -> None:
-        counts = None if self.model.is_dense(layer) else busiest
-        layer_steps(out, self.model, layer, part, counts, self.payload)
+        self._model, self._types = model, types
+        self._profile, self._terms = profile, terms
+        self._row_bytes = model.hidden_size * types.activation_bytes
+        self._own, self._experts = _Column(), _Column()
+        self._ones: dict[tuple[int, int], OneOfGroup] = {}
+        self._num_shapes = 0
+        layers = range(model.num_hidden_layers)
+        self._windows = list(dict.fromkeys(map(model.window_of_layer, layers)))
+        self._has_dense = any(map(model.is_dense, layers))
+        self._has_experts = not all(map(model.is_dense, layers))
+        self._has_drafts = has_drafts
 
-    def _drafts(self, part: Scenarios, busiest: DispatchCounts) -> list[ExpectedStepList]:
-        """As `ProgramBuilder` has them: the first takes all tokens of the step."""
-        further = part.further()
-        passes = [(part, busiest), (further, self._busiest(further))][: self.num_drafts]
-        lists = []
-        for sizes, counts in passes:
-            lists.append(self._begun(part))
-            projection_steps(lists[-1], self.model, sizes)
-            self._layer(lists[-1], self.model.num_hidden_layers - 1, sizes, counts)
-            head_steps(lists[-1], self.model, further)
+    def add(self, shape: Shape) -> int:
+        """The number of a shape."""
+        layout, fan_out = shape.mesh.layout, shape.fan_out
+        keeps_all = GPU_LIBRARIES.keeps_all(layout, shape.form)
+        groups = (self._one_of(shape.mesh, size) for size in (layout.tp, layout.dcp))
+        self._own.add((layout.tp, layout.dcp, keeps_all, *groups), shape)
+        sizes = layout.ep, layout.stage_size
+        self._experts.add((*sizes, shape.form, shape.payload, keeps_all, fan_out), shape)
+        self._num_shapes += 1
+        return self._num_shapes - 1
+
+    def price(self, points: Points) -> PricedPoints:
+        """All parts of all points."""
+        own_key = np.array(self._own.of_shape)[points.shape]
+        experts_key = np.array(self._experts.of_shape)[points.shape]
+        tp, dp, does_keep = self._sizes()
+        keeps_all = does_keep[points.shape]
+        scenarios = Scenarios(
+            tp[points.shape],
+            points.num_seqs,
+            points.num_new,
+            points.num_cached,
+            points.stage_seqs,
+            points.num_drafts,
+            dp[points.shape],
+        )
+        is_normed = keeps_all & (scenarios.tokens * self._row_bytes <= GPU_LIBRARIES.normed_bytes)
+        of_own: list[_AnyColumn] = [
+            own_key,
+            is_normed,
+            points.num_new == 1 + points.num_drafts,
+            points.num_drafts,
+            points.num_seqs,
+            points.num_new,
+            points.num_cached,
+        ]
+        firsts, own = _distinct(of_own)
+        rows = np.where(keeps_all, scenarios.tokens, scenarios.owned)
+        of_experts: list[_AnyColumn] = [experts_key, is_normed, rows, scenarios.stage_tokens]
+        lists = self._own_lists([each[firsts] for each in of_own])
+        chosen, places = _distinct(of_experts)
+        experts = self._expert_lists([each[chosen] for each in of_experts])
+        names = list(dict.fromkeys(name for name, _, _ in lists))
+        priced = price(
+            self._profile,
+            self._types,
+            self._terms,
+            [steps for _, _, steps in lists] + [steps for _, steps in experts],
+        )
+        nothing = np.zeros((_NUM_ROWS, len(firsts)))
+        tables = defaultdict(lambda: nothing) | {name: nothing.copy() for name in names}
+        for (name, at, _), times in zip(lists, priced, strict=False):
+            tables[name][:, at] = times
+        of_all = np.zeros((_NUM_ROWS, len(chosen)))
+        for (at, _), times in zip(experts, priced[len(lists) :], strict=True):
+            of_all[:, at] = times
+        attention = {window: tables["attention", window] for window in self._windows}
+        return PricedPoints(
+            dense={key: each + tables["dense", None] for key, each in attention.items()},
+            sparse={key: each + tables["router", None] for key, each in attention.items()},
+            experts=of_all,
+            embedding=tables["embedding", None],
+            arrival=tables["arrival", None],
+            head=tables["head", None],
+            projection=tables["projection", None],
+            own=own,
+            of_experts=places,
+        )
+
+    def _sizes(self) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
+        """`tp`, `dp`, and whether ranks keep all tokens, by shape."""
+        of_own = [
+            (
+                each.mesh.layout.tp,
+                GPU_LIBRARIES.keeps_all(each.mesh.layout, each.form),
+            )
+            for each in self._own.firsts
+        ]
+        tp, keeps_all = np.array(of_own)[self._own.of_shape].T
+        sizes = np.array([each.mesh.size for each in self._experts.firsts])
+        return tp, sizes[self._experts.of_shape] // tp, keeps_all.astype(np.bool_)
+
+    def _one_of(self, mesh: StageMesh, size: int) -> OneOfGroup:
+        """The one that stands for all in groups of so many ranks in a row."""
+        if (key := (mesh.size, size)) not in self._ones:
+            groups = RankGroups(np.arange(mesh.size) // size, mesh.node)
+            self._ones[key] = groups.one
+        return self._ones[key]
+
+    def _own_lists(
+        self, columns: Sequence[_AnyColumn]
+    ) -> list[tuple[tuple[str, int | None], Ints, ExpectedStepList]]:
+        """Parts but for experts, where they stand among the columns, and their steps."""
+        model = self._model
+        lists: list[tuple[tuple[str, int | None], Ints, ExpectedStepList]] = []
+        key, is_normed, is_decode, num_drafts, *sizes = columns
+        for at in _alike((key, is_normed, is_decode, num_drafts)):
+            shape = self._own.firsts[key[at[0]]]
+            num_seqs, num_new, num_cached = (each[at] for each in sizes)
+            part = Scenarios(
+                shape.mesh.layout.tp,
+                num_seqs,
+                num_new,
+                num_cached,
+                num_seqs,
+                int(num_drafts[at[0]]),
+            )
+
+            def begin(
+                name: str,
+                window: int | None = None,
+                shape: Shape = shape,
+                at: Ints = at,
+            ) -> ExpectedStepList:
+                lists.append(((name, window), at, self._begun(shape, len(at))))
+                return lists[-1][-1]
+
+            for window in self._windows:
+                attention_steps(begin("attention", window), model, window, part)
+            if self._has_dense:
+                dense_steps(begin("dense"), model, part)
+            if self._has_experts:
+                router = begin("router")
+                router_steps(router, model, part)
+                shared_expert_steps(router, model, part)
+            embedding_steps(begin("embedding"), model, part)
+            arrival_steps(begin("arrival"), model, part)
+            head_steps(begin("head"), model, part)
+            if self._has_drafts:
+                projection_steps(begin("projection"), model, part)
         return lists
 
-    def stages(self, priced: Sequence[ScenarioTimes]) -> list[ScenarioTimes]:
-        """[pp]; a micro-batch on each stage, from the times of `lists`.
+    def _expert_lists(self, columns: Sequence[_AnyColumn]) -> list[tuple[Ints, ExpectedStepList]]:
+        """Where they stand among the columns, and their steps."""
+        lists: list[tuple[Ints, ExpectedStepList]] = []
+        if not self._has_experts:
+            return lists
+        key, is_normed, rows, stage_tokens = columns
+        for at in _alike((key, is_normed)):
+            shape = self._experts.firsts[key[at[0]]]
+            layout, steps = shape.mesh.layout, self._begun(shape, len(at))
+            one = np.ones_like(rows[at])
+            tp = layout.tp if steps.keeps_all else 1  # else rows are those that a rank owns
+            part = Scenarios(tp, rows[at], one, one, stage_tokens[at])
+            counts = busiest_counts(
+                shape.fan_out,
+                part,
+                layout,
+                self._model.num_experts_per_tok,
+                by_node=is_by_node_on(layout, shape.form),
+            )
+            expert_steps(steps, self._model, part, counts, shape.payload)
+            lists.append((at, steps))
+        return lists
 
-        Stages that do the same are one object.
-        """
-        layout, num_layers = self.mesh.layout, self.model.num_hidden_layers
-        made: dict[tuple[int, ...], ScenarioTimes] = {}
-        stages = []
-        for pp_rank in range(layout.pp):
-            kinds = Counter(map(self._kind, layout.layers_of_stage(num_layers, pp_rank)))
-            of_layers = (kinds[kind] for kind in self._layers)
-            is_last = int(pp_rank == layout.pp - 1)
-            passes = (is_last, is_last * (self.num_drafts - 1))[: self.num_drafts]
-            counts = *of_layers, int(pp_rank == 0), int(pp_rank > 0), is_last, *passes
-            if counts not in made:
-                done = zip(counts, priced, strict=True)
-                made[counts] = ScenarioTimes.sum((num, part) for num, part in done if num)
-            stages.append(made[counts])
-        return stages
+    def _begun(self, shape: Shape, size: int) -> ExpectedStepList:
+        return ExpectedStepList(shape.mesh, size, self._types, shape.form, GPU_LIBRARIES)
+
+
+def _distinct(columns: Sequence[_AnyColumn]) -> tuple[Ints, Ints]:
+    """The first place of each distinct row of columns [P], and which of them each row is, [P]."""
+    code = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        values, place = np.unique(column, return_inverse=True)
+        _, code = np.unique(code * len(values) + place, return_inverse=True)
+    _, firsts, which = np.unique(code, return_index=True, return_inverse=True)
+    return firsts, which
+
+
+def _alike(columns: Sequence[_AnyColumn]) -> list[Ints]:
+    """Places of rows that are alike, in groups."""
+    firsts, which = _distinct(columns)
+    order = np.argsort(which, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(which, minlength=len(firsts)))[:-1])
 
 
 def price(
     profile: Profile, types: NumberTypes, terms: Terms, lists: Sequence[ExpectedStepList]
-) -> list[ScenarioTimes]:
-    """Times of each list of steps, in order."""
+) -> list[Floats]:
+    """[rows, S] of each list of steps, in order."""
     links = LinkModel(profile)
     times = _operation_times(DeviceModel(profile), types, lists) | _transfer_times(links, lists)
     priced = []
     for of_list in lists:
-        size = of_list.size
-        compute, moved = np.zeros((2, 3, size))
-        slowed, in_series = np.zeros(size), np.zeros(3)
+        total = np.zeros((_NUM_ROWS, of_list.size))
         for step in of_list.steps:
             seconds = times[id(step)].bounds
             if isinstance(step, Operation):
-                compute += seconds
+                total[COMPUTE] += seconds
             else:
-                moved += seconds
-                slowed += seconds[LIKELY] * links.contention(step).value
+                total[MOVED] += seconds
+                share = links.contention_of_one(step, of_list.mesh.size)
+                total[SLOWED] += seconds[LIKELY] * share
+            total[LAUNCHES] += step.num_kernels
             if terms.execution is Execution.SERIAL:
-                in_series += terms.overhead_s(step)
-        num_kernels = sum(step.num_kernels for step in of_list.steps)
-        priced.append(ScenarioTimes(compute, moved, slowed, num_kernels, in_series))
+                total[IN_SERIES] += terms.overhead_s(step)[:, None]
+        priced.append(total)
     return priced
 
 
@@ -198,7 +372,7 @@ def _operation_times(
     found = {}
     for (kind, dtype), operations in alike.items():
         sizes = {
-            name: np.concatenate([np.broadcast_to(each.sizes[name], n) for each, n in operations])
+            name: np.concatenate([_of_all(each.sizes[name], n) for each, n in operations])
             for name in SIZES[kind]
         }
         whole = device.times(kind, dtype, sizes)
@@ -207,6 +381,10 @@ def _operation_times(
             begin, end = end, end + num
             found[id(operation)] = whole.part(slice(begin, end))
     return found
+
+
+def _of_all(size: Floats | float, num: int) -> Floats:
+    return size if isinstance(size, np.ndarray) and len(size) == num else np.full(num, size)
 
 
 def _transfer_times(links: LinkModel, lists: Sequence[ExpectedStepList]) -> dict[int, Times]:

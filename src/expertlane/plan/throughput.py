@@ -1,8 +1,8 @@
 """From micro-batches on stages to steps, and from steps to what a user sees: TPS, TPOT and TTFT.
 
-Steady state: as soon as one is finished another begins. In one pool a token of
-every running sequence costs a decode step and its share of the prefills that go on meanwhile. In
-disaggregated pools both run side by side, and the slower one sets the pace.
+Steady state: as soon as one is finished another begins. In one pool prompts come one by one, and
+each holds up the decodes of its replica. In disaggregated pools both run side by side, and the
+slower one sets the pace.
 
 The first token is computed by the last step of a prompt, so TTFT ends there; in disaggregated pools
 KV transfer follows, which delays the second token and counts in TPOT.
@@ -13,100 +13,79 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
+from expertlane.cost.step.expected_counts import largest_normal
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.plan.candidates import Goals
-from expertlane.plan.stage_times import ScenarioTimes
-from expertlane.spec.deployment import MicroBatchSchedule, Options
+from expertlane.plan.stage_times import COMPUTE, IN_SERIES, LAUNCHES, MOVED, SLOWED
+from expertlane.spec.deployment import MicroBatchSchedule
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
 
 _LOW = BOUNDS.index("low")
 
 
-@dataclass(frozen=True)
-class Pipelining:
-    """How a step is cut.
-
-    Attributes:
-        overlap: whether a micro-batch runs in two halves.
-    """
-
-    overlap: bool = False
-    num_micro_batches: int = 1
-    schedule: MicroBatchSchedule = "drained"
-
-    @classmethod
-    def of(cls, options: Options) -> "Pipelining":
-        """How a deployment with these options is pipelined."""
-        overlap = bool(options.overlap)
-        return cls(overlap, options.num_micro_batches, options.micro_batch_schedule)
-
-    @property
-    def num_parts(self) -> int:
-        """Parts that a data-parallel rank's batch is cut into."""
-        return self.num_micro_batches * (1 + self.overlap)
-
-
 def step_estimates(
-    stages: Sequence[ScenarioTimes],
+    stages: Sequence[tuple[int, Floats]],
     hand_over_s: Floats,
-    places: Ints,
+    driver_s: Floats,
     terms: Terms,
-    how: Pipelining,
+    schedule: MicroBatchSchedule,
+    num_micro_batches: Ints,
+    overlap: npt.NDArray[np.bool_],
     num_layers: int,
-    layout: Layout,
 ) -> Floats:
-    """[3, N]; seconds of steps, low, likely and high, or of a round where micro-batches rotate.
+    """[3, P]; seconds of steps, low, likely and high, or of a round where micro-batches rotate.
 
     A drained step of m micro-batches takes the way through all stages and m - 1 times the slowest;
     a round of m rotating ones takes m times the slowest, or the way through all if that is longer.
 
     Args:
-        stages: [pp]; a part on each.
-        hand_over_s: [3, S]; of a part, to the next stage.
-        places: [N]; the scenario of each size's parts.
+        stages: how many are alike, and what a part takes there: [rows, P].
+        hand_over_s: [3, P]; of a part, to the next stage.
+        driver_s: [3, P]; between steps.
+        num_micro_batches: [P]; m.
+        overlap: [P]; whether a micro-batch runs in two halves.
         num_layers: of the model.
     """
-    num_stages, m = len(stages), how.num_micro_batches
-    made = {  # stages that do the same are one object
-        id(each): _micro_batch(each, places, terms, how.overlap, num_layers / num_stages)
-        for each in {id(each): each for each in stages}.values()
-    }
-    seconds = np.stack([made[id(each)] for each in stages])  # [pp, 3, N]
-    sent_s = hand_over_s[:, places] * ((1 + how.overlap) * (num_stages - 1))
-    through, slowest = seconds.sum(axis=0) + sent_s, seconds.max(axis=0)
-    driver_s = terms.step_s(layout)[:, None]
+    num_stages = sum(num for num, _ in stages)
+    through = hand_over_s * ((1 + overlap) * (num_stages - 1))
+    slowest = np.zeros_like(through)
+    for num, priced in stages:
+        seconds = _micro_batch(priced, terms, overlap, num_layers / num_stages)
+        through, slowest = through + num * seconds, np.maximum(slowest, seconds)
     total: Floats
-    if how.schedule == "rotating":
-        total = np.maximum(m * slowest, through) + driver_s
+    if schedule == "rotating":
+        total = np.maximum(num_micro_batches * slowest, through) + driver_s
     else:
-        total = through + (m - 1) * slowest + driver_s
+        total = through + (num_micro_batches - 1) * slowest + driver_s
     return total
 
 
 def _micro_batch(
-    priced: ScenarioTimes, places: Ints, terms: Terms, overlap: bool, layers_of_stage: float
+    priced: Floats, terms: Terms, overlap: npt.NDArray[np.bool_], layers_of_stage: float
 ) -> Floats:
-    """[3, N]; operations and transfers in turn, or two halves side by side; on one stage."""
+    """[3, P]; operations and transfers in turn, or two halves side by side; on one stage."""
     halves = 1 + overlap
-    computing = halves * priced.compute_s[:, places]
-    moving = halves * priced.transfer_s[:, places]
+    computing, moving = halves * priced[COMPUTE], halves * priced[MOVED]
     seconds = computing + moving
-    if overlap:
+    if overlap.any():
         # The share that transfers take of computing beside them, mean over transfers.
-        share = halves * priced.slowed_s[places] / np.maximum(moving[LIKELY], 1e-12)
+        share = halves * priced[SLOWED] / np.maximum(moving[LIKELY], 1e-12)
         slowed = share * np.minimum(moving[LIKELY], computing[LIKELY])
         ramp = moving[LIKELY] / halves / max(layers_of_stage, 1)  # the first layer's hides nothing
         beside = np.maximum(moving[LIKELY], computing[LIKELY] + slowed) + ramp
-        seconds[LIKELY] = np.minimum(beside, seconds[LIKELY])
-        seconds[_LOW] = np.maximum(computing[_LOW], moving[_LOW])
-    return _launched(seconds, halves * priced.num_kernels, halves * priced.in_series_s, terms)
+        beside = np.minimum(beside, seconds[LIKELY])
+        seconds[LIKELY] = np.where(overlap, beside, seconds[LIKELY])
+        side_by_side = np.maximum(computing[_LOW], moving[_LOW])
+        seconds[_LOW] = np.where(overlap, side_by_side, seconds[_LOW])
+    return _launched(seconds, halves * priced[LAUNCHES], halves * priced[IN_SERIES], terms)
 
 
-def _launched(seconds: Floats, num_kernels: int, in_series_s: Floats, terms: Terms) -> Floats:
-    """[3, N]; with what getting the work onto the device takes."""
+def _launched(seconds: Floats, num_kernels: Floats, in_series_s: Floats, terms: Terms) -> Floats:
+    """[3, P]; with what getting the work onto the device takes."""
     launch_s = terms.launch_s[:, None]
     match terms.execution:
         case Execution.EAGER:
@@ -114,7 +93,7 @@ def _launched(seconds: Floats, num_kernels: int, in_series_s: Floats, terms: Ter
         case Execution.GRAPH:
             return seconds + launch_s
         case Execution.SERIAL:
-            return seconds + in_series_s[:, None]
+            return seconds + in_series_s
 
 
 class Prompts(NamedTuple):
@@ -142,6 +121,7 @@ class Steps:
         prefill_s: [3]; one step, of `prompts` on each data-parallel rank.
         most_seqs: that are there at once, over the whole system; fewer than data-parallel ranks
             leave some idle.
+        alone_s: [3]; what a prompt adds to a replica's steps if no other rank computes any.
         tokens_per_step: [3]; of a decoding sequence, more than one where drafts are accepted.
     """
 
@@ -151,7 +131,19 @@ class Steps:
     prefill_s: Floats
     prompts: Prompts
     most_seqs: int
+    alone_s: Floats
     tokens_per_step: Floats = field(default_factory=lambda: np.ones(len(BOUNDS)))
+
+    @property
+    def batched_s(self) -> Floats:
+        """[3]; of a prompt where all data-parallel ranks compute as many."""
+        seconds: Floats = self.prefill_s * (self.prompts.num_steps / self.prompts.num_seqs)
+        return seconds
+
+    def arriving(self, workload: Workload) -> "Arriving":
+        """Prompts at each number of sequences."""
+        sizes = self.layout.replicas, self.layout.dp
+        return Arriving.of(self.num_seqs, *sizes, self.tokens_per_step, workload)
 
     @property
     def num_caches(self) -> int:
@@ -205,25 +197,121 @@ class ThroughputCurve:
 
     def breach(self, goals: Goals) -> Floats:
         """[N]; by what factor the worse limit is missed; 1 or less where both are kept."""
-        worst = np.zeros(len(self.num_seqs))
-        for limit, value in ((goals.max_tpot_s, self.tpot_s), (goals.max_ttft_s, self.ttft_s)):
-            if limit is not None:
-                worst = np.maximum(worst, value[LIKELY] / limit)
-        return worst
+        return breach(goals, self.tpot_s, self.ttft_s)
 
 
-def one_pool(steps: Steps, workload: Workload) -> ThroughputCurve:
-    """The curve of one pool that computes prompts and decodes."""
-    per_token = workload.prompt_len / workload.output_len
-    prefill_s = per_token / steps.prefill_tps[:, None]  # of one sequence, for each output token
-    tpot_s = steps.token_s + steps.num_seqs * prefill_s
-    busy = steps.num_seqs * prefill_s / tpot_s
-    return ThroughputCurve(
-        num_seqs=steps.num_seqs,
-        tps=(steps.num_seqs / tpot_s)[::-1],
-        tpot_s=tpot_s,
-        ttft_s=steps.decode_s + _prompt_s(steps, workload, busy),
+def breach(goals: Goals, tpot_s: Floats, ttft_s: Floats) -> Floats:
+    """[P]; by what factor the worse limit is missed; 1 or less where both are kept.
+
+    Args:
+        tpot_s, ttft_s: [3, P].
+    """
+    worst = np.zeros(tpot_s.shape[1])
+    for limit, value in ((goals.max_tpot_s, tpot_s), (goals.max_ttft_s, ttft_s)):
+        if limit is not None:
+            worst = np.maximum(worst, value[LIKELY] / limit)
+    return worst
+
+
+def one_pool(
+    steps: Steps, workload: Workload, arriving: "Arriving | None" = None
+) -> ThroughputCurve:
+    """The curve of one pool that computes prompts and decodes.
+
+    Args:
+        arriving: as `Steps.arriving` says, where that is known.
+    """
+    tps, tpot_s, ttft_s = together(
+        steps.num_seqs,
+        steps.decode_s,
+        steps.token_s,
+        steps.batched_s[:, None],
+        steps.alone_s[:, None],
+        arriving or steps.arriving(workload),
     )
+    return ThroughputCurve(steps.num_seqs, tps, tpot_s, ttft_s)
+
+
+class Arriving(NamedTuple):
+    """Prompts that come by themselves, one whenever a request ends; [3, P] or [1, P] each.
+
+    Attributes:
+        of_rank: of a data-parallel rank in a decode step, on average.
+        most: of the rank that has most in a step, on average over steps: all wait for it.
+    """
+
+    of_rank: Floats
+    most: Floats
+
+    @classmethod
+    def of(
+        cls,
+        num_seqs: Ints,
+        replicas: Ints | int,
+        dp: Ints | int,
+        tokens_per_step: Floats,
+        workload: Workload,
+    ) -> "Arriving":
+        """Those of P numbers of sequences.
+
+        Args:
+            num_seqs, replicas, dp: [P].
+        """
+        tokens = tokens_per_step[:, None]
+        if (tokens == tokens[0]).all():
+            tokens = tokens[:1]
+        num_ranks: Ints = np.clip(-(-num_seqs // replicas), 1, dp)  # those that have sequences
+        of_rank = num_seqs / (replicas * num_ranks * workload.output_len) * tokens
+        return cls(of_rank, _most_of(of_rank, num_ranks))
+
+
+_MOST_COUNTED = 12.0  # of a Poisson variable's mean, beyond which it is taken to be normal
+_NUM_TERMS = 32
+
+
+def _most_of(mean: Floats, num: Ints) -> Floats:
+    """Of the largest of so many independent Poisson variables, the mean; about, where many."""
+    few = np.minimum(mean, _MOST_COUNTED)
+    chance: Floats = np.exp(-few)
+    below: Floats = chance.copy()
+    power = num.astype(np.float64)
+    most: Floats = 1 - below**power
+    for count in range(1, _NUM_TERMS):
+        chance = chance * (few / count)
+        below = np.minimum(below + chance, 1.0)
+        most = most + (1 - below**power)
+    if (mean > _MOST_COUNTED).any():
+        sizes, which = np.unique(num, return_inverse=True)
+        deviations = np.array([largest_normal(size) for size in sizes.tolist()])[which]
+        normal: Floats = np.where(mean > _MOST_COUNTED, mean + deviations * np.sqrt(mean), most)
+        return normal
+    return most
+
+
+def together(
+    num_seqs: Ints,
+    decode_s: Floats,
+    token_s: Floats,
+    batched_s: Floats,
+    alone_s: Floats,
+    arriving: Arriving,
+) -> tuple[Floats, Floats, Floats]:
+    """Tokens a second, TPOT and TTFT, [3, P] each, where one pool computes prompts and decodes.
+
+    A prompt on one data-parallel rank holds up the decodes of all. As more come, each rank has one
+    in more of the steps, so that more of them share the wait.
+
+    Args:
+        num_seqs: [P]; over the whole system.
+        decode_s, token_s, batched_s, alone_s: [3, P]; as `Steps` has them.
+    """
+    share = np.minimum(arriving.of_rank, 1)
+    prompt_s = share * batched_s + (1 - share) * alone_s
+    step_s = decode_s + arriving.most * prompt_s
+    tpot_s = token_s * (step_s / decode_s)
+    busy = arriving.of_rank * prompt_s / step_s
+    wait_s = prompt_s * busy / (2 * (1 - busy))  # M/D/1, a server for each data-parallel rank
+    return (num_seqs / tpot_s)[::-1], tpot_s, step_s + prompt_s + wait_s
 
 
 def two_pools(
@@ -263,7 +351,5 @@ def _prompt_s(steps: Steps, workload: Workload, busy: Floats) -> Floats:
         busy: [3, N]; the share of the time in which prompts are computed.
     """
     own_s = workload.prompt_len * steps.num_caches / steps.prefill_tps[:, None]
-    with np.errstate(divide="ignore"):
-        wait_s = np.where(busy < 1, own_s * busy / (2 * (1 - busy)), np.inf)
-    whole: Floats = wait_s + steps.prompts.num_steps * steps.prefill_s[:, None]
-    return whole
+    whole: Floats = own_s * busy / (2 * (1 - busy))
+    return whole + steps.prompts.num_steps * steps.prefill_s[:, None]

@@ -18,6 +18,7 @@ from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.step.operation import Floats
 from expertlane.plan.search import Finalist
 from expertlane.plan.throughput import Steps, ThroughputCurve, one_pool, two_pools
+from expertlane.plan.two_pools import TwoPools
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import TieBreak
 from expertlane.spec.layout import Layout
@@ -37,6 +38,11 @@ class Uncertain:
 
     value: float
     by_error: Mapping[LawError, tuple[float, float]]
+
+    def scaled(self, factor: float) -> "Uncertain":
+        """So many times as much, with the same errors."""
+        by_error = {error: (a * factor, b * factor) for error, (a, b) in self.by_error.items()}
+        return Uncertain(self.value * factor, by_error)
 
     def over(self, other: "Uncertain") -> Estimate:
         """The ratio, with the bounds that are left when what both share has cancelled."""
@@ -78,21 +84,27 @@ class Contender:
 
 
 def contender(finalist: Finalist, workload: Workload) -> Contender:
-    """A deployment of one pool."""
+    """A deployment of one pool: what the formula makes of each error, as simulated."""
     errors = _errors_of(finalist)
     served = one_pool(_moved(finalist, errors), workload)
-    return Contender(finalist, *_uncertain(served, errors))
+    tps, ttft_s = _uncertain(served, errors)
+    simulated, formula = finalist.served, finalist.formula
+    return Contender(
+        finalist,
+        tps.scaled(float(simulated.tps[LIKELY, 0] / formula.tps[LIKELY, 0])),
+        ttft_s.scaled(float(simulated.ttft_s[LIKELY, 0] / formula.ttft_s[LIKELY, 0])),
+    )
 
 
-def pools_tps(
-    prefill: Finalist, decode: Finalist, transfer_s: Floats, workload: Workload
-) -> Uncertain:
-    """Output tokens/s of disaggregated pools."""
+def pools_tps(pools: TwoPools, workload: Workload) -> Uncertain:
+    """Output tokens/s of disaggregated pools: what the formula makes of errors, as simulated."""
+    prefill, decode = pools.prefill, pools.decode
     errors = list(dict.fromkeys([_KV_TRANSFER, *_errors_of(prefill), *_errors_of(decode)]))
-    at = np.full(1 + 2 * len(errors), transfer_s[LIKELY])
-    at[1], at[2] = transfer_s[0], transfer_s[-1]
+    at = np.full(1 + 2 * len(errors), pools.transfer_s[LIKELY])
+    at[1], at[2] = pools.transfer_s[0], pools.transfer_s[-1]
     served = two_pools(_moved(prefill, errors), _moved(decode, errors), at, workload)
-    return _uncertain(served, errors)[0]
+    factor = pools.served.tps[LIKELY, 0] / pools.formula.tps[LIKELY, 0]
+    return _uncertain(served, errors)[0].scaled(float(factor))
 
 
 def _errors_of(finalist: Finalist) -> list[LawError]:
@@ -110,6 +122,7 @@ def _moved(finalist: Finalist, errors: Sequence[LawError]) -> Steps:
         return np.array([likely_s, *moved])
 
     steps = finalist.steps
+    prefill_s = times(Phase.PREFILL, float(steps.prefill_s[LIKELY]))
     tokens = np.full(1 + 2 * len(errors), steps.tokens_per_step[LIKELY])
     if _ACCEPTANCE in errors:
         place = 1 + 2 * errors.index(_ACCEPTANCE)
@@ -118,7 +131,8 @@ def _moved(finalist: Finalist, errors: Sequence[LawError]) -> Steps:
         steps,
         tokens_per_step=tokens,
         decode_s=times(Phase.DECODE, float(steps.decode_s[LIKELY, 0]))[:, None],
-        prefill_s=times(Phase.PREFILL, float(steps.prefill_s[LIKELY])),
+        prefill_s=prefill_s,
+        alone_s=prefill_s * (steps.alone_s[LIKELY] / steps.prefill_s[LIKELY]),
     )
 
 

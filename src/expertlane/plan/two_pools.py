@@ -1,7 +1,9 @@
 """Prefill and decode on disjoint devices: how to part them, and what each pool should run."""
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -10,16 +12,20 @@ from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.step.operation import Floats
-from expertlane.plan.candidates import Goals, PlanRequest
-from expertlane.plan.screen import ScreenedCandidate, fitting
+from expertlane.plan.candidates import Candidate, Goals, PlanRequest
+from expertlane.plan.screen import Known, ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, Search
+from expertlane.plan.simulated import simulate_pools
 from expertlane.plan.throughput import ThroughputCurve, two_pools
 from expertlane.results.results import NoPools
-from expertlane.spec.layout import Layout
+from expertlane.spec.layout import Layout, divisors
 
-_PARTS = 4  # the devices are cut into so many parts, of which some prefill
+_PARTS = 4  # of a cluster of one node, of which some prefill
+_MOST_PARTS = 8  # of one of many, each of whole nodes
+_MOST_EXHAUSTIVE = 96  # devices, up to which pools take any layout
+_NUM_SHAPES = 48  # for prefill, and for each number of sequences for decode
 _NUM_PREFILL, _NUM_DECODE = 4, 12  # of each pool, the best by themselves are tried together
-_MOST_TRIED = 6  # pairs projected in full
+_MOST_TRIED = 6  # pairs that are simulated
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +35,15 @@ class TwoPools:
     Attributes:
         prefill, decode: what each pool runs.
         transfer_s: [3]; of a prompt's keys and values from one to the other.
-        served: [1]; place 0.
+        served: as simulated; place 0.
+        formula: by the formula over steps in full.
     """
 
     prefill: Finalist
     decode: Finalist
     transfer_s: Floats
     served: ThroughputCurve
+    formula: ThroughputCurve
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,20 +57,36 @@ class _Pair:
 
 
 class TwoPoolSearch:
-    """Plans disaggregated pools on a cluster."""
+    """Plans disaggregated pools on a cluster.
 
-    def __init__(self, request: PlanRequest) -> None:
+    Args:
+        known: by a search for one pool.
+        shapes: found by it; of large clusters, the best replicas of these alone are tried.
+    """
+
+    def __init__(
+        self,
+        request: PlanRequest,
+        known: Known | None = None,
+        shapes: Sequence[ScreenedCandidate] = (),
+    ) -> None:
+        known = known or Known()
         self._request = request
         self._links = LinkModel(request.cluster.profile)
         cluster = request.cluster
         num_devices = cluster.num_devices
-        sizes = {part * num_devices // _PARTS for part in range(1, _PARTS)} - {0}
+        sizes = _prefill_sizes(num_devices, cluster.profile.ranks_per_node)
         searches = {
             size: Search(
-                replace(request, cluster=replace(cluster, num_devices=size), goals=Goals())
+                replace(request, cluster=replace(cluster, num_devices=size), goals=Goals()),
+                known,
             )
             for size in sorted(sizes | {num_devices - size for size in sizes})
         }
+        if shapes and cluster.num_devices > _MOST_EXHAUSTIVE:
+            kept = _best_shapes(shapes, request.goals)
+            for size, search in searches.items():
+                search.candidates = _of_size(kept, size)
         self._searches = {size: each for size, each in searches.items() if each.candidates}
         splits = [(size, num_devices - size) for size in sorted(sizes)]
         self._splits = [each for each in splits if set(each) <= set(self._searches)]
@@ -92,32 +116,35 @@ class TwoPoolSearch:
             for split in splits
             for pair in self._pairs(split, *(options[size] for size in split))
         ]
-        return self._best_in_full(sorted(pairs, key=lambda pair: -pair.tps)) or "over limits"
+        return self._best_simulated(sorted(pairs, key=lambda pair: -pair.tps))
 
-    def _best_in_full(self, pairs: Sequence[_Pair]) -> TwoPools | None:
-        """The first that keeps the limits in full too."""
+    def _best_simulated(self, pairs: Sequence[_Pair]) -> TwoPools | NoPools:
+        """The first that keeps the limits when it is simulated too."""
         too_slow: set[tuple[object, int]] = set()
         num_tried = 0
+        why: NoPools = "over limits"
         for pair in pairs:
             decoding = pair.decode.candidate, pair.decode.num_seqs
             if decoding in too_slow or num_tried == _MOST_TRIED:
                 continue
             num_tried += 1
-            found = self._in_full(pair)
-            if found.served.best(self._request.goals) is not None:
-                return found
-            if found.served.breach(replace(self._request.goals, max_ttft_s=None))[0] > 1:
+            served = simulate_pools(pair.prefill, pair.decode, self._request)
+            if served is None:
+                why = "not simulated"
+            elif served.best(self._request.goals) is not None:
+                return self._in_full(pair, served)
+            elif served.breach(replace(self._request.goals, max_ttft_s=None))[0] > 1:
                 too_slow.add(decoding)
-        return None
+        return why
 
-    def _in_full(self, pair: _Pair) -> TwoPools:
+    def _in_full(self, pair: _Pair, simulated: ThroughputCurve) -> TwoPools:
         prefill, decode = (
             self._searches[size].finish(option)
             for size, option in zip(pair.sizes, (pair.prefill, pair.decode), strict=True)
         )
         transfer_s = self._transfer_s(prefill.candidate.layout, decode.candidate.layout)
         served = two_pools(prefill.steps, decode.steps, transfer_s, self._request.workload)
-        return TwoPools(prefill, decode, transfer_s, served)
+        return TwoPools(prefill, decode, transfer_s, simulated, served)
 
     def _transfer_s(self, prefill: Layout, decode: Layout) -> Floats:
         """[3]; of a prompt's keys and values."""
@@ -158,3 +185,47 @@ def _decode_tps(option: ScreenedCandidate, goals: Goals) -> float:
     limit = np.inf if goals.max_tpot_s is None else goals.max_tpot_s
     tps = np.where(step_s <= limit, option.steps.num_seqs / step_s, 0)
     return float(tps.max())
+
+
+def _best_shapes(screened: Sequence[ScreenedCandidate], goals: Goals) -> list[Candidate]:
+    """Deployments whose replicas compute prompts, or decode, fastest for each device."""
+    chosen: dict[Candidate, None] = {}
+
+    def choose(value: Callable[[ScreenedCandidate], float]) -> None:
+        best = heapq.nlargest(_NUM_SHAPES, screened, value)
+        chosen.update(dict.fromkeys(each.candidate for each in best))
+
+    choose(lambda each: float(each.steps.prefill_tps[LIKELY]))
+    choose(lambda each: -float(each.steps.prefill_s[LIKELY]))
+    choose(lambda each: _decode_tps(each, goals))
+    most = max((len(each.steps.num_seqs) for each in screened), default=0)
+    for halvings in range(most):
+        choose(partial(_decode_tps_at, halvings))
+    return list(chosen)
+
+
+def _decode_tps_at(halvings: int, option: ScreenedCandidate) -> float:
+    """Tokens a second of decoding alone, the number of sequences halved so many times."""
+    place = len(option.steps.num_seqs) - 1 - halvings
+    if place < 0:
+        return 0.0
+    return float(option.steps.num_seqs[place] / option.steps.token_s[LIKELY, place])
+
+
+def _of_size(candidates: Sequence[Candidate], num_devices: int) -> list[Candidate]:
+    """The same replicas, as many as so many devices hold."""
+    return [
+        each._replace(layout=replace(each.layout, replicas=num_devices // size))
+        for each in candidates
+        if num_devices % (size := each.layout.replica_size) == 0
+    ]
+
+
+def _prefill_sizes(num_devices: int, per_node: int) -> set[int]:
+    """How many devices may prefill: whole nodes; of one node, parts."""
+    if num_devices < 2 * per_node or num_devices % per_node:
+        return {part * num_devices // _PARTS for part in range(1, _PARTS)} - {0}
+    num_nodes = num_devices // per_node
+    few = [each for each in divisors(num_nodes) if each <= _MOST_PARTS]
+    num_parts = few[-1] if few[-1] > _PARTS else min(num_nodes, _MOST_PARTS)
+    return {part * num_nodes // num_parts * per_node for part in range(1, num_parts)}

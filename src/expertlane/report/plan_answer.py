@@ -50,6 +50,7 @@ _NO_POOLS: dict[NoPools, str] = {
     "no split": "the devices cannot be split",
     "too large": "the model does not fit both pools of any split",
     "over limits": "none meets the limits",
+    "not simulated": "the best have too many replicas to simulate",
 }
 _WON_BY: dict[TieBreak, str] = {  # the others that tie follow by TTFT
     "lowest TTFT": "the lowest TTFT wins",

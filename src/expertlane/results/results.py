@@ -29,7 +29,7 @@ SCHEMA_VERSION = 8
 FOREIGN_LOAD = 0.05  # of the cores; less is noise
 
 Kind = Literal["comparison", "simulation", "plan", "bench"]
-NoPools = Literal["no split", "too large", "over limits"]
+NoPools = Literal["no split", "too large", "over limits", "not simulated"]
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,8 @@ class PlanSummary(Strict):
         top_k: of the model that was planned for.
         num_candidates, num_too_large, num_over_limits: deployments of one pool.
         num_pool_candidates: disaggregated deployments tried.
+        num_simulated, num_open: of one pool, simulated request by request; and not simulated,
+            though they may have more tokens a second than the best.
         num_tied: of the best, the first so many tie with the one of most tokens a second.
         tie_spread: how far the least of them is below the most tokens a second; a share.
         tie_break: what decided among them; None where one was alone.
@@ -238,6 +240,8 @@ class PlanSummary(Strict):
     num_too_large: int
     num_over_limits: int = 0
     num_pool_candidates: int = 0
+    num_simulated: int = 0
+    num_open: int = 0
     num_tied: int = 1
     tie_spread: float = 0.0
     tie_break: TieBreak | None = None

@@ -14,9 +14,9 @@ from expertlane.cost.laws.execution import DRIVER_S, LIKELY, OVERHEAD_S, Executi
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE
+from expertlane.cost.records import cluster_record, conditions_of
 from expertlane.cost.routing import RoutingChoice
 from expertlane.memory import FREE_SHARE
-from expertlane.plan.project import cluster_record, conditions_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.metrics import serving_record
 from expertlane.results.record import (

@@ -51,6 +51,7 @@ class ServingSetup:
         routing: which experts tokens choose.
         max_num_seqs, max_num_batched_tokens: of a data-parallel rank.
         prompt_wait_steps: as of `Limits`.
+        prefill_options: of a pool for prompts alone; None for `options`.
 
     Raises:
         SpecError: a size is out of its range.
@@ -67,6 +68,7 @@ class ServingSetup:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     prompt_wait_steps: int = 0
+    prefill_options: Options | None = None
 
     def __post_init__(self) -> None:
         take_fields(self)
@@ -80,7 +82,12 @@ class ServingSetup:
 
     def options_of(self, role: PoolRole) -> Options:
         """What a pool runs with: one that has a phase of its own, with that phase's dispatch."""
-        return self.options if role == "both" else self.options.of_phase(Phase(role))
+        if role == "both":
+            return self.options
+        options = self.options
+        if role == "prefill" and self.prefill_options is not None:
+            options = self.prefill_options
+        return options.of_phase(Phase(role))
 
     @property
     def num_devices(self) -> int:
@@ -334,7 +341,7 @@ class Simulator:
     def _ranks(self, role: PoolRole, layout: Layout) -> PoolRanks:
         """Ranks with as many blocks as memory has room for, at most what the load can use."""
         setup, load, num_drafts = self.setup, self.load, self.setup.multi_token.num_drafts
-        placements = placements_of(self.model, layout, setup.options)
+        placements = placements_of(self.model, layout, setup.options_of(role))
         held = PlacedModel(  # the layer that guesses too
             with_drafting_layer(self.model, num_drafts),
             layout,

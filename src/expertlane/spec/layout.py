@@ -2,8 +2,9 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
-from math import isqrt
+from math import gcd, isqrt
 from typing import NamedTuple
 
 from expertlane.errors import SpecError
@@ -110,7 +111,13 @@ class Layout(Strict):
         Raises:
             SpecError: not equally many on each node.
         """
-        counts: set[int] = set()
+        size = self.stage_size
+        firsts = range(0, self.world_size, size)[: ranks_per_node // gcd(size, ranks_per_node)]
+        places = sorted({first % ranks_per_node for first in firsts})
+        counts = set().union(*(_on_nodes(size, self.etp, each, ranks_per_node) for each in places))
+        if len(counts) == 1:
+            return counts.pop()
+        counts = set()
         for first in range(0, self.world_size, self.stage_size):
             for etp_rank in range(self.etp):
                 ranks = range(first + etp_rank, first + self.stage_size, self.etp)
@@ -124,7 +131,7 @@ class Layout(Strict):
                         f"ep={self.ep} ranks on each node, but nodes of {ranks_per_node} hold "
                         f"{_listed(list(on_nodes.values()))}{elsewhere}"
                     )
-        return counts.pop()
+        raise AssertionError("some group lies unevenly")
 
     def coordinates(self, rank: int) -> Coordinates:
         """Where `rank` sits."""
@@ -149,7 +156,7 @@ class Layout(Strict):
 
     def layers_of_stage(self, num_hidden_layers: int, pp_rank: int) -> range:
         """The layers a pipeline stage holds; near-equal."""
-        return partition(num_hidden_layers, self.pp)[pp_rank]
+        return part_of(num_hidden_layers, self.pp, pp_rank)
 
     def most_dcp(self, model: ModelConfig) -> int:
         """How many ranks of a `tp` group hold the same keys and values without `dcp`."""
@@ -186,6 +193,20 @@ class Layout(Strict):
             )
 
 
+@cache
+def _on_nodes(stage_size: int, etp: int, first: int, ranks_per_node: int) -> frozenset[int]:
+    """How many ranks of an `ep` group are on a node, of all groups of a stage and all nodes.
+
+    Args:
+        first: the place of the stage's first rank in its node.
+    """
+    counts: set[int] = set()
+    for etp_rank in range(etp):
+        ranks = range(first + etp_rank, first + stage_size, etp)
+        counts.update(Counter(rank // ranks_per_node for rank in ranks).values())
+    return frozenset(counts)
+
+
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
@@ -204,3 +225,10 @@ def partition(total: int, num_parts: int) -> list[range]:
     size, num_longer = divmod(total, num_parts)
     starts = [part * size + min(part, num_longer) for part in range(num_parts + 1)]
     return [range(start, stop) for start, stop in pairwise(starts)]
+
+
+def part_of(total: int, num_parts: int, place: int) -> range:
+    """One part of `partition`."""
+    size, num_longer = divmod(total, num_parts)
+    start = place * size + min(place, num_longer)
+    return range(start, start + size + (place < num_longer))

@@ -40,6 +40,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane.cost.laws.link_bounds import bound_times, term_of
 from expertlane.cost.laws.profile import Profile, Term
@@ -165,19 +166,34 @@ class LinkModel:
 
     def contention(self, transfer: Transfer) -> Term:
         """The share by which compute slows while the transfer runs beside it."""
-        name = f"contention.{transfer.kind}"
-        law = self._profile.surfaces.get(
-            f"{_DISPATCHING.get(transfer.stage)}.low_latency.inter_node"
-        )
-        if transfer.kind is TransferKind.ALL_TO_ALL and law is not None:
-            load = transfer.load
-            nic = np.maximum(load.out_bytes, load.in_bytes)[Link.INTER_NODE].max()
-            is_flat = bool(
-                (load.num_nodes > 1).any() and (load.group_size == load.group_size.size).all()
-            )
-            if is_flat and nic <= law.axes["bytes"][-1]:
-                name = "contention.low_latency"
-        term = term_of(self._profile, name)
+        load, plain = transfer.load, self._contention(transfer.kind)
+        low_latency = self._flat_contention(transfer, load.group_size.size)
+        return low_latency[1] if low_latency is not None and low_latency[0].all() else plain
+
+    def contention_of_one(self, transfer: Transfer, num_ranks: int) -> Floats | float:
+        """The likely share, [S], of a transfer of the rank that stands for all of a stage's."""
+        plain = self._contention(transfer.kind).value
+        low_latency = self._flat_contention(transfer, num_ranks)
+        if low_latency is None:
+            return plain
+        shares: Floats = np.where(low_latency[0], low_latency[1].value, plain)
+        return shares
+
+    def _flat_contention(
+        self, transfer: Transfer, num_ranks: int
+    ) -> tuple[npt.NDArray[np.bool_], Term] | None:
+        """Of an all-to-all of a whole stage over nodes: where its kernels are low-latency ones."""
+        name = f"{_DISPATCHING.get(transfer.stage)}.low_latency.inter_node"
+        law, load = self._profile.surfaces.get(name), transfer.load
+        if transfer.kind is not TransferKind.ALL_TO_ALL or law is None:
+            return None
+        if not ((load.num_nodes > 1).any() and (load.group_size == num_ranks).all()):
+            return None
+        nic = np.maximum(load.out_bytes, load.in_bytes)[Link.INTER_NODE]
+        return nic <= law.axes["bytes"][-1], self._contention("low_latency")
+
+    def _contention(self, name: str) -> Term:
+        term = term_of(self._profile, f"contention.{name}")
         assert term is not None
         return term
 

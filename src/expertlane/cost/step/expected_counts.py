@@ -11,17 +11,19 @@ from dataclasses import dataclass, fields
 from statistics import NormalDist
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane.balance.copies import CopyChoice
 from expertlane.balance.placement import Placement
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.batch_sizes import Scenarios
-from expertlane.cost.step.counts import DispatchCounts, Exchange, NodeCounts, count_dispatch
+from expertlane.cost.step.counts import DispatchCounts, NodeCounts
 from expertlane.cost.step.operation import Floats, Ints, RowsByLink
-from expertlane.cost.step.stage_mesh import Axis, StageMesh
+from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.errors import SpecError
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Link
 
 _SAMPLE_TOKENS = 2048  # of a layer
 _MOST_LAYERS = 4
@@ -56,36 +58,43 @@ class ExpectedFanOut:
         cls, mesh: StageMesh, placement: Placement, routing: RoutingSource, layer: int
     ) -> "ExpectedFanOut":
         """Count a sample of a layer's tokens, equally many on each rank."""
-        per_rank = max(1, _SAMPLE_TOKENS // mesh.size)
-        owned = np.full(mesh.size, per_rank)
-        num_tokens = per_rank * mesh.size
+        layout, ep = mesh.layout, placement.ep
+        owned = np.full(mesh.size, max(1, _SAMPLE_TOKENS // mesh.size))
         topk_ids = routing.topk_ids(layer, 0, np.zeros_like(owned), owned)
+        num_tokens, rank = len(topk_ids), np.arange(mesh.size).repeat(owned)
         choice = CopyChoice(placement, mesh.ep_rank, mesh.nodes_of_ep_group)
-        counts = count_dispatch(topk_ids, owned, choice, mesh, by_node=_lies_evenly(mesh))
+        to = choice.ep_ranks(topk_ids, rank)
+        own = mesh.ep_rank[rank][:, None]
+        is_near = mesh.node[to * layout.etp + mesh.etp_rank[rank][:, None]]
+        is_near = is_near == mesh.node[rank][:, None]
+        is_row = _is_first(to)
 
-        def by_link(axis: Axis, rows: Exchange) -> Floats:
-            assert isinstance(rows, np.ndarray), "between each pair of ranks"
-            groups = mesh.groups(axis)
-            sent, is_near = rows * groups.is_peer, groups.is_near
-            return np.array([sent[is_near].sum(), sent[~is_near].sum()]) / num_tokens
+        def by_link(moved: npt.NDArray[np.bool_]) -> Floats:
+            to_others = moved & (to != own)
+            return np.array([(to_others & is_near).sum(), (to_others & ~is_near).sum()])
 
-        of_nodes = counts.by_node
-        busiest_first = np.argsort(-counts.pairs_of_ep_rank, kind="stable")
-        held = [list(placement.experts_of_rank[rank]) for rank in busiest_first]
-        chosen = np.zeros((len(held), max(map(len, held))))
-        for place, (rank, experts) in enumerate(zip(busiest_first, held, strict=True)):
-            num_tokens_of = counts.num_tokens_per_expert[rank, experts]
-            chosen[place, : len(experts)] = np.sort(num_tokens_of)[::-1] / num_tokens
+        nodes_reached, node_rows, forwarded = 0, np.zeros(2), np.zeros(2)
+        if _lies_evenly(mesh):
+            node, size = to // mesh.ep_per_node, mesh.ep_per_node
+            is_node_row = _is_first(node)
+            nodes_reached = int(is_node_row.sum())
+            node_rows[Link.INTER_NODE] = (is_node_row & (node != own // size)).sum()
+            forwarded[Link.INTRA_NODE] = (is_row & (to % size != own % size)).sum()
+        pairs_of_rank = np.bincount(to.ravel(), minlength=ep)
+        at = to * placement.num_experts + topk_ids
+        per_expert = np.bincount(at.ravel(), minlength=ep * placement.num_experts)
+        per_expert = per_expert.reshape(ep, -1)[np.argsort(-pairs_of_rank, kind="stable")]
+        num_slots = [len(experts) for experts in placement.experts_of_rank]
         return cls(
-            reached=counts.rows_to.sum() / num_tokens,
-            nodes_reached=0.0 if of_nodes is None else of_nodes.rows_sent.sum() / num_tokens,
-            rows=by_link("ep", counts.rows),
-            pairs=by_link("ep", counts.pairs),
-            node_rows=np.zeros(2) if of_nodes is None else by_link("ep_inter", of_nodes.rows),
-            forwarded=np.zeros(2) if of_nodes is None else by_link("ep_intra", of_nodes.forwarded),
-            hot=_hotness(counts.pairs_of_ep_rank, topk_ids.size),
-            num_slots=len(held[0]),
-            chosen=chosen,
+            reached=is_row.sum() / num_tokens,
+            nodes_reached=nodes_reached / num_tokens,
+            rows=by_link(is_row) / num_tokens,
+            pairs=by_link(np.ones_like(is_row)) / num_tokens,
+            node_rows=node_rows / num_tokens,
+            forwarded=forwarded / num_tokens,
+            hot=_hotness(pairs_of_rank, topk_ids.size),
+            num_slots=num_slots[int(pairs_of_rank.argmax())],
+            chosen=-np.sort(-per_expert, axis=1)[:, : max(num_slots)] / num_tokens,
         )
 
     @classmethod
@@ -142,7 +151,7 @@ def busiest_counts(
     rows = np.minimum(hot * tokens * (fan_out.reached / layout.ep), pairs)
     has_any = _has_any(fan_out.chosen[0], tokens)
     deviation = np.sqrt((has_any * (1 - has_any)).sum(axis=1))
-    active = has_any.sum(axis=1) + _largest_normal(layout.ep) * deviation
+    active = has_any.sum(axis=1) + largest_normal(layout.ep) * deviation
     active = np.minimum(active, fan_out.num_slots)
     rows, pairs = np.ceil(rows), np.ceil(pairs)
     own = rows, pairs, np.ceil(rows / layout.etp), np.ceil(pairs / layout.etp), np.ceil(active)
@@ -201,10 +210,10 @@ def _has_any(chosen: Floats, stage_tokens: Floats) -> Floats:
 
 def _busiest_of(mean: Floats, num_ranks: int) -> Floats:
     """What the busiest of ranks has if each has `mean` things on average, by chance alone."""
-    return mean + _largest_normal(num_ranks) * np.sqrt(mean)
+    return mean + largest_normal(num_ranks) * np.sqrt(mean)
 
 
-def _largest_normal(num: int) -> float:
+def largest_normal(num: int) -> float:
     """The median of the largest of `num` standard normal variables."""
     return NormalDist().inv_cdf(0.5 ** (1 / num)) if num > 1 else 0.0
 
@@ -214,6 +223,17 @@ def _hotness(pairs: Ints, num_pairs: int) -> float:
     mean = num_pairs / len(pairs)
     excess = pairs.max() / _busiest_of(np.array(mean), len(pairs))
     return float(max(1.0, excess))
+
+
+def _is_first(values: Ints) -> npt.NDArray[np.bool_]:
+    """[T, K]; whether a value stands for the first time in its row."""
+    order = np.argsort(values, axis=1, kind="stable")
+    rising = np.take_along_axis(values, order, axis=1)
+    is_new = np.ones(values.shape, dtype=np.bool_)
+    is_new[:, 1:] = rising[:, 1:] != rising[:, :-1]
+    is_first = np.empty_like(is_new)
+    np.put_along_axis(is_first, order, is_new, axis=1)
+    return is_first
 
 
 def _lies_evenly(mesh: StageMesh) -> bool:

@@ -33,17 +33,39 @@ def layer_steps(
     """
     attention_steps(out, model, model.window_of_layer(layer), part)
     if counts is None:
-        _norm_steps(out, model, part)
-        mlp_steps(out, model, model.intermediate_size, part)
+        dense_steps(out, model, part)
         return
-    _router_steps(out, model, part)
-    width = PayloadBytes.of(payload, out.types.activation_bytes, model.hidden_size)
+    router_steps(out, model, part)
+    if out.keeps_all:  # one sum over ranks for both
+        shared_expert_steps(out, model, part)
+    expert_steps(out, model, part, counts, payload)
+    if not out.keeps_all:
+        shared_expert_steps(out, model, part)
+
+
+def dense_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
+    """What comes after attention in a dense layer."""
+    _norm_steps(out, model, part)
+    mlp_steps(out, model, model.intermediate_size, part)
+
+
+def shared_expert_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
+    """The expert that all tokens take, if there is one; summed with the others' where it can be."""
     inner, is_scaled = model.shared_expert_intermediate_size, model.shared_expert_gate
-    if inner and out.keeps_all:  # one sum over ranks for both
-        mlp_steps(out, model, inner, part, is_scaled=is_scaled, is_summed=False)
+    if inner:
+        mlp_steps(out, model, inner, part, is_scaled=is_scaled, is_summed=not out.keeps_all)
+
+
+def expert_steps(
+    out: StepWriter,
+    model: ModelConfig,
+    part: TokenSizes,
+    counts: DispatchCounts,
+    payload: PayloadType,
+) -> None:
+    """Dispatch, experts and combine."""
+    width = PayloadBytes.of(payload, out.types.activation_bytes, model.hidden_size)
     ExpertSteps(out, model, part, counts, width).put_down()
-    if inner and not out.keeps_all:
-        mlp_steps(out, model, inner, part, is_scaled=is_scaled)
 
 
 def _norm_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
@@ -52,7 +74,7 @@ def _norm_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     out.by_token(Stage.ROUTER, part, hidden_bytes, 5, 1 + out.norm_kernels)
 
 
-def _router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
+def router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """That norm, and the choice of experts."""
     _norm_steps(out, model, part)
     routing, routed = model.routing, out.held(part)

@@ -197,17 +197,25 @@ class RankGroups:
     @cached_property
     def num_peers(self) -> Ints:
         """[2, R]; other ranks of the group, by `Link`."""
-        by_link = [self.is_peer & self.is_near, self.is_peer & ~self.is_near]
-        peers: Ints = np.stack(by_link).sum(axis=2)
-        return peers
+        num_here: Ints = self._here[1]
+        return np.stack([num_here - 1, self.size - num_here])
 
     @cached_property
     def num_nodes(self) -> Ints:
         """[R]; nodes that a rank's group is on."""
-        in_group = (self.group[:, None] == self.group).astype(np.int64)
-        is_on_node = (self.node[:, None] == np.unique(self.node)).astype(np.int64)
-        num: Ints = np.count_nonzero(in_group @ is_on_node, axis=1)
+        groups, _ = self._here
+        num: Ints = np.bincount(groups, minlength=len(self._starts))[self._place]
         return num
+
+    @cached_property
+    def _here(self) -> tuple[Ints, Ints]:
+        """The group of each pair of group and node; how many ranks each rank has there, [R]."""
+        _, node = np.unique(self.node, return_inverse=True)
+        num_nodes = int(node.max(initial=0)) + 1
+        pairs, which, counts = np.unique(
+            self._place * num_nodes + node, return_inverse=True, return_counts=True
+        )
+        return pairs // num_nodes, counts[which]
 
     @cached_property
     def one(self) -> "OneOfGroup":

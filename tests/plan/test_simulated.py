@@ -1,0 +1,127 @@
+"""The few best, simulated: which those are, and what a whole load of the same comes to."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from expertlane.errors import UserError
+from expertlane.plan.candidates import Goals, family_of
+from expertlane.plan.screen import fitting
+from expertlane.plan.search import OnePool
+from expertlane.plan.simulated import BestFirst, simulate, simulate_pools, simulated_pool
+from expertlane.plan.throughput import ThroughputCurve
+from expertlane.spec.layout import Layout
+from expertlane.spec.workload import Workload
+from plan.requests import search_of
+
+GOALS = Goals()
+
+
+@pytest.fixture(scope="module")
+def options():
+    return fitting(search_of(num_devices=8).screen())
+
+
+def times(factor_of, done):
+    """A simulation that has so many times the tokens that were screened."""
+
+    def run(option):
+        done.append(option)
+        factor, at = factor_of(option.candidate.layout), slice(option.place, option.place + 1)
+        served = option.served
+        return ThroughputCurve(
+            served.num_seqs[at],
+            served.tps[:, at] * factor,
+            served.tpot_s[:, at] / factor,
+            served.ttft_s[:, at] / factor,
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "factor_of",
+    [
+        lambda layout: 1.0,
+        lambda layout: 1 / layout.dp,  # data-parallel attention is worse than screened
+        lambda layout: 1.3 if layout.tp == 8 else 0.7,
+        lambda layout: 0.5 if layout.ep > 1 else 1.0,
+    ],
+)
+def test_nothing_that_was_only_screened_may_be_better(options, factor_of):
+    done = []
+    found = BestFirst(options, GOALS, times(factor_of, done), lambda _: None, most=10**6).result()
+    assert found.num_open == 0
+    assert [each.tps for each in found.kept] == sorted((e.tps for e in found.kept), reverse=True)
+    assert len(done) == len(found.kept) < len(options) / 2
+    first = found.kept[0]
+    true = max(factor_of(each.candidate.layout) * each.tps for each in options)
+    assert first.tps == pytest.approx(true)
+
+
+def test_the_best_of_kinds_come_first_and_the_budget_holds(options):
+    done = []
+    found = BestFirst(options, GOALS, times(lambda _: 1.0, done), lambda _: None, most=3).result()
+    assert len(done) == 3
+    families = [family_of(each.candidate.layout) for each in done]
+    assert len(set(families)) == 3
+    slower = BestFirst(options, GOALS, times(lambda each: 1 / each.tp, []), lambda _: None, most=3)
+    assert slower.result().num_open > 0
+    assert found.num_open >= 0
+
+
+def test_what_breaks_a_limit_is_taken_up_with_fewer_sequences(options):
+    best = max(options, key=lambda each: each.tps)
+    goals = Goals(max_tpot_s=1.01 * float(best.served.tpot_s[1, best.place]))
+    within = [replace(each, place=each.served.best(goals)) for each in options]
+    found = BestFirst(within, goals, times(lambda _: 0.9, []), lambda _: None).result()
+    assert found.broke
+    assert all(each.served.best(goals) is not None for each in found.kept)
+
+
+def test_prompts_hold_up_data_parallel_ranks():
+    """The same workload with equal and with drawn lengths, and what screening makes of both."""
+    workload = Workload(64, 512, 64)
+    search = search_of(num_devices=8, workload=workload)
+    of_layout = {str(each.candidate): each for each in fitting(search.screen())}
+    ratios = {}
+    for name in ("dp=8; plain", "replicas=2,tp=4; plain", "pp=2,tp=4; plain"):
+        option = replace(of_layout[name], place=len(of_layout[name].steps.num_seqs) - 1)
+        served = simulate(option, search.request)
+        assert served.num_seqs[0] == option.num_seqs == 64
+        assert (np.diff(served.tps[:, 0]) >= 0).all()
+        ratios[name] = served.tps[1, 0] / option.tps
+    assert all(0.7 < ratio < 1.4 for ratio in ratios.values()), ratios
+
+
+def test_a_plan_ranks_by_what_was_simulated():
+    search = search_of(num_devices=4)
+    found = simulated_pool(search, search.screen(), lambda _: None)
+    assert isinstance(found, OnePool)
+    assert 0 < len(found.finalists) <= found.num_simulated
+    tps = [each.tps for each in found.finalists]
+    assert tps == sorted(tps, reverse=True)
+    again = simulate(found.finalists[0].option, search.request)
+    assert again.tps[1, 0] == found.finalists[0].tps  # the same seed
+
+
+def test_nothing_keeps_an_impossible_limit_when_simulated():
+    search = search_of(num_devices=4, goals=Goals(max_tpot_s=1e-6))
+    with pytest.raises(UserError, match="no deployment on h100x4 meets the limits; the nearest"):
+        simulated_pool(search, search.screen(), lambda _: None)
+
+
+def test_pools_with_replicas_that_divide_alike_are_simulated_in_part():
+    search = search_of(num_devices=4, workload=Workload(32, 512, 64))
+    of_layout = {str(each.candidate): each for each in fitting(search.screen())}
+    option = of_layout["replicas=2,tp=2; plain"]
+    whole = replace(option, place=len(option.steps.num_seqs) - 1)
+    served = simulate_pools(whole, whole, search.request)
+    half = replace(search.request, workload=Workload(16, 512, 64))
+    one = replace(whole, candidate=whole.candidate._replace(layout=Layout(tp=2)))
+    of_half = replace(one, steps=replace(one.steps, num_seqs=one.steps.num_seqs // 2))
+    alone = simulate_pools(one, of_half, half)
+    assert served.tps == pytest.approx(2 * alone.tps)
+    many = replace(whole, candidate=whole.candidate._replace(layout=Layout(replicas=17, tp=2)))
+    assert simulate_pools(many, one, search.request) is None
