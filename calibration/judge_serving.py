@@ -50,7 +50,10 @@ def main() -> int:
     answers = dict(zip(order, project([questions[i] for i in order], asked.jobs), strict=True))
     base = [(row, answers[place]) for place, row in enumerate(rows)]
     refused = [pair for pair in base if pair[1].refused]
-    base = [(row, in_waves(row, each)) for row, each in base if not each.refused]
+    # Repeats of a point have the same waves.
+    waves = {(row.point, each): row for row, each in base if not each.refused}
+    seen = {(point, each): in_waves(row, each) for (point, each), row in waves.items()}
+    base = [(row, seen[row.point, each]) for row, each in base if not each.refused]
     fitted = {row.configuration for row in sides.fitted}
     frameworks = fit([each for each in base if each[0].configuration in fitted])
     pairs = [(row, with_overheads(row, each, frameworks[row.framework])) for row, each in base]
