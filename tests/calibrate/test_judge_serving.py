@@ -238,6 +238,18 @@ def test_places_where_a_pool_decodes(conc, workers, most):
     assert ROW.decode_seqs == 0
 
 
+def test_waves_are_played_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(serving_waves, "_PLAYED", tmp_path / "waves.jsonl")
+    apart = replace(ROW, prefill=Workers(8, 8, False, 1))
+    pairs = [(ROW, projected(0.01)), (apart, replace(projected(0.01), prefill_rate=5.0))]
+    found = serving_waves.all_in_waves([*pairs, *pairs], 1)
+    monkeypatch.setattr(serving_waves, "in_waves", lambda row, steady: pytest.fail("again"))
+    again = serving_waves.all_in_waves([*pairs, *pairs], 1)
+    for one, two in zip(found, again, strict=True):
+        assert two.ttft_s == pytest.approx(one.ttft_s)
+    assert found[0] != found[1]
+
+
 def test_a_benchmark_of_waves_is_slower_than_its_steady_state():
     steady = projected(0.01)
     assert serving_waves.in_waves(ROW, steady).output_tps[1] == pytest.approx(50 / 1.05)
