@@ -4,8 +4,8 @@ python calibration/judge_serving.py FILE              errors on the half that wa
 python calibration/judge_serving.py FILE --write      and what expertlane reads of it
 
 FILE: public end-to-end measurements as CSV; `serving_rows.py` says what is taken for granted of
-them. Prints Markdown. What was simulated stays in build/judge_serving.jsonl until the model or the
-rows change, so that an interrupted run goes on.
+them. Prints Markdown. What was simulated stays in build/judge_*.jsonl until the model or the rows
+change, so that an interrupted run goes on.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from serving_fit import (
 )
 from serving_rows import TYPES, Row, read_rows
 from serving_simulation import Question, project
-from serving_waves import in_waves
+from serving_waves import all_in_waves
 
 from expertlane.cost.laws.frameworks import FILE, Framework, JudgedGroup
 
@@ -50,7 +50,9 @@ def main() -> int:
     answers = dict(zip(order, project([questions[i] for i in order], asked.jobs), strict=True))
     base = [(row, answers[place]) for place, row in enumerate(rows)]
     refused = [pair for pair in base if pair[1].refused]
-    base = [(row, in_waves(row, each)) for row, each in base if not each.refused]
+    base = [pair for pair in base if not pair[1].refused]
+    waves = all_in_waves(base, asked.jobs)
+    base = [(row, each) for (row, _), each in zip(base, waves, strict=True)]
     fitted = {row.configuration for row in sides.fitted}
     frameworks = fit([each for each in base if each[0].configuration in fitted])
     pairs = [(row, with_overheads(row, each, frameworks[row.framework])) for row, each in base]

@@ -24,6 +24,8 @@ _FEW_OPEN = 64  # requests
 _SEED = 18
 _SAMPLES = np.concatenate([np.arange(0.0, 0.02, 1e-4), np.arange(0.02, 1.0, 5e-3)])
 _INNER = (0.25, 0.75)  # quantiles of what single rows ask for: the bounds of a term
+# What was measured, what the model says, and how often the time adds to that.
+_Asked = tuple[float, float, float]
 _ORIGIN = "calibration/judge_serving.py: half of the configurations of DeepSeek-R1"
 
 
@@ -102,8 +104,10 @@ def _acceptance(tokens: float, num_drafts: int) -> float:
 def fit(base: Sequence[tuple[Row, Projected]]) -> dict[str, Framework]:
     """The overheads of each framework.
 
-    A step's host time adds to TPOT as many times as there are steps to a token. What a request
-    takes to arrive adds to TTFT where hardly any waits for others. Repeats of a point count once.
+    A step's host time adds to TPOT as many times as there are steps to a token. Its bounds come
+    from the half of the points with the shorter TPOT: it is the same whatever a step computes, and
+    what long steps lack is mostly for bounds of the laws. What a request takes to arrive adds to
+    TTFT where hardly any waits for others. Repeats of a point count once.
 
     Args:
         base: rows to fit to, with what the model says where hosts take no time.
@@ -111,9 +115,8 @@ def fit(base: Sequence[tuple[Row, Projected]]) -> dict[str, Framework]:
     found = {}
     for name in TITLES:
         own = _points([each for each in base if each[0].framework == name])
-        host = _nearest(
-            [(row.tpot_s, each.tpot_s[LIKELY], each.steps_per_token) for row, each in own]
-        )
+        steps = sorted((row.tpot_s, each.tpot_s[LIKELY], each.steps_per_token) for row, each in own)
+        host = _nearest(steps, steps[: -(-len(steps) // 2)])
         alone = [each for each in own if _is_prompt_alone(each[0])]
         arrival = _nearest(
             [(row.ttft_s, each.ttft_s[LIKELY] + host[1], 1.0) for row, each in alone or own]
@@ -137,9 +140,11 @@ def _points(pairs: Sequence[tuple[Row, Projected]]) -> list[tuple[Row, Projected
 
 
 def _is_prompt_alone(row: Row) -> bool:
-    """Whether a prompt hardly waits: few requests, no other ranks whose prompts it awaits."""
-    workers = row.prefill or row.decode
-    return row.conc <= _FEW_OPEN and (row.prefill is not None or not workers.dp_attention)
+    """Whether a prompt hardly waits: few requests, each with a place, none awaits other ranks'."""
+    if row.prefill is None:
+        return row.conc <= _FEW_OPEN and not row.decode.dp_attention
+    layout = row.decode.layout
+    return row.conc <= min(_FEW_OPEN, row.decode_seqs * layout.dp * layout.replicas)
 
 
 def with_overheads(row: Row, base: Projected, framework: Framework) -> Projected:
@@ -166,17 +171,20 @@ def with_overheads(row: Row, base: Projected, framework: Framework) -> Projected
     )
 
 
-def _nearest(asked: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+def _nearest(
+    asked: Sequence[_Asked], for_bounds: Sequence[_Asked] | None = None
+) -> tuple[float, float, float]:
     """Low, likely and high of a time whose likely value makes the median error least.
 
     Args:
-        asked: what was measured, what the model says, and how often the time adds to that.
+        for_bounds: those whose quartiles are the bounds; all where left out.
     """
     if not asked:
         return 0.0, 0.0, 0.0
     measured, likely, times = np.array(asked).T
     off = np.abs(np.log((likely + _SAMPLES[:, None] * times) / measured))
     value = float(_SAMPLES[np.median(off, axis=1).argmin()])
+    measured, likely, times = np.array(for_bounds or asked).T
     lacking = np.maximum((measured - likely) / times, 0.0)
     low, high = (float(np.quantile(lacking, share)) for share in _INNER)
     return min(low, value), value, max(high, value)

@@ -8,12 +8,16 @@ was measured. What it does not say is assumed here, the same for all rows:
 - Keys and values are float8; requests come as others end (a closed loop of `conc`).
 - Clients of TensorRT-LLM see the tokens of 10, 20 or 100 steps at once, as rows without multi-token
   prediction show (ITL over TPOT); with it that ratio tells the tokens of a step.
+- Where pools are apart, a rank decodes at most `Row.decode_seqs` requests at once. The file lacks
+  the limit that each deployment was started with; its loads are mostly a little above it, and what
+  has no place waits, in TTFT (docs/validation.md has how far this can be seen).
 - `tp` ranks hold the attention of a request together, or with `dp_attention` one each; experts are
   cut in `ep`. Of rows in one pool, the file's numbers of GPUs are `tp` × `ep`: wrong, and not used.
 """
 
 import csv
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from expertlane.spec.workload import LengthRange, Load
 
 TYPES = {"fp8": "float8", "fp4": "nvfp4"}
 _SHORTEST = 0.8  # of lengths, as a share of the longest
+_LIMITS = (1, 3, 4, *(most << place for place in range(2, 12) for most in (2, 3)))
 
 # Sizes that transformers gives a DeepseekV3Config are the model's; these two it leaves out.
 _MODEL = {
@@ -135,6 +140,21 @@ class Row:
         """Requests kept unfinished."""
         ends = (LengthRange(round(_SHORTEST * each), each) for each in self.lengths)
         return Load(self.conc, *ends, batch=self.conc)
+
+    @property
+    def decode_seqs(self) -> int:
+        """Requests that a rank of the pool for decoding has at once, at most; 0 in one pool.
+
+        The largest of 1, 3, 4, 8, 12, 16, 24 ... that the load does not fall short of: powers of
+        two and three times them, without 2 and 6, since of rows to fit to with so many requests on
+        a rank most have room for 1 and 4. No benchmark is taken to keep more than twice as many.
+        """
+        if self.prefill is None:
+            return 0
+        layout = self.decode.layout
+        of_rank = self.conc / (layout.replicas * layout.dp)
+        most = max(each for each in _LIMITS if each <= max(of_rank, 1))
+        return most if of_rank <= 2 * most else ceil(of_rank)
 
     @property
     def tokens_seen(self) -> float | None:

@@ -39,7 +39,7 @@ class Projected:
 
     Attributes:
         output_tps: of a GPU that decodes.
-        steps_per_token, num_waiting, prefill_rate: as `SteadyRates` has them.
+        steps_per_token, num_waiting, prefill_rate, prompt_s: as `SteadyRates` has them.
         seconds: that the simulation took.
         refused: why there is none; all else is 0 then.
     """
@@ -50,6 +50,7 @@ class Projected:
     steps_per_token: float = 0.0
     num_waiting: float = 0.0
     prefill_rate: float = 0.0
+    prompt_s: float = 0.0
     num_steps: int = 0
     num_priced: int = 0
     seconds: float = 0.0
@@ -160,7 +161,7 @@ def simulate(question: Question) -> Projected:
         execution=Execution.GRAPH,
         routing=choose_routing(model, None, None, _SEED, num_sampled_layers=1).source,
         multi_token=MultiToken(row.num_drafts, question.acceptance),
-        max_num_seqs=2 * of_rank + 8,
+        max_num_seqs=row.decode_seqs or 2 * of_rank + 8,
         max_num_batched_tokens=framework.max_num_batched_tokens,
         prompt_wait_steps=framework.prompt_wait_steps,
     )
@@ -174,6 +175,7 @@ def simulate(question: Question) -> Projected:
         steps_per_token=rates.steps_per_token,
         num_waiting=rates.num_waiting,
         prefill_rate=rates.prefill_rate,
+        prompt_s=rates.prompt_s,
         num_steps=rates.num_steps,
         num_priced=rates.num_priced,
     )

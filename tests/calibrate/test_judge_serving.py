@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis.strategies import integers, tuples
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "calibration"))
@@ -163,21 +165,96 @@ def test_what_is_written_is_read(tmp_path, monkeypatch):
     assert np.isfinite([term.high for each in read.values() for term in each.terms.values()]).all()
 
 
+def two_pools(**others):
+    """Prompts of ten tokens take a second each, alone or not."""
+    sizes = {"step_tokens": 10, "num_places": 8, "tpot_s": 0.0, "alone_s": 1.0, "full_s": 1.0}
+    return serving_waves.TwoPools(**{"num_prefill": 1, "num_decode": 1, **sizes, **others})
+
+
 def test_waves_wait_for_each_other_s_prefill():
     """Eight at once, a prompt a second, no time to decode: each wave waits for seven others."""
-    alone = serving_waves.waits_s(1, 1.0, 1, 0.1, (10, 10))
-    assert alone.tolist() == [0.0] * serving_waves.NUM_WAVES
-    waits = serving_waves.waits_s(8, 1.0, 1, 0.0, (10, 10))
-    assert waits[:8].tolist() == list(range(8))
-    assert waits[8:] == pytest.approx(np.full(len(waits) - 8, 7.0))
-    long = serving_waves.waits_s(8, 1.0, 1, 100.0, (10, 10))
-    assert long[8:].max() == pytest.approx(0.0)  # spread by the first wave for good
+    alone = two_pools(tpot_s=0.1).serve(1, (10, 10), (10, 10))
+    assert alone.ttft_s == pytest.approx(np.full(serving_waves.NUM_WAVES, 1.0))
+    assert alone.total_s == pytest.approx(1.9 * serving_waves.NUM_WAVES)
+    seen = two_pools().serve(8, (10, 10), (10, 10))
+    assert seen.ttft_s[:8].tolist() == list(range(1, 9))
+    assert seen.ttft_s[8:] == pytest.approx(np.full(len(seen.ttft_s) - 8, 8.0))
+    # Spread by the first wave for good.
+    assert two_pools(tpot_s=100.0).serve(8, (10, 10), (10, 10)).ttft_s[8:].max() < 1.01
+
+
+@pytest.mark.parametrize(
+    ("num_prefill", "step_tokens", "full_s", "last_s"),
+    [
+        (1, 80, 1.0, 1.0),  # all eight in a step
+        (1, 40, 2.0, 4.0),  # four in a step, twice
+        (2, 40, 2.0, 2.0),  # four in a step of each
+        (1, 15, 1.5, 9.0),  # one and a half in each of six steps, the first of another wave last
+    ],
+)
+def test_prompts_share_steps(num_prefill, step_tokens, full_s, last_s):
+    sizes = {"num_prefill": num_prefill, "step_tokens": step_tokens, "full_s": full_s}
+    seen = two_pools(**sizes).serve(8, (10, 10), (10, 10))
+    assert seen.ttft_s[:8].max() == pytest.approx(last_s)
+
+
+@given(
+    num_decode=integers(1, 5),
+    num_places=integers(1, 20),
+    over=integers(1, 20),
+    outputs=tuples(integers(50, 90), integers(100, 150)),
+)
+@settings(max_examples=20, deadline=None)
+def test_what_has_no_place_waits_for_its_first_token(num_decode, num_places, over, outputs):
+    """Little's law: so many wait on average, whatever the lengths."""
+    pools = two_pools(num_decode=num_decode, num_places=num_places, alone_s=0, full_s=0, tpot_s=1)
+    places = num_decode * num_places
+    seen = pools.serve(places + over, (10, 10), outputs)
+    decode_s = np.mean(outputs) - 1
+    waiting_s = seen.ttft_s.sum() / seen.total_s
+    assert seen.num_tokens == pytest.approx(np.mean(outputs) * len(seen.ttft_s), rel=0.2)
+    assert waiting_s <= places + over
+    assert seen.total_s >= 0.8 * len(seen.ttft_s) * decode_s / places
+    if num_decode == 1:
+        assert waiting_s == pytest.approx(over, rel=0.35, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("conc", "workers", "most"),
+    [
+        (666, Workers(16, 16, True, 1), 32),
+        (16130, Workers(4, 4, True, 5), 768),
+        (20, Workers(8, 8, False, 4), 4),
+        (6, Workers(8, 8, False, 3), 1),
+        (76, Workers(8, 8, True, 4), 3),
+        (1, Workers(8, 8, False, 1), 1),
+        (2, Workers(8, 8, False, 4), 1),
+    ],
+)
+def test_places_where_a_pool_decodes(conc, workers, most):
+    assert (
+        replace(ROW, prefill=Workers(4, 4, True, 1), decode=workers, conc=conc).decode_seqs == most
+    )
+    assert ROW.decode_seqs == 0
+
+
+def test_waves_are_played_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(serving_waves, "_PLAYED", tmp_path / "waves.jsonl")
+    apart = replace(ROW, prefill=Workers(8, 8, False, 1))
+    pairs = [(ROW, projected(0.01)), (apart, replace(projected(0.01), prefill_rate=5.0))]
+    found = serving_waves.all_in_waves([*pairs, *pairs], 1)
+    monkeypatch.setattr(serving_waves, "in_waves", lambda row, steady: pytest.fail("again"))
+    again = serving_waves.all_in_waves([*pairs, *pairs], 1)
+    for one, two in zip(found, again, strict=True):
+        assert two.ttft_s == pytest.approx(one.ttft_s)
+    assert found[0] != found[1]
 
 
 def test_a_benchmark_of_waves_is_slower_than_its_steady_state():
     steady = projected(0.01)
     assert serving_waves.in_waves(ROW, steady).output_tps[1] == pytest.approx(50 / 1.05)
     apart = replace(ROW, prefill=Workers(8, 8, False, 1), conc=64)
-    found = serving_waves.in_waves(apart, replace(steady, prefill_rate=5.0))
-    assert found.ttft_s[1] >= steady.ttft_s[1]
-    assert found.output_tps[1] < 50 / 1.05
+    found = serving_waves.in_waves(apart, replace(steady, prefill_rate=5.0, prompt_s=0.2))
+    low_s, likely_s, high_s = found.ttft_s
+    assert 0.1 <= low_s <= likely_s <= high_s
+    assert found.output_tps[1] <= 5.0 * apart.load.output_len.high / 8  # what prompts allow

@@ -187,7 +187,7 @@ class ServedRequest(Generic[TimeT]):
     def ttft_s(self) -> TimeT:
         """From when it was due to its first token, which its prompt's last step computes.
 
-        Where another pool decodes, KV transfer follows: that delays the second token.
+        Where another pool decodes, it is sent when the request's first step there begins.
         """
         return self.token_times_s[0] - self.due_s
 

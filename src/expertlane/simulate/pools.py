@@ -6,6 +6,7 @@ the pool that decodes. Each pool has its own scheduler, driver and ranks; all sh
 
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,14 @@ from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.workload import TimedRequest
+
+
+class Stepped(NamedTuple):
+    """A request that got a token, and when that step began and ended: [B] each."""
+
+    request: Request
+    begin_s: Floats
+    end_s: Floats
 
 
 class Pool:
@@ -43,15 +52,15 @@ class Pool:
             return min(float(handle.finished_s[self.runner.lead]) for handle in handles)
         return self._inbox[0][0] if self._inbox else None
 
-    def advance(self) -> list[tuple[Request, Floats]]:
-        """Let the next thing happen: requests that got a token then, and when, [B]."""
-        stepped: list[tuple[Request, Floats]] = []
+    def advance(self) -> list[Stepped]:
+        """Let the next thing happen: requests that got a token then."""
+        stepped: list[Stepped] = []
         finished = self._loop.commit_next()
         if finished is None:
             self.runner.wait_until(self._inbox[0][2])
         else:
-            _, finished_s = self.runner.bounds[finished.plan.step]
-            stepped = [(request, finished_s) for request in self.scheduler.stepped]
+            times = self.runner.bounds[finished.plan.step]
+            stepped = [Stepped(request, *times) for request in self.scheduler.stepped]
         self._take_in()
         return stepped
 
@@ -79,7 +88,9 @@ def run_load(
 
     In two pools, keys and values of a request travel beside the pools' own work when its prompt is
     done, one request after the other from each data-parallel rank; until the decoding pool has room
-    they are taken to have a place to be. A request preempted there computes its prompt there.
+    they are taken to have a place to be. A client gets its first token with the others, from the
+    pool that decodes: when its first step there begins. A request preempted there computes its
+    prompt there.
 
     Args:
         requests: by due time.
@@ -109,6 +120,7 @@ class _Serving:
         self._is_done = is_done
         self._free_s: dict[tuple[int, int], Floats] = {}  # by sender: replica and dp rank
         self._served: list[ServedRequest[Floats]] = []
+        self._moved: set[str] = set()  # of which no client has a token yet
         self._num_unfinished = 0
 
     def run(self, requests: Iterable[TimedRequest]) -> list[ServedRequest[Floats]]:
@@ -122,9 +134,9 @@ class _Serving:
             if not busy:
                 break
             pool = min(busy, key=lambda each: each[0] or 0.0)[1]
-            for request, at_s in pool.advance():
-                now_s = at_s
-                self._take_token(request, at_s, is_first=pool is self._prefill)
+            for each in pool.advance():
+                now_s = each.end_s
+                self._take_token(each, is_first=pool is self._prefill)
             self._fill(waiting, now_s)
             pool.submit()
         return self._served
@@ -150,16 +162,21 @@ class _Serving:
         request = Request(place, prompt, max_tokens=max_tokens, num_arrived_tokens=num_arrived)
         pool.deliver(request, due_s if num_arrived else due_s + pool.runner.terms.arrival_s)
 
-    def _take_token(self, request: Request, at_s: Floats, *, is_first: bool) -> None:
+    def _take_token(self, stepped: Stepped, *, is_first: bool) -> None:
+        request, begin_s, at_s = stepped
         served = self._served[int(request.request_id)]
+        if is_first and self._apart is not None and served.output_len > 1:
+            served.num_preemptions += request.num_preemptions
+            self._move(request, served.output_len - 1, at_s, *self._apart)
+            return
+        if request.request_id in self._moved:
+            self._moved.remove(request.request_id)
+            served.token_times_s.append(begin_s)
         served.token_times_s.append(at_s)
         if len(served.token_times_s) == served.output_len:
             served.num_preemptions += request.num_preemptions
             self._num_unfinished -= 1
             self._on_finished()
-        elif is_first and self._apart is not None:
-            served.num_preemptions += request.num_preemptions
-            self._move(request, served.output_len - 1, at_s, *self._apart)
 
     def _move(
         self, request: Request, max_tokens: int, at_s: Floats, decode: Pool, transfers: KVTransfers
@@ -175,4 +192,5 @@ class _Serving:
             max_tokens=max_tokens,
             num_arrived_tokens=prompt_len,
         )
+        self._moved.add(request.request_id)
         decode.deliver(moved, there_s)

@@ -297,8 +297,8 @@ def _of_pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, 
             "KV transfer",
             where,
             "--prefill-layout",
-            "after the first token (so it counts in TPOT, not TTFT), one request at a time, "
-            "overlapped with both pools' work",
+            "before the first token, as waiting for the pool that decodes is (so both count in "
+            "TTFT), one request at a time, overlapped with both pools' work",
         ),
     ]
 

@@ -49,7 +49,8 @@ class ServingSetup:
     Attributes:
         prefill_layout: of a pool for prompts alone, on devices of its own.
         routing: which experts tokens choose.
-        max_num_seqs, max_num_batched_tokens: of a data-parallel rank.
+        max_num_seqs, max_num_batched_tokens: of a data-parallel rank. One of a pool for prompts
+            alone holds as many more as a step has tokens for.
         prompt_wait_steps: as of `Limits`.
         prefill_options: of a pool for prompts alone; None for `options`.
 
@@ -349,7 +350,12 @@ class Simulator:
             placements + placements[-1:] * (num_drafts > 0),
         )
         max_len = load.prompt_len.high if role == "prefill" else load.max_len
-        most_seqs = min(setup.max_num_seqs, load.num_requests)
+        max_num_seqs = setup.max_num_seqs
+        if role == "prefill":
+            max_num_seqs = max(
+                max_num_seqs, setup.max_num_batched_tokens // load.prompt_len.low + 2
+            )
+        most_seqs = min(max_num_seqs, load.num_requests)
         num_blocks = most_seqs * (ceil(max_len / setup.block_size) + 1)
         wanted = Limits(
             vocab_size=self.model.vocab_size,
@@ -358,7 +364,7 @@ class Simulator:
             num_blocks=int(RANGES["num_blocks"].high) if load.has_prefixes else num_blocks,
             block_size=setup.block_size,
             max_num_batched_tokens=setup.max_num_batched_tokens,
-            max_num_seqs=setup.max_num_seqs,
+            max_num_seqs=max_num_seqs,
             prompt_wait_steps=0 if role == "decode" else setup.prompt_wait_steps,
             prefix_caching=load.has_prefixes,
         )

@@ -23,6 +23,7 @@ _FEWEST_FIRST = 4  # first tokens of a stretch
 _SETTLING_STEPS = 4
 _NUM_GUESSES = 4  # of how many requests decode while others wait for prefill
 _PROBE_STEPS = 2
+_FULL_STEPS = 5  # of a pool that always has prompts; the first and the last of them do not count
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class SteadyRates:
         steps_per_token: likely; steps of the pool that decodes, over tokens of a request in them.
         num_decoding, num_waiting: likely requests past their first token, and before it.
         prefill_rate: likely prompts a second of a pool for prompts that always has some; 0 without.
+        prompt_s: likely seconds that this pool takes for a prompt alone; 0 without.
         num_steps, num_priced: of all pools, in the stretch and before it.
     """
 
@@ -45,6 +47,7 @@ class SteadyRates:
     num_decoding: float
     num_waiting: float
     prefill_rate: float
+    prompt_s: float
     num_steps: int
     num_priced: int
 
@@ -72,7 +75,7 @@ class _Stretch:
         enough = ceil(least_steps * self._batch / steps_of_output)
         first_together = self._simulator.setup.layout.dp if simulator.setup.prompt_wait_steps else 1
         self._num_first = max(_FEWEST_FIRST, 2 * first_together, enough)
-        self._prefill_rate = 0.0
+        self._prefill_rate = self._prompt_s = 0.0
 
     def rates(self) -> SteadyRates:
         """Serve the stretch and add it up."""
@@ -132,6 +135,7 @@ class _Stretch:
         if len(pools) == 1:
             return most
         self._prefill_rate = rate = self._rate_of_prompts(pools[0])
+        self._prompt_s = self._seconds_of_prompt(pools[0])
         running = most
         for _ in range(_NUM_GUESSES):
             step_s = float(self._decode_step_s(pools[-1], running)[LIKELY])
@@ -153,11 +157,19 @@ class _Stretch:
         layout, limits = pool.ranks.layout, pool.ranks.limits
         prompt = ceil(self._load.mean_lens[0])
         together = max(1, limits.max_num_batched_tokens // prompt) * layout.dp * layout.replicas
-        requests = [TimedRequest([0] * prompt, 1, 0.0)] * (3 * together)
+        requests = [TimedRequest([0] * prompt, 1, 0.0)] * (_FULL_STEPS * together)
         served = run_load(self._alone(pool), requests, 2 * together)
-        ends = sorted(float(each.token_times_s[0][LIKELY]) for each in served)
-        late = ends[len(ends) // 2 - 1 :]
-        return (len(late) - 1) / max(late[-1] - late[0], 1e-9)
+        ends = np.sort([each.token_times_s[0][LIKELY] for each in served])
+        # From the end of a step to that of another: all prompts of a step end at once.
+        begin, end = ends[together - 1], ends[-together - 1]
+        return float(np.sum((begin < ends) & (ends <= end)) / max(end - begin, 1e-9))
+
+    def _seconds_of_prompt(self, pool: SimulatedPool) -> float:
+        """Of a prompt that finds the pool at rest."""
+        (served,) = run_load(
+            self._alone(pool), [TimedRequest([0] * ceil(self._load.mean_lens[0]), 1, 0.0)]
+        )
+        return float((served.token_times_s[0] - served.due_s)[LIKELY])
 
     def _decode_step_s(self, pool: SimulatedPool, num_running: int, lead: int = LIKELY) -> Floats:
         """[3]; a step in which all decode."""
@@ -206,6 +218,7 @@ class _Stretch:
             num_decoding=num_decoding,
             num_waiting=self._batch - num_decoding,
             prefill_rate=self._prefill_rate,
+            prompt_s=self._prompt_s,
             num_steps=sum(len(pool.runner.bounds) for pool in pools),
             num_priced=sum(pool.runner.num_priced for pool in pools),
         )
