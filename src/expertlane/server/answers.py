@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from expertlane.engine.async_engine import Generation
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
-from expertlane.server.errors import ApiError, bad_field, json_response
+from expertlane.server.errors import ApiError, json_response
 from expertlane.server.logprobs import TokenTexts
 from expertlane.server.marks import ChatParts, MarkedText
 from expertlane.server.requests import ChatRequest, GenerationRequest
@@ -299,38 +299,6 @@ class ChatAnswer(Answer):
             reason = "tool_calls"
         more = {"logprobs": logprobs, "finish_reason": reason}
         return self._with_ids(piece, {"index": piece.place} | what | more)
-
-
-async def make_chat(service: Service, request: ChatRequest) -> ChatAnswer:
-    """An answer to a request, with its chat as tokens.
-
-    Raises:
-        ApiError: it can never be served.
-    """
-    prompt, text, params = await prepare_chat(service, request)
-    return ChatAnswer(service, request, [prompt], params, text)
-
-
-async def prepare_chat(
-    service: Service, request: ChatRequest
-) -> tuple[list[int], str, list[SamplingParams]]:
-    """A chat's tokens, its text, and how each of its choices is drawn.
-
-    Raises:
-        ApiError: it can never be served.
-    """
-    tools = request.offered_tools
-    if tools and not service.marks.has_calls:
-        text = "tools: the chat template of this model marks no calls as <tool_call>"
-        raise bad_field("tools", text, "unsupported_parameter")
-    prompt, text = await service.encode_chat(
-        request.messages,
-        add_generation_prompt=request.add_generation_prompt,
-        add_special_tokens=request.add_special_tokens,
-        tools=tools,
-        variables=request.chat_template_kwargs,
-    )
-    return prompt, text, service.params(request, [prompt], "messages")
 
 
 async def _watch(receive: Receive, generation: Generation) -> None:
