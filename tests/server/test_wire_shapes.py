@@ -87,7 +87,16 @@ SHAPES = [
             "ignore_eos": True,
         },
     ),
-    # BENCHES
+    (
+        "vllm bench serve",
+        CHAT,
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "thing"}]}],
+            "max_completion_tokens": 8,
+            "ignore_eos": True,
+        }
+        | STREAM,
+    ),
 ]
 
 
