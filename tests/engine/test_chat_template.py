@@ -259,6 +259,15 @@ def test_after_a_chat_that_took_too_much_the_next_one_is_rendered() -> None:
     assert template.render([USER]) == "AAA"
 
 
+def test_after_its_process_was_killed_the_next_chat_is_rendered() -> None:
+    template = ChatTemplate("{{ messages[0].role }}", {}, "here")
+    assert template._process is not None
+    process = template._process._process
+    process.kill()
+    process.wait()
+    assert template.render([USER]) == "user"
+
+
 def test_a_long_chat_is_rendered() -> None:
     messages = [{"role": "user", "content": "Wie geht's? 你好 " * 2000}, ASSISTANT] * 100
     text = ChatTemplate(CHATML, {}, "here").render(messages)

@@ -65,6 +65,7 @@ def test_some_requests(described):
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 def test_many_requests(described):
     found = draw(described, 230)
     print(found)

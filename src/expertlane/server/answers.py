@@ -15,14 +15,13 @@ from expertlane.engine.async_engine import Generation
 from expertlane.engine.grammars import Grammar
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.server.chat_parts import ChatParts
-from expertlane.server.errors import ApiError, bad_field, json_response
+from expertlane.server.errors import ApiError, json_response
 from expertlane.server.logprobs import TokenTexts
 from expertlane.server.marks import MarkedText
 from expertlane.server.middleware import DIRECT_SEND
 from expertlane.server.observed import Generated, note
 from expertlane.server.requests import ChatRequest, GenerationRequest
 from expertlane.server.service import Service
-from expertlane.server.tools import structured_chat
 from expertlane.server.usage import ReasoningCount, usage_of
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 
@@ -341,46 +340,6 @@ class ChatAnswer(Answer):
             reason = "tool_calls"
         more = {"logprobs": logprobs, "finish_reason": reason}
         return self._with_ids(piece, {"index": piece.place} | what | more)
-
-
-async def make_chat(service: Service, request: ChatRequest) -> ChatAnswer:
-    """An answer to a request, with its chat as tokens.
-
-    Raises:
-        ApiError: it can never be served.
-    """
-    return ChatAnswer(service, request, *await prepare_chat(service, request))
-
-
-async def prepare_chat(
-    service: Service, request: ChatRequest
-) -> tuple[list[int], list[SamplingParams], str, Grammar | None]:
-    """A chat's tokens, how each of its choices is drawn, its text, and a grammar of answers.
-
-    Raises:
-        ApiError: it can never be served.
-    """
-    tools = request.offered_tools
-    if tools and service.marks.calls is None:
-        text = (
-            "tools: the chat template of this model has none of the known marks of calls "
-            "(--tool-call-parser names them)"
-        )
-        raise bad_field("tools", text, "unsupported_parameter")
-    prompt, text = await service.encode_chat(
-        request.messages,
-        add_generation_prompt=request.add_generation_prompt,
-        add_special_tokens=request.add_special_tokens,
-        tools=tools,
-        variables=request.chat_template_kwargs,
-    )
-    structured, field = structured_chat(request, service.marks, text, service.model.tokenizer)
-    grammar = None if structured is None else await service.compile(structured, field)
-    shown = service.shown_token_ids(request)
-    params = service.params(
-        request, [prompt], "messages", structured=structured, shown_token_ids=shown
-    )
-    return prompt, params, text, grammar
 
 
 async def _watch(receive: Receive, generation: Generation) -> None:

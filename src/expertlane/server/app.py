@@ -4,8 +4,8 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
-from expertlane.server.answers import make_chat
 from expertlane.server.arrival import Arrival
+from expertlane.server.chats import make_chat
 from expertlane.server.completions import make_completion
 from expertlane.server.errors import ErrorBody, bad_field, install_handlers, json_response
 from expertlane.server.live import add_live

@@ -1,7 +1,6 @@
 """What a server serves: one model on its engine, who may come in, and texts as tokens."""
 
 import asyncio
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Limits
+from expertlane.server.checks import as_field, check_tokens
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.live import LiveFeed
 from expertlane.server.live_state import LiveState
@@ -29,7 +29,6 @@ from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
 
 _RETRY_S = 1
-_PROMPT = re.compile(r"prompt(?: (\d+))?(?=:)")
 
 
 @dataclass(frozen=True)
@@ -321,7 +320,9 @@ class Service:
             ApiError: a prompt or its output would be too long, or fields do not go together.
         """
         most = self.model.max_model_len
-        self._check_tokens(request)
+        check_tokens(request, self.model.limits.vocab_size)
+        if request.stop:
+            self.tokenizer("stop")
         found = []
         for prompt in prompts:
             room = most - len(prompt)
@@ -345,24 +346,6 @@ class Service:
             ]
             self.metrics.on_request(request.num_choices, wanted)
         return found
-
-    def _check_tokens(self, request: GenerationRequest) -> None:
-        """Refuse what is no token of the model.
-
-        Raises:
-            ApiError: a field names one.
-        """
-        size = self.model.limits.vocab_size
-        for name, given in (
-            ("stop_token_ids", request.stop_token_ids or ()),
-            ("logit_bias", map(int, request.logit_bias or ())),
-        ):
-            for token_id in given:
-                if token_id >= size:
-                    text = f"{name}: there is no token {token_id}; valid ids: 0 to {size - 1}"
-                    raise bad_field(name, text)
-        if request.stop:
-            self.tokenizer("stop")
 
     def time_limit_s(self, request: SampledRequest) -> float | None:
         """How long a request may take, from its arrival; None for any time."""
@@ -397,7 +380,7 @@ class Service:
         try:
             generation = await self.engine.generate(prompts, params, priority=request.priority or 0)
         except UserError as error:
-            raise bad_field(param, _as_field(str(error), param, request.num_choices)) from None
+            raise bad_field(param, as_field(str(error), param, request.num_choices)) from None
         except Exception as error:
             raise _ended(error) from None
         timer = None
@@ -422,13 +405,3 @@ class Service:
 
 def _ended(error: Exception) -> ApiError:
     return ApiError(500, f"the engine has ended: {error}", code="engine_dead")
-
-
-def _as_field(message: str, param: str, num_choices: int) -> str:
-    """A refusal of the engine with the field's name for `prompt`, or `prompt 3`."""
-    found = _PROMPT.match(message)
-    if found is None:
-        return f"{param}: {message}"
-    number = found[1]
-    place = "" if number is None else f"[{(int(number) - 1) // num_choices}]"
-    return f"{param}{place}{message[found.end() :]}"

@@ -14,10 +14,10 @@ from expertlane.schedule.request import FinishReason
 from expertlane.server.answers import (
     EVENTS_HEAD,
     ChatAnswer,
-    prepare_chat,
     send_part,
     taken,
 )
+from expertlane.server.chats import prepare_chat
 from expertlane.server.errors import ApiError, json_response
 from expertlane.server.requests import ChatRequest
 from expertlane.server.responses.items import Event, ResponseItems

@@ -1,0 +1,49 @@
+"""Chats as prompts, and their answers."""
+
+from expertlane.engine.grammars import Grammar
+from expertlane.server.answers import ChatAnswer
+from expertlane.server.errors import bad_field
+from expertlane.server.requests import ChatRequest
+from expertlane.server.service import Service
+from expertlane.server.tools import structured_chat
+from expertlane.spec.sampling import SamplingParams
+
+
+async def make_chat(service: Service, request: ChatRequest) -> ChatAnswer:
+    """An answer to a request, with its chat as tokens.
+
+    Raises:
+        ApiError: it can never be served.
+    """
+    return ChatAnswer(service, request, *await prepare_chat(service, request))
+
+
+async def prepare_chat(
+    service: Service, request: ChatRequest
+) -> tuple[list[int], list[SamplingParams], str, Grammar | None]:
+    """A chat's tokens, how each of its choices is drawn, its text, and a grammar of answers.
+
+    Raises:
+        ApiError: it can never be served.
+    """
+    tools = request.offered_tools
+    if tools and service.marks.calls is None:
+        text = (
+            "tools: the chat template of this model has none of the known marks of calls "
+            "(--tool-call-parser names them)"
+        )
+        raise bad_field("tools", text, "unsupported_parameter")
+    prompt, text = await service.encode_chat(
+        request.messages,
+        add_generation_prompt=request.add_generation_prompt,
+        add_special_tokens=request.add_special_tokens,
+        tools=tools,
+        variables=request.chat_template_kwargs,
+    )
+    structured, field = structured_chat(request, service.marks, text, service.model.tokenizer)
+    grammar = None if structured is None else await service.compile(structured, field)
+    shown = service.shown_token_ids(request)
+    params = service.params(
+        request, [prompt], "messages", structured=structured, shown_token_ids=shown
+    )
+    return prompt, params, text, grammar
