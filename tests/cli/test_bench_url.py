@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from client.fake_server import Fake, answer, error
+from client.fake_server import answer, error, fakes
 from engine.processes import wait_until
 from expertlane.results.file import read
 
@@ -21,15 +21,8 @@ KEY = "sk-a-secret"
 
 @pytest.fixture
 def fake():
-    made = []
-
-    def make(*given, **more):
-        made.append(Fake(*given, **more))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.stop()
+    with fakes() as make:
+        yield make
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +109,25 @@ def test_a_chat_gets_text(run, fake, tmp_path):
     lens = [len(each["messages"][0]["content"]) for each in server.asked[1:]]
     assert set(lens) == {2}  # of 4 tokens the template adds two
     assert " | chat | " in out
+
+
+def test_recorded_requests_come_when_they_did_and_share_what_they_shared(run, fake, tmp_path):
+    server = fake()
+    trace = tmp_path / "trace.jsonl"
+    rows = [(0, 520, 2, [1, 2]), (10, 600, 3, [1, 3]), (20, 5, 1, [])]
+    names = "timestamp", "input_length", "output_length", "hash_ids"
+    trace.write_text("\n".join(json.dumps(dict(zip(names, row, strict=True))) for row in rows))
+    asked = ["bench", "--url", server.url, "--requests", str(trace), "--num-warm-up", "0"]
+    code, out, err = run(*asked, "--json")
+    assert code == 0, err
+    (serving,) = json.loads(out)["deployments"][0]["serving"]
+    assert (serving["batch"], serving["rate"]) == (None, None)
+    requests = serving["client"]["requests"]
+    assert requests["due_s"] == [0, 0.01, 0.02]
+    assert requests["prompt_lens"] == [520, 600, 5]
+    first, second, _ = (each["prompt"] for each in server.asked[1:])
+    assert first[:512] == second[:512]
+    assert first[512:520] != second[512:520]
 
 
 MISTAKES = {

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 HEAD = b"HTTP/1.1 %d OK\r\nContent-Type: %s\r\n"
@@ -89,6 +90,22 @@ class Fake:
             cards = [{"id": name, "owned_by": "fake"} for name in self._models]
             return whole({"object": "list", "data": cards})
         return whole({"version": "1.2"}) if route == "/version" else whole({}, 404)
+
+
+@contextmanager
+def fakes() -> Iterator[Callable[..., Fake]]:
+    """What makes such servers; all are ended."""
+    made: list[Fake] = []
+
+    def make(*given: Any, **more: Any) -> Fake:
+        made.append(Fake(*given, **more))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for each in made:
+            each.stop()
 
 
 END = b"0\r\n\r\n"

@@ -1,11 +1,10 @@
 """Loads on servers that answer, refuse, break off and vanish."""
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 
-from client.fake_server import DONE, END, OPENING, Fake, answer, chunk, error, text, usage, whole
+from client.fake_server import DONE, END, OPENING, answer, chunk, error, fakes, text, usage, whole
 from expertlane.client.connection import Url
 from expertlane.client.run import Asked, Target, measure
 from expertlane.errors import UserError
@@ -15,16 +14,9 @@ from expertlane.spec.workload import LengthRange, Load
 
 
 @pytest.fixture
-def fake() -> Iterator:
-    made = []
-
-    def make(*given, **more):
-        made.append(Fake(*given, **more))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.stop()
+def fake():
+    with fakes() as make:
+        yield make
 
 
 LENGTHS = LengthRange(2, 9), LengthRange(1, 5)

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from expertlane.errors import SpecError
+from expertlane.errors import SpecError, UserError
 from expertlane.spec.model import PRESETS
 from expertlane.spec.ranges import RANGES
-from expertlane.spec.workload import Workload
+from expertlane.spec.workload import LengthRange, Load, Workload, draw_requests
 
 TINY = PRESETS["paper-tiny"]  # 64 positions
 
@@ -86,3 +88,30 @@ def test_prompts_are_repeatable_and_depend_on_the_seed():
 def test_prompts_use_the_whole_vocabulary_and_no_more():
     prompts = Workload(num_sequences=100, prompt_len=10, output_len=1).prompt_token_ids(4)
     assert set(prompts.reshape(-1).tolist()) == {0, 1, 2, 3}
+
+
+@given(
+    num=st.integers(1, 30),
+    prompt_len=st.integers(2, 20),
+    num_prefixes=st.integers(1, 4),
+    data=st.data(),
+)
+def test_prompts_share_their_beginnings(num, prompt_len, num_prefixes, data):
+    prefix_len = data.draw(st.integers(0, prompt_len - 1))
+    lengths = LengthRange(prompt_len, prompt_len + 5), LengthRange(1, 3)
+    plain = Load(num, *lengths, batch=1)
+    shared = Load(num, *lengths, batch=1, prefix_len=prefix_len, num_prefixes=num_prefixes)
+    before, after = (draw_requests(each, 10**6, [7]) for each in (plain, shared))
+    lens = [[len(request.prompt_token_ids) for request in each] for each in (before, after)]
+    assert lens[0] == lens[1]
+    prompts = [request.prompt_token_ids for request in after]
+    beginnings = {tuple(each[:prefix_len]) for each in prompts}
+    assert len(beginnings) <= num_prefixes
+    assert shared.has_prefixes == (prefix_len > 0)
+    if not prefix_len:
+        assert prompts == [request.prompt_token_ids for request in before]
+
+
+def test_a_prompt_is_longer_than_its_beginning():
+    with pytest.raises(UserError, match="prefix_len is 4, prompt_len 4:9; a prompt must be longer"):
+        Load(1, LengthRange(4, 9), LengthRange(1, 1), batch=1, prefix_len=4)

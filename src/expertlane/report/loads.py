@@ -76,6 +76,11 @@ def served(results: Results) -> list[Served]:
     return [Served(record, each) for record in results.deployments for each in record.serving]
 
 
+def whose(results: Results) -> str:
+    """What deployments are told apart by, as a heading."""
+    return "server" if results.deployments[0].layout is None else "layout"
+
+
 def best_of(found: Sequence[Served]) -> Served:
     """The load with most output that meets all objectives; if none does, with most goodput."""
     best = best_load([each.serving for each in found])
@@ -271,8 +276,7 @@ def _columns(results: Results, rows: Sequence[Served]) -> Iterator[_Ranked]:
             for place, each in enumerate(rows)
             if not place or rows[place - 1].record is not each.record
         ]
-        what = "server" if rows[0].record.layout is None else "layout"
-        yield 0, text(what, lambda each: each.layout if each in firsts else "")
+        yield 0, text(whose(results), lambda each: each.layout if each in firsts else "")
     yield 0, number(kind, lambda each: load_of(each.serving)[1])
     yield 0, number("tok/s", _tps, compact)
     yield 4, number("low–high", _tps, low_high_compact, "projected")

@@ -14,6 +14,7 @@ from expertlane.report.loads import (
     is_on_cpus,
     per_device,
     served,
+    whose,
 )
 from expertlane.report.numbers import (
     bytes_si,
@@ -51,7 +52,7 @@ def throughput(results: Results) -> Table:
     found = served(results)
     one_layout = len(results.deployments) == 1
     columns: tuple[Column[Served], ...] = (
-        text("layout", lambda each: each.name, "measured"),
+        text(whose(results), lambda each: each.name, "measured"),
         text("load", lambda each: each.load),
         number("requests", lambda each: each.serving.num_requests, whole),
         number("output", lambda each: each.serving.output_tps, figures),
@@ -76,7 +77,7 @@ def objectives(results: Results) -> Iterator[Words]:
         return
     rows = [_Objective(each, result) for each in found for result in each.serving.slos]
     columns: tuple[Column[_Objective], ...] = (
-        text("layout", lambda row: row.of.name, "measured"),
+        text(whose(results), lambda row: row.of.name, "measured"),
         text("load", lambda row: row.of.load),
         text("objective", lambda row: row.result.slo),
         number("ms", lambda row: row.result.value, milliseconds),
@@ -84,7 +85,7 @@ def objectives(results: Results) -> Iterator[Words]:
         text("", lambda row: "met" if row.result.is_met else "missed"),
     )
     goodput: tuple[Column[Served], ...] = (
-        text("layout", lambda each: each.name, "measured"),
+        text(whose(results), lambda each: each.name, "measured"),
         text("load", lambda each: each.load),
         number("goodput, requests/s", lambda each: each.serving.goodput, figures),
         number("low–high", lambda each: each.serving.goodput, low_high, "projected"),
@@ -105,7 +106,7 @@ def cost(results: Results) -> Iterator[Words]:
     if price is None:
         return
     columns: tuple[Column[Served], ...] = (
-        text("layout", lambda each: each.name, "measured"),
+        text(whose(results), lambda each: each.name, "measured"),
         text("load", lambda each: each.load),
         number("output tokens", lambda each: each.serving.usd_per_million_output, figures),
         number("low–high", lambda each: each.serving.usd_per_million_output, low_high, "projected"),
@@ -149,7 +150,7 @@ def latency(results: Results) -> Table:
     of_load: Column[_Latency] = text("load", lambda row: row.of.load if row.of else "")
     is_alone = results.kind == "simulation" and len(served(results)) == 1
     columns: tuple[Column[_Latency], ...] = (
-        text("layout", lambda row: row.of.name if row.of else "", "measured"),
+        text(whose(results), lambda row: row.of.name if row.of else "", "measured"),
         *(() if is_alone else (of_load,)),
         text("", lambda row: row.name),
         *(each.of(lambda row: row.seconds) for each in _SUMMARY),
