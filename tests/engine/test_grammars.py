@@ -157,6 +157,9 @@ def test_grammars_are_compiled_once_while_they_are_kept(tokenizer):
     assert grammars.compile(Structured(regex="a")) is first
 
 
+DOUBLING = "\n".join(["start: A0", *(f"A{i}: A{i + 1} A{i + 1}" for i in range(60)), 'A60: "a"'])
+
+
 @pytest.mark.parametrize(
     "form",
     [
@@ -171,6 +174,8 @@ def test_grammars_are_compiled_once_while_they_are_kept(tokenizer):
         {"grammar": "start: " + "(" * 5000},
         {"grammar": "root ::= ("},
         {"grammar": "nothing"},
+        {"grammar": DOUBLING},
+        {"grammar": DOUBLING.replace(" A", "| A")},
     ],
 )
 def test_what_cannot_be_compiled(tokenizer, form):
@@ -180,11 +185,14 @@ def test_what_cannot_be_compiled(tokenizer, form):
     assert "\n" not in str(refused.value)
 
 
-def test_a_chain_of_rules_does_not_exhaust_the_stack(tokenizer):
-    """It is what a hostile grammar of the largest size could be."""
-    rules = [f"r{number}: r{number + 1} r{number + 1}" for number in range(9000)]
-    grammar = "\n".join(["start: r0", *rules, 'r9000: "a"'])
-    assert made(tokenizer).compile(Structured(grammar=grammar)).mask.any()
+def test_a_chain_of_schemas_does_not_exhaust_the_stack(tokenizer):
+    """It is what a hostile schema of the largest size could be."""
+    last = 2500
+    definitions = {
+        f"d{i}": {"type": "array", "items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(last)
+    }
+    schema = {"$ref": "#/$defs/d0", "$defs": definitions | {f"d{last}": {"type": "integer"}}}
+    assert made(tokenizer).compile(Structured(json_schema=schema)).mask.any()
 
 
 def test_another_kind_of_tokenizer():

@@ -82,7 +82,7 @@ OF_BOTH = [
     ({"guided_json": 5}, "guided_json"),
     ({"guided_json": DEEP}, "guided_json"),
     ({"guided_json": {"enum": ["x" * 2**18]}}, "guided_json"),
-    ({"guided_json": {"properties": {f"p{i}": HARD for i in range(400)}}}, "guided_json"),
+    ({"guided_json": {"properties": {f"p{i}": HARD for i in range(200)}}}, "guided_json"),
     ({"guided_regex": "(("}, "guided_regex"),
     ({"guided_regex": ""}, "guided_regex"),
     ({"guided_regex": "a\\1"}, "guided_regex"),

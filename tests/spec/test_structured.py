@@ -39,6 +39,11 @@ def test_a_schema_is_kept_as_text():
         ({"json_schema": nested(100_000)}, "nested more than 64 deep"),
         ({"json_schema": "[" * 100_000}, "json_schema is no JSON"),
         ({"json_schema": {"const": "x" * 300_000}}, "at most 262,144"),
+        (
+            {"json_schema": {"properties": {str(i): {} for i in range(1001)}}},
+            "has 1,001 pro",
+        ),
+        ({"grammar": "a" * 9000}, "grammar has 9,000 characters; at most 8,192"),
         ({"choice": []}, "it must be a list of texts"),
         ({"choice": "ab"}, "it must be a list of texts"),
         ({"choice": ["a"] * (MOST_CHOICES + 1)}, "at most 4,096"),

@@ -1,10 +1,11 @@
 """Grammars of outputs for one tokenizer, compiled by llguidance; and masks, beside the steps."""
 
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -32,6 +33,8 @@ _LIMITS: dict[str, Any] = {
     "max_grammar_size": 200_000,
     "verbose_errors": False,
 }
+# Terminals of a grammar can double from rule to rule, which takes longer than its fuel says.
+_LIMITS_OF_GRAMMARS = _LIMITS | {"initial_lexer_fuel": 100_000, "step_lexer_fuel": 50_000}
 _STACK_BYTES = 512 * 2**20  # the library recurses from rule to rule; memory is taken as it is used
 _KEPT = 32  # compiled grammars
 _END_TOKEN = "<|expertlane end|>"  # of tokenizers that have no end of sequence; never chosen
@@ -178,7 +181,9 @@ class Grammars:
             text = self._as_llguidance(structured)
         except (ValueError, RecursionError) as error:  # of the library's conversions
             raise UserError(_first_line(str(error))) from None
-        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LLParserLimits(**_LIMITS))
+        is_free = structured.grammar is not None and not structured.is_of_schemas
+        limits = LLParserLimits(**(_LIMITS_OF_GRAMMARS if is_free else _LIMITS))
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
         mask = self._empty_masks(1)
         if not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.size)
@@ -257,11 +262,39 @@ def _lark(structured: Structured) -> str:
         return f"start: /{regex_to_lark(structured.regex, '')}/\n"
     if structured.choice is not None:
         texts = (strict_json(each, ensure_ascii=False) for each in dict.fromkeys(structured.choice))
-        return f"start: {' | '.join(texts)}\n"
+        return f"start: CHOICE\nCHOICE: {' | '.join(texts)}\n"
     text = structured.grammar or ""
     if "::=" not in text:
+        if not structured.is_of_schemas:
+            _check_terminals(text)
         return text
     return grammar_from("gbnf", text)
+
+
+_TERMINAL = re.compile(r"^\s*([A-Z_][A-Z0-9_]*)[^:\n\"/]*:(.*(?:\n\s*\|.*)*)", re.MULTILINE)
+_NAME = re.compile(r"\b[A-Z_][A-Z0-9_]*\b")
+_MOST_PARTS = 5000
+
+
+def _check_terminals(text: str) -> None:
+    """Refuse terminals that grow beyond bounds: each is one expression, its parts written out.
+
+    Raises:
+        ValueError: one does.
+    """
+    bodies = {match[1]: _NAME.findall(match[2]) for match in _TERMINAL.finditer(text)}
+
+    @cache
+    def num_parts(name: str) -> int:
+        return 1 + sum(num_parts(part) for part in bodies[name] if part in bodies)
+
+    for name in bodies:
+        try:
+            is_small = num_parts(name) <= _MOST_PARTS
+        except RecursionError:
+            is_small = False
+        if not is_small:
+            raise ValueError(f"terminal {name} is of too many parts, or of itself")
 
 
 def _clear(mask: Mask, token_ids: Iterable[int]) -> None:

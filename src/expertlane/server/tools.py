@@ -48,14 +48,20 @@ class CallRules:
 
         Args:
             lead, may_lead: as in `Structured`.
+
+        Raises:
+            UserError: the tools' parameters are too large, or of limits that cannot be kept.
         """
+        parameters = [each.parameters for each in self.functions if each.parameters]
+        if parameters:  # their bounds are those of one schema
+            Structured(json_schema={"anyOf": parameters})
         writer = _Writer(self, tokenizer)
         answer = writer.answer()
         element, rules = "", ""
         if lead is not None:
             element, rules = lead_rules(lead, may_lead, tokenizer)
         lines = ["%llguidance {}", f"start: {element} {answer}", rules, *writer.rules]
-        return Structured(grammar="\n".join(filter(None, lines)) + "\n")
+        return Structured(grammar="\n".join(filter(None, lines)) + "\n", is_of_schemas=True)
 
 
 def structured_chat(

@@ -10,10 +10,12 @@ from expertlane.spec.ranges import shown
 
 KIB = 1024
 MOST_SCHEMA_CHARACTERS = 256 * KIB
-MOST_GRAMMAR_CHARACTERS = 256 * KIB
+MOST_CHOICE_CHARACTERS = 64 * KIB
+MOST_GRAMMAR_CHARACTERS = 8 * KIB  # compiling can take the cube of it
 MOST_REGEX_CHARACTERS = 16 * KIB
 MOST_CHOICES = 4096
 MOST_DEPTH = 64  # of lists and objects in a schema
+MOST_PROPERTIES = 1000  # in a schema; compiling takes the square of them
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Structured:
         may_lead: the beginning of such a text, where the output may have one or not; None where it
             has one anyway.
         prefix: a text that stands before it.
+        is_of_schemas: the grammar is this program's own, around schemas, and may be as large.
 
     Raises:
         UserError: none or several are given, or one is too large or of a wrong type.
@@ -42,6 +45,7 @@ class Structured:
     lead: str | None = None
     may_lead: str | None = None
     prefix: str = ""
+    is_of_schemas: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in KINDS if getattr(self, name) is not None]
@@ -56,6 +60,7 @@ class Structured:
             object.__setattr__(self, kind, _choices(value))
         else:
             most = MOST_REGEX_CHARACTERS if kind == "regex" else MOST_GRAMMAR_CHARACTERS
+            most = MOST_SCHEMA_CHARACTERS if self.is_of_schemas else most
             if not isinstance(value, str) or not value:
                 raise UserError(f"{kind} is {shown(value)}; it must be a text, not empty")
             _check_size(kind, value, most)
@@ -85,8 +90,16 @@ def _schema_text(value: Any) -> str:
             raise UserError(f"json_schema is no JSON: {error}") from None
     if not isinstance(value, Mapping | bool):
         raise UserError(f"json_schema is {shown(value)}; it must be an object or a boolean")
-    if any(depth > MOST_DEPTH for depth in _depths(value)):
-        raise UserError(f"json_schema is nested more than {MOST_DEPTH} deep")
+    num_properties = 0
+    for depth, each in _inner(value):
+        if depth > MOST_DEPTH:
+            raise UserError(f"json_schema is nested more than {MOST_DEPTH} deep")
+        properties = each.get("properties") if isinstance(each, Mapping) else None
+        num_properties += len(properties) if isinstance(properties, Mapping) else 0
+    if num_properties > MOST_PROPERTIES:
+        raise UserError(
+            f"json_schema has {num_properties:,} properties; at most {MOST_PROPERTIES:,} are taken"
+        )
     try:
         text = strict_json(value, ensure_ascii=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
@@ -95,8 +108,8 @@ def _schema_text(value: Any) -> str:
     return text
 
 
-def _depths(value: Any) -> Iterator[int]:
-    """The depth of each list and object, from the outside; none is looked into beyond the most."""
+def _inner(value: Any) -> Iterator[tuple[int, Any]]:
+    """Each list and object with its depth, from the outside."""
     found = [(value, 1)]
     while found:
         each, depth = found.pop()
@@ -107,7 +120,7 @@ def _depths(value: Any) -> Iterator[int]:
             inner = each
         else:
             continue
-        yield depth
+        yield depth, each
         found += [(part, depth + 1) for part in inner]
 
 
@@ -117,5 +130,5 @@ def _choices(value: Any) -> tuple[str, ...]:
         raise UserError(f"choice is {shown(value)}; it must be a list of texts, not empty")
     if len(texts) > MOST_CHOICES:
         raise UserError(f"choice holds {len(texts):,} texts; at most {MOST_CHOICES:,} are taken")
-    _check_size("choice", "".join(texts), MOST_GRAMMAR_CHARACTERS)
+    _check_size("choice", "".join(texts), MOST_CHOICE_CHARACTERS)
     return texts
