@@ -2,7 +2,7 @@
 
     python docs/pictures/live.py
 
-Serves a small model of random weights with rebalancing on, asks it for half a minute by streams of
+Serves a small model of random weights with rebalancing on, asks it for a minute by streams of
 random tokens, and writes `live.png` beside this script, by headless Chromium.
 """
 
@@ -24,7 +24,7 @@ from expertlane.spec.model import PRESETS
 HERE = Path(__file__).parent
 MODEL, LAYOUT = "paper-small", "dp=4,ep=4"
 OPTIONS = ["--num-redundant-experts", "4", "--rebalance-steps", "60", "--num-blocks", "96"]
-NUM_STREAMS, LOAD_S = 12, 40.0
+NUM_STREAMS, LOAD_S = 12, 60.0
 SIZE = {"width": 1240, "height": 1000}
 
 
@@ -47,9 +47,10 @@ def draw(page_url: str) -> None:
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
         page = browser.new_page(viewport=SIZE)
+        page.set_default_timeout(120_000)
         page.goto(page_url)
         page.wait_for_selector("#lanes .bar")
-        time.sleep(8)
+        time.sleep(5)
         page.screenshot(path=HERE / "live.png", full_page=True)
         browser.close()
 
@@ -69,11 +70,13 @@ def main() -> None:
             ]
             for each in streams:
                 each.start()
-            time.sleep(LOAD_S - 15)
-            draw(page_url)
-            for each in streams:
-                each.join()
-            server.terminate()
+            time.sleep(LOAD_S / 2)
+            try:
+                draw(page_url)
+            finally:
+                for each in streams:
+                    each.join()
+                server.terminate()
 
 
 if __name__ == "__main__":
