@@ -37,7 +37,10 @@ def ask(url: str, seed: int, until_s: float) -> None:
             if draw.random() < 0.3:
                 prompt = [*range(32), *prompt]
             body = {"prompt": prompt, "max_tokens": draw.randint(10, 80), "ignore_eos": True}
-            client.post("/v1/completions", json=body)
+            try:
+                client.post("/v1/completions", json=body)
+            except httpx.HTTPError:  # the picture is drawn, and the server has ended
+                return
 
 
 def draw(page_url: str) -> None:
@@ -61,21 +64,19 @@ def main() -> None:
         command = [sys.executable, "-m", "expertlane", "serve", MODEL, "--layout", LAYOUT]
         command += [*OPTIONS, "--port", "0", "--json", "--served-model-name", MODEL]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as server:
-            assert server.stdout is not None
-            page_url = json.loads(server.stdout.readline())["live"]
-            url, until_s = page_url.removesuffix("/live"), time.monotonic() + LOAD_S
-            streams = [
-                threading.Thread(target=ask, args=(url, seed, until_s))
-                for seed in range(NUM_STREAMS)
-            ]
-            for each in streams:
-                each.start()
-            time.sleep(LOAD_S / 2)
             try:
+                assert server.stdout is not None
+                page_url = json.loads(server.stdout.readline())["live"]
+                url, until_s = page_url.removesuffix("/live"), time.monotonic() + LOAD_S
+                streams = [
+                    threading.Thread(target=ask, args=(url, seed, until_s))
+                    for seed in range(NUM_STREAMS)
+                ]
+                for each in streams:
+                    each.start()
+                time.sleep(LOAD_S / 2)
                 draw(page_url)
             finally:
-                for each in streams:
-                    each.join()
                 server.terminate()
 
 
