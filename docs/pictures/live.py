@@ -2,7 +2,7 @@
 
     python docs/pictures/live.py
 
-Serves a small model of random weights with rebalancing on, asks it for half a minute by streams of
+Serves a small model of random weights with rebalancing on, asks it for a minute by streams of
 random tokens, and writes `live.png` beside this script, by headless Chromium.
 """
 
@@ -24,7 +24,7 @@ from expertlane.spec.model import PRESETS
 HERE = Path(__file__).parent
 MODEL, LAYOUT = "paper-small", "dp=4,ep=4"
 OPTIONS = ["--num-redundant-experts", "4", "--rebalance-steps", "60", "--num-blocks", "96"]
-NUM_STREAMS, LOAD_S = 12, 40.0
+NUM_STREAMS, LOAD_S = 12, 60.0
 SIZE = {"width": 1240, "height": 1000}
 
 
@@ -37,7 +37,10 @@ def ask(url: str, seed: int, until_s: float) -> None:
             if draw.random() < 0.3:
                 prompt = [*range(32), *prompt]
             body = {"prompt": prompt, "max_tokens": draw.randint(10, 80), "ignore_eos": True}
-            client.post("/v1/completions", json=body)
+            try:
+                client.post("/v1/completions", json=body)
+            except httpx.HTTPError:  # the picture is drawn, and the server has ended
+                return
 
 
 def draw(page_url: str) -> None:
@@ -47,9 +50,10 @@ def draw(page_url: str) -> None:
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
         page = browser.new_page(viewport=SIZE)
+        page.set_default_timeout(120_000)
         page.goto(page_url)
         page.wait_for_selector("#lanes .bar")
-        time.sleep(8)
+        time.sleep(5)
         page.screenshot(path=HERE / "live.png", full_page=True)
         browser.close()
 
@@ -60,20 +64,20 @@ def main() -> None:
         command = [sys.executable, "-m", "expertlane", "serve", MODEL, "--layout", LAYOUT]
         command += [*OPTIONS, "--port", "0", "--json", "--served-model-name", MODEL]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder) as server:
-            assert server.stdout is not None
-            page_url = json.loads(server.stdout.readline())["live"]
-            url, until_s = page_url.removesuffix("/live"), time.monotonic() + LOAD_S
-            streams = [
-                threading.Thread(target=ask, args=(url, seed, until_s))
-                for seed in range(NUM_STREAMS)
-            ]
-            for each in streams:
-                each.start()
-            time.sleep(LOAD_S - 15)
-            draw(page_url)
-            for each in streams:
-                each.join()
-            server.terminate()
+            try:
+                assert server.stdout is not None
+                page_url = json.loads(server.stdout.readline())["live"]
+                url, until_s = page_url.removesuffix("/live"), time.monotonic() + LOAD_S
+                streams = [
+                    threading.Thread(target=ask, args=(url, seed, until_s))
+                    for seed in range(NUM_STREAMS)
+                ]
+                for each in streams:
+                    each.start()
+                time.sleep(LOAD_S / 2)
+                draw(page_url)
+            finally:
+                server.terminate()
 
 
 if __name__ == "__main__":

@@ -280,10 +280,14 @@
   function drawSpeed() {
     const height = 90;
     const [context, width] = canvas("speed", height);
-    const rates = speeds.slice(1).map((each, i) => ({
-      at: each.at,
-      rate: (each.tokens - speeds[i].tokens) / Math.max(1e-3, each.at - speeds[i].at),
-    }));
+    const rates = [];
+    let before = speeds[0];
+    for (const each of speeds) {
+      const passed = each.at - before.at;
+      if (passed < 0.5) continue; // too short to tell
+      rates.push({ at: each.at, rate: (each.tokens - before.tokens) / passed });
+      before = each;
+    }
     if (!rates.length) return;
     const until = rates.at(-1).at;
     const span = Math.max(windowS(), 30);
