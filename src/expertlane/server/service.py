@@ -130,6 +130,7 @@ class Service:
         if model.tokenizer is not None:
             self._encoder = PromptEncoder(model.tokenizer, model.max_model_len)
         self._open: dict[Generation, asyncio.TimerHandle | None] = {}
+        self._ending: Exception | None = None  # what all requests get, once all are ended
 
     def _on_step(self, step: FinishedStep) -> None:
         self.metrics.on_step(step)
@@ -387,6 +388,8 @@ class Service:
         if limit_s is not None:
             timer = loop.call_at(began_s + limit_s, generation.end, self.late(limit_s))
         self._open[generation] = timer
+        if self._ending is not None:  # meanwhile
+            generation.end(self._ending)
         return generation
 
     def finish(self, generation: Generation) -> None:
@@ -398,6 +401,7 @@ class Service:
 
     def end_all(self, error: Exception) -> None:
         """Cancel everything; clients get the error, and pages of `/live` their last frame."""
+        self._ending = error
         self.live.close()
         for generation in list(self._open):
             generation.end(error)
