@@ -189,7 +189,7 @@ def test_ratios_are_narrower_than_bounds(found):
 def test_two_pools_are_held_against_one(found):
     pools = TwoPoolSearch(search_of().request).run()
     assert isinstance(pools, TwoPools)
-    tps = pools_tps(pools.prefill, pools.decode, pools.transfer_s, WORKLOAD)
+    tps = pools_tps(pools, WORKLOAD)
     assert tps.value == pytest.approx(float(pools.served.tps[1, 0]))
     low, value, high = tps.over(contender(found.finalists[0], WORKLOAD).tps).bounds
     assert low < value < high
