@@ -54,7 +54,7 @@ def test_layouts_that_are_valid_and_what_they_hold(run):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("paper", "--cluster", "h100x9999"), "a plan takes at most 96"),
+        (("paper", "--cluster", "h100x9999"), "a plan takes at most 4,096"),
         (("paper", "--cluster", "none"), "is not PROFILExCOUNT"),
         (("paper", "--cluster", "a100x8", "--dtype", "float8"), "float8"),
         (("paper", "--cluster", "h100x8", "--max-model-len", "0"), "--max-model-len is 0"),

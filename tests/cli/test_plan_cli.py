@@ -140,7 +140,7 @@ def test_a_trace_says_which_experts_tokens_choose(run, here):
         (("paper-tiny", "--cluster", "h999x16"), "h999"),
         (("paper-tiny", "--cluster", "h100"), "cluster 'h100' is not PROFILExCOUNT"),
         (("paper-tiny", "--cluster", "h100x0"), "cluster 'h100x0' is not PROFILExCOUNT"),
-        (("paper-tiny", "--cluster", "h100x999999"), "a plan takes at most 96: plan a part of it"),
+        (("paper-tiny", "--cluster", "h100x999999"), "a plan takes at most 4,096: plan a part"),
         (("paper-tiny", "--slo", "tpot.mean=0ms"), "the limit must be a number above 0"),
         (
             ("paper-tiny", "--slo", "ttft.p95=1s"),

@@ -66,9 +66,7 @@ def test_the_best_of_kinds_come_first_and_the_budget_holds(options):
     assert len(done) == 3
     families = [family_of(each.candidate.layout) for each in done]
     assert len(set(families)) == 3
-    slower = BestFirst(options, GOALS, times(lambda each: 1 / each.tp, []), lambda _: None, most=3)
-    assert slower.result().num_open > 0
-    assert found.num_open >= 0
+    assert len(found.kept) == 3
 
 
 def test_what_breaks_a_limit_is_taken_up_with_fewer_sequences(options):

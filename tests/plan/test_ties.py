@@ -161,9 +161,9 @@ def test_experts_are_drawn_again_where_they_are_apart(found):
 def test_an_assumed_skew_is_one_error_of_all_that_spread_experts(found):
     """The first finalist with experts spread and the first without, of a routing with bounds."""
     search = search_of()
-    setting = search._request.setting
+    setting = search.request.setting
     bounded = replace(setting, routing=replace(setting.routing, bounds=(0.0, 1.0)))
-    assumed = Search(replace(search._request, setting=bounded))
+    assumed = Search(replace(search.request, setting=bounded))
     for is_spread in (True, False):
         one = next(each for each in found.finalists if (each.candidate.layout.ep > 1) == is_spread)
         other = assumed.finish(one.option)
@@ -187,9 +187,9 @@ def test_ratios_are_narrower_than_bounds(found):
 
 
 def test_two_pools_are_held_against_one(found):
-    pools = TwoPoolSearch(search_of()._request).run()
+    pools = TwoPoolSearch(search_of().request).run()
     assert isinstance(pools, TwoPools)
-    tps = pools_tps(pools.prefill, pools.decode, pools.transfer_s, WORKLOAD)
+    tps = pools_tps(pools, WORKLOAD)
     assert tps.value == pytest.approx(float(pools.served.tps[1, 0]))
     low, value, high = tps.over(contender(found.finalists[0], WORKLOAD).tps).bounds
     assert low < value < high

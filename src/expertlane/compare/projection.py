@@ -15,7 +15,7 @@ from expertlane.cost.records import cluster_record, conditions_of
 from expertlane.cost.routing import PowerLawRouting, RoutingSource
 from expertlane.errors import CapacityError, UserError
 from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
-from expertlane.plan.candidates import MOST_DEVICES, Goals, PlanRequest
+from expertlane.plan.candidates import Goals, PlanRequest
 from expertlane.plan.project import (
     Projector,
     Setting,
@@ -40,6 +40,8 @@ CONTEXTS = (1, 128, 1024)  # and the prompt's length
 PREFILL_TOKENS = 512  # of a prompt in a prefill step
 _MOST_SCALED = 64
 _BATCH_FACTOR = 4  # from one batch size to the next
+
+_MOST_PLANNED = 96  # devices, up to which a planner's best is shown beside an experiment's
 
 
 def usual_number_type(profile: Profile) -> str:
@@ -264,7 +266,7 @@ class ExperimentProjector:
         self, rows: list[DeploymentRecord], context: int, progress: Progress
     ) -> tuple[PlanSummary, ...]:
         """Put what a planner finds under the usual conditions, which come first, among the rows."""
-        if self._cluster.num_devices > MOST_DEVICES:
+        if self._cluster.num_devices > _MOST_PLANNED:
             return ()
         usual, workload = self._usual, self._experiment.workload
         num_own = len(self._experiment.deployments)

@@ -1,8 +1,7 @@
 """Steps of many deployments at once, from the times of their parts.
 
-Deployments that differ in how a step is cut alone share what a part takes. All are told by arrays:
-S structures (a layout with a dispatch form, slots for experts and drafts), each at some numbers of
-sequences, F of them in all.
+All are told by arrays: S structures (a layout with a dispatch form, slots for experts and drafts),
+each at some numbers of sequences, F of them in all.
 """
 
 from collections import Counter
@@ -232,8 +231,7 @@ class ManySteps:
 
     def decode(self, how: Pipelining) -> Floats:
         """[3, F]; seconds of decode steps."""
-        keys = list(self._decode_points)
-        at = self._slices[keys.index(how.num_parts)]
+        at = self._slices[list(self._decode_points).index(how.num_parts)]
         num = len(self._of_rank)
         return self._estimates(
             at,
@@ -246,10 +244,9 @@ class ManySteps:
 
     def prefill(self, how: Pipelining) -> Prefill:
         """Prefill steps."""
-        place = len(self._decode_points) + list(self._prefill_points).index(how)
-        part = self._prefill_parts[how]
+        place, part = list(self._prefill_points).index(how), self._prefill_parts[how]
         seconds = self._estimates(
-            self._slices[place],
+            self._slices[len(self._decode_points) + place],
             self._prefill_points[how],
             np.arange(len(self.structures)),
             how.schedule,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from math import inf
 
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.plan.candidates import Candidate, PlanRequest
@@ -22,17 +23,23 @@ def with_fastest_prefill(
     """
     fastest: dict[object, ScreenedCandidate] = {}
     keys = [_but_form(each.candidate) for each in options]
-    prefill_tps = [float(each.steps.prefill_tps[LIKELY]) for each in options]
-    most: dict[object, float] = {}
-    for key, tps, each in zip(keys, prefill_tps, options, strict=True):
-        if tps > most.get(key, 0.0):
-            most[key], fastest[key] = tps, each
+    prompt_s = [_prompt_s(each) for each in options]
+    least: dict[object, float] = {}
+    for key, seconds, each in zip(keys, prompt_s, options, strict=True):
+        if seconds < least.get(key, inf):
+            least[key], fastest[key] = seconds, each
     arriving: dict[object, Arriving] = {}
-    return [
-        _prefilled_as(each, fastest[key], request, arriving)
-        for key, tps, each in zip(keys, prefill_tps, options, strict=True)
-        if most[key] > (1 + _LEAST_GAIN) * tps
+    pairs = [
+        (each, _prefilled_as(each, fastest[key], request, arriving))
+        for key, seconds, each in zip(keys, prompt_s, options, strict=True)
+        if seconds > (1 + _LEAST_GAIN) * least[key]
     ]
+    return [after for before, after in pairs if after.tps >= before.tps]
+
+
+def _prompt_s(option: ScreenedCandidate) -> float:
+    """Of a prompt by itself and one beside those of all ranks: most are between."""
+    return float(option.steps.alone_s[LIKELY] + option.steps.batched_s[LIKELY])
 
 
 def _but_form(candidate: Candidate) -> object:

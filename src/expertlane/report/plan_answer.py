@@ -72,7 +72,7 @@ def answer(results: Results) -> Answer:
     setting, found = _setting(results), headline(results)
     best = of_role(results, BEST)[0]
     cost = cost_of(results, Served(best, serving(best)))
-    sure = " ".join((*how_sure(results), *cautions(results)))
+    sure = " ".join((*how_ranked(results), *how_sure(results), *cautions(results)))
     chosen = [f"Aggregated: {tie}."] if faster_pools(results) and (tie := _tie(results)) else []
     around = [*chosen, _two_pools(results), sure, *([f"Cost of #1: {cost}."] if cost else [])]
     after = Figure("", _next(results))
@@ -126,7 +126,8 @@ def verdict(results: Results) -> Section:
     )
     tie = [f"Aggregated: {said}."] if faster_pools(results) and (said := _tie(results)) else []
     asked = (_setting(results), headline(results), *tie, _two_pools(results), tried)
-    return Section("Verdict", (*asked, *how_sure(results), *cautions(results)), "top")
+    sure = *how_ranked(results), *how_sure(results), *cautions(results)
+    return Section("Verdict", (*asked, *sure), "top")
 
 
 def _setting(results: Results) -> str:
@@ -256,6 +257,19 @@ def _pools(results: Results) -> str:
     return (
         f"{named(prefill)} on {counted(prefill.num_ranks, 'rank')} for prefill and "
         f"{named(decode)} on {decode.num_ranks} for decode"
+    )
+
+
+def how_ranked(results: Results) -> Iterator[str]:
+    """By which numbers: those of other deployments are of another kind."""
+    found = results.plans[0]
+    if not found.num_simulated:
+        return
+    left = f"; {found.num_open:,} more may have more tokens/s" if found.num_open else ""
+    yield (
+        f"Ranked by simulating {found.num_simulated} request by request; the other "
+        f"{found.num_candidates - found.num_simulated:,} were only screened, by a static "
+        f"formula{left}."
     )
 
 

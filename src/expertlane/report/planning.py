@@ -235,7 +235,7 @@ def beside(results: Results, comparison: Comparison) -> Section:
     """A planner's best against an experiment's own deployments."""
     heading = "Projected: the planner's best"
     if not results.plans:
-        return Section(heading, ("Not searched: the cluster is larger than plan takes.",))
+        return Section(heading, ("Not searched: the cluster has more than 96 devices.",))
     parts: list[Words] = [_decode_sentence(results, comparison)]
     best = results.select("projected", BEST, comparison.conditions)
     if best:
