@@ -126,7 +126,8 @@ def run_rounds(
                 samples[server.name].append(sample)
                 print(
                     f"round {number + 1}: {load.num_streams} streams, {server.name}: "
-                    f"{sample.tokens_per_s:.0f} tokens/s, front {sample.front_share:.1%}",
+                    f"{sample.tokens_per_s:.0f} tokens/s, TTFT {1e3 * sample.ttft_p50_s:.0f} and "
+                    f"{1e3 * sample.ttft_p99_s:.0f} ms, front {sample.front_share:.1%}",
                     file=sys.stderr,
                 )
     return found
