@@ -326,6 +326,23 @@ def run_checkpoint(name: str, options: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def add_machine_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
+    """What benchmarks beside peers have in common."""
+    parser.add_argument(
+        "--cpu-isa", choices=instruction_limit.SETS, help="for all contenders (default: no limit)"
+    )
+    parser.add_argument(
+        "--max-wait", type=float, default=15.0, help="seconds to wait for an idle machine"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / folder,
+        help="for checkpoints, logs and caches; kept (default: %(default)s)",
+    )
+    parser.add_argument("--vllm-python", type=Path, help="without it vLLM is left out")
+
+
 def parse_arguments() -> argparse.Namespace:
     names = [point.name for point in POINTS]
     parser = argparse.ArgumentParser(
@@ -333,13 +350,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", choices=(*CHECKPOINTS, "both"), default="both")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--cpu-isa", choices=instruction_limit.SETS, help="for all contenders (default: no limit)"
-    )
     parser.add_argument("--retries", type=int, default=2, help="of a disturbed sample")
-    parser.add_argument(
-        "--max-wait", type=float, default=15.0, help="seconds to wait for an idle machine"
-    )
     parser.add_argument("--points", nargs="+", choices=names, default=names)
     parser.add_argument(
         "--contenders",
@@ -347,13 +358,7 @@ def parse_arguments() -> argparse.Namespace:
         help=f"{CONTENDER_FORMS}; default: {' '.join(CONTENDERS)}, transformers in float32 "
         f"where --cpu-isa is {' or '.join(FLOAT32_SETS)}",
     )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "expertlane-bench-engine",
-        help="for checkpoints, logs and caches; kept (default: %(default)s)",
-    )
-    parser.add_argument("--vllm-python", type=Path, help="without it vLLM is left out")
+    add_machine_arguments(parser, "expertlane-bench-engine")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}; at least 1")

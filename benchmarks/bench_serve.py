@@ -24,17 +24,15 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
-from bench_engine import make_checkpoint, wait_until_idle
-from engine_peers import instruction_limit
+from bench_engine import add_machine_arguments, make_checkpoint, wait_until_idle
 from engine_peers.contender import ContenderError
 from engine_peers.http_load import Load, Taken, run_load
 from engine_peers.servers import NAME, CpuSeconds, Server, serving
@@ -47,6 +45,7 @@ from expertlane.ops.host import num_cores
 
 SERVERS = ("ours:tp=1", "vllm:auto", "vllm:0,1")
 STREAMS = (8, 32, 128)
+WARM_UP_TOKENS = 8
 VOCAB_SIZE = 8192
 SPECIAL = ["<unk>", "<s>", "</s>"]  # as Mixtral numbers them
 ROOT = Path(__file__).parent.parent
@@ -115,8 +114,9 @@ def run_rounds(
     """Of each load."""
     found: list[Samples] = [{server.name: [] for server in servers} for _ in loads]
     for load in loads:
+        few = replace(load, num_requests=load.num_streams, output_len=WARM_UP_TOKENS)
         for server in servers:
-            take_sample(server, load, "warm-up")
+            take_sample(server, few, "warm-up")
     for number in range(options.rounds):
         shift = number % len(servers)
         for load, samples in zip(loads, found, strict=True):
@@ -126,7 +126,8 @@ def run_rounds(
                 samples[server.name].append(sample)
                 print(
                     f"round {number + 1}: {load.num_streams} streams, {server.name}: "
-                    f"{sample.tokens_per_s:.0f} tokens/s, front {sample.front_share:.1%}",
+                    f"{sample.tokens_per_s:.0f} tokens/s, TTFT {1e3 * sample.ttft_p50_s:.0f} and "
+                    f"{1e3 * sample.ttft_p99_s:.0f} ms, front {sample.front_share:.1%}",
                     file=sys.stderr,
                 )
     return found
@@ -190,17 +191,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-len", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--requests-per-stream", type=int, default=3)
-    parser.add_argument("--cpu-isa", choices=instruction_limit.SETS, help="for all servers")
-    parser.add_argument(
-        "--max-wait", type=float, default=15.0, help="seconds to wait for an idle machine"
-    )
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "expertlane-bench-serve",
-        help="for the checkpoint, logs and caches; kept (default: %(default)s)",
-    )
-    parser.add_argument("--vllm-python", type=Path, help="without it vLLM is left out")
+    add_machine_arguments(parser, "expertlane-bench-serve")
     options = parser.parse_args()
     if options.vllm_python is None:
         options.servers = [name for name in options.servers if not name.startswith("vllm")]

@@ -31,8 +31,7 @@ from engine.processes import wait_until
 from expertlane.engine.llm import LLM
 from model.chat_checkpoint import save_chat_checkpoint
 from server import soak_serve
-from server.running import PATIENCE_S
-from server.soak_client import send
+from server.soak_client import SOAK_S, send
 from server.soak_judge import Arbiter, Judge
 from server.soak_requests import Asked, Right, draw, right_answers
 
@@ -74,7 +73,7 @@ class Server:
 
     def metrics(self) -> Metrics:
         """Values by name and reason."""
-        text = httpx.get(f"{self.url}/metrics", timeout=PATIENCE_S).text
+        text = httpx.get(f"{self.url}/metrics", timeout=SOAK_S).text
         return {
             " ".join((sample.name, *_own_labels(sample.labels))): sample.value
             for family in text_string_to_metric_families(text)
@@ -115,7 +114,7 @@ def serving(
             facts = json.loads(line)
             yield Server(facts["url"].removesuffix("/v1"), psutil.Process(process.pid))
             process.terminate()
-            assert process.wait(PATIENCE_S) == 0, log.read_text()
+            assert process.wait(SOAK_S) == 0, log.read_text()
         finally:
             if process.poll() is None:
                 process.kill()
@@ -137,12 +136,12 @@ class Soak:
     def send(self, asked: Sequence[Asked], right: dict[int, list[Right]]) -> None:
         """Send them all, and wait until nothing is left of them."""
         asyncio.run(self._run(asked, right))
-        assert wait_until(self.server.is_idle, pause_s=0.05), "it does not become idle"
+        assert wait_until(self.server.is_idle, SOAK_S, pause_s=0.05), "it does not become idle"
 
     async def _run(self, asked: Sequence[Asked], right: dict[int, list[Right]]) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
         async with httpx.AsyncClient(
-            base_url=self.server.url, timeout=PATIENCE_S, limits=limits
+            base_url=self.server.url, timeout=SOAK_S, limits=limits
         ) as client:
             for begin in range(0, len(asked), TURN):
                 turn = iter(asked[begin : begin + TURN])

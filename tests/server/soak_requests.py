@@ -18,7 +18,8 @@ BAD = 0.05  # share
 ABORTED, LATE = 0.25, 0.01  # shares where clients may leave
 MOST_TOKENS = 48
 _MOST_LETTERS = 60
-_COMMON = "the thing of the thing and " * 3  # what prompts may begin with alike
+_SYSTEM = "the thing of the thing and "
+_COMMON = _SYSTEM * 3  # what prompts may begin with alike
 _LETTERS = np.array(list("abcdefghij klmnop qrstuvwxyz é日"))
 # What is wrong, and the field that the refusal has to name.
 _WRONG: tuple[tuple[dict[str, Any], str], ...] = (
@@ -129,7 +130,7 @@ def _draw_prompts(random: np.random.Generator, number: int, what: dict[str, Any]
     if kind < 0.35:
         messages = [{"role": "user", "content": text(0)}]
         if random.random() < 0.4:
-            messages.insert(0, {"role": "system", "content": _COMMON})
+            messages.insert(0, {"role": "system", "content": _SYSTEM})
         what["messages"] = messages
         return [messages]
     if kind < 0.65:

@@ -52,6 +52,7 @@ class Tokenizer:
         self.byte_tokens = _byte_tokens(core)
         self.vocab_size = core.get_vocab_size()
         self._bytes = TokenBytes(core, self.byte_tokens)
+        self._num_characters: dict[int, int] = {}
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
@@ -104,6 +105,14 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; unknown ids have none, bytes that are no text become U+FFFD."""
         return self._core.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def num_characters(self, token_id: int) -> int:
+        """Of a token by itself, special ones included; found once."""
+        found = self._num_characters.get(token_id)
+        if found is None:
+            text = self.decode([token_id], skip_special_tokens=False)
+            found = self._num_characters[token_id] = len(text)
+        return found
 
     def has_token(self, token_id: int) -> bool:
         """Whether an id is known; models have spare ones."""
@@ -218,8 +227,12 @@ class IncrementalDetokenizer:
         # Only the last U+FFFD can be a character whose other bytes are still to come.
         is_held = text.endswith(_REPLACEMENT)
         piece = text[self._num_given : len(text) - is_held]
-        self._window = self._window[-_MAX_CHARACTER_BYTES:] if is_held else [token_id]
-        self._num_given = len(self._decode(self._window)) - is_held
+        if is_held:
+            self._window = self._window[-_MAX_CHARACTER_BYTES:]
+            self._num_given = len(self._decode(self._window)) - 1
+        else:
+            self._window = [token_id]
+            self._num_given = self._tokenizer.num_characters(token_id)
         return broken + piece
 
     def _feed_byte(self, token_id: int, byte: bytes) -> str:

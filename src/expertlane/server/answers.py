@@ -122,7 +122,9 @@ class Answer(Response):
             note(scope, self._generated(generation))
             watcher = asyncio.create_task(_watch(receive, generation))
             if self._request.stream:
-                await self._stream(generation, send, scope.get(DIRECT_SEND, send))
+                # A task of its own is woken without the middlewares around this one.
+                stream = self._stream(generation, send, scope.get(DIRECT_SEND, send))
+                await asyncio.create_task(stream)
             else:
                 answer = await self._whole(generation)
                 await answer(scope, receive, send)
