@@ -1,5 +1,6 @@
 """What `/metrics` says: the names that dashboards query, and the numbers that clients saw."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -165,6 +166,12 @@ def test_our_own_metrics_of_real_ranks(served):
         assert all(each.labels.keys() == {"model_name", "layer", "expert"} for each in counts)
         return sum(each.value for each in counts), len(counts)
 
+    def is_settled():  # ranks are asked twice a second
+        before = tokens()
+        time.sleep(0.7)
+        return before == tokens()
+
+    assert wait_until(is_settled)
     before, num_series = tokens()
     assert num_series == 4 * 8  # layers and experts
     served.client.completions.create(model="tiny", prompt=[7, 8, 9], max_tokens=9)
