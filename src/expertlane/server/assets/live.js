@@ -348,9 +348,11 @@
         bar.append(part);
       }
       const now = frame.now[rank];
-      const where = now.layer === null ? now.stage : `${now.stage}, layer ${now.layer}`;
-      const silent = now.stage !== "idle" && now.silent_s > 2 ? ` for ${now.silent_s.toFixed(0)} s` : "";
-      cells.push(make("span", `rank ${rank}`), bar, make("span", `${now.waiting ? "waits in " : "in "}${where}${silent}`, "now"));
+      const isIdle = now.stage === "idle";
+      const stage = isIdle ? "idle" : `${now.waiting ? "waits in" : "in"} ${now.stage}`;
+      const where = isIdle || now.layer === null ? stage : `${stage}, layer ${now.layer}`;
+      const silent = !isIdle && now.silent_s > 2 ? ` for ${now.silent_s.toFixed(0)} s` : "";
+      cells.push(make("span", `rank ${rank}`), bar, make("span", `${where}${silent}`, "now"));
     });
     fill(at("lanes"), cells);
     const waiting = start.stages.indexOf("waiting");
