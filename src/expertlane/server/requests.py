@@ -198,7 +198,7 @@ class CompletionRequest(GenerationRequest):
         if len(self.prompt) > most:
             raise bad_field(
                 "prompt",
-                f"prompt has {len(self.prompt)} prompts; with n={self.num_choices} valid: 1 to {most}",
+                f"prompt has {len(self.prompt)} texts; valid with n={self.num_choices}: 1 to {most}",
             )
         if self.drops_output and not self.echo and self.prompt_logprobs is None:
             text = "max_tokens is 0, which needs echo or prompt_logprobs; else it must be 1 or more"
