@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Serves a model on two nodes of eight GPUs:
 #   sbatch deploy/slurm_serve.sh MODEL --layout dp=16,ep=16
-# The first node answers, at the address that the job's output says. The key of the API is taken
-# from EXPERTLANE_API_KEY, which sbatch passes on. Sixty seconds before the time limit, and at
-# `scancel --signal=TERM JOB`, no new requests are taken and running ones finish.
+# The first node runs the HTTP server; the job's output has its address. The API key comes from
+# EXPERTLANE_API_KEY, which sbatch passes on. Sixty seconds before the time limit, and at
+# `scancel --signal=TERM JOB`, new requests are refused and running ones finish.
 #SBATCH --job-name=expertlane-serve
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -16,7 +16,7 @@
 set -euo pipefail
 
 if [[ $# -eq 0 || -z "${EXPERTLANE_API_KEY:-}" ]]; then
-    echo "give a model, and EXPERTLANE_API_KEY in the environment" >&2
+    echo "usage: EXPERTLANE_API_KEY=… sbatch deploy/slurm_serve.sh MODEL --layout LAYOUT" >&2
     exit 2
 fi
 model="$1"

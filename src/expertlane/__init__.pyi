@@ -251,13 +251,12 @@ def simulate(
         output_len: Tokens per output. N:N: uniform in that range.
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
             or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
-        prefix_len: Tokens at the beginning of a prompt, of --prompt-len, that it shares with
-            others.
-        num_prefixes: Different shared beginnings; each prompt has one of them.
+        prefix_len: Length of the prefix that prompts share; part of --prompt-len.
+        num_prefixes: Number of different shared prefixes; each prompt has one of them.
         seed: Seed of all random draws; reproducible for equal seeds.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=500ms,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95
-            or p99. Goodput is of requests within all limits.
+            or p99. Goodput counts requests within all limits.
         price: Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million
             tokens.
         routing_trace: Routing as recorded by expertlane generate --record-routing.
@@ -356,12 +355,13 @@ def bench(
 
     With --url requests go to a server over HTTP, as streams. Its API key is taken from
     EXPERTLANE_API_KEY or a file. Latency counts from when a request was due, however late it could
-    be sent; failed requests are counted by their error. Ctrl-C gives what was measured until then.
+    be sent; failed requests are counted by their error. Ctrl-C ends the run and prints what was
+    measured until then.
 
     Args:
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
             paper-tiny, paper-small, paper. With --url: the model's name there; not needed if
-            there is one alone.
+            the server has only one.
         layout: How ranks are arranged: dp=2,ep=2 for example.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
@@ -370,23 +370,21 @@ def bench(
         output_len: Tokens per output. N:N: uniform in that range.
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
             or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
-        prefix_len: Tokens at the beginning of a prompt, of --prompt-len, that it shares with
-            others.
-        num_prefixes: Different shared beginnings; each prompt has one of them.
+        prefix_len: Length of the prefix that prompts share; part of --prompt-len.
+        num_prefixes: Number of different shared prefixes; each prompt has one of them.
         seed: Seed of all random draws; reproducible for equal seeds.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=500ms,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95
-            or p99. Goodput is of requests within all limits.
+            or p99. Goodput counts requests within all limits.
         price: Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million
             tokens.
-        url: Measure a server of the OpenAI API: this one, vLLM, SGLang… MODEL is its name
-            there.
-        compare: A second server, measured in turns with the first one.
-        rounds: Rounds, each with requests of its own; 5 or more give an interval.
-        endpoint: What requests ask for; prompts of chats are text.
-        tokenizer: Folder of the model's tokenizer; chats need one.
+        url: Measure a server with the OpenAI API: expertlane serve, vLLM, SGLang…
+        compare: A second server, measured alternately with the first.
+        rounds: Rounds, each with its own requests; 5 or more give an interval.
+        endpoint: API that requests use; prompts of chats are text.
+        tokenizer: Folder of the model's tokenizer; required for chats.
         api_key_file: File with the API key. A second file is for --compare.
-        num_warm_up: Requests before each load that are not counted.
+        num_warm_up: Warm-up requests before each load, which are not counted.
         request_timeout_s: Time limit of a request, waiting included.
         dtype: Type of weights and activations.
         max_model_len: Longest sequence, in tokens.

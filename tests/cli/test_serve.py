@@ -72,7 +72,7 @@ def test_lines_for_people_and_a_rank_that_dies_while_idle(command):
     assert server.first.startswith("paper-tiny at http://127.0.0.1:")
     lines = [server.process.stdout.readline() for _ in range(3)]
     assert lines[0].startswith("dp=2,ep=2 on 2 ranks; KV cache of ")
-    assert re.fullmatch(r"what it does: http://127.0.0.1:\d+/live in a browser\n", lines[1])
+    assert re.fullmatch(r"live view: http://127.0.0.1:\d+/live\n", lines[1])
     assert lines[2].startswith("Ctrl-C ")
     running = RunningRanks(server.process.pid, 2)
     running.kill(1)

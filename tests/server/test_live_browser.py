@@ -137,7 +137,7 @@ def test_pause_holds_the_page_still(opened, busy):
     before = page.locator("#tiles").inner_text()
     page.wait_for_timeout(400)
     assert page.locator("#tiles").inner_text() == before
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Resume").click()
     expect(page.locator("#state")).to_have_text("running")
 
 

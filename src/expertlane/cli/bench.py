@@ -32,7 +32,8 @@ _Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         autocompletion=completion.models,
-        help=f"{MODEL_HELP} With --url: the model's name there; not needed if there is one alone.",
+        help=f"{MODEL_HELP} With --url: the model's name there; not needed if the server has only "
+        "one.",
     ),
 ]
 
@@ -54,7 +55,8 @@ def bench(
 
     With --url requests go to a server over HTTP, as streams. Its API key is taken from
     EXPERTLANE_API_KEY or a file. Latency counts from when a request was due, however late it could
-    be sent; failed requests are counted by their error. Ctrl-C gives what was measured until then.
+    be sent; failed requests are counted by their error. Ctrl-C ends the run and prints what was
+    measured until then.
 
     \b
     TTFT     from a request's arrival to its first token

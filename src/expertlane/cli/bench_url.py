@@ -31,25 +31,25 @@ class UrlOptions:
         None,
         metavar="URL",
         rich_help_panel=Panel.SERVER,
-        help="Measure a server of the OpenAI API: this one, vLLM, SGLang… MODEL is its name there.",
+        help="Measure a server with the OpenAI API: expertlane serve, vLLM, SGLang…",
     )
     compare: str | None = typer.Option(
-        None, metavar="URL", help="A second server, measured in turns with the first one."
+        None, metavar="URL", help="A second server, measured alternately with the first."
     )
     rounds: int | None = typer.Option(
         None,
         metavar="N",
         show_default=f"1; with --compare {_PAIRED_ROUNDS}",
-        help="Rounds, each with requests of its own; 5 or more give an interval.",
+        help="Rounds, each with its own requests; 5 or more give an interval.",
     )
     endpoint: Literal["completions", "chat"] = typer.Option(
-        "completions", help="What requests ask for; prompts of chats are text."
+        "completions", help="API that requests use; prompts of chats are text."
     )
     tokenizer: Path | None = typer.Option(
         None,
         metavar="DIR",
-        show_default="MODEL if it is one, else as the server tells",
-        help="Folder of the model's tokenizer; chats need one.",
+        show_default="MODEL if it is such a folder, else the server's /tokenize",
+        help="Folder of the model's tokenizer; required for chats.",
     )
     api_key_file: list[Path] | None = typer.Option(
         None,
@@ -61,7 +61,7 @@ class UrlOptions:
         None,
         metavar="N",
         show_default="the batch; in an open loop 8",
-        help="Requests before each load that are not counted.",
+        help="Warm-up requests before each load, which are not counted.",
     )
     request_timeout_s: float | None = typer.Option(
         None,

@@ -104,11 +104,11 @@ def generate(
     """Continue prompts with a model, or talk to it.
 
     Prompts are the arguments, the lines of --file and each --token-ids, in this order; without
-    any, the lines of standard input. The text of one prompt appears as it comes; several are
-    computed together, and each is printed with its prompt, in order. A model without a tokenizer
-    takes and gives token ids.
+    any, the lines of standard input. The output of one prompt is streamed; several prompts
+    are computed as a batch, and each output is printed with its prompt, in order. A model without a
+    tokenizer takes and returns token ids.
 
-    How tokens are chosen: what you give here, else what the checkpoint's generation_config.json
+    Sampling parameters: what you give here, else what the checkpoint's generation_config.json
     recommends (temperature, top-k, top-p, repetition penalty, greedy), else the defaults below.
 
     In a --chat, Ctrl-C stops the present answer, /reset forgets the conversation, and /exit or
@@ -226,7 +226,7 @@ def _lines(text: str, source: str) -> list[str]:
 
 def _check_stops(sampling: SamplingOptions, found: FoundModel) -> None:
     if "" in (sampling.stop or ()):
-        raise UserError("--stop is empty; it must be a text that the output may hold")
+        raise UserError("--stop is empty; it must be a string of one or more characters")
     if sampling.stop and not _has_tokenizer(found):
         raise UserError(f"--stop needs a tokenizer, and {found.name} has none; use --stop-token-id")
     size = found.config.vocab_size

@@ -104,7 +104,7 @@ def _prefix_len(**how: Any) -> Any:
         metavar="N",
         show_default="0",
         rich_help_panel=Panel.MORE_WORKLOAD,
-        help="Tokens at the beginning of a prompt, of --prompt-len, that it shares with others.",
+        help="Length of the prefix that prompts share; part of --prompt-len.",
         **how,
     )
 
@@ -114,7 +114,7 @@ def _num_prefixes(**how: Any) -> Any:
         metavar="N",
         show_default="1",
         rich_help_panel=Panel.MORE_WORKLOAD,
-        help="Different shared beginnings; each prompt has one of them.",
+        help="Number of different shared prefixes; each prompt has one of them.",
         **how,
     )
 
@@ -147,7 +147,7 @@ class LoadOptions:
     seed: int = seed_option(0)
     slo: list[str] | None = _slo(
         "For example: ttft.p95=500ms,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, "
-        "p90, p95 or p99. Goodput is of requests within all limits.",
+        "p90, p95 or p99. Goodput counts requests within all limits.",
     )
     price: float | None = _option(
         metavar="DOLLARS",

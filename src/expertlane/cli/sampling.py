@@ -34,19 +34,19 @@ class SamplingOptions:
     )
     seed: int | None = seed_option(None, "a new one", Panel.SAMPLING)
     top_k: int | None = typer.Option(
-        None, metavar="K", show_default="0, all", help="Sample from the K likeliest tokens."
+        None, metavar="K", show_default="0, all", help="Sample from the K most likely tokens."
     )
     top_p: float | None = typer.Option(
         None,
         metavar="P",
         show_default="1",
-        help="Nucleus sampling: the likeliest tokens of cumulative probability P.",
+        help="Nucleus sampling: the most likely tokens with cumulative probability P.",
     )
     min_p: float | None = typer.Option(
         None,
         metavar="P",
         show_default="0",
-        help="Sample from tokens at least P times as likely as the likeliest.",
+        help="Sample from tokens at least P times as likely as the most likely.",
     )
     repetition_penalty: float | None = typer.Option(
         None,
@@ -73,7 +73,7 @@ class SamplingOptions:
     logprobs: int | None = typer.Option(
         None,
         metavar="N",
-        help="With --json: log-probabilities of each token and of the N likeliest.",
+        help="With --json: log-probabilities of each token and of the N most likely.",
     )
     prompt_logprobs: int | None = typer.Option(
         None,

@@ -40,22 +40,22 @@ class _Options:
     host: str = typer.Option("127.0.0.1", metavar="NAME", help="Address to listen on.")
     port: int = typer.Option(8000, metavar="N", help="Port to listen on. 0: any free one.")
     served_model_name: str | None = typer.Option(
-        None, metavar="NAME", show_default="MODEL", help="Name of the model in requests."
+        None, metavar="NAME", show_default="MODEL", help="Model name that requests use."
     )
     api_key: list[str] | None = typer.Option(
         None,
         metavar="KEY",
         show_default=f"{API_KEY}, else none",
-        help="Refuse requests without this key, or one of several.",
+        help="Key that requests must have; with several, any of them.",
     )
     api_key_file: Path | None = typer.Option(
         None,
         metavar="FILE",
-        help="File with the API key. Several: one a line. Nothing is then seen in a list of "
-        "processes, as --api-key is.",
+        help="File with the API key. Several: one per line. Unlike --api-key, it is not visible in "
+        "process lists.",
     )
     max_num_queued: int = typer.Option(
-        4096, metavar="N", help="Most waiting requests; further ones get status 429."
+        4096, metavar="N", help="Waiting requests at most; further ones get status 429."
     )
     request_timeout_s: float | None = typer.Option(
         None,
@@ -72,24 +72,25 @@ class _Options:
         "off", help="Write a line per request to stderr: text, or JSON objects."
     )
     log_prompts: bool = typer.Option(
-        False, "--log-prompts", help="Put prompts and outputs into these lines too."
+        False, "--log-prompts", help="Include prompts and outputs in these lines."
     )
     otlp_endpoint: str | None = typer.Option(
         None,
         metavar="URL",
         show_default="OTEL_EXPORTER_OTLP_ENDPOINT, else none",
-        help="Send OpenTelemetry traces of requests there; needs opentelemetry-sdk.",
+        help="Send OpenTelemetry traces of requests to this OTLP endpoint; needs "
+        "opentelemetry-sdk.",
     )
     max_stored_responses: int = typer.Option(
         1000,
         metavar="N",
-        help="Most answers of /v1/responses kept for previous_response_id. 0: none.",
+        help="Responses of /v1/responses to store for previous_response_id. 0: none.",
     )
     tool_call_parser: str | None = typer.Option(
         None,
         metavar="NAME",
         show_default="by the chat template",
-        help="How the model marks calls of tools: hermes, deepseek_v3, deepseek_v31, kimi_k2, "
+        help="Format of the model's tool calls: hermes, deepseek_v3, deepseek_v31, kimi_k2, "
         "mistral, mistral_args, llama3_json, qwen3_coder, glm45, minimax, minimax_m2, harmony, "
         "none.",
     )
@@ -97,7 +98,7 @@ class _Options:
         None,
         metavar="NAME",
         show_default="by the chat template",
-        help="How the model marks reasoning: think, mistral, harmony, none.",
+        help="Format of the model's reasoning: think, mistral, harmony, none.",
     )
     as_json: bool = json_option()
 
@@ -124,7 +125,7 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
     Clients use http://HOST:PORT/v1. Routes: /v1/completions, /v1/chat/completions, /v1/responses,
     /v1/models, /tokenize, /detokenize, /health, /ping, /version, /load, /metrics and /openapi.json.
     A request with an unsupported field gets status 400 and an error that names the field. Open
-    http://HOST:PORT/live in a browser to see what ranks and experts are doing.
+    http://HOST:PORT/live in a browser for a live view of ranks and experts.
 
     SIGTERM or Ctrl-C shuts the server down: new requests get status 503, running ones have up to
     --drain-s to finish. A second signal ends it at once.
@@ -281,5 +282,5 @@ def _say(served: "ServedModel", layout: Layout, bound: socket.socket, as_json: b
         f"{served.max_model_len:,} per request",
         flush=True,
     )
-    print(f"what it does: {url.removesuffix('v1')}live in a browser", flush=True)
+    print(f"live view: {url.removesuffix('v1')}live", flush=True)
     print("Ctrl-C shuts it down once running requests have finished", flush=True)

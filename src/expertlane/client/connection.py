@@ -55,9 +55,9 @@ class Url:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"{option} is {text!r}; it must be like http://127.0.0.1:8000")
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise UserError(f"{option} is to name a server alone: no user, ? or #")
+            raise UserError(f"{option} must be a server's address, without user, ? or #")
         if not text.isascii() or any(each.isspace() for each in text):
-            raise UserError(f"{option} is {text!r}; it holds what no URL does")
+            raise UserError(f"{option} is {text!r}; it is not a valid URL")
         is_tls = parts.scheme == "https"
         path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
         return cls(parts.hostname, port or (443 if is_tls else 80), is_tls, path)

@@ -158,14 +158,14 @@ async def _card(connections: Connections, model: str | None) -> dict[str, Any]:
     if answer.status != 200:
         message = error_message(bytes(answer.body))
         raise UserError(
-            f"{url} is no OpenAI server: /v1/models gave HTTP {answer.status} {message}"
+            f"{url} does not serve the OpenAI API: /v1/models gave HTTP {answer.status} {message}"
         )
     try:
         data = msgspec.json.decode(bytes(answer.body))["data"]
         cards = {str(each["id"]): each for each in data}
     except (msgspec.DecodeError, KeyError, TypeError):
         raise UserError(
-            f"{url} is no OpenAI server: its /v1/models has no list of models"
+            f"{url} does not serve the OpenAI API: its /v1/models has no list of models"
         ) from None
     if model is None:
         if len(cards) != 1:

@@ -89,9 +89,12 @@ class LiveState:
         self._speeds.append((time.time(), service.metrics.num_generation_tokens))
         if more := self._more("preemptions", service.model.engine.scheduler.num_preemptions):
             self._preempted_s = time.monotonic()
-            self.add("preemption", f"{_count(more, 'request')} lost cache blocks and will wait")
+            self.add(
+                "preemption",
+                f"{_count(more, 'request')} lost their cache blocks and will be computed again",
+            )
         if more := self._more("failures", service.metrics.num_failures):
-            self.add("error", f"{_count(more, 'answer')} with a status of 500 or more")
+            self.add("error", f"{_count(more, 'response')} with status 5xx")
         if self._more("draining", service.is_draining):
             self.add("drain", "the server is draining: it takes no new requests")
         if service.engine.error is not None and self._more("end", 1):
@@ -115,7 +118,7 @@ class LiveState:
                 "rebalance",
                 f"{whose}step {each.switched}: {decision.num_bytes / 1e6:.3g} MB of experts moved "
                 f"in about {decision.cost_s:.2g} s, to save {decision.gain_s:.2g} s within "
-                f"{decision.num_steps} steps; the fullest rank's load over the mean is to fall "
+                f"{decision.num_steps} steps; the fullest rank's load over the mean should fall "
                 f"from {each.predicted_before:.2f} to {each.predicted_after:.2f}",
             )
 
@@ -301,16 +304,16 @@ class LiveState:
                 yield Alert(
                     "red",
                     f"Rank {rank} has reported nothing for {silent_s:.0f} s, in {position}.",
-                    "See whether its process is stopped or its machine swaps; after --timeout-s "
-                    "all ranks are ended.",
+                    "Check whether its process is stopped or its machine is swapping; after "
+                    "--timeout-s all ranks are ended.",
                 )
         uneven = watch.imbalance(IMBALANCE_S)
         worst = max(uneven, key=lambda layer: uneven[layer], default=None)
         if watch.layout.ep > 1 and worst is not None and uneven[worst] >= _UNEVEN:
             advice = (
-                "Wait for the rebalancer, or give it copies: --num-redundant-experts."
+                "Wait for the rebalancer, or add copies of experts (--num-redundant-experts)."
                 if watch.rebalancer is not None
-                else "Let experts move (--rebalance-steps) or give them copies "
+                else "Rebalance experts (--rebalance-steps) or add copies "
                 "(--num-redundant-experts)."
             )
             yield Alert(

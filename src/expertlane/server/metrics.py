@@ -208,13 +208,17 @@ class Metrics(Collector):
                 self._num_cached_tokens,
             ),
             ("generation_tokens", "Output tokens", self.num_generation_tokens),
-            ("num_preemptions", "Requests that lost their blocks", scheduler.num_preemptions),
+            (
+                "num_preemptions",
+                "Preemptions: requests lost their blocks",
+                scheduler.num_preemptions,
+            ),
             (
                 "prefix_cache_queries",
-                "Tokens that the prefix cache was asked for",
+                "Tokens looked up in the prefix cache",
                 sum(table.num_queried for table in tables),
             ),
-            ("prefix_cache_hits", "Of these, found", scheduler.num_cached_tokens),
+            ("prefix_cache_hits", "Of these, found there", scheduler.num_cached_tokens),
         ):
             yield self._counter(name, text, total)
         ended = CounterMetricFamily(
@@ -228,7 +232,7 @@ class Metrics(Collector):
         for name, histogram in self._histograms.items():
             yield self._histogram(name, histogram)
         answers = CounterMetricFamily(
-            "http_requests", "Answers", labels=["method", "handler", "status"]
+            "http_requests", "HTTP responses", labels=["method", "handler", "status"]
         )
         for labels, number in list(self._responses.items()):
             answers.add_metric(labels, number)
@@ -240,7 +244,7 @@ class Metrics(Collector):
         waiting = self._scheduler.num_waiting
         for name, text, label, values in (
             (
-                *("num_requests_waiting_by_reason", "Requests that wait, by reason", "reason"),
+                *("num_requests_waiting_by_reason", "Waiting requests, by reason", "reason"),
                 {"capacity": waiting, "deferred": 0},
             ),
             (
@@ -284,7 +288,7 @@ class Metrics(Collector):
         }
         labels = self._labels | {name: str(value) for name, value in facts.items()}
         family = GaugeMetricFamily(
-            "vllm:cache_config_info", "Sizes of the cache of a rank", labels=[*labels]
+            "vllm:cache_config_info", "Size of a rank's KV cache", labels=[*labels]
         )
         family.add_metric([*labels.values()], 1)
         return family

@@ -109,7 +109,7 @@ class OwnMetrics:
         reading = watch.readings[-1]
         seconds = SummaryMetricFamily(
             f"{_PREFIX}rank_step_seconds",
-            "Wall time of a rank by stage, waits for other ranks apart; counts are its steps",
+            "Wall time of a rank by stage, without waits for other ranks; counts are its steps",
             labels=[*self._labels, "rank", "stage"],
         )
         own_s = reading.spent_s - reading.waited_s
@@ -162,7 +162,7 @@ class OwnMetrics:
             ),
             (
                 "expected_gain_seconds",
-                "Time that they were to save within the window that was decided for",
+                "Predicted savings of these moves, within the window that was decided for",
                 sum(each.decision.gain_s for each in moved),
             ),
         ):
@@ -171,7 +171,7 @@ class OwnMetrics:
             yield family
         saved = self._gauge(
             "rebalance_saved_seconds",
-            "Time of the fullest ranks' experts saved so far against the placement before; may "
+            "Time saved so far in the fullest ranks' experts, against the placement before; may "
             "fall",
         )
         self._add(saved, [], rebalancer.saved_s)

@@ -196,10 +196,10 @@ class CompletionRequest(GenerationRequest):
     def _check_prompts(self) -> Self:
         most = MOST_PROMPTS // self.num_choices
         if len(self.prompt) > most:
-            raise bad_field(
-                "prompt",
-                f"prompt holds {len(self.prompt)}; valid with n={self.num_choices}: 1 to {most}",
+            text = (
+                f"prompt has {len(self.prompt)} items; valid with n={self.num_choices}: 1 to {most}"
             )
+            raise bad_field("prompt", text)
         if self.drops_output and not self.echo and self.prompt_logprobs is None:
             text = "max_tokens is 0, which needs echo or prompt_logprobs; else it must be 1 or more"
             raise bad_field("max_tokens", text)

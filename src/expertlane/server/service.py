@@ -246,7 +246,7 @@ class Service:
             ApiError: it has none.
         """
         if self.model.tokenizer is None:
-            text = f"{param}: {self.model.name} has no tokenizer; give and take token ids"
+            text = f"{param}: {self.model.name} has no tokenizer; use token ids"
             raise bad_field(param, text, "no_tokenizer")
         return self.model.tokenizer
 

@@ -93,7 +93,8 @@ class StructuredRequest(Known):
             }
             given = {name: value for name, value in given.items() if value is not None}
             if outputs.json_object and outputs.json_ is not None:
-                raise bad_field("structured_outputs", "structured_outputs: json and json_object")
+                text = "structured_outputs: json and json_object are both given; give one"
+                raise bad_field("structured_outputs", text)
             if not given:
                 raise bad_field("structured_outputs", "structured_outputs is empty; give one")
             pairs.append(("structured_outputs", given))
@@ -107,7 +108,7 @@ class StructuredRequest(Known):
 def _schema_of(form: ResponseFormat) -> _Schema | None:
     """None where any text will do."""
     if (form.type == "json_schema") != (form.json_schema is not None):
-        text = "response_format: json_schema is given with type json_schema, and only with it"
+        text = "response_format: type json_schema needs json_schema, and other types take none"
         raise bad_field("response_format", text)
     if form.json_schema is not None:
         schema = form.json_schema.schema_

@@ -90,7 +90,7 @@ def structured_chat(
             )
         return structured, field
     if structured is not None and (needs_call or structured.kind != "json_schema"):
-        text = f"{field} with tools is not supported, but for JSON with tool_choice auto"
+        text = f"{field} with tools is not supported, except JSON with tool_choice auto"
         raise bad_field(field, text, "unsupported_parameter")
     if not (structured or needs_call or most_one or is_strict):
         return None, ""
@@ -237,8 +237,8 @@ def _check_texts(function: Function) -> None:
             for limit in _NOT_OF_TEXTS:
                 if limit in schema:
                     raise UserError(
-                        f"{function.name} is strict, and {key} has {limit}: texts in this model's "
-                        "calls cannot be held to it"
+                        f"{function.name} is strict, and {key} has {limit}: strings in this "
+                        "model's calls cannot be constrained by it"
                     )
 
 

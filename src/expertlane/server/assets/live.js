@@ -85,7 +85,7 @@
     at("key").hidden = false;
     at("content").hidden = true;
     at("headline").textContent = "A key is needed";
-    setState("waiting", "locked");
+    setState("waiting", "key needed");
     at("secret").focus();
   }
 
@@ -221,7 +221,7 @@
         const made = make("div", undefined, "alert");
         made.dataset.level = each.level;
         const first = make("p");
-        first.append(make("b", each.level === "red" ? "Problem: " : "Watch: "), each.text);
+        first.append(make("b", each.level === "red" ? "Problem: " : "Warning: "), each.text);
         made.append(first, make("p", `What to do: ${each.advice}`));
         return made;
       }),
@@ -247,7 +247,7 @@
       ["Prefix cache hits", queried ? share(frame.num_cached / queried) : "–", `${number.format(frame.num_cached)} of ${count(queried, "token")}`],
       ["Preemptions", number.format(frame.num_preemptions), "requests that lost their cache blocks"],
     ];
-    if (cache.length > 1) tiles.push(["Dummy steps", number.format(idle), "a data-parallel rank without a request took part in others' steps"]);
+    if (cache.length > 1) tiles.push(["Dummy steps", number.format(idle), "steps in which a data-parallel rank had no request of its own"]);
     fill(
       at("tiles"),
       tiles.map(([name, value, more]) => {
@@ -436,7 +436,7 @@
     const ratios = pairs.flatMap((of, i) => of.map((value, expert) => [mapped.sums[i] ? (value * of.length) / mapped.sums[i] : 0, i, expert]));
     const top = ratios.reduce((a, b) => (b[0] > a[0] ? b : a), [0, 0, 0]);
     const said = top[0]
-      ? `In ${mapped.seconds.toFixed(0)} s: hottest is expert ${top[2]} of layer ${start.layers[top[1]]}, with ${times(top[0])} the even share.`
+      ? `In ${mapped.seconds.toFixed(0)} s: hottest is expert ${top[2]} of layer ${start.layers[top[1]]}, with ${times(top[0])} the layer's mean per expert.`
       : "No tokens in the time window.";
     at("map-said").textContent = said;
     at("map").setAttribute("aria-label", `Heat map of ${count(start.layers.length, "layer")} by ${start.num_experts} experts. ${said}`);
@@ -529,7 +529,7 @@
     const ratio = mapped.sums[i] ? (value * start.num_experts) / mapped.sums[i] : 0;
     const on = holders(i, expert);
     at("readout").textContent =
-      `Layer ${start.layers[i]}, expert ${expert}: ${count(value, "token")} in ${mapped.seconds.toFixed(0)} s, ${times(ratio)} the even share; ` +
+      `Layer ${start.layers[i]}, expert ${expert}: ${count(value, "token")} in ${mapped.seconds.toFixed(0)} s, ${times(ratio)} the layer's mean per expert; ` +
       `on ${on.length === 1 ? "rank" : "ranks"} ${on.join(", ")}.`;
   }
 
@@ -539,7 +539,7 @@
       .sort((a, b) => b.ratio - a.ratio)
       .slice(0, 12);
     const head = make("tr");
-    head.append(...["Layer", "Expert", "Tokens", "Over the even share", "On ranks"].map((each) => make("th", each)));
+    head.append(...["Layer", "Expert", "Tokens", "Over the mean", "On ranks"].map((each) => make("th", each)));
     fill(at("hot-table"), [
       head,
       ...rows.map((each) => {
@@ -598,8 +598,8 @@
 
   function rebalances() {
     const { num_decisions, num_moved, saved_s, latest } = frame.rebalances;
-    if (!num_decisions) return "experts move where that pays; no decision so far.";
-    const saved = `${saved_s < 0 ? "not paid so far: they took" : "saved"} ${seconds(Math.abs(saved_s))} of the fullest ranks' time`;
+    if (!num_decisions) return "experts move where the gain exceeds the cost; no decision so far.";
+    const saved = `${saved_s < 0 ? "cost more than they saved so far, by" : "saved"} ${seconds(Math.abs(saved_s))} of the fullest ranks' time`;
     const paid = num_moved ? `, which have ${saved}` : "";
     return `experts moved after ${num_moved} of ${count(num_decisions, "decision")}${paid}. Latest, ${latest}.`;
   }
@@ -661,7 +661,7 @@
   at("pause").addEventListener("click", () => {
     isPaused = !isPaused;
     at("pause").setAttribute("aria-pressed", isPaused);
-    at("pause").textContent = isPaused ? "Go on" : "Pause";
+    at("pause").textContent = isPaused ? "Resume" : "Pause";
     draw(true);
   });
   const redraw = () => {
