@@ -99,8 +99,21 @@ SCHEMA = {
     "required": ["ä b"],
     "additionalProperties": False,
 }
+PETS = {  # as pydantic writes a union with a discriminator, and pydantic-ai leaves it
+    "oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}],
+    "$defs": {
+        name: {
+            "type": "object",
+            "properties": {"a": {"type": "boolean"}, "kind": {"const": name, "type": "string"}},
+            "required": ["a", "kind"],
+            "additionalProperties": False,
+        }
+        for name in ("Cat", "Dog")
+    },
+}
 FORMS = [
     ({"json_schema": SCHEMA}, '{"ä b": 47}', True),
+    ({"json_schema": PETS}, '{"a": true, "kind": "Dog"}', True),
     ({"regex": "a+ü?"}, "aaü", True),
     ({"regex": "a+"}, "aa", False),
     ({"choice": ["no", "nope ü"]}, "nope ü", True),
@@ -166,6 +179,7 @@ DOUBLING = "\n".join(["start: A0", *(f"A{i}: A{i + 1} A{i + 1}" for i in range(6
         {"json_schema": {"type": "unheard of"}},
         {"json_schema": {"not": {}}},
         {"json_schema": {"$ref": "#"}},
+        {"json_schema": PETS | {"oneOf": PETS["oneOf"][:1] * 2}},
         {"json_schema": False},
         {"json_schema": {"type": "string", "format": "of mine"}},
         {"regex": "("},

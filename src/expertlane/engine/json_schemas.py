@@ -14,15 +14,18 @@ _NO_SCHEMAS = ("enum", "const", "default", "examples")
 
 
 def for_library(schema: Any) -> Any:
-    """A schema of the same values, but for times that are none and endless white space."""
+    """A schema of the same values, but for times that are none and endless white space.
+
+    Options of `oneOf` behind references are told apart if a property is another constant in each.
+    """
     if not isinstance(schema, Mapping):
         return schema
-    return {**_strict_times(schema), "x-guidance": {"whitespace_pattern": WHITESPACE}}
+    return {**_rewritten(schema, schema), "x-guidance": {"whitespace_pattern": WHITESPACE}}
 
 
-def _strict_times(schema: Any) -> Any:
+def _rewritten(schema: Any, root: Mapping[str, Any]) -> Any:
     if isinstance(schema, list):
-        return [_strict_times(each) for each in schema]
+        return [_rewritten(each, root) for each in schema]
     if not isinstance(schema, Mapping):
         return schema
     found: dict[str, Any] = {}
@@ -30,12 +33,45 @@ def _strict_times(schema: Any) -> Any:
         if key in _NO_SCHEMAS:
             found[key] = value
         elif key in _OF_SCHEMAS and isinstance(value, Mapping):
-            found[key] = {name: _strict_times(each) for name, each in value.items()}
+            found[key] = {name: _rewritten(each, root) for name, each in value.items()}
         else:
-            found[key] = _strict_times(value)
+            found[key] = _rewritten(value, root)
+    if "discriminator" not in schema and (name := _tag(schema.get("oneOf"), root)):
+        found["discriminator"] = {"propertyName": name}
     pattern = _NO_LEAP_SECONDS.get(str(schema.get("format")))
     if pattern is None:
         return found
     if "pattern" not in found:
         return found | {"pattern": pattern}
     return found | {"allOf": [*found.get("allOf", ()), {"type": "string", "pattern": pattern}]}
+
+
+def _tag(options: Any, root: Mapping[str, Any]) -> str | None:
+    """A property that is a constant in each option, if there is one.
+
+    The library looks for such ones itself, but follows references only where a discriminator
+    names the property. It checks what the discriminator says.
+    """
+    if not isinstance(options, list) or not options:
+        return None
+    named: list[set[str]] = []
+    for option in options:
+        resolved = _resolved(option, root)
+        properties = resolved.get("properties") if isinstance(resolved, Mapping) else None
+        if not isinstance(properties, Mapping):
+            return None
+        pairs = properties.items()
+        named.append(
+            {name for name, each in pairs if isinstance(each, Mapping) and "const" in each}
+        )
+    return min(set.intersection(*named), default=None)
+
+
+def _resolved(option: Any, root: Mapping[str, Any]) -> Any:
+    """What a reference to one of the schema's definitions refers to; others as they are."""
+    reference = option.get("$ref") if isinstance(option, Mapping) else None
+    if not isinstance(reference, str):
+        return option
+    kind, _, name = reference.removeprefix("#/").partition("/")
+    definitions = root.get(kind) if kind in ("$defs", "definitions") else None
+    return definitions.get(name) if isinstance(definitions, Mapping) else option

@@ -31,7 +31,8 @@ class CallRules:
         needs_call: whether the answer must be a call; else it may be text, and calls after it.
         holds_all: whether all arguments fit their schemas; else those of strict tools do.
         most_one: whether there may be one call only.
-        content_schema: of the answer where it is no call, as JSON text; None for any text.
+        content_schema: of the answer where it is no call, as JSON text; None for any text. It
+            says nothing of calls.
     """
 
     form: CallForm
@@ -89,8 +90,8 @@ def structured_chat(
                 structured, lead=lead, may_lead=may_lead, prefix=marks.answer_begin
             )
         return structured, field
-    if structured is not None and (needs_call or structured.kind != "json_schema"):
-        text = f"{field} with tools is not supported, except JSON with tool_choice auto"
+    if structured is not None and structured.kind != "json_schema":
+        text = f"{field} with tools is not supported; valid with tools: JSON, or a schema of it"
         raise bad_field(field, text, "unsupported_parameter")
     if not (structured or needs_call or most_one or is_strict):
         return None, ""
