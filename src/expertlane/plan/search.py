@@ -53,6 +53,27 @@ class Finalist(ScreenedCandidate):
         """Whether it keeps the limits."""
         return self.served.best(goals) is not None
 
+    def simulated(self, served: ThroughputCurve) -> "Finalist":
+        """As simulated; bounds get those of skew in its decode step.
+
+        Args:
+            served: by its likely routing.
+        """
+        return replace(self, served=self.with_skew(served))
+
+    def with_skew(self, served: ThroughputCurve) -> ThroughputCurve:
+        """What was simulated with it as the pool that decodes, with bounds of skew."""
+        even_s, uneven_s = self.by_error[Phase.DECODE].get((_SKEW, ()), (None, None))
+        if even_s is None or uneven_s is None:
+            return served
+        likely_s = self.decode.round_s.value
+        factors = np.array([min(even_s / likely_s, 1.0), 1.0, max(uneven_s / likely_s, 1.0)])
+        return replace(
+            served,
+            tps=served.tps / factors[::-1, None],
+            tpot_s=served.tpot_s * factors[:, None],
+        )
+
     def breach(self, goals: Goals) -> float:
         """The factor by which it misses the worse limit; 1 or less where it keeps both."""
         return float(self.served.breach(goals)[0])
