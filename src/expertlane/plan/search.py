@@ -353,14 +353,16 @@ class Search:
         nearest = min(screened, key=lambda each: each.capacity.memory.total_bytes)
         need = nearest.capacity.memory
         request = self.request
+        is_wide = request.setting.types.weights in ("float32", "bfloat16", "float16")
+        narrower = "float8 weights, " if is_wide else ""
         return (
             f"{request.model.name} in {request.setting.types} fits no deployment on "
             f"{request.cluster}: "
             f"the smallest, {nearest.candidate.layout}, needs {size_text(need.total_bytes)} per "
             f"rank (weights {size_text(need.weight_bytes)}, KV cache of one sequence "
             f"{size_text(need.kv_bytes)}, activations {size_text(need.activation_bytes)}) of "
-            f"{size_text(nearest.capacity.free_bytes)}; take more devices, float8 or shorter "
-            "sequences"
+            f"{size_text(nearest.capacity.free_bytes)}; take more devices, {narrower}"
+            "devices with more memory or shorter sequences"
         )
 
     def missed(self, nearest: ScreenedCandidate, served: ThroughputCurve) -> str:
