@@ -183,9 +183,10 @@ class Ranking:
 def ranked(contenders: Sequence[Contender]) -> Ranking:
     """Those that tie for most tokens a second, then the others by tokens a second.
 
-    Those tie than which no other surely has more: not all that tie with the one of most, for what
-    shares its errors may be within them while it is below a third. Of those that tie the one with the lowest TTFT is chosen; where that ties too, the one with
-    fewest kinds of parallelism, then with most tokens a second. The others that tie follow by TTFT.
+    Those tie than which no other surely has more: one whose errors are its own may tie with the one
+    of most and surely be below a third. Of those that tie the one with the lowest TTFT is chosen;
+    where that ties too, the one with fewest kinds of parallelism, then with most tokens a second.
+    The others that tie follow by TTFT.
     """
     by_tps = sorted(contenders, key=lambda each: -each.tps.value)
     tied = [
