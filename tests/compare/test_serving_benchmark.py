@@ -4,11 +4,7 @@ import numpy as np
 import pytest
 
 from expertlane.compare.serving_benchmark import (
-    LengthRange,
-    Load,
     TimedOutput,
-    TimedRequest,
-    draw_requests,
     measure,
     run_loads,
     serve,
@@ -18,7 +14,13 @@ from expertlane.progress import Silent
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.spec.layout import Layout
-from expertlane.spec.workload import check_lengths
+from expertlane.spec.workload import (
+    LengthRange,
+    Load,
+    TimedRequest,
+    check_lengths,
+    draw_requests,
+)
 
 FOUR = LengthRange(4, 4)
 

@@ -45,7 +45,7 @@ def times(factor_of, done):
     [
         lambda layout: 1.0,
         lambda layout: 1 / layout.dp,  # data-parallel attention is worse than screened
-        lambda layout: 1.3 if layout.tp == 8 else 0.7,
+        lambda layout: 1.3 if layout.dp * layout.pp == 1 else 0.7,
         lambda layout: 0.5 if layout.ep > 1 else 1.0,
     ],
 )

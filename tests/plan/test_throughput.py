@@ -80,21 +80,22 @@ def test_in_two_pools_the_slower_sets_the_pace():
     fed = two_pools(fast, steps(), np.full(3, 0.001), WORKLOAD)
     # 4 in 10 ms; 8 in 20 ms and a tenth of the 2 ms before a sequence's first decode step
     assert fed.tps[1] == pytest.approx([400, 8 / 0.0202])
-    assert fed.tpot_s[1] == pytest.approx([0.010 + 0.001 / 9, 0.020 + 0.001 / 9])
+    assert fed.tpot_s[1] == pytest.approx([0.010, 0.020])
     starved = two_pools(slow, steps(), np.zeros(3), WORKLOAD)
     assert starved.tps[1] == pytest.approx([20, 20])  # 200 prompt tokens a second
     assert starved.ttft_s[1, 0] > 10 * fed.ttft_s[1, 0]
 
 
-def test_the_transfer_between_two_pools_delays_the_second_token():
-    """The first is there when the prompt is: 9 of 10 tokens share the transfer's millisecond."""
+def test_the_first_token_of_two_pools_comes_when_a_place_to_decode_is_there():
+    """After prompt and transfer, with half a step until one begins, or with a wait for a place."""
     near, far = (two_pools(steps(), steps(), np.full(3, s), WORKLOAD) for s in (0.0, 0.001))
-    np.testing.assert_array_equal(far.ttft_s[:, 0], near.ttft_s[:, 0])
-    assert near.tpot_s[1] == pytest.approx([0.010, 0.020])
-    assert far.tpot_s[1] == pytest.approx([0.010 + 0.001 / 9, 0.020 + 0.001 / 9])
-    busy = 400 / 2000  # tokens a second, of those that prefill could feed
+    np.testing.assert_array_equal(far.tpot_s, near.tpot_s)
+    assert far.tpot_s[1] == pytest.approx([0.010, 0.020])
+    no_place = 8 * 10 / 400 - 10 * 0.010  # 8 are there, 4 of them at once decode, 400 tokens/s
+    assert far.ttft_s[1, 0] == near.ttft_s[1, 0] == pytest.approx(no_place + 0.010 / 2)
+    busy = far.tps[1, 1] / 2000  # tokens a second, of those that prefill could feed
     own = 0.010 + 0.010 * busy / (2 * (1 - busy))
-    assert far.ttft_s[1, 0] == pytest.approx(own)
+    assert far.ttft_s[1, 1] == pytest.approx(own + 0.001 + 0.020 / 2)
 
 
 def test_fewer_sequences_than_ranks_leave_some_idle():

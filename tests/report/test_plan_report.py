@@ -174,7 +174,11 @@ def test_the_setting_has_the_routing_and_the_models_limit(routing, words):
 
 
 def test_one_deployment_has_no_rival():
-    assert headline(plan(one())).endswith("; no other deployment meets the limits.")
+    found = plan(one())
+    assert headline(found).endswith(", the most of 97 that meet the limits.")
+    alone = replace(found.plans[0], num_candidates=1, num_too_large=0, num_over_limits=0)
+    said = headline(replace(found, plans=(alone,)))
+    assert said.endswith("; no other deployment meets the limits.")
 
 
 def test_gaps_are_given_where_they_exceed_the_noise():

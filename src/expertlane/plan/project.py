@@ -259,7 +259,14 @@ class Projector:
         driver_s = terms.step_s(self._layout)
         ends: Floats = np.zeros((len(works), terms.num_clocks))  # of each group's last step
         ran = []
-        for _ in range(_ROUNDS if len(works) > 1 else 2):
+        if len(works) == 1 and may_skip:
+            cold = timeline.cold_start(works[0])
+            first = timeline.repeat(cold, driver_s)
+            if timeline.is_at_rest(next_s := first.end_s + driver_s):
+                return [(first, 0), (timeline.repeat(cold, next_s), 0)]
+            ends[0] = first.end_s
+            ran.append((first, 0))
+        while len(ran) < len(works) * (_ROUNDS if len(works) > 1 else 2):
             for place, work in enumerate(works):
                 times = timeline.run(work, ends[place] + driver_s, may_skip=may_skip)
                 ends[place] = times.end_s

@@ -326,13 +326,13 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
         (
             "TPOT",
             "mean; aggregated: other requests' prefills between decode steps included; "
-            "disaggregated: KV transfer included",
+            "disaggregated: decoding alone",
             "",
         ),
         (
             "TTFT",
-            "to the end of the prompt's last step, which computes the first token; mean queueing "
-            "time included",
+            "mean, with waits; aggregated: to the end of the prompt's last step; disaggregated: to "
+            "the first decode step, KV transfer included",
             "",
         ),
         (

@@ -53,6 +53,27 @@ class Finalist(ScreenedCandidate):
         """Whether it keeps the limits."""
         return self.served.best(goals) is not None
 
+    def simulated(self, served: ThroughputCurve) -> "Finalist":
+        """As simulated; bounds get those of skew in its decode step.
+
+        Args:
+            served: by its likely routing.
+        """
+        return replace(self, served=self.with_skew(served))
+
+    def with_skew(self, served: ThroughputCurve) -> ThroughputCurve:
+        """What was simulated with it as the pool that decodes, with bounds of skew."""
+        even_s, uneven_s = self.by_error[Phase.DECODE].get((_SKEW, ()), (None, None))
+        if even_s is None or uneven_s is None:
+            return served
+        likely_s = self.decode.round_s.value
+        factors = np.array([min(even_s / likely_s, 1.0), 1.0, max(uneven_s / likely_s, 1.0)])
+        return replace(
+            served,
+            tps=served.tps / factors[::-1, None],
+            tpot_s=served.tpot_s * factors[:, None],
+        )
+
     def breach(self, goals: Goals) -> float:
         """The factor by which it misses the worse limit; 1 or less where it keeps both."""
         return float(self.served.breach(goals)[0])
@@ -332,14 +353,16 @@ class Search:
         nearest = min(screened, key=lambda each: each.capacity.memory.total_bytes)
         need = nearest.capacity.memory
         request = self.request
+        is_wide = request.setting.types.weights in ("float32", "bfloat16", "float16")
+        narrower = "float8 weights, " if is_wide else ""
         return (
             f"{request.model.name} in {request.setting.types} fits no deployment on "
             f"{request.cluster}: "
             f"the smallest, {nearest.candidate.layout}, needs {size_text(need.total_bytes)} per "
             f"rank (weights {size_text(need.weight_bytes)}, KV cache of one sequence "
             f"{size_text(need.kv_bytes)}, activations {size_text(need.activation_bytes)}) of "
-            f"{size_text(nearest.capacity.free_bytes)}; take more devices, float8 or shorter "
-            "sequences"
+            f"{size_text(nearest.capacity.free_bytes)}; take more devices, {narrower}"
+            "devices with more memory or shorter sequences"
         )
 
     def missed(self, nearest: ScreenedCandidate, served: ThroughputCurve) -> str:

@@ -110,7 +110,8 @@ def _rates(
     load = Load(batch, prompt_len, output_len, batch)
     cluster = ModelledCluster(profile, setup.num_devices)
     try:
-        rates = steady_rates(Simulator(request.model, cluster, setup, load), 0, _LEAST_STEPS)
+        simulator = Simulator(request.model, cluster, setup, load)
+        rates = steady_rates(simulator, 0, _LEAST_STEPS, with_skew=False)  # `Finalist.simulated`
     except CapacityError:
         return None
     return ThroughputCurve(
@@ -295,7 +296,7 @@ def simulated_pool(
         nearest = min(broke, key=lambda each: float(each.served.breach(request.goals)[0]))
         raise UserError(search.missed(nearest.option, nearest.served))
     finalists = [
-        replace(search.finish(each.option), served=each.served)
+        search.finish(each.option).simulated(each.served)
         for each in sorted(kept, key=lambda each: -each.tps)
     ]
     num_too_large = sum(isinstance(each, TooLarge) for each in screened)

@@ -4,8 +4,9 @@ Steady state: as soon as one is finished another begins. In one pool prompts com
 each holds up the decodes of its replica. In disaggregated pools both run side by side, and the
 slower one sets the pace.
 
-The first token is computed by the last step of a prompt, so TTFT ends there; in disaggregated pools
-KV transfer follows, which delays the second token and counts in TPOT.
+In one pool TTFT ends with the last step of a prompt. In disaggregated pools a client gets all
+tokens from the one that decodes, as in `simulate`: TTFT ends when the first decode step begins, so
+KV transfer and the wait for a place there are in it, and TPOT is decoding alone.
 """
 
 from collections.abc import Sequence
@@ -175,10 +176,10 @@ class ThroughputCurve:
     Attributes:
         num_seqs: [N]; over the whole system.
         tps: [3, N]; output tokens a second over the whole system.
-        tpot_s: [3, N]; mean time of a sequence's tokens after the first, others' prefills, or the
-            transfer from another pool, included.
-        ttft_s: [3, N]; from a prompt's arrival to its last step's end, with its wait in the queue;
-            infinite where prefill takes all of the time.
+        tpot_s: [3, N]; mean time of a sequence's tokens after the first, with others' prefills in
+            one pool.
+        ttft_s: [3, N]; from a prompt's arrival to its last step's end, or of two pools to the first
+            step that decodes, with its waits; infinite where prefill takes all of the time.
     """
 
     num_seqs: Ints
@@ -331,13 +332,17 @@ def two_pools(
     of_sequence_s = decode.token_s + before_s[:, None] / workload.output_len
     tps = np.minimum(np.minimum(could_tps, fed_tps), workload.num_sequences / of_sequence_s)
     # A pool that is fed less has fewer sequences running; a step of fewer is taken to be as long.
-    busy = tps / fed_tps
-    num_later = max(workload.output_len - 1, 1)
+    # All others wait for prefill or for a place: what Little's law leaves of a request's time.
+    waited_s = workload.num_sequences * workload.output_len / tps - (
+        workload.output_len * decode.token_s
+    )
+    busy = np.minimum(tps / fed_tps, _MOST_BUSY)
+    alone_s = _prompt_s(prefill, workload, busy) + transfer_s[:, None]
     return ThroughputCurve(
         num_seqs=decode.num_seqs,
         tps=tps[::-1],
-        tpot_s=decode.token_s + transfer_s[:, None] / num_later,
-        ttft_s=_prompt_s(prefill, workload, np.minimum(busy, _MOST_BUSY)),
+        tpot_s=decode.token_s,
+        ttft_s=np.maximum(waited_s, alone_s) + decode.decode_s / 2,  # a step begins as one ends
     )
 
 

@@ -181,13 +181,17 @@ class Ranking:
 
 
 def ranked(contenders: Sequence[Contender]) -> Ranking:
-    """Those that tie with the one of most tokens a second, then the others by tokens a second.
+    """Those that tie for most tokens a second, then the others by tokens a second.
 
-    Of those that tie the one with the lowest TTFT is chosen; where that ties too, the one with
-    fewest kinds of parallelism, then with most tokens a second. The others that tie follow by TTFT.
+    Those tie than which no other surely has more: one whose errors are its own may tie with the one
+    of most and surely be below a third. Of those that tie the one with the lowest TTFT is chosen;
+    where that ties too, the one with fewest kinds of parallelism, then with most tokens a second.
+    The others that tie follow by TTFT.
     """
     by_tps = sorted(contenders, key=lambda each: -each.tps.value)
-    tied = [each for each in by_tps if each.tps.ties(by_tps[0].tps)]
+    tied = [
+        each for each in by_tps if all(other.tps.over(each.tps).bounds[0] <= 1 for other in by_tps)
+    ]
     others = [each for each in by_tps if each not in tied]
     if len(tied) == 1:
         return Ranking([*tied, *others], 1, None)

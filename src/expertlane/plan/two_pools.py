@@ -144,7 +144,7 @@ class TwoPoolSearch:
         )
         transfer_s = self._transfer_s(prefill.candidate.layout, decode.candidate.layout)
         served = two_pools(prefill.steps, decode.steps, transfer_s, self._request.workload)
-        return TwoPools(prefill, decode, transfer_s, simulated, served)
+        return TwoPools(prefill, decode, transfer_s, decode.with_skew(simulated), served)
 
     def _transfer_s(self, prefill: Layout, decode: Layout) -> Floats:
         """[3]; of a prompt's keys and values."""

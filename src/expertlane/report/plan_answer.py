@@ -171,7 +171,11 @@ def headline(results: Results) -> str:
         return f"{said}. {tie}."
     if others:
         return f"{said}; #2 is {versus(others[0])}."
-    return f"{said}; no other deployment {'fits' if not _limits(results) else 'meets the limits'}."
+    found, keeps = results.plans[0], "meet the limits" if _limits(results) else "fit"
+    num = found.num_candidates - found.num_too_large - found.num_over_limits
+    if num > 1:
+        return f"{said}, the most of {num:,} that {keeps}."
+    return f"{said}; no other deployment {keeps.replace('meet', 'meets').replace('fit', 'fits')}."
 
 
 def _tie(results: Results) -> str:

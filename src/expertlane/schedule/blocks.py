@@ -94,7 +94,13 @@ class BlockManager:
                 del self._reusable[block]
             self._ref_counts[block] += 1
         self.num_hits += len(shared)
-        return [*shared, *(self.append() for _ in range(num_blocks - len(shared)))]
+        num_new = num_blocks - len(shared)
+        first = max(len(self._blank) - num_new, 0)
+        blank = self._blank[first:][::-1]
+        del self._blank[first:]
+        for block in blank:
+            self._ref_counts[block] = 1
+        return [*shared, *blank, *(self.append() for _ in range(num_new - len(blank)))]
 
     def append(self) -> int:
         """Hold one new block.

@@ -52,19 +52,25 @@ class SteadyRates:
     num_priced: int
 
 
-def steady_rates(simulator: Simulator, seed: int, least_steps: int = 48) -> SteadyRates:
+def steady_rates(
+    simulator: Simulator, seed: int, least_steps: int = 48, *, with_skew: bool = True
+) -> SteadyRates:
     """The rates of a closed load.
 
     Args:
         least_steps: that the stretch has about, of the pool that decodes.
+        with_skew: whether bounds hold those of an assumed routing; each asks for further steps.
     """
-    return _Stretch(simulator, seed, least_steps).rates()
+    return _Stretch(simulator, seed, least_steps, with_skew=with_skew).rates()
 
 
 class _Stretch:
-    def __init__(self, simulator: Simulator, seed: int, least_steps: int) -> None:
+    def __init__(
+        self, simulator: Simulator, seed: int, least_steps: int, *, with_skew: bool
+    ) -> None:
         assert simulator.load.batch is not None, "a closed load"
         self._simulator = simulator
+        self._with_skew = with_skew
         self._load = simulator.load
         self._batch = simulator.load.batch
         self._multi_token = simulator.setup.multi_token
@@ -95,7 +101,7 @@ class _Stretch:
 
     def _spread(self, num_running: int) -> Floats:
         """[3]; a decode step by each bound's own routing, over one by the likely routing."""
-        if self._simulator.num_runs == 1:
+        if self._simulator.num_runs == 1 or not self._with_skew:
             return np.ones(len(BOUNDS))
 
         def steps_s(lead: int) -> Floats:
