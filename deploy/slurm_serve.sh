@@ -22,7 +22,7 @@ fi
 model="$1"
 shift # what follows goes to expertlane: --layout, --max-model-len, …
 
-first_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export model first_node
 export port="${PORT:-29500}" serve_port="${SERVE_PORT:-8000}"
 echo "serving at http://$first_node:$serve_port/v1 once it is loaded"

@@ -14,7 +14,7 @@ set -euo pipefail
 experiment="${1:-paper}"
 shift || true # what follows goes to expertlane: --traffic, --timeout-s 300, …
 
-first_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port="${PORT:-29500}"
 
 # Each task learns its own node's number from Slurm; the launcher is on the first node.

@@ -69,10 +69,15 @@ class _Options:
         help="How long running requests may continue after SIGTERM or Ctrl-C.",
     )
     log_format: LogFormat = typer.Option(
-        "off", help="Write a line per request to stderr: text, or JSON objects."
+        "off",
+        help="Write a line per request to stderr: text, or JSON objects.",
+        rich_help_panel=Panel.MORE_SERVER,
     )
     log_prompts: bool = typer.Option(
-        False, "--log-prompts", help="Include prompts and outputs in these lines."
+        False,
+        "--log-prompts",
+        help="Include prompts and outputs in these lines.",
+        rich_help_panel=Panel.MORE_SERVER,
     )
     otlp_endpoint: str | None = typer.Option(
         None,
@@ -80,11 +85,13 @@ class _Options:
         show_default="OTEL_EXPORTER_OTLP_ENDPOINT, else none",
         help="Send OpenTelemetry traces of requests to this OTLP endpoint; needs "
         "opentelemetry-sdk.",
+        rich_help_panel=Panel.MORE_SERVER,
     )
     max_stored_responses: int = typer.Option(
         1000,
         metavar="N",
         help="Responses of /v1/responses to store for previous_response_id. 0: none.",
+        rich_help_panel=Panel.MORE_SERVER,
     )
     tool_call_parser: str | None = typer.Option(
         None,
@@ -93,12 +100,14 @@ class _Options:
         help="Format of the model's tool calls: hermes, deepseek_v3, deepseek_v31, kimi_k2, "
         "mistral, mistral_args, llama3_json, qwen3_coder, glm45, minimax, minimax_m2, harmony, "
         "none.",
+        rich_help_panel=Panel.MORE_SERVER,
     )
     reasoning_parser: str | None = typer.Option(
         None,
         metavar="NAME",
         show_default="by the chat template",
         help="Format of the model's reasoning: think, mistral, harmony, none.",
+        rich_help_panel=Panel.MORE_SERVER,
     )
     as_json: bool = json_option()
 

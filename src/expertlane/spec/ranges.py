@@ -146,7 +146,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "min_tokens": _whole(0, 2**31 - 1),
     "bias": _number(-100, 100),  # of a logit
     "logprobs prompt_logprobs": _whole(0, 20),
-    "stop_token_ids": _TOKEN,
+    "stop_token_ids shown_token_ids": _TOKEN,
     # model; also under the other names that a config.json has for them
     "num_hidden_layers": _whole(1, 1024),
     "hidden_size kv_lora_rank q_lora_rank": _whole(1, 2**20),
