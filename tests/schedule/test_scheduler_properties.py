@@ -210,6 +210,7 @@ def test_lookahead_needs_a_stage_that_learns_of_its_tokens():
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 @settings(derandomize=True, deadline=None, max_examples=3000)
 @given(layouts, all_options, limits, traffics, st.integers(0, 2**32 - 1))
 def test_every_promise_on_much_random_traffic(layout, options, limits, traffic, seed):
