@@ -234,7 +234,7 @@ MISTAKES = {
         ["paper-tiny", *IDS, "--dtype", "float7"],
         "Invalid value for '--dtype': 'float7' is not one of 'float32', 'bfloat16', 'float16'.",
     ),
-    "empty stop": (["paper-tiny", *IDS, "--stop", ""], "--stop is empty; it must be a text"),
+    "empty stop": (["paper-tiny", *IDS, "--stop", ""], "--stop is empty; it must be a string"),
     "stop": (["paper-tiny", *IDS, "--stop", "a"], "--stop needs a tokenizer, and paper-tiny has"),
     "stop token": (
         ["paper-tiny", *IDS, "--stop-token-id", "257"],

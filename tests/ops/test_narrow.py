@@ -113,11 +113,12 @@ def test_products_of_any_sizes(backend, m, n, k, group, data):
     weight = drawn(n, k, values, group, first)
     bias = torch.linspace(-1, 1, n) if data.draw(st.booleans()) else None
     x = rows_of(m, k, dtype)
-    added = 0 if bias is None else bias.double()
+    added = torch.zeros(n).double() if bias is None else bias.double()
     widened = weight.widened().double().T
     product = backend.linear(weight, bias)
     assert isinstance(product, NarrowLinear)
-    assert_near(product(x), x.double() @ widened + added, added=x.double().abs() @ widened.abs())
+    sizes = x.double().abs() @ widened.abs() + added.abs()
+    assert_near(product(x), x.double() @ widened + added, added=sizes)
 
 
 def expert(backend, hidden, inner, is_gated, values, cut=0, seed=0):

@@ -64,6 +64,18 @@ def ask(server):
     assert answer.status_code == 200
 
 
+def scraped(server):
+    """What a server says while it works: imbalance is that of the last seconds."""
+    texts = []
+
+    def is_whole():
+        texts.append(httpx.get(f"{server.url}/metrics").text)
+        return "expertlane:imbalance{" in texts[-1] or ask(server)
+
+    assert wait_until(is_whole, pause_s=0.2)
+    return texts[-1]
+
+
 def selectors(node):
     """All selectors below a node of a query."""
     if isinstance(node, promql_parser.VectorSelector):
@@ -84,7 +96,7 @@ def fits(matcher, labels):
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_every_query_finds_series_with_its_labels(query, rebalanced):
-    text = httpx.get(f"{rebalanced.url}/metrics").text
+    text = scraped(rebalanced)
     series = [
         (sample.name, sample.labels | OF_PROMETHEUS)
         for family in text_string_to_metric_families(text)
@@ -110,7 +122,7 @@ def test_every_query_finds_series_with_its_labels(query, rebalanced):
 
 
 def test_variables_are_labels_of_the_scrape(rebalanced):
-    text = httpx.get(f"{rebalanced.url}/metrics").text
+    text = scraped(rebalanced)
     asked = [each["query"] for each in DASHBOARD["templating"]["list"] if each["type"] == "query"]
     for each in asked:
         name, label = re.fullmatch(r"label_values\(([\w:]+), (\w+)\)", each["query"]).groups()
@@ -145,7 +157,7 @@ def rows_of(text):
 
 def test_the_page_of_metrics_lists_what_there_is(rebalanced):
     page = (DEPLOY.parent / "docs" / "metrics.md").read_text().splitlines()
-    wanted = rows_of(httpx.get(f"{rebalanced.url}/metrics").text)
+    wanted = rows_of(scraped(rebalanced))
     given = [line for line in page if re.match(r"\| `(vllm:|expertlane:|http_)", line)]
     assert sorted(given) == sorted(wanted), "\n".join(wanted)
 
