@@ -81,7 +81,8 @@ def test_a_burst_does_not_pass_a_full_queue(stub_server):
     async def generate():
         service.check_admission(None)
         await asyncio.sleep(0)  # as rendering does
-        return await service.generate([[1, 2, 3]], params, request, "prompt")
+        now_s = asyncio.get_running_loop().time()
+        return await service.generate([[1, 2, 3]], params, request, "prompt", now_s)
 
     async def burst():
         return await asyncio.gather(*(generate() for _ in range(9)), return_exceptions=True)
