@@ -12,6 +12,7 @@ from expertlane.balance.moves import Move, keep_slots, moves
 from expertlane.balance.packing import EMPTY, Floats, Ints, Packing
 from expertlane.balance.placement import Placement, rank_loads, total_max_over_mean
 from expertlane.balance.planner import plan_placement
+from expertlane.spec.names import Phase
 
 _EVEN = (1.5, 1.2, 1.05)  # how even a placement near the present one is to be; then one anew
 
@@ -171,6 +172,41 @@ class PairCost:
     def pair_s(self) -> float:
         """Seconds for each pair more; 0 where ranks never differed, or it took no longer."""
         return max(0.0, self._products / self._squares) if self._squares else 0.0
+
+
+@dataclass(frozen=True)
+class CopyDecision:
+    """What balancing copies brings to a step of a phase, by a trial.
+
+    Attributes:
+        num_saved: pairs that the fullest rank of each layer is spared, all layers together.
+        pair_s: seconds of a rank for each pair more.
+        cost_s: processor time that sharing takes a rank.
+    """
+
+    phase: Phase
+    num_saved: float
+    pair_s: float
+    cost_s: float
+
+    @property
+    def gain_s(self) -> float:
+        """Seconds that a step is shorter by, were it not for the cost."""
+        return self.num_saved * self.pair_s
+
+    @property
+    def pays(self) -> bool:
+        """Whether the gain exceeds the cost."""
+        return self.gain_s > self.cost_s
+
+    @property
+    def line(self) -> str:
+        """Both sides, in one line for a log."""
+        return (
+            f"copies: balancing them saves {1e3 * self.gain_s:.3g} ms a {self.phase.name.lower()} "
+            f"step ({self.num_saved:.3g} pairs of the fullest ranks), costs "
+            f"{1e3 * self.cost_s:.3g} ms: " + ("on" if self.pays else "off")
+        )
 
 
 @dataclass(frozen=True)

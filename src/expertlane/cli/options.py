@@ -12,6 +12,7 @@ from expertlane.cli.help import Panel
 from expertlane.errors import UserError, naming
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
+    CopyMethod,
     DispatchChoice,
     DispatchForm,
     MicroBatchSchedule,
@@ -232,6 +233,11 @@ class DeploymentOptions:
     )
     placement: str = placement_option("linear")
     num_redundant_experts: int = redundant_option()
+    copies: CopyMethod = typer.Option(
+        "nearest",
+        help="Copy of a redundant expert that computes a token: nearest: own rank, own node, any, "
+        "in turns; balanced: shared in every step so that ranks are even, where that pays.",
+    )
     options: Options = field(init=False)
 
     def __post_init__(self) -> None:
@@ -257,6 +263,7 @@ class DeploymentOptions:
             prefill_dispatch=self.prefill_dispatch,
             payload=self.payload,
             num_redundant_experts=num_redundant,
+            copies=self.copies,
             **where,
         )
         object.__setattr__(self, "options", options)

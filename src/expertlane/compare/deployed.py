@@ -344,6 +344,7 @@ class Deployed:
             types=NumberTypes.all_of(setting.dtype),
             dispatch=dispatch,
             payload=options.payload,
+            copies=options.copies,
             ranks_per_node=setting.ranks_per_node,
             block_size=self.limits.block_size,
         )

@@ -169,10 +169,12 @@ class RunStep(Command[RankOutcome]):
 
     Attributes:
         placements: [num_hidden_layers]; of experts from this step on; None as they are.
+        balances_copies: tokens are shared among copies of experts by the counts of all ranks.
     """
 
     step: RankStep
     placements: Placements | None = None
+    balances_copies: bool = False
 
 
 class DiscardSteps(Command[None]):

@@ -18,6 +18,7 @@ from expertlane.engine.commands import (
     SetDispatch,
     StageSpec,
 )
+from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.dispatch_timing import time_dispatch
 from expertlane.engine.launch import check_deployment
 from expertlane.engine.pool import RankPool, Ticket
@@ -51,6 +52,7 @@ class ModelRunner:
         held: [world_size]; what each rank has allocated.
         dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
         rebalancer: moves experts between steps; None where they stay.
+        copy_switch: decides in which steps copies of experts are balanced; None for in none.
 
     Args:
         limits: of the scheduler; here, the size of the paged cache.
@@ -96,6 +98,7 @@ class ModelRunner:
         self._model, self._placements = model, placements
         self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
+        self.copy_switch: CopySwitch | None = None
         if options.is_timed:
             if self.dispatch_table is None:
                 modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
@@ -107,6 +110,8 @@ class ModelRunner:
             text = str(self.dispatch_table)
             unit = " (tokens per rank)" if " up to " in text else " for all steps"
             log(f"dispatch: {text}{unit}")
+        if options.copies == "balanced":
+            self.copy_switch = CopySwitch(layout, log)
         if options.rebalance_steps:
             self.rebalancer = Rebalancer(
                 pool,
@@ -120,7 +125,7 @@ class ModelRunner:
     def watch(self) -> RankWatch:
         """Begin to count what ranks do, for those who ask while they serve."""
         given = self._pool, self._layout, self._model, self._placements
-        return RankWatch(*given, self.rebalancer)
+        return RankWatch(*given, self.rebalancer, self.copy_switch)
 
     def set_dispatch(self, table: DispatchTable) -> None:
         """Choose how steps run from now on."""
@@ -129,10 +134,18 @@ class ModelRunner:
     def submit(self, plan: StepPlan) -> StepHandle:
         """Send a plan to the ranks of its replica, to each its own part."""
         placements = None if self.rebalancer is None else self.rebalancer.before_step(plan)
+        as_sent, balances = plan, False
+        if self.copy_switch is not None:
+            if placements is not None:
+                self.copy_switch.forget(plan.replica)
+            as_sent, balances = self.copy_switch.before_step(plan)
         submitted_s = time.perf_counter()
         commands = [
-            (RunStep(step, placements), self._layout.ranks_of_dp_rank(plan.replica, dp_rank))
-            for dp_rank, step in enumerate(plan.of_dp_ranks())
+            (
+                RunStep(step, placements, balances),
+                self._layout.ranks_of_dp_rank(plan.replica, dp_rank),
+            )
+            for dp_rank, step in enumerate(as_sent.of_dp_ranks())
         ]
         return StepHandle(plan, self._pool.submit_each(commands), submitted_s)
 
@@ -160,6 +173,8 @@ class ModelRunner:
         outcome = outcome_of(outcomes, handle.submitted_s, finished_s)
         if self.rebalancer is not None:
             self.rebalancer.after_step(handle.plan, outcome.records)
+        if self.copy_switch is not None:
+            self.copy_switch.after_step(handle.plan, outcome.records)
         return outcome
 
 

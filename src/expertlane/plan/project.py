@@ -109,6 +109,7 @@ class Projector:
             placements_of(model, layout, options),
             types=setting.types,
             payload=options.payload,
+            copies=options.copies,
             ranks_per_node=ranks_per_node,
             kernels=GPU_LIBRARIES,
             num_drafts=num_drafts,

@@ -21,6 +21,8 @@ class RankTotals:
         overlapped_ns: of transfers within steps and a pipeline stage, from their begin until their
             result was needed.
         exposed_ns: of the same, the wait for their result.
+        num_pairs_saved: as of `RankCounts`.
+        copies_ns: processor time of what saved them.
     """
 
     num_steps: int
@@ -31,3 +33,5 @@ class RankTotals:
     sent_bytes: npt.NDArray[np.int64]
     overlapped_ns: int
     exposed_ns: int
+    num_pairs_saved: int
+    copies_ns: int
