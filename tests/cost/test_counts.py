@@ -18,6 +18,7 @@ from cost.plans import (
     random_plan,
 )
 from cost.tiny_models import MODELS
+from distributed.running import Balancing
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import GivenRouting
@@ -81,16 +82,6 @@ CASES = (
     Case("dp=2,tp=4,ep=8", 3, redundant=16, is_even=False),
     Case("dp=2,tp=2,ep=2", 3, redundant=4, is_even=False),
 )
-
-
-class Balancing:
-    """In place of a `CopySwitch`: balances in every step."""
-
-    def before_step(self, plan):
-        return plan, True
-
-    def after_step(self, plan, records):
-        pass
 
 
 class Counting:

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.moves import Move
+from expertlane.balance.moves import Part
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.step.operation import SIZES, Kind, TransferKind
 from expertlane.results.rank_totals import RankTotals
@@ -187,20 +187,23 @@ class ReadTotals(Command[RankTotals]):
     """What the rank has done since it was first asked; a rank that is not asked keeps no count."""
 
 
-class StartMoves(Command[None]):
-    """Start to send and receive the experts of some moves, `Move.layer` being a hidden layer."""
+class StartMoves(Command[float]):
+    """Start to send and receive parts of experts, `Move.layer` being a hidden layer.
 
-    moves: tuple[Move, ...]
+    The answer: seconds that it took.
+    """
+
+    parts: tuple[Part, ...]
 
 
-class FinishMoves(Command[None]):
-    """Wait for the moves that were started."""
+class FinishMoves(Command[float]):
+    """Wait for the parts that were started; the answer as of `StartMoves`."""
 
 
-class TimeOneMove(Command[tuple[int, float]]):
+class TimeOneMove(Command[tuple[int, float, float]]):
     """Bytes of an expert, and seconds in which each rank sends one to the next of its ep group.
 
-    What arrives is discarded. Collective over the ranks of a replica.
+    Then seconds for one byte. What arrives is discarded. Collective over the ranks of a replica.
     """
 
 

@@ -402,7 +402,7 @@ HANDLERS: Handlers = {
     RunStep: run_step,
     DiscardSteps: lambda context, command: context.deployed.discard(command.steps),
     ReadTotals: lambda context, _: context.deployed.totals(),
-    StartMoves: lambda context, command: context.deployed.migration.start_moves(command.moves),
+    StartMoves: lambda context, command: context.deployed.migration.start_moves(command.parts),
     FinishMoves: lambda context, _: context.deployed.migration.finish_moves(),
     TimeOneMove: lambda context, _: context.deployed.migration.time_one_move(),
     MeasureRates: measure_rates,
