@@ -178,9 +178,11 @@ class ExpertSteps:
     def _share(self) -> None:
         """Each rank shares the tokens of the whole stage among copies of experts."""
         kernels, experts = self._kernels, self._model.num_experts
-        num_bytes = self._counts.stage_tokens * (self._top_k * _SHARED_BYTES)
-        num_bytes = num_bytes + self._out.mesh.size * experts * _COUNT_BYTES
-        self._out.memory(Stage.DISPATCH, num_bytes, kernels.choose + kernels.share)
+        pairs = self._counts.stage_tokens * self._top_k
+        counts = np.full_like(pairs, self._out.mesh.size * experts * _COUNT_BYTES)
+        self._out.memory(Stage.DISPATCH, pairs * _SHARED_BYTES, kernels.choose)
+        for _ in range(kernels.share):
+            self._out.memory(Stage.DISPATCH, counts)
 
     def _bookkeeping(self, tokens: Amounts, num_kernels: int) -> None:
         """Pairs of tokens put in order."""
