@@ -2,10 +2,10 @@
 
 Two traces: one whose popularity stays, and one in which a quarter of the experts exchange theirs
 nine times. Experts are placed, and copies added, by the first fifth of each (or, unplanned, as they
-come); what follows is cut into steps. Of each step: pairs of the fullest rank over the mean by the nearest copy (own rank, own
-node, any, in turns) and by balanced ones, the optimum of the linear program (scipy's HiGHS), the
-processor time of our C++ on this machine, and the step's time on a modelled cluster, in which
-sharing is priced too. A phase in which the gain over the whole step is less than the cost is off.
+come); what follows is cut into steps. Of each step: pairs of the fullest rank over the mean by the
+nearest copy (own rank, own node, any, in turns) and by balanced ones, the optimum of the linear
+program (scipy's HiGHS), the processor time of our C++ on this machine, and the step's time on a
+modelled cluster, in which sharing is priced too. It is off where a step gains less than it costs.
 
     python benchmarks/bench_copies.py [--ranks 16] [--steps 8]
 """
@@ -78,15 +78,18 @@ class Point:
 
     @cached_property
     def mesh(self) -> StageMesh:
+        """Ranks on nodes."""
         layout = Layout(dp=self.ranks, ep=self.ranks)
         return StageMesh.of(layout, 0, 0, RANKS_PER_NODE)
 
     def ids(self, layer: int, step: int) -> np.ndarray:
+        """[tokens of all ranks, TOP_K]."""
         size = self.tokens * self.ranks
         begin = self.first + step * size
         return self.trace.topk_ids[layer, begin : begin + size].astype(np.int64)
 
     def builder(self, copies: CopyMethod) -> ProgramBuilder:
+        """Of programs of its steps."""
         layers = MODEL.num_hidden_layers
         return ProgramBuilder(
             MODEL,

@@ -194,6 +194,15 @@ class SchedulerOptions:
     )
 
 
+def copies_option() -> Any:
+    """Which copy of a redundant expert computes a token."""
+    return typer.Option(
+        "nearest",
+        help="Copy of a redundant expert that computes a token: nearest: own rank, own node, any, "
+        "in turns; balanced: shared in every step so that ranks are even, where that pays.",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeploymentOptions:
     """How a deployment runs, whether on real ranks or on modelled ones.
@@ -233,11 +242,7 @@ class DeploymentOptions:
     )
     placement: str = placement_option("linear")
     num_redundant_experts: int = redundant_option()
-    copies: CopyMethod = typer.Option(
-        "nearest",
-        help="Copy of a redundant expert that computes a token: nearest: own rank, own node, any, "
-        "in turns; balanced: shared in every step so that ranks are even, where that pays.",
-    )
+    copies: CopyMethod = copies_option()
     options: Options = field(init=False)
 
     def __post_init__(self) -> None:

@@ -150,6 +150,10 @@ class CopySwitch:
         for phase in Phase:
             self._trials.pop((replica, phase), None)
 
+    def saved_s(self, num_pairs: int) -> float:
+        """Seconds that pairs, of the fullest ranks, would have taken, as the trials say."""
+        return num_pairs * max((each.decision.pair_s for each in self.decisions), default=0.0)
+
     def latest(self) -> dict[Phase, CopyDecision]:
         """The last decision of each phase that has one, of any replica."""
         return {each.decision.phase: each.decision for each in self.decisions}

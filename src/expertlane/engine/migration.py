@@ -182,5 +182,6 @@ def _bytes_of(tensors: Sequence[Tensor], part: Part) -> Tensor:
 def _put_bytes(tensors: Sequence[Tensor], part: Part, received: Tensor) -> None:
     """Fill a part in; `received` as `_bytes_of` gives it."""
     pieces = _pieces(tensors, part)
-    for piece, arrived in zip(pieces, received.view(-1).split([*map(len, pieces)]), strict=True):
-        piece.copy_(arrived)
+    arrived = torch.split(received.view(-1), [*map(len, pieces)])
+    for piece, bytes_of_piece in zip(pieces, arrived, strict=True):
+        piece.copy_(bytes_of_piece)
