@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError
@@ -47,17 +48,17 @@ NEXT: Mapping[State, frozenset[State]] = {
 
 
 class EpochPool(Protocol):
-    """What a recovery needs of the ranks' pool; `engine.pool.RankPool` has it.
+    """What a recovery needs of the ranks' pool; `engine.pool.RankPool` has it."""
 
-    Each method may raise `RanksLostError`: more ranks were lost meanwhile.
-    """
+    def begin_epoch(self, lost: Collection[int], on_fenced: Callable[[], None]) -> None:
+        """End these ranks for certain, refuse what comes from before, and start others.
 
-    def begin_epoch(self, lost: Collection[int]) -> None:
-        """End these ranks for certain, start others, and refuse what comes from before."""
-        ...
+        Args:
+            on_fenced: called when no lost rank is alive any more.
 
-    def await_ready(self) -> None:
-        """Wait until all ranks that were started are up."""
+        Raises:
+            RanksLostError: more were lost meanwhile.
+        """
         ...
 
     def close(self, *, failed: bool) -> None:
@@ -119,7 +120,7 @@ class RecoveryRecord:
     def seconds(self) -> dict[State, float]:
         """By state, in the order of their first moments."""
         found: dict[State, float] = {}
-        for moment, then in zip(self.moments, self.moments[1:], strict=False):
+        for moment, then in pairwise(self.moments):
             found[moment.state] = found.get(moment.state, 0.0) + then.time_s - moment.time_s
         return found
 
@@ -225,10 +226,8 @@ class Recovery:
                 self._give_up(error)
             self._num_fruitless += 1
             try:
-                self._pool.begin_epoch(self._to_fence)
+                self._pool.begin_epoch(self._to_fence, lambda: self._enter(State.REPLACING))
                 self._to_redeploy, self._to_fence = self._to_redeploy | self._to_fence, frozenset()
-                self._enter(State.REPLACING)
-                self._pool.await_ready()
                 self._enter(State.LOADING)
                 return
             except RanksLostError as more:
