@@ -158,22 +158,23 @@ class Machine(RuleBasedStateMachine):
             disturbed.to_come.append((where, KeyboardInterrupt()))
         num_before = disturbed.num_epochs_since_commit
         error = RanksLostError(f"first: {sorted(ranks)}", ranks)
-        while True:
+        ended = None
+        while ended is None:
             try:
                 self.recovery.recover(error, Loop(disturbed))
+                break
             except KeyboardInterrupt:
                 assert self.recovery.is_interrupted
                 error = RanksLostError("it goes on", ())
-                continue
-            except (RankError, UserError) as ended:
-                assert self.is_stopped
-                if ended is ends:
-                    return
+            except (RankError, UserError) as raised:
+                ended = raised
+        if ended is not None:
+            assert self.is_stopped
+            if ended is not ends:
                 assert disturbed.num_epochs_since_commit == 3
                 assert disturbed.is_closed
                 assert "all ranks were ended" in str(ended)
-                return
-            break
+            return
         assert self.recovery.state is State.REPLAYING
         assert not self.recovery.is_interrupted
         assert disturbed.is_running
