@@ -160,8 +160,6 @@ class ModelRunner:
         """
         if self.rebalancer is not None:
             self.rebalancer.abandon(plans)
-        if self._watch is not None:
-            self._watch.begin_again(replaced)
         self._to_discard.update((plan.replica, plan.step) for plan in plans)
         given, layout = self._deploy, self._layout
         commands = []
@@ -184,6 +182,8 @@ class ModelRunner:
             commands.append((command, others))
         self._pool.collect(self._pool.submit_each(commands))
         self._to_discard.clear()
+        if self._watch is not None:
+            self._watch.begin_again(replaced)
 
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
         """Wait until one of the steps is finished."""

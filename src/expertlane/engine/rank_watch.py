@@ -95,15 +95,19 @@ class RankWatch:
             self._latest = [self._with_before(rank, results[rank]) for rank in self._ranks]
             self.readings.append(self._reading(self._latest))
         if time.monotonic() - self._asked_s >= READ_S:
-            self._asked_s = time.monotonic()
-            self._ticket = self._pool.submit(ReadTotals(), ranks=self._ranks)
+            self._ask()
+
+    def _ask(self) -> None:
+        self._asked_s = time.monotonic()
+        self._ticket = self._pool.submit(ReadTotals(), ranks=self._ranks)
 
     def begin_again(self, replaced: Collection[int]) -> None:
-        """Expect no answer any more, and from these ranks totals that begin anew."""
+        """Ask ranks of a new epoch; those that were replaced count only from then on."""
         self._ticket = None
         for rank in replaced:
             if rank in self._ranks:
                 self._before[rank] = self._latest[rank]
+        self._ask()
 
     def _with_before(self, rank: int, totals: RankTotals) -> RankTotals:
         return totals + self._before[rank] if rank in self._before else totals
