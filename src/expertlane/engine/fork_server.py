@@ -59,6 +59,7 @@ class RankSettings:
         store_path: the rendezvous file of ranks that are all on this node.
         meeting: where ranks of several nodes meet; None where all are on this one.
         timeout_s: the bound on any wait for other ranks.
+        epoch: that it is started in; what it inherits belongs to that.
     """
 
     rank: int
@@ -72,6 +73,7 @@ class RankSettings:
     meeting: Meeting | None
     timeout_s: float
     dtype: str | None
+    epoch: int = 0
 
 
 @dataclass(frozen=True)

@@ -9,26 +9,19 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import reduce
 from multiprocessing.connection import wait
 from operator import or_
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
 
 from expertlane.comm.core_token import CoreToken
 from expertlane.comm.mesh import Meshes
-from expertlane.comm.nodes import NodesTransport
 from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
-from expertlane.comm.region import Region
-from expertlane.comm.shared_memory import CompiledEndpoint, Endpoint, SharedTransport
-from expertlane.comm.torch_transport import TorchTransport
-from expertlane.comm.transport import PeerLostError, Transport
-from expertlane.comm.uncompiled import UncompiledEndpoint
+from expertlane.comm.transport import PeerLostError
 from expertlane.engine.commands import Command
+from expertlane.engine.connection import connect
 from expertlane.engine.fork_server import RankSettings
 from expertlane.engine.messages import (
     Channel,
@@ -40,18 +33,10 @@ from expertlane.engine.messages import (
     encode,
 )
 from expertlane.errors import UserError
-from expertlane.ops.backend import (
-    SHARED_MEMORY,
-    Platform,
-    choose_platform,
-    compiled_messages,
-)
+from expertlane.ops.backend import Platform, choose_platform
 from expertlane.ops.cores import Share, pin, share_of
 from expertlane.spec.names import Stage
 
-# The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.
-_GROUP_TIMEOUT_MARGIN_S = 30.0
-_NUM_SPINS = 2000  # looks at shared memory before a wait sleeps
 _FAILED_S = 10.0
 _LINGER_S = 3.0  # a server takes less to end its ranks
 
@@ -131,47 +116,6 @@ def _take(share: Share) -> bool:
     return pin(share.cpus)
 
 
-def _connect(settings: RankSettings, platform: Platform, share: Share) -> Transport:
-    bound_s = settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S
-    shares_memory = platform.transport.startswith(SHARED_MEMORY)
-    if shares_memory and settings.meeting is None:
-        return _share_memory(settings, share, bound_s)
-    store = (
-        FileStore(settings.store_path, settings.world_size)
-        if settings.meeting is None
-        else PrefixStore("ranks", settings.meeting.open())
-    )
-    backend = "gloo" if shares_memory else platform.transport
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=settings.rank,
-        world_size=settings.world_size,
-        timeout=timedelta(seconds=bound_s),
-        device_id=platform.device if platform.device.type == "cuda" else None,
-    )
-    over_links = backend == "gloo" and settings.num_local_ranks < settings.world_size
-    among_nodes = TorchTransport(platform.device.type, settings.rank, over_links=over_links)
-    if not shares_memory:
-        return among_nodes
-    in_node = _share_memory(settings, share, bound_s)
-    return NodesTransport(in_node, among_nodes, settings.rank, settings.num_local_ranks)
-
-
-def _share_memory(settings: RankSettings, share: Share, bound_s: float) -> SharedTransport:
-    assert settings.memory_fd is not None, "all ranks have inherited it"
-    region = Region(settings.num_local_ranks)
-    memory, rank = region.map(settings.memory_fd), settings.local_rank
-    endpoint: Endpoint
-    if (library := compiled_messages()) is not None:
-        has_core = settings.num_local_ranks <= share.num_cores
-        endpoint = CompiledEndpoint(library, memory, region, rank, _NUM_SPINS if has_core else 0)
-    else:
-        sizes = region.groups_bytes, region.heap_bytes
-        endpoint = UncompiledEndpoint(memory, *sizes, rank, settings.wake_fds)
-    return SharedTransport(endpoint, region, settings.rank - rank, settings.rank, bound_s)
-
-
 def run_rank(channel: Channel, settings: RankSettings, handlers: Handlers) -> int:
     """Answer commands until the launcher goes away or one fails; returns the exit code."""
     if settings.meeting is None:
@@ -198,14 +142,13 @@ def _answer(channel: Channel, settings: RankSettings, handlers: Handlers) -> int
             touch=progress.touch,
         )
         is_pinned = platform.device.type == "cpu" and _take(share)
-        meshes = Meshes(_connect(settings, platform, share))
+        meshes = Meshes(connect(settings, platform, share, board, settings.epoch))
         context = RankContext(settings, platform, share, is_pinned, progress, meshes)
         progress.enter(Stage.IDLE, NO_LAYER)
         send(MessageKind.READY, Ready(os.getpid()))
         while (command := _next_command(channel, commands)) is not None:
             send(MessageKind.RESULT, handlers[type(command)](context, command))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        meshes.leave()
         return 0
     except UserError as error:
         failure = Failure(FailureKind.USER, str(error))
