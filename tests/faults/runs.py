@@ -16,7 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,8 +205,12 @@ def run(case: Draw) -> dict[str, Any]:
         ):
             server_pid = server.pid
             served = serve(llm)
-            found["num_recoveries"] = llm.recovery.num_recoveries
-            found["timeline"] = [asdict(each) for each in llm.recovery.timeline]
+            recovery = llm.engine.recovery
+            found["num_recoveries"] = recovery.num_recoveries
+            found["seconds"] = [
+                {state: round(seconds, 3) for state, seconds in record.seconds().items()}
+                for record in recovery.records
+            ]
         wrong, found["left_out"] = compare(case, served, wanted)
         found["num_tokens"] = sum(map(len, served.tokens))
         found["pauses"] = pauses(case, served, happened)
