@@ -9,8 +9,8 @@ A request is *lost* if its keys and values were on that rank, else *unaffected*.
 count as hung after `--bound-s` without progress, so that much of a gap is the bound itself.
 
 Prints the median and the greatest over the runs, what the time went into, whether memory and
-processes stayed as they were, and one JSON line. Ranks share this machine's cores, so gaps are those
-of a machine with a core for several ranks.
+processes stayed as they were, and one JSON line. Ranks share the cores of this machine, so gaps are
+those of a machine with a core for several ranks.
 """
 
 import argparse
