@@ -148,7 +148,11 @@ def files_and_names() -> set[str]:
     """What could be left over: this process's files, and names in shared and temporary folders."""
     names = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
     temporary = [n for n in os.listdir(tempfile.gettempdir()) if n.startswith("expertlane-")]
-    return {*names, *temporary, *(f"fd {fd}" for fd in os.listdir("/proc/self/fd"))}
+    files = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the list
+            files.add(f"fd {fd} of {os.readlink(f'/proc/self/fd/{fd}')}")
+    return {*names, *temporary, *files}
 
 
 def _until_it_ends(draw: Draw, prepare: Any) -> tuple[str, str, int]:

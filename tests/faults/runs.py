@@ -25,10 +25,12 @@ from unittest import mock
 
 import numpy as np
 
+from distributed.running import Inline
 from engine.harm import ForkedServer, files_and_names, read, remaining
 from engine.processes import session_is_gone, wait_until
-from expertlane.engine import fork_server, local_ranks
+from expertlane.engine import fork_server, local_ranks, model_runner
 from expertlane.engine.llm import LLM
+from expertlane.engine.rebalancing import Rebalancer
 from expertlane.errors import ExpertlaneError
 from expertlane.ops.backend import backend_of_cpu
 from expertlane.spec.deployment import Options
@@ -104,7 +106,7 @@ def serve(llm: LLM) -> Served:
         if num_steps > NUM_STEPS:
             raise RuntimeError("it does not end")
     for output in outputs:
-        served.tokens.append(list(output.output_token_ids))
+        served.tokens.append(list(output.token_ids))
         served.reasons.append(str(output.finish_reason))
         served.gaps.append([_gap(each) for each in output.logprobs])
     return served
@@ -128,7 +130,11 @@ def started(case: Draw, prepare: Any) -> Iterator[tuple[LLM, Any]]:
     process = SimpleNamespace(
         Popen=popen, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
     )
-    with mock.patch.object(local_ranks, "subprocess", process):
+    moving = partial(Rebalancer, worth=lambda decision: decision.num_bytes, executor=Inline())
+    with (
+        mock.patch.object(local_ranks, "subprocess", process),
+        mock.patch.object(model_runner, "Rebalancer", moving),
+    ):
         llm = LLM(
             MODEL,
             layout=case.layout,
@@ -177,50 +183,55 @@ def compare(case: Draw, served: Served, wanted: Served) -> tuple[list[str], int]
 
 
 def pauses(case: Draw, served: Served, happened: Happened) -> dict[str, float | None]:
-    """The longest gap between tokens over the first fault, of requests with and without caches."""
+    """The longest gap between tokens from the first fault on, of requests with and without caches.
+
+    A request that was on the rank at the fault has lost its keys and values.
+    """
     at_s = happened[0] / 1e9
-    of_replica = case.layout.world_size // case.layout.replicas
-    replica, rank = divmod(case.faults[0].rank, of_replica)
+    replica, rank = divmod(case.faults[0].rank, case.layout.world_size // case.layout.replicas)
     place = replica, case.layout.coordinates(rank).dp_rank
     found: dict[str, list[float]] = {"lost": [], "unaffected": []}
     for arrivals, places in zip(served.arrivals_s, served.places, strict=True):
-        for i, (before, after) in enumerate(itertools.pairwise(arrivals)):
-            if before <= at_s < after:
-                found["lost" if places[i] == place else "unaffected"].append(after - before)
+        if not arrivals or arrivals[0] > at_s or arrivals[-1] < at_s:
+            continue  # it was not under way
+        then = next(i for i, arrival in enumerate(arrivals) if arrival > at_s)
+        gaps = [b - a for a, b in itertools.pairwise(arrivals[max(0, then - 1) :])]
+        if gaps:
+            found["lost" if places[then - 1] == place else "unaffected"].append(max(gaps))
     return {name: round(max(each), 3) if each else None for name, each in found.items()}
+
+
+def _serve_case(case: Draw, happened: Happened) -> tuple[Served, dict[str, Any], int]:
+    """What the requests of a case bring, how it recovered, and the process that forked ranks."""
+    prepare = partial(install, case.faults, happened, case.transport)
+    with started(case, prepare) as (llm, server):
+        served, recovery = serve(llm), llm.engine.recovery
+        assert recovery is not None, "it was asked for"
+        seconds = [
+            {state: round(seconds, 3) for state, seconds in record.seconds().items()}
+            for record in recovery.records
+        ]
+        facts = {"num_recoveries": recovery.num_recoveries, "seconds": seconds}
+    return served, facts, server.pid
 
 
 def run(case: Draw) -> dict[str, Any]:
     """Run a case; what was wrong, and what it took."""
     wanted = undisturbed(case.layout, case.options, case.dtype)
     before, happened = files_and_names(), Happened(len(case.faults))
-    wrong: list[str] = []
-    found: dict[str, Any] = {}
-    server_pid = 0
     began_s = time.monotonic()
     try:
-        with started(case, partial(install, case.faults, happened, case.transport)) as (
-            llm,
-            server,
-        ):
-            server_pid = server.pid
-            served = serve(llm)
-            recovery = llm.engine.recovery
-            found["num_recoveries"] = recovery.num_recoveries
-            found["seconds"] = [
-                {state: round(seconds, 3) for state, seconds in record.seconds().items()}
-                for record in recovery.records
-            ]
-        wrong, found["left_out"] = compare(case, served, wanted)
-        found["num_tokens"] = sum(map(len, served.tokens))
-        found["pauses"] = pauses(case, served, happened)
+        served, found, server_pid = _serve_case(case, happened)
     except ExpertlaneError as error:
-        wrong.append(f"{type(error).__name__}: {error}")
+        return {"wrong": [f"{type(error).__name__}: {error}"]}
+    wrong, found["left_out"] = compare(case, served, wanted)
+    found["num_tokens"] = sum(map(len, served.tokens))
+    found["pauses"] = pauses(case, served, happened)
     found["took_s"] = round(time.monotonic() - began_s, 2)
     found["happened"] = [bool(happened[number]) for number in range(len(case.faults))]
-    if not found["happened"][0]:
-        wrong.append("no fault happened")
-    if server_pid and not session_is_gone(server_pid, seconds=2):
+    if not all(found["happened"]):
+        wrong.append("a fault did not happen")
+    if not session_is_gone(server_pid, seconds=2):
         wrong.append("a process is left")
     gc.collect()
     if not wait_until(lambda: files_and_names() <= before, seconds=1):
