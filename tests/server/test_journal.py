@@ -2,17 +2,12 @@
 
 import json
 import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from engine.processes import wait_until
 from engine.stub_runner import expected
-from expertlane.errors import UserError
 from expertlane.server.journal.file import JournalFile
 from expertlane.server.service import ServerOptions
 from server.running import LONG, PATIENCE_S, is_idle

@@ -12,8 +12,9 @@ from engine.stub_runner import StubEngine, letters
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.errors import UserError
 from expertlane.schedule.request import FinishReason, RequestOutput
-from expertlane.server.answers import ChatAnswer, Piece
+from expertlane.server.answers import Piece
 from expertlane.server.call_forms import CALL_FORMS, THOUGHT_FORMS
+from expertlane.server.chat_answer import ChatAnswer
 from expertlane.server.chat_parts import ChatParts
 from expertlane.server.marks import MarkedText, Marks
 from expertlane.server.prepared import Prepared

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import msgspec
@@ -12,16 +11,14 @@ from starlette.types import Receive, Scope, Send
 
 from expertlane.engine.async_engine import Generation
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
-from expertlane.server.chat_parts import ChatParts
 from expertlane.server.errors import LATER, ApiError, json_response
 from expertlane.server.logprobs import TokenTexts
-from expertlane.server.marks import MarkedText
 from expertlane.server.middleware import DIRECT_SEND
 from expertlane.server.observed import Generated, note
 from expertlane.server.prepared import Prepared
-from expertlane.server.requests import ChatRequest, GenerationRequest
+from expertlane.server.requests import GenerationRequest
 from expertlane.server.service import Service
-from expertlane.server.usage import ReasoningCount, usage_of
+from expertlane.server.usage import usage_of
 from expertlane.spec.sampling import TokenLogprobs
 
 _EVENTS_HEAD = (
@@ -180,7 +177,7 @@ class Answer(Response):
             if self.kept is not None:
                 self.kept.close()
             if generation is not None:
-                self._service.finish(generation)
+                self._service.under_way.finish(generation)
 
     def _own_head(self) -> list[tuple[bytes, bytes]]:
         """Headers of an answer that can be asked for again."""
@@ -321,90 +318,6 @@ class Answer(Response):
     def delta(self, piece: Piece) -> dict[str, Any]:
         """What is new of a choice, as a stream has it."""
         raise NotImplementedError
-
-
-class ChatAnswer(Answer):
-    """Of `/v1/chat/completions`."""
-
-    param = "messages"
-    prefix, kind, kind_of_chunks = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(
-        self,
-        service: Service,
-        prepared: Prepared,
-        chat: ChatRequest | None = None,
-    ) -> None:
-        super().__init__(service, prepared, chat)
-        request, params = self._request, self._params
-        assert isinstance(request, ChatRequest), "it is a chat"
-        (text,) = prepared.texts
-        self._wants_logprobs = bool(request.logprobs)
-        functions = request.callable_functions
-        self._parts: list[ChatParts] = []  # none where all text is content
-        if functions or service.marks.thoughts is not None:
-            schemas = {each.name: each.parameters or {} for each in functions}
-            self._parts = [
-                ChatParts(
-                    MarkedText(service.marks, text, takes_calls=bool(functions), schemas=schemas),
-                    partial(prepared.ids.of, "call", choice),
-                )
-                for choice in range(len(params))
-            ]
-        self._counts: list[ReasoningCount] = []
-        if service.marks.thoughts is not None:
-            self._counts = [ReasoningCount(service.marks, text) for _ in params]
-        self._num_prompt_top = request.prompt_logprobs
-
-    @property
-    def num_reasoning_tokens(self) -> int:
-        """Of all choices."""
-        return sum(count.num_tokens for count in self._counts)
-
-    def note(self, place: int, chunk: Chunk) -> None:
-        """Count it if it is reasoning."""
-        if self._counts:
-            self._counts[place].feed(chunk)
-
-    def more_of_whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """With what is known of the prompt, if it was asked for."""
-        prompt = pieces[0].output.prompt_logprobs
-        if self._num_prompt_top is None or prompt is None:
-            return {}
-        return {"prompt_logprobs": self._texts.of_prompt(prompt, self._num_prompt_top)}
-
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        """With the message."""
-        found = self._fields(piece)
-        calls = found.get("tool_calls")
-        for call in calls or ():
-            del call["index"]  # which deltas alone have
-        content = found.pop("content", None if calls else "")
-        message = {"role": "assistant", "content": content, "refusal": None} | found
-        return self._choice(piece, {"message": message})
-
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        """With what is new; the role comes with the first one."""
-        delta = self._fields(piece) or {"content": ""}
-        if piece.start == 0:
-            delta["role"] = "assistant"
-        return self._choice(piece, {"delta": delta})
-
-    def _fields(self, piece: Piece) -> dict[str, Any]:
-        if not self._parts:
-            return {"content": piece.text}
-        is_last = piece.finish_reason is not None
-        return self._parts[piece.place].feed(piece.text, is_last=is_last)
-
-    def _choice(self, piece: Piece, what: dict[str, Any]) -> dict[str, Any]:
-        logprobs = None
-        if self._wants_logprobs:
-            logprobs = {"content": self._texts.of_chat(piece.logprobs), "refusal": None}
-        reason: str | None = piece.finish_reason
-        if reason == FinishReason.STOP and self._parts and self._parts[piece.place].num_calls:
-            reason = "tool_calls"
-        more = {"logprobs": logprobs, "finish_reason": reason}
-        return self._with_ids(piece, {"index": piece.place} | what | more)
 
 
 async def _watch(receive: Receive, source: Source) -> None:

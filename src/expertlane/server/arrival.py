@@ -7,8 +7,10 @@ from starlette.types import Receive, Scope, Send
 
 from expertlane.server.answers import Answer
 from expertlane.server.endpoint import Endpoint
+from expertlane.server.errors import ApiError
 from expertlane.server.requests import SampledRequest
 from expertlane.server.service import Service
+from expertlane.server.under_way import late
 
 
 class Arrival(Response):
@@ -38,7 +40,7 @@ class Arrival(Response):
             elif leaving.done():
                 return
             else:
-                raise service.late(limit_s)
+                raise late(limit_s)
             leaving.cancel()
             await answer(scope, receive, send)
         finally:
@@ -50,6 +52,9 @@ class Arrival(Response):
         service, request, endpoint = self._service, self._request, self._endpoint
         if service.journal is not None:
             return await service.journal.answer(scope, request, endpoint, began_s)
+        if b"last-event-id" in dict(scope["headers"]):
+            text = "Last-Event-ID: this server keeps no journal of requests (--journal)"
+            raise ApiError(404, text, param="Last-Event-ID", code="request_not_found")
         return await endpoint.make(service, request, began_s)
 
 

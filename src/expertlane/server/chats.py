@@ -1,6 +1,6 @@
 """Chats as prompts, and their answers."""
 
-from expertlane.server.answers import ChatAnswer
+from expertlane.server.chat_answer import ChatAnswer
 from expertlane.server.endpoint import Endpoint
 from expertlane.server.errors import bad_field
 from expertlane.server.prepared import Prepared

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from expertlane.engine.async_engine import AsyncEngine, Generation, RequestGroup
+from expertlane.engine.async_engine import AsyncEngine, Generation
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.engine import Engine
 from expertlane.engine.grammars import Grammar
@@ -26,6 +26,7 @@ from expertlane.server.observed import Observer
 from expertlane.server.prompts import PromptEncoder, TooLongError
 from expertlane.server.requests import ChatRequest, GenerationRequest, SampledRequest
 from expertlane.server.responses.store import ResponseStore
+from expertlane.server.under_way import UnderWay
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
 
@@ -105,6 +106,7 @@ class Service:
         created: seconds since 1970.
         is_draining: whether no new requests are taken.
         num_open: requests that have no complete answer yet.
+        under_way: requests of the engine that are not finished.
         responses: those of `/v1/responses` that are kept.
         journal: what outlives this process; None where nothing does.
     """
@@ -144,8 +146,7 @@ class Service:
         self._encoder: PromptEncoder | None = None
         if model.tokenizer is not None:
             self._encoder = PromptEncoder(model.tokenizer, model.max_model_len)
-        self._open: dict[RequestGroup, asyncio.TimerHandle | None] = {}
-        self._ending: Exception | None = None  # what all requests get, once all are ended
+        self.under_way = UnderWay()
 
     def _on_step(self, step: FinishedStep) -> None:
         self.metrics.on_step(step)
@@ -372,11 +373,6 @@ class Service:
         limits = (request.timeout_s, self.options.request_timeout_s)
         return min((each for each in limits if each is not None), default=None)
 
-    @staticmethod
-    def late(limit_s: float | None) -> ApiError:
-        """The error of a request whose time is over."""
-        return ApiError(504, f"not finished within {limit_s:g} s", code="timeout")
-
     async def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -399,7 +395,7 @@ class Service:
             generation = await self.engine.generate(prompts, params, priority=request.priority or 0)
         except Exception as error:
             raise self.refusal(error, param, request.num_choices) from None
-        self.watch_over(generation, began_s, self.time_limit_s(request))
+        self.under_way.begin(generation, began_s, self.time_limit_s(request))
         return generation
 
     @staticmethod
@@ -409,29 +405,10 @@ class Service:
             return bad_field(param, as_field(str(error), param, num_choices))
         return _ended(error)
 
-    def watch_over(self, group: RequestGroup, began_s: float, limit_s: float | None) -> None:
-        """Let requests end when their time is over, or the server's; until `finish`."""
-        timer = None
-        if limit_s is not None:
-            loop = asyncio.get_running_loop()
-            timer = loop.call_at(began_s + limit_s, group.end, self.late(limit_s))
-        self._open[group] = timer
-        if self._ending is not None:  # meanwhile
-            group.end(self._ending)
-
-    def finish(self, group: RequestGroup) -> None:
-        """Cancel what is left of it."""
-        group.cancel()
-        timer = self._open.pop(group, None)
-        if timer is not None:
-            timer.cancel()
-
     def end_all(self, error: Exception) -> None:
         """Cancel everything; clients get the error, and pages of `/live` their last frame."""
-        self._ending = error
         self.live.close()
-        for group in list(self._open):
-            group.end(error)
+        self.under_way.end(error)
 
 
 def _ended(error: Exception) -> ApiError:

@@ -1,10 +1,9 @@
 """Requests that outlive connections and this process: taken in, written, resumed, forgotten."""
 
 import asyncio
-import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from random import SystemRandom
 
 from pydantic import ValidationError
@@ -18,37 +17,19 @@ from expertlane.server.completions import COMPLETIONS
 from expertlane.server.endpoint import Endpoint
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.ids import AnswerIds
+from expertlane.server.journal.asked import ID_HEADER, LAST_HEADER, Asked, asked_of, unknown
 from expertlane.server.journal.file import FoundRequest, JournalError, JournalFile
 from expertlane.server.journal.kept import KeptRequest, Watchers
 from expertlane.server.journal.records import Begun, Came, Left, Record
-from expertlane.server.middleware import key_digest
 from expertlane.server.prepared import Prepared
 from expertlane.server.requests import SampledRequest
 from expertlane.server.responses.answer import RESPONSES
 from expertlane.server.service import Service
 
-ID_HEADER, LAST_HEADER = "X-Request-Id", "Last-Event-ID"
 _ENDPOINTS = {each.path: each for each in (COMPLETIONS, CHATS, RESPONSES)}
-_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
-_EVENT_ID = re.compile(r"([A-Za-z0-9._~-]{1,128}):(\d{1,9})")
 _COMPACT_BYTES = 64 * 2**20  # written besides what is still needed, before a new file is begun
 _MOST_FINISHED_CHUNKS = 2**18  # of finished answers that nobody reads, in memory and in the file
 _ROWS = 4096  # of a record
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Which request a client means.
-
-    Attributes:
-        key: SHA-256 of its API key; empty where none is asked for.
-        request_id: None where it names none.
-        after: events that it has; None where it does not say so.
-    """
-
-    key: bytes
-    request_id: str | None
-    after: int | None
 
 
 class JournalKeeper:
@@ -80,6 +61,10 @@ class JournalKeeper:
         self._begin_file()
 
     @property
+    def _has_keys(self) -> bool:
+        return bool(self._service.options.api_keys)
+
+    @property
     def model_name(self) -> str:
         """What requests call the model."""
         return self._service.model.name
@@ -94,7 +79,7 @@ class JournalKeeper:
         Raises:
             ApiError: it cannot be served, or its id is another request's.
         """
-        asked = self._asked(scope)
+        asked = asked_of(scope, has_keys=self._has_keys)
         if asked.request_id is None:
             if not request.stream:  # nobody could come back to it
                 return await endpoint.make(self._service, request, began_s)
@@ -105,7 +90,7 @@ class JournalKeeper:
                 _check_same(kept, request, endpoint)
                 return self.reconnect(kept, asked.after or 0)
             if asked.after is not None:
-                raise _unknown(asked.request_id, LAST_HEADER)
+                raise unknown(asked.request_id, LAST_HEADER)
             if (other := self._making.get(name)) is None:
                 break
             await asyncio.wait([other])
@@ -122,10 +107,10 @@ class JournalKeeper:
         Raises:
             ApiError: there is none.
         """
-        asked = self._asked(scope, request_id)
+        asked = asked_of(scope, request_id, has_keys=self._has_keys)
         kept = self.requests.get((asked.key, request_id))
         if kept is None:
-            raise _unknown(request_id, "request_id" if asked.after is None else LAST_HEADER)
+            raise unknown(request_id, "request_id" if asked.after is None else LAST_HEADER)
         return kept, asked.after or 0
 
     def reconnect(self, kept: KeptRequest, after: int) -> Answer:
@@ -138,24 +123,6 @@ class JournalKeeper:
         answer = kept.endpoint.answer(self._service, kept.prepared)
         answer.kept = kept.read(after)
         return answer
-
-    def _asked(self, scope: Scope, request_id: str | None = None) -> Asked:
-        """What the headers say; the id may be known from elsewhere."""
-        headers = {name: value.decode("latin-1").strip() for name, value in scope["headers"]}
-        key = key_digest(scope)[1] if self._service.options.api_keys else b""
-        if request_id is None and (given := headers.get(ID_HEADER.lower().encode())):
-            if _ID.fullmatch(given) is None:
-                text = f"{ID_HEADER}: it must have 1 to 128 letters, digits, or - . _ ~"
-                raise bad_field(ID_HEADER, text)
-            request_id = given
-        last = headers.get(LAST_HEADER.lower().encode())
-        if not last:
-            return Asked(key, request_id, None)
-        found = _EVENT_ID.fullmatch(last)
-        if found is None or request_id not in (None, found[1]):
-            wanted = "an id of an event" if request_id is None else f"an event of {request_id}"
-            raise bad_field(LAST_HEADER, f"{LAST_HEADER} must be the id of {wanted}: ID:NUMBER")
-        return Asked(key, found[1], int(found[2]))
 
     async def _take_in(
         self, asked: Asked, request: SampledRequest, endpoint: Endpoint, began_s: float
@@ -209,7 +176,7 @@ class JournalKeeper:
     def _watch_over(self, kept: KeptRequest) -> None:
         ago_s = max(0.0, time.time() - kept.begun.began)
         limit_s = self._service.time_limit_s(kept.prepared.request)
-        self._service.watch_over(kept, self._loop.time() - ago_s, limit_s)
+        self._service.under_way.begin(kept, self._loop.time() - ago_s, limit_s)
 
     # What comes of requests.
 
@@ -225,7 +192,7 @@ class JournalKeeper:
 
     def forget(self, kept: KeptRequest) -> None:
         """Cancel what is left of a request, and leave it out from now on."""
-        self._service.finish(kept)
+        self._service.under_way.finish(kept)
         self._leave(kept)
         if (timer := self._timers.pop(kept, None)) is not None:
             timer.cancel()
@@ -254,7 +221,7 @@ class JournalKeeper:
         if kept.error is not None:
             self._leave(kept)
         elif kept.is_complete and kept not in self._finished:
-            self._service.finish(kept)
+            self._service.under_way.finish(kept)
             self._finished[kept] = None
             self._num_finished_chunks += len(kept.chunks)
             self._bound_finished()
@@ -401,12 +368,3 @@ def _check_same(kept: KeptRequest, request: SampledRequest, endpoint: Endpoint) 
             param=ID_HEADER,
             code="request_id_in_use",
         )
-
-
-def _unknown(request_id: str, param: str) -> ApiError:
-    return ApiError(
-        404,
-        f"{param}: there is no request {request_id}, or not any more",
-        param=param,
-        code="request_not_found",
-    )

@@ -10,7 +10,8 @@ from fastapi import Response
 from starlette.types import Send
 
 from expertlane.schedule.request import FinishReason
-from expertlane.server.answers import ChatAnswer, Source, send_part, taken
+from expertlane.server.answers import Source, send_part, taken
+from expertlane.server.chat_answer import ChatAnswer
 from expertlane.server.chats import prepare_chat
 from expertlane.server.endpoint import Endpoint
 from expertlane.server.errors import ApiError, json_response
