@@ -1,7 +1,8 @@
-"""An answer made again from its chunks has the same events, whatever they are cut into."""
+"""An answer that is made again from its chunks has the same events, to the byte."""
 
 import asyncio
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -16,17 +17,15 @@ from expertlane.server.journal.kept import KeptRequest, Watchers
 from expertlane.server.journal.records import Begun, Came, framed, records_of
 from expertlane.server.prepared import Prepared
 from expertlane.server.responses.answer import RESPONSES
-from expertlane.server.service import ServedModel
-from expertlane.spec.prompt_logprobs import PromptPart
+from expertlane.server.service import ServedModel, ServerOptions
+from expertlane.spec.prompt_logprobs import PromptLogprobs, PromptPart
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 from server.running import ServerInThread
 
-TEMPLATE = (
-    "<think></think><tool_call>{% for message in messages %}{{ message.content }}{% endfor %}"
-)
 SAID = (
-    '<think>why é</think>so it is: <tool_call>{"name": "look", "arguments": {"at": "ö"}}</tool_call>'
-    '\n<tool_call>{"name": "look", "arguments": {}}</tool_call>'
+    "<think>why é</think>so it is: "
+    '<tool_call>{"name": "look", "arguments": {"at": "ö"}}</tool_call>\n'
+    '<tool_call>{"name": "look", "arguments": {}}</tool_call>'
 )
 TOOL = {"type": "object", "properties": {"at": {"type": "string"}}}
 CHAT = {
@@ -62,9 +61,10 @@ ASKED = {
 @pytest.fixture(scope="module")
 def service():
     engine = StubEngine(tokenizer=letters())
-    template = ChatTemplate(TEMPLATE, {}, "test")
+    template = ChatTemplate("{{ messages }}", {}, "test")
     model = ServedModel("stub", engine, engine.limits, letters(), template)
-    server = ServerInThread(model)
+    options = ServerOptions(tool_call_parser="hermes", reasoning_parser="think")
+    server = ServerInThread(model, options)
     yield server.service
     server.stop()
 
@@ -114,8 +114,6 @@ def say(kept, pieces):
 
 
 def kept_prompt(output, num):
-    from expertlane.spec.prompt_logprobs import PromptLogprobs
-
     found = PromptLogprobs(output.prompt_token_ids, 1)
     numbers = found.whole().ranks + range(num)
     ones = numbers[:, None]
@@ -145,7 +143,7 @@ def played(service, kept, after=0):
 def test_the_same_events(service, kind, cuts, after):
     """From the first, and after any; by the process that had the tokens, and by the next one."""
     places = [0, *sorted(cuts), len(SAID)]
-    pieces = [SAID[i:j] for i, j in zip(places, places[1:], strict=False)]
+    pieces = [SAID[i:j] for i, j in pairwise(places)]
     kept = kept_of(kind)
     rows = say(kept, pieces)
     whole = played(service, kept)
@@ -158,8 +156,8 @@ def test_the_same_events(service, kind, cuts, after):
     assert again.is_complete
     assert played(service, again) == whole
     assert list(again.rows()) == rows
-    plain = kept_of(kind, rows, is_stream=False)
-    assert played(service, plain) == played(service, plain)
+    plain = played(service, kept_of(kind, rows, is_stream=False))
+    assert plain == played(service, kept_of(kind, rows, is_stream=False))
 
 
 def test_calls_and_reasoning_are_there(service):
