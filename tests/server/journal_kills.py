@@ -132,7 +132,7 @@ class Client:
                 pass
             if came.is_done or self.wrong:
                 break
-            self.counts["lost connections"] += 1
+            self.counts["attempts that failed"] += 1
             await asyncio.sleep(_RETRY_S)
         self.counts["events"] += taken.num_events
         if sent.is_stream and not self.wrong and sent.asked.number % 4 == 0:
@@ -149,7 +149,6 @@ class Client:
         headers = {"X-Request-Id": taken.name}
         if taken.num_events:
             headers["Last-Event-ID"] = f"{taken.name}:{taken.num_events}"
-            self.counts["reconnects"] += 1
         method, path, body = "POST", sent.path, sent.body
         if taken.num_events and attempt % 2:
             method, path, body = "GET", f"/v1/requests/{taken.name}/events", None
@@ -162,6 +161,7 @@ class Client:
             if response.status_code != 200:
                 self.wrong.append(f"{taken.name}: {method} {await response.aread()!r}")
                 return
+            self.counts["reconnects"] += had_some
             async for event in blocks(response):
                 problem = taken.take(event)
                 if problem is not None:

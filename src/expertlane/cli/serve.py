@@ -152,7 +152,7 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
 
     SIGTERM or Ctrl-C shuts the server down: new requests get status 503, running ones have up to
     --drain-s to finish. A second signal ends it at once. With --journal, what is unfinished
-    continues when the server is started again, and clients get the rest (docs/journal.md).
+    continues when the server is started again, and clients get the rest.
 
     \b
     Examples:
@@ -232,13 +232,13 @@ def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "Journa
     if own.journal is None or not is_first_process():
         return None
     journal = JournalFile(own.journal)
-    parsers = {
-        "--tool-call-parser": own.tool_call_parser,
-        "--reasoning-parser": own.reasoning_parser,
+    facts = identity(found.config, found.folder, engine.options, engine.dtype)
+    facts |= {
+        "--served-model-name": own.served_model_name or found.name,
+        "--tool-call-parser": own.tool_call_parser or "the template's",
+        "--reasoning-parser": own.reasoning_parser or "the template's",
     }
-    journal.identify(
-        identity(found.config, found.folder, engine.options, engine.for_llm(), parsers)
-    )
+    journal.identify(facts)
     if journal.num_torn_bytes:
         print_message(f"journal: its last {journal.num_torn_bytes} bytes were no whole record")
     if journal.found:

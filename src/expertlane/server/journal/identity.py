@@ -1,10 +1,9 @@
 """What tokens and texts depend on: a journal goes on only where that is as it was."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 from expertlane.spec.deployment import Options
 from expertlane.spec.model import ModelConfig
@@ -16,11 +15,7 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 def identity(
-    model: ModelConfig,
-    folder: Path | None,
-    options: Options,
-    of_llm: Mapping[str, Any],
-    parsers: Mapping[str, str | None],
+    model: ModelConfig, folder: Path | None, options: Options, dtype: str | None
 ) -> dict[str, str]:
     """Facts by the names that messages call them.
 
@@ -28,18 +23,16 @@ def identity(
 
     Args:
         folder: of the checkpoint; None where weights are random.
-        of_llm: the arguments of `LLM`.
-        parsers: of tool calls and reasoning, by their options.
+        dtype: as it was asked for.
     """
     digest = blake2b(repr(replace(model, name="")).encode(), digest_size=8)
-    facts = {
+    return {
         "model": digest.hexdigest(),
         "checkpoint": "random weights" if folder is None else fingerprint(folder),
-        "--dtype": of_llm["dtype"] or "the default",
+        "--dtype": dtype or "the default",
         "--weights": options.weights,
         "--payload": options.payload,
     }
-    return facts | {name: value or "by the template" for name, value in parsers.items()}
 
 
 def fingerprint(folder: Path) -> str:

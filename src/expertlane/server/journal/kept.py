@@ -62,6 +62,7 @@ class KeptRequest(RequestGroup):
         self._watchers = watchers
         self._num_open = len(places)  # choices whose last chunk has not come
         self._num_written = [0] * len(places)  # tokens
+        self._wants_logprobs = any(each.logprobs is not None for each in prepared.params)
         self._readings: set[Reading] = set()
 
     @property
@@ -80,11 +81,11 @@ class KeptRequest(RequestGroup):
 
     def add(self, chunk: Chunk) -> RequestOutput:
         """Keep a chunk for all readings, those to come too."""
-        place = self._places[chunk.request_id]
-        if chunk.finish_reason is not FinishReason.CANCELLED:
+        place, reason = self._places[chunk.request_id], chunk.finish_reason
+        if reason is not FinishReason.CANCELLED:
             self._keep(place, chunk)
             self._wake()
-        if chunk.finish_reason is not None:
+        if reason is not None:
             self.unfinished.pop(chunk.request_id, None)
             if not self.unfinished:
                 self._watchers.on_change(self)
@@ -145,11 +146,13 @@ class KeptRequest(RequestGroup):
             yield self._row(place, chunk, num_tokens)
 
     def _row(self, place: int, chunk: Chunk, num_tokens: list[int]) -> Row:
-        params, more, index = self.prepared.params[place], None, num_tokens[place]
-        if chunk.finish_reason is not None or params.logprobs is not None or not index:
-            more = self._more(self.outputs[place], chunk, params, index)
-        num_tokens[place] += chunk.token_id is not None
-        return self.begun.number, place, chunk.token_id, chunk.text, more
+        """A hot path."""
+        more, index, token_id = None, num_tokens[place], chunk.token_id
+        if chunk.finish_reason is not None or self._wants_logprobs or not index:
+            more = self._more(self.outputs[place], chunk, self.prepared.params[place], index)
+        if token_id is not None:
+            num_tokens[place] = index + 1
+        return self.begun.number, place, token_id, chunk.text, more
 
     def _more(
         self, output: RequestOutput, chunk: Chunk, params: SamplingParams, index: int
@@ -226,6 +229,7 @@ class Reading:
     def __init__(self, kept: KeptRequest, after: int) -> None:
         self.request_id = kept.begun.request_id
         self._kept, self._after = kept, after
+        self._id_begin = f"id: {self.request_id}:".encode()
         self._num_chunks = self._num_events = 0
         self._is_whole = False
         self._error: Exception | None = None
@@ -286,4 +290,4 @@ class Reading:
         self._num_events += 1
         if self._num_events <= self._after:
             return b""
-        return b"id: %b:%d\n%b" % (self.request_id.encode(), self._num_events, event)
+        return b"%b%d\n%b" % (self._id_begin, self._num_events, event)
