@@ -179,9 +179,14 @@ class Service:
         """
         self.check_running()
         self.check_model(model)
-        self._check_queue()
+        self.check_queue()
 
-    def _check_queue(self) -> None:
+    def check_queue(self) -> None:
+        """Refuse a request that would have to wait behind too many.
+
+        Raises:
+            ApiError: it would.
+        """
         most = self.options.max_num_queued
         if self.num_queued >= most:
             raise ApiError(
@@ -390,7 +395,7 @@ class Service:
         Raises:
             ApiError: they can never be served, the queue is full, or the ranks have ended.
         """
-        self._check_queue()  # again: others have come while prompts became tokens
+        self.check_queue()  # again: others have come while prompts became tokens
         try:
             generation = await self.engine.generate(prompts, params, priority=request.priority or 0)
         except Exception as error:

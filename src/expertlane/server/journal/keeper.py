@@ -135,7 +135,7 @@ class JournalKeeper:
         service = self._service
         service.check_admission(request.model)
         prepared = await endpoint.prepare(service, request)
-        service.check_admission(request.model)  # again: others have come meanwhile
+        service.check_queue()  # again: others have come meanwhile
         params = [
             each if each.seed is not None else replace(each, seed=self._seeds.getrandbits(64))
             for each in prepared.params
