@@ -122,6 +122,10 @@ class Forced:
 class Balancing:
     """In place of a `CopySwitch`: balances in every step."""
 
+    def has_seen(self, plan: StepPlan) -> bool:
+        """Keeps nothing."""
+        return False
+
     def before_step(self, plan: StepPlan) -> tuple[StepPlan, bool]:
         return plan, True
 

@@ -21,7 +21,7 @@ from expertlane.spec.deployment import (
     PlacementMethod,
     WeightsType,
 )
-from expertlane.spec.names import CpuIsa
+from expertlane.spec.names import CpuIsa, OnFailure
 from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
 
 if TYPE_CHECKING:
@@ -46,6 +46,15 @@ def timeout_option() -> Any:
         metavar="SECONDS",
         rich_help_panel=Panel.RANKS,
         help="Longest wait for a rank that makes no progress.",
+    )
+
+
+def on_failure_option(default: OnFailure) -> Any:
+    """What a lost rank leads to."""
+    return typer.Option(
+        default,
+        rich_help_panel=Panel.RANKS,
+        help="If a rank dies or hangs, replace it and lose no request, or stop all ranks.",
     )
 
 
@@ -361,6 +370,7 @@ class EngineOptions:
     )
     ranks_per_node: int = ranks_per_node_option(0, "0, as started")
     launch: LaunchOptions
+    on_failure: OnFailure = on_failure_option("stop")
     options: Options = field(init=False)
 
     def __post_init__(self) -> None:
@@ -381,6 +391,7 @@ class EngineOptions:
             "prefix_caching": not self.no_prefix_caching,
             "options": self.options,
             "ranks_per_node": self.ranks_per_node,
+            "on_failure": self.on_failure,
             **vars(self.scheduler),
             **vars(self.launch),
         }

@@ -82,6 +82,10 @@ class CopySwitch:
         self._modes: WeakKeyDictionary[StepPlan, _Mode] = WeakKeyDictionary()
         self.decisions: list[TakenCopyDecision] = []
 
+    def has_seen(self, plan: StepPlan) -> bool:
+        """Whether a step was begun before."""
+        return plan in self._modes
+
     def before_step(self, plan: StepPlan) -> tuple[StepPlan, bool]:
         """The plan, to be recorded in a trial; and whether copies are balanced in it."""
         mode = self._modes.get(plan)
@@ -102,11 +106,12 @@ class CopySwitch:
 
     def after_step(self, plan: StepPlan, records: Sequence[RankRecord]) -> None:
         """Take a finished step of a trial into account."""
-        mode = self._modes.get(plan)
-        if mode is None or mode.trial is None or mode.trial.decision is not None or not records:
-            return
+        mode, trial = self._modes.get(plan), self._trials.get((plan.replica, plan.phase))
+        if mode is None or trial is None or mode.trial is not trial or not records:
+            return  # of no trial, or of one that was given up
         self._modes[plan] = _Mode(mode.is_balanced, None)
-        trial = mode.trial
+        if trial.decision is not None:
+            return
         trial.num_ended += 1
         if trial.num_ended > _COLD_STEPS:
             self._take(trial, records, is_balanced=mode.is_balanced)
@@ -146,7 +151,10 @@ class CopySwitch:
         self._log(f"{whose}step {plan.step}: {trial.decision.line}")
 
     def forget(self, replica: int) -> None:
-        """Try anew: experts of a replica have moved."""
+        """Try anew: experts of a replica have moved, or ranks were replaced.
+
+        Steps that are under way, or run again, stay as they are and count for no trial.
+        """
         for phase in Phase:
             self._trials.pop((replica, phase), None)
 

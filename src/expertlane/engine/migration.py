@@ -107,8 +107,9 @@ class Migration:
         self._progress.enter(Stage.IDLE, NO_LAYER)
         return time.perf_counter() - began_s
 
-    def forget_arrived(self) -> None:
-        """Drop what arrived for placements that never came."""
+    def forget(self) -> None:
+        """Drop what arrived for placements that never came, and what is on its way."""
+        self._sending, self._arriving = [], []
         self._leaving, self._begun, self._arrived = {}, {}, {}
 
     def apply_placements(self, placements: Placements) -> PlacementsBefore:

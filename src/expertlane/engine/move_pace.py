@@ -70,6 +70,10 @@ class MovePace:
         """A slice is on its way, of which the busiest rank has so much of an expert."""
         self._under_way.append((share, (start, finish)))
 
+    def abandon(self) -> None:
+        """Forget the slices under way: their ranks are gone, or have given them up too."""
+        self._under_way.clear()
+
     def poll(self) -> bool:
         """Take in the slices that have ended; whether all have. Never waits."""
         while self._under_way:
