@@ -58,9 +58,8 @@ class Steps:
         self.pool, self.step = pool, 0
         self.runner = ModelRunner(pool, self.model, deployment, limits, seed=0, ranks_per_node=2)
         timed = [pool.call(TimeOneMove()) for _ in range(3)]
-        move_s, stall_s = (min(max(of[which] for of in each) for each in timed) for which in (1, 2))
         self.expert_bytes = timed[0][0][0]
-        self.pace = MovePace(move_s, stall_s)
+        self.pace = MovePace.of_trials(timed)
 
     def one(self) -> float:
         """Seconds of a step; the pace sees its records."""
