@@ -1,18 +1,49 @@
 """Lost ranks of two nodes, both on this machine, are replaced; a lost node ends all ranks."""
 
+import re
 import socket
+import textwrap
 
 import psutil
 import pytest
 
 from distributed.on_ranks import RanksOnNodes, Stay
-from engine.processes import wait_until
-from engine.test_recovering_pool import check_exchange, lose, replace
+from distributed.recovering import check_exchange, lose, replace
+from distributed.test_torchrun import start, torchrun
+from engine.processes import session_is_gone
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rendezvous import handshake
 from expertlane.errors import RankError, RanksLostError
 
 TIMEOUT_S = 2.5
+PROGRAM = textwrap.dedent(
+    """
+    import contextlib, os, sys, time, psutil
+    from expertlane.engine.commands import DescribeMachine
+    from expertlane.engine.launch import start_pool
+    from expertlane.errors import RanksLostError
+
+    def supervisors():
+        for each in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if each.environ().get("MASTER_PORT") == os.environ["MASTER_PORT"]:
+                    if "from expertlane.engine.torchrun import" in " ".join(each.cmdline()):
+                        yield each
+
+    with start_pool(4, timeout_s=30.0, dtype="float32", recovers=True) as pool:
+        for number in range(3):
+            ranks = [rank for each in supervisors() for rank in each.children()]
+            ranks[number % 2].kill()
+            try:
+                while True:
+                    pool.check()
+                    time.sleep(0.01)
+            except RanksLostError as error:
+                line = str(error)
+                pool.begin_epoch(error.ranks)
+            print(line, len(pool.call(DescribeMachine())), file=sys.stderr, flush=True)
+    """
+)
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +51,8 @@ def pool():
     ranks = RanksOnNodes(2, 2, TIMEOUT_S, recovers=True)
     with RankPool(ranks, TIMEOUT_S) as started:
         yield started
-    assert wait_until(lambda: not psutil.Process().children(recursive=True), seconds=5)
+    for server in (ranks._server, *ranks.supervisors):
+        assert session_is_gone(server.pid, seconds=5)
 
 
 @pytest.mark.parametrize(
@@ -65,3 +97,15 @@ def test_a_lost_node_is_final(pool):
         pool.call(Stay(60))
     assert not isinstance(caught.value, RanksLostError)
     assert pool.is_closed
+
+
+@pytest.mark.full
+def test_torchrun_never_sees_a_rank_die(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    agents = [start(tmp_path, [*node, "program.py"]) for node in torchrun(2, 1)]
+    outputs = [agent.communicate(timeout=200) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    lines = [line for line in outputs[0][1].splitlines() if line.startswith("rank ")]
+    assert len(lines) == 3
+    for line in lines:
+        assert re.match(r"rank [23] was killed by SIGKILL .* 4$", line), lines

@@ -164,7 +164,9 @@ class RankPool:
                 self._ranks.close(failed=True)  # a signal came in between: not before all is clean
                 raise
 
-    def begin_epoch(self, lost: Collection[int]) -> None:
+    def begin_epoch(
+        self, lost: Collection[int], on_fenced: Callable[[], None] = lambda: None
+    ) -> None:
         """Replace lost ranks by others; returns when these are up.
 
         All commands under way come to nothing: the other ranks leave them at once where they wait
@@ -173,13 +175,15 @@ class RankPool:
 
         Args:
             lost: none for a new epoch alone, which parts ranks whose transfers broke.
+            on_fenced: called once all lost ranks are dead and others are started, not up yet.
 
         Raises:
             RanksLostError: more ranks are lost by now: of all those that are to be replaced.
         """
         self._check_open()
         self.epoch += 1
-        self._loss, self._replaced = None, frozenset(lost)
+        self._loss = None
+        self._replaced |= frozenset(lost)  # with those of an epoch that has not begun wholly
         self._starting |= self._replaced
         for waiting in self._waiting:
             waiting.clear()
@@ -195,6 +199,7 @@ class RankPool:
             self._poll.register(acceptor, select.POLLIN)
         while self._ranks.is_beginning:
             self._wait_once(self._timeout_s)
+        on_fenced()
         self._wait_for([started], self._timeout_s)  # there is nothing to import
         if acceptor is not None and self._replaced:
             self._poll.unregister(acceptor)
