@@ -20,14 +20,21 @@ def model(layout, **more):
     return LLM("paper-tiny", layout=layout, **settings)
 
 
-@pytest.mark.parametrize("transport", ["shared memory", "gloo"])
+ROTATING = {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}
+MOVING = {"rebalance_steps": 3, "num_redundant_experts": 2}
+
+
 @pytest.mark.parametrize(
-    ("layout", "options"),
+    ("layout", "options", "transport"),
     [
-        ("tp=2", {}),
-        ("pp=2", {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}),
-        ("dp=2,ep=2", {"rebalance_steps": 3, "num_redundant_experts": 2}),
-        ("replicas=2", {}),
+        ("tp=2", {}, "gloo"),
+        pytest.param("tp=2", {}, "shared memory", marks=pytest.mark.full),
+        ("pp=2", ROTATING, "shared memory"),
+        pytest.param("pp=2", ROTATING, "gloo", marks=pytest.mark.full),
+        ("dp=2,ep=2", MOVING, "shared memory"),
+        pytest.param("dp=2,ep=2", MOVING, "gloo", marks=pytest.mark.full),
+        pytest.param("replicas=2", {}, "shared memory", marks=pytest.mark.full),
+        ("replicas=2", {}, "gloo"),
     ],
 )
 def test_a_rank_is_killed(layout, options, transport, monkeypatch, capfd):
