@@ -47,9 +47,9 @@ def test_a_rank_is_killed(layout, options, transport, monkeypatch, capfd):
             move_experts(llm)
             moments += [(1, StartMoves, 1), (0, StartMoves, 2), (1, FinishMoves, 1)]
         expected = facts(llm)
-        for number, (rank, command, after) in enumerate(moments, start=1):
+        for number, (rank, command, nth) in enumerate(moments, start=1):
             before = pids(llm)
-            with harmed(rank, command, after) as killed:
+            with harmed(rank, command, nth) as killed:
                 assert facts(llm) == expected
             assert killed == [before[rank]]
             record = record_of(llm)
