@@ -6,6 +6,7 @@ ExpertlaneError
 │   └── CapacityError   more memory or ranks than this machine has
 ├── ModelError      the logits are NaN or infinite: one line, exit code 1
 ├── RankError       a rank died, hung or failed while it ran: one line, exit code 1
+│   └── CheckError      it computed something wrong, and `--check` was on
 └── TerminatedError the process was told to end: one line, exit code 128 + the signal's number
 """
 
@@ -39,6 +40,16 @@ class ModelError(ExpertlaneError):
 
 class RankError(ExpertlaneError):
     """A rank died, hung or raised; the text names rank, layer and stage."""
+
+
+class CheckError(RankError):
+    """Ranks computed something wrong and would have gone on; `--check` has found it.
+
+    Attributes:
+        ranks: global ones that may be the cause; several where nothing tells which.
+    """
+
+    ranks: tuple[int, ...] = ()
 
 
 class TerminatedError(ExpertlaneError):

@@ -21,8 +21,8 @@ from expertlane.engine.rendezvous import Meeting
 from expertlane.engine.torchrun import NodeRanks, SupervisorSettings, supervisor_command
 from expertlane.engine.worker import Handlers, RankContext
 from expertlane.errors import UserError
-from expertlane.model.layers import make_dispatcher
 from expertlane.moe.dispatch import CopyChooser, RoutedTokens
+from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchForm, PayloadType

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.trace import RoutingTrace
+from expertlane.engine.checking import Checking
 from expertlane.engine.commands import (
     CacheInt8,
     Deploy,
@@ -29,7 +30,7 @@ from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import Phase
+from expertlane.spec.names import CheckLevel, Phase
 from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -51,6 +52,7 @@ class ModelRunner:
         held: [world_size]; what each rank has allocated.
         dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
         rebalancer: moves experts between steps; None where they stay.
+        checking: looks for silent errors; None where nobody does.
 
     Args:
         limits: of the scheduler; here, the size of the paged cache.
@@ -58,6 +60,7 @@ class ModelRunner:
         seed: of the model's weights, where they come from no checkpoint.
         checkpoint: the folder the weights are in.
         dispatch_table: as measured before, for what is `auto`; None to measure it.
+        check: how much ranks look for silent errors.
         log: takes a line for each thing that is decided.
 
     Raises:
@@ -75,6 +78,7 @@ class ModelRunner:
         ranks_per_node: int,
         checkpoint: Path | None = None,
         dispatch_table: DispatchTable | None = None,
+        check: CheckLevel = "off",
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._pool = pool
@@ -83,7 +87,7 @@ class ModelRunner:
         placements = check_deployment(model, deployment, ranks_per_node)
         folder = str(checkpoint) if checkpoint else None
         kept = options.weights, options.cache_int8
-        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept)
+        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
         if options.cache_int8:
             if folder is None:
                 raise UserError(
@@ -93,6 +97,7 @@ class ModelRunner:
             pool.call(CacheInt8(model, folder), ranks=[0])
         held = pool.call(Deploy(spec, options, limits.num_blocks, limits.block_size))
         self.held = held[: layout.world_size]
+        self.checking = None if check == "off" else Checking(pool, layout.world_size)
         self._model, self._placements = model, placements
         self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
@@ -157,6 +162,8 @@ class ModelRunner:
         """Wait for a step and put the ranks' parts of its outcome together."""
         outcomes = self._pool.collect(handle.ticket)
         finished_s = handle.finished_s or time.perf_counter()
+        if self.checking is not None:
+            self.checking.check_step(handle.plan.step, handle.ticket.ranks, outcomes)
         outcome = outcome_of(outcomes, handle.submitted_s, finished_s)
         if self.rebalancer is not None:
             self.rebalancer.after_step(handle.plan, outcome.records)

@@ -161,9 +161,9 @@ class RankPool:
                 try:
                     self._ranks.channels[rank].send(encoded)
                 except BlockingIOError:
-                    self._fail(self._hang(ticket, self._timeout_s))
+                    self.fail(self._hang(ticket, self._timeout_s))
                 except OSError:
-                    self._fail(self._death(rank))
+                    self.fail(self._death(rank))
         return ticket
 
     def _decoder(self, command: Command[ResultT]) -> Decoder[ResultT]:
@@ -204,11 +204,11 @@ class RankPool:
                 if ticket.is_done or ticket.submitted_s > old_s:
                     continue
                 if self._silent_s(ticket) > bound_s:
-                    self._fail(self._hang(ticket, bound_s))
+                    self.fail(self._hang(ticket, bound_s))
             try:
                 self._ranks.check_answers(bound_s + _NODE_MARGIN_S, self._resumed_s)
             except RankError as error:
-                self._fail(error)
+                self.fail(error)
 
     def _silent_s(self, ticket: Ticket[Any]) -> float:
         """Seconds since any rank of the ticket reported progress."""
@@ -223,19 +223,19 @@ class RankPool:
             try:
                 self._take(rank, channels[rank].receive())
             except BlockingIOError:  # it stopped in the middle of a message
-                self._fail(self._hang(Ticket([rank], Decoder(Ready)), self._timeout_s))
+                self.fail(self._hang(Ticket([rank], Decoder(Ready)), self._timeout_s))
             except (EOFError, OSError):
-                self._fail(self._death(rank))
+                self.fail(self._death(rank))
             except MessageError as error:
-                self._fail(RankError(f"rank {rank} sent an invalid message: {error}"))
+                self.fail(RankError(f"rank {rank} sent an invalid message: {error}"))
         try:
             self._ranks.read_news(ready)
         except ExpertlaneError as error:
-            self._fail(error)
+            self.fail(error)
 
     def _take(self, rank: int, message: Message) -> None:
         if message.kind is MessageKind.FAILURE:
-            self._fail(self._blame(rank, self._failure(rank, message)))
+            self.fail(self._blame(rank, self._failure(rank, message)))
         elif message.kind in (MessageKind.RESULT, MessageKind.READY) and self._waiting[rank]:
             ticket = self._waiting[rank][0]
             ticket.results[rank] = ticket.decoder.decode(message)
@@ -249,7 +249,8 @@ class RankPool:
             self._ranks.board.update(rank, failure.line)
         return failure
 
-    def _fail(self, error: ExpertlaneError) -> NoReturn:
+    def fail(self, error: ExpertlaneError) -> NoReturn:
+        """End all ranks for an error, and raise it."""
         with contextlib.suppress(TerminatedError):  # by a batch system, for the same reason
             self.close(failed=True)
         raise error from None
