@@ -4,11 +4,13 @@ import os
 import socket
 import subprocess
 import time
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from engine.planted import FlipBit, Plant, flip_bit, plant
 from expertlane.balance.placement import Placement
 from expertlane.comm.clocks import HostClock
 from expertlane.comm.collectives import interleave
@@ -275,6 +277,7 @@ class RanksOnNodes(NodeRanks):
 def handlers() -> Handlers:
     from expertlane.engine.stage import HANDLERS
 
+    planted = ExitStack()
     return {
         **HANDLERS,
         Collective: collective,
@@ -285,6 +288,8 @@ def handlers() -> Handlers:
         Refuse: refuse,
         Stay: stay,
         FailWhileOthersWait: fail_while_others_wait,
+        Plant: lambda context, command: plant(context, command, planted),
+        FlipBit: flip_bit,
     }
 
 

@@ -133,7 +133,8 @@ class Checks:
     def end_step(self) -> RankChecks:
         """All of a step; the next one begins."""
         order = sorted(range(len(self._places)), key=lambda each: self._places[each])
-        counts = np.array(list(self._pairs.values()), dtype=np.int64).reshape(-1, 2, self._num_experts)
+        pairs = np.array(list(self._pairs.values()), dtype=np.int64)
+        counts = pairs.reshape(-1, 2, self._num_experts)
         checks = RankChecks(
             places=_places(self._places[each] for each in order[:1]),
             texts=[self._texts[each] for each in order[:1]],
@@ -189,6 +190,10 @@ class CheckedRecorder(Recorder):
         """As `Recorder.set_micro_batch`."""
         super().set_micro_batch(micro_batch)
         self.checks.set_micro_batch(micro_batch)
+
+    def check_finite(self, values: Tensor, point: CheckPoint, layer: int = NO_LAYER) -> None:
+        """As `Recorder.check_finite`."""
+        self.checks.finite(values, point, layer)
 
     @property
     def may_wait_at_once(self) -> bool:

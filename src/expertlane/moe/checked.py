@@ -145,7 +145,8 @@ class CheckedDispatcher(Dispatcher):
 
     def _check_rows(self, layer: int, tags: Tensor) -> None:
         if num := self._tagged.num_changed:
-            self._checks.fault(CheckPoint.DISPATCH, layer, f"{num:,} tokens arrived changed")
+            text = f"{num:,} of {len(tags):,} rows changed on the way"
+            self._checks.fault(CheckPoint.DISPATCH, layer, text)
         if not len(tags):
             return
         tokens, counts = torch.unique(tags[:, :2], dim=0, return_counts=True)
