@@ -140,8 +140,8 @@ class DescribeMachine(Command[RankMachine]):
     """Describe the machine of the rank."""
 
 
-class CacheInt8(Command[None]):
-    """Write a checkpoint's matrices, rounded to int8, into its folder, unless they are there.
+class CacheInt8(Command[bool]):
+    """Write a checkpoint's matrices, rounded to int8, into its folder; false if they are there.
 
     Attributes:
         checkpoint: the folder.

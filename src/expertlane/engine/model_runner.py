@@ -28,7 +28,7 @@ from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Deployment, DispatchTable
+from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel, Phase
 from expertlane.spec.prompt_logprobs import PromptPart
@@ -94,7 +94,9 @@ class ModelRunner:
                     f"cache_int8 (--cache-int8) needs a checkpoint's folder; {model.name} has "
                     "random weights"
                 )
-            pool.call(CacheInt8(model, folder), ranks=[0])
+            (is_written,) = pool.call(CacheInt8(model, folder), ranks=[0])
+            where = f"{folder}/{INT8_FOLDER}"
+            log(f"int8 weights: {'written to' if is_written else 'read from'} {where}")
         held = pool.call(Deploy(spec, options, limits.num_blocks, limits.block_size))
         self.held = held[: layout.world_size]
         self.checking = None if check == "off" else Checking(pool, layout.world_size)

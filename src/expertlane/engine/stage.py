@@ -89,13 +89,15 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
     return held
 
 
-def cache_int8(context: RankContext, command: CacheInt8) -> None:
-    """Write the file if it is missing, or of other files."""
+def cache_int8(context: RankContext, command: CacheInt8) -> bool:
+    """Write the file if it is missing, or of other files; gives whether it was."""
     context.progress.enter(Stage.SETUP, NO_LAYER)
     checkpoint = Checkpoint(Path(command.checkpoint), command.model)
-    if Int8Cache.find(checkpoint) is None:
+    is_missing = Int8Cache.find(checkpoint) is None
+    if is_missing:
         write_int8_cache(checkpoint, context.progress.touch)
     context.progress.enter(Stage.IDLE, NO_LAYER)
+    return is_missing
 
 
 def run_step(context: RankContext, command: RunStep) -> RankOutcome:

@@ -1,9 +1,11 @@
 """Chats as prompts, and their answers."""
 
+from typing import Any
+
 from expertlane.engine.grammars import Grammar
 from expertlane.server.answers import ChatAnswer
 from expertlane.server.errors import bad_field
-from expertlane.server.requests import ChatRequest
+from expertlane.server.requests import USUAL_VERBOSITY, ChatRequest
 from expertlane.server.service import Service
 from expertlane.server.tools import structured_chat
 from expertlane.spec.sampling import SamplingParams
@@ -38,7 +40,7 @@ async def prepare_chat(
         add_generation_prompt=request.add_generation_prompt,
         add_special_tokens=request.add_special_tokens,
         tools=tools,
-        variables=request.chat_template_kwargs,
+        variables=_variables(service, request),
     )
     structured, field = structured_chat(request, service.marks, text, service.model.tokenizer)
     grammar = None if structured is None else await service.compile(structured, field)
@@ -47,3 +49,19 @@ async def prepare_chat(
         request, [prompt], "messages", structured=structured, shown_token_ids=shown
     )
     return prompt, params, text, grammar
+
+
+def _variables(service: Service, request: ChatRequest) -> dict[str, Any]:
+    """Of the template.
+
+    Raises:
+        ApiError: a field names one that the template does not have.
+    """
+    variables, template = dict(request.chat_template_kwargs or {}), service.model.template
+    for name, value in request.named_variables.items():
+        if template is None or name in template.variables:
+            variables[name] = value
+        elif value != USUAL_VERBOSITY or name != "verbosity":
+            text = f"{name}: the chat template of this model has no such variable"
+            raise bad_field(name, text, "unsupported_parameter")
+    return variables
