@@ -42,16 +42,16 @@ class Lenient:
 class Deployed:
     """A deployment with two requests a data-parallel rank."""
 
-    def __init__(self, pools, layout, level, **options):
+    def __init__(self, pools, layout, level, dtype="float32", **options):
         self.chosen = deployment(layout, **options)
-        self.pool = Lenient(pools.pool(self.chosen.layout.world_size))
+        self.pool = Lenient(pools.pool(self.chosen.layout.world_size, dtype))
         self.runner = ModelRunner(
             self.pool, TINY, self.chosen, LIMITS, seed=0, ranks_per_node=2, check=level
         )
 
     def run(self, params=GREEDY):
         layout = self.chosen.layout
-        scheduler = ContinuousScheduler(layout, self.chosen.options, LIMITS, lookahead=False)
+        scheduler = ContinuousScheduler(layout, self.chosen.options, LIMITS, record=False)
         requests = []
         for number in range(2 * layout.dp):
             prompt = np.arange(number, number + 5)
@@ -168,9 +168,18 @@ def test_a_copy_with_a_flipped_bit(pools):
 
 
 @pytest.mark.numerical
-@pytest.mark.parametrize("layout", ["tp=1", "dp=2,tp=2,ep=2", "pp=2,dp=2,ep=2", "dp=3"])
-def test_tokens_are_the_same_and_nothing_is_wrong(pools, layout):
-    found = [Deployed(pools, layout, level).run(DRAWN) for level in ("off", "light", "full")]
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("tp=1", "float32"),
+        ("dp=2,tp=2,ep=2", "float32"),
+        ("pp=2,dp=2,ep=2", "float32"),
+        ("dp=3", "float32"),
+        ("dp=2,ep=2", "bfloat16"),
+    ],
+)
+def test_tokens_are_the_same_and_nothing_is_wrong(pools, layout, dtype):
+    found = [Deployed(pools, layout, level, dtype).run(DRAWN) for level in ("off", "light", "full")]
     assert found[0] == found[1] == found[2]
 
 
