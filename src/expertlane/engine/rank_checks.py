@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from zlib import crc32
 
 import numpy as np
+from torch import Tensor
 
 from expertlane.balance.placement import Placement
 from expertlane.comm.checks import Checks, checksum
@@ -35,9 +36,15 @@ class StageChecks:
             place = self._checks.place(CheckPoint.PLACEMENT, layer)
             self._checks.alike(ranks, known[layer][1], place)
 
-    def check_tokens(self, tokens: Mapping[int, int], sampler: Sampler) -> None:
-        """What was chosen, by sequence id, and what is counted of it, alike over `tp`."""
+    def check_head(self, logits: Tensor, tokens: Mapping[int, int], sampler: Sampler) -> None:
+        """Logits are finite; what was chosen, and what is counted of it, is alike over `tp`.
+
+        Args:
+            logits: [num_seqs, num_local_vocab].
+            tokens: by sequence id.
+        """
         ranks, checks = self._mesh.tp.ranks, self._checks
+        checks.finite(logits, CheckPoint.HEAD)
         if len(ranks) == 1:
             return
         total = crc32(np.array(list(tokens.items()), dtype=np.int64).data)

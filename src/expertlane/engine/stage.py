@@ -296,7 +296,6 @@ class DeployedStage:
 
         Where there is none, the token is 0: a step that is under way goes on with any.
         """
-        self._recorder.check_finite(result.logits, CheckPoint.HEAD)
         logprobs: dict[int, TokenLogprobs] = {}
         if result.token_ids is not None:
             chosen = result.token_ids.tolist()
@@ -305,7 +304,7 @@ class DeployedStage:
             chosen, logprobs = self._sampler.sample(seq_ids, result.all_logits)
         tokens = dict(zip(seq_ids, chosen, strict=True))
         if self._checks is not None:
-            self._checks.check_tokens(tokens, self._sampler)
+            self._checks.check_head(result.logits, tokens, self._sampler)
         failed = [seq for seq, token in tokens.items() if token == NO_TOKEN]
         if self._mesh.at.tp_rank == 0:
             outcome.token_ids |= tokens
