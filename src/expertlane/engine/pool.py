@@ -161,9 +161,9 @@ class RankPool:
                 try:
                     self._ranks.channels[rank].send(encoded)
                 except BlockingIOError:
-                    self.fail(self._hang(ticket, self._timeout_s))
+                    self._fail(self._hang(ticket, self._timeout_s))
                 except OSError:
-                    self.fail(self._death(rank))
+                    self._fail(self._death(rank))
         return ticket
 
     def _decoder(self, command: Command[ResultT]) -> Decoder[ResultT]:
@@ -181,6 +181,10 @@ class RankPool:
         """Wait for a ticket; its results in rank order."""
         self._wait_for([ticket], self._timeout_s)
         return [ticket.results[rank] for rank in ticket.ranks]
+
+    def fail(self, error: RankError) -> NoReturn:
+        """Treat ranks as failed, for what their answers have shown; raises the error."""
+        self._fail(error)
 
     def on_told_to_end(self, react: Callable[[], None]) -> None:
         """Call this, from then on, where a node is told to end, instead of ending all at once."""
@@ -204,11 +208,11 @@ class RankPool:
                 if ticket.is_done or ticket.submitted_s > old_s:
                     continue
                 if self._silent_s(ticket) > bound_s:
-                    self.fail(self._hang(ticket, bound_s))
+                    self._fail(self._hang(ticket, bound_s))
             try:
                 self._ranks.check_answers(bound_s + _NODE_MARGIN_S, self._resumed_s)
             except RankError as error:
-                self.fail(error)
+                self._fail(error)
 
     def _silent_s(self, ticket: Ticket[Any]) -> float:
         """Seconds since any rank of the ticket reported progress."""
@@ -223,19 +227,19 @@ class RankPool:
             try:
                 self._take(rank, channels[rank].receive())
             except BlockingIOError:  # it stopped in the middle of a message
-                self.fail(self._hang(Ticket([rank], Decoder(Ready)), self._timeout_s))
+                self._fail(self._hang(Ticket([rank], Decoder(Ready)), self._timeout_s))
             except (EOFError, OSError):
-                self.fail(self._death(rank))
+                self._fail(self._death(rank))
             except MessageError as error:
-                self.fail(RankError(f"rank {rank} sent an invalid message: {error}"))
+                self._fail(RankError(f"rank {rank} sent an invalid message: {error}"))
         try:
             self._ranks.read_news(ready)
         except ExpertlaneError as error:
-            self.fail(error)
+            self._fail(error)
 
     def _take(self, rank: int, message: Message) -> None:
         if message.kind is MessageKind.FAILURE:
-            self.fail(self._blame(rank, self._failure(rank, message)))
+            self._fail(self._blame(rank, self._failure(rank, message)))
         elif message.kind in (MessageKind.RESULT, MessageKind.READY) and self._waiting[rank]:
             ticket = self._waiting[rank][0]
             ticket.results[rank] = ticket.decoder.decode(message)
@@ -249,8 +253,7 @@ class RankPool:
             self._ranks.board.update(rank, failure.line)
         return failure
 
-    def fail(self, error: ExpertlaneError) -> NoReturn:
-        """End all ranks for an error, and raise it."""
+    def _fail(self, error: ExpertlaneError) -> NoReturn:
         with contextlib.suppress(TerminatedError):  # by a batch system, for the same reason
             self.close(failed=True)
         raise error from None
