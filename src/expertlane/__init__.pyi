@@ -346,6 +346,7 @@ def bench(
     oversubscribe: bool = False,
     cpu_isa: Literal['baseline', 'avx2', 'avx512', 'avx512_bf16', 'amx', 'neon', 'neon_bf16'] | None = None,
     ignore_unused_tensors: bool = False,
+    on_failure: Literal['replace', 'stop'] = 'stop',
     out: str | Path | None = None,
 ) -> Results:
     """Measure throughput and latency of a model, or of a server, under load.
@@ -423,6 +424,7 @@ def bench(
         cpu_isa: Largest instruction set that kernels on CPUs may use; amx only if asked for.
         ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that
             its config.json does not use.
+        on_failure: If a rank dies or hangs, replace it and lose no request, or stop all ranks.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 

@@ -6,11 +6,11 @@ ExpertlaneError
 │   └── CapacityError   more memory or ranks than this machine has
 ├── ModelError      the logits are NaN or infinite: one line, exit code 1
 ├── RankError       a rank died, hung or failed while it ran: one line, exit code 1
-│   └── CheckError      it computed something wrong, and `--check` was on
+│   └── RanksLostError  the same where others go on: the engine replaces it
 └── TerminatedError the process was told to end: one line, exit code 128 + the signal's number
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 
@@ -42,14 +42,17 @@ class RankError(ExpertlaneError):
     """A rank died, hung or raised; the text names rank, layer and stage."""
 
 
-class CheckError(RankError):
-    """Ranks computed something wrong and would have gone on; `--check` has found it.
+class RanksLostError(RankError):
+    """Ranks of a pool that recovers were lost: it waits for `RankPool.begin_epoch`.
 
-    Attributes:
-        ranks: global ones that may be the cause; several where nothing tells which.
+    Args:
+        ranks: dead, hung or failed ones; none where transfers broke and no rank was found to be
+            the cause, so that a new epoch is all that is needed.
     """
 
-    ranks: tuple[int, ...] = ()
+    def __init__(self, text: str, ranks: Collection[int]) -> None:
+        super().__init__(text)
+        self.ranks = frozenset(ranks)
 
 
 class TerminatedError(ExpertlaneError):

@@ -28,7 +28,7 @@ class Plant(Command[None]):
 
 
 class FlipBit(Command[None]):
-    """Flip a bit of the weights of an expert that a rank holds, if it holds it."""
+    """Flip a bit of the weights of an expert that a rank holds, all or part of it."""
 
     rank: int
     layer: int

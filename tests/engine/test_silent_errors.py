@@ -6,11 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from distributed.on_ranks import local_ranks
 from distributed.running import deployment
 from engine.planted import FlipBit, Plant
+from engine.recovering import facts, record_of
+from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.errors import CheckError, UserError
+from expertlane.engine.pool import RankPool
+from expertlane.errors import RankError, RanksLostError, UserError
 from expertlane.results.step_checks import Alike, RankChecks, first_found
 from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Limits, Request
@@ -35,8 +39,8 @@ class Lenient:
     def __getattr__(self, name):
         return getattr(self._pool, name)
 
-    def fail(self, error):
-        raise error
+    def lose(self, loss):
+        raise loss.error(recovers=True)
 
 
 class Deployed:
@@ -67,11 +71,11 @@ class Deployed:
         """The error that a planted one leads to."""
         self.pool.call(Plant(kind, rank))
         try:
-            with pytest.raises(CheckError) as caught:
+            with pytest.raises(RanksLostError) as caught:
                 self.run(params)
         finally:
             self.pool.call(Plant("", 0))
-        return str(caught.value), caught.value.ranks
+        return str(caught.value), tuple(sorted(caught.value.ranks))
 
 
 FINITE = "rank {}, step 0, layer 1, {}: 5 values are not finite"
@@ -153,11 +157,11 @@ def test_a_copy_with_a_flipped_bit(pools):
     ]
     assert len(holders) == 2
     assert 1 in holders
-    with pytest.raises(CheckError) as caught:
+    with pytest.raises(RanksLostError) as caught:
         deployed.runner.checking.check_weights()
     assert str(caught.value) == "rank 1, weights of layer 0, expert 3: not as they were loaded"
-    assert caught.value.ranks == (1,)
-    with pytest.raises(CheckError) as caught:  # ranks keep what they have
+    assert caught.value.ranks == {1}
+    with pytest.raises(RanksLostError) as caught:  # ranks keep what they have
         Deployed(pools, "dp=3,ep=3", "light", num_redundant_experts=16)
     first, second = holders
     assert str(caught.value) == (
@@ -196,10 +200,41 @@ def test_an_error_ends_the_ranks(monkeypatch):
     with LLM("paper-tiny", dtype="float32", check="light") as llm:
         llm.check_weights()
         monkeypatch.setattr(ModelRunner, "collect", spoil)
-        line = r"^rank 0, step 0, layer 1, experts: 1 value is not finite$"
-        with pytest.raises(CheckError, match=line):
+        line = r"^rank 0, step 0, layer 1, experts: 1 value is not finite; all ranks were ended$"
+        with pytest.raises(RankError, match=line):
             llm.generate([[1, 2]], GREEDY)
         assert llm._pool.is_closed
+
+
+@pytest.mark.parametrize(
+    ("layout", "level", "kind", "lost"),
+    [
+        ("tp=2", "light", "attention", [1]),
+        ("tp=2", "light", "gathered", [0, 1]),  # nothing tells which of two is right
+        ("dp=2,ep=2", "full", "lost", [1]),
+    ],
+)
+def test_ranks_that_compute_something_wrong_are_replaced(monkeypatch, layout, level, kind, lost):
+    def start(num_ranks, *, timeout_s, dtype, recovers, **rest):
+        return RankPool(local_ranks(num_ranks, timeout_s, dtype, recovers=recovers), timeout_s)
+
+    monkeypatch.setattr(llm_module, "start_pool", start)
+    given = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "max_num_seqs": 4}
+    with LLM("paper-tiny", layout=layout, check=level, on_failure="replace", **given) as llm:
+        expected = facts(llm)
+        llm._pool.call(Plant(kind, 1))
+        assert facts(llm) == expected
+        record = record_of(llm)
+        assert record.ranks == lost
+        assert ", layer 1, " in record.line
+        llm._pool.call(FlipBit(1, 0, 9), ranks=[1])
+        llm.check_weights()
+        record = record_of(llm)
+        assert record.ranks == [1]
+        assert record.line.endswith(": not as they were loaded")
+        assert "; rank 1, weights of layer 0, expert 9" in record.line
+        assert facts(llm) == expected
+        assert llm.engine.recovery.num_recoveries == 2
 
 
 def test_the_level_is_checked():

@@ -135,9 +135,10 @@ def test_items_of_reasoning_text_and_calls(size):
     from openai.lib.streaming.responses._responses import ResponseStreamState
 
     parts = ChatParts(
-        MarkedText(Marks(THOUGHT_FORMS["think"], CALL_FORMS["hermes"]), "", takes_calls=True)
+        MarkedText(Marks(THOUGHT_FORMS["think"], CALL_FORMS["hermes"]), "", takes_calls=True),
+        "{:024x}".format,
     )
-    items = ResponseItems()
+    items = ResponseItems("{:024x}".format)
     pieces = [MARKED[i : i + size] for i in range(0, len(MARKED), size)]
     events = []
     for number, piece in enumerate(pieces, 1):

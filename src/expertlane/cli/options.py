@@ -20,7 +20,7 @@ from expertlane.spec.deployment import (
     PlacementMethod,
     WeightsType,
 )
-from expertlane.spec.names import CheckLevel, CpuIsa
+from expertlane.spec.names import CheckLevel, CpuIsa, OnFailure
 from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
 
 if TYPE_CHECKING:
@@ -45,6 +45,15 @@ def timeout_option() -> Any:
         metavar="SECONDS",
         rich_help_panel=Panel.RANKS,
         help="Longest wait for a rank that makes no progress.",
+    )
+
+
+def on_failure_option(default: OnFailure) -> Any:
+    """What a lost rank leads to."""
+    return typer.Option(
+        default,
+        rich_help_panel=Panel.RANKS,
+        help="If a rank dies or hangs, replace it and lose no request, or stop all ranks.",
     )
 
 
@@ -356,6 +365,7 @@ class EngineOptions:
         "experts once.",
     )
     launch: LaunchOptions
+    on_failure: OnFailure = on_failure_option("stop")
     options: Options = field(init=False)
 
     def __post_init__(self) -> None:
@@ -377,6 +387,7 @@ class EngineOptions:
             "options": self.options,
             "ranks_per_node": self.ranks_per_node,
             "check": self.check,
+            "on_failure": self.on_failure,
             **vars(self.scheduler),
             **vars(self.launch),
         }

@@ -70,6 +70,14 @@ class Checks:
         self._num_moves: defaultdict[tuple[int, ...], int] = defaultdict(int)
         self._pairs: dict[int, np.ndarray] = {}  # by layer: chosen, arrived
 
+    def begin_step(self) -> None:
+        """Forget what there is of a step before, which may have come to nothing."""
+        self._micro_batch = 0
+        self._places, self._texts, self._pairs = [], [], {}
+        self._alike.clear()
+        self._moved.clear()
+        self._num_moves.clear()
+
     def set_micro_batch(self, micro_batch: int) -> None:
         """What follows belongs to another micro-batch."""
         self._micro_batch = micro_batch
@@ -131,11 +139,11 @@ class Checks:
         counts[1, list(experts)] += arrived.cpu().numpy()
 
     def end_step(self) -> RankChecks:
-        """All of a step; the next one begins."""
+        """All of the step."""
         order = sorted(range(len(self._places)), key=lambda each: self._places[each])
         pairs = np.array(list(self._pairs.values()), dtype=np.int64)
         counts = pairs.reshape(-1, 2, self._num_experts)
-        checks = RankChecks(
+        return RankChecks(
             places=_places(self._places[each] for each in order[:1]),
             texts=[self._texts[each] for each in order[:1]],
             alike=[
@@ -148,12 +156,6 @@ class Checks:
             arrived=np.ascontiguousarray(counts[:, 1]),
             transferred=[_transferred(ranks, rows) for ranks, rows in self._moved.items() if rows],
         )
-        self._micro_batch = 0
-        self._places, self._texts, self._pairs = [], [], {}
-        self._alike.clear()
-        self._moved.clear()
-        self._num_moves.clear()
-        return checks
 
 
 def _places(places: Iterable[Place]) -> np.ndarray:

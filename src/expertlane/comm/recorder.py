@@ -130,6 +130,7 @@ class Recorder:
         self.progress.set_step(step)
         if self.meter is not None:
             self.meter.num_steps += 1
+        self._log = None  # an earlier step may have come to nothing
         self._recording = record or record_routing or record_events or record_operations
         if self._recording:
             self._clear(num_micro_batches)

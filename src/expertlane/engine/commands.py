@@ -164,6 +164,27 @@ class Deploy(Command[HeldBytes]):
     block_size: int
 
 
+class Redeploy(Command[None]):
+    """Go on in a new epoch: build what a rank lacks, connect to all others, undo some steps.
+
+    A rank that has its stage keeps weights and cache; moves of experts under way come to nothing.
+    Collective over all ranks.
+
+    Attributes:
+        spec: with the placements that are committed.
+        num_blocks, block_size: as in `Deploy`.
+        discard: steps of the rank's replica that are not committed; all others are.
+        dispatch_table: None where options say all.
+    """
+
+    spec: StageSpec
+    options: Options
+    num_blocks: int
+    block_size: int
+    discard: tuple[int, ...]
+    dispatch_table: DispatchTable | None = None
+
+
 class SetDispatch(Command[None]):
     """Choose how steps run from now on: dispatch forms and overlap, by a table."""
 

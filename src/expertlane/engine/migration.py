@@ -85,9 +85,9 @@ class Migration:
         self._sending, self._arriving = [], []
         self._progress.enter(Stage.IDLE, NO_LAYER)
 
-    def forget_arrived(self) -> None:
-        """Drop what arrived for placements that never came."""
-        self._arrived = {}
+    def forget(self) -> None:
+        """Drop what arrived for placements that never came, and what is on its way."""
+        self._sending, self._arriving, self._arrived = [], [], {}
 
     def apply_placements(self, placements: Placements) -> PlacementsBefore:
         """Take new placements, [num_hidden_layers], into use."""

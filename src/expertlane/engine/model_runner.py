@@ -1,7 +1,7 @@
 """The runner of real ranks: a deployment's model on a pool, one step plan at a time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from expertlane.engine.commands import (
     Deploy,
     DiscardSteps,
     RankOutcome,
+    Redeploy,
     RunStep,
     SetDispatch,
     StageSpec,
@@ -88,6 +89,7 @@ class ModelRunner:
         folder = str(checkpoint) if checkpoint else None
         kept = options.weights, options.cache_int8
         spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
+        self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size)
         if options.cache_int8:
             if folder is None:
                 raise UserError(
@@ -97,12 +99,14 @@ class ModelRunner:
             (is_written,) = pool.call(CacheInt8(model, folder), ranks=[0])
             where = f"{folder}/{INT8_FOLDER}"
             log(f"int8 weights: {'written to' if is_written else 'read from'} {where}")
-        held = pool.call(Deploy(spec, options, limits.num_blocks, limits.block_size))
+        held = pool.call(self._deploy)
         self.held = held[: layout.world_size]
         self.checking = None if check == "off" else Checking(pool, layout.world_size)
         self._model, self._placements = model, placements
         self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
+        self._watch: RankWatch | None = None
+        self._to_discard: set[tuple[int, int]] = set()  # (replica, step); by some ranks
         if options.is_timed:
             if self.dispatch_table is None:
                 modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
@@ -127,7 +131,8 @@ class ModelRunner:
     def watch(self) -> RankWatch:
         """Begin to count what ranks do, for those who ask while they serve."""
         given = self._pool, self._layout, self._model, self._placements
-        return RankWatch(*given, self.rebalancer)
+        self._watch = RankWatch(*given, self.rebalancer)
+        return self._watch
 
     def set_dispatch(self, table: DispatchTable) -> None:
         """Choose how steps run from now on."""
@@ -152,6 +157,42 @@ class ModelRunner:
         for replica in {plan.replica for plan in plans}:
             steps = tuple(plan.step for plan in plans if plan.replica == replica)
             self._pool.submit(DiscardSteps(steps), ranks=self._layout.ranks_of_replica(replica))
+
+    def redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
+        """Let ranks load what they lack after some were replaced, and go on in a new epoch.
+
+        Args:
+            replaced: global ranks.
+            plans: of all steps that are not committed; ranks undo them, as `discard` does.
+        """
+        if self.rebalancer is not None:
+            self.rebalancer.abandon(plans)
+        self._to_discard.update((plan.replica, plan.step) for plan in plans)
+        given, layout = self._deploy, self._layout
+        commands = []
+        for replica in range(layout.replicas):
+            placements = self._placements
+            if self.rebalancer is not None:
+                placements = self.rebalancer.placements[replica]
+            command = Redeploy(
+                replace(given.spec, placements=placements),
+                given.options,
+                given.num_blocks,
+                given.block_size,
+                tuple(
+                    sorted(step for of_replica, step in self._to_discard if of_replica == replica)
+                ),
+                self.dispatch_table,
+            )
+            commands.append((command, layout.ranks_of_replica(replica)))
+        if others := range(layout.world_size, self._pool.num_ranks):  # they make groups too
+            commands.append((command, others))
+        self._pool.collect(self._pool.submit_each(commands))
+        self._to_discard.clear()
+        if self.checking is not None:
+            self.checking.check_weights(replaced)
+        if self._watch is not None:
+            self._watch.begin_again(replaced)
 
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
         """Wait until one of the steps is finished."""

@@ -26,8 +26,9 @@ class StageChecks:
         self._placements: dict[int, tuple[Placement, int]] = {}  # by layer; and their checksums
         self.end_step = checks.end_step
 
-    def check_placements(self, stage: TransformerStage) -> None:
+    def begin_step(self, stage: TransformerStage) -> None:
         """Where experts are has to be alike on all ranks of the stage."""
+        self._checks.begin_step()
         ranks, known = self._mesh.stage.ranks, self._placements
         for layer, block in stage.moe_blocks.items():
             if layer not in known or known[layer][0] is not block.placement:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,8 +75,10 @@ class RankWatch:
         self._pool, self._placements = pool, placements
         self._ranks = range(layout.world_size)
         self._ticket: Ticket[RankTotals] | None = None
+        self._before: dict[int, RankTotals] = {}  # by rank, of processes that were replaced
         self._asked_s = time.monotonic()
-        first = self._reading(pool.call(ReadTotals(), ranks=self._ranks))
+        self._latest = pool.call(ReadTotals(), ranks=self._ranks)
+        first = self._reading(self._latest)
         self.readings: deque[Reading] = deque([first], maxlen=int(_KEPT_S / READ_S))
 
     def poll(self) -> None:
@@ -89,11 +91,26 @@ class RankWatch:
             if not self._ticket.is_done:
                 return
             results = self._ticket.results
-            self.readings.append(self._reading([results[rank] for rank in self._ranks]))
             self._ticket = None
+            self._latest = [self._with_before(rank, results[rank]) for rank in self._ranks]
+            self.readings.append(self._reading(self._latest))
         if time.monotonic() - self._asked_s >= READ_S:
-            self._asked_s = time.monotonic()
-            self._ticket = self._pool.submit(ReadTotals(), ranks=self._ranks)
+            self._ask()
+
+    def _ask(self) -> None:
+        self._asked_s = time.monotonic()
+        self._ticket = self._pool.submit(ReadTotals(), ranks=self._ranks)
+
+    def begin_again(self, replaced: Collection[int]) -> None:
+        """Ask ranks of a new epoch; those that were replaced count only from then on."""
+        self._ticket = None
+        for rank in replaced:
+            if rank in self._ranks:
+                self._before[rank] = self._latest[rank]
+        self._ask()
+
+    def _with_before(self, rank: int, totals: RankTotals) -> RankTotals:
+        return totals + self._before[rank] if rank in self._before else totals
 
     @property
     def positions(self) -> list[Position]:

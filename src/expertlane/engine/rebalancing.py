@@ -73,6 +73,21 @@ class Rebalance:
     switched: int | None = None
 
 
+@dataclass(frozen=True)
+class _Switch:
+    """New placements, and what was before.
+
+    Attributes:
+        step: that brings them.
+        decision: place of the decision among all.
+    """
+
+    step: int
+    decision: int
+    placements: Placements
+    imbalance_before: float | None
+
+
 class _Replica:
     """Load, placements and moves of one replica."""
 
@@ -91,6 +106,7 @@ class _Replica:
         self.next: Placements | None = None
         self.slices: list[list[Move]] = []
         self.under_way = False
+        self.switches: list[_Switch] = []  # that may not be committed
 
     @property
     def now(self) -> list[Placement]:
@@ -183,9 +199,30 @@ class Rebalancer:
 
     def after_step(self, plan: StepPlan, records: Sequence[RankRecord]) -> None:
         """Take a finished step's load into account."""
+        switches = self._replicas[plan.replica].switches
+        switches[:] = [each for each in switches if each.step > plan.step]
         if records and plan not in self._finished:
             self._finished.add(plan)
             self._take(self._replicas[plan.replica], plan, records)
+
+    def abandon(self, plans: Sequence[StepPlan]) -> None:
+        """Give up moves, and placements of uncommitted steps; ranks do so too, in a new epoch.
+
+        Args:
+            plans: all that are not committed.
+        """
+        steps = {plan.step for plan in plans}
+        for replica in self._replicas:
+            for switch in reversed(replica.switches):
+                if switch.step in steps:
+                    replica.placements = switch.placements
+                    replica.imbalance_before = switch.imbalance_before
+                    decision = self.decisions[switch.decision]
+                    self.decisions[switch.decision] = replace(decision, switched=None)
+            replica.switches.clear()
+            replica.planning = replica.next = None
+            replica.slices, replica.under_way = [], False
+        self._begun |= dict.fromkeys(plans)
 
     def _take(self, replica: _Replica, plan: StepPlan, records: Sequence[RankRecord]) -> None:
         of_rank = np.array([record.num_tokens_per_expert for record in records])
@@ -257,6 +294,10 @@ class Rebalancer:
             replica.under_way = True
             return None
         assert replica.next is not None, "moves are for placements to come"
+        latest = max(i for i, each in enumerate(self.decisions) if each.replica == plan.replica)
+        replica.switches.append(
+            _Switch(plan.step, latest, replica.placements, replica.imbalance_before)
+        )
         replica.placements, replica.next = replica.next, None
         replica.tracker = LoadTracker(
             len(replica.layers), replica.now[0].num_experts, self._num_steps
@@ -265,6 +306,5 @@ class Rebalancer:
         if replica.imbalances:
             replica.imbalance_before = sum(replica.imbalances) / len(replica.imbalances)
             replica.imbalances.clear()
-        latest = max(i for i, each in enumerate(self.decisions) if each.replica == plan.replica)
         self.decisions[latest] = replace(self.decisions[latest], switched=plan.step)
         return replica.placements

@@ -29,6 +29,7 @@ from expertlane.engine.commands import (
     MeasureTransfers,
     RankOutcome,
     ReadTotals,
+    Redeploy,
     RunStep,
     SetDispatch,
     StageSpec,
@@ -70,9 +71,7 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
     if context.deployed is not None:
         context.deployed.migration.finish_moves()  # buffers must not go while bytes travel
     context.progress.enter(Stage.SETUP, NO_LAYER)
-    forms = options.forms(spec.layout, spec.ranks_per_node)
-    by_node = any(DISPATCH_FORMS[form].by_node for form in forms)
-    context.meshes.make(spec.layout, spec.ranks_per_node if by_node else 0)
+    _connect(context, spec, options)
     held = HeldBytes(0, 0)
     if context.rank >= spec.layout.world_size:
         context.deployed = None
@@ -80,6 +79,8 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
         if context.deployed is None or not context.deployed.is_as_at_first(spec):
             context.deployed = None  # frees the old weights before the new ones are drawn
             context.deployed = DeployedStage(context, spec)
+        else:
+            context.deployed.rejoin(())  # another epoch may have begun
         context.deployed.start(
             options, num_blocks=command.num_blocks, block_size=command.block_size
         )
@@ -87,6 +88,30 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
         held = HeldBytes(stage.weight_bytes, stage.kv_bytes)
     context.progress.enter(Stage.IDLE, NO_LAYER)
     return held
+
+
+def redeploy(context: RankContext, command: Redeploy) -> None:
+    """Take part in a new epoch, with the stage that this rank has, or one that it builds."""
+    spec, options = command.spec, command.options
+    context.progress.enter(Stage.SETUP, NO_LAYER)
+    _connect(context, spec, options)
+    if context.rank < spec.layout.world_size:
+        if context.deployed is None:
+            deployed = DeployedStage(context, spec)
+            deployed.start(options, num_blocks=command.num_blocks, block_size=command.block_size)
+            if command.dispatch_table is not None:
+                deployed.set_dispatch(command.dispatch_table)
+            context.deployed = deployed
+        else:
+            context.deployed.rejoin(command.discard)
+    context.progress.enter(Stage.IDLE, NO_LAYER)
+
+
+def _connect(context: RankContext, spec: StageSpec, options: Options) -> None:
+    """Make the groups of a deployment; collective over all ranks."""
+    forms = options.forms(spec.layout, spec.ranks_per_node)
+    by_node = any(DISPATCH_FORMS[form].by_node for form in forms)
+    context.meshes.make(spec.layout, spec.ranks_per_node if by_node else 0)
 
 
 def cache_int8(context: RankContext, command: CacheInt8) -> bool:
@@ -187,7 +212,7 @@ class DeployedStage:
 
     def start(self, options: Options, *, num_blocks: int, block_size: int) -> None:
         """Begin with an empty cache; what is `auto` is timed first, then set."""
-        self.migration.forget_arrived()
+        self.migration.forget()
         self._payload = options.payload
         if options.dispatch != "auto" and options.overlap != "auto":
             self.set_dispatch(
@@ -199,6 +224,17 @@ class DeployedStage:
         self._committed = {}
         self._uncommitted.clear()
         self.stage.allocate_cache(num_blocks, block_size)
+
+    def rejoin(self, discard: Sequence[int]) -> None:
+        """Go on with the groups of a new epoch, as if these steps had never begun.
+
+        Args:
+            discard: as `discard` takes them.
+        """
+        self._mesh.renew()
+        self._sends.clear()  # nobody waits for them
+        self.discard(discard)
+        self.migration.forget()
 
     def set_dispatch(self, table: DispatchTable) -> None:
         """Choose how steps run from now on."""
@@ -235,7 +271,7 @@ class DeployedStage:
         self._sends.append([])
         outcome = RankOutcome()
         if self._checks is not None:
-            self._checks.check_placements(self.stage)
+            self._checks.begin_step(self.stage)
         inputs = [self._begin_input(micro_batch, before) for micro_batch in step.micro_batches]
         for number, (parts, arriving) in enumerate(inputs):
             recorder.set_micro_batch(number)
@@ -410,6 +446,7 @@ HANDLERS: Handlers = {
     DescribeMachine: describe_machine,
     CacheInt8: cache_int8,
     Deploy: deploy,
+    Redeploy: redeploy,
     SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
     RunStep: run_step,
     DiscardSteps: lambda context, command: context.deployed.discard(command.steps),

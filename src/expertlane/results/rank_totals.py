@@ -31,3 +31,20 @@ class RankTotals:
     sent_bytes: npt.NDArray[np.int64]
     overlapped_ns: int
     exposed_ns: int
+
+    def __add__(self, other: "RankTotals") -> "RankTotals":
+        """What both have done, as of a rank and the one that it replaced."""
+        experts = np.union1d(self.experts, other.experts)
+        num_tokens = np.zeros((len(self.num_tokens), len(experts)), dtype=np.int64)
+        for each in (self, other):
+            num_tokens[:, np.searchsorted(experts, each.experts)] += each.num_tokens
+        return RankTotals(
+            self.num_steps + other.num_steps,
+            self.spent_ns + other.spent_ns,
+            self.waited_ns + other.waited_ns,
+            experts,
+            num_tokens,
+            self.sent_bytes + other.sent_bytes,
+            self.overlapped_ns + other.overlapped_ns,
+            self.exposed_ns + other.exposed_ns,
+        )

@@ -2,28 +2,17 @@
 
 from typing import Any
 
-from expertlane.engine.grammars import Grammar
-from expertlane.server.answers import ChatAnswer
+from expertlane.server.chat_answer import ChatAnswer
+from expertlane.server.endpoint import Endpoint
 from expertlane.server.errors import bad_field
+from expertlane.server.prepared import Prepared
 from expertlane.server.requests import USUAL_VERBOSITY, ChatRequest
 from expertlane.server.service import Service
 from expertlane.server.tools import structured_chat
-from expertlane.spec.sampling import SamplingParams
 
 
-async def make_chat(service: Service, request: ChatRequest) -> ChatAnswer:
-    """An answer to a request, with its chat as tokens.
-
-    Raises:
-        ApiError: it can never be served.
-    """
-    return ChatAnswer(service, request, *await prepare_chat(service, request))
-
-
-async def prepare_chat(
-    service: Service, request: ChatRequest
-) -> tuple[list[int], list[SamplingParams], str, Grammar | None]:
-    """A chat's tokens, how each of its choices is drawn, its text, and a grammar of answers.
+async def prepare_chat(service: Service, request: ChatRequest) -> Prepared:
+    """A request with its chat as tokens.
 
     Raises:
         ApiError: it can never be served.
@@ -48,7 +37,7 @@ async def prepare_chat(
     params = service.params(
         request, [prompt], "messages", structured=structured, shown_token_ids=shown
     )
-    return prompt, params, text, grammar
+    return Prepared(request, [prompt], params, [text], grammar)
 
 
 def _variables(service: Service, request: ChatRequest) -> dict[str, Any]:
@@ -65,3 +54,6 @@ def _variables(service: Service, request: ChatRequest) -> dict[str, Any]:
             text = f"{name}: the chat template of this model has no such variable"
             raise bad_field(name, text, "unsupported_parameter")
     return variables
+
+
+CHATS = Endpoint("/v1/chat/completions", ChatRequest, prepare_chat, ChatAnswer)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from expertlane.balance.placement_file import Placements
 from expertlane.comm.progress import NO_LAYER
 from expertlane.engine.rank_watch import Reading
+from expertlane.engine.recovery import State
 from expertlane.server.own_metrics import IMBALANCE_S, WAITING
 from expertlane.spec.names import Stage
 from expertlane.version import __version__
@@ -45,7 +46,7 @@ class Event:
 
     number: int
     at: float
-    kind: Literal["rebalance", "preemption", "error", "drain", "end"]
+    kind: Literal["rebalance", "recovery", "preemption", "error", "drain", "end"]
     text: str
 
 
@@ -100,6 +101,7 @@ class LiveState:
         if service.engine.error is not None and self._more("end", 1):
             self.add("end", str(service.engine.error))
         self._look_at_rebalancer()
+        self._look_at_recovery()
 
     def _more(self, name: str, number: int) -> int:
         more = number - self._seen.get(name, 0)
@@ -121,6 +123,14 @@ class LiveState:
                 f"{decision.num_steps} steps; the fullest rank's load over the mean should fall "
                 f"from {each.predicted_before:.2f} to {each.predicted_after:.2f}",
             )
+
+    def _look_at_recovery(self) -> None:
+        recovery = self.service.model.engine.recovery
+        if recovery is None:
+            return
+        over = [each for each in list(recovery.records) if each.is_over]
+        for record in over[len(over) - self._more("recoveries", recovery.num_recoveries) :]:
+            self.add("recovery", record.line)
 
     def start(self) -> dict[str, Any]:
         """What a page has to know before the first frame."""
@@ -179,6 +189,7 @@ class LiveState:
         """The numbers of now; what grows is given as a total, so that frames may be lost."""
         service, metrics = self.service, self.service.metrics
         scheduler, watch = service.model.engine.scheduler, service.model.watch
+        recovery = service.model.engine.recovery
         tables = list(chain.from_iterable(scheduler.tables))
         found: dict[str, Any] = {
             "kind": "frame",
@@ -192,6 +203,8 @@ class LiveState:
             "dummy_steps": list(metrics.own.num_dummy_steps.values()),
             "num_generation_tokens": metrics.num_generation_tokens,
             "num_preemptions": scheduler.num_preemptions,
+            "num_recovered": scheduler.num_recovered,
+            "num_recoveries": 0 if recovery is None else recovery.num_recoveries,
             "num_queried": sum(table.num_queried for table in tables),
             "num_cached": scheduler.num_cached_tokens,
             "ttft": _percentiles(metrics.recent_ttft),
@@ -252,7 +265,14 @@ class LiveState:
     def _state(self) -> str:
         if self.service.engine.error is not None:
             return "ended"
+        if self._is_recovering:
+            return "recovering"
         return "draining" if self.service.is_draining else "running"
+
+    @property
+    def _is_recovering(self) -> bool:
+        recovery = self.service.model.engine.recovery
+        return recovery is not None and recovery.state not in (State.SERVING, State.STOPPED)
 
     def alerts(self) -> Iterator[Alert]:
         """What somebody should look at, the worst first."""
@@ -262,7 +282,15 @@ class LiveState:
                 "red", str(service.engine.error), "Start the server again; its log says more."
             )
             return
-        yield from self._of_ranks()
+        recovery = service.model.engine.recovery
+        if recovery is not None and self._is_recovering:
+            yield Alert(
+                "amber",
+                f"Lost ranks are being replaced ({recovery.state}): requests wait.",
+                "Nothing: requests go on by themselves. The server's log says what happened.",
+            )
+        else:
+            yield from self._of_ranks()
         scheduler, most = service.model.engine.scheduler, service.options.max_num_queued
         if service.num_queued >= _NEARLY_FULL * most:
             yield Alert(

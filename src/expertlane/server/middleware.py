@@ -80,12 +80,17 @@ class ApiKeys:
         await answer(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        kind, _, key = given.partition(b" ")
-        digest = sha256(key.strip()).digest()
+        kind, digest = key_digest(scope)
         # All are compared, so that the time tells nothing.
         fits = [hmac.compare_digest(digest, each) for each in self._digests]
         return kind.lower() == b"bearer" and any(fits)
+
+
+def key_digest(scope: Scope) -> tuple[bytes, bytes]:
+    """The kind of key that a request has, and the SHA-256 of the key."""
+    given = dict(scope["headers"]).get(b"authorization", b"")
+    kind, _, key = given.partition(b" ")
+    return kind, sha256(key.strip()).digest()
 
 
 class BodyLimit:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from typing import Any
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -11,10 +12,11 @@ from prometheus_client.core import (
     SummaryMetricFamily,
 )
 
+from expertlane.engine.engine import Engine
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.rebalancing import Rebalancer
+from expertlane.engine.recovery import Recovery
 from expertlane.schedule.drive import FinishedStep
-from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.names import Link, Stage
 
 WAITING = "waiting"  # for other ranks; beside the names of stages
@@ -31,14 +33,15 @@ class OwnMetrics:
     """
 
     def __init__(
-        self, labels: Mapping[str, str], scheduler: ContinuousScheduler, watch: RankWatch | None
+        self, labels: Mapping[str, str], engine: Engine[Any], watch: RankWatch | None
     ) -> None:
-        self._labels, self._scheduler, self.watch = dict(labels), scheduler, watch
+        self._labels, self.watch = dict(labels), watch
+        self._scheduler, self._recovery = engine.scheduler, engine.recovery
         self._num_steps: Counter[tuple[str, str]] = Counter()  # by replica and phase
         # By replica and data-parallel rank, the steps that it took part in without a token.
         self.num_dummy_steps = {
             (replica, dp_rank): 0
-            for replica, tables in enumerate(scheduler.tables)
+            for replica, tables in enumerate(engine.scheduler.tables)
             for dp_rank in range(len(tables))
         }
 
@@ -53,6 +56,8 @@ class OwnMetrics:
     def collect(self) -> Iterator[Metric]:
         """All but those of experts, which are many."""
         yield from self._of_scheduler()
+        if self._recovery is not None:
+            yield from self._of_recovery(self._recovery)
         if self.watch is None:
             return
         yield from self._of_ranks(self.watch)
@@ -104,6 +109,23 @@ class OwnMetrics:
             blocks = table.blocks
             self._add(used, labels, blocks.num_used / (blocks.num_used + blocks.num_free))
         yield from (dummy, running, used)
+
+    def _of_recovery(self, recovery: Recovery) -> Iterator[Metric]:
+        for name, text, total in (
+            (
+                "recoveries",
+                "Recoveries: lost ranks were replaced",
+                recovery.num_recoveries,
+            ),
+            (
+                "recovered_requests",
+                "Requests computed again, as their keys and values were lost with a rank",
+                self._scheduler.num_recovered,
+            ),
+        ):
+            family = self._counter(name, text)
+            self._add(family, [], total)
+            yield family
 
     def _of_ranks(self, watch: RankWatch) -> Iterator[Metric]:
         reading = watch.readings[-1]

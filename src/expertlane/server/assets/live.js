@@ -247,6 +247,7 @@
       ["Prefix cache hits", queried ? share(frame.num_cached / queried) : "–", `${number.format(frame.num_cached)} of ${count(queried, "token")}`],
       ["Preemptions", number.format(frame.num_preemptions), "requests that lost their cache blocks"],
     ];
+    if (frame.num_recoveries) tiles.push(["Recoveries", number.format(frame.num_recoveries), `lost ranks were replaced; ${count(frame.num_recovered, "request")} computed again`]);
     if (cache.length > 1) tiles.push(["Dummy steps", number.format(idle), "steps in which a data-parallel rank had no request of its own"]);
     fill(
       at("tiles"),
@@ -645,7 +646,7 @@
     point({ layer: clamp(from.layer + step[0], start.layers.length), expert: clamp(from.expert + step[1], start.num_experts) });
   });
 
-  const words = { rebalance: "Rebalance", preemption: "Preemption", error: "Error", drain: "Drain", end: "End" };
+  const words = { rebalance: "Rebalance", recovery: "Recovery", preemption: "Preemption", error: "Error", drain: "Drain", end: "End" };
   function drawEvents() {
     const rows = [...events].reverse().map((each) => {
       const made = make("li");
