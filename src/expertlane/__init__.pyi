@@ -350,6 +350,7 @@ def bench(
     cache_int8: bool = False,
     rebalance_steps: int = 0,
     ranks_per_node: int = 0,
+    check: Literal['off', 'light', 'full'] = 'off',
     timeout_s: float = 60.0,
     oversubscribe: bool = False,
     cpu_isa: Literal['baseline', 'avx2', 'avx512', 'avx512_bf16', 'amx', 'neon', 'neon_bf16'] | None = None,
@@ -427,6 +428,9 @@ def bench(
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
         ranks_per_node: Consecutive ranks that count as one node.
+        check: Look for silent errors in every step. light: values are finite, and ranks hold
+            alike what they should; full: also, all they send arrives, and each token at each of
+            its experts once.
         timeout_s: Longest wait for a rank that makes no progress.
         oversubscribe: Allow more than 32 local ranks per core.
         cpu_isa: Largest instruction set that kernels on CPUs may use; amx only if asked for.

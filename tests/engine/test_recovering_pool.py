@@ -3,29 +3,29 @@
 import os
 import signal
 import threading
-import time
 from contextlib import contextmanager
 
-import numpy as np
 import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distributed import on_ranks
-from distributed.on_ranks import LOST_AT_START, WAYS, Echo, Exchange, Lose, Refuse, Stay
+from distributed.on_ranks import LOST_AT_START, WAYS, Echo, Exchange, Refuse, Stay
+from distributed.recovering import check_exchange, lose, replace
 from engine.processes import session_is_gone, wait_until
 from expertlane.engine.pool import RankPool
 from expertlane.errors import RankError, RanksLostError, UserError
 
 NUM_RANKS = 3
-TIMEOUT_S = 2.0
+TIMEOUT_S = 3.0
+NEVER_S = 60.0  # where no rank is to hang
 HOW = {
     "kill": "was killed by SIGKILL",
     "stop": "hung in step 7, layer 3, stage router (its process is stopped)",
     "raise": "failed in step 7, layer 3, stage router: ValueError: broken",
     "exit": "ended with exit code 3 in step 7, layer 3, stage router",
-    "compute": "hung in step 7, layer 3, stage router: no progress for 2 s; if it was only slow",
+    "compute": "hung in step 7, layer 3, stage router: no progress for 3 s; if it was only slow",
 }
 
 
@@ -64,34 +64,6 @@ def kept_pool():
     """A pool that is as good as new after each test."""
     with start_pool() as started:
         yield started
-
-
-def check_exchange(pool, value):
-    """All ranks hear from all others what they should, in the pool's epoch."""
-    told = pool.call(Exchange(value))
-    num_ranks = pool.num_ranks
-    for rank, heard in enumerate(told):
-        rows = [[pool.epoch, source, rank, value] for source in range(num_ranks)]
-        np.testing.assert_array_equal(heard, rows)
-
-
-def lose(pool, ways):
-    """Lose ranks during an exchange; the error."""
-    with pytest.raises(RanksLostError) as caught:
-        pool.call(Lose(ways))
-    return caught.value
-
-
-def replace(pool, lost):
-    """Begin epochs until no more ranks are lost; those that were replaced."""
-    for _ in range(len(WAYS)):
-        try:
-            pool.begin_epoch(lost)
-        except RanksLostError as error:
-            lost |= error.ranks
-        else:
-            return lost
-    raise AssertionError("ranks are lost for ever")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -237,11 +209,11 @@ def test_a_rank_that_is_lost_at_every_start(lose_at_start):
         leaves_nothing(),
         pytest.raises(RankError, match=r"^rank 1 ended with exit code 3 .*all ranks were ended$"),
     ):
-        start_pool()
+        start_pool(timeout_s=NEVER_S)
 
 
 def test_many_epochs_leave_nothing_open_and_the_end_of_the_fork_server_is_final():
-    with leaves_nothing(), start_pool() as pool:
+    with leaves_nothing(), start_pool(timeout_s=NEVER_S) as pool:
         server = psutil.Process(pool._ranks._server.pid)
         states = []
         for number in range(20):
@@ -274,8 +246,7 @@ def state_of(pool, server):
 def test_interrupted_while_an_epoch_begins(lose_at_start, is_server_stopped):
     """As by Ctrl-C: while a replacement hangs, or the fork server is stopped."""
     lose_at_start(1, "")
-    with leaves_nothing():
-        pool = start_pool()
+    with leaves_nothing(), start_pool(timeout_s=NEVER_S) as pool:
         server_pid = pool._ranks._server.pid
         lose_at_start(1, "compute")
         lost = lose(pool, {1: "exit"}).ranks
@@ -284,16 +255,15 @@ def test_interrupted_while_an_epoch_begins(lose_at_start, is_server_stopped):
         main = threading.main_thread().ident
         interrupt = threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT))
         interrupt.start()
-        began_s = time.monotonic()
         with pytest.raises(KeyboardInterrupt), pool:
             pool.begin_epoch(lost)
-        assert time.monotonic() - began_s < 10
+        assert pool.is_closed
         interrupt.join()
         assert session_is_gone(server_pid, seconds=5)
 
 
 def test_a_user_s_mistake_is_final():
-    with leaves_nothing(), start_pool(1) as pool:
+    with leaves_nothing(), start_pool(1, NEVER_S) as pool:
         with pytest.raises(UserError, match="layout is too wide"):
             pool.call(Refuse(0))
         assert pool.is_closed

@@ -6,7 +6,7 @@ compared everywhere: the pool has no near tie.
 
 from collections import Counter
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
+from expertlane.spec.names import CheckLevel
 from parity.contract import check_contract
 from parity.reference import ReferenceRun
 from parity.request_pool import KINDS, MAX_OUTPUT_LEN, Asked, requests
@@ -60,6 +61,7 @@ class Case(NamedTuple):
         num_redundant: fewer where that is more than a rank can hold.
         copies: balanced where there are any.
         lookahead: not with pipeline stages.
+        check: how much ranks look for silent errors, of which there are none.
         work: token budgets that the tokens of a data-parallel rank may fill; steps take long.
         seed: of which requests come and when, and how small the cache is.
     """
@@ -80,6 +82,7 @@ class Case(NamedTuple):
     max_num_seqs: int
     prefix_caching: bool
     lookahead: bool
+    check: CheckLevel
     work: int
     seed: int
 
@@ -128,6 +131,7 @@ def cases(max_num_ranks: int, work: int) -> st.SearchStrategy[Case]:
         max_num_seqs=st.sampled_from([8, 3]),
         prefix_caching=st.booleans(),
         lookahead=st.booleans(),
+        check=st.sampled_from(["full", "light", "off"]),
         work=st.just(work),
         seed=st.integers(0, 2**32 - 1),
     )
@@ -190,7 +194,10 @@ class Combination:
         self.layout, self.dispatch = layout, chosen.options.dispatch
         ranks = pool.pool(chosen.layout.world_size)
         self.runner = ModelRunner(
-            ranks, TINY, chosen, limits, seed=0, ranks_per_node=case.ranks_per_node
+            *(ranks, TINY, chosen, limits),
+            seed=0,
+            ranks_per_node=case.ranks_per_node,
+            check=case.check,
         )
         if chosen.options.copies == "balanced":
             self.runner.copy_switch = Balancing()
@@ -320,6 +327,7 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
         if combination.layout.ep > 1:
             forms = {mode.form for mode in combination.modes} or {combination.dispatch}
             seen.update(f"cases with {form}" for form in forms)
+        seen[f"cases with check {case.check}"] += 1
         seen["cases that switch"] += len(combination.modes) > 2
         if combination.runner.rebalancer is not None:
             switched = [each.switched for each in combination.runner.rebalancer.decisions]
@@ -335,6 +343,8 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
     assert seen["cases with preemptions"] >= num / 6
     for form in DISPATCH_FORMS:
         assert seen[f"cases with {form}"] >= num / 25
+    for level in get_args(CheckLevel):
+        assert seen[f"cases with check {level}"] >= num / 10
     assert seen["cases on over eight ranks"] >= (num / 10 if max_num_ranks > 8 else 0)
     assert seen["cases that switch"] >= num / 10
     assert seen["cases with a rebalance"] >= num / 10

@@ -21,7 +21,7 @@ from expertlane.spec.deployment import (
     PlacementMethod,
     WeightsType,
 )
-from expertlane.spec.names import CpuIsa, OnFailure
+from expertlane.spec.names import CheckLevel, CpuIsa, OnFailure
 from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
 
 if TYPE_CHECKING:
@@ -369,6 +369,13 @@ class EngineOptions:
         help="Rebalance experts at runtime every STEPS steps, where it pays. 0: never.",
     )
     ranks_per_node: int = ranks_per_node_option(0, "0, as started")
+    check: CheckLevel = typer.Option(
+        "off",
+        rich_help_panel=Panel.RANKS,
+        help="Look for silent errors in every step. light: values are finite, and ranks hold alike "
+        "what they should; full: also, all they send arrives, and each token at each of its "
+        "experts once.",
+    )
     launch: LaunchOptions
     on_failure: OnFailure = on_failure_option("stop")
     options: Options = field(init=False)
@@ -391,6 +398,7 @@ class EngineOptions:
             "prefix_caching": not self.no_prefix_caching,
             "options": self.options,
             "ranks_per_node": self.ranks_per_node,
+            "check": self.check,
             "on_failure": self.on_failure,
             **vars(self.scheduler),
             **vars(self.launch),

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ from expertlane.comm.stretches import Arrival, stretches
 from expertlane.cost.step.operation import TransferKind
 from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_record import RankEvents, RankRecord
-from expertlane.spec.names import Stage, Track, Traffic
+from expertlane.spec.names import CheckPoint, Stage, Track, Traffic
+
+if TYPE_CHECKING:
+    from expertlane.comm.checks import Checks
 
 ResultT = TypeVar("ResultT")
 
@@ -42,7 +45,10 @@ class Recorder:
     Attributes:
         is_interleaved: another part of the batch is computed while one waits.
         meter: running totals, of steps without a record too; None until they are asked for.
+        checks: what looks for silent errors; None where nobody does.
     """
+
+    checks: "Checks | None" = None
 
     def __init__(
         self,
@@ -303,6 +309,9 @@ class Recorder:
         if self.meter is None:
             self.meter = Meter(self._num_layers, self._num_experts)
         return self.meter.totals()
+
+    def check_finite(self, values: Tensor, point: CheckPoint, layer: int = NO_LAYER) -> None:
+        """Look for values that are NaN or infinite, where that is asked."""
 
     @property
     def is_recording(self) -> bool:

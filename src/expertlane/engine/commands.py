@@ -14,11 +14,13 @@ from expertlane.balance.moves import Part
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.step.operation import SIZES, Kind, TransferKind
 from expertlane.results.rank_totals import RankTotals
+from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
 from expertlane.spec.deployment import DispatchTable, Options, WeightsType
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import CheckLevel
 from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -47,6 +49,7 @@ class StageSpec:
         placements: [num_hidden_layers]; where experts are at first.
         checkpoint: the folder the weights are in; None for seeded ones.
         weights, cache_int8: as in `Options`.
+        check: how much it looks for silent errors.
     """
 
     model: ModelConfig
@@ -57,6 +60,7 @@ class StageSpec:
     checkpoint: str | None = None
     weights: WeightsType = "model"
     cache_int8: bool = False
+    check: CheckLevel = "off"
 
 
 @dataclass(eq=False)
@@ -69,6 +73,7 @@ class RankOutcome:
         logits: by sequence id, this rank's part of the vocabulary; empty unless asked for.
         not_finite: sequences that have no next token: their greatest logit is NaN or infinite;
             empty where `token_ids` is.
+        checks: what it found of silent errors; None where nobody looks.
     """
 
     token_ids: dict[int, int] = field(default_factory=dict)
@@ -77,6 +82,7 @@ class RankOutcome:
     record: RankRecord | None = None
     not_finite: list[int] = field(default_factory=list)
     prompt_logprobs: dict[int, PromptPart] = field(default_factory=dict)
+    checks: RankChecks | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +140,8 @@ class DescribeMachine(Command[RankMachine]):
     """Describe the machine of the rank."""
 
 
-class CacheInt8(Command[None]):
-    """Write a checkpoint's matrices, rounded to int8, into its folder, unless they are there.
+class CacheInt8(Command[bool]):
+    """Write a checkpoint's matrices, rounded to int8, into its folder; false if they are there.
 
     Attributes:
         checkpoint: the folder.
@@ -206,6 +212,10 @@ class DiscardSteps(Command[None]):
 
 class ReadTotals(Command[RankTotals]):
     """What the rank has done since it was first asked; a rank that is not asked keeps no count."""
+
+
+class SumWeights(Command[dict[str, int]]):
+    """Checksums of all weights that the rank holds, by names that say the same on all ranks."""
 
 
 class StartMoves(Command[float]):

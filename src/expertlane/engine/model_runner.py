@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.trace import RoutingTrace
+from expertlane.engine.checking import Checking
 from expertlane.engine.commands import (
     CacheInt8,
     Deploy,
@@ -29,9 +30,9 @@ from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Deployment, DispatchTable
+from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import Phase
+from expertlane.spec.names import CheckLevel, Phase
 from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -53,6 +54,7 @@ class ModelRunner:
         held: [world_size]; what each rank has allocated.
         dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
         rebalancer: moves experts between steps; None where they stay.
+        checking: looks for silent errors; None where nobody does.
         copy_switch: decides in which steps copies of experts are balanced; None for in none.
 
     Args:
@@ -61,6 +63,7 @@ class ModelRunner:
         seed: of the model's weights, where they come from no checkpoint.
         checkpoint: the folder the weights are in.
         dispatch_table: as measured before, for what is `auto`; None to measure it.
+        check: how much ranks look for silent errors.
         log: takes a line for each thing that is decided.
 
     Raises:
@@ -78,6 +81,7 @@ class ModelRunner:
         ranks_per_node: int,
         checkpoint: Path | None = None,
         dispatch_table: DispatchTable | None = None,
+        check: CheckLevel = "off",
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._pool = pool
@@ -86,7 +90,7 @@ class ModelRunner:
         placements = check_deployment(model, deployment, ranks_per_node)
         folder = str(checkpoint) if checkpoint else None
         kept = options.weights, options.cache_int8
-        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept)
+        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
         self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size)
         if options.cache_int8:
             if folder is None:
@@ -94,9 +98,12 @@ class ModelRunner:
                     f"cache_int8 (--cache-int8) needs a checkpoint's folder; {model.name} has "
                     "random weights"
                 )
-            pool.call(CacheInt8(model, folder), ranks=[0])
+            (is_written,) = pool.call(CacheInt8(model, folder), ranks=[0])
+            where = f"{folder}/{INT8_FOLDER}"
+            log(f"int8 weights: {'written to' if is_written else 'read from'} {where}")
         held = pool.call(self._deploy)
         self.held = held[: layout.world_size]
+        self.checking = None if check == "off" else Checking(pool, layout.world_size)
         self._model, self._placements = model, placements
         self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
@@ -198,6 +205,8 @@ class ModelRunner:
             commands.append((command, others))
         self._pool.collect(self._pool.submit_each(commands))
         self._to_discard.clear()
+        if self.checking is not None:
+            self.checking.check_weights(replaced)
         if self._watch is not None:
             self._watch.begin_again(replaced)
 
@@ -212,6 +221,8 @@ class ModelRunner:
         """Wait for a step and put the ranks' parts of its outcome together."""
         outcomes = self._pool.collect(handle.ticket)
         finished_s = handle.finished_s or time.perf_counter()
+        if self.checking is not None:
+            self.checking.check_step(handle.plan.step, handle.ticket.ranks, outcomes)
         outcome = outcome_of(outcomes, handle.submitted_s, finished_s)
         if self.rebalancer is not None:
             self.rebalancer.after_step(handle.plan, outcome.records)

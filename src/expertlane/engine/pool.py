@@ -175,14 +175,15 @@ class RankPool:
 
         Args:
             lost: none for a new epoch alone, which parts ranks whose transfers broke.
-            on_fenced: called when no lost rank is alive any more, before others are up.
+            on_fenced: called once all lost ranks are dead and others are started, not up yet.
 
         Raises:
             RanksLostError: more ranks are lost by now: of all those that are to be replaced.
         """
         self._check_open()
         self.epoch += 1
-        self._loss, self._replaced = None, frozenset(lost)
+        self._loss = None
+        self._replaced |= frozenset(lost)  # with those of an epoch that has not begun wholly
         self._starting |= self._replaced
         for waiting in self._waiting:
             waiting.clear()
@@ -268,6 +269,10 @@ class RankPool:
         """Wait for a ticket; its results in rank order."""
         self._wait_for([ticket], self._timeout_s)
         return [ticket.results[rank] for rank in ticket.ranks]
+
+    def lose(self, loss: Loss) -> NoReturn:
+        """Treat ranks that answer as lost, for what their answers have shown."""
+        self._lose(lambda: loss)
 
     def on_told_to_end(self, react: Callable[[], None]) -> None:
         """Call this, from then on, where a node is told to end, instead of ending all at once."""

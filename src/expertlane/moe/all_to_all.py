@@ -28,14 +28,14 @@ class Exchanged:
     """The way back of a flat all-to-all.
 
     Attributes:
-        topk_weights: [T, K] float32.
+        weights: [T, K] float32; the router's.
         returns_to_etp_rank: [etp]; how many rows go back to each rank of the etp group.
         pairs_from: [ep]; of this rank's own, how many came from each ep rank.
         pairs_to: [ep]; how many pairs this rank sent to each ep rank.
         places: [T, K]; where what comes back for each pair stands.
     """
 
-    topk_weights: Tensor
+    weights: Tensor
     returns_to_etp_rank: list[int]
     pairs_from: list[int]
     pairs_to: list[int]
@@ -68,7 +68,7 @@ class AllToAllDispatcher(Dispatcher):
         pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts)
         came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.etp.size)
         sent = Exchanged(
-            topk_weights=tokens.topk_weights,
+            weights=tokens.topk_weights,
             returns_to_etp_rank=came.sum(axis=0).tolist(),
             pairs_from=came[:, at.etp_rank].tolist(),
             pairs_to=counts[mesh.stage.rank, _PAIRS].tolist(),
@@ -120,7 +120,7 @@ class AllToAllDispatcher(Dispatcher):
             results = yield from mesh.etp.reduced(results, sent.returns_to_etp_rank)
 
         def add_up(arrived: RowParts) -> Tensor:
-            return self._ops.gather_sum(arrived, sent.places, sent.topk_weights)
+            return self._ops.gather_sum(arrived, sent.places, sent.weights)
 
         return (
             yield from mesh.ep.exchanged(results, sent.pairs_from, sent.pairs_to, finish=add_up)

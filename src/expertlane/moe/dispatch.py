@@ -7,6 +7,7 @@ the experts' rank, P token-expert pairs there, H = hidden_size.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -209,18 +210,29 @@ class Dispatcher(ABC):
         """
 
 
+@dataclass(frozen=True)
+class Grouped:
+    """The way back where nothing has travelled.
+
+    Attributes:
+        places: [T, K]; the result of each choice.
+        weights: [T, K] float32; the router's.
+    """
+
+    places: Tensor
+    weights: Tensor
+
+
 class LocalDispatcher(Dispatcher):
     """For one rank that holds all experts and all tokens."""
 
-    def dispatch(
-        self, tokens: RoutedTokens
-    ) -> Steps[tuple[Tensor, PairGroups, tuple[Tensor, Tensor]]]:
+    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Grouped]]:
         """Group tokens by expert."""
         pairs = self._ops.group_pairs(tokens.topk_ids.int(), 0, 1, self._num_local_experts)
-        return tokens.x, pairs, (pairs.numbers, tokens.topk_weights)
+        return tokens.x, pairs, Grouped(pairs.numbers, tokens.topk_weights)
         yield  # a generator like the others, though it never waits
 
-    def combine(self, sent: tuple[Tensor, Tensor], results: Tensor) -> Steps[Tensor]:
+    def combine(self, sent: Grouped, results: Tensor) -> Steps[Tensor]:
         """Sum the outputs of each token's experts."""
-        return self._ops.gather_sum(results, *sent)
+        return self._ops.gather_sum(results, sent.places, sent.weights)
         yield

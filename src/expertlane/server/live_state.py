@@ -348,7 +348,7 @@ class LiveState:
                     "red",
                     f"Rank {rank} has reported nothing for {silent_s:.0f} s, in {position}.",
                     "Check whether its process is stopped or its machine is swapping; after "
-                    "--timeout-s all ranks are ended.",
+                    "--timeout-s it is taken for lost.",
                 )
         uneven = watch.imbalance(IMBALANCE_S)
         worst = max(uneven, key=lambda layer: uneven[layer], default=None)

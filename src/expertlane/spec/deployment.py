@@ -19,6 +19,7 @@ PayloadType = Literal["model", "bfloat16", "float8"]
 WeightsType = Literal["model", "int8"]
 DeepEPKernels = Literal["low_latency", "normal"]
 INPUTS_OF_SCALE = 128  # of weights that are rounded while loading
+INT8_FOLDER = "expertlane-int8"  # in a checkpoint's, where such weights are kept
 PlacementMethod = Literal["linear", "round_robin"]
 CopyMethod = Literal["nearest", "balanced"]
 
