@@ -135,7 +135,7 @@ def test_every_command_has_a_handler_and_an_answer_that_can_be_decoded():
         Decoder(command)
         Decoder(result_type(command))
     assert result_type(SetDispatch) in (None, type(None))
-    assert result_type(commands.TimeOneMove) == tuple[int, float]
+    assert result_type(commands.TimeOneMove) == tuple[int, float, float]
 
 
 @pytest.mark.parametrize(
@@ -163,21 +163,21 @@ def changed(encoded, at, new):
     return encoded[:at] + new + encoded[at + len(new) :]
 
 
-HEADER = struct.Struct("<4sIQQ")
+HEADER = struct.Struct("<4sIIQQ")
 
 
 @pytest.mark.parametrize(
     ("garbage", "said"),
     [
-        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "the header is wrong"),
+        (b"GET / HTTP/1.1\r\nHost: expertlane\r\n\r\n", "the header is wrong"),
         (pickle.dumps(os.getcwd) + bytes(64), "the header is wrong"),
-        (HEADER.pack(b"XLM1", 77, 0, 0), "the header is wrong"),
+        (HEADER.pack(b"XLM2", 77, 0, 0, 0), "the header is wrong"),
         (
-            HEADER.pack(b"XLM1", 1, MAX_MESSAGE_BYTES, 1),
+            HEADER.pack(b"XLM2", 1, 0, MAX_MESSAGE_BYTES, 1),
             "the header announces 1,073,741,825 bytes; at most 1,073,741,824 are",
         ),
         (
-            HEADER.pack(b"XLM1", 1, 0, 2**64 - 1),
+            HEADER.pack(b"XLM2", 1, 0, 0, 2**64 - 1),
             "the header announces 18,446,744,073,709,551,615 bytes",
         ),
     ],
@@ -216,6 +216,37 @@ def test_a_peer_that_stops_in_the_middle_of_a_message_is_not_waited_for():
         channel.close()
 
 
+def test_a_message_has_an_epoch(pair):
+    for epoch in (0, 1, 2**32 - 1):
+        assert through(encode(MessageKind.RESULT, "text", epoch), pair).epoch == epoch
+
+
+@pytest.mark.parametrize("number", [0, 1, 201])
+def test_descriptors_follow_a_message(pair, number):
+    """More than a system call takes; if the sender ends in between, none stays open."""
+
+    def num_open():
+        return len(os.listdir("/proc/self/fd"))
+
+    with open(os.devnull) as nothing:
+        before = num_open()
+        for announced in (number, number + 300):
+            pair[0].send(encode(MessageKind.COMMAND, "those"))
+            pair[0].send_descriptors([nothing.fileno()] * number)
+            assert pair[1].receive().kind is MessageKind.COMMAND
+            if announced == number:
+                for descriptor in pair[1].receive_descriptors(announced):
+                    assert os.path.samestat(os.fstat(descriptor), os.fstat(nothing.fileno()))
+                    assert not os.get_inheritable(descriptor)
+                    os.close(descriptor)
+            else:
+                pair[0].close()
+                with pytest.raises((EOFError, MessageError)):
+                    pair[1].receive_descriptors(announced)
+                before -= 1
+            assert num_open() == before
+
+
 def test_a_command_that_is_not_known(pair):
     message = through(encode(MessageKind.COMMAND, RunStep(None)), pair)
     known = Decoder(Deploy)
@@ -239,7 +270,9 @@ def test_a_command_that_is_not_known(pair):
 def test_arrays_that_are_not_what_they_should_be(pair, array, said):
     body = messages.msgspec.msgpack.encode({"logits": {1: array}})
     padding = bytes(-len(body) % 64)
-    encoded = HEADER.pack(b"XLM1", MessageKind.RESULT, len(body), 16) + body + padding + bytes(16)
+    encoded = (
+        HEADER.pack(b"XLM2", MessageKind.RESULT, 0, len(body), 16) + body + padding + bytes(16)
+    )
     message = through(encoded, pair)
     with pytest.raises(MessageError, match=said):
         Decoder(RankOutcome).decode(message)

@@ -15,16 +15,23 @@ from expertlane.cli.api_keys import API_KEY, check_key, key_lines
 from expertlane.cli.help import Panel
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import EngineOptions, ModelArgument, layout_option
+from expertlane.cli.options import (
+    EngineOptions,
+    ModelArgument,
+    layout_option,
+    on_failure_option,
+)
 from expertlane.cli.output import is_first_process, print_json, print_message
 from expertlane.cli.output_options import json_option
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout
+from expertlane.spec.names import OnFailure
 
 if TYPE_CHECKING:
     from expertlane.engine.chat_template import ChatTemplate
     from expertlane.engine.tokenizer import Tokenizer
+    from expertlane.server.journal.file import JournalFile
     from expertlane.server.logs import RequestLog
     from expertlane.server.run import Running
     from expertlane.server.service import ServedModel
@@ -67,6 +74,19 @@ class _Options:
         30.0,
         metavar="SECONDS",
         help="How long running requests may continue after SIGTERM or Ctrl-C.",
+    )
+    journal: Path | None = typer.Option(
+        None,
+        metavar="DIR",
+        help="Write requests and their tokens to this folder, so that they continue after the "
+        "server itself was killed and started again.",
+    )
+    reconnect_s: float = typer.Option(
+        60.0,
+        metavar="SECONDS",
+        help="With --journal: how long a request continues, and a finished answer is kept, while "
+        "its client is away.",
+        rich_help_panel=Panel.MORE_SERVER,
     )
     log_format: LogFormat = typer.Option(
         "off",
@@ -127,8 +147,13 @@ class _Options:
         return tuple(keys.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class _EngineOptions(EngineOptions):
+    on_failure: OnFailure = on_failure_option("replace")
+
+
 @takes_groups
-def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
+def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
     """Serve a model over HTTP, with the OpenAI API.
 
     Clients use http://HOST:PORT/v1. Routes: /v1/completions, /v1/chat/completions, /v1/responses,
@@ -137,7 +162,8 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
     http://HOST:PORT/live in a browser for a live view of ranks and experts.
 
     SIGTERM or Ctrl-C shuts the server down: new requests get status 503, running ones have up to
-    --drain-s to finish. A second signal ends it at once.
+    --drain-s to finish. A second signal ends it at once. With --journal, what is unfinished
+    continues when the server is started again, and clients get the rest.
 
     \b
     Examples:
@@ -165,6 +191,9 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
     name = own.served_model_name or model
     with ExitStack() as stack:
         stack.enter_context(bound)
+        journal = _journal(own, found, engine)
+        if journal is not None:
+            stack.callback(journal.close)
         tracing = _tracing(own.otlp_endpoint, name)
         if tracing is not None:
             stack.callback(tracing.close)
@@ -182,6 +211,8 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
             max_stored_responses=own.max_stored_responses,
             tool_call_parser=own.tool_call_parser,
             reasoning_parser=own.reasoning_parser,
+            journal=journal,
+            reconnect_s=own.reconnect_s,
         )
         served = ServedModel(
             name, llm.engine, llm.limits, llm.tokenizer, template, recommended, llm.watch()
@@ -198,6 +229,34 @@ def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
             check_ranks=llm.check_ranks,
             on_start=on_start,
         )
+
+
+def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "JournalFile | None":
+    """What an earlier server has left, which has to be of the same model.
+
+    Raises:
+        UserError: it is not, or the folder cannot be used.
+    """
+    from expertlane.server.journal.file import JournalFile
+    from expertlane.server.journal.identity import identity
+
+    if own.journal is None or not is_first_process():
+        return None
+    journal = JournalFile(own.journal)
+    facts = identity(found.config, found.folder, engine.options, engine.dtype)
+    facts |= {
+        "--served-model-name": own.served_model_name or found.name,
+        "--tool-call-parser": own.tool_call_parser or "the template's",
+        "--reasoning-parser": own.reasoning_parser or "the template's",
+    }
+    journal.identify(facts)
+    if journal.num_torn_bytes:
+        print_message(f"journal: its last {journal.num_torn_bytes} bytes were no whole record")
+    if journal.found:
+        num_finished = sum(each.is_finished for each in journal.found.values())
+        num_unfinished = len(journal.found) - num_finished
+        print_message(f"journal: {num_unfinished} requests continue, {num_finished} are finished")
+    return journal
 
 
 def _tracing(endpoint: str | None, name: str) -> "Tracing | None":

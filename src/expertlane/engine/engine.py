@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from random import SystemRandom
-from typing import Generic
+from typing import Generic, TypeVar
 
 from expertlane.engine.grammars import Constraint, Grammars
+from expertlane.engine.recovery import Recovery
+from expertlane.engine.resumed import resume
 from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from expertlane.errors import UserError
+from expertlane.errors import RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome
 from expertlane.schedule.request import Chunk, FinishReason, Request, RequestOutput
@@ -21,6 +23,7 @@ from expertlane.spec.sampling import SamplingParams
 
 _MASKS_S = 0.005  # that a step may wait for masks; the step before it is under way meanwhile
 Prompt = str | Sequence[int]
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(slots=True, eq=False)
@@ -51,10 +54,12 @@ class Engine(Generic[HandleT]):
         eos_token_ids: tokens that end an output unless `ignore_eos`.
         tokenizer: None where prompts are tokens only.
         on_commit: called with every step.
+        recovery: what to do where ranks are lost; None where that ends the engine.
 
     Attributes:
         scheduler: its counts may be read from any thread.
         on_commit: as given; may be set between steps.
+        recovery: as given; its state and records may be read from any thread.
     """
 
     def __init__(
@@ -65,12 +70,14 @@ class Engine(Generic[HandleT]):
         eos_token_ids: frozenset[int] = frozenset(),
         tokenizer: Tokenizer | None = None,
         on_commit: Callable[[FinishedStep], None] | None = None,
+        recovery: Recovery | None = None,
     ) -> None:
         self.scheduler = scheduler
         self._loop = DriveLoop(scheduler, runner)
         self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
         self.on_commit = on_commit
+        self.recovery = recovery
         self._live: dict[str, _Live] = {}
         self._unscheduled: dict[int, _Live] = {}  # by sequence id: in no step so far
         self._scoring: dict[int, RequestOutput] = {}  # by sequence id: with `prompt_logprobs`
@@ -113,12 +120,15 @@ class Engine(Generic[HandleT]):
         *,
         priority: int = 0,
         name: str | None = None,
+        earlier: RequestOutput | None = None,
     ) -> RequestOutput:
         """Queue a request; its output fills as steps finish.
 
         Args:
             priority: lower goes first.
             name: what messages call it; by default `request` and its id.
+            earlier: an output that it is to go on with, of one token or more, whose seed is the
+                one of `params`; it is what is returned.
 
         Raises:
             UserError: it can never be served, or the id is taken; nothing is queued.
@@ -144,9 +154,13 @@ class Engine(Generic[HandleT]):
             mask=None if constraint is None else constraint.mask,
             name=name,
         )
+        if earlier is not None:
+            if constraint is not None:
+                self.grammars.skip(constraint, earlier.token_ids)
+            resume(request, earlier, constraint)
         self.scheduler.add(request)
         prompt_ids: list[int] = request.prompt_token_ids.tolist()
-        output = RequestOutput(
+        output = earlier or RequestOutput(
             request_id,
             prompt if isinstance(prompt, str) else None,
             prompt_ids,
@@ -164,7 +178,9 @@ class Engine(Generic[HandleT]):
                 shown_token_ids=params.shown_token_ids,
                 include_stop=params.include_stop_str_in_output,
             )
-        if params.prompt_logprobs is not None:
+            for token_id in output.token_ids:  # whose text is there
+                detokenizer.append(token_id)
+        if params.prompt_logprobs is not None and earlier is None:
             output.prompt_logprobs = PromptLogprobs(prompt_ids, params.prompt_logprobs)
             self._scoring[request.seq_id] = output
         wants_logprobs = params.logprobs is not None
@@ -178,6 +194,8 @@ class Engine(Generic[HandleT]):
             includes_stop=params.include_stop_str_in_output,
             constraint=constraint,
         )
+        if constraint is not None and constraint.is_ended:
+            self._complete[request_id] = FinishReason.STOP
         return output
 
     def _encode(self, name: str, prompt: Prompt, params: SamplingParams) -> Sequence[int]:
@@ -212,19 +230,21 @@ class Engine(Generic[HandleT]):
             before_plan: called between the two; it may add requests and cancel some.
 
         Raises:
-            RankError: a rank died, hung or failed.
+            RankError: a rank died, hung or failed, and is not replaced.
         """
         if self._masks:
             self._take_masks(0)
-        self._loop.submit()
+        self.with_ranks(self._loop.submit)
+        finished = self.with_ranks(self._loop.commit_next)
         chunks, self._ended = self._ended, []
-        finished = self._loop.commit_next()
+        if self.recovery is not None and (finished or not self.scheduler.has_unfinished):
+            self.recovery.settle()
         if finished is None:
             if self._masks:  # all that is left waits for them
                 self._take_masks(None)
             return chunks + self._end_complete()
         if self.on_commit is not None:
-            self.on_commit(finished)
+            self.guarded(partial(self.on_commit, finished))
         if self._unscheduled and finished.plan.phase is Phase.PREFILL:
             self._note_scheduled(finished)
         for seq_id, part in finished.outcome.prompt_logprobs.items():
@@ -236,12 +256,40 @@ class Engine(Generic[HandleT]):
         before_plan()
         if self._masks:
             self._take_masks(_MASKS_S)
-        self._loop.submit()
+        self.with_ranks(self._loop.submit)
         for request in failed:
             if (live := self._live.pop(request.request_id, None)) is not None:
                 chunks.append(self._end(live, None, FinishReason.ERROR))
         chunks += self._take(stepped, finished.outcome)
         return chunks + self._end_complete()
+
+    def guarded(self, action: Callable[[], None]) -> None:
+        """Do what may find that ranks are lost, once; replace them then, where that is wanted.
+
+        Raises:
+            RankError: as `step`.
+        """
+        try:
+            action()
+        except RanksLostError as error:
+            self._recover(error)
+
+    def with_ranks(self, action: Callable[[], ResultT]) -> ResultT:
+        """Do what needs ranks; begin it again once those that are lost have been replaced."""
+        if self.recovery is not None and self.recovery.is_interrupted:
+            self._recover(RanksLostError("a recovery was interrupted", ()))
+        while True:
+            try:
+                return action()
+            except RanksLostError as error:
+                self._recover(error)
+
+    def _recover(self, error: RanksLostError) -> None:
+        if self.recovery is None:
+            raise error
+        self.recovery.recover(error, self._loop)
+        if not self.scheduler.has_unfinished:
+            self.recovery.settle()
 
     def _begin_masks(self, stepped: list[Request]) -> None:
         """Let masks be computed of the tokens after those that a step brought."""
