@@ -6,10 +6,11 @@ ExpertlaneError
 │   └── CapacityError   more memory or ranks than this machine has
 ├── ModelError      the logits are NaN or infinite: one line, exit code 1
 ├── RankError       a rank died, hung or failed while it ran: one line, exit code 1
+│   └── RanksLostError  the same where others go on: the engine replaces it
 └── TerminatedError the process was told to end: one line, exit code 128 + the signal's number
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 
@@ -39,6 +40,19 @@ class ModelError(ExpertlaneError):
 
 class RankError(ExpertlaneError):
     """A rank died, hung or raised; the text names rank, layer and stage."""
+
+
+class RanksLostError(RankError):
+    """Ranks of a pool that recovers were lost: it waits for `RankPool.begin_epoch`.
+
+    Args:
+        ranks: dead, hung or failed ones; none where transfers broke and no rank was found to be
+            the cause, so that a new epoch is all that is needed.
+    """
+
+    def __init__(self, text: str, ranks: Collection[int]) -> None:
+        super().__init__(text)
+        self.ranks = frozenset(ranks)
 
 
 class TerminatedError(ExpertlaneError):

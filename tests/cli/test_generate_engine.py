@@ -73,6 +73,7 @@ def test_engine_options_are_handed_over(run, stub):
             num_redundant_experts=4,
         ),
         "ranks_per_node": 1,
+        "on_failure": "stop",
         "timeout_s": 5.0,
         "oversubscribe": True,
         "cpu_isa": "avx2",

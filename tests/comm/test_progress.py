@@ -81,3 +81,21 @@ def test_a_private_board_is_nobody_else_s():
     one, other = ProgressBoard(1), ProgressBoard(1)
     one.reporter(0).enter(Stage.HEAD, NO_LAYER)
     assert other.position(0).stage is Stage.SETUP
+
+
+def test_an_epoch_has_its_files_until_the_next_but_one(fd):
+    server, rank = ProgressBoard(2, fd), ProgressBoard(2, fd)
+    assert rank.epoch == 0
+    server.begin_epoch(1, 70, 5, 6)
+    server.begin_epoch(2, 70, 8, -1)
+    assert rank.epoch == 2
+    assert rank.files(2) == (70, 8, -1)
+    assert rank.files(1) == (70, 5, 6)
+    assert rank.position(0).stage is Stage.SETUP
+
+
+def test_a_replacement_waits_no_more_than_the_rank_before_it():
+    board = ProgressBoard(1)
+    board.reporter(0).set_waiting(True)
+    board.reporter(0)
+    assert not board.position(0).waiting

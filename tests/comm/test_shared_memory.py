@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from expertlane.comm.epoch import Epoch
+from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.region import Region
 from expertlane.comm.shared_memory import CompiledEndpoint, SharedTransport
 from expertlane.comm.transport import PeerLostError
@@ -41,7 +43,8 @@ def transports(request):
             opened.extend(fds)
             size = region.groups_bytes, region.heap_bytes
             ends = [UncompiledEndpoint(memory, *size, rank, fds) for rank in range(num_ranks)]
-        return [SharedTransport(e, region, 0, rank, timeout_s) for rank, e in enumerate(ends)]
+        epoch = Epoch(ProgressBoard(1), 0)
+        return [SharedTransport(e, region, 0, r, timeout_s, epoch) for r, e in enumerate(ends)]
 
     yield make
     for fd in opened:

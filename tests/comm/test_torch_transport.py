@@ -6,11 +6,13 @@ import sys
 NUM_RANKS = 3
 RANK = """
 import sys, torch, torch.distributed as dist
+from expertlane.comm.epoch import Epoch
+from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.torch_transport import TorchTransport
 
 rank, size, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", store=dist.FileStore(path, size), rank=rank, world_size=size)
-transport = TorchTransport("cpu", rank, over_links=True)
+device, store, epoch = torch.device("cpu"), dist.FileStore(path, size), Epoch(ProgressBoard(1), 0)
+transport = TorchTransport(device, store, rank, 60.0, epoch, over_links=True)
 transport.make(tuple(range(size)))
 link = transport.link(tuple(range(size)))
 
@@ -30,7 +32,7 @@ for begun in (1, 3):  # how many are under way at once
     for work, received, expected, _ in under_way:
         work.wait()
         assert received.tolist() == expected, (received, expected)
-dist.destroy_process_group()
+transport.leave()
 """
 
 

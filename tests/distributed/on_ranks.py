@@ -1,28 +1,34 @@
 """Commands that tests run on the ranks of a pool, and the fork server whose ranks know them."""
 
 import os
+import signal
 import socket
 import subprocess
 import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 
+from engine.planted import FlipBit, Plant, flip_bit, plant
 from expertlane.balance.placement import Placement
 from expertlane.comm.clocks import HostClock
 from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.progress import NO_LAYER
 from expertlane.comm.recorder import Recorder
-from expertlane.engine import fork_server
+from expertlane.engine import fork_server, worker
 from expertlane.engine.commands import Command
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.rendezvous import Meeting
 from expertlane.engine.torchrun import NodeRanks, SupervisorSettings, supervisor_command
 from expertlane.engine.worker import Handlers, RankContext
 from expertlane.errors import UserError
-from expertlane.model.layers import make_dispatcher
 from expertlane.moe.dispatch import CopyChooser, RoutedTokens
+from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchForm, PayloadType
@@ -226,14 +232,83 @@ def fail_while_others_wait(context: RankContext, command: FailWhileOthersWait) -
     mesh.stage.all_gather(torch.zeros(1, 1), [1] * mesh.stage.size).wait()
 
 
+class Exchange(Command[np.ndarray]):
+    """All ranks tell each other something; [num_ranks, 4]: of each rank what it has told this one.
+
+    That is: the epoch it is in, its rank, to whom it told this, and `value`.
+    """
+
+    value: int
+
+
+def exchange(context: RankContext, command: Exchange) -> np.ndarray:
+    num_ranks = context.settings.world_size
+    joined = join(context, Layout(dp=num_ranks), 1)
+    assert joined is not None
+    mesh, _ = joined
+    rows = [[context.epoch, context.rank, to, command.value] for to in range(num_ranks)]
+    context.progress.enter(Stage.DISPATCH, 0)
+    received = mesh.stage.all_to_all(torch.tensor(rows), [1] * num_ranks, [1] * num_ranks).wait()
+    context.progress.enter(Stage.IDLE, NO_LAYER)
+    return np.array(received)
+
+
+class Lose(Command[np.ndarray]):
+    """As `Exchange`, but some ranks are lost, by way, while the others wait for them."""
+
+    ways: dict[int, str]
+
+
+def lose(context: RankContext, command: Lose) -> np.ndarray:
+    context.progress.set_step(7)
+    if (way := command.ways.get(context.rank)) is not None:
+        context.progress.enter(Stage.ROUTER, 3)
+        lose_rank(way)
+    return exchange(context, Exchange(0))
+
+
+WAYS = ("kill", "stop", "raise", "exit", "compute")
+
+
+def lose_rank(way: str) -> None:
+    """Lose the rank that calls it."""
+    if way in ("kill", "stop"):
+        signal.raise_signal(signal.SIGKILL if way == "kill" else signal.SIGSTOP)
+    elif way == "raise":
+        raise ValueError("broken")
+    elif way == "exit":
+        os._exit(3)
+    else:
+        time.sleep(600)
+
+
+LOST_AT_START = "LOST_AT_START"  # names a folder; in it, files named after ranks say how
+
+
+def lose_at_start() -> None:
+    """Have ranks be lost before they are up, as often as their files have lines."""
+    make_context = worker._context
+
+    def context(settings: Any, *others: Any) -> RankContext:
+        file = Path(os.environ[LOST_AT_START], str(settings.rank))
+        if file.exists() and (ways := file.read_text().split()):
+            file.write_text(" ".join(ways[1:]))
+            lose_rank(ways[0])
+        return make_context(settings, *others)
+
+    mock.patch.object(worker, "_context", context).start()
+
+
 def local_ranks(
     num_ranks: int,
     timeout_s: float,
     dtype: str | None = "float32",
     server_module: str = "distributed.on_ranks",
+    *,
+    recovers: bool = False,
 ) -> LocalRanks:
     """Ranks that know the commands of this file too."""
-    return LocalRanks(num_ranks, timeout_s, dtype, server_module)
+    return LocalRanks(num_ranks, timeout_s, dtype, server_module, recovers=recovers)
 
 
 class RanksOnNodes(NodeRanks):
@@ -249,6 +324,8 @@ class RanksOnNodes(NodeRanks):
         ranks_per_node: int,
         timeout_s: float,
         dtype: str | None = "float32",
+        *,
+        recovers: bool = False,
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             meeting = Meeting("127.0.0.1", free.getsockname()[1], False, "test", num_nodes)
@@ -264,7 +341,9 @@ class RanksOnNodes(NodeRanks):
             )
             for node in range(1, num_nodes)
         ]
-        super().__init__(meeting, ranks_per_node, timeout_s, dtype, "distributed.on_ranks")
+        super().__init__(
+            meeting, ranks_per_node, timeout_s, dtype, "distributed.on_ranks", recovers=recovers
+        )
 
     def close(self, *, failed: bool = False) -> None:
         super().close(failed=failed)
@@ -275,6 +354,7 @@ class RanksOnNodes(NodeRanks):
 def handlers() -> Handlers:
     from expertlane.engine.stage import HANDLERS
 
+    planted = ExitStack()
     return {
         **HANDLERS,
         Collective: collective,
@@ -285,8 +365,14 @@ def handlers() -> Handlers:
         Refuse: refuse,
         Stay: stay,
         FailWhileOthersWait: fail_while_others_wait,
+        Plant: lambda context, command: plant(context, command, planted),
+        FlipBit: flip_bit,
+        Exchange: exchange,
+        Lose: lose,
     }
 
 
 def main() -> None:
+    if LOST_AT_START in os.environ:
+        lose_at_start()
     fork_server.main(handlers())

@@ -23,7 +23,7 @@ import numpy as np
 from expertlane.comm import shared_memory
 from expertlane.comm.region import Region
 from expertlane.comm.uncompiled import UncompiledEndpoint
-from expertlane.engine import worker
+from expertlane.engine import connection
 
 _SOURCE = Path(__file__).parent / "harmed_messages.cpp"
 _KINDS = ("load", "store", "exchange", "copy", "sleep", "wake")  # as in harmed_messages.cpp, from 1
@@ -218,14 +218,14 @@ def install(harm: Harm, happened: Happened, library: Path | None, heap_bytes: in
     moment = Moment(harm, happened)
     make = shared_memory.SharedTransport
 
-    def transport(endpoint: Any, region: Region, first: int, rank: int, bound_s: float) -> Any:
+    def transport(endpoint: Any, region: Region, first: int, rank: int, *rest: Any) -> Any:
         if rank == harm.rank:
             if functions is None:
                 endpoint = _of_uncompiled(endpoint, moment)
             else:
                 endpoint = _of_compiled(functions, endpoint, moment, happened)
-        return make(endpoint, region, first, rank, bound_s)
+        return make(endpoint, region, first, rank, *rest)
 
-    mock.patch.object(worker, "compiled_messages", return_value=functions).start()
-    mock.patch.object(worker, "Region", partial(Region, heap_bytes=heap_bytes)).start()
-    mock.patch.object(worker, "SharedTransport", transport).start()
+    mock.patch.object(connection, "compiled_messages", return_value=functions).start()
+    mock.patch.object(connection, "Region", partial(Region, heap_bytes=heap_bytes)).start()
+    mock.patch.object(connection, "SharedTransport", transport).start()

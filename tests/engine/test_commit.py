@@ -1,112 +1,31 @@
 """Steps that were not committed are discarded and run again: the outcome is the same."""
 
-from collections import deque
 from dataclasses import dataclass
 from itertools import chain
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distributed.running import Inline, deployment
+from engine.token_stage import PARAMS, TokenStage
 from expertlane.balance.placement_file import placements_of
 from expertlane.engine.model_runner import ModelRunner, outcome_of
 from expertlane.engine.rebalancing import Rebalancer
-from expertlane.engine.stage import DeployedStage
-from expertlane.model.sampler import Sampler
-from expertlane.model.transformer import HeadResult
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
-from expertlane.spec.sampling import SamplingParams
-from schedule.paged import UNWRITTEN, check_empty, sequences
+from schedule.paged import check_empty
 
-VOCAB_SIZE, POISON = 26, 25
-CPU = torch.device("cpu")
-PARAMS = (
-    None,
-    SamplingParams(temperature=0, repetition_penalty=1.8),
-    SamplingParams(temperature=0.8, frequency_penalty=0.7, presence_penalty=-0.3),
-    SamplingParams(top_k=5, top_p=0.9, repetition_penalty=1.2, logprobs=2),
-)
+VOCAB_SIZE = 26
 
 
 class Interrupted(Exception):
     """As if a rank had died."""
-
-
-class TokenStage(DeployedStage):
-    """A stage whose cache holds token ids and whose logits are drawn from all before them."""
-
-    def __init__(self, layout: Layout, limits: Limits, *, can_fail: bool) -> None:
-        self.spec = SimpleNamespace(layout=layout)
-        self._recorder = SimpleNamespace(
-            begin_step=lambda *args, **kwargs: None,
-            set_micro_batch=lambda number: None,
-            enter=lambda stage: None,
-            end_step=lambda: None,
-        )
-        self._mesh = SimpleNamespace(is_last_stage=True, at=SimpleNamespace(tp_rank=0))
-        self.migration = StubMigration()
-        self._phase = None
-        self._sends = deque()
-        self._sampler = Sampler(VOCAB_SIZE, CPU)
-        self._committed, self._uncommitted = {}, deque()
-        self._cache = np.full((limits.num_blocks, limits.block_size), UNWRITTEN)
-        self._can_fail = can_fail
-
-    def _begin_input(self, micro_batch, chosen):
-        return [self._with_chosen(micro_batch.own, chosen)], None
-
-    def _run_micro_batch(self, parts, arriving):
-        (batch,) = parts
-        size, seq_ids, logits = self._cache.shape[1], [], [torch.empty(0, VOCAB_SIZE)]
-        for seq, start, fed, table, yields in sequences(batch):
-            positions = np.arange(start + len(fed))
-            places = table[positions // size], positions % size
-            self._cache[places[0][start:], places[1][start:]] = fed
-            known = self._cache[places].tolist()
-            assert UNWRITTEN not in known, "it reads what was never written"
-            if yields:
-                seq_ids.append(seq)
-                logits.append(self._logits(known))
-        part, rows = (
-            SimpleNamespace(batch=SimpleNamespace(yielding_seq_ids=seq_ids)),
-            torch.cat(logits),
-        )
-        return [(part, HeadResult(None, rows, rows))]
-
-    def _logits(self, known):
-        drawn = torch.from_numpy(np.random.default_rng(known).normal(size=(1, VOCAB_SIZE))).float()
-        return drawn * torch.nan if self._can_fail and POISON in known else drawn
-
-    def state(self):
-        """All that outlives a step."""
-        sampled = {
-            seq: each.as_committed().output_token_ids.tolist()
-            for seq, each in self._sampler._admitted.items()
-        }
-        return self.migration.now, sampled, self._cache.tolist()
-
-
-class StubMigration:
-    """Placements are numbers."""
-
-    def __init__(self):
-        self.now = 0
-
-    def apply_placements(self, placements):
-        before, self.now = self.now, placements
-        return before
-
-    def restore(self, before):
-        self.now = before
 
 
 class StageRunner:
@@ -117,8 +36,16 @@ class StageRunner:
 
     def __init__(self, layout, limits, interrupt, *, can_fail):
         self.stages = [
-            [TokenStage(layout, limits, can_fail=can_fail) for _ in range(layout.dp)]
-            for _ in range(layout.replicas)
+            [
+                TokenStage(
+                    layout,
+                    limits,
+                    can_fail=can_fail,
+                    rank=layout.ranks_of_dp_rank(replica, dp_rank)[-1],  # of the last stage
+                )
+                for dp_rank in range(layout.dp)
+            ]
+            for replica in range(layout.replicas)
         ]
         self.placement_of_step = {}
         self._interrupt = interrupt

@@ -135,7 +135,7 @@ def test_every_command_has_a_handler_and_an_answer_that_can_be_decoded():
         Decoder(command)
         Decoder(result_type(command))
     assert result_type(SetDispatch) in (None, type(None))
-    assert result_type(commands.TimeOneMove) == tuple[int, float]
+    assert result_type(commands.TimeOneMove) == tuple[int, float, float]
 
 
 @pytest.mark.parametrize(
@@ -163,21 +163,21 @@ def changed(encoded, at, new):
     return encoded[:at] + new + encoded[at + len(new) :]
 
 
-HEADER = struct.Struct("<4sIQQ")
+HEADER = struct.Struct("<4sIIQQ")
 
 
 @pytest.mark.parametrize(
     ("garbage", "said"),
     [
-        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "the header is wrong"),
+        (b"GET / HTTP/1.1\r\nHost: expertlane\r\n\r\n", "the header is wrong"),
         (pickle.dumps(os.getcwd) + bytes(64), "the header is wrong"),
-        (HEADER.pack(b"XLM1", 77, 0, 0), "the header is wrong"),
+        (HEADER.pack(b"XLM2", 77, 0, 0, 0), "the header is wrong"),
         (
-            HEADER.pack(b"XLM1", 1, MAX_MESSAGE_BYTES, 1),
+            HEADER.pack(b"XLM2", 1, 0, MAX_MESSAGE_BYTES, 1),
             "the header announces 1,073,741,825 bytes; at most 1,073,741,824 are",
         ),
         (
-            HEADER.pack(b"XLM1", 1, 0, 2**64 - 1),
+            HEADER.pack(b"XLM2", 1, 0, 0, 2**64 - 1),
             "the header announces 18,446,744,073,709,551,615 bytes",
         ),
     ],
@@ -239,7 +239,9 @@ def test_a_command_that_is_not_known(pair):
 def test_arrays_that_are_not_what_they_should_be(pair, array, said):
     body = messages.msgspec.msgpack.encode({"logits": {1: array}})
     padding = bytes(-len(body) % 64)
-    encoded = HEADER.pack(b"XLM1", MessageKind.RESULT, len(body), 16) + body + padding + bytes(16)
+    encoded = (
+        HEADER.pack(b"XLM2", MessageKind.RESULT, 0, len(body), 16) + body + padding + bytes(16)
+    )
     message = through(encoded, pair)
     with pytest.raises(MessageError, match=said):
         Decoder(RankOutcome).decode(message)

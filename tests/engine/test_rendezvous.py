@@ -1,7 +1,6 @@
 """Nodes that connect to the launcher, and strangers who connect to the same port."""
 
 import contextlib
-import itertools
 import socket
 import struct
 import threading
@@ -46,6 +45,7 @@ class Launcher:
         )
         self._news, self._control = socket.socketpair()
         self._connections = []
+        self._accepted = {}
         self._thread = threading.Thread(target=self._accept)
         self._thread.start()
 
@@ -84,16 +84,18 @@ class Launcher:
         self._thread.join(seconds)
         assert not self._thread.is_alive()
         assert self.is_done
-        accepted = {node: self.acceptor.of_node(node) for node in range(1, NUM_NODES)}
-        self._connections += itertools.chain(*accepted.values())
-        return {node: [each.getpeername() for each in of] for node, of in accepted.items()}
+        self._accepted |= self.acceptor.take()
+        peers = {node: [] for node in range(1, NUM_NODES)}
+        for (node, _), connection in sorted(self._accepted.items()):
+            peers[node].append(connection.getpeername())
+        return peers
 
     def close(self):
         """Let go of everything."""
-        for connection in [*self._connections, self._news, self._control]:
+        for connection in [*self._connections, *self._accepted.values(), self._news, self._control]:
             connection.close()
         self._thread.join(10)
-        self.listener.close()
+        self.acceptor.close()
 
 
 @pytest.fixture

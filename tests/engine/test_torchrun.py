@@ -141,4 +141,4 @@ def test_the_launcher_of_one_node_starts_local_ranks(place, monkeypatch):
     monkeypatch.setattr(launch, "LocalRanks", lambda *args, **named: asked.append((*args, named)))
     monkeypatch.setattr(launch, "RankPool", lambda ranks, timeout_s: "pool")
     assert start_pool(2, timeout_s=1.0, cpu_isa="avx2") == "pool"
-    assert asked == [(2, 1.0, None, {"cpu_isa": "avx2"})]
+    assert asked == [(2, 1.0, None, {"cpu_isa": "avx2", "recovers": False})]

@@ -15,12 +15,18 @@ from expertlane.cli.api_keys import API_KEY, check_key, key_lines
 from expertlane.cli.help import Panel
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import EngineOptions, ModelArgument, layout_option
+from expertlane.cli.options import (
+    EngineOptions,
+    ModelArgument,
+    layout_option,
+    on_failure_option,
+)
 from expertlane.cli.output import is_first_process, print_json, print_message
 from expertlane.cli.output_options import json_option
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout
+from expertlane.spec.names import OnFailure
 
 if TYPE_CHECKING:
     from expertlane.engine.chat_template import ChatTemplate
@@ -141,8 +147,13 @@ class _Options:
         return tuple(keys.values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class _EngineOptions(EngineOptions):
+    on_failure: OnFailure = on_failure_option("replace")
+
+
 @takes_groups
-def serve(model: ModelArgument, own: _Options, engine: EngineOptions) -> None:
+def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
     """Serve a model over HTTP, with the OpenAI API.
 
     Clients use http://HOST:PORT/v1. Routes: /v1/completions, /v1/chat/completions, /v1/responses,

@@ -51,7 +51,7 @@ class Pending:
         """Block until the transfer is done and give its result.
 
         Raises:
-            PeerLostError: the other side is gone or did not answer within the group's bound.
+            PeerLostError, EpochEndedError: as of a transport's work.
         """
         self._recorder.enter(self._stage, self._layer)
         if self._work is not None:
@@ -106,6 +106,10 @@ class Group:
         self.size = len(ranks)
         self.rank = self.ranks.index(rank)
         self._links = links_of(self.nodes, self.rank)
+
+    def renew(self, link: Link | None) -> None:
+        """Go on in another epoch, by that link."""
+        self._link = link
 
     def _post(
         self, kind: TransferKind, rows: Tensor, num_rows: Sequence[int], metadata_bytes: int

@@ -6,11 +6,12 @@ the whole stage), and layouts share them too, so groups are made once for every 
 gloo each one costs threads and sockets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 
+from expertlane.comm.checks import CheckedGroup, CheckedRecorder
 from expertlane.comm.collectives import Group
 from expertlane.comm.recorder import Recorder
 from expertlane.comm.transport import Link, Transport
@@ -52,12 +53,24 @@ class Meshes:
     """Groups by their ranks, shared by axes and layouts.
 
     Args:
-        transport: None for one rank alone.
+        transport: None for one rank alone, and before an epoch is joined.
     """
 
     def __init__(self, transport: Transport | None = None) -> None:
         self._transport = transport
         self._made: set[tuple[int, ...]] = set()
+
+    def renew(self, transport: Transport) -> None:
+        """Join another epoch, whose groups are still to be made."""
+        self.leave()
+        self._transport = transport
+
+    def leave(self) -> None:
+        """Leave the epoch: no group is left."""
+        if self._transport is not None:
+            self._transport.leave()
+        self._transport = None
+        self._made.clear()
 
     def make(self, layout: Layout, ranks_per_node: int = 0) -> None:
         """Make what `layout` needs and is not there yet. Collective over *all* ranks.
@@ -109,11 +122,20 @@ class ParallelMesh:
         self.recorder = recorder
         self.tp, self.pp, self.ep, self.etp, self.stage = map(self._group, AXES)
 
+    def renew(self) -> None:
+        """Have all its groups go on in the epoch that `Meshes` has joined and made them in."""
+        own = vars(self)
+        for group in (own[axis] for axis in (*AXES, *NODE_AXES) if axis in own):
+            group.renew(self._link(group.ranks))
+
     def _group(self, axis: str) -> Group:
         groups = groups_of_axis(self.layout, axis, self._ranks_per_node)
         ranks = next(ranks for ranks in groups if self._rank in ranks)
-        link = self._meshes.link(tuple(ranks)) if len(ranks) > 1 else None
-        return Group(link, ranks, self._rank, self._ranks_per_node, self.recorder)
+        kind = CheckedGroup if isinstance(self.recorder, CheckedRecorder) else Group
+        return kind(self._link(ranks), ranks, self._rank, self._ranks_per_node, self.recorder)
+
+    def _link(self, ranks: Sequence[int]) -> Link | None:
+        return self._meshes.link(tuple(ranks)) if len(ranks) > 1 else None
 
     @cached_property
     def ep_inter(self) -> Group:

@@ -32,3 +32,7 @@ class NodesTransport:
     def link(self, ranks: tuple[int, ...]) -> Link:
         is_in_node = len({rank // self._ranks_per_node for rank in ranks}) == 1
         return self._in_node.link(ranks) if is_in_node else self._among_nodes.link(ranks)
+
+    def leave(self) -> None:
+        self._in_node.leave()
+        self._among_nodes.leave()

@@ -12,7 +12,26 @@ _NUM_FIELDS = 6
 _STEP, _LAYER, _STAGE, _WAITING, _COUNTER, _TIME_NS = range(_NUM_FIELDS)
 NO_LAYER = -1
 
+# Before the lines: the latest epoch, its server, and what files it has: of even and of odd epochs
+# apart, so that nothing is written over before the next epoch has begun.
+_NUM_IN_HEADER = 8
+_EPOCH, _SERVER_PID, _FILES = range(3)
+
 Line = tuple[int, int, int, int, int, int]  # the fields of a rank
+
+
+class EpochFiles(NamedTuple):
+    """What the ranks of a node share in an epoch, as descriptors of the server that forks them.
+
+    Attributes:
+        memory_fd: of the memory for their messages.
+        store_fd: of the file in which they meet.
+        Both are -1 where there is none.
+    """
+
+    server_pid: int
+    memory_fd: int
+    store_fd: int
 
 
 class Position(NamedTuple):
@@ -39,7 +58,7 @@ class Position(NamedTuple):
 
 
 class ProgressBoard:
-    """One line a rank in a file mapped by the launcher and by all ranks of its node.
+    """The epoch, and one line a rank, in a file mapped by the launcher and all ranks of its node.
 
     Args:
         fd: the file's descriptor. None keeps the board private to this process.
@@ -49,7 +68,7 @@ class ProgressBoard:
     """
 
     def __init__(self, num_ranks: int, fd: int | None = None) -> None:
-        size = num_ranks * _NUM_FIELDS * 8
+        size = (_NUM_IN_HEADER + num_ranks * _NUM_FIELDS) * 8
         is_new = fd is None or os.fstat(fd).st_size == 0
         if fd is None:
             self._map = mmap.mmap(-1, size)
@@ -62,9 +81,31 @@ class ProgressBoard:
             for rank in range(num_ranks):
                 self.reporter(rank)  # writes "setting up"
 
+    @property
+    def epoch(self) -> int:
+        """The latest one that has begun on this node."""
+        return self._cells[_EPOCH]
+
+    def begin_epoch(self, epoch: int, server_pid: int, memory_fd: int, store_fd: int) -> None:
+        """Say that another one begins; before the files of the one before it are closed.
+
+        Args:
+            epoch: one more than before.
+            server_pid, memory_fd, store_fd: as in `EpochFiles`.
+        """
+        place = _FILES + 2 * (epoch % 2)
+        self._cells[_SERVER_PID] = server_pid
+        self._cells[place], self._cells[place + 1] = memory_fd, store_fd
+        self._cells[_EPOCH] = epoch  # last: who sees it sees the rest
+
+    def files(self, epoch: int) -> EpochFiles:
+        """Of an epoch, which is not over if it is still the latest one thereafter."""
+        place = _FILES + 2 * (epoch % 2)
+        return EpochFiles(self._cells[_SERVER_PID], *self._cells[place : place + 2].tolist())
+
     def position(self, rank: int) -> Position:
         """What `rank` last reported."""
-        cells = self._cells[rank * _NUM_FIELDS : (rank + 1) * _NUM_FIELDS]
+        cells = self._line(rank)
         return Position(
             step=cells[_STEP],
             layer=cells[_LAYER],
@@ -76,20 +117,23 @@ class ProgressBoard:
 
     def line(self, rank: int) -> Line:
         """The raw line of `rank`, for `update` on the launcher's board."""
-        cells = self._cells[rank * _NUM_FIELDS : (rank + 1) * _NUM_FIELDS]
-        return cast(Line, tuple(cells.tolist()))
+        return cast(Line, tuple(self._line(rank).tolist()))
 
     def update(self, rank: int, line: Line) -> None:
         """Take over the line of a rank of another node; its clock is not ours."""
-        begin = rank * _NUM_FIELDS
-        if line[_COUNTER] != self._cells[begin + _COUNTER]:
+        cells = self._line(rank)
+        if line[_COUNTER] != cells[_COUNTER]:
             for field, value in enumerate(line):
-                self._cells[begin + field] = value
-            self._cells[begin + _TIME_NS] = time.monotonic_ns()
+                cells[field] = value
+            cells[_TIME_NS] = time.monotonic_ns()
 
     def reporter(self, rank: int) -> "ProgressReporter":
         """The line of `rank`, to be written by that rank alone."""
-        return ProgressReporter(self._cells[rank * _NUM_FIELDS : (rank + 1) * _NUM_FIELDS])
+        return ProgressReporter(self._line(rank))
+
+    def _line(self, rank: int) -> memoryview:
+        begin = _NUM_IN_HEADER + rank * _NUM_FIELDS
+        return self._cells[begin : begin + _NUM_FIELDS]
 
 
 class ProgressReporter:
@@ -98,6 +142,7 @@ class ProgressReporter:
     def __init__(self, cells: memoryview) -> None:
         self._cells = cells
         self.set_step(-1)
+        self.set_waiting(False)  # as the rank that had this line before may have been
         self.enter(Stage.SETUP, NO_LAYER)
 
     def set_step(self, step: int) -> None:

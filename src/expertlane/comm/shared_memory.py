@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from expertlane.comm.epoch import LOOK_S, Epoch
 from expertlane.comm.region import Region
 from expertlane.comm.transport import AtOnce, PeerLostError
 from expertlane.errors import CapacityError
 from expertlane.ops.library import function_of
 from expertlane.ops.row_parts import RowParts
 
-_SLICE_S = 0.5  # of a wait: in between, Python handles signals
 _NONE = -1  # no message, not even an empty one
 
 
@@ -184,10 +184,15 @@ class CompiledEndpoint:
 
 class _SharedWork:
     def __init__(
-        self, endpoint: Endpoint, exchange: Any, ranks: Sequence[int], timeout_s: float
+        self,
+        endpoint: Endpoint,
+        exchange: Any,
+        ranks: Sequence[int],
+        timeout_s: float,
+        epoch: Epoch,
     ) -> None:
         self._endpoint, self._exchange = endpoint, exchange
-        self._ranks, self._timeout_s = ranks, timeout_s
+        self._ranks, self._timeout_s, self._epoch = ranks, timeout_s, epoch
         self._is_done = False
 
     def let_go(self) -> None:
@@ -200,14 +205,16 @@ class _SharedWork:
         if self._is_done:
             return
         deadline_s = time.monotonic() + self._timeout_s
-        state, place = self._endpoint.wait(self._exchange, min(_SLICE_S, self._timeout_s))
-        while state == 1:
+        state, place = self._endpoint.wait(self._exchange, min(LOOK_S, self._timeout_s))
+        while state == 1:  # in slices: in between, Python handles signals
+            self._epoch.check()
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 whom = f"rank {self._ranks[place]}" if place >= 0 else "room in shared memory"
                 raise PeerLostError(f"waited {self._timeout_s:g} s for {whom}")
-            state, place = self._endpoint.wait(self._exchange, min(_SLICE_S, left_s))
+            state, place = self._endpoint.wait(self._exchange, min(LOOK_S, left_s))
         if state == 2:
+            self._epoch.check()
             raise PeerLostError(f"rank {self._ranks[place]} sent another size than expected")
         self._is_done = True
 
@@ -230,11 +237,16 @@ class SharedLink:
         group: Any,
         pairs: Mapping[int, Any],
         timeout_s: float,
+        epoch: Epoch,
     ) -> None:
         self._endpoint, self._ranks, self._place = endpoint, ranks, place
         self._group, self._pairs, self._timeout_s = group, pairs, timeout_s
-        is_one_call = isinstance(endpoint, CompiledEndpoint)
-        self.at_once: AtOnce | None = self._at_once if is_one_call else None
+        self._epoch, self._is_one_call = epoch, isinstance(endpoint, CompiledEndpoint)
+
+    @property
+    def at_once(self) -> AtOnce | None:
+        """Made anew each time: kept, it would keep this, and the memory, until a collection."""
+        return self._at_once if self._is_one_call else None
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return self._endpoint.empty(num_rows, width, dtype)
@@ -252,11 +264,11 @@ class SharedLink:
         assert isinstance(endpoint, CompiledEndpoint), "it is one call"
         received = None if finish else rows.new_empty((sum(receive), rows.shape[1]))
         exchange, state = endpoint.exchange(
-            *(self._group, rows, send, received, receive, min(_SLICE_S, self._timeout_s)),
+            *(self._group, rows, send, received, receive, min(LOOK_S, self._timeout_s)),
             same_for_all=same_for_all,
         )
         if state:
-            _SharedWork(endpoint, exchange, self._ranks, self._timeout_s).wait()
+            self._work(exchange).wait()
         if received is not None:
             return received
         assert finish is not None, "or there is room"
@@ -278,14 +290,14 @@ class SharedLink:
         exchange = self._endpoint.begin(
             self._group, rows, send, received, receive, same_for_all=False
         )
-        return _SharedWork(self._endpoint, exchange, self._ranks, self._timeout_s)
+        return self._work(exchange)
 
     def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> _SharedWork:
         send = [rows.shape[0]] * len(self._ranks)
         exchange = self._endpoint.begin(
             self._group, rows, send, received, num_rows_of, same_for_all=True
         )
-        return _SharedWork(self._endpoint, exchange, self._ranks, self._timeout_s)
+        return self._work(exchange)
 
     def send(self, rows: Tensor, to: int) -> _SharedWork:
         return self._single(to, rows, len(rows), rows, _NONE)
@@ -303,7 +315,11 @@ class SharedLink:
             self._pairs[other], rows, sizes[0], received, sizes[1], same_for_all=True
         )
         ranks = [self._ranks[place] for place in pair]
-        return _SharedWork(self._endpoint, exchange, ranks, self._timeout_s)
+        return self._work(exchange, ranks)
+
+    def _work(self, exchange: Any, ranks: Sequence[int] | None = None) -> _SharedWork:
+        ranks = self._ranks if ranks is None else ranks
+        return _SharedWork(self._endpoint, exchange, ranks, self._timeout_s, self._epoch)
 
 
 class SharedTransport:
@@ -314,14 +330,21 @@ class SharedTransport:
         first_rank: the global rank of the node's first.
         rank: the global one.
         timeout_s: the bound on any wait.
+        epoch: whose memory it is; its end ends any wait.
     """
 
     def __init__(
-        self, endpoint: Endpoint, region: Region, first_rank: int, rank: int, timeout_s: float
+        self,
+        endpoint: Endpoint,
+        region: Region,
+        first_rank: int,
+        rank: int,
+        timeout_s: float,
+        epoch: Epoch,
     ) -> None:
         self._endpoint, self._region = endpoint, region
         self._first_rank, self._rank = first_rank, rank
-        self._timeout_s = timeout_s
+        self._timeout_s, self._epoch = timeout_s, epoch
         self._num_groups = self._end = 0
         self._links: dict[tuple[int, ...], SharedLink] = {}
 
@@ -340,7 +363,7 @@ class SharedTransport:
         if self._rank in ranks:
             place = ranks.index(self._rank)
             self._links[ranks] = SharedLink(
-                self._endpoint, ranks, place, group, pairs, self._timeout_s
+                self._endpoint, ranks, place, group, pairs, self._timeout_s, self._epoch
             )
 
     def _open(self, ranks: tuple[int, ...]) -> Any:
@@ -355,3 +378,7 @@ class SharedTransport:
 
     def link(self, ranks: tuple[int, ...]) -> SharedLink:
         return self._links[ranks]
+
+    def leave(self) -> None:
+        """Let go of all groups; the memory goes with the last link, and the last tensor in it."""
+        self._links.clear()

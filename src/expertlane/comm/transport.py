@@ -14,6 +14,10 @@ class PeerLostError(RankError):
     """A transfer failed or timed out: some other rank is the cause."""
 
 
+class EpochEndedError(RankError):
+    """A later epoch has begun: what was under way in this one comes to nothing."""
+
+
 class Work(Protocol):
     """A transfer in flight."""
 
@@ -22,6 +26,7 @@ class Work(Protocol):
 
         Raises:
             PeerLostError: another rank is gone, sent something else, or did not answer in time.
+            EpochEndedError: a later epoch has begun.
         """
         ...
 
@@ -33,7 +38,7 @@ class Work(Protocol):
         """Block until a send goes on without this rank, which may do something else for long.
 
         Raises:
-            PeerLostError: as `wait`.
+            PeerLostError, EpochEndedError: as `wait`.
         """
         ...
 
@@ -63,11 +68,12 @@ class Link(Protocol):
 
     Rows are contiguous, [num_rows, width]. What is sent must stay as it is until the wait is over.
 
-    Attributes:
-        at_once: None where that is no cheaper.
     """
 
-    at_once: AtOnce | None
+    @property
+    def at_once(self) -> AtOnce | None:
+        """None where that is no cheaper."""
+        ...
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """Room for rows where the transport would have them: to be filled, sent once, let alone."""
@@ -97,12 +103,20 @@ class Link(Protocol):
 
 
 class Transport(Protocol):
-    """Makes the links of groups."""
+    """Makes the links of groups, in one epoch."""
 
     def make(self, ranks: tuple[int, ...]) -> None:
-        """Make a group; collective over *all* ranks that may ever talk, in the same order."""
+        """Make a group; collective over *all* ranks that may ever talk, in the same order.
+
+        Raises:
+            PeerLostError, EpochEndedError: as a wait for others.
+        """
         ...
 
     def link(self, ranks: tuple[int, ...]) -> Link:
         """Of a group that was made and has the caller in it."""
+        ...
+
+    def leave(self) -> None:
+        """End what is under way, for others too, and let go of all groups."""
         ...

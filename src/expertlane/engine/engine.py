@@ -4,14 +4,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from random import SystemRandom
-from typing import Generic
+from typing import Generic, TypeVar
 
 from expertlane.engine.grammars import Constraint, Grammars
+from expertlane.engine.recovery import Recovery
 from expertlane.engine.resumed import resume
 from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from expertlane.errors import UserError
+from expertlane.errors import RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome
 from expertlane.schedule.request import Chunk, FinishReason, Request, RequestOutput
@@ -22,6 +23,7 @@ from expertlane.spec.sampling import SamplingParams
 
 _MASKS_S = 0.005  # that a step may wait for masks; the step before it is under way meanwhile
 Prompt = str | Sequence[int]
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(slots=True, eq=False)
@@ -52,10 +54,12 @@ class Engine(Generic[HandleT]):
         eos_token_ids: tokens that end an output unless `ignore_eos`.
         tokenizer: None where prompts are tokens only.
         on_commit: called with every step.
+        recovery: what to do where ranks are lost; None where that ends the engine.
 
     Attributes:
         scheduler: its counts may be read from any thread.
         on_commit: as given; may be set between steps.
+        recovery: as given; its state and records may be read from any thread.
     """
 
     def __init__(
@@ -66,12 +70,14 @@ class Engine(Generic[HandleT]):
         eos_token_ids: frozenset[int] = frozenset(),
         tokenizer: Tokenizer | None = None,
         on_commit: Callable[[FinishedStep], None] | None = None,
+        recovery: Recovery | None = None,
     ) -> None:
         self.scheduler = scheduler
         self._loop = DriveLoop(scheduler, runner)
         self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
         self.on_commit = on_commit
+        self.recovery = recovery
         self._live: dict[str, _Live] = {}
         self._unscheduled: dict[int, _Live] = {}  # by sequence id: in no step so far
         self._scoring: dict[int, RequestOutput] = {}  # by sequence id: with `prompt_logprobs`
@@ -224,19 +230,21 @@ class Engine(Generic[HandleT]):
             before_plan: called between the two; it may add requests and cancel some.
 
         Raises:
-            RankError: a rank died, hung or failed.
+            RankError: a rank died, hung or failed, and is not replaced.
         """
         if self._masks:
             self._take_masks(0)
-        self._loop.submit()
+        self.with_ranks(self._loop.submit)
+        finished = self.with_ranks(self._loop.commit_next)
         chunks, self._ended = self._ended, []
-        finished = self._loop.commit_next()
+        if self.recovery is not None and (finished or not self.scheduler.has_unfinished):
+            self.recovery.settle()
         if finished is None:
             if self._masks:  # all that is left waits for them
                 self._take_masks(None)
             return chunks + self._end_complete()
         if self.on_commit is not None:
-            self.on_commit(finished)
+            self.guarded(partial(self.on_commit, finished))
         if self._unscheduled and finished.plan.phase is Phase.PREFILL:
             self._note_scheduled(finished)
         for seq_id, part in finished.outcome.prompt_logprobs.items():
@@ -248,12 +256,40 @@ class Engine(Generic[HandleT]):
         before_plan()
         if self._masks:
             self._take_masks(_MASKS_S)
-        self._loop.submit()
+        self.with_ranks(self._loop.submit)
         for request in failed:
             if (live := self._live.pop(request.request_id, None)) is not None:
                 chunks.append(self._end(live, None, FinishReason.ERROR))
         chunks += self._take(stepped, finished.outcome)
         return chunks + self._end_complete()
+
+    def guarded(self, action: Callable[[], None]) -> None:
+        """Do what may find that ranks are lost, once; replace them then, where that is wanted.
+
+        Raises:
+            RankError: as `step`.
+        """
+        try:
+            action()
+        except RanksLostError as error:
+            self._recover(error)
+
+    def with_ranks(self, action: Callable[[], ResultT]) -> ResultT:
+        """Do what needs ranks; begin it again once those that are lost have been replaced."""
+        if self.recovery is not None and self.recovery.is_interrupted:
+            self._recover(RanksLostError("a recovery was interrupted", ()))
+        while True:
+            try:
+                return action()
+            except RanksLostError as error:
+                self._recover(error)
+
+    def _recover(self, error: RanksLostError) -> None:
+        if self.recovery is None:
+            raise error
+        self.recovery.recover(error, self._loop)
+        if not self.scheduler.has_unfinished:
+            self.recovery.settle()
 
     def _begin_masks(self, stepped: list[Request]) -> None:
         """Let masks be computed of the tokens after those that a step brought."""

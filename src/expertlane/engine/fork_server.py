@@ -14,18 +14,18 @@ import select
 import signal
 import socket
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
-import psutil
 
 from expertlane.comm.progress import ProgressBoard
 from expertlane.engine.messages import (
+    BeginEpoch,
     Channel,
+    Decoder,
     Exit,
     Failure,
     FailureKind,
@@ -34,7 +34,9 @@ from expertlane.engine.messages import (
     Nodes,
     encode,
 )
+from expertlane.engine.processes import end_with_parent, is_stopped, unterminated
 from expertlane.engine.rendezvous import Meeting, Place
+from expertlane.engine.run_files import memory_file, unnamed_file
 from expertlane.errors import TerminatedError
 
 if TYPE_CHECKING:
@@ -43,8 +45,9 @@ if TYPE_CHECKING:
     from expertlane.engine.worker import Handlers
 
 _POLL_MS = 50
-_PARENT_CHECK_S = 0.5
 _PR_SET_PDEATHSIG = 1
+
+Reconnect = Callable[[int, Sequence[int]], list[int]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class RankSettings:
         store_path: the rendezvous file of ranks that are all on this node.
         meeting: where ranks of several nodes meet; None where all are on this one.
         timeout_s: the bound on any wait for other ranks.
+        epoch: that it is started in; what it inherits belongs to that.
     """
 
     rank: int
@@ -72,6 +76,7 @@ class RankSettings:
     meeting: Meeting | None
     timeout_s: float
     dtype: str | None
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,6 @@ class ServerSettings:
         shared = first.memory_fd, self.store_fd
         return own + [descriptor for descriptor in shared if descriptor is not None]
 
-    def of_rank(self, place: int) -> RankSettings:
-        """The settings of the rank at a place of the node."""
-        return replace(self.first_rank, rank=self.first_rank.rank + place, local_rank=place)
-
     def is_parent_alive(self) -> bool:
         """Whether there is still someone to serve, as far as the parent tells."""
         return self.parent_pid is None or os.getppid() == self.parent_pid
@@ -121,32 +122,6 @@ def python_command(module: str, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-P", "-c", code, *arguments]
 
 
-def end_with_parent(parent: int) -> Callable[[], None]:
-    """Watch the parent from a thread, and end this process at once when it is gone.
-
-    A parent-death signal would not do: the kernel sends it as soon as the *thread* that started
-    this process ends.
-
-    Returns:
-        What ends the watch.
-    """
-    is_over = threading.Event()
-
-    def watch() -> None:
-        while not is_over.wait(_PARENT_CHECK_S):
-            if os.getppid() != parent:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-
-    def end_watch() -> None:
-        is_over.set()
-        thread.join()
-
-    return end_watch
-
-
 def _end_with_server(server_pid: int) -> None:
     """Have a rank end when the server does; the server's main thread has forked it."""
     if sys.platform == "linux":
@@ -158,8 +133,17 @@ def _end_with_server(server_pid: int) -> None:
 
 
 def _become_rank(
-    settings: ServerSettings, place: int, handlers: "Handlers", server_pid: int
+    settings: RankSettings,
+    channel_fd: int,
+    others: Sequence[int],
+    handlers: "Handlers",
+    server_pid: int,
 ) -> NoReturn:
+    """In a process that was just forked: be a rank.
+
+    Args:
+        others: descriptors that are not for this rank.
+    """
     code = 1
     try:
         from expertlane.engine.worker import run_rank
@@ -167,12 +151,11 @@ def _become_rank(
         _end_with_server(server_pid)
         os.setpgid(0, 0)  # torchrun signals its process's group: it is for the server alone
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        os.close(settings.control_fd)
-        for other, fd in enumerate(settings.rank_fds):
-            if other != place:
-                os.close(fd)
-        channel = Channel(socket.socket(fileno=settings.rank_fds[place]))
-        code = run_rank(channel, settings.of_rank(place), handlers)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        for fd in others:
+            os.close(fd)
+        code = run_rank(Channel(socket.socket(fileno=channel_fd)), settings, handlers)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -180,14 +163,24 @@ def _become_rank(
 
 
 class _Server:
-    """The process that the ranks are forked from."""
+    """The process that the ranks are forked from.
 
-    def __init__(self, settings: ServerSettings) -> None:
-        self._settings, first = settings, settings.first_rank
+    Args:
+        handlers: what ranks do for each command.
+        reconnect: gives channels to the launcher for ranks of an epoch; None where the launcher
+            sends them.
+    """
+
+    def __init__(
+        self, settings: ServerSettings, handlers: "Handlers", reconnect: Reconnect | None
+    ) -> None:
+        self._settings, self._handlers = settings, handlers
+        self._first, self._store_fd = settings.first_rank, settings.store_fd
         self._control = Channel(socket.socket(fileno=settings.control_fd))
+        self._reconnect = reconnect or self._receive_channels
         self._poll = select.poll()
         self._poll.register(settings.control_fd, select.POLLIN)
-        self._board = ProgressBoard(first.world_size, first.board_fd)
+        self._board = ProgressBoard(self._first.world_size, self._first.board_fd)
         self._rank_of_pid: dict[int, int] = {}
 
     def meet(self) -> "Store | None":
@@ -212,21 +205,31 @@ class _Server:
             self._control.send(encode(MessageKind.NODES, Nodes(hashes)))
         return store
 
-    def fork_all(self, handlers: "Handlers") -> None:
+    def fork_all(self) -> None:
         """Start all ranks."""
         gc.collect()
         gc.freeze()  # keeps the collector from touching, and so copying, the shared pages
+        first = self._first.rank
+        self._fork({first + place: fd for place, fd in enumerate(self._settings.rank_fds)})
+
+    def _fork(self, channels: Mapping[int, int]) -> None:
+        """Start ranks, each with a channel to the launcher, as a descriptor that is closed here."""
         own_pid = os.getpid()
-        for place in range(len(self._settings.rank_fds)):
+        for rank, fd in channels.items():
+            settings = replace(self._first, rank=rank, local_rank=rank - self._first.rank)
             pid = os.fork()
             if pid == 0:
-                _become_rank(self._settings, place, handlers, own_pid)
-            self._rank_of_pid[pid] = self._settings.first_rank.rank + place
-        for fd in self._settings.rank_fds:
+                others = [each for each in channels.values() if each != fd]
+                others.append(self._control.fileno())
+                if self._first.epoch and self._store_fd is not None:
+                    others.append(self._store_fd)  # ranks open that of an epoch by the board
+                _become_rank(settings, fd, others, self._handlers, own_pid)
+            self._rank_of_pid[pid] = rank
+        for fd in channels.values():
             os.close(fd)
 
     def watch(self) -> bool:
-        """Report ranks that end and answer pings, until launcher or parent have ended.
+        """Report ranks that end and answer the launcher, until it or the parent has ended.
 
         Returns:
             Whether the launcher has said so before.
@@ -246,15 +249,65 @@ class _Server:
         """Until it has ended; gives whether it has said so."""
         while self._settings.is_parent_alive():
             if self._poll.poll(_POLL_MS):
-                if self._control.receive().kind is MessageKind.END:
+                message = self._control.receive()
+                if message.kind is MessageKind.END:
                     return True
-                self._control.send(encode(MessageKind.HEARTBEAT, self._heartbeat()))
+                if message.kind is MessageKind.BEGIN_EPOCH:
+                    self._begin_epoch(message.epoch, Decoder(BeginEpoch).decode(message).ranks)
+                else:
+                    self._control.send(encode(MessageKind.HEARTBEAT, self._heartbeat()))
             self._report_ended()
         return False
 
+    def _begin_epoch(self, epoch: int, ranks: Sequence[int]) -> None:
+        """End ranks for certain, and start others in their places.
+
+        Raises:
+            EOFError, OSError: the launcher has ended, or there is no room; it is told so.
+        """
+        with unterminated():
+            self._fence(ranks)
+            try:
+                self._renew_files(epoch)
+                for rank in ranks:
+                    self._board.reporter(rank)  # writes "setting up"
+                channels = self._reconnect(epoch, ranks)
+                self._fork(dict(zip(ranks, channels, strict=True)))
+            except OSError as error:
+                text = f"{socket.gethostname()}: cannot replace ranks {ranks}: {error.strerror}"
+                self._control.send(encode(MessageKind.FAILURE, Failure(FailureKind.USER, text)))
+                raise
+            self._control.send(encode(MessageKind.EPOCH_BEGUN, None, epoch))
+
+    def _fence(self, ranks: Sequence[int]) -> None:
+        """Kill ranks, and wait until they are dead."""
+        pids = [pid for pid, rank in self._rank_of_pid.items() if rank in ranks]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)  # of a stopped process, too
+        for pid in pids:
+            os.waitpid(pid, 0)
+            del self._rank_of_pid[pid]
+
+    def _renew_files(self, epoch: int) -> None:
+        """Other files for what ranks share in an epoch; no message of an older one is in them."""
+        old = [fd for fd in (self._first.memory_fd, self._store_fd) if fd is not None]
+        memory_fd = store_fd = -1
+        self._first = replace(self._first, epoch=epoch)
+        if self._first.memory_fd is not None:
+            memory_fd = memory_file(self._first.num_local_ranks)
+            self._first = replace(self._first, memory_fd=memory_fd)
+        if self._store_fd is not None:
+            store_fd = self._store_fd = unnamed_file()
+        self._board.begin_epoch(epoch, os.getpid(), memory_fd, store_fd)
+        for fd in old:  # ranks look at the board before they trust what they have opened
+            os.close(fd)
+
+    def _receive_channels(self, epoch: int, ranks: Sequence[int]) -> list[int]:
+        return self._control.receive_descriptors(len(ranks))
+
     def _heartbeat(self) -> Heartbeat:
-        first = self._settings.first_rank.rank
-        lines = [self._board.line(first + i) for i in range(len(self._settings.rank_fds))]
+        first = self._first.rank
+        lines = [self._board.line(first + place) for place in range(self._first.num_local_ranks)]
         stopped = [rank for pid, rank in self._rank_of_pid.items() if is_stopped(pid)]
         return Heartbeat(lines, stopped)
 
@@ -283,19 +336,15 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise TerminatedError(f"{socket.gethostname()} was told to end by SIGTERM")
 
 
-def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped, as by SIGSTOP."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
-    except psutil.NoSuchProcess:
-        return False
-
-
-def serve(settings: ServerSettings, handlers: "Handlers | None") -> bool:
-    """Start the ranks of a node, watch them, and end them.
+def serve(
+    settings: ServerSettings, handlers: "Handlers | None", reconnect: Reconnect | None = None
+) -> bool:
+    """Start the ranks of a node, watch them, replace some, and end them.
 
     Args:
         handlers: what ranks do for each command; None for the engine's own.
+        reconnect: of an epoch, gives channels to the launcher for ranks that replace others; None
+            where the launcher sends them.
 
     Returns:
         Whether all was well in the end.
@@ -304,13 +353,13 @@ def serve(settings: ServerSettings, handlers: "Handlers | None") -> bool:
         from expertlane.engine.stage import HANDLERS  # torch, and what ranks run, for all ranks
 
         handlers = HANDLERS
-    server = _Server(settings)
+    server = _Server(settings, handlers, reconnect)
     try:
         store = server.meet()
     except BrokenPipeError:  # the launcher has ended
         return False
     try:
-        server.fork_all(handlers)
+        server.fork_all()
         return server.watch()
     finally:
         server.end_all()

@@ -37,11 +37,13 @@ def start_pool(
     dtype: str | None = None,
     oversubscribe: bool = False,
     cpu_isa: CpuIsa | None = None,
+    recovers: bool = False,
 ) -> RankPool | None:
     """Ranks of this machine, or of all nodes where torchrun has started processes.
 
     Args:
         cpu_isa: the largest instruction set that kernels may use; None as the environment says.
+        recovers: whether other ranks can take the places of lost ones.
 
     Returns:
         The pool; None in those processes of torchrun that have nothing to do. The first ones of
@@ -53,9 +55,10 @@ def start_pool(
         RankError: the ranks did not start.
         UserError: torchrun's variables do not fit together.
     """
+    local = partial(LocalRanks, cpu_isa=cpu_isa, recovers=recovers)
     if not is_under_torchrun():
         check_num_ranks(num_ranks, oversubscribe=oversubscribe)
-        return RankPool(LocalRanks(num_ranks, timeout_s, dtype, cpu_isa=cpu_isa), timeout_s)
+        return RankPool(local(num_ranks, timeout_s, dtype), timeout_s)
     node = TorchrunNode.from_environment()
     if not node.is_supervisor:
         return None
@@ -73,8 +76,10 @@ def start_pool(
     end_with_torchrun()
     check_num_ranks(ranks_per_node, oversubscribe=oversubscribe)
     if node.meeting is None:
-        return RankPool(LocalRanks(ranks_per_node, timeout_s, dtype, cpu_isa=cpu_isa), timeout_s)
-    ranks = NodeRanks(node.meeting, ranks_per_node, timeout_s, dtype, cpu_isa=cpu_isa)
+        return RankPool(local(ranks_per_node, timeout_s, dtype), timeout_s)
+    ranks = NodeRanks(
+        node.meeting, ranks_per_node, timeout_s, dtype, cpu_isa=cpu_isa, recovers=recovers
+    )
     return RankPool(ranks, timeout_s)
 
 
@@ -134,7 +139,14 @@ def check_deployment(
         raise UserError(
             f"payload float8 needs a hidden_size that is a multiple of 4; it is {model.hidden_size}"
         )
-    return placements_of(model, layout, options)
+    placements = placements_of(model, layout, options)
+    has_copies = any(each is not None and each.num_slots > each.num_experts for each in placements)
+    if options.copies == "balanced" and not has_copies:
+        raise UserError(
+            f"copies are to be balanced, but in layout {layout} no expert has two; add some with "
+            "num_redundant_experts (--num-redundant-experts), or leave copies out"
+        )
+    return placements
 
 
 _NUM_SHOWN = 3

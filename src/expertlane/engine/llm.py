@@ -2,12 +2,12 @@
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import count
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 
@@ -26,19 +26,22 @@ from expertlane.engine.launch import (
 from expertlane.engine.model_runner import ModelRunner, RoutingRecorder, moe_layers
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_watch import RankWatch
+from expertlane.engine.recovery import Recovery
 from expertlane.engine.shared_engine import SharedEngine
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import UserError
+from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Chunk, Limits, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.names import CpuIsa
+from expertlane.spec.names import CheckLevel, CpuIsa, OnFailure
 from expertlane.spec.ranges import take
 from expertlane.spec.sampling import SamplingParams
 
+ResultT = TypeVar("ResultT")
 Message = dict[str, str]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -75,12 +78,16 @@ class LLM:
         seed: of random weights.
         timeout_s: the longest wait for a rank without progress.
         oversubscribe: allow more local ranks than the machine should run.
+        on_failure: if a rank dies, hangs or fails, `replace` it and lose no request, or `stop` all.
         cpu_isa: the largest instruction set that kernels on CPUs may use; by default
             `EXPERTLANE_CPU_ISA`, else the best that the CPU has.
         ignore_unused_tensors: load a checkpoint with tensors that its `config.json` has no use for,
             with a warning on stderr.
         record_routing: keep which experts each token chooses, for `routing_trace`; takes time in
             every step and memory with every token.
+        check: how much ranks look for silent errors in every step: `light`: that values are finite,
+            and what ranks should hold alike is alike; `full`: also that all they send arrives, and
+            each token at each of its experts once. A step in which they find one raises.
 
     Attributes:
         engine: requests and steps, for those who bring their own loop; of one thread, while no
@@ -91,7 +98,7 @@ class LLM:
 
     Raises:
         UserError: the model cannot be found, read, laid out so, or does not fit into memory.
-        RankError: a rank died, hung or failed.
+        RankError: a rank died, hung or failed, and was not replaced.
     """
 
     def __init__(
@@ -111,11 +118,15 @@ class LLM:
         seed: int = 0,
         timeout_s: float = 60.0,
         oversubscribe: bool = False,
+        on_failure: OnFailure = "stop",
         cpu_isa: CpuIsa | None = None,
         ignore_unused_tensors: bool = False,
         record_routing: bool = False,
+        check: CheckLevel = "off",
     ) -> None:
-        _check_settings(dtype, cpu_isa, seed, timeout_s)
+        _check_settings(dtype, cpu_isa, on_failure, seed, timeout_s)
+        if check not in get_args(CheckLevel):
+            raise UserError(f"check is {check!r}; valid: {', '.join(get_args(CheckLevel))}")
         chosen = layout if isinstance(layout, Layout) else Layout.parse(str(layout))
         deployment = Deployment("llm", chosen, options or Options())
         self.model, self._folder = _find_model(model, ignore_unused_tensors)
@@ -140,20 +151,35 @@ class LLM:
             dtype=dtype or own_dtype(self.model if self._folder else None),
             oversubscribe=oversubscribe,
             cpu_isa=cpu_isa,
+            recovers=on_failure == "replace",
         )
+        self._recovery: Recovery | None = None
+        if on_failure == "replace":
+            self._recovery = Recovery(pool, chosen, self._redeploy, _print_to_stderr)
         try:
-            self.machine: tuple[RankMachine, ...] = tuple(describe_ranks(pool))
+            machine = self._start(lambda: describe_ranks(pool))
+            self.machine: tuple[RankMachine, ...] = tuple(machine)
             self.limits = with_blocks(
                 *(wanted, num_blocks, self.model, chosen, placements, self.machine),
                 deployment.options.weights,
                 self._folder,
             )
             self._routing = RoutingRecorder(self.model) if record_routing else None
-            self.engine = self._make_engine(deployment, seed, ranks_per_node, eos_token_ids)
+            given = deployment, seed, ranks_per_node, eos_token_ids, check
+            self.engine = self._start(lambda: self._make_engine(*given))
+            if self._recovery is not None:
+                self._recovery.settle()
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
             pool.close(failed=True)
             raise
+
+    def _start(self, action: Callable[[], ResultT]) -> ResultT:
+        """Do something with ranks that do not serve yet."""
+        return action() if self._recovery is None else self._recovery.start(action)
+
+    def _redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
+        self._runner.redeploy(replaced, plans)
 
     def _make_engine(
         self,
@@ -161,6 +187,7 @@ class LLM:
         seed: int,
         ranks_per_node: int,
         eos_token_ids: frozenset[int],
+        check: CheckLevel,
     ) -> Engine[Any]:
         """Load the model on the ranks, and put a scheduler before it."""
         runner = self._runner = ModelRunner(
@@ -171,6 +198,7 @@ class LLM:
             seed=seed,
             ranks_per_node=ranks_per_node or self.machine[0].ranks_per_node,
             checkpoint=self._folder,
+            check=check,
             log=_print_to_stderr,
         )
         scheduler = ContinuousScheduler(
@@ -187,6 +215,7 @@ class LLM:
             eos_token_ids=eos_token_ids,
             tokenizer=self.tokenizer,
             on_commit=None if self._routing is None else self._routing.add,
+            recovery=self._recovery,
         )
 
     def __enter__(self) -> "LLM":
@@ -206,13 +235,25 @@ class LLM:
         """Notice a rank that has ended while no step ran; for those who bring their own loop.
 
         Raises:
-            RankError: one has.
+            RankError: one has, and is not replaced.
         """
-        self._pool.check()
+        self.engine.guarded(self._pool.check)
+
+    def check_weights(self) -> None:
+        """Hold the checksums of all ranks' weights against those of when they were loaded.
+
+        Raises:
+            UserError: `check` is off: nobody knows them.
+            RankError: some have changed, and their ranks are not replaced.
+        """
+        if self._runner.checking is None:
+            raise UserError("weights have no checksums; make the LLM with check='light' or 'full'")
+        with self._shared.exclusive():
+            self.engine.guarded(self._runner.checking.check_weights)
 
     def watch(self) -> RankWatch:
         """Begin to count what ranks do; for those who bring their own loop, and show it."""
-        return self._runner.watch()
+        return self.engine.with_ranks(self._runner.watch)
 
     def on_told_to_end(self, react: Callable[[], None]) -> None:
         """What to do where another node is told to end by SIGTERM; by default all ends at once.
@@ -402,11 +443,15 @@ def own_dtype(model: ModelConfig | None) -> str | None:
     return None if model is None or model.dtype == "float16" else model.dtype
 
 
-def _check_settings(dtype: str | None, cpu_isa: str | None, seed: int, timeout_s: float) -> None:
+def _check_settings(
+    dtype: str | None, cpu_isa: str | None, on_failure: str, seed: int, timeout_s: float
+) -> None:
     if cpu_isa not in (None, *get_args(CpuIsa)):
         raise UserError(f"cpu_isa is {cpu_isa!r}; valid: {', '.join(get_args(CpuIsa))}")
     if dtype not in (None, *get_args(Dtype)):
         raise UserError(f"dtype is {dtype!r}; valid: {', '.join(get_args(Dtype))}")
+    if on_failure not in get_args(OnFailure):
+        raise UserError(f"on_failure is {on_failure!r}; valid: {', '.join(get_args(OnFailure))}")
     take("seed", seed)
     take("timeout_s", timeout_s)
 

@@ -5,18 +5,15 @@ import os
 import signal
 import socket
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import msgspec
 
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.region import Region
 from expertlane.engine.fork_server import RankSettings, ServerSettings, python_command
 from expertlane.engine.messages import (
+    BeginEpoch,
     Channel,
     Decoder,
     Exit,
@@ -29,6 +26,7 @@ from expertlane.engine.messages import (
     encode,
 )
 from expertlane.engine.rendezvous import Meeting, Place
+from expertlane.engine.run_files import RunFiles
 from expertlane.errors import CapacityError, RankError, TerminatedError, UserError
 from expertlane.ops.host import num_cores
 from expertlane.spec.names import CpuIsa
@@ -54,61 +52,6 @@ def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
         )
 
 
-class RunFiles:
-    """Files that the ranks of a node share; those in memory have no name and leave nothing.
-
-    Attributes:
-        board: of the run's ranks, in the file `board_fd`; those of this node write to it.
-        memory_fd: of the memory for messages; None where the system has no unnamed shared memory.
-        wake_fds: [num_local_ranks]; eventfds, or none.
-        store_path: the rendezvous file of ranks that are all on this node; where it is in memory,
-            they inherit its descriptor.
-
-    Raises:
-        CapacityError: there is no room for them.
-    """
-
-    def __init__(self, world_size: int, num_local_ranks: int) -> None:
-        self._descriptors: list[int] = []
-        self.store_fd: int | None = None
-        self.memory_fd: int | None = None
-        self.wake_fds: list[int] = []
-        self.store_path = ""
-        try:
-            self.board_fd = self._unnamed_file()
-            self.board = ProgressBoard(world_size, self.board_fd)
-            if hasattr(os, "memfd_create"):
-                self.store_fd = self._unnamed_file()
-                self.store_path = f"/proc/self/fd/{self.store_fd}"
-                self.memory_fd = self._unnamed_file()
-                os.ftruncate(self.memory_fd, Region(num_local_ranks).num_bytes)
-                for _ in range(num_local_ranks):
-                    self.wake_fds.append(os.eventfd(0, os.EFD_NONBLOCK))
-                    self._descriptors.append(self.wake_fds[-1])
-            else:
-                descriptor, self.store_path = tempfile.mkstemp(prefix="expertlane-")
-                os.close(descriptor)
-        except OSError as error:
-            self.close()
-            raise CapacityError(f"no room for temporary files: {error}") from None
-
-    def _unnamed_file(self) -> int:
-        if hasattr(os, "memfd_create"):
-            descriptor = os.memfd_create("expertlane")
-        else:
-            with tempfile.TemporaryFile() as file:
-                descriptor = os.dup(file.fileno())
-        self._descriptors.append(descriptor)
-        return descriptor
-
-    def close(self) -> None:
-        """Leave nothing behind; the board can still be read."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
-        if self.store_fd is None and self.store_path:
-            Path(self.store_path).unlink(missing_ok=True)
-
-
 class LocalRanks:
     """Ranks of this machine, children of a fork server that this process owns.
 
@@ -117,12 +60,14 @@ class LocalRanks:
     Args:
         cpu_isa: the largest instruction set that kernels may use; None as the environment says.
         meeting: where the ranks meet those of other nodes; None without.
+        recovers: whether other ranks can take the places of lost ones, by `begin_epoch`.
 
     Attributes:
         channels: one a rank.
         controls: one a node; readable when it has news, such as that a rank has ended.
         board: where the ranks report their progress.
         ranks_per_node: how many a node has.
+        pids: of ranks of this node that are up.
         stopped: ranks whose processes were stopped when their nodes last said so.
         on_told_to_end: called where a node was told to end; None to end all nodes at once.
 
@@ -140,15 +85,24 @@ class LocalRanks:
         cpu_isa: CpuIsa | None = None,
         meeting: Meeting | None = None,
         launcher: Place | None = None,
+        recovers: bool = False,
     ) -> None:
         num_nodes = meeting.num_nodes if meeting else 1
         self.ranks_per_node = num_ranks
+        self._timeout_s = timeout_s
+        self.recovers = recovers
+        self.pids: dict[int, int] = {}
         self.stopped: set[int] = set()
         self._names = ["the fork server"]
         self._exit_codes: dict[int, int] = {}
         self._asked_s: dict[int, float] = {}  # when nodes were pinged that have not answered yet
         self._pinged_s = 0.0
         self._is_server_hung = False
+        self._epoch = 0
+        self._not_begun: set[int] = set()  # nodes that are to say that they are in this epoch
+        self._fenced: dict[int, list[Channel]] = {}  # by node, until it says so: see `begin_epoch`
+        self._replaced: list[int] = []
+        self._connected: list[int] = []
         self.on_told_to_end: Callable[[], None] | None = None
         self._files = RunFiles(num_nodes * num_ranks, num_ranks)
         self.board = self._files.board
@@ -202,12 +156,74 @@ class LocalRanks:
         )
         for _, theirs in pairs:
             theirs.close()
+        self._files.leave_to_server()
         self._add_node([ours for ours, _ in pairs], first_rank.timeout_s)
 
     def _add_node(self, connections: Sequence[socket.socket], timeout_s: float) -> None:
         control, *of_ranks = [Channel(connection, timeout_s) for connection in connections]
         self.controls.append(control)
         self.channels += of_ranks
+
+    def begin_epoch(self, epoch: int, lost: Collection[int]) -> None:
+        """Have nodes end ranks for certain, and start others; `is_beginning` until they have.
+
+        The channels of the others are in `channels` once `take_connected` has given them.
+
+        Raises:
+            CapacityError: no descriptors are left.
+            RankError: a node is gone, or does not read.
+        """
+        self._epoch, self._not_begun = epoch, set(range(len(self.controls)))
+        self._replaced = sorted(lost)
+        for node, control in enumerate(self.controls):
+            ranks = [rank for rank in self._replaced if rank // self.ranks_per_node == node]
+            for rank in ranks:
+                self.pids.pop(rank, None)
+                # Open until it is dead: one of another node that sees the end would end its server.
+                self._fenced.setdefault(node, []).append(self.channels[rank])
+            try:
+                control.send(encode(MessageKind.BEGIN_EPOCH, BeginEpoch(ranks), epoch))
+                self._connect_others(node, ranks)
+            except BlockingIOError:
+                raise self._hung_in_a_message(node) from None
+            except OSError:
+                raise self._lost(node) from None
+
+    def _connect_others(self, node: int, ranks: Sequence[int]) -> None:
+        """New channels for ranks of a node; its server gets their other ends."""
+        with contextlib.ExitStack() as sent:
+            try:
+                pairs = [socket.socketpair() for _ in ranks]
+            except OSError as error:
+                raise CapacityError(f"cannot replace ranks {ranks}: {error.strerror}") from error
+            theirs = [sent.enter_context(end) for _, end in pairs]
+            for rank, (ours, _) in zip(ranks, pairs, strict=True):
+                self.channels[rank] = Channel(ours, self._timeout_s)
+                self._connected.append(rank)
+            self.controls[node].send_descriptors([end.fileno() for end in theirs])
+
+    def connected(self) -> dict[int, Channel]:
+        """Channels of ranks that were not replaced, or by others that are connected by now."""
+        fenced = [channel for of_node in self._fenced.values() for channel in of_node]
+        return {
+            rank: channel
+            for rank, channel in enumerate(self.channels)
+            if channel.fileno() >= 0 and channel not in fenced
+        }
+
+    @property
+    def is_beginning(self) -> bool:
+        """Whether a node has yet to end ranks, and to start others."""
+        return bool(self._not_begun)
+
+    def acceptor(self) -> int | None:
+        """A descriptor that is readable when ranks of other nodes connect; None without."""
+        return None
+
+    def take_connected(self) -> list[int]:
+        """Ranks that have come to be connected since the last call; does not wait."""
+        connected, self._connected = self._connected, []
+        return connected
 
     def ping(self) -> None:
         """Ask each node once a second how its ranks are; call it while waiting for them."""
@@ -259,6 +275,9 @@ class LocalRanks:
                 self._take_exit(node, Decoder(Exit).decode(message))
             elif message.kind is MessageKind.HEARTBEAT:
                 self._take_heartbeat(node, Decoder(Heartbeat).decode(message))
+            elif message.kind is MessageKind.EPOCH_BEGUN:
+                if message.epoch == self._epoch:
+                    self._take_begun(node)
             elif message.kind is MessageKind.FAILURE:
                 failure = Decoder(Failure).decode(message)
                 if failure.kind is FailureKind.TERMINATED and self.on_told_to_end is not None:
@@ -269,13 +288,15 @@ class LocalRanks:
             else:
                 return message
         except BlockingIOError:
-            name = self._names[node]
-            raise RankError(f"{name} hung in a message; all ranks were ended") from None
+            raise self._hung_in_a_message(node) from None
         except (EOFError, OSError):
             raise self._lost(node) from None
         except MessageError as error:
             raise RankError(f"{self._names[node]} sent an invalid message: {error}") from None
         return None
+
+    def _hung_in_a_message(self, node: int) -> RankError:
+        return RankError(f"{self._names[node]} hung in a message; all ranks were ended")
 
     def _take_exit(self, node: int, report: Exit) -> None:
         if report.rank // self.ranks_per_node != node:
@@ -292,6 +313,18 @@ class LocalRanks:
         self.stopped = self.stopped.difference(ranks).union(heartbeat.stopped)
         for rank, line in zip(ranks, heartbeat.lines if node else (), strict=bool(node)):
             self.board.update(rank, line)
+
+    def _take_begun(self, node: int) -> None:
+        """All that the node has said before was of older epochs."""
+        self._not_begun.discard(node)
+        for channel in self._fenced.pop(node, []):
+            channel.close()
+        for rank in self._replaced:
+            if rank // self.ranks_per_node == node:
+                self._exit_codes.pop(rank, None)
+                self.stopped.discard(rank)
+                if node:
+                    self.board.reporter(rank)  # writes "setting up", as the node itself has
 
     def _lost(self, node: int) -> RankError:
         if node:
@@ -321,7 +354,8 @@ class LocalRanks:
             for control in self.controls[1:]:
                 with contextlib.suppress(OSError):
                     control.send(_END)
-        for channel in [*self.channels, *self.controls]:
+        fenced = [channel for of_node in self._fenced.values() for channel in of_node]
+        for channel in [*self.channels, *self.controls, *fenced]:
             channel.close()  # a server kills what is left when it sees this
         try:
             self._server.wait(0 if self._is_server_hung else _KILL_TIMEOUT_S)

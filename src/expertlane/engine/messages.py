@@ -5,9 +5,10 @@ is imported by a name that came over a socket. Arrays follow the value, each ali
 that shared memory could hold the same encoding.
 """
 
+import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any, Generic, NamedTuple, TypeVar, get_args
@@ -20,11 +21,13 @@ from expertlane.errors import UserError
 
 ValueT = TypeVar("ValueT")
 
-_HEADER = struct.Struct("<4sIQQ")  # magic, kind, bytes of the value, bytes of the arrays
-_MAGIC = b"XLM1"
+_HEADER = struct.Struct("<4sIIQQ")  # magic, kind, epoch, bytes of the value, of the arrays
+_MAGIC = b"XLM2"
 _ALIGNMENT = 64
 _ZEROS = bytes(_ALIGNMENT)
 MAX_MESSAGE_BYTES = 1 << 30
+_WITH_DESCRIPTORS = b"."  # Linux passes none without data
+_MAX_DESCRIPTORS = 200  # of a message; Linux takes 253
 _DTYPES = {np.dtype(name).str: np.dtype(name) for name in ("?", "u1", "<i4", "<i8", "<f4", "<f8")}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -41,6 +44,11 @@ class MessageKind(IntEnum):
     EXIT = 7
     NODES = 8
     END = 9
+    BEGIN_EPOCH = 10
+    EPOCH_BEGUN = 11
+
+
+_KINDS = {int(kind): kind for kind in MessageKind}
 
 
 class MessageError(Exception):
@@ -88,6 +96,20 @@ class Nodes:
     hashes: list[bytes]
 
 
+@dataclass(frozen=True)
+class BeginEpoch:
+    """A node is to end ranks for certain, and to start others in their places.
+
+    The message's own epoch is the one that begins. On the launcher's node the descriptors of the
+    new ranks' channels follow, in the order of `ranks`.
+
+    Attributes:
+        ranks: global ones of the node; none where it loses none.
+    """
+
+    ranks: list[int]
+
+
 class FailureKind(Enum):
     """Where the cause of a failure lies."""
 
@@ -99,7 +121,7 @@ class FailureKind(Enum):
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank or a node could not go on, and ends after this message.
+    """A rank or a node could not go on; it ends, except where a peer was the cause.
 
     Attributes:
         text: one line.
@@ -122,11 +144,13 @@ class Message(NamedTuple):
     """A message as it arrived.
 
     Attributes:
+        epoch: that it belongs to; 0 in files.
         body: the encoded value.
         arrays: the arrays that it refers to; writable.
     """
 
     kind: MessageKind
+    epoch: int
     body: memoryview
     arrays: memoryview
 
@@ -203,8 +227,11 @@ class _Arrays:
         return [_CODES[value.dtype], value.shape, offset]
 
 
-def encode(kind: MessageKind, value: object) -> bytes:
+def encode(kind: MessageKind, value: object, epoch: int = 0) -> bytes:
     """A whole message.
+
+    Args:
+        epoch: that it belongs to; who is in a newer one drops it.
 
     Raises:
         TypeError: something in the value cannot be sent.
@@ -220,7 +247,7 @@ def encode(kind: MessageKind, value: object) -> bytes:
         raise ValueError(
             f"a message of {len(body) + arrays.size:,} bytes; at most {MAX_MESSAGE_BYTES:,}"
         )
-    header = _HEADER.pack(_MAGIC, kind, len(body), arrays.size)
+    header = _HEADER.pack(_MAGIC, kind, epoch, len(body), arrays.size)
     return b"".join([header, body, bytes(-len(body) % _ALIGNMENT), *arrays.parts])
 
 
@@ -231,25 +258,44 @@ def messages_in(content: memoryview) -> Iterator[Message]:
         MessageError: the header of one is wrong, or announces too many bytes.
     """
     while len(content) >= _HEADER.size:
-        kind, body_size, arrays_begin, size = _sizes(content[: _HEADER.size])
-        if len(content) < _HEADER.size + size:
+        header, content = _Header.of(content[: _HEADER.size]), content[_HEADER.size :]
+        if len(content) < header.num_bytes:
             return
-        own, content = content[_HEADER.size :][:size], content[_HEADER.size + size :]
-        yield Message(kind, own[:body_size], own[arrays_begin:])
+        yield header.message(content[: header.num_bytes])
+        content = content[header.num_bytes :]
 
 
-def _sizes(header: memoryview) -> tuple[MessageKind, int, int, int]:
-    """Its kind, bytes of its value, where its arrays begin, and bytes of all after the header."""
-    magic, kind, body_size, arrays_size = _HEADER.unpack(header)
-    if magic != _MAGIC or kind not in list(MessageKind):
-        raise MessageError("the header is wrong")
-    if body_size + arrays_size > MAX_MESSAGE_BYTES:
-        raise MessageError(
-            f"the header announces {body_size + arrays_size:,} bytes; at most "
-            f"{MAX_MESSAGE_BYTES:,} are taken"
-        )
-    arrays_begin = body_size + -body_size % _ALIGNMENT
-    return MessageKind(kind), body_size, arrays_begin, arrays_begin + arrays_size
+class _Header(NamedTuple):
+    """What a message begins with.
+
+    Attributes:
+        body_bytes: of its value.
+        arrays_begin: counted from the end of the header.
+        num_bytes: of all after the header.
+    """
+
+    kind: MessageKind
+    epoch: int
+    body_bytes: int
+    arrays_begin: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, encoded: memoryview) -> "_Header":
+        magic, kind, epoch, body_bytes, arrays_bytes = _HEADER.unpack(encoded)
+        if magic != _MAGIC or kind not in _KINDS:
+            raise MessageError("the header is wrong")
+        if body_bytes + arrays_bytes > MAX_MESSAGE_BYTES:
+            raise MessageError(
+                f"the header announces {body_bytes + arrays_bytes:,} bytes; at most "
+                f"{MAX_MESSAGE_BYTES:,} are taken"
+            )
+        arrays_begin = body_bytes + -body_bytes % _ALIGNMENT
+        return cls(_KINDS[kind], epoch, body_bytes, arrays_begin, arrays_begin + arrays_bytes)
+
+    def message(self, content: memoryview) -> Message:
+        body, arrays = content[: self.body_bytes], content[self.arrays_begin :]
+        return Message(self.kind, self.epoch, body, arrays)
 
 
 class Channel:
@@ -270,7 +316,7 @@ class Channel:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bound)
 
     def fileno(self) -> int:
-        """The file descriptor, to poll."""
+        """The file descriptor, to poll; -1 once it is closed."""
         return self._socket.fileno()
 
     def close(self) -> None:
@@ -286,6 +332,41 @@ class Channel:
         """
         self._socket.sendall(encoded)
 
+    def send_descriptors(self, descriptors: Sequence[int]) -> None:
+        """Send copies of descriptors to another process of this machine.
+
+        Raises:
+            BlockingIOError, OSError: as `send`.
+        """
+        for begin in range(0, len(descriptors), _MAX_DESCRIPTORS):
+            part = list(descriptors[begin : begin + _MAX_DESCRIPTORS])
+            socket.send_fds(self._socket, [_WITH_DESCRIPTORS], part)
+
+    def receive_descriptors(self, number: int) -> list[int]:
+        """Wait for that many, sent together by `send_descriptors`; no program inherits them.
+
+        Raises:
+            EOFError, OSError: the connection is closed; those that came are closed too.
+            MessageError: others came than were announced.
+        """
+        descriptors: list[int] = []
+        try:
+            while len(descriptors) < number:
+                most = min(number - len(descriptors), _MAX_DESCRIPTORS)
+                data, part, _, _ = socket.recv_fds(self._socket, 1, most)
+                descriptors += part
+                if not data:
+                    raise EOFError
+                if data != _WITH_DESCRIPTORS or len(part) != most:
+                    raise MessageError(f"{len(part)} descriptors where {most} were announced")
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)
+        return descriptors
+
     def receive(self) -> Message:
         """Wait for the next message.
 
@@ -294,9 +375,8 @@ class Channel:
             EOFError, OSError: the connection is closed.
             MessageError: its header is wrong, or announces too many bytes.
         """
-        kind, body_size, arrays_begin, size = _sizes(self._receive_exactly(_HEADER.size))
-        content = self._receive_exactly(size)
-        return Message(kind, content[:body_size], content[arrays_begin:])
+        header = _Header.of(self._receive_exactly(_HEADER.size))
+        return header.message(self._receive_exactly(header.num_bytes))
 
     def _receive_exactly(self, size: int) -> memoryview:
         content = memoryview(bytearray(size))

@@ -1,7 +1,7 @@
 """The runner of real ranks: a deployment's model on a pool, one step plan at a time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,15 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.trace import RoutingTrace
+from expertlane.engine.checking import Checking
 from expertlane.engine.commands import (
     CacheInt8,
     Deploy,
     DiscardSteps,
     RankOutcome,
+    Redeploy,
     RunStep,
     SetDispatch,
     StageSpec,
 )
+from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.dispatch_timing import time_dispatch
 from expertlane.engine.launch import check_deployment
 from expertlane.engine.pool import RankPool, Ticket
@@ -27,9 +30,9 @@ from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Deployment, DispatchTable
+from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import Phase
+from expertlane.spec.names import CheckLevel, Phase
 from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -51,6 +54,8 @@ class ModelRunner:
         held: [world_size]; what each rank has allocated.
         dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
         rebalancer: moves experts between steps; None where they stay.
+        checking: looks for silent errors; None where nobody does.
+        copy_switch: decides in which steps copies of experts are balanced; None for in none.
 
     Args:
         limits: of the scheduler; here, the size of the paged cache.
@@ -58,6 +63,7 @@ class ModelRunner:
         seed: of the model's weights, where they come from no checkpoint.
         checkpoint: the folder the weights are in.
         dispatch_table: as measured before, for what is `auto`; None to measure it.
+        check: how much ranks look for silent errors.
         log: takes a line for each thing that is decided.
 
     Raises:
@@ -75,6 +81,7 @@ class ModelRunner:
         ranks_per_node: int,
         checkpoint: Path | None = None,
         dispatch_table: DispatchTable | None = None,
+        check: CheckLevel = "off",
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._pool = pool
@@ -83,19 +90,26 @@ class ModelRunner:
         placements = check_deployment(model, deployment, ranks_per_node)
         folder = str(checkpoint) if checkpoint else None
         kept = options.weights, options.cache_int8
-        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept)
+        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
+        self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size)
         if options.cache_int8:
             if folder is None:
                 raise UserError(
                     f"cache_int8 (--cache-int8) needs a checkpoint's folder; {model.name} has "
                     "random weights"
                 )
-            pool.call(CacheInt8(model, folder), ranks=[0])
-        held = pool.call(Deploy(spec, options, limits.num_blocks, limits.block_size))
+            (is_written,) = pool.call(CacheInt8(model, folder), ranks=[0])
+            where = f"{folder}/{INT8_FOLDER}"
+            log(f"int8 weights: {'written to' if is_written else 'read from'} {where}")
+        held = pool.call(self._deploy)
         self.held = held[: layout.world_size]
+        self.checking = None if check == "off" else Checking(pool, layout.world_size)
         self._model, self._placements = model, placements
         self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
+        self.copy_switch: CopySwitch | None = None
+        self._watch: RankWatch | None = None
+        self._to_discard: set[tuple[int, int]] = set()  # (replica, step); by some ranks
         if options.is_timed:
             if self.dispatch_table is None:
                 modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
@@ -107,6 +121,8 @@ class ModelRunner:
             text = str(self.dispatch_table)
             unit = " (tokens per rank)" if " up to " in text else " for all steps"
             log(f"dispatch: {text}{unit}")
+        if options.copies == "balanced":
+            self.copy_switch = CopySwitch(layout, log)
         if options.rebalance_steps:
             self.rebalancer = Rebalancer(
                 pool,
@@ -120,7 +136,8 @@ class ModelRunner:
     def watch(self) -> RankWatch:
         """Begin to count what ranks do, for those who ask while they serve."""
         given = self._pool, self._layout, self._model, self._placements
-        return RankWatch(*given, self.rebalancer)
+        self._watch = RankWatch(*given, self.rebalancer, self.copy_switch)
+        return self._watch
 
     def set_dispatch(self, table: DispatchTable) -> None:
         """Choose how steps run from now on."""
@@ -129,10 +146,18 @@ class ModelRunner:
     def submit(self, plan: StepPlan) -> StepHandle:
         """Send a plan to the ranks of its replica, to each its own part."""
         placements = None if self.rebalancer is None else self.rebalancer.before_step(plan)
+        as_sent, balances = plan, False
+        if self.copy_switch is not None:
+            if placements is not None and not self.copy_switch.has_seen(plan):
+                self.copy_switch.forget(plan.replica)
+            as_sent, balances = self.copy_switch.before_step(plan)
         submitted_s = time.perf_counter()
         commands = [
-            (RunStep(step, placements), self._layout.ranks_of_dp_rank(plan.replica, dp_rank))
-            for dp_rank, step in enumerate(plan.of_dp_ranks())
+            (
+                RunStep(step, placements, balances),
+                self._layout.ranks_of_dp_rank(plan.replica, dp_rank),
+            )
+            for dp_rank, step in enumerate(as_sent.of_dp_ranks())
         ]
         return StepHandle(plan, self._pool.submit_each(commands), submitted_s)
 
@@ -146,6 +171,45 @@ class ModelRunner:
             steps = tuple(plan.step for plan in plans if plan.replica == replica)
             self._pool.submit(DiscardSteps(steps), ranks=self._layout.ranks_of_replica(replica))
 
+    def redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
+        """Let ranks load what they lack after some were replaced, and go on in a new epoch.
+
+        Args:
+            replaced: global ranks.
+            plans: of all steps that are not committed; ranks undo them, as `discard` does.
+        """
+        if self.rebalancer is not None:
+            self.rebalancer.abandon(plans)
+        if self.copy_switch is not None:  # what it decides goes with each step to all ranks
+            for replica in range(self._layout.replicas):
+                self.copy_switch.forget(replica)
+        self._to_discard.update((plan.replica, plan.step) for plan in plans)
+        given, layout = self._deploy, self._layout
+        commands = []
+        for replica in range(layout.replicas):
+            placements = self._placements
+            if self.rebalancer is not None:
+                placements = self.rebalancer.placements[replica]
+            command = Redeploy(
+                replace(given.spec, placements=placements),
+                given.options,
+                given.num_blocks,
+                given.block_size,
+                tuple(
+                    sorted(step for of_replica, step in self._to_discard if of_replica == replica)
+                ),
+                self.dispatch_table,
+            )
+            commands.append((command, layout.ranks_of_replica(replica)))
+        if others := range(layout.world_size, self._pool.num_ranks):  # they make groups too
+            commands.append((command, others))
+        self._pool.collect(self._pool.submit_each(commands))
+        self._to_discard.clear()
+        if self.checking is not None:
+            self.checking.check_weights(replaced)
+        if self._watch is not None:
+            self._watch.begin_again(replaced)
+
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
         """Wait until one of the steps is finished."""
         done = self._pool.first_done([handle.ticket for handle in handles])
@@ -157,9 +221,13 @@ class ModelRunner:
         """Wait for a step and put the ranks' parts of its outcome together."""
         outcomes = self._pool.collect(handle.ticket)
         finished_s = handle.finished_s or time.perf_counter()
+        if self.checking is not None:
+            self.checking.check_step(handle.plan.step, handle.ticket.ranks, outcomes)
         outcome = outcome_of(outcomes, handle.submitted_s, finished_s)
         if self.rebalancer is not None:
             self.rebalancer.after_step(handle.plan, outcome.records)
+        if self.copy_switch is not None:
+            self.copy_switch.after_step(handle.plan, outcome.records)
         return outcome
 
 

@@ -3,17 +3,16 @@
 import contextlib
 import os
 import select
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import wait
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, Generic, NoReturn, TypeVar
 
 from expertlane.comm.progress import Position
 from expertlane.engine.commands import Command, result_type
-from expertlane.engine.fork_server import is_stopped
 from expertlane.engine.local_ranks import LocalRanks
+from expertlane.engine.losses import Loss, Losses
 from expertlane.engine.messages import (
     Decoder,
     Failure,
@@ -24,15 +23,13 @@ from expertlane.engine.messages import (
     Ready,
     encode,
 )
-from expertlane.errors import ExpertlaneError, RankError, TerminatedError, UserError
-from expertlane.spec.names import Stage
+from expertlane.errors import ExpertlaneError, RankError, RanksLostError, TerminatedError
 
 _POLL_S = 0.5
 _OWN_PAUSE_S = 1.0  # a longer one is no fault of the ranks
 _START_TIMEOUT_S = 120.0  # imports on a cold disk; no rank is in a step yet
+_NUM_STARTS = 3  # epochs in which ranks may be lost before all have started
 _NODE_MARGIN_S = 2.0  # a rank that hangs is named first
-_BLAME_WINDOW_S = 2.0  # how long to look for the cause after a symptom was reported
-_FAILURE_WAIT_S = 0.5  # for a user's mistake that another rank has found
 
 ResultT = TypeVar("ResultT")
 
@@ -42,11 +39,12 @@ class Ticket(Generic[ResultT]):
 
     Args:
         decoder: of the answers.
+        epoch: it comes to nothing when another one begins.
     """
 
-    def __init__(self, ranks: Sequence[int], decoder: Decoder[ResultT]) -> None:
+    def __init__(self, ranks: Sequence[int], decoder: Decoder[ResultT], epoch: int) -> None:
         self.ranks = list(ranks)
-        self.decoder = decoder
+        self.decoder, self.epoch = decoder, epoch
         self.results: dict[int, ResultT] = {}
         self.submitted_s = time.monotonic()
 
@@ -55,13 +53,19 @@ class Ticket(Generic[ResultT]):
         """Whether every rank has answered."""
         return len(self.results) == len(self.ranks)
 
+    @property
+    def busy(self) -> list[int]:
+        """Ranks that have not answered."""
+        return [rank for rank in self.ranks if rank not in self.results]
+
 
 class RankPool:
     """Ranks that stay alive from one deployment to the next.
 
     No wait is without an end: a rank that dies is noticed at once, and when
     no rank of a call has reported progress for `timeout_s`, the one that the others wait for is
-    named. Either ends all ranks and raises.
+    named. Either ends all ranks and raises, unless the ranks recover: then the others stay, and
+    every method raises the same until `begin_epoch`.
 
     Args:
         ranks: started ranks; the pool owns and closes them.
@@ -69,35 +73,63 @@ class RankPool:
 
     Attributes:
         is_closed: whether the ranks are gone.
+        epoch: how often other ranks took the places of lost ones.
 
     Raises:
-        RankError: from any method, when a rank died, hung or raised.
+        RankError: from any method, when a rank died, hung or raised, or a node's fork server.
+        RanksLostError: the same where the others stay; never of a fork server.
         UserError: from any method, when a rank found a mistake in what was asked for.
     """
 
     def __init__(self, ranks: LocalRanks, timeout_s: float) -> None:
         self._ranks = ranks
         self._timeout_s = timeout_s
+        self._losses = Losses(ranks, timeout_s, self._take_answer)
         self._waiting: list[deque[Ticket[Any]]] = [deque() for _ in ranks.channels]
-        self._pids: dict[int, int] = {}
         self.is_closed = False
+        self.epoch = 0
+        self._loss: Loss | None = None  # until another epoch begins
+        self._replaced: frozenset[int] = frozenset()  # while one begins
+        self._starting = set(range(self.num_ranks))
         self._own_pid = os.getpid()
         self._resumed_s = 0.0  # when this process went on after it was stopped itself, as by Ctrl-Z
-        self._poll = select.poll()  # kept: to make one a step costs a decode step a few percent
-        for channel in (*ranks.controls, *ranks.channels):
-            self._poll.register(channel.fileno(), select.POLLIN)
+        self._poll = self._poll_of(range(self.num_ranks))
         self._decoders: dict[type[Command[Any]], Decoder[Any]] = {}
-        started = Ticket(range(self.num_ranks), Decoder(Ready))
-        for waiting in self._waiting:
-            waiting.append(started)
         try:
-            self._wait_for([started], max(timeout_s, _START_TIMEOUT_S))
+            self._start()
         except BaseException:
             self.close(failed=True)
             raise
-        for rank, ready in started.results.items():
-            if rank < ranks.ranks_per_node:
-                self._pids[rank] = ready.pid
+
+    def _poll_of(self, ranks: Collection[int]) -> select.poll:
+        """Kept from one wait to the next: to make one a step costs it a few percent."""
+        poll = select.poll()
+        for channel in (*self._ranks.controls, *(self._ranks.channels[rank] for rank in ranks)):
+            poll.register(channel.fileno(), select.POLLIN)
+        return poll
+
+    def _start(self) -> None:
+        """Wait until all ranks are up; those that are lost meanwhile are replaced."""
+        try:
+            self._wait_for([self._started()], max(self._timeout_s, _START_TIMEOUT_S))
+            return
+        except RanksLostError as error:
+            lost = error
+        for _ in range(_NUM_STARTS - 1):
+            try:
+                self.begin_epoch(lost.ranks)
+                return
+            except RanksLostError as error:
+                lost = error
+        assert self._loss is not None, "what was raised"
+        raise self._loss.error(recovers=False)
+
+    def _started(self) -> Ticket[Ready]:
+        """For the ranks that are not up yet to say so."""
+        started = Ticket(sorted(self._starting), Decoder(Ready), self.epoch)
+        for rank in started.ranks:
+            self._waiting[rank].append(started)
+        return started
 
     def __enter__(self) -> "RankPool":
         return self
@@ -112,7 +144,7 @@ class RankPool:
 
     def pid(self, rank: int) -> int | None:
         """The process of a rank on this machine; None for another node's."""
-        return self._pids.get(rank)
+        return self._ranks.pids.get(rank)
 
     def position(self, rank: int) -> Position:
         """What a rank last reported."""
@@ -132,6 +164,51 @@ class RankPool:
                 self._ranks.close(failed=True)  # a signal came in between: not before all is clean
                 raise
 
+    def begin_epoch(
+        self, lost: Collection[int], on_fenced: Callable[[], None] = lambda: None
+    ) -> None:
+        """Replace lost ranks by others; returns when these are up.
+
+        All commands under way come to nothing: the other ranks leave them at once where they wait
+        for ranks, else when they are done. No lost rank is alive then, and what is still on its
+        way from it is refused.
+
+        Args:
+            lost: none for a new epoch alone, which parts ranks whose transfers broke.
+            on_fenced: called once all lost ranks are dead and others are started, not up yet.
+
+        Raises:
+            RanksLostError: more ranks are lost by now: of all those that are to be replaced.
+        """
+        self._check_open()
+        self.epoch += 1
+        self._loss = None
+        self._replaced |= frozenset(lost)  # with those of an epoch that has not begun wholly
+        self._starting |= self._replaced
+        for waiting in self._waiting:
+            waiting.clear()
+        started = self._started()
+        others = [rank for rank in range(self.num_ranks) if rank not in self._replaced]
+        self._poll = self._poll_of(others)
+        try:
+            self._ranks.begin_epoch(self.epoch, self._replaced)
+        except ExpertlaneError as error:
+            self._fail(error)
+        self._watch_connected()
+        if (acceptor := self._ranks.acceptor()) is not None and self._replaced:
+            self._poll.register(acceptor, select.POLLIN)
+        while self._ranks.is_beginning:
+            self._wait_once(self._timeout_s)
+        on_fenced()
+        self._wait_for([started], self._timeout_s)  # there is nothing to import
+        if acceptor is not None and self._replaced:
+            self._poll.unregister(acceptor)
+        self._replaced = frozenset()
+
+    def _watch_connected(self) -> None:
+        for rank in self._ranks.take_connected():
+            self._poll.register(self._ranks.channels[rank].fileno(), select.POLLIN)
+
     def call(
         self, command: Command[ResultT], *, ranks: Sequence[int] | None = None
     ) -> list[ResultT]:
@@ -148,23 +225,34 @@ class RankPool:
         self, commands: Sequence[tuple[Command[ResultT], Sequence[int]]]
     ) -> Ticket[ResultT]:
         """Begin commands of one type, each on ranks of its own, under one ticket."""
-        if self.is_closed:
-            raise RankError("the ranks are gone; start new ones")
-        if os.getpid() != self._own_pid:
-            raise RankError("the ranks belong to the process that this one was forked from")
+        self._check_usable()
         ranks = sorted(rank for _, of_command in commands for rank in of_command)
-        ticket = Ticket(ranks, self._decoder(commands[0][0]))
+        ticket = Ticket(ranks, self._decoder(commands[0][0]), self.epoch)
         for command, of_command in commands:
-            encoded = encode(MessageKind.COMMAND, command)  # once for all
+            encoded = encode(MessageKind.COMMAND, command, self.epoch)  # once for all
             for rank in of_command:
                 self._waiting[rank].append(ticket)
                 try:
                     self._ranks.channels[rank].send(encoded)
                 except BlockingIOError:
-                    self._fail(self._hang(ticket, self._timeout_s))
+                    self._lose(partial(self._losses.hang, ticket.busy, self._timeout_s))
                 except OSError:
-                    self._fail(self._death(rank))
+                    self._lose(partial(self._losses.death, rank))
         return ticket
+
+    def _check_usable(self) -> None:
+        self._check_open()
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        if self._loss is not None:
+            raise self._loss.error(recovers=True)
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise RankError("the ranks are gone; start new ones")
+        if os.getpid() != self._own_pid:
+            raise RankError("the ranks belong to the process that this one was forked from")
 
     def _decoder(self, command: Command[ResultT]) -> Decoder[ResultT]:
         kind = type(command)
@@ -182,33 +270,45 @@ class RankPool:
         self._wait_for([ticket], self._timeout_s)
         return [ticket.results[rank] for rank in ticket.ranks]
 
+    def lose(self, loss: Loss) -> NoReturn:
+        """Treat ranks that answer as lost, for what their answers have shown."""
+        self._lose(lambda: loss)
+
     def on_told_to_end(self, react: Callable[[], None]) -> None:
         """Call this, from then on, where a node is told to end, instead of ending all at once."""
         self._ranks.on_told_to_end = react
 
     def check(self) -> None:
         """Notice what has happened while nothing was asked of the ranks; does not wait."""
+        self._check_whole()
         self._ranks.ping()
         self._receive_available(0)
 
     def _wait_for(self, tickets: Sequence[Ticket[Any]], bound_s: float) -> None:
         """Wait until one of the tickets is done."""
         while not any(ticket.is_done for ticket in tickets):
-            self._ranks.ping()
-            began_s, wait_s = time.monotonic(), min(_POLL_S, bound_s / 4)
-            self._receive_available(wait_s)
-            if time.monotonic() - began_s > wait_s + _OWN_PAUSE_S:
-                self._resumed_s = time.monotonic()
+            self._check_whole()
+            if any(ticket.epoch < self.epoch for ticket in tickets):
+                raise RankError("what was asked for came to nothing when another epoch began")
+            self._wait_once(bound_s)
             old_s = time.monotonic() - bound_s
             for ticket in tickets:
                 if ticket.is_done or ticket.submitted_s > old_s:
                     continue
                 if self._silent_s(ticket) > bound_s:
-                    self._fail(self._hang(ticket, bound_s))
-            try:
-                self._ranks.check_answers(bound_s + _NODE_MARGIN_S, self._resumed_s)
-            except RankError as error:
-                self._fail(error)
+                    self._lose(partial(self._losses.hang, ticket.busy, bound_s))
+
+    def _wait_once(self, bound_s: float) -> None:
+        """Wait a while for what ranks and nodes send."""
+        self._ranks.ping()
+        began_s, wait_s = time.monotonic(), min(_POLL_S, bound_s / 4)
+        self._receive_available(wait_s)
+        if time.monotonic() - began_s > wait_s + _OWN_PAUSE_S:
+            self._resumed_s = time.monotonic()
+        try:
+            self._ranks.check_answers(bound_s + _NODE_MARGIN_S, self._resumed_s)
+        except RankError as error:
+            self._fail(error)
 
     def _silent_s(self, ticket: Ticket[Any]) -> float:
         """Seconds since any rank of the ticket reported progress."""
@@ -223,105 +323,63 @@ class RankPool:
             try:
                 self._take(rank, channels[rank].receive())
             except BlockingIOError:  # it stopped in the middle of a message
-                self._fail(self._hang(Ticket([rank], Decoder(Ready)), self._timeout_s))
+                self._lose(partial(self._losses.hang, [rank], self._timeout_s))
             except (EOFError, OSError):
-                self._fail(self._death(rank))
+                self._lose(partial(self._losses.death, rank))
             except MessageError as error:
-                self._fail(RankError(f"rank {rank} sent an invalid message: {error}"))
+                text = f"rank {rank} sent an invalid message: {error}"
+                self._lose(partial(Loss, frozenset([rank]), text))
         try:
             self._ranks.read_news(ready)
         except ExpertlaneError as error:
             self._fail(error)
+        if self._ranks.acceptor() in ready:
+            self._watch_connected()
 
     def _take(self, rank: int, message: Message) -> None:
-        if message.kind is MessageKind.FAILURE:
-            self._fail(self._blame(rank, self._failure(rank, message)))
-        elif message.kind in (MessageKind.RESULT, MessageKind.READY) and self._waiting[rank]:
-            ticket = self._waiting[rank][0]
-            ticket.results[rank] = ticket.decoder.decode(message)
-            self._waiting[rank].popleft()
-        else:
-            raise MessageError(f"{message.kind.name} was not expected")
+        if message.kind is not MessageKind.FAILURE:
+            self._take_answer(rank, message)
+        elif not self._is_past(message):
+            self._lose(partial(self._losses.failure, rank, message))
 
-    def _failure(self, rank: int, message: Message) -> Failure:
-        failure = Decoder(Failure).decode(message)
-        if failure.line is not None:
-            self._ranks.board.update(rank, failure.line)
-        return failure
+    def _is_past(self, message: Message) -> bool:
+        """Whether a failure was only a transfer's, in an older epoch; its rank goes on."""
+        if message.epoch == self.epoch:
+            return False
+        return Decoder(Failure).decode(message).kind is FailureKind.PEER
+
+    def _take_answer(self, rank: int, message: Message) -> None:
+        kind = message.kind
+        if kind is MessageKind.RESULT and message.epoch < self.epoch:
+            return  # of a command that came to nothing
+        if kind not in (MessageKind.RESULT, MessageKind.READY) or not self._waiting[rank]:
+            raise MessageError(f"{kind.name} was not expected")
+        ticket = self._waiting[rank][0]
+        result = ticket.results[rank] = ticket.decoder.decode(message)
+        self._waiting[rank].popleft()
+        if kind is MessageKind.READY:
+            self._starting.discard(rank)
+            if rank < self._ranks.ranks_per_node:
+                self._ranks.pids[rank] = result.pid
+
+    def _lose(self, find: Callable[[], Loss]) -> NoReturn:
+        """End all ranks for a loss, or wait for another epoch.
+
+        Args:
+            find: gives it; what it raises ends all ranks.
+        """
+        try:
+            loss = find()
+        except MessageError as error:
+            loss = Loss(frozenset(), f"a rank sent an invalid message: {error}")
+        except ExpertlaneError as error:
+            self._fail(error)
+        if not self._ranks.recovers:
+            self._fail(loss.error(recovers=False))
+        self._loss = loss.with_others(self._losses.ended() | self._replaced)
+        raise self._loss.error(recovers=True) from None
 
     def _fail(self, error: ExpertlaneError) -> NoReturn:
         with contextlib.suppress(TerminatedError):  # by a batch system, for the same reason
             self.close(failed=True)
         raise error from None
-
-    def _blame(self, rank: int, failure: Failure) -> ExpertlaneError:
-        """The error behind a failure: a broken transfer is only a symptom of another rank's end."""
-        if failure.kind is FailureKind.USER:
-            return UserError(failure.text)
-        is_symptom = failure.kind is not FailureKind.BUG
-        until = time.monotonic() + (_BLAME_WINDOW_S if is_symptom else _FAILURE_WAIT_S)
-        others = {r: c for r, c in enumerate(self._ranks.channels) if r != rank}
-        while others and time.monotonic() < until:
-            ready = wait([channel.fileno() for channel in others.values()], _POLL_S)
-            for other in [r for r, channel in others.items() if channel.fileno() in ready]:
-                try:
-                    message = others[other].receive()
-                except (EOFError, OSError, MessageError):
-                    return self._death(other)
-                if message.kind is MessageKind.FAILURE:
-                    also = self._failure(other, message)
-                    if also.kind is FailureKind.USER:
-                        return UserError(also.text)
-                    if is_symptom and also.kind is FailureKind.BUG:
-                        return self._bug(other, also)
-                    del others[other]
-        if is_symptom:
-            return RankError(
-                f"rank {rank} lost its peers in {self.position(rank)}: {failure.text}; "
-                "all ranks were ended"
-            )
-        return self._bug(rank, failure)
-
-    def _bug(self, rank: int, failure: Failure) -> RankError:
-        error = RankError(
-            f"rank {rank} failed in {self.position(rank)}: {failure.text}; all ranks were ended"
-        )
-        error.add_note(failure.details)
-        return error
-
-    def _death(self, rank: int) -> ExpertlaneError:
-        try:
-            code = self._ranks.exit_code(rank, _BLAME_WINDOW_S)
-        except ExpertlaneError as error:
-            return error
-        if code is None:
-            how = "is gone"
-        elif code == -signal.SIGKILL:
-            how = "was killed by SIGKILL (by someone, or by the system for lack of memory)"
-        elif code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-        else:
-            how = f"ended with exit code {code}"
-        return RankError(f"rank {rank} {how} in {self.position(rank)}; all ranks were ended")
-
-    def _hang(self, ticket: Ticket[Any], bound_s: float) -> RankError:
-        """A stopped process, else one that computes while others wait, else the longest silent."""
-        busy = [rank for rank in ticket.ranks if rank not in ticket.results]
-        stopped = [rank for rank in busy if self._is_stopped(rank)]
-
-        def order(rank: int) -> tuple[bool, float]:
-            position = self.position(rank)
-            return position.waiting or position.stage is Stage.IDLE, position.time_s
-
-        rank = stopped[0] if stopped else min(busy, key=order)
-        why = " (its process is stopped)" if stopped else ""
-        can_wait_longer = not stopped and bound_s == self._timeout_s
-        remedy = "; if it was only slow, raise --timeout-s" if can_wait_longer else ""
-        return RankError(
-            f"rank {rank} hung in {self.position(rank)}{why}: no progress for {bound_s:g} s; "
-            f"all ranks were ended{remedy}"
-        )
-
-    def _is_stopped(self, rank: int) -> bool:
-        pid = self.pid(rank)
-        return rank in self._ranks.stopped if pid is None else is_stopped(pid)

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from expertlane.balance.placement_file import Placements
 from expertlane.comm.progress import Position
 from expertlane.engine.commands import ReadTotals
+from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.pool import RankPool, Ticket
 from expertlane.engine.rebalancing import Rebalancer
 from expertlane.results.rank_totals import RankTotals
@@ -35,6 +36,8 @@ class Reading:
             another rank of its expert tensor-parallel group reports them.
         link_bytes: [num_links].
         overlapped_s, exposed_s: as of `RankTotals`, over all ranks.
+        num_pairs_saved: as of `RankTotals`, over all stages.
+        copies_s: the same of the ranks that spent most on it.
     """
 
     time_s: float
@@ -46,6 +49,8 @@ class Reading:
     link_bytes: npt.NDArray[np.int64]
     overlapped_s: float
     exposed_s: float
+    num_pairs_saved: int
+    copies_s: float
 
 
 class RankWatch:
@@ -64,6 +69,7 @@ class RankWatch:
         model: ModelConfig,
         placements: Placements,
         rebalancer: Rebalancer | None = None,
+        copy_switch: CopySwitch | None = None,
     ) -> None:
         self.layout, self.num_experts = layout, model.num_experts
         self.layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
@@ -71,12 +77,14 @@ class RankWatch:
         self.stage_of_layer = [
             next(i for i, own in enumerate(stages) if layer in own) for layer in self.layers
         ]
-        self.rebalancer = rebalancer
+        self.rebalancer, self.copy_switch = rebalancer, copy_switch
         self._pool, self._placements = pool, placements
         self._ranks = range(layout.world_size)
         self._ticket: Ticket[RankTotals] | None = None
+        self._before: dict[int, RankTotals] = {}  # by rank, of processes that were replaced
         self._asked_s = time.monotonic()
-        first = self._reading(pool.call(ReadTotals(), ranks=self._ranks))
+        self._latest = pool.call(ReadTotals(), ranks=self._ranks)
+        first = self._reading(self._latest)
         self.readings: deque[Reading] = deque([first], maxlen=int(_KEPT_S / READ_S))
 
     def poll(self) -> None:
@@ -89,11 +97,26 @@ class RankWatch:
             if not self._ticket.is_done:
                 return
             results = self._ticket.results
-            self.readings.append(self._reading([results[rank] for rank in self._ranks]))
             self._ticket = None
+            self._latest = [self._with_before(rank, results[rank]) for rank in self._ranks]
+            self.readings.append(self._reading(self._latest))
         if time.monotonic() - self._asked_s >= READ_S:
-            self._asked_s = time.monotonic()
-            self._ticket = self._pool.submit(ReadTotals(), ranks=self._ranks)
+            self._ask()
+
+    def _ask(self) -> None:
+        self._asked_s = time.monotonic()
+        self._ticket = self._pool.submit(ReadTotals(), ranks=self._ranks)
+
+    def begin_again(self, replaced: Collection[int]) -> None:
+        """Ask ranks of a new epoch; those that were replaced count only from then on."""
+        self._ticket = None
+        for rank in replaced:
+            if rank in self._ranks:
+                self._before[rank] = self._latest[rank]
+        self._ask()
+
+    def _with_before(self, rank: int, totals: RankTotals) -> RankTotals:
+        return totals + self._before[rank] if rank in self._before else totals
 
     @property
     def positions(self) -> list[Position]:
@@ -129,6 +152,11 @@ class RankWatch:
                 found[layer] = float(max(shares))
         return found
 
+    def _of_stages(self, of_ranks: Sequence[int]) -> list[int]:
+        """[replicas x pp]; the most of each stage's ranks."""
+        size = self.layout.stage_size
+        return [max(of_ranks[first : first + size]) for first in range(0, len(of_ranks), size)]
+
     def _reading(self, totals: Sequence[RankTotals]) -> Reading:
         tokens = np.zeros((len(self.layers), self.num_experts), dtype=np.int64)
         of_rank = np.zeros((len(self.layers), len(totals)), dtype=np.int64)
@@ -148,4 +176,6 @@ class RankWatch:
             .sum(axis=0),
             overlapped_s=sum(each.overlapped_ns for each in totals) / 1e9,
             exposed_s=sum(each.exposed_ns for each in totals) / 1e9,
+            num_pairs_saved=sum(self._of_stages([each.num_pairs_saved for each in totals])),
+            copies_s=sum(self._of_stages([each.copies_ns for each in totals])) / 1e9,
         )

@@ -7,12 +7,13 @@ pass for a node. The first node's fork server, a child of the launcher, reads th
 
 import contextlib
 import hashlib
+import itertools
 import secrets
 import selectors
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -29,8 +30,8 @@ SECRET_BYTES = 32
 CONNECT_TIMEOUT_S = 120.0
 _STORE_POLL_S = 0.05
 _HANDSHAKE_TIMEOUT_S = 5.0  # for a few bytes that are sent at once
-_HANDSHAKE = struct.Struct(f"<8sII{SECRET_BYTES}s")  # magic, node, connection of it, secret
-_MAGIC = b"XLNODE01"
+_HANDSHAKE = struct.Struct(f"<8sIII{SECRET_BYTES}s")  # magic, node, its connection, epoch, secret
+_MAGIC = b"XLNODE02"
 _MAX_PENDING = 1024  # connections; beyond, the oldest is refused
 _MAX_REPORTED = 10
 _LAUNCHER = "launcher"  # the key of its address in the store
@@ -115,9 +116,9 @@ def hash_of(secret: bytes) -> bytes:
     return hashlib.sha256(secret).digest()
 
 
-def handshake(node: int, index: int, secret: bytes) -> bytes:
+def handshake(node: int, index: int, secret: bytes, epoch: int = 0) -> bytes:
     """What a node sends first on a connection: 0 is its own, then one for each of its ranks."""
-    return _HANDSHAKE.pack(_MAGIC, node, index, secret)
+    return _HANDSHAKE.pack(_MAGIC, node, index, epoch, secret)
 
 
 def connect(launcher: Place, node: int, num_ranks: int, secret: bytes) -> list[socket.socket]:
@@ -126,13 +127,22 @@ def connect(launcher: Place, node: int, num_ranks: int, secret: bytes) -> list[s
     Raises:
         OSError: it cannot be reached.
     """
-    connections = []
-    for index in range(1 + num_ranks):
-        place = launcher.address, launcher.port
-        connections.append(socket.create_connection(place, timeout=CONNECT_TIMEOUT_S))
-        connections[-1].sendall(handshake(node, index, secret))
-        set_options(connections[-1], keep_alive=index == 0)
-    return connections
+    return [connect_once(launcher, node, index, secret) for index in range(1 + num_ranks)]
+
+
+def connect_once(
+    launcher: Place, node: int, index: int, secret: bytes, epoch: int = 0
+) -> socket.socket:
+    """One of a node's connections to the launcher, for an epoch.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
+    place = launcher.address, launcher.port
+    connection = socket.create_connection(place, timeout=CONNECT_TIMEOUT_S)
+    connection.sendall(handshake(node, index, secret, epoch))
+    set_options(connection, keep_alive=index == 0)
+    return connection
 
 
 def set_options(connection: socket.socket, *, keep_alive: bool) -> None:
@@ -211,7 +221,7 @@ class NodeAcceptor:
     """Accepts the connections of nodes, in parallel, so that no other client makes them wait.
 
     Args:
-        listener: not blocking; stays the caller's.
+        listener: not blocking; the acceptor's own from now on.
         num_nodes: the first one is the launcher's own and does not connect.
         ranks_per_node: a node has as many connections, and one more.
         report: called with a line for each connection that is refused, the first ten.
@@ -232,10 +242,12 @@ class NodeAcceptor:
         self._pending: list[_PendingConnection] = []
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
+        self._epoch = 0
+        self._missing = set(itertools.product(range(1, num_nodes), range(self._per_node)))
         self._accepted: dict[tuple[int, int], socket.socket] = {}
 
     def accept_all(self, control: int, read_control: Callable[[], Sequence[bytes]]) -> None:
-        """Wait for all connections; `of_node` has them then.
+        """Wait for all connections; `take` has them then.
 
         Args:
             control: a descriptor, from which the hashes of nodes 1, … can be read.
@@ -246,39 +258,61 @@ class NodeAcceptor:
         """
         deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
         self._selector.register(control, selectors.EVENT_READ)
-        try:
-            while len(self._accepted) < (self._num_nodes - 1) * self._per_node:
-                if time.monotonic() > deadline_s:
-                    raise RankError(
-                        f"nodes {self._missing()} did not connect within {CONNECT_TIMEOUT_S:g} s"
-                    )
-                for key, _ in self._selector.select(0.5):
-                    if key.fileobj is self._listener:
-                        self._accept_connection()
-                    elif key.fileobj == control:
-                        self._hashes = read_control() or self._hashes
-                        for pending in [each for each in self._pending if each.claim]:
-                            self._check(pending)
-                    else:
-                        self._receive(key.data)
-                self._refuse_overdue()
-        except BaseException:
-            for connection in self._accepted.values():
-                connection.close()
-            raise
-        finally:
-            for pending in list(self._pending):
-                self._refuse(pending, "all nodes are connected")
-            self._selector.close()
+        while self._missing:
+            if time.monotonic() > deadline_s:
+                nodes = sorted({node for node, _ in self._missing})
+                raise RankError(f"nodes {nodes} did not connect within {CONNECT_TIMEOUT_S:g} s")
+            if self._accept(0.5, control):
+                self._hashes = read_control() or self._hashes
+                for pending in [each for each in self._pending if each.claim]:
+                    self._check(pending)
+        self._selector.unregister(control)
+        self._refuse_all()
 
-    def of_node(self, node: int) -> list[socket.socket]:
-        """The connections of a node, [1 + ranks_per_node]; the first is its own."""
-        return [self._accepted[node, index] for index in range(self._per_node)]
+    def expect(self, epoch: int, missing: Iterable[tuple[int, int]]) -> None:
+        """From now on wait for these alone, of an epoch: nodes, and connections of them."""
+        self._epoch, self._missing = epoch, set(missing)
 
-    def _missing(self) -> list[int]:
-        connected = [node for node, _ in self._accepted]
-        nodes = range(1, self._num_nodes)
-        return [node for node in nodes if connected.count(node) < self._per_node]
+    def fileno(self) -> int:
+        """A descriptor that is readable when there is something to accept."""
+        return self._selector.fileno()
+
+    def accept_available(self) -> None:
+        """Accept what has come; does not wait."""
+        self._accept(0)
+        if not self._missing:
+            self._refuse_all()
+
+    def take(self) -> dict[tuple[int, int], socket.socket]:
+        """What was accepted since the last time, by node and connection of it: 0 is its own."""
+        accepted, self._accepted = self._accepted, {}
+        return accepted
+
+    def close(self) -> None:
+        """Accept nothing any more; closes what nobody has taken."""
+        self._refuse_all()
+        for connection in (*self._accepted.values(), self._listener):
+            connection.close()
+        self._selector.close()
+
+    def _accept(self, timeout_s: float, control: int | None = None) -> bool:
+        """Take what comes in that time; gives whether `control` is readable."""
+        has_news = False
+        for key, _ in self._selector.select(timeout_s):
+            if key.fileobj is self._listener:
+                self._accept_connection()
+            elif key.fileobj == control:
+                has_news = True
+            else:
+                self._receive(key.data)
+        now_s = time.monotonic()
+        for pending in [each for each in self._pending if each.deadline_s < now_s]:
+            self._refuse(pending, "it sent no handshake in time")
+        return has_news
+
+    def _refuse_all(self) -> None:
+        for pending in list(self._pending):
+            self._refuse(pending, "all nodes are connected")
 
     def _accept_connection(self) -> None:
         try:
@@ -308,9 +342,12 @@ class NodeAcceptor:
         pending.received += data
         if len(pending.received) < _HANDSHAKE.size:
             return
-        magic, node, index, secret = _HANDSHAKE.unpack(pending.received)
+        magic, node, index, epoch, secret = _HANDSHAKE.unpack(pending.received)
         if magic != _MAGIC or not 0 < node < self._num_nodes or index >= self._per_node:
             self._refuse(pending, "it sent no valid handshake")
+            return
+        if epoch != self._epoch:
+            self._refuse(pending, f"it is of epoch {epoch}, not {self._epoch}")
             return
         pending.claim, pending.secret = (node, index), secret
         pending.deadline_s = float("inf")  # until all nodes have told the store their hashes
@@ -323,17 +360,13 @@ class NodeAcceptor:
             return
         known = self._hashes[pending.claim[0] - 1]
         is_known = secrets.compare_digest(hash_of(pending.secret), known)
-        if not is_known or pending.claim in self._accepted:
+        if not is_known or pending.claim not in self._missing:
             self._refuse(pending, f"it is not node {pending.claim[0]}")
             return
         self._pending.remove(pending)
         set_options(pending.connection, keep_alive=pending.claim[1] == 0)
+        self._missing.remove(pending.claim)
         self._accepted[pending.claim] = pending.connection
-
-    def _refuse_overdue(self) -> None:
-        now_s = time.monotonic()
-        for pending in [each for each in self._pending if each.deadline_s < now_s]:
-            self._refuse(pending, "it sent no handshake in time")
 
     def _refuse(self, pending: _PendingConnection, why: str) -> None:
         self._pending.remove(pending)

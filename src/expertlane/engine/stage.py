@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from expertlane.balance.placement_file import Placements
+from expertlane.comm.checks import CheckedRecorder, Checks
 from expertlane.comm.clocks import clock_for
 from expertlane.comm.collectives import Pending, interleave
 from expertlane.comm.mesh import ParallelMesh
@@ -28,16 +29,19 @@ from expertlane.engine.commands import (
     MeasureTransfers,
     RankOutcome,
     ReadTotals,
+    Redeploy,
     RunStep,
     SetDispatch,
     StageSpec,
     StartMoves,
+    SumWeights,
     TimeOneMove,
 )
 from expertlane.engine.measure.machine import describe_machine, measure_rates
 from expertlane.engine.measure.operations import measure_launches, measure_operations
 from expertlane.engine.measure.transfers import measure_contention, measure_transfers
 from expertlane.engine.migration import Migration, PlacementsBefore
+from expertlane.engine.rank_checks import StageChecks, sum_weights
 from expertlane.engine.worker import Handlers, RankContext
 from expertlane.model.checkpoint import Checkpoint
 from expertlane.model.checkpoint_weights import CheckpointWeights
@@ -57,7 +61,7 @@ from expertlane.spec.deployment import (
     Options,
     PayloadType,
 )
-from expertlane.spec.names import Phase, Stage
+from expertlane.spec.names import CheckPoint, Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 
 
@@ -67,9 +71,7 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
     if context.deployed is not None:
         context.deployed.migration.finish_moves()  # buffers must not go while bytes travel
     context.progress.enter(Stage.SETUP, NO_LAYER)
-    forms = options.forms(spec.layout, spec.ranks_per_node)
-    by_node = any(DISPATCH_FORMS[form].by_node for form in forms)
-    context.meshes.make(spec.layout, spec.ranks_per_node if by_node else 0)
+    _connect(context, spec, options)
     held = HeldBytes(0, 0)
     if context.rank >= spec.layout.world_size:
         context.deployed = None
@@ -77,6 +79,8 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
         if context.deployed is None or not context.deployed.is_as_at_first(spec):
             context.deployed = None  # frees the old weights before the new ones are drawn
             context.deployed = DeployedStage(context, spec)
+        else:
+            context.deployed.rejoin(())  # another epoch may have begun
         context.deployed.start(
             options, num_blocks=command.num_blocks, block_size=command.block_size
         )
@@ -86,20 +90,48 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
     return held
 
 
-def cache_int8(context: RankContext, command: CacheInt8) -> None:
-    """Write the file if it is missing, or of other files."""
+def redeploy(context: RankContext, command: Redeploy) -> None:
+    """Take part in a new epoch, with the stage that this rank has, or one that it builds."""
+    spec, options = command.spec, command.options
+    context.progress.enter(Stage.SETUP, NO_LAYER)
+    _connect(context, spec, options)
+    if context.rank < spec.layout.world_size:
+        if context.deployed is None:
+            deployed = DeployedStage(context, spec)
+            deployed.start(options, num_blocks=command.num_blocks, block_size=command.block_size)
+            if command.dispatch_table is not None:
+                deployed.set_dispatch(command.dispatch_table)
+            context.deployed = deployed
+        else:
+            context.deployed.rejoin(command.discard)
+    context.progress.enter(Stage.IDLE, NO_LAYER)
+
+
+def _connect(context: RankContext, spec: StageSpec, options: Options) -> None:
+    """Make the groups of a deployment; collective over all ranks."""
+    forms = options.forms(spec.layout, spec.ranks_per_node)
+    by_node = any(DISPATCH_FORMS[form].by_node for form in forms)
+    context.meshes.make(spec.layout, spec.ranks_per_node if by_node else 0)
+
+
+def cache_int8(context: RankContext, command: CacheInt8) -> bool:
+    """Write the file if it is missing, or of other files; gives whether it was."""
     context.progress.enter(Stage.SETUP, NO_LAYER)
     checkpoint = Checkpoint(Path(command.checkpoint), command.model)
-    if Int8Cache.find(checkpoint) is None:
+    is_missing = Int8Cache.find(checkpoint) is None
+    if is_missing:
         write_int8_cache(checkpoint, context.progress.touch)
     context.progress.enter(Stage.IDLE, NO_LAYER)
+    return is_missing
 
 
 def run_step(context: RankContext, command: RunStep) -> RankOutcome:
     """Execute one step plan on this rank's stage."""
     deployed: DeployedStage = context.deployed
     with torch.inference_mode():
-        return deployed.run(command.step, command.placements)
+        return deployed.run(
+            command.step, command.placements, balances_copies=command.balances_copies
+        )
 
 
 @dataclass(eq=False)
@@ -121,10 +153,12 @@ class _Changes:
 class DeployedStage:
     """A rank's stage of a deployment, and the order in which it takes micro-batches."""
 
+    _checks: StageChecks | None = None
+
     def __init__(self, context: RankContext, spec: StageSpec) -> None:
         self.spec = spec
         platform, model = context.platform, spec.model
-        self._recorder = Recorder(
+        given = (
             context.rank,
             model.num_hidden_layers,
             model.num_experts,
@@ -133,6 +167,12 @@ class DeployedStage:
             spec.layout.world_size,
             context.core_token(),
         )
+        checks = None
+        if spec.check != "off":
+            at = spec.layout.coordinates(context.rank)
+            layers = spec.layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
+            checks = Checks(spec.check, model.num_experts, at.etp_rank, layers.start)
+        self._recorder = CheckedRecorder(checks, *given) if checks else Recorder(*given)
         self._mesh = ParallelMesh(
             spec.layout,
             context.meshes,
@@ -140,6 +180,8 @@ class DeployedStage:
             spec.ranks_per_node,
             self._recorder,
         )
+        if checks is not None:
+            self._checks = StageChecks(checks, self._mesh)
         touch = context.progress.touch
         source: WeightSource
         if spec.checkpoint is None:
@@ -159,6 +201,7 @@ class DeployedStage:
         self._payload: PayloadType = "model"
         self._block_size = 1
         self._phase: Phase | None = None
+        self._balances_copies = False
         self._committed: dict[int, int] = {}  # tokens of the last committed step, by sequence id
         self._uncommitted: deque[_Changes] = deque()
         self._sends: deque[list[Pending]] = deque()
@@ -172,7 +215,7 @@ class DeployedStage:
 
     def start(self, options: Options, *, num_blocks: int, block_size: int) -> None:
         """Begin with an empty cache; what is `auto` is timed first, then set."""
-        self.migration.forget_arrived()
+        self.migration.forget()
         self._payload = options.payload
         if options.dispatch != "auto" and options.overlap != "auto":
             self.set_dispatch(
@@ -185,17 +228,36 @@ class DeployedStage:
         self._uncommitted.clear()
         self.stage.allocate_cache(num_blocks, block_size)
 
+    def rejoin(self, discard: Sequence[int]) -> None:
+        """Go on with the groups of a new epoch, as if these steps had never begun.
+
+        Args:
+            discard: as `discard` takes them.
+        """
+        self._mesh.renew()
+        self._sends.clear()  # nobody waits for them
+        self.discard(discard)
+        self.migration.forget()
+
     def set_dispatch(self, table: DispatchTable) -> None:
         """Choose how steps run from now on."""
         self._dispatch = table
         self.stage.set_forms(table.forms, self._payload)
 
-    def run(self, step: RankStep, placements: Placements | None = None) -> RankOutcome:
+    def run(
+        self,
+        step: RankStep,
+        placements: Placements | None = None,
+        *,
+        balances_copies: bool = False,
+    ) -> RankOutcome:
         """Take a step's micro-batches through this stage, one after the other.
 
         Args:
             placements: of experts from this step on; None for those that they have.
+            balances_copies: among copies of experts tokens are shared anew.
         """
+        self._balances_copies = balances_copies
         self._commit(len(self._uncommitted) - step.num_uncommitted)
         before = self._uncommitted[-1].chosen if self._uncommitted else self._committed
         changes = self._begin_changes(step, placements)
@@ -219,6 +281,8 @@ class DeployedStage:
                 send.wait()
         self._sends.append([])
         outcome = RankOutcome()
+        if self._checks is not None:
+            self._checks.begin_step(self.stage)
         inputs = [self._begin_input(micro_batch, before) for micro_batch in step.micro_batches]
         for number, (parts, arriving) in enumerate(inputs):
             recorder.set_micro_batch(number)
@@ -231,6 +295,8 @@ class DeployedStage:
         for send in self._sends[-1]:
             send.let_go()
         outcome.record = recorder.end_step()
+        if self._checks is not None:
+            outcome.checks = self._checks.end_step()
         return outcome
 
     def totals(self) -> RankTotals:
@@ -284,6 +350,8 @@ class DeployedStage:
             assert result.all_logits is not None, "one of both is given"
             chosen, logprobs = self._sampler.sample(seq_ids, result.all_logits)
         tokens = dict(zip(seq_ids, chosen, strict=True))
+        if self._checks is not None:
+            self._checks.check_head(result.logits, tokens, self._sampler)
         failed = [seq for seq, token in tokens.items() if token == NO_TOKEN]
         if self._mesh.at.tp_rank == 0:
             outcome.token_ids |= tokens
@@ -325,7 +393,9 @@ class DeployedStage:
             sizes = [list(half) for half in zip(*micro_batch.num_tokens_of_halves, strict=True)]
         parts = [
             ForwardBatch(
-                batch, num_tokens, mesh.layout, mesh.at, self._device, self._block_size, mode.form
+                *(batch, num_tokens, mesh.layout, mesh.at, self._device, self._block_size),
+                mode.form,
+                balances_copies=self._balances_copies,
             )
             for batch, num_tokens in zip(own, sizes, strict=True)
             if any(num_tokens)
@@ -348,10 +418,14 @@ class DeployedStage:
         mesh, stage = self._mesh, self.stage
         if arriving is None:
             inputs = [stage.embed(part) for part in parts]
+            point = CheckPoint.EMBEDDING
         else:
             arrived = arriving.wait()
             self._recorder.arrive()
             inputs = list(torch.split(arrived, [part.num_owned for part in parts]))
+            point = CheckPoint.HAND_OVER
+        for x in inputs:
+            self._recorder.check_finite(x, point)
         self._recorder.is_interleaved = len(parts) > 1
         results = interleave(
             [
@@ -385,11 +459,13 @@ HANDLERS: Handlers = {
     DescribeMachine: describe_machine,
     CacheInt8: cache_int8,
     Deploy: deploy,
+    Redeploy: redeploy,
     SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
     RunStep: run_step,
     DiscardSteps: lambda context, command: context.deployed.discard(command.steps),
     ReadTotals: lambda context, _: context.deployed.totals(),
-    StartMoves: lambda context, command: context.deployed.migration.start_moves(command.moves),
+    SumWeights: lambda context, _: sum_weights(context.deployed.stage),
+    StartMoves: lambda context, command: context.deployed.migration.start_moves(command.parts),
     FinishMoves: lambda context, _: context.deployed.migration.finish_moves(),
     TimeOneMove: lambda context, _: context.deployed.migration.time_one_move(),
     MeasureRates: measure_rates,

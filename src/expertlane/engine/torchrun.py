@@ -9,7 +9,8 @@ import os
 import signal
 import socket
 import sys
-from contextlib import closing
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -18,11 +19,10 @@ import msgspec
 from expertlane.engine.fork_server import (
     RankSettings,
     ServerSettings,
-    end_with_parent,
     python_command,
     serve,
 )
-from expertlane.engine.local_ranks import LocalRanks, RunFiles, check_num_ranks, rank_environment
+from expertlane.engine.local_ranks import LocalRanks, check_num_ranks, rank_environment
 from expertlane.engine.messages import (
     Channel,
     Decoder,
@@ -32,20 +32,21 @@ from expertlane.engine.messages import (
     Nodes,
     encode,
 )
+from expertlane.engine.processes import end_with_parent
 from expertlane.engine.rendezvous import (
     Meeting,
     NodeAcceptor,
     Place,
     connect,
+    connect_once,
     listen,
     new_secret,
 )
+from expertlane.engine.run_files import RunFiles
 from expertlane.errors import CapacityError, RankError, UserError
 from expertlane.spec.names import CpuIsa
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from expertlane.engine.worker import Handlers
 
 _PARENT = os.getppid()  # as early as can be: it may end at any time
@@ -145,6 +146,8 @@ class NodeRanks(LocalRanks):
 
     Args:
         ranks_per_node: on each node.
+        recovers: as of `LocalRanks`. The listener stays open, for ranks that replace lost ones; a
+            supervisor that is lost is not replaced: it ends all ranks.
 
     Raises:
         RankError: not all nodes connected in time.
@@ -160,9 +163,13 @@ class NodeRanks(LocalRanks):
         server_module: str = "expertlane.engine.fork_server",
         *,
         cpu_isa: CpuIsa | None = None,
+        recovers: bool = False,
     ) -> None:
-        with closing(listen(meeting.address, meeting.num_nodes * (1 + ranks_per_node))) as listener:
-            launcher = Place(*listener.getsockname()[:2])
+        self._acceptor: NodeAcceptor | None = None
+        listener = listen(meeting.address, meeting.num_nodes * (1 + ranks_per_node))
+        acceptor = NodeAcceptor(listener, meeting.num_nodes, ranks_per_node, _report)
+        with ExitStack() as on_failure:
+            on_failure.callback(acceptor.close)
             super().__init__(
                 ranks_per_node,
                 timeout_s,
@@ -170,21 +177,56 @@ class NodeRanks(LocalRanks):
                 server_module,
                 cpu_isa=cpu_isa,
                 meeting=meeting,
-                launcher=launcher,
+                launcher=Place(*listener.getsockname()[:2]),
+                recovers=recovers,
             )
-            acceptor = NodeAcceptor(listener, meeting.num_nodes, ranks_per_node, _report)
             try:
                 acceptor.accept_all(self.controls[0].fileno(), self._read_hashes)
             except BaseException:
                 self.close(failed=True)
                 raise
+            accepted = acceptor.take()
+            if recovers:
+                self._acceptor = acceptor
+                on_failure.pop_all()
         for node in range(1, meeting.num_nodes):
-            connections = acceptor.of_node(node)
+            connections = [accepted[node, index] for index in range(1 + ranks_per_node)]
             address = connections[0].getpeername()[0]
             self._names.append(f"the supervisor of node {node} ({address})")
             self._add_node(connections, timeout_s)
 
-    def _read_hashes(self) -> "Sequence[bytes]":
+    def begin_epoch(self, epoch: int, lost: Collection[int]) -> None:
+        """As of `LocalRanks`; ranks of other nodes connect again by themselves."""
+        if self._acceptor is not None:
+            places = [divmod(rank, self.ranks_per_node) for rank in lost]
+            self._acceptor.expect(epoch, [(node, 1 + place) for node, place in places if node])
+        super().begin_epoch(epoch, lost)
+
+    def _connect_others(self, node: int, ranks: Sequence[int]) -> None:
+        if node == 0:  # others connect by themselves
+            super()._connect_others(node, ranks)
+
+    def acceptor(self) -> int | None:
+        """As of `LocalRanks`."""
+        return self._acceptor.fileno() if self._acceptor is not None else None
+
+    def take_connected(self) -> list[int]:
+        """As of `LocalRanks`."""
+        if self._acceptor is not None:
+            self._acceptor.accept_available()
+            for (node, index), connection in self._acceptor.take().items():
+                rank = node * self.ranks_per_node + index - 1
+                self.channels[rank] = Channel(connection, self._timeout_s)
+                self._connected.append(rank)
+        return super().take_connected()
+
+    def close(self, *, failed: bool = False) -> None:
+        """As of `LocalRanks`; nobody can connect any more."""
+        super().close(failed=failed)
+        if self._acceptor is not None:
+            self._acceptor.close()
+
+    def _read_hashes(self) -> Sequence[bytes]:
         """Of the other nodes, once the fork server has them; none with other news."""
         message = self._read_node(0)
         return Decoder(Nodes).decode(message).hashes if message is not None else []
@@ -255,7 +297,8 @@ def main(handlers: "Handlers | None" = None) -> None:
     settings = msgspec.json.decode(sys.argv[1], type=SupervisorSettings)
     parent = settings.parent_pid
     end_watch = end_with_parent(parent) if parent is not None else None  # it may wait minutes
-    connections = _connect(settings)
+    secret = new_secret()
+    launcher, connections = _connect(settings, secret)
     try:
         check_num_ranks(settings.num_ranks, oversubscribe=settings.oversubscribe)
         files = RunFiles(settings.meeting.num_nodes * settings.num_ranks, settings.num_ranks)
@@ -279,16 +322,22 @@ def main(handlers: "Handlers | None" = None) -> None:
         timeout_s=settings.timeout_s,
         dtype=settings.dtype,
     )
+
+    def reconnect(epoch: int, ranks: Sequence[int]) -> list[int]:
+        indices = [1 + rank - first_rank.rank for rank in ranks]
+        made = [connect_once(launcher, settings.node, i, secret, epoch) for i in indices]
+        return [connection.detach() for connection in made]
+
+    server = ServerSettings(parent, control, of_ranks, files.store_fd, first_rank)
     # torchrun waits long for the first node where this one ended well and that one did not.
-    if not serve(ServerSettings(parent, control, of_ranks, files.store_fd, first_rank), handlers):
+    if not serve(server, handlers, reconnect):
         sys.exit(RankError.exit_code)
 
 
-def _connect(settings: SupervisorSettings) -> list[socket.socket]:
-    secret = new_secret()
+def _connect(settings: SupervisorSettings, secret: bytes) -> tuple[Place, list[socket.socket]]:
     try:
         launcher = settings.meeting.find_launcher(settings.node, secret)
-        return connect(launcher, settings.node, settings.num_ranks, secret)
+        return launcher, connect(launcher, settings.node, settings.num_ranks, secret)
     except (OSError, RuntimeError) as error:  # of torch's store, too
         why = str(error).splitlines()[0]
         _report(f"error: node {settings.node} cannot reach the launcher: {why}")

@@ -9,49 +9,35 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import reduce
 from multiprocessing.connection import wait
 from operator import or_
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
 
 from expertlane.comm.core_token import CoreToken
 from expertlane.comm.mesh import Meshes
-from expertlane.comm.nodes import NodesTransport
 from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
-from expertlane.comm.region import Region
-from expertlane.comm.shared_memory import CompiledEndpoint, Endpoint, SharedTransport
-from expertlane.comm.torch_transport import TorchTransport
-from expertlane.comm.transport import PeerLostError, Transport
-from expertlane.comm.uncompiled import UncompiledEndpoint
+from expertlane.comm.transport import EpochEndedError, PeerLostError
 from expertlane.engine.commands import Command
+from expertlane.engine.connection import connect
 from expertlane.engine.fork_server import RankSettings
 from expertlane.engine.messages import (
     Channel,
     Decoder,
     Failure,
     FailureKind,
+    Message,
     MessageKind,
     Ready,
     encode,
 )
 from expertlane.errors import UserError
-from expertlane.ops.backend import (
-    SHARED_MEMORY,
-    Platform,
-    choose_platform,
-    compiled_messages,
-)
+from expertlane.ops.backend import Platform, choose_platform
 from expertlane.ops.cores import Share, pin, share_of
 from expertlane.spec.names import Stage
 
-# The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.
-_GROUP_TIMEOUT_MARGIN_S = 30.0
-_NUM_SPINS = 2000  # looks at shared memory before a wait sleeps
 _FAILED_S = 10.0
 _LINGER_S = 3.0  # a server takes less to end its ranks
 
@@ -62,22 +48,38 @@ class RankContext:
 
     Attributes:
         is_pinned: whether its threads stay on the hardware threads of its share.
-        meshes: process groups; made once, since making them is collective and slow.
+        board: of this node.
+        meshes: process groups of this epoch; made once, since making them is collective and slow.
         deployed: what `engine.stage` put here; None before.
+        epoch: that the rank has joined; -1 before the first.
     """
 
     settings: RankSettings
     platform: Platform
     share: Share
     is_pinned: bool
+    board: ProgressBoard
     progress: ProgressReporter
     meshes: Meshes
     deployed: Any = None
+    epoch: int = -1
 
     @property
     def rank(self) -> int:
         """Global rank."""
         return self.settings.rank
+
+    def join_epoch(self, epoch: int) -> None:
+        """From now on talk to the ranks of an epoch, and not to those of an older one.
+
+        Raises:
+            EpochEndedError: a later one has begun.
+        """
+        connected = connect(self.settings, self.platform, self.share, self.board, epoch)
+        self.meshes.renew(connected)
+        self.epoch = epoch
+        self.progress.set_waiting(False)  # a command that was left may have said that it waits
+        self.progress.enter(Stage.IDLE, NO_LAYER)
 
     def core_token(self) -> CoreToken | None:
         """The right to compute on a core of this node; None where ranks have GPUs."""
@@ -89,15 +91,15 @@ class RankContext:
 
 # What a rank does for each command; the answer is of the command's own result type.
 Handlers = Mapping[type[Command[Any]], Callable[[RankContext, Any], Any]]
-Send = Callable[[MessageKind, object], None]
+Send = Callable[[MessageKind, object, int], None]
 
 
 def _sender(channel: Channel) -> Send:
     """Sends messages to the launcher, from several threads too; its end is noticed elsewhere."""
     lock = threading.Lock()
 
-    def send(kind: MessageKind, value: object) -> None:
-        encoded = encode(kind, value)
+    def send(kind: MessageKind, value: object, epoch: int) -> None:
+        encoded = encode(kind, value, epoch)
         with lock, contextlib.suppress(OSError):
             channel.send(encoded)
 
@@ -131,47 +133,6 @@ def _take(share: Share) -> bool:
     return pin(share.cpus)
 
 
-def _connect(settings: RankSettings, platform: Platform, share: Share) -> Transport:
-    bound_s = settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S
-    shares_memory = platform.transport.startswith(SHARED_MEMORY)
-    if shares_memory and settings.meeting is None:
-        return _share_memory(settings, share, bound_s)
-    store = (
-        FileStore(settings.store_path, settings.world_size)
-        if settings.meeting is None
-        else PrefixStore("ranks", settings.meeting.open())
-    )
-    backend = "gloo" if shares_memory else platform.transport
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=settings.rank,
-        world_size=settings.world_size,
-        timeout=timedelta(seconds=bound_s),
-        device_id=platform.device if platform.device.type == "cuda" else None,
-    )
-    over_links = backend == "gloo" and settings.num_local_ranks < settings.world_size
-    among_nodes = TorchTransport(platform.device.type, settings.rank, over_links=over_links)
-    if not shares_memory:
-        return among_nodes
-    in_node = _share_memory(settings, share, bound_s)
-    return NodesTransport(in_node, among_nodes, settings.rank, settings.num_local_ranks)
-
-
-def _share_memory(settings: RankSettings, share: Share, bound_s: float) -> SharedTransport:
-    assert settings.memory_fd is not None, "all ranks have inherited it"
-    region = Region(settings.num_local_ranks)
-    memory, rank = region.map(settings.memory_fd), settings.local_rank
-    endpoint: Endpoint
-    if (library := compiled_messages()) is not None:
-        has_core = settings.num_local_ranks <= share.num_cores
-        endpoint = CompiledEndpoint(library, memory, region, rank, _NUM_SPINS if has_core else 0)
-    else:
-        sizes = region.groups_bytes, region.heap_bytes
-        endpoint = UncompiledEndpoint(memory, *sizes, rank, settings.wake_fds)
-    return SharedTransport(endpoint, region, settings.rank - rank, settings.rank, bound_s)
-
-
 def run_rank(channel: Channel, settings: RankSettings, handlers: Handlers) -> int:
     """Answer commands until the launcher goes away or one fails; returns the exit code."""
     if settings.meeting is None:
@@ -184,46 +145,70 @@ def run_rank(channel: Channel, settings: RankSettings, handlers: Handlers) -> in
 
 def _answer(channel: Channel, settings: RankSettings, handlers: Handlers) -> int:
     send = _sender(channel)
-    commands: Decoder[Command[Any]] = Decoder(reduce(or_, handlers))
     board = ProgressBoard(settings.world_size, settings.board_fd)
     progress = board.reporter(settings.rank)
     try:
-        share = share_of(settings.local_rank, settings.num_local_ranks)
-        platform = choose_platform(
-            settings.local_rank,
-            settings.num_local_ranks,
-            settings.dtype,
-            shares_memory=settings.memory_fd is not None,
-            several_nodes=settings.meeting is not None,
-            touch=progress.touch,
-        )
-        is_pinned = platform.device.type == "cpu" and _take(share)
-        meshes = Meshes(_connect(settings, platform, share))
-        context = RankContext(settings, platform, share, is_pinned, progress, meshes)
-        progress.enter(Stage.IDLE, NO_LAYER)
-        send(MessageKind.READY, Ready(os.getpid()))
-        while (command := _next_command(channel, commands)) is not None:
-            send(MessageKind.RESULT, handlers[type(command)](context, command))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        context = _context(settings, board, progress)
+        with contextlib.suppress(EpochEndedError):
+            context.join_epoch(settings.epoch)
+        send(MessageKind.READY, Ready(os.getpid()), settings.epoch)
+        _run_commands(channel, send, context, handlers)
+        context.meshes.leave()
         return 0
     except UserError as error:
         failure = Failure(FailureKind.USER, str(error))
-    except PeerLostError as error:
-        failure = Failure(FailureKind.PEER, str(error))
     except Exception as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
         failure = Failure(FailureKind.BUG, line, traceback.format_exc())
-    send(MessageKind.FAILURE, replace(failure, line=board.line(settings.rank)))
+    failure = replace(failure, line=board.line(settings.rank))
+    send(MessageKind.FAILURE, failure, board.epoch)
     # A rank that has ended looks like the cause to others, so leave it to the launcher.
     wait([channel.fileno()], _FAILED_S)
     return 1
 
 
-def _next_command(channel: Channel, commands: Decoder[Command[Any]]) -> Command[Any] | None:
+def _context(
+    settings: RankSettings, board: ProgressBoard, progress: ProgressReporter
+) -> RankContext:
+    share = share_of(settings.local_rank, settings.num_local_ranks)
+    platform = choose_platform(
+        settings.local_rank,
+        settings.num_local_ranks,
+        settings.dtype,
+        shares_memory=settings.memory_fd is not None,
+        several_nodes=settings.meeting is not None,
+        touch=progress.touch,
+    )
+    is_pinned = platform.device.type == "cpu" and _take(share)
+    return RankContext(settings, platform, share, is_pinned, board, progress, Meshes())
+
+
+def _run_commands(channel: Channel, send: Send, context: RankContext, handlers: Handlers) -> None:
+    """Until the launcher is done, or gone. A command of an epoch that has ended is not answered."""
+    commands: Decoder[Command[Any]] = Decoder(reduce(or_, handlers))
+    board, ended = context.board, -1  # epochs up to this one came to nothing here
+    while (message := _next_message(channel)) is not None:
+        epoch = message.epoch
+        if epoch <= ended or epoch < board.epoch:
+            continue
+        command = commands.decode(message)
+        try:
+            if epoch != context.epoch:
+                context.join_epoch(epoch)
+            result = handlers[type(command)](context, command)
+        except EpochEndedError:
+            ended = epoch
+        except PeerLostError as error:  # another rank is the cause: this one may go on
+            line = board.line(context.rank)
+            send(MessageKind.FAILURE, Failure(FailureKind.PEER, str(error), line=line), epoch)
+            ended = epoch
+        else:
+            send(MessageKind.RESULT, result, epoch)
+
+
+def _next_message(channel: Channel) -> Message | None:
     """None when the launcher is done, or gone."""
     try:
-        message = channel.receive()
+        return channel.receive()
     except (EOFError, OSError):
         return None
-    return commands.decode(message)

@@ -1,6 +1,6 @@
 """The loop between a scheduler and a runner; the same for real ranks and for a cost model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Generic, NamedTuple
 
 from expertlane.errors import ModelError
@@ -67,6 +67,20 @@ class DriveLoop(Generic[HandleT]):
         """Begin all uncommitted steps anew, once the runner has discarded them."""
         for step, plan in self._uncommitted.items():
             self._handles[step] = self._runner.submit(plan)
+
+    def lose(self, caches: Collection[tuple[int, int]]) -> int:
+        """Let requests begin again whose keys and values are gone; `submit_again` has to follow.
+
+        Args:
+            caches: (replica, data-parallel rank) of each.
+
+        Returns:
+            How many requests these are.
+        """
+        plans, num_requests = self._scheduler.lose(caches, self.uncommitted)
+        self._uncommitted = {plan.step: plan for plan in plans}
+        self._handles.clear()
+        return num_requests
 
     def commit_next(self) -> FinishedStep | None:
         """Wait until a step is finished and commit it; None if none is under way."""

@@ -1,7 +1,7 @@
 """What a scheduler hands to a runner, what comes back, and the runner's protocol."""
 
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
@@ -193,6 +193,31 @@ class StepPlan(_Step):
         """The batches of all micro-batches and data-parallel ranks."""
         return [batch for micro_batch in self.micro_batches for batch in micro_batch]
 
+    def without(self, dp_ranks: Collection[int]) -> "StepPlan":
+        """The step with empty batches for these data-parallel ranks; may be left without any."""
+        gone = {
+            seq
+            for batches in self.micro_batches
+            for rank in dp_ranks
+            for seq in batches[rank].seq_ids.tolist()
+        }
+        if not gone:
+            return self
+        nobody = np.empty(0, dtype=np.intp)
+        parts = (
+            tuple(
+                batch.only(nobody) if rank in dp_ranks else batch
+                for rank, batch in enumerate(batches)
+            )
+            for batches in self.micro_batches
+        )
+        return replace(
+            self,
+            micro_batches=tuple(part for part in parts if any(batch.num_seqs for batch in part)),
+            admitted={seq: each for seq, each in self.admitted.items() if seq not in gone},
+            masks={seq: each for seq, each in self.masks.items() if seq not in gone},
+        )
+
     def of_dp_ranks(self) -> list[RankStep]:
         """[dp]; what each data-parallel rank has to know of it."""
         parts = [RankBatch.of_dp_ranks(batches) for batches in self.micro_batches]
@@ -206,6 +231,33 @@ class StepPlan(_Step):
                     changed[name] = {seq: each for seq, each in of_all.items() if seq in own}
             steps.append(RankStep(**(vars(self) | changed)))
         return steps
+
+
+def without_caches(
+    plans: Sequence[StepPlan], caches: Collection[tuple[int, int]]
+) -> tuple[list[StepPlan], dict[int, tuple[int, ...]]]:
+    """Plans, in their order, without the sequences of some data-parallel ranks.
+
+    One that has no others is left out; what it was to release, the next one of its replica does.
+
+    Args:
+        caches: (replica, data-parallel rank) of each.
+
+    Returns:
+        What is left, and by replica the sequences that no plan of it releases any more.
+    """
+    kept: list[StepPlan] = []
+    to_release: dict[int, tuple[int, ...]] = {}
+    for plan in plans:
+        left = plan.without([dp_rank for replica, dp_rank in caches if replica == plan.replica])
+        released = to_release.pop(plan.replica, ())
+        if not left.micro_batches:
+            to_release[plan.replica] = released + left.released
+        elif released:
+            kept.append(replace(left, released=released + left.released))
+        else:
+            kept.append(left)
+    return kept, to_release
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,4 +316,18 @@ class Scheduler(Protocol):
 
     def commit(self, plan: StepPlan, outcome: StepOutcome) -> None:
         """Take in the tokens of a finished step."""
+        ...
+
+    def lose(
+        self, caches: Collection[tuple[int, int]], plans: Sequence[StepPlan]
+    ) -> tuple[list[StepPlan], int]:
+        """Let requests begin again whose keys and values are gone.
+
+        Args:
+            caches: (replica, data-parallel rank) of each.
+            plans: all that are not committed, in their order.
+
+        Returns:
+            What is left of the plans, to be submitted again; and how many requests these are.
+        """
         ...

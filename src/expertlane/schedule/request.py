@@ -18,7 +18,7 @@ from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprob
 class RequestState(StrEnum):
     """Where a request stands."""
 
-    WAITING = "waiting"  # new, or preempted
+    WAITING = "waiting"  # new, or has lost its blocks
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -142,6 +142,7 @@ class Request:
         order: who goes first where not all can; set on arrival and never changed.
         replica, dp_rank, row: where it runs; chosen anew after a preemption.
         num_preemptions: how often its blocks were taken away.
+        num_recovered: how often its keys and values were lost with a rank.
         num_cached_tokens: of its prompt, found in the prefix cache when it first began; None
             before.
         has_cached: whether it uses blocks that other requests computed.
@@ -187,7 +188,7 @@ class Request:
         self.seq_id = -1
         self.order = (0, -1)
         self.replica = self.dp_rank = self.row = -1
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_recovered = 0
         self.num_cached_tokens: int | None = None
         self.has_cached = False
         self.may_share = True

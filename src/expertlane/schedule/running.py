@@ -71,6 +71,12 @@ class RunningTable:
         """Whether one more request may run at all: it takes a row and a block of its own."""
         return bool(self._unused) and self.num_running < self.blocks.num_free
 
+    def empty(self) -> "RunningTable":
+        """One without requests or anything cached, which goes on with the counts of this one."""
+        table = RunningTable(self._limits, lookahead=self._lookahead)
+        table.num_queried, table.blocks.num_hits = self.num_queried, self.blocks.num_hits
+        return table
+
     def request(self, row: int) -> Request:
         """The request in a row that is in use."""
         request = self.requests[row]

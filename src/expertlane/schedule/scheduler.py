@@ -1,6 +1,7 @@
 """Continuous batching: one scheduler for all replicas and data-parallel ranks of a layout."""
 
 import heapq
+from collections.abc import Collection, Sequence
 from functools import reduce
 from itertools import chain
 from operator import or_
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import UserError
-from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
+from expertlane.schedule.plan import Batch, StepOutcome, StepPlan, without_caches
 from expertlane.schedule.request import FinishReason, Limits, Request, RequestState
 from expertlane.schedule.running import BatchDraft, Rows, RunningTable
 from expertlane.spec.deployment import Options
@@ -63,7 +64,8 @@ class ContinuousScheduler:
         tables: [replicas][dp]; running requests and blocks.
         stepped: the requests that got a token in the step committed last.
         failed: those that it ended in an error.
-        num_preemptions: since the start.
+        num_preemptions, num_recovered: since the start, requests that lost their blocks to others,
+            and with a rank.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class ContinuousScheduler:
         ]
         self.stepped: list[Request] = []
         self.failed: list[Request] = []
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_recovered = 0
         self._limits = limits
         self._lookahead = lookahead
         self._flags = {
@@ -218,11 +220,51 @@ class ContinuousScheduler:
                 del self._requests[request.request_id]
                 self._release(request)
 
+    def lose(
+        self, caches: Collection[tuple[int, int]], plans: Sequence[StepPlan]
+    ) -> tuple[list[StepPlan], int]:
+        """Let requests begin again whose keys and values are gone, as if they were preempted.
+
+        Their part of the steps in flight is taken out of these. A step that has nobody else is
+        given up; what it was to release, the next one of its replica does.
+
+        Args:
+            caches: (replica, data-parallel rank) of each.
+            plans: of all steps in flight, in their order.
+
+        Returns:
+            Plans of the steps that are left, and how many requests begin again.
+        """
+        lost: list[RunningTable] = []
+        for replica, dp_rank in set(caches):
+            table = self.tables[replica][dp_rank]
+            self.tables[replica][dp_rank] = table.empty()
+            lost.append(table)
+        kept, to_release = without_caches(plans, caches)
+        in_flight, self._in_flight = self._in_flight, {}
+        self._num_in_flight = [0] * len(self.tables)
+        for plan in kept:
+            of_tables = [each for each in in_flight[plan.step].of_tables if each[0] not in lost]
+            self._in_flight[plan.step] = in_flight[plan.step]._replace(of_tables=of_tables)
+            self._num_in_flight[plan.replica] += 1
+        for replica, released in to_release.items():
+            self._released[replica][:0] = released
+        num_before = self.num_recovered
+        for request in filter(None, chain.from_iterable(table.requests for table in lost)):
+            request.row = -1
+            if request.finish_reason is None and request not in self._restarting:
+                request.num_recovered += 1
+                self.num_recovered += 1
+                self._requeue(request)
+        self._restart()
+        return kept, self.num_recovered - num_before
+
     def _restart(self) -> None:
         released = [request for request in self._restarting if request.row < 0]
         self._restarting = [request for request in self._restarting if request.row >= 0]
         for request in released:
             if request.finish_reason is None:  # else it was cancelled meanwhile
+                request.num_preemptions += 1
                 self._requeue(request)
 
     def _plan(self, replica: int) -> StepPlan | None:
@@ -278,13 +320,13 @@ class ContinuousScheduler:
         holds_masked = self._lookahead and any(table.decodes_masked for table in tables)
         for draft in drafts:
             for request in draft.add_decodes(self._num_groups, holds_masked=holds_masked):
-                self._requeue(request)
+                request.num_preemptions += 1
                 self.num_preemptions += 1
+                self._requeue(request)
 
     def _requeue(self, request: Request) -> None:
         """Let a request that lost its blocks wait again."""
         request.state = RequestState.WAITING
-        request.num_preemptions += 1
         request.num_arrived_tokens = 0
         self._release(request)
         self._enqueue(request)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from fastapi import FastAPI, Response
+from fastapi.responses import RedirectResponse
 
 from expertlane.server.arrival import Arrival
 from expertlane.server.chats import CHATS
@@ -132,6 +133,11 @@ def _add_state(app: FastAPI, service: Service) -> None:
             "parent": None,
             "max_model_len": service.model.max_model_len,
         }
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        """To the page that a person wants to see."""
+        return RedirectResponse("/live")
 
     @app.get("/v1/models")
     async def models() -> Response:

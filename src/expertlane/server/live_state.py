@@ -15,6 +15,7 @@ import numpy.typing as npt
 from expertlane.balance.placement_file import Placements
 from expertlane.comm.progress import NO_LAYER
 from expertlane.engine.rank_watch import Reading
+from expertlane.engine.recovery import State
 from expertlane.server.own_metrics import IMBALANCE_S, WAITING
 from expertlane.spec.names import Stage
 from expertlane.version import __version__
@@ -45,7 +46,7 @@ class Event:
 
     number: int
     at: float
-    kind: Literal["rebalance", "preemption", "error", "drain", "end"]
+    kind: Literal["rebalance", "recovery", "preemption", "error", "drain", "end"]
     text: str
 
 
@@ -100,6 +101,7 @@ class LiveState:
         if service.engine.error is not None and self._more("end", 1):
             self.add("end", str(service.engine.error))
         self._look_at_rebalancer()
+        self._look_at_recovery()
 
     def _more(self, name: str, number: int) -> int:
         more = number - self._seen.get(name, 0)
@@ -121,6 +123,14 @@ class LiveState:
                 f"{decision.num_steps} steps; the fullest rank's load over the mean should fall "
                 f"from {each.predicted_before:.2f} to {each.predicted_after:.2f}",
             )
+
+    def _look_at_recovery(self) -> None:
+        recovery = self.service.model.engine.recovery
+        if recovery is None:
+            return
+        over = [each for each in list(recovery.records) if each.is_over]
+        for record in over[len(over) - self._more("recoveries", recovery.num_recoveries) :]:
+            self.add("recovery", record.line)
 
     def start(self) -> dict[str, Any]:
         """What a page has to know before the first frame."""
@@ -179,6 +189,7 @@ class LiveState:
         """The numbers of now; what grows is given as a total, so that frames may be lost."""
         service, metrics = self.service, self.service.metrics
         scheduler, watch = service.model.engine.scheduler, service.model.watch
+        recovery = service.model.engine.recovery
         tables = list(chain.from_iterable(scheduler.tables))
         found: dict[str, Any] = {
             "kind": "frame",
@@ -192,6 +203,8 @@ class LiveState:
             "dummy_steps": list(metrics.own.num_dummy_steps.values()),
             "num_generation_tokens": metrics.num_generation_tokens,
             "num_preemptions": scheduler.num_preemptions,
+            "num_recovered": scheduler.num_recovered,
+            "num_recoveries": 0 if recovery is None else recovery.num_recoveries,
             "num_queried": sum(table.num_queried for table in tables),
             "num_cached": scheduler.num_cached_tokens,
             "ttft": _percentiles(metrics.recent_ttft),
@@ -216,6 +229,7 @@ class LiveState:
                     for position in watch.positions
                 ],
                 "rebalances": self._rebalances(),
+                "copies": self._copies(reading),
                 "imbalance": {
                     str(layer): round(ratio, 3)
                     for layer, ratio in watch.imbalance(IMBALANCE_S).items()
@@ -233,9 +247,23 @@ class LiveState:
             "num_decisions": len(decisions),
             "num_moved": sum(each.switched is not None for each in decisions),
             "saved_s": round(watch.rebalancer.saved_s, 4),
+            "paid_s": round(watch.rebalancer.paid_s, 4),
             "latest": f"step {decisions[-1].step}: {decisions[-1].decision.line}"
             if decisions
             else None,
+        }
+
+    def _copies(self, reading: Reading) -> dict[str, Any] | None:
+        """What balancing copies has brought so far; None where they are not balanced."""
+        watch = self.service.model.watch
+        if watch is None or watch.copy_switch is None:
+            return None
+        latest = watch.copy_switch.latest()
+        return {
+            "num_pairs_saved": reading.num_pairs_saved,
+            "saved_s": round(watch.copy_switch.saved_s(reading.num_pairs_saved), 4),
+            "paid_s": round(reading.copies_s, 4),
+            "latest": [each.line for each in latest.values()],
         }
 
     def _totals(self, reading: Reading) -> dict[str, Any]:
@@ -252,7 +280,14 @@ class LiveState:
     def _state(self) -> str:
         if self.service.engine.error is not None:
             return "ended"
+        if self._is_recovering:
+            return "recovering"
         return "draining" if self.service.is_draining else "running"
+
+    @property
+    def _is_recovering(self) -> bool:
+        recovery = self.service.model.engine.recovery
+        return recovery is not None and recovery.state not in (State.SERVING, State.STOPPED)
 
     def alerts(self) -> Iterator[Alert]:
         """What somebody should look at, the worst first."""
@@ -262,7 +297,15 @@ class LiveState:
                 "red", str(service.engine.error), "Start the server again; its log says more."
             )
             return
-        yield from self._of_ranks()
+        recovery = service.model.engine.recovery
+        if recovery is not None and self._is_recovering:
+            yield Alert(
+                "amber",
+                f"Lost ranks are being replaced ({recovery.state}): requests wait.",
+                "Nothing: requests go on by themselves. The server's log says what happened.",
+            )
+        else:
+            yield from self._of_ranks()
         scheduler, most = service.model.engine.scheduler, service.options.max_num_queued
         if service.num_queued >= _NEARLY_FULL * most:
             yield Alert(
@@ -305,7 +348,7 @@ class LiveState:
                     "red",
                     f"Rank {rank} has reported nothing for {silent_s:.0f} s, in {position}.",
                     "Check whether its process is stopped or its machine is swapping; after "
-                    "--timeout-s all ranks are ended.",
+                    "--timeout-s it is taken for lost.",
                 )
         uneven = watch.imbalance(IMBALANCE_S)
         worst = max(uneven, key=lambda layer: uneven[layer], default=None)

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain, count
+from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -18,10 +19,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from expertlane.engine.engine import Engine
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Chunk, FinishReason, Limits, RequestOutput
-from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.server.own_metrics import OwnMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -67,7 +68,7 @@ class Metrics(Collector):
     """All counts of one server, with a registry of their own; of one thread but for steps.
 
     Args:
-        scheduler: whose counts are shown as they are.
+        engine: whose counts are shown as they are.
         watch: of the ranks; None where there are none.
 
     Attributes:
@@ -82,14 +83,14 @@ class Metrics(Collector):
         self,
         model_name: str,
         limits: Limits,
-        scheduler: ContinuousScheduler,
+        engine: Engine[Any],
         watch: RankWatch | None = None,
     ) -> None:
         self._labels = {"model_name": model_name, "engine": "0"}
         self._limits = limits
-        self._scheduler = scheduler
+        self._scheduler = engine.scheduler
         self.others: list[Collector] = []
-        self.own = OwnMetrics({"model_name": model_name}, scheduler, watch)
+        self.own = OwnMetrics({"model_name": model_name}, engine, watch)
         self.recent_ttft, self.recent_tpot = (
             deque[tuple[float, float]](maxlen=_RECENT) for _ in "12"
         )

@@ -13,7 +13,7 @@ from expertlane.server.errors import TOO_LARGE, TOO_SLOW, ApiError
 MOST_BODY_BYTES = 32 * 2**20
 # For probes and Prometheus; they hold numbers only. The page at /live is the same for everybody: it
 # asks for a key, which what it shows needs.
-_OPEN = frozenset({"/health", "/ping", "/metrics", "/version", "/load", "/live"})
+_OPEN = frozenset({"/", "/health", "/ping", "/metrics", "/version", "/load", "/live"})
 BODY_S = 30.0  # for a body to come, and what it takes at the least rate besides
 LEAST_BYTES_PER_S = 10_000
 DIRECT_SEND = "expertlane.send"  # in a scope: past what only looks at an answer's beginning

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from typing import Any
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -11,11 +12,13 @@ from prometheus_client.core import (
     SummaryMetricFamily,
 )
 
-from expertlane.engine.rank_watch import RankWatch
+from expertlane.engine.copy_switch import CopySwitch
+from expertlane.engine.engine import Engine
+from expertlane.engine.rank_watch import RankWatch, Reading
 from expertlane.engine.rebalancing import Rebalancer
+from expertlane.engine.recovery import Recovery
 from expertlane.schedule.drive import FinishedStep
-from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.names import Link, Stage
+from expertlane.spec.names import Link, Phase, Stage
 
 WAITING = "waiting"  # for other ranks; beside the names of stages
 IMBALANCE_S = 30.0  # over which it is taken
@@ -31,14 +34,15 @@ class OwnMetrics:
     """
 
     def __init__(
-        self, labels: Mapping[str, str], scheduler: ContinuousScheduler, watch: RankWatch | None
+        self, labels: Mapping[str, str], engine: Engine[Any], watch: RankWatch | None
     ) -> None:
-        self._labels, self._scheduler, self.watch = dict(labels), scheduler, watch
+        self._labels, self.watch = dict(labels), watch
+        self._scheduler, self._recovery = engine.scheduler, engine.recovery
         self._num_steps: Counter[tuple[str, str]] = Counter()  # by replica and phase
         # By replica and data-parallel rank, the steps that it took part in without a token.
         self.num_dummy_steps = {
             (replica, dp_rank): 0
-            for replica, tables in enumerate(scheduler.tables)
+            for replica, tables in enumerate(engine.scheduler.tables)
             for dp_rank in range(len(tables))
         }
 
@@ -53,12 +57,16 @@ class OwnMetrics:
     def collect(self) -> Iterator[Metric]:
         """All but those of experts, which are many."""
         yield from self._of_scheduler()
+        if self._recovery is not None:
+            yield from self._of_recovery(self._recovery)
         if self.watch is None:
             return
         yield from self._of_ranks(self.watch)
         yield from self._of_links(self.watch)
         if self.watch.rebalancer is not None:
             yield from self._of_rebalancer(self.watch.rebalancer)
+        if self.watch.copy_switch is not None:
+            yield from self._of_copies(self.watch.copy_switch, self.watch.readings[-1])
 
     def text_of_experts(self) -> bytes:
         """`expertlane:expert_tokens_total`, as Prometheus reads it.
@@ -104,6 +112,23 @@ class OwnMetrics:
             blocks = table.blocks
             self._add(used, labels, blocks.num_used / (blocks.num_used + blocks.num_free))
         yield from (dummy, running, used)
+
+    def _of_recovery(self, recovery: Recovery) -> Iterator[Metric]:
+        for name, text, total in (
+            (
+                "recoveries",
+                "Recoveries: lost ranks were replaced",
+                recovery.num_recoveries,
+            ),
+            (
+                "recovered_requests",
+                "Requests computed again, as their keys and values were lost with a rank",
+                self._scheduler.num_recovered,
+            ),
+        ):
+            family = self._counter(name, text)
+            self._add(family, [], total)
+            yield family
 
     def _of_ranks(self, watch: RankWatch) -> Iterator[Metric]:
         reading = watch.readings[-1]
@@ -169,6 +194,9 @@ class OwnMetrics:
             family = self._counter(f"rebalance_{name}", text)
             self._add(family, [], total)
             yield family
+        paid = self._counter("rebalance_paid_seconds", "Time by which moves have held steps up")
+        self._add(paid, [], rebalancer.paid_s)
+        yield paid
         saved = self._gauge(
             "rebalance_saved_seconds",
             "Time saved so far in the fullest ranks' experts, against the placement before; may "
@@ -176,6 +204,21 @@ class OwnMetrics:
         )
         self._add(saved, [], rebalancer.saved_s)
         yield saved
+
+    def _of_copies(self, switch: CopySwitch, reading: Reading) -> Iterator[Metric]:
+        balanced = self._gauge("copies_balanced", "Whether copies are balanced in a phase", "phase")
+        latest = switch.latest()
+        for phase in Phase:
+            self._add(balanced, [phase], phase in latest and latest[phase].pays)
+        yield balanced
+        saved = self._gauge(
+            "copies_saved_seconds", "Time that balanced copies spared the fullest ranks' experts"
+        )
+        self._add(saved, [], switch.saved_s(reading.num_pairs_saved))
+        yield saved
+        paid = self._counter("copies_paid_seconds", "Processor time of balancing copies")
+        self._add(paid, [], reading.copies_s)
+        yield paid
 
     def _counter(self, name: str, text: str, *labels: str) -> CounterMetricFamily:
         return CounterMetricFamily(f"{_PREFIX}{name}", text, labels=[*self._labels, *labels])

@@ -130,7 +130,7 @@ class Service:
         self.created = int(time.time())
         self.is_draining = False
         self.num_open = 0
-        self.metrics = Metrics(model.name, model.limits, model.engine.scheduler, model.watch)
+        self.metrics = Metrics(model.name, model.limits, model.engine, model.watch)
         model.engine.on_commit = self._on_step
         self._check_ranks, self._on_end = check_ranks, on_end
         self.engine = AsyncEngine(
@@ -156,7 +156,7 @@ class Service:
     def _check_idle(self) -> None:
         self._check_ranks()
         if self.model.watch is not None:
-            self.model.watch.poll()
+            self.model.engine.guarded(self.model.watch.poll)
 
     def _note_chunks(self, chunks: list[Chunk]) -> None:
         if self.journal is not None:

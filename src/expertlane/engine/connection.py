@@ -1,0 +1,90 @@
+"""How a rank joins an epoch: the transport by which it talks to the others until that ends."""
+
+import mmap
+import os
+
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+
+from expertlane.comm.epoch import Epoch
+from expertlane.comm.file_store import FileStore
+from expertlane.comm.nodes import NodesTransport
+from expertlane.comm.progress import ProgressBoard
+from expertlane.comm.region import Region
+from expertlane.comm.shared_memory import CompiledEndpoint, Endpoint, SharedTransport
+from expertlane.comm.torch_transport import TorchTransport
+from expertlane.comm.transport import Transport
+from expertlane.comm.uncompiled import UncompiledEndpoint
+from expertlane.engine.fork_server import RankSettings
+from expertlane.ops.backend import SHARED_MEMORY, Platform, compiled_messages
+from expertlane.ops.cores import Share
+
+# The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.
+_GROUP_TIMEOUT_MARGIN_S = 30.0
+_NUM_SPINS = 2000  # looks at shared memory before a wait sleeps
+
+
+def connect(
+    settings: RankSettings, platform: Platform, share: Share, board: ProgressBoard, number: int
+) -> Transport:
+    """Join an epoch; waits for no other rank.
+
+    Args:
+        board: of this rank's node.
+        number: of the epoch; first `settings.epoch`, once: what was inherited is closed then.
+
+    Raises:
+        EpochEndedError: a later one has begun.
+    """
+    epoch = Epoch(board, number)
+    bound_s = settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S
+    shares_memory = platform.transport.startswith(SHARED_MEMORY)
+    if shares_memory and settings.meeting is None:
+        return _share_memory(settings, share, epoch, bound_s)
+    among_nodes = TorchTransport(
+        platform.device,
+        _open_store(settings, epoch),
+        settings.rank,
+        bound_s,
+        epoch,
+        over_links=platform.device.type == "cpu" and settings.num_local_ranks < settings.world_size,
+    )
+    if not shares_memory:
+        return among_nodes
+    in_node = _share_memory(settings, share, epoch, bound_s)
+    return NodesTransport(in_node, among_nodes, settings.rank, settings.num_local_ranks)
+
+
+def _share_memory(
+    settings: RankSettings, share: Share, epoch: Epoch, bound_s: float
+) -> SharedTransport:
+    region, rank = Region(settings.num_local_ranks), settings.local_rank
+    memory = _map(settings, region, epoch)
+    endpoint: Endpoint
+    if (library := compiled_messages()) is not None:
+        has_core = settings.num_local_ranks <= share.num_cores
+        endpoint = CompiledEndpoint(library, memory, region, rank, _NUM_SPINS if has_core else 0)
+    else:
+        sizes = region.groups_bytes, region.heap_bytes
+        endpoint = UncompiledEndpoint(memory, *sizes, rank, settings.wake_fds)
+    return SharedTransport(endpoint, region, settings.rank - rank, settings.rank, bound_s, epoch)
+
+
+def _map(settings: RankSettings, region: Region, epoch: Epoch) -> mmap.mmap:
+    if epoch.number == settings.epoch:
+        assert settings.memory_fd is not None, "all ranks have inherited it"
+        descriptor = settings.memory_fd
+    else:
+        descriptor = epoch.open_memory()
+    try:
+        return region.map(descriptor)
+    finally:
+        os.close(descriptor)  # the mapping has one of its own, and goes with it
+
+
+def _open_store(settings: RankSettings, epoch: Epoch) -> Store:
+    if settings.meeting is not None:
+        return PrefixStore("ranks", settings.meeting.open())
+    descriptor = epoch.open_store() if epoch.number else None
+    if descriptor is None:
+        descriptor = os.open(settings.store_path, os.O_RDWR | os.O_CLOEXEC)
+    return FileStore(descriptor, epoch)

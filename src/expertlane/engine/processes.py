@@ -1,0 +1,55 @@
+"""Processes that end with others, are stopped, or are not to be told to end just now."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import psutil
+
+_PARENT_CHECK_S = 0.5
+
+
+def end_with_parent(parent: int) -> Callable[[], None]:
+    """Watch the parent from a thread, and end this process at once when it is gone.
+
+    A parent-death signal would not do: the kernel sends it as soon as the *thread* that started
+    this process ends.
+
+    Returns:
+        What ends the watch.
+    """
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(_PARENT_CHECK_S):
+            if os.getppid() != parent:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+
+    def end_watch() -> None:
+        is_over.set()
+        thread.join()
+
+    return end_watch
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, as by SIGSTOP."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextlib.contextmanager
+def unterminated() -> Iterator[None]:
+    """A context in which SIGTERM waits."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])

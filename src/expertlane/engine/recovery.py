@@ -1,0 +1,277 @@
+"""What is done when ranks are lost: one machine of six states, and how it gets from each to others.
+
+A loss may come in any state, in the midst of a recovery too. Lost ranks are killed for certain and
+replaced by new processes; the others keep their weights and caches. Requests whose keys and values
+were on a lost rank are computed again, and steps that were not committed run again in their order,
+so that each request gets the tokens that it would have had.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import pairwise
+from typing import Any, NoReturn, Protocol, TypeVar
+
+from expertlane.errors import ExpertlaneError, RankError, RanksLostError
+from expertlane.schedule.drive import DriveLoop
+from expertlane.schedule.plan import StepPlan
+from expertlane.spec.layout import Layout
+
+ResultT = TypeVar("ResultT")
+
+_MOST_FRUITLESS = 3  # epochs in a row without a committed step
+_MOST_RECORDS = 1000
+
+
+class State(StrEnum):
+    """Where a recovery stands."""
+
+    SERVING = "serving"  # no rank is missing
+    FENCING = "fencing"  # lost ranks are killed, and a new epoch begins
+    REPLACING = "replacing"  # new processes start in their places
+    LOADING = "loading"  # these load weights; all ranks connect to each other
+    REPLAYING = "replaying"  # steps run again; over with the first one that is committed
+    STOPPED = "stopped"  # all ranks were ended
+
+
+# From each state, those that may follow. The machine begins with LOADING.
+NEXT: Mapping[State, frozenset[State]] = {
+    State.SERVING: frozenset({State.FENCING, State.STOPPED}),
+    State.FENCING: frozenset({State.FENCING, State.REPLACING, State.STOPPED}),
+    State.REPLACING: frozenset({State.FENCING, State.LOADING, State.STOPPED}),
+    State.LOADING: frozenset({State.FENCING, State.REPLAYING, State.SERVING, State.STOPPED}),
+    State.REPLAYING: frozenset({State.FENCING, State.SERVING, State.STOPPED}),
+    State.STOPPED: frozenset(),
+}
+
+
+class EpochPool(Protocol):
+    """What a recovery needs of the ranks' pool; `engine.pool.RankPool` has it."""
+
+    def begin_epoch(self, lost: Collection[int], on_fenced: Callable[[], None]) -> None:
+        """End these ranks for certain, refuse what comes from before, and start others.
+
+        Args:
+            on_fenced: called when no lost rank is alive any more.
+
+        Raises:
+            RanksLostError: more were lost meanwhile.
+        """
+        ...
+
+    def close(self, *, failed: bool) -> None:
+        """End all ranks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A state that begins.
+
+    Attributes:
+        time_s: on the monotonic clock.
+        ranks: the loss that led to it; empty but for FENCING, and there if transfers broke without
+            a rank that was the cause.
+        cause: a line; empty likewise.
+    """
+
+    state: State
+    time_s: float
+    ranks: frozenset[int] = frozenset()
+    cause: str = ""
+
+
+@dataclass(eq=False)
+class RecoveryRecord:
+    """One recovery, from a loss until a step is committed again; further losses are part of it.
+
+    Attributes:
+        at: when it began, seconds since 1970.
+        moments: its states, in order; the last one, SERVING or STOPPED, ends it.
+        num_requests: whose keys and values were lost.
+    """
+
+    at: float
+    moments: list[Moment] = field(default_factory=list)
+    num_requests: int = 0
+
+    @property
+    def ranks(self) -> list[int]:
+        """All that were lost, sorted."""
+        return sorted(frozenset().union(*(moment.ranks for moment in self.moments)))
+
+    @property
+    def causes(self) -> list[str]:
+        """A line for each loss."""
+        return [moment.cause for moment in self.moments if moment.cause]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the ranks serve again, or were ended."""
+        return bool(self.moments) and self.moments[-1].state in (State.SERVING, State.STOPPED)
+
+    @property
+    def total_s(self) -> float:
+        """From its begin to its last moment."""
+        return self.moments[-1].time_s - self.moments[0].time_s
+
+    def seconds(self) -> dict[State, float]:
+        """By state, in the order of their first moments."""
+        found: dict[State, float] = {}
+        for moment, then in pairwise(self.moments):
+            found[moment.state] = found.get(moment.state, 0.0) + then.time_s - moment.time_s
+        return found
+
+    @property
+    def outcome(self) -> str:
+        """What came of it and how long it took, for people."""
+        shares = ", ".join(f"{state} {seconds:.2f}" for state, seconds in self.seconds().items())
+        how = "given up after" if self.moments[-1].state is State.STOPPED else "recovered in"
+        num = self.num_requests
+        return (
+            f"{how} {self.total_s:.2f} s ({shares}); {num} request{'s' * (num != 1)} computed again"
+        )
+
+    @property
+    def line(self) -> str:
+        """All of it, for people."""
+        return f"{self.outcome}; {'; '.join(self.causes)}"
+
+
+class Recovery:
+    """Replaces lost ranks; of the thread that has the pool, but for its attributes.
+
+    Args:
+        layout: tells which data-parallel rank's cache is lost with a rank.
+        redeploy: lets ranks load what they lack and connect to each other; takes the ranks that
+            were replaced and all steps that they may have to undo.
+        log: takes a line when a recovery begins and when it is over.
+
+    Attributes:
+        state: of now.
+        records: of recoveries, also of one under way, the latest last.
+        num_recoveries: that are over and ended in SERVING.
+    """
+
+    def __init__(
+        self,
+        pool: EpochPool,
+        layout: Layout,
+        redeploy: Callable[[frozenset[int], Sequence[StepPlan]], None],
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.state = State.LOADING
+        self.records: deque[RecoveryRecord] = deque(maxlen=_MOST_RECORDS)
+        self.num_recoveries = 0
+        self._pool, self._layout, self._redeploy, self._log = pool, layout, redeploy, log
+        self._num_fruitless = 0
+        self._is_under_way = False
+        self._to_fence: frozenset[int] = frozenset()
+        self._to_redeploy: frozenset[int] = frozenset()  # replaced since they all loaded
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a recovery was left before its end, as by Ctrl-C; another has to follow."""
+        return self._is_under_way
+
+    def start(self, action: Callable[[], ResultT]) -> ResultT:
+        """Do something with ranks that do not serve yet; all of it again once some are replaced.
+
+        Raises:
+            RankError, UserError: as `recover`.
+        """
+        while True:
+            try:
+                return action()
+            except RanksLostError as error:
+                self.replace(error)
+
+    def recover(self, error: RanksLostError, loop: DriveLoop[Any]) -> None:
+        """Bring ranks and steps to where they go on; `settle` has to follow.
+
+        Raises:
+            RankError: there were too many losses, or ranks could not be replaced; all were ended.
+            UserError: a rank found a mistake, such as a checkpoint that is no longer there.
+        """
+        self._is_under_way = True
+        while True:
+            self.replace(error)
+            try:
+                plans = loop.uncommitted
+                self.records[-1].num_requests += loop.lose(self._caches(self._to_redeploy))
+                self._redeploy(self._to_redeploy, plans)
+                self._to_redeploy = frozenset()
+                self._enter(State.REPLAYING)
+                loop.submit_again()
+                self._is_under_way = False
+                return
+            except RanksLostError as more:
+                error = more
+            except ExpertlaneError:
+                self._enter(State.STOPPED)
+                raise
+
+    def replace(self, error: RanksLostError) -> None:
+        """Replace lost ranks, which then have to load; `recover` does it, and whoever starts them.
+
+        Raises:
+            RankError, UserError: as `recover`.
+        """
+        while True:
+            self._to_fence |= error.ranks
+            self._enter(State.FENCING, error)
+            if self._num_fruitless == _MOST_FRUITLESS:
+                self._give_up(error)
+            self._num_fruitless += 1
+            try:
+                self._pool.begin_epoch(self._to_fence, lambda: self._enter(State.REPLACING))
+                self._to_redeploy, self._to_fence = self._to_redeploy | self._to_fence, frozenset()
+                self._enter(State.LOADING)
+                return
+            except RanksLostError as more:
+                error = more
+            except ExpertlaneError:
+                self._enter(State.STOPPED)
+                raise
+
+    def settle(self) -> None:
+        """All is as before: a step was committed, nothing was to be done, or all have started."""
+        if self.state in (State.LOADING, State.REPLAYING):
+            self._num_fruitless = 0
+            self._to_redeploy = frozenset()
+            self._enter(State.SERVING)
+
+    def _give_up(self, error: RanksLostError) -> NoReturn:
+        self._pool.close(failed=True)
+        self._enter(State.STOPPED)
+        raise RankError(
+            f"{error}; {_MOST_FRUITLESS} recoveries in a row led to no finished step, so all ranks "
+            "were ended"
+        ) from None
+
+    def _caches(self, ranks: Collection[int]) -> set[tuple[int, int]]:
+        """(replica, data-parallel rank) of each rank that has a part in the layout."""
+        places = [
+            self._layout.coordinates(rank) for rank in ranks if rank < self._layout.world_size
+        ]
+        return {(at.replica, at.dp_rank) for at in places}
+
+    def _enter(self, state: State, error: RanksLostError | None = None) -> None:
+        assert state in NEXT[self.state], f"{self.state} is not followed by {state}"
+        self.state = state
+        record = self.records[-1] if self.records and not self.records[-1].is_over else None
+        if error is not None:
+            self._log(f"{error}; recovering")
+            if record is None:
+                record = RecoveryRecord(time.time())
+                self.records.append(record)
+        if record is None:
+            return  # it has started, or ends without a loss
+        loss = (error.ranks, str(error)) if error is not None else ()
+        record.moments.append(Moment(state, time.monotonic(), *loss))
+        if state is State.SERVING:
+            self.num_recoveries += 1
+        if record.is_over:
+            self._log(record.outcome)

@@ -1,0 +1,253 @@
+"""Ranks are lost at any moment: each request gets the tokens of an undisturbed run, each once."""
+
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.fake_ranks import FakePool
+from engine.test_grammars import byte_level
+from engine.token_stage import PARAMS
+from expertlane.engine.engine import Engine
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.recovery import Recovery, State
+from expertlane.engine.tokenizer import Tokenizer
+from expertlane.errors import RankError
+from expertlane.schedule.request import FinishReason, Limits
+from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS
+from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.structured import Structured
+from schedule.paged import check_empty, check_tables
+
+TOKENIZER = Tokenizer(byte_level(), [byte_level().token_to_id("</s>")])
+VOCAB_SIZE = TOKENIZER.vocab_size
+MODEL = PRESETS["paper-tiny"].with_overrides(vocab_size=VOCAB_SIZE)
+SEEDED = [replace(each or SamplingParams(temperature=0), seed=5) for each in PARAMS]
+ALL_PARAMS = (
+    *SEEDED,
+    replace(SEEDED[2], prompt_logprobs=2),
+    SamplingParams(temperature=0, prompt_logprobs=0),
+    SamplingParams(seed=1, structured=Structured(regex="[abc]{2,7}")),
+    SamplingParams(temperature=0, structured=Structured(regex="(x|y){3}z*")),
+)
+
+
+class NumberedRebalancer:
+    """Placements are numbers; every few steps bring others."""
+
+    def __init__(self, replicas):
+        self.placements = [0] * replicas
+        self._begun = WeakKeyDictionary()
+        self._before = {}
+
+    def before_step(self, plan):
+        if plan not in self._begun:
+            new = plan.step if plan.step % 4 == 3 else None
+            if new is not None:
+                self._before[plan.replica, plan.step] = self.placements[plan.replica]
+                self.placements[plan.replica] = new
+            self._begun[plan] = new
+        return self._begun[plan]
+
+    def after_step(self, plan, records):
+        self._before.pop((plan.replica, plan.step), None)
+
+    def abandon(self, plans):
+        for plan in reversed(plans):
+            if (plan.replica, plan.step) in self._before:
+                self.placements[plan.replica] = self._before.pop((plan.replica, plan.step))
+            self._begun[plan] = None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    layout: Layout
+    options: Options
+    limits: Limits
+    num_requests: int
+    cancel_rate: float
+    seed: int
+
+    def play(self, loss_rate, cancel_rate=None, most_losses=2):
+        """What came of each request: its output, and whether it was cancelled; and the pool."""
+        rng = np.random.default_rng(self.seed)
+        self_rng = np.random.default_rng(self.seed + 1)
+        cancel_rate = self.cancel_rate if cancel_rate is None else cancel_rate
+        deployment = Deployment("a", self.layout, self.options)
+        pool = FakePool(self.layout, self.limits, self_rng, 0.0, most_losses=most_losses)
+        runner = ModelRunner(pool, MODEL, deployment, self.limits, seed=0, ranks_per_node=1)
+        runner.rebalancer = NumberedRebalancer(self.layout.replicas)
+        scheduler = ContinuousScheduler(
+            self.layout, self.options, self.limits, lookahead=self.layout.pp == 1
+        )
+        recovery = Recovery(pool, self.layout, runner.redeploy)
+        recovery.settle()
+        committed = set()
+
+        def on_commit(finished):
+            committed.add((finished.plan.replica, finished.plan.step))
+            pool.committed()
+
+        engine = Engine(
+            scheduler,
+            runner,
+            eos_token_ids=TOKENIZER.eos_token_ids,
+            tokenizer=TOKENIZER,
+            on_commit=on_commit,
+            recovery=recovery,
+        )
+        pool._loss_rate = loss_rate
+        to_come = [self._draw(rng, number) for number in range(self.num_requests)]
+        outputs, chunks = {}, []
+
+        def come_and_go():
+            while to_come and self_rng.random() < 0.4:
+                name, prompt, params = to_come.pop(0)
+                outputs[name] = engine.add(name, prompt, params)
+            if outputs and self_rng.random() < cancel_rate:
+                engine.cancel(list(outputs)[self_rng.integers(len(outputs))])
+
+        num_steps = 0
+        while to_come or not engine.is_idle:
+            come_and_go()
+            chunks += engine.step(come_and_go)
+            check_tables(scheduler, self.limits)
+            num_steps += 1
+            assert num_steps < 20_000, "it never ends"
+        check_empty(scheduler)
+        assert recovery.state is State.SERVING
+        assert recovery.num_recoveries == len(recovery.records)
+        self._check_chunks(outputs, chunks)
+        self._check_ranks(pool, scheduler, committed)
+        return outputs, pool, scheduler
+
+    def _draw(self, rng, number):
+        prompt = rng.integers(0, 60, rng.integers(1, 14))
+        num_shared = int(rng.integers(0, len(prompt) + 1))
+        prompt[:num_shared] = np.arange(num_shared) % 3
+        params = ALL_PARAMS[rng.integers(len(ALL_PARAMS))]
+        return str(number), prompt.tolist(), replace(params, max_tokens=int(rng.integers(1, 10)))
+
+    def _check_chunks(self, outputs, chunks):
+        """Each token was told once, in its order, and one end."""
+        for name, output in outputs.items():
+            own = [chunk for chunk in chunks if chunk.request_id == name]
+            tokens = [chunk.token_id for chunk in own if chunk.token_id is not None]
+            if output.finish_reason is FinishReason.CANCELLED:  # its last token may be dropped
+                assert tokens == output.token_ids[: len(tokens)]
+            else:
+                assert tokens == output.token_ids
+            assert len(output.token_times_s) == len(tokens)
+            assert "".join(chunk.text for chunk in own) == output.text
+            assert [c.finish_reason for c in own if c.finish_reason] == [output.finish_reason]
+
+    def _check_ranks(self, pool, scheduler, committed):
+        """All ranks of a replica ran each step with the same experts, and know no old request."""
+        for replica in range(self.layout.replicas):
+            ranks = self.layout.ranks_of_replica(replica)
+            before = 0
+            for step in sorted(step for of_replica, step in committed if of_replica == replica):
+                placements = pool.placement_of_step[replica, step]
+                assert sorted(placements) == list(ranks)
+                (placement,) = set(placements.values())
+                assert before <= placement <= step
+                before = placement
+            for rank in ranks:
+                known = pool.stages[rank]._sampler._admitted
+                assert set(known) <= set(scheduler._released[replica])
+
+
+def facts(output):
+    """What has to be the same, whatever happened."""
+    scored = output.prompt_logprobs
+    return (
+        output.token_ids,
+        output.text,
+        output.finish_reason,
+        output.logprobs,
+        None if scored is None else scored[:],
+        None if scored is None else scored.ranks[1:].tolist(),
+    )
+
+
+def check(scenario, loss_rate, most_losses=2):
+    """Play with losses and without; gives how many ranks were replaced."""
+    expected, _, _ = scenario.play(0.0, cancel_rate=0.0)
+    found, pool, scheduler = scenario.play(loss_rate, most_losses=most_losses)
+    assert list(found) == list(expected)
+    for name, output in found.items():
+        undisturbed = expected[name]
+        if output.finish_reason is FinishReason.CANCELLED:
+            assert output.token_ids == undisturbed.token_ids[: len(output.token_ids)]
+            assert output.logprobs == undisturbed.logprobs[: len(output.logprobs)]
+        else:
+            assert facts(output) == facts(undisturbed)
+    return pool, scheduler
+
+
+scenarios = st.builds(
+    Scenario,
+    layout=st.sampled_from(
+        [
+            *map(Layout.parse, ("tp=1", "tp=2", "dp=2,ep=2", "dp=3", "dp=4,ep=4", "replicas=2")),
+            *map(Layout.parse, ("pp=2", "pp=3,dp=2", "replicas=2,dp=2,ep=2", "pp=2,tp=2")),
+        ]
+    ),
+    options=st.builds(
+        Options,
+        num_micro_batches=st.integers(1, 3),
+        micro_batch_schedule=st.sampled_from(["drained", "rotating"]),
+    ),
+    limits=st.builds(
+        Limits,
+        vocab_size=st.just(VOCAB_SIZE),
+        max_model_len=st.just(40),
+        num_blocks=st.integers(10, 30),
+        block_size=st.integers(2, 4),
+        max_num_batched_tokens=st.integers(3, 20),
+        max_num_seqs=st.integers(2, 6),
+        prefix_caching=st.booleans(),
+        prompt_wait_steps=st.sampled_from([0, 0, 3]),
+        phases_apart=st.booleans(),
+    ),
+    num_requests=st.integers(0, 14),
+    cancel_rate=st.sampled_from([0.0, 0.05]),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(scenarios, st.sampled_from([0.02, 0.1]))
+def test_every_request_gets_its_tokens_whatever_ranks_are_lost(scenario, loss_rate):
+    check(scenario, loss_rate)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@settings(derandomize=True, deadline=None, max_examples=2000)
+@given(scenarios, st.sampled_from([0.01, 0.05, 0.2]))
+def test_every_request_gets_its_tokens_in_many_runs(scenario, loss_rate):
+    check(scenario, loss_rate)
+
+
+def test_the_scenarios_have_all_that_can_go_wrong():
+    limits = Limits(VOCAB_SIZE, 40, 12, 2, max_num_batched_tokens=12, max_num_seqs=6)
+    scenario = Scenario(Layout.parse("dp=2,ep=2"), Options(), limits, 90, 0.05, seed=3)
+    pool, scheduler = check(scenario, 0.15)
+    assert pool.num_losses > 20
+    assert pool.num_replaced > 20
+    assert scheduler.num_recovered > 20
+    assert scheduler.num_preemptions > 0
+
+
+def test_it_gives_up_where_no_step_can_be_finished():
+    limits = Limits(VOCAB_SIZE, 40, 12, 2)
+    scenario = Scenario(Layout.parse("dp=2,ep=2"), Options(), limits, 3, 0.0, seed=3)
+    with pytest.raises(RankError, match="3 recoveries in a row led to no finished step"):
+        scenario.play(1.0, most_losses=10)

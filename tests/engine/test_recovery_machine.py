@@ -1,0 +1,253 @@
+"""The machine that replaces ranks, against a pool that loses more of them at any of its moments."""
+
+import re
+from collections import deque
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from expertlane.engine.recovery import NEXT, Recovery, State
+from expertlane.errors import RankError, RanksLostError, UserError
+from expertlane.spec.layout import Layout
+
+LAYOUT = Layout.parse("replicas=2,pp=2,dp=2,tp=2,ep=4")
+RANKS = st.frozensets(st.integers(0, LAYOUT.world_size), max_size=3)  # one rank more than it needs
+# Where a recovery may be disturbed: before and after ranks are killed, and so on.
+PLACES = ("fence", "replace", "redeploy", "half redeployed", "submit")
+
+
+class Disturbed:
+    """A pool, ranks and the loop in one, which logs what is asked of it.
+
+    Attributes:
+        to_come: what happens next: a place, and what is raised there.
+        lost: ranks that are dead and not replaced yet.
+        caches: (replica, dp_rank) that are gone, and that the scheduler does not know of.
+        not_loaded: ranks without weights.
+        joined: the epoch of every rank.
+        is_running: whether the uncommitted steps are with the ranks.
+    """
+
+    uncommitted = ("a plan",)
+
+    def __init__(self):
+        self.to_come = deque()
+        self.lost, self.caches, self.not_loaded = set(), set(), set()
+        self.epoch, self.joined = 0, [0] * (LAYOUT.world_size + 1)
+        self.is_running, self.is_closed = True, False
+        self.num_epochs_since_commit = 0
+
+    def lose(self, ranks):
+        self.lost |= ranks
+        self.caches |= {
+            (at.replica, at.dp_rank)
+            for at in (LAYOUT.coordinates(rank) for rank in ranks if rank < LAYOUT.world_size)
+        }
+
+    def _pass(self, place):
+        if self.to_come and self.to_come[0][0] == place:
+            error = self.to_come.popleft()[1]
+            if isinstance(error, RanksLostError):
+                self.lose(error.ranks)
+            raise error
+
+    def begin_epoch(self, lost, on_fenced):
+        assert not self.is_closed
+        assert self.lost <= lost, "a rank that is lost is not fenced"
+        self.epoch += 1
+        self.num_epochs_since_commit += 1
+        self.is_running = False
+        self._pass("fence")
+        self.not_loaded |= lost
+        self.lost.clear()
+        on_fenced()
+        self._pass("replace")
+
+    def redeploy(self, replaced, plans):
+        assert not self.lost
+        assert self.not_loaded <= replaced
+        assert not self.caches, "steps would be run on caches that are gone"
+        assert plans == self.uncommitted
+        self._pass("redeploy")
+        for rank in range(LAYOUT.world_size // 2):
+            self._join(rank)
+        self._pass("half redeployed")
+        for rank in range(LAYOUT.world_size + 1):
+            self._join(rank)
+
+    def _join(self, rank):
+        self.joined[rank] = self.epoch
+        self.not_loaded.discard(rank)
+
+    def lose_caches(self, caches):
+        assert caches >= self.caches
+        self.caches.clear()
+        return len(caches)
+
+    def submit_again(self):
+        assert not self.not_loaded
+        assert set(self.joined) == {self.epoch}
+        self._pass("submit")
+        self.is_running = True
+
+    def close(self, *, failed):
+        assert failed
+        self.is_closed = True
+
+
+class Loop:
+    """What the machine needs of a `DriveLoop`."""
+
+    def __init__(self, disturbed):
+        self._disturbed = disturbed
+        self.uncommitted = disturbed.uncommitted
+        self.lose, self.submit_again = disturbed.lose_caches, disturbed.submit_again
+
+
+class Machine(RuleBasedStateMachine):
+    """Steps are committed, ranks are lost, and more while they are replaced, in any order."""
+
+    def __init__(self):
+        super().__init__()
+        self.ranks, self.lines = Disturbed(), []
+        self.recovery = Recovery(self.ranks, LAYOUT, self.ranks.redeploy, self.lines.append)
+        self.num_lost = 0  # events
+        self.states = [self.recovery.state]
+        self.starts()
+
+    def starts(self):
+        assert self.recovery.state is State.LOADING
+        self.recovery.settle()
+
+    @property
+    def is_stopped(self):
+        return self.recovery.state is State.STOPPED
+
+    @precondition(lambda self: not self.is_stopped)
+    @rule()
+    def commit(self):
+        """A step is committed."""
+        assert self.ranks.is_running
+        self.recovery.settle()
+        self.ranks.num_epochs_since_commit = 0
+        assert self.recovery.state is State.SERVING
+
+    @precondition(lambda self: not self.is_stopped)
+    @rule(
+        ranks=RANKS,
+        more=st.lists(st.tuples(st.sampled_from(PLACES), RANKS), max_size=4),
+        ends=st.sampled_from([None] * 6 + [UserError("no file"), RankError("no server")]),
+        where=st.sampled_from(PLACES),
+        is_interrupted=st.integers(0, 9).map(lambda number: number == 0),
+    )
+    def lose(self, ranks, more, ends, where, is_interrupted):
+        """Ranks are lost, more while they are replaced, and it may end there."""
+        disturbed = self.ranks
+        disturbed.lose(ranks)
+        disturbed.is_running = False
+        disturbed.to_come = deque(
+            (place, RanksLostError(f"more: {sorted(lost)}", lost)) for place, lost in more
+        )
+        if ends is not None:
+            disturbed.to_come.append((where, ends))
+        elif is_interrupted:
+            disturbed.to_come.append((where, KeyboardInterrupt()))
+        num_before = disturbed.num_epochs_since_commit
+        error = RanksLostError(f"first: {sorted(ranks)}", ranks)
+        ended = None
+        while ended is None:
+            try:
+                self.recovery.recover(error, Loop(disturbed))
+                break
+            except KeyboardInterrupt:
+                assert self.recovery.is_interrupted
+                error = RanksLostError("it goes on", ())
+            except (RankError, UserError) as raised:
+                ended = raised
+        if ended is not None:
+            assert self.is_stopped
+            if ended is not ends:
+                assert disturbed.num_epochs_since_commit == 3
+                assert disturbed.is_closed
+                assert "all ranks were ended" in str(ended)
+            return
+        assert self.recovery.state is State.REPLAYING
+        assert not self.recovery.is_interrupted
+        assert disturbed.is_running
+        assert num_before < disturbed.num_epochs_since_commit <= 3
+
+    @precondition(lambda self: self.is_stopped)
+    @rule()
+    def stay_stopped(self):
+        self.recovery.settle()
+        assert self.is_stopped
+
+    @invariant()
+    def records_are_paths_of_the_machine(self):
+        for record in self.recovery.records:
+            states = [moment.state for moment in record.moments]
+            assert states[0] is State.FENCING
+            assert all(then in NEXT[now] for now, then in pairwise(states))
+            assert sum(record.seconds().values()) == pytest.approx(record.total_s)
+            assert record.causes
+        over = [record for record in self.recovery.records if record.is_over]
+        assert over == list(self.recovery.records)[: len(over)]
+        num = sum(record.moments[-1].state is State.SERVING for record in over)
+        assert self.recovery.num_recoveries == num
+        assert len([line for line in self.lines if "computed again" in line]) == len(over)
+
+    @invariant()
+    def nothing_is_left_half_done(self):
+        if not self.is_stopped:
+            assert not self.ranks.lost
+            assert not self.ranks.caches
+            assert not self.ranks.not_loaded
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(
+    derandomize=True, deadline=None, max_examples=100, stateful_step_count=20
+)
+
+
+def test_losses_at_the_start():
+    """Whatever was done with ranks is done again, from the beginning."""
+    ranks, calls = Disturbed(), []
+    recovery = Recovery(ranks, LAYOUT, ranks.redeploy)
+
+    def start():
+        calls.append(recovery.state)
+        if len(calls) < 3:
+            raise RanksLostError("lost", {1})
+        return "started"
+
+    assert recovery.start(start) == "started"
+    assert calls == [State.LOADING] * 3
+    recovery.settle()
+    assert recovery.state is State.SERVING
+    (record,) = recovery.records
+    assert (record.ranks, record.num_requests) == ([1], 0)
+    assert "recovered in" in record.line
+
+
+def test_a_start_that_never_works():
+    recovery = Recovery(Disturbed(), LAYOUT, lambda replaced, plans: None)
+
+    def start():
+        raise RanksLostError("rank 1 is dead", {1})
+
+    with pytest.raises(RankError, match="rank 1 is dead; 3 recoveries in a row"):
+        recovery.start(start)
+    assert recovery.state is State.STOPPED
+
+
+def test_the_page_draws_the_machine():
+    """Its table has every state, and the states that may follow."""
+    page = (Path(__file__).parents[2] / "docs/recovery.md").read_text()
+    rows = re.findall(r"^\| `([A-Z]+)` \|[^|]*\| ([^|]*) \|$", page, re.MULTILINE)
+    drawn = {name: set(re.findall(r"`([A-Z]+)`", then)) for name, then in rows}
+    assert drawn == {state.name: {each.name for each in then} for state, then in NEXT.items()}

@@ -1,0 +1,81 @@
+"""A rank is killed under a server: clients see a pause, operators what happened."""
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from engine.processes import wait_until
+from engine.recovering import PARAMS, PROMPTS, harmed, pids
+from expertlane import LLM
+from expertlane.engine.commands import RunStep
+from expertlane.engine.recovery import State
+from expertlane.server.service import ServedModel, ServerOptions
+from server.running import PATIENCE_S, ServerInThread
+from server.test_live import feed
+from server.test_metrics import scrape
+
+
+@pytest.fixture
+def events():
+    return []
+
+
+@pytest.fixture
+def server(events):
+    """On two data-parallel ranks, with the tokens that its LLM gave before as `expected`."""
+    with LLM("paper-tiny", layout="dp=2,ep=2", dtype="float32", on_failure="replace") as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
+        model = ServedModel("tiny", llm.engine, llm.limits, watch=llm.watch())
+        options = ServerOptions(on_event=lambda *event: events.append(event))
+        server = ServerInThread(model, options, check_ranks=llm.check_ranks)
+        server.llm, server.expected = llm, expected
+        yield server
+        server.stop()
+        assert server.error is None
+
+
+def complete(server, number):
+    """The tokens of one of `PROMPTS`, as a client gets them."""
+    params = PARAMS[number]
+    body = {
+        "prompt": PROMPTS[number],
+        "return_token_ids": True,
+        **{
+            name: getattr(params, name)
+            for name in ("temperature", "seed", "max_tokens", "repetition_penalty")
+        },
+        "presence_penalty": params.presence_penalty,
+    }
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["token_ids"]
+
+
+def test_clients_see_no_more_than_a_pause(server, events):
+    with (
+        feed(server) as frames,
+        harmed(1, RunStep, 6) as killed,
+        ThreadPoolExecutor(len(PROMPTS)) as clients,
+    ):
+        found = list(clients.map(lambda number: complete(server, number), range(len(PROMPTS))))
+        assert found == server.expected
+        assert len(killed) == 1
+        frame = next(frame for frame in frames if frame.get("num_recoveries"))
+    assert frame["state"] == "running"
+    assert frame["num_recovered"] > 0
+    (event,) = [each["text"] for each in frame["events"] if each["kind"] == "recovery"]
+    assert "rank 1 was killed by SIGKILL" in event
+    assert [text for kind, text in events if kind == "recovery"] == [event]
+    assert not [text for kind, text in events if kind in ("error", "end")]
+    values, _ = scrape(server)
+    assert values["expertlane:recoveries_total",] == 1
+    assert values["expertlane:recovered_requests_total",] == frame["num_recovered"]
+    # Nobody asks for anything.
+    pid = pids(server.llm)[0]
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: server.llm.engine.recovery.num_recoveries == 2)
+    assert server.llm.engine.recovery.state is State.SERVING
+    assert complete(server, 0) == server.expected[0]
