@@ -40,6 +40,7 @@ LAYOUT = "dp=2,ep=2"
 NUM_CLIENTS = 8
 PART = 10  # kills
 _REGEX = "[a-j ]{40,90}"
+_MOST_POSITIONS = 250  # of the checkpoint's 256
 _RETRY_S = 0.05
 _USAGE = {"include_usage": True}
 _OF_CHATS = (
@@ -73,7 +74,8 @@ def drawn(seed: int, number: int) -> Sent:
     asked = draw(seed, number, is_calm=True)
     while asked.wrong is not None:
         asked = draw(dice.randrange(2**32), number, is_calm=True)
-    most, is_stream = dice.randrange(40, 120), dice.random() < 0.9
+    most = min(dice.randrange(40, 120), _MOST_POSITIONS - max(map(_num_bytes, asked.prompts)))
+    is_stream = dice.random() < 0.9
     params = tuple(replace(each, max_tokens=most, min_tokens=0) for each in asked.params)
     body = {k: v for k, v in asked.body.items() if k not in ("min_tokens", "priority")}
     body |= {"max_tokens": most, "stream": is_stream, "stream_options": _USAGE}
@@ -92,6 +94,13 @@ def drawn(seed: int, number: int) -> Sent:
     elif not is_stream:
         given = {k: v for k, v in body.items() if k != "stream_options"}
     return Sent(replace(asked, params=params, body=body), path, given, is_structured)
+
+
+def _num_bytes(prompt: Any) -> int:
+    """At least as many as it has tokens."""
+    if isinstance(prompt, str):
+        return len(prompt.encode())
+    return sum(_num_bytes(each["content"]) + 2 if isinstance(each, dict) else 1 for each in prompt)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from expertlane.cli.help import Panel
 from expertlane.errors import UserError, naming
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
+    CopyMethod,
     DispatchChoice,
     DispatchForm,
     MicroBatchSchedule,
@@ -202,6 +203,15 @@ class SchedulerOptions:
     )
 
 
+def copies_option() -> Any:
+    """Which copy of a redundant expert computes a token."""
+    return typer.Option(
+        "nearest",
+        help="Copy of a redundant expert that computes a token: nearest: own rank, own node, any, "
+        "in turns; balanced: shared in every step so that ranks are even, where that pays.",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeploymentOptions:
     """How a deployment runs, whether on real ranks or on modelled ones.
@@ -241,6 +251,7 @@ class DeploymentOptions:
     )
     placement: str = placement_option("linear")
     num_redundant_experts: int = redundant_option()
+    copies: CopyMethod = copies_option()
     options: Options = field(init=False)
 
     def __post_init__(self) -> None:
@@ -266,6 +277,7 @@ class DeploymentOptions:
             prefill_dispatch=self.prefill_dispatch,
             payload=self.payload,
             num_redundant_experts=num_redundant,
+            copies=self.copies,
             **where,
         )
         object.__setattr__(self, "options", options)

@@ -105,6 +105,7 @@ class Recorder:
         )
         self._num_remote_rank_copies = self._num_remote_node_copies = 0
         self._payload_squares = np.zeros(2)
+        self._num_pairs_saved, self._copies_s = 0, 0.0
         self._topk_ids: defaultdict[int, list[Tensor]] = defaultdict(list)  # by layer
 
     def begin_step(
@@ -353,6 +354,19 @@ class Recorder:
             self._num_remote_rank_copies += num_remote_rank_copies
             self._num_remote_node_copies += num_remote_node_copies
 
+    def count_copies(self, num_saved: int, seconds: float) -> None:
+        """Add what sharing one layer's tokens among copies brought and took.
+
+        Args:
+            num_saved: pairs that the fullest rank is spared.
+            seconds: processor time of this rank.
+        """
+        if self._recording:
+            self._num_pairs_saved += num_saved
+            self._copies_s += seconds
+        if self.meter is not None:
+            self.meter.shared_out(num_saved, seconds)
+
     def count_payload_error(self, error_squares: float, squares: float) -> None:
         """Add hidden states that are sent in a narrower type.
 
@@ -411,6 +425,8 @@ class Recorder:
             tokens_by_nodes_reached=self._by_nodes_reached,
             num_remote_rank_copies=self._num_remote_rank_copies,
             num_remote_node_copies=self._num_remote_node_copies,
+            num_pairs_saved=self._num_pairs_saved,
+            copies_s=self._copies_s,
             payload_squares=self._payload_squares,
             topk_ids={layer: torch.cat(ids).numpy() for layer, ids in self._topk_ids.items()},
             events=self._events() if self._recording_events else None,

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.moves import Move
+from expertlane.balance.moves import Part
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.step.operation import SIZES, Kind, TransferKind
 from expertlane.results.rank_totals import RankTotals
@@ -196,10 +196,12 @@ class RunStep(Command[RankOutcome]):
 
     Attributes:
         placements: [num_hidden_layers]; of experts from this step on; None as they are.
+        balances_copies: tokens are shared among copies of experts by the counts of all ranks.
     """
 
     step: RankStep
     placements: Placements | None = None
+    balances_copies: bool = False
 
 
 class DiscardSteps(Command[None]):
@@ -216,20 +218,23 @@ class SumWeights(Command[dict[str, int]]):
     """Checksums of all weights that the rank holds, by names that say the same on all ranks."""
 
 
-class StartMoves(Command[None]):
-    """Start to send and receive the experts of some moves, `Move.layer` being a hidden layer."""
+class StartMoves(Command[float]):
+    """Start to send and receive parts of experts, `Move.layer` being a hidden layer.
 
-    moves: tuple[Move, ...]
+    The answer: seconds that it took.
+    """
+
+    parts: tuple[Part, ...]
 
 
-class FinishMoves(Command[None]):
-    """Wait for the moves that were started."""
+class FinishMoves(Command[float]):
+    """Wait for the parts that were started; the answer as of `StartMoves`."""
 
 
-class TimeOneMove(Command[tuple[int, float]]):
+class TimeOneMove(Command[tuple[int, float, float]]):
     """Bytes of an expert, and seconds in which each rank sends one to the next of its ep group.
 
-    What arrives is discarded. Collective over the ranks of a replica.
+    Then seconds for one byte. What arrives is discarded. Collective over the ranks of a replica.
     """
 
 

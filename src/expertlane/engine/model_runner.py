@@ -20,6 +20,7 @@ from expertlane.engine.commands import (
     SetDispatch,
     StageSpec,
 )
+from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.dispatch_timing import time_dispatch
 from expertlane.engine.launch import check_deployment
 from expertlane.engine.pool import RankPool, Ticket
@@ -54,6 +55,7 @@ class ModelRunner:
         dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
         rebalancer: moves experts between steps; None where they stay.
         checking: looks for silent errors; None where nobody does.
+        copy_switch: decides in which steps copies of experts are balanced; None for in none.
 
     Args:
         limits: of the scheduler; here, the size of the paged cache.
@@ -105,6 +107,7 @@ class ModelRunner:
         self._model, self._placements = model, placements
         self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
+        self.copy_switch: CopySwitch | None = None
         self._watch: RankWatch | None = None
         self._to_discard: set[tuple[int, int]] = set()  # (replica, step); by some ranks
         if options.is_timed:
@@ -118,6 +121,8 @@ class ModelRunner:
             text = str(self.dispatch_table)
             unit = " (tokens per rank)" if " up to " in text else " for all steps"
             log(f"dispatch: {text}{unit}")
+        if options.copies == "balanced":
+            self.copy_switch = CopySwitch(layout, log)
         if options.rebalance_steps:
             self.rebalancer = Rebalancer(
                 pool,
@@ -131,7 +136,7 @@ class ModelRunner:
     def watch(self) -> RankWatch:
         """Begin to count what ranks do, for those who ask while they serve."""
         given = self._pool, self._layout, self._model, self._placements
-        self._watch = RankWatch(*given, self.rebalancer)
+        self._watch = RankWatch(*given, self.rebalancer, self.copy_switch)
         return self._watch
 
     def set_dispatch(self, table: DispatchTable) -> None:
@@ -141,10 +146,18 @@ class ModelRunner:
     def submit(self, plan: StepPlan) -> StepHandle:
         """Send a plan to the ranks of its replica, to each its own part."""
         placements = None if self.rebalancer is None else self.rebalancer.before_step(plan)
+        as_sent, balances = plan, False
+        if self.copy_switch is not None:
+            if placements is not None and not self.copy_switch.has_seen(plan):
+                self.copy_switch.forget(plan.replica)
+            as_sent, balances = self.copy_switch.before_step(plan)
         submitted_s = time.perf_counter()
         commands = [
-            (RunStep(step, placements), self._layout.ranks_of_dp_rank(plan.replica, dp_rank))
-            for dp_rank, step in enumerate(plan.of_dp_ranks())
+            (
+                RunStep(step, placements, balances),
+                self._layout.ranks_of_dp_rank(plan.replica, dp_rank),
+            )
+            for dp_rank, step in enumerate(as_sent.of_dp_ranks())
         ]
         return StepHandle(plan, self._pool.submit_each(commands), submitted_s)
 
@@ -167,6 +180,9 @@ class ModelRunner:
         """
         if self.rebalancer is not None:
             self.rebalancer.abandon(plans)
+        if self.copy_switch is not None:  # what it decides goes with each step to all ranks
+            for replica in range(self._layout.replicas):
+                self.copy_switch.forget(replica)
         self._to_discard.update((plan.replica, plan.step) for plan in plans)
         given, layout = self._deploy, self._layout
         commands = []
@@ -210,6 +226,8 @@ class ModelRunner:
         outcome = outcome_of(outcomes, handle.submitted_s, finished_s)
         if self.rebalancer is not None:
             self.rebalancer.after_step(handle.plan, outcome.records)
+        if self.copy_switch is not None:
+            self.copy_switch.after_step(handle.plan, outcome.records)
         return outcome
 
 

@@ -175,14 +175,15 @@ class RankPool:
 
         Args:
             lost: none for a new epoch alone, which parts ranks whose transfers broke.
-            on_fenced: called when no lost rank is alive any more, before others are up.
+            on_fenced: called once all lost ranks are dead and others are started, not up yet.
 
         Raises:
             RanksLostError: more ranks are lost by now: of all those that are to be replaced.
         """
         self._check_open()
         self.epoch += 1
-        self._loss, self._replaced = None, frozenset(lost)
+        self._loss = None
+        self._replaced |= frozenset(lost)  # with those of an epoch that has not begun wholly
         self._starting |= self._replaced
         for waiting in self._waiting:
             waiting.clear()

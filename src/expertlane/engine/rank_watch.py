@@ -11,6 +11,7 @@ import numpy.typing as npt
 from expertlane.balance.placement_file import Placements
 from expertlane.comm.progress import Position
 from expertlane.engine.commands import ReadTotals
+from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.pool import RankPool, Ticket
 from expertlane.engine.rebalancing import Rebalancer
 from expertlane.results.rank_totals import RankTotals
@@ -35,6 +36,8 @@ class Reading:
             another rank of its expert tensor-parallel group reports them.
         link_bytes: [num_links].
         overlapped_s, exposed_s: as of `RankTotals`, over all ranks.
+        num_pairs_saved: as of `RankTotals`, over all stages.
+        copies_s: the same of the ranks that spent most on it.
     """
 
     time_s: float
@@ -46,6 +49,8 @@ class Reading:
     link_bytes: npt.NDArray[np.int64]
     overlapped_s: float
     exposed_s: float
+    num_pairs_saved: int
+    copies_s: float
 
 
 class RankWatch:
@@ -64,6 +69,7 @@ class RankWatch:
         model: ModelConfig,
         placements: Placements,
         rebalancer: Rebalancer | None = None,
+        copy_switch: CopySwitch | None = None,
     ) -> None:
         self.layout, self.num_experts = layout, model.num_experts
         self.layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
@@ -71,7 +77,7 @@ class RankWatch:
         self.stage_of_layer = [
             next(i for i, own in enumerate(stages) if layer in own) for layer in self.layers
         ]
-        self.rebalancer = rebalancer
+        self.rebalancer, self.copy_switch = rebalancer, copy_switch
         self._pool, self._placements = pool, placements
         self._ranks = range(layout.world_size)
         self._ticket: Ticket[RankTotals] | None = None
@@ -146,6 +152,11 @@ class RankWatch:
                 found[layer] = float(max(shares))
         return found
 
+    def _of_stages(self, of_ranks: Sequence[int]) -> list[int]:
+        """[replicas x pp]; the most of each stage's ranks."""
+        size = self.layout.stage_size
+        return [max(of_ranks[first : first + size]) for first in range(0, len(of_ranks), size)]
+
     def _reading(self, totals: Sequence[RankTotals]) -> Reading:
         tokens = np.zeros((len(self.layers), self.num_experts), dtype=np.int64)
         of_rank = np.zeros((len(self.layers), len(totals)), dtype=np.int64)
@@ -165,4 +176,6 @@ class RankWatch:
             .sum(axis=0),
             overlapped_s=sum(each.overlapped_ns for each in totals) / 1e9,
             exposed_s=sum(each.exposed_ns for each in totals) / 1e9,
+            num_pairs_saved=sum(self._of_stages([each.num_pairs_saved for each in totals])),
+            copies_s=sum(self._of_stages([each.copies_ns for each in totals])) / 1e9,
         )

@@ -129,7 +129,9 @@ def run_step(context: RankContext, command: RunStep) -> RankOutcome:
     """Execute one step plan on this rank's stage."""
     deployed: DeployedStage = context.deployed
     with torch.inference_mode():
-        return deployed.run(command.step, command.placements)
+        return deployed.run(
+            command.step, command.placements, balances_copies=command.balances_copies
+        )
 
 
 @dataclass(eq=False)
@@ -199,6 +201,7 @@ class DeployedStage:
         self._payload: PayloadType = "model"
         self._block_size = 1
         self._phase: Phase | None = None
+        self._balances_copies = False
         self._committed: dict[int, int] = {}  # tokens of the last committed step, by sequence id
         self._uncommitted: deque[_Changes] = deque()
         self._sends: deque[list[Pending]] = deque()
@@ -241,12 +244,20 @@ class DeployedStage:
         self._dispatch = table
         self.stage.set_forms(table.forms, self._payload)
 
-    def run(self, step: RankStep, placements: Placements | None = None) -> RankOutcome:
+    def run(
+        self,
+        step: RankStep,
+        placements: Placements | None = None,
+        *,
+        balances_copies: bool = False,
+    ) -> RankOutcome:
         """Take a step's micro-batches through this stage, one after the other.
 
         Args:
             placements: of experts from this step on; None for those that they have.
+            balances_copies: among copies of experts tokens are shared anew.
         """
+        self._balances_copies = balances_copies
         self._commit(len(self._uncommitted) - step.num_uncommitted)
         before = self._uncommitted[-1].chosen if self._uncommitted else self._committed
         changes = self._begin_changes(step, placements)
@@ -382,7 +393,9 @@ class DeployedStage:
             sizes = [list(half) for half in zip(*micro_batch.num_tokens_of_halves, strict=True)]
         parts = [
             ForwardBatch(
-                batch, num_tokens, mesh.layout, mesh.at, self._device, self._block_size, mode.form
+                *(batch, num_tokens, mesh.layout, mesh.at, self._device, self._block_size),
+                mode.form,
+                balances_copies=self._balances_copies,
             )
             for batch, num_tokens in zip(own, sizes, strict=True)
             if any(num_tokens)
@@ -452,7 +465,7 @@ HANDLERS: Handlers = {
     DiscardSteps: lambda context, command: context.deployed.discard(command.steps),
     ReadTotals: lambda context, _: context.deployed.totals(),
     SumWeights: lambda context, _: sum_weights(context.deployed.stage),
-    StartMoves: lambda context, command: context.deployed.migration.start_moves(command.moves),
+    StartMoves: lambda context, command: context.deployed.migration.start_moves(command.parts),
     FinishMoves: lambda context, _: context.deployed.migration.finish_moves(),
     TimeOneMove: lambda context, _: context.deployed.migration.time_one_move(),
     MeasureRates: measure_rates,

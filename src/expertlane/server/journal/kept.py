@@ -35,7 +35,7 @@ class KeptRequest(RequestGroup):
     """All choices of one HTTP request; of one event loop.
 
     Attributes:
-        chunks: [num_chunks]; places and chunks, in the order in which they came.
+        chunks: [num_chunks]; of all choices, in the order in which they came.
         error: what ended it before its end; None where nothing has.
         is_awaited: whether its client is expected to come back if it leaves.
         num_readings: connections that read it.
@@ -54,7 +54,7 @@ class KeptRequest(RequestGroup):
                 self.request_ids, prepared.prompts_of_choices, strict=True
             )
         ]
-        self.chunks: list[tuple[int, Chunk]] = []
+        self.chunks: list[Chunk] = []
         self.error: Exception | None = None
         self.is_awaited = begun.is_named
         self.num_readings = 0
@@ -81,22 +81,24 @@ class KeptRequest(RequestGroup):
 
     def add(self, chunk: Chunk) -> RequestOutput:
         """Keep a chunk for all readings, those to come too."""
-        place, reason = self._places[chunk.request_id], chunk.finish_reason
+        reason = chunk.finish_reason
         if reason is not FinishReason.CANCELLED:
-            self._keep(place, chunk)
-            self._wake()
+            self._keep(chunk)
+            for reading in self._readings:
+                reading.wake()
         if reason is not None:
             self.unfinished.pop(chunk.request_id, None)
             if not self.unfinished:
                 self._watchers.on_change(self)
-        return self.outputs[place]
+        return self.outputs[self.place_of(chunk)]
 
     def end(self, error: Exception) -> None:
         """Cancel what is not finished; readings get the error after what has come."""
         if not self.is_over:
             self.error = error
             self.cancel()
-            self._wake()
+            for reading in self._readings:
+                reading.wake()
             self._watchers.on_change(self)
 
     @property
@@ -125,25 +127,26 @@ class KeptRequest(RequestGroup):
         self._readings.discard(reading)
         self._watchers.on_change(self)
 
-    def _keep(self, place: int, chunk: Chunk) -> None:
-        self.chunks.append((place, chunk))
-        self._num_open -= chunk.finish_reason is not None
+    def place_of(self, chunk: Chunk) -> int:
+        """Of the choice that a chunk belongs to."""
+        return self._places[chunk.request_id]
 
-    def _wake(self) -> None:
-        for reading in self._readings:
-            reading.wake()
+    def _keep(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+        if chunk.finish_reason is not None:
+            self._num_open -= 1
 
     # To records, and back.
 
     def row(self, chunk: Chunk) -> Row:
         """The next chunk as the journal has it."""
-        return self._row(self._places[chunk.request_id], chunk, self._num_written)
+        return self._row(self.place_of(chunk), chunk, self._num_written)
 
     def rows(self) -> Iterator[Row]:
         """All chunks so far."""
         num_tokens = [0] * len(self.outputs)
-        for place, chunk in self.chunks:
-            yield self._row(place, chunk, num_tokens)
+        for chunk in self.chunks:
+            yield self._row(self.place_of(chunk), chunk, num_tokens)
 
     def _row(self, place: int, chunk: Chunk, num_tokens: list[int]) -> Row:
         """A hot path."""
@@ -185,7 +188,7 @@ class KeptRequest(RequestGroup):
             output.text += text
             output.finish_reason, output.error = more.reason, more.error
             chunk = Chunk(output.request_id, token_id, text, more.reason, more.error)
-            self._keep(place, chunk)
+            self._keep(chunk)
             if more.reason is not None:
                 self.unfinished.pop(output.request_id, None)
 
@@ -273,7 +276,7 @@ class Reading:
             await asyncio.sleep(0)
         found = kept.chunks[self._num_chunks : self._num_chunks + _AT_ONCE]
         self._num_chunks += len(found)
-        return found
+        return [(kept.place_of(chunk), chunk) for chunk in found]
 
     def end(self, error: Exception) -> None:
         """Let `take` raise an error; the request itself goes on."""
