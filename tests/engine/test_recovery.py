@@ -7,7 +7,7 @@ import pytest
 
 from engine.processes import wait_until
 from engine.recovering import facts, harmed, move_experts, pids, record_of
-from expertlane import LLM, SamplingParams
+from expertlane import LLM
 from expertlane.balance.moves import WHOLE
 from expertlane.engine.commands import Deploy, FinishMoves, Redeploy, RunStep, StartMoves
 from expertlane.engine.move_pace import MovePace
