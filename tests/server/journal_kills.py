@@ -40,6 +40,7 @@ LAYOUT = "dp=2,ep=2"
 NUM_CLIENTS = 8
 PART = 10  # kills
 _REGEX = "[a-j ]{40,90}"
+_ENDS = ("stop", "stop_token_ids", "ignore_eos")  # that would cut off what has a form
 _MOST_POSITIONS = 250  # of the checkpoint's 256
 _RETRY_S = 0.05
 _MAIN = "from expertlane.cli.main import main; main()"
@@ -62,9 +63,10 @@ def drawn(seed: int, number: int) -> Asked:
         body.pop("min_tokens", None)
         body["max_output_tokens" if asked.is_response else "max_tokens"] = most
         params = tuple(replace(each, max_tokens=most, min_tokens=0) for each in params)
-        if asked.path == "/v1/completions" and len(params) == 1 and dice.random() < 0.3:
-            body["guided_regex"] = _REGEX
-            params = (replace(params[0], structured=Structured(regex=_REGEX)),)
+        if isinstance(body.get("prompt"), str) and len(params) == 1 and dice.random() < 0.5:
+            body = {k: v for k, v in body.items() if k not in _ENDS} | {"guided_regex": _REGEX}
+            held = {"stop": (), "stop_token_ids": (), "ignore_eos": False}
+            params = (replace(params[0], structured=Structured(regex=_REGEX), **held),)
     return replace(asked, params=params, body=body)
 
 
