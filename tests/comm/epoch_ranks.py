@@ -36,6 +36,7 @@ from expertlane.comm.transport import EpochEndedError, PeerLostError
 from expertlane.engine import connection
 from expertlane.engine.fork_server import RankSettings
 from expertlane.engine.rendezvous import Meeting
+from expertlane.engine.store_host import StoreHost
 from expertlane.ops.backend import SHARED_MEMORY, Platform, compiled_messages
 from expertlane.ops.cores import Share
 from expertlane.spec.layout import Layout
@@ -344,12 +345,12 @@ def run(kind: str, seed: int, meeting: Meeting | None) -> dict[str, Any]:
 
 def main(kind: str, seeds: list[int]) -> None:
     """Run all seeds in turn."""
-    meeting = store = None
+    meeting = host = None
     if kind == "nodes":
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         meeting = Meeting("127.0.0.1", port, False, "test", 2)
-        store = meeting.open(as_host=True)
+        host = StoreHost(meeting)
     library = compiled_messages() if kind in ("compiled", "nodes") else None
     if kind == "compiled" and library is None:
         print(json.dumps({"skipped": "our C++ cannot be compiled here"}))
@@ -358,7 +359,8 @@ def main(kind: str, seeds: list[int]) -> None:
         for seed in seeds:
             named = replace(meeting, name=f"test-{seed}") if meeting else None
             print(json.dumps(run(kind, seed, named)), flush=True)
-    del store
+    if host is not None:
+        host.end()
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from expertlane.engine.messages import (
 from expertlane.engine.processes import end_with_parent, is_stopped, unterminated
 from expertlane.engine.rendezvous import Meeting, Place
 from expertlane.engine.run_files import memory_file, unnamed_file
+from expertlane.engine.store_host import StoreHost
 from expertlane.errors import TerminatedError
 
 if TYPE_CHECKING:
@@ -182,12 +183,13 @@ class _Server:
         self._poll.register(settings.control_fd, select.POLLIN)
         self._board = ProgressBoard(self._first.world_size, self._first.board_fd)
         self._rank_of_pid: dict[int, int] = {}
+        self._store_host: StoreHost | None = None
 
     def meet(self) -> "Store | None":
         """Let the nodes of the run meet, from its first one.
 
         Returns:
-            The store, which this process may host.
+            The store.
         """
         settings = self._settings
         meeting, launcher = settings.first_rank.meeting, settings.launcher
@@ -199,7 +201,9 @@ class _Server:
 
         assert settings.parent_pid is not None, "the launcher"
         end_watch = end_with_parent(settings.parent_pid)  # it may wait minutes for the store
-        store = meeting.open(as_host=True)
+        if not meeting.is_hosted:
+            self._store_host = StoreHost(meeting)
+        store = meeting.open()
         end_watch()
         if hashes := meeting.publish(store, launcher, go_on):
             self._control.send(encode(MessageKind.NODES, Nodes(hashes)))
@@ -316,7 +320,8 @@ class _Server:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            rank = self._rank_of_pid.pop(pid)
+            if (rank := self._rank_of_pid.pop(pid, None)) is None:
+                continue  # the host of the store: whoever needs it fails, and says so
             report = Exit(rank, os.waitstatus_to_exitcode(status), self._board.line(rank))
             self._control.send(encode(MessageKind.EXIT, report))
 
@@ -327,6 +332,8 @@ class _Server:
             os.kill(pid, signal.SIGKILL)
         for pid in self._rank_of_pid:
             os.waitpid(pid, 0)
+        if self._store_host is not None:
+            self._store_host.end()
         if self._settings.store_fd is None:  # the launcher may have been killed
             with contextlib.suppress(OSError):
                 os.unlink(self._settings.first_rank.store_path)
