@@ -175,12 +175,8 @@ class Rebalancer:
             pool.call(TimeOneMove(), ranks=layout.ranks_of_replica(0)) for _ in range(3)
         ]  # the first opens connections
         self._expert_bytes = max(num_bytes for num_bytes, *_ in timed[-1]) * layout.etp
-        move_s, stall_s = (
-            max(1e-6, min(max(of_rank[which] for of_rank in each) for each in timed))
-            for which in (1, 2)
-        )
         self._replicas = [
-            _Replica(placements, num_steps, MovePace(move_s, stall_s))
+            _Replica(placements, num_steps, MovePace.of_trials(timed))
             for _ in range(layout.replicas)
         ]
 
