@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from distributed.running import deployment, run_deployment
+from distributed.running import Balancing, deployment, run_deployment
+from expertlane import LLM, SamplingParams
 from expertlane.balance.rebalance import CopyDecision
 from expertlane.engine.copy_switch import TRIAL_STEPS, CopySwitch
 from expertlane.engine.launch import check_deployment
 from expertlane.errors import UserError
 from expertlane.schedule.plan import StepPlan
+from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, Routing
 from expertlane.spec.names import Phase, Stage
@@ -120,3 +122,15 @@ def test_tokens_stay_the_same_and_loads_even(pools, dispatch):
 def test_nothing_to_balance_is_refused():
     with pytest.raises(UserError, match="no expert has two; add some"):
         check_deployment(SKEWED, deployment("dp=2,ep=2", copies="balanced"), 2)
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather"])
+def test_each_pair_is_computed_once(dispatch):
+    """As every dispatch is proved to do where all is checked."""
+    options = Options(num_redundant_experts=4, copies="balanced", dispatch=dispatch)
+    settings = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "check": "full"}
+    with LLM("paper-tiny", layout="dp=2,ep=2", options=options, **settings) as llm:
+        llm._runner.copy_switch = Balancing()
+        prompts = [[number + 1, 7, *range(number)] for number in range(8)]
+        outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=6))
+        assert all(len(output.token_ids) == 6 for output in outputs)

@@ -7,7 +7,6 @@ it no step is recorded for this; much later, or when experts have moved, there i
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from expertlane.spec.names import Phase, Stage
 TRIAL_STEPS = 24
 _COLD_STEPS = 4  # of a trial, which do not count
 _KEPT_STEPS = 4096  # of a phase, before it is tried again
+_KEPT_MODES = 256  # more than may be uncommitted
 
 
 @dataclass(eq=False)
@@ -79,18 +79,21 @@ class CopySwitch:
         self._layout, self._log, self._worth = layout, log, worth
         self._trials: dict[tuple[int, Phase], _Trial] = {}
         # A discarded step is seen again, and goes as it went.
-        self._modes: WeakKeyDictionary[StepPlan, _Mode] = WeakKeyDictionary()
+        self._modes: dict[tuple[int, int], _Mode] = {}  # of replica and step, the latest
         self.decisions: list[TakenCopyDecision] = []
 
     def has_seen(self, plan: StepPlan) -> bool:
         """Whether a step was begun before."""
-        return plan in self._modes
+        return (plan.replica, plan.step) in self._modes
 
     def before_step(self, plan: StepPlan) -> tuple[StepPlan, bool]:
         """The plan, to be recorded in a trial; and whether copies are balanced in it."""
-        mode = self._modes.get(plan)
+        key = plan.replica, plan.step
+        mode = self._modes.get(key)
         if mode is None:
-            mode = self._modes[plan] = self._begin(plan)
+            mode = self._modes[key] = self._begin(plan)
+            if len(self._modes) > _KEPT_MODES:
+                del self._modes[next(iter(self._modes))]
         recorded = replace(plan, record=True) if mode.trial and not plan.record else plan
         return recorded, mode.is_balanced
 
@@ -106,10 +109,11 @@ class CopySwitch:
 
     def after_step(self, plan: StepPlan, records: Sequence[RankRecord]) -> None:
         """Take a finished step of a trial into account."""
-        mode, trial = self._modes.get(plan), self._trials.get((plan.replica, plan.phase))
+        key = plan.replica, plan.step
+        mode, trial = self._modes.get(key), self._trials.get((plan.replica, plan.phase))
         if mode is None or trial is None or mode.trial is not trial or not records:
             return  # of no trial, or of one that was given up
-        self._modes[plan] = _Mode(mode.is_balanced, None)
+        self._modes[key] = _Mode(mode.is_balanced, None)
         if trial.decision is not None:
             return
         trial.num_ended += 1
