@@ -27,9 +27,10 @@ from expertlane.engine.model_runner import ModelRunner, RoutingRecorder, moe_lay
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.recovery import Recovery
+from expertlane.engine.scaling import Scaling
 from expertlane.engine.shared_engine import SharedEngine
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
-from expertlane.errors import UserError
+from expertlane.errors import RankError, UserError
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Chunk, Limits, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -121,7 +122,7 @@ class LLM:
         record_routing: bool = False,
     ) -> None:
         _check_settings(dtype, cpu_isa, on_failure, seed, timeout_s)
-        chosen = layout if isinstance(layout, Layout) else Layout.parse(str(layout))
+        chosen = as_layout(layout)
         deployment = Deployment("llm", chosen, options or Options())
         self.model, self._folder = _find_model(model, ignore_unused_tensors)
         placements = check_deployment(self.model, deployment, ranks_per_node)
@@ -161,6 +162,13 @@ class LLM:
             self._routing = RoutingRecorder(self.model) if record_routing else None
             given = deployment, seed, ranks_per_node, eos_token_ids
             self.engine = self._start(lambda: self._make_engine(*given))
+            self._scaling = Scaling(
+                *(pool, self._runner, self.engine, self.model, deployment),
+                *(self.limits, self.machine),
+                ranks_per_node=ranks_per_node,
+                folder=self._folder,
+                oversubscribe=oversubscribe,
+            )
             if self._recovery is not None:
                 self._recovery.settle()
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
@@ -230,6 +238,28 @@ class LLM:
             RankError: one has, and is not replaced.
         """
         self.engine.guarded(self._pool.check)
+
+    @property
+    def layout(self) -> Layout:
+        """Of now; `scale` changes it."""
+        return self._scaling.deployment.layout
+
+    def scale(self, layout: str | Layout) -> None:
+        """Go on with another layout, on more ranks or fewer, between two steps.
+
+        Requests go on: those whose data-parallel rank stays as it was keep their keys and values;
+        others are computed again. Needs `on_failure="replace"`.
+
+        Raises:
+            UserError: the model cannot be laid out so, does not fit into memory, or there cannot be
+                so many ranks; nothing has changed then.
+            RankError: ranks were lost, and could not be replaced.
+        """
+        with self._shared.exclusive():
+            if self._pool.is_closed:
+                raise RankError("the ranks are gone; make a new LLM")
+            self._scaling.scale(as_layout(layout))
+            self.machine = self._scaling.machine
 
     def watch(self) -> RankWatch:
         """Begin to count what ranks do; for those who bring their own loop, and show it."""
@@ -356,6 +386,15 @@ class LLM:
             self._cancel(outputs)
             raise
         return outputs
+
+
+def as_layout(layout: str | Layout) -> Layout:
+    """Of a text, or itself.
+
+    Raises:
+        SpecError: as `Layout.parse`.
+    """
+    return layout if isinstance(layout, Layout) else Layout.parse(str(layout))
 
 
 def _all_finished(outputs: list[RequestOutput]) -> Callable[[], bool]:

@@ -27,6 +27,7 @@ class Reading:
     """Totals of all ranks at one time.
 
     Attributes:
+        layout: of the ranks.
         time_s: on the monotonic clock.
         num_steps: [world_size].
         spent_s, waited_s: [world_size, num_stages].
@@ -37,6 +38,7 @@ class Reading:
         overlapped_s, exposed_s: as of `RankTotals`, over all ranks.
     """
 
+    layout: Layout
     time_s: float
     num_steps: npt.NDArray[np.int64]
     spent_s: npt.NDArray[np.float64]
@@ -67,10 +69,8 @@ class RankWatch:
     ) -> None:
         self.layout, self.num_experts = layout, model.num_experts
         self.layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
-        stages = [layout.layers_of_stage(model.num_hidden_layers, i) for i in range(layout.pp)]
-        self.stage_of_layer = [
-            next(i for i, own in enumerate(stages) if layer in own) for layer in self.layers
-        ]
+        self._num_layers = model.num_hidden_layers
+        self.stage_of_layer = self._stage_of_layer()
         self.rebalancer = rebalancer
         self._pool, self._placements = pool, placements
         self._ranks = range(layout.world_size)
@@ -109,6 +109,25 @@ class RankWatch:
                 self._before[rank] = self._latest[rank]
         self._ask()
 
+    def _stage_of_layer(self) -> list[int]:
+        layout = self.layout
+        stages = [layout.layers_of_stage(self._num_layers, i) for i in range(layout.pp)]
+        return [next(i for i, own in enumerate(stages) if layer in own) for layer in self.layers]
+
+    def reshape(self, layout: Layout, placements: Placements) -> None:
+        """Watch the ranks of another layout, which count anew; those that are gone stay in sums.
+
+        A rank whose number there was before goes on with the counts of that one.
+        """
+        self._ticket = None
+        self._before |= dict(enumerate(self._latest))
+        none = self._latest[0].nothing()
+        self.layout, self._placements = layout, placements
+        self.stage_of_layer = self._stage_of_layer()
+        self._ranks = range(layout.world_size)
+        self._latest = [self._before.get(rank, none) for rank in self._ranks]
+        self.readings = deque([self._reading(self._latest)], maxlen=self.readings.maxlen)
+
     def _with_before(self, rank: int, totals: RankTotals) -> RankTotals:
         return totals + self._before[rank] if rank in self._before else totals
 
@@ -135,13 +154,14 @@ class RankWatch:
 
         Of several replicas, the worst. Layers that had no tokens are left out.
         """
-        tokens = self.readings[-1].rank_tokens - self.since(seconds).rank_tokens
+        latest, old = self.readings[-1], self.since(seconds)
+        layout = latest.layout
+        if old.layout != layout:  # it has just become another
+            return {}
         found = {}
-        for layer, of_rank in zip(self.layers, tokens, strict=True):
-            by_replica = of_rank.reshape(self.layout.replicas, -1)
-            shares = [
-                each.max() * self.layout.ep / each.sum() for each in by_replica if each.sum() > 0
-            ]
+        for layer, of_rank in zip(self.layers, latest.rank_tokens - old.rank_tokens, strict=True):
+            by_replica = of_rank.reshape(layout.replicas, -1)
+            shares = [each.max() * layout.ep / each.sum() for each in by_replica if each.sum() > 0]
             if shares:
                 found[layer] = float(max(shares))
         return found
@@ -153,16 +173,21 @@ class RankWatch:
             own = each.num_tokens[self.layers]
             tokens[:, each.experts] += own
             of_rank[:, rank] = own.sum(axis=1)
+        gone = [each for rank, each in self._before.items() if rank >= len(totals)]
+        for each in gone:
+            tokens[:, each.experts] += each.num_tokens[self.layers]
+        both = [*totals, *gone]
         return Reading(
+            layout=self.layout,
             time_s=time.monotonic(),
             num_steps=np.array([each.num_steps for each in totals]),
             spent_s=np.array([each.spent_ns for each in totals]).reshape(-1, len(Stage)) / 1e9,
             waited_s=np.array([each.waited_ns for each in totals]).reshape(-1, len(Stage)) / 1e9,
             num_tokens=tokens,
             rank_tokens=of_rank,
-            link_bytes=np.array([each.sent_bytes for each in totals])
+            link_bytes=np.array([each.sent_bytes for each in both])
             .reshape(-1, len(Link))
             .sum(axis=0),
-            overlapped_s=sum(each.overlapped_ns for each in totals) / 1e9,
-            exposed_s=sum(each.exposed_ns for each in totals) / 1e9,
+            overlapped_s=sum(each.overlapped_ns for each in both) / 1e9,
+            exposed_s=sum(each.exposed_ns for each in both) / 1e9,
         )

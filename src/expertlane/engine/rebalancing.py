@@ -148,13 +148,13 @@ class Rebalancer:
         executor: Executor | None = None,
     ) -> None:
         self._pool = pool
-        self._layout = layout
         self._num_steps = num_steps
         self._log = log
         self._worth = worth
         self._executor = executor or ThreadPoolExecutor(1, "rebalance")
-        self._ep_per_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
-        self._replicas = [_Replica(placements, num_steps) for _ in range(layout.replicas)]
+        self._saved_before_s = 0.0  # in other layouts
+        self._replicas: list[_Replica] = []
+        self.reshape(layout, placements, ranks_per_node)
         self.decisions: list[Rebalance] = []
         self.loads: deque[StepLoad] = deque(maxlen=_MOST_LOADS)
         # A discarded step is seen again, and goes as it went.
@@ -166,6 +166,16 @@ class Rebalancer:
         self._expert_bytes = max(num_bytes for num_bytes, _ in timed[-1]) * layout.etp
         self._move_s = max(1e-6, min(max(seconds for _, seconds in each) for each in timed))
 
+    def reshape(self, layout: Layout, placements: Placements, ranks_per_node: int) -> None:
+        """Go on in another layout, where experts are so; moves and loads come to nothing.
+
+        The time of a move stays as it was measured at the start.
+        """
+        self._saved_before_s = self.saved_s
+        self._layout = layout
+        self._ep_per_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
+        self._replicas = [_Replica(placements, self._num_steps) for _ in range(layout.replicas)]
+
     @property
     def saved_s(self) -> float:
         """Time of the fullest ranks' experts that the new placements have saved; may be negative.
@@ -173,7 +183,7 @@ class Rebalancer:
         Each step since a switch counts what its imbalance is under the mean of the window before
         the switch, at the seconds that a pair more has cost a rank.
         """
-        return sum(replica.saved_s for replica in self._replicas)
+        return self._saved_before_s + sum(replica.saved_s for replica in self._replicas)
 
     @property
     def placements(self) -> list[Placements]:
