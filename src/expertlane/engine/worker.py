@@ -14,8 +14,6 @@ from multiprocessing.connection import wait
 from operator import or_
 from typing import Any
 
-import torch
-
 from expertlane.comm.core_token import CoreToken
 from expertlane.comm.mesh import Meshes
 from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
@@ -33,9 +31,9 @@ from expertlane.engine.messages import (
     Ready,
     encode,
 )
+from expertlane.engine.rank_cores import Cores
 from expertlane.errors import UserError
 from expertlane.ops.backend import Platform, choose_platform
-from expertlane.engine.rank_cores import Cores
 from expertlane.ops.cores import Share
 from expertlane.spec.names import Stage
 
