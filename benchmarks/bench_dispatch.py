@@ -38,8 +38,8 @@ from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder
 from expertlane.comm.transport import Work
 from expertlane.engine.worker import RankContext
-from expertlane.model.layers import make_dispatcher
 from expertlane.moe.dispatch import CopyChooser, Dispatcher, RoutedTokens
+from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
 from expertlane.spec.deployment import DISPATCH_FORMS
 from expertlane.spec.layout import Layout

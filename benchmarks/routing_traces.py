@@ -45,6 +45,32 @@ def routing_trace(
     )
 
 
+def drifting_trace(
+    num_parts: int, share: float, num_tokens: int, **others: int | float
+) -> RoutingTrace:
+    """Traces of one popularity after the other, each with other hot experts.
+
+    From part to part a share of the experts, the same of each popularity, exchange their ids: so
+    what is asked for drifts away from what it was at first.
+
+    Args:
+        num_tokens: of all parts.
+        others: as `routing_trace` takes them.
+    """
+    num_experts, seed = int(others["num_experts"]), int(others["seed"])
+    rng = np.random.default_rng((seed, 1))
+    whole = routing_trace(num_tokens=num_tokens, **others)  # type: ignore[arg-type]
+    ids = whole.topk_ids.copy()
+    part_of = np.arange(num_tokens) * num_parts // num_tokens
+    for layer in range(len(ids)):
+        renamed = np.arange(num_experts)
+        for part in range(1, num_parts):
+            moved = rng.permutation(num_experts)[: round(share * num_experts)]
+            renamed[moved] = renamed[rng.permutation(moved)]
+            ids[layer, part_of == part] = renamed[ids[layer, part_of == part]]
+    return RoutingTrace(whole.model, num_experts, whole.layers, ids, whole.step)
+
+
 def _draw(
     logits: npt.NDArray[np.float64],
     topic: npt.NDArray[np.int64],

@@ -81,6 +81,19 @@ def references() -> ReferenceRuns:
     return ReferenceRuns()
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, for tests that are marked `chromium.NEEDS_CHROMIUM`."""
+    from playwright.sync_api import sync_playwright
+
+    from chromium import CHROMIUM, QUIET
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield chromium
+        chromium.close()
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory):
     """One tiny checkpoint a family."""

@@ -62,17 +62,27 @@ def test_the_slurm_script_starts_a_task_a_node(tmp_path: Path) -> None:
         path.write_text(f"#!/usr/bin/env bash\n{text}\n")
         path.chmod(0o755)
     around = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "any", "SLURM_NNODES": "2"}
-    command = [DEPLOY / "slurm_serve.sh", "a model", "--layout", "dp=2,ep=2"]
-    refused = subprocess.run(command, env=around, capture_output=True, text=True)
-    assert (refused.returncode, refused.stdout) == (2, "")
-    around["EXPERTLANE_API_KEY"] = "k"
-    done = subprocess.run(command, env=around, capture_output=True, text=True, check=True)
-    _, *tasks = done.stdout.splitlines()
-    assert tasks == [
-        f"--nnodes 2 --nproc-per-node 1 --node-rank {node} --master-addr first --master-port 29500 "
-        "-m expertlane serve a model --host 0.0.0.0 --port 8000 --drain-s 20 --layout dp=2,ep=2"
-        for node in range(2)
+    around["SLURM_JOB_ID"] = "7"
+
+    def run(*given: str) -> subprocess.CompletedProcess[str]:
+        command = [DEPLOY / "slurm.sh", *given]
+        return subprocess.run(command, env=around, capture_output=True, text=True)
+
+    serve = ("serve", "a model", "--layout", "dp=2,ep=2")
+    for given in (serve, ("compare",), ()):
+        refused = run(*given)
+        assert (refused.returncode, refused.stdout) == (2, "")
+    torchrun = (
+        "--nnodes 2 --nproc-per-node 1 --node-rank {} --master-addr first --master-port 29500"
+    )
+    compared = "compare paper --out results/slurm-7 --traffic"
+    assert run("compare", "paper", "--traffic").stdout.splitlines() == [
+        f"{torchrun.format(node)} -m expertlane {compared}" for node in range(2)
     ]
+    around["EXPERTLANE_API_KEY"] = "k"
+    _, *tasks = run(*serve).stdout.splitlines()
+    served = "serve a model --host 0.0.0.0 --port 8000 --drain-s 20 --layout dp=2,ep=2"
+    assert tasks == [f"{torchrun.format(node)} -m expertlane {served}" for node in range(2)]
 
 
 def test_the_compose_file_listens_on_this_machine_alone() -> None:

@@ -76,10 +76,6 @@ def test_the_pictures_are_those_that_the_script_draws(tmp_path: Path):
         assert picture.read_bytes() == (DOCS / "pictures" / picture.name).read_bytes()
 
 
-def test_bash_takes_the_slurm_script():
-    subprocess.run(["bash", "-n", DOCS / "cluster" / "slurm.sh"], check=True)
-
-
 def test_the_kubernetes_manifests_fit_together():
     yaml = pytest.importorskip("yaml")  # comes with transformers
     text = (DOCS / "cluster" / "kubernetes.yaml").read_text(encoding="utf-8")

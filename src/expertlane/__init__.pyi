@@ -126,6 +126,7 @@ def plan(
     model: Text,
     *,
     cluster: Text = 'h100x16',
+    copies: Literal['nearest', 'balanced'] = 'nearest',
     batch: Text | None = None,
     prompt_len: Text | None = None,
     output_len: Text | None = None,
@@ -155,6 +156,9 @@ def plan(
             paper-tiny, paper-small, paper.
         cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
             h100, h200, or a TOML file of expertlane calibrate).
+        copies: Copy of a redundant expert that computes a token: nearest: own rank, own node,
+            any, in turns; balanced: shared in every step so that ranks are even, where that
+            pays.
         batch: Closed loop: concurrency N.
         prompt_len: Tokens per prompt.
         output_len: Tokens per output.
@@ -219,6 +223,7 @@ def simulate(
     payload: Literal['model', 'bfloat16', 'float8'] = 'model',
     placement: Text = 'linear',
     num_redundant_experts: int = 0,
+    copies: Literal['nearest', 'balanced'] = 'nearest',
     mtp: int = 0,
     mtp_acceptance: float | None = None,
     block_size: int = 16,
@@ -281,6 +286,9 @@ def simulate(
         placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
             expertlane balance.
         num_redundant_experts: Redundant experts per MoE layer, to share load.
+        copies: Copy of a redundant expert that computes a token: nearest: own rank, own node,
+            any, in turns; balanced: shared in every step so that ranks are even, where that
+            pays.
         mtp: Multi-token prediction: N draft tokens per step.
         mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         block_size: Tokens per KV-cache block.
@@ -337,10 +345,12 @@ def bench(
     payload: Literal['model', 'bfloat16', 'float8'] = 'model',
     placement: Text = 'linear',
     num_redundant_experts: int = 0,
+    copies: Literal['nearest', 'balanced'] = 'nearest',
     weights: Literal['model', 'int8'] = 'model',
     cache_int8: bool = False,
     rebalance_steps: int = 0,
     ranks_per_node: int = 0,
+    check: Literal['off', 'light', 'full'] = 'off',
     timeout_s: float = 60.0,
     oversubscribe: bool = False,
     cpu_isa: Literal['baseline', 'avx2', 'avx512', 'avx512_bf16', 'amx', 'neon', 'neon_bf16'] | None = None,
@@ -408,6 +418,9 @@ def bench(
         placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
             expertlane balance.
         num_redundant_experts: Redundant experts per MoE layer, to share load.
+        copies: Copy of a redundant expert that computes a token: nearest: own rank, own node,
+            any, in turns; balanced: shared in every step so that ranks are even, where that
+            pays.
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
         cache_int8: With --weights int8: keep the rounded weights in the checkpoint's folder,
@@ -415,6 +428,9 @@ def bench(
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
         ranks_per_node: Consecutive ranks that count as one node.
+        check: Look for silent errors in every step. light: values are finite, and ranks hold
+            alike what they should; full: also, all they send arrives, and each token at each of
+            its experts once.
         timeout_s: Longest wait for a rank that makes no progress.
         oversubscribe: Allow more than 32 local ranks per core.
         cpu_isa: Largest instruction set that kernels on CPUs may use; amx only if asked for.

@@ -1,9 +1,21 @@
+from collections import deque
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.balance.moves import Move, keep_slots, moves
+from expertlane.balance.moves import (
+    WHOLE,
+    Move,
+    Part,
+    between_ranks,
+    keep_slots,
+    most_of_a_rank,
+    moves,
+    next_slice,
+)
 from expertlane.balance.placement import Placement, rank_loads
 from expertlane.balance.planner import plan_placement
 from expertlane.balance.rebalance import Decision, RebalanceGate
@@ -73,7 +85,8 @@ GATE = RebalanceGate(
     pair_s=1e-3,
     expert_bytes=48_000_000,
     move_s=0.03,
-    slice_bytes=100_000_000,
+    stall_s=0.03,
+    slice_most=WHOLE * 3 // 2,
     num_steps=256,
 )
 NOW = [Placement(4, ((0, 1), (2, 3)))]
@@ -86,8 +99,10 @@ def test_gain_and_cost_by_hand():
     # Fullest: 50 now, 34 then; 16 pairs x 1 ms, seen over 8 steps, for 256.
     assert GATE.gain_s(NOW_LOADS, THEN_LOADS, 8) == pytest.approx(16e-3 * 256 / 8)
     # Both ranks send one and receive one, in one slice; then a stall.
-    (both,) = GATE.slices(moves(NOW, THEN, 2))
-    assert GATE.cost_s([both]) == pytest.approx((1 + 1) * 0.03)
+    both = between_ranks(moves(NOW, THEN, 2))
+    assert GATE.cost_s(both) == pytest.approx((1 + 1) * 0.03)
+    hidden = replace(GATE, exposed=0.5, slice_most=WHOLE // 4)  # in four slices, each with a stall
+    assert hidden.cost_s(both) == pytest.approx(0.5 * (1 + 4) * 0.03)
     assert GATE.cost_s([]) == 0
     decision = GATE.decide(NOW_LOADS, THEN_LOADS, 8, moves(NOW, THEN, 2))
     assert decision.line == (
@@ -114,9 +129,33 @@ def test_it_stays_where_little_is_gained():
 def test_a_slice_takes_as_long_as_its_busiest_rank():
     # Rank 0 sends two experts, to ranks 1 and 2; a slice holds two.
     moved = [Move(0, 0, 0, 1, 0), Move(0, 1, 0, 2, 0), Move(1, 0, 2, 2, 1), Move(1, 0, 1, 0, 0)]
-    slices = GATE.slices(moved)
-    assert slices == [moved[:2], moved[3:]]  # the third only changes its slot
-    assert GATE.cost_s(slices) == pytest.approx((2 + 1 + 1 + 1) * 0.03)
+    crossing = between_ranks(moved)
+    assert crossing == [*moved[:2], *moved[3:]]  # the third only changes its slot
+    waiting = deque(map(Part, crossing))
+    slices = [next_slice(waiting, GATE.slice_most) for _ in range(2)]
+    assert not waiting
+    half = WHOLE // 2  # of the second, which comes from the same rank
+    assert slices[0] == [Part(moved[0]), Part(moved[1], 0, half), Part(moved[3])]  # that passes it
+    assert slices[1] == [Part(moved[1], half)]
+    num = [most_of_a_rank(each) / WHOLE for each in slices]
+    assert GATE.cost_s(crossing) == pytest.approx((sum(num) + 2) * 0.03)
+
+
+@given(
+    moved=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=12),
+    most=st.sampled_from([1, 7, WHOLE // 3, WHOLE, 5 * WHOLE]),
+)
+def test_slices_have_every_byte_once_and_no_rank_has_too_many(moved, most):
+    most = max(most, WHOLE // 50)
+    needed = [Move(0, number, *ranks, 0) for number, ranks in enumerate(moved)]
+    waiting, seen = deque(map(Part, needed)), dict.fromkeys(range(len(needed)), 0)
+    while waiting:
+        parts = next_slice(waiting, most)
+        assert 0 < most_of_a_rank(parts) <= most
+        for part in parts:
+            assert part.begin == seen[part.move.expert] < part.end
+            seen[part.move.expert] = part.end
+    assert all(end == WHOLE for end in seen.values())
 
 
 def test_layers_add_up():

@@ -68,7 +68,7 @@ def test_it_says_where_it_is_serves_and_drains(command):
 
 
 def test_lines_for_people_and_a_rank_that_dies_while_idle(command):
-    server = command()
+    server = command("--on-failure", "stop")
     assert server.first.startswith("paper-tiny at http://127.0.0.1:")
     lines = [server.process.stdout.readline() for _ in range(3)]
     assert lines[0].startswith("dp=2,ep=2 on 2 ranks; KV cache of ")
@@ -80,6 +80,19 @@ def test_lines_for_people_and_a_rank_that_dies_while_idle(command):
     assert code == 1
     assert err.splitlines()[-1].startswith("expertlane: error: rank 1 was killed by SIGKILL")
     assert running.are_gone(seconds=5)
+
+
+def test_a_rank_that_dies_is_replaced(command):
+    server = command("--json")
+    url = json.loads(server.first)["url"]
+    before = complete(url, temperature=0).json()["choices"][0]["token_ids"]
+    RunningRanks(server.process.pid, 2).kill(1)
+    assert complete(url, temperature=0).json()["choices"][0]["token_ids"] == before
+    server.process.send_signal(signal.SIGTERM)
+    code, _, err = server.end()
+    assert code == 0
+    assert "rank 1 was killed by SIGKILL" in err
+    assert "\nrecovered in " in err
 
 
 def test_a_port_that_is_taken_is_noticed_before_anything_is_loaded(run):

@@ -18,6 +18,7 @@ from cost.plans import (
     random_plan,
 )
 from cost.tiny_models import MODELS
+from distributed.running import Balancing
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import GivenRouting
@@ -97,6 +98,8 @@ class Counting:
         self._runner = ModelRunner(
             pool, model, deployment, limits, seed=0, ranks_per_node=case.ranks_per_node
         )
+        if options.copies == "balanced":
+            self._runner.copy_switch = Balancing()
         if table is not None:
             ranks = range(layout.world_size)
             pool.call(SetDispatch(table), ranks=ranks)
@@ -112,6 +115,7 @@ class Counting:
                 dispatch=table
                 or DispatchTable.fixed(options.dispatch, options.overlap, options.prefill_dispatch),
                 payload=options.payload,
+                copies=options.copies,
                 ranks_per_node=case.ranks_per_node,
                 kernels=kernels,
             )
@@ -258,6 +262,23 @@ def test_prompts_take_a_form_of_their_own(pools, decode, prefill):
     same = sent(Options(dispatch=decode))
     np.testing.assert_array_equal(apart[Phase.DECODE], same[Phase.DECODE])
     assert (apart[Phase.PREFILL] != same[Phase.PREFILL]).any()
+
+
+@pytest.mark.parametrize("case", [each for each in CASES if each.redundant], ids=str)
+def test_balanced_copies(pools, case):
+    """Experts of ranks that are told, not counts; forms and families take turns."""
+    number = CASES.index(case)
+    model = list(MODELS.values())[number % len(MODELS)]
+    for turn, overlap in enumerate((False, True, False)):
+        forms = FORMS if case.is_even else FORMS[:2]
+        options = options_of(case, forms[(number + turn) % len(forms)], overlap)
+        counting = Counting(pools, model, case, replace(options, copies="balanced"))
+        layout, rng = Layout.parse(case.layout), np.random.default_rng(number)
+        plan = random_plan(rng, layout.dp, 2, model.vocab_size, PHASES[1], share_empty=0.2)
+        records = counting.check(plan)
+    if case.redundant > 2:
+        assert sum(record.num_pairs_saved for record in records) > 0
+        assert all(record.copies_s > 0 for record in records if record.num_pairs_saved)
 
 
 @pytest.mark.parametrize("payload", ["bfloat16", "float8"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cost.tiny_models import MODELS
-from expertlane.balance.copies import CopyChoice
+from expertlane.balance.even_copies import copy_choice
 from expertlane.balance.placement import Placement
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import GivenRouting, PowerLawRouting
@@ -49,7 +49,7 @@ def model_of(name):
 class Stage:
     """Steps of one layer of a stage, from sampled and from expected counts of the same tokens."""
 
-    def __init__(self, model, place, form, kernels, num_new, payload="model"):
+    def __init__(self, model, place, form, kernels, num_new, payload="model", copies="nearest"):
         layout, ranks_per_node, redundant = place
         layout = Layout.parse(layout)
         self.mesh = StageMesh.of(layout, 0, 0, ranks_per_node)
@@ -57,7 +57,9 @@ class Stage:
         self.routing = PowerLawRouting.of(model, 0.7, num_sampled_layers=1)
         self.form = form
         self._model, self._kernels, self._payload = model, kernels, payload
-        self._fan_out = ExpectedFanOut.of_sample(self.mesh, self.placement, self.routing, 1)
+        self._copies = copies
+        given = self.mesh, self.placement, self.routing, 1, copies
+        self._fan_out = ExpectedFanOut.of_sample(*given)
         self._num_seqs = SAMPLE_TOKENS // self.mesh.size * layout.tp // num_new
         self._num_new = num_new
 
@@ -75,7 +77,8 @@ class Stage:
 
     def sampled(self, first=0):
         owned = self.part.owned
-        choice = CopyChoice(self.placement, self.mesh.ep_rank, self.mesh.nodes_of_ep_group)
+        of_ranks = self.mesh.ep_rank, self.mesh.nodes_of_ep_group
+        choice = copy_choice(self._copies, self.placement, *of_ranks)
         ids = self.routing.topk_ids(1, first, np.zeros_like(owned), owned)
         return count_dispatch(ids, owned, choice, self.mesh, by_node=self._by_node)
 
@@ -184,6 +187,23 @@ def test_active_experts_of_few_tokens(redundant):
     assert expected == pytest.approx(mean, rel=0.1)
     assert mean < busiest
     assert most - 0.5 < busiest < most + 1.5  # rounded up
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_balanced_copies(form):
+    """The mean as ever; and the busiest rank by the size of a step, as drawn steps have it."""
+    model = model_of("plain").with_overrides(num_experts=32, num_experts_per_tok=2)
+    for kernels in KERNEL_SETS:
+        place = "dp=8,ep=8", 4, 8
+        stage = Stage(model, place, form, kernels, 1, copies="balanced")
+        check_equal_in_the_mean(stage)
+    for num_seqs in (2, 16, 128):
+        stage._num_seqs = num_seqs
+        steps = range(SAMPLE_TOKENS // (8 * num_seqs))
+        most = [stage.sampled(8 * num_seqs * step).pairs_computed.max() for step in steps]
+        busiest = stage.expected(busiest_counts)
+        assert busiest.is_balanced
+        assert np.mean(most) - 0.5 <= busiest.pairs_computed[0] <= 1.05 * np.mean(most) + 1.5
 
 
 @pytest.mark.parametrize("form", FORMS)

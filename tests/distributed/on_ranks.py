@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -12,6 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from engine.planted import FlipBit, Plant, flip_bit, plant
 from expertlane.balance.placement import Placement
 from expertlane.comm.clocks import HostClock
 from expertlane.comm.collectives import interleave
@@ -25,8 +27,8 @@ from expertlane.engine.rendezvous import Meeting
 from expertlane.engine.torchrun import NodeRanks, SupervisorSettings, supervisor_command
 from expertlane.engine.worker import Handlers, RankContext
 from expertlane.errors import UserError
-from expertlane.model.layers import make_dispatcher
 from expertlane.moe.dispatch import CopyChooser, RoutedTokens
+from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchForm, PayloadType
@@ -352,6 +354,7 @@ class RanksOnNodes(NodeRanks):
 def handlers() -> Handlers:
     from expertlane.engine.stage import HANDLERS
 
+    planted = ExitStack()
     return {
         **HANDLERS,
         Collective: collective,
@@ -362,6 +365,8 @@ def handlers() -> Handlers:
         Refuse: refuse,
         Stay: stay,
         FailWhileOthersWait: fail_while_others_wait,
+        Plant: lambda context, command: plant(context, command, planted),
+        FlipBit: flip_bit,
         Exchange: exchange,
         Lose: lose,
     }

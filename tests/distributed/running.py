@@ -1,6 +1,6 @@
 """Run a deployment on a pool the way a comparison does, and keep all it gives."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
@@ -63,11 +63,13 @@ def run_deployment(
     return_logits: bool = False,
     ranks_per_node: int = 8,
     checkpoint: Path | None = None,
+    log: Callable[[str], None] = lambda line: None,
     **flags: bool,
 ) -> Run:
     """Prefill and decode; with `forced`, those tokens are fed in place of the chosen ones.
 
     Args:
+        log: as `ModelRunner` takes it.
         flags: what the plans ask for, as `ContinuousScheduler` takes it.
     """
     limits = workload_limits(workload, model, deployment.layout)
@@ -76,6 +78,7 @@ def run_deployment(
         seed=seed,
         ranks_per_node=ranks_per_node,
         checkpoint=checkpoint,
+        log=log,
     )
     scheduler = ContinuousScheduler(
         deployment.layout, deployment.options, limits, return_logits=return_logits, **flags
@@ -117,3 +120,20 @@ class Forced:
     def commit(self, plan: StepPlan, outcome: StepOutcome) -> None:
         forced = {seq: next(self._tokens[seq]) for seq in outcome.token_ids}
         self._scheduler.commit(plan, replace(outcome, token_ids=forced))
+
+
+class Balancing:
+    """In place of a `CopySwitch`: balances in every step."""
+
+    def has_seen(self, plan: StepPlan) -> bool:
+        """Keeps nothing."""
+        return False
+
+    def before_step(self, plan: StepPlan) -> tuple[StepPlan, bool]:
+        return plan, True
+
+    def after_step(self, plan: StepPlan, records: object) -> None:
+        """Keeps nothing."""
+
+    def forget(self, replica: int) -> None:
+        """Keeps nothing."""

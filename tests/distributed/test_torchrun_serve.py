@@ -103,6 +103,11 @@ class Long(threading.Thread):
                 self.lines.append(line)
                 self.has_begun.set()
 
+    def reasons(self):
+        """Why streams ended; None in all lines but their last."""
+        events = [json.loads(line[6:]) for line in self.lines if line.startswith("data: {")]
+        return [choice["finish_reason"] for each in events for choice in each["choices"]]
+
 
 def test_it_serves_and_drains_when_all_nodes_are_told_to_end(nodes):
     body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "return_token_ids": True}
@@ -121,9 +126,7 @@ def test_it_serves_and_drains_when_all_nodes_are_told_to_end(nodes):
     assert wait_until(is_draining)
     long.join(WAIT_S)
     nodes.end(WAIT_S)
-    events = [json.loads(line[6:]) for line in long.lines if line.startswith("data: {")]
-    reasons = [choice["finish_reason"] for each in events for choice in each["choices"]]
-    assert reasons.count("length") == 20
+    assert long.reasons().count("length") == 20
     assert long.lines[-2] == "data: [DONE]"
     assert nodes.said() == []
 
@@ -132,20 +135,30 @@ def test_it_serves_and_drains_when_all_nodes_are_told_to_end(nodes):
     assert answer["choices"][0]["token_ids"] == offline.token_ids
 
 
-@pytest.mark.parametrize("whose", ["agent", pytest.param("rank", marks=pytest.mark.full)])
-def test_a_node_that_dies_ends_all_with_one_line(nodes, whose):
+def test_a_node_that_dies_ends_all_with_one_line(nodes):
     long = Long(nodes.url)
     long.start()
     assert long.has_begun.wait(WAIT_S)
-    if whose == "agent":
-        nodes.agents[1].kill()
-        line = "the supervisor of node 1 (127.0.0.1) is gone; all ranks were ended"
-    else:
-        (supervisor,) = psutil.Process(nodes.agents[1].pid).children()
-        (rank,) = supervisor.children()
-        rank.kill()
-        line = "rank 1 was killed by SIGKILL"
+    nodes.agents[1].kill()
     assert nodes.end(within_s=30)[0] != 0
     long.join(WAIT_S)
+    line = "the supervisor of node 1 (127.0.0.1) is gone; all ranks were ended"
     assert len(nodes.said()) == 1, nodes.said()
     assert nodes.said()[0].startswith(f"expertlane: error: {line}")
+
+
+@pytest.mark.full
+def test_a_rank_of_another_node_is_replaced(nodes):
+    long = Long(nodes.url)
+    long.start()
+    assert long.has_begun.wait(WAIT_S)
+    (supervisor,) = psutil.Process(nodes.agents[1].pid).children()
+    (rank,) = supervisor.children()
+    rank.kill()
+    long.join(WAIT_S)
+    assert long.reasons().count("length") == 20
+    assert long.lines[-2] == "data: [DONE]"
+    for agent in nodes.agents:
+        agent.send_signal(signal.SIGTERM)
+    nodes.end(WAIT_S)
+    assert nodes.said() == []

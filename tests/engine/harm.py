@@ -144,11 +144,15 @@ class ForkedServer:
         raise subprocess.TimeoutExpired("the fork server", timeout_s)
 
 
-def _files_and_names() -> set[str]:
+def files_and_names() -> set[str]:
     """What could be left over: this process's files, and names in shared and temporary folders."""
     names = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
     temporary = [n for n in os.listdir(tempfile.gettempdir()) if n.startswith("expertlane-")]
-    return {*names, *temporary, *(f"fd {fd}" for fd in os.listdir("/proc/self/fd"))}
+    files = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the list
+            files.add(f"fd {fd} of {os.readlink(f'/proc/self/fd/{fd}')}")
+    return {*names, *temporary, *files}
 
 
 def _until_it_ends(draw: Draw, prepare: Any) -> tuple[str, str, int]:
@@ -191,7 +195,7 @@ class Outcome(NamedTuple):
 
 def run(draw: Draw, library: Path | None) -> Outcome:
     """Run a draw."""
-    harm, happened, before = draw.harm, Happened(), _files_and_names()
+    harm, happened, before = draw.harm, Happened(), files_and_names()
     library = library if draw.is_compiled else None
     prepare = partial(install, harm, happened, library, draw.heap_bytes)
     line, position, server_pid = _until_it_ends(draw, prepare)
@@ -212,8 +216,8 @@ def run(draw: Draw, library: Path | None) -> Outcome:
     if not session_is_gone(server_pid, seconds=1):
         wrong.append("a process is left")
     gc.collect()
-    if not wait_until(lambda: _files_and_names() <= before, seconds=1):
-        wrong.append(f"left: {sorted(_files_and_names() - before)}")
+    if not wait_until(lambda: files_and_names() <= before, seconds=1):
+        wrong.append(f"left: {sorted(files_and_names() - before)}")
     return Outcome(wrong, round(took_s, 3), bool(happened.is_late.value))
 
 

@@ -135,7 +135,7 @@ def test_every_command_has_a_handler_and_an_answer_that_can_be_decoded():
         Decoder(command)
         Decoder(result_type(command))
     assert result_type(SetDispatch) in (None, type(None))
-    assert result_type(commands.TimeOneMove) == tuple[int, float]
+    assert result_type(commands.TimeOneMove) == tuple[int, float, float]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from distributed.running import Inline, deployment
+from expertlane.balance.moves import WHOLE
 from expertlane.balance.placement_file import placements_of
 from expertlane.compare.records import rebalance_records
 from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.move_pace import MovePace
 from expertlane.engine.rebalancing import Rebalancer
 from expertlane.memory import workload_limits
 from expertlane.schedule.drive import drive
@@ -57,7 +59,7 @@ def run(pools, chosen, worth=None, num_steps=4, model=TINY, executor=INLINE):
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
-        ("dp=2,ep=2", {"num_redundant_experts": 2}),
+        ("dp=2,ep=2", {"num_redundant_experts": 2, "copies": "balanced"}),
         ("dp=4,ep=4", {"dispatch": "hierarchical", "overlap": True}),
         ("dp=2,tp=2,ep=2", {"num_redundant_experts": 3, "dispatch": "all_gather"}),
         ("pp=2,dp=2,ep=2", {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}),
@@ -65,14 +67,19 @@ def run(pools, chosen, worth=None, num_steps=4, model=TINY, executor=INLINE):
         ("dp=2,tp=2,ep=2", {"weights": "int8"}),
     ],
 )
-def test_tokens_stay_the_same_while_experts_move(pools, layout, options):
+@pytest.mark.parametrize("most", [9 * WHOLE, WHOLE * 5 // 4], ids=["whole", "in parts"])
+def test_tokens_stay_the_same_while_experts_move(pools, monkeypatch, layout, options, most):
+    monkeypatch.setattr(MovePace, "most", most)
     chosen = deployment(layout, **options)
     tokens, _, _ = run(pools, chosen)
     moved, rebalancer, lines = run(pools, chosen, worth=lambda decision: decision.num_bytes)
     assert moved.tolist() == tokens.tolist()
     switched = [each for each in rebalancer.decisions if each.switched is not None]
     assert switched
-    assert len(lines) == len(rebalancer.decisions)
+    assert sum(": go" in line or ": stay" in line for line in lines) == len(rebalancer.decisions)
+    paid = [each.paid_s for each in switched if each.paid_s is not None]
+    assert len(paid) == sum("experts are in place" in line for line in lines) > 0
+    assert rebalancer.paid_s >= sum(paid) > 0
     assert {each.replica for each in switched} == set(range(chosen.layout.replicas))
     # A deployment that follows on the same ranks begins with experts where it says.
     again, _, _ = run(pools, chosen)

@@ -6,14 +6,14 @@ import threading
 import time
 from contextlib import contextmanager
 
-import numpy as np
 import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distributed import on_ranks
-from distributed.on_ranks import LOST_AT_START, WAYS, Echo, Exchange, Lose, Refuse, Stay
+from distributed.on_ranks import LOST_AT_START, WAYS, Echo, Exchange, Refuse, Stay
+from distributed.recovering import check_exchange, lose, replace
 from engine.processes import session_is_gone, wait_until
 from expertlane.engine.pool import RankPool
 from expertlane.errors import RankError, RanksLostError, UserError
@@ -64,34 +64,6 @@ def kept_pool():
     """A pool that is as good as new after each test."""
     with start_pool() as started:
         yield started
-
-
-def check_exchange(pool, value):
-    """All ranks hear from all others what they should, in the pool's epoch."""
-    told = pool.call(Exchange(value))
-    num_ranks = pool.num_ranks
-    for rank, heard in enumerate(told):
-        rows = [[pool.epoch, source, rank, value] for source in range(num_ranks)]
-        np.testing.assert_array_equal(heard, rows)
-
-
-def lose(pool, ways):
-    """Lose ranks during an exchange; the error."""
-    with pytest.raises(RanksLostError) as caught:
-        pool.call(Lose(ways))
-    return caught.value
-
-
-def replace(pool, lost):
-    """Begin epochs until no more ranks are lost; those that were replaced."""
-    for _ in range(len(WAYS)):
-        try:
-            pool.begin_epoch(lost)
-        except RanksLostError as error:
-            lost |= error.ranks
-        else:
-            return lost
-    raise AssertionError("ranks are lost for ever")
 
 
 @pytest.mark.parametrize("way", WAYS)

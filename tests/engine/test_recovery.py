@@ -7,8 +7,9 @@ import pytest
 
 from engine.processes import wait_until
 from engine.recovering import facts, harmed, move_experts, pids, record_of
-from expertlane import LLM, SamplingParams
+from expertlane import LLM
 from expertlane.engine.commands import Deploy, FinishMoves, Redeploy, RunStep, StartMoves
+from expertlane.engine.recovery import State
 from expertlane.errors import RankError, UserError
 from expertlane.spec.deployment import Options
 
@@ -20,14 +21,21 @@ def model(layout, **more):
     return LLM("paper-tiny", layout=layout, **settings)
 
 
-@pytest.mark.parametrize("transport", ["shared memory", "gloo"])
+ROTATING = {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}
+MOVING = {"rebalance_steps": 3, "num_redundant_experts": 2}
+
+
 @pytest.mark.parametrize(
-    ("layout", "options"),
+    ("layout", "options", "transport"),
     [
-        ("tp=2", {}),
-        ("pp=2", {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}),
-        ("dp=2,ep=2", {"rebalance_steps": 3, "num_redundant_experts": 2}),
-        ("replicas=2", {}),
+        ("tp=2", {}, "gloo"),
+        pytest.param("tp=2", {}, "shared memory", marks=pytest.mark.full),
+        ("pp=2", ROTATING, "shared memory"),
+        pytest.param("pp=2", ROTATING, "gloo", marks=pytest.mark.full),
+        ("dp=2,ep=2", MOVING, "shared memory"),
+        pytest.param("dp=2,ep=2", MOVING, "gloo", marks=pytest.mark.full),
+        pytest.param("replicas=2", {}, "shared memory", marks=pytest.mark.full),
+        ("replicas=2", {}, "gloo"),
     ],
 )
 def test_a_rank_is_killed(layout, options, transport, monkeypatch, capfd):
@@ -40,9 +48,9 @@ def test_a_rank_is_killed(layout, options, transport, monkeypatch, capfd):
             move_experts(llm)
             moments += [(1, StartMoves, 1), (0, StartMoves, 2), (1, FinishMoves, 1)]
         expected = facts(llm)
-        for number, (rank, command, after) in enumerate(moments, start=1):
+        for number, (rank, command, nth) in enumerate(moments, start=1):
             before = pids(llm)
-            with harmed(rank, command, after) as killed:
+            with harmed(rank, command, nth) as killed:
                 assert facts(llm) == expected
             assert killed == [before[rank]]
             record = record_of(llm)
@@ -71,10 +79,23 @@ def test_a_rank_is_lost_while_another_is_replaced():
         record = record_of(llm)
         assert record.ranks == [0, 3]
         assert len(record.causes) == 2
+        # Ctrl-C in the midst of it, and requests after that.
+        redeploy = llm._runner.redeploy
+
+        def interrupt(*given):
+            llm._runner.redeploy = redeploy
+            raise KeyboardInterrupt
+
+        llm._runner.redeploy = interrupt
+        with harmed(2, RunStep, 5), pytest.raises(KeyboardInterrupt):
+            facts(llm)
+        assert llm.engine.recovery.state is State.LOADING
+        assert facts(llm) == expected
+        assert record_of(llm).ranks == [2]
 
 
 def test_a_rank_that_hangs_is_replaced():
-    with model("dp=2,ep=2", timeout_s=2.0) as llm:
+    with model("dp=2,ep=2", timeout_s=4.0) as llm:
         expected = facts(llm)
         with harmed(1, RunStep, 5, signal.SIGSTOP):
             assert facts(llm) == expected
@@ -86,45 +107,7 @@ def is_replaced(llm, rank, pid):
     return pids(llm)[rank] != pid
 
 
-def test_a_rank_is_lost_while_nothing_runs():
-    with model("dp=2,ep=2") as llm:
-        expected = facts(llm)
-        for rank in (1, 0, 1, 0):
-            pid = pids(llm)[rank]
-            os.kill(pid, signal.SIGKILL)
-            assert wait_until(lambda pid=pid, rank=rank: is_replaced(llm, rank, pid))
-            assert record_of(llm).ranks == [rank]
-        assert llm.engine.recovery.num_recoveries == 4  # more than may follow in vain
-        assert facts(llm) == expected
-
-
-def test_a_rank_is_lost_at_the_start():
-    with model("dp=2,ep=2", on_failure="stop") as llm:
-        expected = facts(llm)
-    with harmed(1, Deploy, 1) as killed, model("dp=2,ep=2") as llm:
-        assert len(killed) == 1
-        assert facts(llm) == expected
-        assert llm.engine.recovery.num_recoveries == 1
-
-
-def test_it_stops_where_that_is_asked_for():
-    with model("dp=2,ep=2", on_failure="stop") as llm:
-        with (
-            harmed(1, RunStep, 5),
-            pytest.raises(RankError, match=r"rank 1 was killed by SIGKILL .* were ended$"),
-        ):
-            facts(llm)
-        assert llm.engine.recovery is None
-
-
-def test_what_it_does_not_do_is_refused():
-    with pytest.raises(UserError, match="on_failure is 'shrink'; valid: replace, stop"):
-        LLM("paper-tiny", on_failure="shrink")
-
-
-def test_counts_do_not_fall():
-    """Of a rank that was replaced, what it had done by the last reading is kept."""
-    params = SamplingParams(temperature=0, max_tokens=20)
+def test_a_rank_is_lost_while_nothing_runs_and_no_count_falls():
     with model("dp=2,ep=2") as llm:
         watch = llm.watch()
 
@@ -135,12 +118,36 @@ def test_counts_do_not_fall():
             watch.poll()
             return watch.readings[-1]
 
-        llm.generate([[1, 2], [3, 4]], params)
+        expected = facts(llm)
         before = read()
+        for rank in (1, 0, 1, 0):
+            pid = pids(llm)[rank]
+            os.kill(pid, signal.SIGKILL)
+            assert wait_until(lambda pid=pid, rank=rank: is_replaced(llm, rank, pid))
+            assert record_of(llm).ranks == [rank]
+        assert llm.engine.recovery.num_recoveries == 4  # more than may follow in vain
         with harmed(1, RunStep, 9):
-            llm.generate([[1, 2], [3, 4]], params)
+            assert facts(llm) == expected
         after = read()
         assert (after.num_tokens >= before.num_tokens).all()
         assert (after.spent_s >= before.spent_s).all()
         assert (after.num_steps > before.num_steps).all()
         assert (after.rank_tokens.sum(axis=0) > before.rank_tokens.sum(axis=0)).all()
+
+
+def test_a_rank_is_lost_at_the_start_and_all_stop_where_that_is_asked_for():
+    with model("dp=2,ep=2", on_failure="stop") as llm:
+        expected = facts(llm)
+        assert llm.engine.recovery is None
+        line = r"rank 1 was killed by SIGKILL .* were ended$"
+        with harmed(1, RunStep, 5), pytest.raises(RankError, match=line):
+            facts(llm)
+    with harmed(1, Deploy, 1) as killed, model("dp=2,ep=2") as llm:
+        assert len(killed) == 1
+        assert facts(llm) == expected
+        assert llm.engine.recovery.num_recoveries == 1
+
+
+def test_what_it_does_not_do_is_refused():
+    with pytest.raises(UserError, match="on_failure is 'shrink'; valid: replace, stop"):
+        LLM("paper-tiny", on_failure="shrink")

@@ -13,7 +13,8 @@ from expertlane.errors import UserError
 from expertlane.model import int8_cache as module
 from expertlane.model.checkpoint import Checkpoint
 from expertlane.model.checkpoint_weights import CheckpointWeights
-from expertlane.model.int8_cache import FILE, FOLDER, Int8Cache, write_int8_cache
+from expertlane.model.int8_cache import FILE, Int8Cache, write_int8_cache
+from expertlane.spec.deployment import INT8_FOLDER
 from expertlane.spec.tensors import HEAD, cut_dim, is_matrix, tensor_names, tensor_shape
 from model.families import FAMILIES, save_checkpoint
 from model.quantised import save_fp8
@@ -96,7 +97,7 @@ def test_any_slice(written, data):
 
 
 def test_others_can_read_the_file(written):
-    stored = load_file(written.folder / FOLDER / FILE)
+    stored = load_file(written.folder / INT8_FOLDER / FILE)
     name = "layers.0.experts.0.down"
     rounded = Int8Cache(written).part(name, None, None, torch.float32)
     assert torch.equal(stored[name], rounded.values)
@@ -108,7 +109,7 @@ def test_what_is_stored_in_one_byte_is_not_kept_again(checkpoints, tmp_path):
     save_fp8(source, tmp_path / "fp8", tmp_path / "plain", (16, 12))
     checkpoint = Checkpoint(tmp_path / "fp8")
     write_int8_cache(checkpoint, touch)
-    stored = load_file(checkpoint.folder / FOLDER / FILE)
+    stored = load_file(checkpoint.folder / INT8_FOLDER / FILE)
     assert not any(checkpoint.is_narrow(name) for name in stored if not name.endswith(".scales"))
     assert HEAD in stored
     source = CheckpointWeights(checkpoint, torch.float32, CPU, touch, "int8", Int8Cache(checkpoint))
@@ -128,22 +129,22 @@ def change_size(checkpoint):
 
 
 def cut_short(checkpoint):
-    path = checkpoint.folder / FOLDER / FILE
+    path = checkpoint.folder / INT8_FOLDER / FILE
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def spoil(checkpoint):
-    (checkpoint.folder / FOLDER / FILE).write_bytes(b"nothing of that kind")
+    (checkpoint.folder / INT8_FOLDER / FILE).write_bytes(b"nothing of that kind")
 
 
 def take_another(checkpoint):
     """Another model's file that says it is this one's."""
-    path = checkpoint.folder / FOLDER / FILE
+    path = checkpoint.folder / INT8_FOLDER / FILE
     path.write_bytes(path.read_bytes().replace(b"layers.0.query", b"layers.9.query"))
 
 
 def change_type(checkpoint):
-    path = checkpoint.folder / FOLDER / FILE
+    path = checkpoint.folder / INT8_FOLDER / FILE
     path.write_bytes(path.read_bytes().replace(b'"I8"', b'"U8"', 1))
 
 
@@ -169,11 +170,11 @@ def test_nothing_is_left_where_it_cannot_be_written_whole(copied, monkeypatch):
     monkeypatch.setattr(module, "_rounded", fail)
     with pytest.raises(UserError, match="No space left on device"):
         write_int8_cache(checkpoint, touch)
-    assert not list((checkpoint.folder / FOLDER).iterdir())
+    assert not list((checkpoint.folder / INT8_FOLDER).iterdir())
 
 
 def test_a_folder_that_cannot_be_written_to(copied):
     checkpoint = copied("mixtral")
-    (checkpoint.folder / FOLDER).touch()
-    with pytest.raises(UserError, match=f"cannot write .*{FOLDER}"):
+    (checkpoint.folder / INT8_FOLDER).touch()
+    with pytest.raises(UserError, match=f"cannot write .*{INT8_FOLDER}"):
         write_int8_cache(checkpoint, touch)

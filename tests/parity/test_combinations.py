@@ -6,7 +6,7 @@ compared everywhere: the pool has no near tie.
 
 from collections import Counter
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import PoolKeeper
-from distributed.running import Inline, deployment
+from distributed.running import Balancing, Inline, deployment
 from expertlane.balance.placement_file import placements_of
 from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
@@ -26,6 +26,7 @@ from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
+from expertlane.spec.names import CheckLevel
 from parity.contract import check_contract
 from parity.reference import ReferenceRun
 from parity.request_pool import KINDS, MAX_OUTPUT_LEN, Asked, requests
@@ -58,7 +59,9 @@ class Case(NamedTuple):
         dispatch: hierarchical where nodes hold equally many ranks, else flat.
         is_switching: by a drawn table, dispatch form and overlap change with the tokens of a step.
         num_redundant: fewer where that is more than a rank can hold.
+        copies: balanced where there are any.
         lookahead: not with pipeline stages.
+        check: how much ranks look for silent errors, of which there are none.
         work: token budgets that the tokens of a data-parallel rank may fill; steps take long.
         seed: of which requests come and when, and how small the cache is.
     """
@@ -69,6 +72,7 @@ class Case(NamedTuple):
     is_switching: bool
     placement: str
     num_redundant: int
+    copies: str
     rebalance_steps: int
     overlap: bool
     num_micro_batches: int
@@ -78,6 +82,7 @@ class Case(NamedTuple):
     max_num_seqs: int
     prefix_caching: bool
     lookahead: bool
+    check: CheckLevel
     work: int
     seed: int
 
@@ -116,6 +121,7 @@ def cases(max_num_ranks: int, work: int) -> st.SearchStrategy[Case]:
         is_switching=st.sampled_from([True, False]),
         placement=st.sampled_from(["linear", "round_robin"]),
         num_redundant=st.sampled_from([0, 1, 5, 16]),
+        copies=st.sampled_from(["nearest", "balanced"]),
         rebalance_steps=st.sampled_from([0, 1, 3]),
         overlap=st.booleans(),
         num_micro_batches=st.integers(1, 4),
@@ -125,6 +131,7 @@ def cases(max_num_ranks: int, work: int) -> st.SearchStrategy[Case]:
         max_num_seqs=st.sampled_from([8, 3]),
         prefix_caching=st.booleans(),
         lookahead=st.booleans(),
+        check=st.sampled_from(["full", "light", "off"]),
         work=st.just(work),
         seed=st.integers(0, 2**32 - 1),
     )
@@ -164,11 +171,13 @@ class Combination:
         layout = Layout.parse(case.layout)
         # Groups by node are made at the start, for whatever the table may say.
         dispatch = "hierarchical" if case.is_switching else case.dispatch
+        num_redundant = min(case.num_redundant, TINY.num_experts * (layout.ep - 1))
         chosen = deployment(
             case.layout,
             dispatch=dispatch if spreads_evenly(layout, case) else "all_to_all",
             placement=case.placement,
-            num_redundant_experts=min(case.num_redundant, TINY.num_experts * (layout.ep - 1)),
+            num_redundant_experts=num_redundant,
+            copies=case.copies if num_redundant else "nearest",
             overlap=case.overlap,
             num_micro_batches=case.num_micro_batches,
             micro_batch_schedule=case.schedule,
@@ -185,8 +194,13 @@ class Combination:
         self.layout, self.dispatch = layout, chosen.options.dispatch
         ranks = pool.pool(chosen.layout.world_size)
         self.runner = ModelRunner(
-            ranks, TINY, chosen, limits, seed=0, ranks_per_node=case.ranks_per_node
+            *(ranks, TINY, chosen, limits),
+            seed=0,
+            ranks_per_node=case.ranks_per_node,
+            check=case.check,
         )
+        if chosen.options.copies == "balanced":
+            self.runner.copy_switch = Balancing()
         self.table: DispatchTable | None = None
         self.modes: set[DispatchMode] = set()
         if case.is_switching:
@@ -313,10 +327,12 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
         if combination.layout.ep > 1:
             forms = {mode.form for mode in combination.modes} or {combination.dispatch}
             seen.update(f"cases with {form}" for form in forms)
+        seen[f"cases with check {case.check}"] += 1
         seen["cases that switch"] += len(combination.modes) > 2
         if combination.runner.rebalancer is not None:
             switched = [each.switched for each in combination.runner.rebalancer.decisions]
             seen["cases with a rebalance"] += any(step is not None for step in switched)
+        seen["cases with balanced copies"] += combination.runner.copy_switch is not None
         seen["cases with preemptions"] += combination.scheduler.num_preemptions > 0
         seen["cases with shared blocks"] += num_hits > 0
         seen["cases with several steps in flight"] += combination.most_in_flight > 1
@@ -327,6 +343,8 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
     assert seen["cases with preemptions"] >= num / 6
     for form in DISPATCH_FORMS:
         assert seen[f"cases with {form}"] >= num / 25
+    for level in get_args(CheckLevel):
+        assert seen[f"cases with check {level}"] >= num / 10
     assert seen["cases on over eight ranks"] >= (num / 10 if max_num_ranks > 8 else 0)
     assert seen["cases that switch"] >= num / 10
     assert seen["cases with a rebalance"] >= num / 10

@@ -8,8 +8,8 @@ import pytest
 
 from distributed.running import deployment, run_deployment
 from expertlane.errors import SpecError, UserError
-from expertlane.model.int8_cache import FILE, FOLDER
-from expertlane.spec.deployment import Options
+from expertlane.model.int8_cache import FILE
+from expertlane.spec.deployment import INT8_FOLDER, Options
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
@@ -61,15 +61,16 @@ def test_what_is_kept_beside_a_checkpoint_changes_no_bit(pools, checkpoints, tmp
     folder = shutil.copytree(checkpoints.folder(family), tmp_path / "model")
     model, made = read_model(folder, str(folder)), deployment("tp=2", weights="int8")
     cached = replace(made, options=replace(made.options, cache_int8=True))
-    pool, file = pools.pool(2), folder / FOLDER / FILE
-    runs, times = [], []
+    pool, file = pools.pool(2), folder / INT8_FOLDER / FILE
+    runs, times, lines = [], [], []
+    given = {"checkpoint": folder, "return_logits": True, "log": lines.append}
     for each in (made, cached, cached):
-        runs.append(
-            run_deployment(pool, model, each, WORKLOAD, checkpoint=folder, return_logits=True)
-        )
+        runs.append(run_deployment(pool, model, each, WORKLOAD, **given))
         times.append(file.stat().st_mtime_ns if file.exists() else None)
     assert times[0] is None
     assert times[1] == times[2] is not None
+    where = folder / INT8_FOLDER
+    assert lines == [f"int8 weights: {done} {where}" for done in ("written to", "read from")]
     for each in runs[1:]:
         np.testing.assert_array_equal(each.logits, runs[0].logits)
 

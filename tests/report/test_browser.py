@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 import example_pages
 import example_results
-from chromium import CHROMIUM, NEEDS_CHROMIUM, QUIET
+from chromium import NEEDS_CHROMIUM
 from expertlane.report.charts.lanes import UNITS
 from expertlane.report.document import Lanes
 from expertlane.report.numbers import figures, milliseconds
@@ -19,14 +19,6 @@ from expertlane.results.record import EXPERIMENT
 from report.shown import charts, made_by
 
 pytestmark = NEEDS_CHROMIUM
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

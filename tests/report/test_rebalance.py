@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from example_results import usual
 from expertlane.report.compared import run
-from expertlane.report.traffic import rebalancing
-from expertlane.results.record import DeploymentRecord, RebalanceRecord
+from expertlane.report.traffic import copies, rebalancing
+from expertlane.results.record import CopyRecord, DeploymentRecord, RebalanceRecord
+from expertlane.spec.names import Phase
 
 MOVED = RebalanceRecord(
     replica=0,
@@ -20,8 +21,10 @@ MOVED = RebalanceRecord(
     load_after=1.25,
     experts_s_before=0.02,
     experts_s_after=0.01,
+    paid_s=0.125,
 )
-STAYED = replace(MOVED, step=19, switched=None, gain_s=0.1, load_after=None, experts_s_after=None)
+NOT_MOVED = {"switched": None, "load_after": None, "experts_s_after": None, "paid_s": None}
+STAYED = replace(MOVED, step=19, gain_s=0.1, **NOT_MOVED)
 
 
 def of(*records: DeploymentRecord):
@@ -41,12 +44,25 @@ def test_what_was_done_and_what_came_of_it():
         ("2", "19", "100", "250", "6.00 MB", "not worth it", "—"),
     )
     assert effects.rows == (
-        ("2", "8", "1.75×", "1.25×", "1.20×", "20.0", "10.0"),
-        ("2", "19", "1.75×", "—", "1.20×", "20.0", "—"),
+        ("2", "8", "1.75×", "1.25×", "1.20×", "20.0", "10.0", "125"),
+        ("2", "19", "1.75×", "—", "1.20×", "20.0", "—", "—"),
     )
 
 
 def test_moves_that_the_work_did_not_wait_for():
-    too_late = replace(MOVED, switched=None, load_after=None, experts_s_after=None)
+    too_late = replace(MOVED, **NOT_MOVED)
     section = of(replace(usual().deployments[0], rebalances=(too_late,)))
     assert section.parts[0].rows[0][5:] == ("too late", "—")
+
+
+def test_whether_copies_are_balanced():
+    taken = CopyRecord(0, 23, Phase.DECODE, 1234.0, gain_s=2e-3, cost_s=5e-4, is_on=True)
+    off = replace(taken, step=7, phase=Phase.PREFILL, cost_s=3e-3, is_on=False)
+    first, *others = usual().deployments
+    given = replace(usual(), deployments=(first, replace(others[0], copies=(off, taken))))
+    decisions, _ = copies(run(given, "measured")).parts
+    assert decisions.rows == (
+        ("2", "7", "prefill", "1,234", "2.00", "3.00", "off"),
+        ("2", "23", "decode", "1,234", "2.00", "0.500", "on"),
+    )
+    assert not copies(run(usual(), "measured")).parts

@@ -22,6 +22,7 @@ TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'developer' %}{{ raise_exception('No developers.') }}{% endif %}"
     "<u>{{ message.content }}{% if shout is defined %}!{% endif %}{% endfor %}"
+    "{% if reasoning_effort is defined %}{{ reasoning_effort }}{% endif %}"
     "{% if add_generation_prompt %}<a>{% endif %}"
 )
 

@@ -1,17 +1,21 @@
 """What is wrong with the answers of a soak, and which differences contract 1 excuses."""
 
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import torch
 import transformers
 
 from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.structured import Structured
 from parity.contract import MAX_EXCLUDED_SHARE, MIN_ROUTER_MARGIN, MIN_TOP2_GAP
 from server.soak_client import Came, Choice
 from server.soak_requests import Asked, Right
@@ -54,8 +58,10 @@ class Arbiter:
         if not params.is_greedy:
             return False
         logits = found.logits[0, -1].numpy()
-        second, first = np.sort(_scores(logits, right, params, place))[-2:]
-        return bool(first - second <= MIN_TOP2_GAP * np.abs(logits).max())
+        scores, chosen = _scores(logits, right, params, place), right.token_ids[place]
+        # Of an answer that is held to a form the likeliest tokens may be out: what is near counts.
+        gap = np.abs(np.delete(scores, chosen) - scores[chosen]).min()
+        return bool(gap <= MIN_TOP2_GAP * np.abs(logits).max())
 
 
 def _scores(logits: Any, right: Right, params: SamplingParams, place: int) -> Any:
@@ -120,6 +126,7 @@ class Judge:
             self.counts["late"] += 1
             return self._of_part(asked, came, right)
         self.counts["answered"] += 1
+        self.counts["responses"] += asked.is_response
         if came.status != 200 or came.error or (asked.is_stream and not came.is_done):
             return ["it has no whole answer"]
         if sorted(came.choices) != list(range(len(asked.params))):
@@ -151,7 +158,8 @@ class Judge:
 
     def _of_usage(self, asked: Asked, came: Came) -> list[str]:
         if came.usage is None:
-            is_asked = not asked.is_stream or asked.body["stream_options"]["include_usage"]
+            options = asked.body.get("stream_options", {"include_usage": True})
+            is_asked = not asked.is_stream or options["include_usage"]
             return ["it has no usage"] if is_asked else []
         self.counts["completion tokens"] += came.usage["completion_tokens"]
         num_choices = asked.body.get("n", 1)
@@ -168,8 +176,9 @@ class Judge:
             return ["a choice ends more or less than once"]
         if choice.finish_reason not in ("stop", "length"):
             return ["a choice ends for no reason"]
+        problems = self._of_form(params.structured, choice)
         if choice.token_ids is None:
-            return []
+            return problems
         detokenizer = IncrementalDetokenizer(
             *(self.tokenizer, choice.prompt_token_ids),
             stop=params.stop,
@@ -181,9 +190,10 @@ class Judge:
         shown = tokens[:-1] if is_stopped else tokens
         text = "".join(map(detokenizer.append, shown)) + detokenizer.finish()
         is_stopped |= detokenizer.stopped
-        problems = []
         if text != choice.text:
             problems.append(f"its text is not that of its tokens, {text!r}")
+        if params.structured is not None:  # which may end without a token that says so
+            is_stopped = choice.finish_reason == "stop"
         if is_stopped != (choice.finish_reason == "stop"):
             problems.append("its finish reason contradicts its tokens")
         if not is_stopped and len(tokens) != params.max_tokens:
@@ -191,6 +201,23 @@ class Judge:
         if params.logprobs is not None and len(choice.logprobs) != len(tokens):
             problems.append("its log-probabilities are not as many as its tokens")
         return problems
+
+    def _of_form(self, form: Structured | None, choice: Choice) -> list[str]:
+        """Whether an answer that has come to its end is what it had to be."""
+        if form is None or choice.finish_reason != "stop":
+            return []
+        self.counts[f"complete {form.kind}"] += 1
+        if form.regex is not None:
+            fits = re.fullmatch(form.regex, choice.text) is not None
+        elif form.choice is not None:
+            fits = choice.text in form.choice
+        else:
+            validator = jsonschema.Draft202012Validator(json.loads(form.json_schema))
+            try:
+                fits = validator.is_valid(json.loads(choice.text))
+            except ValueError:
+                fits = False
+        return [] if fits else [f"it is not what {form} asks for"]
 
     def _against(self, right: Right, params: SamplingParams, choice: Choice) -> list[str]:
         self.counts["compared"] += 1

@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tokenizers.pre_tokenizers import ByteLevel
 
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.llm import LLM
 from expertlane.schedule.request import RequestOutput
 from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.structured import Structured
 
 BAD = 0.05  # share
 ABORTED, LATE = 0.25, 0.01  # shares where clients may leave
-MOST_TOKENS = 48
+RESPONSES, HELD = 0.3, 0.12  # shares: of chats, by the other interface; of all, to a form
+MOST_TOKENS, HELD_TOKENS = 48, 80
 _MOST_LETTERS = 60
 _SYSTEM = "the thing of the thing and "
 _COMMON = _SYSTEM * 3  # what prompts may begin with alike
@@ -35,6 +38,24 @@ _WRONG: tuple[tuple[dict[str, Any], str], ...] = (
     ({"seed": 1.5}, "seed"),
     ({"stream_options": {"include_usage": True}, "stream": False}, "stream_options"),
     ({"model": "another"}, "model"),
+)
+
+
+_ANSWER = {
+    "type": "object",
+    "properties": {
+        "ok": {"type": "boolean"},
+        "n": {"enum": [5, 17, 99]},
+    },
+    "required": ["ok", "n"],
+    "additionalProperties": False,
+}
+# Of the tokenizer, which has four special tokens, then all bytes: space, line feed, tab.
+_WHITE = [4 + sorted(ByteLevel.alphabet()).index(each) for each in "ĠĊĉ"]
+_FORMS: tuple[dict[str, Any], ...] = (
+    {"regex": "[a-z]{2,5}-[0-9]{2}"},
+    {"choice": ("yes", "no", "não, 日")},
+    {"json_schema": _ANSWER},
 )
 
 
@@ -65,7 +86,14 @@ class Asked:
     @property
     def path(self) -> str:
         """Where it goes."""
+        if self.is_response:
+            return "/v1/responses"
         return "/v1/chat/completions" if self.is_chat else "/v1/completions"
+
+    @property
+    def is_response(self) -> bool:
+        """Whether it goes to `/v1/responses`."""
+        return "input" in self.body
 
     @property
     def is_stream(self) -> bool:
@@ -87,26 +115,32 @@ def draw(seed: int, number: int, *, is_calm: bool = False) -> Asked:
     random = np.random.default_rng((seed, number))
     what: dict[str, Any] = {}
     prompts = _draw_prompts(random, number, what)
-    num_choices = int(random.integers(2, 4)) if random.random() < 0.06 else 1
     sampling = _draw_sampling(random)
+    num_choices = int(random.integers(2, 4)) if random.random() < 0.06 else 1
     wants_logprobs = random.random() < 0.12
-    body = what | _as_body(sampling) | {"return_token_ids": bool(random.random() < 0.7)}
+    if "input" in what:
+        num_choices, wants_logprobs = 1, False
+    body = what | _draw_extras(random, what, is_calm=is_calm)
+    # Tokens may end inside a character, which then begins the answer.
+    is_text = not (isinstance(prompts[0], list) and isinstance(prompts[0][0], int))
+    form = None
+    if random.random() < HELD and is_text:
+        form = _draw_form(random, what, body, sampling)
+    tokens = sampling["max_tokens"]
+    body |= _as_body(sampling)
+    if "input" in what:
+        body["max_output_tokens"] = body.pop("max_tokens", tokens)
     if num_choices > 1:
         body["n"] = num_choices
     if wants_logprobs:
         more = {"logprobs": True, "top_logprobs": 1} if "messages" in what else {"logprobs": 1}
         body |= more
-    if random.random() < 0.55:
-        body |= {
-            "stream": True,
-            "stream_options": {"include_usage": is_calm or bool(random.random() < 0.5)},
-        }
-    if random.random() < 0.2:
-        body["priority"] = int(random.integers(-1, 2))
-    if random.random() < LATE and not is_calm:
-        body["timeout_s"] = float(random.uniform(0.001, 0.2))
     params = tuple(
-        SamplingParams(**_of_choice(sampling, choice), logprobs=1 if wants_logprobs else None)
+        SamplingParams(
+            **_of_choice(sampling, choice),
+            logprobs=1 if wants_logprobs else None,
+            structured=form,
+        )
         for choice in range(num_choices)
     )
     kind = random.random()
@@ -116,6 +150,52 @@ def draw(seed: int, number: int, *, is_calm: bool = False) -> Asked:
     after = int(random.integers(0, 12)) if kind < BAD + ABORTED and not is_calm else None
     of_choices = tuple(prompt for prompt in prompts for _ in range(num_choices))
     return Asked(number, body, of_choices, params * len(prompts), aborted_after=after)
+
+
+def _draw_extras(
+    random: np.random.Generator, what: Mapping[str, Any], *, is_calm: bool
+) -> dict[str, Any]:
+    """Fields of a body that change no token."""
+    found: dict[str, Any] = {}
+    is_response = "input" in what
+    if is_response:
+        found["store"] = bool(random.random() < 0.3)
+    else:
+        found["return_token_ids"] = bool(random.random() < 0.7)
+    if random.random() < 0.55:
+        found["stream"] = True
+        if not is_response:
+            has_usage = is_calm or bool(random.random() < 0.5)
+            found["stream_options"] = {"include_usage": has_usage}
+    if random.random() < 0.2:
+        found["priority"] = int(random.integers(-1, 2))
+    if random.random() < LATE and not is_calm and not is_response:
+        found["timeout_s"] = float(random.uniform(0.001, 0.2))
+    return found
+
+
+def _draw_form(
+    random: np.random.Generator,
+    what: Mapping[str, Any],
+    body: dict[str, Any],
+    sampling: dict[str, Any],
+) -> Structured:
+    """What an answer must be; changes the body, and the sampling to one that may come to an end."""
+    (kind, value), *_ = _FORMS[random.integers(len(_FORMS))].items()
+    named = {"name": "answer", "schema": _ANSWER}
+    if "input" in what:  # which has no other
+        kind, value = "json_schema", _ANSWER
+        body["text"] = {"format": {"type": "json_schema"} | named}
+    elif kind == "json_schema":
+        body["response_format"] = {"type": "json_schema", "json_schema": named}
+    else:
+        body[f"guided_{kind}"] = list(value) if kind == "choice" else value
+    for name in ("stop", "stop_token_ids", "min_tokens", "ignore_eos"):
+        sampling.pop(name, None)
+    sampling["max_tokens"] = HELD_TOKENS
+    # Random weights write white space without end.
+    sampling["logit_bias"] = dict.fromkeys(_WHITE, -100.0)
+    return Structured(**{kind: value})
 
 
 def _draw_prompts(random: np.random.Generator, number: int, what: dict[str, Any]) -> list[Any]:
@@ -129,9 +209,14 @@ def _draw_prompts(random: np.random.Generator, number: int, what: dict[str, Any]
     kind = random.random()
     if kind < 0.35:
         messages = [{"role": "user", "content": text(0)}]
-        if random.random() < 0.4:
+        has_system = random.random() < 0.4
+        if has_system:
             messages.insert(0, {"role": "system", "content": _SYSTEM})
-        what["messages"] = messages
+        if random.random() < RESPONSES:
+            what["input"] = messages[-1]["content"]
+            what |= {"instructions": _SYSTEM} if has_system else {}
+        else:
+            what["messages"] = messages
         return [messages]
     if kind < 0.65:
         prompts: list[Any] = [text(0)]

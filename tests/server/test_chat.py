@@ -80,6 +80,29 @@ def test_without_a_number_of_tokens_it_is_as_many_as_fit(served):
     assert answer.usage.total_tokens == 256
 
 
+def test_named_variables_of_the_template(served):
+    """`reasoning_effort` is one that it has; the usual `verbosity` says nothing new."""
+    body = {"messages": [*MESSAGES], "max_tokens": 1, "return_token_ids": True}
+    ways = {"reasoning_effort": "low"}, {"chat_template_kwargs": {"reasoning_effort": "low"}}
+    prompts = []
+    for way in ({"verbosity": "medium"}, *ways):
+        answer = served.http.post("/v1/chat/completions", json=body | way)
+        assert answer.status_code == 200, answer.text
+        prompts.append(answer.json()["choices"][0]["prompt_token_ids"])
+    assert prompts[0] == served.chat.prompt_token_ids
+    assert prompts[1] == prompts[2] == tokens_of(served, messages=[*MESSAGES], **ways[1])["tokens"]
+    assert len(prompts[1]) > len(prompts[0])
+    response = served.client.responses.create(
+        model="tiny",
+        input=MESSAGES[1]["content"],
+        instructions=MESSAGES[0]["content"],
+        reasoning={"effort": "low"},
+        max_output_tokens=1,
+    )
+    assert response.usage.input_tokens == len(prompts[1])
+    assert response.reasoning.effort == "low"
+
+
 def test_the_template_decides(served):
     messages = [{"role": "developer", "content": "x"}]
     answer = served.http.post("/v1/chat/completions", json={"messages": messages})
@@ -117,6 +140,12 @@ def test_models(served):
     assert model.id == "tiny"
     assert model.max_model_len == 256
     assert served.client.models.retrieve("tiny") == model
+
+
+def test_the_root_leads_to_the_page(served):
+    answer = served.http.get("/")
+    assert (answer.status_code, answer.headers["location"]) == (307, "/live")
+    assert served.http.head("/").status_code == 307
 
 
 @pytest.mark.parametrize("path", ["/health", "/ping"])

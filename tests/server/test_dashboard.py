@@ -45,7 +45,7 @@ QUERIES = PANELS | {query: query for query in re.findall(r"expr: (.*)", ALERTS)}
 @pytest.fixture(scope="module")
 def rebalanced(chatty):
     """A server whose experts move, which has answered requests."""
-    options = Options(rebalance_steps=4, num_redundant_experts=2)
+    options = Options(rebalance_steps=4, num_redundant_experts=2, copies="balanced")
     with LLM(chatty, layout="dp=2,ep=2", dtype="float32", num_blocks=32, options=options) as llm:
         model = ServedModel("tiny", llm.engine, llm.limits, llm.tokenizer, watch=llm.watch())
         server = ServerInThread(model, check_ranks=llm.check_ranks)

@@ -5,9 +5,9 @@ import threading
 
 import httpx
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
-from chromium import CHROMIUM, NEEDS_CHROMIUM, QUIET
+from chromium import NEEDS_CHROMIUM
 from engine.processes import wait_until
 from expertlane.server import live
 from expertlane.server.service import ServedModel, ServerOptions
@@ -15,14 +15,6 @@ from server.running import PATIENCE_S, ServerInThread
 
 pytestmark = NEEDS_CHROMIUM
 expect.set_options(timeout=1e3 * PATIENCE_S)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -12,10 +12,12 @@ from engine.stub_runner import StubEngine, letters
 from expertlane.engine.chat_template import ChatTemplate
 from expertlane.errors import UserError
 from expertlane.schedule.request import FinishReason, RequestOutput
-from expertlane.server.answers import ChatAnswer, Piece
+from expertlane.server.answers import Piece
 from expertlane.server.call_forms import CALL_FORMS, THOUGHT_FORMS
+from expertlane.server.chat_answer import ChatAnswer
 from expertlane.server.chat_parts import ChatParts
 from expertlane.server.marks import MarkedText, Marks
+from expertlane.server.prepared import Prepared
 from expertlane.server.requests import ChatRequest
 from expertlane.server.service import ServedModel
 from server.running import PATIENCE_S, ServerInThread
@@ -29,7 +31,8 @@ SCHEMAS = {"look": {"properties": {"at": {"type": "string"}, "n": {"type": "inte
 def parts(text, prompt="", marks=BOTH, takes_calls=True, cuts=()):
     """Fields of a message, whose text comes in pieces; calls as names and arguments."""
     found, calls = {}, []
-    chat = ChatParts(MarkedText(marks, prompt, takes_calls=takes_calls, schemas=SCHEMAS))
+    marked = MarkedText(marks, prompt, takes_calls=takes_calls, schemas=SCHEMAS)
+    chat = ChatParts(marked, "{:024x}".format)
     places = [0, *sorted(cuts), len(text)]
     pieces = [text[i:j] for i, j in pairwise(places)]
     for number, piece in enumerate(pieces, 1):
@@ -256,7 +259,8 @@ def answer_of(server, text, *, stream=False):
     request = ChatRequest.model_validate(
         {"messages": [{"role": "user", "content": "a"}], "tools": [TOOL], "stream": stream}
     )
-    answer = ChatAnswer(server.service, request, [[0]], [request.params({}, 5, 0)], "a")
+    prepared = Prepared(request, [[0]], [request.params({}, 5, 0)], ["a"])
+    answer = ChatAnswer(server.service, prepared)
     output = RequestOutput("0", None, [0], 0.0, [1, 2])
     if not stream:
         return answer.choice(Piece(0, output, 0, 2, text, FinishReason.STOP))

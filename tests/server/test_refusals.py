@@ -174,7 +174,12 @@ CASES = [
     (CHAT, {"tool_choice": "auto"}, "tool_choice"),
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
     (CHAT, {"chat_template": "{{ 1 }}"}, "chat_template"),
-    (CHAT, {"reasoning_effort": "high"}, "reasoning_effort"),
+    (CHAT, {"reasoning_effort": "deep"}, "reasoning_effort"),
+    (
+        *(CHAT, {"reasoning_effort": "low", "chat_template_kwargs": {"reasoning_effort": 1}}),
+        "reasoning_effort",
+    ),
+    (CHAT, {"verbosity": "high"}, "verbosity"),  # no variable of the template
     (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     (CHAT, {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
     (CHAT, {"modalities": ["audio"]}, "modalities"),

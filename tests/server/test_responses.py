@@ -135,9 +135,10 @@ def test_items_of_reasoning_text_and_calls(size):
     from openai.lib.streaming.responses._responses import ResponseStreamState
 
     parts = ChatParts(
-        MarkedText(Marks(THOUGHT_FORMS["think"], CALL_FORMS["hermes"]), "", takes_calls=True)
+        MarkedText(Marks(THOUGHT_FORMS["think"], CALL_FORMS["hermes"]), "", takes_calls=True),
+        "{:024x}".format,
     )
-    items = ResponseItems()
+    items = ResponseItems("{:024x}".format)
     pieces = [MARKED[i : i + size] for i in range(0, len(MARKED), size)]
     events = []
     for number, piece in enumerate(pieces, 1):
@@ -241,11 +242,12 @@ BAD = [
     ({"conversation": "c"}, "conversation"),
     ({"truncation": "auto"}, "truncation"),
     ({"include": ["file_search_call.results"]}, "include[0]"),
-    ({"reasoning": {"effort": "high"}}, "reasoning"),
     ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
     ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
     ({"text": {"format": {"type": "json_schema", "name": "a", "schema": 5}}}, "text.format"),
-    ({"text": {"verbosity": "high"}}, "verbosity"),
+    ({"text": {"verbosity": "high"}}, "text.verbosity"),
+    ({"reasoning": {"effort": "deep"}}, "reasoning.effort"),
+    ({"reasoning": {"summary": "auto"}}, "summary"),
     ({"previous_response_id": "resp_x"}, "previous_response_id"),
     ({"previous_response_id": 5}, "previous_response_id"),
     ({"store": "yes"}, "store"),

@@ -84,7 +84,8 @@ def write(name, request, *, are_special, seed, prompt="", thoughts=None, most=40
     shown = marks.shown_token_ids(own)
     seen = [each for each in tokens if each < 256 or each in shown]
     text = own.decode(seen, skip_special_tokens=False)
-    parts = ChatParts(MarkedText(marks, prompt, takes_calls=True, schemas={"look": LOOK}))
+    marked = MarkedText(marks, prompt, takes_calls=True, schemas={"look": LOOK})
+    parts = ChatParts(marked, "{:024x}".format)
     return text, parts.feed(text, is_last=True)
 
 

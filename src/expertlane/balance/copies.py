@@ -1,5 +1,7 @@
 """Which copy of an expert computes a token-expert pair: the definition that all others are held to.
 
+`balance.even_copies` has another, by the counts of all ranks; this one needs no word between them.
+
 A rank's pairs go to the copy on the rank itself, else to those on its node, else to all of them.
 Several copies take turns in the order of the rank's pairs, beginning with the rank's number in its
 stage: so ranks begin with different copies, and the load is spread without a word between them.
@@ -27,7 +29,10 @@ class CopyChoice:
 
     Attributes:
         num_experts: logical ones.
+        is_balanced: ranks choose by the counts of all of them.
     """
+
+    is_balanced = False
 
     def __init__(self, placement: Placement, ep_rank: Ints, nodes: Ints) -> None:
         self.num_experts = placement.num_experts
@@ -61,6 +66,10 @@ class CopyChoice:
         turns[open_pairs] = num_equal_before(chooser[open_pairs], num_choosers) + first
         ranks: Ints = table[np.arange(len(chooser)), turns % num_copies]
         return ranks.reshape(topk_ids.shape)
+
+    def shared_out(self, topk_ids: Ints, rank: Ints) -> tuple[Ints, int]:
+        """`ep_ranks`, and how many pairs the fullest rank has less than by this choice."""
+        return self.ep_ranks(topk_ids, rank), 0
 
     @cached_property
     def _of_all(self) -> tuple[Ints, Ints]:

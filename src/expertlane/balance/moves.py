@@ -1,9 +1,13 @@
 """From one placement to the next: which experts move, from where, and which stay put."""
 
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expertlane.balance.placement import Placement
+
+WHOLE = 1 << 20  # what an expert is counted as, in parts of it
+_AHEAD = 512  # parts that are looked at for a slice
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,62 @@ class Move:
     source: int
     rank: int
     slot: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of an expert that moves, cut alike on all ranks that have a slice of it.
+
+    Attributes:
+        begin, end: of `WHOLE`.
+    """
+
+    move: Move
+    begin: int = 0
+    end: int = WHOLE
+
+
+def between_ranks(needed: Sequence[Move]) -> list[Move]:
+    """Those for which anything travels, in their order."""
+    return [move for move in needed if move.source != move.rank]
+
+
+def next_slice(waiting: deque[Part], most: int) -> list[Part]:
+    """Take parts of which no rank sends or receives more than `most` of `WHOLE`.
+
+    First come those that wait first; others pass them where their ranks have no room left.
+
+    Args:
+        waiting: in their order; the rest of what was cut stays in its place.
+        most: above 0.
+    """
+    sent: Counter[int] = Counter()
+    received: Counter[int] = Counter()
+    taken, left = [], []
+    for _ in range(min(len(waiting), _AHEAD)):
+        part = waiting.popleft()
+        room = most - max(sent[part.move.source], received[part.move.rank])
+        if room <= 0:
+            left.append(part)
+            continue
+        end = min(part.end, part.begin + room)
+        taken.append(replace(part, end=end))
+        sent[part.move.source] += end - part.begin
+        received[part.move.rank] += end - part.begin
+        if end < part.end:
+            left.append(replace(part, begin=end))
+    waiting.extendleft(reversed(left))
+    return taken
+
+
+def most_of_a_rank(parts: Sequence[Part]) -> int:
+    """Of `WHOLE`, what the busiest rank sends or receives."""
+    sent: Counter[int] = Counter()
+    received: Counter[int] = Counter()
+    for part in parts:
+        sent[part.move.source] += part.end - part.begin
+        received[part.move.rank] += part.end - part.begin
+    return max([*sent.values(), *received.values()], default=0)
 
 
 def keep_slots(now: Sequence[Placement], then: Sequence[Placement]) -> list[Placement]:

@@ -1,6 +1,6 @@
 """Moving experts while requests run: the load of the latest steps, where to go, what it brings."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -8,10 +8,20 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.local_search import lower_maximum, search_copies
-from expertlane.balance.moves import Move, keep_slots, moves
+from expertlane.balance.moves import (
+    WHOLE,
+    Move,
+    Part,
+    between_ranks,
+    keep_slots,
+    most_of_a_rank,
+    moves,
+    next_slice,
+)
 from expertlane.balance.packing import EMPTY, Floats, Ints, Packing
 from expertlane.balance.placement import Placement, rank_loads, total_max_over_mean
 from expertlane.balance.planner import plan_placement
+from expertlane.spec.names import Phase
 
 _EVEN = (1.5, 1.2, 1.05)  # how even a placement near the present one is to be; then one anew
 
@@ -55,15 +65,20 @@ class RebalanceGate:
         pair_s: seconds of a rank for each token-expert pair more.
         expert_bytes: of one expert's weights in one layer.
         move_s: in which every rank sends an expert and receives one, all at once.
-        slice_bytes: weights move in slices of this size, one after a step.
+        stall_s: of every slice, however little it moves.
+        slice_most: weights move in slices, one after a step: of `WHOLE`, what a rank sends or
+            receives in it at most.
+        exposed: the share of these times that steps are held up by.
         num_steps: of the coming window, over which a placement is to pay.
     """
 
     pair_s: float
     expert_bytes: int
     move_s: float
-    slice_bytes: int
+    stall_s: float
+    slice_most: int
     num_steps: int
+    exposed: float = 1.0
 
     def gain_s(self, now: Floats, then: Floats, num_steps_tracked: int) -> float:
         """Seconds saved over the coming window, if the load stays as it was; may be negative.
@@ -79,22 +94,20 @@ class RebalanceGate:
         pairs = float(now.max(axis=1).sum() - then.max(axis=1).sum())
         return pairs * self.pair_s * self.num_steps / num_steps_tracked
 
-    def slices(self, needed: Sequence[Move]) -> list[list[Move]]:
-        """The moves between ranks, in the order given."""
-        crossing = [move for move in needed if move.source != move.rank]
-        size = max(1, self.slice_bytes // self.expert_bytes)
-        return [crossing[begin : begin + size] for begin in range(0, len(crossing), size)]
-
-    def cost_s(self, slices: Sequence[Sequence[Move]]) -> float:
-        """Seconds that it costs: for each slice its busiest rank's transfers, and a stall."""
-        return sum(_most_of_a_rank(each) + 1 for each in slices) * self.move_s
+    def cost_s(self, crossing: Sequence[Move]) -> float:
+        """Seconds that moves cost: for each slice its busiest rank's transfers, and a stall."""
+        waiting, seconds = deque(map(Part, crossing)), 0.0
+        while waiting:
+            share = most_of_a_rank(next_slice(waiting, self.slice_most)) / WHOLE
+            seconds += share * self.move_s + self.stall_s
+        return seconds * self.exposed
 
     def at_best(self, now: Floats, num_steps_tracked: int) -> "Decision":
         """All ranks alike, for one expert moved: no placement can bring more, or cost less."""
         even = now.mean(axis=1, keepdims=True)
         return Decision(
             gain_s=self.gain_s(now, even, num_steps_tracked),
-            cost_s=2 * self.move_s,
+            cost_s=(self.move_s + self.stall_s) * self.exposed,
             num_bytes=self.expert_bytes,
             num_steps=self.num_steps,
         )
@@ -107,20 +120,13 @@ class RebalanceGate:
         Args:
             needed: the moves that lead there.
         """
-        slices = self.slices(needed)
+        crossing = between_ranks(needed)
         return Decision(
             gain_s=self.gain_s(now, then, num_steps_tracked),
-            cost_s=self.cost_s(slices),
-            num_bytes=sum(map(len, slices)) * self.expert_bytes,
+            cost_s=self.cost_s(crossing),
+            num_bytes=len(crossing) * self.expert_bytes,
             num_steps=self.num_steps,
         )
-
-
-def _most_of_a_rank(needed: Sequence[Move]) -> int:
-    """Experts that the busiest rank sends or receives."""
-    sent = Counter(move.source for move in needed)
-    received = Counter(move.rank for move in needed)
-    return max(*sent.values(), *received.values())
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,41 @@ class PairCost:
     def pair_s(self) -> float:
         """Seconds for each pair more; 0 where ranks never differed, or it took no longer."""
         return max(0.0, self._products / self._squares) if self._squares else 0.0
+
+
+@dataclass(frozen=True)
+class CopyDecision:
+    """What balancing copies brings to a step of a phase, by a trial.
+
+    Attributes:
+        num_saved: pairs that the fullest rank of each layer is spared, all layers together.
+        pair_s: seconds of a rank for each pair more.
+        cost_s: processor time that sharing takes a rank.
+    """
+
+    phase: Phase
+    num_saved: float
+    pair_s: float
+    cost_s: float
+
+    @property
+    def gain_s(self) -> float:
+        """Seconds that a step is shorter by, were it not for the cost."""
+        return self.num_saved * self.pair_s
+
+    @property
+    def pays(self) -> bool:
+        """Whether the gain exceeds the cost."""
+        return self.gain_s > self.cost_s
+
+    @property
+    def line(self) -> str:
+        """Both sides, in one line for a log."""
+        return (
+            f"copies: balancing them saves {1e3 * self.gain_s:.3g} ms a {self.phase.name.lower()} "
+            f"step ({self.num_saved:.3g} pairs of the fullest ranks), costs "
+            f"{1e3 * self.cost_s:.3g} ms: " + ("on" if self.pays else "off")
+        )
 
 
 @dataclass(frozen=True)

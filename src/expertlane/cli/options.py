@@ -12,6 +12,7 @@ from expertlane.cli.help import Panel
 from expertlane.errors import UserError, naming
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
+    CopyMethod,
     DispatchChoice,
     DispatchForm,
     MicroBatchSchedule,
@@ -20,7 +21,7 @@ from expertlane.spec.deployment import (
     PlacementMethod,
     WeightsType,
 )
-from expertlane.spec.names import CpuIsa, OnFailure
+from expertlane.spec.names import CheckLevel, CpuIsa, OnFailure
 from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
 
 if TYPE_CHECKING:
@@ -202,6 +203,15 @@ class SchedulerOptions:
     )
 
 
+def copies_option() -> Any:
+    """Which copy of a redundant expert computes a token."""
+    return typer.Option(
+        "nearest",
+        help="Copy of a redundant expert that computes a token: nearest: own rank, own node, any, "
+        "in turns; balanced: shared in every step so that ranks are even, where that pays.",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeploymentOptions:
     """How a deployment runs, whether on real ranks or on modelled ones.
@@ -241,6 +251,7 @@ class DeploymentOptions:
     )
     placement: str = placement_option("linear")
     num_redundant_experts: int = redundant_option()
+    copies: CopyMethod = copies_option()
     options: Options = field(init=False)
 
     def __post_init__(self) -> None:
@@ -266,6 +277,7 @@ class DeploymentOptions:
             prefill_dispatch=self.prefill_dispatch,
             payload=self.payload,
             num_redundant_experts=num_redundant,
+            copies=self.copies,
             **where,
         )
         object.__setattr__(self, "options", options)
@@ -357,6 +369,13 @@ class EngineOptions:
         help="Rebalance experts at runtime every STEPS steps, where it pays. 0: never.",
     )
     ranks_per_node: int = ranks_per_node_option(0, "0, as started")
+    check: CheckLevel = typer.Option(
+        "off",
+        rich_help_panel=Panel.RANKS,
+        help="Look for silent errors in every step. light: values are finite, and ranks hold alike "
+        "what they should; full: also, all they send arrives, and each token at each of its "
+        "experts once.",
+    )
     launch: LaunchOptions
     on_failure: OnFailure = on_failure_option("stop")
     options: Options = field(init=False)
@@ -379,6 +398,7 @@ class EngineOptions:
             "prefix_caching": not self.no_prefix_caching,
             "options": self.options,
             "ranks_per_node": self.ranks_per_node,
+            "check": self.check,
             "on_failure": self.on_failure,
             **vars(self.scheduler),
             **vars(self.launch),

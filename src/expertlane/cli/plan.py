@@ -16,9 +16,10 @@ from expertlane.cli.options import (
     ModelArgument,
     ProjectionOptions,
     cluster_option,
+    copies_option,
 )
 from expertlane.cli.output_options import OutputOptions
-from expertlane.spec.deployment import PayloadType
+from expertlane.spec.deployment import CopyMethod, PayloadType
 from expertlane.spec.files import write_text
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class _Options:
     panel: ClassVar = Panel.DEPLOYMENT
     model: ModelArgument
     cluster: str = cluster_option("h100x16")
+    copies: CopyMethod = copies_option()
 
 
 @takes_groups
@@ -102,6 +104,7 @@ def run(
         Execution(projection.execution),
         routing.source,
         payload,
+        copies=own.copies,
         multi_token=multi_token,
     )
     name = output.slug("plan", found.config.name, devices)

@@ -31,6 +31,7 @@ from expertlane.spec.names import OnFailure
 if TYPE_CHECKING:
     from expertlane.engine.chat_template import ChatTemplate
     from expertlane.engine.tokenizer import Tokenizer
+    from expertlane.server.journal.file import JournalFile
     from expertlane.server.logs import RequestLog
     from expertlane.server.run import Running
     from expertlane.server.service import ServedModel
@@ -73,6 +74,19 @@ class _Options:
         30.0,
         metavar="SECONDS",
         help="How long running requests may continue after SIGTERM or Ctrl-C.",
+    )
+    journal: Path | None = typer.Option(
+        None,
+        metavar="DIR",
+        help="Write requests and their tokens to this folder, so that they continue after the "
+        "server itself was killed and started again.",
+    )
+    reconnect_s: float = typer.Option(
+        60.0,
+        metavar="SECONDS",
+        help="With --journal: how long a request continues, and a finished answer is kept, while "
+        "its client is away.",
+        rich_help_panel=Panel.MORE_SERVER,
     )
     log_format: LogFormat = typer.Option(
         "off",
@@ -148,7 +162,8 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
     http://HOST:PORT/live in a browser for a live view of ranks and experts.
 
     SIGTERM or Ctrl-C shuts the server down: new requests get status 503, running ones have up to
-    --drain-s to finish. A second signal ends it at once.
+    --drain-s to finish. A second signal ends it at once. With --journal, what is unfinished
+    continues when the server is started again, and clients get the rest.
 
     \b
     Examples:
@@ -176,6 +191,9 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
     name = own.served_model_name or model
     with ExitStack() as stack:
         stack.enter_context(bound)
+        journal = _journal(own, found, engine)
+        if journal is not None:
+            stack.callback(journal.close)
         tracing = _tracing(own.otlp_endpoint, name)
         if tracing is not None:
             stack.callback(tracing.close)
@@ -193,6 +211,8 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
             max_stored_responses=own.max_stored_responses,
             tool_call_parser=own.tool_call_parser,
             reasoning_parser=own.reasoning_parser,
+            journal=journal,
+            reconnect_s=own.reconnect_s,
         )
         served = ServedModel(
             name, llm.engine, llm.limits, llm.tokenizer, template, recommended, llm.watch()
@@ -209,6 +229,34 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
             check_ranks=llm.check_ranks,
             on_start=on_start,
         )
+
+
+def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "JournalFile | None":
+    """What an earlier server has left, which has to be of the same model.
+
+    Raises:
+        UserError: it is not, or the folder cannot be used.
+    """
+    from expertlane.server.journal.file import JournalFile
+    from expertlane.server.journal.identity import identity
+
+    if own.journal is None or not is_first_process():
+        return None
+    journal = JournalFile(own.journal)
+    facts = identity(found.config, found.folder, engine.options, engine.dtype)
+    facts |= {
+        "--served-model-name": own.served_model_name or found.name,
+        "--tool-call-parser": own.tool_call_parser or "the template's",
+        "--reasoning-parser": own.reasoning_parser or "the template's",
+    }
+    journal.identify(facts)
+    if journal.num_torn_bytes:
+        print_message(f"journal: its last {journal.num_torn_bytes} bytes were no whole record")
+    if journal.found:
+        num_finished = sum(each.is_finished for each in journal.found.values())
+        num_unfinished = len(journal.found) - num_finished
+        print_message(f"journal: {num_unfinished} requests continue, {num_finished} are finished")
+    return journal
 
 
 def _tracing(endpoint: str | None, name: str) -> "Tracing | None":

@@ -8,6 +8,7 @@ import fcntl
 import os
 import struct
 import time
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -31,14 +32,15 @@ class FileStore(Store):
     def __init__(self, descriptor: int, epoch: Epoch) -> None:
         super().__init__()
         fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)  # writes of several ranks do not mix
-        self._file, self._epoch = os.fdopen(descriptor, "r+b", buffering=0), epoch
+        self._descriptor, self._epoch = descriptor, epoch
+        weakref.finalize(self, os.close, descriptor)
         self._end = 0  # of what was read
         self._values: dict[str, bytes] = {}
 
     def set(self, key: str, value: str | bytes) -> None:
         """Add a key, in one write: others see all of it."""
         name, data = key.encode(), value.encode() if isinstance(value, str) else bytes(value)
-        self._file.write(_HEAD.pack(len(name), len(data)) + name + data)
+        os.write(self._descriptor, _HEAD.pack(len(name), len(data)) + name + data)
 
     def get(self, key: str) -> bytes:
         """Wait for a key."""
@@ -63,7 +65,7 @@ class FileStore(Store):
 
     def _read(self) -> bool:
         """Read what is whole and new; gives whether there was any."""
-        data, at = os.pread(self._file.fileno(), 1 << 20, self._end), 0
+        data, at = os.pread(self._descriptor, 1 << 20, self._end), 0
         while len(data) - at >= _HEAD.size:
             key_bytes, value_bytes = _HEAD.unpack_from(data, at)
             begin = at + _HEAD.size

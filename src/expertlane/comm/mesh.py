@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
+from expertlane.comm.checks import CheckedGroup, CheckedRecorder
 from expertlane.comm.collectives import Group
 from expertlane.comm.recorder import Recorder
 from expertlane.comm.transport import Link, Transport
@@ -130,7 +131,8 @@ class ParallelMesh:
     def _group(self, axis: str) -> Group:
         groups = groups_of_axis(self.layout, axis, self._ranks_per_node)
         ranks = next(ranks for ranks in groups if self._rank in ranks)
-        return Group(self._link(ranks), ranks, self._rank, self._ranks_per_node, self.recorder)
+        kind = CheckedGroup if isinstance(self.recorder, CheckedRecorder) else Group
+        return kind(self._link(ranks), ranks, self._rank, self._ranks_per_node, self.recorder)
 
     def _link(self, ranks: Sequence[int]) -> Link | None:
         return self._meshes.link(tuple(ranks)) if len(ranks) > 1 else None

@@ -44,6 +44,7 @@ class Meter:
         self._waited = [0] * len(Stage)
         self._sent = [0] * (len(Link) + 1)
         self._overlapped = self._exposed = 0
+        self._num_pairs_saved, self._copies_s = 0, 0.0
         self._tokens = np.zeros((num_layers, num_experts), dtype=np.int64)
         # By layer, the experts held now and how many tokens each has had since they are.
         self._held: dict[int, tuple[Sequence[int], Tensor]] = {}
@@ -80,6 +81,11 @@ class Meter:
         for link, num in zip(links, num_rows, strict=True):
             sent[link] += num * row_bytes
 
+    def shared_out(self, num_saved: int, seconds: float) -> None:
+        """A layer's tokens were shared among copies; as of `Recorder.count_copies`."""
+        self._num_pairs_saved += num_saved
+        self._copies_s += seconds
+
     def counts(self, layer: int, experts: Sequence[int], device: torch.device) -> Tensor:
         """[num_held] int64; to be added to, tokens of each expert that the rank holds in a layer.
 
@@ -115,6 +121,8 @@ class Meter:
             sent_bytes=_whole(self._sent[:_OWN]),
             overlapped_ns=self._overlapped,
             exposed_ns=self._exposed,
+            num_pairs_saved=self._num_pairs_saved,
+            copies_ns=round(1e9 * self._copies_s),
         )
 
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ from expertlane.comm.stretches import Arrival, stretches
 from expertlane.cost.step.operation import TransferKind
 from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_record import RankEvents, RankRecord
-from expertlane.spec.names import Stage, Track, Traffic
+from expertlane.spec.names import CheckPoint, Stage, Track, Traffic
+
+if TYPE_CHECKING:
+    from expertlane.comm.checks import Checks
 
 ResultT = TypeVar("ResultT")
 
@@ -42,7 +45,10 @@ class Recorder:
     Attributes:
         is_interleaved: another part of the batch is computed while one waits.
         meter: running totals, of steps without a record too; None until they are asked for.
+        checks: what looks for silent errors; None where nobody does.
     """
+
+    checks: "Checks | None" = None
 
     def __init__(
         self,
@@ -99,6 +105,7 @@ class Recorder:
         )
         self._num_remote_rank_copies = self._num_remote_node_copies = 0
         self._payload_squares = np.zeros(2)
+        self._num_pairs_saved, self._copies_s = 0, 0.0
         self._topk_ids: defaultdict[int, list[Tensor]] = defaultdict(list)  # by layer
 
     def begin_step(
@@ -303,6 +310,9 @@ class Recorder:
             self.meter = Meter(self._num_layers, self._num_experts)
         return self.meter.totals()
 
+    def check_finite(self, values: Tensor, point: CheckPoint, layer: int = NO_LAYER) -> None:
+        """Look for values that are NaN or infinite, where that is asked."""
+
     @property
     def is_recording(self) -> bool:
         """Whether anything is counted in this step."""
@@ -343,6 +353,19 @@ class Recorder:
             self._by_nodes_reached += np.bincount(nodes_reached.cpu().numpy(), minlength=num)
             self._num_remote_rank_copies += num_remote_rank_copies
             self._num_remote_node_copies += num_remote_node_copies
+
+    def count_copies(self, num_saved: int, seconds: float) -> None:
+        """Add what sharing one layer's tokens among copies brought and took.
+
+        Args:
+            num_saved: pairs that the fullest rank is spared.
+            seconds: processor time of this rank.
+        """
+        if self._recording:
+            self._num_pairs_saved += num_saved
+            self._copies_s += seconds
+        if self.meter is not None:
+            self.meter.shared_out(num_saved, seconds)
 
     def count_payload_error(self, error_squares: float, squares: float) -> None:
         """Add hidden states that are sent in a narrower type.
@@ -402,6 +425,8 @@ class Recorder:
             tokens_by_nodes_reached=self._by_nodes_reached,
             num_remote_rank_copies=self._num_remote_rank_copies,
             num_remote_node_copies=self._num_remote_node_copies,
+            num_pairs_saved=self._num_pairs_saved,
+            copies_s=self._copies_s,
             payload_squares=self._payload_squares,
             topk_ids={layer: torch.cat(ids).numpy() for layer, ids in self._topk_ids.items()},
             events=self._events() if self._recording_events else None,

@@ -241,12 +241,12 @@ class SharedLink:
     ) -> None:
         self._endpoint, self._ranks, self._place = endpoint, ranks, place
         self._group, self._pairs, self._timeout_s = group, pairs, timeout_s
-        self._epoch = epoch
+        self._epoch, self._is_one_call = epoch, isinstance(endpoint, CompiledEndpoint)
 
     @property
     def at_once(self) -> AtOnce | None:
-        """One call, where it is compiled."""
-        return self._at_once if isinstance(self._endpoint, CompiledEndpoint) else None
+        """Made anew each time: kept, it would keep this, and the memory, until a collection."""
+        return self._at_once if self._is_one_call else None
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return self._endpoint.empty(num_rows, width, dtype)

@@ -90,15 +90,14 @@ class _Nccl:
         options = ProcessGroupNCCL.Options()
         options._timeout = timeout
         self.group: Any = ProcessGroupNCCL(store, place, size, options)
-        self._device = device
         self.group.eager_connect_single_device(device)
 
     @contextlib.contextmanager
     def together(self, works: list[Any]) -> Iterator[None]:
         """Begin several sends and receives, none of which can be waited for before all are."""
-        self.group._start_coalescing(self._device)
+        self.group._start_coalescing()
         yield
-        works[:] = [self.group._end_coalescing(self._device)]
+        works[:] = [self.group._end_coalescing()]
 
     def abort(self) -> None:
         """End all operations."""

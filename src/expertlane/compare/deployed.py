@@ -12,7 +12,12 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.compare.journal import Journal, Measurement
 from expertlane.compare.pair import Repeated
 from expertlane.compare.projection import usual_number_type
-from expertlane.compare.records import measured_record, rebalance_records, traced_steps
+from expertlane.compare.records import (
+    copy_records,
+    measured_record,
+    rebalance_records,
+    traced_steps,
+)
 from expertlane.compare.virtual import VirtualRuns, VirtualSettings
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.number_types import NumberTypes
@@ -32,6 +37,7 @@ from expertlane.results.metrics import (
 )
 from expertlane.results.record import (
     EXPERIMENT,
+    CopyRecord,
     DeploymentRecord,
     RebalanceRecord,
     Source,
@@ -100,6 +106,7 @@ class Deployed:
         self._runner: ModelRunner | None = None  # where it is on the ranks
         self._held: Sequence[HeldBytes] = ()
         self._rebalances: Sequence[RebalanceRecord] = ()
+        self._copies: Sequence[CopyRecord] = ()
 
     @property
     def name(self) -> str:
@@ -135,6 +142,8 @@ class Deployed:
         self._tokens = self._run(workload, self._keep, run=self.num_runs, record_events=with_events)
         rebalancer = self._runner.rebalancer if self._runner else None
         self._rebalances = rebalance_records(rebalancer) if rebalancer else ()
+        switch = self._runner.copy_switch if self._runner else None
+        self._copies = copy_records(switch) if switch else ()
         own = [step for step in chain(*self._steps.values()) if step.run == self.num_runs]
         self._note(self.num_runs, own)
         self.num_runs += 1
@@ -187,7 +196,8 @@ class Deployed:
             take(step)
         if run != _SHARE:
             self._tokens = kept.tokens
-        self._held, self._dispatch, self._rebalances = kept.held, kept.dispatch, kept.rebalances
+        self._held, self._dispatch = kept.held, kept.dispatch
+        self._rebalances, self._copies = kept.rebalances, kept.copies
         self._runner = None  # the ranks may hold another
         return True
 
@@ -196,7 +206,8 @@ class Deployed:
             self.setting.journal.add(
                 Measurement(
                     *(self.role, self.name, run, list(steps), self._tokens),
-                    *(list(self._held), self._dispatch, list(self._rebalances)),
+                    *(list(self._held), self._dispatch),
+                    *(list(self._rebalances), list(self._copies)),
                 )
             )
 
@@ -289,6 +300,7 @@ class Deployed:
             found,
             steps=tuple(medians),
             rebalances=tuple(self._rebalances),
+            copies=tuple(self._copies),
         )
 
     def virtual_record(self, runs: VirtualRuns) -> DeploymentRecord:
@@ -344,6 +356,7 @@ class Deployed:
             types=NumberTypes.all_of(setting.dtype),
             dispatch=dispatch,
             payload=options.payload,
+            copies=options.copies,
             ranks_per_node=setting.ranks_per_node,
             block_size=self.limits.block_size,
         )

@@ -17,7 +17,7 @@ from expertlane import __version__
 from expertlane.engine.commands import HeldBytes, RankMachine
 from expertlane.engine.messages import Decoder, MessageError, MessageKind, encode, messages_in
 from expertlane.errors import UserError
-from expertlane.results.record import RebalanceRecord
+from expertlane.results.record import CopyRecord, RebalanceRecord
 from expertlane.results.results import MachinePeak
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.deployment import DispatchTable
@@ -37,7 +37,7 @@ class Measurement:
         tokens: [num_sequences, output_len].
         held: [world_size]; what each rank had allocated.
         dispatch: as measured where it is `auto`.
-        rebalances: of this repetition.
+        rebalances, copies: of this repetition.
     """
 
     role: str
@@ -48,6 +48,7 @@ class Measurement:
     held: list[HeldBytes]
     dispatch: DispatchTable | None
     rebalances: list[RebalanceRecord]
+    copies: list[CopyRecord]
 
 
 @dataclass(frozen=True)

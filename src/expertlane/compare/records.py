@@ -10,8 +10,10 @@ import numpy.typing as npt
 
 from expertlane.balance.placement_file import placements_of
 from expertlane.engine.commands import HeldBytes
+from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.rebalancing import Rebalance, Rebalancer, StepLoad
 from expertlane.results.record import (
+    CopyRecord,
     DeploymentRecord,
     HeldRecord,
     RebalanceRecord,
@@ -142,6 +144,18 @@ def _rebalance(taken: Rebalance, rebalancer: Rebalancer) -> RebalanceRecord:
         load_after=_load(after) if after else None,
         experts_s_before=_experts_s(before),
         experts_s_after=_experts_s(after) if after else None,
+        paid_s=taken.paid_s,
+    )
+
+
+def copy_records(switch: CopySwitch) -> tuple[CopyRecord, ...]:
+    """All decisions of a run."""
+    return tuple(
+        CopyRecord(
+            *(each.replica, each.step, each.decision.phase, each.decision.num_saved),
+            *(each.decision.gain_s, each.decision.cost_s, each.decision.pays),
+        )
+        for each in switch.decisions
     )
 
 

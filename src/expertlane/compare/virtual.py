@@ -61,6 +61,11 @@ class VirtualSettings:
                     f"deployment {each.name!r} moves experts while it runs; --compute needs "
                     "deployments without rebalancing"
                 )
+            if each.options.copies == "balanced":
+                raise UserError(
+                    f"deployment {each.name!r} balances copies in steps where that paid; --compute "
+                    "needs deployments with copies = 'nearest'"
+                )
             check_has_law(each)
 
 

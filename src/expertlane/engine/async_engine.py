@@ -19,28 +19,54 @@ from expertlane.spec.sampling import SamplingParams
 _IDLE_S = 1.0  # between looks at idle ranks
 
 
-class Generation:
-    """Requests that were asked for together, and what they have brought; of one event loop.
+class RequestGroup:
+    """Requests that were asked for together; of one event loop.
 
     Attributes:
         request_ids: [num_requests].
-        outputs: [num_requests]; they fill while steps run, ahead of `take`.
+        outputs: [num_requests]; they fill while steps run, ahead of what `add` was given.
+        unfinished: ids of those to which something is to come.
     """
 
     def __init__(self, request_ids: Sequence[str], cancel: Callable[[list[str]], None]) -> None:
         self.request_ids = request_ids
         self.outputs: list[RequestOutput] = []
+        self.unfinished = dict.fromkeys(request_ids)
         self._places = {request_id: place for place, request_id in enumerate(request_ids)}
-        self._unfinished = dict.fromkeys(request_ids)
         self._cancel = cancel
-        self._arrived: deque[tuple[int, Chunk]] = deque()
-        self._error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing is to come; what has come may still have to be taken."""
-        return not self._unfinished
+        return not self.unfinished
+
+    def begin(self, output: RequestOutput) -> None:
+        """Take in the output of the next request, for the engine; in its thread."""
+        self.outputs.append(output)
+
+    def add(self, chunk: Chunk) -> RequestOutput:
+        """Take a chunk in, for the engine; gives the output that it belongs to."""
+        raise NotImplementedError
+
+    def end(self, error: Exception) -> None:
+        """Cancel what is not finished, and let whoever waits for it have the error."""
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """Let the engine end what is not finished, before its next step."""
+        if self.unfinished:
+            self._cancel(list(self.unfinished))
+            self.unfinished.clear()
+
+
+class Generation(RequestGroup):
+    """What requests have brought, for one who takes it."""
+
+    def __init__(self, request_ids: Sequence[str], cancel: Callable[[list[str]], None]) -> None:
+        super().__init__(request_ids, cancel)
+        self._arrived: deque[tuple[int, Chunk]] = deque()
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
     async def take(self) -> list[tuple[int, Chunk]]:
         """What has come since the last call: places and chunks; waits until there is something.
@@ -50,7 +76,7 @@ class Generation:
         Raises:
             Exception: the one that ended them.
         """
-        while not self._arrived and self._unfinished and self._error is None:
+        while not self._arrived and self.unfinished and self._error is None:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if self._error is not None:
@@ -61,23 +87,17 @@ class Generation:
 
     def end(self, error: Exception) -> None:
         """Cancel what is not finished; whoever takes gets the error. No effect if all is taken."""
-        if self._unfinished or self._arrived:
+        if self.unfinished or self._arrived:
             self._error = self._error or error
         self.cancel()
         self._wake()
-
-    def cancel(self) -> None:
-        """Let the engine end what is not finished, before its next step."""
-        if self._unfinished:
-            self._cancel(list(self._unfinished))
-            self._unfinished.clear()
 
     def add(self, chunk: Chunk) -> RequestOutput:
         """Take a chunk in, for the engine; gives the output that it belongs to."""
         place = self._places[chunk.request_id]
         self._arrived.append((place, chunk))
         if chunk.finish_reason is not None:
-            self._unfinished.pop(chunk.request_id, None)
+            self.unfinished.pop(chunk.request_id, None)
         self._wake()
         return self.outputs[place]
 
@@ -94,6 +114,8 @@ class AsyncEngine:
         check_ranks: called once a second while no step runs; raises when a rank has ended.
         on_chunk: called in the loop with every chunk; the last one of a cancelled request says so.
         on_end: called in the loop when the ranks have ended.
+        before_chunks: called in the loop with all that a step has brought, before any of it is
+            given; it may call `fail`, and then nothing is.
 
     Attributes:
         error: what ended the ranks; None while they run.
@@ -107,16 +129,18 @@ class AsyncEngine:
         check_ranks: Callable[[], None] = lambda: None,
         on_chunk: Callable[[RequestOutput, Chunk], None],
         on_end: Callable[[Exception], None] = lambda error: None,
+        before_chunks: Callable[[list[Chunk]], None] = lambda chunks: None,
     ) -> None:
         self.error: Exception | None = None
         self.num_unseen = 0
         self._engine = engine
         self._check_ranks, self._on_chunk, self._on_end = check_ranks, on_chunk, on_end
+        self._before_chunks = before_chunks
         self._loop = asyncio.get_running_loop()
         self._numbers = count()
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._live: dict[str, Generation] = {}
-        self._asked: dict[Generation, asyncio.Future[None]] = {}
+        self._live: dict[str, RequestGroup] = {}
+        self._asked: dict[RequestGroup, asyncio.Future[None]] = {}
         self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -134,24 +158,45 @@ class AsyncEngine:
             UserError: one of them can never be served.
             RankError: the ranks have ended.
         """
+        generation = Generation([str(next(self._numbers)) for _ in prompts], self.cancel)
+        await self.begin(generation, prompts, params, priority=priority)
+        return generation
+
+    async def begin(
+        self,
+        group: RequestGroup,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        *,
+        priority: int = 0,
+        earlier: Sequence[RequestOutput | None] | None = None,
+    ) -> None:
+        """Queue those of a group that are not finished, all of them or none.
+
+        Args:
+            prompts, params, earlier: [num_unfinished]; as `Engine.add` takes them.
+
+        Raises:
+            UserError: one of them can never be served.
+            RankError: the ranks have ended.
+        """
         if self.error is not None:
             raise self.error
-        request_ids = [str(next(self._numbers)) for _ in prompts]
-        generation = Generation(request_ids, self._cancel)
-        answer = self._asked[generation] = self._loop.create_future()
-        self._live.update(dict.fromkeys(request_ids, generation))
+        request_ids = list(group.unfinished)
+        answer = self._asked[group] = self._loop.create_future()
+        self._live.update(dict.fromkeys(request_ids, group))
         self.num_unseen += len(request_ids)
-        requests = list(zip(request_ids, prompts, params, strict=True))
+        before = earlier or [None] * len(request_ids)
+        requests = list(zip(request_ids, prompts, params, before, strict=True))
         asked_s = time.perf_counter()
-        self._orders.put(partial(self._add, generation, requests, priority, asked_s))
+        self._orders.put(partial(self._add, group, requests, priority, asked_s))
         try:
             await answer
         except BaseException:
-            generation.cancel()
+            group.cancel()
             raise
         finally:
-            self._asked.pop(generation, None)
-        return generation
+            self._asked.pop(group, None)
 
     def stop(self) -> None:
         """Let the thread end after the present step; no requests may follow."""
@@ -162,9 +207,10 @@ class AsyncEngine:
         self.stop()
         await asyncio.to_thread(self._thread.join)
         if self.error is None:
-            self._fail(RankError("the server has ended"))
+            self.fail(RankError("the server has ended"))
 
-    def _cancel(self, request_ids: list[str]) -> None:
+    def cancel(self, request_ids: list[str]) -> None:
+        """Let the engine end requests, before its next step."""
         self._orders.put(partial(self._cancel_now, request_ids))
 
     # In the engine's thread.
@@ -180,7 +226,7 @@ class AsyncEngine:
                 if chunks := self._engine.step(self._take_orders):
                     self._tell(self._deliver, chunks)
         except Exception as error:
-            self._tell(self._fail, error)
+            self._tell(self.fail, error)
 
     def _wait_for_order(self) -> None:
         try:
@@ -202,22 +248,24 @@ class AsyncEngine:
 
     def _add(
         self,
-        generation: Generation,
-        requests: list[tuple[str, Prompt, SamplingParams]],
+        group: RequestGroup,
+        requests: list[tuple[str, Prompt, SamplingParams, RequestOutput | None]],
         priority: int,
         asked_s: float,
     ) -> None:
         error: UserError | None = None
         try:
-            for number, (request_id, prompt, params) in enumerate(requests, 1):
+            for number, (request_id, prompt, params, earlier) in enumerate(requests, 1):
                 name = "prompt" if len(requests) == 1 else f"prompt {number}"
-                output = self._engine.add(request_id, prompt, params, priority=priority, name=name)
+                output = self._engine.add(
+                    *(request_id, prompt, params), priority=priority, name=name, earlier=earlier
+                )
                 output.arrival_s = asked_s  # it may have waited for a step
-                generation.outputs.append(output)
+                group.begin(output)
         except UserError as refusal:
             error = refusal
-            self._cancel_now([request_id for request_id, _, _ in requests])
-        self._tell(self._answer, generation, error)
+            self._cancel_now([request_id for request_id, *_ in requests])
+        self._tell(self._answer, group, [request_id for request_id, *_ in requests], error)
 
     def _cancel_now(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -229,12 +277,12 @@ class AsyncEngine:
 
     # In the loop.
 
-    def _answer(self, generation: Generation, error: UserError | None) -> None:
-        self.num_unseen -= len(generation.request_ids)
+    def _answer(self, group: RequestGroup, request_ids: list[str], error: UserError | None) -> None:
+        self.num_unseen -= len(request_ids)
         if error is not None:
-            for request_id in generation.request_ids:
+            for request_id in request_ids:
                 self._live.pop(request_id, None)
-        answer = self._asked.get(generation)
+        answer = self._asked.get(group)
         if answer is None or answer.done():
             return
         if error is None:
@@ -243,18 +291,20 @@ class AsyncEngine:
             answer.set_exception(error)
 
     def _deliver(self, chunks: list[Chunk]) -> None:
+        self._before_chunks(chunks)
         for chunk in chunks:
-            generation = self._live.get(chunk.request_id)
-            if generation is None:
+            group = self._live.get(chunk.request_id)
+            if group is None:
                 continue
             if chunk.finish_reason is not None:
                 del self._live[chunk.request_id]
-            self._on_chunk(generation.add(chunk), chunk)
+            self._on_chunk(group.add(chunk), chunk)
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """End all requests with an error, and take no others."""
         self.error = error
-        for generation in dict.fromkeys(self._live.values()):
-            generation.end(error)
+        for group in dict.fromkeys(self._live.values()):
+            group.end(error)
         self._live.clear()
         for answer in self._asked.values():
             if not answer.done():

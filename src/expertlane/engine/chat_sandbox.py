@@ -15,7 +15,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -25,7 +25,10 @@ _MAX_ERROR_CHARACTERS = 500
 
 
 def main() -> None:
-    """Answer until the connection is closed: first a template with its limits, then its chats."""
+    """Answer until the connection is closed: first a template with its limits, then its chats.
+
+    The answer to the template is the names of its variables.
+    """
     connection = Connection(0)
     requests = _requests(connection, os.getppid())
     given = json.loads(next(requests))
@@ -35,8 +38,9 @@ def main() -> None:
 
     def compile() -> str:
         nonlocal template
-        template = _environment().from_string(given["source"])
-        return ""
+        environment, source = _environment(), given["source"]
+        template = environment.from_string(source)
+        return json.dumps(sorted(meta.find_undeclared_variables(environment.parse(source))))
 
     def render(request: bytes) -> str:
         chat = json.loads(request)

@@ -56,6 +56,9 @@ class ChatTemplate:
         special_tokens: variables for it, such as `bos_token`.
         name: where it comes from; for error messages.
 
+    Attributes:
+        variables: names that it takes from those who ask, and from its special tokens.
+
     Raises:
         UserError: its syntax is wrong.
     """
@@ -71,6 +74,7 @@ class ChatTemplate:
         self._name = name
         self._lock = threading.Lock()
         self._process: _TemplateProcess | None = None
+        self.variables: frozenset[str] = frozenset()
         with self._lock:
             self._start()
 
@@ -150,7 +154,7 @@ class ChatTemplate:
 
     def _start(self) -> "_TemplateProcess":
         process = _TemplateProcess()
-        self._ask(process, self._template)
+        self.variables = frozenset(json.loads(self._ask(process, self._template)))
         self._process = process
         return process
 

@@ -10,15 +10,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.moves import Move
+from expertlane.balance.moves import Part
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.step.operation import SIZES, Kind, TransferKind
 from expertlane.results.rank_totals import RankTotals
+from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
 from expertlane.spec.deployment import DispatchTable, Options, WeightsType
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import CheckLevel
 from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -47,6 +49,7 @@ class StageSpec:
         placements: [num_hidden_layers]; where experts are at first.
         checkpoint: the folder the weights are in; None for seeded ones.
         weights, cache_int8: as in `Options`.
+        check: how much it looks for silent errors.
     """
 
     model: ModelConfig
@@ -57,6 +60,7 @@ class StageSpec:
     checkpoint: str | None = None
     weights: WeightsType = "model"
     cache_int8: bool = False
+    check: CheckLevel = "off"
 
 
 @dataclass(eq=False)
@@ -69,6 +73,7 @@ class RankOutcome:
         logits: by sequence id, this rank's part of the vocabulary; empty unless asked for.
         not_finite: sequences that have no next token: their greatest logit is NaN or infinite;
             empty where `token_ids` is.
+        checks: what it found of silent errors; None where nobody looks.
     """
 
     token_ids: dict[int, int] = field(default_factory=dict)
@@ -77,6 +82,7 @@ class RankOutcome:
     record: RankRecord | None = None
     not_finite: list[int] = field(default_factory=list)
     prompt_logprobs: dict[int, PromptPart] = field(default_factory=dict)
+    checks: RankChecks | None = None
 
 
 @dataclass(frozen=True)
@@ -134,8 +140,8 @@ class DescribeMachine(Command[RankMachine]):
     """Describe the machine of the rank."""
 
 
-class CacheInt8(Command[None]):
-    """Write a checkpoint's matrices, rounded to int8, into its folder, unless they are there.
+class CacheInt8(Command[bool]):
+    """Write a checkpoint's matrices, rounded to int8, into its folder; false if they are there.
 
     Attributes:
         checkpoint: the folder.
@@ -195,10 +201,12 @@ class RunStep(Command[RankOutcome]):
 
     Attributes:
         placements: [num_hidden_layers]; of experts from this step on; None as they are.
+        balances_copies: tokens are shared among copies of experts by the counts of all ranks.
     """
 
     step: RankStep
     placements: Placements | None = None
+    balances_copies: bool = False
 
 
 class DiscardSteps(Command[None]):
@@ -211,20 +219,27 @@ class ReadTotals(Command[RankTotals]):
     """What the rank has done since it was first asked; a rank that is not asked keeps no count."""
 
 
-class StartMoves(Command[None]):
-    """Start to send and receive the experts of some moves, `Move.layer` being a hidden layer."""
-
-    moves: tuple[Move, ...]
+class SumWeights(Command[dict[str, int]]):
+    """Checksums of all weights that the rank holds, by names that say the same on all ranks."""
 
 
-class FinishMoves(Command[None]):
-    """Wait for the moves that were started."""
+class StartMoves(Command[float]):
+    """Start to send and receive parts of experts, `Move.layer` being a hidden layer.
+
+    The answer: seconds that it took.
+    """
+
+    parts: tuple[Part, ...]
 
 
-class TimeOneMove(Command[tuple[int, float]]):
+class FinishMoves(Command[float]):
+    """Wait for the parts that were started; the answer as of `StartMoves`."""
+
+
+class TimeOneMove(Command[tuple[int, float, float]]):
     """Bytes of an expert, and seconds in which each rank sends one to the next of its ep group.
 
-    What arrives is discarded. Collective over the ranks of a replica.
+    Then seconds for one byte. What arrives is discarded. Collective over the ranks of a replica.
     """
 
 

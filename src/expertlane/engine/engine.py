@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 from expertlane.engine.grammars import Constraint, Grammars
 from expertlane.engine.recovery import Recovery
+from expertlane.engine.resumed import resume
 from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from expertlane.errors import RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop, FinishedStep
@@ -124,12 +125,15 @@ class Engine(Generic[HandleT]):
         *,
         priority: int = 0,
         name: str | None = None,
+        earlier: RequestOutput | None = None,
     ) -> RequestOutput:
         """Queue a request; its output fills as steps finish.
 
         Args:
             priority: lower goes first.
             name: what messages call it; by default `request` and its id.
+            earlier: an output that it is to go on with, of one token or more, whose seed is the
+                one of `params`; it is what is returned.
 
         Raises:
             UserError: it can never be served, or the id is taken; nothing is queued.
@@ -155,9 +159,13 @@ class Engine(Generic[HandleT]):
             mask=None if constraint is None else constraint.mask,
             name=name,
         )
+        if earlier is not None:
+            if constraint is not None:
+                self.grammars.skip(constraint, earlier.token_ids)
+            resume(request, earlier, constraint)
         self.scheduler.add(request)
         prompt_ids: list[int] = request.prompt_token_ids.tolist()
-        output = RequestOutput(
+        output = earlier or RequestOutput(
             request_id,
             prompt if isinstance(prompt, str) else None,
             prompt_ids,
@@ -175,7 +183,9 @@ class Engine(Generic[HandleT]):
                 shown_token_ids=params.shown_token_ids,
                 include_stop=params.include_stop_str_in_output,
             )
-        if params.prompt_logprobs is not None:
+            for token_id in output.token_ids:  # whose text is there
+                detokenizer.append(token_id)
+        if params.prompt_logprobs is not None and earlier is None:
             output.prompt_logprobs = PromptLogprobs(prompt_ids, params.prompt_logprobs)
             self._scoring[request.seq_id] = output
         wants_logprobs = params.logprobs is not None
@@ -189,6 +199,8 @@ class Engine(Generic[HandleT]):
             includes_stop=params.include_stop_str_in_output,
             constraint=constraint,
         )
+        if constraint is not None and constraint.is_ended:
+            self._complete[request_id] = FinishReason.STOP
         return output
 
     def _encode(self, name: str, prompt: Prompt, params: SamplingParams) -> Sequence[int]:
@@ -229,6 +241,7 @@ class Engine(Generic[HandleT]):
         self.with_ranks(lambda: None)  # ends a recovery that was interrupted
         while not self._loop.is_idle:
             self._ended = self.step(plans=False)
+        self.recovery.settle()
         self.recovery.scale(layout, change, self._loop)
         if not self.scheduler.has_unfinished:
             self.recovery.settle()

@@ -60,6 +60,7 @@ class Constraint:
         mask: of the token to come.
         is_ended: whether the output is complete, and nothing can follow.
         error: why no mask can be given; None where one can.
+        num_held: tokens to come of which none may end the output.
     """
 
     def __init__(self, grammar: Grammar, params: SamplingParams, ends: Iterable[int]) -> None:
@@ -68,12 +69,12 @@ class Constraint:
         self.is_ended = False
         self.error: str | None = None
         self._ends = sorted(ends)
-        self._num_held = 2**62 if params.ignore_eos else params.min_tokens
+        self.num_held = 2**62 if params.ignore_eos else params.min_tokens
         self._hold()
 
     def take(self, mask: Mask) -> None:
         """Take in the mask of the token after the one that the matcher has consumed."""
-        self._num_held -= 1
+        self.num_held -= 1
         if self.matcher.is_error():
             self.error = _first_line(self.matcher.get_error())
         elif self.matcher.is_stopped() or not mask.any():
@@ -84,7 +85,7 @@ class Constraint:
 
     def _hold(self) -> None:
         """Let no token end the output yet, as long as others can follow."""
-        if self._num_held > 0 and self._ends:
+        if self.num_held > 0 and self._ends:
             held = self.mask.copy()
             _clear(held, self._ends)
             if held.any():
@@ -140,6 +141,13 @@ class Grammars:
         except UserError as error:
             raise UserError(f"structured: {params.structured.kind}: {error}") from None
         return Constraint(grammar, params, {*stop_token_ids, *self._eos_token_ids})
+
+    def skip(self, constraint: Constraint, token_ids: Sequence[int]) -> None:
+        """Take in one token or more that an earlier process chose."""
+        *before, last = token_ids
+        constraint.matcher.consume_tokens(before)
+        constraint.num_held -= len(before)
+        self.advance([(constraint, last)]).result()
 
     def advance(self, tokens: Sequence[tuple[Constraint, int]]) -> "Future[None]":
         """Take in a token of each and compute the masks of the next, in a thread."""

@@ -139,7 +139,14 @@ def check_deployment(
         raise UserError(
             f"payload float8 needs a hidden_size that is a multiple of 4; it is {model.hidden_size}"
         )
-    return placements_of(model, layout, options)
+    placements = placements_of(model, layout, options)
+    has_copies = any(each is not None and each.num_slots > each.num_experts for each in placements)
+    if options.copies == "balanced" and not has_copies:
+        raise UserError(
+            f"copies are to be balanced, but in layout {layout} no expert has two; add some with "
+            "num_redundant_experts (--num-redundant-experts), or leave copies out"
+        )
+    return placements
 
 
 _NUM_SHOWN = 3

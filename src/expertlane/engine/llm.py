@@ -38,7 +38,7 @@ from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.names import CpuIsa, OnFailure
+from expertlane.spec.names import CheckLevel, CpuIsa, OnFailure
 from expertlane.spec.ranges import take
 from expertlane.spec.sampling import SamplingParams
 
@@ -86,6 +86,9 @@ class LLM:
             with a warning on stderr.
         record_routing: keep which experts each token chooses, for `routing_trace`; takes time in
             every step and memory with every token.
+        check: how much ranks look for silent errors in every step: `light`: that values are finite,
+            and what ranks should hold alike is alike; `full`: also that all they send arrives, and
+            each token at each of its experts once. A step in which they find one raises.
 
     Attributes:
         engine: requests and steps, for those who bring their own loop; of one thread, while no
@@ -120,8 +123,11 @@ class LLM:
         cpu_isa: CpuIsa | None = None,
         ignore_unused_tensors: bool = False,
         record_routing: bool = False,
+        check: CheckLevel = "off",
     ) -> None:
         _check_settings(dtype, cpu_isa, on_failure, seed, timeout_s)
+        if check not in get_args(CheckLevel):
+            raise UserError(f"check is {check!r}; valid: {', '.join(get_args(CheckLevel))}")
         chosen = as_layout(layout)
         deployment = Deployment("llm", chosen, options or Options())
         self.model, self._folder = _find_model(model, ignore_unused_tensors)
@@ -160,7 +166,7 @@ class LLM:
                 self._folder,
             )
             self._routing = RoutingRecorder(self.model) if record_routing else None
-            given = deployment, seed, ranks_per_node, eos_token_ids
+            given = deployment, seed, ranks_per_node, eos_token_ids, check
             self.engine = self._start(lambda: self._make_engine(*given))
             self._scaling = Scaling(
                 *(pool, self._runner, self.engine, self.model, deployment),
@@ -189,6 +195,7 @@ class LLM:
         seed: int,
         ranks_per_node: int,
         eos_token_ids: frozenset[int],
+        check: CheckLevel,
     ) -> Engine[Any]:
         """Load the model on the ranks, and put a scheduler before it."""
         runner = self._runner = ModelRunner(
@@ -199,6 +206,7 @@ class LLM:
             seed=seed,
             ranks_per_node=ranks_per_node or self.machine[0].ranks_per_node,
             checkpoint=self._folder,
+            check=check,
             log=_print_to_stderr,
         )
         scheduler = ContinuousScheduler(
@@ -260,6 +268,18 @@ class LLM:
                 raise RankError("the ranks are gone; make a new LLM")
             self._scaling.scale(as_layout(layout))
             self.machine = self._scaling.machine
+
+    def check_weights(self) -> None:
+        """Hold the checksums of all ranks' weights against those of when they were loaded.
+
+        Raises:
+            UserError: `check` is off: nobody knows them.
+            RankError: some have changed, and their ranks are not replaced.
+        """
+        if self._runner.checking is None:
+            raise UserError("weights have no checksums; make the LLM with check='light' or 'full'")
+        with self._shared.exclusive():
+            self.engine.guarded(self._runner.checking.check_weights)
 
     def watch(self) -> RankWatch:
         """Begin to count what ranks do; for those who bring their own loop, and show it."""

@@ -219,6 +219,15 @@ class LocalRanks:
                 self._connected.append(rank)
             self.controls[node].send_descriptors([end.fileno() for end in theirs])
 
+    def connected(self) -> dict[int, Channel]:
+        """Channels of ranks that were not replaced, or by others that are connected by now."""
+        fenced = [channel for of_node in self._fenced.values() for channel in of_node]
+        return {
+            rank: channel
+            for rank, channel in enumerate(self.channels)
+            if channel.fileno() >= 0 and channel not in fenced
+        }
+
     @property
     def is_beginning(self) -> bool:
         """Whether a node has yet to end ranks, and to start others."""

@@ -81,7 +81,7 @@ class Losses:
         failure = self._read(rank, message)
         bug = self._bug(rank, failure) if failure.kind is FailureKind.BUG else None
         until = time.monotonic() + (_FAILURE_WAIT_S if bug else _BLAME_WINDOW_S)
-        others = {r: c for r, c in enumerate(self._ranks.channels) if r != rank and c.fileno() >= 0}
+        others = {r: channel for r, channel in self._ranks.connected().items() if r != rank}
         while others and time.monotonic() < until:
             ready = wait([channel.fileno() for channel in others.values()], _POLL_S)
             for other in [r for r, channel in others.items() if channel.fileno() in ready]:
@@ -159,10 +159,9 @@ class Losses:
     def ended(self) -> frozenset[int]:
         """Ranks that have ended by now, as far as can be seen at once."""
         poll, rank_of = select.poll(), {}
-        for rank, channel in enumerate(self._ranks.channels):
-            if channel.fileno() >= 0:
-                poll.register(channel.fileno(), getattr(select, "POLLRDHUP", select.POLLHUP))
-                rank_of[channel.fileno()] = rank
+        for rank, channel in self._ranks.connected().items():
+            poll.register(channel.fileno(), getattr(select, "POLLRDHUP", select.POLLHUP))
+            rank_of[channel.fileno()] = rank
         return frozenset(rank_of[descriptor] for descriptor, _ in poll.poll(0))
 
     def _position(self, rank: int) -> str:

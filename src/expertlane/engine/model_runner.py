@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.trace import RoutingTrace
+from expertlane.engine.checking import Checking
 from expertlane.engine.commands import (
     CacheInt8,
     Deploy,
@@ -21,6 +22,7 @@ from expertlane.engine.commands import (
     SetDispatch,
     StageSpec,
 )
+from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.dispatch_timing import time_dispatch
 from expertlane.engine.launch import check_deployment
 from expertlane.engine.pool import RankPool, Ticket
@@ -30,10 +32,10 @@ from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Deployment, DispatchTable
+from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import Phase
+from expertlane.spec.names import CheckLevel, Phase
 from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -55,6 +57,8 @@ class ModelRunner:
         held: [world_size]; what each rank has allocated.
         dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
         rebalancer: moves experts between steps; None where they stay.
+        checking: looks for silent errors; None where nobody does.
+        copy_switch: decides in which steps copies of experts are balanced; None for in none.
 
     Args:
         limits: of the scheduler; here, the size of the paged cache.
@@ -62,6 +66,7 @@ class ModelRunner:
         seed: of the model's weights, where they come from no checkpoint.
         checkpoint: the folder the weights are in.
         dispatch_table: as measured before, for what is `auto`; None to measure it.
+        check: how much ranks look for silent errors.
         log: takes a line for each thing that is decided.
 
     Raises:
@@ -79,6 +84,7 @@ class ModelRunner:
         ranks_per_node: int,
         checkpoint: Path | None = None,
         dispatch_table: DispatchTable | None = None,
+        check: CheckLevel = "off",
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._pool = pool
@@ -87,7 +93,7 @@ class ModelRunner:
         placements = check_deployment(model, deployment, ranks_per_node)
         folder = str(checkpoint) if checkpoint else None
         kept = options.weights, options.cache_int8
-        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept)
+        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
         self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size)
         if options.cache_int8:
             if folder is None:
@@ -95,12 +101,16 @@ class ModelRunner:
                     f"cache_int8 (--cache-int8) needs a checkpoint's folder; {model.name} has "
                     "random weights"
                 )
-            pool.call(CacheInt8(model, folder), ranks=[0])
+            (is_written,) = pool.call(CacheInt8(model, folder), ranks=[0])
+            where = f"{folder}/{INT8_FOLDER}"
+            log(f"int8 weights: {'written to' if is_written else 'read from'} {where}")
         held = pool.call(self._deploy)
         self.held = held[: layout.world_size]
+        self.checking = None if check == "off" else Checking(pool, layout.world_size)
         self._model, self._placements = model, placements
         self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
+        self.copy_switch: CopySwitch | None = None
         self._watch: RankWatch | None = None
         self._to_discard: set[tuple[int, int]] = set()  # (replica, step); by some ranks
         if options.is_timed:
@@ -114,6 +124,8 @@ class ModelRunner:
             text = str(self.dispatch_table)
             unit = " (tokens per rank)" if " up to " in text else " for all steps"
             log(f"dispatch: {text}{unit}")
+        if options.copies == "balanced":
+            self.copy_switch = CopySwitch(layout, log)
         if options.rebalance_steps:
             self.rebalancer = Rebalancer(
                 pool,
@@ -127,7 +139,7 @@ class ModelRunner:
     def watch(self) -> RankWatch:
         """Begin to count what ranks do, for those who ask while they serve."""
         given = self._pool, self._layout, self._model, self._placements
-        self._watch = RankWatch(*given, self.rebalancer)
+        self._watch = RankWatch(*given, self.rebalancer, self.copy_switch)
         return self._watch
 
     def set_dispatch(self, table: DispatchTable) -> None:
@@ -137,10 +149,18 @@ class ModelRunner:
     def submit(self, plan: StepPlan) -> StepHandle:
         """Send a plan to the ranks of its replica, to each its own part."""
         placements = None if self.rebalancer is None else self.rebalancer.before_step(plan)
+        as_sent, balances = plan, False
+        if self.copy_switch is not None:
+            if placements is not None and not self.copy_switch.has_seen(plan):
+                self.copy_switch.forget(plan.replica)
+            as_sent, balances = self.copy_switch.before_step(plan)
         submitted_s = time.perf_counter()
         commands = [
-            (RunStep(step, placements), self._layout.ranks_of_dp_rank(plan.replica, dp_rank))
-            for dp_rank, step in enumerate(plan.of_dp_ranks())
+            (
+                RunStep(step, placements, balances),
+                self._layout.ranks_of_dp_rank(plan.replica, dp_rank),
+            )
+            for dp_rank, step in enumerate(as_sent.of_dp_ranks())
         ]
         return StepHandle(plan, self._pool.submit_each(commands), submitted_s)
 
@@ -163,6 +183,9 @@ class ModelRunner:
         """
         if self.rebalancer is not None:
             self.rebalancer.abandon(plans)
+        if self.copy_switch is not None:  # what it decides goes with each step to all ranks
+            for replica in range(self._layout.replicas):
+                self.copy_switch.forget(replica)
         self._to_discard.update((plan.replica, plan.step) for plan in plans)
         given, layout = self._deploy, self._layout
         commands = []
@@ -186,6 +209,8 @@ class ModelRunner:
         held = self._pool.collect(self._pool.submit_each(commands))
         self.held = held[: layout.world_size]
         self._to_discard.clear()
+        if self.checking is not None:
+            self.checking.check_weights(replaced)
         if self._watch is not None:
             self._watch.begin_again(replaced)
 
@@ -211,12 +236,18 @@ class ModelRunner:
                 )
         if self.rebalancer is not None:
             self.rebalancer.reshape(layout, placements, ranks_per_node)
+        if self.copy_switch is not None:
+            self.copy_switch.reshape(layout)
+        if self.checking is not None:
+            self.checking.reshape(layout.world_size)
         if self._watch is not None:
             self._watch.reshape(layout, placements)
 
-    def leave_cores(self) -> None:
-        """Let other ranks take cores, as soon as there are more or fewer of them."""
+    def before_reshape(self) -> None:
+        """Let other ranks take cores; look once more at what is known of the weights."""
         self._pool.call(LeaveCores())
+        if self.checking is not None:
+            self.checking.check_weights()
 
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
         """Wait until one of the steps is finished."""
@@ -229,9 +260,13 @@ class ModelRunner:
         """Wait for a step and put the ranks' parts of its outcome together."""
         outcomes = self._pool.collect(handle.ticket)
         finished_s = handle.finished_s or time.perf_counter()
+        if self.checking is not None:
+            self.checking.check_step(handle.plan.step, handle.ticket.ranks, outcomes)
         outcome = outcome_of(outcomes, handle.submitted_s, finished_s)
         if self.rebalancer is not None:
             self.rebalancer.after_step(handle.plan, outcome.records)
+        if self.copy_switch is not None:
+            self.copy_switch.after_step(handle.plan, outcome.records)
         return outcome
 
 

@@ -286,6 +286,10 @@ class RankPool:
         self._wait_for([ticket], self._timeout_s)
         return [ticket.results[rank] for rank in ticket.ranks]
 
+    def lose(self, loss: Loss) -> NoReturn:
+        """Treat ranks that answer as lost, for what their answers have shown."""
+        self._lose(lambda: loss)
+
     def on_told_to_end(self, react: Callable[[], None]) -> None:
         """Call this, from then on, where a node is told to end, instead of ending all at once."""
         self._ranks.on_told_to_end = react

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from expertlane.balance.placement_file import Placements
 from expertlane.comm.progress import Position
 from expertlane.engine.commands import ReadTotals
+from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.pool import RankPool, Ticket
 from expertlane.engine.rebalancing import Rebalancer
 from expertlane.results.rank_totals import RankTotals
@@ -36,6 +37,8 @@ class Reading:
             another rank of its expert tensor-parallel group reports them.
         link_bytes: [num_links].
         overlapped_s, exposed_s: as of `RankTotals`, over all ranks.
+        num_pairs_saved: as of `RankTotals`, over all stages.
+        copies_s: the same of the ranks that spent most on it.
     """
 
     layout: Layout
@@ -48,6 +51,8 @@ class Reading:
     link_bytes: npt.NDArray[np.int64]
     overlapped_s: float
     exposed_s: float
+    num_pairs_saved: int
+    copies_s: float
 
 
 class RankWatch:
@@ -66,16 +71,18 @@ class RankWatch:
         model: ModelConfig,
         placements: Placements,
         rebalancer: Rebalancer | None = None,
+        copy_switch: CopySwitch | None = None,
     ) -> None:
         self.layout, self.num_experts = layout, model.num_experts
         self.layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
         self._num_layers = model.num_hidden_layers
         self.stage_of_layer = self._stage_of_layer()
-        self.rebalancer = rebalancer
+        self.rebalancer, self.copy_switch = rebalancer, copy_switch
         self._pool, self._placements = pool, placements
         self._ranks = range(layout.world_size)
         self._ticket: Ticket[RankTotals] | None = None
         self._before: dict[int, RankTotals] = {}  # by rank, of processes that were replaced
+        self._copies_before = 0, 0.0  # in other layouts: pairs saved, and seconds
         self._asked_s = time.monotonic()
         self._latest = pool.call(ReadTotals(), ranks=self._ranks)
         first = self._reading(self._latest)
@@ -120,7 +127,10 @@ class RankWatch:
         A rank whose number there was before goes on with the counts of that one.
         """
         self._ticket = None
-        self._before |= dict(enumerate(self._latest))
+        reading = self._reading(self._latest)
+        self._copies_before = reading.num_pairs_saved, reading.copies_s
+        for rank, totals in enumerate(self._latest):
+            self._before[rank] = replace(totals, num_pairs_saved=0, copies_ns=0)
         none = self._latest[0].nothing()
         self.layout, self._placements = layout, placements
         self.stage_of_layer = self._stage_of_layer()
@@ -166,6 +176,11 @@ class RankWatch:
                 found[layer] = float(max(shares))
         return found
 
+    def _of_stages(self, of_ranks: Sequence[int]) -> list[int]:
+        """[replicas x pp]; the most of each stage's ranks."""
+        size = self.layout.stage_size
+        return [max(of_ranks[first : first + size]) for first in range(0, len(of_ranks), size)]
+
     def _reading(self, totals: Sequence[RankTotals]) -> Reading:
         tokens = np.zeros((len(self.layers), self.num_experts), dtype=np.int64)
         of_rank = np.zeros((len(self.layers), len(totals)), dtype=np.int64)
@@ -190,4 +205,8 @@ class RankWatch:
             .sum(axis=0),
             overlapped_s=sum(each.overlapped_ns for each in both) / 1e9,
             exposed_s=sum(each.exposed_ns for each in both) / 1e9,
+            num_pairs_saved=self._copies_before[0]
+            + sum(self._of_stages([each.num_pairs_saved for each in totals])),
+            copies_s=self._copies_before[1]
+            + sum(self._of_stages([each.copies_ns for each in totals])) / 1e9,
         )

@@ -2,10 +2,10 @@
 
 It watches the load of the last steps. Of several new placements, near the present one or wholly
 new, it takes the one that promises to save most time over as many coming steps, less what it costs.
-If that pays, experts are sent a slice after each step, beside the steps themselves, and once all
-are there every rank switches between two steps. Placements are planned in a thread, since that
-takes seconds for many layers of many experts: no step waits for a decision, and none sees half of
-a placement.
+If that pays, experts are sent a slice after each step, beside the steps themselves and no more than
+they leave time for (`move_pace`). Once all are there every rank switches between two steps.
+Placements are planned in a thread, since that takes seconds for many layers of many experts: no
+step waits for a decision, and none sees half of a placement.
 """
 
 from collections import deque
@@ -16,7 +16,14 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 
-from expertlane.balance.moves import Move, moves
+from expertlane.balance.moves import (
+    WHOLE,
+    Part,
+    between_ranks,
+    most_of_a_rank,
+    moves,
+    next_slice,
+)
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.rebalance import (
@@ -28,14 +35,14 @@ from expertlane.balance.rebalance import (
     propose,
 )
 from expertlane.engine.commands import FinishMoves, StartMoves, TimeOneMove
-from expertlane.engine.pool import RankPool
+from expertlane.engine.move_pace import MovePace
+from expertlane.engine.pool import RankPool, Ticket
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import StepPlan
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Stage
+from expertlane.spec.names import Phase, Stage
 
 _MOST_LOADS = 50_000
-SLICE_BYTES = 32_000_000  # moved at once, over all ranks
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Rebalance:
         predicted_before, predicted_after: load of the fullest rank over the mean, summed over
             layers, if tokens came evenly from all ranks.
         switched: the step before which the new placements came into use; None if they did not.
+        paid_s: by which the moves have held steps up; None until all of it is known.
     """
 
     replica: int
@@ -71,6 +79,7 @@ class Rebalance:
     predicted_before: float
     predicted_after: float
     switched: int | None = None
+    paid_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class _Switch:
 class _Replica:
     """Load, placements and moves of one replica."""
 
-    def __init__(self, placements: Placements, num_steps: int) -> None:
+    def __init__(self, placements: Placements, num_steps: int, pace: MovePace) -> None:
         self.layers = [layer for layer, placed in enumerate(placements) if placed is not None]
         self.placements = placements
         num_experts = self.now[0].num_experts
@@ -104,8 +113,11 @@ class _Replica:
         self.gate: RebalanceGate
         self.planning: Future[Proposal] | None = None
         self.next: Placements | None = None
-        self.slices: list[list[Move]] = []
-        self.under_way = False
+        self.waiting: deque[Part] = deque()
+        self.under_way: tuple[float, Ticket[float]] | None = None
+        self.pace = pace
+        self.paid_before = 0.0  # by the pace, when the present moves were decided
+        self.owed: tuple[float, int] | None = None  # that and a decision, until all is paid
         self.switches: list[_Switch] = []  # that may not be committed
 
     @property
@@ -152,9 +164,9 @@ class Rebalancer:
         self._log = log
         self._worth = worth
         self._executor = executor or ThreadPoolExecutor(1, "rebalance")
-        self._saved_before_s = 0.0  # in other layouts
+        self._saved_before_s = self._paid_before_s = 0.0  # in other layouts
         self._replicas: list[_Replica] = []
-        self.reshape(layout, placements, ranks_per_node)
+        self._layout = layout
         self.decisions: list[Rebalance] = []
         self.loads: deque[StepLoad] = deque(maxlen=_MOST_LOADS)
         # A discarded step is seen again, and goes as it went.
@@ -163,18 +175,26 @@ class Rebalancer:
         timed = [
             pool.call(TimeOneMove(), ranks=layout.ranks_of_replica(0)) for _ in range(3)
         ]  # the first opens connections
-        self._expert_bytes = max(num_bytes for num_bytes, _ in timed[-1]) * layout.etp
-        self._move_s = max(1e-6, min(max(seconds for _, seconds in each) for each in timed))
+        self._expert_bytes = max(num_bytes for num_bytes, *_ in timed[-1]) * layout.etp
+        move_s, stall_s = (
+            max(1e-6, min(max(of_rank[which] for of_rank in each) for each in timed))
+            for which in (1, 2)
+        )
+        self._timed_move = move_s, stall_s
+        self.reshape(layout, placements, ranks_per_node)
 
     def reshape(self, layout: Layout, placements: Placements, ranks_per_node: int) -> None:
         """Go on in another layout, where experts are so; moves and loads come to nothing.
 
         The time of a move stays as it was measured at the start.
         """
-        self._saved_before_s = self.saved_s
+        self._saved_before_s, self._paid_before_s = self.saved_s, self.paid_s
         self._layout = layout
         self._ep_per_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
-        self._replicas = [_Replica(placements, self._num_steps) for _ in range(layout.replicas)]
+        self._replicas = [
+            _Replica(placements, self._num_steps, MovePace(*self._timed_move))
+            for _ in range(layout.replicas)
+        ]
 
     @property
     def saved_s(self) -> float:
@@ -184,6 +204,11 @@ class Rebalancer:
         the switch, at the seconds that a pair more has cost a rank.
         """
         return self._saved_before_s + sum(replica.saved_s for replica in self._replicas)
+
+    @property
+    def paid_s(self) -> float:
+        """By which moves have held steps up so far, as ranks have timed it."""
+        return self._paid_before_s + sum(replica.pace.paid_s for replica in self._replicas)
 
     @property
     def placements(self) -> list[Placements]:
@@ -198,6 +223,8 @@ class Rebalancer:
 
     def _begin(self, replica: _Replica, plan: StepPlan) -> Placements | None:
         new = None
+        if replica.pace.poll() and replica.owed is not None:
+            self._note_paid(replica, plan)
         if replica.next is not None:
             new = self._move_on(replica, plan)
         elif replica.planning is None and replica.num_since >= self._num_steps:
@@ -231,7 +258,9 @@ class Rebalancer:
                     self.decisions[switch.decision] = replace(decision, switched=None)
             replica.switches.clear()
             replica.planning = replica.next = None
-            replica.slices, replica.under_way = [], False
+            replica.waiting.clear()
+            replica.under_way = replica.owed = None
+            replica.pace.abandon()
         self._begun |= dict.fromkeys(plans)
 
     def _take(self, replica: _Replica, plan: StepPlan, records: Sequence[RankRecord]) -> None:
@@ -241,6 +270,8 @@ class Rebalancer:
         at = [self._layout.coordinates(record.rank) for record in records]
         replica.tracker.add(load[replica.layers])
         replica.num_since += 1
+        if plan.phase is Phase.DECODE:
+            replica.pace.saw_step(records)
         for stage in range(self._layout.pp):  # stages may have other numbers of layers
             own = [each.pp_rank == stage and not each.etp_rank for each in at]
             replica.pair_cost.add(of_rank[own].sum(axis=(1, 2)), expert_s[own])
@@ -276,11 +307,11 @@ class Rebalancer:
         self._log(f"{whose}step {plan.step}: {decision.line}")
         if self._worth(decision) <= 0 or then == now:
             return None
-        replica.next = replica.with_layers(then)
-        replica.slices = [
-            [replace(move, layer=replica.layers[move.layer]) for move in of_slice]
-            for of_slice in replica.gate.slices(moves(now, then, self._ep_per_node))
-        ]
+        replica.next, replica.paid_before = replica.with_layers(then), replica.pace.paid_s
+        crossing = between_ranks(moves(now, then, self._ep_per_node))
+        replica.waiting = deque(
+            Part(replace(move, layer=replica.layers[move.layer])) for move in crossing
+        )
         return self._move_on(replica, plan)
 
     def _gate(self, replica: _Replica) -> RebalanceGate:
@@ -288,20 +319,23 @@ class Rebalancer:
         return RebalanceGate(
             pair_s=replica.pair_cost.pair_s,
             expert_bytes=self._expert_bytes,
-            move_s=self._move_s,
-            slice_bytes=SLICE_BYTES,
+            move_s=replica.pace.move_s,
+            stall_s=replica.pace.stall_s,
+            slice_most=replica.pace.most,
             num_steps=self._num_steps,
+            exposed=replica.pace.exposed,
         )
 
     def _move_on(self, replica: _Replica, plan: StepPlan) -> Placements | None:
         """One slice more; after the last the switch."""
         ranks = self._layout.ranks_of_replica(plan.replica)
-        if replica.under_way:
-            self._pool.submit(FinishMoves(), ranks=ranks)
-            replica.under_way = False
-        if replica.slices:
-            self._pool.submit(StartMoves(tuple(replica.slices.pop(0))), ranks=ranks)
-            replica.under_way = True
+        if replica.under_way is not None:
+            replica.pace.began(*replica.under_way, self._pool.submit(FinishMoves(), ranks=ranks))
+            replica.under_way = None
+        if replica.waiting:
+            parts = next_slice(replica.waiting, replica.pace.most)
+            begun = self._pool.submit(StartMoves(tuple(parts)), ranks=ranks)
+            replica.under_way = most_of_a_rank(parts) / WHOLE, begun
             return None
         assert replica.next is not None, "moves are for placements to come"
         latest = max(i for i, each in enumerate(self.decisions) if each.replica == plan.replica)
@@ -317,4 +351,17 @@ class Rebalancer:
             replica.imbalance_before = sum(replica.imbalances) / len(replica.imbalances)
             replica.imbalances.clear()
         self.decisions[latest] = replace(self.decisions[latest], switched=plan.step)
+        replica.owed = replica.paid_before, latest
         return replica.placements
+
+    def _note_paid(self, replica: _Replica, plan: StepPlan) -> None:
+        """All slices before a switch have told what they took."""
+        assert replica.owed is not None, "asked for after a switch"
+        (before_s, place), replica.owed = replica.owed, None
+        paid_s, taken = replica.pace.paid_s - before_s, self.decisions[place]
+        self.decisions[place] = replace(taken, paid_s=paid_s)
+        whose = f"replica {plan.replica}, " if len(self._replicas) > 1 else ""
+        self._log(
+            f"{whose}step {taken.switched}: rebalance: experts are in place; moving them held "
+            f"steps up by {paid_s:.3g} s, {taken.decision.cost_s:.3g} s were expected"
+        )

@@ -127,7 +127,6 @@ class Scaling:
             runner.reshape(layout, placements, per_node)
             return scheduler.reshape(layout, lookahead=layout.pp == 1)
 
-        if num_ranks != self._pool.num_ranks:
-            self._engine.with_ranks(runner.leave_cores)
+        self._engine.with_ranks(runner.before_reshape)
         self._engine.scale(layout, change)
         self.machine = tuple(self._engine.with_ranks(partial(describe_ranks, self._pool)))

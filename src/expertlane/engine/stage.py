@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from expertlane.balance.placement_file import Placements
+from expertlane.comm.checks import CheckedRecorder, Checks
 from expertlane.comm.clocks import clock_for
 from expertlane.comm.collectives import Pending, interleave
 from expertlane.comm.mesh import ParallelMesh
@@ -34,12 +35,14 @@ from expertlane.engine.commands import (
     SetDispatch,
     StageSpec,
     StartMoves,
+    SumWeights,
     TimeOneMove,
 )
 from expertlane.engine.measure.machine import describe_machine, measure_rates
 from expertlane.engine.measure.operations import measure_launches, measure_operations
 from expertlane.engine.measure.transfers import measure_contention, measure_transfers
 from expertlane.engine.migration import Migration, PlacementsBefore
+from expertlane.engine.rank_checks import StageChecks, sum_weights
 from expertlane.engine.worker import Handlers, RankContext
 from expertlane.model.checkpoint import Checkpoint
 from expertlane.model.checkpoint_weights import CheckpointWeights
@@ -61,7 +64,7 @@ from expertlane.spec.deployment import (
     PayloadType,
 )
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Phase, Stage
+from expertlane.spec.names import CheckPoint, Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 
 
@@ -120,20 +123,24 @@ def _connect(context: RankContext, spec: StageSpec, options: Options) -> None:
     context.meshes.make(spec.layout, spec.ranks_per_node if by_node else 0)
 
 
-def cache_int8(context: RankContext, command: CacheInt8) -> None:
-    """Write the file if it is missing, or of other files."""
+def cache_int8(context: RankContext, command: CacheInt8) -> bool:
+    """Write the file if it is missing, or of other files; gives whether it was."""
     context.progress.enter(Stage.SETUP, NO_LAYER)
     checkpoint = Checkpoint(Path(command.checkpoint), command.model)
-    if Int8Cache.find(checkpoint) is None:
+    is_missing = Int8Cache.find(checkpoint) is None
+    if is_missing:
         write_int8_cache(checkpoint, context.progress.touch)
     context.progress.enter(Stage.IDLE, NO_LAYER)
+    return is_missing
 
 
 def run_step(context: RankContext, command: RunStep) -> RankOutcome:
     """Execute one step plan on this rank's stage."""
     deployed: DeployedStage = context.deployed
     with torch.inference_mode():
-        return deployed.run(command.step, command.placements)
+        return deployed.run(
+            command.step, command.placements, balances_copies=command.balances_copies
+        )
 
 
 @dataclass(eq=False)
@@ -173,10 +180,12 @@ class DeployedStage:
         left: by the stage before it.
     """
 
+    _checks: StageChecks | None = None
+
     def __init__(self, context: RankContext, spec: StageSpec, left: _Left | None = None) -> None:
         self.spec = spec
         platform, model = context.platform, spec.model
-        self._recorder = Recorder(
+        given = (
             context.rank,
             model.num_hidden_layers,
             model.num_experts,
@@ -185,6 +194,12 @@ class DeployedStage:
             spec.layout.world_size,
             context.core_token(),
         )
+        checks = None
+        if spec.check != "off":
+            at = spec.layout.coordinates(context.rank)
+            layers = spec.layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
+            checks = Checks(spec.check, model.num_experts, at.etp_rank, layers.start)
+        self._recorder = CheckedRecorder(checks, *given) if checks else Recorder(*given)
         self._mesh = ParallelMesh(
             spec.layout,
             context.meshes,
@@ -192,6 +207,8 @@ class DeployedStage:
             spec.ranks_per_node,
             self._recorder,
         )
+        if checks is not None:
+            self._checks = StageChecks(checks, self._mesh)
         touch = context.progress.touch
         source: WeightSource
         if spec.checkpoint is None:
@@ -213,6 +230,7 @@ class DeployedStage:
         self._payload: PayloadType = "model"
         self._block_size = 1
         self._phase: Phase | None = None
+        self._balances_copies = False
         self._committed: dict[int, int] = {}  # tokens of the last committed step, by sequence id
         self._uncommitted: deque[_Changes] = deque()
         self._sends: deque[list[Pending]] = deque()
@@ -281,12 +299,20 @@ class DeployedStage:
         self._dispatch = table
         self.stage.set_forms(table.forms, self._payload)
 
-    def run(self, step: RankStep, placements: Placements | None = None) -> RankOutcome:
+    def run(
+        self,
+        step: RankStep,
+        placements: Placements | None = None,
+        *,
+        balances_copies: bool = False,
+    ) -> RankOutcome:
         """Take a step's micro-batches through this stage, one after the other.
 
         Args:
             placements: of experts from this step on; None for those that they have.
+            balances_copies: among copies of experts tokens are shared anew.
         """
+        self._balances_copies = balances_copies
         self._commit(len(self._uncommitted) - step.num_uncommitted)
         before = self._uncommitted[-1].chosen if self._uncommitted else self._committed
         changes = self._begin_changes(step, placements)
@@ -310,6 +336,8 @@ class DeployedStage:
                 send.wait()
         self._sends.append([])
         outcome = RankOutcome()
+        if self._checks is not None:
+            self._checks.begin_step(self.stage)
         inputs = [self._begin_input(micro_batch, before) for micro_batch in step.micro_batches]
         for number, (parts, arriving) in enumerate(inputs):
             recorder.set_micro_batch(number)
@@ -322,6 +350,8 @@ class DeployedStage:
         for send in self._sends[-1]:
             send.let_go()
         outcome.record = recorder.end_step()
+        if self._checks is not None:
+            outcome.checks = self._checks.end_step()
         return outcome
 
     def totals(self) -> RankTotals:
@@ -375,6 +405,8 @@ class DeployedStage:
             assert result.all_logits is not None, "one of both is given"
             chosen, logprobs = self._sampler.sample(seq_ids, result.all_logits)
         tokens = dict(zip(seq_ids, chosen, strict=True))
+        if self._checks is not None:
+            self._checks.check_head(result.logits, tokens, self._sampler)
         failed = [seq for seq, token in tokens.items() if token == NO_TOKEN]
         if self._mesh.at.tp_rank == 0:
             outcome.token_ids |= tokens
@@ -416,7 +448,9 @@ class DeployedStage:
             sizes = [list(half) for half in zip(*micro_batch.num_tokens_of_halves, strict=True)]
         parts = [
             ForwardBatch(
-                batch, num_tokens, mesh.layout, mesh.at, self._device, self._block_size, mode.form
+                *(batch, num_tokens, mesh.layout, mesh.at, self._device, self._block_size),
+                mode.form,
+                balances_copies=self._balances_copies,
             )
             for batch, num_tokens in zip(own, sizes, strict=True)
             if any(num_tokens)
@@ -439,10 +473,14 @@ class DeployedStage:
         mesh, stage = self._mesh, self.stage
         if arriving is None:
             inputs = [stage.embed(part) for part in parts]
+            point = CheckPoint.EMBEDDING
         else:
             arrived = arriving.wait()
             self._recorder.arrive()
             inputs = list(torch.split(arrived, [part.num_owned for part in parts]))
+            point = CheckPoint.HAND_OVER
+        for x in inputs:
+            self._recorder.check_finite(x, point)
         self._recorder.is_interleaved = len(parts) > 1
         results = interleave(
             [
@@ -482,7 +520,8 @@ HANDLERS: Handlers = {
     RunStep: run_step,
     DiscardSteps: lambda context, command: context.deployed.discard(command.steps),
     ReadTotals: lambda context, _: context.deployed.totals(),
-    StartMoves: lambda context, command: context.deployed.migration.start_moves(command.moves),
+    SumWeights: lambda context, _: sum_weights(context.deployed.stage),
+    StartMoves: lambda context, command: context.deployed.migration.start_moves(command.parts),
     FinishMoves: lambda context, _: context.deployed.migration.finish_moves(),
     TimeOneMove: lambda context, _: context.deployed.migration.time_one_move(),
     MeasureRates: measure_rates,

@@ -94,14 +94,13 @@ class RankContext:
 
     def _count_ranks(self, num_local_ranks: int) -> None:
         """Share this node with so many; `connect` finds out if this was of an epoch that ended."""
-        settings = self.settings
-        if num_local_ranks != settings.num_local_ranks:
-            others = settings.world_size - settings.num_local_ranks
-            self.settings = replace(
-                settings, num_local_ranks=num_local_ranks, world_size=others + num_local_ranks
-            )
-            if self.platform.device.type == "cpu":
-                self.cores.take(settings.local_rank, num_local_ranks)
+        settings, is_same = self.settings, num_local_ranks == self.settings.num_local_ranks
+        others = settings.world_size - settings.num_local_ranks
+        self.settings = replace(
+            settings, num_local_ranks=num_local_ranks, world_size=others + num_local_ranks
+        )
+        if self.platform.device.type == "cpu" and not (is_same and self.cores.are_taken):
+            self.cores.take(settings.local_rank, num_local_ranks)
 
     def core_token(self) -> CoreToken | None:
         """The right to compute on a core of this node; None where ranks have GPUs."""

@@ -135,6 +135,12 @@ class PagedHeads:
         first = self._mesh.at.tp_rank * self._num_heads
         return range(first * width, (first + self._num_heads) * width)
 
+    def tensors(self) -> list[Tensor]:
+        """All weights, for checksums."""
+        sinks = self._params.sinks
+        own = [tensor for linear in self._linears for tensor in linear.tensors()]
+        return own if sinks is None else [*own, sinks]
+
     def part(self, norm: Tensor | None) -> AttentionPart | None:
         """All of it in one call, where the backend has that.
 
@@ -221,6 +227,11 @@ class Attention(PagedHeads):
     def cache_dims(self) -> tuple[int, int, int]:
         """Heads, key_dim and value_dim of the cache."""
         return self._num_kv_heads, self._head_dim, self._head_dim
+
+    def tensors(self) -> list[Tensor]:
+        """As that of both kinds."""
+        own = [*super().tensors(), *(self._norms or ())]
+        return own if self._head_norms is None else [*own, self._head_norms]
 
     def part(self, norm: Tensor | None) -> AttentionPart | None:
         """As that of both kinds."""

@@ -32,7 +32,8 @@ class ForwardBatch:
         num_tokens: [dp]; of the same part of every data-parallel rank's batch.
         at: this rank's coordinates.
         block_size: positions a block of the paged cache.
-        dispatch_form: how its tokens travel to experts; the same on all ranks of the stage.
+        dispatch_form, balances_copies: how its tokens travel to experts; the same on all ranks of
+            the stage.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class ForwardBatch:
         device: torch.device,
         block_size: int,
         dispatch_form: DispatchForm = "all_to_all",
+        *,
+        balances_copies: bool = False,
     ) -> None:
-        self.dispatch_form = dispatch_form
+        self.dispatch_form, self.balances_copies = dispatch_form, balances_copies
         self.batch = batch
         self.pages = PagedBatch(batch, block_size, device)
         self._device = device

@@ -15,11 +15,11 @@ from expertlane.errors import SpecError
 from expertlane.model.checkpoint import Checkpoint
 from expertlane.model.stored_tensors import Shards
 from expertlane.ops.narrow import NarrowWeight
-from expertlane.spec.deployment import INPUTS_OF_SCALE
+from expertlane.spec.deployment import INPUTS_OF_SCALE, INT8_FOLDER
 from expertlane.spec.files import write_whole
 from expertlane.spec.tensors import HEAD, Shape, is_matrix, tensor_names, tensor_shape
 
-FOLDER, FILE = "expertlane-int8", "model.safetensors"
+FILE = "model.safetensors"
 _VERSION = "1"
 _SCALES = ".scales"  # after the name of a matrix
 _VALUES_AT_A_TIME = 4_194_304
@@ -33,13 +33,13 @@ class Int8Cache:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._shards = Shards(checkpoint.folder / FOLDER, "pt")
+        self._shards = Shards(checkpoint.folder / INT8_FOLDER, "pt")
         if self._shards.metadata() != _metadata(checkpoint):
-            raise SpecError(f"{checkpoint.folder / FOLDER} is of other files")
+            raise SpecError(f"{checkpoint.folder / INT8_FOLDER} is of other files")
         for name, shape in _shapes(checkpoint).items():
             stored = self._shards.slice(name)
             if (stored.get_dtype(), tuple(stored.get_shape())) != (_dtype(name), shape):
-                raise SpecError(f"{checkpoint.folder / FOLDER} is of another model")
+                raise SpecError(f"{checkpoint.folder / INT8_FOLDER} is of another model")
         self._shards.close()
 
     @classmethod
@@ -112,7 +112,7 @@ def write_int8_cache(checkpoint: Checkpoint, touch: Callable[[], None]) -> None:
                     at[each] += file.write(tensor.contiguous().numpy().tobytes())
                 touch()
 
-    write_whole(checkpoint.folder / FOLDER / FILE, write)
+    write_whole(checkpoint.folder / INT8_FOLDER / FILE, write)
 
 
 def _rounded(checkpoint: Checkpoint, name: str, shape: Shape) -> Iterator[NarrowWeight]:

@@ -70,6 +70,12 @@ class LatentAttention(PagedHeads):
         self._linears += [self._query, self._kv_a]
         self._of_heads_params = AttentionParams(latent.v_head_dim, self._params.scale)
 
+    def tensors(self) -> list[Tensor]:
+        """As that of both kinds."""
+        heads = (self._to_latent, self._from_latent, self._to_keys)
+        norms = [self._kv_a_norm, *([] if self._query_a is None else [self._query_a[1]])]
+        return [*super().tensors(), *norms, *(each.weight for each in heads)]
+
     @property
     def cache_dims(self) -> tuple[int, int, int]:
         """Heads, key_dim and value_dim of the cache."""

@@ -1,6 +1,6 @@
 """A decoder layer and its blocks as generators that yield where they wait for communication."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -14,10 +14,8 @@ from expertlane.model.attention import Attention, RotaryEmbedding
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.latent_attention import LatentAttention
 from expertlane.model.weights import HeldWeights, WeightSource, taker_of
-from expertlane.moe.all_gather import AllGatherDispatcher
-from expertlane.moe.all_to_all import AllToAllDispatcher
-from expertlane.moe.dispatch import CopyChooser, Dispatcher, LocalDispatcher, RoutedTokens
-from expertlane.moe.hierarchical import HierarchicalDispatcher
+from expertlane.moe.dispatch import CopyChooser, RoutedTokens
+from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
@@ -27,17 +25,11 @@ from expertlane.ops.moe_step import LocalExperts
 from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.products import Activation, Expert, Linear
 from expertlane.ops.router import RouterParams
-from expertlane.spec.deployment import DispatchForm, PayloadType, form_on
+from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import Stage
+from expertlane.spec.names import CheckPoint, Stage
 from expertlane.spec.tensors import expert_name, layer_name
-
-_DISPATCHERS: dict[DispatchForm, type[Dispatcher]] = {
-    "all_to_all": AllToAllDispatcher,
-    "all_gather": AllGatherDispatcher,
-    "hierarchical": HierarchicalDispatcher,
-}
 
 
 class DecoderLayer:
@@ -81,8 +73,11 @@ class DecoderLayer:
             [num_owned, hidden_size].
         """
         x = yield from self._attend(x, batch, cache)
+        self._recorder.check_finite(x, CheckPoint.AFTER_ATTENTION, self.index)
         self._recorder.enter(Stage.ROUTER, self.index)
-        return (yield from self.block.forward(x, batch))
+        x = yield from self.block.forward(x, batch)
+        self._recorder.check_finite(x, CheckPoint.AFTER_MLP, self.index)
+        return x
 
     @property
     def parts(self) -> LayerParts | None:
@@ -91,6 +86,14 @@ class DecoderLayer:
         if self._part is None or block is None or self._mesh.tp.size > 1:
             return None
         return LayerParts(self._part, *block)
+
+    def held(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """As `TransformerStage.held`."""
+        name, tp_rank = f"layer {self.index}", self._mesh.at.tp_rank
+        yield f"{name}, norm", [self._attention_norm]
+        yield f"{name}, attention of tp rank {tp_rank}", self.attention.tensors()
+        for part, tensors in self.block.held():
+            yield f"{name}, {part}", tensors
 
     def _attend(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
         enter, tp = self._recorder.enter, self._mesh.tp
@@ -107,6 +110,7 @@ class DecoderLayer:
         else:
             hidden = yield from self.attention.forward(hidden, batch, cache)
         if tp.size > 1:
+            self._recorder.check_finite(hidden, CheckPoint.ATTENTION, self.index)
             enter(Stage.COLLECTIVES, self.index)
             hidden = yield from tp.reduced(hidden, batch.tokens_of_tp_rank)
         return x + hidden
@@ -122,6 +126,9 @@ class MLP:
 
     It is cut over the tensor-parallel group, so its tokens are gathered and its partial sums
     scattered. Its projections are named `layers.N.PREFIX.…`.
+
+    Attributes:
+        tp_rank: whose part it is.
 
     Args:
         inner: its whole inner width.
@@ -152,11 +159,16 @@ class MLP:
         self._up, self._down = linear("up"), linear("down")
         self._scale = taker_of(source, layer)("shared_gate") if is_scaled else None
         self._activation = activation_of(model)
-        self._tp, self._recorder = mesh.tp, mesh.recorder
+        self._tp, self._recorder, self.tp_rank = mesh.tp, mesh.recorder, mesh.at.tp_rank
         self._layer, self._norm, self._eps = layer, norm, model.rms_norm_eps
         around = (norm, self._eps, self._scale) if mesh.tp.size == 1 else (None, self._eps, None)
         linears = Expert(gate=self._gate, up=self._up, down=self._down)
         self.part = ops.mlp_part(linears, self._activation, source.dtype, *around)
+
+    def tensors(self) -> list[Tensor]:
+        """All weights, for checksums."""
+        linears = Expert(gate=self._gate, up=self._up, down=self._down)
+        return [*linears.tensors(), *(t for t in (self._scale, self._norm) if t is not None)]
 
     def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
         """Apply to the tokens this rank owns, [num_owned, hidden_size]."""
@@ -179,6 +191,7 @@ class MLP:
             out = self._down(self._activation(gate, self._up(rows)))
         self._count(rows)
         if self._tp.size > 1:
+            self._recorder.check_finite(out, CheckPoint.MLP, layer)
             enter(Stage.COLLECTIVES, layer)
             out = yield from self._tp.reduced(out, batch.tokens_of_tp_rank)
         if self._scale is not None:
@@ -208,6 +221,10 @@ class DenseBlock:
     def parts(self) -> tuple[None, MlpPart] | None:
         """What it is computed in; None where that is not all in few calls."""
         return None if self.mlp.part is None else (None, self.mlp.part)
+
+    def held(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """Its weights by their name in the layer."""
+        yield f"MLP of tp rank {self.mlp.tp_rank}", self.mlp.tensors()
 
     def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
         """Apply to the tokens this rank owns, [num_owned, hidden_size]."""
@@ -283,6 +300,17 @@ class MoEBlock:
             return None
         return self.here, shared
 
+    def held(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """Its weights by their name in the layer."""
+        params = self._router.params
+        own = (params.norm, params.weight, params.bias, params.correction_bias)
+        yield "router", [tensor for tensor in own if tensor is not None]
+        of_etp = f", part {self._mesh.at.etp_rank}" if self._mesh.layout.etp > 1 else ""
+        for expert, held in zip(self._local, self.experts.held, strict=True):
+            yield f"expert {expert}{of_etp}", held.tensors()
+        if self.shared is not None:
+            yield f"shared expert of tp rank {self.shared.tp_rank}", self.shared.tensors()
+
     def set_forms(self, forms: Sequence[DispatchForm], payload: PayloadType) -> None:
         """Make ready for batches that use these dispatch forms, and no others."""
         self._forms, self._payload = forms, Payload(payload, self._recorder)
@@ -311,7 +339,8 @@ class MoEBlock:
     def _hold(self, held: Sequence[Expert], activation: Activation) -> None:
         self.experts = self._ops.experts(held, activation)
         self.here: LocalExperts | None = None
-        if self._mesh.stage.size == 1:
+        checks = self._recorder.checks
+        if self._mesh.stage.size == 1 and not (checks and checks.is_full):
             self.here = self._ops.local_experts(self._router, self.experts, self._dtype)
 
     def _key_of(self, expert: int) -> Hashable:
@@ -353,15 +382,19 @@ class MoEBlock:
         hidden, topk_ids, topk_weights = self._router(x)
         recorder.record_topk_ids(topk_ids)
         self._count_router(x.shape[0])
+        recorder.check_finite(topk_weights, CheckPoint.ROUTER, layer)
         recorder.enter(Stage.DISPATCH, layer)
         dispatcher = self._dispatchers[batch.dispatch_form]
-        tokens = RoutedTokens(hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank)
+        num_of_stage_rank, balances = batch.tokens_of_stage_rank, batch.balances_copies
+        tokens = RoutedTokens(hidden, topk_ids, topk_weights, num_of_stage_rank, balances)
         rows, pairs, sent = yield from dispatcher.dispatch(tokens)
         recorder.enter(Stage.EXPERTS, layer)
         results = self.experts(rows, pairs, dispatcher.room(pairs.rows.shape[0], rows))
         self._count_pairs(lambda: pairs.counts)
+        recorder.check_finite(results, CheckPoint.EXPERTS, layer)
         recorder.enter(Stage.COMBINE, layer)
         combined = yield from dispatcher.combine(sent, results)
+        recorder.check_finite(combined, CheckPoint.COMBINE, layer)
         if self.shared is not None:
             combined = combined + (yield from self.shared.forward(hidden, batch))
         return x + combined
@@ -380,6 +413,7 @@ class MoEBlock:
         self._count_pairs(lambda: here.num_tokens_per_expert(work, num_tokens))
         recorder.enter(Stage.COMBINE, layer)
         combined = here.combine(work, x, adds_input=self.shared is None)
+        recorder.check_finite(combined, CheckPoint.EXPERTS, layer)
         if self.shared is None:
             return combined
         normed = here.normed(work, x)
@@ -409,16 +443,3 @@ class MoEBlock:
             self._recorder.count_compute(*self.experts.compute_cost(num_tokens))
             if self._mesh.at.etp_rank == 0:
                 self._recorder.count_expert_tokens(self._local, num_tokens)
-
-
-def make_dispatcher(
-    form: DispatchForm,
-    mesh: ParallelMesh,
-    placement: Placement,
-    choice: CopyChooser,
-    payload: Payload,
-) -> Dispatcher:
-    """The dispatcher of what the form comes down to on the layout."""
-    own = form_on(mesh.layout, form)
-    kind = LocalDispatcher if own is None else _DISPATCHERS[own]
-    return kind(mesh, placement, choice, payload)

@@ -1,7 +1,9 @@
 """Chooses the next tokens of the sequences a rank finishes, each as its request asks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -115,6 +117,22 @@ class Sampler:
         for admitted in self._admitted.values():
             admitted.sequence = None  # it has counted tokens of this step
         self._batches.clear()
+
+    def checksum(self, seq_ids: Iterable[int], of_tensor: Callable[[Tensor], int]) -> int:
+        """Of what the next tokens of some sequences depend on beside logits.
+
+        Args:
+            of_tensor: the checksum of a tensor.
+        """
+        counted: list[Any] = []
+        for seq_id in seq_ids:
+            admitted = self._admitted.get(seq_id)
+            if admitted is not None:
+                counted.append((seq_id, len(admitted.token_ids), admitted.token_ids[-1:]))
+                if (own := admitted.sequence) is not None:
+                    counts = own.num_output_tokens, own.num_held, own.repetition, own.counts
+                    counted.append((own.seed, *map(of_tensor, counts)))
+        return crc32(repr(counted).encode())
 
     def sample(
         self, seq_ids: list[int], logits: Tensor

@@ -1,6 +1,6 @@
 """The part of a transformer that one rank holds: its stage's layers, heads and experts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -65,6 +65,10 @@ class OutputHead:
         )
         in_part = self._norm if mesh.tp.size == 1 else None
         self._part = self._ops.head_part(self._head, in_part, self._eps, source.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        """All weights, for checksums."""
+        return [self._norm, *self._head.tensors()]
 
     def forward(self, x: Tensor, batch: ForwardBatch, needs_logits: bool) -> Steps[HeadResult]:
         """The next token of every sequence of the batch that yields one.
@@ -215,6 +219,15 @@ class TransformerStage:
         """Go on with the keys and values of another stage."""
         self._part, self._caches = None, caches
 
+    def held(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """All weights, by a name that is the same on every rank that holds the same ones."""
+        if self._embedding is not None:
+            yield "embedding", [self._embedding]
+        for layer in self._layers:
+            yield from layer.held()
+        if self._head is not None:
+            yield f"head of tp rank {self.mesh.at.tp_rank}", self._head.tensors()
+
     @property
     def kv_bytes(self) -> int:
         """Bytes of the key/value cache."""
@@ -241,8 +254,9 @@ class TransformerStage:
         ]
 
     def _layers_part(self) -> LayersPart | None:
-        """All layers in one call, where nothing travels between them and no stage is recorded."""
-        if self.mesh.stage.size > 1 or self.mesh.recorder.is_recording:
+        """All layers in one call, where nothing travels between them and no stage is looked at."""
+        recorder = self.mesh.recorder
+        if self.mesh.stage.size > 1 or recorder.is_recording or recorder.checks is not None:
             return None
         layers = [layer.parts for layer in self._layers]
         meter = self.mesh.recorder.meter

@@ -1,8 +1,9 @@
 """All-gather dispatch: every rank of the stage gets all tokens, and takes those of its experts.
 
 It needs no counts, since the plan says how many tokens each rank has, and its shapes do not turn
-on the routing. Weighted partial sums come back by reduce-scatter, in float32 and rank order. With
-`ep = 1`, where every rank has a part of every expert, all forms come down to this one.
+on the routing. Nor does it need a word more where copies are balanced. Weighted partial sums come
+back by reduce-scatter, in float32 and rank order. With `ep = 1`, where every rank has a part of
+every expert, all forms come down to this one.
 """
 
 from collections.abc import Sequence
@@ -38,13 +39,17 @@ class AllGatherDispatcher(Dispatcher):
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Gathered]]:
         """Gather all tokens of the stage."""
         num_of = tokens.num_of_stage_rank
-        ids = self._choice.physical_ids(tokens.topk_ids)
+        is_balanced = self._is_balanced(tokens)
+        # The choices of all ranks come with their tokens, and copies are chosen then.
+        ids = tokens.topk_ids.int() if is_balanced else self._choice.physical_ids(tokens.topk_ids)
         parts = [ids, tokens.topk_weights, *self._payload.encode(tokens.x)]
         columns = columns_of(parts)
         packed = yield from self._mesh.stage.gathered(
             self._pack(self._mesh.stage, parts), num_of, metadata_bytes=bytes_of(columns[:-1])
         )
         ids, weights, *hidden = unpack(packed, columns)
+        if is_balanced:
+            ids = self._choice.balanced(ids, num_of)
         rows = self._payload.decode(hidden, tokens.x.dtype)
         first_id = self._mesh.at.ep_rank * self._choice.num_slots
         pairs = self._ops.group_pairs(ids, first_id, 1, self._num_local_experts)

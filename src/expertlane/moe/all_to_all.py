@@ -6,6 +6,7 @@ and are summed at home in float32 in the order of the token's choices. So the su
 which rank computed what.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from expertlane.comm.collectives import Steps
 from expertlane.moe.dispatch import Dispatcher, RoutedTokens
 from expertlane.moe.payload import bytes_of, columns_of, unpack
+from expertlane.ops.bookkeeping import Outgoing
 from expertlane.ops.products import PairGroups
 from expertlane.ops.row_parts import RowParts
 
@@ -26,14 +28,14 @@ class Exchanged:
     """The way back of a flat all-to-all.
 
     Attributes:
-        topk_weights: [T, K] float32.
+        weights: [T, K] float32; the router's.
         returns_to_etp_rank: [etp]; how many rows go back to each rank of the etp group.
         pairs_from: [ep]; of this rank's own, how many came from each ep rank.
         pairs_to: [ep]; how many pairs this rank sent to each ep rank.
         places: [T, K]; where what comes back for each pair stands.
     """
 
-    topk_weights: Tensor
+    weights: Tensor
     returns_to_etp_rank: list[int]
     pairs_from: list[int]
     pairs_to: list[int]
@@ -46,26 +48,47 @@ class AllToAllDispatcher(Dispatcher):
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Exchanged]]:
         """Send a copy of each token to every rank it reaches."""
         mesh, at, ep = self._mesh, self._mesh.at, self._mesh.ep.size
-        leaving = self._choice.outgoing(tokens.topk_ids)
-        counting = self._tell_all(leaving.counts)
-        # While the counts travel:
-        hidden = self._payload.encode(tokens.x)
+        is_balanced = self._is_balanced(tokens)
+        if is_balanced:
+            telling = self._tell_choices(tokens)
+        else:
+            leaving = self._choice.outgoing(tokens.topk_ids)
+            telling = self._tell_all(leaving.counts)
+        hidden = self._payload.encode(tokens.x)  # while choices or counts travel
+        if is_balanced:
+            leaving, of_stage = self._leaving((yield telling), tokens.num_of_stage_rank)
         columns = columns_of([leaving.ids_there, *hidden])
         packed = self._pack(mesh.ep, [leaving.ids_there], hidden, leaving.tokens)
-        counts = (yield counting).view(-1, 2, ep).cpu().numpy()
+        if not is_balanced:
+            of_stage = yield telling
+        counts = of_stage.view(-1, 2, ep).cpu().numpy()
         packed = yield from self._send(packed, counts, bytes_of(columns[:-1]))
         slots, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, tokens.x.dtype)
         pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts)
         came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.etp.size)
         sent = Exchanged(
-            topk_weights=tokens.topk_weights,
+            weights=tokens.topk_weights,
             returns_to_etp_rank=came.sum(axis=0).tolist(),
             pairs_from=came[:, at.etp_rank].tolist(),
             pairs_to=counts[mesh.stage.rank, _PAIRS].tolist(),
             places=leaving.places,
         )
         return rows, pairs, sent
+
+    def _leaving(
+        self, topk_ids: Tensor, num_of_stage_rank: Sequence[int]
+    ) -> tuple[Outgoing, Tensor]:
+        """What leaves for each rank where copies are balanced, and counts of all ranks.
+
+        Args:
+            topk_ids: [N, K] int32; of all tokens of the stage.
+        """
+        sizes = self._choice.num_slots, self._mesh.ep.size
+        ids = self._choice.balanced(topk_ids, num_of_stage_rank)
+        own = self._choice.own_of(ids, num_of_stage_rank)
+        counts = self._ops.rows_and_pairs(ids, num_of_stage_rank, *sizes)
+        return self._ops.leaving(own, *sizes), counts
 
     def _send(
         self, packed: Tensor, counts: npt.NDArray[np.int64], metadata_bytes: int
@@ -97,7 +120,7 @@ class AllToAllDispatcher(Dispatcher):
             results = yield from mesh.etp.reduced(results, sent.returns_to_etp_rank)
 
         def add_up(arrived: RowParts) -> Tensor:
-            return self._ops.gather_sum(arrived, sent.places, sent.topk_weights)
+            return self._ops.gather_sum(arrived, sent.places, sent.weights)
 
         return (
             yield from mesh.ep.exchanged(results, sent.pairs_from, sent.pairs_to, finish=add_up)

@@ -4,8 +4,10 @@ Every form drops no token, whatever the load. Shapes: T tokens of this rank, K =
 the experts' rank, P token-expert pairs there, H = hidden_size.
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.copies import usable_copies
+from expertlane.balance.even_copies import BalancedCopies
 from expertlane.balance.placement import Placement
 from expertlane.comm.collectives import Group, Pending, Steps
 from expertlane.comm.mesh import ParallelMesh
@@ -50,6 +53,36 @@ class CopyChooser:
         node_ids = sorted(set(nodes))
         self._own_node = node_ids.index(nodes[ep_rank])
         self._nodes = torch.tensor([node_ids.index(node) for node in nodes], device=device)
+        self._of_stage = _copies_of_stage(mesh, placement)
+        of_holders = placement.slots()[self._of_stage.holders.T, np.arange(placement.num_experts)].T
+        slot_ids = self._of_stage.holders * self.num_slots + of_holders
+        self._slot_ids = torch.from_numpy(np.ascontiguousarray(slot_ids)).to(device)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether any expert has several copies."""
+        return self._of_stage.is_balanced
+
+    def balanced(self, topk_ids: Tensor, num_of_stage_rank: Sequence[int]) -> Tensor:
+        """[N, K] int32; the copies of all tokens of the stage, shared so that all ranks are even.
+
+        As `balance.even_copies` has it.
+
+        Args:
+            topk_ids: [N, K] int32; logical experts, rank after rank.
+        """
+        began_s = time.thread_time()
+        ids, num_saved = self.ops.balance_copies(
+            topk_ids, num_of_stage_rank, self._of_stage, self._slot_ids
+        )
+        self._recorder.count_copies(num_saved, time.thread_time() - began_s)
+        self._count_fan_out(self.own_of(ids, num_of_stage_rank))
+        return ids
+
+    def own_of(self, of_stage: Tensor, num_of_stage_rank: Sequence[int]) -> Tensor:
+        """This rank's rows of those of all ranks of the stage."""
+        first = sum(num_of_stage_rank[: self._offset])
+        return of_stage[first : first + num_of_stage_rank[self._offset]]
 
     def physical_ids(self, topk_ids: Tensor) -> Tensor:
         """[T, K] int32; the copy of each pair of a batch.
@@ -76,6 +109,12 @@ class CopyChooser:
                 self._recorder.count_fan_out(*counts)
 
 
+def _copies_of_stage(mesh: ParallelMesh, placement: Placement) -> BalancedCopies:
+    ep, etp = mesh.ep.size, mesh.etp.size
+    ep_rank, etp_rank = np.divmod(np.arange(mesh.stage.size), etp)
+    return BalancedCopies(placement, ep_rank, np.reshape(mesh.stage.nodes, (ep, etp)).T[etp_rank])
+
+
 class RoutedTokens(NamedTuple):
     """A rank's tokens, and the experts that each goes to.
 
@@ -84,12 +123,14 @@ class RoutedTokens(NamedTuple):
         topk_ids: [T, K]; logical experts.
         topk_weights: [T, K] float32.
         num_of_stage_rank: [dp·tp]; how many tokens each rank of the stage has.
+        balances_copies: by the choices of all ranks, which they tell each other.
     """
 
     x: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
     num_of_stage_rank: Sequence[int]
+    balances_copies: bool = False
 
 
 class Dispatcher(ABC):
@@ -131,6 +172,18 @@ class Dispatcher(ABC):
         own, stage = counts.view(1, -1), self._mesh.stage
         return stage.all_gather(own, [1] * stage.size, metadata_bytes=own.nbytes)
 
+    def _is_balanced(self, tokens: RoutedTokens) -> bool:
+        return tokens.balances_copies and self._choice.has_copies
+
+    def _tell_choices(self, tokens: RoutedTokens) -> Pending:
+        """Begin to give every rank of the stage the experts that this one's tokens chose.
+
+        In place of counts: all ranks then come to the same copies, rows and counts by themselves.
+        """
+        ids, stage = tokens.topk_ids.int(), self._mesh.stage
+        row_bytes = ids.shape[1] * ids.itemsize
+        return stage.all_gather(ids, tokens.num_of_stage_rank, metadata_bytes=row_bytes)
+
     @abstractmethod
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Any]]:
         """Send this rank's tokens and receive those for its experts.
@@ -157,18 +210,29 @@ class Dispatcher(ABC):
         """
 
 
+@dataclass(frozen=True)
+class Grouped:
+    """The way back where nothing has travelled.
+
+    Attributes:
+        places: [T, K]; the result of each choice.
+        weights: [T, K] float32; the router's.
+    """
+
+    places: Tensor
+    weights: Tensor
+
+
 class LocalDispatcher(Dispatcher):
     """For one rank that holds all experts and all tokens."""
 
-    def dispatch(
-        self, tokens: RoutedTokens
-    ) -> Steps[tuple[Tensor, PairGroups, tuple[Tensor, Tensor]]]:
+    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Grouped]]:
         """Group tokens by expert."""
         pairs = self._ops.group_pairs(tokens.topk_ids.int(), 0, 1, self._num_local_experts)
-        return tokens.x, pairs, (pairs.numbers, tokens.topk_weights)
+        return tokens.x, pairs, Grouped(pairs.numbers, tokens.topk_weights)
         yield  # a generator like the others, though it never waits
 
-    def combine(self, sent: tuple[Tensor, Tensor], results: Tensor) -> Steps[Tensor]:
+    def combine(self, sent: Grouped, results: Tensor) -> Steps[Tensor]:
         """Sum the outputs of each token's experts."""
-        return self._ops.gather_sum(results, *sent)
+        return self._ops.gather_sum(results, sent.places, sent.weights)
         yield

@@ -9,6 +9,7 @@ N nodes with M expert-parallel ranks each. The numbers of tokens that every rank
 and node, exchanged once, tell all sizes of both hops.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from expertlane.comm.collectives import Group, Steps
 from expertlane.moe.dispatch import Dispatcher, RoutedTokens
 from expertlane.moe.payload import bytes_of, columns_of, unpack
+from expertlane.ops.bookkeeping import PeerRows
 from expertlane.ops.products import PairGroups
 from expertlane.ops.row_parts import RowParts
 
@@ -62,15 +64,24 @@ class HierarchicalDispatcher(Dispatcher):
         """Send one copy of each token to every node it reaches, and forward what arrives."""
         mesh, num_slots = self._mesh, self._choice.num_slots
         between, within = mesh.ep_inter, mesh.ep_intra
-        ids = self._choice.physical_ids(tokens.topk_ids)
-        to_nodes = self._ops.rows_by_peer(ids, within.size * num_slots, between.size)
-        to_ranks = self._ops.rows_by_peer(ids, num_slots, mesh.layout.ep)
-        counting = self._tell_all(torch.cat([to_ranks.counts, to_nodes.counts]))
-        # While the counts travel:
+        is_balanced = self._is_balanced(tokens)
+        if is_balanced:
+            telling = self._tell_choices(tokens)
+        else:
+            ids = self._choice.physical_ids(tokens.topk_ids)
+            to_nodes = self._to_nodes(ids)
+            to_ranks = self._ops.rows_by_peer(ids, num_slots, mesh.layout.ep)
+            telling = self._tell_all(torch.cat([to_ranks.counts, to_nodes.counts]))
+        # While choices or counts travel:
         travelling = [tokens.topk_weights, *self._payload.encode(tokens.x)]
+        if is_balanced:
+            of_stage = self._choice.balanced((yield telling), tokens.num_of_stage_rank)
+            to_nodes = self._to_nodes(self._choice.own_of(of_stage, tokens.num_of_stage_rank))
+            gathered = self._rows(of_stage, tokens.num_of_stage_rank)
         columns = columns_of([to_nodes.ids, *travelling])
         packed = self._pack(between, [to_nodes.ids], travelling, to_nodes.tokens)
-        gathered = yield counting
+        if not is_balanced:
+            gathered = yield telling
         counts, of_etp_rank = self._counts(gathered)
         metadata_bytes = bytes_of(columns[:-1])
         inter = self._inter_hop(to_nodes.places, counts)
@@ -88,6 +99,23 @@ class HierarchicalDispatcher(Dispatcher):
         rows = self._payload.decode(hidden, tokens.x.dtype)
         pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts)
         return rows, pairs, Forwarded(inter, intra, pairs.numbers, weights, of_etp_rank)
+
+    def _to_nodes(self, ids: Tensor) -> PeerRows:
+        node_slots = self._mesh.ep_intra.size * self._choice.num_slots
+        return self._ops.rows_by_peer(ids, node_slots, self._mesh.ep_inter.size)
+
+    def _rows(self, ids: Tensor, num_of_stage_rank: Sequence[int]) -> Tensor:
+        """[dp·tp, N · M + N]; rows of each rank to each rank and node.
+
+        Args:
+            ids: [tokens of the stage, K] int32; the copies of all pairs.
+        """
+        within, num_slots = self._mesh.ep_intra.size, self._choice.num_slots
+        rows = [
+            self._ops.rows_and_pairs(ids, num_of_stage_rank, size * num_slots, num)[:, 0]
+            for size, num in ((1, self._mesh.layout.ep), (within, self._mesh.ep_inter.size))
+        ]
+        return torch.cat(rows, dim=1)
 
     def _counts(self, gathered: Tensor) -> tuple[npt.NDArray[np.int64], list[int]]:
         """Tokens from each rank at this etp_rank to each rank and node: [N, M, N · M + N].

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertlane.balance.even_copies import BalancedCopies
 from expertlane.ops.products import PairGroups
 
 
@@ -52,7 +53,7 @@ class Outgoing:
 
 
 class Bookkeeping:
-    """What backends have of it; `dispatch.cpp` does the same."""
+    """What backends have of it; `dispatch.cpp` and `even_copies.cpp` do the same."""
 
     def choose_copies(
         self, topk_ids: Tensor, table: Tensor, num_copies: Tensor, first: int
@@ -104,10 +105,52 @@ class Bookkeeping:
             topk_ids, table, num_copies, first: as `choose_copies` takes them.
         """
         ids = self.choose_copies(topk_ids, table, num_copies, first)
+        return self.leaving(ids, divisor, num_peers)
+
+    def leaving(self, ids: Tensor, divisor: int, num_peers: int) -> Outgoing:
+        """The rows that copies make for the peers id // divisor.
+
+        Args:
+            ids: [T, K] int32, contiguous; the copy of each pair.
+        """
         rows = self.rows_by_peer(ids, divisor, num_peers)
         pairs = self.group_pairs(ids, 0, divisor, num_peers)
         counts = torch.cat([rows.counts, pairs.counts])
         return Outgoing(ids, counts, rows.tokens, rows.ids, inverse(pairs.order).view_as(ids))
+
+    def balance_copies(
+        self, topk_ids: Tensor, num_tokens_of: Sequence[int], copies: BalancedCopies, slots: Tensor
+    ) -> tuple[Tensor, int]:
+        """[T, K] int32; physical ids of the logical experts of all ranks' tokens.
+
+        Args:
+            topk_ids: [T, K] int32, rank after rank.
+            num_tokens_of: [num_ranks].
+            slots: [num_experts, most copies] int64; physical ids, in the order of `copies.holders`.
+
+        Returns:
+            They, and how many pairs the fullest rank is spared by that.
+        """
+        rank = np.arange(len(num_tokens_of)).repeat(num_tokens_of)
+        ids = topk_ids.long()
+        ep_ranks, num_saved = copies.shared_out(ids.cpu().numpy(), rank)
+        is_it = torch.from_numpy(copies.holders)[ids.cpu()] == torch.from_numpy(ep_ranks)[..., None]
+        copy = is_it.int().argmax(dim=2).to(slots.device)
+        return slots[ids, copy].int(), num_saved
+
+    def rows_and_pairs(
+        self, ids: Tensor, num_tokens_of: Sequence[int], divisor: int, num_peers: int
+    ) -> Tensor:
+        """[num_ranks, 2, num_peers]; rows of each rank for the peers id // divisor, and pairs.
+
+        Args:
+            ids: [T, K] int32, rank after rank; none missing.
+        """
+        peers = (ids // divisor).long()
+        is_peer = F.one_hot(peers, num_peers).sum(dim=1)  # [T, num_peers]
+        both = torch.stack([is_peer.clamp(max=1), is_peer], dim=1)
+        of_ranks = torch.split(both, list(num_tokens_of))
+        return torch.stack([each.sum(dim=0) for each in of_ranks])
 
     def fan_out(
         self, ids: Tensor, divisor: int, nodes: Tensor, node: int

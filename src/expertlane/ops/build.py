@@ -53,7 +53,8 @@ class InstructionSet:
 
 
 BASELINE = InstructionSet(
-    "baseline", ("dispatch.cpp", "instructions.cpp", "shared_memory.cpp", "sums.cpp")
+    "baseline",
+    ("dispatch.cpp", "even_copies.cpp", "instructions.cpp", "shared_memory.cpp", "sums.cpp"),
 )
 
 

@@ -54,14 +54,10 @@ int64_t rows_by_peer(const int32_t* ids, int64_t stride, int64_t tokens, int64_t
     return rows;
 }
 
-// What leaves for the peers, of logical experts: the copies' ids, as of choose_copies and
-// rows_by_peer; counts [2, peers] of rows and of pairs; place [tokens, top_k], where each pair stands
-// among all by peer, stable.
-int64_t outgoing(const int64_t* experts, int64_t tokens, int64_t top_k, const int64_t* table,
-                 int64_t most_copies, const int64_t* num_copies, int64_t num_experts, int64_t first,
-                 int32_t divisor, int64_t peers, int32_t* ids, int64_t* counts, int64_t* token,
-                 int32_t* ids_there, int64_t* place) {
-    choose_copies(experts, tokens * top_k, table, most_copies, num_copies, num_experts, first, ids);
+// What leaves for the peers, of copies' ids: as of rows_by_peer; counts [2, peers] of rows and of
+// pairs; place [tokens, top_k], where each pair stands among all by peer, stable.
+int64_t leaving(const int32_t* ids, int64_t tokens, int64_t top_k, int32_t divisor, int64_t peers,
+                int64_t* counts, int64_t* token, int32_t* ids_there, int64_t* place) {
     std::vector<int64_t> row_places(tokens * peers), next(peers + 1);
     const int64_t rows = rows_by_peer(ids, top_k, tokens, top_k, divisor, peers, counts, token,
                                       ids_there, row_places.data());
@@ -71,6 +67,15 @@ int64_t outgoing(const int64_t* experts, int64_t tokens, int64_t top_k, const in
     for (int64_t p = 0; p < peers; ++p) next[p + 1] = next[p] + pairs[p];
     for (int64_t p = 0; p < tokens * top_k; ++p) place[p] = next[ids[p] / divisor]++;
     return rows;
+}
+
+// The same of logical experts, with their copies' ids as of choose_copies.
+int64_t outgoing(const int64_t* experts, int64_t tokens, int64_t top_k, const int64_t* table,
+                 int64_t most_copies, const int64_t* num_copies, int64_t num_experts, int64_t first,
+                 int32_t divisor, int64_t peers, int32_t* ids, int64_t* counts, int64_t* token,
+                 int32_t* ids_there, int64_t* place) {
+    choose_copies(experts, tokens * top_k, table, most_copies, num_copies, num_experts, first, ids);
+    return leaving(ids, tokens, top_k, divisor, peers, counts, token, ids_there, place);
 }
 
 // Pairs in the order of their groups, stable: group g has the ids from first + g * divisor on,

@@ -91,6 +91,10 @@ class HeadsLinear:
         """[num_heads, out_features, in_features] as it is to be kept."""
         return weight
 
+    def tensors(self) -> list[Tensor]:
+        """Its matrices, as they are kept."""
+        return [self.weight]
+
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
         """Fill out [num_tokens, num_heads, out_features] from [num_tokens, num_heads, in_features].
 

@@ -9,6 +9,7 @@ from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.errors import CapacityError, SpecError
 from expertlane.plan.project import Setting
 from expertlane.spec.deployment import (
+    CopyMethod,
     DispatchForm,
     MicroBatchSchedule,
     Options,
@@ -112,6 +113,7 @@ def candidates_of(
     ranks_per_node: int,
     payload: PayloadType = "model",
     num_drafts: int = 0,
+    copies: CopyMethod = "nearest",
 ) -> Iterator[Candidate]:
     """A layout with every dispatch form × overlap × micro-batches × redundancy that it takes.
 
@@ -131,6 +133,7 @@ def candidates_of(
                         form,
                         payload if layout.ep > 1 else "model",
                         num_redundant,
+                        copies if num_redundant else "nearest",
                     )
                     yield Candidate(layout, options)
                     if num_drafts:
@@ -145,6 +148,7 @@ def _options(
     form: DispatchForm,
     payload: PayloadType,
     num_redundant: int,
+    copies: CopyMethod,
 ) -> Options:
     """Those of a candidate; many layouts share them."""
     return Options(
@@ -154,6 +158,7 @@ def _options(
         dispatch=form,
         payload=payload,
         num_redundant_experts=num_redundant,
+        copies=copies,
     )
 
 

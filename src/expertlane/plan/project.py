@@ -29,7 +29,7 @@ from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
-from expertlane.spec.deployment import DispatchMode, Options, PayloadType
+from expertlane.spec.deployment import CopyMethod, DispatchMode, Options, PayloadType
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
@@ -42,6 +42,7 @@ class Setting:
     Attributes:
         routing: which experts tokens choose.
         payload: in which hidden states are dispatched.
+        copies: which copy of a redundant expert computes a token.
         step_tokens: of a prefill step, as for `memory.prefill_step_tokens`.
         multi_token: of deployments that guess; others have no drafts.
     """
@@ -51,6 +52,7 @@ class Setting:
     routing: RoutingSource
     payload: PayloadType = "model"
     step_tokens: int | None = None
+    copies: CopyMethod = "nearest"
     multi_token: MultiToken = field(default_factory=MultiToken)
 
 
@@ -109,6 +111,7 @@ class Projector:
             placements_of(model, layout, options),
             types=setting.types,
             payload=options.payload,
+            copies=options.copies,
             ranks_per_node=ranks_per_node,
             kernels=GPU_LIBRARIES,
             num_drafts=num_drafts,

@@ -26,6 +26,7 @@ from expertlane.plan.throughput import (
     breach,
     together,
 )
+from expertlane.spec.deployment import CopyMethod
 from expertlane.spec.layout import Layout
 
 
@@ -98,12 +99,12 @@ class Known:
     """What screens of one model share, on parts of one cluster.
 
     Attributes:
-        fan_outs: by stage, ranks and slots of experts.
+        fan_outs: by stage, ranks and slots of experts, and the choice of copies.
         placements: by ranks and redundant experts.
         rooms: of a rank, by all that it turns on but replicas.
     """
 
-    fan_outs: dict[tuple[int, ...], ExpectedFanOut] = field(default_factory=dict)
+    fan_outs: dict[tuple[int, int, int, CopyMethod], ExpectedFanOut] = field(default_factory=dict)
     placements: dict[tuple[int, int], Placement] = field(default_factory=dict)
     rooms: dict[tuple[int, ...], Capacity] = field(default_factory=dict)
 
@@ -135,7 +136,13 @@ class Screen:
         alike: defaultdict[object, list[Candidate]] = defaultdict(list)
         for candidate in candidates:
             layout, options, num_drafts = candidate
-            key = layout, options.dispatch, options.num_redundant_experts, num_drafts
+            key = (
+                layout,
+                options.dispatch,
+                options.num_redundant_experts,
+                options.copies,
+                num_drafts,
+            )
             alike[key].append(candidate)
         setting = self._request.setting
         shared = SharedParts(
@@ -184,7 +191,8 @@ class Screen:
             return _Structure(candidates, room, None)
         assert form != "auto", "candidates name their form"
         mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
-        shape = Shape(mesh, self._fan_out(mesh, placement), form, options.payload)
+        fan_out = self._fan_out(mesh, placement, options.copies)
+        shape = Shape(mesh, fan_out, form, options.payload)
         sized = Sized(layout, (shared.add(shape), shape), num_seqs, prefill_tokens)
         return _Structure(candidates, room, sized)
 
@@ -214,13 +222,13 @@ class Screen:
         room = known[key]
         return Capacity(layout, room.memory, room.free_bytes, room.max_seqs)
 
-    def _fan_out(self, mesh: StageMesh, placement: Placement) -> ExpectedFanOut:
-        known, key = self._known.fan_outs, (mesh.size, placement.ep, placement.num_slots)
+    def _fan_out(self, mesh: StageMesh, placement: Placement, copies: CopyMethod) -> ExpectedFanOut:
+        known, key = self._known.fan_outs, (mesh.size, placement.ep, placement.num_slots, copies)
         if key not in known:
             routing = self._request.setting.routing
             known[key] = ExpectedFanOut.mean(
                 [
-                    ExpectedFanOut.of_sample(mesh, placement, routing, layer)
+                    ExpectedFanOut.of_sample(mesh, placement, routing, layer, copies)
                     for layer in self._layers
                 ]
             )

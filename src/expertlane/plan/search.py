@@ -224,6 +224,7 @@ class Search:
                 per_node,
                 self.request.setting.payload,
                 self.request.setting.multi_token.num_drafts,
+                self.request.setting.copies,
             )
         ]
 

@@ -22,6 +22,7 @@ from expertlane.report.speed import (
 )
 from expertlane.report.time_spent import bottlenecks, firmness, projected_time, rests_on
 from expertlane.report.traffic import (
+    copies,
     details,
     experts_and_traffic,
     hot_spots,
@@ -88,6 +89,7 @@ def _run(results: Results, own: Comparison, wall: Comparison) -> list[Section]:
         work_and_traffic(own),
         hot_spots(own),
         rebalancing(wall),
+        copies(wall),
         *(details(own, results.measured_on.ranks_per_node) if long_form else ()),
         parallelism(own),
         overlap(own),

@@ -21,6 +21,8 @@ class RankTotals:
         overlapped_ns: of transfers within steps and a pipeline stage, from their begin until their
             result was needed.
         exposed_ns: of the same, the wait for their result.
+        num_pairs_saved: as of `RankCounts`.
+        copies_ns: processor time of what saved them.
     """
 
     num_steps: int
@@ -31,12 +33,14 @@ class RankTotals:
     sent_bytes: npt.NDArray[np.int64]
     overlapped_ns: int
     exposed_ns: int
+    num_pairs_saved: int
+    copies_ns: int
 
     def nothing(self) -> "RankTotals":
         """Of a rank of the same model that has done nothing."""
         none = self.experts[:0], self.num_tokens[:, :0], np.zeros_like(self.sent_bytes)
         times = np.zeros_like(self.spent_ns), np.zeros_like(self.waited_ns)
-        return RankTotals(0, *times, *none, 0, 0)
+        return RankTotals(0, *times, *none, 0, 0, 0, 0)
 
     def __add__(self, other: "RankTotals") -> "RankTotals":
         """What both have done, as of a rank and the one that it replaced."""
@@ -53,4 +57,6 @@ class RankTotals:
             self.sent_bytes + other.sent_bytes,
             self.overlapped_ns + other.overlapped_ns,
             self.exposed_ns + other.exposed_ns,
+            self.num_pairs_saved + other.num_pairs_saved,
+            self.copies_ns + other.copies_ns,
         )

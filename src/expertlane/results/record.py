@@ -225,6 +225,7 @@ class RebalanceRecord(Strict):
             or the work ended first.
         gain_s, cost_s: predicted, over as many steps as the decision was taken by.
         num_bytes: of weights to move.
+        paid_s: by which the moves held steps up; None where they did not end.
         predicted_before, predicted_after: load, if tokens came evenly from all ranks.
         load_before, load_after: as counted; None after where nothing was switched.
         experts_s_before, experts_s_after: a step.
@@ -242,6 +243,27 @@ class RebalanceRecord(Strict):
     load_after: float | None
     experts_s_before: float
     experts_s_after: float | None
+    paid_s: float | None = None
+
+
+@dataclass(frozen=True)
+class CopyRecord(Strict):
+    """A decision whether copies of experts are balanced, by a trial in one phase.
+
+    Attributes:
+        step: after which it was taken.
+        num_saved: pairs that the fullest rank of each layer is spared in a step, added up.
+        gain_s, cost_s: of a step: what these pairs take a rank, and what sharing takes it.
+        is_on: whether copies are balanced from then on.
+    """
+
+    replica: int
+    step: int
+    phase: Phase
+    num_saved: float
+    gain_s: float
+    cost_s: float
+    is_on: bool
 
 
 @dataclass(frozen=True)
@@ -281,6 +303,7 @@ class DeploymentRecord(Strict):
         num_tokens_per_expert: [num_layers][num_experts]; token-expert pairs of all steps, of the
             first repetition where there are several.
         rebalances: decisions about moving experts, in its last run.
+        copies: decisions about balancing copies of experts, in its last run.
         dispatch_table: by which `dispatch` or `overlap` was chosen, where it is `auto`.
         tokens_sha256: of all generated tokens, to compare runs by.
         why: what makes it slower than the best of a plan; empty where it ties with that.
@@ -304,6 +327,7 @@ class DeploymentRecord(Strict):
     num_tokens_per_expert: tuple[tuple[int, ...], ...] = ()
     bottleneck: Bottleneck | None = None
     rebalances: tuple[RebalanceRecord, ...] = ()
+    copies: tuple[CopyRecord, ...] = ()
     dispatch_table: DispatchTable | None = None
     tokens_sha256: str | None = None
     why: str = ""

@@ -91,6 +91,9 @@ class RankCounts:
         num_remote_rank_copies: (token, rank on another node) pairs among them: what crosses nodes
             with one copy a rank.
         num_remote_node_copies: (token, other node) pairs: what crosses with one copy a node.
+        num_pairs_saved: by sharing tokens among copies of experts, pairs that the fullest rank of
+            each layer had less than by the choice of each rank alone; the same on all ranks of a
+            stage.
     """
 
     rank: int
@@ -104,6 +107,7 @@ class RankCounts:
     tokens_by_nodes_reached: npt.NDArray[np.int64]
     num_remote_rank_copies: int
     num_remote_node_copies: int
+    num_pairs_saved: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +121,7 @@ class RankRecord(RankCounts):
         wall_s: [num_micro_batches, num_layers + 1, num_stages]; wall time.
         cpu_s: same shape; CPU time of the rank's main thread.
         blocked_s: same shape; the part of `wall_s` spent blocked in a wait for other ranks.
+        copies_s: CPU time of sharing tokens among copies.
         process_cpu_s: CPU time of all threads of the rank during the step.
         payload_squares: [2]; of hidden states that travelled in a narrower type, the sum of the
             squares of what rounding changed, and of the hidden states themselves.
@@ -133,6 +138,7 @@ class RankRecord(RankCounts):
     cpu_s: npt.NDArray[np.float64]
     blocked_s: npt.NDArray[np.float64]
     process_cpu_s: float
+    copies_s: float = 0.0
     payload_squares: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     topk_ids: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
     events: RankEvents | None = None

@@ -276,7 +276,8 @@ class RequestOutput:
         arrival_s: when it was added, on `time.perf_counter`.
         scheduled_s: when the first step with tokens of it began, on the same clock; None before
             that step has ended.
-        token_times_s: [len(token_ids)]; when each token came, on the same clock.
+        token_times_s: [len(token_ids)]; when each token came, on the same clock. Of an output that
+            an earlier process began, those that came in this one.
     """
 
     request_id: str

@@ -1,31 +1,27 @@
 """Answers to requests for text: whole, or as server-sent events, one write a step."""
 
 import asyncio
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
-from uuid import uuid4
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from expertlane.engine.async_engine import Generation
-from expertlane.engine.grammars import Grammar
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
-from expertlane.server.chat_parts import ChatParts
-from expertlane.server.errors import ApiError, json_response
+from expertlane.server.errors import LATER, ApiError, json_response
 from expertlane.server.logprobs import TokenTexts
-from expertlane.server.marks import MarkedText
 from expertlane.server.middleware import DIRECT_SEND
 from expertlane.server.observed import Generated, note
-from expertlane.server.requests import ChatRequest, GenerationRequest
+from expertlane.server.prepared import Prepared
+from expertlane.server.requests import GenerationRequest
 from expertlane.server.service import Service
-from expertlane.server.usage import ReasoningCount, usage_of
-from expertlane.spec.sampling import SamplingParams, TokenLogprobs
+from expertlane.server.usage import usage_of
+from expertlane.spec.sampling import TokenLogprobs
 
-EVENTS_HEAD = (
+_EVENTS_HEAD = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
 )
@@ -35,6 +31,37 @@ _encode = msgspec.json.Encoder().encode
 
 class ClientGone(Exception):
     """The client has closed the connection."""
+
+
+class Source(Protocol):
+    """What an answer is made from as it comes: a `Generation`, or something like it."""
+
+    @property
+    def outputs(self) -> Sequence[RequestOutput]:
+        """As `Generation.outputs`."""
+
+    async def take(self) -> list[tuple[int, Chunk]]:
+        """As `Generation.take`."""
+
+    def end(self, error: Exception) -> None:
+        """Let `take` raise an error."""
+
+
+class Kept(Source, Protocol):
+    """A source whose chunks stay: the answer can be made again, and a stream goes on in it."""
+
+    @property
+    def request_id(self) -> str:
+        """By which clients come back to it."""
+
+    def open(self) -> None:
+        """Begin to take; before, nothing is."""
+
+    def close(self) -> None:
+        """Take no more."""
+
+    def numbered(self, event: bytes) -> bytes:
+        """The next event, with its id; empty where the client has it."""
 
 
 @dataclass(slots=True)
@@ -66,10 +93,14 @@ class Piece:
 class Answer(Response):
     """Generates, and answers with what comes; a closed connection ends both.
 
+    With `kept` it does not generate, and what it says, event by event, follows from what is there.
+
     Args:
-        prompts: [num_prompts].
-        params: [num_prompts × num_choices]; choices of a prompt stand together.
-        grammar: of its outputs; kept, so that the engine finds it.
+        request: the body, or the chat that it asks for.
+
+    Attributes:
+        began_s: when the request arrived, on the loop's clock.
+        kept: what it is made from, where that is not for this answer alone.
     """
 
     param: ClassVar[str]  # the field of the prompts
@@ -80,18 +111,19 @@ class Answer(Response):
     def __init__(
         self,
         service: Service,
-        request: GenerationRequest,
-        prompts: Sequence[list[int]],
-        params: Sequence[SamplingParams],
-        grammar: Grammar | None = None,
+        prepared: Prepared,
+        request: GenerationRequest | None = None,
     ) -> None:
         super().__init__()  # what it calls when it is sent is below
+        if request is None:
+            assert isinstance(prepared.request, GenerationRequest), "no chat is made of it"
+            request = prepared.request
         self._service = service
+        self._prepared = prepared
         self._request = request
         self._num_choices = request.num_choices
-        self._prompts = prompts
-        self._params = params
-        self._grammar = grammar
+        self._prompts = prepared.prompts
+        self._params = prepared.params
         self._texts = TokenTexts(
             service.model.tokenizer, as_ids=bool(request.return_tokens_as_token_ids)
         )
@@ -99,34 +131,41 @@ class Answer(Response):
         self._is_usage_asked = options is not None and bool(options.include_usage)
         self._is_usage_everywhere = options is not None and bool(options.continuous_usage_stats)
         self._head = {
-            "id": f"{self.prefix}-{uuid4().hex}",
+            "id": f"{self.prefix}-{prepared.ids.root}",
             "object": self.kind_of_chunks if request.stream else self.kind,
-            "created": int(time.time()),
+            "created": prepared.created,
             "model": service.model.name,
         }
         # The same in all events, up to the choice.
         self._event_begin = b'data: %b,"choices":[' % _encode(self._head).removesuffix(b"}")
-        self._num_taken = [0] * len(params)
-        self._generation: Generation | None = None
-        self.began_s = 0.0  # when the request arrived; set before it is sent
+        self._num_taken = [0] * len(self._params)
+        self._source: Source | None = None
+        self.began_s = 0.0
+        self.kept: Kept | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; for the server."""
-        service = self._service
         generation: Generation | None = None
+        source: Source | None = self.kept
         watcher: asyncio.Task[None] | None = None
         try:
-            generation = self._generation = await service.generate(
-                self._of_choices(), self._params, self._request, self.param, self.began_s
-            )
-            note(scope, self._generated(generation))
-            watcher = asyncio.create_task(_watch(receive, generation))
+            if self.kept is not None:
+                self.kept.open()
+            if source is None:
+                source = generation = await self._service.generate(
+                    *(self._prepared.prompts_of_choices, self._params, self._request),
+                    *(self.param, self.began_s),
+                )
+            self._source = source
+            note(scope, self._generated(source))
+            watcher = asyncio.create_task(_watch(receive, source))
             if self._request.stream:
                 # A task of its own is woken without the middlewares around this one.
-                stream = self._stream(generation, send, scope.get(DIRECT_SEND, send))
+                stream = self._stream(source, send, scope.get(DIRECT_SEND, send))
                 await asyncio.create_task(stream)
             else:
-                answer = await self._whole(generation)
+                answer = await self._whole(source)
+                answer.raw_headers += self._own_head()
                 await answer(scope, receive, send)
         except ApiError as error:  # before anything was sent
             await error.response()(scope, receive, send)
@@ -135,29 +174,43 @@ class Answer(Response):
         finally:
             if watcher is not None:
                 watcher.cancel()
+            if self.kept is not None:
+                self.kept.close()
             if generation is not None:
-                service.finish(generation)
+                self._service.under_way.finish(generation)
 
-    def _generated(self, generation: Generation) -> Generated:
+    def _own_head(self) -> list[tuple[bytes, bytes]]:
+        """Headers of an answer that can be asked for again."""
+        return [] if self.kept is None else [(b"x-request-id", self.kept.request_id.encode())]
+
+    async def _begin_events(self, send: Send) -> None:
+        headers = [*_EVENTS_HEAD, *self._own_head()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    def _numbered(self, event: bytes) -> bytes:
+        return event if self.kept is None else self.kept.numbered(event)
+
+    def _goes_on(self, error: ApiError) -> bool:
+        """Whether an error is of this process alone: a stream of it ends without one."""
+        return self.kept is not None and error.code in LATER
+
+    def _generated(self, source: Source) -> Generated:
         return Generated(
             str(self._head["id"]),
-            generation.outputs,
+            source.outputs,
             self._params,
             self._num_choices,
             bool(self._request.stream),
         )
 
-    def _of_choices(self) -> list[list[int]]:
-        return [prompt for prompt in self._prompts for _ in range(self._num_choices)]
-
-    async def _whole(self, generation: Generation) -> Response:
+    async def _whole(self, source: Source) -> Response:
         """The answer once all of it is there."""
-        while arrived := await taken(generation):
+        while arrived := await taken(source):
             for place, chunk in arrived:
                 self.note(place, chunk)
         pieces = [
             Piece(place, output, 0, len(output.token_ids), output.text, output.finish_reason)
-            for place, output in enumerate(generation.outputs)
+            for place, output in enumerate(source.outputs)
         ]
         for piece in pieces:
             _check(piece)
@@ -166,37 +219,33 @@ class Answer(Response):
         more = self.more_of_whole(pieces)
         return json_response(self._head | {"choices": choices, "usage": self._usage()} | more)
 
-    async def _stream(self, generation: Generation, send: Send, direct: Send) -> None:
+    async def _stream(self, source: Source, send: Send, direct: Send) -> None:
         """Events as they come; a hot loop.
 
         Args:
             direct: sends all but the answer's beginning.
         """
-        await send({"type": "http.response.start", "status": 200, "headers": EVENTS_HEAD})
+        await self._begin_events(send)
+        end: list[bytes] = []
         try:
-            while arrived := await taken(generation):
-                events = b"".join(map(self._event, self._pieces(generation, arrived)))
+            while arrived := await taken(source):
+                events = b"".join(map(self._event, self._pieces(source, arrived)))
                 await send_part(direct, events)
-            end = _DONE
             if self._is_usage_asked:
                 usage = {"choices": [], "usage": self._usage()}
-                end = _as_event(self._head | usage) + end
+                end.append(_as_event(self._head | usage))
+            end.append(_DONE)
         except ApiError as error:
-            end = _as_event(error.body) + _DONE
-        await send_part(direct, end, is_last=True)
+            if not self._goes_on(error):
+                end = [_as_event(error.body), _DONE]
+        await send_part(direct, b"".join(map(self._numbered, end)), is_last=True)
 
-    def _pieces(self, generation: Generation, arrived: list[tuple[int, Chunk]]) -> Iterator[Piece]:
-        """One a choice: what came together is sent together."""
-        if len(arrived) == 1:
-            ((place, chunk),) = arrived
-            self.note(place, chunk)
-            start = self._num_taken[place]
-            stop = start + (chunk.token_id is not None)
-            output = generation.outputs[place]
-            only = Piece(place, output, start, stop, chunk.text, chunk.finish_reason)
-            _check(only)
-            yield only
-            self._num_taken[place] = stop
+    def _pieces(self, source: Source, arrived: list[tuple[int, Chunk]]) -> Iterator[Piece]:
+        """One a choice: what came together is sent together; of what is kept, one a chunk."""
+        if len(arrived) == 1 or self.kept is not None:
+            for place, chunk in arrived:
+                yield self._only(source, place, chunk)
+                self._num_taken[place] += chunk.token_id is not None
             return
         pieces: dict[int, Piece] = {}
         for place, chunk in arrived:
@@ -204,7 +253,7 @@ class Answer(Response):
             piece = pieces.get(place)
             if piece is None:
                 start = self._num_taken[place]
-                output = generation.outputs[place]
+                output = source.outputs[place]
                 piece = pieces[place] = Piece(place, output, start, start, "", None)
             piece.stop += chunk.token_id is not None
             piece.text += chunk.text
@@ -214,22 +263,32 @@ class Answer(Response):
             yield piece
             self._num_taken[piece.place] = piece.stop
 
+    def _only(self, source: Source, place: int, chunk: Chunk) -> Piece:
+        """A piece of one chunk."""
+        self.note(place, chunk)
+        start = self._num_taken[place]
+        stop = start + (chunk.token_id is not None)
+        piece = Piece(place, source.outputs[place], start, stop, chunk.text, chunk.finish_reason)
+        _check(piece)
+        return piece
+
     def _event(self, piece: Piece) -> bytes:
         usage = b""
         if self._is_usage_everywhere:
-            self._num_taken[piece.place] = piece.stop
-            usage = b',"usage":' + _encode(self._usage())
+            usage = b',"usage":' + _encode(self._usage(piece.stop - piece.start))
         elif self._is_usage_asked:
             usage = b',"usage":null'
-        return b"%b%b]%b}\n\n" % (self._event_begin, _encode(self.delta(piece)), usage)
+        event = b"%b%b]%b}\n\n" % (self._event_begin, _encode(self.delta(piece)), usage)
+        return self._numbered(event)
 
-    def _usage(self) -> dict[str, Any]:
-        outputs = () if self._generation is None else self._generation.outputs
+    def _usage(self, num_more: int = 0) -> dict[str, Any]:
+        """Of what was taken, and of so many tokens more."""
+        outputs = () if self._source is None else self._source.outputs
         firsts = outputs[:: self._num_choices]  # others of a prompt share it
         return usage_of(
             sum(map(len, self._prompts)),
             sum(output.num_cached_tokens for output in firsts),
-            sum(self._num_taken),
+            sum(self._num_taken) + num_more,
             self.num_reasoning_tokens,
         )
 
@@ -261,105 +320,22 @@ class Answer(Response):
         raise NotImplementedError
 
 
-class ChatAnswer(Answer):
-    """Of `/v1/chat/completions`."""
-
-    param = "messages"
-    prefix, kind, kind_of_chunks = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def __init__(
-        self,
-        service: Service,
-        request: ChatRequest,
-        prompt: list[int],
-        params: Sequence[SamplingParams],
-        text: str,
-        grammar: Grammar | None = None,
-    ) -> None:
-        super().__init__(service, request, [prompt], params, grammar)
-        self._wants_logprobs = bool(request.logprobs)
-        functions = request.callable_functions
-        self._parts: list[ChatParts] = []  # none where all text is content
-        if functions or service.marks.thoughts is not None:
-            schemas = {each.name: each.parameters or {} for each in functions}
-            self._parts = [
-                ChatParts(
-                    MarkedText(service.marks, text, takes_calls=bool(functions), schemas=schemas)
-                )
-                for _ in params
-            ]
-        self._counts: list[ReasoningCount] = []
-        if service.marks.thoughts is not None:
-            self._counts = [ReasoningCount(service.marks, text) for _ in params]
-        self._num_prompt_top = request.prompt_logprobs
-
-    @property
-    def num_reasoning_tokens(self) -> int:
-        """Of all choices."""
-        return sum(count.num_tokens for count in self._counts)
-
-    def note(self, place: int, chunk: Chunk) -> None:
-        """Count it if it is reasoning."""
-        if self._counts:
-            self._counts[place].feed(chunk)
-
-    def more_of_whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """With what is known of the prompt, if it was asked for."""
-        prompt = pieces[0].output.prompt_logprobs
-        if self._num_prompt_top is None or prompt is None:
-            return {}
-        return {"prompt_logprobs": self._texts.of_prompt(prompt, self._num_prompt_top)}
-
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        """With the message."""
-        found = self._fields(piece)
-        calls = found.get("tool_calls")
-        for call in calls or ():
-            del call["index"]  # which deltas alone have
-        content = found.pop("content", None if calls else "")
-        message = {"role": "assistant", "content": content, "refusal": None} | found
-        return self._choice(piece, {"message": message})
-
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        """With what is new; the role comes with the first one."""
-        delta = self._fields(piece) or {"content": ""}
-        if piece.start == 0:
-            delta["role"] = "assistant"
-        return self._choice(piece, {"delta": delta})
-
-    def _fields(self, piece: Piece) -> dict[str, Any]:
-        if not self._parts:
-            return {"content": piece.text}
-        is_last = piece.finish_reason is not None
-        return self._parts[piece.place].feed(piece.text, is_last=is_last)
-
-    def _choice(self, piece: Piece, what: dict[str, Any]) -> dict[str, Any]:
-        logprobs = None
-        if self._wants_logprobs:
-            logprobs = {"content": self._texts.of_chat(piece.logprobs), "refusal": None}
-        reason: str | None = piece.finish_reason
-        if reason == FinishReason.STOP and self._parts and self._parts[piece.place].num_calls:
-            reason = "tool_calls"
-        more = {"logprobs": logprobs, "finish_reason": reason}
-        return self._with_ids(piece, {"index": piece.place} | what | more)
-
-
-async def _watch(receive: Receive, generation: Generation) -> None:
-    """End the generation when the client closes the connection."""
+async def _watch(receive: Receive, source: Source) -> None:
+    """Let the source end when the client closes the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    generation.end(ClientGone())
+    source.end(ClientGone())
 
 
-async def taken(generation: Generation) -> list[tuple[int, Chunk]]:
+async def taken(source: Source) -> list[tuple[int, Chunk]]:
     """What has come.
 
     Raises:
-        ApiError: what ended the generation.
+        ApiError: what ended it.
         ClientGone: the client has.
     """
     try:
-        return await generation.take()
+        return await source.take()
     except (ApiError, ClientGone):
         raise
     except Exception as error:

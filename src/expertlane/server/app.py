@@ -3,11 +3,13 @@
 from typing import Any
 
 from fastapi import FastAPI, Response
+from fastapi.responses import RedirectResponse
 
 from expertlane.server.arrival import Arrival
-from expertlane.server.chats import make_chat
-from expertlane.server.completions import make_completion
+from expertlane.server.chats import CHATS
+from expertlane.server.completions import COMPLETIONS
 from expertlane.server.errors import ErrorBody, bad_field, install_handlers, json_response
+from expertlane.server.journal.routes import add_journal
 from expertlane.server.live import add_live
 from expertlane.server.metrics import CONTENT_TYPE
 from expertlane.server.middleware import ApiKeys, BodyLimit, Counted, Heads
@@ -44,6 +46,8 @@ def make_app(service: Service) -> FastAPI:
     _add_tokens(app, service)
     _add_state(app, service)
     add_live(app, service.live)
+    if service.journal is not None:
+        add_journal(app, service, service.journal)
     # The last one added comes first.
     app.add_middleware(Heads)
     app.add_middleware(BodyLimit)
@@ -54,17 +58,15 @@ def make_app(service: Service) -> FastAPI:
 
 
 def _add_generation(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", response_class=Response)
+    @app.post(COMPLETIONS.path, response_class=Response)
     async def complete(request: CompletionRequest) -> Response:
         """Continue prompts."""
-        service.check_admission(request.model)
-        return Arrival(service, request, lambda: make_completion(service, request))
+        return Arrival(service, request, COMPLETIONS)
 
-    @app.post("/v1/chat/completions", response_class=Response)
+    @app.post(CHATS.path, response_class=Response)
     async def chat(request: ChatRequest) -> Response:
         """Continue a conversation."""
-        service.check_admission(request.model)
-        return Arrival(service, request, lambda: make_chat(service, request))
+        return Arrival(service, request, CHATS)
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -131,6 +133,11 @@ def _add_state(app: FastAPI, service: Service) -> None:
             "parent": None,
             "max_model_len": service.model.max_model_len,
         }
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        """To the page that a person wants to see."""
+        return RedirectResponse("/live")
 
     @app.get("/v1/models")
     async def models() -> Response:

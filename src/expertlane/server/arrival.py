@@ -1,28 +1,27 @@
 """From a request to its answer's beginning: tokens, within its time and while the client waits."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from expertlane.server.answers import Answer
+from expertlane.server.endpoint import Endpoint
+from expertlane.server.errors import ApiError
 from expertlane.server.requests import SampledRequest
 from expertlane.server.service import Service
+from expertlane.server.under_way import late
 
 
 class Arrival(Response):
     """Gives an answer once it is made, unless the client or the request's time is gone before.
 
-    Args:
-        make: the answer; it takes as long as a prompt takes to become tokens.
+    Making it takes as long as a prompt takes to become tokens.
     """
 
-    def __init__(
-        self, service: Service, request: SampledRequest, make: Callable[[], Awaitable[Answer]]
-    ) -> None:
+    def __init__(self, service: Service, request: SampledRequest, endpoint: Endpoint) -> None:
         super().__init__()  # what it calls when it is sent is below
-        self._service, self._request, self._make = service, request, make
+        self._service, self._request, self._endpoint = service, request, endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; for the server."""
@@ -30,7 +29,7 @@ class Arrival(Response):
         began_s = asyncio.get_running_loop().time()
         limit_s = service.time_limit_s(self._request)
         service.num_open += 1
-        making = asyncio.ensure_future(self._make())
+        making = asyncio.ensure_future(self._make(scope, began_s))
         leaving = asyncio.ensure_future(_leaves(receive))
         try:
             await asyncio.wait(
@@ -41,14 +40,22 @@ class Arrival(Response):
             elif leaving.done():
                 return
             else:
-                raise service.late(limit_s)
+                raise late(limit_s)
             leaving.cancel()
-            answer.began_s = began_s
             await answer(scope, receive, send)
         finally:
             service.num_open -= 1
             making.cancel()
             leaving.cancel()
+
+    async def _make(self, scope: Scope, began_s: float) -> Answer:
+        service, request, endpoint = self._service, self._request, self._endpoint
+        if service.journal is not None:
+            return await service.journal.answer(scope, request, endpoint, began_s)
+        if b"last-event-id" in dict(scope["headers"]):
+            text = "Last-Event-ID: this server keeps no journal of requests (--journal)"
+            raise ApiError(404, text, param="Last-Event-ID", code="request_not_found")
+        return await endpoint.make(service, request, began_s)
 
 
 async def _leaves(receive: Receive) -> None:

@@ -1,7 +1,7 @@
 """A message's fields, whole or as deltas, from the parts of an answer's text."""
 
+from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
 
 from expertlane.server.marks import MarkedText
 
@@ -9,12 +9,15 @@ from expertlane.server.marks import MarkedText
 class ChatParts:
     """The fields of a message, from the text of one choice.
 
+    Args:
+        id_of: 32 hexadecimal digits for the number of a call.
+
     Attributes:
         num_calls: of tools, so far.
     """
 
-    def __init__(self, text: MarkedText) -> None:
-        self._text = text
+    def __init__(self, text: MarkedText, id_of: Callable[[int], str]) -> None:
+        self._text, self._id_of = text, id_of
         self.num_calls = 0
 
     def feed(self, text: str, *, is_last: bool = False) -> dict[str, Any]:
@@ -38,7 +41,7 @@ class ChatParts:
             # Kimi's template tells from the id which call a result is of.
             "id": f"functions.{name}:{self.num_calls - 1}"
             if self._text.numbers_calls
-            else f"call_{uuid4().hex[:24]}",
+            else f"call_{self._id_of(self.num_calls)[:24]}",
             "type": "function",
             "function": {"name": name, "arguments": ""},
         }

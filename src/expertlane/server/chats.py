@@ -1,27 +1,18 @@
 """Chats as prompts, and their answers."""
 
-from expertlane.engine.grammars import Grammar
-from expertlane.server.answers import ChatAnswer
+from typing import Any
+
+from expertlane.server.chat_answer import ChatAnswer
+from expertlane.server.endpoint import Endpoint
 from expertlane.server.errors import bad_field
-from expertlane.server.requests import ChatRequest
+from expertlane.server.prepared import Prepared
+from expertlane.server.requests import USUAL_VERBOSITY, ChatRequest
 from expertlane.server.service import Service
 from expertlane.server.tools import structured_chat
-from expertlane.spec.sampling import SamplingParams
 
 
-async def make_chat(service: Service, request: ChatRequest) -> ChatAnswer:
-    """An answer to a request, with its chat as tokens.
-
-    Raises:
-        ApiError: it can never be served.
-    """
-    return ChatAnswer(service, request, *await prepare_chat(service, request))
-
-
-async def prepare_chat(
-    service: Service, request: ChatRequest
-) -> tuple[list[int], list[SamplingParams], str, Grammar | None]:
-    """A chat's tokens, how each of its choices is drawn, its text, and a grammar of answers.
+async def prepare_chat(service: Service, request: ChatRequest) -> Prepared:
+    """A request with its chat as tokens.
 
     Raises:
         ApiError: it can never be served.
@@ -38,7 +29,7 @@ async def prepare_chat(
         add_generation_prompt=request.add_generation_prompt,
         add_special_tokens=request.add_special_tokens,
         tools=tools,
-        variables=request.chat_template_kwargs,
+        variables=_variables(service, request),
     )
     structured, field = structured_chat(request, service.marks, text, service.model.tokenizer)
     grammar = None if structured is None else await service.compile(structured, field)
@@ -46,4 +37,23 @@ async def prepare_chat(
     params = service.params(
         request, [prompt], "messages", structured=structured, shown_token_ids=shown
     )
-    return prompt, params, text, grammar
+    return Prepared(request, [prompt], params, [text], grammar)
+
+
+def _variables(service: Service, request: ChatRequest) -> dict[str, Any]:
+    """Of the template.
+
+    Raises:
+        ApiError: a field names one that the template does not have.
+    """
+    variables, template = dict(request.chat_template_kwargs or {}), service.model.template
+    for name, value in request.named_variables.items():
+        if template is None or name in template.variables:
+            variables[name] = value
+        elif value != USUAL_VERBOSITY or name != "verbosity":
+            text = f"{name}: the chat template of this model has no such variable"
+            raise bad_field(name, text, "unsupported_parameter")
+    return variables
+
+
+CHATS = Endpoint("/v1/chat/completions", ChatRequest, prepare_chat, ChatAnswer)

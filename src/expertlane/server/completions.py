@@ -3,39 +3,28 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from expertlane.engine.grammars import Grammar
 from expertlane.schedule.request import FinishReason
 from expertlane.server.answers import Answer, Piece
+from expertlane.server.endpoint import Endpoint
 from expertlane.server.logprobs import Named, TextOffsets
+from expertlane.server.prepared import Prepared
 from expertlane.server.requests import CompletionRequest
 from expertlane.server.service import Service
-from expertlane.spec.sampling import SamplingParams
 
 
 class CompletionAnswer(Answer):
-    """Texts that continue prompts, after the prompts' own where those are echoed.
-
-    Args:
-        echoed: [num_prompts]; texts of the prompts; empty where they are not wanted.
-    """
+    """Texts that continue prompts, after the prompts' own where those are echoed."""
 
     param = "prompt"
     prefix, kind, kind_of_chunks = "cmpl", "text_completion", "text_completion"
 
-    def __init__(
-        self,
-        service: Service,
-        request: CompletionRequest,
-        prompts: Sequence[list[int]],
-        params: Sequence[SamplingParams],
-        echoed: Sequence[str],
-        grammar: Grammar | None,
-    ) -> None:
-        super().__init__(service, request, prompts, params, grammar)
-        self._wants = request
-        self._echoed = echoed
+    def __init__(self, service: Service, prepared: Prepared) -> None:
+        super().__init__(service, prepared)
+        assert isinstance(self._request, CompletionRequest), "it is one"
+        self._wants = self._request
+        self._echoed = prepared.texts
         self._offsets = [
-            TextOffsets(self._texts, self._before(place)) for place in range(len(params))
+            TextOffsets(self._texts, self._before(place)) for place in range(len(prepared.params))
         ]
 
     def _before(self, place: int) -> str:
@@ -72,8 +61,8 @@ class CompletionAnswer(Answer):
         return self._texts.of_completion(tokens, offsets, num_top)
 
 
-async def make_completion(service: Service, request: CompletionRequest) -> CompletionAnswer:
-    """An answer to a request, with its prompts as tokens.
+async def prepare_completion(service: Service, request: CompletionRequest) -> Prepared:
+    """A request with its prompts as tokens.
 
     Raises:
         ApiError: it can never be served.
@@ -92,4 +81,7 @@ async def make_completion(service: Service, request: CompletionRequest) -> Compl
     if request.echo:
         decode = service.tokenizer("echo").decode
         echoed = [each if isinstance(each, str) else decode(each) for each in request.prompt]
-    return CompletionAnswer(service, request, prompts, params, echoed, grammar)
+    return Prepared(request, prompts, params, echoed, grammar)
+
+
+COMPLETIONS = Endpoint("/v1/completions", CompletionRequest, prepare_completion, CompletionAnswer)

@@ -14,6 +14,7 @@ from expertlane.errors import UserError
 from expertlane.spec.printable import printable
 
 JSON = "application/json"
+LATER = ("ended", "engine_dead")  # codes of errors that a journal outlives
 TOO_SLOW, TOO_LARGE = 408, 413
 _CODES = {
     404: "not_found",

@@ -229,6 +229,7 @@ class LiveState:
                     for position in watch.positions
                 ],
                 "rebalances": self._rebalances(),
+                "copies": self._copies(reading),
                 "imbalance": {
                     str(layer): round(ratio, 3)
                     for layer, ratio in watch.imbalance(IMBALANCE_S).items()
@@ -246,9 +247,23 @@ class LiveState:
             "num_decisions": len(decisions),
             "num_moved": sum(each.switched is not None for each in decisions),
             "saved_s": round(watch.rebalancer.saved_s, 4),
+            "paid_s": round(watch.rebalancer.paid_s, 4),
             "latest": f"step {decisions[-1].step}: {decisions[-1].decision.line}"
             if decisions
             else None,
+        }
+
+    def _copies(self, reading: Reading) -> dict[str, Any] | None:
+        """What balancing copies has brought so far; None where they are not balanced."""
+        watch = self.service.model.watch
+        if watch is None or watch.copy_switch is None:
+            return None
+        latest = watch.copy_switch.latest()
+        return {
+            "num_pairs_saved": reading.num_pairs_saved,
+            "saved_s": round(watch.copy_switch.saved_s(reading.num_pairs_saved), 4),
+            "paid_s": round(reading.copies_s, 4),
+            "latest": [each.line for each in latest.values()],
         }
 
     def _totals(self, reading: Reading) -> dict[str, Any]:
@@ -333,7 +348,7 @@ class LiveState:
                     "red",
                     f"Rank {rank} has reported nothing for {silent_s:.0f} s, in {position}.",
                     "Check whether its process is stopped or its machine is swapping; after "
-                    "--timeout-s all ranks are ended.",
+                    "--timeout-s it is taken for lost.",
                 )
         uneven = watch.imbalance(IMBALANCE_S)
         worst = max(uneven, key=lambda layer: uneven[layer], default=None)

@@ -73,6 +73,7 @@ class Metrics(Collector):
 
     Attributes:
         own: those that only expertlane has.
+        others: what has metrics besides.
         recent_ttft, recent_tpot: of the latest requests, when they came, on `time.perf_counter`,
             and seconds.
         num_generation_tokens: since the start.
@@ -88,6 +89,7 @@ class Metrics(Collector):
         self._labels = {"model_name": model_name, "engine": "0"}
         self._limits = limits
         self._scheduler = engine.scheduler
+        self.others: list[Collector] = []
         self.own = OwnMetrics({"model_name": model_name}, engine, watch)
         self.recent_ttft, self.recent_tpot = (
             deque[tuple[float, float]](maxlen=_RECENT) for _ in "12"
@@ -239,6 +241,7 @@ class Metrics(Collector):
             answers.add_metric(labels, number)
         yield answers
         yield from self.own.collect()
+        yield from chain.from_iterable(other.collect() for other in self.others)
 
     def _of_vllm_alone(self) -> Iterator[Metric]:
         """What dashboards query of things that are always alike here."""

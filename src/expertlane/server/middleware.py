@@ -13,7 +13,7 @@ from expertlane.server.errors import TOO_LARGE, TOO_SLOW, ApiError
 MOST_BODY_BYTES = 32 * 2**20
 # For probes and Prometheus; they hold numbers only. The page at /live is the same for everybody: it
 # asks for a key, which what it shows needs.
-_OPEN = frozenset({"/health", "/ping", "/metrics", "/version", "/load", "/live"})
+_OPEN = frozenset({"/", "/health", "/ping", "/metrics", "/version", "/load", "/live"})
 BODY_S = 30.0  # for a body to come, and what it takes at the least rate besides
 LEAST_BYTES_PER_S = 10_000
 DIRECT_SEND = "expertlane.send"  # in a scope: past what only looks at an answer's beginning
@@ -80,12 +80,17 @@ class ApiKeys:
         await answer(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        kind, _, key = given.partition(b" ")
-        digest = sha256(key.strip()).digest()
+        kind, digest = key_digest(scope)
         # All are compared, so that the time tells nothing.
         fits = [hmac.compare_digest(digest, each) for each in self._digests]
         return kind.lower() == b"bearer" and any(fits)
+
+
+def key_digest(scope: Scope) -> tuple[bytes, bytes]:
+    """The kind of key that a request has, and the SHA-256 of the key."""
+    given = dict(scope["headers"]).get(b"authorization", b"")
+    kind, _, key = given.partition(b" ")
+    return kind, sha256(key.strip()).digest()
 
 
 class BodyLimit:

@@ -12,12 +12,13 @@ from prometheus_client.core import (
     SummaryMetricFamily,
 )
 
+from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.engine import Engine
-from expertlane.engine.rank_watch import RankWatch
+from expertlane.engine.rank_watch import RankWatch, Reading
 from expertlane.engine.rebalancing import Rebalancer
 from expertlane.engine.recovery import Recovery
 from expertlane.schedule.drive import FinishedStep
-from expertlane.spec.names import Link, Stage
+from expertlane.spec.names import Link, Phase, Stage
 
 WAITING = "waiting"  # for other ranks; beside the names of stages
 IMBALANCE_S = 30.0  # over which it is taken
@@ -64,6 +65,8 @@ class OwnMetrics:
         yield from self._of_links(self.watch)
         if self.watch.rebalancer is not None:
             yield from self._of_rebalancer(self.watch.rebalancer)
+        if self.watch.copy_switch is not None:
+            yield from self._of_copies(self.watch.copy_switch, self.watch.readings[-1])
 
     def text_of_experts(self) -> bytes:
         """`expertlane:expert_tokens_total`, as Prometheus reads it.
@@ -191,6 +194,9 @@ class OwnMetrics:
             family = self._counter(f"rebalance_{name}", text)
             self._add(family, [], total)
             yield family
+        paid = self._counter("rebalance_paid_seconds", "Time by which moves have held steps up")
+        self._add(paid, [], rebalancer.paid_s)
+        yield paid
         saved = self._gauge(
             "rebalance_saved_seconds",
             "Time saved so far in the fullest ranks' experts, against the placement before; may "
@@ -198,6 +204,21 @@ class OwnMetrics:
         )
         self._add(saved, [], rebalancer.saved_s)
         yield saved
+
+    def _of_copies(self, switch: CopySwitch, reading: Reading) -> Iterator[Metric]:
+        balanced = self._gauge("copies_balanced", "Whether copies are balanced in a phase", "phase")
+        latest = switch.latest()
+        for phase in Phase:
+            self._add(balanced, [phase], phase in latest and latest[phase].pays)
+        yield balanced
+        saved = self._gauge(
+            "copies_saved_seconds", "Time that balanced copies spared the fullest ranks' experts"
+        )
+        self._add(saved, [], switch.saved_s(reading.num_pairs_saved))
+        yield saved
+        paid = self._counter("copies_paid_seconds", "Processor time of balancing copies")
+        self._add(paid, [], reading.copies_s)
+        yield paid
 
     def _counter(self, name: str, text: str, *labels: str) -> CounterMetricFamily:
         return CounterMetricFamily(f"{_PREFIX}{name}", text, labels=[*self._labels, *labels])

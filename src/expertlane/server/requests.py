@@ -67,8 +67,6 @@ _NEUTRAL_OF_CHAT = _NEUTRAL | {
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
     "web_search_options": (),
 }
 
@@ -229,6 +227,11 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Verbosity = Literal["low", "medium", "high"]
+USUAL_VERBOSITY = "medium"  # has no effect on a template that knows no other
+
+
 class ChatRequest(GenerationRequest):
     """The body of `/v1/chat/completions`."""
 
@@ -239,6 +242,8 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = number("logprobs")
     add_generation_prompt: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None
+    reasoning_effort: Effort | None = None
+    verbosity: Verbosity | None = None
     tools: list[Tool] | None = Field(default=None, max_length=_MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -248,11 +253,20 @@ class ChatRequest(GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise bad_field("top_logprobs", "top_logprobs is given, but logprobs is not true")
         self._check_tools()
+        for name, value in self.named_variables.items():
+            if (self.chat_template_kwargs or {}).get(name, value) != value:
+                raise bad_field(name, f"{name} and chat_template_kwargs.{name} differ; give one")
         asked = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(asked) > 1:
             text = "max_tokens and max_completion_tokens differ; give one"
             raise bad_field("max_tokens", text)
         return self
+
+    @property
+    def named_variables(self) -> dict[str, str]:
+        """Variables of templates that have fields of their own, where they are given."""
+        given = {"reasoning_effort": self.reasoning_effort, "verbosity": self.verbosity}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _check_tools(self) -> None:
         choice, names = self.tool_choice, [tool.function.name for tool in self.tools or ()]

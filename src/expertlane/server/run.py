@@ -13,6 +13,8 @@ import uvloop
 from expertlane.errors import TerminatedError, UserError
 from expertlane.server.app import make_app
 from expertlane.server.errors import ApiError
+from expertlane.server.journal.keeper import JournalKeeper
+from expertlane.server.journal.metrics import JournalMetrics
 from expertlane.server.protocol import BoundedProtocol
 from expertlane.server.service import ServedModel, ServerOptions, Service
 
@@ -152,6 +154,11 @@ async def _serve(
         running.server.should_exit = True
 
     service = Service(model, options, check_ranks=check_ranks, on_end=on_end)
+    resuming: asyncio.Task[None] | None = None
+    if options.journal is not None:
+        keeper = service.journal = JournalKeeper(service, options.journal)
+        service.metrics.others.append(JournalMetrics(keeper))
+        resuming = loop.create_task(keeper.resume())
     config = uvicorn.Config(
         make_app(service),
         loop="none",
@@ -181,6 +188,8 @@ async def _serve(
     try:
         await running.server.serve(sockets=[bound])
     finally:
+        if resuming is not None:
+            resuming.cancel()
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expertlane.engine.async_engine import AsyncEngine, Generation
 from expertlane.engine.chat_template import ChatTemplate
@@ -14,7 +14,7 @@ from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
-from expertlane.schedule.request import Limits
+from expertlane.schedule.request import Chunk, Limits
 from expertlane.server.checks import as_field, check_tokens
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.live import LiveFeed
@@ -25,8 +25,14 @@ from expertlane.server.metrics import Metrics
 from expertlane.server.observed import Observer
 from expertlane.server.prompts import PromptEncoder, TooLongError
 from expertlane.server.requests import ChatRequest, GenerationRequest, SampledRequest
+from expertlane.server.responses.store import ResponseStore
+from expertlane.server.under_way import UnderWay
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
+
+if TYPE_CHECKING:
+    from expertlane.server.journal.file import JournalFile
+    from expertlane.server.journal.keeper import JournalKeeper
 
 _RETRY_S = 1
 
@@ -68,6 +74,9 @@ class ServerOptions:
         observers: told of every request once it has its answer.
         on_event: told what happens to the server, by kind and text.
         max_stored_responses: of `/v1/responses`, kept in memory for later requests.
+        journal: of requests, so that they go on if this process dies; None for none.
+        reconnect_s: how long requests of a journal go on, and finished answers stay, while no
+            client reads them.
         tool_call_parser, reasoning_parser: names of forms in `call_forms`, or `none`; None for
             what the chat template tells.
     """
@@ -79,6 +88,8 @@ class ServerOptions:
     observers: tuple[Observer, ...] = ()
     on_event: Callable[[str, str], None] | None = None
     max_stored_responses: int = 1000
+    journal: "JournalFile | None" = None
+    reconnect_s: float = 60.0
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
 
@@ -95,6 +106,9 @@ class Service:
         created: seconds since 1970.
         is_draining: whether no new requests are taken.
         num_open: requests that have no complete answer yet.
+        under_way: requests of the engine that are not finished.
+        responses: those of `/v1/responses` that are kept.
+        journal: what outlives this process; None where nothing does.
     """
 
     def __init__(
@@ -124,13 +138,15 @@ class Service:
             check_ranks=self._check_idle,
             on_chunk=self.metrics.on_chunk,
             on_end=self._end,
+            before_chunks=self._note_chunks,
         )
+        self.responses = ResponseStore(options.max_stored_responses)
+        self.journal: JournalKeeper | None = None
         self.live = LiveFeed(LiveState(self))
         self._encoder: PromptEncoder | None = None
         if model.tokenizer is not None:
             self._encoder = PromptEncoder(model.tokenizer, model.max_model_len)
-        self._open: dict[Generation, asyncio.TimerHandle | None] = {}
-        self._ending: Exception | None = None  # what all requests get, once all are ended
+        self.under_way = UnderWay()
 
     def _on_step(self, step: FinishedStep) -> None:
         self.metrics.on_step(step)
@@ -141,6 +157,10 @@ class Service:
         self._check_ranks()
         if self.model.watch is not None:
             self.model.engine.guarded(self.model.watch.poll)
+
+    def _note_chunks(self, chunks: list[Chunk]) -> None:
+        if self.journal is not None:
+            self.journal.write(chunks)
 
     def _end(self, error: Exception) -> None:
         self.live.close()
@@ -159,9 +179,14 @@ class Service:
         """
         self.check_running()
         self.check_model(model)
-        self._check_queue()
+        self.check_queue()
 
-    def _check_queue(self) -> None:
+    def check_queue(self) -> None:
+        """Refuse a request that would have to wait behind too many.
+
+        Raises:
+            ApiError: it would.
+        """
         most = self.options.max_num_queued
         if self.num_queued >= most:
             raise ApiError(
@@ -353,11 +378,6 @@ class Service:
         limits = (request.timeout_s, self.options.request_timeout_s)
         return min((each for each in limits if each is not None), default=None)
 
-    @staticmethod
-    def late(limit_s: float | None) -> ApiError:
-        """The error of a request whose time is over."""
-        return ApiError(504, f"not finished within {limit_s:g} s", code="timeout")
-
     async def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -375,36 +395,25 @@ class Service:
         Raises:
             ApiError: they can never be served, the queue is full, or the ranks have ended.
         """
-        self._check_queue()  # again: others have come while prompts became tokens
-        limit_s = self.time_limit_s(request)
-        loop = asyncio.get_running_loop()
+        self.check_queue()  # again: others have come while prompts became tokens
         try:
             generation = await self.engine.generate(prompts, params, priority=request.priority or 0)
-        except UserError as error:
-            raise bad_field(param, as_field(str(error), param, request.num_choices)) from None
         except Exception as error:
-            raise _ended(error) from None
-        timer = None
-        if limit_s is not None:
-            timer = loop.call_at(began_s + limit_s, generation.end, self.late(limit_s))
-        self._open[generation] = timer
-        if self._ending is not None:  # meanwhile
-            generation.end(self._ending)
+            raise self.refusal(error, param, request.num_choices) from None
+        self.under_way.begin(generation, began_s, self.time_limit_s(request))
         return generation
 
-    def finish(self, generation: Generation) -> None:
-        """Cancel what is left of it."""
-        generation.cancel()
-        timer = self._open.pop(generation, None)
-        if timer is not None:
-            timer.cancel()
+    @staticmethod
+    def refusal(error: Exception, param: str, num_choices: int) -> ApiError:
+        """The error of a request that the engine does not take in."""
+        if isinstance(error, UserError):
+            return bad_field(param, as_field(str(error), param, num_choices))
+        return _ended(error)
 
     def end_all(self, error: Exception) -> None:
         """Cancel everything; clients get the error, and pages of `/live` their last frame."""
-        self._ending = error
         self.live.close()
-        for generation in list(self._open):
-            generation.end(error)
+        self.under_way.end(error)
 
 
 def _ended(error: Exception) -> ApiError:

@@ -332,6 +332,7 @@ class Simulator:
                 options.dispatch, options.overlap is True, options.prefill_dispatch
             ),
             payload=options.payload,
+            copies=options.copies,
             ranks_per_node=profile.ranks_per_node,
             block_size=setup.block_size,
             kernels=ENGINE if OVERHEAD_S in profile.terms else GPU_LIBRARIES,

@@ -19,7 +19,9 @@ PayloadType = Literal["model", "bfloat16", "float8"]
 WeightsType = Literal["model", "int8"]
 DeepEPKernels = Literal["low_latency", "normal"]
 INPUTS_OF_SCALE = 128  # of weights that are rounded while loading
+INT8_FOLDER = "expertlane-int8"  # in a checkpoint's, where such weights are kept
 PlacementMethod = Literal["linear", "round_robin"]
+CopyMethod = Literal["nearest", "balanced"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class Options(Strict):
             later starts.
         placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`.
         placement_file: a placement written by `expertlane balance`, in place of these.
+        copies: which copy of a redundant expert computes a token: `nearest`: one on the token's own
+            rank, else on its node, else any, in turns; `balanced`: in every step tokens are shared
+            among copies anew, so that the fullest rank has least, in phases where that pays.
         rebalance_steps: experts move while requests run: after so many steps they are rebalanced
             by the load of those steps, if that pays over as many more; 0 for never.
         num_redundant_experts: copies beside each MoE layer's experts, in the placement's order.
@@ -90,6 +95,7 @@ class Options(Strict):
     placement: PlacementMethod = "linear"
     placement_file: str | None = None
     num_redundant_experts: int = 0
+    copies: CopyMethod = "nearest"
     rebalance_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -177,6 +183,8 @@ class Options(Strict):
             parts.append("placed by file")
         if self.num_redundant_experts:
             parts.append(f"{self.num_redundant_experts} redundant experts")
+        if self.copies != "nearest":
+            parts.append(f"copies {self.copies}")
         if self.rebalance_steps:
             parts.append(f"rebalanced every {self.rebalance_steps} steps")
         return ", ".join(parts) or "plain"

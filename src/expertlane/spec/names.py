@@ -106,3 +106,29 @@ class Link(_Labelled):
 
     INTRA_NODE = 0
     INTER_NODE = 1
+
+
+# How much ranks look for silent errors in every step: nothing; that values are finite and that
+# what is replicated is alike; also that every transfer and every token-expert pair arrives once.
+CheckLevel = Literal["off", "light", "full"]
+
+
+class CheckPoint(_Labelled):
+    """Where a step is checked for silent errors, in the order of a layer."""
+
+    PLACEMENT = 0
+    EMBEDDING = 1
+    BEFORE_ATTENTION = 2  # hidden states gathered over a tensor-parallel group
+    ATTENTION = 3  # a rank's own part
+    AFTER_ATTENTION = 4  # summed over the group, with what went in
+    ROUTER = 5
+    DISPATCH = 6
+    EXPERTS = 7
+    COMBINE = 8
+    BEFORE_MLP = 9  # a dense layer's or a shared expert's
+    MLP = 10
+    AFTER_MLP = 11
+    HAND_OVER = 12  # hidden states for the next pipeline stage
+    HEAD = 13
+    TOKENS = 14  # that are chosen
+    SAMPLER = 15  # its counts

@@ -55,6 +55,10 @@ class PromptLogprobs(Sequence[TokenLogprobs | None]):
         self._top_ids[places] = part.top_ids
         self._top_logprobs[places] = part.top_logprobs
 
+    def whole(self) -> PromptPart:
+        """All of them, as `add` takes them."""
+        return PromptPart(0, self._logprobs, self.ranks, self._top_ids, self._top_logprobs)
+
     def __len__(self) -> int:
         return len(self._token_ids)
 

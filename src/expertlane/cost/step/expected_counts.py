@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.copies import CopyChoice
+from expertlane.balance.even_copies import copy_choice
 from expertlane.balance.placement import Placement
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.batch_sizes import Scenarios
@@ -21,12 +22,14 @@ from expertlane.cost.step.counts import DispatchCounts, NodeCounts
 from expertlane.cost.step.operation import Floats, Ints, RowsByLink
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.errors import SpecError
+from expertlane.spec.deployment import CopyMethod
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Link
 
 _SAMPLE_TOKENS = 2048  # of a layer
 _MOST_LAYERS = 4
+_LEAST_TOKENS, _MOST_PARTS = 8, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,8 @@ class ExpectedFanOut:
         num_slots: of the busiest rank.
         chosen: [ep, most slots]; how likely a token of the stage has a pair there; the busiest rank
             and each rank's most popular expert first.
+        even_at, fullest: [sizes]; tokens of a stage, as logarithms, and pairs of the busiest ep
+            rank over the mean in steps of so many, where copies are balanced; else none.
     """
 
     reached: float
@@ -52,17 +57,24 @@ class ExpectedFanOut:
     hot: float
     num_slots: int
     chosen: Floats
+    even_at: Floats
+    fullest: Floats
 
     @classmethod
     def of_sample(
-        cls, mesh: StageMesh, placement: Placement, routing: RoutingSource, layer: int
+        cls,
+        mesh: StageMesh,
+        placement: Placement,
+        routing: RoutingSource,
+        layer: int,
+        copies: CopyMethod = "nearest",
     ) -> "ExpectedFanOut":
         """Count a sample of a layer's tokens, equally many on each rank."""
         layout, ep = mesh.layout, placement.ep
         owned = np.full(mesh.size, max(1, _SAMPLE_TOKENS // mesh.size))
         topk_ids = routing.topk_ids(layer, 0, np.zeros_like(owned), owned)
         num_tokens, rank = len(topk_ids), np.arange(mesh.size).repeat(owned)
-        choice = CopyChoice(placement, mesh.ep_rank, mesh.nodes_of_ep_group)
+        choice = copy_choice(copies, placement, mesh.ep_rank, mesh.nodes_of_ep_group)
         to = choice.ep_ranks(topk_ids, rank)
         own = mesh.ep_rank[rank][:, None]
         is_near = mesh.node[to * layout.etp + mesh.etp_rank[rank][:, None]]
@@ -85,6 +97,7 @@ class ExpectedFanOut:
         per_expert = np.bincount(at.ravel(), minlength=ep * placement.num_experts)
         per_expert = per_expert.reshape(ep, -1)[np.argsort(-pairs_of_rank, kind="stable")]
         num_slots = [len(experts) for experts in placement.experts_of_rank]
+        even_at, fullest = _fullest_by_size(choice, topk_ids, mesh)
         return cls(
             reached=is_row.sum() / num_tokens,
             nodes_reached=nodes_reached / num_tokens,
@@ -95,6 +108,8 @@ class ExpectedFanOut:
             hot=_hotness(pairs_of_rank, topk_ids.size),
             num_slots=num_slots[int(pairs_of_rank.argmax())],
             chosen=-np.sort(-per_expert, axis=1)[:, : max(num_slots)] / num_tokens,
+            even_at=even_at,
+            fullest=fullest,
         )
 
     @classmethod
@@ -111,6 +126,25 @@ class ExpectedFanOut:
         }
         num_slots = max(each.num_slots for each in layers)
         return cls(**means, num_slots=num_slots, chosen=of_layers.mean(axis=0))
+
+
+def _fullest_by_size(choice: CopyChoice, topk_ids: Ints, mesh: StageMesh) -> tuple[Floats, Floats]:
+    """`even_at` and `fullest`: means over a few parts of the sample, of sizes that double."""
+    if not choice.is_balanced:
+        return np.zeros(0), np.zeros(0)
+    ep, sizes = mesh.layout.ep, [len(topk_ids)]
+    while sizes[-1] > _LEAST_TOKENS:
+        sizes.append(sizes[-1] // 2)
+    fullest = []
+    for size in sizes[::-1]:
+        rank = np.sort(np.arange(size) % mesh.size)
+        over_mean = []
+        for first in range(0, len(topk_ids) - size + 1, max(size, len(topk_ids) // _MOST_PARTS)):
+            to = choice.ep_ranks(topk_ids[first : first + size], rank)
+            most = np.bincount(to.ravel(), minlength=ep).max()
+            over_mean.append(most * ep / to.size)
+        fullest.append(np.mean(over_mean))
+    return np.log(sizes[::-1]), np.array(fullest)
 
 
 def sampled_layers(model: ModelConfig, routing: RoutingSource) -> list[int]:
@@ -145,7 +179,10 @@ def busiest_counts(
     """Counts of the rank whose experts have most to do, rounded up: it has whole pairs."""
     tokens = part.stage_tokens.astype(np.float64)
     mean = tokens * (top_k / layout.ep)
-    pairs = np.where(mean > 0, _busiest_of(mean * fan_out.hot, layout.ep), 0)
+    if len(fan_out.even_at):
+        pairs = mean * np.interp(np.log(np.maximum(tokens, 1)), fan_out.even_at, fan_out.fullest)
+    else:
+        pairs = np.where(mean > 0, _busiest_of(mean * fan_out.hot, layout.ep), 0)
     pairs = np.minimum(pairs, tokens * min(top_k, fan_out.num_slots))
     hot = np.divide(pairs, mean, out=np.ones_like(mean), where=mean > 0)
     rows = np.minimum(hot * tokens * (fan_out.reached / layout.ep), pairs)
@@ -199,6 +236,7 @@ def _counts(
         pairs_computed=pairs,
         active_experts=active,
         by_node=of_nodes,
+        is_balanced=len(fan_out.even_at) > 0,
     )
 
 

@@ -28,6 +28,8 @@ class KernelSet:
         activation, gate: of an MLP; of a shared expert's gate.
         route, scored_route, grouped_route: top-k of logits; with scores; with groups of experts.
         choose, by_peer, by_expert: copies chosen; rows sorted by peer; pairs sorted by expert.
+        share: kernels, one after the other, that share counts of pairs among copies, where that is
+            asked for. None of a library is measured: it is taken to search step by step.
         pack, narrow, widen: rows put together to be sent, and their payload rounded and restored.
         sum_term, sum_once: of a sum of rows, for every term of a sum, and beside that.
         expert, experts_once: an active expert beside its products, and all of them together.
@@ -71,6 +73,7 @@ class KernelSet:
     choose: int = 3
     by_peer: int = 18
     by_expert: int = 20
+    share: int = 1
     pack: int = 4
     narrow: int = 9
     widen: int = 4
@@ -120,6 +123,7 @@ GPU_LIBRARIES = KernelSet(
     choose=1,
     by_peer=1,
     by_expert=2,
+    share=16,
     pack=1,
     narrow=1,
     widen=0,

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 import numpy as np
 
 from expertlane.balance.copies import CopyChoice
+from expertlane.balance.even_copies import copy_choice
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.multi_token import further_drafts, projection_steps
@@ -22,6 +23,7 @@ from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import StepList, StepWriter
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.deployment import (
+    CopyMethod,
     DispatchForm,
     DispatchMode,
     DispatchTable,
@@ -111,6 +113,7 @@ class ProgramBuilder:
     Args:
         placements: [num_hidden_layers]; None for a dense layer.
         dispatch: form and overlap by the number of tokens.
+        copies: which copy of an expert computes a token, in every step.
         block_size: positions of a block of the paged cache.
         kernels: those of the engine, or others that are priced in their place.
         num_drafts: multi-token prediction: so many tokens are guessed for every decode, by one
@@ -124,6 +127,7 @@ class ProgramBuilder:
     types: NumberTypes = field(default_factory=NumberTypes)
     dispatch: DispatchTable = field(default_factory=lambda: DispatchTable.fixed("all_to_all"))
     payload: PayloadType = "model"
+    copies: CopyMethod = "nearest"
     ranks_per_node: int = 8
     block_size: int = 16
     kernels: KernelSet = ENGINE
@@ -259,7 +263,8 @@ class ProgramBuilder:
     def _choice(self, placement: Placement, mesh: StageMesh) -> CopyChoice:
         key = id(placement), mesh.first_rank % self.ranks_per_node
         if key not in self._choices:
-            self._choices[key] = CopyChoice(placement, mesh.ep_rank, mesh.nodes_of_ep_group)
+            of_ranks = mesh.ep_rank, mesh.nodes_of_ep_group
+            self._choices[key] = copy_choice(self.copies, placement, *of_ranks)
         return self._choices[key]
 
     def _drafts(self, mesh: StageMesh, part: _Part) -> Iterator[Section]:

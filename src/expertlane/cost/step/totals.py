@@ -41,6 +41,7 @@ class _StageCounters:
         self._tokens = np.zeros((num_ranks, num_layers, num_experts), dtype=np.int64)
         self._reached = np.zeros((2, num_ranks, mesh.layout.world_size + 1), dtype=np.int64)
         self._remote = np.zeros((2, num_ranks), dtype=np.int64)
+        self._num_pairs_saved = 0
 
     def add(self, stage: StageProgram) -> None:
         """A micro-batch's programs."""
@@ -73,6 +74,7 @@ class _StageCounters:
             return
         # One rank of an expert tensor-parallel group tells them.
         self._tokens[mesh.etp_rank == 0, section.layer] += counts.num_tokens_per_expert
+        self._num_pairs_saved += counts.num_pairs_saved
         if counts.fan_out is not None:
             fan_out, width = counts.fan_out, mesh.layout.ep + 1
             self._reached[0, :, :width] += fan_out.by_ranks_reached
@@ -95,6 +97,7 @@ class _StageCounters:
                 tokens_by_nodes_reached=self._reached[1, place],
                 num_remote_rank_copies=int(self._remote[0, place]),
                 num_remote_node_copies=int(self._remote[1, place]),
+                num_pairs_saved=self._num_pairs_saved,
             )
             for place in range(self._mesh.size)
         ]

@@ -594,15 +594,23 @@
     const many = [...copies.values()].filter((each) => each > 1).length;
     at("placement-said").textContent =
       `Layer ${start.layers[layer]}: ${many ? `${count(many, "expert")} with copies` : "no copies"}; ` +
-      (start.is_rebalanced ? rebalances() : "experts stay where they are (no --rebalance-steps).");
+      (start.is_rebalanced ? rebalances() : "experts stay where they are (no --rebalance-steps).") +
+      (frame.copies ? ` ${balanced()}` : "");
   }
 
   function rebalances() {
     const { num_decisions, num_moved, saved_s, latest } = frame.rebalances;
     if (!num_decisions) return "experts move where the gain exceeds the cost; no decision so far.";
     const saved = `${saved_s < 0 ? "cost more than they saved so far, by" : "saved"} ${seconds(Math.abs(saved_s))} of the fullest ranks' time`;
-    const paid = num_moved ? `, which have ${saved}` : "";
+    const paid = num_moved ? `, which have ${saved}; moving held steps up by ${seconds(frame.rebalances.paid_s)}` : "";
     return `experts moved after ${num_moved} of ${count(num_decisions, "decision")}${paid}. Latest, ${latest}.`;
+  }
+
+  function balanced() {
+    const { num_pairs_saved, saved_s, paid_s, latest } = frame.copies;
+    if (!latest.length) return "Copies are balanced in steps on trial; no decision so far.";
+    return `Balanced copies spared the fullest ranks ${count(num_pairs_saved, "pair")}, about ${seconds(saved_s)}, ` +
+      `for ${seconds(paid_s)} of sharing. ${latest.map((each) => each.replace("copies: ", "")).join("; ")}.`;
   }
 
   function choose(i) {

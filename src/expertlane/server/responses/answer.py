@@ -1,94 +1,78 @@
 """Answers of `/v1/responses`: items of output, whole or as events."""
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any
-from uuid import uuid4
 
 import msgspec
 from fastapi import Response
 from starlette.types import Send
 
-from expertlane.engine.async_engine import Generation
-from expertlane.engine.grammars import Grammar
 from expertlane.schedule.request import FinishReason
-from expertlane.server.answers import (
-    EVENTS_HEAD,
-    ChatAnswer,
-    send_part,
-    taken,
-)
+from expertlane.server.answers import Source, send_part, taken
+from expertlane.server.chat_answer import ChatAnswer
 from expertlane.server.chats import prepare_chat
+from expertlane.server.endpoint import Endpoint
 from expertlane.server.errors import ApiError, json_response
-from expertlane.server.requests import ChatRequest
+from expertlane.server.prepared import Prepared
 from expertlane.server.responses.items import Event, ResponseItems
 from expertlane.server.responses.request import ResponsesRequest, renamed
-from expertlane.server.responses.store import ResponseStore, StoredResponse
+from expertlane.server.responses.store import StoredResponse
 from expertlane.server.service import Service
-from expertlane.spec.sampling import SamplingParams
 
 
 class ResponseAnswer(ChatAnswer):
-    """Goes on with a chat.
-
-    Args:
-        chat: the request, as a chat.
-        messages: of the chat, without instructions.
-    """
+    """Goes on with a chat."""
 
     param = "input"
 
-    def __init__(
-        self,
-        service: Service,
-        request: ResponsesRequest,
-        chat: ChatRequest,
-        prompt: list[int],
-        params: Sequence[SamplingParams],
-        text: str,
-        grammar: Grammar | None,
-        store: ResponseStore,
-        messages: list[dict[str, Any]],
-    ) -> None:
-        super().__init__(service, chat, prompt, params, text, grammar)
-        self._items = ResponseItems()
+    def __init__(self, service: Service, prepared: Prepared) -> None:
+        request = prepared.request
+        assert isinstance(request, ResponsesRequest), "it is of this route"
+        super().__init__(service, prepared, request.as_chat(prepared.before))
+        self._items = ResponseItems(partial(prepared.ids.of, "item"))
         self._reason: FinishReason | None = None
         self._num_events = 0
-        self._is_stored = request.store is not False and store.is_open
-        self._store, self._messages = store, messages
-        self._body = _body(service, request, params[0]) | {
-            "created_at": self._head["created"],
+        self._is_stored = request.store is not False and service.responses.is_open
+        self._messages = [*prepared.before, *request.messages()]
+        self._body = _body(service, prepared, request) | {
+            "created_at": prepared.created,
             "store": self._is_stored,
         }
 
-    async def _whole(self, generation: Generation) -> Response:
-        async for _ in self._steps(generation):
+    async def _whole(self, source: Source) -> Response:
+        async for _ in self._steps(source):
             pass
         return json_response(self._finished())
 
-    async def _stream(self, generation: Generation, send: Send, direct: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": EVENTS_HEAD})
+    async def _stream(self, source: Source, send: Send, direct: Send) -> None:
+        await self._begin_events(send)
         begun = self._body | {"status": "in_progress", "output": []}
         names = ("response.created", "response.in_progress")
         await send_part(direct, self._bytes({"type": name, "response": begun} for name in names))
         try:
-            async for events in self._steps(generation):
+            async for events in self._steps(source):
                 await send_part(direct, self._bytes(events))
             response = self._finished()
         except ApiError as error:
+            if self._goes_on(error):
+                await send_part(direct, b"", is_last=True)
+                return
             failure = {"code": "server_error", "message": error.body["error"]["message"]}
             response = begun | {"status": "failed", "error": failure, "output": self._items.items}
         end: Event = {"type": f"response.{response['status']}", "response": response}
         await send_part(direct, self._bytes([end]), is_last=True)
 
-    async def _steps(self, generation: Generation) -> AsyncIterator[list[Event]]:
+    async def _steps(self, source: Source) -> AsyncIterator[list[Event]]:
         """What the engine's steps bring.
 
         Raises:
-            ApiError, ClientGone: what ended the generation.
+            ApiError, ClientGone: what ended it.
         """
-        while arrived := await taken(generation):
+        while arrived := await taken(source):
             events: list[Event] = []
-            for piece in self._pieces(generation, arrived):
+            for piece in self._pieces(source, arrived):
                 found = self._texts.of_chat(piece.logprobs) if self._wants_logprobs else []
                 events += self._items.feed(self._fields(piece), found)
                 self._reason = piece.finish_reason
@@ -117,7 +101,7 @@ class ResponseAnswer(ChatAnswer):
         }
         if self._is_stored:
             messages = [*self._messages, self._items.message()]
-            self._store.put(StoredResponse(body, messages))
+            self._service.responses.put(StoredResponse(body, messages))
         return body
 
     def _bytes(self, events: Iterable[Event]) -> bytes:
@@ -126,16 +110,18 @@ class ResponseAnswer(ChatAnswer):
             numbered = event | {"sequence_number": self._num_events}
             self._num_events += 1
             data = msgspec.json.encode(numbered)
-            parts.append(b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data))
+            encoded = b"event: %b\ndata: %b\n\n" % (event["type"].encode(), data)
+            parts.append(self._numbered(encoded))
         return b"".join(parts)
 
 
-def _body(service: Service, request: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:
+def _body(service: Service, prepared: Prepared, request: ResponsesRequest) -> dict[str, Any]:
     """What a response says of its request."""
+    params = prepared.params[0]
     tools = request.tools or []
     choice = request.tool_choice or "auto"
     return {
-        "id": f"resp_{uuid4().hex}",
+        "id": f"resp_{prepared.ids.root}",
         "object": "response",
         "background": False,
         "error": None,
@@ -147,7 +133,7 @@ def _body(service: Service, request: ResponsesRequest, params: SamplingParams) -
         "parallel_tool_calls": request.parallel_tool_calls is not False,
         "previous_response_id": request.previous_response_id,
         "prompt_cache_key": request.prompt_cache_key,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": request.effort, "summary": None},
         "safety_identifier": request.safety_identifier,
         "service_tier": "default",
         "temperature": params.temperature,
@@ -162,21 +148,23 @@ def _body(service: Service, request: ResponsesRequest, params: SamplingParams) -
     }
 
 
-async def make_response(
-    service: Service, request: ResponsesRequest, store: ResponseStore
-) -> ResponseAnswer:
-    """An answer to a request, with its chat as tokens.
+async def prepare_response(service: Service, request: ResponsesRequest) -> Prepared:
+    """A request with its chat as tokens.
 
     Raises:
         ApiError: it can never be served.
     """
     before: list[dict[str, Any]] = []
     if request.previous_response_id is not None:
-        before = store.get(request.previous_response_id, "previous_response_id").messages
+        before = service.responses.get(
+            request.previous_response_id, "previous_response_id"
+        ).messages
     chat = request.as_chat(before)
     try:
         prepared = await prepare_chat(service, chat)
     except ApiError as error:
         raise renamed(error) from None
-    messages = [*before, *request.messages()]
-    return ResponseAnswer(service, request, chat, *prepared, store, messages)
+    return replace(prepared, request=request, before=before)
+
+
+RESPONSES = Endpoint("/v1/responses", ResponsesRequest, prepare_response, ResponseAnswer)

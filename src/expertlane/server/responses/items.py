@@ -1,8 +1,7 @@
 """The items of an answer, and the events by which a client sees them grow."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
-from uuid import uuid4
 
 Event = dict[str, Any]
 _TEXTS = {  # by the name of a message's field: prefix of ids, type of its part, stem of events
@@ -14,11 +13,15 @@ _TEXTS = {  # by the name of a message's field: prefix of ids, type of its part,
 class ResponseItems:
     """Takes new text and calls in; an item ends when another begins.
 
+    Args:
+        id_of: 32 hexadecimal digits for the number of an item.
+
     Attributes:
         items: of the answer, in their order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, id_of: Callable[[int], str]) -> None:
+        self._id_of = id_of
         self.items: list[dict[str, Any]] = []
         self._open: str | None = None  # the field that the last item is of
         self._num_calls = 0
@@ -75,7 +78,11 @@ class ResponseItems:
         self._open = name
         prefix, kind, _ = _TEXTS[name]
         part: dict[str, Any] = {"type": kind, "text": ""}
-        item = {"id": f"{prefix}_{uuid4().hex}", "status": "in_progress", "content": [part]}
+        item = {
+            "id": f"{prefix}_{self._id_of(len(self.items))}",
+            "status": "in_progress",
+            "content": [part],
+        }
         if name == "content":
             part |= {"annotations": [], "logprobs": []}
             item |= {"type": "message", "role": "assistant"}
@@ -102,7 +109,7 @@ class ResponseItems:
             yield from self._close("completed")
             self._open = "tool_calls"
             item = {
-                "id": f"fc_{uuid4().hex}",
+                "id": f"fc_{self._id_of(len(self.items))}",
                 "type": "function_call",
                 "status": "in_progress",
                 "call_id": call["id"],

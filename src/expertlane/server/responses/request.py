@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 from expertlane.server.errors import ApiError, bad_field, refusal
 from expertlane.server.fields import Known, Strict, TemplateVariables, number
 from expertlane.server.messages import CalledFunction, Function
-from expertlane.server.requests import ChatRequest, SampledRequest
+from expertlane.server.requests import ChatRequest, Effort, SampledRequest, Verbosity
 
 LOGPROBS = "message.output_text.logprobs"  # to be asked for with `include`
 _MOST_ITEMS = 4096
@@ -17,6 +17,8 @@ _NAMES = {
     "max_tokens": "max_output_tokens",
     "response_format.json_schema": "text.format",
     "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "verbosity": "text.verbosity",
 }  # of the chat's fields
 _STATUS = ("in_progress", "completed", "incomplete")
 
@@ -172,8 +174,20 @@ class TextFormat(Known):
 class TextOptions(Known):
     """Of the text in an answer."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"verbosity": ("medium",), "model": ()}
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"model": ()}
     format: TextFormat | None = None
+    verbosity: Verbosity | None = None
+
+
+class ReasoningOptions(Known):
+    """Of what a model thinks before it answers."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "generate_summary": (),
+        "model": (),
+        "summary": (),
+    }
+    effort: Effort | None = None
 
 
 class ResponsesRequest(SampledRequest):
@@ -186,7 +200,6 @@ class ResponsesRequest(SampledRequest):
         "max_tool_calls": (),
         "moderation": (),
         "prompt": (),
-        "reasoning": ({}, {"effort": None}, {"effort": None, "summary": None}),
         "service_tier": ("auto", "default"),
         "stream_options": ({}, {"include_obfuscation": False}),
         "truncation": ("disabled",),
@@ -202,6 +215,7 @@ class ResponsesRequest(SampledRequest):
     )
     top_logprobs: int | None = number("logprobs")
     text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
     tools: list[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -217,6 +231,11 @@ class ResponsesRequest(SampledRequest):
     def wants_logprobs(self) -> bool:
         """Under either name."""
         return LOGPROBS in (self.include or ()) or self.top_logprobs is not None
+
+    @property
+    def effort(self) -> str | None:
+        """Of reasoning."""
+        return None if self.reasoning is None else self.reasoning.effort
 
     @property
     def format_of_text(self) -> dict[str, Any]:
@@ -256,6 +275,8 @@ class ResponsesRequest(SampledRequest):
             "response_format": None
             if self.text is None or self.text.format is None
             else self.text.format.for_chat(),
+            "reasoning_effort": self.effort,
+            "verbosity": None if self.text is None else self.text.verbosity,
             "tools": None if self.tools is None else [tool.for_chat() for tool in self.tools],
             "tool_choice": choice if self.tools or choice != "auto" else None,
             "parallel_tool_calls": self.parallel_tool_calls,

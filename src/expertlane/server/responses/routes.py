@@ -4,21 +4,19 @@ from fastapi import FastAPI, Response
 
 from expertlane.server.arrival import Arrival
 from expertlane.server.errors import json_response
-from expertlane.server.responses.answer import make_response
+from expertlane.server.responses.answer import RESPONSES
 from expertlane.server.responses.request import ResponsesRequest
-from expertlane.server.responses.store import ResponseStore
 from expertlane.server.service import Service
 
 
 def add_responses(app: FastAPI, service: Service) -> None:
     """Let an app answer them."""
-    store = ResponseStore(service.options.max_stored_responses)
+    store = service.responses
 
-    @app.post("/v1/responses", response_class=Response)
+    @app.post(RESPONSES.path, response_class=Response)
     async def respond(request: ResponsesRequest) -> Response:
         """Continue a conversation, or begin one; its items, whole or as events."""
-        service.check_admission(request.model)
-        return Arrival(service, request, lambda: make_response(service, request, store))
+        return Arrival(service, request, RESPONSES)
 
     @app.get("/v1/responses/{response_id}")
     async def response(response_id: str) -> Response:

@@ -44,6 +44,8 @@ class ResponseStore:
     def put(self, response: StoredResponse) -> None:
         """Keep a response; those that were used least lately go."""
         size = len(msgspec.json.encode((response.body, response.messages)))
+        if (known := self._kept.pop(response.body["id"], None)) is not None:
+            self._num_bytes -= known[1]
         self._kept[response.body["id"]] = response, size
         self._num_bytes += size
         while self._kept and (len(self._kept) > self._most or self._num_bytes > _MOST_BYTES):

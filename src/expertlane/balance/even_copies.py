@@ -1,0 +1,234 @@
+"""Pairs of a step shared among copies so that the fullest rank has least: an exact flow.
+
+It begins with what `CopyChoice` would do, and moves pairs off ranks that have too many: along the
+shortest paths of a graph in which rank u leads to rank v where u computes pairs of an expert that v
+holds too. "Too many" is at first more than the mean, rounded up. Where no path leads on, the ranks
+that were reached hold every copy of what they share among themselves, so no sharing leaves their
+fullest with less than their own mean: that, rounded up, is the next target (Newton's method for the
+parametric flow). So the fullest rank ends with the optimum of the linear program over shares of
+pairs, rounded up, unless so many paths are needed that the search is cut off.
+
+Senders whose way does not get longer give their pairs first: own rank, own node, another node.
+
+R ranks of a stage, E experts, M of them with several copies, C copies at most, T tokens, K = top_k.
+`ops/even_copies.cpp` is equal to this, pair by pair.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from expertlane.balance.copies import CopyChoice, Ints, num_equal_before
+from expertlane.balance.placement import Placement
+from expertlane.spec.deployment import CopyMethod
+
+PATHS_OF_RANK = 16  # a rank's share of the paths that a step may take; a few suffice
+_OWN, _NEAR, _FAR = range(3)
+
+
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """How the pairs of a layer are shared among copies.
+
+    Attributes:
+        quotas: [R, M, C]; pairs of each rank for each copy of an expert with several.
+        fullest_before: pairs of the fullest ep rank, as `CopyChoice` has them.
+        fullest: pairs of the fullest ep rank.
+        least: what no sharing gets under; `fullest` unless the search was cut off.
+        num_paths: along which pairs were moved.
+    """
+
+    quotas: Ints
+    fullest_before: int
+    fullest: int
+    least: int
+    num_paths: int
+
+    @property
+    def num_saved(self) -> int:
+        """Pairs that the fullest rank has less than before."""
+        return self.fullest_before - self.fullest
+
+
+class BalancedCopies(CopyChoice):
+    """The choice of all ranks of a stage, by the counts of them all.
+
+    Attributes:
+        holders: [E, C]; ep ranks that hold a copy, ascending, then others.
+        num_held: [E].
+        distance: [R, ep]; of a rank from each of its `ep` group: own, same node, other node.
+        shared: [M]; experts with several copies.
+    """
+
+    def __init__(self, placement: Placement, ep_rank: Ints, nodes: Ints) -> None:
+        super().__init__(placement, ep_rank, nodes)
+        self.holders = np.ascontiguousarray(self._holders)
+        self.num_held = self._is_held.sum(axis=1)
+        own = np.take_along_axis(nodes, ep_rank[:, None], axis=1)
+        self.distance: Ints = np.where(nodes == own, _NEAR, _FAR)
+        self.distance[np.arange(len(ep_rank)), ep_rank] = _OWN
+        self.shared = np.flatnonzero(self.num_held > 1)
+        self.is_balanced = len(self.shared) > 0
+
+    def ep_ranks(self, topk_ids: Ints, rank: Ints) -> Ints:
+        """As `CopyChoice`."""
+        return self.shared_out(topk_ids, rank)[0]
+
+    def shared_out(self, topk_ids: Ints, rank: Ints) -> tuple[Ints, int]:
+        """As `CopyChoice`; what the fullest rank is spared by being balanced."""
+        if not self.is_balanced:
+            return super().ep_ranks(topk_ids, rank), 0
+        num_ranks, num_shared = len(self.distance), len(self.shared)
+        chooser = (rank[:, None] * self.num_experts + topk_ids).ravel()
+        counts = np.bincount(chooser, minlength=num_ranks * self.num_experts)
+        shares = self.share(counts.reshape(num_ranks, -1))
+        place = self.place_of_expert[topk_ids.ravel()]
+        several = np.flatnonzero(place >= 0)
+        turns = num_equal_before(chooser[several], num_ranks * self.num_experts)
+        sender = rank.repeat(topk_ids.shape[1])[several]
+        ends = shares.quotas.cumsum(axis=2).reshape(num_ranks * num_shared, -1)
+        copy = np.zeros_like(chooser)
+        copy[several] = (turns[:, None] >= ends[sender * num_shared + place[several]]).sum(axis=1)
+        found: Ints = self.holders[topk_ids.ravel(), copy]
+        return found.reshape(topk_ids.shape), shares.num_saved
+
+    @cached_property
+    def place_of_expert(self) -> Ints:
+        """[E]; its place in `shared`, -1 for one with a single copy."""
+        place = np.full(self.num_experts, -1)
+        place[self.shared] = np.arange(len(self.shared))
+        return place
+
+    def share(self, counts: Ints) -> Shares:
+        """Share the pairs of a layer.
+
+        Args:
+            counts: [R, E]; of each rank's own tokens.
+        """
+        quotas = self._nearest(counts[:, self.shared])
+        of_copies = quotas.sum(axis=0)  # [M, C]
+        single = self.num_held == 1
+        loads = np.bincount(
+            self.holders[single, 0], counts[:, single].sum(axis=0), self.distance.shape[1]
+        ).astype(np.int64)
+        num_held, holders = self.num_held[self.shared], self.holders[self.shared]
+        np.add.at(loads, holders, of_copies)
+        before = int(loads.max())
+        ranks = [of[:num].tolist() for of, num in zip(holders, num_held.tolist(), strict=True)]
+        flow = _Flow(loads.tolist(), ranks, of_copies.tolist())
+        least = flow.run()
+        for place, wanted in enumerate(flow.pairs):
+            change = np.array(wanted) - of_copies[place]
+            if change.any():
+                _hand_over(quotas[:, place], self.distance[:, holders[place]], change.tolist())
+        return Shares(quotas, before, max(flow.loads), least, flow.num_paths)
+
+    def _nearest(self, counts: Ints) -> Ints:
+        """[R, M, C]; pairs for each copy by `CopyChoice`, whose copies take turns.
+
+        Args:
+            counts: [R, M].
+        """
+        holders, num_held = self.holders[self.shared], self.num_held[self.shared]
+        is_held = np.arange(holders.shape[1]) < num_held[:, None]
+        distance = np.where(is_held, self.distance[:, holders], _FAR + 1)
+        usable = distance == distance.min(axis=2, keepdims=True)
+        num = usable.sum(axis=2, keepdims=True)
+        turn = (usable.cumsum(axis=2) - 1 - np.arange(len(counts))[:, None, None]) % num
+        pairs: Ints = np.where(usable, (counts[:, :, None] + num - 1 - turn) // num, 0)
+        return pairs
+
+
+class _Flow:
+    """Pairs on their way from ranks with too many to ranks with too few.
+
+    Args:
+        loads: [ep]; pairs of each ep rank.
+        holders: [M][copies]; ep ranks.
+        pairs: [M][C]; of each copy.
+    """
+
+    def __init__(self, loads: list[int], holders: list[list[int]], pairs: list[list[int]]) -> None:
+        self.loads, self.pairs = loads, pairs
+        self.num_paths = 0
+        self._holders = holders
+        self._of_rank: list[list[tuple[int, int]]] = [[] for _ in loads]
+        for expert, ranks in enumerate(holders):
+            for copy, rank in enumerate(ranks):
+                self._of_rank[rank].append((expert, copy))
+
+    def run(self) -> int:
+        """Lower the fullest rank; gives what no sharing gets under."""
+        loads = self.loads
+        target = -(-sum(loads) // len(loads))
+        while max(loads) > target and self.num_paths < PATHS_OF_RANK * len(loads):
+            came, end = self._search(target)
+            if end is None:
+                target = -(-sum(loads[rank] for rank in came) // len(came))
+            else:
+                self._push(came, end, target)
+                self.num_paths += 1
+        return target
+
+    def _search(self, target: int) -> tuple[dict[int, tuple[int, int, int, int]], int | None]:
+        """By rank that was reached: from which, by which expert, from and to which copy.
+
+        And the first reached with fewer pairs than the target, if any.
+        """
+        queue = [rank for rank, load in enumerate(self.loads) if load > target]
+        came = dict.fromkeys(queue, (-1, 0, 0, 0))
+        for rank in queue:  # which grows
+            for expert, copy in self._of_rank[rank]:
+                if not self.pairs[expert][copy]:
+                    continue
+                for to, other in enumerate(self._holders[expert]):
+                    if other not in came:
+                        came[other] = rank, expert, copy, to
+                        if self.loads[other] < target:
+                            return came, other
+                        queue.append(other)
+        return came, None
+
+    def _push(self, came: dict[int, tuple[int, int, int, int]], end: int, target: int) -> None:
+        path, rank = [], end
+        while (step := came[rank])[0] >= 0:
+            path.append(step[1:])
+            rank = step[0]
+        amount = min(self.loads[rank] - target, target - self.loads[end])
+        amount = min(amount, *(self.pairs[expert][copy] for expert, copy, _ in path))
+        for expert, copy, to in path:
+            self.pairs[expert][copy] -= amount
+            self.pairs[expert][to] += amount
+        self.loads[rank] -= amount
+        self.loads[end] += amount
+
+
+def _hand_over(quotas: Ints, distance: Ints, change: list[int]) -> None:
+    """Give pairs of one expert to other copies, in place; first where the way gets no longer.
+
+    Args:
+        quotas: [R, C].
+        distance: [R, C]; from each sender.
+        change: [C]; how many pairs more each copy gets.
+    """
+    for give, _ in enumerate(change):
+        for take, _ in enumerate(change):
+            if change[give] >= 0 or change[take] <= 0:
+                continue
+            amount = min(-change[give], change[take])
+            change[give] += amount
+            change[take] -= amount
+            longer = distance[:, take] - distance[:, give]
+            for extra in range(_FAR + 1):
+                for rank in np.flatnonzero((longer == extra) & (quotas[:, give] > 0)).tolist():
+                    moved = min(amount, int(quotas[rank, give]))
+                    quotas[rank, give] -= moved
+                    quotas[rank, take] += moved
+                    amount -= moved
+
+
+def copy_choice(method: CopyMethod, placement: Placement, ep_rank: Ints, nodes: Ints) -> CopyChoice:
+    """The choice by a method; the arguments as of `CopyChoice`."""
+    kind = BalancedCopies if method == "balanced" else CopyChoice
+    return kind(placement, ep_rank, nodes)

@@ -1,0 +1,331 @@
+"""A rank's search for silent errors: guards, checksums, and groups that check what they move.
+
+What a rank sees alone, as a value that is not finite, is a fault. What only shows beside others,
+as a checksum, goes to the launcher with the step's outcome; `results.step_checks` compares.
+"""
+
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertlane.comm.collectives import Group, Pending, Steps
+from expertlane.comm.progress import NO_LAYER
+from expertlane.comm.recorder import Recorder
+from expertlane.cost.step.operation import TransferKind
+from expertlane.ops.row_parts import RowParts
+from expertlane.results.step_checks import Alike, Place, RankChecks, Transferred
+from expertlane.spec.names import CheckLevel, CheckPoint, Stage
+
+# What is gathered over a tensor-parallel group, by the stage before.
+_GATHERED = {
+    Stage.ATTENTION: CheckPoint.BEFORE_ATTENTION,
+    Stage.ROUTER: CheckPoint.BEFORE_MLP,
+    Stage.COMBINE: CheckPoint.BEFORE_MLP,
+    Stage.EMBED: CheckPoint.EMBEDDING,
+    Stage.HAND_OVER: CheckPoint.HAND_OVER,
+    Stage.DISPATCH: CheckPoint.DISPATCH,
+    Stage.EXPERTS: CheckPoint.MLP,
+    Stage.HEAD: CheckPoint.HEAD,
+}
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's values, as they lie in memory when they are contiguous."""
+    if not tensor.numel():
+        return 0
+    whole = tensor.detach().cpu().contiguous()
+    return zlib.crc32(whole.view(-1).view(torch.uint8).numpy().data)
+
+
+class Checks:
+    """What a rank notes of one step after the other.
+
+    Args:
+        level: not `off`.
+        num_experts: logical, of an MoE layer.
+        etp_rank: as `RankChecks`.
+        first_layer: of this pipeline stage.
+
+    Attributes:
+        is_full: whether transfers and pairs are checked too.
+    """
+
+    def __init__(
+        self, level: CheckLevel, num_experts: int, etp_rank: int, first_layer: int
+    ) -> None:
+        self.is_full = level == "full"
+        self._num_experts, self._etp_rank = num_experts, etp_rank
+        self._first_layer = first_layer
+        self._micro_batch = 0
+        self._places: list[Place] = []
+        self._texts: list[str] = []
+        self._alike: defaultdict[tuple[int, ...], list[tuple[Place, int]]] = defaultdict(list)
+        self._moved: defaultdict[tuple[int, ...], list[tuple[Any, ...]]] = defaultdict(list)
+        self._num_moves: defaultdict[tuple[int, ...], int] = defaultdict(int)
+        self._pairs: dict[int, np.ndarray] = {}  # by layer: chosen, arrived
+
+    def begin_step(self) -> None:
+        """Forget what there is of a step before, which may have come to nothing."""
+        self._micro_batch = 0
+        self._places, self._texts, self._pairs = [], [], {}
+        self._alike.clear()
+        self._moved.clear()
+        self._num_moves.clear()
+
+    def set_micro_batch(self, micro_batch: int) -> None:
+        """What follows belongs to another micro-batch."""
+        self._micro_batch = micro_batch
+
+    def place(self, point: CheckPoint, layer: int = NO_LAYER) -> Place:
+        """Of the present micro-batch; what is handed over comes from the layer before."""
+        if point is CheckPoint.HAND_OVER:
+            layer = self._first_layer - 1
+        return Place.of(self._micro_batch, layer, point)
+
+    def fault(self, point: CheckPoint, layer: int, text: str) -> None:
+        """Note what is wrong; only the first such place is told."""
+        self._places.append(self.place(point, layer))
+        self._texts.append(text)
+
+    def finite(self, values: Tensor, point: CheckPoint, layer: int = NO_LAYER) -> None:
+        """Note values that are NaN or infinite."""
+        # One pass: a sum of finite values may be infinite, but no other is finite.
+        if math.isfinite(values.sum(dtype=torch.float32).item()):
+            return
+        if num := int(values.isfinite().logical_not_().sum()):
+            text = "1 value is" if num == 1 else f"{num:,} values are"
+            self.fault(point, layer, f"{text} not finite")
+
+    def alike(self, ranks: Sequence[int], total: int, place: Place) -> None:
+        """Note a checksum that all these ranks should have."""
+        if len(ranks) > 1:
+            self._alike[tuple(ranks)].append((place, total))
+
+    def begin_transfer(self, ranks: Sequence[int]) -> int:
+        """A number for a transfer; the same on all ranks of the group."""
+        self._num_moves[tuple(ranks)] += 1
+        return self._num_moves[tuple(ranks)]
+
+    def moved(
+        self,
+        ranks: Sequence[int],
+        number: int,
+        place: Place,
+        parts: Iterable[tuple[int, Tensor]],
+        *,
+        is_sent: bool,
+    ) -> None:
+        """Note what was sent to other ranks, or came from them."""
+        rows = self._moved[tuple(ranks)]
+        for peer, part in parts:
+            rows.append((place, number, peer, is_sent, checksum(part)))
+
+    def pairs(self, layer: int, chosen: Tensor, experts: Sequence[int], arrived: Tensor) -> None:
+        """Count the pairs of a layer.
+
+        Args:
+            chosen: [T, K]; logical experts of this rank's tokens.
+            experts: [num_held]; logical experts that this rank holds.
+            arrived: [num_held]; pairs of each that came.
+        """
+        counts = self._pairs.setdefault(layer, np.zeros((2, self._num_experts), dtype=np.int64))
+        counts[0] += np.bincount(chosen.cpu().numpy().ravel(), minlength=self._num_experts)
+        counts[1, list(experts)] += arrived.cpu().numpy()
+
+    def end_step(self) -> RankChecks:
+        """All of the step."""
+        order = sorted(range(len(self._places)), key=lambda each: self._places[each])
+        pairs = np.array(list(self._pairs.values()), dtype=np.int64)
+        counts = pairs.reshape(-1, 2, self._num_experts)
+        return RankChecks(
+            places=_places(self._places[each] for each in order[:1]),
+            texts=[self._texts[each] for each in order[:1]],
+            alike=[
+                Alike(list(ranks), _places(p for p, _ in rows), np.array([s for _, s in rows]))
+                for ranks, rows in self._alike.items()
+            ],
+            etp_rank=self._etp_rank,
+            layers=np.array(list(self._pairs), dtype=np.int64),
+            chosen=np.ascontiguousarray(counts[:, 0]),
+            arrived=np.ascontiguousarray(counts[:, 1]),
+            transferred=[_transferred(ranks, rows) for ranks, rows in self._moved.items() if rows],
+        )
+
+
+def _places(places: Iterable[Place]) -> np.ndarray:
+    return np.array(list(places), dtype=np.int64).reshape(-1, 3)
+
+
+def _transferred(ranks: tuple[int, ...], rows: Sequence[tuple[Any, ...]]) -> Transferred:
+    places, *columns = zip(*rows, strict=True)
+    numbers, peers, is_sent, sums = map(np.array, columns)
+    return Transferred(list(ranks), _places(places), numbers, peers, is_sent, sums)
+
+
+class CheckedRecorder(Recorder):
+    """A recorder that also knows what is checked, and which stage was before.
+
+    Attributes:
+        before: the stage before the present one.
+    """
+
+    checks: Checks
+
+    def __init__(self, checks: Checks, *given: Any) -> None:
+        super().__init__(*given)
+        self.checks = checks
+        self.before = Stage.IDLE
+
+    def enter(self, stage: Stage, layer: int = NO_LAYER) -> None:
+        """As `Recorder.enter`."""
+        if stage is not self.stage:
+            self.before = self.stage
+        super().enter(stage, layer)
+
+    def set_micro_batch(self, micro_batch: int) -> None:
+        """As `Recorder.set_micro_batch`."""
+        super().set_micro_batch(micro_batch)
+        self.checks.set_micro_batch(micro_batch)
+
+    def check_finite(self, values: Tensor, point: CheckPoint, layer: int = NO_LAYER) -> None:
+        """As `Recorder.check_finite`."""
+        self.checks.finite(values, point, layer)
+
+    @property
+    def may_wait_at_once(self) -> bool:
+        """As `Recorder`'s; what every transfer moves is looked at between its begin and its end."""
+        return super().may_wait_at_once and not self.checks.is_full
+
+    @property
+    def place(self) -> Place:
+        """Where a transfer of the present stage is."""
+        stage = self.before if self.stage is Stage.COLLECTIVES else self.stage
+        return self.checks.place(_GATHERED.get(stage, CheckPoint.HAND_OVER), self.layer)
+
+
+class _Looking(Pending):
+    """A transfer whose result is looked at when it has come."""
+
+    def __init__(self, pending: Pending, look: Callable[[Tensor], None]) -> None:
+        self._pending, self._look = pending, look
+
+    def wait(self) -> Tensor:
+        """As `Pending.wait`."""
+        result = self._pending.wait()
+        self._look(result)
+        return result
+
+    def let_go(self) -> None:
+        """As `Pending.let_go`."""
+        self._pending.let_go()
+
+
+class CheckedGroup(Group):
+    """A group whose gathered rows are compared among its ranks; and all that it moves, if full."""
+
+    _recorder: CheckedRecorder
+
+    def all_gather(
+        self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int = 0
+    ) -> Pending:
+        """As `Group.all_gather`."""
+        checks, place = self._recorder.checks, self._recorder.place
+        pending = super().all_gather(rows, num_rows_of, metadata_bytes)
+        if self.size == 1:
+            return pending
+        number = self._sent(place, [rows] * self.size)
+
+        def look(received: Tensor) -> None:
+            checks.alike(self.ranks, checksum(received), place)
+            self._came(number, place, torch.split(received, list(num_rows_of)))
+
+        return _Looking(pending, look)
+
+    def gathered(
+        self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int = 0
+    ) -> Steps[Tensor]:
+        """As `Group.gathered`."""
+        place = self._recorder.place if self._at_once() is not None else None
+        received = yield from super().gathered(rows, num_rows_of, metadata_bytes)
+        if place is not None:  # else `all_gather` has looked at them
+            self._recorder.checks.alike(self.ranks, checksum(received), place)
+        return received
+
+    def _exchange(
+        self,
+        kind: TransferKind,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        metadata_bytes: int,
+        finish: Callable[[RowParts], Tensor] | None = None,
+    ) -> Pending:
+        place = self._recorder.place
+        if self.size == 1 or not self._recorder.checks.is_full:
+            return super()._exchange(kind, rows, send, receive, metadata_bytes, finish)
+        number = self._sent(place, torch.split(rows, list(send)))
+
+        def look(received: Tensor) -> None:
+            self._came(number, place, torch.split(received, list(receive)))
+
+        if finish is None:
+            pending = super()._exchange(kind, rows, send, receive, metadata_bytes)
+            return _Looking(pending, look)
+        make = finish
+
+        def look_and_finish(parts: RowParts) -> Tensor:
+            look(parts.tensor())
+            return make(parts)
+
+        return super()._exchange(kind, rows, send, receive, metadata_bytes, look_and_finish)
+
+    def send(self, rows: Tensor, to: int) -> Pending | None:
+        """As `Group.send`."""
+        checks = self._recorder.checks
+        if checks.is_full and rows.shape[0] and self._recorder.stage is Stage.HAND_OVER:
+            place, number = self._recorder.place, self._number_of(self.rank, to)
+            checks.moved(self.ranks, number, place, [(self.ranks[to], rows)], is_sent=True)
+        return super().send(rows, to)
+
+    def receive(self, rows: Tensor, source: int) -> Pending:
+        """As `Group.receive`."""
+        checks, pending = self._recorder.checks, super().receive(rows, source)
+        if not (checks.is_full and rows.shape[0] and self._recorder.stage is Stage.HAND_OVER):
+            return pending
+        number = self._number_of(source, self.rank)
+
+        def look(received: Tensor) -> None:
+            parts = [(self.ranks[source], received)]
+            checks.moved(self.ranks, number, self._recorder.place, parts, is_sent=False)
+
+        return _Looking(pending, look)
+
+    def _number_of(self, source: int, to: int) -> int:
+        """A number for a send; its two ranks count alike, whatever they do with others."""
+        return self._recorder.checks.begin_transfer((self.ranks[source], self.ranks[to]))
+
+    def _sent(self, place: Place, parts: Sequence[Tensor]) -> int:
+        checks = self._recorder.checks
+        if not checks.is_full:
+            return 0
+        number = checks.begin_transfer(self.ranks)
+        checks.moved(self.ranks, number, place, self._of_others(parts), is_sent=True)
+        return number
+
+    def _came(self, number: int, place: Place, parts: Sequence[Tensor]) -> None:
+        checks = self._recorder.checks
+        if checks.is_full:
+            checks.moved(self.ranks, number, place, self._of_others(parts), is_sent=False)
+
+    def _of_others(self, parts: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        return [
+            (rank, part)
+            for rank, part in zip(self.ranks, parts, strict=True)
+            if rank != self.ranks[self.rank] and part.shape[0]
+        ]

@@ -1,0 +1,88 @@
+"""How much of an expert moves beside a step: what its links leave time for, at a bounded rate.
+
+What a move takes is timed once; what a step takes, and how long its ranks' links rest meanwhile, is
+seen while it runs, and so is how long each slice held steps up.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from expertlane.balance.moves import WHOLE
+from expertlane.engine.pool import Ticket
+from expertlane.results.step_record import RankRecord
+from expertlane.spec.names import Stage
+
+HELD_UP = 0.2  # of a step: by so much a slice may hold it up
+_SEEN = 32  # steps, and slices, that tell
+_LEAST = 1 / 4096  # of an expert
+_LINKED = [Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES, Stage.HAND_OVER]
+
+
+class MovePace:
+    """The pace of one replica.
+
+    Args:
+        move_s: in which every rank sends an expert and receives one, all at once.
+        stall_s: of a slice, however little it moves.
+
+    Attributes:
+        paid_s: by which slices have held steps up so far.
+        num_slices: that have ended.
+    """
+
+    def __init__(self, move_s: float, stall_s: float) -> None:
+        self.move_s, self.stall_s = move_s, stall_s
+        self.paid_s, self.num_slices = 0.0, 0
+        self._steps: deque[tuple[float, float]] = deque(maxlen=_SEEN)
+        self._slices: deque[tuple[float, float]] = deque(maxlen=_SEEN)
+        self._under_way: deque[tuple[float, tuple[Ticket[float], Ticket[float]]]] = deque()
+
+    def saw_step(self, records: Sequence[RankRecord]) -> None:
+        """Take in how long a step took, and how long a rank's links rested in it."""
+        wall_s = np.array([record.wall_s.sum(axis=(0, 1)) for record in records])
+        spent_s = wall_s.sum(axis=1) - wall_s[:, Stage.IDLE]
+        self._steps.append(
+            (float(spent_s.max()), float((spent_s - wall_s[:, _LINKED].sum(axis=1)).mean()))
+        )
+
+    @property
+    def exposed(self) -> float:
+        """By what share of a slice's own time steps were held up; 1 before there was any."""
+        if not self._slices:
+            return 1.0
+        expected_s, held_up_s = np.sum(self._slices, axis=0)
+        return float(held_up_s / expected_s)
+
+    @property
+    def most(self) -> int:
+        """Of `WHOLE`: what a rank may send, or receive, beside the next step."""
+        if not self._steps:
+            return WHOLE
+        step_s, idle_s = np.median(self._steps, axis=0)
+        held_up_s = HELD_UP * step_s / max(self.exposed, 1e-3) - self.stall_s
+        # Less than the stall of a slice would cost more than it moves.
+        seconds = max(min(held_up_s, idle_s), self.stall_s)
+        return max(1, int(WHOLE * max(seconds / self.move_s, _LEAST)))
+
+    def began(self, share: float, start: Ticket[float], finish: Ticket[float]) -> None:
+        """A slice is on its way, of which the busiest rank has so much of an expert."""
+        self._under_way.append((share, (start, finish)))
+
+    def abandon(self) -> None:
+        """Forget the slices under way: their ranks are gone, or have given them up too."""
+        self._under_way.clear()
+
+    def poll(self) -> bool:
+        """Take in the slices that have ended; whether all have. Never waits."""
+        while self._under_way:
+            share, tickets = self._under_way[0]
+            if not all(ticket.is_done for ticket in tickets):
+                return False
+            self._under_way.popleft()
+            seconds = sum(max(ticket.results.values()) for ticket in tickets)
+            self._slices.append((share * self.move_s + self.stall_s, seconds))
+            self.paid_s += seconds
+            self.num_slices += 1
+        return True

@@ -1,0 +1,63 @@
+"""What a rank checks of its stage beside its layers: placements, tokens, sampler, weights."""
+
+from collections.abc import Mapping
+from zlib import crc32
+
+import numpy as np
+from torch import Tensor
+
+from expertlane.balance.placement import Placement
+from expertlane.comm.checks import Checks, checksum
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.model.sampler import Sampler
+from expertlane.model.transformer import TransformerStage
+from expertlane.spec.names import CheckPoint
+
+
+class StageChecks:
+    """Checks of a stage in each step.
+
+    Args:
+        checks: what takes note.
+    """
+
+    def __init__(self, checks: Checks, mesh: ParallelMesh) -> None:
+        self._checks, self._mesh = checks, mesh
+        self._placements: dict[int, tuple[Placement, int]] = {}  # by layer; and their checksums
+        self.end_step = checks.end_step
+
+    def begin_step(self, stage: TransformerStage) -> None:
+        """Where experts are has to be alike on all ranks of the stage."""
+        self._checks.begin_step()
+        ranks, known = self._mesh.stage.ranks, self._placements
+        for layer, block in stage.moe_blocks.items():
+            if layer not in known or known[layer][0] is not block.placement:
+                total = crc32(repr(block.placement.experts_of_rank).encode())
+                known[layer] = block.placement, total
+            place = self._checks.place(CheckPoint.PLACEMENT, layer)
+            self._checks.alike(ranks, known[layer][1], place)
+
+    def check_head(self, logits: Tensor, tokens: Mapping[int, int], sampler: Sampler) -> None:
+        """Logits are finite; what was chosen, and what is counted of it, is alike over `tp`.
+
+        Args:
+            logits: [num_seqs, num_local_vocab].
+            tokens: by sequence id.
+        """
+        ranks, checks = self._mesh.tp.ranks, self._checks
+        checks.finite(logits, CheckPoint.HEAD)
+        if len(ranks) == 1:
+            return
+        total = crc32(np.array(list(tokens.items()), dtype=np.int64).data)
+        checks.alike(ranks, total, checks.place(CheckPoint.TOKENS))
+        total = sampler.checksum(tokens, checksum)
+        checks.alike(ranks, total, checks.place(CheckPoint.SAMPLER))
+
+
+def sum_weights(stage: TransformerStage) -> dict[str, int]:
+    """Checksums of all weights of a stage, by name."""
+    sums = {}
+    for name, tensors in stage.held():
+        sums[name] = crc32(repr([checksum(tensor) for tensor in tensors]).encode())
+        stage.mesh.recorder.progress.touch()
+    return sums

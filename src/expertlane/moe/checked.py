@@ -1,0 +1,175 @@
+"""A dispatch that proves, in every step, that each token-expert pair is computed exactly once.
+
+Each token's hidden states carry a tag: the rank that owns it, its number there, and a checksum.
+Beside the experts' results, a row of whole numbers made of tag and expert takes the same way home,
+where the sum of a token's rows, unweighted, has to be that of the experts it chose. The launcher
+also compares how many pairs of each expert were chosen and arrived, since a result that nobody
+wants would not come home.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertlane.balance.placement import Placement
+from expertlane.comm.checks import Checks
+from expertlane.comm.collectives import Steps
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.moe.dispatch import Dispatcher, RoutedTokens
+from expertlane.moe.payload import Payload
+from expertlane.ops.products import PairGroups
+from expertlane.spec.names import CheckPoint
+
+_WIDTH = 16  # of a row of numbers; kernels may want whole vectors
+_PRIME = 1021  # numbers stay below it, so that float32 adds them up exactly
+
+
+class TaggedPayload(Payload):
+    """Hidden states with a tag each, in front of what another payload makes of them.
+
+    Args:
+        inner: rounds them.
+        rank: global, of the tokens that are sent from here.
+
+    Attributes:
+        arrived: [R, 3] int32; tags of the rows that were decoded last; None once taken.
+        num_changed: of them, those that are not as they were sent.
+    """
+
+    def __init__(self, inner: Payload, rank: int) -> None:
+        self._inner, self._rank = inner, rank
+        self.arrived: Tensor | None = None
+        self.num_changed = 0
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """As `Payload.encode`, after the tags."""
+        parts = self._inner.encode(x)
+        return [self.tags(parts), *parts]
+
+    def decode(self, parts: Any, dtype: torch.dtype) -> Tensor:
+        """As `Payload.decode`; keeps the tags."""
+        tags, *rest = parts
+        self.arrived = tags.clone()
+        self.num_changed = int((_row_sums(rest) != tags[:, 2]).sum())
+        return self._inner.decode(rest, dtype)
+
+    def tags(self, parts: list[Tensor]) -> Tensor:
+        """[T, 3] int32; rank, number and checksum of each token."""
+        sums = _row_sums(parts)
+        numbers = torch.arange(len(sums), dtype=torch.int32, device=sums.device)
+        return torch.stack([torch.full_like(numbers, self._rank), numbers, sums], 1)
+
+
+def _row_sums(parts: list[Tensor]) -> Tensor:
+    """[num_rows] int32; bytes by odd weights, so that no changed byte goes unnoticed."""
+    total = torch.zeros(len(parts[0]), dtype=torch.int64, device=parts[0].device)
+    for part in parts:
+        values = part.contiguous().view(torch.uint8).int()
+        weights = torch.arange(1, 2 * values.shape[1], 2, dtype=torch.int32, device=values.device)
+        total = total * 31 + (values * weights).sum(1)
+    return total.bitwise_and(0x7FFFFFFF).int()
+
+
+class _Sent(NamedTuple):
+    """The way back.
+
+    Attributes:
+        inner: of the form that is checked.
+        layer: hidden layer.
+        numbers: [P, 16]; of each pair that arrived, as results are.
+        expected: [T, 16]; their sums at home.
+    """
+
+    inner: Any
+    layer: int
+    numbers: Tensor
+    expected: Tensor
+
+
+class CheckedDispatcher(Dispatcher):
+    """Another dispatcher, and proof that it brings each pair there and back once.
+
+    Args:
+        inner: of any form, with this payload.
+    """
+
+    def __init__(
+        self,
+        inner: Dispatcher,
+        payload: TaggedPayload,
+        mesh: ParallelMesh,
+        placement: Placement,
+        checks: Checks,
+    ) -> None:
+        self._inner, self._tagged, self._mesh, self._checks = inner, payload, mesh, checks
+        self._held = placement.experts_of_rank[mesh.at.ep_rank]
+
+    def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
+        """As the other's."""
+        return self._inner.room(num_pairs, rows)
+
+    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, _Sent]]:
+        """As the other's."""
+        layer = self._mesh.recorder.layer
+        own = self._tagged.tags([tokens.x])
+        rows, pairs, sent = yield from self._inner.dispatch(tokens)
+        tags, self._tagged.arrived = self._tagged.arrived, None
+        if tags is None:  # nothing travels where one rank has all
+            tags = own
+        else:
+            self._check_rows(layer, tags)
+        self._checks.pairs(layer, tokens.topk_ids, self._held, pairs.counts)
+        held = torch.tensor(self._held, device=tags.device)
+        arrived = _numbers(tags[pairs.rows].long(), held.repeat_interleave(pairs.counts))
+        numbers = torch.empty_like(arrived)
+        numbers[pairs.order] = arrived
+        num_tokens, top_k = tokens.topk_ids.shape
+        chosen = _numbers(own.long().repeat_interleave(top_k, 0), tokens.topk_ids.flatten())
+        expected = chosen.view(num_tokens, top_k, _WIDTH).sum(1) * self._mesh.layout.etp
+        return rows, pairs, _Sent(sent, layer, numbers, expected)
+
+    def combine(self, sent: _Sent, results: Tensor) -> Steps[Tensor]:
+        """As the other's."""
+        combined = yield from self._inner.combine(sent.inner, results)
+        unweighted = replace(sent.inner, weights=torch.ones_like(sent.inner.weights))
+        came = yield from self._inner.combine(unweighted, sent.numbers)
+        if num := int((came != sent.expected).any(1).sum()):
+            text = (
+                f"{num:,} of {len(came):,} tokens did not get the result of each of their experts "
+                "once"
+            )
+            self._checks.fault(CheckPoint.COMBINE, sent.layer, text)
+        return combined
+
+    def _check_rows(self, layer: int, tags: Tensor) -> None:
+        if num := self._tagged.num_changed:
+            text = f"{num:,} of {len(tags):,} rows changed on the way"
+            self._checks.fault(CheckPoint.DISPATCH, layer, text)
+        if not len(tags):
+            return
+        tokens, counts = torch.unique(tags[:, :2], dim=0, return_counts=True)
+        for rank, number in tokens[counts > 1].tolist()[:1]:
+            text = f"token {number} of rank {rank} arrived {int(counts.max())} times"
+            self._checks.fault(CheckPoint.DISPATCH, layer, text)
+
+
+def _numbers(tags: Tensor, experts: Tensor) -> Tensor:
+    """[P, 16] float32; of each pair.
+
+    Args:
+        tags: [P, 3].
+        experts: [P].
+    """
+    rank, token, _ = tags.unbind(1)
+    numbers = torch.zeros(len(tags), _WIDTH, dtype=torch.int64, device=tags.device)
+    of_pair = (rank * 5 + token) * 7 + experts * 11
+    columns = (
+        torch.ones_like(rank),
+        *(experts, experts * experts),
+        *(rank, token, token // _PRIME, of_pair, of_pair * of_pair),
+    )
+    for place, column in enumerate(columns):
+        numbers[:, place] = column % _PRIME
+    return numbers.float()

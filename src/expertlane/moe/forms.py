@@ -1,0 +1,34 @@
+"""The dispatcher of each form."""
+
+from expertlane.balance.placement import Placement
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.moe.all_gather import AllGatherDispatcher
+from expertlane.moe.all_to_all import AllToAllDispatcher
+from expertlane.moe.checked import CheckedDispatcher, TaggedPayload
+from expertlane.moe.dispatch import CopyChooser, Dispatcher, LocalDispatcher
+from expertlane.moe.hierarchical import HierarchicalDispatcher
+from expertlane.moe.payload import Payload
+from expertlane.spec.deployment import DispatchForm, form_on
+
+_DISPATCHERS: dict[DispatchForm, type[Dispatcher]] = {
+    "all_to_all": AllToAllDispatcher,
+    "all_gather": AllGatherDispatcher,
+    "hierarchical": HierarchicalDispatcher,
+}
+
+
+def make_dispatcher(
+    form: DispatchForm,
+    mesh: ParallelMesh,
+    placement: Placement,
+    choice: CopyChooser,
+    payload: Payload,
+) -> Dispatcher:
+    """The dispatcher of what the form comes down to on the layout, checked where that is asked."""
+    own, checks = form_on(mesh.layout, form), mesh.recorder.checks
+    kind = LocalDispatcher if own is None else _DISPATCHERS[own]
+    if checks is None or not checks.is_full:
+        return kind(mesh, placement, choice, payload)
+    tagged = TaggedPayload(payload, mesh.stage.ranks[mesh.stage.rank])
+    inner = kind(mesh, placement, choice, tagged)
+    return CheckedDispatcher(inner, tagged, mesh, placement, checks)

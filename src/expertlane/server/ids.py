@@ -1,0 +1,21 @@
+"""Ids inside an answer: random, yet the same whenever the answer is made again."""
+
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from uuid import uuid4
+
+
+@dataclass(frozen=True)
+class AnswerIds:
+    """Of one answer.
+
+    Attributes:
+        root: 122 random bits, which all its ids follow from.
+    """
+
+    root: str = field(default_factory=lambda: uuid4().hex)
+
+    def of(self, *what: str | int) -> str:
+        """32 hexadecimal digits; alike for alike arguments."""
+        text = "/".join(map(str, (self.root, *what)))
+        return blake2b(text.encode(), digest_size=16).hexdigest()

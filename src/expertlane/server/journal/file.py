@@ -1,0 +1,216 @@
+"""The files of a journal: one to append to, and a new one whenever that has grown."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from expertlane.errors import ExpertlaneError, UserError
+from expertlane.server.journal.records import (
+    VERSION,
+    Begun,
+    Came,
+    DamagedError,
+    Header,
+    Record,
+    Row,
+    framed,
+    records_of,
+)
+
+_SUFFIX, _PARTIAL, _LOCK = ".journal", ".partial", "lock"
+
+
+class JournalError(ExpertlaneError):
+    """The journal cannot be written; the text is one line."""
+
+
+@dataclass
+class FoundRequest:
+    """A request that an earlier process has left.
+
+    Attributes:
+        rows: in the order in which they were written.
+    """
+
+    begun: Begun
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all of its choices have come to their ends."""
+        num_ended = sum(more is not None and more.reason is not None for *_, more in self.rows)
+        return num_ended == len(self.begun.params)
+
+
+class JournalFile:
+    """A folder with a journal, for one process; what it holds is read at once.
+
+    The newest file is the journal. A new one is written under another name, and named when it is
+    complete; only then the older one goes. Writes are to the kernel: they outlive this process, but
+    the last ones may be lost when the machine dies. A new file is brought to the disk whole.
+
+    Attributes:
+        found: by number; what there was.
+        num_torn_bytes: of an incomplete last record, which is dropped.
+        size: of the present file, in bytes.
+        num_bytes, num_records, num_files, write_s: written since the start, and the time it took.
+
+    Raises:
+        UserError: the folder cannot be used, another process uses it, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: dict[int, FoundRequest] = {}
+        self.num_torn_bytes = self.size = 0
+        self.num_bytes = self.num_records = self.num_files = 0
+        self.write_s = 0.0
+        self._identity: dict[str, str] = {}
+        self._file = self._number = -1
+        self._error: JournalError | None = None
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            self._read()
+        except OSError as error:
+            raise UserError(f"--journal {folder}: {error.strerror}") from None
+
+    def _read(self) -> None:
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--journal {self.folder}: another server uses this folder") from None
+        files = self._files()
+        if not files:
+            return
+        self._number, path = max(files.items())
+        data = path.read_bytes()
+        at = 0
+        try:
+            for end, record in records_of(data):
+                self._take(record, at)
+                at = end
+        except DamagedError as error:
+            raise UserError(
+                f"{path}: {error}; `truncate -s N` to that byte keeps what is before it, and "
+                "another folder for --journal starts without"
+            ) from None
+        self.num_torn_bytes = len(data) - at
+
+    def _take(self, record: Record, at: int) -> None:
+        if isinstance(record, Header) != (at == 0):
+            raise DamagedError(f"byte {at:,}: the header is missing, or not the first record")
+        if isinstance(record, Header):
+            if record.version != VERSION:
+                raise DamagedError(
+                    f"byte {at:,}: it is of version {record.version}; this one reads {VERSION}"
+                )
+            self._identity = record.identity
+        elif isinstance(record, Begun):
+            self.found[record.number] = FoundRequest(record)
+        elif isinstance(record, Came):
+            for row in record.rows:
+                found = self.found.get(row[0])
+                if found is None or not 0 <= row[1] < len(found.begun.params):
+                    raise DamagedError(f"byte {at:,}: there is no request {row[0]}, {row[1]}")
+                found.rows.append(row)
+        else:
+            self.found.pop(record.number, None)
+
+    def _files(self) -> dict[int, Path]:
+        return {
+            int(path.stem): path
+            for path in self.folder.glob(f"*{_SUFFIX}")
+            if path.stem.isascii() and path.stem.isdigit()
+        }
+
+    def identify(self, identity: Mapping[str, str]) -> None:
+        """Say what tokens depend on; has to be what it was, if there are requests.
+
+        Raises:
+            UserError: it is not.
+        """
+        before, self._identity = self._identity, dict(identity)
+        if not self.found:
+            return
+        for name in [*identity, *(before.keys() - identity.keys())]:
+            was, now = before.get(name, "nothing"), identity.get(name, "nothing")
+            if was != now:
+                raise UserError(
+                    f"--journal {self.folder} has {len(self.found)} requests of a server whose "
+                    f"{name} was {was}, not {now}; start it so, or give another folder"
+                )
+
+    def replace(self, records: Iterable[Record]) -> None:
+        """Begin a new file with these, in place of all before.
+
+        Raises:
+            JournalError: it cannot be written.
+        """
+        try:
+            self._replace(records)
+        except OSError as error:
+            raise self._fail(error) from None
+
+    def _replace(self, records: Iterable[Record]) -> None:
+        self._number += 1
+        path = self.folder / f"{self._number:08d}{_SUFFIX}"
+        partial = path.with_suffix(_PARTIAL)
+        file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+        before, self._file, self.size = self._file, file, 0
+        try:
+            self._write(Header(VERSION, self._identity))
+            for record in records:
+                self._write(record)
+            os.fsync(file)
+            partial.rename(path)
+        finally:
+            if before >= 0:
+                os.close(before)
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self.num_files += 1
+        for number, older in self._files().items():
+            if number < self._number:
+                older.unlink()
+
+    def append(self, record: Record) -> None:
+        """Add a record; it outlives this process once this returns.
+
+        Raises:
+            JournalError: it cannot be written, now or before.
+        """
+        if self._error is not None:
+            raise self._error
+        try:
+            self._write(record)
+        except OSError as error:
+            raise self._fail(error) from None
+
+    def _write(self, record: Record) -> None:
+        began_s = time.perf_counter()
+        data = memoryview(framed(record))
+        while data:
+            num = os.write(self._file, data)
+            self.size += num
+            self.num_bytes += num
+            data = data[num:]
+        self.num_records += 1
+        self.write_s += time.perf_counter() - began_s
+
+    def _fail(self, error: OSError) -> JournalError:
+        self._error = JournalError(f"--journal {self.folder}: {error.strerror}")
+        return self._error
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        for each in (self._file, self._lock):
+            if each >= 0:
+                os.close(each)
+        self._file = self._lock = -1

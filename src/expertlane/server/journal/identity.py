@@ -1,0 +1,57 @@
+"""What tokens and texts depend on: a journal goes on only where that is as it was."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+
+from expertlane.spec.deployment import Options
+from expertlane.spec.model import ModelConfig
+
+_TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TENSORS = ".safetensors"
+_WHOLE_BYTES = 2**20  # of tensors; of a larger file so many samples are read, spread evenly
+_NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
+
+
+def identity(
+    model: ModelConfig, folder: Path | None, options: Options, dtype: str | None
+) -> dict[str, str]:
+    """Facts by the names that messages call them.
+
+    The layout is not among them: it moves results by rounding alone.
+
+    Args:
+        folder: of the checkpoint; None where weights are random.
+        dtype: as it was asked for.
+    """
+    digest = blake2b(repr(replace(model, name="")).encode(), digest_size=8)
+    return {
+        "model": digest.hexdigest(),
+        "checkpoint": "random weights" if folder is None else fingerprint(folder),
+        "--dtype": dtype or "the default",
+        "--weights": options.weights,
+        "--payload": options.payload,
+    }
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a checkpoint: names and sizes, what texts depend on whole, samples of tensors."""
+    digest = blake2b(digest_size=16)
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and (path.name in _TEXTS or path.suffix == _TENSORS):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            for part in _parts(path):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _WHOLE_BYTES or path.suffix != _TENSORS:
+            yield file.read()
+            return
+        for number in range(_NUM_SAMPLES):
+            file.seek((size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1))
+            yield file.read(_SAMPLE_BYTES)

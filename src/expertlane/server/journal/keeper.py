@@ -1,0 +1,370 @@
+"""Requests that outlive connections and this process: taken in, written, resumed, forgotten."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from random import SystemRandom
+
+from pydantic import ValidationError
+from starlette.types import Scope
+
+from expertlane.errors import UserError
+from expertlane.schedule.request import Chunk, FinishReason
+from expertlane.server.answers import Answer
+from expertlane.server.chats import CHATS
+from expertlane.server.completions import COMPLETIONS
+from expertlane.server.endpoint import Endpoint
+from expertlane.server.errors import ApiError, bad_field
+from expertlane.server.ids import AnswerIds
+from expertlane.server.journal.asked import ID_HEADER, LAST_HEADER, Asked, asked_of, unknown
+from expertlane.server.journal.file import FoundRequest, JournalError, JournalFile
+from expertlane.server.journal.kept import KeptRequest, Watchers
+from expertlane.server.journal.records import Begun, Came, Left, Record
+from expertlane.server.prepared import Prepared
+from expertlane.server.requests import SampledRequest
+from expertlane.server.responses.answer import RESPONSES
+from expertlane.server.service import Service
+
+_ENDPOINTS = {each.path: each for each in (COMPLETIONS, CHATS, RESPONSES)}
+_COMPACT_BYTES = 64 * 2**20  # written besides what is still needed, before a new file is begun
+_MOST_FINISHED_CHUNKS = 2**18  # of finished answers that nobody reads, in memory and in the file
+_ROWS = 4096  # of a record
+
+
+class JournalKeeper:
+    """The requests of one server's journal; of its event loop.
+
+    Attributes:
+        requests: by key and id: those that go on, and answers that may still be asked for.
+        num_resumed: requests that went on from an earlier process.
+        num_reconnects: connections to a request that was there already.
+        num_abandoned: requests that were ended because no client came back.
+    """
+
+    def __init__(self, service: Service, file: JournalFile) -> None:
+        self._service, self.file = service, file
+        self.requests: dict[tuple[bytes, str], KeptRequest] = {}
+        self.num_resumed = self.num_reconnects = self.num_abandoned = 0
+        self._by_engine_id: dict[str, KeptRequest] = {}
+        self._making: dict[tuple[bytes, str], asyncio.Future[None]] = {}
+        self._timers: dict[KeptRequest, asyncio.TimerHandle] = {}
+        self._finished: dict[KeptRequest, None] = {}  # the first one first
+        self._num_finished_chunks = 0
+        self._loop = asyncio.get_running_loop()
+        self._seeds = SystemRandom()
+        self._watchers = Watchers(service.engine.cancel, self._look_at)
+        self._number = max(file.found, default=0)
+        for found in file.found.values():
+            self._recall(found)
+        file.found.clear()
+        self._begin_file()
+
+    @property
+    def _has_keys(self) -> bool:
+        return bool(self._service.options.api_keys)
+
+    @property
+    def model_name(self) -> str:
+        """What requests call the model."""
+        return self._service.model.name
+
+    # Clients.
+
+    async def answer(
+        self, scope: Scope, request: SampledRequest, endpoint: Endpoint, began_s: float
+    ) -> Answer:
+        """An answer to a request: of the one that has its id, or a new one.
+
+        Raises:
+            ApiError: it cannot be served, or its id is another request's.
+        """
+        asked = asked_of(scope, has_keys=self._has_keys)
+        if asked.request_id is None:
+            if not request.stream:  # nobody could come back to it
+                return await endpoint.make(self._service, request, began_s)
+            return self._read(await self._take_in(asked, request, endpoint, began_s))
+        name = asked.key, asked.request_id
+        while True:
+            if (kept := self.requests.get(name)) is not None:
+                _check_same(kept, request, endpoint)
+                return self.reconnect(kept, asked.after or 0)
+            if asked.after is not None:
+                raise unknown(asked.request_id, LAST_HEADER)
+            if (other := self._making.get(name)) is None:
+                break
+            await asyncio.wait([other])
+        making = self._making[name] = self._loop.create_future()
+        try:
+            return self._read(await self._take_in(asked, request, endpoint, began_s))
+        finally:
+            making.set_result(None)
+            del self._making[name]
+
+    def find(self, scope: Scope, request_id: str) -> tuple[KeptRequest, int]:
+        """A request of a client by its id, and how many events the client has.
+
+        Raises:
+            ApiError: there is none.
+        """
+        asked = asked_of(scope, request_id, has_keys=self._has_keys)
+        kept = self.requests.get((asked.key, request_id))
+        if kept is None:
+            raise unknown(request_id, "request_id" if asked.after is None else LAST_HEADER)
+        return kept, asked.after or 0
+
+    def reconnect(self, kept: KeptRequest, after: int) -> Answer:
+        """An answer that is made again, up to where the client has it."""
+        self.num_reconnects += 1
+        kept.is_awaited = True
+        return self._read(kept, after)
+
+    def _read(self, kept: KeptRequest, after: int = 0) -> Answer:
+        answer = kept.endpoint.answer(self._service, kept.prepared)
+        answer.kept = kept.read(after)
+        return answer
+
+    async def _take_in(
+        self, asked: Asked, request: SampledRequest, endpoint: Endpoint, began_s: float
+    ) -> KeptRequest:
+        """Write a new request down, and queue it.
+
+        Raises:
+            ApiError: it cannot be served.
+        """
+        service = self._service
+        service.check_admission(request.model)
+        prepared = await endpoint.prepare(service, request)
+        service.check_queue()  # again: others have come meanwhile
+        params = [
+            each if each.seed is not None else replace(each, seed=self._seeds.getrandbits(64))
+            for each in prepared.params
+        ]
+        prepared = replace(prepared, params=params)
+        self._number += 1
+        begun = Begun(
+            self._number,
+            asked.key,
+            asked.request_id or prepared.ids.root,
+            asked.request_id is not None,
+            endpoint.path,
+            _body(request),
+            list(prepared.prompts),
+            params,
+            list(prepared.texts),
+            list(prepared.before),
+            prepared.ids.root,
+            prepared.created,
+            time.time() - (self._loop.time() - began_s),
+        )
+        self._append(begun)
+        kept = KeptRequest(begun, prepared, endpoint, self._watchers)
+        self._add(kept)
+        try:
+            await service.engine.begin(
+                *(kept, prepared.prompts_of_choices, params), priority=request.priority or 0
+            )
+        except BaseException as error:
+            self.forget(kept)
+            if not isinstance(error, Exception):
+                raise
+            param = endpoint.answer.param
+            raise service.refusal(error, param, prepared.num_choices) from None
+        self._watch_over(kept)
+        return kept
+
+    def _watch_over(self, kept: KeptRequest) -> None:
+        ago_s = max(0.0, time.time() - kept.begun.began)
+        limit_s = self._service.time_limit_s(kept.prepared.request)
+        self._service.under_way.begin(kept, self._loop.time() - ago_s, limit_s)
+
+    # What comes of requests.
+
+    def write(self, chunks: list[Chunk]) -> None:
+        """Write what a step brought; a hot path. If it fails, the server ends."""
+        by_id, rows = self._by_engine_id, []
+        for chunk in chunks:
+            kept = by_id.get(chunk.request_id)
+            if kept is not None and chunk.finish_reason is not FinishReason.CANCELLED:
+                rows.append(kept.row(chunk))
+        if rows:
+            self._append(Came(rows))
+
+    def forget(self, kept: KeptRequest) -> None:
+        """Cancel what is left of a request, and leave it out from now on."""
+        self._service.under_way.finish(kept)
+        self._leave(kept)
+        if (timer := self._timers.pop(kept, None)) is not None:
+            timer.cancel()
+        if kept in self._finished:
+            del self._finished[kept]
+            self._num_finished_chunks -= len(kept.chunks)
+        if self.requests.get(_name(kept)) is kept:
+            del self.requests[_name(kept)]
+
+    def _leave(self, kept: KeptRequest) -> None:
+        """Let the journal forget a request; known ids of the engine tell which it has."""
+        known = [self._by_engine_id.pop(each, None) for each in kept.request_ids]
+        if any(known):
+            self._append(Left(kept.begun.number))
+
+    def _add(self, kept: KeptRequest) -> None:
+        self.requests[_name(kept)] = kept
+        self._by_engine_id.update(dict.fromkeys(kept.request_ids, kept))
+
+    def _look_at(self, kept: KeptRequest) -> None:
+        """Decide how long a request stays, now that it is read, read no more, or over."""
+        if (timer := self._timers.pop(kept, None)) is not None:
+            timer.cancel()
+        if kept.is_interrupted or self.requests.get(_name(kept)) is not kept:
+            return  # it ends with this process, and goes on with the next; or it is forgotten
+        if kept.error is not None:
+            self._leave(kept)
+        elif kept.is_complete and kept not in self._finished:
+            self._service.under_way.finish(kept)
+            self._finished[kept] = None
+            self._num_finished_chunks += len(kept.chunks)
+            self._bound_finished()
+        if kept.num_readings:
+            return
+        if not (kept.is_over or kept.is_awaited):
+            self.forget(kept)
+            return
+        after_s = self._service.options.reconnect_s
+        self._timers[kept] = self._loop.call_later(after_s, self._abandon, kept)
+
+    def _abandon(self, kept: KeptRequest) -> None:
+        self.num_abandoned += not kept.is_over
+        self.forget(kept)
+
+    def _bound_finished(self) -> None:
+        for kept in list(self._finished):
+            if self._num_finished_chunks <= _MOST_FINISHED_CHUNKS:
+                return
+            if not kept.num_readings:
+                self.forget(kept)
+
+    # Files.
+
+    def _append(self, record: Record) -> None:
+        try:
+            if self.file.size >= self._compact_at:  # first: requests do not have its rows yet
+                self._begin_file()
+            self.file.append(record)
+        except JournalError as error:
+            self._service.engine.fail(error)
+
+    def _begin_file(self) -> None:
+        """Leave behind all that is not needed any more.
+
+        Raises:
+            JournalError: it cannot be written.
+        """
+        self.file.replace(self._records())
+        self._compact_at = 2 * self.file.size + _COMPACT_BYTES
+
+    def _records(self) -> Iterator[Record]:
+        for kept in dict.fromkeys(self._by_engine_id.values()):
+            yield kept.begun
+            rows = list(kept.rows())
+            for start in range(0, len(rows), _ROWS):
+                yield Came(rows[start : start + _ROWS])
+
+    # From an earlier process.
+
+    def _recall(self, found: FoundRequest) -> None:
+        """Know a request again.
+
+        Raises:
+            UserError: this version does not take such a request.
+        """
+        begun = found.begun
+        try:
+            endpoint = _ENDPOINTS[begun.path]
+            request = endpoint.body.model_validate_json(begun.body)
+        except (KeyError, ValidationError, ApiError) as error:
+            raise UserError(
+                f"--journal {self.file.folder}: request {begun.request_id} of {begun.path} is none "
+                f"that this version takes: {type(error).__name__}"
+            ) from None
+        prepared = Prepared(
+            request,
+            begun.prompts,
+            begun.params,
+            begun.texts,
+            before=begun.before,
+            ids=AnswerIds(begun.root),
+            created=begun.created,
+        )
+        kept = KeptRequest(begun, prepared, endpoint, self._watchers)
+        kept.recall(found.rows)
+        kept.is_awaited = True
+        self._add(kept)
+        self._look_at(kept)
+
+    async def resume(self) -> None:
+        """Let requests of an earlier process go on; their clients may be there already."""
+        unfinished = [kept for kept in self.requests.values() if not kept.is_over]
+        await asyncio.gather(*map(self._resume, unfinished))  # they begin in this order
+
+    async def _resume(self, kept: KeptRequest) -> None:
+        try:
+            await self._go_on(kept)
+            self.num_resumed += 1
+        except ApiError as error:
+            kept.end(error)
+        except Exception as error:  # nobody waits for this
+            self._service.engine.fail(error)
+
+    async def _go_on(self, kept: KeptRequest) -> None:
+        """Let the engine go on with a request as with a preempted one.
+
+        Raises:
+            ApiError: it cannot be served any more.
+        """
+        service, prepared = self._service, kept.prepared
+        structured = prepared.params[0].structured
+        if structured is not None:
+            grammar = await service.compile(structured, "structured")
+            prepared = kept.prepared = replace(prepared, grammar=grammar)
+        places = [place for place, each in enumerate(kept.request_ids) if each in kept.unfinished]
+        if not places:  # its client has given up meanwhile
+            return
+        outputs = [kept.outputs[place] for place in places]
+        most = service.model.max_model_len
+        longest = max(len(each.prompt_token_ids) + len(each.token_ids) for each in outputs)
+        if longest > most:
+            text = f"it has {longest} tokens so far, and this server takes {most}"
+            raise bad_field(None, text, "context_length_exceeded")
+        prompts = prepared.prompts_of_choices
+        try:
+            await service.engine.begin(
+                kept,
+                [prompts[place] for place in places],
+                [prepared.params[place] for place in places],
+                priority=prepared.request.priority or 0,
+                earlier=[output if output.token_ids else None for output in outputs],
+            )
+        except Exception as error:
+            param = kept.endpoint.answer.param
+            raise service.refusal(error, param, prepared.num_choices) from None
+        self._watch_over(kept)
+
+
+def _name(kept: KeptRequest) -> tuple[bytes, str]:
+    return kept.begun.key, kept.begun.request_id
+
+
+def _body(request: SampledRequest) -> bytes:
+    return request.model_dump_json(by_alias=True, exclude_unset=True).encode()
+
+
+def _check_same(kept: KeptRequest, request: SampledRequest, endpoint: Endpoint) -> None:
+    if kept.endpoint is not endpoint or kept.begun.body != _body(request):
+        raise ApiError(
+            409,
+            f"{ID_HEADER} is {kept.begun.request_id}, which is the id of another request; give "
+            "this one a new id",
+            param=ID_HEADER,
+            code="request_id_in_use",
+        )

@@ -1,0 +1,145 @@
+"""What a journal holds: typed records, each with its size and a checksum.
+
+A record is msgpack of one of the classes below, after a frame: its size, the same inverted, and the
+CRC-32 of its bytes. Nothing is unpickled. A process that is killed can leave the last record
+incomplete; that one is dropped. Anything else that does not fit is damage, and refused.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from expertlane.errors import UserError
+from expertlane.schedule.request import FinishReason
+from expertlane.spec.sampling import SamplingParams
+
+VERSION = 1
+_FRAME = struct.Struct("<III")
+_INVERTED = 2**32 - 1
+
+Logprob = tuple[float, tuple[tuple[int, float], ...]]  # of the token, and of the likeliest ones
+
+
+class Header(msgspec.Struct, frozen=True, array_like=True, tag="journal"):
+    """The first record of a file.
+
+    Attributes:
+        identity: what tokens and texts depend on, by name.
+    """
+
+    version: int
+    identity: dict[str, str]
+
+
+class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
+    """A request was taken in.
+
+    Attributes:
+        number: of the request in this journal.
+        key: SHA-256 of the API key that it came with; empty where none is asked for.
+        request_id: by which its client comes back.
+        is_named: whether the client gave the id.
+        path: of its route.
+        body: as JSON, as it was understood.
+        prompts, params, texts, before, created: as in `Prepared`; no seed is left open.
+        root: of the answer's ids.
+        began: when it came, in seconds since 1970.
+    """
+
+    number: int
+    key: bytes
+    request_id: str
+    is_named: bool
+    path: str
+    body: bytes
+    prompts: list[list[int]]
+    params: list[SamplingParams]
+    texts: list[str]
+    before: list[dict[str, Any]]
+    root: str
+    created: int
+    began: float
+
+
+class More(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What most chunks do not have.
+
+    Attributes:
+        reason, error: of a last chunk.
+        logprob: of the token, if asked for.
+        num_cached: of the prompt's tokens; with the first token.
+        prompt: arrays of `PromptPart` as bytes, if asked for; with the first token.
+    """
+
+    reason: FinishReason | None = None
+    error: str | None = None
+    logprob: Logprob | None = None
+    num_cached: int | None = None
+    prompt: tuple[bytes, bytes, bytes, bytes] | None = None
+
+
+Row = tuple[int, int, int | None, str, More | None]  # number, place, token, text
+
+
+class Came(msgspec.Struct, frozen=True, array_like=True, tag="came"):
+    """What a step brought, before any client is sent it."""
+
+    rows: list[Row]
+
+
+class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
+    """A request is forgotten."""
+
+    number: int
+
+
+Record = Header | Begun | Came | Left
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Record).decode
+
+
+class DamagedError(UserError):
+    """Bytes that are no record; the text says at which byte."""
+
+
+def framed(record: Record) -> bytes:
+    """A record as it stands in a file."""
+    data = _encode(record)
+    return _FRAME.pack(len(data), len(data) ^ _INVERTED, zlib.crc32(data)) + data
+
+
+def records_of(data: bytes) -> Iterator[tuple[int, Record]]:
+    """Records and where they end, up to an incomplete last one.
+
+    Raises:
+        DamagedError: something else is in between.
+    """
+    at = 0
+    while not _is_torn(data, at):
+        size, inverted, checksum = _FRAME.unpack_from(data, at)
+        begin = at + _FRAME.size
+        payload = data[begin : begin + size]
+        if size ^ inverted != _INVERTED or zlib.crc32(payload) != checksum:
+            raise DamagedError(f"byte {at:,}: the checksum of this record is wrong")
+        try:
+            record = _decode(payload)
+        except (msgspec.DecodeError, UserError) as error:
+            raise DamagedError(f"byte {at:,}: this is no known record: {error}") from None
+        at = begin + size
+        yield at, record
+
+
+def _is_torn(data: bytes, at: int) -> bool:
+    """Whether no complete record begins there: the end, part of a record, or bytes never written.
+
+    The last is what a file system may leave when the whole machine dies.
+    """
+    if len(data) - at < _FRAME.size:
+        return True
+    size, inverted, _ = _FRAME.unpack_from(data, at)
+    if size ^ inverted != _INVERTED:
+        return not any(data[at:])
+    return bool(len(data) - at - _FRAME.size < size)

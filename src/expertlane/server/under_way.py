@@ -1,0 +1,47 @@
+"""Requests that are under way: each ends when its time is over, and all end with the server."""
+
+import asyncio
+
+from expertlane.engine.async_engine import RequestGroup
+from expertlane.server.errors import ApiError
+
+
+class UnderWay:
+    """Of one server; of its loop."""
+
+    def __init__(self) -> None:
+        self._timers: dict[RequestGroup, asyncio.TimerHandle | None] = {}
+        self._ending: Exception | None = None  # what all requests get, once all are ended
+
+    def begin(self, group: RequestGroup, began_s: float, limit_s: float | None) -> None:
+        """Hold requests to their time, until `finish`.
+
+        Args:
+            began_s: when they came, on the loop's clock.
+            limit_s: how long they may take; None for any time.
+        """
+        timer = None
+        if limit_s is not None:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_at(began_s + limit_s, group.end, late(limit_s))
+        self._timers[group] = timer
+        if self._ending is not None:  # meanwhile
+            group.end(self._ending)
+
+    def finish(self, group: RequestGroup) -> None:
+        """Cancel what is left of requests."""
+        group.cancel()
+        timer = self._timers.pop(group, None)
+        if timer is not None:
+            timer.cancel()
+
+    def end(self, error: Exception) -> None:
+        """Cancel all, and those to come; clients get the error."""
+        self._ending = error
+        for group in list(self._timers):
+            group.end(error)
+
+
+def late(limit_s: float | None) -> ApiError:
+    """The error of a request whose time is over."""
+    return ApiError(504, f"not finished within {limit_s:g} s", code="timeout")

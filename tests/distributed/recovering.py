@@ -1,0 +1,35 @@
+"""Lose ranks of a pool, replace them, and see that all hear from all others."""
+
+import numpy as np
+import pytest
+
+from distributed.on_ranks import WAYS, Exchange, Lose
+from expertlane.errors import RanksLostError
+
+
+def check_exchange(pool, value):
+    """All ranks hear from all others what they should, in the pool's epoch."""
+    told = pool.call(Exchange(value))
+    num_ranks = pool.num_ranks
+    for rank, heard in enumerate(told):
+        rows = [[pool.epoch, source, rank, value] for source in range(num_ranks)]
+        np.testing.assert_array_equal(heard, rows)
+
+
+def lose(pool, ways):
+    """Lose ranks during an exchange; the error."""
+    with pytest.raises(RanksLostError) as caught:
+        pool.call(Lose(ways))
+    return caught.value
+
+
+def replace(pool, lost):
+    """Begin epochs until no more ranks are lost; those that were replaced."""
+    for _ in range(len(WAYS)):
+        try:
+            pool.begin_epoch(lost)
+        except RanksLostError as error:
+            lost |= error.ranks
+        else:
+            return lost
+    raise AssertionError("ranks are lost for ever")

@@ -1,0 +1,111 @@
+"""Lost ranks of two nodes, both on this machine, are replaced; a lost node ends all ranks."""
+
+import re
+import socket
+import textwrap
+
+import psutil
+import pytest
+
+from distributed.on_ranks import RanksOnNodes, Stay
+from distributed.recovering import check_exchange, lose, replace
+from distributed.test_torchrun import start, torchrun
+from engine.processes import session_is_gone
+from expertlane.engine.pool import RankPool
+from expertlane.engine.rendezvous import handshake
+from expertlane.errors import RankError, RanksLostError
+
+TIMEOUT_S = 2.5
+PROGRAM = textwrap.dedent(
+    """
+    import contextlib, os, sys, time, psutil
+    from expertlane.engine.commands import DescribeMachine
+    from expertlane.engine.launch import start_pool
+    from expertlane.errors import RanksLostError
+
+    def supervisors():
+        for each in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if each.environ().get("MASTER_PORT") == os.environ["MASTER_PORT"]:
+                    if "from expertlane.engine.torchrun import" in " ".join(each.cmdline()):
+                        yield each
+
+    with start_pool(4, timeout_s=30.0, dtype="float32", recovers=True) as pool:
+        for number in range(3):
+            ranks = [rank for each in supervisors() for rank in each.children()]
+            ranks[number % 2].kill()
+            try:
+                while True:
+                    pool.check()
+                    time.sleep(0.01)
+            except RanksLostError as error:
+                line = str(error)
+                pool.begin_epoch(error.ranks)
+            print(line, len(pool.call(DescribeMachine())), file=sys.stderr, flush=True)
+    """
+)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    ranks = RanksOnNodes(2, 2, TIMEOUT_S, recovers=True)
+    with RankPool(ranks, TIMEOUT_S) as started:
+        yield started
+    for server in (ranks._server, *ranks.supervisors):
+        assert session_is_gone(server.pid, seconds=5)
+
+
+@pytest.mark.parametrize(
+    "ways", [{2: "kill"}, {3: "stop"}, {3: "raise"}, {1: "kill"}, {0: "exit", 2: "exit"}], ids=str
+)
+def test_ranks_are_replaced_on_every_node(pool, ways):
+    check_exchange(pool, 1)
+    supervisor = psutil.Process(pool._ranks.supervisors[0].pid)
+    before = [each.pid for each in supervisor.children()]
+    error = lose(pool, ways)
+    assert str(error).startswith(f"rank {min(error.ranks)} ")
+    assert replace(pool, error.ranks) == ways.keys()
+    check_exchange(pool, 2)
+    after = [each.pid for each in supervisor.children()]
+    num_lost = sum(rank >= 2 for rank in ways)
+    assert (len(after), len(set(after) & set(before))) == (2, 2 - num_lost)
+
+
+def test_who_is_no_rank_of_this_epoch_does_not_become_one(pool, capfd):
+    """Strangers may connect at any time; they are looked at while an epoch begins."""
+    place = pool._ranks._acceptor._listener.getsockname()
+    strangers = [socket.create_connection(place) for _ in range(3)]
+    strangers[1].sendall(handshake(1, 1, bytes(32), pool.epoch + 1))
+    strangers[2].sendall(handshake(1, 1, bytes(32), pool.epoch))
+    assert replace(pool, lose(pool, {2: "kill"}).ranks) == {2}
+    for stranger in strangers:
+        stranger.settimeout(10)
+        assert stranger.recv(1) == b""
+        stranger.close()
+    said = capfd.readouterr().err
+    for why in ("all nodes are connected", "it is not node 1", f"it is of epoch {pool.epoch - 1}"):
+        assert f": {why}" in said
+    check_exchange(pool, 3)
+
+
+def test_a_lost_node_is_final(pool):
+    check_exchange(pool, 4)
+    pool._ranks.supervisors[0].kill()
+    with pytest.raises(
+        RankError, match=r"the supervisor of node 1 .* is gone; all ranks"
+    ) as caught:
+        pool.call(Stay(60))
+    assert not isinstance(caught.value, RanksLostError)
+    assert pool.is_closed
+
+
+@pytest.mark.full
+def test_torchrun_never_sees_a_rank_die(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    agents = [start(tmp_path, [*node, "program.py"]) for node in torchrun(2, 1)]
+    outputs = [agent.communicate(timeout=200) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    lines = [line for line in outputs[0][1].splitlines() if line.startswith("rank ")]
+    assert len(lines) == 3
+    for line in lines:
+        assert re.match(r"rank [23] was killed by SIGKILL .* 4$", line), lines

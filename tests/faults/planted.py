@@ -1,0 +1,174 @@
+"""Ranks of which some die, stop, fail or dawdle at chosen moments."""
+
+import ctypes
+import mmap
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from expertlane.comm.progress import ProgressBoard, ProgressReporter
+from expertlane.engine import stage
+from expertlane.engine.commands import Deploy, FinishMoves, Redeploy, RunStep, StartMoves
+from expertlane.ops import backend
+from expertlane.spec.names import Phase, Stage
+
+_LOOK_S = 20e-6
+_PATIENCE_STEPS = 3  # after so many steps more, any stage will do
+SLOW_S = 0.8  # less than the bound of a hang
+
+KINDS = ("kill", "stop", "raise", "slow")
+COMMANDS = {
+    "start-up": Deploy,
+    "moves begin": StartMoves,
+    "moves end": FinishMoves,
+    "second": Redeploy,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to a rank, and when.
+
+    Attributes:
+        kind: one of `KINDS`.
+        command: at the beginning of a command of this name of `COMMANDS`; None in a step.
+        phase, step, stage, layer: of a step otherwise: the first one of this phase from `step` on,
+            when it is in that stage of that layer, or next comes by.
+    """
+
+    rank: int
+    kind: str
+    command: str | None = None
+    phase: Phase = Phase.DECODE
+    step: int = 0
+    stage: Stage = Stage.ATTENTION
+    layer: int = 0
+
+
+class Happened:
+    """When each fault happened, on the monotonic clock in ns, in memory shared by all; 0: not."""
+
+    def __init__(self, num_faults: int) -> None:
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._times = (ctypes.c_int64 * num_faults).from_buffer(self._memory)
+
+    def __getitem__(self, number: int) -> int:
+        return self._times[number]
+
+    def note(self, number: int) -> None:
+        """It happens now."""
+        self._times[number] = time.monotonic_ns()
+
+
+class PlantedError(Exception):
+    """A fault of kind `raise`."""
+
+
+class _Trap:
+    """Springs one fault, once in all epochs."""
+
+    def __init__(self, number: int, fault: Fault, happened: Happened) -> None:
+        self.fault = fault
+        self._number, self._happened = number, happened
+        self.phase: Phase | None = None  # of the step under way
+        self.step = -1
+        self._lock = threading.Lock()
+
+    @property
+    def is_set(self) -> bool:
+        return not self._happened[self._number]
+
+    def matches(self, at: Stage, layer: int) -> bool:
+        """Whether a step's position is the moment, or past it."""
+        fault = self.fault
+        if fault.command is not None or self.phase is not fault.phase or self.step < fault.step:
+            return False
+        is_late = self.step >= fault.step + _PATIENCE_STEPS
+        return is_late or (at is fault.stage and layer in (fault.layer, -1))
+
+    def spring(self) -> None:
+        with self._lock:
+            if not self.is_set:
+                return
+            self._happened.note(self._number)
+        if self.fault.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.fault.kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.fault.kind == "slow":
+            time.sleep(SLOW_S)
+        else:
+            raise PlantedError("planted")
+
+    def watch(self, board: ProgressBoard) -> None:
+        """Look at the rank's line from a thread: C++ changes it without Python."""
+        while self.is_set:
+            if self.phase is self.fault.phase and self.step >= self.fault.step:
+                position = board.position(self.fault.rank)
+                if self.matches(position.stage, position.layer):
+                    return self.spring()
+            time.sleep(_LOOK_S)
+        return None
+
+
+class _Reporter(ProgressReporter):
+    """Springs faults at changes of stage that Python sees."""
+
+    trap: _Trap | None = None
+
+    def enter(self, stage: Stage, layer: int) -> int:
+        now_ns = super().enter(stage, layer)
+        if self.trap is not None and self.trap.is_set and self.trap.matches(stage, layer):
+            self.trap.spring()
+        return now_ns
+
+
+def install(faults: Sequence[Fault], happened: Happened, transport: str) -> None:
+    """Have the ranks that this process will fork be such ranks.
+
+    Args:
+        transport: `shared_memory`, `uncompiled` or `gloo`.
+    """
+    if transport == "gloo":
+        os.environ["EXPERTLANE_TRANSPORT"] = "gloo"
+    if transport == "uncompiled":
+        mock.patch.object(backend, "compiled_messages", return_value=None).start()
+    traps = [_Trap(number, fault, happened) for number, fault in enumerate(faults)]
+    reporter_of = ProgressBoard.reporter
+
+    def reporter(self: ProgressBoard, rank: int) -> ProgressReporter:
+        plain = reporter_of(self, rank)
+        for trap in traps:
+            fault = trap.fault
+            if fault.rank != rank or fault.command is not None:
+                continue
+            if fault.kind in ("kill", "stop"):
+                threading.Thread(target=trap.watch, args=(self,), daemon=True).start()
+            else:
+                plain.__class__ = _Reporter
+                plain.trap = trap  # type: ignore[attr-defined]
+        return plain
+
+    def wrapped(kind: type, handler: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def handle(context: Any, command: Any) -> Any:
+            for trap in traps:
+                fault = trap.fault
+                if fault.rank != context.rank or not trap.is_set:
+                    continue
+                if fault.command is not None and COMMANDS[fault.command] is kind:
+                    trap.spring()
+                elif kind is RunStep:
+                    trap.step, trap.phase = command.step.step, command.step.phase
+            return handler(context, command)
+
+        return handle
+
+    mock.patch.object(ProgressBoard, "reporter", reporter).start()
+    handlers: Mapping[type, Any] = stage.HANDLERS
+    planted = {kind: wrapped(kind, handler) for kind, handler in handlers.items()}
+    mock.patch.object(stage, "HANDLERS", planted).start()

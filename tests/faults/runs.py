@@ -1,0 +1,302 @@
+"""Requests served while ranks die, stop, fail or dawdle: none is lost, no token changes.
+
+As a command, `python -m faults.runs FILE --to 300`: adds a line to FILE for each case, goes on
+where FILE ends, then prints a table.
+"""
+
+import argparse
+import contextlib
+import gc
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from distributed.running import Inline
+from engine.harm import ForkedServer, files_and_names, read, remaining
+from engine.processes import session_is_gone, wait_until
+from expertlane.engine import fork_server, local_ranks, model_runner
+from expertlane.engine.llm import LLM
+from expertlane.engine.rebalancing import Rebalancer
+from expertlane.errors import ExpertlaneError
+from expertlane.ops.backend import backend_of_cpu
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.sampling import SamplingParams
+from faults.draws import NUM_CASES, Draw, draw
+from faults.planted import Happened, install
+
+MODEL = "paper-tiny"
+BOUND_S = 2.0  # without progress; a hang
+NUM_REQUESTS, NUM_AT_FIRST, STEPS_APART = 12, 5, 4
+NUM_STEPS = 400  # more than any run has
+NEAR = 1e-4  # of two likeliest log-probabilities: a tie
+KINDS = (
+    {"temperature": 0.0, "logprobs": 2},
+    {"temperature": 0.9, "top_p": 0.9},
+    {"temperature": 0.0, "repetition_penalty": 1.3},
+    {"temperature": 0.7, "top_k": 20, "frequency_penalty": 0.4},
+)
+
+
+@dataclass
+class Served:
+    """What became of the requests of a run.
+
+    Attributes:
+        tokens: by request, in order.
+        gaps: by request, between the likeliest two log-probabilities, at each token; where greedy.
+        arrivals_s: by request, when its tokens came.
+        places: by request, its (replica, data-parallel rank) at each token.
+        reasons: by request, why it ended.
+    """
+
+    tokens: list[list[int]] = field(default_factory=list)
+    gaps: list[list[float]] = field(default_factory=list)
+    arrivals_s: list[list[float]] = field(default_factory=list)
+    places: list[list[tuple[int, int]]] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+def _params(number: int, random: np.random.Generator) -> SamplingParams:
+    kind: dict[str, Any] = KINDS[number % len(KINDS)]
+    return SamplingParams(
+        seed=number, max_tokens=int(random.integers(20, 40)), ignore_eos=True, **kind
+    )
+
+
+def serve(llm: LLM) -> Served:
+    """Serve the requests, some of which come later, to their ends."""
+    random, engine = np.random.default_rng(4), llm.engine
+    served, outputs, num_steps = Served(), [], 0
+    vocab_size = llm.model.vocab_size
+    while len(outputs) < NUM_REQUESTS or engine.has_unfinished:
+        while len(outputs) < min(NUM_REQUESTS, NUM_AT_FIRST + num_steps // STEPS_APART):
+            number = len(outputs)
+            prompt = random.integers(vocab_size, size=int(random.integers(1, 24))).tolist()
+            outputs.append(engine.add(str(number), prompt, _params(number, random)))
+            served.arrivals_s.append([])
+            served.places.append([])
+        tables = engine.scheduler.tables
+        where = {
+            request.request_id: (replica, dp_rank)
+            for replica, of_replica in enumerate(tables)
+            for dp_rank, table in enumerate(of_replica)
+            for request in table.requests
+            if request is not None
+        }
+        for chunk in engine.step():
+            number = int(chunk.request_id)
+            served.arrivals_s[number].append(time.monotonic())
+            served.places[number].append(where.get(chunk.request_id, (-1, -1)))
+        num_steps += 1
+        if num_steps > NUM_STEPS:
+            raise RuntimeError("it does not end")
+    for output in outputs:
+        served.tokens.append(list(output.token_ids))
+        served.reasons.append(str(output.finish_reason))
+        served.gaps.append([_gap(each) for each in output.logprobs])
+    return served
+
+
+def _gap(logprobs: Any) -> float:
+    """Between the chosen token and the likeliest other one."""
+    others = [v for token, v in logprobs.top if token != logprobs.token_id]
+    return abs(logprobs.logprob - max(others)) if others else np.inf
+
+
+@contextlib.contextmanager
+def started(case: Draw, prepare: Any) -> Iterator[tuple[LLM, Any]]:
+    """An engine on ranks that `prepare` has changed, and the process that forked them."""
+    servers: list[ForkedServer] = []
+
+    def popen(command: Sequence[str], **settings: Any) -> ForkedServer:
+        servers.append(ForkedServer(prepare, command, **settings))
+        return servers[-1]
+
+    process = SimpleNamespace(
+        Popen=popen, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
+    )
+    moving = partial(Rebalancer, worth=lambda decision: decision.num_bytes, executor=Inline())
+    with (
+        mock.patch.object(local_ranks, "subprocess", process),
+        mock.patch.object(model_runner, "Rebalancer", moving),
+    ):
+        llm = LLM(
+            MODEL,
+            layout=case.layout,
+            options=case.options,
+            dtype=case.dtype,  # type: ignore[arg-type]
+            max_model_len=64,
+            num_blocks=64,
+            block_size=8,
+            max_num_batched_tokens=32,
+            timeout_s=BOUND_S,
+            oversubscribe=True,
+            on_failure="replace",
+        )
+    with llm:
+        yield llm, servers[0]
+
+
+@cache
+def undisturbed(layout: Layout, options: Options, dtype: str) -> Served:
+    """What the requests bring when nothing happens."""
+    case = Draw(0, "", layout, options, "shared_memory", (), dtype)
+    with started(case, partial(install, (), Happened(0), case.transport)) as (llm, _):
+        return serve(llm)
+
+
+def compare(case: Draw, served: Served, wanted: Served) -> tuple[list[str], int]:
+    """What is wrong, and how many tokens are left out since they follow a near tie."""
+    wrong, num_left_out = [], 0
+    for number, (tokens, expected) in enumerate(zip(served.tokens, wanted.tokens, strict=True)):
+        if len(tokens) != len(expected):
+            wrong.append(f"request {number} has {len(tokens)} tokens, not {len(expected)}")
+        if served.reasons[number] != wanted.reasons[number]:
+            wrong.append(f"request {number} ended by {served.reasons[number]}")
+        if len(served.arrivals_s[number]) != len(tokens):
+            wrong.append(f"request {number} was told {len(served.arrivals_s[number])} tokens")
+        pairs = enumerate(zip(tokens, expected, strict=False))
+        differs = next((i for i, (a, b) in pairs if a != b), None)
+        if differs is None or case.dtype != "float32":
+            continue
+        gaps = wanted.gaps[number]
+        if gaps and gaps[differs] < NEAR:
+            num_left_out += len(tokens) - differs
+        else:
+            wrong.append(f"request {number} differs at token {differs}")
+    return wrong, num_left_out
+
+
+def pauses(case: Draw, served: Served, happened: Happened) -> dict[str, float | None]:
+    """The longest gap between tokens from the first fault on, of requests with and without caches.
+
+    A request that was on the rank at the fault has lost its keys and values.
+    """
+    at_s = happened[0] / 1e9
+    replica, rank = divmod(case.faults[0].rank, case.layout.world_size // case.layout.replicas)
+    place = replica, case.layout.coordinates(rank).dp_rank
+    found: dict[str, list[float]] = {"lost": [], "unaffected": []}
+    for arrivals, places in zip(served.arrivals_s, served.places, strict=True):
+        if not arrivals or arrivals[0] > at_s or arrivals[-1] < at_s:
+            continue  # it was not under way
+        then = next(i for i, arrival in enumerate(arrivals) if arrival > at_s)
+        gaps = [b - a for a, b in itertools.pairwise(arrivals[max(0, then - 1) :])]
+        if gaps:
+            found["lost" if places[then - 1] == place else "unaffected"].append(max(gaps))
+    return {name: round(max(each), 3) if each else None for name, each in found.items()}
+
+
+def _serve_case(case: Draw, happened: Happened) -> tuple[Served, dict[str, Any], int]:
+    """What the requests of a case bring, how it recovered, and the process that forked ranks."""
+    prepare = partial(install, case.faults, happened, case.transport)
+    with started(case, prepare) as (llm, server):
+        served, recovery = serve(llm), llm.engine.recovery
+        assert recovery is not None, "it was asked for"
+        seconds = [
+            {state: round(seconds, 3) for state, seconds in record.seconds().items()}
+            for record in recovery.records
+        ]
+        facts = {"num_recoveries": recovery.num_recoveries, "seconds": seconds}
+    return served, facts, server.pid
+
+
+def run(case: Draw) -> dict[str, Any]:
+    """Run a case; what was wrong, and what it took."""
+    wanted = undisturbed(case.layout, case.options, case.dtype)
+    before, happened = files_and_names(), Happened(len(case.faults))
+    began_s = time.monotonic()
+    try:
+        served, found, server_pid = _serve_case(case, happened)
+    except ExpertlaneError as error:
+        return {"wrong": [f"{type(error).__name__}: {error}"]}
+    wrong, found["left_out"] = compare(case, served, wanted)
+    found["num_tokens"] = sum(map(len, served.tokens))
+    found["pauses"] = pauses(case, served, happened)
+    found["took_s"] = round(time.monotonic() - began_s, 2)
+    found["happened"] = [bool(happened[number]) for number in range(len(case.faults))]
+    if not all(found["happened"]):
+        wrong.append("a fault did not happen")
+    if not session_is_gone(server_pid, seconds=2):
+        wrong.append("a process is left")
+    gc.collect()
+    if not wait_until(lambda: files_and_names() <= before, seconds=1):
+        wrong.append(f"left: {sorted(files_and_names() - before)}")
+    return {"wrong": wrong, **found}
+
+
+def run_each(numbers: Sequence[int], file: Path) -> None:
+    """Run cases, and add a line to the file after each."""
+    for number in numbers:
+        case = draw(number)
+        line = {"number": number, "what": str(case), "kind": case.faults[-1].kind}
+        try:
+            line |= run(case)
+        except Exception:
+            line["wrong"] = [traceback.format_exc()]
+        with file.open("a") as lines:
+            lines.write(json.dumps(line, default=str) + "\n")
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Counts by kind of fault, as Markdown."""
+    rows = ["| fault | cases | wrong | recoveries | tokens | left out |", "|" + " --- |" * 6]
+    by_kind = Counter(line["kind"] for line in lines)
+    for kind, num_cases in by_kind.items():
+        own = [line for line in lines if line["kind"] == kind]
+        sums = [
+            sum(line.get(n, 0) for line in own)
+            for n in ("num_recoveries", "num_tokens", "left_out")
+        ]
+        num_wrong = sum(bool(line["wrong"]) for line in own)
+        rows.append("| " + " | ".join(map(str, (kind, num_cases, num_wrong, *sums))) + " |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, help="takes a line for each case that has ended")
+    parser.add_argument("--from", type=int, default=0, dest="first", help="number of the first")
+    parser.add_argument("--to", type=int, default=NUM_CASES, dest="end", help="one past the last's")
+    parser.add_argument("--at-once", type=int, default=2, help="cases under way at a time")
+    arguments = parser.parse_args()
+    backend_of_cpu()  # loads our kernels, once for all ranks
+    numbers = remaining(arguments.file, arguments.first, arguments.end)
+    workers, own_pid = [], os.getpid()
+    for worker in range(arguments.at_once):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                fork_server._end_with_server(own_pid)
+                run_each(numbers[worker :: arguments.at_once], arguments.file)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(code)
+        workers.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in workers]
+    lines = read(arguments.file)
+    failed = [line for line in lines if line["wrong"]]
+    print(table(lines))
+    for line in failed:
+        print(f"{line['number']}: {line['what']}: {'; '.join(line['wrong'])}")
+    sys.exit(1 if failed or any(codes) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""No request is lost and no token changes when a rank is; 300 cases: `python -m faults.runs`."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from engine.harm import read
+from engine.processes import wait_until
+from faults.draws import KINDS, LAYOUTS, MOMENTS, NUM_CASES, TRANSPORTS, draw, places
+
+NUM_RUNS = 30
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """Gives a case's line when it has ended."""
+    if not hasattr(os, "memfd_create"):
+        pytest.skip("this system has no unnamed shared memory")
+    file = tmp_path_factory.mktemp("faults") / "runs.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "faults.runs", str(file), "--to", str(NUM_RUNS)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    found = {}
+
+    def line(number):
+        def is_there():
+            found.update((each["number"], each) for each in read(file))
+            return number in found or process.poll() is not None
+
+        wait_until(is_there, seconds=240)
+        return found[number]
+
+    yield line
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("number", range(NUM_RUNS))
+def test_every_request_ends_as_if_nothing_had_happened(lines, number):
+    line = lines(number)
+    assert line["wrong"] == [], line
+    assert line.get("left_out", 0) <= 0.02 * line["num_tokens"]
+
+
+def test_all_cases_hold_every_pair():
+    chosen = places()
+    assert len(chosen) == len(set(chosen)) == NUM_CASES
+    pairs = {(kind, moment) for kind, moment, _, _ in chosen}
+    assert len(pairs) == len(KINDS) * len(MOMENTS)
+    assert {(kind, layout) for kind, _, layout, _ in chosen} == {
+        (kind, layout) for kind in range(len(KINDS)) for layout in range(len(LAYOUTS))
+    }
+
+
+def test_the_quick_ones_hold_all_kinds():
+    cases = [draw(number) for number in range(NUM_RUNS)]
+    assert {case.faults[-1].kind for case in cases} == set(KINDS)
+    assert {case.transport for case in cases} == set(TRANSPORTS)
+    assert len({case.moment for case in cases}) > 15

@@ -1,0 +1,467 @@
+"""`expertlane serve --journal` killed again and again under load; clients come back for the rest.
+
+Eight clients ask for completions, chats and responses, most of them as streams. Every event has to
+have the next number, whichever process sends it. When all is answered, what came is held against
+`LLM.generate` on one rank in float32. A part is some kills and the requests meanwhile; parts that
+are in --out are not run again. From the repository's root:
+
+    PYTHONPATH=src:tests python -m server.journal_kills --kills 50 --out kills.jsonl
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from expertlane.engine.llm import LLM
+from expertlane.spec.structured import Structured
+from model.chat_checkpoint import save_chat_checkpoint
+from server.soak import TEMPLATE
+from server.soak_client import SOAK_S, Came, Choice
+from server.soak_judge import Arbiter, Judge
+from server.soak_requests import Asked, draw, right_answers
+
+LAYOUT = "dp=2,ep=2"
+NUM_CLIENTS = 8
+PART = 10  # kills
+_REGEX = "[a-j ]{40,90}"
+_MOST_POSITIONS = 250  # of the checkpoint's 256
+_RETRY_S = 0.05
+_USAGE = {"include_usage": True}
+_OF_CHATS = (
+    *("messages", "max_tokens", "n", "logprobs", "top_logprobs"),
+    *("return_token_ids", "stream_options"),
+)
+_MAIN = "from expertlane.cli.main import main; main()"
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A request and how it is sent.
+
+    Attributes:
+        asked: as the judge takes it.
+    """
+
+    asked: Asked
+    path: str
+    body: dict[str, Any]
+    is_structured: bool = False
+
+    @property
+    def is_stream(self) -> bool:
+        return bool(self.body.get("stream"))
+
+
+def drawn(seed: int, number: int) -> Sent:
+    """A longer one than those of the soak, of any route; the same for the same arguments."""
+    dice = random.Random(f"{seed} {number}")
+    asked = draw(seed, number, is_calm=True)
+    while asked.wrong is not None:
+        asked = draw(dice.randrange(2**32), number, is_calm=True)
+    most = min(dice.randrange(40, 120), _MOST_POSITIONS - max(map(_num_bytes, asked.prompts)))
+    is_stream = dice.random() < 0.9
+    params = tuple(replace(each, max_tokens=most, min_tokens=0) for each in asked.params)
+    body = {k: v for k, v in asked.body.items() if k not in ("min_tokens", "priority")}
+    body |= {"max_tokens": most, "stream": is_stream, "stream_options": _USAGE}
+    path, is_structured = asked.path, False
+    if len(params) == 1 and not asked.is_chat and dice.random() < 0.3:
+        is_structured = True
+        body["guided_regex"] = _REGEX
+        params = (replace(params[0], structured=Structured(regex=_REGEX)),)
+    given = body
+    if asked.is_chat and len(params) == 1 and dice.random() < 0.5:
+        path = "/v1/responses"
+        params = (replace(params[0], logprobs=None),)
+        body["stream"] = True
+        given = {k: v for k, v in body.items() if k not in _OF_CHATS}
+        given |= {"input": body["messages"], "max_output_tokens": most}
+    elif not is_stream:
+        given = {k: v for k, v in body.items() if k != "stream_options"}
+    return Sent(replace(asked, params=params, body=body), path, given, is_structured)
+
+
+def _num_bytes(prompt: Any) -> int:
+    """At least as many as it has tokens."""
+    if isinstance(prompt, str):
+        return len(prompt.encode())
+    return sum(_num_bytes(each["content"]) + 2 if isinstance(each, dict) else 1 for each in prompt)
+
+
+@dataclass
+class Client:
+    """Sends one request after another, and comes back to each until it has all of it.
+
+    Attributes:
+        answers: by number.
+        wrong: a line each.
+        counts: events, reconnects and the like.
+        num_further: events of requests that were there before the last kill.
+    """
+
+    url: str
+    http: httpx.AsyncClient
+    prefix: str
+    answers: dict[int, Came] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    first_further_s: float | None = None
+
+    def killed(self) -> None:
+        """Look for the first token from now on of a request that has some."""
+        self.first_further_s = None
+
+    async def ask(self, sent: Sent) -> None:
+        """Have a request answered, whatever it takes."""
+        name = f"{self.prefix}-{sent.asked.number}"
+        came = self.answers[sent.asked.number] = Came()
+        taken = Taken(name, came, sent.path == "/v1/responses")
+        for attempt in count():
+            try:
+                if sent.is_stream:
+                    await self._stream(sent, taken, attempt)
+                else:
+                    await self._whole(sent, name, came)
+            except httpx.TransportError:
+                pass
+            if came.is_done or self.wrong:
+                break
+            self.counts["attempts that failed"] += 1
+            await asyncio.sleep(_RETRY_S)
+        self.counts["events"] += taken.num_events
+        if sent.is_stream and not self.wrong and sent.asked.number % 4 == 0:
+            await self._check_again(name, taken)
+
+    async def _whole(self, sent: Sent, name: str, came: Came) -> None:
+        answer = await self.http.post(sent.path, json=sent.body, headers={"X-Request-Id": name})
+        if answer.status_code in (500, 503):  # it is ending
+            return
+        came.status, came.is_done = answer.status_code, True
+        came.take(answer.json())
+
+    async def _stream(self, sent: Sent, taken: "Taken", attempt: int) -> None:
+        headers = {"X-Request-Id": taken.name}
+        if taken.num_events:
+            headers["Last-Event-ID"] = f"{taken.name}:{taken.num_events}"
+        method, path, body = "POST", sent.path, sent.body
+        if taken.num_events and attempt % 2:
+            method, path, body = "GET", f"/v1/requests/{taken.name}/events", None
+            del headers["X-Request-Id"]
+        had_some = bool(taken.num_events)
+        async with self.http.stream(method, path, json=body, headers=headers) as response:
+            if response.status_code in (500, 503):
+                return
+            taken.came.status = response.status_code
+            if response.status_code != 200:
+                self.wrong.append(f"{taken.name}: {method} {await response.aread()!r}")
+                return
+            self.counts["reconnects"] += had_some
+            async for event in blocks(response):
+                problem = taken.take(event)
+                if problem is not None:
+                    self.wrong.append(f"{taken.name}: {problem}")
+                    return
+                if had_some and self.first_further_s is None:
+                    self.first_further_s = time.monotonic()
+
+    async def _check_again(self, name: str, taken: "Taken") -> None:
+        """All events once more: they have to be the same bytes."""
+        try:
+            answer = await self.http.get(f"/v1/requests/{name}/events")
+        except httpx.TransportError:
+            return
+        self.counts["read again"] += 1
+        # Less than all where it was killed meanwhile.
+        if answer.status_code == 200 and not taken.text.startswith(answer.text):
+            self.wrong.append(f"{name}: other events than before")
+
+
+@dataclass
+class Taken:
+    """What has come of a stream."""
+
+    name: str
+    came: Came
+    is_response: bool
+    num_events: int = 0
+    text: str = ""
+
+    def take(self, event: str) -> str | None:
+        """Take an event in; says what is wrong with it."""
+        fields = dict(line.split(": ", 1) for line in event.split("\n"))
+        self.num_events += 1
+        if fields["id"] != f"{self.name}:{self.num_events}":
+            return f"event {fields['id']} comes as number {self.num_events}"
+        self.text += f"{event}\n\n"
+        if fields["data"] == "[DONE]":
+            self.came.is_done = True
+            return None
+        body = json.loads(fields["data"])
+        if not self.is_response:
+            self.came.take(body)
+            return None
+        if body["sequence_number"] != self.num_events - 1:
+            return f"sequence_number {body['sequence_number']} in event {self.num_events}"
+        choice = self.came.choices.setdefault(0, Choice())
+        if body["type"] == "response.output_text.delta":
+            choice.text += body["delta"]
+        elif body["type"] in ("response.completed", "response.incomplete"):
+            choice.num_endings += 1
+            choice.finish_reason = "length" if body["type"].endswith("incomplete") else "stop"
+            self.came.usage = {
+                "completion_tokens": body["response"]["usage"]["output_tokens"],
+                "prompt_tokens": body["response"]["usage"]["input_tokens"],
+            }
+            self.came.is_done = True
+        elif body["type"] == "response.failed":
+            return event
+        return None
+
+
+async def blocks(response: httpx.Response) -> AsyncIterator[str]:
+    """Whole events; comments are passed over."""
+    rest = ""
+    async for part in response.aiter_text():
+        *events, rest = (rest + part).split("\n\n")
+        for event in events:
+            if not event.startswith(":"):
+                yield event
+
+
+@dataclass
+class Kill:
+    """One kill of the front, in seconds from it on.
+
+    Attributes:
+        ready_s: until the next process takes requests; of which `start_s` before it had the model.
+        further_s: until a client has the next event of a stream that had begun before.
+        resumed: requests that the next process went on with.
+    """
+
+    after_s: float
+    ready_s: float
+    further_s: float | None
+    resumed: int
+
+
+class Front:
+    """`expertlane serve` at one port, in one process after another."""
+
+    def __init__(self, folder: Path, journal: Path, log: Path, port: int) -> None:
+        self._command = [sys.executable, "-P", "-c", _MAIN, "serve", str(folder)]
+        self._command += ["--layout", LAYOUT, "--dtype", "float32", "--port", str(port), "--json"]
+        self._command += ["--served-model-name", "tiny", "--journal", str(journal)]
+        self._command += ["--reconnect-s", "300", "--block-size", "4", "--num-blocks", "512"]
+        self._log = log.open("a")
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Wait until it takes requests.
+
+        Raises:
+            AssertionError: it ends before.
+        """
+        self._process = subprocess.Popen(
+            self._command, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, Path(self._log.name).read_text()[-3000:]
+
+    def kill(self) -> None:
+        """As the system does that has no memory left."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def end(self) -> None:
+        """As a user does.
+
+        Raises:
+            AssertionError: it does not end well.
+        """
+        assert self._process is not None
+        self._process.terminate()
+        code = self._process.wait(SOAK_S)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._log.close()
+        assert code == 0, Path(self._log.name).read_text()[-3000:]
+
+
+@dataclass
+class Part:
+    """Some kills, and what came of the requests meanwhile."""
+
+    number: int
+    kills: list[Kill]
+    counts: dict[str, int]
+    seconds: float
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def load(front: Front, url: str, seed: int, number: int, num_kills: int) -> tuple[Any, ...]:
+    """Kill the front under load; gives the kills, the requests and the client."""
+    dice = random.Random(f"{seed} {number}")
+    numbers, sent_of, kills, is_ending = count(number * 100_000), {}, [], False
+    limits = httpx.Limits(max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=url, timeout=SOAK_S, limits=limits) as http:
+        client = Client(url, http, f"part{number}")
+
+        async def work() -> None:
+            while not (is_ending or client.wrong):
+                sent = drawn(seed, next(numbers))
+                sent_of[sent.asked.number] = sent
+                await client.ask(sent)
+
+        workers = [asyncio.create_task(work()) for _ in range(NUM_CLIENTS)]
+        for _ in range(num_kills):
+            after_s = dice.uniform(0.0, 2.0)
+            await asyncio.sleep(after_s)
+            await asyncio.to_thread(front.kill)
+            client.killed()
+            killed_s = time.monotonic()
+            await asyncio.to_thread(front.start)
+            ready_s = time.monotonic() - killed_s
+            resumed = await _resumed(http)
+            for _ in range(200):
+                if client.first_further_s is not None or client.wrong:
+                    break
+                await asyncio.sleep(0.02)
+            further_s = client.first_further_s
+            kills.append(
+                Kill(after_s, ready_s, None if further_s is None else further_s - killed_s, resumed)
+            )
+        is_ending = True
+        for worker in workers:
+            await worker
+    return kills, sent_of, client
+
+
+async def _resumed(http: httpx.AsyncClient) -> int:
+    lines = (await http.get("/metrics")).text.splitlines()
+    (line,) = (line for line in lines if line.startswith("expertlane:journal_resumed_total"))
+    return int(float(line.rpartition(" ")[2]))
+
+
+def run_part(folder: Path, seed: int, number: int, num_kills: int) -> Part:
+    """Some kills, and the judgement.
+
+    Raises:
+        AssertionError: a client lost something, had it twice, or had something else.
+    """
+    began_s, port = time.monotonic(), free_port()
+    with tempfile.TemporaryDirectory() as temporary:
+        front = Front(folder, Path(temporary) / "journal", Path(temporary) / "log", port)
+        front.start()
+        url = f"http://127.0.0.1:{port}"
+        try:
+            kills, sent_of, client = asyncio.run(load(front, url, seed, number, num_kills))
+        except BaseException:
+            front.kill()
+            raise
+        front.end()
+    assert not client.wrong, "\n".join(client.wrong)
+    counts = client.counts + judged(folder, list(sent_of.values()), client.answers)
+    return Part(number, kills, dict(counts), time.monotonic() - began_s)
+
+
+def judged(folder: Path, sent: list[Sent], answers: dict[int, Came]) -> Counter[str]:
+    """Hold answers against those of an undisturbed run.
+
+    Raises:
+        AssertionError: one is another.
+    """
+    with LLM(folder, dtype="float32", num_blocks=4096) as llm:
+        right = right_answers(llm, [each.asked for each in sent])
+        judge = Judge(llm.tokenizer, llm.tokenizer.eos_token_ids, Arbiter(folder))
+    for each in sent:
+        number = each.asked.number
+        if each.is_structured:  # what ends it is no token that the judge knows
+            for choice, of_choice in zip(
+                answers[number].choices.values(), right.get(number, ()), strict=False
+            ):
+                judge.wrong += judge._against(of_choice, each.asked.params[0], choice)
+            judge.counts["structured"] += 1
+        else:
+            judge.take(each.asked, answers[number], right.get(number))
+        judge.counts["responses"] += each.path == "/v1/responses"
+    judge.check()
+    return judge.counts
+
+
+def table(parts: list[Part]) -> Iterator[str]:
+    """What a reader wants to know, in lines."""
+    kills = [kill for part in parts for kill in part.kills]
+    counts: Counter[str] = Counter()
+    for part in parts:
+        counts.update(part.counts)
+    yield f"{len(kills)} kills of the front, {sum(k.resumed for k in kills)} requests went on"
+    for name, number in sorted(counts.items()):
+        yield f"  {name:24} {number:8,}"
+    further = [kill.further_s for kill in kills if kill.further_s is not None]
+    for name, values in (
+        ("ready again", [kill.ready_s for kill in kills]),
+        ("first further event", further),
+        ("from ready to that", [k.further_s - k.ready_s for k in kills if k.further_s]),
+    ):
+        if values:
+            yield (
+                f"  {name:24} p50 {statistics.median(values):6.2f} s, max {max(values):6.2f} s"
+                f"  ({len(values)} kills)"
+            )
+    yield "  none lost, none twice"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--part", type=int, default=PART, help="kills at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="parts that are done, a JSON line each")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    parts: list[Part] = []
+    if options.out is not None and options.out.exists():
+        for line in options.out.read_text().splitlines():
+            facts = json.loads(line)
+            parts.append(Part(**facts | {"kills": [Kill(**each) for each in facts["kills"]]}))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "tiny"
+        folder.mkdir()
+        save_chat_checkpoint(folder, TEMPLATE)
+        while (left := options.kills - sum(len(part.kills) for part in parts)) > 0:
+            parts.append(run_part(folder, options.seed, len(parts), min(left, options.part)))
+            if options.out is not None:
+                with options.out.open("a") as out:
+                    out.write(json.dumps(asdict(parts[-1])) + "\n")
+            print("\n".join(table(parts)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""A journal: what a killed server leaves, and that clients get the rest, nothing twice."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from engine.processes import wait_until
+from engine.stub_runner import expected
+from expertlane.errors import UserError
+from expertlane.server.journal import file as journal_file
+from expertlane.server.journal import keeper
+from expertlane.server.journal.file import JournalError, JournalFile
+from expertlane.server.service import ServerOptions
+from server.running import LONG, PATIENCE_S, Stream, is_idle
+
+STREAM = LONG | {"stream": True, "return_token_ids": True}
+NAMED = {"X-Request-Id": "mine"}
+
+
+@pytest.fixture
+def journaled(stub_server, tmp_path):
+    """Makes a server with a journal; `after` is a folder that a killed one has left."""
+    numbers = iter(range(100))
+
+    def make(after=None, reconnect_s=60.0, **options):
+        folder = tmp_path / f"journal {next(numbers)}"
+        if after is not None:
+            shutil.copytree(after, folder)
+        file = JournalFile(folder)
+        file.identify({"model": "stub"})
+        server = stub_server(ServerOptions(journal=file, reconnect_s=reconnect_s, **options))
+        server.folder = folder
+        return server
+
+    return make
+
+
+def events_of(text):
+    """(id, data) of a stream."""
+    found = []
+    for block in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.split("\n") if line)
+        if "data" in fields:
+            found.append((fields.get("id"), fields["data"]))
+    return found
+
+
+def post(server, body, path="/v1/completions", **headers):
+    return httpx.post(f"{server.url}{path}", json=body, headers=headers, timeout=PATIENCE_S)
+
+
+def rest(server, request_id, after=None):
+    headers = {} if after is None else {"Last-Event-ID": f"{request_id}:{after}"}
+    url = f"{server.url}/v1/requests/{request_id}/events"
+    return httpx.get(url, headers=headers, timeout=PATIENCE_S)
+
+
+def cut(server, body, num_events, path="/v1/completions", headers=NAMED):
+    """What a client has that leaves after so many events."""
+    with httpx.stream(
+        "POST", f"{server.url}{path}", json=body, headers=headers, timeout=PATIENCE_S
+    ) as answer:
+        text = ""
+        for part in answer.iter_text():
+            text += part
+            if text.count("\n\n") >= num_events:
+                break
+    return "".join(f"{block}\n\n" for block in text.split("\n\n")[:num_events])
+
+
+def tokens_of(text):
+    """Of a stream of completions, that is whole."""
+    events = [data for _, data in events_of(text)]
+    assert events[-1] == "[DONE]"
+    found = [json.loads(data)["choices"] for data in events[:-1]]
+    return [token for choices in found for token in choices[0]["token_ids"]]
+
+
+def begun(journaled, num_events=7, body=STREAM, headers=NAMED, **options):
+    """A server that computes no further, and what the client of its one stream has."""
+    server = journaled(**options)
+    server.step_s = 0.01
+    came = cut(server, body, num_events, headers=headers)
+    server.gate.clear()
+    assert wait_until(lambda: server.service.num_open == 0)
+    return server, came
+
+
+def test_a_stream_goes_on_after_the_server_is_killed(journaled):
+    server, came = begun(journaled)
+    after = journaled(after=server.folder)
+    assert wait_until(lambda: is_idle(after))  # it needs no client
+    answer = post(after, STREAM, **NAMED, **{"Last-Event-ID": "mine:7"})
+    assert tokens_of(came + answer.text) == expected([1, 2, 3], 50)
+    assert answer.headers["X-Request-Id"] == "mine"
+    ids = [each for each, _ in events_of(came + answer.text)]
+    assert ids == [f"mine:{number}" for number in range(1, 52)]
+    assert rest(after, "mine").text == came + answer.text  # the same bytes
+    assert rest(after, "mine", 51).status_code == 204
+    assert after.service.journal.num_resumed == 1
+    assert after.engine.runner.num_steps < 50  # what was there is not computed again
+
+
+def test_a_client_comes_back_to_a_server_that_lives(journaled):
+    server, came = begun(journaled)
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(post, server, STREAM, **NAMED, **{"Last-Event-ID": "mine:7"})
+        other = pool.submit(rest, server, "mine")
+        assert wait_until(lambda: server.service.num_open == 2)
+        server.gate.set()
+        assert tokens_of(came + asked.result().text) == expected([1, 2, 3], 50)
+        assert other.result().text == came + asked.result().text
+    assert is_idle(server)
+    page = httpx.get(f"{server.url}/metrics").text
+    assert 'expertlane:journal_reconnects_total{model_name="stub"} 2.0' in page
+    assert 'expertlane:journal_requests{model_name="stub",state="finished"} 1.0' in page
+
+
+def test_an_answer_without_stream_is_given_once_more(journaled):
+    server = journaled()
+    server.gate.clear()
+    body = LONG | {"n": 2, "logprobs": 1}
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(post, server, body, **NAMED) for _ in range(2)]
+        assert wait_until(lambda: server.service.num_open == 2)
+        server.gate.set()
+        first, second = (each.result() for each in both)
+    assert first.json() == second.json() == post(server, body, **NAMED).json()
+    assert server.engine.runner.num_steps <= 52
+    refused = post(server, body | {"seed": 1}, **NAMED)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (409, "X-Request-Id")
+    assert rest(server, "mine").json()["error"]["param"] == "request_id"
+    after = journaled(after=server.folder)
+    assert post(after, body, **NAMED).json() == first.json()
+    assert after.engine.runner.num_steps == 0
+
+
+def test_without_a_name_a_closed_connection_ends_it(journaled):
+    """Its client did not say that it comes back; the id in a stream is for a dead server."""
+    server = journaled()
+    server.gate.clear()
+    connection = Stream(server)
+    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection.close()
+    assert wait_until(lambda: not server.service.journal.requests)
+    server.gate.set()
+    assert wait_until(lambda: is_idle(server))
+    assert post(server, LONG).status_code == 200  # not a stream: nothing is kept of it
+    assert not server.service.journal.requests
+    server, _ = begun(journaled, headers={})
+    server.gate.set()
+    connection = Stream(server)
+    text = connection.read_until(b"data: ").decode()
+    name = text.partition("\nid: ")[2].partition(":")[0]
+    after = journaled(after=server.folder)
+    connection.close()
+    assert len(name) == 32
+    assert len(events_of(rest(after, name).text)) == 51
+
+
+def test_who_does_not_come_back(journaled):
+    server, _ = begun(journaled, reconnect_s=0.2)
+    assert wait_until(lambda: not server.service.journal.requests)
+    server.gate.set()
+    assert wait_until(lambda: is_idle(server))
+    assert server.service.journal.num_abandoned == 1
+    gone = post(server, STREAM, **NAMED, **{"Last-Event-ID": "mine:7"})
+    assert (gone.status_code, gone.json()["error"]["param"]) == (404, "Last-Event-ID")
+    assert "there is no request mine" in gone.json()["error"]["message"]
+    assert rest(server, "mine").json()["error"]["param"] == "request_id"
+    assert journaled(after=server.folder).service.journal.requests == {}
+
+
+def test_a_request_that_is_deleted(journaled):
+    server, _ = begun(journaled)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(rest, server, "mine")
+        assert wait_until(lambda: server.service.num_open == 1)
+        url = f"{server.url}/v1/requests/mine"
+        assert httpx.delete(url).json() == {"id": "mine", "object": "request", "deleted": True}
+        events = [data for _, data in events_of(other.result().text)]
+    assert json.loads(events[-2])["error"]["code"] == "cancelled"
+    assert httpx.delete(url).status_code == 404
+    server.gate.set()
+    assert wait_until(lambda: is_idle(server))
+    assert journaled(after=server.folder).service.journal.requests == {}
+
+
+def test_keys_do_not_see_each_other(journaled):
+    server = journaled(api_keys=("one", "other"))
+    one, other = ({"Authorization": f"Bearer {key}"} for key in ("one", "other"))
+    assert post(server, STREAM, **NAMED, **one).status_code == 200
+    url = f"{server.url}/v1/requests/mine/events"
+    assert httpx.get(url, headers=one).status_code == 200
+    assert httpx.get(url, headers=other).status_code == 404
+    assert httpx.get(url).status_code == 401
+    mine = post(server, STREAM | {"prompt": [4]}, **NAMED, **other)  # an id of their own
+    assert tokens_of(mine.text) == expected([4], 50)
+    after = journaled(after=server.folder, api_keys=("one", "other"))
+    url = f"{after.url}/v1/requests/mine/events"
+    assert tokens_of(httpx.get(url, headers=other).text) == expected([4], 50)
+    assert tokens_of(httpx.get(url, headers=one).text) == expected([1, 2, 3], 50)
+    assert b"one" not in b"".join(each.read_bytes() for each in after.folder.glob("*.journal"))
+
+
+@pytest.mark.parametrize(
+    ("headers", "param"),
+    [
+        ({"X-Request-Id": "a b"}, "X-Request-Id"),
+        ({"X-Request-Id": "x" * 129}, "X-Request-Id"),
+        ({"X-Request-Id": "a", "Last-Event-ID": "b:1"}, "Last-Event-ID"),
+        ({"Last-Event-ID": "7"}, "Last-Event-ID"),
+        ({"Last-Event-ID": "a:-1"}, "Last-Event-ID"),
+    ],
+)
+def test_headers_that_are_wrong(journaled, headers, param):
+    refused = post(journaled(), STREAM, **headers)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+def test_without_a_journal_nothing_is_continued(stub_server):
+    refused = post(stub_server(), STREAM, **{"Last-Event-ID": "mine:7"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (404, "Last-Event-ID")
+    assert "--journal" in refused.json()["error"]["message"]
+
+
+def test_a_deadline_goes_on_while_nobody_serves(journaled):
+    body = STREAM | {"timeout_s": 1.0}
+    server, _ = begun(journaled, num_events=1, body=body)
+    left = shutil.copytree(server.folder, server.folder.with_name("left"))
+    error, done = (data for _, data in events_of(rest(server, "mine").text)[-2:])
+    assert (json.loads(error)["error"]["code"], done) == ("timeout", "[DONE]")
+    assert journaled(after=server.folder).service.journal.requests == {}
+    answer = rest(journaled(after=left), "mine")  # killed in time, begun again too late
+    assert "timeout" in answer.text
+
+
+def test_told_to_end_it_leaves_the_rest_to_the_next(journaled):
+    server = journaled(drain_s=0.1)
+    server.step_s = 0.02
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(post, server, STREAM, **NAMED)
+        assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+        server.tell_to_end()
+        came = asked.result().text
+    server.join()
+    assert server.error is None
+    assert "[DONE]" not in came  # nor an error
+    num = len(events_of(came))
+    after = journaled(after=server.folder)
+    answer = rest(after, "mine", num)
+    assert tokens_of(came + answer.text) == expected([1, 2, 3], 50)
+
+
+@pytest.mark.parametrize("most", [-(10**6), 0])
+def test_new_files_lose_nothing(journaled, monkeypatch, most):
+    """A new file with every record, or with some; and the older ones are still there."""
+    monkeypatch.setattr(keeper, "_COMPACT_BYTES", most)
+    monkeypatch.setattr(journal_file.Path, "unlink", lambda path: None)
+    server, came = begun(journaled)
+    files = sorted(server.folder.glob("*.journal"))
+    assert len(files) >= (2 if most == 0 else 8)
+    after = journaled(after=server.folder)
+    answer = rest(after, "mine", 7)
+    assert tokens_of(came + answer.text) == expected([1, 2, 3], 50)
+
+
+def test_a_record_that_is_torn_or_damaged(journaled, tmp_path):
+    """Cut off at any byte, what is before it is used; a byte that was changed is refused."""
+    server, _ = begun(journaled)
+    folder = shutil.copytree(server.folder, tmp_path / "copy")
+    (path,) = folder.glob("*.journal")
+    data = path.read_bytes()
+    ends = [end for end, _ in journal_file.records_of(data)]
+    assert ends[-1] == len(data)
+    for size in (0, 5, ends[0] - 1, ends[0], ends[1] + 12, len(data) - 1):
+        path.write_bytes(data[:size])
+        file = JournalFile(folder)
+        num_whole = sum(end <= size for end in ends)
+        assert file.num_torn_bytes == size - ([0, *ends][num_whole])
+        assert len(file.found) == (num_whole > 1)
+        file.close()
+    path.write_bytes(data + bytes(50))  # as a file system may leave it
+    file = JournalFile(folder)
+    assert file.num_torn_bytes == 50
+    file.close()
+    for at in (3, 20, ends[1] + 2, ends[1] + 7, ends[1] + 14, len(data) - 1):
+        changed = bytearray(data)
+        changed[at] ^= 0x40
+        path.write_bytes(changed)
+        begin = max(end for end in [0, *ends] if end <= at)
+        with pytest.raises(UserError, match=f"{path.name}: byte {begin:,}: ") as refused:
+            JournalFile(folder)
+        assert "\n" not in str(refused.value)
+
+
+def test_another_model_or_server(journaled):
+    server, _ = begun(journaled)
+    program = "import sys; from expertlane.server.journal.file import *; "
+    program += "JournalFile(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", program, str(server.folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "another server uses this folder" in done.stderr
+    copy = server.folder.with_name("copy")
+    shutil.copytree(server.folder, copy)
+    file = JournalFile(copy)
+    with pytest.raises(UserError, match="has 1 requests of a server whose model was stub, not x;"):
+        file.identify({"model": "x"})
+    file.close()
+    file = JournalFile(copy.with_name("empty"))
+    file.identify({"model": "x"})
+    file.close()
+
+
+def test_a_full_disk_ends_the_server(journaled, monkeypatch):
+    """What could not be written is not sent; what was goes on later."""
+    server = journaled()
+    server.step_s = 0.01
+    write = os.write
+
+    def full(file, data):
+        if server.engine.runner.num_steps > 9:
+            write(file, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal_file.os, "write", full)
+        came = post(server, STREAM, **NAMED).text
+        server.join()
+    assert isinstance(server.error, JournalError)
+    assert str(server.error) == f"--journal {server.folder}: No space left on device"
+    num = len(events_of(came))
+    assert 5 < num < 12
+    answer = rest(journaled(after=server.folder), "mine", num)
+    assert tokens_of(came + answer.text) == expected([1, 2, 3], 50)
