@@ -215,7 +215,9 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
             reconnect_s=own.reconnect_s,
         )
         served = ServedModel(
-            name, llm.engine, llm.limits, llm.tokenizer, template, recommended, llm.watch()
+            *(name, llm.engine, llm.limits, llm.tokenizer, template, recommended),
+            watch=llm.watch(),
+            scaling=llm.scaling,
         )
 
         def on_start(running: "Running") -> None:

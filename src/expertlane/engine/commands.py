@@ -87,10 +87,15 @@ class RankOutcome:
 
 @dataclass(frozen=True)
 class HeldBytes:
-    """What a rank has allocated for a deployment."""
+    """What a rank has allocated for a deployment.
+
+    Attributes:
+        kept_bytes: of the weights, those that it had in the layout before.
+    """
 
     weight_bytes: int
     kv_bytes: int
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ class LLM:
         limits: what the scheduler keeps to.
         machine: [num_ranks]; what each rank saw before the model was loaded.
         tokenizer: None where the checkpoint has none.
+        scaling: changes the layout between steps, for those who bring their own loop.
 
     Raises:
         UserError: the model cannot be found, read, laid out so, or does not fit into memory.
@@ -168,7 +169,7 @@ class LLM:
             self._routing = RoutingRecorder(self.model) if record_routing else None
             given = deployment, seed, ranks_per_node, eos_token_ids, check
             self.engine = self._start(lambda: self._make_engine(*given))
-            self._scaling = Scaling(
+            self.scaling = Scaling(
                 *(pool, self._runner, self.engine, self.model, deployment),
                 *(self.limits, self.machine),
                 ranks_per_node=ranks_per_node,
@@ -250,7 +251,7 @@ class LLM:
     @property
     def layout(self) -> Layout:
         """Of now; `scale` changes it."""
-        return self._scaling.deployment.layout
+        return self.scaling.deployment.layout
 
     def scale(self, layout: str | Layout) -> None:
         """Go on with another layout, on more ranks or fewer, between two steps.
@@ -266,8 +267,8 @@ class LLM:
         with self._shared.exclusive():
             if self._pool.is_closed:
                 raise RankError("the ranks are gone; make a new LLM")
-            self._scaling.scale(as_layout(layout))
-            self.machine = self._scaling.machine
+            self.scaling.scale(as_layout(layout))
+            self.machine = self.scaling.machine
 
     def check_weights(self) -> None:
         """Hold the checksums of all ranks' weights against those of when they were loaded.

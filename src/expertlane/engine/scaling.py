@@ -1,7 +1,7 @@
 """Another layout while requests run: what it is checked for, and who takes it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from expertlane.engine.launch import check_deployment, describe_ranks, with_bloc
 from expertlane.engine.local_ranks import check_num_ranks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
+from expertlane.engine.recovery import RecoveryRecord
 from expertlane.engine.run_files import MOST_UNCOMPILED
 from expertlane.errors import CapacityError, UserError
 from expertlane.ops import host
@@ -20,6 +21,22 @@ from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class LayoutChange:
+    """A change that was made.
+
+    Attributes:
+        record: its states; over once a step was committed.
+        kept_bytes, read_bytes: weights that ranks had already, and those that they read or drew.
+    """
+
+    before: Layout
+    after: Layout
+    record: RecoveryRecord
+    kept_bytes: int
+    read_bytes: int
 
 
 class Scaling:
@@ -34,6 +51,7 @@ class Scaling:
     Attributes:
         deployment: of now.
         machine: [num_ranks]; as the ranks of now see it.
+        changes: all so far, in order. Other threads may copy it.
     """
 
     def __init__(
@@ -55,6 +73,7 @@ class Scaling:
         self.machine = tuple(machine)
         self._ranks_per_node, self._folder = ranks_per_node, folder
         self._oversubscribe = oversubscribe
+        self.changes: list[LayoutChange] = []
 
     def check(self, layout: Layout) -> Placements:
         """Check another layout as at the start; gives the placement that its experts begin with.
@@ -119,7 +138,7 @@ class Scaling:
         if layout == self.deployment.layout:
             return
         runner, scheduler = self._runner, self._engine.scheduler
-        num_ranks = layout.world_size
+        before, num_ranks = self.deployment.layout, layout.world_size
 
         def change() -> int:
             self.deployment = replace(self.deployment, layout=layout)
@@ -129,4 +148,9 @@ class Scaling:
 
         self._engine.with_ranks(runner.before_reshape)
         self._engine.scale(layout, change)
+        kept = sum(each.kept_bytes for each in runner.held)
+        read = sum(each.weight_bytes for each in runner.held) - kept
+        recovery = self._engine.recovery
+        assert recovery is not None, "it was checked"
+        self.changes.append(LayoutChange(before, layout, recovery.records[-1], kept, read))
         self.machine = tuple(self._engine.with_ranks(partial(describe_ranks, self._pool)))

@@ -245,7 +245,8 @@ class DeployedStage:
     @property
     def held(self) -> HeldBytes:
         """What it has allocated."""
-        return HeldBytes(self.stage.weight_bytes, self.stage.kv_bytes)
+        stage = self.stage
+        return HeldBytes(stage.weight_bytes, stage.kv_bytes, stage.kept_bytes)
 
     def leave(self, layout: Layout) -> _Left:
         """What a stage of another layout on this rank may use; this one is of no use any more.

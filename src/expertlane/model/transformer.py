@@ -202,7 +202,7 @@ class TransformerStage:
         if mesh.is_first_stage:
             self._embedding = source.once(None, EMBEDDING, lambda: source.take(EMBEDDING))
         self._head = OutputHead(model, source, mesh) if mesh.is_last_stage else None
-        self.weight_bytes = source.num_bytes
+        self.weight_bytes, self.kept_bytes = source.num_bytes, source.num_kept_bytes
         self._held = source.held
 
     def leave_weights(self) -> HeldWeights:

@@ -64,7 +64,7 @@ class WeightSource(ABC):
         weights: whether matrices are rounded to a narrower type.
 
     Attributes:
-        num_bytes: taken so far.
+        num_bytes, num_kept_bytes: taken so far, and those of them that `before` had.
         held: what `once` has made.
         before: what another stage of this rank has left, of the same weights.
     """
@@ -87,6 +87,7 @@ class WeightSource(ABC):
         self._weights = weights
         self._keeps_narrow = backend_for(device).keeps_narrow
         self.num_bytes = 0
+        self.num_kept_bytes = 0
         self.held, self.before = HeldWeights(), HeldWeights()
 
     def once(
@@ -105,6 +106,7 @@ class WeightSource(ABC):
             found = made, self.num_bytes - num_before
         else:
             self.num_bytes += found[1]
+            self.num_kept_bytes += found[1]
         if holds:
             self.held.put(layer, key, *found)
         kept: MadeT = found[0]
