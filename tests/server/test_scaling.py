@@ -1,15 +1,14 @@
 """The layout of a server changes under its clients, by its API and by the command."""
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from threading import Thread
 
 import httpx
 import pytest
 
 from engine.recovering import PARAMS, PROMPTS
 from expertlane import LLM
-from expertlane.cli.app import app
 from expertlane.cli.main import main
 from expertlane.server.service import ServedModel, ServerOptions
 from server.running import PATIENCE_S, ServerInThread
@@ -112,3 +111,33 @@ def test_without_ranks_it_cannot(stub_server):
     answer = post(server, {"layout": "tp=1"}, headers=KEY)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_scalable")
     assert not httpx.get(f"{server.url}/scale", headers=KEY).json()["can_scale"]
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["expertlane", "scale", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_by_the_command(server, monkeypatch, capsys):
+    with ThreadPoolExecutor(1) as clients:
+        found = clients.submit(complete, server, 0)
+        assert run(monkeypatch, server.url, "--layout", "dp=1", "--watch-s", "0.2") == 0
+        assert found.result() == server.expected[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tp=1 on 1 rank, after ")
+    assert lines[1].split() == ["from", "dp=2,ep=2"]
+    assert lines[-1].startswith("tokens/s ")
+    assert "MB kept" in lines[3]
+    assert max(map(len, lines)) <= 80
+    assert run(monkeypatch, server.url, "--layout", "tp=1", "--watch-s", "0", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["layout"], found["tokens_per_s_after"]) == ("tp=1", None)
+    for layout, message in (("tp=3", "tp=3 does not divide"), ("x=2", "unknown axis")):
+        assert run(monkeypatch, server.url, "--layout", layout, "--watch-s", "0") == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+    assert run(monkeypatch, "http://127.0.0.1:9", "--layout", "tp=1") == 2
+    assert "connection refused" in capsys.readouterr().err

@@ -175,10 +175,7 @@ def _text(found: dict[str, Any]) -> str:
         spent = ", ".join(f"{state} {seconds:.2f} s" for state, seconds in by_state.items())
         lines += [
             f"from          {change['from']}",
-            "time          "
-            + ", ".join(
-                f"{state} {each:.2f} s" for state, each in change["seconds_by_state"].items()
-            ),
+            f"time          {spent}",
             f"weights       {change['weight_bytes_kept'] / 1e6:,.1f} MB kept, "
             f"{change['weight_bytes_read'] / 1e6:,.1f} MB read",
             f"requests      {num} computed again, none lost",
