@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
+import bench_counters
 import numpy as np
-from bench_counters import decode_plan
 from rich.console import Console
 from rich.table import Table
 
@@ -58,13 +58,12 @@ class Steps:
         self.pool, self.step = pool, 0
         self.runner = ModelRunner(pool, self.model, deployment, limits, seed=0, ranks_per_node=2)
         timed = [pool.call(TimeOneMove()) for _ in range(3)]
-        move_s, stall_s = (min(max(of[which] for of in each) for each in timed) for which in (1, 2))
         self.expert_bytes = timed[0][0][0]
-        self.pace = MovePace(move_s, stall_s)
+        self.pace = MovePace.of_trials(timed)
 
     def one(self) -> float:
         """Seconds of a step; the pace sees its records."""
-        plan = decode_plan(self.step, LAYOUT, record=True, context_len=CONTEXT_LEN)
+        plan = bench_counters.decode_plan(self.step, LAYOUT, record=True, context_len=CONTEXT_LEN)
         self.step += 1
         began_s = time.perf_counter()
         outcome = self.runner.collect(self.runner.submit(plan))
@@ -93,6 +92,7 @@ class Steps:
 
 
 def main() -> None:
+    bench_counters.NUM_SEQUENCES = 4  # a step that is short beside a slice of 32 MB
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 6
     inner = int(sys.argv[2]) if len(sys.argv) > 2 else 4096
     taken: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -58,7 +58,7 @@ class Harm:
 
     Attributes:
         number: of the signal that it sends itself.
-        delay_us: of a wait, before it does.
+        delay_us: of a wait, or of joining the epoch, before it does.
         late: another rank, which begins that step when the epoch is over.
     """
 
@@ -74,6 +74,8 @@ class Harm:
     def drawn(cls, random: np.random.Generator, epoch: int) -> "Harm":
         rank, late = random.choice(NUM_RANKS, 2, replace=False).tolist()
         number = int(random.choice([signal.SIGKILL, signal.SIGSTOP]))
+        if epoch == LAST_EPOCH - 1:
+            return cls(epoch, rank, late, number, -1, "joining", int(random.integers(0, 60_000)))
         moment = str(random.choice(["before", "begun", "waiting"]))
         step, delay_us = int(random.integers(4, 24)), int(random.integers(0, 2000))
         return cls(epoch, rank, late, number, step, moment, delay_us)
@@ -83,7 +85,7 @@ class Harm:
         if epoch != self.epoch or step < self.step:
             return
         if rank == self.rank and moment == self.moment:
-            if moment == "waiting":
+            if moment in ("waiting", "joining"):
                 threading.Thread(target=self._happen_later, daemon=True).start()
             else:
                 signal.raise_signal(self.number)
@@ -141,6 +143,8 @@ class Rank:
         self._meshes.renew(
             connection.connect(self._settings, self._platform, share, self._board, epoch)
         )
+        for each in self._harms:
+            each.at(rank, epoch, -1, "joining")
         self._meshes.make(LAYOUT, NUM_RANKS // 2)
         if self._mesh is None:
             progress = self._board.reporter(rank)
@@ -275,7 +279,7 @@ class Servers:
         finally:
             os._exit(code)
 
-    def begin_epoch(self, epoch: int, lost: Iterable[int], *, forks: bool = True) -> float:
+    def begin_epoch(self, epoch: int, lost: Iterable[int]) -> float:
         """Fence ranks that are lost, and have others in their places; when the epoch began."""
         for rank in lost:
             if pid := self._pids[rank]:
@@ -288,8 +292,7 @@ class Servers:
             board.begin_epoch(epoch, os.getpid(), *files, num_ranks=0)  # nobody asks for it
         for fd in (fd for files in old for fd in files):
             os.close(fd)
-        if forks:
-            self.fork(lost, epoch)
+        self.fork(lost, epoch)
         return began_s
 
     def wait_for_harm(self, rank: int) -> None:
@@ -317,19 +320,16 @@ class Servers:
 
 
 def run(kind: str, seed: int, meeting: Meeting | None) -> dict[str, Any]:
-    """Two losses; after the second one, the replacement is lost too before it does anything."""
+    """Two losses, and a third one while the next epoch begins."""
     random = np.random.default_rng(seed)
-    harms = [Harm.drawn(random, epoch) for epoch in range(LAST_EPOCH - 1)]
+    harms = [Harm.drawn(random, epoch) for epoch in range(LAST_EPOCH)]
     servers = Servers(kind, harms, meeting)
     servers.fork(range(NUM_RANKS), 0)
     began_s = {}
     for harm in harms:
         servers.wait_for_harm(harm.rank)
         time.sleep(_BLOCKED_S)
-        next_epoch, is_last = harm.epoch + 1, harm is harms[-1]
-        began_s[harm.epoch] = servers.begin_epoch(next_epoch, [harm.rank], forks=not is_last)
-    time.sleep(3 * _BLOCKED_S)
-    began_s[LAST_EPOCH - 1] = servers.begin_epoch(LAST_EPOCH, [harms[-1].rank])
+        began_s[harm.epoch] = servers.begin_epoch(harm.epoch + 1, [harm.rank])
     codes, reports = servers.end()
     for each in reports:
         if "left" in each:

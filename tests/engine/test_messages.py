@@ -216,6 +216,37 @@ def test_a_peer_that_stops_in_the_middle_of_a_message_is_not_waited_for():
         channel.close()
 
 
+def test_a_message_has_an_epoch(pair):
+    for epoch in (0, 1, 2**32 - 1):
+        assert through(encode(MessageKind.RESULT, "text", epoch), pair).epoch == epoch
+
+
+@pytest.mark.parametrize("number", [0, 1, 201])
+def test_descriptors_follow_a_message(pair, number):
+    """More than a system call takes; if the sender ends in between, none stays open."""
+
+    def num_open():
+        return len(os.listdir("/proc/self/fd"))
+
+    with open(os.devnull) as nothing:
+        before = num_open()
+        for announced in (number, number + 300):
+            pair[0].send(encode(MessageKind.COMMAND, "those"))
+            pair[0].send_descriptors([nothing.fileno()] * number)
+            assert pair[1].receive().kind is MessageKind.COMMAND
+            if announced == number:
+                for descriptor in pair[1].receive_descriptors(announced):
+                    assert os.path.samestat(os.fstat(descriptor), os.fstat(nothing.fileno()))
+                    assert not os.get_inheritable(descriptor)
+                    os.close(descriptor)
+            else:
+                pair[0].close()
+                with pytest.raises((EOFError, MessageError)):
+                    pair[1].receive_descriptors(announced)
+                before -= 1
+            assert num_open() == before
+
+
 def test_a_command_that_is_not_known(pair):
     message = through(encode(MessageKind.COMMAND, RunStep(None)), pair)
     known = Decoder(Deploy)

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from contextlib import contextmanager
 
 import psutil
@@ -19,13 +18,14 @@ from expertlane.engine.pool import RankPool
 from expertlane.errors import RankError, RanksLostError, UserError
 
 NUM_RANKS = 3
-TIMEOUT_S = 2.0
+TIMEOUT_S = 3.0
+NEVER_S = 60.0  # where no rank is to hang
 HOW = {
     "kill": "was killed by SIGKILL",
     "stop": "hung in step 7, layer 3, stage router (its process is stopped)",
     "raise": "failed in step 7, layer 3, stage router: ValueError: broken",
     "exit": "ended with exit code 3 in step 7, layer 3, stage router",
-    "compute": "hung in step 7, layer 3, stage router: no progress for 2 s; if it was only slow",
+    "compute": "hung in step 7, layer 3, stage router: no progress for 3 s; if it was only slow",
 }
 
 
@@ -209,11 +209,11 @@ def test_a_rank_that_is_lost_at_every_start(lose_at_start):
         leaves_nothing(),
         pytest.raises(RankError, match=r"^rank 1 ended with exit code 3 .*all ranks were ended$"),
     ):
-        start_pool()
+        start_pool(timeout_s=NEVER_S)
 
 
 def test_many_epochs_leave_nothing_open_and_the_end_of_the_fork_server_is_final():
-    with leaves_nothing(), start_pool() as pool:
+    with leaves_nothing(), start_pool(timeout_s=NEVER_S) as pool:
         server = psutil.Process(pool._ranks._server.pid)
         states = []
         for number in range(20):
@@ -246,8 +246,7 @@ def state_of(pool, server):
 def test_interrupted_while_an_epoch_begins(lose_at_start, is_server_stopped):
     """As by Ctrl-C: while a replacement hangs, or the fork server is stopped."""
     lose_at_start(1, "")
-    with leaves_nothing():
-        pool = start_pool()
+    with leaves_nothing(), start_pool(timeout_s=NEVER_S) as pool:
         server_pid = pool._ranks._server.pid
         lose_at_start(1, "compute")
         lost = lose(pool, {1: "exit"}).ranks
@@ -256,16 +255,15 @@ def test_interrupted_while_an_epoch_begins(lose_at_start, is_server_stopped):
         main = threading.main_thread().ident
         interrupt = threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT))
         interrupt.start()
-        began_s = time.monotonic()
         with pytest.raises(KeyboardInterrupt), pool:
             pool.begin_epoch(lost)
-        assert time.monotonic() - began_s < 10
+        assert pool.is_closed
         interrupt.join()
         assert session_is_gone(server_pid, seconds=5)
 
 
 def test_a_user_s_mistake_is_final():
-    with leaves_nothing(), start_pool(1) as pool:
+    with leaves_nothing(), start_pool(1, NEVER_S) as pool:
         with pytest.raises(UserError, match="layout is too wide"):
             pool.call(Refuse(0))
         assert pool.is_closed

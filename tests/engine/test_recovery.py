@@ -8,7 +8,9 @@ import pytest
 from engine.processes import wait_until
 from engine.recovering import facts, harmed, move_experts, pids, record_of
 from expertlane import LLM
+from expertlane.balance.moves import WHOLE
 from expertlane.engine.commands import Deploy, FinishMoves, Redeploy, RunStep, StartMoves
+from expertlane.engine.move_pace import MovePace
 from expertlane.engine.recovery import State
 from expertlane.errors import RankError, UserError
 from expertlane.spec.deployment import Options
@@ -42,6 +44,7 @@ def test_a_rank_is_killed(layout, options, transport, monkeypatch, capfd):
     """In a prompt's step, in decode, while experts move; the same ranks, again and again."""
     if transport == "gloo":
         monkeypatch.setenv("EXPERTLANE_TRANSPORT", "gloo")
+    monkeypatch.setattr(MovePace, "most", 9 * WHOLE)  # moves end soon, however busy the machine
     with model(layout, options=Options(**options)) as llm:
         moments = [(0, RunStep, 1), (1, RunStep, 9), (0, RunStep, 12)]
         if llm._runner.rebalancer is not None:
@@ -67,6 +70,31 @@ def test_a_rank_is_killed(layout, options, transport, monkeypatch, capfd):
             assert any(each.switched is not None for each in llm._runner.rebalancer.decisions)
         assert facts(llm) == expected
     assert capfd.readouterr().err.count("recovered in") == len(moments)
+
+
+def test_a_rank_is_killed_while_parts_of_experts_move_and_copies_are_balanced(monkeypatch):
+    """Parts that have arrived are dropped with the rest; a trial that was under way begins anew."""
+    monkeypatch.setattr(MovePace, "most", WHOLE * 3 // 4)
+    options = Options(rebalance_steps=3, num_redundant_experts=2, copies="balanced")
+    with model("dp=2,ep=2", options=options) as llm:
+        move_experts(llm)
+        rebalancer, switch = llm._runner.rebalancer, llm._runner.copy_switch
+        expected = facts(llm)
+        moments = [(1, RunStep, 6), (0, StartMoves, 2), (1, FinishMoves, 2), (0, StartMoves, 5)]
+        for number, (rank, command, after) in enumerate(moments, start=1):
+            with harmed(rank, command, after) as killed:
+                assert facts(llm) == expected
+            assert len(killed) == 1
+            assert llm.engine.recovery.num_recoveries == number
+            replica = rebalancer._replicas[0]
+            assert replica.pace.poll()  # no slice of an older epoch is waited for
+        rebalancer._worth = lambda decision: -1.0  # experts stay, so that a trial comes to its end
+        replica.waiting.clear()
+        for _ in range(4):
+            assert facts(llm) == expected
+        assert any(each.switched is not None for each in rebalancer.decisions)
+        assert switch.decisions
+        assert all(each.decision.num_saved >= 0 for each in switch.decisions)
 
 
 def test_a_rank_is_lost_while_another_is_replaced():

@@ -159,7 +159,7 @@ UNKNOWN_KEYS = {
         "unknown key 'baseline' in [[scaling]] 1; "
         "valid: name, layout, overlap, num_micro_batches, micro_batch_schedule, dispatch, "
         "prefill_dispatch, payload, weights, cache_int8, placement, placement_file, "
-        "num_redundant_experts, rebalance_steps"
+        "num_redundant_experts, copies, rebalance_steps"
     ),
 }
 

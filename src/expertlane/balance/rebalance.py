@@ -64,7 +64,7 @@ class RebalanceGate:
     Attributes:
         pair_s: seconds of a rank for each token-expert pair more.
         expert_bytes: of one expert's weights in one layer.
-        move_s: in which every rank sends an expert and receives one, all at once.
+        move_s: in which every rank sends an expert and receives one, all at once, beside a stall.
         stall_s: of every slice, however little it moves.
         slice_most: weights move in slices, one after a step: of `WHOLE`, what a rank sends or
             receives in it at most.

@@ -24,7 +24,7 @@ class MovePace:
     """The pace of one replica.
 
     Args:
-        move_s: in which every rank sends an expert and receives one, all at once.
+        move_s: in which every rank sends an expert and receives one, all at once, beside a stall.
         stall_s: of a slice, however little it moves.
 
     Attributes:
@@ -38,6 +38,19 @@ class MovePace:
         self._steps: deque[tuple[float, float]] = deque(maxlen=_SEEN)
         self._slices: deque[tuple[float, float]] = deque(maxlen=_SEEN)
         self._under_way: deque[tuple[float, tuple[Ticket[float], Ticket[float]]]] = deque()
+
+    @classmethod
+    def of_trials(cls, timed: Sequence[Sequence[tuple[int, float, float]]]) -> "MovePace":
+        """By the best of some trials.
+
+        Args:
+            timed: what `TimeOneMove` gave, by trial and rank.
+        """
+        whole_s, stall_s = (
+            max(1e-6, min(max(of_rank[which] for of_rank in trial) for trial in timed))
+            for which in (1, 2)
+        )
+        return cls(max(whole_s - stall_s, whole_s / 16), stall_s)
 
     def saw_step(self, records: Sequence[RankRecord]) -> None:
         """Take in how long a step took, and how long a rank's links rested in it."""

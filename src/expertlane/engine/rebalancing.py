@@ -176,11 +176,7 @@ class Rebalancer:
             pool.call(TimeOneMove(), ranks=layout.ranks_of_replica(0)) for _ in range(3)
         ]  # the first opens connections
         self._expert_bytes = max(num_bytes for num_bytes, *_ in timed[-1]) * layout.etp
-        move_s, stall_s = (
-            max(1e-6, min(max(of_rank[which] for of_rank in each) for each in timed))
-            for which in (1, 2)
-        )
-        self._timed_move = move_s, stall_s
+        self._trials = timed
         self.reshape(layout, placements, ranks_per_node)
 
     def reshape(self, layout: Layout, placements: Placements, ranks_per_node: int) -> None:
@@ -192,7 +188,7 @@ class Rebalancer:
         self._layout = layout
         self._ep_per_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
         self._replicas = [
-            _Replica(placements, self._num_steps, MovePace(*self._timed_move))
+            _Replica(placements, self._num_steps, MovePace.of_trials(self._trials))
             for _ in range(layout.replicas)
         ]
 

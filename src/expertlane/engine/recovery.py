@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from itertools import pairwise
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError
 from expertlane.schedule.drive import DriveLoop
@@ -195,13 +196,9 @@ class Recovery:
         """Do something with ranks that do not serve yet; all of it again once some are replaced.
 
         Raises:
-            RankError, UserError: as `recover`.
+            RankError, UserError: as `recover`; or what the action raises.
         """
-        while True:
-            try:
-                return action()
-            except RanksLostError as error:
-                self.replace(error)
+        return self._until_done(action, None)
 
     def recover(self, error: RanksLostError, loop: DriveLoop[Any]) -> None:
         """Bring ranks and steps to where they go on; `settle` has to follow.
@@ -211,25 +208,21 @@ class Recovery:
             UserError: a rank found a mistake, such as a checkpoint that is no longer there.
         """
         self._is_under_way = True
+        self._until_done(partial(self._bring_back, loop), error)
+        self._is_under_way = False
+
+    def _until_done(self, action: Callable[[], ResultT], error: RanksLostError | None) -> ResultT:
+        """Replace what was lost, then act; both again after each further loss."""
         while True:
-            self.replace(error)
             try:
-                self._load(loop)
-                return
+                if error is not None:
+                    self._replace(error)
+                return action()
             except RanksLostError as more:
                 error = more
             except ExpertlaneError:
                 self._enter(State.STOPPED)
                 raise
-
-    def _load(self, loop: DriveLoop[Any]) -> None:
-        plans = loop.uncommitted
-        self.records[-1].num_requests += loop.lose(self._caches(self._to_redeploy))
-        self._redeploy(self._to_redeploy, plans)
-        self._to_redeploy = frozenset()
-        self._enter(State.REPLAYING)
-        loop.submit_again()
-        self._is_under_way = False
 
     def scale(self, layout: Layout, change: Callable[[], int], loop: DriveLoop[Any]) -> None:
         """Go on in another layout, while no step is in flight; `settle` has to follow.
@@ -246,40 +239,39 @@ class Recovery:
         self._enter(State.SCALING)
         self.records[-1].num_requests += change()
         self._layout, self._num_ranks = layout, layout.world_size
-        try:
+        self._until_done(partial(self._scale_now, loop), None)
+        self._is_under_way = False
+
+    def _scale_now(self, loop: DriveLoop[Any]) -> None:
+        if self.state is State.SCALING:  # else ranks were lost, and another epoch has begun
             self._pool.begin_epoch((), lambda: None, self._num_ranks)
             self._enter(State.LOADING)
-            self._load(loop)
-        except RanksLostError as error:
-            self.recover(error, loop)
-        except ExpertlaneError:
-            self._enter(State.STOPPED)
-            raise
+        self._bring_back(loop)
 
-    def replace(self, error: RanksLostError) -> None:
-        """Replace lost ranks, which then have to load; `recover` does it, and whoever starts them.
+    def _replace(self, error: RanksLostError) -> None:
+        self._to_fence |= error.ranks
+        self._enter(State.FENCING, error)
+        if self._num_fruitless == _MOST_FRUITLESS:
+            self._pool.close(failed=True)
+            raise RankError(
+                f"{error}; {_MOST_FRUITLESS} recoveries in a row led to no finished step, so all "
+                "ranks were ended"
+            ) from None
+        self._num_fruitless += 1
+        self._pool.begin_epoch(
+            self._to_fence, lambda: self._enter(State.REPLACING), self._num_ranks
+        )
+        self._to_redeploy, self._to_fence = self._to_redeploy | self._to_fence, frozenset()
+        self._enter(State.LOADING)
 
-        Raises:
-            RankError, UserError: as `recover`.
-        """
-        while True:
-            self._to_fence |= error.ranks
-            self._enter(State.FENCING, error)
-            if self._num_fruitless == _MOST_FRUITLESS:
-                self._give_up(error)
-            self._num_fruitless += 1
-            try:
-                self._pool.begin_epoch(
-                    self._to_fence, lambda: self._enter(State.REPLACING), self._num_ranks
-                )
-                self._to_redeploy, self._to_fence = self._to_redeploy | self._to_fence, frozenset()
-                self._enter(State.LOADING)
-                return
-            except RanksLostError as more:
-                error = more
-            except ExpertlaneError:
-                self._enter(State.STOPPED)
-                raise
+    def _bring_back(self, loop: DriveLoop[Any]) -> None:
+        """Let ranks load, and begin all steps anew that are not committed."""
+        plans = loop.uncommitted
+        self.records[-1].num_requests += loop.lose(self._caches(self._to_redeploy))
+        self._redeploy(self._to_redeploy, plans)
+        self._to_redeploy = frozenset()
+        self._enter(State.REPLAYING)
+        loop.submit_again()
 
     def settle(self) -> None:
         """All is as before: a step was committed, nothing was to be done, or all have started."""
@@ -287,14 +279,6 @@ class Recovery:
             self._num_fruitless = 0
             self._to_redeploy = frozenset()
             self._enter(State.SERVING)
-
-    def _give_up(self, error: RanksLostError) -> NoReturn:
-        self._pool.close(failed=True)
-        self._enter(State.STOPPED)
-        raise RankError(
-            f"{error}; {_MOST_FRUITLESS} recoveries in a row led to no finished step, so all ranks "
-            "were ended"
-        ) from None
 
     def _caches(self, ranks: Collection[int]) -> set[tuple[int, int]]:
         """(replica, data-parallel rank) of each rank that has a part in the layout."""
