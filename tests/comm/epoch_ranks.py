@@ -290,7 +290,7 @@ class Servers:
         old, self._files = self._files, self._new_files()
         began_s = time.monotonic()
         for board, files in zip(self._boards, self._files, strict=True):
-            board.begin_epoch(epoch, os.getpid(), *files)
+            board.begin_epoch(epoch, os.getpid(), *files, num_ranks=0)  # nobody asks for it
         for fd in (fd for files in old for fd in files):
             os.close(fd)
         self.fork(lost, epoch)

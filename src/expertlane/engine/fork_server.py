@@ -59,7 +59,7 @@ class RankSettings:
         board_fd: of the file with the node's progress board.
         memory_fd: of the memory that the node's ranks share for their messages; None where the
             system has none.
-        wake_fds: an eventfd for each rank that shares it.
+        wake_fds: eventfds for ranks that share it, one for each that there may be.
         store_path: the rendezvous file of ranks that are all on this node.
         meeting: where ranks of several nodes meet; None where all are on this one.
         timeout_s: the bound on any wait for other ranks.
@@ -257,20 +257,29 @@ class _Server:
                 if message.kind is MessageKind.END:
                     return True
                 if message.kind is MessageKind.BEGIN_EPOCH:
-                    self._begin_epoch(message.epoch, Decoder(BeginEpoch).decode(message).ranks)
+                    self._begin_epoch(message.epoch, Decoder(BeginEpoch).decode(message))
                 else:
                     self._control.send(encode(MessageKind.HEARTBEAT, self._heartbeat()))
             self._report_ended()
         return False
 
-    def _begin_epoch(self, epoch: int, ranks: Sequence[int]) -> None:
+    def _begin_epoch(self, epoch: int, asked: BeginEpoch) -> None:
         """End ranks for certain, and start others in their places.
 
         Raises:
             EOFError, OSError: the launcher has ended, or there is no room; it is told so.
         """
+        ranks, first = asked.ranks, self._first
         with unterminated():
-            self._fence(ranks)
+            surplus = [r for r in self._rank_of_pid.values() if r >= first.rank + asked.num_ranks]
+            self._fence([*ranks, *surplus])
+            if asked.num_ranks != first.num_local_ranks:
+                others = first.world_size - first.num_local_ranks
+                self._first = replace(
+                    first,
+                    num_local_ranks=asked.num_ranks,
+                    world_size=others + asked.num_ranks,
+                )
             try:
                 self._renew_files(epoch)
                 for rank in ranks:
@@ -302,7 +311,8 @@ class _Server:
             self._first = replace(self._first, memory_fd=memory_fd)
         if self._store_fd is not None:
             store_fd = self._store_fd = unnamed_file()
-        self._board.begin_epoch(epoch, os.getpid(), memory_fd, store_fd)
+        num_ranks = self._first.num_local_ranks
+        self._board.begin_epoch(epoch, os.getpid(), memory_fd, store_fd, num_ranks)
         for fd in old:  # ranks look at the board before they trust what they have opened
             os.close(fd)
 
