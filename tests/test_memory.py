@@ -47,7 +47,7 @@ class NoGroups(Meshes):
 
 def held_by_engine(model, layout, rank, dtype, weights) -> TransformerStage:
     """What the engine builds for a rank, with one position of cache."""
-    recorder = SimpleNamespace()
+    recorder = SimpleNamespace(checks=None)
     mesh = ParallelMesh(layout, NoGroups(), rank, 8, recorder)
     source = SeededWeights(
         model, 0, getattr(torch, dtype), torch.device("cpu"), lambda: None, weights

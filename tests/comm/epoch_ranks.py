@@ -36,6 +36,7 @@ from expertlane.comm.transport import EpochEndedError, PeerLostError
 from expertlane.engine import connection
 from expertlane.engine.fork_server import RankSettings
 from expertlane.engine.rendezvous import Meeting
+from expertlane.engine.store_host import StoreHost
 from expertlane.ops.backend import SHARED_MEMORY, Platform, compiled_messages
 from expertlane.ops.cores import Share
 from expertlane.spec.layout import Layout
@@ -58,7 +59,7 @@ class Harm:
 
     Attributes:
         number: of the signal that it sends itself.
-        delay_us: of a wait, before it does.
+        delay_us: of a wait, or of joining the epoch, before it does.
         late: another rank, which begins that step when the epoch is over.
     """
 
@@ -74,6 +75,8 @@ class Harm:
     def drawn(cls, random: np.random.Generator, epoch: int) -> "Harm":
         rank, late = random.choice(NUM_RANKS, 2, replace=False).tolist()
         number = int(random.choice([signal.SIGKILL, signal.SIGSTOP]))
+        if epoch == LAST_EPOCH - 1:
+            return cls(epoch, rank, late, number, -1, "joining", int(random.integers(0, 60_000)))
         moment = str(random.choice(["before", "begun", "waiting"]))
         step, delay_us = int(random.integers(4, 24)), int(random.integers(0, 2000))
         return cls(epoch, rank, late, number, step, moment, delay_us)
@@ -83,7 +86,7 @@ class Harm:
         if epoch != self.epoch or step < self.step:
             return
         if rank == self.rank and moment == self.moment:
-            if moment == "waiting":
+            if moment in ("waiting", "joining"):
                 threading.Thread(target=self._happen_later, daemon=True).start()
             else:
                 signal.raise_signal(self.number)
@@ -141,6 +144,8 @@ class Rank:
         self._meshes.renew(
             connection.connect(self._settings, self._platform, share, self._board, epoch)
         )
+        for each in self._harms:
+            each.at(rank, epoch, -1, "joining")
         self._meshes.make(LAYOUT, NUM_RANKS // 2)
         if self._mesh is None:
             progress = self._board.reporter(rank)
@@ -275,7 +280,7 @@ class Servers:
         finally:
             os._exit(code)
 
-    def begin_epoch(self, epoch: int, lost: Iterable[int], *, forks: bool = True) -> float:
+    def begin_epoch(self, epoch: int, lost: Iterable[int]) -> float:
         """Fence ranks that are lost, and have others in their places; when the epoch began."""
         for rank in lost:
             if pid := self._pids[rank]:
@@ -285,11 +290,10 @@ class Servers:
         old, self._files = self._files, self._new_files()
         began_s = time.monotonic()
         for board, files in zip(self._boards, self._files, strict=True):
-            board.begin_epoch(epoch, os.getpid(), *files)
+            board.begin_epoch(epoch, os.getpid(), *files, num_ranks=0)  # nobody asks for it
         for fd in (fd for files in old for fd in files):
             os.close(fd)
-        if forks:
-            self.fork(lost, epoch)
+        self.fork(lost, epoch)
         return began_s
 
     def wait_for_harm(self, rank: int) -> None:
@@ -317,19 +321,16 @@ class Servers:
 
 
 def run(kind: str, seed: int, meeting: Meeting | None) -> dict[str, Any]:
-    """Two losses; after the second one, the replacement is lost too before it does anything."""
+    """Two losses, and a third one while the next epoch begins."""
     random = np.random.default_rng(seed)
-    harms = [Harm.drawn(random, epoch) for epoch in range(LAST_EPOCH - 1)]
+    harms = [Harm.drawn(random, epoch) for epoch in range(LAST_EPOCH)]
     servers = Servers(kind, harms, meeting)
     servers.fork(range(NUM_RANKS), 0)
     began_s = {}
     for harm in harms:
         servers.wait_for_harm(harm.rank)
         time.sleep(_BLOCKED_S)
-        next_epoch, is_last = harm.epoch + 1, harm is harms[-1]
-        began_s[harm.epoch] = servers.begin_epoch(next_epoch, [harm.rank], forks=not is_last)
-    time.sleep(3 * _BLOCKED_S)
-    began_s[LAST_EPOCH - 1] = servers.begin_epoch(LAST_EPOCH, [harms[-1].rank])
+        began_s[harm.epoch] = servers.begin_epoch(harm.epoch + 1, [harm.rank])
     codes, reports = servers.end()
     for each in reports:
         if "left" in each:
@@ -344,12 +345,12 @@ def run(kind: str, seed: int, meeting: Meeting | None) -> dict[str, Any]:
 
 def main(kind: str, seeds: list[int]) -> None:
     """Run all seeds in turn."""
-    meeting = store = None
+    meeting = host = None
     if kind == "nodes":
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         meeting = Meeting("127.0.0.1", port, False, "test", 2)
-        store = meeting.open(as_host=True)
+        host = StoreHost(meeting)
     library = compiled_messages() if kind in ("compiled", "nodes") else None
     if kind == "compiled" and library is None:
         print(json.dumps({"skipped": "our C++ cannot be compiled here"}))
@@ -358,7 +359,8 @@ def main(kind: str, seeds: list[int]) -> None:
         for seed in seeds:
             named = replace(meeting, name=f"test-{seed}") if meeting else None
             print(json.dumps(run(kind, seed, named)), flush=True)
-    del store
+    if host is not None:
+        host.end()
 
 
 if __name__ == "__main__":

@@ -86,11 +86,11 @@ def test_a_private_board_is_nobody_else_s():
 def test_an_epoch_has_its_files_until_the_next_but_one(fd):
     server, rank = ProgressBoard(2, fd), ProgressBoard(2, fd)
     assert rank.epoch == 0
-    server.begin_epoch(1, 70, 5, 6)
-    server.begin_epoch(2, 70, 8, -1)
+    server.begin_epoch(1, 70, 5, 6, 2)
+    server.begin_epoch(2, 70, 8, -1, 3)
     assert rank.epoch == 2
-    assert rank.files(2) == (70, 8, -1)
-    assert rank.files(1) == (70, 5, 6)
+    assert rank.files(2) == (70, 8, -1, 3)
+    assert rank.files(1) == (70, 5, 6, 2)
     assert rank.position(0).stage is Stage.SETUP
 
 
@@ -99,3 +99,10 @@ def test_a_replacement_waits_no_more_than_the_rank_before_it():
     board.reporter(0).set_waiting(True)
     board.reporter(0)
     assert not board.position(0).waiting
+
+
+def test_a_board_has_room_for_ranks_that_come_later(fd):
+    server = ProgressBoard(5, fd)
+    assert ProgressBoard(1, fd).num_lines == server.num_lines == 5
+    ProgressBoard(1, fd).reporter(4).enter(Stage.EXPERTS, 7)
+    assert server.position(4).layer == 7

@@ -33,6 +33,11 @@ def two_nodes():
         yield pool
 
 
+def test_ranks_are_forked_from_a_process_without_threads(two_nodes):
+    """One that another thread of it has locked out, as of the resolver, would wait for ever."""
+    assert psutil.Process(two_nodes.pid(0)).parent().num_threads() == 1
+
+
 def sent_bytes(run):
     """By rank, over all steps: replicas' steps may end in another order."""
     records = [record for step in run.steps for record in step.outcome.records]
@@ -95,7 +100,7 @@ class TwoNodes:
         self.server = psutil.Process(self.ranks._server.pid)
         self.pool = RankPool(self.ranks, TIMEOUT_S)
         here, there = (
-            sorted(child.pid for child in each.children())
+            sorted(child.pid for child in each.children())[-2:]  # the store's host came first
             for each in (self.server, self.supervisor)
         )
         self.pids = here + there

@@ -2,6 +2,7 @@
 
 import re
 from collections import deque
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from expertlane.errors import RankError, RanksLostError, UserError
 from expertlane.spec.layout import Layout
 
 LAYOUT = Layout.parse("replicas=2,pp=2,dp=2,tp=2,ep=4")
+LAYOUTS = [LAYOUT, *map(Layout.parse, ("tp=1", "dp=2,ep=2", "replicas=3,dp=8,ep=8"))]
 RANKS = st.frozensets(st.integers(0, LAYOUT.world_size), max_size=3)  # one rank more than it needs
 # Where a recovery may be disturbed: before and after ranks are killed, and so on.
 PLACES = ("fence", "replace", "redeploy", "half redeployed", "submit")
@@ -37,15 +39,19 @@ class Disturbed:
     def __init__(self):
         self.to_come = deque()
         self.lost, self.caches, self.not_loaded = set(), set(), set()
+        self.new = set()  # ranks of a larger layout, which have no caches that could be lost
+        self.layout = LAYOUT
         self.epoch, self.joined = 0, [0] * (LAYOUT.world_size + 1)
         self.is_running, self.is_closed = True, False
         self.num_epochs_since_commit = 0
 
     def lose(self, ranks):
-        self.lost |= ranks
+        self.lost |= {rank for rank in ranks if rank < len(self.joined)}
         self.caches |= {
             (at.replica, at.dp_rank)
-            for at in (LAYOUT.coordinates(rank) for rank in ranks if rank < LAYOUT.world_size)
+            for at in map(
+                self.layout.coordinates, [each for each in ranks if each < self.layout.world_size]
+            )
         }
 
     def _pass(self, place):
@@ -55,29 +61,36 @@ class Disturbed:
                 self.lose(error.ranks)
             raise error
 
-    def begin_epoch(self, lost, on_fenced):
+    def begin_epoch(self, lost, on_fenced, num_ranks):
         assert not self.is_closed
-        assert self.lost <= lost, "a rank that is lost is not fenced"
+        if num_ranks is not None:
+            self.new |= set(range(len(self.joined), num_ranks))
+            self.not_loaded |= self.new
+            self.joined[:] = (self.joined + [0] * num_ranks)[:num_ranks]
+            self.lost = {rank for rank in self.lost if rank < num_ranks}
+            self.not_loaded = {rank for rank in self.not_loaded if rank < num_ranks}
+        assert self.lost <= set(lost), "a rank that is lost is not fenced"
         self.epoch += 1
         self.num_epochs_since_commit += 1
         self.is_running = False
         self._pass("fence")
-        self.not_loaded |= lost
+        self.not_loaded |= {rank for rank in lost if rank < len(self.joined)}
         self.lost.clear()
         on_fenced()
         self._pass("replace")
 
     def redeploy(self, replaced, plans):
         assert not self.lost
-        assert self.not_loaded <= replaced
+        assert self.not_loaded <= set(replaced) | self.new
         assert not self.caches, "steps would be run on caches that are gone"
         assert plans == self.uncommitted
         self._pass("redeploy")
-        for rank in range(LAYOUT.world_size // 2):
+        for rank in range(len(self.joined) // 2):
             self._join(rank)
         self._pass("half redeployed")
-        for rank in range(LAYOUT.world_size + 1):
+        for rank in range(len(self.joined)):
             self._join(rank)
+        self.new.clear()
 
     def _join(self, rank):
         self.joined[rank] = self.epoch
@@ -146,8 +159,41 @@ class Machine(RuleBasedStateMachine):
     )
     def lose(self, ranks, more, ends, where, is_interrupted):
         """Ranks are lost, more while they are replaced, and it may end there."""
+        self.ranks.lose(ranks)
+        error = RanksLostError(f"first: {sorted(ranks)}", ranks)
+        self.disturb(partial(self.recovery.recover, error), more, ends, where, is_interrupted)
+
+    @precondition(lambda self: self.recovery.state is State.SERVING)
+    @rule(
+        layout=st.sampled_from(LAYOUTS),
+        more=st.lists(st.tuples(st.sampled_from(PLACES), RANKS), max_size=4),
+        ends=st.sampled_from([None] * 6 + [UserError("no file"), RankError("no server")]),
+        where=st.sampled_from(PLACES),
+        is_interrupted=st.integers(0, 9).map(lambda number: number == 0),
+    )
+    def scale(self, layout, more, ends, where, is_interrupted):
+        """Another layout is asked for, and ranks are lost while they change."""
+        num_scalings = self.recovery.num_scalings
+
+        def change():
+            self.ranks.layout = layout
+            return 1
+
+        def scale(loop):
+            assert self.recovery.state is State.SERVING
+            self.recovery.scale(layout, change, loop)
+
+        self.ranks.num_epochs_since_commit = -1  # its own does not count
+        self.disturb(scale, more, ends, where, is_interrupted)
+        if not self.is_stopped:
+            assert len(self.ranks.joined) == layout.world_size
+            self.commit()
+            assert self.recovery.num_scalings == num_scalings + 1
+            assert f"became {layout} in" in self.lines[-1]
+
+    def disturb(self, action, more, ends, where, is_interrupted):
+        """Do something of the machine's, to its end, while other things happen."""
         disturbed = self.ranks
-        disturbed.lose(ranks)
         disturbed.is_running = False
         disturbed.to_come = deque(
             (place, RanksLostError(f"more: {sorted(lost)}", lost)) for place, lost in more
@@ -157,15 +203,14 @@ class Machine(RuleBasedStateMachine):
         elif is_interrupted:
             disturbed.to_come.append((where, KeyboardInterrupt()))
         num_before = disturbed.num_epochs_since_commit
-        error = RanksLostError(f"first: {sorted(ranks)}", ranks)
         ended = None
         while ended is None:
             try:
-                self.recovery.recover(error, Loop(disturbed))
+                action(Loop(disturbed))
                 break
             except KeyboardInterrupt:
                 assert self.recovery.is_interrupted
-                error = RanksLostError("it goes on", ())
+                action = partial(self.recovery.recover, RanksLostError("it goes on", ()))
             except (RankError, UserError) as raised:
                 ended = raised
         if ended is not None:
@@ -190,14 +235,14 @@ class Machine(RuleBasedStateMachine):
     def records_are_paths_of_the_machine(self):
         for record in self.recovery.records:
             states = [moment.state for moment in record.moments]
-            assert states[0] is State.FENCING
+            assert states[0] is (State.FENCING if record.layouts is None else State.SCALING)
             assert all(then in NEXT[now] for now, then in pairwise(states))
             assert sum(record.seconds().values()) == pytest.approx(record.total_s)
-            assert record.causes
+            assert record.causes or record.layouts
         over = [record for record in self.recovery.records if record.is_over]
         assert over == list(self.recovery.records)[: len(over)]
         num = sum(record.moments[-1].state is State.SERVING for record in over)
-        assert self.recovery.num_recoveries == num
+        assert self.recovery.num_recoveries + self.recovery.num_scalings == num
         assert len([line for line in self.lines if "computed again" in line]) == len(over)
 
     @invariant()

@@ -173,17 +173,21 @@ def test_a_copy_with_a_flipped_bit(pools):
 
 @pytest.mark.numerical
 @pytest.mark.parametrize(
-    ("layout", "dtype"),
+    ("layout", "dtype", "options"),
     [
-        ("tp=1", "float32"),
-        ("dp=2,tp=2,ep=2", "float32"),
-        ("pp=2,dp=2,ep=2", "float32"),
-        ("dp=3", "float32"),
-        ("dp=2,ep=2", "bfloat16"),
+        ("tp=1", "float32", {}),
+        ("dp=2,tp=2,ep=2", "float32", {}),
+        ("pp=2,dp=2,ep=2", "float32", {}),
+        ("dp=3", "float32", {}),
+        ("dp=3,ep=3", "float32", {"payload": "float8"}),
+        ("dp=2,ep=2", "bfloat16", {}),
     ],
 )
-def test_tokens_are_the_same_and_nothing_is_wrong(pools, layout, dtype):
-    found = [Deployed(pools, layout, level, dtype).run(DRAWN) for level in ("off", "light", "full")]
+def test_tokens_are_the_same_and_nothing_is_wrong(pools, layout, dtype, options):
+    deployed = (
+        Deployed(pools, layout, level, dtype, **options) for level in ("off", "light", "full")
+    )
+    found = [each.run(DRAWN) for each in deployed]
     assert found[0] == found[1] == found[2]
 
 

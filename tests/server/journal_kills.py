@@ -32,7 +32,7 @@ from expertlane.engine.llm import LLM
 from expertlane.spec.structured import Structured
 from model.chat_checkpoint import save_chat_checkpoint
 from server.soak import TEMPLATE
-from server.soak_client import SOAK_S, Came, Choice
+from server.soak_client import SOAK_S, Came
 from server.soak_judge import Arbiter, Judge
 from server.soak_requests import Asked, draw, right_answers
 
@@ -40,60 +40,34 @@ LAYOUT = "dp=2,ep=2"
 NUM_CLIENTS = 8
 PART = 10  # kills
 _REGEX = "[a-j ]{40,90}"
+_ENDS = ("stop", "stop_token_ids", "ignore_eos")  # that would cut off what has a form
 _MOST_POSITIONS = 250  # of the checkpoint's 256
 _RETRY_S = 0.05
-_USAGE = {"include_usage": True}
-_OF_CHATS = (
-    *("messages", "max_tokens", "n", "logprobs", "top_logprobs"),
-    *("return_token_ids", "stream_options"),
-)
 _MAIN = "from expertlane.cli.main import main; main()"
 
 
-@dataclass(frozen=True)
-class Sent:
-    """A request and how it is sent.
-
-    Attributes:
-        asked: as the judge takes it.
-    """
-
-    asked: Asked
-    path: str
-    body: dict[str, Any]
-    is_structured: bool = False
-
-    @property
-    def is_stream(self) -> bool:
-        return bool(self.body.get("stream"))
-
-
-def drawn(seed: int, number: int) -> Sent:
-    """A longer one than those of the soak, of any route; the same for the same arguments."""
+def drawn(seed: int, number: int) -> Asked:
+    """A longer one than those of the soak, mostly a stream; the same for the same arguments."""
     dice = random.Random(f"{seed} {number}")
     asked = draw(seed, number, is_calm=True)
     while asked.wrong is not None:
         asked = draw(dice.randrange(2**32), number, is_calm=True)
-    most = min(dice.randrange(40, 120), _MOST_POSITIONS - max(map(_num_bytes, asked.prompts)))
-    is_stream = dice.random() < 0.9
-    params = tuple(replace(each, max_tokens=most, min_tokens=0) for each in asked.params)
-    body = {k: v for k, v in asked.body.items() if k not in ("min_tokens", "priority")}
-    body |= {"max_tokens": most, "stream": is_stream, "stream_options": _USAGE}
-    path, is_structured = asked.path, False
-    if len(params) == 1 and not asked.is_chat and dice.random() < 0.3:
-        is_structured = True
-        body["guided_regex"] = _REGEX
-        params = (replace(params[0], structured=Structured(regex=_REGEX)),)
-    given = body
-    if asked.is_chat and len(params) == 1 and dice.random() < 0.5:
-        path = "/v1/responses"
-        params = (replace(params[0], logprobs=None),)
-        body["stream"] = True
-        given = {k: v for k, v in body.items() if k not in _OF_CHATS}
-        given |= {"input": body["messages"], "max_output_tokens": most}
-    elif not is_stream:
-        given = {k: v for k, v in body.items() if k != "stream_options"}
-    return Sent(replace(asked, params=params, body=body), path, given, is_structured)
+    body = {k: v for k, v in asked.body.items() if k not in ("priority", "stream_options")}
+    body["stream"] = dice.random() < 0.9
+    if body["stream"] and not asked.is_response:
+        body["stream_options"] = {"include_usage": True}
+    params = asked.params
+    if params[0].structured is None:
+        most = dice.randrange(40, 120)
+        most = min(most, _MOST_POSITIONS - max(map(_num_bytes, asked.prompts)))
+        body.pop("min_tokens", None)
+        body["max_output_tokens" if asked.is_response else "max_tokens"] = most
+        params = tuple(replace(each, max_tokens=most, min_tokens=0) for each in params)
+        if isinstance(body.get("prompt"), str) and len(params) == 1 and dice.random() < 0.5:
+            body = {k: v for k, v in body.items() if k not in _ENDS} | {"guided_regex": _REGEX}
+            held = {"stop": (), "stop_token_ids": (), "ignore_eos": False}
+            params = (replace(params[0], structured=Structured(regex=_REGEX), **held),)
+    return replace(asked, params=params, body=body)
 
 
 def _num_bytes(prompt: Any) -> int:
@@ -126,17 +100,17 @@ class Client:
         """Look for the first token from now on of a request that has some."""
         self.first_further_s = None
 
-    async def ask(self, sent: Sent) -> None:
+    async def ask(self, asked: Asked) -> None:
         """Have a request answered, whatever it takes."""
-        name = f"{self.prefix}-{sent.asked.number}"
-        came = self.answers[sent.asked.number] = Came()
-        taken = Taken(name, came, sent.path == "/v1/responses")
+        name = f"{self.prefix}-{asked.number}"
+        came = self.answers[asked.number] = Came()
+        taken = Taken(name, came, asked.is_response)
         for attempt in count():
             try:
-                if sent.is_stream:
-                    await self._stream(sent, taken, attempt)
+                if asked.is_stream:
+                    await self._stream(asked, taken, attempt)
                 else:
-                    await self._whole(sent, name, came)
+                    await self._whole(asked, name, came)
             except httpx.TransportError:
                 pass
             if came.is_done or self.wrong:
@@ -144,21 +118,21 @@ class Client:
             self.counts["attempts that failed"] += 1
             await asyncio.sleep(_RETRY_S)
         self.counts["events"] += taken.num_events
-        if sent.is_stream and not self.wrong and sent.asked.number % 4 == 0:
+        if asked.is_stream and not self.wrong and asked.number % 4 == 0:
             await self._check_again(name, taken)
 
-    async def _whole(self, sent: Sent, name: str, came: Came) -> None:
-        answer = await self.http.post(sent.path, json=sent.body, headers={"X-Request-Id": name})
+    async def _whole(self, asked: Asked, name: str, came: Came) -> None:
+        answer = await self.http.post(asked.path, json=asked.body, headers={"X-Request-Id": name})
         if answer.status_code in (500, 503):  # it is ending
             return
         came.status, came.is_done = answer.status_code, True
         came.take(answer.json())
 
-    async def _stream(self, sent: Sent, taken: "Taken", attempt: int) -> None:
+    async def _stream(self, asked: Asked, taken: "Taken", attempt: int) -> None:
         headers = {"X-Request-Id": taken.name}
         if taken.num_events:
             headers["Last-Event-ID"] = f"{taken.name}:{taken.num_events}"
-        method, path, body = "POST", sent.path, sent.body
+        method, path, body = "POST", asked.path, asked.body
         if taken.num_events and attempt % 2:
             method, path, body = "GET", f"/v1/requests/{taken.name}/events", None
             del headers["X-Request-Id"]
@@ -212,24 +186,9 @@ class Taken:
             self.came.is_done = True
             return None
         body = json.loads(fields["data"])
-        if not self.is_response:
-            self.came.take(body)
-            return None
-        if body["sequence_number"] != self.num_events - 1:
+        if self.is_response and body["sequence_number"] != self.num_events - 1:
             return f"sequence_number {body['sequence_number']} in event {self.num_events}"
-        choice = self.came.choices.setdefault(0, Choice())
-        if body["type"] == "response.output_text.delta":
-            choice.text += body["delta"]
-        elif body["type"] in ("response.completed", "response.incomplete"):
-            choice.num_endings += 1
-            choice.finish_reason = "length" if body["type"].endswith("incomplete") else "stop"
-            self.came.usage = {
-                "completion_tokens": body["response"]["usage"]["output_tokens"],
-                "prompt_tokens": body["response"]["usage"]["input_tokens"],
-            }
-            self.came.is_done = True
-        elif body["type"] == "response.failed":
-            return event
+        self.came.take(body)
         return None
 
 
@@ -326,16 +285,16 @@ def free_port() -> int:
 async def load(front: Front, url: str, seed: int, number: int, num_kills: int) -> tuple[Any, ...]:
     """Kill the front under load; gives the kills, the requests and the client."""
     dice = random.Random(f"{seed} {number}")
-    numbers, sent_of, kills, is_ending = count(number * 100_000), {}, [], False
+    numbers, asked_of, kills, is_ending = count(number * 100_000), {}, [], False
     limits = httpx.Limits(max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=SOAK_S, limits=limits) as http:
         client = Client(url, http, f"part{number}")
 
         async def work() -> None:
             while not (is_ending or client.wrong):
-                sent = drawn(seed, next(numbers))
-                sent_of[sent.asked.number] = sent
-                await client.ask(sent)
+                asked = drawn(seed, next(numbers))
+                asked_of[asked.number] = asked
+                await client.ask(asked)
 
         workers = [asyncio.create_task(work()) for _ in range(NUM_CLIENTS)]
         for _ in range(num_kills):
@@ -358,7 +317,7 @@ async def load(front: Front, url: str, seed: int, number: int, num_kills: int) -
         is_ending = True
         for worker in workers:
             await worker
-    return kills, sent_of, client
+    return kills, asked_of, client
 
 
 async def _resumed(http: httpx.AsyncClient) -> int:
@@ -379,36 +338,27 @@ def run_part(folder: Path, seed: int, number: int, num_kills: int) -> Part:
         front.start()
         url = f"http://127.0.0.1:{port}"
         try:
-            kills, sent_of, client = asyncio.run(load(front, url, seed, number, num_kills))
+            kills, asked_of, client = asyncio.run(load(front, url, seed, number, num_kills))
         except BaseException:
             front.kill()
             raise
         front.end()
     assert not client.wrong, "\n".join(client.wrong)
-    counts = client.counts + judged(folder, list(sent_of.values()), client.answers)
+    counts = client.counts + judged(folder, list(asked_of.values()), client.answers)
     return Part(number, kills, dict(counts), time.monotonic() - began_s)
 
 
-def judged(folder: Path, sent: list[Sent], answers: dict[int, Came]) -> Counter[str]:
+def judged(folder: Path, asked: list[Asked], answers: dict[int, Came]) -> Counter[str]:
     """Hold answers against those of an undisturbed run.
 
     Raises:
         AssertionError: one is another.
     """
     with LLM(folder, dtype="float32", num_blocks=4096) as llm:
-        right = right_answers(llm, [each.asked for each in sent])
+        right = right_answers(llm, asked)
         judge = Judge(llm.tokenizer, llm.tokenizer.eos_token_ids, Arbiter(folder))
-    for each in sent:
-        number = each.asked.number
-        if each.is_structured:  # what ends it is no token that the judge knows
-            for choice, of_choice in zip(
-                answers[number].choices.values(), right.get(number, ()), strict=False
-            ):
-                judge.wrong += judge._against(of_choice, each.asked.params[0], choice)
-            judge.counts["structured"] += 1
-        else:
-            judge.take(each.asked, answers[number], right.get(number))
-        judge.counts["responses"] += each.path == "/v1/responses"
+    for each in asked:
+        judge.take(each, answers[each.number], right.get(each.number))
     judge.check()
     return judge.counts
 

@@ -15,6 +15,7 @@ from expertlane.cli.help import Command, Group
 from expertlane.cli.list import app as list_app
 from expertlane.cli.plan import plan
 from expertlane.cli.report import report
+from expertlane.cli.scale import scale
 from expertlane.cli.serve import serve
 from expertlane.cli.simulate import simulate
 
@@ -29,6 +30,7 @@ for _command, _help in {
     plan: "Find the best deployment of a model on a cluster, and why it is.",
     generate: "Continue prompts with a model, or talk to it.",
     serve: "Serve a model over HTTP, with the OpenAI API.",
+    scale: "Give a running server another layout, under load.",
     bench: "Measure throughput and latency under load.",
     simulate: "Project one deployment on target hardware; needs no GPU.",
     balance: "Place experts on ranks by the load in a routing trace.",

@@ -157,7 +157,8 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
     """Serve a model over HTTP, with the OpenAI API.
 
     Clients use http://HOST:PORT/v1. Routes: /v1/completions, /v1/chat/completions, /v1/responses,
-    /v1/models, /tokenize, /detokenize, /health, /ping, /version, /load, /metrics and /openapi.json.
+    /v1/models, /tokenize, /detokenize, /scale, /health, /ping, /version, /load, /metrics and
+    /openapi.json.
     A request with an unsupported field gets status 400 and an error that names the field. Open
     http://HOST:PORT/live in a browser for a live view of ranks and experts.
 
@@ -215,7 +216,9 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
             reconnect_s=own.reconnect_s,
         )
         served = ServedModel(
-            name, llm.engine, llm.limits, llm.tokenizer, template, recommended, llm.watch()
+            *(name, llm.engine, llm.limits, llm.tokenizer, template, recommended),
+            watch=llm.watch(),
+            scaling=llm.scaling,
         )
 
         def on_start(running: "Running") -> None:

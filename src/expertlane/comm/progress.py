@@ -12,10 +12,11 @@ _NUM_FIELDS = 6
 _STEP, _LAYER, _STAGE, _WAITING, _COUNTER, _TIME_NS = range(_NUM_FIELDS)
 NO_LAYER = -1
 
-# Before the lines: the latest epoch, its server, and what files it has: of even and of odd epochs
+# Before the lines: the latest epoch, its server, and what else it has: of even and of odd epochs
 # apart, so that nothing is written over before the next epoch has begun.
 _NUM_IN_HEADER = 8
 _EPOCH, _SERVER_PID, _FILES = range(3)
+_NUM_OF_EPOCH = 3
 
 Line = tuple[int, int, int, int, int, int]  # the fields of a rank
 
@@ -27,11 +28,13 @@ class EpochFiles(NamedTuple):
         memory_fd: of the memory for their messages.
         store_fd: of the file in which they meet.
         Both are -1 where there is none.
+        num_ranks: how many share them.
     """
 
     server_pid: int
     memory_fd: int
     store_fd: int
+    num_ranks: int
 
 
 class Position(NamedTuple):
@@ -61,6 +64,7 @@ class ProgressBoard:
     """The epoch, and one line a rank, in a file mapped by the launcher and all ranks of its node.
 
     Args:
+        num_ranks: that it has room for; of a file that is empty, else it has what it has.
         fd: the file's descriptor. None keeps the board private to this process.
 
     Raises:
@@ -75,7 +79,7 @@ class ProgressBoard:
         else:
             if is_new:
                 os.pwrite(fd, bytes(size), 0)  # takes the room now: a lack of it is an error here
-            self._map = mmap.mmap(fd, size)
+            self._map = mmap.mmap(fd, 0)
         self._cells = memoryview(self._map).cast("q")
         if is_new:
             for rank in range(num_ranks):
@@ -86,22 +90,31 @@ class ProgressBoard:
         """The latest one that has begun on this node."""
         return self._cells[_EPOCH]
 
-    def begin_epoch(self, epoch: int, server_pid: int, memory_fd: int, store_fd: int) -> None:
+    @property
+    def num_lines(self) -> int:
+        """Ranks that it has room for."""
+        return (len(self._cells) - _NUM_IN_HEADER) // _NUM_FIELDS
+
+    def begin_epoch(
+        self, epoch: int, server_pid: int, memory_fd: int, store_fd: int, num_ranks: int
+    ) -> None:
         """Say that another one begins; before the files of the one before it are closed.
 
         Args:
             epoch: one more than before.
-            server_pid, memory_fd, store_fd: as in `EpochFiles`.
+            server_pid, memory_fd, store_fd, num_ranks: as in `EpochFiles`.
         """
-        place = _FILES + 2 * (epoch % 2)
+        place = _FILES + _NUM_OF_EPOCH * (epoch % 2)
         self._cells[_SERVER_PID] = server_pid
-        self._cells[place], self._cells[place + 1] = memory_fd, store_fd
+        for number, value in enumerate((memory_fd, store_fd, num_ranks)):
+            self._cells[place + number] = value
         self._cells[_EPOCH] = epoch  # last: who sees it sees the rest
 
     def files(self, epoch: int) -> EpochFiles:
         """Of an epoch, which is not over if it is still the latest one thereafter."""
-        place = _FILES + 2 * (epoch % 2)
-        return EpochFiles(self._cells[_SERVER_PID], *self._cells[place : place + 2].tolist())
+        place = _FILES + _NUM_OF_EPOCH * (epoch % 2)
+        values = self._cells[place : place + _NUM_OF_EPOCH].tolist()
+        return EpochFiles(self._cells[_SERVER_PID], *values)
 
     def position(self, rank: int) -> Position:
         """What `rank` last reported."""

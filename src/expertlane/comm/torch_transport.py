@@ -18,7 +18,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from expertlane.ops.row_parts import RowParts
 _MANY_BYTES = 256 * 1024  # of a rank's rows in an all-gather
 _TAG, _GATHER_TAG, _PAIRWISE_TAG, _ABORT_TAG = range(4)  # keep sends between the same ranks apart
 _AT_ONCE = timedelta(milliseconds=1)
+
+ResultT = TypeVar("ResultT")
 
 
 @contextlib.contextmanager
@@ -213,6 +216,16 @@ class TorchLink:
             return _TorchWork([self._group.recv([rows], source, _TAG)], self._epoch)
 
 
+def _settle(future: Future[ResultT], make: Callable[[], ResultT]) -> None:
+    """Give a future what `make` gives, or raises."""
+    try:
+        future.set_result(make())
+    except BaseException as error:
+        future.set_exception(error)
+    finally:
+        del future  # as above: errors keep the frames that they went through
+
+
 class TorchTransport:
     """Implements `Transport` by a process group for each group.
 
@@ -258,22 +271,22 @@ class TorchTransport:
         One that is left alone ends within the bound, or with its rank.
         """
         met: Future[_Gloo | _Nccl] = Future()
+        make: Callable[[], _Gloo | _Nccl]
         arguments = store, ranks.index(self._rank), len(ranks), self._timeout
-
-        def meet() -> None:
-            try:
-                is_nccl = self._device.type == "cuda"
-                met.set_result(_Nccl(*arguments, self._device) if is_nccl else _Gloo(*arguments))
-            except BaseException as error:
-                met.set_exception(error)
-
-        threading.Thread(target=meet, daemon=True).start()
-        with _blaming_peers(self._epoch):
-            while True:
-                try:
-                    return met.result(LOOK_S)
-                except TimeoutError:
-                    self._epoch.check()
+        if self._device.type == "cuda":
+            make = partial(_Nccl, *arguments, self._device)
+        else:
+            make = partial(_Gloo, *arguments)
+        threading.Thread(target=_settle, args=(met, make), daemon=True).start()
+        try:
+            with _blaming_peers(self._epoch):
+                while True:
+                    try:
+                        return met.result(LOOK_S)
+                    except TimeoutError:
+                        self._epoch.check()
+        finally:
+            del met  # or its error would keep what led here, and so this epoch's memory
 
     def link(self, ranks: tuple[int, ...]) -> TorchLink:
         return TorchLink(

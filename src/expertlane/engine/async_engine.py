@@ -106,6 +106,19 @@ class Generation(RequestGroup):
             self._waiter.set_result(None)
 
 
+def _nothing() -> None:
+    pass
+
+
+def _settle(answer: "asyncio.Future[None]", error: Exception | None) -> None:
+    if answer.done():
+        return
+    if error is None:
+        answer.set_result(None)
+    else:
+        answer.set_exception(error)
+
+
 class AsyncEngine:
     """Runs an engine in a thread of its own, for one event loop.
 
@@ -138,6 +151,8 @@ class AsyncEngine:
         self._before_chunks = before_chunks
         self._loop = asyncio.get_running_loop()
         self._numbers = count()
+        self._actions: deque[Callable[[], None]] = deque()  # for between two steps
+        self._pending: set[asyncio.Future[None]] = set()  # who wait for these
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._live: dict[str, RequestGroup] = {}
         self._asked: dict[RequestGroup, asyncio.Future[None]] = {}
@@ -198,6 +213,23 @@ class AsyncEngine:
         finally:
             self._asked.pop(group, None)
 
+    async def between_steps(self, action: Callable[[], None]) -> None:
+        """Have the engine's thread do something while no step runs.
+
+        Raises:
+            Exception: what it raises; any but a `UserError` ends the engine.
+        """
+        if self.error is not None:
+            raise self.error
+        answer = self._loop.create_future()
+        self._pending.add(answer)
+        try:
+            self._actions.append(partial(self._act, action, answer))
+            self._orders.put(_nothing)
+            await answer
+        finally:
+            self._pending.discard(answer)
+
     def stop(self) -> None:
         """Let the thread end after the present step; no requests may follow."""
         self._orders.put(None)
@@ -221,12 +253,22 @@ class AsyncEngine:
                 if self._engine.is_idle:
                     self._wait_for_order()
                 self._take_orders()
+                while self._actions and not self._is_stopped:
+                    self._actions.popleft()()
                 # Also between a step's end and the plan of one to come: what has come until then
                 # is in that plan, and what was cancelled is not.
                 if chunks := self._engine.step(self._take_orders):
                     self._tell(self._deliver, chunks)
         except Exception as error:
             self._tell(self.fail, error)
+
+    def _act(self, action: Callable[[], None], answer: "asyncio.Future[None]") -> None:
+        error: UserError | None = None
+        try:
+            action()
+        except UserError as refusal:
+            error = refusal
+        self._tell(_settle, answer, error)
 
     def _wait_for_order(self) -> None:
         try:
@@ -309,4 +351,6 @@ class AsyncEngine:
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(error)
+        for pending in self._pending:
+            _settle(pending, error)
         self._on_end(error)

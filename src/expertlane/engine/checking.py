@@ -27,6 +27,10 @@ class Checking:
         self._sums: dict[str, int] = {}  # of weights as they were loaded
         self.check_weights()
 
+    def reshape(self, num_ranks: int) -> None:
+        """Look at other ranks, which have other parts of the weights; what they loaded is right."""
+        self._ranks, self._sums = range(num_ranks), {}
+
     def check_step(self, step: int, ranks: Sequence[int], outcomes: Sequence[RankOutcome]) -> None:
         """Hold what the ranks of a replica have found in a step against each other.
 
@@ -46,8 +50,10 @@ class Checking:
         hold them, in all replicas.
 
         Args:
-            ranks: global; None for all.
+            ranks: global; None for all, as when nothing is known yet.
         """
+        if not self._sums:
+            ranks = None
         looked_at = sorted({*self._ranks} if ranks is None else {*self._ranks} & {*ranks})
         by_rank = self._pool.call(SumWeights(), ranks=looked_at) if looked_at else []
         holders: defaultdict[str, dict[int, int]] = defaultdict(dict)

@@ -87,10 +87,15 @@ class RankOutcome:
 
 @dataclass(frozen=True)
 class HeldBytes:
-    """What a rank has allocated for a deployment."""
+    """What a rank has allocated for a deployment.
+
+    Attributes:
+        kept_bytes: of the weights, those that it had in the layout before.
+    """
 
     weight_bytes: int
     kv_bytes: int
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,10 +169,15 @@ class Deploy(Command[HeldBytes]):
     block_size: int
 
 
-class Redeploy(Command[None]):
+class LeaveCores(Command[None]):
+    """Be pinned to no core until another number of ranks shares them."""
+
+
+class Redeploy(Command[HeldBytes]):
     """Go on in a new epoch: build what a rank lacks, connect to all others, undo some steps.
 
     A rank that has its stage keeps weights and cache; moves of experts under way come to nothing.
+    In another layout it keeps what it has of its new stage, the cache if `Layout.keeps_cache`.
     Collective over all ranks.
 
     Attributes:

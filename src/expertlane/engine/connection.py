@@ -65,7 +65,8 @@ def _share_memory(
         endpoint = CompiledEndpoint(library, memory, region, rank, _NUM_SPINS if has_core else 0)
     else:
         sizes = region.groups_bytes, region.heap_bytes
-        endpoint = UncompiledEndpoint(memory, *sizes, rank, settings.wake_fds)
+        wake_fds = settings.wake_fds[: region.num_ranks]
+        endpoint = UncompiledEndpoint(memory, *sizes, rank, wake_fds)
     return SharedTransport(endpoint, region, settings.rank - rank, settings.rank, bound_s, epoch)
 
 

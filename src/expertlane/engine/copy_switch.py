@@ -154,6 +154,11 @@ class CopySwitch:
         whose = f"replica {plan.replica}, " if self._layout.replicas > 1 else ""
         self._log(f"{whose}step {plan.step}: {trial.decision.line}")
 
+    def reshape(self, layout: Layout) -> None:
+        """Try anew in another layout."""
+        self._layout = layout
+        self._trials.clear()
+
     def forget(self, replica: int) -> None:
         """Try anew: experts of a replica have moved, or ranks were replaced.
 

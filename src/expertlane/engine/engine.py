@@ -17,6 +17,7 @@ from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome
 from expertlane.schedule.request import Chunk, FinishReason, Request, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.sampling import SamplingParams
@@ -45,6 +46,10 @@ class _Live:
     add_time: Callable[[float], None]
     includes_stop: bool = False
     constraint: Constraint | None = None
+
+
+def _nothing() -> None:
+    pass
 
 
 class Engine(Generic[HandleT]):
@@ -221,20 +226,44 @@ class Engine(Generic[HandleT]):
         self._ended.append(self._end(live, None, FinishReason.CANCELLED))
         return True
 
-    def step(self, before_plan: Callable[[], None] = lambda: None) -> list[Chunk]:
+    def scale(self, layout: Layout, change: Callable[[], int]) -> None:
+        """Go on in another layout, once the steps under way are finished.
+
+        What these bring, the next call of `step` gives. An engine without `recovery` cannot.
+
+        Args:
+            change: as of `Recovery.scale`.
+
+        Raises:
+            RankError: as `step`.
+        """
+        assert self.recovery is not None, "the layout of such an engine stays"
+        self.with_ranks(lambda: None)  # ends a recovery that was interrupted
+        while not self._loop.is_idle:
+            self._ended = self.step(plans=False)
+        self.recovery.settle()
+        self.recovery.scale(layout, change, self._loop)
+        if not self.scheduler.has_unfinished:
+            self.recovery.settle()
+
+    def step(
+        self, before_plan: Callable[[], None] = lambda: None, *, plans: bool = True
+    ) -> list[Chunk]:
         """Wait for one step of the ranks, and give what it brought.
 
         The next step is under way before this one's tokens are turned into text.
 
         Args:
             before_plan: called between the two; it may add requests and cancel some.
+            plans: whether steps follow those under way.
 
         Raises:
             RankError: a rank died, hung or failed, and is not replaced.
         """
+        submit = self._loop.submit if plans else _nothing
         if self._masks:
             self._take_masks(0)
-        self.with_ranks(self._loop.submit)
+        self.with_ranks(submit)
         finished = self.with_ranks(self._loop.commit_next)
         chunks, self._ended = self._ended, []
         if self.recovery is not None and (finished or not self.scheduler.has_unfinished):
@@ -256,7 +285,7 @@ class Engine(Generic[HandleT]):
         before_plan()
         if self._masks:
             self._take_masks(_MASKS_S)
-        self.with_ranks(self._loop.submit)
+        self.with_ranks(submit)
         for request in failed:
             if (live := self._live.pop(request.request_id, None)) is not None:
                 chunks.append(self._end(live, None, FinishReason.ERROR))

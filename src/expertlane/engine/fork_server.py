@@ -37,6 +37,7 @@ from expertlane.engine.messages import (
 from expertlane.engine.processes import end_with_parent, is_stopped, unterminated
 from expertlane.engine.rendezvous import Meeting, Place
 from expertlane.engine.run_files import memory_file, unnamed_file
+from expertlane.engine.store_host import StoreHost
 from expertlane.errors import TerminatedError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class RankSettings:
         board_fd: of the file with the node's progress board.
         memory_fd: of the memory that the node's ranks share for their messages; None where the
             system has none.
-        wake_fds: an eventfd for each rank that shares it.
+        wake_fds: eventfds for ranks that share it, one for each that there may be.
         store_path: the rendezvous file of ranks that are all on this node.
         meeting: where ranks of several nodes meet; None where all are on this one.
         timeout_s: the bound on any wait for other ranks.
@@ -182,12 +183,13 @@ class _Server:
         self._poll.register(settings.control_fd, select.POLLIN)
         self._board = ProgressBoard(self._first.world_size, self._first.board_fd)
         self._rank_of_pid: dict[int, int] = {}
+        self._store_host: StoreHost | None = None
 
     def meet(self) -> "Store | None":
         """Let the nodes of the run meet, from its first one.
 
         Returns:
-            The store, which this process may host.
+            The store.
         """
         settings = self._settings
         meeting, launcher = settings.first_rank.meeting, settings.launcher
@@ -199,7 +201,9 @@ class _Server:
 
         assert settings.parent_pid is not None, "the launcher"
         end_watch = end_with_parent(settings.parent_pid)  # it may wait minutes for the store
-        store = meeting.open(as_host=True)
+        if not meeting.is_hosted:
+            self._store_host = StoreHost(meeting)
+        store = meeting.open()
         end_watch()
         if hashes := meeting.publish(store, launcher, go_on):
             self._control.send(encode(MessageKind.NODES, Nodes(hashes)))
@@ -253,20 +257,29 @@ class _Server:
                 if message.kind is MessageKind.END:
                     return True
                 if message.kind is MessageKind.BEGIN_EPOCH:
-                    self._begin_epoch(message.epoch, Decoder(BeginEpoch).decode(message).ranks)
+                    self._begin_epoch(message.epoch, Decoder(BeginEpoch).decode(message))
                 else:
                     self._control.send(encode(MessageKind.HEARTBEAT, self._heartbeat()))
             self._report_ended()
         return False
 
-    def _begin_epoch(self, epoch: int, ranks: Sequence[int]) -> None:
+    def _begin_epoch(self, epoch: int, asked: BeginEpoch) -> None:
         """End ranks for certain, and start others in their places.
 
         Raises:
             EOFError, OSError: the launcher has ended, or there is no room; it is told so.
         """
+        ranks, first = asked.ranks, self._first
         with unterminated():
-            self._fence(ranks)
+            surplus = [r for r in self._rank_of_pid.values() if r >= first.rank + asked.num_ranks]
+            self._fence([*ranks, *surplus])
+            if asked.num_ranks != first.num_local_ranks:
+                others = first.world_size - first.num_local_ranks
+                self._first = replace(
+                    first,
+                    num_local_ranks=asked.num_ranks,
+                    world_size=others + asked.num_ranks,
+                )
             try:
                 self._renew_files(epoch)
                 for rank in ranks:
@@ -298,7 +311,8 @@ class _Server:
             self._first = replace(self._first, memory_fd=memory_fd)
         if self._store_fd is not None:
             store_fd = self._store_fd = unnamed_file()
-        self._board.begin_epoch(epoch, os.getpid(), memory_fd, store_fd)
+        num_ranks = self._first.num_local_ranks
+        self._board.begin_epoch(epoch, os.getpid(), memory_fd, store_fd, num_ranks)
         for fd in old:  # ranks look at the board before they trust what they have opened
             os.close(fd)
 
@@ -316,7 +330,8 @@ class _Server:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            rank = self._rank_of_pid.pop(pid)
+            if (rank := self._rank_of_pid.pop(pid, None)) is None:
+                continue  # the host of the store: whoever needs it fails, and says so
             report = Exit(rank, os.waitstatus_to_exitcode(status), self._board.line(rank))
             self._control.send(encode(MessageKind.EXIT, report))
 
@@ -327,6 +342,8 @@ class _Server:
             os.kill(pid, signal.SIGKILL)
         for pid in self._rank_of_pid:
             os.waitpid(pid, 0)
+        if self._store_host is not None:
+            self._store_host.end()
         if self._settings.store_fd is None:  # the launcher may have been killed
             with contextlib.suppress(OSError):
                 os.unlink(self._settings.first_rank.store_path)

@@ -27,9 +27,10 @@ from expertlane.engine.model_runner import ModelRunner, RoutingRecorder, moe_lay
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.recovery import Recovery
+from expertlane.engine.scaling import Scaling
 from expertlane.engine.shared_engine import SharedEngine
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
-from expertlane.errors import UserError
+from expertlane.errors import RankError, UserError
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Chunk, Limits, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -95,6 +96,7 @@ class LLM:
         limits: what the scheduler keeps to.
         machine: [num_ranks]; what each rank saw before the model was loaded.
         tokenizer: None where the checkpoint has none.
+        scaling: changes the layout between steps, for those who bring their own loop.
 
     Raises:
         UserError: the model cannot be found, read, laid out so, or does not fit into memory.
@@ -127,7 +129,7 @@ class LLM:
         _check_settings(dtype, cpu_isa, on_failure, seed, timeout_s)
         if check not in get_args(CheckLevel):
             raise UserError(f"check is {check!r}; valid: {', '.join(get_args(CheckLevel))}")
-        chosen = layout if isinstance(layout, Layout) else Layout.parse(str(layout))
+        chosen = as_layout(layout)
         deployment = Deployment("llm", chosen, options or Options())
         self.model, self._folder = _find_model(model, ignore_unused_tensors)
         placements = check_deployment(self.model, deployment, ranks_per_node)
@@ -167,6 +169,13 @@ class LLM:
             self._routing = RoutingRecorder(self.model) if record_routing else None
             given = deployment, seed, ranks_per_node, eos_token_ids, check
             self.engine = self._start(lambda: self._make_engine(*given))
+            self.scaling = Scaling(
+                *(pool, self._runner, self.engine, self.model, deployment),
+                *(self.limits, self.machine),
+                ranks_per_node=ranks_per_node,
+                folder=self._folder,
+                oversubscribe=oversubscribe,
+            )
             if self._recovery is not None:
                 self._recovery.settle()
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
@@ -238,6 +247,28 @@ class LLM:
             RankError: one has, and is not replaced.
         """
         self.engine.guarded(self._pool.check)
+
+    @property
+    def layout(self) -> Layout:
+        """Of now; `scale` changes it."""
+        return self.scaling.deployment.layout
+
+    def scale(self, layout: str | Layout) -> None:
+        """Go on with another layout, on more ranks or fewer, between two steps.
+
+        Requests go on: those whose data-parallel rank stays as it was keep their keys and values;
+        others are computed again. Needs `on_failure="replace"`.
+
+        Raises:
+            UserError: the model cannot be laid out so, does not fit into memory, or there cannot be
+                so many ranks; nothing has changed then.
+            RankError: ranks were lost, and could not be replaced.
+        """
+        with self._shared.exclusive():
+            if self._pool.is_closed:
+                raise RankError("the ranks are gone; make a new LLM")
+            self.scaling.scale(as_layout(layout))
+            self.machine = self.scaling.machine
 
     def check_weights(self) -> None:
         """Hold the checksums of all ranks' weights against those of when they were loaded.
@@ -376,6 +407,15 @@ class LLM:
             self._cancel(outputs)
             raise
         return outputs
+
+
+def as_layout(layout: str | Layout) -> Layout:
+    """Of a text, or itself.
+
+    Raises:
+        SpecError: as `Layout.parse`.
+    """
+    return layout if isinstance(layout, Layout) else Layout.parse(str(layout))
 
 
 def _all_finished(outputs: list[RequestOutput]) -> Callable[[], bool]:

@@ -164,10 +164,14 @@ class LocalRanks:
         self.controls.append(control)
         self.channels += of_ranks
 
-    def begin_epoch(self, epoch: int, lost: Collection[int]) -> None:
+    def begin_epoch(self, epoch: int, lost: Collection[int], num_ranks: int | None = None) -> None:
         """Have nodes end ranks for certain, and start others; `is_beginning` until they have.
 
         The channels of the others are in `channels` once `take_connected` has given them.
+
+        Args:
+            num_ranks: that there are from then on, where all are of one node; the last ones end,
+                and those to be started that are missing are in `lost`.
 
         Raises:
             CapacityError: no descriptors are left.
@@ -175,19 +179,32 @@ class LocalRanks:
         """
         self._epoch, self._not_begun = epoch, set(range(len(self.controls)))
         self._replaced = sorted(lost)
+        if num_ranks is not None and num_ranks != len(self.channels):
+            self._resize(num_ranks)
         for node, control in enumerate(self.controls):
             ranks = [rank for rank in self._replaced if rank // self.ranks_per_node == node]
-            for rank in ranks:
+            for rank in [rank for rank in ranks if self.channels[rank].fileno() >= 0]:
                 self.pids.pop(rank, None)
                 # Open until it is dead: one of another node that sees the end would end its server.
                 self._fenced.setdefault(node, []).append(self.channels[rank])
             try:
-                control.send(encode(MessageKind.BEGIN_EPOCH, BeginEpoch(ranks), epoch))
+                command = BeginEpoch(ranks, self.ranks_per_node)
+                control.send(encode(MessageKind.BEGIN_EPOCH, command, epoch))
                 self._connect_others(node, ranks)
             except BlockingIOError:
                 raise self._hung_in_a_message(node) from None
             except OSError:
                 raise self._lost(node) from None
+
+    def _resize(self, num_ranks: int) -> None:
+        """Have that many ranks on the only node; there are no channels of new ones yet."""
+        assert len(self.controls) == 1, "ranks of several nodes keep their numbers"
+        self._fenced.setdefault(0, []).extend(self.channels[num_ranks:])
+        for rank in range(num_ranks, len(self.channels)):
+            self.pids.pop(rank, None)
+        missing = [_closed_channel() for _ in range(len(self.channels), num_ranks)]
+        self.channels[:] = [*self.channels[:num_ranks], *missing]
+        self.ranks_per_node = num_ranks
 
     def _connect_others(self, node: int, ranks: Sequence[int]) -> None:
         """New channels for ranks of a node; its server gets their other ends."""
@@ -299,7 +316,7 @@ class LocalRanks:
         return RankError(f"{self._names[node]} hung in a message; all ranks were ended")
 
     def _take_exit(self, node: int, report: Exit) -> None:
-        if report.rank // self.ranks_per_node != node:
+        if report.rank // self.ranks_per_node != node and node not in self._not_begun:
             raise MessageError(f"rank {report.rank} is not its own")
         self._exit_codes[report.rank] = report.code
         if node:  # those of this one write to the board themselves
@@ -307,6 +324,8 @@ class LocalRanks:
 
     def _take_heartbeat(self, node: int, heartbeat: Heartbeat) -> None:
         self._asked_s.pop(node, None)
+        if node in self._not_begun:
+            return  # it may have been of other ranks
         ranks = range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
         if len(heartbeat.lines) != len(ranks):
             raise MessageError(f"{len(heartbeat.lines)} lines for {len(ranks)} ranks")
@@ -364,6 +383,12 @@ class LocalRanks:
                 os.killpg(self._server.pid, signal.SIGKILL)
             self._server.wait(_KILL_TIMEOUT_S)
         self._files.close()
+
+
+def _closed_channel() -> Channel:
+    channel = Channel(socket.socket())
+    channel.close()
+    return channel
 
 
 def rank_environment(cpu_isa: CpuIsa | None, *, on_one_node: bool) -> dict[str, str]:

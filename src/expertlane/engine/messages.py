@@ -104,10 +104,13 @@ class BeginEpoch:
     new ranks' channels follow, in the order of `ranks`.
 
     Attributes:
-        ranks: global ones of the node; none where it loses none.
+        ranks: global ones of the node that are to be started, in place of those of that number, if
+            there are any.
+        num_ranks: that the node has from then on; those above end.
     """
 
     ranks: list[int]
+    num_ranks: int
 
 
 class FailureKind(Enum):

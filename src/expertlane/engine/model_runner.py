@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.balance.placement_file import Placements
 from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.checking import Checking
 from expertlane.engine.commands import (
     CacheInt8,
     Deploy,
     DiscardSteps,
+    LeaveCores,
     RankOutcome,
     Redeploy,
     RunStep,
@@ -31,6 +33,7 @@ from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable
+from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel, Phase
 from expertlane.spec.prompt_logprobs import PromptPart
@@ -203,12 +206,48 @@ class ModelRunner:
             commands.append((command, layout.ranks_of_replica(replica)))
         if others := range(layout.world_size, self._pool.num_ranks):  # they make groups too
             commands.append((command, others))
-        self._pool.collect(self._pool.submit_each(commands))
+        held = self._pool.collect(self._pool.submit_each(commands))
+        self.held = held[: layout.world_size]
         self._to_discard.clear()
         if self.checking is not None:
             self.checking.check_weights(replaced)
         if self._watch is not None:
             self._watch.begin_again(replaced)
+
+    def reshape(self, layout: Layout, placements: Placements, ranks_per_node: int) -> None:
+        """Run in another layout, from the next `redeploy` on, which has to be called soon.
+
+        What was timed for `auto` stays, if ranks can run so.
+
+        Args:
+            placements: [num_hidden_layers]; where experts are in every replica.
+        """
+        given = self._deploy
+        self._layout, self._placements = layout, placements
+        spec = replace(
+            given.spec, layout=layout, placements=placements, ranks_per_node=ranks_per_node
+        )
+        self._deploy = Deploy(spec, given.options, given.num_blocks, given.block_size)
+        if (table := self.dispatch_table) is not None:
+            modes = given.options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
+            if not set(table.modes) <= set(modes):
+                self.dispatch_table = DispatchTable.fixed(
+                    modes[0].form, modes[0].overlap, given.options.prefill_dispatch
+                )
+        if self.rebalancer is not None:
+            self.rebalancer.reshape(layout, placements, ranks_per_node)
+        if self.copy_switch is not None:
+            self.copy_switch.reshape(layout)
+        if self.checking is not None:
+            self.checking.reshape(layout.world_size)
+        if self._watch is not None:
+            self._watch.reshape(layout, placements)
+
+    def before_reshape(self) -> None:
+        """Let other ranks take cores; look once more at what is known of the weights."""
+        self._pool.call(LeaveCores())
+        if self.checking is not None:
+            self.checking.check_weights()
 
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
         """Wait until one of the steps is finished."""

@@ -164,8 +164,21 @@ class RankPool:
                 self._ranks.close(failed=True)  # a signal came in between: not before all is clean
                 raise
 
+    @property
+    def most_ranks(self) -> int:
+        """That `begin_epoch` may be asked for; those of several nodes stay as many as they are."""
+        return self.num_ranks if self.is_of_nodes else self._ranks.board.num_lines
+
+    @property
+    def is_of_nodes(self) -> bool:
+        """Whether there are several."""
+        return len(self._ranks.controls) > 1
+
     def begin_epoch(
-        self, lost: Collection[int], on_fenced: Callable[[], None] = lambda: None
+        self,
+        lost: Collection[int],
+        on_fenced: Callable[[], None] = lambda: None,
+        num_ranks: int | None = None,
     ) -> None:
         """Replace lost ranks by others; returns when these are up.
 
@@ -175,23 +188,26 @@ class RankPool:
 
         Args:
             lost: none for a new epoch alone, which parts ranks whose transfers broke.
-            on_fenced: called once all lost ranks are dead and others are started, not up yet.
+            on_fenced: called when no lost rank is alive any more, before others are up.
+            num_ranks: how many there are from then on, up to `most_ranks`: the last ones end, or
+                more start; as many as before if not given.
 
         Raises:
             RanksLostError: more ranks are lost by now: of all those that are to be replaced.
         """
         self._check_open()
         self.epoch += 1
+        num = self.num_ranks if num_ranks is None else num_ranks
         self._loss = None
-        self._replaced |= frozenset(lost)  # with those of an epoch that has not begun wholly
-        self._starting |= self._replaced
-        for waiting in self._waiting:
-            waiting.clear()
+        lost = self._replaced | frozenset(lost)  # with those of an epoch that has not begun wholly
+        self._replaced = frozenset([*(r for r in lost if r < num), *range(self.num_ranks, num)])
+        self._starting = {r for r in self._starting if r < num} | self._replaced
+        self._waiting = [deque() for _ in range(num)]
         started = self._started()
-        others = [rank for rank in range(self.num_ranks) if rank not in self._replaced]
+        others = [rank for rank in range(num) if rank not in self._replaced]
         self._poll = self._poll_of(others)
         try:
-            self._ranks.begin_epoch(self.epoch, self._replaced)
+            self._ranks.begin_epoch(self.epoch, self._replaced, num_ranks)
         except ExpertlaneError as error:
             self._fail(error)
         self._watch_connected()

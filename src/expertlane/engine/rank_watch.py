@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ class Reading:
     """Totals of all ranks at one time.
 
     Attributes:
+        layout: of the ranks.
         time_s: on the monotonic clock.
         num_steps: [world_size].
         spent_s, waited_s: [world_size, num_stages].
@@ -40,6 +41,7 @@ class Reading:
         copies_s: the same of the ranks that spent most on it.
     """
 
+    layout: Layout
     time_s: float
     num_steps: npt.NDArray[np.int64]
     spent_s: npt.NDArray[np.float64]
@@ -73,15 +75,14 @@ class RankWatch:
     ) -> None:
         self.layout, self.num_experts = layout, model.num_experts
         self.layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
-        stages = [layout.layers_of_stage(model.num_hidden_layers, i) for i in range(layout.pp)]
-        self.stage_of_layer = [
-            next(i for i, own in enumerate(stages) if layer in own) for layer in self.layers
-        ]
+        self._num_layers = model.num_hidden_layers
+        self.stage_of_layer = self._stage_of_layer()
         self.rebalancer, self.copy_switch = rebalancer, copy_switch
         self._pool, self._placements = pool, placements
         self._ranks = range(layout.world_size)
         self._ticket: Ticket[RankTotals] | None = None
         self._before: dict[int, RankTotals] = {}  # by rank, of processes that were replaced
+        self._copies_before = 0, 0.0  # in other layouts: pairs saved, and seconds
         self._asked_s = time.monotonic()
         self._latest = pool.call(ReadTotals(), ranks=self._ranks)
         first = self._reading(self._latest)
@@ -115,6 +116,28 @@ class RankWatch:
                 self._before[rank] = self._latest[rank]
         self._ask()
 
+    def _stage_of_layer(self) -> list[int]:
+        layout = self.layout
+        stages = [layout.layers_of_stage(self._num_layers, i) for i in range(layout.pp)]
+        return [next(i for i, own in enumerate(stages) if layer in own) for layer in self.layers]
+
+    def reshape(self, layout: Layout, placements: Placements) -> None:
+        """Watch the ranks of another layout, which count anew; those that are gone stay in sums.
+
+        A rank whose number there was before goes on with the counts of that one.
+        """
+        self._ticket = None
+        reading = self._reading(self._latest)
+        self._copies_before = reading.num_pairs_saved, reading.copies_s
+        for rank, totals in enumerate(self._latest):
+            self._before[rank] = replace(totals, num_pairs_saved=0, copies_ns=0)
+        none = self._latest[0].nothing()
+        self.layout, self._placements = layout, placements
+        self.stage_of_layer = self._stage_of_layer()
+        self._ranks = range(layout.world_size)
+        self._latest = [self._before.get(rank, none) for rank in self._ranks]
+        self.readings = deque([self._reading(self._latest)], maxlen=self.readings.maxlen)
+
     def _with_before(self, rank: int, totals: RankTotals) -> RankTotals:
         return totals + self._before[rank] if rank in self._before else totals
 
@@ -141,13 +164,14 @@ class RankWatch:
 
         Of several replicas, the worst. Layers that had no tokens are left out.
         """
-        tokens = self.readings[-1].rank_tokens - self.since(seconds).rank_tokens
+        latest, old = self.readings[-1], self.since(seconds)
+        layout = latest.layout
+        if old.layout != layout:  # it has just become another
+            return {}
         found = {}
-        for layer, of_rank in zip(self.layers, tokens, strict=True):
-            by_replica = of_rank.reshape(self.layout.replicas, -1)
-            shares = [
-                each.max() * self.layout.ep / each.sum() for each in by_replica if each.sum() > 0
-            ]
+        for layer, of_rank in zip(self.layers, latest.rank_tokens - old.rank_tokens, strict=True):
+            by_replica = of_rank.reshape(layout.replicas, -1)
+            shares = [each.max() * layout.ep / each.sum() for each in by_replica if each.sum() > 0]
             if shares:
                 found[layer] = float(max(shares))
         return found
@@ -164,18 +188,25 @@ class RankWatch:
             own = each.num_tokens[self.layers]
             tokens[:, each.experts] += own
             of_rank[:, rank] = own.sum(axis=1)
+        gone = [each for rank, each in self._before.items() if rank >= len(totals)]
+        for each in gone:
+            tokens[:, each.experts] += each.num_tokens[self.layers]
+        both = [*totals, *gone]
         return Reading(
+            layout=self.layout,
             time_s=time.monotonic(),
             num_steps=np.array([each.num_steps for each in totals]),
             spent_s=np.array([each.spent_ns for each in totals]).reshape(-1, len(Stage)) / 1e9,
             waited_s=np.array([each.waited_ns for each in totals]).reshape(-1, len(Stage)) / 1e9,
             num_tokens=tokens,
             rank_tokens=of_rank,
-            link_bytes=np.array([each.sent_bytes for each in totals])
+            link_bytes=np.array([each.sent_bytes for each in both])
             .reshape(-1, len(Link))
             .sum(axis=0),
-            overlapped_s=sum(each.overlapped_ns for each in totals) / 1e9,
-            exposed_s=sum(each.exposed_ns for each in totals) / 1e9,
-            num_pairs_saved=sum(self._of_stages([each.num_pairs_saved for each in totals])),
-            copies_s=sum(self._of_stages([each.copies_ns for each in totals])) / 1e9,
+            overlapped_s=sum(each.overlapped_ns for each in both) / 1e9,
+            exposed_s=sum(each.exposed_ns for each in both) / 1e9,
+            num_pairs_saved=self._copies_before[0]
+            + sum(self._of_stages([each.num_pairs_saved for each in totals])),
+            copies_s=self._copies_before[1]
+            + sum(self._of_stages([each.copies_ns for each in totals])) / 1e9,
         )

@@ -160,12 +160,13 @@ class Rebalancer:
         executor: Executor | None = None,
     ) -> None:
         self._pool = pool
-        self._layout = layout
         self._num_steps = num_steps
         self._log = log
         self._worth = worth
         self._executor = executor or ThreadPoolExecutor(1, "rebalance")
-        self._ep_per_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
+        self._saved_before_s = self._paid_before_s = 0.0  # in other layouts
+        self._replicas: list[_Replica] = []
+        self._layout = layout
         self.decisions: list[Rebalance] = []
         self.loads: deque[StepLoad] = deque(maxlen=_MOST_LOADS)
         # A discarded step is seen again, and goes as it went.
@@ -175,8 +176,19 @@ class Rebalancer:
             pool.call(TimeOneMove(), ranks=layout.ranks_of_replica(0)) for _ in range(3)
         ]  # the first opens connections
         self._expert_bytes = max(num_bytes for num_bytes, *_ in timed[-1]) * layout.etp
+        self._trials = timed
+        self.reshape(layout, placements, ranks_per_node)
+
+    def reshape(self, layout: Layout, placements: Placements, ranks_per_node: int) -> None:
+        """Go on in another layout, where experts are so; moves and loads come to nothing.
+
+        The time of a move stays as it was measured at the start.
+        """
+        self._saved_before_s, self._paid_before_s = self.saved_s, self.paid_s
+        self._layout = layout
+        self._ep_per_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
         self._replicas = [
-            _Replica(placements, num_steps, MovePace.of_trials(timed))
+            _Replica(placements, self._num_steps, MovePace.of_trials(self._trials))
             for _ in range(layout.replicas)
         ]
 
@@ -187,12 +199,12 @@ class Rebalancer:
         Each step since a switch counts what its imbalance is under the mean of the window before
         the switch, at the seconds that a pair more has cost a rank.
         """
-        return sum(replica.saved_s for replica in self._replicas)
+        return self._saved_before_s + sum(replica.saved_s for replica in self._replicas)
 
     @property
     def paid_s(self) -> float:
         """By which moves have held steps up so far, as ranks have timed it."""
-        return sum(replica.pace.paid_s for replica in self._replicas)
+        return self._paid_before_s + sum(replica.pace.paid_s for replica in self._replicas)
 
     @property
     def placements(self) -> list[Placements]:

@@ -33,13 +33,15 @@ class State(StrEnum):
     FENCING = "fencing"  # lost ranks are killed, and a new epoch begins
     REPLACING = "replacing"  # new processes start in their places
     LOADING = "loading"  # these load weights; all ranks connect to each other
+    SCALING = "scaling"  # another layout: ranks end, or more start; a new epoch begins
     REPLAYING = "replaying"  # steps run again; over with the first one that is committed
     STOPPED = "stopped"  # all ranks were ended
 
 
 # From each state, those that may follow. The machine begins with LOADING.
 NEXT: Mapping[State, frozenset[State]] = {
-    State.SERVING: frozenset({State.FENCING, State.STOPPED}),
+    State.SERVING: frozenset({State.FENCING, State.SCALING, State.STOPPED}),
+    State.SCALING: frozenset({State.FENCING, State.LOADING, State.STOPPED}),
     State.FENCING: frozenset({State.FENCING, State.REPLACING, State.STOPPED}),
     State.REPLACING: frozenset({State.FENCING, State.LOADING, State.STOPPED}),
     State.LOADING: frozenset({State.FENCING, State.REPLAYING, State.SERVING, State.STOPPED}),
@@ -51,11 +53,14 @@ NEXT: Mapping[State, frozenset[State]] = {
 class EpochPool(Protocol):
     """What a recovery needs of the ranks' pool; `engine.pool.RankPool` has it."""
 
-    def begin_epoch(self, lost: Collection[int], on_fenced: Callable[[], None]) -> None:
+    def begin_epoch(
+        self, lost: Collection[int], on_fenced: Callable[[], None], num_ranks: int | None
+    ) -> None:
         """End these ranks for certain, refuse what comes from before, and start others.
 
         Args:
             on_fenced: called when no lost rank is alive any more.
+            num_ranks: how many there are from then on; None for as many as before.
 
         Raises:
             RanksLostError: more were lost meanwhile.
@@ -88,13 +93,17 @@ class Moment:
 class RecoveryRecord:
     """One recovery, from a loss until a step is committed again; further losses are part of it.
 
+    Or one change of the layout, from its begin until then, losses in it included.
+
     Attributes:
         at: when it began, seconds since 1970.
+        layouts: before and after; None of a recovery.
         moments: its states, in order; the last one, SERVING or STOPPED, ends it.
         num_requests: whose keys and values were lost.
     """
 
     at: float
+    layouts: tuple[Layout, Layout] | None = None
     moments: list[Moment] = field(default_factory=list)
     num_requests: int = 0
 
@@ -129,7 +138,11 @@ class RecoveryRecord:
     def outcome(self) -> str:
         """What came of it and how long it took, for people."""
         shares = ", ".join(f"{state} {seconds:.2f}" for state, seconds in self.seconds().items())
-        how = "given up after" if self.moments[-1].state is State.STOPPED else "recovered in"
+        how = "recovered in"
+        if self.layouts is not None:
+            how = "layout {} became {} in".format(*self.layouts)
+        if self.moments[-1].state is State.STOPPED:
+            how = "given up after"
         num = self.num_requests
         return (
             f"{how} {self.total_s:.2f} s ({shares}); {num} request{'s' * (num != 1)} computed again"
@@ -138,7 +151,7 @@ class RecoveryRecord:
     @property
     def line(self) -> str:
         """All of it, for people."""
-        return f"{self.outcome}; {'; '.join(self.causes)}"
+        return "; ".join([self.outcome, *self.causes])
 
 
 class Recovery:
@@ -154,6 +167,7 @@ class Recovery:
         state: of now.
         records: of recoveries, also of one under way, the latest last.
         num_recoveries: that are over and ended in SERVING.
+        num_scalings: changes of the layout that did.
     """
 
     def __init__(
@@ -165,7 +179,8 @@ class Recovery:
     ) -> None:
         self.state = State.LOADING
         self.records: deque[RecoveryRecord] = deque(maxlen=_MOST_RECORDS)
-        self.num_recoveries = 0
+        self.num_recoveries = self.num_scalings = 0
+        self._num_ranks: int | None = None  # of the pool, once it was scaled
         self._pool, self._layout, self._redeploy, self._log = pool, layout, redeploy, log
         self._num_fruitless = 0
         self._is_under_way = False
@@ -209,6 +224,30 @@ class Recovery:
                 self._enter(State.STOPPED)
                 raise
 
+    def scale(self, layout: Layout, change: Callable[[], int], loop: DriveLoop[Any]) -> None:
+        """Go on in another layout, while no step is in flight; `settle` has to follow.
+
+        Args:
+            change: has scheduler and runner take the layout; gives how many requests are to be
+                computed again.
+
+        Raises:
+            RankError, UserError: as `recover`.
+        """
+        self._is_under_way = True
+        self.records.append(RecoveryRecord(time.time(), (self._layout, layout)))
+        self._enter(State.SCALING)
+        self.records[-1].num_requests += change()
+        self._layout, self._num_ranks = layout, layout.world_size
+        self._until_done(partial(self._scale_now, loop), None)
+        self._is_under_way = False
+
+    def _scale_now(self, loop: DriveLoop[Any]) -> None:
+        if self.state is State.SCALING:  # else ranks were lost, and another epoch has begun
+            self._pool.begin_epoch((), lambda: None, self._num_ranks)
+            self._enter(State.LOADING)
+        self._bring_back(loop)
+
     def _replace(self, error: RanksLostError) -> None:
         self._to_fence |= error.ranks
         self._enter(State.FENCING, error)
@@ -219,7 +258,9 @@ class Recovery:
                 "ranks were ended"
             ) from None
         self._num_fruitless += 1
-        self._pool.begin_epoch(self._to_fence, lambda: self._enter(State.REPLACING))
+        self._pool.begin_epoch(
+            self._to_fence, lambda: self._enter(State.REPLACING), self._num_ranks
+        )
         self._to_redeploy, self._to_fence = self._to_redeploy | self._to_fence, frozenset()
         self._enter(State.LOADING)
 
@@ -260,6 +301,7 @@ class Recovery:
         loss = (error.ranks, str(error)) if error is not None else ()
         record.moments.append(Moment(state, time.monotonic(), *loss))
         if state is State.SERVING:
-            self.num_recoveries += 1
+            self.num_recoveries += record.layouts is None
+            self.num_scalings += record.layouts is not None
         if record.is_over:
             self._log(record.outcome)

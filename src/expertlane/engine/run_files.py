@@ -36,13 +36,20 @@ def memory_file(num_local_ranks: int) -> int:
     return descriptor
 
 
+# Room for ranks that come later; or for as many as there are at first.
+_MOST_LINES = 1024
+MOST_UNCOMPILED = 64  # that can wake each other
+
+
 class RunFiles:
     """Files that the ranks of a node begin with; those in memory have no name and leave nothing.
+
+    They have room for more ranks, which later epochs may have.
 
     Attributes:
         board: of the run's ranks, in the file `board_fd`; those of this node write to it.
         memory_fd: of the memory for messages; None where the system has no unnamed shared memory.
-        wake_fds: [num_local_ranks]; eventfds, or none.
+        wake_fds: eventfds, one a local rank; or none.
         store_path: the rendezvous file of ranks that are all on this node; where it is in memory,
             they inherit its descriptor.
 
@@ -58,12 +65,12 @@ class RunFiles:
         self.store_path = ""
         try:
             self.board_fd = self._own(unnamed_file())
-            self.board = ProgressBoard(world_size, self.board_fd)
+            self.board = ProgressBoard(max(world_size, _MOST_LINES), self.board_fd)
             if hasattr(os, "memfd_create"):
                 self.store_fd = self._own(unnamed_file())
                 self.store_path = f"/proc/self/fd/{self.store_fd}"
                 self.memory_fd = self._own(memory_file(num_local_ranks))
-                for _ in range(num_local_ranks):
+                for _ in range(max(num_local_ranks, MOST_UNCOMPILED)):
                     self.wake_fds.append(self._own(os.eventfd(0, os.EFD_NONBLOCK)))
             else:
                 descriptor, self.store_path = tempfile.mkstemp(prefix="expertlane-")

@@ -22,6 +22,7 @@ from expertlane.engine.commands import (
     DiscardSteps,
     FinishMoves,
     HeldBytes,
+    LeaveCores,
     MeasureContention,
     MeasureLaunches,
     MeasureOperations,
@@ -51,7 +52,8 @@ from expertlane.model.int8_cache import Int8Cache, write_int8_cache
 from expertlane.model.sampler import Sampler, SamplerStep
 from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.transformer import HeadResult, TransformerStage
-from expertlane.model.weights import SeededWeights, WeightSource
+from expertlane.model.weights import HeldWeights, SeededWeights, WeightSource
+from expertlane.ops.kv_cache import KVCache
 from expertlane.results.rank_totals import RankTotals
 from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
 from expertlane.spec.deployment import (
@@ -61,6 +63,7 @@ from expertlane.spec.deployment import (
     Options,
     PayloadType,
 )
+from expertlane.spec.layout import Layout
 from expertlane.spec.names import CheckPoint, Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -84,27 +87,33 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
         context.deployed.start(
             options, num_blocks=command.num_blocks, block_size=command.block_size
         )
-        stage: TransformerStage = context.deployed.stage
-        held = HeldBytes(stage.weight_bytes, stage.kv_bytes)
+        held = context.deployed.held
     context.progress.enter(Stage.IDLE, NO_LAYER)
     return held
 
 
-def redeploy(context: RankContext, command: Redeploy) -> None:
+def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
     """Take part in a new epoch, with the stage that this rank has, or one that it builds."""
     spec, options = command.spec, command.options
     context.progress.enter(Stage.SETUP, NO_LAYER)
-    _connect(context, spec, options)
-    if context.rank < spec.layout.world_size:
-        if context.deployed is None:
-            deployed = DeployedStage(context, spec)
-            deployed.start(options, num_blocks=command.num_blocks, block_size=command.block_size)
-            if command.dispatch_table is not None:
-                deployed.set_dispatch(command.dispatch_table)
-            context.deployed = deployed
-        else:
-            context.deployed.rejoin(command.discard)
+    _connect(context, spec, options)  # the only wait for other ranks
+    before: DeployedStage | None = context.deployed
+    if context.rank >= spec.layout.world_size:
+        context.deployed = None
+        return HeldBytes(0, 0)
+    if before is not None and before.spec.layout == spec.layout:
+        deployed = before
+        deployed.rejoin(command.discard)
+    else:
+        left, context.deployed = None if before is None else before.leave(spec.layout), None
+        before = None  # what is of no use any more goes before more is read
+        deployed = context.deployed = DeployedStage(context, spec, left)
+        sizes = command.num_blocks, command.block_size
+        deployed.start(options, num_blocks=sizes[0], block_size=sizes[1], left=left)
+        if command.dispatch_table is not None:
+            deployed.set_dispatch(command.dispatch_table)
     context.progress.enter(Stage.IDLE, NO_LAYER)
+    return deployed.held
 
 
 def _connect(context: RankContext, spec: StageSpec, options: Options) -> None:
@@ -150,12 +159,30 @@ class _Changes:
     chosen: dict[int, int] = field(default_factory=dict)
 
 
+@dataclass(eq=False)
+class _Left:
+    """What a stage leaves to the one that follows on its rank, in another layout.
+
+    Attributes:
+        caches: None where keys and values are of no use to it; then the sampler is neither.
+    """
+
+    weights: HeldWeights
+    caches: list[KVCache] | None
+    sampler: Sampler
+    tokens: dict[int, int]
+
+
 class DeployedStage:
-    """A rank's stage of a deployment, and the order in which it takes micro-batches."""
+    """A rank's stage of a deployment, and the order in which it takes micro-batches.
+
+    Args:
+        left: by the stage before it.
+    """
 
     _checks: StageChecks | None = None
 
-    def __init__(self, context: RankContext, spec: StageSpec) -> None:
+    def __init__(self, context: RankContext, spec: StageSpec, left: _Left | None = None) -> None:
         self.spec = spec
         platform, model = context.platform, spec.model
         given = (
@@ -194,6 +221,8 @@ class DeployedStage:
             source = CheckpointWeights(
                 checkpoint, platform.dtype, platform.device, touch, spec.weights, cache
             )
+        if left is not None:
+            source.before = left.weights
         self.stage = TransformerStage(model, spec.placements, source, self._mesh)
         self.migration = Migration(self.stage, context.progress)
         self._device = platform.device
@@ -213,8 +242,31 @@ class DeployedStage:
             block.placement == spec.placements[layer] for layer, block in blocks.items()
         )
 
-    def start(self, options: Options, *, num_blocks: int, block_size: int) -> None:
-        """Begin with an empty cache; what is `auto` is timed first, then set."""
+    @property
+    def held(self) -> HeldBytes:
+        """What it has allocated."""
+        stage = self.stage
+        return HeldBytes(stage.weight_bytes, stage.kv_bytes, stage.kept_bytes)
+
+    def leave(self, layout: Layout) -> _Left:
+        """What a stage of another layout on this rank may use; this one is of no use any more.
+
+        All its steps are committed.
+        """
+        self._commit(len(self._uncommitted))
+        at = self._mesh.at
+        keeps = layout.keeps_cache(self.spec.layout, at.replica, at.dp_rank)
+        caches = self.stage.leave_cache() if keeps else None
+        return _Left(self.stage.leave_weights(), caches, self._sampler, self._committed)
+
+    def start(
+        self, options: Options, *, num_blocks: int, block_size: int, left: _Left | None = None
+    ) -> None:
+        """Begin with an empty cache, unless one is left; what is `auto` is timed first, then set.
+
+        Args:
+            left: by the stage before it.
+        """
         self.migration.forget()
         self._payload = options.payload
         if options.dispatch != "auto" and options.overlap != "auto":
@@ -223,9 +275,13 @@ class DeployedStage:
             )
         self._block_size = block_size
         self._phase = None
+        self._uncommitted.clear()
+        if left is not None and left.caches is not None:
+            self._sampler, self._committed = left.sampler, left.tokens
+            self.stage.take_cache(left.caches)
+            return
         self._sampler = Sampler(self.spec.model.vocab_size, self._device)
         self._committed = {}
-        self._uncommitted.clear()
         self.stage.allocate_cache(num_blocks, block_size)
 
     def rejoin(self, discard: Sequence[int]) -> None:
@@ -460,6 +516,7 @@ HANDLERS: Handlers = {
     CacheInt8: cache_int8,
     Deploy: deploy,
     Redeploy: redeploy,
+    LeaveCores: lambda context, _: context.cores.leave(),
     SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
     RunStep: run_step,
     DiscardSteps: lambda context, command: context.deployed.discard(command.steps),

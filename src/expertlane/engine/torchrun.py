@@ -195,12 +195,12 @@ class NodeRanks(LocalRanks):
             self._names.append(f"the supervisor of node {node} ({address})")
             self._add_node(connections, timeout_s)
 
-    def begin_epoch(self, epoch: int, lost: Collection[int]) -> None:
+    def begin_epoch(self, epoch: int, lost: Collection[int], num_ranks: int | None = None) -> None:
         """As of `LocalRanks`; ranks of other nodes connect again by themselves."""
         if self._acceptor is not None:
             places = [divmod(rank, self.ranks_per_node) for rank in lost]
             self._acceptor.expect(epoch, [(node, 1 + place) for node, place in places if node])
-        super().begin_epoch(epoch, lost)
+        super().begin_epoch(epoch, lost, num_ranks)
 
     def _connect_others(self, node: int, ranks: Sequence[int]) -> None:
         if node == 0:  # others connect by themselves

@@ -14,8 +14,6 @@ from multiprocessing.connection import wait
 from operator import or_
 from typing import Any
 
-import torch
-
 from expertlane.comm.core_token import CoreToken
 from expertlane.comm.mesh import Meshes
 from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
@@ -33,9 +31,10 @@ from expertlane.engine.messages import (
     Ready,
     encode,
 )
+from expertlane.engine.rank_cores import Cores
 from expertlane.errors import UserError
 from expertlane.ops.backend import Platform, choose_platform
-from expertlane.ops.cores import Share, pin, share_of
+from expertlane.ops.cores import Share
 from expertlane.spec.names import Stage
 
 _FAILED_S = 10.0
@@ -47,7 +46,8 @@ class RankContext:
     """What lives in a rank between commands.
 
     Attributes:
-        is_pinned: whether its threads stay on the hardware threads of its share.
+        settings: as at its start, but for the numbers of ranks.
+        cores: that it computes on.
         board: of this node.
         meshes: process groups of this epoch; made once, since making them is collective and slow.
         deployed: what `engine.stage` put here; None before.
@@ -56,13 +56,22 @@ class RankContext:
 
     settings: RankSettings
     platform: Platform
-    share: Share
-    is_pinned: bool
+    cores: Cores
     board: ProgressBoard
     progress: ProgressReporter
     meshes: Meshes
     deployed: Any = None
     epoch: int = -1
+
+    @property
+    def share(self) -> Share:
+        """Of the cores that the ranks of its node have."""
+        return self.cores.share
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether its threads stay on the hardware threads of its share."""
+        return self.cores.is_pinned
 
     @property
     def rank(self) -> int:
@@ -75,11 +84,23 @@ class RankContext:
         Raises:
             EpochEndedError: a later one has begun.
         """
+        if epoch != self.settings.epoch:
+            self._count_ranks(self.board.files(epoch).num_ranks)
         connected = connect(self.settings, self.platform, self.share, self.board, epoch)
         self.meshes.renew(connected)
         self.epoch = epoch
         self.progress.set_waiting(False)  # a command that was left may have said that it waits
         self.progress.enter(Stage.IDLE, NO_LAYER)
+
+    def _count_ranks(self, num_local_ranks: int) -> None:
+        """Share this node with so many; `connect` finds out if this was of an epoch that ended."""
+        settings, is_same = self.settings, num_local_ranks == self.settings.num_local_ranks
+        others = settings.world_size - settings.num_local_ranks
+        self.settings = replace(
+            settings, num_local_ranks=num_local_ranks, world_size=others + num_local_ranks
+        )
+        if self.platform.device.type == "cpu" and not (is_same and self.cores.are_taken):
+            self.cores.take(settings.local_rank, num_local_ranks)
 
     def core_token(self) -> CoreToken | None:
         """The right to compute on a core of this node; None where ranks have GPUs."""
@@ -126,13 +147,6 @@ def _end_with_launcher(channel: Channel) -> threading.Thread:
     return thread
 
 
-def _take(share: Share) -> bool:
-    """Compute with a share of the cores; gives whether this rank is pinned to it."""
-    # No more threads than OMP_NUM_THREADS either, which torch took at its import.
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), share.num_threads)))
-    return pin(share.cpus)
-
-
 def run_rank(channel: Channel, settings: RankSettings, handlers: Handlers) -> int:
     """Answer commands until the launcher goes away or one fails; returns the exit code."""
     if settings.meeting is None:
@@ -170,7 +184,7 @@ def _answer(channel: Channel, settings: RankSettings, handlers: Handlers) -> int
 def _context(
     settings: RankSettings, board: ProgressBoard, progress: ProgressReporter
 ) -> RankContext:
-    share = share_of(settings.local_rank, settings.num_local_ranks)
+    cores = Cores(settings.local_rank, settings.num_local_ranks)
     platform = choose_platform(
         settings.local_rank,
         settings.num_local_ranks,
@@ -179,8 +193,9 @@ def _context(
         several_nodes=settings.meeting is not None,
         touch=progress.touch,
     )
-    is_pinned = platform.device.type == "cpu" and _take(share)
-    return RankContext(settings, platform, share, is_pinned, board, progress, Meshes())
+    if platform.device.type == "cpu":
+        cores.take(settings.local_rank, settings.num_local_ranks)
+    return RankContext(settings, platform, cores, board, progress, Meshes())
 
 
 def _run_commands(channel: Channel, send: Send, context: RankContext, handlers: Handlers) -> None:

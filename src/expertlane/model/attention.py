@@ -120,9 +120,13 @@ class PagedHeads:
         # A bias is added once, not by every rank of the group whose partial sums are added up.
         has_bias = model.output_bias and mesh.at.tp_rank == 0
         inputs = self._of_heads(model.attention_output_size // model.num_attention_heads)
-        self._output = self._ops.linear(
-            source.matrix(layer_name(layer, "output"), inputs),
-            take("output_bias") if has_bias else None,
+        self._output = source.once(
+            layer,
+            ("output", inputs, has_bias),
+            lambda: self._ops.linear(
+                source.matrix(layer_name(layer, "output"), inputs),
+                take("output_bias") if has_bias else None,
+            ),
         )
         self._linears: list[Linear | HeadsLinear] = [self._output]  # to be counted
 
@@ -197,12 +201,16 @@ class Attention(PagedHeads):
         self._eps = model.rms_norm_eps
         self._attention_size, self._kv_size = model.attention_size, model.kv_size
         parts = {"query": heads, "key": kv_heads, "value": kv_heads}
-        bias = None
-        if model.qkv_bias:
-            bias = torch.cat([take(f"{part}_bias", rows) for part, rows in parts.items()])
-        matrices = [source.matrix(layer_name(layer, part), rows) for part, rows in parts.items()]
-        weight = side_by_side(matrices)
-        self._query_key_value = self._ops.linear(weight, bias)
+
+        def query_key_value() -> Linear:
+            bias = None
+            if model.qkv_bias:
+                bias = torch.cat([take(f"{part}_bias", rows) for part, rows in parts.items()])
+            matrices = [source.matrix(layer_name(layer, part), own) for part, own in parts.items()]
+            return self._ops.linear(side_by_side(matrices), bias)
+
+        key = "query_key_value", heads, kv_heads
+        self._query_key_value = source.once(layer, key, query_key_value)
         self._linears.insert(0, self._query_key_value)
         self._norms: tuple[Tensor, Tensor] | None = None
         self._head_norms: Tensor | None = None  # of query and key heads, [heads, head_dim]

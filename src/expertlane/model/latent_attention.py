@@ -16,7 +16,7 @@ from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.latent_batch import Expanded
 from expertlane.model.weights import WeightSource, taker_of
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.products import Linear
+from expertlane.ops.products import HeadsLinear, Linear
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import layer_name
 
@@ -38,7 +38,11 @@ class LatentAttention(PagedHeads):
         take, ops, num_heads = taker_of(source, layer), self._ops, self._num_heads
 
         def linear(part: str, rows: range | None = None) -> Linear:
-            return ops.linear(source.matrix(layer_name(layer, part), rows))
+            return source.once(
+                layer,
+                (part, rows),
+                lambda: ops.linear(source.matrix(layer_name(layer, part), rows)),
+            )
 
         self._latent = latent
         self._query_a: tuple[Linear, Tensor] | None = None
@@ -52,12 +56,17 @@ class LatentAttention(PagedHeads):
         self._kv_a = linear("kv_a")
         self._kv_a_norm = take("kv_a_norm", dtype=torch.float32)
         width = latent.qk_nope_head_dim + latent.v_head_dim
-        kv_b = take("kv_b", self._of_heads(width)).view(num_heads, width, latent.kv_lora_rank)
-        parts = [latent.qk_nope_head_dim, latent.v_head_dim]
-        key_b, value_b = torch.split(kv_b, parts, dim=1)
-        self._to_latent = ops.heads_linear(key_b.transpose(1, 2))
-        self._from_latent = ops.heads_linear(value_b)
-        self._to_keys = ops.heads_linear(key_b)  # where products are packed, held twice
+        own = self._of_heads(width)
+
+        def of_heads() -> tuple[HeadsLinear, HeadsLinear, HeadsLinear]:
+            kv_b = take("kv_b", own).view(num_heads, width, latent.kv_lora_rank)
+            parts = [latent.qk_nope_head_dim, latent.v_head_dim]
+            key_b, value_b = torch.split(kv_b, parts, dim=1)
+            to_keys = ops.heads_linear(key_b)  # where products are packed, held twice
+            return ops.heads_linear(key_b.transpose(1, 2)), ops.heads_linear(value_b), to_keys
+
+        made = source.once(layer, ("kv_b", own), of_heads)
+        self._to_latent, self._from_latent, self._to_keys = made
         self._linears += [self._query, self._kv_a]
         self._of_heads_params = AttentionParams(latent.v_head_dim, self._params.scale)
 

@@ -1,6 +1,6 @@
 """A decoder layer and its blocks as generators that yield where they wait for communication."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from expertlane.comm.mesh import ParallelMesh
 from expertlane.model.attention import Attention, RotaryEmbedding
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.latent_attention import LatentAttention
-from expertlane.model.weights import WeightSource, taker_of
+from expertlane.model.weights import HeldWeights, WeightSource, taker_of
 from expertlane.moe.dispatch import CopyChooser, RoutedTokens
 from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
@@ -50,8 +50,10 @@ class DecoderLayer:
         self._eps = model.rms_norm_eps
         # float32, as they are computed in
         take = taker_of(source, index)
-        self._attention_norm = take("attention_norm", dtype=torch.float32)
-        mlp_norm = take("moe_norm", dtype=torch.float32)
+        self._attention_norm, mlp_norm = (
+            source.once(index, name, partial(take, name, dtype=torch.float32))
+            for name in ("attention_norm", "moe_norm")
+        )
         heads = Attention if model.latent is None else LatentAttention
         self.attention = heads(model, index, source, mesh, rotary)
         self._part = self.attention.part(None if mesh.tp.size > 1 else self._attention_norm)
@@ -150,7 +152,8 @@ class MLP:
         part = partition(inner, mesh.layout.tp)[mesh.at.tp_rank]
 
         def linear(matrix: str) -> Linear:
-            return ops.linear(source.matrix(layer_name(layer, f"{prefix}.{matrix}"), part))
+            name = layer_name(layer, f"{prefix}.{matrix}")
+            return source.once(layer, (name, part), lambda: ops.linear(source.matrix(name, part)))
 
         self._gate = linear("gate") if model.gated_mlp else None
         self._up, self._down = linear("up"), linear("down")
@@ -257,18 +260,32 @@ class MoEBlock:
         self._place(placement)
 
         take = partial(taker_of(source, layer), dtype=torch.float32)
-        self._router = self._ops.router(
-            RouterParams(
-                norm=norm,
-                eps=model.rms_norm_eps,
-                weight=take("router"),
-                bias=take("router_bias") if routing.router_bias else None,
-                correction_bias=take("correction_bias") if routing.correction_bias else None,
-                top_k=model.num_experts_per_tok,
-                routing=routing,
-            )
+        self._router = source.once(
+            layer,
+            "router",
+            lambda: self._ops.router(
+                RouterParams(
+                    norm=norm,
+                    eps=model.rms_norm_eps,
+                    weight=take("router"),
+                    bias=take("router_bias") if routing.router_bias else None,
+                    correction_bias=take("correction_bias") if routing.correction_bias else None,
+                    top_k=model.num_experts_per_tok,
+                    routing=routing,
+                )
+            ),
         )
-        held = [self._build_expert(model, source, expert) for expert in self._local]
+        num_before = source.num_bytes
+        held = [
+            source.once(  # not held: it may move to another rank
+                layer,
+                self._key_of(expert),
+                partial(self._build_expert, model, source, expert),
+                holds=False,
+            )
+            for expert in self._local
+        ]
+        self._expert_bytes = (source.num_bytes - num_before) // max(1, len(held))
         self._hold(held, activation_of(model))
         self.shared: MLP | None = None
         if inner := model.shared_expert_intermediate_size:
@@ -325,6 +342,15 @@ class MoEBlock:
         checks = self._recorder.checks
         if self._mesh.stage.size == 1 and not (checks and checks.is_full):
             self.here = self._ops.local_experts(self._router, self.experts, self._dtype)
+
+    def _key_of(self, expert: int) -> Hashable:
+        """Which part of which expert this rank would hold."""
+        return "expert", expert, self._mesh.layout.etp, self._mesh.at.etp_rank
+
+    def put_experts(self, held: HeldWeights) -> None:
+        """Hold this rank's experts, for a stage that follows."""
+        for expert, made in zip(self._local, self.experts.held, strict=True):
+            held.put(self._layer, self._key_of(expert), made, self._expert_bytes)
 
     def _build_expert(self, model: ModelConfig, source: WeightSource, expert: int) -> Expert:
         at, ops = self._mesh.at, self._ops

@@ -16,7 +16,7 @@ from expertlane.model.draw import NO_TOKEN, likeliest
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.layers import DecoderLayer, MoEBlock
 from expertlane.model.scored_prompts import ScoredPrompts
-from expertlane.model.weights import WeightSource
+from expertlane.model.weights import HeldWeights, WeightSource
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
 from expertlane.ops.layers import LayersPart
@@ -60,7 +60,9 @@ class OutputHead:
         self._ops = backend_for(source.device)
         self._eps = model.rms_norm_eps
         self._norm = source.take(FINAL_NORM, dtype=torch.float32)
-        self._head = self._ops.linear(source.matrix(HEAD, own))
+        self._head = source.once(
+            None, (HEAD, own), lambda: self._ops.linear(source.matrix(HEAD, own))
+        )
         in_part = self._norm if mesh.tp.size == 1 else None
         self._part = self._ops.head_part(self._head, in_part, self._eps, source.dtype)
 
@@ -190,13 +192,32 @@ class TransformerStage:
         self._part: LayersPart | None = None
         self._meter: Meter | None = None  # that the part adds to
         rotary = RotaryEmbedding(model, source.device)
-        self._layers = [
-            DecoderLayer(model, layer, placements[layer], source, mesh, rotary)
-            for layer in mesh.layout.layers_of_stage(model.num_hidden_layers, mesh.at.pp_rank)
-        ]
-        self._embedding = source.take(EMBEDDING) if mesh.is_first_stage else None
+        own = mesh.layout.layers_of_stage(model.num_hidden_layers, mesh.at.pp_rank)
+        source.before.keep_layers(own)
+        self._layers: list[DecoderLayer] = []
+        for layer in own:
+            self._layers.append(DecoderLayer(model, layer, placements[layer], source, mesh, rotary))
+            source.before.drop(layer)  # what is of no use here goes before more is read
+        self._embedding = None
+        if mesh.is_first_stage:
+            self._embedding = source.once(None, EMBEDDING, lambda: source.take(EMBEDDING))
         self._head = OutputHead(model, source, mesh) if mesh.is_last_stage else None
-        self.weight_bytes = source.num_bytes
+        self.weight_bytes, self.kept_bytes = source.num_bytes, source.num_kept_bytes
+        self._held = source.held
+
+    def leave_weights(self) -> HeldWeights:
+        """What a stage that follows on this rank may use; this one is of no use any more."""
+        for block in self.moe_blocks.values():
+            block.put_experts(self._held)
+        return self._held
+
+    def leave_cache(self) -> list[KVCache]:
+        """Keys and values, for `take_cache` of a stage with the same layers and heads."""
+        return self._caches
+
+    def take_cache(self, caches: list[KVCache]) -> None:
+        """Go on with the keys and values of another stage."""
+        self._part, self._caches = None, caches
 
     def held(self) -> Iterator[tuple[str, list[Tensor]]]:
         """All weights, by a name that is the same on every rank that holds the same ones."""

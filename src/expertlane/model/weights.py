@@ -9,7 +9,8 @@ that a test notices a norm that is left out, and biases and sinks 0.1·N.
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,36 @@ from expertlane.spec.deployment import INPUTS_OF_SCALE, WeightsType
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import EMBEDDING, HEAD, cut_dim, layer_name, tensor_shape
 
+MadeT = TypeVar("MadeT")
+
+
+class HeldWeights:
+    """What was made of weights, so that a later stage on the same rank need not read them again.
+
+    Whatever it is made for has to keep it too: it is there as long as this is.
+    """
+
+    def __init__(self) -> None:
+        # By layer (None: of no layer) and key; what was made, and its bytes.
+        self._made: dict[int | None, dict[Hashable, tuple[Any, int]]] = {}
+
+    def put(self, layer: int | None, key: Hashable, made: Any, num_bytes: int) -> None:
+        """Hold something."""
+        self._made.setdefault(layer, {})[key] = made, num_bytes
+
+    def find(self, layer: int | None, key: Hashable) -> tuple[Any, int] | None:
+        """What was put there, and its bytes."""
+        return self._made.get(layer, {}).get(key)
+
+    def drop(self, layer: int | None) -> None:
+        """Hold nothing of a layer any more."""
+        self._made.pop(layer, None)
+
+    def keep_layers(self, layers: range) -> None:
+        """Hold nothing of other layers any more."""
+        for layer in [each for each in self._made if each is not None and each not in layers]:
+            self.drop(layer)
+
 
 class WeightSource(ABC):
     """Gives slices on the rank's device, and counts them.
@@ -33,8 +64,13 @@ class WeightSource(ABC):
         weights: whether matrices are rounded to a narrower type.
 
     Attributes:
-        num_bytes: taken so far.
+        num_bytes, num_kept_bytes: taken so far, and those of them that `before` had.
+        held: what `once` has made.
+        before: what another stage of this rank has left, of the same weights.
     """
+
+    held: HeldWeights
+    before: HeldWeights
 
     def __init__(
         self,
@@ -51,6 +87,30 @@ class WeightSource(ABC):
         self._weights = weights
         self._keeps_narrow = backend_for(device).keeps_narrow
         self.num_bytes = 0
+        self.num_kept_bytes = 0
+        self.held, self.before = HeldWeights(), HeldWeights()
+
+    def once(
+        self, layer: int | None, key: Hashable, make: Callable[[], MadeT], *, holds: bool = True
+    ) -> MadeT:
+        """What `make` makes of weights, or what a stage before this one has made.
+
+        Args:
+            key: tells what it is made of: which weights, and which parts of them.
+            holds: for as long as the stage lives.
+        """
+        found = self.before.find(layer, key)
+        if found is None:
+            num_before = self.num_bytes
+            made = make()
+            found = made, self.num_bytes - num_before
+        else:
+            self.num_bytes += found[1]
+            self.num_kept_bytes += found[1]
+        if holds:
+            self.held.put(layer, key, *found)
+        kept: MadeT = found[0]
+        return kept
 
     def take(
         self, name: str, part: range | None = None, dtype: torch.dtype | None = None

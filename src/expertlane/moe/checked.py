@@ -66,7 +66,9 @@ def _row_sums(parts: list[Tensor]) -> Tensor:
     """[num_rows] int32; bytes by odd weights, so that no changed byte goes unnoticed."""
     total = torch.zeros(len(parts[0]), dtype=torch.int64, device=parts[0].device)
     for part in parts:
-        values = part.contiguous().view(torch.uint8).int()
+        # A clone: of a part with one column, `contiguous` may leave strides that no view takes.
+        whole = part.clone(memory_format=torch.contiguous_format)
+        values = whole.view(torch.uint8).int()
         weights = torch.arange(1, 2 * values.shape[1], 2, dtype=torch.int32, device=values.device)
         total = total * 31 + (values * weights).sum(1)
     return total.bitwise_and(0x7FFFFFFF).int()

@@ -38,14 +38,28 @@ class Share:
     cpus: tuple[int, ...]
 
 
-def share_of(local_rank: int, num_local_ranks: int, system: Path = _SYSTEM) -> Share:
-    """The share of one of the ranks of this host, before any of them is pinned.
+def allowed_cpus() -> frozenset[int]:
+    """The hardware threads that this process may use, unless the system cannot tell."""
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ())
+
+
+def share_of(
+    local_rank: int,
+    num_local_ranks: int,
+    system: Path = _SYSTEM,
+    allowed: frozenset[int] | None = None,
+) -> Share:
+    """The share of one of the ranks of this host.
+
+    Args:
+        allowed: hardware threads of all of them; those of this process, which is not pinned yet, if
+            not given.
 
     Raises:
         UserError: `EXPERTLANE_PIN` is not valid.
     """
     wanted = _wanted()
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    allowed = allowed_cpus() if allowed is None else allowed
     nodes, limit = read_nodes(allowed, system), num_cores()
     shares = divide(nodes, num_local_ranks)
     own = shares[local_rank] if shares and limit >= len(allowed) > 0 and wanted != "0" else ()
@@ -101,36 +115,49 @@ def divide(nodes: Sequence[Sequence[Core]], num_ranks: int) -> list[list[Core]]:
     return pieces[:num_ranks]
 
 
-def pin(cpus: Sequence[int], system: Path = _SYSTEM) -> bool:
+def pin(cpus: Sequence[int], system: Path = _SYSTEM, held: list[int] | None = None) -> bool:
     """Keep all threads of this process on some hardware threads, now and later ones.
+
+    Args:
+        held: gets the descriptors of the locks that say so; `unpin` takes them.
 
     Returns:
         Whether they are kept there: not where another engine is pinned to one of them.
     """
     if not cpus or {*cpus} == os.sched_getaffinity(0):
         return bool(cpus)
-    if not _hold(cpus, system) and _wanted() != "1":
+    if not _hold(cpus, system, [] if held is None else held) and _wanted() != "1":
         return False
-    for thread in _THREADS.iterdir():
-        with suppress(ProcessLookupError):  # it has ended meanwhile
-            os.sched_setaffinity(int(thread.name), cpus)
+    _move_threads(cpus)
     return True
 
 
-def _hold(cpus: Sequence[int], system: Path) -> bool:
+def unpin(allowed: Iterable[int], held: list[int]) -> None:
+    """Let all threads of this process run where they might before `pin`."""
+    while held:
+        os.close(held.pop())
+    _move_threads([*allowed])
+
+
+def _move_threads(cpus: Sequence[int]) -> None:
+    for thread in _THREADS.iterdir():
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread.name), cpus)
+
+
+def _hold(cpus: Sequence[int], system: Path, held: list[int]) -> bool:
     """Whether no other process holds one of them; this one does from now on, until it ends.
 
     A lock on a folder of the system's own needs no file of ours, and every user sees it. Other
     containers do not: each has folders of its own.
     """
-    held: list[int] = []
     for cpu in cpus:
         try:
             held.append(os.open(system / f"cpu/cpu{cpu}", os.O_RDONLY))
             fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            for descriptor in held:
-                os.close(descriptor)
+            while held:
+                os.close(held.pop())
             return False
         except OSError:  # no such folder, or no locks there: nobody can tell
             continue

@@ -36,6 +36,12 @@ class RankTotals:
     num_pairs_saved: int
     copies_ns: int
 
+    def nothing(self) -> "RankTotals":
+        """Of a rank of the same model that has done nothing."""
+        none = self.experts[:0], self.num_tokens[:, :0], np.zeros_like(self.sent_bytes)
+        times = np.zeros_like(self.spent_ns), np.zeros_like(self.waited_ns)
+        return RankTotals(0, *times, *none, 0, 0, 0, 0)
+
     def __add__(self, other: "RankTotals") -> "RankTotals":
         """What both have done, as of a rank and the one that it replaced."""
         experts = np.union1d(self.experts, other.experts)

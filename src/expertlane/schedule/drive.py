@@ -82,6 +82,11 @@ class DriveLoop(Generic[HandleT]):
         self._handles.clear()
         return num_requests
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no step is under way."""
+        return not self._uncommitted
+
     def commit_next(self) -> FinishedStep | None:
         """Wait until a step is finished and commit it; None if none is under way."""
         if not self._uncommitted:

@@ -81,8 +81,7 @@ class ContinuousScheduler:
         record_events: bool = False,
         record_operations: bool = False,
     ) -> None:
-        if lookahead and layout.pp > 1:
-            raise ValueError("the first pipeline stage does not learn of the last one's tokens")
+        self._lay_out(layout, options, lookahead=lookahead)
         self.tables = [
             [RunningTable(limits, lookahead=lookahead) for _ in range(layout.dp)]
             for _ in range(layout.replicas)
@@ -91,7 +90,7 @@ class ContinuousScheduler:
         self.failed: list[Request] = []
         self.num_preemptions = self.num_recovered = 0
         self._limits = limits
-        self._lookahead = lookahead
+        self._options = options
         self._flags = {
             "return_logits": return_logits,
             "record": record,
@@ -99,10 +98,6 @@ class ContinuousScheduler:
             "record_events": record_events,
             "record_operations": record_operations,
         }
-        is_rotating = options.micro_batch_schedule == "rotating"
-        self._num_groups = options.num_micro_batches if is_rotating else 1
-        self._num_micro_batches = 1 if is_rotating else options.num_micro_batches
-        self._max_in_flight = layout.pp if is_rotating else 1 + lookahead
         self._num_in_flight = [0] * layout.replicas
         self._in_flight: dict[int, _Flight] = {}
         self._released: list[list[int]] = [[] for _ in range(layout.replicas)]
@@ -113,6 +108,15 @@ class ContinuousScheduler:
         self._num_waiting_blocks = 0
         self._num_steps = 0
         self._num_added = 0
+
+    def _lay_out(self, layout: Layout, options: Options, *, lookahead: bool) -> None:
+        if lookahead and layout.pp > 1:
+            raise ValueError("the first pipeline stage does not learn of the last one's tokens")
+        self._layout, self._lookahead = layout, lookahead
+        is_rotating = options.micro_batch_schedule == "rotating"
+        self._num_groups = options.num_micro_batches if is_rotating else 1
+        self._num_micro_batches = 1 if is_rotating else options.num_micro_batches
+        self._max_in_flight = layout.pp if is_rotating else 1 + lookahead
 
     @property
     def vocab_size(self) -> int:
@@ -258,6 +262,47 @@ class ContinuousScheduler:
                 self._requeue(request)
         self._restart()
         return kept, self.num_recovered - num_before
+
+    def reshape(self, layout: Layout, *, lookahead: bool) -> int:
+        """Go on in another layout; no step is in flight.
+
+        Requests whose keys and values are on other ranks then begin again, as if they were
+        preempted.
+
+        Args:
+            lookahead: as at the start.
+
+        Returns:
+            How many requests these are.
+        """
+        assert not self._in_flight, "steps are of one layout"
+        before, old = self._layout, self.tables
+        self._lay_out(layout, self._options, lookahead=lookahead)
+        self.tables = [
+            [
+                old[replica][dp_rank]
+                if layout.keeps_cache(before, replica, dp_rank)
+                else RunningTable(self._limits, lookahead=lookahead)
+                for dp_rank in range(layout.dp)
+            ]
+            for replica in range(layout.replicas)
+        ]
+        kept = set(map(id, chain.from_iterable(self.tables)))
+        gone = [table for table in chain.from_iterable(old) if id(table) not in kept]
+        first = self.tables[0][0]
+        num_again = 0
+        for table in gone:
+            first.num_queried += table.num_queried  # no count falls
+            first.blocks.num_hits += table.blocks.num_hits
+            for request in filter(None, table.requests):
+                request.row = -1
+                if request.finish_reason is None:
+                    num_again += 1
+                    self._requeue(request)
+        replicas = range(layout.replicas)
+        self._num_in_flight = [0 for _ in replicas]
+        self._released = [self._released[r] if r < before.replicas else [] for r in replicas]
+        return num_again
 
     def _restart(self) -> None:
         released = [request for request in self._restarting if request.row < 0]

@@ -21,6 +21,7 @@ from expertlane.server.requests import (
     TokenizeRequest,
 )
 from expertlane.server.responses.routes import add_responses
+from expertlane.server.scaling import add_scaling
 from expertlane.server.service import Service
 from expertlane.version import __version__
 
@@ -45,6 +46,7 @@ def make_app(service: Service) -> FastAPI:
     add_responses(app, service)
     _add_tokens(app, service)
     _add_state(app, service)
+    add_scaling(app, service)
     add_live(app, service.live)
     if service.journal is not None:
         add_journal(app, service, service.journal)

@@ -48,6 +48,7 @@ class LiveFeed:
 
     Attributes:
         num_viewers: pages that are open.
+        num_layouts: how many layouts there have been.
         state: what it shows.
     """
 
@@ -57,6 +58,9 @@ class LiveFeed:
         self.is_closed = False
         self._number, self._latest = 0, b""
         self._shown: list[Any] | None = None  # the placements that viewers have
+        watch = state.service.model.watch
+        self._layout = None if watch is None else watch.layout  # that they know
+        self.num_layouts = 0
         self._changed_at = -_REPEATED  # the frame that brought them
         self._loop = asyncio.get_running_loop()
         self._news: asyncio.Future[None] = self._loop.create_future()
@@ -76,6 +80,9 @@ class LiveFeed:
         frame["events"] = list(self.state.events)[-_RECENT_EVENTS:]
         watch = self.state.service.model.watch
         if watch is not None:
+            if watch.layout != self._layout:
+                self._layout, self._shown = watch.layout, None
+                self.num_layouts += 1  # viewers begin again
             placements = watch.placements
             is_new = self._shown is not None and any(
                 a is not b for a, b in zip(placements, self._shown, strict=True)
@@ -145,9 +152,14 @@ class LiveAnswer(Response):
         feed = self._feed
         await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
         number, start = feed.start()
+        num_layouts = feed.num_layouts
         await _send_part(send, start)
         while not feed.is_closed:
             number, frame = await feed.next(number)
+            if feed.num_layouts != num_layouts:
+                number, start = feed.start()
+                num_layouts = feed.num_layouts
+                await _send_part(send, start)
             await _send_part(send, frame)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

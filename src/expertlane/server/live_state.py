@@ -129,8 +129,9 @@ class LiveState:
         if recovery is None:
             return
         over = [each for each in list(recovery.records) if each.is_over]
-        for record in over[len(over) - self._more("recoveries", recovery.num_recoveries) :]:
-            self.add("recovery", record.line)
+        number = recovery.num_recoveries + recovery.num_scalings
+        for record in over[len(over) - self._more("recoveries", number) :]:
+            self.add("recovery" if record.layouts is None else "scaling", record.line)
 
     def start(self) -> dict[str, Any]:
         """What a page has to know before the first frame."""
@@ -200,7 +201,7 @@ class LiveState:
             "num_waiting": service.num_queued,
             "cache": [table.blocks.num_used / table.blocks.num_blocks for table in tables],
             "running": [table.num_running for table in tables],
-            "dummy_steps": list(metrics.own.num_dummy_steps.values()),
+            "dummy_steps": metrics.own.dummy_steps(),
             "num_generation_tokens": metrics.num_generation_tokens,
             "num_preemptions": scheduler.num_preemptions,
             "num_recovered": scheduler.num_recovered,
@@ -281,13 +282,18 @@ class LiveState:
         if self.service.engine.error is not None:
             return "ended"
         if self._is_recovering:
-            return "recovering"
+            return "scaling" if self._is_scaling else "recovering"
         return "draining" if self.service.is_draining else "running"
 
     @property
     def _is_recovering(self) -> bool:
         recovery = self.service.model.engine.recovery
         return recovery is not None and recovery.state not in (State.SERVING, State.STOPPED)
+
+    @property
+    def _is_scaling(self) -> bool:
+        recovery = self.service.model.engine.recovery
+        return recovery is not None and recovery.records[-1].layouts is not None
 
     def alerts(self) -> Iterator[Alert]:
         """What somebody should look at, the worst first."""
@@ -299,9 +305,10 @@ class LiveState:
             return
         recovery = service.model.engine.recovery
         if recovery is not None and self._is_recovering:
+            what = "The layout changes" if self._is_scaling else "Lost ranks are being replaced"
             yield Alert(
                 "amber",
-                f"Lost ranks are being replaced ({recovery.state}): requests wait.",
+                f"{what} ({recovery.state}): requests wait.",
                 "Nothing: requests go on by themselves. The server's log says what happened.",
             )
         else:

@@ -18,6 +18,7 @@ from expertlane.engine.rank_watch import RankWatch, Reading
 from expertlane.engine.rebalancing import Rebalancer
 from expertlane.engine.recovery import Recovery
 from expertlane.schedule.drive import FinishedStep
+from expertlane.schedule.running import RunningTable
 from expertlane.spec.names import Link, Phase, Stage
 
 WAITING = "waiting"  # for other ranks; beside the names of stages
@@ -40,11 +41,7 @@ class OwnMetrics:
         self._scheduler, self._recovery = engine.scheduler, engine.recovery
         self._num_steps: Counter[tuple[str, str]] = Counter()  # by replica and phase
         # By replica and data-parallel rank, the steps that it took part in without a token.
-        self.num_dummy_steps = {
-            (replica, dp_rank): 0
-            for replica, tables in enumerate(engine.scheduler.tables)
-            for dp_rank in range(len(tables))
-        }
+        self.num_dummy_steps: Counter[tuple[int, int]] = Counter()
 
     def on_step(self, step: FinishedStep) -> None:
         """Take a step in; in the engine's thread."""
@@ -53,6 +50,18 @@ class OwnMetrics:
         for dp_rank, batches in enumerate(zip(*plan.micro_batches, strict=True)):
             if not any(batch.num_seqs for batch in batches):
                 self.num_dummy_steps[plan.replica, dp_rank] += 1
+
+    def _tables(self) -> dict[tuple[int, int], RunningTable]:
+        """By replica and data-parallel rank."""
+        return {
+            (replica, dp_rank): table
+            for replica, of_replica in enumerate(self._scheduler.tables)
+            for dp_rank, table in enumerate(of_replica)
+        }
+
+    def dummy_steps(self) -> list[int]:
+        """Of each data-parallel rank, replica after replica."""
+        return [self.num_dummy_steps[place] for place in self._tables()]
 
     def collect(self) -> Iterator[Metric]:
         """All but those of experts, which are many."""
@@ -104,10 +113,9 @@ class OwnMetrics:
         used = self._gauge(
             "kv_cache_usage_ratio", "Share of a rank's cache blocks in use", "replica", "dp_rank"
         )
-        for (replica, dp_rank), number in self.num_dummy_steps.items():
-            table = self._scheduler.tables[replica][dp_rank]
+        for (replica, dp_rank), table in self._tables().items():
             labels = str(replica), str(dp_rank)
-            self._add(dummy, labels, number)
+            self._add(dummy, labels, self.num_dummy_steps[replica, dp_rank])
             self._add(running, labels, table.num_running)
             blocks = table.blocks
             self._add(used, labels, blocks.num_used / (blocks.num_used + blocks.num_free))
@@ -119,6 +127,11 @@ class OwnMetrics:
                 "recoveries",
                 "Recoveries: lost ranks were replaced",
                 recovery.num_recoveries,
+            ),
+            (
+                "layout_changes",
+                "Changes of the layout while requests ran",
+                recovery.num_scalings,
             ),
             (
                 "recovered_requests",

@@ -11,6 +11,7 @@ from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.engine import Engine
 from expertlane.engine.grammars import Grammar
 from expertlane.engine.rank_watch import RankWatch
+from expertlane.engine.scaling import Scaling
 from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
@@ -46,6 +47,7 @@ class ServedModel:
         template: None where it cannot chat.
         recommended: sampling by the checkpoint, where a request says nothing.
         watch: of the ranks, for metrics and the live page; None where there are none.
+        scaling: changes the layout; None where that stays.
     """
 
     name: str
@@ -55,6 +57,7 @@ class ServedModel:
     template: ChatTemplate | None = None
     recommended: Mapping[str, Any] | None = None
     watch: RankWatch | None = None
+    scaling: Scaling | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -203,7 +206,7 @@ class Service:
             ApiError: it is.
         """
         if self.engine.error is not None:
-            raise _ended(self.engine.error)
+            raise ended(self.engine.error)
         if self.is_draining:
             raise ApiError(
                 503,
@@ -408,7 +411,7 @@ class Service:
         """The error of a request that the engine does not take in."""
         if isinstance(error, UserError):
             return bad_field(param, as_field(str(error), param, num_choices))
-        return _ended(error)
+        return ended(error)
 
     def end_all(self, error: Exception) -> None:
         """Cancel everything; clients get the error, and pages of `/live` their last frame."""
@@ -416,5 +419,6 @@ class Service:
         self.under_way.end(error)
 
 
-def _ended(error: Exception) -> ApiError:
+def ended(error: Exception) -> ApiError:
+    """What a request gets once the engine has ended."""
     return ApiError(500, f"the engine has ended: {error}", code="engine_dead")

@@ -122,20 +122,26 @@ def causes_chart(
         _most_costly(seconds, what),
         f"Stacked bars, one per deployment: milliseconds of a {what} by cause. "
         + " ".join(_largest(name, each) for name, each in seconds.items()),
-        _stacked(seconds, causes, legend, as_shares),
+        stacked(seconds, causes, legend, as_shares),
         Table.across(f"ms of a {what}", [*map(_due_to, causes), in_all], list(seconds.items())),
         legend=legend,
         note=note,
     )
 
 
-def _stacked(
+def stacked(
     seconds: Mapping[str, Mapping[str, float]],
     causes: Sequence[str],
     legend: Sequence[Legend],
     as_shares: bool,
 ) -> Spec:
-    """Parts end to end, each with its milliseconds where there is room for them."""
+    """Parts end to end, each with its milliseconds where there is room for them.
+
+    Args:
+        seconds: by the name of a bar, those of each part.
+        legend: of `causes`, the parts in their order.
+        as_shares: whether bars are equally long.
+    """
     values: list[Spec] = []
     for name, each in seconds.items():
         begin, whole_s = 0.0, sum(each.values())

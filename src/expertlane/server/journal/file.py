@@ -95,18 +95,18 @@ class JournalFile:
                 at = end
         except DamagedError as error:
             raise UserError(
-                f"{path}: {error}; `truncate -s N` to that byte keeps what is before it, and "
-                "another folder for --journal starts without"
+                f"{path}: {error}; `truncate -s BYTE` keeps what is before it, and another folder "
+                "for --journal starts without"
             ) from None
         self.num_torn_bytes = len(data) - at
 
     def _take(self, record: Record, at: int) -> None:
         if isinstance(record, Header) != (at == 0):
-            raise DamagedError(f"byte {at:,}: the header is missing, or not the first record")
+            raise DamagedError(f"byte {at}: the header is missing, or not the first record")
         if isinstance(record, Header):
             if record.version != VERSION:
                 raise DamagedError(
-                    f"byte {at:,}: it is of version {record.version}; this one reads {VERSION}"
+                    f"byte {at}: it is of version {record.version}; this one reads {VERSION}"
                 )
             self._identity = record.identity
         elif isinstance(record, Begun):
@@ -115,7 +115,7 @@ class JournalFile:
             for row in record.rows:
                 found = self.found.get(row[0])
                 if found is None or not 0 <= row[1] < len(found.begun.params):
-                    raise DamagedError(f"byte {at:,}: there is no request {row[0]}, {row[1]}")
+                    raise DamagedError(f"byte {at}: there is no request {row[0]}, {row[1]}")
                 found.rows.append(row)
         else:
             self.found.pop(record.number, None)
@@ -140,8 +140,8 @@ class JournalFile:
             was, now = before.get(name, "nothing"), identity.get(name, "nothing")
             if was != now:
                 raise UserError(
-                    f"--journal {self.folder} has {len(self.found)} requests of a server whose "
-                    f"{name} was {was}, not {now}; start it so, or give another folder"
+                    f"--journal {self.folder} has requests of a server whose {name} was {was}, not "
+                    f"{now}; start it so, or give another folder"
                 )
 
     def replace(self, records: Iterable[Record]) -> None:

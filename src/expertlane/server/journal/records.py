@@ -123,11 +123,11 @@ def records_of(data: bytes) -> Iterator[tuple[int, Record]]:
         begin = at + _FRAME.size
         payload = data[begin : begin + size]
         if size ^ inverted != _INVERTED or zlib.crc32(payload) != checksum:
-            raise DamagedError(f"byte {at:,}: the checksum of this record is wrong")
+            raise DamagedError(f"byte {at}: the checksum of this record is wrong")
         try:
             record = _decode(payload)
         except (msgspec.DecodeError, UserError) as error:
-            raise DamagedError(f"byte {at:,}: this is no known record: {error}") from None
+            raise DamagedError(f"byte {at}: this is no known record: {error}") from None
         at = begin + size
         yield at, record
 

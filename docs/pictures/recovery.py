@@ -1,0 +1,52 @@
+"""Draw where the time of a recovery goes, as `recovery.svg` beside this script.
+
+    python benchmarks/bench_recovery.py | tail -1 > recovery.json
+    python docs/pictures/recovery.py recovery.json
+
+A bar is what the clients of unaffected requests wait for in the median, from a token to the next:
+the medians of each state, and what is left: the step before the death, until it is noticed, and the
+time until the next token is there.
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from roofline import picture
+
+from expertlane.report.charts.bars import stacked
+from expertlane.report.document import Chart, Legend, Table
+
+HERE = Path(__file__).parent
+REST = "noticing, and the next step"
+LEGEND = (
+    Legend(REST, "--waiting-3"),
+    Legend("fencing", "--communication-1"),
+    Legend("replacing", "--overhead-1"),
+    Legend("loading", "--compute-1"),
+    Legend("replaying", "--compute-3"),
+)
+
+
+def parts(result: dict[str, Any]) -> dict[str, float]:
+    """Seconds by part."""
+    states = {each.label: result["state_s"].get(each.label, 0.0) for each in LEGEND[1:]}
+    gaps = result["gaps_s"]["unaffected"] or result["gaps_s"]["lost"]
+    return {REST: max(0.0, median(gaps) - sum(states.values()))} | states
+
+
+def main() -> None:
+    """Write the picture."""
+    results = json.loads(Path(sys.argv[1]).read_text("utf-8"))["results"]
+    seconds = {f"{each['layout']}, {each['harm']}": parts(each) for each in results}
+    labels = [each.label for each in LEGEND]
+    spec = stacked(seconds, labels, LEGEND, as_shares=False)
+    table = Table.across("ms", [], [])
+    chart = Chart("Where the time of a recovery goes", "", spec, table, legend=LEGEND, note="")
+    (HERE / "recovery.svg").write_text(picture(chart), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

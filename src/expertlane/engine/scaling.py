@@ -1,0 +1,156 @@
+"""Another layout while requests run: what it is checked for, and who takes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from expertlane.balance.placement_file import Placements
+from expertlane.engine.commands import RankMachine
+from expertlane.engine.engine import Engine
+from expertlane.engine.launch import check_deployment, describe_ranks, with_blocks
+from expertlane.engine.local_ranks import check_num_ranks
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.pool import RankPool
+from expertlane.engine.recovery import RecoveryRecord
+from expertlane.engine.run_files import MOST_UNCOMPILED
+from expertlane.errors import CapacityError, UserError
+from expertlane.ops import host
+from expertlane.schedule.request import Limits
+from expertlane.spec.deployment import Deployment
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class LayoutChange:
+    """A change that was made.
+
+    Attributes:
+        record: its states; over once a step was committed.
+        kept_bytes, read_bytes: weights that ranks had already, and those that they read or drew.
+    """
+
+    before: Layout
+    after: Layout
+    record: RecoveryRecord
+    kept_bytes: int
+    read_bytes: int
+
+
+class Scaling:
+    """Changes of the layout of one engine, whose model, options and limits stay.
+
+    Args:
+        deployment: at first.
+        ranks_per_node: as of `check_deployment`.
+        folder: of the checkpoint; None where weights are random.
+        machine: [num_ranks]; as the ranks saw it before the model was loaded.
+
+    Attributes:
+        deployment: of now.
+        machine: [num_ranks]; as the ranks of now see it.
+        changes: all so far, in order. Other threads may copy it.
+    """
+
+    def __init__(
+        self,
+        pool: RankPool,
+        runner: ModelRunner,
+        engine: Engine[Any],
+        model: ModelConfig,
+        deployment: Deployment,
+        limits: Limits,
+        machine: Sequence[RankMachine],
+        *,
+        ranks_per_node: int,
+        folder: Path | None,
+        oversubscribe: bool,
+    ) -> None:
+        self._pool, self._runner, self._engine = pool, runner, engine
+        self._model, self.deployment, self._limits = model, deployment, limits
+        self.machine = tuple(machine)
+        self._ranks_per_node, self._folder = ranks_per_node, folder
+        self._oversubscribe = oversubscribe
+        self.changes: list[LayoutChange] = []
+
+    def check(self, layout: Layout) -> Placements:
+        """Check another layout as at the start; gives the placement that its experts begin with.
+
+        Raises:
+            UserError: these ranks cannot change, there may not be so many, the model cannot be laid
+                out so, or does not fit into memory.
+        """
+        if self._engine.recovery is None:
+            raise UserError(
+                "the layout can change only with on_failure='replace' (--on-failure replace)"
+            )
+        if self.machine[0].on_gpu:
+            raise UserError("the layout cannot change while it runs on GPUs")
+        num_ranks, now = layout.world_size, self._pool.num_ranks
+        if num_ranks != now:
+            self._check_num_ranks(layout)
+        deployment = replace(self.deployment, layout=layout)
+        placements = check_deployment(
+            self._model, deployment, self._ranks_per_node or self._per_node(num_ranks)
+        )
+        held = sum(each.weight_bytes + each.kv_bytes for each in self._runner.held)
+        free_bytes = host.memory_bytes()[0] + held
+        seen = [
+            replace(
+                self.machine[0], free_bytes=free_bytes, ranks_per_node=self._per_node(num_ranks)
+            )
+        ] * num_ranks
+        with_blocks(
+            *(self._limits, self._limits.num_blocks, self._model, layout, placements, seen),
+            deployment.options.weights,
+            self._folder,
+        )
+        return placements
+
+    def _check_num_ranks(self, layout: Layout) -> None:
+        num_ranks, most = layout.world_size, self._pool.most_ranks
+        if self._pool.is_of_nodes:
+            raise UserError(
+                f"layout {layout} has {num_ranks} ranks; on several nodes there have to be as many "
+                f"as at the start: {most}"
+            )
+        check_num_ranks(num_ranks, oversubscribe=self._oversubscribe)
+        if "without compiled code" in self.machine[0].backend:
+            most = max(MOST_UNCOMPILED, len(self.machine))
+        if num_ranks > most:
+            raise CapacityError(
+                f"layout {layout} has {num_ranks} ranks; valid here: {most} at most"
+            )
+
+    def _per_node(self, num_ranks: int) -> int:
+        return self.machine[0].ranks_per_node if self._pool.is_of_nodes else num_ranks
+
+    def scale(self, layout: Layout) -> None:
+        """Go on in another layout; requests keep what they have, and some are computed again.
+
+        Raises:
+            UserError: as `check`; then nothing has changed.
+            RankError: ranks were lost, and could not be replaced.
+        """
+        placements = self.check(layout)
+        if layout == self.deployment.layout:
+            return
+        runner, scheduler = self._runner, self._engine.scheduler
+        before, num_ranks = self.deployment.layout, layout.world_size
+
+        def change() -> int:
+            self.deployment = replace(self.deployment, layout=layout)
+            per_node = self._ranks_per_node or self._per_node(num_ranks)
+            runner.reshape(layout, placements, per_node)
+            return scheduler.reshape(layout, lookahead=layout.pp == 1)
+
+        self._engine.with_ranks(runner.before_reshape)
+        self._engine.scale(layout, change)
+        kept = sum(each.kept_bytes for each in runner.held)
+        read = sum(each.weight_bytes for each in runner.held) - kept
+        recovery = self._engine.recovery
+        assert recovery is not None, "it was checked"
+        self.changes.append(LayoutChange(before, layout, recovery.records[-1], kept, read))
+        self.machine = tuple(self._engine.with_ranks(partial(describe_ranks, self._pool)))

@@ -1,0 +1,143 @@
+"""The layout of a server changes under its clients, by its API and by the command."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from engine.recovering import PARAMS, PROMPTS
+from expertlane import LLM
+from expertlane.cli.main import main
+from expertlane.server.service import ServedModel, ServerOptions
+from server.running import PATIENCE_S, ServerInThread
+from server.test_live import feed
+from server.test_metrics import scrape
+from server.test_recovery import complete
+
+KEY = {"Authorization": "Bearer secret"}
+
+
+@pytest.fixture
+def server():
+    settings = {"dtype": "float32", "on_failure": "replace", "oversubscribe": True}
+    with LLM("paper-tiny", layout="dp=2,ep=2", **settings) as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
+        model = ServedModel("tiny", llm.engine, llm.limits, watch=llm.watch(), scaling=llm.scaling)
+        server = ServerInThread(model, ServerOptions(), check_ranks=llm.check_ranks)
+        server.llm, server.expected = llm, expected
+        yield server
+        server.stop()
+        assert server.error is None
+
+
+def post(server, body, **more):
+    return httpx.post(f"{server.url}/scale", json=body, timeout=PATIENCE_S, **more)
+
+
+def test_it_changes_under_clients(server):
+    with feed(server) as frames, ThreadPoolExecutor(len(PROMPTS)) as clients:
+        before = scrape(server)[0]
+        found = [clients.submit(complete, server, number) for number in range(len(PROMPTS))]
+        answer = post(server, {"layout": "dp=3,ep=3"})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["num_ranks"] == 3
+        assert [each.result() for each in found] == server.expected
+        start = next(frame for frame in frames if frame.get("layout") == "dp=3,ep=3")
+        assert len(start["ranks"]) == 3
+        frame = next(frame for frame in frames if frame["kind"] == "frame")
+        assert len(frame["now"]) == len(frame["dummy_steps"]) == 3
+    facts = httpx.get(f"{server.url}/scale").json()
+    assert (facts["layout"], facts["under_way"], facts["state"]) == ("dp=3,ep=3", None, "serving")
+    (change,) = facts["changes"]
+    assert (change["from"], change["to"], change["is_over"]) == ("dp=2,ep=2", "dp=3,ep=3", True)
+    assert change["num_requests_computed_again"] == 0  # both ranks stay as they were
+    assert change["weight_bytes_kept"] > 0
+    assert change["weight_bytes_read"] > 0
+    assert [each["kind"] for each in frame["events"]] == ["scaling"]
+    values, _ = scrape(server)
+    assert values["expertlane:layout_changes_total",] == 1
+    assert values["expertlane:recoveries_total",] == 0
+    fallen = [
+        name
+        for name, value in before.items()
+        if name[0].endswith("_total") and name in values and values[name] < value
+    ]
+    assert not fallen
+
+
+def test_one_at_a_time(server):
+    held = []
+    change = server.llm.scaling.scale
+
+    def scale_and_ask(layout):
+        held.append(post(server, {"layout": "tp=1"}))
+        held.append(httpx.get(f"{server.url}/scale").json())
+        change(layout)
+
+    server.llm.scaling.scale = scale_and_ask
+    assert post(server, {"layout": "dp=1"}).status_code == 200
+    refused, facts = held
+    assert refused.status_code == 409
+    assert refused.json()["error"]["code"] == "scaling"
+    assert facts["under_way"] == "tp=1"  # as dp=1 is written
+    assert complete(server, 0) == server.expected[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"layout": "dp=2,ep=3"}, "ep=3 does not divide"),
+        ({"layout": "pp=100"}, "pp=100 is more stages"),
+        ({"layout": 3}, "layout"),
+        ({}, "layout"),
+        ({"layout": "tp=1", "now": True}, "now"),
+    ],
+)
+def test_what_is_refused(server, body, message):
+    answer = post(server, body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert message in error["message"]
+    assert error["param"] in ("layout", "now")
+    assert str(server.llm.layout) == "dp=2,ep=2"
+
+
+def test_without_ranks_it_cannot(stub_server):
+    server = stub_server(options=ServerOptions(api_keys=("secret",)))
+    assert post(server, {"layout": "tp=1"}).status_code == 401
+    assert httpx.get(f"{server.url}/scale").status_code == 401
+    answer = post(server, {"layout": "tp=1"}, headers=KEY)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_scalable")
+    assert not httpx.get(f"{server.url}/scale", headers=KEY).json()["can_scale"]
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["expertlane", "scale", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_by_the_command(server, monkeypatch, capsys):
+    with ThreadPoolExecutor(1) as clients:
+        found = clients.submit(complete, server, 0)
+        assert run(monkeypatch, server.url, "--layout", "dp=1", "--watch-s", "0.2") == 0
+        assert found.result() == server.expected[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tp=1 on 1 rank, after ")
+    assert lines[1].split() == ["from", "dp=2,ep=2"]
+    assert lines[-1].startswith("tokens/s ")
+    assert "MB kept" in lines[3]
+    assert max(map(len, lines)) <= 80
+    assert run(monkeypatch, server.url, "--layout", "tp=1", "--watch-s", "0", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["layout"], found["tokens_per_s_after"]) == ("tp=1", None)
+    for layout, message in (("tp=3", "tp=3 does not divide"), ("x=2", "unknown axis")):
+        assert run(monkeypatch, server.url, "--layout", layout, "--watch-s", "0") == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.splitlines()) == 1
+    assert run(monkeypatch, "http://127.0.0.1:9", "--layout", "tp=1") == 2
+    assert "connection refused" in capsys.readouterr().err
