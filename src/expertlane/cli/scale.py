@@ -13,6 +13,7 @@ from expertlane.cli import output
 from expertlane.cli.api_keys import API_KEY, check_key, key_lines
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
+from expertlane.cli.options import layout_option
 from expertlane.cli.output_options import PrintOptions
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.spec.files import strict_json
@@ -26,12 +27,7 @@ _OVER_S = 10.0  # for a step to be committed after the change, if there are requ
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    layout: str = typer.Option(
-        ...,
-        metavar="LAYOUT",
-        rich_help_panel=Panel.DEPLOYMENT,
-        help="How ranks are arranged: dp=2,ep=2 for example. From then on.",
-    )
+    layout: str = layout_option(...)
     watch_s: float = typer.Option(
         2.0,
         metavar="SECONDS",
