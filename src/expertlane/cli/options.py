@@ -373,9 +373,9 @@ class EngineOptions:
     check: CheckLevel = typer.Option(
         "off",
         rich_help_panel=Panel.RANKS,
-        help="Check every step for silent errors. light: no NaN or infinite values, and ranks agree "
-        "on replicated values; full: also, transfers arrive unchanged, and each token is computed "
-        "once by each of its experts.",
+        help="Check every step for silent errors. light: no NaN or infinite values, and ranks "
+        "agree on replicated values; full: also, transfers arrive unchanged, and each token is "
+        "computed once by each of its experts.",
     )
     launch: LaunchOptions
     on_failure: OnFailure = on_failure_option("stop")

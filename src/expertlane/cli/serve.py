@@ -78,8 +78,8 @@ class _Options:
     journal: Path | None = typer.Option(
         None,
         metavar="DIR",
-        help="Write requests and their tokens to this folder, so that they continue when the server "
-        "was killed and is started again.",
+        help="Write requests and their tokens to this folder, so that they continue when the "
+        "server was killed and is started again.",
     )
     reconnect_s: float = typer.Option(
         60.0,

@@ -113,8 +113,8 @@ class Scaling:
         num_ranks, most = layout.world_size, self._pool.most_ranks
         if self._pool.is_of_nodes:
             raise UserError(
-                f"layout {layout} has {num_ranks} ranks; on several nodes their number cannot change: "
-                f"{most}"
+                f"layout {layout} has {num_ranks} ranks; on several nodes their number cannot "
+                f"change: {most}"
             )
         check_num_ranks(num_ranks, oversubscribe=self._oversubscribe)
         if "without compiled code" in self.machine[0].backend:

@@ -139,8 +139,8 @@ class CheckedDispatcher(Dispatcher):
         came = yield from self._inner.combine(unweighted, sent.numbers)
         if num := int((came != sent.expected).any(1).sum()):
             text = (
-                f"{num:,} of {len(came):,} tokens did not get exactly one result from each of their "
-                "experts"
+                f"{num:,} of {len(came):,} tokens did not get exactly one result from each of "
+                "their experts"
             )
             self._checks.fault(CheckPoint.COMBINE, sent.layer, text)
         return combined
