@@ -46,7 +46,8 @@ QUERIES = PANELS | {query: query for query in re.findall(r"expr: (.*)", ALERTS)}
 def rebalanced(chatty):
     """A server whose experts move, which has answered requests."""
     options = Options(rebalance_steps=4, num_redundant_experts=2, copies="balanced")
-    with LLM(chatty, layout="dp=2,ep=2", dtype="float32", num_blocks=32, options=options) as llm:
+    settings = {"dtype": "float32", "num_blocks": 32, "on_failure": "replace"}
+    with LLM(chatty, layout="dp=2,ep=2", options=options, **settings) as llm:
         model = ServedModel("tiny", llm.engine, llm.limits, llm.tokenizer, watch=llm.watch())
         server = ServerInThread(model, check_ranks=llm.check_ranks)
         try:

@@ -48,6 +48,7 @@ def test_it_changes_under_clients(server):
         assert len(start["ranks"]) == 3
         frame = next(frame for frame in frames if frame["kind"] == "frame")
         assert len(frame["now"]) == len(frame["dummy_steps"]) == 3
+        frame = next(frame for frame in frames if frame.get("events"))
     facts = httpx.get(f"{server.url}/scale").json()
     assert (facts["layout"], facts["under_way"], facts["state"]) == ("dp=3,ep=3", None, "serving")
     (change,) = facts["changes"]

@@ -43,7 +43,7 @@ class _Options:
         metavar="FILE",
         rich_help_panel=Panel.SERVER,
         show_default=f"{API_KEY}, else none",
-        help="File with the server's API key.",
+        help="File with the API key.",
     )
 
     as_json: bool = json_option()
