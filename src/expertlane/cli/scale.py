@@ -30,7 +30,7 @@ class _Options:
         ...,
         metavar="LAYOUT",
         rich_help_panel=Panel.DEPLOYMENT,
-        help="The new layout, such as dp=4,ep=4.",
+        help="How ranks are arranged: dp=2,ep=2 for example.",
     )
     watch_s: float = typer.Option(
         2.0,
@@ -119,7 +119,7 @@ async def _scale(url: "Url", layout: str, own: _Options) -> dict[str, Any]:
 
 
 async def _rate(connections: "Connections", seconds: float) -> float | None:
-    """Tokens a second, of all requests of the server; None over no time."""
+    """Tokens per second, of all requests of the server; None over no time."""
     if not seconds:
         return None
     first, began_s = await _ask(connections, "GET"), time.perf_counter()
