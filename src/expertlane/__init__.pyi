@@ -156,9 +156,9 @@ def plan(
             paper-tiny, paper-small, paper.
         cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
             h100, h200, or a TOML file of expertlane calibrate).
-        copies: Copy of a redundant expert that computes a token: nearest: own rank, own node,
-            any, in turns; balanced: shared in every step so that ranks are even, where that
-            pays.
+        copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
+            else on the own node, else any; balanced: the tokens of each step are distributed to
+            even out ranks' loads, where that saves time.
         batch: Closed loop: concurrency N.
         prompt_len: Tokens per prompt.
         output_len: Tokens per output.
@@ -286,9 +286,9 @@ def simulate(
         placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
             expertlane balance.
         num_redundant_experts: Redundant experts per MoE layer, to share load.
-        copies: Copy of a redundant expert that computes a token: nearest: own rank, own node,
-            any, in turns; balanced: shared in every step so that ranks are even, where that
-            pays.
+        copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
+            else on the own node, else any; balanced: the tokens of each step are distributed to
+            even out ranks' loads, where that saves time.
         mtp: Multi-token prediction: N draft tokens per step.
         mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         block_size: Tokens per KV-cache block.
@@ -418,9 +418,9 @@ def bench(
         placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
             expertlane balance.
         num_redundant_experts: Redundant experts per MoE layer, to share load.
-        copies: Copy of a redundant expert that computes a token: nearest: own rank, own node,
-            any, in turns; balanced: shared in every step so that ranks are even, where that
-            pays.
+        copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
+            else on the own node, else any; balanced: the tokens of each step are distributed to
+            even out ranks' loads, where that saves time.
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
         cache_int8: With --weights int8: keep the rounded weights in the checkpoint's folder,
@@ -428,15 +428,16 @@ def bench(
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
         ranks_per_node: Consecutive ranks that count as one node.
-        check: Look for silent errors in every step. light: values are finite, and ranks hold
-            alike what they should; full: also, all they send arrives, and each token at each of
-            its experts once.
+        check: Check every step for silent errors. light: no NaN or infinite values, and ranks
+            agree on replicated values; full: also, transfers arrive unchanged, and each token
+            is computed once by each of its experts.
         timeout_s: Longest wait for a rank that makes no progress.
         oversubscribe: Allow more than 32 local ranks per core.
         cpu_isa: Largest instruction set that kernels on CPUs may use; amx only if asked for.
         ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that
             its config.json does not use.
-        on_failure: If a rank dies or hangs, replace it and lose no request, or stop all ranks.
+        on_failure: When a rank dies or hangs: replace it and lose no request, or stop all
+            ranks.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 

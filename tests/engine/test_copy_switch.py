@@ -63,7 +63,7 @@ def test_it_is_on_where_the_gain_exceeds_the_cost():
     (decision,) = switch.decisions
     assert decision.decision.gain_s == pytest.approx(30 * 1e-5)
     assert lines == [
-        "step 23: copies: balancing them saves 0.3 ms a decode step (30 pairs of the fullest "
+        "step 23: copies: balancing saves 0.3 ms per decode step (30 pairs fewer on the fullest "
         "ranks), costs 0.1 ms: on"
     ]
     # Another phase, and a replica whose experts have moved, are tried anew.

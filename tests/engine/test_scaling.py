@@ -86,7 +86,7 @@ def test_ranks_come_and_go(layouts, capfd):
     lines = capfd.readouterr().err.splitlines()
     told = [line for line in lines if line.startswith("layout ")]
     assert [line.partition(" in ")[0] for line in told] == [
-        f"layout {then} became {now}" for then, now in pairwise(layouts)
+        f"layout changed from {then} to {now}" for then, now in pairwise(layouts)
     ]
 
 

@@ -27,7 +27,7 @@ TINY = PRESETS["paper-tiny"]
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=0.8, frequency_penalty=0.3)
 LIMITS = Limits(TINY.vocab_size, 64, num_blocks=64, block_size=4, max_num_seqs=8)
-NOT_ONCE = "1 of 10 tokens did not get the result of each of their experts once"
+NOT_ONCE = "1 of 10 tokens did not get exactly one result from each of their experts"
 
 
 class Lenient:
@@ -98,17 +98,17 @@ DIFFER = "ranks 0 and 1 differ first in step 0, {}"
         ),
         (
             *("dp=2,ep=2", "full", "sent", 1),
-            "what rank 0 sent to rank 1 in step 0, layer 1, dispatch did not arrive as it was",
+            "data from rank 0 to rank 1 changed in transfer, in step 0, layer 1, dispatch",
             *((0, 1), {}),
         ),
         (
             *("dp=2,ep=2", "full", "kept", 1),
-            "rank 1, step 0, layer 1, dispatch: 1 of 10 rows changed on the way",
+            "rank 1, step 0, layer 1, dispatch: 1 of 10 rows changed in transfer",
             *((1,), {}),
         ),
         (
             *("pp=2", "full", "handed over", 1),
-            "what rank 0 sent to rank 1 in step 0, layer 1, PP send/recv did not arrive as it was",
+            "data from rank 0 to rank 1 changed in transfer, in step 0, layer 1, PP send/recv",
             *((0, 1), {}),
         ),
         (
@@ -159,7 +159,9 @@ def test_a_copy_with_a_flipped_bit(pools):
     assert 1 in holders
     with pytest.raises(RanksLostError) as caught:
         deployed.runner.checking.check_weights()
-    assert str(caught.value) == "rank 1, weights of layer 0, expert 3: not as they were loaded"
+    assert (
+        str(caught.value) == "rank 1, weights of layer 0, expert 3: changed since they were loaded"
+    )
     assert caught.value.ranks == {1}
     with pytest.raises(RanksLostError) as caught:  # ranks keep what they have
         Deployed(pools, "dp=3,ep=3", "light", num_redundant_experts=16)
@@ -235,7 +237,7 @@ def test_ranks_that_compute_something_wrong_are_replaced(monkeypatch, layout, le
         llm.check_weights()
         record = record_of(llm)
         assert record.ranks == [1]
-        assert record.line.endswith(": not as they were loaded")
+        assert record.line.endswith(": changed since they were loaded")
         assert "; rank 1, weights of layer 0, expert 9" in record.line
         assert facts(llm) == expected
         assert llm.engine.recovery.num_recoveries == 2

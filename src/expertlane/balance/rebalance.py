@@ -208,8 +208,8 @@ class CopyDecision:
     def line(self) -> str:
         """Both sides, in one line for a log."""
         return (
-            f"copies: balancing them saves {1e3 * self.gain_s:.3g} ms a {self.phase.name.lower()} "
-            f"step ({self.num_saved:.3g} pairs of the fullest ranks), costs "
+            f"copies: balancing saves {1e3 * self.gain_s:.3g} ms per {self.phase.name.lower()} "
+            f"step ({self.num_saved:.3g} pairs fewer on the fullest ranks), costs "
             f"{1e3 * self.cost_s:.3g} ms: " + ("on" if self.pays else "off")
         )
 

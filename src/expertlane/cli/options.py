@@ -54,7 +54,7 @@ def on_failure_option(default: OnFailure) -> Any:
     return typer.Option(
         default,
         rich_help_panel=Panel.RANKS,
-        help="If a rank dies or hangs, replace it and lose no request, or stop all ranks.",
+        help="When a rank dies or hangs: replace it and lose no request, or stop all ranks.",
     )
 
 
@@ -207,8 +207,9 @@ def copies_option() -> Any:
     """Which copy of a redundant expert computes a token."""
     return typer.Option(
         "nearest",
-        help="Copy of a redundant expert that computes a token: nearest: own rank, own node, any, "
-        "in turns; balanced: shared in every step so that ranks are even, where that pays.",
+        help="Which copy of a redundant expert computes a token. nearest: on the own rank, else on "
+        "the own node, else any; balanced: the tokens of each step are distributed to even out "
+        "ranks' loads, where that saves time.",
     )
 
 
@@ -372,9 +373,9 @@ class EngineOptions:
     check: CheckLevel = typer.Option(
         "off",
         rich_help_panel=Panel.RANKS,
-        help="Look for silent errors in every step. light: values are finite, and ranks hold alike "
-        "what they should; full: also, all they send arrives, and each token at each of its "
-        "experts once.",
+        help="Check every step for silent errors. light: no NaN or infinite values, and ranks "
+        "agree on replicated values; full: also, transfers arrive unchanged, and each token is "
+        "computed once by each of its experts.",
     )
     launch: LaunchOptions
     on_failure: OnFailure = on_failure_option("stop")

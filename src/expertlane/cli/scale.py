@@ -31,10 +31,8 @@ class _Options:
     watch_s: float = typer.Option(
         2.0,
         metavar="SECONDS",
-        min=0.0,
-        max=600.0,
         rich_help_panel=Panel.SERVER,
-        help="Time before and after the change, over which tokens are counted.",
+        help="Measure tokens per second for this long before and after the change. 0: do not.",
     )
     api_key_file: Path | None = typer.Option(
         None,
@@ -66,11 +64,11 @@ def scale(
     own: _Options,
     print_options: PrintOptions,
 ) -> None:
-    """Give a server of expertlane serve another layout while requests run.
+    """Change the layout of a running expertlane serve.
 
-    No request is lost, and none gets other tokens; clients see one pause. Says what moved, how
-    long it took, and the tokens a second before and after. Exit code 2 if the server refuses, with
-    nothing changed.
+    No request is lost, and no token changes; clients see one pause. Prints how long the change
+    took, what was moved, and tokens per second before and after. Exit code 2 if the server refuses
+    the layout; then nothing has changed.
 
     \b
     Examples:
@@ -117,7 +115,7 @@ async def _scale(url: "Url", layout: str, own: _Options) -> dict[str, Any]:
 
 
 async def _rate(connections: "Connections", seconds: float) -> float | None:
-    """Tokens a second, of all requests of the server; None over no time."""
+    """Tokens per second, of all requests of the server; None over no time."""
     if not seconds:
         return None
     first, began_s = await _ask(connections, "GET"), time.perf_counter()
@@ -152,7 +150,7 @@ async def _ask(connections: "Connections", method: str, body: bytes = b"") -> di
         except msgspec.DecodeError:
             found = {}
         if "changes" not in found:
-            raise UserError(f"{url} is no server of expertlane serve")
+            raise UserError(f"{url} is not a server of expertlane serve")
         return found
     text = f"{url}: {error_message(bytes(answer.body))}"
     if answer.status < 500:
@@ -165,7 +163,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     ranks = f"{found['num_ranks']} rank{'s' * (found['num_ranks'] != 1)}"
     lines = [f"{found['layout']} on {ranks}, after {found['seconds']:.2f} s"]
     if change is None:
-        lines[0] = f"{found['layout']} on {ranks}, as before: nothing has changed"
+        lines[0] = f"{found['layout']} on {ranks}: nothing has changed"
     else:
         num, by_state = change["num_requests_computed_again"], change["seconds_by_state"]
         spent = ", ".join(f"{state} {seconds:.2f} s" for state, seconds in by_state.items())

@@ -78,8 +78,8 @@ class _Options:
     journal: Path | None = typer.Option(
         None,
         metavar="DIR",
-        help="Write requests and their tokens to this folder, so that they continue after the "
-        "server itself was killed and started again.",
+        help="Write requests and their tokens to this folder, so that they continue when the "
+        "server was killed and is started again.",
     )
     reconnect_s: float = typer.Option(
         60.0,
@@ -254,11 +254,15 @@ def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "Journa
     }
     journal.identify(facts)
     if journal.num_torn_bytes:
-        print_message(f"journal: its last {journal.num_torn_bytes} bytes were no whole record")
+        print_message(
+            f"journal: dropped its last {journal.num_torn_bytes} bytes, an incomplete record"
+        )
     if journal.found:
         num_finished = sum(each.is_finished for each in journal.found.values())
         num_unfinished = len(journal.found) - num_finished
-        print_message(f"journal: {num_unfinished} requests continue, {num_finished} are finished")
+        print_message(
+            f"journal: {num_unfinished} unfinished requests continue, {num_finished} are finished"
+        )
     return journal
 
 

@@ -64,7 +64,9 @@ class Checking:
             if (loaded := self._sums.get(name)) is not None:
                 wrong = tuple(rank for rank, total in of_rank.items() if total != loaded)
                 if wrong:
-                    self._lose(f"{named(wrong)}, weights of {name}: not as they were loaded", wrong)
+                    self._lose(
+                        f"{named(wrong)}, weights of {name}: changed since they were loaded", wrong
+                    )
             elif len(set(of_rank.values())) > 1:
                 total, most = Counter(of_rank.values()).most_common(1)[0]
                 others = tuple(rank for rank in of_rank if of_rank[rank] != total)

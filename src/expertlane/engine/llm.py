@@ -79,16 +79,18 @@ class LLM:
         seed: of random weights.
         timeout_s: the longest wait for a rank without progress.
         oversubscribe: allow more local ranks than the machine should run.
-        on_failure: if a rank dies, hangs or fails, `replace` it and lose no request, or `stop` all.
+        on_failure: when a rank dies, hangs or fails: `replace` it and lose no request, or `stop`
+            all ranks.
         cpu_isa: the largest instruction set that kernels on CPUs may use; by default
             `EXPERTLANE_CPU_ISA`, else the best that the CPU has.
         ignore_unused_tensors: load a checkpoint with tensors that its `config.json` has no use for,
             with a warning on stderr.
         record_routing: keep which experts each token chooses, for `routing_trace`; takes time in
             every step and memory with every token.
-        check: how much ranks look for silent errors in every step: `light`: that values are finite,
-            and what ranks should hold alike is alike; `full`: also that all they send arrives, and
-            each token at each of its experts once. A step in which they find one raises.
+        check: which silent errors every step is checked for. `light`: NaN and infinite values, and
+            ranks that disagree on replicated values; `full`: also transfers that arrive changed,
+            and tokens not computed once by each of their experts. A rank with an error is lost:
+            see `on_failure`.
 
     Attributes:
         engine: requests and steps, for those who bring their own loop; of one thread, while no
@@ -254,9 +256,9 @@ class LLM:
         return self.scaling.deployment.layout
 
     def scale(self, layout: str | Layout) -> None:
-        """Go on with another layout, on more ranks or fewer, between two steps.
+        """Change the layout between two steps, to more ranks, fewer, or another arrangement.
 
-        Requests go on: those whose data-parallel rank stays as it was keep their keys and values;
+        Requests continue: those whose data-parallel rank keeps its processes keep their KV cache;
         others are computed again. Needs `on_failure="replace"`.
 
         Raises:
@@ -271,10 +273,10 @@ class LLM:
             self.machine = self.scaling.machine
 
     def check_weights(self) -> None:
-        """Hold the checksums of all ranks' weights against those of when they were loaded.
+        """Compare the checksums of all ranks' weights with those taken after loading.
 
         Raises:
-            UserError: `check` is off: nobody knows them.
+            UserError: `check` is off, so there are none.
             RankError: some have changed, and their ranks are not replaced.
         """
         if self._runner.checking is None:

@@ -305,7 +305,7 @@ class RankPool:
         while not any(ticket.is_done for ticket in tickets):
             self._check_whole()
             if any(ticket.epoch < self.epoch for ticket in tickets):
-                raise RankError("what was asked for came to nothing when another epoch began")
+                raise RankError("a command was dropped because a new epoch began")
             self._wait_once(bound_s)
             old_s = time.monotonic() - bound_s
             for ticket in tickets:

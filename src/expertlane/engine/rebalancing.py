@@ -358,6 +358,6 @@ class Rebalancer:
         self.decisions[place] = replace(taken, paid_s=paid_s)
         whose = f"replica {plan.replica}, " if len(self._replicas) > 1 else ""
         self._log(
-            f"{whose}step {taken.switched}: rebalance: experts are in place; moving them held "
-            f"steps up by {paid_s:.3g} s, {taken.decision.cost_s:.3g} s were expected"
+            f"{whose}step {taken.switched}: rebalance: experts are in place; moving them delayed "
+            f"steps by {paid_s:.3g} s, {taken.decision.cost_s:.3g} s were expected"
         )

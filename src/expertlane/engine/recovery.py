@@ -140,7 +140,7 @@ class RecoveryRecord:
         shares = ", ".join(f"{state} {seconds:.2f}" for state, seconds in self.seconds().items())
         how = "recovered in"
         if self.layouts is not None:
-            how = "layout {} became {} in".format(*self.layouts)
+            how = "layout changed from {} to {} in".format(*self.layouts)
         if self.moments[-1].state is State.STOPPED:
             how = "given up after"
         num = self.num_requests

@@ -84,10 +84,10 @@ class Scaling:
         """
         if self._engine.recovery is None:
             raise UserError(
-                "the layout can change only with on_failure='replace' (--on-failure replace)"
+                "the layout can change only with --on-failure replace (on_failure='replace')"
             )
         if self.machine[0].on_gpu:
-            raise UserError("the layout cannot change while it runs on GPUs")
+            raise UserError("the layout can change only on CPUs, not on GPUs")
         num_ranks, now = layout.world_size, self._pool.num_ranks
         if num_ranks != now:
             self._check_num_ranks(layout)
@@ -113,8 +113,8 @@ class Scaling:
         num_ranks, most = layout.world_size, self._pool.most_ranks
         if self._pool.is_of_nodes:
             raise UserError(
-                f"layout {layout} has {num_ranks} ranks; on several nodes there have to be as many "
-                f"as at the start: {most}"
+                f"layout {layout} has {num_ranks} ranks; on several nodes their number cannot "
+                f"change: {most}"
             )
         check_num_ranks(num_ranks, oversubscribe=self._oversubscribe)
         if "without compiled code" in self.machine[0].backend:

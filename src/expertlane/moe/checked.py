@@ -139,15 +139,15 @@ class CheckedDispatcher(Dispatcher):
         came = yield from self._inner.combine(unweighted, sent.numbers)
         if num := int((came != sent.expected).any(1).sum()):
             text = (
-                f"{num:,} of {len(came):,} tokens did not get the result of each of their experts "
-                "once"
+                f"{num:,} of {len(came):,} tokens did not get exactly one result from each of "
+                "their experts"
             )
             self._checks.fault(CheckPoint.COMBINE, sent.layer, text)
         return combined
 
     def _check_rows(self, layer: int, tags: Tensor) -> None:
         if num := self._tagged.num_changed:
-            text = f"{num:,} of {len(tags):,} rows changed on the way"
+            text = f"{num:,} of {len(tags):,} rows changed in transfer"
             self._checks.fault(CheckPoint.DISPATCH, layer, text)
         if not len(tags):
             return

@@ -327,7 +327,7 @@ def rebalancing(comparison: Comparison) -> Section:
             "had moved. Load: the most loaded rank over the mean, all layers, over as many steps "
             "before the decision and after the switch; predicted: after, if tokens came evenly "
             "from all ranks. Experts: CPU time per step of the rank that spends most on experts. "
-            "Paid: time by which the moves held steps up.",
+            "Paid: time by which the moves delayed steps.",
         ),
     )
 

@@ -209,7 +209,7 @@ def _transfers(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator[F
     for key, (total, place) in came.items():
         if sent.get(key) != total:
             _, _, source, to = key
-            text = f"what rank {source} sent to rank {to} in {{}} did not arrive as it was"
+            text = f"data from rank {source} to rank {to} changed in transfer, in {{}}"
             yield Found(place, (source, to), text)
 
 

@@ -46,7 +46,7 @@ class Event:
 
     number: int
     at: float
-    kind: Literal["rebalance", "recovery", "preemption", "error", "drain", "end"]
+    kind: Literal["rebalance", "recovery", "scaling", "preemption", "error", "drain", "end"]
     text: str
 
 
@@ -355,7 +355,7 @@ class LiveState:
                     "red",
                     f"Rank {rank} has reported nothing for {silent_s:.0f} s, in {position}.",
                     "Check whether its process is stopped or its machine is swapping; after "
-                    "--timeout-s it is taken for lost.",
+                    "--timeout-s it counts as lost.",
                 )
         uneven = watch.imbalance(IMBALANCE_S)
         worst = max(uneven, key=lambda layer: uneven[layer], default=None)

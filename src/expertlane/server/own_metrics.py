@@ -135,7 +135,7 @@ class OwnMetrics:
             ),
             (
                 "recovered_requests",
-                "Requests computed again, as their keys and values were lost with a rank",
+                "Requests computed again because their KV cache was lost with a rank",
                 self._scheduler.num_recovered,
             ),
         ):
@@ -207,7 +207,7 @@ class OwnMetrics:
             family = self._counter(f"rebalance_{name}", text)
             self._add(family, [], total)
             yield family
-        paid = self._counter("rebalance_paid_seconds", "Time by which moves have held steps up")
+        paid = self._counter("rebalance_paid_seconds", "Time by which moves have delayed steps")
         self._add(paid, [], rebalancer.paid_s)
         yield paid
         saved = self._gauge(
@@ -225,11 +225,11 @@ class OwnMetrics:
             self._add(balanced, [phase], phase in latest and latest[phase].pays)
         yield balanced
         saved = self._gauge(
-            "copies_saved_seconds", "Time that balanced copies spared the fullest ranks' experts"
+            "copies_saved_seconds", "Time saved in the fullest ranks' experts by balanced copies"
         )
         self._add(saved, [], switch.saved_s(reading.num_pairs_saved))
         yield saved
-        paid = self._counter("copies_paid_seconds", "Processor time of balancing copies")
+        paid = self._counter("copies_paid_seconds", "CPU time of balancing copies")
         self._add(paid, [], reading.copies_s)
         yield paid
 

@@ -43,7 +43,7 @@ class _Changer:
         if self._to is not None:
             raise ApiError(
                 409,
-                f"the layout is becoming {self._to}; try again when that is over",
+                f"the layout is being changed to {self._to}; try again later",
                 param="layout",
                 code="scaling",
                 retry_after_s=_RETRY_S,
@@ -100,11 +100,11 @@ def add_scaling(app: FastAPI, service: Service) -> None:
 
     @app.post("/scale")
     async def scale(request: ScaleRequest) -> Response:
-        """Go on in another layout; answers when steps run again."""
+        """Change the layout; responds when steps run again."""
         await changer.change(request.layout)
         return json_response(changer.facts())
 
     @app.get("/scale")
     async def scaling() -> Response:
-        """The layout, what is under way, and the last changes."""
+        """The layout, a change in progress, and the last changes."""
         return json_response(changer.facts())

@@ -135,6 +135,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "max_stored_responses": _whole(0, 10**6),
     "request_timeout_s": _above(0, 1e6),
     "drain_s reconnect_s": _number(0, 1e6),
+    "watch_s": _number(0, 600),
     # sampling
     "temperature": _number(0, 1e9),
     "top_k": _whole(0, 2**31 - 1),

@@ -602,15 +602,15 @@
     const { num_decisions, num_moved, saved_s, latest } = frame.rebalances;
     if (!num_decisions) return "experts move where the gain exceeds the cost; no decision so far.";
     const saved = `${saved_s < 0 ? "cost more than they saved so far, by" : "saved"} ${seconds(Math.abs(saved_s))} of the fullest ranks' time`;
-    const paid = num_moved ? `, which have ${saved}; moving held steps up by ${seconds(frame.rebalances.paid_s)}` : "";
+    const paid = num_moved ? `, which have ${saved}; moving delayed steps by ${seconds(frame.rebalances.paid_s)}` : "";
     return `experts moved after ${num_moved} of ${count(num_decisions, "decision")}${paid}. Latest, ${latest}.`;
   }
 
   function balanced() {
     const { num_pairs_saved, saved_s, paid_s, latest } = frame.copies;
-    if (!latest.length) return "Copies are balanced in steps on trial; no decision so far.";
-    return `Balanced copies spared the fullest ranks ${count(num_pairs_saved, "pair")}, about ${seconds(saved_s)}, ` +
-      `for ${seconds(paid_s)} of sharing. ${latest.map((each) => each.replace("copies: ", "")).join("; ")}.`;
+    if (!latest.length) return "Copies are balanced in trial steps; no decision so far.";
+    return `Balanced copies took ${count(num_pairs_saved, "pair")} off the fullest ranks, which saved about ${seconds(saved_s)} ` +
+      `and cost ${seconds(paid_s)}. ${latest.map((each) => each.replace("copies: ", "")).join("; ")}.`;
   }
 
   function choose(i) {

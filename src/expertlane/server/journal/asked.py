@@ -42,7 +42,7 @@ def asked_of(scope: Scope, request_id: str | None = None, *, has_keys: bool) -> 
     key = key_digest(scope)[1] if has_keys else b""
     if request_id is None and (given := headers.get(ID_HEADER.lower().encode())):
         if _ID.fullmatch(given) is None:
-            text = f"{ID_HEADER}: it must have 1 to 128 letters, digits, or - . _ ~"
+            text = f"{ID_HEADER} must have 1 to 128 letters, digits, or - . _ ~"
             raise bad_field(ID_HEADER, text)
         request_id = given
     last = headers.get(LAST_HEADER.lower().encode())
@@ -59,7 +59,7 @@ def unknown(request_id: str, param: str) -> ApiError:
     """The error of a request that is not there, or is another key's."""
     return ApiError(
         404,
-        f"{param}: there is no request {request_id}, or not any more",
+        f"{param}: there is no request {request_id}, or it is no longer kept",
         param=param,
         code="request_not_found",
     )

@@ -95,8 +95,8 @@ class JournalFile:
                 at = end
         except DamagedError as error:
             raise UserError(
-                f"{path}: {error}; `truncate -s BYTE` keeps what is before it, and another folder "
-                "for --journal starts without"
+                f"{path}: {error}; `truncate -s BYTE` keeps the records before it; another folder "
+                "starts without requests"
             ) from None
         self.num_torn_bytes = len(data) - at
 
@@ -115,7 +115,9 @@ class JournalFile:
             for row in record.rows:
                 found = self.found.get(row[0])
                 if found is None or not 0 <= row[1] < len(found.begun.params):
-                    raise DamagedError(f"byte {at}: there is no request {row[0]}, {row[1]}")
+                    raise DamagedError(
+                        f"byte {at}: tokens of an unknown request ({row[0]}, {row[1]})"
+                    )
                 found.rows.append(row)
         else:
             self.found.pop(record.number, None)
@@ -141,7 +143,7 @@ class JournalFile:
             if was != now:
                 raise UserError(
                     f"--journal {self.folder} has requests of a server whose {name} was {was}, not "
-                    f"{now}; start it so, or give another folder"
+                    f"{now}; start it with the same, or give another folder"
                 )
 
     def replace(self, records: Iterable[Record]) -> None:

@@ -284,8 +284,8 @@ class JournalKeeper:
             request = endpoint.body.model_validate_json(begun.body)
         except (KeyError, ValidationError, ApiError) as error:
             raise UserError(
-                f"--journal {self.file.folder}: request {begun.request_id} of {begun.path} is none "
-                f"that this version takes: {type(error).__name__}"
+                f"--journal {self.file.folder}: request {begun.request_id} to {begun.path} is not "
+                f"valid in this version: {type(error).__name__}"
             ) from None
         prepared = Prepared(
             request,
@@ -334,7 +334,7 @@ class JournalKeeper:
         most = service.model.max_model_len
         longest = max(len(each.prompt_token_ids) + len(each.token_ids) for each in outputs)
         if longest > most:
-            text = f"it has {longest} tokens so far, and this server takes {most}"
+            text = f"it has {longest} tokens so far; this server takes at most {most}"
             raise bad_field(None, text, "context_length_exceeded")
         prompts = prepared.prompts_of_choices
         try:
@@ -363,8 +363,8 @@ def _check_same(kept: KeptRequest, request: SampledRequest, endpoint: Endpoint) 
     if kept.endpoint is not endpoint or kept.begun.body != _body(request):
         raise ApiError(
             409,
-            f"{ID_HEADER} is {kept.begun.request_id}, which is the id of another request; give "
-            "this one a new id",
+            f"{ID_HEADER} {kept.begun.request_id} is the id of another request; give this one a "
+            "new id",
             param=ID_HEADER,
             code="request_id_in_use",
         )

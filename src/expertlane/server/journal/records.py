@@ -127,7 +127,7 @@ def records_of(data: bytes) -> Iterator[tuple[int, Record]]:
         try:
             record = _decode(payload)
         except (msgspec.DecodeError, UserError) as error:
-            raise DamagedError(f"byte {at}: this is no known record: {error}") from None
+            raise DamagedError(f"byte {at}: the record is unknown: {error}") from None
         at = begin + size
         yield at, record
 
