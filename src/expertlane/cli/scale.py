@@ -13,7 +13,8 @@ from expertlane.cli import output
 from expertlane.cli.api_keys import API_KEY, check_key, key_lines
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.output_options import json_option
+from expertlane.cli.options import layout_option
+from expertlane.cli.output_options import PrintOptions
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout
@@ -26,12 +27,7 @@ _OVER_S = 10.0  # for a step to be committed after the change, if there are requ
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    layout: str = typer.Option(
-        ...,
-        metavar="LAYOUT",
-        rich_help_panel=Panel.DEPLOYMENT,
-        help="How ranks are arranged: dp=2,ep=2 for example.",
-    )
+    layout: str = layout_option(...)
     watch_s: float = typer.Option(
         2.0,
         metavar="SECONDS",
@@ -45,8 +41,6 @@ class _Options:
         show_default=f"{API_KEY}, else none",
         help="File with the API key.",
     )
-
-    as_json: bool = json_option()
 
     def headers(self) -> dict[str, str]:
         """With the key, if there is one.
@@ -68,6 +62,7 @@ def scale(
     url: Annotated[str, typer.Argument(metavar="URL", help="The server, as http://HOST:PORT.")],
     *,
     own: _Options,
+    print_options: PrintOptions,
 ) -> None:
     """Change the layout of a running expertlane serve.
 
@@ -84,10 +79,11 @@ def scale(
 
     layout = str(Layout.parse(own.layout))  # a mistake in it is told at once
     found = asyncio.run(_scale(Url.parse(url, "URL"), layout, own))
-    if own.as_json:
+    if print_options.as_json:
         output.print_json(strict_json(found))
     else:
-        typer.echo(_text(found))
+        lines = _lines(found)
+        typer.echo("\n".join(lines[:1] if print_options.quiet else lines))
 
 
 async def _scale(url: "Url", layout: str, own: _Options) -> dict[str, Any]:
@@ -162,7 +158,7 @@ async def _ask(connections: "Connections", method: str, body: bytes = b"") -> di
     raise ExpertlaneError(text)
 
 
-def _text(found: dict[str, Any]) -> str:
+def _lines(found: dict[str, Any]) -> list[str]:
     change = found["change"]
     ranks = f"{found['num_ranks']} rank{'s' * (found['num_ranks'] != 1)}"
     lines = [f"{found['layout']} on {ranks}, after {found['seconds']:.2f} s"]
@@ -182,4 +178,4 @@ def _text(found: dict[str, Any]) -> str:
     rates = [found[f"tokens_per_s_{when}"] for when in ("before", "after")]
     if None not in rates:
         lines.append(f"tokens/s      {rates[0]:,.0f} before, {rates[1]:,.0f} after")
-    return "\n".join(lines)
+    return lines
