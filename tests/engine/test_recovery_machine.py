@@ -189,7 +189,7 @@ class Machine(RuleBasedStateMachine):
             assert len(self.ranks.joined) == layout.world_size
             self.commit()
             assert self.recovery.num_scalings == num_scalings + 1
-            assert f"became {layout} in" in self.lines[-1]
+            assert f" to {layout} in " in self.lines[-1]
 
     def disturb(self, action, more, ends, where, is_interrupted):
         """Do something of the machine's, to its end, while other things happen."""
