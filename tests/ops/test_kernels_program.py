@@ -11,7 +11,8 @@ from expertlane.ops import build as module
 from expertlane.ops.build import InstructionSet, arithmetic_sets
 from ops.instruction_sets import ARITHMETIC, backend_or_skip
 
-pytestmark = pytest.mark.full
+_PATIENCE_S = 1200  # an emulator beside other programs
+pytestmark = [pytest.mark.full, pytest.mark.timeout(2 * _PATIENCE_S)]
 
 OPS = Path(module.__file__).parent
 KERNELS = ("attention", "few_rows", "narrow", "products", "rows", "sums")
@@ -30,7 +31,7 @@ def compile_program(
         [compiler, *arguments, *map(str, sources), "-o", str(program)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=_PATIENCE_S,
     )
     if done.returncode and any(word in done.stderr for word in ("libasan", "unrecognized")):
         pytest.skip(done.stderr.splitlines()[0])
@@ -42,7 +43,7 @@ def run(*command: str) -> None:
     # GCC 12 aligns what it puts on the sanitizer's own stack to 32 bytes, AVX-512 wants 64.
     options = {"ASAN_OPTIONS": "detect_stack_use_after_return=0", "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | options
+        command, capture_output=True, text=True, timeout=_PATIENCE_S, env=os.environ | options
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith(" 0 wrong"), done.stdout
