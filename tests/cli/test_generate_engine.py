@@ -61,6 +61,7 @@ def test_engine_options_are_handed_over(run, stub):
         "max_model_len": 9,
         "num_blocks": 8,
         "block_size": 4,
+        "check": "off",
         "max_num_seqs": 3,
         "max_num_batched_tokens": 7,
         "prefix_caching": False,

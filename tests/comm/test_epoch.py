@@ -35,17 +35,17 @@ def opened_again(fd):
 
 def test_a_rank_opens_the_files_of_its_epoch_alone(descriptors):
     board, memory = ProgressBoard(1), descriptors(b"memory")
-    board.begin_epoch(1, os.getpid(), memory, -1)
+    board.begin_epoch(1, os.getpid(), memory, -1, 1)
     epoch = Epoch(board, 1)
     fd = epoch.open_memory()
     assert os.pread(fd, 6, 0) == b"memory"
     os.close(fd)
     assert epoch.open_store() is None
-    board.begin_epoch(2, os.getpid(), descriptors(b"later"), memory)
+    board.begin_epoch(2, os.getpid(), descriptors(b"later"), memory, 1)
     num_fds = len(os.listdir("/proc/self/fd"))
     with pytest.raises(EpochEndedError, match="epoch 1 has ended"):
         epoch.open_memory()
-    board.begin_epoch(3, os.getpid(), 9999, 9999)  # closed, and not there any more
+    board.begin_epoch(3, os.getpid(), 9999, 9999, 1)  # closed, and not there any more
     with pytest.raises(EpochEndedError):
         epoch.open_memory()
     assert len(os.listdir("/proc/self/fd")) == num_fds
@@ -75,6 +75,6 @@ def test_what_a_killed_rank_has_left_half_written_is_no_key(descriptors):
     assert store.get("key") == b"value"
     with pytest.raises(RuntimeError, match="nobody has set no"):
         store.wait(["key", "no"], timedelta(seconds=0.01))
-    board.begin_epoch(1, os.getpid(), -1, -1)
+    board.begin_epoch(1, os.getpid(), -1, -1, 1)
     with pytest.raises(EpochEndedError):
         store.get("no")

@@ -86,7 +86,7 @@ class FakePool:
 
     # What `recovery.EpochPool` has, beside that.
 
-    def begin_epoch(self, lost, on_fenced):
+    def begin_epoch(self, lost, on_fenced, num_ranks):
         assert self._lost <= set(lost), "a rank is lost and not fenced"
         self.epoch += 1
         self.num_replaced += len(lost)

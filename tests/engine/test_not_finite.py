@@ -53,7 +53,7 @@ def kept_ranks(pools):
     """What each `LLM` gets in place of ranks of its own, and does not end."""
 
     class Kept:
-        def __init__(self, num_ranks, *, timeout_s, dtype, oversubscribe, cpu_isa):
+        def __init__(self, num_ranks, *, dtype, **_):
             self._pool = pools.pool(num_ranks, dtype)
 
         def __getattr__(self, name):

@@ -39,6 +39,9 @@ class Given:
 
     matrix = take
 
+    def once(self, layer, key, make, *, holds=True):
+        return make()
+
 
 @pytest.fixture
 def weights():
