@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -234,6 +234,31 @@ def remaining(file: Path, first: int, end: int) -> list[int]:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = {line["number"] for line in lines}
     return [number for number in range(first, end) if number not in done]
+
+
+@contextlib.contextmanager
+def lines_of(command: Sequence[str], file: Path, patience_s: float) -> Iterator[Any]:
+    """While a command adds lines to a file: what gives the line of a run that has ended."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    found: dict[int, dict[str, Any]] = {}
+
+    def line(number: int) -> dict[str, Any]:
+        def is_there() -> bool:
+            found.update((each["number"], each) for each in read(file))
+            return number in found or process.poll() is not None
+
+        wait_until(is_there, seconds=patience_s)
+        return found[number]
+
+    yield line
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_each(numbers: Sequence[int], library: Path | None, file: Path) -> None:

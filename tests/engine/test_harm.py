@@ -2,14 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
-from engine.harm import Draw, read, remaining
+from engine.harm import Draw, lines_of, read, remaining
 from engine.harmed_ranks import COMPILED_KINDS
-from engine.processes import wait_until
 
 NUM_RUNS, NUM_AT_ONCE = 30, 3
 
@@ -20,27 +17,9 @@ def runs(tmp_path_factory):
     if not hasattr(os, "memfd_create"):
         pytest.skip("this system has no unnamed shared memory")
     file = tmp_path_factory.mktemp("harm") / "runs.jsonl"
-    command = ["-m", "engine.harm", str(file), "--to", str(NUM_RUNS), "--at-once", str(NUM_AT_ONCE)]
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    found = {}
-
-    def line(number):
-        def is_there():
-            found.update((each["number"], each) for each in read(file))
-            return number in found or process.poll() is not None
-
-        wait_until(is_there, seconds=120)
-        return found[number]
-
-    yield line
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    command = ["engine.harm", str(file), "--to", str(NUM_RUNS), "--at-once", str(NUM_AT_ONCE)]
+    with lines_of(command, file, patience_s=120) as line:
+        yield line
 
 
 @pytest.mark.parametrize("number", range(NUM_RUNS))

@@ -1,14 +1,10 @@
 """No request is lost and no token changes when a rank is; 300 cases: `python -m faults.runs`."""
 
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 
-from engine.harm import read
-from engine.processes import wait_until
+from engine.harm import lines_of
 from faults.draws import KINDS, LAYOUTS, MOMENTS, NUM_CASES, TRANSPORTS, draw, places
 
 NUM_RUNS = 30
@@ -20,26 +16,9 @@ def lines(tmp_path_factory):
     if not hasattr(os, "memfd_create"):
         pytest.skip("this system has no unnamed shared memory")
     file = tmp_path_factory.mktemp("faults") / "runs.jsonl"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "faults.runs", str(file), "--to", str(NUM_RUNS)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    found = {}
-
-    def line(number):
-        def is_there():
-            found.update((each["number"], each) for each in read(file))
-            return number in found or process.poll() is not None
-
-        wait_until(is_there, seconds=240)
-        return found[number]
-
-    yield line
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    command = ["faults.runs", str(file), "--to", str(NUM_RUNS)]
+    with lines_of(command, file, patience_s=240) as line:
+        yield line
 
 
 @pytest.mark.parametrize("number", range(NUM_RUNS))
