@@ -166,7 +166,7 @@ def test_without_recovery_it_is_refused():
 def test_memory_is_checked(monkeypatch):
     with model("dp=2,ep=2") as llm:
         monkeypatch.setattr("expertlane.engine.scaling.host.memory_bytes", lambda: (1 << 20, 1))
-        with pytest.raises(UserError, match=r"needs .* per rank"):
+        with pytest.raises(UserError, match=r"layout dp=16.*needs .* per rank.*--num-blocks"):
             llm.scale("dp=16,ep=16")
         assert llm._pool.epoch == 0
 

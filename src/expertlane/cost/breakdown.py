@@ -58,7 +58,7 @@ class BreakdownTable:
     An operation whose reads take longer than its FLOPs, both at the datasheet's peak, is bound by
     memory; its time is split between weights and keys and values by their bytes. A transfer that
     is waited for is imbalance until its group's last member has posted it, and exposed from then
-    on. Of a wait for the stage before, what the hidden states travel is hand-over and the rest
+    on. Of a wait for the stage before, what the hidden states travel is PP transfer and the rest
     bubble. The time between steps is split as in `results.time_shares`.
 
     Args:

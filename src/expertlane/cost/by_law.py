@@ -134,7 +134,7 @@ def _steps_of(stage: StageWork) -> Iterator[TimedStep]:
 def _errors(
     step: Operation | Transfer | None, times: Times, types: NumberTypes
 ) -> dict[LawError, Floats]:
-    """A step's errors, and its bounds [3, R] under each of them; of a hand-over without a step."""
+    """A step's errors, and its bounds [3, R] under each; of a PP transfer without a step."""
     law, sizes = _law_of(step, types)
     low, likely, high = times.bounds
     if times.basis is Basis.BOUND and times.wider == 1:

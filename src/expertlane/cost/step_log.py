@@ -139,7 +139,7 @@ class Event(NamedTuple):
 
 
 def events(times: StepTimes) -> Iterator[Event]:
-    """Every operation, transfer and hand-over of a step run with every layer run."""
+    """Every operation, transfer and PP transfer of a step run with every layer run."""
     for pp_rank, spans in enumerate(times.spans):
         for micro_batch, span in enumerate(spans):
             none = np.zeros(span.end.shape[1], dtype=np.int64)

@@ -16,7 +16,7 @@ _NO_SCHEMAS = ("enum", "const", "default", "examples")
 def for_library(schema: Any) -> Any:
     """A schema of the same values, but for times that are none and endless white space.
 
-    Options of `oneOf` behind references are told apart if a property is another constant in each.
+    Options of `oneOf` behind references differ by a property that is another constant in each.
     """
     if not isinstance(schema, Mapping):
         return schema

@@ -102,11 +102,16 @@ class Scaling:
                 self.machine[0], free_bytes=free_bytes, ranks_per_node=self._per_node(num_ranks)
             )
         ] * num_ranks
-        with_blocks(
-            *(self._limits, self._limits.num_blocks, self._model, layout, placements, seen),
-            deployment.options.weights,
-            self._folder,
-        )
+        try:
+            with_blocks(
+                *(self._limits, self._limits.num_blocks, self._model, layout, placements, seen),
+                deployment.options.weights,
+                self._folder,
+            )
+        except CapacityError as error:
+            raise CapacityError(
+                f"layout {layout}: {error}; a start with a smaller --num-blocks leaves more room"
+            ) from None
         return placements
 
     def _check_num_ranks(self, layout: Layout) -> None:

@@ -77,7 +77,7 @@ def served(results: Results) -> list[Served]:
 
 
 def whose(results: Results) -> str:
-    """What deployments are told apart by, as a heading."""
+    """What distinguishes deployments, as a heading."""
     return "server" if results.deployments[0].layout is None else "layout"
 
 

@@ -115,7 +115,7 @@ class RankRecord(RankCounts):
     """Times and counters of one rank over one step.
 
     The slot axis of the times is the model's layers followed by one slot for what is outside any
-    layer (embedding, hand-over, head, waiting for the plan); a rank fills only its own layers.
+    layer (embedding, PP transfer, head, waiting for the plan); a rank fills only its own layers.
 
     Attributes:
         wall_s: [num_micro_batches, num_layers + 1, num_stages]; wall time.

@@ -27,7 +27,7 @@ _EVENTS = (
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),
 )
-# The colours of lanes by stage, as in reports; what these add up is told apart here.
+# The colours of lanes by stage, as in reports; what these add up is separate here.
 COLOURS = {
     Stage.EMBED.label: "--overhead-1",
     Stage.ATTENTION.label: OF_CAUSE[Cause.ATTENTION],

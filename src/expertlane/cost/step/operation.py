@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Amounts = Ints | Floats  # counted, or expected
 
-OUTSIDE = -1  # in place of a layer: embedding, head, hand-over
+OUTSIDE = -1  # in place of a layer: embedding, head, PP transfer
 
 
 class Kind(StrEnum):
