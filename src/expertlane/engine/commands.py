@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, ClassVar, Generic, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -31,7 +31,14 @@ class Command(msgspec.Struct, Generic[ResultT], tag=True):
     """Something a rank does for the launcher.
 
     The type argument is the type of the answer, by which it is decoded.
+
+    Attributes:
+        needs_epoch: it runs on ranks of the epoch that it was asked for in, and comes to nothing
+            when another begins. Else any rank takes it, also one that is ahead, and it goes on: it
+            must not talk to other ranks.
     """
+
+    needs_epoch: ClassVar[bool] = True
 
 
 def result_type(command: type[Command[ResultT]]) -> Any:
