@@ -23,8 +23,9 @@ from expertlane.comm.recorder import Recorder
 from expertlane.engine import fork_server, worker
 from expertlane.engine.commands import Command
 from expertlane.engine.local_ranks import LocalRanks
+from expertlane.engine.node_ranks import NodeRanks
 from expertlane.engine.rendezvous import Meeting
-from expertlane.engine.torchrun import NodeRanks, SupervisorSettings, supervisor_command
+from expertlane.engine.supervisor import SupervisorSettings, supervisor_command
 from expertlane.engine.worker import Handlers, RankContext
 from expertlane.errors import UserError
 from expertlane.moe.dispatch import CopyChooser, RoutedTokens
@@ -389,6 +390,7 @@ class RanksOnNodes(NodeRanks):
         dtype: str | None = "float32",
         *,
         recovers: bool = False,
+        rejoin_s: float = 0.0,
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             meeting = Meeting("127.0.0.1", free.getsockname()[1], False, "test", num_nodes)
@@ -396,7 +398,8 @@ class RanksOnNodes(NodeRanks):
             subprocess.Popen(
                 supervisor_command(
                     SupervisorSettings(
-                        node, ranks_per_node, meeting, os.getpid(), timeout_s, dtype, True
+                        *(node, ranks_per_node, meeting, os.getpid()),
+                        *(timeout_s, dtype, True, rejoin_s),
                     ),
                     "distributed.supervisor",
                 ),
@@ -405,7 +408,9 @@ class RanksOnNodes(NodeRanks):
             for node in range(1, num_nodes)
         ]
         super().__init__(
-            meeting, ranks_per_node, timeout_s, dtype, "distributed.on_ranks", recovers=recovers
+            *(meeting, ranks_per_node, timeout_s, dtype, "distributed.on_ranks"),
+            recovers=recovers,
+            rejoin_s=rejoin_s,
         )
 
     def close(self, *, failed: bool = False) -> None:

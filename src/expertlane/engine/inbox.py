@@ -20,7 +20,7 @@ from expertlane.engine.messages import (
 )
 from expertlane.engine.presence import Presence
 from expertlane.engine.tickets import Ticket, Tickets
-from expertlane.errors import ExpertlaneError, RankError, TerminatedError
+from expertlane.errors import ExpertlaneError, RankError, RanksLostError, TerminatedError
 
 _POLL_S = 0.5
 _OWN_PAUSE_S = 1.0  # a longer one is no fault of the ranks
@@ -65,7 +65,8 @@ class Inbox:
         self._poll = select.poll()
         channels = *(node.control for node in self._ranks.nodes), *self._ranks.connected().values()
         for channel in channels:
-            self._poll.register(channel.fileno(), select.POLLIN)
+            if channel.fileno() >= 0:  # else of a node that is away
+                self._poll.register(channel.fileno(), select.POLLIN)
         if (acceptor := self._ranks.acceptor()) is not None:
             self._poll.register(acceptor, select.POLLIN)
 
@@ -128,6 +129,8 @@ class Inbox:
         while starting := presence.starting & presence.present:
             self.check_whole()
             self._wait_once(bound_s)
+            if self._ranks.awaited:  # for longer
+                since_s = time.monotonic()
             still = presence.starting & starting
             if still and self._silent_s(starting, since_s) > bound_s:
                 self.lose(partial(self._losses.hang, sorted(still), bound_s))
@@ -141,6 +144,8 @@ class Inbox:
             self._resumed_s = time.monotonic()
         try:
             self._ranks.check_answers(bound_s + _NODE_MARGIN_S, self._resumed_s)
+        except RanksLostError as error:
+            self._lose_node(error)
         except RankError as error:
             self.fail(error)
         self._look_at_early()
@@ -180,13 +185,16 @@ class Inbox:
                 self._lose_one(rank, partial(Loss, frozenset([rank]), text))
         try:
             self._ranks.read_news(ready)
+        except RanksLostError as error:
+            self._lose_node(error)
         except ExpertlaneError as error:
             self.fail(error)
         for rank, why in self._ranks.take_missing().items():
             if rank in self.presence.early:
                 text = f"rank {rank} could not be started: {why}"
                 self._drop(rank, partial(Loss, frozenset([rank]), text))
-        if self._ranks.acceptor() in ready and self._ranks.has_connected():
+        is_expecting = self._ranks.away or self._ranks.acceptor() in ready
+        if is_expecting and self._ranks.has_connected():
             self.watch()
 
     def _take(self, rank: int, message: Message) -> None:
@@ -240,6 +248,9 @@ class Inbox:
             loss = find()
         except MessageError as error:
             loss = Loss(frozenset(), f"a rank sent an invalid message: {error}")
+        except RanksLostError as error:  # with their node
+            self.watch()
+            loss = Loss(error.ranks, str(error))
         except ExpertlaneError as error:
             self.fail(error)
         early = loss.ranks & self.presence.early
@@ -252,6 +263,14 @@ class Inbox:
             self.fail(loss.error(recovers=False))
         self.loss = loss.with_others(self._losses.ended() | self._replaced)
         raise self.loss.error(recovers=True) from None
+
+    def _lose_node(self, error: RanksLostError) -> None:
+        """All ranks of a node, whether they are of the epoch or not."""
+        self.watch()  # its connections are closed
+        if ranks := error.ranks & (self.presence.present | self.presence.early):
+            self.lose(lambda: Loss(ranks, str(error)))
+        else:
+            self.log(f"{error}; none of its ranks was in use")
 
     def _drop(self, rank: int, find: Callable[[], Loss]) -> None:
         """End a rank that is not of the epoch, and say why."""

@@ -81,6 +81,8 @@ class LLM:
         oversubscribe: allow more local ranks than the machine should run.
         on_failure: when a rank dies, hangs or fails: `replace` it and lose no request, or `stop`
             all ranks.
+        rejoin_s: with `replace`, how long requests wait for a node that is lost, where there are
+            several, before all ranks end; 0 to end them at once.
         cpu_isa: the largest instruction set that kernels on CPUs may use; by default
             `EXPERTLANE_CPU_ISA`, else the best that the CPU has.
         ignore_unused_tensors: load a checkpoint with tensors that its `config.json` has no use for,
@@ -123,12 +125,14 @@ class LLM:
         timeout_s: float = 60.0,
         oversubscribe: bool = False,
         on_failure: OnFailure = "stop",
+        rejoin_s: float = 300.0,
         cpu_isa: CpuIsa | None = None,
         ignore_unused_tensors: bool = False,
         record_routing: bool = False,
         check: CheckLevel = "off",
     ) -> None:
         _check_settings(dtype, cpu_isa, on_failure, seed, timeout_s)
+        take("rejoin_s", rejoin_s)
         if check not in get_args(CheckLevel):
             raise UserError(f"check is {check!r}; valid: {', '.join(get_args(CheckLevel))}")
         chosen = as_layout(layout)
@@ -156,6 +160,7 @@ class LLM:
             oversubscribe=oversubscribe,
             cpu_isa=cpu_isa,
             recovers=on_failure == "replace",
+            rejoin_s=rejoin_s,
         )
         self._recovery: Recovery | None = None
         if on_failure == "replace":

@@ -34,6 +34,13 @@ from expertlane.spec.names import CpuIsa
 _KILL_TIMEOUT_S = 5.0
 _PING_S = 1.0
 _END = encode(MessageKind.END, None)
+_GONE = "is gone"
+
+
+def _gone(error: Exception) -> str:
+    """How a node is lost whose connection broke."""
+    why = getattr(error, "strerror", None)
+    return f"{_GONE} ({why})" if why else _GONE
 
 
 class LocalRanks:
@@ -199,9 +206,9 @@ class LocalRanks:
             self.nodes[node].change(change, asked, epoch)
             self.nodes[node].control.send_descriptors([theirs.fileno() for _, theirs in pairs])
         except BlockingIOError:
-            raise self._hung_in_a_message(node) from None
-        except OSError:
-            raise self._lost(node) from None
+            raise self._lost(node, "hung in a message") from None
+        except OSError as error:
+            raise self._lost(node, _gone(error)) from None
         finally:
             for _, theirs in pairs:
                 theirs.close()
@@ -231,6 +238,16 @@ class LocalRanks:
     def connected(self) -> dict[int, Channel]:
         """Channels of ranks that have a process; of other nodes once that has connected."""
         return {r: channel for r, channel in enumerate(self.channels) if channel.fileno() >= 0}
+
+    @property
+    def away(self) -> frozenset[int]:
+        """Ranks of nodes that are lost; none can be started before its node is back."""
+        return frozenset()
+
+    @property
+    def awaited(self) -> frozenset[int]:
+        """Those that the epoch needs: they start when their nodes are back."""
+        return frozenset()
 
     @property
     def is_beginning(self) -> bool:
@@ -274,9 +291,10 @@ class LocalRanks:
         for number, node in enumerate(self.nodes):
             if node.asked_s is not None and now_s - max(node.asked_s, resumed_s) > bound_s:
                 self._is_server_hung = number == 0
-                raise RankError(
-                    f"{node.name} hung: no answer for {bound_s:g} s; all ranks were ended"
-                )
+                raise self._lost(number, f"hung: no answer for {bound_s:g} s")
+
+    def check_nodes_of(self, ranks: Collection[int], bound_s: float) -> None:
+        """Look for a node that is silent, where ranks have been for so long."""
 
     def read_news(self, ready: Container[int]) -> None:
         """Read what nodes report, a message each.
@@ -316,15 +334,12 @@ class LocalRanks:
             else:
                 return message
         except BlockingIOError:
-            raise self._hung_in_a_message(node) from None
-        except (EOFError, OSError):
-            raise self._lost(node) from None
+            raise self._lost(node, "hung in a message") from None
+        except (EOFError, OSError) as error:
+            raise self._lost(node, _gone(error)) from None
         except MessageError as error:
             raise RankError(f"{self.nodes[node].name} sent an invalid message: {error}") from None
         return None
-
-    def _hung_in_a_message(self, node: int) -> RankError:
-        return RankError(f"{self.nodes[node].name} hung in a message; all ranks were ended")
 
     def _take_exit(self, node: int, report: Exit) -> None:
         if self.node_of(report.rank) != node:
@@ -352,11 +367,12 @@ class LocalRanks:
             if node:
                 self.board.reporter(rank)  # writes "setting up", as the node itself has
 
-    def _lost(self, node: int) -> RankError:
-        if node:
-            return RankError(f"{self.nodes[node].name} is gone; all ranks were ended")
-        code = self._server.wait(_KILL_TIMEOUT_S)
-        return RankError(f"the fork server ended with exit code {code}; all ranks were ended")
+    def _lost(self, node: int, how: str) -> RankError:
+        """The error for a node that is gone or hangs."""
+        if node == 0 and how.startswith(_GONE):
+            code = self._server.wait(_KILL_TIMEOUT_S)
+            how = f"ended with exit code {code}"
+        return RankError(f"{self.nodes[node].name} {how}; all ranks were ended")
 
     def exit_code(self, rank: int, timeout_s: float) -> int | None:
         """How a rank ended, negative for a signal; None if its node does not say in time.
@@ -366,7 +382,7 @@ class LocalRanks:
         """
         number, until_s = self.node_of(rank), time.monotonic() + timeout_s
         node = self.nodes[number]
-        while (wait_s := until_s - time.monotonic()) > 0:
+        while (wait_s := until_s - time.monotonic()) > 0 and node.control.fileno() >= 0:
             if rank in self._exit_codes and not node.is_starting(rank):
                 break
             if wait([node.control.fileno()], wait_s):

@@ -98,6 +98,11 @@ class RankPool:
         return self._presence.absent
 
     @property
+    def away(self) -> frozenset[int]:
+        """Ranks of nodes that are lost: `start` may not be asked for them."""
+        return self._ranks.away
+
+    @property
     def starting(self) -> frozenset[int]:
         """Ranks that `start` has begun to start, and that are not up yet."""
         return self._presence.early & self._presence.starting
