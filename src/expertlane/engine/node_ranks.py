@@ -154,6 +154,10 @@ class NodeRanks(LocalRanks):
         """As of `LocalRanks`, but none for another node's ranks: they connect by themselves."""
         if node == 0:
             return super()._pairs(node, asked)
+        for rank in asked.ends:
+            self._claims.pop(rank, None)
+        for rank in asked.starts:
+            self.board.reporter(rank)  # what was there is of an earlier one, or very old
         first = node * self.ranks_per_node
         claims = {rank: Claim(node, 1 + rank - first, asked.number) for rank in asked.starts}
         self._claims.update(claims)
