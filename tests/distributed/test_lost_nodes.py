@@ -56,10 +56,14 @@ def short_lease(monkeypatch):
 
 def lost(pool, action=None):
     """The node is lost during an action, by default while nothing runs; the error."""
-    with pytest.raises(RanksLostError) as caught:
+
+    def run():
         while True:
             (action or pool.check)()
             time.sleep(0.01)
+
+    with pytest.raises(RanksLostError) as caught:
+        run()
     assert caught.value.ranks >= OF_NODE
     assert pool.away == OF_NODE
     return caught.value
@@ -92,9 +96,7 @@ def test_a_node_whose_supervisor_is_gone_comes_back_with_another(
     check_exchange(pool, 3)
 
 
-def test_who_cannot_show_the_secret_does_not_become_the_node(
-    pool, supervisor, short_lease, capfd
-):
+def test_who_cannot_show_the_secret_does_not_become_the_node(pool, supervisor, short_lease, capfd):
     supervisor[0].kill()
     error = lost(pool)
     place = pool._ranks._acceptor._listener.getsockname()
