@@ -30,7 +30,7 @@ from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.simulate.merging import merged, moved
 from expertlane.simulate.pools import Pool, run_load
 from expertlane.simulate.totals import PoolTotals
-from expertlane.spec.deployment import DISPATCH_FORMS, DispatchTable, Options
+from expertlane.spec.deployment import DISPATCH_FORMS, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
@@ -322,15 +322,14 @@ class Simulator:
         """The runner of a pool; without `others` for single steps as they are planned."""
         setup, profile = self.setup, self.cluster.profile
         options, drafts = setup.options_of(ranks.role), setup.multi_token.num_drafts
-        assert options.dispatch != "auto", "checked before"
+        table = options.fixed_table
+        assert table is not None, "checked before"
         builder = ProgramBuilder(
             self.model,
             ranks.layout,
             ranks.placements,
             types=setup.types,
-            dispatch=DispatchTable.fixed(
-                options.dispatch, options.overlap is True, options.prefill_dispatch
-            ),
+            dispatch=table,
             payload=options.payload,
             copies=options.copies,
             ranks_per_node=profile.ranks_per_node,
