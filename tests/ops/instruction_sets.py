@@ -5,7 +5,8 @@ from functools import cache
 import pytest
 
 from expertlane.ops.build import BASELINE, ONLY_IF_ASKED_FOR, SETS, BuildError, build
-from expertlane.ops.cpu import CpuBackend, VectorBackend
+from expertlane.ops.cpu import CpuBackend
+from expertlane.ops.vector import VectorBackend
 
 ARITHMETIC = [each.name for each in SETS if each not in ONLY_IF_ASKED_FOR] or ["none"]
 

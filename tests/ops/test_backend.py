@@ -31,8 +31,9 @@ from expertlane.ops.build import (
     build,
     shipped_name,
 )
-from expertlane.ops.cpu import CpuBackend, VectorBackend
+from expertlane.ops.cpu import CpuBackend
 from expertlane.ops.torch_backend import TorchBackend
+from expertlane.ops.vector import VectorBackend
 from expertlane.spec.names import CpuIsa
 
 CPU = torch.device("cpu")

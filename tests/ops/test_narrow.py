@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertlane.ops.build import BASELINE, SETS, BuildError, build
-from expertlane.ops.cpu import VectorBackend
 from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight, side_by_side
 from expertlane.ops.products import Activation, Expert, LoopedExperts, PairGroups
 from expertlane.ops.torch_backend import TorchBackend
+from expertlane.ops.vector import VectorBackend
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}  # of the largest value
 TYPES = (torch.int8, torch.float8_e4m3fn)

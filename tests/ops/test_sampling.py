@@ -8,7 +8,7 @@ import torch
 
 from expertlane.model.draw import draw, keep_likeliest, probabilities, uniform_numbers
 from expertlane.ops.build import BASELINE, ONLY_IF_ASKED_FOR, SETS, BuildError, build
-from expertlane.ops.cpu import VectorBackend
+from expertlane.ops.vector import VectorBackend
 
 SET_NAMES = [each.name for each in SETS if each not in ONLY_IF_ASKED_FOR]
 

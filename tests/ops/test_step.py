@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from expertlane.model.draw import NO_TOKEN, likeliest
 from expertlane.ops.backend import backend_of_cpu
 from expertlane.ops.build import BASELINE, ONLY_IF_ASKED_FOR, SETS, BuildError, build
-from expertlane.ops.cpu import VectorBackend
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import CompiledRouter
 from expertlane.ops.narrow import NarrowWeight
@@ -21,6 +20,7 @@ from expertlane.ops.products import Activation, Expert
 from expertlane.ops.router import Router, RouterParams, route
 from expertlane.ops.step import AttentionWeights
 from expertlane.ops.torch_backend import TorchBackend
+from expertlane.ops.vector import VectorBackend
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import Routing
 
