@@ -11,7 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from expertlane.engine.recovery import NEXT, Recovery, State
+from expertlane.engine.recovery import Recovery
+from expertlane.engine.recovery_record import NEXT, State
 from expertlane.errors import RankError, RanksLostError, UserError
 from expertlane.spec.layout import Layout
 

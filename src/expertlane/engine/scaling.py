@@ -13,7 +13,7 @@ from expertlane.engine.launch import check_deployment, describe_ranks, with_bloc
 from expertlane.engine.local_ranks import check_num_ranks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
-from expertlane.engine.recovery import RecoveryRecord
+from expertlane.engine.recovery_record import RecoveryRecord
 from expertlane.engine.run_files import MOST_UNCOMPILED
 from expertlane.errors import CapacityError, UserError
 from expertlane.ops import host
