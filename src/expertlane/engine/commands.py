@@ -19,6 +19,7 @@ from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
 from expertlane.spec.deployment import DispatchTable, Options, WeightsType
 from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel
 from expertlane.spec.prompt_logprobs import PromptPart
@@ -47,6 +48,7 @@ class StageSpec:
 
     Attributes:
         placements: [num_hidden_layers]; where experts are at first.
+        numbers: [world_size]; the process of each rank of the layout, each its own if empty.
         checkpoint: the folder the weights are in; None for seeded ones.
         weights, cache_int8: as in `Options`.
         check: how much it looks for silent errors.
@@ -61,6 +63,12 @@ class StageSpec:
     weights: WeightsType = "model"
     cache_int8: bool = False
     check: CheckLevel = "off"
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def members(self) -> Members:
+        """The processes of the layout."""
+        return Members(self.layout, self.numbers)
 
 
 @dataclass(eq=False)
@@ -177,13 +185,13 @@ class Redeploy(Command[HeldBytes]):
     """Go on in a new epoch: build what a rank lacks, connect to all others, undo some steps.
 
     A rank that has its stage keeps weights and cache; moves of experts under way come to nothing.
-    In another layout it keeps what it has of its new stage, the cache if `Layout.keeps_cache`.
-    Collective over all ranks.
+    In another layout it keeps what it has of its new stage, the cache if `Members.kept_caches`.
+    A rank that has no part in it keeps its weights. Collective over all ranks.
 
     Attributes:
         spec: with the placements that are committed.
         num_blocks, block_size: as in `Deploy`.
-        discard: steps of the rank's replica that are not committed; all others are.
+        discard: steps that are not committed, of all replicas; all others are.
         dispatch_table: None where options say all.
     """
 
