@@ -98,6 +98,9 @@ class Meshes:
 class ParallelMesh:
     """One rank's place in a layout and the groups it talks to.
 
+    Args:
+        meshes: None for a place whose rank talks to nobody yet.
+
     Attributes:
         at: the rank's coordinates.
         recorder: counts what its groups send, and what is computed between.
@@ -109,7 +112,7 @@ class ParallelMesh:
     def __init__(
         self,
         layout: Layout,
-        meshes: Meshes,
+        meshes: Meshes | None,
         rank: int,
         ranks_per_node: int,
         recorder: Recorder,
@@ -135,7 +138,9 @@ class ParallelMesh:
         return kind(self._link(ranks), ranks, self._rank, self._ranks_per_node, self.recorder)
 
     def _link(self, ranks: Sequence[int]) -> Link | None:
-        return self._meshes.link(tuple(ranks)) if len(ranks) > 1 else None
+        if self._meshes is None or len(ranks) == 1:
+            return None
+        return self._meshes.link(tuple(ranks))
 
     @cached_property
     def ep_inter(self) -> Group:

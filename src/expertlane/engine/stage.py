@@ -20,6 +20,7 @@ from expertlane.engine.commands import (
     Deploy,
     DescribeMachine,
     DiscardSteps,
+    DropPrepared,
     FinishMoves,
     HeldBytes,
     LeaveCores,
@@ -28,6 +29,7 @@ from expertlane.engine.commands import (
     MeasureOperations,
     MeasureRates,
     MeasureTransfers,
+    Prepare,
     RankOutcome,
     ReadTotals,
     Redeploy,
@@ -42,17 +44,17 @@ from expertlane.engine.measure.machine import describe_machine, measure_rates
 from expertlane.engine.measure.operations import measure_launches, measure_operations
 from expertlane.engine.measure.transfers import measure_contention, measure_transfers
 from expertlane.engine.migration import Migration, PlacementsBefore
+from expertlane.engine.preparing import drop_prepared, prepare, weight_source
 from expertlane.engine.rank_checks import StageChecks, sum_weights
 from expertlane.engine.worker import Handlers, RankContext
 from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.checkpoint_weights import CheckpointWeights
 from expertlane.model.draw import NO_TOKEN
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.int8_cache import Int8Cache, write_int8_cache
 from expertlane.model.sampler import Sampler, SamplerStep
 from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.transformer import HeadResult, TransformerStage
-from expertlane.model.weights import HeldWeights, SeededWeights, WeightSource
+from expertlane.model.weights import HeldWeights
 from expertlane.ops.kv_cache import KVCache
 from expertlane.results.rank_totals import RankTotals
 from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
@@ -64,7 +66,7 @@ from expertlane.spec.deployment import (
     PayloadType,
 )
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import CheckPoint, Phase, Stage
+from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 
 
@@ -110,6 +112,7 @@ def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
         deployed = context.deployed = DeployedStage(context, spec, left)
         sizes = command.num_blocks, command.block_size
         deployed.start(options, num_blocks=sizes[0], block_size=sizes[1], left=left)
+        context.preparation = None
         if command.dispatch_table is not None:
             deployed.set_dispatch(command.dispatch_table)
     context.progress.enter(Stage.IDLE, NO_LAYER)
@@ -209,21 +212,14 @@ class DeployedStage:
         )
         if checks is not None:
             self._checks = StageChecks(checks, self._mesh)
-        touch = context.progress.touch
-        source: WeightSource
-        if spec.checkpoint is None:
-            source = SeededWeights(
-                model, spec.seed, platform.dtype, platform.device, touch, spec.weights
-            )
-        else:
-            checkpoint = Checkpoint(Path(spec.checkpoint), model)
-            cache = Int8Cache.find(checkpoint) if spec.cache_int8 else None
-            source = CheckpointWeights(
-                checkpoint, platform.dtype, platform.device, touch, spec.weights, cache
-            )
+        source = weight_source(spec, platform, context.progress.touch)
         if left is not None:
-            source.before = left.weights
+            source.given[Origin.KEPT] = left.weights
+        if context.preparation is not None:
+            source.given[Origin.AHEAD] = context.preparation.take()
+        self._seconds_from: dict[Origin, float] = {}
         self.stage = TransformerStage(model, spec.placements, source, self._mesh)
+        self._seconds_from[Origin.READ] = source.read_s
         self.migration = Migration(self.stage, context.progress)
         self._device = platform.device
         self._dispatch = DispatchTable.fixed("all_to_all")
@@ -246,7 +242,7 @@ class DeployedStage:
     def held(self) -> HeldBytes:
         """What it has allocated."""
         stage = self.stage
-        return HeldBytes(stage.weight_bytes, stage.kv_bytes, stage.kept_bytes)
+        return HeldBytes(stage.weight_bytes, stage.kv_bytes, stage.bytes_from, self._seconds_from)
 
     def leave(self, layout: Layout) -> _Left:
         """What a stage of another layout on this rank may use; this one is of no use any more.
@@ -257,7 +253,7 @@ class DeployedStage:
         at = self._mesh.at
         keeps = layout.keeps_cache(self.spec.layout, at.replica, at.dp_rank)
         caches = self.stage.leave_cache() if keeps else None
-        return _Left(self.stage.leave_weights(), caches, self._sampler, self._committed)
+        return _Left(self.stage.held_weights(), caches, self._sampler, self._committed)
 
     def start(
         self, options: Options, *, num_blocks: int, block_size: int, left: _Left | None = None
@@ -516,6 +512,8 @@ HANDLERS: Handlers = {
     CacheInt8: cache_int8,
     Deploy: deploy,
     Redeploy: redeploy,
+    Prepare: prepare,
+    DropPrepared: drop_prepared,
     LeaveCores: lambda context, _: context.cores.leave(),
     SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
     RunStep: run_step,
