@@ -21,6 +21,7 @@ from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Origin
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +154,7 @@ class Scaling:
 
         self._engine.with_ranks(runner.before_reshape)
         self._engine.scale(layout, change)
-        kept = sum(each.kept_bytes for each in runner.held)
+        kept = sum(each.bytes_from.get(Origin.KEPT, 0) for each in runner.held)
         read = sum(each.weight_bytes for each in runner.held) - kept
         recovery = self._engine.recovery
         assert recovery is not None, "it was checked"
