@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from expertlane.engine.recovery_record import NEXT, Moment, RecoveryRecord, State
+from expertlane.engine.repeated_losses import RepeatedLosses
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import StepPlan
@@ -20,7 +21,7 @@ from expertlane.spec.layout import Layout
 
 ResultT = TypeVar("ResultT")
 
-_MOST_FRUITLESS = 3  # epochs in a row without a committed step
+_MOST_FRUITLESS = 3  # epochs in a row without a committed step; losses that keep a request back
 _MOST_RECORDS = 1000
 
 
@@ -75,6 +76,7 @@ class Recovery:
         self._num_ranks: int | None = None  # of the pool, once it was scaled
         self._pool, self._layout, self._redeploy, self._log = pool, layout, redeploy, log
         self._num_fruitless = 0
+        self._repeated = RepeatedLosses()
         self._is_under_way = False
         self._to_fence: frozenset[int] = frozenset()
         self._to_redeploy: frozenset[int] = frozenset()  # replaced since they all loaded
@@ -99,6 +101,9 @@ class Recovery:
             RankError: there were too many losses, or ranks could not be replaced; all were ended.
             UserError: a rank found a mistake, such as a checkpoint that is no longer there.
         """
+        if not self._is_under_way:
+            found = {replica for replica, _ in self._caches(error.ranks)}
+            self._repeated.add(loop.uncommitted, found or range(self._layout.replicas))
         self._is_under_way = True
         self._until_done(partial(self._bring_back, loop), error)
         self._is_under_way = False
@@ -143,11 +148,10 @@ class Recovery:
     def _replace(self, error: RanksLostError) -> None:
         self._to_fence |= error.ranks
         self._enter(State.FENCING, error)
-        if self._num_fruitless == _MOST_FRUITLESS:
+        if (why := self._why_given_up) is not None:
             self._pool.close(failed=True)
             raise RankError(
-                f"{error}; {_MOST_FRUITLESS} recoveries in a row led to no finished step, so all "
-                "ranks were ended"
+                f"{error}; {_MOST_FRUITLESS} recoveries in a row {why}, so all ranks were ended"
             ) from None
         self._num_fruitless += 1
         self._pool.begin_epoch(
@@ -155,6 +159,14 @@ class Recovery:
         )
         self._to_redeploy, self._to_fence = self._to_redeploy | self._to_fence, frozenset()
         self._enter(State.LOADING)
+
+    @property
+    def _why_given_up(self) -> str | None:
+        if self._num_fruitless == _MOST_FRUITLESS:
+            return "led to no finished step"
+        if self._repeated.most > _MOST_FRUITLESS:
+            return "brought a request no further"
+        return None
 
     def _bring_back(self, loop: DriveLoop[Any]) -> None:
         """Let ranks load, and begin all steps anew that are not committed."""
@@ -165,8 +177,16 @@ class Recovery:
         self._enter(State.REPLAYING)
         loop.submit_again()
 
-    def settle(self) -> None:
-        """All is as before: a step was committed, nothing was to be done, or all have started."""
+    def settle(self, plan: StepPlan | None = None) -> None:
+        """All is as before: a step was committed, nothing was to be done, or all have started.
+
+        Args:
+            plan: of the step; None in the other cases.
+        """
+        if plan is None:
+            self._repeated.clear()
+        else:
+            self._repeated.committed(plan)
         if self.state in (State.LOADING, State.REPLAYING):
             self._num_fruitless = 0
             self._to_redeploy = frozenset()
