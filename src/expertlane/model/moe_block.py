@@ -83,7 +83,8 @@ class MoEBlock:
             for expert in self._local
         ]
         self._expert_bytes = (source.num_bytes - num_before) // max(1, len(held))
-        self._hold(held, activation_of(model))
+        if not source.is_ahead:  # it copies them side by side
+            self._hold(held, activation_of(model))
         self.shared: MLP | None = None
         if inner := model.shared_expert_intermediate_size:
             scaled = model.shared_expert_gate

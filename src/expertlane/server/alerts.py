@@ -7,7 +7,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 from expertlane.engine.rank_watch import RankWatch
-from expertlane.engine.recovery import Recovery, State
+from expertlane.engine.recovery import Recovery
+from expertlane.engine.recovery_record import State
 from expertlane.server.own_metrics import IMBALANCE_S
 from expertlane.spec.names import Stage
 
