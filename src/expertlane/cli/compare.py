@@ -391,7 +391,7 @@ def _comparisons(argument: str, own: _Options, call: output.Call) -> list[_Compa
 
 def _dtype_of(comparisons: list[_Comparison], dtype: Dtype | None) -> str | None:
     """What was asked for, else a checkpoint's own type, else None, the machine's choice."""
-    from expertlane.engine.llm import own_dtype
+    from expertlane.engine.llm_settings import own_dtype
 
     first = comparisons[0].experiment  # they differ in experts per token alone
     return dtype or own_dtype(first.model if first.checkpoint else None)
