@@ -19,7 +19,6 @@ from expertlane.engine.launch import (
 )
 from expertlane.engine.llm_prompts import all_finished, with_params
 from expertlane.engine.llm_settings import (
-    Dtype,
     as_layout,
     check_settings,
     checked_model_len,
@@ -40,7 +39,7 @@ from expertlane.schedule.request import Chunk, Limits, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import CheckLevel, CpuIsa, OnFailure
+from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
 from expertlane.spec.sampling import SamplingParams
 
 ResultT = TypeVar("ResultT")

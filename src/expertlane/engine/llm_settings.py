@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.engine.launch import (
@@ -13,10 +13,8 @@ from expertlane.errors import UserError
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.names import CheckLevel, CpuIsa, OnFailure
+from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
 from expertlane.spec.ranges import take
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def find_model(model: str | Path, ignore_unused_tensors: bool) -> tuple[ModelConfig, Path | None]:
