@@ -11,7 +11,7 @@ from engine.processes import wait_until
 from engine.recovering import PARAMS, PROMPTS, harmed, pids
 from expertlane import LLM
 from expertlane.engine.commands import RunStep
-from expertlane.engine.recovery import State
+from expertlane.engine.recovery_record import State
 from expertlane.server.service import ServedModel, ServerOptions
 from server.running import PATIENCE_S, ServerInThread
 from server.test_live import feed

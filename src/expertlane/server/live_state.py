@@ -15,7 +15,7 @@ import numpy.typing as npt
 from expertlane.balance.placement_file import Placements
 from expertlane.comm.progress import NO_LAYER
 from expertlane.engine.rank_watch import Reading
-from expertlane.engine.recovery import State
+from expertlane.engine.recovery_record import State
 from expertlane.server.own_metrics import IMBALANCE_S, WAITING
 from expertlane.spec.names import Stage
 from expertlane.version import __version__
