@@ -3,6 +3,7 @@
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from numbers import Integral
@@ -467,7 +468,8 @@ def _started(layout: Layout, **settings: Any) -> RankPool:
 
 
 def _print_to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+    with suppress(OSError, ValueError):  # nobody reads it any more: requests go on
+        print(line, file=sys.stderr)
 
 
 def _read_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, frozenset[int]]:
