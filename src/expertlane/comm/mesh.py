@@ -75,9 +75,7 @@ class Meshes:
         self._transport = None
         self._made.clear()
 
-    def make(
-        self, layout: Layout, ranks_per_node: int = 0, members: Members | None = None
-    ) -> None:
+    def make(self, layout: Layout, ranks_per_node: int = 0, members: Members | None = None) -> None:
         """Make what `layout` needs and is not there yet. Collective over *all* processes.
 
         Args:
@@ -107,8 +105,9 @@ class ParallelMesh:
     """One rank's place in a layout and the groups it talks to.
 
     Args:
-        rank: of the layout.
-        members: of the layout; each rank is the process of its number if not given.
+        if self._meshes is None or len(ranks) == 1:
+            return None
+        return self._meshes.link(tuple(self._numbers[rank] for rank in ranks))
 
     Attributes:
         at: the rank's coordinates.
@@ -121,7 +120,7 @@ class ParallelMesh:
     def __init__(
         self,
         layout: Layout,
-        meshes: Meshes,
+        meshes: Meshes | None,
         rank: int,
         ranks_per_node: int,
         recorder: Recorder,
@@ -149,7 +148,7 @@ class ParallelMesh:
         return kind(self._link(ranks), ranks, self._rank, self._ranks_per_node, self.recorder)
 
     def _link(self, ranks: Sequence[int]) -> Link | None:
-        if len(ranks) == 1:
+        if self._meshes is None or len(ranks) == 1:
             return None
         return self._meshes.link(tuple(self._numbers[rank] for rank in ranks))
 

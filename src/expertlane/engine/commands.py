@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, ClassVar, Generic, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -21,7 +21,7 @@ from expertlane.spec.deployment import DispatchTable, Options, WeightsType
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import CheckLevel
+from expertlane.spec.names import CheckLevel, Origin
 from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -32,7 +32,12 @@ class Command(msgspec.Struct, Generic[ResultT], tag=True):
     """Something a rank does for the launcher.
 
     The type argument is the type of the answer, by which it is decoded.
+
+    Attributes:
+        needs_epoch: a rank joins the epoch before it runs the command.
     """
+
+    needs_epoch: ClassVar[bool] = True
 
 
 def result_type(command: type[Command[ResultT]]) -> Any:
@@ -98,12 +103,29 @@ class HeldBytes:
     """What a rank has allocated for a deployment.
 
     Attributes:
-        kept_bytes: of the weights, those that it had in the layout before.
+        bytes_from: of the weights, those that are from each source.
+        seconds_from: that it took to get them, where it took any.
     """
 
     weight_bytes: int
     kv_bytes: int
-    kept_bytes: int = 0
+    bytes_from: dict[Origin, int] = field(default_factory=dict)
+    seconds_from: dict[Origin, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """How far a rank has got with the weights of a part that it is to have.
+
+    Attributes:
+        share: of the layers, and the ends of the model; 1 when all is there that there is room for.
+        num_bytes: made so far, and held beside what it has.
+        seconds: that this call took.
+    """
+
+    share: float
+    num_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -201,6 +223,32 @@ class Redeploy(Command[HeldBytes]):
     block_size: int
     discard: tuple[int, ...]
     dispatch_table: DispatchTable | None = None
+
+
+class Prepare(Command[Prepared]):
+    """Make the weights that a place of another layout needs and the rank does not have.
+
+    They are held for the `Redeploy` to come. A rank that runs steps meanwhile is given `most_s`; it
+    goes on where it was when it is asked again. One that does not leaves other processes the cores.
+
+    Attributes:
+        place: layout rank.
+        most_s: seconds after which nothing more is begun; None for all at once.
+        most_bytes: what there is room for.
+    """
+
+    needs_epoch: ClassVar[bool] = False
+
+    spec: StageSpec
+    place: int
+    most_s: float | None = None
+    most_bytes: int | None = None
+
+
+class DropPrepared(Command[None]):
+    """Forget what `Prepare` has made."""
+
+    needs_epoch: ClassVar[bool] = False
 
 
 class SetDispatch(Command[None]):

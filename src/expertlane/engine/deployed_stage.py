@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,17 +19,15 @@ from expertlane.engine.commands import (
     StageSpec,
 )
 from expertlane.engine.migration import Migration, PlacementsBefore
+from expertlane.engine.preparing import weight_source
 from expertlane.engine.rank_checks import StageChecks
 from expertlane.engine.worker import RankContext
-from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.checkpoint_weights import CheckpointWeights
 from expertlane.model.draw import NO_TOKEN
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.int8_cache import Int8Cache
 from expertlane.model.sampler import Sampler, SamplerStep
 from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.transformer import HeadResult, TransformerStage
-from expertlane.model.weights import HeldWeights, SeededWeights, WeightSource
+from expertlane.model.weights import HeldWeights
 from expertlane.ops.kv_cache import KVCache
 from expertlane.results.rank_totals import RankTotals
 from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
@@ -40,8 +37,8 @@ from expertlane.spec.deployment import (
     Options,
     PayloadType,
 )
-from expertlane.spec.layout import Layout
-from expertlane.spec.names import CheckPoint, Phase, Stage
+from expertlane.spec.members import Members
+from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 
 
@@ -79,16 +76,20 @@ class DeployedStage:
     """A rank's stage of a deployment, and the order in which it takes micro-batches.
 
     Args:
-        left: by the stage before it.
+        kept: weights of a stage before it on this rank.
     """
 
     _checks: StageChecks | None = None
 
-    def __init__(self, context: RankContext, spec: StageSpec, left: Left | None = None) -> None:
+    def __init__(
+        self, context: RankContext, spec: StageSpec, kept: HeldWeights | None = None
+    ) -> None:
         self.spec = spec
         platform, model = context.platform, spec.model
+        rank = spec.members.rank_of(context.rank)
+        assert rank is not None, "it has a place in the layout"
         given = (
-            context.rank,
+            rank,
             model.num_hidden_layers,
             model.num_experts,
             context.progress,
@@ -98,34 +99,28 @@ class DeployedStage:
         )
         checks = None
         if spec.check != "off":
-            at = spec.layout.coordinates(context.rank)
+            at = spec.layout.coordinates(rank)
             layers = spec.layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
             checks = Checks(spec.check, model.num_experts, at.etp_rank, layers.start)
         self._recorder = CheckedRecorder(checks, *given) if checks else Recorder(*given)
         self._mesh = ParallelMesh(
             spec.layout,
             context.meshes,
-            context.rank,
+            rank,
             spec.ranks_per_node,
             self._recorder,
+            spec.members,
         )
         if checks is not None:
             self._checks = StageChecks(checks, self._mesh)
-        touch = context.progress.touch
-        source: WeightSource
-        if spec.checkpoint is None:
-            source = SeededWeights(
-                model, spec.seed, platform.dtype, platform.device, touch, spec.weights
-            )
-        else:
-            checkpoint = Checkpoint(Path(spec.checkpoint), model)
-            cache = Int8Cache.find(checkpoint) if spec.cache_int8 else None
-            source = CheckpointWeights(
-                checkpoint, platform.dtype, platform.device, touch, spec.weights, cache
-            )
-        if left is not None:
-            source.before = left.weights
+        source = weight_source(spec, platform, context.progress.touch)
+        if kept is not None:
+            source.given[Origin.KEPT] = kept
+        if context.preparation is not None:
+            source.given[Origin.AHEAD] = context.preparation.take()
+        self._seconds_from: dict[Origin, float] = {}
         self.stage = TransformerStage(model, spec.placements, source, self._mesh)
+        self._seconds_from[Origin.READ] = source.read_s
         self.migration = Migration(self.stage, context.progress)
         self._device = platform.device
         self._dispatch = DispatchTable.fixed("all_to_all")
@@ -148,18 +143,20 @@ class DeployedStage:
     def held(self) -> HeldBytes:
         """What it has allocated."""
         stage = self.stage
-        return HeldBytes(stage.weight_bytes, stage.kv_bytes, stage.kept_bytes)
+        return HeldBytes(stage.weight_bytes, stage.kv_bytes, stage.bytes_from, self._seconds_from)
 
-    def leave(self, layout: Layout) -> Left:
+    def leave(self, members: Members, discard: Sequence[int]) -> Left:
         """What a stage of another layout on this rank may use; this one is of no use any more.
 
-        All its steps are committed.
+        Args:
+            members: of that layout.
+            discard: as `discard` takes them.
         """
-        self._commit(len(self._uncommitted))
+        self.discard(discard)
         at = self._mesh.at
-        keeps = layout.keeps_cache(self.spec.layout, at.replica, at.dp_rank)
-        caches = self.stage.leave_cache() if keeps else None
-        return Left(self.stage.leave_weights(), caches, self._sampler, self._committed)
+        kept = members.kept_caches(self.spec.members).values()
+        caches = self.stage.leave_cache() if (at.replica, at.dp_rank) in kept else None
+        return Left(self.stage.held_weights(), caches, self._sampler, self._committed)
 
     def start(
         self, options: Options, *, num_blocks: int, block_size: int, left: Left | None = None

@@ -10,6 +10,7 @@ from expertlane.engine.commands import (
     Deploy,
     DescribeMachine,
     DiscardSteps,
+    DropPrepared,
     FinishMoves,
     HeldBytes,
     LeaveCores,
@@ -18,6 +19,7 @@ from expertlane.engine.commands import (
     MeasureOperations,
     MeasureRates,
     MeasureTransfers,
+    Prepare,
     RankOutcome,
     ReadTotals,
     Redeploy,
@@ -32,14 +34,12 @@ from expertlane.engine.deployed_stage import DeployedStage
 from expertlane.engine.measure.machine import describe_machine, measure_rates
 from expertlane.engine.measure.operations import measure_launches, measure_operations
 from expertlane.engine.measure.transfers import measure_contention, measure_transfers
+from expertlane.engine.preparing import drop_prepared, prepare
 from expertlane.engine.rank_checks import sum_weights
 from expertlane.engine.worker import Handlers, RankContext
 from expertlane.model.checkpoint import Checkpoint
 from expertlane.model.int8_cache import Int8Cache, write_int8_cache
-from expertlane.spec.deployment import (
-    DISPATCH_FORMS,
-    Options,
-)
+from expertlane.spec.deployment import DISPATCH_FORMS, Options
 from expertlane.spec.names import Stage
 
 
@@ -69,33 +69,37 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
 
 def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
     """Take part in a new epoch, with the stage that this rank has, or one that it builds."""
-    spec, options = command.spec, command.options
+    spec, options, members = command.spec, command.options, command.spec.members
     context.progress.enter(Stage.SETUP, NO_LAYER)
     _connect(context, spec, options)  # the only wait for other ranks
     before: DeployedStage | None = context.deployed
-    if context.rank >= spec.layout.world_size:
-        context.deployed = None
-        return HeldBytes(0, 0)
-    if before is not None and before.spec.layout == spec.layout:
-        deployed = before
-        deployed.rejoin(command.discard)
-    else:
-        left, context.deployed = None if before is None else before.leave(spec.layout), None
-        before = None  # what is of no use any more goes before more is read
-        deployed = context.deployed = DeployedStage(context, spec, left)
+    if before is not None and before.spec.members == members:
+        before.rejoin(command.discard)
+        context.progress.enter(Stage.IDLE, NO_LAYER)
+        return before.held
+    left, context.deployed = None, None
+    if before is not None:
+        left = before.leave(members, command.discard)
+        context.parked, before = left.weights, None
+    held = HeldBytes(0, 0)
+    if members.rank_of(context.rank) is not None:
+        # What is of no use any more goes before more is read.
+        deployed = context.deployed = DeployedStage(context, spec, context.parked)
         sizes = command.num_blocks, command.block_size
         deployed.start(options, num_blocks=sizes[0], block_size=sizes[1], left=left)
+        context.preparation = context.parked = None
         if command.dispatch_table is not None:
             deployed.set_dispatch(command.dispatch_table)
+        held = deployed.held
     context.progress.enter(Stage.IDLE, NO_LAYER)
-    return deployed.held
+    return held
 
 
 def _connect(context: RankContext, spec: StageSpec, options: Options) -> None:
     """Make the groups of a deployment; collective over all ranks."""
     forms = options.forms(spec.layout, spec.ranks_per_node)
     by_node = any(DISPATCH_FORMS[form].by_node for form in forms)
-    context.meshes.make(spec.layout, spec.ranks_per_node if by_node else 0)
+    context.meshes.make(spec.layout, spec.ranks_per_node if by_node else 0, spec.members)
 
 
 def cache_int8(context: RankContext, command: CacheInt8) -> bool:
@@ -123,6 +127,8 @@ HANDLERS: Handlers = {
     CacheInt8: cache_int8,
     Deploy: deploy,
     Redeploy: redeploy,
+    Prepare: prepare,
+    DropPrepared: drop_prepared,
     LeaveCores: lambda context, _: context.cores.leave(),
     SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
     RunStep: run_step,

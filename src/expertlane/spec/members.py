@@ -43,7 +43,9 @@ class Members:
 
     def dp_ranks_of(self, numbers: Collection[int]) -> set[DpRank]:
         """The data-parallel ranks that any of these processes has a part in."""
-        places = [self.layout.coordinates(r) for r, each in enumerate(self.numbers) if each in numbers]
+        places = [
+            self.layout.coordinates(r) for r, each in enumerate(self.numbers) if each in numbers
+        ]
         return {(at.replica, at.dp_rank) for at in places}
 
     def kept_caches(self, before: "Members") -> Mapping[DpRank, DpRank]:

@@ -43,6 +43,15 @@ class Track(StrEnum):
     DESCHEDULED = "descheduled"  # ready, but other ranks had the cores
 
 
+class Origin(StrEnum):
+    """Where a rank has its weights from, the best first."""
+
+    KEPT = "kept"  # held by the stage that it had before
+    AHEAD = "ahead"  # made while the layout before still ran
+    COPIED = "copied"  # sent by another rank
+    READ = "read"  # from a checkpoint, or drawn
+
+
 class Phase(StrEnum):
     """Which half of the work a step does."""
 
