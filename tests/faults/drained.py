@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-import os
-import signal
 import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import httpx
+import psutil
 
 from expertlane.engine.llm import LLM
 from expertlane.server.run import Running, bind, serve
@@ -21,6 +20,13 @@ from faults.served import Served
 _PATIENCE_S = 120.0
 _NAMES = ("temperature", "top_p", "top_k", "repetition_penalty", "frequency_penalty")
 _NUM_BEFORE = 2  # tokens of some request, before it is told to end
+
+
+def tell_all_to_end() -> None:
+    """Send SIGTERM to this process and all below it, as systemd and Slurm do."""
+    own = psutil.Process()
+    for process in [own, *own.children(recursive=True)]:
+        process.terminate()
 
 
 def _body(prompt: list[int], params: SamplingParams) -> dict[str, Any]:
@@ -58,7 +64,7 @@ class _Clients:
                 await asyncio.sleep(0.002)
             if running.service.num_open < len(clients):
                 self.wrong.append(f"{running.service.num_open} requests ran when it was to end")
-            os.kill(os.getpid(), signal.SIGTERM)
+            tell_all_to_end()
             while not running.service.is_draining:
                 await asyncio.sleep(0.001)
             happened.begin()
@@ -106,6 +112,7 @@ def serve_and_end(
             running.tell_to_drain()
 
     def on_start(running: Running) -> None:
+        llm.on_told_to_end(running.tell_to_drain)
         threads.append(threading.Thread(target=run, args=(running,)))
         threads[0].start()
 
