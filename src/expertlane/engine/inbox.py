@@ -41,6 +41,7 @@ class Inbox:
         tickets: what they have still to answer.
         epoch: of the ranks that are present.
         loss: of these ranks, until another epoch begins.
+        waits: for nodes that are lost; where it is told not to, their loss ends all ranks.
         log: takes a line when a rank that is not of the epoch is gone.
     """
 
@@ -49,6 +50,7 @@ class Inbox:
         self.presence, self.tickets = Presence(len(ranks.channels)), Tickets()
         self.epoch = 0
         self.loss: Loss | None = None
+        self.waits = True
         self.log: Callable[[str], None] = lambda line: None
         self._losses = Losses(ranks, self.presence, timeout_s, self._take_answer)
         self._replaced: frozenset[int] = frozenset()  # while an epoch begins
@@ -148,6 +150,8 @@ class Inbox:
             self._lose_node(error)
         except RankError as error:
             self.fail(error)
+        if not self.waits and self._ranks.awaited:
+            self.fail(RankError("told to end while a node was lost; all ranks were ended"))
         self._look_at_early()
 
     def _silent_s(self, ranks: Collection[int], since_s: float) -> float:

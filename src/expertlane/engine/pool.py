@@ -134,6 +134,10 @@ class RankPool:
                 self._ranks.close(failed=True)  # a signal came in between: not before all is clean
                 raise
 
+    def stop_waiting(self) -> None:
+        """From any thread: all ranks end where a node that is lost would be waited for."""
+        self._inbox.waits = False
+
     @property
     def most_ranks(self) -> int:
         """That `begin_epoch` may be asked for; those of several nodes stay as many as they are."""
