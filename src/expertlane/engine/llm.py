@@ -199,6 +199,8 @@ class LLM:
         return action() if self._recovery is None else self._recovery.start(action)
 
     def _redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
+        if any(self._pool.pid(rank) is None for rank in replaced):
+            describe_ranks(self._pool)  # a node that has come back may be another machine
         self._runner.redeploy(replaced, plans)
 
     def _make_engine(
