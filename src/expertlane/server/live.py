@@ -80,8 +80,8 @@ class LiveFeed:
         frame["events"] = list(self.state.events)[-_RECENT_EVENTS:]
         watch = self.state.service.model.watch
         if watch is not None:
-            if watch.layout != self._layout:
-                self._layout, self._shown = watch.layout, None
+            if (watch.layout, watch.numbers) != self._layout:
+                self._layout, self._shown = (watch.layout, watch.numbers), None
                 self.num_layouts += 1  # viewers begin again
             placements = watch.placements
             is_new = self._shown is not None and any(
