@@ -236,6 +236,7 @@ class Engine(Generic[HandleT]):
             change: as of `Recovery.scale`.
 
         Raises:
+            UserError: fewer ranks serve than should; nothing has changed.
             RankError: as `step`.
         """
         assert self.recovery is not None, "the layout of such an engine stays"
@@ -243,6 +244,7 @@ class Engine(Generic[HandleT]):
         while not self._loop.is_idle:
             self._ended = self.step(plans=False)
         self.recovery.settle()
+        self.recovery.check_whole()
         self.recovery.scale(layout, change, self._loop)
         if not self.scheduler.has_unfinished:
             self.recovery.settle()

@@ -28,8 +28,8 @@ from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.recovery import Recovery
 from expertlane.engine.scaling import Scaling
-from expertlane.engine.shrinking import Shrinking
 from expertlane.engine.shared_engine import SharedEngine
+from expertlane.engine.shrinking import Shrinking
 from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import RankError, UserError
 from expertlane.schedule.plan import StepPlan

@@ -29,7 +29,7 @@ class Reading:
     """Totals of all ranks at one time.
 
     Attributes:
-        layout: of the ranks.
+        members: the ranks.
         time_s: on the monotonic clock.
         num_steps: [world_size].
         spent_s, waited_s: [world_size, num_stages].
@@ -42,7 +42,7 @@ class Reading:
         copies_s: the same of the ranks that spent most on it.
     """
 
-    layout: Layout
+    members: Members
     time_s: float
     num_steps: npt.NDArray[np.int64]
     spent_s: npt.NDArray[np.float64]
@@ -61,7 +61,7 @@ class RankWatch:
 
     Attributes:
         layers: the hidden layers that have experts.
-        numbers: [world_size]; the process of each rank.
+        members: the processes of the layout.
         stage_of_layer: [num_moe_layers]; the pipeline stage of each of them.
         readings: of the last two minutes, the latest last; never empty. Other threads may copy it.
     """
@@ -75,13 +75,12 @@ class RankWatch:
         rebalancer: Rebalancer | None = None,
         copy_switch: CopySwitch | None = None,
     ) -> None:
-        self.layout, self.num_experts = members.layout, model.num_experts
+        self.members, self.num_experts = members, model.num_experts
         self.layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
         self._num_layers = model.num_hidden_layers
         self.stage_of_layer = self._stage_of_layer()
         self.rebalancer, self.copy_switch = rebalancer, copy_switch
         self._pool, self._placements = pool, placements
-        self.numbers = members.numbers
         self._ticket: Ticket[RankTotals] | None = None
         self._before: dict[int, RankTotals] = {}  # by rank, of processes that were replaced
         self._copies_before = 0, 0.0  # in other layouts: pairs saved, and seconds
@@ -89,6 +88,16 @@ class RankWatch:
         self._latest = pool.call(ReadTotals(), ranks=self.numbers)
         first = self._reading(self._latest)
         self.readings: deque[Reading] = deque([first], maxlen=int(_KEPT_S / READ_S))
+
+    @property
+    def layout(self) -> Layout:
+        """Of now."""
+        return self.members.layout
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """[world_size]; the process of each rank."""
+        return self.members.numbers
 
     def poll(self) -> None:
         """Take in what ranks have answered, and ask again where it is time; never waits.
@@ -134,9 +143,8 @@ class RankWatch:
         for number, totals in zip(self.numbers, self._latest, strict=True):
             self._before[number] = replace(totals, num_pairs_saved=0, copies_ns=0)
         none = self._latest[0].nothing()
-        self.layout, self._placements = members.layout, placements
+        self.members, self._placements = members, placements
         self.stage_of_layer = self._stage_of_layer()
-        self.numbers = members.numbers
         self._latest = [self._before.get(number, none) for number in self.numbers]
         self.readings = deque([self._reading(self._latest)], maxlen=self.readings.maxlen)
 
@@ -165,8 +173,8 @@ class RankWatch:
         Of several replicas, the worst. Layers that had no tokens are left out.
         """
         latest, old = self.readings[-1], self.since(seconds)
-        layout = latest.layout
-        if old.layout != layout:  # it has just become another
+        layout = latest.members.layout
+        if old.members != latest.members:  # they have just become others
             return {}
         found = {}
         for layer, of_rank in zip(self.layers, latest.rank_tokens - old.rank_tokens, strict=True):
@@ -193,7 +201,7 @@ class RankWatch:
             tokens[:, each.experts] += each.num_tokens[self.layers]
         both = [*totals, *gone]
         return Reading(
-            layout=self.layout,
+            members=self.members,
             time_s=time.monotonic(),
             num_steps=np.array([each.num_steps for each in totals]),
             spent_s=np.array([each.spent_ns for each in totals]).reshape(-1, len(Stage)) / 1e9,

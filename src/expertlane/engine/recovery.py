@@ -198,6 +198,24 @@ class Recovery:
         self._until_done(partial(self._change_now, loop), None)
         self._is_under_way = False
 
+    def check_whole(self) -> None:
+        """Check that none is missing.
+
+        Raises:
+            UserError: fewer serve.
+        """
+        if self.members != self.whole:
+            raise UserError(
+                f"{self.shares}: the layout can change when the ranks that are lost are back; "
+                "try again later"
+            )
+
+    @property
+    def shares(self) -> str:
+        """How much of the whole serves, for people."""
+        now, whole = len(self.members.dp_ranks), len(self.whole.dp_ranks)
+        return f"{now} of {whole} data-parallel ranks serve"
+
     def grow(self, loop: DriveLoop[Any]) -> None:
         """Let all members serve again, if fewer do and the others are ready.
 

@@ -89,6 +89,7 @@ class Scaling:
                 "the layout can change only with --on-failure replace or shrink "
                 "(on_failure='replace')"
             )
+        self._engine.recovery.check_whole()
         if self.machine[0].on_gpu:
             raise UserError("the layout can change only on CPUs, not on GPUs")
         num_ranks, now = layout.world_size, self._pool.num_ranks

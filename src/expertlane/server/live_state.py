@@ -15,7 +15,7 @@ import numpy.typing as npt
 from expertlane.balance.placement_file import Placements
 from expertlane.comm.progress import NO_LAYER
 from expertlane.engine.rank_watch import Reading
-from expertlane.engine.recovery_record import State
+from expertlane.engine.recovery_record import OVER, Kind
 from expertlane.server.own_metrics import IMBALANCE_S, WAITING
 from expertlane.spec.names import Stage
 from expertlane.version import __version__
@@ -46,7 +46,9 @@ class Event:
 
     number: int
     at: float
-    kind: Literal["rebalance", "recovery", "scaling", "preemption", "error", "drain", "end"]
+    kind: Literal[
+        "rebalance", "recovery", "scaling", "growth", "preemption", "error", "drain", "end"
+    ]
     text: str
 
 
@@ -129,9 +131,9 @@ class LiveState:
         if recovery is None:
             return
         over = [each for each in list(recovery.records) if each.is_over]
-        number = recovery.num_recoveries + recovery.num_scalings
+        number = recovery.num_recoveries + recovery.num_scalings + recovery.num_growths
         for record in over[len(over) - self._more("recoveries", number) :]:
-            self.add("recovery" if record.layouts is None else "scaling", record.line)
+            self.add(record.kind.value, record.line)
 
     def start(self) -> dict[str, Any]:
         """What a page has to know before the first frame."""
@@ -206,6 +208,7 @@ class LiveState:
             "num_preemptions": scheduler.num_preemptions,
             "num_recovered": scheduler.num_recovered,
             "num_recoveries": 0 if recovery is None else recovery.num_recoveries,
+            "dp_ranks": self._dp_ranks(),
             "num_queried": sum(table.num_queried for table in tables),
             "num_cached": scheduler.num_cached_tokens,
             "ttft": _percentiles(metrics.recent_ttft),
@@ -283,17 +286,35 @@ class LiveState:
             return "ended"
         if self._is_recovering:
             return "scaling" if self._is_scaling else "recovering"
-        return "draining" if self.service.is_draining else "running"
+        if self.service.is_draining:
+            return "draining"
+        return "running" if self._shrunk is None else "shrunk"
 
     @property
     def _is_recovering(self) -> bool:
         recovery = self.service.model.engine.recovery
-        return recovery is not None and recovery.state not in (State.SERVING, State.STOPPED)
+        return recovery is not None and recovery.state not in OVER
 
     @property
     def _is_scaling(self) -> bool:
         recovery = self.service.model.engine.recovery
-        return recovery is not None and recovery.records[-1].layouts is not None
+        return recovery is not None and recovery.records[-1].kind is Kind.SCALING
+
+    @property
+    def _shrunk(self) -> str | None:
+        """How much serves since when, where lost ranks are missing."""
+        recovery = self.service.model.engine.recovery
+        if recovery is None or (since := recovery.shrunk_at) is None:
+            return None
+        return f"{recovery.shares} since {time.strftime('%H:%M:%S', time.localtime(since))}"
+
+    def _dp_ranks(self) -> dict[str, Any] | None:
+        """Of all data-parallel ranks, those that serve; None where lost ranks are not replaced."""
+        recovery = self.service.model.engine.recovery
+        if recovery is None:
+            return None
+        serving, number = len(recovery.members.dp_ranks), len(recovery.whole.dp_ranks)
+        return {"serving": serving, "all": number, "shrunk_at": recovery.shrunk_at}
 
     def alerts(self) -> Iterator[Alert]:
         """What somebody should look at, the worst first."""
@@ -312,6 +333,12 @@ class LiveState:
                 "Nothing: requests go on by themselves. The server's log says what happened.",
             )
         else:
+            if (shrunk := self._shrunk) is not None:
+                yield Alert(
+                    "amber",
+                    f"{shrunk}: ranks that were lost are started and load their weights.",
+                    "Nothing: they serve again once they have loaded.",
+                )
             yield from self._of_ranks()
         scheduler, most = service.model.engine.scheduler, service.options.max_num_queued
         if service.num_queued >= _NEARLY_FULL * most:
@@ -348,7 +375,7 @@ class LiveState:
         if watch is None:
             return
         now_s = time.monotonic()
-        for rank, position in enumerate(watch.positions):
+        for rank, position in zip(watch.numbers, watch.positions, strict=True):
             silent_s = now_s - position.time_s
             if position.stage not in (Stage.IDLE, Stage.SETUP) and silent_s > _SILENT_S:
                 yield Alert(
