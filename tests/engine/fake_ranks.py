@@ -108,9 +108,9 @@ class FakePool:
             self.stages[rank], self._is_ready[rank] = None, False
         if not replaces:
             self.has_shrunk = True
-            self.absent |= lost
+            self.absent |= frozenset(lost)
         else:
-            self.absent = self.absent - lost
+            self.absent -= frozenset(lost)
         if joining is None:
             self.absent, self.ahead = self.absent - self.ahead, frozenset()
         self._lost.clear()

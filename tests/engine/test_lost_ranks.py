@@ -76,7 +76,7 @@ class DrawnShrinker:
 
     def __init__(self, pool, runner, rng):
         self._pool, self._runner, self._rng = pool, runner, rng
-        self._placements = None
+        self._whole, self._placements = runner.members, None
 
     def smaller(self, members, lost):
         return members.without(lost)
@@ -85,7 +85,7 @@ class DrawnShrinker:
         runner = self._runner
         runner.abandon(plans)
         before = runner.placements
-        if members == Members(members.layout):
+        if members == self._whole:
             placements, self._placements = self._placements, None
         else:
             self._placements = self._placements or before

@@ -33,8 +33,13 @@ class EpochPool(Protocol):
     """What a recovery needs of the ranks' pool; `engine.pool.RankPool` has it."""
 
     @property
-    def absent(self) -> frozenset[int]:
-        """Numbers of ranks that have no process."""
+    def present(self) -> frozenset[int]:
+        """Ranks of this epoch."""
+        ...
+
+    @property
+    def ahead(self) -> frozenset[int]:
+        """Ranks that are up, for a later epoch."""
         ...
 
     def begin_epoch(
@@ -254,7 +259,7 @@ class Recovery:
         self._num_fruitless += 1
         self._target = self._choose()
         if self._target == self.whole:
-            lost = self._to_fence | self._pool.absent
+            lost = self._to_fence | (self._missing - self._pool.ahead)
             self._pool.begin_epoch(lost, lambda: self._enter(State.REPLACING), self._num_ranks)
         else:
             lost = self._to_fence
@@ -269,7 +274,7 @@ class Recovery:
         record = self.records[-1]
         if self.shrinker is None or self._must_replace or record.kind is Kind.SCALING:
             return self.whole
-        lost = self._to_fence | self._to_redeploy | self._pool.absent
+        lost = self._to_fence | self._to_redeploy | self._missing
         if lost.isdisjoint(self.whole.numbers):
             return self.whole
         try:
@@ -288,6 +293,10 @@ class Recovery:
         if self._repeated.most > _MOST_FRUITLESS:
             return "brought a request no further"
         return None
+
+    @property
+    def _missing(self) -> frozenset[int]:
+        return frozenset(self.whole.numbers) - self._pool.present
 
     def _bring_back(self, loop: DriveLoop[Any]) -> None:
         """Let ranks load, and begin all steps anew that are not committed."""
