@@ -30,7 +30,7 @@ from rich.table import Table
 
 from expertlane import __version__
 from expertlane.engine.llm import LLM
-from expertlane.engine.recovery import State
+from expertlane.engine.recovery_record import State
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
 

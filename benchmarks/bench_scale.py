@@ -24,7 +24,7 @@ from rich.table import Table
 
 from expertlane import __version__
 from expertlane.engine.llm import LLM
-from expertlane.engine.recovery import RecoveryRecord
+from expertlane.engine.recovery_record import RecoveryRecord
 from expertlane.schedule.request import Chunk
 
 BIN_S = 0.5

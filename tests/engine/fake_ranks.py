@@ -34,9 +34,11 @@ class FakePool:
         stages: by rank; None where a process has just started.
         placement_of_step: by replica and step, the placements that it ran with last.
         num_losses, num_replaced: events, and ranks.
+        is_patient: whether one more loss would not be one too many.
     """
 
     is_closed = False
+    is_patient = staticmethod(lambda: True)
 
     def __init__(self, layout, limits, rng, loss_rate, *, most_losses=2):
         self.num_ranks = layout.world_size
@@ -108,7 +110,7 @@ class FakePool:
     # What happens on ranks.
 
     def _may_lose(self):
-        is_bounded = self._num_in_a_row < self._most_losses
+        is_bounded = self._num_in_a_row < self._most_losses and self.is_patient()
         return is_bounded and self._rng.random() < self._loss_rate
 
     def _lose(self, ranks):

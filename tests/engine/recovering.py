@@ -10,7 +10,7 @@ from distributed.running import Inline
 from expertlane import LLM, SamplingParams
 from expertlane.engine.commands import Command
 from expertlane.engine.pool import RankPool
-from expertlane.engine.recovery import RecoveryRecord, State
+from expertlane.engine.recovery_record import RecoveryRecord, State
 
 PROMPTS = [[number + 1, 7, 3 * number + 2, *range(number)] for number in range(6)]
 PARAMS = [

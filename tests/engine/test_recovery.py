@@ -11,7 +11,7 @@ from expertlane import LLM
 from expertlane.balance.moves import WHOLE
 from expertlane.engine.commands import Deploy, FinishMoves, Redeploy, RunStep, StartMoves
 from expertlane.engine.move_pace import MovePace
-from expertlane.engine.recovery import State
+from expertlane.engine.recovery_record import State
 from expertlane.errors import RankError, UserError
 from expertlane.spec.deployment import Options
 

@@ -6,20 +6,35 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from expertlane.engine.recovery import NEXT, Recovery, State
+from expertlane.engine.recovery import Recovery
+from expertlane.engine.recovery_record import NEXT, State
 from expertlane.errors import RankError, RanksLostError, UserError
+from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.layout import Layout
+from expertlane.spec.names import Phase
 
 LAYOUT = Layout.parse("replicas=2,pp=2,dp=2,tp=2,ep=4")
 LAYOUTS = [LAYOUT, *map(Layout.parse, ("tp=1", "dp=2,ep=2", "replicas=3,dp=8,ep=8"))]
 RANKS = st.frozensets(st.integers(0, LAYOUT.world_size), max_size=3)  # one rank more than it needs
+REPLICAS = st.sets(st.integers(0, 2), min_size=1)
 # Where a recovery may be disturbed: before and after ranks are killed, and so on.
 PLACES = ("fence", "replace", "redeploy", "half redeployed", "submit")
+
+
+def plan_of(replica):
+    """A step of one request, which has the replica's number."""
+    one, nothing = np.array([replica]), np.empty((1, 0), np.int32)
+    batch = Batch(one, one * 0 + 1, one * 0, one * 0, nothing, np.array([True]))
+    return StepPlan(replica, replica, Phase.DECODE, micro_batches=((batch,),))
+
+
+PLANS = [plan_of(replica) for replica in range(3)]
 
 
 class Disturbed:
@@ -34,8 +49,6 @@ class Disturbed:
         is_running: whether the uncommitted steps are with the ranks.
     """
 
-    uncommitted = ("a plan",)
-
     def __init__(self):
         self.to_come = deque()
         self.lost, self.caches, self.not_loaded = set(), set(), set()
@@ -44,6 +57,11 @@ class Disturbed:
         self.epoch, self.joined = 0, [0] * (LAYOUT.world_size + 1)
         self.is_running, self.is_closed = True, False
         self.num_epochs_since_commit = 0
+
+    @property
+    def uncommitted(self):
+        """A step of each replica."""
+        return PLANS[: self.layout.replicas]
 
     def lose(self, ranks):
         self.lost |= {rank for rank in ranks if rank < len(self.joined)}
@@ -117,8 +135,11 @@ class Loop:
 
     def __init__(self, disturbed):
         self._disturbed = disturbed
-        self.uncommitted = disturbed.uncommitted
         self.lose, self.submit_again = disturbed.lose_caches, disturbed.submit_again
+
+    @property
+    def uncommitted(self):
+        return self._disturbed.uncommitted
 
 
 class Machine(RuleBasedStateMachine):
@@ -128,7 +149,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.ranks, self.lines = Disturbed(), []
         self.recovery = Recovery(self.ranks, LAYOUT, self.ranks.redeploy, self.lines.append)
-        self.num_lost = 0  # events
+        self.num_in_vain = [0] * len(PLANS)  # losses of each replica since it has committed
         self.states = [self.recovery.state]
         self.starts()
 
@@ -141,11 +162,13 @@ class Machine(RuleBasedStateMachine):
         return self.recovery.state is State.STOPPED
 
     @precondition(lambda self: not self.is_stopped)
-    @rule()
-    def commit(self):
-        """A step is committed."""
+    @rule(replicas=REPLICAS)
+    def commit(self, replicas):
+        """Steps of some replicas are committed."""
         assert self.ranks.is_running
-        self.recovery.settle()
+        for replica in replicas:
+            self.recovery.settle(PLANS[replica])
+            self.num_in_vain[replica] = 0
         self.ranks.num_epochs_since_commit = 0
         assert self.recovery.state is State.SERVING
 
@@ -160,6 +183,11 @@ class Machine(RuleBasedStateMachine):
     def lose(self, ranks, more, ends, where, is_interrupted):
         """Ranks are lost, more while they are replaced, and it may end there."""
         self.ranks.lose(ranks)
+        layout = self.ranks.layout
+        replicas = range(layout.replicas)
+        struck = [r for r in replicas if not ranks.isdisjoint(layout.ranks_of_replica(r))]
+        for replica in struck or replicas:
+            self.num_in_vain[replica] += 1
         error = RanksLostError(f"first: {sorted(ranks)}", ranks)
         self.disturb(partial(self.recovery.recover, error), more, ends, where, is_interrupted)
 
@@ -187,7 +215,7 @@ class Machine(RuleBasedStateMachine):
         self.disturb(scale, more, ends, where, is_interrupted)
         if not self.is_stopped:
             assert len(self.ranks.joined) == layout.world_size
-            self.commit()
+            self.commit({0, 1, 2})
             assert self.recovery.num_scalings == num_scalings + 1
             assert f" to {layout} in " in self.lines[-1]
 
@@ -216,10 +244,13 @@ class Machine(RuleBasedStateMachine):
         if ended is not None:
             assert self.is_stopped
             if ended is not ends:
-                assert disturbed.num_epochs_since_commit == 3
+                is_fruitless = disturbed.num_epochs_since_commit == 3
+                assert is_fruitless or max(self.num_in_vain) > 3
+                assert ("finished step" if is_fruitless else "no further") in str(ended)
                 assert disturbed.is_closed
                 assert "all ranks were ended" in str(ended)
             return
+        assert max(self.num_in_vain) <= 3
         assert self.recovery.state is State.REPLAYING
         assert not self.recovery.is_interrupted
         assert disturbed.is_running
@@ -257,6 +288,23 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(
     derandomize=True, deadline=None, max_examples=100, stateful_step_count=20
 )
+
+
+def test_one_replica_is_struck_again_and_again():
+    """Steps of the other are committed for ever; that of the one never is."""
+    ranks, lines = Disturbed(), []
+    recovery = Recovery(ranks, LAYOUT, ranks.redeploy, lines.append)
+    recovery.settle()
+    for _ in range(3):
+        recovery.recover(RanksLostError("rank 9 is dead", {9}), Loop(ranks))
+        recovery.settle(PLANS[0])
+    recovery.recover(RanksLostError("rank 1 is dead", {1}), Loop(ranks))  # of the other
+    recovery.settle(PLANS[0])
+    line = "rank 12 is dead; 3 recoveries in a row brought a request no further"
+    with pytest.raises(RankError, match=line):
+        recovery.recover(RanksLostError("rank 12 is dead", {12}), Loop(ranks))
+    assert ranks.is_closed
+    assert lines[-1].startswith("given up after")
 
 
 def test_losses_at_the_start():

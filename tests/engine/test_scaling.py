@@ -12,7 +12,7 @@ from engine.recovering import PARAMS, PROMPTS, facts, harmed, move_experts, pids
 from expertlane import LLM, SamplingParams
 from expertlane.engine.commands import LeaveCores, Redeploy
 from expertlane.engine.pool import RankPool
-from expertlane.engine.recovery import State
+from expertlane.engine.recovery_record import State
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
 

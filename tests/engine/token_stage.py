@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from expertlane.engine.stage import DeployedStage
+from expertlane.engine.deployed_stage import DeployedStage
 from expertlane.model.sampler import Sampler
 from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.transformer import HeadResult

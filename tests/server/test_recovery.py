@@ -11,8 +11,8 @@ from engine.processes import wait_until
 from engine.recovering import PARAMS, PROMPTS, harmed, pids
 from expertlane import LLM
 from expertlane.engine.commands import RunStep
-from expertlane.engine.recovery import State
-from expertlane.server.service import ServedModel, ServerOptions
+from expertlane.engine.recovery_record import State
+from expertlane.server.setup import ServedModel, ServerOptions
 from server.running import PATIENCE_S, ServerInThread
 from server.test_live import feed
 from server.test_metrics import scrape

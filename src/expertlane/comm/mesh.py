@@ -1,5 +1,7 @@
 """The groups of ranks that a layout communicates in.
 
+A group is of ranks of the layout; its link is of their processes (`spec.members`).
+
 Attention sees a world of (replica, pp, dp, tp), experts see (replica·pp, ep, etp) over the same
 ranks. Many groups of these views have the same ranks (at `ep = dp·tp` the expert-parallel group is
 the whole stage), and layouts share them too, so groups are made once for every set of ranks: with
@@ -16,6 +18,7 @@ from expertlane.comm.collectives import Group
 from expertlane.comm.recorder import Recorder
 from expertlane.comm.transport import Link, Transport
 from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
 
 AXES = ("tp", "pp", "ep", "etp", "stage")
 NODE_AXES = ("ep_inter", "ep_intra")
@@ -72,16 +75,19 @@ class Meshes:
         self._transport = None
         self._made.clear()
 
-    def make(self, layout: Layout, ranks_per_node: int = 0) -> None:
-        """Make what `layout` needs and is not there yet. Collective over *all* ranks.
+    def make(self, layout: Layout, ranks_per_node: int = 0, members: Members | None = None) -> None:
+        """Make what `layout` needs and is not there yet. Collective over *all* processes.
 
         Args:
             ranks_per_node: where axes of nodes are wanted too.
+            members: of the layout; each rank is the process of its number if not given.
         """
+        numbers = (members or Members(layout)).numbers
         for ranks in self._groups(layout, ranks_per_node):
-            if ranks not in self._made and self._transport is not None:
-                self._transport.make(ranks)
-                self._made.add(ranks)
+            of_group = tuple(numbers[rank] for rank in ranks)
+            if of_group not in self._made and self._transport is not None:
+                self._transport.make(of_group)
+                self._made.add(of_group)
 
     def _groups(self, layout: Layout, ranks_per_node: int) -> Iterator[tuple[int, ...]]:
         for axis in (*AXES, *NODE_AXES) if ranks_per_node else AXES:
@@ -89,14 +95,19 @@ class Meshes:
                 if len(ranks) > 1:
                     yield tuple(ranks)
 
-    def link(self, ranks: tuple[int, ...]) -> Link:
-        """Of the group of exactly these ranks, of which the caller is one."""
+    def link(self, numbers: tuple[int, ...]) -> Link:
+        """Of the group of exactly these processes, of which the caller is one."""
         assert self._transport is not None, "there are other ranks"
-        return self._transport.link(ranks)
+        return self._transport.link(numbers)
 
 
 class ParallelMesh:
     """One rank's place in a layout and the groups it talks to.
+
+    Args:
+        if self._meshes is None or len(ranks) == 1:
+            return None
+        return self._meshes.link(tuple(self._numbers[rank] for rank in ranks))
 
     Attributes:
         at: the rank's coordinates.
@@ -109,15 +120,17 @@ class ParallelMesh:
     def __init__(
         self,
         layout: Layout,
-        meshes: Meshes,
+        meshes: Meshes | None,
         rank: int,
         ranks_per_node: int,
         recorder: Recorder,
+        members: Members | None = None,
     ) -> None:
         self.layout = layout
         self.at = layout.coordinates(rank)
         self._meshes = meshes
         self._rank = rank
+        self._numbers = (members or Members(layout)).numbers
         self._ranks_per_node = ranks_per_node
         self.recorder = recorder
         self.tp, self.pp, self.ep, self.etp, self.stage = map(self._group, AXES)
@@ -135,7 +148,9 @@ class ParallelMesh:
         return kind(self._link(ranks), ranks, self._rank, self._ranks_per_node, self.recorder)
 
     def _link(self, ranks: Sequence[int]) -> Link | None:
-        return self._meshes.link(tuple(ranks)) if len(ranks) > 1 else None
+        if self._meshes is None or len(ranks) == 1:
+            return None
+        return self._meshes.link(tuple(self._numbers[rank] for rank in ranks))
 
     @cached_property
     def ep_inter(self) -> Group:

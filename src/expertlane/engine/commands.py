@@ -19,8 +19,9 @@ from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
 from expertlane.spec.deployment import DispatchTable, Options, WeightsType
 from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import CheckLevel
+from expertlane.spec.names import CheckLevel, Origin
 from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -54,6 +55,7 @@ class StageSpec:
 
     Attributes:
         placements: [num_hidden_layers]; where experts are at first.
+        numbers: [world_size]; the process of each rank of the layout, each its own if empty.
         checkpoint: the folder the weights are in; None for seeded ones.
         weights, cache_int8: as in `Options`.
         check: how much it looks for silent errors.
@@ -68,6 +70,12 @@ class StageSpec:
     weights: WeightsType = "model"
     cache_int8: bool = False
     check: CheckLevel = "off"
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def members(self) -> Members:
+        """The processes of the layout."""
+        return Members(self.layout, self.numbers)
 
 
 @dataclass(eq=False)
@@ -97,12 +105,29 @@ class HeldBytes:
     """What a rank has allocated for a deployment.
 
     Attributes:
-        kept_bytes: of the weights, those that it had in the layout before.
+        bytes_from: of the weights, those that are from each source.
+        seconds_from: that it took to get them, where it took any.
     """
 
     weight_bytes: int
     kv_bytes: int
-    kept_bytes: int = 0
+    bytes_from: dict[Origin, int] = field(default_factory=dict)
+    seconds_from: dict[Origin, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """How far a rank has got with the weights of a part that it is to have.
+
+    Attributes:
+        share: of the layers, and the ends of the model; 1 when all is there that there is room for.
+        num_bytes: made so far, and held beside what it has.
+        seconds: that this call took.
+    """
+
+    share: float
+    num_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -184,13 +209,13 @@ class Redeploy(Command[HeldBytes]):
     """Go on in a new epoch: build what a rank lacks, connect to all others, undo some steps.
 
     A rank that has its stage keeps weights and cache; moves of experts under way come to nothing.
-    In another layout it keeps what it has of its new stage, the cache if `Layout.keeps_cache`.
-    Collective over all ranks.
+    In another layout it keeps what it has of its new stage, the cache if `Members.kept_caches`.
+    A rank that has no part in it keeps its weights. Collective over all ranks.
 
     Attributes:
         spec: with the placements that are committed.
         num_blocks, block_size: as in `Deploy`.
-        discard: steps of the rank's replica that are not committed; all others are.
+        discard: steps that are not committed, of all replicas; all others are.
         dispatch_table: None where options say all.
     """
 
@@ -200,6 +225,32 @@ class Redeploy(Command[HeldBytes]):
     block_size: int
     discard: tuple[int, ...]
     dispatch_table: DispatchTable | None = None
+
+
+class Prepare(Command[Prepared]):
+    """Make the weights that a place of another layout needs and the rank does not have.
+
+    They are held for the `Redeploy` to come. A rank that runs steps meanwhile is given `most_s`; it
+    goes on where it was when it is asked again. One that does not leaves other processes the cores.
+
+    Attributes:
+        place: layout rank.
+        most_s: seconds after which nothing more is begun; None for all at once.
+        most_bytes: what there is room for.
+    """
+
+    needs_epoch: ClassVar[bool] = False
+
+    spec: StageSpec
+    place: int
+    most_s: float | None = None
+    most_bytes: int | None = None
+
+
+class DropPrepared(Command[None]):
+    """Forget what `Prepare` has made."""
+
+    needs_epoch: ClassVar[bool] = False
 
 
 class SetDispatch(Command[None]):

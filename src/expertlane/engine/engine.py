@@ -267,7 +267,7 @@ class Engine(Generic[HandleT]):
         finished = self.with_ranks(self._loop.commit_next)
         chunks, self._ended = self._ended, []
         if self.recovery is not None and (finished or not self.scheduler.has_unfinished):
-            self.recovery.settle()
+            self.recovery.settle(finished and finished.plan)
         if finished is None:
             if self._masks:  # all that is left waits for them
                 self._take_masks(None)

@@ -8,13 +8,12 @@ so that each request gets the tokens that it would have had.
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
+from expertlane.engine.recovery_record import NEXT, Moment, RecoveryRecord, State
+from expertlane.engine.repeated_losses import RepeatedLosses
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import StepPlan
@@ -22,32 +21,8 @@ from expertlane.spec.layout import Layout
 
 ResultT = TypeVar("ResultT")
 
-_MOST_FRUITLESS = 3  # epochs in a row without a committed step
+_MOST_FRUITLESS = 3  # epochs in a row without a committed step; losses that keep a request back
 _MOST_RECORDS = 1000
-
-
-class State(StrEnum):
-    """Where a recovery stands."""
-
-    SERVING = "serving"  # no rank is missing
-    FENCING = "fencing"  # lost ranks are killed, and a new epoch begins
-    REPLACING = "replacing"  # new processes start in their places
-    LOADING = "loading"  # these load weights; all ranks connect to each other
-    SCALING = "scaling"  # another layout: ranks end, or more start; a new epoch begins
-    REPLAYING = "replaying"  # steps run again; over with the first one that is committed
-    STOPPED = "stopped"  # all ranks were ended
-
-
-# From each state, those that may follow. The machine begins with LOADING.
-NEXT: Mapping[State, frozenset[State]] = {
-    State.SERVING: frozenset({State.FENCING, State.SCALING, State.STOPPED}),
-    State.SCALING: frozenset({State.FENCING, State.LOADING, State.STOPPED}),
-    State.FENCING: frozenset({State.FENCING, State.REPLACING, State.STOPPED}),
-    State.REPLACING: frozenset({State.FENCING, State.LOADING, State.STOPPED}),
-    State.LOADING: frozenset({State.FENCING, State.REPLAYING, State.SERVING, State.STOPPED}),
-    State.REPLAYING: frozenset({State.FENCING, State.SERVING, State.STOPPED}),
-    State.STOPPED: frozenset(),
-}
 
 
 class EpochPool(Protocol):
@@ -70,88 +45,6 @@ class EpochPool(Protocol):
     def close(self, *, failed: bool) -> None:
         """End all ranks."""
         ...
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A state that begins.
-
-    Attributes:
-        time_s: on the monotonic clock.
-        ranks: the loss that led to it; empty but for FENCING, and there if transfers broke without
-            a rank that was the cause.
-        cause: a line; empty likewise.
-    """
-
-    state: State
-    time_s: float
-    ranks: frozenset[int] = frozenset()
-    cause: str = ""
-
-
-@dataclass(eq=False)
-class RecoveryRecord:
-    """One recovery, from a loss until a step is committed again; further losses are part of it.
-
-    Or one change of the layout, from its begin until then, losses in it included.
-
-    Attributes:
-        at: when it began, seconds since 1970.
-        layouts: before and after; None of a recovery.
-        moments: its states, in order; the last one, SERVING or STOPPED, ends it.
-        num_requests: whose keys and values were lost.
-    """
-
-    at: float
-    layouts: tuple[Layout, Layout] | None = None
-    moments: list[Moment] = field(default_factory=list)
-    num_requests: int = 0
-
-    @property
-    def ranks(self) -> list[int]:
-        """All that were lost, sorted."""
-        return sorted(frozenset().union(*(moment.ranks for moment in self.moments)))
-
-    @property
-    def causes(self) -> list[str]:
-        """A line for each loss."""
-        return [moment.cause for moment in self.moments if moment.cause]
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the ranks serve again, or were ended."""
-        return bool(self.moments) and self.moments[-1].state in (State.SERVING, State.STOPPED)
-
-    @property
-    def total_s(self) -> float:
-        """From its begin to its last moment."""
-        return self.moments[-1].time_s - self.moments[0].time_s
-
-    def seconds(self) -> dict[State, float]:
-        """By state, in the order of their first moments."""
-        found: dict[State, float] = {}
-        for moment, then in pairwise(self.moments):
-            found[moment.state] = found.get(moment.state, 0.0) + then.time_s - moment.time_s
-        return found
-
-    @property
-    def outcome(self) -> str:
-        """What came of it and how long it took, for people."""
-        shares = ", ".join(f"{state} {seconds:.2f}" for state, seconds in self.seconds().items())
-        how = "recovered in"
-        if self.layouts is not None:
-            how = "layout changed from {} to {} in".format(*self.layouts)
-        if self.moments[-1].state is State.STOPPED:
-            how = "given up after"
-        num = self.num_requests
-        return (
-            f"{how} {self.total_s:.2f} s ({shares}); {num} request{'s' * (num != 1)} computed again"
-        )
-
-    @property
-    def line(self) -> str:
-        """All of it, for people."""
-        return "; ".join([self.outcome, *self.causes])
 
 
 class Recovery:
@@ -183,6 +76,7 @@ class Recovery:
         self._num_ranks: int | None = None  # of the pool, once it was scaled
         self._pool, self._layout, self._redeploy, self._log = pool, layout, redeploy, log
         self._num_fruitless = 0
+        self._repeated = RepeatedLosses()
         self._is_under_way = False
         self._to_fence: frozenset[int] = frozenset()
         self._to_redeploy: frozenset[int] = frozenset()  # replaced since they all loaded
@@ -207,6 +101,9 @@ class Recovery:
             RankError: there were too many losses, or ranks could not be replaced; all were ended.
             UserError: a rank found a mistake, such as a checkpoint that is no longer there.
         """
+        if not self._is_under_way:
+            found = {replica for replica, _ in self._caches(error.ranks)}
+            self._repeated.add(loop.uncommitted, found or range(self._layout.replicas))
         self._is_under_way = True
         self._until_done(partial(self._bring_back, loop), error)
         self._is_under_way = False
@@ -251,11 +148,10 @@ class Recovery:
     def _replace(self, error: RanksLostError) -> None:
         self._to_fence |= error.ranks
         self._enter(State.FENCING, error)
-        if self._num_fruitless == _MOST_FRUITLESS:
+        if (why := self._why_given_up) is not None:
             self._pool.close(failed=True)
             raise RankError(
-                f"{error}; {_MOST_FRUITLESS} recoveries in a row led to no finished step, so all "
-                "ranks were ended"
+                f"{error}; {_MOST_FRUITLESS} recoveries in a row {why}, so all ranks were ended"
             ) from None
         self._num_fruitless += 1
         self._pool.begin_epoch(
@@ -263,6 +159,14 @@ class Recovery:
         )
         self._to_redeploy, self._to_fence = self._to_redeploy | self._to_fence, frozenset()
         self._enter(State.LOADING)
+
+    @property
+    def _why_given_up(self) -> str | None:
+        if self._num_fruitless == _MOST_FRUITLESS:
+            return "led to no finished step"
+        if self._repeated.most > _MOST_FRUITLESS:
+            return "brought a request no further"
+        return None
 
     def _bring_back(self, loop: DriveLoop[Any]) -> None:
         """Let ranks load, and begin all steps anew that are not committed."""
@@ -273,8 +177,16 @@ class Recovery:
         self._enter(State.REPLAYING)
         loop.submit_again()
 
-    def settle(self) -> None:
-        """All is as before: a step was committed, nothing was to be done, or all have started."""
+    def settle(self, plan: StepPlan | None = None) -> None:
+        """All is as before: a step was committed, nothing was to be done, or all have started.
+
+        Args:
+            plan: of the step; None in the other cases.
+        """
+        if plan is None:
+            self._repeated.clear()
+        else:
+            self._repeated.committed(plan)
         if self.state in (State.LOADING, State.REPLAYING):
             self._num_fruitless = 0
             self._to_redeploy = frozenset()

@@ -13,14 +13,16 @@ from expertlane.engine.launch import check_deployment, describe_ranks, with_bloc
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_environment import check_num_ranks
-from expertlane.engine.recovery import RecoveryRecord
+from expertlane.engine.recovery_record import RecoveryRecord
 from expertlane.engine.run_files import MOST_UNCOMPILED
 from expertlane.errors import CapacityError, UserError
 from expertlane.ops import host
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Origin
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +151,12 @@ class Scaling:
             self.deployment = replace(self.deployment, layout=layout)
             per_node = self._ranks_per_node or self._per_node(num_ranks)
             runner.reshape(layout, placements, per_node)
-            return scheduler.reshape(layout, lookahead=layout.pp == 1)
+            kept = Members(layout).kept_caches(Members(before))
+            return scheduler.reshape(layout, kept, lookahead=layout.pp == 1)[1]
 
         self._engine.with_ranks(runner.before_reshape)
         self._engine.scale(layout, change)
-        kept = sum(each.kept_bytes for each in runner.held)
+        kept = sum(each.bytes_from.get(Origin.KEPT, 0) for each in runner.held)
         read = sum(each.weight_bytes for each in runner.held) - kept
         recovery = self._engine.recovery
         assert recovery is not None, "it was checked"

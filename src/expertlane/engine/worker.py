@@ -52,6 +52,8 @@ class RankContext:
         board: of this node.
         meshes: process groups of this epoch; made once, since making them is collective and slow.
         deployed: what `engine.stage` put here; None before.
+        parked: weights of a rank that has no place in a smaller layout, until it has one again.
+        preparation: what `engine.preparing` did; None where no other layout is prepared for.
         epoch: that the rank has joined; -1 before the first.
     """
 
@@ -62,6 +64,8 @@ class RankContext:
     progress: ProgressReporter
     meshes: Meshes
     deployed: Any = None
+    parked: Any = None
+    preparation: Any = None
     epoch: int = -1
 
     @property

@@ -14,7 +14,8 @@ from expertlane.comm.meter import Meter
 from expertlane.model.attention import RotaryEmbedding
 from expertlane.model.draw import NO_TOKEN, likeliest
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.layers import DecoderLayer, MoEBlock
+from expertlane.model.layers import DecoderLayer
+from expertlane.model.moe_block import MoEBlock
 from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.weights import HeldWeights, WeightSource
 from expertlane.ops.backend import backend_for
@@ -175,6 +176,39 @@ class OutputHead:
         return token_id.where(value.isfinite(), NO_TOKEN).long()
 
 
+class StageParts:
+    """Makes the parts of a stage, each of the weights that a source gives.
+
+    Attributes:
+        layers: that the stage has.
+    """
+
+    def __init__(
+        self, model: ModelConfig, placements: Placements, source: WeightSource, mesh: ParallelMesh
+    ) -> None:
+        self._model, self._placements = model, placements
+        self._source, self._mesh = source, mesh
+        self._rotary = RotaryEmbedding(model, source.device)
+        self.layers = mesh.layout.layers_of_stage(model.num_hidden_layers, mesh.at.pp_rank)
+
+    def layer(self, layer: int) -> DecoderLayer:
+        """One of `layers`."""
+        placement = self._placements[layer]
+        return DecoderLayer(self._model, layer, placement, self._source, self._mesh, self._rotary)
+
+    def embedding(self) -> Tensor | None:
+        """[vocab_size, hidden_size]; None but in the first stage."""
+        if not self._mesh.is_first_stage:
+            return None
+        return self._source.once(None, EMBEDDING, lambda: self._source.take(EMBEDDING))
+
+    def head(self) -> OutputHead | None:
+        """None but in the last stage."""
+        if not self._mesh.is_last_stage:
+            return None
+        return OutputHead(self._model, self._source, self._mesh)
+
+
 class TransformerStage:
     """The layers of one pipeline stage on one rank, with embedding or head at the ends."""
 
@@ -191,25 +225,22 @@ class TransformerStage:
         self._caches: list[KVCache] = []
         self._part: LayersPart | None = None
         self._meter: Meter | None = None  # that the part adds to
-        rotary = RotaryEmbedding(model, source.device)
-        own = mesh.layout.layers_of_stage(model.num_hidden_layers, mesh.at.pp_rank)
-        source.before.keep_layers(own)
+        parts = StageParts(model, placements, source, mesh)
+        source.keep_layers(parts.layers)
         self._layers: list[DecoderLayer] = []
-        for layer in own:
-            self._layers.append(DecoderLayer(model, layer, placements[layer], source, mesh, rotary))
-            source.before.drop(layer)  # what is of no use here goes before more is read
-        self._embedding = None
-        if mesh.is_first_stage:
-            self._embedding = source.once(None, EMBEDDING, lambda: source.take(EMBEDDING))
-        self._head = OutputHead(model, source, mesh) if mesh.is_last_stage else None
-        self.weight_bytes, self.kept_bytes = source.num_bytes, source.num_kept_bytes
+        for layer in parts.layers:
+            self._layers.append(parts.layer(layer))
+            source.drop(layer)  # what is of no use here goes before more is read
+        self._embedding, self._head = parts.embedding(), parts.head()
+        self.weight_bytes, self.bytes_from = source.num_bytes, dict(source.bytes_from)
         self._held = source.held
 
-    def leave_weights(self) -> HeldWeights:
-        """What a stage that follows on this rank may use; this one is of no use any more."""
+    def held_weights(self) -> HeldWeights:
+        """What a stage that follows on this rank may use."""
+        held = self._held.copy()
         for block in self.moe_blocks.values():
-            block.put_experts(self._held)
-        return self._held
+            block.put_experts(held)
+        return held
 
     def leave_cache(self) -> list[KVCache]:
         """Keys and values, for `take_cache` of a stage with the same layers and heads."""

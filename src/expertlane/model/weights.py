@@ -8,9 +8,11 @@ that a test notices a norm that is left out, and biases and sinks 0.1·N.
 
 import hashlib
 import math
+import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,7 @@ from expertlane.ops.backend import backend_for
 from expertlane.ops.narrow import NarrowWeight
 from expertlane.spec.deployment import INPUTS_OF_SCALE, WeightsType
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Origin
 from expertlane.spec.tensors import EMBEDDING, HEAD, cut_dim, layer_name, tensor_shape
 
 MadeT = TypeVar("MadeT")
@@ -44,6 +47,17 @@ class HeldWeights:
         """What was put there, and its bytes."""
         return self._made.get(layer, {}).get(key)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all that is held."""
+        return sum(size for made in self._made.values() for _, size in made.values())
+
+    def copy(self) -> "HeldWeights":
+        """What holds the same, and goes on apart."""
+        other = HeldWeights()
+        other._made = {layer: dict(made) for layer, made in self._made.items()}
+        return other
+
     def drop(self, layer: int | None) -> None:
         """Hold nothing of a layer any more."""
         self._made.pop(layer, None)
@@ -64,13 +78,16 @@ class WeightSource(ABC):
         weights: whether matrices are rounded to a narrower type.
 
     Attributes:
-        num_bytes, num_kept_bytes: taken so far, and those of them that `before` had.
-        held: what `once` has made.
-        before: what another stage of this rank has left, of the same weights.
+        num_bytes: taken so far.
+        bytes_from: of them, by where they are from.
+        read_s: seconds in which those that were nowhere else were read or drawn.
+        held: what `once` has given.
+        given: what need not be read, of the same weights; sought in this order.
+        is_ahead: nothing is computed with the weights yet; `held` has all that was made.
+        before_make: called before anything is made; it may raise.
     """
 
     held: HeldWeights
-    before: HeldWeights
 
     def __init__(
         self,
@@ -87,38 +104,55 @@ class WeightSource(ABC):
         self._weights = weights
         self._keeps_narrow = backend_for(device).keeps_narrow
         self.num_bytes = 0
-        self.num_kept_bytes = 0
-        self.held, self.before = HeldWeights(), HeldWeights()
+        self.bytes_from: Counter[Origin] = Counter()
+        self.read_s = 0.0
+        self.held = HeldWeights()
+        self.given: dict[Origin, HeldWeights] = {}
+        self.is_ahead = False
+        self.before_make: Callable[[], None] = lambda: None
 
     def once(
         self, layer: int | None, key: Hashable, make: Callable[[], MadeT], *, holds: bool = True
     ) -> MadeT:
-        """What `make` makes of weights, or what a stage before this one has made.
+        """What `make` makes of weights, or what is given of them.
 
         Args:
             key: tells what it is made of: which weights, and which parts of them.
             holds: for as long as the stage lives.
         """
-        found = self.before.find(layer, key)
-        if found is None:
+        for origin, given in self.given.items():
+            if (found := given.find(layer, key)) is not None:
+                self.num_bytes += found[1]
+                self.bytes_from[origin] += found[1]
+                if self.is_ahead:
+                    return cast(MadeT, found[0])
+                break
+        else:
+            self.before_make()
             num_before = self.num_bytes
             made = make()
             found = made, self.num_bytes - num_before
-        else:
-            self.num_bytes += found[1]
-            self.num_kept_bytes += found[1]
-        if holds:
+        if holds or self.is_ahead:
             self.held.put(layer, key, *found)
-        kept: MadeT = found[0]
-        return kept
+        return cast(MadeT, found[0])
+
+    def keep_layers(self, layers: range) -> None:
+        """What is given of other layers is of no use."""
+        for given in self.given.values():
+            given.keep_layers(layers)
+
+    def drop(self, layer: int) -> None:
+        """What is still given of a layer is of no use any more."""
+        for given in self.given.values():
+            given.drop(layer)
 
     def take(
         self, name: str, part: range | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         """Tensor `name`, or a part of it along the dimension that layouts cut; contiguous."""
+        began_s = time.perf_counter()
         tensor = self._read(name, part, dtype or self.dtype).to(self.device)
-        self.num_bytes += tensor.nbytes
-        self._touch()
+        self._was_read(tensor.nbytes, began_s)
         return tensor
 
     def matrix(self, name: str, part: range | None = None) -> Tensor | NarrowWeight:
@@ -127,6 +161,7 @@ class WeightSource(ABC):
         Where what computes on the device cannot keep it so, it is widened: the numbers are the
         same.
         """
+        began_s = time.perf_counter()
         narrow = self._stored_narrow(name, part)
         if narrow is None and self._weights == "int8":
             narrow = self._rounded(name, part)
@@ -134,9 +169,14 @@ class WeightSource(ABC):
             return self.take(name, part)
         narrow = narrow.to(self.device)
         weight = narrow if self._keeps_narrow else narrow.widened()
-        self.num_bytes += weight.nbytes
-        self._touch()
+        self._was_read(weight.nbytes, began_s)
         return weight
+
+    def _was_read(self, num_bytes: int, began_s: float) -> None:
+        self.num_bytes += num_bytes
+        self.bytes_from[Origin.READ] += num_bytes
+        self.read_s += time.perf_counter() - began_s
+        self._touch()
 
     def _rounded(self, name: str, part: range | None) -> NarrowWeight:
         """Whole groups are read, so that no layout changes a scale."""

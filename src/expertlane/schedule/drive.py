@@ -1,12 +1,14 @@
 """The loop between a scheduler and a runner; the same for real ranks and for a cost model."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Generic, NamedTuple
 
 from expertlane.errors import ModelError
 from expertlane.results.step_record import StepRecord
 from expertlane.schedule.plan import HandleT, Runner, Scheduler, StepOutcome, StepPlan
 from expertlane.schedule.request import not_finite
+from expertlane.spec.layout import Layout
+from expertlane.spec.members import DpRank
 
 
 class FinishedStep(NamedTuple):
@@ -78,6 +80,20 @@ class DriveLoop(Generic[HandleT]):
             How many requests these are.
         """
         plans, num_requests = self._scheduler.lose(caches, self.uncommitted)
+        self._uncommitted = {plan.step: plan for plan in plans}
+        self._handles.clear()
+        return num_requests
+
+    def reshape(self, layout: Layout, kept: Mapping[DpRank, DpRank]) -> int:
+        """Go on in another layout; `submit_again` has to follow, in it.
+
+        Args:
+            kept: by (replica, data-parallel rank) whose keys and values are there, what it was.
+
+        Returns:
+            How many requests begin again, beside those of `lose`.
+        """
+        plans, num_requests = self._scheduler.reshape(layout, kept, self.uncommitted)
         self._uncommitted = {plan.step: plan for plan in plans}
         self._handles.clear()
         return num_requests

@@ -1,6 +1,6 @@
 """What a scheduler hands to a runner, what comes back, and the runner's protocol."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.results.step_record import RankRecord
+from expertlane.spec.layout import Layout
+from expertlane.spec.members import DpRank
 from expertlane.spec.names import Phase
 from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import SamplingState, TokenLogprobs
@@ -218,6 +220,21 @@ class StepPlan(_Step):
             masks={seq: each for seq, each in self.masks.items() if seq not in gone},
         )
 
+    def moved(self, replica: int, dp_ranks: Sequence[int | None]) -> "StepPlan":
+        """The same step in another layout; it has no sequence of a data-parallel rank that goes.
+
+        Args:
+            dp_ranks: [dp]; which one each has been, None of one that has nothing to do yet.
+        """
+        if replica == self.replica and list(dp_ranks) == [*range(len(self.micro_batches[0]))]:
+            return self
+        nobody = np.empty(0, dtype=np.intp)
+        parts = tuple(
+            tuple(batches[0].only(nobody) if old is None else batches[old] for old in dp_ranks)
+            for batches in self.micro_batches
+        )
+        return replace(self, replica=replica, micro_batches=parts)
+
     def of_dp_ranks(self) -> list[RankStep]:
         """[dp]; what each data-parallel rank has to know of it."""
         parts = [RankBatch.of_dp_ranks(batches) for batches in self.micro_batches]
@@ -329,5 +346,19 @@ class Scheduler(Protocol):
 
         Returns:
             What is left of the plans, to be submitted again; and how many requests these are.
+        """
+        ...
+
+    def reshape(
+        self, layout: Layout, kept: Mapping[DpRank, DpRank], plans: Sequence[StepPlan]
+    ) -> tuple[list[StepPlan], int]:
+        """Go on in another layout.
+
+        Args:
+            kept: by (replica, data-parallel rank) whose keys and values are there, what it was.
+            plans: all that are not committed, in their order; without sequences of others.
+
+        Returns:
+            The plans in the new layout, and how many requests are to be computed again.
         """
         ...

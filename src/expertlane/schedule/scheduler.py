@@ -1,7 +1,7 @@
 """Continuous batching: one scheduler for all replicas and data-parallel ranks of a layout."""
 
 import heapq
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from itertools import chain
 from operator import or_
@@ -16,6 +16,7 @@ from expertlane.schedule.request import FinishReason, Limits, Request, RequestSt
 from expertlane.schedule.running import BatchDraft, Rows, RunningTable
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
+from expertlane.spec.members import DpRank
 from expertlane.spec.names import Phase
 
 
@@ -263,45 +264,73 @@ class ContinuousScheduler:
         self._restart()
         return kept, self.num_recovered - num_before
 
-    def reshape(self, layout: Layout, *, lookahead: bool) -> int:
-        """Go on in another layout; no step is in flight.
+    def reshape(
+        self,
+        layout: Layout,
+        kept: Mapping[DpRank, DpRank],
+        plans: Sequence[StepPlan] = (),
+        *,
+        lookahead: bool | None = None,
+    ) -> tuple[list[StepPlan], int]:
+        """Go on in another layout.
 
-        Requests whose keys and values are on other ranks then begin again, as if they were
-        preempted.
+        Requests whose keys and values are not kept begin again, as if they were preempted.
 
         Args:
-            lookahead: as at the start.
+            kept: by (replica, data-parallel rank) of the new layout, what it was in this one.
+                What was one replica is one then.
+            plans: of all steps in flight, in their order; none has a sequence of another rank.
+            lookahead: as at the start; None for as it is.
 
         Returns:
-            How many requests these are.
+            The same steps in the new layout, and how many requests begin again.
         """
-        assert not self._in_flight, "steps are of one layout"
-        before, old = self._layout, self.tables
+        old = self.tables
+        replicas, dp_ranks = range(layout.replicas), range(layout.dp)
+        lookahead = self._lookahead if lookahead is None else lookahead
         self._lay_out(layout, self._options, lookahead=lookahead)
         self.tables = [
             [
-                old[replica][dp_rank]
-                if layout.keeps_cache(before, replica, dp_rank)
+                old[kept[replica, dp_rank][0]][kept[replica, dp_rank][1]]
+                if (replica, dp_rank) in kept
                 else RunningTable(self._limits, lookahead=lookahead)
-                for dp_rank in range(layout.dp)
+                for dp_rank in dp_ranks
             ]
-            for replica in range(layout.replicas)
+            for replica in replicas
         ]
+        num_again = self._give_up_tables(old)
+        for (replica, dp_rank), (before, _) in kept.items():
+            for request in filter(None, self.tables[replica][dp_rank].requests):
+                assert request.replica == before, "that is where it runs"
+                request.replica, request.dp_rank = replica, dp_rank
+        from_replica = {before: replica for (replica, _), (before, _) in kept.items()}
+        released = {new: self._released[before] for before, new in from_replica.items()}
+        self._released = [released.get(replica, []) for replica in replicas]
+        moved = []
+        for plan in plans:
+            replica = from_replica[plan.replica]
+            places = [kept.get((replica, dp_rank), (0, None))[1] for dp_rank in dp_ranks]
+            moved.append(plan.moved(replica, places))
+            self._in_flight[plan.step] = self._in_flight[plan.step]._replace(replica=replica)
+        self._num_in_flight = [sum(p.replica == replica for p in moved) for replica in replicas]
+        return moved, num_again
+
+    def _give_up_tables(self, old: list[list[RunningTable]]) -> int:
+        """Let requests of tables that are in use no more begin again; gives how many these are."""
         kept = set(map(id, chain.from_iterable(self.tables)))
-        gone = [table for table in chain.from_iterable(old) if id(table) not in kept]
         first = self.tables[0][0]
         num_again = 0
-        for table in gone:
+        for table in chain.from_iterable(old):
+            if id(table) in kept:
+                continue
             first.num_queried += table.num_queried  # no count falls
             first.blocks.num_hits += table.blocks.num_hits
             for request in filter(None, table.requests):
+                assert not table.in_flight[request.row], "it was lost, or no step is in flight"
                 request.row = -1
                 if request.finish_reason is None:
                     num_again += 1
                     self._requeue(request)
-        replicas = range(layout.replicas)
-        self._num_in_flight = [0 for _ in replicas]
-        self._released = [self._released[r] if r < before.replicas else [] for r in replicas]
         return num_again
 
     def _restart(self) -> None:

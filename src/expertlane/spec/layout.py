@@ -154,15 +154,6 @@ class Layout(Strict):
             for tp_rank in range(self.tp)
         ]
 
-    def keeps_cache(self, before: "Layout", replica: int, dp_rank: int) -> bool:
-        """Whether keys and values of a data-parallel rank are on the ranks that had them before."""
-        both = self, before
-        return (
-            (self.pp, self.tp) == (before.pp, before.tp)
-            and all(replica < each.replicas and dp_rank < each.dp for each in both)
-            and len({tuple(each.ranks_of_dp_rank(replica, dp_rank)) for each in both}) == 1
-        )
-
     def layers_of_stage(self, num_hidden_layers: int, pp_rank: int) -> range:
         """The layers a pipeline stage holds; near-equal."""
         return part_of(num_hidden_layers, self.pp, pp_rank)

@@ -1,7 +1,9 @@
-"""Shared names: of what a rank does, what a step's time goes to, and sets of instructions."""
+"""Shared names: of number types, what a rank does, what a step's time goes to, instructions."""
 
 from enum import IntEnum, StrEnum
 from typing import Literal
+
+Dtype = Literal["float32", "bfloat16", "float16"]  # of weights and activations
 
 # Of instructions that our CPU kernels are compiled for; `ops/build.py` says what each has.
 CpuIsa = Literal["baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"]
@@ -41,6 +43,15 @@ class Track(StrEnum):
     NETWORK = "network"
     COPY = "copy"  # keys and values, or weights, that move in the background
     DESCHEDULED = "descheduled"  # ready, but other ranks had the cores
+
+
+class Origin(StrEnum):
+    """Where a rank has its weights from, the best first."""
+
+    KEPT = "kept"  # held by the stage that it had before
+    AHEAD = "ahead"  # made while the layout before still ran
+    COPIED = "copied"  # sent by another rank
+    READ = "read"  # from a checkpoint, or drawn
 
 
 class Phase(StrEnum):

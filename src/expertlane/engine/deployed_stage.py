@@ -1,0 +1,410 @@
+"""A rank's stage of a deployment: built from weights, it takes step plans, and may be left."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from expertlane.balance.placement_file import Placements
+from expertlane.comm.checks import CheckedRecorder, Checks
+from expertlane.comm.clocks import clock_for
+from expertlane.comm.collectives import Pending, interleave
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.recorder import Recorder
+from expertlane.engine.commands import (
+    HeldBytes,
+    RankOutcome,
+    StageSpec,
+)
+from expertlane.engine.migration import Migration, PlacementsBefore
+from expertlane.engine.preparing import weight_source
+from expertlane.engine.rank_checks import StageChecks
+from expertlane.engine.worker import RankContext
+from expertlane.model.draw import NO_TOKEN
+from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.sampler import Sampler, SamplerStep
+from expertlane.model.scored_prompts import ScoredPrompts
+from expertlane.model.transformer import HeadResult, TransformerStage
+from expertlane.model.weights import HeldWeights
+from expertlane.ops.kv_cache import KVCache
+from expertlane.results.rank_totals import RankTotals
+from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
+from expertlane.spec.deployment import (
+    DispatchMode,
+    DispatchTable,
+    Options,
+    PayloadType,
+)
+from expertlane.spec.members import Members
+from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
+from expertlane.spec.sampling import TokenLogprobs
+
+
+@dataclass(eq=False)
+class _Changes:
+    """What a step has changed, beside the cache, and how to undo it.
+
+    Attributes:
+        sampled: by the sampler; None but on the last stage.
+        placements: what its placements replaced; None where it has brought none.
+        chosen: its tokens, by sequence id.
+    """
+
+    step: int
+    sampled: SamplerStep | None
+    placements: PlacementsBefore | None
+    chosen: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Left:
+    """What a stage leaves to the one that follows on its rank, in another layout.
+
+    Attributes:
+        caches: None where keys and values are of no use to it; then the sampler is neither.
+    """
+
+    weights: HeldWeights
+    caches: list[KVCache] | None
+    sampler: Sampler
+    tokens: dict[int, int]
+
+
+class DeployedStage:
+    """A rank's stage of a deployment, and the order in which it takes micro-batches.
+
+    Args:
+        kept: weights of a stage before it on this rank.
+    """
+
+    _checks: StageChecks | None = None
+
+    def __init__(
+        self, context: RankContext, spec: StageSpec, kept: HeldWeights | None = None
+    ) -> None:
+        self.spec = spec
+        platform, model = context.platform, spec.model
+        rank = spec.members.rank_of(context.rank)
+        assert rank is not None, "it has a place in the layout"
+        given = (
+            rank,
+            model.num_hidden_layers,
+            model.num_experts,
+            context.progress,
+            clock_for(platform.device),
+            spec.layout.world_size,
+            context.core_token(),
+        )
+        checks = None
+        if spec.check != "off":
+            at = spec.layout.coordinates(rank)
+            layers = spec.layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
+            checks = Checks(spec.check, model.num_experts, at.etp_rank, layers.start)
+        self._recorder = CheckedRecorder(checks, *given) if checks else Recorder(*given)
+        self._mesh = ParallelMesh(
+            spec.layout,
+            context.meshes,
+            rank,
+            spec.ranks_per_node,
+            self._recorder,
+            spec.members,
+        )
+        if checks is not None:
+            self._checks = StageChecks(checks, self._mesh)
+        source = weight_source(spec, platform, context.progress.touch)
+        if kept is not None:
+            source.given[Origin.KEPT] = kept
+        if context.preparation is not None:
+            source.given[Origin.AHEAD] = context.preparation.take()
+        self._seconds_from: dict[Origin, float] = {}
+        self.stage = TransformerStage(model, spec.placements, source, self._mesh)
+        self._seconds_from[Origin.READ] = source.read_s
+        self.migration = Migration(self.stage, context.progress)
+        self._device = platform.device
+        self._dispatch = DispatchTable.fixed("all_to_all")
+        self._payload: PayloadType = "model"
+        self._block_size = 1
+        self._phase: Phase | None = None
+        self._balances_copies = False
+        self._committed: dict[int, int] = {}  # tokens of the last committed step, by sequence id
+        self._uncommitted: deque[_Changes] = deque()
+        self._sends: deque[list[Pending]] = deque()
+
+    def is_as_at_first(self, spec: StageSpec) -> bool:
+        """Whether it is what `spec` builds: experts may have moved since."""
+        blocks = self.stage.moe_blocks
+        return self.spec == spec and all(
+            block.placement == spec.placements[layer] for layer, block in blocks.items()
+        )
+
+    @property
+    def held(self) -> HeldBytes:
+        """What it has allocated."""
+        stage = self.stage
+        return HeldBytes(stage.weight_bytes, stage.kv_bytes, stage.bytes_from, self._seconds_from)
+
+    def leave(self, members: Members, discard: Sequence[int]) -> Left:
+        """What a stage of another layout on this rank may use; this one is of no use any more.
+
+        Args:
+            members: of that layout.
+            discard: as `discard` takes them.
+        """
+        self.discard(discard)
+        at = self._mesh.at
+        kept = members.kept_caches(self.spec.members).values()
+        caches = self.stage.leave_cache() if (at.replica, at.dp_rank) in kept else None
+        return Left(self.stage.held_weights(), caches, self._sampler, self._committed)
+
+    def start(
+        self, options: Options, *, num_blocks: int, block_size: int, left: Left | None = None
+    ) -> None:
+        """Begin with an empty cache, unless one is left; what is `auto` is timed first, then set.
+
+        Args:
+            left: by the stage before it.
+        """
+        self.migration.forget()
+        self._payload = options.payload
+        if options.dispatch != "auto" and options.overlap != "auto":
+            self.set_dispatch(
+                DispatchTable.fixed(options.dispatch, options.overlap, options.prefill_dispatch)
+            )
+        self._block_size = block_size
+        self._phase = None
+        self._uncommitted.clear()
+        if left is not None and left.caches is not None:
+            self._sampler, self._committed = left.sampler, left.tokens
+            self.stage.take_cache(left.caches)
+            return
+        self._sampler = Sampler(self.spec.model.vocab_size, self._device)
+        self._committed = {}
+        self.stage.allocate_cache(num_blocks, block_size)
+
+    def rejoin(self, discard: Sequence[int]) -> None:
+        """Go on with the groups of a new epoch, as if these steps had never begun.
+
+        Args:
+            discard: as `discard` takes them.
+        """
+        self._mesh.renew()
+        self._sends.clear()  # nobody waits for them
+        self.discard(discard)
+        self.migration.forget()
+
+    def set_dispatch(self, table: DispatchTable) -> None:
+        """Choose how steps run from now on."""
+        self._dispatch = table
+        self.stage.set_forms(table.forms, self._payload)
+
+    def run(
+        self,
+        step: RankStep,
+        placements: Placements | None = None,
+        *,
+        balances_copies: bool = False,
+    ) -> RankOutcome:
+        """Take a step's micro-batches through this stage, one after the other.
+
+        Args:
+            placements: of experts from this step on; None for those that they have.
+            balances_copies: among copies of experts tokens are shared anew.
+        """
+        self._balances_copies = balances_copies
+        self._commit(len(self._uncommitted) - step.num_uncommitted)
+        before = self._uncommitted[-1].chosen if self._uncommitted else self._committed
+        changes = self._begin_changes(step, placements)
+        if step.record_operations and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)  # the recorder sees one thread's CPU time
+        recorder = self._recorder
+        same_phase = step.phase is self._phase
+        self._phase = step.phase
+        recorder.begin_step(
+            step.step,
+            len(step.micro_batches),
+            record=step.record,
+            count_idle=same_phase,
+            record_routing=step.record_routing,
+            record_events=step.record_events,
+            record_operations=step.record_operations,
+        )
+        # A step that far back was collected before this one was submitted: its sends are through.
+        while len(self._sends) >= self.spec.layout.pp:
+            for send in self._sends.popleft():
+                send.wait()
+        self._sends.append([])
+        outcome = RankOutcome()
+        if self._checks is not None:
+            self._checks.begin_step(self.stage)
+        inputs = [self._begin_input(micro_batch, before) for micro_batch in step.micro_batches]
+        for number, (parts, arriving) in enumerate(inputs):
+            recorder.set_micro_batch(number)
+            for part, result in self._run_micro_batch(parts, arriving):
+                recorder.enter(Stage.HEAD)
+                seq_ids = part.batch.yielding_seq_ids
+                changes.chosen |= self._take(seq_ids, result, outcome, step.return_logits)
+                if self._mesh.at.tp_rank == 0:
+                    outcome.prompt_logprobs |= result.prompt_logprobs
+        for send in self._sends[-1]:
+            send.let_go()
+        outcome.record = recorder.end_step()
+        if self._checks is not None:
+            outcome.checks = self._checks.end_step()
+        return outcome
+
+    def totals(self) -> RankTotals:
+        """Of steps since the first call."""
+        with torch.inference_mode():  # in which steps add to what it takes in
+            return self._recorder.totals()
+
+    def _begin_changes(self, step: RankStep, placements: Placements | None) -> _Changes:
+        sampled = replaced = None
+        if placements is not None:
+            replaced = self.migration.apply_placements(placements)
+        if self._mesh.is_last_stage:
+            sampled = self._sampler.begin_step(step.released, step.admitted, step.masks)
+        changes = _Changes(step.step, sampled, replaced)
+        self._uncommitted.append(changes)
+        return changes
+
+    def _commit(self, num_steps: int) -> None:
+        """Keep what the oldest uncommitted steps have changed for good."""
+        for _ in range(num_steps):
+            changes = self._uncommitted.popleft()
+            self._committed = changes.chosen
+            if changes.sampled is not None:
+                self._sampler.commit(changes.sampled)
+
+    def discard(self, steps: Sequence[int]) -> None:
+        """Undo these of the latest steps; those before them are committed.
+
+        What they wrote to the cache stays: when they run again, in their order, they write it anew
+        before they read it.
+        """
+        while self._uncommitted and self._uncommitted[-1].step in steps:
+            changes = self._uncommitted.pop()
+            if changes.sampled is not None:
+                self._sampler.undo(changes.sampled)
+            if changes.placements is not None:
+                self.migration.restore(changes.placements)
+        self._commit(len(self._uncommitted))
+
+    def _take(
+        self, seq_ids: list[int], result: HeadResult, outcome: RankOutcome, return_logits: bool
+    ) -> dict[int, int]:
+        """Choose a part's next tokens, by sequence id; one rank of a tensor-parallel group tells.
+
+        Where there is none, the token is 0: a step that is under way goes on with any.
+        """
+        logprobs: dict[int, TokenLogprobs] = {}
+        if result.token_ids is not None:
+            chosen = result.token_ids.tolist()
+        else:  # on all ranks alike: each may have to go on with what was chosen
+            assert result.all_logits is not None, "one of both is given"
+            chosen, logprobs = self._sampler.sample(seq_ids, result.all_logits)
+        tokens = dict(zip(seq_ids, chosen, strict=True))
+        if self._checks is not None:
+            self._checks.check_head(result.logits, tokens, self._sampler)
+        failed = [seq for seq, token in tokens.items() if token == NO_TOKEN]
+        if self._mesh.at.tp_rank == 0:
+            outcome.token_ids |= tokens
+            outcome.logprobs |= logprobs
+            outcome.not_finite += failed
+            for seq in failed:
+                del outcome.token_ids[seq]
+        if return_logits:
+            outcome.logits |= zip(seq_ids, result.logits.cpu().numpy(), strict=True)
+        return tokens | dict.fromkeys(failed, 0)
+
+    def _with_chosen(self, batch: Batch, chosen: dict[int, int]) -> Batch:
+        """The batch with the tokens that the scheduler did not know: those of the step before."""
+        is_unknown = batch.token_ids == UNKNOWN
+        if not is_unknown.any():
+            return batch
+        token_ids = batch.token_ids.copy()
+        seq_ids = np.repeat(batch.seq_ids, batch.num_scheduled_tokens)[is_unknown]
+        token_ids[is_unknown] = [chosen[seq] for seq in seq_ids.tolist()]
+        return replace(batch, token_ids=token_ids)
+
+    def _begin_input(
+        self, micro_batch: RankBatch, chosen: dict[int, int]
+    ) -> tuple[list[ForwardBatch], Pending | None]:
+        """The parts of a micro-batch, and their hidden states on the way from the stage before.
+
+        A part without a token on any rank of the stage is left out by all of them.
+
+        Args:
+            chosen: the tokens of the step before.
+        """
+        mesh = self._mesh
+        first = mesh.is_first_stage
+        self._recorder.enter(Stage.EMBED if first else Stage.HAND_OVER)
+        mode = self._choose(micro_batch)
+        own, sizes = [self._with_chosen(micro_batch.own, chosen)], [micro_batch.num_tokens]
+        if mode.overlap:
+            own = own[0].split(2)
+            sizes = [list(half) for half in zip(*micro_batch.num_tokens_of_halves, strict=True)]
+        parts = [
+            ForwardBatch(
+                *(batch, num_tokens, mesh.layout, mesh.at, self._device, self._block_size),
+                mode.form,
+                balances_copies=self._balances_copies,
+            )
+            for batch, num_tokens in zip(own, sizes, strict=True)
+            if any(num_tokens)
+        ]
+        if first:
+            return parts, None
+        room = self.stage.empty_hidden(sum(part.num_owned for part in parts))
+        return parts, mesh.pp.receive(room, mesh.at.pp_rank - 1)
+
+    def _choose(self, micro_batch: RankBatch) -> DispatchMode:
+        """Decided by what all ranks of all stages see alike, before the batch is split."""
+        most = max(micro_batch.num_tokens)
+        num_owned = -(-most // self.spec.layout.tp)
+        return self._dispatch.choose(num_owned, micro_batch.can_split, self._phase)
+
+    def _run_micro_batch(
+        self, parts: list[ForwardBatch], arriving: Pending | None
+    ) -> list[tuple[ForwardBatch, HeadResult]]:
+        """Results of the head by part; none but on the last stage."""
+        mesh, stage = self._mesh, self.stage
+        if arriving is None:
+            inputs = [stage.embed(part) for part in parts]
+            point = CheckPoint.EMBEDDING
+        else:
+            arrived = arriving.wait()
+            self._recorder.arrive()
+            inputs = list(torch.split(arrived, [part.num_owned for part in parts]))
+            point = CheckPoint.HAND_OVER
+        for x in inputs:
+            self._recorder.check_finite(x, point)
+        self._recorder.is_interleaved = len(parts) > 1
+        results = interleave(
+            [
+                stage.forward(x, part, self._needs_logits(part), self._scored(part))
+                for x, part in zip(inputs, parts, strict=True)
+            ]
+        )
+        heads = [result for result in results if isinstance(result, HeadResult)]
+        if mesh.is_last_stage:
+            return list(zip(parts, heads, strict=True))
+        self._recorder.enter(Stage.HAND_OVER)
+        hidden = [result for result in results if isinstance(result, torch.Tensor)]
+        if hidden:
+            send = mesh.pp.send(torch.cat(hidden), mesh.at.pp_rank + 1)
+            if send is not None:
+                self._sends[-1].append(send)
+        return []
+
+    def _needs_logits(self, part: ForwardBatch) -> bool:
+        """Whether any sequence of the part asks for more than its likeliest token."""
+        return any(seq in self._sampler for seq in part.batch.yielding_seq_ids)
+
+    def _scored(self, part: ForwardBatch) -> ScoredPrompts | None:
+        """The prompt tokens of the part whose log-probabilities are asked for."""
+        if not self._mesh.is_last_stage:
+            return None
+        return ScoredPrompts.of_batch(part.batch, self._sampler.state)

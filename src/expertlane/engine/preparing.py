@@ -1,0 +1,148 @@
+"""What runs on a rank before it gets a place in another layout: it makes the weights in advance."""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from expertlane.comm.clocks import clock_for
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.progress import NO_LAYER
+from expertlane.comm.recorder import Recorder
+from expertlane.engine.commands import DropPrepared, Prepare, Prepared, StageSpec
+from expertlane.engine.worker import RankContext
+from expertlane.model.checkpoint import Checkpoint
+from expertlane.model.checkpoint_weights import CheckpointWeights
+from expertlane.model.int8_cache import Int8Cache
+from expertlane.model.transformer import StageParts, TransformerStage
+from expertlane.model.weights import HeldWeights, SeededWeights, WeightSource
+from expertlane.ops.backend import Platform
+from expertlane.spec.names import Origin, Stage
+
+_NICE = 5  # of a rank that loads while others serve
+
+
+def weight_source(spec: StageSpec, platform: Platform, touch: Callable[[], None]) -> WeightSource:
+    """Where a rank's weights come from.
+
+    Args:
+        touch: as of `WeightSource`.
+    """
+    given = platform.dtype, platform.device, touch, spec.weights
+    if spec.checkpoint is None:
+        return SeededWeights(spec.model, spec.seed, *given)
+    checkpoint = Checkpoint(Path(spec.checkpoint), spec.model)
+    cache = Int8Cache.find(checkpoint) if spec.cache_int8 else None
+    return CheckpointWeights(checkpoint, *given, cache)
+
+
+class _SliceEnded(Exception):
+    """Nothing more is to be made now."""
+
+
+class Preparation:
+    """The weights of one place of a layout, made part by part.
+
+    A part that is not finished is begun again, and finds what was made of it.
+    """
+
+    def __init__(self, context: RankContext, spec: StageSpec, place: int) -> None:
+        self.spec, self.place = spec, place
+        model, platform, layout = spec.model, context.platform, spec.layout
+        sizes = place, model.num_hidden_layers, model.num_experts
+        clock = clock_for(platform.device)
+        recorder = Recorder(*sizes, context.progress, clock, layout.world_size)
+        mesh = ParallelMesh(layout, None, place, spec.ranks_per_node, recorder)
+        self._source = weight_source(spec, platform, context.progress.touch)
+        self._source.is_ahead, self._source.before_make = True, self._before_make
+        parts = StageParts(model, spec.placements, self._source, mesh)
+        self._to_make: deque[Callable[[], Any]] = deque(
+            [partial(parts.layer, layer) for layer in parts.layers]
+        )
+        self._to_make += [parts.embedding, parts.head]
+        self._num_parts = len(self._to_make)
+        self._until_s, self._most_bytes = 0.0, 0.0
+        self._is_full = self._has_begun = False
+
+    def go_on(
+        self, stage: TransformerStage | None, most_s: float | None, most_bytes: int | None
+    ) -> Prepared:
+        """Make what is lacking.
+
+        Args:
+            stage: of this rank, whose weights are not made again.
+            most_s, most_bytes: as of `Prepare`.
+        """
+        began_s = time.perf_counter()
+        self._until_s = began_s + (float("inf") if most_s is None else most_s)
+        self._most_bytes = float("inf") if most_bytes is None else most_bytes
+        self._is_full = self._has_begun = False
+        source = self._source
+        source.given = {Origin.AHEAD: source.held}
+        if stage is not None:
+            source.given[Origin.KEPT] = stage.held_weights()
+        try:
+            while self._to_make:
+                self._to_make[0]()
+                self._to_make.popleft()
+        except _SliceEnded:
+            pass
+        source.given = {}
+        share = 1.0 if self._is_full else 1 - len(self._to_make) / self._num_parts
+        return Prepared(share, source.held.num_bytes, time.perf_counter() - began_s)
+
+    def _before_make(self) -> None:
+        self._is_full = self._source.held.num_bytes >= self._most_bytes
+        if self._is_full or (self._has_begun and time.perf_counter() >= self._until_s):
+            raise _SliceEnded
+        self._has_begun = True
+
+    def take(self) -> HeldWeights:
+        """All that was made."""
+        return self._source.held
+
+
+def prepare(context: RankContext, command: Prepare) -> Prepared:
+    """Make weights of a place that this rank is to have; what it has is used."""
+    spec, place, given = command.spec, command.place, (command.most_s, command.most_bytes)
+    context.progress.enter(Stage.SETUP, NO_LAYER)
+    made: Preparation | None = context.preparation
+    if made is None or made.place != place or made.spec != spec:
+        made = context.preparation = Preparation(context, spec, place)
+    if context.deployed is not None:
+        prepared = made.go_on(context.deployed.stage, *given)
+    else:
+        prepared = _beside_others(lambda: made.go_on(None, *given))
+    context.progress.enter(Stage.IDLE, NO_LAYER)
+    return prepared
+
+
+def _beside_others(make: Callable[[], Prepared]) -> Prepared:
+    """Do it in a thread that leaves the cores to others: a thread's niceness never falls again."""
+    found: list[Prepared | BaseException] = []
+
+    def run() -> None:
+        thread_id = threading.get_native_id()
+        nice = min(19, os.getpriority(os.PRIO_PROCESS, thread_id) + _NICE)
+        os.setpriority(os.PRIO_PROCESS, thread_id, nice)
+        try:
+            found.append(make())
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    (result,) = found
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+def drop_prepared(context: RankContext, command: DropPrepared) -> None:
+    """Forget it."""
+    context.preparation = None
