@@ -13,6 +13,7 @@ from distributed.on_ranks import Echo, Fail, FailWhileOthersWait, Refuse, Stay
 from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
 from engine.processes import RunningRanks
 from expertlane.engine import rank_environment
+from expertlane.engine.inbox import Inbox
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_environment import MAX_RANKS_PER_CORE, check_num_ranks
@@ -178,7 +179,7 @@ def test_a_user_s_mistake_found_by_a_rank(start):
 def test_a_mistake_at_the_start_leaves_nothing(monkeypatch):
     started = []
     monkeypatch.setattr(
-        RankPool, "_receive_available", observe(RankPool._receive_available, started), raising=True
+        Inbox, "_receive_available", observe(Inbox._receive_available, started), raising=True
     )
     with pytest.raises(UserError, match=r"^dtype float16 needs a GPU"):
         RankPool(LocalRanks(1, TIMEOUT_S, "float16"), TIMEOUT_S)
