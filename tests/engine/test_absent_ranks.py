@@ -8,8 +8,15 @@ import pytest
 
 from distributed import on_ranks
 from distributed.on_ranks import WAYS, Ahead, Describe, Echo, Exchange
-from distributed.recovering import check_among, check_exchange, lose, replace
-from engine.processes import wait_until
+from distributed.recovering import (
+    check_among,
+    check_exchange,
+    lose,
+    lose_for_good,
+    replace,
+    start,
+    wait_for,
+)
 from engine.test_recovering_pool import NUM_RANKS, leaves_nothing, start_pool
 from expertlane.errors import RankError, RanksLostError
 
@@ -41,33 +48,6 @@ def all_are_there(request):
         pool.end(pool.ahead | pool.starting)
         pool.begin_epoch(pool.absent, num_ranks=NUM_RANKS)
         pool.lines.clear()
-
-
-def lose_for_good(pool, ways):
-    """Lose ranks, and go on without them."""
-    lost = lose(pool, ways).ranks
-    while True:
-        try:
-            pool.begin_epoch(lost, replaces=False)
-            return
-        except RanksLostError as error:
-            lost = error.ranks
-
-
-def start(pool, ranks):
-    """Start ranks ahead, and serve until they are up."""
-    pool.start(ranks)
-    assert pool.starting == {*ranks}
-    wait_for(pool, lambda: pool.ahead >= {*ranks})
-    assert not pool.starting
-
-
-def wait_for(pool, condition):
-    def looks():
-        pool.check()
-        return condition()
-
-    assert wait_until(looks, seconds=30)
 
 
 @pytest.mark.parametrize("way", ["kill", "raise", "exit", "stop", "compute"])
