@@ -1,6 +1,6 @@
 """A server on two hosts, of which the second is cut off, or lost, and comes back.
 
-    PYTHONPATH=src:tests python -m distributed.cut_nodes [--by torchrun|variables]
+    PYTHONPATH=src:tests python -m distributed.cut_nodes [--by torchrun|variables] [--shrink]
 
 Needs root: see `distributed.namespaces`. Clients stream from the first host all the time, each the
 same request again and again. Prints what happened when, and whether any token was another one.
@@ -219,6 +219,20 @@ def cut_off_and_back(run: ServedOnTwoHosts) -> None:
     run.see_tokens("clients have whole answers")
 
 
+def serve_without(run: ServedOnTwoHosts) -> None:
+    """With `--on-failure shrink` the first host serves while the link is down, and both after."""
+    run.note("the link goes down")
+    run.hosts.cut()
+    run.see_ranks("host 1 has ended its ranks, by itself", 0)
+    run.see_line("the launcher serves without node 1", "serving with 2 of 4 data-parallel ranks")
+    run.see_tokens("clients have whole answers")
+    run.note("the link is up")
+    run.hosts.mend()
+    run.see_line("node 1 is back", "is back after")
+    run.see_line("all ranks serve", "grew back in")
+    run.see_tokens("clients have whole answers")
+
+
 def lose_fork_server(run: ServedOnTwoHosts) -> None:
     """The process that has forked the second host's ranks is killed; somebody starts it again."""
     run.note("the fork server of host 1 is killed")
@@ -255,11 +269,15 @@ def main() -> None:
     """Show it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--by", choices=["torchrun", "variables"], default="torchrun")
+    parser.add_argument("--shrink", action="store_true", help="serve on without the other host")
+    own = parser.parse_args()
     if why := why_not():
         sys.exit(why)
-    with served(by=parser.parse_args().by) as run:
+    shrink = ("--on-failure", "shrink")
+    with served(by=own.by, options=shrink if own.shrink else ()) as run:
         run.start_all()
-        for act in (cut_off_and_back, lose_fork_server, lose_host, end):
+        waits = cut_off_and_back, lose_fork_server, lose_host
+        for act in (*((serve_without,) if own.shrink else waits), end):
             act(run)
         print(run.report())
         num_answers = sum(len(client.answers) for client in run.clients)

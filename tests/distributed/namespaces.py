@@ -1,7 +1,7 @@
 """Nodes with networks of their own on one machine: network namespaces, and links between them.
 
-Needs root, `ip` and a kernel that has virtual links. `NETWORK` and `CLIENTS` are addresses that are
-not to be in use here.
+Needs root, `ip` and a kernel that has virtual links. Addresses begin with 10.213 or 10.214, and
+should not be in use here.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 
-NETWORK, CLIENTS = "10.213.57", "10.213.58"
 _LINK, _TO_CLIENTS = "node", "front"
 
 
@@ -49,8 +48,9 @@ class TwoHosts:
 
     def __init__(self) -> None:
         self.names = [f"expertlane-{os.getpid()}-{number}" for number in range(2)]
-        self.address = [f"{NETWORK}.{number + 1}" for number in range(2)]
-        self.front = f"{CLIENTS}.1"
+        own = os.getpid() % 250  # others may run at the same time
+        self.address = [f"10.213.{own}.{number + 1}" for number in range(2)]
+        self.front, self._client = f"10.214.{own}.1", f"10.214.{own}.2"
         self.processes: list[list[subprocess.Popen[str]]] = [[], []]
         self._outside = f"el{os.getpid()}"[:15]
         try:
@@ -73,7 +73,7 @@ class TwoHosts:
         _ip("link", "add", self._outside, "type", "veth", *peer)
         _ip("-n", first, "addr", "add", f"{self.front}/24", "dev", _TO_CLIENTS)
         _ip("-n", first, "link", "set", _TO_CLIENTS, "up")
-        _ip("addr", "add", f"{CLIENTS}.2/24", "dev", self._outside)
+        _ip("addr", "add", f"{self._client}/24", "dev", self._outside)
         _ip("link", "set", self._outside, "up")
 
     def run(

@@ -5,7 +5,14 @@ import signal
 
 import pytest
 
-from distributed.cut_nodes import cut_off_and_back, end, lose_fork_server, lose_host, served
+from distributed.cut_nodes import (
+    cut_off_and_back,
+    end,
+    lose_fork_server,
+    lose_host,
+    serve_without,
+    served,
+)
 from distributed.namespaces import why_not
 
 pytestmark = pytest.mark.full
@@ -24,6 +31,14 @@ def test_a_host_comes_back_and_no_token_is_another_one(by):
         for act in (cut_off_and_back, lose_fork_server, lose_host, end):
             act(run)
             assert run.faults() == [], run.report()
+
+
+def test_the_first_host_serves_alone_while_the_other_is_cut_off():
+    with served(by="variables", options=("--on-failure", "shrink")) as run:
+        run.start_all()
+        serve_without(run)
+        end(run)
+        assert run.faults() == [], run.report()
 
 
 def test_a_host_that_stays_cut_off_ends_all_on_both_sides():
