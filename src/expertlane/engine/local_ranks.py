@@ -97,19 +97,7 @@ class LocalRanks:
         self.board = self._files.board
         self.channels: list[Channel] = []
         self.nodes: list[Node] = []
-        first_rank = RankSettings(
-            rank=0,
-            world_size=num_nodes * num_ranks,
-            local_rank=0,
-            num_local_ranks=num_ranks,
-            board_fd=self._files.board_fd,
-            memory_fd=self._files.memory_fd,
-            wake_fds=self._files.wake_fds,
-            store_path=self._files.store_path,
-            meeting=meeting,
-            timeout_s=timeout_s,
-            dtype=dtype,
-        )
+        first_rank = RankSettings.of_first(0, num_ranks, self._files, meeting, timeout_s, dtype)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._files.close)
             try:

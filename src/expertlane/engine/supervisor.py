@@ -135,22 +135,12 @@ class _Supervisor:
     def serve(self, connection: socket.socket) -> End:
         """Fork ranks for the launcher, and end them all when the connection ends."""
         settings = self._settings
-        num_ranks, world_size = settings.num_ranks, settings.meeting.num_nodes * settings.num_ranks
-        files = RunFiles(world_size, num_ranks)
+        num_ranks = settings.num_ranks
+        files = RunFiles(settings.meeting.num_nodes * num_ranks, num_ranks)
         try:
-            first_rank = RankSettings(
-                rank=settings.node * num_ranks,
-                world_size=world_size,
-                local_rank=0,
-                num_local_ranks=num_ranks,
-                board_fd=files.board_fd,
-                memory_fd=files.memory_fd,
-                wake_fds=files.wake_fds,
-                store_path=files.store_path,
-                meeting=settings.meeting.of_run(self._launcher.run),
-                timeout_s=settings.timeout_s,
-                dtype=settings.dtype,
-            )
+            meeting = settings.meeting.of_run(self._launcher.run)
+            given = meeting, settings.timeout_s, settings.dtype
+            first_rank = RankSettings.of_first(settings.node, num_ranks, files, *given)
             control, store_fd = connection.detach(), files.store_fd
             files.are_servers()
             server = ServerSettings(settings.parent_pid, control, [], store_fd, first_rank)
