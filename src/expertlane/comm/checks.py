@@ -183,18 +183,15 @@ class CheckedRecorder(Recorder):
         self.before = Stage.IDLE
 
     def enter(self, stage: Stage, layer: int = NO_LAYER) -> None:
-        """As `Recorder.enter`."""
         if stage is not self.stage:
             self.before = self.stage
         super().enter(stage, layer)
 
     def set_micro_batch(self, micro_batch: int) -> None:
-        """As `Recorder.set_micro_batch`."""
         super().set_micro_batch(micro_batch)
         self.checks.set_micro_batch(micro_batch)
 
     def check_finite(self, values: Tensor, point: CheckPoint, layer: int = NO_LAYER) -> None:
-        """As `Recorder.check_finite`."""
         self.checks.finite(values, point, layer)
 
     @property
@@ -236,7 +233,6 @@ class CheckedGroup(Group):
         return look
 
     def send(self, rows: Tensor, to: int) -> Pending | None:
-        """As `Group.send`."""
         checks = self._recorder.checks
         if checks.is_full and rows.shape[0] and self._recorder.stage is Stage.HAND_OVER:
             place, number = self._recorder.place, self._number_of(self.rank, to)
@@ -244,7 +240,6 @@ class CheckedGroup(Group):
         return super().send(rows, to)
 
     def receive(self, rows: Tensor, source: int) -> Pending:
-        """As `Group.receive`."""
         checks, pending = self._recorder.checks, super().receive(rows, source)
         if not (checks.is_full and rows.shape[0] and self._recorder.stage is Stage.HAND_OVER):
             return pending
