@@ -12,9 +12,11 @@ from distributed import on_ranks
 from distributed.on_ranks import Echo, Fail, FailWhileOthersWait, Refuse, Stay
 from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
 from engine.processes import OwnRanks
-from expertlane.engine import local_ranks
-from expertlane.engine.local_ranks import MAX_RANKS_PER_CORE, LocalRanks, check_num_ranks
+from expertlane.engine import rank_environment
+from expertlane.engine.inbox import Inbox
+from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.pool import RankPool
+from expertlane.engine.rank_environment import MAX_RANKS_PER_CORE, check_num_ranks
 from expertlane.errors import CapacityError, RankError, UserError
 
 pytestmark = pytest.mark.usefixtures("forked_servers")
@@ -179,7 +181,7 @@ def test_a_user_s_mistake_found_by_a_rank(start):
 def test_a_mistake_at_the_start_leaves_nothing(monkeypatch):
     started = []
     monkeypatch.setattr(
-        RankPool, "_receive_available", observe(RankPool._receive_available, started), raising=True
+        Inbox, "_receive_available", observe(Inbox._receive_available, started), raising=True
     )
     with pytest.raises(UserError, match=r"^dtype float16 needs a GPU"):
         RankPool(LocalRanks(1, TIMEOUT_S, "float16"), TIMEOUT_S)
@@ -249,7 +251,7 @@ def test_calls(kept_pool):
 
 
 def test_too_many_ranks_are_refused(monkeypatch):
-    monkeypatch.setattr(local_ranks, "num_cores", lambda: 2)
+    monkeypatch.setattr(rank_environment, "num_cores", lambda: 2)
     limit = 2 * MAX_RANKS_PER_CORE
     check_num_ranks(limit, oversubscribe=False)
     check_num_ranks(limit + 1, oversubscribe=True)

@@ -20,7 +20,7 @@ from expertlane.model.mlp import DenseBlock
 from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import SeededWeights
 from expertlane.ops.backend import backend_of_cpu
-from expertlane.ops.cpu import VectorBackend
+from expertlane.ops.vector import VectorBackend
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout

@@ -13,7 +13,8 @@ from expertlane.ops.build import (
     InstructionSet,
     build,
 )
-from expertlane.ops.cpu import CpuBackend, VectorBackend
+from expertlane.ops.cpu import CpuBackend
+from expertlane.ops.vector import VectorBackend
 
 
 def names_here(sets: Iterable[InstructionSet]) -> list[str]:

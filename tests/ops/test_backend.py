@@ -31,8 +31,9 @@ from expertlane.ops.build import (
     build,
     shipped_name,
 )
-from expertlane.ops.cpu import CpuBackend, VectorBackend
+from expertlane.ops.cpu import CpuBackend
 from expertlane.ops.torch_backend import TorchBackend
+from expertlane.ops.vector import VectorBackend
 from expertlane.spec.names import CpuIsa
 from ops.instruction_sets import ARITHMETIC, LACKING
 
@@ -253,7 +254,7 @@ def test_the_variables_are_read_in_one_place():
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("EXPERTLANE_BACKEND", "cuda", "EXPERTLANE_BACKEND is 'cuda'; valid: cpu, torch"),
+        ("EXPERTLANE_BACKEND", "x", "EXPERTLANE_BACKEND is 'x'; valid: cpu, cuda, torch"),
         (
             "EXPERTLANE_CPU_ISA",
             "sse9",
@@ -281,7 +282,7 @@ def run(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[s
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"EXPERTLANE_BACKEND": "x"}, "EXPERTLANE_BACKEND is 'x'; valid: cpu, torch"),
+        ({"EXPERTLANE_BACKEND": "x"}, "EXPERTLANE_BACKEND is 'x'; valid: cpu, cuda, torch"),
         (
             {"EXPERTLANE_BACKEND": "cpu", "CXX": "/bin/false"},
             "EXPERTLANE_BACKEND=cpu, but our kernels are not available: "

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from expertlane.model.draw import draw, keep_likeliest, probabilities, uniform_numbers
-from expertlane.ops.cpu import VectorBackend
+from expertlane.ops.vector import VectorBackend
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertlane.model.draw import NO_TOKEN, likeliest
-from expertlane.ops.cpu import VectorBackend
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import CompiledRouter
 from expertlane.ops.narrow import NarrowWeight
@@ -18,6 +17,7 @@ from expertlane.ops.products import Activation, Expert
 from expertlane.ops.router import Router, RouterParams, route
 from expertlane.ops.step import AttentionWeights
 from expertlane.ops.torch_backend import TorchBackend
+from expertlane.ops.vector import VectorBackend
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import Routing
 
