@@ -62,6 +62,14 @@ def test_lost_before_it_is_up(monkeypatch, tmp_path, way):
         (line,) = lines
         assert line.startswith("rank 2 ")
         assert line.endswith("; it was not in use yet")
+        (tmp_path / on_ranks.NO_ROOM).touch()
+        pool.start([2, 3])
+        wait_for(pool, lambda: not pool.starting)
+        assert {line.split(" (")[0] for line in lines[1:]} == {
+            "rank 2 could not be started",
+            "rank 3 could not be started",
+        }
+        (tmp_path / on_ranks.NO_ROOM).unlink()
         start(pool, [2])
         (tmp_path / "3").write_text("compute")
         pool.start([3])
