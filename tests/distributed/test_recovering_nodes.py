@@ -24,6 +24,8 @@ from expertlane.engine.pool import RankPool
 from expertlane.engine.rendezvous import Claim, handshake
 from expertlane.errors import RankError, RanksLostError
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
+
 TIMEOUT_S = 2.5
 PROGRAM = textwrap.dedent(
     """
@@ -72,7 +74,8 @@ def test_ranks_are_replaced_on_every_node(pool, ways):
     supervisor = psutil.Process(pool._ranks.supervisors[0].pid)
     before = [each.pid for each in supervisor.children()]
     error = lose(pool, ways)
-    assert str(error).startswith(f"rank {min(error.ranks)} ")
+    named = re.match(r"rank (\d) ", str(error))  # of two that end at once, the one noticed first
+    assert int(named[1]) in error.ranks
     assert replace(pool, error.ranks) == ways.keys()
     check_exchange(pool, 2)
     after = [each.pid for each in supervisor.children()]

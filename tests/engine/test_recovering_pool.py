@@ -18,6 +18,8 @@ from engine.processes import session_is_gone, wait_until
 from expertlane.engine.pool import RankPool
 from expertlane.errors import RankError, RanksLostError, UserError
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
+
 NUM_RANKS = 3
 TIMEOUT_S = 3.0
 NEVER_S = 60.0  # where no rank is to hang

@@ -16,6 +16,8 @@ from expertlane.engine.recovery_record import State
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
+
 SETTINGS = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "max_num_seqs": 4}
 
 

@@ -1,6 +1,7 @@
 """What an `LLM` is given: its model found, its tokenizer read, its settings checked."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
@@ -37,7 +38,8 @@ def find_model(model: str | Path, ignore_unused_tensors: bool) -> tuple[ModelCon
 
 def print_to_stderr(line: str) -> None:
     """What a program that uses an `LLM` should know."""
-    print(line, file=sys.stderr)
+    with suppress(OSError, ValueError):  # nobody reads it any more: requests go on
+        print(line, file=sys.stderr)
 
 
 def read_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, frozenset[int]]:
