@@ -20,6 +20,7 @@ from distributed.recovering import (
 from engine.test_recovering_pool import NUM_RANKS, leaves_nothing, start_pool
 from expertlane.errors import RankError, RanksLostError
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
 TIMEOUT_S = 4.0
 TRANSPORTS = {
     "shared_memory": {},
@@ -29,7 +30,7 @@ TRANSPORTS = {
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
-def pool(request):
+def pool(request, forked_servers):
     """A pool with nobody absent, which logs lines."""
     with pytest.MonkeyPatch.context() as patch, leaves_nothing():
         for name, value in TRANSPORTS[request.param].items():
