@@ -1,5 +1,6 @@
 """A pool whose lost ranks are replaced, in any way that a rank can be lost, at any time."""
 
+import gc
 import os
 import signal
 import threading
@@ -16,6 +17,8 @@ from distributed.recovering import check_exchange, lose, replace
 from engine.processes import session_is_gone, wait_until
 from expertlane.engine.pool import RankPool
 from expertlane.errors import RankError, RanksLostError, UserError
+
+pytestmark = pytest.mark.usefixtures("forked_servers")
 
 NUM_RANKS = 3
 TIMEOUT_S = 3.0
@@ -213,6 +216,7 @@ def test_a_rank_that_is_lost_at_every_start(lose_at_start):
 
 
 def test_many_epochs_leave_nothing_open_and_the_end_of_the_fork_server_is_final():
+    gc.collect()  # the progress boards of earlier pools
     with leaves_nothing(), start_pool(timeout_s=NEVER_S) as pool:
         server = psutil.Process(pool._ranks._server.pid)
         states = []

@@ -31,9 +31,11 @@ from expertlane.ops.build import (
     build,
     shipped_name,
 )
-from expertlane.ops.cpu import CpuBackend, VectorBackend
+from expertlane.ops.cpu import CpuBackend
 from expertlane.ops.torch_backend import TorchBackend
+from expertlane.ops.vector import VectorBackend
 from expertlane.spec.names import CpuIsa
+from ops.instruction_sets import ARITHMETIC, LACKING
 
 CPU = torch.device("cpu")
 NO_COMPILER = "no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX is unset"
@@ -154,6 +156,15 @@ def test_the_best_of_the_allowed_sets_is_chosen(monkeypatch, num_sets, limit):
     assert choose_platform(0, 1, "bfloat16").kernels == f"expertlane ({expected})"
     assert choose_platform(0, 1, "float32").kernels == f"torch and expertlane ({expected})"
     assert built == [BASELINE.name, expected]
+
+
+@needs_compiler
+def test_tests_are_made_for_each_set_of_this_cpu():
+    """The largest one is what is used; those that it lacks are named here, once."""
+    expected = "torch (" if ARITHMETIC == ["none"] else f"expertlane ({ARITHMETIC[-1]})"
+    assert choose_platform(0, 1, "bfloat16").kernels.startswith(expected)
+    if LACKING:
+        pytest.skip(f"this CPU lacks {', '.join(LACKING)}: no test of their kernels is made")
 
 
 @needs_compiler
@@ -295,13 +306,16 @@ def test_a_command_goes_on_without_a_compiler(tmp_path, dtype):
     assert (ended.returncode, ended.stdout.count(",")) == (0, 1), ended.stderr
 
 
+SMALL = InstructionSet("small", ("instructions.cpp",))  # compiled in a moment
+
+
 @needs_compiler
 def test_a_library_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build(BASELINE)
+    build(SMALL)
     (library,) = (tmp_path / "expertlane").glob("*.so")
     made = library.stat().st_mtime_ns
-    build(BASELINE)
+    build(SMALL)
     assert library.stat().st_mtime_ns == made
     assert [path.suffix for path in library.parent.iterdir() if path != library] == [".lock"]
 
@@ -343,14 +357,14 @@ def test_what_failed_is_not_tried_again_at_once(monkeypatch, tmp_path):
 def test_a_compiler_that_is_mended_is_asked_again(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
-    library = _library(compiler, BASELINE)
+    library = _library(compiler, SMALL)
     failed = library.with_suffix(".failed")
     library.unlink()
     failed.write_text("no room")
     with pytest.raises(_CompilerFailed, match=r"^no room; it is tried again"):
-        _library(compiler, BASELINE)
+        _library(compiler, SMALL)
     os.utime(failed, (1, 1))
-    assert _library(compiler, BASELINE) == library
+    assert _library(compiler, SMALL) == library
     assert not failed.exists()
 
 
@@ -389,10 +403,10 @@ def test_every_file_is_compiled_for_some_set(monkeypatch, tmp_path):
 def test_a_damaged_library_is_compiled_anew(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    library = _library(shlex.split(compiler), BASELINE)
+    library = _library(shlex.split(compiler), SMALL)
     size = library.stat().st_size
     library.write_bytes(b"damaged")
-    assert build(BASELINE).choose_copies
+    assert build(SMALL).has_instructions
     assert library.stat().st_size == size
 
 

@@ -10,11 +10,13 @@ import pytest
 from engine.recovering import PARAMS, PROMPTS
 from expertlane import LLM
 from expertlane.cli.main import main
-from expertlane.server.service import ServedModel, ServerOptions
+from expertlane.server.setup import ServedModel, ServerOptions
 from server.running import PATIENCE_S, ServerInThread
 from server.test_live import feed
 from server.test_metrics import scrape
 from server.test_recovery import complete
+
+pytestmark = pytest.mark.usefixtures("forked_servers")
 
 KEY = {"Authorization": "Bearer secret"}
 

@@ -10,9 +10,9 @@ from expertlane.balance.placement_file import Placements
 from expertlane.engine.commands import RankMachine
 from expertlane.engine.engine import Engine
 from expertlane.engine.launch import check_deployment, describe_ranks, with_blocks
-from expertlane.engine.local_ranks import check_num_ranks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
+from expertlane.engine.rank_environment import check_num_ranks
 from expertlane.engine.recovery_record import RecoveryRecord
 from expertlane.engine.run_files import MOST_UNCOMPILED
 from expertlane.errors import CapacityError, UserError
@@ -86,8 +86,10 @@ class Scaling:
         """
         if self._engine.recovery is None:
             raise UserError(
-                "the layout can change only with --on-failure replace (on_failure='replace')"
+                "the layout can change only with --on-failure replace or shrink "
+                "(on_failure='replace')"
             )
+        self._engine.recovery.check_whole()
         if self.machine[0].on_gpu:
             raise UserError("the layout can change only on CPUs, not on GPUs")
         num_ranks, now = layout.world_size, self._pool.num_ranks
@@ -150,8 +152,9 @@ class Scaling:
         def change() -> int:
             self.deployment = replace(self.deployment, layout=layout)
             per_node = self._ranks_per_node or self._per_node(num_ranks)
-            runner.reshape(layout, placements, per_node)
-            kept = Members(layout).kept_caches(Members(before))
+            members = Members(layout)
+            runner.reshape(members, [placements] * layout.replicas, per_node)
+            kept = members.kept_caches(Members(before))
             return scheduler.reshape(layout, kept, lookahead=layout.pp == 1)[1]
 
         self._engine.with_ranks(runner.before_reshape)

@@ -75,8 +75,9 @@ def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
     before: DeployedStage | None = context.deployed
     if before is not None and before.spec.members == members:
         before.rejoin(command.discard)
-        context.progress.enter(Stage.IDLE, NO_LAYER)
-        return before.held
+        if before.is_placed(spec.placements):
+            context.progress.enter(Stage.IDLE, NO_LAYER)
+            return before.held
     left, context.deployed = None, None
     if before is not None:
         left = before.leave(members, command.discard)

@@ -26,8 +26,9 @@ from expertlane.ops.build import (
     InstructionSet,
     build,
 )
-from expertlane.ops.cpu import CpuBackend, VectorBackend
+from expertlane.ops.cpu import CpuBackend
 from expertlane.ops.torch_backend import TorchBackend
+from expertlane.ops.vector import VectorBackend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import get_args
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from expertlane.plan.throughput import ThroughputCurve, one_pool
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.timeline import StepTimeline
-from expertlane.spec.names import Phase
+from expertlane.spec.names import Dtype, Phase
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +109,6 @@ def best_in_full(
     goals: Goals,
     finish: Callable[[ScreenedCandidate], Finalist],
     advance: Callable[[int], None],
-    most: int = NUM_FINALISTS,
 ) -> Finals:
     """The best by tokens a second, not too many of one layout.
 
@@ -118,7 +118,6 @@ def best_in_full(
     Args:
         finish: projects an option in full.
         advance: called with 1 for each finalist.
-        most: finalists.
     """
     current = list(options)
     queue = [(-each.tps, number) for number, each in enumerate(options) if each.place is not None]
@@ -126,7 +125,7 @@ def best_in_full(
     kept: list[Finalist] = []
     broke: list[Finalist] = []
     of_layout, tried = Counter[object](), Counter[object]()
-    while queue and len(kept) < most and len(broke) < _MOST_BROKEN:
+    while queue and len(kept) < NUM_FINALISTS and len(broke) < _MOST_BROKEN:
         _, number = heapq.heappop(queue)
         option = current[number]
         layout = option.candidate.layout
@@ -354,7 +353,7 @@ class Search:
         nearest = min(screened, key=lambda each: each.capacity.memory.total_bytes)
         need = nearest.capacity.memory
         request = self.request
-        is_wide = request.setting.types.weights in ("float32", "bfloat16", "float16")
+        is_wide = request.setting.types.weights in get_args(Dtype)
         narrower = "float8 weights, " if is_wide else ""
         return (
             f"{request.model.name} in {request.setting.types} fits no deployment on "

@@ -48,6 +48,11 @@ class _Changer:
                 code="scaling",
                 retry_after_s=_RETRY_S,
             )
+        recovery = service.model.engine.recovery
+        if recovery is not None and recovery.shrunk_at is not None:
+            raise ApiError(
+                409, recovery.shares, param="layout", code="shrunk", retry_after_s=_RETRY_S
+            )
         try:
             layout = self._to = Layout.parse(text)
             await service.engine.between_steps(partial(scaling.scale, layout))
