@@ -134,6 +134,9 @@ class Inbox:
             if self._ranks.awaited:  # for longer
                 since_s = time.monotonic()
             still = presence.starting & starting
+            stopped = still & self._ranks.stopped
+            if stopped and self._silent_s(stopped, since_s) > self._timeout_s:
+                self.lose(partial(self._losses.hang, sorted(stopped), self._timeout_s))
             if still and self._silent_s(starting, since_s) > bound_s:
                 self.lose(partial(self._losses.hang, sorted(still), bound_s))
 
@@ -193,10 +196,10 @@ class Inbox:
             self._lose_node(error)
         except ExpertlaneError as error:
             self.fail(error)
-        for rank, why in self._ranks.take_missing().items():
+        for rank in [*self._ranks.missing]:
             if rank in self.presence.early:
-                text = f"rank {rank} could not be started: {why}"
-                self._drop(rank, partial(Loss, frozenset([rank]), text))
+                self._drop(rank, partial(self._losses.death, rank, 0.0))
+            self._ranks.missing.pop(rank, None)
         is_expecting = self._ranks.away or self._ranks.acceptor() in ready
         if is_expecting and self._ranks.has_connected():
             self.watch()
@@ -284,6 +287,7 @@ class Inbox:
             text = f"rank {rank} sent an invalid message: {error}"
         except ExpertlaneError as error:
             self.fail(error)
+        self._ranks.missing.pop(rank, None)
         if rank in self.presence.early:  # still: its node may have said it meanwhile
             self.end_early([rank], text)
             self.log(f"{text}; it was not in use yet")

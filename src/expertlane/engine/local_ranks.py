@@ -22,8 +22,9 @@ from expertlane.engine.messages import (
     MessageKind,
     encode,
 )
-from expertlane.engine.node import Node, NodeChange, connections_for
+from expertlane.engine.node import GONE, Node, NodeChange, connections_for, gone
 from expertlane.engine.node_messages import ChangeRanks, Exit, Heartbeat, RanksStarted
+from expertlane.engine.processes import is_stopped
 from expertlane.engine.rank_environment import rank_environment
 from expertlane.engine.rank_settings import RankSettings, ServerSettings
 from expertlane.engine.rendezvous import Meeting, Place
@@ -34,13 +35,6 @@ from expertlane.spec.names import CpuIsa
 _KILL_TIMEOUT_S = 5.0
 _PING_S = 1.0
 _END = encode(MessageKind.END, None)
-_GONE = "is gone"
-
-
-def _gone(error: Exception) -> str:
-    """How a node is lost whose connection broke."""
-    why = getattr(error, "strerror", None)
-    return f"{_GONE} ({why})" if why else _GONE
 
 
 class LocalRanks:
@@ -59,6 +53,7 @@ class LocalRanks:
         board: where the ranks report their progress.
         ranks_per_node: how many a node has in this epoch; the only one may have more ahead.
         pids: of ranks of this node that are up.
+        missing: ranks that nodes could not start ahead of an epoch: why. Whoever notes it takes it.
         stopped: ranks whose processes were stopped when their nodes last said so.
         on_told_to_end: called where a node was told to end; None to end all nodes at once.
 
@@ -85,7 +80,7 @@ class LocalRanks:
         self.pids: dict[int, int] = {}
         self.stopped: set[int] = set()
         self._exit_codes: dict[int, int] = {}
-        self._missing: dict[int, str] = {}  # ranks that could not be started: why
+        self.missing: dict[int, str] = {}
         self._pinged_s = 0.0
         self._is_server_hung = False
         self._num_changes = 0
@@ -196,7 +191,7 @@ class LocalRanks:
         except BlockingIOError:
             raise self._lost(node, "hung in a message") from None
         except OSError as error:
-            raise self._lost(node, _gone(error)) from None
+            raise self._lost(node, gone(error)) from None
         finally:
             for _, theirs in pairs:
                 theirs.close()
@@ -251,11 +246,6 @@ class LocalRanks:
         had, self._has_connected = self._has_connected, False
         return had
 
-    def take_missing(self) -> dict[int, str]:
-        """Ranks that nodes could not start, ahead of the next epoch, since the last call: why."""
-        missing, self._missing = self._missing, {}
-        return missing
-
     def ping(self) -> None:
         """Ask each node once a second how its ranks are; call it while waiting for them."""
         now_s = time.monotonic()
@@ -277,9 +267,14 @@ class LocalRanks:
         """
         now_s = time.monotonic()
         for number, node in enumerate(self.nodes):
-            if node.asked_s is not None and now_s - max(node.asked_s, resumed_s) > bound_s:
+            if node.asked_s is None:
+                continue
+            silent_s, why = now_s - max(node.asked_s, resumed_s), ""
+            if number == 0 and silent_s > self._timeout_s and is_stopped(self._server.pid):
+                bound_s, why = self._timeout_s, " (its process is stopped)"
+            if silent_s > bound_s:
                 self._is_server_hung = number == 0
-                raise self._lost(number, f"hung: no answer for {bound_s:g} s")
+                raise self._lost(number, f"hung{why}: no answer for {bound_s:g} s")
 
     def check_nodes_of(self, ranks: Collection[int], bound_s: float) -> None:
         """Look for a node that is silent, where ranks have been for so long."""
@@ -311,7 +306,7 @@ class LocalRanks:
             elif message.kind is MessageKind.RANKS_STARTED:
                 started = Decoder(RanksStarted).decode(message)
                 self._take_changed(node, message.kind)
-                self._missing.update(dict.fromkeys(started.missing, started.why))
+                self.missing.update(dict.fromkeys(started.missing, started.why))
             elif message.kind is MessageKind.FAILURE:
                 failure = Decoder(Failure).decode(message)
                 if failure.kind is FailureKind.TERMINATED and self.on_told_to_end is not None:
@@ -324,7 +319,7 @@ class LocalRanks:
         except BlockingIOError:
             raise self._lost(node, "hung in a message") from None
         except (EOFError, OSError) as error:
-            raise self._lost(node, _gone(error)) from None
+            raise self._lost(node, gone(error)) from None
         except MessageError as error:
             raise RankError(f"{self.nodes[node].name} sent an invalid message: {error}") from None
         return None
@@ -357,7 +352,7 @@ class LocalRanks:
 
     def _lost(self, node: int, how: str) -> RankError:
         """The error for a node that is gone or hangs."""
-        if node == 0 and how.startswith(_GONE):
+        if node == 0 and how.startswith(GONE):
             code = self._server.wait(_KILL_TIMEOUT_S)
             how = f"ended with exit code {code}"
         return RankError(f"{self.nodes[node].name} {how}; all ranks were ended")
