@@ -214,6 +214,12 @@ class ModelRunner:
         if self._watch is not None:
             self._watch.begin_again(replaced)
 
+    def spec_of(self, layout: Layout, placements: Placements, ranks_per_node: int) -> StageSpec:
+        """What ranks have after `reshape`."""
+        return replace(
+            self._deploy.spec, layout=layout, placements=placements, ranks_per_node=ranks_per_node
+        )
+
     def reshape(self, layout: Layout, placements: Placements, ranks_per_node: int) -> None:
         """Run in another layout, from the next `redeploy` on, which has to be called soon.
 
@@ -224,9 +230,7 @@ class ModelRunner:
         """
         given = self._deploy
         self._layout, self._placements = layout, placements
-        spec = replace(
-            given.spec, layout=layout, placements=placements, ranks_per_node=ranks_per_node
-        )
+        spec = self.spec_of(layout, placements, ranks_per_node)
         self._deploy = Deploy(spec, given.options, given.num_blocks, given.block_size)
         if (table := self.dispatch_table) is not None:
             modes = given.options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)

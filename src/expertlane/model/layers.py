@@ -13,7 +13,7 @@ from expertlane.comm.mesh import ParallelMesh
 from expertlane.model.attention import Attention, RotaryEmbedding
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.latent_attention import LatentAttention
-from expertlane.model.weights import HeldWeights, WeightSource, taker_of
+from expertlane.model.weights import EXPERT, HeldWeights, WeightSource, taker_of
 from expertlane.moe.dispatch import CopyChooser, RoutedTokens
 from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
@@ -275,6 +275,10 @@ class MoEBlock:
                 )
             ),
         )
+        self.shared: MLP | None = None
+        if inner := model.shared_expert_intermediate_size:
+            scaled = model.shared_expert_gate
+            self.shared = MLP(model, layer, source, mesh, "shared", inner, is_scaled=scaled)
         num_before = source.num_bytes
         held = [
             source.once(  # not held: it may move to another rank
@@ -288,10 +292,6 @@ class MoEBlock:
         self._expert_bytes = (source.num_bytes - num_before) // max(1, len(held))
         if not source.is_ahead:  # it copies them side by side
             self._hold(held, activation_of(model))
-        self.shared: MLP | None = None
-        if inner := model.shared_expert_intermediate_size:
-            scaled = model.shared_expert_gate
-            self.shared = MLP(model, layer, source, mesh, "shared", inner, is_scaled=scaled)
 
     @property
     def parts(self) -> tuple[LocalExperts, MlpPart | None] | None:
@@ -346,7 +346,7 @@ class MoEBlock:
 
     def _key_of(self, expert: int) -> Hashable:
         """Which part of which expert this rank would hold."""
-        return "expert", expert, self._mesh.layout.etp, self._mesh.at.etp_rank
+        return EXPERT, expert, self._mesh.layout.etp, self._mesh.at.etp_rank
 
     def put_experts(self, held: HeldWeights) -> None:
         """Hold this rank's experts, for a stage that follows."""

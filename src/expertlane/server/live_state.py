@@ -16,6 +16,7 @@ from expertlane.balance.placement_file import Placements
 from expertlane.comm.progress import NO_LAYER
 from expertlane.engine.rank_watch import Reading
 from expertlane.engine.recovery_record import State
+from expertlane.engine.weights_ahead import WeightsAhead
 from expertlane.server.own_metrics import IMBALANCE_S, WAITING
 from expertlane.spec.names import Stage
 from expertlane.version import __version__
@@ -283,7 +284,15 @@ class LiveState:
             return "ended"
         if self._is_recovering:
             return "scaling" if self._is_scaling else "recovering"
+        if self._ahead is not None and not self.service.is_draining:
+            return "preparing"
         return "draining" if self.service.is_draining else "running"
+
+    @property
+    def _ahead(self) -> WeightsAhead | None:
+        """Of a layout that is being prepared."""
+        scaling = self.service.model.scaling
+        return None if scaling is None else scaling.ahead
 
     @property
     def _is_recovering(self) -> bool:
@@ -312,6 +321,13 @@ class LiveState:
                 "Nothing: requests go on by themselves. The server's log says what happened.",
             )
         else:
+            if (ahead := self._ahead) is not None:
+                yield Alert(
+                    "amber",
+                    f"The layout {ahead.layout} is prepared: {ahead.share:.0%} of its layers, "
+                    f"{ahead.num_bytes / 1e6:,.0f} MB so far. Requests go on, somewhat slower.",
+                    "Nothing: the layout changes when all is there.",
+                )
             yield from self._of_ranks()
         scheduler, most = service.model.engine.scheduler, service.options.max_num_queued
         if service.num_queued >= _NEARLY_FULL * most:
