@@ -34,7 +34,7 @@ from expertlane.comm.recorder import Recorder
 from expertlane.comm.region import Region
 from expertlane.comm.transport import EpochEndedError, PeerLostError
 from expertlane.engine import connection
-from expertlane.engine.fork_server import RankSettings
+from expertlane.engine.rank_settings import RankSettings
 from expertlane.engine.rendezvous import Meeting
 from expertlane.engine.store_host import StoreHost
 from expertlane.ops.backend import SHARED_MEMORY, Platform, compiled_messages

@@ -253,6 +253,69 @@ def exchange(context: RankContext, command: Exchange) -> np.ndarray:
     return np.array(received)
 
 
+class ExchangeAmong(Command[np.ndarray]):
+    """As `Exchange`, among some ranks, which are all that are asked."""
+
+    ranks: list[int]
+    value: int
+
+
+def exchange_among(context: RankContext, command: ExchangeAmong) -> np.ndarray:
+    ranks, meshes = tuple(command.ranks), context.meshes
+    rows = torch.tensor([[context.epoch, context.rank, to, command.value] for to in ranks])
+    if len(ranks) == 1:
+        return np.array(rows)
+    if ranks not in meshes._made:
+        assert meshes._transport is not None, "the epoch is joined"
+        meshes._transport.make(ranks)
+        meshes._made.add(ranks)
+    context.progress.enter(Stage.DISPATCH, 0)
+    each, received = [1] * len(ranks), torch.empty_like(rows)
+    meshes.link(ranks).all_to_all(rows, each, received, each).wait()
+    context.progress.enter(Stage.IDLE, NO_LAYER)
+    return np.array(received)
+
+
+class LoseAmong(Command[np.ndarray]):
+    """As `ExchangeAmong`, but some ranks are lost."""
+
+    ranks: list[int]
+    ways: dict[int, str]
+
+
+def lose_among(context: RankContext, command: LoseAmong) -> np.ndarray:
+    if (way := command.ways.get(context.rank)) is not None:
+        lose_rank(way)
+    return exchange_among(context, ExchangeAmong(command.ranks, 0))
+
+
+class Ahead(Command[tuple[int, Any]]):
+    """The rank and what it was given, after some time; needs no epoch."""
+
+    needs_epoch = False
+
+    value: Any
+    seconds: float = 0.0
+    way: str = ""  # to be lost instead
+
+
+def ahead(context: RankContext, command: Ahead) -> tuple[int, Any]:
+    context.progress.touch()
+    if command.way:
+        lose_rank(command.way)
+    time.sleep(command.seconds)
+    return context.rank, command.value
+
+
+class Describe(Command[tuple[int, int, int, str]]):
+    """Its epoch, descriptors and threads, and how messages go."""
+
+
+def describe(context: RankContext, command: Describe) -> tuple[int, int, int, str]:
+    num_threads = torch.get_num_threads()
+    return context.epoch, len(os.listdir("/proc/self/fd")), num_threads, context.platform.transport
+
+
 class Lose(Command[np.ndarray]):
     """As `Exchange`, but some ranks are lost, by way, while the others wait for them."""
 
@@ -368,6 +431,10 @@ def handlers() -> Handlers:
         Plant: lambda context, command: plant(context, command, planted),
         FlipBit: flip_bit,
         Exchange: exchange,
+        ExchangeAmong: exchange_among,
+        LoseAmong: lose_among,
+        Ahead: ahead,
+        Describe: describe,
         Lose: lose,
     }
 

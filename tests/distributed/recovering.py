@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distributed.on_ranks import WAYS, Exchange, Lose
+from distributed.on_ranks import WAYS, Exchange, ExchangeAmong, Lose
 from expertlane.errors import RanksLostError
 
 
@@ -13,6 +13,14 @@ def check_exchange(pool, value):
     num_ranks = pool.num_ranks
     for rank, heard in enumerate(told):
         rows = [[pool.epoch, source, rank, value] for source in range(num_ranks)]
+        np.testing.assert_array_equal(heard, rows)
+
+
+def check_among(pool, value):
+    """Those that are present hear from each other."""
+    ranks = sorted(pool.present)
+    for rank, heard in zip(ranks, pool.call(ExchangeAmong(ranks, value)), strict=True):
+        rows = [[pool.epoch, source, rank, value] for source in ranks]
         np.testing.assert_array_equal(heard, rows)
 
 

@@ -12,7 +12,7 @@ from distributed.recovering import check_exchange, lose, replace
 from distributed.test_torchrun import start, torchrun
 from engine.processes import session_is_gone
 from expertlane.engine.pool import RankPool
-from expertlane.engine.rendezvous import handshake
+from expertlane.engine.rendezvous import Claim, handshake
 from expertlane.errors import RankError, RanksLostError
 
 TIMEOUT_S = 2.5
@@ -75,15 +75,15 @@ def test_who_is_no_rank_of_this_epoch_does_not_become_one(pool, capfd):
     """Strangers may connect at any time; they are looked at while an epoch begins."""
     place = pool._ranks._acceptor._listener.getsockname()
     strangers = [socket.create_connection(place) for _ in range(3)]
-    strangers[1].sendall(handshake(1, 1, bytes(32), pool.epoch + 1))
-    strangers[2].sendall(handshake(1, 1, bytes(32), pool.epoch))
+    strangers[1].sendall(handshake(Claim(1, 1, 10), bytes(32)))
+    strangers[2].sendall(b"GET / HTTP/1.1" + bytes(64))
     assert replace(pool, lose(pool, {2: "kill"}).ranks) == {2}
     for stranger in strangers:
         stranger.settimeout(10)
         assert stranger.recv(1) == b""
         stranger.close()
     said = capfd.readouterr().err
-    for why in ("all nodes are connected", "it is not node 1", f"it is of epoch {pool.epoch - 1}"):
+    for why in ("all nodes are connected", "it is not node 1", "it sent no valid handshake"):
         assert f": {why}" in said
     check_exchange(pool, 3)
 

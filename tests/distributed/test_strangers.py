@@ -10,7 +10,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from distributed.test_torchrun import start, torchrun
 from engine.processes import wait_until
-from expertlane.engine.rendezvous import handshake
+from expertlane.engine.rendezvous import Claim, handshake
 
 EXPERIMENT = """
 name = "two"
@@ -98,7 +98,7 @@ def test_the_run_goes_on(two_nodes):
     two_nodes.other.resume()
     from_store = bytes.fromhex(two_nodes.read_store("node 1"))
     strangers.append(socket.create_connection(two_nodes.place))
-    strangers[-1].sendall(handshake(1, 0, from_store))
+    strangers[-1].sendall(handshake(Claim(1, 0, 0), from_store))
     server.resume()
     out, err = two_nodes.agents[0].communicate(timeout=90)
     assert two_nodes.agents[0].returncode == 0, err

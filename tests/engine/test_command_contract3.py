@@ -9,7 +9,7 @@ import time
 import pytest
 
 from engine.processes import RunningRanks
-from expertlane.engine.local_ranks import MAX_RANKS_PER_CORE
+from expertlane.engine.rank_environment import MAX_RANKS_PER_CORE
 from expertlane.ops.host import num_cores
 
 EXPERIMENT = """

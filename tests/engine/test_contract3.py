@@ -12,9 +12,10 @@ from distributed import on_ranks
 from distributed.on_ranks import Echo, Fail, FailWhileOthersWait, Refuse, Stay
 from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
 from engine.processes import RunningRanks
-from expertlane.engine import local_ranks
-from expertlane.engine.local_ranks import MAX_RANKS_PER_CORE, LocalRanks, check_num_ranks
+from expertlane.engine import rank_environment
+from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.pool import RankPool
+from expertlane.engine.rank_environment import MAX_RANKS_PER_CORE, check_num_ranks
 from expertlane.errors import CapacityError, RankError, UserError
 
 LAYOUTS = ["dp=2,ep=2", "pp=2", pytest.param("tp=2", marks=pytest.mark.full)]
@@ -247,7 +248,7 @@ def test_calls(kept_pool):
 
 
 def test_too_many_ranks_are_refused(monkeypatch):
-    monkeypatch.setattr(local_ranks, "num_cores", lambda: 2)
+    monkeypatch.setattr(rank_environment, "num_cores", lambda: 2)
     limit = 2 * MAX_RANKS_PER_CORE
     check_num_ranks(limit, oversubscribe=False)
     check_num_ranks(limit + 1, oversubscribe=True)

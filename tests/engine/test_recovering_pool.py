@@ -1,5 +1,6 @@
 """A pool whose lost ranks are replaced, in any way that a rank can be lost, at any time."""
 
+import gc
 import os
 import signal
 import threading
@@ -213,6 +214,7 @@ def test_a_rank_that_is_lost_at_every_start(lose_at_start):
 
 
 def test_many_epochs_leave_nothing_open_and_the_end_of_the_fork_server_is_final():
+    gc.collect()  # the progress boards of earlier pools
     with leaves_nothing(), start_pool(timeout_s=NEVER_S) as pool:
         server = psutil.Process(pool._ranks._server.pid)
         states = []

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from expertlane.engine import rendezvous
+from expertlane.engine import acceptor, rendezvous
+from expertlane.engine.acceptor import NodeAcceptor
 from expertlane.engine.rendezvous import (
+    Claim,
     Meeting,
-    NodeAcceptor,
     Place,
     connect,
     handshake,
@@ -86,7 +87,7 @@ class Launcher:
         assert self.is_done
         self._accepted |= self.acceptor.take()
         peers = {node: [] for node in range(1, NUM_NODES)}
-        for (node, _), connection in sorted(self._accepted.items()):
+        for (node, _, _), connection in sorted(self._accepted.items()):
             peers[node].append(connection.getpeername())
         return peers
 
@@ -137,7 +138,7 @@ def test_silent_strangers_do_not_make_nodes_wait(launcher):
 
 
 def test_a_silent_stranger_is_refused_in_time(launcher, monkeypatch):
-    monkeypatch.setattr(rendezvous, "_HANDSHAKE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(acceptor, "_HANDSHAKE_TIMEOUT_S", 0.2)
     stranger = launcher.connect()
     assert is_refused(stranger)
     launcher.connect_all()
@@ -168,9 +169,9 @@ def test_a_stranger_who_resets_the_connection(launcher):
         b"GET / HTTP/1.1\r\n" + bytes(64),
         b"\x80\x04" + b"c" * 100,
         b"XLNODE01" + b"\xff" * 64,
-        handshake(0, 0, bytes(32)),
-        handshake(NUM_NODES, 0, bytes(32)),
-        handshake(1, RANKS_PER_NODE + 1, bytes(32)),
+        handshake(Claim(0, 0, 0), bytes(32)),
+        handshake(Claim(NUM_NODES, 0, 0), bytes(32)),
+        handshake(Claim(1, RANKS_PER_NODE + 1, 0), bytes(32)),
     ],
     ids=["http", "pickle", "huge numbers", "the launcher's node", "no such node", "no such rank"],
 )
@@ -188,7 +189,7 @@ def test_garbage(launcher, garbage):
 def test_what_a_stranger_can_read_in_the_store_does_not_make_it_a_node(launcher, node, index):
     """It comes first, and shows the hash that the store holds."""
     stranger = launcher.connect()
-    stranger.sendall(handshake(node, index, hash_of(launcher.secrets[node])))
+    stranger.sendall(handshake(Claim(node, index, 0), hash_of(launcher.secrets[node])))
     launcher.connect_all()
     peers = launcher.wait()
     assert stranger.getsockname() not in peers[node]
@@ -208,7 +209,7 @@ def test_a_node_that_is_connected_already_is_not_replaced(launcher):
 
 
 def test_a_crowd_of_strangers_pushes_out_no_node_that_is_connected(launcher, monkeypatch):
-    monkeypatch.setattr(rendezvous, "_MAX_PENDING", 4)
+    monkeypatch.setattr(acceptor, "_MAX_PENDING", 4)
     launcher.tell_hashes()
     launcher.connect_node(1)
     strangers = [launcher.connect() for _ in range(10)]
@@ -220,7 +221,7 @@ def test_a_crowd_of_strangers_pushes_out_no_node_that_is_connected(launcher, mon
 
 
 def test_nodes_that_do_not_connect(monkeypatch):
-    monkeypatch.setattr(rendezvous, "CONNECT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(acceptor, "CONNECT_TIMEOUT_S", 0.3)
     ours, theirs = socket.socketpair()
     line = r"^nodes \[1, 2\] did not connect within 0.3 s$"
     with listen("127.0.0.1", 3) as listener, ours, theirs, pytest.raises(RankError, match=line):

@@ -34,7 +34,9 @@ class Command(msgspec.Struct, Generic[ResultT], tag=True):
     The type argument is the type of the answer, by which it is decoded.
 
     Attributes:
-        needs_epoch: a rank joins the epoch before it runs the command.
+        needs_epoch: it runs on ranks of the epoch that it was asked for in, and comes to nothing
+            when another begins. Else any rank takes it, also one that is ahead, and it goes on: it
+            must not talk to other ranks.
     """
 
     needs_epoch: ClassVar[bool] = True

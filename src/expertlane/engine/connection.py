@@ -14,7 +14,7 @@ from expertlane.comm.shared_memory import CompiledEndpoint, Endpoint, SharedTran
 from expertlane.comm.torch_transport import TorchTransport
 from expertlane.comm.transport import Transport
 from expertlane.comm.uncompiled import UncompiledEndpoint
-from expertlane.engine.fork_server import RankSettings
+from expertlane.engine.rank_settings import RankSettings
 from expertlane.ops.backend import SHARED_MEMORY, Platform, compiled_messages
 from expertlane.ops.cores import Share
 

@@ -15,27 +15,25 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
 from expertlane.comm.progress import ProgressBoard
 from expertlane.engine.messages import (
-    BeginEpoch,
     Channel,
     Decoder,
-    Exit,
     Failure,
     FailureKind,
-    Heartbeat,
+    Message,
     MessageKind,
-    Nodes,
     encode,
 )
+from expertlane.engine.node_messages import ChangeRanks, Exit, Heartbeat, Nodes, RanksStarted
 from expertlane.engine.processes import end_with_parent, is_stopped, unterminated
-from expertlane.engine.rendezvous import Meeting, Place
+from expertlane.engine.rank_settings import RankSettings, ServerSettings
 from expertlane.engine.run_files import memory_file, unnamed_file
 from expertlane.engine.store_host import StoreHost
 from expertlane.errors import TerminatedError
@@ -49,67 +47,6 @@ _POLL_MS = 50
 _PR_SET_PDEATHSIG = 1
 
 Reconnect = Callable[[int, Sequence[int]], list[int]]
-
-
-@dataclass(frozen=True)
-class RankSettings:
-    """What a rank gets at its start.
-
-    Attributes:
-        board_fd: of the file with the node's progress board.
-        memory_fd: of the memory that the node's ranks share for their messages; None where the
-            system has none.
-        wake_fds: eventfds for ranks that share it, one for each that there may be.
-        store_path: the rendezvous file of ranks that are all on this node.
-        meeting: where ranks of several nodes meet; None where all are on this one.
-        timeout_s: the bound on any wait for other ranks.
-        epoch: that it is started in; what it inherits belongs to that.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    num_local_ranks: int
-    board_fd: int
-    memory_fd: int | None
-    wake_fds: list[int]
-    store_path: str
-    meeting: Meeting | None
-    timeout_s: float
-    dtype: str | None
-    epoch: int = 0
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """What the server needs to start the ranks of its node.
-
-    Attributes:
-        parent_pid: the server ends with this process; None where its parent does not matter.
-        control_fd: socket to the launcher; its end of file ends everything.
-        rank_fds: a socket to the launcher for each rank.
-        store_fd: of the ranks' rendezvous file; None where it has a name.
-        first_rank: settings of the node's first rank; the others' are like them.
-        launcher: to be told to other nodes; None where there are none, and on the others.
-    """
-
-    parent_pid: int | None
-    control_fd: int
-    rank_fds: list[int]
-    store_fd: int | None
-    first_rank: RankSettings
-    launcher: Place | None = None
-
-    def descriptors(self) -> list[int]:
-        """All file descriptors that the server inherits from the launcher."""
-        first = self.first_rank
-        own = [self.control_fd, *self.rank_fds, *first.wake_fds, first.board_fd]
-        shared = first.memory_fd, self.store_fd
-        return own + [descriptor for descriptor in shared if descriptor is not None]
-
-    def is_parent_alive(self) -> bool:
-        """Whether there is still someone to serve, as far as the parent tells."""
-        return self.parent_pid is None or os.getppid() == self.parent_pid
 
 
 def python_command(module: str, arguments: Sequence[str]) -> list[str]:
@@ -136,7 +73,7 @@ def _end_with_server(server_pid: int) -> None:
 def _become_rank(
     settings: RankSettings,
     channel_fd: int,
-    others: Sequence[int],
+    others: Collection[int],
     handlers: "Handlers",
     server_pid: int,
 ) -> NoReturn:
@@ -168,8 +105,7 @@ class _Server:
 
     Args:
         handlers: what ranks do for each command.
-        reconnect: gives channels to the launcher for ranks of an epoch; None where the launcher
-            sends them.
+        reconnect: as of `serve`.
     """
 
     def __init__(
@@ -216,21 +152,32 @@ class _Server:
         first = self._first.rank
         self._fork({first + place: fd for place, fd in enumerate(self._settings.rank_fds)})
 
-    def _fork(self, channels: Mapping[int, int]) -> None:
-        """Start ranks, each with a channel to the launcher, as a descriptor that is closed here."""
-        own_pid = os.getpid()
-        for rank, fd in channels.items():
-            settings = replace(self._first, rank=rank, local_rank=rank - self._first.rank)
-            pid = os.fork()
-            if pid == 0:
-                others = [each for each in channels.values() if each != fd]
-                others.append(self._control.fileno())
-                if self._first.epoch and self._store_fd is not None:
-                    others.append(self._store_fd)  # ranks open that of an epoch by the board
-                _become_rank(settings, fd, others, self._handlers, own_pid)
-            self._rank_of_pid[pid] = rank
-        for fd in channels.values():
-            os.close(fd)
+    def _fork(self, channels: Mapping[int, int], *, ahead: bool = False) -> None:
+        """Start ranks, each with a channel to the launcher, as a descriptor that is closed here.
+
+        Raises:
+            OSError: there is no room for more processes; some may have started.
+        """
+        own_pid, first = os.getpid(), self._first
+        try:
+            for rank, fd in channels.items():
+                settings = replace(first, rank=rank, local_rank=rank - first.rank, is_ahead=ahead)
+                pid = os.fork()
+                if pid == 0:
+                    others = {*channels.values(), *self._not_for_ranks(ahead=ahead)} - {fd}
+                    _become_rank(settings, fd, others, self._handlers, own_pid)
+                self._rank_of_pid[pid] = rank
+        finally:
+            for fd in channels.values():
+                os.close(fd)
+
+    def _not_for_ranks(self, *, ahead: bool) -> Iterator[int]:
+        """Descriptors that ranks do not keep."""
+        yield self._control.fileno()
+        if self._store_fd is not None and (ahead or self._first.epoch):
+            yield self._store_fd  # ranks open that of an epoch by the board
+        if self._first.memory_fd is not None and ahead:
+            yield self._first.memory_fd
 
     def watch(self) -> bool:
         """Report ranks that end and answer the launcher, until it or the parent has ended.
@@ -256,41 +203,57 @@ class _Server:
                 message = self._control.receive()
                 if message.kind is MessageKind.END:
                     return True
-                if message.kind is MessageKind.BEGIN_EPOCH:
-                    self._begin_epoch(message.epoch, Decoder(BeginEpoch).decode(message))
+                if message.kind in (MessageKind.BEGIN_EPOCH, MessageKind.START_RANKS):
+                    self._change(message)
                 else:
                     self._control.send(encode(MessageKind.HEARTBEAT, self._heartbeat()))
             self._report_ended()
         return False
 
-    def _begin_epoch(self, epoch: int, asked: BeginEpoch) -> None:
+    def _change(self, message: Message) -> None:
         """End ranks for certain, and start others in their places.
 
         Raises:
-            EOFError, OSError: the launcher has ended, or there is no room; it is told so.
+            EOFError, OSError: the launcher has ended, or there is no room to begin an epoch; it is
+                told so.
         """
-        ranks, first = asked.ranks, self._first
+        asked = Decoder(ChangeRanks).decode(message)
         with unterminated():
-            surplus = [r for r in self._rank_of_pid.values() if r >= first.rank + asked.num_ranks]
-            self._fence([*ranks, *surplus])
-            if asked.num_ranks != first.num_local_ranks:
-                others = first.world_size - first.num_local_ranks
-                self._first = replace(
-                    first,
-                    num_local_ranks=asked.num_ranks,
-                    world_size=others + asked.num_ranks,
-                )
-            try:
-                self._renew_files(epoch)
-                for rank in ranks:
-                    self._board.reporter(rank)  # writes "setting up"
-                channels = self._reconnect(epoch, ranks)
-                self._fork(dict(zip(ranks, channels, strict=True)))
-            except OSError as error:
-                text = f"{socket.gethostname()}: cannot replace ranks {ranks}: {error.strerror}"
-                self._control.send(encode(MessageKind.FAILURE, Failure(FailureKind.USER, text)))
-                raise
-            self._control.send(encode(MessageKind.EPOCH_BEGUN, None, epoch))
+            self._fence([*asked.ends, *asked.starts])
+            if message.kind is MessageKind.BEGIN_EPOCH:
+                self._begin_epoch(message.epoch, asked)
+            else:
+                self._start_ahead(asked)
+
+    def _begin_epoch(self, epoch: int, asked: ChangeRanks) -> None:
+        first = self._first
+        others = first.world_size - first.num_local_ranks
+        world_size = others + asked.num_ranks
+        self._first = replace(first, num_local_ranks=asked.num_ranks, world_size=world_size)
+        try:
+            self._renew_files(epoch)
+            self._fork(self._connect(asked))
+        except OSError as error:
+            text = f"{socket.gethostname()}: cannot replace ranks {asked.starts}: {error.strerror}"
+            self._control.send(encode(MessageKind.FAILURE, Failure(FailureKind.USER, text)))
+            raise
+        self._control.send(encode(MessageKind.EPOCH_BEGUN, None, epoch))
+
+    def _start_ahead(self, asked: ChangeRanks) -> None:
+        """Ranks that wait for a later epoch; the others do not notice."""
+        answer = RanksStarted([])
+        try:
+            self._fork(self._connect(asked), ahead=True)
+        except OSError as error:
+            missing = sorted({*asked.starts} - {*self._rank_of_pid.values()})
+            answer = RanksStarted(missing, f"{socket.gethostname()}: {error.strerror}")
+        self._control.send(encode(MessageKind.RANKS_STARTED, answer))
+
+    def _connect(self, asked: ChangeRanks) -> dict[int, int]:
+        """Channels for new ranks."""
+        for rank in asked.starts:
+            self._board.reporter(rank)  # writes "setting up"
+        return dict(zip(asked.starts, self._reconnect(asked.number, asked.starts), strict=True))
 
     def _fence(self, ranks: Sequence[int]) -> None:
         """Kill ranks, and wait until they are dead."""
@@ -316,7 +279,7 @@ class _Server:
         for fd in old:  # ranks look at the board before they trust what they have opened
             os.close(fd)
 
-    def _receive_channels(self, epoch: int, ranks: Sequence[int]) -> list[int]:
+    def _receive_channels(self, number: int, ranks: Sequence[int]) -> list[int]:
         return self._control.receive_descriptors(len(ranks))
 
     def _heartbeat(self) -> Heartbeat:
@@ -360,8 +323,8 @@ def serve(
 
     Args:
         handlers: what ranks do for each command; None for the engine's own.
-        reconnect: of an epoch, gives channels to the launcher for ranks that replace others; None
-            where the launcher sends them.
+        reconnect: gives channels to the launcher for ranks that a change of that number starts;
+            None where the launcher sends them.
 
     Returns:
         Whether all was well in the end.

@@ -9,8 +9,9 @@ from pathlib import Path
 from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.commands import DescribeMachine, RankMachine
-from expertlane.engine.local_ranks import LocalRanks, check_num_ranks
+from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.pool import RankPool
+from expertlane.engine.rank_environment import check_num_ranks
 from expertlane.engine.torchrun import (
     NodeRanks,
     TorchrunNode,

@@ -11,45 +11,29 @@ from multiprocessing.connection import wait
 
 import msgspec
 
-from expertlane.engine.fork_server import RankSettings, ServerSettings, python_command
+from expertlane.engine.fork_server import python_command
 from expertlane.engine.messages import (
-    BeginEpoch,
     Channel,
     Decoder,
-    Exit,
     Failure,
     FailureKind,
-    Heartbeat,
     Message,
     MessageError,
     MessageKind,
     encode,
 )
+from expertlane.engine.node import Node, NodeChange, connections_for
+from expertlane.engine.node_messages import ChangeRanks, Exit, Heartbeat, RanksStarted
+from expertlane.engine.rank_environment import rank_environment
+from expertlane.engine.rank_settings import RankSettings, ServerSettings
 from expertlane.engine.rendezvous import Meeting, Place
 from expertlane.engine.run_files import RunFiles
 from expertlane.errors import CapacityError, RankError, TerminatedError, UserError
-from expertlane.ops.host import num_cores
 from expertlane.spec.names import CpuIsa
 
-MAX_RANKS_PER_CORE = 32
 _KILL_TIMEOUT_S = 5.0
 _PING_S = 1.0
-_PING, _END = encode(MessageKind.PING, None), encode(MessageKind.END, None)
-_SPIN_COUNT = "10000"  # some 0.2 ms
-
-
-def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
-    """Refuse a number of local ranks that would only crawl.
-
-    Raises:
-        CapacityError: more than `MAX_RANKS_PER_CORE` a core, and not asked for explicitly.
-    """
-    limit = MAX_RANKS_PER_CORE * num_cores()
-    if num_ranks > limit and not oversubscribe:
-        raise CapacityError(
-            f"{num_ranks} ranks are more than {MAX_RANKS_PER_CORE} × {num_cores()} cores; "
-            f"use at most {limit}, or add --oversubscribe"
-        )
+_END = encode(MessageKind.END, None)
 
 
 class LocalRanks:
@@ -63,10 +47,10 @@ class LocalRanks:
         recovers: whether other ranks can take the places of lost ones, by `begin_epoch`.
 
     Attributes:
-        channels: one a rank.
-        controls: one a node; readable when it has news, such as that a rank has ended.
+        channels: one a rank; closed for those that have no process, or none that has connected.
+        nodes: the launcher's own first.
         board: where the ranks report their progress.
-        ranks_per_node: how many a node has.
+        ranks_per_node: how many a node has in this epoch; the only one may have more ahead.
         pids: of ranks of this node that are up.
         stopped: ranks whose processes were stopped when their nodes last said so.
         on_told_to_end: called where a node was told to end; None to end all nodes at once.
@@ -93,21 +77,19 @@ class LocalRanks:
         self.recovers = recovers
         self.pids: dict[int, int] = {}
         self.stopped: set[int] = set()
-        self._names = ["the fork server"]
         self._exit_codes: dict[int, int] = {}
-        self._asked_s: dict[int, float] = {}  # when nodes were pinged that have not answered yet
+        self._missing: dict[int, str] = {}  # ranks that could not be started: why
         self._pinged_s = 0.0
         self._is_server_hung = False
-        self._epoch = 0
-        self._not_begun: set[int] = set()  # nodes that are to say that they are in this epoch
-        self._fenced: dict[int, list[Channel]] = {}  # by node, until it says so: see `begin_epoch`
-        self._replaced: list[int] = []
-        self._connected: list[int] = []
+        self._num_changes = 0
+        self._has_connected = False
+        self._nobody = Channel(socket.socket())
+        self._nobody.close()
         self.on_told_to_end: Callable[[], None] | None = None
         self._files = RunFiles(num_nodes * num_ranks, num_ranks)
         self.board = self._files.board
         self.channels: list[Channel] = []
-        self.controls: list[Channel] = []
+        self.nodes: list[Node] = []
         first_rank = RankSettings(
             rank=0,
             world_size=num_nodes * num_ranks,
@@ -157,90 +139,117 @@ class LocalRanks:
         for _, theirs in pairs:
             theirs.close()
         self._files.leave_to_server()
-        self._add_node([ours for ours, _ in pairs], first_rank.timeout_s)
+        self._add_node("the fork server", [ours for ours, _ in pairs])
 
-    def _add_node(self, connections: Sequence[socket.socket], timeout_s: float) -> None:
-        control, *of_ranks = [Channel(connection, timeout_s) for connection in connections]
-        self.controls.append(control)
+    def _add_node(self, name: str, connections: Sequence[socket.socket]) -> None:
+        control, *of_ranks = [Channel(connection, self._timeout_s) for connection in connections]
+        self.nodes.append(Node(control, name))
         self.channels += of_ranks
 
-    def begin_epoch(self, epoch: int, lost: Collection[int], num_ranks: int | None = None) -> None:
+    def node_of(self, rank: int) -> int:
+        """The number of the node that a rank is on, or will be."""
+        return rank // self.ranks_per_node if len(self.nodes) > 1 else 0
+
+    def begin_epoch(
+        self, epoch: int, ends: Collection[int], starts: Collection[int], num_ranks: int
+    ) -> None:
         """Have nodes end ranks for certain, and start others; `is_beginning` until they have.
 
-        The channels of the others are in `channels` once `take_connected` has given them.
-
         Args:
-            num_ranks: that there are from then on, where all are of one node; the last ones end,
-                and those to be started that are missing are in `lost`.
+            num_ranks: of the epoch; as many as before where there are several nodes.
 
         Raises:
             CapacityError: no descriptors are left.
             RankError: a node is gone, or does not read.
         """
-        self._epoch, self._not_begun = epoch, set(range(len(self.controls)))
-        self._replaced = sorted(lost)
-        if num_ranks is not None and num_ranks != len(self.channels):
-            self._resize(num_ranks)
-        for node, control in enumerate(self.controls):
-            ranks = [rank for rank in self._replaced if rank // self.ranks_per_node == node]
-            for rank in [rank for rank in ranks if self.channels[rank].fileno() >= 0]:
-                self.pids.pop(rank, None)
-                # Open until it is dead: one of another node that sees the end would end its server.
-                self._fenced.setdefault(node, []).append(self.channels[rank])
-            try:
-                command = BeginEpoch(ranks, self.ranks_per_node)
-                control.send(encode(MessageKind.BEGIN_EPOCH, command, epoch))
-                self._connect_others(node, ranks)
-            except BlockingIOError:
-                raise self._hung_in_a_message(node) from None
-            except OSError:
-                raise self._lost(node) from None
+        if len(self.nodes) == 1:
+            self.ranks_per_node = num_ranks
+        assert num_ranks == len(self.nodes) * self.ranks_per_node, "nodes keep their ranks"
+        for node in range(len(self.nodes)):
+            self._change(node, MessageKind.BEGIN_EPOCH, ends, starts, epoch)
 
-    def _resize(self, num_ranks: int) -> None:
-        """Have that many ranks on the only node; there are no channels of new ones yet."""
-        assert len(self.controls) == 1, "ranks of several nodes keep their numbers"
-        self._fenced.setdefault(0, []).extend(self.channels[num_ranks:])
-        for rank in range(num_ranks, len(self.channels)):
+    def change(self, *, ends: Collection[int] = (), starts: Collection[int] = ()) -> None:
+        """Have nodes end ranks that are ahead of the next epoch, and start others that will be.
+
+        Raises:
+            CapacityError, RankError: as `begin_epoch`.
+        """
+        for node in sorted({*map(self.node_of, (*ends, *starts))}):
+            self._change(node, MessageKind.START_RANKS, ends, starts)
+
+    def _change(
+        self,
+        node: int,
+        kind: MessageKind,
+        ends: Collection[int],
+        starts: Collection[int],
+        epoch: int = 0,
+    ) -> None:
+        """Of the ranks those that are the node's."""
+        ends, starts = (
+            sorted(rank for rank in ranks if self.node_of(rank) == node) for ranks in (ends, starts)
+        )
+        self._num_changes += 1
+        asked = ChangeRanks(self._num_changes, ends, starts, self.ranks_per_node)
+        pairs = self._pairs(node, asked)
+        change = NodeChange(kind, starts, self._forget([*ends, *starts]))
+        for rank, (ours, _) in zip(starts, pairs, strict=False):
+            self._connect(rank, ours)
+        try:
+            self.nodes[node].change(change, asked, epoch)
+            self.nodes[node].control.send_descriptors([theirs.fileno() for _, theirs in pairs])
+        except BlockingIOError:
+            raise self._hung_in_a_message(node) from None
+        except OSError:
+            raise self._lost(node) from None
+        finally:
+            for _, theirs in pairs:
+                theirs.close()
+
+    def _forget(self, ranks: Collection[int]) -> list[Channel]:
+        """There are others of these numbers from now on, or none; gives open channels to old ones.
+
+        There is a place in `channels` for each thereafter.
+        """
+        fenced, channels = [], self.channels
+        channels += [self._nobody] * (max(ranks, default=-1) + 1 - len(channels))
+        for rank in ranks:
             self.pids.pop(rank, None)
-        missing = [_closed_channel() for _ in range(len(self.channels), num_ranks)]
-        self.channels[:] = [*self.channels[:num_ranks], *missing]
-        self.ranks_per_node = num_ranks
+            if channels[rank].fileno() >= 0:
+                fenced.append(channels[rank])
+            channels[rank] = self._nobody
+        return fenced
 
-    def _connect_others(self, node: int, ranks: Sequence[int]) -> None:
-        """New channels for ranks of a node; its server gets their other ends."""
-        with contextlib.ExitStack() as sent:
-            try:
-                pairs = [socket.socketpair() for _ in ranks]
-            except OSError as error:
-                raise CapacityError(f"cannot replace ranks {ranks}: {error.strerror}") from error
-            theirs = [sent.enter_context(end) for _, end in pairs]
-            for rank, (ours, _) in zip(ranks, pairs, strict=True):
-                self.channels[rank] = Channel(ours, self._timeout_s)
-                self._connected.append(rank)
-            self.controls[node].send_descriptors([end.fileno() for end in theirs])
+    def _pairs(self, node: int, asked: ChangeRanks) -> list[tuple[socket.socket, socket.socket]]:
+        """Connections for new ranks, in their order, whose other ends its server gets."""
+        return connections_for(asked.starts)
+
+    def _connect(self, rank: int, connection: socket.socket) -> None:
+        self.channels[rank] = Channel(connection, self._timeout_s)
+        self._has_connected = True
 
     def connected(self) -> dict[int, Channel]:
-        """Channels of ranks that were not replaced, or by others that are connected by now."""
-        fenced = [channel for of_node in self._fenced.values() for channel in of_node]
-        return {
-            rank: channel
-            for rank, channel in enumerate(self.channels)
-            if channel.fileno() >= 0 and channel not in fenced
-        }
+        """Channels of ranks that have a process; of other nodes once that has connected."""
+        return {r: channel for r, channel in enumerate(self.channels) if channel.fileno() >= 0}
 
     @property
     def is_beginning(self) -> bool:
-        """Whether a node has yet to end ranks, and to start others."""
-        return bool(self._not_begun)
+        """Whether a node has yet to end ranks, and to start others, for an epoch."""
+        return any(node.is_beginning for node in self.nodes)
 
     def acceptor(self) -> int | None:
-        """A descriptor that is readable when ranks of other nodes connect; None without."""
+        """A descriptor that is readable when ranks of other nodes connect; None if none is to."""
         return None
 
-    def take_connected(self) -> list[int]:
-        """Ranks that have come to be connected since the last call; does not wait."""
-        connected, self._connected = self._connected, []
-        return connected
+    def has_connected(self) -> bool:
+        """Whether ranks have come to be connected since the last call; does not wait."""
+        had, self._has_connected = self._has_connected, False
+        return had
+
+    def take_missing(self) -> dict[int, str]:
+        """Ranks that nodes could not start, ahead of the next epoch, since the last call: why."""
+        missing, self._missing = self._missing, {}
+        return missing
 
     def ping(self) -> None:
         """Ask each node once a second how its ranks are; call it while waiting for them."""
@@ -248,11 +257,9 @@ class LocalRanks:
         if now_s - self._pinged_s < _PING_S:
             return
         self._pinged_s = now_s
-        for node, control in enumerate(self.controls):
-            if node not in self._asked_s:
-                self._asked_s[node] = now_s
-                with contextlib.suppress(OSError):  # its end is noticed elsewhere
-                    control.send(_PING)
+        for node in self.nodes:
+            with contextlib.suppress(OSError):  # its end is noticed elsewhere
+                node.ping(now_s)
 
     def check_answers(self, bound_s: float, resumed_s: float) -> None:
         """Look for a node that is silent.
@@ -263,11 +270,12 @@ class LocalRanks:
         Raises:
             RankError: it has not answered for so long.
         """
-        for node, asked_s in self._asked_s.items():
-            if time.monotonic() - max(asked_s, resumed_s) > bound_s:
-                self._is_server_hung = node == 0
+        now_s = time.monotonic()
+        for number, node in enumerate(self.nodes):
+            if node.asked_s is not None and now_s - max(node.asked_s, resumed_s) > bound_s:
+                self._is_server_hung = number == 0
                 raise RankError(
-                    f"{self._names[node]} hung: no answer for {bound_s:g} s; all ranks were ended"
+                    f"{node.name} hung: no answer for {bound_s:g} s; all ranks were ended"
                 )
 
     def read_news(self, ready: Container[int]) -> None:
@@ -280,21 +288,24 @@ class LocalRanks:
             RankError: a node has ended.
             TerminatedError, UserError: it could not go on.
         """
-        for node, control in enumerate(self.controls):
-            if control.fileno() in ready:
-                self._read_node(node)
+        for number, node in enumerate(self.nodes):
+            if node.control.fileno() in ready:
+                self._read_node(number)
 
     def _read_node(self, node: int) -> Message | None:
         """Read one message; gives those that are not about ranks."""
         try:
-            message = self.controls[node].receive()
+            message = self.nodes[node].control.receive()
             if message.kind is MessageKind.EXIT:
                 self._take_exit(node, Decoder(Exit).decode(message))
             elif message.kind is MessageKind.HEARTBEAT:
                 self._take_heartbeat(node, Decoder(Heartbeat).decode(message))
             elif message.kind is MessageKind.EPOCH_BEGUN:
-                if message.epoch == self._epoch:
-                    self._take_begun(node)
+                self._take_changed(node, message.kind)
+            elif message.kind is MessageKind.RANKS_STARTED:
+                started = Decoder(RanksStarted).decode(message)
+                self._take_changed(node, message.kind)
+                self._missing.update(dict.fromkeys(started.missing, started.why))
             elif message.kind is MessageKind.FAILURE:
                 failure = Decoder(Failure).decode(message)
                 if failure.kind is FailureKind.TERMINATED and self.on_told_to_end is not None:
@@ -309,22 +320,22 @@ class LocalRanks:
         except (EOFError, OSError):
             raise self._lost(node) from None
         except MessageError as error:
-            raise RankError(f"{self._names[node]} sent an invalid message: {error}") from None
+            raise RankError(f"{self.nodes[node].name} sent an invalid message: {error}") from None
         return None
 
     def _hung_in_a_message(self, node: int) -> RankError:
-        return RankError(f"{self._names[node]} hung in a message; all ranks were ended")
+        return RankError(f"{self.nodes[node].name} hung in a message; all ranks were ended")
 
     def _take_exit(self, node: int, report: Exit) -> None:
-        if report.rank // self.ranks_per_node != node and node not in self._not_begun:
+        if self.node_of(report.rank) != node:
             raise MessageError(f"rank {report.rank} is not its own")
         self._exit_codes[report.rank] = report.code
         if node:  # those of this one write to the board themselves
             self.board.update(report.rank, report.line)
 
     def _take_heartbeat(self, node: int, heartbeat: Heartbeat) -> None:
-        self._asked_s.pop(node, None)
-        if node in self._not_begun:
+        self.nodes[node].asked_s = None
+        if self.nodes[node].changes:
             return  # it may have been of other ranks
         ranks = range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
         if len(heartbeat.lines) != len(ranks):
@@ -333,21 +344,17 @@ class LocalRanks:
         for rank, line in zip(ranks, heartbeat.lines if node else (), strict=bool(node)):
             self.board.update(rank, line)
 
-    def _take_begun(self, node: int) -> None:
-        """All that the node has said before was of older epochs."""
-        self._not_begun.discard(node)
-        for channel in self._fenced.pop(node, []):
-            channel.close()
-        for rank in self._replaced:
-            if rank // self.ranks_per_node == node:
-                self._exit_codes.pop(rank, None)
-                self.stopped.discard(rank)
-                if node:
-                    self.board.reporter(rank)  # writes "setting up", as the node itself has
+    def _take_changed(self, node: int, kind: MessageKind) -> None:
+        """All that the node has said before was of older ranks."""
+        for rank in self.nodes[node].take_changed(kind).starts:
+            self._exit_codes.pop(rank, None)
+            self.stopped.discard(rank)
+            if node:
+                self.board.reporter(rank)  # writes "setting up", as the node itself has
 
     def _lost(self, node: int) -> RankError:
         if node:
-            return RankError(f"{self._names[node]} is gone; all ranks were ended")
+            return RankError(f"{self.nodes[node].name} is gone; all ranks were ended")
         code = self._server.wait(_KILL_TIMEOUT_S)
         return RankError(f"the fork server ended with exit code {code}; all ranks were ended")
 
@@ -357,10 +364,13 @@ class LocalRanks:
         Raises:
             ExpertlaneError: as `read_news`.
         """
-        node, until_s = rank // self.ranks_per_node, time.monotonic() + timeout_s
-        while rank not in self._exit_codes and time.monotonic() < until_s:
-            if wait([self.controls[node].fileno()], until_s - time.monotonic()):
-                self._read_node(node)
+        number, until_s = self.node_of(rank), time.monotonic() + timeout_s
+        node = self.nodes[number]
+        while (wait_s := until_s - time.monotonic()) > 0:
+            if rank in self._exit_codes and not node.is_starting(rank):
+                break
+            if wait([node.control.fileno()], wait_s):
+                self._read_node(number)
         return self._exit_codes.get(rank)
 
     def close(self, *, failed: bool = False) -> None:
@@ -370,12 +380,13 @@ class LocalRanks:
             failed: whether supervisors are to end with an error.
         """
         if not failed:
-            for control in self.controls[1:]:
+            for node in self.nodes[1:]:
                 with contextlib.suppress(OSError):
-                    control.send(_END)
-        fenced = [channel for of_node in self._fenced.values() for channel in of_node]
-        for channel in [*self.channels, *self.controls, *fenced]:
-            channel.close()  # a server kills what is left when it sees this
+                    node.control.send(_END)
+        for channel in self.channels:
+            channel.close()
+        for node in self.nodes:
+            node.close()  # a server kills what is left when it sees this
         try:
             self._server.wait(0 if self._is_server_hung else _KILL_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -383,28 +394,3 @@ class LocalRanks:
                 os.killpg(self._server.pid, signal.SIGKILL)
             self._server.wait(_KILL_TIMEOUT_S)
         self._files.close()
-
-
-def _closed_channel() -> Channel:
-    channel = Channel(socket.socket())
-    channel.close()
-    return channel
-
-
-def rank_environment(cpu_isa: CpuIsa | None, *, on_one_node: bool) -> dict[str, str]:
-    """The environment of ranks.
-
-    Kernels are chosen by it, since every process that computes chooses for itself.
-    On one node, gloo goes over loopback, whatever the host's name resolves to. A thread of a
-    parallel kernel waits a short while for the others, then sleeps: libgomp's own default keeps a
-    core spinning for milliseconds, which other processes on it, the launcher first of all, need.
-    """
-    environment = dict(os.environ)
-    environment.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
-    if cpu_isa is not None:
-        environment["EXPERTLANE_CPU_ISA"] = cpu_isa
-    interfaces = {name for _, name in socket.if_nameindex()} if on_one_node else ()
-    for loopback in ("lo", "lo0"):
-        if loopback in interfaces:
-            environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    return environment

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.messages import (
+    Channel,
     Decoder,
     Failure,
     FailureKind,
@@ -17,6 +18,7 @@ from expertlane.engine.messages import (
     MessageError,
     MessageKind,
 )
+from expertlane.engine.presence import Presence
 from expertlane.engine.processes import is_stopped
 from expertlane.errors import RankError, RanksLostError, UserError
 from expertlane.spec.names import Stage
@@ -61,14 +63,25 @@ class Losses:
     """Finds which ranks are lost.
 
     Args:
+        presence: only ranks of the epoch can be the cause of another's failure.
         timeout_s: of the pool.
         take: takes what is no failure, from a rank, while the cause of one is looked for.
     """
 
     def __init__(
-        self, ranks: LocalRanks, timeout_s: float, take: Callable[[int, Message], None]
+        self,
+        ranks: LocalRanks,
+        presence: Presence,
+        timeout_s: float,
+        take: Callable[[int, Message], None],
     ) -> None:
-        self._ranks, self._timeout_s, self._take = ranks, timeout_s, take
+        self._ranks, self._presence = ranks, presence
+        self._timeout_s, self._take = timeout_s, take
+
+    def _connected(self) -> dict[int, Channel]:
+        """Channels of ranks of the epoch."""
+        connected = self._ranks.connected()
+        return {r: channel for r, channel in connected.items() if r in self._presence.present}
 
     def failure(self, rank: int, message: Message) -> Loss:
         """Behind a failure: a broken transfer is only a symptom of another rank's end.
@@ -81,7 +94,7 @@ class Losses:
         failure = self._read(rank, message)
         bug = self._bug(rank, failure) if failure.kind is FailureKind.BUG else None
         until = time.monotonic() + (_FAILURE_WAIT_S if bug else _BLAME_WINDOW_S)
-        others = {r: channel for r, channel in self._ranks.connected().items() if r != rank}
+        others = {r: channel for r, channel in self._connected().items() if r != rank}
         while others and time.monotonic() < until:
             ready = wait([channel.fileno() for channel in others.values()], _POLL_S)
             for other in [r for r, channel in others.items() if channel.fileno() in ready]:
@@ -115,13 +128,27 @@ class Losses:
         text = f"rank {rank} failed in {self._position(rank)}: {failure.text}"
         return Loss(frozenset([rank]), text, details=failure.details)
 
-    def death(self, rank: int) -> Loss:
+    def of_early(self, rank: int, message: Message) -> Loss:
+        """Behind a failure of a rank that is not of the epoch: it is its own cause.
+
+        Raises:
+            MessageError: the message holds no failure.
+        """
+        failure = Decoder(Failure).decode(message)
+        if failure.line is not None:
+            self._ranks.board.update(rank, failure.line)
+        return self._bug(rank, failure)
+
+    def death(self, rank: int, wait_s: float = _BLAME_WINDOW_S) -> Loss:
         """Of a rank whose channel has come to its end.
+
+        Args:
+            wait_s: how long its node may take to say how.
 
         Raises:
             ExpertlaneError: its node could not go on.
         """
-        code = self._ranks.exit_code(rank, _BLAME_WINDOW_S)
+        code = self._ranks.exit_code(rank, wait_s)
         if code is None:
             how = "is gone"
         elif code == -signal.SIGKILL:
@@ -157,9 +184,9 @@ class Losses:
         return rank in self._ranks.stopped if pid is None else is_stopped(pid)
 
     def ended(self) -> frozenset[int]:
-        """Ranks that have ended by now, as far as can be seen at once."""
+        """Ranks of the epoch that have ended by now, as far as can be seen at once."""
         poll, rank_of = select.poll(), {}
-        for rank, channel in self._ranks.connected().items():
+        for rank, channel in self._connected().items():
             poll.register(channel.fileno(), getattr(select, "POLLRDHUP", select.POLLHUP))
             rank_of[channel.fileno()] = rank
         return frozenset(rank_of[descriptor] for descriptor, _ in poll.poll(0))

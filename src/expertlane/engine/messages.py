@@ -26,6 +26,7 @@ _MAGIC = b"XLM2"
 _ALIGNMENT = 64
 _ZEROS = bytes(_ALIGNMENT)
 MAX_MESSAGE_BYTES = 1 << 30
+ANY_EPOCH = (1 << 32) - 1  # of what belongs to none, and is newer than all
 _WITH_DESCRIPTORS = b"."  # Linux passes none without data
 _MAX_DESCRIPTORS = 200  # of a message; Linux takes 253
 _DTYPES = {np.dtype(name).str: np.dtype(name) for name in ("?", "u1", "<i4", "<i8", "<f4", "<f8")}
@@ -46,6 +47,8 @@ class MessageKind(IntEnum):
     END = 9
     BEGIN_EPOCH = 10
     EPOCH_BEGUN = 11
+    START_RANKS = 12
+    RANKS_STARTED = 13
 
 
 _KINDS = {int(kind): kind for kind in MessageKind}
@@ -60,57 +63,6 @@ class Ready:
     """A rank is up."""
 
     pid: int
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """A node's answer to a ping; the launcher cannot read the progress board of another node.
-
-    Attributes:
-        lines: [num_local_ranks]; of its `ProgressBoard`.
-        stopped: global ranks whose processes are stopped.
-    """
-
-    lines: list[Line]
-    stopped: list[int]
-
-
-@dataclass(frozen=True)
-class Exit:
-    """A rank of a node has ended.
-
-    Attributes:
-        code: negative for a signal.
-        line: its last one of the node's `ProgressBoard`.
-    """
-
-    rank: int
-    code: int
-    line: Line
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """The other nodes have told torchrun's store their hashes, [num_nodes - 1]."""
-
-    hashes: list[bytes]
-
-
-@dataclass(frozen=True)
-class BeginEpoch:
-    """A node is to end ranks for certain, and to start others in their places.
-
-    The message's own epoch is the one that begins. On the launcher's node the descriptors of the
-    new ranks' channels follow, in the order of `ranks`.
-
-    Attributes:
-        ranks: global ones of the node that are to be started, in place of those of that number, if
-            there are any.
-        num_ranks: that the node has from then on; those above end.
-    """
-
-    ranks: list[int]
-    num_ranks: int
 
 
 class FailureKind(Enum):

@@ -25,9 +25,10 @@ from expertlane.engine.commands import (
 from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.dispatch_timing import time_dispatch
 from expertlane.engine.launch import check_deployment
-from expertlane.engine.pool import RankPool, Ticket
+from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.rebalancing import Rebalancer
+from expertlane.engine.tickets import Ticket
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan

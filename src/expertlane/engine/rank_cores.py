@@ -32,6 +32,10 @@ class Cores:
         self.is_pinned = pin(self.share.cpus, held=self._held)
         self.are_taken = True
 
+    def stay_small(self) -> None:
+        """Compute beside ranks that have all cores."""
+        torch.set_num_threads(1)
+
     def leave(self) -> None:
         """Be pinned to nothing, so that another rank may take what this one has."""
         self.are_taken = False

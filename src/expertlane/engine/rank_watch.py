@@ -12,8 +12,9 @@ from expertlane.balance.placement_file import Placements
 from expertlane.comm.progress import Position
 from expertlane.engine.commands import ReadTotals
 from expertlane.engine.copy_switch import CopySwitch
-from expertlane.engine.pool import RankPool, Ticket
+from expertlane.engine.pool import RankPool
 from expertlane.engine.rebalancing import Rebalancer
+from expertlane.engine.tickets import Ticket
 from expertlane.results.rank_totals import RankTotals
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig

@@ -36,7 +36,8 @@ from expertlane.balance.rebalance import (
 )
 from expertlane.engine.commands import FinishMoves, StartMoves, TimeOneMove
 from expertlane.engine.move_pace import MovePace
-from expertlane.engine.pool import RankPool, Ticket
+from expertlane.engine.pool import RankPool
+from expertlane.engine.tickets import Ticket
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import StepPlan
 from expertlane.spec.layout import Layout

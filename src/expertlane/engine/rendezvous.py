@@ -5,23 +5,20 @@ itself to the launcher alone, on each of its connections. So whoever can only re
 pass for a node. The first node's fork server, a child of the launcher, reads the hashes for it.
 """
 
-import contextlib
 import hashlib
-import itertools
 import secrets
-import selectors
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import psutil
 
-from expertlane.errors import RankError, UserError
+from expertlane.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -29,11 +26,8 @@ if TYPE_CHECKING:
 SECRET_BYTES = 32
 CONNECT_TIMEOUT_S = 120.0
 _STORE_POLL_S = 0.05
-_HANDSHAKE_TIMEOUT_S = 5.0  # for a few bytes that are sent at once
-_HANDSHAKE = struct.Struct(f"<8sIII{SECRET_BYTES}s")  # magic, node, its connection, epoch, secret
-_MAGIC = b"XLNODE02"
-_MAX_PENDING = 1024  # connections; beyond, the oldest is refused
-_MAX_REPORTED = 10
+HANDSHAKE = struct.Struct(f"<8sIII{SECRET_BYTES}s")  # magic, claim, secret
+MAGIC = b"XLNODE03"
 _LAUNCHER = "launcher"  # the key of its address in the store
 # A node whose machine or network is gone says nothing: the connection is lost after some 10 s.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
@@ -116,9 +110,23 @@ def hash_of(secret: bytes) -> bytes:
     return hashlib.sha256(secret).digest()
 
 
-def handshake(node: int, index: int, secret: bytes, epoch: int = 0) -> bytes:
-    """What a node sends first on a connection: 0 is its own, then one for each of its ranks."""
-    return _HANDSHAKE.pack(_MAGIC, node, index, epoch, secret)
+class Claim(NamedTuple):
+    """What a connection is, as it says itself.
+
+    Attributes:
+        node: that it comes from.
+        connection: 0 is the node's own, then one for each of its ranks.
+        change: the number of that which has started the rank; 0 at the start of the run.
+    """
+
+    node: int
+    connection: int
+    change: int
+
+
+def handshake(claim: Claim, secret: bytes) -> bytes:
+    """What a node sends first on a connection."""
+    return HANDSHAKE.pack(MAGIC, *claim, secret)
 
 
 def connect(launcher: Place, node: int, num_ranks: int, secret: bytes) -> list[socket.socket]:
@@ -127,21 +135,20 @@ def connect(launcher: Place, node: int, num_ranks: int, secret: bytes) -> list[s
     Raises:
         OSError: it cannot be reached.
     """
-    return [connect_once(launcher, node, index, secret) for index in range(1 + num_ranks)]
+    claims = [Claim(node, index, 0) for index in range(1 + num_ranks)]
+    return [connect_once(launcher, claim, secret) for claim in claims]
 
 
-def connect_once(
-    launcher: Place, node: int, index: int, secret: bytes, epoch: int = 0
-) -> socket.socket:
-    """One of a node's connections to the launcher, for an epoch.
+def connect_once(launcher: Place, claim: Claim, secret: bytes) -> socket.socket:
+    """One of a node's connections to the launcher.
 
     Raises:
         OSError: it cannot be reached.
     """
     place = launcher.address, launcher.port
     connection = socket.create_connection(place, timeout=CONNECT_TIMEOUT_S)
-    connection.sendall(handshake(node, index, secret, epoch))
-    set_options(connection, keep_alive=index == 0)
+    connection.sendall(handshake(claim, secret))
+    set_options(connection, keep_alive=claim.connection == 0)
     return connection
 
 
@@ -199,181 +206,3 @@ def _only_address() -> str:
             f"address that they reach (found here: {found})"
         )
     return addresses[0]
-
-
-@dataclass(eq=False)
-class _PendingConnection:
-    """A connection that is not authenticated yet.
-
-    Attributes:
-        claim: the node and the connection of it that it claims to be; None before its handshake.
-    """
-
-    connection: socket.socket
-    address: str
-    deadline_s: float
-    received: bytearray = field(default_factory=bytearray)
-    claim: tuple[int, int] | None = None
-    secret: bytes = b""
-
-
-class NodeAcceptor:
-    """Accepts the connections of nodes, in parallel, so that no other client makes them wait.
-
-    Args:
-        listener: not blocking; the acceptor's own from now on.
-        num_nodes: the first one is the launcher's own and does not connect.
-        ranks_per_node: a node has as many connections, and one more.
-        report: called with a line for each connection that is refused, the first ten.
-    """
-
-    def __init__(
-        self,
-        listener: socket.socket,
-        num_nodes: int,
-        ranks_per_node: int,
-        report: Callable[[str], None],
-    ) -> None:
-        self._listener = listener
-        self._num_nodes, self._per_node = num_nodes, 1 + ranks_per_node
-        self._report = report
-        self._num_reported = 0
-        self._hashes: Sequence[bytes] = []
-        self._pending: list[_PendingConnection] = []
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ)
-        self._epoch = 0
-        self._missing = set(itertools.product(range(1, num_nodes), range(self._per_node)))
-        self._accepted: dict[tuple[int, int], socket.socket] = {}
-
-    def accept_all(self, control: int, read_control: Callable[[], Sequence[bytes]]) -> None:
-        """Wait for all connections; `take` has them then.
-
-        Args:
-            control: a descriptor, from which the hashes of nodes 1, … can be read.
-            read_control: called when it is readable; gives the hashes, or none yet.
-
-        Raises:
-            RankError: not all connected in time; or `read_control` raises.
-        """
-        deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
-        self._selector.register(control, selectors.EVENT_READ)
-        while self._missing:
-            if time.monotonic() > deadline_s:
-                nodes = sorted({node for node, _ in self._missing})
-                raise RankError(f"nodes {nodes} did not connect within {CONNECT_TIMEOUT_S:g} s")
-            if self._accept(0.5, control):
-                self._hashes = read_control() or self._hashes
-                for pending in [each for each in self._pending if each.claim]:
-                    self._check(pending)
-        self._selector.unregister(control)
-        self._refuse_all()
-
-    def expect(self, epoch: int, missing: Iterable[tuple[int, int]]) -> None:
-        """From now on wait for these alone, of an epoch: nodes, and connections of them."""
-        self._epoch, self._missing = epoch, set(missing)
-
-    def fileno(self) -> int:
-        """A descriptor that is readable when there is something to accept."""
-        return self._selector.fileno()
-
-    def accept_available(self) -> None:
-        """Accept what has come; does not wait."""
-        self._accept(0)
-        if not self._missing:
-            self._refuse_all()
-
-    def take(self) -> dict[tuple[int, int], socket.socket]:
-        """What was accepted since the last time, by node and connection of it: 0 is its own."""
-        accepted, self._accepted = self._accepted, {}
-        return accepted
-
-    def close(self) -> None:
-        """Accept nothing any more; closes what nobody has taken."""
-        self._refuse_all()
-        for connection in (*self._accepted.values(), self._listener):
-            connection.close()
-        self._selector.close()
-
-    def _accept(self, timeout_s: float, control: int | None = None) -> bool:
-        """Take what comes in that time; gives whether `control` is readable."""
-        has_news = False
-        for key, _ in self._selector.select(timeout_s):
-            if key.fileobj is self._listener:
-                self._accept_connection()
-            elif key.fileobj == control:
-                has_news = True
-            else:
-                self._receive(key.data)
-        now_s = time.monotonic()
-        for pending in [each for each in self._pending if each.deadline_s < now_s]:
-            self._refuse(pending, "it sent no handshake in time")
-        return has_news
-
-    def _refuse_all(self) -> None:
-        for pending in list(self._pending):
-            self._refuse(pending, "all nodes are connected")
-
-    def _accept_connection(self) -> None:
-        try:
-            connection, address = self._listener.accept()
-        except OSError:  # it was closed meanwhile
-            return
-        connection.setblocking(False)
-        deadline_s = time.monotonic() + _HANDSHAKE_TIMEOUT_S
-        pending = _PendingConnection(connection, f"{address[0]}:{address[1]}", deadline_s)
-        self._pending.append(pending)
-        self._selector.register(connection, selectors.EVENT_READ, pending)
-        if len(self._pending) > _MAX_PENDING:
-            self._refuse(self._pending[0], "too many connections are pending")
-
-    def _receive(self, pending: _PendingConnection) -> None:
-        """Read what has arrived; never more than a handshake has."""
-        try:
-            data = pending.connection.recv(_HANDSHAKE.size - len(pending.received))
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._refuse(pending, error.strerror or str(error))
-            return
-        if not data:
-            self._refuse(pending, "it closed the connection")
-            return
-        pending.received += data
-        if len(pending.received) < _HANDSHAKE.size:
-            return
-        magic, node, index, epoch, secret = _HANDSHAKE.unpack(pending.received)
-        if magic != _MAGIC or not 0 < node < self._num_nodes or index >= self._per_node:
-            self._refuse(pending, "it sent no valid handshake")
-            return
-        if epoch != self._epoch:
-            self._refuse(pending, f"it is of epoch {epoch}, not {self._epoch}")
-            return
-        pending.claim, pending.secret = (node, index), secret
-        pending.deadline_s = float("inf")  # until all nodes have told the store their hashes
-        self._selector.unregister(pending.connection)
-        self._check(pending)
-
-    def _check(self, pending: _PendingConnection) -> None:
-        assert pending.claim is not None, "its handshake is complete"
-        if not self._hashes:
-            return
-        known = self._hashes[pending.claim[0] - 1]
-        is_known = secrets.compare_digest(hash_of(pending.secret), known)
-        if not is_known or pending.claim not in self._missing:
-            self._refuse(pending, f"it is not node {pending.claim[0]}")
-            return
-        self._pending.remove(pending)
-        set_options(pending.connection, keep_alive=pending.claim[1] == 0)
-        self._missing.remove(pending.claim)
-        self._accepted[pending.claim] = pending.connection
-
-    def _refuse(self, pending: _PendingConnection, why: str) -> None:
-        self._pending.remove(pending)
-        with contextlib.suppress(KeyError):
-            self._selector.unregister(pending.connection)
-        pending.connection.close()
-        self._num_reported += 1
-        if self._num_reported <= _MAX_REPORTED:
-            more = "; more are not reported" if self._num_reported == _MAX_REPORTED else ""
-            self._report(f"refused a connection from {pending.address}: {why}{more}")

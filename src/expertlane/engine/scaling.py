@@ -11,9 +11,9 @@ from expertlane.balance.placement_file import Placements
 from expertlane.engine.commands import HeldBytes, RankMachine
 from expertlane.engine.engine import Engine
 from expertlane.engine.launch import check_deployment, describe_ranks, placed_model, with_blocks
-from expertlane.engine.local_ranks import check_num_ranks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
+from expertlane.engine.rank_environment import check_num_ranks
 from expertlane.engine.recovery_record import RecoveryRecord
 from expertlane.engine.run_files import MOST_UNCOMPILED
 from expertlane.engine.weights_ahead import WeightsAhead

@@ -9,33 +9,31 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from expertlane.engine.fork_server import (
-    RankSettings,
-    ServerSettings,
-    python_command,
-    serve,
-)
-from expertlane.engine.local_ranks import LocalRanks, check_num_ranks, rank_environment
+from expertlane.engine.acceptor import NodeAcceptor
+from expertlane.engine.fork_server import python_command, serve
+from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.messages import (
     Channel,
     Decoder,
     Failure,
     FailureKind,
     MessageKind,
-    Nodes,
     encode,
 )
+from expertlane.engine.node_messages import ChangeRanks, Nodes
 from expertlane.engine.processes import end_with_parent
+from expertlane.engine.rank_environment import check_num_ranks, rank_environment
+from expertlane.engine.rank_settings import RankSettings, ServerSettings
 from expertlane.engine.rendezvous import (
+    Claim,
     Meeting,
-    NodeAcceptor,
     Place,
     connect,
     connect_once,
@@ -166,6 +164,7 @@ class NodeRanks(LocalRanks):
         recovers: bool = False,
     ) -> None:
         self._acceptor: NodeAcceptor | None = None
+        self._claims: dict[int, Claim] = {}  # by rank, of its process
         listener = listen(meeting.address, meeting.num_nodes * (1 + ranks_per_node))
         acceptor = NodeAcceptor(listener, meeting.num_nodes, ranks_per_node, _report)
         with ExitStack() as on_failure:
@@ -181,7 +180,7 @@ class NodeRanks(LocalRanks):
                 recovers=recovers,
             )
             try:
-                acceptor.accept_all(self.controls[0].fileno(), self._read_hashes)
+                acceptor.accept_all(self.nodes[0].control.fileno(), self._read_hashes)
             except BaseException:
                 self.close(failed=True)
                 raise
@@ -190,35 +189,38 @@ class NodeRanks(LocalRanks):
                 self._acceptor = acceptor
                 on_failure.pop_all()
         for node in range(1, meeting.num_nodes):
-            connections = [accepted[node, index] for index in range(1 + ranks_per_node)]
+            claims = [Claim(node, index, 0) for index in range(1 + ranks_per_node)]
+            connections = [accepted[claim] for claim in claims]
             address = connections[0].getpeername()[0]
-            self._names.append(f"the supervisor of node {node} ({address})")
-            self._add_node(connections, timeout_s)
+            self._add_node(f"the supervisor of node {node} ({address})", connections)
 
-    def begin_epoch(self, epoch: int, lost: Collection[int], num_ranks: int | None = None) -> None:
-        """As of `LocalRanks`; ranks of other nodes connect again by themselves."""
+    def _pairs(self, node: int, asked: ChangeRanks) -> list[tuple[socket.socket, socket.socket]]:
+        """As of `LocalRanks`, but none for another node's ranks: they connect by themselves."""
+        if node == 0:
+            return super()._pairs(node, asked)
         if self._acceptor is not None:
-            places = [divmod(rank, self.ranks_per_node) for rank in lost]
-            self._acceptor.expect(epoch, [(node, 1 + place) for node, place in places if node])
-        super().begin_epoch(epoch, lost, num_ranks)
-
-    def _connect_others(self, node: int, ranks: Sequence[int]) -> None:
-        if node == 0:  # others connect by themselves
-            super()._connect_others(node, ranks)
+            first = node * self.ranks_per_node
+            claims = {rank: Claim(node, 1 + rank - first, asked.number) for rank in asked.starts}
+            self._claims.update(claims)
+            self._acceptor.expect(claims.values())
+        return []
 
     def acceptor(self) -> int | None:
         """As of `LocalRanks`."""
-        return self._acceptor.fileno() if self._acceptor is not None else None
+        acceptor = self._acceptor
+        return acceptor.fileno() if acceptor is not None and acceptor.is_expecting else None
 
-    def take_connected(self) -> list[int]:
+    def has_connected(self) -> bool:
         """As of `LocalRanks`."""
         if self._acceptor is not None:
             self._acceptor.accept_available()
-            for (node, index), connection in self._acceptor.take().items():
-                rank = node * self.ranks_per_node + index - 1
-                self.channels[rank] = Channel(connection, self._timeout_s)
-                self._connected.append(rank)
-        return super().take_connected()
+            for claim, connection in self._acceptor.take().items():
+                rank = claim.node * self.ranks_per_node + claim.connection - 1
+                if self._claims.get(rank) == claim:
+                    self._connect(rank, connection)
+                else:  # of one that is to end
+                    self.nodes[claim.node].fence(Channel(connection))
+        return super().has_connected()
 
     def close(self, *, failed: bool = False) -> None:
         """As of `LocalRanks`; nobody can connect any more."""
@@ -323,9 +325,9 @@ def main(handlers: "Handlers | None" = None) -> None:
         dtype=settings.dtype,
     )
 
-    def reconnect(epoch: int, ranks: Sequence[int]) -> list[int]:
-        indices = [1 + rank - first_rank.rank for rank in ranks]
-        made = [connect_once(launcher, settings.node, i, secret, epoch) for i in indices]
+    def reconnect(number: int, ranks: Sequence[int]) -> list[int]:
+        claims = [Claim(settings.node, 1 + rank - first_rank.rank, number) for rank in ranks]
+        made = [connect_once(launcher, claim, secret) for claim in claims]
         return [connection.detach() for connection in made]
 
     server = ServerSettings(parent, control, of_ranks, files.store_fd, first_rank)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from expertlane.engine.commands import DropPrepared, Prepare, Prepared, StageSpec
 from expertlane.engine.move_pace import HELD_UP
-from expertlane.engine.pool import RankPool, Ticket
+from expertlane.engine.pool import RankPool
+from expertlane.engine.tickets import Ticket
 from expertlane.errors import CapacityError
 from expertlane.spec.layout import Layout
 

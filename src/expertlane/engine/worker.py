@@ -20,8 +20,8 @@ from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
 from expertlane.comm.transport import EpochEndedError, PeerLostError
 from expertlane.engine.commands import Command
 from expertlane.engine.connection import connect
-from expertlane.engine.fork_server import RankSettings
 from expertlane.engine.messages import (
+    ANY_EPOCH,
     Channel,
     Decoder,
     Failure,
@@ -32,6 +32,7 @@ from expertlane.engine.messages import (
     encode,
 )
 from expertlane.engine.rank_cores import Cores
+from expertlane.engine.rank_settings import RankSettings
 from expertlane.errors import UserError
 from expertlane.ops.backend import Platform, choose_platform
 from expertlane.ops.cores import Share
@@ -167,8 +168,9 @@ def _answer(channel: Channel, settings: RankSettings, handlers: Handlers) -> int
     progress = board.reporter(settings.rank)
     try:
         context = _context(settings, board, progress)
-        with contextlib.suppress(EpochEndedError):
-            context.join_epoch(settings.epoch)
+        if not settings.is_ahead:
+            with contextlib.suppress(EpochEndedError):
+                context.join_epoch(settings.epoch)
         send(MessageKind.READY, Ready(os.getpid()), settings.epoch)
         _run_commands(channel, send, context, handlers)
         context.meshes.leave()
@@ -188,7 +190,7 @@ def _answer(channel: Channel, settings: RankSettings, handlers: Handlers) -> int
 def _context(
     settings: RankSettings, board: ProgressBoard, progress: ProgressReporter
 ) -> RankContext:
-    cores = Cores(settings.local_rank, settings.num_local_ranks)
+    cores = Cores(settings.local_rank, max(settings.num_local_ranks, 1 + settings.local_rank))
     platform = choose_platform(
         settings.local_rank,
         settings.num_local_ranks,
@@ -197,7 +199,9 @@ def _context(
         several_nodes=settings.meeting is not None,
         touch=progress.touch,
     )
-    if platform.device.type == "cpu":
+    if settings.is_ahead:
+        cores.stay_small()
+    elif platform.device.type == "cpu":
         cores.take(settings.local_rank, settings.num_local_ranks)
     return RankContext(settings, platform, cores, board, progress, Meshes())
 
@@ -211,6 +215,9 @@ def _run_commands(channel: Channel, send: Send, context: RankContext, handlers: 
         if epoch <= ended or epoch < board.epoch:
             continue
         command = commands.decode(message)
+        if epoch == ANY_EPOCH:
+            send(MessageKind.RESULT, handlers[type(command)](context, command), epoch)
+            continue
         try:
             if epoch != context.epoch:
                 context.join_epoch(epoch)

@@ -1,0 +1,122 @@
+"""A node as the launcher sees it: what it was asked for, and has not answered."""
+
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from expertlane.engine.messages import Channel, MessageError, MessageKind, encode
+from expertlane.engine.node_messages import ChangeRanks
+from expertlane.errors import CapacityError
+
+_PING = encode(MessageKind.PING, None)
+_ANSWERS = {
+    MessageKind.BEGIN_EPOCH: MessageKind.EPOCH_BEGUN,
+    MessageKind.START_RANKS: MessageKind.RANKS_STARTED,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class NodeChange:
+    """Ranks that a node ends and starts.
+
+    Attributes:
+        kind: of the message that asks for it.
+        fenced: channels of those that end, open until they are dead: a rank of another node that
+            sees the end of one would end its server.
+    """
+
+    kind: MessageKind
+    starts: Collection[int]
+    fenced: list[Channel]
+
+
+class Node:
+    """One of several, or the only one.
+
+    Args:
+        control: a channel to the fork server of its ranks.
+        name: of that server, for people.
+
+    Attributes:
+        asked_s: when it was pinged, if it has not answered yet.
+        changes: that it was asked for, and has not said to have made.
+    """
+
+    def __init__(self, control: Channel, name: str) -> None:
+        self.control, self.name = control, name
+        self.asked_s: float | None = None
+        self.changes: deque[NodeChange] = deque()
+
+    def ping(self, now_s: float) -> None:
+        """Ask it how its ranks are, unless it owes an answer.
+
+        Raises:
+            OSError: its end is noticed elsewhere.
+        """
+        if self.asked_s is None:
+            self.asked_s = now_s
+            self.control.send(_PING)
+
+    def change(self, change: NodeChange, asked: ChangeRanks, epoch: int) -> None:
+        """Ask for another one; it makes them in order.
+
+        Raises:
+            BlockingIOError, OSError: it does not read, or is gone.
+        """
+        self.changes.append(change)
+        self.control.send(encode(change.kind, asked, epoch))
+
+    def take_changed(self, kind: MessageKind) -> NodeChange:
+        """It has made the first of its changes; all that it has said before was about others.
+
+        Raises:
+            MessageError: it was not asked for that.
+        """
+        if not self.changes or _ANSWERS[self.changes[0].kind] is not kind:
+            raise MessageError(f"{kind.name} was not expected")
+        change = self.changes.popleft()
+        for channel in change.fenced:
+            channel.close()
+        return change
+
+    def fence(self, channel: Channel) -> None:
+        """Close a channel once a rank that is to end is dead."""
+        if self.changes:
+            self.changes[-1].fenced.append(channel)
+        else:
+            channel.close()
+
+    @property
+    def is_beginning(self) -> bool:
+        """Whether it has yet to begin an epoch."""
+        return any(change.kind is MessageKind.BEGIN_EPOCH for change in self.changes)
+
+    def is_starting(self, rank: int) -> bool:
+        """Whether what it says of a rank may be about an earlier one of that number."""
+        return any(rank in change.starts for change in self.changes)
+
+    def close(self) -> None:
+        """Its server, and so its ranks, end when they see this."""
+        for channel in [self.control, *(each for c in self.changes for each in c.fenced)]:
+            channel.close()
+
+
+def connections_for(ranks: Sequence[int]) -> list[tuple[socket.socket, socket.socket]]:
+    """Both ends of a connection for each rank.
+
+    Raises:
+        CapacityError: no descriptors are left.
+    """
+    pairs = []
+    with contextlib.ExitStack() as on_failure:
+        try:
+            for _ in ranks:
+                pairs.append(socket.socketpair())
+                for end in pairs[-1]:
+                    on_failure.enter_context(end)
+        except OSError as error:
+            raise CapacityError(f"cannot start ranks {ranks}: {error.strerror}") from None
+        on_failure.pop_all()
+    return pairs

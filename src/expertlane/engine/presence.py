@@ -1,0 +1,94 @@
+"""Which process numbers have a process, and which of these are of the epoch."""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+
+class Change(NamedTuple):
+    """What becomes of processes.
+
+    Attributes:
+        ends: numbers whose processes end; nothing takes their places.
+        starts: numbers that get a process, in place of the one that they may have.
+    """
+
+    ends: frozenset[int]
+    starts: frozenset[int]
+
+
+class Presence:
+    """Of the numbers of a pool: each is of this epoch, or ahead of it, or has no process.
+
+    Attributes:
+        num_ranks: numbers of this epoch, those without a process included.
+        present: of this epoch.
+        early: started outside an epoch, for a later one; `num_ranks` or more, or below it.
+        starting: whose processes are not up yet, of both kinds.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self.present = frozenset(range(num_ranks))
+        self.early: frozenset[int] = frozenset()
+        self.starting = self.present
+
+    @property
+    def absent(self) -> frozenset[int]:
+        """Without a process."""
+        return frozenset(range(self.num_ranks)) - self.present - self.early
+
+    @property
+    def ahead(self) -> frozenset[int]:
+        """Up, and not of this epoch."""
+        return self.early - self.starting
+
+    def begin_epoch(
+        self,
+        lost: Collection[int],
+        num_ranks: int,
+        *,
+        replaces: bool = True,
+        joining: Collection[int] | None = None,
+    ) -> Change:
+        """Another epoch begins; arguments as of `RankPool.begin_epoch`.
+
+        Raises:
+            ValueError: a number cannot join: it has no process ahead, or is not of the epoch.
+        """
+        new = frozenset(range(self.num_ranks, num_ranks))
+        if joining is None:
+            joining = {rank for rank in self.ahead if rank < num_ranks} | (self.early & new)
+        elif wrong := [r for r in joining if r not in self.early or r >= num_ranks]:
+            raise ValueError(f"ranks {sorted(wrong)} are not ahead of an epoch of {num_ranks}")
+        lost, joined = frozenset(lost), frozenset(joining) - frozenset(lost)
+        starts: frozenset[int] = frozenset()
+        if replaces:
+            starts = frozenset(r for r in lost if r < num_ranks) | (new - self.early)
+        stay = frozenset(r for r in self.present if r < num_ranks) - lost
+        ends = (self.present - stay) | (self.early & lost)
+        self.num_ranks = num_ranks
+        self.present = stay | joined | starts
+        self.early = self.early - lost - joined
+        self.starting = (self.starting - ends) & (self.present | self.early) | starts
+        return Change(ends - starts, starts)
+
+    def start(self, ranks: Collection[int], most: int) -> None:
+        """Processes begin to start for these.
+
+        Raises:
+            ValueError: one has a process, or is no number below `most`.
+        """
+        taken = self.present | self.early
+        if wrong := [rank for rank in ranks if rank in taken or not 0 <= rank < most]:
+            raise ValueError(f"ranks {sorted(wrong)} have a process, or are not below {most}")
+        self.early |= frozenset(ranks)
+        self.starting |= frozenset(ranks)
+
+    def is_up(self, rank: int) -> None:
+        """It has said so."""
+        self.starting -= {rank}
+
+    def drop(self, rank: int) -> None:
+        """One that is early has no process any more."""
+        self.early -= {rank}
+        self.starting -= {rank}

@@ -1,0 +1,44 @@
+"""What ranks of this machine are started with, and how many of them there may be."""
+
+import os
+import socket
+
+from expertlane.errors import CapacityError
+from expertlane.ops.host import num_cores
+from expertlane.spec.names import CpuIsa
+
+MAX_RANKS_PER_CORE = 32
+_SPIN_COUNT = "10000"  # some 0.2 ms
+
+
+def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
+    """Refuse a number of local ranks that would only crawl.
+
+    Raises:
+        CapacityError: more than `MAX_RANKS_PER_CORE` a core, and not asked for explicitly.
+    """
+    limit = MAX_RANKS_PER_CORE * num_cores()
+    if num_ranks > limit and not oversubscribe:
+        raise CapacityError(
+            f"{num_ranks} ranks are more than {MAX_RANKS_PER_CORE} × {num_cores()} cores; "
+            f"use at most {limit}, or add --oversubscribe"
+        )
+
+
+def rank_environment(cpu_isa: CpuIsa | None, *, on_one_node: bool) -> dict[str, str]:
+    """The environment of ranks.
+
+    Kernels are chosen by it, since every process that computes chooses for itself.
+    On one node, gloo goes over loopback, whatever the host's name resolves to. A thread of a
+    parallel kernel waits a short while for the others, then sleeps: libgomp's own default keeps a
+    core spinning for milliseconds, which other processes on it, the launcher first of all, need.
+    """
+    environment = dict(os.environ)
+    environment.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+    if cpu_isa is not None:
+        environment["EXPERTLANE_CPU_ISA"] = cpu_isa
+    interfaces = {name for _, name in socket.if_nameindex()} if on_one_node else ()
+    for loopback in ("lo", "lo0"):
+        if loopback in interfaces:
+            environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    return environment

@@ -1,0 +1,96 @@
+"""Commands under way: what each rank has still to answer, in the order in which it takes them."""
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Collection, Sequence
+from typing import Any, Generic, TypeVar
+
+from expertlane.engine.commands import Command, result_type
+from expertlane.engine.messages import Decoder, Message, MessageError
+
+ResultT = TypeVar("ResultT")
+NEW_EPOCH = "a new epoch began"
+
+
+class Ticket(Generic[ResultT]):
+    """A command under way on some ranks.
+
+    Args:
+        decoder: of the answers.
+        needs_epoch: it comes to nothing when another epoch begins.
+
+    Attributes:
+        why_lost: why it will never be done; empty as long as it may be.
+    """
+
+    def __init__(
+        self, ranks: Sequence[int], decoder: Decoder[ResultT], *, needs_epoch: bool = True
+    ) -> None:
+        self.ranks = list(ranks)
+        self.decoder, self.needs_epoch = decoder, needs_epoch
+        self.results: dict[int, ResultT] = {}
+        self.why_lost = ""
+        self.submitted_s = time.monotonic()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every rank has answered."""
+        return len(self.results) == len(self.ranks)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it will never be done: an epoch began, or a rank of it is gone."""
+        return bool(self.why_lost)
+
+    @property
+    def busy(self) -> list[int]:
+        """Ranks that have not answered."""
+        return [rank for rank in self.ranks if rank not in self.results]
+
+
+class Tickets:
+    """Those that some rank has not answered."""
+
+    def __init__(self) -> None:
+        self._waiting: defaultdict[int, deque[Ticket[Any]]] = defaultdict(deque)
+        self._decoders: dict[type[Command[Any]], Decoder[Any]] = {}
+
+    def new(self, command: Command[ResultT], ranks: Sequence[int]) -> Ticket[ResultT]:
+        """Of a command that each of the ranks gets next, or another one of its type."""
+        kind = type(command)
+        if kind not in self._decoders:
+            self._decoders[kind] = Decoder(result_type(kind))
+        ticket = Ticket(ranks, self._decoders[kind], needs_epoch=kind.needs_epoch)
+        for rank in ranks:
+            self._waiting[rank].append(ticket)
+        return ticket
+
+    def take(self, rank: int, message: Message) -> None:
+        """Take an answer.
+
+        Raises:
+            MessageError: it is of another type, or none is to come.
+        """
+        if not (waiting := self._waiting[rank]):
+            raise MessageError(f"{message.kind.name} was not expected")
+        waiting[0].results[rank] = waiting[0].decoder.decode(message)
+        waiting.popleft()
+
+    def waits_since_s(self, rank: int) -> float | None:
+        """When the rank got the first of what it has not answered; None if that is nothing."""
+        waiting = self._waiting.get(rank)
+        return waiting[0].submitted_s if waiting else None
+
+    def lose_epoch(self) -> None:
+        """Another one begins: only commands that need none go on."""
+        for rank, waiting in self._waiting.items():
+            for ticket in waiting:
+                if ticket.needs_epoch:
+                    ticket.why_lost = NEW_EPOCH
+            self._waiting[rank] = deque(each for each in waiting if not each.needs_epoch)
+
+    def lose_ranks(self, ranks: Collection[int], why: str) -> None:
+        """They are gone; others may still answer what they were asked with them."""
+        for rank in ranks:
+            for ticket in self._waiting.pop(rank, ()):
+                ticket.why_lost = why
