@@ -76,7 +76,7 @@ def test_who_is_no_rank_of_this_epoch_does_not_become_one(pool, capfd):
     place = pool._ranks._acceptor._listener.getsockname()
     strangers = [socket.create_connection(place) for _ in range(3)]
     strangers[1].sendall(handshake(Claim(1, 1, 10), bytes(32)))
-    strangers[2].sendall(b"GET / HTTP/1.1" + bytes(64))
+    strangers[2].sendall(handshake(Claim(2, 1, 0), bytes(32)))
     assert replace(pool, lose(pool, {2: "kill"}).ranks) == {2}
     for stranger in strangers:
         stranger.settimeout(10)

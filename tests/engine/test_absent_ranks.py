@@ -10,8 +10,7 @@ from distributed import on_ranks
 from distributed.on_ranks import WAYS, Ahead, Describe, Echo, Exchange
 from distributed.recovering import check_among, check_exchange, lose, replace
 from engine.processes import wait_until
-from engine.test_recovering_pool import NUM_RANKS, leaves_nothing
-from expertlane.engine.pool import RankPool
+from engine.test_recovering_pool import NUM_RANKS, leaves_nothing, start_pool
 from expertlane.errors import RankError, RanksLostError
 
 TIMEOUT_S = 4.0
@@ -28,8 +27,7 @@ def pool(request):
     with pytest.MonkeyPatch.context() as patch, leaves_nothing():
         for name, value in TRANSPORTS[request.param].items():
             patch.setenv(name, value)
-        ranks = on_ranks.local_ranks(NUM_RANKS, TIMEOUT_S, recovers=True)
-        with RankPool(ranks, TIMEOUT_S) as started:
+        with start_pool(NUM_RANKS, TIMEOUT_S) as started:
             started.lines = []
             started.on_early_end(started.lines.append)
             yield started
@@ -70,6 +68,32 @@ def wait_for(pool, condition):
         return condition()
 
     assert wait_until(looks, seconds=30)
+
+
+@pytest.mark.parametrize("way", ["kill", "raise", "exit", "stop", "compute"])
+def test_lost_before_it_is_up(monkeypatch, tmp_path, way):
+    monkeypatch.setenv(on_ranks.LOST_AT_START, str(tmp_path))
+    with leaves_nothing(), start_pool(2, TIMEOUT_S) as pool:
+        lines = []
+        pool.on_early_end(lines.append)
+        (tmp_path / "2").write_text(way)
+        pool.start([2])
+        wait_for(pool, lambda: not pool.starting)
+        (line,) = lines
+        assert line.startswith("rank 2 ")
+        assert line.endswith("; it was not in use yet")
+        start(pool, [2])
+        (tmp_path / "3").write_text("compute")
+        pool.start([3])
+        with pytest.raises(RanksLostError, match=r"^rank 3 hung in stage setup") as caught:
+            pool.begin_epoch((), num_ranks=4)
+        assert caught.value.ranks == {3}
+        pool.begin_epoch(caught.value.ranks, replaces=False)
+        assert (pool.present, pool.absent) == ({0, 1, 2}, {3})
+        check_among(pool, 1)
+        pool.start([3])  # and is so when all end
+        pool.submit(Ahead(0, seconds=60.0), ranks=[0, 1])
+        assert pool.submit(Exchange(1)) is not None
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -214,30 +238,3 @@ def test_many_times_leave_nothing_open(pool):
         num_open = [psutil.Process(pid).num_fds() for pid in pids]
         states.append((num_open, survivor.num_threads(), len(in_memory)))
     assert states[2:] == [states[2]] * 6
-
-
-@pytest.mark.parametrize("way", ["kill", "raise", "exit", "stop", "compute"])
-def test_lost_before_it_is_up(monkeypatch, tmp_path, way):
-    monkeypatch.setenv(on_ranks.LOST_AT_START, str(tmp_path))
-    ranks = on_ranks.local_ranks(2, TIMEOUT_S, recovers=True)
-    with leaves_nothing(), RankPool(ranks, TIMEOUT_S) as pool:
-        lines = []
-        pool.on_early_end(lines.append)
-        (tmp_path / "2").write_text(way)
-        pool.start([2])
-        wait_for(pool, lambda: not pool.starting)
-        (line,) = lines
-        assert line.startswith("rank 2 ")
-        assert line.endswith("; it was not in use yet")
-        start(pool, [2])
-        (tmp_path / "3").write_text("compute")
-        pool.start([3])
-        with pytest.raises(RanksLostError, match=r"^rank 3 hung in stage setting up") as caught:
-            pool.begin_epoch((), num_ranks=4)
-        assert caught.value.ranks == {3}
-        pool.begin_epoch(caught.value.ranks, replaces=False)
-        assert (pool.present, pool.absent) == ({0, 1, 2}, {3})
-        check_among(pool, 1)
-        pool.start([3])  # and is so when all end
-        pool.submit(Ahead(0, seconds=60.0), ranks=[0, 1])
-        assert pool.submit(Exchange(1)) is not None

@@ -54,6 +54,7 @@ class Inbox:
         self._replaced: frozenset[int] = frozenset()  # while an epoch begins
         self._resumed_s = 0.0  # when this process went on after it was stopped itself, as by Ctrl-Z
         self._looked_s = 0.0  # at ranks that are early
+        self._started_s: dict[int, float] = {}  # of these: when they were
         self.watch()
 
     def watch(self) -> None:
@@ -156,10 +157,11 @@ class Inbox:
             return
         self._looked_s = now_s
         for rank in self.presence.early:
-            since_s = self.tickets.waits_since_s(rank)
-            if since_s is None and rank not in self.presence.starting:
-                continue  # it has nothing to do
-            if self._silent_s([rank], since_s or 0.0) > self._timeout_s:
+            if rank in self.presence.starting:
+                since_s: float | None = self._started_s[rank]
+            else:
+                since_s = self.tickets.waits_since_s(rank)
+            if since_s is not None and self._silent_s([rank], since_s) > self._timeout_s:
                 self._drop(rank, partial(self._losses.hang, [rank], self._timeout_s))
 
     def _receive_available(self, timeout_s: float) -> None:
@@ -276,6 +278,7 @@ class Inbox:
         Raises:
             CapacityError: no descriptors are left; nothing has begun.
         """
+        self._started_s |= dict.fromkeys(starts, time.monotonic())
         try:
             self._ranks.change(starts=starts, ends=ends)
         except RankError as error:

@@ -57,7 +57,8 @@ class Presence:
         """
         new = frozenset(range(self.num_ranks, num_ranks))
         if joining is None:
-            joining = {rank for rank in self.ahead if rank < num_ranks} | (self.early & new)
+            able = self.early if replaces else self.ahead
+            joining = [rank for rank in able if rank < num_ranks]
         elif wrong := [r for r in joining if r not in self.early or r >= num_ranks]:
             raise ValueError(f"ranks {sorted(wrong)} are not ahead of an epoch of {num_ranks}")
         lost, joined = frozenset(lost), frozenset(joining) - frozenset(lost)
