@@ -22,7 +22,8 @@ from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import choose_routing
 from expertlane.errors import UserError
-from expertlane.simulate.simulator import ServingSetup, Simulator
+from expertlane.simulate.setup import ServingSetup
+from expertlane.simulate.simulator import Simulator
 from expertlane.simulate.steady import steady_rates
 
 _CACHE = Path("build/judge_serving.jsonl")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from expertlane.comm import operation_log
+from expertlane.comm import operation_log, step_times
 from expertlane.comm import recorder as module
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.recorder import Recorder
@@ -47,8 +47,8 @@ def clock(monkeypatch):
         thread_time=lambda: clock.now_s / 2,
         process_time=lambda: clock.now_s * 2,
     )
-    monkeypatch.setattr(module, "time", fake)
-    monkeypatch.setattr(operation_log, "time", fake)
+    for each in (module, operation_log, step_times):
+        monkeypatch.setattr(each, "time", fake)
     monkeypatch.setattr(torch, "get_num_threads", lambda: clock.num_threads)
     return clock
 

@@ -16,7 +16,7 @@ from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.recorder import Recorder
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.layers import DenseBlock
+from expertlane.model.mlp import DenseBlock
 from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import SeededWeights
 from expertlane.ops.backend import backend_of_cpu

@@ -14,7 +14,8 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import StepSharing
 from expertlane.results.metrics import serving_record
-from expertlane.simulate.simulator import ServingSetup, Simulator
+from expertlane.simulate.setup import ServingSetup
+from expertlane.simulate.simulator import Simulator
 from expertlane.simulate.totals import PhaseTotals
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

@@ -9,7 +9,8 @@ from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.results.metrics import serving_record
-from expertlane.simulate.simulator import ServingSetup, Simulator
+from expertlane.simulate.setup import ServingSetup
+from expertlane.simulate.simulator import Simulator
 from expertlane.simulate.steady import steady_rates
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

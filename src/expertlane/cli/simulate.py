@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from expertlane.cli.model import FoundModel
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.results.results import Results
-    from expertlane.simulate.simulator import Outcome, ServingSetup, Simulator
+    from expertlane.simulate.setup import ServingSetup
+from expertlane.simulate.simulator import Outcome, Simulator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,8 @@ def run(
     from expertlane.cost.routing import choose_routing
     from expertlane.results.cost import with_costs
     from expertlane.simulate.results import simulation
-    from expertlane.simulate.simulator import ServingSetup, Simulator
+    from expertlane.simulate.setup import ServingSetup
+    from expertlane.simulate.simulator import Simulator
     from expertlane.spec.workload import check_lengths
 
     config, seed = found_model.config, load_options.seed
@@ -189,7 +191,7 @@ def _check(found: "FoundModel", setup: "ServingSetup", modelled: "ModelledCluste
     Raises:
         UserError: a layout does not suit the model or the cluster.
     """
-    from expertlane.simulate.simulator import check_fits_cluster
+    from expertlane.simulate.setup import check_fits_cluster
 
     check_fits_cluster(modelled, setup)
     per_node = modelled.profile.ranks_per_node

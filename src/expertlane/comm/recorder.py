@@ -4,7 +4,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -16,11 +15,11 @@ from expertlane.comm.core_token import CoreToken
 from expertlane.comm.meter import Meter
 from expertlane.comm.operation_log import OperationLog
 from expertlane.comm.progress import NO_LAYER, ProgressReporter
-from expertlane.comm.stretches import Arrival, stretches
+from expertlane.comm.step_times import StepTimes
 from expertlane.cost.step.operation import TransferKind
 from expertlane.results.rank_totals import RankTotals
-from expertlane.results.step_record import RankEvents, RankRecord
-from expertlane.spec.names import CheckPoint, Stage, Track, Traffic
+from expertlane.results.step_record import RankRecord
+from expertlane.spec.names import CheckPoint, Stage, Traffic
 
 if TYPE_CHECKING:
     from expertlane.comm.checks import Checks
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 ResultT = TypeVar("ResultT")
 
 _NUM_STAGES = len(Stage)
-_TRACKS = list(Track)
 
 
 class Recorder:
@@ -43,6 +41,7 @@ class Recorder:
         token: taken while a step's operations are recorded; None where ranks share no cores.
 
     Attributes:
+        is_recording: anything is counted in this step.
         is_interleaved: another part of the batch is computed while one waits.
         meter: running totals, of steps without a record too; None until they are asked for.
         checks: what looks for silent errors; None where nobody does.
@@ -71,27 +70,20 @@ class Recorder:
         self.stage = Stage.IDLE
         self.layer = NO_LAYER
         self._last_layer = NO_LAYER
-        self._recording = False
+        self.is_recording = False
         self._recording_routing = False
         self._recording_events = False
         self.is_interleaved = False
         self.meter: Meter | None = None
-        self._started_s = 0.0
         self._micro_batch = 0
         self._waited_cpu_s = 0.0
         self._wait_began_ns = 0
         self._ended_s = time.perf_counter()
         self._process_cpu_s = time.process_time()
-        self._clear(1)
+        self._clear()
 
-    def _clear(self, num_micro_batches: int) -> None:
-        self._shape = (num_micro_batches, self._num_layers + 1, _NUM_STAGES)
+    def _clear(self) -> None:
         self._idle_s = 0.0
-        self._cells: list[int] = []  # the cell of every interval, in order
-        self._marks: list[Any] = []  # where each interval begins; one more at the end
-        self._cpu_marks: list[float] = []
-        self._waits: list[tuple[int, Any, Any]] = []
-        self._arrivals: list[Arrival] = []  # of each wait, for events
         self._flops = [0] * _NUM_STAGES
         self._weight_bytes = [0] * _NUM_STAGES
         self._num_collectives = [0] * _NUM_STAGES
@@ -132,19 +124,22 @@ class Recorder:
         if self.meter is not None:
             self.meter.num_steps += 1
         self._log = None  # an earlier step may have come to nothing
-        self._recording = record or record_routing or record_events or record_operations
-        if self._recording:
-            self._clear(num_micro_batches)
+        self.is_recording = record or record_routing or record_events or record_operations
+        if self.is_recording:
+            self._clear()
         self._recording_routing = record_routing
         self._recording_events = record_events
         self._micro_batch = 0
-        if record_operations:
-            self._take_turn()
+        if record_operations and self._token is not None:
+            self.progress.set_waiting(True)
+            self._token.acquire()
+            self.progress.set_waiting(False)
         if count_idle:
             self._idle_s = time.perf_counter() - self._ended_s
         else:
             self._process_cpu_s = time.process_time()
-        self._started_s = time.perf_counter()
+        if self.is_recording:
+            self._times = StepTimes(self._clock, num_micro_batches, self._num_layers)
         if record_operations:
             self._log = OperationLog(Stage.IDLE, NO_LAYER)
         self.enter(Stage.IDLE)
@@ -163,14 +158,8 @@ class Recorder:
             self.meter.enter(stage, now_ns)
         if self._log is not None:
             self._log.enter(stage, layer, self._micro_batch)
-        if self._recording:
-            self._cells.append(self._cell())
-            self._marks.append(self._clock.mark())
-            self._cpu_marks.append(time.thread_time())
-
-    def _cell(self) -> int:
-        slot = self._num_layers if self.layer == NO_LAYER else self.layer
-        return (self._micro_batch * (self._num_layers + 1) + slot) * _NUM_STAGES + self.stage
+        if self.is_recording:
+            self._times.enter(self._micro_batch, layer, stage)
 
     def begin_wait(self) -> Any:
         """A wait for other ranks begins; pass what this returns to `end_wait`."""
@@ -183,7 +172,7 @@ class Recorder:
             self._waited_cpu_s = time.thread_time()
         if self.meter is not None:
             self._wait_began_ns = time.monotonic_ns()
-        return self._clock.mark() if self._recording else None
+        return self._clock.mark() if self.is_recording else None
 
     def end_wait(self, begin: Any, transfer: int | None = None) -> None:
         """Count the wait since `begin`, and report progress.
@@ -199,10 +188,8 @@ class Recorder:
             self._token.acquire()
         self.progress.set_waiting(False)
         self.progress.touch()
-        if self._recording:
-            self._waits.append((self._cell(), begin, self._clock.mark()))
-        if self._recording_events:
-            self._arrivals.append((arrived, self._waited_cpu_s, time.thread_time()))
+        if self.is_recording:
+            self._times.waited(begin, arrived, self._waited_cpu_s)
         if self._log is not None:
             if transfer is not None:
                 self._log.wait(transfer)
@@ -215,12 +202,6 @@ class Recorder:
             self._log.arrive()
             self._log.resume()
 
-    def _take_turn(self) -> None:
-        if self._token is not None:
-            self.progress.set_waiting(True)
-            self._token.acquire()
-            self.progress.set_waiting(False)
-
     @contextmanager
     def uncounted(self) -> Iterator[None]:
         """What is computed for a record alone is no part of what the replay computes."""
@@ -232,7 +213,7 @@ class Recorder:
 
     def count_compute(self, flops: int, weight_bytes: int, kv_bytes: int = 0) -> None:
         """Add floating-point operations and bytes read to the current stage."""
-        if self._recording:
+        if self.is_recording:
             self._flops[self.stage] += flops
             self._weight_bytes[self.stage] += weight_bytes
             self._kv_bytes += kv_bytes
@@ -259,7 +240,7 @@ class Recorder:
         Returns:
             Its number for `end_wait`; None unless operations are recorded.
         """
-        if not self._recording:
+        if not self.is_recording:
             return None
         self._num_collectives[self.stage] += 1
         for traffic, num_bytes in (
@@ -287,7 +268,7 @@ class Recorder:
     @property
     def may_wait_at_once(self) -> bool:
         """Whether nothing else can be computed while a rank waits, and nothing is counted."""
-        return not (self._recording or self.is_interleaved)
+        return not (self.is_recording or self.is_interleaved)
 
     def wait_at_once(self, until: Callable[[], ResultT]) -> ResultT:
         """What a wait in the current stage gives, in a step in which nothing is counted."""
@@ -313,14 +294,9 @@ class Recorder:
     def check_finite(self, values: Tensor, point: CheckPoint, layer: int = NO_LAYER) -> None:
         """Look for values that are NaN or infinite, where that is asked."""
 
-    @property
-    def is_recording(self) -> bool:
-        """Whether anything is counted in this step."""
-        return self._recording
-
     def count_expert_tokens(self, experts: Sequence[int], num_tokens: Sequence[int]) -> None:
         """Add token-expert pairs of different experts of the current layer."""
-        if self._recording:
+        if self.is_recording:
             self._tokens[self.layer, list(experts)] += num_tokens
 
     def record_topk_ids(self, topk_ids: Tensor) -> None:
@@ -347,7 +323,7 @@ class Recorder:
             num_remote_rank_copies: (token, rank on another node) pairs.
             num_remote_node_copies: (token, other node) pairs.
         """
-        if self._recording:
+        if self.is_recording:
             num = self._world_size + 1
             self._by_ranks_reached += np.bincount(ranks_reached.cpu().numpy(), minlength=num)
             self._by_nodes_reached += np.bincount(nodes_reached.cpu().numpy(), minlength=num)
@@ -361,7 +337,7 @@ class Recorder:
             num_saved: pairs that the fullest rank is spared.
             seconds: processor time of this rank.
         """
-        if self._recording:
+        if self.is_recording:
             self._num_pairs_saved += num_saved
             self._copies_s += seconds
         if self.meter is not None:
@@ -374,7 +350,7 @@ class Recorder:
             error_squares: the sum of the squares of what rounding changed.
             squares: the sum of the squares of the hidden states.
         """
-        if self._recording:
+        if self.is_recording:
             self._payload_squares += (error_squares, squares)
 
     def end_step(self) -> RankRecord | None:
@@ -383,9 +359,9 @@ class Recorder:
             self._log.pause()
             if self._token is not None:
                 self._token.release()
-        record = self._record() if self._recording else None
+        record = self._record() if self.is_recording else None
         self._log = None
-        self._recording = self._recording_routing = self._recording_events = False
+        self.is_recording = self._recording_routing = self._recording_events = False
         self.enter(Stage.IDLE, self._last_layer)  # the launcher shall see where it came to
         self.layer = NO_LAYER
         self._ended_s = time.perf_counter()
@@ -393,22 +369,16 @@ class Recorder:
         return record
 
     def _record(self) -> RankRecord:
-        clock = self._clock
-        self._marks.append(clock.mark())
-        self._cpu_marks.append(time.thread_time())
-        clock.settle()
-        wall_s, cpu_s, blocked_s = (np.zeros(self._shape) for _ in range(3))
-        for index, cell in enumerate(self._cells):
-            wall_s.flat[cell] += clock.seconds(self._marks[index], self._marks[index + 1])
-            cpu_s.flat[cell] += self._cpu_marks[index + 1] - self._cpu_marks[index]
-        for cell, begin, end in self._waits:
-            blocked_s.flat[cell] += clock.seconds(begin, end)
+        self._times.end()
+        wall_s, cpu_s, blocked_s = self._times.seconds()
         for seconds in (wall_s, blocked_s):
             seconds[0, -1, Stage.IDLE] += self._idle_s
         sent_bytes = np.zeros((_NUM_STAGES, len(Traffic), self._world_size), dtype=np.int64)
         for (stage, traffic), of_rank in self._sent_bytes.items():
             sent_bytes[stage, traffic] = of_rank
         sent_bytes[..., self._rank] = 0
+        # Of a rank with several threads, one waits for the others meanwhile.
+        is_alone = self._token is not None and torch.get_num_threads() == 1
         return RankRecord(
             rank=self._rank,
             wall_s=wall_s,
@@ -429,33 +399,6 @@ class Recorder:
             copies_s=self._copies_s,
             payload_squares=self._payload_squares,
             topk_ids={layer: torch.cat(ids).numpy() for layer, ids in self._topk_ids.items()},
-            events=self._events() if self._recording_events else None,
+            events=self._times.events(is_alone=is_alone) if self._recording_events else None,
             operations=None if self._log is None else self._log.operations(self._world_size),
-        )
-
-    def _events(self) -> RankEvents:
-        """Every interval without its waits, every wait, and what of both other ranks took."""
-        rows = [
-            row
-            for row in stretches(
-                self._clock,
-                zip(self._cells, pairwise(self._marks), pairwise(self._cpu_marks), strict=True),
-                zip(self._waits, self._arrivals, strict=True),
-                # Of a rank with several threads, one waits for the others meanwhile.
-                is_alone=self._token is not None and torch.get_num_threads() == 1,
-            )
-            if row[3] > row[2]
-        ]
-        kept = [row for row in rows if row[1] % _NUM_STAGES != Stage.IDLE]
-        cells = np.array([cell for _, cell, _, _ in kept], dtype=np.int64)
-        slots, stage = np.divmod(cells, _NUM_STAGES)
-        micro_batch, slot = np.divmod(slots, self._num_layers + 1)
-        return RankEvents(
-            start_s=self._started_s,
-            track=np.array([_TRACKS.index(track) for track, *_ in kept], dtype=np.int64),
-            stage=stage,
-            layer=np.where(slot == self._num_layers, NO_LAYER, slot),
-            micro_batch=micro_batch,
-            begin_s=np.array([begin_s for _, _, begin_s, _ in kept]),
-            end_s=np.array([end_s for *_, end_s in kept]),
         )

@@ -18,7 +18,7 @@ from expertlane.compare.records import (
     rebalance_records,
     traced_steps,
 )
-from expertlane.compare.virtual import VirtualRuns, VirtualSettings
+from expertlane.compare.virtual import VirtualRuns, VirtualSettings, without_scheduler
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
@@ -53,7 +53,7 @@ from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.experiment import Experiment
-from expertlane.spec.names import Cause, Phase
+from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
 _SHARE = -1  # in a journal, the run with the same sequences a rank
@@ -290,7 +290,7 @@ class Deployed:
         """Each run by itself."""
         layout, laws = self.deployment.layout, self._laws()
         found = speed_of_runs(layout, [each.step for each in runs.replay(layout, steps, laws)])
-        return found if laws else [*map(_without_scheduler, found)]
+        return found if laws else [*map(without_scheduler, found)]
 
     def record(self, peak: MachinePeak) -> DeploymentRecord:
         """The record of all repetitions together, in wall time."""
@@ -343,11 +343,8 @@ class Deployed:
         virtual, deployment = setting.virtual, self.deployment
         if virtual is None or virtual.compute is None:
             return None
-        layout, options, dispatch = deployment.layout, deployment.options, self._dispatch
-        if options.dispatch != "auto" and options.overlap != "auto":
-            dispatch = DispatchTable.fixed(
-                options.dispatch, options.overlap, options.prefill_dispatch
-            )
+        layout, options = deployment.layout, deployment.options
+        dispatch = options.fixed_table or self._dispatch
         assert dispatch is not None, "what is auto was timed"
         builder = ProgramBuilder(
             model,
@@ -382,7 +379,7 @@ class Deployed:
             if of_phase
         ]
         if source == "virtual" and self._laws() is None:
-            phases = [*map(_without_scheduler, phases)]
+            phases = [*map(without_scheduler, phases)]
         found = measured_record(
             self.deployment,
             self.setting.experiment.model,
@@ -398,14 +395,3 @@ class Deployed:
             return found
         alike = phase_record(layout, share, peak, ranks_per_node)
         return replace(found, steps=(*found.steps, alike))
-
-
-def _without_scheduler(steps: StepsRecord) -> StepsRecord:
-    """In virtual time, with measured computing, the scheduler takes no time.
-
-    What is left of a phase when a rank is done, or before it begins, is waiting for other ranks.
-    """
-    causes_s = dict(steps.breakdown_s)
-    causes_s[Cause.WAITING] += causes_s[Cause.ENGINE]
-    causes_s[Cause.ENGINE] = 0.0
-    return replace(steps, breakdown_s=causes_s)

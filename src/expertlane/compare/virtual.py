@@ -17,11 +17,13 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.virtual import Replayed, VirtualClock, VirtualLinks
 from expertlane.errors import UserError
 from expertlane.results.metrics import latency
+from expertlane.results.record import StepsRecord
 from expertlane.results.results import Assumption, LinkSpeed, MachinePeak, VirtualTime
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
+from expertlane.spec.names import Cause
 
 _NEAR = (0.5, 1.0, 2.0)  # of the scale of links
 _FAR = (0.0, 0.25, 4.0)  # 0: without links
@@ -280,6 +282,17 @@ class VirtualRuns:
             ),
         )
         return tuple(replace(each, source="virtual") for each in rows)
+
+
+def without_scheduler(steps: StepsRecord) -> StepsRecord:
+    """In virtual time, with measured computing, the scheduler takes no time.
+
+    What is left of a phase when a rank is done, or before it begins, is waiting for other ranks.
+    """
+    causes_s = dict(steps.breakdown_s)
+    causes_s[Cause.WAITING] += causes_s[Cause.ENGINE]
+    causes_s[Cause.ENGINE] = 0.0
+    return replace(steps, breakdown_s=causes_s)
 
 
 def _tps(steps: Sequence[StepRecord]) -> float:

@@ -14,7 +14,8 @@ from expertlane.comm.meter import Meter
 from expertlane.model.attention import RotaryEmbedding
 from expertlane.model.draw import NO_TOKEN, likeliest
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.layers import DecoderLayer, MoEBlock
+from expertlane.model.layers import DecoderLayer
+from expertlane.model.moe_block import MoEBlock
 from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.weights import HeldWeights, WeightSource
 from expertlane.ops.backend import backend_for

@@ -23,7 +23,8 @@ from expertlane.plan.candidates import Goals, PlanRequest, family_of
 from expertlane.plan.screen import Screened, ScreenedCandidate, TooLarge
 from expertlane.plan.search import OnePool, Search
 from expertlane.plan.throughput import ThroughputCurve
-from expertlane.simulate.simulator import ServingSetup, Simulator
+from expertlane.simulate.setup import ServingSetup
+from expertlane.simulate.simulator import Simulator
 from expertlane.simulate.steady import steady_rates
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

@@ -33,12 +33,8 @@ from expertlane.results.serving_record import (
 from expertlane.results.step_record import StepRecord
 from expertlane.results.timeline import timelines_of
 from expertlane.results.traffic import FanOut, TrafficRecord, bytes_by_link
-from expertlane.simulate.simulator import (
-    Outcome,
-    ServingSetup,
-    SimulatedPool,
-    Simulator,
-)
+from expertlane.simulate.setup import ServingSetup
+from expertlane.simulate.simulator import Outcome, SimulatedPool, Simulator
 from expertlane.simulate.totals import PhaseTotals, StepFacts
 from expertlane.spec.names import ProjectedCause, Traffic
 from expertlane.spec.slo import SLO

@@ -1,7 +1,7 @@
 """One deployment on a modelled cluster: a load through the scheduler on a virtual clock."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -11,14 +11,12 @@ from expertlane.cost.laws.execution import BOUNDS, LIKELY, OVERHEAD_S, Execution
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter, with_drafting_layer
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import RoutingSource, extremes_of
 from expertlane.cost.runner import CostRunner, StepSharing
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.errors import SpecError
 from expertlane.memory import FREE_SHARE, PlacedModel, RankMemory
 from expertlane.results.metrics import ServedRequest
 from expertlane.results.record import PoolRole
@@ -29,100 +27,17 @@ from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.simulate.merging import merged, moved
 from expertlane.simulate.pools import Pool, run_load
+from expertlane.simulate.setup import ServingSetup, check_fits_cluster
 from expertlane.simulate.totals import PoolTotals
-from expertlane.spec.deployment import DISPATCH_FORMS, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
-from expertlane.spec.ranges import RANGES, take_fields
+from expertlane.spec.ranges import RANGES
 from expertlane.spec.workload import Load, draw_requests
 
 _CONTEXTS_APART = 32  # a step's work is priced for so many different mean contexts
 _MOST_POSITIONS_ALIKE = 64
 _SHARE_ALIKE = 1 / 256  # of reading all weights: reading so many cached positions more is no matter
-
-
-@dataclass(frozen=True)
-class ServingSetup:
-    """How a model is served.
-
-    Attributes:
-        prefill_layout: of a pool for prompts alone, on devices of its own.
-        routing: which experts tokens choose.
-        max_num_seqs, max_num_batched_tokens: of a data-parallel rank. One of a pool for prompts
-            alone holds as many more as a step has tokens for.
-        prompt_wait_steps: as of `Limits`.
-        prefill_options: of a pool for prompts alone; None for `options`.
-
-    Raises:
-        SpecError: a size is out of its range.
-    """
-
-    layout: Layout
-    prefill_layout: Layout | None
-    options: Options
-    types: NumberTypes
-    execution: Execution
-    routing: RoutingSource
-    multi_token: MultiToken = field(default_factory=MultiToken)
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    block_size: int = 16
-    prompt_wait_steps: int = 0
-    prefill_options: Options | None = None
-
-    def __post_init__(self) -> None:
-        take_fields(self)
-
-    @property
-    def pools(self) -> dict[PoolRole, Layout]:
-        """The layout of each, the one that prefills first."""
-        if self.prefill_layout is None:
-            return {"both": self.layout}
-        return {"prefill": self.prefill_layout, "decode": self.layout}
-
-    def options_of(self, role: PoolRole) -> Options:
-        """What a pool runs with: one that has a phase of its own, with that phase's dispatch."""
-        if role == "both":
-            return self.options
-        options = self.options
-        if role == "prefill" and self.prefill_options is not None:
-            options = self.prefill_options
-        return options.of_phase(Phase(role))
-
-    @property
-    def num_devices(self) -> int:
-        """Devices of all pools."""
-        return sum(layout.world_size for layout in self.pools.values())
-
-    def are_pools_apart(self, ranks_per_node: int) -> bool:
-        """Whether the pools are on different nodes."""
-        return self.num_devices > ranks_per_node
-
-
-def check_fits_cluster(cluster: ModelledCluster, setup: ServingSetup) -> None:
-    """Check that a cluster has the devices, and the nodes that hierarchical dispatch is for.
-
-    Raises:
-        SpecError: it has too few.
-    """
-    needed, layouts = setup.num_devices, setup.pools.values()
-    if needed > cluster.num_devices:
-        if len(layouts) == 1:
-            need = f"layout {setup.layout} needs {needed} devices"
-        else:
-            each = " and ".join(f"{layout} with {layout.world_size}" for layout in layouts)
-            need = f"layouts {each} need {needed} devices"
-        raise SpecError(f"{need} but {cluster} has {cluster.num_devices}")
-    per_node = cluster.profile.ranks_per_node
-    for role, layout in setup.pools.items():
-        options = setup.options_of(role)
-        if options.is_by_node and layout.ep_ranks_per_node(per_node) == layout.ep:
-            raise SpecError(
-                f"layout {layout}: hierarchical dispatch is for experts on several "
-                f"nodes, but each group of ep={layout.ep} is on one node of {per_node}; valid: "
-                f"{', '.join(form for form, of in DISPATCH_FORMS.items() if not of.by_node)}"
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,15 +237,14 @@ class Simulator:
         """The runner of a pool; without `others` for single steps as they are planned."""
         setup, profile = self.setup, self.cluster.profile
         options, drafts = setup.options_of(ranks.role), setup.multi_token.num_drafts
-        assert options.dispatch != "auto", "checked before"
+        table = options.fixed_table
+        assert table is not None, "checked before"
         builder = ProgramBuilder(
             self.model,
             ranks.layout,
             ranks.placements,
             types=setup.types,
-            dispatch=DispatchTable.fixed(
-                options.dispatch, options.overlap is True, options.prefill_dispatch
-            ),
+            dispatch=table,
             payload=options.payload,
             copies=options.copies,
             ranks_per_node=profile.ranks_per_node,

@@ -134,6 +134,13 @@ class Options(Strict):
         return "auto" in (self.dispatch, self.overlap)
 
     @property
+    def fixed_table(self) -> "DispatchTable | None":
+        """The table that always chooses what was asked for; None where that is timed."""
+        if self.dispatch == "auto" or self.overlap == "auto":
+            return None
+        return DispatchTable.fixed(self.dispatch, self.overlap, self.prefill_dispatch)
+
+    @property
     def is_by_node(self) -> bool:
         """Whether a form was asked for that needs equally many ranks on every node."""
         forms = (self.dispatch, self.prefill_dispatch)

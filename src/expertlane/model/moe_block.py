@@ -1,0 +1,243 @@
+"""The MoE block of a layer, as generators that yield where they wait for communication."""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from expertlane.balance.placement import Placement
+from expertlane.comm.collectives import Steps
+from expertlane.comm.mesh import ParallelMesh
+from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.mlp import MLP, activation_of
+from expertlane.model.weights import EXPERT, HeldWeights, WeightSource, taker_of
+from expertlane.moe.dispatch import CopyChooser, RoutedTokens
+from expertlane.moe.forms import make_dispatcher
+from expertlane.moe.payload import Payload
+from expertlane.ops.backend import backend_for
+from expertlane.ops.mlp import MlpPart
+from expertlane.ops.moe_step import LocalExperts
+from expertlane.ops.narrow import NarrowWeight
+from expertlane.ops.products import Activation, Expert, Linear
+from expertlane.ops.router import RouterParams
+from expertlane.spec.deployment import DispatchForm, PayloadType
+from expertlane.spec.layout import partition
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import CheckPoint, Stage
+from expertlane.spec.tensors import expert_name
+
+
+class MoEBlock:
+    """Norm, router, dispatch, experts, combine, the shared expert if any; added to the input.
+
+    Attributes:
+        placement: which experts each rank holds now.
+        experts: those of this rank.
+        here: all of the block but the shared expert in few calls, if that is all on this rank.
+        shared: the shared expert, if there is one.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        placement: Placement,
+        source: WeightSource,
+        mesh: ParallelMesh,
+        norm: Tensor,
+    ) -> None:
+        self._layer = layer
+        self._mesh, self._recorder = mesh, mesh.recorder
+        routing = model.routing
+        self._dtype, self._device = source.dtype, source.device
+        self._ops = backend_for(source.device)
+        self._forms: Sequence[DispatchForm] = ("all_to_all",)
+        self._payload = Payload("model", self._recorder)
+        self._place(placement)
+
+        take = partial(taker_of(source, layer), dtype=torch.float32)
+        self._router = source.once(
+            layer,
+            "router",
+            lambda: self._ops.router(
+                RouterParams(
+                    norm=norm,
+                    eps=model.rms_norm_eps,
+                    weight=take("router"),
+                    bias=take("router_bias") if routing.router_bias else None,
+                    correction_bias=take("correction_bias") if routing.correction_bias else None,
+                    top_k=model.num_experts_per_tok,
+                    routing=routing,
+                )
+            ),
+        )
+        self.shared: MLP | None = None
+        if inner := model.shared_expert_intermediate_size:
+            scaled = model.shared_expert_gate
+            self.shared = MLP(model, layer, source, mesh, "shared", inner, is_scaled=scaled)
+        num_before = source.num_bytes
+        held = [
+            source.once(  # not held: it may move to another rank
+                layer,
+                self._key_of(expert),
+                partial(self._build_expert, model, source, expert),
+                holds=False,
+            )
+            for expert in self._local
+        ]
+        self._expert_bytes = (source.num_bytes - num_before) // max(1, len(held))
+        if not source.is_ahead:  # it copies them side by side
+            self._hold(held, activation_of(model))
+
+    @property
+    def parts(self) -> tuple[LocalExperts, MlpPart | None] | None:
+        """What it is computed in; None where that is not all in few calls."""
+        shared = None if self.shared is None else self.shared.part
+        if self.here is None or (self.shared is not None and shared is None):
+            return None
+        return self.here, shared
+
+    def held(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """Its weights by their name in the layer."""
+        params = self._router.params
+        own = (params.norm, params.weight, params.bias, params.correction_bias)
+        yield "router", [tensor for tensor in own if tensor is not None]
+        of_etp = f", part {self._mesh.at.etp_rank}" if self._mesh.layout.etp > 1 else ""
+        for expert, held in zip(self._local, self.experts.held, strict=True):
+            yield f"expert {expert}{of_etp}", held.tensors()
+        if self.shared is not None:
+            yield f"shared expert of tp rank {self.shared.tp_rank}", self.shared.tensors()
+
+    def set_forms(self, forms: Sequence[DispatchForm], payload: PayloadType) -> None:
+        """Make ready for batches that use these dispatch forms, and no others."""
+        self._forms, self._payload = forms, Payload(payload, self._recorder)
+        self._place(self.placement)
+
+    def _place(self, placement: Placement) -> None:
+        self.placement = placement
+        self._local = placement.experts_of_rank[self._mesh.at.ep_rank]
+        choice = CopyChooser(self._mesh, placement, self._device)
+        self._dispatchers = {
+            form: make_dispatcher(form, self._mesh, placement, choice, self._payload)
+            for form in self._forms
+        }
+
+    def apply_placement(self, placement: Placement, arrived: Mapping[int, Expert]) -> None:
+        """Take another placement into use.
+
+        Args:
+            arrived: by logical expert, those that this rank did not hold so far.
+        """
+        own = {**arrived, **dict(zip(self._local, self.experts.held, strict=True))}
+        held = [own[expert] for expert in placement.experts_of_rank[self._mesh.at.ep_rank]]
+        self._place(placement)
+        self._hold(held, self.experts.activation)
+
+    def _hold(self, held: Sequence[Expert], activation: Activation) -> None:
+        self.experts = self._ops.experts(held, activation)
+        self.here: LocalExperts | None = None
+        checks = self._recorder.checks
+        if self._mesh.stage.size == 1 and not (checks and checks.is_full):
+            self.here = self._ops.local_experts(self._router, self.experts, self._dtype)
+
+    def _key_of(self, expert: int) -> Hashable:
+        """Which part of which expert this rank would hold."""
+        return EXPERT, expert, self._mesh.layout.etp, self._mesh.at.etp_rank
+
+    def put_experts(self, held: HeldWeights) -> None:
+        """Hold this rank's experts, for a stage that follows."""
+        for expert, made in zip(self._local, self.experts.held, strict=True):
+            held.put(self._layer, self._key_of(expert), made, self._expert_bytes)
+
+    def _build_expert(self, model: ModelConfig, source: WeightSource, expert: int) -> Expert:
+        at, ops = self._mesh.at, self._ops
+        inner = partition(model.moe_intermediate_size, self._mesh.layout.etp)[at.etp_rank]
+
+        def take(part: str, rows: range = inner) -> Tensor:
+            return source.take(expert_name(self._layer, expert, part), rows)
+
+        def matrix(part: str) -> Tensor | NarrowWeight:
+            return source.matrix(expert_name(self._layer, expert, part), inner)
+
+        def linear(part: str) -> Linear:
+            return ops.linear(matrix(part), take(f"{part}_bias") if model.expert_bias else None)
+
+        down_bias = None
+        if model.expert_bias and at.etp_rank == 0:
+            down_bias = take("down_bias", range(model.hidden_size))
+        return Expert(
+            gate=linear("gate") if model.gated_mlp else None,
+            up=linear("up"),
+            down=ops.linear(matrix("down"), down_bias),
+        )
+
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
+        """Apply to the tokens this rank owns, [num_owned, hidden_size]."""
+        if self.here is not None and self.here.takes(x):
+            return (yield from self._compute_here(self.here, x, batch))
+        recorder, layer = self._recorder, self._layer
+        hidden, topk_ids, topk_weights = self._router(x)
+        recorder.record_topk_ids(topk_ids)
+        self._count_router(x.shape[0])
+        recorder.check_finite(topk_weights, CheckPoint.ROUTER, layer)
+        recorder.enter(Stage.DISPATCH, layer)
+        dispatcher = self._dispatchers[batch.dispatch_form]
+        num_of_stage_rank, balances = batch.tokens_of_stage_rank, batch.balances_copies
+        tokens = RoutedTokens(hidden, topk_ids, topk_weights, num_of_stage_rank, balances)
+        rows, pairs, sent = yield from dispatcher.dispatch(tokens)
+        recorder.enter(Stage.EXPERTS, layer)
+        results = self.experts(rows, pairs, dispatcher.room(pairs.rows.shape[0], rows))
+        self._count_pairs(lambda: pairs.counts)
+        recorder.check_finite(results, CheckPoint.EXPERTS, layer)
+        recorder.enter(Stage.COMBINE, layer)
+        combined = yield from dispatcher.combine(sent, results)
+        recorder.check_finite(combined, CheckPoint.COMBINE, layer)
+        if self.shared is not None:
+            combined = combined + (yield from self.shared.forward(hidden, batch))
+        return x + combined
+
+    def _compute_here(self, here: LocalExperts, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
+        """The same where nothing travels, in a call a stage."""
+        recorder, layer, num_tokens = self._recorder, self._layer, x.shape[0]
+        work = here.route(x)
+        if recorder.is_recording:
+            recorder.record_topk_ids(here.topk_ids(work, num_tokens))
+            self._count_router(num_tokens)
+        recorder.enter(Stage.DISPATCH, layer)
+        here.group(work, num_tokens)
+        recorder.enter(Stage.EXPERTS, layer)
+        here.compute(work, num_tokens)
+        self._count_pairs(lambda: here.num_tokens_per_expert(work, num_tokens))
+        recorder.enter(Stage.COMBINE, layer)
+        combined = here.combine(work, x, adds_input=self.shared is None)
+        recorder.check_finite(combined, CheckPoint.EXPERTS, layer)
+        if self.shared is None:
+            return combined
+        normed = here.normed(work, x)
+        return x + (combined + (yield from self.shared.forward(normed, batch)))
+
+    def _count_router(self, num_tokens: int) -> None:
+        weight = self._router.params.weight
+        self._recorder.count_compute(
+            2 * num_tokens * weight.numel(), weight.nbytes if num_tokens else 0
+        )
+
+    @property
+    def metered(self) -> Tensor | None:
+        """[num_held] int64, to be added to: pairs of each expert; None where nobody counts them."""
+        if self._recorder.meter is None or self._mesh.at.etp_rank > 0:
+            return None
+        return self._recorder.meter.counts(self._layer, self._local, self._device)
+
+    def _count_pairs(self, counts: Callable[[], Tensor]) -> None:
+        """Take note of the pairs of each expert, [num_held], if anybody wants to know."""
+        if (metered := self.metered) is not None:
+            metered.add_(counts())
+        if not self._recorder.is_recording:
+            return
+        with self._recorder.uncounted():
+            num_tokens = counts().tolist()
+            self._recorder.count_compute(*self.experts.compute_cost(num_tokens))
+            if self._mesh.at.etp_rank == 0:
+                self._recorder.count_expert_tokens(self._local, num_tokens)

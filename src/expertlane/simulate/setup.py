@@ -1,0 +1,98 @@
+"""How a model is served on a modelled cluster: its pools, and what each runs with."""
+
+from dataclasses import dataclass, field
+
+from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.multi_token import MultiToken
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.routing import RoutingSource
+from expertlane.errors import SpecError
+from expertlane.results.record import PoolRole
+from expertlane.spec.deployment import DISPATCH_FORMS, Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Phase
+from expertlane.spec.ranges import take_fields
+
+
+@dataclass(frozen=True)
+class ServingSetup:
+    """How a model is served.
+
+    Attributes:
+        prefill_layout: of a pool for prompts alone, on devices of its own.
+        routing: which experts tokens choose.
+        max_num_seqs, max_num_batched_tokens: of a data-parallel rank. One of a pool for prompts
+            alone holds as many more as a step has tokens for.
+        prompt_wait_steps: as of `Limits`.
+        prefill_options: of a pool for prompts alone; None for `options`.
+
+    Raises:
+        SpecError: a size is out of its range.
+    """
+
+    layout: Layout
+    prefill_layout: Layout | None
+    options: Options
+    types: NumberTypes
+    execution: Execution
+    routing: RoutingSource
+    multi_token: MultiToken = field(default_factory=MultiToken)
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    prompt_wait_steps: int = 0
+    prefill_options: Options | None = None
+
+    def __post_init__(self) -> None:
+        take_fields(self)
+
+    @property
+    def pools(self) -> dict[PoolRole, Layout]:
+        """The layout of each, the one that prefills first."""
+        if self.prefill_layout is None:
+            return {"both": self.layout}
+        return {"prefill": self.prefill_layout, "decode": self.layout}
+
+    def options_of(self, role: PoolRole) -> Options:
+        """What a pool runs with: one that has a phase of its own, with that phase's dispatch."""
+        if role == "both":
+            return self.options
+        options = self.options
+        if role == "prefill" and self.prefill_options is not None:
+            options = self.prefill_options
+        return options.of_phase(Phase(role))
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of all pools."""
+        return sum(layout.world_size for layout in self.pools.values())
+
+    def are_pools_apart(self, ranks_per_node: int) -> bool:
+        """Whether the pools are on different nodes."""
+        return self.num_devices > ranks_per_node
+
+
+def check_fits_cluster(cluster: ModelledCluster, setup: ServingSetup) -> None:
+    """Check that a cluster has the devices, and the nodes that hierarchical dispatch is for.
+
+    Raises:
+        SpecError: it has too few.
+    """
+    needed, layouts = setup.num_devices, setup.pools.values()
+    if needed > cluster.num_devices:
+        if len(layouts) == 1:
+            need = f"layout {setup.layout} needs {needed} devices"
+        else:
+            each = " and ".join(f"{layout} with {layout.world_size}" for layout in layouts)
+            need = f"layouts {each} need {needed} devices"
+        raise SpecError(f"{need} but {cluster} has {cluster.num_devices}")
+    per_node = cluster.profile.ranks_per_node
+    for role, layout in setup.pools.items():
+        options = setup.options_of(role)
+        if options.is_by_node and layout.ep_ranks_per_node(per_node) == layout.ep:
+            raise SpecError(
+                f"layout {layout}: hierarchical dispatch is for experts on several "
+                f"nodes, but each group of ep={layout.ep} is on one node of {per_node}; valid: "
+                f"{', '.join(form for form, of in DISPATCH_FORMS.items() if not of.by_node)}"
+            )
