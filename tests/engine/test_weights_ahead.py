@@ -91,12 +91,11 @@ def test_what_is_given_up_leaves_nothing():
             (begun,) = llm._pool.call(Prepare(spec, 1, 0.0), ranks=[1])  # anew
             assert begun.num_bytes < made[1]
             llm.scaling.give_up()
-            until_s = time.monotonic() + PATIENCE_S
-            while len(server.children()) > len(before) and time.monotonic() < until_s:
-                time.sleep(1e-3)
-                llm.check_ranks()
-            assert sorted(child.pid for child in server.children()) == sorted(before)
-            assert open_descriptors() == descriptors
+            until_s, found = time.monotonic() + PATIENCE_S, None
+            while found != (sorted(before), descriptors) and time.monotonic() < until_s:
+                llm.check_ranks()  # takes in that they have ended
+                found = sorted(child.pid for child in server.children()), open_descriptors()
+            assert found == (sorted(before), descriptors)
         assert facts(llm) == expected
         assert llm._pool.epoch == 0
 
