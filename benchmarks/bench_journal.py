@@ -49,7 +49,7 @@ def run_server(journal: Path | None) -> None:
     """Serve until told to end; prints the port."""
     from expertlane.server.journal.file import JournalFile
     from expertlane.server.run import Running, bind, serve
-    from expertlane.server.service import ServedModel, ServerOptions
+    from expertlane.server.setup import ServedModel, ServerOptions
 
     limits = Limits(VOCAB_SIZE, 4096, 4096, max_num_seqs=256)
     scheduler = ContinuousScheduler(Layout(), Options(), limits, lookahead=True, record=False)

@@ -19,9 +19,9 @@ import torch
 
 from expertlane import LLM, SamplingParams
 from expertlane.ops.backend import backend_of_cpu
-from expertlane.ops.cpu import VectorBackend
 from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.products import Activation, Expert, PairGroups
+from expertlane.ops.vector import VectorBackend
 from expertlane.spec.deployment import Options
 
 COPIES_BYTES = 200_000_000  # of bfloat16

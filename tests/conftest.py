@@ -1,9 +1,13 @@
 """Ranks and reference runs that outlive a test, since both take long to make."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels run as Python
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from distributed.on_ranks import local_ranks
 from expertlane.engine.pool import RankPool

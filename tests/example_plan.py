@@ -5,6 +5,7 @@ from dataclasses import replace
 import example_timelines
 from example_projection import CONDITIONS, step
 from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.hardware import Cluster
 from expertlane.results.record import (
     BEST,
     FAMILY,
@@ -12,14 +13,7 @@ from expertlane.results.record import (
     DeploymentRecord,
     PoolRecord,
 )
-from expertlane.results.results import (
-    Assumption,
-    Cluster,
-    PlanSummary,
-    Results,
-    ServeCommand,
-    Versions,
-)
+from expertlane.results.results import Assumption, PlanSummary, Results, ServeCommand, Versions
 from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

@@ -3,6 +3,7 @@
 from dataclasses import asdict, replace
 
 from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.hardware import Cluster
 from expertlane.results.record import (
     BEST,
     EXPERIMENT,
@@ -14,7 +15,7 @@ from expertlane.results.record import (
     PoolRecord,
     StepsRecord,
 )
-from expertlane.results.results import Assumption, Cluster, PlanSummary, Results
+from expertlane.results.results import Assumption, PlanSummary, Results
 from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

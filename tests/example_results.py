@@ -10,9 +10,10 @@ from expertlane.compare.assumptions import measured_assumptions
 from expertlane.compare.records import measured_record
 from expertlane.engine.commands import HeldBytes
 from expertlane.memory import workload_limits
+from expertlane.results.hardware import Machine, MachinePeak
 from expertlane.results.metrics import num_tokens_per_expert, phase_record
 from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord
-from expertlane.results.results import Machine, MachinePeak, Results
+from expertlane.results.results import Results
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment

@@ -1,8 +1,9 @@
 """Results of a made-up load, with numbers as wide as they get."""
 
 from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.hardware import Machine
 from expertlane.results.record import DeploymentRecord
-from expertlane.results.results import Machine, Results, Versions
+from expertlane.results.results import Results, Versions
 from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

@@ -2,13 +2,14 @@
 
 import example_timelines
 from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.hardware import Cluster
 from expertlane.results.record import (
     Conditions,
     DeploymentRecord,
     PoolRecord,
     StepsRecord,
 )
-from expertlane.results.results import Assumption, Cluster, Results, Versions
+from expertlane.results.results import Assumption, Results, Versions
 from expertlane.results.serving_record import ServingRecord
 from expertlane.results.traffic import FanOut, TrafficBytes, TrafficRecord
 from expertlane.spec.deployment import Options

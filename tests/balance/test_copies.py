@@ -19,8 +19,6 @@ from expertlane.ops.backend import backend_for
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.spec.layout import Layout
 
-pytestmark = pytest.mark.numerical
-
 # Torch, and our own kernels where they are available.
 BACKENDS = [TorchBackend(), backend_for(torch.device("cpu"))]
 NAMES = [type(ops).__name__ for ops in BACKENDS]

@@ -16,8 +16,6 @@ from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.moe.dispatch import CopyChooser
 from expertlane.spec.layout import Layout
 
-pytestmark = pytest.mark.numerical
-
 
 class Recorder:
     is_recording = False

@@ -10,7 +10,7 @@ import pytest
 from cli.small_checkpoint import checkpoint
 from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.cli.model import find_model
-from expertlane.cli.options import ProjectionOptions
+from expertlane.cli.modelled import ProjectionOptions
 from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.results.record import BEST, TWO_POOLS
 from expertlane.results.results import Results

@@ -6,7 +6,7 @@ from expertlane.client.connection import Url
 from expertlane.client.prompts import Vocabulary
 from expertlane.client.run import Asked, Target, measure
 from expertlane.progress import Silent
-from expertlane.server.service import ServerOptions
+from expertlane.server.setup import ServerOptions
 from expertlane.spec.workload import LengthRange, Load
 from server.running import StubServer
 

@@ -17,7 +17,7 @@ from expertlane.compare.virtual import (
 )
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.errors import UserError
-from expertlane.results.results import MachinePeak
+from expertlane.results.hardware import MachinePeak
 from expertlane.spec.experiment import read_experiment, shipped_experiments
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase, Stage

@@ -12,8 +12,8 @@ from expertlane.cost.breakdown import BreakdownTable
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution
 from expertlane.cost.runner import MADE_UP_TOKEN, KnownWork, StepSharing
 from expertlane.results.chrome_trace import to_json
+from expertlane.results.hardware import MachinePeak
 from expertlane.results.metrics import latency, phase_record
-from expertlane.results.results import MachinePeak
 from expertlane.schedule.drive import drive, step_records
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

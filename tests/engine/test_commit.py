@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distributed.running import Inline, deployment
+from engine.drawn_runs import OPTIONS, draw_prompt, small_limits
 from engine.token_stage import PARAMS, TokenStage
 from expertlane.balance.placement_file import placements_of
 from expertlane.engine.model_runner import ModelRunner, outcome_of
@@ -150,9 +151,7 @@ class Scenario:
                 continue
 
     def _draw(self, rng, number):
-        prompt = rng.integers(0, VOCAB_SIZE - 1, rng.integers(1, 12))
-        num_shared = int(rng.integers(0, len(prompt) + 1))
-        prompt[:num_shared] = np.arange(num_shared) % 3
+        prompt = draw_prompt(rng, VOCAB_SIZE - 1, 11)
         return Request(
             str(number),
             prompt,
@@ -168,21 +167,8 @@ scenarios = st.builds(
     layout=st.sampled_from(
         [Layout(), Layout(dp=2), Layout(replicas=2), Layout(pp=2), Layout(pp=3, dp=2)]
     ),
-    options=st.builds(
-        Options,
-        num_micro_batches=st.integers(1, 3),
-        micro_batch_schedule=st.sampled_from(["drained", "rotating"]),
-    ),
-    limits=st.builds(
-        Limits,
-        vocab_size=st.just(VOCAB_SIZE),
-        max_model_len=st.just(40),
-        num_blocks=st.integers(10, 30),
-        block_size=st.integers(2, 4),
-        max_num_batched_tokens=st.integers(3, 20),
-        max_num_seqs=st.integers(2, 6),
-        prefix_caching=st.booleans(),
-    ),
+    options=OPTIONS,
+    limits=small_limits(VOCAB_SIZE),
     num_requests=st.integers(1, 12),
     can_fail=st.booleans(),
     seed=st.integers(0, 2**32 - 1),

@@ -8,7 +8,8 @@ import pytest
 
 import expertlane
 from expertlane.engine import llm as llm_module
-from expertlane.engine.llm import LLM, _as_list
+from expertlane.engine.llm import LLM
+from expertlane.engine.llm_prompts import as_list
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
 from expertlane.spec.model import PRESETS
@@ -72,14 +73,14 @@ def test_routing_of_a_dense_model_is_refused_before_anything_starts(monkeypatch)
 @pytest.mark.parametrize("prompts", [5, None, {"a": 1}, (i for i in range(2))])
 def test_prompts_of_a_wrong_kind(prompts):
     with pytest.raises(UserError, match="give a text, a list of token ids, or a list"):
-        _as_list(prompts)
+        as_list(prompts)
 
 
 def test_one_prompt_or_several():
-    assert _as_list("a") == ["a"]
-    assert _as_list([1, 2]) == [[1, 2]]
-    assert _as_list(["a", [1]]) == ["a", [1]]
-    assert _as_list([]) == []
+    assert as_list("a") == ["a"]
+    assert as_list([1, 2]) == [[1, 2]]
+    assert as_list(["a", [1]]) == ["a", [1]]
+    assert as_list([]) == []
 
 
 def test_the_package_gives_its_face_without_torch():

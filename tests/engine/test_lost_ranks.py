@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.drawn_runs import OPTIONS, draw_prompt, small_limits
 from engine.fake_ranks import FakePool
 from engine.test_grammars import byte_level
 from engine.token_stage import PARAMS
@@ -131,9 +132,7 @@ class Scenario:
         return outputs, pool, scheduler
 
     def _draw(self, rng, number):
-        prompt = rng.integers(0, 60, rng.integers(1, 14))
-        num_shared = int(rng.integers(0, len(prompt) + 1))
-        prompt[:num_shared] = np.arange(num_shared) % 3
+        prompt = draw_prompt(rng, 60, 13)
         params = ALL_PARAMS[rng.integers(len(ALL_PARAMS))]
         return str(number), prompt.tolist(), replace(params, max_tokens=int(rng.integers(1, 10)))
 
@@ -202,22 +201,9 @@ scenarios = st.builds(
             *map(Layout.parse, ("pp=2", "pp=3,dp=2", "replicas=2,dp=2,ep=2", "pp=2,tp=2")),
         ]
     ),
-    options=st.builds(
-        Options,
-        num_micro_batches=st.integers(1, 3),
-        micro_batch_schedule=st.sampled_from(["drained", "rotating"]),
-    ),
-    limits=st.builds(
-        Limits,
-        vocab_size=st.just(VOCAB_SIZE),
-        max_model_len=st.just(40),
-        num_blocks=st.integers(10, 30),
-        block_size=st.integers(2, 4),
-        max_num_batched_tokens=st.integers(3, 20),
-        max_num_seqs=st.integers(2, 6),
-        prefix_caching=st.booleans(),
-        prompt_wait_steps=st.sampled_from([0, 0, 3]),
-        phases_apart=st.booleans(),
+    options=OPTIONS,
+    limits=small_limits(
+        VOCAB_SIZE, prompt_wait_steps=st.sampled_from([0, 0, 3]), phases_apart=st.booleans()
     ),
     num_requests=st.integers(0, 14),
     cancel_rate=st.sampled_from([0.0, 0.05]),

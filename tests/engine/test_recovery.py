@@ -1,7 +1,10 @@
 """Real ranks are killed or stopped at chosen moments: no request is lost, and no token changes."""
 
+import io
 import os
 import signal
+import sys
+from unittest import mock
 
 import pytest
 
@@ -120,6 +123,19 @@ def test_a_rank_is_lost_while_another_is_replaced():
         assert llm.engine.recovery.state is State.LOADING
         assert facts(llm) == expected
         assert record_of(llm).ranks == [2]
+
+
+def test_nobody_reads_what_it_says(monkeypatch):
+    """A closed pipe, or a full disk, behind stderr."""
+    with model("dp=2,ep=2") as llm:
+        expected = facts(llm)
+        full = io.StringIO()
+        full.write = mock.Mock(side_effect=OSError(28, "No space left on device"))
+        monkeypatch.setattr(sys, "stderr", full)
+        with harmed(1, RunStep, 5):
+            assert facts(llm) == expected
+        assert full.write.called
+        assert record_of(llm).ranks == [1]
 
 
 def test_a_rank_that_hangs_is_replaced():

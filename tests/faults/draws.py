@@ -33,6 +33,22 @@ LAYOUTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("replicas=2,dp=2,ep=2", {}),
     ("replicas=2", {}),
 )
+# To what each may change while it serves: more ranks, then as many, and fewer where that is valid.
+CHANGES = (
+    ("dp=2,tp=2", "dp=2", "tp=1"),
+    ("pp=2,tp=2", "tp=2", "tp=1"),
+    ("dp=4", "tp=2", "tp=1"),
+    ("dp=3,ep=3", "tp=2,ep=2"),
+    ("dp=3,ep=3", "tp=2,ep=2", "tp=1"),
+    ("dp=2,tp=2,ep=4", "dp=2,ep=2"),
+    ("dp=6,ep=6", "dp=2,tp=2,ep=4", "dp=2,ep=2"),
+    ("dp=3,tp=2,ep=6", "dp=4,ep=4", "dp=2,ep=2"),
+    ("dp=3,tp=2,ep=2", "dp=4,ep=2", "dp=2,ep=2"),
+    ("pp=2,dp=3,ep=3", "dp=4,ep=4", "dp=2,ep=2"),
+    ("pp=2,dp=2,tp=2", "tp=4", "pp=2"),
+    ("replicas=3,dp=2,ep=2", "dp=4,ep=4", "dp=2,ep=2"),
+    ("replicas=3", "dp=2", "tp=1"),
+)
 _STAGES = (Stage.ATTENTION, Stage.ROUTER, Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE)
 _ENDS = (Stage.EMBED, Stage.COLLECTIVES, Stage.HAND_OVER, Stage.HEAD)
 # Name, and what of a `Fault` it decides.
@@ -42,7 +58,10 @@ MOMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
         for phase in (Phase.PREFILL, Phase.DECODE)
         for stage in (*_STAGES, *_ENDS)
     ),
-    ("drain", {"phase": Phase.DECODE, "stage": Stage.EXPERTS}),
+    ("drain", {"stage": Stage.EXPERTS, "is_later": True}),
+    ("change, before", {"command": "change begins"}),
+    ("change, in", {"command": "change"}),
+    ("change, after", {"stage": Stage.EXPERTS, "is_later": True}),
     ("start-up", {"command": "start-up"}),
     ("moves begin", {"command": "moves begin"}),
     ("moves end", {"command": "moves end"}),
@@ -58,6 +77,7 @@ class Draw:
 
     Attributes:
         faults: the second one, if there is one, happens while the first is recovered from.
+        target: the layout that it changes to while it serves, and then back; None if it does not.
         dtype: bfloat16 in one case of eight.
     """
 
@@ -68,10 +88,13 @@ class Draw:
     transport: str
     faults: tuple[Fault, ...]
     dtype: str
+    target: Layout | None = None
 
     def __str__(self) -> str:
         first = self.faults[0]
         layout = " ".join([str(self.layout), *self.named_options])
+        if self.target is not None:
+            layout += f" to {self.target}"
         return f"{first.kind} rank {first.rank}, {self.moment}: {layout}, {self.transport}"
 
     @property
@@ -122,14 +145,18 @@ def draw(number: int) -> Draw:
     kind, moment, chosen, transport = places()[number]
     random = np.random.default_rng([20, number])
     (name, facts), (text, options) = MOMENTS[moment], LAYOUTS[chosen]
-    layout = Layout.parse(text)
-    rank = int(random.integers(layout.world_size))
+    layout, target = Layout.parse(text), None
+    has_rank = layout
+    if name.startswith("change"):
+        target = Layout.parse(str(random.choice(CHANGES[chosen])))
+        has_rank = layout if name == "change, before" else target
+    rank = int(random.integers(has_rank.world_size))
     is_early = facts.get("phase") is Phase.PREFILL
-    step = 0 if is_early else 40 if name == "drain" else int(random.integers(3, 20))
+    step = 0 if is_early else int(random.integers(3, 20))
     layer = int(random.integers(NUM_LAYERS))
-    if layout.pp > 1:  # one of its own
-        at = layout.coordinates(rank)
-        layer = int(random.choice(list(layout.layers_of_stage(NUM_LAYERS, at.pp_rank))))
+    if has_rank.pp > 1:  # one of its own
+        at = has_rank.coordinates(rank)
+        layer = int(random.choice(list(has_rank.layers_of_stage(NUM_LAYERS, at.pp_rank))))
     faults = [Fault(rank, KINDS[kind], step=step, layer=layer, **facts)]
     if name.startswith("second"):
         others = [r for r in range(layout.world_size) if r != rank]
@@ -138,5 +165,6 @@ def draw(number: int) -> Draw:
         faults.append(Fault(of, KINDS[kind], command="second"))
     dtype = "bfloat16" if number % 8 == 7 else "float32"
     return Draw(
-        number, name, layout, Options(**options), TRANSPORTS[transport], tuple(faults), dtype
+        *(number, name, layout, Options(**options), TRANSPORTS[transport], tuple(faults), dtype),
+        target,
     )

@@ -13,7 +13,14 @@ from unittest import mock
 
 from expertlane.comm.progress import ProgressBoard, ProgressReporter
 from expertlane.engine import stage
-from expertlane.engine.commands import Deploy, FinishMoves, Redeploy, RunStep, StartMoves
+from expertlane.engine.commands import (
+    Deploy,
+    FinishMoves,
+    LeaveCores,
+    Redeploy,
+    RunStep,
+    StartMoves,
+)
 from expertlane.ops import backend
 from expertlane.spec.names import Phase, Stage
 
@@ -27,6 +34,8 @@ COMMANDS = {
     "moves begin": StartMoves,
     "moves end": FinishMoves,
     "second": Redeploy,
+    "change begins": LeaveCores,
+    "change": Redeploy,
 }
 
 
@@ -39,6 +48,7 @@ class Fault:
         command: at the beginning of a command of this name of `COMMANDS`; None in a step.
         phase, step, stage, layer: of a step otherwise: the first one of this phase from `step` on,
             when it is in that stage of that layer, or next comes by.
+        is_later: steps count from the first one after `Happened.begin`.
     """
 
     rank: int
@@ -48,14 +58,32 @@ class Fault:
     step: int = 0
     stage: Stage = Stage.ATTENTION
     layer: int = 0
+    is_later: bool = False
 
 
 class Happened:
-    """When each fault happened, on the monotonic clock in ns, in memory shared by all; 0: not."""
+    """When each fault happened, on the monotonic clock in ns, in memory shared by all; 0: not.
+
+    Attributes:
+        has_begun: whether faults may happen that are to come later.
+    """
 
     def __init__(self, num_faults: int) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
-        self._times = (ctypes.c_int64 * num_faults).from_buffer(self._memory)
+        self._num_faults = num_faults
+        self._times = (ctypes.c_int64 * (num_faults + 1)).from_buffer(self._memory)
+
+    @property
+    def has_begun(self) -> bool:
+        return bool(self._times[self._num_faults])
+
+    def begin(self) -> None:
+        """From now on they may."""
+        self._times[self._num_faults] = 1
+
+    def all(self) -> bool:
+        """Whether all faults have happened."""
+        return all(self._times[: self._num_faults])
 
     def __getitem__(self, number: int) -> int:
         return self._times[number]
@@ -77,18 +105,31 @@ class _Trap:
         self._number, self._happened = number, happened
         self.phase: Phase | None = None  # of the step under way
         self.step = -1
+        self._first = None if fault.is_later else fault.step
         self._lock = threading.Lock()
 
     @property
     def is_set(self) -> bool:
         return not self._happened[self._number]
 
+    def begin(self, phase: Phase, step: int) -> None:
+        """A step begins."""
+        if self._first is None and self._happened.has_begun:
+            self._first = step
+        self.phase, self.step = phase, step
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the step is one of those."""
+        is_phase = self.phase is self.fault.phase
+        return is_phase and self._first is not None and self.step >= self._first
+
     def matches(self, at: Stage, layer: int) -> bool:
         """Whether a step's position is the moment, or past it."""
         fault = self.fault
-        if fault.command is not None or self.phase is not fault.phase or self.step < fault.step:
+        if fault.command is not None or not self.is_due:
             return False
-        is_late = self.step >= fault.step + _PATIENCE_STEPS
+        is_late = self.step >= (self._first or 0) + _PATIENCE_STEPS
         return is_late or (at is fault.stage and layer in (fault.layer, -1))
 
     def spring(self) -> None:
@@ -108,7 +149,7 @@ class _Trap:
     def watch(self, board: ProgressBoard) -> None:
         """Look at the rank's line from a thread: C++ changes it without Python."""
         while self.is_set:
-            if self.phase is self.fault.phase and self.step >= self.fault.step:
+            if self.is_due:
                 position = board.position(self.fault.rank)
                 if self.matches(position.stage, position.layer):
                     return self.spring()
@@ -139,13 +180,14 @@ def install(faults: Sequence[Fault], happened: Happened, transport: str) -> None
     if transport == "uncompiled":
         mock.patch.object(backend, "compiled_messages", return_value=None).start()
     traps = [_Trap(number, fault, happened) for number, fault in enumerate(faults)]
+    server_pid = os.getpid()  # it writes lines of ranks that it starts, and is none
     reporter_of = ProgressBoard.reporter
 
     def reporter(self: ProgressBoard, rank: int) -> ProgressReporter:
         plain = reporter_of(self, rank)
         for trap in traps:
             fault = trap.fault
-            if fault.rank != rank or fault.command is not None:
+            if fault.rank != rank or fault.command is not None or os.getpid() == server_pid:
                 continue
             if fault.kind in ("kill", "stop"):
                 threading.Thread(target=trap.watch, args=(self,), daemon=True).start()
@@ -163,7 +205,7 @@ def install(faults: Sequence[Fault], happened: Happened, transport: str) -> None
                 if fault.command is not None and COMMANDS[fault.command] is kind:
                     trap.spring()
                 elif kind is RunStep:
-                    trap.step, trap.phase = command.step.step, command.step.phase
+                    trap.begin(command.step.phase, command.step.step)
             return handler(context, command)
 
         return handle

@@ -16,7 +16,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,59 +34,54 @@ from expertlane.errors import ExpertlaneError
 from expertlane.ops.backend import backend_of_cpu
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.sampling import SamplingParams
+from faults.drained import serve_and_end
 from faults.draws import NUM_CASES, Draw, draw
 from faults.planted import Happened, install
+from faults.served import Served, requests
 
 MODEL = "paper-tiny"
 BOUND_S = 2.0  # without progress; a hang
-NUM_REQUESTS, NUM_AT_FIRST, STEPS_APART = 12, 5, 4
+NUM_AT_FIRST, STEPS_APART = 5, 4
 NUM_STEPS = 400  # more than any run has
+CHANGE_STEP, STEPS_CHANGED = 6, 8  # when the layout changes, and for how long at least
 NEAR = 1e-4  # of two likeliest log-probabilities: a tie
-KINDS = (
-    {"temperature": 0.0, "logprobs": 2},
-    {"temperature": 0.9, "top_p": 0.9},
-    {"temperature": 0.0, "repetition_penalty": 1.3},
-    {"temperature": 0.7, "top_k": 20, "frequency_penalty": 0.4},
-)
 
 
-@dataclass
-class Served:
-    """What became of the requests of a run.
+class _Changes:
+    """Another layout in the midst of a run, and the first one again once all faults happened."""
 
-    Attributes:
-        tokens: by request, in order.
-        gaps: by request, between the likeliest two log-probabilities, at each token; where greedy.
-        arrivals_s: by request, when its tokens came.
-        places: by request, its (replica, data-parallel rank) at each token.
-        reasons: by request, why it ended.
+    def __init__(self, llm: LLM, target: Layout | None, happened: Happened) -> None:
+        self._llm, self._target, self._happened = llm, target, happened
+        self._step: int | None = None  # in which it changed
+
+    def before(self, step: int) -> None:
+        """Change the layout if it is time."""
+        if self._target is None or step < CHANGE_STEP:
+            return
+        if self._step is None:
+            self._step, first = step, self._llm.layout
+            self._llm.scale(self._target)
+            self._happened.begin()
+            self._target = first
+        elif step >= self._step + STEPS_CHANGED and self._happened.all():
+            self._llm.scale(self._target)
+            self._target = None
+
+
+def serve(llm: LLM, target: Layout | None, happened: Happened) -> Served:
+    """Serve the requests, some of which come later, to their ends.
+
+    Args:
+        target: the layout that it changes to; None for none.
     """
-
-    tokens: list[list[int]] = field(default_factory=list)
-    gaps: list[list[float]] = field(default_factory=list)
-    arrivals_s: list[list[float]] = field(default_factory=list)
-    places: list[list[tuple[int, int]]] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
-
-
-def _params(number: int, random: np.random.Generator) -> SamplingParams:
-    kind: dict[str, Any] = KINDS[number % len(KINDS)]
-    return SamplingParams(
-        seed=number, max_tokens=int(random.integers(20, 40)), ignore_eos=True, **kind
-    )
-
-
-def serve(llm: LLM) -> Served:
-    """Serve the requests, some of which come later, to their ends."""
-    random, engine = np.random.default_rng(4), llm.engine
+    engine, changes = llm.engine, _Changes(llm, target, happened)
     served, outputs, num_steps = Served(), [], 0
-    vocab_size = llm.model.vocab_size
-    while len(outputs) < NUM_REQUESTS or engine.has_unfinished:
-        while len(outputs) < min(NUM_REQUESTS, NUM_AT_FIRST + num_steps // STEPS_APART):
+    to_come = requests(llm.model.vocab_size)
+    while len(outputs) < len(to_come) or engine.has_unfinished:
+        changes.before(num_steps)
+        while len(outputs) < min(len(to_come), NUM_AT_FIRST + num_steps // STEPS_APART):
             number = len(outputs)
-            prompt = random.integers(vocab_size, size=int(random.integers(1, 24))).tolist()
-            outputs.append(engine.add(str(number), prompt, _params(number, random)))
+            outputs.append(engine.add(str(number), *to_come[number]))
             served.arrivals_s.append([])
             served.places.append([])
         tables = engine.scheduler.tables
@@ -155,9 +149,9 @@ def started(case: Draw, prepare: Any) -> Iterator[tuple[LLM, Any]]:
 @cache
 def undisturbed(layout: Layout, options: Options, dtype: str) -> Served:
     """What the requests bring when nothing happens."""
-    case = Draw(0, "", layout, options, "shared_memory", (), dtype)
-    with started(case, partial(install, (), Happened(0), case.transport)) as (llm, _):
-        return serve(llm)
+    case, nothing = Draw(0, "", layout, options, "shared_memory", (), dtype), Happened(0)
+    with started(case, partial(install, (), nothing, case.transport)) as (llm, _):
+        return serve(llm, None, nothing)
 
 
 def compare(case: Draw, served: Served, wanted: Served) -> tuple[list[str], int]:
@@ -205,13 +199,22 @@ def _serve_case(case: Draw, happened: Happened) -> tuple[Served, dict[str, Any],
     """What the requests of a case bring, how it recovered, and the process that forked ranks."""
     prepare = partial(install, case.faults, happened, case.transport)
     with started(case, prepare) as (llm, server):
-        served, recovery = serve(llm), llm.engine.recovery
+        wrong: list[str] = []
+        if case.moment == "drain":
+            served, wrong = serve_and_end(llm, requests(llm.model.vocab_size), happened)
+        else:
+            served = serve(llm, case.target, happened)
+        recovery = llm.engine.recovery
         assert recovery is not None, "it was asked for"
         seconds = [
             {state: round(seconds, 3) for state, seconds in record.seconds().items()}
             for record in recovery.records
         ]
-        facts = {"num_recoveries": recovery.num_recoveries, "seconds": seconds}
+        facts = {"num_recoveries": recovery.num_recoveries, "seconds": seconds, "wrong": wrong}
+        if case.target is not None:
+            facts["num_changes"] = recovery.num_scalings
+            if llm.layout != case.layout:
+                wrong.append(f"its layout is {llm.layout} in the end")
     return served, facts, server.pid
 
 
@@ -225,17 +228,25 @@ def run(case: Draw) -> dict[str, Any]:
     except ExpertlaneError as error:
         return {"wrong": [f"{type(error).__name__}: {error}"]}
     wrong, found["left_out"] = compare(case, served, wanted)
+    wrong += found.pop("wrong")
     found["num_tokens"] = sum(map(len, served.tokens))
-    found["pauses"] = pauses(case, served, happened)
+    if case.target is None and case.moment != "drain":
+        found["pauses"] = pauses(case, served, happened)
     found["took_s"] = round(time.monotonic() - began_s, 2)
     found["happened"] = [bool(happened[number]) for number in range(len(case.faults))]
-    if not all(found["happened"]):
+    if not happened.all():
         wrong.append("a fault did not happen")
     if not session_is_gone(server_pid, seconds=2):
         wrong.append("a process is left")
     gc.collect()
-    if not wait_until(lambda: files_and_names() <= before, seconds=1):
-        wrong.append(f"left: {sorted(files_and_names() - before)}")
+
+    def left() -> set[str]:
+        more = files_and_names() - before
+        # FastAPI's caches keep a server, and so its files, as long as the process.
+        return {each for each in more if case.moment != "drain" or not each.startswith("fd ")}
+
+    if not wait_until(lambda: not left(), seconds=1):
+        wrong.append(f"left: {sorted(left())}")
     return {"wrong": wrong, **found}
 
 
@@ -244,6 +255,7 @@ def run_each(numbers: Sequence[int], file: Path) -> None:
     for number in numbers:
         case = draw(number)
         line = {"number": number, "what": str(case), "kind": case.faults[-1].kind}
+        line["moment"] = case.moment
         try:
             line |= run(case)
         except Exception:
@@ -252,18 +264,17 @@ def run_each(numbers: Sequence[int], file: Path) -> None:
             lines.write(json.dumps(line, default=str) + "\n")
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Counts by kind of fault, as Markdown."""
-    rows = ["| fault | cases | wrong | recoveries | tokens | left out |", "|" + " --- |" * 6]
-    by_kind = Counter(line["kind"] for line in lines)
-    for kind, num_cases in by_kind.items():
-        own = [line for line in lines if line["kind"] == kind]
+def table(lines: Sequence[dict[str, Any]], by: str) -> str:
+    """Counts by kind of fault, or by moment, as Markdown."""
+    rows = [f"| {by} | cases | wrong | recoveries | tokens | left out |", "|" + " --- |" * 6]
+    for value, num_cases in Counter(line[by] for line in lines).items():
+        own = [line for line in lines if line[by] == value]
         sums = [
             sum(line.get(n, 0) for line in own)
             for n in ("num_recoveries", "num_tokens", "left_out")
         ]
         num_wrong = sum(bool(line["wrong"]) for line in own)
-        rows.append("| " + " | ".join(map(str, (kind, num_cases, num_wrong, *sums))) + " |")
+        rows.append("| " + " | ".join(map(str, (value, num_cases, num_wrong, *sums))) + " |")
     return "\n".join(rows)
 
 
@@ -272,10 +283,13 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="takes a line for each case that has ended")
     parser.add_argument("--from", type=int, default=0, dest="first", help="number of the first")
     parser.add_argument("--to", type=int, default=NUM_CASES, dest="end", help="one past the last's")
+    parser.add_argument("--moment", help="only cases whose moment begins so")
     parser.add_argument("--at-once", type=int, default=2, help="cases under way at a time")
     arguments = parser.parse_args()
     backend_of_cpu()  # loads our kernels, once for all ranks
     numbers = remaining(arguments.file, arguments.first, arguments.end)
+    if arguments.moment is not None:
+        numbers = [each for each in numbers if draw(each).moment.startswith(arguments.moment)]
     workers, own_pid = [], os.getpid()
     for worker in range(arguments.at_once):
         pid = os.fork()
@@ -292,7 +306,7 @@ def main() -> None:
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in workers]
     lines = read(arguments.file)
     failed = [line for line in lines if line["wrong"]]
-    print(table(lines))
+    print(table(lines, "kind"), table(lines, "moment"), sep="\n\n")
     for line in failed:
         print(f"{line['number']}: {line['what']}: {'; '.join(line['wrong'])}")
     sys.exit(1 if failed or any(codes) else 0)

@@ -3,7 +3,8 @@
 import pytest
 
 from expertlane.ops.build import BASELINE
-from expertlane.ops.cpu import CpuBackend, VectorBackend
+from expertlane.ops.cpu import CpuBackend
+from expertlane.ops.vector import VectorBackend
 from ops.instruction_sets import ARITHMETIC, backend_or_skip
 
 

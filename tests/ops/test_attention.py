@@ -89,7 +89,6 @@ class Drawn:
         return out, after
 
 
-@pytest.mark.numerical
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(
     sequences=st.lists(SEQUENCE, min_size=1, max_size=4),
@@ -117,7 +116,6 @@ def test_attention(kernels, sequences, block_size, heads, dims, window, has_sink
             assert (found.double() - expected).abs().max() <= bound * expected.abs().max()
 
 
-@pytest.mark.numerical
 @pytest.mark.parametrize("dims", [(576, None), (512, 512)])
 @pytest.mark.parametrize("sequences", [[(700, 1)], [(40, 20), (3, 1)]])
 def test_the_largest_heads(kernels, dims, sequences):
@@ -179,7 +177,6 @@ def test_what_is_not_seen_may_be_anything(kernels, dtype):
     assert torch.equal(*found)
 
 
-@pytest.mark.numerical
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(
     num_tokens=st.integers(0, 30),

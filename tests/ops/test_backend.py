@@ -31,9 +31,11 @@ from expertlane.ops.build import (
     build,
     shipped_name,
 )
-from expertlane.ops.cpu import CpuBackend, VectorBackend
+from expertlane.ops.cpu import CpuBackend
 from expertlane.ops.torch_backend import TorchBackend
+from expertlane.ops.vector import VectorBackend
 from expertlane.spec.names import CpuIsa
+from ops.instruction_sets import ARITHMETIC, LACKING
 
 CPU = torch.device("cpu")
 NO_COMPILER = "no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX is unset"
@@ -154,6 +156,15 @@ def test_the_best_of_the_allowed_sets_is_chosen(monkeypatch, num_sets, limit):
     assert choose_platform(0, 1, "bfloat16").kernels == f"expertlane ({expected})"
     assert choose_platform(0, 1, "float32").kernels == f"torch and expertlane ({expected})"
     assert built == [BASELINE.name, expected]
+
+
+@needs_compiler
+def test_tests_are_made_for_each_set_of_this_cpu():
+    """The largest one is what is used; those that it lacks are named here, once."""
+    expected = "torch (" if ARITHMETIC == ["none"] else f"expertlane ({ARITHMETIC[-1]})"
+    assert choose_platform(0, 1, "bfloat16").kernels.startswith(expected)
+    if LACKING:
+        pytest.skip(f"this CPU lacks {', '.join(LACKING)}: no test of their kernels is made")
 
 
 @needs_compiler

@@ -9,8 +9,6 @@ from expertlane.ops.backend import backend_for
 from expertlane.ops.bookkeeping import inverse, stable_order
 from expertlane.ops.torch_backend import TorchBackend
 
-pytestmark = pytest.mark.numerical
-
 X = torch.tensor([[1.0, 10], [2, 20], [3, 30]])
 TORCH, CHOSEN = TorchBackend(), backend_for(torch.device("cpu"))
 

@@ -7,26 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.ops.build import BASELINE, SETS, BuildError, build
-from expertlane.ops.cpu import VectorBackend
+from expertlane.ops.cpu import CpuBackend
 from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight, side_by_side
 from expertlane.ops.products import Activation, Expert, LoopedExperts, PairGroups
 from expertlane.ops.torch_backend import TorchBackend
+from ops.instruction_sets import ALL_SETS, backend_or_skip
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}  # of the largest value
 TYPES = (torch.int8, torch.float8_e4m3fn)
 
 
-@pytest.fixture(params=SETS, ids=lambda each: each.name, scope="module")
-def backend(request):
+@pytest.fixture(params=ALL_SETS, scope="module")
+def backend(request) -> CpuBackend:
     """Our kernels for one instruction set."""
-    try:
-        baseline = build(BASELINE)
-    except BuildError as error:
-        pytest.skip(str(error))
-    if not baseline.has_instructions(request.param.name.encode()):
-        pytest.skip(f"this CPU lacks {request.param.name}")
-    return VectorBackend(baseline, build(request.param), request.param.name)
+    return backend_or_skip(request.param)
 
 
 def drawn(n: int, k: int, values: torch.dtype, group: int, first: int = 0, seed: int = 0):

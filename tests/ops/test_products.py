@@ -16,8 +16,6 @@ from expertlane.ops.products import (
 )
 from expertlane.ops.torch_backend import TorchBackend
 
-pytestmark = pytest.mark.numerical
-
 HIDDEN, INNER = 32, 16
 PLAIN = Activation("silu")
 

@@ -7,22 +7,12 @@ import pytest
 import torch
 
 from expertlane.model.draw import draw, keep_likeliest, probabilities, uniform_numbers
-from expertlane.ops.build import BASELINE, ONLY_IF_ASKED_FOR, SETS, BuildError, build
-from expertlane.ops.cpu import VectorBackend
-
-SET_NAMES = [each.name for each in SETS if each not in ONLY_IF_ASKED_FOR]
+from expertlane.ops.vector import VectorBackend
 
 
-@pytest.fixture(params=SET_NAMES, scope="module")
-def ours(request) -> VectorBackend:
-    try:
-        baseline = build(BASELINE)
-        if not baseline.has_instructions(request.param.encode()):
-            pytest.skip(f"this CPU lacks {request.param}")
-        (instructions,) = (each for each in SETS if each.name == request.param)
-        return VectorBackend(baseline, build(instructions), request.param)
-    except BuildError as error:
-        pytest.skip(str(error))
+@pytest.fixture(scope="module")
+def ours(kernels) -> VectorBackend:
+    return kernels
 
 
 def column(values, dtype=torch.float64) -> torch.Tensor:
@@ -48,7 +38,6 @@ def drawn(ours, scores, temperature=1.0, top_k=None, top_p=None, min_p=None, fir
     return found, draw(p, uniform), p
 
 
-@pytest.mark.numerical
 @pytest.mark.parametrize("vocab_size", [1, 2, 17, 128, 1000])
 @pytest.mark.parametrize("top_k", [None, 3, math.inf])
 @pytest.mark.parametrize("top_p", [None, 0.3, 0.95])

@@ -1,7 +1,6 @@
 """Parts of a layer in one call against the same operations one by one, on each instruction set."""
 
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 import pytest
@@ -10,9 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertlane.model.draw import NO_TOKEN, likeliest
-from expertlane.ops.backend import backend_of_cpu
-from expertlane.ops.build import BASELINE, ONLY_IF_ASKED_FOR, SETS, BuildError, build
-from expertlane.ops.cpu import VectorBackend
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import CompiledRouter
 from expertlane.ops.narrow import NarrowWeight
@@ -21,6 +17,7 @@ from expertlane.ops.products import Activation, Expert
 from expertlane.ops.router import Router, RouterParams, route
 from expertlane.ops.step import AttentionWeights
 from expertlane.ops.torch_backend import TorchBackend
+from expertlane.ops.vector import VectorBackend
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import Routing
 
@@ -29,30 +26,9 @@ TYPES = [torch.float32, torch.bfloat16]
 ERRORS = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7}  # of the largest value
 
 
-@cache
-def backend_with(name: str) -> VectorBackend | str:
-    """The kernels of an instruction set, or why they cannot run here."""
-    try:
-        baseline = build(BASELINE)
-        if not baseline.has_instructions(name.encode()):
-            return f"this CPU lacks {name}"
-        (instructions,) = (each for each in SETS if each.name == name)
-        return VectorBackend(baseline, build(instructions), name)
-    except BuildError as error:
-        return str(error)
-
-
-SET_NAMES = [each.name for each in SETS if each not in ONLY_IF_ASKED_FOR]
-
-
-@pytest.fixture(params=SET_NAMES, scope="module")
-def ours(request) -> VectorBackend:
-    if backend_of_cpu()[1] == "EXPERTLANE_BACKEND=torch":
-        pytest.skip("EXPERTLANE_BACKEND=torch")
-    backend = backend_with(request.param)
-    if isinstance(backend, str):
-        pytest.skip(backend)
-    return backend
+@pytest.fixture(scope="module")
+def ours(kernels) -> VectorBackend:
+    return kernels
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -101,7 +77,6 @@ ROUTINGS = st.builds(
 ONE_GROUP = {"topk_group": 1}
 
 
-@pytest.mark.numerical
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(routing=ROUTINGS, num_tokens=st.sampled_from([0, 1, 3, 17]), top_k=st.integers(1, 2))
 def test_router(ours, routing: Routing, num_tokens: int, top_k: int):
@@ -117,7 +92,6 @@ def test_router(ours, routing: Routing, num_tokens: int, top_k: int):
         assert_near(topk_weights, expected_weights)
 
 
-@pytest.mark.numerical
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(
     num_experts=st.sampled_from([3, 8, 64, 160, 256]),
@@ -160,7 +134,6 @@ def held_experts(
     ]
 
 
-@pytest.mark.numerical
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("is_gated", [True, False])
 @pytest.mark.parametrize("is_narrow", [True, False])
@@ -193,7 +166,6 @@ def test_experts_that_are_all_here(ours, dtype, is_gated: bool, is_narrow: bool,
     assert_near(here.combine(work, x, adds_input=True), x + expected)
 
 
-@pytest.mark.numerical
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(
     num_tokens=st.sampled_from([1, 2, 9, 32]),
@@ -273,7 +245,6 @@ def batch_of(lengths: Sequence[int], scheduled: Sequence[int], block_size: int) 
     return PagedBatch(batch, block_size, CPU)
 
 
-@pytest.mark.numerical
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
@@ -378,7 +349,6 @@ def test_attention_that_ours_do_not_cover(ours):
     assert not taken.takes(torch.empty(0, 16))
 
 
-@pytest.mark.numerical
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("vocab_size", [1, 7, 40])
 @pytest.mark.parametrize("has_norm", [True, False])

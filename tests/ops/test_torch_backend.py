@@ -10,8 +10,6 @@ from expertlane.ops.row_parts import RowParts
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 
-pytestmark = pytest.mark.numerical
-
 OPS = TorchBackend()
 STEPS = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 WHERE = [("cpu", torch.float32), ("cpu", torch.bfloat16)]

@@ -15,8 +15,9 @@ from expertlane.report.answer import compact, compact_range
 from expertlane.report.document import Chart, Figure, Table
 from expertlane.report.sections import report_of
 from expertlane.results.estimate import Estimate
+from expertlane.results.hardware import VirtualTime
 from expertlane.results.pair import PairRecord
-from expertlane.results.results import Results, VirtualTime
+from expertlane.results.results import Results
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Phase

@@ -16,6 +16,7 @@ from expertlane.report.planning import named
 from expertlane.report.sections import report_of
 from expertlane.results.cost import with_costs
 from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.hardware import Judged
 from expertlane.results.record import (
     BEST,
     DECODE_POOL,
@@ -25,7 +26,7 @@ from expertlane.results.record import (
     DeploymentRecord,
     StepsRecord,
 )
-from expertlane.results.results import Judged, Results
+from expertlane.results.results import Results
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase

@@ -8,9 +8,10 @@ from expertlane.report.compared import projected, run
 from expertlane.report.setup import cautions
 from expertlane.report.verdict import in_wall_time, verdict
 from expertlane.results.estimate import Estimate
+from expertlane.results.hardware import LinkSpeed, VirtualTime
 from expertlane.results.pair import PairRecord
 from expertlane.results.record import EXPERIMENT
-from expertlane.results.results import LinkSpeed, Results, VirtualTime
+from expertlane.results.results import Results
 from expertlane.spec.names import Cause, Phase
 
 

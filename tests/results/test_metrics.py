@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
+from expertlane.results.hardware import MachinePeak
 from expertlane.results.metrics import latency, num_tokens_per_expert, phase_record
-from expertlane.results.results import MachinePeak
 from expertlane.results.time_shares import find_bottleneck
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Phase, Stage, Traffic

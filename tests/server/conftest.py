@@ -13,7 +13,7 @@ from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.llm import LLM
 from expertlane.engine.tokenizer import default_sampling
 from expertlane.schedule.request import RequestOutput
-from expertlane.server.service import ServedModel
+from expertlane.server.setup import ServedModel
 from expertlane.spec.sampling import SamplingParams
 from model.chat_checkpoint import save_chat_checkpoint
 from server.running import DRAWN, GREEDY, MESSAGES, PATIENCE_S, PROMPTS, ServerInThread, StubServer

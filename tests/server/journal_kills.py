@@ -1,9 +1,10 @@
 """`expertlane serve --journal` killed again and again under load; clients come back for the rest.
 
-Eight clients ask for completions, chats and responses, most of them as streams. Every event has to
-have the next number, whichever process sends it. When all is answered, what came is held against
-`LLM.generate` on one rank in float32. A part is some kills and the requests meanwhile; parts that
-are in --out are not run again. From the repository's root:
+Between two kills of it a rank is killed too: while it serves, perhaps right before it is killed
+itself, or while it starts. Eight clients ask for completions, chats and responses, mostly streams.
+Every event has to have the next number, whichever process sends it. When all is answered, what came
+is held against `LLM.generate` on one rank in float32. A part is some kills and the requests
+meanwhile; parts that are in --out are not run again. From the repository's root:
 
     PYTHONPATH=src:tests python -m server.journal_kills --kills 50 --out kills.jsonl
 """
@@ -12,10 +13,7 @@ import argparse
 import asyncio
 import json
 import random
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -31,19 +29,18 @@ import torch
 from expertlane.engine.llm import LLM
 from expertlane.spec.structured import Structured
 from model.chat_checkpoint import save_chat_checkpoint
+from server.killed_front import Front, free_port
 from server.soak import TEMPLATE
 from server.soak_client import SOAK_S, Came
 from server.soak_judge import Arbiter, Judge
 from server.soak_requests import Asked, draw, right_answers
 
-LAYOUT = "dp=2,ep=2"
 NUM_CLIENTS = 8
 PART = 10  # kills
 _REGEX = "[a-j ]{40,90}"
 _ENDS = ("stop", "stop_token_ids", "ignore_eos")  # that would cut off what has a form
 _MOST_POSITIONS = 250  # of the checkpoint's 256
 _RETRY_S = 0.05
-_MAIN = "from expertlane.cli.main import main; main()"
 
 
 def drawn(seed: int, number: int) -> Asked:
@@ -207,62 +204,19 @@ class Kill:
     """One kill of the front, in seconds from it on.
 
     Attributes:
-        ready_s: until the next process takes requests; of which `start_s` before it had the model.
+        ready_s: until the next process takes requests.
         further_s: until a client has the next event of a stream that had begun before.
         resumed: requests that the next process went on with.
+        rank: when a rank was killed since the kill before: `serving`, `starting` or not at all.
+        recoveries: of that process, before it was killed itself.
     """
 
     after_s: float
     ready_s: float
     further_s: float | None
     resumed: int
-
-
-class Front:
-    """`expertlane serve` at one port, in one process after another."""
-
-    def __init__(self, folder: Path, journal: Path, log: Path, port: int) -> None:
-        self._command = [sys.executable, "-P", "-c", _MAIN, "serve", str(folder)]
-        self._command += ["--layout", LAYOUT, "--dtype", "float32", "--port", str(port), "--json"]
-        self._command += ["--served-model-name", "tiny", "--journal", str(journal)]
-        self._command += ["--reconnect-s", "300", "--block-size", "4", "--num-blocks", "512"]
-        self._log = log.open("a")
-        self._process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        """Wait until it takes requests.
-
-        Raises:
-            AssertionError: it ends before.
-        """
-        self._process = subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, Path(self._log.name).read_text()[-3000:]
-
-    def kill(self) -> None:
-        """As the system does that has no memory left."""
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def end(self) -> None:
-        """As a user does.
-
-        Raises:
-            AssertionError: it does not end well.
-        """
-        assert self._process is not None
-        self._process.terminate()
-        code = self._process.wait(SOAK_S)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._log.close()
-        assert code == 0, Path(self._log.name).read_text()[-3000:]
+    rank: str = ""
+    recoveries: int = 0
 
 
 @dataclass
@@ -273,13 +227,6 @@ class Part:
     kills: list[Kill]
     counts: dict[str, int]
     seconds: float
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def load(front: Front, url: str, seed: int, number: int, num_kills: int) -> tuple[Any, ...]:
@@ -297,32 +244,41 @@ async def load(front: Front, url: str, seed: int, number: int, num_kills: int) -
                 await client.ask(asked)
 
         workers = [asyncio.create_task(work()) for _ in range(NUM_CLIENTS)]
-        for _ in range(num_kills):
-            after_s = dice.uniform(0.0, 2.0)
+        for nth in range(num_kills):
+            after_s, rank = dice.uniform(0.0, 2.0), ("serving", "starting")[nth % 2]
             await asyncio.sleep(after_s)
+            recoveries = await _counter(http, "recoveries")
+            if rank == "serving":
+                assert front.kill_rank(dice)
+                await asyncio.sleep(dice.uniform(0.0, 1.5))  # while it is replaced, or after that
+                recoveries = await _counter(http, "recoveries")
             await asyncio.to_thread(front.kill)
             client.killed()
             killed_s = time.monotonic()
-            await asyncio.to_thread(front.start)
+            starts = asyncio.create_task(asyncio.to_thread(front.start))
+            while rank == "starting" and not starts.done():
+                await asyncio.sleep(dice.uniform(0.0, 0.5))
+                if front.kill_rank(dice):
+                    break
+            await starts
             ready_s = time.monotonic() - killed_s
-            resumed = await _resumed(http)
+            resumed = await _counter(http, "journal_resumed")
             for _ in range(200):
                 if client.first_further_s is not None or client.wrong:
                     break
                 await asyncio.sleep(0.02)
             further_s = client.first_further_s
-            kills.append(
-                Kill(after_s, ready_s, None if further_s is None else further_s - killed_s, resumed)
-            )
+            further_s = None if further_s is None else further_s - killed_s
+            kills.append(Kill(after_s, ready_s, further_s, resumed, rank, recoveries))
         is_ending = True
         for worker in workers:
             await worker
     return kills, asked_of, client
 
 
-async def _resumed(http: httpx.AsyncClient) -> int:
+async def _counter(http: httpx.AsyncClient, name: str) -> int:
     lines = (await http.get("/metrics")).text.splitlines()
-    (line,) = (line for line in lines if line.startswith("expertlane:journal_resumed_total"))
+    (line,) = (line for line in lines if line.startswith(f"expertlane:{name}_total"))
     return int(float(line.rpartition(" ")[2]))
 
 
@@ -339,8 +295,9 @@ def run_part(folder: Path, seed: int, number: int, num_kills: int) -> Part:
         url = f"http://127.0.0.1:{port}"
         try:
             kills, asked_of, client = asyncio.run(load(front, url, seed, number, num_kills))
-        except BaseException:
+        except BaseException as error:
             front.kill()
+            error.add_note(front.said)
             raise
         front.end()
     assert not client.wrong, "\n".join(client.wrong)
@@ -370,6 +327,11 @@ def table(parts: list[Part]) -> Iterator[str]:
     for part in parts:
         counts.update(part.counts)
     yield f"{len(kills)} kills of the front, {sum(k.resumed for k in kills)} requests went on"
+    ranks = Counter(kill.rank for kill in kills)
+    yield (
+        f"  ranks killed: {ranks['serving']} serving, {ranks['starting']} starting; "
+        f"{sum(kill.recoveries for kill in kills)} recoveries before a kill"
+    )
     for name, number in sorted(counts.items()):
         yield f"  {name:24} {number:8,}"
     further = [kill.further_s for kill in kills if kill.further_s is not None]

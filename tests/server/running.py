@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.stub_runner import StubEngine, letters
 from expertlane.server.run import Running, bind, serve
-from expertlane.server.service import ServedModel, ServerOptions
+from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.spec.sampling import SamplingParams
 
 PATIENCE_S = 30.0

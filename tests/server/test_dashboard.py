@@ -16,7 +16,7 @@ from promql_parser import MatchOp
 from engine.processes import wait_until
 from expertlane.engine.llm import LLM
 from expertlane.server.run import bind
-from expertlane.server.service import ServedModel
+from expertlane.server.setup import ServedModel
 from expertlane.spec.deployment import Options
 from server.running import PATIENCE_S, ServerInThread
 

@@ -17,7 +17,7 @@ from expertlane.errors import UserError
 from expertlane.server.journal import file as journal_file
 from expertlane.server.journal import keeper
 from expertlane.server.journal.file import JournalError, JournalFile
-from expertlane.server.service import ServerOptions
+from expertlane.server.setup import ServerOptions
 from server.running import LONG, PATIENCE_S, Stream, is_idle
 
 STREAM = LONG | {"stream": True, "return_token_ids": True}

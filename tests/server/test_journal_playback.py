@@ -17,7 +17,7 @@ from expertlane.server.journal.kept import KeptRequest, Watchers
 from expertlane.server.journal.records import Begun, Came, framed, records_of
 from expertlane.server.prepared import Prepared
 from expertlane.server.responses.answer import RESPONSES
-from expertlane.server.service import ServedModel, ServerOptions
+from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.spec.prompt_logprobs import PromptLogprobs, PromptPart
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 from server.running import ServerInThread

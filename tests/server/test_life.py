@@ -13,7 +13,7 @@ from engine.stub_runner import expected, spell
 from expertlane.errors import RankError, TerminatedError
 from expertlane.server.errors import ApiError
 from expertlane.server.requests import CompletionRequest
-from expertlane.server.service import ServerOptions
+from expertlane.server.setup import ServerOptions
 from server.running import LONG, PATIENCE_S, Stream, is_idle
 
 

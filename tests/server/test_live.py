@@ -18,7 +18,7 @@ from expertlane.comm.progress import Position
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.report.charts.colours import PALETTE
 from expertlane.server import live
-from expertlane.server.service import ServerOptions
+from expertlane.server.setup import ServerOptions
 from expertlane.spec.names import Stage
 from report.colour_vision import SEEN_BY, difference, lab
 from server.running import PATIENCE_S

@@ -10,7 +10,7 @@ from playwright.sync_api import expect
 from chromium import NEEDS_CHROMIUM
 from engine.processes import wait_until
 from expertlane.server import live
-from expertlane.server.service import ServedModel, ServerOptions
+from expertlane.server.setup import ServedModel, ServerOptions
 from server.running import PATIENCE_S, ServerInThread
 
 pytestmark = NEEDS_CHROMIUM

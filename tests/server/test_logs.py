@@ -10,7 +10,7 @@ import pytest
 from engine.processes import wait_until
 from engine.stub_runner import letters, spell
 from expertlane.server.logs import RequestLog
-from expertlane.server.service import ServerOptions
+from expertlane.server.setup import ServerOptions
 from server.running import PATIENCE_S, StubServer
 
 

@@ -19,7 +19,7 @@ from expertlane.server.chat_parts import ChatParts
 from expertlane.server.marks import MarkedText, Marks
 from expertlane.server.prepared import Prepared
 from expertlane.server.requests import ChatRequest
-from expertlane.server.service import ServedModel
+from expertlane.server.setup import ServedModel
 from server.running import PATIENCE_S, ServerInThread
 
 BOTH = Marks(THOUGHT_FORMS["think"], CALL_FORMS["hermes"])

@@ -12,7 +12,7 @@ from engine.recovering import PARAMS, PROMPTS, harmed, pids
 from expertlane import LLM
 from expertlane.engine.commands import RunStep
 from expertlane.engine.recovery_record import State
-from expertlane.server.service import ServedModel, ServerOptions
+from expertlane.server.setup import ServedModel, ServerOptions
 from server.running import PATIENCE_S, ServerInThread
 from server.test_live import feed
 from server.test_metrics import scrape
@@ -79,3 +79,8 @@ def test_clients_see_no_more_than_a_pause(server, events):
     assert wait_until(lambda: server.llm.engine.recovery.num_recoveries == 2)
     assert server.llm.engine.recovery.state is State.SERVING
     assert complete(server, 0) == server.expected[0]
+    # Told to end, as by systemd, which tells all: that is the launcher's matter.
+    for pid in pids(server.llm):
+        os.kill(pid, signal.SIGTERM)
+    assert complete(server, 1) == server.expected[1]
+    assert server.llm.engine.recovery.num_recoveries == 2

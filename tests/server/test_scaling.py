@@ -12,7 +12,7 @@ from engine.recovering import PARAMS, PROMPTS
 from expertlane import LLM
 from expertlane.cli.main import main
 from expertlane.errors import CapacityError
-from expertlane.server.service import ServedModel, ServerOptions
+from expertlane.server.setup import ServedModel, ServerOptions
 from server.running import PATIENCE_S, ServerInThread
 from server.test_live import feed
 from server.test_metrics import scrape

@@ -11,19 +11,14 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import (
-    Dtype,
-    cpu_isa_option,
-    dtype_option,
-    timeout_option,
-)
+from expertlane.cli.options import cpu_isa_option, dtype_option, timeout_option
 from expertlane.cli.output_options import (
     AnswerOptions,
     out_option,
 )
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
-from expertlane.spec.names import CpuIsa
+from expertlane.spec.names import CpuIsa, Dtype
 
 if TYPE_CHECKING:
     from expertlane.calibrate.run import Calibration

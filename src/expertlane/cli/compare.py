@@ -13,22 +13,14 @@ import typer
 from expertlane.cli import completion, output
 from expertlane.cli.help import Panel
 from expertlane.cli.model import find_model
+from expertlane.cli.modelled import cluster_option, framework_option, skew_option
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import (
-    MODEL_HELP,
-    Dtype,
-    LaunchOptions,
-    cluster_option,
-    dtype_option,
-    framework_option,
-    parse_list,
-    skew_option,
-    trace_option,
-)
+from expertlane.cli.options import MODEL_HELP, LaunchOptions, dtype_option, parse_list, trace_option
 from expertlane.cli.output_options import OutputOptions
 from expertlane.cli.virtual_time import DEFAULT_PROFILE, VirtualTimeOptions
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import CapacityError, UserError, naming
+from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_REPEAT, DEFAULT_SKEW, shown
 
 if TYPE_CHECKING:
@@ -391,7 +383,7 @@ def _comparisons(argument: str, own: _Options, call: output.Call) -> list[_Compa
 
 def _dtype_of(comparisons: list[_Comparison], dtype: Dtype | None) -> str | None:
     """What was asked for, else a checkpoint's own type, else None, the machine's choice."""
-    from expertlane.engine.llm import own_dtype
+    from expertlane.engine.llm_settings import own_dtype
 
     first = comparisons[0].experiment  # they differ in experts per token alone
     return dtype or own_dtype(first.model if first.checkpoint else None)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expertlane.cli.options import EngineOptions, ProjectionOptions
+from expertlane.cli.modelled import ProjectionOptions
+from expertlane.cli.options import EngineOptions
 from expertlane.cli.output import print_message, task_on_stderr
 from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import UserError

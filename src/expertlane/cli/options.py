@@ -2,14 +2,13 @@
 
 import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import typer
 
 from expertlane.cli import completion
 from expertlane.cli.help import Panel
-from expertlane.errors import UserError, naming
+from expertlane.errors import UserError
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
     CopyMethod,
@@ -21,15 +20,9 @@ from expertlane.spec.deployment import (
     PlacementMethod,
     WeightsType,
 )
-from expertlane.spec.names import CheckLevel, CpuIsa, OnFailure
-from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
+from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
+from expertlane.spec.ranges import RANGES, shown
 
-if TYPE_CHECKING:
-    from expertlane.cost.multi_token import MultiToken
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-CacheType = Literal["float32", "bfloat16", "float16", "float8"]
-NumberType = Literal["float32", "bfloat16", "float16", "float8", "nvfp4", "mxfp4"]
 MODEL_HELP = (
     "A checkpoint folder, a hub id (org/name), or a preset with random weights: "
     "paper-tiny, paper-small, paper."
@@ -142,16 +135,6 @@ def cpu_isa_option() -> Any:
     )
 
 
-def kv_dtype_option() -> Any:
-    """What keys and values are cached in."""
-    return typer.Option(
-        None,
-        show_default="that of hidden states",
-        rich_help_panel=Panel.MODELLED,
-        help="Type of the KV cache.",
-    )
-
-
 def max_model_len_option() -> Any:
     """How long a sequence gets."""
     return typer.Option(
@@ -160,29 +143,6 @@ def max_model_len_option() -> Any:
         show_default="the model's",
         rich_help_panel=Panel.BATCHING,
         help="Longest sequence, in tokens.",
-    )
-
-
-def cluster_option(default: Any, show_default: bool | str = True) -> Any:
-    """A modelled cluster."""
-    return typer.Option(
-        default,
-        metavar="PROFILExN",
-        autocompletion=completion.clusters,
-        show_default=show_default,
-        help="The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300, h100, "
-        "h200, or a TOML file of expertlane calibrate).",
-    )
-
-
-def skew_option() -> Any:
-    """The skew of routing that no trace gives."""
-    return typer.Option(
-        None,
-        metavar="ALPHA",
-        show_default=f"{DEFAULT_SKEW:g}",
-        rich_help_panel=Panel.MODELLED,
-        help="Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.",
     )
 
 
@@ -285,35 +245,6 @@ class DeploymentOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftOptions:
-    """Multi-token prediction on a modelled cluster."""
-
-    panel: ClassVar = Panel.MORE_DEPLOYMENT
-    mtp: int = typer.Option(0, metavar="N", help="Multi-token prediction: N draft tokens per step.")
-    mtp_acceptance: float | None = typer.Option(
-        None, metavar="P", help="Acceptance rate of drafts, 0 to 1; needed with --mtp."
-    )
-
-    def multi_token(self) -> "MultiToken":
-        """Both.
-
-        Raises:
-            UserError: one without the other, or no such number.
-        """
-        from expertlane.cost.multi_token import MultiToken
-
-        acceptance = self.mtp_acceptance
-        if (acceptance is None) == (self.mtp > 0):
-            raise UserError(
-                f"--mtp is {self.mtp} and --mtp-acceptance "
-                + ("not given" if acceptance is None else f"{acceptance:g}")
-                + "; give both, 1 or more tokens and a share from 0 to 1, or neither"
-            )
-        with naming("--mtp"):
-            return MultiToken(self.mtp, acceptance or 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
     """How real ranks are started."""
 
@@ -404,37 +335,6 @@ class EngineOptions:
             **vars(self.scheduler),
             **vars(self.launch),
         }
-
-
-def framework_option() -> Any:
-    """Whose overheads a projection takes."""
-    return typer.Option(
-        None,
-        metavar="NAME",
-        show_default="the profile's own overheads",
-        help="Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or sglang. "
-        "simulate also takes its --max-num-batched-tokens, where that is left at 2048.",
-        rich_help_panel=Panel.MODELLED,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProjectionOptions:
-    """What of a modelled cluster is not its profile's."""
-
-    panel: ClassVar = Panel.MODELLED
-    routing_trace: Path | None = typer.Option(
-        None,
-        metavar="FILE",
-        help="Routing as recorded by expertlane generate --record-routing.",
-    )
-    skew: float | None = skew_option()
-    dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
-    kv_dtype: CacheType | None = kv_dtype_option()
-    execution: Literal["graph", "eager"] = typer.Option(
-        "graph", help="Steps as CUDA graphs, or kernels launched one by one."
-    )
-    framework: str | None = framework_option()
 
 
 def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from expertlane.server.journal.file import JournalFile
     from expertlane.server.logs import RequestLog
     from expertlane.server.run import Running
-    from expertlane.server.service import ServedModel
+    from expertlane.server.setup import ServedModel
     from expertlane.server.tracing import Tracing
 
 LogFormat = Literal["off", "text", "json"]
@@ -177,7 +177,7 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
     _check_libraries()
     from expertlane.server.marks import Marks
     from expertlane.server.run import bind, serve
-    from expertlane.server.service import ServedModel, ServerOptions
+    from expertlane.server.setup import ServedModel, ServerOptions
 
     Marks.of_template("", calls=own.tool_call_parser, thoughts=own.reasoning_parser)  # are known
     keys = own.api_keys()

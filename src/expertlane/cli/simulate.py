@@ -11,15 +11,13 @@ from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import SimulatedLoad
 from expertlane.cli.model import find_model
+from expertlane.cli.modelled import DraftOptions, ProjectionOptions, cluster_option
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     BATCHED_TOKENS,
     DeploymentOptions,
-    DraftOptions,
     ModelArgument,
-    ProjectionOptions,
     SchedulerOptions,
-    cluster_option,
     layout_option,
     trace_option,
 )

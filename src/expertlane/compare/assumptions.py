@@ -15,7 +15,8 @@ from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.memory import FREE_SHARE, workload_limits
 from expertlane.plan.project import StepSize
-from expertlane.results.results import Assumption, Machine
+from expertlane.results.hardware import Machine
+from expertlane.results.results import Assumption
 from expertlane.schedule.request import Limits
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.from_hf import from_hf

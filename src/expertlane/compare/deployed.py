@@ -28,6 +28,7 @@ from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
+from expertlane.results.hardware import MachinePeak
 from expertlane.results.metrics import (
     first_run,
     latency,
@@ -43,7 +44,6 @@ from expertlane.results.record import (
     Source,
     StepsRecord,
 )
-from expertlane.results.results import MachinePeak
 from expertlane.results.statistics import LEAST_RUNS, jackknife_interval, median_interval
 from expertlane.results.step_record import StepRecord
 from expertlane.results.timeline import timelines_of

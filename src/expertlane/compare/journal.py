@@ -17,8 +17,8 @@ from expertlane import __version__
 from expertlane.engine.commands import HeldBytes, RankMachine
 from expertlane.engine.messages import Decoder, MessageError, MessageKind, encode, messages_in
 from expertlane.errors import UserError
+from expertlane.results.hardware import MachinePeak
 from expertlane.results.record import CopyRecord, RebalanceRecord
-from expertlane.results.results import MachinePeak
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.deployment import DispatchTable
 from expertlane.spec.experiment import Experiment

@@ -11,7 +11,7 @@ from expertlane.engine.pool import RankPool
 from expertlane.errors import CapacityError, naming
 from expertlane.memory import workload_limits
 from expertlane.ops import host
-from expertlane.results.results import Machine, MachinePeak
+from expertlane.results.hardware import Machine, MachinePeak
 from expertlane.schedule.request import Limits
 from expertlane.spec.experiment import Experiment
 

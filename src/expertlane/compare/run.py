@@ -18,9 +18,10 @@ from expertlane.engine.launch import describe_ranks
 from expertlane.engine.pool import RankPool
 from expertlane.ops.host import ForeignLoad
 from expertlane.progress import Progress
+from expertlane.results.hardware import MachinePeak, VirtualTime
 from expertlane.results.pair import PairRecord, choose_pair
 from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord
-from expertlane.results.results import MachinePeak, Results, VirtualTime
+from expertlane.results.results import Results
 from expertlane.results.step_record import StepRecord
 from expertlane.schedule.request import Limits
 from expertlane.spec.experiment import Experiment

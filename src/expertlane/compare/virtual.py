@@ -16,9 +16,10 @@ from expertlane.cost.laws.profile import Profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.virtual import Replayed, VirtualClock, VirtualLinks
 from expertlane.errors import UserError
+from expertlane.results.hardware import LinkSpeed, MachinePeak, VirtualTime
 from expertlane.results.metrics import latency
 from expertlane.results.record import StepsRecord
-from expertlane.results.results import Assumption, LinkSpeed, MachinePeak, VirtualTime
+from expertlane.results.results import Assumption
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment

@@ -4,8 +4,8 @@ from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.judged import judged
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
+from expertlane.results.hardware import Cluster
 from expertlane.results.record import Conditions
-from expertlane.results.results import Cluster
 
 
 def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberTypes) -> Conditions:

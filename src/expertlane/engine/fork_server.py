@@ -88,8 +88,9 @@ def _become_rank(
 
         _end_with_server(server_pid)
         os.setpgid(0, 0)  # torchrun signals its process's group: it is for the server alone
+        # Ctrl-C, systemd and Slurm tell all processes to end; the launcher needs this one to drain.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         for fd in others:
             os.close(fd)

@@ -1,50 +1,49 @@
 """The offline face of the engine: a model, laid out over ranks, that continues prompts."""
 
-import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import count
-from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, TypeVar
 
-import numpy as np
-
+from expertlane.balance.placement_file import Placements
 from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.chat_template import ChatTemplate
-from expertlane.engine.checkpoint_folder import resolve_model
-from expertlane.engine.commands import RankMachine
 from expertlane.engine.engine import Engine, Prompt
 from expertlane.engine.launch import (
-    check_checkpoint,
     check_deployment,
     describe_ranks,
     start_pool,
     with_blocks,
 )
-from expertlane.engine.model_runner import ModelRunner, RoutingRecorder, moe_layers
+from expertlane.engine.llm_prompts import all_finished, with_params
+from expertlane.engine.llm_settings import (
+    as_layout,
+    check_settings,
+    checked_model_len,
+    find_model,
+    own_dtype,
+    print_to_stderr,
+    read_tokenizer,
+)
+from expertlane.engine.model_runner import ModelRunner, RoutingRecorder
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.recovery import Recovery
 from expertlane.engine.scaling import Scaling
 from expertlane.engine.shared_engine import SharedEngine
-from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import RankError, UserError
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Chunk, Limits, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.names import CheckLevel, CpuIsa, OnFailure
-from expertlane.spec.ranges import take
+from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
 from expertlane.spec.sampling import SamplingParams
 
 ResultT = TypeVar("ResultT")
 Message = dict[str, str]
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class LLM:
@@ -128,21 +127,18 @@ class LLM:
         record_routing: bool = False,
         check: CheckLevel = "off",
     ) -> None:
-        _check_settings(dtype, cpu_isa, on_failure, seed, timeout_s)
-        if check not in get_args(CheckLevel):
-            raise UserError(f"check is {check!r}; valid: {', '.join(get_args(CheckLevel))}")
+        check_settings(dtype, cpu_isa, on_failure, check, seed=seed, timeout_s=timeout_s)
         chosen = as_layout(layout)
         deployment = Deployment("llm", chosen, options or Options())
-        self.model, self._folder = _find_model(model, ignore_unused_tensors)
+        self.model, self._folder = find_model(model, ignore_unused_tensors)
         placements = check_deployment(self.model, deployment, ranks_per_node)
-        if record_routing:
-            moe_layers(self.model)  # refuses a model without
+        self._routing = RoutingRecorder(self.model) if record_routing else None
         self._numbers = count()
         self._chat_template: ChatTemplate | None = None
-        self.tokenizer, eos_token_ids = _read_tokenizer(self._folder)
+        self.tokenizer, eos_token_ids = read_tokenizer(self._folder)
         wanted = Limits(
             vocab_size=self.model.vocab_size,
-            max_model_len=_model_len(self.model, max_model_len),
+            max_model_len=checked_model_len(self.model, max_model_len),
             num_blocks=1 if num_blocks is None else num_blocks,
             block_size=block_size,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -159,16 +155,9 @@ class LLM:
         )
         self._recovery: Recovery | None = None
         if on_failure == "replace":
-            self._recovery = Recovery(pool, chosen, self._redeploy, _print_to_stderr)
+            self._recovery = Recovery(pool, chosen, self._redeploy, print_to_stderr)
         try:
-            machine = self._start(lambda: describe_ranks(pool))
-            self.machine: tuple[RankMachine, ...] = tuple(machine)
-            self.limits = with_blocks(
-                *(wanted, num_blocks, self.model, chosen, placements, self.machine),
-                deployment.options.weights,
-                self._folder,
-            )
-            self._routing = RoutingRecorder(self.model) if record_routing else None
+            self._fit(wanted, num_blocks, deployment, placements)
             given = deployment, seed, ranks_per_node, eos_token_ids, check
             self.engine = self._start(lambda: self._make_engine(*given))
             self.scaling = Scaling(
@@ -184,6 +173,17 @@ class LLM:
         except BaseException:
             pool.close(failed=True)
             raise
+
+    def _fit(
+        self, wanted: Limits, num_blocks: int | None, deployment: Deployment, placements: Placements
+    ) -> None:
+        """Look at the ranks' machines, and at how large a cache they have room for."""
+        self.machine = tuple(self._start(lambda: describe_ranks(self._pool)))
+        self.limits = with_blocks(
+            *(wanted, num_blocks, self.model, deployment.layout, placements, self.machine),
+            deployment.options.weights,
+            self._folder,
+        )
 
     def _start(self, action: Callable[[], ResultT]) -> ResultT:
         """Do something with ranks that do not serve yet."""
@@ -210,7 +210,7 @@ class LLM:
             ranks_per_node=ranks_per_node or self.machine[0].ranks_per_node,
             checkpoint=self._folder,
             check=check,
-            log=_print_to_stderr,
+            log=print_to_stderr,
         )
         scheduler = ContinuousScheduler(
             deployment.layout,
@@ -331,7 +331,7 @@ class LLM:
         """
         outputs = self._add(prompts, params)
         try:
-            self._shared.wait(_all_finished(outputs))
+            self._shared.wait(all_finished(outputs))
         except BaseException:
             self._cancel(outputs)
             raise
@@ -390,19 +390,9 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         arrived: deque[Chunk] | None = None,
     ) -> list[RequestOutput]:
-        several = _as_list(prompts)
-        if params is None or isinstance(params, SamplingParams):
-            params = [params or SamplingParams()] * len(several)
-        if not all(isinstance(each, SamplingParams) for each in params):
-            raise UserError(f"params are {params!r}; give SamplingParams, one or a list of them")
-        if len(params) != len(several):
-            raise UserError(
-                f"{len(several)} prompts but {len(params)} sampling parameters; "
-                "give one for all, or one per prompt"
-            )
         outputs: list[RequestOutput] = []
         try:
-            for place, (prompt, of_prompt) in enumerate(zip(several, params, strict=True), 1):
+            for place, (prompt, of_prompt) in enumerate(with_params(prompts, params), 1):
                 request_id, name = str(next(self._numbers)), f"prompt {place}"
                 outputs.append(self._shared.add(request_id, prompt, of_prompt, name, arrived))
         except BaseException:
@@ -411,97 +401,9 @@ class LLM:
         return outputs
 
 
-def as_layout(layout: str | Layout) -> Layout:
-    """Of a text, or itself.
-
-    Raises:
-        SpecError: as `Layout.parse`.
-    """
-    return layout if isinstance(layout, Layout) else Layout.parse(str(layout))
-
-
-def _all_finished(outputs: list[RequestOutput]) -> Callable[[], bool]:
-    num_finished = 0  # of the first ones
-
-    def are_finished() -> bool:
-        nonlocal num_finished
-        number = num_finished  # several threads may ask at once
-        while number < len(outputs) and outputs[number].finish_reason is not None:
-            number += 1
-        num_finished = number
-        return number == len(outputs)
-
-    return are_finished
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if not isinstance(prompts, Sequence | np.ndarray):
-        raise UserError(
-            f"prompts are a {type(prompts).__name__}; give a text, a list of token ids, or a list "
-            "of either"
-        )
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral)):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
-
-
-def _find_model(model: str | Path, ignore_unused_tensors: bool) -> tuple[ModelConfig, Path | None]:
-    if str(model) in PRESETS:
-        return PRESETS[str(model)], None
-    folder = resolve_model(str(model))
-    checked = check_checkpoint(
-        read_model(folder, str(model)),
-        folder,
-        ignore_unused_tensors=ignore_unused_tensors,
-        log=_print_to_stderr,
-    )
-    return checked, folder
-
-
 def _started(layout: Layout, **settings: Any) -> RankPool:
     """The ranks of a layout, as `start_pool` starts them."""
     pool = start_pool(layout.world_size, **settings)
     if pool is None:  # torchrun has started this process besides one that starts ranks
         raise SystemExit(0)
     return pool
-
-
-def _print_to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def _read_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, frozenset[int]]:
-    """A checkpoint's tokenizer, if it has one, and the tokens that end a sequence."""
-    if folder is None:
-        return None, frozenset()
-    if not (folder / TOKENIZER).is_file():
-        return None, configured_eos_token_ids(folder)
-    tokenizer = Tokenizer.from_folder(folder)
-    return tokenizer, tokenizer.eos_token_ids
-
-
-def own_dtype(model: ModelConfig | None) -> str | None:
-    """A checkpoint's type; None, the machine's choice, for float16, which few CPUs compute in."""
-    return None if model is None or model.dtype == "float16" else model.dtype
-
-
-def _check_settings(
-    dtype: str | None, cpu_isa: str | None, on_failure: str, seed: int, timeout_s: float
-) -> None:
-    if cpu_isa not in (None, *get_args(CpuIsa)):
-        raise UserError(f"cpu_isa is {cpu_isa!r}; valid: {', '.join(get_args(CpuIsa))}")
-    if dtype not in (None, *get_args(Dtype)):
-        raise UserError(f"dtype is {dtype!r}; valid: {', '.join(get_args(Dtype))}")
-    if on_failure not in get_args(OnFailure):
-        raise UserError(f"on_failure is {on_failure!r}; valid: {', '.join(get_args(OnFailure))}")
-    take("seed", seed)
-    take("timeout_s", timeout_s)
-
-
-def _model_len(model: ModelConfig, asked: int | None) -> int:
-    limit = model.max_position_embeddings
-    if asked is None:
-        return limit
-    if not 1 <= take("max_model_len", asked) <= limit:
-        raise UserError(f"max_model_len is {asked}; valid for {model.name}: 1 to {limit}")
-    return asked

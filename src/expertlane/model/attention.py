@@ -16,8 +16,9 @@ from expertlane.model.weights import WeightSource, taker_of
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import AttentionParams, KVCache
 from expertlane.ops.narrow import side_by_side
+from expertlane.ops.parts import AttentionCall
 from expertlane.ops.products import HeadsLinear, Linear
-from expertlane.ops.step import AttentionPart, AttentionWeights
+from expertlane.ops.step import AttentionWeights
 from expertlane.spec.model import ModelConfig, RopeScaling
 from expertlane.spec.names import Stage
 from expertlane.spec.tensors import layer_name
@@ -141,7 +142,7 @@ class PagedHeads:
         own = [tensor for linear in self._linears for tensor in linear.tensors()]
         return own if sinks is None else [*own, sinks]
 
-    def part(self, norm: Tensor | None) -> AttentionPart | None:
+    def part(self, norm: Tensor | None) -> AttentionCall | None:
         """All of it in one call, where the backend has that.
 
         Args:
@@ -151,7 +152,7 @@ class PagedHeads:
 
     def compute(
         self,
-        part: AttentionPart,
+        part: AttentionCall,
         x: Tensor,
         batch: ForwardBatch,
         cache: KVCache,
@@ -233,7 +234,7 @@ class Attention(PagedHeads):
         own = [*super().tensors(), *(self._norms or ())]
         return own if self._head_norms is None else [*own, self._head_norms]
 
-    def part(self, norm: Tensor | None) -> AttentionPart | None:
+    def part(self, norm: Tensor | None) -> AttentionCall | None:
         """As that of both kinds."""
         if self._norms is not None:  # over the heads of all ranks, which have to talk
             return None

@@ -18,6 +18,7 @@ from expertlane.model.weights import WeightSource, taker_of
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
 from expertlane.ops.layers import LayerParts
+from expertlane.ops.step import AttentionPart
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckPoint, Stage
 
@@ -62,10 +63,12 @@ class DecoderLayer:
         Returns:
             [num_owned, hidden_size].
         """
-        x = yield from self._attend(x, batch, cache)
+        x, added = yield from self._attend(x, batch, cache)
+        if added is not None and (self._recorder.checks or not self._ops.adds_with_norm):
+            x, added = x + added, None
         self._recorder.check_finite(x, CheckPoint.AFTER_ATTENTION, self.index)
         self._recorder.enter(Stage.ROUTER, self.index)
-        x = yield from self.block.forward(x, batch)
+        x = yield from self.block.forward(x, batch, added)
         self._recorder.check_finite(x, CheckPoint.AFTER_MLP, self.index)
         return x
 
@@ -73,7 +76,7 @@ class DecoderLayer:
     def parts(self) -> LayerParts | None:
         """What it is computed in on this rank; None where not all of it is."""
         block = self.block.parts
-        if self._part is None or block is None or self._mesh.tp.size > 1:
+        if block is None or self._mesh.tp.size > 1 or not isinstance(self._part, AttentionPart):
             return None
         return LayerParts(self._part, *block)
 
@@ -85,11 +88,14 @@ class DecoderLayer:
         for part, tensors in self.block.held():
             yield f"{name}, {part}", tensors
 
-    def _attend(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
+    def _attend(
+        self, x: Tensor, batch: ForwardBatch, cache: KVCache
+    ) -> Steps[tuple[Tensor, Tensor | None]]:
+        """Two parts of a sum, [num_owned, hidden_size] each; or one, and None."""
         enter, tp = self._recorder.enter, self._mesh.tp
         enter(Stage.ATTENTION, self.index)
         if self._part is not None and tp.size == 1 and self._part.takes(x):
-            return self.attention.compute(self._part, x, batch, cache, adds_input=True)
+            return self.attention.compute(self._part, x, batch, cache, adds_input=True), None
         hidden = self._ops.rms_norm(x, self._attention_norm, self._eps)
         if tp.size > 1:
             enter(Stage.COLLECTIVES, self.index)
@@ -103,4 +109,4 @@ class DecoderLayer:
             self._recorder.check_finite(hidden, CheckPoint.ATTENTION, self.index)
             enter(Stage.COLLECTIVES, self.index)
             hidden = yield from tp.reduced(hidden, batch.tokens_of_tp_rank)
-        return x + hidden
+        return x, hidden

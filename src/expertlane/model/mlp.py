@@ -123,12 +123,13 @@ class DenseBlock:
     @property
     def parts(self) -> tuple[None, MlpPart] | None:
         """What it is computed in; None where that is not all in few calls."""
-        return None if self.mlp.part is None else (None, self.mlp.part)
+        return (None, self.mlp.part) if isinstance(self.mlp.part, MlpPart) else None
 
     def held(self) -> Iterator[tuple[str, list[Tensor]]]:
         """Its weights by their name in the layer."""
         yield f"MLP of tp rank {self.mlp.tp_rank}", self.mlp.tensors()
 
-    def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
-        """Apply to the tokens this rank owns, [num_owned, hidden_size]."""
+    def forward(self, x: Tensor, batch: ForwardBatch, added: Tensor | None = None) -> Steps[Tensor]:
+        """Apply to the tokens this rank owns, [num_owned, hidden_size]; `added` belongs to them."""
+        x = x if added is None else x + added
         return x + (yield from self.mlp.forward(x, batch))

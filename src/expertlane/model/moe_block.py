@@ -94,9 +94,9 @@ class MoEBlock:
     def parts(self) -> tuple[LocalExperts, MlpPart | None] | None:
         """What it is computed in; None where that is not all in few calls."""
         shared = None if self.shared is None else self.shared.part
-        if self.here is None or (self.shared is not None and shared is None):
+        if self.here is None or not (shared is None or isinstance(shared, MlpPart)):
             return None
-        return self.here, shared
+        return None if self.shared is not None and shared is None else (self.here, shared)
 
     def held(self) -> Iterator[tuple[str, list[Tensor]]]:
         """Its weights by their name in the layer."""
@@ -172,12 +172,17 @@ class MoEBlock:
             down=ops.linear(matrix("down"), down_bias),
         )
 
-    def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
-        """Apply to the tokens this rank owns, [num_owned, hidden_size]."""
-        if self.here is not None and self.here.takes(x):
+    def forward(self, x: Tensor, batch: ForwardBatch, added: Tensor | None = None) -> Steps[Tensor]:
+        """Apply to the tokens this rank owns, [num_owned, hidden_size]; `added` belongs to them."""
+        if self.here is not None and self.here.takes(x) and added is None:
             return (yield from self._compute_here(self.here, x, batch))
         recorder, layer = self._recorder, self._layer
-        hidden, topk_ids, topk_weights = self._router(x)
+        if added is None:
+            hidden, topk_ids, topk_weights = self._router(x)
+        else:
+            norm = self._router.params.norm, self._router.params.eps
+            x, hidden = self._ops.add_rms_norm(x, added, *norm)
+            topk_ids, topk_weights = self._router.choose(hidden)
         recorder.record_topk_ids(topk_ids)
         self._count_router(x.shape[0])
         recorder.check_finite(topk_weights, CheckPoint.ROUTER, layer)

@@ -1,6 +1,7 @@
 """Device, dtype, transport and compute backend of a rank: chosen once, and here only.
 
-`EXPERTLANE_BACKEND` is `cpu` for our own kernels or `torch`; unset, ours if available.
+`EXPERTLANE_BACKEND` is `cpu` for our own kernels on the CPU, `cuda` for those on GPUs, or `torch`;
+unset, ours if available.
 `EXPERTLANE_CPU_ISA` is the largest instruction set that may be used; unset, the best there is.
 `EXPERTLANE_TRANSPORT` is `shared_memory` or `gloo`, for ranks that compute on a CPU; unset, the
 first where the ranks of a node share memory; between nodes it is gloo.
@@ -12,6 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 
 import torch
 
@@ -24,8 +26,9 @@ from expertlane.ops.build import (
     InstructionSet,
     build,
 )
-from expertlane.ops.cpu import CpuBackend, VectorBackend
+from expertlane.ops.cpu import CpuBackend
 from expertlane.ops.torch_backend import TorchBackend
+from expertlane.ops.vector import VectorBackend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,7 +45,22 @@ def backend_for(device: torch.device) -> TorchBackend:
     Raises:
         UserError: one of the two variables has a value that is not valid.
     """
-    return backend_of_cpu()[0] if device.type == "cpu" else _TORCH
+    if device.type == "cpu":
+        return backend_of_cpu()[0]
+    return backend_of_cuda(device)[0] if device.type == "cuda" else _TORCH
+
+
+@cache
+def backend_of_cuda(device: torch.device) -> tuple[TorchBackend, str]:
+    """Our Triton kernels where they run and agree with torch; else torch, and why, in a line."""
+    if _wanted_backend() == "torch":
+        return _TORCH, "EXPERTLANE_BACKEND=torch"
+    if find_spec("triton") is None:
+        return _TORCH, "Triton is not installed"
+    from expertlane.ops.cuda.backend import CudaBackend, why_not  # a CPU does without Triton
+
+    reason = why_not(device)
+    return (_TORCH, reason) if reason else (CudaBackend(), "")
 
 
 @cache
@@ -79,8 +97,8 @@ def _best_of_cpu(build: Callable[[InstructionSet], ctypes.CDLL]) -> tuple[TorchB
 
 def _wanted_backend() -> str | None:
     value = os.environ.get("EXPERTLANE_BACKEND") or None
-    if value not in (None, "cpu", "torch"):
-        raise UserError(f"EXPERTLANE_BACKEND is {value!r}; valid: cpu, torch")
+    if value not in (None, "cpu", "cuda", "torch"):
+        raise UserError(f"EXPERTLANE_BACKEND is {value!r}; valid: cpu, cuda, torch")
     return value
 
 
@@ -142,7 +160,7 @@ class Platform:
 
     Attributes:
         transport: begins with `shared_memory`, or is torch.distributed's name of it.
-        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with the instruction
+        kernels: what computes: on GPUs `torch and expertlane (triton 3.6.0)`; `expertlane (avx2)` for our own CPU kernels with the instruction
             set in parentheses, `torch and expertlane (avx2)` where torch computes products of many
             rows, else `torch`, with the reason where ours would have been better.
     """
@@ -184,7 +202,12 @@ def choose_platform(
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name(device)
-        return Platform(device, "nccl", DTYPES[dtype_name or "float16"], name, "torch")
+        kernels = _kernels_of_cuda(device)
+        return Platform(device, "nccl", DTYPES[dtype_name or "float16"], name, kernels)
+    if _wanted_backend() == "cuda":
+        raise UserError(
+            "EXPERTLANE_BACKEND=cuda needs a GPU for every rank; valid here: cpu, torch"
+        )
     if dtype_name == "float16":
         raise UserError("dtype float16 needs a GPU for every rank; valid here: float32, bfloat16")
     _keep_freed_memory()
@@ -194,6 +217,15 @@ def choose_platform(
         _best_of_cpu(partial(build, touch=touch))
     transport = _transport_of_cpu(shares_memory=shares_memory, several_nodes=several_nodes)
     return Platform(device, transport, dtype, "CPU", _kernels_of_cpu(dtype))
+
+
+def _kernels_of_cuda(device: torch.device) -> str:
+    backend, why_not = backend_of_cuda(device)
+    if not why_not:
+        return f"torch and expertlane ({backend.instructions})"
+    if _wanted_backend() == "cuda":
+        raise UserError(f"EXPERTLANE_BACKEND=cuda, but our kernels are not available: {why_not}")
+    return f"torch ({why_not})"
 
 
 def _kernels_of_cpu(dtype: torch.dtype) -> str:

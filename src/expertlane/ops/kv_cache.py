@@ -324,13 +324,15 @@ class PagedBatch:
 
     @cached_property
     def sequences(self) -> PagedSequences:
-        """The batch's sequences one by one."""
+        """The batch's sequences one by one, in one transfer to the device."""
         batch = self.batch
-        ends = np.cumsum(batch.num_scheduled_tokens)
         columns = (
-            batch.block_tables.astype(np.int64),
-            ends - batch.num_scheduled_tokens,
+            batch.block_tables,
+            np.cumsum(batch.num_scheduled_tokens) - batch.num_scheduled_tokens,
             batch.num_scheduled_tokens,
             batch.num_computed_tokens + batch.num_scheduled_tokens,
         )
-        return PagedSequences(*(torch.from_numpy(np.ascontiguousarray(c)) for c in columns))
+        parts = [np.asarray(each, dtype=np.int64) for each in columns]
+        on_device = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
+        pieces = torch.split(on_device.to(self._device), [part.size for part in parts])
+        return PagedSequences(*(x.view(y.shape) for x, y in zip(pieces, parts, strict=True)))

@@ -1,6 +1,6 @@
 """Products and experts by our own kernels: in bfloat16 with packed weights, in float32 of few rows.
 
-`ops/cpu.py` chooses them; shapes as in `ops/products.py`.
+`ops/vector.py` chooses them; shapes as in `ops/products.py`.
 """
 
 import ctypes

@@ -1,6 +1,6 @@
 """Products with weights that are kept as the device multiplies fastest, and experts made of them.
 
-On a CPU, bfloat16 weights are packed once: for our own kernels (`ops/cpu.py`), or for oneDNN where
+On a CPU, bfloat16 weights are packed once: for our kernels (`ops/vector.py`), or for oneDNN where
 those are missing. Products of few rows then read memory at most of its bandwidth, which torch's own
 product, packing anew at every call, does not (`docs/log.md`). Elsewhere, and in float32, weights
 stay as they are.

@@ -50,10 +50,14 @@ class Router:
         Args:
             x: [num_tokens, hidden_size].
         """
+        hidden = self._norm(x, self.params.norm, self.params.eps)
+        return hidden, *self.choose(hidden)
+
+    def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What `route` gives for normed tokens [num_tokens, hidden_size]."""
         params = self.params
-        hidden = self._norm(x, params.norm, params.eps)
         logits = F.linear(hidden.float(), params.weight, params.bias)
-        return hidden, *route(logits, params.top_k, params.routing, params.correction_bias)
+        return route(logits, params.top_k, params.routing, params.correction_bias)
 
 
 def route(

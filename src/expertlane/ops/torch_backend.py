@@ -10,9 +10,9 @@ from torch import Tensor
 
 from expertlane.ops.bookkeeping import Bookkeeping
 from expertlane.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
-from expertlane.ops.mlp import MlpPart
 from expertlane.ops.moe_step import LocalExperts
 from expertlane.ops.narrow import NarrowWeight
+from expertlane.ops.parts import AttentionCall, MlpCall
 from expertlane.ops.products import (
     Activation,
     Expert,
@@ -25,13 +25,15 @@ from expertlane.ops.products import (
 )
 from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
-from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart
+from expertlane.ops.step import AttentionWeights, HeadPart
 
 
 class TorchBackend(Bookkeeping):
     """Every operation in which backends differ; others replace what they do better."""
 
     keeps_narrow = False  # whether products read weights of one byte
+    instructions = ""  # what kernels of ours are compiled for, or by
+    adds_with_norm = False  # whether `add_rms_norm` is less work than a sum and a norm
 
     def linear(self, weight: Tensor | NarrowWeight, bias: Tensor | None = None) -> Linear:
         """A product with a weight [out_features, in_features], packed where that is faster."""
@@ -66,7 +68,7 @@ class TorchBackend(Bookkeeping):
         norm: Tensor | None,
         eps: float,
         scale: Tensor | None,
-    ) -> MlpPart | None:
+    ) -> MlpCall | None:
         """An MLP of all tokens in one call; None where there is no such.
 
         Args:
@@ -74,7 +76,7 @@ class TorchBackend(Bookkeeping):
         """
         return None
 
-    def attention_part(self, weights: AttentionWeights, dtype: torch.dtype) -> AttentionPart | None:
+    def attention_part(self, weights: AttentionWeights, dtype: torch.dtype) -> AttentionCall | None:
         """A layer's attention in one call; None where there is no such."""
         return None
 
@@ -172,6 +174,13 @@ class TorchBackend(Bookkeeping):
             weight: [size] float32.
         """
         return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+
+    def add_rms_norm(
+        self, x: Tensor, added: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """x + added, and the norm of that; both [num_rows, size]."""
+        total = x + added
+        return total, self.rms_norm(total, weight, eps)
 
     def rms_norm_heads_(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Root-mean-square norm of every head, maybe in place.

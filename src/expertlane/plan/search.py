@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import get_args
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from expertlane.plan.throughput import ThroughputCurve, one_pool
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.timeline import StepTimeline
-from expertlane.spec.names import Phase
+from expertlane.spec.names import Dtype, Phase
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,7 +355,7 @@ class Search:
         nearest = min(screened, key=lambda each: each.capacity.memory.total_bytes)
         need = nearest.capacity.memory
         request = self.request
-        is_wide = request.setting.types.weights in ("float32", "bfloat16", "float16")
+        is_wide = request.setting.types.weights in get_args(Dtype)
         narrower = "float8 weights, " if is_wide else ""
         return (
             f"{request.model.name} in {request.setting.types} fits no deployment on "

@@ -14,8 +14,9 @@ from expertlane.report.numbers import (
     rate_si,
     shortened,
 )
+from expertlane.results.hardware import Machine
 from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source
-from expertlane.results.results import FOREIGN_LOAD, Assumption, Machine, Results
+from expertlane.results.results import FOREIGN_LOAD, Assumption, Results
 
 _NAME_COLUMNS = 36  # of a file's name
 

@@ -25,8 +25,9 @@ from expertlane.report.numbers import (
     whole,
 )
 from expertlane.results.estimate import Estimate
+from expertlane.results.hardware import LinkSpeed, VirtualTime
 from expertlane.results.record import RUN, Conditions, Source, StepsRecord
-from expertlane.results.results import LinkSpeed, Results, VirtualTime
+from expertlane.results.results import Results
 from expertlane.spec.names import Phase
 
 NAMED: tuple[Column[Row], ...] = (

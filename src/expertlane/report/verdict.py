@@ -23,8 +23,9 @@ from expertlane.report.numbers import (
 )
 from expertlane.report.speed import speed_of_links
 from expertlane.results.estimate import Estimate
+from expertlane.results.hardware import VirtualTime
 from expertlane.results.pair import choose_pair
-from expertlane.results.results import Results, VirtualTime
+from expertlane.results.results import Results
 from expertlane.results.statistics import is_told_apart
 from expertlane.spec.names import Phase
 

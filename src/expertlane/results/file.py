@@ -7,8 +7,9 @@ from typing import Any, get_args
 
 from expertlane.errors import UserError, naming
 from expertlane.results.results import SCHEMA_VERSION, Kind, Results
-from expertlane.spec.files import RESULTS_BYTES, build, read_json, strict_json, write_text
+from expertlane.spec.files import RESULTS_BYTES, read_json, strict_json, write_text
 from expertlane.spec.ranges import shown
+from expertlane.spec.tables import build
 
 FILE_NAME = "results.json"
 

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.hardware import MachinePeak
 from expertlane.results.record import StepsRecord
-from expertlane.results.results import MachinePeak
 from expertlane.results.serving_record import (
     ServingRecord,
     SLOResult,

@@ -1,4 +1,4 @@
-"""What `/live` shows: frames of numbers, what has happened, and what somebody should look at."""
+"""What `/live` shows: frames of numbers, and what has happened."""
 
 import time
 from base64 import b64encode
@@ -15,8 +15,7 @@ import numpy.typing as npt
 from expertlane.balance.placement_file import Placements
 from expertlane.comm.progress import NO_LAYER
 from expertlane.engine.rank_watch import Reading
-from expertlane.engine.recovery_record import State
-from expertlane.engine.weights_ahead import WeightsAhead
+from expertlane.server.alerts import Alert, alerts_of, change_under_way
 from expertlane.server.own_metrics import IMBALANCE_S, WAITING
 from expertlane.spec.names import Stage
 from expertlane.version import __version__
@@ -25,15 +24,12 @@ if TYPE_CHECKING:
     from expertlane.server.service import Service
 
 _STAGES = [stage for stage in Stage if stage != Stage.SETUP]
-_LATELY_S = 60.0  # over which percentiles are taken
+_LATELY_S = 60.0  # of percentiles, and of preemptions
 _PERCENTILES = (50, 90, 99)
 _MOST_EVENTS = 200
 _MOST_HISTORY = 500_000  # token counts that a page gets at its start
 _HISTORY_FRAMES = 60
 _KEPT_LOOKS = 120
-_FULL, _NEARLY_FULL = 0.95, 0.8
-_UNEVEN = 2.0
-_SILENT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -49,20 +45,6 @@ class Event:
     at: float
     kind: Literal["rebalance", "recovery", "scaling", "preemption", "error", "drain", "end"]
     text: str
-
-
-@dataclass(frozen=True)
-class Alert:
-    """Something that somebody should look at.
-
-    Attributes:
-        level: red where requests suffer, amber where they may soon.
-        advice: what to do.
-    """
-
-    level: Literal["red", "amber"]
-    text: str
-    advice: str
 
 
 @dataclass
@@ -282,116 +264,17 @@ class LiveState:
     def _state(self) -> str:
         if self.service.engine.error is not None:
             return "ended"
-        if self._is_recovering:
-            return "scaling" if self._is_scaling else "recovering"
-        if self._ahead is not None and not self.service.is_draining:
-            return "preparing"
-        return "draining" if self.service.is_draining else "running"
-
-    @property
-    def _ahead(self) -> WeightsAhead | None:
-        """Of a layout that is being prepared."""
+        if (change := change_under_way(self.service.model.engine.recovery)) is not None:
+            return change
+        if self.service.is_draining:
+            return "draining"
         scaling = self.service.model.scaling
-        return None if scaling is None else scaling.ahead
-
-    @property
-    def _is_recovering(self) -> bool:
-        recovery = self.service.model.engine.recovery
-        return recovery is not None and recovery.state not in (State.SERVING, State.STOPPED)
-
-    @property
-    def _is_scaling(self) -> bool:
-        recovery = self.service.model.engine.recovery
-        return recovery is not None and recovery.records[-1].layouts is not None
+        return "running" if scaling is None or scaling.ahead is None else "preparing"
 
     def alerts(self) -> Iterator[Alert]:
         """What somebody should look at, the worst first."""
-        service = self.service
-        if service.engine.error is not None:
-            yield Alert(
-                "red", str(service.engine.error), "Start the server again; its log says more."
-            )
-            return
-        recovery = service.model.engine.recovery
-        if recovery is not None and self._is_recovering:
-            what = "The layout changes" if self._is_scaling else "Lost ranks are being replaced"
-            yield Alert(
-                "amber",
-                f"{what} ({recovery.state}): requests wait.",
-                "Nothing: requests go on by themselves. The server's log says what happened.",
-            )
-        else:
-            if (ahead := self._ahead) is not None:
-                yield Alert(
-                    "amber",
-                    f"The layout {ahead.layout} is prepared: {ahead.share:.0%} of its layers, "
-                    f"{ahead.num_bytes / 1e6:,.0f} MB so far. Requests go on, somewhat slower.",
-                    "Nothing: the layout changes when all is there.",
-                )
-            yield from self._of_ranks()
-        scheduler, most = service.model.engine.scheduler, service.options.max_num_queued
-        if service.num_queued >= _NEARLY_FULL * most:
-            yield Alert(
-                "red",
-                f"{service.num_queued} requests are waiting, of at most {most}: soon new ones get "
-                "status 429.",
-                "Send less, add data-parallel ranks or replicas, or raise --max-num-queued.",
-            )
-        used = max(table.blocks.num_used / table.blocks.num_blocks for table in _tables(scheduler))
         is_preempting = time.monotonic() - self._preempted_s < _LATELY_S
-        if is_preempting:
-            yield Alert(
-                "red" if used >= _FULL else "amber",
-                "The KV cache was full in the last minute: requests lost their blocks and are "
-                "computed again.",
-                "Raise --num-blocks, lower --max-num-seqs, or add data-parallel ranks.",
-            )
-        elif used >= _FULL and scheduler.num_waiting:
-            yield Alert(
-                "amber",
-                f"A rank's KV cache is {used:.0%} full: requests wait for blocks.",
-                "Raise --num-blocks, or add data-parallel ranks.",
-            )
-        if service.is_draining:
-            yield Alert(
-                "amber",
-                "The server is draining: new requests get status 503.",
-                "Nothing: it ends once running requests have finished.",
-            )
-
-    def _of_ranks(self) -> Iterator[Alert]:
-        watch = self.service.model.watch
-        if watch is None:
-            return
-        now_s = time.monotonic()
-        for rank, position in enumerate(watch.positions):
-            silent_s = now_s - position.time_s
-            if position.stage not in (Stage.IDLE, Stage.SETUP) and silent_s > _SILENT_S:
-                yield Alert(
-                    "red",
-                    f"Rank {rank} has reported nothing for {silent_s:.0f} s, in {position}.",
-                    "Check whether its process is stopped or its machine is swapping; after "
-                    "--timeout-s it counts as lost.",
-                )
-        uneven = watch.imbalance(IMBALANCE_S)
-        worst = max(uneven, key=lambda layer: uneven[layer], default=None)
-        if watch.layout.ep > 1 and worst is not None and uneven[worst] >= _UNEVEN:
-            advice = (
-                "Wait for the rebalancer, or add copies of experts (--num-redundant-experts)."
-                if watch.rebalancer is not None
-                else "Rebalance experts (--rebalance-steps) or add copies "
-                "(--num-redundant-experts)."
-            )
-            yield Alert(
-                "amber",
-                f"Layer {worst}: the fullest rank computes {uneven[worst]:.1f} times the mean's "
-                f"tokens (last {IMBALANCE_S:.0f} s), and the others wait for it.",
-                advice,
-            )
-
-
-def _tables(scheduler: Any) -> Iterable[Any]:
-    return chain.from_iterable(scheduler.tables)
+        return alerts_of(self.service, is_preempting=is_preempting)
 
 
 def _percentiles(recent: Iterable[tuple[float, float]]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from expertlane.server.errors import ApiError
 from expertlane.server.journal.keeper import JournalKeeper
 from expertlane.server.journal.metrics import JournalMetrics
 from expertlane.server.protocol import BoundedProtocol
-from expertlane.server.service import ServedModel, ServerOptions, Service
+from expertlane.server.service import Service
+from expertlane.server.setup import ServedModel, ServerOptions
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BACKLOG = 2048

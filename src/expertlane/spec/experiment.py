@@ -9,19 +9,12 @@ from typing import Any
 
 from expertlane.errors import SpecError, UserError, naming
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.files import (
-    CONFIG_BYTES,
-    build,
-    check_keys,
-    field_names,
-    nearest,
-    read_toml,
-    shown_json,
-)
+from expertlane.spec.files import CONFIG_BYTES, read_toml
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.ranges import Strict, take_fields
+from expertlane.spec.tables import build, check_keys, field_names, nearest, shown_json
 from expertlane.spec.workload import Workload
 
 

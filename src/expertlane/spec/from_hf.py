@@ -20,8 +20,8 @@ from expertlane.spec.hf_config import (
     read_config,
 )
 from expertlane.spec.model import LatentAttention, ModelConfig, RopeScaling, Routing
+from expertlane.spec.names import Dtype
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _SAME = (  # in every family
     "num_hidden_layers",
     "hidden_size",
@@ -80,8 +80,9 @@ def _common(fields: ConfigReader) -> dict[str, Any]:
     dtype = fields.raw("dtype", "torch_dtype")
     if dtype is None:  # what quantised checkpoints were made from
         dtype = "bfloat16" if fields.raw("quantization_config") else "float32"
-    if dtype not in _DTYPES:
-        raise fields.error(f"dtype {dtype!r} is not supported; supported: {', '.join(_DTYPES)}")
+    if dtype not in get_args(Dtype):
+        valid = ", ".join(get_args(Dtype))
+        raise fields.error(f"dtype {dtype!r} is not supported; supported: {valid}")
     return {
         "name": fields.name,
         **_same(fields, ModelConfig, *_SAME),

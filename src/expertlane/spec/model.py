@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from expertlane.errors import SpecError
+from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import MAX_PARAMS, Strict, take_fields
 from expertlane.spec.tensors import num_params
 
@@ -152,7 +153,7 @@ class ModelConfig(Strict):
     shared_expert_gate: bool = False
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
         take_fields(self, f"model {self.name}: {{}}".format)

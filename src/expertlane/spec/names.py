@@ -1,7 +1,9 @@
-"""Shared names: of what a rank does, what a step's time goes to, and sets of instructions."""
+"""Shared names: of number types, what a rank does, what a step's time goes to, instructions."""
 
 from enum import IntEnum, StrEnum
 from typing import Literal
+
+Dtype = Literal["float32", "bfloat16", "float16"]  # of weights and activations
 
 # Of instructions that our CPU kernels are compiled for; `ops/build.py` says what each has.
 CpuIsa = Literal["baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"]

@@ -17,8 +17,9 @@ from expertlane.cost.laws.profile_file import (
     read_term,
 )
 from expertlane.errors import SpecError, naming
-from expertlane.spec.files import CONFIG_BYTES, build, read_toml
+from expertlane.spec.files import CONFIG_BYTES, read_toml
 from expertlane.spec.ranges import Strict, shown
+from expertlane.spec.tables import build
 
 FILE = Path(__file__).with_name("frameworks.toml")
 

@@ -3,7 +3,7 @@
 from expertlane.cost.laws.frameworks import JudgedGroup, judged_groups
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Basis
-from expertlane.results.results import Judged
+from expertlane.results.hardware import Judged
 
 # benchmarks/results/2026-11-25-bench_projection-final.json; nothing of it was fitted.
 CALIBRATED = Judged("step time, 36 deployments, after expertlane calibrate", 72, 0.056)

@@ -1,0 +1,113 @@
+"""Options of what is modelled: the cluster, routing, number types, drafts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import typer
+
+from expertlane.cli import completion
+from expertlane.cli.help import Panel
+from expertlane.cli.options import dtype_option
+from expertlane.errors import UserError, naming
+from expertlane.spec.names import Dtype
+from expertlane.spec.ranges import DEFAULT_SKEW
+
+if TYPE_CHECKING:
+    from expertlane.cost.multi_token import MultiToken
+
+CacheType = Literal[Dtype, "float8"]
+NumberType = Literal[CacheType, "nvfp4", "mxfp4"]
+
+
+def cluster_option(default: Any, show_default: bool | str = True) -> Any:
+    """A modelled cluster."""
+    return typer.Option(
+        default,
+        metavar="PROFILExN",
+        autocompletion=completion.clusters,
+        show_default=show_default,
+        help="The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300, h100, "
+        "h200, or a TOML file of expertlane calibrate).",
+    )
+
+
+def skew_option() -> Any:
+    """The skew of routing that no trace gives."""
+    return typer.Option(
+        None,
+        metavar="ALPHA",
+        show_default=f"{DEFAULT_SKEW:g}",
+        rich_help_panel=Panel.MODELLED,
+        help="Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.",
+    )
+
+
+def kv_dtype_option() -> Any:
+    """What keys and values are cached in."""
+    return typer.Option(
+        None,
+        show_default="that of hidden states",
+        rich_help_panel=Panel.MODELLED,
+        help="Type of the KV cache.",
+    )
+
+
+def framework_option() -> Any:
+    """Whose overheads a projection takes."""
+    return typer.Option(
+        None,
+        metavar="NAME",
+        show_default="the profile's own overheads",
+        help="Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or sglang. "
+        "simulate also takes its --max-num-batched-tokens, where that is left at 2048.",
+        rich_help_panel=Panel.MODELLED,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftOptions:
+    """Multi-token prediction on a modelled cluster."""
+
+    panel: ClassVar = Panel.MORE_DEPLOYMENT
+    mtp: int = typer.Option(0, metavar="N", help="Multi-token prediction: N draft tokens per step.")
+    mtp_acceptance: float | None = typer.Option(
+        None, metavar="P", help="Acceptance rate of drafts, 0 to 1; needed with --mtp."
+    )
+
+    def multi_token(self) -> "MultiToken":
+        """Both.
+
+        Raises:
+            UserError: one without the other, or no such number.
+        """
+        from expertlane.cost.multi_token import MultiToken
+
+        acceptance = self.mtp_acceptance
+        if (acceptance is None) == (self.mtp > 0):
+            raise UserError(
+                f"--mtp is {self.mtp} and --mtp-acceptance "
+                + ("not given" if acceptance is None else f"{acceptance:g}")
+                + "; give both, 1 or more tokens and a share from 0 to 1, or neither"
+            )
+        with naming("--mtp"):
+            return MultiToken(self.mtp, acceptance or 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionOptions:
+    """What of a modelled cluster is not its profile's."""
+
+    panel: ClassVar = Panel.MODELLED
+    routing_trace: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        help="Routing as recorded by expertlane generate --record-routing.",
+    )
+    skew: float | None = skew_option()
+    dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
+    kv_dtype: CacheType | None = kv_dtype_option()
+    execution: Literal["graph", "eager"] = typer.Option(
+        "graph", help="Steps as CUDA graphs, or kernels launched one by one."
+    )
+    framework: str | None = framework_option()

@@ -1,0 +1,100 @@
+"""What an `LLM` is given: its model found, its tokenizer read, its settings checked."""
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import get_args
+
+from expertlane.engine.checkpoint_folder import resolve_model
+from expertlane.engine.launch import (
+    check_checkpoint,
+)
+from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
+from expertlane.errors import UserError
+from expertlane.spec.from_hf import read_model
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
+from expertlane.spec.ranges import take
+
+
+def find_model(model: str | Path, ignore_unused_tensors: bool) -> tuple[ModelConfig, Path | None]:
+    """A preset, or the model of a checkpoint's folder, checked against its files.
+
+    Raises:
+        UserError: there is none, or its files do not suit it.
+    """
+    if str(model) in PRESETS:
+        return PRESETS[str(model)], None
+    folder = resolve_model(str(model))
+    checked = check_checkpoint(
+        read_model(folder, str(model)),
+        folder,
+        ignore_unused_tensors=ignore_unused_tensors,
+        log=print_to_stderr,
+    )
+    return checked, folder
+
+
+def print_to_stderr(line: str) -> None:
+    """What a program that uses an `LLM` should know."""
+    with suppress(OSError, ValueError):  # nobody reads it any more: requests go on
+        print(line, file=sys.stderr)
+
+
+def read_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, frozenset[int]]:
+    """A checkpoint's tokenizer, if it has one, and the tokens that end a sequence."""
+    if folder is None:
+        return None, frozenset()
+    if not (folder / TOKENIZER).is_file():
+        return None, configured_eos_token_ids(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    return tokenizer, tokenizer.eos_token_ids
+
+
+def own_dtype(model: ModelConfig | None) -> str | None:
+    """A checkpoint's type; None, the machine's choice, for float16, which few CPUs compute in."""
+    return None if model is None or model.dtype == "float16" else model.dtype
+
+
+def check_settings(
+    dtype: str | None, cpu_isa: str | None, on_failure: str, check: str, **numbers: float
+) -> None:
+    """Refuse a word that is none of the valid ones, or a number out of its range.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name, value, valid in (
+        ("dtype", dtype, (None, *get_args(Dtype))),
+        ("cpu_isa", cpu_isa, (None, *get_args(CpuIsa))),
+        ("on_failure", on_failure, get_args(OnFailure)),
+        ("check", check, get_args(CheckLevel)),
+    ):
+        if value not in valid:
+            raise UserError(f"{name} is {value!r}; valid: {', '.join(filter(None, valid))}")
+    for name, number in numbers.items():
+        take(name, number)
+
+
+def checked_model_len(model: ModelConfig, asked: int | None) -> int:
+    """Positions that a sequence may take.
+
+    Raises:
+        UserError: more were asked for than the model takes, or none.
+    """
+    limit = model.max_position_embeddings
+    if asked is None:
+        return limit
+    if not 1 <= take("max_model_len", asked) <= limit:
+        raise UserError(f"max_model_len is {asked}; valid for {model.name}: 1 to {limit}")
+    return asked
+
+
+def as_layout(layout: str | Layout) -> Layout:
+    """Of a text, or itself.
+
+    Raises:
+        SpecError: as `Layout.parse`.
+    """
+    return layout if isinstance(layout, Layout) else Layout.parse(str(layout))

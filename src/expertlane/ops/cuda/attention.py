@@ -1,0 +1,318 @@
+"""Causal attention over the paged cache, of prompts and decode steps in one kernel.
+
+A program takes a tile of query rows of one sequence and one key/value head: its new tokens, and of
+each all heads that share the key/value head, so that a key is read once for all of them. It reads
+keys and values where they lie in their blocks; nothing is gathered or copied. Where tiles are too
+few for the card, positions are split over programs, whose partial sums `_combine_kernel` adds up.
+What is launched depends on numbers of tokens, sequences and the longest length alone.
+
+Limits: in decode memory, length · kv_heads · (key_dim + value_dim) · b bytes a sequence over the
+card's bandwidth (values that are a part of keys are read once); in prompts arithmetic,
+2 · pairs · heads · (key_dim + value_dim) FLOPs over its peak.
+
+Sources: the softmax over blocks is that of Milakov & Gimelshein (2018) and Dao et al. (2022), the
+split over positions that of Flash-Decoding (Dao et al. 2023); sequences are found as in vLLM's
+unified attention: tiles of sequence s begin at ⌊rows before it / rows of a tile⌋ + s.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertlane.ops.cuda.launch import launch
+from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+
+_LOG2_E = 1.4426950408889634
+_FEW_MULTIPROCESSORS = 132  # an H100's; where a card cannot be asked
+_LEAST_SPLIT = 256  # positions
+
+
+@triton.jit
+def _attention_kernel(
+    query, keys, values, tables, first_tokens, num_scheduled, lengths, sinks,
+    out, partial, maxima, sums,
+    query_token, query_head, key_block, key_head, value_block, value_head,
+    table_width, num_seqs, num_tokens, split_length, window, scale,
+    GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_DECODE: tl.constexpr,
+    IS_SPLIT: tl.constexpr, VALUES_IN_KEYS: tl.constexpr,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr,
+    MAIN: tl.constexpr, REST: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Tokens of the batch: first to first + new. Rows of the sequence: token · GROUP + head.
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    seq, row = _place_of_tile(tile, first_tokens, num_seqs, GROUP, ROWS, IS_DECODE)
+    new = tl.load(num_scheduled + seq).to(tl.int32)
+    if row >= new * GROUP:
+        return
+    first, length = tl.load(first_tokens + seq), tl.load(lengths + seq).to(tl.int32)
+    rows = row + tl.arange(0, ROWS)
+    is_row = rows < new * GROUP
+    head = kv_head * GROUP + rows % GROUP
+    own = length - new + rows // GROUP  # the rows' own positions
+    begin, end = 0, length - new + (tl.minimum(row + ROWS, new * GROUP) - 1) // GROUP + 1
+    if HAS_WINDOW:
+        begin = tl.maximum(length - new + row // GROUP - window + 1, 0)
+    if IS_SPLIT:
+        begin += split * split_length
+        end = tl.minimum(end, begin + split_length)
+
+    main, rest = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST > 0 else 1)
+    of_row = query + (first + rows // GROUP) * query_token + head * query_head
+    query_main = tl.load(
+        of_row[:, None] + main[None, :], mask=is_row[:, None] & (main < KEY_DIM)[None, :], other=0.0
+    )
+    if REST > 0:
+        query_rest = tl.load(
+            of_row[:, None] + rest[None, :],
+            mask=is_row[:, None] & (rest < KEY_DIM)[None, :],
+            other=0.0,
+        )
+    greatest = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if HAS_SINKS and not IS_SPLIT:
+        greatest = tl.load(sinks + head, mask=is_row, other=0.0) * 1.4426950408889634
+        total += 1.0
+    sum_of_values = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
+    value_columns = tl.arange(0, VALUE_BLOCK)
+    for start in range(begin, end, POSITIONS):
+        position = start + tl.arange(0, POSITIONS)
+        is_there = position < end
+        block = tl.load(
+            tables + seq.to(tl.int64) * table_width + position // BLOCK_SIZE, is_there, 0
+        ).to(tl.int64)
+        offset = position % BLOCK_SIZE
+        key = keys + block * key_block + kv_head * key_head + offset * KEY_DIM
+        key_main = tl.load(
+            key[None, :] + main[:, None],
+            mask=is_there[None, :] & (main < KEY_DIM)[:, None],
+            other=0.0,
+        )
+        logits = tl.dot(query_main, key_main, input_precision="ieee")
+        if REST > 0:
+            key_rest = tl.load(
+                key[None, :] + rest[:, None],
+                mask=is_there[None, :] & (rest < KEY_DIM)[:, None],
+                other=0.0,
+            )
+            logits = tl.dot(query_rest, key_rest, logits, input_precision="ieee")
+        is_seen = is_there[None, :] & (position[None, :] <= own[:, None])
+        if HAS_WINDOW:
+            is_seen &= position[None, :] > own[:, None] - window
+        logits = tl.where(is_seen, logits * scale, -float("inf"))
+        raised = tl.maximum(greatest, tl.max(logits, axis=1))
+        base = tl.where(raised == -float("inf"), 0.0, raised)  # of rows that have seen nothing yet
+        weights = tl.exp2(logits - base[:, None])
+        shrunk = tl.exp2(greatest - base)
+        total = total * shrunk + tl.sum(weights, axis=1)
+        if VALUES_IN_KEYS and VALUE_DIM == MAIN:
+            value = tl.trans(key_main)
+        else:
+            of_position = key
+            if not VALUES_IN_KEYS:
+                of_position = values + block * value_block + kv_head * value_head
+                of_position += offset * VALUE_DIM
+            value = tl.load(
+                of_position[:, None] + value_columns[None, :],
+                mask=is_there[:, None] & (value_columns < VALUE_DIM)[None, :],
+                other=0.0,
+            )
+        sum_of_values = tl.dot(
+            weights.to(value.dtype),
+            value,
+            sum_of_values * shrunk[:, None],
+            input_precision="ieee",
+        )
+        greatest = raised
+
+    num_heads = GROUP * tl.num_programs(1)
+    place = (first + rows // GROUP) * num_heads + head  # among all tokens' heads
+    is_value = is_row[:, None] & (value_columns < VALUE_DIM)[None, :]
+    if IS_SPLIT:
+        place += split.to(tl.int64) * num_tokens * num_heads
+        to = partial + place[:, None] * VALUE_DIM + value_columns[None, :]
+        tl.store(to, sum_of_values, mask=is_value)
+        tl.store(maxima + place, greatest, mask=is_row)
+        tl.store(sums + place, total, mask=is_row)
+    else:
+        to = out + place[:, None] * VALUE_DIM + value_columns[None, :]
+        total = tl.where(is_row, total, 1.0)
+        tl.store(to, (sum_of_values / total[:, None]).to(out.dtype.element_ty), mask=is_value)
+
+
+@triton.jit
+def _place_of_tile(
+    tile, first_tokens, num_seqs,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, IS_DECODE: tl.constexpr,
+):  # fmt: skip
+    """The tile's sequence, and its first row there."""
+    TILES: tl.constexpr = (GROUP + ROWS - 1) // ROWS  # of a token
+    seq = tile // TILES
+    row = (tile % TILES) * ROWS
+    if not IS_DECODE:
+        low, high = 0, num_seqs
+        while low < high:  # the last sequence whose tiles begin here or before
+            middle = (low + high) // 2
+            begin = (tl.load(first_tokens + middle) * GROUP // ROWS).to(tl.int32) + middle
+            if begin <= tile:
+                low = middle + 1
+            else:
+                high = middle
+        seq = low - 1
+        row = (tile - (tl.load(first_tokens + seq) * GROUP // ROWS).to(tl.int32) - seq) * ROWS
+    return seq, row
+
+
+@triton.jit
+def _combine_kernel(
+    partial, maxima, sums, sinks, out, num_splits, num_rows,
+    NUM_HEADS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    splits, columns = tl.arange(0, SPLITS), tl.arange(0, VALUE_BLOCK)
+    places = splits.to(tl.int64) * num_rows + row
+    greatest = tl.load(maxima + places, mask=splits < num_splits, other=-float("inf"))
+    base = tl.max(greatest, axis=0)
+    if HAS_SINKS:
+        sink = tl.load(sinks + row % NUM_HEADS) * 1.4426950408889634
+        base = tl.maximum(base, sink)
+    parts = tl.load(sums + places, mask=splits < num_splits, other=0.0)
+    total = tl.sum(tl.exp2(greatest - base) * parts, axis=0)
+    if HAS_SINKS:
+        total += tl.exp2(sink - base)
+    result = tl.zeros([VALUE_BLOCK], tl.float32)
+    for split in range(num_splits):
+        place = split * num_rows + row
+        share = tl.exp2(tl.load(maxima + place) - base)
+        values = tl.load(partial + place * VALUE_DIM + columns, mask=columns < VALUE_DIM, other=0.0)
+        result += values * share
+    to = out + row * VALUE_DIM + columns
+    tl.store(to, (result / total).to(out.dtype.element_ty), mask=columns < VALUE_DIM)
+
+
+class Tile(NamedTuple):
+    """What a program takes.
+
+    Attributes:
+        rows, positions: query rows, and positions a step of its loop.
+    """
+
+    rows: int
+    positions: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, rows_of_seq: int, dim: int, itemsize: int) -> "Tile":
+        """For so many query rows of the longest sequence, and the wider of keys and values.
+
+        The sums of values, rows · dim float32, lie in registers; keys and values of each stage in
+        shared memory.
+        """
+        most = 16 if itemsize == 4 else 32 if dim > 256 else 64 if dim > 128 else 128
+        rows = min(most, max(16, triton.next_power_of_2(rows_of_seq)))
+        if itemsize == 4:  # float32, for parity: multiplied without tensor cores
+            return cls(rows, 16, 4, 1 if dim > 256 else 2)
+        if dim > 256:  # with 64 rows, registers of sm_90 spill
+            return cls(rows, 32, 8 if rows > 16 else 4, 2)
+        return cls(rows, 64 if dim <= 128 else 32, 8 if rows * dim >= 128 * 128 else 4, 3)
+
+
+def _blocks(key_dim: int) -> tuple[int, int]:
+    """Columns of keys as two powers of two, of which the second may be 0."""
+    main = 1 << (key_dim.bit_length() - 1)
+    if main < 16 or key_dim == main:
+        return max(16, triton.next_power_of_2(key_dim)), 0
+    return main, max(16, triton.next_power_of_2(key_dim - main))
+
+
+def _num_splits(num_programs: int, longest: int, device: torch.device) -> int:
+    """Over how many programs positions are split, so that two are there for each multiprocessor."""
+    num = _FEW_MULTIPROCESSORS
+    if device.type == "cuda" and torch.cuda.is_available():
+        num = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = 2 * num // max(1, num_programs)
+    return max(1, min(wanted, longest // _LEAST_SPLIT, 64))
+
+
+def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionParams) -> Tensor:
+    """Attention of a batch's new tokens, whose keys and values the cache has already.
+
+    Args:
+        query: [num_tokens, num_heads, key_dim].
+
+    Returns:
+        [num_tokens, num_heads, value_dim].
+    """
+    (num_tokens, num_heads, key_dim), value_dim = query.shape, params.value_dim
+    out = query.new_empty(num_tokens, num_heads, value_dim)
+    if not num_tokens or not num_heads:
+        return out
+    seqs, num_seqs = batch.sequences, batch.batch.num_seqs
+    num_scheduled = batch.batch.num_scheduled_tokens
+    most_new = int(num_scheduled.max())
+    longest = int((num_scheduled + batch.batch.num_computed_tokens).max())
+    if params.window is not None:
+        longest = min(longest, params.window + most_new)
+    group, is_decode = num_heads // cache.num_heads, num_tokens == num_seqs and most_new == 1
+    tile = Tile.of(group * most_new, max(key_dim, value_dim) // 64 * 64 or 64, query.itemsize)
+    num_tiles = num_tokens * group // tile.rows + num_seqs
+    if is_decode:
+        num_tiles = num_seqs * triton.cdiv(group, tile.rows)
+    num_splits = _num_splits(num_tiles * cache.num_heads, longest, query.device)
+    split_length = triton.cdiv(triton.cdiv(longest, num_splits), tile.positions) * tile.positions
+    num_splits = triton.cdiv(longest, split_length)
+    parts = _room_for_parts(out, num_splits)
+    main, rest = _blocks(key_dim)
+    value_block = max(16, triton.next_power_of_2(value_dim))
+    query = query if query.stride(2) == 1 else query.contiguous()
+    launch(
+        _attention_kernel,
+        (num_tiles, cache.num_heads, num_splits),
+        *(query, cache.keys, cache.values, seqs.block_tables, seqs.first_tokens),
+        *(seqs.num_scheduled, seqs.lengths, params.sinks, out, *parts, *query.stride()[:2]),
+        *(*cache.keys.stride()[:2], *cache.values.stride()[:2], seqs.block_tables.shape[1]),
+        *(num_seqs, num_tokens, split_length, params.window or 0, params.scale * _LOG2_E),
+        GROUP=group,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_SIZE=cache.block_size,
+        HAS_SINKS=params.sinks is not None,
+        HAS_WINDOW=params.window is not None,
+        IS_DECODE=is_decode,
+        IS_SPLIT=num_splits > 1,
+        VALUES_IN_KEYS=cache.values.shape[-1] == 0,
+        ROWS=tile.rows,
+        POSITIONS=tile.positions,
+        MAIN=main,
+        REST=rest,
+        VALUE_BLOCK=value_block,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if num_splits > 1:
+        num_rows = num_tokens * num_heads
+        launch(
+            _combine_kernel,
+            (num_rows,),
+            *(*parts, params.sinks, out, num_splits, num_rows),
+            NUM_HEADS=num_heads,
+            HAS_SINKS=params.sinks is not None,
+            VALUE_DIM=value_dim,
+            VALUE_BLOCK=value_block,
+            SPLITS=triton.next_power_of_2(num_splits),
+            num_warps=max(1, value_block // 128),
+        )
+    return out
+
+
+def _room_for_parts(out: Tensor, num_splits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of values, greatest logits and sums of weights of each split; none if there is one."""
+    shape = (num_splits, *out.shape[:2]) if num_splits > 1 else (0, 0, 0)
+    partial = out.new_empty(*shape, out.shape[2], dtype=torch.float32)
+    maxima, sums = (out.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return partial, maxima, sums

@@ -1,0 +1,99 @@
+"""Our Triton kernels behind the same operations as torch's, which compute what ours do not cover.
+
+Only `ops/backend.py` chooses it, where `why_not` finds nothing.
+"""
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from expertlane.ops.cuda.attention import attend
+from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
+from expertlane.ops.cuda.parts import CudaAttention, CudaMlp
+from expertlane.ops.cuda.rotate import rotate, write
+from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.products import Activation, Expert
+from expertlane.ops.step import AttentionWeights
+from expertlane.ops.torch_backend import TorchBackend
+from expertlane.schedule.plan import Batch
+
+
+class CudaBackend(TorchBackend):
+    """Attention over pages, norms, rotation, activations and experts of a GPU."""
+
+    instructions = f"triton {triton.__version__}"
+    adds_with_norm = True
+
+    def attention_part(self, weights: AttentionWeights, dtype: torch.dtype) -> CudaAttention:
+        return CudaAttention(weights)
+
+    def mlp_part(
+        self,
+        mlp: Expert,
+        activation: Activation,
+        dtype: torch.dtype,
+        norm: Tensor | None,
+        eps: float,
+        scale: Tensor | None,
+    ) -> CudaMlp | None:
+        if not CudaMlp.suits(mlp):
+            return None
+        return CudaMlp(mlp, activation, norm, eps, scale)
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: KVCache,
+        batch: PagedBatch,
+        params: AttentionParams,
+    ) -> Tensor:
+        write(cache, batch.slots, key, value)
+        return attend(query, cache, batch, params)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: Tensor, added: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, added, weight, eps)
+
+    def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
+        return rotate(x, cos, sin, interleave=interleave)
+
+
+def why_not(device: torch.device) -> str:
+    """Why our kernels cannot be used on a device, in a line; empty where they can.
+
+    A norm and a step of attention are compiled, run, and held against torch's.
+    """
+    try:
+        found, expected = (_tried(ops, device) for ops in (CudaBackend(), TorchBackend()))
+        is_right = torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+    except Exception as error:  # whatever a compiler, a driver or a card may raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"Triton {triton.__version__} cannot run our kernels here: {lines[0][:200]}"
+    return "" if is_right else "our kernels give other results than torch here"
+
+
+def _tried(ops: TorchBackend, device: torch.device) -> Tensor:
+    """Two decode steps of 16 positions and 17 of them, with normed queries."""
+    batch = Batch(
+        seq_ids=np.arange(2),
+        num_scheduled_tokens=np.ones(2, dtype=np.int64),
+        num_computed_tokens=np.array([15, 16]),
+        token_ids=np.zeros(2, dtype=np.int64),
+        block_tables=np.array([[3, -1], [0, 2]], dtype=np.int32),
+        yields_token=np.ones(2, dtype=np.bool_),
+    )
+    cache = KVCache(4, 16, 1, 64, 64, torch.float16, device)
+    for each in (cache.keys, cache.values):
+        each.copy_(torch.linspace(-1, 1, each.numel(), device=device).sin().view(each.shape))
+    x = torch.linspace(-2, 2, 2 * 4 * 64, device=device).view(8, 64)
+    query = ops.rms_norm(x, torch.ones(64, device=device), 1e-5).half().view(2, 4, 64)
+    key, value = query[:, :1].clone(), query[:, 1:2].clone()
+    pages, params = PagedBatch(batch, 16, device), AttentionParams(64, 0.125)
+    return ops.paged_attention(query, key, value, cache, pages, params).float()

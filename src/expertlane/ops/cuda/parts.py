@@ -1,0 +1,86 @@
+"""Attention and MLPs as few launches: torch's products with our kernels between them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertlane.ops.cuda.activation import activate
+from expertlane.ops.cuda.attention import attend
+from expertlane.ops.cuda.norm import rms_norm
+from expertlane.ops.cuda.rotate import rotate_and_write
+from expertlane.ops.kv_cache import KVCache, PagedBatch
+from expertlane.ops.products import Activation, Expert, Linear
+from expertlane.ops.step import AttentionWeights
+
+
+class CudaAttention:
+    """Multi-head or grouped-query attention in five launches, or six with a norm."""
+
+    def __init__(self, weights: AttentionWeights) -> None:
+        self._weights = weights
+
+    def takes(self, x: Tensor) -> bool:
+        """As `AttentionCall`."""
+        return x.shape[0] > 0
+
+    def __call__(self, x: Tensor, cache: KVCache, batch: PagedBatch, *, adds_input: bool) -> Tensor:
+        """As `AttentionCall`."""
+        own = self._weights
+        hidden = x if own.norm is None else rms_norm(x, own.norm, own.eps)
+        heads = own.num_heads + 2 * own.num_kv_heads
+        projected = own.query_key_value(hidden).view(x.shape[0], heads, own.head_dim)
+        query = rotate_and_write(
+            projected,
+            own.num_heads,
+            (batch.positions, own.cos, own.sin),
+            own.head_norms,
+            own.eps,
+            batch.slots,
+            cache,
+            interleave=own.interleave,
+        )
+        attended = attend(query, cache, batch, own.params).flatten(1)
+        if not adds_input:
+            return own.output(attended)
+        if own.output.bias is None:  # the product adds x itself
+            return torch.addmm(x, attended, own.output.weight.t())
+        return x + own.output(attended)
+
+
+class CudaMlp:
+    """Gate and up projections as one product, the activation as one kernel.
+
+    Gate and up weights are put side by side, and each becomes a part of that.
+    """
+
+    def __init__(
+        self,
+        mlp: Expert,
+        activation: Activation,
+        norm: Tensor | None,
+        eps: float,
+        scale: Tensor | None,
+    ) -> None:
+        self._down, self._activation = mlp.down, activation
+        self._norm, self._eps, self._scale = norm, eps, scale
+        self._is_gated = mlp.gate is not None
+        self._inner = mlp.up.weight
+        if mlp.gate is not None:
+            self._inner = torch.cat([mlp.gate.weight, mlp.up.weight])
+            mlp.gate.weight, mlp.up.weight = self._inner.chunk(2)
+
+    @staticmethod
+    def suits(mlp: Expert) -> bool:
+        """Whether its projections have no biases, and weights as torch has them."""
+        return all(type(each) is Linear and each.bias is None for each in mlp.linears)
+
+    def takes(self, x: Tensor) -> bool:
+        """As `MlpCall`."""
+        return x.shape[0] > 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As `MlpCall`."""
+        hidden = x if self._norm is None else rms_norm(x, self._norm, self._eps)
+        inner = activate(F.linear(hidden, self._inner), self._activation, is_gated=self._is_gated)
+        out = self._down(inner)
+        return out if self._scale is None else out * torch.sigmoid(F.linear(hidden, self._scale))

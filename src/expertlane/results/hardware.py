@@ -1,0 +1,134 @@
+"""What numbers were measured on or modelled for: a machine, a cluster, the links between ranks."""
+
+from dataclasses import dataclass
+
+from expertlane.spec.ranges import Strict
+
+
+@dataclass(frozen=True)
+class MachinePeak(Strict):
+    """Measured peak rates of the whole machine, all its cores or devices together.
+
+    Attributes:
+        gemm_flops_per_s: of a large matrix product in `dtype`.
+        read_bytes_per_s: of reading memory too large for any cache.
+        num_units, unit: how many cores or GPUs the measurement used.
+        dtype: of the matrix product, for example `float32`.
+    """
+
+    gemm_flops_per_s: float
+    read_bytes_per_s: float
+    num_units: int
+    unit: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Machine(Strict):
+    """Where it ran.
+
+    Attributes:
+        device: `cpu`, or the name of the accelerator.
+        num_cores: cores the ranks may use, of all hosts.
+        num_idle_gpus: GPUs that were not used, because there are fewer than ranks.
+        memory_bytes: of the machine.
+        num_ranks: of the largest deployment.
+        ranks_per_node: consecutive ranks whose traffic counts as inside a node.
+        backend: of the collectives, for example `shared_memory`.
+        dtype: of weights and activations.
+        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that instruction
+            set, else `torch`, with the reason where ours would have been better.
+        peak: None where no utilisation is given.
+    """
+
+    cpu_name: str
+    device: str
+    num_cores: int
+    num_idle_gpus: int
+    memory_bytes: int
+    num_ranks: int
+    ranks_per_node: int
+    backend: str
+    dtype: str
+    kernels: str
+    peak: MachinePeak | None = None
+
+    @property
+    def ranks_per_core(self) -> float:
+        """Above 1, ranks take turns."""
+        return self.num_ranks / self.num_cores
+
+    def is_oversubscribed_by(self, num_ranks: int) -> bool:
+        """Whether so many ranks share cores that each of them needs for its computations."""
+        return self.device == "cpu" and num_ranks > self.num_cores
+
+    @property
+    def is_oversubscribed(self) -> bool:
+        """Whether the largest deployment has more ranks than cores."""
+        return self.is_oversubscribed_by(self.num_ranks)
+
+
+@dataclass(frozen=True)
+class LinkSpeed(Strict):
+    """The decode throughput of an experiment's deployments on links of one speed.
+
+    Attributes:
+        scale: factor of the time that the profile gives for transfers; 0: they take no time.
+        tps: of each deployment that decodes, in the experiment's order.
+    """
+
+    scale: float
+    tps: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class VirtualTime(Strict):
+    """What virtual time assumes about links.
+
+    Attributes:
+        links: name of the profile of the links; None where transfers take no time.
+        scale: factor of the time that the profile gives for transfers.
+        byte_scale: factor of the bytes that were sent, before the profile is applied.
+        speeds: decode throughput by the speed of the links.
+    """
+
+    links: str | None
+    scale: float
+    byte_scale: float
+    speeds: tuple[LinkSpeed, ...]
+
+
+@dataclass(frozen=True)
+class Judged(Strict):
+    """How far projections of a kind were off where they were held against measurements.
+
+    Attributes:
+        what: what was projected and measured.
+        median_error: median size of the difference, as a share of what was measured.
+    """
+
+    what: str
+    num_rows: int
+    median_error: float
+
+
+@dataclass(frozen=True)
+class Cluster(Strict):
+    """What was modelled; figures are of one device's datasheet.
+
+    Attributes:
+        name: as `--cluster` takes it.
+        flops_per_s: dense, in the type of weights.
+        framework: whose overheads were taken; "" for none that is known.
+        judged: how far off projections of such a kind were; None where none was judged.
+    """
+
+    name: str
+    device: str
+    num_devices: int
+    ranks_per_node: int
+    memory_bytes: float
+    memory_bytes_per_s: float
+    flops_per_s: float
+    framework: str = ""
+    judged: Judged | None = None

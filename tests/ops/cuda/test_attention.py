@@ -1,0 +1,111 @@
+"""The paged attention kernel against torch's operations, over drawn batches.
+
+Without a GPU it runs in Triton's interpreter.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from expertlane.ops.cuda import attention as module
+from expertlane.ops.cuda.attention import attend
+from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.torch_backend import TorchBackend
+from expertlane.schedule.plan import Batch
+from ops.cuda.near import DEVICE, PRODUCT_DTYPES, assert_near, drawn, random
+
+OPS = TorchBackend()
+IN_KEYS = {96: 48, 72: 64, 576: 512}  # values that are the first so many values of keys
+# Positions computed before, and new tokens.
+SEQUENCE = st.one_of(
+    st.tuples(st.integers(0, 70), st.just(1)),
+    st.tuples(st.integers(0, 30), st.integers(1, 20)),
+)
+BATCH = st.one_of(
+    st.lists(SEQUENCE, min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(0, 70), st.just(1)), min_size=1, max_size=4),
+)
+
+
+def batch_of(sequences: list[tuple[int, int]], block_size: int) -> PagedBatch:
+    """Blocks are in random order."""
+    computed, new = np.array(sequences, dtype=np.int64).reshape(-1, 2).T
+    width = max(1, -(-int((computed + new).max(initial=1)) // block_size))
+    blocks = np.random.default_rng(0).permutation(len(sequences) * width)
+    batch = Batch(
+        seq_ids=np.arange(len(sequences)),
+        num_scheduled_tokens=np.ascontiguousarray(new),
+        num_computed_tokens=np.ascontiguousarray(computed),
+        token_ids=np.zeros(new.sum(), dtype=np.int64),
+        block_tables=blocks.reshape(len(sequences), width).astype(np.int32),
+        yields_token=np.ones(len(sequences), dtype=np.bool_),
+    )
+    return PagedBatch(batch, block_size, DEVICE)
+
+
+def compare(sequences, block_size, heads, dims, window, has_sinks, dtype, steps=4):
+    """Of a cache in which what no sequence has is NaN."""
+    (num_heads, kv_heads), (key_dim, value_dim) = heads, dims
+    batch = batch_of(sequences, block_size)
+    num_blocks = batch.sequences.block_tables.numel()
+    shape = num_blocks, block_size, kv_heads, key_dim, value_dim or 0, dtype, DEVICE
+    ours, theirs = KVCache(*shape), KVCache(*shape)
+    num_tokens = len(batch.slots)
+    query = random(dtype, num_tokens, num_heads + 1, key_dim)[:, 1:]
+    key, value = (
+        random(dtype, num_tokens, kv_heads, dim, seed=1) for dim in (key_dim, value_dim or 0)
+    )
+    params = AttentionParams(
+        value_dim or IN_KEYS[key_dim],
+        key_dim**-0.5,
+        window,
+        torch.linspace(-1, 2, num_heads, device=DEVICE) if has_sinks else None,
+    )
+    written = torch.cat([batch.cached_slots, batch.slots])
+    for each, (mine, other) in enumerate([(ours.keys, theirs.keys), (ours.values, theirs.values)]):
+        mine.fill_(torch.nan)
+        values = random(dtype, len(written), *mine.shape[1:2], mine.shape[3], seed=2 + each)
+        for cache in (mine, other):
+            cache[written // block_size, :, written % block_size] = values
+    for cache in (ours, theirs):
+        cache.write(batch.slots, key, value)
+    found = attend(query, ours, batch, params)
+    rounded = (x.float() for x in (query, key, value))  # so that the reference alone is exact
+    exact = KVCache.of(theirs.keys.float(), theirs.values.float())
+    expected = OPS.paged_attention(*rounded, exact, batch, params) if num_tokens else found
+    assert_near(found, expected.to(dtype), steps)
+
+
+@settings(drawn, max_examples=14)
+@given(
+    sequences=BATCH,
+    block_size=st.sampled_from([1, 4, 16]),
+    heads=st.sampled_from([(1, 1), (6, 2), (3, 1), (20, 1)]),
+    dims=st.sampled_from([(16, 16), (48, 32), (80, 80), (5, 7), (96, None), (72, None)]),
+    window=st.sampled_from([None, None, 3, 40]),
+    has_sinks=st.booleans(),
+    dtype=PRODUCT_DTYPES,
+    num_splits=st.sampled_from([1, 3]),
+)
+def test_any_batch(sequences, block_size, heads, dims, window, has_sinks, dtype, num_splits):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_num_splits", lambda *_: num_splits)
+        compare(sequences, block_size, heads, dims, window, has_sinks, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "dims"),
+    [((2, 1), (512, 512)), ((16, 1), (576, None)), ((4, 1), (192, 128))],
+    ids=["512", "absorbed latent", "expanded latent"],
+)
+def test_wide_heads(heads, dims, dtype):
+    compare([(20, 1), (3, 5)], 16, heads, dims, None, False, dtype)
+
+
+def test_no_tokens():
+    compare([], 4, (2, 1), (16, 16), None, False, torch.float32)

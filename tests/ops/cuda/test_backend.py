@@ -1,0 +1,149 @@
+"""Layers of whole models with our Triton kernels, against torch's operations; and the choice.
+
+Without a GPU the kernels run in Triton's interpreter.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from expertlane.balance.placement import Placement
+from expertlane.comm.clocks import HostClock
+from expertlane.comm.collectives import interleave
+from expertlane.comm.mesh import Meshes, ParallelMesh
+from expertlane.comm.progress import ProgressBoard
+from expertlane.comm.recorder import Recorder
+from expertlane.errors import UserError
+from expertlane.model import attention, layers, mlp, moe_block, transformer, weights
+from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.transformer import TransformerStage
+from expertlane.model.weights import SeededWeights
+from expertlane.moe import dispatch
+from expertlane.ops import backend as choice
+from expertlane.ops.cuda import backend as module
+from expertlane.ops.cuda.backend import CudaBackend, why_not
+from expertlane.ops.torch_backend import TorchBackend
+from expertlane.schedule.plan import Batch
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS, LatentAttention
+from ops.cuda.near import DEVICE
+
+TINY = PRESETS["paper-tiny"].with_overrides(
+    num_hidden_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    gated_mlp=True,
+    hidden_act="silu",
+    vocab_size=64,
+    max_position_embeddings=64,
+)
+MODELS = {
+    "paper": PRESETS["paper-tiny"].with_overrides(num_hidden_layers=1, vocab_size=64),
+    "normed heads, shared expert": TINY.with_overrides(
+        qk_norm="head", shared_expert_intermediate_size=24, shared_expert_gate=True
+    ),
+    "norm of all heads": TINY.with_overrides(qk_norm="full"),
+    "sinks, window, biases": TINY.with_overrides(
+        attention_sinks=True,
+        sliding_window=(6, None),
+        qkv_bias=True,
+        output_bias=True,
+        expert_bias=True,
+        swiglu_limit=1.0,
+    ),
+    "latent, dense layer": TINY.with_overrides(
+        num_key_value_heads=None,
+        latent=LatentAttention(
+            kv_lora_rank=32, qk_nope_head_dim=12, qk_rope_head_dim=4, v_head_dim=16
+        ),
+        rope_interleave=True,
+        dense_layers=(0,),
+        intermediate_size=48,
+    ),
+}
+USERS = (attention, layers, mlp, moe_block, transformer, weights, dispatch)
+
+
+def logits_of(model, ops, monkeypatch) -> torch.Tensor:
+    """Of a step with two prompts, and of one that goes on with both."""
+    for user in USERS:
+        monkeypatch.setattr(user, "backend_for", lambda device: ops)
+    recorder = Recorder(0, 1, 1, ProgressBoard(1).reporter(0), HostClock(), world_size=1)
+    mesh = ParallelMesh(Layout(), Meshes(), 0, 1, recorder)
+    source = SeededWeights(model, 0, torch.float32, DEVICE, lambda: None)
+    placement = Placement.linear(model.num_experts, 1)
+    layers_ = range(model.num_hidden_layers)
+    placements = {each: None if model.is_dense(each) else placement for each in layers_}
+    stage = TransformerStage(model, placements, source, mesh)
+    stage.allocate_cache(8, 4)
+    found, computed = [], np.zeros(2, dtype=np.int64)
+    for new in (np.array([9, 3]), np.array([1, 1]), np.array([2, 1])):
+        batch = Batch(
+            seq_ids=np.arange(2),
+            num_scheduled_tokens=new,
+            num_computed_tokens=computed,
+            token_ids=np.arange(new.sum()) * 7 % model.vocab_size,
+            block_tables=np.array([[5, 0, 3, 7], [6, 1, -1, -1]], dtype=np.int32),
+            yields_token=np.ones(2, dtype=np.bool_),
+        )
+        at = mesh.layout.coordinates(0)
+        part = ForwardBatch(batch, [batch.num_tokens], mesh.layout, at, DEVICE, 4)
+        (result,) = interleave([stage.forward(stage.embed(part), part, needs_logits=True)])
+        found.append(result.logits)
+        computed = computed + new
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_those_of_torch(name, monkeypatch):
+    expected, found = (
+        logits_of(MODELS[name], ops, monkeypatch) for ops in (TorchBackend(), CudaBackend())
+    )
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_kernels_that_agree_with_torch_are_chosen(monkeypatch):
+    monkeypatch.delenv("EXPERTLANE_BACKEND", raising=False)
+    choice.backend_of_cuda.cache_clear()
+    assert why_not(DEVICE) == ""
+    assert isinstance(choice.backend_of_cuda(DEVICE)[0], CudaBackend)
+    wrong = monkeypatch.context()
+    with wrong as patch:
+        patch.setattr(module, "attend", lambda query, *_: query)
+        assert why_not(DEVICE) == "our kernels give other results than torch here"
+
+    def fail(*_):
+        raise RuntimeError("no device of that name\nand more")
+
+    monkeypatch.setattr(module, "attend", fail)
+    choice.backend_of_cuda.cache_clear()
+    backend, reason = choice.backend_of_cuda(DEVICE)
+    assert type(backend) is TorchBackend
+    assert reason.endswith("cannot run our kernels here: no device of that name")
+    choice.backend_of_cuda.cache_clear()
+
+
+def test_torch_is_used_where_it_is_asked_for_or_triton_is_missing(monkeypatch):
+    monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
+    choice.backend_of_cuda.cache_clear()
+    assert choice.backend_of_cuda(DEVICE)[1] == "EXPERTLANE_BACKEND=torch"
+    monkeypatch.delenv("EXPERTLANE_BACKEND")
+    choice.backend_of_cuda.cache_clear()
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    backend, reason = choice.backend_of_cuda(DEVICE)
+    assert (type(backend), reason) == (TorchBackend, "Triton is not installed")
+    choice.backend_of_cuda.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_of_gpus_need_one(monkeypatch):
+    monkeypatch.setenv("EXPERTLANE_BACKEND", "cuda")
+    with pytest.raises(UserError, match="=cuda needs a GPU for every rank; valid here: cpu, torch"):
+        choice.choose_platform(0, 1, None)
