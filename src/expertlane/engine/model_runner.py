@@ -215,6 +215,14 @@ class ModelRunner:
         if self._watch is not None:
             self._watch.begin_again(replaced)
 
+    @property
+    def spec(self) -> StageSpec:
+        """What ranks have; placements of the first replica."""
+        placements = self._placements
+        if self.rebalancer is not None:
+            placements = self.rebalancer.placements[0]
+        return replace(self._deploy.spec, placements=placements)
+
     def spec_of(self, layout: Layout, placements: Placements, ranks_per_node: int) -> StageSpec:
         """What ranks have after `reshape`."""
         return replace(

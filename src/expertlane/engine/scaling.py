@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from expertlane.balance.kept import keeping_placements
 from expertlane.balance.placement_file import Placements
 from expertlane.engine.commands import HeldBytes, RankMachine
 from expertlane.engine.engine import Engine
@@ -139,6 +140,9 @@ class Scaling:
     def check(self, layout: Layout) -> Placements:
         """Check another layout as at the start; gives the placement that its experts begin with.
 
+        Ranks keep the experts that they hold, as far as they have slots for them, unless a file
+        says where experts are.
+
         Raises:
             UserError: these ranks cannot change, there may not be so many, the model cannot be laid
                 out so, or does not fit into memory.
@@ -171,7 +175,10 @@ class Scaling:
             raise CapacityError(
                 f"layout {layout}: {error}; a start with a smaller --num-blocks leaves more room"
             ) from None
-        return placements
+        if self.deployment.options.placement_file is not None:
+            return placements
+        before = self._runner.spec
+        return keeping_placements(placements, layout, before.placements, before.members)
 
     def _check_num_ranks(self, layout: Layout) -> None:
         num_ranks, most = layout.world_size, self._pool.most_ranks
@@ -205,6 +212,8 @@ class Scaling:
         placements = self.check(layout)
         if self.ahead is not None and self.ahead.layout != layout:
             self.give_up()
+        if self.ahead is not None:
+            placements = self.ahead.placements  # experts may have moved since
         if layout == self.deployment.layout:
             return
         ahead_s = 0.0 if self.ahead is None else time.monotonic() - self.ahead.began_s

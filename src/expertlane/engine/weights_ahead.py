@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+from expertlane.balance.placement_file import Placements
 from expertlane.engine.commands import DropPrepared, Prepare, Prepared, StageSpec
 from expertlane.engine.move_pace import HELD_UP
 from expertlane.engine.pool import RankPool
@@ -46,6 +47,11 @@ class WeightsAhead:
     def layout(self) -> Layout:
         """That is to come."""
         return self._spec.layout
+
+    @property
+    def placements(self) -> Placements:
+        """Of its experts."""
+        return self._spec.placements
 
     @property
     def share(self) -> float:
