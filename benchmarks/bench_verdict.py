@@ -45,7 +45,7 @@ def verdict_of(results: Results, reference: str) -> dict[str, Any]:
     own, wall = run(results, "virtual"), run(results, "measured")
     assert own is not None
     assert wall is not None
-    judged, in_wall_time = judge(own, results), judge(wall, results)
+    judged, in_wall_time = judge(own), judge(wall)
     assert judged is not None
     assert in_wall_time is not None
 

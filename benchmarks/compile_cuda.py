@@ -1,12 +1,13 @@
 """Compile the Triton kernels of ops/cuda ahead of time, without a GPU: registers and spills.
 
 Operations of ops/cuda run at models' sizes on tensors that have shapes and no data (FakeTensorMode
-on "cuda"). Each kernel that they would launch is compiled instead, with the very arguments of the
-launch, for the cards asked for. Printed for each: registers a thread, bytes a thread that are
+on "cuda"), and what they give must have the right shape, type and device. Each kernel that they
+would launch is compiled instead, with the very arguments of the launch, for the cards asked for.
+Printed for each: registers a thread, bytes a thread that are
 spilled to memory, bytes of shared memory. Exit code 1 where one spills over its bound, or takes
 more shared memory than the card has.
 
-    PYTHONPATH=src python benchmarks/compile_cuda.py [--target 90 100] [--only TEXT] [--json]
+    PYTHONPATH=src python benchmarks/compile_cuda.py [--target 90 100] [--only TEXT …] [--json]
 """
 
 import argparse
@@ -32,9 +33,11 @@ from triton.runtime.jit import JITFunction, MockTensor
 
 from expertlane.ops.cuda import attention, rotate
 from expertlane.ops.cuda.activation import activate
+from expertlane.ops.cuda.grouped import CudaExperts
 from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
+from expertlane.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch, PagedSequences
-from expertlane.ops.products import Activation
+from expertlane.ops.products import Activation, Expert, Linear, grouped_mm
 from expertlane.schedule.plan import Batch
 
 CUDA = torch.device("cuda")
@@ -211,30 +214,86 @@ def turn(
     _expect(query, (num_tokens, num_heads, dim), dtype)
 
 
+def experts(
+    num_tokens: int,
+    top_k: int,
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    is_gated: bool = True,
+    by_torch: bool = False,
+) -> None:
+    """Pairs by expert, grouped products, and the sum; `sizes` are experts, hidden and inner."""
+    num, hidden, inner = sizes
+
+    def linear(n: int, k: int) -> Linear:
+        return Linear(torch.empty(n, k, dtype=dtype, device=CUDA))
+
+    held = [
+        Expert(
+            gate=linear(inner, hidden) if is_gated else None,
+            up=linear(inner, hidden),
+            down=linear(hidden, inner),
+        )
+        for _ in range(num)
+    ]
+    activation = Activation("silu" if is_gated else "gelu")
+    of_layer = CudaExperts(held, activation, grouped_mm if by_torch else None)
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=CUDA)
+    pairs = group_pairs(ids, 0, 1, num, ids.numel())
+    _expect(pairs.counts, (num,), torch.int64)
+    _expect(pairs.numbers, (num_tokens, top_k), torch.int64)
+    x = torch.empty(num_tokens, hidden, dtype=dtype, device=CUDA)
+    results = of_layer(x, pairs)
+    _expect(results, (num_tokens * top_k, hidden), dtype)
+    weights = torch.empty(num_tokens, top_k, device=CUDA)
+    _expect(gather_sum(results, pairs.numbers, weights, None), (num_tokens, hidden), dtype)
+
+
 FLOAT32 = torch.float32
 # By name, with sizes of: the paper's model (heads of 512), Qwen3 (normed heads), DeepSeek-V3
 # (latents), GPT-OSS (sinks and windows).
 CASES: dict[str, Callable[[], None]] = {
     "rows of 7168": lambda: rows(64, 7168, 2048),
+    "experts, decode": lambda: experts(64, 8, (32, 7168, 2048)),
+    "experts, prompt": lambda: experts(8192, 8, (32, 7168, 2048)),
+    "experts, paper": lambda: experts(128, 1, (1, 8192, 32768), is_gated=False),
+    "experts, some tokens": lambda: experts(256, 8, (32, 4096, 1536)),
+    "experts by torch": lambda: experts(64, 8, (32, 7168, 2048), by_torch=True),
+    "experts in float32": lambda: experts(64, 8, (32, 7168, 2048), FLOAT32),
     "rotation, Qwen3": lambda: turn(64, (32, 4), 128, 128, has_norms=True),
     "rotation, DeepSeek": lambda: turn(64, (128, 1), 192, 64, interleave=True),
-    "decode, paper": lambda: attend(batch_of(64, 2000, 1), (8, 8), (512, 512)),
+    "decode, paper": lambda: attend(batch_of(64, 2000, 1), (16, 16), (512, 512)),
     "decode, Qwen3": lambda: attend(batch_of(64, 8000, 1), (32, 4), (128, 128)),
     "decode, GPT-OSS": lambda: attend(
         batch_of(64, 8000, 1), (64, 8), (64, 64), window=128, has_sinks=True
     ),
     "decode, DeepSeek": lambda: attend(batch_of(64, 8000, 1), (128, 1), (576, 512), in_keys=True),
     "one long sequence": lambda: attend(batch_of(1, 8000, 1), (64, 8), (64, 64), has_sinks=True),
-    "prompt, paper": lambda: attend(batch_of(4, 0, 2000), (8, 8), (512, 512)),
+    "prompt, paper": lambda: attend(batch_of(4, 0, 2000), (16, 16), (512, 512)),
     "prompt, Qwen3": lambda: attend(batch_of(4, 0, 2000), (32, 4), (128, 128)),
     "prompt, DeepSeek": lambda: attend(batch_of(4, 0, 2000), (128, 128), (192, 128)),
     "prompt, heads of 256": lambda: attend(batch_of(4, 0, 2000), (16, 2), (256, 256)),
     "prompt in the latent": lambda: attend(
         batch_of(4, 4000, 16), (128, 1), (576, 512), in_keys=True
     ),
-    "decode in float32, paper": lambda: attend(batch_of(64, 2000, 1), (8, 8), (512, 512), FLOAT32),
+    "decode in float32, paper": lambda: attend(
+        batch_of(64, 2000, 1), (16, 16), (512, 512), FLOAT32
+    ),
     "prompt in float32": lambda: attend(batch_of(4, 0, 2000), (32, 4), (128, 128), FLOAT32),
 }
+
+
+def check_shapes() -> None:
+    """Run all cases, and compile nothing."""
+    launch = JITFunction.run
+    JITFunction.run = lambda *_, **__: None
+    try:
+        with FakeTensorMode():
+            for case in CASES.values():
+                case()
+    finally:
+        JITFunction.run = launch
 
 
 def compile_case(name: str, target: int) -> list[Compiled]:
@@ -253,18 +312,18 @@ def compile_case(name: str, target: int) -> list[Compiled]:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--target", type=int, nargs="+", default=[90, 100], choices=SHARED_BYTES)
-    options.add_argument("--only", default="", help="cases whose names contain this")
+    options.add_argument("--only", nargs="+", default=[""], help="cases whose names contain one")
     options.add_argument("--json", action="store_true")
     given = options.parse_args()
+    check_shapes()
     found = []
     if not given.json:
-        print(
-            f"triton {triton.__version__}, torch {torch.__version__}; bound: {MOST_SPILLED_BYTES} spilled bytes a thread"
-        )
+        print(f"triton {triton.__version__}, torch {torch.__version__}")
+        print(f"bound: {MOST_SPILLED_BYTES} spilled bytes a thread")
         print(f"{'case':26} {'kernel':20} {'sm':>4} warps  regs  spilled  shared")
     for target in given.target:
         for name in CASES:
-            if given.only not in name:
+            if not any(text in name for text in given.only):
                 continue
             for each in compile_case(name, target):
                 found.append(each)

@@ -1,6 +1,7 @@
 """Ranks and reference runs that outlive a test, since both take long to make."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,9 +11,11 @@ if not torch.cuda.is_available():  # before anything imports Triton: its kernels
     os.environ["TRITON_INTERPRET"] = "1"
 
 from distributed.on_ranks import local_ranks
+from engine.imported import Imported
 from expertlane.engine.pool import RankPool
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
+from going_on import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401
 from parity.reference import ReferenceModel, ReferenceRun
 
 _TIMEOUT_S = 60.0
@@ -22,6 +25,13 @@ _TIMEOUT_S = 60.0
 def one_thread() -> None:
     """Of this process: two on matrices this small are fifty times slower where cores are shared."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Also where a shell has started the tests in the background, and had SIGINT ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class PoolKeeper:
@@ -69,6 +79,21 @@ class ReferenceRuns:
             of_weights = self.model(model, seed, rounded)
             self._runs[key] = of_weights.generate(prompts, workload.output_len)
         return self._runs[key]
+
+
+@pytest.fixture(scope="session")
+def imported() -> Iterator[Imported]:
+    """A process that has imported torch, for what is forked instead of started."""
+    process = Imported()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def forked_servers(imported: Imported) -> Iterator[None]:
+    """Fork servers that this process starts are forked: without the 2 s that an import takes."""
+    with imported.serving():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def test_arrivals_have_bounds_of_their_own(run):
 
 
 def test_loads_in_turn_are_one_record_and_the_best_is_told_in_detail(run, tmp_path):
-    swept = ["--batch", "2,8,4", *LOAD[2:], "--num-requests", "64"]
+    swept = ["--batch", "2,8,4", *LOAD[2:], "--num-requests", "24"]
     both, alone = (
         as_json(run, *TP2, *load)["deployments"][0]
         for load in (swept, [*swept[2:], "--batch", "8"])

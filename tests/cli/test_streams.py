@@ -48,10 +48,26 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path / "kept"
 
 
+def long(*values: object) -> object:
+    """A combination of what others cover by themselves."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
 @pytest.mark.parametrize(
-    "arguments", ["--version", "--help", "compare --help", SIMULATE, f"{SIMULATE} --json"]
+    ("arguments", "full"),
+    [
+        ("--version", "full"),
+        ("--help", "full, both"),
+        ("compare --help", "full"),
+        (SIMULATE, "full"),
+        (SIMULATE, "full, both"),
+        (f"{SIMULATE} --json", "full"),
+        long("--version", "full, both"),
+        long("--help", "full"),
+        long("compare --help", "full, both"),
+        long(f"{SIMULATE} --json", "full, both"),
+    ],
 )
-@pytest.mark.parametrize("full", ["full", "full, both"])
 def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path, arguments, full):
     both = " 2> /dev/full" if full == "full, both" else ""
     to = " --out kept" if "simulate" in arguments else ""
@@ -78,10 +94,17 @@ def test_a_pipe_without_a_reader_ends_in_141_without_a_word(tmp_path, kept, as_j
     assert made(kept) == FILES
 
 
+CLOSED = (">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2> /dev/full", ">&- 2> /dev/full")
+
+
 @pytest.mark.parametrize(
-    "streams", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2> /dev/full", ">&- 2> /dev/full"]
+    ("streams", "arguments"),
+    [
+        *((streams, "report kept") for streams in CLOSED),
+        (CLOSED[0], "--help"),
+        *(long(streams, "--help") for streams in CLOSED[1:]),
+    ],
 )
-@pytest.mark.parametrize("arguments", ["--help", "report kept"])
 def test_closed_streams_are_as_dev_null(tmp_path, kept, streams, arguments):
     done = shell(f"EXPERTLANE {arguments} {streams}", tmp_path)
     is_told = "report" in arguments and "2>" not in streams
@@ -100,7 +123,7 @@ def test_a_mistake_that_cannot_be_told_keeps_its_exit_code(tmp_path, streams):
 @pytest.mark.parametrize(
     "environment",
     [
-        {"PYTHONIOENCODING": "ascii"},
+        long({"PYTHONIOENCODING": "ascii"}),
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         {"PYTHONIOENCODING": "latin-1"},
     ],
@@ -155,17 +178,24 @@ main()
 """
 
 
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+LATER = ("expertlane.cli.plan", "numpy", "expertlane.report.terminal")
+
+
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    ("module", "number"),
+    [
+        *(("typer", number) for number in CODES),
+        *zip(LATER, CODES, strict=True),
+        *(long(LATER[i], number) for i in range(3) for j, number in enumerate(CODES) if i != j),
+    ],
 )
-@pytest.mark.parametrize(
-    "module", ["typer", "expertlane.cli.plan", "numpy", "expertlane.report.terminal"]
-)
-def test_a_signal_during_imports(tmp_path, module, number, code):
+def test_a_signal_during_imports(tmp_path, module, number):
     program = SIGNAL_AT_IMPORT.format(module=module, number=int(number), arguments=SIMULATE)
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
+    code = CODES[number]
     assert (done.returncode, done.stdout) == (code, "")
     lines = [each for each in done.stderr.splitlines() if not each.startswith("simulating")]
     said = "interrupted" if code == 130 else f"ended by {number.name}"

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from distributed.on_ranks import WAYS, Exchange, ExchangeAmong, Lose
+from engine.processes import wait_until
 from expertlane.errors import RanksLostError
 
 
@@ -41,3 +42,32 @@ def replace(pool, lost):
         else:
             return lost
     raise AssertionError("ranks are lost for ever")
+
+
+def lose_for_good(pool, ways):
+    """Lose ranks, and go on without them."""
+    lost = lose(pool, ways).ranks
+    while not pool.absent >= ways.keys():
+        try:
+            pool.begin_epoch(lost, replaces=False)
+            check_among(pool, 0)  # others may be found to be lost only now
+        except RanksLostError as error:
+            lost = error.ranks
+
+
+def start(pool, ranks):
+    """Start ranks ahead, and serve until they are up."""
+    pool.start(ranks)
+    assert pool.starting >= {*ranks}
+    wait_for(pool, lambda: pool.ahead >= {*ranks})
+    assert not pool.starting & {*ranks}
+
+
+def wait_for(pool, condition):
+    """Serve, as far as there is something to do, until it is true."""
+
+    def looks():
+        pool.check()
+        return condition()
+
+    assert wait_until(looks, seconds=30)

@@ -20,6 +20,8 @@ from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
 from parity.contract import check_contract
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
+
 TINY = PRESETS["paper-tiny"]
 WORKLOAD = Workload(num_sequences=9, prompt_len=5, output_len=3, seed=7)
 LONG_MODEL = TINY.with_overrides(max_position_embeddings=5000)

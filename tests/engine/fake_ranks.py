@@ -3,6 +3,7 @@
 from engine.token_stage import TokenStage
 from expertlane.engine.commands import Deploy, HeldBytes, Redeploy, RunStep
 from expertlane.errors import RanksLostError
+from expertlane.spec.members import Members
 
 
 class _CutOffError(Exception):
@@ -31,13 +32,15 @@ class FakePool:
         most_losses: in a row without a committed step.
 
     Attributes:
+        members: of the layout that ranks were asked to take last.
+        absent, ahead: as of a `RankPool`.
         stages: by rank; None where a process has just started.
         placement_of_step: by replica and step, the placements that it ran with last.
         num_losses, num_replaced: events, and ranks.
         is_patient: whether one more loss would not be one too many.
     """
 
-    is_closed = False
+    is_closed = has_shrunk = False
     is_patient = staticmethod(lambda: True)
 
     def __init__(self, layout, limits, rng, loss_rate, *, most_losses=2):
@@ -45,7 +48,8 @@ class FakePool:
         self.stages = [None] * self.num_ranks
         self.placement_of_step = {}
         self.num_losses = self.num_replaced = self.epoch = 0
-        self._layout, self._limits, self._rng = layout, limits, rng
+        self.members, self.absent, self.ahead = Members(layout), frozenset(), frozenset()
+        self._limits, self._rng = limits, rng
         self._loss_rate, self._most_losses = loss_rate, most_losses
         self._lost, self._broken = set(), set()  # ranks, and replicas that can do nothing
         self._stuck = set()  # ranks that wait for others until the epoch ends
@@ -62,8 +66,16 @@ class FakePool:
     def call(self, command):
         return self.collect(self.submit(command))
 
+    @property
+    def present(self):
+        return frozenset(range(self.num_ranks)) - self.absent
+
+    def start(self):
+        """All that are absent are ahead."""
+        self.ahead = self.absent
+
     def submit(self, command, *, ranks=None):
-        return self.submit_each([(command, range(self.num_ranks) if ranks is None else ranks)])
+        return self.submit_each([(command, self.present if ranks is None else ranks)])
 
     def submit_each(self, commands):
         self._notice(0.3)
@@ -88,23 +100,32 @@ class FakePool:
 
     # What `recovery.EpochPool` has, beside that.
 
-    def begin_epoch(self, lost, on_fenced, num_ranks):
-        assert self._lost <= set(lost), "a rank is lost and not fenced"
+    def begin_epoch(self, lost, on_fenced, num_ranks, *, replaces=True, joining=None):
         self.epoch += 1
+        if not lost and self._lost:  # nobody has noticed it before
+            self._notice(1.0)
+        assert self._lost <= set(lost), "a rank is lost and not fenced"
         self.num_replaced += len(lost)
         for rank in lost:
             self.stages[rank], self._is_ready[rank] = None, False
+        if not replaces:
+            self.has_shrunk = True
+            self.absent |= frozenset(lost)
+        else:
+            self.absent -= frozenset(lost)
+        if joining is None:
+            self.absent, self.ahead = self.absent - self.ahead, frozenset()
         self._lost.clear()
         self._broken.clear()
         self._stuck.clear()
         self._lose_some()
         on_fenced()
         self._lose_some()
-        self._is_ready = [True] * self.num_ranks
+        self._is_ready = [rank not in self.absent for rank in range(self.num_ranks)]
 
     def _lose_some(self):
         if self._may_lose():
-            self._lose([int(self._rng.integers(self.num_ranks))])
+            self._lose([int(self._rng.choice(sorted(self.present)))])
             self._notice(1.0)
 
     # What happens on ranks.
@@ -117,7 +138,12 @@ class FakePool:
         self.num_losses += 1
         self._num_in_a_row += 1
         self._lost.update(ranks)
-        self._broken.update(self._layout.coordinates(rank).replica for rank in ranks)
+        self._broken.update(map(self._replica_of, ranks))
+
+    def _replica_of(self, rank):
+        """-1 of a rank that has no place."""
+        place = self.members.rank_of(rank)
+        return -1 if place is None else self.members.layout.coordinates(place).replica
 
     def _notice(self, rate):
         if self._broken and self._rng.random() < rate:
@@ -125,17 +151,20 @@ class FakePool:
 
     def _run(self, rank, command, ticket):
         """Run a command on a rank; perhaps not, or not to its end, or without an answer."""
-        at = self._layout.coordinates(rank)
+        assert rank in self.present, "it has no process"
+        if isinstance(command, Redeploy):
+            self.members = command.spec.members
+        replica = self._replica_of(rank)
         if self._may_lose() and rank not in self._lost | self._stuck:
-            others = self._rng.integers(0, self.num_ranks, self._rng.integers(0, 2)).tolist()
+            others = self._rng.choice(sorted(self.present), self._rng.integers(0, 2)).tolist()
             none_is_found = isinstance(command, RunStep) and self._rng.random() < 0.2
             self._lose([] if none_is_found else [rank, *others])
-            self._broken.add(at.replica)
+            self._broken.add(replica)
             self._run_cut_off(rank, command)
             return
         if rank in self._lost or rank in self._stuck:
             return
-        if self._broken and (isinstance(command, Redeploy) or at.replica in self._broken):
+        if self._broken and (isinstance(command, Redeploy) or replica in self._broken):
             self._run_cut_off(rank, command)
             return
         ticket.results[rank] = self._answer(rank, command)
@@ -166,24 +195,36 @@ class FakePool:
             return HeldBytes(0, 0)
         if isinstance(command, Redeploy):
             self._epochs[rank] = self.epoch
-            if self.stages[rank] is None:
-                self._build(rank, placements=command.spec.placements)
-            else:
-                self.stages[rank].rejoin(command.discard)
-                assert self.stages[rank].migration.now == command.spec.placements
-            return None
+            self._redeploy(rank, command)
+            return HeldBytes(0, 0)
         assert isinstance(command, RunStep)
         assert self._epochs[rank] == self.epoch, "it has not joined this epoch"
         stage, step = self.stages[rank], command.step
         outcome = stage.run(step, command.placements)
-        self.placement_of_step.setdefault((step.replica, step.step), {})[rank] = stage.migration.now
+        key = self.epoch, step.replica, step.step
+        self.placement_of_step.setdefault(key, {})[rank] = stage.migration.now
         return outcome
+
+    def _redeploy(self, rank, command):
+        before, members = self.stages[rank], command.spec.members
+        if before is not None and before.spec.members == members:
+            before.rejoin(command.discard)
+            if before.migration.now == command.spec.placements:
+                return
+            assert self.has_shrunk
+        left = before and before.leave(members, command.discard)
+        self.stages[rank] = None
+        if members.rank_of(rank) is not None:
+            self._build(rank, placements=command.spec.placements)
+            if left is not None:
+                self.stages[rank].take(left)
 
     def _build(self, rank, placements):
         self.stages[rank] = TokenStage(
-            self._layout,
+            self.members.layout,
             self._limits,
-            rank=rank,
+            rank=self.members.numbers.index(rank),
             placements=placements,
             before_output=self._before_output,
+            members=self.members,
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import psutil
 
 from expertlane.comm.progress import NO_LAYER, Position, ProgressBoard
+from expertlane.engine.local_ranks import LocalRanks
 
 _PATIENCE_S = 60.0
 _LOOK_S = 0.05  # between looks at all processes, which take milliseconds
@@ -43,18 +44,19 @@ class RunningRanks:
 
         assert wait_until(servers, pause_s=_LOOK_S), "no fork server came"
         self.server = max(servers(), key=psutil.Process.create_time)
-
-        # Forked one after the other.
-        def all_came() -> bool:
-            return len(self.server.children()) == num_ranks
-
-        assert wait_until(all_came, pause_s=_LOOK_S), "not all ranks came"
-        self.pids = sorted(child.pid for child in self.server.children())
+        self.pids = self._pids(num_ranks)
         settings = json.loads(self.server.cmdline()[-1])
         board_fd = settings["first_rank"]["board_fd"]
         board = os.open(f"/proc/{self.server.pid}/fd/{board_fd}", os.O_RDWR)
         self.board = ProgressBoard(num_ranks, board)
         os.close(board)
+
+    def _pids(self, num_ranks: int) -> list[int]:
+        def all_came() -> bool:
+            return len(self.server.children()) == num_ranks
+
+        assert wait_until(all_came, pause_s=_LOOK_S), "not all ranks came"
+        return sorted(child.pid for child in self.server.children())  # forked one after the other
 
     def stop_in_a_layer(self, rank: int, first_step: int = 3) -> Position:
         """SIGSTOP a rank, and where: in some layer of a step not before `first_step`."""
@@ -84,6 +86,15 @@ class RunningRanks:
     def are_gone(self, seconds: float) -> bool:
         """Whether no process is left, or will be in time."""
         return session_is_gone(self.server.pid, seconds)
+
+
+class OwnRanks(RunningRanks):
+    """Those that this process has started."""
+
+    def __init__(self, ranks: LocalRanks) -> None:
+        self.server = psutil.Process(ranks._server.pid)
+        self.pids = self._pids(ranks.ranks_per_node)
+        self.board = ranks.board
 
 
 def session_is_gone(server_pid: int, seconds: float) -> bool:

@@ -8,11 +8,19 @@ import pytest
 
 from distributed import on_ranks
 from distributed.on_ranks import WAYS, Ahead, Describe, Echo, Exchange
-from distributed.recovering import check_among, check_exchange, lose, replace
-from engine.processes import wait_until
+from distributed.recovering import (
+    check_among,
+    check_exchange,
+    lose,
+    lose_for_good,
+    replace,
+    start,
+    wait_for,
+)
 from engine.test_recovering_pool import NUM_RANKS, leaves_nothing, start_pool
 from expertlane.errors import RankError, RanksLostError
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
 TIMEOUT_S = 4.0
 TRANSPORTS = {
     "shared_memory": {},
@@ -22,7 +30,7 @@ TRANSPORTS = {
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
-def pool(request):
+def pool(request, forked_servers):
     """A pool with nobody absent, which logs lines."""
     with pytest.MonkeyPatch.context() as patch, leaves_nothing():
         for name, value in TRANSPORTS[request.param].items():
@@ -43,33 +51,6 @@ def all_are_there(request):
         pool.lines.clear()
 
 
-def lose_for_good(pool, ways):
-    """Lose ranks, and go on without them."""
-    lost = lose(pool, ways).ranks
-    while True:
-        try:
-            pool.begin_epoch(lost, replaces=False)
-            return
-        except RanksLostError as error:
-            lost = error.ranks
-
-
-def start(pool, ranks):
-    """Start ranks ahead, and serve until they are up."""
-    pool.start(ranks)
-    assert pool.starting == {*ranks}
-    wait_for(pool, lambda: pool.ahead >= {*ranks})
-    assert not pool.starting
-
-
-def wait_for(pool, condition):
-    def looks():
-        pool.check()
-        return condition()
-
-    assert wait_until(looks, seconds=30)
-
-
 @pytest.mark.parametrize("way", ["kill", "raise", "exit", "stop", "compute"])
 def test_lost_before_it_is_up(monkeypatch, tmp_path, way):
     monkeypatch.setenv(on_ranks.LOST_AT_START, str(tmp_path))
@@ -82,6 +63,14 @@ def test_lost_before_it_is_up(monkeypatch, tmp_path, way):
         (line,) = lines
         assert line.startswith("rank 2 ")
         assert line.endswith("; it was not in use yet")
+        (tmp_path / on_ranks.NO_ROOM).touch()
+        pool.start([2, 3])
+        wait_for(pool, lambda: not pool.starting)
+        assert {line.split(" (")[0] for line in lines[1:]} == {
+            "rank 2 could not be started",
+            "rank 3 could not be started",
+        }
+        (tmp_path / on_ranks.NO_ROOM).unlink()
         start(pool, [2])
         (tmp_path / "3").write_text("compute")
         pool.start([3])

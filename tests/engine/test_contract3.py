@@ -11,12 +11,15 @@ import pytest
 from distributed import on_ranks
 from distributed.on_ranks import Echo, Fail, FailWhileOthersWait, Refuse, Stay
 from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
-from engine.processes import RunningRanks
+from engine.processes import OwnRanks
 from expertlane.engine import rank_environment
+from expertlane.engine.inbox import Inbox
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_environment import MAX_RANKS_PER_CORE, check_num_ranks
 from expertlane.errors import CapacityError, RankError, UserError
+
+pytestmark = pytest.mark.usefixtures("forked_servers")
 
 LAYOUTS = ["dp=2,ep=2", "pp=2", pytest.param("tp=2", marks=pytest.mark.full)]
 TIMEOUT_S = 2.0
@@ -30,7 +33,7 @@ def start():
     def make(num_ranks, timeout_s=TIMEOUT_S):
         pool = RankPool(on_ranks.local_ranks(num_ranks, timeout_s), timeout_s)
         pools.append(pool)
-        return pool, RunningRanks(os.getpid(), num_ranks)
+        return pool, OwnRanks(pool._ranks)
 
     yield make
     for pool in pools:
@@ -178,7 +181,7 @@ def test_a_user_s_mistake_found_by_a_rank(start):
 def test_a_mistake_at_the_start_leaves_nothing(monkeypatch):
     started = []
     monkeypatch.setattr(
-        RankPool, "_receive_available", observe(RankPool._receive_available, started), raising=True
+        Inbox, "_receive_available", observe(Inbox._receive_available, started), raising=True
     )
     with pytest.raises(UserError, match=r"^dtype float16 needs a GPU"):
         RankPool(LocalRanks(1, TIMEOUT_S, "float16"), TIMEOUT_S)
@@ -191,7 +194,7 @@ def observe(take_news, started):
 
     def observed(self, timeout_s):
         if not started:
-            started.append(RunningRanks(os.getpid(), 1))
+            started.append(OwnRanks(self._ranks))
         return take_news(self, timeout_s)
 
     return observed

@@ -19,6 +19,8 @@ from expertlane.spec.names import Phase, Stage
 from expertlane.spec.workload import Workload
 from records import rank_record
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
+
 SKEWED = replace(PRESETS["paper-tiny"], routing=Routing(router_bias=True, router_skew=1.5))
 
 

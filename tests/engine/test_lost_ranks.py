@@ -22,6 +22,7 @@ from expertlane.schedule.request import FinishReason, Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
 from expertlane.spec.model import PRESETS
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
@@ -66,6 +67,38 @@ class NumberedRebalancer:
                 self.placements[plan.replica] = self._before.pop((plan.replica, plan.step))
             self._begun[plan] = None
 
+    def reshape(self, members, placements, ranks_per_node):
+        self.placements = list(placements)
+        self._before.clear()
+
+
+class DrawnShrinker:
+    """Takes every smaller layout; what was lost is there again at some time."""
+
+    def __init__(self, pool, runner, rng):
+        self._pool, self._runner, self._rng = pool, runner, rng
+        self._whole, self._placements = runner.members, None
+
+    def smaller(self, members, lost):
+        return members.without(lost)
+
+    def take(self, members, plans):
+        runner = self._runner
+        runner.abandon(plans)
+        before = runner.placements
+        if members == self._whole:
+            placements, self._placements = self._placements, None
+        else:
+            self._placements = self._placements or before
+            kept = members.kept_caches(runner.members)
+            placements = [before[kept[r, 0][0]] for r in range(members.layout.replicas)]
+        runner.reshape(members, placements)
+
+    def is_ready(self, members):
+        if self._rng.random() < 0.1:
+            self._pool.start()
+        return self._pool.ahead == self._pool.absent
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -76,7 +109,7 @@ class Scenario:
     cancel_rate: float
     seed: int
 
-    def play(self, loss_rate, cancel_rate=None, most_losses=2):
+    def play(self, loss_rate, cancel_rate=None, most_losses=2, *, shrinks=False):
         """What came of each request: its output, and whether it was cancelled; and the pool."""
         rng = np.random.default_rng(self.seed)
         self_rng = np.random.default_rng(self.seed + 1)
@@ -90,12 +123,14 @@ class Scenario:
         )
         recovery = Recovery(pool, self.layout, runner.redeploy)
         recovery.settle()
+        if shrinks:
+            recovery.shrinker = DrawnShrinker(pool, runner, self_rng)
         if most_losses <= 2:  # two may be noticed at once
             pool.is_patient = lambda: recovery._repeated.most <= 2
         committed = set()
 
         def on_commit(finished):
-            committed.add((finished.plan.replica, finished.plan.step))
+            committed.add((pool.epoch, finished.plan.replica, finished.plan.step))
             pool.committed()
 
         engine = Engine(
@@ -125,10 +160,11 @@ class Scenario:
             num_steps += 1
             assert num_steps < 20_000, "it never ends"
         check_empty(scheduler)
-        assert recovery.state is State.SERVING
-        assert recovery.num_recoveries == len(recovery.records)
+        assert recovery.state in (State.SERVING, State.SHRUNK)
+        assert recovery.num_recoveries + recovery.num_growths == len(recovery.records)
         self._check_chunks(outputs, chunks)
         self._check_ranks(pool, scheduler, committed)
+        pool.num_growths = recovery.num_growths
         return outputs, pool, scheduler
 
     def _draw(self, rng, number):
@@ -151,16 +187,17 @@ class Scenario:
 
     def _check_ranks(self, pool, scheduler, committed):
         """All ranks of a replica ran each step with the same experts, and know no old request."""
-        for replica in range(self.layout.replicas):
-            ranks = self.layout.ranks_of_replica(replica)
+        members = Members(self.layout)
+        for replica in range(pool.members.layout.replicas):
             before = 0
-            for step in sorted(step for of_replica, step in committed if of_replica == replica):
-                placements = pool.placement_of_step[replica, step]
-                assert sorted(placements) == list(ranks)
+            for epoch, step in sorted((e, step) for e, r, step in committed if r == replica):
+                placements = pool.placement_of_step[epoch, replica, step]
                 (placement,) = set(placements.values())
-                assert before <= placement <= step
+                if not pool.has_shrunk:
+                    assert sorted(placements) == sorted(members.of_replica(replica))
+                    assert before <= placement <= step
                 before = placement
-            for rank in ranks:
+            for rank in pool.members.of_replica(replica):
                 known = pool.stages[rank]._sampler._admitted
                 assert set(known) <= set(scheduler._released[replica])
 
@@ -178,10 +215,10 @@ def facts(output):
     )
 
 
-def check(scenario, loss_rate, most_losses=2):
+def check(scenario, loss_rate, most_losses=2, **how):
     """Play with losses and without; gives how many ranks were replaced."""
     expected, _, _ = scenario.play(0.0, cancel_rate=0.0)
-    found, pool, scheduler = scenario.play(loss_rate, most_losses=most_losses)
+    found, pool, scheduler = scenario.play(loss_rate, most_losses=most_losses, **how)
     assert list(found) == list(expected)
     for name, output in found.items():
         undisturbed = expected[name]
@@ -215,6 +252,12 @@ scenarios = st.builds(
 @given(scenarios, st.sampled_from([0.02, 0.1]))
 def test_every_request_gets_its_tokens_whatever_ranks_are_lost(scenario, loss_rate):
     check(scenario, loss_rate)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(scenarios, st.sampled_from([0.02, 0.1]))
+def test_every_request_gets_its_tokens_in_smaller_layouts(scenario, loss_rate):
+    check(scenario, loss_rate, shrinks=True)
 
 
 @pytest.mark.full

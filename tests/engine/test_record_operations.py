@@ -16,6 +16,8 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 from expertlane.spec.workload import Workload
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
+
 WORKLOAD = Workload(num_sequences=6, prompt_len=5, output_len=4)
 RANKS_PER_NODE = 2
 SEND = list(TransferKind).index(TransferKind.SEND)

@@ -10,13 +10,16 @@ import pytest
 
 from engine.processes import wait_until
 from engine.recovering import facts, harmed, move_experts, pids, record_of
-from expertlane import LLM
+from expertlane import LLM, SamplingParams
 from expertlane.balance.moves import WHOLE
 from expertlane.engine.commands import Deploy, FinishMoves, Redeploy, RunStep, StartMoves
 from expertlane.engine.move_pace import MovePace
+from expertlane.engine.pool import RankPool
 from expertlane.engine.recovery_record import State
 from expertlane.errors import RankError, UserError
 from expertlane.spec.deployment import Options
+
+pytestmark = pytest.mark.usefixtures("forked_servers")
 
 SETTINGS = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "max_num_seqs": 4}
 
@@ -138,6 +141,44 @@ def test_nobody_reads_what_it_says(monkeypatch):
         assert record_of(llm).ranks == [1]
 
 
+def test_a_request_that_ends_ranks_ends_all_at_last(monkeypatch):
+    """Others get tokens after each recovery, so that steps are committed; it gets none."""
+    submit_each = RankPool.submit_each
+    victims = []
+
+    def submit_and_kill(pool, commands):
+        ticket = submit_each(pool, commands)
+        for command, ranks in commands:
+            if isinstance(command, RunStep) and is_struck(command.step):
+                victims.append(pool.pid(ranks[0]))
+                os.kill(victims[-1], signal.SIGKILL)
+                break
+        return ticket
+
+    def is_struck(step):
+        batches = [micro_batch.own for micro_batch in step.micro_batches]
+        return any((batch.token_ids == 250).any() for batch in batches)
+
+    monkeypatch.setattr(RankPool, "submit_each", submit_and_kill)
+    calm = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    line = "3 recoveries in a row brought a request no further, so all ranks were ended"
+    with model("replicas=2") as llm:
+        engine = llm.engine
+        outputs = [engine.add(str(n), [n, 1, 2], calm) for n in range(4)]
+        for _ in range(6):
+            engine.step()
+        engine.add("deadly", [5, 250], calm)
+
+        def run():
+            while engine.has_unfinished:
+                engine.step()
+
+        with pytest.raises(RankError, match=line):
+            run()
+        assert len(victims) == 4
+        assert max(len(output.token_ids) for output in outputs) > 6
+
+
 def test_a_rank_that_hangs_is_replaced():
     with model("dp=2,ep=2", timeout_s=4.0) as llm:
         expected = facts(llm)
@@ -193,5 +234,5 @@ def test_a_rank_is_lost_at_the_start_and_all_stop_where_that_is_asked_for():
 
 
 def test_what_it_does_not_do_is_refused():
-    with pytest.raises(UserError, match="on_failure is 'shrink'; valid: replace, stop"):
-        LLM("paper-tiny", on_failure="shrink")
+    with pytest.raises(UserError, match="on_failure is 'grow'; valid: replace, shrink, stop"):
+        LLM("paper-tiny", on_failure="grow")

@@ -16,6 +16,8 @@ from expertlane.engine.recovery_record import State
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
+
 SETTINGS = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "max_num_seqs": 4}
 
 
@@ -209,7 +211,7 @@ def test_a_rank_is_lost_while_it_starts(harmed_rank, monkeypatch):
                 killed.append(pool.pid(harmed_rank))
                 os.kill(killed[0], 9)
             else:
-                take = pool._take_answer
+                take = pool._inbox._take_answer
 
                 def take_and_kill(rank, message):
                     take(rank, message)
@@ -217,7 +219,7 @@ def test_a_rank_is_lost_while_it_starts(harmed_rank, monkeypatch):
                         killed.append(pool.pid(rank))
                         os.kill(killed[0], 9)
 
-                pool._take_answer = take_and_kill
+                pool._inbox._take_answer = take_and_kill
         begin_epoch(pool, *given)
 
     with model("dp=3,ep=3") as llm:

@@ -23,6 +23,8 @@ from expertlane.spec.model import PRESETS
 from expertlane.spec.names import CheckPoint
 from expertlane.spec.sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
+
 TINY = PRESETS["paper-tiny"]
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=0.8, frequency_penalty=0.3)

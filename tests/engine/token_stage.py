@@ -10,6 +10,7 @@ from expertlane.engine.deployed_stage import DeployedStage
 from expertlane.model.sampler import Sampler
 from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.transformer import HeadResult
+from expertlane.spec.members import Members
 from expertlane.spec.sampling import SamplingParams
 from schedule.paged import UNWRITTEN, sequences
 
@@ -40,9 +41,11 @@ class TokenStage(DeployedStage):
         rank=0,
         placements=0,
         before_output=lambda: None,
+        members=None,
     ):
         self.at = layout.coordinates(rank)
-        self.spec = SimpleNamespace(layout=layout)
+        self.spec = SimpleNamespace(layout=layout, members=members or Members(layout))
+        self.stage = SimpleNamespace(leave_cache=lambda: self._cache, held_weights=lambda: None)
         self._recorder = SimpleNamespace(
             begin_step=lambda *args, **kwargs: None,
             set_micro_batch=lambda number: None,
@@ -60,6 +63,12 @@ class TokenStage(DeployedStage):
         self._committed, self._uncommitted = {}, deque()
         self._cache = np.full((limits.num_blocks, limits.block_size), UNWRITTEN)
         self._can_fail, self._before_output = can_fail, before_output
+
+    def take(self, left):
+        """Go on with what a stage before it on this rank has left."""
+        if left.caches is not None:
+            self._cache = left.caches
+            self._sampler, self._committed = left.sampler, left.tokens
 
     def _begin_input(self, micro_batch, chosen):
         return [self._with_chosen(micro_batch.own, chosen)], None

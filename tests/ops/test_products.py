@@ -79,7 +79,7 @@ def test_a_cpu_groups_neither_few_pairs_nor_many(monkeypatch):
 
     held = make_experts(32)
     grouped, looped = GroupedExperts(held, PLAIN), LoopedExperts(held, PLAIN)
-    monkeypatch.setattr(module, "_grouped_mm", group)
+    monkeypatch.setattr(module, "grouped_mm", group)
     for counts in ([0] * 30 + [3, 1], [200] * 32):
         given = pairs_of(counts)
         assert torch.equal(grouped(*given), looped(*given))
@@ -107,7 +107,7 @@ def test_experts_keep_their_weights_as_parts_of_all():
 @pytest.mark.parametrize("inner", [INNER, 3])
 def test_what_cannot_be_grouped_is_looped(monkeypatch, inner):
     if inner == INNER:  # a torch without it
-        monkeypatch.setattr(module, "_grouped_mm", None)
+        monkeypatch.setattr(module, "grouped_mm", None)
     module._groups_products.cache_clear()
     held = make_experts(2, inner=inner)
     assert type(TorchBackend().experts(held, PLAIN)) is LoopedExperts
@@ -118,7 +118,7 @@ def test_a_torch_that_refuses_is_not_asked(monkeypatch):
     def refuse(*_: object, **__: object) -> torch.Tensor:
         raise RuntimeError("grouped gemm is only supported on CUDA")
 
-    monkeypatch.setattr(module, "_grouped_mm", refuse)
+    monkeypatch.setattr(module, "grouped_mm", refuse)
     module._groups_products.cache_clear()
     assert not GroupedExperts.suits(make_experts(2))
     module._groups_products.cache_clear()

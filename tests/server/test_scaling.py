@@ -18,6 +18,8 @@ from server.test_live import feed
 from server.test_metrics import scrape
 from server.test_recovery import complete
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
+
 KEY = {"Authorization": "Bearer secret"}
 
 

@@ -132,12 +132,7 @@ def generate(
     _check_stops(sampling, found)
     structured = _structured(own, found)
     params = sampling_params(found.folder, vars(sampling) | {"structured": structured})
-    trace = None
-    if own.record_routing:
-        call = Call(command_line(), own.out, always_writes=True)
-        folder = call.folder(slug("generate", found.config.name))
-        assert folder is not None, "it always writes"
-        trace = folder / "routing.npz"
+    trace = _trace_path(own.out, found) if own.record_routing else None
     if own.chat:
         conversation = Chat(found, params, own.system)
         with _load(found, layout, engine, trace) as llm:
@@ -154,6 +149,14 @@ def generate(
     if errors and not own.chat:  # a chat told of each when it came
         more = f"; and {len(errors) - 1} more of {len(outputs)} prompts" if len(errors) > 1 else ""
         raise ModelError(f"{errors[0]}{more}")
+
+
+def _trace_path(out: Path | None, found: FoundModel) -> Path:
+    folder = Call(command_line(), out, always_writes=True).folder(
+        slug("generate", found.config.name)
+    )
+    assert folder is not None, "it always writes"
+    return folder / "routing.npz"
 
 
 def _check_options(own: _Options, sampling: SamplingOptions, prompts: list[str] | None) -> None:

@@ -47,7 +47,8 @@ def on_failure_option(default: OnFailure) -> Any:
     return typer.Option(
         default,
         rich_help_panel=Panel.RANKS,
-        help="When a rank dies or hangs: replace it and lose no request, or stop all ranks.",
+        help="When a rank dies or hangs: replace it and lose no request; shrink the layout until "
+        "it is replaced; or stop all ranks.",
     )
 
 

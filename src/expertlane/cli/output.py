@@ -35,7 +35,6 @@ TERMINAL_WIDTH = 120  # columns at most; a narrower terminal keeps its own width
 LEAST_WIDTH, MOST_WIDTH = 40, 1_000  # whatever COLUMNS says
 PIPED_WIDTH = 80
 TABLE = "results.csv"  # or with the suffix of another format
-FILES = "results.json, report.md and report.html"
 _TRAILING = re.compile(r" +(?=(?:\x1b\[[0-9;]*m)*$)", re.MULTILINE)
 
 

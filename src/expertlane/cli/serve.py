@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from expertlane.server.journal.file import JournalFile
     from expertlane.server.logs import RequestLog
     from expertlane.server.run import Running
-    from expertlane.server.setup import ServedModel
+    from expertlane.server.setup import ServedModel, ServerOptions
     from expertlane.server.tracing import Tracing
 
 LogFormat = Literal["off", "text", "json"]
@@ -146,6 +146,42 @@ class _Options:
             check_key(key, where)
         return tuple(keys.values())
 
+    def check(self) -> None:
+        """Refuse what needs no model to be refused.
+
+        Raises:
+            UserError: there is no such parser, or prompts are to be logged without a log.
+        """
+        from expertlane.server.marks import Marks
+
+        Marks.of_template("", calls=self.tool_call_parser, thoughts=self.reasoning_parser)
+        if self.log_prompts and self.log_format == "off":
+            raise UserError("--log-prompts needs --log-format text or json")
+
+    def for_server(
+        self,
+        keys: tuple[str, ...],
+        journal: "JournalFile | None",
+        log: "RequestLog | None",
+        tracing: "Tracing | None",
+    ) -> "ServerOptions":
+        """The same as the server takes it."""
+        from expertlane.server.setup import ServerOptions
+
+        return ServerOptions(
+            api_keys=keys,
+            max_num_queued=self.max_num_queued,
+            request_timeout_s=self.request_timeout_s,
+            drain_s=self.drain_s,
+            observers=tuple(each for each in (log, tracing) if each is not None),
+            on_event=None if log is None else log.event,
+            max_stored_responses=self.max_stored_responses,
+            tool_call_parser=self.tool_call_parser,
+            reasoning_parser=self.reasoning_parser,
+            journal=journal,
+            reconnect_s=self.reconnect_s,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class _EngineOptions(EngineOptions):
@@ -175,17 +211,14 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
           -d '{"prompt": "Once upon a time", "max_tokens": 20}'
     """
     _check_libraries()
-    from expertlane.server.marks import Marks
     from expertlane.server.run import bind, serve
-    from expertlane.server.setup import ServedModel, ServerOptions
+    from expertlane.server.setup import ServedModel
 
-    Marks.of_template("", calls=own.tool_call_parser, thoughts=own.reasoning_parser)  # are known
+    own.check()
     keys = own.api_keys()
     found = find_model(model)
     layout = found.lay_out(own.layout)
     found.check(layout, engine.options, engine.ranks_per_node)
-    if own.log_prompts and own.log_format == "off":
-        raise UserError("--log-prompts needs --log-format text or json")
     # Before the model is loaded, which takes long; of torchrun's processes, the first one listens.
     template, recommended = _of_checkpoint(found)
     bound = bind(own.host, own.port if is_first_process() else 0)
@@ -202,19 +235,7 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
         log = _log(own, name, llm.tokenizer)
         if log is not None:
             stack.callback(log.close)
-        options = ServerOptions(
-            api_keys=keys,
-            max_num_queued=own.max_num_queued,
-            request_timeout_s=own.request_timeout_s,
-            drain_s=own.drain_s,
-            observers=tuple(each for each in (log, tracing) if each is not None),
-            on_event=None if log is None else log.event,
-            max_stored_responses=own.max_stored_responses,
-            tool_call_parser=own.tool_call_parser,
-            reasoning_parser=own.reasoning_parser,
-            journal=journal,
-            reconnect_s=own.reconnect_s,
-        )
+        options = own.for_server(keys, journal, log, tracing)
         served = ServedModel(
             *(name, llm.engine, llm.limits, llm.tokenizer, template, recommended),
             watch=llm.watch(),
@@ -223,15 +244,11 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
 
         def on_start(running: "Running") -> None:
             llm.on_told_to_end(running.tell_to_drain)
-            _start(served, layout, bound, own.as_json)
+            gc.collect()
+            gc.freeze()  # what is there now is no garbage, and is not looked at again
+            _say(served, layout, bound, own.as_json)
 
-        serve(
-            served,
-            options,
-            bound,
-            check_ranks=llm.check_ranks,
-            on_start=on_start,
-        )
+        serve(served, options, bound, check_ranks=llm.check_ranks, on_start=on_start)
 
 
 def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "JournalFile | None":
@@ -319,13 +336,6 @@ def _of_checkpoint(found: FoundModel) -> "tuple[ChatTemplate | None, dict[str, A
     has_template = ChatTemplate.is_in(found.folder)
     template = ChatTemplate.from_folder(found.folder) if has_template else None
     return template, default_sampling(found.folder)
-
-
-def _start(served: "ServedModel", layout: Layout, bound: socket.socket, as_json: bool) -> None:
-    """Say that requests are taken; what is there now is no garbage, and is not looked at again."""
-    gc.collect()
-    gc.freeze()
-    _say(served, layout, bound, as_json)
 
 
 def _say(served: "ServedModel", layout: Layout, bound: socket.socket, as_json: bool) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.results.results import Results
     from expertlane.simulate.setup import ServingSetup
-from expertlane.simulate.simulator import Outcome, Simulator
+    from expertlane.simulate.simulator import Outcome, Simulator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from expertlane.engine.commands import RankOutcome, SumWeights
 from expertlane.engine.losses import Loss
 from expertlane.engine.pool import RankPool
 from expertlane.results.step_checks import first_found, named
+from expertlane.schedule.plan import StepPlan
+from expertlane.spec.members import Members
 
 
 class Checking:
@@ -16,32 +18,41 @@ class Checking:
     nothing tells which is right.
 
     Args:
-        num_ranks: of the layout.
+        members: whom the ranks' own numbers in a layout are.
 
     Raises:
         RankError, RanksLostError: from any method, as of the pool; it names ranks and place.
     """
 
-    def __init__(self, pool: RankPool, num_ranks: int) -> None:
-        self._pool, self._ranks = pool, range(num_ranks)
+    def __init__(self, pool: RankPool, members: Members) -> None:
+        self._pool, self._members = pool, members
         self._sums: dict[str, int] = {}  # of weights as they were loaded
         self.check_weights()
 
-    def reshape(self, num_ranks: int) -> None:
-        """Look at other ranks, which have other parts of the weights; what they loaded is right."""
-        self._ranks, self._sums = range(num_ranks), {}
+    def reshape(self, members: Members) -> None:
+        """Look at the ranks of another layout.
 
-    def check_step(self, step: int, ranks: Sequence[int], outcomes: Sequence[RankOutcome]) -> None:
+        Where these have other slices of the weights, what they loaded is right.
+        """
+        before, after = self._members.layout, members.layout
+        if (after.tp, after.etp) != (before.tp, before.etp):
+            self._sums = {}
+        self._members = members
+
+    def check_step(self, plan: StepPlan, outcomes: Sequence[RankOutcome]) -> None:
         """Hold what the ranks of a replica have found in a step against each other.
 
         Args:
-            ranks: [num_ranks]; global.
-            outcomes: [num_ranks].
+            outcomes: [num_ranks]; of the replica.
         """
         checks = [outcome.checks for outcome in outcomes if outcome.checks is not None]
-        found = first_found(ranks, checks)
+        found = first_found(self._members.layout.ranks_of_replica(plan.replica), checks)
         if found is not None:
-            self._lose(found.line(step), found.ranks)
+            numbers = [self._members.numbers[rank] for rank in found.ranks]
+            line = found.line(plan.step)
+            if numbers != list(found.ranks):
+                line = f"{line} (in layout {self._members.layout}; these are {named(numbers)})"
+            self._lose(line, numbers)
 
     def check_weights(self, ranks: Collection[int] | None = None) -> None:
         """Hold the weights of ranks against each other, and against those that were loaded.
@@ -50,11 +61,12 @@ class Checking:
         hold them, in all replicas.
 
         Args:
-            ranks: global; None for all, as when nothing is known yet.
+            ranks: processes; None for all, as when nothing is known yet.
         """
         if not self._sums:
             ranks = None
-        looked_at = sorted({*self._ranks} if ranks is None else {*self._ranks} & {*ranks})
+        all_ranks = {*self._members.numbers}
+        looked_at = sorted(all_ranks if ranks is None else all_ranks & {*ranks})
         by_rank = self._pool.call(SumWeights(), ranks=looked_at) if looked_at else []
         holders: defaultdict[str, dict[int, int]] = defaultdict(dict)
         for rank, sums in zip(looked_at, by_rank, strict=True):

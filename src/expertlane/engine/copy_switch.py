@@ -64,19 +64,13 @@ class CopySwitch:
 
     Args:
         log: takes the line of each decision.
-        worth: copies are balanced where it is above 0.
 
     Attributes:
         decisions: all so far, in order.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        log: Callable[[str], None],
-        worth: Callable[[CopyDecision], float] = lambda decision: decision.gain_s - decision.cost_s,
-    ) -> None:
-        self._layout, self._log, self._worth = layout, log, worth
+    def __init__(self, layout: Layout, log: Callable[[str], None]) -> None:
+        self._layout, self._log = layout, log
         self._trials: dict[tuple[int, Phase], _Trial] = {}
         # A discarded step is seen again, and goes as it went.
         self._modes: dict[tuple[int, int], _Mode] = {}  # of replica and step, the latest
@@ -104,7 +98,7 @@ class CopySwitch:
             trial = self._trials[key] = _Trial()
         trial.num_begun += 1
         if trial.decision is not None:
-            return _Mode(self._worth(trial.decision) > 0, None)
+            return _Mode(trial.decision.gain_s > trial.decision.cost_s, None)
         return _Mode(trial.num_begun % 2 == 0, trial)
 
     def after_step(self, plan: StepPlan, records: Sequence[RankRecord]) -> None:

@@ -135,10 +135,12 @@ class DeployedStage:
 
     def is_as_at_first(self, spec: StageSpec) -> bool:
         """Whether it is what `spec` builds: experts may have moved since."""
+        return self.spec == spec and self.is_placed(spec.placements)
+
+    def is_placed(self, placements: Placements) -> bool:
+        """Whether experts are so."""
         blocks = self.stage.moe_blocks
-        return self.spec == spec and all(
-            block.placement == spec.placements[layer] for layer, block in blocks.items()
-        )
+        return all(block.placement == placements[layer] for layer, block in blocks.items())
 
     @property
     def held(self) -> HeldBytes:

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 from expertlane.engine.grammars import Constraint, Grammars
 from expertlane.engine.recovery import Recovery
+from expertlane.engine.recovery_record import State
 from expertlane.engine.resumed import resume
 from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from expertlane.errors import RanksLostError, UserError
@@ -235,6 +236,7 @@ class Engine(Generic[HandleT]):
             change: as of `Recovery.scale`.
 
         Raises:
+            UserError: fewer ranks serve than should; nothing has changed.
             RankError: as `step`.
         """
         assert self.recovery is not None, "the layout of such an engine stays"
@@ -242,6 +244,7 @@ class Engine(Generic[HandleT]):
         while not self._loop.is_idle:
             self._ended = self.step(plans=False)
         self.recovery.settle()
+        self.recovery.check_whole()
         self.recovery.scale(layout, change, self._loop)
         if not self.scheduler.has_unfinished:
             self.recovery.settle()
@@ -263,6 +266,7 @@ class Engine(Generic[HandleT]):
         submit = self._loop.submit if plans else _nothing
         if self._masks:
             self._take_masks(0)
+        self.grow()
         self.with_ranks(submit)
         finished = self.with_ranks(self._loop.commit_next)
         chunks, self._ended = self._ended, []
@@ -291,6 +295,18 @@ class Engine(Generic[HandleT]):
                 chunks.append(self._end(live, None, FinishReason.ERROR))
         chunks += self._take(stepped, finished.outcome)
         return chunks + self._end_complete()
+
+    def grow(self) -> None:
+        """Let all ranks serve again where fewer do, if those that were lost are ready.
+
+        Raises:
+            RankError: as `step`.
+        """
+        recovery = self.recovery
+        if recovery is not None and recovery.state is State.SHRUNK:
+            self.guarded(partial(recovery.grow, self._loop))
+            if not self.scheduler.has_unfinished:
+                recovery.settle()
 
     def guarded(self, action: Callable[[], None]) -> None:
         """Do what may find that ranks are lost, once; replace them then, where that is wanted.

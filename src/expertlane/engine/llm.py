@@ -33,6 +33,7 @@ from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.recovery import Recovery
 from expertlane.engine.scaling import Scaling
 from expertlane.engine.shared_engine import SharedEngine
+from expertlane.engine.shrinking import Shrinking
 from expertlane.errors import RankError, UserError
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Chunk, Limits, RequestOutput
@@ -78,8 +79,8 @@ class LLM:
         seed: of random weights.
         timeout_s: the longest wait for a rank without progress.
         oversubscribe: allow more local ranks than the machine should run.
-        on_failure: when a rank dies, hangs or fails: `replace` it and lose no request, or `stop`
-            all ranks.
+        on_failure: when a rank dies, hangs or fails: `replace` it and lose no request; `shrink`,
+            which lets the others serve meanwhile, where they can; or `stop` all ranks.
         cpu_isa: the largest instruction set that kernels on CPUs may use; by default
             `EXPERTLANE_CPU_ISA`, else the best that the CPU has.
         ignore_unused_tensors: load a checkpoint with tensors that its `config.json` has no use for,
@@ -151,10 +152,10 @@ class LLM:
             dtype=dtype or own_dtype(self.model if self._folder else None),
             oversubscribe=oversubscribe,
             cpu_isa=cpu_isa,
-            recovers=on_failure == "replace",
+            recovers=on_failure != "stop",
         )
         self._recovery: Recovery | None = None
-        if on_failure == "replace":
+        if on_failure != "stop":
             self._recovery = Recovery(pool, chosen, self._redeploy, print_to_stderr)
         try:
             self._fit(wanted, num_blocks, deployment, placements)
@@ -169,6 +170,12 @@ class LLM:
             )
             if self._recovery is not None:
                 self._recovery.settle()
+                if on_failure == "shrink":
+                    self._recovery.shrinker = Shrinking(
+                        *(pool, self._runner, self.scaling, self.model, self.limits),
+                        folder=self._folder,
+                        log=print_to_stderr,
+                    )
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
             pool.close(failed=True)
@@ -249,6 +256,7 @@ class LLM:
             RankError: one has, and is not replaced.
         """
         self.engine.guarded(self._pool.check)
+        self.engine.grow()
 
     @property
     def layout(self) -> Layout:
@@ -259,7 +267,7 @@ class LLM:
         """Change the layout between two steps, to more ranks, fewer, or another arrangement.
 
         Requests continue: those whose data-parallel rank keeps its processes keep their KV cache;
-        others are computed again. Needs `on_failure="replace"`.
+        others are computed again. Needs `on_failure="replace"` or `"shrink"`.
 
         Raises:
             UserError: the model cannot be laid out so, does not fit into memory, or there cannot be

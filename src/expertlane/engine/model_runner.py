@@ -34,9 +34,9 @@ from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable
-from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import CheckLevel, Phase
+from expertlane.spec.names import CheckLevel, Origin, Phase
 from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -55,6 +55,7 @@ class ModelRunner:
     """Executes step plans on the ranks of a pool; implements `schedule.plan.Runner`.
 
     Attributes:
+        members: the processes of the layout.
         held: [world_size]; what each rank has allocated.
         dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
         rebalancer: moves experts between steps; None where they stay.
@@ -89,7 +90,7 @@ class ModelRunner:
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._pool = pool
-        self._layout = layout = deployment.layout
+        self.members, layout = Members(deployment.layout), deployment.layout
         options = deployment.options
         placements = check_deployment(model, deployment, ranks_per_node)
         folder = str(checkpoint) if checkpoint else None
@@ -107,13 +108,14 @@ class ModelRunner:
             log(f"int8 weights: {'written to' if is_written else 'read from'} {where}")
         held = pool.call(self._deploy)
         self.held = held[: layout.world_size]
-        self.checking = None if check == "off" else Checking(pool, layout.world_size)
-        self._model, self._placements = model, placements
+        self.checking = None if check == "off" else Checking(pool, self.members)
+        self._model, self._placements = model, [placements] * layout.replicas
         self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
         self.copy_switch: CopySwitch | None = None
         self._watch: RankWatch | None = None
-        self._to_discard: set[tuple[int, int]] = set()  # (replica, step); by some ranks
+        self._is_reshaped = False  # since the last `redeploy`
+        self._to_discard: set[int] = set()  # steps, by some ranks
         if options.is_timed:
             if self.dispatch_table is None:
                 modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
@@ -139,13 +141,13 @@ class ModelRunner:
 
     def watch(self) -> RankWatch:
         """Begin to count what ranks do, for those who ask while they serve."""
-        given = self._pool, self._layout, self._model, self._placements
+        given = self._pool, self.members, self._model, self._placements
         self._watch = RankWatch(*given, self.rebalancer, self.copy_switch)
         return self._watch
 
     def set_dispatch(self, table: DispatchTable) -> None:
         """Choose how steps run from now on."""
-        self._pool.call(SetDispatch(table), ranks=range(self._layout.world_size))
+        self._pool.call(SetDispatch(table), ranks=self.members.numbers)
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """Send a plan to the ranks of its replica, to each its own part."""
@@ -159,7 +161,7 @@ class ModelRunner:
         commands = [
             (
                 RunStep(step, placements, balances),
-                self._layout.ranks_of_dp_rank(plan.replica, dp_rank),
+                self.members.of_dp_rank(plan.replica, dp_rank),
             )
             for dp_rank, step in enumerate(as_sent.of_dp_ranks())
         ]
@@ -173,73 +175,103 @@ class ModelRunner:
         """
         for replica in {plan.replica for plan in plans}:
             steps = tuple(plan.step for plan in plans if plan.replica == replica)
-            self._pool.submit(DiscardSteps(steps), ranks=self._layout.ranks_of_replica(replica))
+            self._pool.submit(DiscardSteps(steps), ranks=self.members.of_replica(replica))
+
+    @property
+    def placements(self) -> Sequence[Placements]:
+        """[replicas]; where experts are in the step planned last."""
+        return self._placements if self.rebalancer is None else self.rebalancer.placements
+
+    def abandon(self, plans: Sequence[StepPlan]) -> None:
+        """Give up what is decided for steps to come: ranks go on in a new epoch.
+
+        Args:
+            plans: of all steps that are not committed; ranks will undo them, as `discard` does.
+        """
+        if self.rebalancer is not None:
+            self.rebalancer.abandon(plans)
+        if self.copy_switch is not None:  # what it decides goes with each step to all ranks
+            for replica in range(self.members.layout.replicas):
+                self.copy_switch.forget(replica)
+        self._to_discard.update(plan.step for plan in plans)
 
     def redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
         """Let ranks load what they lack after some were replaced, and go on in a new epoch.
 
         Args:
-            replaced: global ranks.
-            plans: of all steps that are not committed; ranks undo them, as `discard` does.
+            replaced: their numbers.
+            plans: as of `abandon`.
         """
-        if self.rebalancer is not None:
-            self.rebalancer.abandon(plans)
-        if self.copy_switch is not None:  # what it decides goes with each step to all ranks
-            for replica in range(self._layout.replicas):
-                self.copy_switch.forget(replica)
-        self._to_discard.update((plan.replica, plan.step) for plan in plans)
-        given, layout = self._deploy, self._layout
-        commands = []
-        for replica in range(layout.replicas):
-            placements = self._placements
-            if self.rebalancer is not None:
-                placements = self.rebalancer.placements[replica]
+        self.abandon(plans)
+        given, members = self._deploy, self.members
+        commands: list[tuple[Redeploy, Sequence[int]]] = []
+        for replica, placements in enumerate(self.placements):
             command = Redeploy(
                 replace(given.spec, placements=placements),
                 given.options,
                 given.num_blocks,
                 given.block_size,
-                tuple(
-                    sorted(step for of_replica, step in self._to_discard if of_replica == replica)
-                ),
+                tuple(sorted(self._to_discard)),
                 self.dispatch_table,
             )
-            commands.append((command, layout.ranks_of_replica(replica)))
-        if others := range(layout.world_size, self._pool.num_ranks):  # they make groups too
-            commands.append((command, others))
-        held = self._pool.collect(self._pool.submit_each(commands))
-        self.held = held[: layout.world_size]
+            commands.append((command, members.of_replica(replica)))
+        if others := sorted(self._pool.present.difference(members.numbers)):
+            commands.append((command, others))  # they make groups too
+        ticket = self._pool.submit_each(commands)
+        self._pool.collect(ticket)
+        self.held = [ticket.results[number] for number in members.numbers]
         self._to_discard.clear()
+        is_other, self._is_reshaped = self._is_reshaped, False
         if self.checking is not None:
-            self.checking.check_weights(replaced)
+            self.checking.check_weights({*replaced, *(self._having_read() if is_other else ())})
         if self._watch is not None:
             self._watch.begin_again(replaced)
 
     @property
     def spec(self) -> StageSpec:
         """What ranks have; placements of the first replica."""
-        placements = self._placements
+        placements = self._placements[0]
         if self.rebalancer is not None:
             placements = self.rebalancer.placements[0]
         return replace(self._deploy.spec, placements=placements)
 
-    def spec_of(self, layout: Layout, placements: Placements, ranks_per_node: int) -> StageSpec:
-        """What ranks have after `reshape`."""
-        return replace(
-            self._deploy.spec, layout=layout, placements=placements, ranks_per_node=ranks_per_node
-        )
+    def _having_read(self) -> list[int]:
+        """Processes that have more weights than they kept."""
+        each = zip(self.members.numbers, self.held, strict=True)
+        return [n for n, held in each if held.bytes_from.get(Origin.KEPT, 0) < held.weight_bytes]
 
-    def reshape(self, layout: Layout, placements: Placements, ranks_per_node: int) -> None:
+    @property
+    def ranks_per_node(self) -> int:
+        """Consecutive processes whose traffic counts as inside a node."""
+        return self._deploy.spec.ranks_per_node
+
+    def spec_of(self, members: Members, placements: Placements) -> StageSpec:
+        """What its ranks would build in another layout.
+
+        Args:
+            placements: of the replica.
+        """
+        layout, numbers = members.layout, members.numbers
+        return replace(self._deploy.spec, layout=layout, placements=placements, numbers=numbers)
+
+    def reshape(
+        self,
+        members: Members,
+        placements: Sequence[Placements],
+        ranks_per_node: int | None = None,
+    ) -> None:
         """Run in another layout, from the next `redeploy` on, which has to be called soon.
 
         What was timed for `auto` stays, if ranks can run so.
 
         Args:
-            placements: [num_hidden_layers]; where experts are in every replica.
+            placements: [replicas]; where experts are then.
+            ranks_per_node: None for as many as before.
         """
-        given = self._deploy
-        self._layout, self._placements = layout, placements
-        spec = self.spec_of(layout, placements, ranks_per_node)
+        given, layout = self._deploy, members.layout
+        self.members, self._placements, self._is_reshaped = members, list(placements), True
+        ranks_per_node = ranks_per_node or self.ranks_per_node
+        spec = replace(self.spec_of(members, placements[0]), ranks_per_node=ranks_per_node)
         self._deploy = Deploy(spec, given.options, given.num_blocks, given.block_size)
         if (table := self.dispatch_table) is not None:
             modes = given.options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
@@ -248,13 +280,13 @@ class ModelRunner:
                     modes[0].form, modes[0].overlap, given.options.prefill_dispatch
                 )
         if self.rebalancer is not None:
-            self.rebalancer.reshape(layout, placements, ranks_per_node)
+            self.rebalancer.reshape(members, placements, ranks_per_node)
         if self.copy_switch is not None:
             self.copy_switch.reshape(layout)
         if self.checking is not None:
-            self.checking.reshape(layout.world_size)
+            self.checking.reshape(members)
         if self._watch is not None:
-            self._watch.reshape(layout, placements)
+            self._watch.reshape(members, placements)
 
     def before_reshape(self) -> None:
         """Let other ranks take cores; look once more at what is known of the weights."""
@@ -271,10 +303,12 @@ class ModelRunner:
 
     def collect(self, handle: StepHandle) -> StepOutcome:
         """Wait for a step and put the ranks' parts of its outcome together."""
-        outcomes = self._pool.collect(handle.ticket)
+        self._pool.collect(handle.ticket)
         finished_s = handle.finished_s or time.perf_counter()
+        of_process = handle.ticket.results
+        outcomes = [of_process[number] for number in self.members.of_replica(handle.plan.replica)]
         if self.checking is not None:
-            self.checking.check_step(handle.plan.step, handle.ticket.ranks, outcomes)
+            self.checking.check_step(handle.plan, outcomes)
         outcome = outcome_of(outcomes, handle.submitted_s, finished_s)
         if self.rebalancer is not None:
             self.rebalancer.after_step(handle.plan, outcome.records)

@@ -161,7 +161,7 @@ class RankPool:
             num_ranks: how many there are from then on, up to `most_ranks`: the last ones end, or
                 more start; as many as before if not given.
             replaces: start ranks for those of `lost` and for further numbers; else they are absent.
-            joining: of `ahead` and `starting`, those that are of this epoch, all below `num_ranks`. If
+            joining: of `ahead` and `starting`, those that are of this epoch, below `num_ranks`. If
                 not given, all those that are ahead, and with `replaces` those that are starting
                 too. The others stay as they are, also above `num_ranks`.
 

@@ -17,6 +17,7 @@ from expertlane.engine.rebalancing import Rebalancer
 from expertlane.engine.tickets import Ticket
 from expertlane.results.rank_totals import RankTotals
 from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Link, Stage
 
@@ -29,7 +30,7 @@ class Reading:
     """Totals of all ranks at one time.
 
     Attributes:
-        layout: of the ranks.
+        members: the ranks.
         time_s: on the monotonic clock.
         num_steps: [world_size].
         spent_s, waited_s: [world_size, num_stages].
@@ -42,7 +43,7 @@ class Reading:
         copies_s: the same of the ranks that spent most on it.
     """
 
-    layout: Layout
+    members: Members
     time_s: float
     num_steps: npt.NDArray[np.int64]
     spent_s: npt.NDArray[np.float64]
@@ -61,6 +62,7 @@ class RankWatch:
 
     Attributes:
         layers: the hidden layers that have experts.
+        members: the processes of the layout.
         stage_of_layer: [num_moe_layers]; the pipeline stage of each of them.
         readings: of the last two minutes, the latest last; never empty. Other threads may copy it.
     """
@@ -68,26 +70,35 @@ class RankWatch:
     def __init__(
         self,
         pool: RankPool,
-        layout: Layout,
+        members: Members,
         model: ModelConfig,
-        placements: Placements,
+        placements: Sequence[Placements],
         rebalancer: Rebalancer | None = None,
         copy_switch: CopySwitch | None = None,
     ) -> None:
-        self.layout, self.num_experts = layout, model.num_experts
+        self.members, self.num_experts = members, model.num_experts
         self.layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
         self._num_layers = model.num_hidden_layers
         self.stage_of_layer = self._stage_of_layer()
         self.rebalancer, self.copy_switch = rebalancer, copy_switch
         self._pool, self._placements = pool, placements
-        self._ranks = range(layout.world_size)
         self._ticket: Ticket[RankTotals] | None = None
         self._before: dict[int, RankTotals] = {}  # by rank, of processes that were replaced
         self._copies_before = 0, 0.0  # in other layouts: pairs saved, and seconds
         self._asked_s = time.monotonic()
-        self._latest = pool.call(ReadTotals(), ranks=self._ranks)
+        self._latest = pool.call(ReadTotals(), ranks=self.numbers)
         first = self._reading(self._latest)
         self.readings: deque[Reading] = deque([first], maxlen=int(_KEPT_S / READ_S))
+
+    @property
+    def layout(self) -> Layout:
+        """Of now."""
+        return self.members.layout
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """[world_size]; the process of each rank."""
+        return self.members.numbers
 
     def poll(self) -> None:
         """Take in what ranks have answered, and ask again where it is time; never waits.
@@ -100,21 +111,21 @@ class RankWatch:
                 return
             results = self._ticket.results
             self._ticket = None
-            self._latest = [self._with_before(rank, results[rank]) for rank in self._ranks]
+            self._latest = [self._with_before(number, results[number]) for number in self.numbers]
             self.readings.append(self._reading(self._latest))
         if time.monotonic() - self._asked_s >= READ_S:
             self._ask()
 
     def _ask(self) -> None:
         self._asked_s = time.monotonic()
-        self._ticket = self._pool.submit(ReadTotals(), ranks=self._ranks)
+        self._ticket = self._pool.submit(ReadTotals(), ranks=self.numbers)
 
     def begin_again(self, replaced: Collection[int]) -> None:
-        """Ask ranks of a new epoch; those that were replaced count only from then on."""
+        """Ask ranks of a new epoch; processes that are new count only from then on."""
         self._ticket = None
-        for rank in replaced:
-            if rank in self._ranks:
-                self._before[rank] = self._latest[rank]
+        for number, totals in zip(self.numbers, self._latest, strict=True):
+            if number in replaced:
+                self._before[number] = totals
         self._ask()
 
     def _stage_of_layer(self) -> list[int]:
@@ -122,37 +133,34 @@ class RankWatch:
         stages = [layout.layers_of_stage(self._num_layers, i) for i in range(layout.pp)]
         return [next(i for i, own in enumerate(stages) if layer in own) for layer in self.layers]
 
-    def reshape(self, layout: Layout, placements: Placements) -> None:
+    def reshape(self, members: Members, placements: Sequence[Placements]) -> None:
         """Watch the ranks of another layout, which count anew; those that are gone stay in sums.
 
-        A rank whose number there was before goes on with the counts of that one.
+        A process whose number there was before goes on with the counts of that one.
         """
         self._ticket = None
         reading = self._reading(self._latest)
         self._copies_before = reading.num_pairs_saved, reading.copies_s
-        for rank, totals in enumerate(self._latest):
-            self._before[rank] = replace(totals, num_pairs_saved=0, copies_ns=0)
+        for number, totals in zip(self.numbers, self._latest, strict=True):
+            self._before[number] = replace(totals, num_pairs_saved=0, copies_ns=0)
         none = self._latest[0].nothing()
-        self.layout, self._placements = layout, placements
+        self.members, self._placements = members, placements
         self.stage_of_layer = self._stage_of_layer()
-        self._ranks = range(layout.world_size)
-        self._latest = [self._before.get(rank, none) for rank in self._ranks]
+        self._latest = [self._before.get(number, none) for number in self.numbers]
         self.readings = deque([self._reading(self._latest)], maxlen=self.readings.maxlen)
 
-    def _with_before(self, rank: int, totals: RankTotals) -> RankTotals:
-        return totals + self._before[rank] if rank in self._before else totals
+    def _with_before(self, number: int, totals: RankTotals) -> RankTotals:
+        return totals + self._before[number] if number in self._before else totals
 
     @property
     def positions(self) -> list[Position]:
         """[world_size]; what each rank reported last."""
-        return [self._pool.position(rank) for rank in self._ranks]
+        return [self._pool.position(number) for number in self.numbers]
 
     @property
-    def placements(self) -> list[Placements]:
+    def placements(self) -> Sequence[Placements]:
         """[replicas][num_hidden_layers]; which rank of a replica holds which expert."""
-        if self.rebalancer is None:
-            return [self._placements] * self.layout.replicas
-        return self.rebalancer.placements
+        return self._placements if self.rebalancer is None else self.rebalancer.placements
 
     def since(self, seconds: float) -> Reading:
         """The latest reading that is so old, else the oldest."""
@@ -166,8 +174,8 @@ class RankWatch:
         Of several replicas, the worst. Layers that had no tokens are left out.
         """
         latest, old = self.readings[-1], self.since(seconds)
-        layout = latest.layout
-        if old.layout != layout:  # it has just become another
+        layout = latest.members.layout
+        if old.members != latest.members:  # they have just become others
             return {}
         found = {}
         for layer, of_rank in zip(self.layers, latest.rank_tokens - old.rank_tokens, strict=True):
@@ -189,12 +197,12 @@ class RankWatch:
             own = each.num_tokens[self.layers]
             tokens[:, each.experts] += own
             of_rank[:, rank] = own.sum(axis=1)
-        gone = [each for rank, each in self._before.items() if rank >= len(totals)]
+        gone = [each for number, each in self._before.items() if number not in self.numbers]
         for each in gone:
             tokens[:, each.experts] += each.num_tokens[self.layers]
         both = [*totals, *gone]
         return Reading(
-            layout=self.layout,
+            members=self.members,
             time_s=time.monotonic(),
             num_steps=np.array([each.num_steps for each in totals]),
             spent_s=np.array([each.spent_ns for each in totals]).reshape(-1, len(Stage)) / 1e9,

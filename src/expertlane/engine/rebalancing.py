@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane.balance.moves import (
     WHOLE,
@@ -41,6 +42,7 @@ from expertlane.engine.tickets import Ticket
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import StepPlan
 from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
 from expertlane.spec.names import Phase, Stage
 
 _MOST_LOADS = 50_000
@@ -167,7 +169,6 @@ class Rebalancer:
         self._executor = executor or ThreadPoolExecutor(1, "rebalance")
         self._saved_before_s = self._paid_before_s = 0.0  # in other layouts
         self._replicas: list[_Replica] = []
-        self._layout = layout
         self.decisions: list[Rebalance] = []
         self.loads: deque[StepLoad] = deque(maxlen=_MOST_LOADS)
         # A discarded step is seen again, and goes as it went.
@@ -178,19 +179,24 @@ class Rebalancer:
         ]  # the first opens connections
         self._expert_bytes = max(num_bytes for num_bytes, *_ in timed[-1]) * layout.etp
         self._trials = timed
-        self.reshape(layout, placements, ranks_per_node)
+        self.reshape(Members(layout), [placements] * layout.replicas, ranks_per_node)
 
-    def reshape(self, layout: Layout, placements: Placements, ranks_per_node: int) -> None:
+    def reshape(
+        self, members: Members, placements: Sequence[Placements], ranks_per_node: int
+    ) -> None:
         """Go on in another layout, where experts are so; moves and loads come to nothing.
 
         The time of a move stays as it was measured at the start.
+
+        Args:
+            placements: [replicas].
         """
         self._saved_before_s, self._paid_before_s = self.saved_s, self.paid_s
-        self._layout = layout
+        self._members, layout = members, members.layout
         self._ep_per_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
         self._replicas = [
-            _Replica(placements, self._num_steps, MovePace.of_trials(self._trials))
-            for _ in range(layout.replicas)
+            _Replica(of_replica, self._num_steps, MovePace.of_trials(self._trials))
+            for of_replica in placements
         ]
 
     @property
@@ -211,6 +217,11 @@ class Rebalancer:
     def placements(self) -> list[Placements]:
         """[replicas][num_hidden_layers]; where experts are in the step planned last."""
         return [replica.placements for replica in self._replicas]
+
+    def loads_of(self, replica: int) -> dict[int, npt.NDArray[np.int64]]:
+        """By hidden layer, [num_experts]; token-expert pairs of the last steps."""
+        of_replica = self._replicas[replica]
+        return dict(zip(of_replica.layers, of_replica.tracker.load(), strict=True))
 
     def before_step(self, plan: StepPlan) -> Placements | None:
         """Send a slice of experts, or decide; gives the placements that the step is to bring."""
@@ -264,16 +275,17 @@ class Rebalancer:
         of_rank = np.array([record.num_tokens_per_expert for record in records])
         load = of_rank.sum(axis=0)
         expert_s = np.array([record.cpu_s[..., Stage.EXPERTS].sum() for record in records])
-        at = [self._layout.coordinates(record.rank) for record in records]
+        layout = self._members.layout
+        at = [layout.coordinates(record.rank) for record in records]
         replica.tracker.add(load[replica.layers])
         replica.num_since += 1
         if plan.phase is Phase.DECODE:
             replica.pace.saw_step(records)
-        for stage in range(self._layout.pp):  # stages may have other numbers of layers
+        for stage in range(layout.pp):  # stages may have other numbers of layers
             own = [each.pp_rank == stage and not each.etp_rank for each in at]
             replica.pair_cost.add(of_rank[own].sum(axis=(1, 2)), expert_s[own])
         most = int(of_rank.sum(axis=2).max(axis=0).sum())
-        mean = float(load.sum()) / self._layout.ep
+        mean = float(load.sum()) / layout.ep
         self.loads.append(StepLoad(plan.replica, plan.step, most, mean, float(expert_s.max())))
         if mean > 0:
             replica.imbalances.append(most / mean)
@@ -325,7 +337,7 @@ class Rebalancer:
 
     def _move_on(self, replica: _Replica, plan: StepPlan) -> Placements | None:
         """One slice more; after the last the switch."""
-        ranks = self._layout.ranks_of_replica(plan.replica)
+        ranks = self._members.of_replica(plan.replica)
         if replica.under_way is not None:
             replica.pace.began(*replica.under_way, self._pool.submit(FinishMoves(), ranks=ranks))
             replica.under_way = None

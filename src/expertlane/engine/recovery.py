@@ -1,9 +1,12 @@
-"""What is done when ranks are lost: one machine of six states, and how it gets from each to others.
+"""What is done when ranks are lost: a machine of named states, and how it gets from each to others.
 
 A loss may come in any state, in the midst of a recovery too. Lost ranks are killed for certain and
 replaced by new processes; the others keep their weights and caches. Requests whose keys and values
 were on a lost rank are computed again, and steps that were not committed run again in their order,
 so that each request gets the tokens that it would have had.
+
+Where the others can serve without those that are lost, they may go on at once in a smaller layout;
+the new processes start meanwhile, and the layout grows back once they have their weights.
 """
 
 import time
@@ -12,30 +15,50 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from expertlane.engine.recovery_record import NEXT, Moment, RecoveryRecord, State
+from expertlane.engine.recovery_record import NEXT, Kind, Moment, RecoveryRecord, State
 from expertlane.engine.repeated_losses import RepeatedLosses
-from expertlane.errors import ExpertlaneError, RankError, RanksLostError
+from expertlane.errors import ExpertlaneError, RankError, RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import StepPlan
 from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
 
 ResultT = TypeVar("ResultT")
 
-_MOST_FRUITLESS = 3  # epochs in a row without a committed step; losses that keep a request back
+_MOST_FRUITLESS = 3  # epochs in a row without a committed step
 _MOST_RECORDS = 1000
 
 
 class EpochPool(Protocol):
     """What a recovery needs of the ranks' pool; `engine.pool.RankPool` has it."""
 
+    @property
+    def present(self) -> frozenset[int]:
+        """Ranks of this epoch."""
+        ...
+
+    @property
+    def ahead(self) -> frozenset[int]:
+        """Ranks that are up, for a later epoch."""
+        ...
+
     def begin_epoch(
-        self, lost: Collection[int], on_fenced: Callable[[], None], num_ranks: int | None
+        self,
+        lost: Collection[int],
+        on_fenced: Callable[[], None],
+        num_ranks: int | None,
+        *,
+        replaces: bool = True,
+        joining: Collection[int] | None = None,
     ) -> None:
         """End these ranks for certain, refuse what comes from before, and start others.
 
         Args:
             on_fenced: called when no lost rank is alive any more.
             num_ranks: how many there are from then on; None for as many as before.
+            replaces: others start; else the numbers are absent from then on.
+            joining: of the processes that were started ahead, those that are of this epoch; None
+                for all.
 
         Raises:
             RanksLostError: more were lost meanwhile.
@@ -44,6 +67,34 @@ class EpochPool(Protocol):
 
     def close(self, *, failed: bool) -> None:
         """End all ranks."""
+        ...
+
+
+class Shrinker(Protocol):
+    """What a recovery needs to go on in a smaller layout; `engine.shrinking.Shrinking` has it."""
+
+    def smaller(self, members: Members, lost: Collection[int]) -> Members:
+        """The members to go on with, without those that are lost.
+
+        Raises:
+            UserError: they cannot serve.
+        """
+        ...
+
+    def take(self, members: Members, plans: Sequence[StepPlan]) -> None:
+        """Have the runner run so, from the next `redeploy` on.
+
+        Args:
+            plans: of all steps that are not committed.
+        """
+        ...
+
+    def is_ready(self, members: Members) -> bool:
+        """Whether all members are there, with their weights; starts those that are not.
+
+        Raises:
+            RanksLostError: others are lost.
+        """
         ...
 
 
@@ -59,9 +110,16 @@ class Recovery:
     Attributes:
         state: of now.
         records: of recoveries, also of one under way, the latest last.
-        num_recoveries: that are over and ended in SERVING.
-        num_scalings: changes of the layout that did.
+        num_recoveries: that are over and did not end in STOPPED.
+        num_scalings, num_growths: changes of the layout, and ends of a smaller one, that did not.
+        members: that serve, or are about to.
+        whole: the members when none is missing.
+        shrunk_at: since when fewer serve, seconds since 1970; None while all do.
+        shrinker: takes a smaller layout where that can be; None where lost ranks are replaced at
+            once. May be set while no recovery is under way.
     """
+
+    shrinker: Shrinker | None = None
 
     def __init__(
         self,
@@ -72,14 +130,18 @@ class Recovery:
     ) -> None:
         self.state = State.LOADING
         self.records: deque[RecoveryRecord] = deque(maxlen=_MOST_RECORDS)
-        self.num_recoveries = self.num_scalings = 0
+        self.num_recoveries = self.num_scalings = self.num_growths = 0
+        self.members = self.whole = Members(layout)
+        self.shrunk_at: float | None = None
+        self._target = self.members  # of the epoch that begins
+        self._must_replace = False  # in this recovery, since the others cannot serve
         self._num_ranks: int | None = None  # of the pool, once it was scaled
-        self._pool, self._layout, self._redeploy, self._log = pool, layout, redeploy, log
+        self._pool, self._redeploy, self._log = pool, redeploy, log
         self._num_fruitless = 0
         self._repeated = RepeatedLosses()
         self._is_under_way = False
         self._to_fence: frozenset[int] = frozenset()
-        self._to_redeploy: frozenset[int] = frozenset()  # replaced since they all loaded
+        self._to_redeploy: frozenset[int] = frozenset()  # lost since they all loaded
 
     @property
     def is_interrupted(self) -> bool:
@@ -102,8 +164,8 @@ class Recovery:
             UserError: a rank found a mistake, such as a checkpoint that is no longer there.
         """
         if not self._is_under_way:
-            found = {replica for replica, _ in self._caches(error.ranks)}
-            self._repeated.add(loop.uncommitted, found or range(self._layout.replicas))
+            found = {replica for replica, _ in self.members.dp_ranks_of(error.ranks)}
+            self._repeated.add(loop.uncommitted, found or range(self.members.layout.replicas))
         self._is_under_way = True
         self._until_done(partial(self._bring_back, loop), error)
         self._is_under_way = False
@@ -132,15 +194,56 @@ class Recovery:
             RankError, UserError: as `recover`.
         """
         self._is_under_way = True
-        self.records.append(RecoveryRecord(time.time(), (self._layout, layout)))
+        layouts = self.members.layout, layout
+        self.records.append(RecoveryRecord(time.time(), Kind.SCALING, layouts))
         self._enter(State.SCALING)
         self.records[-1].num_requests += change()
-        self._layout, self._num_ranks = layout, layout.world_size
-        self._until_done(partial(self._scale_now, loop), None)
+        self.members = self.whole = self._target = Members(layout)
+        self._num_ranks = layout.world_size
+        self._until_done(partial(self._change_now, loop), None)
         self._is_under_way = False
 
-    def _scale_now(self, loop: DriveLoop[Any]) -> None:
-        if self.state is State.SCALING:  # else ranks were lost, and another epoch has begun
+    def check_whole(self) -> None:
+        """Check that none is missing.
+
+        Raises:
+            UserError: fewer serve.
+        """
+        if self.members != self.whole:
+            raise UserError(
+                f"{self.shares}: the layout can change when the ranks that are lost are back; "
+                "try again later"
+            )
+
+    @property
+    def shares(self) -> str:
+        """How much of the whole serves, for people."""
+        now, whole = len(self.members.dp_ranks), len(self.whole.dp_ranks)
+        return f"{now} of {whole} data-parallel ranks serve"
+
+    def grow(self, loop: DriveLoop[Any]) -> None:
+        """Let all members serve again, if fewer do and the others are ready.
+
+        `settle` has to follow, once a step is committed.
+
+        Raises:
+            RankError, UserError: as `recover`.
+        """
+        if self.state is not State.SHRUNK:
+            return
+        assert self.shrinker is not None, "it has shrunk"
+        if not self.shrinker.is_ready(self.whole):
+            return
+        self._is_under_way = True
+        layouts = self.members.layout, self.whole.layout
+        self.records.append(RecoveryRecord(time.time(), Kind.GROWTH, layouts))
+        self._enter(State.GROWING)
+        self._target = self.whole
+        self._until_done(partial(self._change_now, loop), None)
+        self._is_under_way = False
+
+    def _change_now(self, loop: DriveLoop[Any]) -> None:
+        if self.state in (State.SCALING, State.GROWING):  # else ranks were lost: another epoch
             self._pool.begin_epoch((), lambda: None, self._num_ranks)
             self._enter(State.LOADING)
         self._bring_back(loop)
@@ -154,11 +257,34 @@ class Recovery:
                 f"{error}; {_MOST_FRUITLESS} recoveries in a row {why}, so all ranks were ended"
             ) from None
         self._num_fruitless += 1
-        self._pool.begin_epoch(
-            self._to_fence, lambda: self._enter(State.REPLACING), self._num_ranks
-        )
-        self._to_redeploy, self._to_fence = self._to_redeploy | self._to_fence, frozenset()
-        self._enter(State.LOADING)
+        self._target = self._choose()
+        if self._target == self.whole:
+            lost = self._to_fence | (self._missing - self._pool.ahead)
+            self._pool.begin_epoch(lost, lambda: self._enter(State.REPLACING), self._num_ranks)
+        else:
+            lost = self._to_fence
+            fenced = partial(self._enter, State.LOADING)
+            self._pool.begin_epoch(lost, fenced, self._num_ranks, replaces=False, joining=())
+        self._to_redeploy, self._to_fence = self._to_redeploy | lost, frozenset()
+        if self.state is not State.LOADING:
+            self._enter(State.LOADING)
+
+    def _choose(self) -> Members:
+        """The members of the epoch to come: a part of those of now, or all, lost ones replaced."""
+        record = self.records[-1]
+        if self.shrinker is None or self._must_replace or record.kind is Kind.SCALING:
+            return self.whole
+        lost = self._to_fence | self._to_redeploy | self._missing
+        if lost.isdisjoint(self.whole.numbers):
+            return self.whole
+        try:
+            target = self.shrinker.smaller(self.members, lost)
+        except UserError as error:
+            self._must_replace = True
+            self._log(f"lost ranks are replaced before any serve: {error}")
+            return self.whole
+        record.layouts = self.whole.layout, target.layout
+        return target
 
     @property
     def _why_given_up(self) -> str | None:
@@ -168,11 +294,23 @@ class Recovery:
             return "brought a request no further"
         return None
 
+    @property
+    def _missing(self) -> frozenset[int]:
+        return frozenset(self.whole.numbers) - self._pool.present
+
     def _bring_back(self, loop: DriveLoop[Any]) -> None:
         """Let ranks load, and begin all steps anew that are not committed."""
-        plans = loop.uncommitted
-        self.records[-1].num_requests += loop.lose(self._caches(self._to_redeploy))
-        self._redeploy(self._to_redeploy, plans)
+        plans, before, record = loop.uncommitted, self.members, self.records[-1]
+        gone = before.dp_ranks_of(self._to_redeploy)
+        kept = self._target.kept_caches(before)
+        kept = {new: old for new, old in kept.items() if old not in gone}
+        record.num_requests += loop.lose({*before.dp_ranks} - {*kept.values()})
+        if self._target != before:
+            assert self.shrinker is not None, "or members stay"
+            self.shrinker.take(self._target, plans)
+            record.num_requests += loop.reshape(self._target.layout, kept)
+            self.members = self._target
+        self._redeploy(self._to_redeploy & {*self.members.numbers}, plans)
         self._to_redeploy = frozenset()
         self._enter(State.REPLAYING)
         loop.submit_again()
@@ -188,16 +326,14 @@ class Recovery:
         else:
             self._repeated.committed(plan)
         if self.state in (State.LOADING, State.REPLAYING):
-            self._num_fruitless = 0
+            self._num_fruitless, self._must_replace = 0, False
             self._to_redeploy = frozenset()
-            self._enter(State.SERVING)
-
-    def _caches(self, ranks: Collection[int]) -> set[tuple[int, int]]:
-        """(replica, data-parallel rank) of each rank that has a part in the layout."""
-        places = [
-            self._layout.coordinates(rank) for rank in ranks if rank < self._layout.world_size
-        ]
-        return {(at.replica, at.dp_rank) for at in places}
+            is_whole = self.members == self.whole
+            if is_whole:
+                self.shrunk_at = None
+            elif self.shrunk_at is None:
+                self.shrunk_at = time.time()
+            self._enter(State.SERVING if is_whole else State.SHRUNK)
 
     def _enter(self, state: State, error: RanksLostError | None = None) -> None:
         assert state in NEXT[self.state], f"{self.state} is not followed by {state}"
@@ -212,8 +348,9 @@ class Recovery:
             return  # it has started, or ends without a loss
         loss = (error.ranks, str(error)) if error is not None else ()
         record.moments.append(Moment(state, time.monotonic(), *loss))
-        if state is State.SERVING:
-            self.num_recoveries += record.layouts is None
-            self.num_scalings += record.layouts is not None
+        if record.is_over and state is not State.STOPPED:
+            self.num_recoveries += record.kind is Kind.RECOVERY
+            self.num_scalings += record.kind is Kind.SCALING
+            self.num_growths += record.kind is Kind.GROWTH
         if record.is_over:
             self._log(record.outcome)

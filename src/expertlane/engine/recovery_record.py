@@ -12,10 +12,12 @@ class State(StrEnum):
     """Where a recovery stands."""
 
     SERVING = "serving"  # no rank is missing
+    SHRUNK = "shrunk"  # the others serve in a smaller layout; what was lost starts meanwhile
     FENCING = "fencing"  # lost ranks are killed, and a new epoch begins
     REPLACING = "replacing"  # new processes start in their places
-    LOADING = "loading"  # these load weights; all ranks connect to each other
+    LOADING = "loading"  # ranks load what they lack; all connect to each other
     SCALING = "scaling"  # another layout: ranks end, or more start; a new epoch begins
+    GROWING = "growing"  # what was lost is there again; a new epoch begins
     REPLAYING = "replaying"  # steps run again; over with the first one that is committed
     STOPPED = "stopped"  # all ranks were ended
 
@@ -23,13 +25,24 @@ class State(StrEnum):
 # From each state, those that may follow. The machine begins with LOADING.
 NEXT: Mapping[State, frozenset[State]] = {
     State.SERVING: frozenset({State.FENCING, State.SCALING, State.STOPPED}),
+    State.SHRUNK: frozenset({State.FENCING, State.GROWING, State.STOPPED}),
     State.SCALING: frozenset({State.FENCING, State.LOADING, State.STOPPED}),
-    State.FENCING: frozenset({State.FENCING, State.REPLACING, State.STOPPED}),
+    State.GROWING: frozenset({State.FENCING, State.LOADING, State.STOPPED}),
+    State.FENCING: frozenset({State.FENCING, State.REPLACING, State.LOADING, State.STOPPED}),
     State.REPLACING: frozenset({State.FENCING, State.LOADING, State.STOPPED}),
     State.LOADING: frozenset({State.FENCING, State.REPLAYING, State.SERVING, State.STOPPED}),
-    State.REPLAYING: frozenset({State.FENCING, State.SERVING, State.STOPPED}),
+    State.REPLAYING: frozenset({State.FENCING, State.SERVING, State.SHRUNK, State.STOPPED}),
     State.STOPPED: frozenset(),
 }
+OVER = frozenset({State.SERVING, State.SHRUNK, State.STOPPED})  # in which a record ends
+
+
+class Kind(StrEnum):
+    """Why ranks stop serving for a while."""
+
+    RECOVERY = "recovery"  # some are lost
+    SCALING = "scaling"  # another layout is asked for
+    GROWTH = "growth"  # what was lost is there again
 
 
 @dataclass(frozen=True)
@@ -57,12 +70,13 @@ class RecoveryRecord:
 
     Attributes:
         at: when it began, seconds since 1970.
-        layouts: before and after; None of a recovery.
-        moments: its states, in order; the last one, SERVING or STOPPED, ends it.
+        layouts: before and after; None where it stays.
+        moments: its states, in order; the last one, of `OVER`, ends it.
         num_requests: whose keys and values were lost.
     """
 
     at: float
+    kind: Kind = Kind.RECOVERY
     layouts: tuple[Layout, Layout] | None = None
     moments: list[Moment] = field(default_factory=list)
     num_requests: int = 0
@@ -80,7 +94,7 @@ class RecoveryRecord:
     @property
     def is_over(self) -> bool:
         """Whether the ranks serve again, or were ended."""
-        return bool(self.moments) and self.moments[-1].state in (State.SERVING, State.STOPPED)
+        return bool(self.moments) and self.moments[-1].state in OVER
 
     @property
     def total_s(self) -> float:
@@ -98,15 +112,25 @@ class RecoveryRecord:
     def outcome(self) -> str:
         """What came of it and how long it took, for people."""
         shares = ", ".join(f"{state} {seconds:.2f}" for state, seconds in self.seconds().items())
-        how = "recovered in"
-        if self.layouts is not None:
+        how, state = "recovered in", self.moments[-1].state
+        if self.kind is Kind.SCALING and self.layouts is not None:
             how = "layout changed from {} to {} in".format(*self.layouts)
-        if self.moments[-1].state is State.STOPPED:
+        elif self.kind is Kind.GROWTH and state is State.SERVING:
+            how = "grew back in"
+        if state is State.STOPPED:
             how = "given up after"
-        num = self.num_requests
-        return (
-            f"{how} {self.total_s:.2f} s ({shares}); {num} request{'s' * (num != 1)} computed again"
-        )
+        line, num = f"{how} {self.total_s:.2f} s ({shares})", self.num_requests
+        if state is State.SHRUNK and self.layouts is not None:
+            line += "; serving with {} of {} data-parallel ranks".format(*self.num_dp_ranks)
+        return f"{line}; {num} request{'s' * (num != 1)} computed again"
+
+    @property
+    def num_dp_ranks(self) -> tuple[int, int]:
+        """Data-parallel ranks of all replicas, after and before; (0, 0) where the layout stays."""
+        if self.layouts is None:
+            return 0, 0
+        before, after = (each.replicas * each.dp for each in self.layouts)
+        return after, before
 
     @property
     def line(self) -> str:

@@ -112,7 +112,10 @@ class Scaling:
         new = [rank for rank in range(layout.world_size) if rank not in pool.present]
         needed = sum(placed.rank_memory(self._limits, rank).total_bytes for rank in new)
         room = max(0.0, FREE_SHARE * host.memory_bytes()[0] - needed)
-        spec = self._runner.spec_of(layout, placements, self._nodes_of(layout))
+        spec = replace(
+            self._runner.spec_of(Members(layout), placements),
+            ranks_per_node=self._nodes_of(layout),
+        )
         self.ahead = WeightsAhead(pool, spec, int(room / len(pool.present)))
 
     def advance(self) -> bool:
@@ -124,6 +127,9 @@ class Scaling:
         """
         if self.ahead is None:
             return True
+        recovery = self._engine.recovery
+        if recovery is not None and recovery.members != recovery.whole:
+            return False  # lost ranks are to be there again first
         advance = partial(self.ahead.advance, is_idle=self._engine.is_idle)
         try:
             return self._engine.with_ranks(advance)
@@ -149,8 +155,10 @@ class Scaling:
         """
         if self._engine.recovery is None:
             raise UserError(
-                "the layout can change only with --on-failure replace (on_failure='replace')"
+                "the layout can change only with --on-failure replace or shrink "
+                "(on_failure='replace')"
             )
+        self._engine.recovery.check_whole()
         if self.machine[0].on_gpu:
             raise UserError("the layout can change only on CPUs, not on GPUs")
         num_ranks, now = layout.world_size, self._pool.num_ranks
@@ -222,8 +230,9 @@ class Scaling:
 
         def change() -> int:
             self.deployment = replace(self.deployment, layout=layout)
-            runner.reshape(layout, placements, self._nodes_of(layout))
-            kept = Members(layout).kept_caches(Members(before))
+            members = Members(layout)
+            runner.reshape(members, [placements] * layout.replicas, self._nodes_of(layout))
+            kept = members.kept_caches(Members(before))
             return scheduler.reshape(layout, kept, lookahead=layout.pp == 1)[1]
 
         self._engine.with_ranks(runner.before_reshape)

@@ -74,14 +74,16 @@ def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
     context.progress.enter(Stage.SETUP, NO_LAYER)
     _connect(context, spec, options)
     before: DeployedStage | None = context.deployed
-    has_stage = before is not None and before.spec.members == members
+    has_stage = False
+    if before is not None and before.spec.members == members:
+        before.rejoin(command.discard)
+        has_stage = before.is_placed(spec.placements)
     rank = members.rank_of(context.rank)
     part = Part.SENDS if has_stage else Part.RECEIVES
     if not has_stage and (before is not None or context.preparation is not None):
         part = Part.MAKES
     copies = None if rank is None else WeightCopies(context, spec, rank, part)
     if before is not None and has_stage:
-        before.rejoin(command.discard)
         if copies is not None:
             copies.send(before.stage)
         context.progress.enter(Stage.IDLE, NO_LAYER)

@@ -138,7 +138,8 @@ class MoEBlock:
         self.experts = self._ops.experts(held, activation)
         self.here: LocalExperts | None = None
         checks = self._recorder.checks
-        if self._mesh.stage.size == 1 and not (checks and checks.is_full):
+        in_order = [*self._local] == [*range(len(self._local))]
+        if self._mesh.stage.size == 1 and in_order and not (checks and checks.is_full):
             self.here = self._ops.local_experts(self._router, self.experts, self._dtype)
 
     def _key_of(self, expert: int) -> Hashable:

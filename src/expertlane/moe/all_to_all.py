@@ -65,8 +65,8 @@ class AllToAllDispatcher(Dispatcher):
         packed = yield from self._send(packed, counts, bytes_of(columns[:-1]))
         slots, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, tokens.x.dtype)
-        pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts)
         came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.etp.size)
+        pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts, int(came.sum()))
         sent = Exchanged(
             weights=tokens.topk_weights,
             returns_to_etp_rank=came.sum(axis=0).tolist(),

@@ -228,7 +228,8 @@ class LocalDispatcher(Dispatcher):
 
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Grouped]]:
         """Group tokens by expert."""
-        pairs = self._ops.group_pairs(tokens.topk_ids.int(), 0, 1, self._num_local_experts)
+        ids = tokens.topk_ids.int()
+        pairs = self._ops.group_pairs(ids, 0, 1, self._num_local_experts, ids.numel())
         return tokens.x, pairs, Grouped(pairs.numbers, tokens.topk_weights)
         yield  # a generator like the others, though it never waits
 

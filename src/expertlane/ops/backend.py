@@ -160,9 +160,10 @@ class Platform:
 
     Attributes:
         transport: begins with `shared_memory`, or is torch.distributed's name of it.
-        kernels: what computes: on GPUs `torch and expertlane (triton 3.6.0)`; `expertlane (avx2)` for our own CPU kernels with the instruction
-            set in parentheses, `torch and expertlane (avx2)` where torch computes products of many
-            rows, else `torch`, with the reason where ours would have been better.
+        kernels: what computes: on GPUs `torch and expertlane (triton 3.6.0)`; on CPUs `expertlane
+            (avx2)` for our own kernels with the instruction set in parentheses, `torch and
+            expertlane (avx2)` where torch computes products of many rows; else `torch`, with the
+            reason where ours would have been better.
     """
 
     device: torch.device

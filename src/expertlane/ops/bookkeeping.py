@@ -114,7 +114,7 @@ class Bookkeeping:
             ids: [T, K] int32, contiguous; the copy of each pair.
         """
         rows = self.rows_by_peer(ids, divisor, num_peers)
-        pairs = self.group_pairs(ids, 0, divisor, num_peers)
+        pairs = self.group_pairs(ids, 0, divisor, num_peers, ids.numel())
         counts = torch.cat([rows.counts, pairs.counts])
         return Outgoing(ids, counts, rows.tokens, rows.ids, inverse(pairs.order).view_as(ids))
 
@@ -170,11 +170,14 @@ class Bookkeeping:
         remote_nodes = num_nodes - (here > 0).long()
         return ranks, num_nodes, int((ranks - here).sum()), int(remote_nodes.sum())
 
-    def group_pairs(self, ids: Tensor, first: int, divisor: int, num_groups: int) -> PairGroups:
+    def group_pairs(
+        self, ids: Tensor, first: int, divisor: int, num_groups: int, num_pairs: int | None = None
+    ) -> PairGroups:
         """Pairs by the groups (id - first) // divisor; ids of other groups belong to no pair.
 
         Args:
             ids: [R, K] int32, rows may be apart.
+            num_pairs: how many pairs there are, if that is known: a GPU need not be asked then.
         """
         groups = torch.div(ids.flatten() - first, divisor, rounding_mode="floor")
         pair = ((groups >= 0) & (groups < num_groups)).nonzero().squeeze(1)  # row · K + choice

@@ -83,7 +83,9 @@ class CpuBackend(TorchBackend):
         )
         return ranks, num_nodes, remote[0], remote[1]
 
-    def group_pairs(self, ids: Tensor, first: int, divisor: int, num_groups: int) -> PairGroups:
+    def group_pairs(
+        self, ids: Tensor, first: int, divisor: int, num_groups: int, num_pairs: int | None = None
+    ) -> PairGroups:
         num_rows, top_k = ids.shape
         counts, ends = (torch.empty(num_groups, dtype=torch.int64) for _ in range(2))
         rows, order = (torch.empty(num_rows * top_k, dtype=torch.int64) for _ in range(2))

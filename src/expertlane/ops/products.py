@@ -322,7 +322,7 @@ _ANY_NUMBER = 1 << 62
 _CACHE_BYTES = 256 << 10  # of a core
 _ALIGNMENT = 16  # bytes, of the rows that a grouped product takes
 # Public since torch 2.10.
-_grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
 class _Stack:
@@ -336,8 +336,8 @@ class _Stack:
         self._bias = torch.stack(biases) if biases else None
 
     def __call__(self, rows: Tensor, num_tokens: Tensor, ends: Tensor) -> Tensor:
-        assert _grouped_mm is not None, "suits() was asked"
-        out: Tensor = _grouped_mm(rows, self._weight.transpose(1, 2), offs=ends)
+        assert grouped_mm is not None, "suits() was asked"
+        out: Tensor = grouped_mm(rows, self._weight.transpose(1, 2), offs=ends)
         if self._bias is not None:
             out += self._bias.repeat_interleave(num_tokens, dim=0, output_size=len(rows))
         return out
@@ -346,13 +346,13 @@ class _Stack:
 @cache
 def _groups_products(device: torch.device, dtype: torch.dtype) -> bool:
     """Found by trying: for which devices and types torch has them depends on its version."""
-    if _grouped_mm is None:
+    if grouped_mm is None:
         return False
     rows = torch.ones(3, 16, device=device, dtype=dtype)
     weight = torch.arange(3.0).repeat_interleave(256).view(3, 16, 16).to(device, dtype)
     ends = torch.tensor([1, 1, 3], dtype=torch.int32, device=device)
     try:
-        out = _grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+        out = grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     except (RuntimeError, NotImplementedError, TypeError):
         return False
     return bool(out[:, 0].tolist() == [0, 32, 32])

@@ -286,11 +286,42 @@ def serving_at(served: ThroughputCurve, place: int) -> ServingRecord:
     )
 
 
+_Row = tuple[str, str, str]  # what is assumed, its value, the options that change it
+
+_OF_EVERY_ENGINE: tuple[_Row, ...] = (
+    ("kernels", "fused as in GPU libraries; flat dispatch without an exchange of counts", ""),
+    (
+        "data-parallel ranks",
+        "each has a scheduler, which agree before every step; idle ones compute a dummy batch",
+        "",
+    ),
+)
+_OF_LATENCY: tuple[_Row, ...] = (
+    (
+        "TPOT",
+        "mean; aggregated: other requests' prefills between decode steps included; "
+        "disaggregated: decoding alone",
+        "",
+    ),
+    (
+        "TTFT",
+        "mean, with waits; aggregated: to the end of the prompt's last step; disaggregated: to "
+        "the first decode step, KV transfer included",
+        "",
+    ),
+)
+_OF_BOUNDS: _Row = (
+    "bounds",
+    "all laws low together or high together: wider than independent errors; of ratios, "
+    "what is left once shared errors cancel, the rest independent",
+    "",
+)
+
+
 def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumption, ...]:
     """The assumptions, the weightiest first."""
-    workload, profile = request.workload, request.cluster.profile
-    num = workload.num_sequences
-    graph = request.setting.execution is Execution.GRAPH
+    workload, profile, setting = request.workload, request.cluster.profile, request.setting
+    num, is_graph = workload.num_sequences, setting.execution is Execution.GRAPH
     rows = (
         (
             "workload",
@@ -306,35 +337,15 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
             "",
         ),
         ("routing", routing.words, "--routing-trace, --skew"),
-        ("types", f"weights in {request.setting.types}", "--dtype, --kv-dtype"),
+        ("types", f"weights in {setting.types}", "--dtype, --kv-dtype"),
         (
             "execution",
-            "steps captured as CUDA graphs" if graph else "kernels launched one by one",
+            "steps captured as CUDA graphs" if is_graph else "kernels launched one by one",
             "--execution",
         ),
-        (
-            "kernels",
-            "fused as in GPU libraries; flat dispatch without an exchange of counts",
-            "",
-        ),
-        (
-            "data-parallel ranks",
-            "each has a scheduler, which agree before every step; idle ones compute a dummy batch",
-            "",
-        ),
-        *_of_drafts(request.setting.multi_token),
-        (
-            "TPOT",
-            "mean; aggregated: other requests' prefills between decode steps included; "
-            "disaggregated: decoding alone",
-            "",
-        ),
-        (
-            "TTFT",
-            "mean, with waits; aggregated: to the end of the prompt's last step; disaggregated: to "
-            "the first decode step, KV transfer included",
-            "",
-        ),
+        *_OF_EVERY_ENGINE,
+        *_of_drafts(setting.multi_token),
+        *_OF_LATENCY,
         (
             "memory",
             f"{FREE_SHARE:.0%} of a device's {profile.device.memory_bytes / 1e9:.0f} "
@@ -342,17 +353,12 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
             "",
         ),
         ("profile", f"{profile.name}: {profile.device.origin}", "--cluster"),
-        (
-            "bounds",
-            "all laws low together or high together: wider than independent errors; of ratios, "
-            "what is left once shared errors cancel, the rest independent",
-            "",
-        ),
+        _OF_BOUNDS,
     )
     return tuple(Assumption(name, value, change=change) for name, value, change in rows)
 
 
-def _of_drafts(drafts: MultiToken) -> list[tuple[str, str, str]]:
+def _of_drafts(drafts: MultiToken) -> list[_Row]:
     if not drafts.num_drafts:
         return []
     fewest, _, most = sorted(drafts.tokens_bounds.tolist())

@@ -109,7 +109,6 @@ def best_in_full(
     goals: Goals,
     finish: Callable[[ScreenedCandidate], Finalist],
     advance: Callable[[int], None],
-    most: int = NUM_FINALISTS,
 ) -> Finals:
     """The best by tokens a second, not too many of one layout.
 
@@ -119,7 +118,6 @@ def best_in_full(
     Args:
         finish: projects an option in full.
         advance: called with 1 for each finalist.
-        most: finalists.
     """
     current = list(options)
     queue = [(-each.tps, number) for number, each in enumerate(options) if each.place is not None]
@@ -127,7 +125,7 @@ def best_in_full(
     kept: list[Finalist] = []
     broke: list[Finalist] = []
     of_layout, tried = Counter[object](), Counter[object]()
-    while queue and len(kept) < most and len(broke) < _MOST_BROKEN:
+    while queue and len(kept) < NUM_FINALISTS and len(broke) < _MOST_BROKEN:
         _, number = heapq.heappop(queue)
         option = current[number]
         layout = option.candidate.layout

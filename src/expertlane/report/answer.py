@@ -71,7 +71,7 @@ def comparison_answer(
     if wall is not None and (beside := in_wall_time(wall, results)):
         parts += (beside,)
     if modelled is not None:
-        judged = judge(modelled, results)
+        judged = judge(modelled)
         parts += (
             f"Also projected ({_projected_setting(results, modelled)}): "
             f"{headline(modelled, results)} {how_judged(results)}",
@@ -98,7 +98,7 @@ def _projected_setting(results: Results, modelled: Comparison) -> str:
 
 
 def _parts(results: Results, comparison: Comparison, most_lines: int) -> tuple[Words, ...]:
-    judged = judge(comparison, results)
+    judged = judge(comparison)
     rows = _shown(comparison, judged, most_lines)
     parts: list[Words] = [_table(comparison, judged, rows)]
     if judged is not None:

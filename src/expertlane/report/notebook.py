@@ -30,15 +30,11 @@ def answer_html(answer: Answer) -> str:
     return f"<p>{escape(answer.setting)}<br><b>{escape(answer.headline)}</b></p>{parts}"
 
 
-def page_frame(page: str, height: int = 700) -> str:
-    """A whole page as a piece of HTML, in a frame that cannot reach what is around it.
-
-    Args:
-        height: in pixels.
-    """
+def page_frame(page: str) -> str:
+    """A whole page as a piece of HTML, in a frame that cannot reach what is around it."""
     return (
         f'<iframe sandbox="allow-scripts" srcdoc="{escape(page)}" '
-        f'style="width: 100%; height: {height}px; border: 0"></iframe>'
+        f'style="width: 100%; height: 700px; border: 0"></iframe>'
     )
 
 

@@ -81,7 +81,7 @@ def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
 
 def first(results: Results, compared: Comparison) -> Section:
     """What a page's first screen shows beside the verdict: how fast all are, and why."""
-    judged = judge(compared, results)
+    judged = judge(compared)
     chart = _throughput(compared, judged)
     charts = [chart] if chart else []
     if judged is not None:

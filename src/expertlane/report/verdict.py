@@ -80,7 +80,7 @@ class Verdict:
         return is_told_apart(self.ratio, 1.0)
 
 
-def judge(comparison: Comparison, results: Results) -> Verdict | None:
+def judge(comparison: Comparison) -> Verdict | None:
     """The two deployments that the verdict is about: the same ones on every clock.
 
     None of a single deployment.
@@ -103,7 +103,7 @@ def judge(comparison: Comparison, results: Results) -> Verdict | None:
 
 def spoken_of(comparison: Comparison, results: Results) -> list[Row]:
     """The experiment's first deployment and the two of the verdict, in the experiment's order."""
-    judged = judge(comparison, results)
+    judged = judge(comparison)
     named = [comparison.first, *([judged.one, judged.other] if judged else [])]
     numbers = {row.number for row in named}
     return [row for row in comparison.rows if row.number in numbers]
@@ -152,7 +152,7 @@ def _interval(estimate: Estimate) -> str:
 
 def headline(comparison: Comparison, results: Results) -> str:
     """Who wins, by how much, how surely and on which clock: one sentence."""
-    judged = judge(comparison, results)
+    judged = judge(comparison)
     where = f"in {comparison.phase}, {_clock(comparison, results)}"
     if judged is None:
         return _alone(comparison, where)
@@ -180,7 +180,7 @@ def _alone(comparison: Comparison, where: str) -> str:
 
 def verdict(comparison: Comparison, results: Results) -> tuple[str, ...]:
     """The paragraphs on top: which is faster, and why; then what else a reader must know of it."""
-    judged, first = judge(comparison, results), headline(comparison, results)
+    judged, first = judge(comparison), headline(comparison, results)
     if judged is None:
         return (first,)
     sentences = [first, _numbers(comparison, judged), why(comparison, judged)]
@@ -206,9 +206,7 @@ def _clock(comparison: Comparison, results: Results) -> str:
 
 def in_wall_time(wall: Comparison, results: Results) -> str:
     """The same two deployments on this machine as it is, and which clock says what."""
-    return (
-        "" if judge(wall, results) is None else f"{headline(wall, results)} {which_clock(results)}"
-    )
+    return "" if judge(wall) is None else f"{headline(wall, results)} {which_clock(results)}"
 
 
 def which_clock(results: Results) -> str:

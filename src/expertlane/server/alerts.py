@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.recovery import Recovery
-from expertlane.engine.recovery_record import State
+from expertlane.engine.recovery_record import OVER, Kind
 from expertlane.engine.scaling import Scaling
 from expertlane.server.own_metrics import IMBALANCE_S
 from expertlane.spec.names import Stage
@@ -20,10 +20,16 @@ _FULL, _NEARLY_FULL = 0.95, 0.8
 _UNEVEN = 2.0
 _SILENT_S = 5.0
 
-Change = Literal["recovering", "scaling"]
+Change = Literal["recovering", "scaling", "growing"]
 _CHANGES: dict[Change, str] = {
-    "recovering": "Lost ranks are being replaced",
+    "recovering": "Ranks were lost",
     "scaling": "The layout changes",
+    "growing": "What was lost serves again",
+}
+_CHANGE_OF: dict[Kind, Change] = {
+    Kind.RECOVERY: "recovering",
+    Kind.SCALING: "scaling",
+    Kind.GROWTH: "growing",
 }
 
 
@@ -58,6 +64,13 @@ def alerts_of(service: "Service", *, is_preempting: bool) -> Iterator[Alert]:
             "Nothing: requests go on by themselves. The server's log says what happened.",
         )
     else:
+        if recovery is not None and (since := recovery.shrunk_at) is not None:
+            yield Alert(
+                "amber",
+                f"{recovery.shares} since {time.strftime('%H:%M:%S', time.localtime(since))}: "
+                "ranks that were lost are started, and load their weights.",
+                "Nothing: they serve again once they have loaded.",
+            )
         yield from _of_preparing(service.model.scaling)
         yield from _of_ranks(service.model.watch)
     scheduler, most = service.model.engine.scheduler, service.options.max_num_queued
@@ -93,9 +106,9 @@ def alerts_of(service: "Service", *, is_preempting: bool) -> Iterator[Alert]:
 
 def change_under_way(recovery: Recovery | None) -> Change | None:
     """What keeps requests waiting now; None where they run."""
-    if recovery is None or recovery.state in (State.SERVING, State.STOPPED):
+    if recovery is None or recovery.state in OVER:
         return None
-    return "recovering" if recovery.records[-1].layouts is None else "scaling"
+    return _CHANGE_OF[recovery.records[-1].kind]
 
 
 def _of_preparing(scaling: Scaling | None) -> Iterator[Alert]:
@@ -112,7 +125,7 @@ def _of_ranks(watch: RankWatch | None) -> Iterator[Alert]:
     if watch is None:
         return
     now_s = time.monotonic()
-    for rank, position in enumerate(watch.positions):
+    for rank, position in zip(watch.numbers, watch.positions, strict=True):
         silent_s = now_s - position.time_s
         if position.stage not in (Stage.IDLE, Stage.SETUP) and silent_s > _SILENT_S:
             yield Alert(

@@ -2,6 +2,7 @@
 
 import asyncio
 from base64 import b64encode
+from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import sha256
 from importlib.resources import files
@@ -57,9 +58,9 @@ class LiveFeed:
         self.num_viewers = 0
         self.is_closed = False
         self._number, self._latest = 0, b""
-        self._shown: list[Any] | None = None  # the placements that viewers have
+        self._shown: Sequence[Any] | None = None  # the placements that viewers have
         watch = state.service.model.watch
-        self._layout = None if watch is None else watch.layout  # that they know
+        self._members = None if watch is None else watch.members  # that they know
         self.num_layouts = 0
         self._changed_at = -_REPEATED  # the frame that brought them
         self._loop = asyncio.get_running_loop()
@@ -80,8 +81,8 @@ class LiveFeed:
         frame["events"] = list(self.state.events)[-_RECENT_EVENTS:]
         watch = self.state.service.model.watch
         if watch is not None:
-            if watch.layout != self._layout:
-                self._layout, self._shown = watch.layout, None
+            if watch.members != self._members:
+                self._members, self._shown = watch.members, None
                 self.num_layouts += 1  # viewers begin again
             placements = watch.placements
             is_new = self._shown is not None and any(

@@ -43,7 +43,9 @@ class Event:
 
     number: int
     at: float
-    kind: Literal["rebalance", "recovery", "scaling", "preemption", "error", "drain", "end"]
+    kind: Literal[
+        "rebalance", "recovery", "scaling", "growth", "preemption", "error", "drain", "end"
+    ]
     text: str
 
 
@@ -112,9 +114,9 @@ class LiveState:
         if recovery is None:
             return
         over = [each for each in list(recovery.records) if each.is_over]
-        number = recovery.num_recoveries + recovery.num_scalings
+        number = recovery.num_recoveries + recovery.num_scalings + recovery.num_growths
         for record in over[len(over) - self._more("recoveries", number) :]:
-            self.add("recovery" if record.layouts is None else "scaling", record.line)
+            self.add(record.kind.value, record.line)
 
     def start(self) -> dict[str, Any]:
         """What a page has to know before the first frame."""
@@ -189,6 +191,7 @@ class LiveState:
             "num_preemptions": scheduler.num_preemptions,
             "num_recovered": scheduler.num_recovered,
             "num_recoveries": 0 if recovery is None else recovery.num_recoveries,
+            "dp_ranks": self._dp_ranks(),
             "num_queried": sum(table.num_queried for table in tables),
             "num_cached": scheduler.num_cached_tokens,
             "ttft": _percentiles(metrics.recent_ttft),
@@ -264,12 +267,23 @@ class LiveState:
     def _state(self) -> str:
         if self.service.engine.error is not None:
             return "ended"
-        if (change := change_under_way(self.service.model.engine.recovery)) is not None:
+        recovery = self.service.model.engine.recovery
+        if (change := change_under_way(recovery)) is not None:
             return change
         if self.service.is_draining:
             return "draining"
+        if recovery is not None and recovery.shrunk_at is not None:
+            return "shrunk"
         scaling = self.service.model.scaling
         return "running" if scaling is None or scaling.ahead is None else "preparing"
+
+    def _dp_ranks(self) -> dict[str, Any] | None:
+        """Of all data-parallel ranks, those that serve; None where lost ranks are not replaced."""
+        recovery = self.service.model.engine.recovery
+        if recovery is None:
+            return None
+        serving, number = len(recovery.members.dp_ranks), len(recovery.whole.dp_ranks)
+        return {"serving": serving, "all": number, "shrunk_at": recovery.shrunk_at}
 
     def alerts(self) -> Iterator[Alert]:
         """What somebody should look at, the worst first."""

@@ -129,6 +129,11 @@ class OwnMetrics:
                 recovery.num_recoveries,
             ),
             (
+                "growths",
+                "Ends of a smaller layout after a loss: all ranks serve again",
+                recovery.num_growths,
+            ),
+            (
                 "layout_changes",
                 "Changes of the layout while requests ran",
                 recovery.num_scalings,
@@ -142,6 +147,13 @@ class OwnMetrics:
             family = self._counter(name, text)
             self._add(family, [], total)
             yield family
+        for name, text, members in (
+            ("serving", "Data-parallel ranks, of all replicas, that serve", recovery.members),
+            ("all", "Data-parallel ranks, of all replicas, when none is lost", recovery.whole),
+        ):
+            gauge = self._gauge(f"dp_ranks_{name}", text)
+            self._add(gauge, [], len(members.dp_ranks))
+            yield gauge
 
     def _of_ranks(self, watch: RankWatch) -> Iterator[Metric]:
         reading = watch.readings[-1]
@@ -151,13 +163,15 @@ class OwnMetrics:
             labels=[*self._labels, "rank", "stage"],
         )
         own_s = reading.spent_s - reading.waited_s
-        for rank, number in enumerate(reading.num_steps.tolist()):
+        for rank, (process, number) in enumerate(
+            zip(reading.members.numbers, reading.num_steps.tolist(), strict=True)
+        ):
             times = {
                 stage.name.lower(): own_s[rank, stage] for stage in Stage if stage != Stage.SETUP
             }
             times[WAITING] = reading.waited_s[rank].sum()
             for stage, total_s in times.items():
-                labels = [*self._labels.values(), str(rank), stage]
+                labels = [*self._labels.values(), str(process), stage]
                 seconds.add_metric(labels, number, float(total_s))
         yield seconds
         imbalance = self._gauge(

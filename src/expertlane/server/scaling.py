@@ -52,6 +52,11 @@ class _Changer:
                 code="scaling",
                 retry_after_s=_RETRY_S,
             )
+        recovery = service.model.engine.recovery
+        if recovery is not None and recovery.shrunk_at is not None:
+            raise ApiError(
+                409, recovery.shares, param="layout", code="shrunk", retry_after_s=_RETRY_S
+            )
         try:
             self._to = Layout.parse(text)
             await self._change(scaling, self._to)
@@ -84,7 +89,11 @@ class _Changer:
         except (ApiError, asyncio.CancelledError):
             await between_steps(scaling.give_up)
             raise
-        await between_steps(partial(scaling.scale, layout))
+        try:
+            await between_steps(partial(scaling.scale, layout))
+        except UserError as error:  # as of ranks that were lost just now
+            await between_steps(scaling.give_up)
+            raise ApiError(503, str(error), param="layout", code="not_prepared") from None
 
     def facts(self) -> dict[str, Any]:
         """What `GET /scale` says."""

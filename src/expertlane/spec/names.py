@@ -8,7 +8,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]  # of weights and activations
 # Of instructions that our CPU kernels are compiled for; `ops/build.py` says what each has.
 CpuIsa = Literal["baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"]
 
-OnFailure = Literal["replace", "stop"]  # of a rank that died, hung or failed
+OnFailure = Literal["replace", "shrink", "stop"]  # of a rank that died, hung or failed
 
 _LABELS = {"COLLECTIVES": "TP collectives", "HAND_OVER": "PP send/recv"}
 

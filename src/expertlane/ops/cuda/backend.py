@@ -3,17 +3,22 @@
 Only `ops/backend.py` chooses it, where `why_not` finds nothing.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import triton
 from torch import Tensor
 
 from expertlane.ops.cuda.attention import attend
+from expertlane.ops.cuda.grouped import CudaExperts, experts_of
 from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
 from expertlane.ops.cuda.parts import CudaAttention, CudaMlp
+from expertlane.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.ops.cuda.rotate import rotate, write
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.products import Activation, Expert
+from expertlane.ops.products import Activation, Expert, Experts, PairGroups
+from expertlane.ops.row_parts import RowParts
 from expertlane.ops.step import AttentionWeights
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
@@ -24,6 +29,26 @@ class CudaBackend(TorchBackend):
 
     instructions = f"triton {triton.__version__}"
     adds_with_norm = True
+
+    def experts(self, held: Sequence[Expert], activation: Activation) -> Experts:
+        if not CudaExperts.suits(held):
+            return super().experts(held, activation)
+        return experts_of(held, activation)
+
+    def group_pairs(
+        self, ids: Tensor, first: int, divisor: int, num_groups: int, num_pairs: int | None = None
+    ) -> PairGroups:
+        return group_pairs(ids, first, divisor, num_groups, num_pairs)
+
+    def gather_sum(
+        self,
+        values: Tensor | RowParts,
+        places: Tensor,
+        weights: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        values = values.tensor() if isinstance(values, RowParts) else values
+        return gather_sum(values, places, weights, out)
 
     def attention_part(self, weights: AttentionWeights, dtype: torch.dtype) -> CudaAttention:
         return CudaAttention(weights)

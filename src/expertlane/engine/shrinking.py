@@ -1,0 +1,170 @@
+"""A smaller layout after a loss, in which others serve until what was lost is there again."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from expertlane.balance.placement_file import Placements
+from expertlane.balance.survivors import over_survivors
+from expertlane.engine.commands import Prepare, Prepared
+from expertlane.engine.launch import with_blocks
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.pool import RankPool
+from expertlane.engine.scaling import Scaling
+from expertlane.engine.tickets import Ticket
+from expertlane.errors import CapacityError, UserError
+from expertlane.ops import host
+from expertlane.schedule.plan import StepPlan
+from expertlane.schedule.request import Limits
+from expertlane.spec.members import Members
+from expertlane.spec.model import ModelConfig
+
+_MOST_WAIT_S = 30.0  # before what was lost again and again is started once more
+
+
+class Shrinking:
+    """Implements `engine.recovery.Shrinker` for one engine, of the thread that has the pool.
+
+    Args:
+        scaling: knows the layout of the whole.
+        folder: of the checkpoint; None where weights are random.
+        log: takes a line when something cannot be done.
+    """
+
+    def __init__(
+        self,
+        pool: RankPool,
+        runner: ModelRunner,
+        scaling: Scaling,
+        model: ModelConfig,
+        limits: Limits,
+        *,
+        folder: Path | None,
+        log: Callable[[str], None],
+    ) -> None:
+        self._pool, self._runner, self._scaling = pool, runner, scaling
+        self._model, self._limits, self._folder, self._log = model, limits, folder, log
+        self._placements: Sequence[Placements] = ()  # [replicas]; of the whole, while it is not
+        self._preparing: dict[int, Ticket[Prepared]] = {}  # by process
+        self._prepared: set[int] = set()
+        self._num_starts: Counter[int] = Counter()
+        self._start_s = 0.0  # not before
+
+    def smaller(self, members: Members, lost: Collection[int]) -> Members:
+        """The members to go on with, without those that are lost.
+
+        Raises:
+            UserError: no data-parallel rank is left, messages cannot be sent so, or the experts of
+                those that are lost do not fit into memory beside the others and what replaces them.
+        """
+        left = members.without(lost)
+        if left == members:
+            return left
+        options, machine = self._scaling.deployment.options, self._scaling.machine[0]
+        if options.is_by_node:
+            if self._pool.is_of_nodes:  # which are cut by consecutive ranks of a layout
+                raise UserError("dispatch by nodes needs all of their ranks")
+            left.layout.ep_ranks_per_node(self._runner.ranks_per_node)
+        whole = self._scaling.deployment.layout.world_size
+        free_bytes: float = machine.free_bytes
+        if not (machine.on_gpu or self._pool.is_of_nodes):
+            held = sum(each.weight_bytes + each.kv_bytes for each in self._runner.held)
+            free_bytes = host.memory_bytes()[0] + held
+        if not machine.on_gpu:  # what replaces the others is to find as much
+            per_node = machine.ranks_per_node
+            free_bytes *= min(left.layout.world_size, per_node) / min(whole, per_node)
+        seen = [replace(machine, free_bytes=int(free_bytes))] * left.layout.world_size
+        try:
+            for placements in self._over_survivors(members, left):
+                with_blocks(
+                    *(self._limits, self._limits.num_blocks, self._model, left.layout),
+                    *(placements, seen, options.weights, self._folder),
+                )
+        except CapacityError as error:
+            raise CapacityError(f"layout {left.layout}: {error}") from None
+        return left
+
+    def _over_survivors(self, before: Members, left: Members) -> list[Placements]:
+        """[replicas]; where experts are when only these are left."""
+        found, layout = [], left.layout
+        rebalancer = self._runner.rebalancer
+        for replica in range(layout.replicas):
+            numbers = left.of_replica(replica)[: layout.stage_size : layout.etp]
+            ranks = [before.numbers.index(number) for number in numbers]
+            at = [before.layout.coordinates(rank) for rank in ranks]
+            survivors, of_replica = [each.ep_rank for each in at], at[0].replica
+            loads = {} if rebalancer is None else rebalancer.loads_of(of_replica)
+            found.append(
+                tuple(
+                    placed and over_survivors(placed, survivors, loads.get(layer))
+                    for layer, placed in enumerate(self._runner.placements[of_replica])
+                )
+            )
+        return found
+
+    def take(self, members: Members, plans: Sequence[StepPlan]) -> None:
+        """Have the runner run so, from the next `redeploy` on.
+
+        Experts stay where they are; those that only lost ranks had are on others until all members
+        are there again, with the placements that they had.
+
+        Args:
+            plans: of all steps that are not committed.
+        """
+        runner = self._runner
+        runner.abandon(plans)
+        if members == self._whole:
+            placements, self._placements = self._placements, ()
+            self._prepared.clear()
+            self._preparing.clear()
+            self._num_starts.clear()
+        else:
+            placements = self._over_survivors(runner.members, members)
+            if not self._placements:
+                self._placements = list(runner.placements)
+        runner.reshape(members, placements)
+
+    @property
+    def _whole(self) -> Members:
+        return Members(self._scaling.deployment.layout)
+
+    def is_ready(self, members: Members) -> bool:
+        """Whether all members are there, with their weights; starts those that are not.
+
+        Raises:
+            RanksLostError: others are lost.
+        """
+        pool = self._pool
+        there = pool.present | pool.ahead
+        missing = {number for number in members.numbers if number not in there}
+        self._prepared -= missing
+        to_start = missing - pool.starting
+        if to_start and time.monotonic() >= self._start_s:
+            self._start(to_start)
+        ahead = pool.ahead & {*members.numbers}
+        for number in sorted(ahead - self._prepared):
+            self._prepare(number, members)
+        return not missing and not ahead - self._prepared
+
+    def _start(self, numbers: Collection[int]) -> None:
+        self._num_starts.update(numbers)
+        most = max(self._num_starts[number] for number in numbers)
+        self._start_s = time.monotonic() + min(_MOST_WAIT_S, 2.0 ** (most - 1))
+        try:
+            self._pool.start(numbers)
+        except CapacityError as error:
+            self._log(f"lost ranks cannot be started yet: {error}")
+
+    def _prepare(self, number: int, members: Members) -> None:
+        ticket = self._preparing.pop(number, None)
+        if ticket is None or ticket.is_lost:
+            place = members.numbers.index(number)
+            replica = members.layout.coordinates(place).replica
+            spec = self._runner.spec_of(members, self._placements[replica])
+            self._preparing[number] = self._pool.submit(Prepare(spec, place), ranks=[number])
+        elif not ticket.is_done:
+            self._preparing[number] = ticket
+        elif ticket.results[number].share == 1:
+            self._prepared.add(number)

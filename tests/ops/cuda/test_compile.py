@@ -1,0 +1,48 @@
+"""Kernels of ops/cuda compiled ahead of time for GPUs, as they are launched at models' sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+pytest.importorskip("triton")
+
+needs_tools = pytest.mark.skipif(
+    sys.platform != "linux", reason="Triton's wheel, which has ptxas, is for Linux"
+)
+
+
+def compiled(*arguments: str) -> list[dict]:
+    """What benchmarks/compile_cuda.py found; it fails where a shape or a bound is not kept."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "compile_cuda.py"), "--json", *arguments]
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1200)
+    assert ended.returncode == 0, ended.stderr[-2000:] + ended.stdout
+    return json.loads(ended.stdout)
+
+
+@needs_tools
+def test_attention_and_experts_of_decode_steps_keep_the_bounds():
+    """And all cases give the right shapes on "cuda" (FakeTensorMode)."""
+    found = compiled("--only", "decode, Qwen3", "experts, decode")
+    attention = [each for each in found if each["kernel"] == "_attention_kernel"]
+    assert {each["target"] for each in attention} == {90, 100}
+    assert {each["kernel"] for each in found} >= {
+        "_grouped_kernel",
+        "_place_kernel",
+        "_gather_sum_kernel",
+        "_activation_kernel",
+        "_write_kernel",
+    }
+    assert all(each["registers"] > 0 and each["shared_bytes"] >= 0 for each in found)
+
+
+@needs_tools
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_all_kernels_keep_the_bounds():
+    assert len(compiled()) > 60

@@ -1,0 +1,127 @@
+"""Pairs by expert, grouped products and sums of the Triton kernels against torch's operations.
+
+Without a GPU they run in Triton's interpreter.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from expertlane.ops.cuda.grouped import CudaExperts, experts_of
+from expertlane.ops.cuda.permute import gather_sum, group_pairs
+from expertlane.ops.products import Activation, Expert, Linear, LoopedExperts
+from expertlane.ops.torch_backend import TorchBackend
+from ops.cuda.near import DEVICE, DTYPES, PRODUCT_DTYPES, assert_near, drawn, needs_kernels, random
+
+pytestmark = needs_kernels
+
+OPS = TorchBackend()
+NUM_ROWS = st.sampled_from([0, 1, 3, 50])
+
+
+@settings(drawn, max_examples=15)
+@given(
+    num_rows=NUM_ROWS,
+    top_k=st.integers(1, 6),
+    first=st.integers(0, 3),
+    divisor=st.integers(1, 3),
+    num_groups=st.sampled_from([1, 5, 130]),
+    has_all=st.booleans(),
+    is_told=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_pairs_by_group(num_rows, top_k, first, divisor, num_groups, has_all, is_told, seed):
+    low, high = (first, first + divisor * num_groups) if has_all else (-1, 12)
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randint(low, high, (num_rows, top_k + 1), generator=generator)
+    ids = wide.int().to(DEVICE)[:, :top_k]
+    expected = OPS.group_pairs(ids, first, divisor, num_groups)
+    num_pairs = len(expected.rows) if is_told else None
+    found = group_pairs(ids, first, divisor, num_groups, num_pairs)
+    for name, value in vars(expected).items():
+        assert torch.equal(getattr(found, name), value), name
+        assert getattr(found, name).dtype is value.dtype
+
+
+@settings(drawn, max_examples=10)
+@given(
+    num_rows=NUM_ROWS,
+    num=st.integers(1, 5),
+    width=st.sampled_from([1, 48, 1100]),
+    dtype=DTYPES,
+    has_weights=st.booleans(),
+)
+def test_sums(num_rows, num, width, dtype, has_weights):
+    generator = torch.Generator().manual_seed(num)
+    values = random(dtype, 7, width + 1)[:, 1:]
+    places = torch.randint(-1, 7, (num_rows, num), generator=generator).to(DEVICE)
+    weights = random(torch.float32, num_rows, num) if has_weights else None
+    found = gather_sum(values, places, weights, None)
+    exact = OPS.gather_sum(values.float(), places, weights).to(dtype)
+    assert_near(found, exact, steps=2)
+    out = torch.empty(num_rows, 2 * width, dtype=dtype, device=DEVICE)[:, :width]
+    assert gather_sum(values, places, weights, out) is out
+    assert torch.equal(out, found)
+
+
+def make_experts(num, hidden, inner, dtype, *, is_gated, has_bias):
+    def linear(n: int, k: int, seed: int) -> Linear:
+        weight = random(torch.float32, n, k, seed=seed) / math.sqrt(k)
+        bias = random(dtype, n, seed=seed) if has_bias else None
+        return Linear(weight.to(dtype), bias)
+
+    return [
+        Expert(
+            up=linear(inner, hidden, 3 * each),
+            down=linear(hidden, inner, 3 * each + 1),
+            gate=linear(inner, hidden, 3 * each + 2) if is_gated else None,
+        )
+        for each in range(num)
+    ]
+
+
+@settings(drawn, max_examples=12)
+@given(
+    ids=st.lists(st.integers(-1, 4), max_size=40),
+    sizes=st.sampled_from([(32, 16), (48, 40), (130, 8)]),
+    kind=st.sampled_from(
+        [
+            (True, False, Activation("silu")),
+            (False, False, Activation("gelu")),
+            (True, True, Activation("silu", swiglu_limit=1.0)),
+        ]
+    ),
+    dtype=PRODUCT_DTYPES,
+)
+def test_experts(ids, sizes, kind, dtype):
+    (hidden, inner), (is_gated, has_bias, activation) = sizes, kind
+    held = make_experts(5, hidden, inner, dtype, is_gated=is_gated, has_bias=has_bias)
+    exact = LoopedExperts(
+        [each.with_tensors([x.float() for x in each.tensors()]) for each in held], activation
+    )
+    given_ids = torch.tensor(ids, dtype=torch.int32, device=DEVICE).view(-1, 1)
+    pairs = OPS.group_pairs(given_ids, 0, 1, 5)
+    rows = random(dtype, len(ids), hidden + 2)[:, 2:]
+    expected = exact(rows.float(), pairs).to(dtype)
+    before = [tensor.clone() for each in held for tensor in each.tensors()]
+    ours = CudaExperts(held, activation, None)
+    assert_near(ours(rows, pairs), expected, steps=6)
+    out = torch.empty_like(expected)
+    assert ours(rows, pairs, out) is out
+    after = [tensor for each in ours.held for tensor in each.tensors()]
+    assert all(map(torch.equal, before, after))
+    by_torch = experts_of(held, activation)
+    assert_near(by_torch(rows, pairs), expected, steps=6)
+
+
+def test_experts_of_two_kinds_do_not_suit():
+    plain = make_experts(2, 32, 16, torch.float32, is_gated=True, has_bias=False)
+    biased = make_experts(1, 32, 16, torch.float32, is_gated=True, has_bias=True)
+    assert CudaExperts.suits(plain)
+    assert CudaExperts.suits(biased)
+    assert not CudaExperts.suits([*plain, *biased])
