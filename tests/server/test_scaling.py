@@ -60,7 +60,7 @@ def test_it_changes_under_clients(server):
     assert change["num_requests_computed_again"] == 0  # both ranks stay as they were
     weights = change["weight_bytes_from"]
     assert weights["kept"] > 0
-    assert weights["ahead"] > 20 * weights["read"] > 0
+    assert weights["ahead"] > 20 * weights["read"]
     assert len(change["ranks"]) == 3
     assert change["seconds_ahead"] > 0
     assert [each["kind"] for each in frame["events"]] == ["scaling"]
