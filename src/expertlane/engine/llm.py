@@ -197,6 +197,7 @@ class LLM:
             self._recovery.shrinker = Shrinking(
                 *(self._pool, self._runner, self.scaling, self.model, self.limits),
                 folder=self._folder,
+                log=print_to_stderr,
             )
 
     def _start(self, action: Callable[[], ResultT]) -> ResultT:
