@@ -220,6 +220,7 @@ def experts(
     sizes: tuple[int, int, int],
     dtype: torch.dtype = torch.bfloat16,
     *,
+    is_gated: bool = True,
     by_torch: bool = False,
 ) -> None:
     """Pairs by expert, grouped products, and the sum; `sizes` are experts, hidden and inner."""
@@ -229,10 +230,15 @@ def experts(
         return Linear(torch.empty(n, k, dtype=dtype, device=CUDA))
 
     held = [
-        Expert(gate=linear(inner, hidden), up=linear(inner, hidden), down=linear(hidden, inner))
+        Expert(
+            gate=linear(inner, hidden) if is_gated else None,
+            up=linear(inner, hidden),
+            down=linear(hidden, inner),
+        )
         for _ in range(num)
     ]
-    of_layer = CudaExperts(held, Activation("silu"), grouped_mm if by_torch else None)
+    activation = Activation("silu" if is_gated else "gelu")
+    of_layer = CudaExperts(held, activation, grouped_mm if by_torch else None)
     ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=CUDA)
     pairs = group_pairs(ids, 0, 1, num, ids.numel())
     _expect(pairs.counts, (num,), torch.int64)
@@ -251,27 +257,29 @@ CASES: dict[str, Callable[[], None]] = {
     "rows of 7168": lambda: rows(64, 7168, 2048),
     "experts, decode": lambda: experts(64, 8, (32, 7168, 2048)),
     "experts, prompt": lambda: experts(8192, 8, (32, 7168, 2048)),
-    "experts, paper": lambda: experts(64, 2, (4, 4096, 16384)),
+    "experts, paper": lambda: experts(128, 1, (1, 8192, 32768), is_gated=False),
     "experts, some tokens": lambda: experts(256, 8, (32, 4096, 1536)),
     "experts by torch": lambda: experts(64, 8, (32, 7168, 2048), by_torch=True),
     "experts in float32": lambda: experts(64, 8, (32, 7168, 2048), FLOAT32),
     "rotation, Qwen3": lambda: turn(64, (32, 4), 128, 128, has_norms=True),
     "rotation, DeepSeek": lambda: turn(64, (128, 1), 192, 64, interleave=True),
-    "decode, paper": lambda: attend(batch_of(64, 2000, 1), (8, 8), (512, 512)),
+    "decode, paper": lambda: attend(batch_of(64, 2000, 1), (16, 16), (512, 512)),
     "decode, Qwen3": lambda: attend(batch_of(64, 8000, 1), (32, 4), (128, 128)),
     "decode, GPT-OSS": lambda: attend(
         batch_of(64, 8000, 1), (64, 8), (64, 64), window=128, has_sinks=True
     ),
     "decode, DeepSeek": lambda: attend(batch_of(64, 8000, 1), (128, 1), (576, 512), in_keys=True),
     "one long sequence": lambda: attend(batch_of(1, 8000, 1), (64, 8), (64, 64), has_sinks=True),
-    "prompt, paper": lambda: attend(batch_of(4, 0, 2000), (8, 8), (512, 512)),
+    "prompt, paper": lambda: attend(batch_of(4, 0, 2000), (16, 16), (512, 512)),
     "prompt, Qwen3": lambda: attend(batch_of(4, 0, 2000), (32, 4), (128, 128)),
     "prompt, DeepSeek": lambda: attend(batch_of(4, 0, 2000), (128, 128), (192, 128)),
     "prompt, heads of 256": lambda: attend(batch_of(4, 0, 2000), (16, 2), (256, 256)),
     "prompt in the latent": lambda: attend(
         batch_of(4, 4000, 16), (128, 1), (576, 512), in_keys=True
     ),
-    "decode in float32, paper": lambda: attend(batch_of(64, 2000, 1), (8, 8), (512, 512), FLOAT32),
+    "decode in float32, paper": lambda: attend(
+        batch_of(64, 2000, 1), (16, 16), (512, 512), FLOAT32
+    ),
     "prompt in float32": lambda: attend(batch_of(4, 0, 2000), (32, 4), (128, 128), FLOAT32),
 }
 

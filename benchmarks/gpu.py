@@ -1,9 +1,11 @@
 """All that is to be known of a GPU met by chance, in ten minutes: `make gpu`.
 
 Needs no network and installs nothing: the torch that is there (2.9 or newer) and a bare checkout.
-Four parts, each a process with a limit of its own; one that fails or is too slow stops no other:
+Six parts, each a process with a limit of its own; one that fails or is too slow stops no other:
 
 - operations: torch's operations on the GPU against float64 (tests/ops)
+- kernels: our Triton kernels, and layers of whole models with them, against torch (tests/ops/cuda)
+- limits: each kernel's time beside what the card allows (bench_cuda.py)
 - layer: decode steps and prompts of a small and of a Mixtral-like layer (bench_layer.py)
 - calibrate: `expertlane calibrate`, a profile of the GPU
 - parity: whole models on the GPU against the reference (tests/gpu, tests/parity)
@@ -33,6 +35,9 @@ NEEDED = ("msgspec", "numpy", "psutil", "pydantic", "pytest", "rich", "tomli_w",
 PYTEST = ("-m", "pytest", "-o", "filterwarnings=default", "-p", "no:cacheprovider")
 
 
+KERNEL_TESTS = ("backend", "attention", "experts", "rows")
+
+
 @dataclass(frozen=True)
 class Part:
     """A command of Python's, `{folder}` in it standing for the folder of results."""
@@ -46,26 +51,42 @@ class Part:
 PARTS = (
     Part(
         "operations",
-        80,
+        60,
         # Without tests/conftest.py, which needs more than torch.
         (*PYTEST, "--noconftest", "tests/ops/test_torch_backend.py", "tests/ops/test_products.py"),
         ("-k", "sums"),
     ),
     Part(
+        "kernels",
+        100,
+        (
+            *PYTEST,
+            "--noconftest",
+            *(f"tests/ops/cuda/test_{name}.py" for name in KERNEL_TESTS),
+        ),
+        ("-k", "no_tokens"),
+    ),
+    Part(
+        "limits",
+        50,
+        ("benchmarks/bench_cuda.py", "--json", "{folder}/limits.json"),
+        ("--tiny",),
+    ),
+    Part(
         "layer",
-        90,
+        60,
         ("benchmarks/bench_layer.py", "--json", "{folder}/layer.json"),
         ("--quick", "--device", "cpu"),
     ),
     Part(
         "calibrate",
-        240,
+        200,
         ("-m", "expertlane", "calibrate", "gpu", "--out", "{folder}/profile.toml"),
         ("--help",),
     ),
     Part(
         "parity",
-        150,
+        110,
         (
             *PYTEST,
             "tests/gpu",

@@ -45,15 +45,17 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path):
 def test_an_unknown_part_is_refused():
     ended = run("benchmarks")
     assert ended.returncode == 2
-    assert "no part is called 'benchmarks'; valid: operations, layer" in ended.stderr
+    assert "no part is called 'benchmarks'; valid: operations, kernels" in ended.stderr
 
 
-def test_two_parts_rehearsed(tmp_path):
-    ended = run("--rehearse", "operations", "layer", OUT=str(tmp_path))
+def test_four_parts_rehearsed(tmp_path):
+    ended = run("--rehearse", "operations", "kernels", "limits", "layer", OUT=str(tmp_path))
     assert ended.returncode == 0, ended.stdout
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [(each["part"], each["status"]) for each in summary["parts"]] == [
         ("operations", "passed"),
+        ("kernels", "passed"),
+        ("limits", "passed"),
         ("layer", "passed"),
     ]
     assert (summary["card"], summary["torch"]) == ("CPU", torch.__version__)

@@ -16,7 +16,9 @@ from expertlane.ops.cuda.attention import attend
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
-from ops.cuda.near import DEVICE, PRODUCT_DTYPES, assert_near, drawn, random
+from ops.cuda.near import DEVICE, PRODUCT_DTYPES, assert_near, drawn, needs_kernels, random
+
+pytestmark = needs_kernels
 
 OPS = TorchBackend()
 IN_KEYS = {96: 48, 72: 64, 576: 512}  # values that are the first so many values of keys

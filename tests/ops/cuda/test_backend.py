@@ -28,7 +28,9 @@ from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, LatentAttention
-from ops.cuda.near import DEVICE
+from ops.cuda.near import DEVICE, needs_kernels
+
+pytestmark = needs_kernels
 
 TINY = PRESETS["paper-tiny"].with_overrides(
     num_hidden_layers=2,

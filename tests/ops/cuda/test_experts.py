@@ -16,7 +16,9 @@ from expertlane.ops.cuda.grouped import CudaExperts, experts_of
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.ops.products import Activation, Expert, Linear, LoopedExperts
 from expertlane.ops.torch_backend import TorchBackend
-from ops.cuda.near import DEVICE, DTYPES, PRODUCT_DTYPES, assert_near, drawn, random
+from ops.cuda.near import DEVICE, DTYPES, PRODUCT_DTYPES, assert_near, drawn, needs_kernels, random
+
+pytestmark = needs_kernels
 
 OPS = TorchBackend()
 NUM_ROWS = st.sampled_from([0, 1, 3, 50])

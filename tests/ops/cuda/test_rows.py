@@ -16,7 +16,9 @@ from expertlane.ops.cuda.rotate import rotate, rotate_and_write, write
 from expertlane.ops.kv_cache import KVCache
 from expertlane.ops.products import Activation
 from expertlane.ops.torch_backend import TorchBackend
-from ops.cuda.near import DEVICE, DTYPES, assert_near, drawn, random
+from ops.cuda.near import DEVICE, DTYPES, assert_near, drawn, needs_kernels, random
+
+pytestmark = needs_kernels
 
 OPS = TorchBackend()
 NUM_TOKENS = st.sampled_from([0, 1, 2, 5])

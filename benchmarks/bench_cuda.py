@@ -1,0 +1,256 @@
+"""Each kernel of ops/cuda on a GPU beside its limit: bytes over bandwidth, or FLOPs over peak.
+
+Bandwidth and peak are those of a large copy and of a large bfloat16 product on the same card in the
+same run. A time is the median of repeated calls by CUDA events, with another buffer written between
+them, so that nothing lies in the cache. Experts by our kernel and by torch's grouped product stand
+side by side. docs/gpu.md says which bytes and FLOPs are counted.
+
+    PYTHONPATH=src python benchmarks/bench_cuda.py [--tiny] [--json FILE]
+
+`--tiny` runs a little of each on any machine, without a GPU in Triton's interpreter, and times
+nothing.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():  # before Triton is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from expertlane.ops.cuda.activation import activate
+from expertlane.ops.cuda.attention import attend
+from expertlane.ops.cuda.grouped import CudaExperts
+from expertlane.ops.cuda.norm import add_rms_norm
+from expertlane.ops.cuda.permute import gather_sum, group_pairs
+from expertlane.ops.cuda.rotate import rotate_and_write
+from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.products import Activation, Expert, Linear, grouped_mm
+from expertlane.schedule.plan import Batch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+BLOCK_SIZE, REPEATS = 16, 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, and what it cannot do without: bytes of memory, and FLOPs."""
+
+    name: str
+    call: Callable[[], object]
+    num_bytes: int
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A time, and the share of it that the limit would take."""
+
+    name: str
+    seconds: float
+    limit_s: float
+    share: float
+
+
+def random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=torch.float32).to(dtype)
+
+
+def attention(
+    name: str,
+    batch: tuple[int, int, int],
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    *,
+    in_keys: bool = False,
+) -> Case:
+    """Of sequences, positions computed and new tokens of each."""
+    (num_seqs, computed, new), (num_heads, kv_heads), (key_dim, value_dim) = batch, heads, dims
+    width = -(-(computed + new) // BLOCK_SIZE)
+    tables = np.random.default_rng(0).permutation(num_seqs * width).reshape(num_seqs, width)
+    pages = PagedBatch(
+        Batch(
+            seq_ids=np.arange(num_seqs),
+            num_scheduled_tokens=np.full(num_seqs, new),
+            num_computed_tokens=np.full(num_seqs, computed),
+            token_ids=np.zeros(num_seqs * new, dtype=np.int64),
+            block_tables=tables.astype(np.int32),
+            yields_token=np.ones(num_seqs, dtype=np.bool_),
+        ),
+        BLOCK_SIZE,
+        DEVICE,
+    )
+    stored = 0 if in_keys else value_dim
+    cache = KVCache(num_seqs * width, BLOCK_SIZE, kv_heads, key_dim, stored, DTYPE, DEVICE)
+    query = random(num_seqs * new, num_heads, key_dim)
+    params = AttentionParams(value_dim, key_dim**-0.5)
+    num_pairs = num_seqs * (computed * new + new * (new + 1) // 2)
+    moved = num_seqs * (computed + new) * cache.position_bytes
+    moved += query.nbytes + query.nbytes * value_dim // key_dim
+    flops = 2 * num_pairs * num_heads * (key_dim + value_dim)
+    return Case(name, lambda: attend(query, cache, pages, params), moved, flops)
+
+
+def experts(
+    name: str, num_tokens: int, top_k: int, sizes: tuple[int, int, int], *, is_gated: bool = True
+) -> Iterator[Case]:
+    """By our product and by torch's; then order and sum. `sizes`: experts, hidden, inner."""
+    num, hidden, inner = sizes
+
+    def linear(n: int, k: int) -> Linear:
+        return Linear(random(n, k))
+
+    held = [
+        Expert(
+            gate=linear(inner, hidden) if is_gated else None,
+            up=linear(inner, hidden),
+            down=linear(hidden, inner),
+        )
+        for _ in range(num)
+    ]
+    scores = torch.rand(num_tokens, num, device=DEVICE)
+    ids, x = scores.topk(top_k, dim=1).indices.int(), random(num_tokens, hidden)
+    pairs, num_pairs = group_pairs(ids, 0, 1, num, ids.numel()), ids.numel()
+    used = int((pairs.counts > 0).sum())
+    num_weights = sum(each.num_weights for each in held[0].linears)
+    results, activation = random(num_pairs, hidden), Activation("silu" if is_gated else "gelu")
+    inner_bytes = (4 if is_gated else 2) * num_pairs * inner * x.itemsize
+    moved = used * num_weights * x.itemsize + 2 * results.nbytes + inner_bytes
+    flops = 2 * num_pairs * num_weights
+    ours = CudaExperts(held, activation, None)
+    yield Case(f"{name}, ours", lambda: ours(x, pairs), moved, flops)
+    if grouped_mm is not None and DEVICE.type == "cuda":
+        theirs = CudaExperts(held, activation, grouped_mm)
+        yield Case(f"{name}, torch's", lambda: theirs(x, pairs), moved, flops)
+    order_bytes = (2 * 4 + 24) * num_pairs
+    yield Case(f"{name}, order", lambda: group_pairs(ids, 0, 1, num, num_pairs), order_bytes)
+    factors, from_results = torch.rand(num_tokens, top_k, device=DEVICE), results.nbytes
+    yield Case(
+        f"{name}, sum",
+        lambda: gather_sum(results, pairs.numbers, factors, None),
+        from_results + x.nbytes,
+    )
+
+
+def rows(
+    num_tokens: int, hidden: int, inner: int, heads: tuple[int, int], dim: int
+) -> Iterator[Case]:
+    """Norm with a sum, activation, rotation with the write to the cache."""
+    x, weight = random(num_tokens, hidden), random(hidden, dtype=torch.float32)
+    other = random(num_tokens, hidden)
+    yield Case(
+        f"norm, {num_tokens} rows", lambda: add_rms_norm(x, other, weight, 1e-5), 4 * x.nbytes
+    )
+    both = random(num_tokens, 2 * inner)
+    yield Case(
+        f"activation, {num_tokens} rows",
+        lambda: activate(both, Activation("silu"), is_gated=True),
+        both.nbytes * 3 // 2,
+    )
+    projected = random(num_tokens, heads[0] + 2 * heads[1], dim)
+    cache = KVCache(-(-num_tokens // BLOCK_SIZE), BLOCK_SIZE, heads[1], dim, dim, DTYPE, DEVICE)
+    cos, sin = (random(num_tokens, 1, dim, dtype=torch.float32) for _ in range(2))
+    slots = torch.arange(num_tokens, device=DEVICE)
+    yield Case(
+        f"rotation, {num_tokens} rows",
+        lambda: rotate_and_write(
+            projected, heads[0], (slots, cos, sin), None, 1e-5, slots, cache, interleave=False
+        ),
+        2 * projected.nbytes + cos.nbytes + sin.nbytes,
+    )
+
+
+def cases(*, tiny: bool) -> Iterator[Case]:
+    """At the paper's, Qwen3's and DeepSeek-V3's sizes; or tiny ones."""
+    if tiny:
+        yield attention("decode", (2, 20, 1), (4, 2), (32, 32))
+        yield attention("decode in the latent", (2, 20, 1), (4, 1), (48, 32), in_keys=True)
+        yield from experts("experts", 3, 2, (4, 32, 16))
+        yield from rows(3, 64, 32, (4, 2), 16)
+        return
+    yield attention("decode, paper, 64 × 8k", (64, 8191, 1), (16, 16), (512, 512))
+    yield attention("decode, Qwen3, 64 × 8k", (64, 8191, 1), (32, 4), (128, 128))
+    yield attention("decode, Qwen3, 1 × 8k", (1, 8191, 1), (32, 4), (128, 128))
+    yield attention("decode, DeepSeek, 64 × 8k", (64, 8191, 1), (128, 1), (576, 512), in_keys=True)
+    yield attention("prompt, paper, 4 × 2k", (4, 0, 2048), (16, 16), (512, 512))
+    yield attention("prompt, Qwen3, 4 × 4k", (4, 0, 4096), (32, 4), (128, 128))
+    yield attention("prompt, DeepSeek, 2 × 4k", (2, 0, 4096), (128, 128), (192, 128))
+    yield from experts("decode, paper, EP 16", 128, 1, (1, 8192, 32768), is_gated=False)
+    yield from experts("decode, DeepSeek, 32 of 256", 128, 8, (32, 7168, 2048))
+    yield from experts("prompt, DeepSeek", 4096, 8, (32, 7168, 2048))
+    for num_tokens in (64, 8192):
+        yield from rows(num_tokens, 7168, 2048, (32, 4), 128)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """The median of a call, by the device's clock."""
+    evicting = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+    found = []
+    for repeat in range(REPEATS + 3):  # the first ones compile
+        evicting.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        if repeat >= 3:
+            found.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(found)
+
+
+def limits() -> tuple[float, float]:
+    """Bytes and FLOPs a second of this card: of a copy of 1 GiB, and of a product of 8192³."""
+    source, to = (torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    bandwidth = 2 * source.numel() / seconds(lambda: to.copy_(source))
+    a, b = random(8192, 8192), random(8192, 8192)
+    return bandwidth, 2 * 8192**3 / seconds(lambda: a @ b)
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--tiny", action="store_true", help="on any machine, without times")
+    options.add_argument("--json", type=Path, metavar="FILE")
+    given = options.parse_args()
+    if given.tiny:
+        for case in cases(tiny=True):
+            case.call()
+            print(f"{case.name}: {case.num_bytes} bytes, {case.flops} FLOPs")
+        return 0
+    if DEVICE.type == "cpu":
+        print("bench_cuda: torch sees no GPU here; nothing was run", file=sys.stderr)
+        return 2
+    bandwidth, peak = limits()
+    print(f"{torch.cuda.get_device_name(0)}: copy {bandwidth / 1e12:.2f} TB/s, ", end="")
+    print(f"product {peak / 1e12:.0f} TFLOP/s, torch {torch.__version__}")
+    found = []
+    for case in cases(tiny=False):
+        limit_s = max(case.num_bytes / bandwidth, case.flops / peak)
+        measured_s = seconds(case.call)
+        found.append(Measured(case.name, measured_s, limit_s, limit_s / measured_s))
+        print(
+            f"{case.name:36} {measured_s * 1e6:9.1f} µs, limit {limit_s * 1e6:9.1f} µs: "
+            f"{limit_s / measured_s:4.0%} of it",
+            flush=True,
+        )
+    if given.json:
+        head = {
+            "card": torch.cuda.get_device_name(0),
+            "bytes_per_s": bandwidth,
+            "flops_per_s": peak,
+        }
+        given.json.write_text(json.dumps(head | {"cases": [asdict(each) for each in found]}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
