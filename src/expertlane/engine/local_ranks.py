@@ -342,7 +342,8 @@ class LocalRanks:
         ranks = range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
         if len(heartbeat.lines) != len(ranks):
             raise MessageError(f"{len(heartbeat.lines)} lines for {len(ranks)} ranks")
-        self.stopped = self.stopped.difference(ranks).union(heartbeat.stopped)
+        others = {rank for rank in self.stopped if self.node_of(rank) != node}
+        self.stopped = others.union(heartbeat.stopped)
         for rank, line in zip(ranks, heartbeat.lines if node else (), strict=bool(node)):
             self.board.update(rank, line)
 
