@@ -81,6 +81,8 @@ class LLM:
         oversubscribe: allow more local ranks than the machine should run.
         on_failure: when a rank dies, hangs or fails: `replace` it and lose no request; `shrink`,
             which lets the others serve meanwhile, where they can; or `stop` all ranks.
+        rejoin_s: then, where there are several nodes, how long requests wait for one that is lost
+            before all ranks end; 0 to end them at once.
         cpu_isa: the largest instruction set that kernels on CPUs may use; by default
             `EXPERTLANE_CPU_ISA`, else the best that the CPU has.
         ignore_unused_tensors: load a checkpoint with tensors that its `config.json` has no use for,
@@ -123,12 +125,18 @@ class LLM:
         timeout_s: float = 60.0,
         oversubscribe: bool = False,
         on_failure: OnFailure = "stop",
+        rejoin_s: float = 300.0,
         cpu_isa: CpuIsa | None = None,
         ignore_unused_tensors: bool = False,
         record_routing: bool = False,
         check: CheckLevel = "off",
     ) -> None:
-        check_settings(dtype, cpu_isa, on_failure, check, seed=seed, timeout_s=timeout_s)
+        check_settings(
+            *(dtype, cpu_isa, on_failure, check),
+            seed=seed,
+            timeout_s=timeout_s,
+            rejoin_s=rejoin_s,
+        )
         chosen = as_layout(layout)
         deployment = Deployment("llm", chosen, options or Options())
         self.model, self._folder = find_model(model, ignore_unused_tensors)
@@ -153,6 +161,7 @@ class LLM:
             oversubscribe=oversubscribe,
             cpu_isa=cpu_isa,
             recovers=on_failure != "stop",
+            rejoin_s=rejoin_s,
         )
         self._recovery: Recovery | None = None
         if on_failure != "stop":
@@ -198,6 +207,8 @@ class LLM:
         return action() if self._recovery is None else self._recovery.start(action)
 
     def _redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
+        if any(self._pool.pid(rank) is None for rank in replaced):
+            describe_ranks(self._pool)  # a node that has come back may be another machine
         self._runner.redeploy(replaced, plans)
 
     def _make_engine(

@@ -55,7 +55,7 @@ class Node:
         Raises:
             OSError: its end is noticed elsewhere.
         """
-        if self.asked_s is None:
+        if self.asked_s is None and self.control.fileno() >= 0:
             self.asked_s = now_s
             self.control.send(_PING)
 
@@ -96,6 +96,12 @@ class Node:
     def is_starting(self, rank: int) -> bool:
         """Whether what it says of a rank may be about an earlier one of that number."""
         return any(rank in change.starts for change in self.changes)
+
+    def lose(self) -> None:
+        """It is gone, and answers nothing any more."""
+        self.close()
+        self.asked_s = None
+        self.changes.clear()
 
     def close(self) -> None:
         """Its server, and so its ranks, end when they see this."""
