@@ -204,7 +204,7 @@ class LocalRanks:
                 theirs.close()
 
     def _forget(self, ranks: Collection[int]) -> list[Channel]:
-        """There are others of these numbers from now on, or none; gives open channels to old ones."""
+        """Others have these numbers from now on, or nobody; gives open channels to old ones."""
         fenced, channels = [], self.channels
         channels += [self._nobody] * (max(ranks, default=-1) + 1 - len(channels))
         for rank in ranks:
