@@ -34,8 +34,22 @@ def why_not() -> str:
     return ""
 
 
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+def _ip(*arguments: str) -> str:
+    command = ["ip", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def clear_left() -> None:
+    """End what is in namespaces of processes that were killed before they could."""
+    for line in _ip("netns", "list").splitlines():
+        name = line.split()[0]
+        kind, _, number = name.partition("-")
+        if kind != "expertlane" or psutil.pid_exists(int(number.partition("-")[0])):
+            continue
+        for pid in _ip("netns", "pids", name).split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        _ip("netns", "del", name)
 
 
 class TwoHosts:
@@ -53,6 +67,7 @@ class TwoHosts:
         self.front, self._client = f"10.214.{own}.1", f"10.214.{own}.2"
         self.processes: list[list[subprocess.Popen[str]]] = [[], []]
         self._outside = f"el{os.getpid()}"[:15]
+        clear_left()
         try:
             self._make()
         except BaseException:
@@ -103,9 +118,7 @@ class TwoHosts:
 
     def pids(self, host: int) -> list[int]:
         """All processes of a host."""
-        command = ["ip", "netns", "pids", self.names[host]]
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-        return sorted(int(line) for line in found.stdout.split())
+        return sorted(int(line) for line in _ip("netns", "pids", self.names[host]).split())
 
     def supervisors(self, host: int) -> list[psutil.Process]:
         """Processes that fork the ranks of a host."""

@@ -22,7 +22,7 @@ from expertlane.engine.messages import (
     MessageKind,
     encode,
 )
-from expertlane.engine.node import Node, NodeChange, connections_for
+from expertlane.engine.node import GONE, Node, NodeChange, connections_for, gone
 from expertlane.engine.node_messages import ChangeRanks, Exit, Heartbeat, RanksStarted
 from expertlane.engine.processes import is_stopped
 from expertlane.engine.rank_environment import rank_environment
@@ -35,13 +35,6 @@ from expertlane.spec.names import CpuIsa
 _KILL_TIMEOUT_S = 5.0
 _PING_S = 1.0
 _END = encode(MessageKind.END, None)
-_GONE = "is gone"
-
-
-def _gone(error: Exception) -> str:
-    """How a node is lost whose connection broke."""
-    why = getattr(error, "strerror", None)
-    return f"{_GONE} ({why})" if why else _GONE
 
 
 class LocalRanks:
@@ -198,7 +191,7 @@ class LocalRanks:
         except BlockingIOError:
             raise self._lost(node, "hung in a message") from None
         except OSError as error:
-            raise self._lost(node, _gone(error)) from None
+            raise self._lost(node, gone(error)) from None
         finally:
             for _, theirs in pairs:
                 theirs.close()
@@ -322,7 +315,7 @@ class LocalRanks:
         except BlockingIOError:
             raise self._lost(node, "hung in a message") from None
         except (EOFError, OSError) as error:
-            raise self._lost(node, _gone(error)) from None
+            raise self._lost(node, gone(error)) from None
         except MessageError as error:
             raise RankError(f"{self.nodes[node].name} sent an invalid message: {error}") from None
         return None
@@ -356,7 +349,7 @@ class LocalRanks:
 
     def _lost(self, node: int, how: str) -> RankError:
         """The error for a node that is gone or hangs."""
-        if node == 0 and how.startswith(_GONE):
+        if node == 0 and how.startswith(GONE):
             code = self._server.wait(_KILL_TIMEOUT_S)
             how = f"ended with exit code {code}"
         return RankError(f"{self.nodes[node].name} {how}; all ranks were ended")

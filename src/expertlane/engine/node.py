@@ -17,6 +17,15 @@ _ANSWERS = {
 }
 
 
+GONE = "is gone"
+
+
+def gone(error: Exception) -> str:
+    """How a node is lost whose connection broke."""
+    why = getattr(error, "strerror", None)
+    return f"{GONE} ({why})" if why else GONE
+
+
 @dataclass(frozen=True, eq=False)
 class NodeChange:
     """Ranks that a node ends and starts.
