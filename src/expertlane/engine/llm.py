@@ -166,6 +166,7 @@ class LLM:
         self._recovery: Recovery | None = None
         if on_failure != "stop":
             self._recovery = Recovery(pool, chosen, self._redeploy, print_to_stderr)
+            pool.on_early_end(print_to_stderr)
         try:
             self._fit(wanted, num_blocks, deployment, placements)
             given = deployment, seed, ranks_per_node, eos_token_ids, check
