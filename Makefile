@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two tests at a time, since many of them wait; those of a file one after another, since they share.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+# Two tests at a time, since many of them wait; those of a file one after another, since they share;
+# in the order of files, of which the last ones are quick, so that not one is left to wait for.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 NUMERICAL = -m "numerical and not full" $$(grep -rl mark.numerical tests --include='*.py')
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
@@ -16,17 +17,17 @@ compare: $(VENV)/.runtime ## Run the paper's deployments side by side on 16 loca
 	@$(BIN)/expertlane compare
 	@echo "The paper's goals, judged by it: $(BIN)/python experiments/paper/study.py results/paper-small"
 
-# Then what computes numbers again, with torch alone and without each instruction set in turn (of
-# that, float32 has nothing to say: the baseline is all it uses).
+# Then what computes numbers again with torch alone, and bfloat16 without any set but the baseline,
+# which has no kernels for it.
 test: $(VENV)/.dev ## Run the tests, without the long ones
 	@$(PYTEST) -m "not full"
 	@echo "Again with EXPERTLANE_BACKEND=torch: the numerical tests"
 	@EXPERTLANE_BACKEND=torch $(PYTEST) $(NUMERICAL)
-	@echo "Again with EXPERTLANE_CPU_ISA=baseline: the numerical tests in bfloat16"
-	@EXPERTLANE_CPU_ISA=baseline $(BIN)/pytest $(NUMERICAL) -k bfloat16
+	@echo "Again with EXPERTLANE_CPU_ISA=baseline: bfloat16 against the reference"
+	@EXPERTLANE_CPU_ISA=baseline $(BIN)/pytest tests/parity/test_bfloat16.py
 
-test-full: $(VENV)/.dev ## Run all tests
-	@$(PYTEST)
+test-full: $(VENV)/.dev ## Run all tests; when interrupted, and with the same files, go on there
+	@$(PYTEST) --go-on $(VENV)/passed
 
 gpu: ## Try this machine's GPU with the torch that is installed: tests, speed, a profile
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py

@@ -1,14 +1,16 @@
 """What clients see when a rank dies or hangs: the longest gap between two tokens of a request.
 
     python benchmarks/bench_recovery.py [LAYOUT ...] [--runs 100] [--harm kill|stop] [--bound-s 2]
+        [--on-failure replace|shrink] [--redundant N]
 
-For each layout one engine (`paper-small`, random weights, `on_failure="replace"`) decodes 16
+For each layout one engine (`paper-small`, random weights, N redundant experts) decodes 16
 requests all the time; ended ones are followed by others. Again and again a rank, drawn at random,
 is killed (SIGKILL) or stopped (SIGSTOP); the engine recovers while the same process counts tokens.
 A request is *lost* if its keys and values were on that rank, else *unaffected*. With `stop`, ranks
-count as hung after `--bound-s` without progress, so that much of a gap is the bound itself.
+count as hung after `--bound-s` without progress, so that much of a gap is the bound itself. With
+`shrink` the next harm waits until all ranks serve again; the gap when they do is counted apart.
 
-Prints the median and the greatest over the runs, what the time went into, whether memory and
+Prints the median and the greatest gap over the runs, what the time went into, whether memory and
 processes stayed as they were, and one JSON line. Ranks share the cores of this machine, so gaps are
 those of a machine with a core for several ranks.
 """
@@ -30,8 +32,10 @@ from rich.table import Table
 
 from expertlane import __version__
 from expertlane.engine.llm import LLM
-from expertlane.engine.recovery_record import State
+from expertlane.engine.recovery_record import Kind, State
+from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
+from expertlane.spec.names import OnFailure
 from expertlane.spec.sampling import SamplingParams
 
 MODEL = "paper-small"
@@ -92,25 +96,38 @@ def one_run(llm: LLM, clients: Clients, layout: Layout, rank: int, number: int) 
     before = {key: list(arrivals[-1:]) for key, arrivals in clients.arrivals_s.items()}
     seen: dict[str, list[float]] = defaultdict(list)
     num_after = 0
-    while num_after < STEPS_BETWEEN:
+    while num_after < STEPS_BETWEEN or recovery.state is not State.SERVING:
         clients.step()
         for key, arrivals in clients.arrivals_s.items():
             seen[key] = before.get(key, []) + [t for t in arrivals if t > harmed_s]
         num_after += recovery.num_recoveries > num_before
-    gaps: dict[str, list[float]] = {"lost": [], "unaffected": []}
-    for key, place in places.items():
-        longest = max((b - a for a, b in pairwise(seen.get(key, []))), default=None)
-        if longest is not None:
-            gaps["lost" if place == (at.replica, at.dp_rank) else "unaffected"].append(longest)
+    gaps: dict[str, list[float]] = {"lost": [], "unaffected": [], "growing": []}
+    grew_s = [r.moments[0].time_s for r in recovery.records if r.kind is Kind.GROWTH][-1:]
+    for key, arrivals in seen.items():
+        place = places.get(key)
+        whose = "lost" if place == (at.replica, at.dp_rank) else "unaffected"
+        for begin, end in pairwise(arrivals):
+            if any(begin <= moment <= end for moment in grew_s):
+                gaps["growing"].append(end - begin)
+            elif place is not None:
+                gaps[whose].append(end - begin)
     return {name: max(each) for name, each in gaps.items() if each}
 
 
-def measure(layout: str, harm: str, runs: int, bound_s: float) -> dict[str, Any]:
+def measure(
+    layout: str, harm: str, runs: int, bound_s: float, on_failure: OnFailure, redundant: int
+) -> dict[str, Any]:
     """All runs of a layout."""
     random, chosen = np.random.default_rng(1), Layout.parse(layout)
     number = signal.SIGKILL if harm == "kill" else signal.SIGSTOP
     with LLM(
-        MODEL, layout=layout, timeout_s=bound_s, oversubscribe=True, on_failure="replace"
+        MODEL,
+        layout=layout,
+        timeout_s=bound_s,
+        oversubscribe=True,
+        on_failure=on_failure,
+        options=Options(num_redundant_experts=redundant),
+        num_blocks=1024,
     ) as llm:
         clients, found = Clients(llm), []
         for _ in range(STEPS_BETWEEN):
@@ -136,8 +153,11 @@ def measure(layout: str, harm: str, runs: int, bound_s: float) -> dict[str, Any]
         "layout": layout,
         "harm": harm,
         "bound_s": bound_s,
+        "on_failure": on_failure,
+        "redundant": redundant,
         "gaps_s": {
-            name: [run[name] for run in found if name in run] for name in ("lost", "unaffected")
+            name: [run[name] for run in found if name in run]
+            for name in ("lost", "unaffected", "growing")
         },
         "state_s": {state: statistics.median(each) for state, each in seconds.items() if each},
         "left": left,
@@ -153,13 +173,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--harm", choices=["kill", "stop"], default="kill")
     parser.add_argument("--bound-s", type=float, default=2.0, help="of a hang")
+    parser.add_argument("--on-failure", choices=["replace", "shrink"], default="replace")
+    parser.add_argument("--redundant", type=int, default=0, help="experts in each MoE layer")
     given = parser.parse_args()
-    results = [measure(layout, given.harm, given.runs, given.bound_s) for layout in given.layouts]
-    shown = Table("layout", "runs", "unaffected p50, max s", "lost p50, max s", "median s by state")
+    how = given.harm, given.runs, given.bound_s, given.on_failure, given.redundant
+    results = [measure(layout, *how) for layout in given.layouts]
+    shown = Table("layout", "runs", "unaffected", "lost", "growing", "median s by state")
     for each in results:
         gaps = [
             f"{statistics.median(g):.2f}, {max(g):.2f}" if g else "–"
-            for g in (each["gaps_s"]["unaffected"], each["gaps_s"]["lost"])
+            for g in (each["gaps_s"][name] for name in ("unaffected", "lost", "growing"))
         ]
         states = ", ".join(f"{state} {seconds:.2f}" for state, seconds in each["state_s"].items())
         shown.add_row(each["layout"], str(given.runs), *gaps, states)

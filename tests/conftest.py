@@ -15,6 +15,7 @@ from engine.imported import Imported
 from expertlane.engine.pool import RankPool
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
+from going_on import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401
 from parity.reference import ReferenceModel, ReferenceRun
 
 _TIMEOUT_S = 60.0

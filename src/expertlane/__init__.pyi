@@ -355,7 +355,7 @@ def bench(
     oversubscribe: bool = False,
     cpu_isa: Literal['baseline', 'avx2', 'avx512', 'avx512_bf16', 'amx', 'neon', 'neon_bf16'] | None = None,
     ignore_unused_tensors: bool = False,
-    on_failure: Literal['replace', 'stop'] = 'stop',
+    on_failure: Literal['replace', 'shrink', 'stop'] = 'stop',
     out: str | Path | None = None,
 ) -> Results:
     """Measure throughput and latency of a model, or of a server, under load.
@@ -436,8 +436,8 @@ def bench(
         cpu_isa: Largest instruction set that kernels on CPUs may use; amx only if asked for.
         ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that
             its config.json does not use.
-        on_failure: When a rank dies or hangs: replace it and lose no request, or stop all
-            ranks.
+        on_failure: When a rank dies or hangs: replace it and lose no request; shrink the layout
+            until it is replaced; or stop all ranks.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 

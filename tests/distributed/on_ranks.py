@@ -1,5 +1,6 @@
 """Commands that tests run on the ranks of a pool, and the fork server whose ranks know them."""
 
+import errno
 import os
 import signal
 import socket
@@ -346,10 +347,11 @@ def lose_rank(way: str) -> None:
 
 
 LOST_AT_START = "LOST_AT_START"  # names a folder; in it, files named after ranks say how
+NO_ROOM = "no room"  # a file there: there is none for more processes
 
 
 def lose_at_start() -> None:
-    """Have ranks be lost before they are up, as often as their files have lines."""
+    """Have ranks be lost before they are up, as often as their files have words, or not start."""
     make_context = worker._context
 
     def context(settings: Any, *others: Any) -> RankContext:
@@ -359,7 +361,15 @@ def lose_at_start() -> None:
             lose_rank(ways[0])
         return make_context(settings, *others)
 
+    fork = os.fork
+
+    def fork_if_there_is_room() -> int:
+        if Path(os.environ[LOST_AT_START], NO_ROOM).exists():
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
     mock.patch.object(worker, "_context", context).start()
+    mock.patch.object(os, "fork", fork_if_there_is_room).start()
 
 
 def local_ranks(

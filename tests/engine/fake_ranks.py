@@ -101,8 +101,10 @@ class FakePool:
     # What `recovery.EpochPool` has, beside that.
 
     def begin_epoch(self, lost, on_fenced, num_ranks, *, replaces=True, joining=None):
-        assert self._lost <= set(lost), "a rank is lost and not fenced"
         self.epoch += 1
+        if not lost and self._lost:  # nobody has noticed it before
+            self._notice(1.0)
+        assert self._lost <= set(lost), "a rank is lost and not fenced"
         self.num_replaced += len(lost)
         for rank in lost:
             self.stages[rank], self._is_ready[rank] = None, False

@@ -8,7 +8,8 @@ from unittest import mock
 import torch
 
 from expertlane.balance.placement import Placement
-from expertlane.comm.collectives import Group, Pending
+from expertlane.comm.checks import CheckedGroup
+from expertlane.comm.collectives import Pending
 from expertlane.engine.commands import Command
 from expertlane.engine.worker import RankContext
 from expertlane.model.sampled_batch import SampledBatch
@@ -86,7 +87,7 @@ def _flip(received: torch.Tensor) -> torch.Tensor:
 
 
 class _Changed(Pending):
-    """A transfer that brings one bit less or more."""
+    """A transfer of which a bit changes once it is there, and was looked at."""
 
     def __init__(self, pending: Pending) -> None:
         self._pending = pending
@@ -98,15 +99,27 @@ class _Changed(Pending):
         self._pending.let_go()
 
 
-def _transfer(deployed: Any, name: str, stage: Stage, layer: int) -> Iterator[Patch]:
+def _change_on_the_way(pending: Pending) -> Pending:
+    look = pending.look
+    pending.look = lambda received: look(_flip(received)) if look else None
+    return pending
+
+
+def _transfer(
+    deployed: Any,
+    name: str,
+    stage: Stage,
+    layer: int,
+    change: Callable[[Pending], Pending] = _change_on_the_way,
+) -> Iterator[Patch]:
     """The first transfer of the stage, whether it waits at once or not."""
     recorder = deployed._recorder
-    begin, at_once = getattr(Group, name), recorder.wait_at_once
+    begin, at_once = getattr(CheckedGroup, name), recorder.wait_at_once
 
-    def changed(group: Group, *given: Any, **more: Any) -> Any:
+    def changed(group: CheckedGroup, *given: Any, **more: Any) -> Any:
         is_there = (recorder.stage, recorder.layer) == (stage, layer)
         pending = begin(group, *given, **more)
-        return _Changed(pending) if is_there else pending
+        return change(pending) if is_there else pending
 
     def changed_at_once(until: Callable[[], torch.Tensor]) -> torch.Tensor:
         received = at_once(until)
@@ -117,7 +130,7 @@ def _transfer(deployed: Any, name: str, stage: Stage, layer: int) -> Iterator[Pa
             _flip(received)
         return received
 
-    yield Group, name, changed
+    yield CheckedGroup, name, changed
     if stage is Stage.COLLECTIVES:
         yield recorder, "wait_at_once", changed_at_once
 
@@ -191,8 +204,8 @@ _KINDS: dict[str, Callable[[Any], Iterator[Patch]]] = {
     "attention": _attention,
     "experts": _experts,
     "gathered": lambda deployed: _transfer(deployed, "all_gather", Stage.COLLECTIVES, _LAYER),
-    "sent": lambda deployed: _transfer(deployed, "_exchange", Stage.DISPATCH, _LAYER),
-    "kept": lambda deployed: _transfer(deployed, "all_to_all", Stage.DISPATCH, _LAYER),
+    "sent": lambda deployed: _transfer(deployed, "all_to_all", Stage.DISPATCH, _LAYER),
+    "kept": lambda deployed: _transfer(deployed, "all_to_all", Stage.DISPATCH, _LAYER, _Changed),
     "handed over": lambda deployed: _transfer(deployed, "receive", Stage.HAND_OVER, -1),
     "twice": _twice,
     "dropped": _dropped,

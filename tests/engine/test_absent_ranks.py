@@ -20,6 +20,7 @@ from distributed.recovering import (
 from engine.test_recovering_pool import NUM_RANKS, leaves_nothing, start_pool
 from expertlane.errors import RankError, RanksLostError
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
 TIMEOUT_S = 4.0
 TRANSPORTS = {
     "shared_memory": {},
@@ -29,7 +30,7 @@ TRANSPORTS = {
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
-def pool(request):
+def pool(request, forked_servers):
     """A pool with nobody absent, which logs lines."""
     with pytest.MonkeyPatch.context() as patch, leaves_nothing():
         for name, value in TRANSPORTS[request.param].items():
@@ -62,6 +63,14 @@ def test_lost_before_it_is_up(monkeypatch, tmp_path, way):
         (line,) = lines
         assert line.startswith("rank 2 ")
         assert line.endswith("; it was not in use yet")
+        (tmp_path / on_ranks.NO_ROOM).touch()
+        pool.start([2, 3])
+        wait_for(pool, lambda: not pool.starting)
+        assert {line.split(" (")[0] for line in lines[1:]} == {
+            "rank 2 could not be started",
+            "rank 3 could not be started",
+        }
+        (tmp_path / on_ranks.NO_ROOM).unlink()
         start(pool, [2])
         (tmp_path / "3").write_text("compute")
         pool.start([3])

@@ -206,6 +206,21 @@ def test_ranks_are_lost_before_they_are_up(lose_at_start):
         check_exchange(pool, 3)
 
 
+def test_who_is_stopped_at_the_start_is_noticed_within_the_bound(lose_at_start):
+    """A cold start may take minutes, but not of a process that does not run."""
+    lose_at_start(1, "stop")
+    with leaves_nothing(), start_pool(timeout_s=1.0) as pool:
+        assert pool.epoch >= 1
+        check_exchange(pool, 1)
+    with leaves_nothing():
+        ranks = on_ranks.local_ranks(2, 1.0)
+        os.kill(ranks._server.pid, signal.SIGSTOP)
+        with pytest.raises(
+            RankError, match=r"^the fork server hung \(its process is stopped\): no "
+        ):
+            RankPool(ranks, 1.0)
+
+
 def test_a_rank_that_is_lost_at_every_start(lose_at_start):
     lose_at_start(1, *["exit"] * 9)
     with (

@@ -234,5 +234,5 @@ def test_a_rank_is_lost_at_the_start_and_all_stop_where_that_is_asked_for():
 
 
 def test_what_it_does_not_do_is_refused():
-    with pytest.raises(UserError, match="on_failure is 'shrink'; valid: replace, stop"):
-        LLM("paper-tiny", on_failure="shrink")
+    with pytest.raises(UserError, match="on_failure is 'grow'; valid: replace, shrink, stop"):
+        LLM("paper-tiny", on_failure="grow")

@@ -10,18 +10,30 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from expertlane.engine.recovery import Recovery
-from expertlane.engine.recovery_record import NEXT, State
+from expertlane.engine.recovery_record import NEXT, Kind, State
 from expertlane.errors import RankError, RanksLostError, UserError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
 from expertlane.spec.names import Phase
 
 LAYOUT = Layout.parse("replicas=2,pp=2,dp=2,tp=2,ep=4")
 LAYOUTS = [LAYOUT, *map(Layout.parse, ("tp=1", "dp=2,ep=2", "replicas=3,dp=8,ep=8"))]
 RANKS = st.frozensets(st.integers(0, LAYOUT.world_size), max_size=3)  # one rank more than it needs
+FIRST = {
+    Kind.RECOVERY: State.FENCING,
+    Kind.SCALING: State.SCALING,
+    Kind.GROWTH: State.GROWING,
+}
 REPLICAS = st.sets(st.integers(0, 2), min_size=1)
 # Where a recovery may be disturbed: before and after ranks are killed, and so on.
 PLACES = ("fence", "replace", "redeploy", "half redeployed", "submit")
@@ -38,7 +50,7 @@ PLANS = [plan_of(replica) for replica in range(3)]
 
 
 class Disturbed:
-    """A pool, ranks and the loop in one, which logs what is asked of it.
+    """A pool, ranks, shrinker and the loop in one, which logs what is asked of it.
 
     Attributes:
         to_come: what happens next: a place, and what is raised there.
@@ -46,6 +58,8 @@ class Disturbed:
         caches: (replica, dp_rank) that are gone, and that the scheduler does not know of.
         not_loaded: ranks without weights.
         joined: the epoch of every rank.
+        absent, ahead: ranks that have no process of the epoch, and those of them that are up.
+        members: that the scheduler, the runner and the ranks of the last epoch have.
         is_running: whether the uncommitted steps are with the ranks.
     """
 
@@ -54,6 +68,8 @@ class Disturbed:
         self.lost, self.caches, self.not_loaded = set(), set(), set()
         self.new = set()  # ranks of a larger layout, which have no caches that could be lost
         self.layout = LAYOUT
+        self.absent, self.ahead = set(), set()
+        self.members = self.running = Members(LAYOUT)
         self.epoch, self.joined = 0, [0] * (LAYOUT.world_size + 1)
         self.is_running, self.is_closed = True, False
         self.num_epochs_since_commit = 0
@@ -61,16 +77,16 @@ class Disturbed:
     @property
     def uncommitted(self):
         """A step of each replica."""
-        return PLANS[: self.layout.replicas]
+        return PLANS[: self.members.layout.replicas]
 
     def lose(self, ranks):
         self.lost |= {rank for rank in ranks if rank < len(self.joined)}
-        self.caches |= {
-            (at.replica, at.dp_rank)
-            for at in map(
-                self.layout.coordinates, [each for each in ranks if each < self.layout.world_size]
-            )
-        }
+        self.caches |= self.members.dp_ranks_of(ranks)
+
+    @property
+    def present(self):
+        """As of a `RankPool`."""
+        return frozenset(range(len(self.joined))) - self.absent
 
     def _pass(self, place):
         if self.to_come and self.to_come[0][0] == place:
@@ -79,7 +95,7 @@ class Disturbed:
                 self.lose(error.ranks)
             raise error
 
-    def begin_epoch(self, lost, on_fenced, num_ranks):
+    def begin_epoch(self, lost, on_fenced, num_ranks, *, replaces=True, joining=None):
         assert not self.is_closed
         if num_ranks is not None:
             self.new |= set(range(len(self.joined), num_ranks))
@@ -87,32 +103,76 @@ class Disturbed:
             self.joined[:] = (self.joined + [0] * num_ranks)[:num_ranks]
             self.lost = {rank for rank in self.lost if rank < num_ranks}
             self.not_loaded = {rank for rank in self.not_loaded if rank < num_ranks}
+            self.absent = {rank for rank in self.absent if rank < num_ranks}
+            self.ahead = {rank for rank in self.ahead if rank < num_ranks}
+            if num_ranks != self.members.layout.world_size:
+                self.members = self.running = Members(self.layout)
         assert self.lost <= set(lost), "a rank that is lost is not fenced"
         self.epoch += 1
         self.num_epochs_since_commit += 1
         self.is_running = False
         self._pass("fence")
-        self.not_loaded |= {rank for rank in lost if rank < len(self.joined)}
+        gone = {rank for rank in lost if rank < len(self.joined)}
+        self.not_loaded |= gone
+        if replaces:
+            self.absent -= gone
+        else:
+            self.absent |= gone
+        self.ahead -= gone
+        if joining is None:
+            self.absent, self.ahead = self.absent - self.ahead, set()
         self.lost.clear()
         on_fenced()
         self._pass("replace")
 
     def redeploy(self, replaced, plans):
         assert not self.lost
-        assert self.not_loaded <= set(replaced) | self.new
+        assert self.running == self.members
+        assert not self.absent & {*self.members.numbers}
+        if self.members == self.whole:
+            assert not self.absent
         assert not self.caches, "steps would be run on caches that are gone"
-        assert plans == self.uncommitted
+        left = self.uncommitted
+        assert plans[: len(left)] == left, "ranks are to undo all that is to come again"
         self._pass("redeploy")
-        for rank in range(len(self.joined) // 2):
+        for rank in self.members.numbers[::2]:
             self._join(rank)
         self._pass("half redeployed")
-        for rank in range(len(self.joined)):
+        for rank in self.present:
             self._join(rank)
         self.new.clear()
 
     def _join(self, rank):
         self.joined[rank] = self.epoch
-        self.not_loaded.discard(rank)
+        if rank in self.members.numbers:
+            self.not_loaded.discard(rank)
+
+    @property
+    def whole(self):
+        return Members(self.layout)
+
+    # What a shrinker has.
+
+    can_shrink = True
+
+    def smaller(self, members, lost):
+        if not self.can_shrink:
+            raise UserError("no memory")
+        return members.without(lost)
+
+    def take(self, members, plans):
+        assert plans == self.uncommitted
+        self.running = members
+
+    def is_ready(self, members):
+        assert members == self.whole
+        return self.ahead == self.absent
+
+    def reshape(self, layout, kept):
+        assert self.running.layout == layout
+        assert kept.items() <= self.running.kept_caches(self.members).items()
+        self.members = self.running
+        return 1
 
     def lose_caches(self, caches):
         assert caches >= self.caches
@@ -120,8 +180,8 @@ class Disturbed:
         return len(caches)
 
     def submit_again(self):
-        assert not self.not_loaded
-        assert set(self.joined) == {self.epoch}
+        assert not self.not_loaded & {*self.members.numbers}
+        assert {self.joined[rank] for rank in self.present} == {self.epoch}
         self._pass("submit")
         self.is_running = True
 
@@ -136,6 +196,7 @@ class Loop:
     def __init__(self, disturbed):
         self._disturbed = disturbed
         self.lose, self.submit_again = disturbed.lose_caches, disturbed.submit_again
+        self.reshape = disturbed.reshape
 
     @property
     def uncommitted(self):
@@ -143,7 +204,15 @@ class Loop:
 
 
 class Machine(RuleBasedStateMachine):
-    """Steps are committed, ranks are lost, and more while they are replaced, in any order."""
+    """Steps are committed, ranks are lost, and more while they are replaced, in any order.
+
+    Where that is drawn, the others go on without those that are lost, which come back at some time.
+    """
+
+    @initialize(shrinks=st.booleans())
+    def choose(self, shrinks):
+        """Whether a smaller layout may be taken."""
+        self.recovery.shrinker = self.ranks if shrinks else None
 
     def __init__(self):
         super().__init__()
@@ -170,7 +239,37 @@ class Machine(RuleBasedStateMachine):
             self.recovery.settle(PLANS[replica])
             self.num_in_vain[replica] = 0
         self.ranks.num_epochs_since_commit = 0
-        assert self.recovery.state is State.SERVING
+        is_whole = self.ranks.members == self.ranks.whole
+        assert self.recovery.state is (State.SERVING if is_whole else State.SHRUNK)
+        assert (self.recovery.shrunk_at is None) == is_whole
+
+    @precondition(lambda self: self.recovery.state is State.SHRUNK)
+    @rule(
+        is_up=st.booleans(),
+        more=st.lists(st.tuples(st.sampled_from(PLACES), RANKS), max_size=4),
+        ends=st.sampled_from([None] * 6 + [UserError("no file"), RankError("no server")]),
+        where=st.sampled_from(PLACES),
+        is_interrupted=st.integers(0, 9).map(lambda number: number == 0),
+    )
+    def grow(self, is_up, more, ends, where, is_interrupted):
+        """What was lost may be up, and ranks are lost while it joins."""
+        if not is_up:
+            self.recovery.grow(Loop(self.ranks))
+            assert self.recovery.state is State.SHRUNK
+            return
+        self.ranks.ahead = set(self.ranks.absent)
+        num_growths = self.recovery.num_growths
+        self.ranks.num_epochs_since_commit = -1
+        self.disturb(self.recovery.grow, more, ends, where, is_interrupted)
+        if not self.is_stopped:
+            self.commit({0, 1, 2})
+            assert self.recovery.num_growths == num_growths + 1
+
+    @precondition(lambda self: not self.is_stopped)
+    @rule(can_shrink=st.booleans())
+    def change_memory(self, can_shrink):
+        """There is room for the experts of those that are lost, or not."""
+        self.ranks.can_shrink = can_shrink
 
     @precondition(lambda self: not self.is_stopped)
     @rule(
@@ -183,9 +282,9 @@ class Machine(RuleBasedStateMachine):
     def lose(self, ranks, more, ends, where, is_interrupted):
         """Ranks are lost, more while they are replaced, and it may end there."""
         self.ranks.lose(ranks)
-        layout = self.ranks.layout
-        replicas = range(layout.replicas)
-        struck = [r for r in replicas if not ranks.isdisjoint(layout.ranks_of_replica(r))]
+        members = self.ranks.members
+        replicas = range(members.layout.replicas)
+        struck = [r for r in replicas if not ranks.isdisjoint(members.of_replica(r))]
         for replica in struck or replicas:
             self.num_in_vain[replica] += 1
         error = RanksLostError(f"first: {sorted(ranks)}", ranks)
@@ -266,14 +365,15 @@ class Machine(RuleBasedStateMachine):
     def records_are_paths_of_the_machine(self):
         for record in self.recovery.records:
             states = [moment.state for moment in record.moments]
-            assert states[0] is (State.FENCING if record.layouts is None else State.SCALING)
+            assert states[0] is FIRST[record.kind]
             assert all(then in NEXT[now] for now, then in pairwise(states))
             assert sum(record.seconds().values()) == pytest.approx(record.total_s)
-            assert record.causes or record.layouts
+            assert record.causes or record.kind is not Kind.RECOVERY
         over = [record for record in self.recovery.records if record.is_over]
         assert over == list(self.recovery.records)[: len(over)]
-        num = sum(record.moments[-1].state is State.SERVING for record in over)
-        assert self.recovery.num_recoveries + self.recovery.num_scalings == num
+        num = sum(record.moments[-1].state is not State.STOPPED for record in over)
+        found = self.recovery
+        assert found.num_recoveries + found.num_scalings + found.num_growths == num
         assert len([line for line in self.lines if "computed again" in line]) == len(over)
 
     @invariant()
@@ -281,7 +381,9 @@ class Machine(RuleBasedStateMachine):
         if not self.is_stopped:
             assert not self.ranks.lost
             assert not self.ranks.caches
-            assert not self.ranks.not_loaded
+            assert not self.ranks.not_loaded & {*self.ranks.members.numbers}
+            assert self.recovery.members == self.ranks.members
+            assert self.recovery.whole == self.ranks.whole
 
 
 TestMachine = Machine.TestCase

@@ -9,10 +9,10 @@ import numpy as np
 
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Phase, Stage
+from expertlane.spec.names import OnFailure, Phase, Stage
 from faults.planted import KINDS, Fault
 
-NUM_CASES = 300
+NUM_CASES = 312
 NUM_LAYERS = 4  # of the model
 TRANSPORTS = ("shared_memory", "uncompiled", "gloo")
 _COPIES = {"num_redundant_experts": 4}
@@ -59,6 +59,7 @@ MOMENTS: tuple[tuple[str, dict[str, Any]], ...] = (
         for stage in (*_STAGES, *_ENDS)
     ),
     ("drain", {"stage": Stage.EXPERTS, "is_later": True}),
+    ("change, preparing", {"command": "preparing"}),
     ("change, before", {"command": "change begins"}),
     ("change, in", {"command": "change"}),
     ("change, after", {"stage": Stage.EXPERTS, "is_later": True}),
@@ -78,6 +79,8 @@ class Draw:
     Attributes:
         faults: the second one, if there is one, happens while the first is recovered from.
         target: the layout that it changes to while it serves, and then back; None if it does not.
+        prepares: ranks make weights of that layout before it changes.
+        on_failure: shrink in half of the cases whose layout can.
         dtype: bfloat16 in one case of eight.
     """
 
@@ -89,12 +92,16 @@ class Draw:
     faults: tuple[Fault, ...]
     dtype: str
     target: Layout | None = None
+    prepares: bool = False
+    on_failure: OnFailure = "replace"
 
     def __str__(self) -> str:
         first = self.faults[0]
         layout = " ".join([str(self.layout), *self.named_options])
         if self.target is not None:
-            layout += f" to {self.target}"
+            layout += f" to {self.target}" + ", prepared" * self.prepares
+        if self.on_failure == "shrink":
+            layout += ", shrinks"
         return f"{first.kind} rank {first.rank}, {self.moment}: {layout}, {self.transport}"
 
     @property
@@ -167,4 +174,6 @@ def draw(number: int) -> Draw:
     return Draw(
         *(number, name, layout, Options(**options), TRANSPORTS[transport], tuple(faults), dtype),
         target,
+        target is not None and (name == "change, preparing" or bool(random.integers(2))),
+        "shrink" if layout.replicas * layout.dp > 1 and random.integers(2) else "replace",
     )

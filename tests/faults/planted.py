@@ -17,6 +17,7 @@ from expertlane.engine.commands import (
     Deploy,
     FinishMoves,
     LeaveCores,
+    Prepare,
     Redeploy,
     RunStep,
     StartMoves,
@@ -34,6 +35,7 @@ COMMANDS = {
     "moves begin": StartMoves,
     "moves end": FinishMoves,
     "second": Redeploy,
+    "preparing": Prepare,
     "change begins": LeaveCores,
     "change": Redeploy,
 }

@@ -42,44 +42,66 @@ from faults.served import Served, requests
 MODEL = "paper-tiny"
 BOUND_S = 2.0  # without progress; a hang
 NUM_AT_FIRST, STEPS_APART = 5, 4
-NUM_STEPS = 400  # more than any run has
+IDLE_S = 0.05
+NUM_AT_LAST = 2  # requests that wait for a change of the layout, so that steps follow it
+NUM_STEPS = 1000  # more than any run has
 CHANGE_STEP, STEPS_CHANGED = 6, 8  # when the layout changes, and for how long at least
 NEAR = 1e-4  # of two likeliest log-probabilities: a tie
 
 
 class _Changes:
-    """Another layout in the midst of a run, and the first one again once all faults happened."""
+    """Another layout in the midst of a run, and the first one again once all faults happened.
 
-    def __init__(self, llm: LLM, target: Layout | None, happened: Happened) -> None:
-        self._llm, self._target, self._happened = llm, target, happened
+    Attributes:
+        is_to_come: whether it has not changed yet.
+    """
+
+    def __init__(self, llm: LLM, case: Draw, happened: Happened) -> None:
+        self._llm, self._happened = llm, happened
+        self._target, self._prepares = case.target, case.prepares
         self._step: int | None = None  # in which it changed
+        self._is_preparing = False
+
+    @property
+    def is_to_come(self) -> bool:
+        return self._target is not None and self._step is None
 
     def before(self, step: int) -> None:
-        """Change the layout if it is time."""
-        if self._target is None or step < CHANGE_STEP:
+        """Change the layout if it is time, and all ranks are there."""
+        if self._target is None or step < CHANGE_STEP or not _is_whole(self._llm):
             return
-        if self._step is None:
+        if self._step is None and self._is_ready(self._target):
             self._step, first = step, self._llm.layout
             self._llm.scale(self._target)
             self._happened.begin()
             self._target = first
-        elif step >= self._step + STEPS_CHANGED and self._happened.all():
+        elif self._step is not None and self._happened.all() and step >= self._step + STEPS_CHANGED:
             self._llm.scale(self._target)
             self._target = None
 
+    def _is_ready(self, target: Layout) -> bool:
+        if self._prepares and not self._is_preparing:
+            self._is_preparing = True
+            self._llm.scaling.prepare(target)
+        return not self._prepares or self._llm.scaling.advance()
 
-def serve(llm: LLM, target: Layout | None, happened: Happened) -> Served:
-    """Serve the requests, some of which come later, to their ends.
 
-    Args:
-        target: the layout that it changes to; None for none.
-    """
-    engine, changes = llm.engine, _Changes(llm, target, happened)
+def _is_whole(llm: LLM) -> bool:
+    """Whether no rank is missing; those that are may come back now."""
+    llm.check_ranks()
+    recovery = llm.engine.recovery
+    return recovery is not None and recovery.members == recovery.whole
+
+
+def serve(llm: LLM, case: Draw, happened: Happened) -> Served:
+    """Serve the requests, some of which come later, to their ends."""
+    engine, changes = llm.engine, _Changes(llm, case, happened)
     served, outputs, num_steps = Served(), [], 0
     to_come = requests(llm.model.vocab_size)
     while len(outputs) < len(to_come) or engine.has_unfinished:
         changes.before(num_steps)
-        while len(outputs) < min(len(to_come), NUM_AT_FIRST + num_steps // STEPS_APART):
+        most = len(to_come) - NUM_AT_LAST * changes.is_to_come
+        while len(outputs) < min(most, NUM_AT_FIRST + num_steps // STEPS_APART):
             number = len(outputs)
             outputs.append(engine.add(str(number), *to_come[number]))
             served.arrivals_s.append([])
@@ -96,6 +118,8 @@ def serve(llm: LLM, target: Layout | None, happened: Happened) -> Served:
             number = int(chunk.request_id)
             served.arrivals_s[number].append(time.monotonic())
             served.places[number].append(where.get(chunk.request_id, (-1, -1)))
+        if not engine.has_unfinished:  # ranks make weights of another layout
+            time.sleep(IDLE_S)
         num_steps += 1
         if num_steps > NUM_STEPS:
             raise RuntimeError("it does not end")
@@ -140,7 +164,7 @@ def started(case: Draw, prepare: Any) -> Iterator[tuple[LLM, Any]]:
             max_num_batched_tokens=32,
             timeout_s=BOUND_S,
             oversubscribe=True,
-            on_failure="replace",
+            on_failure=case.on_failure,
         )
     with llm:
         yield llm, servers[0]
@@ -151,7 +175,7 @@ def undisturbed(layout: Layout, options: Options, dtype: str) -> Served:
     """What the requests bring when nothing happens."""
     case, nothing = Draw(0, "", layout, options, "shared_memory", (), dtype), Happened(0)
     with started(case, partial(install, (), nothing, case.transport)) as (llm, _):
-        return serve(llm, None, nothing)
+        return serve(llm, case, nothing)
 
 
 def compare(case: Draw, served: Served, wanted: Served) -> tuple[list[str], int]:
@@ -203,7 +227,9 @@ def _serve_case(case: Draw, happened: Happened) -> tuple[Served, dict[str, Any],
         if case.moment == "drain":
             served, wrong = serve_and_end(llm, requests(llm.model.vocab_size), happened)
         else:
-            served = serve(llm, case.target, happened)
+            served = serve(llm, case, happened)
+            if not wait_until(lambda: _is_whole(llm)):
+                wrong.append("it stays smaller")
         recovery = llm.engine.recovery
         assert recovery is not None, "it was asked for"
         seconds = [

@@ -296,7 +296,7 @@ def test_a_command_ends_in_one_line(variables, message):
     assert ended.stderr == f"expertlane: error: {message}\n"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16"])
 def test_a_command_goes_on_without_a_compiler(tmp_path, dtype):
     ended = run(
         ["generate", "paper-tiny", "--token-ids", "1,2", "--max-tokens", "2", "--dtype", dtype],

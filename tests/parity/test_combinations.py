@@ -33,8 +33,6 @@ from parity.request_pool import KINDS, MAX_OUTPUT_LEN, Asked, requests
 from parity.test_equivalence import small_layouts
 from schedule.paged import check_empty
 
-pytestmark = pytest.mark.numerical
-
 TINY = PRESETS["paper-tiny"]
 MAX_LOGPROB_ERROR = 1e-4
 
@@ -354,6 +352,16 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
 
 def test_some_combinations(pools, asked):
     check_combinations(pools, asked, 25, max_num_ranks=4, work=12)
+
+
+@pytest.mark.full
+def test_some_combinations_with_torch_alone(asked, monkeypatch):
+    monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
+    keeper = PoolKeeper()
+    try:
+        check_combinations(keeper, asked, 25, max_num_ranks=4, work=12)
+    finally:
+        keeper.close()
 
 
 @pytest.mark.full

@@ -7,18 +7,17 @@ as a checksum, goes to the launcher with the step's outcome; `results.step_check
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.comm.collectives import Group, Pending, Steps
+from expertlane.comm.collectives import Group, Look, Pending
 from expertlane.comm.progress import NO_LAYER
 from expertlane.comm.recorder import Recorder
 from expertlane.cost.step.operation import TransferKind
-from expertlane.ops.row_parts import RowParts
 from expertlane.results.step_checks import Alike, Place, RankChecks, Transferred
 from expertlane.spec.names import CheckLevel, CheckPoint, Stage
 
@@ -184,18 +183,15 @@ class CheckedRecorder(Recorder):
         self.before = Stage.IDLE
 
     def enter(self, stage: Stage, layer: int = NO_LAYER) -> None:
-        """As `Recorder.enter`."""
         if stage is not self.stage:
             self.before = self.stage
         super().enter(stage, layer)
 
     def set_micro_batch(self, micro_batch: int) -> None:
-        """As `Recorder.set_micro_batch`."""
         super().set_micro_batch(micro_batch)
         self.checks.set_micro_batch(micro_batch)
 
     def check_finite(self, values: Tensor, point: CheckPoint, layer: int = NO_LAYER) -> None:
-        """As `Recorder.check_finite`."""
         self.checks.finite(values, point, layer)
 
     @property
@@ -210,84 +206,33 @@ class CheckedRecorder(Recorder):
         return self.checks.place(_GATHERED.get(stage, CheckPoint.HAND_OVER), self.layer)
 
 
-class _Looking(Pending):
-    """A transfer whose result is looked at when it has come."""
-
-    def __init__(self, pending: Pending, look: Callable[[Tensor], None]) -> None:
-        self._pending, self._look = pending, look
-
-    def wait(self) -> Tensor:
-        """As `Pending.wait`."""
-        result = self._pending.wait()
-        self._look(result)
-        return result
-
-    def let_go(self) -> None:
-        """As `Pending.let_go`."""
-        self._pending.let_go()
-
-
 class CheckedGroup(Group):
     """A group whose gathered rows are compared among its ranks; and all that it moves, if full."""
 
     _recorder: CheckedRecorder
 
-    def all_gather(
-        self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int = 0
-    ) -> Pending:
-        """As `Group.all_gather`."""
+    def _look_at(
+        self, kind: TransferKind, rows: Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> Look | None:
         checks, place = self._recorder.checks, self._recorder.place
-        pending = super().all_gather(rows, num_rows_of, metadata_bytes)
-        if self.size == 1:
-            return pending
-        number = self._sent(place, [rows] * self.size)
+        is_gathered, number = kind is TransferKind.ALL_GATHER, 0
+        if checks.is_full:
+            sent = [rows] * self.size if is_gathered else torch.split(rows, list(send))
+            number = checks.begin_transfer(self.ranks)
+            checks.moved(self.ranks, number, place, self._of_others(sent), is_sent=True)
+        elif not is_gathered:
+            return None
 
         def look(received: Tensor) -> None:
-            checks.alike(self.ranks, checksum(received), place)
-            self._came(number, place, torch.split(received, list(num_rows_of)))
+            if is_gathered:
+                checks.alike(self.ranks, checksum(received), place)
+            if checks.is_full:
+                came = self._of_others(torch.split(received, list(receive)))
+                checks.moved(self.ranks, number, place, came, is_sent=False)
 
-        return _Looking(pending, look)
-
-    def gathered(
-        self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int = 0
-    ) -> Steps[Tensor]:
-        """As `Group.gathered`."""
-        place = self._recorder.place if self._at_once() is not None else None
-        received = yield from super().gathered(rows, num_rows_of, metadata_bytes)
-        if place is not None:  # else `all_gather` has looked at them
-            self._recorder.checks.alike(self.ranks, checksum(received), place)
-        return received
-
-    def _exchange(
-        self,
-        kind: TransferKind,
-        rows: Tensor,
-        send: Sequence[int],
-        receive: Sequence[int],
-        metadata_bytes: int,
-        finish: Callable[[RowParts], Tensor] | None = None,
-    ) -> Pending:
-        place = self._recorder.place
-        if self.size == 1 or not self._recorder.checks.is_full:
-            return super()._exchange(kind, rows, send, receive, metadata_bytes, finish)
-        number = self._sent(place, torch.split(rows, list(send)))
-
-        def look(received: Tensor) -> None:
-            self._came(number, place, torch.split(received, list(receive)))
-
-        if finish is None:
-            pending = super()._exchange(kind, rows, send, receive, metadata_bytes)
-            return _Looking(pending, look)
-        make = finish
-
-        def look_and_finish(parts: RowParts) -> Tensor:
-            look(parts.tensor())
-            return make(parts)
-
-        return super()._exchange(kind, rows, send, receive, metadata_bytes, look_and_finish)
+        return look
 
     def send(self, rows: Tensor, to: int) -> Pending | None:
-        """As `Group.send`."""
         checks = self._recorder.checks
         if checks.is_full and rows.shape[0] and self._recorder.stage is Stage.HAND_OVER:
             place, number = self._recorder.place, self._number_of(self.rank, to)
@@ -295,7 +240,6 @@ class CheckedGroup(Group):
         return super().send(rows, to)
 
     def receive(self, rows: Tensor, source: int) -> Pending:
-        """As `Group.receive`."""
         checks, pending = self._recorder.checks, super().receive(rows, source)
         if not (checks.is_full and rows.shape[0] and self._recorder.stage is Stage.HAND_OVER):
             return pending
@@ -305,24 +249,12 @@ class CheckedGroup(Group):
             parts = [(self.ranks[source], received)]
             checks.moved(self.ranks, number, self._recorder.place, parts, is_sent=False)
 
-        return _Looking(pending, look)
+        pending.look = look
+        return pending
 
     def _number_of(self, source: int, to: int) -> int:
         """A number for a send; its two ranks count alike, whatever they do with others."""
         return self._recorder.checks.begin_transfer((self.ranks[source], self.ranks[to]))
-
-    def _sent(self, place: Place, parts: Sequence[Tensor]) -> int:
-        checks = self._recorder.checks
-        if not checks.is_full:
-            return 0
-        number = checks.begin_transfer(self.ranks)
-        checks.moved(self.ranks, number, place, self._of_others(parts), is_sent=True)
-        return number
-
-    def _came(self, number: int, place: Place, parts: Sequence[Tensor]) -> None:
-        checks = self._recorder.checks
-        if checks.is_full:
-            checks.moved(self.ranks, number, place, self._of_others(parts), is_sent=False)
 
     def _of_others(self, parts: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
         return [

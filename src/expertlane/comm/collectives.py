@@ -19,6 +19,8 @@ from expertlane.ops.backend import backend_for
 from expertlane.ops.row_parts import RowParts
 from expertlane.spec.names import Stage
 
+Look = Callable[[Tensor], None]  # at what a transfer has brought
+
 # Of transfers of the others, what waits for another pipeline stage or moves beside steps.
 _HIDEABLE = (Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES)
 
@@ -28,7 +30,12 @@ class Pending:
 
     Args:
         transfer: its number in the recorder's log, if it has one.
+
+    Attributes:
+        look: is shown what came, before anything is made of it; None where nobody looks.
     """
+
+    look: Look | None = None
 
     def __init__(
         self,
@@ -61,10 +68,18 @@ class Pending:
                 self._recorder.meter.transferred(self._posted_ns, needed_ns)
         self._sent = None
         if self._finish is None:
+            if self.look is not None:
+                self.look(self._received)
             return self._received
         if self._work is None:
             return self._finish(RowParts.of(self._received))
-        return self._work.read(self._finish)
+        return self._work.read(self._look_and_finish)
+
+    def _look_and_finish(self, parts: RowParts) -> Tensor:
+        assert self._finish is not None, "something is made of it"
+        if self.look is not None:
+            self.look(parts.tensor())
+        return self._finish(parts)
 
     def let_go(self) -> None:
         """Block until a send goes on by itself: before a rank waits for its next command."""
@@ -136,15 +151,27 @@ class Group:
         rows = rows.contiguous()
         if self._link is None:
             return Pending(self._recorder, None, rows, finish=finish)
+        look = self._look_at(kind, rows, send, receive)
         transfer = self._post(kind, rows, send, metadata_bytes)
         if finish is not None:
             work = self._link.all_to_all_parts(rows, send, receive)
             received = rows
         else:
             received = rows.new_empty((sum(receive), rows.shape[1]))
-            work = self._link.all_to_all(rows, send, received, receive)
+            if kind is TransferKind.ALL_GATHER:
+                work = self._link.all_gather(rows, received, receive)
+            else:
+                work = self._link.all_to_all(rows, send, received, receive)
         self._recorder.posted()
-        return Pending(self._recorder, work, received, rows, finish, transfer)
+        pending = Pending(self._recorder, work, received, rows, finish, transfer)
+        pending.look = look
+        return pending
+
+    def _look_at(
+        self, kind: TransferKind, rows: Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> Look | None:
+        """Look at what is about to be sent; gives what is to be shown what comes."""
+        return None
 
     def empty(
         self, num_rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None
@@ -192,15 +219,8 @@ class Group:
         Returns:
             [sum(num_rows_of), width] when waited for.
         """
-        if self._link is None:
-            return Pending(self._recorder, None, rows)
-        rows = rows.contiguous()
-        to_each = [rows.shape[0]] * self.size
-        transfer = self._post(TransferKind.ALL_GATHER, rows, to_each, metadata_bytes)
-        received = rows.new_empty((sum(num_rows_of), rows.shape[1]))
-        work = self._link.all_gather(rows, received, num_rows_of)
-        self._recorder.posted()
-        return Pending(self._recorder, work, received, rows, transfer=transfer)
+        to_each, kind = [rows.shape[0]] * self.size, TransferKind.ALL_GATHER
+        return self._exchange(kind, rows, to_each, num_rows_of, metadata_bytes)
 
     def reduce_scatter(self, rows: Tensor, num_rows_of: Sequence[int]) -> Pending:
         """Add up every rank's rows, in float32 and in rank order; each rank gets its part.
@@ -225,10 +245,14 @@ class Group:
             return (yield self.all_gather(rows, num_rows_of, metadata_bytes))
         rows = rows.contiguous()
         to_each = [rows.shape[0]] * self.size
+        look = self._look_at(TransferKind.ALL_GATHER, rows, to_each, num_rows_of)
         self._meter_sent(rows, to_each)
-        return self._recorder.wait_at_once(
+        received = self._recorder.wait_at_once(
             lambda: at_once(rows, to_each, num_rows_of, same_for_all=True)
         )
+        if look is not None:
+            look(received)
+        return received
 
     def exchanged(
         self,

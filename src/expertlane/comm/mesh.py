@@ -105,9 +105,9 @@ class ParallelMesh:
     """One rank's place in a layout and the groups it talks to.
 
     Args:
-        if self._meshes is None or len(ranks) == 1:
-            return None
-        return self._meshes.link(tuple(self._numbers[rank] for rank in ranks))
+        meshes: None for a place whose rank talks to nobody yet.
+        rank: of the layout.
+        members: of the layout; each rank is the process of its number if not given.
 
     Attributes:
         at: the rank's coordinates.

@@ -71,13 +71,11 @@ class Recorder:
         self.layer = NO_LAYER
         self._last_layer = NO_LAYER
         self.is_recording = False
-        self._recording_routing = False
-        self._recording_events = False
+        self._recording_routing = self._recording_events = False
         self.is_interleaved = False
         self.meter: Meter | None = None
         self._micro_batch = 0
-        self._waited_cpu_s = 0.0
-        self._wait_began_ns = 0
+        self._waited_cpu_s, self._wait_began_ns = 0.0, 0
         self._ended_s = time.perf_counter()
         self._process_cpu_s = time.process_time()
         self._clear()
@@ -243,10 +241,8 @@ class Recorder:
         if not self.is_recording:
             return None
         self._num_collectives[self.stage] += 1
-        for traffic, num_bytes in (
-            (Traffic.PAYLOAD, row_bytes - metadata_bytes),
-            (Traffic.METADATA, metadata_bytes),
-        ):
+        payload = row_bytes - metadata_bytes
+        for traffic, num_bytes in ((Traffic.PAYLOAD, payload), (Traffic.METADATA, metadata_bytes)):
             if num_bytes:
                 of_rank = self._sent_bytes[self.stage, traffic]
                 for rank, num in zip(to, num_rows, strict=True):

@@ -129,6 +129,9 @@ class Inbox:
             self.check_whole()
             self._wait_once(bound_s)
             still = presence.starting & starting
+            stopped = still & self._ranks.stopped
+            if stopped and self._silent_s(stopped, since_s) > self._timeout_s:
+                self.lose(partial(self._losses.hang, sorted(stopped), self._timeout_s))
             if still and self._silent_s(starting, since_s) > bound_s:
                 self.lose(partial(self._losses.hang, sorted(still), bound_s))
 
@@ -182,10 +185,10 @@ class Inbox:
             self._ranks.read_news(ready)
         except ExpertlaneError as error:
             self.fail(error)
-        for rank, why in self._ranks.take_missing().items():
+        for rank in [*self._ranks.missing]:
             if rank in self.presence.early:
-                text = f"rank {rank} could not be started: {why}"
-                self._drop(rank, partial(Loss, frozenset([rank]), text))
+                self._drop(rank, partial(self._losses.death, rank, 0.0))
+            self._ranks.missing.pop(rank, None)
         if self._ranks.acceptor() in ready and self._ranks.has_connected():
             self.watch()
 
@@ -261,6 +264,7 @@ class Inbox:
             text = f"rank {rank} sent an invalid message: {error}"
         except ExpertlaneError as error:
             self.fail(error)
+        self._ranks.missing.pop(rank, None)
         if rank in self.presence.early:  # still: its node may have said it meanwhile
             self.end_early([rank], text)
             self.log(f"{text}; it was not in use yet")

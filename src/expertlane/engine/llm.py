@@ -174,6 +174,7 @@ class LLM:
                     self._recovery.shrinker = Shrinking(
                         *(pool, self._runner, self.scaling, self.model, self.limits),
                         folder=self._folder,
+                        log=print_to_stderr,
                     )
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:

@@ -24,6 +24,7 @@ from expertlane.engine.messages import (
 )
 from expertlane.engine.node import Node, NodeChange, connections_for
 from expertlane.engine.node_messages import ChangeRanks, Exit, Heartbeat, RanksStarted
+from expertlane.engine.processes import is_stopped
 from expertlane.engine.rank_environment import rank_environment
 from expertlane.engine.rank_settings import RankSettings, ServerSettings
 from expertlane.engine.rendezvous import Meeting, Place
@@ -52,6 +53,7 @@ class LocalRanks:
         board: where the ranks report their progress.
         ranks_per_node: how many a node has in this epoch; the only one may have more ahead.
         pids: of ranks of this node that are up.
+        missing: ranks that nodes could not start ahead of an epoch: why. Whoever notes it takes it.
         stopped: ranks whose processes were stopped when their nodes last said so.
         on_told_to_end: called where a node was told to end; None to end all nodes at once.
 
@@ -78,7 +80,7 @@ class LocalRanks:
         self.pids: dict[int, int] = {}
         self.stopped: set[int] = set()
         self._exit_codes: dict[int, int] = {}
-        self._missing: dict[int, str] = {}  # ranks that could not be started: why
+        self.missing: dict[int, str] = {}
         self._pinged_s = 0.0
         self._is_server_hung = False
         self._num_changes = 0
@@ -246,11 +248,6 @@ class LocalRanks:
         had, self._has_connected = self._has_connected, False
         return had
 
-    def take_missing(self) -> dict[int, str]:
-        """Ranks that nodes could not start, ahead of the next epoch, since the last call: why."""
-        missing, self._missing = self._missing, {}
-        return missing
-
     def ping(self) -> None:
         """Ask each node once a second how its ranks are; call it while waiting for them."""
         now_s = time.monotonic()
@@ -272,10 +269,15 @@ class LocalRanks:
         """
         now_s = time.monotonic()
         for number, node in enumerate(self.nodes):
-            if node.asked_s is not None and now_s - max(node.asked_s, resumed_s) > bound_s:
+            if node.asked_s is None:
+                continue
+            silent_s, why = now_s - max(node.asked_s, resumed_s), ""
+            if number == 0 and silent_s > self._timeout_s and is_stopped(self._server.pid):
+                bound_s, why = self._timeout_s, " (its process is stopped)"
+            if silent_s > bound_s:
                 self._is_server_hung = number == 0
                 raise RankError(
-                    f"{node.name} hung: no answer for {bound_s:g} s; all ranks were ended"
+                    f"{node.name} hung{why}: no answer for {bound_s:g} s; all ranks were ended"
                 )
 
     def read_news(self, ready: Container[int]) -> None:
@@ -305,7 +307,7 @@ class LocalRanks:
             elif message.kind is MessageKind.RANKS_STARTED:
                 started = Decoder(RanksStarted).decode(message)
                 self._take_changed(node, message.kind)
-                self._missing.update(dict.fromkeys(started.missing, started.why))
+                self.missing.update(dict.fromkeys(started.missing, started.why))
             elif message.kind is MessageKind.FAILURE:
                 failure = Decoder(Failure).decode(message)
                 if failure.kind is FailureKind.TERMINATED and self.on_told_to_end is not None:

@@ -149,7 +149,9 @@ class Losses:
             ExpertlaneError: its node could not go on.
         """
         code = self._ranks.exit_code(rank, wait_s)
-        if code is None:
+        if rank in self._ranks.missing:
+            how = f"could not be started ({self._ranks.missing[rank]})"
+        elif code is None:
             how = "is gone"
         elif code == -signal.SIGKILL:
             how = "was killed by SIGKILL (by someone, or by the system for lack of memory)"

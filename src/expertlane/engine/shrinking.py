@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.scaling import Scaling
 from expertlane.engine.tickets import Ticket
-from expertlane.errors import CapacityError
+from expertlane.errors import CapacityError, UserError
 from expertlane.ops import host
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
@@ -30,6 +30,7 @@ class Shrinking:
     Args:
         scaling: knows the layout of the whole.
         folder: of the checkpoint; None where weights are random.
+        log: takes a line when something cannot be done.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Shrinking:
         limits: Limits,
         *,
         folder: Path | None,
+        log: Callable[[str], None],
     ) -> None:
         self._pool, self._runner, self._scaling = pool, runner, scaling
-        self._model, self._limits, self._folder = model, limits, folder
+        self._model, self._limits, self._folder, self._log = model, limits, folder, log
         self._placements: Sequence[Placements] = ()  # [replicas]; of the whole, while it is not
         self._preparing: dict[int, Ticket[Prepared]] = {}  # by process
         self._prepared: set[int] = set()
@@ -62,6 +64,8 @@ class Shrinking:
             return left
         options, machine = self._scaling.deployment.options, self._scaling.machine[0]
         if options.is_by_node:
+            if self._pool.is_of_nodes:  # which are cut by consecutive ranks of a layout
+                raise UserError("dispatch by nodes needs all of their ranks")
             left.layout.ep_ranks_per_node(self._runner.ranks_per_node)
         whole = self._scaling.deployment.layout.world_size
         free_bytes: float = machine.free_bytes
@@ -138,13 +142,20 @@ class Shrinking:
         self._prepared -= missing
         to_start = missing - pool.starting
         if to_start and time.monotonic() >= self._start_s:
-            self._num_starts.update(to_start)
-            most = max(self._num_starts[number] for number in to_start)
-            self._start_s = time.monotonic() + min(_MOST_WAIT_S, 2.0 ** (most - 1))
-            pool.start(to_start)
-        for number in sorted(pool.ahead - self._prepared):
+            self._start(to_start)
+        ahead = pool.ahead & {*members.numbers}
+        for number in sorted(ahead - self._prepared):
             self._prepare(number, members)
-        return not missing and not pool.ahead - self._prepared
+        return not missing and not ahead - self._prepared
+
+    def _start(self, numbers: Collection[int]) -> None:
+        self._num_starts.update(numbers)
+        most = max(self._num_starts[number] for number in numbers)
+        self._start_s = time.monotonic() + min(_MOST_WAIT_S, 2.0 ** (most - 1))
+        try:
+            self._pool.start(numbers)
+        except CapacityError as error:
+            self._log(f"lost ranks cannot be started yet: {error}")
 
     def _prepare(self, number: int, members: Members) -> None:
         ticket = self._preparing.pop(number, None)

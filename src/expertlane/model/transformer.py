@@ -1,6 +1,7 @@
 """The part of a transformer that one rank holds: its stage's layers, heads and experts."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -60,7 +61,8 @@ class OutputHead:
         self._mesh, self._recorder = mesh, mesh.recorder
         self._ops = backend_for(source.device)
         self._eps = model.rms_norm_eps
-        self._norm = source.take(FINAL_NORM, dtype=torch.float32)
+        take_norm = partial(source.take, FINAL_NORM, dtype=torch.float32)
+        self._norm = source.once(None, FINAL_NORM, take_norm)
         self._head = source.once(
             None, (HEAD, own), lambda: self._ops.linear(source.matrix(HEAD, own))
         )
