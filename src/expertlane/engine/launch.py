@@ -236,13 +236,21 @@ def fit_to_machine(
     num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
     free_bytes = FREE_SHARE * tightest.free_bytes / num_sharing
     share = 1.0 if tightest.on_gpu else cpu_cache_share
-    placed = PlacedModel(
-        model,
-        layout,
-        _types(tightest, weights, checkpoint),
-        placements or placements_of(model, layout, Options()),
-    )
+    placements = placements or placements_of(model, layout, Options())
+    placed = placed_model(model, layout, placements, tightest, weights, checkpoint)
     return placed.fit_cache(limits, free_bytes, share)
+
+
+def placed_model(
+    model: ModelConfig,
+    layout: Layout,
+    placements: Placements,
+    machine: RankMachine,
+    weights: WeightsType = "model",
+    checkpoint: Path | None = None,
+) -> PlacedModel:
+    """What ranks of such a machine hold of a model; arguments as of `fit_to_machine`."""
+    return PlacedModel(model, layout, _types(machine, weights, checkpoint), placements)
 
 
 def _types(machine: RankMachine, weights: WeightsType, checkpoint: Path | None) -> NumberTypes:

@@ -166,25 +166,13 @@ class LLM:
         self._recovery: Recovery | None = None
         if on_failure != "stop":
             self._recovery = Recovery(pool, chosen, self._redeploy, print_to_stderr)
+            pool.on_early_end(print_to_stderr)
         try:
             self._fit(wanted, num_blocks, deployment, placements)
             given = deployment, seed, ranks_per_node, eos_token_ids, check
             self.engine = self._start(lambda: self._make_engine(*given))
-            self.scaling = Scaling(
-                *(pool, self._runner, self.engine, self.model, deployment),
-                *(self.limits, self.machine),
-                ranks_per_node=ranks_per_node,
-                folder=self._folder,
-                oversubscribe=oversubscribe,
-            )
-            if self._recovery is not None:
-                self._recovery.settle()
-                if on_failure == "shrink":
-                    self._recovery.shrinker = Shrinking(
-                        *(pool, self._runner, self.scaling, self.model, self.limits),
-                        folder=self._folder,
-                        log=print_to_stderr,
-                    )
+            shrinks = on_failure == "shrink"
+            self._set_up_changes(deployment, ranks_per_node, oversubscribe, shrinks=shrinks)
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
             pool.close(failed=True)
@@ -200,6 +188,27 @@ class LLM:
             deployment.options.weights,
             self._folder,
         )
+
+    def _set_up_changes(
+        self, deployment: Deployment, ranks_per_node: int, oversubscribe: bool, *, shrinks: bool
+    ) -> None:
+        """Whatever changes the layout later, as asked or since ranks were lost."""
+        self.scaling = Scaling(
+            *(self._pool, self._runner, self.engine, self.model, deployment),
+            *(self.limits, self.machine),
+            ranks_per_node=ranks_per_node,
+            folder=self._folder,
+            oversubscribe=oversubscribe,
+        )
+        if self._recovery is None:
+            return
+        self._recovery.settle()
+        if shrinks:
+            self._recovery.shrinker = Shrinking(
+                *(self._pool, self._runner, self.scaling, self.model, self.limits),
+                folder=self._folder,
+                log=print_to_stderr,
+            )
 
     def _start(self, action: Callable[[], ResultT]) -> ResultT:
         """Do something with ranks that do not serve yet."""

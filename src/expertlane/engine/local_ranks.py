@@ -197,10 +197,7 @@ class LocalRanks:
                 theirs.close()
 
     def _forget(self, ranks: Collection[int]) -> list[Channel]:
-        """There are others of these numbers from now on, or none; gives open channels to old ones.
-
-        There is a place in `channels` for each thereafter.
-        """
+        """Others have these numbers from now on, or nobody; gives open channels to old ones."""
         fenced, channels = [], self.channels
         channels += [self._nobody] * (max(ranks, default=-1) + 1 - len(channels))
         for rank in ranks:
@@ -267,14 +264,13 @@ class LocalRanks:
         """
         now_s = time.monotonic()
         for number, node in enumerate(self.nodes):
-            if node.asked_s is None:
-                continue
-            silent_s, why = now_s - max(node.asked_s, resumed_s), ""
-            if number == 0 and silent_s > self._timeout_s and is_stopped(self._server.pid):
-                bound_s, why = self._timeout_s, " (its process is stopped)"
-            if silent_s > bound_s:
+            silent_s = now_s - max(now_s if node.asked_s is None else node.asked_s, resumed_s)
+            is_still = number == 0 and silent_s > self._timeout_s and is_stopped(self._server.pid)
+            if is_still or silent_s > bound_s:
                 self._is_server_hung = number == 0
-                raise self._lost(number, f"hung{why}: no answer for {bound_s:g} s")
+                why = "hung (its process is stopped)" if is_still else "hung"
+                own_s = self._timeout_s if is_still else bound_s
+                raise self._lost(number, f"{why}: no answer for {own_s:g} s")
 
     def check_nodes_of(self, ranks: Collection[int], bound_s: float) -> None:
         """Look for a node that is silent, where ranks have been for so long."""
@@ -338,7 +334,8 @@ class LocalRanks:
         ranks = range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
         if len(heartbeat.lines) != len(ranks):
             raise MessageError(f"{len(heartbeat.lines)} lines for {len(ranks)} ranks")
-        self.stopped = self.stopped.difference(ranks).union(heartbeat.stopped)
+        others = {rank for rank in self.stopped if self.node_of(rank) != node}
+        self.stopped = others.union(heartbeat.stopped)
         for rank, line in zip(ranks, heartbeat.lines if node else (), strict=bool(node)):
             self.board.update(rank, line)
 
