@@ -118,18 +118,24 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
 
 
-def batch_of(num_seqs: int, computed: int, new: int, block_size: int = 16) -> PagedBatch:
-    """Sequences of one length."""
+def equal_sequences(num_seqs: int, computed: int, new: int, block_size: int = 16) -> Batch:
+    """Sequences of one length, their blocks in random order."""
     width = -(-(computed + new) // block_size)
-    batch = Batch(
+    blocks = np.random.default_rng(0).permutation(num_seqs * width)
+    return Batch(
         seq_ids=np.arange(num_seqs),
         num_scheduled_tokens=np.full(num_seqs, new),
         num_computed_tokens=np.full(num_seqs, computed),
         token_ids=np.zeros(num_seqs * new, dtype=np.int64),
-        block_tables=np.zeros((num_seqs, width), dtype=np.int32),
+        block_tables=blocks.reshape(num_seqs, width).astype(np.int32),
         yields_token=np.ones(num_seqs, dtype=np.bool_),
     )
-    paged = PagedBatch(batch, block_size, CUDA)
+
+
+def batch_of(num_seqs: int, computed: int, new: int) -> PagedBatch:
+    """Of those, on a GPU that is not there."""
+    batch = equal_sequences(num_seqs, computed, new)
+    paged = PagedBatch(batch, 16, CUDA)
     # A torch for CPUs alone copies nothing to "cuda", not even in a FakeTensorMode.
     num, shape = batch.num_tokens, batch.block_tables.shape
     of_seqs = ((num_seqs, shape[1]), (num_seqs,), (num_seqs,), (num_seqs,))
