@@ -43,7 +43,7 @@ MODEL = "paper-tiny"
 BOUND_S = 2.0  # without progress; a hang
 NUM_AT_FIRST, STEPS_APART = 5, 4
 IDLE_S = 0.05
-NUM_AT_LAST = 2  # requests that wait for a change of the layout, so that steps follow it
+NUM_AT_LAST = 4  # requests that wait for a change of the layout, so that steps follow it
 NUM_STEPS = 1000  # more than any run has
 CHANGE_STEP, STEPS_CHANGED = 6, 8  # when the layout changes, and for how long at least
 NEAR = 1e-4  # of two likeliest log-probabilities: a tie
@@ -53,33 +53,33 @@ class _Changes:
     """Another layout in the midst of a run, and the first one again once all faults happened.
 
     Attributes:
-        is_to_come: whether it has not changed yet.
+        is_ready: whether it changes within a few steps.
     """
 
     def __init__(self, llm: LLM, case: Draw, happened: Happened) -> None:
         self._llm, self._happened = llm, happened
         self._target, self._prepares = case.target, case.prepares
-        self._step: int | None = None  # in which it changed
-        self._is_preparing = False
-
-    @property
-    def is_to_come(self) -> bool:
-        return self._target is not None and self._step is None
+        self._next_step = CHANGE_STEP
+        self._is_preparing = self._has_changed = False
+        self.is_ready = case.target is None
 
     def before(self, step: int) -> None:
         """Change the layout if it is time, and all ranks are there."""
-        if self._target is None or step < CHANGE_STEP or not _is_whole(self._llm):
+        if self._target is None or step < self._next_step or not _is_whole(self._llm):
             return
-        if self._step is None and self._is_ready(self._target):
-            self._step, first = step, self._llm.layout
+        if not self.is_ready:
+            self.is_ready = self._is_prepared(self._target)
+            self._next_step = step + self.is_ready * STEPS_APART
+        elif not self._has_changed:
+            first, self._has_changed = self._llm.layout, True
             self._llm.scale(self._target)
             self._happened.begin()
-            self._target = first
-        elif self._step is not None and self._happened.all() and step >= self._step + STEPS_CHANGED:
+            self._target, self._next_step = first, step + STEPS_CHANGED
+        elif self._happened.all():
             self._llm.scale(self._target)
             self._target = None
 
-    def _is_ready(self, target: Layout) -> bool:
+    def _is_prepared(self, target: Layout) -> bool:
         if self._prepares and not self._is_preparing:
             self._is_preparing = True
             self._llm.scaling.prepare(target)
@@ -100,7 +100,7 @@ def serve(llm: LLM, case: Draw, happened: Happened) -> Served:
     to_come = requests(llm.model.vocab_size)
     while len(outputs) < len(to_come) or engine.has_unfinished:
         changes.before(num_steps)
-        most = len(to_come) - NUM_AT_LAST * changes.is_to_come
+        most = len(to_come) - NUM_AT_LAST * (not changes.is_ready)
         while len(outputs) < min(most, NUM_AT_FIRST + num_steps // STEPS_APART):
             number = len(outputs)
             outputs.append(engine.add(str(number), *to_come[number]))

@@ -227,6 +227,14 @@ class ModelRunner:
         if self._watch is not None:
             self._watch.begin_again(replaced)
 
+    @property
+    def spec(self) -> StageSpec:
+        """What ranks have; placements of the first replica."""
+        placements = self._placements[0]
+        if self.rebalancer is not None:
+            placements = self.rebalancer.placements[0]
+        return replace(self._deploy.spec, placements=placements)
+
     def _having_read(self) -> list[int]:
         """Processes that have more weights than they kept."""
         each = zip(self.members.numbers, self.held, strict=True)

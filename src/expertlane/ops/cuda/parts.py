@@ -67,7 +67,7 @@ class CudaMlp:
         self._is_gated = mlp.gate is not None
         self._inner = mlp.up.weight
         if mlp.gate is not None:
-            self._inner = side_by_side([[mlp.gate, mlp.up]])[0][0]
+            self._inner = side_by_side([[mlp.gate, mlp.up]])[0].flatten(0, 1)
 
     @staticmethod
     def suits(mlp: Expert) -> bool:
