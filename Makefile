@@ -1,9 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two tests at a time, since many of them wait; those of a file one after another, since they share;
-# in the order of files, of which the last ones are quick, so that not one is left to wait for.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three tests at a time, for two cores, since many of them wait; those of a file one after another,
+# since they share; in the order of files, of which the last ones are quick: none is waited for.
+PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 NUMERICAL = -m "numerical and not full" $$(grep -rl mark.numerical tests --include='*.py')
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 

@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
+
+from compile_cuda import equal_sequences
 
 from expertlane.ops.cuda.activation import activate
 from expertlane.ops.cuda.attention import attend
@@ -35,7 +36,6 @@ from expertlane.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.ops.cuda.rotate import rotate_and_write
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.products import Activation, Expert, Linear, grouped_mm
-from expertlane.schedule.plan import Batch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
@@ -68,30 +68,18 @@ def random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
 
 def attention(
     name: str,
-    batch: tuple[int, int, int],
+    sequences: tuple[int, int, int],
     heads: tuple[int, int],
     dims: tuple[int, int],
     *,
     in_keys: bool = False,
 ) -> Case:
     """Of sequences, positions computed and new tokens of each."""
-    (num_seqs, computed, new), (num_heads, kv_heads), (key_dim, value_dim) = batch, heads, dims
-    width = -(-(computed + new) // BLOCK_SIZE)
-    tables = np.random.default_rng(0).permutation(num_seqs * width).reshape(num_seqs, width)
-    pages = PagedBatch(
-        Batch(
-            seq_ids=np.arange(num_seqs),
-            num_scheduled_tokens=np.full(num_seqs, new),
-            num_computed_tokens=np.full(num_seqs, computed),
-            token_ids=np.zeros(num_seqs * new, dtype=np.int64),
-            block_tables=tables.astype(np.int32),
-            yields_token=np.ones(num_seqs, dtype=np.bool_),
-        ),
-        BLOCK_SIZE,
-        DEVICE,
-    )
+    (num_seqs, computed, new), (num_heads, kv_heads), (key_dim, value_dim) = sequences, heads, dims
+    batch = equal_sequences(num_seqs, computed, new, BLOCK_SIZE)
+    pages = PagedBatch(batch, BLOCK_SIZE, DEVICE)
     stored = 0 if in_keys else value_dim
-    cache = KVCache(num_seqs * width, BLOCK_SIZE, kv_heads, key_dim, stored, DTYPE, DEVICE)
+    cache = KVCache(batch.block_tables.size, BLOCK_SIZE, kv_heads, key_dim, stored, DTYPE, DEVICE)
     query = random(num_seqs * new, num_heads, key_dim)
     params = AttentionParams(value_dim, key_dim**-0.5)
     num_pairs = num_seqs * (computed * new + new * (new + 1) // 2)

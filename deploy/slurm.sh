@@ -5,6 +5,7 @@
 # serve: the first node runs the HTTP server; the job's output has its address. The API key comes
 # from EXPERTLANE_API_KEY, which sbatch passes on. Sixty seconds before the time limit, and at
 # `scancel --signal=TERM JOB`, new requests are refused and running ones finish.
+# A node after the first whose processes die joins again; the job ends when Slurm loses a node.
 # Others: the first node prints and writes; compare writes to results/slurm-JOB.
 #SBATCH --job-name=expertlane
 #SBATCH --nodes=2
@@ -27,8 +28,10 @@ shift 2 # what follows goes to expertlane: --layout, --traffic, --timeout-s 300,
 
 read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port="${PORT:-29500}"
+restarts=0 # by torchrun, on nodes after the first
 case "$command" in
 serve)
+    restarts=3
     serve_port="${SERVE_PORT:-8000}"
     # torchrun gives processes 30 s to end, so running requests get 20.
     set -- --host 0.0.0.0 --port "$serve_port" --drain-s 20 "$@"
@@ -40,13 +43,14 @@ compare)
 esac
 
 # Each task learns its own node's number from Slurm; the launcher is on the first node.
-export command what first_node port
+export command what first_node port restarts
 # shellcheck disable=SC2016 # the task's own shell is to expand these
 srun --kill-on-bad-exit=1 bash -c '
     exec torchrun \
         --nnodes "$SLURM_NNODES" \
         --nproc-per-node 1 \
         --node-rank "$SLURM_NODEID" \
+        --max-restarts "$((SLURM_NODEID > 0 ? restarts : 0))" \
         --master-addr "$first_node" \
         --master-port "$port" \
         -m expertlane "$command" "$what" "$@"

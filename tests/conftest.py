@@ -35,9 +35,14 @@ def interruptible() -> None:
 
 
 class PoolKeeper:
-    """Keeps one pool of ranks a dtype; the ranks keep their process groups by layout."""
+    """Keeps one pool of ranks a dtype; the ranks keep their process groups by layout.
 
-    def __init__(self) -> None:
+    Args:
+        imported: what their fork servers are forked from.
+    """
+
+    def __init__(self, imported: Imported) -> None:
+        self._imported = imported
         self._pools: dict[str, RankPool] = {}
 
     def pool(self, num_ranks: int, dtype: str = "float32") -> RankPool:
@@ -46,7 +51,8 @@ class PoolKeeper:
         if pool is None or pool.is_closed or pool.num_ranks < num_ranks:
             if pool is not None:
                 pool.close()
-            pool = RankPool(local_ranks(num_ranks, _TIMEOUT_S, dtype), _TIMEOUT_S)
+            with self._imported.serving():
+                pool = RankPool(local_ranks(num_ranks, _TIMEOUT_S, dtype), _TIMEOUT_S)
             self._pools[dtype] = pool
         return pool
 
@@ -97,9 +103,9 @@ def forked_servers(imported: Imported) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def pools() -> Iterator[PoolKeeper]:
+def pools(imported: Imported) -> Iterator[PoolKeeper]:
     """Ranks that persist from test to test."""
-    keeper = PoolKeeper()
+    keeper = PoolKeeper(imported)
     yield keeper
     keeper.close()
 

@@ -73,16 +73,19 @@ def test_the_slurm_script_starts_a_task_a_node(tmp_path: Path) -> None:
         refused = run(*given)
         assert (refused.returncode, refused.stdout) == (2, "")
     torchrun = (
-        "--nnodes 2 --nproc-per-node 1 --node-rank {} --master-addr first --master-port 29500"
+        "--nnodes 2 --nproc-per-node 1 --node-rank {} --max-restarts {} --master-addr first "
+        "--master-port 29500"
     )
     compared = "compare paper --out results/slurm-7 --traffic"
     assert run("compare", "paper", "--traffic").stdout.splitlines() == [
-        f"{torchrun.format(node)} -m expertlane {compared}" for node in range(2)
+        f"{torchrun.format(node, 0)} -m expertlane {compared}" for node in range(2)
     ]
     around["EXPERTLANE_API_KEY"] = "k"
     _, *tasks = run(*serve).stdout.splitlines()
     served = "serve a model --host 0.0.0.0 --port 8000 --drain-s 20 --layout dp=2,ep=2"
-    assert tasks == [f"{torchrun.format(node)} -m expertlane {served}" for node in range(2)]
+    assert tasks == [
+        f"{torchrun.format(node, 3 * node)} -m expertlane {served}" for node in range(2)
+    ]
 
 
 def test_the_compose_file_listens_on_this_machine_alone() -> None:

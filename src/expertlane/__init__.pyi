@@ -356,6 +356,7 @@ def bench(
     cpu_isa: Literal['baseline', 'avx2', 'avx512', 'avx512_bf16', 'amx', 'neon', 'neon_bf16'] | None = None,
     ignore_unused_tensors: bool = False,
     on_failure: Literal['replace', 'shrink', 'stop'] = 'stop',
+    rejoin_s: float = 300.0,
     out: str | Path | None = None,
 ) -> Results:
     """Measure throughput and latency of a model, or of a server, under load.
@@ -438,6 +439,7 @@ def bench(
             its config.json does not use.
         on_failure: When a rank dies or hangs: replace it and lose no request; shrink the layout
             until it is replaced; or stop all ranks.
+        rejoin_s: On several nodes, with --on-failure replace: how long to wait for a lost node.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 

@@ -75,6 +75,7 @@ def test_engine_options_are_handed_over(run, stub):
         ),
         "ranks_per_node": 1,
         "on_failure": "stop",
+        "rejoin_s": 300.0,
         "timeout_s": 5.0,
         "oversubscribe": True,
         "cpu_isa": "avx2",

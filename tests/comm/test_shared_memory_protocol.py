@@ -228,6 +228,7 @@ def test_ranks_as_threads_have_no_race(tmp_path):
     assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr[:3000]
 
 
+@pytest.mark.full
 def test_the_race_detector_sees_a_counter_without_order(tmp_path):
     ran = run_threads(build_threads(tmp_path, "-DPLANTED_RELAXED"))
     assert "data race" in ran.stderr

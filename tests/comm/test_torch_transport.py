@@ -1,6 +1,5 @@
 """Ranks of several nodes: gloo's messages with all receives posted before all sends."""
 
-import subprocess
 import sys
 
 NUM_RANKS = 3
@@ -36,18 +35,14 @@ transport.leave()
 """
 
 
-def test_uneven_exchanges_between_nodes(tmp_path):
+def test_uneven_exchanges_between_nodes(tmp_path, imported):
+    begin = [sys.executable, "-P", "-c", RANK]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(NUM_RANKS), str(tmp_path / "store")],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        imported.popen([*begin, str(rank), str(NUM_RANKS), str(tmp_path / "store")])
         for rank in range(NUM_RANKS)
     ]
     try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+        assert [rank.wait(120) for rank in ranks] == [0] * NUM_RANKS
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * NUM_RANKS, errors

@@ -7,8 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expertlane.cost.laws.frameworks import find_framework, frameworks, judged_groups, served_by
-from expertlane.cost.laws.judged import CALIBRATED, judged
+from expertlane.cost.laws.frameworks import (
+    CALIBRATED,
+    find_framework,
+    frameworks,
+    judged,
+    judged_groups,
+    served_by,
+)
 from expertlane.cost.laws.profile_file import read_profile, shipped_profiles
 from expertlane.cost.laws.times import Basis
 from expertlane.errors import SpecError

@@ -24,8 +24,9 @@ from expertlane.comm.recorder import Recorder
 from expertlane.engine import fork_server, worker
 from expertlane.engine.commands import Command
 from expertlane.engine.local_ranks import LocalRanks
+from expertlane.engine.node_ranks import NodeRanks
 from expertlane.engine.rendezvous import Meeting
-from expertlane.engine.torchrun import NodeRanks, SupervisorSettings, supervisor_command
+from expertlane.engine.supervisor import SupervisorSettings, supervisor_command
 from expertlane.engine.worker import Handlers, RankContext
 from expertlane.errors import UserError
 from expertlane.moe.dispatch import CopyChooser, RoutedTokens
@@ -399,24 +400,25 @@ class RanksOnNodes(NodeRanks):
         dtype: str | None = "float32",
         *,
         recovers: bool = False,
+        rejoin_s: float = 0.0,
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
-            meeting = Meeting("127.0.0.1", free.getsockname()[1], False, "test", num_nodes)
-        self.supervisors = [
-            subprocess.Popen(
-                supervisor_command(
-                    SupervisorSettings(
-                        node, ranks_per_node, meeting, os.getpid(), timeout_s, dtype, True
-                    ),
-                    "distributed.supervisor",
-                ),
-                start_new_session=True,
-            )
-            for node in range(1, num_nodes)
-        ]
+            meeting = Meeting("127.0.0.1", free.getsockname()[1], False, "", num_nodes)
+        common = (ranks_per_node, meeting, os.getpid(), timeout_s, dtype, True, rejoin_s)
+        self._settings = [SupervisorSettings(node, *common) for node in range(num_nodes)]
+        self.supervisors: list[subprocess.Popen[bytes]] = []
+        for node in range(1, num_nodes):
+            self.start_supervisor(node)
         super().__init__(
-            meeting, ranks_per_node, timeout_s, dtype, "distributed.on_ranks", recovers=recovers
+            *(meeting, ranks_per_node, timeout_s, dtype, "distributed.on_ranks"),
+            recovers=recovers,
+            rejoin_s=rejoin_s,
         )
+
+    def start_supervisor(self, node: int) -> None:
+        """Start another one of a node; the last of `supervisors` then."""
+        command = supervisor_command(self._settings[node], "distributed.supervisor")
+        self.supervisors.append(subprocess.Popen(command, start_new_session=True))
 
     def close(self, *, failed: bool = False) -> None:
         super().close(failed=failed)

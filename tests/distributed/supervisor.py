@@ -1,8 +1,8 @@
 """A supervisor whose ranks know the tests' commands too."""
 
 from distributed.on_ranks import handlers
-from expertlane.engine import torchrun
+from expertlane.engine import supervisor
 
 
 def main() -> None:
-    torchrun.main(handlers())
+    supervisor.main(handlers())

@@ -61,7 +61,7 @@ class TwoNodes:
         environment = self.launcher.environ()
         place = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
         store = TCPStore(*place, is_master=False, timeout=timedelta(seconds=60))
-        return PrefixStore("expertlane-0", store).get(key).decode()
+        return PrefixStore("expertlane", store).get(key).decode()
 
 
 @pytest.fixture

@@ -227,7 +227,9 @@ def test_a_stopped_rank(long_run, nodes):
 
 
 @pytest.mark.parametrize("nodes", [(1, 4), pytest.param((2, 1), marks=pytest.mark.full)])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)]
+)
 def test_torchrun_is_told_to_end(long_run, nodes, number):
     """As by Ctrl-C, or by a batch system, which tells all nodes."""
     run = long_run(*nodes)

@@ -20,7 +20,7 @@ from expertlane.spec.sampling import SamplingParams
 WAIT_S = 100.0
 PROMPT = [1, 2, 3]
 COMMAND = ["serve", "paper-tiny", "--layout", "dp=2,ep=2", "--dtype", "float32", "--port", "0"]
-COMMAND += ["--max-num-seqs", "1", "--json"]
+COMMAND += ["--max-num-seqs", "1", "--json", "--rejoin-s", "0"]
 
 
 class Nodes:

@@ -150,11 +150,10 @@ class Imported:
 
 def _of_parent(command: list[str]) -> list[str]:
     """With this process as the parent that settings name."""
-    *others, settings = command
-    found = json.loads(settings)
-    if "parent_pid" in found:
-        found["parent_pid"] = os.getppid()
-    return [*others, json.dumps(found)]
+    *others, last = command
+    if '"parent_pid"' not in last:
+        return command
+    return [*others, json.dumps(json.loads(last) | {"parent_pid": os.getppid()})]
 
 
 def _fork(connection: socket.socket, request: dict[str, Any], received: list[int]) -> int:

@@ -214,6 +214,7 @@ def test_who_is_stopped_at_the_start_is_noticed_within_the_bound(lose_at_start):
         check_exchange(pool, 1)
     with leaves_nothing():
         ranks = on_ranks.local_ranks(2, 1.0)
+        assert wait_until(lambda: os.getpgid(ranks._server.pid) == ranks._server.pid)
         os.kill(ranks._server.pid, signal.SIGSTOP)
         with pytest.raises(
             RankError, match=r"^the fork server hung \(its process is stopped\): no "

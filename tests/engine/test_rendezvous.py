@@ -1,6 +1,7 @@
 """Nodes that connect to the launcher, and strangers who connect to the same port."""
 
 import contextlib
+import select
 import socket
 import struct
 import threading
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.processes import wait_until
 from expertlane.engine import acceptor, rendezvous
 from expertlane.engine.acceptor import NodeAcceptor
 from expertlane.engine.rendezvous import (
@@ -41,38 +43,52 @@ class Launcher:
         self.secrets = [new_secret() for _ in range(NUM_NODES)]
         self.lines = []
         self.is_done = False
-        self.acceptor = NodeAcceptor(
-            self.listener, NUM_NODES, RANKS_PER_NODE, lambda line: self.lines.append(line)
-        )
         self._news, self._control = socket.socketpair()
+        self._can_read = threading.Event()
         self._connections = []
-        self._accepted = {}
+        self._accepted = []
+        self.acceptor = NodeAcceptor(
+            *(self.listener, NUM_NODES, RANKS_PER_NODE, self.lines.append, self._ask)
+        )
+        for node in range(1, NUM_NODES):
+            self.acceptor.expect_node(node)
         self._thread = threading.Thread(target=self._accept)
         self._thread.start()
 
     def _accept(self):
         with contextlib.suppress(RankError):
-            self.acceptor.accept_all(self._control.fileno(), self._read_hashes)
+            self.acceptor.accept_nodes(self._control.fileno(), self._read_hashes)
+            self.acceptor.accept_available()
             self.is_done = True
+
+    def _ask(self):
+        """As the fork server is asked, which answers when it has the store."""
+        threading.Thread(target=self._tell, daemon=True).start()
+
+    def _tell(self):
+        self._can_read.wait()
+        with contextlib.suppress(OSError):
+            self._news.send(b".")
 
     def _read_hashes(self):
         self._control.recv(1)
-        return [hash_of(secret) for secret in self.secrets[1:]]
+        self.acceptor.tell([hash_of(secret) for secret in self.secrets[1:]])
 
     def tell_hashes(self):
-        """As the fork server does, once all nodes have put theirs into the store."""
-        self._news.send(b".")
+        """From now on the store can be read."""
+        self._can_read.set()
 
     def connect(self):
         """A new connection."""
         self._connections.append(socket.create_connection(self._at, timeout=10))
         return self._connections[-1]
 
-    def connect_node(self, node):
+    def connect_node(self, node, place=0, change=0):
         """A node connects as it should."""
-        made = connect(self.place, node, RANKS_PER_NODE, self.secrets[node])
-        self._connections += made
-        return made
+        self._connections.append(
+            connect(self.place, Claim(node, place, change), self.secrets[node])
+        )
+        return self._connections[-1]
 
     def connect_all(self):
         """All nodes, as they should."""
@@ -85,15 +101,21 @@ class Launcher:
         self._thread.join(seconds)
         assert not self._thread.is_alive()
         assert self.is_done
-        self._accepted |= self.acceptor.take()
-        peers = {node: [] for node in range(1, NUM_NODES)}
-        for (node, _, _), connection in sorted(self._accepted.items()):
-            peers[node].append(connection.getpeername())
-        return peers
+        return {claim.node: at for claim, at in self.take().items()}
+
+    def take(self):
+        """By claim, the peers' addresses of those that were accepted since the last time."""
+        accepted = self.acceptor.take()
+        self._accepted += accepted.values()
+        return {claim: made.getpeername() for claim, made in accepted.items()}
+
+    def accept(self, condition):
+        """Accept more until something is true."""
+        assert wait_until(lambda: self.acceptor.accept_available() or condition())
 
     def close(self):
         """Let go of everything."""
-        for connection in [*self._connections, *self._accepted.values(), self._news, self._control]:
+        for connection in [*self._connections, *self._accepted, self._news, self._control]:
             connection.close()
         self._thread.join(10)
         self.acceptor.close()
@@ -120,7 +142,7 @@ def test_nodes_connect_in_any_order(launcher, order):
     made = {}
     for node in order:
         if node:
-            made[node] = [each.getsockname() for each in launcher.connect_node(node)]
+            made[node] = launcher.connect_node(node).getsockname()
         else:
             launcher.tell_hashes()
     assert launcher.wait() == made
@@ -192,7 +214,7 @@ def test_what_a_stranger_can_read_in_the_store_does_not_make_it_a_node(launcher,
     stranger.sendall(handshake(Claim(node, index, 0), hash_of(launcher.secrets[node])))
     launcher.connect_all()
     peers = launcher.wait()
-    assert stranger.getsockname() not in peers[node]
+    assert stranger.getsockname() != peers[node]
     assert is_refused(stranger)
     assert launcher.lines == [
         f"refused a connection from 127.0.0.1:{port(stranger)}: it is not node {node}"
@@ -202,16 +224,64 @@ def test_what_a_stranger_can_read_in_the_store_does_not_make_it_a_node(launcher,
 def test_a_node_that_is_connected_already_is_not_replaced(launcher):
     first = launcher.connect_node(1)
     launcher.tell_hashes()
-    again = launcher.connect_node(1)
-    assert all(map(is_refused, again))
+    assert wait_until(lambda: (1, 0, 0) in launcher.acceptor._accepted)
+    assert is_refused(launcher.connect_node(1))
     launcher.connect_node(2)
-    assert launcher.wait()[1] == [each.getsockname() for each in first]
+    assert launcher.wait()[1] == first.getsockname()
+    assert launcher.lines[0].endswith(f": no {Claim(1, 0, 0)} is expected")
+
+
+def test_a_node_that_is_lost_comes_back_at_once_by_its_secret(launcher):
+    launcher.connect_all()
+    launcher.wait()
+    launcher.acceptor.expect_node(1, time.monotonic() + 1000)
+    again = launcher.connect_node(1)
+    launcher.accept(lambda: not launcher.acceptor.is_expecting)
+    assert launcher.take() == {(1, 0, 0): again.getsockname()}
+
+
+def test_another_process_becomes_a_lost_node_when_the_store_has_its_hash_and_time_is_over(launcher):
+    launcher.connect_all()
+    launcher.wait()
+    launcher.acceptor.expect_node(1, time.monotonic() + 0.5)
+    ended = launcher.connect()  # another that was started, and has ended meanwhile
+    launcher.secrets[1] = new_secret()
+    ended.sendall(handshake(Claim(1, 0, 0), launcher.secrets[1]))
+    launcher.accept(lambda: launcher._control in select.select([launcher._control], [], [], 0)[0])
+    launcher._read_hashes()
+    ended.close()
+    launcher.secrets[1] = new_secret()
+    node = launcher.connect_node(1)
+    stranger = launcher.connect()
+    stranger.sendall(handshake(Claim(1, 0, 0), new_secret()))
+
+    def is_over():
+        if launcher._control in select.select([launcher._control], [], [], 0)[0]:
+            launcher._read_hashes()
+        return not launcher.acceptor.is_expecting
+
+    launcher.accept(is_over)
+    assert launcher.take() == {(1, 0, 0): node.getsockname()}
+    assert is_refused(stranger)
+
+
+def test_ranks_are_those_of_their_change(launcher):
+    launcher.connect_all()
+    launcher.wait()
+    claims = {Claim(1, place, 7) for place in range(1, 1 + RANKS_PER_NODE)}
+    launcher.acceptor.expect_ranks(claims)
+    late = launcher.connect_node(1, 1, 6)
+    made = {claim: launcher.connect_node(*claim).getsockname() for claim in claims}
+    launcher.accept(lambda: not launcher.acceptor.is_expecting)
+    assert launcher.take() == made
+    assert is_refused(late)
 
 
 def test_a_crowd_of_strangers_pushes_out_no_node_that_is_connected(launcher, monkeypatch):
     monkeypatch.setattr(acceptor, "_MAX_PENDING", 4)
     launcher.tell_hashes()
     launcher.connect_node(1)
+    assert wait_until(lambda: (1, 0, 0) in launcher.acceptor._accepted)
     strangers = [launcher.connect() for _ in range(10)]
     launcher.connect_node(2)
     launcher.wait()
@@ -224,23 +294,34 @@ def test_nodes_that_do_not_connect(monkeypatch):
     monkeypatch.setattr(acceptor, "CONNECT_TIMEOUT_S", 0.3)
     ours, theirs = socket.socketpair()
     line = r"^nodes \[1, 2\] did not connect within 0.3 s$"
-    with listen("127.0.0.1", 3) as listener, ours, theirs, pytest.raises(RankError, match=line):
-        NodeAcceptor(listener, NUM_NODES, 1, print).accept_all(ours.fileno(), list)
+    with listen("127.0.0.1", 3) as listener, ours, theirs:
+        waiting = NodeAcceptor(listener, NUM_NODES, 1, print, print)
+        waiting.expect_node(2)
+        waiting.expect_node(1)
+        with pytest.raises(RankError, match=line):
+            waiting.accept_nodes(ours.fileno(), list)
 
 
 def test_nodes_meet_in_a_store():
-    """The first one hosts it where torchrun's agent does not."""
+    """The first one hosts it where torchrun's agent does not; a place in it may be an old one."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        meeting = Meeting("127.0.0.1", free.getsockname()[1], False, "test", 2)
+        meeting = Meeting("127.0.0.1", free.getsockname()[1], False, "", 2)
     secret, found = new_secret(), []
-    node = threading.Thread(target=lambda: found.append(meeting.find_launcher(1, secret)))
+    node = threading.Thread(target=lambda: found.append(meeting.join(1, secret)))
     node.start()
     store = meeting.open(as_host=True)
-    assert meeting.publish(store, Place("here", 7), lambda: True) == [hash_of(secret)]
-    node.join(30)
-    assert found == [Place("here", 7)]
-    waiting = Meeting(meeting.address, meeting.port, True, "others", 2)
-    assert waiting.publish(waiting.open(), Place("here", 7), lambda: False) == []
+    assert meeting.hashes(store) in ([b""], [hash_of(secret)])
+    meeting.publish(store, Place("127.0.0.1", 1))
+    with listen("127.0.0.1", 1) as listener:
+        place = Place(*listener.getsockname(), "run")
+        meeting.publish(store, place)
+        node.join(30)
+        ((where, connection),) = found
+        connection.close()
+    assert where == place
+    assert meeting.hashes(store) == [hash_of(secret)]
+    store.set("key", "of nodes")
+    assert not meeting.of_run("run").open_for_ranks().check(["key"])
 
 
 def test_it_listens_at_the_master_address_alone():

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.usefixtures("forked_servers")
 SETTINGS = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "max_num_seqs": 4}
 
 
-def model(layout, **more):
+def model(layout, name="paper-tiny", **more):
     settings = SETTINGS | {"on_failure": "replace", "timeout_s": 30.0, "oversubscribe": True} | more
-    return LLM("paper-tiny", layout=layout, **settings)
+    return LLM(name, layout=layout, **settings)
 
 
 def tokens(outputs):

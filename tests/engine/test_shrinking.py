@@ -14,6 +14,8 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.members import Members
 from expertlane.spec.names import Origin
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
+
 SETTINGS = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "max_num_seqs": 4}
 MOVING = {"rebalance_steps": 3, "num_redundant_experts": 2, "copies": "balanced"}
 

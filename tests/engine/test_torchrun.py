@@ -44,7 +44,7 @@ def test_where_a_process_is(place, numbers, number, is_supervisor, nodes):
     node = TorchrunNode.from_environment()
     assert (node.number, node.is_supervisor, node.num_nodes) == (number, is_supervisor, nodes)
     assert num_nodes() == nodes
-    meeting = Meeting("first", 29500, False, "expertlane-0", nodes)
+    meeting = Meeting("first", 29500, False, "", nodes)
     assert node.meeting == (meeting if nodes > 1 else None)
 
 

@@ -24,10 +24,12 @@ SEQUENCE = st.one_of(
 )
 
 
-def batch_of(sequences: list[tuple[int, int]], block_size: int) -> PagedBatch:
+def batch_of(
+    sequences: list[tuple[int, int]], block_size: int, device: torch.device = CPU
+) -> PagedBatch:
     """Sequences are (positions computed before, new tokens); blocks in random order."""
-    computed, new = np.array(sequences, dtype=np.int64).T
-    width = max(1, -(-int((computed + new).max()) // block_size))
+    computed, new = np.array(sequences, dtype=np.int64).reshape(-1, 2).T
+    width = max(1, -(-int((computed + new).max(initial=1)) // block_size))
     blocks = np.random.default_rng(0).permutation(len(sequences) * width)
     batch = Batch(
         seq_ids=np.arange(len(sequences)),
@@ -37,7 +39,7 @@ def batch_of(sequences: list[tuple[int, int]], block_size: int) -> PagedBatch:
         block_tables=blocks.reshape(len(sequences), width).astype(np.int32),
         yields_token=np.ones(len(sequences), dtype=np.bool_),
     )
-    return PagedBatch(batch, block_size, CPU)
+    return PagedBatch(batch, block_size, device)
 
 
 def by_slot(pages: torch.Tensor) -> torch.Tensor:

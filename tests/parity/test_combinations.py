@@ -355,9 +355,9 @@ def test_some_combinations(pools, asked):
 
 
 @pytest.mark.full
-def test_some_combinations_with_torch_alone(asked, monkeypatch):
+def test_some_combinations_with_torch_alone(asked, monkeypatch, imported):
     monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
-    keeper = PoolKeeper()
+    keeper = PoolKeeper(imported)
     try:
         check_combinations(keeper, asked, 25, max_num_ranks=4, work=12)
     finally:

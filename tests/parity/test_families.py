@@ -6,7 +6,6 @@ from expertlane.model.checkpoint import Checkpoint
 from model.families import FAMILIES
 from parity.against_transformers import check_against_transformers
 
-NUM_STEPS = 64
 LAYOUTS = (
     "tp=1",
     pytest.param("dp=4,ep=4", marks=pytest.mark.numerical),
@@ -18,6 +17,9 @@ LAYOUTS = (
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_logits_and_tokens(pools, checkpoints, family: str, layout: str) -> None:
+@pytest.mark.parametrize("num_steps", [24, pytest.param(64, marks=pytest.mark.full)])
+def test_transformers_logits_and_tokens(
+    pools, checkpoints, num_steps: int, family: str, layout: str
+) -> None:
     folder = checkpoints.folder(family)
-    check_against_transformers(pools, folder, Checkpoint(folder).model, layout, NUM_STEPS)
+    check_against_transformers(pools, folder, Checkpoint(folder).model, layout, num_steps)

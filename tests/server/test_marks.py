@@ -14,8 +14,7 @@ from expertlane.errors import UserError
 from expertlane.schedule.request import FinishReason, RequestOutput
 from expertlane.server.answers import Piece
 from expertlane.server.call_forms import CALL_FORMS, THOUGHT_FORMS
-from expertlane.server.chat_answer import ChatAnswer
-from expertlane.server.chat_parts import ChatParts
+from expertlane.server.chat_answer import ChatAnswer, ChatParts
 from expertlane.server.marks import MarkedText, Marks
 from expertlane.server.prepared import Prepared
 from expertlane.server.requests import ChatRequest

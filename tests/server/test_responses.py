@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from expertlane.server.call_forms import CALL_FORMS, THOUGHT_FORMS
-from expertlane.server.chat_parts import ChatParts
+from expertlane.server.chat_answer import ChatParts
 from expertlane.server.marks import MarkedText, Marks
 from expertlane.server.responses.items import ResponseItems
 from expertlane.server.responses.request import ResponsesRequest

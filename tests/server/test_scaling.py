@@ -1,6 +1,7 @@
 """The layout of a server changes under its clients, by its API and by the command."""
 
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ import pytest
 from engine.recovering import PARAMS, PROMPTS
 from expertlane import LLM
 from expertlane.cli.main import main
+from expertlane.errors import CapacityError
 from expertlane.server.setup import ServedModel, ServerOptions
 from server.running import PATIENCE_S, ServerInThread
 from server.test_live import feed
@@ -56,8 +58,11 @@ def test_it_changes_under_clients(server):
     (change,) = facts["changes"]
     assert (change["from"], change["to"], change["is_over"]) == ("dp=2,ep=2", "dp=3,ep=3", True)
     assert change["num_requests_computed_again"] == 0  # both ranks stay as they were
-    assert change["weight_bytes_kept"] > 0
-    assert change["weight_bytes_read"] > 0
+    weights = change["weight_bytes_from"]
+    assert weights["kept"] > 0
+    assert weights["ahead"] > 20 * weights["read"]
+    assert len(change["ranks"]) == 3
+    assert change["seconds_ahead"] > 0
     assert [each["kind"] for each in frame["events"]] == ["scaling"]
     values, _ = scrape(server)
     assert values["expertlane:layout_changes_total",] == 1
@@ -72,19 +77,45 @@ def test_it_changes_under_clients(server):
 
 def test_one_at_a_time(server):
     held = []
-    change = server.llm.scaling.scale
+    scaling = server.llm.scaling
+    advance = scaling.advance
 
-    def scale_and_ask(layout):
-        held.append(post(server, {"layout": "tp=1"}))
-        held.append(httpx.get(f"{server.url}/scale").json())
-        change(layout)
+    def advance_and_ask():
+        if not held:
+            held.append(post(server, {"layout": "tp=1"}))
+            held.append(httpx.get(f"{server.url}/scale").json())
+            held.append(list(server.service.live.state.alerts()))
+        return advance()
 
-    server.llm.scaling.scale = scale_and_ask
-    assert post(server, {"layout": "dp=1"}).status_code == 200
-    refused, facts = held
+    scaling.advance = advance_and_ask
+    assert post(server, {"layout": "tp=2"}).status_code == 200
+    refused, facts, alerts = held
     assert refused.status_code == 409
     assert refused.json()["error"]["code"] == "scaling"
-    assert facts["under_way"] == "tp=1"  # as dp=1 is written
+    assert (facts["under_way"], facts["state"], facts["layout"]) == (
+        "tp=2",
+        "preparing",
+        "dp=2,ep=2",
+    )
+    assert facts["preparing"] == {"layout": "tp=2", "share": 0, "weight_bytes": 0, "ranks": {}}
+    assert any("layout tp=2 is prepared: 0%" in alert.text for alert in alerts)
+    assert complete(server, 0) == server.expected[0]
+
+
+def test_ranks_that_cannot_be_prepared(server):
+    scaling = server.llm.scaling
+
+    def fail():
+        scaling.give_up()
+        raise CapacityError("new ranks ended 3 times")
+
+    scaling.advance = fail
+    answer = post(server, {"layout": "dp=3,ep=3"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_prepared")
+    del scaling.advance
+    facts = httpx.get(f"{server.url}/scale").json()
+    assert (facts["layout"], facts["under_way"], facts["state"]) == ("dp=2,ep=2", None, "serving")
+    assert facts["preparing"] is None
     assert complete(server, 0) == server.expected[0]
 
 
@@ -131,9 +162,15 @@ def test_by_the_command(server, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tp=1 on 1 rank, after ")
     assert lines[1].split() == ["from", "dp=2,ep=2"]
-    assert lines[-1].startswith("tokens/s ")
-    assert "MB kept" in lines[3]
+    assert re.fullmatch(r"tokens/s +\S+ \(\S+ to \S+\) before, \S+ \(\S+ to \S+\) after", lines[-1])
+    assert lines[2].split()[:2] == ["time", "preparing"]
+    assert all(f"MB {origin}" in lines[3] for origin in ("kept", "ahead", "copied", "read"))
     assert max(map(len, lines)) <= 80
+    assert run(monkeypatch, server.url, "--layout", "dp=2", "--watch-s", "0", "--full") == 0
+    *_, heading, first, second, note = capsys.readouterr().out.splitlines()
+    assert heading.split()[:3] == ["rank", "kept", "ahead"]
+    assert [each.split()[0] for each in (first, second)] == ["0", "1"]
+    assert "seconds" in note
     assert run(monkeypatch, server.url, "--layout", "tp=1", "--watch-s", "0", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["layout"], found["tokens_per_s_after"]) == ("tp=1", None)

@@ -74,7 +74,7 @@ def _expertlane(
     \b
     Environment:
       EXPERTLANE_BACKEND=cpu|cuda|torch
-          own kernels for CPUs or GPUs, or torch only; by default own ones, if available
+          own kernels for CPUs or GPUs, or torch only; by default own ones, if there
       EXPERTLANE_PIN=0|1
           ranks keep to cores of their own: never, or also beside other engines; by
           default where there is no other

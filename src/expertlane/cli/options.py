@@ -52,6 +52,16 @@ def on_failure_option(default: OnFailure) -> Any:
     )
 
 
+def rejoin_option() -> Any:
+    """How long to wait for a lost node."""
+    return typer.Option(
+        300.0,
+        metavar="SECONDS",
+        rich_help_panel=Panel.RANKS,
+        help="On several nodes, with --on-failure replace: how long to wait for a lost node.",
+    )
+
+
 def layout_option(default: Any, show_default: bool | str = True) -> Any:
     """How ranks are arranged."""
     return typer.Option(
@@ -311,6 +321,7 @@ class EngineOptions:
     )
     launch: LaunchOptions
     on_failure: OnFailure = on_failure_option("stop")
+    rejoin_s: float = rejoin_option()
     options: Options = field(init=False)
 
     def __post_init__(self) -> None:
@@ -333,6 +344,7 @@ class EngineOptions:
             "ranks_per_node": self.ranks_per_node,
             "check": self.check,
             "on_failure": self.on_failure,
+            "rejoin_s": self.rejoin_s,
             **vars(self.scheduler),
             **vars(self.launch),
         }

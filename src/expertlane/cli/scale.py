@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,18 +19,22 @@ from expertlane.cli.output_options import PrintOptions
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout
+from expertlane.spec.names import Origin
 
 if TYPE_CHECKING:
     from expertlane.client.connection import Connections, Url
+    from expertlane.progress import Progress
 
 _OVER_S = 10.0  # for a step to be committed after the change, if there are requests
+_LOOK_S = 0.3  # between looks at the change
+_NUM_RATES = 8  # of which the median is told, with its interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     layout: str = layout_option(...)
     watch_s: float = typer.Option(
-        2.0,
+        4.0,
         metavar="SECONDS",
         rich_help_panel=Panel.SERVER,
         help="Measure tokens per second for this long before and after the change. 0: do not.",
@@ -66,9 +71,10 @@ def scale(
 ) -> None:
     """Change the layout of a running expertlane serve.
 
-    No request is lost, and no token changes; clients see one pause. Prints how long the change
-    took, what was moved, and tokens per second before and after. Exit code 2 if the server refuses
-    the layout; then nothing has changed.
+    No request is lost, and no token changes. New ranks load their weights while requests go on;
+    then clients see one pause. Prints how long both took, where weights came from, and tokens per
+    second before and after; --full: the same of each rank. Exit code 2 if the server refuses the
+    layout; then nothing has changed.
 
     \b
     Examples:
@@ -83,27 +89,33 @@ def scale(
         output.print_json(strict_json(found))
     else:
         lines = _lines(found)
+        if print_options.full and found["change"] is not None:
+            lines += ["", *_rank_lines(found["change"]["ranks"])]
         typer.echo("\n".join(lines[:1] if print_options.quiet else lines))
 
 
 async def _scale(url: "Url", layout: str, own: _Options) -> dict[str, Any]:
     from expertlane.client.connection import Connections
 
-    connections = Connections(url, own.headers())
+    connections, others = (Connections(url, own.headers()) for _ in range(2))
     try:
         before = await _rate(connections, own.watch_s)
         began_s = time.perf_counter()
         body = b'{"layout": "%b"}' % layout.encode()
-        facts = await _ask(connections, "POST", body)
+        with output.progress_on_stderr() as progress:
+            change = asyncio.create_task(_ask(connections, "POST", body))
+            await _show(change, others, progress)
+            facts = await change
         answered_s = time.perf_counter() - began_s
         after = await _rate(connections, own.watch_s)
         until_s = time.monotonic() + _OVER_S
         changes = (await _ask(connections, "GET"))["changes"]
         while changes and not changes[-1]["is_over"] and time.monotonic() < until_s:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(_LOOK_S)
             changes = (await _ask(connections, "GET"))["changes"]
     finally:
         connections.close()
+        others.close()
     return {
         "layout": facts["layout"],
         "num_ranks": facts["num_ranks"],
@@ -114,16 +126,43 @@ async def _scale(url: "Url", layout: str, own: _Options) -> dict[str, Any]:
     }
 
 
-async def _rate(connections: "Connections", seconds: float) -> float | None:
-    """Tokens per second, of all requests of the server; None over no time."""
+async def _show(
+    change: "asyncio.Task[dict[str, Any]]", connections: "Connections", progress: "Progress"
+) -> None:
+    """How much is prepared, until the change is made or refused."""
+    shown: int | None = None
+    while not (await asyncio.wait([change], timeout=_LOOK_S))[0]:
+        preparing = (await _ask(connections, "GET"))["preparing"]
+        if preparing is None:
+            continue
+        if shown is None:
+            shown = 0
+            progress.task(f"preparing {preparing['layout']}, percent", 100)
+        percent = int(100 * preparing["share"])
+        progress.advance(max(0, percent - shown))
+        shown = max(shown, percent)
+    if shown is not None and change.exception() is None:
+        progress.done()
+
+
+async def _rate(connections: "Connections", seconds: float) -> dict[str, float] | None:
+    """Tokens per second, of all requests of the server, with an interval; None over no time."""
+    from expertlane.results.statistics import median_interval
+
     if not seconds:
         return None
-    first, began_s = await _ask(connections, "GET"), time.perf_counter()
-    await asyncio.sleep(seconds)
-    then = await _ask(connections, "GET")
-    num_tokens: int = then["num_generation_tokens"] - first["num_generation_tokens"]
-    seconds = time.perf_counter() - began_s
-    return round(num_tokens / seconds, 1)
+    looks = []
+    for number in range(_NUM_RATES + 1):
+        if number:
+            await asyncio.sleep(seconds / _NUM_RATES)
+        num_tokens: int = (await _ask(connections, "GET"))["num_generation_tokens"]
+        looks.append((time.perf_counter(), num_tokens))
+    rates = [(then - now) / (then_s - now_s) for (now_s, now), (then_s, then) in pairwise(looks)]
+    found = median_interval(rates)
+    assert found.low is not None
+    assert found.high is not None
+    named = {"median": found.value, "low": found.low, "high": found.high}
+    return {name: round(value, 1) for name, value in named.items()}
 
 
 async def _ask(connections: "Connections", method: str, body: bytes = b"") -> dict[str, Any]:
@@ -165,17 +204,37 @@ def _lines(found: dict[str, Any]) -> list[str]:
     if change is None:
         lines[0] = f"{found['layout']} on {ranks}: nothing has changed"
     else:
-        num, by_state = change["num_requests_computed_again"], change["seconds_by_state"]
-        spent = ", ".join(f"{state} {seconds:.2f} s" for state, seconds in by_state.items())
+        num, ahead_s = change["num_requests_computed_again"], change["seconds_ahead"]
+        spent = {"preparing": ahead_s} if ahead_s else {}
+        spent |= change["seconds_by_state"]
         lines += [
             f"from          {change['from']}",
-            f"time          {spent}",
-            f"weights       {change['weight_bytes_kept'] / 1e6:,.1f} MB kept, "
-            f"{change['weight_bytes_read'] / 1e6:,.1f} MB read",
+            "time          " + ", ".join(f"{state} {each:.2f} s" for state, each in spent.items()),
+            f"weights       {_sizes(change['weight_bytes_from'])}",
             f"requests      {num} computed again, none lost",
             *(f"lost          {cause}" for cause in change["lost"]),
         ]
     rates = [found[f"tokens_per_s_{when}"] for when in ("before", "after")]
     if None not in rates:
-        lines.append(f"tokens/s      {rates[0]:,.0f} before, {rates[1]:,.0f} after")
+        before, after = (
+            f"{each['median']:,.0f} ({each['low']:,.0f} to {each['high']:,.0f})" for each in rates
+        )
+        lines.append(f"tokens/s      {before} before, {after} after")
     return lines
+
+
+def _sizes(bytes_from: dict[str, int]) -> str:
+    return ", ".join(f"{size / 1e6:,.1f} MB {origin}" for origin, size in bytes_from.items())
+
+
+def _rank_lines(ranks: list[dict[str, Any]]) -> list[str]:
+    """MB of each rank's weights by origin, and of its KV cache."""
+    lines = ["rank " + "".join(f"{origin:>9}" for origin in Origin) + "  seconds  KV cache"]
+    for rank, each in enumerate(ranks):
+        sizes = (each["weight_bytes_from"].get(origin, 0) / 1e6 for origin in Origin)
+        lines.append(
+            f"{rank:>4} "
+            + "".join(f"{size:>9,.1f}" for size in sizes)
+            + f"{sum(each['seconds_from'].values()):>9.2f}{each['kv_bytes'] / 1e6:>10,.1f}"
+        )
+    return [*lines, "MB of weights by where they came from; seconds in the pause"]

@@ -1,7 +1,7 @@
 """What results say of a cluster that was modelled, and of the conditions of a projection."""
 
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.judged import judged
+from expertlane.cost.laws.frameworks import judged
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.results.hardware import Cluster

@@ -1,7 +1,6 @@
-"""How the launcher takes the connections of nodes and their ranks, and refuses others."""
+"""How the launcher authenticates the connections of nodes, among those of any others."""
 
 import contextlib
-import itertools
 import secrets
 import selectors
 import socket
@@ -30,6 +29,7 @@ class _PendingConnection:
 
     Attributes:
         claim: None before its handshake.
+        question: the number of that by which its node's hash is read for it; 0 before.
     """
 
     connection: socket.socket
@@ -38,6 +38,7 @@ class _PendingConnection:
     received: bytearray = field(default_factory=bytearray)
     claim: Claim | None = None
     secret: bytes = b""
+    question: int = 0
 
 
 class NodeAcceptor:
@@ -48,6 +49,7 @@ class NodeAcceptor:
         num_nodes: the first one is the launcher's own and does not connect.
         ranks_per_node: a node has as many connections, and one more.
         report: called with a line for each connection that is refused, the first ten.
+        ask: called when the hashes should be read from the store, for `tell`.
     """
 
     def __init__(
@@ -56,59 +58,76 @@ class NodeAcceptor:
         num_nodes: int,
         ranks_per_node: int,
         report: Callable[[str], None],
+        ask: Callable[[], None],
     ) -> None:
         self._listener = listener
         self._num_nodes, self._per_node = num_nodes, 1 + ranks_per_node
-        self._report = report
+        self._report, self._ask = report, ask
         self._num_reported = 0
-        self._hashes: Sequence[bytes] = []
+        self._hashes: dict[int, bytes] = {}  # of nodes that have connected
+        self._found: dict[int, bytes] = {}  # in the store, when it was last read
+        self._num_asked = self._num_told = 0
         self._pending: list[_PendingConnection] = []
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
-        first = itertools.product(range(1, num_nodes), range(self._per_node), (0,))
-        self._missing = set(itertools.starmap(Claim, first))
+        self._nodes: dict[int, float] = {}  # missing, and when others may take their places
+        self._ranks: set[Claim] = set()  # missing
         self._accepted: dict[Claim, socket.socket] = {}
 
-    def accept_all(self, control: int, read_control: Callable[[], Sequence[bytes]]) -> None:
-        """Wait for all connections; `take` has them then.
+    def expect_node(self, node: int, others_from_s: float = 0.0) -> None:
+        """Wait for a node's own connection, and for none of its ranks.
 
         Args:
-            control: a descriptor, from which the hashes of nodes 1, … can be read.
-            read_control: called when it is readable; gives the hashes, or none yet.
+            others_from_s: until then, by the monotonic clock, only who has its secret may come.
+        """
+        self._nodes[node] = others_from_s
+        self._ranks = {claim for claim in self._ranks if claim.node != node}
+
+    def expect_ranks(self, claims: Iterable[Claim]) -> None:
+        """Wait for these too; of a node that has connected."""
+        self._ranks.update(claims)
+
+    @property
+    def is_expecting(self) -> bool:
+        """Whether there is anyone to wait for."""
+        return bool(self._nodes or self._ranks)
+
+    def accept_nodes(self, control: int, read_control: Callable[[], object]) -> None:
+        """Wait for all nodes that are expected; `take` has them then.
+
+        Args:
+            control: a descriptor; `read_control` is called when it is readable, and calls `tell`.
 
         Raises:
             RankError: not all connected in time; or `read_control` raises.
         """
         deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
         self._selector.register(control, selectors.EVENT_READ)
-        while self._missing:
+        while self._nodes:
             if time.monotonic() > deadline_s:
-                nodes = sorted({claim.node for claim in self._missing})
+                nodes = sorted(self._nodes)
                 raise RankError(f"nodes {nodes} did not connect within {CONNECT_TIMEOUT_S:g} s")
             if self._accept(0.5, control):
-                self._hashes = read_control() or self._hashes
-                for pending in [each for each in self._pending if each.claim]:
-                    self._check(pending)
+                read_control()
         self._selector.unregister(control)
-        self._refuse_all()
 
-    def expect(self, claims: Iterable[Claim]) -> None:
-        """From now on wait for these too."""
-        self._missing.update(claims)
-
-    @property
-    def is_expecting(self) -> bool:
-        """Whether there is anyone to wait for."""
-        return bool(self._missing)
+    def tell(self, hashes: Sequence[bytes]) -> None:
+        """What the store holds, [num_nodes - 1]; the answer to the oldest question."""
+        self._found = dict(enumerate(hashes, 1))
+        self._num_told += 1
+        for pending in [each for each in self._pending if each.claim]:
+            self._check(pending)
 
     def fileno(self) -> int:
         """A descriptor that is readable when there is something to accept."""
         return self._selector.fileno()
 
     def accept_available(self) -> None:
-        """Accept what has come; does not wait."""
+        """Accept what has come; does not wait. Once a second at least while a node is expected."""
         self._accept(0)
-        if not self._missing:
+        for pending in [each for each in self._pending if each.claim]:
+            self._check(pending)
+        if not self.is_expecting:
             self._refuse_all()
 
     def take(self) -> dict[Claim, socket.socket]:
@@ -172,30 +191,57 @@ class NodeAcceptor:
             return
         magic, *numbers, secret = HANDSHAKE.unpack(pending.received)
         claim = Claim(*numbers)
-        is_one = 0 < claim.node < self._num_nodes and claim.connection < self._per_node
-        if magic != MAGIC or not is_one:
+        if magic != MAGIC or not 0 < claim.node < self._num_nodes or claim.place >= self._per_node:
             self._refuse(pending, "it sent no valid handshake")
             return
         pending.claim, pending.secret = claim, secret
-        pending.deadline_s = float("inf")  # until all nodes have told the store their hashes
+        pending.deadline_s = float("inf")  # the store has to be read
         self._selector.unregister(pending.connection)
         self._check(pending)
 
     def _check(self, pending: _PendingConnection) -> None:
+        """Accept or refuse it, or leave it until more is known."""
         assert pending.claim is not None, "its handshake is complete"
-        if not self._hashes:
+        node, shown = pending.claim.node, hash_of(pending.secret)
+        is_known = node in self._hashes and secrets.compare_digest(shown, self._hashes[node])
+        if pending.claim.place == 0 and node in self._nodes:
+            if not is_known and not self._is_found(pending, node, shown):
+                return
+            if not is_known and time.monotonic() < self._nodes[node]:
+                return  # its predecessor may not have noticed yet that it is lost
+            if _is_closed(pending.connection):
+                self._refuse(pending, "it closed the connection")
+                return
+            del self._nodes[node]
+            self._hashes[node] = shown
+        elif not is_known:
+            self._refuse(pending, f"it is not node {node}")
             return
-        known = self._hashes[pending.claim.node - 1]
-        if not secrets.compare_digest(hash_of(pending.secret), known):
-            self._refuse(pending, f"it is not node {pending.claim.node}")
+        elif pending.claim not in self._ranks:
+            self._refuse(pending, f"no {pending.claim} is expected")
             return
-        if pending.claim not in self._missing:
-            self._refuse(pending, f"node {pending.claim.node} is not to connect, or has done so")
-            return
+        self._ranks.discard(pending.claim)
         self._pending.remove(pending)
-        set_options(pending.connection, keep_alive=pending.claim.connection == 0)
-        self._missing.remove(pending.claim)
+        set_options(pending.connection, keep_alive=pending.claim.place == 0)
         self._accepted[pending.claim] = pending.connection
+
+    def _is_found(self, pending: _PendingConnection, node: int, shown: bytes) -> bool:
+        """Whether the store holds its hash; if it does not, it is refused.
+
+        It has put it there before it came, so what is read from now on decides.
+        """
+        if not pending.question:
+            if self._num_asked == self._num_told:  # one at a time
+                self._num_asked += 1
+                pending.question = self._num_asked
+                self._ask()
+            return False
+        if pending.question > self._num_told:
+            return False
+        if secrets.compare_digest(shown, self._found.get(node, b"")):
+            return True
+        self._refuse(pending, f"it is not node {node}")
+        return False
 
     def _refuse(self, pending: _PendingConnection, why: str) -> None:
         self._pending.remove(pending)
@@ -206,3 +252,13 @@ class NodeAcceptor:
         if self._num_reported <= _MAX_REPORTED:
             more = "; more are not reported" if self._num_reported == _MAX_REPORTED else ""
             self._report(f"refused a connection from {pending.address}: {why}{more}")
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    """Whether the other end has closed it and sent nothing that is still to be read."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

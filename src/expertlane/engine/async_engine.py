@@ -233,6 +233,12 @@ class AsyncEngine:
     def stop(self) -> None:
         """Let the thread end after the present step; no requests may follow."""
         self._orders.put(None)
+        self.stop_waiting()
+
+    def stop_waiting(self) -> None:
+        """Let the thread wait no more for a node that is lost: all ranks end instead."""
+        if self._engine.recovery is not None:
+            self._engine.recovery.stop_waiting()
 
     async def close(self) -> None:
         """As `stop`, and wait for it; what is not finished gets a `RankError`."""

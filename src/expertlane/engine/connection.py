@@ -3,7 +3,7 @@
 import mmap
 import os
 
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from expertlane.comm.epoch import Epoch
 from expertlane.comm.file_store import FileStore
@@ -84,7 +84,7 @@ def _map(settings: RankSettings, region: Region, epoch: Epoch) -> mmap.mmap:
 
 def _open_store(settings: RankSettings, epoch: Epoch) -> Store:
     if settings.meeting is not None:
-        return PrefixStore("ranks", settings.meeting.open())
+        return settings.meeting.open_for_ranks()
     descriptor = epoch.open_store() if epoch.number else None
     if descriptor is None:
         descriptor = os.open(settings.store_path, os.O_RDWR | os.O_CLOEXEC)

@@ -1,8 +1,9 @@
 """A rank's stage of a deployment: built from weights, it takes step plans, and may be left."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -76,19 +77,22 @@ class DeployedStage:
     """A rank's stage of a deployment, and the order in which it takes micro-batches.
 
     Args:
-        kept: weights of a stage before it on this rank.
+        given: weights that need not be read; with the seconds that it took to get them.
     """
 
     _checks: StageChecks | None = None
 
     def __init__(
-        self, context: RankContext, spec: StageSpec, kept: HeldWeights | None = None
+        self,
+        context: RankContext,
+        spec: StageSpec,
+        given: Mapping[Origin, tuple[HeldWeights, float]] = MappingProxyType({}),
     ) -> None:
         self.spec = spec
         platform, model = context.platform, spec.model
         rank = spec.members.rank_of(context.rank)
         assert rank is not None, "it has a place in the layout"
-        given = (
+        sizes = (
             rank,
             model.num_hidden_layers,
             model.num_experts,
@@ -102,7 +106,7 @@ class DeployedStage:
             at = spec.layout.coordinates(rank)
             layers = spec.layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
             checks = Checks(spec.check, model.num_experts, at.etp_rank, layers.start)
-        self._recorder = CheckedRecorder(checks, *given) if checks else Recorder(*given)
+        self._recorder = CheckedRecorder(checks, *sizes) if checks else Recorder(*sizes)
         self._mesh = ParallelMesh(
             spec.layout,
             context.meshes,
@@ -114,11 +118,8 @@ class DeployedStage:
         if checks is not None:
             self._checks = StageChecks(checks, self._mesh)
         source = weight_source(spec, platform, context.progress.touch)
-        if kept is not None:
-            source.given[Origin.KEPT] = kept
-        if context.preparation is not None:
-            source.given[Origin.AHEAD] = context.preparation.take()
-        self._seconds_from: dict[Origin, float] = {}
+        source.given = {origin: weights for origin, (weights, _) in given.items()}
+        self._seconds_from = {origin: seconds for origin, (_, seconds) in given.items() if seconds}
         self.stage = TransformerStage(model, spec.placements, source, self._mesh)
         self._seconds_from[Origin.READ] = source.read_s
         self.migration = Migration(self.stage, context.progress)
@@ -170,10 +171,8 @@ class DeployedStage:
         """
         self.migration.forget()
         self._payload = options.payload
-        if options.dispatch != "auto" and options.overlap != "auto":
-            self.set_dispatch(
-                DispatchTable.fixed(options.dispatch, options.overlap, options.prefill_dispatch)
-            )
+        if (table := options.fixed_table) is not None:
+            self.set_dispatch(table)
         self._block_size = block_size
         self._phase = None
         self._uncommitted.clear()

@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
@@ -45,6 +46,15 @@ if TYPE_CHECKING:
 
 _POLL_MS = 50
 _PR_SET_PDEATHSIG = 1
+
+
+class End(Enum):
+    """How a node's part in a run has ended."""
+
+    SAID = "said"  # by the launcher, which was done
+    TERMINATED = "terminated"  # the node was told to end, as by torchrun or a batch system
+    LOST = "lost"  # the launcher, or the connection to it
+
 
 Reconnect = Callable[[int, Sequence[int]], list[int]]
 
@@ -121,30 +131,21 @@ class _Server:
         self._board = ProgressBoard(self._first.world_size, self._first.board_fd)
         self._rank_of_pid: dict[int, int] = {}
         self._store_host: StoreHost | None = None
+        self._store: Store | None = None
 
-    def meet(self) -> "Store | None":
-        """Let the nodes of the run meet, from its first one.
-
-        Returns:
-            The store.
-        """
+    def meet(self) -> None:
+        """Tell the other nodes of the run where the launcher is, from its first one."""
         settings = self._settings
         meeting, launcher = settings.first_rank.meeting, settings.launcher
         if meeting is None or launcher is None:
-            return None
-
-        def go_on() -> bool:
-            return settings.is_parent_alive() and not self._poll.poll(0)
-
+            return
         assert settings.parent_pid is not None, "the launcher"
         end_watch = end_with_parent(settings.parent_pid)  # it may wait minutes for the store
         if not meeting.is_hosted:
             self._store_host = StoreHost(meeting)
-        store = meeting.open()
+        self._store = meeting.open()
         end_watch()
-        if hashes := meeting.publish(store, launcher, go_on):
-            self._control.send(encode(MessageKind.NODES, Nodes(hashes)))
-        return store
+        meeting.publish(self._store, launcher)
 
     def fork_all(self) -> None:
         """Start all ranks."""
@@ -180,36 +181,45 @@ class _Server:
         if self._first.memory_fd is not None and ahead:
             yield self._first.memory_fd
 
-    def watch(self) -> bool:
-        """Report ranks that end and answer the launcher, until it or the parent has ended.
-
-        Returns:
-            Whether the launcher has said so before.
-        """
+    def watch(self) -> End:
+        """Report ranks that end and answer the launcher, until it or the parent has ended."""
         signal.signal(signal.SIGTERM, _terminate)
+        end = End.LOST
         with contextlib.suppress(EOFError, OSError, TerminatedError):  # the launcher has ended
             try:
                 return self._answer_launcher()
             except TerminatedError as error:
                 # The launcher ends this node: at once, or when what runs has finished.
+                end = End.TERMINATED
                 failure = Failure(FailureKind.TERMINATED, str(error))
                 self._control.send(encode(MessageKind.FAILURE, failure))
                 return self._answer_launcher()
-        return False
+        return end
 
-    def _answer_launcher(self) -> bool:
-        """Until it has ended; gives whether it has said so."""
+    def _answer_launcher(self) -> End:
+        """Until it has ended."""
         while self._settings.is_parent_alive():
             if self._poll.poll(_POLL_MS):
                 message = self._control.receive()
                 if message.kind is MessageKind.END:
-                    return True
+                    return End.SAID
                 if message.kind in (MessageKind.BEGIN_EPOCH, MessageKind.START_RANKS):
                     self._change(message)
+                elif message.kind is MessageKind.READ_NODES:
+                    self._control.send(encode(MessageKind.NODES, Nodes(self._hashes())))
                 else:
                     self._control.send(encode(MessageKind.HEARTBEAT, self._heartbeat()))
             self._report_ended()
-        return False
+        return End.LOST
+
+    def _hashes(self) -> list[bytes]:
+        """Of other nodes; none while the store cannot be reached."""
+        meeting = self._first.meeting
+        assert meeting is not None, "there are other nodes"
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                return meeting.hashes(self._store)
+        return [b""] * (meeting.num_nodes - 1)
 
     def _change(self, message: Message) -> None:
         """End ranks for certain, and start others in their places.
@@ -231,9 +241,10 @@ class _Server:
         others = first.world_size - first.num_local_ranks
         world_size = others + asked.num_ranks
         self._first = replace(first, num_local_ranks=asked.num_ranks, world_size=world_size)
+        channels = self._connect(asked)
         try:
             self._renew_files(epoch)
-            self._fork(self._connect(asked))
+            self._fork(channels)
         except OSError as error:
             text = f"{socket.gethostname()}: cannot replace ranks {asked.starts}: {error.strerror}"
             self._control.send(encode(MessageKind.FAILURE, Failure(FailureKind.USER, text)))
@@ -300,12 +311,17 @@ class _Server:
             self._control.send(encode(MessageKind.EXIT, report))
 
     def end_all(self) -> None:
-        """Leave no rank, and no file."""
+        """Leave no rank, no file and no connection."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
         for pid in self._rank_of_pid:
             os.kill(pid, signal.SIGKILL)
         for pid in self._rank_of_pid:
             os.waitpid(pid, 0)
+        self._control.close()
+        for fd in (self._first.memory_fd, self._store_fd):
+            if fd is not None:
+                os.close(fd)
+        self._store = None
         if self._store_host is not None:
             self._store_host.end()
         if self._settings.store_fd is None:  # the launcher may have been killed
@@ -319,16 +335,13 @@ def _terminate(number: int, frame: object) -> NoReturn:
 
 def serve(
     settings: ServerSettings, handlers: "Handlers | None", reconnect: Reconnect | None = None
-) -> bool:
+) -> End:
     """Start the ranks of a node, watch them, replace some, and end them.
 
     Args:
         handlers: what ranks do for each command; None for the engine's own.
         reconnect: gives channels to the launcher for ranks that a change of that number starts;
             None where the launcher sends them.
-
-    Returns:
-        Whether all was well in the end.
     """
     if handlers is None:
         from expertlane.engine.stage import HANDLERS  # torch, and what ranks run, for all ranks
@@ -336,15 +349,11 @@ def serve(
         handlers = HANDLERS
     server = _Server(settings, handlers, reconnect)
     try:
-        store = server.meet()
-    except BrokenPipeError:  # the launcher has ended
-        return False
-    try:
+        server.meet()
         server.fork_all()
         return server.watch()
     finally:
         server.end_all()
-        del store
 
 
 def main(handlers: "Handlers | None" = None) -> None:

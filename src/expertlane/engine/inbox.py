@@ -20,7 +20,7 @@ from expertlane.engine.messages import (
 )
 from expertlane.engine.presence import Presence
 from expertlane.engine.tickets import Ticket, Tickets
-from expertlane.errors import ExpertlaneError, RankError, TerminatedError
+from expertlane.errors import ExpertlaneError, RankError, RanksLostError, TerminatedError
 
 _POLL_S = 0.5
 _OWN_PAUSE_S = 1.0  # a longer one is no fault of the ranks
@@ -41,6 +41,7 @@ class Inbox:
         tickets: what they have still to answer.
         epoch: of the ranks that are present.
         loss: of these ranks, until another epoch begins.
+        waits: for nodes that are lost; where it is told not to, their loss ends all ranks.
         log: takes a line when a rank that is not of the epoch is gone.
     """
 
@@ -49,6 +50,7 @@ class Inbox:
         self.presence, self.tickets = Presence(len(ranks.channels)), Tickets()
         self.epoch = 0
         self.loss: Loss | None = None
+        self.waits = True
         self.log: Callable[[str], None] = lambda line: None
         self._losses = Losses(ranks, self.presence, timeout_s, self._take_answer)
         self._replaced: frozenset[int] = frozenset()  # while an epoch begins
@@ -65,7 +67,8 @@ class Inbox:
         self._poll = select.poll()
         channels = *(node.control for node in self._ranks.nodes), *self._ranks.connected().values()
         for channel in channels:
-            self._poll.register(channel.fileno(), select.POLLIN)
+            if channel.fileno() >= 0:  # else of a node that is away
+                self._poll.register(channel.fileno(), select.POLLIN)
         if (acceptor := self._ranks.acceptor()) is not None:
             self._poll.register(acceptor, select.POLLIN)
 
@@ -128,6 +131,8 @@ class Inbox:
         while starting := presence.starting & presence.present:
             self.check_whole()
             self._wait_once(bound_s)
+            if self._ranks.awaited:  # for longer
+                since_s = time.monotonic()
             still = presence.starting & starting
             stopped = still & self._ranks.stopped
             if stopped and self._silent_s(stopped, since_s) > self._timeout_s:
@@ -144,8 +149,12 @@ class Inbox:
             self._resumed_s = time.monotonic()
         try:
             self._ranks.check_answers(bound_s + _NODE_MARGIN_S, self._resumed_s)
+        except RanksLostError as error:
+            self._lose_node(error)
         except RankError as error:
             self.fail(error)
+        if not self.waits and self._ranks.awaited:
+            self.fail(RankError("told to end while a node was lost; all ranks were ended"))
         self._look_at_early()
 
     def _silent_s(self, ranks: Collection[int], since_s: float) -> float:
@@ -183,13 +192,16 @@ class Inbox:
                 self._lose_one(rank, partial(Loss, frozenset([rank]), text))
         try:
             self._ranks.read_news(ready)
+        except RanksLostError as error:
+            self._lose_node(error)
         except ExpertlaneError as error:
             self.fail(error)
         for rank in [*self._ranks.missing]:
             if rank in self.presence.early:
                 self._drop(rank, partial(self._losses.death, rank, 0.0))
             self._ranks.missing.pop(rank, None)
-        if self._ranks.acceptor() in ready and self._ranks.has_connected():
+        is_expecting = self._ranks.away or self._ranks.acceptor() in ready
+        if is_expecting and self._ranks.has_connected():
             self.watch()
 
     def _take(self, rank: int, message: Message) -> None:
@@ -243,6 +255,9 @@ class Inbox:
             loss = find()
         except MessageError as error:
             loss = Loss(frozenset(), f"a rank sent an invalid message: {error}")
+        except RanksLostError as error:  # with their node
+            self.watch()
+            loss = Loss(error.ranks, str(error))
         except ExpertlaneError as error:
             self.fail(error)
         early = loss.ranks & self.presence.early
@@ -255,6 +270,14 @@ class Inbox:
             self.fail(loss.error(recovers=False))
         self.loss = loss.with_others(self._losses.ended() | self._replaced)
         raise self.loss.error(recovers=True) from None
+
+    def _lose_node(self, error: RanksLostError) -> None:
+        """All ranks of a node, whether they are of the epoch or not."""
+        self.watch()  # its connections are closed
+        if ranks := error.ranks & (self.presence.present | self.presence.early):
+            self.lose(lambda: Loss(ranks, str(error)))
+        else:
+            self.log(f"{error}; none of its ranks was in use")
 
     def _drop(self, rank: int, find: Callable[[], Loss]) -> None:
         """End a rank that is not of the epoch, and say why."""

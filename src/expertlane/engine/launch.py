@@ -10,10 +10,10 @@ from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.commands import DescribeMachine, RankMachine
 from expertlane.engine.local_ranks import LocalRanks
+from expertlane.engine.node_ranks import NodeRanks
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_environment import check_num_ranks
 from expertlane.engine.torchrun import (
-    NodeRanks,
     TorchrunNode,
     become_supervisor,
     end_with_torchrun,
@@ -39,12 +39,14 @@ def start_pool(
     oversubscribe: bool = False,
     cpu_isa: CpuIsa | None = None,
     recovers: bool = False,
+    rejoin_s: float = 0.0,
 ) -> RankPool | None:
     """Ranks of this machine, or of all nodes where torchrun has started processes.
 
     Args:
         cpu_isa: the largest instruction set that kernels may use; None as the environment says.
         recovers: whether other ranks can take the places of lost ones.
+        rejoin_s: then, how long to wait for a node that is lost.
 
     Returns:
         The pool; None in those processes of torchrun that have nothing to do. The first ones of
@@ -72,14 +74,20 @@ def start_pool(
     oversubscribe |= node.num_processes > 1  # asked for
     if node.number > 0:
         become_supervisor(
-            node, ranks_per_node, timeout_s, dtype, oversubscribe=oversubscribe, cpu_isa=cpu_isa
+            *(node, ranks_per_node, timeout_s, dtype),
+            oversubscribe=oversubscribe,
+            cpu_isa=cpu_isa,
+            rejoin_s=rejoin_s if recovers else 0.0,
         )
     end_with_torchrun()
     check_num_ranks(ranks_per_node, oversubscribe=oversubscribe)
     if node.meeting is None:
         return RankPool(local(ranks_per_node, timeout_s, dtype), timeout_s)
     ranks = NodeRanks(
-        node.meeting, ranks_per_node, timeout_s, dtype, cpu_isa=cpu_isa, recovers=recovers
+        *(node.meeting, ranks_per_node, timeout_s, dtype),
+        cpu_isa=cpu_isa,
+        recovers=recovers,
+        rejoin_s=rejoin_s,
     )
     return RankPool(ranks, timeout_s)
 
@@ -228,13 +236,21 @@ def fit_to_machine(
     num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
     free_bytes = FREE_SHARE * tightest.free_bytes / num_sharing
     share = 1.0 if tightest.on_gpu else cpu_cache_share
-    placed = PlacedModel(
-        model,
-        layout,
-        _types(tightest, weights, checkpoint),
-        placements or placements_of(model, layout, Options()),
-    )
+    placements = placements or placements_of(model, layout, Options())
+    placed = placed_model(model, layout, placements, tightest, weights, checkpoint)
     return placed.fit_cache(limits, free_bytes, share)
+
+
+def placed_model(
+    model: ModelConfig,
+    layout: Layout,
+    placements: Placements,
+    machine: RankMachine,
+    weights: WeightsType = "model",
+    checkpoint: Path | None = None,
+) -> PlacedModel:
+    """What ranks of such a machine hold of a model; arguments as of `fit_to_machine`."""
+    return PlacedModel(model, layout, _types(machine, weights, checkpoint), placements)
 
 
 def _types(machine: RankMachine, weights: WeightsType, checkpoint: Path | None) -> NumberTypes:

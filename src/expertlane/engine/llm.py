@@ -81,6 +81,8 @@ class LLM:
         oversubscribe: allow more local ranks than the machine should run.
         on_failure: when a rank dies, hangs or fails: `replace` it and lose no request; `shrink`,
             which lets the others serve meanwhile, where they can; or `stop` all ranks.
+        rejoin_s: then, where there are several nodes, how long requests wait for one that is lost
+            before all ranks end; 0 to end them at once.
         cpu_isa: the largest instruction set that kernels on CPUs may use; by default
             `EXPERTLANE_CPU_ISA`, else the best that the CPU has.
         ignore_unused_tensors: load a checkpoint with tensors that its `config.json` has no use for,
@@ -123,12 +125,14 @@ class LLM:
         timeout_s: float = 60.0,
         oversubscribe: bool = False,
         on_failure: OnFailure = "stop",
+        rejoin_s: float = 300.0,
         cpu_isa: CpuIsa | None = None,
         ignore_unused_tensors: bool = False,
         record_routing: bool = False,
         check: CheckLevel = "off",
     ) -> None:
-        check_settings(dtype, cpu_isa, on_failure, check, seed=seed, timeout_s=timeout_s)
+        numbers = {"seed": seed, "timeout_s": timeout_s, "rejoin_s": rejoin_s}
+        check_settings(dtype, cpu_isa, on_failure, check, **numbers)
         chosen = as_layout(layout)
         deployment = Deployment("llm", chosen, options or Options())
         self.model, self._folder = find_model(model, ignore_unused_tensors)
@@ -153,29 +157,17 @@ class LLM:
             oversubscribe=oversubscribe,
             cpu_isa=cpu_isa,
             recovers=on_failure != "stop",
+            rejoin_s=rejoin_s,
         )
         self._recovery: Recovery | None = None
         if on_failure != "stop":
             self._recovery = Recovery(pool, chosen, self._redeploy, print_to_stderr)
+            pool.on_early_end(print_to_stderr)
         try:
             self._fit(wanted, num_blocks, deployment, placements)
             given = deployment, seed, ranks_per_node, eos_token_ids, check
             self.engine = self._start(lambda: self._make_engine(*given))
-            self.scaling = Scaling(
-                *(pool, self._runner, self.engine, self.model, deployment),
-                *(self.limits, self.machine),
-                ranks_per_node=ranks_per_node,
-                folder=self._folder,
-                oversubscribe=oversubscribe,
-            )
-            if self._recovery is not None:
-                self._recovery.settle()
-                if on_failure == "shrink":
-                    self._recovery.shrinker = Shrinking(
-                        *(pool, self._runner, self.scaling, self.model, self.limits),
-                        folder=self._folder,
-                        log=print_to_stderr,
-                    )
+            self._set_up_changes(deployment, ranks_per_node, oversubscribe, on_failure)
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
             pool.close(failed=True)
@@ -192,11 +184,38 @@ class LLM:
             self._folder,
         )
 
+    def _set_up_changes(
+        self,
+        deployment: Deployment,
+        ranks_per_node: int,
+        oversubscribe: bool,
+        on_failure: OnFailure,
+    ) -> None:
+        """Whatever changes the layout later, as asked or since ranks were lost."""
+        self.scaling = Scaling(
+            *(self._pool, self._runner, self.engine, self.model, deployment),
+            *(self.limits, self.machine),
+            ranks_per_node=ranks_per_node,
+            folder=self._folder,
+            oversubscribe=oversubscribe,
+        )
+        if self._recovery is None:
+            return
+        self._recovery.settle()
+        if on_failure == "shrink":
+            self._recovery.shrinker = Shrinking(
+                *(self._pool, self._runner, self.scaling, self.model, self.limits),
+                folder=self._folder,
+                log=print_to_stderr,
+            )
+
     def _start(self, action: Callable[[], ResultT]) -> ResultT:
         """Do something with ranks that do not serve yet."""
         return action() if self._recovery is None else self._recovery.start(action)
 
     def _redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
+        if any(self._pool.pid(rank) is None for rank in replaced):
+            describe_ranks(self._pool)  # a node that has come back may be another machine
         self._runner.redeploy(replaced, plans)
 
     def _make_engine(

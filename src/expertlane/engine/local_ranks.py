@@ -22,7 +22,7 @@ from expertlane.engine.messages import (
     MessageKind,
     encode,
 )
-from expertlane.engine.node import Node, NodeChange, connections_for
+from expertlane.engine.node import GONE, Node, NodeChange, connections_for, gone
 from expertlane.engine.node_messages import ChangeRanks, Exit, Heartbeat, RanksStarted
 from expertlane.engine.processes import is_stopped
 from expertlane.engine.rank_environment import rank_environment
@@ -92,19 +92,7 @@ class LocalRanks:
         self.board = self._files.board
         self.channels: list[Channel] = []
         self.nodes: list[Node] = []
-        first_rank = RankSettings(
-            rank=0,
-            world_size=num_nodes * num_ranks,
-            local_rank=0,
-            num_local_ranks=num_ranks,
-            board_fd=self._files.board_fd,
-            memory_fd=self._files.memory_fd,
-            wake_fds=self._files.wake_fds,
-            store_path=self._files.store_path,
-            meeting=meeting,
-            timeout_s=timeout_s,
-            dtype=dtype,
-        )
+        first_rank = RankSettings.of_first(0, num_ranks, self._files, meeting, timeout_s, dtype)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._files.close)
             try:
@@ -201,18 +189,15 @@ class LocalRanks:
             self.nodes[node].change(change, asked, epoch)
             self.nodes[node].control.send_descriptors([theirs.fileno() for _, theirs in pairs])
         except BlockingIOError:
-            raise self._hung_in_a_message(node) from None
-        except OSError:
-            raise self._lost(node) from None
+            raise self._lost(node, "hung in a message") from None
+        except OSError as error:
+            raise self._lost(node, gone(error)) from None
         finally:
             for _, theirs in pairs:
                 theirs.close()
 
     def _forget(self, ranks: Collection[int]) -> list[Channel]:
-        """There are others of these numbers from now on, or none; gives open channels to old ones.
-
-        There is a place in `channels` for each thereafter.
-        """
+        """Others have these numbers from now on, or nobody; gives open channels to old ones."""
         fenced, channels = [], self.channels
         channels += [self._nobody] * (max(ranks, default=-1) + 1 - len(channels))
         for rank in ranks:
@@ -233,6 +218,16 @@ class LocalRanks:
     def connected(self) -> dict[int, Channel]:
         """Channels of ranks that have a process; of other nodes once that has connected."""
         return {r: channel for r, channel in enumerate(self.channels) if channel.fileno() >= 0}
+
+    @property
+    def away(self) -> frozenset[int]:
+        """Ranks of nodes that are lost; none can be started before its node is back."""
+        return frozenset()
+
+    @property
+    def awaited(self) -> frozenset[int]:
+        """Those that the epoch needs: they start when their nodes are back."""
+        return frozenset()
 
     @property
     def is_beginning(self) -> bool:
@@ -269,16 +264,16 @@ class LocalRanks:
         """
         now_s = time.monotonic()
         for number, node in enumerate(self.nodes):
-            if node.asked_s is None:
-                continue
-            silent_s, why = now_s - max(node.asked_s, resumed_s), ""
-            if number == 0 and silent_s > self._timeout_s and is_stopped(self._server.pid):
-                bound_s, why = self._timeout_s, " (its process is stopped)"
-            if silent_s > bound_s:
+            silent_s = now_s - max(now_s if node.asked_s is None else node.asked_s, resumed_s)
+            is_still = number == 0 and silent_s > self._timeout_s and is_stopped(self._server.pid)
+            if is_still or silent_s > bound_s:
                 self._is_server_hung = number == 0
-                raise RankError(
-                    f"{node.name} hung{why}: no answer for {bound_s:g} s; all ranks were ended"
-                )
+                why = "hung (its process is stopped)" if is_still else "hung"
+                own_s = self._timeout_s if is_still else bound_s
+                raise self._lost(number, f"{why}: no answer for {own_s:g} s")
+
+    def check_nodes_of(self, ranks: Collection[int], bound_s: float) -> None:
+        """Look for a node that is silent, where ranks have been for so long."""
 
     def read_news(self, ready: Container[int]) -> None:
         """Read what nodes report, a message each.
@@ -318,15 +313,12 @@ class LocalRanks:
             else:
                 return message
         except BlockingIOError:
-            raise self._hung_in_a_message(node) from None
-        except (EOFError, OSError):
-            raise self._lost(node) from None
+            raise self._lost(node, "hung in a message") from None
+        except (EOFError, OSError) as error:
+            raise self._lost(node, gone(error)) from None
         except MessageError as error:
             raise RankError(f"{self.nodes[node].name} sent an invalid message: {error}") from None
         return None
-
-    def _hung_in_a_message(self, node: int) -> RankError:
-        return RankError(f"{self.nodes[node].name} hung in a message; all ranks were ended")
 
     def _take_exit(self, node: int, report: Exit) -> None:
         if self.node_of(report.rank) != node:
@@ -342,7 +334,8 @@ class LocalRanks:
         ranks = range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
         if len(heartbeat.lines) != len(ranks):
             raise MessageError(f"{len(heartbeat.lines)} lines for {len(ranks)} ranks")
-        self.stopped = self.stopped.difference(ranks).union(heartbeat.stopped)
+        others = {rank for rank in self.stopped if self.node_of(rank) != node}
+        self.stopped = others.union(heartbeat.stopped)
         for rank, line in zip(ranks, heartbeat.lines if node else (), strict=bool(node)):
             self.board.update(rank, line)
 
@@ -354,11 +347,12 @@ class LocalRanks:
             if node:
                 self.board.reporter(rank)  # writes "setting up", as the node itself has
 
-    def _lost(self, node: int) -> RankError:
-        if node:
-            return RankError(f"{self.nodes[node].name} is gone; all ranks were ended")
-        code = self._server.wait(_KILL_TIMEOUT_S)
-        return RankError(f"the fork server ended with exit code {code}; all ranks were ended")
+    def _lost(self, node: int, how: str) -> RankError:
+        """The error for a node that is gone or hangs."""
+        if node == 0 and how.startswith(GONE):
+            code = self._server.wait(_KILL_TIMEOUT_S)
+            how = f"ended with exit code {code}"
+        return RankError(f"{self.nodes[node].name} {how}; all ranks were ended")
 
     def exit_code(self, rank: int, timeout_s: float) -> int | None:
         """How a rank ended, negative for a signal; None if its node does not say in time.
@@ -368,7 +362,7 @@ class LocalRanks:
         """
         number, until_s = self.node_of(rank), time.monotonic() + timeout_s
         node = self.nodes[number]
-        while (wait_s := until_s - time.monotonic()) > 0:
+        while (wait_s := until_s - time.monotonic()) > 0 and node.control.fileno() >= 0:
             if rank in self._exit_codes and not node.is_starting(rank):
                 break
             if wait([node.control.fileno()], wait_s):

@@ -165,7 +165,11 @@ class Losses:
         """Of ranks that have not answered: those whose processes are stopped.
 
         Else one that computes while others wait, else the longest silent.
+
+        Raises:
+            ExpertlaneError: a node is silent.
         """
+        self._ranks.check_nodes_of(busy, bound_s)
         stopped = [rank for rank in busy if self._is_stopped(rank)]
 
         def order(rank: int) -> tuple[bool, float]:

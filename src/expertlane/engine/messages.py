@@ -49,6 +49,7 @@ class MessageKind(IntEnum):
     EPOCH_BEGUN = 11
     START_RANKS = 12
     RANKS_STARTED = 13
+    READ_NODES = 20
 
 
 _KINDS = {int(kind): kind for kind in MessageKind}

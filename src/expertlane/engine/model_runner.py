@@ -98,14 +98,7 @@ class ModelRunner:
         spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
         self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size)
         if options.cache_int8:
-            if folder is None:
-                raise UserError(
-                    f"cache_int8 (--cache-int8) needs a checkpoint's folder; {model.name} has "
-                    "random weights"
-                )
-            (is_written,) = pool.call(CacheInt8(model, folder), ranks=[0])
-            where = f"{folder}/{INT8_FOLDER}"
-            log(f"int8 weights: {'written to' if is_written else 'read from'} {where}")
+            _keep_int8(pool, model, folder, log)
         held = pool.call(self._deploy)
         self.held = held[: layout.world_size]
         self.checking = None if check == "off" else Checking(pool, self.members)
@@ -226,6 +219,14 @@ class ModelRunner:
             self.checking.check_weights({*replaced, *(self._having_read() if is_other else ())})
         if self._watch is not None:
             self._watch.begin_again(replaced)
+
+    @property
+    def spec(self) -> StageSpec:
+        """What ranks have; placements of the first replica."""
+        placements = self._placements[0]
+        if self.rebalancer is not None:
+            placements = self.rebalancer.placements[0]
+        return replace(self._deploy.spec, placements=placements)
 
     def _having_read(self) -> list[int]:
         """Processes that have more weights than they kept."""
@@ -375,3 +376,17 @@ def moe_layers(model: ModelConfig) -> list[int]:
             "dense"
         )
     return layers
+
+
+def _keep_int8(
+    pool: RankPool, model: ModelConfig, folder: str | None, log: Callable[[str], None]
+) -> None:
+    """Have the first rank write the rounded weights, unless they are there."""
+    if folder is None:
+        raise UserError(
+            f"cache_int8 (--cache-int8) needs a checkpoint's folder; {model.name} has "
+            "random weights"
+        )
+    (is_written,) = pool.call(CacheInt8(model, folder), ranks=[0])
+    where = f"{folder}/{INT8_FOLDER}"
+    log(f"int8 weights: {'written to' if is_written else 'read from'} {where}")

@@ -17,6 +17,15 @@ _ANSWERS = {
 }
 
 
+GONE = "is gone"
+
+
+def gone(error: Exception) -> str:
+    """How a node is lost whose connection broke."""
+    why = getattr(error, "strerror", None)
+    return f"{GONE} ({why})" if why else GONE
+
+
 @dataclass(frozen=True, eq=False)
 class NodeChange:
     """Ranks that a node ends and starts.
@@ -55,7 +64,7 @@ class Node:
         Raises:
             OSError: its end is noticed elsewhere.
         """
-        if self.asked_s is None:
+        if self.asked_s is None and self.control.fileno() >= 0:
             self.asked_s = now_s
             self.control.send(_PING)
 
@@ -96,6 +105,12 @@ class Node:
     def is_starting(self, rank: int) -> bool:
         """Whether what it says of a rank may be about an earlier one of that number."""
         return any(rank in change.starts for change in self.changes)
+
+    def lose(self) -> None:
+        """It is gone, and answers nothing any more."""
+        self.close()
+        self.asked_s = None
+        self.changes.clear()
 
     def close(self) -> None:
         """Its server, and so its ranks, end when they see this."""

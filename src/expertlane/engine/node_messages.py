@@ -34,7 +34,7 @@ class Exit:
 
 @dataclass(frozen=True)
 class Nodes:
-    """The other nodes have told torchrun's store their hashes, [num_nodes - 1]."""
+    """The answer to READ_NODES: what other nodes have told the store, as `Meeting.hashes`."""
 
     hashes: list[bytes]
 

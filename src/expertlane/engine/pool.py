@@ -98,6 +98,11 @@ class RankPool:
         return self._presence.absent
 
     @property
+    def away(self) -> frozenset[int]:
+        """Ranks of nodes that are lost: `start` may not be asked for them."""
+        return self._ranks.away
+
+    @property
     def starting(self) -> frozenset[int]:
         """Ranks that `start` has begun to start, and that are not up yet."""
         return self._presence.early & self._presence.starting
@@ -128,6 +133,10 @@ class RankPool:
             except (KeyboardInterrupt, TerminatedError):
                 self._ranks.close(failed=True)  # a signal came in between: not before all is clean
                 raise
+
+    def stop_waiting(self) -> None:
+        """From any thread: all ranks end where a node that is lost would be waited for."""
+        self._inbox.waits = False
 
     @property
     def most_ranks(self) -> int:

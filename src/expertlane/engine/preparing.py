@@ -23,7 +23,7 @@ from expertlane.model.weights import HeldWeights, SeededWeights, WeightSource
 from expertlane.ops.backend import Platform
 from expertlane.spec.names import Origin, Stage
 
-_NICE = 5  # of a rank that loads while others serve
+_NICE = 10  # of a rank that loads while others serve
 
 
 def weight_source(spec: StageSpec, platform: Platform, touch: Callable[[], None]) -> WeightSource:
@@ -40,6 +40,19 @@ def weight_source(spec: StageSpec, platform: Platform, touch: Callable[[], None]
     return CheckpointWeights(checkpoint, *given, cache)
 
 
+def parts_of(context: RankContext, spec: StageSpec, place: int, source: WeightSource) -> StageParts:
+    """The parts of a stage that talks to no other rank.
+
+    Args:
+        place: layout rank.
+    """
+    model, clock = spec.model, clock_for(context.platform.device)
+    sizes = place, model.num_hidden_layers, model.num_experts
+    recorder = Recorder(*sizes, context.progress, clock, spec.layout.world_size)
+    mesh = ParallelMesh(spec.layout, None, place, spec.ranks_per_node, recorder)
+    return StageParts(model, spec.placements, source, mesh)
+
+
 class _SliceEnded(Exception):
     """Nothing more is to be made now."""
 
@@ -52,14 +65,9 @@ class Preparation:
 
     def __init__(self, context: RankContext, spec: StageSpec, place: int) -> None:
         self.spec, self.place = spec, place
-        model, platform, layout = spec.model, context.platform, spec.layout
-        sizes = place, model.num_hidden_layers, model.num_experts
-        clock = clock_for(platform.device)
-        recorder = Recorder(*sizes, context.progress, clock, layout.world_size)
-        mesh = ParallelMesh(layout, None, place, spec.ranks_per_node, recorder)
-        self._source = weight_source(spec, platform, context.progress.touch)
+        self._source = weight_source(spec, context.platform, context.progress.touch)
         self._source.is_ahead, self._source.before_make = True, self._before_make
-        parts = StageParts(model, spec.placements, self._source, mesh)
+        parts = parts_of(context, spec, place, self._source)
         self._to_make: deque[Callable[[], Any]] = deque(
             [partial(parts.layer, layer) for layer in parts.layers]
         )

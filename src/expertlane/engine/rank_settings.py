@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 from expertlane.engine.rendezvous import Meeting, Place
+from expertlane.engine.run_files import RunFiles
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,35 @@ class RankSettings:
     dtype: str | None
     epoch: int = 0
     is_ahead: bool = False
+
+    @classmethod
+    def of_first(
+        cls,
+        node: int,
+        num_ranks: int,
+        files: RunFiles,
+        meeting: Meeting | None,
+        timeout_s: float,
+        dtype: str | None,
+    ) -> "RankSettings":
+        """Of the first of a node's ranks, for the first epoch.
+
+        Args:
+            num_ranks: of each node.
+        """
+        return cls(
+            rank=node * num_ranks,
+            world_size=num_ranks * (meeting.num_nodes if meeting else 1),
+            local_rank=0,
+            num_local_ranks=num_ranks,
+            board_fd=files.board_fd,
+            memory_fd=files.memory_fd,
+            wake_fds=files.wake_fds,
+            store_path=files.store_path,
+            meeting=meeting,
+            timeout_s=timeout_s,
+            dtype=dtype,
+        )
 
 
 @dataclass(frozen=True)

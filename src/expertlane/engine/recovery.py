@@ -65,6 +65,10 @@ class EpochPool(Protocol):
         """
         ...
 
+    def stop_waiting(self) -> None:
+        """Do not wait for nodes any more."""
+        ...
+
     def close(self, *, failed: bool) -> None:
         """End all ranks."""
         ...
@@ -181,6 +185,10 @@ class Recovery:
         self._is_under_way = False
         ended, self._to_end = self._to_end, []
         return ended
+
+    def stop_waiting(self) -> None:
+        """From any thread: do not wait any more for a node that is lost; all ranks end instead."""
+        self._pool.stop_waiting()
 
     def _until_done(self, action: Callable[[], ResultT], error: RanksLostError | None) -> ResultT:
         """Replace what was lost, then act; both again after each further loss."""

@@ -1,8 +1,9 @@
-"""How the nodes of a run meet: torchrun's store, and how the launcher authenticates them.
+"""How the nodes of a run find each other: by torchrun's store, or one like it.
 
 Each node makes a secret, puts its hash into the store that all nodes share, and sends the secret
 itself to the launcher alone, on each of its connections. So whoever can only read the store cannot
 pass for a node. The first node's fork server, a child of the launcher, reads the hashes for it.
+A node that is started again does the same with another secret.
 """
 
 import hashlib
@@ -10,8 +11,7 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,19 +25,29 @@ if TYPE_CHECKING:
 
 SECRET_BYTES = 32
 CONNECT_TIMEOUT_S = 120.0
-_STORE_POLL_S = 0.05
+_RETRY_S = 0.5
 HANDSHAKE = struct.Struct(f"<8sIII{SECRET_BYTES}s")  # magic, claim, secret
-MAGIC = b"XLNODE03"
-_LAUNCHER = "launcher"  # the key of its address in the store
-# A node whose machine or network is gone says nothing: the connection is lost after some 10 s.
+MAGIC = b"XLNODE04"
+_MEETING, _LAUNCHER = "expertlane", "launcher"  # begins all keys; the key of its place
+# A node whose machine or network is gone says nothing: both ends lose the connection after 10 s
+# without an answer, or up to 2 s more.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
+# After the launcher has closed its connections to a node, no rank of it lives longer: the node sees
+# the end of its connections in those 12 s; where its server does not, its ranks do, and end 3 s
+# later. The rest is for a busy machine.
+LEASE_S = 20.0
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where the launcher listens."""
+    """Where the launcher listens.
+
+    Attributes:
+        run: begins the keys of what this launcher's ranks put into the store.
+    """
 
     address: str
     port: int
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,21 +56,36 @@ class Meeting:
 
     Attributes:
         is_hosted: by torchrun's agent; the first node's fork server hosts it otherwise.
-        name: begins all keys.
+        run: as of `Place`, for ranks.
     """
 
     address: str
     port: int
     is_hosted: bool
-    name: str
+    run: str
     num_nodes: int
 
+    def of_run(self, run: str) -> "Meeting":
+        """The same for the ranks of another launcher."""
+        return replace(self, run=run)
+
     def open(self, *, as_host: bool = False) -> "Store":
-        """The store; waits until it is there.
+        """The store, as nodes see it; waits until it is there.
 
         Raises:
             RuntimeError: it is not, in time.
         """
+        return self._open(_MEETING, as_host=as_host)
+
+    def open_for_ranks(self) -> "Store":
+        """The store, as ranks see it.
+
+        Raises:
+            RuntimeError: it is not there in time.
+        """
+        return self._open(f"{_MEETING}-{self.run}", as_host=False)
+
+    def _open(self, prefix: str, *, as_host: bool) -> "Store":
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
         store = TCPStore(
@@ -70,30 +95,38 @@ class Meeting:
             wait_for_workers=False,
             timeout=timedelta(seconds=CONNECT_TIMEOUT_S),
         )
-        return PrefixStore(self.name, store)
+        return PrefixStore(prefix, store)
 
-    def publish(self, store: "Store", launcher: Place, go_on: Callable[[], bool]) -> list[bytes]:
-        """Tell the other nodes where the launcher is; gives their hashes once all have come.
-
-        Args:
-            go_on: asked while it waits.
-
-        Returns:
-            [num_nodes - 1]; none if it was told not to go on.
-        """
+    def publish(self, store: "Store", launcher: Place) -> None:
+        """Tell the other nodes where the launcher is."""
         store.set(_LAUNCHER, msgspec.json.encode(launcher).decode())
-        keys = [_key(node) for node in range(1, self.num_nodes)]
-        while not store.check(keys):
-            if not go_on():
-                return []
-            time.sleep(_STORE_POLL_S)
-        return [bytes.fromhex(store.get(key).decode()) for key in keys]
 
-    def find_launcher(self, node: int, secret: bytes) -> Place:
-        """Publish the hash of a node's secret, and wait for the launcher's place."""
-        store = self.open()
+    def hashes(self, store: "Store") -> list[bytes]:
+        """What the other nodes have put there, [num_nodes - 1]; empty of those that have not."""
+        keys = [_key(node) for node in range(1, self.num_nodes)]
+        return [
+            bytes.fromhex(store.get(key).decode()) if store.check([key]) else b"" for key in keys
+        ]
+
+    def join(self, node: int, secret: bytes) -> tuple[Place, socket.socket]:
+        """Publish the hash of a node's secret, and connect to the launcher.
+
+        The place that is published may be that of an earlier launcher, for a while.
+
+        Raises:
+            OSError: it cannot be reached in time.
+            RuntimeError: the store cannot.
+        """
+        store, until_s = self.open(), time.monotonic() + CONNECT_TIMEOUT_S
         store.set(_key(node), hash_of(secret).hex())
-        return msgspec.json.decode(store.get(_LAUNCHER), type=Place)
+        while True:
+            launcher = msgspec.json.decode(store.get(_LAUNCHER), type=Place)
+            try:
+                return launcher, connect(launcher, Claim(node, 0, 0), secret)
+            except OSError:
+                if time.monotonic() > until_s:
+                    raise
+                time.sleep(_RETRY_S)
 
 
 def _key(node: int) -> str:
@@ -115,12 +148,12 @@ class Claim(NamedTuple):
 
     Attributes:
         node: that it comes from.
-        connection: 0 is the node's own, then one for each of its ranks.
-        change: the number of that which has started the rank; 0 at the start of the run.
+        place: 0 is the node's own, then one for each of its ranks.
+        change: the number of that which has started the rank; 0 of the node's own.
     """
 
     node: int
-    connection: int
+    place: int
     change: int
 
 
@@ -129,26 +162,20 @@ def handshake(claim: Claim, secret: bytes) -> bytes:
     return HANDSHAKE.pack(MAGIC, *claim, secret)
 
 
-def connect(launcher: Place, node: int, num_ranks: int, secret: bytes) -> list[socket.socket]:
-    """A node's connections to the launcher, [1 + num_ranks]; the first is its own.
-
-    Raises:
-        OSError: it cannot be reached.
-    """
-    claims = [Claim(node, index, 0) for index in range(1 + num_ranks)]
-    return [connect_once(launcher, claim, secret) for claim in claims]
-
-
-def connect_once(launcher: Place, claim: Claim, secret: bytes) -> socket.socket:
+def connect(
+    launcher: Place, claim: Claim, secret: bytes, timeout_s: float = CONNECT_TIMEOUT_S
+) -> socket.socket:
     """One of a node's connections to the launcher.
 
     Raises:
-        OSError: it cannot be reached.
+        ConnectionRefusedError: nobody listens there.
+        OSError: it cannot be reached in time.
     """
     place = launcher.address, launcher.port
-    connection = socket.create_connection(place, timeout=CONNECT_TIMEOUT_S)
+    connection = socket.create_connection(place, timeout=timeout_s)
     connection.sendall(handshake(claim, secret))
-    set_options(connection, keep_alive=claim.connection == 0)
+    connection.settimeout(None)
+    set_options(connection, keep_alive=True)
     return connection
 
 

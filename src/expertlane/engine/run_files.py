@@ -90,6 +90,12 @@ class RunFiles:
                 self._descriptors.remove(descriptor)
                 os.close(descriptor)
 
+    def are_servers(self) -> None:
+        """What epochs renew is closed by the server of this process's ranks."""
+        for descriptor in (self.memory_fd, self.store_fd):
+            if descriptor is not None:
+                self._descriptors.remove(descriptor)
+
     def close(self) -> None:
         """Leave nothing behind; the board can still be read."""
         while self._descriptors:

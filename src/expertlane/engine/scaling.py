@@ -1,21 +1,25 @@
 """Another layout while requests run: what it is checked for, and who takes it."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from expertlane.balance.kept import keeping_placements
 from expertlane.balance.placement_file import Placements
-from expertlane.engine.commands import RankMachine
+from expertlane.engine.commands import HeldBytes, RankMachine
 from expertlane.engine.engine import Engine
-from expertlane.engine.launch import check_deployment, describe_ranks, with_blocks
+from expertlane.engine.launch import check_deployment, describe_ranks, placed_model, with_blocks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_environment import check_num_ranks
 from expertlane.engine.recovery_record import RecoveryRecord
 from expertlane.engine.run_files import MOST_UNCOMPILED
+from expertlane.engine.weights_ahead import WeightsAhead
 from expertlane.errors import CapacityError, UserError
+from expertlane.memory import FREE_SHARE
 from expertlane.ops import host
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment
@@ -31,14 +35,19 @@ class LayoutChange:
 
     Attributes:
         record: its states; over once a step was committed.
-        kept_bytes, read_bytes: weights that ranks had already, and those that they read or drew.
+        held: [world_size]; what each rank has, and where from.
+        ahead_s: that ranks made weights before the layout changed.
     """
 
     before: Layout
     after: Layout
     record: RecoveryRecord
-    kept_bytes: int
-    read_bytes: int
+    held: tuple[HeldBytes, ...]
+    ahead_s: float
+
+    def bytes_from(self, origin: Origin) -> int:
+        """Of all ranks' weights, those that are from there."""
+        return sum(each.bytes_from.get(origin, 0) for each in self.held)
 
 
 class Scaling:
@@ -54,6 +63,7 @@ class Scaling:
         deployment: of now.
         machine: [num_ranks]; as the ranks of now see it.
         changes: all so far, in order. Other threads may copy it.
+        ahead: of a change that was begun by `prepare`; None where none is.
     """
 
     def __init__(
@@ -76,9 +86,68 @@ class Scaling:
         self._ranks_per_node, self._folder = ranks_per_node, folder
         self._oversubscribe = oversubscribe
         self.changes: list[LayoutChange] = []
+        self.ahead: WeightsAhead | None = None
+
+    def prepare(self, layout: Layout) -> None:
+        """Begin a change: ranks start, and make weights, while steps go on.
+
+        `advance` has to follow until all is there, then `scale`; or `give_up`.
+
+        Raises:
+            UserError: as `check`; then nothing has changed.
+        """
+        placements = self.check(layout)
+        self.give_up()
+        if layout == self.deployment.layout:
+            return
+        pool, deployment = self._pool, replace(self.deployment, layout=layout)
+        placed = placed_model(
+            self._model,
+            layout,
+            placements,
+            self.machine[0],
+            deployment.options.weights,
+            self._folder,
+        )
+        new = [rank for rank in range(layout.world_size) if rank not in pool.present]
+        needed = sum(placed.rank_memory(self._limits, rank).total_bytes for rank in new)
+        room = max(0.0, FREE_SHARE * host.memory_bytes()[0] - needed)
+        spec = replace(
+            self._runner.spec_of(Members(layout), placements),
+            ranks_per_node=self._nodes_of(layout),
+        )
+        self.ahead = WeightsAhead(pool, spec, int(room / len(pool.present)))
+
+    def advance(self) -> bool:
+        """Whether all that can be prepared is; to be called between steps.
+
+        Raises:
+            CapacityError: new ranks do not stay alive; the change was given up.
+            RankError: as of a step.
+        """
+        if self.ahead is None:
+            return True
+        recovery = self._engine.recovery
+        if recovery is not None and recovery.members != recovery.whole:
+            return False  # lost ranks are to be there again first
+        advance = partial(self.ahead.advance, is_idle=self._engine.is_idle)
+        try:
+            return self._engine.with_ranks(advance)
+        except CapacityError:
+            self.give_up()
+            raise
+
+    def give_up(self) -> None:
+        """Leave the layout as it is; what was prepared is freed."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            self._engine.with_ranks(ahead.give_up)
 
     def check(self, layout: Layout) -> Placements:
         """Check another layout as at the start; gives the placement that its experts begin with.
+
+        Ranks keep the experts that they hold, as far as they have slots for them, unless a file
+        says where experts are.
 
         Raises:
             UserError: these ranks cannot change, there may not be so many, the model cannot be laid
@@ -96,9 +165,7 @@ class Scaling:
         if num_ranks != now:
             self._check_num_ranks(layout)
         deployment = replace(self.deployment, layout=layout)
-        placements = check_deployment(
-            self._model, deployment, self._ranks_per_node or self._per_node(num_ranks)
-        )
+        placements = check_deployment(self._model, deployment, self._nodes_of(layout))
         held = sum(each.weight_bytes + each.kv_bytes for each in self._runner.held)
         free_bytes = host.memory_bytes()[0] + held
         seen = [
@@ -116,7 +183,10 @@ class Scaling:
             raise CapacityError(
                 f"layout {layout}: {error}; a start with a smaller --num-blocks leaves more room"
             ) from None
-        return placements
+        if self.deployment.options.placement_file is not None:
+            return placements
+        before = self._runner.spec
+        return keeping_placements(placements, layout, before.placements, before.members)
 
     def _check_num_ranks(self, layout: Layout) -> None:
         num_ranks, most = layout.world_size, self._pool.most_ranks
@@ -133,6 +203,10 @@ class Scaling:
                 f"layout {layout} has {num_ranks} ranks; valid here: {most} at most"
             )
 
+    def _nodes_of(self, layout: Layout) -> int:
+        """Ranks of a layout on one node."""
+        return self._ranks_per_node or self._per_node(layout.world_size)
+
     def _per_node(self, num_ranks: int) -> int:
         return self.machine[0].ranks_per_node if self._pool.is_of_nodes else num_ranks
 
@@ -144,24 +218,29 @@ class Scaling:
             RankError: ranks were lost, and could not be replaced.
         """
         placements = self.check(layout)
+        if self.ahead is not None and self.ahead.layout != layout:
+            self.give_up()
+        if self.ahead is not None:
+            placements = self.ahead.placements  # experts may have moved since
         if layout == self.deployment.layout:
             return
+        ahead_s = 0.0 if self.ahead is None else time.monotonic() - self.ahead.began_s
         runner, scheduler = self._runner, self._engine.scheduler
-        before, num_ranks = self.deployment.layout, layout.world_size
+        before = self.deployment.layout
 
         def change() -> int:
             self.deployment = replace(self.deployment, layout=layout)
-            per_node = self._ranks_per_node or self._per_node(num_ranks)
             members = Members(layout)
-            runner.reshape(members, [placements] * layout.replicas, per_node)
+            runner.reshape(members, [placements] * layout.replicas, self._nodes_of(layout))
             kept = members.kept_caches(Members(before))
             return scheduler.reshape(layout, kept, lookahead=layout.pp == 1)[1]
 
         self._engine.with_ranks(runner.before_reshape)
         self._engine.scale(layout, change)
-        kept = sum(each.bytes_from.get(Origin.KEPT, 0) for each in runner.held)
-        read = sum(each.weight_bytes for each in runner.held) - kept
+        self.ahead = None
         recovery = self._engine.recovery
         assert recovery is not None, "it was checked"
-        self.changes.append(LayoutChange(before, layout, recovery.records[-1], kept, read))
+        self.changes.append(
+            LayoutChange(before, layout, recovery.records[-1], tuple(runner.held), ahead_s)
+        )
         self.machine = tuple(self._engine.with_ranks(partial(describe_ranks, self._pool)))

@@ -140,7 +140,7 @@ class Shrinking:
         there = pool.present | pool.ahead
         missing = {number for number in members.numbers if number not in there}
         self._prepared -= missing
-        to_start = missing - pool.starting
+        to_start = missing - pool.starting - pool.away
         if to_start and time.monotonic() >= self._start_s:
             self._start(to_start)
         ahead = pool.ahead & {*members.numbers}

@@ -36,11 +36,12 @@ from expertlane.engine.measure.operations import measure_launches, measure_opera
 from expertlane.engine.measure.transfers import measure_contention, measure_transfers
 from expertlane.engine.preparing import drop_prepared, prepare
 from expertlane.engine.rank_checks import sum_weights
+from expertlane.engine.weight_copies import Part, WeightCopies
 from expertlane.engine.worker import Handlers, RankContext
 from expertlane.model.checkpoint import Checkpoint
 from expertlane.model.int8_cache import Int8Cache, write_int8_cache
 from expertlane.spec.deployment import DISPATCH_FORMS, Options
-from expertlane.spec.names import Stage
+from expertlane.spec.names import Origin, Stage
 
 
 def deploy(context: RankContext, command: Deploy) -> HeldBytes:
@@ -71,24 +72,38 @@ def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
     """Take part in a new epoch, with the stage that this rank has, or one that it builds."""
     spec, options, members = command.spec, command.options, command.spec.members
     context.progress.enter(Stage.SETUP, NO_LAYER)
-    _connect(context, spec, options)  # the only wait for other ranks
+    _connect(context, spec, options)
     before: DeployedStage | None = context.deployed
+    has_stage = False
     if before is not None and before.spec.members == members:
         before.rejoin(command.discard)
-        if before.is_placed(spec.placements):
-            context.progress.enter(Stage.IDLE, NO_LAYER)
-            return before.held
+        has_stage = before.is_placed(spec.placements)
+    rank = members.rank_of(context.rank)
+    part = Part.SENDS if has_stage else Part.RECEIVES
+    if not has_stage and (before is not None or context.preparation is not None):
+        part = Part.MAKES
+    copies = None if rank is None else WeightCopies(context, spec, rank, part)
+    if before is not None and has_stage:
+        if copies is not None:
+            copies.send(before.stage)
+        context.progress.enter(Stage.IDLE, NO_LAYER)
+        return before.held
     left, context.deployed = None, None
     if before is not None:
         left = before.leave(members, command.discard)
         context.parked, before = left.weights, None
     held = HeldBytes(0, 0)
-    if members.rank_of(context.rank) is not None:
+    if copies is not None:
+        given = {Origin.COPIED: copies.receive()}  # no wait for other ranks from here on
+        if context.preparation is not None:
+            given = {Origin.AHEAD: (context.preparation.take(), 0.0), **given}
+        if context.parked is not None:
+            given = {Origin.KEPT: (context.parked, 0.0), **given}
+        context.preparation = context.parked = None
         # What is of no use any more goes before more is read.
-        deployed = context.deployed = DeployedStage(context, spec, context.parked)
+        deployed = context.deployed = DeployedStage(context, spec, given)
         sizes = command.num_blocks, command.block_size
         deployed.start(options, num_blocks=sizes[0], block_size=sizes[1], left=left)
-        context.preparation = context.parked = None
         if command.dispatch_table is not None:
             deployed.set_dispatch(command.dispatch_table)
         held = deployed.held

@@ -11,7 +11,7 @@ from expertlane.comm.collectives import Steps
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.mlp import MLP, activation_of
-from expertlane.model.weights import HeldWeights, WeightSource, taker_of
+from expertlane.model.weights import EXPERT, HeldWeights, WeightSource, taker_of
 from expertlane.moe.dispatch import CopyChooser, RoutedTokens
 from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
@@ -72,6 +72,10 @@ class MoEBlock:
                 )
             ),
         )
+        self.shared: MLP | None = None
+        if inner := model.shared_expert_intermediate_size:
+            scaled = model.shared_expert_gate
+            self.shared = MLP(model, layer, source, mesh, "shared", inner, is_scaled=scaled)
         num_before = source.num_bytes
         held = [
             source.once(  # not held: it may move to another rank
@@ -85,10 +89,6 @@ class MoEBlock:
         self._expert_bytes = (source.num_bytes - num_before) // max(1, len(held))
         if not source.is_ahead:  # it copies them side by side
             self._hold(held, activation_of(model))
-        self.shared: MLP | None = None
-        if inner := model.shared_expert_intermediate_size:
-            scaled = model.shared_expert_gate
-            self.shared = MLP(model, layer, source, mesh, "shared", inner, is_scaled=scaled)
 
     @property
     def parts(self) -> tuple[LocalExperts, MlpPart | None] | None:
@@ -144,7 +144,7 @@ class MoEBlock:
 
     def _key_of(self, expert: int) -> Hashable:
         """Which part of which expert this rank would hold."""
-        return "expert", expert, self._mesh.layout.etp, self._mesh.at.etp_rank
+        return EXPERT, expert, self._mesh.layout.etp, self._mesh.at.etp_rank
 
     def put_experts(self, held: HeldWeights) -> None:
         """Hold this rank's experts, for a stage that follows."""

@@ -27,6 +27,7 @@ from expertlane.spec.names import Origin
 from expertlane.spec.tensors import EMBEDDING, HEAD, cut_dim, layer_name, tensor_shape
 
 MadeT = TypeVar("MadeT")
+EXPERT = "expert"  # the key of an expert begins with it, and its number
 
 
 class HeldWeights:
@@ -46,6 +47,10 @@ class HeldWeights:
     def find(self, layer: int | None, key: Hashable) -> tuple[Any, int] | None:
         """What was put there, and its bytes."""
         return self._made.get(layer, {}).get(key)
+
+    def of_layer(self, layer: int | None) -> dict[Hashable, Any]:
+        """What was made for it, by key, in the order in which it was put."""
+        return {key: made for key, (made, _) in self._made.get(layer, {}).items()}
 
     @property
     def num_bytes(self) -> int:
@@ -85,6 +90,8 @@ class WeightSource(ABC):
         given: what need not be read, of the same weights; sought in this order.
         is_ahead: nothing is computed with the weights yet; `held` has all that was made.
         before_make: called before anything is made; it may raise.
+        fill: gives what is made its weights, by layer and key, or None where it has none for it;
+            nothing is read then. None where it is made as it is to be.
     """
 
     held: HeldWeights
@@ -110,6 +117,7 @@ class WeightSource(ABC):
         self.given: dict[Origin, HeldWeights] = {}
         self.is_ahead = False
         self.before_make: Callable[[], None] = lambda: None
+        self.fill: Callable[[int | None, Hashable, Any], Any] | None = None
 
     def once(
         self, layer: int | None, key: Hashable, make: Callable[[], MadeT], *, holds: bool = True
@@ -131,6 +139,11 @@ class WeightSource(ABC):
             self.before_make()
             num_before = self.num_bytes
             made = make()
+            if self.fill is not None:
+                filled = self.fill(layer, key, made)
+                if filled is None:
+                    return made
+                made = filled
             found = made, self.num_bytes - num_before
         if holds or self.is_ahead:
             self.held.put(layer, key, *found)
@@ -151,7 +164,8 @@ class WeightSource(ABC):
     ) -> Tensor:
         """Tensor `name`, or a part of it along the dimension that layouts cut; contiguous."""
         began_s = time.perf_counter()
-        tensor = self._read(name, part, dtype or self.dtype).to(self.device)
+        read = self._read if self.fill is None else self._empty
+        tensor = read(name, part, dtype or self.dtype).to(self.device)
         self._was_read(tensor.nbytes, began_s)
         return tensor
 
@@ -180,6 +194,8 @@ class WeightSource(ABC):
 
     def _rounded(self, name: str, part: range | None) -> NarrowWeight:
         """Whole groups are read, so that no layout changes a scale."""
+        if self.fill is not None:
+            return self._empty_rounded(name, part)
         if part is None or cut_dim(name) == 0:
             return NarrowWeight.rounded(self._read(name, part, torch.float32), self.dtype)
         size = INPUTS_OF_SCALE
@@ -188,6 +204,21 @@ class WeightSource(ABC):
         whole = self._read(name, range(begin, end), torch.float32)
         inside = range(part.start - begin, part.stop - begin)
         return NarrowWeight.rounded(whole, self.dtype).columns(inside)
+
+    def _empty(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
+        """As `_read`, with any values."""
+        shape = list(tensor_shape(self._model, name))
+        if part is not None:
+            shape[cut_dim(name)] = len(part)
+        return torch.empty(shape, dtype=dtype)
+
+    def _empty_rounded(self, name: str, part: range | None) -> NarrowWeight:
+        """As `_rounded`, with any values."""
+        values = self._empty(name, part, torch.int8)
+        first = part.start % INPUTS_OF_SCALE if part is not None and cut_dim(name) else 0
+        num_groups = -(-(first + values.shape[1]) // INPUTS_OF_SCALE)
+        scales = torch.empty(len(values), num_groups)
+        return NarrowWeight(values, scales, INPUTS_OF_SCALE, first, self.dtype)
 
     def _stored_narrow(self, name: str, part: range | None) -> NarrowWeight | None:
         """A matrix as it is stored, if that is in one byte."""

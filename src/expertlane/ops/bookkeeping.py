@@ -181,6 +181,7 @@ class Bookkeeping:
         """
         groups = torch.div(ids.flatten() - first, divisor, rounding_mode="floor")
         pair = ((groups >= 0) & (groups < num_groups)).nonzero().squeeze(1)  # row · K + choice
+        assert num_pairs in (None, len(pair)), "what was told is wrong"
         groups = groups[pair]
         order = stable_order(groups, num_groups)
         numbers = torch.full((ids.numel(),), -1, device=ids.device)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.recovery import Recovery
 from expertlane.engine.recovery_record import OVER, Kind
+from expertlane.engine.scaling import Scaling
 from expertlane.server.own_metrics import IMBALANCE_S
 from expertlane.spec.names import Stage
 
@@ -70,6 +71,7 @@ def alerts_of(service: "Service", *, is_preempting: bool) -> Iterator[Alert]:
                 "ranks that were lost are started, and load their weights.",
                 "Nothing: they serve again once they have loaded.",
             )
+        yield from _of_preparing(service.model.scaling)
         yield from _of_ranks(service.model.watch)
     scheduler, most = service.model.engine.scheduler, service.options.max_num_queued
     if service.num_queued >= _NEARLY_FULL * most:
@@ -107,6 +109,16 @@ def change_under_way(recovery: Recovery | None) -> Change | None:
     if recovery is None or recovery.state in OVER:
         return None
     return _CHANGE_OF[recovery.records[-1].kind]
+
+
+def _of_preparing(scaling: Scaling | None) -> Iterator[Alert]:
+    if scaling is not None and (ahead := scaling.ahead) is not None:
+        yield Alert(
+            "amber",
+            f"The layout {ahead.layout} is prepared: {ahead.share:.0%} of its layers, "
+            f"{ahead.num_bytes / 1e6:,.0f} MB so far. Requests go on, somewhat slower.",
+            "Nothing: the layout changes when all is there.",
+        )
 
 
 def _of_ranks(watch: RankWatch | None) -> Iterator[Alert]:

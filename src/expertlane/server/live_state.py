@@ -272,7 +272,10 @@ class LiveState:
             return change
         if self.service.is_draining:
             return "draining"
-        return "running" if recovery is None or recovery.shrunk_at is None else "shrunk"
+        if recovery is not None and recovery.shrunk_at is not None:
+            return "shrunk"
+        scaling = self.service.model.scaling
+        return "running" if scaling is None or scaling.ahead is None else "preparing"
 
     def _dp_ranks(self) -> dict[str, Any] | None:
         """Of all data-parallel ranks, those that serve; None where lost ranks are not replaced."""

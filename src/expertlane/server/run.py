@@ -91,6 +91,7 @@ class Running:
         self._end_now()
 
     def _end_now(self) -> None:
+        self.service.engine.stop_waiting()
         self.service.end_all(ApiError(503, "the server has ended", code="ended"))
         self.server.should_exit = True
 

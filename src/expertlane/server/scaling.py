@@ -1,19 +1,23 @@
 """The layout of a server, and changes of it while requests run."""
 
+import asyncio
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Response
 
-from expertlane.engine.scaling import LayoutChange
-from expertlane.errors import UserError
+from expertlane.engine.scaling import LayoutChange, Scaling
+from expertlane.errors import CapacityError, UserError
 from expertlane.server.errors import ApiError, bad_field, json_response
 from expertlane.server.fields import Strict
 from expertlane.server.service import Service, ended
 from expertlane.spec.layout import Layout
+from expertlane.spec.names import Origin
 
 _MOST_CHANGES = 20  # that are told of
 _RETRY_S = 1
+_LOOK_S = 0.02  # between looks at weights that are prepared
+PREPARING = "preparing"  # the state before those of `engine.recovery`
 
 
 class ScaleRequest(Strict):
@@ -30,7 +34,7 @@ class _Changer:
         self._to: Layout | None = None  # under way
 
     async def change(self, text: str) -> None:
-        """Go on in another layout; returns when steps run again.
+        """Prepare another layout, and go on in it; returns when steps run again.
 
         Raises:
             ApiError: with 400, 409, 500 or 503.
@@ -54,14 +58,42 @@ class _Changer:
                 409, recovery.shares, param="layout", code="shrunk", retry_after_s=_RETRY_S
             )
         try:
-            layout = self._to = Layout.parse(text)
-            await service.engine.between_steps(partial(scaling.scale, layout))
+            self._to = Layout.parse(text)
+            await self._change(scaling, self._to)
+        except ApiError:
+            raise
         except UserError as error:
             raise bad_field("layout", f"layout: {error}") from None
         except Exception as error:
             raise ended(error) from None
         finally:
             self._to = None
+
+    async def _change(self, scaling: Scaling, layout: Layout) -> None:
+        between_steps = self._service.engine.between_steps
+        is_ready = False
+
+        def advance() -> None:
+            nonlocal is_ready
+            is_ready = scaling.advance()
+
+        await between_steps(partial(scaling.prepare, layout))
+        try:
+            await between_steps(advance)
+            while not is_ready:
+                await asyncio.sleep(_LOOK_S)
+                self._service.check_running()
+                await between_steps(advance)
+        except CapacityError as error:
+            raise ApiError(503, str(error), param="layout", code="not_prepared") from None
+        except (ApiError, asyncio.CancelledError):
+            await between_steps(scaling.give_up)
+            raise
+        try:
+            await between_steps(partial(scaling.scale, layout))
+        except UserError as error:  # as of ranks that were lost just now
+            await between_steps(scaling.give_up)
+            raise ApiError(503, str(error), param="layout", code="not_prepared") from None
 
     def facts(self) -> dict[str, Any]:
         """What `GET /scale` says."""
@@ -75,7 +107,8 @@ class _Changer:
             "layout": str(layout),
             "num_ranks": layout.world_size,
             "under_way": None if self._to is None else str(self._to),
-            "state": None if recovery is None else recovery.state.value,
+            "state": PREPARING if scaling.ahead else recovery and recovery.state.value,
+            "preparing": preparing(scaling),
             "num_generation_tokens": service.metrics.num_generation_tokens,
             "changes": [_facts(each) for each in scaling.changes[-_MOST_CHANGES:]],
         }
@@ -93,9 +126,33 @@ def _facts(change: LayoutChange) -> dict[str, Any]:
             state.value: round(each, 4) for state, each in record.seconds().items()
         },
         "num_requests_computed_again": record.num_requests,
-        "weight_bytes_kept": change.kept_bytes,
-        "weight_bytes_read": change.read_bytes,
+        "seconds_ahead": round(change.ahead_s, 4),
+        "weight_bytes_from": {origin.value: change.bytes_from(origin) for origin in Origin},
+        "ranks": [
+            {
+                "weight_bytes_from": each.bytes_from,
+                "seconds_from": {k: round(v, 4) for k, v in each.seconds_from.items()},
+                "kv_bytes": each.kv_bytes,
+            }
+            for each in change.held
+        ],
         "lost": record.causes,
+    }
+
+
+def preparing(scaling: Scaling | None) -> dict[str, Any] | None:
+    """A change whose ranks make their weights; None where there is none."""
+    ahead = None if scaling is None else scaling.ahead
+    if ahead is None:
+        return None
+    return {
+        "layout": str(ahead.layout),
+        "share": round(ahead.share, 4),
+        "weight_bytes": ahead.num_bytes,
+        "ranks": {
+            rank: {"share": round(each.share, 4), "weight_bytes": each.num_bytes}
+            for rank, each in sorted(ahead.prepared.items())
+        },
     }
 
 

@@ -1,9 +1,11 @@
 """One deployment on a modelled cluster: a load through the scheduler on a virtual clock."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
+
+import numpy as np
 
 from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.kv_transfer import KVTransfers
@@ -25,7 +27,6 @@ from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.simulate.merging import merged, moved
 from expertlane.simulate.pools import Pool, run_load
 from expertlane.simulate.setup import ServingSetup, check_fits_cluster
 from expertlane.simulate.totals import PoolTotals
@@ -314,3 +315,40 @@ def _by_bound(setup: ServingSetup) -> tuple[RoutingSource, ...]:
         return (setup.routing,) * len(BOUNDS)
     even, uneven = extremes
     return even, setup.routing, uneven
+
+
+def moved(step: StepRecord, first_rank: int, begin_s: float) -> StepRecord:
+    """The same step on other ranks, submitted at another time."""
+    later_s = begin_s - step.submitted_s
+    records = []
+    for each in step.records:
+        events = each.events
+        assert events is not None, "asked for"
+        events = replace(events, start_s=events.start_s + later_s)
+        records.append(replace(each, rank=first_rank + each.rank, events=events))
+    return replace(
+        step,
+        submitted_s=begin_s,
+        finished_s=step.finished_s + later_s,
+        records=tuple(records),
+    )
+
+
+def merged(of_runs: Sequence[ServedRequest[Floats]]) -> ServedRequest[Floats]:
+    """A request with the times of each bound, from the run that this bound scheduled."""
+    likely = of_runs[LIKELY]
+    bounds, num = range(len(BOUNDS)), len(likely.token_times_s)
+    times = zip(*(_as_many(each.token_times_s, num) for each in of_runs), strict=True)
+    return replace(
+        likely,
+        due_s=np.array([of_runs[bound].due_s[bound] for bound in bounds]),
+        token_times_s=[
+            np.array([of_bound[bound] for bound, of_bound in enumerate(each)]) for each in times
+        ],
+    )
+
+
+def _as_many(times_s: Sequence[Floats], num: int) -> Sequence[Floats]:
+    """So many of them, the first and the last among them; of a run with more or fewer steps."""
+    places = np.linspace(0, len(times_s) - 1, num).round().astype(int)
+    return [times_s[place] for place in places.tolist()]

@@ -3,7 +3,6 @@
 Without a GPU it runs in Triton's interpreter.
 """
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,10 +12,10 @@ pytest.importorskip("triton")
 
 from expertlane.ops.cuda import attention as module
 from expertlane.ops.cuda.attention import attend
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.kv_cache import AttentionParams, KVCache
 from expertlane.ops.torch_backend import TorchBackend
-from expertlane.schedule.plan import Batch
 from ops.cuda.near import DEVICE, PRODUCT_DTYPES, assert_near, drawn, needs_kernels, random
+from ops.test_attention import batch_of
 
 pytestmark = needs_kernels
 
@@ -33,26 +32,10 @@ BATCH = st.one_of(
 )
 
 
-def batch_of(sequences: list[tuple[int, int]], block_size: int) -> PagedBatch:
-    """Blocks are in random order."""
-    computed, new = np.array(sequences, dtype=np.int64).reshape(-1, 2).T
-    width = max(1, -(-int((computed + new).max(initial=1)) // block_size))
-    blocks = np.random.default_rng(0).permutation(len(sequences) * width)
-    batch = Batch(
-        seq_ids=np.arange(len(sequences)),
-        num_scheduled_tokens=np.ascontiguousarray(new),
-        num_computed_tokens=np.ascontiguousarray(computed),
-        token_ids=np.zeros(new.sum(), dtype=np.int64),
-        block_tables=blocks.reshape(len(sequences), width).astype(np.int32),
-        yields_token=np.ones(len(sequences), dtype=np.bool_),
-    )
-    return PagedBatch(batch, block_size, DEVICE)
-
-
 def compare(sequences, block_size, heads, dims, window, has_sinks, dtype, steps=4):
     """Of a cache in which what no sequence has is NaN."""
     (num_heads, kv_heads), (key_dim, value_dim) = heads, dims
-    batch = batch_of(sequences, block_size)
+    batch = batch_of(sequences, block_size, DEVICE)
     num_blocks = batch.sequences.block_tables.numel()
     shape = num_blocks, block_size, kv_heads, key_dim, value_dim or 0, dtype, DEVICE
     ours, theirs = KVCache(*shape), KVCache(*shape)

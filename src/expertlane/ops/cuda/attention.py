@@ -60,76 +60,47 @@ def _attention_kernel(
         begin += split * split_length
         end = tl.minimum(end, begin + split_length)
 
-    main, rest = tl.arange(0, MAIN), MAIN + tl.arange(0, REST if REST > 0 else 1)
     of_row = query + (first + rows // GROUP) * query_token + head * query_head
-    query_main = tl.load(
-        of_row[:, None] + main[None, :], mask=is_row[:, None] & (main < KEY_DIM)[None, :], other=0.0
-    )
+    query_main = _columns_of(of_row, is_row, 0, KEY_DIM, MAIN)
     if REST > 0:
-        query_rest = tl.load(
-            of_row[:, None] + rest[None, :],
-            mask=is_row[:, None] & (rest < KEY_DIM)[None, :],
-            other=0.0,
-        )
+        query_rest = _columns_of(of_row, is_row, MAIN, KEY_DIM, REST)
     greatest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if HAS_SINKS and not IS_SPLIT:
         greatest = tl.load(sinks + head, mask=is_row, other=0.0) * 1.4426950408889634
         total += 1.0
     sum_of_values = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
-    value_columns = tl.arange(0, VALUE_BLOCK)
+    table = tables + seq.to(tl.int64) * table_width
     for start in range(begin, end, POSITIONS):
         position = start + tl.arange(0, POSITIONS)
         is_there = position < end
-        block = tl.load(
-            tables + seq.to(tl.int64) * table_width + position // BLOCK_SIZE, is_there, 0
-        ).to(tl.int64)
+        block = tl.load(table + position // BLOCK_SIZE, is_there, 0).to(tl.int64)
         offset = position % BLOCK_SIZE
         key = keys + block * key_block + kv_head * key_head + offset * KEY_DIM
-        key_main = tl.load(
-            key[None, :] + main[:, None],
-            mask=is_there[None, :] & (main < KEY_DIM)[:, None],
-            other=0.0,
-        )
-        logits = tl.dot(query_main, key_main, input_precision="ieee")
+        key_main = _columns_of(key, is_there, 0, KEY_DIM, MAIN)
+        logits = tl.dot(query_main, tl.trans(key_main), input_precision="ieee")
         if REST > 0:
-            key_rest = tl.load(
-                key[None, :] + rest[:, None],
-                mask=is_there[None, :] & (rest < KEY_DIM)[:, None],
-                other=0.0,
-            )
-            logits = tl.dot(query_rest, key_rest, logits, input_precision="ieee")
+            key_rest = _columns_of(key, is_there, MAIN, KEY_DIM, REST)
+            logits = tl.dot(query_rest, tl.trans(key_rest), logits, input_precision="ieee")
         is_seen = is_there[None, :] & (position[None, :] <= own[:, None])
         if HAS_WINDOW:
             is_seen &= position[None, :] > own[:, None] - window
         logits = tl.where(is_seen, logits * scale, -float("inf"))
-        raised = tl.maximum(greatest, tl.max(logits, axis=1))
-        base = tl.where(raised == -float("inf"), 0.0, raised)  # of rows that have seen nothing yet
-        weights = tl.exp2(logits - base[:, None])
-        shrunk = tl.exp2(greatest - base)
+        weights, shrunk, greatest = _weights_of(logits, greatest)
         total = total * shrunk + tl.sum(weights, axis=1)
-        if VALUES_IN_KEYS and VALUE_DIM == MAIN:
-            value = tl.trans(key_main)
+        if not VALUES_IN_KEYS:
+            of_value = values + block * value_block + kv_head * value_head + offset * VALUE_DIM
+            value = _columns_of(of_value, is_there, 0, VALUE_DIM, VALUE_BLOCK)
+        elif VALUE_DIM == MAIN:
+            value = key_main
         else:
-            of_position = key
-            if not VALUES_IN_KEYS:
-                of_position = values + block * value_block + kv_head * value_head
-                of_position += offset * VALUE_DIM
-            value = tl.load(
-                of_position[:, None] + value_columns[None, :],
-                mask=is_there[:, None] & (value_columns < VALUE_DIM)[None, :],
-                other=0.0,
-            )
-        sum_of_values = tl.dot(
-            weights.to(value.dtype),
-            value,
-            sum_of_values * shrunk[:, None],
-            input_precision="ieee",
-        )
-        greatest = raised
+            value = _columns_of(key, is_there, 0, VALUE_DIM, VALUE_BLOCK)
+        scaled = sum_of_values * shrunk[:, None]
+        sum_of_values = tl.dot(weights.to(value.dtype), value, scaled, input_precision="ieee")
 
     num_heads = GROUP * tl.num_programs(1)
     place = (first + rows // GROUP) * num_heads + head  # among all tokens' heads
+    value_columns = tl.arange(0, VALUE_BLOCK)
     is_value = is_row[:, None] & (value_columns < VALUE_DIM)[None, :]
     if IS_SPLIT:
         place += split.to(tl.int64) * num_tokens * num_heads
@@ -141,6 +112,22 @@ def _attention_kernel(
         to = out + place[:, None] * VALUE_DIM + value_columns[None, :]
         total = tl.where(is_row, total, 1.0)
         tl.store(to, (sum_of_values / total[:, None]).to(out.dtype.element_ty), mask=is_value)
+
+
+@triton.jit
+def _columns_of(rows, is_there, first: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """[rows, COLUMNS] from column `first` on; zeros where there is none."""
+    columns = first + tl.arange(0, COLUMNS)
+    mask = is_there[:, None] & (columns < DIM)[None, :]
+    return tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _weights_of(logits, greatest):
+    """Powers of logits over the greatest so far, by what earlier sums shrink, and the greatest."""
+    raised = tl.maximum(greatest, tl.max(logits, axis=1))
+    base = tl.where(raised == -float("inf"), 0.0, raised)  # of rows that have seen nothing yet
+    return tl.exp2(logits - base[:, None]), tl.exp2(greatest - base), raised
 
 
 @triton.jit
@@ -216,7 +203,7 @@ class Tile(NamedTuple):
         most = 16 if itemsize == 4 else 32 if dim > 256 else 64 if dim > 128 else 128
         rows = min(most, max(16, triton.next_power_of_2(rows_of_seq)))
         if itemsize == 4:  # float32, for parity: multiplied without tensor cores
-            return cls(rows, 16, 4, 1 if dim > 256 else 2)
+            return cls(rows, 16, 8, 1) if dim > 256 else cls(rows, 16, 4, 2)
         if dim > 256:  # with 64 rows, registers of sm_90 spill
             return cls(rows, 32, 8 if rows > 16 else 4, 2)
         return cls(rows, 64 if dim <= 128 else 32, 8 if rows * dim >= 128 * 128 else 4, 3)
@@ -295,19 +282,27 @@ def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
         num_stages=tile.num_stages,
     )
     if num_splits > 1:
-        num_rows = num_tokens * num_heads
-        launch(
-            _combine_kernel,
-            (num_rows,),
-            *(*parts, params.sinks, out, num_splits, num_rows),
-            NUM_HEADS=num_heads,
-            HAS_SINKS=params.sinks is not None,
-            VALUE_DIM=value_dim,
-            VALUE_BLOCK=value_block,
-            SPLITS=triton.next_power_of_2(num_splits),
-            num_warps=max(1, value_block // 128),
-        )
+        _add_up(parts, params.sinks, out, value_block)
     return out
+
+
+def _add_up(
+    parts: tuple[Tensor, Tensor, Tensor], sinks: Tensor | None, out: Tensor, value_block: int
+) -> None:
+    """Fill `out` from what the splits give."""
+    num_tokens, num_heads, value_dim = out.shape
+    num_splits, num_rows = parts[1].shape[0], num_tokens * num_heads
+    launch(
+        _combine_kernel,
+        (num_rows,),
+        *(*parts, sinks, out, num_splits, num_rows),
+        NUM_HEADS=num_heads,
+        HAS_SINKS=sinks is not None,
+        VALUE_DIM=value_dim,
+        VALUE_BLOCK=value_block,
+        SPLITS=triton.next_power_of_2(num_splits),
+        num_warps=max(1, value_block // 128),
+    )
 
 
 def _room_for_parts(out: Tensor, num_splits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,261 @@
+"""Ranks of several nodes, as the launcher sees them: nodes connect, are lost, and come back.
+
+When a node's connection breaks, all of its ranks are lost. The launcher closes what it still has of
+that node, so the node ends its ranks (`engine.supervisor`), whichever side has noticed first. It
+comes back by a new connection of its supervisor, which has ended its ranks before. A supervisor
+that was started anew takes its place only when no rank of the old one can live (`LEASE_S`).
+"""
+
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Collection, Container
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+from expertlane.engine.acceptor import NodeAcceptor
+from expertlane.engine.local_ranks import LocalRanks
+from expertlane.engine.messages import Channel, Decoder, Message, MessageKind, encode
+from expertlane.engine.node import Node
+from expertlane.engine.node_messages import ChangeRanks, Nodes
+from expertlane.engine.rendezvous import LEASE_S, Claim, Meeting, Place, listen
+from expertlane.errors import RankError, RanksLostError
+from expertlane.spec.names import CpuIsa
+
+_READ_NODES = encode(MessageKind.READ_NODES, None)
+
+
+@dataclass(eq=False)
+class _Absence:
+    """Of a node that is lost.
+
+    Attributes:
+        since_s: by the monotonic clock.
+        starts: ranks that it is to start when it is back.
+        epoch: that these are of.
+    """
+
+    since_s: float
+    starts: Collection[int] = ()
+    epoch: int = 0
+
+
+class NodeRanks(LocalRanks):
+    """Ranks of several nodes, in the launcher; the first of them are its own children.
+
+    Args:
+        ranks_per_node: on each node.
+        recovers: as of `LocalRanks`.
+        rejoin_s: how long an epoch waits for a node that is lost; 0 if its loss ends all ranks, as
+            it does without `recovers`.
+
+    Raises:
+        RankError: not all nodes connected in time.
+        UserError: they cannot reach this host by MASTER_ADDR.
+    """
+
+    def __init__(
+        self,
+        meeting: Meeting,
+        ranks_per_node: int,
+        timeout_s: float,
+        dtype: str | None,
+        server_module: str = "expertlane.engine.fork_server",
+        *,
+        cpu_isa: CpuIsa | None = None,
+        recovers: bool = False,
+        rejoin_s: float = 0.0,
+    ) -> None:
+        self._rejoin_s = rejoin_s if recovers else 0.0
+        self._away: dict[int, _Absence] = {}
+        self._lost_meanwhile: RanksLostError | None = None
+        self._claims: dict[int, Claim] = {}  # by rank, of its process
+        listener = listen(meeting.address, meeting.num_nodes * (1 + ranks_per_node))
+        address, port = listener.getsockname()[:2]
+        launcher = Place(address, port, secrets.token_hex(8))
+        self._acceptor = NodeAcceptor(
+            listener, meeting.num_nodes, ranks_per_node, _report, self._ask_for_hashes
+        )
+        with ExitStack() as on_failure:
+            on_failure.callback(self._acceptor.close)
+            super().__init__(
+                ranks_per_node,
+                timeout_s,
+                dtype,
+                server_module,
+                cpu_isa=cpu_isa,
+                meeting=meeting.of_run(launcher.run),
+                launcher=launcher,
+                recovers=recovers,
+            )
+            on_failure.pop_all()
+        try:
+            self._wait_for_nodes(meeting.num_nodes)
+        except BaseException:
+            self.close(failed=True)
+            raise
+
+    def _wait_for_nodes(self, num_nodes: int) -> None:
+        """Until all have connected; they begin to start their ranks then."""
+        for node in range(1, num_nodes):
+            self._acceptor.expect_node(node)
+        self._acceptor.accept_nodes(self.nodes[0].control.fileno(), lambda: self._read_node(0))
+        accepted = {claim.node: made for claim, made in self._acceptor.take().items()}
+        for node in range(1, num_nodes):
+            self.nodes.append(self._node(node, accepted[node]))
+        for node in range(1, num_nodes):
+            self._change(node, MessageKind.BEGIN_EPOCH, (), self._ranks_of(node))
+
+    def _node(self, node: int, connection: socket.socket) -> Node:
+        name = f"the supervisor of node {node} ({connection.getpeername()[0]})"
+        return Node(Channel(connection, self._timeout_s), name)
+
+    def _ranks_of(self, node: int) -> range:
+        return range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
+
+    @property
+    def away(self) -> frozenset[int]:
+        """As of `LocalRanks`."""
+        return frozenset(rank for node in self._away for rank in self._ranks_of(node))
+
+    @property
+    def awaited(self) -> frozenset[int]:
+        """As of `LocalRanks`."""
+        return frozenset(rank for absence in self._away.values() for rank in absence.starts)
+
+    @property
+    def is_beginning(self) -> bool:
+        """As of `LocalRanks`; a node that is lost may have ranks until its lease is over."""
+        until_s = [each.since_s + LEASE_S for each in self._away.values() if each.starts]
+        return super().is_beginning or time.monotonic() < max(until_s, default=0.0)
+
+    def _change(
+        self,
+        node: int,
+        kind: MessageKind,
+        ends: Collection[int],
+        starts: Collection[int],
+        epoch: int = 0,
+    ) -> None:
+        """As of `LocalRanks`; of a node that is away, when it is back."""
+        if node not in self._away:
+            try:
+                super()._change(node, kind, ends, starts, epoch)
+                return
+            except RanksLostError as error:
+                self._lost_meanwhile = error  # when the others know of the change
+        if kind is MessageKind.BEGIN_EPOCH:
+            absence = self._away[node]
+            absence.starts = sorted(rank for rank in starts if self.node_of(rank) == node)
+            absence.epoch = epoch
+
+    def _pairs(self, node: int, asked: ChangeRanks) -> list[tuple[socket.socket, socket.socket]]:
+        """As of `LocalRanks`, but none for another node's ranks: they connect by themselves."""
+        if node == 0:
+            return super()._pairs(node, asked)
+        for rank in asked.ends:
+            self._claims.pop(rank, None)
+        for rank in asked.starts:
+            self.board.reporter(rank)  # what was there is of an earlier one, or very old
+        first = node * self.ranks_per_node
+        claims = {rank: Claim(node, 1 + rank - first, asked.number) for rank in asked.starts}
+        self._claims.update(claims)
+        self._acceptor.expect_ranks(claims.values())
+        return []
+
+    def acceptor(self) -> int | None:
+        """As of `LocalRanks`."""
+        return self._acceptor.fileno() if self._acceptor.is_expecting else None
+
+    def has_connected(self) -> bool:
+        """As of `LocalRanks`; also whether nodes have."""
+        self._acceptor.accept_available()
+        for claim, connection in self._acceptor.take().items():
+            rank = claim.node * self.ranks_per_node + claim.place - 1
+            if claim.place == 0:
+                self._take_back(claim.node, connection)
+            elif self._claims.get(rank) == claim:
+                self._connect(rank, connection)
+            else:  # of one that is to end
+                self.nodes[claim.node].fence(Channel(connection))
+        return super().has_connected()
+
+    def _take_back(self, node: int, connection: socket.socket) -> None:
+        absence = self._away.pop(node)
+        self.nodes[node] = self._node(node, connection)
+        away_s = time.monotonic() - absence.since_s
+        _report(f"{self.nodes[node].name} is back after {away_s:.1f} s")
+        self._has_connected = True
+        if absence.starts:
+            self._change(node, MessageKind.BEGIN_EPOCH, (), absence.starts, absence.epoch)
+
+    def _lost(self, node: int, how: str) -> RankError:
+        """As of `LocalRanks`; none of the node's ranks goes on."""
+        if node == 0 or not self._rejoin_s:
+            return super()._lost(node, how)
+        ranks = self._ranks_of(node)
+        self._away[node] = _Absence(time.monotonic())
+        self.nodes[node].lose()
+        for channel in self._forget(ranks):
+            channel.close()
+        self._acceptor.expect_node(node, time.monotonic() + LEASE_S)
+        return RanksLostError(f"{self.nodes[node].name} {how}", frozenset(ranks))
+
+    def read_news(self, ready: Container[int]) -> None:
+        """As of `LocalRanks`.
+
+        Raises:
+            RanksLostError: a node was lost.
+        """
+        if (lost := self._lost_meanwhile) is not None:
+            self._lost_meanwhile = None
+            raise lost
+        super().read_news(ready)
+
+    def check_answers(self, bound_s: float, resumed_s: float) -> None:
+        """As of `LocalRanks`.
+
+        Raises:
+            RankError: or a node was waited for, and has not come back.
+        """
+        super().check_answers(bound_s, resumed_s)
+        for node, absence in self._away.items():
+            if absence.starts and time.monotonic() - absence.since_s > self._rejoin_s:
+                raise RankError(
+                    f"{self.nodes[node].name} did not come back within {self._rejoin_s:g} s; all "
+                    "ranks were ended"
+                )
+
+    def check_nodes_of(self, ranks: Collection[int], bound_s: float) -> None:
+        """As of `LocalRanks`: one that has not answered for half of the time.
+
+        Raises:
+            RanksLostError: there is one, and its ranks are lost with it.
+        """
+        now_s = time.monotonic()
+        for node in sorted({*map(self.node_of, ranks)} - {0}):
+            asked_s = self.nodes[node].asked_s
+            if self._rejoin_s and asked_s is not None and now_s - asked_s > bound_s / 2:
+                raise self._lost(node, f"has not answered for {now_s - asked_s:.1f} s")
+
+    def _read_node(self, node: int) -> Message | None:
+        """As of `LocalRanks`."""
+        message = super()._read_node(node)
+        if message is not None and message.kind is MessageKind.NODES and node == 0:
+            self._acceptor.tell(Decoder(Nodes).decode(message).hashes)
+            return None
+        return message
+
+    def _ask_for_hashes(self) -> None:
+        with suppress(OSError):  # its end is noticed elsewhere
+            self.nodes[0].control.send(_READ_NODES)
+
+    def close(self, *, failed: bool = False) -> None:
+        """As of `LocalRanks`; nobody can connect any more."""
+        super().close(failed=failed)
+        self._acceptor.close()
+
+
+def _report(line: str) -> None:
+    print(f"expertlane: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,145 @@
+"""The weights of a layout to come: its ranks make them while another layout serves."""
+
+import time
+from collections.abc import Sequence
+
+from expertlane.balance.placement_file import Placements
+from expertlane.engine.commands import DropPrepared, Prepare, Prepared, StageSpec
+from expertlane.engine.move_pace import HELD_UP
+from expertlane.engine.pool import RankPool
+from expertlane.engine.tickets import Ticket
+from expertlane.errors import CapacityError
+from expertlane.spec.layout import Layout
+
+_SLICE_S = 0.005  # of a rank that runs steps; what was begun is made whole
+_IDLE_SLICE_S = 0.1  # where there are none: by so much a request may be late
+_MOST_LOST = 3
+
+
+class WeightsAhead:
+    """Starts the ranks that a layout needs more, and lets all of its ranks make what they lack.
+
+    Ranks that run steps do so in slices between them, by which steps take a fifth longer at most,
+    but for what cannot be cut: one matrix, or expert.
+
+    Args:
+        spec: of the layout to come.
+        room_bytes: for what each rank that runs steps makes; it makes the rest later.
+
+    Attributes:
+        began_s: on the monotonic clock.
+        prepared: by rank, what it has told last.
+    """
+
+    def __init__(self, pool: RankPool, spec: StageSpec, room_bytes: int) -> None:
+        self._pool, self._spec, self._room_bytes = pool, spec, room_bytes
+        self.began_s = time.monotonic()
+        self._places = range(spec.layout.world_size)
+        self._epoch = pool.epoch
+        self.prepared: dict[int, Prepared] = {}
+        self._asked: dict[int, Ticket[Prepared]] = {}  # of ranks that run no steps
+        self._slice: Ticket[Prepared] | None = None  # of the others
+        self._next_slice_s = 0.0
+        self._started: set[int] = set()
+        self._num_lost = 0
+
+    @property
+    def layout(self) -> Layout:
+        """That is to come."""
+        return self._spec.layout
+
+    @property
+    def placements(self) -> Placements:
+        """Of its experts."""
+        return self._spec.placements
+
+    @property
+    def share(self) -> float:
+        """Of the layers of all ranks."""
+        found = sum(each.share for each in self.prepared.values()) / len(self._places)
+        return min(found, 1.0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Made so far."""
+        return sum(each.num_bytes for each in self.prepared.values())
+
+    def advance(self, *, is_idle: bool) -> bool:
+        """Begin what can be begun; whether all is there. To be called between steps.
+
+        Args:
+            is_idle: no steps run.
+
+        Raises:
+            CapacityError: new ranks have ended again and again.
+            RankError: as of the pool's methods; a loss of ranks that serve ends nothing here.
+        """
+        self._pool.check()
+        if self._epoch != self._pool.epoch:  # a rank may have been replaced
+            self._epoch = self._pool.epoch
+            for place in self._present:
+                self.prepared.pop(place, None)
+        self._take_answers()
+        self._start_ranks()
+        self._ask_new_ranks()
+        self._ask_others(is_idle=is_idle)
+        return all(self._is_done(place) for place in self._places)
+
+    @property
+    def _present(self) -> list[int]:
+        """Ranks of the layout that are of the present epoch."""
+        return [place for place in self._places if place in self._pool.present]
+
+    def _is_done(self, place: int) -> bool:
+        return place in self.prepared and self.prepared[place].share == 1
+
+    def _take_answers(self) -> None:
+        for place, ticket in list(self._asked.items()):
+            if ticket.is_done or ticket.is_lost:
+                del self._asked[place]
+                self.prepared |= ticket.results
+        if self._slice is not None and (self._slice.is_done or self._slice.is_lost):
+            if self._slice.is_done:
+                self.prepared |= self._slice.results
+                longest_s = max(each.seconds for each in self._slice.results.values())
+                self._next_slice_s = time.monotonic() + longest_s * (1 / HELD_UP - 1)
+            self._slice = None
+
+    def _start_ranks(self) -> None:
+        pool = self._pool
+        there = pool.present | pool.starting | pool.ahead
+        for place in self._started - there:
+            self.prepared.pop(place, None)
+            self._num_lost += 1
+        if self._num_lost >= _MOST_LOST:
+            raise CapacityError(
+                f"layout {self.layout}: new ranks ended {self._num_lost} times while they loaded "
+                "weights, so the layout stays as it is; the log says why they ended"
+            )
+        if lacking := [place for place in self._places if place not in there]:
+            pool.start(lacking)
+            self._started.update(lacking)
+
+    def _ask_new_ranks(self) -> None:
+        for place in self._pool.ahead & {*self._places}:
+            if place not in self._asked and not self._is_done(place):
+                command = Prepare(self._spec, place)
+                self._asked[place] = self._pool.submit(command, ranks=[place])
+
+    def _ask_others(self, *, is_idle: bool) -> None:
+        if self._slice is not None or not (is_idle or time.monotonic() >= self._next_slice_s):
+            return
+        most_s = _IDLE_SLICE_S if is_idle else _SLICE_S
+        commands: list[tuple[Prepare, Sequence[int]]] = [
+            (Prepare(self._spec, place, most_s, self._room_bytes), [place])
+            for place in self._present
+            if not self._is_done(place)
+        ]
+        if commands:
+            self._slice = self._pool.submit_each(commands)
+
+    def give_up(self) -> None:
+        """End the ranks that were started, and let the others forget what they have made."""
+        self._pool.end(self._started)
+        if there := sorted(self._pool.present):
+            self._pool.call(DropPrepared(), ranks=there)
