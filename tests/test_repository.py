@@ -103,6 +103,7 @@ OTHER_JSON = {
     "fork_server.py",
     "int8_cache.py",
     "chat_sandbox.py",
+    "tables.py",
 }
 
 
