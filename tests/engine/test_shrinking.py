@@ -139,7 +139,7 @@ def test_without_room_or_a_whole_data_parallel_rank_lost_ranks_are_replaced(monk
         with harmed(1, RunStep, 9):
             assert facts(llm) == expected
         assert llm.engine.recovery.state is State.SERVING
-    assert "no data-parallel rank is whole" in capfd.readouterr().err
+    assert "every data-parallel rank has lost a rank" in capfd.readouterr().err
     with model("dp=2,ep=2") as llm:
         expected = facts(llm)
         monkeypatch.setattr("expertlane.engine.shrinking.host.memory_bytes", lambda: (0, 0))
@@ -147,4 +147,4 @@ def test_without_room_or_a_whole_data_parallel_rank_lost_ranks_are_replaced(monk
             assert facts(llm) == expected
         assert llm.engine.recovery.state is State.SERVING
         assert [str(each) for each in llm.engine.recovery.members.numbers] == ["0", "1"]
-    assert "lost ranks are replaced before any serve: layout tp=1: " in capfd.readouterr().err
+    assert "the layout cannot shrink, so requests wait for the lost ranks: layout tp=1: " in capfd.readouterr().err

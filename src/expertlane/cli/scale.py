@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from expertlane.progress import Progress
 
 _OVER_S = 10.0  # for a step to be committed after the change, if there are requests
-_LOOK_S = 0.3  # between looks at the change
-_NUM_RATES = 8  # of which the median is told, with its interval
+_LOOK_S = 0.3  # between requests for its progress
+_NUM_RATES = 8  # of which the median and its interval are shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,8 @@ def scale(
 
     No request is lost, and no token changes. New ranks load their weights while requests go on;
     then clients see one pause. Prints how long both took, where weights came from, and tokens per
-    second before and after; --full: the same of each rank. Exit code 2 if the server refuses the
-    layout; then nothing has changed.
+    second before and after; --full: also each rank's weights by source. Exit code 2 if the server
+    refuses the layout, 1 if new ranks could not be prepared; then nothing has changed.
 
     \b
     Examples:
@@ -83,7 +83,7 @@ def scale(
     """
     from expertlane.client.connection import Url
 
-    layout = str(Layout.parse(own.layout))  # a mistake in it is told at once
+    layout = str(Layout.parse(own.layout))  # refuses a malformed one at once
     found = asyncio.run(_scale(Url.parse(url, "URL"), layout, own))
     if print_options.as_json:
         output.print_json(strict_json(found))
@@ -129,7 +129,7 @@ async def _scale(url: "Url", layout: str, own: _Options) -> dict[str, Any]:
 async def _show(
     change: "asyncio.Task[dict[str, Any]]", connections: "Connections", progress: "Progress"
 ) -> None:
-    """How much is prepared, until the change is made or refused."""
+    """Show the progress of preparing until the change is made or refused."""
     shown: int | None = None
     while not (await asyncio.wait([change], timeout=_LOOK_S))[0]:
         preparing = (await _ask(connections, "GET"))["preparing"]
@@ -146,7 +146,7 @@ async def _show(
 
 
 async def _rate(connections: "Connections", seconds: float) -> dict[str, float] | None:
-    """Tokens per second, of all requests of the server, with an interval; None over no time."""
+    """Tokens per second of the whole server, with an interval; None if `seconds` is 0."""
     from expertlane.results.statistics import median_interval
 
     if not seconds:
@@ -237,4 +237,4 @@ def _rank_lines(ranks: list[dict[str, Any]]) -> list[str]:
             + "".join(f"{size:>9,.1f}" for size in sizes)
             + f"{sum(each['seconds_from'].values()):>9.2f}{each['kv_bytes'] / 1e6:>10,.1f}"
         )
-    return [*lines, "MB of weights by where they came from; seconds in the pause"]
+    return [*lines, "MB of weights by source; seconds in the pause"]

@@ -1,4 +1,4 @@
-"""What is done when ranks are lost: a machine of named states, and how it gets from each to others.
+"""Recovery from lost ranks: a state machine, and what happens on each transition.
 
 A loss may come in any state, in the midst of a recovery too. Lost ranks are killed for certain and
 replaced by new processes; the others keep their weights and caches. Requests whose keys and values
@@ -66,7 +66,7 @@ class EpochPool(Protocol):
         ...
 
     def stop_waiting(self) -> None:
-        """Do not wait for nodes any more."""
+        """Stop waiting for lost nodes."""
         ...
 
     def close(self, *, failed: bool) -> None:
@@ -86,7 +86,7 @@ class Shrinker(Protocol):
         ...
 
     def take(self, members: Members, plans: Sequence[StepPlan]) -> None:
-        """Have the runner run so, from the next `redeploy` on.
+        """Let the runner use these members from the next `redeploy` on.
 
         Args:
             plans: of all steps that are not committed.
@@ -94,7 +94,7 @@ class Shrinker(Protocol):
         ...
 
     def is_ready(self, members: Members) -> bool:
-        """Whether all members are there, with their weights; starts those that are not.
+        """Whether all members are up, with their weights; starts those that are not.
 
         Raises:
             RanksLostError: others are lost.
@@ -103,7 +103,7 @@ class Shrinker(Protocol):
 
 
 class Recovery:
-    """Replaces lost ranks; of the thread that has the pool, but for its attributes.
+    """Replaces lost ranks. Methods belong to the thread that has the pool; attributes, to any.
 
     Args:
         layout: tells which data-parallel rank's cache is lost with a rank.
@@ -151,11 +151,11 @@ class Recovery:
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether a recovery was left before its end, as by Ctrl-C; another has to follow."""
+        """Whether a recovery was interrupted, as by Ctrl-C; another has to follow."""
         return self._is_under_way
 
     def start(self, action: Callable[[], ResultT]) -> ResultT:
-        """Do something with ranks that do not serve yet; all of it again once some are replaced.
+        """Run an action with ranks that do not serve yet; again from its start after each loss.
 
         Raises:
             RankError, UserError: as `recover`; or what the action raises.
@@ -163,7 +163,7 @@ class Recovery:
         return self._until_done(action, None)
 
     def recover(self, error: RanksLostError, loop: DriveLoop[Any]) -> Collection[int]:
-        """Bring ranks and steps to where they go on; `settle` has to follow.
+        """Replace lost ranks and start uncommitted steps again; `settle` has to follow.
 
         Returns:
             Sequences to be ended before other steps are planned: each time that they were computed,
@@ -224,20 +224,19 @@ class Recovery:
         self._is_under_way = False
 
     def check_whole(self) -> None:
-        """Check that none is missing.
+        """Check that all members serve.
 
         Raises:
             UserError: fewer serve.
         """
         if self.members != self.whole:
             raise UserError(
-                f"{self.shares}: the layout can change when the ranks that are lost are back; "
-                "try again later"
+                f"{self.shares}: the layout can change once all ranks serve again; try again later"
             )
 
     @property
     def shares(self) -> str:
-        """How much of the whole serves, for people."""
+        """How many data-parallel ranks serve, as text."""
         now, whole = len(self.members.dp_ranks), len(self.whole.dp_ranks)
         return f"{now} of {whole} data-parallel ranks serve"
 
@@ -303,7 +302,7 @@ class Recovery:
             target = self.shrinker.smaller(self.members, lost)
         except UserError as error:
             self._must_replace = True
-            self._log(f"lost ranks are replaced before any serve: {error}")
+            self._log(f"the layout cannot shrink, so requests wait for the lost ranks: {error}")
             return self.whole
         record.layouts = self.whole.layout, target.layout
         return target

@@ -65,7 +65,7 @@ class Shrinking:
         options, machine = self._scaling.deployment.options, self._scaling.machine[0]
         if options.is_by_node:
             if self._pool.is_of_nodes:  # which are cut by consecutive ranks of a layout
-                raise UserError("dispatch by nodes needs all of their ranks")
+                raise UserError("hierarchical dispatch needs all ranks of each node")
             left.layout.ep_ranks_per_node(self._runner.ranks_per_node)
         whole = self._scaling.deployment.layout.world_size
         free_bytes: float = machine.free_bytes

@@ -1,4 +1,4 @@
-"""What somebody should look at: who runs a server sees it on `/live`."""
+"""Alerts on `/live`: what the operator of a server should look at."""
 
 import time
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ Change = Literal["recovering", "scaling", "growing"]
 _CHANGES: dict[Change, str] = {
     "recovering": "Ranks were lost",
     "scaling": "The layout changes",
-    "growing": "What was lost serves again",
+    "growing": "Lost ranks join again",
 }
 _CHANGE_OF: dict[Kind, Change] = {
     Kind.RECOVERY: "recovering",
@@ -35,7 +35,7 @@ _CHANGE_OF: dict[Kind, Change] = {
 
 @dataclass(frozen=True)
 class Alert:
-    """Something that somebody should look at.
+    """A condition that an operator should look at.
 
     Attributes:
         level: red where requests suffer, amber where they may soon.
@@ -48,7 +48,7 @@ class Alert:
 
 
 def alerts_of(service: "Service", *, is_preempting: bool) -> Iterator[Alert]:
-    """What somebody should look at, the worst first.
+    """The present alerts, the worst first.
 
     Args:
         is_preempting: whether requests lost their blocks in the last minute.
@@ -68,8 +68,8 @@ def alerts_of(service: "Service", *, is_preempting: bool) -> Iterator[Alert]:
             yield Alert(
                 "amber",
                 f"{recovery.shares} since {time.strftime('%H:%M:%S', time.localtime(since))}: "
-                "ranks that were lost are started, and load their weights.",
-                "Nothing: they serve again once they have loaded.",
+                "lost ranks are starting and loading their weights.",
+                "Nothing: they serve again once their weights are loaded.",
             )
         yield from _of_preparing(service.model.scaling)
         yield from _of_ranks(service.model.watch)
@@ -117,7 +117,7 @@ def _of_preparing(scaling: Scaling | None) -> Iterator[Alert]:
             "amber",
             f"Layout {ahead.layout} is being prepared: {ahead.share:.0%} of its layers, "
             f"{ahead.num_bytes / 1e6:,.0f} MB so far. Requests go on, somewhat slower.",
-            "Nothing: the layout changes when all is there.",
+            "Nothing: the layout changes once all weights are loaded.",
         )
 
 

@@ -101,7 +101,7 @@ class Members:
         ]
         most = min(map(len, whole))
         if not most:
-            raise SpecError(f"layout {layout}: no data-parallel rank is whole")
+            raise SpecError(f"layout {layout}: every data-parallel rank has lost a rank")
         smaller = replace(layout, dp=most * unit, ep=most * unit * layout.tp // layout.etp)
         numbers: list[int] = []
         for replica, units in enumerate(whole):

@@ -1,4 +1,4 @@
-"""Shared names: of number types, what a rank does, what a step's time goes to, instructions."""
+"""Shared names: number types, stages of a rank, parts of a step's time, instruction sets."""
 
 from enum import IntEnum, StrEnum
 from typing import Literal
@@ -46,10 +46,10 @@ class Track(StrEnum):
 
 
 class Origin(StrEnum):
-    """Where a rank has its weights from, the best first."""
+    """Source of a rank's weights, the fastest first."""
 
-    KEPT = "kept"  # held by the stage that it had before
-    AHEAD = "ahead"  # made while the layout before still ran
+    KEPT = "kept"  # from its stage in the previous layout
+    AHEAD = "ahead"  # loaded while the previous layout still ran
     COPIED = "copied"  # sent by another rank
     READ = "read"  # from a checkpoint, or drawn
 
