@@ -1,4 +1,4 @@
-"""Where experts are in another layout: ranks keep those that they hold."""
+"""Placements for another layout in which ranks keep the experts that they hold."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Where experts are when ranks are lost: as before, and those that only they had on the others."""
+"""Placements after a loss: experts stay; those that only lost ranks held go to the others."""
 
 from collections.abc import Sequence
 

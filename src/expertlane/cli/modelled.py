@@ -1,4 +1,4 @@
-"""Options of what is modelled: the cluster, routing, number types, drafts."""
+"""Options of modelled deployments: cluster, routing, number types, drafts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ def cluster_option(default: Any, show_default: bool | str = True) -> Any:
 
 
 def skew_option() -> Any:
-    """The skew of routing that no trace gives."""
+    """The skew of routing, if there is no trace."""
     return typer.Option(
         None,
         metavar="ALPHA",
@@ -44,7 +44,7 @@ def skew_option() -> Any:
 
 
 def kv_dtype_option() -> Any:
-    """What keys and values are cached in."""
+    """The type of the KV cache."""
     return typer.Option(
         None,
         show_default="that of hidden states",
@@ -54,7 +54,7 @@ def kv_dtype_option() -> Any:
 
 
 def framework_option() -> Any:
-    """Whose overheads a projection takes."""
+    """The serving framework whose overheads a projection uses."""
     return typer.Option(
         None,
         metavar="NAME",
@@ -96,7 +96,7 @@ class DraftOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionOptions:
-    """What of a modelled cluster is not its profile's."""
+    """Settings of a modelled cluster that its profile does not contain."""
 
     panel: ClassVar = Panel.MODELLED
     routing_trace: Path | None = typer.Option(

@@ -1,4 +1,4 @@
-"""The times of a rank's step: how long each stage took, and what the rank did when."""
+"""The times of a rank's step: the duration of each stage, and a timeline of the rank."""
 
 import time
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class StepTimes:
         self._arrivals: list[Arrival] = []  # of each wait, where there are to be events
 
     def enter(self, micro_batch: int, layer: int, stage: Stage) -> None:
-        """The interval before ends, and another begins."""
+        """End the present interval and begin another."""
         slot = self._num_layers if layer == NO_LAYER else layer
         self._cells.append((micro_batch * (self._num_layers + 1) + slot) * _NUM_STAGES + stage)
         self._mark()
@@ -52,7 +52,7 @@ class StepTimes:
         self._cpu_marks.append(time.thread_time())
 
     def waited(self, begin: Any, arrived: Any, begin_cpu_s: float) -> None:
-        """A wait of the present interval has ended.
+        """Record a wait that has ended in the present interval.
 
         Args:
             begin: its mark.
@@ -64,7 +64,7 @@ class StepTimes:
             self._arrivals.append((arrived, begin_cpu_s, time.thread_time()))
 
     def end(self) -> None:
-        """The last interval ends."""
+        """End the last interval."""
         self._mark()
         self._clock.settle()
 

@@ -1,4 +1,4 @@
-"""How the launcher authenticates the connections of nodes, among those of any others."""
+"""Accepts connections of nodes at the launcher and authenticates them."""
 
 import contextlib
 import secrets
@@ -75,7 +75,7 @@ class NodeAcceptor:
         self._accepted: dict[Claim, socket.socket] = {}
 
     def expect_node(self, node: int, others_from_s: float = 0.0) -> None:
-        """Wait for a node's own connection, and for none of its ranks.
+        """Expect a node's own connection, and none of its ranks.
 
         Args:
             others_from_s: until then, by the monotonic clock, only who has its secret may come.
@@ -84,16 +84,16 @@ class NodeAcceptor:
         self._ranks = {claim for claim in self._ranks if claim.node != node}
 
     def expect_ranks(self, claims: Iterable[Claim]) -> None:
-        """Wait for these too; of a node that has connected."""
+        """Expect these connections too, of a node that has connected."""
         self._ranks.update(claims)
 
     @property
     def is_expecting(self) -> bool:
-        """Whether there is anyone to wait for."""
+        """Whether a connection is expected."""
         return bool(self._nodes or self._ranks)
 
     def accept_nodes(self, control: int, read_control: Callable[[], object]) -> None:
-        """Wait for all nodes that are expected; `take` has them then.
+        """Wait for all expected nodes; `take` returns them.
 
         Args:
             control: a descriptor; `read_control` is called when it is readable, and calls `tell`.
@@ -112,14 +112,14 @@ class NodeAcceptor:
         self._selector.unregister(control)
 
     def tell(self, hashes: Sequence[bytes]) -> None:
-        """What the store holds, [num_nodes - 1]; the answer to the oldest question."""
+        """Take the store's hashes, [num_nodes - 1]: the answer to the oldest request."""
         self._found = dict(enumerate(hashes, 1))
         self._num_told += 1
         for pending in [each for each in self._pending if each.claim]:
             self._check(pending)
 
     def fileno(self) -> int:
-        """A descriptor that is readable when there is something to accept."""
+        """A descriptor that is readable when a connection arrives."""
         return self._selector.fileno()
 
     def accept_available(self) -> None:
@@ -131,12 +131,12 @@ class NodeAcceptor:
             self._refuse_all()
 
     def take(self) -> dict[Claim, socket.socket]:
-        """What was accepted since the last time."""
+        """Connections accepted since the last call."""
         accepted, self._accepted = self._accepted, {}
         return accepted
 
     def close(self) -> None:
-        """Accept nothing any more; closes what nobody has taken."""
+        """Stop accepting; closes connections that were not taken."""
         self._refuse_all()
         for connection in (*self._accepted.values(), self._listener):
             connection.close()
@@ -200,7 +200,7 @@ class NodeAcceptor:
         self._check(pending)
 
     def _check(self, pending: _PendingConnection) -> None:
-        """Accept or refuse it, or leave it until more is known."""
+        """Accept or refuse it, or leave it pending until the store is read."""
         assert pending.claim is not None, "its handshake is complete"
         node, shown = pending.claim.node, hash_of(pending.secret)
         is_known = node in self._hashes and secrets.compare_digest(shown, self._hashes[node])

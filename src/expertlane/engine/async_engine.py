@@ -236,7 +236,7 @@ class AsyncEngine:
         self.stop_waiting()
 
     def stop_waiting(self) -> None:
-        """Let the thread wait no more for a node that is lost: all ranks end instead."""
+        """Stop waiting for a lost node: all ranks end instead."""
         if self._engine.recovery is not None:
             self._engine.recovery.stop_waiting()
 

@@ -117,11 +117,11 @@ class HeldBytes:
 
 @dataclass(frozen=True)
 class Prepared:
-    """How far a rank has got with the weights of a part that it is to have.
+    """A rank's progress with the weights of a place in another layout.
 
     Attributes:
-        share: of the layers, and the ends of the model; 1 when all is there that there is room for.
-        num_bytes: made so far, and held beside what it has.
+        share: of layers, embedding and head; 1 once everything that fits into memory is made.
+        num_bytes: made so far, in addition to the present weights.
         seconds: that this call took.
     """
 
@@ -231,12 +231,12 @@ class Prepare(Command[Prepared]):
     """Make the weights that a place of another layout needs and the rank does not have.
 
     They are held for the `Redeploy` to come. A rank that runs steps meanwhile is given `most_s`; it
-    goes on where it was when it is asked again. One that does not leaves other processes the cores.
+    continues there with the next command. A rank without steps runs at a higher niceness.
 
     Attributes:
         place: layout rank.
         most_s: seconds after which nothing more is begun; None for all at once.
-        most_bytes: what there is room for.
+        most_bytes: the limit by free memory.
     """
 
     needs_epoch: ClassVar[bool] = False
@@ -248,7 +248,7 @@ class Prepare(Command[Prepared]):
 
 
 class DropPrepared(Command[None]):
-    """Forget what `Prepare` has made."""
+    """Free what `Prepare` has made."""
 
     needs_epoch: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""A rank's stage of a deployment: built from weights, it takes step plans, and may be left."""
+"""A rank's stage of a deployment: built from weights, it runs step plans."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -61,7 +61,7 @@ class _Changes:
 
 @dataclass(eq=False)
 class Left:
-    """What a stage leaves to the one that follows on its rank, in another layout.
+    """What a stage passes on to its successor in another layout on the same rank.
 
     Attributes:
         caches: None where keys and values are of no use to it; then the sampler is neither.
@@ -191,7 +191,7 @@ class DeployedStage:
             discard: as `discard` takes them.
         """
         self._mesh.renew()
-        self._sends.clear()  # nobody waits for them
+        self._sends.clear()  # their receivers dropped them
         self.discard(discard)
         self.migration.forget()
 

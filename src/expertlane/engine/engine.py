@@ -207,7 +207,7 @@ class Engine(Generic[HandleT]):
     def _detokenizer(
         self, prompt_ids: list[int], params: SamplingParams, output: RequestOutput
     ) -> IncrementalDetokenizer | None:
-        """Makes the text of an output; that of its earlier tokens is there."""
+        """A detokenizer that continues after the output's earlier tokens."""
         if self._tokenizer is None:
             return None
         detokenizer = IncrementalDetokenizer(
@@ -245,7 +245,7 @@ class Engine(Generic[HandleT]):
         return True
 
     def _drop(self, live: _Live, reason: FinishReason) -> None:
-        """End a request between two steps; its last chunk comes with the next one."""
+        """End a request between two steps; the next step returns its last chunk."""
         request = live.request
         del self._live[request.request_id]
         self.scheduler.cancel(request.request_id, reason)
@@ -322,7 +322,7 @@ class Engine(Generic[HandleT]):
         return chunks + self._end_complete()
 
     def grow(self) -> None:
-        """Let all ranks serve again where fewer do, if those that were lost are ready.
+        """Return from a smaller layout, if the lost ranks are ready.
 
         Raises:
             RankError: as `step`.

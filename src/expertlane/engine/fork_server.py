@@ -49,9 +49,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 class End(Enum):
-    """How a node's part in a run has ended."""
+    """How a node's part in a run ended."""
 
-    SAID = "said"  # by the launcher, which was done
+    SAID = "said"  # the launcher was done and said so
     TERMINATED = "terminated"  # the node was told to end, as by torchrun or a batch system
     LOST = "lost"  # the launcher, or the connection to it
 
@@ -174,7 +174,7 @@ class _Server:
                 os.close(fd)
 
     def _not_for_ranks(self, *, ahead: bool) -> Iterator[int]:
-        """Descriptors that ranks do not keep."""
+        """Descriptors that ranks close."""
         yield self._control.fileno()
         if self._store_fd is not None and (ahead or self._first.epoch):
             yield self._store_fd  # ranks open that of an epoch by the board
@@ -252,7 +252,7 @@ class _Server:
         self._control.send(encode(MessageKind.EPOCH_BEGUN, None, epoch))
 
     def _start_ahead(self, asked: ChangeRanks) -> None:
-        """Ranks that wait for a later epoch; the others do not notice."""
+        """Start ranks for a later epoch, without effect on the others."""
         answer = RanksStarted([])
         try:
             self._fork(self._connect(asked), ahead=True)
@@ -311,7 +311,7 @@ class _Server:
             self._control.send(encode(MessageKind.EXIT, report))
 
     def end_all(self) -> None:
-        """Leave no rank, no file and no connection."""
+        """End all ranks and close files and connections."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending already
         for pid in self._rank_of_pid:
             os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What ranks and nodes send to the launcher, and an end to every wait for it."""
+"""Receives what ranks and nodes send to the launcher, and bounds every wait for it."""
 
 import contextlib
 import select
@@ -23,14 +23,14 @@ from expertlane.engine.tickets import Ticket, Tickets
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError, TerminatedError
 
 _POLL_S = 0.5
-_OWN_PAUSE_S = 1.0  # a longer one is no fault of the ranks
-_NODE_MARGIN_S = 2.0  # a rank that hangs is named first
-_EARLY_LOOK_S = 0.5  # between looks at ranks that nobody waits for
-_EARLY_END_S = 0.2  # for how one of these has ended: the others go on only then
+_OWN_PAUSE_S = 1.0  # after a longer pause of this process, ranks get more time
+_NODE_MARGIN_S = 2.0  # longer, so that a rank that hangs is named before its node
+_EARLY_LOOK_S = 0.5  # between checks of ranks that are not of the epoch
+_EARLY_END_S = 0.2  # to learn how one of these ended; the others wait meanwhile
 
 
 class Inbox:
-    """Of a pool of ranks. Every method that waits or looks raises what `RankPool` says.
+    """Messages and losses of a pool. Methods that wait raise the errors that `RankPool` states.
 
     Args:
         timeout_s: the longest time without any progress.
@@ -60,14 +60,14 @@ class Inbox:
         self.watch()
 
     def watch(self) -> None:
-        """From now on take news from all that are connected now.
+        """Register all present connections with the poll.
 
         Kept from one wait to the next: to make the poll one a step costs it a few percent.
         """
         self._poll = select.poll()
         channels = *(node.control for node in self._ranks.nodes), *self._ranks.connected().values()
         for channel in channels:
-            if channel.fileno() >= 0:  # else of a node that is away
+            if channel.fileno() >= 0:  # else its node is lost
                 self._poll.register(channel.fileno(), select.POLLIN)
         if (acceptor := self._ranks.acceptor()) is not None:
             self._poll.register(acceptor, select.POLLIN)
@@ -100,12 +100,12 @@ class Inbox:
         self._replaced = frozenset()
 
     def check_whole(self) -> None:
-        """Raise the loss that there is."""
+        """Raise the loss of this epoch, if there is one."""
         if self.loss is not None:
             raise self.loss.error(recovers=True)
 
     def look(self) -> None:
-        """Take what has come; does not wait."""
+        """Process what has arrived; does not wait."""
         self._ranks.ping()
         self._receive_available(0)
         self._look_at_early()
@@ -141,7 +141,7 @@ class Inbox:
                 self.lose(partial(self._losses.hang, sorted(still), bound_s))
 
     def _wait_once(self, bound_s: float) -> None:
-        """Wait a while for what ranks and nodes send."""
+        """Wait for messages of ranks and nodes, for a limited time."""
         self._ranks.ping()
         began_s, wait_s = time.monotonic(), min(_POLL_S, bound_s / 4)
         self._receive_available(wait_s)
@@ -163,7 +163,7 @@ class Inbox:
         return time.monotonic() - max(reported_s, since_s, self._resumed_s)
 
     def _look_at_early(self) -> None:
-        """Notice a rank that is not of the epoch and shows no progress; nobody waits for it."""
+        """Detect ranks that hang and are not of the epoch, since no wait covers them."""
         now_s = time.monotonic()
         if not self.presence.early or now_s - self._looked_s < _EARLY_LOOK_S:
             return
@@ -213,7 +213,7 @@ class Inbox:
             self.lose(partial(self._losses.failure, rank, message))
 
     def _is_past(self, message: Message) -> bool:
-        """Whether a failure was only a transfer's, in an older epoch; its rank goes on."""
+        """Whether a failure is only that of a transfer in an older epoch; its rank goes on."""
         if message.epoch == self.epoch:
             return False
         return Decoder(Failure).decode(message).kind is FailureKind.PEER
@@ -231,11 +231,11 @@ class Inbox:
             self.tickets.take(rank, message)
 
     def lose_hung(self, rank: int) -> None:
-        """A rank does not read, or write to the end."""
+        """Treat a rank that stopped within a message as hanging."""
         self._lose_one(rank, partial(self._losses.hang, [rank], self._timeout_s))
 
     def lose_dead(self, rank: int) -> None:
-        """A rank's channel has come to its end."""
+        """Handle the end of a rank's channel."""
         wait_s = (_EARLY_END_S,) if rank in self.presence.early else ()
         self._lose_one(rank, partial(self._losses.death, rank, *wait_s))
 
@@ -246,7 +246,7 @@ class Inbox:
             self.lose(find)
 
     def lose(self, find: Callable[[], Loss]) -> None:
-        """End all ranks for a loss, or wait for another epoch; goes on if it is none of this one.
+        """End all ranks for a loss, or raise it until the next epoch; ignored if not of this epoch.
 
         Args:
             find: gives it; what it raises ends all ranks.

@@ -79,8 +79,8 @@ class LLM:
         seed: of random weights.
         timeout_s: the longest wait for a rank without progress.
         oversubscribe: allow more local ranks than the machine should run.
-        on_failure: when a rank dies, hangs or fails: `replace` it and lose no request; `shrink`,
-            which lets the others serve meanwhile, where they can; or `stop` all ranks.
+        on_failure: when a rank dies, hangs or fails: `replace` it and lose no request; `shrink`
+            the layout until it is replaced, where that is possible; or `stop` all ranks.
         rejoin_s: then, where there are several nodes, how long requests wait for one that is lost
             before all ranks end; 0 to end them at once.
         cpu_isa: the largest instruction set that kernels on CPUs may use; by default
@@ -191,7 +191,7 @@ class LLM:
         oversubscribe: bool,
         on_failure: OnFailure,
     ) -> None:
-        """Whatever changes the layout later, as asked or since ranks were lost."""
+        """Set up later changes of the layout, on request or after a loss."""
         self.scaling = Scaling(
             *(self._pool, self._runner, self.engine, self.model, deployment),
             *(self.limits, self.machine),

@@ -1,4 +1,4 @@
-"""What a call of `LLM` asks for: prompts and their sampling parameters, one or several."""
+"""Prompts and sampling parameters of a call of `LLM`, one or several."""
 
 from collections.abc import Callable, Sequence
 from numbers import Integral
@@ -13,7 +13,7 @@ from expertlane.spec.sampling import SamplingParams
 
 
 def all_finished(outputs: list[RequestOutput]) -> Callable[[], bool]:
-    """Tells whether all are, looking at each finished one but once."""
+    """A test whether all outputs are finished, which checks each finished one only once."""
     num_finished = 0  # of the first ones
 
     def are_finished() -> bool:

@@ -1,4 +1,4 @@
-"""What an `LLM` is given: its model found, its tokenizer read, its settings checked."""
+"""Reads and checks the arguments of an `LLM`: model, tokenizer, settings."""
 
 import sys
 from contextlib import suppress
@@ -37,7 +37,7 @@ def find_model(model: str | Path, ignore_unused_tensors: bool) -> tuple[ModelCon
 
 
 def print_to_stderr(line: str) -> None:
-    """What a program that uses an `LLM` should know."""
+    """Print a line on stderr for the user of an `LLM`."""
     with suppress(OSError, ValueError):  # nobody reads it any more: requests go on
         print(line, file=sys.stderr)
 
@@ -78,7 +78,7 @@ def check_settings(
 
 
 def checked_model_len(model: ModelConfig, asked: int | None) -> int:
-    """Positions that a sequence may take.
+    """The largest number of positions of a sequence.
 
     Raises:
         UserError: more were asked for than the model takes, or none.
@@ -92,7 +92,7 @@ def checked_model_len(model: ModelConfig, asked: int | None) -> int:
 
 
 def as_layout(layout: str | Layout) -> Layout:
-    """Of a text, or itself.
+    """Parse a layout, unless it is one.
 
     Raises:
         SpecError: as `Layout.parse`.

@@ -175,7 +175,7 @@ class LocalRanks:
         starts: Collection[int],
         epoch: int = 0,
     ) -> None:
-        """Of the ranks those that are the node's."""
+        """Those of the ranks that are on the node."""
         ends, starts = (
             sorted(rank for rank in ranks if self.node_of(rank) == node) for ranks in (ends, starts)
         )
@@ -197,7 +197,7 @@ class LocalRanks:
                 theirs.close()
 
     def _forget(self, ranks: Collection[int]) -> list[Channel]:
-        """Others have these numbers from now on, or nobody; gives open channels to old ones."""
+        """Release these numbers; returns the open channels of their old processes."""
         fenced, channels = [], self.channels
         channels += [self._nobody] * (max(ranks, default=-1) + 1 - len(channels))
         for rank in ranks:
@@ -226,12 +226,12 @@ class LocalRanks:
 
     @property
     def awaited(self) -> frozenset[int]:
-        """Those that the epoch needs: they start when their nodes are back."""
+        """Ranks of this epoch that start when their nodes are back."""
         return frozenset()
 
     @property
     def is_beginning(self) -> bool:
-        """Whether a node has yet to end ranks, and to start others, for an epoch."""
+        """Whether a node has not ended and started ranks for the epoch yet."""
         return any(node.is_beginning for node in self.nodes)
 
     def acceptor(self) -> int | None:
@@ -273,7 +273,7 @@ class LocalRanks:
                 raise self._lost(number, f"{why}: no answer for {own_s:g} s")
 
     def check_nodes_of(self, ranks: Collection[int], bound_s: float) -> None:
-        """Look for a node that is silent, where ranks have been for so long."""
+        """Check the nodes of ranks that are silent."""
 
     def read_news(self, ready: Container[int]) -> None:
         """Read what nodes report, a message each.
@@ -340,7 +340,7 @@ class LocalRanks:
             self.board.update(rank, line)
 
     def _take_changed(self, node: int, kind: MessageKind) -> None:
-        """All that the node has said before was of older ranks."""
+        """Handle a node's confirmation: earlier messages of it concern older ranks."""
         for rank in self.nodes[node].take_changed(kind).starts:
             self._exit_codes.pop(rank, None)
             self.stopped.discard(rank)

@@ -229,7 +229,7 @@ class ModelRunner:
         return replace(self._deploy.spec, placements=placements)
 
     def _having_read(self) -> list[int]:
-        """Processes that have more weights than they kept."""
+        """Processes that have loaded weights besides those they kept."""
         each = zip(self.members.numbers, self.held, strict=True)
         return [n for n, held in each if held.bytes_from.get(Origin.KEPT, 0) < held.weight_bytes]
 
@@ -239,7 +239,7 @@ class ModelRunner:
         return self._deploy.spec.ranks_per_node
 
     def spec_of(self, members: Members, placements: Placements) -> StageSpec:
-        """What its ranks would build in another layout.
+        """The stages that ranks would build in another layout.
 
         Args:
             placements: of the replica.

@@ -1,4 +1,4 @@
-"""A node as the launcher sees it: what it was asked for, and has not answered."""
+"""A node as the launcher sees it: its connection, and requests that it has not answered."""
 
 import contextlib
 import socket
@@ -21,7 +21,7 @@ GONE = "is gone"
 
 
 def gone(error: Exception) -> str:
-    """How a node is lost whose connection broke."""
+    """Describe the loss of a node whose connection broke."""
     why = getattr(error, "strerror", None)
     return f"is gone ({why})" if why else GONE
 
@@ -31,7 +31,7 @@ class NodeChange:
     """Ranks that a node ends and starts.
 
     Attributes:
-        kind: of the message that asks for it.
+        kind: of the message that requests the change.
         fenced: channels of those that end, open until they are dead: a rank of another node that
             sees the end of one would end its server.
     """
@@ -42,15 +42,15 @@ class NodeChange:
 
 
 class Node:
-    """One of several, or the only one.
+    """A node of the run.
 
     Args:
         control: a channel to the fork server of its ranks.
-        name: of that server, for people.
+        name: of that server, as messages show it.
 
     Attributes:
         asked_s: when it was pinged, if it has not answered yet.
-        changes: that it was asked for, and has not said to have made.
+        changes: requested and not confirmed yet, in order.
     """
 
     def __init__(self, control: Channel, name: str) -> None:
@@ -59,7 +59,7 @@ class Node:
         self.changes: deque[NodeChange] = deque()
 
     def ping(self, now_s: float) -> None:
-        """Ask it how its ranks are, unless it owes an answer.
+        """Ping it, unless the last ping is not answered yet.
 
         Raises:
             OSError: its end is noticed elsewhere.
@@ -69,7 +69,7 @@ class Node:
             self.control.send(_PING)
 
     def change(self, change: NodeChange, asked: ChangeRanks, epoch: int) -> None:
-        """Ask for another one; it makes them in order.
+        """Request a change; the node makes changes in order.
 
         Raises:
             BlockingIOError, OSError: it does not read, or is gone.
@@ -78,7 +78,7 @@ class Node:
         self.control.send(encode(change.kind, asked, epoch))
 
     def take_changed(self, kind: MessageKind) -> NodeChange:
-        """It has made the first of its changes; all that it has said before was about others.
+        """Confirm the first pending change; earlier messages of the node were about older ranks.
 
         Raises:
             MessageError: it was not asked for that.
@@ -99,21 +99,21 @@ class Node:
 
     @property
     def is_beginning(self) -> bool:
-        """Whether it has yet to begin an epoch."""
+        """Whether it has not begun the requested epoch yet."""
         return any(change.kind is MessageKind.BEGIN_EPOCH for change in self.changes)
 
     def is_starting(self, rank: int) -> bool:
-        """Whether what it says of a rank may be about an earlier one of that number."""
+        """Whether its messages about a rank may concern an earlier process of that number."""
         return any(rank in change.starts for change in self.changes)
 
     def lose(self) -> None:
-        """It is gone, and answers nothing any more."""
+        """Close its connection and drop what it has not answered: it is lost."""
         self.close()
         self.asked_s = None
         self.changes.clear()
 
     def close(self) -> None:
-        """Its server, and so its ranks, end when they see this."""
+        """Close its connection, on which its server and ranks end."""
         for channel in [self.control, *(each for c in self.changes for each in c.fenced)]:
             channel.close()
 

@@ -1,4 +1,4 @@
-"""What the launcher and its nodes tell each other about ranks."""
+"""Messages between the launcher and its nodes about ranks."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Ranks of several nodes, as the launcher sees them: nodes connect, are lost, and come back.
+"""Ranks of several nodes, as the launcher sees them: nodes connect, are lost, and rejoin.
 
 When a node's connection breaks, all of its ranks are lost. The launcher closes what it still has of
 that node, so the node ends its ranks (`engine.supervisor`), whichever side has noticed first. It
@@ -28,7 +28,7 @@ _READ_NODES = encode(MessageKind.READ_NODES, None)
 
 @dataclass(eq=False)
 class _Absence:
-    """Of a node that is lost.
+    """The state of a lost node.
 
     Attributes:
         since_s: by the monotonic clock.
@@ -97,7 +97,7 @@ class NodeRanks(LocalRanks):
             raise
 
     def _wait_for_nodes(self, num_nodes: int) -> None:
-        """Until all have connected; they begin to start their ranks then."""
+        """Wait until all nodes have connected; then they start their ranks."""
         for node in range(1, num_nodes):
             self._acceptor.expect_node(node)
         self._acceptor.accept_nodes(self.nodes[0].control.fileno(), lambda: self._read_node(0))
@@ -144,7 +144,7 @@ class NodeRanks(LocalRanks):
                 super()._change(node, kind, ends, starts, epoch)
                 return
             except RanksLostError as error:
-                self._lost_meanwhile = error  # when the others know of the change
+                self._lost_meanwhile = error  # raised once the other nodes know of the change
         if kind is MessageKind.BEGIN_EPOCH:
             absence = self._away[node]
             absence.starts = sorted(rank for rank in starts if self.node_of(rank) == node)
@@ -157,7 +157,7 @@ class NodeRanks(LocalRanks):
         for rank in asked.ends:
             self._claims.pop(rank, None)
         for rank in asked.starts:
-            self.board.reporter(rank)  # what was there is of an earlier one, or very old
+            self.board.reporter(rank)  # the old line is that of an earlier process
         first = node * self.ranks_per_node
         claims = {rank: Claim(node, 1 + rank - first, asked.number) for rank in asked.starts}
         self._claims.update(claims)
@@ -252,7 +252,7 @@ class NodeRanks(LocalRanks):
             self.nodes[0].control.send(_READ_NODES)
 
     def close(self, *, failed: bool = False) -> None:
-        """As of `LocalRanks`; nobody can connect any more."""
+        """As of `LocalRanks`; also closes the listening socket."""
         super().close(failed=failed)
         self._acceptor.close()
 

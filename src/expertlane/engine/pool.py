@@ -79,7 +79,7 @@ class RankPool:
 
     @property
     def epoch(self) -> int:
-        """How often another one began."""
+        """The number of the epoch, from 0."""
         return self._inbox.epoch
 
     @property
@@ -135,7 +135,7 @@ class RankPool:
                 raise
 
     def stop_waiting(self) -> None:
-        """From any thread: all ranks end where a node that is lost would be waited for."""
+        """From any thread: do not wait for lost nodes any more; their loss ends all ranks."""
         self._inbox.waits = False
 
     @property
@@ -157,11 +157,11 @@ class RankPool:
         replaces: bool = True,
         joining: Collection[int] | None = None,
     ) -> None:
-        """Replace lost ranks by others, or go on without; returns when those are up.
+        """Begin an epoch in which lost ranks are replaced or absent; returns when all are up.
 
-        All commands under way come to nothing, but for those that need no epoch: the other ranks
+        All commands under way are dropped, except those that need no epoch: the other ranks
         leave them at once where they wait for ranks, else when they are done. No lost rank is alive
-        then, and what is still on its way from it is refused.
+        on return, and messages of lost ranks are refused.
 
         Args:
             lost: none for a new epoch alone, which parts ranks whose transfers broke. May have
@@ -183,7 +183,7 @@ class RankPool:
         self._inbox.begin_epoch(lost, on_fenced, num, replaces=replaces, joining=joining)
 
     def start(self, ranks: Collection[int]) -> None:
-        """Begin to start ranks that are absent, or further ones; nobody waits for them.
+        """Begin to start ranks that are absent, or additional ones; does not wait for them.
 
         They are `starting`, then `ahead`, and take commands that need no epoch. One that is lost is
         absent again, and `log` takes a line.
@@ -202,7 +202,7 @@ class RankPool:
             raise
 
     def end(self, ranks: Collection[int]) -> None:
-        """End those of the ranks that are ahead, or starting to be."""
+        """End those of the ranks that are ahead or starting."""
         self._check_usable()
         self._inbox.end_early(self._presence.early & frozenset(ranks), "it was ended")
 
@@ -225,7 +225,7 @@ class RankPool:
     def submit_each(
         self, commands: Sequence[tuple[Command[ResultT], Sequence[int]]]
     ) -> Ticket[ResultT]:
-        """Begin commands of one type, each on ranks of its own, under one ticket.
+        """Begin commands of one type, each on its own ranks, under one ticket.
 
         Raises:
             ValueError: one of the ranks is absent, or not of the epoch that the commands need.

@@ -1,4 +1,4 @@
-"""What runs on a rank before it gets a place in another layout: it makes the weights in advance."""
+"""Makes the weights of a place in another layout, on the rank that is to have it."""
 
 import os
 import threading
@@ -27,7 +27,7 @@ _NICE = 10  # of a rank that loads while others serve
 
 
 def weight_source(spec: StageSpec, platform: Platform, touch: Callable[[], None]) -> WeightSource:
-    """Where a rank's weights come from.
+    """The sources of a rank's weights.
 
     Args:
         touch: as of `WeightSource`.
@@ -54,7 +54,7 @@ def parts_of(context: RankContext, spec: StageSpec, place: int, source: WeightSo
 
 
 class _SliceEnded(Exception):
-    """Nothing more is to be made now."""
+    """The time of this slice is over, or there is no more memory."""
 
 
 class Preparation:
@@ -79,7 +79,7 @@ class Preparation:
     def go_on(
         self, stage: TransformerStage | None, most_s: float | None, most_bytes: int | None
     ) -> Prepared:
-        """Make what is lacking.
+        """Make the parts that are missing.
 
         Args:
             stage: of this rank, whose weights are not made again.
@@ -110,12 +110,12 @@ class Preparation:
         self._has_begun = True
 
     def take(self) -> HeldWeights:
-        """All that was made."""
+        """All parts made."""
         return self._source.held
 
 
 def prepare(context: RankContext, command: Prepare) -> Prepared:
-    """Make weights of a place that this rank is to have; what it has is used."""
+    """Make the weights of a place that this rank is to have; uses those that it holds."""
     spec, place, given = command.spec, command.place, (command.most_s, command.most_bytes)
     context.progress.enter(Stage.SETUP, NO_LAYER)
     made: Preparation | None = context.preparation
@@ -130,7 +130,7 @@ def prepare(context: RankContext, command: Prepare) -> Prepared:
 
 
 def _beside_others(make: Callable[[], Prepared]) -> Prepared:
-    """Do it in a thread that leaves the cores to others: a thread's niceness never falls again."""
+    """Run it in a thread with higher niceness, which a thread cannot lower again."""
     found: list[Prepared | BaseException] = []
 
     def run() -> None:
@@ -152,5 +152,5 @@ def _beside_others(make: Callable[[], Prepared]) -> Prepared:
 
 
 def drop_prepared(context: RankContext, command: DropPrepared) -> None:
-    """Forget it."""
+    """Free what was made."""
     context.preparation = None

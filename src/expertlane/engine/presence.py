@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 
 class Change(NamedTuple):
-    """What becomes of processes.
+    """Processes that end and start.
 
     Attributes:
-        ends: numbers whose processes end; nothing takes their places.
+        ends: numbers whose processes end; they are not replaced.
         starts: numbers that get a process, in place of the one that they may have.
     """
 
@@ -17,7 +17,7 @@ class Change(NamedTuple):
 
 
 class Presence:
-    """Of the numbers of a pool: each is of this epoch, or ahead of it, or has no process.
+    """The state of each rank number: of this epoch, ahead of it, or without a process.
 
     Attributes:
         num_ranks: numbers of this epoch, those without a process included.
@@ -34,12 +34,12 @@ class Presence:
 
     @property
     def absent(self) -> frozenset[int]:
-        """Without a process."""
+        """Numbers below `num_ranks` without a process."""
         return frozenset(range(self.num_ranks)) - self.present - self.early
 
     @property
     def ahead(self) -> frozenset[int]:
-        """Up, and not of this epoch."""
+        """Ranks that are up and not of this epoch."""
         return self.early - self.starting
 
     def begin_epoch(
@@ -50,7 +50,7 @@ class Presence:
         replaces: bool = True,
         joining: Collection[int] | None = None,
     ) -> Change:
-        """Another epoch begins; arguments as of `RankPool.begin_epoch`.
+        """Begin another epoch; arguments as of `RankPool.begin_epoch`.
 
         Raises:
             ValueError: a number cannot join: it has no process ahead, or is not of the epoch.
@@ -74,7 +74,7 @@ class Presence:
         return Change(ends - starts, starts)
 
     def start(self, ranks: Collection[int], most: int) -> None:
-        """Processes begin to start for these.
+        """Register processes that begin to start.
 
         Raises:
             ValueError: one has a process, or is no number below `most`.
@@ -86,10 +86,10 @@ class Presence:
         self.starting |= frozenset(ranks)
 
     def is_up(self, rank: int) -> None:
-        """It has said so."""
+        """Register that a rank is up."""
         self.starting -= {rank}
 
     def drop(self, rank: int) -> None:
-        """One that is early has no process any more."""
+        """Register the end of an early rank's process."""
         self.early -= {rank}
         self.starting -= {rank}

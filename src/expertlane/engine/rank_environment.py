@@ -1,4 +1,4 @@
-"""What ranks of this machine are started with, and how many of them there may be."""
+"""The environment of local ranks, and the limit of their number."""
 
 import os
 import socket
@@ -12,7 +12,7 @@ _SPIN_COUNT = "10000"  # some 0.2 ms
 
 
 def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
-    """Refuse a number of local ranks that would only crawl.
+    """Refuse a number of local ranks that is far too large for the cores.
 
     Raises:
         CapacityError: more than `MAX_RANKS_PER_CORE` a core, and not asked for explicitly.

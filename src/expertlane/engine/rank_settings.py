@@ -1,4 +1,4 @@
-"""What the processes that fork ranks, and ranks themselves, get at their start."""
+"""Settings that ranks, and the processes that fork them, get at their start."""
 
 import os
 from dataclasses import dataclass
@@ -95,5 +95,5 @@ class ServerSettings:
         return own + [descriptor for descriptor in shared if descriptor is not None]
 
     def is_parent_alive(self) -> bool:
-        """Whether there is still someone to serve, as far as the parent tells."""
+        """Whether the parent process is still alive."""
         return self.parent_pid is None or os.getppid() == self.parent_pid

@@ -12,12 +12,12 @@ class State(StrEnum):
     """Where a recovery stands."""
 
     SERVING = "serving"  # no rank is missing
-    SHRUNK = "shrunk"  # the others serve in a smaller layout; what was lost starts meanwhile
+    SHRUNK = "shrunk"  # the others serve in a smaller layout; lost ranks start meanwhile
     FENCING = "fencing"  # lost ranks are killed, and a new epoch begins
     REPLACING = "replacing"  # new processes start in their places
     LOADING = "loading"  # ranks load what they lack; all connect to each other
     SCALING = "scaling"  # another layout: ranks end, or more start; a new epoch begins
-    GROWING = "growing"  # what was lost is there again; a new epoch begins
+    GROWING = "growing"  # lost ranks are up again; a new epoch begins
     REPLAYING = "replaying"  # steps run again; over with the first one that is committed
     STOPPED = "stopped"  # all ranks were ended
 
@@ -38,16 +38,16 @@ OVER = frozenset({State.SERVING, State.SHRUNK, State.STOPPED})  # in which a rec
 
 
 class Kind(StrEnum):
-    """Why ranks stop serving for a while."""
+    """The reason of an interruption."""
 
     RECOVERY = "recovery"  # some are lost
     SCALING = "scaling"  # another layout is asked for
-    GROWTH = "growth"  # what was lost is there again
+    GROWTH = "growth"  # lost ranks are up again
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A state that begins.
+    """The begin of a state.
 
     Attributes:
         time_s: on the monotonic clock.
@@ -83,7 +83,7 @@ class RecoveryRecord:
 
     @property
     def ranks(self) -> list[int]:
-        """All that were lost, sorted."""
+        """All lost ranks, sorted."""
         return sorted(frozenset().union(*(moment.ranks for moment in self.moments)))
 
     @property
@@ -102,7 +102,7 @@ class RecoveryRecord:
         return self.moments[-1].time_s - self.moments[0].time_s
 
     def seconds(self) -> dict[State, float]:
-        """By state, in the order of their first moments."""
+        """Seconds by state, in the order in which states first began."""
         found: dict[State, float] = {}
         for moment, then in pairwise(self.moments):
             found[moment.state] = found.get(moment.state, 0.0) + then.time_s - moment.time_s
@@ -110,7 +110,7 @@ class RecoveryRecord:
 
     @property
     def outcome(self) -> str:
-        """What came of it and how long it took, for people."""
+        """The outcome and the seconds in each state, as a line for the log."""
         shares = ", ".join(f"{state} {seconds:.2f}" for state, seconds in self.seconds().items())
         how, state = "recovered in", self.moments[-1].state
         if self.kind is Kind.SCALING and self.layouts is not None:
@@ -134,5 +134,5 @@ class RecoveryRecord:
 
     @property
     def line(self) -> str:
-        """All of it, for people."""
+        """The outcome and all causes, as a line for the log."""
         return "; ".join([self.outcome, *self.causes])

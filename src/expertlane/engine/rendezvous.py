@@ -39,7 +39,7 @@ LEASE_S = 20.0
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where the launcher listens.
+    """The address at which the launcher listens.
 
     Attributes:
         run: begins the keys of what this launcher's ranks put into the store.
@@ -102,7 +102,7 @@ class Meeting:
         store.set(_LAUNCHER, msgspec.json.encode(launcher).decode())
 
     def hashes(self, store: "Store") -> list[bytes]:
-        """What the other nodes have put there, [num_nodes - 1]; empty of those that have not."""
+        """The published hashes of the other nodes, [num_nodes - 1]; empty where there is none."""
         keys = [_key(node) for node in range(1, self.num_nodes)]
         return [
             bytes.fromhex(store.get(key).decode()) if store.check([key]) else b"" for key in keys
@@ -144,7 +144,7 @@ def hash_of(secret: bytes) -> bytes:
 
 
 class Claim(NamedTuple):
-    """What a connection is, as it says itself.
+    """What a connection claims to be.
 
     Attributes:
         node: that it comes from.
@@ -158,7 +158,7 @@ class Claim(NamedTuple):
 
 
 def handshake(claim: Claim, secret: bytes) -> bytes:
-    """What a node sends first on a connection."""
+    """The first bytes that a node sends on a connection."""
     return HANDSHAKE.pack(MAGIC, *claim, secret)
 
 

@@ -19,7 +19,7 @@ class RepeatedLosses:
 
     @property
     def most(self) -> int:
-        """Of the request that has most."""
+        """The largest number of losses of a request."""
         return max((num_losses for num_losses, _ in self._found.values()), default=0)
 
     def add(
@@ -70,5 +70,5 @@ class RepeatedLosses:
                     del self._found[seq]
 
     def clear(self) -> None:
-        """Forget all: no request is unfinished."""
+        """Forget all losses, since no request is unfinished."""
         self._found.clear()

@@ -1,4 +1,4 @@
-"""Another layout while requests run: what it is checked for, and who takes it."""
+"""Changes of the layout while requests run: checks, preparing, and the switch."""
 
 import time
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ class LayoutChange:
 
     Attributes:
         record: its states; over once a step was committed.
-        held: [world_size]; what each rank has, and where from.
-        ahead_s: that ranks made weights before the layout changed.
+        held: [world_size]; each rank's weights by source, and its cache.
+        ahead_s: for which ranks prepared weights before the layout changed.
     """
 
     before: Layout
@@ -46,7 +46,7 @@ class LayoutChange:
     ahead_s: float
 
     def bytes_from(self, origin: Origin) -> int:
-        """Of all ranks' weights, those that are from there."""
+        """Bytes of all ranks' weights from one source."""
         return sum(each.bytes_from.get(origin, 0) for each in self.held)
 
 

@@ -1,4 +1,4 @@
-"""A smaller layout after a loss, in which others serve until what was lost is there again."""
+"""A smaller layout after a loss, in which the other ranks serve until lost ranks are back."""
 
 import time
 from collections import Counter
@@ -21,11 +21,11 @@ from expertlane.schedule.request import Limits
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 
-_MOST_WAIT_S = 30.0  # before what was lost again and again is started once more
+_MOST_WAIT_S = 30.0  # before a rank that is lost repeatedly is started again
 
 
 class Shrinking:
-    """Implements `engine.recovery.Shrinker` for one engine, of the thread that has the pool.
+    """Implements `engine.recovery.Shrinker` for one engine, in the thread that has the pool.
 
     Args:
         scaling: knows the layout of the whole.
@@ -56,8 +56,8 @@ class Shrinking:
         """The members to go on with, without those that are lost.
 
         Raises:
-            UserError: no data-parallel rank is left, messages cannot be sent so, or the experts of
-                those that are lost do not fit into memory beside the others and what replaces them.
+            UserError: no data-parallel rank is left, the form of dispatch needs whole nodes, or the
+                lost ranks' experts do not fit into memory beside the others and the new ranks.
         """
         left = members.without(lost)
         if left == members:
@@ -87,7 +87,7 @@ class Shrinking:
         return left
 
     def _over_survivors(self, before: Members, left: Members) -> list[Placements]:
-        """[replicas]; where experts are when only these are left."""
+        """[replicas]; placements over the remaining members."""
         found, layout = [], left.layout
         rebalancer = self._runner.rebalancer
         for replica in range(layout.replicas):
@@ -105,7 +105,7 @@ class Shrinking:
         return found
 
     def take(self, members: Members, plans: Sequence[StepPlan]) -> None:
-        """Have the runner run so, from the next `redeploy` on.
+        """Let the runner use these members from the next `redeploy` on.
 
         Experts stay where they are; those that only lost ranks had are on others until all members
         are there again, with the placements that they had.
@@ -131,7 +131,7 @@ class Shrinking:
         return Members(self._scaling.deployment.layout)
 
     def is_ready(self, members: Members) -> bool:
-        """Whether all members are there, with their weights; starts those that are not.
+        """Whether all members are up, with their weights; starts those that are not.
 
         Raises:
             RanksLostError: others are lost.

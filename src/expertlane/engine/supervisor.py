@@ -1,4 +1,4 @@
-"""A node after the first: forks its ranks, and joins the run again when it was cut off from it.
+"""The supervisor of a node after the first: forks its ranks, and rejoins after a lost connection.
 
 It connects to the launcher, which then has it start ranks. When that connection ends, for whatever
 reason, it ends its ranks before anything else. So they are dead by the time it connects again.
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from expertlane.engine.worker import Handlers
 
 _RETRY_S = 1.0
-_TRY_S = 3.0  # for an answer of the launcher's host
+_TRY_S = 3.0  # per attempt to connect
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def supervisor_command(
 
 
 def main(handlers: "Handlers | None" = None) -> None:
-    """Be a supervisor until the launcher is done. The command line holds `SupervisorSettings`.
+    """Run a supervisor until the launcher is done. The command line holds `SupervisorSettings`.
 
     Args:
         handlers: as of `serve`.
@@ -84,14 +84,14 @@ def main(handlers: "Handlers | None" = None) -> None:
 
 
 def _engine_handlers() -> "Handlers":
-    """Torch, and what ranks run: before the node counts as there."""
+    """Import torch and the code of ranks, before the node connects."""
     from expertlane.engine.stage import HANDLERS
 
     return HANDLERS
 
 
 class _Supervisor:
-    """Of one node, while the launcher lives."""
+    """The supervisor of one node, while the launcher runs."""
 
     def __init__(self, settings: SupervisorSettings, handlers: "Handlers") -> None:
         self._settings, self._handlers = settings, handlers
@@ -99,7 +99,7 @@ class _Supervisor:
         self._launcher = Place("", 0)
 
     def join(self) -> socket.socket:
-        """Its connection to the launcher, for the first time; ends this process without."""
+        """The first connection to the launcher; exits if there is none."""
         settings, parent = self._settings, self._settings.parent_pid
         end_watch = end_with_parent(parent) if parent is not None else None  # it may wait minutes
         try:
@@ -113,7 +113,7 @@ class _Supervisor:
         return connection
 
     def rejoin(self) -> socket.socket | None:
-        """Its connection after it was lost; None where the launcher has ended, or time is up."""
+        """A new connection after a loss; None if the launcher has ended, or after `rejoin_s`."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         settings, parent = self._settings, self._settings.parent_pid
         until_s = time.monotonic() + settings.rejoin_s
@@ -127,7 +127,7 @@ class _Supervisor:
                 claim = Claim(settings.node, 0, 0)
                 return connect(self._launcher, claim, self._secret, _TRY_S)
             except ConnectionRefusedError:
-                return None  # its host says that nobody listens any more
+                return None  # the connection was refused: the launcher has ended
             except OSError:
                 time.sleep(_RETRY_S)
         return None

@@ -1,4 +1,4 @@
-"""Commands under way: what each rank has still to answer, in the order in which it takes them."""
+"""Commands under way: what each rank has not answered yet, in its order."""
 
 import time
 from collections import defaultdict, deque
@@ -49,7 +49,7 @@ class Ticket(Generic[ResultT]):
 
 
 class Tickets:
-    """Those that some rank has not answered."""
+    """Tickets that some rank has not answered."""
 
     def __init__(self) -> None:
         self._waiting: defaultdict[int, deque[Ticket[Any]]] = defaultdict(deque)
@@ -77,12 +77,12 @@ class Tickets:
         waiting.popleft()
 
     def waits_since_s(self, rank: int) -> float | None:
-        """When the rank got the first of what it has not answered; None if that is nothing."""
+        """When the rank got its oldest unanswered command; None if there is none."""
         waiting = self._waiting.get(rank)
         return waiting[0].submitted_s if waiting else None
 
     def lose_epoch(self) -> None:
-        """Another one begins: only commands that need none go on."""
+        """Drop all commands of the epoch before; those that need no epoch go on."""
         for rank, waiting in self._waiting.items():
             for ticket in waiting:
                 if ticket.needs_epoch:
@@ -90,7 +90,7 @@ class Tickets:
             self._waiting[rank] = deque(each for each in waiting if not each.needs_epoch)
 
     def lose_ranks(self, ranks: Collection[int], why: str) -> None:
-        """They are gone; others may still answer what they were asked with them."""
+        """Drop the commands of ranks that ended; others may still answer theirs."""
         for rank in ranks:
             for ticket in self._waiting.pop(rank, ()):
                 ticket.why_lost = why

@@ -1,4 +1,4 @@
-"""Weights that a new rank gets from the ranks that hold the same, after others were lost.
+"""Weights that a new rank gets from ranks that hold the same, after a loss.
 
 Experts come from ranks with copies of them; attention, embedding, head and shared experts from
 another data-parallel rank. Who sends what, all find alike. What nobody holds is read.
@@ -26,7 +26,7 @@ from expertlane.ops.products import Expert, Linear
 
 
 class Part(IntEnum):
-    """What a rank does."""
+    """The part of a rank in copying."""
 
     SENDS = 0  # it has all weights of its place
     RECEIVES = 1  # it has none
@@ -34,7 +34,7 @@ class Part(IntEnum):
 
 
 class WeightCopies:
-    """Who of a stage sends weights to whom.
+    """Which ranks of a stage send weights, and to which.
 
     Args:
         rank: of the layout.
@@ -67,7 +67,7 @@ class WeightCopies:
         return dict(zip(self._ranks, map(Part, received.view(-1).tolist()), strict=True))
 
     def _source(self, receiver: int, layer: int | None, key: Hashable) -> int | None:
-        """Who sends it: of all that hold it, in turn; None where nobody does."""
+        """The sender: the holders take turns; None if no rank holds it."""
         to, turn = self._at[receiver], 0 if layer is None else layer
         if isinstance(key, tuple) and key[0] == EXPERT:
             assert layer is not None, "experts are in layers"
@@ -85,7 +85,7 @@ class WeightCopies:
         return holders[turn % len(holders)] if holders else None
 
     def send(self, stage: TransformerStage) -> None:
-        """Send what others lack, and this rank is to send."""
+        """Send the parts that this rank is to send."""
         if self._link is None or not self._receivers or not self._holders:
             return
         held = stage.held_weights()
@@ -119,7 +119,7 @@ class WeightCopies:
         self._context.progress.touch()
 
     def receive(self) -> tuple[HeldWeights, float]:
-        """What others have sent, and the seconds it took."""
+        """The received weights, and the seconds it took."""
         began_s, spec, context = time.perf_counter(), self._spec, self._context
         if self._link is None or self._own is not Part.RECEIVES or not self._holders:
             return HeldWeights(), 0.0
@@ -150,7 +150,7 @@ class WeightCopies:
 
 
 def _pays(context: RankContext, spec: StageSpec) -> bool:
-    """Whether this is faster than to make the weights; the same on all ranks."""
+    """Whether copying is faster than making the weights; the same on all ranks."""
     is_made = spec.checkpoint is None or (spec.weights == "int8" and not spec.cache_int8)
     return is_made and context.platform.device.type == "cpu"
 

@@ -1,4 +1,4 @@
-"""The weights of a layout to come: its ranks make them while another layout serves."""
+"""Prepares the weights of a new layout while the present one serves."""
 
 import time
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from expertlane.engine.tickets import Ticket
 from expertlane.errors import CapacityError
 from expertlane.spec.layout import Layout
 
-_SLICE_S = 0.005  # of a rank that runs steps; what was begun is made whole
-_IDLE_SLICE_S = 0.1  # where there are none: by so much a request may be late
+_SLICE_S = 0.005  # of a rank that runs steps; the part under way is finished
+_IDLE_SLICE_S = 0.1  # without steps; delays a new request by this at most
 _MOST_LOST = 3
 
 
 class WeightsAhead:
-    """Starts the ranks that a layout needs more, and lets all of its ranks make what they lack.
+    """Starts additional ranks of a layout, and lets all its ranks make the weights that they lack.
 
     Ranks that run steps do so in slices between them, by which steps take a fifth longer at most,
     but for what cannot be cut: one matrix, or expert.
@@ -45,27 +45,27 @@ class WeightsAhead:
 
     @property
     def layout(self) -> Layout:
-        """That is to come."""
+        """The new layout."""
         return self._spec.layout
 
     @property
     def placements(self) -> Placements:
-        """Of its experts."""
+        """Placements of its experts."""
         return self._spec.placements
 
     @property
     def share(self) -> float:
-        """Of the layers of all ranks."""
+        """The prepared share of all ranks' layers."""
         found = sum(each.share for each in self.prepared.values()) / len(self._places)
         return min(found, 1.0)
 
     @property
     def num_bytes(self) -> int:
-        """Made so far."""
+        """Bytes of weights prepared so far."""
         return sum(each.num_bytes for each in self.prepared.values())
 
     def advance(self, *, is_idle: bool) -> bool:
-        """Begin what can be begun; whether all is there. To be called between steps.
+        """Advance; whether everything is prepared. To be called between steps.
 
         Args:
             is_idle: no steps run.
@@ -139,7 +139,7 @@ class WeightsAhead:
             self._slice = self._pool.submit_each(commands)
 
     def give_up(self) -> None:
-        """End the ranks that were started, and let the others forget what they have made."""
+        """End the ranks that were started, and free what the others have prepared."""
         self._pool.end(self._started)
         if there := sorted(self._pool.present):
             self._pool.call(DropPrepared(), ranks=there)

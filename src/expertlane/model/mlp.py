@@ -122,7 +122,7 @@ class DenseBlock:
 
     @property
     def parts(self) -> tuple[None, MlpPart] | None:
-        """What it is computed in; None where that is not all in few calls."""
+        """The few calls that compute it; None if they do not cover all of it."""
         return (None, self.mlp.part) if isinstance(self.mlp.part, MlpPart) else None
 
     def held(self) -> Iterator[tuple[str, list[Tensor]]]:

@@ -92,7 +92,7 @@ class MoEBlock:
 
     @property
     def parts(self) -> tuple[LocalExperts, MlpPart | None] | None:
-        """What it is computed in; None where that is not all in few calls."""
+        """The few calls that compute it; None if they do not cover all of it."""
         shared = None if self.shared is None else self.shared.part
         if self.here is None or not (shared is None or isinstance(shared, MlpPart)):
             return None
@@ -110,7 +110,7 @@ class MoEBlock:
             yield f"shared expert of tp rank {self.shared.tp_rank}", self.shared.tensors()
 
     def set_forms(self, forms: Sequence[DispatchForm], payload: PayloadType) -> None:
-        """Make ready for batches that use these dispatch forms, and no others."""
+        """Prepare for batches that use only these dispatch forms."""
         self._forms, self._payload = forms, Payload(payload, self._recorder)
         self._place(self.placement)
 
@@ -124,7 +124,7 @@ class MoEBlock:
         }
 
     def apply_placement(self, placement: Placement, arrived: Mapping[int, Expert]) -> None:
-        """Take another placement into use.
+        """Switch to another placement.
 
         Args:
             arrived: by logical expert, those that this rank did not hold so far.
@@ -147,7 +147,7 @@ class MoEBlock:
         return EXPERT, expert, self._mesh.layout.etp, self._mesh.at.etp_rank
 
     def put_experts(self, held: HeldWeights) -> None:
-        """Hold this rank's experts, for a stage that follows."""
+        """Hold this rank's experts for the next stage."""
         for expert, made in zip(self._local, self.experts.held, strict=True):
             held.put(self._layer, self._key_of(expert), made, self._expert_bytes)
 
@@ -204,7 +204,7 @@ class MoEBlock:
         return x + combined
 
     def _compute_here(self, here: LocalExperts, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
-        """The same where nothing travels, in a call a stage."""
+        """The same without communication, in one call per stage."""
         recorder, layer, num_tokens = self._recorder, self._layer, x.shape[0]
         work = here.route(x)
         if recorder.is_recording:
@@ -231,13 +231,13 @@ class MoEBlock:
 
     @property
     def metered(self) -> Tensor | None:
-        """[num_held] int64, to be added to: pairs of each expert; None where nobody counts them."""
+        """[num_held] int64, to be added to: pairs of each expert; None if they are not counted."""
         if self._recorder.meter is None or self._mesh.at.etp_rank > 0:
             return None
         return self._recorder.meter.counts(self._layer, self._local, self._device)
 
     def _count_pairs(self, counts: Callable[[], Tensor]) -> None:
-        """Take note of the pairs of each expert, [num_held], if anybody wants to know."""
+        """Count the pairs of each expert, [num_held], if counts are recorded."""
         if (metered := self.metered) is not None:
             metered.add_(counts())
         if not self._recorder.is_recording:

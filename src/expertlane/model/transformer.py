@@ -232,13 +232,13 @@ class TransformerStage:
         self._layers: list[DecoderLayer] = []
         for layer in parts.layers:
             self._layers.append(parts.layer(layer))
-            source.drop(layer)  # what is of no use here goes before more is read
+            source.drop(layer)  # frees what this stage does not use before more is read
         self._embedding, self._head = parts.embedding(), parts.head()
         self.weight_bytes, self.bytes_from = source.num_bytes, dict(source.bytes_from)
         self._held = source.held
 
     def held_weights(self) -> HeldWeights:
-        """What a stage that follows on this rank may use."""
+        """The weights that the next stage on this rank may use."""
         held = self._held.copy()
         for block in self.moe_blocks.values():
             block.put_experts(held)

@@ -49,7 +49,7 @@ class HeldWeights:
         return self._made.get(layer, {}).get(key)
 
     def of_layer(self, layer: int | None) -> dict[Hashable, Any]:
-        """What was made for it, by key, in the order in which it was put."""
+        """A layer's parts by key, in the order in which they were added."""
         return {key: made for key, (made, _) in self._made.get(layer, {}).items()}
 
     @property
@@ -58,7 +58,7 @@ class HeldWeights:
         return sum(size for made in self._made.values() for _, size in made.values())
 
     def copy(self) -> "HeldWeights":
-        """What holds the same, and goes on apart."""
+        """An independent copy with the same parts."""
         other = HeldWeights()
         other._made = {layer: dict(made) for layer, made in self._made.items()}
         return other
@@ -150,12 +150,12 @@ class WeightSource(ABC):
         return cast(MadeT, found[0])
 
     def keep_layers(self, layers: range) -> None:
-        """What is given of other layers is of no use."""
+        """Drop the given parts of all other layers."""
         for given in self.given.values():
             given.keep_layers(layers)
 
     def drop(self, layer: int) -> None:
-        """What is still given of a layer is of no use any more."""
+        """Drop the given parts that a layer did not use."""
         for given in self.given.values():
             given.drop(layer)
 

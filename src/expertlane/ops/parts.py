@@ -1,4 +1,4 @@
-"""What a backend may have as one call, as layers use it."""
+"""Parts of a layer that a backend may compute in one call."""
 
 from typing import Protocol
 
@@ -11,7 +11,7 @@ class AttentionCall(Protocol):
     """A layer's attention, from tokens to its output."""
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it computes tokens [num_tokens, hidden_size]."""
+        """Whether it supports tokens [num_tokens, hidden_size]."""
 
     def __call__(self, x: Tensor, cache: KVCache, batch: PagedBatch, *, adds_input: bool) -> Tensor:
         """Store the tokens' keys and values, and attend.
@@ -29,7 +29,7 @@ class MlpCall(Protocol):
     """Norm, if it has one, projections, and the scale, if it has one."""
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it computes tokens [num_tokens, hidden_size]."""
+        """Whether it supports tokens [num_tokens, hidden_size]."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[num_tokens, hidden_size]."""

@@ -1,4 +1,4 @@
-"""What numbers were measured on or modelled for: a machine, a cluster, the links between ranks."""
+"""The hardware of results, measured or modelled: machine, cluster, links between ranks."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class MachinePeak(Strict):
 
 @dataclass(frozen=True)
 class Machine(Strict):
-    """Where it ran.
+    """The machine of a run.
 
     Attributes:
         device: `cpu`, or the name of the accelerator.

@@ -1,4 +1,4 @@
-"""The batch of one data-parallel rank, while a step is planned."""
+"""The batch of one data-parallel rank while a step is planned."""
 
 import numpy as np
 import numpy.typing as npt

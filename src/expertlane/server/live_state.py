@@ -1,4 +1,4 @@
-"""What `/live` shows: frames of numbers, and what has happened."""
+"""The data of `/live`: frames of numbers, and events."""
 
 import time
 from base64 import b64encode
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from expertlane.server.service import Service
 
 _STAGES = [stage for stage in Stage if stage != Stage.SETUP]
-_LATELY_S = 60.0  # of percentiles, and of preemptions
+_LATELY_S = 60.0  # the window of percentiles and preemptions
 _PERCENTILES = (50, 90, 99)
 _MOST_EVENTS = 200
 _MOST_HISTORY = 500_000  # token counts that a page gets at its start

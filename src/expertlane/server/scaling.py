@@ -16,7 +16,7 @@ from expertlane.spec.names import Origin
 
 _MOST_CHANGES = 20  # that are told of
 _RETRY_S = 1
-_LOOK_S = 0.02  # between looks at weights that are prepared
+_LOOK_S = 0.02  # between checks of the progress of preparing
 PREPARING = "preparing"  # the state before those of `engine.recovery`
 
 
@@ -34,7 +34,7 @@ class _Changer:
         self._to: Layout | None = None  # under way
 
     async def change(self, text: str) -> None:
-        """Prepare another layout, and go on in it; returns when steps run again.
+        """Prepare another layout and switch to it; returns when steps run again.
 
         Raises:
             ApiError: with 400, 409, 500 or 503.
@@ -91,7 +91,7 @@ class _Changer:
             raise
         try:
             await between_steps(partial(scaling.scale, layout))
-        except UserError as error:  # as of ranks that were lost just now
+        except UserError as error:  # such as ranks that were lost meanwhile
             await between_steps(scaling.give_up)
             raise ApiError(503, str(error), param="layout", code="not_prepared") from None
 

@@ -1,4 +1,4 @@
-"""What a server serves, and how it treats requests."""
+"""The model of a server, and its settings for requests."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A loaded model, as requests see it.
+    """A loaded model as requests see it.
 
     Attributes:
         name: what requests call it.
@@ -39,13 +39,13 @@ class ServedModel:
 
     @property
     def max_model_len(self) -> int:
-        """Prompt and output tokens of a request at most."""
+        """The largest sum of a request's prompt and output tokens."""
         return self.limits.max_positions
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How a server treats requests.
+    """Settings for requests.
 
     Attributes:
         api_keys: one of them has to be given; none: nobody is asked.

@@ -1,4 +1,4 @@
-"""Which processes the ranks of a layout are: after a loss, fewer of them than there were."""
+"""The processes that are a layout's ranks; after a loss, a part of them."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -77,8 +77,8 @@ class Members:
     def without(self, lost: Collection[int]) -> "Members":
         """The largest part of these that needs no lost process, with the same slices of weights.
 
-        Replicas that lost a process go, if any lost none. Else data-parallel ranks go, equally many
-        in each replica; the last ones take the places of those that are gone.
+        Replicas that lost a process are dropped, if another lost none. Else data-parallel ranks are
+        dropped, the same number in each replica; the last ones take the free numbers.
 
         Raises:
             SpecError: there is none.

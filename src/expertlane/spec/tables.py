@@ -1,4 +1,4 @@
-"""Tables of files as dataclasses: what is unknown, missing or of another type gets one line."""
+"""Reads tables of files into dataclasses; an unknown, missing or wrong key gets one line."""
 
 import difflib
 import json
@@ -100,6 +100,6 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 
 def shown_json(value: Any) -> str:
-    """A value of a file on one line, cut when long."""
+    """A value of a file on one line, shortened if long."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…"
