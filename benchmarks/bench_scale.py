@@ -79,8 +79,9 @@ def measure(layouts: Sequence[str], seconds: float, *, ahead: bool) -> dict[str,
                 _facts(each)
                 | {
                     "pause_s": _pause(times, at_s),
-                    "rate_share": _rate(times, asked_s, at_s)
-                    / _rate(times, asked_s - seconds, asked_s),
+                    "rate_share": None
+                    if not ahead
+                    else _rate(times, asked_s, at_s) / _rate(times, asked_s - seconds, asked_s),
                 }
                 for each, asked_s, at_s in zip(changes, asked, switched, strict=True)
             ],
@@ -99,9 +100,9 @@ def _facts(change: LayoutChange) -> dict[str, Any]:
 
 
 def _rate(times: Sequence[float], begin_s: float, end_s: float) -> float:
-    """Tokens per second; NaN over no time."""
+    """Tokens per second."""
     first, last = np.searchsorted(times, [begin_s, end_s])
-    return float(last - first) / (end_s - begin_s) if end_s - begin_s > _LEAST_S else float("nan")
+    return float(last - first) / max(end_s - begin_s, _LEAST_S)
 
 
 def _pause(times: Sequence[float], at_s: float) -> float:
@@ -115,7 +116,7 @@ def _bins(times: Sequence[float]) -> np.ndarray:
 
 
 def picture(found: dict[str, Any]) -> str:
-    """Tokens per second over time, with the layouts."""
+    """Tokens per second over time, with the layouts; each from the switch to it on."""
     rates = found["tokens_per_s"]
     total_s, most = BIN_S * len(rates), max(rates)
     right, high = _WIDTH - 10, _HEIGHT - _LOW
@@ -127,7 +128,7 @@ def picture(found: dict[str, Any]) -> str:
         return round(high - (high - 24) * rate / most, 1)
 
     steps = [f"{x(i * BIN_S)},{y(r)} {x((i + 1) * BIN_S)},{y(r)}" for i, r in enumerate(rates)]
-    begins = [0.0, *found["asked_s"]]
+    begins = [0.0, *found["switched_s"]]
     text = 'font-family="sans-serif" font-size="11" fill="currentColor"'
     marks = [
         f'<line x1="{x(at)}" x2="{x(at)}" y1="16" y2="{high}" stroke="currentColor" '

@@ -35,9 +35,11 @@ from expertlane.ops.cuda import attention, rotate
 from expertlane.ops.cuda.activation import activate
 from expertlane.ops.cuda.grouped import CudaExperts
 from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
+from expertlane.ops.cuda.parts import CudaAttention, CudaMlp
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch, PagedSequences
 from expertlane.ops.products import Activation, Expert, Linear, grouped_mm
+from expertlane.ops.step import AttentionWeights
 from expertlane.schedule.plan import Batch
 
 CUDA = torch.device("cuda")
@@ -256,6 +258,43 @@ def experts(
     _expect(gather_sum(results, pairs.numbers, weights, None), (num_tokens, hidden), dtype)
 
 
+def parts(num_tokens: int, hidden: int, heads: tuple[int, int], dim: int, inner: int) -> None:
+    """A layer's attention and an MLP as layers call them."""
+
+    def linear(n: int, k: int) -> Linear:
+        return Linear(torch.empty(n, k, dtype=torch.bfloat16, device=CUDA))
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, device=CUDA)
+
+    num_heads, num_kv_heads = heads
+    of_attention = CudaAttention(
+        AttentionWeights(
+            norm=floats(hidden),
+            eps=1e-6,
+            query_key_value=linear((num_heads + 2 * num_kv_heads) * dim, hidden),
+            head_norms=floats(num_heads + num_kv_heads, dim),
+            output=linear(hidden, num_heads * dim),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=dim,
+            cos=floats(4096, 1, dim),
+            sin=floats(4096, 1, dim),
+            interleave=False,
+            params=AttentionParams(dim, dim**-0.5),
+        )
+    )
+    cache = KVCache(64, 16, num_kv_heads, dim, dim, torch.bfloat16, CUDA)
+    x = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=CUDA)
+    for adds_input in (False, True):
+        out = of_attention(x, cache, batch_of(num_tokens, 100, 1), adds_input=adds_input)
+        _expect(out, (num_tokens, hidden), torch.bfloat16)
+    dense = Expert(gate=linear(inner, hidden), up=linear(inner, hidden), down=linear(hidden, inner))
+    scale = torch.empty(1, hidden, dtype=torch.bfloat16, device=CUDA)
+    mlp = CudaMlp(dense, Activation("silu"), floats(hidden), 1e-6, scale)
+    _expect(mlp(x), (num_tokens, hidden), torch.bfloat16)
+
+
 FLOAT32 = torch.float32
 # By name, with sizes of: the paper's model (heads of 512), Qwen3 (normed heads), DeepSeek-V3
 # (latents), GPT-OSS (sinks and windows).
@@ -267,6 +306,7 @@ CASES: dict[str, Callable[[], None]] = {
     "experts, some tokens": lambda: experts(256, 8, (32, 4096, 1536)),
     "experts by torch": lambda: experts(64, 8, (32, 7168, 2048), by_torch=True),
     "experts in float32": lambda: experts(64, 8, (32, 7168, 2048), FLOAT32),
+    "a layer of Qwen3": lambda: parts(64, 2048, (32, 4), 128, 6144),
     "rotation, Qwen3": lambda: turn(64, (32, 4), 128, 128, has_norms=True),
     "rotation, DeepSeek": lambda: turn(64, (128, 1), 192, 64, interleave=True),
     "decode, paper": lambda: attend(batch_of(64, 2000, 1), (16, 16), (512, 512)),

@@ -3,7 +3,8 @@
     PYTHONPATH=src:tests python -m distributed.cut_nodes [--by torchrun|variables] [--shrink]
 
 Needs root: see `distributed.namespaces`. Clients stream from the first host all the time, each the
-same request again and again. Prints what happened when, and whether any token was another one.
+same request again and again. Prints what happened when, and whether any token was another one; then
+one JSON line.
 """
 
 import argparse
@@ -282,6 +283,10 @@ def main() -> None:
         print(run.report())
         num_answers = sum(len(client.answers) for client in run.clients)
         print(f"{num_answers} answers of {NUM_TOKENS} tokens, {len(run.faults())} of them wrong")
+        begin_s = run.moments[0][1]
+        moments = [(round(at_s - begin_s, 2), what) for what, at_s in run.moments]
+        facts = {"by": own.by, "shrink": own.shrink, "answers": num_answers}
+        print(json.dumps(facts | {"wrong": len(run.faults()), "moments": moments}))
 
 
 if __name__ == "__main__":

@@ -116,6 +116,18 @@ class TwoHosts:
         """Bring it up again."""
         _ip("-n", self.names[1], "link", "set", _LINK, "up")
 
+    def mute(self, host: int) -> None:
+        """Drop all that a host sends to the other one; what that sends still arrives."""
+        self._queue(host, "add", "pfifo", "limit", "0")
+
+    def unmute(self, host: int) -> None:
+        """No longer."""
+        self._queue(host, "del")
+
+    def _queue(self, host: int, action: str, *kind: str) -> None:
+        command = ["tc", "-n", self.names[host], "qdisc", action, "dev", _LINK, "root", *kind]
+        subprocess.run(command, check=True, capture_output=True)
+
     def pids(self, host: int) -> list[int]:
         """All processes of a host."""
         return sorted(int(line) for line in _ip("netns", "pids", self.names[host]).split())

@@ -33,6 +33,20 @@ def test_a_host_comes_back_and_no_token_is_another_one(by):
             assert run.faults() == [], run.report()
 
 
+@pytest.mark.parametrize("mute", [0, 1])
+def test_a_cut_in_one_direction_is_one_for_both(mute):
+    with served(by="variables") as run:
+        run.start_all()
+        run.hosts.mute(mute)
+        run.see_line("it is lost", "; recovering")
+        run.see_ranks("its ranks are dead", 0)
+        run.hosts.unmute(mute)
+        run.see_line("node 1 is back", "is back after")
+        run.see_tokens("clients have whole answers")
+        run.stop_clients()
+        assert run.faults() == [], run.report()
+
+
 def test_the_first_host_serves_alone_while_the_other_is_cut_off():
     with served(by="variables", options=("--on-failure", "shrink")) as run:
         run.start_all()

@@ -156,8 +156,9 @@ def test_a_stream_that_is_collected_in_the_middle_of_a_step(slow_llm):
 
     def collect():
         nonlocal left
-        left = None
-        gc.collect()
+        if left is not None:
+            left = None
+            gc.collect()
 
     slow_llm.runner.before = collect
     assert generate(slow_llm, 1) == expected(prompt_of(1), 20)

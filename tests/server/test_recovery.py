@@ -26,11 +26,18 @@ def events():
 
 
 @pytest.fixture
-def server(events):
+def on_failure():
+    return "replace"
+
+
+@pytest.fixture
+def server(events, on_failure):
     """On two data-parallel ranks, with the tokens that its LLM gave before as `expected`."""
-    with LLM("paper-tiny", layout="dp=2,ep=2", dtype="float32", on_failure="replace") as llm:
+    settings = {"dtype": "float32", "num_blocks": 64, "on_failure": on_failure}
+    with LLM("paper-tiny", layout="dp=2,ep=2", **settings) as llm:
         expected = [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
-        model = ServedModel("tiny", llm.engine, llm.limits, watch=llm.watch())
+        given = {"watch": llm.watch(), "scaling": llm.scaling}
+        model = ServedModel("tiny", llm.engine, llm.limits, **given)
         options = ServerOptions(on_event=lambda *event: events.append(event))
         server = ServerInThread(model, options, check_ranks=llm.check_ranks)
         server.llm, server.expected = llm, expected
@@ -86,3 +93,34 @@ def test_clients_see_no_more_than_a_pause(server, events):
         os.kill(pid, signal.SIGTERM)
     assert complete(server, 1) == server.expected[1]
     assert server.llm.engine.recovery.num_recoveries == 2
+
+
+@pytest.mark.parametrize("on_failure", ["shrink"])
+def test_the_others_serve_while_a_rank_is_replaced(server, events):
+    pool = server.llm._pool
+    start, pool.start = pool.start, lambda ranks: None  # not yet
+    with (
+        feed(server) as frames,
+        harmed(0, RunStep, 6),
+        ThreadPoolExecutor(len(PROMPTS)) as clients,
+    ):
+        found = list(clients.map(lambda number: complete(server, number), range(len(PROMPTS))))
+        assert found == server.expected
+        frame = next(frame for frame in frames if frame.get("state") == "shrunk")
+        counts = {"serving": 1, "all": 2, "shrunk_at": server.llm.engine.recovery.shrunk_at}
+        assert frame["dp_ranks"] == counts
+        (text,) = [each["text"] for each in frame["alerts"] if "data-parallel" in each["text"]]
+        assert text.startswith("1 of 2 data-parallel ranks serve since ")
+        values, _ = scrape(server)
+        assert values["expertlane:dp_ranks_serving",] == 1
+        answer = httpx.post(f"{server.url}/scale", json={"layout": "dp=4,ep=4"})
+        assert answer.status_code == 409
+        assert answer.json()["error"]["message"] == "1 of 2 data-parallel ranks serve"
+        pool.start = start
+        frame = next(frame for frame in frames if frame.get("state") == "running")
+        assert frame["dp_ranks"] == {"serving": 2, "all": 2, "shrunk_at": None}
+    assert complete(server, 0) == server.expected[0]
+    values, _ = scrape(server)
+    assert values["expertlane:growths_total",] == 1
+    kinds = [kind for kind, _ in events]
+    assert wait_until(lambda: [kind for kind, _ in events] == ["recovery", "growth"]), kinds

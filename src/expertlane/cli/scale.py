@@ -17,7 +17,6 @@ from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import layout_option
 from expertlane.cli.output_options import PrintOptions
 from expertlane.errors import ExpertlaneError, UserError
-from expertlane.results.statistics import median_interval
 from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Origin
@@ -148,6 +147,8 @@ async def _show(
 
 async def _rate(connections: "Connections", seconds: float) -> dict[str, float] | None:
     """Tokens per second, of all requests of the server, with an interval; None over no time."""
+    from expertlane.results.statistics import median_interval
+
     if not seconds:
         return None
     looks = []

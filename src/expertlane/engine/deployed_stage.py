@@ -171,10 +171,8 @@ class DeployedStage:
         """
         self.migration.forget()
         self._payload = options.payload
-        if options.dispatch != "auto" and options.overlap != "auto":
-            self.set_dispatch(
-                DispatchTable.fixed(options.dispatch, options.overlap, options.prefill_dispatch)
-            )
+        if (table := options.fixed_table) is not None:
+            self.set_dispatch(table)
         self._block_size = block_size
         self._phase = None
         self._uncommitted.clear()

@@ -141,25 +141,10 @@ class Engine(Generic[HandleT]):
         """
         name = f"request {request_id!r}" if name is None else name
         token_ids = self._encode(name, prompt, params)
-        constraint, sampling = None, params
+        constraint = None
         if params.structured is not None:
             constraint = self.grammars.begin(params, params.stop_token_ids)
-            # What may end an output, the masks say; ranks need no more than them.
-            sampling = replace(params, structured=None, min_tokens=0)
-        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        request = Request(
-            request_id,
-            token_ids,
-            max_tokens=params.max_tokens,
-            stop_token_ids=params.stop_token_ids,
-            eos_token_ids=self._eos_token_ids,
-            ignore_eos=params.ignore_eos and constraint is None,
-            priority=priority,
-            sampling=sampling if params.needs_logits else None,
-            sampling_seed=seed,
-            mask=None if constraint is None else constraint.mask,
-            name=name,
-        )
+        request = self._request(request_id, token_ids, params, constraint, priority, name)
         if earlier is not None:
             if constraint is not None:
                 self.grammars.skip(constraint, earlier.token_ids)
@@ -173,19 +158,7 @@ class Engine(Generic[HandleT]):
             time.perf_counter(),
             request.output_token_ids,  # one list for both
         )
-        detokenizer = None
-        if self._tokenizer is not None:
-            detokenizer = IncrementalDetokenizer(
-                self._tokenizer,
-                prompt_ids,
-                stop=params.stop,
-                min_tokens=params.min_tokens,
-                skip_special_tokens=params.skip_special_tokens,
-                shown_token_ids=params.shown_token_ids,
-                include_stop=params.include_stop_str_in_output,
-            )
-            for token_id in output.token_ids:  # whose text is there
-                detokenizer.append(token_id)
+        detokenizer = self._detokenizer(prompt_ids, params, output)
         if params.prompt_logprobs is not None and earlier is None:
             output.prompt_logprobs = PromptLogprobs(prompt_ids, params.prompt_logprobs)
             self._scoring[request.seq_id] = output
@@ -204,6 +177,52 @@ class Engine(Generic[HandleT]):
             self._complete[request_id] = FinishReason.STOP
         return output
 
+    def _request(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        constraint: Constraint | None,
+        priority: int,
+        name: str,
+    ) -> Request:
+        sampling = params
+        if constraint is not None:  # what may end an output, its masks say; ranks need no more
+            sampling = replace(params, structured=None, min_tokens=0)
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
+        return Request(
+            request_id,
+            token_ids,
+            max_tokens=params.max_tokens,
+            stop_token_ids=params.stop_token_ids,
+            eos_token_ids=self._eos_token_ids,
+            ignore_eos=params.ignore_eos and constraint is None,
+            priority=priority,
+            sampling=sampling if params.needs_logits else None,
+            sampling_seed=seed,
+            mask=None if constraint is None else constraint.mask,
+            name=name,
+        )
+
+    def _detokenizer(
+        self, prompt_ids: list[int], params: SamplingParams, output: RequestOutput
+    ) -> IncrementalDetokenizer | None:
+        """Makes the text of an output; that of its earlier tokens is there."""
+        if self._tokenizer is None:
+            return None
+        detokenizer = IncrementalDetokenizer(
+            self._tokenizer,
+            prompt_ids,
+            stop=params.stop,
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+            shown_token_ids=params.shown_token_ids,
+            include_stop=params.include_stop_str_in_output,
+        )
+        for token_id in output.token_ids:
+            detokenizer.append(token_id)
+        return detokenizer
+
     def _encode(self, name: str, prompt: Prompt, params: SamplingParams) -> Sequence[int]:
         if self._tokenizer is None and params.stop:
             raise UserError(f"{name}: stop strings need a tokenizer; use stop_token_ids instead")
@@ -219,13 +238,19 @@ class Engine(Generic[HandleT]):
         Returns:
             False if no unfinished request has this id.
         """
-        live = self._live.pop(request_id, None)
+        live = self._live.get(request_id)
         if live is None:
             return False
-        self.scheduler.cancel(request_id)
-        self._unscheduled.pop(live.request.seq_id, None)
-        self._ended.append(self._end(live, None, FinishReason.CANCELLED))
+        self._drop(live, FinishReason.CANCELLED)
         return True
+
+    def _drop(self, live: _Live, reason: FinishReason) -> None:
+        """End a request between two steps; its last chunk comes with the next one."""
+        request = live.request
+        del self._live[request.request_id]
+        self.scheduler.cancel(request.request_id, reason)
+        self._unscheduled.pop(request.seq_id, None)
+        self._ended.append(self._end(live, None, reason))
 
     def scale(self, layout: Layout, change: Callable[[], int]) -> None:
         """Go on in another layout, once the steps under way are finished.
@@ -332,7 +357,13 @@ class Engine(Generic[HandleT]):
     def _recover(self, error: RanksLostError) -> None:
         if self.recovery is None:
             raise error
-        self.recovery.recover(error, self._loop)
+        to_end = {*self.recovery.recover(error, self._loop)}
+        for live in [each for each in self._live.values() if each.request.seq_id in to_end]:
+            live.request.error = (
+                f"{live.request.name}: ranks were lost again and again while they computed it; "
+                f"the last time: {error}"
+            )
+            self._drop(live, FinishReason.ERROR)
         if not self.scheduler.has_unfinished:
             self.recovery.settle()
 

@@ -131,12 +131,8 @@ class LLM:
         record_routing: bool = False,
         check: CheckLevel = "off",
     ) -> None:
-        check_settings(
-            *(dtype, cpu_isa, on_failure, check),
-            seed=seed,
-            timeout_s=timeout_s,
-            rejoin_s=rejoin_s,
-        )
+        numbers = {"seed": seed, "timeout_s": timeout_s, "rejoin_s": rejoin_s}
+        check_settings(dtype, cpu_isa, on_failure, check, **numbers)
         chosen = as_layout(layout)
         deployment = Deployment("llm", chosen, options or Options())
         self.model, self._folder = find_model(model, ignore_unused_tensors)
@@ -171,8 +167,7 @@ class LLM:
             self._fit(wanted, num_blocks, deployment, placements)
             given = deployment, seed, ranks_per_node, eos_token_ids, check
             self.engine = self._start(lambda: self._make_engine(*given))
-            shrinks = on_failure == "shrink"
-            self._set_up_changes(deployment, ranks_per_node, oversubscribe, shrinks=shrinks)
+            self._set_up_changes(deployment, ranks_per_node, oversubscribe, on_failure)
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
             pool.close(failed=True)
@@ -190,7 +185,11 @@ class LLM:
         )
 
     def _set_up_changes(
-        self, deployment: Deployment, ranks_per_node: int, oversubscribe: bool, *, shrinks: bool
+        self,
+        deployment: Deployment,
+        ranks_per_node: int,
+        oversubscribe: bool,
+        on_failure: OnFailure,
     ) -> None:
         """Whatever changes the layout later, as asked or since ranks were lost."""
         self.scaling = Scaling(
@@ -203,7 +202,7 @@ class LLM:
         if self._recovery is None:
             return
         self._recovery.settle()
-        if shrinks:
+        if on_failure == "shrink":
             self._recovery.shrinker = Shrinking(
                 *(self._pool, self._runner, self.scaling, self.model, self.limits),
                 folder=self._folder,

@@ -98,14 +98,7 @@ class ModelRunner:
         spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
         self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size)
         if options.cache_int8:
-            if folder is None:
-                raise UserError(
-                    f"cache_int8 (--cache-int8) needs a checkpoint's folder; {model.name} has "
-                    "random weights"
-                )
-            (is_written,) = pool.call(CacheInt8(model, folder), ranks=[0])
-            where = f"{folder}/{INT8_FOLDER}"
-            log(f"int8 weights: {'written to' if is_written else 'read from'} {where}")
+            _keep_int8(pool, model, folder, log)
         held = pool.call(self._deploy)
         self.held = held[: layout.world_size]
         self.checking = None if check == "off" else Checking(pool, self.members)
@@ -383,3 +376,17 @@ def moe_layers(model: ModelConfig) -> list[int]:
             "dense"
         )
     return layers
+
+
+def _keep_int8(
+    pool: RankPool, model: ModelConfig, folder: str | None, log: Callable[[str], None]
+) -> None:
+    """Have the first rank write the rounded weights, unless they are there."""
+    if folder is None:
+        raise UserError(
+            f"cache_int8 (--cache-int8) needs a checkpoint's folder; {model.name} has "
+            "random weights"
+        )
+    (is_written,) = pool.call(CacheInt8(model, folder), ranks=[0])
+    where = f"{folder}/{INT8_FOLDER}"
+    log(f"int8 weights: {'written to' if is_written else 'read from'} {where}")

@@ -23,7 +23,7 @@ from expertlane.model.weights import HeldWeights, SeededWeights, WeightSource
 from expertlane.ops.backend import Platform
 from expertlane.spec.names import Origin, Stage
 
-_NICE = 5  # of a rank that loads while others serve
+_NICE = 10  # of a rank that loads while others serve
 
 
 def weight_source(spec: StageSpec, platform: Platform, touch: Callable[[], None]) -> WeightSource:

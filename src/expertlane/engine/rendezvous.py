@@ -32,9 +32,10 @@ _MEETING, _LAUNCHER = "expertlane", "launcher"  # begins all keys; the key of it
 # A node whose machine or network is gone says nothing: both ends lose the connection after 10 s
 # without an answer, or up to 2 s more.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
-# After the launcher has closed its connections to a node, no rank of it lives longer: it sees the
-# end of its own connections in those 12 s; if it is stopped, its ranks end it 3 s later.
-LEASE_S = 15.0
+# After the launcher has closed its connections to a node, no rank of it lives longer: the node sees
+# the end of its connections in those 12 s; where its server does not, its ranks do, and end 3 s
+# later. The rest is for a busy machine.
+LEASE_S = 20.0
 
 
 class Place(msgspec.Struct, frozen=True):

@@ -31,6 +31,7 @@ from expertlane.engine.messages import (
     Ready,
     encode,
 )
+from expertlane.engine.processes import is_stopped
 from expertlane.engine.rank_cores import Cores
 from expertlane.engine.rank_settings import RankSettings
 from expertlane.errors import UserError
@@ -133,7 +134,9 @@ def _sender(channel: Channel) -> Send:
 
 
 def _end_with_launcher(channel: Channel) -> threading.Thread:
-    """End this node's server, and so its ranks, when it does not although the launcher is gone.
+    """End this rank when its server does not although the launcher is gone, or has given it up.
+
+    A server that is stopped is killed, and so are all its ranks then.
 
     Returns:
         What does it; it ends after the launcher.
@@ -145,7 +148,7 @@ def _end_with_launcher(channel: Channel) -> threading.Thread:
         poll.poll()
         time.sleep(_LINGER_S)
         if os.getppid() == server_pid:
-            os.kill(server_pid, signal.SIGKILL)
+            os.kill(server_pid if is_stopped(server_pid) else os.getpid(), signal.SIGKILL)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -158,7 +161,7 @@ def run_rank(channel: Channel, settings: RankSettings, handlers: Handlers) -> in
         return _answer(channel, settings, handlers)
     watch = _end_with_launcher(channel)
     code = _answer(channel, settings, handlers)
-    watch.join()  # the server ends this process, or this one the server
+    watch.join()  # the server ends this process, or the watch does
     return code
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import UserError
+from expertlane.schedule.batch_draft import BatchDraft
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan, without_caches
 from expertlane.schedule.request import FinishReason, Limits, Request, RequestState
-from expertlane.schedule.running import BatchDraft, Rows, RunningTable
+from expertlane.schedule.running import Rows, RunningTable
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import DpRank

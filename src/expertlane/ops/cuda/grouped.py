@@ -157,8 +157,8 @@ class CudaExperts(Experts):
         super().__init__(held, activation)
         self._groups = groups
         self._is_gated = held[0].gate is not None
-        self._inner = _stack([each.linears[:-1] for each in held])
-        self._down = _stack([[each.down] for each in held])
+        self._inner = side_by_side([each.linears[:-1] for each in held])
+        self._down = side_by_side([[each.down] for each in held])
 
     @staticmethod
     def suits(held: Sequence[Expert]) -> bool:
@@ -205,12 +205,17 @@ def experts_of(held: Sequence[Expert], activation: Activation) -> CudaExperts:
     return CudaExperts(held, activation, grouped_mm if GroupedExperts.suits(held) else None)
 
 
-def _stack(linears: Sequence[Sequence[Linear]]) -> tuple[Tensor, Tensor | None]:
-    """Weights [E, rows of all, in_features] and biases of each expert's linears, side by side."""
-    weight = torch.stack([torch.cat([each.weight for each in own]) for own in linears])
-    for own, of_expert in zip(linears, weight, strict=True):
-        parts = of_expert.split([each.out_features for each in own])
-        for linear, part in zip(own, parts, strict=True):
+def side_by_side(linears: Sequence[Sequence[Linear]]) -> tuple[Tensor, Tensor | None]:
+    """Weights [E, rows of all, in_features] and biases of each expert's linears.
+
+    The weights become parts of that, one after the other, so that little is held twice.
+    """
+    first = linears[0][0].weight
+    num_rows = [each.out_features for each in linears[0]]
+    weight = first.new_empty(len(linears), sum(num_rows), first.shape[1])
+    for own, of_expert in zip(linears, weight.unbind(), strict=True):
+        torch.cat([each.weight for each in own], out=of_expert)
+        for linear, part in zip(own, of_expert.split(num_rows), strict=True):
             linear.weight = part
     biases = [[each.bias for each in own if each.bias is not None] for own in linears]
     return weight, torch.stack([torch.cat(own) for own in biases]) if biases[0] else None

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from expertlane.ops.cuda.activation import activate
 from expertlane.ops.cuda.attention import attend
+from expertlane.ops.cuda.grouped import side_by_side
 from expertlane.ops.cuda.norm import rms_norm
 from expertlane.ops.cuda.rotate import rotate_and_write
 from expertlane.ops.kv_cache import KVCache, PagedBatch
@@ -66,8 +67,7 @@ class CudaMlp:
         self._is_gated = mlp.gate is not None
         self._inner = mlp.up.weight
         if mlp.gate is not None:
-            self._inner = torch.cat([mlp.gate.weight, mlp.up.weight])
-            mlp.gate.weight, mlp.up.weight = self._inner.chunk(2)
+            self._inner = side_by_side([[mlp.gate, mlp.up]])[0].flatten(0, 1)
 
     @staticmethod
     def suits(mlp: Expert) -> bool:
