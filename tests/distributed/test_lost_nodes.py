@@ -18,6 +18,8 @@ from expertlane.engine.pool import RankPool
 from expertlane.engine.rendezvous import Claim, handshake
 from expertlane.errors import RankError, RanksLostError
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
+
 TIMEOUT_S = 2.5
 OF_NODE = {2, 3}
 

@@ -40,6 +40,7 @@ def become(command: Sequence[str], descriptors: Sequence[int]) -> NoReturn:
     """
     code = 1
     try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.setsid()
         os.dup2(2, 1)
         for fd in map(int, os.listdir("/proc/self/fd")):
@@ -177,6 +178,14 @@ def main() -> None:
     for name in _IMPORTED:
         importlib.import_module(name)
 
+    codes: dict[int, int] = {}
+
+    def take_codes(*_: object) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                codes[ended[0]] = os.waitstatus_to_exitcode(ended[1])
+
+    signal.signal(signal.SIGCHLD, take_codes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the tests
     connection = socket.socket(fileno=int(sys.argv[1]))
     while header := connection.recv(8, socket.MSG_WAITALL):
@@ -185,8 +194,7 @@ def main() -> None:
         while len(received) < request["num"]:
             received += socket.recv_fds(connection, 1, _AT_ONCE)[1]
         if "wait" in request:
-            pid, status = os.waitpid(request["wait"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
+            answer = codes.get(request["wait"])
         else:
             answer = _fork(connection, request, received)
         for fd in received:

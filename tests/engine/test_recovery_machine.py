@@ -72,6 +72,7 @@ class Disturbed:
         self.members = self.running = Members(LAYOUT)
         self.epoch, self.joined = 0, [0] * (LAYOUT.world_size + 1)
         self.is_running, self.is_closed = True, False
+        self.to_cut = set()  # (replica, dp_rank) of requests that were too often in steps
         self.num_epochs_since_commit = 0
 
     @property
@@ -132,7 +133,7 @@ class Disturbed:
         if self.members == self.whole:
             assert not self.absent
         assert not self.caches, "steps would be run on caches that are gone"
-        left = self.uncommitted
+        left = [plan for plan in self.uncommitted if plan in plans]  # replicas may have come back
         assert plans[: len(left)] == left, "ranks are to undo all that is to come again"
         self._pass("redeploy")
         for rank in self.members.numbers[::2]:
@@ -175,8 +176,9 @@ class Disturbed:
         return 1
 
     def lose_caches(self, caches):
-        assert caches >= self.caches
+        assert caches >= self.caches | self.to_cut
         self.caches.clear()
+        self.to_cut.clear()
         return len(caches)
 
     def submit_again(self):
@@ -287,8 +289,17 @@ class Machine(RuleBasedStateMachine):
         struck = [r for r in replicas if not ranks.isdisjoint(members.of_replica(r))]
         for replica in struck or replicas:
             self.num_in_vain[replica] += 1
+        to_end = {replica for replica, number in enumerate(self.num_in_vain) if number > 3}
+        to_end = {max(to_end)} if to_end else to_end  # the newest
+        self.num_in_vain = [
+            0 if replica in to_end else min(number, 3)
+            for replica, number in enumerate(self.num_in_vain)
+        ]
+        self.ranks.to_cut = {(replica, 0) for replica in to_end}
         error = RanksLostError(f"first: {sorted(ranks)}", ranks)
-        self.disturb(partial(self.recovery.recover, error), more, ends, where, is_interrupted)
+        recover = partial(self.recovery.recover, error)
+        ended = self.disturb(recover, more, ends, where, is_interrupted)
+        assert self.is_stopped or set(ended) == to_end
 
     @precondition(lambda self: self.recovery.state is State.SERVING)
     @rule(
@@ -319,7 +330,7 @@ class Machine(RuleBasedStateMachine):
             assert f" to {layout} in " in self.lines[-1]
 
     def disturb(self, action, more, ends, where, is_interrupted):
-        """Do something of the machine's, to its end, while other things happen."""
+        """Do something of the machine's, to its end, while other things happen; what it gave."""
         disturbed = self.ranks
         disturbed.is_running = False
         disturbed.to_come = deque(
@@ -333,7 +344,7 @@ class Machine(RuleBasedStateMachine):
         ended = None
         while ended is None:
             try:
-                action(Loop(disturbed))
+                found = action(Loop(disturbed))
                 break
             except KeyboardInterrupt:
                 assert self.recovery.is_interrupted
@@ -343,17 +354,15 @@ class Machine(RuleBasedStateMachine):
         if ended is not None:
             assert self.is_stopped
             if ended is not ends:
-                is_fruitless = disturbed.num_epochs_since_commit == 3
-                assert is_fruitless or max(self.num_in_vain) > 3
-                assert ("finished step" if is_fruitless else "no further") in str(ended)
+                assert disturbed.num_epochs_since_commit in (3, 4)
                 assert disturbed.is_closed
-                assert "all ranks were ended" in str(ended)
-            return
-        assert max(self.num_in_vain) <= 3
+                assert "led to no finished step, so all ranks were ended" in str(ended)
+            return None
         assert self.recovery.state is State.REPLAYING
         assert not self.recovery.is_interrupted
         assert disturbed.is_running
-        assert num_before < disturbed.num_epochs_since_commit <= 3
+        assert num_before < disturbed.num_epochs_since_commit <= 4
+        return found
 
     @precondition(lambda self: self.is_stopped)
     @rule()
@@ -397,16 +406,12 @@ def test_one_replica_is_struck_again_and_again():
     ranks, lines = Disturbed(), []
     recovery = Recovery(ranks, LAYOUT, ranks.redeploy, lines.append)
     recovery.settle()
-    for _ in range(3):
-        recovery.recover(RanksLostError("rank 9 is dead", {9}), Loop(ranks))
+    found = []
+    for rank in (9, 12, 9, 1, 12, 9):  # 1 is of the other replica
+        found.append(recovery.recover(RanksLostError("a rank is dead", {rank}), Loop(ranks)))
         recovery.settle(PLANS[0])
-    recovery.recover(RanksLostError("rank 1 is dead", {1}), Loop(ranks))  # of the other
-    recovery.settle(PLANS[0])
-    line = "rank 12 is dead; 3 recoveries in a row brought a request no further"
-    with pytest.raises(RankError, match=line):
-        recovery.recover(RanksLostError("rank 12 is dead", {12}), Loop(ranks))
-    assert ranks.is_closed
-    assert lines[-1].startswith("given up after")
+    assert [[*each] for each in found] == [[], [], [], [], [1], []]
+    assert recovery.state is State.SERVING
 
 
 def test_losses_at_the_start():

@@ -17,6 +17,8 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Origin
 
+pytestmark = pytest.mark.usefixtures("forked_servers")
+
 PATIENCE_S = 60.0
 
 

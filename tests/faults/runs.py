@@ -30,7 +30,7 @@ from engine.processes import session_is_gone, wait_until
 from expertlane.engine import fork_server, local_ranks, model_runner
 from expertlane.engine.llm import LLM
 from expertlane.engine.rebalancing import Rebalancer
-from expertlane.errors import ExpertlaneError
+from expertlane.errors import ExpertlaneError, UserError
 from expertlane.ops.backend import backend_of_cpu
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -71,13 +71,23 @@ class _Changes:
             self.is_ready = self._is_prepared(self._target)
             self._next_step = step + self.is_ready * STEPS_APART
         elif not self._has_changed:
-            first, self._has_changed = self._llm.layout, True
-            self._llm.scale(self._target)
-            self._happened.begin()
-            self._target, self._next_step = first, step + STEPS_CHANGED
-        elif self._happened.all():
-            self._llm.scale(self._target)
+            first = self._llm.layout
+            if self._has_scaled(self._target):
+                self._has_changed = True
+                self._happened.begin()
+                self._target, self._next_step = first, step + STEPS_CHANGED
+        elif self._happened.all() and self._has_scaled(self._target):
             self._target = None
+
+    def _has_scaled(self, target: Layout) -> bool:
+        """Change the layout, unless ranks are lost at that time and fewer serve."""
+        try:
+            self._llm.scale(target)
+        except UserError as error:
+            if "try again later" not in str(error):
+                raise
+            return False
+        return True
 
     def _is_prepared(self, target: Layout) -> bool:
         if self._prepares and not self._is_preparing:

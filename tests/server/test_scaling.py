@@ -98,7 +98,7 @@ def test_one_at_a_time(server):
         "dp=2,ep=2",
     )
     assert facts["preparing"] == {"layout": "tp=2", "share": 0, "weight_bytes": 0, "ranks": {}}
-    assert any("layout tp=2 is prepared: 0%" in alert.text for alert in alerts)
+    assert any("Layout tp=2 is being prepared: 0%" in alert.text for alert in alerts)
     assert complete(server, 0) == server.expected[0]
 
 

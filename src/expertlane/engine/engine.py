@@ -238,13 +238,19 @@ class Engine(Generic[HandleT]):
         Returns:
             False if no unfinished request has this id.
         """
-        live = self._live.pop(request_id, None)
+        live = self._live.get(request_id)
         if live is None:
             return False
-        self.scheduler.cancel(request_id)
-        self._unscheduled.pop(live.request.seq_id, None)
-        self._ended.append(self._end(live, None, FinishReason.CANCELLED))
+        self._drop(live, FinishReason.CANCELLED)
         return True
+
+    def _drop(self, live: _Live, reason: FinishReason) -> None:
+        """End a request between two steps; its last chunk comes with the next one."""
+        request = live.request
+        del self._live[request.request_id]
+        self.scheduler.cancel(request.request_id, reason)
+        self._unscheduled.pop(request.seq_id, None)
+        self._ended.append(self._end(live, None, reason))
 
     def scale(self, layout: Layout, change: Callable[[], int]) -> None:
         """Go on in another layout, once the steps under way are finished.
@@ -351,7 +357,13 @@ class Engine(Generic[HandleT]):
     def _recover(self, error: RanksLostError) -> None:
         if self.recovery is None:
             raise error
-        self.recovery.recover(error, self._loop)
+        to_end = {*self.recovery.recover(error, self._loop)}
+        for live in [each for each in self._live.values() if each.request.seq_id in to_end]:
+            live.request.error = (
+                f"{live.request.name}: ranks were lost again and again while they computed it; "
+                f"the last time: {error}"
+            )
+            self._drop(live, FinishReason.ERROR)
         if not self.scheduler.has_unfinished:
             self.recovery.settle()
 

@@ -351,7 +351,7 @@ class LocalRanks:
         """The error for a node that is gone or hangs."""
         if node == 0 and how.startswith(GONE):
             code = self._server.wait(_KILL_TIMEOUT_S)
-            how = f"ended with exit code {code}"
+            return RankError(f"the fork server ended with exit code {code}; all ranks were ended")
         return RankError(f"{self.nodes[node].name} {how}; all ranks were ended")
 
     def exit_code(self, rank: int, timeout_s: float) -> int | None:

@@ -23,7 +23,7 @@ GONE = "is gone"
 def gone(error: Exception) -> str:
     """How a node is lost whose connection broke."""
     why = getattr(error, "strerror", None)
-    return f"{GONE} ({why})" if why else GONE
+    return f"is gone ({why})" if why else GONE
 
 
 @dataclass(frozen=True, eq=False)

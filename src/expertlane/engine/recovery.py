@@ -21,7 +21,7 @@ from expertlane.errors import ExpertlaneError, RankError, RanksLostError, UserEr
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import StepPlan
 from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.members import DpRank, Members
 
 ResultT = TypeVar("ResultT")
 
@@ -143,6 +143,8 @@ class Recovery:
         self._pool, self._redeploy, self._log = pool, redeploy, log
         self._num_fruitless = 0
         self._repeated = RepeatedLosses()
+        self._to_end: list[int] = []  # sequences that end ranks
+        self._to_cut: set[DpRank] = set()  # where they are in steps
         self._is_under_way = False
         self._to_fence: frozenset[int] = frozenset()
         self._to_redeploy: frozenset[int] = frozenset()  # lost since they all loaded
@@ -160,19 +162,29 @@ class Recovery:
         """
         return self._until_done(action, None)
 
-    def recover(self, error: RanksLostError, loop: DriveLoop[Any]) -> None:
+    def recover(self, error: RanksLostError, loop: DriveLoop[Any]) -> Collection[int]:
         """Bring ranks and steps to where they go on; `settle` has to follow.
+
+        Returns:
+            Sequences to be ended before other steps are planned: each time that they were computed,
+            ranks were lost. One, or more after an interruption.
 
         Raises:
             RankError: there were too many losses, or ranks could not be replaced; all were ended.
             UserError: a rank found a mistake, such as a checkpoint that is no longer there.
         """
         if not self._is_under_way:
-            found = {replica for replica, _ in self.members.dp_ranks_of(error.ranks)}
-            self._repeated.add(loop.uncommitted, found or range(self.members.layout.replicas))
+            lost = {replica for replica, _ in self.members.dp_ranks_of(error.ranks)}
+            replicas = lost or range(self.members.layout.replicas)
+            found = self._repeated.add(loop.uncommitted, replicas, _MOST_FRUITLESS)
+            if found is not None:
+                self._to_end.append(found[0])
+                self._to_cut = {found[1]}
         self._is_under_way = True
         self._until_done(partial(self._bring_back, loop), error)
         self._is_under_way = False
+        ended, self._to_end = self._to_end, []
+        return ended
 
     def stop_waiting(self) -> None:
         """From any thread: do not wait any more for a node that is lost; all ranks end instead."""
@@ -259,10 +271,12 @@ class Recovery:
     def _replace(self, error: RanksLostError) -> None:
         self._to_fence |= error.ranks
         self._enter(State.FENCING, error)
-        if (why := self._why_given_up) is not None:
+        # Once more where requests may have been the reason, which are ended now.
+        if self._num_fruitless >= _MOST_FRUITLESS + bool(self._to_end):
             self._pool.close(failed=True)
             raise RankError(
-                f"{error}; {_MOST_FRUITLESS} recoveries in a row {why}, so all ranks were ended"
+                f"{error}; {self._num_fruitless} recoveries in a row led to no finished step, so "
+                "all ranks were ended"
             ) from None
         self._num_fruitless += 1
         self._target = self._choose()
@@ -295,24 +309,17 @@ class Recovery:
         return target
 
     @property
-    def _why_given_up(self) -> str | None:
-        if self._num_fruitless == _MOST_FRUITLESS:
-            return "led to no finished step"
-        if self._repeated.most > _MOST_FRUITLESS:
-            return "brought a request no further"
-        return None
-
-    @property
     def _missing(self) -> frozenset[int]:
         return frozenset(self.whole.numbers) - self._pool.present
 
     def _bring_back(self, loop: DriveLoop[Any]) -> None:
         """Let ranks load, and begin all steps anew that are not committed."""
         plans, before, record = loop.uncommitted, self.members, self.records[-1]
-        gone = before.dp_ranks_of(self._to_redeploy)
+        gone = before.dp_ranks_of(self._to_redeploy) | self._to_cut
         kept = self._target.kept_caches(before)
         kept = {new: old for new, old in kept.items() if old not in gone}
         record.num_requests += loop.lose({*before.dp_ranks} - {*kept.values()})
+        self._to_cut.clear()
         if self._target != before:
             assert self.shrinker is not None, "or members stay"
             self.shrinker.take(self._target, plans)

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from expertlane.schedule.plan import StepPlan
+from expertlane.spec.members import DpRank
 
 
 class RepeatedLosses:
@@ -21,21 +22,42 @@ class RepeatedLosses:
         """Of the request that has most."""
         return max((num_losses for num_losses, _ in self._found.values()), default=0)
 
-    def add(self, plans: Sequence[StepPlan], replicas: Collection[int]) -> None:
+    def add(
+        self, plans: Sequence[StepPlan], replicas: Collection[int], most: int
+    ) -> tuple[int, DpRank] | None:
         """Count a loss.
 
         Args:
             plans: all that are not committed, in their order.
             replicas: that lost ranks.
+            most: losses that a request may have.
+
+        Returns:
+            The newest of the sequences that would have more now, and where it is; None if none
+            would. The others ran before it came, so it is the likeliest cause; it is forgotten.
         """
-        computed: dict[int, int] = {}  # of each sequence before its first step that is lost
-        for batch in [b for plan in plans if plan.replica in replicas for b in plan.batches]:
-            pairs = zip(batch.seq_ids.tolist(), batch.num_computed_tokens.tolist(), strict=True)
-            for seq, num_computed in pairs:
-                computed.setdefault(seq, num_computed)
-        for seq, num_computed in computed.items():
+        struck: dict[int, tuple[int, DpRank]] = {}  # computed before the first step that is lost
+        for plan in plans:
+            parts = [
+                (dp_rank, batch)
+                for micro_batch in plan.micro_batches
+                for dp_rank, batch in enumerate(micro_batch)
+                if plan.replica in replicas
+            ]
+            for dp_rank, batch in parts:
+                pairs = zip(batch.seq_ids.tolist(), batch.num_computed_tokens.tolist(), strict=True)
+                for seq, num_computed in pairs:
+                    struck.setdefault(seq, (num_computed, (plan.replica, dp_rank)))
+        newest: int | None = None
+        for seq, (num_computed, _) in struck.items():
             num_losses, furthest = self._found.get(seq, (0, 0))
-            self._found[seq] = num_losses + 1, max(furthest, num_computed)
+            self._found[seq] = min(num_losses + 1, most), max(furthest, num_computed)
+            if num_losses == most and (newest is None or seq > newest):
+                newest = seq
+        if newest is None:
+            return None
+        del self._found[newest]
+        return newest, struck[newest][1]
 
     def committed(self, plan: StepPlan) -> None:
         """Forget the losses of requests that a step has brought further; a hot path."""
