@@ -273,7 +273,9 @@ def exchange_among(context: RankContext, command: ExchangeAmong) -> np.ndarray:
         meshes._made.add(ranks)
     context.progress.enter(Stage.DISPATCH, 0)
     each, received = [1] * len(ranks), torch.empty_like(rows)
+    context.progress.set_waiting(True)
     meshes.link(ranks).all_to_all(rows, each, received, each).wait()
+    context.progress.set_waiting(False)
     context.progress.enter(Stage.IDLE, NO_LAYER)
     return np.array(received)
 
@@ -287,6 +289,7 @@ class LoseAmong(Command[np.ndarray]):
 
 def lose_among(context: RankContext, command: LoseAmong) -> np.ndarray:
     if (way := command.ways.get(context.rank)) is not None:
+        context.progress.enter(Stage.ROUTER, 3)
         lose_rank(way)
     return exchange_among(context, ExchangeAmong(command.ranks, 0))
 

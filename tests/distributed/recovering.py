@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distributed.on_ranks import WAYS, Exchange, ExchangeAmong, Lose
+from distributed.on_ranks import WAYS, Exchange, ExchangeAmong, Lose, LoseAmong
 from engine.processes import wait_until
 from expertlane.errors import RanksLostError
 
@@ -44,15 +44,23 @@ def replace(pool, lost):
     raise AssertionError("ranks are lost for ever")
 
 
+def lose_among(pool, ways):
+    """Lose ranks while those that are present hear from each other; which were lost."""
+    with pytest.raises(RanksLostError) as caught:
+        pool.call(LoseAmong(sorted(pool.present), ways))
+    return caught.value.ranks
+
+
 def lose_for_good(pool, ways):
     """Lose ranks, and go on without them."""
-    lost = lose(pool, ways).ranks
-    while not pool.absent >= ways.keys():
-        try:
-            pool.begin_epoch(lost, replaces=False)
-            check_among(pool, 0)  # others may be found to be lost only now
-        except RanksLostError as error:
-            lost = error.ranks
+    while left := ways.keys() - pool.absent:  # a rank may leave an epoch before it is lost
+        lost = lose_among(pool, {rank: ways[rank] for rank in left})
+        while lost:
+            try:
+                pool.begin_epoch(lost, replaces=False)
+                lost = frozenset()
+            except RanksLostError as error:
+                lost = error.ranks
 
 
 def start(pool, ranks):

@@ -12,6 +12,7 @@ from distributed.recovering import (
     check_among,
     check_exchange,
     lose,
+    lose_among,
     lose_for_good,
     replace,
     start,
@@ -175,12 +176,6 @@ def test_a_loss_meanwhile(pool):
     assert pool.present == {0, 1, 2}
     assert pool.pid(1) == pid
     check_exchange(pool, 2)
-
-
-def lose_among(pool, ways):
-    with pytest.raises(RanksLostError) as caught:
-        pool.call(on_ranks.LoseAmong(sorted(pool.present), ways))
-    return caught.value.ranks
 
 
 def test_one_that_is_starting_stays_so_in_the_next_epoch(pool):

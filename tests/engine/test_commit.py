@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from distributed.running import Inline, deployment
 from engine.drawn_runs import OPTIONS, draw_prompt, small_limits
 from engine.token_stage import PARAMS, TokenStage
+from expertlane.balance.moves import WHOLE
 from expertlane.balance.placement_file import placements_of
 from expertlane.engine.model_runner import ModelRunner, outcome_of
+from expertlane.engine.move_pace import MovePace
 from expertlane.engine.rebalancing import Rebalancer
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.request import Limits, Request
@@ -251,7 +253,8 @@ def run_on_ranks(pools, chosen, discard_at, *, rebalance):
         ("replicas=2,dp=2,ep=2", {"overlap": True}, False),
     ],
 )
-def test_ranks_run_discarded_steps_again(pools, layout, options, rebalance):
+def test_ranks_run_discarded_steps_again(pools, layout, options, rebalance, monkeypatch):
+    monkeypatch.setattr(MovePace, "most", 9 * WHOLE)  # moves end soon, however busy the machine
     chosen = deployment(layout, **options)
     tokens, _ = run_on_ranks(pools, chosen, (), rebalance=rebalance)
     again, runner = run_on_ranks(pools, chosen, range(1, 60, 2), rebalance=rebalance)

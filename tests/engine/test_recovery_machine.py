@@ -99,6 +99,7 @@ class Disturbed:
     def begin_epoch(self, lost, on_fenced, num_ranks, *, replaces=True, joining=None):
         assert not self.is_closed
         if num_ranks is not None:
+            is_other = num_ranks != len(self.joined)
             self.new |= set(range(len(self.joined), num_ranks))
             self.not_loaded |= self.new
             self.joined[:] = (self.joined + [0] * num_ranks)[:num_ranks]
@@ -106,7 +107,7 @@ class Disturbed:
             self.not_loaded = {rank for rank in self.not_loaded if rank < num_ranks}
             self.absent = {rank for rank in self.absent if rank < num_ranks}
             self.ahead = {rank for rank in self.ahead if rank < num_ranks}
-            if num_ranks != self.members.layout.world_size:
+            if is_other:
                 self.members = self.running = Members(self.layout)
         assert self.lost <= set(lost), "a rank that is lost is not fenced"
         self.epoch += 1
@@ -130,10 +131,12 @@ class Disturbed:
         assert not self.lost
         assert self.running == self.members
         assert not self.absent & {*self.members.numbers}
-        if self.members == self.whole:
-            assert not self.absent
+        if self.members == self.whole:  # which does not have the rank that is one too many
+            assert not self.absent & {*self.members.numbers}
         assert not self.caches, "steps would be run on caches that are gone"
-        left = [plan for plan in self.uncommitted if plan in plans]  # replicas may have come back
+        left = [
+            plan for plan in self.uncommitted if plan in plans
+        ]  # of replicas that are back: none
         assert plans[: len(left)] == left, "ranks are to undo all that is to come again"
         self._pass("redeploy")
         for rank in self.members.numbers[::2]:

@@ -249,8 +249,8 @@ def _serve_case(case: Draw, happened: Happened) -> tuple[Served, dict[str, Any],
         facts = {"num_recoveries": recovery.num_recoveries, "seconds": seconds, "wrong": wrong}
         if case.target is not None:
             facts["num_changes"] = recovery.num_scalings
-            if llm.layout != case.layout:
-                wrong.append(f"its layout is {llm.layout} in the end")
+            if not recovery.num_scalings:
+                wrong.append("its layout has not changed")
     return served, facts, server.pid
 
 

@@ -1,4 +1,4 @@
-"""No request is lost and no token changes when a rank is; 300 cases: `python -m faults.runs`."""
+"""No request is lost and no token changes when a rank is; 312 cases: `python -m faults.runs`."""
 
 import os
 

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
@@ -19,17 +19,17 @@ from expertlane.engine.commands import (
     RankOutcome,
     StageSpec,
 )
-from expertlane.engine.migration import Migration, PlacementsBefore
+from expertlane.engine.migration import Migration
 from expertlane.engine.preparing import weight_source
 from expertlane.engine.rank_checks import StageChecks
+from expertlane.engine.stage_state import Changes, Left
 from expertlane.engine.worker import RankContext
 from expertlane.model.draw import NO_TOKEN
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.sampler import Sampler, SamplerStep
+from expertlane.model.sampler import Sampler
 from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import HeldWeights
-from expertlane.ops.kv_cache import KVCache
 from expertlane.results.rank_totals import RankTotals
 from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
 from expertlane.spec.deployment import (
@@ -41,36 +41,6 @@ from expertlane.spec.deployment import (
 from expertlane.spec.members import Members
 from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
-
-
-@dataclass(eq=False)
-class _Changes:
-    """What a step has changed, beside the cache, and how to undo it.
-
-    Attributes:
-        sampled: by the sampler; None but on the last stage.
-        placements: what its placements replaced; None where it has brought none.
-        chosen: its tokens, by sequence id.
-    """
-
-    step: int
-    sampled: SamplerStep | None
-    placements: PlacementsBefore | None
-    chosen: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class Left:
-    """What a stage passes on to its successor in another layout on the same rank.
-
-    Attributes:
-        caches: None where keys and values are of no use to it; then the sampler is neither.
-    """
-
-    weights: HeldWeights
-    caches: list[KVCache] | None
-    sampler: Sampler
-    tokens: dict[int, int]
 
 
 class DeployedStage:
@@ -130,7 +100,7 @@ class DeployedStage:
         self._phase: Phase | None = None
         self._balances_copies = False
         self._committed: dict[int, int] = {}  # tokens of the last committed step, by sequence id
-        self._uncommitted: deque[_Changes] = deque()
+        self._uncommitted: deque[Changes] = deque()
         self._sends: deque[list[Pending]] = deque()
 
     def is_as_at_first(self, spec: StageSpec) -> bool:
@@ -260,13 +230,13 @@ class DeployedStage:
         with torch.inference_mode():  # in which steps add to what it takes in
             return self._recorder.totals()
 
-    def _begin_changes(self, step: RankStep, placements: Placements | None) -> _Changes:
+    def _begin_changes(self, step: RankStep, placements: Placements | None) -> Changes:
         sampled = replaced = None
         if placements is not None:
             replaced = self.migration.apply_placements(placements)
         if self._mesh.is_last_stage:
             sampled = self._sampler.begin_step(step.released, step.admitted, step.masks)
-        changes = _Changes(step.step, sampled, replaced)
+        changes = Changes(step.step, sampled, replaced)
         self._uncommitted.append(changes)
         return changes
 
