@@ -41,7 +41,7 @@ def report(
     """Show a results.json again, and write report.html and report.md; runs nothing.
 
     report.html is one file that opens offline: the verdict, where the time goes, every rank's
-    time in a step, experts and traffic, and all tables. Send it to whoever should see it.
+    time in a step, experts and traffic, and all tables. You can send it to others.
 
     \b
     Examples:

@@ -105,7 +105,7 @@ class ParallelMesh:
     """One rank's place in a layout and the groups it talks to.
 
     Args:
-        meshes: None for a place whose rank talks to nobody yet.
+        meshes: None for a place whose rank does not communicate yet.
         rank: of the layout.
         members: of the layout; each rank is the process of its number if not given.
 

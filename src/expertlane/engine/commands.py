@@ -34,7 +34,7 @@ class Command(msgspec.Struct, Generic[ResultT], tag=True):
     The type argument is the type of the answer, by which it is decoded.
 
     Attributes:
-        needs_epoch: it runs on ranks of the epoch that it was asked for in, and comes to nothing
+        needs_epoch: it runs on ranks of the epoch in which it was submitted, and is dropped
             when another begins. Else any rank takes it, also one that is ahead, and it goes on: it
             must not talk to other ranks.
     """

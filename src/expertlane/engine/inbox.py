@@ -227,7 +227,7 @@ class Inbox:
                 self._ranks.pids[rank] = ready.pid
         elif kind is not MessageKind.RESULT:
             raise MessageError(f"{kind.name} was not expected")
-        elif message.epoch >= self.epoch:  # else of a command that came to nothing
+        elif message.epoch >= self.epoch:  # else of a command that was dropped
             self.tickets.take(rank, message)
 
     def lose_hung(self, rank: int) -> None:

@@ -38,7 +38,7 @@ def find_model(model: str | Path, ignore_unused_tensors: bool) -> tuple[ModelCon
 
 def print_to_stderr(line: str) -> None:
     """Print a line on stderr for the user of an `LLM`."""
-    with suppress(OSError, ValueError):  # nobody reads it any more: requests go on
+    with suppress(OSError, ValueError):  # it cannot be written: requests go on
         print(line, file=sys.stderr)
 
 

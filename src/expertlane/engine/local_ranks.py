@@ -53,7 +53,7 @@ class LocalRanks:
         board: where the ranks report their progress.
         ranks_per_node: how many a node has in this epoch; the only one may have more ahead.
         pids: of ranks of this node that are up.
-        missing: ranks that nodes could not start ahead of an epoch: why. Whoever notes it takes it.
+        missing: why nodes could not start ranks ahead of an epoch. The reader removes entries.
         stopped: ranks whose processes were stopped when their nodes last said so.
         on_told_to_end: called where a node was told to end; None to end all nodes at once.
 

@@ -138,7 +138,7 @@ class NodeRanks(LocalRanks):
         starts: Collection[int],
         epoch: int = 0,
     ) -> None:
-        """As of `LocalRanks`; of a node that is away, when it is back."""
+        """As of `LocalRanks`; for a lost node, once it is back."""
         if node not in self._away:
             try:
                 super()._change(node, kind, ends, starts, epoch)

@@ -184,7 +184,7 @@ class Rebalancer:
     def reshape(
         self, members: Members, placements: Sequence[Placements], ranks_per_node: int
     ) -> None:
-        """Go on in another layout, where experts are so; moves and loads come to nothing.
+        """Continue in another layout with these placements; drops moves and loads.
 
         The time of a move stays as it was measured at the start.
 

@@ -1,8 +1,8 @@
 """How the nodes of a run find each other: by torchrun's store, or one like it.
 
 Each node makes a secret, puts its hash into the store that all nodes share, and sends the secret
-itself to the launcher alone, on each of its connections. So whoever can only read the store cannot
-pass for a node. The first node's fork server, a child of the launcher, reads the hashes for it.
+itself to the launcher alone, on each of its connections. So read access to the store is not enough
+to pass for a node. The first node's fork server, a child of the launcher, reads the hashes for it.
 A node that is started again does the same with another secret.
 """
 
@@ -168,7 +168,7 @@ def connect(
     """One of a node's connections to the launcher.
 
     Raises:
-        ConnectionRefusedError: nobody listens there.
+        ConnectionRefusedError: no process listens there.
         OSError: it cannot be reached in time.
     """
     place = launcher.address, launcher.port

@@ -17,7 +17,7 @@ class Ticket(Generic[ResultT]):
 
     Args:
         decoder: of the answers.
-        needs_epoch: it comes to nothing when another epoch begins.
+        needs_epoch: it is dropped when another epoch begins.
 
     Attributes:
         why_lost: why it will never be done; empty as long as it may be.

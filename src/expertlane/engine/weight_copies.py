@@ -1,7 +1,7 @@
 """Weights that a new rank gets from ranks that hold the same, after a loss.
 
 Experts come from ranks with copies of them; attention, embedding, head and shared experts from
-another data-parallel rank. Who sends what, all find alike. What nobody holds is read.
+another data-parallel rank. All ranks compute the same schedule. What no rank holds is read.
 
 It pays where weights are drawn or rounded by the rank itself. What only has to be read comes as
 fast from the page cache (`docs/recovery.md`), and keeps no other rank busy.

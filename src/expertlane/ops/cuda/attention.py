@@ -26,7 +26,7 @@ from expertlane.ops.cuda.launch import launch
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 
 _LOG2_E = 1.4426950408889634
-_FEW_MULTIPROCESSORS = 132  # an H100's; where a card cannot be asked
+_FEW_MULTIPROCESSORS = 132  # of an H100; used where the device cannot be queried
 _LEAST_SPLIT = 256  # positions
 
 
@@ -124,7 +124,7 @@ def _columns_of(rows, is_there, first: tl.constexpr, DIM: tl.constexpr, COLUMNS:
 
 @triton.jit
 def _weights_of(logits, greatest):
-    """Powers of logits over the greatest so far, by what earlier sums shrink, and the greatest."""
+    """Exponentials of logits, the factor that rescales earlier sums, and the new maximum."""
     raised = tl.maximum(greatest, tl.max(logits, axis=1))
     base = tl.where(raised == -float("inf"), 0.0, raised)  # of rows that have seen nothing yet
     return tl.exp2(logits - base[:, None]), tl.exp2(greatest - base), raised
@@ -182,7 +182,7 @@ def _combine_kernel(
 
 
 class Tile(NamedTuple):
-    """What a program takes.
+    """The sizes of a program's tile.
 
     Attributes:
         rows, positions: query rows, and positions a step of its loop.
@@ -218,7 +218,7 @@ def _blocks(key_dim: int) -> tuple[int, int]:
 
 
 def _num_splits(num_programs: int, longest: int, device: torch.device) -> int:
-    """Over how many programs positions are split, so that two are there for each multiprocessor."""
+    """The number of splits of positions that gives two programs for each multiprocessor."""
     num = _FEW_MULTIPROCESSORS
     if device.type == "cuda" and torch.cuda.is_available():
         num = torch.cuda.get_device_properties(device).multi_processor_count
@@ -227,7 +227,7 @@ def _num_splits(num_programs: int, longest: int, device: torch.device) -> int:
 
 
 def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionParams) -> Tensor:
-    """Attention of a batch's new tokens, whose keys and values the cache has already.
+    """Attention of a batch's new tokens, whose keys and values are in the cache already.
 
     Args:
         query: [num_tokens, num_heads, key_dim].
@@ -289,7 +289,7 @@ def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
 def _add_up(
     parts: tuple[Tensor, Tensor, Tensor], sinks: Tensor | None, out: Tensor, value_block: int
 ) -> None:
-    """Fill `out` from what the splits give."""
+    """Combine the splits' results into `out`."""
     num_tokens, num_heads, value_dim = out.shape
     num_splits, num_rows = parts[1].shape[0], num_tokens * num_heads
     launch(
@@ -306,7 +306,7 @@ def _add_up(
 
 
 def _room_for_parts(out: Tensor, num_splits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of values, greatest logits and sums of weights of each split; none if there is one."""
+    """Sums of values, maximal logits and sums of weights of each split; none for one split."""
     shape = (num_splits, *out.shape[:2]) if num_splits > 1 else (0, 0, 0)
     partial = out.new_empty(*shape, out.shape[2], dtype=torch.float32)
     maxima, sums = (out.new_empty(shape, dtype=torch.float32) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Our Triton kernels behind the same operations as torch's, which compute what ours do not cover.
+"""Our Triton kernels behind the backend's operations; torch computes what they do not cover.
 
 Only `ops/backend.py` chooses it, where `why_not` finds nothing.
 """
@@ -98,7 +98,7 @@ def why_not(device: torch.device) -> str:
     try:
         found, expected = (_tried(ops, device) for ops in (CudaBackend(), TorchBackend()))
         is_right = torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
-    except Exception as error:  # whatever a compiler, a driver or a card may raise
+    except Exception as error:  # of a compiler, a driver or the device
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"Triton {triton.__version__} cannot run our kernels here: {lines[0][:200]}"
     return "" if is_right else "our kernels give other results than torch here"

@@ -36,7 +36,7 @@ def _grouped_kernel(
     HAS_BIAS: tl.constexpr, IS_GATHERED: tl.constexpr, IS_SCATTERED: tl.constexpr,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    # Tiles of all experts one after the other; those beyond the last have nothing to do.
+    # Tiles of all experts in order; programs beyond the last tile do nothing.
     tile = tl.program_id(1)
     numbers = tl.arange(0, EXPERTS)
     held = tl.load(counts + numbers, mask=numbers < num_experts, other=0).to(tl.int32)
@@ -201,7 +201,7 @@ class CudaExperts(Experts):
 
 
 def experts_of(held: Sequence[Expert], activation: Activation) -> CudaExperts:
-    """By torch's grouped products where it has them for these weights, else by ours."""
+    """With torch's grouped products where it has them for these weights, else with ours."""
     return CudaExperts(held, activation, grouped_mm if GroupedExperts.suits(held) else None)
 
 

@@ -27,7 +27,7 @@ def _rms_norm_kernel(
         other = tl.load(added + row * added_stride + columns, mask=is_there, other=0.0)
         rounded = (values + other.to(tl.float32)).to(total.dtype.element_ty)
         tl.store(total + row * size + columns, rounded, mask=is_there)
-        values = rounded.to(tl.float32)  # what is normed is what later layers see
+        values = rounded.to(tl.float32)  # normalise the rounded sum, as later layers use it
     scale = tl.rsqrt(tl.sum(values * values, axis=0) / size + eps)
     values = values * scale * tl.load(weight + columns, mask=is_there, other=0.0)
     tl.store(out + row * size + columns, values.to(out.dtype.element_ty), mask=is_there)

@@ -1,4 +1,4 @@
-"""Pairs of token and expert in the order of their experts, and sums of what comes back.
+"""Token-expert pairs sorted by expert, and weighted sums of their results.
 
 The order is a stable counting sort: `_count_kernel` counts each group's pairs in each tile of
 pairs, a cumulative sum over groups and tiles says where each tile's pairs of a group begin, and

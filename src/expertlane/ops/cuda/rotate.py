@@ -1,4 +1,4 @@
-"""Rotary positions, with the norms of heads before and the write to the paged cache after.
+"""Rotary embedding, with the norms of heads before and the write to the paged cache after.
 
 Limit: memory. A token's queries, keys and values are read once and written once: 2 · (heads + 2 ·
 kv heads) · head_dim · b bytes over the card's bandwidth, and its cosines and sines.
@@ -23,7 +23,7 @@ def _rotate_kernel(
     HAS_POSITIONS: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_CACHE: tl.constexpr,
     HEADS: tl.constexpr, KEPT_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # Heads are rows: queries, then keys, then values, which are neither normed nor turned.
+    # Heads are rows: queries, then keys, then values, which are neither normalised nor rotated.
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     is_query, is_value = head < num_heads, head >= num_heads + num_kv_heads
@@ -50,7 +50,7 @@ def _rotate_kernel(
         a = tl.where(has_norm, a * scale * tl.load(norm + first, in_half & has_norm, 0.0), a)
         b = tl.where(has_norm, b * scale * tl.load(norm + second, in_half & has_norm, 0.0), b)
         c = tl.where(has_norm, c * scale * tl.load(norm + kept, in_kept & has_norm, 0.0), c)
-        dtype = x.dtype.element_ty  # rounded between norm and turn, as operations apart are
+        dtype = x.dtype.element_ty  # rounded between norm and rotation, as separate operations are
         a, b, c = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32), c.to(dtype).to(tl.float32)
     position = token
     if HAS_POSITIONS:
@@ -132,7 +132,7 @@ def rotate_and_write(
     *,
     interleave: bool,
 ) -> Tensor:
-    """Norm and turn queries and keys; store keys and values; the queries.
+    """Normalise and rotate queries and keys; store keys and values; return the queries.
 
     Args:
         query_key_value: [num_tokens, num_heads + 2 · num_kv_heads, head_dim].
