@@ -99,6 +99,7 @@ class Disturbed:
     def begin_epoch(self, lost, on_fenced, num_ranks, *, replaces=True, joining=None):
         assert not self.is_closed
         if num_ranks is not None:
+            is_other = num_ranks != len(self.joined)
             self.new |= set(range(len(self.joined), num_ranks))
             self.not_loaded |= self.new
             self.joined[:] = (self.joined + [0] * num_ranks)[:num_ranks]
@@ -106,7 +107,7 @@ class Disturbed:
             self.not_loaded = {rank for rank in self.not_loaded if rank < num_ranks}
             self.absent = {rank for rank in self.absent if rank < num_ranks}
             self.ahead = {rank for rank in self.ahead if rank < num_ranks}
-            if num_ranks != self.members.layout.world_size:
+            if is_other:
                 self.members = self.running = Members(self.layout)
         assert self.lost <= set(lost), "a rank that is lost is not fenced"
         self.epoch += 1
