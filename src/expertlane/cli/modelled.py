@@ -76,7 +76,7 @@ class DraftOptions:
     )
 
     def multi_token(self) -> "MultiToken":
-        """Both.
+        """The number of draft tokens and their acceptance rate.
 
         Raises:
             UserError: one without the other, or no such number.

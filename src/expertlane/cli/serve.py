@@ -147,7 +147,7 @@ class _Options:
         return tuple(keys.values())
 
     def check(self) -> None:
-        """Refuse what needs no model to be refused.
+        """Refuse options that are wrong for every model.
 
         Raises:
             UserError: there is no such parser, or prompts are to be logged without a log.
@@ -165,7 +165,7 @@ class _Options:
         log: "RequestLog | None",
         tracing: "Tracing | None",
     ) -> "ServerOptions":
-        """The same as the server takes it."""
+        """The options as the server takes them."""
         from expertlane.server.setup import ServerOptions
 
         return ServerOptions(

@@ -30,7 +30,7 @@ class Checking:
         self.check_weights()
 
     def reshape(self, members: Members) -> None:
-        """Look at the ranks of another layout.
+        """Check the ranks of another layout from now on.
 
         Where these have other slices of the weights, what they loaded is right.
         """

@@ -226,7 +226,7 @@ class DeployedStage:
         return outcome
 
     def totals(self) -> RankTotals:
-        """Of steps since the first call."""
+        """Totals of the steps since the first call."""
         with torch.inference_mode():  # in which steps add to what it takes in
             return self._recorder.totals()
 

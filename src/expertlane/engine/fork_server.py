@@ -197,7 +197,7 @@ class _Server:
         return end
 
     def _answer_launcher(self) -> End:
-        """Until it has ended."""
+        """Handle messages and exits until the launcher or the parent has ended."""
         while self._settings.is_parent_alive():
             if self._poll.poll(_POLL_MS):
                 message = self._control.receive()

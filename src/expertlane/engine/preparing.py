@@ -41,7 +41,7 @@ def weight_source(spec: StageSpec, platform: Platform, touch: Callable[[], None]
 
 
 def parts_of(context: RankContext, spec: StageSpec, place: int, source: WeightSource) -> StageParts:
-    """The parts of a stage that talks to no other rank.
+    """The parts of a stage that does not communicate.
 
     Args:
         place: layout rank.

@@ -33,7 +33,7 @@ class Cores:
         self.are_taken = True
 
     def stay_small(self) -> None:
-        """Compute beside ranks that have all cores."""
+        """Use one thread, since other ranks use all cores."""
         torch.set_num_threads(1)
 
     def leave(self) -> None:

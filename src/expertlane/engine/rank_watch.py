@@ -92,7 +92,7 @@ class RankWatch:
 
     @property
     def layout(self) -> Layout:
-        """Of now."""
+        """The present layout."""
         return self.members.layout
 
     @property

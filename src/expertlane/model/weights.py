@@ -54,7 +54,7 @@ class HeldWeights:
 
     @property
     def num_bytes(self) -> int:
-        """Of all that is held."""
+        """Bytes of all parts."""
         return sum(size for made in self._made.values() for _, size in made.values())
 
     def copy(self) -> "HeldWeights":
@@ -122,7 +122,7 @@ class WeightSource(ABC):
     def once(
         self, layer: int | None, key: Hashable, make: Callable[[], MadeT], *, holds: bool = True
     ) -> MadeT:
-        """What `make` makes of weights, or what is given of them.
+        """Return a part that is given, or the result of `make`.
 
         Args:
             key: tells what it is made of: which weights, and which parts of them.
