@@ -104,7 +104,6 @@ OTHER_JSON = {
     "int8_cache.py",
     "tables.py",
     "chat_sandbox.py",
-    "tables.py",
 }
 
 
