@@ -115,7 +115,7 @@ def _of_preparing(scaling: Scaling | None) -> Iterator[Alert]:
     if scaling is not None and (ahead := scaling.ahead) is not None:
         yield Alert(
             "amber",
-            f"The layout {ahead.layout} is prepared: {ahead.share:.0%} of its layers, "
+            f"The layout {ahead.layout} is being prepared: {ahead.share:.0%} of its layers, "
             f"{ahead.num_bytes / 1e6:,.0f} MB so far. Requests go on, somewhat slower.",
             "Nothing: the layout changes when all is there.",
         )
