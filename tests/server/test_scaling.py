@@ -162,10 +162,18 @@ def test_by_the_command(server, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tp=1 on 1 rank, after ")
     assert lines[1].split() == ["from", "dp=2,ep=2"]
-    assert re.fullmatch(r"tokens/s +\S+ \(\S+ to \S+\) before, \S+ \(\S+ to \S+\) after", lines[-1])
+    rate = r"(none|\S+ \(\S+ to \S+\))"
+    assert re.fullmatch(rf"tokens/s +{rate} before, {rate} after", lines[-1])
     assert lines[2].split()[:2] == ["time", "preparing"]
     assert all(f"MB {origin}" in lines[3] for origin in ("kept", "ahead", "copied", "read"))
     assert max(map(len, lines)) <= 80
+    assert run(monkeypatch, server.url, "--layout", "dp=1", "--watch-s", "0.1") == 0
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
+        "tp=1 on 1 rank: nothing has changed",
+        "tokens/s      none before, none after",
+    ]
+    assert captured.err == ""
     assert run(monkeypatch, server.url, "--layout", "dp=2", "--watch-s", "0", "--full") == 0
     *_, heading, first, second, note = capsys.readouterr().out.splitlines()
     assert heading.split()[:3] == ["rank", "kept", "ahead"]

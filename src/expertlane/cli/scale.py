@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -100,19 +101,26 @@ async def _scale(url: "Url", layout: str, own: _Options) -> dict[str, Any]:
     connections, others = (Connections(url, own.headers()) for _ in range(2))
     try:
         before = await _rate(connections, own.watch_s)
+        earlier = (await _ask(connections, "GET"))["changes"]
         began_s = time.perf_counter()
         body = b'{"layout": "%b"}' % layout.encode()
         with output.progress_on_stderr() as progress:
             change = asyncio.create_task(_ask(connections, "POST", body))
-            await _show(change, others, progress)
-            facts = await change
+            try:
+                await _show(change, others, progress)
+                facts = await change
+            except asyncio.CancelledError:  # by Ctrl-C
+                output.print_message(
+                    f"{url}: it goes on with the change; GET /scale says how far it is"
+                )
+                raise
         answered_s = time.perf_counter() - began_s
         after = await _rate(connections, own.watch_s)
         until_s = time.monotonic() + _OVER_S
-        changes = (await _ask(connections, "GET"))["changes"]
-        while changes and not changes[-1]["is_over"] and time.monotonic() < until_s:
+        made = await _made(connections, earlier)
+        while made is not None and not made["is_over"] and time.monotonic() < until_s:
             await asyncio.sleep(_LOOK_S)
-            changes = (await _ask(connections, "GET"))["changes"]
+            made = await _made(connections, earlier)
     finally:
         connections.close()
         others.close()
@@ -122,8 +130,16 @@ async def _scale(url: "Url", layout: str, own: _Options) -> dict[str, Any]:
         "seconds": round(answered_s, 3),
         "tokens_per_s_before": before,
         "tokens_per_s_after": after,
-        "change": changes[-1] if changes else None,
+        "change": made,
     }
+
+
+async def _made(
+    connections: "Connections", earlier: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The last change, if it came after the earlier ones; None if the layout was that already."""
+    *_, last = (await _ask(connections, "GET"))["changes"] or [None]
+    return None if last is None or (earlier and last["at"] == earlier[-1]["at"]) else last
 
 
 async def _show(
@@ -137,7 +153,7 @@ async def _show(
             continue
         if shown is None:
             shown = 0
-            progress.task(f"preparing {preparing['layout']}, percent", 100)
+            progress.task(f"preparing {preparing['layout']}", 100)
         percent = int(100 * preparing["share"])
         progress.advance(max(0, percent - shown))
         shown = max(shown, percent)
@@ -216,11 +232,15 @@ def _lines(found: dict[str, Any]) -> list[str]:
         ]
     rates = [found[f"tokens_per_s_{when}"] for when in ("before", "after")]
     if None not in rates:
-        before, after = (
-            f"{each['median']:,.0f} ({each['low']:,.0f} to {each['high']:,.0f})" for each in rates
-        )
+        before, after = map(_rate_text, rates)
         lines.append(f"tokens/s      {before} before, {after} after")
     return lines
+
+
+def _rate_text(rate: dict[str, float]) -> str:
+    if not rate["high"]:
+        return "none"  # no request ran
+    return f"{rate['median']:,.0f} ({rate['low']:,.0f} to {rate['high']:,.0f})"
 
 
 def _sizes(bytes_from: dict[str, int]) -> str:

@@ -14,10 +14,11 @@ from expertlane.server.observed import Exchange, Generated
 from expertlane.spec.printable import printable
 
 # Asked for often, by probes, Prometheus and pages; written down only where they fail.
-_QUIET = frozenset({"/health", "/ping", "/metrics", "/load", "/live"})
+_QUIET = frozenset({"/health", "/ping", "/metrics", "/load", "/live", "/scale"})
 _MOST_WAITING = 10_000  # lines
 _MOST_ID = 128  # characters of a client's own id
 _CLOSE_S = 2.0
+_LEVELS = {"error": "error", "end": "error", "recovery": "warning"}  # of events
 
 
 class RequestLog:
@@ -45,15 +46,14 @@ class RequestLog:
 
     def __call__(self, exchange: Exchange) -> None:
         """Write a request down."""
-        if exchange.path in _QUIET and exchange.status < 400:
+        if exchange.path in _QUIET and exchange.method != "POST" and exchange.status < 400:
             return
         facts = self._facts(exchange)
         self._put(facts, "error" if exchange.status >= 500 else "info", _line(facts))
 
     def event(self, kind: str, text: str) -> None:
         """Write down what happened to the server."""
-        level = "error" if kind in ("error", "end") else "info"
-        self._put({"event": kind, "text": text}, level, f"{kind}: {text}")
+        self._put({"event": kind, "text": text}, _LEVELS.get(kind, "info"), f"{kind}: {text}")
 
     def close(self) -> None:
         """Write what is left, for a bounded time."""

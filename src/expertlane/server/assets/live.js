@@ -654,7 +654,7 @@
     point({ layer: clamp(from.layer + step[0], start.layers.length), expert: clamp(from.expert + step[1], start.num_experts) });
   });
 
-  const words = { rebalance: "Rebalance", recovery: "Recovery", scaling: "Layout", preemption: "Preemption", error: "Error", drain: "Drain", end: "End" };
+  const words = { rebalance: "Rebalance", recovery: "Recovery", growth: "Growth", scaling: "Layout", preemption: "Preemption", error: "Error", drain: "Drain", end: "End" };
   function drawEvents() {
     const rows = [...events].reverse().map((each) => {
       const made = make("li");
