@@ -52,11 +52,13 @@ class _Changer:
                 code="scaling",
                 retry_after_s=_RETRY_S,
             )
-        recovery = service.model.engine.recovery
-        if recovery is not None and recovery.shrunk_at is not None:
-            raise ApiError(
-                409, recovery.shares, param="layout", code="shrunk", retry_after_s=_RETRY_S
-            )
+        if (recovery := service.model.engine.recovery) is not None:
+            try:
+                recovery.check_whole()
+            except UserError as error:
+                raise ApiError(
+                    409, str(error), param="layout", code="shrunk", retry_after_s=_RETRY_S
+                ) from None
         try:
             self._to = Layout.parse(text)
             await self._change(scaling, self._to)
