@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -357,7 +357,7 @@ def main(kind: str, seeds: list[int]) -> None:
         return
     with mock.patch.object(connection, "compiled_messages", return_value=library):
         for seed in seeds:
-            named = replace(meeting, name=f"test-{seed}") if meeting else None
+            named = meeting.of_run(f"test-{seed}") if meeting else None
             print(json.dumps(run(kind, seed, named)), flush=True)
     if host is not None:
         host.end()
