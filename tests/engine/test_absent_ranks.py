@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import psutil
 import pytest
@@ -124,6 +125,8 @@ def test_the_others_go_on_until_another_one_is_ahead(pool, way):
     check_among(pool, 4)
     assert pool.epoch == before + 1
     pid = pool.pid(1)
+    if sys.platform == "linux":
+        assert psutil.Process(pid).name() == "expertlane r1"
     pool.begin_epoch(())
     assert (pool.ahead, pool.absent, pool.pid(1)) == (set(), set(), pid)
     check_exchange(pool, 5)

@@ -80,6 +80,12 @@ def _end_with_server(server_pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _show_as(name: str) -> None:
+    """Name this process in `ps` and in the kernel's log, of which Linux keeps 15 letters."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as file:
+        file.write(name)
+
+
 def _become_rank(
     settings: RankSettings,
     channel_fd: int,
@@ -97,6 +103,7 @@ def _become_rank(
         from expertlane.engine.worker import run_rank
 
         _end_with_server(server_pid)
+        _show_as(f"expertlane r{settings.rank}")
         os.setpgid(0, 0)  # torchrun signals its process's group: it is for the server alone
         # Ctrl-C, systemd and Slurm tell all processes to end; the launcher needs this one to drain.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
