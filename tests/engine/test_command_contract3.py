@@ -135,6 +135,6 @@ def test_more_ranks_than_the_machine_should_run(tmp_path):
     assert code == 2
     assert errors == [
         f"expertlane: error: {limit + 1} ranks are more than 32 × {num_cores()} cores; "
-        f"use at most {limit}, or add --oversubscribe"
+        f"use at most {limit}, or start with --oversubscribe"
     ]
     assert command.wrote_nothing()

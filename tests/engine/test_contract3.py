@@ -258,5 +258,5 @@ def test_too_many_ranks_are_refused(monkeypatch):
     with pytest.raises(CapacityError) as caught:
         check_num_ranks(limit + 1, oversubscribe=False)
     assert str(caught.value) == (
-        "65 ranks are more than 32 × 2 cores; use at most 64, or add --oversubscribe"
+        "65 ranks are more than 32 × 2 cores; use at most 64, or start with --oversubscribe"
     )

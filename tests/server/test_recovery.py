@@ -116,7 +116,7 @@ def test_the_others_serve_while_a_rank_is_replaced(server, events):
         answer = httpx.post(f"{server.url}/scale", json={"layout": "dp=4,ep=4"})
         assert answer.status_code == 409
         message = answer.json()["error"]["message"]
-        assert message.startswith("1 of 2 data-parallel ranks serve: the layout can change when")
+        assert message.startswith("1 of 2 data-parallel ranks serve: the layout can change once")
         pool.start = start
         frame = next(frame for frame in frames if frame.get("state") == "running")
         assert frame["dp_ranks"] == {"serving": 2, "all": 2, "shrunk_at": None}

@@ -263,11 +263,11 @@ def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "Journa
     if own.journal is None or not is_first_process():
         return None
     journal = JournalFile(own.journal)
-    facts = identity(found.config, found.folder, engine.options, engine.dtype)
-    facts |= {
+    facts = {  # names first: of two models these say more than a hash
         "--served-model-name": own.served_model_name or found.name,
         "--tool-call-parser": own.tool_call_parser or "the template's",
         "--reasoning-parser": own.reasoning_parser or "the template's",
+        **identity(found.config, found.folder, engine.options, engine.dtype),
     }
     journal.identify(facts)
     if journal.num_torn_bytes:
@@ -277,9 +277,7 @@ def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "Journa
     if journal.found:
         num_finished = sum(each.is_finished for each in journal.found.values())
         num_unfinished = len(journal.found) - num_finished
-        print_message(
-            f"journal: {num_unfinished} unfinished requests continue, {num_finished} are finished"
-        )
+        print_message(f"journal: {num_unfinished} unfinished to continue, {num_finished} finished")
     return journal
 
 

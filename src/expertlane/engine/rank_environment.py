@@ -21,7 +21,7 @@ def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
     if num_ranks > limit and not oversubscribe:
         raise CapacityError(
             f"{num_ranks} ranks are more than {MAX_RANKS_PER_CORE} × {num_cores()} cores; "
-            f"use at most {limit}, or add --oversubscribe"
+            f"use at most {limit}, or start with --oversubscribe"
         )
 
 
