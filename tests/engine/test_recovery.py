@@ -149,12 +149,17 @@ def test_a_request_that_ends_ranks_is_ended_at_last(layout, monkeypatch):
     victims = []
 
     def submit_and_kill(pool, commands):
+        struck = [
+            pool.pid(ranks[0])
+            for command, ranks in commands
+            if isinstance(command, RunStep) and is_struck(command.step)
+        ][:1]
+        for pid in struck:  # before it could finish the step
+            os.kill(pid, signal.SIGSTOP)
         ticket = submit_each(pool, commands)
-        for command, ranks in commands:
-            if isinstance(command, RunStep) and is_struck(command.step):
-                victims.append(pool.pid(ranks[0]))
-                os.kill(victims[-1], signal.SIGKILL)
-                break
+        for pid in struck:
+            os.kill(pid, signal.SIGKILL)
+        victims.extend(struck)
         return ticket
 
     def is_struck(step):
