@@ -3,11 +3,11 @@
 import codecs
 import errno
 import io
-import os
 import select
 import signal
 import sys
 
+from expertlane.engine.standard_streams import fill_closed
 from expertlane.errors import ExpertlaneError
 
 TYPE_CHECKING = False  # as in main.py
@@ -38,15 +38,10 @@ class StandardOutputError(ExpertlaneError):
 def guard_streams() -> None:
     """Make writing to stdout fail by `StandardOutputError` alone, and to stderr not at all.
 
-    A closed stream becomes /dev/null: else the next file opened would get its number, and with it
-    what is printed, here or by a child process. Streams that a caller has replaced stay.
+    A closed stream becomes /dev/null. Streams that a caller has replaced stay.
     """
     codecs.register_error(_REPLACE, _replacement)
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+    fill_closed()
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for as long as the process)
     if sys.stdout is sys.__stdout__:

@@ -13,6 +13,7 @@ from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.node_ranks import NodeRanks
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_environment import check_num_ranks
+from expertlane.engine.standard_streams import fill_closed
 from expertlane.engine.torchrun import (
     TorchrunNode,
     become_supervisor,
@@ -58,6 +59,7 @@ def start_pool(
         RankError: the ranks did not start.
         UserError: torchrun's variables do not fit together.
     """
+    fill_closed()  # a fork server writes to standard error, and inherits files by number
     local = partial(LocalRanks, cpu_isa=cpu_isa, recovers=recovers)
     if not is_under_torchrun():
         check_num_ranks(num_ranks, oversubscribe=oversubscribe)
