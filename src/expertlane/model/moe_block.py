@@ -184,6 +184,8 @@ class MoEBlock:
             norm = self._router.params.norm, self._router.params.eps
             x, hidden = self._ops.add_rms_norm(x, added, *norm)
             topk_ids, topk_weights = self._router.choose(hidden)
+        if batch.is_real is not None:
+            topk_ids = topk_ids.where(batch.is_real[:, None], -1)
         recorder.record_topk_ids(topk_ids)
         self._count_router(x.shape[0])
         recorder.check_finite(topk_weights, CheckPoint.ROUTER, layer)

@@ -22,6 +22,7 @@ from expertlane.model.weights import HeldWeights, WeightSource
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
 from expertlane.ops.layers import LayersPart
+from expertlane.ops.transfer import to_device
 from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
@@ -82,7 +83,7 @@ class OutputHead:
         """
         enter, tp = self._recorder.enter, self._mesh.tp
         enter(Stage.HEAD)
-        last = batch.last_tokens(self._mesh.at.tp_rank)
+        last = batch.last_tokens
         if tp.size == 1 and self._part is not None and self._part.takes(x):
             token_ids = None if needs_logits else last.new_empty(len(last))
             logits = self._part(x, last, token_ids)
@@ -119,7 +120,7 @@ class OutputHead:
         self._recorder.enter(Stage.HEAD)
         for chunk in scored.chunks(sum(self._vocab_of_tp_rank)):
             of_tp_rank = batch.owned(scored.rows[chunk])
-            own = torch.from_numpy(of_tp_rank[self._mesh.at.tp_rank])
+            (own,) = to_device([of_tp_rank[self._mesh.at.tp_rank]], x.device)
             hidden = yield from self._normed(x, own, list(map(len, of_tp_rank)))
             logits = self._head(hidden).float()
             self._count(len(hidden))
@@ -131,7 +132,7 @@ class OutputHead:
     def _normed(self, x: Tensor, own: Tensor, num_of_tp_rank: list[int]) -> Steps[Tensor]:
         """[num_rows, hidden_size]; rows of all tensor-parallel ranks, `own` of this one's."""
         recorder, tp = self._recorder, self._mesh.tp
-        hidden = self._ops.rms_norm(x[own.to(x.device)], self._norm, self._eps)
+        hidden = self._ops.rms_norm(x[own], self._norm, self._eps)
         if tp.size > 1:
             recorder.enter(Stage.COLLECTIVES)
             hidden = yield from tp.gathered(hidden, num_of_tp_rank)
