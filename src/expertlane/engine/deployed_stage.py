@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +27,11 @@ from expertlane.engine.stage_state import Changes, Left
 from expertlane.engine.worker import RankContext
 from expertlane.model.draw import NO_TOKEN
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.sampler import Sampler
+from expertlane.model.sampler import Sampled, Sampler
 from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import HeldWeights
+from expertlane.ops.transfer import Fetched
 from expertlane.results.rank_totals import RankTotals
 from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
 from expertlane.spec.deployment import (
@@ -41,6 +43,21 @@ from expertlane.spec.deployment import (
 from expertlane.spec.members import Members
 from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
+
+
+class _Taken(NamedTuple):
+    """Tokens of a part of a step that are chosen on the device.
+
+    Attributes:
+        logits: as of `HeadResult`.
+        sampled: None where the likeliest were taken.
+        tensors: to be brought to the host.
+    """
+
+    seq_ids: list[int]
+    logits: torch.Tensor
+    sampled: Sampled | None
+    tensors: list[torch.Tensor]
 
 
 class DeployedStage:
@@ -210,14 +227,18 @@ class DeployedStage:
         if self._checks is not None:
             self._checks.begin_step(self.stage)
         inputs = [self._begin_input(micro_batch, before) for micro_batch in step.micro_batches]
+        taken: list[_Taken] = []
         for number, (parts, arriving) in enumerate(inputs):
             recorder.set_micro_batch(number)
             for part, result in self._run_micro_batch(parts, arriving):
                 recorder.enter(Stage.HEAD)
                 seq_ids = part.batch.yielding_seq_ids
-                changes.chosen |= self._take(seq_ids, result, outcome, step.return_logits)
+                taken.append(self._choose_tokens(seq_ids, result))
+                if step.return_logits:
+                    outcome.logits |= zip(seq_ids, result.logits.cpu().numpy(), strict=True)
                 if self._mesh.at.tp_rank == 0:
                     outcome.prompt_logprobs |= result.prompt_logprobs
+        changes.chosen = self._take(taken, outcome)
         for send in self._sends[-1]:
             send.let_go()
         outcome.record = recorder.end_step()
@@ -262,32 +283,41 @@ class DeployedStage:
                 self.migration.restore(changes.placements)
         self._commit(len(self._uncommitted))
 
-    def _take(
-        self, seq_ids: list[int], result: HeadResult, outcome: RankOutcome, return_logits: bool
-    ) -> dict[int, int]:
-        """Choose a part's next tokens, by sequence id; one rank of a tensor-parallel group tells.
+    def _choose_tokens(self, seq_ids: list[int], result: HeadResult) -> "_Taken":
+        """Choose a part's next tokens, on the device."""
+        if result.token_ids is not None:
+            return _Taken(seq_ids, result.logits, None, [result.token_ids])
+        assert result.all_logits is not None, "one of both is given"
+        sampled = self._sampler.sample(seq_ids, result.all_logits)
+        return _Taken(seq_ids, result.logits, sampled, sampled.tensors)
+
+    def _take(self, taken: Sequence["_Taken"], outcome: RankOutcome) -> dict[int, int]:
+        """Next tokens by sequence id; one rank of a tensor-parallel group tells.
 
         Where there is none, the token is 0: a step that is under way goes on with any.
         """
-        logprobs: dict[int, TokenLogprobs] = {}
-        if result.token_ids is not None:
-            chosen = result.token_ids.tolist()
-        else:  # on all ranks alike: each may have to go on with what was chosen
-            assert result.all_logits is not None, "one of both is given"
-            chosen, logprobs = self._sampler.sample(seq_ids, result.all_logits)
-        tokens = dict(zip(seq_ids, chosen, strict=True))
-        if self._checks is not None:
-            self._checks.check_head(result.logits, tokens, self._sampler)
-        failed = [seq for seq, token in tokens.items() if token == NO_TOKEN]
-        if self._mesh.at.tp_rank == 0:
-            outcome.token_ids |= tokens
-            outcome.logprobs |= logprobs
-            outcome.not_finite += failed
-            for seq in failed:
-                del outcome.token_ids[seq]
-        if return_logits:
-            outcome.logits |= zip(seq_ids, result.logits.cpu().numpy(), strict=True)
-        return tokens | dict.fromkeys(failed, 0)
+        of_all: dict[int, int] = {}
+        fetched = Fetched([tensor for part in taken for tensor in part.tensors])
+        rest = iter(fetched.wait(lambda passed: passed.synchronize()))
+        for part in taken:
+            tensors = [next(rest) for _ in part.tensors]
+            logprobs: dict[int, TokenLogprobs] = {}
+            if part.sampled is None:
+                chosen = tensors[0].tolist()
+            else:  # on all ranks alike: each may have to go on with what was chosen
+                chosen, logprobs = part.sampled.read(tensors)
+            tokens = dict(zip(part.seq_ids, chosen, strict=True))
+            if self._checks is not None:
+                self._checks.check_head(part.logits, tokens, self._sampler)
+            failed = [seq for seq, token in tokens.items() if token == NO_TOKEN]
+            if self._mesh.at.tp_rank == 0:
+                outcome.token_ids |= tokens
+                outcome.logprobs |= logprobs
+                outcome.not_finite += failed
+                for seq in failed:
+                    del outcome.token_ids[seq]
+            of_all |= tokens | dict.fromkeys(failed, 0)
+        return of_all
 
     def _with_chosen(self, batch: Batch, chosen: dict[int, int]) -> Batch:
         """The batch with the tokens that the scheduler did not know: those of the step before."""
