@@ -179,7 +179,7 @@ class CudaExperts(Experts):
             inner = grouped_product(
                 rows, inner_weight, inner_bias, pairs.counts, num_pairs, from_rows=pairs.rows
             )
-            inner = activate(inner, self.activation, is_gated=self._is_gated)
+            inner = self._activate(inner, pairs)
             return grouped_product(
                 inner, down_weight, down_bias, pairs.counts, num_pairs,
                 to_rows=pairs.order, out=out,
@@ -190,14 +190,17 @@ class CudaExperts(Experts):
             assert self._groups is not None
             result = self._groups(x, weight.transpose(1, 2), offs=ends)
             if bias is not None:
-                result += bias.repeat_interleave(pairs.counts, dim=0, output_size=num_pairs)
+                result += pairs.of_pairs(bias)
             return result
 
         inner = product(rows.index_select(0, pairs.rows), inner_weight, inner_bias)
-        inner = activate(inner, self.activation, is_gated=self._is_gated)
+        inner = self._activate(inner, pairs)
         results = product(inner, down_weight, down_bias)
         out = torch.empty_like(results) if out is None else out
         return out.index_copy_(0, pairs.order, results)
+
+    def _activate(self, inner: Tensor, pairs: PairGroups) -> Tensor:
+        return activate(inner, self.activation, is_gated=self._is_gated, counts=pairs.counts)
 
 
 def experts_of(held: Sequence[Expert], activation: Activation) -> CudaExperts:
