@@ -90,8 +90,7 @@ class TokenStage(DeployedStage):
         if not self._mesh.is_last_stage:
             return []
         rows = torch.cat(logits)
-        part = SimpleNamespace(batch=SimpleNamespace(yielding_seq_ids=seq_ids))
-        return [(part, HeadResult(None, rows, rows, self._score(batch)))]
+        return [(seq_ids, HeadResult(None, rows, rows, self._score(batch)))]
 
     def _score(self, batch):
         """Log-probabilities of prompt tokens, made up of the token and its place."""

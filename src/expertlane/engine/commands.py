@@ -188,17 +188,32 @@ class CacheInt8(Command[bool]):
     checkpoint: str
 
 
+@dataclass(frozen=True)
+class GraphLimits:
+    """What decode steps that are recorded as CUDA graphs have to take at most.
+
+    Attributes:
+        max_num_seqs: of a data-parallel rank.
+        max_positions: of a sequence.
+    """
+
+    max_num_seqs: int
+    max_positions: int
+
+
 class Deploy(Command[HeldBytes]):
     """Build the rank's stage, or keep it if only options changed. Collective over all ranks.
 
     Attributes:
         num_blocks, block_size: of the paged key/value cache; `block_size` positions a block.
+        graphs: None where no step is to be recorded.
     """
 
     spec: StageSpec
     options: Options
     num_blocks: int
     block_size: int
+    graphs: GraphLimits | None = None
 
 
 class LeaveCores(Command[None]):
@@ -214,7 +229,7 @@ class Redeploy(Command[HeldBytes]):
 
     Attributes:
         spec: with the placements that are committed.
-        num_blocks, block_size: as in `Deploy`.
+        num_blocks, block_size, graphs: as in `Deploy`.
         discard: steps that are not committed, of all replicas; all others are.
         dispatch_table: None where options say all.
     """
@@ -225,6 +240,7 @@ class Redeploy(Command[HeldBytes]):
     block_size: int
     discard: tuple[int, ...]
     dispatch_table: DispatchTable | None = None
+    graphs: GraphLimits | None = None
 
 
 class Prepare(Command[Prepared]):

@@ -66,8 +66,12 @@ class ForwardBatch:
         self._last = (np.cumsum(self.batch.num_scheduled_tokens) - 1)[self.batch.yields_token]
         self._own_last: Tensor | None = None
         self.is_real: Tensor | None = None
-        if device.type != "cpu":
-            self._take(to_device(self._columns(), device))
+        self._place()
+
+    def _place(self) -> None:
+        """Bring it to the device at once, where that is none of the host's."""
+        if self._device.type != "cpu":
+            self._take(to_device(self._columns(), self._device))
 
     def _columns(self) -> list[Array]:
         """What a step of this rank reads of the batch, to be brought to a GPU together."""
