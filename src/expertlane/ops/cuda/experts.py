@@ -65,7 +65,7 @@ class CudaExperts(Experts):
             inner = grouped_product(
                 rows, self._inner, pairs.counts, num_pairs, from_rows=pairs.rows
             )
-            inner = activate(inner, self.activation, is_gated=self._is_gated)
+            inner = self._activate(inner, pairs)
             return grouped_product(
                 inner, self._down, pairs.counts, num_pairs, to_rows=pairs.order, out=out
             )
@@ -75,16 +75,17 @@ class CudaExperts(Experts):
             assert self._groups is not None
             result = self._groups(x, matrices.weight.transpose(1, 2), offs=ends)
             if matrices.bias is not None:
-                result += matrices.bias.repeat_interleave(
-                    pairs.counts, dim=0, output_size=num_pairs
-                )
+                result += pairs.of_pairs(matrices.bias)
             return result
 
         inner = product(rows.index_select(0, pairs.rows), self._inner)
-        inner = activate(inner, self.activation, is_gated=self._is_gated)
+        inner = self._activate(inner, pairs)
         results = product(inner, self._down)
         out = torch.empty_like(results) if out is None else out
         return out.index_copy_(0, pairs.order, results)
+
+    def _activate(self, inner: Tensor, pairs: PairGroups) -> Tensor:
+        return activate(inner, self.activation, is_gated=self._is_gated, counts=pairs.counts)
 
 
 def experts_of(held: Sequence[Expert], activation: Activation) -> CudaExperts:

@@ -197,14 +197,25 @@ def _zeros(WEIGHTS_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexp
 
 
 @triton.jit
-def _sum_kernel(partial, out, num_splits, num_rows, out_row, width, BLOCK: tl.constexpr):
+def _sum_kernel(
+    partial, counts, to_rows, out, num_splits, num_rows, num_matrices, out_row, width,
+    HAS_COUNTS: tl.constexpr, IS_SCATTERED: tl.constexpr,
+    MATRICES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if HAS_COUNTS:
+        numbers = tl.arange(0, MATRICES)
+        if row >= tl.sum(tl.load(counts + numbers, mask=numbers < num_matrices, other=0), axis=0):
+            return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(num_splits):
         of_row = partial + (split * num_rows + row) * width
         total += tl.load(of_row + columns, mask=columns < width, other=0.0)
-    tl.store(out + row * out_row + columns, total.to(out.dtype.element_ty), mask=columns < width)
+    to = row
+    if IS_SCATTERED:
+        to = tl.load(to_rows + row)
+    tl.store(out + to * out_row + columns, total.to(out.dtype.element_ty), mask=columns < width)
 
 
 class Tile(NamedTuple):
@@ -265,35 +276,42 @@ def grouped_product(
     if counts is not None and num_rows:
         num_tiles = min(num_rows, matrices.num) + num_rows // tile.rows
     num_splits = _num_splits(num_rows, matrices, tile, x.device)
-    sums = out
+    sums, sums_to = out, to_rows
     if num_splits > 1:
         sums = out.new_empty(num_splits * num_rows, out_features, dtype=torch.float32)
+        sums_to = None
+    of_launch = {
+        "HAS_COUNTS": counts is not None,
+        "MATRICES": triton.next_power_of_2(matrices.num),
+    }
     launch(
         _grouped_kernel,
         (triton.cdiv(out_features, tile.columns), num_tiles, num_splits),
-        *(x, matrices.weight, matrices.scales, matrices.bias, counts, from_rows, to_rows, sums),
+        *(x, matrices.weight, matrices.scales, matrices.bias, counts, from_rows, sums_to, sums),
         *(x.stride(0), sums.stride(0), num_rows * out_features, num_rows, matrices.num),
         *(out_features, matrices.in_features, matrices.num_groups, matrices.group, matrices.first),
-        HAS_COUNTS=counts is not None,
         BITS=matrices.bits,
         HAS_BIAS=matrices.bias is not None,
         IS_GATHERED=from_rows is not None,
-        IS_SCATTERED=to_rows is not None,
+        IS_SCATTERED=sums_to is not None,
         IS_SPLIT=num_splits > 1,
         WEIGHTS_FIRST=tile.rows >= 64,  # else registers spill
-        MATRICES=triton.next_power_of_2(matrices.num),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **of_launch,
     )
     if num_splits > 1:
         launch(
             _sum_kernel,
             (num_rows, triton.cdiv(out_features, _SUM_BLOCK)),
-            *(sums, out, num_splits, num_rows, out.stride(0), out_features),
+            *(sums, counts, to_rows, out, num_splits, num_rows, matrices.num),
+            *(out.stride(0), out_features),
+            IS_SCATTERED=to_rows is not None,
             BLOCK=_SUM_BLOCK,
+            **of_launch,
         )
     return out
 
