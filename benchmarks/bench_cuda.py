@@ -26,7 +26,7 @@ from torch import Tensor
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from compile_cuda import equal_sequences
+from cuda_cases import equal_sequences
 
 from expertlane.ops.cuda.activation import activate
 from expertlane.ops.cuda.attention import attend

@@ -121,19 +121,25 @@ def make_experts(kind, num, hidden, inner, dtype, *, has_bias, first):
     first=st.sampled_from([0, 40]),
     has_bias=st.booleans(),
     dtype=PRODUCT_DTYPES,
+    num_splits=st.sampled_from([1, 2]),
 )
-def test_experts(kind, ids, sizes, first, has_bias, dtype):
-    """Side by side, gathered and scattered; some of them without tokens."""
+def test_experts(kind, ids, sizes, first, has_bias, dtype, num_splits):
+    """Side by side, gathered and scattered; some without tokens, and room for more pairs."""
     activation = Activation("silu", swiglu_limit=1.0 if has_bias else None)
     held, wide = make_experts(kind, 5, *sizes, dtype, has_bias=has_bias, first=first)
     assert CudaExperts.suits(held)
     given_ids = torch.tensor(ids, dtype=torch.int32, device=DEVICE).view(-1, 1)
-    pairs = OPS.group_pairs(given_ids, 0, 1, 5)
+    pairs = OPS.group_pairs(given_ids, 0, 1, 5, len(ids))
+    there = pairs.numbers[pairs.numbers >= 0]
     rows = random(dtype, len(ids), sizes[0] + 2)[:, 2:]
     expected = LoopedExperts(wide, activation)(rows.float(), pairs).to(dtype)
+    rows[(given_ids < 0)[:, 0]] = torch.nan
     before = [tensor.clone() for each in held for tensor in each.tensors()]
     ours = CudaExperts(held, activation, None)
-    assert_near(ours(rows, pairs), expected, steps=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_num_splits", lambda *_: num_splits)
+        found = ours(rows, pairs)
+    assert_near(found[there], expected[there], steps=8)
     after = [tensor for each in ours.held for tensor in each.tensors()]
     for old, new in zip(before, after, strict=True):
         assert old.dtype is new.dtype

@@ -31,10 +31,12 @@ class Matrices:
     @classmethod
     def one(cls, linear: Linear) -> Self:
         """A linear's own."""
-        bias = None if linear.bias is None else linear.bias[None]
+        bias = None if linear.bias is None else linear.bias.unsqueeze(0)
         if not isinstance(linear, ScaledLinear):
-            return cls(linear.weight[None], None, bias)
-        return cls(linear.weight[None], linear.scales[None], bias, linear.group, linear.first)
+            return cls(linear.weight.unsqueeze(0), None, bias)
+        return cls(
+            linear.weight.unsqueeze(0), linear.scales.unsqueeze(0), bias, linear.group, linear.first
+        )
 
     @classmethod
     def of(cls, linears: Sequence[Sequence[Linear]]) -> Self:
@@ -87,11 +89,17 @@ def _side_by_side(linears: Sequence[Sequence[Linear]], name: str) -> Tensor:
     """[num, rows of all, columns] of an attribute, which becomes a part of that."""
     like: Tensor = getattr(linears[0][0], name)
     if len(linears) == len(linears[0]) == 1:
-        return like[None]
+        return like.unsqueeze(0)
     num_rows = [each.out_features for each in linears[0]]
     whole = like.new_empty(len(linears), sum(num_rows), like.shape[1])
     for own, of_matrix in zip(linears, whole.unbind(), strict=True):
+        parts = [_bytes_if_one(getattr(each, name)) for each in own]
+        torch.cat(parts, out=_bytes_if_one(of_matrix))
         for linear, part in zip(own, of_matrix.split(num_rows), strict=True):
-            part.copy_(getattr(linear, name))
             setattr(linear, name, part)
     return whole
+
+
+def _bytes_if_one(x: Tensor) -> Tensor:
+    """Values of one byte as bytes: not all of torch knows float8."""
+    return x.view(torch.uint8) if x.itemsize == 1 else x

@@ -87,7 +87,7 @@ class CudaMlp:
         """As `MlpCall`."""
         hidden = x if self._norm is None else rms_norm(x, self._norm, self._eps)
         if self._inner.scales is None:
-            inner = F.linear(hidden, self._inner.weight[0])
+            inner = F.linear(hidden, self._inner.weight.squeeze(0))
         else:
             inner = grouped_product(hidden, self._inner, None, hidden.shape[0])
         inner = activate(inner, self._activation, is_gated=self._is_gated)
