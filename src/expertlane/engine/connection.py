@@ -46,7 +46,7 @@ def connect(
         settings.rank,
         bound_s,
         epoch,
-        over_links=platform.device.type == "cpu" and settings.num_local_ranks < settings.world_size,
+        ranks_per_node=settings.num_local_ranks,
     )
     if not shares_memory:
         return among_nodes
