@@ -36,27 +36,29 @@ def connect(
         EpochEndedError: a later one has begun.
     """
     epoch = Epoch(board, number)
-    bound_s = settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S
     shares_memory = platform.transport.startswith(SHARED_MEMORY)
     if shares_memory and settings.meeting is None:
-        return _share_memory(settings, share, epoch, bound_s)
+        return _share_memory(settings, share, epoch)
     among_nodes = TorchTransport(
         platform.device,
         _open_store(settings, epoch),
         settings.rank,
-        bound_s,
+        bound_s(settings),
         epoch,
         ranks_per_node=settings.num_local_ranks,
     )
     if not shares_memory:
         return among_nodes
-    in_node = _share_memory(settings, share, epoch, bound_s)
+    in_node = _share_memory(settings, share, epoch)
     return NodesTransport(in_node, among_nodes, settings.rank, settings.num_local_ranks)
 
 
-def _share_memory(
-    settings: RankSettings, share: Share, epoch: Epoch, bound_s: float
-) -> SharedTransport:
+def bound_s(settings: RankSettings) -> float:
+    """The bound on a rank's own waits for others."""
+    return settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S
+
+
+def _share_memory(settings: RankSettings, share: Share, epoch: Epoch) -> SharedTransport:
     region, rank = Region(settings.num_local_ranks), settings.local_rank
     memory = _map(settings, region, epoch)
     endpoint: Endpoint
@@ -67,7 +69,8 @@ def _share_memory(
         sizes = region.groups_bytes, region.heap_bytes
         wake_fds = settings.wake_fds[: region.num_ranks]
         endpoint = UncompiledEndpoint(memory, *sizes, rank, wake_fds)
-    return SharedTransport(endpoint, region, settings.rank - rank, settings.rank, bound_s, epoch)
+    first, own = settings.rank - rank, settings.rank
+    return SharedTransport(endpoint, region, first, own, bound_s(settings), epoch)
 
 
 def _map(settings: RankSettings, region: Region, epoch: Epoch) -> mmap.mmap:
