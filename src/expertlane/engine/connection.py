@@ -3,6 +3,7 @@
 import mmap
 import os
 
+import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from expertlane.comm.epoch import Epoch
@@ -11,6 +12,7 @@ from expertlane.comm.nodes import NodesTransport
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.region import Region
 from expertlane.comm.shared_memory import CompiledEndpoint, Endpoint, SharedTransport
+from expertlane.comm.staged import StagedTransport
 from expertlane.comm.torch_transport import TorchTransport
 from expertlane.comm.transport import Transport
 from expertlane.comm.uncompiled import UncompiledEndpoint
@@ -35,12 +37,18 @@ def connect(
     Raises:
         EpochEndedError: a later one has begun.
     """
-    epoch = Epoch(board, number)
+    hosts = _connect(settings, platform, share, Epoch(board, number))
+    return StagedTransport(hosts, platform.device) if platform.is_staged else hosts
+
+
+def _connect(
+    settings: RankSettings, platform: Platform, share: Share, epoch: Epoch
+) -> SharedTransport | TorchTransport | NodesTransport:
     shares_memory = platform.transport.startswith(SHARED_MEMORY)
     if shares_memory and settings.meeting is None:
         return _share_memory(settings, share, epoch)
     among_nodes = TorchTransport(
-        platform.device,
+        torch.device("cpu") if platform.is_staged else platform.device,
         _open_store(settings, epoch),
         settings.rank,
         bound_s(settings),
