@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from expertlane.ops.kv_float8 import from_float8, to_float8
 from expertlane.schedule.plan import Batch
 
 _FEW_BLOCKS = 8  # below this width another call costs more than the padding it saves
@@ -22,7 +23,16 @@ class KVCache:
     A slot is a position's place, block × block_size + offset. With latent attention the one
     head's key is the latent and the rotated part; its value is the latent, a part of the key, so
     it is not stored again (`value_dim` 0).
+
+    Attributes:
+        dtype: in which keys and values come and go.
+        keys, values: as they are stored: uint8, the bits of float8, if `is_float8`.
+        key_scales, value_scales: then, [num_blocks, heads, block_size, 1] uint8, as
+            `ops.kv_float8` has them; no last size where there are no values.
     """
+
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
     def __init__(
         self,
@@ -33,29 +43,41 @@ class KVCache:
         value_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        is_float8: bool = False,
     ) -> None:
+        self.dtype = dtype
         shape = (num_blocks, num_local_heads, block_size)
+        stored = torch.uint8 if is_float8 else dtype
         # Zeros: a padded place is masked, but what is masked must still be a number.
-        self.keys = _zeros((*shape, key_dim), dtype, device)
-        self.values = _zeros((*shape, value_dim), dtype, device)
+        self.keys = _zeros((*shape, key_dim), stored, device)
+        self.values = _zeros((*shape, value_dim), stored, device)
+        if is_float8:
+            self.key_scales = _zeros((*shape, min(1, key_dim)), stored, device)
+            self.value_scales = _zeros((*shape, min(1, value_dim)), stored, device)
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor) -> Self:
         """One that lies in given tensors, [num_blocks, heads, block_size, dim]."""
         cache = cls.__new__(cls)
-        cache.keys, cache.values = keys, values
+        cache.keys, cache.values, cache.dtype = keys, values, keys.dtype
         return cache
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of keys and values together."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of keys and values together, with their scales."""
+        return sum(each.nbytes for each in self._tensors)
 
     @property
     def position_bytes(self) -> int:
         """Bytes of one position of one sequence."""
-        width = self.keys.shape[-1] + self.values.shape[-1]
-        return self.num_heads * width * self.keys.itemsize
+        row_bytes = sum(each.shape[-1] * each.itemsize for each in self._tensors)
+        return self.num_heads * row_bytes
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        all_of_it = self.keys, self.values, self.key_scales, self.value_scales
+        return [each for each in all_of_it if each is not None]
 
     @property
     def num_heads(self) -> int:
@@ -70,24 +92,32 @@ class KVCache:
     def clear(self, blocks: Tensor) -> None:
         """Zero some blocks."""
         if len(blocks):
-            self.keys.index_fill_(0, blocks, 0)
-            self.values.index_fill_(0, blocks, 0)
+            for each in self._tensors:
+                each.index_fill_(0, blocks, 0)
 
-    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens' keys and values.
 
         Args:
             slots: [num_tokens].
             keys, values: [num_tokens, num_local_heads, key_dim or value_dim].
+
+        Returns:
+            keys and values as they will be read: rounded where they are stored so.
         """
-        blocks, offsets = slots // self.block_size, slots % self.block_size
-        self.keys[blocks, :, offsets] = keys
-        if values.shape[-1]:
-            self.values[blocks, :, offsets] = values
+        places = slots // self.block_size, slots % self.block_size
+        return (
+            _put(self.keys, self.key_scales, places, keys),
+            _put(self.values, self.value_scales, places, values),
+        )
 
     def keys_at(self, slots: Tensor) -> Tensor:
         """[num_slots, num_local_heads, key_dim]."""
-        return self.keys[slots // self.block_size, :, slots % self.block_size]
+        blocks, offsets = slots // self.block_size, slots % self.block_size
+        keys = self.keys[blocks, :, offsets]
+        if self.key_scales is None:
+            return keys
+        return from_float8(keys, self.key_scales[blocks, :, offsets], self.dtype)
 
     def read(self, block_tables: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
         """Gather the first positions of some sequences.
@@ -107,7 +137,28 @@ class KVCache:
             shape = num_seqs, self.num_heads, width * self.block_size, paged.shape[-1]
             return of_heads.view(shape)[:, :, :num_positions]
 
-        return gather(self.keys), gather(self.values)
+        keys, values = gather(self.keys), gather(self.values)
+        if self.key_scales is None or self.value_scales is None:
+            return keys, values
+        return (
+            from_float8(keys, gather(self.key_scales), self.dtype),
+            from_float8(values, gather(self.value_scales), self.dtype),
+        )
+
+
+def _put(
+    pages: Tensor, scales: Tensor | None, places: tuple[Tensor, Tensor], rows: Tensor
+) -> Tensor:
+    """Store rows [num_tokens, heads, dim] at blocks and offsets; gives them as they are stored."""
+    blocks, offsets = places
+    if not rows.shape[-1]:
+        return rows
+    if scales is None:
+        pages[blocks, :, offsets] = rows
+        return rows
+    values, scale = to_float8(rows)
+    pages[blocks, :, offsets], scales[blocks, :, offsets] = values, scale
+    return from_float8(values, scale, rows.dtype)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -100,7 +100,8 @@ class AttentionPart:
     @staticmethod
     def pages(cache: KVCache) -> Pages:
         """Where a layer's cache lies."""
-        return Pages(cache.keys.data_ptr(), cache.values.data_ptr(), cache.block_size)
+        parts = cache.keys, cache.values, cache.key_scales, cache.value_scales
+        return Pages(*map(address_of, parts), cache.block_size)
 
     def placed(self, batch: PagedBatch) -> Tokens:
         """Where a batch's tokens stand; the same in all layers."""

@@ -137,7 +137,7 @@ class TorchBackend(Bookkeeping):
         """
         value_dim, scale, window, sinks = params
         cache.clear(batch.begun_blocks)
-        cache.write(batch.slots, key, value)
+        key, value = cache.write(batch.slots, key, value)
 
         def attend(group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             if group.is_fresh:
