@@ -231,3 +231,38 @@ def test_other_types_are_torch_s(kernels):
     tensors = drawn.query, drawn.key, drawn.value
     expected = TorchBackend().paged_attention(*tensors, drawn.cache, batch, params)
     assert torch.equal(kernels.paged_attention(*tensors, drawn.cache, batch, params), expected)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_float8_has_torch_s_bits(kernels, dtype):
+    """Rows of every magnitude, of ties, of zeros, and of what is no number."""
+    batch = batch_of([(0, 40)], 16)
+    drawn = Drawn(batch, (2, 2), (32, 32), dtype, is_float8=True)
+    exponents = torch.arange(40).view(-1, 1, 1) * 3 - 60
+    key = torch.randn(40, 2, 32, generator=torch.Generator().manual_seed(2)) * 2.0**exponents
+    key[5], key[6, 1] = 0.0, torch.tensor([448.0, 17.0, 19.0, 2.0**-9 * 1.5] * 8)
+    key[7, 0, 3], key[8, 1, 9], key[9] = torch.nan, -torch.inf, torch.finfo(torch.float32).tiny / 8
+    key = key.to(dtype)
+    params = AttentionParams(32, 0.1)
+    found = kernels.paged_attention(drawn.query, key, drawn.value, drawn.cache, batch, params)
+    values, scales = to_float8(key)
+    is_number = scales != 255
+    assert is_number.sum() == 80 - 2
+    assert torch.equal(by_slot(drawn.cache.key_scales)[batch.slots], scales)
+    stored = by_slot(drawn.cache.keys)[batch.slots]
+    assert torch.equal(stored * is_number, values * is_number)
+    assert found[:7].isfinite().all()
+
+
+def test_float8_tells_of_what_is_no_number(kernels):
+    """A value that is none is none for all that see it."""
+    batch = batch_of([(0, 40), (0, 3)], 16)
+    for dtype in BOUND:
+        drawn = Drawn(batch, (4, 2), (32, 32), dtype, is_float8=True)
+        drawn.value = drawn.value.clone()
+        drawn.value[7, 0, 5] = torch.nan
+        tensors = drawn.query, drawn.key, drawn.value, drawn.cache, batch
+        found = kernels.paged_attention(*tensors, AttentionParams(32, 0.1))
+        assert found[40:].isfinite().all()
+        assert not found[7:40, :2].isfinite().any(dim=2).any()
+        assert found[:, 2:].isfinite().all()

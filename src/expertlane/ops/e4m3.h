@@ -28,7 +28,8 @@ inline Lanes load(const E4m3* p) {
 #endif
 }
 
-// A row of the cache as `kv_float8.py` rounds and widens it: its scale is 2^(byte - 127).
+// A row of the cache as `kv_float8.py` rounds and widens it: its scale is 2^(byte - 127), infinite
+// where a value is no number.
 
 inline uint32_t float_bits(float x) {
     uint32_t bits;
@@ -56,10 +57,12 @@ inline E4m3 to_e4m3(float x) {
 
 template <class T>
 inline void round_row(const T* from, int64_t size, E4m3* to, uint8_t* scale) {
-    float most = 0.0f;
-    for (int64_t i = 0; i < size; ++i) most = std::max(most, std::fabs(to_float(from[i])));
-    const int32_t exponent = (int32_t)((float_bits(most) + 0x1fffff) >> 23) - 8;  // 1.75 * 2^8: 448
-    *scale = (uint8_t)std::max(exponent, 1);
+    uint32_t most = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        most = std::max(most, float_bits(to_float(from[i])) & 0x7fffffff);
+    }
+    const int32_t exponent = (int32_t)((most + 0x1fffff) >> 23) - 8;  // 1.75 * 2^8 is 448
+    *scale = (uint8_t)(most < 0x7f800000 ? std::max(exponent, 1) : 255);
     const float inverse = power_of_scale(254u - *scale);
     for (int64_t i = 0; i < size; ++i) to[i] = to_e4m3(to_float(from[i]) * inverse);
 }

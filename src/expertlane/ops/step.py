@@ -100,8 +100,7 @@ class AttentionPart:
     @staticmethod
     def pages(cache: KVCache) -> Pages:
         """Where a layer's cache lies."""
-        parts = cache.keys, cache.values, cache.key_scales, cache.value_scales
-        return Pages(*map(address_of, parts), cache.block_size)
+        return Pages(*map(address_of, cache.parts), cache.block_size)
 
     def placed(self, batch: PagedBatch) -> Tokens:
         """Where a batch's tokens stand; the same in all layers."""

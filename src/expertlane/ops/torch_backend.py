@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertlane.ops.attention_groups import AttentionGroup
 from expertlane.ops.bookkeeping import Bookkeeping
-from expertlane.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
+from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import LocalExperts
 from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.parts import AttentionCall, MlpCall
