@@ -103,9 +103,9 @@ class Counting:
         if table is not None:
             ranks = range(layout.world_size)
             pool.call(SetDispatch(table), ranks=ranks)
-        self._model, types = model, NumberTypes.all_of(dtype)
+        self._model, types = model, NumberTypes.of_engine(dtype, options)
         if pool.call(DescribeMachine())[0].keeps_narrow:
-            types = NumberTypes.kept_as(dtype, options.weights, None)
+            types = NumberTypes.kept_as(dtype, options, None)
         self._builders = [
             ProgramBuilder(
                 model,

@@ -320,7 +320,9 @@ def test_attention(ours, lengths, new, heads, rotary_dim, interleave, window, fl
         expected = output(attended.flatten(1))
         assert_near(found, x + expected if adds_input else expected)
         tables = torch.arange(num_blocks)[None]
-        for mine, other in zip(*(each.read(tables, 4 * num_blocks) for each in caches), strict=True):
+        for mine, other in zip(
+            *(each.read(tables, 4 * num_blocks) for each in caches), strict=True
+        ):
             assert torch.equal(mine, other)
 
 

@@ -32,7 +32,9 @@ BATCH = st.one_of(
 )
 
 
-def compare(sequences, block_size, heads, dims, window, has_sinks, dtype, steps=4, slack=0, is_float8=False):
+def compare(
+    sequences, block_size, heads, dims, window, has_sinks, dtype, steps=4, slack=0, is_float8=False
+):
     """Of a cache in which what no sequence has is NaN; bounds are `slack` above what there is."""
     (num_heads, kv_heads), (key_dim, value_dim) = heads, dims
     batch = batch_of(sequences, block_size, DEVICE)

@@ -99,7 +99,8 @@ def _attend_positions(
     table, key_block, value_block, scale_block, begin, end, window, scale,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_WINDOW: tl.constexpr, VALUES_IN_KEYS: tl.constexpr, IS_FLOAT8: tl.constexpr,
-    ROWS: tl.constexpr, POSITIONS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr,
+    MAIN: tl.constexpr, REST: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of values weighted by exponentials, of one head's positions from begin to end.
 

@@ -22,7 +22,8 @@ def _rotate_kernel(
     num_heads, num_kv_heads, eps,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_CACHE: tl.constexpr,
-    IS_FLOAT8: tl.constexpr, HEADS: tl.constexpr, KEPT_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    IS_FLOAT8: tl.constexpr, HEADS: tl.constexpr,
+    KEPT_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Heads are rows: queries, then keys, then values, which are neither normalised nor rotated.
     token = tl.program_id(0).to(tl.int64)
