@@ -30,7 +30,7 @@ from compile_cuda import equal_sequences
 
 from expertlane.ops.cuda.activation import activate
 from expertlane.ops.cuda.attention import attend
-from expertlane.ops.cuda.grouped import CudaExperts
+from expertlane.ops.cuda.experts import CudaExperts
 from expertlane.ops.cuda.norm import add_rms_norm
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.ops.cuda.rotate import rotate_and_write

@@ -33,7 +33,7 @@ from triton.runtime.jit import JITFunction, MockTensor
 
 from expertlane.ops.cuda import attention, rotate
 from expertlane.ops.cuda.activation import activate
-from expertlane.ops.cuda.grouped import CudaExperts
+from expertlane.ops.cuda.experts import CudaExperts
 from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
 from expertlane.ops.cuda.parts import CudaAttention, CudaMlp
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
