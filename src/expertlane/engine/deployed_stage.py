@@ -71,7 +71,7 @@ class DeployedStage:
             model.num_hidden_layers,
             model.num_experts,
             context.progress,
-            clock_for(platform.device),
+            clock_for(platform.device, context.await_device),
             spec.layout.world_size,
             context.core_token(),
         )
@@ -165,7 +165,8 @@ class DeployedStage:
             return
         self._sampler = Sampler(self.spec.model.vocab_size, self._device)
         self._committed = {}
-        self.stage.allocate_cache(num_blocks + (self._graphs is not None), block_size)
+        num_blocks += self._graphs is not None  # one for padding
+        self.stage.allocate_cache(num_blocks, block_size, options.kv_dtype)
 
     def _new_graphs(self, limits: GraphLimits | None, num_blocks: int) -> DecodeGraphs | None:
         """None where the device has none, or other ranks are reached through the host."""
