@@ -94,7 +94,7 @@ def experiment_limits(experiment: Experiment, seen: Sequence[RankMachine]) -> di
         wanted = workload_limits(experiment.workload, model, each.layout)
         try:
             limits[each.name] = fit_to_machine(
-                *(model, each.layout, wanted, seen, 1.0, placements, each.options.weights),
+                *(model, each.layout, wanted, seen, 1.0, placements, each.options),
                 Path(experiment.checkpoint) if experiment.checkpoint else None,
             )
         except CapacityError as error:
