@@ -67,7 +67,7 @@ class DeployedStage:
             model.num_hidden_layers,
             model.num_experts,
             context.progress,
-            clock_for(platform.device),
+            clock_for(platform.device, context.await_device),
             spec.layout.world_size,
             context.core_token(),
         )

@@ -234,9 +234,13 @@ def fit_to_machine(
     Raises:
         CapacityError: not even one sequence fits; with both numbers.
     """
-    tightest = min(seen[: layout.world_size], key=lambda each: each.free_bytes)
-    num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
-    free_bytes = FREE_SHARE * tightest.free_bytes / num_sharing
+
+    def own_bytes(of_rank: RankMachine) -> float:
+        num = of_rank.ranks_on_device if of_rank.on_gpu else of_rank.ranks_per_node
+        return of_rank.free_bytes / min(layout.world_size, num)
+
+    tightest = min(seen[: layout.world_size], key=own_bytes)
+    free_bytes = FREE_SHARE * own_bytes(tightest)
     share = 1.0 if tightest.on_gpu else cpu_cache_share
     placements = placements or placements_of(model, layout, _PLAIN)
     placed = placed_model(model, layout, placements, tightest, options, checkpoint)

@@ -177,17 +177,24 @@ class Bookkeeping:
 
         Args:
             ids: [R, K] int32, rows may be apart.
-            num_pairs: how many pairs there are, if that is known: a GPU need not be asked then.
+            num_pairs: P, a bound of how many pairs there are, R · K at most: a GPU need not be
+                asked then. With R · K, ids without a pair are numbered too.
         """
+        most = ids.numel()
         groups = torch.div(ids.flatten() - first, divisor, rounding_mode="floor")
-        pair = ((groups >= 0) & (groups < num_groups)).nonzero().squeeze(1)  # row · K + choice
-        assert num_pairs in (None, len(pair)), "what was told is wrong"
-        groups = groups[pair]
-        order = stable_order(groups, num_groups)
-        numbers = torch.full((ids.numel(),), -1, device=ids.device)
-        numbers[pair] = torch.arange(len(pair), device=ids.device)
-        counts = torch.bincount(groups, minlength=num_groups)
-        return PairGroups(counts, pair[order] // ids.shape[1], order, numbers.view(ids.shape))
+        is_pair = (groups >= 0) & (groups < num_groups)
+        groups = groups.where(is_pair, num_groups)  # behind the others
+        num_before = is_pair.cumsum(0)  # and itself
+        if num_pairs is None:
+            num_pairs = int(num_before[-1]) if most else 0
+        number = torch.arange(most, device=ids.device)
+        if num_pairs < most:  # there is one at least
+            number = torch.where(is_pair, num_before - 1, num_before.max() + number - num_before)
+        pair = stable_order(groups, num_groups + 1).narrow(0, 0, num_pairs)  # row · K + choice
+        counts = number.new_zeros(num_groups + 1).index_add_(0, groups, torch.ones_like(number))
+        numbers = number.where(is_pair, -1).view(ids.shape)
+        counts, order = counts.narrow(0, 0, num_groups), number.index_select(0, pair)
+        return PairGroups(counts, pair // ids.shape[1], order, numbers)
 
     def pack(self, parts: Sequence[tuple[Tensor, Tensor | None]], packed: Tensor) -> None:
         """Put parts of rows side by side.

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from expertlane.ops.cuda.kv_float8 import widened
 from expertlane.ops.cuda.launch import launch
+from expertlane.ops.cuda.splits import num_multiprocessors, share_of
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 
 _LOG2_E = 1.4426950408889634
-_FEW_MULTIPROCESSORS = 132  # of an H100; used where the device cannot be queried
 _LEAST_SPLIT = 256  # positions
 
 
@@ -57,7 +57,7 @@ def _attention_kernel(
     if HAS_WINDOW:
         begin = tl.maximum(length - new + row // GROUP - window + 1, 0)
     if IS_SPLIT:
-        begin, end = _share_of(begin, end, split, tl.num_programs(2), POSITIONS)
+        begin, end = share_of(begin, end, split, tl.num_programs(2), POSITIONS)
 
     of_row = query + (first + rows // GROUP) * query_token + head * query_head
     query_main = _columns_of(of_row, is_row, 0, KEY_DIM, MAIN)
@@ -145,15 +145,6 @@ def _attend_positions(
         scaled = sum_of_values * shrunk[:, None]
         sum_of_values = tl.dot(weights.to(value.dtype), value, scaled, input_precision="ieee")
     return sum_of_values, greatest, total
-
-
-@triton.jit
-def _share_of(begin, end, split, num_splits, POSITIONS: tl.constexpr):
-    """The positions of a split: equal shares of whole steps, perhaps none."""
-    steps = (end - begin + POSITIONS - 1) // POSITIONS
-    share = (steps + num_splits - 1) // num_splits * POSITIONS
-    begin += split * share
-    return begin, tl.minimum(end, begin + share)
 
 
 @triton.jit
@@ -269,10 +260,7 @@ def _blocks(key_dim: int) -> tuple[int, int]:
 
 def _num_splits(num_programs: int, longest: int, device: torch.device) -> int:
     """The number of splits of positions that gives two programs for each multiprocessor."""
-    num = _FEW_MULTIPROCESSORS
-    if device.type == "cuda" and torch.cuda.is_available():
-        num = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = 2 * num // max(1, num_programs)
+    wanted = 2 * num_multiprocessors(device) // max(1, num_programs)
     return max(1, min(wanted, longest // _LEAST_SPLIT, 64))
 
 
