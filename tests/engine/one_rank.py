@@ -5,12 +5,12 @@ from types import SimpleNamespace
 from expertlane.balance.placement_file import placements_of
 from expertlane.comm.mesh import Meshes
 from expertlane.comm.progress import ProgressBoard
-from expertlane.engine.commands import GraphLimits, StageSpec
+from expertlane.engine.commands import StageSpec
 from expertlane.engine.deployed_stage import DeployedStage
 from expertlane.engine.model_runner import outcome_of
 from expertlane.ops.backend import Platform
 from expertlane.ops.cuda.backend import CudaBackend
-from expertlane.spec.deployment import Options
+from expertlane.spec.deployment import GraphLimits, Options
 from expertlane.spec.layout import Layout
 from ops.cuda.tiny_models import USERS
 
@@ -37,6 +37,7 @@ def stage_of(model, limits, graphs, monkeypatch, device, dtype, options=None) ->
         progress=board.reporter(0),
         meshes=Meshes(),
         core_token=lambda: None,
+        await_device=None,  # there is none
     )
     placements = placements_of(model, Layout(), options)
     stage = DeployedStage(context, StageSpec(model, Layout(), placements, 0, 1))

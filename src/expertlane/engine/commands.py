@@ -17,7 +17,7 @@ from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
-from expertlane.spec.deployment import DispatchTable, Options, WeightsType
+from expertlane.spec.deployment import DispatchTable, GraphLimits, Options, WeightsType
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
@@ -165,6 +165,10 @@ class RankMachine:
         """Whether it computes on a GPU."""
         return self.device != "cpu"
 
+    def num_sharing(self, world_size: int) -> int:
+        """How many of so many ranks share its device's memory."""
+        return min(world_size, self.ranks_on_device if self.on_gpu else self.ranks_per_node)
+
 
 @dataclass(frozen=True)
 class RankRates:
@@ -188,19 +192,6 @@ class CacheInt8(Command[bool]):
 
     model: ModelConfig
     checkpoint: str
-
-
-@dataclass(frozen=True)
-class GraphLimits:
-    """What decode steps that are recorded as CUDA graphs have to take at most.
-
-    Attributes:
-        max_num_seqs: of a data-parallel rank.
-        max_positions: of a sequence.
-    """
-
-    max_num_seqs: int
-    max_positions: int
 
 
 class Deploy(Command[HeldBytes]):

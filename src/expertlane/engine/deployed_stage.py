@@ -2,10 +2,8 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
-import numpy as np
 import torch
 
 from expertlane.balance.placement_file import Placements
@@ -15,35 +13,57 @@ from expertlane.comm.collectives import Pending, interleave
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder
 from expertlane.engine.commands import (
-    GraphLimits,
     HeldBytes,
     RankOutcome,
     StageSpec,
 )
 from expertlane.engine.migration import Migration
-from expertlane.engine.next_tokens import StepTokens
+from expertlane.engine.next_tokens import StepTokens, with_chosen
 from expertlane.engine.preparing import weight_source
 from expertlane.engine.rank_checks import StageChecks
 from expertlane.engine.stage_state import Changes, Left
 from expertlane.engine.worker import RankContext
-from expertlane.model.decode_graphs import DecodeGraphs, PaddedBatch
+from expertlane.model.decode_graphs import DecodeGraphs, PaddedBatch, decode_graphs
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.sampler import Sampler
 from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import HeldWeights
-from expertlane.ops.backend import backend_for
 from expertlane.results.rank_totals import RankTotals
-from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
+from expertlane.schedule.plan import Batch, RankBatch, RankStep
 from expertlane.spec.deployment import (
     DispatchMode,
     DispatchTable,
+    GraphLimits,
     Options,
     PayloadType,
     is_static_on,
 )
 from expertlane.spec.members import Members
 from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
+
+
+def _checks_of(spec: StageSpec, rank: int) -> Checks | None:
+    if spec.check == "off":
+        return None
+    at = spec.layout.coordinates(rank)
+    layers = spec.layout.layers_of_stage(spec.model.num_hidden_layers, at.pp_rank)
+    return Checks(spec.check, spec.model.num_experts, at.etp_rank, layers.start)
+
+
+def _recorder_of(
+    context: RankContext, spec: StageSpec, rank: int, checks: Checks | None
+) -> Recorder:
+    sizes = (
+        rank,
+        spec.model.num_hidden_layers,
+        spec.model.num_experts,
+        context.progress,
+        clock_for(context.platform.device, context.await_device),
+        spec.layout.world_size,
+        context.core_token(),
+    )
+    return CheckedRecorder(checks, *sizes) if checks else Recorder(*sizes)
 
 
 class DeployedStage:
@@ -66,21 +86,8 @@ class DeployedStage:
         platform, model = context.platform, spec.model
         rank = spec.members.rank_of(context.rank)
         assert rank is not None, "it has a place in the layout"
-        sizes = (
-            rank,
-            model.num_hidden_layers,
-            model.num_experts,
-            context.progress,
-            clock_for(platform.device, context.await_device),
-            spec.layout.world_size,
-            context.core_token(),
-        )
-        checks = None
-        if spec.check != "off":
-            at = spec.layout.coordinates(rank)
-            layers = spec.layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
-            checks = Checks(spec.check, model.num_experts, at.etp_rank, layers.start)
-        self._recorder = CheckedRecorder(checks, *sizes) if checks else Recorder(*sizes)
+        checks = _checks_of(spec, rank)
+        self._recorder = _recorder_of(context, spec, rank, checks)
         self._mesh = ParallelMesh(
             spec.layout,
             context.meshes,
@@ -98,12 +105,13 @@ class DeployedStage:
         self._seconds_from[Origin.READ] = source.read_s
         self.migration = Migration(self.stage, context.progress)
         self._device = platform.device
+        self._await_device = context.await_device
         self._records_transfers = platform.transport == "nccl"
         self._dispatch = DispatchTable.fixed("all_to_all")
         self._payload: PayloadType = "model"
         self._block_size = 1
         self._phase: Phase | None = None
-        self._balances_copies = False
+        self._balances_copies = self._crowds = False
         self._committed: dict[int, int] = {}  # tokens of the last committed step, by sequence id
         self._uncommitted: deque[Changes] = deque()
         self._sends: deque[list[Pending]] = deque()
@@ -158,7 +166,15 @@ class DeployedStage:
         self._block_size = block_size
         self._phase = None
         self._uncommitted.clear()
-        self._graphs = self._new_graphs(graphs, num_blocks)
+        self._graphs = decode_graphs(
+            self.stage,
+            graphs,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            records_transfers=self._records_transfers,
+        )
+        if self._graphs is not None:
+            self.totals()  # begins them on all ranks at once: graphs add to them
         if left is not None and left.caches is not None:
             self._sampler, self._committed = left.sampler, left.tokens
             self.stage.take_cache(left.caches)
@@ -167,25 +183,6 @@ class DeployedStage:
         self._committed = {}
         num_blocks += self._graphs is not None  # one for padding
         self.stage.allocate_cache(num_blocks, block_size, options.kv_dtype)
-
-    def _new_graphs(self, limits: GraphLimits | None, num_blocks: int) -> DecodeGraphs | None:
-        """None where the device has none, or other ranks are reached through the host."""
-        mesh = self._mesh
-        travels = max(mesh.stage.size, mesh.tp.size) > 1
-        if limits is None or (travels and not self._records_transfers):
-            return None
-        graphs = backend_for(self._device).graphs()
-        if graphs is None:
-            return None
-        self._recorder.totals()  # begins them on all ranks at once: graphs add to them
-        return DecodeGraphs(
-            self.stage,
-            graphs,
-            max_num_seqs=limits.max_num_seqs,
-            max_positions=limits.max_positions,
-            num_blocks=num_blocks,
-            block_size=self._block_size,
-        )
 
     def drop_graphs(self) -> None:
         """Forget recorded steps: groups, weights or forms change."""
@@ -259,13 +256,23 @@ class DeployedStage:
                 if step.return_logits:
                     outcome.logits |= zip(seq_ids, result.logits.cpu().numpy(), strict=True)
         is_told = self._mesh.at.tp_rank == 0
-        changes.chosen = tokens.fetch(outcome if is_told else None, self._look_at_head)
+        changes.chosen = tokens.fetch(
+            outcome if is_told else None, self._look_at_head, self._await_device
+        )
         for send in self._sends[-1]:
             send.let_go()
         outcome.record = recorder.end_step()
         if self._checks is not None:
             outcome.checks = self._checks.end_step()
         return outcome
+
+    def run_crowded(self, step: RankStep) -> None:
+        """Take a step through this stage whose tokens all go to the same experts."""
+        self._crowds = True
+        try:
+            self.run(step)
+        finally:
+            self._crowds = False
 
     def totals(self) -> RankTotals:
         """Totals of the steps since the first call."""
@@ -310,16 +317,6 @@ class DeployedStage:
         if self._checks is not None:
             self._checks.check_head(logits, tokens, self._sampler)
 
-    def _with_chosen(self, batch: Batch, chosen: dict[int, int]) -> Batch:
-        """The batch with the tokens that the scheduler did not know: those of the step before."""
-        is_unknown = batch.token_ids == UNKNOWN
-        if not is_unknown.any():
-            return batch
-        token_ids = batch.token_ids.copy()
-        seq_ids = np.repeat(batch.seq_ids, batch.num_scheduled_tokens)[is_unknown]
-        token_ids[is_unknown] = [chosen[seq] for seq in seq_ids.tolist()]
-        return replace(batch, token_ids=token_ids)
-
     def _begin_input(
         self, micro_batch: RankBatch, chosen: dict[int, int]
     ) -> tuple[list[ForwardBatch], Pending | None]:
@@ -334,7 +331,7 @@ class DeployedStage:
         first = mesh.is_first_stage
         self._recorder.enter(Stage.EMBED if first else Stage.HAND_OVER)
         mode = self._choose(micro_batch)
-        own, sizes = [self._with_chosen(micro_batch.own, chosen)], [micro_batch.num_tokens]
+        own, sizes = [with_chosen(micro_batch.own, chosen)], [micro_batch.num_tokens]
         if (part := self._as_graph(own[0], micro_batch, mode)) is not None:
             return [part], self._hidden_of(part.num_owned)
         if mode.overlap:
@@ -345,6 +342,7 @@ class DeployedStage:
                 *(batch, num_tokens, mesh.layout, mesh.at, self._device, self._block_size),
                 mode.form,
                 balances_copies=self._balances_copies,
+                crowds=self._crowds,
             )
             for batch, num_tokens in zip(own, sizes, strict=True)
             if any(num_tokens)

@@ -1,8 +1,10 @@
 """The next tokens of a step on a rank: chosen on the device, and brought to the host together."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from expertlane.engine.commands import RankOutcome
@@ -10,7 +12,19 @@ from expertlane.model.draw import NO_TOKEN
 from expertlane.model.sampler import Sampled, Sampler
 from expertlane.model.transformer import HeadResult
 from expertlane.ops.transfer import Fetched
+from expertlane.schedule.plan import UNKNOWN, Batch
 from expertlane.spec.sampling import TokenLogprobs
+
+
+def with_chosen(batch: Batch, chosen: dict[int, int]) -> Batch:
+    """The batch with the tokens that the scheduler did not know: those of the step before."""
+    is_unknown = batch.token_ids == UNKNOWN
+    if not is_unknown.any():
+        return batch
+    token_ids = batch.token_ids.copy()
+    seq_ids = np.repeat(batch.seq_ids, batch.num_scheduled_tokens)[is_unknown]
+    token_ids[is_unknown] = [chosen[seq] for seq in seq_ids.tolist()]
+    return replace(batch, token_ids=token_ids)
 
 
 class _Chosen(NamedTuple):
@@ -50,6 +64,7 @@ class StepTokens:
         self,
         outcome: RankOutcome | None,
         look: Callable[[Tensor, dict[int, int]], None],
+        until: Callable[[Any], None],
     ) -> dict[int, int]:
         """Wait for the device; gives all tokens by sequence id, for the next step.
 
@@ -58,9 +73,10 @@ class StepTokens:
         Args:
             outcome: is told; None on all but one rank of a tensor-parallel group.
             look: is shown each part's logits of this rank, and its tokens.
+            until: waits for an event of the device.
         """
         fetched = Fetched([tensor for part in self._parts for tensor in part.tensors])
-        rest = iter(fetched.wait(lambda passed: passed.synchronize()))
+        rest = iter(fetched.wait(until))
         of_all: dict[int, int] = {}
         for seq_ids, result, sampled, sent in self._parts:
             tensors = [next(rest) for _ in sent]

@@ -14,11 +14,12 @@ from torch import Tensor
 from expertlane.comm.collectives import interleave
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.transformer import HeadResult, TransformerStage
+from expertlane.ops.backend import backend_for
 from expertlane.ops.graphs import Graphs
 from expertlane.ops.kv_cache import AttentionBounds
 from expertlane.ops.transfer import Array, packed, unpacked
 from expertlane.schedule.plan import Batch
-from expertlane.spec.deployment import DispatchForm
+from expertlane.spec.deployment import DispatchForm, GraphLimits
 
 _FEW = 8
 _PADDING = -1  # in place of a sequence's id
@@ -113,8 +114,6 @@ class DecodeGraphs:
     The largest is recorded first: the memory of the others is then a part of its.
 
     Args:
-        max_num_seqs: of a data-parallel rank.
-        max_positions: of a sequence.
         num_blocks: of the cache, the one for padding not among them.
     """
 
@@ -122,17 +121,16 @@ class DecodeGraphs:
         self,
         stage: TransformerStage,
         graphs: Graphs,
+        limits: GraphLimits,
         *,
-        max_num_seqs: int,
-        max_positions: int,
         num_blocks: int,
         block_size: int,
     ) -> None:
         self.stage, self._graphs = stage, graphs
         self.device, self.block_size = stage.device, block_size
-        self.width = -(-max_positions // block_size)
+        self.width = -(-limits.max_positions // block_size)
         self.scratch_block = num_blocks
-        self._sizes = graph_sizes(max_num_seqs)
+        self._sizes = graph_sizes(limits.max_num_seqs)
         self._inputs: dict[int, StaticInputs] = {}
         self._rooms: dict[str, Tensor] = {}
         self._launch: dict[tuple[int, DispatchForm], Callable[[], None]] = {}
@@ -218,3 +216,28 @@ class DecodeGraphs:
             shape = self._sizes[-1], *like.shape[1:]
             self._rooms[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
         return self._rooms[name]
+
+
+def decode_graphs(
+    stage: TransformerStage,
+    limits: GraphLimits | None,
+    *,
+    num_blocks: int,
+    block_size: int,
+    records_transfers: bool,
+) -> DecodeGraphs | None:
+    """A stage's; None where its device has none, or reaches other ranks through the host.
+
+    Args:
+        limits: None where no step is to be recorded.
+        num_blocks, block_size: as of `DecodeGraphs`.
+        records_transfers: whether graphs may have transfers between ranks in them.
+    """
+    mesh = stage.mesh
+    travels = max(mesh.stage.size, mesh.tp.size) > 1
+    if limits is None or (travels and not records_transfers):
+        return None
+    graphs = backend_for(stage.device).graphs()
+    if graphs is None:
+        return None
+    return DecodeGraphs(stage, graphs, limits, num_blocks=num_blocks, block_size=block_size)

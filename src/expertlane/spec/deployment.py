@@ -53,6 +53,19 @@ DISPATCH_FORMS: dict[DispatchForm, FormTraits] = {
 
 
 @dataclass(frozen=True)
+class GraphLimits:
+    """What decode steps that are recorded as CUDA graphs have to take at most.
+
+    Attributes:
+        max_num_seqs: of a data-parallel rank.
+        max_positions: of a sequence.
+    """
+
+    max_num_seqs: int
+    max_positions: int
+
+
+@dataclass(frozen=True)
 class Options(Strict):
     """How a deployment runs.
 
