@@ -133,6 +133,10 @@ class RoutedTokens(NamedTuple):
     balances_copies: bool = False
 
 
+# Pairs for which room is made without a question: results of so many take 0.9 GB in DeepSeek-V3.
+_MOST_UNASKED = 1 << 16
+
+
 class Dispatcher(ABC):
     """Dispatch and combine of one form, on one rank."""
 
@@ -167,6 +171,21 @@ class Dispatcher(ABC):
         self._ops.pack(parts, packed)
         return packed
 
+    def _pairs(self, ids: Tensor, first: int) -> PairGroups:
+        """Pairs of rows that arrived, by local expert.
+
+        A GPU is not asked how many there are, unless room for the most there can be is dear.
+
+        Args:
+            ids: [R, K] int32; physical ids.
+            first: the id of the first local expert.
+        """
+        num_local, most = self._num_local_experts, None
+        if ids.device.type != "cpu":
+            most = ids.shape[0] * min(ids.shape[1], num_local)  # no token chooses an expert twice
+            most = most if most <= _MOST_UNASKED else None
+        return self._ops.group_pairs(ids, first, 1, num_local, most)
+
     def _tell_all(self, counts: Tensor) -> Pending:
         """Begin to give every rank of the stage this one's counts, a row of them each."""
         own, stage = counts.view(1, -1), self._mesh.stage
@@ -192,6 +211,10 @@ class Dispatcher(ABC):
             The rows that arrived, [R, H], perhaps apart; their pairs by local expert; and a handle
             of the form's own for `combine`.
         """
+
+    def is_row(self, sent: Any) -> Tensor | None:
+        """[R]; whether a row that arrived is one, and no padding; None where all are."""
+        return None
 
     def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
         """[P, H] for the results of `rows`, if `combine` would have them somewhere."""
