@@ -172,19 +172,19 @@ class Dispatcher(ABC):
         return packed
 
     def _pairs(self, ids: Tensor, first: int) -> PairGroups:
-        """Pairs of rows that arrived, by local expert.
-
-        A GPU is not asked how many there are, unless room for the most there can be is dear.
+        """Pairs of rows that arrived, by local expert; a GPU is not asked how many there are.
 
         Args:
             ids: [R, K] int32; physical ids.
             first: the id of the first local expert.
         """
-        num_local, most = self._num_local_experts, None
-        if ids.device.type != "cpu":
-            most = ids.shape[0] * min(ids.shape[1], num_local)  # no token chooses an expert twice
-            most = most if most <= _MOST_UNASKED else None
-        return self._ops.group_pairs(ids, first, 1, num_local, most)
+        most = None if ids.device.type == "cpu" else self._most_pairs(ids)
+        return self._ops.group_pairs(ids, first, 1, self._num_local_experts, most)
+
+    def _most_pairs(self, ids: Tensor) -> int | None:
+        """A bound of the pairs: no token chooses an expert twice; None where room is dear."""
+        most = ids.shape[0] * min(ids.shape[1], self._num_local_experts)
+        return most if most <= _MOST_UNASKED else None
 
     def _tell_all(self, counts: Tensor) -> Pending:
         """Begin to give every rank of the stage this one's counts, a row of them each."""
