@@ -7,7 +7,7 @@ from math import ceil, prod
 from typing import NamedTuple
 
 from expertlane.balance.placement_file import Placements
-from expertlane.cost.kv_transfer import held_kv_width
+from expertlane.cost.kv_transfer import held_kv_bytes, held_kv_width
 from expertlane.cost.number_types import NumberTypes, weight_bytes
 from expertlane.errors import CapacityError
 from expertlane.results.record import PoolRecord
@@ -129,13 +129,14 @@ class PlacedModel:
         num_slots = max((placed.num_slots for placed in self.placements if placed), default=1)
         num_pairs = ceil(num_pairs_in_stage * max(of_layer) / num_slots)
         kv_width = held_kv_width(model, layout.tp)
+        position_bytes = held_kv_bytes(model, types, layout.tp)
         # Hidden states, queries, keys and values; the tokens of the experts with their inner layer.
         num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)
         num_values += num_pairs * (2 * model.hidden_size + inner)
         num_positions = limits.num_blocks * limits.block_size
         return RankMemory(
             weight_bytes=num_bytes,
-            kv_bytes=len(layers) * ceil(num_positions / layout.dcp) * kv_width * types.kv_bytes,
+            kv_bytes=len(layers) * ceil(num_positions / layout.dcp) * position_bytes,
             activation_bytes=num_values * types.activation_bytes,
             loading_bytes=largest_matrix * _FLOAT32_BYTES
             + int(weight_bytes(largest_matrix, types.weights)),

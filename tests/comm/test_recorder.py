@@ -24,6 +24,9 @@ class Clock:
         self.is_settled = False
         self.num_threads = 2
 
+    def restart(self):
+        self.is_settled = False
+
     def advance(self, seconds):
         self.now_s += seconds
 

@@ -103,9 +103,9 @@ class Counting:
         if table is not None:
             ranks = range(layout.world_size)
             pool.call(SetDispatch(table), ranks=ranks)
-        self._model, types = model, NumberTypes.all_of(dtype)
+        self._model, types = model, NumberTypes.of_engine(dtype, options)
         if pool.call(DescribeMachine())[0].keeps_narrow:
-            types = NumberTypes.kept_as(dtype, options.weights, None)
+            types = NumberTypes.kept_as(dtype, options, None)
         self._builders = [
             ProgramBuilder(
                 model,
@@ -304,11 +304,12 @@ def test_bfloat16(pools, family):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_weights_of_one_byte(pools, family):
+def test_weights_and_a_cache_of_one_byte(pools, family):
     case = Case("dp=2,tp=2,ep=2", 2)
-    options = replace(options_of(case, "all_to_all", False), weights="int8")
+    options = replace(options_of(case, "all_to_all", False), weights="int8", kv_dtype="float8")
     counting = Counting(pools, MODELS[family], case, options)
-    plan = random_plan(np.random.default_rng(5), 2, 1, MODELS[family].vocab_size, DECODE)
+    kinds = PREFILL + DECODE
+    plan = random_plan(np.random.default_rng(5), 2, 1, MODELS[family].vocab_size, kinds)
     counting.check(plan)
 
 

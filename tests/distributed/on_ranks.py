@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -19,8 +20,10 @@ from expertlane.balance.placement import Placement
 from expertlane.comm.clocks import HostClock
 from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.nccl import NcclLink
 from expertlane.comm.progress import NO_LAYER
 from expertlane.comm.recorder import Recorder
+from expertlane.comm.torch_transport import TorchTransport
 from expertlane.engine import fork_server, worker
 from expertlane.engine.commands import Command
 from expertlane.engine.local_ranks import LocalRanks
@@ -32,6 +35,7 @@ from expertlane.errors import UserError
 from expertlane.moe.dispatch import CopyChooser, RoutedTokens
 from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
+from expertlane.ops.backend import STAGED, Platform
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchForm, PayloadType
 from expertlane.spec.layout import Layout
@@ -376,6 +380,29 @@ def lose_at_start() -> None:
     mock.patch.object(os, "fork", fork_if_there_is_room).start()
 
 
+LINKS = "LINKS_OF_RANKS"  # `staged` or `native`
+
+
+def use_links(kind: str) -> None:
+    """Have ranks exchange rows as those on GPUs do, where what they send lies on the CPU."""
+    if kind == "staged":
+        choose = worker.choose_platform
+
+        def staged(*arguments: Any, **others: Any) -> Platform:
+            chosen = choose(*arguments, **others)
+            return replace(chosen, transport=chosen.transport + STAGED)
+
+        mock.patch.object(worker, "choose_platform", staged).start()
+        return
+
+    def link(self: TorchTransport, ranks: tuple[int, ...]) -> NcclLink:
+        place = ranks.index(self._rank)
+        common = self._backends[ranks], place, len(ranks), self._device, self._epoch
+        return NcclLink(*common, spans_nodes=True)
+
+    mock.patch.object(TorchTransport, "link", link).start()
+
+
 def local_ranks(
     num_ranks: int,
     timeout_s: float,
@@ -457,4 +484,6 @@ def handlers() -> Handlers:
 def main() -> None:
     if LOST_AT_START in os.environ:
         lose_at_start()
+    if LINKS in os.environ:
+        use_links(os.environ[LINKS])
     fork_server.main(handlers())

@@ -54,6 +54,9 @@ class BoardLink:
     def all_to_all_parts(self, rows, send, receive):
         return self.all_to_all(rows, send, rows.new_empty(sum(receive), rows.shape[1]), receive)
 
+    def reduce_scatter(self, rows, num_rows_of):
+        return None
+
     def all_gather(self, rows, received, num_rows_of):
         size = len(self.ranks)
         return self.all_to_all(rows.repeat(size, 1), [len(rows)] * size, received, num_rows_of)

@@ -299,6 +299,11 @@ class SharedLink:
         )
         return self._work(exchange)
 
+    def reduce_scatter(
+        self, rows: Tensor, num_rows_of: Sequence[int]
+    ) -> tuple[_SharedWork, Tensor] | None:
+        return None
+
     def send(self, rows: Tensor, to: int) -> _SharedWork:
         return self._single(to, rows, len(rows), rows, _NONE)
 

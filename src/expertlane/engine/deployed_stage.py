@@ -67,7 +67,7 @@ class DeployedStage:
             model.num_hidden_layers,
             model.num_experts,
             context.progress,
-            clock_for(platform.device),
+            clock_for(platform.device, context.await_device),
             spec.layout.world_size,
             context.core_token(),
         )
@@ -152,7 +152,7 @@ class DeployedStage:
             return
         self._sampler = Sampler(self.spec.model.vocab_size, self._device)
         self._committed = {}
-        self.stage.allocate_cache(num_blocks, block_size)
+        self.stage.allocate_cache(num_blocks, block_size, options.kv_dtype)
 
     def rejoin(self, discard: Sequence[int]) -> None:
         """Go on with the groups of a new epoch, as if these steps had never begun.

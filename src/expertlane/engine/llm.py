@@ -180,7 +180,7 @@ class LLM:
         self.machine = tuple(self._start(lambda: describe_ranks(self._pool)))
         self.limits = with_blocks(
             *(wanted, num_blocks, self.model, deployment.layout, placements, self.machine),
-            deployment.options.weights,
+            deployment.options,
             self._folder,
         )
 

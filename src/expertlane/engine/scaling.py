@@ -28,6 +28,8 @@ from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Origin
 
+PREPARING = "preparing"  # the state before those of `engine.recovery`
+
 
 @dataclass(frozen=True, eq=False)
 class LayoutChange:
@@ -106,7 +108,7 @@ class Scaling:
             layout,
             placements,
             self.machine[0],
-            deployment.options.weights,
+            deployment.options,
             self._folder,
         )
         new = [rank for rank in range(layout.world_size) if rank not in pool.present]
@@ -176,7 +178,7 @@ class Scaling:
         try:
             with_blocks(
                 *(self._limits, self._limits.num_blocks, self._model, layout, placements, seen),
-                deployment.options.weights,
+                deployment.options,
                 self._folder,
             )
         except CapacityError as error:

@@ -15,11 +15,13 @@ from operator import or_
 from typing import Any
 
 from expertlane.comm.core_token import CoreToken
+from expertlane.comm.device import Event, await_event
+from expertlane.comm.epoch import Epoch
 from expertlane.comm.mesh import Meshes
 from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
 from expertlane.comm.transport import EpochEndedError, PeerLostError
 from expertlane.engine.commands import Command
-from expertlane.engine.connection import connect
+from expertlane.engine.connection import bound_s, connect
 from expertlane.engine.messages import (
     ANY_EPOCH,
     Channel,
@@ -107,6 +109,16 @@ class RankContext:
         )
         if self.platform.device.type == "cpu" and not (is_same and self.cores.are_taken):
             self.cores.take(settings.local_rank, num_local_ranks)
+
+    def await_device(self, event: Event) -> None:
+        """Wait for a GPU, which may wait for other ranks.
+
+        Raises:
+            EpochEndedError, PeerLostError: as `await_event`.
+        """
+        self.progress.set_waiting(True)
+        await_event(event, Epoch(self.board, self.epoch), bound_s(self.settings))
+        self.progress.set_waiting(False)
 
     def core_token(self) -> CoreToken | None:
         """The right to compute on a core of this node; None where ranks have GPUs."""

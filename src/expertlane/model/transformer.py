@@ -22,7 +22,7 @@ from expertlane.model.weights import HeldWeights, WeightSource
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
 from expertlane.ops.layers import LayersPart
-from expertlane.spec.deployment import DispatchForm, PayloadType
+from expertlane.spec.deployment import DispatchForm, KVCacheType, PayloadType
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
@@ -278,11 +278,16 @@ class TransformerStage:
             layer.index: layer.block for layer in self._layers if isinstance(layer.block, MoEBlock)
         }
 
-    def allocate_cache(self, num_blocks: int, block_size: int) -> None:
+    def allocate_cache(
+        self, num_blocks: int, block_size: int, kv_dtype: KVCacheType = "model"
+    ) -> None:
         """Make room for `num_blocks` blocks of `block_size` positions; forget what was there."""
         self._part, self._caches = None, []
         self._caches = [
-            KVCache(num_blocks, block_size, *layer.attention.cache_dims, self._dtype, self._device)
+            KVCache(
+                *(num_blocks, block_size, *layer.attention.cache_dims, self._dtype, self._device),
+                is_float8=kv_dtype == "float8",
+            )
             for layer in self._layers
         ]
 

@@ -17,6 +17,7 @@ DispatchChoice = Literal[DispatchForm, "auto"]
 OverlapChoice = bool | Literal["auto"]
 PayloadType = Literal["model", "bfloat16", "float8"]
 WeightsType = Literal["model", "int8"]
+KVCacheType = Literal["model", "float8"]
 DeepEPKernels = Literal["low_latency", "normal"]
 INPUTS_OF_SCALE = 128  # of weights that are rounded while loading
 INT8_FOLDER = "expertlane-int8"  # in a checkpoint's, where such weights are kept
@@ -75,6 +76,9 @@ class Options(Strict):
         weights: the type in which ranks keep matrices: `model`: as they are stored, if in one byte,
             else the model's own; `int8`: eight bits with a scale for every 128 inputs. Routers,
             norms, embeddings and biases are not rounded.
+        kv_dtype: the type of keys and values in the cache: `model`: the model's own; `float8`:
+            eight bits with a scale for every key and value of a head. A step computes with what it
+            has just rounded, so that results do not depend on how a prompt was cut.
         cache_int8: what `weights` rounds is kept in the checkpoint's folder, and read from there by
             later starts.
         placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`.
@@ -97,6 +101,7 @@ class Options(Strict):
     prefill_dispatch: DispatchForm | None = None
     payload: PayloadType = "model"
     weights: WeightsType = "model"
+    kv_dtype: KVCacheType = "model"
     cache_int8: bool = False
     placement: PlacementMethod = "linear"
     placement_file: str | None = None
@@ -190,6 +195,8 @@ class Options(Strict):
             parts.append(f"payload {self.payload}")
         if self.weights != "model":
             parts.append(f"{self.weights} weights")
+        if self.kv_dtype != "model":
+            parts.append(f"{self.kv_dtype} KV cache")
         if self.placement != "linear":
             parts.append(self.placement.replace("_", "-"))
         if self.placement_file is not None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from expertlane.ops.cuda.grouped import CudaExperts, experts_of
+from expertlane.ops.cuda.experts import CudaExperts, experts_of
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.ops.products import Activation, Expert, Linear, LoopedExperts
 from expertlane.ops.torch_backend import TorchBackend

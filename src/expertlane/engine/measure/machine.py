@@ -41,8 +41,9 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
         memory_bytes=memory_bytes,
         free_bytes=free_bytes,
         ranks_per_node=context.settings.num_local_ranks,
-        num_idle_gpus=torch.cuda.device_count() if chosen.device.type == "cpu" else 0,
+        num_idle_gpus=chosen.num_idle_gpus,
         keeps_narrow=backend_for(chosen.device).keeps_narrow,
+        ranks_on_device=chosen.ranks_on_device,
     )
 
 

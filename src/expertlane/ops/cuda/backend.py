@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from expertlane.ops.cuda.attention import attend
-from expertlane.ops.cuda.grouped import CudaExperts, experts_of
+from expertlane.ops.cuda.experts import CudaExperts, experts_of
 from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
 from expertlane.ops.cuda.parts import CudaAttention, CudaMlp
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
