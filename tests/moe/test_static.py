@@ -127,7 +127,7 @@ def compute_on_fake_gpus(case, monkeypatch):
     """Dispatch, experts and combine of all ranks; the number of operations on the GPU."""
     permute = pytest.importorskip("expertlane.ops.cuda.permute")
     from expertlane.ops.cuda.backend import CudaBackend
-    from expertlane.ops.cuda.grouped import CudaExperts
+    from expertlane.ops.cuda.experts import CudaExperts
 
     monkeypatch.setattr(type(permute._count_kernel), "run", lambda *_, **__: None)
     layout = Layout.parse(case.layout)
