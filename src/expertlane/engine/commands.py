@@ -165,6 +165,10 @@ class RankMachine:
         """Whether it computes on a GPU."""
         return self.device != "cpu"
 
+    def num_sharing(self, world_size: int) -> int:
+        """How many of so many ranks share its device's memory."""
+        return min(world_size, self.ranks_on_device if self.on_gpu else self.ranks_per_node)
+
 
 @dataclass(frozen=True)
 class RankRates:

@@ -98,7 +98,7 @@ class DeployedStage:
         self._payload: PayloadType = "model"
         self._block_size = 1
         self._phase: Phase | None = None
-        self._balances_copies = False
+        self._balances_copies = self._crowds = False
         self._committed: dict[int, int] = {}  # tokens of the last committed step, by sequence id
         self._uncommitted: deque[Changes] = deque()
         self._sends: deque[list[Pending]] = deque()
@@ -225,6 +225,14 @@ class DeployedStage:
             outcome.checks = self._checks.end_step()
         return outcome
 
+    def run_crowded(self, step: RankStep) -> None:
+        """Take a step through this stage whose tokens all go to the same experts."""
+        self._crowds = True
+        try:
+            self.run(step)
+        finally:
+            self._crowds = False
+
     def totals(self) -> RankTotals:
         """Totals of the steps since the first call."""
         with torch.inference_mode():  # in which steps add to what it takes in
@@ -322,6 +330,7 @@ class DeployedStage:
                 *(batch, num_tokens, mesh.layout, mesh.at, self._device, self._block_size),
                 mode.form,
                 balances_copies=self._balances_copies,
+                crowds=self._crowds,
             )
             for batch, num_tokens in zip(own, sizes, strict=True)
             if any(num_tokens)

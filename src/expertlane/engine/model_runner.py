@@ -5,11 +5,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.trace import RoutingTrace
+from expertlane.engine.cache_size import measured_limits
 from expertlane.engine.checking import Checking
 from expertlane.engine.commands import (
     CacheInt8,
@@ -56,6 +58,7 @@ class ModelRunner:
 
     Attributes:
         members: the processes of the layout.
+        limits: as given, with the cache that there is.
         held: [world_size]; what each rank has allocated.
         dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
         rebalancer: moves experts between steps; None where they stay.
@@ -64,6 +67,8 @@ class ModelRunner:
 
     Args:
         limits: of the scheduler; here, the size of the paged cache.
+        measures_memory: the cache is made as large as there is room for beside the largest step,
+            up to that size.
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
         seed: of the model's weights, where they come from no checkpoint.
         checkpoint: the folder the weights are in.
@@ -88,6 +93,7 @@ class ModelRunner:
         dispatch_table: DispatchTable | None = None,
         check: CheckLevel = "off",
         log: Callable[[str], None] = lambda line: None,
+        measures_memory: bool = False,
     ) -> None:
         self._pool = pool
         self.members, layout = Members(deployment.layout), deployment.layout
@@ -99,6 +105,10 @@ class ModelRunner:
         self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size)
         if options.cache_int8:
             _keep_int8(pool, model, folder, log)
+        if measures_memory:
+            limits = measured_limits(pool, self._deploy, self.members, limits, log)
+            self._deploy = msgspec.structs.replace(self._deploy, num_blocks=limits.num_blocks)
+        self.limits = limits
         held = pool.call(self._deploy)
         self.held = held[: layout.world_size]
         self.checking = None if check == "off" else Checking(pool, self.members)

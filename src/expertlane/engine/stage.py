@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from expertlane.comm.progress import NO_LAYER
+from expertlane.engine.cache_size import MeasureStep
 from expertlane.engine.commands import (
     CacheInt8,
     Deploy,
@@ -33,6 +34,7 @@ from expertlane.engine.commands import (
 from expertlane.engine.deployed_stage import DeployedStage
 from expertlane.engine.measure.machine import describe_machine, measure_rates
 from expertlane.engine.measure.operations import measure_launches, measure_operations
+from expertlane.engine.measure.step_memory import measure_step
 from expertlane.engine.measure.transfers import measure_contention, measure_transfers
 from expertlane.engine.preparing import drop_prepared, prepare
 from expertlane.engine.rank_checks import sum_weights
@@ -159,4 +161,5 @@ HANDLERS: Handlers = {
     MeasureLaunches: measure_launches,
     MeasureTransfers: measure_transfers,
     MeasureContention: measure_contention,
+    MeasureStep: measure_step,
 }

@@ -34,6 +34,7 @@ class ForwardBatch:
         block_size: positions a block of the paged cache.
         dispatch_form, balances_copies: how its tokens travel to experts; the same on all ranks of
             the stage.
+        crowds: its tokens all go to the same experts, as many of them of the first rank as can be.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class ForwardBatch:
         dispatch_form: DispatchForm = "all_to_all",
         *,
         balances_copies: bool = False,
+        crowds: bool = False,
     ) -> None:
         self.dispatch_form, self.balances_copies = dispatch_form, balances_copies
+        self.crowds = crowds
         self.batch = batch
         self.pages = PagedBatch(batch, block_size, device)
         self._device = device
