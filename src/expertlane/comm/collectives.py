@@ -136,15 +136,24 @@ class Group:
         num_rows: Sequence[int],
         metadata_bytes: int,
         num_real: NumReal | None,
+        num_padded: int | None = None,
     ) -> int | None:
+        """Count what is about to be sent; `num_padded` is what the link makes of each number."""
         row_bytes, real = rows.shape[1] * rows.itemsize, None
-        self._meter_sent(rows, num_rows)
         if num_real is not None and self._recorder.is_recording:
             with self._recorder.uncounted():
                 real = num_real()
+        if num_padded is not None:
+            real = num_rows if real is None else real
+            num_rows = [num_padded] * self.size
+        self._meter_sent(rows, num_rows)
         return self._recorder.post(
             kind, self.ranks, self.ranks, num_rows, row_bytes, metadata_bytes, real
         )
+
+    def _padded_to(self, rows: Tensor, num_rows_of: Sequence[int]) -> int | None:
+        assert self._link is not None, "something is sent"
+        return self._link.padded_to(num_rows_of, rows.shape[1] * rows.itemsize)
 
     def _meter_sent(self, rows: Tensor, num_rows: Sequence[int]) -> None:
         if (meter := self._recorder.meter) is not None:
@@ -164,7 +173,8 @@ class Group:
         if self._link is None:
             return Pending(self._recorder, None, rows, finish=finish)
         look = self._look_at(kind, rows, send, receive)
-        transfer = self._post(kind, rows, send, metadata_bytes, num_real)
+        padded = self._padded_to(rows, receive) if kind is TransferKind.ALL_GATHER else None
+        transfer = self._post(kind, rows, send, metadata_bytes, num_real, padded)
         if finish is not None:
             work = self._link.all_to_all_parts(rows, send, receive)
             received = rows
@@ -261,7 +271,8 @@ class Group:
             native = self._link.reduce_scatter(rows, num_rows_of)
         if native is not None:
             work, received = native
-            transfer = self._post(kind, rows, num_rows_of, 0, num_real)
+            padded = self._padded_to(rows, num_rows_of)
+            transfer = self._post(kind, rows, num_rows_of, 0, num_real, padded)
             self._recorder.posted()
             return Pending(self._recorder, work, received, rows, transfer=transfer)
         return self._exchange(kind, rows, num_rows_of, own, 0, self._adder(rows), num_real)
