@@ -35,7 +35,7 @@ from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable
+from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable, GraphLimits
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel, Origin, Phase
@@ -102,7 +102,10 @@ class ModelRunner:
         folder = str(checkpoint) if checkpoint else None
         kept = options.weights, options.cache_int8
         spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
-        self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size)
+        graphs = None
+        if options.cuda_graphs is not False:
+            graphs = GraphLimits(limits.max_num_seqs, limits.max_positions)
+        self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size, graphs)
         if options.cache_int8:
             _keep_int8(pool, model, folder, log)
         if measures_memory:
@@ -216,6 +219,7 @@ class ModelRunner:
                 given.block_size,
                 tuple(sorted(self._to_discard)),
                 self.dispatch_table,
+                given.graphs,
             )
             commands.append((command, members.of_replica(replica)))
         if others := sorted(self._pool.present.difference(members.numbers)):
@@ -275,7 +279,8 @@ class ModelRunner:
         self.members, self._placements, self._is_reshaped = members, list(placements), True
         ranks_per_node = ranks_per_node or self.ranks_per_node
         spec = replace(self.spec_of(members, placements[0]), ranks_per_node=ranks_per_node)
-        self._deploy = Deploy(spec, given.options, given.num_blocks, given.block_size)
+        sizes = given.num_blocks, given.block_size, given.graphs
+        self._deploy = Deploy(spec, given.options, *sizes)
         if (table := self.dispatch_table) is not None:
             modes = given.options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
             if not set(table.modes) <= set(modes):

@@ -63,7 +63,10 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
         else:
             context.deployed.rejoin(())  # another epoch may have begun
         context.deployed.start(
-            options, num_blocks=command.num_blocks, block_size=command.block_size
+            options,
+            num_blocks=command.num_blocks,
+            block_size=command.block_size,
+            graphs=command.graphs,
         )
         held = context.deployed.held
     context.progress.enter(Stage.IDLE, NO_LAYER)
@@ -104,8 +107,13 @@ def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
         context.preparation = context.parked = None
         # What is of no use any more goes before more is read.
         deployed = context.deployed = DeployedStage(context, spec, given)
-        sizes = command.num_blocks, command.block_size
-        deployed.start(options, num_blocks=sizes[0], block_size=sizes[1], left=left)
+        deployed.start(
+            options,
+            num_blocks=command.num_blocks,
+            block_size=command.block_size,
+            graphs=command.graphs,
+            left=left,
+        )
         if command.dispatch_table is not None:
             deployed.set_dispatch(command.dispatch_table)
         held = deployed.held

@@ -187,6 +187,8 @@ class MoEBlock:
             topk_ids, topk_weights = self._router.choose(hidden)
         if batch.crowds:
             topk_ids = self._crowded(topk_ids)
+        if batch.is_real is not None:
+            topk_ids = topk_ids.where(batch.is_real[:, None], -1)
         recorder.record_topk_ids(topk_ids)
         self._count_router(x.shape[0])
         recorder.check_finite(topk_weights, CheckPoint.ROUTER, layer)
