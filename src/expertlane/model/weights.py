@@ -210,14 +210,14 @@ class WeightSource(ABC):
         shape = list(tensor_shape(self._model, name))
         if part is not None:
             shape[cut_dim(name)] = len(part)
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _empty_rounded(self, name: str, part: range | None) -> NarrowWeight:
         """As `_rounded`, with any values."""
         values = self._empty(name, part, torch.int8)
         first = part.start % INPUTS_OF_SCALE if part is not None and cut_dim(name) else 0
         num_groups = -(-(first + values.shape[1]) // INPUTS_OF_SCALE)
-        scales = torch.empty(len(values), num_groups)
+        scales = torch.empty(len(values), num_groups, device=self.device)
         return NarrowWeight(values, scales, INPUTS_OF_SCALE, first, self.dtype)
 
     def _stored_narrow(self, name: str, part: range | None) -> NarrowWeight | None:
