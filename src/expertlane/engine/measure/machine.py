@@ -28,6 +28,7 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
         free_bytes, memory_bytes = torch.cuda.mem_get_info(chosen.device)
     else:
         free_bytes, memory_bytes = host.memory_bytes()
+    ops = backend_for(chosen.device)
     return RankMachine(
         host=socket.gethostname(),
         num_cores=context.share.num_cores,
@@ -42,7 +43,8 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
         free_bytes=free_bytes,
         ranks_per_node=context.settings.num_local_ranks,
         num_idle_gpus=chosen.num_idle_gpus,
-        keeps_narrow=backend_for(chosen.device).keeps_narrow,
+        keeps_narrow=ops.keeps_narrow,
+        keeps_mxfp4=ops.keeps_mxfp4,
         ranks_on_device=chosen.ranks_on_device,
     )
 
