@@ -17,10 +17,12 @@ from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
 from expertlane.ops.cuda.parts import CudaAttention, CudaMlp
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.ops.cuda.rotate import rotate, write
+from expertlane.ops.cuda.route import CudaRouter
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.mxfp4 import Mxfp4Weight
 from expertlane.ops.narrow import NarrowWeight, Weight
 from expertlane.ops.products import Activation, Expert, Experts, Linear, PairGroups
+from expertlane.ops.router import RouterParams
 from expertlane.ops.row_parts import RowParts
 from expertlane.ops.step import AttentionWeights
 from expertlane.ops.torch_backend import TorchBackend
@@ -46,6 +48,9 @@ class CudaBackend(TorchBackend):
         if not CudaExperts.suits(held):
             return super().experts(held, activation)
         return experts_of(held, activation)
+
+    def router(self, params: RouterParams) -> CudaRouter:
+        return CudaRouter(params, self.rms_norm)
 
     def group_pairs(
         self, ids: Tensor, first: int, divisor: int, num_groups: int, num_pairs: int | None = None
