@@ -159,12 +159,7 @@ class PlacedModel:
         for rank in range(self.layout.replica_size):  # replicas are alike
             need = self.rank_memory(smallest, rank)
             if need.total_bytes > free_bytes:
-                raise CapacityError(
-                    f"{self.model.name} as {self.layout} needs {size_text(need.total_bytes)} per "
-                    f"rank (weights {size_text(need.weight_bytes)}, KV cache of one sequence "
-                    f"{size_text(need.kv_bytes)}, activations {size_text(need.activation_bytes)}) "
-                    f"but {size_text(free_bytes)} of memory are free"
-                )
+                raise CapacityError(too_little(self.model, self.layout, need, free_bytes))
             of_cache = cache_share * (free_bytes - need.weight_bytes - need.activation_bytes)
             num_blocks = min(num_blocks, max(fewest, int(of_cache * fewest // need.kv_bytes)))
         return replace(limits, num_blocks=num_blocks)
@@ -319,6 +314,16 @@ def prefill_step_tokens(workload: Workload, layout: Layout, step_tokens: int | N
     num_caches = layout.replicas * layout.dp
     allowed = RANK_STEP_TOKENS if step_tokens is None else max(1, step_tokens // num_caches)
     return min(allowed, workload.prompt_len * ceil(workload.num_sequences / num_caches))
+
+
+def too_little(model: ModelConfig, layout: Layout, need: RankMemory, free_bytes: float) -> str:
+    """What is said where not even one sequence fits."""
+    return (
+        f"{model.name} as {layout} needs {size_text(need.total_bytes)} per rank (weights "
+        f"{size_text(need.weight_bytes)}, KV cache of one sequence {size_text(need.kv_bytes)}, "
+        f"activations {size_text(need.activation_bytes)}) but {size_text(free_bytes)} of memory "
+        "are free"
+    )
 
 
 def size_text(num_bytes: float) -> str:

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -15,15 +14,14 @@ from unittest import mock
 import numpy as np
 import torch
 
+from distributed.links import LINKS, use_links
 from engine.planted import FlipBit, Plant, flip_bit, plant
 from expertlane.balance.placement import Placement
 from expertlane.comm.clocks import HostClock
 from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.nccl import NcclLink
 from expertlane.comm.progress import NO_LAYER
 from expertlane.comm.recorder import Recorder
-from expertlane.comm.torch_transport import TorchTransport
 from expertlane.engine import fork_server, worker
 from expertlane.engine.commands import Command
 from expertlane.engine.local_ranks import LocalRanks
@@ -35,7 +33,6 @@ from expertlane.errors import UserError
 from expertlane.moe.dispatch import CopyChooser, RoutedTokens
 from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
-from expertlane.ops.backend import STAGED, Platform
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchForm, PayloadType
 from expertlane.spec.layout import Layout
@@ -73,6 +70,15 @@ class Recording:
         self.record = record
 
 
+def on_host(context: RankContext, values: torch.Tensor) -> np.ndarray:
+    """Values that may lie on a GPU, once it has them: it may wait for a rank that is lost."""
+    if values.is_cuda:
+        event = torch.cuda.Event()
+        event.record()
+        context.await_device(event)
+    return values.cpu().numpy()
+
+
 class Collective(Command[tuple[np.ndarray, RankRecord] | None]):
     """Call a group's method with `rows[rank]` and `arguments[rank]`; result and record."""
 
@@ -92,8 +98,8 @@ def collective(context: RankContext, command: Collective) -> tuple[np.ndarray, R
     rows, rest = command.rows[context.rank], command.arguments[context.rank]
     method = getattr(getattr(mesh, command.axis), command.method)
     with Recording(recorder, Stage.COLLECTIVES) as recording:
-        received = method(torch.from_numpy(rows), *rest).wait()
-    return received.numpy(), recording.record
+        received = method(torch.from_numpy(rows).to(context.platform.device), *rest).wait()
+    return on_host(context, received), recording.record
 
 
 class PassOn(Command[tuple[np.ndarray, RankRecord] | None]):
@@ -254,9 +260,10 @@ def exchange(context: RankContext, command: Exchange) -> np.ndarray:
     mesh, _ = joined
     rows = [[context.epoch, context.rank, to, command.value] for to in range(num_ranks)]
     context.progress.enter(Stage.DISPATCH, 0)
-    received = mesh.stage.all_to_all(torch.tensor(rows), [1] * num_ranks, [1] * num_ranks).wait()
+    told, each = torch.tensor(rows, device=context.platform.device), [1] * num_ranks
+    received = on_host(context, mesh.stage.all_to_all(told, each, each).wait())
     context.progress.enter(Stage.IDLE, NO_LAYER)
-    return np.array(received)
+    return received
 
 
 class ExchangeAmong(Command[np.ndarray]):
@@ -378,29 +385,6 @@ def lose_at_start() -> None:
 
     mock.patch.object(worker, "_context", context).start()
     mock.patch.object(os, "fork", fork_if_there_is_room).start()
-
-
-LINKS = "LINKS_OF_RANKS"  # `staged` or `native`
-
-
-def use_links(kind: str) -> None:
-    """Have ranks exchange rows as those on GPUs do, where what they send lies on the CPU."""
-    if kind == "staged":
-        choose = worker.choose_platform
-
-        def staged(*arguments: Any, **others: Any) -> Platform:
-            chosen = choose(*arguments, **others)
-            return replace(chosen, transport=chosen.transport + STAGED)
-
-        mock.patch.object(worker, "choose_platform", staged).start()
-        return
-
-    def link(self: TorchTransport, ranks: tuple[int, ...]) -> NcclLink:
-        place = ranks.index(self._rank)
-        common = self._backends[ranks], place, len(ranks), self._device, self._epoch
-        return NcclLink(*common, spans_nodes=True)
-
-    mock.patch.object(TorchTransport, "link", link).start()
 
 
 def local_ranks(

@@ -17,7 +17,7 @@ from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
-from expertlane.spec.deployment import DispatchTable, Options, WeightsType
+from expertlane.spec.deployment import DispatchTable, GraphLimits, Options, WeightsType
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
@@ -167,6 +167,10 @@ class RankMachine:
         """Whether it computes on a GPU."""
         return self.device != "cpu"
 
+    def num_sharing(self, world_size: int) -> int:
+        """How many of so many ranks share its device's memory."""
+        return min(world_size, self.ranks_on_device if self.on_gpu else self.ranks_per_node)
+
 
 @dataclass(frozen=True)
 class RankRates:
@@ -197,12 +201,14 @@ class Deploy(Command[HeldBytes]):
 
     Attributes:
         num_blocks, block_size: of the paged key/value cache; `block_size` positions a block.
+        graphs: None where no step is to be recorded.
     """
 
     spec: StageSpec
     options: Options
     num_blocks: int
     block_size: int
+    graphs: GraphLimits | None = None
 
 
 class LeaveCores(Command[None]):
@@ -218,7 +224,7 @@ class Redeploy(Command[HeldBytes]):
 
     Attributes:
         spec: with the placements that are committed.
-        num_blocks, block_size: as in `Deploy`.
+        num_blocks, block_size, graphs: as in `Deploy`.
         discard: steps that are not committed, of all replicas; all others are.
         dispatch_table: None where options say all.
     """
@@ -229,6 +235,7 @@ class Redeploy(Command[HeldBytes]):
     block_size: int
     discard: tuple[int, ...]
     dispatch_table: DispatchTable | None = None
+    graphs: GraphLimits | None = None
 
 
 class Prepare(Command[Prepared]):

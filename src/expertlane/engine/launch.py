@@ -236,8 +236,7 @@ def fit_to_machine(
     """
 
     def own_bytes(of_rank: RankMachine) -> float:
-        num = of_rank.ranks_on_device if of_rank.on_gpu else of_rank.ranks_per_node
-        return of_rank.free_bytes / min(layout.world_size, num)
+        return of_rank.free_bytes / of_rank.num_sharing(layout.world_size)
 
     tightest = min(seen[: layout.world_size], key=own_bytes)
     free_bytes = FREE_SHARE * own_bytes(tightest)
@@ -272,6 +271,12 @@ def _types(
     return NumberTypes.kept_as(machine.dtype, options, None if scheme is None else scheme.type)
 
 
+def enough_blocks(limits: Limits) -> int:
+    """As many as hold all sequences that may run, at full length; or as there may be."""
+    enough = limits.max_num_seqs * -(-limits.max_model_len // limits.block_size)
+    return min(enough, int(RANGES["num_blocks"].high))
+
+
 def with_blocks(
     wanted: Limits,
     num_blocks: int | None,
@@ -291,12 +296,20 @@ def with_blocks(
         fit_to_machine, model, layout, placements=placements, options=options, checkpoint=checkpoint
     )
     if num_blocks is None:
-        enough = wanted.max_num_seqs * -(-wanted.max_model_len // wanted.block_size)
-        wanted = replace(wanted, num_blocks=min(enough, int(RANGES["num_blocks"].high)))
+        wanted = replace(wanted, num_blocks=enough_blocks(wanted))
         return fit(wanted, seen, _CPU_CACHE_SHARE)
     fitting = fit(wanted, seen, 1.0)
+    check_num_blocks(num_blocks, fitting)
+    return fitting
+
+
+def check_num_blocks(num_blocks: int, fitting: Limits) -> None:
+    """Refuse more blocks than there is memory for.
+
+    Raises:
+        CapacityError: with both numbers.
+    """
     if fitting.num_blocks < num_blocks:
         raise CapacityError(
             f"num_blocks is {num_blocks} but there is memory for {fitting.num_blocks}"
         )
-    return fitting

@@ -1,5 +1,6 @@
 """Paged keys and values of a data-parallel rank's sequences, and what of them a batch reads."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Self
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from expertlane.ops.attention_groups import AttentionGroup, attention_groups
 from expertlane.ops.kv_float8 import from_float8, to_float8
+from expertlane.ops.transfer import Array, to_device
 from expertlane.schedule.plan import Batch
 
 
@@ -231,28 +233,47 @@ class PagedBatch:
     def __init__(self, batch: Batch, block_size: int, device: torch.device) -> None:
         self.batch, self.block_size, self._device = batch, block_size, device
 
+    def columns(self) -> list[Array]:
+        """What our kernels on a GPU ask for, for `take`; the widest last."""
+        tables, *of_seqs = self._of_sequences()
+        return [self._positions, self._slots, *of_seqs, tables]
+
+    def take(self, columns: Sequence[Tensor]) -> None:
+        """Have `columns` on the device."""
+        self.positions, self.slots, *of_seqs, tables = columns
+        self.sequences = PagedSequences(tables, *of_seqs)
+
     @cached_property
     def positions(self) -> Tensor:
         """[num_tokens]; the position of each token in its sequence."""
-        return torch.from_numpy(self._positions).to(self._device)
+        return self._put(self._positions)
 
     @cached_property
     def slots(self) -> Tensor:
         """[num_tokens]; where the cache keeps each token's keys and values."""
-        seqs = np.repeat(np.arange(self.batch.num_seqs), self.batch.num_scheduled_tokens)
-        return self._slots_of(seqs, self._positions)
+        return self._put(self._slots)
 
     @cached_property
     def cached_slots(self) -> Tensor:
         """[num_cached]; where the positions before the new tokens are, sequence after sequence."""
         cached = self.batch.num_computed_tokens
         positions = np.arange(cached.sum()) - np.repeat(np.cumsum(cached) - cached, cached)
-        return self._slots_of(np.repeat(np.arange(self.batch.num_seqs), cached), positions)
+        return self._put(
+            self._slots_of(np.repeat(np.arange(self.batch.num_seqs), cached), positions)
+        )
 
-    def _slots_of(self, seqs: npt.NDArray[np.intp], positions: npt.NDArray[np.int64]) -> Tensor:
+    def _put(self, array: Array) -> Tensor:
+        return to_device([array], self._device)[0]
+
+    @property
+    def _slots(self) -> Array:
+        seqs = np.repeat(np.arange(self.batch.num_seqs), self.batch.num_scheduled_tokens)
+        return self._slots_of(seqs, self._positions)
+
+    def _slots_of(self, seqs: npt.NDArray[np.intp], positions: npt.NDArray[np.int64]) -> Array:
         blocks = self.batch.block_tables[seqs, positions // self.block_size].astype(np.int64)
-        slots = blocks * self.block_size + positions % self.block_size
-        return torch.from_numpy(slots).to(self._device)
+        slots: Array = blocks * self.block_size + positions % self.block_size
+        return slots
 
     @cached_property
     def begun_blocks(self) -> Tensor:
@@ -265,8 +286,7 @@ class PagedBatch:
         last = ends // size
         is_begun = (ends % size > 0) & (batch.num_computed_tokens <= last * size)
         seqs = np.flatnonzero(is_begun)
-        blocks = batch.block_tables[seqs, last[seqs]].astype(np.int64)
-        return torch.from_numpy(blocks).to(self._device)
+        return self._put(batch.block_tables[seqs, last[seqs]].astype(np.int64))
 
     @cached_property
     def _positions(self) -> npt.NDArray[np.int64]:
@@ -297,6 +317,10 @@ class PagedBatch:
     @cached_property
     def sequences(self) -> PagedSequences:
         """The batch's sequences one by one, in one transfer to the device."""
+        return PagedSequences(*to_device(self._of_sequences(), self._device))
+
+    def _of_sequences(self) -> list[Array]:
+        """Columns of `PagedSequences`."""
         batch = self.batch
         columns = (
             batch.block_tables,
@@ -304,7 +328,4 @@ class PagedBatch:
             batch.num_scheduled_tokens,
             batch.num_computed_tokens + batch.num_scheduled_tokens,
         )
-        parts = [np.asarray(each, dtype=np.int64) for each in columns]
-        on_device = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
-        pieces = torch.split(on_device.to(self._device), [part.size for part in parts])
-        return PagedSequences(*(x.view(y.shape) for x, y in zip(pieces, parts, strict=True)))
+        return [np.ascontiguousarray(each, dtype=np.int64) for each in columns]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expertlane.ops.attention_groups import AttentionGroup
 from expertlane.ops.bookkeeping import Bookkeeping
+from expertlane.ops.graphs import Graphs
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import LocalExperts
 from expertlane.ops.narrow import Weight
@@ -90,6 +91,10 @@ class TorchBackend(Bookkeeping):
         Args:
             norm: the weight of the norm before it, to be a part of it too.
         """
+        return None
+
+    def graphs(self) -> Graphs | None:
+        """What records operations; None where those of a step ask the host for values."""
         return None
 
     def draw_tokens(

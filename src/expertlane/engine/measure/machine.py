@@ -11,8 +11,8 @@ import torch
 
 from expertlane.engine.commands import DescribeMachine, MeasureRates, RankMachine, RankRates
 from expertlane.engine.worker import RankContext
-from expertlane.ops import host
 from expertlane.ops.backend import backend_for
+from expertlane.ops.device_memory import memory_of
 
 _GEMM_SIZE = 1024
 _GPU_GEMM_SIZE = 8192
@@ -24,10 +24,7 @@ _MEASURE_S = 0.6
 def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
     """The rank's device, its memory and its software."""
     chosen = context.platform
-    if chosen.device.type == "cuda":
-        free_bytes, memory_bytes = torch.cuda.mem_get_info(chosen.device)
-    else:
-        free_bytes, memory_bytes = host.memory_bytes()
+    free_bytes, memory_bytes = memory_of(chosen.device).free_and_total()
     ops = backend_for(chosen.device)
     return RankMachine(
         host=socket.gethostname(),

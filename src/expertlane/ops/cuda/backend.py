@@ -12,6 +12,7 @@ from torch import Tensor
 
 from expertlane.ops.cuda.attention import attend
 from expertlane.ops.cuda.experts import CudaExperts, experts_of
+from expertlane.ops.cuda.graphs import CudaGraphs
 from expertlane.ops.cuda.narrow import CudaNarrowLinear
 from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
 from expertlane.ops.cuda.parts import CudaAttention, CudaMlp
@@ -66,6 +67,9 @@ class CudaBackend(TorchBackend):
     ) -> Tensor:
         values = values.tensor() if isinstance(values, RowParts) else values
         return gather_sum(values, places, weights, out)
+
+    def graphs(self) -> CudaGraphs:
+        return CudaGraphs()
 
     def attention_part(self, weights: AttentionWeights, dtype: torch.dtype) -> CudaAttention:
         return CudaAttention(weights)
