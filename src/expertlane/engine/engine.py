@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from random import SystemRandom
 from typing import Generic, TypeVar
 
+from expertlane.engine.arrangement import Arrangement
 from expertlane.engine.grammars import Constraint, Grammars
 from expertlane.engine.recovery import Recovery
 from expertlane.engine.recovery_record import State
@@ -18,7 +19,6 @@ from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome
 from expertlane.schedule.request import Chunk, FinishReason, Request, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.sampling import SamplingParams
@@ -252,13 +252,10 @@ class Engine(Generic[HandleT]):
         self._unscheduled.pop(request.seq_id, None)
         self._ended.append(self._end(live, None, reason))
 
-    def scale(self, layout: Layout, change: Callable[[], int]) -> None:
+    def scale(self, whole: Arrangement) -> None:
         """Go on in another layout, once the steps under way are finished.
 
         What these bring, the next call of `step` gives. An engine without `recovery` cannot.
-
-        Args:
-            change: as of `Recovery.scale`.
 
         Raises:
             UserError: fewer ranks serve than should; nothing has changed.
@@ -270,7 +267,7 @@ class Engine(Generic[HandleT]):
             self._ended = self.step(plans=False)
         self.recovery.settle()
         self.recovery.check_whole()
-        self.recovery.scale(layout, change, self._loop)
+        self.recovery.scale(whole, self._loop)
         if not self.scheduler.has_unfinished:
             self.recovery.settle()
 

@@ -52,7 +52,8 @@ class ContinuousScheduler:
 
     **Lookahead.** A step is planned while the one before it runs, so that ranks need not wait for
     the scheduler: a token that is not known yet is -1 in the plan, and the ranks put in what they
-    chose themselves. A request that turns out to have ended computes one token in vain.
+    chose themselves. A request that turns out to have ended computes one token in vain. Layouts
+    with several pipeline stages go without: the first one does not learn of the last one's tokens.
 
     **Masks.** A request whose tokens are masked takes part in a step once `allow` has given it the
     mask of its next token, which needs the token before; others go on. With lookahead, decodes of
@@ -83,16 +84,16 @@ class ContinuousScheduler:
         record_events: bool = False,
         record_operations: bool = False,
     ) -> None:
-        self._lay_out(layout, options, lookahead=lookahead)
+        self._options, self._wants_lookahead = options, lookahead
+        self._lay_out(layout)
         self.tables = [
-            [RunningTable(limits, lookahead=lookahead) for _ in range(layout.dp)]
+            [RunningTable(limits, lookahead=self._lookahead) for _ in range(layout.dp)]
             for _ in range(layout.replicas)
         ]
         self.stepped: list[Request] = []
         self.failed: list[Request] = []
         self.num_preemptions = self.num_recovered = 0
         self._limits = limits
-        self._options = options
         self._flags = {
             "return_logits": return_logits,
             "record": record,
@@ -111,10 +112,9 @@ class ContinuousScheduler:
         self._num_steps = 0
         self._num_added = 0
 
-    def _lay_out(self, layout: Layout, options: Options, *, lookahead: bool) -> None:
-        if lookahead and layout.pp > 1:
-            raise ValueError("the first pipeline stage does not learn of the last one's tokens")
-        self._layout, self._lookahead = layout, lookahead
+    def _lay_out(self, layout: Layout) -> None:
+        options, lookahead = self._options, self._wants_lookahead and layout.pp == 1
+        self._lookahead = lookahead
         is_rotating = options.micro_batch_schedule == "rotating"
         self._num_groups = options.num_micro_batches if is_rotating else 1
         self._num_micro_batches = 1 if is_rotating else options.num_micro_batches
@@ -270,8 +270,6 @@ class ContinuousScheduler:
         layout: Layout,
         kept: Mapping[DpRank, DpRank],
         plans: Sequence[StepPlan] = (),
-        *,
-        lookahead: bool | None = None,
     ) -> tuple[list[StepPlan], int]:
         """Go on in another layout.
 
@@ -281,20 +279,18 @@ class ContinuousScheduler:
             kept: by (replica, data-parallel rank) of the new layout, what it was in this one.
                 What was one replica is one then.
             plans: of all steps in flight, in their order; none has a sequence of another rank.
-            lookahead: as at the start; None for as it is.
 
         Returns:
             The same steps in the new layout, and how many requests begin again.
         """
         old = self.tables
         replicas, dp_ranks = range(layout.replicas), range(layout.dp)
-        lookahead = self._lookahead if lookahead is None else lookahead
-        self._lay_out(layout, self._options, lookahead=lookahead)
+        self._lay_out(layout)
         self.tables = [
             [
                 old[kept[replica, dp_rank][0]][kept[replica, dp_rank][1]]
                 if (replica, dp_rank) in kept
-                else RunningTable(self._limits, lookahead=lookahead)
+                else RunningTable(self._limits, lookahead=self._lookahead)
                 for dp_rank in dp_ranks
             ]
             for replica in replicas
