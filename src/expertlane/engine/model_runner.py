@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.arrangement import Arranged, Arrangement
+from expertlane.engine.cache_size import measured_limits
 from expertlane.engine.checking import Checking
 from expertlane.engine.commands import (
     CacheInt8,
@@ -34,7 +35,7 @@ from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable
+from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable, GraphLimits
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel, Origin, Phase
@@ -57,6 +58,7 @@ class ModelRunner:
 
     Attributes:
         arranged: the processes of the layout, and where experts are in the step planned last.
+        limits: as given, with the cache that there is.
         held: [world_size]; what each rank has allocated.
         dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
         rebalancer: moves experts between steps; None where they stay.
@@ -65,6 +67,8 @@ class ModelRunner:
 
     Args:
         limits: of the scheduler; here, the size of the paged cache.
+        measures_memory: the cache is made as large as there is room for beside the largest step,
+            up to that size.
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
         seed: of the model's weights, where they come from no checkpoint.
         checkpoint: the folder the weights are in.
@@ -91,6 +95,7 @@ class ModelRunner:
         arranged: Arranged | None = None,
         check: CheckLevel = "off",
         log: Callable[[str], None] = lambda line: None,
+        measures_memory: bool = False,
     ) -> None:
         self._pool = pool
         layout = deployment.layout
@@ -103,9 +108,16 @@ class ModelRunner:
         folder = str(checkpoint) if checkpoint else None
         kept = options.weights, options.cache_int8
         spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
-        self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size)
+        graphs = None
+        if options.cuda_graphs is not False:
+            graphs = GraphLimits(limits.max_num_seqs, limits.max_positions)
+        self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size, graphs)
         if options.cache_int8:
             _keep_int8(pool, model, folder, log)
+        if measures_memory:
+            limits = measured_limits(pool, self._deploy, self.members, limits, log)
+            self._deploy = msgspec.structs.replace(self._deploy, num_blocks=limits.num_blocks)
+        self.limits = limits
         held = pool.call(self._deploy)
         self.held = held[: layout.world_size]
         self.checking = None if check == "off" else Checking(pool, self.arranged)
@@ -204,6 +216,7 @@ class ModelRunner:
                 given.block_size,
                 tuple(sorted(self._to_discard)),
                 self.dispatch_table,
+                given.graphs,
             )
             commands.append((command, members.of_replica(replica)))
         if others := sorted(self._pool.present.difference(members.numbers)):
