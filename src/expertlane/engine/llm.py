@@ -12,7 +12,7 @@ from expertlane.balance.placement_file import Placements
 from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.arrangement import Arranged, Arrangement
 from expertlane.engine.chat_template import ChatTemplate
-from expertlane.engine.engine import Engine, Prompt
+from expertlane.engine.engine import Engine
 from expertlane.engine.launch import (
     check_deployment,
     check_num_blocks,
@@ -21,6 +21,7 @@ from expertlane.engine.launch import (
     start_pool,
     with_blocks,
 )
+from expertlane.engine.live_request import Prompt
 from expertlane.engine.llm_prompts import all_finished, with_params
 from expertlane.engine.llm_settings import (
     as_layout,
