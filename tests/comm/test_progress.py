@@ -23,6 +23,8 @@ def test_a_new_board_says_that_all_are_setting_up():
         (0, 0, Stage.EXPERTS, "step 0, layer 0, stage experts"),
         (7, NO_LAYER, Stage.HAND_OVER, "step 7, stage PP send/recv"),
         (-1, NO_LAYER, Stage.IDLE, "stage idle"),
+        (57, NO_LAYER, Stage.IDLE, "step 57, stage idle"),
+        (57, 3, Stage.IDLE, "step 57, layer 3, stage idle since the step ended"),
     ],
 )
 def test_a_position_reads_well(step, layer, stage, text):

@@ -132,9 +132,13 @@ def test_all_ranks_are_lost_at_once(kept_pool):
     error = lose(kept_pool, dict.fromkeys(range(NUM_RANKS), "raise"))
     assert replace(kept_pool, error.ranks) == set(range(NUM_RANKS))
     check_exchange(kept_pool, 1)
-    for rank in range(NUM_RANKS):
-        os.kill(kept_pool.pid(rank), signal.SIGKILL)
-    with pytest.raises(RanksLostError) as caught:
+    pids = list(map(kept_pool.pid, range(NUM_RANKS)))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: not any(map(psutil.pid_exists, pids)), seconds=10)
+    with pytest.raises(
+        RanksLostError, match=r"^rank \d was killed .*; 2 other ranks ended too$"
+    ) as caught:
         kept_pool.call(Stay(60))
     assert replace(kept_pool, caught.value.ranks) == set(range(NUM_RANKS))
     check_exchange(kept_pool, 2)

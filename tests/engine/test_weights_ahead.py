@@ -9,6 +9,7 @@ import pytest
 
 from engine.recovering import PARAMS, PROMPTS, facts, pids, record_of
 from engine.test_scaling import model, open_descriptors, tokens
+from expertlane.engine import weights_ahead
 from expertlane.engine.commands import Prepare
 from expertlane.engine.pool import RankPool
 from expertlane.engine.weights_ahead import WeightsAhead
@@ -74,6 +75,23 @@ def test_no_rank_reads_in_the_pause(settings, layouts, checkpoints):
             assert read < whole / 20  # norms, which are made each time
             assert change.ahead_s > 0
             assert len(change.held) == llm.layout.world_size
+
+
+def test_the_share_counts_new_ranks_from_the_start(monkeypatch):
+    """They tell how far they are while they load, and nothing of one that has told nothing."""
+    monkeypatch.setattr(weights_ahead, "_NEW_SLICE_S", 0.0)  # a part each
+    with model("dp=1") as llm:
+        llm.scaling.prepare(Layout.parse("dp=3,ep=3"))
+        ahead, seen = llm.scaling.ahead, []
+        assert (ahead.share, sorted(ahead.prepared)) == (0, [0, 1, 2])
+        while not llm.scaling.advance():
+            seen.append((ahead.share, [ahead.prepared[rank].share for rank in range(3)]))
+        shares = [share for share, _ in seen]
+        assert shares == sorted(shares)
+        assert all(share == pytest.approx(sum(each) / 3) for share, each in seen)
+        for new in (1, 2):
+            assert len({each[new] for _, each in seen} - {0, 1}) > 2
+        llm.scaling.give_up()
 
 
 def test_what_is_given_up_leaves_nothing():

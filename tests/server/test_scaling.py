@@ -3,16 +3,19 @@
 import json
 import re
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
+from engine.processes import wait_until
 from engine.recovering import PARAMS, PROMPTS
 from expertlane import LLM
 from expertlane.cli.main import main
 from expertlane.errors import CapacityError
 from expertlane.server.setup import ServedModel, ServerOptions
+from expertlane.spec.names import Stage
 from server.running import PATIENCE_S, ServerInThread
 from server.test_live import feed
 from server.test_metrics import scrape
@@ -97,9 +100,78 @@ def test_one_at_a_time(server):
         "preparing",
         "dp=2,ep=2",
     )
-    assert facts["preparing"] == {"layout": "tp=2", "share": 0, "weight_bytes": 0, "ranks": {}}
+    none = {"share": 0, "weight_bytes": 0}
+    ranks = {"0": none, "1": none}
+    assert facts["preparing"] == {"layout": "tp=2", **none, "ranks": ranks}
     assert any("Layout tp=2 is being prepared: 0%" in alert.text for alert in alerts)
     assert complete(server, 0) == server.expected[0]
+
+
+def cancel(server):
+    return httpx.delete(f"{server.url}/scale", timeout=PATIENCE_S)
+
+
+def code_of(answer):
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+@pytest.fixture
+def prepares_for_ever(server):
+    """Ranks prepare, and are never ready; gives the states of ranks that pages then showed."""
+    scaling, shown = server.llm.scaling, []
+    advance = scaling.advance
+
+    def advance_only():
+        position = server.llm._pool.position(0)._replace(stage=Stage.SETUP)
+        shown.append(server.service.live.state._stage(position))
+        advance()
+        return False
+
+    scaling.advance = advance_only
+    return shown
+
+
+def test_a_change_is_cancelled(server, prepares_for_ever):
+    pids = list(map(server.llm._pool.pid, range(2)))
+    assert code_of(cancel(server)) == (409, "not_scaling")
+    with ThreadPoolExecutor(3) as clients:
+        changing = clients.submit(post, server, {"layout": "dp=3,ep=3"})
+        tokens = clients.submit(complete, server, 0)
+        assert wait_until(lambda: 2 in server.llm._pool.ahead, seconds=PATIENCE_S)
+        cancelled = clients.submit(cancel, server).result()
+        assert code_of(changing.result()) == (409, "cancelled")
+        assert tokens.result() == server.expected[0]
+    assert cancelled.status_code == 200
+    facts = cancelled.json()
+    assert (facts["layout"], facts["under_way"], facts["preparing"]) == ("dp=2,ep=2", None, None)
+    assert not server.llm._pool.ahead | server.llm._pool.starting
+    assert list(map(server.llm._pool.pid, range(2))) == pids
+    assert {*prepares_for_ever} == {"preparing"}
+    del server.llm.scaling.advance
+    assert post(server, {"layout": "dp=3,ep=3"}).status_code == 200
+    assert complete(server, 0) == server.expected[0]
+
+
+def test_it_is_too_late_to_cancel(server):
+    scaling, answers = server.llm.scaling, []
+    scale = scaling.scale
+
+    def scale_and_cancel(layout):
+        answers.append(cancel(server))
+        scale(layout)
+
+    scaling.scale = scale_and_cancel
+    assert post(server, {"layout": "tp=2"}).json()["layout"] == "tp=2"
+    assert code_of(answers[0]) == (409, "too_late")
+    assert code_of(cancel(server)) == (409, "not_scaling")
+
+
+def test_a_dry_run_changes_nothing(server):
+    answer = post(server, {"layout": "tp=2", "dry_run": True})
+    assert (answer.status_code, answer.json()["layout"]) == (200, "dp=2,ep=2")
+    assert code_of(post(server, {"layout": "pp=100", "dry_run": True}))[0] == 400
+    assert answer.json()["changes"] == []
+    assert server.llm.scaling.ahead is None
 
 
 def test_ranks_that_cannot_be_prepared(server):
@@ -183,9 +255,25 @@ def test_by_the_command(server, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["layout"], found["tokens_per_s_after"]) == ("tp=1", None)
     for layout, message in (("tp=3", "tp=3 does not divide"), ("x=2", "unknown axis")):
-        assert run(monkeypatch, server.url, "--layout", layout, "--watch-s", "0") == 2
+        began_s = time.monotonic()
+        assert run(monkeypatch, server.url, "--layout", layout, "--watch-s", "60") == 2
+        assert time.monotonic() - began_s < PATIENCE_S  # before it measures
         error = capsys.readouterr().err
         assert message in error
         assert len(error.splitlines()) == 1
     assert run(monkeypatch, "http://127.0.0.1:9", "--layout", "tp=1") == 2
     assert "connection refused" in capsys.readouterr().err
+    for wrong in ([], ["--layout", "tp=1", "--cancel"]):
+        assert run(monkeypatch, server.url, *wrong) == 2
+        assert "give either --layout LAYOUT or --cancel" in capsys.readouterr().err
+
+
+def test_the_command_cancels(server, prepares_for_ever, monkeypatch, capsys):
+    assert run(monkeypatch, server.url, "--cancel") == 1
+    assert "no change of the layout is under way" in capsys.readouterr().err
+    with ThreadPoolExecutor(1) as clients:
+        changing = clients.submit(post, server, {"layout": "tp=2"})
+        assert wait_until(lambda: prepares_for_ever, seconds=PATIENCE_S)
+        assert run(monkeypatch, server.url, "--cancel") == 0
+        assert code_of(changing.result()) == (409, "cancelled")
+    assert capsys.readouterr().out == "cancelled; the layout is still dp=2,ep=2\n"

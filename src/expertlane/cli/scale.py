@@ -28,12 +28,19 @@ if TYPE_CHECKING:
 
 _OVER_S = 10.0  # for a step to be committed after the change, if there are requests
 _LOOK_S = 0.3  # between requests for its progress
+_CONFLICT = 409  # with the state of the server: the call itself was right
 _NUM_RATES = 8  # of which the median and its interval are shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    layout: str = layout_option(...)
+    layout: str | None = layout_option(None)
+    cancel: bool = typer.Option(
+        False,
+        "--cancel",
+        rich_help_panel=Panel.SERVER,
+        help="Give up the change that is being prepared.",
+    )
     watch_s: float = typer.Option(
         4.0,
         metavar="SECONDS",
@@ -47,6 +54,16 @@ class _Options:
         show_default=f"{API_KEY}, else none",
         help="File with the API key.",
     )
+
+    def new_layout(self) -> str | None:
+        """The layout to change to; None where a change is to be cancelled.
+
+        Raises:
+            UserError: it is malformed; or both are asked for, or neither.
+        """
+        if (self.layout is None) != self.cancel:
+            raise UserError("give either --layout LAYOUT or --cancel")
+        return None if self.layout is None else str(Layout.parse(self.layout))
 
     def headers(self) -> dict[str, str]:
         """With the key, if there is one.
@@ -75,19 +92,27 @@ def scale(
     No request is lost, and no token changes. New ranks load their weights while requests go on;
     then clients see one pause. Prints how long both took, where weights came from, and tokens per
     second before and after; --full: also each rank's weights by source. Exit code 2 if the server
-    refuses the layout, 1 if new ranks could not be prepared; then nothing has changed.
+    refuses the layout, 1 if new ranks could not be prepared or the change was cancelled; then
+    nothing has changed. --cancel gives up a change whose ranks are still being prepared.
 
     \b
     Examples:
       expertlane scale http://127.0.0.1:8000 --layout dp=4,ep=4
       expertlane scale http://127.0.0.1:8000 --layout tp=2 --json
+      expertlane scale http://127.0.0.1:8000 --cancel
     """
     from expertlane.client.connection import Url
 
-    layout = str(Layout.parse(own.layout))  # refuses a malformed one at once
-    found = asyncio.run(_scale(Url.parse(url, "URL"), layout, own))
+    layout = own.new_layout()
+    server = Url.parse(url, "URL")
+    if layout is None:
+        found = asyncio.run(_cancel(server, own))
+    else:
+        found = asyncio.run(_scale(server, layout, own))
     if print_options.as_json:
         output.print_json(strict_json(found))
+    elif layout is None:
+        typer.echo(f"cancelled; the layout is still {found['layout']}")
     else:
         lines = _lines(found)
         if print_options.full and found["change"] is not None:
@@ -95,15 +120,26 @@ def scale(
         typer.echo("\n".join(lines[:1] if print_options.quiet else lines))
 
 
+async def _cancel(url: "Url", own: _Options) -> dict[str, Any]:
+    from expertlane.client.connection import Connections
+
+    connections = Connections(url, own.headers())
+    try:
+        facts = await _ask(connections, "DELETE")
+    finally:
+        connections.close()
+    return {name: facts[name] for name in ("layout", "num_ranks")}
+
+
 async def _scale(url: "Url", layout: str, own: _Options) -> dict[str, Any]:
     from expertlane.client.connection import Connections
 
     connections, others = (Connections(url, own.headers()) for _ in range(2))
     try:
+        body: dict[str, Any] = {"layout": layout}
+        earlier = (await _ask(connections, "POST", body | {"dry_run": True}))["changes"]
         before = await _rate(connections, own.watch_s)
-        earlier = (await _ask(connections, "GET"))["changes"]
         began_s = time.perf_counter()
-        body = b'{"layout": "%b"}' % layout.encode()
         with output.progress_on_stderr() as progress:
             change = asyncio.create_task(_ask(connections, "POST", body))
             try:
@@ -111,7 +147,7 @@ async def _scale(url: "Url", layout: str, own: _Options) -> dict[str, Any]:
                 facts = await change
             except asyncio.CancelledError:  # by Ctrl-C
                 output.print_message(
-                    f"{url}: it goes on with the change; GET /scale says how far it is"
+                    f"{url}: it goes on with the change; expertlane scale {url} --cancel ends that"
                 )
                 raise
         answered_s = time.perf_counter() - began_s
@@ -181,12 +217,14 @@ async def _rate(connections: "Connections", seconds: float) -> dict[str, float] 
     return {name: round(value, 1) for name, value in named.items()}
 
 
-async def _ask(connections: "Connections", method: str, body: bytes = b"") -> dict[str, Any]:
+async def _ask(
+    connections: "Connections", method: str, body: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """An answer of `/scale`.
 
     Raises:
         UserError: the server refuses.
-        ExpertlaneError: it cannot be reached, or is none of ours.
+        ExpertlaneError: it cannot be reached, is none of ours, or cannot do so now.
     """
     import msgspec
 
@@ -196,7 +234,8 @@ async def _ask(connections: "Connections", method: str, body: bytes = b"") -> di
 
     url = connections.url
     try:
-        answer = await connections.ask(method, "/scale", body)
+        sent = b"" if body is None else msgspec.json.encode(body)
+        answer = await connections.ask(method, "/scale", sent)
     except (ConnectionFailed, ClosedEarly) as error:
         raise Unreachable(f"{url}: {error}") from None
     if answer.status == 200:
@@ -208,7 +247,7 @@ async def _ask(connections: "Connections", method: str, body: bytes = b"") -> di
             raise UserError(f"{url} is not a server of expertlane serve")
         return found
     text = f"{url}: {error_message(bytes(answer.body))}"
-    if answer.status < 500:
+    if answer.status < 500 and answer.status != _CONFLICT:
         raise UserError(text)
     raise ExpertlaneError(text)
 

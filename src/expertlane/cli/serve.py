@@ -81,9 +81,10 @@ class _Options:
         help="Write requests and their tokens to this folder, so that they continue when the "
         "server was killed and is started again.",
     )
-    reconnect_s: float = typer.Option(
-        60.0,
+    reconnect_s: float | None = typer.Option(
+        None,
         metavar="SECONDS",
+        show_default="60",
         help="With --journal: how long a request continues, and a finished answer is kept, while "
         "its client is away.",
         rich_help_panel=Panel.MORE_SERVER,
@@ -150,13 +151,15 @@ class _Options:
         """Refuse options that are wrong for every model.
 
         Raises:
-            UserError: there is no such parser, or prompts are to be logged without a log.
+            UserError: there is no such parser, or an option needs another that is not given.
         """
         from expertlane.server.marks import Marks
 
         Marks.of_template("", calls=self.tool_call_parser, thoughts=self.reasoning_parser)
         if self.log_prompts and self.log_format == "off":
             raise UserError("--log-prompts needs --log-format text or json")
+        if self.reconnect_s is not None and self.journal is None:
+            raise UserError("--reconnect-s needs --journal DIR")
 
     def for_server(
         self,
@@ -179,7 +182,7 @@ class _Options:
             tool_call_parser=self.tool_call_parser,
             reasoning_parser=self.reasoning_parser,
             journal=journal,
-            reconnect_s=self.reconnect_s,
+            **({} if self.reconnect_s is None else {"reconnect_s": self.reconnect_s}),
         )
 
 

@@ -57,7 +57,9 @@ class Position(NamedTuple):
     def __str__(self) -> str:
         layer = "" if self.layer == NO_LAYER else f"layer {self.layer}, "
         step = "" if self.step < 0 else f"step {self.step}, "
-        return f"{step}{layer}stage {self.stage.label}"
+        # A rank that has ended a step stays in its last layer, idle.
+        ended = " since the step ended" if layer and self.stage is Stage.IDLE else ""
+        return f"{step}{layer}stage {self.stage.label}{ended}"
 
 
 class ProgressBoard:

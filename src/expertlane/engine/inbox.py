@@ -265,10 +265,10 @@ class Inbox:
             self._drop(rank, lambda: loss)
         if early and early == loss.ranks:
             return
-        loss = loss._replace(ranks=loss.ranks - early)
+        loss = loss._replace(ranks=loss.ranks - early).with_ended(self._losses.ended())
         if not self._ranks.recovers:
             self.fail(loss.error(recovers=False))
-        self.loss = loss.with_others(self._losses.ended() | self._replaced)
+        self.loss = loss.with_others(self._replaced)
         raise self.loss.error(recovers=True) from None
 
     def _lose_node(self, error: RanksLostError) -> None:

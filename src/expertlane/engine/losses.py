@@ -58,6 +58,12 @@ class Loss(NamedTuple):
         """These ranks too."""
         return self._replace(ranks=self.ranks | ranks)
 
+    def with_ended(self, ranks: frozenset[int]) -> "Loss":
+        """These ranks too, and the text says how many they are."""
+        more = len(ranks - self.ranks)
+        also = f"; {more} other rank{'s' * (more > 1)} ended too" if more else ""
+        return self.with_others(ranks)._replace(text=f"{self.text}{also}")
+
 
 class Losses:
     """Finds which ranks are lost.

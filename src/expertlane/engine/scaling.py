@@ -28,6 +28,8 @@ from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Origin
 
+PREPARING = "preparing"  # the state before those of `engine.recovery`
+
 
 @dataclass(frozen=True, eq=False)
 class LayoutChange:

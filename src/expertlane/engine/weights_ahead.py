@@ -13,7 +13,9 @@ from expertlane.spec.layout import Layout
 
 _SLICE_S = 0.005  # of a rank that runs steps; the part under way is finished
 _IDLE_SLICE_S = 0.1  # without steps; delays a new request by this at most
+_NEW_SLICE_S = 0.5  # of a rank that runs no steps: only to tell how far it is
 _MOST_LOST = 3
+_NOTHING = Prepared(0.0, 0, 0.0)
 
 
 class WeightsAhead:
@@ -28,7 +30,7 @@ class WeightsAhead:
 
     Attributes:
         began_s: on the monotonic clock.
-        prepared: by rank, what it has told last.
+        prepared: by rank, what it has told last; nothing of one that has not.
     """
 
     def __init__(self, pool: RankPool, spec: StageSpec, room_bytes: int) -> None:
@@ -36,7 +38,7 @@ class WeightsAhead:
         self.began_s = time.monotonic()
         self._places = range(spec.layout.world_size)
         self._epoch = pool.epoch
-        self.prepared: dict[int, Prepared] = {}
+        self.prepared = dict.fromkeys(self._places, _NOTHING)
         self._asked: dict[int, Ticket[Prepared]] = {}  # of ranks that run no steps
         self._slice: Ticket[Prepared] | None = None  # of the others
         self._next_slice_s = 0.0
@@ -78,7 +80,7 @@ class WeightsAhead:
         if self._epoch != self._pool.epoch:  # a rank may have been replaced
             self._epoch = self._pool.epoch
             for place in self._present:
-                self.prepared.pop(place, None)
+                self.prepared[place] = _NOTHING
         self._take_answers()
         self._start_ranks()
         self._ask_new_ranks()
@@ -91,7 +93,7 @@ class WeightsAhead:
         return [place for place in self._places if place in self._pool.present]
 
     def _is_done(self, place: int) -> bool:
-        return place in self.prepared and self.prepared[place].share == 1
+        return self.prepared[place].share == 1
 
     def _take_answers(self) -> None:
         for place, ticket in list(self._asked.items()):
@@ -109,7 +111,7 @@ class WeightsAhead:
         pool = self._pool
         there = pool.present | pool.starting | pool.ahead
         for place in self._started - there:
-            self.prepared.pop(place, None)
+            self.prepared[place] = _NOTHING
             self._num_lost += 1
         if self._num_lost >= _MOST_LOST:
             raise CapacityError(
@@ -123,7 +125,7 @@ class WeightsAhead:
     def _ask_new_ranks(self) -> None:
         for place in self._pool.ahead & {*self._places}:
             if place not in self._asked and not self._is_done(place):
-                command = Prepare(self._spec, place)
+                command = Prepare(self._spec, place, _NEW_SLICE_S)
                 self._asked[place] = self._pool.submit(command, ranks=[place])
 
     def _ask_others(self, *, is_idle: bool) -> None:

@@ -256,6 +256,20 @@ class PagedSequences(NamedTuple):
     lengths: Tensor
 
 
+class AttentionBounds(NamedTuple):
+    """What a launch of attention depends on, beside numbers of tokens and of sequences.
+
+    Attributes:
+        most_new: new tokens of a sequence, at most.
+        longest: positions of a sequence, at most, the new ones included.
+        is_decode: token i is the one new token of sequence i.
+    """
+
+    most_new: int
+    longest: int
+    is_decode: bool
+
+
 class PagedBatch:
     """Where a batch's tokens stand in their sequences and in the cache; the same in all layers.
 
@@ -321,6 +335,17 @@ class PagedBatch:
     def groups(self) -> list[AttentionGroup]:
         """The batch's sequences, put together where attention can take them as one."""
         return attention_groups(self.batch, self.block_size, self._device)
+
+    @cached_property
+    def bounds(self) -> AttentionBounds:
+        """Of this batch's own sizes."""
+        batch = self.batch
+        if not batch.num_seqs:
+            return AttentionBounds(0, 0, is_decode=False)
+        most_new = int(batch.num_scheduled_tokens.max())
+        longest = int((batch.num_computed_tokens + batch.num_scheduled_tokens).max())
+        is_decode = most_new == 1 and batch.num_tokens == batch.num_seqs
+        return AttentionBounds(most_new, longest, is_decode)
 
     @cached_property
     def sequences(self) -> PagedSequences:

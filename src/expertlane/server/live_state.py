@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import Placements
-from expertlane.comm.progress import NO_LAYER
+from expertlane.comm.progress import NO_LAYER, Position
 from expertlane.engine.rank_watch import Reading
+from expertlane.engine.scaling import PREPARING
 from expertlane.server.alerts import Alert, alerts_of, change_under_way
 from expertlane.server.own_metrics import IMBALANCE_S, WAITING
 from expertlane.spec.names import Stage
@@ -208,7 +209,7 @@ class LiveState:
                 "exposed_s": round(reading.exposed_s, 4),
                 "now": [
                     {
-                        "stage": position.stage.label,
+                        "stage": self._stage(position),
                         "layer": None if position.layer == NO_LAYER else position.layer,
                         "waiting": position.waiting,
                         "silent_s": round(max(0.0, now_s - position.time_s), 2),
@@ -223,6 +224,10 @@ class LiveState:
                 },
             }
         return found
+
+    def _stage(self, position: Position) -> str:
+        is_preparing = position.stage is Stage.SETUP and self._state() == PREPARING
+        return PREPARING if is_preparing else position.stage.label
 
     def _rebalances(self) -> dict[str, Any] | None:
         """What the rebalancer has done so far; None without one."""
@@ -275,7 +280,7 @@ class LiveState:
         if recovery is not None and recovery.shrunk_at is not None:
             return "shrunk"
         scaling = self.service.model.scaling
-        return "running" if scaling is None or scaling.ahead is None else "preparing"
+        return "running" if scaling is None or scaling.ahead is None else PREPARING
 
     def _dp_ranks(self) -> dict[str, Any] | None:
         """Of all data-parallel ranks, those that serve; None where lost ranks are not replaced."""

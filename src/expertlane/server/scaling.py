@@ -1,12 +1,13 @@
 """The layout of a server, and changes of it while requests run."""
 
 import asyncio
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Response
 
-from expertlane.engine.scaling import LayoutChange, Scaling
+from expertlane.engine.scaling import PREPARING, LayoutChange, Scaling
 from expertlane.errors import CapacityError, UserError
 from expertlane.server.errors import ApiError, bad_field, json_response
 from expertlane.server.fields import Strict
@@ -17,13 +18,33 @@ from expertlane.spec.names import Origin
 _MOST_CHANGES = 20  # that are told of
 _RETRY_S = 1
 _LOOK_S = 0.02  # between checks of the progress of preparing
-PREPARING = "preparing"  # the state before those of `engine.recovery`
 
 
 class ScaleRequest(Strict):
-    """The body of `/scale`."""
+    """The body of `/scale`.
+
+    Attributes:
+        dry_run: only check the layout.
+    """
 
     layout: str
+    dry_run: bool = False
+
+
+@dataclass(eq=False)
+class _UnderWay:
+    """A change under way.
+
+    Attributes:
+        is_cancelled: it is to be given up.
+        is_switching: the switch has begun: it is too late for that.
+        over: set once it is made or given up.
+    """
+
+    to: Layout
+    is_cancelled: bool = False
+    is_switching: bool = False
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class _Changer:
@@ -31,10 +52,38 @@ class _Changer:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._to: Layout | None = None  # under way
+        self._under_way: _UnderWay | None = None
 
-    async def change(self, text: str) -> None:
+    async def change(self, text: str, *, dry_run: bool) -> None:
         """Prepare another layout and switch to it; returns when steps run again.
+
+        Args:
+            dry_run: only check the layout.
+
+        Raises:
+            ApiError: with 400, 409, 500 or 503.
+        """
+        scaling = self._check_can_change()
+        try:
+            layout = Layout.parse(text)
+            if dry_run:
+                await self._service.engine.between_steps(partial(_check, scaling, layout))
+                return
+            under_way = self._under_way = _UnderWay(layout)
+            try:
+                await self._change(scaling, under_way)
+            finally:
+                self._under_way = None
+                under_way.over.set()
+        except ApiError:
+            raise
+        except UserError as error:
+            raise bad_field("layout", f"layout: {error}") from None
+        except Exception as error:
+            raise ended(error) from None
+
+    def _check_can_change(self) -> Scaling:
+        """What changes the layout, if a change can begin now.
 
         Raises:
             ApiError: with 400, 409, 500 or 503.
@@ -44,10 +93,10 @@ class _Changer:
         scaling = service.model.scaling
         if scaling is None:
             raise bad_field("layout", "the layout of this server cannot change", "not_scalable")
-        if self._to is not None:
+        if self._under_way is not None:
             raise ApiError(
                 409,
-                f"the layout is being changed to {self._to}; try again later",
+                f"the layout is being changed to {self._under_way.to}; try again later",
                 param="layout",
                 code="scaling",
                 retry_after_s=_RETRY_S,
@@ -59,20 +108,29 @@ class _Changer:
                 raise ApiError(
                     409, str(error), param="layout", code="shrunk", retry_after_s=_RETRY_S
                 ) from None
-        try:
-            self._to = Layout.parse(text)
-            await self._change(scaling, self._to)
-        except ApiError:
-            raise
-        except UserError as error:
-            raise bad_field("layout", f"layout: {error}") from None
-        except Exception as error:
-            raise ended(error) from None
-        finally:
-            self._to = None
+        return scaling
 
-    async def _change(self, scaling: Scaling, layout: Layout) -> None:
-        between_steps = self._service.engine.between_steps
+    async def cancel(self) -> None:
+        """Give up the change under way; returns once what it has prepared is freed.
+
+        Raises:
+            ApiError: with 409: there is none, or it is too late.
+        """
+        under_way = self._under_way
+        if under_way is None:
+            raise ApiError(409, "no change of the layout is under way", code="not_scaling")
+        if under_way.is_switching:
+            raise ApiError(
+                409,
+                f"too late: ranks are switching to {under_way.to}; a change back takes another "
+                "POST /scale",
+                code="too_late",
+            )
+        under_way.is_cancelled = True
+        await under_way.over.wait()
+
+    async def _change(self, scaling: Scaling, under_way: _UnderWay) -> None:
+        between_steps, layout = self._service.engine.between_steps, under_way.to
         is_ready = False
 
         def advance() -> None:
@@ -82,15 +140,20 @@ class _Changer:
         await between_steps(partial(scaling.prepare, layout))
         try:
             await between_steps(advance)
-            while not is_ready:
+            while not (is_ready or under_way.is_cancelled):
                 await asyncio.sleep(_LOOK_S)
                 self._service.check_running()
                 await between_steps(advance)
+            if under_way.is_cancelled:
+                raise ApiError(
+                    409, f"the change to {layout} was cancelled", param="layout", code="cancelled"
+                )
         except CapacityError as error:
             raise ApiError(503, str(error), param="layout", code="not_prepared") from None
         except (ApiError, asyncio.CancelledError):
             await between_steps(scaling.give_up)
             raise
+        under_way.is_switching = True
         try:
             await between_steps(partial(scaling.scale, layout))
         except UserError as error:  # such as ranks that were lost meanwhile
@@ -108,12 +171,16 @@ class _Changer:
             "can_scale": recovery is not None,
             "layout": str(layout),
             "num_ranks": layout.world_size,
-            "under_way": None if self._to is None else str(self._to),
+            "under_way": None if self._under_way is None else str(self._under_way.to),
             "state": PREPARING if scaling.ahead else recovery and recovery.state.value,
             "preparing": preparing(scaling),
             "num_generation_tokens": service.metrics.num_generation_tokens,
             "changes": [_facts(each) for each in scaling.changes[-_MOST_CHANGES:]],
         }
+
+
+def _check(scaling: Scaling, layout: Layout) -> None:
+    scaling.check(layout)
 
 
 def _facts(change: LayoutChange) -> dict[str, Any]:
@@ -159,13 +226,19 @@ def preparing(scaling: Scaling | None) -> dict[str, Any] | None:
 
 
 def add_scaling(app: FastAPI, service: Service) -> None:
-    """Add the two routes."""
+    """Add the three routes."""
     changer = _Changer(service)
 
     @app.post("/scale")
     async def scale(request: ScaleRequest) -> Response:
         """Change the layout; responds when steps run again."""
-        await changer.change(request.layout)
+        await changer.change(request.layout, dry_run=request.dry_run)
+        return json_response(changer.facts())
+
+    @app.delete("/scale")
+    async def cancel_scaling() -> Response:
+        """Give up a change that is being prepared; responds when nothing is left of it."""
+        await changer.cancel()
         return json_response(changer.facts())
 
     @app.get("/scale")

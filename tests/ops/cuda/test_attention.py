@@ -32,10 +32,15 @@ BATCH = st.one_of(
 )
 
 
-def compare(sequences, block_size, heads, dims, window, has_sinks, dtype, steps=4):
-    """Of a cache in which what no sequence has is NaN."""
+def compare(sequences, block_size, heads, dims, window, has_sinks, dtype, steps=4, slack=0):
+    """Of a cache in which what no sequence has is NaN; bounds are `slack` above what there is."""
     (num_heads, kv_heads), (key_dim, value_dim) = heads, dims
     batch = batch_of(sequences, block_size, DEVICE)
+    bounds = batch.bounds
+    batch.bounds = bounds._replace(
+        most_new=bounds.most_new + (0 if bounds.is_decode else slack),
+        longest=bounds.longest + slack,
+    )
     num_blocks = batch.sequences.block_tables.numel()
     shape = num_blocks, block_size, kv_heads, key_dim, value_dim or 0, dtype, DEVICE
     ours, theirs = KVCache(*shape), KVCache(*shape)
@@ -75,11 +80,24 @@ def compare(sequences, block_size, heads, dims, window, has_sinks, dtype, steps=
     has_sinks=st.booleans(),
     dtype=PRODUCT_DTYPES,
     num_splits=st.sampled_from([1, 3]),
+    slack=st.sampled_from([0, 500]),
 )
-def test_any_batch(sequences, block_size, heads, dims, window, has_sinks, dtype, num_splits):
+def test_any_batch(sequences, block_size, heads, dims, window, has_sinks, dtype, num_splits, slack):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_num_splits", lambda *_: num_splits)
-        compare(sequences, block_size, heads, dims, window, has_sinks, dtype)
+        compare(sequences, block_size, heads, dims, window, has_sinks, dtype, slack=slack)
+
+
+def test_splits_follow_from_bounds():
+    """One sequence of at most 8,192 positions has 32 splits, however few positions it has."""
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        launch = module.launch
+        patch.setattr(
+            module, "launch", lambda *args, **o: asked.append(args[1]) or launch(*args, **o)
+        )
+        compare([(40, 1)], 16, (2, 1), (16, 16), None, False, torch.float32, slack=8151)
+    assert asked == [(1, 1, 32), (2,)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -4,7 +4,7 @@ A program takes a tile of query rows of one sequence and one key/value head: its
 each all heads that share the key/value head, so that a key is read once for all of them. It reads
 keys and values where they lie in their blocks; nothing is gathered or copied. Where tiles are too
 few for the card, positions are split over programs, whose partial sums `_combine_kernel` adds up.
-What is launched depends on numbers of tokens, sequences and the longest length alone.
+What is launched depends on the batch's `bounds` and on numbers of tokens and sequences alone.
 
 Limits: in decode memory, length · kv_heads · (key_dim + value_dim) · b bytes a sequence over the
 card's bandwidth (values that are a part of keys are read once); in prompts arithmetic,
@@ -35,7 +35,7 @@ def _attention_kernel(
     query, keys, values, tables, first_tokens, num_scheduled, lengths, sinks,
     out, partial, maxima, sums,
     query_token, query_head, key_block, key_head, value_block, value_head,
-    table_width, num_seqs, num_tokens, split_length, window, scale,
+    table_width, num_seqs, num_tokens, window, scale,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_DECODE: tl.constexpr,
     IS_SPLIT: tl.constexpr, VALUES_IN_KEYS: tl.constexpr,
@@ -43,8 +43,8 @@ def _attention_kernel(
     MAIN: tl.constexpr, REST: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Tokens of the batch: first to first + new. Rows of the sequence: token · GROUP + head.
-    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    seq, row = _place_of_tile(tile, first_tokens, num_seqs, GROUP, ROWS, IS_DECODE)
+    kv_head, split = tl.program_id(1), tl.program_id(2)
+    seq, row = _place_of_tile(tl.program_id(0), first_tokens, num_seqs, GROUP, ROWS, IS_DECODE)
     new = tl.load(num_scheduled + seq).to(tl.int32)
     if row >= new * GROUP:
         return
@@ -52,16 +52,15 @@ def _attention_kernel(
     rows = row + tl.arange(0, ROWS)
     is_row = rows < new * GROUP
     head = kv_head * GROUP + rows % GROUP
-    own = length - new + rows // GROUP  # the rows' own positions
     begin, end = 0, length - new + (tl.minimum(row + ROWS, new * GROUP) - 1) // GROUP + 1
     if HAS_WINDOW:
         begin = tl.maximum(length - new + row // GROUP - window + 1, 0)
     if IS_SPLIT:
-        begin += split * split_length
-        end = tl.minimum(end, begin + split_length)
+        begin, end = _share_of(begin, end, split, tl.num_programs(2), POSITIONS)
 
     of_row = query + (first + rows // GROUP) * query_token + head * query_head
     query_main = _columns_of(of_row, is_row, 0, KEY_DIM, MAIN)
+    query_rest = query_main  # not read
     if REST > 0:
         query_rest = _columns_of(of_row, is_row, MAIN, KEY_DIM, REST)
     greatest = tl.full([ROWS], -float("inf"), tl.float32)
@@ -69,14 +68,46 @@ def _attention_kernel(
     if HAS_SINKS and not IS_SPLIT:
         greatest = tl.load(sinks + head, mask=is_row, other=0.0) * 1.4426950408889634
         total += 1.0
+    sum_of_values, greatest, total = _attend_positions(
+        query_main, query_rest, length - new + rows // GROUP, greatest, total,
+        keys + kv_head * key_head, values + kv_head * value_head,
+        tables + seq.to(tl.int64) * table_width, key_block, value_block,
+        begin, end, window, scale,
+        KEY_DIM, VALUE_DIM, BLOCK_SIZE, HAS_WINDOW, VALUES_IN_KEYS,
+        ROWS, POSITIONS, MAIN, REST, VALUE_BLOCK,
+    )  # fmt: skip
+
+    num_heads = GROUP * tl.num_programs(1)
+    place = (first + rows // GROUP) * num_heads + head  # among all tokens' heads
+    if IS_SPLIT:
+        place += split.to(tl.int64) * num_tokens * num_heads
+        _store_rows(partial, place, is_row, sum_of_values, VALUE_DIM, VALUE_BLOCK)
+        tl.store(maxima + place, greatest, mask=is_row)
+        tl.store(sums + place, total, mask=is_row)
+    else:
+        total = tl.where(is_row, total, 1.0)
+        _store_rows(out, place, is_row, sum_of_values / total[:, None], VALUE_DIM, VALUE_BLOCK)
+
+
+@triton.jit
+def _attend_positions(
+    query_main, query_rest, own, greatest, total, keys, values, table, key_block, value_block,
+    begin, end, window, scale,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, VALUES_IN_KEYS: tl.constexpr, ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of values weighted by exponentials, of one head's positions from begin to end.
+
+    `own` are the rows' own positions; greatest logits and sums of weights go on from those given.
+    """
     sum_of_values = tl.zeros([ROWS, VALUE_BLOCK], tl.float32)
-    table = tables + seq.to(tl.int64) * table_width
     for start in range(begin, end, POSITIONS):
         position = start + tl.arange(0, POSITIONS)
         is_there = position < end
         block = tl.load(table + position // BLOCK_SIZE, is_there, 0).to(tl.int64)
         offset = position % BLOCK_SIZE
-        key = keys + block * key_block + kv_head * key_head + offset * KEY_DIM
+        key = keys + block * key_block + offset * KEY_DIM
         key_main = _columns_of(key, is_there, 0, KEY_DIM, MAIN)
         logits = tl.dot(query_main, tl.trans(key_main), input_precision="ieee")
         if REST > 0:
@@ -89,7 +120,7 @@ def _attention_kernel(
         weights, shrunk, greatest = _weights_of(logits, greatest)
         total = total * shrunk + tl.sum(weights, axis=1)
         if not VALUES_IN_KEYS:
-            of_value = values + block * value_block + kv_head * value_head + offset * VALUE_DIM
+            of_value = values + block * value_block + offset * VALUE_DIM
             value = _columns_of(of_value, is_there, 0, VALUE_DIM, VALUE_BLOCK)
         elif VALUE_DIM == MAIN:
             value = key_main
@@ -97,21 +128,24 @@ def _attention_kernel(
             value = _columns_of(key, is_there, 0, VALUE_DIM, VALUE_BLOCK)
         scaled = sum_of_values * shrunk[:, None]
         sum_of_values = tl.dot(weights.to(value.dtype), value, scaled, input_precision="ieee")
+    return sum_of_values, greatest, total
 
-    num_heads = GROUP * tl.num_programs(1)
-    place = (first + rows // GROUP) * num_heads + head  # among all tokens' heads
-    value_columns = tl.arange(0, VALUE_BLOCK)
-    is_value = is_row[:, None] & (value_columns < VALUE_DIM)[None, :]
-    if IS_SPLIT:
-        place += split.to(tl.int64) * num_tokens * num_heads
-        to = partial + place[:, None] * VALUE_DIM + value_columns[None, :]
-        tl.store(to, sum_of_values, mask=is_value)
-        tl.store(maxima + place, greatest, mask=is_row)
-        tl.store(sums + place, total, mask=is_row)
-    else:
-        to = out + place[:, None] * VALUE_DIM + value_columns[None, :]
-        total = tl.where(is_row, total, 1.0)
-        tl.store(to, (sum_of_values / total[:, None]).to(out.dtype.element_ty), mask=is_value)
+
+@triton.jit
+def _share_of(begin, end, split, num_splits, POSITIONS: tl.constexpr):
+    """The positions of a split: equal shares of whole steps, perhaps none."""
+    steps = (end - begin + POSITIONS - 1) // POSITIONS
+    share = (steps + num_splits - 1) // num_splits * POSITIONS
+    begin += split * share
+    return begin, tl.minimum(end, begin + share)
+
+
+@triton.jit
+def _store_rows(to, place, is_row, rows, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """[rows, COLUMNS] at those places of [places, DIM]."""
+    columns = tl.arange(0, COLUMNS)
+    mask = is_row[:, None] & (columns < DIM)[None, :]
+    tl.store(to + place[:, None] * DIM + columns[None, :], rows.to(to.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -239,20 +273,18 @@ def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
     out = query.new_empty(num_tokens, num_heads, value_dim)
     if not num_tokens or not num_heads:
         return out
-    seqs, num_seqs = batch.sequences, batch.batch.num_seqs
-    num_scheduled = batch.batch.num_scheduled_tokens
-    most_new = int(num_scheduled.max())
-    longest = int((num_scheduled + batch.batch.num_computed_tokens).max())
+    seqs, bounds = batch.sequences, batch.bounds
+    num_seqs, group = seqs.lengths.shape[0], num_heads // cache.num_heads
+    longest = bounds.longest
     if params.window is not None:
-        longest = min(longest, params.window + most_new)
-    group, is_decode = num_heads // cache.num_heads, num_tokens == num_seqs and most_new == 1
-    tile = Tile.of(group * most_new, max(key_dim, value_dim) // 64 * 64 or 64, query.itemsize)
+        longest = min(longest, params.window + bounds.most_new)
+    tile = Tile.of(
+        group * bounds.most_new, max(key_dim, value_dim) // 64 * 64 or 64, query.itemsize
+    )
     num_tiles = num_tokens * group // tile.rows + num_seqs
-    if is_decode:
+    if bounds.is_decode:
         num_tiles = num_seqs * triton.cdiv(group, tile.rows)
     num_splits = _num_splits(num_tiles * cache.num_heads, longest, query.device)
-    split_length = triton.cdiv(triton.cdiv(longest, num_splits), tile.positions) * tile.positions
-    num_splits = triton.cdiv(longest, split_length)
     parts = _room_for_parts(out, num_splits)
     main, rest = _blocks(key_dim)
     value_block = max(16, triton.next_power_of_2(value_dim))
@@ -263,14 +295,14 @@ def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
         *(query, cache.keys, cache.values, seqs.block_tables, seqs.first_tokens),
         *(seqs.num_scheduled, seqs.lengths, params.sinks, out, *parts, *query.stride()[:2]),
         *(*cache.keys.stride()[:2], *cache.values.stride()[:2], seqs.block_tables.shape[1]),
-        *(num_seqs, num_tokens, split_length, params.window or 0, params.scale * _LOG2_E),
+        *(num_seqs, num_tokens, params.window or 0, params.scale * _LOG2_E),
         GROUP=group,
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         BLOCK_SIZE=cache.block_size,
         HAS_SINKS=params.sinks is not None,
         HAS_WINDOW=params.window is not None,
-        IS_DECODE=is_decode,
+        IS_DECODE=bounds.is_decode,
         IS_SPLIT=num_splits > 1,
         VALUES_IN_KEYS=cache.values.shape[-1] == 0,
         ROWS=tile.rows,
