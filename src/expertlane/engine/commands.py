@@ -141,6 +141,7 @@ class RankMachine:
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
         keeps_narrow: weights of one byte stay so in memory; else they are widened while loading.
+        driver: of its GPU, as the system names it; empty without one.
     """
 
     host: str
@@ -157,6 +158,7 @@ class RankMachine:
     ranks_per_node: int
     num_idle_gpus: int
     keeps_narrow: bool = False
+    driver: str = ""
 
     @property
     def on_gpu(self) -> bool:
