@@ -49,6 +49,8 @@ class RandomWeights(WeightSource):
         fan_in = shape[-1]
         if part is not None:
             shape[cut_dim(name)] = len(part)
+        if name.endswith("norm"):
+            return torch.ones(shape, dtype=dtype, device=self.device)
         return torch.empty(shape, dtype=dtype, device=self.device).normal_(0, fan_in**-0.5)
 
     def once(
@@ -201,8 +203,8 @@ class OneRank:
         self.stage = TransformerStage(model, self.placements, source, mesh)
         self.stage.set_forms(("all_to_all",), "model")
 
-    def step(self, num_seqs: int, num_computed: int, num_new: int) -> Callable[[], None]:
-        """A step of equal sequences, each call of which is the same again.
+    def step(self, num_seqs: int, num_computed: int, num_new: int) -> Callable[[], Any]:
+        """A step of equal sequences, each call of which is the same again; its result.
 
         Args:
             num_seqs: of each data-parallel rank.
@@ -222,17 +224,17 @@ class OneRank:
         at, layout = self.layout.coordinates(self.rank), self.layout
         num_tokens = [batch.num_tokens] * layout.dp
 
-        def step() -> None:
+        def step() -> Any:
             part = ForwardBatch(batch, num_tokens, layout, at, self.device, BLOCK_SIZE)
             if at.pp_rank:
                 x = self.stage.empty_hidden(part.num_owned).fill_(0.01)
             else:
                 x = self.stage.embed(part)
-            interleave([self.stage.forward(x, part, False)])
+            return interleave([self.stage.forward(x, part, False)])[0]
 
         return step
 
-    def record(self, step: Callable[[], None]) -> RankRecord:
+    def record(self, step: Callable[[], object]) -> RankRecord:
         """What the engine counts of a step."""
         self._recorder.begin_step(0, 1, record=True, count_idle=False, record_routing=True)
         step()
