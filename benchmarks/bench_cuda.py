@@ -26,11 +26,11 @@ from torch import Tensor
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from compile_cuda import equal_sequences
+from cuda_cases import equal_sequences
 
 from expertlane.ops.cuda.activation import activate
 from expertlane.ops.cuda.attention import attend
-from expertlane.ops.cuda.grouped import CudaExperts
+from expertlane.ops.cuda.experts import CudaExperts
 from expertlane.ops.cuda.norm import add_rms_norm
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.ops.cuda.rotate import rotate_and_write

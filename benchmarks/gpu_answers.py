@@ -83,7 +83,9 @@ def parity(parts: Parts) -> Iterator[Answer]:
     yield of_tests(parts, "models in bfloat16 (error)", "kind_of_model[bfloat16")
     yield of_tests(parts, "models in float16 (error)", "kind_of_model[float16")
     yield of_tests(parts, "a model that fills the card (error)", "fills_the_card")
-    yield of_tests(parts, "several ranks on one GPU (error)", "several_ranks_on_one_gpu")
+    yield of_tests(
+        parts, "several ranks on one GPU (error)", "several_ranks_on_one_gpu", "on_shared_gpus"
+    )
     yield of_tests(parts, "no synchronisation in decode", "no_sync", "without_sync")
     yield of_tests(parts, "graphs on and off equal", "graphs")
     yield of_tests(parts, "kernels against torch", "tests.ops.cuda")

@@ -45,16 +45,16 @@ class NoGroups(Meshes):
         return None
 
 
-def held_by_engine(model, layout, rank, dtype, weights) -> TransformerStage:
+def held_by_engine(model, layout, rank, dtype, options) -> TransformerStage:
     """What the engine builds for a rank, with one position of cache."""
     recorder = SimpleNamespace(checks=None)
     mesh = ParallelMesh(layout, NoGroups(), rank, 8, recorder)
     source = SeededWeights(
-        model, 0, getattr(torch, dtype), torch.device("cpu"), lambda: None, weights
+        model, 0, getattr(torch, dtype), torch.device("cpu"), lambda: None, options.weights
     )
     placements = placements_of(model, layout, Options())
     stage = TransformerStage(model, placements, source, mesh)
-    stage.allocate_cache(1, 1)
+    stage.allocate_cache(1, 1, options.kv_dtype)
     return stage
 
 
@@ -247,16 +247,22 @@ def test_key_value_heads_fewer_than_ranks_are_held_by_several():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "weights"), [("float32", "model"), ("bfloat16", "model"), ("bfloat16", "int8")]
+    ("dtype", "options"),
+    [
+        ("float32", Options()),
+        ("bfloat16", Options()),
+        ("bfloat16", Options(weights="int8", kv_dtype="float8")),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("layout", ["tp=1", "tp=2", "tp=4,ep=4", "tp=4,pp=3", "dp=3,ep=3,tp=2"])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_every_rank_of_the_engine_holds_as_much(model, layout, dtype, weights):
-    layout, types = Layout.parse(layout), NumberTypes.all_of(dtype)
+def test_every_rank_of_the_engine_holds_as_much(model, layout, dtype, options):
+    layout, types = Layout.parse(layout), NumberTypes.of_engine(dtype, options)
     if backend_for(torch.device("cpu")).keeps_narrow:
-        types = NumberTypes.kept_as(dtype, weights, None)
+        types = NumberTypes.kept_as(dtype, options, None)
     limits = Limits(model.vocab_size, 1, 1, 1, 1)
     for rank in range(layout.world_size):
-        held = held_by_engine(model, layout, rank, dtype, weights)
+        held = held_by_engine(model, layout, rank, dtype, options)
         need = placed(model, layout, types).rank_memory(limits, rank)
         assert (need.weight_bytes, need.kv_bytes) == (held.weight_bytes, held.kv_bytes)

@@ -7,7 +7,7 @@ from math import ceil, prod
 from typing import NamedTuple
 
 from expertlane.balance.placement_file import Placements
-from expertlane.cost.kv_transfer import held_kv_width
+from expertlane.cost.kv_transfer import held_kv_bytes, held_kv_width
 from expertlane.cost.number_types import NumberTypes, weight_bytes
 from expertlane.errors import CapacityError
 from expertlane.results.record import PoolRecord
@@ -129,13 +129,14 @@ class PlacedModel:
         num_slots = max((placed.num_slots for placed in self.placements if placed), default=1)
         num_pairs = ceil(num_pairs_in_stage * max(of_layer) / num_slots)
         kv_width = held_kv_width(model, layout.tp)
+        position_bytes = held_kv_bytes(model, types, layout.tp)
         # Hidden states, queries, keys and values; the tokens of the experts with their inner layer.
         num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)
         num_values += num_pairs * (2 * model.hidden_size + inner)
         num_positions = limits.num_blocks * limits.block_size
         return RankMemory(
             weight_bytes=num_bytes,
-            kv_bytes=len(layers) * ceil(num_positions / layout.dcp) * kv_width * types.kv_bytes,
+            kv_bytes=len(layers) * ceil(num_positions / layout.dcp) * position_bytes,
             activation_bytes=num_values * types.activation_bytes,
             loading_bytes=largest_matrix * _FLOAT32_BYTES
             + int(weight_bytes(largest_matrix, types.weights)),
@@ -158,12 +159,7 @@ class PlacedModel:
         for rank in range(self.layout.replica_size):  # replicas are alike
             need = self.rank_memory(smallest, rank)
             if need.total_bytes > free_bytes:
-                raise CapacityError(
-                    f"{self.model.name} as {self.layout} needs {size_text(need.total_bytes)} per "
-                    f"rank (weights {size_text(need.weight_bytes)}, KV cache of one sequence "
-                    f"{size_text(need.kv_bytes)}, activations {size_text(need.activation_bytes)}) "
-                    f"but {size_text(free_bytes)} of memory are free"
-                )
+                raise CapacityError(too_little(self.model, self.layout, need, free_bytes))
             of_cache = cache_share * (free_bytes - need.weight_bytes - need.activation_bytes)
             num_blocks = min(num_blocks, max(fewest, int(of_cache * fewest // need.kv_bytes)))
         return replace(limits, num_blocks=num_blocks)
@@ -318,6 +314,16 @@ def prefill_step_tokens(workload: Workload, layout: Layout, step_tokens: int | N
     num_caches = layout.replicas * layout.dp
     allowed = RANK_STEP_TOKENS if step_tokens is None else max(1, step_tokens // num_caches)
     return min(allowed, workload.prompt_len * ceil(workload.num_sequences / num_caches))
+
+
+def too_little(model: ModelConfig, layout: Layout, need: RankMemory, free_bytes: float) -> str:
+    """What is said where not even one sequence fits."""
+    return (
+        f"{model.name} as {layout} needs {size_text(need.total_bytes)} per rank (weights "
+        f"{size_text(need.weight_bytes)}, KV cache of one sequence {size_text(need.kv_bytes)}, "
+        f"activations {size_text(need.activation_bytes)}) but {size_text(free_bytes)} of memory "
+        "are free"
+    )
 
 
 def size_text(num_bytes: float) -> str:

@@ -116,6 +116,8 @@ def test_a_port_that_is_taken_is_noticed_before_anything_is_loaded(run):
         (("--api-key", ""), "--api-key 1 is no API key: it must be one word"),
         (("--api-key-file", "/dev/null/none"), "--api-key-file: cannot read"),
         (("--layout", "dp=3,ep=2"), "layout "),
+        (["--reconnect-s", "5"], "--reconnect-s needs --journal DIR"),
+        (["--log-prompts"], "--log-prompts needs --log-format text or json"),
     ],
 )
 def test_mistakes(run, options, words):

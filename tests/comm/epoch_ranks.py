@@ -37,11 +37,11 @@ from expertlane.engine import connection
 from expertlane.engine.rank_settings import RankSettings
 from expertlane.engine.rendezvous import Meeting
 from expertlane.engine.store_host import StoreHost
-from expertlane.ops.backend import SHARED_MEMORY, Platform, compiled_messages
+from expertlane.ops.backend import SHARED_MEMORY, STAGED, Platform, compiled_messages
 from expertlane.ops.cores import Share
 from expertlane.spec.layout import Layout
 
-KINDS = ("compiled", "uncompiled", "gloo", "nodes")
+KINDS = ("compiled", "uncompiled", "gloo", "nodes", "staged")
 NUM_RANKS = 4
 LAYOUT = Layout.parse("dp=4,ep=4")
 LAST_EPOCH, NUM_STEPS = 3, 24
@@ -222,6 +222,7 @@ class Servers:
 
     def __init__(self, kind: str, harms: list[Harm], meeting: Meeting | None) -> None:
         self._transport = "gloo" if kind == "gloo" else SHARED_MEMORY
+        self._transport += STAGED if kind == "staged" else ""
         num_nodes = meeting.num_nodes if meeting else 1
         self._per_node = NUM_RANKS // num_nodes
         self._meeting, self._harms = meeting, harms
@@ -351,7 +352,7 @@ def main(kind: str, seeds: list[int]) -> None:
             port = free.getsockname()[1]
         meeting = Meeting("127.0.0.1", port, False, "test", 2)
         host = StoreHost(meeting)
-    library = compiled_messages() if kind in ("compiled", "nodes") else None
+    library = compiled_messages() if kind in ("compiled", "nodes", "staged") else None
     if kind == "compiled" and library is None:
         print(json.dumps({"skipped": "our C++ cannot be compiled here"}))
         return

@@ -24,6 +24,9 @@ class Clock:
         self.is_settled = False
         self.num_threads = 2
 
+    def restart(self):
+        self.is_settled = False
+
     def advance(self, seconds):
         self.now_s += seconds
 
@@ -246,6 +249,25 @@ def test_without_a_record_only_progress_is_kept(recorder, board):
     position = board.position(0)
     # An idle rank says where it came to, for the launcher to name if it hangs.
     assert (position.step, position.layer, position.stage) == (9, 1, Stage.IDLE)
+
+
+def test_without_a_record_no_value_is_fetched(recorder):
+    """The running totals of a server count on the device. On `meta` there is nothing to fetch."""
+    recorder.totals()  # they are wanted from now on
+    ids = torch.zeros(4, 2, dtype=torch.int64, device="meta")
+
+    def step(**asked):
+        recorder.begin_step(0, 1, count_idle=False, **asked)
+        recorder.enter(Stage.ROUTER, 1)
+        recorder.record_topk_ids(ids)
+        recorder.meter.counts(1, experts, ids.device).add_(ids.sum(dim=0))
+        recorder.count_fan_out(ids[:, 0], ids[:, 1], 1, 1)
+
+    experts = [0, 1]
+    step(record=False)
+    for asked in ({"record": True}, {"record": False, "record_routing": True}):
+        with pytest.raises(NotImplementedError, match="no data"):
+            step(**asked)
 
 
 def test_the_choices_of_tokens_are_kept_by_layer(recorder):

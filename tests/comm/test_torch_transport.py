@@ -11,7 +11,7 @@ from expertlane.comm.torch_transport import TorchTransport
 
 rank, size, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 device, store, epoch = torch.device("cpu"), dist.FileStore(path, size), Epoch(ProgressBoard(1), 0)
-transport = TorchTransport(device, store, rank, 60.0, epoch, over_links=True)
+transport = TorchTransport(device, store, rank, 60.0, epoch, ranks_per_node=1)
 transport.make(tuple(range(size)))
 link = transport.link(tuple(range(size)))
 

@@ -103,9 +103,9 @@ class Counting:
         if table is not None:
             ranks = range(layout.world_size)
             pool.call(SetDispatch(table), ranks=ranks)
-        self._model, types = model, NumberTypes.all_of(dtype)
+        self._model, types = model, NumberTypes.of_engine(dtype, options)
         if pool.call(DescribeMachine())[0].keeps_narrow:
-            types = NumberTypes.kept_as(dtype, options.weights, None)
+            types = NumberTypes.kept_as(dtype, options, None)
         self._builders = [
             ProgramBuilder(
                 model,
@@ -226,10 +226,10 @@ def _cases():
     ],
 )
 def test_layouts_and_forms(pools, number, case, form):
-    """Families take turns; every layout sees three, each with overlap and without."""
+    """Families take turns; every layout sees several, each with overlap and without."""
     names = list(MODELS)
     for overlap in (False, True):
-        model = MODELS[names[(number + number // 3 + 3 * overlap) % len(names)]]
+        model = MODELS[names[(number + number // len(FORMS) + 3 * overlap) % len(names)]]
         check_case(pools, model, case, form, overlap, seed=number)
 
 
@@ -270,7 +270,7 @@ def test_balanced_copies(pools, case):
     number = CASES.index(case)
     model = list(MODELS.values())[number % len(MODELS)]
     for turn, overlap in enumerate((False, True, False)):
-        forms = FORMS if case.is_even else FORMS[:2]
+        forms = [form for form in FORMS if case.is_even or not DISPATCH_FORMS[form].by_node]
         options = options_of(case, forms[(number + turn) % len(forms)], overlap)
         counting = Counting(pools, model, case, replace(options, copies="balanced"))
         layout, rng = Layout.parse(case.layout), np.random.default_rng(number)
@@ -304,11 +304,12 @@ def test_bfloat16(pools, family):
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_weights_of_one_byte(pools, family):
+def test_weights_and_a_cache_of_one_byte(pools, family):
     case = Case("dp=2,tp=2,ep=2", 2)
-    options = replace(options_of(case, "all_to_all", False), weights="int8")
+    options = replace(options_of(case, "all_to_all", False), weights="int8", kv_dtype="float8")
     counting = Counting(pools, MODELS[family], case, options)
-    plan = random_plan(np.random.default_rng(5), 2, 1, MODELS[family].vocab_size, DECODE)
+    kinds = PREFILL + DECODE
+    plan = random_plan(np.random.default_rng(5), 2, 1, MODELS[family].vocab_size, kinds)
     counting.check(plan)
 
 

@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from distributed.links import LINKS, use_links
 from engine.planted import FlipBit, Plant, flip_bit, plant
 from expertlane.balance.placement import Placement
 from expertlane.comm.clocks import HostClock
@@ -69,6 +70,15 @@ class Recording:
         self.record = record
 
 
+def on_host(context: RankContext, values: torch.Tensor) -> np.ndarray:
+    """Values that may lie on a GPU, once it has them: it may wait for a rank that is lost."""
+    if values.is_cuda:
+        event = torch.cuda.Event()
+        event.record()
+        context.await_device(event)
+    return values.cpu().numpy()
+
+
 class Collective(Command[tuple[np.ndarray, RankRecord] | None]):
     """Call a group's method with `rows[rank]` and `arguments[rank]`; result and record."""
 
@@ -88,8 +98,8 @@ def collective(context: RankContext, command: Collective) -> tuple[np.ndarray, R
     rows, rest = command.rows[context.rank], command.arguments[context.rank]
     method = getattr(getattr(mesh, command.axis), command.method)
     with Recording(recorder, Stage.COLLECTIVES) as recording:
-        received = method(torch.from_numpy(rows), *rest).wait()
-    return received.numpy(), recording.record
+        received = method(torch.from_numpy(rows).to(context.platform.device), *rest).wait()
+    return on_host(context, received), recording.record
 
 
 class PassOn(Command[tuple[np.ndarray, RankRecord] | None]):
@@ -250,9 +260,10 @@ def exchange(context: RankContext, command: Exchange) -> np.ndarray:
     mesh, _ = joined
     rows = [[context.epoch, context.rank, to, command.value] for to in range(num_ranks)]
     context.progress.enter(Stage.DISPATCH, 0)
-    received = mesh.stage.all_to_all(torch.tensor(rows), [1] * num_ranks, [1] * num_ranks).wait()
+    told, each = torch.tensor(rows, device=context.platform.device), [1] * num_ranks
+    received = on_host(context, mesh.stage.all_to_all(told, each, each).wait())
     context.progress.enter(Stage.IDLE, NO_LAYER)
-    return np.array(received)
+    return received
 
 
 class ExchangeAmong(Command[np.ndarray]):
@@ -457,4 +468,6 @@ def handlers() -> Handlers:
 def main() -> None:
     if LOST_AT_START in os.environ:
         lose_at_start()
+    if LINKS in os.environ:
+        use_links(os.environ[LINKS])
     fork_server.main(handlers())

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from expertlane.engine.deployed_stage import DeployedStage
+from expertlane.engine.next_tokens import with_chosen
 from expertlane.model.sampler import Sampler
 from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.transformer import HeadResult
@@ -55,6 +56,7 @@ class TokenStage(DeployedStage):
         self._mesh = SimpleNamespace(
             is_last_stage=self.at.pp_rank == layout.pp - 1, at=self.at, renew=lambda: None
         )
+        self._await_device = None  # there is none
         self.migration = StubMigration(placements)
         self._phase = None
         self._sends = deque()
@@ -71,7 +73,7 @@ class TokenStage(DeployedStage):
             self._sampler, self._committed = left.sampler, left.tokens
 
     def _begin_input(self, micro_batch, chosen):
-        return [self._with_chosen(micro_batch.own, chosen)], None
+        return [with_chosen(micro_batch.own, chosen)], None
 
     def _run_micro_batch(self, parts, arriving):
         (batch,) = parts
@@ -90,8 +92,7 @@ class TokenStage(DeployedStage):
         if not self._mesh.is_last_stage:
             return []
         rows = torch.cat(logits)
-        part = SimpleNamespace(batch=SimpleNamespace(yielding_seq_ids=seq_ids))
-        return [(part, HeadResult(None, rows, rows, self._score(batch)))]
+        return [(seq_ids, HeadResult(None, rows, rows, self._score(batch)))]
 
     def _score(self, batch):
         """Log-probabilities of prompt tokens, made up of the token and its place."""

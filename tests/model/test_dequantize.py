@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from expertlane.model.checkpoint import dequantize_mxfp4, with_block_scales
+from expertlane.model.checkpoint import with_block_scales
+from expertlane.ops.mxfp4 import Mxfp4Weight
 from model.quantised import fp8_meaning, mxfp4_meaning
 
 
@@ -52,6 +53,10 @@ def test_fp8_slices_are_slices_of_the_whole(rows, columns):
     assert torch.equal(values, whole[rows.start : rows.stop, columns.start : columns.stop])
 
 
+def dequantize_mxfp4(blocks, scales, dtype):
+    return Mxfp4Weight(blocks.flatten(1), scales, dtype).widened()
+
+
 def test_mxfp4_by_hand():
     blocks = torch.zeros(1, 2, 16, dtype=torch.uint8)
     blocks[0, 0, :8] = torch.tensor([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE])
@@ -76,7 +81,7 @@ def test_mxfp4_against_one_value_at_a_time(num_rows, dtype):
 
 
 def test_mxfp4_in_several_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr("expertlane.model.checkpoint._VALUES_AT_A_TIME", 100)
+    monkeypatch.setattr("expertlane.ops.mxfp4._VALUES_AT_A_TIME", 100)
     blocks = torch.randint(256, (10, 1, 16), dtype=torch.uint8)
     scales = torch.full((10, 1), 127, dtype=torch.uint8)
     assert torch.equal(

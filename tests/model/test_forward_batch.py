@@ -52,10 +52,11 @@ def test_tokens_are_owned_near_equally():
 
 
 def test_the_owner_of_a_sequence_s_last_token_finishes_it():
-    given = forward_batch(batch((0, 0, 3), (1, 0, 2)), tp=4)
+    given = batch((0, 0, 3), (1, 0, 2))
+    ranks = [forward_batch(given, tp=4, rank=rank) for rank in range(4)]
     # Tokens 2 and 4 are last; slices begin at 0, 2, 3 and 4.
-    assert [given.last_tokens(rank).tolist() for rank in range(4)] == [[], [0], [], [0]]
-    assert given.last_tokens_of_tp_rank == [0, 1, 0, 1]
+    assert [rank.last_tokens.tolist() for rank in ranks] == [[], [0], [], [0]]
+    assert ranks[0].last_tokens_of_tp_rank == [0, 1, 0, 1]
 
 
 def test_ranks_know_how_much_everyone_owns():
@@ -80,7 +81,8 @@ def test_a_window_limits_pairs_and_positions_read():
 
 def test_only_sequences_that_yield_reach_the_head():
     whole = batch((0, 0, 3), (1, 0, 2), (2, 5, 1))
-    given = forward_batch(replace(whole, yields_token=np.array([False, True, True])), tp=2)
+    some = replace(whole, yields_token=np.array([False, True, True]))
+    given, other = (forward_batch(some, tp=2, rank=rank) for rank in range(2))
     assert given.batch.yielding_seq_ids == [1, 2]
-    assert [given.last_tokens(rank).tolist() for rank in range(2)] == [[], [1, 2]]
+    assert [given.last_tokens.tolist(), other.last_tokens.tolist()] == [[], [1, 2]]
     assert given.last_tokens_of_tp_rank == [0, 2]

@@ -54,12 +54,16 @@ def attention_of(dtype):
     return LatentAttention(MODEL, 0, source, mesh, RotaryEmbedding(MODEL, CPU)), source
 
 
-def run(attention, sequences, hidden, dtype):
-    """The new tokens' outputs; what is before them is computed in a step of its own."""
+def run(attention, sequences, hidden, dtype, *, is_float8=False):
+    """The new tokens' outputs; what is before them is computed in a step of its own.
+
+    And what the cache holds of each sequence, [length, RANK + ROPE].
+    """
     width = -(-max(sum(each) for each in sequences) // BLOCK_SIZE)
     blocks = np.random.default_rng(0).permutation(len(sequences) * width)
-    cache = KVCache(len(blocks), BLOCK_SIZE, *attention.cache_dims, dtype, CPU)
-    cache.keys.fill_(torch.nan)  # nothing that was not written may matter
+    sizes = len(blocks), BLOCK_SIZE, *attention.cache_dims, dtype, CPU
+    cache = KVCache(*sizes, is_float8=is_float8)
+    cache.keys.fill_(0x7F if is_float8 else torch.nan)  # nothing that was not written may matter
     computed, out = np.zeros(len(sequences), dtype=np.int64), []
     for step in range(2):
         new = np.array([each[step] for each in sequences])
@@ -79,7 +83,9 @@ def run(attention, sequences, hidden, dtype):
         x = torch.cat([of_seq[start:end] for of_seq, start, end in rows])
         (out,) = interleave([attention.forward(x, part, cache)])
         computed = computed + new
-    return out.split([each[1] for each in sequences])
+    keys, _ = cache.read(torch.from_numpy(blocks.reshape(-1, width)), width * BLOCK_SIZE)
+    held = [rows[0, : sum(each)] for rows, each in zip(keys, sequences, strict=True)]
+    return out.split([each[1] for each in sequences]), held
 
 
 def turned(x, first):
@@ -96,8 +102,12 @@ def turned(x, first):
     return torch.cat([kept, a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def expected(source, x, computed):
-    """Of one sequence x [length, hidden], from position `computed` on."""
+def expected(source, x, computed, held=None):
+    """Of one sequence x [length, hidden], from position `computed` on.
+
+    Args:
+        held: [length, RANK + ROPE]; latents and rotated parts to be taken for those of x.
+    """
     weights = {
         name: source.take(f"layers.0.{name}", None, torch.float64)
         for name in ("query", "kv_a", "kv_a_norm", "kv_b", "output")
@@ -109,6 +119,11 @@ def expected(source, x, computed):
     latent = latent * (latent.square().mean(1, keepdim=True) + LATENT.norm_eps).rsqrt()
     latent = latent * weights["kv_a_norm"]
     rotated = turned(rotated, 0)
+    if held is not None:
+        error = (held - torch.cat([latent, rotated], dim=1)).abs()
+        rounding = 0.07 * held.abs() + 1e-4 + 8 * torch.finfo(held.dtype).eps
+        assert (error <= rounding).all()
+        latent, rotated = held.double().split([RANK, ROPE], dim=1)
     of_heads = (latent @ weights["kv_b"].T).view(length, HEADS, NOPE + VALUE)
     keys = torch.cat([of_heads[..., :NOPE], rotated[:, None].expand(-1, HEADS, -1)], dim=-1)
     logits = torch.einsum("qhd,khd->hqk", query, keys) * MODEL.softmax_scale
@@ -133,10 +148,25 @@ def test_expanded_or_in_the_latent(backend, monkeypatch, dtype, sequences):
     attention, source = attention_of(dtype)
     generator = torch.Generator().manual_seed(3)
     hidden = [torch.randn(sum(each), 48, generator=generator).to(dtype) for each in sequences]
-    found = run(attention, sequences, hidden, dtype)
+    found, _ = run(attention, sequences, hidden, dtype)
     bound = 2e-6 if dtype is torch.float32 else 2e-2
     for of_seq, (computed, _), out in zip(hidden, sequences, found, strict=True):
         exact = expected(source, of_seq, computed)
+        assert (out.double() - exact).abs().max() <= bound * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float8_cache(backend, monkeypatch, dtype):
+    """Expanded or not, tokens see the rounded latents that are in the cache."""
+    monkeypatch.setattr(latent_batch, "_MOST_POSITIONS", 80)
+    attention, source = attention_of(dtype)
+    generator = torch.Generator().manual_seed(3)
+    sequences = [SHORT_CHUNK, PROMPT, DECODE, LONG_CHUNK]
+    hidden = [torch.randn(sum(each), 48, generator=generator).to(dtype) for each in sequences]
+    found, held = run(attention, sequences, hidden, dtype, is_float8=True)
+    bound = 2e-6 if dtype is torch.float32 else 2e-2
+    for of_seq, (computed, _), out, rows in zip(hidden, sequences, found, held, strict=True):
+        exact = expected(source, of_seq, computed, rows)
         assert (out.double() - exact).abs().max() <= bound * exact.abs().max()
 
 

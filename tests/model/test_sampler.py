@@ -34,6 +34,12 @@ def state(params, prompt=(), output=(), seed=0):
     return SamplingState(params, seed, ids(prompt), ids(output))
 
 
+def sample(sampler, seq_ids, logits):
+    """The tokens, and log-probabilities by sequence id."""
+    chosen = sampler.sample(seq_ids, logits)
+    return chosen.read(chosen.tensors)
+
+
 def generate(vocab_size, params, batches, prompts=None, scale=2.0):
     """Sample step after step; a batch is the ids of its sequences, which are also their seeds.
 
@@ -55,7 +61,7 @@ def generate(vocab_size, params, batches, prompts=None, scale=2.0):
         for row, seq_id in enumerate(batch):
             logits[row] = logits_of(len(tokens[seq_id]), seq_id, vocab_size, scale)
         before = logits.clone()
-        chosen, found = sampler.sample(batch, logits)
+        chosen, found = sample(sampler, batch, logits)
         assert torch.equal(logits, before)
         for seq_id, token_id in zip(batch, chosen, strict=True):
             tokens[seq_id].append(token_id)
@@ -172,7 +178,7 @@ def test_a_preempted_sequence_goes_on_as_if_nothing_had_been(asked, when):
     for step in range(6):
         if step == when:
             sampler.begin_step(admitted={5: state(asked, prompt, again, seed=5)})
-        again += sampler.sample([5], logits_of(step, 5, vocab_size)[None])[0]
+        again += sample(sampler, [5], logits_of(step, 5, vocab_size)[None])[0]
     assert again == whole
 
 
@@ -193,7 +199,7 @@ def test_tokens_come_as_often_as_they_should(asked, scores):
         sampler.begin_step(admitted={seq_id: state(SamplingParams(**asked), seed=seq_id)})
     counts = np.zeros(5)
     for _ in range(num_draws // 100):
-        chosen, _ = sampler.sample(list(range(100)), logits.expand(100, 5))
+        chosen, _ = sample(sampler, list(range(100)), logits.expand(100, 5))
         counts += np.bincount(chosen, minlength=5)
     expected = torch.tensor(scores).softmax(0).numpy() * num_draws
     possible = expected > 0
@@ -219,7 +225,7 @@ def test_steps_that_are_undone_and_taken_again_choose_the_same(asked, data):
         states = {seq: state(asked[seq], (1, 2), (number,), seed=seq) for seq in admitted}
         begun = sampler.begin_step(released, states)
         logits = torch.stack([logits_of(number, seq, vocab_size) for seq in seqs])
-        return begun, sampler.sample(list(seqs), logits)
+        return begun, sample(sampler, list(seqs), logits)
 
     sampler = Sampler(vocab_size, CPU)
     expected = [step(sampler, number)[1] for number in range(num_steps)]
@@ -244,7 +250,7 @@ def test_the_same_seed_draws_the_same_and_another_does_not():
     for seq_id, seed in enumerate((1, 1, 2)):
         sampler.begin_step(admitted={seq_id: state(SamplingParams(), seed=seed)})
     logits = torch.zeros(3, 1000)
-    drawn = np.array([sampler.sample([0, 1, 2], logits)[0] for _ in range(10)])
+    drawn = np.array([sample(sampler, [0, 1, 2], logits)[0] for _ in range(10)])
     assert (drawn[:, 0] == drawn[:, 1]).all()
     assert (drawn[:, 0] != drawn[:, 2]).any()
     assert len(set(drawn[:, 0])) > 5
@@ -272,7 +278,7 @@ def test_limits_at_which_every_token_can_be_drawn(asked):
     sampler = Sampler(4, CPU)
     sampler.begin_step(admitted={0: state(SamplingParams(**asked))})
     logits = torch.tensor([[0.1, 0.2, 0.0, -0.3]])
-    assert {sampler.sample([0], logits)[0][0] for _ in range(60)} == {0, 1, 2, 3}
+    assert {sample(sampler, [0], logits)[0][0] for _ in range(60)} == {0, 1, 2, 3}
 
 
 def test_presence_and_frequency_penalties_by_hand():
@@ -281,7 +287,7 @@ def test_presence_and_frequency_penalties_by_hand():
     sampler.begin_step(admitted={0: state(asked, prompt=[0, 0, 0])})
     # The prompt costs nothing; a first time costs 0.75, each more 0.25. So token 0 scores 1, .25,
     # .25, 0, -.25, -.5 and token 1 scores .5, .5, -.25, -.25, -.25, -.25.
-    chosen = [sampler.sample([0], torch.tensor([[1.0, 0.5, -9.0]]))[0][0] for _ in range(6)]
+    chosen = [sample(sampler, [0], torch.tensor([[1.0, 0.5, -9.0]]))[0][0] for _ in range(6)]
     assert chosen == [0, 1, 0, 0, 0, 1]
 
 
@@ -291,9 +297,9 @@ def test_repetition_penalty_by_hand():
         admitted={0: state(SamplingParams(temperature=0, repetition_penalty=2), prompt=[1, 3])}
     )
     logits = torch.tensor([[1.0, 1.9, 0.9, -math.inf]])  # token 1 counts 0.95 from the start
-    assert [sampler.sample([0], logits)[0][0] for _ in range(3)] == [0, 1, 1]
+    assert [sample(sampler, [0], logits)[0][0] for _ in range(3)] == [0, 1, 1]
     negative = torch.tensor([[-1.0, -0.6, -1.1, -9.0]])  # seen: 0, 1 and 3, at -2, -1.2 and -18
-    assert sampler.sample([0], negative)[0] == [2]
+    assert sample(sampler, [0], negative)[0] == [2]
 
 
 @pytest.mark.parametrize("penalty", [1e-6, 1e6])
@@ -303,7 +309,7 @@ def test_an_extreme_repetition_penalty_leaves_something_to_choose(penalty):
         asked = SamplingParams(temperature=temperature, repetition_penalty=penalty)
         sampler.begin_step(admitted={seq_id: state(asked, prompt=[0, 1])})
     for logits in ([8.0, 9.0], [-9.0, -8.0]):
-        greedy, drawn = sampler.sample([0, 1], torch.tensor([logits, logits]))[0]
+        greedy, drawn = sample(sampler, [0, 1], torch.tensor([logits, logits]))[0]
         assert greedy == 1
         assert drawn in (0, 1)
 
@@ -316,7 +322,7 @@ def test_log_probabilities_are_the_model_s_own():
     sampler.begin_step(admitted={11: state(SamplingParams(**asked), prompt=[1, 3])})
     sampler.begin_step(admitted={12: state(SamplingParams(temperature=0, logprobs=0))})
     sampler.begin_step(admitted={13: state(SamplingParams(temperature=0, logprobs=20))})
-    token_ids, logprobs = sampler.sample([10, 11, 12, 13], logits)
+    token_ids, logprobs = sample(sampler, [10, 11, 12, 13], logits)
     assert token_ids == [2, 2, 1, 1]
     expected = logits[0].log_softmax(0).tolist()
     assert sorted(logprobs) == [10, 12, 13]
@@ -333,16 +339,16 @@ def test_sequences_come_and_go():
     sampler.begin_step(admitted={2: state(SamplingParams())})
     assert 1 in sampler
     greedy = torch.arange(10.0)[None].expand(2, 10) * 0.01
-    drawn = [sampler.sample([1, 2], greedy)[0] for _ in range(5)]
+    drawn = [sample(sampler, [1, 2], greedy)[0] for _ in range(5)]
     sampler.begin_step(released=[1, 77])
     assert 1 not in sampler
     assert 2 in sampler
-    assert [sampler.sample([1, 2], greedy)[0][0] for _ in range(5)] == [9] * 5
+    assert [sample(sampler, [1, 2], greedy)[0][0] for _ in range(5)] == [9] * 5
     sampler.begin_step(admitted={1: state(SamplingParams())})
-    assert [sampler.sample([1, 2], greedy)[0][0] for _ in range(5)] == [a for a, _ in drawn]
+    assert [sample(sampler, [1, 2], greedy)[0][0] for _ in range(5)] == [a for a, _ in drawn]
     sampler.begin_step(released=[1, 2])
     assert 2 not in sampler
-    assert sampler.sample([1, 2], greedy) == ([9, 9], {})
+    assert sample(sampler, [1, 2], greedy) == ([9, 9], {})
 
 
 @pytest.mark.parametrize("admitted", [False, True])
@@ -351,8 +357,8 @@ def test_no_sequences_and_one_token(admitted):
     if admitted:
         asked = SamplingParams(top_k=1, top_p=0.5, min_p=0.5, repetition_penalty=2, logprobs=1)
         sampler.begin_step(admitted={0: state(asked, prompt=[0])})
-    assert sampler.sample([], torch.empty(0, 1)) == ([], {})
-    token_ids, logprobs = sampler.sample([0], torch.tensor([[-3.0]]))
+    assert sample(sampler, [], torch.empty(0, 1)) == ([], {})
+    token_ids, logprobs = sample(sampler, [0], torch.tensor([[-3.0]]))
     assert token_ids == [0]
     assert [found.top for found in logprobs.values()] == [((0, 0.0),)] * admitted
 
@@ -368,7 +374,7 @@ def test_equal_logits_are_drawn_alike_and_chosen_by_the_lowest_id():
     logits = torch.tensor([[0.0, 5.0, 1.0, 5.0, 5.0, 0.0]]).expand(2, 6)
     drawn = set()
     for _ in range(30):
-        (token_id, greedy), logprobs = sampler.sample([0, 1], logits)
+        (token_id, greedy), logprobs = sample(sampler, [0, 1], logits)
         drawn.add(token_id)
         assert greedy == logprobs[1].top[0][0] == 1
     assert drawn == {1, 3, 4}
@@ -397,15 +403,15 @@ WAYS = {
 def test_only_rows_that_are_not_finite_get_no_token(way, bad):
     asked = {0: SamplingParams(**way), 1: SamplingParams(**way), 2: SamplingParams(**way)}
 
-    def sample(second):
+    def sampled(second):
         sampler = Sampler(4, CPU)
         for seq_id, params in asked.items():
             sampler.begin_step(admitted={seq_id: state(params, prompt=[1, 2], seed=seq_id)})
         logits = torch.tensor([MASKED, second, [0.0, 1.0, 2.0, 3.0]])
-        return [sampler.sample([0, 1, 2], logits) for _ in range(4)]
+        return [sample(sampler, [0, 1, 2], logits) for _ in range(4)]
 
     for (tokens, logprobs), (usual, usual_logprobs) in zip(
-        sample(bad), sample(MASKED), strict=True
+        sampled(bad), sampled(MASKED), strict=True
     ):
         assert tokens == [usual[0], NO_TOKEN, usual[2]]
         assert tokens[0] in (0, 2)
@@ -416,7 +422,7 @@ def test_only_rows_that_are_not_finite_get_no_token(way, bad):
 def test_the_likeliest_of_rows_that_are_not_finite():
     logits = torch.tensor([MASKED, *BAD_ROWS.values()])
     assert likeliest(logits).tolist() == [2] + [NO_TOKEN] * 4
-    assert Sampler(4, CPU).sample([0, 1, 2, 3, 4], logits) == ([2] + [NO_TOKEN] * 4, {})
+    assert sample(Sampler(4, CPU), [0, 1, 2, 3, 4], logits) == ([2] + [NO_TOKEN] * 4, {})
     assert likeliest(torch.empty(0, 4)).tolist() == []
 
 
@@ -437,7 +443,7 @@ def test_a_bias_of_little_changes_what_penalties_see():
     for bias, expected in (((), 0), (((0, 0.5),), 0), (((0, -0.3),), 2)):
         sampler = Sampler(3, CPU)
         sampler.begin_step(admitted={1: state(of(*bias), prompt=[1])})
-        assert sampler.sample([1], logits)[0] == [expected]
+        assert sample(sampler, [1], logits)[0] == [expected]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -451,7 +457,7 @@ def test_no_stop_token_before_there_are_enough(temperature):
     chosen = []
     for step in range(12):
         batch = [1, 2] if step % 2 else [2, 1]  # another batch each step
-        tokens, _ = sampler.sample(batch, logits)
+        tokens, _ = sample(sampler, batch, logits)
         chosen.append(tokens[batch.index(1)])
     assert {*chosen[:6]} <= {3, 4}
     assert 0 in chosen[6:]
@@ -463,7 +469,7 @@ def test_tokens_before_a_preemption_count_as_enough():
     sampler = Sampler(3, CPU)
     sampler.begin_step(admitted={1: again})
     logits = torch.tensor([[9.0, 1.0, 0.0]])
-    assert [sampler.sample([1], logits)[0][0] for _ in range(3)] == [1, 0, 0]
+    assert [sample(sampler, [1], logits)[0][0] for _ in range(3)] == [1, 0, 0]
 
 
 def bits(vocab_size, tokens):
@@ -486,12 +492,12 @@ def test_masks_are_as_if_the_vocabulary_were_smaller(data, vocab_size):
     sampler.begin_step(admitted=admitted, masks=masks)
     logits = torch.randn(4, vocab_size, generator=torch.Generator().manual_seed(1))
     before = logits.clone()
-    tokens, logprobs = sampler.sample([1, 2, 3, 4], logits)
+    tokens, logprobs = sample(sampler, [1, 2, 3, 4], logits)
     assert torch.equal(logits, before)
     for seq, token in zip([2, 3, 4], tokens[1:], strict=True):
         assert np.unpackbits(masks[seq], bitorder="little")[token]
     assert tokens[0] == (logits[0] + torch.tensor([100.0] + [0.0] * (vocab_size - 1))).argmax()
     assert logprobs[3].logprob == pytest.approx(logits[2].log_softmax(0)[tokens[2]].item())
     sampler.begin_step()  # the next step has masks of its own, or none
-    free, _ = sampler.sample([4], logits[3:])
+    free, _ = sample(sampler, [4], logits[3:])
     assert free == [logits[3].argmax().item()]

@@ -4,13 +4,13 @@
 
 extern "C" {
 void attention(const bf16*, int64_t, const bf16*, int64_t, const bf16*, int64_t, const int64_t*,
-               int64_t, bf16*, bf16*, const int64_t*, int64_t, const int64_t*, const int64_t*,
-               const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float,
-               int64_t, const float*, bf16*);
+               int64_t, void*, void*, uint8_t*, uint8_t*, const int64_t*, int64_t, const int64_t*,
+               const int64_t*, const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+               float, int64_t, const float*, bf16*);
 void attention_float(const float*, int64_t, const float*, int64_t, const float*, int64_t,
-                     const int64_t*, int64_t, float*, float*, const int64_t*, int64_t,
-                     const int64_t*, const int64_t*, const int64_t*, int64_t, int64_t, int64_t,
-                     int64_t, int64_t, int64_t, float, int64_t, const float*, float*);
+                     const int64_t*, int64_t, void*, void*, uint8_t*, uint8_t*, const int64_t*,
+                     int64_t, const int64_t*, const int64_t*, const int64_t*, int64_t, int64_t,
+                     int64_t, int64_t, int64_t, int64_t, float, int64_t, const float*, float*);
 }
 
 namespace {
@@ -49,8 +49,8 @@ void check_heads(const char* what, Function function,
     Guarded<float> sinks(num);
     const float scale = 1 / std::sqrt((float)key_dim);
     function(q.data, strides[0], new_keys.data, strides[1], new_values.data, strides[2], slots.data,
-             tokens, keys.data, is_latent ? nullptr : values.data, tables.data, width, first.data,
-             added.data, lengths.data, seqs, num, kv, key_dim, value_dim, block_size, scale, window,
+             tokens, keys.data, is_latent ? nullptr : values.data, nullptr, nullptr, tables.data,
+             width, first.data, added.data, lengths.data, seqs, num, kv, key_dim, value_dim, block_size, scale, window,
              has_sinks ? sinks.data : nullptr, out.data);
     const auto row_of = [&](int64_t slot, int64_t head) {
         return (slot / block_size * kv + head) * block_size + slot % block_size;

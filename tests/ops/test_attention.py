@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.kv_float8 import from_float8, to_float8
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 
@@ -47,10 +48,19 @@ def by_slot(pages: torch.Tensor) -> torch.Tensor:
     return pages.transpose(1, 2).flatten(0, 1).clone()
 
 
+def held(cache: KVCache) -> list[torch.Tensor]:
+    """Keys and values by slot, widened where they are float8."""
+    keys, values = (by_slot(x) for x in (cache.keys, cache.values))
+    if cache.key_scales is None:
+        return [keys, values]
+    scales = by_slot(cache.key_scales), by_slot(cache.value_scales)
+    return [from_float8(x, y, cache.dtype) for x, y in zip((keys, values), scales, strict=True)]
+
+
 class Drawn:
     """A cache; new tokens' queries, keys and values, side by side as a projection gives them."""
 
-    def __init__(self, batch, heads, dims, dtype):
+    def __init__(self, batch, heads, dims, dtype, *, is_float8=False):
         (num_heads, kv_heads), (key_dim, value_dim) = heads, dims
         generator = torch.Generator().manual_seed(1)
 
@@ -60,17 +70,23 @@ class Drawn:
         self.value_dim = value_dim or key_dim // 2
         stored = value_dim or 0
         sizes = batch.sequences.block_tables.numel(), batch.block_size, kv_heads
-        self.cache = KVCache(*sizes, key_dim, stored, dtype, CPU)
-        self.cache.keys.copy_(random(*self.cache.keys.shape))
-        self.cache.values.copy_(random(*self.cache.values.shape))
+        self.cache = KVCache(*sizes, key_dim, stored, dtype, CPU, is_float8=is_float8)
+        num_slots = sizes[0] * batch.block_size
+        before = (random(num_slots, kv_heads, dim) for dim in (key_dim, stored))
+        self.cache.write(torch.arange(num_slots), *before)
         wide = random(len(batch.slots), num_heads + kv_heads, key_dim)
         self.query, self.key = wide[:, :num_heads], wide[:, num_heads:]
         self.value = random(len(batch.slots), kv_heads + 1, stored)[:, 1:]
 
+    def rounded(self, rows):
+        """As the cache stores them."""
+        is_whole = self.cache.key_scales is None or not rows.shape[-1]
+        return rows if is_whole else from_float8(*to_float8(rows), rows.dtype)
+
     def expected(self, batch, params):
         """In float64, token by token; and the cache afterwards."""
-        keys, values = (by_slot(x) for x in (self.cache.keys, self.cache.values))
-        keys[batch.slots], values[batch.slots] = self.key, self.value
+        keys, values = held(self.cache)
+        keys[batch.slots], values[batch.slots] = self.rounded(self.key), self.rounded(self.value)
         after = keys, values
         values = values.double() if values.shape[-1] else keys[..., : self.value_dim].double()
         keys, group = keys.double(), self.query.shape[1] // self.key.shape[1]
@@ -91,7 +107,7 @@ class Drawn:
         return out, after
 
 
-@settings(derandomize=True, deadline=None, max_examples=25)
+@settings(derandomize=True, deadline=None, max_examples=40)
 @given(
     sequences=st.lists(SEQUENCE, min_size=1, max_size=4),
     block_size=st.sampled_from([1, 3, 16]),
@@ -99,12 +115,13 @@ class Drawn:
     dims=st.sampled_from(DIMS),
     window=st.sampled_from([None, None, 1, 7, 64, 300]),
     has_sinks=st.booleans(),
+    is_float8=st.booleans(),
 )
-def test_attention(kernels, sequences, block_size, heads, dims, window, has_sinks):
+def test_attention(kernels, sequences, block_size, heads, dims, window, has_sinks, is_float8):
     batch = batch_of(sequences, block_size)
     sinks = torch.linspace(-1, 2, heads[0]) if has_sinks else None
     for dtype, bound in BOUND.items():
-        drawn = Drawn(batch, heads, dims, dtype)
+        drawn = Drawn(batch, heads, dims, dtype, is_float8=is_float8)
         params = AttentionParams(drawn.value_dim, dims[0] ** -0.5, window, sinks)
         expected, (keys, values) = drawn.expected(batch, params)
         found = kernels.paged_attention(
@@ -112,16 +129,18 @@ def test_attention(kernels, sequences, block_size, heads, dims, window, has_sink
         )
         assert found.dtype is dtype
         assert found.shape == expected.shape
-        assert torch.equal(by_slot(drawn.cache.keys), keys)
-        assert torch.equal(by_slot(drawn.cache.values), values)
+        assert torch.equal(held(drawn.cache)[0], keys)
+        assert torch.equal(held(drawn.cache)[1], values)
         if len(found):
             assert (found.double() - expected).abs().max() <= bound * expected.abs().max()
 
 
 @pytest.mark.parametrize("dims", [(576, None), (512, 512)])
 @pytest.mark.parametrize("sequences", [[(700, 1)], [(40, 20), (3, 1)]])
-def test_the_largest_heads(kernels, dims, sequences):
-    test_attention.hypothesis.inner_test(kernels, sequences, 16, (16, 1), dims, None, False)
+@pytest.mark.parametrize("is_float8", [False, True])
+def test_the_largest_heads(kernels, dims, sequences, is_float8):
+    sizes = sequences, 16, (16, 1), dims, None
+    test_attention.hypothesis.inner_test(kernels, *sizes, has_sinks=False, is_float8=is_float8)
 
 
 @pytest.mark.parametrize("dtype", BOUND)
@@ -212,3 +231,38 @@ def test_other_types_are_torch_s(kernels):
     tensors = drawn.query, drawn.key, drawn.value
     expected = TorchBackend().paged_attention(*tensors, drawn.cache, batch, params)
     assert torch.equal(kernels.paged_attention(*tensors, drawn.cache, batch, params), expected)
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+def test_float8_has_torch_s_bits(kernels, dtype):
+    """Rows of every magnitude, of ties, of zeros, and of what is no number."""
+    batch = batch_of([(0, 40)], 16)
+    drawn = Drawn(batch, (2, 2), (32, 32), dtype, is_float8=True)
+    exponents = torch.arange(40).view(-1, 1, 1) * 3 - 60
+    key = torch.randn(40, 2, 32, generator=torch.Generator().manual_seed(2)) * 2.0**exponents
+    key[5], key[6, 1] = 0.0, torch.tensor([448.0, 17.0, 19.0, 2.0**-9 * 1.5] * 8)
+    key[7, 0, 3], key[8, 1, 9], key[9] = torch.nan, -torch.inf, torch.finfo(torch.float32).tiny / 8
+    key = key.to(dtype)
+    params = AttentionParams(32, 0.1)
+    found = kernels.paged_attention(drawn.query, key, drawn.value, drawn.cache, batch, params)
+    values, scales = to_float8(key)
+    is_number = scales != 255
+    assert is_number.sum() == 80 - 2
+    assert torch.equal(by_slot(drawn.cache.key_scales)[batch.slots], scales)
+    stored = by_slot(drawn.cache.keys)[batch.slots]
+    assert torch.equal(stored * is_number, values * is_number)
+    assert found[:7].isfinite().all()
+
+
+def test_float8_tells_of_what_is_no_number(kernels):
+    """A value that is none is none for all that see it."""
+    batch = batch_of([(0, 40), (0, 3)], 16)
+    for dtype in BOUND:
+        drawn = Drawn(batch, (4, 2), (32, 32), dtype, is_float8=True)
+        drawn.value = drawn.value.clone()
+        drawn.value[7, 0, 5] = torch.nan
+        tensors = drawn.query, drawn.key, drawn.value, drawn.cache, batch
+        found = kernels.paged_attention(*tensors, AttentionParams(32, 0.1))
+        assert found[40:].isfinite().all()
+        assert not found[7:40, :2].isfinite().any(dim=2).any()
+        assert found[:, 2:].isfinite().all()

@@ -58,6 +58,23 @@ def test_no_pair(ops, num_rows):
     assert ops.gather_sum(rows, pairs.numbers).tolist() == [[0, 0]] * num_rows
 
 
+def test_room_for_more_pairs_than_there_are(ops):
+    """Behind them stand rows that there are, and numbers that no pair has."""
+    given = ids([1, -1], [0, 1], [-1, 7])
+    exact = ops.group_pairs(given, 0, 1, 3, 3)
+    assert exact.order.tolist() == [1, 0, 2]
+    more = ops.group_pairs(given, 0, 1, 3, 4)
+    assert more.counts.tolist() == [1, 2, 0]
+    assert (more.rows.tolist(), more.order.tolist()) == ([1, 0, 1, 0], [1, 0, 2, 3])
+    assert more.numbers.tolist() == [[0, -1], [1, 2], [-1, -1]]
+    # Room for all: they are numbered through, as where all are pairs.
+    every = ops.group_pairs(given, 0, 1, 3, 6)
+    assert (every.rows.tolist(), every.order.tolist()) == ([1, 0, 1, 0, 2, 2], [2, 0, 3, 1, 4, 5])
+    assert every.numbers.tolist() == [[0, -1], [2, 3], [-1, -1]]
+    assert every.ends.tolist() == [1, 3, 3]
+    assert every.of_pairs(torch.tensor([5, 6, 7])).tolist()[:3] == [5, 6, 6]
+
+
 def test_rows_by_peer(ops):
     # Three slots a peer: the first token goes to peer 1 for two of them, the second to both.
     rows = ops.rows_by_peer(ids([5, 3], [4, 0], [1, -1]), 3, 3)
@@ -66,6 +83,18 @@ def test_rows_by_peer(ops):
     assert rows.ids.tolist() == [[-1, 0], [1, -1], [2, 0], [1, -1]]
     assert rows.ids.dtype is torch.int32
     assert rows.places.tolist() == [[-1, 2, -1], [0, 3, -1], [1, -1, -1]]
+
+
+def test_rows_by_peer_with_padding(ops):
+    """Room for all three tokens for each peer, its own first."""
+    rows = ops.rows_by_peer(ids([5, 3], [4, 0], [1, -1]), 3, 3, padded=True)
+    assert rows.counts.tolist() == [2, 2, 0]
+    assert rows.tokens.tolist()[:2] + rows.tokens.tolist()[3:5] == [1, 2, 0, 1]
+    assert rows.tokens.max() < 3
+    none = [-1, -1]
+    there = [[-1, 0], [1, -1], none, [2, 0], [1, -1], none, none, none, none]
+    assert rows.ids.tolist() == there
+    assert rows.places.tolist() == [[-1, 3, -1], [0, 4, -1], [1, -1, -1]]
 
 
 def test_how_far_tokens_spread(ops):
@@ -80,9 +109,11 @@ def test_how_far_tokens_spread(ops):
 
 
 def test_no_row_for_any_peer(ops):
-    rows = ops.rows_by_peer(torch.empty(0, 2, dtype=torch.int32), 3, 2)
-    assert rows.counts.tolist() == [0, 0]
-    assert [part.shape for part in (rows.tokens, rows.ids, rows.places)] == [(0,), (0, 2), (0, 2)]
+    for padded in (False, True):
+        rows = ops.rows_by_peer(torch.empty(0, 2, dtype=torch.int32), 3, 2, padded=padded)
+        assert rows.counts.tolist() == [0, 0]
+        shapes = [part.shape for part in (rows.tokens, rows.ids, rows.places)]
+        assert shapes == [(0,), (0, 2), (0, 2)]
 
 
 def test_copies_take_turns(ops):
@@ -130,9 +161,10 @@ def test_sums_in_bfloat16_are_those_in_float32(ops):
     top_k=st.integers(1, 4),
     divisor=st.integers(1, 5),
     num_peers=st.integers(1, 6),
+    room=st.integers(0, 40),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_every_backend_does_what_torch_does(num_rows, top_k, divisor, num_peers, seed):
+def test_every_backend_does_what_torch_does(num_rows, top_k, divisor, num_peers, room, seed):
     generator = torch.Generator().manual_seed(seed)
     wide = torch.randint(-1, divisor * num_peers, (num_rows, top_k + 2), generator=generator).int()
     some_ids, first = wide[:, 1:-1], seed % 3
@@ -145,10 +177,23 @@ def test_every_backend_does_what_torch_does(num_rows, top_k, divisor, num_peers,
         rows = ops.rows_by_peer(some_ids, divisor, num_peers)
         pairs = ops.group_pairs(some_ids, first, divisor, max(1, num_peers - 1))
         assert torch.equal(pairs.ends, pairs.counts.cumsum(0))
+        num_pairs = min(len(pairs.rows) + room, some_ids.numel())
+        more = ops.group_pairs(some_ids, first, divisor, max(1, num_peers - 1), num_pairs)
+        assert torch.equal(more.ends, pairs.ends)
+        assert sorted(more.order.tolist()) == list(range(num_pairs))
+        is_there = more.numbers >= 0
+        assert torch.equal(is_there, pairs.numbers >= 0)
+        real = len(pairs.rows)
+        assert torch.equal(more.rows[:real], pairs.rows)
+        number = pairs.numbers[is_there].new_zeros(num_pairs)
+        number[more.numbers[is_there]] = pairs.numbers[is_there]
+        assert torch.equal(number[more.order[:real]], pairs.order)
         within = table % (divisor * num_peers)
         leaving = ops.outgoing(topk_ids, within, num_copies, first, divisor, num_peers)
         copies = ops.choose_copies(topk_ids, table, num_copies, first)
-        return [*(each for of in (rows, pairs, leaving) for each in vars(of).values()), copies]
+        padded = ops.rows_by_peer(some_ids, divisor, num_peers, padded=True)
+        parts = rows, padded, pairs, more, leaving
+        return [*(each for of in parts for each in vars(of).values()), copies]
 
     for one, other in zip(found(CHOSEN), found(TORCH), strict=True):
         assert torch.equal(one, other)

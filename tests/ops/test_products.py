@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from expertlane.ops import products as module
+from expertlane.ops.backend import backend_for
 from expertlane.ops.products import (
     Activation,
     Expert,
@@ -70,6 +71,36 @@ def test_grouped_products_are_the_loop_s(counts, is_gated, has_bias, activation)
     found = GroupedExperts(held, activation)(*given)
     assert found.shape == (sum(counts), HIDDEN)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("num_rows", "num_none"), [(0, 0), (1, 0), (1, 1), (7, 3), (90, 60)])
+def test_experts_leave_room_for_pairs_that_there_are_not(dtype, has_bias, num_rows, num_none):
+    """What is not a number in rows without a pair is read by nobody, in any experts we have."""
+    held = make_experts(3, inner=32, has_bias=has_bias, dtype=dtype)
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, 3, (num_rows, 2), generator=generator).int()
+    ids[:num_none] = -1
+    rows = random(num_rows, HIDDEN).to(dtype)
+    rows[:num_none] = torch.nan
+    exact = TorchBackend().group_pairs(ids, 0, 1, 3)
+    expected = LoopedExperts(held, PLAIN)(rows, exact)
+    there = exact.numbers >= 0
+    bound = 4 * dtype.itemsize**-4  # some roundings
+    weights = torch.rand(num_rows, 2, generator=generator)
+    for ops in (TorchBackend(), backend_for(torch.device("cpu"))):
+        experts = ops.experts(make_experts(3, inner=32, has_bias=has_bias, dtype=dtype), PLAIN)
+        for num_pairs in {len(exact.rows), len(exact.rows) + num_none, ids.numel()}:
+            pairs = ops.group_pairs(ids, 0, 1, 3, num_pairs)
+            out = torch.full((num_pairs, HIDDEN), torch.nan, dtype=dtype)
+            results = experts(rows, pairs, out)
+            of_pairs = results[pairs.numbers[there]]
+            torch.testing.assert_close(of_pairs, expected[exact.numbers[there]], rtol=0, atol=bound)
+            sums = ops.gather_sum(results, pairs.numbers, weights)
+            assert sums.isfinite().all()
+            assert not sums[:num_none].any()
 
 
 @needs_grouping

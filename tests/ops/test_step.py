@@ -253,11 +253,11 @@ def batch_of(lengths: Sequence[int], scheduled: Sequence[int], block_size: int) 
     rotary_dim=st.sampled_from([32, 8]),
     interleave=st.booleans(),
     window=st.sampled_from([None, 5]),
-    flags=st.tuples(*[st.booleans()] * 6),
+    flags=st.tuples(*[st.booleans()] * 7),
 )
 def test_attention(ours, lengths, new, heads, rotary_dim, interleave, window, flags):
     """Norm, projections, head norms, rotation, cache and attention one by one."""
-    has_norm, has_bias, has_head_norms, has_sinks, adds_input, is_narrow = flags
+    has_norm, has_bias, has_head_norms, has_sinks, adds_input, is_narrow, is_float8 = flags
     (num_heads, num_kv_heads), dim, hidden = heads, 32, 48
     for dtype in TYPES:
         scheduled = [min(new, length) for length in lengths]
@@ -297,10 +297,12 @@ def test_attention(ours, lengths, new, heads, rotary_dim, interleave, window, fl
         assert part is not None
         x = random(num_tokens, hidden, seed=9, dtype=dtype)
         num_blocks = int(batch.sequences.block_tables.max()) + 1
-        caches = [KVCache(num_blocks, 4, num_kv_heads, dim, dim, dtype, CPU) for _ in range(2)]
-        for cache_of in caches:
-            for pages, seed in ((cache_of.keys, 10), (cache_of.values, 11)):
-                pages.copy_(random(*pages.shape, seed=seed, dtype=dtype))
+        sizes = num_blocks, 4, num_kv_heads, dim, dim, dtype, CPU
+        caches = [KVCache(*sizes, is_float8=is_float8) for _ in range(2)]
+        before = (random(4 * num_blocks, num_kv_heads, dim, seed=seed) for seed in (10, 11))
+        keys, values = (each.to(dtype) for each in before)
+        for each in caches:
+            each.write(torch.arange(4 * num_blocks), keys, values)
 
         assert part.takes(x)
         found = part(x, caches[0], batch, adds_input=adds_input)
@@ -317,8 +319,11 @@ def test_attention(ours, lengths, new, heads, rotary_dim, interleave, window, fl
         attended = ours.paged_attention(query, key, value, caches[1], batch, params)
         expected = output(attended.flatten(1))
         assert_near(found, x + expected if adds_input else expected)
-        assert torch.equal(caches[0].keys, caches[1].keys)
-        assert torch.equal(caches[0].values, caches[1].values)
+        tables = torch.arange(num_blocks)[None]
+        for mine, other in zip(
+            *(each.read(tables, 4 * num_blocks) for each in caches), strict=True
+        ):
+            assert torch.equal(mine, other)
 
 
 def test_attention_that_ours_do_not_cover(ours):

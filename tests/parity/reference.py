@@ -48,22 +48,47 @@ def rounded_to_int8(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return out
 
 
+def rounded_to_float8(rows: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], float]:
+    """Each row [..., dim] to e4m3 times the least power of two that keeps it within 448.
+
+    Returns:
+        The rows; and how near any value is to being rounded the other way, over its row's largest.
+    """
+    rows = rows.astype(np.float64)
+    largest = np.abs(rows).max(axis=-1, keepdims=True)
+    scale = 2.0 ** np.ceil(np.log2(np.where(largest > 0, largest, 1.0) / 448))
+    scaled = rows / scale
+    _, exponent = np.frexp(scaled)  # of a value from 1/2 to 1
+    steps = 2.0 ** (np.maximum(exponent - 1, -6) - 3)
+    rounded = np.rint(scaled / steps) * steps
+    margins = (0.5 - np.abs(scaled / steps - rounded / steps)) * steps * scale
+    return (rounded * scale).astype(np.float32), float((margins / largest).min())
+
+
 class ReferenceModel:
     """The whole model in float32 on the CPU; weights are those of `seed`.
 
     Args:
         rounded: matrices but router and embedding are what int8 with a scale for every 128 inputs
             makes of them.
+        float8_cache: keys, once rotated, and values are what `rounded_to_float8` makes of them.
+
+    Attributes:
+        cache_margin: the least that it has told so far.
     """
 
-    def __init__(self, model: ModelConfig, seed: int, *, rounded: bool = False) -> None:
+    cache_margin = np.inf
+
+    def __init__(
+        self, model: ModelConfig, seed: int, *, rounded: bool = False, float8_cache: bool = False
+    ) -> None:
         def weight(name: str) -> Tensor:
             drawn = draw(model, seed, name)
             if rounded and name != EMBEDDING and not name.endswith(("norm", "router", "bias")):
                 drawn = rounded_to_int8(drawn)
             return torch.from_numpy(drawn)
 
-        self._model = model
+        self._model, self._float8_cache = model, float8_cache
         self._embedding = weight(EMBEDDING)
         self._final_norm = weight(FINAL_NORM)
         self._head = weight(HEAD)
@@ -137,11 +162,19 @@ class ReferenceModel:
 
         cos, sin = self._rotary(length)
         query, key = _rotate(heads("query"), cos, sin), _rotate(heads("key"), cos, sin)
+        key, value = self._cached(key), self._cached(heads("value"))
         scores = query @ key.transpose(-1, -2) * head_dim**-0.5  # [N, H, L, L]
         future = torch.ones(length, length, dtype=torch.bool).triu(diagonal=1)
         probabilities = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
-        mixed: Tensor = (probabilities @ heads("value")).transpose(1, 2).flatten(-2)
+        mixed: Tensor = (probabilities @ value).transpose(1, 2).flatten(-2)
         return mixed @ layer["output"].T
+
+    def _cached(self, rows: Tensor) -> Tensor:
+        if not self._float8_cache:
+            return rows
+        rounded, margin = rounded_to_float8(rows.numpy())
+        self.cache_margin = min(self.cache_margin, margin)
+        return torch.from_numpy(rounded)
 
     def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [L, D / 2] of position × theta^(-2i / D) (Su et al. 2021)."""

@@ -18,7 +18,26 @@ from expertlane.spec.model import PRESETS, ModelConfig
 if TYPE_CHECKING:
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
+    from expertlane.engine.commands import RankMachine
     from expertlane.engine.llm import LLM
+
+
+def _platform_text(machine: "RankMachine") -> str:
+    """The instruction set, or why kernels are not ours; GPUs that ranks share, or leave idle."""
+    kernels = machine.kernels
+    text = f"computing with {kernels}" if "(" in kernels else ""
+    if kernels.startswith("torch ("):
+        text += "; expertlane's own kernels are faster"
+    if machine.ranks_on_device > 1:
+        text = text or f"computing with {kernels}"
+        text += f"; {machine.ranks_on_device} ranks share a GPU ({machine.backend})"
+    elif machine.num_idle_gpus:
+        text = text or f"computing with {kernels}"
+        text += (
+            f"; on the CPU: there are fewer GPUs ({machine.num_idle_gpus}) than ranks "
+            f"({machine.ranks_per_node}), which EXPERTLANE_TRANSPORT=shared_memory lets share them"
+        )
+    return text
 
 
 @dataclass(frozen=True)
@@ -79,9 +98,8 @@ class FoundModel:
                 record_routing=record_routing,
                 **engine.for_llm(),
             )
-        if "(" in (kernels := llm.machine[0].kernels):  # the set, or why they are not ours
-            lost = "; expertlane's own kernels are faster" if kernels.startswith("torch (") else ""
-            print_message(f"computing with {kernels}{lost}")
+        if text := _platform_text(llm.machine[0]):
+            print_message(text)
         is_narrow = self.quantization is not None and self.quantization.is_narrow
         if (is_narrow or engine.weights != "model") and not llm.machine[0].keeps_narrow:
             dtype = llm.machine[0].dtype

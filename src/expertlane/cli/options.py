@@ -14,6 +14,7 @@ from expertlane.spec.deployment import (
     CopyMethod,
     DispatchChoice,
     DispatchForm,
+    KVCacheType,
     MicroBatchSchedule,
     Options,
     PayloadType,
@@ -300,6 +301,10 @@ class EngineOptions:
         help="Type in which matrices are kept; int8 rounds them while loading, with a scale for "
         "every 128 inputs.",
     )
+    kv_dtype: KVCacheType = typer.Option(
+        "model",
+        help="Type of the KV cache; float8 halves it or better, and rounds keys and values.",
+    )
     cache_int8: bool = typer.Option(
         False,
         "--cache-int8",
@@ -328,6 +333,7 @@ class EngineOptions:
         options = replace(
             self.deployment.options,
             weights=self.weights,
+            kv_dtype=self.kv_dtype,
             cache_int8=self.cache_int8,
             rebalance_steps=self.rebalance_steps,
         )

@@ -1,17 +1,25 @@
 """The clocks of a rank: the host's, and the compute stream's where there is a GPU.
 
-On a GPU the host only queues work, and waiting for a transfer holds up the stream, not the host; so
-stages are timed by events on the stream. Not yet run on a GPU (docs/validation.md).
+On a GPU the host only queues work, and waiting for a transfer holds up the stream, not the host. So
+stages are timed by events on the stream, which are looked at once, when the step is over: no mark
+waits for the GPU. Between the two marks of a wait the stream did nothing but wait: what a transfer
+takes while the stream computes is no part of it. Not yet run on a GPU (docs/validation.md).
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from expertlane.comm.device import Event
+
 
 class HostClock:
     """Marks moments cheaply and tells the seconds between them later; by the host's clock."""
+
+    def restart(self) -> None:
+        """Forget all marks so far."""
 
     def mark(self) -> Any:
         """Take a mark now."""
@@ -26,23 +34,56 @@ class HostClock:
 
 
 class StreamClock(HostClock):
-    """Marks are events on the current CUDA stream."""
+    """Marks are events on the current CUDA stream, the same ones again after each restart.
 
-    def mark(self) -> torch.cuda.Event:
-        """The moment at which the stream will get here."""
-        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+    Args:
+        wait: until the stream has passed an event.
+        make: an event that is timed; another kind in tests.
+    """
+
+    def __init__(self, wait: Callable[[Any], None], make: Callable[[], Any] | None = None) -> None:
+        self._wait = wait
+        self._make = make or _timed_event
+        self._events: list[Any] = []
+        self._num_marks = 0
+        self._at_s: list[float] = []  # of settled marks, since the first of them
+
+    def restart(self) -> None:
+        self._num_marks = 0
+        self._at_s.clear()
+
+    def mark(self) -> int:
+        """The number of the moment at which the stream will get here."""
+        number = self._num_marks
+        if number == len(self._events):
+            self._events.append(self._make())
+        self._events[number].record()
+        self._num_marks += 1
+        return number
 
     def settle(self) -> None:
-        """Wait until the stream has passed all marks."""
-        torch.cuda.current_stream().synchronize()
+        """Wait until the stream has passed all marks, and read them."""
+        marks = self._events[: self._num_marks]
+        if marks:
+            self._wait(marks[-1])
+            self._at_s = [marks[0].elapsed_time(mark) / 1e3 for mark in marks]
 
-    def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Seconds between two settled marks."""
-        return float(begin.elapsed_time(end)) / 1e3
+    def seconds(self, begin: int, end: int) -> float:
+        return self._at_s[end] - self._at_s[begin]
 
 
-def clock_for(device: torch.device) -> HostClock:
-    """The clock that sees what `device` does."""
-    return StreamClock() if device.type == "cuda" else HostClock()
+def _timed_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _synchronize(event: torch.cuda.Event) -> None:
+    event.synchronize()
+
+
+def clock_for(device: torch.device, wait: Callable[[Event], None] | None = None) -> HostClock:
+    """The clock that sees what `device` does.
+
+    Args:
+        wait: until a GPU has passed an event; with a bound, where other ranks can be lost.
+    """
+    return StreamClock(wait or _synchronize) if device.type == "cuda" else HostClock()

@@ -32,6 +32,7 @@ class StepTimes:
 
     def __init__(self, clock: HostClock, num_micro_batches: int, num_layers: int) -> None:
         self._clock = clock
+        clock.restart()
         self._num_layers = num_layers
         self._shape = num_micro_batches, num_layers + 1, _NUM_STAGES
         self._started_s = time.perf_counter()

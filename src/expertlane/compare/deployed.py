@@ -350,14 +350,14 @@ class Deployed:
             model,
             layout,
             placements_of(model, layout, options),
-            types=NumberTypes.all_of(setting.dtype),
+            types=NumberTypes.of_engine(setting.dtype, options),
             dispatch=dispatch,
             payload=options.payload,
             copies=options.copies,
             ranks_per_node=setting.ranks_per_node,
             block_size=self.limits.block_size,
         )
-        types = NumberTypes.all_of(usual_number_type(virtual.compute))
+        types = NumberTypes.of_engine(usual_number_type(virtual.compute), options)
         return ComputeLaws(builder, self._plans, virtual.compute, types)
 
     def _record(

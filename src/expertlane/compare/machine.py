@@ -37,7 +37,9 @@ def machine_record(
         device=seen[0].device,
         num_cores=sum(each.num_cores for each in hosts),
         num_idle_gpus=sum(each.num_idle_gpus for each in hosts),
-        memory_bytes=sum(each.memory_bytes for each in (seen if seen[0].on_gpu else hosts)),
+        memory_bytes=sum(seen[rank].memory_bytes for rank in _first_on_gpus(seen))
+        if seen[0].on_gpu
+        else sum(each.memory_bytes for each in hosts),
         num_ranks=num_ranks,
         ranks_per_node=ranks_per_node,
         backend=seen[0].backend,
@@ -92,7 +94,7 @@ def experiment_limits(experiment: Experiment, seen: Sequence[RankMachine]) -> di
         wanted = workload_limits(experiment.workload, model, each.layout)
         try:
             limits[each.name] = fit_to_machine(
-                *(model, each.layout, wanted, seen, 1.0, placements, each.options.weights),
+                *(model, each.layout, wanted, seen, 1.0, placements, each.options),
                 Path(experiment.checkpoint) if experiment.checkpoint else None,
             )
         except CapacityError as error:
@@ -104,10 +106,8 @@ def experiment_limits(experiment: Experiment, seen: Sequence[RankMachine]) -> di
 
 def measure_peak(pool: RankPool, seen: Sequence[RankMachine]) -> MachinePeak:
     """Measure at once on as many ranks as have a core or a device of their own."""
-    measuring = [
-        rank
-        for rank, each in enumerate(seen)
-        if each.on_gpu or rank % each.ranks_per_node < each.num_cores
+    measuring = _first_on_gpus(seen) or [
+        rank for rank, each in enumerate(seen) if rank % each.ranks_per_node < each.num_cores
     ]
     rates = pool.call(MeasureRates(), ranks=measuring)
     on_gpu = seen[0].on_gpu
@@ -118,6 +118,15 @@ def measure_peak(pool: RankPool, seen: Sequence[RankMachine]) -> MachinePeak:
         unit="GPU" if on_gpu else "core",
         dtype=seen[0].dtype,
     )
+
+
+def _first_on_gpus(seen: Sequence[RankMachine]) -> list[int]:
+    """One rank of each GPU; none on CPUs. The first ranks of a node have GPUs of their own."""
+    found = []
+    for node in {each.host for each in seen}:
+        ranks = [rank for rank, each in enumerate(seen) if each.host == node and each.on_gpu]
+        found += ranks[: round(sum(1 / seen[rank].ranks_on_device for rank in ranks))]
+    return sorted(found)
 
 
 def memory_shortage(experiment: Experiment, dtype: str | None) -> str | None:

@@ -80,7 +80,7 @@ class ExperimentProjector:
         self._experiment = experiment
         self._model = experiment.model
         self._cluster = cluster
-        self._types = NumberTypes.all_of(number_type)
+        self._types = NumberTypes.all_of(number_type)  # unless a deployment says otherwise
         self._skew = skew
         self._sources: dict[str, RoutingSource] = {}
         is_cpu = OVERHEAD_S in cluster.profile.terms
@@ -140,13 +140,16 @@ class ExperimentProjector:
     def _conditions(self, execution: Execution, routing: str) -> Conditions:
         return conditions_of(self._model.num_experts_per_tok, execution, routing, self._types)
 
-    def _setting(self, conditions: Conditions) -> Setting:
+    def _types_of(self, deployment: Deployment) -> NumberTypes:
+        return NumberTypes.of_engine(self._types.weights, deployment.options)
+
+    def _setting(self, types: NumberTypes, conditions: Conditions) -> Setting:
         routing = conditions.routing
         if routing not in self._sources:
             skew = 0.0 if routing == "balanced" else self._skew
             self._sources[routing] = PowerLawRouting.of(self._model, skew)
         execution = Execution(conditions.execution)
-        return Setting(self._types, execution, self._sources[routing], step_tokens=STEP_TOKENS)
+        return Setting(types, execution, self._sources[routing], step_tokens=STEP_TOKENS)
 
     def _steps(
         self, deployment: Deployment, at: Conditions, cluster: ModelledCluster | None = None
@@ -156,7 +159,7 @@ class ExperimentProjector:
             deployment.layout,
             deployment.options,
             cluster or self._cluster,
-            self._setting(at),
+            self._setting(self._types_of(deployment), at),
         )
 
     def _rows(self, progress: Progress) -> list[DeploymentRecord]:
@@ -225,7 +228,7 @@ class ExperimentProjector:
     def _room(self, deployment: Deployment, full_len: int | None = None) -> Capacity:
         model, layout, workload = self._model, deployment.layout, self._experiment.workload
         placements = placements_of(model, layout, deployment.options)
-        return PlacedModel(model, layout, self._types, placements).capacity(
+        return PlacedModel(model, layout, self._types_of(deployment), placements).capacity(
             self._cluster.profile.device.memory_bytes,
             full_len or workload.max_len,
             prefill_step_tokens(workload, layout, STEP_TOKENS),
@@ -270,7 +273,9 @@ class ExperimentProjector:
             return ()
         usual, workload = self._usual, self._experiment.workload
         num_own = len(self._experiment.deployments)
-        request = PlanRequest(self._model, self._cluster, workload, Goals(), self._setting(usual))
+        request = PlanRequest(
+            self._model, self._cluster, workload, Goals(), self._setting(self._types, usual)
+        )
         progress.task("looking for better layouts", 2)
         summary, found = plan_beside(
             request, usual, context, rows[:num_own], lambda each: self._row(each, usual), progress

@@ -33,8 +33,8 @@ class KVTransfers:
     ) -> None:
         self._links = links
         self._remote = remote
-        whole = held_kv_width(model, 1) * types.kv_bytes
-        held = held_kv_width(model, decode.tp) * types.kv_bytes / decode.dcp
+        whole = held_kv_bytes(model, types, 1)
+        held = held_kv_bytes(model, types, decode.tp) / decode.dcp
         self._sent_bytes = np.repeat(_num_layers(model, prefill) * whole / prefill.tp, prefill.tp)
         self._received_bytes = np.repeat(_num_layers(model, decode) * held, decode.tp)
 
@@ -56,6 +56,18 @@ def held_kv_width(model: ModelConfig, tp: int) -> int:
     Args:
         tp: ranks that share the heads; 1 for all of them.
     """
+    num_rows, dim = _held_rows(model, tp)
+    return num_rows * dim
+
+
+def held_kv_bytes(model: ModelConfig, types: NumberTypes, tp: int) -> int:
+    """Bytes of those values, with their scales."""
+    num_rows, dim = _held_rows(model, tp)
+    return types.cached_bytes(num_rows * dim, num_rows)
+
+
+def _held_rows(model: ModelConfig, tp: int) -> tuple[int, int]:
+    """Keys and values of heads, and the size of each."""
     if model.latent is not None:
-        return model.latent.kv_lora_rank + model.latent.qk_rope_head_dim
-    return 2 * max(1, model.num_kv_heads // tp) * model.head_dim
+        return 1, model.latent.kv_lora_rank + model.latent.qk_rope_head_dim
+    return 2 * max(1, model.num_kv_heads // tp), model.head_dim

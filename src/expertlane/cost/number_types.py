@@ -1,13 +1,13 @@
 """The number types a projected deployment computes, stores and sends in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from expertlane.cost.step.operation import Amounts, Ints
 from expertlane.errors import SpecError
-from expertlane.spec.deployment import INPUTS_OF_SCALE, PayloadType, WeightsType
+from expertlane.spec.deployment import INPUTS_OF_SCALE, Options, PayloadType
 from expertlane.spec.hf_config import NarrowType
 
 # Of a value of hidden states, and of keys and values.
@@ -86,21 +86,26 @@ class NumberTypes:
         return cls(number_type, number_type, number_type)
 
     @classmethod
+    def of_engine(cls, number_type: str, options: Options) -> "NumberTypes":
+        """As the engine has them where weights of one byte are widened."""
+        kv = number_type if options.kv_dtype == "model" else options.kv_dtype
+        return cls(number_type, number_type, kv)
+
+    @classmethod
     def kept_as(
-        cls, number_type: str, asked: WeightsType, stored: NarrowType | None
+        cls, number_type: str, options: Options, stored: NarrowType | None
     ) -> "NumberTypes":
         """As the engine has them where it can keep weights of one byte.
 
         Args:
-            asked: as `Options.weights`.
             stored: what most matrices of a checkpoint are in, if in one byte: they stay so.
         """
+        asked, types = options.weights, cls.of_engine(number_type, options)
         if asked == "model" and stored is None:
-            return cls.all_of(number_type)
-        return cls(
-            stored or asked,
-            number_type,
-            number_type,
+            return types
+        return replace(
+            types,
+            weights=stored or asked,
             narrow_head=asked == "int8",
             inputs_of_scale=INPUTS_OF_SCALE,
         )
@@ -119,10 +124,13 @@ class NumberTypes:
         """Bytes of one value of a hidden state."""
         return ITEM_BYTES[self.activations]
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of one value in the cache."""
-        return ITEM_BYTES[self.kv]
+    def cached_bytes(self, num_values: int, num_rows: int) -> int:
+        """Bytes of keys and values in the cache.
+
+        Args:
+            num_rows: keys and values of heads; one of float8 has a scale of one byte.
+        """
+        return num_values * ITEM_BYTES[self.kv] + (num_rows if self.kv == "float8" else 0)
 
     def __str__(self) -> str:
         kv = f", keys and values {self.kv}" if self.kv != self.activations else ""

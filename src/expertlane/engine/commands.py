@@ -17,7 +17,7 @@ from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
-from expertlane.spec.deployment import DispatchTable, Options, WeightsType
+from expertlane.spec.deployment import DispatchTable, GraphLimits, Options, WeightsType
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
@@ -141,6 +141,7 @@ class RankMachine:
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
         keeps_narrow: weights of one byte stay so in memory; else they are widened while loading.
+        ranks_on_device: that share its GPU.
         driver: of its GPU, as the system names it; empty without one.
     """
 
@@ -158,12 +159,17 @@ class RankMachine:
     ranks_per_node: int
     num_idle_gpus: int
     keeps_narrow: bool = False
+    ranks_on_device: int = 1
     driver: str = ""
 
     @property
     def on_gpu(self) -> bool:
         """Whether it computes on a GPU."""
         return self.device != "cpu"
+
+    def num_sharing(self, world_size: int) -> int:
+        """How many of so many ranks share its device's memory."""
+        return min(world_size, self.ranks_on_device if self.on_gpu else self.ranks_per_node)
 
 
 @dataclass(frozen=True)
@@ -195,12 +201,14 @@ class Deploy(Command[HeldBytes]):
 
     Attributes:
         num_blocks, block_size: of the paged key/value cache; `block_size` positions a block.
+        graphs: None where no step is to be recorded.
     """
 
     spec: StageSpec
     options: Options
     num_blocks: int
     block_size: int
+    graphs: GraphLimits | None = None
 
 
 class LeaveCores(Command[None]):
@@ -216,7 +224,7 @@ class Redeploy(Command[HeldBytes]):
 
     Attributes:
         spec: with the placements that are committed.
-        num_blocks, block_size: as in `Deploy`.
+        num_blocks, block_size, graphs: as in `Deploy`.
         discard: steps that are not committed, of all replicas; all others are.
         dispatch_table: None where options say all.
     """
@@ -227,6 +235,7 @@ class Redeploy(Command[HeldBytes]):
     block_size: int
     discard: tuple[int, ...]
     dispatch_table: DispatchTable | None = None
+    graphs: GraphLimits | None = None
 
 
 class Prepare(Command[Prepared]):

@@ -3,6 +3,7 @@
 import mmap
 import os
 
+import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from expertlane.comm.epoch import Epoch
@@ -11,6 +12,7 @@ from expertlane.comm.nodes import NodesTransport
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.region import Region
 from expertlane.comm.shared_memory import CompiledEndpoint, Endpoint, SharedTransport
+from expertlane.comm.staged import StagedTransport
 from expertlane.comm.torch_transport import TorchTransport
 from expertlane.comm.transport import Transport
 from expertlane.comm.uncompiled import UncompiledEndpoint
@@ -35,28 +37,36 @@ def connect(
     Raises:
         EpochEndedError: a later one has begun.
     """
-    epoch = Epoch(board, number)
-    bound_s = settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S
+    hosts = _connect(settings, platform, share, Epoch(board, number))
+    return StagedTransport(hosts, platform.device) if platform.is_staged else hosts
+
+
+def _connect(
+    settings: RankSettings, platform: Platform, share: Share, epoch: Epoch
+) -> SharedTransport | TorchTransport | NodesTransport:
     shares_memory = platform.transport.startswith(SHARED_MEMORY)
     if shares_memory and settings.meeting is None:
-        return _share_memory(settings, share, epoch, bound_s)
+        return _share_memory(settings, share, epoch)
     among_nodes = TorchTransport(
-        platform.device,
+        torch.device("cpu") if platform.is_staged else platform.device,
         _open_store(settings, epoch),
         settings.rank,
-        bound_s,
+        bound_s(settings),
         epoch,
-        over_links=platform.device.type == "cpu" and settings.num_local_ranks < settings.world_size,
+        ranks_per_node=settings.num_local_ranks,
     )
     if not shares_memory:
         return among_nodes
-    in_node = _share_memory(settings, share, epoch, bound_s)
+    in_node = _share_memory(settings, share, epoch)
     return NodesTransport(in_node, among_nodes, settings.rank, settings.num_local_ranks)
 
 
-def _share_memory(
-    settings: RankSettings, share: Share, epoch: Epoch, bound_s: float
-) -> SharedTransport:
+def bound_s(settings: RankSettings) -> float:
+    """The bound on a rank's own waits for others."""
+    return settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S
+
+
+def _share_memory(settings: RankSettings, share: Share, epoch: Epoch) -> SharedTransport:
     region, rank = Region(settings.num_local_ranks), settings.local_rank
     memory = _map(settings, region, epoch)
     endpoint: Endpoint
@@ -67,7 +77,8 @@ def _share_memory(
         sizes = region.groups_bytes, region.heap_bytes
         wake_fds = settings.wake_fds[: region.num_ranks]
         endpoint = UncompiledEndpoint(memory, *sizes, rank, wake_fds)
-    return SharedTransport(endpoint, region, settings.rank - rank, settings.rank, bound_s, epoch)
+    first, own = settings.rank - rank, settings.rank
+    return SharedTransport(endpoint, region, first, own, bound_s(settings), epoch)
 
 
 def _map(settings: RankSettings, region: Region, epoch: Epoch) -> mmap.mmap:

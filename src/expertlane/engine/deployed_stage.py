@@ -2,10 +2,8 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
-import numpy as np
 import torch
 
 from expertlane.balance.placement_file import Placements
@@ -20,27 +18,52 @@ from expertlane.engine.commands import (
     StageSpec,
 )
 from expertlane.engine.migration import Migration
+from expertlane.engine.next_tokens import StepTokens, with_chosen
 from expertlane.engine.preparing import weight_source
 from expertlane.engine.rank_checks import StageChecks
 from expertlane.engine.stage_state import Changes, Left
 from expertlane.engine.worker import RankContext
-from expertlane.model.draw import NO_TOKEN
+from expertlane.model.decode_graphs import DecodeGraphs, PaddedBatch, decode_graphs
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.sampler import Sampler
 from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import HeldWeights
 from expertlane.results.rank_totals import RankTotals
-from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
+from expertlane.schedule.plan import Batch, RankBatch, RankStep
 from expertlane.spec.deployment import (
     DispatchMode,
     DispatchTable,
+    GraphLimits,
     Options,
     PayloadType,
+    is_static_on,
 )
 from expertlane.spec.members import Members
 from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
-from expertlane.spec.sampling import TokenLogprobs
+
+
+def _checks_of(spec: StageSpec, rank: int) -> Checks | None:
+    if spec.check == "off":
+        return None
+    at = spec.layout.coordinates(rank)
+    layers = spec.layout.layers_of_stage(spec.model.num_hidden_layers, at.pp_rank)
+    return Checks(spec.check, spec.model.num_experts, at.etp_rank, layers.start)
+
+
+def _recorder_of(
+    context: RankContext, spec: StageSpec, rank: int, checks: Checks | None
+) -> Recorder:
+    sizes = (
+        rank,
+        spec.model.num_hidden_layers,
+        spec.model.num_experts,
+        context.progress,
+        clock_for(context.platform.device, context.await_device),
+        spec.layout.world_size,
+        context.core_token(),
+    )
+    return CheckedRecorder(checks, *sizes) if checks else Recorder(*sizes)
 
 
 class DeployedStage:
@@ -51,6 +74,7 @@ class DeployedStage:
     """
 
     _checks: StageChecks | None = None
+    _graphs: DecodeGraphs | None = None
 
     def __init__(
         self,
@@ -62,21 +86,8 @@ class DeployedStage:
         platform, model = context.platform, spec.model
         rank = spec.members.rank_of(context.rank)
         assert rank is not None, "it has a place in the layout"
-        sizes = (
-            rank,
-            model.num_hidden_layers,
-            model.num_experts,
-            context.progress,
-            clock_for(platform.device),
-            spec.layout.world_size,
-            context.core_token(),
-        )
-        checks = None
-        if spec.check != "off":
-            at = spec.layout.coordinates(rank)
-            layers = spec.layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
-            checks = Checks(spec.check, model.num_experts, at.etp_rank, layers.start)
-        self._recorder = CheckedRecorder(checks, *sizes) if checks else Recorder(*sizes)
+        checks = _checks_of(spec, rank)
+        self._recorder = _recorder_of(context, spec, rank, checks)
         self._mesh = ParallelMesh(
             spec.layout,
             context.meshes,
@@ -94,11 +105,13 @@ class DeployedStage:
         self._seconds_from[Origin.READ] = source.read_s
         self.migration = Migration(self.stage, context.progress)
         self._device = platform.device
+        self._await_device = context.await_device
+        self._records_transfers = platform.transport == "nccl"
         self._dispatch = DispatchTable.fixed("all_to_all")
         self._payload: PayloadType = "model"
         self._block_size = 1
         self._phase: Phase | None = None
-        self._balances_copies = False
+        self._balances_copies = self._crowds = False
         self._committed: dict[int, int] = {}  # tokens of the last committed step, by sequence id
         self._uncommitted: deque[Changes] = deque()
         self._sends: deque[list[Pending]] = deque()
@@ -132,11 +145,18 @@ class DeployedStage:
         return Left(self.stage.held_weights(), caches, self._sampler, self._committed)
 
     def start(
-        self, options: Options, *, num_blocks: int, block_size: int, left: Left | None = None
+        self,
+        options: Options,
+        *,
+        num_blocks: int,
+        block_size: int,
+        graphs: GraphLimits | None = None,
+        left: Left | None = None,
     ) -> None:
         """Begin with an empty cache, unless one is left; what is `auto` is timed first, then set.
 
         Args:
+            graphs: None where no step is to be recorded.
             left: by the stage before it.
         """
         self.migration.forget()
@@ -146,13 +166,28 @@ class DeployedStage:
         self._block_size = block_size
         self._phase = None
         self._uncommitted.clear()
+        self._graphs = decode_graphs(
+            self.stage,
+            graphs,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            records_transfers=self._records_transfers,
+        )
+        if self._graphs is not None:
+            self.totals()  # begins them on all ranks at once: graphs add to them
         if left is not None and left.caches is not None:
             self._sampler, self._committed = left.sampler, left.tokens
             self.stage.take_cache(left.caches)
             return
         self._sampler = Sampler(self.spec.model.vocab_size, self._device)
         self._committed = {}
-        self.stage.allocate_cache(num_blocks, block_size)
+        num_blocks += self._graphs is not None  # one for padding
+        self.stage.allocate_cache(num_blocks, block_size, options.kv_dtype)
+
+    def drop_graphs(self) -> None:
+        """Forget recorded steps: groups, weights or forms change."""
+        if self._graphs is not None:
+            self._graphs.clear()
 
     def rejoin(self, discard: Sequence[int]) -> None:
         """Go on with the groups of a new epoch, as if these steps had never begun.
@@ -160,6 +195,7 @@ class DeployedStage:
         Args:
             discard: as `discard` takes them.
         """
+        self.drop_graphs()
         self._mesh.renew()
         self._sends.clear()  # their receivers dropped them
         self.discard(discard)
@@ -167,6 +203,7 @@ class DeployedStage:
 
     def set_dispatch(self, table: DispatchTable) -> None:
         """Choose how steps run from now on."""
+        self.drop_graphs()
         self._dispatch = table
         self.stage.set_forms(table.forms, self._payload)
 
@@ -210,20 +247,32 @@ class DeployedStage:
         if self._checks is not None:
             self._checks.begin_step(self.stage)
         inputs = [self._begin_input(micro_batch, before) for micro_batch in step.micro_batches]
+        tokens = StepTokens()
         for number, (parts, arriving) in enumerate(inputs):
             recorder.set_micro_batch(number)
-            for part, result in self._run_micro_batch(parts, arriving):
+            for seq_ids, result in self._run_micro_batch(parts, arriving):
                 recorder.enter(Stage.HEAD)
-                seq_ids = part.batch.yielding_seq_ids
-                changes.chosen |= self._take(seq_ids, result, outcome, step.return_logits)
-                if self._mesh.at.tp_rank == 0:
-                    outcome.prompt_logprobs |= result.prompt_logprobs
+                tokens.choose(seq_ids, result, self._sampler)
+                if step.return_logits:
+                    outcome.logits |= zip(seq_ids, result.logits.cpu().numpy(), strict=True)
+        is_told = self._mesh.at.tp_rank == 0
+        changes.chosen = tokens.fetch(
+            outcome if is_told else None, self._look_at_head, self._await_device
+        )
         for send in self._sends[-1]:
             send.let_go()
         outcome.record = recorder.end_step()
         if self._checks is not None:
             outcome.checks = self._checks.end_step()
         return outcome
+
+    def run_crowded(self, step: RankStep) -> None:
+        """Take a step through this stage whose tokens all go to the same experts."""
+        self._crowds = True
+        try:
+            self.run(step)
+        finally:
+            self._crowds = False
 
     def totals(self) -> RankTotals:
         """Totals of the steps since the first call."""
@@ -233,6 +282,7 @@ class DeployedStage:
     def _begin_changes(self, step: RankStep, placements: Placements | None) -> Changes:
         sampled = replaced = None
         if placements is not None:
+            self.drop_graphs()
             replaced = self.migration.apply_placements(placements)
         if self._mesh.is_last_stage:
             sampled = self._sampler.begin_step(step.released, step.admitted, step.masks)
@@ -259,45 +309,13 @@ class DeployedStage:
             if changes.sampled is not None:
                 self._sampler.undo(changes.sampled)
             if changes.placements is not None:
+                self.drop_graphs()
                 self.migration.restore(changes.placements)
         self._commit(len(self._uncommitted))
 
-    def _take(
-        self, seq_ids: list[int], result: HeadResult, outcome: RankOutcome, return_logits: bool
-    ) -> dict[int, int]:
-        """Choose a part's next tokens, by sequence id; one rank of a tensor-parallel group tells.
-
-        Where there is none, the token is 0: a step that is under way goes on with any.
-        """
-        logprobs: dict[int, TokenLogprobs] = {}
-        if result.token_ids is not None:
-            chosen = result.token_ids.tolist()
-        else:  # on all ranks alike: each may have to go on with what was chosen
-            assert result.all_logits is not None, "one of both is given"
-            chosen, logprobs = self._sampler.sample(seq_ids, result.all_logits)
-        tokens = dict(zip(seq_ids, chosen, strict=True))
+    def _look_at_head(self, logits: torch.Tensor, tokens: dict[int, int]) -> None:
         if self._checks is not None:
-            self._checks.check_head(result.logits, tokens, self._sampler)
-        failed = [seq for seq, token in tokens.items() if token == NO_TOKEN]
-        if self._mesh.at.tp_rank == 0:
-            outcome.token_ids |= tokens
-            outcome.logprobs |= logprobs
-            outcome.not_finite += failed
-            for seq in failed:
-                del outcome.token_ids[seq]
-        if return_logits:
-            outcome.logits |= zip(seq_ids, result.logits.cpu().numpy(), strict=True)
-        return tokens | dict.fromkeys(failed, 0)
-
-    def _with_chosen(self, batch: Batch, chosen: dict[int, int]) -> Batch:
-        """The batch with the tokens that the scheduler did not know: those of the step before."""
-        is_unknown = batch.token_ids == UNKNOWN
-        if not is_unknown.any():
-            return batch
-        token_ids = batch.token_ids.copy()
-        seq_ids = np.repeat(batch.seq_ids, batch.num_scheduled_tokens)[is_unknown]
-        token_ids[is_unknown] = [chosen[seq] for seq in seq_ids.tolist()]
-        return replace(batch, token_ids=token_ids)
+            self._checks.check_head(logits, tokens, self._sampler)
 
     def _begin_input(
         self, micro_batch: RankBatch, chosen: dict[int, int]
@@ -313,7 +331,9 @@ class DeployedStage:
         first = mesh.is_first_stage
         self._recorder.enter(Stage.EMBED if first else Stage.HAND_OVER)
         mode = self._choose(micro_batch)
-        own, sizes = [self._with_chosen(micro_batch.own, chosen)], [micro_batch.num_tokens]
+        own, sizes = [with_chosen(micro_batch.own, chosen)], [micro_batch.num_tokens]
+        if (part := self._as_graph(own[0], micro_batch, mode)) is not None:
+            return [part], self._hidden_of(part.num_owned)
         if mode.overlap:
             own = own[0].split(2)
             sizes = [list(half) for half in zip(*micro_batch.num_tokens_of_halves, strict=True)]
@@ -322,14 +342,33 @@ class DeployedStage:
                 *(batch, num_tokens, mesh.layout, mesh.at, self._device, self._block_size),
                 mode.form,
                 balances_copies=self._balances_copies,
+                crowds=self._crowds,
             )
             for batch, num_tokens in zip(own, sizes, strict=True)
             if any(num_tokens)
         ]
-        if first:
-            return parts, None
-        room = self.stage.empty_hidden(sum(part.num_owned for part in parts))
-        return parts, mesh.pp.receive(room, mesh.at.pp_rank - 1)
+        return parts, self._hidden_of(sum(part.num_owned for part in parts))
+
+    def _hidden_of(self, num_owned: int) -> Pending | None:
+        """On the way from the stage before; None in the first one."""
+        mesh = self._mesh
+        if mesh.is_first_stage:
+            return None
+        return mesh.pp.receive(self.stage.empty_hidden(num_owned), mesh.at.pp_rank - 1)
+
+    def _as_graph(
+        self, batch: Batch, micro_batch: RankBatch, mode: DispatchMode
+    ) -> PaddedBatch | None:
+        """The batch as a graph takes it; decided by what all ranks of all stages see alike."""
+        recorder, graphs = self._recorder, self._graphs
+        if graphs is None or self._phase is not Phase.DECODE or mode.overlap:
+            return None
+        is_looked_at = recorder.is_recording or recorder.checks is not None
+        if is_looked_at or self._balances_copies or not any(micro_batch.num_tokens):
+            return None
+        if not is_static_on(self.spec.layout, mode.form):
+            return None
+        return graphs.padded(batch, micro_batch.num_tokens, mode.form)
 
     def _choose(self, micro_batch: RankBatch) -> DispatchMode:
         """Decided by what all ranks of all stages see alike, before the batch is split."""
@@ -339,9 +378,11 @@ class DeployedStage:
 
     def _run_micro_batch(
         self, parts: list[ForwardBatch], arriving: Pending | None
-    ) -> list[tuple[ForwardBatch, HeadResult]]:
-        """Results of the head by part; none but on the last stage."""
+    ) -> list[tuple[list[int], HeadResult]]:
+        """Sequences that yield a token, and the head's results; none but on the last stage."""
         mesh, stage = self._mesh, self.stage
+        if parts and isinstance(parts[0], PaddedBatch):
+            return self._run_graph(parts[0], arriving)
         if arriving is None:
             inputs = [stage.embed(part) for part in parts]
             point = CheckPoint.EMBEDDING
@@ -355,24 +396,44 @@ class DeployedStage:
         self._recorder.is_interleaved = len(parts) > 1
         results = interleave(
             [
-                stage.forward(x, part, self._needs_logits(part), self._scored(part))
+                stage.forward(x, part, self._needs_logits(part.batch), self._scored(part))
                 for x, part in zip(inputs, parts, strict=True)
             ]
         )
         heads = [result for result in results if isinstance(result, HeadResult)]
         if mesh.is_last_stage:
-            return list(zip(parts, heads, strict=True))
-        self._recorder.enter(Stage.HAND_OVER)
+            seq_ids = [part.batch.yielding_seq_ids for part in parts]
+            return list(zip(seq_ids, heads, strict=True))
         hidden = [result for result in results if isinstance(result, torch.Tensor)]
-        if hidden:
-            send = mesh.pp.send(torch.cat(hidden), mesh.at.pp_rank + 1)
-            if send is not None:
-                self._sends[-1].append(send)
+        self._hand_over(hidden)
         return []
 
-    def _needs_logits(self, part: ForwardBatch) -> bool:
-        """Whether any sequence of the part asks for more than its likeliest token."""
-        return any(seq in self._sampler for seq in part.batch.yielding_seq_ids)
+    def _run_graph(
+        self, part: PaddedBatch, arriving: Pending | None
+    ) -> list[tuple[list[int], HeadResult]]:
+        """As `_run_micro_batch`."""
+        assert self._graphs is not None, "the batch was padded for it"
+        arrived = None if arriving is None else arriving.wait()
+        self._recorder.enter(Stage.GRAPH)
+        result = self._graphs.run(part, arrived)
+        if not isinstance(result, HeadResult):
+            self._hand_over([result])
+            return []
+        if self._needs_logits(part.real):
+            (result,) = interleave([self.stage.with_all_logits(result)])
+        return [(part.real.yielding_seq_ids, result)]
+
+    def _hand_over(self, hidden: list[torch.Tensor]) -> None:
+        """Begin to send the parts' hidden states to the next stage."""
+        self._recorder.enter(Stage.HAND_OVER)
+        if hidden:
+            send = self._mesh.pp.send(torch.cat(hidden), self._mesh.at.pp_rank + 1)
+            if send is not None:
+                self._sends[-1].append(send)
+
+    def _needs_logits(self, batch: Batch) -> bool:
+        """Whether any sequence asks for more than its likeliest token."""
+        return any(seq in self._sampler for seq in batch.yielding_seq_ids)
 
     def _scored(self, part: ForwardBatch) -> ScoredPrompts | None:
         """The prompt tokens of the part whose log-probabilities are asked for."""

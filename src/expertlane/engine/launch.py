@@ -24,7 +24,7 @@ from expertlane.errors import CapacityError, SpecError, UserError
 from expertlane.memory import FREE_SHARE, PlacedModel
 from expertlane.model.stored_tensors import StoredTensors
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Deployment, Options, WeightsType
+from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.hf_config import narrow_scheme, read_config
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
@@ -209,6 +209,7 @@ def _listed(names: list[str]) -> str:
     return f"{kind} {shown}" + (f" and {num_more} more" if num_more > 0 else "")
 
 
+_PLAIN = Options()
 _CPU_CACHE_SHARE = 0.5  # of what is left beside the weights; other programs live there too
 
 
@@ -219,7 +220,7 @@ def fit_to_machine(
     seen: Sequence[RankMachine],
     cpu_cache_share: float = 1.0,
     placements: Placements | None = None,
-    weights: WeightsType = "model",
+    options: Options = _PLAIN,
     checkpoint: Path | None = None,
 ) -> Limits:
     """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
@@ -227,19 +228,21 @@ def fit_to_machine(
     Args:
         seen: [num_ranks]; those of the layout first.
         placements: [num_hidden_layers]; linear ones without copies if not given.
-        weights: as `Options.weights`.
         checkpoint: the folder the weights are in.
         cpu_cache_share: as `fit_cache`'s `cache_share`, where ranks compute on a CPU.
 
     Raises:
         CapacityError: not even one sequence fits; with both numbers.
     """
-    tightest = min(seen[: layout.world_size], key=lambda each: each.free_bytes)
-    num_sharing = 1 if tightest.on_gpu else min(layout.world_size, tightest.ranks_per_node)
-    free_bytes = FREE_SHARE * tightest.free_bytes / num_sharing
+
+    def own_bytes(of_rank: RankMachine) -> float:
+        return of_rank.free_bytes / of_rank.num_sharing(layout.world_size)
+
+    tightest = min(seen[: layout.world_size], key=own_bytes)
+    free_bytes = FREE_SHARE * own_bytes(tightest)
     share = 1.0 if tightest.on_gpu else cpu_cache_share
-    placements = placements or placements_of(model, layout, Options())
-    placed = placed_model(model, layout, placements, tightest, weights, checkpoint)
+    placements = placements or placements_of(model, layout, _PLAIN)
+    placed = placed_model(model, layout, placements, tightest, options, checkpoint)
     return placed.fit_cache(limits, free_bytes, share)
 
 
@@ -248,19 +251,25 @@ def placed_model(
     layout: Layout,
     placements: Placements,
     machine: RankMachine,
-    weights: WeightsType = "model",
+    options: Options = _PLAIN,
     checkpoint: Path | None = None,
 ) -> PlacedModel:
     """What ranks of such a machine hold of a model; arguments as of `fit_to_machine`."""
-    return PlacedModel(model, layout, _types(machine, weights, checkpoint), placements)
+    return PlacedModel(model, layout, _types(machine, options, checkpoint), placements)
 
 
-def _types(machine: RankMachine, weights: WeightsType, checkpoint: Path | None) -> NumberTypes:
+def _types(machine: RankMachine, options: Options, checkpoint: Path | None) -> NumberTypes:
     """In what a rank holds weights, hidden states, keys and values."""
     if not machine.keeps_narrow:
-        return NumberTypes.all_of(machine.dtype)
+        return NumberTypes.of_engine(machine.dtype, options)
     scheme = None if checkpoint is None else narrow_scheme(read_config(checkpoint))
-    return NumberTypes.kept_as(machine.dtype, weights, None if scheme is None else scheme.type)
+    return NumberTypes.kept_as(machine.dtype, options, None if scheme is None else scheme.type)
+
+
+def enough_blocks(limits: Limits) -> int:
+    """As many as hold all sequences that may run, at full length; or as there may be."""
+    enough = limits.max_num_seqs * -(-limits.max_model_len // limits.block_size)
+    return min(enough, int(RANGES["num_blocks"].high))
 
 
 def with_blocks(
@@ -270,7 +279,7 @@ def with_blocks(
     layout: Layout,
     placements: Placements,
     seen: Sequence[RankMachine],
-    weights: WeightsType = "model",
+    options: Options = _PLAIN,
     checkpoint: Path | None = None,
 ) -> Limits:
     """The limits with `num_blocks`; with None as many as serve, or as there is room for.
@@ -279,15 +288,23 @@ def with_blocks(
         CapacityError: there is no room for the model and one sequence, or for `num_blocks`.
     """
     fit = partial(
-        fit_to_machine, model, layout, placements=placements, weights=weights, checkpoint=checkpoint
+        fit_to_machine, model, layout, placements=placements, options=options, checkpoint=checkpoint
     )
     if num_blocks is None:
-        enough = wanted.max_num_seqs * -(-wanted.max_model_len // wanted.block_size)
-        wanted = replace(wanted, num_blocks=min(enough, int(RANGES["num_blocks"].high)))
+        wanted = replace(wanted, num_blocks=enough_blocks(wanted))
         return fit(wanted, seen, _CPU_CACHE_SHARE)
     fitting = fit(wanted, seen, 1.0)
+    check_num_blocks(num_blocks, fitting)
+    return fitting
+
+
+def check_num_blocks(num_blocks: int, fitting: Limits) -> None:
+    """Refuse more blocks than there is memory for.
+
+    Raises:
+        CapacityError: with both numbers.
+    """
     if fitting.num_blocks < num_blocks:
         raise CapacityError(
             f"num_blocks is {num_blocks} but there is memory for {fitting.num_blocks}"
         )
-    return fitting

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -13,7 +14,9 @@ from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.engine import Engine, Prompt
 from expertlane.engine.launch import (
     check_deployment,
+    check_num_blocks,
     describe_ranks,
+    enough_blocks,
     start_pool,
     with_blocks,
 )
@@ -165,7 +168,7 @@ class LLM:
             pool.on_early_end(print_to_stderr)
         try:
             self._fit(wanted, num_blocks, deployment, placements)
-            given = deployment, seed, ranks_per_node, eos_token_ids, check
+            given = deployment, seed, ranks_per_node, eos_token_ids, check, num_blocks
             self.engine = self._start(lambda: self._make_engine(*given))
             self._set_up_changes(deployment, ranks_per_node, oversubscribe, on_failure)
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
@@ -180,9 +183,11 @@ class LLM:
         self.machine = tuple(self._start(lambda: describe_ranks(self._pool)))
         self.limits = with_blocks(
             *(wanted, num_blocks, self.model, deployment.layout, placements, self.machine),
-            deployment.options.weights,
+            deployment.options,
             self._folder,
         )
+        if self.machine[0].on_gpu and num_blocks is None:  # measured once the model is there
+            self.limits = replace(wanted, num_blocks=enough_blocks(wanted))
 
     def _set_up_changes(
         self,
@@ -225,6 +230,7 @@ class LLM:
         ranks_per_node: int,
         eos_token_ids: frozenset[int],
         check: CheckLevel,
+        num_blocks: int | None,
     ) -> Engine[Any]:
         """Load the model on the ranks, and put a scheduler before it."""
         runner = self._runner = ModelRunner(
@@ -237,7 +243,11 @@ class LLM:
             checkpoint=self._folder,
             check=check,
             log=print_to_stderr,
+            measures_memory=self.machine[0].on_gpu,
         )
+        if num_blocks is not None:
+            check_num_blocks(num_blocks, runner.limits)
+        self.limits = runner.limits
         scheduler = ContinuousScheduler(
             deployment.layout,
             deployment.options,

@@ -5,11 +5,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.trace import RoutingTrace
+from expertlane.engine.cache_size import measured_limits
 from expertlane.engine.checking import Checking
 from expertlane.engine.commands import (
     CacheInt8,
@@ -33,7 +35,7 @@ from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable
+from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable, GraphLimits
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel, Origin, Phase
@@ -56,6 +58,7 @@ class ModelRunner:
 
     Attributes:
         members: the processes of the layout.
+        limits: as given, with the cache that there is.
         held: [world_size]; what each rank has allocated.
         dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
         rebalancer: moves experts between steps; None where they stay.
@@ -64,6 +67,8 @@ class ModelRunner:
 
     Args:
         limits: of the scheduler; here, the size of the paged cache.
+        measures_memory: the cache is made as large as there is room for beside the largest step,
+            up to that size.
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
         seed: of the model's weights, where they come from no checkpoint.
         checkpoint: the folder the weights are in.
@@ -88,6 +93,7 @@ class ModelRunner:
         dispatch_table: DispatchTable | None = None,
         check: CheckLevel = "off",
         log: Callable[[str], None] = lambda line: None,
+        measures_memory: bool = False,
     ) -> None:
         self._pool = pool
         self.members, layout = Members(deployment.layout), deployment.layout
@@ -96,9 +102,16 @@ class ModelRunner:
         folder = str(checkpoint) if checkpoint else None
         kept = options.weights, options.cache_int8
         spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
-        self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size)
+        graphs = None
+        if options.cuda_graphs is not False:
+            graphs = GraphLimits(limits.max_num_seqs, limits.max_positions)
+        self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size, graphs)
         if options.cache_int8:
             _keep_int8(pool, model, folder, log)
+        if measures_memory:
+            limits = measured_limits(pool, self._deploy, self.members, limits, log)
+            self._deploy = msgspec.structs.replace(self._deploy, num_blocks=limits.num_blocks)
+        self.limits = limits
         held = pool.call(self._deploy)
         self.held = held[: layout.world_size]
         self.checking = None if check == "off" else Checking(pool, self.members)
@@ -206,6 +219,7 @@ class ModelRunner:
                 given.block_size,
                 tuple(sorted(self._to_discard)),
                 self.dispatch_table,
+                given.graphs,
             )
             commands.append((command, members.of_replica(replica)))
         if others := sorted(self._pool.present.difference(members.numbers)):
@@ -265,7 +279,8 @@ class ModelRunner:
         self.members, self._placements, self._is_reshaped = members, list(placements), True
         ranks_per_node = ranks_per_node or self.ranks_per_node
         spec = replace(self.spec_of(members, placements[0]), ranks_per_node=ranks_per_node)
-        self._deploy = Deploy(spec, given.options, given.num_blocks, given.block_size)
+        sizes = given.num_blocks, given.block_size, given.graphs
+        self._deploy = Deploy(spec, given.options, *sizes)
         if (table := self.dispatch_table) is not None:
             modes = given.options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
             if not set(table.modes) <= set(modes):

@@ -108,7 +108,7 @@ class Scaling:
             layout,
             placements,
             self.machine[0],
-            deployment.options.weights,
+            deployment.options,
             self._folder,
         )
         new = [rank for rank in range(layout.world_size) if rank not in pool.present]
@@ -178,7 +178,7 @@ class Scaling:
         try:
             with_blocks(
                 *(self._limits, self._limits.num_blocks, self._model, layout, placements, seen),
-                deployment.options.weights,
+                deployment.options,
                 self._folder,
             )
         except CapacityError as error:

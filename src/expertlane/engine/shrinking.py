@@ -80,7 +80,7 @@ class Shrinking:
             for placements in self._over_survivors(members, left):
                 with_blocks(
                     *(self._limits, self._limits.num_blocks, self._model, left.layout),
-                    *(placements, seen, options.weights, self._folder),
+                    *(placements, seen, options, self._folder),
                 )
         except CapacityError as error:
             raise CapacityError(f"layout {left.layout}: {error}") from None

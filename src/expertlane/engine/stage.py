@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from expertlane.comm.progress import NO_LAYER
+from expertlane.engine.cache_size import MeasureStep
 from expertlane.engine.commands import (
     CacheInt8,
     Deploy,
@@ -33,6 +34,7 @@ from expertlane.engine.commands import (
 from expertlane.engine.deployed_stage import DeployedStage
 from expertlane.engine.measure.machine import describe_machine, measure_rates
 from expertlane.engine.measure.operations import measure_launches, measure_operations
+from expertlane.engine.measure.step_memory import measure_step
 from expertlane.engine.measure.transfers import measure_contention, measure_transfers
 from expertlane.engine.preparing import drop_prepared, prepare
 from expertlane.engine.rank_checks import sum_weights
@@ -61,7 +63,10 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
         else:
             context.deployed.rejoin(())  # another epoch may have begun
         context.deployed.start(
-            options, num_blocks=command.num_blocks, block_size=command.block_size
+            options,
+            num_blocks=command.num_blocks,
+            block_size=command.block_size,
+            graphs=command.graphs,
         )
         held = context.deployed.held
     context.progress.enter(Stage.IDLE, NO_LAYER)
@@ -102,8 +107,13 @@ def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
         context.preparation = context.parked = None
         # What is of no use any more goes before more is read.
         deployed = context.deployed = DeployedStage(context, spec, given)
-        sizes = command.num_blocks, command.block_size
-        deployed.start(options, num_blocks=sizes[0], block_size=sizes[1], left=left)
+        deployed.start(
+            options,
+            num_blocks=command.num_blocks,
+            block_size=command.block_size,
+            graphs=command.graphs,
+            left=left,
+        )
         if command.dispatch_table is not None:
             deployed.set_dispatch(command.dispatch_table)
         held = deployed.held
@@ -159,4 +169,5 @@ HANDLERS: Handlers = {
     MeasureLaunches: measure_launches,
     MeasureTransfers: measure_transfers,
     MeasureContention: measure_contention,
+    MeasureStep: measure_step,
 }

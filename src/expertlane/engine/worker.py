@@ -15,11 +15,13 @@ from operator import or_
 from typing import Any
 
 from expertlane.comm.core_token import CoreToken
+from expertlane.comm.device import Event, await_event
+from expertlane.comm.epoch import Epoch
 from expertlane.comm.mesh import Meshes
 from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
 from expertlane.comm.transport import EpochEndedError, PeerLostError
 from expertlane.engine.commands import Command
-from expertlane.engine.connection import connect
+from expertlane.engine.connection import bound_s, connect
 from expertlane.engine.messages import (
     ANY_EPOCH,
     Channel,
@@ -93,6 +95,7 @@ class RankContext:
         if epoch != self.settings.epoch:
             self._count_ranks(self.board.files(epoch).num_ranks)
         connected = connect(self.settings, self.platform, self.share, self.board, epoch)
+        self.drop_graphs()
         self.meshes.renew(connected)
         self.epoch = epoch
         self.progress.set_waiting(False)  # a command that was left may have said that it waits
@@ -107,6 +110,21 @@ class RankContext:
         )
         if self.platform.device.type == "cpu" and not (is_same and self.cores.are_taken):
             self.cores.take(settings.local_rank, num_local_ranks)
+
+    def drop_graphs(self) -> None:
+        """Before the epoch is left: nccl does not end a group that a graph refers to."""
+        if self.deployed is not None:
+            self.deployed.drop_graphs()
+
+    def await_device(self, event: Event) -> None:
+        """Wait for a GPU, which may wait for other ranks.
+
+        Raises:
+            EpochEndedError, PeerLostError: as `await_event`.
+        """
+        self.progress.set_waiting(True)
+        await_event(event, Epoch(self.board, self.epoch), bound_s(self.settings))
+        self.progress.set_waiting(False)
 
     def core_token(self) -> CoreToken | None:
         """The right to compute on a core of this node; None where ranks have GPUs."""
@@ -176,6 +194,7 @@ def _answer(channel: Channel, settings: RankSettings, handlers: Handlers) -> int
                 context.join_epoch(settings.epoch)
         send(MessageKind.READY, Ready(os.getpid()), settings.epoch)
         _run_commands(channel, send, context, handlers)
+        context.drop_graphs()
         context.meshes.leave()
         return 0
     except UserError as error:

@@ -200,7 +200,8 @@ class Attention(PagedHeads):
         heads = self._of_heads(dim)
         kv_heads = range(first_kv * dim, (first_kv + self._num_kv_heads) * dim)
         self._eps = model.rms_norm_eps
-        self._attention_size, self._kv_size = model.attention_size, model.kv_size
+        sizes = model.attention_size, model.kv_size  # of queries and keys of all ranks
+        self._sizes = torch.tensor(sizes, device=source.device)
         parts = {"query": heads, "key": kv_heads, "value": kv_heads}
 
         def query_key_value() -> Linear:
@@ -297,8 +298,7 @@ class Attention(PagedHeads):
             )
             squares = gathered.view(tp.size, -1, 2).sum(dim=0) if len(squares) else squares
             recorder.enter(Stage.ATTENTION, layer)
-        sizes = torch.tensor([self._attention_size, self._kv_size], device=squares.device)
-        factors = torch.rsqrt(squares / sizes + self._eps)
+        factors = torch.rsqrt(squares / self._sizes + self._eps)
         query = query * factors[:, :1] * norms[0].float()
         key = key * factors[:, 1:] * norms[1].float()
         return torch.cat([query, key], dim=1).to(query_key.dtype).view(query_key.shape)

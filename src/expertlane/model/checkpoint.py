@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from expertlane.errors import SpecError
-from expertlane.model.checkpoint_names import MXFP4_BLOCK, TensorLocation
+from expertlane.model.checkpoint_names import TensorLocation
 from expertlane.model.stored_tensors import (
     MAX_MAPPED_BYTES,
     PLAIN_TYPES,
     VALUES_OF_INT32,
     StoredTensors,
 )
+from expertlane.ops.mxfp4 import Mxfp4Weight
 from expertlane.ops.narrow import NarrowWeight
+from expertlane.spec.hf_config import MXFP4_BLOCK
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import Shape
 
@@ -58,7 +60,9 @@ class Checkpoint(StoredTensors):
         if not all(parts):
             return torch.empty([len(part) for part in parts], dtype=dtype)
         if self._is_mxfp4(stored):
-            return self._read_mxfp4(stored, shape, parts, dtype)
+            first = parts[1].start % MXFP4_BLOCK
+            whole = self._read_mxfp4(stored, shape, parts, dtype).widened()
+            return whole[:, first : first + len(parts[1])].contiguous()
         if self._is_narrow(stored):
             return self._read_narrow(stored, shape, parts, dtype).widened()
         if self._stored_type(stored.name) not in PLAIN_TYPES:
@@ -149,7 +153,8 @@ class Checkpoint(StoredTensors):
 
     def _read_mxfp4(
         self, stored: TensorLocation, shape: Shape, parts: list[range], dtype: torch.dtype
-    ) -> Tensor:
+    ) -> Mxfp4Weight:
+        """All blocks that the columns touch."""
         rows, columns = parts
         inside = range(columns.start // MXFP4_BLOCK, -(-columns.stop // MXFP4_BLOCK))
         index = _index(replace(stored, transposed=False), [rows, inside], shape[0])
@@ -157,9 +162,7 @@ class Checkpoint(StoredTensors):
         scales = torch.empty(len(rows), len(inside), dtype=torch.uint8)
         self._copy(f"{stored.name}_blocks", (*index, slice(None)), blocks)
         self._copy(f"{stored.name}_scales", index, scales)
-        values = dequantize_mxfp4(blocks, scales, dtype)
-        first = columns.start - inside.start * MXFP4_BLOCK
-        return values[:, first : first + len(columns)].contiguous()
+        return Mxfp4Weight(blocks.flatten(1), scales, dtype)
 
 
 def _index(stored: TensorLocation, parts: list[range], num_rows: int) -> Index:
@@ -177,11 +180,6 @@ def _index(stored: TensorLocation, parts: list[range], num_rows: int) -> Index:
     if stored.transposed:
         index.reverse()
     return tuple(index) if stored.expert is None else (stored.expert, *index)
-
-
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_E8M0_BIAS = 127
-_VALUES_AT_A_TIME = 4_194_304
 
 
 def with_block_scales(
@@ -205,25 +203,3 @@ def with_block_scales(
     if scales.shape[1] == 1:  # one for all columns
         of_columns = max(1, values.shape[1]), 0
     return NarrowWeight(values, scales.float()[of_row], *of_columns, dtype)
-
-
-def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values of 4 bits (e2m1) times powers of two (OCP Microscaling Formats, version 1.0).
-
-    Args:
-        blocks: [num_rows, num_blocks, 16] uint8; two values a byte, the lower half first.
-        scales: [num_rows, num_blocks] uint8; exponents with a bias of 127.
-
-    Returns:
-        [num_rows, 32 · num_blocks] in `dtype`.
-    """
-    num_rows, num_blocks = scales.shape
-    out = torch.empty(num_rows, num_blocks * MXFP4_BLOCK, dtype=dtype)
-    of_code = torch.tensor(_E2M1)
-    step = max(1, _VALUES_AT_A_TIME // max(1, out.shape[1]))
-    for start in range(0, num_rows, step):
-        rows = slice(start, start + step)
-        codes = torch.stack([blocks[rows] & 0x0F, blocks[rows] >> 4], dim=-1).flatten(-2)
-        exponents = scales[rows].int()[:, :, None] - _E8M0_BIAS
-        out[rows] = torch.ldexp(of_code[codes.int()], exponents).flatten(1)
-    return out

@@ -3,8 +3,6 @@
 import re
 from dataclasses import dataclass, replace
 
-MXFP4_BLOCK = 32  # values that share a scale
-
 _OUTSIDE = {
     "embedding": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",

@@ -177,18 +177,33 @@ def _threshold(p: Tensor, weights: Tensor, share: Tensor) -> Tensor:
     # The last digit holds what is too unlikely to be drawn, 0 above all: take it whole.
     sought = torch.where(digit == _RADIX - 1, -1, digit).int()
     chosen = torch.eq(digits, sought, out=torch.empty_like(digits)).bool()
-    rows, columns = chosen.nonzero(as_tuple=True)
-    return _select(rows, keys[rows, columns], weights[rows, columns], goal, digit << shift, shift)
+    rows = torch.arange(len(p), device=p.device)[:, None].expand_as(p)
+    entries = _only(chosen, rows, keys, weights)
+    return _select(*entries, goal, digit << shift, shift)
 
 
 def _threshold_of_few(p: Tensor, share: Tensor) -> Tensor:
     """The threshold with the probabilities as weights, where most of them are 0."""
-    rows, columns = p.nonzero(as_tuple=True)
-    values = p[rows, columns]
-    weights = values.double()
+    rows = torch.arange(len(p), device=p.device)[:, None].expand_as(p)
+    rows, values, weights = _only(p > 0, rows, p, p)
+    weights = weights.double()
     goal = share * weights.new_zeros(len(p)).index_add_(0, rows, weights)[:, None]
     start = torch.zeros_like(goal, dtype=torch.int64)
     return _select(rows, _keys(values), weights, goal, start, _NUM_DIGITS * _DIGIT_BITS)
+
+
+def _only(chosen: Tensor, *columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Some entries of three columns, the last of which are weights.
+
+    On a GPU they are all kept, and the others weigh nothing: the host would have to wait for the
+    number of the chosen ones.
+    """
+    if chosen.device.type == "cpu":
+        places = chosen.nonzero(as_tuple=True)
+        rows, keys, weights = (column[places] for column in columns)
+        return rows, keys, weights
+    rows, keys, weights = (column.reshape(-1) for column in columns)
+    return rows, keys, weights * chosen.reshape(-1)
 
 
 def _keys(p: Tensor) -> Tensor:
@@ -217,8 +232,7 @@ def _select(
         histogram = flat.index_add_(0, rows * _RADIX + digits, weights).view(num_rows, _RADIX)
         digit, goal = _digit_of_goal(histogram, goal)
         selected = selected + (digit << shift)
-        entries = (digits == digit[rows, 0]).nonzero().squeeze(1)
-        rows, keys, weights = rows[entries], keys[entries], weights[entries]
+        rows, keys, weights = _only(digits == digit[rows, 0], rows, keys, weights)
     return (selected.int() ^ _GREATEST_KEY).view(torch.float32)
 
 

@@ -5,6 +5,7 @@ attention and the next attention each token exists on its owner only.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from torch import Tensor
 from expertlane.cost.step.attention_sizes import pairs_and_positions
 from expertlane.model.latent_batch import LatentParts, latent_parts
 from expertlane.ops.kv_cache import PagedBatch
+from expertlane.ops.transfer import Array, to_device
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.layout import Coordinates, Layout, partition
@@ -26,6 +28,7 @@ class ForwardBatch:
     Attributes:
         pages: where its tokens stand in the cache.
         rotation: cosines and sines of its tokens' positions, once attention has taken them.
+        is_real: [num_owned]; of owned tokens, those that are no padding; None where all are.
 
     Args:
         batch: of this data-parallel rank.
@@ -34,6 +37,7 @@ class ForwardBatch:
         block_size: positions a block of the paged cache.
         dispatch_form, balances_copies: how its tokens travel to experts; the same on all ranks of
             the stage.
+        crowds: its tokens all go to the same experts, as many of them of the first rank as can be.
     """
 
     def __init__(
@@ -47,8 +51,10 @@ class ForwardBatch:
         dispatch_form: DispatchForm = "all_to_all",
         *,
         balances_copies: bool = False,
+        crowds: bool = False,
     ) -> None:
         self.dispatch_form, self.balances_copies = dispatch_form, balances_copies
+        self.crowds = crowds
         self.batch = batch
         self.pages = PagedBatch(batch, block_size, device)
         self._device = device
@@ -61,17 +67,38 @@ class ForwardBatch:
         self.rotation: tuple[Tensor, Tensor] | None = None
         self._latent_parts: LatentParts | None = None
         self._last = (np.cumsum(self.batch.num_scheduled_tokens) - 1)[self.batch.yields_token]
+        self._own_last: Tensor | None = None
+        self.is_real: Tensor | None = None
+        self._place()
+
+    def _place(self) -> None:
+        """Bring it to the device at once, where that is none of the host's."""
+        if self._device.type != "cpu":
+            self._take(to_device(self._columns(), self._device))
+
+    def _columns(self) -> list[Array]:
+        """What a step of this rank reads of the batch, to be brought to a GPU together."""
+        return [self._own_token_ids, self._last_of(self._at.tp_rank), *self.pages.columns()]
+
+    def _take(self, columns: Sequence[Tensor]) -> None:
+        """Have `_columns` on the device."""
+        self.owned_token_ids, self._own_last, *of_pages = columns
+        self.pages.take(of_pages)
 
     @property
     def num_owned(self) -> int:
         """Tokens this rank owns."""
         return self.tokens_of_tp_rank[self._at.tp_rank]
 
-    @property
+    @cached_property
     def owned_token_ids(self) -> Tensor:
         """[num_owned]; the vocabulary ids of the owned tokens."""
+        return torch.from_numpy(self._own_token_ids)
+
+    @property
+    def _own_token_ids(self) -> npt.NDArray[np.int64]:
         own = self._slices[self._at.tp_rank]
-        return torch.from_numpy(self.batch.token_ids[own.start : own.stop]).to(self._device)
+        return self.batch.token_ids[own.start : own.stop]
 
     def pairs_and_positions(self, window: int | None) -> tuple[int, int]:
         """Query-key pairs of one head, and positions of the cache that some new token sees."""
@@ -86,13 +113,19 @@ class ForwardBatch:
             self._latent_parts = latent_parts(self.pages, latent, self._device)
         return self._latent_parts
 
-    def last_tokens(self, tp_rank: int) -> Tensor:
-        """Which tokens of a tensor-parallel rank's slice yield a next one; places in the slice."""
-        own = self._slices[tp_rank]
-        last = self._last
+    @property
+    def last_tokens(self) -> Tensor:
+        """Which of the owned tokens yield a next one; places among them."""
+        if self._own_last is not None:
+            return self._own_last
+        return torch.from_numpy(self._last_of(self._at.tp_rank))
+
+    def _last_of(self, tp_rank: int) -> npt.NDArray[np.int64]:
+        """The same in a tensor-parallel rank's slice."""
+        own, last = self._slices[tp_rank], self._last
         if len(self._slices) > 1:
             last = last[(last >= own.start) & (last < own.stop)] - own.start
-        return torch.from_numpy(last)
+        return last
 
     def owned(self, rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
         """[tp]; of ascending tokens of the batch, those in each rank's slice; places in it."""
@@ -103,4 +136,4 @@ class ForwardBatch:
     @property
     def last_tokens_of_tp_rank(self) -> list[int]:
         """[tp]; how many tokens that yield a next one are in each tensor-parallel rank's slice."""
-        return [len(self.last_tokens(tp_rank)) for tp_rank in range(len(self._slices))]
+        return [len(self._last_of(tp_rank)) for tp_rank in range(len(self._slices))]

@@ -129,7 +129,7 @@ class LatentAttention(PagedHeads):
     ) -> Tensor:
         """The same, with keys and values of each head."""
         cache.clear(part.in_cache.begun_blocks)
-        cache.write(part.in_cache.slots, key, key[..., :0])
+        key, _ = cache.write(part.in_cache.slots, key, key[..., :0])
         room = KVCache.of(*self._room_for(part.num_positions, query))
         cached = part.in_cache.cached_slots
         if len(cached):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expertlane.cost.step.attention_sizes import takes_less_expanded
 from expertlane.ops.kv_cache import PagedBatch
+from expertlane.ops.transfer import to_device
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import LatentAttention
 
@@ -72,7 +73,7 @@ def latent_parts(pages: PagedBatch, latent: LatentAttention, device: torch.devic
         new = batch.num_scheduled_tokens[seqs]
         first = ends[seqs] - new
         places = np.repeat(first - (np.cumsum(new) - new), new) + np.arange(new.sum())
-        return torch.from_numpy(places).to(device)
+        return to_device([places], device)[0]
 
     expanded = []
     for room in rooms:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -184,6 +185,10 @@ class MoEBlock:
             norm = self._router.params.norm, self._router.params.eps
             x, hidden = self._ops.add_rms_norm(x, added, *norm)
             topk_ids, topk_weights = self._router.choose(hidden)
+        if batch.crowds:
+            topk_ids = self._crowded(topk_ids)
+        if batch.is_real is not None:
+            topk_ids = topk_ids.where(batch.is_real[:, None], -1)
         recorder.record_topk_ids(topk_ids)
         self._count_router(x.shape[0])
         recorder.check_finite(topk_weights, CheckPoint.ROUTER, layer)
@@ -202,6 +207,12 @@ class MoEBlock:
         if self.shared is not None:
             combined = combined + (yield from self.shared.forward(hidden, batch))
         return x + combined
+
+    def _crowded(self, topk_ids: Tensor) -> Tensor:
+        """The same experts for every token, those of the first rank before others."""
+        held = dict.fromkeys(chain.from_iterable(self.placement.experts_of_rank))
+        first = topk_ids.new_tensor(list(held)[: topk_ids.shape[1]])
+        return first.repeat(len(topk_ids), 1)
 
     def _compute_here(self, here: LocalExperts, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
         """The same without communication, in one call per stage."""

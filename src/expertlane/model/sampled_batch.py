@@ -1,9 +1,10 @@
 """Sequences that are sampled together, with their parameters side by side."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum, auto
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from expertlane.model.draw import (
     uniform_numbers,
 )
 from expertlane.ops.backend import backend_for
+from expertlane.ops.transfer import to_device
 from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprobs
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -45,16 +47,16 @@ class SampledSequence:
         self.seed = state.seed
         self.num_output_tokens = torch.tensor([len(output)])
         self.stop_token_ids = [each for each in state.stop_token_ids if each < vocab_size]
-        self.num_held = torch.tensor([max(0, params.min_tokens - len(output))])
-        self.repetition = self.counts = torch.empty(1, 0)
+        num_held = np.array([max(0, params.min_tokens - len(output))])
+        factors = counts = np.empty((1, 0), dtype=np.float32)
         if params.repetition_penalty != 1:
             factors = np.ones((1, vocab_size), dtype=np.float32)
             seen = np.concatenate((state.prompt_token_ids, output))
             factors[0, seen] = params.repetition_penalty
-            self.repetition = torch.from_numpy(factors).to(device)
         if params.counts_output:
-            counts = np.bincount(output, minlength=vocab_size).astype(np.float32)
-            self.counts = torch.from_numpy(counts[None]).to(device)
+            counts = np.bincount(output, minlength=vocab_size).astype(np.float32)[None]
+        columns = to_device([num_held, factors, counts], device)
+        self.num_held, self.repetition, self.counts = columns
 
 
 class SampledBatch:
@@ -114,28 +116,46 @@ class SampledBatch:
                 penalty.count(counted)
         return token_ids
 
-    def logprobs(self, logits: Tensor, token_ids: Tensor) -> Iterator[tuple[int, TokenLogprobs]]:
-        """Log-probabilities of the model's own distribution, by row, for those that want them.
+    def logprobs(self, logits: Tensor, token_ids: Tensor) -> "ChosenLogprobs | None":
+        """Log-probabilities of the model's own distribution; None where nobody wants them.
 
         Args:
             logits: [num_seqs, vocab_size] float32.
-            token_ids: [num_seqs]; the chosen ones; rows of `NO_TOKEN` are passed over.
+            token_ids: [num_seqs]; the chosen ones.
         """
         members = self._logprobs
         if not members:
-            return
+            return None
         own, chosen = logits[members.rows], token_ids[members.rows].clamp(min=0)
         nums = [sequence.params.logprobs or 0 for sequence in members.sequences]
         columns = token_logprobs(own, chosen, min(max(nums), own.shape[1]))
-        rows = zip(
-            members.numbers,
-            nums,
-            token_ids[members.rows].tolist(),
-            *(column.tolist() for column in columns),
-            strict=True,
-        )
-        for row, num, token_id, logprob, ids, values in rows:
-            if token_id != NO_TOKEN:
+        return ChosenLogprobs(members.numbers, nums, columns)
+
+
+class ChosenLogprobs(NamedTuple):
+    """Log-probabilities of chosen tokens and of the likeliest.
+
+    Attributes:
+        rows, nums: of those that want them, and how many of the likeliest.
+        columns: as `token_logprobs` gives them, on the device.
+    """
+
+    rows: list[int]
+    nums: list[int]
+    columns: tuple[Tensor, ...]
+
+    def read(
+        self, token_ids: list[int], columns: Sequence[Tensor]
+    ) -> Iterator[tuple[int, TokenLogprobs]]:
+        """By row; rows of `NO_TOKEN` are passed over.
+
+        Args:
+            token_ids: [num_seqs]; the chosen ones.
+            columns: on the host.
+        """
+        lists = (column.tolist() for column in columns)
+        for row, num, logprob, ids, values in zip(self.rows, self.nums, *lists, strict=True):
+            if (token_id := token_ids[row]) != NO_TOKEN:
                 top = tuple(zip(ids[:num], values[:num], strict=True))
                 yield row, TokenLogprobs(token_id, logprob, top)
 
@@ -163,7 +183,7 @@ class _Members:
         self.sequences = [sequence for _, sequence in found]
         self.rows: Tensor | slice = slice(None)
         if len(found) < len(sequences):
-            self.rows = torch.tensor(self.numbers, dtype=torch.int64, device=device)
+            (self.rows,) = to_device([np.array(self.numbers, dtype=np.int64)], device)
         self.device = device
 
     def __len__(self) -> int:
@@ -173,8 +193,9 @@ class _Members:
         self, value: Callable[[SamplingParams], float], dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """A parameter of each: [num_members, 1]."""
-        values = [[value(sequence.params)] for sequence in self.sequences]
-        return torch.tensor(values, dtype=dtype, device=self.device).view(-1, 1)
+        values = [value(sequence.params) for sequence in self.sequences]
+        (column,) = to_device([np.array(values, dtype=np.float64)], self.device)
+        return column.to(dtype)[:, None]
 
     def join(self, name: str) -> Tensor:
         """One tensor from an attribute of each, [num_members, …]; they keep views of it."""
@@ -191,9 +212,10 @@ class _LogitBias:
         biases = [sequence.params.logit_bias for sequence in members.sequences]
         rows = [row for row, pairs in zip(members.numbers, biases, strict=True) for _ in pairs]
         tokens = [token for pairs in biases for token, _ in pairs]
-        self._places = torch.tensor([rows, tokens], device=members.device).unbind()
         values = [value for pairs in biases for _, value in pairs]
-        self._values = torch.tensor(values, dtype=torch.float32, device=members.device)
+        columns = np.array([rows, tokens]), np.array(values, dtype=np.float32)
+        places, self._values = to_device(columns, members.device)
+        self._places = places.unbind()
 
     def apply(self, scores: Tensor) -> None:
         """Add to scores, [num_seqs, vocab_size], in place."""
@@ -215,13 +237,14 @@ class _HeldStops:
             )
             for token in sequence.stop_token_ids
         ]
-        self._places = torch.tensor(places, dtype=torch.int64).view(-1, 3).T
+        columns = np.array(places, dtype=np.int64).reshape(-1, 3).T
+        self._places = to_device([np.ascontiguousarray(columns)], members.device)[0].unbind()
 
     def apply(self, scores: Tensor) -> None:
         """Make them impossible in scores, [num_seqs, vocab_size], in place."""
-        members, rows, tokens = self._places
-        is_held = self._num_held[members] > 0
-        scores[rows[is_held].to(scores.device), tokens[is_held].to(scores.device)] = -math.inf
+        members, *places = self._places
+        own = scores[places[0], places[1]]
+        scores[places[0], places[1]] = own.masked_fill(self._num_held[members] > 0, -math.inf)
 
     def count(self, token_ids: Tensor) -> None:
         """One token less to come, whichever it is."""
@@ -306,14 +329,15 @@ class _Draws:
             return drawn
         greatest = scores.amax(1, keepdim=True)
         is_finite = greatest.isfinite()
-        if not is_finite.all():  # drawn from all the same: the numbers of other rows stay theirs
+        # Drawn from all the same: the numbers of other rows stay theirs. A GPU is not asked.
+        if scores.device.type != "cpu" or not is_finite.all():
             scores = scores.masked_fill(~is_finite, 0)
             greatest = greatest.masked_fill(~is_finite, 0)
         p = probabilities(scores, greatest, self._temperature)
         p = keep_likeliest(p, *limits)
         uniform = uniform_numbers(self._seeds, self._num_output_tokens.numpy())
         self._num_output_tokens += 1
-        token_ids = draw(p, torch.from_numpy(uniform).to(p.device))
+        token_ids = draw(p, *to_device([uniform], p.device))
         return token_ids.where(is_finite.squeeze(1), NO_TOKEN)
 
 
@@ -321,8 +345,9 @@ def _mask_out(scores: Tensor, masks: Mapping[int, npt.NDArray[np.uint8]]) -> Non
     """Make all other tokens impossible in scores, [num_seqs, vocab_size], in place."""
     bits = np.invert(np.stack(list(masks.values())))
     is_out = np.unpackbits(bits, axis=1, count=scores.shape[1], bitorder="little")
-    for row, of_row in zip(masks, torch.from_numpy(is_out.view(np.bool_)), strict=True):
-        scores[row].masked_fill_(of_row.to(scores.device), -math.inf)
+    (of_rows,) = to_device([is_out.view(np.bool_)], scores.device)
+    for row, of_row in zip(masks, of_rows, strict=True):
+        scores[row].masked_fill_(of_row, -math.inf)
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> float:

@@ -1,6 +1,6 @@
 """Chooses the next tokens of the sequences a rank finishes, each as its request asks."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from zlib import crc32
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertlane.model.draw import likeliest
-from expertlane.model.sampled_batch import SampledBatch, SampledSequence
+from expertlane.model.sampled_batch import ChosenLogprobs, SampledBatch, SampledSequence
 from expertlane.spec.sampling import SamplingState, TokenLogprobs
 
 _CACHED_VALUES = 1 << 18  # logits a CPU works on at a time; several times as fast as on millions
@@ -49,6 +49,60 @@ class SamplerStep:
     before: dict[int, _Admitted | None]
     masks: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
     chosen: list[tuple[list[_Admitted | None], list[int]]] = field(default_factory=list)
+
+
+class Sampled:
+    """Tokens that were chosen, and their log-probabilities, on the device where logits are.
+
+    Args:
+        step: that is to know them, once they are read.
+
+    Attributes:
+        tensors: to be brought to the host, and given to `read`.
+    """
+
+    def __init__(self, step: SamplerStep) -> None:
+        self._step = step
+        self._parts: list[tuple[list[int], list[_Admitted | None], ChosenLogprobs | None]] = []
+        self.tensors: list[Tensor] = []
+
+    def add(
+        self,
+        token_ids: Tensor,
+        seq_ids: Sequence[int] = (),
+        sequences: Sequence[_Admitted | None] = (),
+        logprobs: ChosenLogprobs | None = None,
+    ) -> None:
+        """Tokens of the next sequences, [num]; without `sequences`, of those that are not sampled.
+
+        Args:
+            logprobs: of some of them.
+        """
+        self._parts.append((list(seq_ids), list(sequences), logprobs))
+        self.tensors += [token_ids, *(() if logprobs is None else logprobs.columns)]
+
+    def read(self, tensors: Sequence[Tensor]) -> tuple[list[int], dict[int, TokenLogprobs]]:
+        """What came of it.
+
+        Args:
+            tensors: on the host.
+
+        Returns:
+            The token ids, [num_seqs], `NO_TOKEN` where the greatest logit is not finite; and the
+            log-probabilities by sequence id where asked for.
+        """
+        rest = iter(tensors)
+        token_ids: list[int] = []
+        found: dict[int, TokenLogprobs] = {}
+        for seq_ids, sequences, logprobs in self._parts:
+            of_part: list[int] = next(rest).tolist()
+            token_ids += of_part
+            if sequences:
+                self._step.chosen.append((sequences, of_part))
+            if logprobs is not None:
+                columns = [next(rest) for _ in logprobs.columns]
+                found |= {seq_ids[row]: each for row, each in logprobs.read(of_part, columns)}
+        return token_ids, found
 
 
 class Sampler:
@@ -134,33 +188,23 @@ class Sampler:
                     counted.append((own.seed, *map(of_tensor, counts)))
         return crc32(repr(counted).encode())
 
-    def sample(
-        self, seq_ids: list[int], logits: Tensor
-    ) -> tuple[list[int], dict[int, TokenLogprobs]]:
-        """The next token of each sequence, which is counted as part of its output.
+    def sample(self, seq_ids: list[int], logits: Tensor) -> "Sampled":
+        """Choose the next token of each sequence, which is counted as part of its output.
 
         Args:
             seq_ids: [num_seqs]; none twice.
             logits: [num_seqs, vocab_size] float32; some may be -inf.
-
-        Returns:
-            The token ids, [num_seqs], `NO_TOKEN` where the greatest logit is not finite; and the
-            log-probabilities by sequence id where asked for.
         """
+        sampled = Sampled(self._step)
         if self._admitted.keys().isdisjoint(seq_ids):
-            return likeliest(logits).tolist(), {}
-        token_ids: list[int] = []
-        logprobs: dict[int, TokenLogprobs] = {}
+            sampled.add(likeliest(logits))
+            return sampled
         for part in self._parts(len(seq_ids)):
             own_ids, own_logits = seq_ids[part], logits[part]
             sequences, batch = self._batch(tuple(own_ids))
             chosen = batch.choose(own_logits, self._masks_of(own_ids))
-            of_part: list[int] = chosen.tolist()
-            self._step.chosen.append((sequences, of_part))
-            token_ids += of_part
-            for row, found in batch.logprobs(own_logits, chosen):
-                logprobs[own_ids[row]] = found
-        return token_ids, logprobs
+            sampled.add(chosen, own_ids, sequences, batch.logprobs(own_logits, chosen))
+        return sampled
 
     def _masks_of(self, seq_ids: list[int]) -> dict[int, npt.NDArray[np.uint8]]:
         """By row."""

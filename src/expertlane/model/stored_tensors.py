@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 
 from expertlane.errors import SpecError
 from expertlane.model.checkpoint_names import (
-    MXFP4_BLOCK,
     TensorLocation,
     is_left_unread,
     tensor_locations,
@@ -22,6 +21,7 @@ from expertlane.model.checkpoint_names import (
 from expertlane.spec.files import INDEX_BYTES, check_regular, read_json_object
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import (
+    MXFP4_BLOCK,
     family_of,
     narrow_scheme,
     num_extra_layers,

@@ -22,7 +22,8 @@ from expertlane.model.weights import HeldWeights, WeightSource
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
 from expertlane.ops.layers import LayersPart
-from expertlane.spec.deployment import DispatchForm, PayloadType
+from expertlane.ops.transfer import to_device
+from expertlane.spec.deployment import DispatchForm, KVCacheType, PayloadType
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
@@ -82,7 +83,7 @@ class OutputHead:
         """
         enter, tp = self._recorder.enter, self._mesh.tp
         enter(Stage.HEAD)
-        last = batch.last_tokens(self._mesh.at.tp_rank)
+        last = batch.last_tokens
         if tp.size == 1 and self._part is not None and self._part.takes(x):
             token_ids = None if needs_logits else last.new_empty(len(last))
             logits = self._part(x, last, token_ids)
@@ -97,10 +98,7 @@ class OutputHead:
             logits = self._head(hidden).float()
         self._count(len(hidden))
         if needs_logits:
-            all_logits = logits
-            if tp.size > 1:
-                all_logits = yield from self._gather_logits(logits)
-            return HeadResult(None, logits, all_logits)
+            return HeadResult(None, logits, (yield from self.whole(logits)))
         if tp.size == 1:
             return HeadResult(likeliest(logits), logits, None)
         best = self._best(logits) if best is None else best
@@ -119,19 +117,17 @@ class OutputHead:
         self._recorder.enter(Stage.HEAD)
         for chunk in scored.chunks(sum(self._vocab_of_tp_rank)):
             of_tp_rank = batch.owned(scored.rows[chunk])
-            own = torch.from_numpy(of_tp_rank[self._mesh.at.tp_rank])
+            (own,) = to_device([of_tp_rank[self._mesh.at.tp_rank]], x.device)
             hidden = yield from self._normed(x, own, list(map(len, of_tp_rank)))
             logits = self._head(hidden).float()
             self._count(len(hidden))
-            if self._mesh.tp.size > 1:
-                logits = yield from self._gather_logits(logits)
-            found.append(scored.score(logits, chunk))
+            found.append(scored.score((yield from self.whole(logits)), chunk))
         return scored.parts(found)
 
     def _normed(self, x: Tensor, own: Tensor, num_of_tp_rank: list[int]) -> Steps[Tensor]:
         """[num_rows, hidden_size]; rows of all tensor-parallel ranks, `own` of this one's."""
         recorder, tp = self._recorder, self._mesh.tp
-        hidden = self._ops.rms_norm(x[own.to(x.device)], self._norm, self._eps)
+        hidden = self._ops.rms_norm(x[own], self._norm, self._eps)
         if tp.size > 1:
             recorder.enter(Stage.COLLECTIVES)
             hidden = yield from tp.gathered(hidden, num_of_tp_rank)
@@ -143,9 +139,11 @@ class OutputHead:
             2 * num_seqs * self._head.num_weights, self._head.num_bytes if num_seqs else 0
         )
 
-    def _gather_logits(self, logits: Tensor) -> Steps[Tensor]:
+    def whole(self, logits: Tensor) -> Steps[Tensor]:
         """[num_seqs, vocab_size], from every rank's part of the vocabulary."""
         recorder, tp = self._recorder, self._mesh.tp
+        if tp.size == 1:
+            return logits
         recorder.enter(Stage.COLLECTIVES)
         # The vocabulary is what is cut: it must be the rows.
         gathered = yield from tp.gathered(logits.t().contiguous(), self._vocab_of_tp_rank)
@@ -223,7 +221,7 @@ class TransformerStage:
     ) -> None:
         self.model = model
         self.mesh = mesh
-        self._dtype, self._device = source.dtype, source.device
+        self._dtype, self.device = source.dtype, source.device
         self._caches: list[KVCache] = []
         self._part: LayersPart | None = None
         self._meter: Meter | None = None  # that the part adds to
@@ -278,11 +276,16 @@ class TransformerStage:
             layer.index: layer.block for layer in self._layers if isinstance(layer.block, MoEBlock)
         }
 
-    def allocate_cache(self, num_blocks: int, block_size: int) -> None:
+    def allocate_cache(
+        self, num_blocks: int, block_size: int, kv_dtype: KVCacheType = "model"
+    ) -> None:
         """Make room for `num_blocks` blocks of `block_size` positions; forget what was there."""
         self._part, self._caches = None, []
         self._caches = [
-            KVCache(num_blocks, block_size, *layer.attention.cache_dims, self._dtype, self._device)
+            KVCache(
+                *(num_blocks, block_size, *layer.attention.cache_dims, self._dtype, self.device),
+                is_float8=kv_dtype == "float8",
+            )
             for layer in self._layers
         ]
 
@@ -309,6 +312,12 @@ class TransformerStage:
             self._meter = meter
         return self._part
 
+    def with_all_logits(self, result: HeadResult) -> Steps[HeadResult]:
+        """The head's result of likeliest tokens, with logits of the whole vocabulary instead."""
+        assert self._head is not None, "it is the last stage"
+        all_logits = yield from self._head.whole(result.logits)
+        return result._replace(token_ids=None, all_logits=all_logits)
+
     def embed(self, batch: ForwardBatch) -> Tensor:
         """First stage only: the hidden states of the owned tokens, [num_owned, hidden_size]."""
         assert self._embedding is not None, "only the first stage holds the embedding"
@@ -318,7 +327,7 @@ class TransformerStage:
     def empty_hidden(self, num_tokens: int) -> Tensor:
         """Room for hidden states from another stage, [num_tokens, hidden_size]."""
         shape = (num_tokens, self.model.hidden_size)
-        return torch.empty(shape, dtype=self._dtype, device=self._device)
+        return torch.empty(shape, dtype=self._dtype, device=self.device)
 
     def forward(
         self,

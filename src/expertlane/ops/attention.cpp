@@ -179,17 +179,30 @@ struct NewTokens {
     int64_t count;
 };
 
-// A token's heads [kv_heads, dim] to where the cache [blocks, kv_heads, block_size, dim] has them.
+// Keys or values [blocks, kv_heads, block_size, dim]; if float8, with a scale for each row.
+struct Store {
+    void* rows;
+    uint8_t* scales;  // null: of the type of queries
+};
+
+// A token's heads [kv_heads, dim] to where the cache has them.
 template <class T>
-void put_heads(const Call<T>& call, const T* from, int64_t slot, int64_t dim, T* cache) {
-    const int64_t size = call.block_size, row = slot / size * call.kv_heads * size + slot % size;
+void put_heads(const Call<T>& call, const T* from, int64_t slot, int64_t dim, const Store& cache) {
+    const int64_t size = call.block_size, first = slot / size * call.kv_heads * size + slot % size;
     for (int64_t head = 0; head < call.kv_heads; ++head) {
-        std::memcpy(cache + (row + head * size) * dim, from + head * dim, (size_t)dim * sizeof(T));
+        const int64_t row = first + head * size;
+        const T* x = from + head * dim;
+        if (cache.scales) {
+            round_row(x, dim, (E4m3*)cache.rows + row * dim, cache.scales + row);
+        } else {
+            std::memcpy((T*)cache.rows + row * dim, x, (size_t)dim * sizeof(T));
+        }
     }
 }
 
 template <class T>
-void attend(const Call<T>& call, const NewTokens<T>& added, T* keys, T* values, int64_t seqs) {
+void attend(const Call<T>& call, const NewTokens<T>& added, const Store& keys, const Store& values,
+            int64_t seqs) {
     Plan plan = plan_of(call, seqs);
     const int64_t num_pieces = (int64_t)plan.pieces.size(), num_cut = (int64_t)plan.cut.size();
 #pragma omp parallel
@@ -199,7 +212,7 @@ void attend(const Call<T>& call, const NewTokens<T>& added, T* keys, T* values, 
         for (int64_t i = 0; i < added.count; ++i) {
             const int64_t slot = added.slots[i];
             put_heads(call, added.keys + i * added.key_stride, slot, call.key_dim, keys);
-            if (!values) continue;
+            if (!values.rows) continue;
             put_heads(call, added.values + i * added.value_stride, slot, call.value_dim, values);
         }
 #pragma omp for schedule(dynamic, 1)
@@ -218,14 +231,16 @@ void attend(const Call<T>& call, const NewTokens<T>& added, T* keys, T* values, 
 template <class T>
 void attend(const T* q, int64_t q_stride, const T* new_keys, int64_t new_key_stride,
             const T* new_values, int64_t new_value_stride, const int64_t* slots, int64_t tokens,
-            T* keys, T* values, const int64_t* tables, int64_t width, const int64_t* first_token,
-            const int64_t* scheduled, const int64_t* lengths, int64_t seqs, int64_t heads,
-            int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_size, float scale,
-            int64_t window, const float* sinks, T* out) {
-    const int64_t stride = values ? value_dim : key_dim;
-    const Call<T> call{q, q_stride, keys, values ? values : keys, tables, width, first_token,
-                       scheduled, lengths, heads, heads / kv_heads, kv_heads, key_dim, value_dim,
-                       block_size, stride, scale * kLog2E, window, sinks, out, values != nullptr};
+            const Store& keys, const Store& values, const int64_t* tables, int64_t width,
+            const int64_t* first_token, const int64_t* scheduled, const int64_t* lengths,
+            int64_t seqs, int64_t heads, int64_t kv_heads, int64_t key_dim, int64_t value_dim,
+            int64_t block_size, float scale, int64_t window, const float* sinks, T* out) {
+    const bool has_values = values.rows;
+    const Store& of_values = has_values ? values : keys;
+    const Call<T> call{q, q_stride, (const T*)keys.rows, (const T*)of_values.rows, tables, width,
+                       first_token, scheduled, lengths, heads, heads / kv_heads, kv_heads, key_dim,
+                       value_dim, block_size, has_values ? value_dim : key_dim, scale * kLog2E,
+                       window, sinks, out, has_values, keys.scales, of_values.scales};
     attend(call, {new_keys, new_key_stride, new_values, new_value_stride, slots, tokens}, keys,
            values, seqs);
 }
@@ -240,27 +255,30 @@ extern "C" {
 // cache slots [tokens]; keys and values [blocks, kv_heads, block_size, dim], values null where they
 // are the first value_dim of the keys. Of sequence s: block table tables[s], new tokens from
 // first_token[s] on, scheduled[s] of them, the last at position lengths[s] - 1. Strides are those
-// of tokens. A window of 0 is none; sinks [heads] or null; out [tokens, heads, value_dim].
+// of tokens. Scales [blocks, kv_heads, block_size] of keys and values that are float8, or null. A window of 0 is none; sinks [heads] or null; out [tokens, heads, value_dim].
 void attention(const bf16* q, int64_t q_stride, const bf16* new_keys, int64_t new_key_stride,
                const bf16* new_values, int64_t new_value_stride, const int64_t* slots,
-               int64_t tokens, bf16* keys, bf16* values, const int64_t* tables, int64_t width,
+               int64_t tokens, void* keys, void* values, uint8_t* key_scales,
+               uint8_t* value_scales, const int64_t* tables, int64_t width,
                const int64_t* first_token, const int64_t* scheduled, const int64_t* lengths,
                int64_t seqs, int64_t heads, int64_t kv_heads, int64_t key_dim, int64_t value_dim,
                int64_t block_size, float scale, int64_t window, const float* sinks, bf16* out) {
-    attend(q, q_stride, new_keys, new_key_stride, new_values, new_value_stride, slots, tokens, keys,
-           values, tables, width, first_token, scheduled, lengths, seqs, heads, kv_heads, key_dim,
-           value_dim, block_size, scale, window, sinks, out);
+    attend(q, q_stride, new_keys, new_key_stride, new_values, new_value_stride, slots, tokens,
+           {keys, key_scales}, {values, value_scales}, tables, width, first_token, scheduled,
+           lengths, seqs, heads, kv_heads, key_dim, value_dim, block_size, scale, window, sinks,
+           out);
 }
 
 void attention_float(const float* q, int64_t q_stride, const float* new_keys,
                      int64_t new_key_stride, const float* new_values, int64_t new_value_stride,
-                     const int64_t* slots, int64_t tokens, float* keys, float* values,
-                     const int64_t* tables, int64_t width, const int64_t* first_token,
+                     const int64_t* slots, int64_t tokens, void* keys, void* values,
+                     uint8_t* key_scales, uint8_t* value_scales, const int64_t* tables, int64_t width, const int64_t* first_token,
                      const int64_t* scheduled, const int64_t* lengths, int64_t seqs, int64_t heads,
                      int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_size,
                      float scale, int64_t window, const float* sinks, float* out) {
-    attend(q, q_stride, new_keys, new_key_stride, new_values, new_value_stride, slots, tokens, keys,
-           values, tables, width, first_token, scheduled, lengths, seqs, heads, kv_heads, key_dim,
-           value_dim, block_size, scale, window, sinks, out);
+    attend(q, q_stride, new_keys, new_key_stride, new_values, new_value_stride, slots, tokens,
+           {keys, key_scales}, {values, value_scales}, tables, width, first_token, scheduled,
+           lengths, seqs, heads, kv_heads, key_dim, value_dim, block_size, scale, window, sinks,
+           out);
 }
 }

@@ -170,7 +170,7 @@ struct FewRoom {
     using X = Operand<T>;
 
     int64_t key_dim, value_dim, state_size, block;  // positions of a block
-    bool is_whole;  // vectors fit heads: keys and values need no copies with zeros after them
+    bool is_whole;  // keys and values need no copies: vectors fit heads, and none is to be widened
     std::vector<X> queries, keys, values;
     std::vector<float> logits;
     std::vector<X> weights;
@@ -181,7 +181,7 @@ struct FewRoom {
           state_size(call.state_size()),
           block(std::clamp<int64_t>(kBlockBytes / call.position_bytes() / kSums * kSums, kSums,
                                     kKeys)),
-          is_whole(key_dim == call.key_dim && value_dim == call.value_dim),
+          is_whole(!call.key_scales && key_dim == call.key_dim && value_dim == call.value_dim),
           queries(call.kv_heads * most_rows * key_dim), keys(is_whole ? 0 : kKeys * key_dim),
           values(is_whole ? 0 : kKeys * value_dim), logits(4 * kKeys), weights(4 * kKeys) {}
 
@@ -255,6 +255,15 @@ struct FewRoom {
             std::fill(state, state + state_size, 0.0f);
             state[state_size - kLanes] = kMasked;
         }
+        if (is_whole) {
+            attend_in_place(call, task);
+        } else {
+            attend_copies(call, task);
+        }
+    }
+
+    void attend_in_place(const Call<T>& call, const Task& task) {
+        const int64_t heads = task.end_head - task.head;
         Rows<T> rows;
         int64_t n = std::min<int64_t>(block, task.end - task.first);
         point_at(call, task, task.first, n, rows.next_keys, rows.next_values);
@@ -266,13 +275,7 @@ struct FewRoom {
             std::memcpy(rows.values, rows.next_values, sizeof(rows.values));
             rows.num = n, rows.num_next = next;
             if (next) point_at(call, task, first + n, next, rows.next_keys, rows.next_values);
-            for (int64_t h = 0; h < heads; ++h) {
-                if (is_whole) {
-                    attend_block(call, task, rows, h, first, n);
-                } else {
-                    attend_block(call, task, copied(call, rows, h), h, first, n);
-                }
-            }
+            for (int64_t h = 0; h < heads; ++h) attend_block(call, task, rows, h, first, n);
             n = next;
         }
     }
@@ -288,16 +291,25 @@ struct FewRoom {
         }
     }
 
-    // Copies with zeros up to whole vectors.
-    Rows<X> copied(const Call<T>& call, const Rows<T>& from, int64_t head) {
+    // Copies have zeros up to whole vectors.
+    void attend_copies(const Call<T>& call, const Task& task) {
         Rows<X> rows{};
         for (int t = 0; t < kKeys; ++t) {
-            X* key = keys.data() + t * key_dim;
-            X* value = values.data() + t * value_dim;
-            copy_row(from.keys[t] + head * from.key_offset, call.key_dim, key_dim, key);
-            copy_row(from.values[t] + head * from.value_offset, call.value_dim, value_dim, value);
-            rows.keys[t] = key, rows.values[t] = value;
+            rows.keys[t] = keys.data() + t * key_dim;
+            rows.values[t] = values.data() + t * value_dim;
         }
-        return rows;
+        int64_t at[kKeys];
+        for (int64_t first = task.first; first < task.end; first += block) {
+            const int64_t n = std::min<int64_t>(block, task.end - first);
+            find_rows(call, task, first, n, at);
+            for (int64_t h = 0; h < task.end_head - task.head; ++h) {
+                for (int64_t t = 0; t < round_up(n, kSums); ++t) {
+                    const int64_t row = at[t] + (task.head + h) * call.block_size;
+                    call.take_key(row, key_dim, keys.data() + t * key_dim);
+                    call.take_value(row, value_dim, values.data() + t * value_dim);
+                }
+                attend_block(call, task, rows, h, first, n);
+            }
+        }
     }
 };

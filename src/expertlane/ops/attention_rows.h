@@ -9,7 +9,7 @@
 
 #include <vector>
 
-#include "lanes.h"
+#include "e4m3.h"
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kMasked = -1e30f;  // a logit of what is not seen; also the largest of nothing
@@ -102,10 +102,25 @@ struct Call {
     const float* sinks;
     T* out;
     bool has_values;  // else they are a part of the keys
+    const uint8_t *key_scales, *value_scales;  // of each row, then they are float8; else null
 
     int64_t state_size() const { return round_up(value_dim, kPanel) + kLanes; }
     int64_t position_bytes() const {
         return kv_heads * (key_dim + (has_values ? value_stride : 0)) * (int64_t)sizeof(T);
+    }
+    // Of a row of the cache, as an operand with zeros up to `padded`.
+    void take_key(int64_t row, int64_t padded, Operand<T>* to) const {
+        take(keys, key_scales, row, key_dim, key_dim, padded, to);
+    }
+    void take_value(int64_t row, int64_t padded, Operand<T>* to) const {
+        take(values, value_scales, row, value_stride, value_dim, padded, to);
+    }
+
+  private:
+    static void take(const T* pages, const uint8_t* scales, int64_t row, int64_t stride,
+                     int64_t size, int64_t padded, Operand<T>* to) {
+        if (!scales) return copy_row(pages + row * stride, size, padded, to);
+        widen_row((const E4m3*)pages + row * stride, scales[row], size, padded, to);
     }
 };
 

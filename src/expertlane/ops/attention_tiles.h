@@ -53,7 +53,7 @@ struct TileRoom {
     static constexpr int64_t kStep = kInPairs<T> ? 2 : 1;  // values of a product's step
 
     int64_t key_dim, key_stride, value_dim, state_size, most_rows;
-    std::vector<X> keys, values, queries, weights;
+    std::vector<X> keys, values, value_rows, queries, weights;
     std::vector<float> logits;
     std::vector<float> most, sum;
     std::vector<int32_t> own;  // the rows' positions, from the block's first on
@@ -62,7 +62,7 @@ struct TileRoom {
         : key_dim(round_up(call.key_dim, kRoundUp)), key_stride(key_dim + kLinePad),
           value_dim(round_up(call.value_dim, kPanel)), state_size(call.state_size()),
           most_rows(round_up(rows, kPanel)), keys(kKeys * key_stride),
-          values(kKeys * value_dim), queries(most_rows * key_dim), weights(kKeys * kPanel),
+          values(kKeys * value_dim), value_rows(kStep * value_dim), queries(most_rows * key_dim), weights(kKeys * kPanel),
           logits(kKeys * kPanel), most(most_rows), sum(most_rows), own(most_rows) {}
 
     // Rows as panels [key_dim / kStep][kPanel][kStep].
@@ -84,29 +84,24 @@ struct TileRoom {
 
     // Keys side by side; values as panels [n / kStep][kPanel][kStep], even places first.
     void take_block(const Call<T>& call, const int64_t* rows, int64_t n, int64_t head) {
-        const T* of_keys = call.keys + head * call.block_size * call.key_dim;
-        const T* of_values = call.values + head * call.block_size * call.value_stride;
+        const int64_t first = head * call.block_size;
         for (int64_t t = 0; t < round_up(n, kKeyTile); ++t) {
-            copy_row(of_keys + rows[t] * call.key_dim, call.key_dim, key_dim,
-                     keys.data() + t * key_stride);
+            call.take_key(first + rows[t], key_dim, keys.data() + t * key_stride);
         }
         for (int64_t t = 0; t < n; t += kStep) {
-            const T* a = of_values + rows[t] * call.value_stride;
             X* to = values.data() + t * kPanel;
-            if constexpr (kInPairs<T>) {
-                const T* b = of_values + rows[t + 1] * call.value_stride;
-                for (int64_t d = 0; d < value_dim; d += kPanel, to += kKeys * kPanel) {
-                    const int64_t left = call.value_dim - d;
-                    const Bits x = left < kPanel ? load_pairs_part(a + d, left) : load_pairs(a + d);
-                    const Bits y = left < kPanel ? load_pairs_part(b + d, left) : load_pairs(b + d);
-                    const Bits even = even_pairs(x, y), odd = odd_pairs(x, y);
+            for (int i = 0; i < kStep; ++i) {
+                call.take_value(first + rows[t + i], value_dim, value_rows.data() + i * value_dim);
+            }
+            for (int64_t d = 0; d < value_dim; d += kPanel, to += kKeys * kPanel) {
+                const X* row = value_rows.data() + d;
+                if constexpr (kInPairs<T>) {
+                    const Bits a = load_pairs(row), b = load_pairs(row + value_dim);
+                    const Bits even = even_pairs(a, b), odd = odd_pairs(a, b);
                     std::memcpy(to, &even, sizeof(even));
                     std::memcpy(to + kPanel, &odd, sizeof(odd));
-                }
-            } else {
-                for (int64_t d = 0; d < value_dim; d += kPanel, to += kKeys * kPanel) {
-                    const int64_t size = std::min(call.value_dim - d, kPanel);
-                    copy_row<T>(a + d, size, kPanel, to);
+                } else {
+                    std::memcpy(to, row, kPanel * sizeof(X));
                 }
             }
         }

@@ -3,8 +3,9 @@
 `EXPERTLANE_BACKEND` is `cpu` for our own kernels on the CPU, `cuda` for those on GPUs, or `torch`;
 unset, ours if available.
 `EXPERTLANE_CPU_ISA` is the largest instruction set that may be used; unset, the best there is.
-`EXPERTLANE_TRANSPORT` is `shared_memory` or `gloo`, for ranks that compute on a CPU; unset, the
-first where the ranks of a node share memory; between nodes it is gloo.
+`EXPERTLANE_TRANSPORT` is `shared_memory` or `gloo`, through the memory of hosts. Set, ranks may
+share GPUs, where there are any. Unset, each needs a GPU of its own, and they talk by nccl; else
+they compute on CPUs, and share memory where a node's ranks can; between nodes it is gloo.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ from expertlane.ops.vector import VectorBackend
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SHARED_MEMORY = "shared_memory"  # begins the name of that transport
+STAGED = ", staged on the host"  # ends it
 _TORCH = TorchBackend()
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES = 128 << 20  # at most, on top of a rank's heap
@@ -108,10 +110,15 @@ def compiled_messages() -> ctypes.CDLL | None:
     return backend.baseline if isinstance(backend, CpuBackend) else None
 
 
-def _transport_of_cpu(*, shares_memory: bool, several_nodes: bool) -> str:
+def _wanted_transport() -> str | None:
     value = os.environ.get("EXPERTLANE_TRANSPORT") or None
     if value not in (None, "shared_memory", "gloo"):
         raise UserError(f"EXPERTLANE_TRANSPORT is {value!r}; valid: shared_memory, gloo")
+    return value
+
+
+def _transport_of_hosts(*, shares_memory: bool, several_nodes: bool) -> str:
+    value = _wanted_transport()
     if value == "shared_memory" and not shares_memory:
         raise UserError(
             "EXPERTLANE_TRANSPORT=shared_memory, but these ranks share no memory; valid here: gloo"
@@ -159,11 +166,14 @@ class Platform:
     """Where a rank computes and how it communicates.
 
     Attributes:
-        transport: begins with `shared_memory`, or is torch.distributed's name of it.
+        transport: begins with `shared_memory`, or with torch.distributed's name of it; the end says
+            so where what GPUs exchange is staged on their hosts.
         kernels: what computes: on GPUs `torch and expertlane (triton 3.6.0)`; on CPUs `expertlane
             (avx2)` for our own kernels with the instruction set in parentheses, `torch and
             expertlane (avx2)` where torch computes products of many rows; else `torch`, with the
             reason where ours would have been better.
+        ranks_on_device: that compute on this rank's GPU.
+        num_idle_gpus: of this node, not used because there are fewer than ranks.
     """
 
     device: torch.device
@@ -171,6 +181,13 @@ class Platform:
     dtype: torch.dtype
     device_name: str
     kernels: str
+    ranks_on_device: int = 1
+    num_idle_gpus: int = 0
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether what GPUs exchange goes through the memory of hosts."""
+        return self.transport.endswith(STAGED)
 
     @property
     def dtype_name(self) -> str:
@@ -187,7 +204,7 @@ def choose_platform(
     several_nodes: bool = False,
     touch: Callable[[], None] | None = None,
 ) -> Platform:
-    """One GPU a rank with NCCL and float16 where there are enough; else the CPU and float32.
+    """GPUs and float16, with nccl if each rank has one; else the CPU and float32.
 
     Args:
         shares_memory: whether the ranks of this node have inherited memory that they share.
@@ -198,26 +215,45 @@ def choose_platform(
         UserError: float16 was asked for on a CPU, which has no fast float16 arithmetic; or the
             kernels or the transport that the user demands are not available.
     """
-    has_gpus = torch.cuda.is_available() and torch.cuda.device_count() >= num_local_ranks
-    if has_gpus and _wanted_backend() != "cpu":
-        device = torch.device("cuda", local_rank)
+    num_gpus = 0 if _wanted_backend() == "cpu" else _num_gpus()
+    through_hosts = _wanted_transport() is not None
+    on_gpu = num_gpus > 0 and (through_hosts or num_gpus >= num_local_ranks)
+    if not on_gpu:
+        _check_cpu(dtype_name, num_gpus)
+    transport = "nccl"
+    if through_hosts or not on_gpu:
+        # Compile kernels if need be: a rank is only said to be up afterwards, so no step waits.
+        if touch is not None:
+            _best_of_cpu(partial(build, touch=touch))
+        transport = _transport_of_hosts(shares_memory=shares_memory, several_nodes=several_nodes)
+    if on_gpu:
+        transport += STAGED if through_hosts else ""
+        device = torch.device("cuda", local_rank % num_gpus)
         torch.cuda.set_device(device)
-        name = torch.cuda.get_device_name(device)
-        kernels = _kernels_of_cuda(device)
-        return Platform(device, "nccl", DTYPES[dtype_name or "float16"], name, kernels)
+        name, dtype = torch.cuda.get_device_name(device), DTYPES[dtype_name or "float16"]
+        sharing = max(1, len(range(local_rank % num_gpus, num_local_ranks, num_gpus)))
+        return Platform(device, transport, dtype, name, _kernels_of_cuda(device), sharing)
+    _keep_freed_memory()
+    dtype = DTYPES[dtype_name or "float32"]
+    kernels = _kernels_of_cpu(dtype)
+    return Platform(torch.device("cpu"), transport, dtype, "CPU", kernels, num_idle_gpus=num_gpus)
+
+
+def _num_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _check_cpu(dtype_name: str | None, num_gpus: int) -> None:
+    """Refuse what a CPU has not."""
+    sharing = "; EXPERTLANE_TRANSPORT=shared_memory lets ranks share GPUs" if num_gpus else ""
     if _wanted_backend() == "cuda":
         raise UserError(
-            "EXPERTLANE_BACKEND=cuda needs a GPU for every rank; valid here: cpu, torch"
+            f"EXPERTLANE_BACKEND=cuda needs a GPU for every rank; valid here: cpu, torch{sharing}"
         )
     if dtype_name == "float16":
-        raise UserError("dtype float16 needs a GPU for every rank; valid here: float32, bfloat16")
-    _keep_freed_memory()
-    device, dtype = torch.device("cpu"), DTYPES[dtype_name or "float32"]
-    # Compile kernels if need be: a rank is only said to be up afterwards, so no step waits for it.
-    if touch is not None:
-        _best_of_cpu(partial(build, touch=touch))
-    transport = _transport_of_cpu(shares_memory=shares_memory, several_nodes=several_nodes)
-    return Platform(device, transport, dtype, "CPU", _kernels_of_cpu(dtype))
+        raise UserError(
+            f"dtype float16 needs a GPU for every rank; valid here: float32, bfloat16{sharing}"
+        )
 
 
 def _kernels_of_cuda(device: torch.device) -> str:

@@ -33,8 +33,8 @@ class CpuBackend(TorchBackend):
     def __init__(self, baseline: ctypes.CDLL) -> None:
         self.baseline = baseline
         self._choose_copies = function_of(baseline, "choose_copies", "pnpnpnnp")
-        self._rows_by_peer = function_of(baseline, "rows_by_peer", "pnnninpppp", "n")
-        self._group_pairs = function_of(baseline, "group_pairs", "pnnniinppppp", "n")
+        self._rows_by_peer = function_of(baseline, "rows_by_peer", "pnnninipppp", "n")
+        self._group_pairs = function_of(baseline, "group_pairs", "pnnniinnppppp", "n")
         self._outgoing = function_of(baseline, "outgoing", "pnnpnpnninppppp", "n")
         self._leaving = function_of(baseline, "leaving", "pnninpppp", "n")
         self._balance_copies = function_of(baseline, "balance_copies", "ppnnnnnppppnpp")
@@ -59,14 +59,16 @@ class CpuBackend(TorchBackend):
         )
         return physical
 
-    def rows_by_peer(self, ids: Tensor, divisor: int, num_peers: int) -> PeerRows:
+    def rows_by_peer(
+        self, ids: Tensor, divisor: int, num_peers: int, *, padded: bool = False
+    ) -> PeerRows:
         num_tokens, top_k = ids.shape
-        most = num_tokens * min(top_k, num_peers)
+        most = num_tokens * (num_peers if padded else min(top_k, num_peers))
         counts, tokens = (torch.empty(num, dtype=torch.int64) for num in (num_peers, most))
         ids_there = torch.empty(most, top_k, dtype=torch.int32)
         places = torch.empty(num_tokens, num_peers, dtype=torch.int64)
         num_rows = self._rows_by_peer(
-            *(ids.data_ptr(), ids.stride(0), num_tokens, top_k, divisor, num_peers),
+            *(ids.data_ptr(), ids.stride(0), num_tokens, top_k, divisor, num_peers, padded),
             *(counts.data_ptr(), tokens.data_ptr(), ids_there.data_ptr(), places.data_ptr()),
         )
         return PeerRows(counts, tokens[:num_rows], ids_there[:num_rows], places)
@@ -90,11 +92,13 @@ class CpuBackend(TorchBackend):
         counts, ends = (torch.empty(num_groups, dtype=torch.int64) for _ in range(2))
         rows, order = (torch.empty(num_rows * top_k, dtype=torch.int64) for _ in range(2))
         numbers = torch.empty(num_rows, top_k, dtype=torch.int64)
-        num_pairs = self._group_pairs(
+        num_found = self._group_pairs(
             *(ids.data_ptr(), ids.stride(0), num_rows, top_k, first, divisor, num_groups),
-            *(counts.data_ptr(), ends.data_ptr(), rows.data_ptr(), order.data_ptr()),
-            numbers.data_ptr(),
+            *(-1 if num_pairs is None else num_pairs, counts.data_ptr(), ends.data_ptr()),
+            *(rows.data_ptr(), order.data_ptr(), numbers.data_ptr()),
         )
+        num_pairs = num_found if num_pairs is None else num_pairs
+        assert num_found <= num_pairs, "what was told is wrong"
         if num_pairs < num_rows * top_k:
             rows, order = rows[:num_pairs], order[:num_pairs]
         pairs = PairGroups(counts, rows, order, numbers)

@@ -25,9 +25,10 @@ void choose_copies(const int64_t* experts, int64_t pairs, const int64_t* table,
 // A row for each token and peer it reaches, by peer, then token. Of an id, id / divisor is the peer
 // and id % divisor what the peer knows it by. counts [peers]; token [rows]; ids_there [rows, top_k],
 // -1 for what is another peer's; place [tokens, peers], the row of a token for a peer or -1.
+// With padding each peer has as many rows as there are tokens, and those behind its own no ids.
 int64_t rows_by_peer(const int32_t* ids, int64_t stride, int64_t tokens, int64_t top_k,
-                     int32_t divisor, int64_t peers, int64_t* counts, int64_t* token,
-                     int32_t* ids_there, int64_t* place) {
+                     int32_t divisor, int64_t peers, int32_t padded, int64_t* counts,
+                     int64_t* token, int32_t* ids_there, int64_t* place) {
     std::memset(counts, 0, peers * sizeof(int64_t));
     std::memset(place, -1, tokens * peers * sizeof(int64_t));
     for (int64_t t = 0; t < tokens; ++t) {
@@ -39,8 +40,9 @@ int64_t rows_by_peer(const int32_t* ids, int64_t stride, int64_t tokens, int64_t
     }
     std::vector<int64_t> begin(peers);
     int64_t rows = 0;
-    for (int64_t p = 0; p < peers; ++p) begin[p] = rows, rows += counts[p];
+    for (int64_t p = 0; p < peers; ++p) begin[p] = rows, rows += padded ? tokens : counts[p];
     std::memset(ids_there, -1, rows * top_k * sizeof(int32_t));
+    if (padded) std::memset(token, 0, rows * sizeof(int64_t));
     for (int64_t t = 0; t < tokens; ++t) {
         int64_t* rows_of = place + t * peers;
         for (int64_t p = 0; p < peers; ++p) {
@@ -59,7 +61,7 @@ int64_t rows_by_peer(const int32_t* ids, int64_t stride, int64_t tokens, int64_t
 int64_t leaving(const int32_t* ids, int64_t tokens, int64_t top_k, int32_t divisor, int64_t peers,
                 int64_t* counts, int64_t* token, int32_t* ids_there, int64_t* place) {
     std::vector<int64_t> row_places(tokens * peers), next(peers + 1);
-    const int64_t rows = rows_by_peer(ids, top_k, tokens, top_k, divisor, peers, counts, token,
+    const int64_t rows = rows_by_peer(ids, top_k, tokens, top_k, divisor, peers, 0, counts, token,
                                       ids_there, row_places.data());
     int64_t* pairs = counts + peers;
     std::memset(pairs, 0, peers * sizeof(int64_t));
@@ -79,11 +81,13 @@ int64_t outgoing(const int64_t* experts, int64_t tokens, int64_t top_k, const in
 }
 
 // Pairs in the order of their groups, stable: group g has the ids from first + g * divisor on,
-// others belong to no pair. Pairs are numbered by row, then choice. counts and ends [groups]; row and number
-// [pairs], in the order of groups; numbers [rows, top_k], -1 where there is no pair.
+// others belong to no pair. Pairs are numbered by row, then choice; with room for rows * top_k, ids
+// without a pair are numbered too. counts and ends [groups]; row and number [room], in the order of
+// groups, and behind the pairs what belongs to none; without room (-1) [pairs]; numbers
+// [rows, top_k], -1 where there is no pair. Returns how many pairs there are.
 int64_t group_pairs(const int32_t* ids, int64_t stride, int64_t rows, int64_t top_k, int32_t first,
-                    int32_t divisor, int64_t groups, int64_t* counts, int64_t* ends, int64_t* row,
-                    int64_t* number, int64_t* numbers) {
+                    int32_t divisor, int64_t groups, int64_t room, int64_t* counts, int64_t* ends,
+                    int64_t* row, int64_t* number, int64_t* numbers) {
     std::memset(counts, 0, groups * sizeof(int64_t));
     const auto group_of = [=](int64_t r, int64_t k) -> int64_t {
         const int32_t id = ids[r * stride + k] - first;
@@ -91,21 +95,29 @@ int64_t group_pairs(const int32_t* ids, int64_t stride, int64_t rows, int64_t to
         const int64_t group = id / divisor;
         return group < groups ? group : -1;
     };
+    const bool all = room == rows * top_k;
     int64_t pairs = 0;
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t k = 0; k < top_k; ++k) {
-            const int64_t group = group_of(r, k);
-            numbers[r * top_k + k] = group < 0 ? -1 : pairs++;
-            if (group >= 0) ++counts[group];
+            const int64_t group = group_of(r, k), pair = r * top_k + k;
+            numbers[pair] = group < 0 ? -1 : all ? pair : pairs;
+            if (group >= 0) ++counts[group], ++pairs;
         }
     }
     for (int64_t g = 0, begin = 0; g < groups; ++g) ends[g] = begin, begin += counts[g];
+    int64_t none = pairs;  // where the next without a pair goes
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t k = 0; k < top_k; ++k) {
-            if (numbers[r * top_k + k] < 0) continue;
-            const int64_t at = ends[group_of(r, k)]++;  // so they become ends
-            row[at] = r;
-            number[at] = numbers[r * top_k + k];
+            const int64_t pair = r * top_k + k;
+            if (numbers[pair] >= 0) {
+                const int64_t at = ends[group_of(r, k)]++;  // so they become ends
+                row[at] = r;
+                number[at] = numbers[pair];
+            } else if (none < room) {
+                row[none] = r;
+                number[none] = all ? pair : none;
+                ++none;
+            }
         }
     }
     return pairs;

@@ -1,6 +1,6 @@
 """Paged keys and values of a data-parallel rank's sequences, and what of them a batch reads."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Self
@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from expertlane.ops.attention_groups import AttentionGroup, attention_groups
+from expertlane.ops.kv_float8 import from_float8, to_float8
+from expertlane.ops.transfer import Array, to_device
 from expertlane.schedule.plan import Batch
-
-_FEW_BLOCKS = 8  # below this width another call costs more than the padding it saves
 
 
 class KVCache:
@@ -22,7 +23,16 @@ class KVCache:
     A slot is a position's place, block × block_size + offset. With latent attention the one
     head's key is the latent and the rotated part; its value is the latent, a part of the key, so
     it is not stored again (`value_dim` 0).
+
+    Attributes:
+        dtype: in which keys and values come and go.
+        keys, values: as they are stored: uint8, the bits of float8, if `is_float8`.
+        key_scales, value_scales: then, [num_blocks, heads, block_size, 1] uint8, as
+            `ops.kv_float8` has them; no last size where there are no values.
     """
+
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
     def __init__(
         self,
@@ -33,29 +43,45 @@ class KVCache:
         value_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        is_float8: bool = False,
     ) -> None:
+        self.dtype = dtype
         shape = (num_blocks, num_local_heads, block_size)
+        stored = torch.uint8 if is_float8 else dtype
         # Zeros: a padded place is masked, but what is masked must still be a number.
-        self.keys = _zeros((*shape, key_dim), dtype, device)
-        self.values = _zeros((*shape, value_dim), dtype, device)
+        self.keys = _zeros((*shape, key_dim), stored, device)
+        self.values = _zeros((*shape, value_dim), stored, device)
+        if is_float8:
+            self.key_scales = _zeros((*shape, min(1, key_dim)), stored, device)
+            self.value_scales = _zeros((*shape, min(1, value_dim)), stored, device)
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor) -> Self:
         """One that lies in given tensors, [num_blocks, heads, block_size, dim]."""
         cache = cls.__new__(cls)
-        cache.keys, cache.values = keys, values
+        cache.keys, cache.values, cache.dtype = keys, values, keys.dtype
         return cache
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of keys and values together."""
-        return self.keys.nbytes + self.values.nbytes
+        """Bytes of keys and values together, with their scales."""
+        return sum(each.nbytes for each in self._tensors)
 
     @property
     def position_bytes(self) -> int:
         """Bytes of one position of one sequence."""
-        width = self.keys.shape[-1] + self.values.shape[-1]
-        return self.num_heads * width * self.keys.itemsize
+        row_bytes = sum(each.shape[-1] * each.itemsize for each in self._tensors)
+        return self.num_heads * row_bytes
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Keys and values; and their scales, None unless they are float8."""
+        return self.keys, self.values, self.key_scales, self.value_scales
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [each for each in self.parts if each is not None]
 
     @property
     def num_heads(self) -> int:
@@ -70,24 +96,32 @@ class KVCache:
     def clear(self, blocks: Tensor) -> None:
         """Zero some blocks."""
         if len(blocks):
-            self.keys.index_fill_(0, blocks, 0)
-            self.values.index_fill_(0, blocks, 0)
+            for each in self._tensors:
+                each.index_fill_(0, blocks, 0)
 
-    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens' keys and values.
 
         Args:
             slots: [num_tokens].
             keys, values: [num_tokens, num_local_heads, key_dim or value_dim].
+
+        Returns:
+            keys and values as they will be read: rounded where they are stored so.
         """
-        blocks, offsets = slots // self.block_size, slots % self.block_size
-        self.keys[blocks, :, offsets] = keys
-        if values.shape[-1]:
-            self.values[blocks, :, offsets] = values
+        places = slots // self.block_size, slots % self.block_size
+        return (
+            _put(self.keys, self.key_scales, places, keys),
+            _put(self.values, self.value_scales, places, values),
+        )
 
     def keys_at(self, slots: Tensor) -> Tensor:
         """[num_slots, num_local_heads, key_dim]."""
-        return self.keys[slots // self.block_size, :, slots % self.block_size]
+        blocks, offsets = slots // self.block_size, slots % self.block_size
+        keys = self.keys[blocks, :, offsets]
+        if self.key_scales is None:
+            return keys
+        return from_float8(keys, self.key_scales[blocks, :, offsets], self.dtype)
 
     def read(self, block_tables: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
         """Gather the first positions of some sequences.
@@ -107,7 +141,28 @@ class KVCache:
             shape = num_seqs, self.num_heads, width * self.block_size, paged.shape[-1]
             return of_heads.view(shape)[:, :, :num_positions]
 
-        return gather(self.keys), gather(self.values)
+        keys, values = gather(self.keys), gather(self.values)
+        if self.key_scales is None or self.value_scales is None:
+            return keys, values
+        return (
+            from_float8(keys, gather(self.key_scales), self.dtype),
+            from_float8(values, gather(self.value_scales), self.dtype),
+        )
+
+
+def _put(
+    pages: Tensor, scales: Tensor | None, places: tuple[Tensor, Tensor], rows: Tensor
+) -> Tensor:
+    """Store rows [num_tokens, heads, dim] at blocks and offsets; gives them as they are stored."""
+    blocks, offsets = places
+    if not rows.shape[-1]:
+        return rows
+    if scales is None:
+        pages[blocks, :, offsets] = rows
+        return rows
+    values, scale = to_float8(rows)
+    pages[blocks, :, offsets], scales[blocks, :, offsets] = values, scale
+    return from_float8(values, scale, rows.dtype)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -132,112 +187,6 @@ class AttentionParams(NamedTuple):
     scale: float
     window: int | None = None
     sinks: Tensor | None = None
-
-
-class AttentionGroup:
-    """Sequences of a batch with equally many new tokens.
-
-    Attributes:
-        tokens: their new tokens among the batch's, sequence after sequence.
-        num_seqs, num_scheduled: sequences, and new tokens of each.
-        num_positions: the most positions that any of them has, the new ones included.
-        is_fresh: nothing is cached of any, so the new keys and values are all there are.
-        block_tables: [num_seqs, num_blocks_per_seq]; rows are padded with the sequence's
-            own first block: what is masked must not come from another sequence, if ever it is NaN.
-
-    Args:
-        seqs: the group's sequences in the batch.
-        first_tokens: [num_seqs]; where each begins among the batch's tokens.
-    """
-
-    def __init__(
-        self,
-        batch: Batch,
-        seqs: npt.NDArray[np.intp],
-        first_tokens: npt.NDArray[np.int64],
-        block_size: int,
-        device: torch.device,
-    ) -> None:
-        self.num_seqs = len(seqs)
-        self.num_scheduled = int(batch.num_scheduled_tokens[seqs[0]])
-        self._computed = batch.num_computed_tokens[seqs]
-        self.num_positions = int(self._computed.max()) + self.num_scheduled
-        self.is_fresh = self.num_scheduled > 1 and not self._computed.any()
-        tokens = first_tokens[:, None] + np.arange(self.num_scheduled)
-        self.tokens = torch.from_numpy(tokens.reshape(-1)).to(device)
-        width = -(-self.num_positions // block_size)
-        tables = batch.block_tables[seqs, :width]
-        tables = np.where(tables < 0, tables[:, :1], tables).astype(np.int64)
-        self.block_tables = torch.from_numpy(tables).to(device)
-        self._device = device
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
-
-    def is_causal(self, window: int | None) -> bool:
-        """Whether plain causality says what each token sees: no mask is needed."""
-        return self.is_fresh and (window is None or window >= self.num_positions)
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """What each new token may see, as addends to the logits: 0 or -inf.
-
-        Args:
-            window: how many latest positions a token sees, its own among them; None for all.
-
-        Returns:
-            [num_seqs, 1, num_scheduled, num_positions], its first size 1 if it is the same for
-            all sequences; None if every token sees everything.
-        """
-        key = (window, dtype)
-        if key not in self._masks:
-            self._masks[key] = self._mask(window, dtype)
-        return self._masks[key]
-
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        computed = self._computed
-        if (computed == computed[0]).all():
-            computed = computed[:1]
-        own = computed[:, None] + np.arange(self.num_scheduled)  # the tokens' own positions
-        positions = np.arange(self.num_positions)
-        visible = positions <= own[..., None]
-        if window is not None:
-            visible &= positions > own[..., None] - window
-        if visible.all():
-            return None
-        mask = torch.zeros(visible.shape, dtype=dtype)
-        mask.masked_fill_(torch.from_numpy(~visible), -torch.inf)
-        return mask[:, None].to(self._device)
-
-    def by_head(self, x: Tensor) -> Tensor:
-        """[num_seqs, num_heads, num_scheduled, …] of the group's tokens [num_tokens, heads, …]."""
-        return x.view(self.num_seqs, self.num_scheduled, *x.shape[1:]).transpose(1, 2)
-
-
-def attention_groups(batch: Batch, block_size: int, device: torch.device) -> list[AttentionGroup]:
-    """The batch's sequences in few groups.
-
-    Those with one new token go by the width of their block tables, to powers of two, so that less
-    than half of what is gathered is padding. Longer chunks go with those of equal lengths.
-    """
-    if not batch.num_seqs:
-        return []
-    first_tokens = np.cumsum(batch.num_scheduled_tokens) - batch.num_scheduled_tokens
-    return [
-        AttentionGroup(batch, seqs, first_tokens[seqs], block_size, device)
-        for seqs in _equal_sequences(batch, block_size)
-    ]
-
-
-def _equal_sequences(batch: Batch, block_size: int) -> Iterator[npt.NDArray[np.intp]]:
-    scheduled, computed = batch.num_scheduled_tokens, batch.num_computed_tokens
-    width = np.maximum(computed // block_size + 1, _FEW_BLOCKS)
-    bucket = np.ceil(np.log2(width)).astype(np.int64)
-    keys = np.stack([scheduled, np.where(scheduled == 1, bucket, computed)], axis=1)
-    if (keys == keys[0]).all():
-        yield np.arange(batch.num_seqs)
-        return
-    _, group = np.unique(keys, axis=0, return_inverse=True)
-    group = group.reshape(-1)
-    for number in range(int(group.max()) + 1):
-        yield np.flatnonzero(group == number)
 
 
 class PagedSequences(NamedTuple):
@@ -284,28 +233,47 @@ class PagedBatch:
     def __init__(self, batch: Batch, block_size: int, device: torch.device) -> None:
         self.batch, self.block_size, self._device = batch, block_size, device
 
+    def columns(self) -> list[Array]:
+        """What our kernels on a GPU ask for, for `take`; the widest last."""
+        tables, *of_seqs = self._of_sequences()
+        return [self._positions, self._slots, *of_seqs, tables]
+
+    def take(self, columns: Sequence[Tensor]) -> None:
+        """Have `columns` on the device."""
+        self.positions, self.slots, *of_seqs, tables = columns
+        self.sequences = PagedSequences(tables, *of_seqs)
+
     @cached_property
     def positions(self) -> Tensor:
         """[num_tokens]; the position of each token in its sequence."""
-        return torch.from_numpy(self._positions).to(self._device)
+        return self._put(self._positions)
 
     @cached_property
     def slots(self) -> Tensor:
         """[num_tokens]; where the cache keeps each token's keys and values."""
-        seqs = np.repeat(np.arange(self.batch.num_seqs), self.batch.num_scheduled_tokens)
-        return self._slots_of(seqs, self._positions)
+        return self._put(self._slots)
 
     @cached_property
     def cached_slots(self) -> Tensor:
         """[num_cached]; where the positions before the new tokens are, sequence after sequence."""
         cached = self.batch.num_computed_tokens
         positions = np.arange(cached.sum()) - np.repeat(np.cumsum(cached) - cached, cached)
-        return self._slots_of(np.repeat(np.arange(self.batch.num_seqs), cached), positions)
+        return self._put(
+            self._slots_of(np.repeat(np.arange(self.batch.num_seqs), cached), positions)
+        )
 
-    def _slots_of(self, seqs: npt.NDArray[np.intp], positions: npt.NDArray[np.int64]) -> Tensor:
+    def _put(self, array: Array) -> Tensor:
+        return to_device([array], self._device)[0]
+
+    @property
+    def _slots(self) -> Array:
+        seqs = np.repeat(np.arange(self.batch.num_seqs), self.batch.num_scheduled_tokens)
+        return self._slots_of(seqs, self._positions)
+
+    def _slots_of(self, seqs: npt.NDArray[np.intp], positions: npt.NDArray[np.int64]) -> Array:
         blocks = self.batch.block_tables[seqs, positions // self.block_size].astype(np.int64)
-        slots = blocks * self.block_size + positions % self.block_size
-        return torch.from_numpy(slots).to(self._device)
+        slots: Array = blocks * self.block_size + positions % self.block_size
+        return slots
 
     @cached_property
     def begun_blocks(self) -> Tensor:
@@ -318,8 +286,7 @@ class PagedBatch:
         last = ends // size
         is_begun = (ends % size > 0) & (batch.num_computed_tokens <= last * size)
         seqs = np.flatnonzero(is_begun)
-        blocks = batch.block_tables[seqs, last[seqs]].astype(np.int64)
-        return torch.from_numpy(blocks).to(self._device)
+        return self._put(batch.block_tables[seqs, last[seqs]].astype(np.int64))
 
     @cached_property
     def _positions(self) -> npt.NDArray[np.int64]:
@@ -350,6 +317,10 @@ class PagedBatch:
     @cached_property
     def sequences(self) -> PagedSequences:
         """The batch's sequences one by one, in one transfer to the device."""
+        return PagedSequences(*to_device(self._of_sequences(), self._device))
+
+    def _of_sequences(self) -> list[Array]:
+        """Columns of `PagedSequences`."""
         batch = self.batch
         columns = (
             batch.block_tables,
@@ -357,7 +328,4 @@ class PagedBatch:
             batch.num_scheduled_tokens,
             batch.num_computed_tokens + batch.num_scheduled_tokens,
         )
-        parts = [np.asarray(each, dtype=np.int64) for each in columns]
-        on_device = torch.from_numpy(np.concatenate([part.ravel() for part in parts]))
-        pieces = torch.split(on_device.to(self._device), [part.size for part in parts])
-        return PagedSequences(*(x.view(y.shape) for x, y in zip(pieces, parts, strict=True)))
+        return [np.ascontiguousarray(each, dtype=np.int64) for each in columns]

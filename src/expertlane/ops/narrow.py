@@ -63,6 +63,11 @@ class NarrowWeight:
         return type(self)(values, self.scales[:, groups], self.group, first, self.dtype)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        return self.values.shape[0], self.values.shape[1]
+
+    @property
     def nbytes(self) -> int:
         """Of values and scales."""
         return self.values.nbytes + self.scales.nbytes
@@ -103,7 +108,31 @@ def side_by_side(weights: Sequence[Tensor | NarrowWeight]) -> Tensor | NarrowWei
     )
 
 
-class NarrowLinear(Linear):
+class ScaledLinear(Linear):
+    """A product with a weight whose values are multiplied by scales.
+
+    Attributes:
+        weight, scales: in whichever layout it reads them.
+        group, first: as of `NarrowWeight`.
+    """
+
+    scales: Tensor
+    group: int
+    first: int
+
+    def tensors(self) -> list[Tensor]:
+        """Values, scales and bias."""
+        return [self.weight, self.scales, *([] if self.bias is None else [self.bias])]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """As `Linear`'s."""
+        other = copy(self)
+        other.weight, other.scales = tensors[:2]
+        other.bias = tensors[2] if len(tensors) > 2 else None
+        return other
+
+
+class NarrowLinear(ScaledLinear):
     """A narrow weight as our kernel reads it; `weight` holds [n / 16, k, 16] bytes, n padded.
 
     Args:
@@ -124,17 +153,6 @@ class NarrowLinear(Linear):
         self.group, self.first = weight.group, weight.first
         self.is_float8 = weight.values.dtype is not torch.int8
         self._function = function
-
-    def tensors(self) -> list[Tensor]:
-        """Values, scales and bias."""
-        return [self.weight, self.scales, *([] if self.bias is None else [self.bias])]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
-        """As `Linear`'s."""
-        other = copy(self)
-        other.weight, other.scales = tensors[:2]
-        other.bias = tensors[2] if len(tensors) > 2 else None
-        return other
 
     def __call__(self, x: Tensor) -> Tensor:
         """[num_rows, out_features] of [num_rows, in_features] float32 or bfloat16."""

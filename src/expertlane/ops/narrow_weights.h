@@ -5,9 +5,8 @@
 
 #include <type_traits>
 
+#include "e4m3.h"
 #include "tiles.h"
-
-struct E4m3 { uint8_t bits; };  // sign, 4 bits of exponent, 3 of mantissa; no infinity
 
 // What a loaded weight is to be multiplied by, beside its scale.
 template <class W>
@@ -28,25 +27,6 @@ template <class W>
 struct Pair { bf16 both[2]; };
 template <class W>
 constexpr float kUnit<Pair<W>> = kUnit<W>;
-
-// Half precision has e4m3's mantissa with 7 zeros after it, and an exponent that is 8 more.
-inline Lanes load(const E4m3* p) {
-#if defined(__AVX512F__)
-    const __m256i bits = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
-    const __m256i magnitude = _mm256_slli_epi16(bits, 7);
-    return _mm512_cvtph_ps(_mm256_and_si256(magnitude, _mm256_set1_epi16((short)0xbf80)));
-#elif defined(__AVX2__)
-    const __m128i bits = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
-    const __m128i magnitude = _mm_slli_epi16(bits, 7);
-    return _mm256_cvtph_ps(_mm_and_si128(magnitude, _mm_set1_epi16((short)0xbf80)));
-#else
-    // As a float32 with too small an exponent, maybe none: multiplying sets both right.
-    Bits bits;
-    for (int i = 0; i < kLanes; ++i) bits[i] = p[i].bits;
-    const Lanes value = lanes_of((bits & 0x7f) << 20) * 0x1p112f;
-    return lanes_of(bits_of(value) | (bits & 0x80) << 24);
-#endif
-}
 
 inline int64_t place(int64_t i, int v) { return i * kBlock + v * kLanes % kBlock; }
 

@@ -147,10 +147,13 @@ class OnednnLinear(Linear):
 class PairGroups:
     """Pairs in the order of their groups, stable.
 
+    P may be more than there are pairs, where a GPU is not asked for their number: behind the pairs
+    stand rows that there are, and numbers that no pair has; nobody reads results of those.
+
     Attributes:
         counts: [num_groups]; pairs of each.
         rows: [P]; the row of each pair in that order.
-        order: [P]; the number of each pair in that order.
+        order: [P]; the number of each pair in that order, no number twice.
         numbers: [R, K]; the number of the pair, -1 where there is none.
     """
 
@@ -163,6 +166,12 @@ class PairGroups:
     def ends(self) -> Tensor:
         """[num_groups]; where each group's pairs end."""
         return self.counts.cumsum(0)
+
+    def of_pairs(self, values: Tensor) -> Tensor:
+        """[P, …]; of values of the groups, [num_groups, …], each pair's; any behind the pairs."""
+        places = torch.arange(self.rows.shape[0], device=values.device)
+        group = torch.searchsorted(self.ends, places, right=True)
+        return values.index_select(0, group.clamp_(max=values.shape[0] - 1))
 
 
 @dataclass(frozen=True)
@@ -311,9 +320,9 @@ class GroupedExperts(Experts):
             return self._loop(rows, pairs, out)
         rows = rows.index_select(0, pairs.rows)
         ends = pairs.counts.cumsum(0, dtype=torch.int32)
-        gate = None if self._gate is None else self._gate(rows, pairs.counts, ends)
-        inner = self.activation(gate, self._up(rows, pairs.counts, ends))
-        results = self._down(inner, pairs.counts, ends)
+        gate = None if self._gate is None else self._gate(rows, pairs, ends)
+        inner = self.activation(gate, self._up(rows, pairs, ends))
+        results = self._down(inner, pairs, ends)
         out = torch.empty_like(results) if out is None else out
         return out.index_copy_(0, pairs.order, results)
 
@@ -335,11 +344,11 @@ class _Stack:
         biases = [linear.bias for linear in linears if linear.bias is not None]
         self._bias = torch.stack(biases) if biases else None
 
-    def __call__(self, rows: Tensor, num_tokens: Tensor, ends: Tensor) -> Tensor:
+    def __call__(self, rows: Tensor, pairs: PairGroups, ends: Tensor) -> Tensor:
         assert grouped_mm is not None, "suits() was asked"
         out: Tensor = grouped_mm(rows, self._weight.transpose(1, 2), offs=ends)
         if self._bias is not None:
-            out += self._bias.repeat_interleave(num_tokens, dim=0, output_size=len(rows))
+            out += pairs.of_pairs(self._bias)
         return out
 
 

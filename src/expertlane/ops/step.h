@@ -34,13 +34,13 @@ void rotate_float(float*, int64_t, int64_t, int64_t, int64_t, int64_t, const flo
                   int64_t);
 // attention.cpp
 void attention(const bf16*, int64_t, const bf16*, int64_t, const bf16*, int64_t, const int64_t*,
-               int64_t, bf16*, bf16*, const int64_t*, int64_t, const int64_t*, const int64_t*,
-               const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float,
-               int64_t, const float*, bf16*);
+               int64_t, void*, void*, uint8_t*, uint8_t*, const int64_t*, int64_t, const int64_t*,
+               const int64_t*, const int64_t*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+               float, int64_t, const float*, bf16*);
 void attention_float(const float*, int64_t, const float*, int64_t, const float*, int64_t,
-                     const int64_t*, int64_t, float*, float*, const int64_t*, int64_t,
-                     const int64_t*, const int64_t*, const int64_t*, int64_t, int64_t, int64_t,
-                     int64_t, int64_t, int64_t, float, int64_t, const float*, float*);
+                     const int64_t*, int64_t, void*, void*, uint8_t*, uint8_t*, const int64_t*,
+                     int64_t, const int64_t*, const int64_t*, const int64_t*, int64_t, int64_t,
+                     int64_t, int64_t, int64_t, int64_t, float, int64_t, const float*, float*);
 
 // The structures are those of `step.py`; a pointer may be null where a model has no such thing.
 
@@ -63,8 +63,9 @@ struct Tokens {  // of a batch; the same in all layers
     int64_t width, seqs;
 };
 
-struct Pages {
+struct Pages {  // scales null: of the type of rows
     void *keys, *values;
+    uint8_t *key_scales, *value_scales;
     int64_t block_size;
 };
 
@@ -161,8 +162,8 @@ template <class T, class Kernel>
 void attend_with(Kernel kernel, const T* heads, int64_t width, int64_t tokens,
                  const AttentionLayer& l, const Tokens& t, const Pages& p, T* out) {
     const T *key = heads + l.heads * l.head_dim, *value = key + l.kv_heads * l.head_dim;
-    kernel(heads, width, key, width, value, width, t.slots, tokens, (T*)p.keys, (T*)p.values,
-           t.tables, t.width, t.first_token, t.scheduled, t.lengths, t.seqs, l.heads, l.kv_heads,
+    kernel(heads, width, key, width, value, width, t.slots, tokens, p.keys, p.values,
+           p.key_scales, p.value_scales, t.tables, t.width, t.first_token, t.scheduled, t.lengths, t.seqs, l.heads, l.kv_heads,
            l.head_dim, l.head_dim, p.block_size, l.scale, l.window, l.sinks, out);
 }
 inline void attend(const bf16* heads, int64_t width, int64_t tokens, const AttentionLayer& l,

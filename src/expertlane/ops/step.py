@@ -100,7 +100,7 @@ class AttentionPart:
     @staticmethod
     def pages(cache: KVCache) -> Pages:
         """Where a layer's cache lies."""
-        return Pages(cache.keys.data_ptr(), cache.values.data_ptr(), cache.block_size)
+        return Pages(*map(address_of, cache.parts), cache.block_size)
 
     def placed(self, batch: PagedBatch) -> Tokens:
         """Where a batch's tokens stand; the same in all layers."""

@@ -80,7 +80,10 @@ class Tokens(Struct):
 class Pages(Struct):
     """Where a layer's cache lies."""
 
-    _fields_ = (*((name, POINTER) for name in ("keys", "values")), ("block_size", WHOLE))
+    _fields_ = (
+        *((name, POINTER) for name in ("keys", "values", "key_scales", "value_scales")),
+        ("block_size", WHOLE),
+    )
 
 
 class RouterLayer(Struct):

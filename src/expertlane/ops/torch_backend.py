@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertlane.ops.attention_groups import AttentionGroup
 from expertlane.ops.bookkeeping import Bookkeeping
-from expertlane.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
+from expertlane.ops.graphs import Graphs
+from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import LocalExperts
 from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.parts import AttentionCall, MlpCall
@@ -90,6 +92,10 @@ class TorchBackend(Bookkeeping):
         """
         return None
 
+    def graphs(self) -> Graphs | None:
+        """What records operations; None where those of a step ask the host for values."""
+        return None
+
     def draw_tokens(
         self,
         scores: Tensor,
@@ -137,7 +143,7 @@ class TorchBackend(Bookkeeping):
         """
         value_dim, scale, window, sinks = params
         cache.clear(batch.begun_blocks)
-        cache.write(batch.slots, key, value)
+        key, value = cache.write(batch.slots, key, value)
 
         def attend(group: AttentionGroup, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             if group.is_fresh:

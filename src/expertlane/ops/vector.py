@@ -29,6 +29,7 @@ from expertlane.ops.packed import (
 from expertlane.ops.products import Activation, Expert, Experts, HeadsLinear, Linear
 from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart, attention_part
+from expertlane.ops.structs import address_of
 
 
 class VectorBackend(CpuBackend):
@@ -53,7 +54,7 @@ class VectorBackend(CpuBackend):
         self._heads_linear = function_of(library, "heads_linear", "pnnnpnnnpnn")
         self._experts = function_of(library, "experts", "pnpppnpppnnpp")
         self._attention = {
-            dtype: function_of(library, name, "pnpnpnpnpppnpppnnnnnnfnpp")
+            dtype: function_of(library, name, "pnpnpnpnpppppnpppnnnnnnfnpp")
             for dtype, name in ((torch.bfloat16, "attention"), (torch.float32, "attention_float"))
         }
         self._few_rows_linear = function_of(library, "few_rows_linear", "pnnpnnpp")
@@ -167,8 +168,7 @@ class VectorBackend(CpuBackend):
     ) -> Tensor:
         value_dim, scale, window, sinks = params
         num_tokens, num_heads, key_dim = query.shape
-        keys, values = cache.keys, cache.values
-        if query.dtype not in self._attention or query.dtype is not keys.dtype:
+        if query.dtype not in self._attention or query.dtype is not cache.dtype:
             return super().paged_attention(query, key, value, cache, batch, params)
         query, key, value = (_heads_side_by_side(each) for each in (query, key, value))
         out = query.new_empty(num_tokens, num_heads, value_dim)
@@ -177,7 +177,8 @@ class VectorBackend(CpuBackend):
         self._attention[query.dtype](
             *(query.data_ptr(), query.stride(0), key.data_ptr(), key.stride(0)),
             *(value.data_ptr(), value.stride(0), batch.slots.data_ptr(), num_tokens),
-            *(keys.data_ptr(), values.data_ptr() if values.shape[-1] else None),
+            *(cache.keys.data_ptr(), cache.values.data_ptr() if cache.values.shape[-1] else None),
+            *(address_of(each) for each in (cache.key_scales, cache.value_scales)),
             *(tables.data_ptr(), tables.shape[1], sequences.first_tokens.data_ptr()),
             *(sequences.num_scheduled.data_ptr(), sequences.lengths.data_ptr(), tables.shape[0]),
             *(num_heads, cache.num_heads, key_dim, value_dim, cache.block_size, scale, window or 0),

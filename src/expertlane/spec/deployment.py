@@ -12,11 +12,12 @@ from expertlane.spec.names import Phase
 from expertlane.spec.ranges import Strict, shown, take_fields
 
 MicroBatchSchedule = Literal["drained", "rotating"]
-DispatchForm = Literal["all_to_all", "all_gather", "hierarchical"]
+DispatchForm = Literal["all_to_all", "all_gather", "hierarchical", "static"]
 DispatchChoice = Literal[DispatchForm, "auto"]
 OverlapChoice = bool | Literal["auto"]
 PayloadType = Literal["model", "bfloat16", "float8"]
 WeightsType = Literal["model", "int8"]
+KVCacheType = Literal["model", "float8"]
 DeepEPKernels = Literal["low_latency", "normal"]
 INPUTS_OF_SCALE = 128  # of weights that are rounded while loading
 INT8_FOLDER = "expertlane-int8"  # in a checkpoint's, where such weights are kept
@@ -33,20 +34,44 @@ class FormTraits:
         by_node: over groups of a node's ranks and across nodes, so every node must hold equally
             many; another form does the same unless several nodes hold several ranks each.
         deepep: the nearest of DeepEP's kernels for decodes; None for what needs no such library.
+        needs_counts: shapes turn on the routing, so the host waits for numbers of rows.
+        is_tried: `auto` times it, and plans consider it; not where another form is as fast at
+            least on every transport that has run.
     """
 
     sends: str
     deepep: DeepEPKernels | None = None
     by_node: bool = False
+    needs_counts: bool = True
+    is_tried: bool = True
 
 
 DISPATCH_FORMS: dict[DispatchForm, FormTraits] = {
     "all_to_all": FormTraits("one copy per rank reached", deepep="low_latency"),
-    "all_gather": FormTraits("all tokens to all ranks"),
+    "all_gather": FormTraits("all tokens to all ranks", needs_counts=False),
     "hierarchical": FormTraits(
         "one copy per node reached, forwarded inside it", deepep="normal", by_node=True
     ),
+    "static": FormTraits(
+        "one copy per rank reached, in buffers of fixed size",
+        deepep="low_latency",
+        needs_counts=False,
+        is_tried=False,
+    ),
 }
+
+
+@dataclass(frozen=True)
+class GraphLimits:
+    """What decode steps that are recorded as CUDA graphs have to take at most.
+
+    Attributes:
+        max_num_seqs: of a data-parallel rank.
+        max_positions: of a sequence.
+    """
+
+    max_num_seqs: int
+    max_positions: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +94,9 @@ class Options(Strict):
         weights: the type in which ranks keep matrices: `model`: as they are stored, if in one byte,
             else the model's own; `int8`: eight bits with a scale for every 128 inputs. Routers,
             norms, embeddings and biases are not rounded.
+        kv_dtype: the type of keys and values in the cache: `model`: the model's own; `float8`:
+            eight bits with a scale for every key and value of a head. A step computes with what it
+            has just rounded, so that results do not depend on how a prompt was cut.
         cache_int8: what `weights` rounds is kept in the checkpoint's folder, and read from there by
             later starts.
         placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`.
@@ -79,6 +107,8 @@ class Options(Strict):
         rebalance_steps: experts move while requests run: after so many steps they are rebalanced
             by the load of those steps, if that pays over as many more; 0 for never.
         num_redundant_experts: copies beside each MoE layer's experts, in the placement's order.
+        cuda_graphs: decode steps are recorded once and launched as one; None where ranks have GPUs
+            and our kernels.
 
     Raises:
         SpecError: a value is not valid.
@@ -91,17 +121,21 @@ class Options(Strict):
     prefill_dispatch: DispatchForm | None = None
     payload: PayloadType = "model"
     weights: WeightsType = "model"
+    kv_dtype: KVCacheType = "model"
     cache_int8: bool = False
     placement: PlacementMethod = "linear"
     placement_file: str | None = None
     num_redundant_experts: int = 0
     copies: CopyMethod = "nearest"
     rebalance_steps: int = 0
+    cuda_graphs: bool | None = None
 
     def __post_init__(self) -> None:
         take_fields(self)
         if not isinstance(self.cache_int8, bool):
             raise SpecError(f"cache_int8 is {shown(self.cache_int8)}; it must be true or false")
+        if self.cuda_graphs not in (None, True, False):
+            raise SpecError(f"cuda_graphs is {shown(self.cuda_graphs)}; it must be true or false")
         if self.cache_int8 and self.weights != "int8":
             raise SpecError(
                 f"cache_int8 keeps matrices that are rounded to int8, but weights are "
@@ -184,6 +218,8 @@ class Options(Strict):
             parts.append(f"payload {self.payload}")
         if self.weights != "model":
             parts.append(f"{self.weights} weights")
+        if self.kv_dtype != "model":
+            parts.append(f"{self.kv_dtype} KV cache")
         if self.placement != "linear":
             parts.append(self.placement.replace("_", "-"))
         if self.placement_file is not None:
@@ -192,6 +228,8 @@ class Options(Strict):
             parts.append(f"{self.num_redundant_experts} redundant experts")
         if self.copies != "nearest":
             parts.append(f"copies {self.copies}")
+        if self.cuda_graphs is False:
+            parts.append("no CUDA graphs")
         if self.rebalance_steps:
             parts.append(f"rebalanced every {self.rebalance_steps} steps")
         return ", ".join(parts) or "plain"
@@ -340,7 +378,7 @@ class DispatchTable(Strict):
 
 
 def dispatch_forms(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
-    """The forms that differ on a layout."""
+    """The forms that differ on a layout, of those that are tried."""
     if layout.ep == 1:
         return ("all_gather",)
     try:
@@ -348,7 +386,9 @@ def dispatch_forms(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, .
     except SpecError:  # not equally many on each node
         has_hierarchy = False
     return tuple(
-        form for form, traits in DISPATCH_FORMS.items() if has_hierarchy or not traits.by_node
+        form
+        for form, traits in DISPATCH_FORMS.items()
+        if traits.is_tried and (has_hierarchy or not traits.by_node)
     )
 
 
@@ -366,6 +406,12 @@ def is_by_node_on(layout: Layout, form: DispatchForm) -> bool:
     """Whether what a form comes down to sends by nodes."""
     own = form_on(layout, form)
     return own is not None and DISPATCH_FORMS[own].by_node
+
+
+def is_static_on(layout: Layout, form: DispatchForm) -> bool:
+    """Whether what a form comes down to has shapes that do not turn on the routing."""
+    own = form_on(layout, form)
+    return own is None or not DISPATCH_FORMS[own].needs_counts
 
 
 def drafts_text(num_drafts: int) -> str:

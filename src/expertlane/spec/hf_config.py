@@ -14,6 +14,7 @@ from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, RANGES, Range, shown
 _KIND_NAMES: dict[type, str] = {bool: "true or false", str: "a string"}
 
 _FLOAT8_METHODS = ("fp8", "fbgemm_fp8")
+MXFP4_BLOCK = 32  # values that share a scale
 _FLOAT4_NAMES = {"nvfp4": {"nvfp4", "nvfp4-pack-quantized"}, "mxfp4": {"mxfp4"}}
 
 T = TypeVar("T", int, float, bool, str)

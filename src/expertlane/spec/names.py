@@ -34,6 +34,7 @@ class Stage(_Labelled):
     HAND_OVER = 8  # activations from one pipeline stage to the next
     HEAD = 9
     SETUP = 10  # building groups and weights; never part of a step
+    GRAPH = 11  # a whole decode step as one launch; never part of a record
 
 
 class Track(StrEnum):

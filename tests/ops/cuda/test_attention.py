@@ -32,7 +32,9 @@ BATCH = st.one_of(
 )
 
 
-def compare(sequences, block_size, heads, dims, window, has_sinks, dtype, steps=4, slack=0):
+def compare(
+    sequences, block_size, heads, dims, window, has_sinks, dtype, steps=4, slack=0, is_float8=False
+):
     """Of a cache in which what no sequence has is NaN; bounds are `slack` above what there is."""
     (num_heads, kv_heads), (key_dim, value_dim) = heads, dims
     batch = batch_of(sequences, block_size, DEVICE)
@@ -43,7 +45,7 @@ def compare(sequences, block_size, heads, dims, window, has_sinks, dtype, steps=
     )
     num_blocks = batch.sequences.block_tables.numel()
     shape = num_blocks, block_size, kv_heads, key_dim, value_dim or 0, dtype, DEVICE
-    ours, theirs = KVCache(*shape), KVCache(*shape)
+    ours, theirs = (KVCache(*shape, is_float8=is_float8) for _ in range(2))
     num_tokens = len(batch.slots)
     query = random(dtype, num_tokens, num_heads + 1, key_dim)[:, 1:]
     key, value = (
@@ -55,22 +57,25 @@ def compare(sequences, block_size, heads, dims, window, has_sinks, dtype, steps=
         window,
         torch.linspace(-1, 2, num_heads, device=DEVICE) if has_sinks else None,
     )
-    written = torch.cat([batch.cached_slots, batch.slots])
-    for each, (mine, other) in enumerate([(ours.keys, theirs.keys), (ours.values, theirs.values)]):
-        mine.fill_(torch.nan)
-        values = random(dtype, len(written), *mine.shape[1:2], mine.shape[3], seed=2 + each)
-        for cache in (mine, other):
-            cache[written // block_size, :, written % block_size] = values
+    for each in (ours.keys, ours.values):
+        each.fill_(0x7F if is_float8 else torch.nan)
+    cached = (
+        random(dtype, len(batch.cached_slots), kv_heads, dim, seed=seed)
+        for dim, seed in ((key_dim, 2), (value_dim or 0, 3))
+    )
+    before = batch.cached_slots, *cached
     for cache in (ours, theirs):
-        cache.write(batch.slots, key, value)
+        cache.write(*before)
+        key, value = cache.write(batch.slots, key, value)  # rounding twice is rounding once
     found = attend(query, ours, batch, params)
     rounded = (x.float() for x in (query, key, value))  # so that the reference alone is exact
-    exact = KVCache.of(theirs.keys.float(), theirs.values.float())
+    held = theirs.read(torch.arange(num_blocks, device=DEVICE)[:, None], block_size)
+    exact = KVCache.of(*(each.float() for each in held))
     expected = OPS.paged_attention(*rounded, exact, batch, params) if num_tokens else found
     assert_near(found, expected.to(dtype), steps)
 
 
-@settings(drawn, max_examples=14)
+@settings(drawn, max_examples=20)
 @given(
     sequences=BATCH,
     block_size=st.sampled_from([1, 4, 16]),
@@ -80,12 +85,15 @@ def compare(sequences, block_size, heads, dims, window, has_sinks, dtype, steps=
     has_sinks=st.booleans(),
     dtype=PRODUCT_DTYPES,
     num_splits=st.sampled_from([1, 3]),
-    slack=st.sampled_from([0, 500]),
+    bounds=st.sampled_from([{"slack": 0}, {"slack": 500}]),
+    stored=st.sampled_from([{"is_float8": False}, {"is_float8": True}]),
 )
-def test_any_batch(sequences, block_size, heads, dims, window, has_sinks, dtype, num_splits, slack):
+def test_any_batch(
+    sequences, block_size, heads, dims, window, has_sinks, dtype, num_splits, bounds, stored
+):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_num_splits", lambda *_: num_splits)
-        compare(sequences, block_size, heads, dims, window, has_sinks, dtype, slack=slack)
+        compare(sequences, block_size, heads, dims, window, has_sinks, dtype, **bounds, **stored)
 
 
 def test_splits_follow_from_bounds():
@@ -106,8 +114,9 @@ def test_splits_follow_from_bounds():
     [((2, 1), (512, 512)), ((16, 1), (576, None)), ((4, 1), (192, 128))],
     ids=["512", "absorbed latent", "expanded latent"],
 )
-def test_wide_heads(heads, dims, dtype):
-    compare([(20, 1), (3, 5)], 16, heads, dims, None, False, dtype)
+@pytest.mark.parametrize("is_float8", [False, True])
+def test_wide_heads(heads, dims, dtype, is_float8):
+    compare([(20, 1), (3, 5)], 16, heads, dims, None, False, dtype, is_float8=is_float8)
 
 
 def test_no_tokens():

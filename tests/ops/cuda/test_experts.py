@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from expertlane.ops.cuda.grouped import CudaExperts, experts_of
+from expertlane.ops.cuda.experts import CudaExperts, experts_of
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.ops.products import Activation, Expert, Linear, LoopedExperts
 from expertlane.ops.torch_backend import TorchBackend
@@ -33,15 +33,19 @@ NUM_ROWS = st.sampled_from([0, 1, 3, 50])
     num_groups=st.sampled_from([1, 5, 130]),
     has_all=st.booleans(),
     is_told=st.booleans(),
+    room=st.integers(0, 300),
     seed=st.integers(0, 99),
 )
-def test_pairs_by_group(num_rows, top_k, first, divisor, num_groups, has_all, is_told, seed):
+def test_pairs_by_group(num_rows, top_k, first, divisor, num_groups, has_all, is_told, room, seed):
     low, high = (first, first + divisor * num_groups) if has_all else (-1, 12)
     generator = torch.Generator().manual_seed(seed)
     wide = torch.randint(low, high, (num_rows, top_k + 1), generator=generator)
     ids = wide.int().to(DEVICE)[:, :top_k]
     expected = OPS.group_pairs(ids, first, divisor, num_groups)
-    num_pairs = len(expected.rows) if is_told else None
+    num_pairs = None
+    if is_told:
+        num_pairs = min(len(expected.rows) + room, ids.numel())
+        expected = OPS.group_pairs(ids, first, divisor, num_groups, num_pairs)
     found = group_pairs(ids, first, divisor, num_groups, num_pairs)
     for name, value in vars(expected).items():
         assert torch.equal(getattr(found, name), value), name
@@ -117,6 +121,14 @@ def test_experts(ids, sizes, kind, dtype):
     assert all(map(torch.equal, before, after))
     by_torch = experts_of(held, activation)
     assert_near(by_torch(rows, pairs), expected, steps=6)
+    # With room for more, the rows of which poison nothing.
+    rows[(given_ids < 0)[:, 0]] = torch.nan
+    padded = OPS.group_pairs(given_ids, 0, 1, 5, len(ids))
+    there = padded.numbers >= 0
+    for experts in (ours, by_torch):
+        results = experts(rows, padded)
+        assert results.shape == rows.shape
+        assert_near(results[padded.numbers[there]], expected[pairs.numbers[there]], steps=6)
 
 
 def test_experts_of_two_kinds_do_not_suit():

@@ -74,8 +74,9 @@ class Turned:
         return self.cos[self.positions], self.sin[self.positions]
 
 
-def caches(heads, key_dim, value_dim, dtype):
-    return [KVCache(6, 4, heads, key_dim, value_dim, dtype, DEVICE) for _ in range(2)]
+def caches(heads, key_dim, value_dim, dtype, *, is_float8=False):
+    sizes = 6, 4, heads, key_dim, value_dim, dtype, DEVICE
+    return [KVCache(*sizes, is_float8=is_float8) for _ in range(2)]
 
 
 @settings(drawn, max_examples=12)
@@ -86,8 +87,9 @@ def caches(heads, key_dim, value_dim, dtype):
     dtype=DTYPES,
     interleave=st.booleans(),
     has_norms=st.booleans(),
+    is_float8=st.booleans(),
 )
-def test_rotation_and_write(num_tokens, heads, dim, dtype, interleave, has_norms):
+def test_rotation_and_write(num_tokens, heads, dim, dtype, interleave, has_norms, is_float8):
     (num_heads, num_kv_heads), (head_dim, rotary_dim) = heads, dim
     given = Turned(num_tokens, heads, head_dim, rotary_dim, dtype)
     query_key, value = given.x.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
@@ -96,19 +98,21 @@ def test_rotation_and_write(num_tokens, heads, dim, dtype, interleave, has_norms
     expected = OPS.rotate_(query_key.clone(), *given.angles, interleave=interleave)
     ours, theirs = caches(num_kv_heads, head_dim, head_dim, dtype)
     theirs.write(given.slots, expected[:, num_heads:], value)
-    query = rotate_and_write(
-        given.x,
-        num_heads,
-        (given.positions, given.cos, given.sin),
-        given.norms if has_norms else None,
-        1e-5,
-        given.slots,
-        ours,
-        interleave=interleave,
+    arguments = (
+        *(given.x, num_heads, (given.positions, given.cos, given.sin)),
+        *(given.norms if has_norms else None, 1e-5, given.slots),
     )
+    query = rotate_and_write(*arguments, ours, interleave=interleave)
     assert_near(query, expected[:, :num_heads], steps=4)
     assert_near(ours.keys, theirs.keys, steps=4)
     assert torch.equal(ours.values, theirs.values)
+    if is_float8:  # what was written, rounded
+        _, narrow = caches(num_kv_heads, head_dim, head_dim, dtype, is_float8=True)
+        expected, _ = caches(num_kv_heads, head_dim, head_dim, dtype, is_float8=True)
+        expected.write(given.slots, ours.keys_at(given.slots), value)
+        assert torch.equal(rotate_and_write(*arguments, narrow, interleave=interleave), query)
+        for mine, other in zip(narrow.parts, expected.parts, strict=True):
+            assert torch.equal(mine, other)
     turned = rotate(given.x, *given.angles, interleave=interleave)
     assert_near(turned, OPS.rotate_(given.x.clone(), *given.angles, interleave=interleave))
 
@@ -119,10 +123,11 @@ def test_rotation_and_write(num_tokens, heads, dim, dtype, interleave, has_norms
     heads=st.integers(1, 3),
     dims=st.sampled_from([(8, 8), (36, 0), (48, 32)]),
     dtype=DTYPES,
+    is_float8=st.booleans(),
 )
-def test_write(num_tokens, heads, dims, dtype):
+def test_write(num_tokens, heads, dims, dtype, is_float8):
     key_dim, value_dim = dims
-    ours, theirs = caches(heads, key_dim, value_dim, dtype)
+    ours, theirs = caches(heads, key_dim, value_dim, dtype, is_float8=is_float8)
     wide = random(dtype, num_tokens, heads + 1, key_dim + value_dim)[:, 1:]
     key, value = wide.split([key_dim, value_dim], dim=2)
     slots = torch.randperm(24, generator=torch.Generator().manual_seed(3))[:num_tokens].to(DEVICE)
@@ -130,3 +135,6 @@ def test_write(num_tokens, heads, dims, dtype):
     theirs.write(slots, key, value)
     assert torch.equal(ours.keys, theirs.keys)
     assert torch.equal(ours.values, theirs.values)
+    if is_float8:
+        assert torch.equal(ours.key_scales, theirs.key_scales)
+        assert torch.equal(ours.value_scales, theirs.value_scales)

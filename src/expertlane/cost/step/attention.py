@@ -50,13 +50,14 @@ def _grouped_query(
         num_passes, num_kernels = num_passes + 2, num_kernels + kernels.scale
     elif model.qk_norm == "head":
         num_passes, num_kernels = num_passes + 2, num_kernels + kernels.head_norm
-    stored_bytes = part.tokens * (2 * kv_heads * dim * (item + out.types.kv_bytes))
+    position_bytes = out.types.cached_bytes(2 * kv_heads * dim, 2 * kv_heads)
+    stored_bytes = part.tokens * (2 * kv_heads * dim * item + position_bytes)
     out.memory(Stage.ATTENTION, num_passes * turned_bytes + stored_bytes, num_kernels)
     _core(
         out,
         part.attention(window),
         {"heads": heads, "kv_heads": kv_heads, "head_dim": dim},
-        position_bytes=2 * kv_heads * dim * out.types.kv_bytes,
+        position_bytes=position_bytes,
         query_bytes=heads * dim * item,
         value_bytes=heads * dim * item,
     )
@@ -81,13 +82,14 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
     if in_latent.num_prefill_groups:
         absorbed = absorbed + in_latent.prefill_tokens
     # Queries are turned and put together with their part in the latent; so is the one key.
-    moved = (2 * heads * model.head_dim + 4 * (rank + rope)) * item + (rank + rope) * types.kv_bytes
+    position_bytes = types.cached_bytes(rank + rope, 1)
+    moved = (2 * heads * model.head_dim + 4 * (rank + rope)) * item + position_bytes
     put_together = 0 if out.kernels.expands_all else absorbed * (2 * heads * (rank + rope) * item)
     kernels = out.kernels
     num_kernels = 2 * kernels.rotate + out.norm_kernels + kernels.write + kernels.latent
     out.memory(Stage.ATTENTION, tokens * moved + put_together, num_kernels)
     if expanded.num_prefill_groups:
-        _expanded(out, model, latent, heads, expanded)
+        _expanded(out, model, latent, heads, expanded, position_bytes)
     if (
         not expanded.num_prefill_groups
         or in_latent.num_decode_groups + in_latent.num_prefill_groups
@@ -97,7 +99,7 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
             out,
             in_latent,
             {"heads": heads, "key_dim": rank + rope, "value_dim": rank},
-            position_bytes=(rank + rope) * types.kv_bytes,
+            position_bytes=position_bytes,
             query_bytes=heads * (rank + rope) * item,
             value_bytes=heads * rank * item,
         )
@@ -121,6 +123,7 @@ def _expanded(
     latent: LatentAttention,
     heads: int,
     sizes: AttentionSizes,
+    position_bytes: int,
 ) -> None:
     """Prompts with keys and values of each head, made from the latent of every position."""
     width = heads * (latent.qk_nope_head_dim + latent.v_head_dim)
@@ -130,7 +133,7 @@ def _expanded(
         out,
         sizes,
         {"heads": heads, "key_dim": model.head_dim, "value_dim": latent.v_head_dim},
-        position_bytes=(latent.kv_lora_rank + latent.qk_rope_head_dim) * out.types.kv_bytes,
+        position_bytes=position_bytes,
         query_bytes=0,  # no decode
         value_bytes=0,
     )

@@ -13,8 +13,8 @@ import torch
 
 from expertlane.engine.commands import DescribeMachine, MeasureRates, RankMachine, RankRates
 from expertlane.engine.worker import RankContext
-from expertlane.ops import host
 from expertlane.ops.backend import backend_for
+from expertlane.ops.device_memory import memory_of
 
 _GEMM_SIZE = 1024
 _GPU_GEMM_SIZE = 8192
@@ -26,10 +26,7 @@ _MEASURE_S = 0.6
 def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
     """The rank's device, its memory and its software."""
     chosen = context.platform
-    if chosen.device.type == "cuda":
-        free_bytes, memory_bytes = torch.cuda.mem_get_info(chosen.device)
-    else:
-        free_bytes, memory_bytes = host.memory_bytes()
+    free_bytes, memory_bytes = memory_of(chosen.device).free_and_total()
     return RankMachine(
         host=socket.gethostname(),
         num_cores=context.share.num_cores,
@@ -43,8 +40,9 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
         memory_bytes=memory_bytes,
         free_bytes=free_bytes,
         ranks_per_node=context.settings.num_local_ranks,
-        num_idle_gpus=torch.cuda.device_count() if chosen.device.type == "cpu" else 0,
+        num_idle_gpus=chosen.num_idle_gpus,
         keeps_narrow=backend_for(chosen.device).keeps_narrow,
+        ranks_on_device=chosen.ranks_on_device,
         driver=_driver() if chosen.device.type == "cuda" else "",
     )
 

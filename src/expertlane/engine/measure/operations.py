@@ -108,7 +108,7 @@ def time_s(context: RankContext, work: Callable[[], object], most_s: float) -> f
 
 def _gpu_time_s(context: RankContext, work: Callable[[], object], most_s: float) -> float:
     """Time of operations queued in bursts, the device held until all are: no launch is in it."""
-    device = context.platform.device
+    device, clock = context.platform.device, clock_for(context.platform.device)
     work()  # compiles
     _, once_s = _burst_s(work, 1, device)
     burst = max(1, min(_BURST, int(most_s / max(once_s, 1e-9))))
@@ -117,22 +117,17 @@ def _gpu_time_s(context: RankContext, work: Callable[[], object], most_s: float)
     until = time.perf_counter() + most_s
     while not seconds or time.perf_counter() < until:
         context.progress.touch()
+        clock.restart()
         held_s = min(1.5 * queued_s, _MOST_HELD_S)
         torch.cuda._sleep(int(held_s * _CYCLES_PER_S))  # type: ignore[no-untyped-call]
-        begin, end = _event(), _event()
-        begin.record()
+        begin = clock.mark()
         for _ in range(burst):
             work()
-        end.record()
-        synchronize(device)
-        seconds.append(begin.elapsed_time(end) / 1e3 / burst)
+        end = clock.mark()
+        clock.settle()
+        seconds.append(clock.seconds(begin, end) / burst)
     context.progress.touch()
     return median(seconds)
-
-
-def _event() -> torch.cuda.Event:
-    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    return event
 
 
 def _burst_s(work: Callable[[], object], num: int, device: torch.device) -> tuple[float, float]:

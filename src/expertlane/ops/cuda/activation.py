@@ -16,10 +16,15 @@ _BLOCK = 1024
 
 @triton.jit
 def _activation_kernel(
-    x, out, x_stride, inner, limit, alpha,
-    IS_GATED: tl.constexpr, IS_CLAMPED: tl.constexpr, IS_GELU: tl.constexpr, BLOCK: tl.constexpr,
+    x, counts, out, x_stride, inner, num_groups, limit, alpha,
+    IS_GATED: tl.constexpr, IS_CLAMPED: tl.constexpr, IS_GELU: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    if HAS_COUNTS:
+        group = tl.arange(0, GROUPS)
+        if row >= tl.sum(tl.load(counts + group, mask=group < num_groups, other=0), axis=0):
+            return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_there = columns < inner
     values = tl.load(x + row * x_stride + columns, mask=is_there, other=0.0).to(tl.float32)
@@ -38,23 +43,31 @@ def _activation_kernel(
     tl.store(out + row * inner + columns, values.to(out.dtype.element_ty), mask=is_there)
 
 
-def activate(x: Tensor, activation: Activation, *, is_gated: bool) -> Tensor:
+def activate(
+    x: Tensor, activation: Activation, *, is_gated: bool, counts: Tensor | None = None
+) -> Tensor:
     """[num_rows, inner] of gate and up projections [num_rows, 2 · inner], or of [num_rows, inner].
 
     Computed in float32, and rounded once.
+
+    Args:
+        counts: [num_groups]; rows behind so many are left out.
     """
     num_rows, inner = x.shape[0], x.shape[1] // 2 if is_gated else x.shape[1]
+    num_groups = 0 if counts is None else counts.shape[0]
     out = x.new_empty(num_rows, inner)
     is_clamped = activation.swiglu_limit is not None
     block = min(_BLOCK, triton.next_power_of_2(max(1, inner)))
     launch(
         _activation_kernel,
         (num_rows, triton.cdiv(inner, block)),
-        *(x, out, x.stride(0), inner, activation.swiglu_limit or 0.0),
+        *(x, counts, out, x.stride(0), inner, num_groups, activation.swiglu_limit or 0.0),
         activation.swiglu_alpha if is_clamped else 1.0,
         IS_GATED=is_gated,
         IS_CLAMPED=is_clamped,
         IS_GELU=activation.hidden_act == "gelu" and not is_clamped,
+        HAS_COUNTS=counts is not None,
+        GROUPS=triton.next_power_of_2(max(1, num_groups)),
         BLOCK=block,
         num_warps=max(1, block // 256),
     )

@@ -22,23 +22,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertlane.ops.cuda.kv_float8 import widened
 from expertlane.ops.cuda.launch import launch
+from expertlane.ops.cuda.splits import num_multiprocessors, share_of
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 
 _LOG2_E = 1.4426950408889634
-_FEW_MULTIPROCESSORS = 132  # of an H100; used where the device cannot be queried
 _LEAST_SPLIT = 256  # positions
 
 
 @triton.jit
 def _attention_kernel(
-    query, keys, values, tables, first_tokens, num_scheduled, lengths, sinks,
-    out, partial, maxima, sums,
+    query, keys, values, key_scales, value_scales, tables, first_tokens, num_scheduled, lengths,
+    sinks, out, partial, maxima, sums,
     query_token, query_head, key_block, key_head, value_block, value_head,
     table_width, num_seqs, num_tokens, window, scale,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_DECODE: tl.constexpr,
-    IS_SPLIT: tl.constexpr, VALUES_IN_KEYS: tl.constexpr,
+    IS_SPLIT: tl.constexpr, VALUES_IN_KEYS: tl.constexpr, IS_FLOAT8: tl.constexpr,
     ROWS: tl.constexpr, POSITIONS: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +57,7 @@ def _attention_kernel(
     if HAS_WINDOW:
         begin = tl.maximum(length - new + row // GROUP - window + 1, 0)
     if IS_SPLIT:
-        begin, end = _share_of(begin, end, split, tl.num_programs(2), POSITIONS)
+        begin, end = share_of(begin, end, split, tl.num_programs(2), POSITIONS)
 
     of_row = query + (first + rows // GROUP) * query_token + head * query_head
     query_main = _columns_of(of_row, is_row, 0, KEY_DIM, MAIN)
@@ -68,12 +69,15 @@ def _attention_kernel(
     if HAS_SINKS and not IS_SPLIT:
         greatest = tl.load(sinks + head, mask=is_row, other=0.0) * 1.4426950408889634
         total += 1.0
+    if IS_FLOAT8:
+        key_scales += kv_head * BLOCK_SIZE
+        value_scales += kv_head * BLOCK_SIZE
     sum_of_values, greatest, total = _attend_positions(
         query_main, query_rest, length - new + rows // GROUP, greatest, total,
-        keys + kv_head * key_head, values + kv_head * value_head,
+        keys + kv_head * key_head, values + kv_head * value_head, key_scales, value_scales,
         tables + seq.to(tl.int64) * table_width, key_block, value_block,
-        begin, end, window, scale,
-        KEY_DIM, VALUE_DIM, BLOCK_SIZE, HAS_WINDOW, VALUES_IN_KEYS,
+        tl.num_programs(1) * BLOCK_SIZE, begin, end, window, scale,
+        KEY_DIM, VALUE_DIM, BLOCK_SIZE, HAS_WINDOW, VALUES_IN_KEYS, IS_FLOAT8,
         ROWS, POSITIONS, MAIN, REST, VALUE_BLOCK,
     )  # fmt: skip
 
@@ -91,11 +95,12 @@ def _attention_kernel(
 
 @triton.jit
 def _attend_positions(
-    query_main, query_rest, own, greatest, total, keys, values, table, key_block, value_block,
-    begin, end, window, scale,
+    query_main, query_rest, own, greatest, total, keys, values, key_scales, value_scales,
+    table, key_block, value_block, scale_block, begin, end, window, scale,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, VALUES_IN_KEYS: tl.constexpr, ROWS: tl.constexpr,
-    POSITIONS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, VALUES_IN_KEYS: tl.constexpr, IS_FLOAT8: tl.constexpr,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr,
+    MAIN: tl.constexpr, REST: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of values weighted by exponentials, of one head's positions from begin to end.
 
@@ -108,10 +113,16 @@ def _attend_positions(
         block = tl.load(table + position // BLOCK_SIZE, is_there, 0).to(tl.int64)
         offset = position % BLOCK_SIZE
         key = keys + block * key_block + offset * KEY_DIM
+        of_scales = block * scale_block + offset
         key_main = _columns_of(key, is_there, 0, KEY_DIM, MAIN)
+        if IS_FLOAT8:
+            key_scale = tl.load(key_scales + of_scales, is_there, 1)[:, None]
+            key_main = widened(key_main, key_scale).to(query_main.dtype)
         logits = tl.dot(query_main, tl.trans(key_main), input_precision="ieee")
         if REST > 0:
             key_rest = _columns_of(key, is_there, MAIN, KEY_DIM, REST)
+            if IS_FLOAT8:
+                key_rest = widened(key_rest, key_scale).to(query_main.dtype)
             logits = tl.dot(query_rest, tl.trans(key_rest), logits, input_precision="ieee")
         is_seen = is_there[None, :] & (position[None, :] <= own[:, None])
         if HAS_WINDOW:
@@ -122,22 +133,18 @@ def _attend_positions(
         if not VALUES_IN_KEYS:
             of_value = values + block * value_block + offset * VALUE_DIM
             value = _columns_of(of_value, is_there, 0, VALUE_DIM, VALUE_BLOCK)
+            if IS_FLOAT8:
+                value_scale = tl.load(value_scales + of_scales, is_there, 1)[:, None]
+                value = widened(value, value_scale).to(query_main.dtype)
         elif VALUE_DIM == MAIN:
             value = key_main
         else:
             value = _columns_of(key, is_there, 0, VALUE_DIM, VALUE_BLOCK)
+            if IS_FLOAT8:
+                value = widened(value, key_scale).to(query_main.dtype)
         scaled = sum_of_values * shrunk[:, None]
         sum_of_values = tl.dot(weights.to(value.dtype), value, scaled, input_precision="ieee")
     return sum_of_values, greatest, total
-
-
-@triton.jit
-def _share_of(begin, end, split, num_splits, POSITIONS: tl.constexpr):
-    """The positions of a split: equal shares of whole steps, perhaps none."""
-    steps = (end - begin + POSITIONS - 1) // POSITIONS
-    share = (steps + num_splits - 1) // num_splits * POSITIONS
-    begin += split * share
-    return begin, tl.minimum(end, begin + share)
 
 
 @triton.jit
@@ -153,7 +160,7 @@ def _columns_of(rows, is_there, first: tl.constexpr, DIM: tl.constexpr, COLUMNS:
     """[rows, COLUMNS] from column `first` on; zeros where there is none."""
     columns = first + tl.arange(0, COLUMNS)
     mask = is_there[:, None] & (columns < DIM)[None, :]
-    return tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0)
+    return tl.load(rows[:, None] + columns[None, :], mask=mask, other=0)
 
 
 @triton.jit
@@ -253,10 +260,7 @@ def _blocks(key_dim: int) -> tuple[int, int]:
 
 def _num_splits(num_programs: int, longest: int, device: torch.device) -> int:
     """The number of splits of positions that gives two programs for each multiprocessor."""
-    num = _FEW_MULTIPROCESSORS
-    if device.type == "cuda" and torch.cuda.is_available():
-        num = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = 2 * num // max(1, num_programs)
+    wanted = 2 * num_multiprocessors(device) // max(1, num_programs)
     return max(1, min(wanted, longest // _LEAST_SPLIT, 64))
 
 
@@ -292,7 +296,7 @@ def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
     launch(
         _attention_kernel,
         (num_tiles, cache.num_heads, num_splits),
-        *(query, cache.keys, cache.values, seqs.block_tables, seqs.first_tokens),
+        *(query, *cache.parts, seqs.block_tables, seqs.first_tokens),
         *(seqs.num_scheduled, seqs.lengths, params.sinks, out, *parts, *query.stride()[:2]),
         *(*cache.keys.stride()[:2], *cache.values.stride()[:2], seqs.block_tables.shape[1]),
         *(num_seqs, num_tokens, params.window or 0, params.scale * _LOG2_E),
@@ -305,6 +309,7 @@ def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
         IS_DECODE=bounds.is_decode,
         IS_SPLIT=num_splits > 1,
         VALUES_IN_KEYS=cache.values.shape[-1] == 0,
+        IS_FLOAT8=cache.key_scales is not None,
         ROWS=tile.rows,
         POSITIONS=tile.positions,
         MAIN=main,

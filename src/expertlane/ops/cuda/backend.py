@@ -11,7 +11,8 @@ import triton
 from torch import Tensor
 
 from expertlane.ops.cuda.attention import attend
-from expertlane.ops.cuda.grouped import CudaExperts, experts_of
+from expertlane.ops.cuda.experts import CudaExperts, experts_of
+from expertlane.ops.cuda.graphs import CudaGraphs
 from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
 from expertlane.ops.cuda.parts import CudaAttention, CudaMlp
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
@@ -49,6 +50,9 @@ class CudaBackend(TorchBackend):
     ) -> Tensor:
         values = values.tensor() if isinstance(values, RowParts) else values
         return gather_sum(values, places, weights, out)
+
+    def graphs(self) -> CudaGraphs:
+        return CudaGraphs()
 
     def attention_part(self, weights: AttentionWeights, dtype: torch.dtype) -> CudaAttention:
         return CudaAttention(weights)

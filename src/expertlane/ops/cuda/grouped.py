@@ -1,221 +1,325 @@
-"""Experts of a GPU: grouped products, from torch where it has them, else from a Triton kernel.
+"""Products of rows with one matrix, or of groups of rows with a matrix each.
 
-Gates and ups of all experts lie side by side, [E, 2 · inner, H], so that one product gives both.
-The Triton product reads each pair's row where it lies and writes the last result where it belongs,
-so nothing is permuted in memory; torch's takes rows that are copied in the order of experts. Which
-tile of pairs belongs to which expert is found on the device, from counts.
+A program computes a tile of one group's rows with some columns of its matrix. Which rows belong to
+which matrix is found on the device, from counts. A row is read where it lies and a result written
+where it belongs, so nothing is permuted in memory. Where tiles are too few for the card, inputs are
+split over programs, whose partial sums `_sum_kernel` adds up in order.
 
-Limits: in decode memory, the weights of all experts that have a pair over the card's bandwidth; in
-prompts arithmetic, 2 · pairs · weights of an expert over its peak.
+Weights of one byte, or of four bits, are widened in registers. Of one byte they are multiplied as
+they are, and the sums over a group of inputs that share a scale are multiplied by it in float32: no
+product of a weight and its scale is rounded. Of four bits (MXFP4) that product is exact.
+
+Limits: in decode memory, the weights of all matrices that have a row over the card's bandwidth; in
+prompts arithmetic, 2 · rows · weights of a matrix over its peak.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.ops.cuda.activation import activate
 from expertlane.ops.cuda.launch import launch
-from expertlane.ops.products import (
-    Activation,
-    Expert,
-    Experts,
-    GroupedExperts,
-    Linear,
-    PairGroups,
-    grouped_mm,
-)
+from expertlane.ops.cuda.matrices import Matrices
+from expertlane.ops.cuda.splits import num_multiprocessors, share_of
+
+_LEAST_STEPS = 4  # of a split
+_MOST_SPLITS = 8
+_SUM_BLOCK = 1024
 
 
 @triton.jit
 def _grouped_kernel(
-    x, weight, bias, counts, from_rows, to_rows, out,
-    x_row, out_row, weight_expert, num_experts, out_features, in_features,
-    HAS_BIAS: tl.constexpr, IS_GATHERED: tl.constexpr, IS_SCATTERED: tl.constexpr,
-    EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    x, weight, scales, bias, counts, from_rows, to_rows, out,
+    x_row, out_row, out_split, num_rows, num_matrices, out_features, in_features,
+    num_groups, group, first,
+    HAS_COUNTS: tl.constexpr, BITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    IS_GATHERED: tl.constexpr, IS_SCATTERED: tl.constexpr, IS_SPLIT: tl.constexpr,
+    WEIGHTS_FIRST: tl.constexpr, MATRICES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    # Tiles of all experts in order; programs beyond the last tile do nothing.
-    tile = tl.program_id(1)
-    numbers = tl.arange(0, EXPERTS)
-    held = tl.load(counts + numbers, mask=numbers < num_experts, other=0).to(tl.int32)
-    tiles = (held + ROWS - 1) // ROWS
-    tile_ends = tl.cumsum(tiles, axis=0)
-    if tile >= tl.sum(tiles, axis=0):
+    matrix, begin, end = 0, tl.program_id(1) * ROWS, num_rows
+    if HAS_COUNTS:
+        matrix, begin, end = _place_of_tile(counts, num_matrices, MATRICES, ROWS)
+    if begin >= end:
         return
-    expert = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
-    before = numbers < expert
-    tile -= tl.sum(tl.where(before, tiles, 0), axis=0)
-    begin = tl.sum(tl.where(before, held, 0), axis=0)
-    end = begin + tl.sum(tl.where(numbers == expert, held, 0), axis=0)
-    pair = begin + tile * ROWS + tl.arange(0, ROWS)
+    pair = begin + tl.arange(0, ROWS)
     is_pair = pair < end
     row = pair.to(tl.int64)
     if IS_GATHERED:
         row = tl.load(from_rows + pair, mask=is_pair, other=0)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    depth = tl.arange(0, DEPTH)
-    of_row = x + row[:, None] * x_row + depth[None, :]
-    own = weight + expert.to(tl.int64) * weight_expert
-    of_column = own + column[None, :].to(tl.int64) * in_features + depth[:, None]
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, in_features, DEPTH):
-        rest = in_features - start
-        a = tl.load(of_row + start, mask=is_pair[:, None] & (depth < rest)[None, :], other=0.0)
-        b = tl.load(
-            of_column + start,
-            mask=(column < out_features)[None, :] & (depth < rest)[:, None],
-            other=0.0,
-        )
-        total = tl.dot(a, b, total, input_precision="ieee")
+    is_column = column < out_features
+    place = (matrix * out_features + column).to(tl.int64)  # among all matrices' columns
+    low, high, split = -(first % DEPTH), in_features, tl.program_id(2)  # a step has one group
+    if IS_SPLIT:
+        low, high = share_of(low, high, split, tl.num_programs(2), DEPTH)
+    of_row = x + row * x_row
+    if BITS == 4:
+        total = _product_of_blocks(
+            of_row, is_pair, weight, scales, place, is_column, low, high, in_features,
+            WEIGHTS_FIRST, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+    elif BITS == 8:
+        total = _product_of_groups(
+            of_row, is_pair, weight, scales + place * num_groups, place, is_column,
+            low, high, in_features, group, first,
+            WEIGHTS_FIRST, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+    else:
+        total = _plain_product(
+            of_row, is_pair, weight, place, is_column, low, high, in_features,
+            ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
     if HAS_BIAS:
-        shift = tl.load(
-            bias + expert * out_features + column, mask=column < out_features, other=0.0
-        )
-        total += shift.to(tl.float32)[None, :]
+        shift = tl.load(bias + place, mask=is_column, other=0.0).to(tl.float32)
+        total += tl.where(split == 0, shift, 0.0)[None, :]
     to = pair.to(tl.int64)
     if IS_SCATTERED:
         to = tl.load(to_rows + pair, mask=is_pair, other=0)
-    tl.store(
-        out + to[:, None] * out_row + column[None, :],
-        total.to(out.dtype.element_ty),
-        mask=is_pair[:, None] & (column < out_features)[None, :],
-    )
+    to = out + split.to(tl.int64) * out_split + to[:, None] * out_row + column[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=is_pair[:, None] & is_column[None, :])
+
+
+@triton.jit
+def _place_of_tile(counts, num_matrices, MATRICES: tl.constexpr, ROWS: tl.constexpr):
+    """The tile's matrix, its first row, and where the matrix's rows end; no row beyond the last.
+
+    Tiles of all matrices follow one another.
+    """
+    tile = tl.program_id(1)
+    numbers = tl.arange(0, MATRICES)
+    held = tl.load(counts + numbers, mask=numbers < num_matrices, other=0).to(tl.int32)
+    tiles = (held + ROWS - 1) // ROWS
+    tile_ends = tl.cumsum(tiles, axis=0)
+    matrix = tl.sum((tile_ends <= tile).to(tl.int32), axis=0)
+    before = numbers < matrix
+    begin = tl.sum(tl.where(before, held, 0), axis=0)
+    end = begin + tl.sum(tl.where(numbers == matrix, held, 0), axis=0)
+    return matrix, begin + (tile - tl.sum(tl.where(before, tiles, 0), axis=0)) * ROWS, end
+
+
+@triton.jit
+def _plain_product(
+    of_row, is_row, weight, place, is_column, low, high, in_features,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, COLUMNS] float32; over inputs from low to high."""
+    of_column = weight + place * in_features
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(low, high, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        is_input = depth < in_features
+        a = tl.load(of_row[:, None] + depth[None, :], is_row[:, None] & is_input[None, :], 0.0)
+        b = tl.load(
+            of_column[None, :] + depth[:, None], is_column[None, :] & is_input[:, None], 0.0
+        )
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _product_of_groups(
+    of_row, is_row, weight, of_scale, place, is_column, low, high, in_features, group, first,
+    WEIGHTS_FIRST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """As `_plain_product`, of one-byte weights; every step lies in one group."""
+    of_column = weight + place * in_features
+    total = _zeros(WEIGHTS_FIRST, ROWS, COLUMNS)
+    for start in range(low, high, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        is_input = (depth >= 0) & (depth < in_features)
+        a = tl.load(of_row[:, None] + depth[None, :], is_row[:, None] & is_input[None, :], 0.0)
+        b = tl.load(
+            of_column[:, None] + depth[None, :], is_column[:, None] & is_input[None, :], 0.0
+        )
+        scale = tl.load(of_scale + (start + first) // group, is_column, 0.0)
+        if WEIGHTS_FIRST:
+            sums = tl.dot(b.to(a.dtype), tl.trans(a), input_precision="ieee")
+            total += sums * scale[:, None]
+        else:
+            sums = tl.dot(a, tl.trans(b.to(a.dtype)), input_precision="ieee")
+            total += sums * scale[None, :]
+    return tl.trans(total) if WEIGHTS_FIRST else total
+
+
+@triton.jit
+def _product_of_blocks(
+    of_row, is_row, weight, scales, place, is_column, low, high, in_features,
+    WEIGHTS_FIRST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """As `_plain_product`, of MXFP4 weights; inputs are a multiple of 32."""
+    of_byte, of_scale = weight + place * (in_features // 2), scales + place * (in_features // 32)
+    total = _zeros(WEIGHTS_FIRST, ROWS, COLUMNS)
+    for start in range(low, high, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        byte = start // 2 + tl.arange(0, DEPTH // 2)
+        block = start // 32 + tl.arange(0, DEPTH // 32)
+        is_input = depth < in_features
+        a = tl.load(of_row[:, None] + depth[None, :], is_row[:, None] & is_input[None, :], 0.0)
+        is_byte = is_column[:, None] & (byte < in_features // 2)[None, :]
+        codes = tl.load(of_byte[:, None] + byte[None, :], is_byte, 0)
+        is_block = is_column[:, None] & (block < in_features // 32)[None, :]
+        exponents = tl.load(of_scale[:, None] + block[None, :], is_block, 0)
+        b = _widened(codes, exponents, COLUMNS, DEPTH).to(a.dtype)
+        if WEIGHTS_FIRST:
+            total = tl.dot(b, tl.trans(a), total, input_precision="ieee")
+        else:
+            total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+    return tl.trans(total) if WEIGHTS_FIRST else total
+
+
+@triton.jit
+def _widened(codes, exponents, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    """[COLUMNS, DEPTH] float32 of two e2m1 values a byte and powers of two of 32 values each.
+
+    An e2m1's bits at the place of float32's exponent and mantissa are its value · 2^-126.
+    """
+    code = tl.interleave(codes & 15, codes >> 4).to(tl.uint32)
+    value = (((code & 7) << 22) | ((code & 8) << 28)).to(tl.float32, bitcast=True)
+    exponent = exponents.to(tl.uint32)
+    power = tl.where(exponent == 0, 1 << 22, exponent << 23).to(tl.float32, bitcast=True)
+    power = tl.broadcast_to(power[:, :, None], (COLUMNS, DEPTH // 32, 32))
+    return value * 8.507059173023462e37 * power.reshape(COLUMNS, DEPTH)
+
+
+@triton.jit
+def _zeros(WEIGHTS_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of no products: [COLUMNS, ROWS] where weights are the first operand."""
+    if WEIGHTS_FIRST:
+        return tl.zeros([COLUMNS, ROWS], tl.float32)
+    else:
+        return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def _sum_kernel(
+    partial, counts, to_rows, out, num_splits, num_rows, num_matrices, out_row, width,
+    HAS_COUNTS: tl.constexpr, IS_SCATTERED: tl.constexpr,
+    MATRICES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if HAS_COUNTS:
+        numbers = tl.arange(0, MATRICES)
+        if row >= tl.sum(tl.load(counts + numbers, mask=numbers < num_matrices, other=0), axis=0):
+            return
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(num_splits):
+        of_row = partial + (split * num_rows + row) * width
+        total += tl.load(of_row + columns, mask=columns < width, other=0.0)
+    to = row
+    if IS_SCATTERED:
+        to = tl.load(to_rows + row)
+    tl.store(out + to * out_row + columns, total.to(out.dtype.element_ty), mask=columns < width)
+
+
+class Tile(NamedTuple):
+    """The sizes of a program's tile.
+
+    Attributes:
+        depth: inputs of a step.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, num_rows: int, matrices: Matrices, itemsize: int) -> "Tile":
+        """For the mean of rows a matrix."""
+        if itemsize == 4:  # float32, for parity: multiplied without tensor cores
+            return cls(16, 32, 32, 4, 2)
+        mean = triton.next_power_of_2(num_rows // max(1, matrices.num))
+        rows = min(128, max(16, mean))
+        depth = 64 if rows == 128 else 128
+        if matrices.bits < 16:
+            is_one = matrices.bits == 4 or matrices.num_groups == 1
+            depth = depth if is_one else math.gcd(depth, matrices.group)
+            return cls(rows, 128, depth, 4 if rows <= 32 else 8, 3 if rows == 64 else 4)
+        if rows <= 32:
+            return cls(rows, 128, 128, 4, 4)
+        return cls(rows, 128, 64, 8 if rows == 128 else 4, 4)
 
 
 def grouped_product(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    counts: Tensor,
-    num_pairs: int,
+    matrices: Matrices,
+    counts: Tensor | None,
+    num_rows: int,
     *,
     from_rows: Tensor | None = None,
     to_rows: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x · Wᵀ + b of each pair with its expert's matrix.
+    """x · Wᵀ + b of each row with its matrix.
 
     Args:
-        x: [num_pairs, in_features] by expert; or [num_rows, in_features] and `from_rows`.
-        weight: [E, out_features, in_features]; bias [E, out_features].
-        counts: [E]; pairs of each expert.
-        from_rows: [num_pairs]; the row of each pair.
-        to_rows: [num_pairs]; where each result goes.
-        out: [num_pairs, out_features]; what is returned, if given.
+        x: [num_rows, in_features] by matrix; or [any, in_features] and `from_rows`.
+        counts: [num]; rows of each matrix. None where there is one matrix.
+        num_rows: at least the sum of counts; results beyond are not written.
+        from_rows: [num_rows]; where each row is in x.
+        to_rows: [num_rows]; where each result goes.
+        out: [num_rows, out_features]; what is returned, if given.
     """
-    num_experts, out_features, in_features = weight.shape
-    out = x.new_empty(num_pairs, out_features) if out is None else out
+    out_features = matrices.out_features
+    out = x.new_empty(num_rows, out_features) if out is None else out
     x = x if x.stride(1) == 1 else x.contiguous()
-    rows, columns, depth, num_warps, num_stages = _tile(num_pairs, num_experts, x.itemsize)
-    num_tiles = min(num_pairs, num_experts) + num_pairs // rows
+    tile = Tile.of(num_rows, matrices, x.itemsize)
+    num_tiles = triton.cdiv(num_rows, tile.rows)
+    if counts is not None and num_rows:
+        num_tiles = min(num_rows, matrices.num) + num_rows // tile.rows
+    num_splits = _num_splits(num_rows, matrices, tile, x.device)
+    sums, sums_to = out, to_rows
+    if num_splits > 1:
+        sums = out.new_empty(num_splits * num_rows, out_features, dtype=torch.float32)
+        sums_to = None
+    of_launch = {
+        "HAS_COUNTS": counts is not None,
+        "MATRICES": triton.next_power_of_2(matrices.num),
+    }
     launch(
         _grouped_kernel,
-        (triton.cdiv(out_features, columns), num_tiles if num_pairs else 0),
-        *(x, weight, bias, counts, from_rows, to_rows, out, x.stride(0), out.stride(0)),
-        *(weight.stride(0), num_experts, out_features, in_features),
-        HAS_BIAS=bias is not None,
+        (triton.cdiv(out_features, tile.columns), num_tiles, num_splits),
+        *(x, matrices.weight, matrices.scales, matrices.bias, counts, from_rows, sums_to, sums),
+        *(x.stride(0), sums.stride(0), num_rows * out_features, num_rows, matrices.num),
+        *(out_features, matrices.in_features, matrices.num_groups, matrices.group, matrices.first),
+        BITS=matrices.bits,
+        HAS_BIAS=matrices.bias is not None,
         IS_GATHERED=from_rows is not None,
-        IS_SCATTERED=to_rows is not None,
-        EXPERTS=triton.next_power_of_2(num_experts),
-        ROWS=rows,
-        COLUMNS=columns,
-        DEPTH=depth,
-        num_warps=num_warps,
-        num_stages=num_stages,
+        IS_SCATTERED=sums_to is not None,
+        IS_SPLIT=num_splits > 1,
+        WEIGHTS_FIRST=tile.rows >= 64,  # else registers spill
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **of_launch,
     )
+    if num_splits > 1:
+        launch(
+            _sum_kernel,
+            (num_rows, triton.cdiv(out_features, _SUM_BLOCK)),
+            *(sums, counts, to_rows, out, num_splits, num_rows, matrices.num),
+            *(out.stride(0), out_features),
+            IS_SCATTERED=to_rows is not None,
+            BLOCK=_SUM_BLOCK,
+            **of_launch,
+        )
     return out
 
 
-def _tile(num_pairs: int, num_experts: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """Rows, columns and depth of a tile, warps and stages, for the mean of pairs an expert."""
-    if itemsize == 4:  # float32, for parity: multiplied without tensor cores
-        return 16, 32, 32, 4, 2
-    rows = min(128, max(16, triton.next_power_of_2(num_pairs // max(1, num_experts))))
-    if rows <= 32:
-        return rows, 128, 128, 4, 4
-    return rows, 128, 64, 8 if rows == 128 else 4, 4
-
-
-class CudaExperts(Experts):
-    """Two grouped products and the activation between them, without a transfer to the host.
-
-    Gates and ups, and downs, of all experts are put side by side, and each expert's become a part
-    of that.
-
-    Args:
-        groups: torch's grouped product, [P, N] of [P, K], [E, K, N] and ends [E]; None for ours.
-    """
-
-    def __init__(
-        self,
-        held: Sequence[Expert],
-        activation: Activation,
-        groups: Callable[..., Tensor] | None,
-    ) -> None:
-        super().__init__(held, activation)
-        self._groups = groups
-        self._is_gated = held[0].gate is not None
-        self._inner = side_by_side([each.linears[:-1] for each in held])
-        self._down = side_by_side([[each.down] for each in held])
-
-    @staticmethod
-    def suits(held: Sequence[Expert]) -> bool:
-        """Whether weights are as torch has them, and of one kind."""
-        linears = [linear for expert in held for linear in expert.linears]
-        biased = {
-            (linear is expert.down, linear.bias is not None)
-            for expert in held
-            for linear in expert.linears
-        }
-        return all(type(each) is Linear for each in linears) and len(biased) == 2
-
-    def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
-        """[P, H]."""
-        num_pairs = pairs.rows.shape[0]
-        (inner_weight, inner_bias), (down_weight, down_bias) = self._inner, self._down
-        if self._groups is None or not num_pairs:
-            inner = grouped_product(
-                rows, inner_weight, inner_bias, pairs.counts, num_pairs, from_rows=pairs.rows
-            )
-            inner = activate(inner, self.activation, is_gated=self._is_gated)
-            return grouped_product(
-                inner, down_weight, down_bias, pairs.counts, num_pairs,
-                to_rows=pairs.order, out=out,
-            )  # fmt: skip
-        ends = pairs.counts.cumsum(0, dtype=torch.int32)
-
-        def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            assert self._groups is not None
-            result = self._groups(x, weight.transpose(1, 2), offs=ends)
-            if bias is not None:
-                result += bias.repeat_interleave(pairs.counts, dim=0, output_size=num_pairs)
-            return result
-
-        inner = product(rows.index_select(0, pairs.rows), inner_weight, inner_bias)
-        inner = activate(inner, self.activation, is_gated=self._is_gated)
-        results = product(inner, down_weight, down_bias)
-        out = torch.empty_like(results) if out is None else out
-        return out.index_copy_(0, pairs.order, results)
-
-
-def experts_of(held: Sequence[Expert], activation: Activation) -> CudaExperts:
-    """With torch's grouped products where it has them for these weights, else with ours."""
-    return CudaExperts(held, activation, grouped_mm if GroupedExperts.suits(held) else None)
-
-
-def side_by_side(linears: Sequence[Sequence[Linear]]) -> tuple[Tensor, Tensor | None]:
-    """Weights [E, rows of all, in_features] and biases of each expert's linears.
-
-    The weights become parts of that, one after the other, so that little is held twice.
-    """
-    first = linears[0][0].weight
-    num_rows = [each.out_features for each in linears[0]]
-    weight = first.new_empty(len(linears), sum(num_rows), first.shape[1])
-    for own, of_expert in zip(linears, weight.unbind(), strict=True):
-        torch.cat([each.weight for each in own], out=of_expert)
-        for linear, part in zip(own, of_expert.split(num_rows), strict=True):
-            linear.weight = part
-    biases = [[each.bias for each in own if each.bias is not None] for own in linears]
-    return weight, torch.stack([torch.cat(own) for own in biases]) if biases[0] else None
+def _num_splits(num_rows: int, matrices: Matrices, tile: Tile, device: torch.device) -> int:
+    """Of inputs: as many as give each multiprocessor a program, if rows are spread evenly."""
+    num_tiles = max(min(num_rows, matrices.num), num_rows // tile.rows)
+    num_programs = triton.cdiv(matrices.out_features, tile.columns) * num_tiles
+    wanted = num_multiprocessors(device) // max(1, num_programs)
+    num_steps = matrices.in_features // tile.depth
+    return int(max(1, min(wanted, num_steps // _LEAST_STEPS, _MOST_SPLITS)))

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from expertlane.ops.cuda.activation import activate
 from expertlane.ops.cuda.attention import attend
-from expertlane.ops.cuda.grouped import side_by_side
+from expertlane.ops.cuda.grouped import grouped_product
+from expertlane.ops.cuda.matrices import Matrices, kind_of
+from expertlane.ops.cuda.narrow import CudaNarrowLinear
 from expertlane.ops.cuda.norm import rms_norm
 from expertlane.ops.cuda.rotate import rotate_and_write
 from expertlane.ops.kv_cache import KVCache, PagedBatch
@@ -43,7 +45,7 @@ class CudaAttention:
         attended = attend(query, cache, batch, own.params).flatten(1)
         if not adds_input:
             return own.output(attended)
-        if own.output.bias is None:  # the product adds x itself
+        if type(own.output) is Linear and own.output.bias is None:  # the product adds x itself
             return torch.addmm(x, attended, own.output.weight.t())
         return x + own.output(attended)
 
@@ -65,14 +67,17 @@ class CudaMlp:
         self._down, self._activation = mlp.down, activation
         self._norm, self._eps, self._scale = norm, eps, scale
         self._is_gated = mlp.gate is not None
-        self._inner = mlp.up.weight
-        if mlp.gate is not None:
-            self._inner = side_by_side([[mlp.gate, mlp.up]])[0].flatten(0, 1)
+        self._inner = Matrices.of([mlp.linears[:-1]])
 
     @staticmethod
     def suits(mlp: Expert) -> bool:
-        """Whether its projections have no biases, and weights as torch has them."""
-        return all(type(each) is Linear and each.bias is None for each in mlp.linears)
+        """Whether its projections have no biases, and gate and up are of one kind."""
+        kinds = {type(each) for each in mlp.linears}
+        return (
+            kinds <= {Linear, CudaNarrowLinear}
+            and all(each.bias is None for each in mlp.linears)
+            and len({kind_of(each) for each in mlp.linears[:-1]}) == 1
+        )
 
     def takes(self, x: Tensor) -> bool:
         """As `MlpCall`."""
@@ -81,6 +86,10 @@ class CudaMlp:
     def __call__(self, x: Tensor) -> Tensor:
         """As `MlpCall`."""
         hidden = x if self._norm is None else rms_norm(x, self._norm, self._eps)
-        inner = activate(F.linear(hidden, self._inner), self._activation, is_gated=self._is_gated)
+        if self._inner.scales is None:
+            inner = F.linear(hidden, self._inner.weight.squeeze(0))
+        else:
+            inner = grouped_product(hidden, self._inner, None, hidden.shape[0])
+        inner = activate(inner, self._activation, is_gated=self._is_gated)
         out = self._down(inner)
         return out if self._scale is None else out * torch.sigmoid(F.linear(hidden, self._scale))

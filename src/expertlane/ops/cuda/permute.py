@@ -22,14 +22,15 @@ _SUM_BLOCK = 1024
 
 @triton.jit
 def _group_of(ids, ids_row, pair, num_pairs, first, divisor, num_groups, TOP_K: tl.constexpr):
-    """The group of each pair, as far as it has one; and whether it has."""
+    """The group of each pair, the one behind all others where it has none; and whether it has."""
     is_there = pair < num_pairs
     place = pair // TOP_K
     found = tl.load(ids + place.to(tl.int64) * ids_row + pair % TOP_K, mask=is_there, other=-1)
     found = found - first
     group = found // divisor
     has_group = is_there & (found >= 0) & (group < num_groups)
-    return tl.where(has_group, group, num_groups), has_group
+    group = tl.where(has_group, group, num_groups)
+    return tl.where(is_there, group, num_groups + 1), has_group
 
 
 @triton.jit
@@ -43,16 +44,17 @@ def _count_kernel(
     number = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     is_it = group[:, None] == number[None, :]
     to = counts + number.to(tl.int64) * num_tiles + tile
-    tl.store(to, tl.sum(is_it.to(tl.int32), axis=0), mask=number < num_groups)
+    tl.store(to, tl.sum(is_it.to(tl.int32), axis=0), mask=number <= num_groups)
 
 
 @triton.jit
 def _place_kernel(
     ids, counts, ends, tile_ends, rows, order, numbers,
-    ids_row, num_pairs, num_tiles, first, divisor, num_groups,
+    ids_row, num_pairs, num_tiles, first, divisor, num_groups, num_kept,
     TOP_K: tl.constexpr, TILE: tl.constexpr, HAS_ALL: tl.constexpr,
 ):  # fmt: skip
-    # `ends`: where pairs of each group and tile end; `tile_ends`: how many all tiles so far have.
+    # `ends`: where pairs of each group and tile end; `tile_ends`: how many all tiles so far have,
+    # those without a group left out.
     tile = tl.program_id(0)
     lane = tl.arange(0, TILE)
     pair = tile * TILE + lane
@@ -60,17 +62,20 @@ def _place_kernel(
     is_before = lane[None, :] < lane[:, None]
     rank = tl.sum((is_before & (group[None, :] == group[:, None])).to(tl.int32), axis=1)
     cell = group.to(tl.int64) * num_tiles + tile
-    begin = tl.load(ends + cell, mask=has_group, other=0) - tl.load(counts + cell, has_group, 0)
+    is_there = pair < num_pairs
+    begin = tl.load(ends + cell, mask=is_there, other=0) - tl.load(counts + cell, is_there, 0)
     place = begin + rank
     number = pair
     if not HAS_ALL:
         counted = tl.sum(has_group.to(tl.int32), axis=0)
         number = (tl.load(tile_ends + tile) - counted).to(tl.int32)
         number += tl.sum((is_before & has_group[None, :]).to(tl.int32), axis=1)
-    tl.store(rows + place, (pair // TOP_K).to(tl.int64), mask=has_group)
-    tl.store(order + place, number.to(tl.int64), mask=has_group)
+        number = tl.where(has_group, number, place.to(tl.int32))
+    is_kept = is_there & (place < num_kept)
+    tl.store(rows + place, (pair // TOP_K).to(tl.int64), mask=is_kept)
+    tl.store(order + place, number.to(tl.int64), mask=is_kept)
     number = tl.where(has_group, number, -1)
-    tl.store(numbers + pair, number.to(tl.int64), mask=pair < num_pairs)
+    tl.store(numbers + pair, number.to(tl.int64), mask=is_there)
 
 
 def group_pairs(
@@ -80,24 +85,25 @@ def group_pairs(
     num_rows, top_k = ids.shape
     ids = ids if ids.stride(1) == 1 else ids.contiguous()
     most = num_rows * top_k
-    num_tiles, groups = triton.cdiv(most, _TILE), min(128, triton.next_power_of_2(num_groups))
-    counts = ids.new_empty(num_groups, num_tiles, dtype=torch.int32)
+    num_tiles, groups = triton.cdiv(most, _TILE), min(128, triton.next_power_of_2(num_groups + 1))
+    counts = ids.new_empty(num_groups + 1, num_tiles, dtype=torch.int32)
     sizes = ids.stride(0), most, num_tiles, first, divisor, num_groups
     launch(
-        _count_kernel, (num_tiles, triton.cdiv(num_groups, groups)), *(ids, counts, *sizes),
+        _count_kernel, (num_tiles, triton.cdiv(num_groups + 1, groups)), *(ids, counts, *sizes),
         TOP_K=top_k, TILE=_TILE, GROUPS=groups,
     )  # fmt: skip
     ends = counts.view(-1).cumsum(0)
-    tile_ends = counts.sum(0).cumsum(0) if num_pairs != most else ends
+    grouped = counts.narrow(0, 0, num_groups)
+    tile_ends = grouped.sum(0).cumsum(0) if num_pairs != most else ends
     if num_pairs is None:
-        num_pairs = int(ends[-1]) if most else 0
+        num_pairs = int(tile_ends[-1]) if most else 0
     rows, order = (ids.new_empty(num_pairs, dtype=torch.int64) for _ in range(2))
     numbers = ids.new_empty(num_rows, top_k, dtype=torch.int64)
     launch(
         _place_kernel, (num_tiles,), *(ids, counts, ends, tile_ends, rows, order, numbers, *sizes),
-        TOP_K=top_k, TILE=_TILE, HAS_ALL=num_pairs == most,
+        num_pairs, TOP_K=top_k, TILE=_TILE, HAS_ALL=num_pairs == most,
     )  # fmt: skip
-    return PairGroups(counts.sum(1), rows, order, numbers)
+    return PairGroups(grouped.sum(1), rows, order, numbers)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertlane.ops.cuda.kv_float8 import largest_of, rounded, scale_of
 from expertlane.ops.cuda.launch import launch
 from expertlane.ops.kv_cache import KVCache
 
@@ -16,12 +17,13 @@ _PROGRAM_VALUES = 2048  # of a token's heads
 
 @triton.jit
 def _rotate_kernel(
-    x, positions, cos, sin, norms, slots, out, keys, values,
+    x, positions, cos, sin, norms, slots, out, keys, values, key_scales, value_scales,
     x_token, x_head, key_block, key_head, value_block, value_head, block_size,
     num_heads, num_kv_heads, eps,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_CACHE: tl.constexpr,
-    HEADS: tl.constexpr, KEPT_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    IS_FLOAT8: tl.constexpr, HEADS: tl.constexpr,
+    KEPT_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Heads are rows: queries, then keys, then values, which are neither normalised nor rotated.
     token = tl.program_id(0).to(tl.int64)
@@ -61,17 +63,40 @@ def _rotate_kernel(
     turned_a, turned_b = a * cos_a - b * sin_b, b * cos_a + a * sin_b
     a = tl.where(is_value[:, None], a, turned_a)
     b = tl.where(is_value[:, None], b, turned_b)
+    dtype = out.dtype.element_ty
+    a, b, c = a.to(dtype), b.to(dtype), c.to(dtype)
     to = out + (token * num_heads + head[:, None]) * HEAD_DIM
     if HAS_CACHE:
         slot = tl.load(slots + token)
         block, offset = slot // block_size, slot % block_size
-        key = keys + block * key_block + (head - num_heads)[:, None] * key_head + offset * HEAD_DIM
-        of_value = (head - num_heads - num_kv_heads)[:, None] * value_head
-        value = values + block * value_block + of_value + offset * HEAD_DIM
-        to = tl.where(is_query[:, None], to, tl.where(is_value[:, None], value, key))
-    tl.store(to + KEPT + half, a.to(out.dtype.element_ty), mask=in_half)
-    tl.store(to + KEPT + HALF + half, b.to(out.dtype.element_ty), mask=in_half)
-    tl.store(to + kept, c.to(out.dtype.element_ty), mask=in_kept)
+        of_cache = tl.where(is_value, head - num_heads - num_kv_heads, head - num_heads)
+        key = keys + block * key_block + of_cache[:, None] * key_head + offset * HEAD_DIM
+        value = values + block * value_block + of_cache[:, None] * value_head + offset * HEAD_DIM
+        stored = tl.where(is_value[:, None], value, key)
+        if IS_FLOAT8:
+            in_cache = is_head & (is_query == 0)
+            largest = tl.maximum(largest_of(a), tl.maximum(largest_of(b), largest_of(c)))
+            scale = scale_of(largest)[:, None]
+            place = (block * num_kv_heads + of_cache) * block_size + offset
+            scales = tl.where(is_value, value_scales + place, key_scales + place)[:, None]
+            tl.store(scales, scale.to(tl.uint8), mask=in_cache[:, None])
+            _store_head(
+                stored, rounded(a, scale), rounded(b, scale), rounded(c, scale), half, kept,
+                in_half & in_cache[:, None], in_kept & in_cache[:, None], KEPT, HALF,
+            )  # fmt: skip
+            in_half, in_kept = in_half & is_query[:, None], in_kept & is_query[:, None]
+        else:
+            to = tl.where(is_query[:, None], to, stored)
+    _store_head(to, a, b, c, half, kept, in_half, in_kept, KEPT, HALF)
+
+
+@triton.jit
+def _store_head(
+    to, a, b, c, half, kept, in_half, in_kept, KEPT: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
+    tl.store(to + KEPT + half, a, mask=in_half)
+    tl.store(to + KEPT + HALF + half, b, mask=in_half)
+    tl.store(to + kept, c, mask=in_kept)
 
 
 def _launch(
@@ -94,11 +119,11 @@ def _launch(
     kept, half = (triton.next_power_of_2(max(1, n)) for n in (dim - rotary_dim, rotary_dim // 2))
     heads = max(1, _PROGRAM_VALUES // triton.next_power_of_2(dim))
     heads = min(triton.next_power_of_2(max(1, total)), heads)
-    keys, values = (out, out) if cache is None else (cache.keys, cache.values)
+    keys, values, *scales = (out, out, None, None) if cache is None else cache.parts
     launch(
         _rotate_kernel,
         (num_tokens, triton.cdiv(total, heads)),
-        *(x, positions, cos, sin, norms, slots, out, keys, values),
+        *(x, positions, cos, sin, norms, slots, out, keys, values, *scales),
         *(x.stride(0), x.stride(1), keys.stride(0), keys.stride(1)),
         *(values.stride(0), values.stride(1), 1 if cache is None else cache.block_size),
         *(num_heads, num_kv_heads, eps),
@@ -108,6 +133,7 @@ def _launch(
         HAS_POSITIONS=positions is not None,
         HAS_NORMS=norms is not None,
         HAS_CACHE=cache is not None,
+        IS_FLOAT8=scales[0] is not None,
         HEADS=heads,
         KEPT_BLOCK=kept,
         HALF_BLOCK=half,
@@ -153,39 +179,53 @@ def rotate_and_write(
 
 @triton.jit
 def _write_kernel(
-    key, value, slots, keys, values,
+    key, value, slots, keys, values, key_scales, value_scales,
     key_token, key_from_head, value_token, value_from_head,
     key_block, key_head, value_block, value_head, block_size,
-    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, IS_FLOAT8: tl.constexpr,
     KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + token)
     block, offset = slot // block_size, slot % block_size
-    columns = tl.arange(0, KEY_BLOCK)
-    row = tl.load(key + token * key_token + head * key_from_head + columns, columns < KEY_DIM)
+    place = (block * tl.num_programs(1) + head) * block_size + offset  # of the row's scale
+    row = key + token * key_token + head * key_from_head
     to = keys + block * key_block + head * key_head + offset * KEY_DIM
-    tl.store(to + columns, row, columns < KEY_DIM)
+    _write_row(row, to, key_scales, place, KEY_DIM, KEY_BLOCK, IS_FLOAT8)
     if VALUE_DIM > 0:
-        columns = tl.arange(0, VALUE_BLOCK)
-        is_there = columns < VALUE_DIM
-        row = tl.load(value + token * value_token + head * value_from_head + columns, is_there)
+        row = value + token * value_token + head * value_from_head
         to = values + block * value_block + head * value_head + offset * VALUE_DIM
-        tl.store(to + columns, row, is_there)
+        _write_row(row, to, value_scales, place, VALUE_DIM, VALUE_BLOCK, IS_FLOAT8)
+
+
+@triton.jit
+def _write_row(
+    row, to, scales, place, DIM: tl.constexpr, BLOCK: tl.constexpr, IS_FLOAT8: tl.constexpr
+):  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    is_there = columns < DIM
+    values = tl.load(row + columns, is_there, 0.0)
+    if IS_FLOAT8:
+        scale = scale_of(largest_of(values))
+        tl.store(scales + place, scale.to(tl.uint8))
+        tl.store(to + columns, rounded(values, scale), is_there)
+    else:
+        tl.store(to + columns, values, is_there)
 
 
 def write(cache: KVCache, slots: Tensor, key: Tensor, value: Tensor) -> None:
-    """As `KVCache.write`."""
+    """Store new tokens' keys and values, as `KVCache.write` does."""
     num_tokens, heads, key_dim = key.shape
-    value_dim, keys, values = value.shape[2], cache.keys, cache.values
+    value_dim, (keys, values, *scales) = value.shape[2], cache.parts
     key, value = (each if each.stride(2) == 1 else each.contiguous() for each in (key, value))
     launch(
         _write_kernel,
         (num_tokens, heads),
-        *(key, value, slots, keys, values, *key.stride()[:2], *value.stride()[:2]),
+        *(key, value, slots, keys, values, *scales, *key.stride()[:2], *value.stride()[:2]),
         *(*keys.stride()[:2], *values.stride()[:2], cache.block_size),
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
+        IS_FLOAT8=scales[0] is not None,
         KEY_BLOCK=triton.next_power_of_2(key_dim),
         VALUE_BLOCK=triton.next_power_of_2(max(1, value_dim)),
         num_warps=1 if key_dim <= 256 else 2,

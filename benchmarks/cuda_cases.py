@@ -1,0 +1,272 @@
+"""Operations of ops/cuda at models' sizes, on tensors with shapes and no data: what is compiled.
+
+Each runs under a FakeTensorMode, and checks shape, type and device of what it gives.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertlane.ops.cuda import attention, rotate
+from expertlane.ops.cuda.activation import activate
+from expertlane.ops.cuda.experts import CudaExperts
+from expertlane.ops.cuda.narrow import CudaNarrowLinear
+from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
+from expertlane.ops.cuda.parts import CudaAttention, CudaMlp
+from expertlane.ops.cuda.permute import gather_sum, group_pairs
+from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch, PagedSequences
+from expertlane.ops.mxfp4 import Mxfp4Weight
+from expertlane.ops.narrow import NarrowWeight
+from expertlane.ops.products import Activation, Expert, Linear, grouped_mm
+from expertlane.ops.step import AttentionWeights
+from expertlane.schedule.plan import Batch
+
+CUDA = torch.device("cuda")
+Kind = Literal["plain", "int8", "float8", "mxfp4"]  # of weights
+
+
+def equal_sequences(num_seqs: int, computed: int, new: int, block_size: int = 16) -> Batch:
+    """Sequences of one length, their blocks in random order."""
+    width = -(-(computed + new) // block_size)
+    blocks = np.random.default_rng(0).permutation(num_seqs * width)
+    return Batch(
+        seq_ids=np.arange(num_seqs),
+        num_scheduled_tokens=np.full(num_seqs, new),
+        num_computed_tokens=np.full(num_seqs, computed),
+        token_ids=np.zeros(num_seqs * new, dtype=np.int64),
+        block_tables=blocks.reshape(num_seqs, width).astype(np.int32),
+        yields_token=np.ones(num_seqs, dtype=np.bool_),
+    )
+
+
+def batch_of(num_seqs: int, computed: int, new: int) -> PagedBatch:
+    """Of those, on a GPU that is not there."""
+    batch = equal_sequences(num_seqs, computed, new)
+    paged = PagedBatch(batch, 16, CUDA)
+    # A torch for CPUs alone copies nothing to "cuda", not even in a FakeTensorMode.
+    num, shape = batch.num_tokens, batch.block_tables.shape
+    of_seqs = ((num_seqs, shape[1]), (num_seqs,), (num_seqs,), (num_seqs,))
+    paged.__dict__["sequences"] = PagedSequences(*(_whole_numbers(*each) for each in of_seqs))
+    paged.__dict__["positions"], paged.__dict__["slots"] = (_whole_numbers(num) for _ in range(2))
+    return paged
+
+
+def _whole_numbers(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device=CUDA)
+
+
+def attend(
+    batch: PagedBatch,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    window: int | None = None,
+    has_sinks: bool = False,
+    in_keys: bool = False,
+) -> None:
+    """Write and attend; `dims` are of keys and values, which `in_keys` are a part of them."""
+    num_tokens = batch.batch.num_tokens
+    cache = KVCache(64, batch.block_size, heads[1], dims[0], 0 if in_keys else dims[1], dtype, CUDA)
+    query = torch.empty(num_tokens, heads[0], dims[0], dtype=dtype, device=CUDA)
+    key, value = (
+        torch.empty(num_tokens, heads[1], x.shape[-1], dtype=dtype, device=CUDA)
+        for x in (cache.keys, cache.values)
+    )
+    sinks = torch.empty(heads[0], device=CUDA) if has_sinks else None
+    params = AttentionParams(dims[1], dims[0] ** -0.5, window, sinks)
+    rotate.write(cache, batch.slots, key, value)
+    out = attention.attend(query, cache, batch, params)
+    _expect(out, (num_tokens, heads[0], dims[1]), dtype)
+
+
+def _expect(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    assert (tuple(x.shape), x.dtype, x.device.type) == (shape, dtype, "cuda"), (x.shape, x.dtype)
+
+
+def rows(num_tokens: int, hidden: int, inner: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Norms and activations."""
+    x, weight = (
+        torch.empty(num_tokens, hidden, dtype=dtype, device=CUDA),
+        torch.empty(hidden, device=CUDA),
+    )
+    _expect(rms_norm(x, weight, 1e-5), (num_tokens, hidden), dtype)
+    for out in add_rms_norm(x, x, weight, 1e-5):
+        _expect(out, (num_tokens, hidden), dtype)
+    for is_gated, activation in (
+        (True, Activation("silu")),
+        (False, Activation("gelu")),
+        (True, Activation("silu", swiglu_limit=7.0)),
+    ):
+        x = torch.empty(num_tokens, inner * (1 + is_gated), dtype=dtype, device=CUDA)
+        _expect(activate(x, activation, is_gated=is_gated), (num_tokens, inner), dtype)
+
+
+def turn(
+    num_tokens: int,
+    heads: tuple[int, int],
+    dim: int,
+    rotary_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    interleave: bool = False,
+    has_norms: bool = False,
+) -> None:
+    """Rotation alone, and with the write to the cache."""
+    (num_heads, num_kv_heads), batch = heads, batch_of(num_tokens, 100, 1)
+    x = torch.empty(num_tokens, num_heads + 2 * num_kv_heads, dim, dtype=dtype, device=CUDA)
+    cos, sin = torch.empty(2, num_tokens, 1, rotary_dim, device=CUDA).unbind()
+    norms = torch.empty(num_heads + num_kv_heads, dim, device=CUDA) if has_norms else None
+    cache = KVCache(64, 16, num_kv_heads, dim, dim, dtype, CUDA)
+    turned = rotate.rotate(x, cos, sin, interleave=interleave)
+    _expect(turned, tuple(x.shape), dtype)
+    angles = batch.positions, cos, sin
+    query = rotate.rotate_and_write(
+        x, num_heads, angles, norms, 1e-5, batch.slots, cache, interleave=interleave
+    )
+    _expect(query, (num_tokens, num_heads, dim), dtype)
+
+
+def linear(n: int, k: int, kind: Kind = "plain", dtype: torch.dtype = torch.bfloat16) -> Linear:
+    """A weight of a kind; one byte has a scale for 128 inputs, as in DeepSeek-V3."""
+
+    def of(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=CUDA)
+
+    if kind == "plain":
+        return Linear(of(dtype, n, k))
+    if kind == "mxfp4":
+        weight = Mxfp4Weight(of(torch.uint8, n, k // 2), of(torch.uint8, n, k // 32), dtype)
+        return CudaNarrowLinear(weight, None)
+    values = of(torch.int8 if kind == "int8" else torch.float8_e4m3fn, n, k)
+    scales = of(torch.float32, n, k // 128)
+    return CudaNarrowLinear(NarrowWeight(values, scales, 128, 0, dtype), None)
+
+
+def product(num_tokens: int, n: int, k: int, kind: Kind) -> None:
+    """One matrix alone."""
+    x = torch.empty(num_tokens, k, dtype=torch.bfloat16, device=CUDA)
+    _expect(linear(n, k, kind)(x), (num_tokens, n), torch.bfloat16)
+
+
+def experts(
+    num_tokens: int,
+    top_k: int,
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    kind: Kind = "plain",
+    is_gated: bool = True,
+    by_torch: bool = False,
+) -> None:
+    """Pairs by expert, grouped products, and the sum; `sizes` are experts, hidden and inner."""
+    num, hidden, inner = sizes
+    held = [
+        Expert(
+            gate=linear(inner, hidden, kind, dtype) if is_gated else None,
+            up=linear(inner, hidden, kind, dtype),
+            down=linear(hidden, inner, kind, dtype),
+        )
+        for _ in range(num)
+    ]
+    activation = Activation("silu" if is_gated else "gelu")
+    of_layer = CudaExperts(held, activation, grouped_mm if by_torch else None)
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=CUDA)
+    pairs = group_pairs(ids, 0, 1, num, ids.numel())
+    _expect(pairs.counts, (num,), torch.int64)
+    _expect(pairs.numbers, (num_tokens, top_k), torch.int64)
+    x = torch.empty(num_tokens, hidden, dtype=dtype, device=CUDA)
+    results = of_layer(x, pairs)
+    _expect(results, (num_tokens * top_k, hidden), dtype)
+    weights = torch.empty(num_tokens, top_k, device=CUDA)
+    _expect(gather_sum(results, pairs.numbers, weights, None), (num_tokens, hidden), dtype)
+
+
+def parts(
+    num_tokens: int,
+    hidden: int,
+    heads: tuple[int, int],
+    dim: int,
+    inner: int,
+    kind: Kind = "plain",
+) -> None:
+    """A layer's attention and an MLP as layers call them."""
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, device=CUDA)
+
+    num_heads, num_kv_heads = heads
+    of_attention = CudaAttention(
+        AttentionWeights(
+            norm=floats(hidden),
+            eps=1e-6,
+            query_key_value=linear((num_heads + 2 * num_kv_heads) * dim, hidden, kind),
+            head_norms=floats(num_heads + num_kv_heads, dim),
+            output=linear(hidden, num_heads * dim, kind),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=dim,
+            cos=floats(4096, 1, dim),
+            sin=floats(4096, 1, dim),
+            interleave=False,
+            params=AttentionParams(dim, dim**-0.5),
+        )
+    )
+    cache = KVCache(64, 16, num_kv_heads, dim, dim, torch.bfloat16, CUDA)
+    x = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=CUDA)
+    for adds_input in (False, True):
+        out = of_attention(x, cache, batch_of(num_tokens, 100, 1), adds_input=adds_input)
+        _expect(out, (num_tokens, hidden), torch.bfloat16)
+    gate, up, down = (linear(*each, kind) for each in ((inner, hidden),) * 2 + ((hidden, inner),))
+    dense = Expert(gate=gate, up=up, down=down)
+    scale = torch.empty(1, hidden, dtype=torch.bfloat16, device=CUDA)
+    mlp = CudaMlp(dense, Activation("silu"), floats(hidden), 1e-6, scale)
+    _expect(mlp(x), (num_tokens, hidden), torch.bfloat16)
+
+
+FLOAT32 = torch.float32
+# By name, with sizes of: the paper's model (heads of 512), Qwen3 (normed heads), DeepSeek-V3
+# (latents), GPT-OSS (sinks and windows).
+CASES: dict[str, Callable[[], None]] = {
+    "rows of 7168": lambda: rows(64, 7168, 2048),
+    "experts, decode": lambda: experts(64, 8, (32, 7168, 2048)),
+    "experts, prompt": lambda: experts(8192, 8, (32, 7168, 2048)),
+    "experts, paper": lambda: experts(128, 1, (1, 8192, 32768), is_gated=False),
+    "experts, some tokens": lambda: experts(256, 8, (32, 4096, 1536)),
+    "experts by torch": lambda: experts(64, 8, (32, 7168, 2048), by_torch=True),
+    "experts in float32": lambda: experts(64, 8, (32, 7168, 2048), FLOAT32),
+    "float8 experts, decode": lambda: experts(64, 8, (32, 7168, 2048), kind="float8"),
+    "float8 experts, some tokens": lambda: experts(256, 8, (32, 7168, 2048), kind="float8"),
+    "float8 experts, prompt": lambda: experts(8192, 8, (32, 7168, 2048), kind="float8"),
+    "int8 experts, decode": lambda: experts(64, 8, (32, 7168, 2048), kind="int8"),
+    "int8 experts, prompt": lambda: experts(8192, 8, (32, 7168, 2048), kind="int8"),
+    "MXFP4 experts, decode": lambda: experts(64, 4, (32, 2880, 2880), kind="mxfp4"),
+    "MXFP4 experts, some tokens": lambda: experts(512, 4, (32, 2880, 2880), kind="mxfp4"),
+    "MXFP4 experts, prompt": lambda: experts(8192, 4, (32, 2880, 2880), kind="mxfp4"),
+    "float8 product, decode": lambda: product(64, 1536, 7168, "float8"),
+    "a float8 layer": lambda: parts(16, 2048, (32, 4), 128, 6144, "float8"),
+    "a layer of Qwen3": lambda: parts(64, 2048, (32, 4), 128, 6144),
+    "rotation, Qwen3": lambda: turn(64, (32, 4), 128, 128, has_norms=True),
+    "rotation, DeepSeek": lambda: turn(64, (128, 1), 192, 64, interleave=True),
+    "decode, paper": lambda: attend(batch_of(64, 2000, 1), (16, 16), (512, 512)),
+    "decode, Qwen3": lambda: attend(batch_of(64, 8000, 1), (32, 4), (128, 128)),
+    "decode, GPT-OSS": lambda: attend(
+        batch_of(64, 8000, 1), (64, 8), (64, 64), window=128, has_sinks=True
+    ),
+    "decode, DeepSeek": lambda: attend(batch_of(64, 8000, 1), (128, 1), (576, 512), in_keys=True),
+    "one long sequence": lambda: attend(batch_of(1, 8000, 1), (64, 8), (64, 64), has_sinks=True),
+    "prompt, paper": lambda: attend(batch_of(4, 0, 2000), (16, 16), (512, 512)),
+    "prompt, Qwen3": lambda: attend(batch_of(4, 0, 2000), (32, 4), (128, 128)),
+    "prompt, DeepSeek": lambda: attend(batch_of(4, 0, 2000), (128, 128), (192, 128)),
+    "prompt, heads of 256": lambda: attend(batch_of(4, 0, 2000), (16, 2), (256, 256)),
+    "prompt in the latent": lambda: attend(
+        batch_of(4, 4000, 16), (128, 1), (576, 512), in_keys=True
+    ),
+    "decode in float32, paper": lambda: attend(
+        batch_of(64, 2000, 1), (16, 16), (512, 512), FLOAT32
+    ),
+    "prompt in float32": lambda: attend(batch_of(4, 0, 2000), (32, 4), (128, 128), FLOAT32),
+}

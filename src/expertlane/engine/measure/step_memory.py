@@ -1,0 +1,18 @@
+"""How much memory a step of this rank's stage takes."""
+
+import torch
+
+from expertlane.engine.cache_size import MeasureStep
+from expertlane.engine.worker import RankContext
+from expertlane.ops.device_memory import memory_of
+
+
+def measure_step(context: RankContext, command: MeasureStep) -> int:
+    """Bytes beyond what the rank had before; the most of all ways to run it."""
+    deployed, memory = context.deployed, memory_of(context.platform.device)
+    memory.begin()
+    with torch.inference_mode():
+        for table in command.tables:
+            deployed.set_dispatch(table)
+            deployed.run_crowded(command.step)
+    return memory.peak_bytes()

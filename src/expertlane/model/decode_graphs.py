@@ -1,0 +1,243 @@
+"""Decode steps of a stage as graphs: recorded once for some numbers of sequences, then launched.
+
+A batch is padded to the next of these numbers. A sequence of padding has one position in a block of
+the cache that belongs to nobody; no expert computes its token, and nobody reads what comes of it.
+All ranks of a stage pad to the same number, so they decide alike, and record in the same step.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertlane.comm.collectives import interleave
+from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.transformer import HeadResult, TransformerStage
+from expertlane.ops.backend import backend_for
+from expertlane.ops.graphs import Graphs
+from expertlane.ops.kv_cache import AttentionBounds
+from expertlane.ops.transfer import Array, packed, unpacked
+from expertlane.schedule.plan import Batch
+from expertlane.spec.deployment import DispatchForm, GraphLimits
+
+_FEW = 8
+_PADDING = -1  # in place of a sequence's id
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Numbers of sequences up to `most`, ascending: above 32 at most a quarter is padding."""
+    sizes = [size for size in (1, 2, 4) if size < most]
+    size = _FEW
+    while size < most:
+        sizes.append(size)
+        size += max(_FEW, size // 4 // _FEW * _FEW)
+    return [*sizes, most]
+
+
+def padded(batch: Batch, size: int, scratch_block: int) -> Batch:
+    """A batch of one token each, with sequences of padding behind; all of them yield a token."""
+    num = size - batch.num_seqs
+    tables = np.full((size, max(1, batch.block_tables.shape[1])), -1, dtype=np.int32)
+    tables[: batch.num_seqs, : batch.block_tables.shape[1]] = batch.block_tables
+    tables[batch.num_seqs :, 0] = scratch_block
+    return Batch(
+        seq_ids=np.pad(batch.seq_ids, (0, num), constant_values=_PADDING),
+        num_scheduled_tokens=np.pad(batch.num_scheduled_tokens, (0, num), constant_values=1),
+        num_computed_tokens=np.pad(batch.num_computed_tokens, (0, num)),
+        token_ids=np.pad(batch.token_ids, (0, num)),
+        block_tables=tables,
+        yields_token=np.ones(size, dtype=np.bool_),
+    )
+
+
+class StaticInputs:
+    """Where a graph finds the columns of a padded batch; filled before it is launched.
+
+    Args:
+        columns: of a batch of that size; the last is of block tables.
+        width: blocks of the longest sequence that may come.
+
+    Attributes:
+        tensors: as `columns`, with block tables of that width.
+    """
+
+    def __init__(self, columns: Sequence[Array], width: int, device: torch.device) -> None:
+        *fixed, tables = columns
+        self._fixed = torch.zeros_like(packed(fixed), device=device)
+        self._tables = torch.zeros(len(tables), width, dtype=torch.int64, device=device)
+        self.tensors = [*unpacked(self._fixed, fixed), self._tables]
+
+    def fill(self, columns: Sequence[Array]) -> None:
+        """In one transfer; block tables may be narrower, as far as sequences go."""
+        arrived = packed(columns).to(self._fixed.device, non_blocking=True)
+        self._fixed.copy_(arrived[: len(self._fixed)])
+        tables = unpacked(arrived, columns)[-1]
+        self._tables[:, : tables.shape[1]].copy_(tables)
+
+
+class PaddedBatch(ForwardBatch):
+    """A decode step's batch with padding, at the places where a graph finds it.
+
+    Attributes:
+        real: without padding.
+    """
+
+    def __init__(self, real: Batch, graphs: "DecodeGraphs", size: int, form: DispatchForm) -> None:
+        self.real, self._graphs = real, graphs
+        mesh, layout = graphs.stage.mesh, graphs.stage.mesh.layout
+        super().__init__(
+            padded(real, size, graphs.scratch_block),
+            *([size] * layout.dp, layout, mesh.at, graphs.device, graphs.block_size, form),
+        )
+        self.pages.bounds = AttentionBounds(1, graphs.width * graphs.block_size, is_decode=True)
+
+    def _columns(self) -> list[Array]:
+        own = self._slices[self._at.tp_rank]
+        is_real = np.arange(own.start, own.stop) < self.real.num_seqs
+        return [is_real, *super()._columns()]
+
+    def _place(self) -> None:
+        columns = self._columns()
+        self._inputs = self._graphs.inputs_of(self.batch.num_seqs, columns)
+        self.is_real, *rest = self._inputs.tensors
+        self._take(rest)
+
+    def fill(self) -> None:
+        """Bring it there."""
+        self._inputs.fill(self._columns())
+
+
+class DecodeGraphs:
+    """The graphs of a stage. A step runs as usual and is recorded where its size is new.
+
+    The largest is recorded first: the memory of the others is then a part of its.
+
+    Args:
+        num_blocks: of the cache, the one for padding not among them.
+    """
+
+    def __init__(
+        self,
+        stage: TransformerStage,
+        graphs: Graphs,
+        limits: GraphLimits,
+        *,
+        num_blocks: int,
+        block_size: int,
+    ) -> None:
+        self.stage, self._graphs = stage, graphs
+        self.device, self.block_size = stage.device, block_size
+        self.width = -(-limits.max_positions // block_size)
+        self.scratch_block = num_blocks
+        self._sizes = graph_sizes(limits.max_num_seqs)
+        self._inputs: dict[int, StaticInputs] = {}
+        self._rooms: dict[str, Tensor] = {}
+        self._launch: dict[tuple[int, DispatchForm], Callable[[], None]] = {}
+
+    def clear(self) -> None:
+        """Forget what was recorded: weights, groups or the cache are others."""
+        self._launch.clear()
+
+    def padded(
+        self, batch: Batch, num_tokens: Sequence[int], form: DispatchForm
+    ) -> PaddedBatch | None:
+        """A batch of one token a sequence, as a graph takes it; None where it is too large.
+
+        Args:
+            num_tokens: [dp]; of every data-parallel rank's batch.
+        """
+        assert batch.num_tokens == batch.num_seqs, "every sequence has one new token"
+        most = max(num_tokens)
+        sizes = [size for size in self._sizes if size >= most]
+        return PaddedBatch(batch, self, sizes[0], form) if sizes else None
+
+    def inputs_of(self, size: int, columns: Sequence[Array]) -> StaticInputs:
+        """Where batches of that size go."""
+        if size not in self._inputs:
+            self._inputs[size] = StaticInputs(columns, self.width, self.device)
+        return self._inputs[size]
+
+    def run(self, part: PaddedBatch, arrived: Tensor | None) -> Tensor | HeadResult:
+        """What `TransformerStage.forward` gives, without logits of other ranks.
+
+        Args:
+            arrived: hidden states from the stage before; None in the first one.
+
+        Returns:
+            Hidden states of all owned tokens, or the head's result of real sequences. Logits are
+            gone with the next step.
+        """
+        form, size = part.dispatch_form, part.batch.num_seqs
+        nothing = part.real.only(np.empty(0, dtype=np.intp))
+        if not self._launch:
+            self._record(nothing, self._sizes[-1], form)
+        if (size, form) not in self._launch:
+            self._record(nothing, size, form)
+        if arrived is not None:
+            self._room("arrived", arrived)[: len(arrived)].copy_(arrived)
+        part.fill()
+        self._launch[size, form]()
+        if self.stage.mesh.is_last_stage:
+            num = part.real.num_seqs
+            token_ids = self._rooms["token_ids"][:num].clone()
+            return HeadResult(token_ids, self._rooms["logits"][:num], None)
+        return self._rooms["hidden"][: part.num_owned].clone()
+
+    def _record(self, nothing: Batch, size: int, form: DispatchForm) -> None:
+        def run() -> None:
+            # Anew each time: what a batch keeps from its first layer on is computed by the graph.
+            self._forward(PaddedBatch(nothing, self, size, form))
+
+        PaddedBatch(nothing, self, size, form).fill()  # nothing of a sequence is written over
+        self._launch[size, form] = self._graphs.capture(run)
+
+    def _forward(self, part: PaddedBatch) -> None:
+        """What is recorded."""
+        stage = self.stage
+        if stage.mesh.is_first_stage:
+            x = stage.embed(part)
+        else:
+            x = self._room("arrived", stage.empty_hidden(1))[: part.num_owned]
+        (result,) = interleave([stage.forward(x, part, needs_logits=False)])
+        if isinstance(result, Tensor):
+            self._keep("hidden", result)
+            return
+        assert result.token_ids is not None, "no more was asked for"
+        self._keep("token_ids", result.token_ids)
+        self._keep("logits", result.logits)
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        self._room(name, values)[: len(values)].copy_(values)
+
+    def _room(self, name: str, like: Tensor) -> Tensor:
+        """For as many rows as there may be; made before anything is recorded."""
+        if name not in self._rooms:
+            shape = self._sizes[-1], *like.shape[1:]
+            self._rooms[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return self._rooms[name]
+
+
+def decode_graphs(
+    stage: TransformerStage,
+    limits: GraphLimits | None,
+    *,
+    num_blocks: int,
+    block_size: int,
+    records_transfers: bool,
+) -> DecodeGraphs | None:
+    """A stage's; None where its device has none, or reaches other ranks through the host.
+
+    Args:
+        limits: None where no step is to be recorded.
+        num_blocks, block_size: as of `DecodeGraphs`.
+        records_transfers: whether graphs may have transfers between ranks in them.
+    """
+    mesh = stage.mesh
+    travels = max(mesh.stage.size, mesh.tp.size) > 1
+    if limits is None or (travels and not records_transfers):
+        return None
+    graphs = backend_for(stage.device).graphs()
+    if graphs is None:
+        return None
+    return DecodeGraphs(stage, graphs, limits, num_blocks=num_blocks, block_size=block_size)

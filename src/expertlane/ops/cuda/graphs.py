@@ -1,0 +1,27 @@
+"""CUDA graphs. Never run (docs/validation.md)."""
+
+from collections.abc import Callable
+
+import torch
+
+
+class CudaGraphs:
+    """As `ops.graphs.Graphs`; captures use one memory pool."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """As of `Graphs`; the call before lets kernels be compiled and libraries be loaded."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (nccl's watchdog asks for events) may go on meanwhile.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            run()
+        return graph.replay

@@ -1,0 +1,105 @@
+"""Matrices of one shape side by side in memory, as grouped products read them."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from expertlane.ops.narrow import ScaledLinear
+from expertlane.ops.products import Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Matrices:
+    """Weights with what belongs to them.
+
+    Attributes:
+        weight: [num, out_features, in_features]; of four bits, half as many uint8.
+        scales: [num, out_features, num_groups]; None where values are weights.
+        bias: [num, out_features].
+        group, first: as of `NarrowWeight`.
+    """
+
+    weight: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+    group: int = 0
+    first: int = 0
+
+    @classmethod
+    def one(cls, linear: Linear) -> Self:
+        """A linear's own."""
+        bias = None if linear.bias is None else linear.bias.unsqueeze(0)
+        if not isinstance(linear, ScaledLinear):
+            return cls(linear.weight.unsqueeze(0), None, bias)
+        return cls(
+            linear.weight.unsqueeze(0), linear.scales.unsqueeze(0), bias, linear.group, linear.first
+        )
+
+    @classmethod
+    def of(cls, linears: Sequence[Sequence[Linear]]) -> Self:
+        """Outputs of each matrix's linears one after the other; all are of one `kind_of`.
+
+        The linears' weights become parts of that, one after the other, so that little is held
+        twice.
+        """
+        first = linears[0][0]
+        biases = [[each.bias for each in own if each.bias is not None] for own in linears]
+        bias = torch.stack([torch.cat(own) for own in biases]) if biases[0] else None
+        weight = _side_by_side(linears, "weight")
+        if not isinstance(first, ScaledLinear):
+            return cls(weight, None, bias)
+        return cls(weight, _side_by_side(linears, "scales"), bias, first.group, first.first)
+
+    @property
+    def num(self) -> int:
+        """Matrices."""
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """Of each."""
+        return self.weight.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """Of each."""
+        return self.weight.shape[2] * (2 if self.bits == 4 else 1)
+
+    @property
+    def bits(self) -> int:
+        """Of a value."""
+        return 4 if self.weight.dtype is torch.uint8 else 8 * self.weight.itemsize
+
+    @property
+    def num_groups(self) -> int:
+        """Of inputs that share a scale."""
+        return 0 if self.scales is None else self.scales.shape[2]
+
+
+def kind_of(linear: Linear) -> Hashable:
+    """What linears have in common that are put side by side, beside inputs."""
+    kind = type(linear), linear.weight.dtype, linear.bias is not None
+    return (*kind, linear.group, linear.first) if isinstance(linear, ScaledLinear) else kind
+
+
+def _side_by_side(linears: Sequence[Sequence[Linear]], name: str) -> Tensor:
+    """[num, rows of all, columns] of an attribute, which becomes a part of that."""
+    like: Tensor = getattr(linears[0][0], name)
+    if len(linears) == len(linears[0]) == 1:
+        return like.unsqueeze(0)
+    num_rows = [each.out_features for each in linears[0]]
+    whole = like.new_empty(len(linears), sum(num_rows), like.shape[1])
+    for own, of_matrix in zip(linears, whole.unbind(), strict=True):
+        parts = [_bytes_if_one(getattr(each, name)) for each in own]
+        torch.cat(parts, out=_bytes_if_one(of_matrix))
+        for linear, part in zip(own, of_matrix.split(num_rows), strict=True):
+            setattr(linear, name, part)
+    return whole
+
+
+def _bytes_if_one(x: Tensor) -> Tensor:
+    """Values of one byte as bytes: not all of torch knows float8."""
+    return x.view(torch.uint8) if x.itemsize == 1 else x

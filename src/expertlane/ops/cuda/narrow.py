@@ -1,0 +1,50 @@
+"""Weights of one byte, or of four bits, that are kept so on a GPU."""
+
+from torch import Tensor
+
+from expertlane.ops.cuda.grouped import grouped_product
+from expertlane.ops.cuda.matrices import Matrices
+from expertlane.ops.mxfp4 import Mxfp4Weight
+from expertlane.ops.narrow import NarrowWeight, ScaledLinear
+from expertlane.spec.hf_config import MXFP4_BLOCK
+
+_LEAST_GROUP = 32  # inputs that a step of a product takes at least
+
+
+class CudaNarrowLinear(ScaledLinear):
+    """A product that widens the weight as it reads it.
+
+    Args:
+        weight: one that `suits`.
+
+    Attributes:
+        weight: [out_features, in_features] int8 or float8; of MXFP4 [out_features,
+            in_features / 2] uint8.
+    """
+
+    is_packed = True
+
+    def __init__(self, weight: NarrowWeight | Mxfp4Weight, bias: Tensor | None) -> None:
+        if isinstance(weight, NarrowWeight):
+            self.weight, self.group, self.first = weight.values, weight.group, weight.first
+        else:
+            self.weight, self.group, self.first = weight.blocks, MXFP4_BLOCK, 0
+        self.scales, self.bias, self.itemsize = weight.scales, bias, 1
+        self.out_features, self.in_features = weight.shape
+
+    @staticmethod
+    def suits(weight: NarrowWeight | Mxfp4Weight) -> bool:
+        """Whether a product's steps can have one group of inputs each."""
+        if isinstance(weight, Mxfp4Weight):
+            return weight.blocks.numel() > 0
+        has_one_group = weight.scales.shape[1] == 1
+        return weight.values.numel() > 0 and (has_one_group or weight.group % _LEAST_GROUP == 0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the matrix; scales are not counted."""
+        return self.weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_rows, out_features] of [num_rows, in_features]."""
+        return grouped_product(x, Matrices.one(self), None, x.shape[0])

@@ -1,0 +1,23 @@
+"""Work of one result split over programs, so that all of a card's multiprocessors have some."""
+
+import torch
+import triton
+import triton.language as tl
+
+_FEW_MULTIPROCESSORS = 132  # of an H100; used where the device cannot be queried
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU; of an H100 where there is none."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _FEW_MULTIPROCESSORS
+
+
+@triton.jit
+def share_of(begin, end, split, num_splits, STEP: tl.constexpr):
+    """The part of a range that a split takes: equal shares of whole steps, perhaps none."""
+    steps = (end - begin + STEP - 1) // STEP
+    share = (steps + num_splits - 1) // num_splits * STEP
+    begin += split * share
+    return begin, tl.minimum(end, begin + share)

@@ -1,0 +1,19 @@
+"""What a backend needs for operations that are launched together, as a graph."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Graphs(Protocol):
+    """Records operations once, and launches them again without the host's work between them.
+
+    Graphs of one of these share memory: what one has computed is gone once another runs, unless it
+    was copied to memory from outside.
+    """
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Call `run` once as it is, and once to record it; gives what launches the recorded again.
+
+        The record has the memory that operations used, and all values that were on the host.
+        """
+        ...

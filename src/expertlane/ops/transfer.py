@@ -1,0 +1,100 @@
+"""What a step brings to its device and fetches from it: one transfer each way, without a wait.
+
+On GPUs the host's side is pinned memory, which torch keeps until a transfer from or to it is over.
+Not yet run on a GPU (docs/validation.md).
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 8  # bytes, of each array among the others
+
+Array = npt.NDArray[Any]
+
+
+def to_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
+    """Arrays on a device; on a CPU they are not copied."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    return unpacked(packed(arrays).to(device, non_blocking=True), arrays)
+
+
+def packed(arrays: Sequence[Array]) -> Tensor:
+    """The bytes of arrays one after the other, in pinned memory where there is a GPU."""
+    *begins, num_bytes = _places(arrays)
+    room = pinned(num_bytes)
+    bytes_of_room = room.numpy()
+    for array, begin in zip(arrays, begins, strict=True):
+        place = bytes_of_room[begin : begin + array.nbytes].view(array.dtype)
+        place.reshape(array.shape)[...] = array
+    return room
+
+
+def unpacked(room: Tensor, arrays: Sequence[Array]) -> list[Tensor]:
+    """Views of what `packed` has made of arrays of these shapes and types."""
+    return [
+        room[begin : begin + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
+        for array, begin in zip(arrays, _places(arrays), strict=False)
+    ]
+
+
+def _places(arrays: Sequence[Array]) -> list[int]:
+    """Where each begins, and where the last one ends."""
+    sizes = (-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays)
+    return list(accumulate(sizes, initial=0))
+
+
+_DTYPES = {
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.float64): torch.float64,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.bool_): torch.bool,
+}
+
+
+def pinned(num_bytes: int) -> Tensor:
+    """[num_bytes] uint8; pinned where there is a GPU."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+
+
+class Fetched:
+    """Tensors on their way to the host, in one transfer."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._host = list(tensors)
+        self._passed: Any = None
+        if not tensors or tensors[0].device.type == "cpu":
+            return
+        whole = torch.cat([each.contiguous().view(-1).view(torch.uint8) for each in tensors])
+        room = pinned(whole.numel())
+        room.copy_(whole, non_blocking=True)
+        ends = list(accumulate(each.nbytes for each in tensors))
+        self._host = [
+            room[end - each.nbytes : end].view(each.dtype).view(each.shape)
+            for each, end in zip(tensors, ends, strict=True)
+        ]
+        self._passed = recorded_event()
+
+    def wait(self, until: Callable[[Any], None]) -> list[Tensor]:
+        """The tensors on the host.
+
+        Args:
+            until: waits for an event of the stream; not called where nothing travelled.
+        """
+        if self._passed is not None:
+            until(self._passed)
+        return self._host
+
+
+def recorded_event() -> Any:
+    """The moment at which the current stream has done what it was given so far."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event

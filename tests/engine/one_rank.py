@@ -1,0 +1,72 @@
+"""A deployed stage that is alone, in this process, with our Triton kernels; and what drives it."""
+
+from types import SimpleNamespace
+
+from expertlane.balance.placement_file import placements_of
+from expertlane.comm.mesh import Meshes
+from expertlane.comm.progress import ProgressBoard
+from expertlane.engine.commands import StageSpec
+from expertlane.engine.deployed_stage import DeployedStage
+from expertlane.engine.model_runner import outcome_of
+from expertlane.ops.backend import Platform
+from expertlane.ops.cuda.backend import CudaBackend
+from expertlane.spec.deployment import GraphLimits, Options
+from expertlane.spec.layout import Layout
+from ops.cuda.tiny_models import USERS
+
+
+class KernelsWithGraphs(CudaBackend):
+    """Our kernels, and a double of graphs; None for without."""
+
+    def __init__(self, graphs) -> None:
+        self._graphs = graphs
+
+    def graphs(self):
+        return self._graphs
+
+
+def stage_of(model, limits, graphs, monkeypatch, device, dtype, options=None) -> DeployedStage:
+    """Of the only rank of a layout, ready for steps."""
+    ops, options = KernelsWithGraphs(graphs), options or Options()
+    for user in USERS:
+        monkeypatch.setattr(user, "backend_for", lambda device: ops)
+    board = ProgressBoard(1)
+    context = SimpleNamespace(
+        rank=0,
+        platform=Platform(device, "none", dtype, "double", "double"),
+        progress=board.reporter(0),
+        meshes=Meshes(),
+        core_token=lambda: None,
+        await_device=None,  # there is none
+    )
+    placements = placements_of(model, Layout(), options)
+    stage = DeployedStage(context, StageSpec(model, Layout(), placements, 0, 1))
+    stage.start(
+        options,
+        num_blocks=limits.num_blocks,
+        block_size=limits.block_size,
+        graphs=GraphLimits(limits.max_num_seqs, limits.max_positions),
+    )
+    stage.board = board
+    return stage
+
+
+class OneRank:
+    """Runs every step at once."""
+
+    def __init__(self, stage: DeployedStage) -> None:
+        self.stage = stage
+        self.num_decodes = 0
+
+    def submit(self, plan):
+        (step,) = plan.of_dp_ranks()
+        self.num_decodes += all(
+            (batch.own.num_scheduled_tokens == 1).all() for batch in step.micro_batches
+        )
+        return self.stage.run(step)
+
+    def first_done(self, handles):
+        return handles[0]
+
+    def collect(self, handle):
+        return outcome_of([handle], 0.0, 0.0)

@@ -1,0 +1,152 @@
+"""The cache's size by a measured step: with made-up devices, and on real ranks of this host."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cli.stub_llm import MACHINE
+from distributed.running import deployment
+from expertlane.engine.cache_size import MeasureStep, largest_step, measured_limits
+from expertlane.engine.commands import Deploy, DescribeMachine, HeldBytes, ReadTotals, StageSpec
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.errors import CapacityError
+from expertlane.schedule.plan import Batch, StepPlan
+from expertlane.schedule.request import Limits
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
+from expertlane.spec.model import PRESETS
+from expertlane.spec.names import Phase
+
+TINY = PRESETS["paper-tiny"]
+LIMITS = Limits(TINY.vocab_size, 64, 1000, 16, max_num_batched_tokens=40, max_num_seqs=12)
+GB = 10**9
+
+
+class MadeUp:
+    """Ranks with devices of 80 GB, of which a step takes so much and weights leave so much."""
+
+    def __init__(self, free_gb, step_gb, weight_gb=10, block_mb=100, **machine):
+        self.machines = [
+            replace(
+                MACHINE, device="H100", memory_bytes=80 * GB, free_bytes=int(each * GB), **machine
+            )
+            for each in free_gb
+        ]
+        self.step_bytes = [int(each * GB) for each in step_gb]
+        self.held = HeldBytes(weight_gb * GB, block_mb * 10**6)
+        self.deployed = []
+
+    def call(self, command):
+        if isinstance(command, DescribeMachine):
+            return self.machines
+        self.deployed.append(command.num_blocks)
+        return [self.held] * len(self.machines)
+
+    def submit_each(self, commands):
+        assert all(isinstance(command, MeasureStep) for command, _ in commands)
+        return [rank for _, ranks in commands for rank in ranks]
+
+    def collect(self, ranks):
+        return [self.step_bytes[rank] for rank in ranks]
+
+
+def measured(pool, layout, limits=LIMITS):
+    layout, lines = Layout.parse(layout), []
+    spec = StageSpec(TINY, layout, [None] * TINY.num_hidden_layers, 0, 8)
+    given = Deploy(spec, Options(), limits.num_blocks, limits.block_size)
+    found = measured_limits(pool, given, Members(layout), limits, lines.append)
+    assert pool.deployed == [1]  # nothing but a block, before it is known
+    return found, lines
+
+
+def test_what_is_left_of_nine_tenths_beside_the_step():
+    """Free 68 GB less a reserve of 8 GB and a step of 2.55 GB: 57.45 GB."""
+    found, (line,) = measured(MadeUp([68], [2.55]), "tp=1")
+    assert found == replace(LIMITS, num_blocks=574)
+    assert line == (
+        "memory of a rank: weights 10 GB, KV cache 57.4 GB (574 blocks), activations 2.55 GB "
+        "(measured), free 8.05 GB of 80 GB"
+    )
+
+
+def test_no_more_than_is_wanted():
+    found, _ = measured(MadeUp([68], [2.55]), "tp=1", replace(LIMITS, num_blocks=300))
+    assert found.num_blocks == 300
+
+
+def test_the_fullest_rank_decides_and_the_largest_step_counts_for_all():
+    """60 - 8 - 5 GB on the second rank."""
+    found, _ = measured(MadeUp([68, 60], [5, 1]), "dp=2,ep=2")
+    assert found.num_blocks == 470
+
+
+def test_ranks_that_share_a_device():
+    """(68 - 8) GB / 2 - 2 GB."""
+    found, _ = measured(MadeUp([68, 68], [2, 1], ranks_on_device=2), "dp=2,ep=2")
+    assert found.num_blocks == 280
+
+
+def test_too_little_memory():
+    with pytest.raises(CapacityError) as error:
+        measured(MadeUp([13], [4.9]), "tp=1")  # 0.1 GB, of 0.4 GB that a sequence takes
+    assert str(error.value) == (
+        "paper-tiny as tp=1 needs 15.3 GB per rank (weights 10 GB, KV cache of one sequence "
+        "0.4 GB, activations 4.9 GB) but 15 GB of memory are free"
+    )
+
+
+@pytest.mark.parametrize(("tokens", "seqs"), [(40, 12), (5, 12), (40, 1), (1, 1)])
+def test_the_largest_step(tokens, seqs):
+    limits = replace(LIMITS, max_num_batched_tokens=tokens, max_num_seqs=seqs)
+    plan = largest_step(Layout.parse("dp=2,ep=2"), limits, replica=0)
+    for batch in plan.micro_batches[0]:
+        assert batch.num_seqs == min(tokens, seqs)
+        assert batch.num_tokens == tokens
+        assert not batch.block_tables.any()
+    assert len(plan.admitted) == 2 * min(tokens, seqs)
+
+
+def test_on_ranks_of_this_host(pools):
+    """All pairs go to the first rank's experts; afterwards a step is as if there had been none."""
+    made = deployment("dp=2,ep=2,tp=2")
+    pool, limits, lines = pools.pool(4), replace(LIMITS, num_blocks=9), []
+    batch = Batch(
+        seq_ids=np.arange(1),
+        num_scheduled_tokens=np.array([3]),
+        num_computed_tokens=np.array([0]),
+        token_ids=np.array([5, 6, 7]),
+        block_tables=np.array([[4]], dtype=np.int32),
+        yields_token=np.ones(1, dtype=np.bool_),
+    )
+    batches = batch, replace(batch, seq_ids=np.array([1]))
+    plan = StepPlan(0, 0, Phase.PREFILL, (batches,), return_logits=True)
+
+    def logits(**flags):
+        runner = ModelRunner(
+            *(pool, TINY, made, limits), seed=0, ranks_per_node=8, log=lines.append, **flags
+        )
+        assert runner.limits == limits
+        assert all(each.kv_bytes == runner.held[0].kv_bytes for each in runner.held)
+        return runner.collect(runner.submit(plan)).logits
+
+    plain, after = logits(), logits(measures_memory=True)
+    assert lines[0].startswith("memory of a rank: weights ")
+    for seq in (0, 1):
+        np.testing.assert_array_equal(plain[seq], after[seq])
+
+    runner = ModelRunner(pool, TINY, made, limits, seed=0, ranks_per_node=8)
+    pool.call(ReadTotals())
+    steps = largest_step(made.layout, limits).of_dp_ranks()
+    table = Options().fixed_table
+    commands = [
+        (MeasureStep(step, (table,)), runner.members.of_dp_rank(0, dp_rank))
+        for dp_rank, step in enumerate(steps)
+    ]
+    assert all(each >= 0 for each in pool.collect(pool.submit_each(commands)))
+    totals = pool.call(ReadTotals())
+    num_pairs = sum(int(each.num_tokens.sum()) for each in totals)
+    assert num_pairs == 2 * 40 * TINY.num_experts_per_tok * TINY.num_hidden_layers
+    used = {expert for each in totals for expert in each.experts}
+    assert used == {*range(TINY.num_experts_per_tok)}

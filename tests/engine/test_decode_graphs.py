@@ -1,0 +1,133 @@
+"""Decode steps as graphs give the tokens that steps without graphs give.
+
+Without a GPU a double records operations and does them again (`ops.cuda.replayed`).
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from engine.one_rank import OneRank, stage_of
+from expertlane.model.decode_graphs import StaticInputs, graph_sizes
+from expertlane.schedule.drive import DriveLoop
+from expertlane.schedule.request import Limits, Request
+from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.sampling import SamplingParams
+from ops.cuda.near import DEVICE, needs_kernels
+from ops.cuda.replayed import ReplayedGraphs
+from ops.cuda.tiny_models import MODELS
+
+pytestmark = needs_kernels
+
+PARAMS = (
+    None,
+    SamplingParams(temperature=0, repetition_penalty=1.8),
+    SamplingParams(temperature=0.8, frequency_penalty=0.7, presence_penalty=-0.3),
+    SamplingParams(top_k=5, top_p=0.9, logprobs=2),
+)
+
+
+def limits_of(model, num_blocks=5, max_num_seqs=3):
+    return Limits(
+        vocab_size=model.vocab_size,
+        max_model_len=24,
+        num_blocks=num_blocks,
+        block_size=4,
+        max_num_batched_tokens=16,
+        max_num_seqs=max_num_seqs,
+    )
+
+
+def requests_of(model, num, seed, max_tokens=5):
+    rng = np.random.default_rng(seed)
+    return [
+        Request(
+            str(number),
+            rng.integers(0, model.vocab_size, rng.integers(1, 9)),
+            max_tokens=int(rng.integers(1, max_tokens + 1)),
+            stop_token_ids=[int(rng.integers(0, model.vocab_size))],
+            sampling=PARAMS[rng.integers(len(PARAMS))],
+            sampling_seed=number,
+        )
+        for number in range(num)
+    ]
+
+
+def play(model, graphs, monkeypatch, *, num=3, seed=0, limits=None, options=None):
+    """Tokens and log-probabilities of requests that come while others run; preemptions."""
+    limits, options = limits or limits_of(model), options or Options()
+    stage = stage_of(model, limits, graphs, monkeypatch, DEVICE, torch.float32, options)
+    scheduler = ContinuousScheduler(Layout(), options, limits, lookahead=True, record=False)
+    runner = OneRank(stage)
+    loop, rng = DriveLoop(scheduler, runner), np.random.default_rng(seed)
+    requests, logprobs = requests_of(model, num, seed), []
+    to_come = list(requests)
+    while to_come or scheduler.has_unfinished:
+        while to_come and rng.random() < 0.6:
+            scheduler.add(to_come.pop(0))
+        loop.submit()
+        if (finished := loop.commit_next()) is not None:
+            logprobs.append(finished.outcome.logprobs)
+    tokens = [request.output_token_ids for request in requests]
+    return tokens, logprobs, sum(each.num_preemptions for each in requests), runner
+
+
+def test_numbers_of_sequences():
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(6) == [1, 2, 4, 6]
+    assert graph_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
+    for most in range(1, 600):
+        sizes = graph_sizes(most)
+        assert sizes[-1] == most
+        assert sizes == sorted({*sizes})
+        for smaller, size in pairwise(sizes):
+            assert size - smaller <= max(8, size / 4)
+
+
+QUICK = ("sinks, window, biases", "latent, dense layer")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=() if each in QUICK else pytest.mark.full) for each in MODELS],
+)
+def test_graphs_on_and_off_are_equal(name, monkeypatch):
+    """Batches grow, shrink, finish and are preempted; some sequences are sampled."""
+    model, graphs = MODELS[name], ReplayedGraphs()
+    expected, logprobs, num_preempted, _ = play(model, None, monkeypatch)
+    found, logprobs_found, again, runner = play(model, graphs, monkeypatch)
+    assert found == expected
+    assert num_preempted == again > 0
+    for ours, theirs in zip(logprobs_found, logprobs, strict=True):
+        assert ours.keys() == theirs.keys()
+        for seq, each in ours.items():
+            assert each.logprob == pytest.approx(theirs[seq].logprob, abs=1e-5)
+    assert graphs.num_replayed == runner.num_decodes > 5
+    assert graphs.num_recorded == 3  # for 1, 2 and 3 sequences
+
+
+# Of what a graph reads: real tokens, token ids, positions, slots, lengths and block tables.
+BAKED = (0, 1, 3, 4, 7, 8)
+
+
+def test_a_value_that_is_not_renewed_is_noticed(monkeypatch):
+    model = MODELS["normed heads, shared expert"].with_overrides(num_hidden_layers=1)
+    expected, *_ = play(model, None, monkeypatch, num=2)
+    fill = StaticInputs.fill
+    for column in BAKED:
+        first: dict[int, torch.Tensor] = {}
+
+        def fill_all_but_one(inputs, columns, column=column, first=first):
+            fill(inputs, columns)
+            baked = first.setdefault(id(inputs), inputs.tensors[column].clone())
+            inputs.tensors[column].copy_(baked)
+
+        monkeypatch.setattr(StaticInputs, "fill", fill_all_but_one)
+        found, *_ = play(model, ReplayedGraphs(), monkeypatch, num=2)
+        assert found != expected, column

@@ -1,0 +1,98 @@
+"""Graphs without a GPU: operations are logged, and done again on the same memory.
+
+What a replay does is what a CUDA graph does: no Python of the model runs, so whatever the host knew
+when the graph was recorded is as it was then.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten
+
+from expertlane.ops.cuda import launch
+
+# Whose result's size, or value, the host would wait for.
+_WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero")
+
+
+class ReplayedGraphs:
+    """As `ops.graphs.Graphs`.
+
+    Attributes:
+        num_recorded, num_replayed: graphs so far, and launches of them.
+    """
+
+    def __init__(self) -> None:
+        self.num_recorded = self.num_replayed = 0
+
+    def capture(self, run):
+        run()
+        log = _Log()
+        with log, _launches_of(log):
+            run()
+        self.num_recorded += 1
+
+        def replay():
+            self.num_replayed += 1
+            with torch.inference_mode():
+                log.replay()
+
+        return replay
+
+
+class _Log(TorchDispatchMode):
+    """Operations of torch in order, and launches of Triton."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in _WAITS, f"the host would wait for {func}"
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, out))
+        return out
+
+    def launched(self, kernel, grid, arguments, options):
+        self.calls.append((_launch, (kernel, grid, arguments, options), {}, None))
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            is_empty = getattr(func, "__name__", "").startswith(("empty", "new_empty"))
+            for ours, theirs in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
+                if not isinstance(ours, torch.Tensor) or not ours.numel():
+                    continue
+                if is_empty:
+                    _poison(ours)
+                elif ours.untyped_storage().data_ptr() != theirs.untyped_storage().data_ptr():
+                    ours.copy_(theirs)
+
+
+def _poison(room: torch.Tensor) -> None:
+    """As memory may be that another graph has used."""
+    if room.is_floating_point():
+        room.fill_(torch.nan)
+
+
+def _launch(kernel, grid, arguments, options):
+    with _disable_current_modes():
+        kernel[grid](*arguments, **options)
+
+
+@contextmanager
+def _launches_of(log: _Log):
+    run = launch._run
+
+    def logged(kernel, grid, arguments, options):
+        _launch(kernel, grid, arguments, options)
+        log.launched(kernel, grid, arguments, options)
+
+    launch._run = logged
+    try:
+        yield
+    finally:
+        launch._run = run
