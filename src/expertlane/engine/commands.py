@@ -143,6 +143,7 @@ class RankMachine:
         keeps_narrow, keeps_mxfp4: weights of one byte, and of MXFP4, stay so in memory; else they
             are widened while loading.
         ranks_on_device: that share its GPU.
+        driver: of its GPU, as the system names it; empty without one.
     """
 
     host: str
@@ -161,6 +162,7 @@ class RankMachine:
     keeps_narrow: bool = False
     keeps_mxfp4: bool = False
     ranks_on_device: int = 1
+    driver: str = ""
 
     @property
     def on_gpu(self) -> bool:

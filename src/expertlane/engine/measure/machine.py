@@ -1,7 +1,9 @@
 """What a rank sees of the machine it runs on, and what that can do at best."""
 
+import contextlib
 import os
 import platform
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -43,7 +45,17 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
         keeps_narrow=ops.keeps_narrow,
         keeps_mxfp4=ops.keeps_mxfp4,
         ranks_on_device=chosen.ranks_on_device,
+        driver=_driver() if chosen.device.type == "cuda" else "",
     )
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver; empty where the system does not tell it."""
+    with contextlib.suppress(OSError):
+        first = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+        if found := re.search(r"\d+\.\d+(\.\d+)?", first):
+            return found[0]
+    return ""
 
 
 def _cpu_name() -> str:
