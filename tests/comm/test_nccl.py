@@ -138,6 +138,26 @@ def test_what_a_gather_calls(ranks, monkeypatch, num_rows_of, width, called):
     assert {*calls} - {"recv"} == {called} - {None}
 
 
+def test_padding_of_a_gather_is_counted_apart(ranks):
+    """Rows of twelve bytes, of which four are no hidden state; what a rank keeps is not sent."""
+    num_rows_of = [2, 0, 1]
+
+    def of_rank(group: Group) -> Any:
+        group._recorder.begin_step(0, 1, record=True, count_idle=False)
+        group._recorder.enter(Stage.COLLECTIVES)
+        rows = values(group.rank, num_rows_of[group.rank], 3)
+        group.all_gather(rows, num_rows_of, metadata_bytes=4).wait()
+        return group._recorder.end_step().sent_bytes[Stage.COLLECTIVES]
+
+    sent = ranks.each(of_rank, ranks.groups(3, spans_nodes=False))
+    for rank, (of_rank_bytes, num) in enumerate(zip(sent, num_rows_of, strict=True)):
+        for to in range(3):
+            others = to != rank
+            assert of_rank_bytes[Traffic.PAYLOAD][to] == 8 * num * others
+            assert of_rank_bytes[Traffic.METADATA][to] == 4 * num * others
+            assert of_rank_bytes[Traffic.PADDING][to] == 12 * (2 - num) * others
+
+
 def add_up(
     ranks: Ranks, num_rows_of: list[int], dtype: torch.dtype, *, spans_nodes: bool, width: int = 2
 ) -> list[tuple[Tensor, Any]]:
@@ -170,6 +190,13 @@ def test_sums_of_any_sizes(ranks, num_rows_of, dtype, spans_nodes):
         assert torch.equal(own, parts[rank])
         assert record.num_collectives[Stage.COLLECTIVES] == 1
         sent = record.sent_bytes[Stage.COLLECTIVES, Traffic.PAYLOAD].tolist()
+        is_padded = spans_nodes and dtype != torch.float32 and total
+        padding = [
+            max(num_rows_of) - num if is_padded and to != rank else 0
+            for to, num in enumerate(num_rows_of)
+        ]
+        found_padding = record.sent_bytes[Stage.COLLECTIVES, Traffic.PADDING]
+        assert found_padding.tolist() == [num * 2 * dtype.itemsize for num in padding]
         of_each = [
             0 if to == rank else num * 2 * dtype.itemsize for to, num in enumerate(num_rows_of)
         ]
@@ -208,3 +235,10 @@ def test_float32_is_added_up_in_rank_order(ranks):
         lambda group: group.reduce_scatter(rows[group.rank], [1, 0, 0]).wait(), groups
     )
     assert found[0].tolist() == [[0]]
+
+
+@pytest.mark.parametrize("kind", ["AllToAllOptions", "AllgatherOptions", "ReduceScatterOptions"])
+def test_torch_begins_collectives_on_a_stream_of_their_own(kind):
+    """What is not asynchronous goes onto the computing stream, and would overlap nothing."""
+    options = getattr(torch._C._distributed_c10d, kind)
+    assert options().asyncOp

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -15,15 +14,14 @@ from unittest import mock
 import numpy as np
 import torch
 
+from distributed.links import LINKS, use_links
 from engine.planted import FlipBit, Plant, flip_bit, plant
 from expertlane.balance.placement import Placement
 from expertlane.comm.clocks import HostClock
 from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.nccl import NcclLink
 from expertlane.comm.progress import NO_LAYER
 from expertlane.comm.recorder import Recorder
-from expertlane.comm.torch_transport import TorchTransport
 from expertlane.engine import fork_server, worker
 from expertlane.engine.commands import Command
 from expertlane.engine.local_ranks import LocalRanks
@@ -35,7 +33,6 @@ from expertlane.errors import UserError
 from expertlane.moe.dispatch import CopyChooser, RoutedTokens
 from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
-from expertlane.ops.backend import STAGED, Platform
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchForm, PayloadType
 from expertlane.spec.layout import Layout
@@ -388,29 +385,6 @@ def lose_at_start() -> None:
 
     mock.patch.object(worker, "_context", context).start()
     mock.patch.object(os, "fork", fork_if_there_is_room).start()
-
-
-LINKS = "LINKS_OF_RANKS"  # `staged` or `native`
-
-
-def use_links(kind: str) -> None:
-    """Have ranks exchange rows as those on GPUs do, where what they send lies on the CPU."""
-    if kind == "staged":
-        choose = worker.choose_platform
-
-        def staged(*arguments: Any, **others: Any) -> Platform:
-            chosen = choose(*arguments, **others)
-            return replace(chosen, transport=chosen.transport + STAGED)
-
-        mock.patch.object(worker, "choose_platform", staged).start()
-        return
-
-    def link(self: TorchTransport, ranks: tuple[int, ...]) -> NcclLink:
-        place = ranks.index(self._rank)
-        common = self._backends[ranks], place, len(ranks), self._device, self._epoch
-        return NcclLink(*common, spans_nodes=True)
-
-    mock.patch.object(TorchTransport, "link", link).start()
 
 
 def local_ranks(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 from engine.one_rank import OneRank, stage_of
 from expertlane.model.decode_graphs import StaticInputs, graph_sizes
@@ -19,7 +19,7 @@ from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
-from ops.cuda.near import DEVICE, needs_kernels
+from ops.cuda.near import DEVICE, needs_kernels, triton
 from ops.cuda.replayed import ReplayedGraphs
 from ops.cuda.tiny_models import MODELS
 

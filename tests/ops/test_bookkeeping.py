@@ -85,6 +85,18 @@ def test_rows_by_peer(ops):
     assert rows.places.tolist() == [[-1, 2, -1], [0, 3, -1], [1, -1, -1]]
 
 
+def test_rows_by_peer_with_padding(ops):
+    """Room for all three tokens for each peer, its own first."""
+    rows = ops.rows_by_peer(ids([5, 3], [4, 0], [1, -1]), 3, 3, padded=True)
+    assert rows.counts.tolist() == [2, 2, 0]
+    assert rows.tokens.tolist()[:2] + rows.tokens.tolist()[3:5] == [1, 2, 0, 1]
+    assert rows.tokens.max() < 3
+    none = [-1, -1]
+    there = [[-1, 0], [1, -1], none, [2, 0], [1, -1], none, none, none, none]
+    assert rows.ids.tolist() == there
+    assert rows.places.tolist() == [[-1, 3, -1], [0, 4, -1], [1, -1, -1]]
+
+
 def test_how_far_tokens_spread(ops):
     """Two ids a rank; ranks 0 and 2 are a node, ranks 1 and 3 the other."""
     ids = torch.tensor([[0, 1, 4], [2, 3, 7], [0, 2, 6]], dtype=torch.int32)
@@ -97,9 +109,11 @@ def test_how_far_tokens_spread(ops):
 
 
 def test_no_row_for_any_peer(ops):
-    rows = ops.rows_by_peer(torch.empty(0, 2, dtype=torch.int32), 3, 2)
-    assert rows.counts.tolist() == [0, 0]
-    assert [part.shape for part in (rows.tokens, rows.ids, rows.places)] == [(0,), (0, 2), (0, 2)]
+    for padded in (False, True):
+        rows = ops.rows_by_peer(torch.empty(0, 2, dtype=torch.int32), 3, 2, padded=padded)
+        assert rows.counts.tolist() == [0, 0]
+        shapes = [part.shape for part in (rows.tokens, rows.ids, rows.places)]
+        assert shapes == [(0,), (0, 2), (0, 2)]
 
 
 def test_copies_take_turns(ops):
@@ -177,7 +191,8 @@ def test_every_backend_does_what_torch_does(num_rows, top_k, divisor, num_peers,
         within = table % (divisor * num_peers)
         leaving = ops.outgoing(topk_ids, within, num_copies, first, divisor, num_peers)
         copies = ops.choose_copies(topk_ids, table, num_copies, first)
-        parts = rows, pairs, more, leaving
+        padded = ops.rows_by_peer(some_ids, divisor, num_peers, padded=True)
+        parts = rows, padded, pairs, more, leaving
         return [*(each for of in parts for each in vars(of).values()), copies]
 
     for one, other in zip(found(CHOSEN), found(TORCH), strict=True):

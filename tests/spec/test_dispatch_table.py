@@ -141,8 +141,8 @@ def test_what_a_form_comes_down_to():
     def forms_on(layout):
         return [form_on(Layout.parse(layout), form) for form in DISPATCH_FORMS]
 
-    assert forms_on("pp=2") == [None] * 3
-    assert forms_on("dp=2") == ["all_gather"] * 3
+    assert forms_on("pp=2") == [None] * 4
+    assert forms_on("dp=2") == ["all_gather"] * 4
     assert forms_on("dp=2,ep=2") == list(DISPATCH_FORMS)
     assert is_by_node_on(Layout.parse("dp=2,ep=2"), "hierarchical")
     assert not is_by_node_on(Layout.parse("dp=2"), "hierarchical")
@@ -170,5 +170,5 @@ def test_options_of_a_phase():
 def test_a_form_of_prompts_that_cannot_be():
     with pytest.raises(SpecError, match="dispatch is auto, which picks a form for every step"):
         Options(dispatch="auto", prefill_dispatch="all_gather")
-    with pytest.raises(SpecError, match="valid: all_to_all, all_gather, hierarchical"):
+    with pytest.raises(SpecError, match="valid: all_to_all, all_gather, hierarchical, static"):
         Options(prefill_dispatch="ring")

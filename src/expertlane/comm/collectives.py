@@ -21,6 +21,8 @@ from expertlane.ops.row_parts import RowParts
 from expertlane.spec.names import Stage
 
 Look = Callable[[Tensor], None]  # at what a transfer has brought
+# How many of the rows that go to each rank are no padding; asked only where that is recorded.
+NumReal = Callable[[], Sequence[int]]
 
 # Of transfers of the others, what waits for another pipeline stage or moves beside steps.
 _HIDEABLE = (Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES)
@@ -128,13 +130,30 @@ class Group:
         self._link = link
 
     def _post(
-        self, kind: TransferKind, rows: Tensor, num_rows: Sequence[int], metadata_bytes: int
+        self,
+        kind: TransferKind,
+        rows: Tensor,
+        num_rows: Sequence[int],
+        metadata_bytes: int,
+        num_real: NumReal | None,
+        num_padded: int | None = None,
     ) -> int | None:
-        row_bytes = rows.shape[1] * rows.itemsize
+        """Count what is about to be sent; `num_padded` is what the link makes of each number."""
+        row_bytes, real = rows.shape[1] * rows.itemsize, None
+        if num_real is not None and self._recorder.is_recording:
+            with self._recorder.uncounted():
+                real = num_real()
+        if num_padded is not None:
+            real = num_rows if real is None else real
+            num_rows = [num_padded] * self.size
         self._meter_sent(rows, num_rows)
         return self._recorder.post(
-            kind, self.ranks, self.ranks, num_rows, row_bytes, metadata_bytes
+            kind, self.ranks, self.ranks, num_rows, row_bytes, metadata_bytes, real
         )
+
+    def _padded_to(self, rows: Tensor, num_rows_of: Sequence[int]) -> int | None:
+        assert self._link is not None, "something is sent"
+        return self._link.padded_to(num_rows_of, rows.shape[1] * rows.itemsize)
 
     def _meter_sent(self, rows: Tensor, num_rows: Sequence[int]) -> None:
         if (meter := self._recorder.meter) is not None:
@@ -148,12 +167,14 @@ class Group:
         receive: Sequence[int],
         metadata_bytes: int,
         finish: Callable[[RowParts], Tensor] | None = None,
+        num_real: NumReal | None = None,
     ) -> Pending:
         rows = rows.contiguous()
         if self._link is None:
             return Pending(self._recorder, None, rows, finish=finish)
         look = self._look_at(kind, rows, send, receive)
-        transfer = self._post(kind, rows, send, metadata_bytes)
+        padded = self._padded_to(rows, receive) if kind is TransferKind.ALL_GATHER else None
+        transfer = self._post(kind, rows, send, metadata_bytes, num_real, padded)
         if finish is not None:
             work = self._link.all_to_all_parts(rows, send, receive)
             received = rows
@@ -195,6 +216,7 @@ class Group:
         receive: Sequence[int],
         metadata_bytes: int = 0,
         finish: Callable[[RowParts], Tensor] | None = None,
+        num_real: NumReal | None = None,
     ) -> Pending:
         """Send consecutive rows to the ranks of the group, and get theirs in rank order.
 
@@ -203,14 +225,20 @@ class Group:
             send, receive: [size]; numbers of rows, zeros allowed.
             metadata_bytes: how many bytes of each row are no hidden state; only counted.
             finish: makes the result of what came, which may be gone when it returns.
+            num_real: [size]; only counted.
 
         Returns:
             [sum(receive), width] when waited for, or what `finish` makes of it.
         """
-        return self._exchange(TransferKind.ALL_TO_ALL, rows, send, receive, metadata_bytes, finish)
+        kind = TransferKind.ALL_TO_ALL
+        return self._exchange(kind, rows, send, receive, metadata_bytes, finish, num_real)
 
     def all_gather(
-        self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int = 0
+        self,
+        rows: Tensor,
+        num_rows_of: Sequence[int],
+        metadata_bytes: int = 0,
+        num_real: NumReal | None = None,
     ) -> Pending:
         """Give every rank the rows of all, in rank order; uneven and empty ones too.
 
@@ -221,9 +249,11 @@ class Group:
             [sum(num_rows_of), width] when waited for.
         """
         to_each, kind = [rows.shape[0]] * self.size, TransferKind.ALL_GATHER
-        return self._exchange(kind, rows, to_each, num_rows_of, metadata_bytes)
+        return self._exchange(kind, rows, to_each, num_rows_of, metadata_bytes, None, num_real)
 
-    def reduce_scatter(self, rows: Tensor, num_rows_of: Sequence[int]) -> Pending:
+    def reduce_scatter(
+        self, rows: Tensor, num_rows_of: Sequence[int], num_real: NumReal | None = None
+    ) -> Pending:
         """Add up every rank's rows, in float32 and in rank order; each rank gets its part.
 
         Args:
@@ -234,25 +264,30 @@ class Group:
         """
         if self._link is None:
             return Pending(self._recorder, None, rows)
-        own, kind = num_rows_of[self.rank], TransferKind.REDUCE_SCATTER
+        own, kind = [num_rows_of[self.rank]] * self.size, TransferKind.REDUCE_SCATTER
         rows = rows.contiguous()
         native = None
         if self._recorder.checks is None:  # which look at each rank's rows, not at their sum
             native = self._link.reduce_scatter(rows, num_rows_of)
         if native is not None:
             work, received = native
-            transfer = self._post(kind, rows, num_rows_of, 0)
+            padded = self._padded_to(rows, num_rows_of)
+            transfer = self._post(kind, rows, num_rows_of, 0, num_real, padded)
             self._recorder.posted()
             return Pending(self._recorder, work, received, rows, transfer=transfer)
-        return self._exchange(kind, rows, num_rows_of, [own] * self.size, 0, self._adder(rows))
+        return self._exchange(kind, rows, num_rows_of, own, 0, self._adder(rows), num_real)
 
     def gathered(
-        self, rows: Tensor, num_rows_of: Sequence[int], metadata_bytes: int = 0
+        self,
+        rows: Tensor,
+        num_rows_of: Sequence[int],
+        metadata_bytes: int = 0,
+        num_real: NumReal | None = None,
     ) -> "Steps[Tensor]":
         """As `all_gather`, and its result: where there is nothing to do meanwhile, in one call."""
         at_once = self._at_once()
         if at_once is None:
-            return (yield self.all_gather(rows, num_rows_of, metadata_bytes))
+            return (yield self.all_gather(rows, num_rows_of, metadata_bytes, num_real))
         rows = rows.contiguous()
         to_each = [rows.shape[0]] * self.size
         look = self._look_at(TransferKind.ALL_GATHER, rows, to_each, num_rows_of)
@@ -271,19 +306,22 @@ class Group:
         receive: Sequence[int],
         metadata_bytes: int = 0,
         finish: Callable[[RowParts], Tensor] | None = None,
+        num_real: NumReal | None = None,
     ) -> "Steps[Tensor]":
         """As `all_to_all`, and its result: where there is nothing to do meanwhile, in one call."""
         at_once = self._at_once()
         if at_once is None:
-            return (yield self.all_to_all(rows, send, receive, metadata_bytes, finish))
+            return (yield self.all_to_all(rows, send, receive, metadata_bytes, finish, num_real))
         rows = rows.contiguous()
         self._meter_sent(rows, send)
         return self._recorder.wait_at_once(lambda: at_once(rows, send, receive, finish=finish))
 
-    def reduced(self, rows: Tensor, num_rows_of: Sequence[int]) -> "Steps[Tensor]":
+    def reduced(
+        self, rows: Tensor, num_rows_of: Sequence[int], num_real: NumReal | None = None
+    ) -> "Steps[Tensor]":
         """As `reduce_scatter`, and its result: as `gathered`."""
         if self._at_once() is None:
-            return (yield self.reduce_scatter(rows, num_rows_of))
+            return (yield self.reduce_scatter(rows, num_rows_of, num_real))
         own = [num_rows_of[self.rank]] * self.size
         return (yield from self.exchanged(rows, num_rows_of, own, 0, self._adder(rows)))
 

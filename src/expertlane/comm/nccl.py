@@ -80,12 +80,19 @@ class NcclLink(TorchLink):
         super().__init__(backend, place, size, device, epoch, over_links=False)
         self._spans_nodes = spans_nodes
 
+    def padded_to(self, num_rows_of: Sequence[int], row_bytes: int) -> int | None:
+        most = max(num_rows_of)
+        is_small = most * row_bytes < MANY_BYTES
+        is_worth = is_small or most * self._size <= _MOST_PADDED * sum(num_rows_of)
+        return most if is_worth else None
+
     def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> TorchWork:
-        most, width = max(num_rows_of), rows.shape[1]
+        width = rows.shape[1]
+        most = self.padded_to(num_rows_of, width * rows.itemsize)
+        if most is None:
+            return super().all_gather(rows, received, num_rows_of)
         if not most:
             return TorchWork([], self._epoch)
-        if not _may_pad(num_rows_of, width * rows.itemsize):
-            return super().all_gather(rows, received, num_rows_of)
         is_even = min(num_rows_of) == most
         whole = received if is_even else rows.new_empty(self._size * most, width)
         sent = _padded(rows, most)
@@ -98,10 +105,9 @@ class NcclLink(TorchLink):
     def reduce_scatter(
         self, rows: Tensor, num_rows_of: Sequence[int]
     ) -> tuple[TorchWork, Tensor] | None:
-        most, width = max(num_rows_of), rows.shape[1]
+        width = rows.shape[1]
+        most = self.padded_to(num_rows_of, width * rows.itemsize)
         if not (self._spans_nodes and rows.dtype in _SUMMED and most):
-            return None
-        if not _may_pad(num_rows_of, width * rows.itemsize):
             return None
         if min(num_rows_of) < most:
             parts = [_padded(part, most) for part in torch.split(rows, list(num_rows_of))]
@@ -137,13 +143,6 @@ class _PaddedGather(TorchWork):
         parts = self._whole.view(len(self._num_rows_of), -1, self._whole.shape[1])
         kept = [part[:num] for part, num in zip(parts, self._num_rows_of, strict=True)]
         torch.cat(kept, out=self._into)
-
-
-def _may_pad(num_rows_of: Sequence[int], row_bytes: int) -> bool:
-    """Whether all send as many rows as the one that has most; the same on all ranks."""
-    most = max(num_rows_of)
-    is_small = most * row_bytes < MANY_BYTES
-    return is_small or most * len(num_rows_of) <= _MOST_PADDED * sum(num_rows_of)
 
 
 def _padded(rows: Tensor, num_rows: int) -> Tensor:

@@ -224,6 +224,7 @@ class Recorder:
         num_rows: Sequence[int],
         row_bytes: int,
         metadata_bytes: int = 0,
+        num_real: Sequence[int] | None = None,
     ) -> int | None:
         """A collective or send of the current stage begins; call `posted` when it is under way.
 
@@ -234,6 +235,7 @@ class Recorder:
             to: global ranks that rows go to.
             num_rows: as long as `to`; rows to each of them.
             row_bytes, metadata_bytes: of a row, and how many of them are no hidden state.
+            num_real: as long as `to`; how many of the rows are no padding; None for all.
 
         Returns:
             Its number for `end_wait`; None unless operations are recorded.
@@ -241,11 +243,16 @@ class Recorder:
         if not self.is_recording:
             return None
         self._num_collectives[self.stage] += 1
-        payload = row_bytes - metadata_bytes
-        for traffic, num_bytes in ((Traffic.PAYLOAD, payload), (Traffic.METADATA, metadata_bytes)):
-            if num_bytes:
+        real = num_rows if num_real is None else num_real
+        padding = [] if num_real is None else [a - b for a, b in zip(num_rows, real, strict=True)]
+        for traffic, rows, num_bytes in (
+            (Traffic.PAYLOAD, real, row_bytes - metadata_bytes),
+            (Traffic.METADATA, real, metadata_bytes),
+            (Traffic.PADDING, padding, row_bytes),
+        ):
+            if num_bytes and rows:
                 of_rank = self._sent_bytes[self.stage, traffic]
-                for rank, num in zip(to, num_rows, strict=True):
+                for rank, num in zip(to, rows, strict=True):
                     of_rank[rank] += num * num_bytes
         if self._log is None:
             return None

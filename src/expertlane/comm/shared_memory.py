@@ -299,6 +299,9 @@ class SharedLink:
         )
         return self._work(exchange)
 
+    def padded_to(self, num_rows_of: Sequence[int], row_bytes: int) -> int | None:
+        return None
+
     def reduce_scatter(
         self, rows: Tensor, num_rows_of: Sequence[int]
     ) -> tuple[_SharedWork, Tensor] | None:

@@ -70,6 +70,9 @@ class StagedLink:
         work = self._link.all_gather(self._on_host(rows), came, num_rows_of)
         return _StagedWork(work, came, received)
 
+    def padded_to(self, num_rows_of: Sequence[int], row_bytes: int) -> int | None:
+        return None
+
     def reduce_scatter(
         self, rows: Tensor, num_rows_of: Sequence[int]
     ) -> tuple[_StagedWork, Tensor] | None:

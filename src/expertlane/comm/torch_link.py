@@ -156,6 +156,9 @@ class TorchLink:
         parts[self._place].copy_(rows)
         return TorchWork(works, self._epoch)
 
+    def padded_to(self, num_rows_of: Sequence[int], row_bytes: int) -> int | None:
+        return None
+
     def reduce_scatter(
         self, rows: Tensor, num_rows_of: Sequence[int]
     ) -> "tuple[TorchWork, Tensor] | None":

@@ -93,6 +93,13 @@ class Link(Protocol):
         """Send all rows to every place, and fill `received` in the order of places."""
         ...
 
+    def padded_to(self, num_rows_of: Sequence[int], row_bytes: int) -> int | None:
+        """How many rows every place sends in a gather, or gets in a sum; None for its own number.
+
+        Those that a sum of the group's own sends are never padded.
+        """
+        ...
+
     def reduce_scatter(
         self, rows: Tensor, num_rows_of: Sequence[int]
     ) -> tuple[Work, Tensor] | None:

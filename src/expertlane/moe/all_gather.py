@@ -52,7 +52,7 @@ class AllGatherDispatcher(Dispatcher):
             ids = self._choice.balanced(ids, num_of)
         rows = self._payload.decode(hidden, tokens.x.dtype)
         first_id = self._mesh.at.ep_rank * self._choice.num_slots
-        pairs = self._ops.group_pairs(ids, first_id, 1, self._num_local_experts)
+        pairs = self._pairs(ids, first_id)
         return rows, pairs, Gathered(pairs.numbers, weights, num_of)
 
     def combine(self, sent: Gathered, results: Tensor) -> Steps[Tensor]:

@@ -35,13 +35,13 @@ class TaggedPayload(Payload):
 
     Attributes:
         arrived: [R, 3] int32; tags of the rows that were decoded last; None once taken.
-        num_changed: of them, those that are not as they were sent.
+        is_changed: [R]; whether they are not as they were sent.
     """
 
     def __init__(self, inner: Payload, rank: int) -> None:
         self._inner, self._rank = inner, rank
         self.arrived: Tensor | None = None
-        self.num_changed = 0
+        self.is_changed: Tensor | None = None
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """As `Payload.encode`, after the tags."""
@@ -52,7 +52,7 @@ class TaggedPayload(Payload):
         """As `Payload.decode`; keeps the tags."""
         tags, *rest = parts
         self.arrived = tags.clone()
-        self.num_changed = int((_row_sums(rest) != tags[:, 2]).sum())
+        self.is_changed = _row_sums(rest) != tags[:, 2]
         return self._inner.decode(rest, dtype)
 
     def tags(self, parts: list[Tensor]) -> Tensor:
@@ -112,6 +112,10 @@ class CheckedDispatcher(Dispatcher):
         """As the other's."""
         return self._inner.room(num_pairs, rows)
 
+    def is_row(self, sent: _Sent) -> Tensor | None:
+        """As the other's."""
+        return self._inner.is_row(sent.inner)
+
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, _Sent]]:
         """As the other's."""
         layer = self._mesh.recorder.layer
@@ -121,12 +125,13 @@ class CheckedDispatcher(Dispatcher):
         if tags is None:  # nothing travels where one rank has all
             tags = own
         else:
-            self._check_rows(layer, tags)
+            self._check_rows(layer, tags, self._inner.is_row(sent))
         self._checks.pairs(layer, tokens.topk_ids, self._held, pairs.counts)
         held = torch.tensor(self._held, device=tags.device)
-        arrived = _numbers(tags[pairs.rows].long(), held.repeat_interleave(pairs.counts))
-        numbers = torch.empty_like(arrived)
-        numbers[pairs.order] = arrived
+        experts = held.repeat_interleave(pairs.counts)
+        rows_of, order = pairs.rows[: len(experts)], pairs.order[: len(experts)]
+        numbers = torch.zeros(len(pairs.order), _WIDTH, device=tags.device)
+        numbers[order] = _numbers(tags[rows_of].long(), experts)
         num_tokens, top_k = tokens.topk_ids.shape
         chosen = _numbers(own.long().repeat_interleave(top_k, 0), tokens.topk_ids.flatten())
         expected = chosen.view(num_tokens, top_k, _WIDTH).sum(1) * self._mesh.layout.etp
@@ -145,8 +150,12 @@ class CheckedDispatcher(Dispatcher):
             self._checks.fault(CheckPoint.COMBINE, sent.layer, text)
         return combined
 
-    def _check_rows(self, layer: int, tags: Tensor) -> None:
-        if num := self._tagged.num_changed:
+    def _check_rows(self, layer: int, tags: Tensor, is_row: Tensor | None) -> None:
+        changed = self._tagged.is_changed
+        assert changed is not None, "they were decoded"
+        if is_row is not None:
+            tags, changed = tags[is_row], changed[is_row]
+        if num := int(changed.sum()):
             text = f"{num:,} of {len(tags):,} rows changed in transfer"
             self._checks.fault(CheckPoint.DISPATCH, layer, text)
         if not len(tags):

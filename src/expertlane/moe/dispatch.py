@@ -133,6 +133,10 @@ class RoutedTokens(NamedTuple):
     balances_copies: bool = False
 
 
+# Pairs for which room is made without a question: results of so many take 0.9 GB in DeepSeek-V3.
+_MOST_UNASKED = 1 << 16
+
+
 class Dispatcher(ABC):
     """Dispatch and combine of one form, on one rank."""
 
@@ -167,6 +171,21 @@ class Dispatcher(ABC):
         self._ops.pack(parts, packed)
         return packed
 
+    def _pairs(self, ids: Tensor, first: int) -> PairGroups:
+        """Pairs of rows that arrived, by local expert; a GPU is not asked how many there are.
+
+        Args:
+            ids: [R, K] int32; physical ids.
+            first: the id of the first local expert.
+        """
+        most = None if ids.device.type == "cpu" else self._most_pairs(ids)
+        return self._ops.group_pairs(ids, first, 1, self._num_local_experts, most)
+
+    def _most_pairs(self, ids: Tensor) -> int | None:
+        """A bound of the pairs: no token chooses an expert twice; None where room is dear."""
+        most = ids.shape[0] * min(ids.shape[1], self._num_local_experts)
+        return most if most <= _MOST_UNASKED else None
+
     def _tell_all(self, counts: Tensor) -> Pending:
         """Begin to give every rank of the stage this one's counts, a row of them each."""
         own, stage = counts.view(1, -1), self._mesh.stage
@@ -192,6 +211,10 @@ class Dispatcher(ABC):
             The rows that arrived, [R, H], perhaps apart; their pairs by local expert; and a handle
             of the form's own for `combine`.
         """
+
+    def is_row(self, sent: Any) -> Tensor | None:
+        """[R]; whether a row that arrived is one, and no padding; None where all are."""
+        return None
 
     def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
         """[P, H] for the results of `rows`, if `combine` would have them somewhere."""

@@ -21,8 +21,8 @@ class PeerRows:
     """Rows of tokens for peers: one for each peer that a token reaches, by peer, then token.
 
     Attributes:
-        counts: [num_peers]; rows for each.
-        tokens: [R]; the token of each row.
+        counts: [num_peers]; rows for each; behind them may stand padding.
+        tokens: [R]; the token of each row; any of padding, whose ids are -1.
         ids: [R, K] int32; by what the peer knows its ids, -1 for other peers'.
         places: [T, num_peers]; the row of each token for each peer, -1 for none.
     """
@@ -73,22 +73,37 @@ class Bookkeeping:
             copy = (_num_equal_before(ids) + first) % num_copies[ids]
         return table[ids, copy].view_as(topk_ids).int()
 
-    def rows_by_peer(self, ids: Tensor, divisor: int, num_peers: int) -> PeerRows:
+    def rows_by_peer(
+        self, ids: Tensor, divisor: int, num_peers: int, *, padded: bool = False
+    ) -> PeerRows:
         """Rows for the peers id // divisor, which know the ids as id % divisor.
 
         Args:
             ids: [T, K] int32, rows may be apart; -1 for none.
+            padded: T rows for each peer, so that the host need not ask how many there are.
         """
+        num_tokens, on = ids.shape[0], ids.device
         peers = torch.div(ids, divisor, rounding_mode="floor")
-        reached = torch.zeros(len(ids), num_peers + 1, dtype=torch.bool, device=ids.device)
+        reached = torch.zeros(num_tokens, num_peers + 1, dtype=torch.bool, device=on)
         reached = reached.scatter_(1, peers.where(peers >= 0, num_peers).long(), True)
-        reached = reached[:, :num_peers]
-        peer, tokens = reached.t().nonzero(as_tuple=True)
-        is_theirs = peers.index_select(0, tokens) == peer[:, None]
-        ids_there = torch.where(is_theirs, ids.index_select(0, tokens) % divisor, -1)
-        places = torch.full(reached.shape, -1, device=ids.device)
-        places[tokens, peer] = torch.arange(len(tokens), device=ids.device)
-        return PeerRows(reached.sum(0), tokens, ids_there, places)
+        reached = reached.narrow(1, 0, num_peers)
+        counts, peer = reached.sum(0), torch.arange(num_peers, device=on)
+        begin = peer * num_tokens if padded else counts.cumsum(0) - counts
+        num_rows = num_peers * num_tokens if padded else int(counts.sum())
+        places = reached.cumsum(0) - 1 + begin
+        # What is no row goes behind all rows.
+        to = places.where(reached, num_rows).flatten()
+
+        def by_row(values: Tensor, default: int) -> Tensor:
+            of_rows = torch.full((num_rows + 1,), default, device=on)
+            return of_rows.scatter_(0, to, values.expand(reached.shape).flatten()).narrow(
+                0, 0, num_rows
+            )
+
+        tokens = by_row(torch.arange(num_tokens, device=on).unsqueeze(1), 0)
+        is_theirs = peers.index_select(0, tokens) == by_row(peer, -2).unsqueeze(1)
+        ids_there = (ids.index_select(0, tokens) % divisor).where(is_theirs, -1)
+        return PeerRows(counts, tokens, ids_there, places.where(reached, -1))
 
     def outgoing(
         self,

@@ -33,7 +33,7 @@ class CpuBackend(TorchBackend):
     def __init__(self, baseline: ctypes.CDLL) -> None:
         self.baseline = baseline
         self._choose_copies = function_of(baseline, "choose_copies", "pnpnpnnp")
-        self._rows_by_peer = function_of(baseline, "rows_by_peer", "pnnninpppp", "n")
+        self._rows_by_peer = function_of(baseline, "rows_by_peer", "pnnninipppp", "n")
         self._group_pairs = function_of(baseline, "group_pairs", "pnnniinnppppp", "n")
         self._outgoing = function_of(baseline, "outgoing", "pnnpnpnninppppp", "n")
         self._leaving = function_of(baseline, "leaving", "pnninpppp", "n")
@@ -59,14 +59,16 @@ class CpuBackend(TorchBackend):
         )
         return physical
 
-    def rows_by_peer(self, ids: Tensor, divisor: int, num_peers: int) -> PeerRows:
+    def rows_by_peer(
+        self, ids: Tensor, divisor: int, num_peers: int, *, padded: bool = False
+    ) -> PeerRows:
         num_tokens, top_k = ids.shape
-        most = num_tokens * min(top_k, num_peers)
+        most = num_tokens * (num_peers if padded else min(top_k, num_peers))
         counts, tokens = (torch.empty(num, dtype=torch.int64) for num in (num_peers, most))
         ids_there = torch.empty(most, top_k, dtype=torch.int32)
         places = torch.empty(num_tokens, num_peers, dtype=torch.int64)
         num_rows = self._rows_by_peer(
-            *(ids.data_ptr(), ids.stride(0), num_tokens, top_k, divisor, num_peers),
+            *(ids.data_ptr(), ids.stride(0), num_tokens, top_k, divisor, num_peers, padded),
             *(counts.data_ptr(), tokens.data_ptr(), ids_there.data_ptr(), places.data_ptr()),
         )
         return PeerRows(counts, tokens[:num_rows], ids_there[:num_rows], places)

@@ -25,9 +25,10 @@ void choose_copies(const int64_t* experts, int64_t pairs, const int64_t* table,
 // A row for each token and peer it reaches, by peer, then token. Of an id, id / divisor is the peer
 // and id % divisor what the peer knows it by. counts [peers]; token [rows]; ids_there [rows, top_k],
 // -1 for what is another peer's; place [tokens, peers], the row of a token for a peer or -1.
+// With padding each peer has as many rows as there are tokens, and those behind its own no ids.
 int64_t rows_by_peer(const int32_t* ids, int64_t stride, int64_t tokens, int64_t top_k,
-                     int32_t divisor, int64_t peers, int64_t* counts, int64_t* token,
-                     int32_t* ids_there, int64_t* place) {
+                     int32_t divisor, int64_t peers, int32_t padded, int64_t* counts,
+                     int64_t* token, int32_t* ids_there, int64_t* place) {
     std::memset(counts, 0, peers * sizeof(int64_t));
     std::memset(place, -1, tokens * peers * sizeof(int64_t));
     for (int64_t t = 0; t < tokens; ++t) {
@@ -39,8 +40,9 @@ int64_t rows_by_peer(const int32_t* ids, int64_t stride, int64_t tokens, int64_t
     }
     std::vector<int64_t> begin(peers);
     int64_t rows = 0;
-    for (int64_t p = 0; p < peers; ++p) begin[p] = rows, rows += counts[p];
+    for (int64_t p = 0; p < peers; ++p) begin[p] = rows, rows += padded ? tokens : counts[p];
     std::memset(ids_there, -1, rows * top_k * sizeof(int32_t));
+    if (padded) std::memset(token, 0, rows * sizeof(int64_t));
     for (int64_t t = 0; t < tokens; ++t) {
         int64_t* rows_of = place + t * peers;
         for (int64_t p = 0; p < peers; ++p) {
@@ -59,7 +61,7 @@ int64_t rows_by_peer(const int32_t* ids, int64_t stride, int64_t tokens, int64_t
 int64_t leaving(const int32_t* ids, int64_t tokens, int64_t top_k, int32_t divisor, int64_t peers,
                 int64_t* counts, int64_t* token, int32_t* ids_there, int64_t* place) {
     std::vector<int64_t> row_places(tokens * peers), next(peers + 1);
-    const int64_t rows = rows_by_peer(ids, top_k, tokens, top_k, divisor, peers, counts, token,
+    const int64_t rows = rows_by_peer(ids, top_k, tokens, top_k, divisor, peers, 0, counts, token,
                                       ids_there, row_places.data());
     int64_t* pairs = counts + peers;
     std::memset(pairs, 0, peers * sizeof(int64_t));

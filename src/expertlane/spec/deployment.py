@@ -12,7 +12,7 @@ from expertlane.spec.names import Phase
 from expertlane.spec.ranges import Strict, shown, take_fields
 
 MicroBatchSchedule = Literal["drained", "rotating"]
-DispatchForm = Literal["all_to_all", "all_gather", "hierarchical"]
+DispatchForm = Literal["all_to_all", "all_gather", "hierarchical", "static"]
 DispatchChoice = Literal[DispatchForm, "auto"]
 OverlapChoice = bool | Literal["auto"]
 PayloadType = Literal["model", "bfloat16", "float8"]
@@ -35,12 +35,15 @@ class FormTraits:
             many; another form does the same unless several nodes hold several ranks each.
         deepep: the nearest of DeepEP's kernels for decodes; None for what needs no such library.
         needs_counts: shapes turn on the routing, so the host waits for numbers of rows.
+        is_tried: `auto` times it, and plans consider it; not where another form is as fast at
+            least on every transport that has run.
     """
 
     sends: str
     deepep: DeepEPKernels | None = None
     by_node: bool = False
     needs_counts: bool = True
+    is_tried: bool = True
 
 
 DISPATCH_FORMS: dict[DispatchForm, FormTraits] = {
@@ -48,6 +51,12 @@ DISPATCH_FORMS: dict[DispatchForm, FormTraits] = {
     "all_gather": FormTraits("all tokens to all ranks", needs_counts=False),
     "hierarchical": FormTraits(
         "one copy per node reached, forwarded inside it", deepep="normal", by_node=True
+    ),
+    "static": FormTraits(
+        "one copy per rank reached, in buffers of fixed size",
+        deepep="low_latency",
+        needs_counts=False,
+        is_tried=False,
     ),
 }
 
@@ -369,7 +378,7 @@ class DispatchTable(Strict):
 
 
 def dispatch_forms(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
-    """The forms that differ on a layout."""
+    """The forms that differ on a layout, of those that are tried."""
     if layout.ep == 1:
         return ("all_gather",)
     try:
@@ -377,7 +386,9 @@ def dispatch_forms(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, .
     except SpecError:  # not equally many on each node
         has_hierarchy = False
     return tuple(
-        form for form, traits in DISPATCH_FORMS.items() if has_hierarchy or not traits.by_node
+        form
+        for form, traits in DISPATCH_FORMS.items()
+        if traits.is_tried and (has_hierarchy or not traits.by_node)
     )
 
 

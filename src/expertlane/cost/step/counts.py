@@ -54,6 +54,7 @@ class DispatchCounts:
         rows, pairs: rows within `ep` groups, and their pairs.
         rows_arriving, pairs_arriving: those that the rank gets within its `ep` group, before they
             are gathered over `etp`.
+        room_arriving: rows that the rank would get so if every rank reached it with all its tokens.
         rows_computed, pairs_computed: those that the rank's experts compute.
         active_experts: experts of the rank with any pair.
         by_node: None unless the form is hierarchical.
@@ -66,6 +67,7 @@ class DispatchCounts:
     pairs: Exchange
     rows_arriving: Amounts
     pairs_arriving: Amounts
+    room_arriving: Amounts
     rows_computed: Amounts
     pairs_computed: Amounts
     active_experts: Amounts
@@ -143,6 +145,7 @@ def count_dispatch(
         pairs=pairs_to[:, mesh.ep_rank],
         rows_arriving=_arriving(rows_to, mesh),
         pairs_arriving=_arriving(pairs_to, mesh),
+        room_arriving=owned.reshape(ep, -1).sum(axis=0)[mesh.etp_rank],
         rows_computed=rows_to.sum(axis=0)[mesh.ep_rank],
         pairs_computed=pairs_of_ep_rank[mesh.ep_rank],
         active_experts=np.count_nonzero(per_expert, axis=1)[mesh.ep_rank],

@@ -58,6 +58,8 @@ class ExpertSteps:
                 self._all_to_all()
             case "hierarchical":
                 self._hierarchical()
+            case "static":
+                self._static()
 
     def experts(self) -> None:
         """The experts' products alone, without moving rows."""
@@ -162,6 +164,28 @@ class ExpertSteps:
             self._sum(of_nodes.rows_forwarded, of_nodes.rows_arriving, size, is_last=False)
         out.all_to_all(Stage.COMBINE, "ep_inter", of_nodes.rows.T, self._row_bytes)
         self._sum(of_nodes.rows_sent, owned, num_nodes, is_last=True)
+
+    def _static(self) -> None:
+        out, counts, owned, kernels = self._out, self._counts, self._owned, self._kernels
+        ep, values = self._layout.ep, self._payload.values
+        metadata = self._top_k * (_ID_BYTES + _WEIGHT_BYTES) + self._payload.scales
+        to_each, arriving = out.to_all("ep", owned), counts.room_arriving
+        if counts.is_balanced:
+            self._tell_choices()
+            self._bookkeeping(owned, kernels.by_peer)
+        else:
+            self._bookkeeping(owned, kernels.choose + kernels.by_peer)
+        self._pack(owned * ep, metadata)
+        out.all_to_all(Stage.DISPATCH, "ep", counts.rows, values, metadata, room=to_each)
+        out.all_gather(Stage.DISPATCH, "etp", counts.rows_arriving, values, metadata, room=arriving)
+        self._arrive(counts.stage_tokens)
+        self.experts()
+        self._sum(counts.pairs_computed, counts.stage_tokens, self._top_k, is_last=False)
+        out.reduce_scatter(
+            Stage.COMBINE, "etp", counts.rows_arriving, self._row_bytes, room=arriving
+        )
+        out.all_to_all(Stage.COMBINE, "ep", counts.rows.T, self._row_bytes, room=to_each.T)
+        self._sum(counts.rows_sent, owned, ep, is_last=True)
 
     def _exchange_counts(self, num: int) -> None:
         """Each rank tells all others `num` numbers; what is packed meanwhile comes after."""

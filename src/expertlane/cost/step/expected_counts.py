@@ -170,7 +170,7 @@ def mean_counts(
     pairs, rows = tokens * (top_k / layout.ep), tokens * (fan_out.reached / layout.ep)
     active = has_any.sum(axis=1) / layout.ep
     own = rows, pairs, rows / layout.etp, pairs / layout.etp, active
-    return _counts(fan_out, part, own, np.ones(part.size), by_node)
+    return _counts(fan_out, part, layout, own, np.ones(part.size), by_node)
 
 
 def busiest_counts(
@@ -192,12 +192,13 @@ def busiest_counts(
     active = np.minimum(active, fan_out.num_slots)
     rows, pairs = np.ceil(rows), np.ceil(pairs)
     own = rows, pairs, np.ceil(rows / layout.etp), np.ceil(pairs / layout.etp), np.ceil(active)
-    return _counts(fan_out, part, own, hot, by_node)
+    return _counts(fan_out, part, layout, own, hot, by_node)
 
 
 def _counts(
     fan_out: ExpectedFanOut,
     part: Scenarios,
+    layout: Layout,
     own: tuple[Floats, Floats, Floats, Floats, Floats],
     hot: Floats,
     by_node: bool,
@@ -232,6 +233,7 @@ def _counts(
         pairs=sent(fan_out.pairs),
         rows_arriving=rows_arriving,
         pairs_arriving=pairs_arriving,
+        room_arriving=np.maximum(part.stage_tokens / layout.etp, rows_arriving),
         rows_computed=rows,
         pairs_computed=pairs,
         active_experts=active,

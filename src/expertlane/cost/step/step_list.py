@@ -151,24 +151,39 @@ class StepWriter(ABC):
         payload: Ints | int,
         metadata: Ints | int = 0,
         *,
+        room: Amounts | None = None,
         num_steps_before_wait: int = 0,
     ) -> None:
         """Every rank sends its `rows` [A] to all of its group.
 
         Args:
             payload, metadata: bytes of a row; [A] or one number.
+            room: rows [A] that are sent, of which those beyond `rows` are padding.
         """
-        kind, to_all = TransferKind.ALL_GATHER, self._to_all(axis, rows)
-        self._transfer(kind, stage, axis, to_all, payload, metadata, num_steps_before_wait)
+        kind, to_all = TransferKind.ALL_GATHER, self.to_all(axis, rows)
+        padding = None if room is None else self.to_all(axis, room - rows)
+        self._transfer(
+            *(kind, stage, axis, to_all, payload, metadata, num_steps_before_wait), padding=padding
+        )
 
-    def reduce_scatter(self, stage: Stage, axis: Axis, rows: Amounts, payload: int) -> None:
-        """Every rank gets, and adds up, its `rows` [A] of all of its group."""
-        from_all = self._to_all(axis, rows).T
-        self._transfer(TransferKind.REDUCE_SCATTER, stage, axis, from_all, payload)
+    def reduce_scatter(
+        self,
+        stage: Stage,
+        axis: Axis,
+        rows: Amounts,
+        payload: int,
+        *,
+        room: Amounts | None = None,
+    ) -> None:
+        """Every rank gets, and adds up, its `rows` [A] of all of its group; `room` as above."""
+        from_all = self.to_all(axis, rows).T
+        padding = None if room is None else self.to_all(axis, room - rows).T
+        kind = TransferKind.REDUCE_SCATTER
+        self._transfer(kind, stage, axis, from_all, payload, padding=padding)
 
     def all_reduce(self, stage: Stage, axis: Axis, rows: Amounts, payload: int) -> None:
         """All ranks get the sums of all rows; each adds up its `rows` [A] and hands them out."""
-        both_ways = _both_ways(self._to_all(axis, rows))
+        both_ways = _both_ways(self.to_all(axis, rows))
         self._transfer(TransferKind.ALL_REDUCE, stage, axis, both_ways, payload)
 
     def gather_tokens(self, rows: Amounts, row_bytes: int) -> None:
@@ -189,15 +204,21 @@ class StepWriter(ABC):
         payload: int,
         metadata: int = 0,
         *,
+        room: Exchange | None = None,
         tells_counts: bool = False,
     ) -> None:
         """Every rank sends rows of its own to each of its group.
 
         Args:
+            room: rows that are sent, of which those beyond `rows` are padding.
             tells_counts: the host learns from it how many rows came, and waits for that.
         """
-        kind = TransferKind.ALL_TO_ALL
-        self._transfer(kind, stage, axis, rows, payload, metadata, tells_counts=tells_counts)
+        padding = None if room is None else _beyond(room, rows)
+        self._transfer(
+            *(TransferKind.ALL_TO_ALL, stage, axis, rows, payload, metadata),
+            tells_counts=tells_counts,
+            padding=padding,
+        )
 
     def _transfer(
         self,
@@ -210,12 +231,15 @@ class StepWriter(ABC):
         num_steps_before_wait: int = 0,
         *,
         tells_counts: bool = False,
+        padding: Exchange | None = None,
     ) -> None:
         """Nothing in groups of one rank, as the engine's are left out."""
         groups = self.mesh.groups(axis)
         if groups.is_alone:
             return
         of_ranks, sent_bytes = self._sent(groups, rows, (payload, metadata, 0))
+        if padding is not None:
+            sent_bytes = sent_bytes + self._sent(groups, padding, (0, 0, payload + metadata))[1]
         self.steps.append(
             Transfer(
                 kind=kind,
@@ -229,7 +253,7 @@ class StepWriter(ABC):
         )
 
     @abstractmethod
-    def _to_all(self, axis: Axis, rows: Amounts) -> Exchange:
+    def to_all(self, axis: Axis, rows: Amounts) -> Exchange:
         """The exchange in which every rank sends `rows` [A] to each of its group."""
 
     @abstractmethod
@@ -247,7 +271,8 @@ class StepList(StepWriter):
     ) -> None:
         super().__init__(mesh, types, kernels, form, mesh.tp_rank, mesh.etp_rank)
 
-    def _to_all(self, axis: Axis, rows: Amounts) -> Exchange:
+    def to_all(self, axis: Axis, rows: Amounts) -> Exchange:
+        """[A, 1]."""
         return rows[:, None]
 
     def _sent(
@@ -276,7 +301,8 @@ class ExpectedStepList(StepWriter):
         super().__init__(mesh, types, kernels, form, first, first)
         self.size = size
 
-    def _to_all(self, axis: Axis, rows: Amounts) -> Exchange:
+    def to_all(self, axis: Axis, rows: Amounts) -> Exchange:
+        """Those of the one rank."""
         one = self.mesh.groups(axis).one
         return RowsByLink(rows * one.num_near, rows * one.num_far)
 
@@ -294,6 +320,16 @@ def _both_ways(rows: Exchange) -> Exchange:
     if isinstance(rows, RowsByLink):
         return RowsByLink(2 * rows.near, 2 * rows.far)
     return rows + rows.T
+
+
+def _beyond(room: Exchange, rows: Exchange) -> Exchange:
+    """Room that is left; none where more rows are expected of the busiest rank."""
+    if isinstance(room, RowsByLink):
+        assert isinstance(rows, RowsByLink), "of one rank, as the other"
+        near, far = room.near - rows.near, room.far - rows.far
+        return RowsByLink(np.maximum(near, 0), np.maximum(far, 0))
+    assert not isinstance(rows, RowsByLink), "of all ranks, as the other"
+    return room - rows
 
 
 def _floats(size: Amounts | int) -> Floats | float:
