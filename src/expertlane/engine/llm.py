@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.trace import RoutingTrace
+from expertlane.engine.arrangement import Arranged, Arrangement
 from expertlane.engine.chat_template import ChatTemplate
-from expertlane.engine.engine import Engine, Prompt
+from expertlane.engine.engine import Engine
 from expertlane.engine.launch import (
     check_deployment,
     check_num_blocks,
@@ -20,6 +21,7 @@ from expertlane.engine.launch import (
     start_pool,
     with_blocks,
 )
+from expertlane.engine.live_request import Prompt
 from expertlane.engine.llm_prompts import all_finished, with_params
 from expertlane.engine.llm_settings import (
     as_layout,
@@ -43,6 +45,7 @@ from expertlane.schedule.request import Chunk, Limits, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
 from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
 from expertlane.spec.sampling import SamplingParams
 
@@ -162,9 +165,11 @@ class LLM:
             recovers=on_failure != "stop",
             rejoin_s=rejoin_s,
         )
+        # Of how many ranks nodes are, these say once they are up.
+        self._arranged = Arranged(Arrangement.alike(Members(chosen), placements, ranks_per_node))
         self._recovery: Recovery | None = None
         if on_failure != "stop":
-            self._recovery = Recovery(pool, chosen, self._redeploy, print_to_stderr)
+            self._recovery = Recovery(pool, self._arranged, self._redeploy, print_to_stderr)
             pool.on_early_end(print_to_stderr)
         try:
             self._fit(wanted, num_blocks, deployment, placements)
@@ -241,6 +246,7 @@ class LLM:
             seed=seed,
             ranks_per_node=ranks_per_node or self.machine[0].ranks_per_node,
             checkpoint=self._folder,
+            arranged=self._arranged,
             check=check,
             log=print_to_stderr,
             measures_memory=self.machine[0].on_gpu,
@@ -252,7 +258,7 @@ class LLM:
             deployment.layout,
             deployment.options,
             self.limits,
-            lookahead=deployment.layout.pp == 1,
+            lookahead=True,
             record=deployment.options.rebalance_steps > 0,
             record_routing=self._routing is not None,
         )

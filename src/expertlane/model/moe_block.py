@@ -19,7 +19,7 @@ from expertlane.moe.payload import Payload
 from expertlane.ops.backend import backend_for
 from expertlane.ops.mlp import MlpPart
 from expertlane.ops.moe_step import LocalExperts
-from expertlane.ops.narrow import NarrowWeight
+from expertlane.ops.narrow import Weight
 from expertlane.ops.products import Activation, Expert, Linear
 from expertlane.ops.router import RouterParams
 from expertlane.spec.deployment import DispatchForm, PayloadType
@@ -159,7 +159,7 @@ class MoEBlock:
         def take(part: str, rows: range = inner) -> Tensor:
             return source.take(expert_name(self._layer, expert, part), rows)
 
-        def matrix(part: str) -> Tensor | NarrowWeight:
+        def matrix(part: str) -> Weight:
             return source.matrix(expert_name(self._layer, expert, part), inner)
 
         def linear(part: str) -> Linear:
