@@ -137,6 +137,9 @@ class AloneLink:
         """As `Link`: every place has the rows of this one."""
         return self._fill(rows, received, num_rows_of)
 
+    def padded_to(self, num_rows_of: Sequence[int], row_bytes: int) -> None:
+        """Nothing is padded."""
+
     def reduce_scatter(self, rows: Tensor, num_rows_of: Sequence[int]) -> None:
         """The group adds up what came, in kernels of the engine's."""
 
