@@ -54,9 +54,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """A time, and the share of it that the limit would take."""
+    """A time, and the share of it that the limit would take; bytes and FLOPs as of `Case`."""
 
     name: str
+    num_bytes: int
+    flops: int
     seconds: float
     limit_s: float
     share: float
@@ -173,9 +175,10 @@ def cases(*, tiny: bool) -> Iterator[Case]:
     yield attention("prompt, paper, 4 × 2k", (4, 0, 2048), (16, 16), (512, 512))
     yield attention("prompt, Qwen3, 4 × 4k", (4, 0, 4096), (32, 4), (128, 128))
     yield attention("prompt, DeepSeek, 2 × 4k", (2, 0, 4096), (128, 128), (192, 128))
-    yield from experts("decode, paper, EP 16", 128, 1, (1, 8192, 32768), is_gated=False)
-    yield from experts("decode, DeepSeek, 32 of 256", 128, 8, (32, 7168, 2048))
-    yield from experts("prompt, DeepSeek", 4096, 8, (32, 7168, 2048))
+    yield from experts("experts decode, paper, EP 16", 128, 1, (1, 8192, 32768), is_gated=False)
+    yield from experts("experts decode, DeepSeek, 32 of 256", 128, 8, (32, 7168, 2048))
+    yield from experts("experts prompt, paper, EP 16", 8192, 1, (1, 8192, 32768), is_gated=False)
+    yield from experts("experts prompt, DeepSeek", 4096, 8, (32, 7168, 2048))
     for num_tokens in (64, 8192):
         yield from rows(num_tokens, 7168, 2048, (32, 4), 128)
 
@@ -224,10 +227,11 @@ def main() -> int:
     for case in cases(tiny=False):
         limit_s = max(case.num_bytes / bandwidth, case.flops / peak)
         measured_s = seconds(case.call)
-        found.append(Measured(case.name, measured_s, limit_s, limit_s / measured_s))
+        share = limit_s / measured_s
+        found.append(Measured(case.name, case.num_bytes, case.flops, measured_s, limit_s, share))
         print(
             f"{case.name:36} {measured_s * 1e6:9.1f} µs, limit {limit_s * 1e6:9.1f} µs: "
-            f"{limit_s / measured_s:4.0%} of it",
+            f"{share:4.0%} of it",
             flush=True,
         )
     if given.json:

@@ -25,7 +25,7 @@ from expertlane.memory import FREE_SHARE, PlacedModel
 from expertlane.model.stored_tensors import StoredTensors
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.hf_config import narrow_scheme, read_config
+from expertlane.spec.hf_config import is_mxfp4, narrow_scheme, read_config
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CpuIsa
@@ -255,14 +255,19 @@ def placed_model(
     checkpoint: Path | None = None,
 ) -> PlacedModel:
     """What ranks of such a machine hold of a model; arguments as of `fit_to_machine`."""
-    return PlacedModel(model, layout, _types(machine, options, checkpoint), placements)
+    return PlacedModel(model, layout, _types(machine, layout, options, checkpoint), placements)
 
 
-def _types(machine: RankMachine, options: Options, checkpoint: Path | None) -> NumberTypes:
+def _types(
+    machine: RankMachine, layout: Layout, options: Options, checkpoint: Path | None
+) -> NumberTypes:
     """In what a rank holds weights, hidden states, keys and values."""
     if not machine.keeps_narrow:
         return NumberTypes.of_engine(machine.dtype, options)
-    scheme = None if checkpoint is None else narrow_scheme(read_config(checkpoint))
+    config = {} if checkpoint is None else read_config(checkpoint)
+    if machine.keeps_mxfp4 and is_mxfp4(config) and layout.etp == 1:  # cut experts are widened
+        return NumberTypes.kept_as(machine.dtype, options, "mxfp4")
+    scheme = narrow_scheme(config)
     return NumberTypes.kept_as(machine.dtype, options, None if scheme is None else scheme.type)
 
 
