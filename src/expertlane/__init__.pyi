@@ -218,8 +218,8 @@ def simulate(
     overlap: Literal['off', 'on', 'auto'] = 'off',
     num_micro_batches: int = 1,
     micro_batch_schedule: Literal['drained', 'rotating'] = 'drained',
-    dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'auto'] = 'all_to_all',
-    prefill_dispatch: Literal['all_to_all', 'all_gather', 'hierarchical'] | None = None,
+    dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'static', 'auto'] = 'all_to_all',
+    prefill_dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'static'] | None = None,
     payload: Literal['model', 'bfloat16', 'float8'] = 'model',
     placement: Text = 'linear',
     num_redundant_experts: int = 0,
@@ -278,8 +278,9 @@ def simulate(
         micro_batch_schedule: drained: the pipeline empties after each step; rotating: it stays
             full.
         dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
-            all ranks, one copy per node reached, forwarded inside it, or the fastest for a
-            step's number of tokens, timed at startup.
+            all ranks, one copy per node reached, forwarded inside it, one copy per rank
+            reached, in buffers of fixed size, or the fastest for a step's number of tokens,
+            timed at startup.
         prefill_dispatch: Dispatch form of steps that hold prompts, if different.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).
@@ -340,8 +341,8 @@ def bench(
     overlap: Literal['off', 'on', 'auto'] = 'off',
     num_micro_batches: int = 1,
     micro_batch_schedule: Literal['drained', 'rotating'] = 'drained',
-    dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'auto'] = 'all_to_all',
-    prefill_dispatch: Literal['all_to_all', 'all_gather', 'hierarchical'] | None = None,
+    dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'static', 'auto'] = 'all_to_all',
+    prefill_dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'static'] | None = None,
     payload: Literal['model', 'bfloat16', 'float8'] = 'model',
     placement: Text = 'linear',
     num_redundant_experts: int = 0,
@@ -412,8 +413,9 @@ def bench(
         micro_batch_schedule: drained: the pipeline empties after each step; rotating: it stays
             full.
         dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
-            all ranks, one copy per node reached, forwarded inside it, or the fastest for a
-            step's number of tokens, timed at startup.
+            all ranks, one copy per node reached, forwarded inside it, one copy per rank
+            reached, in buffers of fixed size, or the fastest for a step's number of tokens,
+            timed at startup.
         prefill_dispatch: Dispatch form of steps that hold prompts, if different.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).
