@@ -350,6 +350,7 @@ def bench(
     weights: Literal['model', 'int8'] = 'model',
     kv_dtype: Literal['model', 'float8'] = 'model',
     cache_int8: bool = False,
+    cuda_graphs: Literal['auto', 'on', 'off'] = 'auto',
     rebalance_steps: int = 0,
     ranks_per_node: int = 0,
     check: Literal['off', 'light', 'full'] = 'off',
@@ -430,6 +431,8 @@ def bench(
         kv_dtype: Type of the KV cache; float8 halves it or better, and rounds keys and values.
         cache_int8: With --weights int8: keep the rounded weights in the checkpoint's folder,
             for later starts.
+        cuda_graphs: Record decode steps once and launch each as one CUDA graph; auto: where
+            ranks have GPUs.
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
         ranks_per_node: Consecutive ranks that count as one node.

@@ -19,7 +19,7 @@ from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
-from ops.cuda.near import DEVICE, needs_kernels
+from ops.cuda.near import DEVICE, needs_kernels, triton
 from ops.cuda.replayed import ReplayedGraphs
 from ops.cuda.tiny_models import MODELS
 
@@ -44,13 +44,13 @@ def limits_of(model, num_blocks=5, max_num_seqs=3):
     )
 
 
-def requests_of(model, num, seed, max_tokens=8):
-    rng = np.random.default_rng(seed)
+def requests_of(model, num, max_tokens):
+    rng = np.random.default_rng(0)
     return [
         Request(
             str(number),
             rng.integers(0, model.vocab_size, rng.integers(2, 6)),
-            max_tokens=int(rng.integers(4, max_tokens + 1)),
+            max_tokens=int(rng.integers(max_tokens // 2, max_tokens + 1)),
             stop_token_ids=[int(rng.integers(0, model.vocab_size))],
             sampling=PARAMS[rng.integers(len(PARAMS))],
             sampling_seed=number,
@@ -59,16 +59,16 @@ def requests_of(model, num, seed, max_tokens=8):
     ]
 
 
-def play(model, graphs, monkeypatch, *, num=3, seed=0, limits=None, options=None):
+def play(model, graphs, monkeypatch, *, num=3, max_tokens=8):
     """Tokens of requests that come while others run, logits of each step, and preemptions."""
-    limits, options = limits or limits_of(model), options or Options()
+    limits, options = limits_of(model), Options()
     stage = stage_of(model, limits, graphs, monkeypatch, DEVICE, torch.float32, options)
     scheduler = ContinuousScheduler(
         Layout(), options, limits, lookahead=True, record=False, return_logits=True
     )
     runner = OneRank(stage)
-    loop, rng = DriveLoop(scheduler, runner), np.random.default_rng(seed)
-    requests, logits = requests_of(model, num, seed), []
+    loop, rng = DriveLoop(scheduler, runner), np.random.default_rng(0)
+    requests, logits = requests_of(model, num, max_tokens), []
     to_come = list(requests)
     while to_come or scheduler.has_unfinished:
         while to_come and rng.random() < 0.6:
@@ -127,7 +127,7 @@ BAKED = (0, 1, 3, 4, 7, 8)
 
 def test_a_value_that_is_not_renewed_is_noticed(monkeypatch):
     model = MODELS["normed heads, shared expert"].with_overrides(num_hidden_layers=1)
-    expected, logits, *_ = play(model, None, monkeypatch, num=2)
+    expected, logits, *_ = play(model, None, monkeypatch, num=2, max_tokens=4)
     fill = StaticInputs.fill
     for column in BAKED:
         first: dict[int, torch.Tensor] = {}
@@ -138,5 +138,8 @@ def test_a_value_that_is_not_renewed_is_noticed(monkeypatch):
             inputs.tensors[column].copy_(baked)
 
         monkeypatch.setattr(StaticInputs, "fill", fill_all_but_one)
-        found, others, *_ = play(model, ReplayedGraphs(), monkeypatch, num=2)
+        try:
+            found, others, *_ = play(model, ReplayedGraphs(), monkeypatch, num=2, max_tokens=4)
+        except triton.runtime.errors.InterpreterError:
+            continue  # it computes with what was never written
         assert found != expected or difference(logits, others) > 1e-3, column

@@ -233,7 +233,9 @@ def fit_to_machine(
 
     Raises:
         CapacityError: not even one sequence fits; with both numbers.
+        UserError: CUDA graphs are asked for that these ranks cannot have.
     """
+    check_graphs(options, seen[: layout.world_size])
 
     def own_bytes(of_rank: RankMachine) -> float:
         return of_rank.free_bytes / of_rank.num_sharing(layout.world_size)
@@ -244,6 +246,29 @@ def fit_to_machine(
     placements = placements or placements_of(model, layout, _PLAIN)
     placed = placed_model(model, layout, placements, tightest, options, checkpoint)
     return placed.fit_cache(limits, free_bytes, share)
+
+
+def check_graphs(options: Options, machines: Sequence[RankMachine]) -> None:
+    """Refuse CUDA graphs that were asked for where steps cannot be recorded.
+
+    Raises:
+        UserError: a rank has no GPU, or not our kernels; or messages go through the host.
+    """
+    if not options.cuda_graphs:
+        return
+    why_not = ""
+    for machine in machines:
+        if not machine.on_gpu:
+            why_not = "need a GPU for every rank"
+        elif "expertlane" not in machine.kernels:
+            why_not = f"need our GPU kernels, but a rank computes with {machine.kernels}"
+        elif len(machines) > 1 and machine.backend != "nccl":
+            why_not = f"need nccl between ranks, which exchange messages by {machine.backend}"
+    if why_not:
+        raise UserError(
+            f"CUDA graphs (--cuda-graphs on, cuda_graphs=True) {why_not}; valid here: auto or off "
+            "(None or False)"
+        )
 
 
 def placed_model(
