@@ -158,7 +158,7 @@ def take_turns(
 
 def naive(inputs: RoutedTokens, mesh: ParallelMesh) -> Tensor:
     """A flat all-to-all as first written: nothing packed, counts of rows and of pairs apart."""
-    x, topk_ids, weights, _ = inputs
+    x, topk_ids, weights, *_ = inputs
     size, (num_tokens, top_k) = mesh.ep.size, topk_ids.shape
     experts_a_rank = NUM_EXPERTS // size
 

@@ -218,8 +218,8 @@ def simulate(
     overlap: Literal['off', 'on', 'auto'] = 'off',
     num_micro_batches: int = 1,
     micro_batch_schedule: Literal['drained', 'rotating'] = 'drained',
-    dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'auto'] = 'all_to_all',
-    prefill_dispatch: Literal['all_to_all', 'all_gather', 'hierarchical'] | None = None,
+    dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'static', 'auto'] = 'all_to_all',
+    prefill_dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'static'] | None = None,
     payload: Literal['model', 'bfloat16', 'float8'] = 'model',
     placement: Text = 'linear',
     num_redundant_experts: int = 0,
@@ -278,8 +278,9 @@ def simulate(
         micro_batch_schedule: drained: the pipeline empties after each step; rotating: it stays
             full.
         dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
-            all ranks, one copy per node reached, forwarded inside it, or the fastest for a
-            step's number of tokens, timed at startup.
+            all ranks, one copy per node reached, forwarded inside it, one copy per rank
+            reached, in buffers of fixed size, or the fastest for a step's number of tokens,
+            timed at startup.
         prefill_dispatch: Dispatch form of steps that hold prompts, if different.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).
@@ -340,8 +341,8 @@ def bench(
     overlap: Literal['off', 'on', 'auto'] = 'off',
     num_micro_batches: int = 1,
     micro_batch_schedule: Literal['drained', 'rotating'] = 'drained',
-    dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'auto'] = 'all_to_all',
-    prefill_dispatch: Literal['all_to_all', 'all_gather', 'hierarchical'] | None = None,
+    dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'static', 'auto'] = 'all_to_all',
+    prefill_dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'static'] | None = None,
     payload: Literal['model', 'bfloat16', 'float8'] = 'model',
     placement: Text = 'linear',
     num_redundant_experts: int = 0,
@@ -349,6 +350,7 @@ def bench(
     weights: Literal['model', 'int8'] = 'model',
     kv_dtype: Literal['model', 'float8'] = 'model',
     cache_int8: bool = False,
+    cuda_graphs: Literal['auto', 'on', 'off'] = 'auto',
     rebalance_steps: int = 0,
     ranks_per_node: int = 0,
     check: Literal['off', 'light', 'full'] = 'off',
@@ -412,8 +414,9 @@ def bench(
         micro_batch_schedule: drained: the pipeline empties after each step; rotating: it stays
             full.
         dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
-            all ranks, one copy per node reached, forwarded inside it, or the fastest for a
-            step's number of tokens, timed at startup.
+            all ranks, one copy per node reached, forwarded inside it, one copy per rank
+            reached, in buffers of fixed size, or the fastest for a step's number of tokens,
+            timed at startup.
         prefill_dispatch: Dispatch form of steps that hold prompts, if different.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).
@@ -428,6 +431,8 @@ def bench(
         kv_dtype: Type of the KV cache; float8 halves it or better, and rounds keys and values.
         cache_int8: With --weights int8: keep the rounded weights in the checkpoint's folder,
             for later starts.
+        cuda_graphs: Record decode steps once and launch each as one CUDA graph; auto: where
+            ranks have GPUs.
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
         ranks_per_node: Consecutive ranks that count as one node.

@@ -11,9 +11,11 @@ from expertlane.model import checkpoint as checkpoint_module
 from expertlane.model import stored_tensors
 from expertlane.model.checkpoint import Checkpoint
 from expertlane.model.checkpoint_weights import CheckpointWeights
+from expertlane.ops.staging import Staging
 from expertlane.spec.tensors import tensor_names, tensor_shape
 from model.families import FAMILIES, load_model, make_model
 from model.quantised import COMPRESSED, save_compressed, save_fp8, save_mxfp4
+from ops.test_staging import Device
 
 _LAYER = "model.layers.3"
 
@@ -88,7 +90,7 @@ def test_large_reads_in_small_blocks(checkpoints, monkeypatch):
     expected = [Checkpoint(folder).tensor(name, range(1, 8)) for name in names]
     for max_bytes in (1, 700):
         monkeypatch.setattr(stored_tensors, "MAX_MAPPED_BYTES", max_bytes)
-        monkeypatch.setattr(checkpoint_module, "_MAX_COPIED_BYTES", max_bytes)
+        monkeypatch.setattr(checkpoint_module, "STAGED_BYTES", max_bytes)
         checkpoint = Checkpoint(folder)
         for name, tensor in zip(names, expected, strict=True):
             assert torch.equal(checkpoint.tensor(name, range(1, 8)), tensor)
@@ -326,3 +328,19 @@ def test_reading_slices_needs_little_more_than_the_slices(rewrite):
         env={"PYTHONPATH": str(Path(checkpoint_module.__file__).parents[2])},
     )
     assert int(done.stdout) < 128 * 1024**2
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_what_goes_through_staging_is_the_same(checkpoints, monkeypatch, family):
+    """As on its way to a GPU: whole tensors, and slices of rows and of columns."""
+    plain = Checkpoint(checkpoints.folder(family))
+    device = Device()
+    staging = Staging(device.new_buffer, device.new_event)
+    monkeypatch.setattr(checkpoint_module, "copier_to", lambda _: staging.copy)
+    staged = Checkpoint(checkpoints.folder(family))
+    for name in tensor_names(plain.model):
+        assert torch.equal(staged.tensor(name), plain.tensor(name))
+        for sides in ((range(1, 3), None), (None, range(1, 3))):
+            if sides[1] is None or len(tensor_shape(plain.model, name)) > 1:
+                assert torch.equal(staged.tensor(name, *sides), plain.tensor(name, *sides))
+    assert ("record", 1) in device.told

@@ -93,14 +93,18 @@ class NumberTypes:
 
     @classmethod
     def kept_as(
-        cls, number_type: str, options: Options, stored: NarrowType | None
+        cls, number_type: str, options: Options, stored: NarrowType | Literal["mxfp4"] | None
     ) -> "NumberTypes":
         """As the engine has them where it can keep weights of one byte.
 
         Args:
-            stored: what most matrices of a checkpoint are in, if in one byte: they stay so.
+            stored: what most matrices of a checkpoint are in, if in one byte: they stay so. Experts
+                in MXFP4 do too, unless all weights are to be rounded.
         """
         asked, types = options.weights, cls.of_engine(number_type, options)
+        if stored == "mxfp4" and asked == "model":
+            return replace(types, weights=stored)
+        stored = None if stored == "mxfp4" else stored
         if asked == "model" and stored is None:
             return types
         return replace(

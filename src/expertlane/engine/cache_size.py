@@ -82,12 +82,13 @@ def measured_limits(
         CapacityError: not even one sequence of `max_model_len` fits; with both numbers.
     """
     layout, spec, numbers = members.layout, deploy.spec, members.numbers
-    one_block = msgspec.structs.replace(deploy, num_blocks=1)
+    one_block = msgspec.structs.replace(deploy, num_blocks=1, graphs=None)
     held = pool.call(one_block)
     step_bytes = max(_step_bytes(pool, deploy, members, limits))
     seen = pool.call(DescribeMachine())
     room = [room_of(seen[number], held[number], step_bytes, layout) for number in numbers]
-    blocks = [int(each.cache_bytes // each.block_bytes) for each in room]
+    of_graphs = 0 if deploy.graphs is None else 1  # a block for padding
+    blocks = [int(each.cache_bytes // each.block_bytes) - of_graphs for each in room]
     rank = int(np.argmin(blocks))
     fewest = min(-(-limits.max_model_len // limits.block_size), limits.num_blocks)
     num_blocks = min(limits.num_blocks, blocks[rank])

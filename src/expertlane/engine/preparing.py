@@ -35,7 +35,7 @@ def weight_source(spec: StageSpec, platform: Platform, touch: Callable[[], None]
     given = platform.dtype, platform.device, touch, spec.weights
     if spec.checkpoint is None:
         return SeededWeights(spec.model, spec.seed, *given)
-    checkpoint = Checkpoint(Path(spec.checkpoint), spec.model)
+    checkpoint = Checkpoint(Path(spec.checkpoint), spec.model, platform.device)
     cache = Int8Cache.find(checkpoint) if spec.cache_int8 else None
     return CheckpointWeights(checkpoint, *given, cache)
 

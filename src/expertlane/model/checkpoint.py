@@ -1,5 +1,6 @@
 """Reading slices of a Hugging Face checkpoint; nothing else of it is read."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,27 +10,35 @@ from torch import Tensor
 from expertlane.errors import SpecError
 from expertlane.model.checkpoint_names import TensorLocation
 from expertlane.model.stored_tensors import (
-    MAX_MAPPED_BYTES,
     PLAIN_TYPES,
     VALUES_OF_INT32,
     StoredTensors,
 )
 from expertlane.ops.mxfp4 import Mxfp4Weight
 from expertlane.ops.narrow import NarrowWeight
+from expertlane.ops.staging import STAGED_BYTES, copier_to
 from expertlane.spec.hf_config import MXFP4_BLOCK
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import Shape
 
-_MAX_COPIED_BYTES = MAX_MAPPED_BYTES // 4  # at a time
+_HOST = torch.device("cpu")
 
 Index = tuple[int | slice, ...]
+Check = Callable[[Tensor], None]
 
 
 class Checkpoint(StoredTensors):
-    """A folder with a `config.json` and safetensors, as tensors of torch."""
+    """A folder with a `config.json` and safetensors, as tensors of torch.
 
-    def __init__(self, folder: Path, model: ModelConfig | None = None) -> None:
+    Args:
+        device: where tensors are wanted; on their way nothing is held whole in the host's memory.
+    """
+
+    def __init__(
+        self, folder: Path, model: ModelConfig | None = None, device: torch.device = _HOST
+    ) -> None:
         super().__init__(folder, model, "pt")
+        self._device, self._copy_to = device, copier_to(device)
 
     def tensor(
         self,
@@ -58,7 +67,7 @@ class Checkpoint(StoredTensors):
         if len(shape) > 1:
             parts.append(range(shape[1]) if columns is None else columns)
         if not all(parts):
-            return torch.empty([len(part) for part in parts], dtype=dtype)
+            return self._empty([len(part) for part in parts], dtype)
         if self._is_mxfp4(stored):
             first = parts[1].start % MXFP4_BLOCK
             whole = self._read_mxfp4(stored, shape, parts, dtype).widened()
@@ -67,13 +76,20 @@ class Checkpoint(StoredTensors):
             return self._read_narrow(stored, shape, parts, dtype).widened()
         if self._stored_type(stored.name) not in PLAIN_TYPES:
             raise self._refused_type(stored.name)
-        out = torch.empty([len(part) for part in parts], dtype=dtype)
+        out = self._empty([len(part) for part in parts], dtype)
         into = out.t() if stored.transposed else out
-        self._copy(stored.name, _index(stored, parts, shape[0]), into)
+        self._copy(stored.name, _index(stored, parts, shape[0]), into, None)
         return out
 
-    def _copy(self, stored_name: str, index: Index, out: Tensor) -> None:
-        """Copy stored values into `out`, a block of its first dimension at a time."""
+    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    def _copy(self, stored_name: str, index: Index, out: Tensor, check: Check | None) -> None:
+        """Copy stored values into `out`, a block of its first dimension at a time.
+
+        Args:
+            check: sees each block while it is on the host.
+        """
         shape = self._shards.slice(stored_name).get_shape()
         at = next(i for i, part in enumerate(index) if isinstance(part, slice))
         along = index[at]
@@ -83,12 +99,15 @@ class Checkpoint(StoredTensors):
         row_bytes = step * out.itemsize
         for size in shape[at + 1 :]:
             row_bytes *= size
-        num_rows = max(1, _MAX_COPIED_BYTES // row_bytes)
+        num_rows = max(1, STAGED_BYTES // row_bytes)
         for start in range(0, len(out), num_rows):
             part = out[start : start + num_rows]
             first = along.start + start * step
             rows = slice(first, first + (len(part) - 1) * step + 1, along.step)
-            part.copy_(self._shards.slice(stored_name)[(*index[:at], rows, *index[at + 1 :])])
+            values = self._shards.slice(stored_name)[(*index[:at], rows, *index[at + 1 :])]
+            if check is not None:
+                check(values)
+            self._copy_to(part, values)
             self._shards.count_read(len(part) * row_bytes)
 
     def narrow(
@@ -113,6 +132,13 @@ class Checkpoint(StoredTensors):
         ]
         return self._read_narrow(stored, shape, parts, dtype)
 
+    def mxfp4(self, name: str, dtype: torch.dtype) -> Mxfp4Weight | None:
+        """A matrix that is stored in MXFP4, whole; None for others. `dtype` as of `narrow`."""
+        stored, shape = self._locate(name)
+        if not self._is_mxfp4(stored):
+            return None
+        return self._read_mxfp4(stored, shape, [range(size) for size in shape], dtype)
+
     def _read_narrow(
         self, stored: TensorLocation, shape: Shape, parts: list[range], dtype: torch.dtype
     ) -> NarrowWeight:
@@ -122,31 +148,47 @@ class Checkpoint(StoredTensors):
         if scheme.is_packed:
             values = self._unpacked(name, rows, columns)
         else:
-            kind = torch.int8 if scheme.type == "int8" else torch.float8_e4m3fn
-            values = torch.empty(len(rows), len(columns), dtype=kind)
-            self._copy(name, _index(stored, parts, shape[0]), values)
+            is_int8 = scheme.type == "int8"
+            kind = torch.int8 if is_int8 else torch.float8_e4m3fn
+            values = self._empty([len(rows), len(columns)], kind)
+            check = None if is_int8 else self._check_of_values(name)
+            self._copy(name, _index(stored, parts, shape[0]), values, check)
         size = scheme.rows or shape[0], scheme.columns or shape[1]
         blocks = [
             slice(part.start // n, -(-part.stop // n)) for part, n in zip(parts, size, strict=True)
         ]
-        scales = torch.empty([block.stop - block.start for block in blocks])
+        scales = self._empty([block.stop - block.start for block in blocks], torch.float32)
         name = f"{stored.name}{scheme.scale}"
+        check = self._check_of_scales(name)
         if self._shards.slice(name).get_shape() in ([], [1]):
-            scales.fill_(float(self._shards.tensor(name)))
+            scale = self._shards.tensor(name)
+            check(scale)
+            scales.fill_(float(scale))
         else:
-            self._copy(name, tuple(blocks), scales)
-        if not torch.isfinite(scales).all():
-            raise SpecError(f"{self.folder}: tensor {name} holds NaN or infinite scales")
-        if scheme.type == "float8" and ((values.view(torch.uint8) & 0x7F) == 0x7F).any():
-            raise SpecError(f"{self.folder}: tensor {self._values_name(stored)} holds NaN")
+            self._copy(name, tuple(blocks), scales, check)
         return with_block_scales(values, scales, size, (rows.start, columns.start), dtype)
+
+    def _check_of_values(self, stored_name: str) -> Check:
+        def check(values: Tensor) -> None:
+            if ((values.view(torch.uint8) & 0x7F) == 0x7F).any():
+                raise SpecError(f"{self.folder}: tensor {stored_name} holds NaN")
+
+        return check
+
+    def _check_of_scales(self, stored_name: str) -> Check:
+        def check(scales: Tensor) -> None:
+            if not torch.isfinite(scales).all():
+                raise SpecError(f"{self.folder}: tensor {stored_name} holds NaN or infinite scales")
+
+        return check
 
     def _unpacked(self, name: str, rows: range, columns: range) -> Tensor:
         """Values of 8 bits plus 128, four in an int32, the first in its lowest bits."""
         per = VALUES_OF_INT32
         inside = range(columns.start // per, -(-columns.stop // per))
-        words = torch.empty(len(rows), len(inside), dtype=torch.int32)
-        self._copy(name, (slice(rows.start, rows.stop), slice(inside.start, inside.stop)), words)
+        words = self._empty([len(rows), len(inside)], torch.int32)
+        index = slice(rows.start, rows.stop), slice(inside.start, inside.stop)
+        self._copy(name, index, words, None)
         first = columns.start - inside.start * per
         values = (words.view(torch.uint8) ^ 0x80).view(torch.int8)
         return values[:, first : first + len(columns)]
@@ -158,10 +200,10 @@ class Checkpoint(StoredTensors):
         rows, columns = parts
         inside = range(columns.start // MXFP4_BLOCK, -(-columns.stop // MXFP4_BLOCK))
         index = _index(replace(stored, transposed=False), [rows, inside], shape[0])
-        blocks = torch.empty(len(rows), len(inside), MXFP4_BLOCK // 2, dtype=torch.uint8)
-        scales = torch.empty(len(rows), len(inside), dtype=torch.uint8)
-        self._copy(f"{stored.name}_blocks", (*index, slice(None)), blocks)
-        self._copy(f"{stored.name}_scales", index, scales)
+        blocks = self._empty([len(rows), len(inside), MXFP4_BLOCK // 2], torch.uint8)
+        scales = self._empty([len(rows), len(inside)], torch.uint8)
+        self._copy(f"{stored.name}_blocks", (*index, slice(None)), blocks, None)
+        self._copy(f"{stored.name}_scales", index, scales, None)
         return Mxfp4Weight(blocks.flatten(1), scales, dtype)
 
 
@@ -198,8 +240,8 @@ def with_block_scales(
         first: row and column of the matrix at which the slice begins.
     """
     block_rows, block_columns = block_size
-    of_row = (torch.arange(len(values)) + first[0] % block_rows) // block_rows
+    of_row = torch.arange(len(values), device=values.device) + first[0] % block_rows
     of_columns = block_columns, first[1] % block_columns
     if scales.shape[1] == 1:  # one for all columns
         of_columns = max(1, values.shape[1]), 0
-    return NarrowWeight(values, scales.float()[of_row], *of_columns, dtype)
+    return NarrowWeight(values, scales.float()[of_row // block_rows], *of_columns, dtype)

@@ -72,14 +72,15 @@ class Fetched:
         self._passed: Any = None
         if not tensors or tensors[0].device.type == "cpu":
             return
-        whole = torch.cat([each.contiguous().view(-1).view(torch.uint8) for each in tensors])
+        widest_first = sorted(range(len(tensors)), key=lambda n: -tensors[n].itemsize)
+        parts = [tensors[number].contiguous().view(-1) for number in widest_first]  # aligned so
+        whole = torch.cat([part.view(torch.uint8) for part in parts])
         room = pinned(whole.numel())
         room.copy_(whole, non_blocking=True)
-        ends = list(accumulate(each.nbytes for each in tensors))
-        self._host = [
-            room[end - each.nbytes : end].view(each.dtype).view(each.shape)
-            for each, end in zip(tensors, ends, strict=True)
-        ]
+        pieces = torch.split(room, [part.nbytes for part in parts])
+        for number, piece in zip(widest_first, pieces, strict=True):
+            like = tensors[number]
+            self._host[number] = piece.view(like.dtype).view(like.shape)
         self._passed = recorded_event()
 
     def wait(self, until: Callable[[Any], None]) -> list[Tensor]:

@@ -27,6 +27,7 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
     """The rank's device, its memory and its software."""
     chosen = context.platform
     free_bytes, memory_bytes = memory_of(chosen.device).free_and_total()
+    ops = backend_for(chosen.device)
     return RankMachine(
         host=socket.gethostname(),
         num_cores=context.share.num_cores,
@@ -41,7 +42,8 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
         free_bytes=free_bytes,
         ranks_per_node=context.settings.num_local_ranks,
         num_idle_gpus=chosen.num_idle_gpus,
-        keeps_narrow=backend_for(chosen.device).keeps_narrow,
+        keeps_narrow=ops.keeps_narrow,
+        keeps_mxfp4=ops.keeps_mxfp4,
         ranks_on_device=chosen.ranks_on_device,
         driver=_driver() if chosen.device.type == "cuda" else "",
     )

@@ -1,0 +1,71 @@
+"""Values on their way from mapped files to a device, through host memory of a bounded size.
+
+A copy from pageable memory waits for the device. Here two pinned buffers take turns: one is filled
+while what is in the other travels, in the order of the device's stream. Not yet run on a GPU
+(docs/validation.md).
+"""
+
+from collections.abc import Callable
+from itertools import cycle
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+STAGED_BYTES = 16 * 1024**2  # of a buffer
+_NUM_BUFFERS = 2
+
+
+class Event(Protocol):
+    """A mark on a device's stream, as `torch.cuda.Event`."""
+
+    def record(self) -> None:
+        """Set it after what was asked of the device so far."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has come to it; not at all if it is not set."""
+        ...
+
+
+class _Slot(NamedTuple):
+    buffer: Tensor  # [STAGED_BYTES] uint8
+    is_free: Event
+
+
+class Staging:
+    """Copies to a GPU that the host does not wait for.
+
+    Args:
+        new_buffer: gives so many bytes that the device can read.
+    """
+
+    def __init__(self, new_buffer: Callable[[int], Tensor], new_event: Callable[[], Event]) -> None:
+        slots = [_Slot(new_buffer(STAGED_BYTES), new_event()) for _ in range(_NUM_BUFFERS)]
+        self._slots = cycle(slots)
+
+    def copy(self, to: Tensor, values: Tensor) -> None:
+        """Fill a tensor of the device with values of the host, of one shape and maybe two types.
+
+        Types are changed on the device. More than a buffer holds is waited for.
+        """
+        if values.nbytes > STAGED_BYTES:
+            to.copy_(values)
+            return
+        buffer, is_free = next(self._slots)
+        is_free.synchronize()
+        staged = buffer[: values.nbytes].view(values.dtype).view(values.shape)
+        staged.copy_(values)
+        to.copy_(staged, non_blocking=True)
+        is_free.record()
+
+
+def _pinned(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
+def copier_to(device: torch.device) -> Callable[[Tensor, Tensor], object]:
+    """What fills a tensor of a device with values of the host."""
+    if device.type == "cuda":
+        return Staging(_pinned, torch.cuda.Event).copy
+    return Tensor.copy_
