@@ -7,9 +7,10 @@
 
 Everything is computed but nothing sent: what other ranks would send is copied on the device
 (one_rank.py). `step` is the median by the host's clock, launched operation by operation; `graph`
-the same captured as a CUDA graph and replayed, where it can be captured; `kernels` what its kernels
-take without gaps, by torch's profiler. Projected are computing terms alone, without transfers,
-launches and driver: with the H100 profile that comes with expertlane, and with that of --profile.
+launched as the engine's CUDA graph, in the dispatch form that can be recorded; `kernels` what its
+kernels take without gaps, by torch's profiler. Projected are computing terms alone, without
+transfers, launches and driver: with the H100 profile that comes with expertlane, and with that of
+--profile.
 
     PYTHONPATH=src python benchmarks/bench_one_rank.py [--profile FILE] [--json FILE] [--rehearse]
 
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from one_rank import OneRank, captured, kernel_seconds, seconds
+from one_rank import OneRank, kernel_seconds, seconds
 
 from expertlane import __version__
 from expertlane.cost.laws.execution import kernels_of
@@ -216,12 +217,13 @@ def run(work: Work, profiles: dict[str, Profile]) -> Row:
     step()
     copied = one.copied_bytes - before
     step_s, kernels_s = seconds(step, DEVICE), kernel_seconds(step, DEVICE)
-    graph_s, why = None, "no GPU"
-    if DEVICE.type == "cuda":
-        try:
-            graph_s, why = seconds(captured(step), DEVICE), ""
-        except RuntimeError as error:
-            why = str(error).strip().splitlines()[0][:120]
+    graph_s, why = None, "the device has none"
+    try:
+        if (replay := one.graph_step(work.num_seqs, work.context)) is not None:
+            graph_s, why = seconds(replay, DEVICE), ""
+            kernels_s = kernel_seconds(replay, DEVICE)
+    except RuntimeError as error:  # something in it cannot be captured
+        why = str(error).strip().splitlines()[0][:120]
     own = program_of(one, work, record, ENGINE_ON_GPUS)
     projected = {
         name: computing_s(

@@ -21,14 +21,15 @@ from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.recorder import Recorder
+from expertlane.model.decode_graphs import decode_graphs
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.transformer import TransformerStage
 from expertlane.model.weights import WeightSource
 from expertlane.ops.row_parts import RowParts
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch
-from expertlane.spec.deployment import Options
-from expertlane.spec.layout import Layout
+from expertlane.spec.deployment import DispatchForm, GraphLimits, Options, is_static_on
+from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import cut_dim, tensor_shape
 
@@ -117,6 +118,7 @@ class AloneLink:
     def __init__(self, place: int, size: int, device: torch.device) -> None:
         self._place, self._size, self._device = place, size, device
         self.copied_bytes = 0
+        self._known: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """As `Link`."""
@@ -137,6 +139,9 @@ class AloneLink:
         """As `Link`: every place has the rows of this one."""
         return self._fill(rows, received, num_rows_of)
 
+    def padded_to(self, num_rows_of: Sequence[int], row_bytes: int) -> None:
+        """Nothing is padded."""
+
     def reduce_scatter(self, rows: Tensor, num_rows_of: Sequence[int]) -> None:
         """The group adds up what came, in kernels of the engine's."""
 
@@ -145,10 +150,15 @@ class AloneLink:
         if len(set(receive)) == 1 and receive[0] == len(own):
             received.view(len(receive), *own.shape).copy_(own)
         elif len(received):
-            places = np.concatenate([np.arange(num) % max(1, len(own)) for num in receive])
-            torch.index_select(own, 0, torch.from_numpy(places).to(own.device), out=received)
+            torch.index_select(own, 0, self._places(len(own), tuple(receive)), out=received)
         self.copied_bytes += received.nbytes - received.nbytes // self._size
         return _Done(received)
+
+    def _places(self, num_own: int, receive: tuple[int, ...]) -> Tensor:
+        if (num_own, receive) not in self._known:
+            places = np.concatenate([np.arange(num) % max(1, num_own) for num in receive])
+            self._known[num_own, receive] = torch.from_numpy(places).to(self._device)
+        return self._known[num_own, receive]
 
 
 class AloneTransport:
@@ -177,6 +187,9 @@ class OneRank:
 
     Args:
         rank: of the layout.
+
+    Attributes:
+        form_of_graphs: the dispatch form in which steps can be recorded.
     """
 
     def __init__(
@@ -201,31 +214,27 @@ class OneRank:
         source = RandomWeights(model, dtype, device, lambda: None)
         source.in_turn = layout.stage_size > 1  # one rank alone has all experts in any case
         self.stage = TransformerStage(model, self.placements, source, mesh)
-        self.stage.set_forms(("all_to_all",), "model")
+        self.form_of_graphs = next(
+            (form for form in ("static", "all_gather") if is_static_on(layout, form)), "all_to_all"
+        )
+        self.stage.set_forms(("all_to_all", self.form_of_graphs), "model")
 
-    def step(self, num_seqs: int, num_computed: int, num_new: int) -> Callable[[], Any]:
+    def step(
+        self, num_seqs: int, num_computed: int, num_new: int, form: DispatchForm = "all_to_all"
+    ) -> Callable[[], Any]:
         """A step of equal sequences, each call of which is the same again; its result.
 
         Args:
             num_seqs: of each data-parallel rank.
             num_computed, num_new: positions before, and new tokens, of each.
         """
-        width = -(-(num_computed + num_new) // BLOCK_SIZE)
-        self.stage.allocate_cache(num_seqs * width, BLOCK_SIZE)
-        tokens = np.random.default_rng(0).integers(0, self.model.vocab_size, num_seqs * num_new)
-        batch = Batch(
-            seq_ids=np.arange(num_seqs),
-            num_scheduled_tokens=np.full(num_seqs, num_new),
-            num_computed_tokens=np.full(num_seqs, num_computed),
-            token_ids=tokens,
-            block_tables=np.arange(num_seqs * width, dtype=np.int32).reshape(num_seqs, width),
-            yields_token=np.ones(num_seqs, dtype=np.bool_),
-        )
+        batch = self._batch(num_seqs, num_computed, num_new)
+        self.stage.allocate_cache(batch.block_tables.size, BLOCK_SIZE)
         at, layout = self.layout.coordinates(self.rank), self.layout
         num_tokens = [batch.num_tokens] * layout.dp
 
         def step() -> Any:
-            part = ForwardBatch(batch, num_tokens, layout, at, self.device, BLOCK_SIZE)
+            part = ForwardBatch(batch, num_tokens, layout, at, self.device, BLOCK_SIZE, form)
             if at.pp_rank:
                 x = self.stage.empty_hidden(part.num_owned).fill_(0.01)
             else:
@@ -233,6 +242,48 @@ class OneRank:
             return interleave([self.stage.forward(x, part, False)])[0]
 
         return step
+
+    def graph_step(self, num_seqs: int, num_computed: int) -> Callable[[], Any] | None:
+        """A decode step as the engine launches it as a graph; None where the device has none.
+
+        In the dispatch form that can be recorded; each call fills the graph's inputs first.
+        """
+        batch = self._batch(num_seqs, num_computed, 1)
+        num_blocks = batch.block_tables.size
+        self.stage.allocate_cache(num_blocks + 1, BLOCK_SIZE)  # one for sequences of padding
+        graphs = decode_graphs(
+            self.stage,
+            GraphLimits(num_seqs, num_computed + 1),
+            num_blocks=num_blocks,
+            block_size=BLOCK_SIZE,
+            records_transfers=True,  # they are copies
+        )
+        if graphs is None:
+            return None
+        arrived = None
+        if not self.stage.mesh.is_first_stage:
+            num_owned = len(partition(num_seqs, self.layout.tp)[self.stage.mesh.at.tp_rank])
+            arrived = self.stage.empty_hidden(num_owned).fill_(0.01)
+        num_tokens = [batch.num_tokens] * self.layout.dp
+
+        def step() -> Any:
+            part = graphs.padded(batch, num_tokens, self.form_of_graphs)
+            assert part is not None, "it is not too large"
+            return graphs.run(part, arrived)
+
+        return step
+
+    def _batch(self, num_seqs: int, num_computed: int, num_new: int) -> Batch:
+        width = -(-(num_computed + num_new) // BLOCK_SIZE)
+        tokens = np.random.default_rng(0).integers(0, self.model.vocab_size, num_seqs * num_new)
+        return Batch(
+            seq_ids=np.arange(num_seqs),
+            num_scheduled_tokens=np.full(num_seqs, num_new),
+            num_computed_tokens=np.full(num_seqs, num_computed),
+            token_ids=tokens,
+            block_tables=np.arange(num_seqs * width, dtype=np.int32).reshape(num_seqs, width),
+            yields_token=np.ones(num_seqs, dtype=np.bool_),
+        )
 
     def record(self, step: Callable[[], object]) -> RankRecord:
         """What the engine counts of a step."""
@@ -277,20 +328,3 @@ def kernel_seconds(work: Callable[[], object], device: torch.device) -> float | 
         torch.cuda.synchronize()
     taken = sum(event.self_device_time_total for event in found.key_averages())
     return taken / 1e6 / repeats
-
-
-def captured(work: Callable[[], object]) -> Callable[[], None]:
-    """The call as a CUDA graph.
-
-    Raises:
-        RuntimeError: it cannot be captured: the host waits for the device, or copies to it.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
