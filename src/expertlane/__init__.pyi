@@ -427,7 +427,7 @@ def bench(
             even out ranks' loads, where that saves time.
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
-        kv_dtype: Type of the KV cache; float8 halves it or better, and rounds keys and values.
+        kv_dtype: Type of the KV cache. float8 halves it or better, and rounds keys and values.
         cache_int8: With --weights int8: keep the rounded weights in the checkpoint's folder,
             for later starts.
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
