@@ -26,15 +26,18 @@ from torch import Tensor
 if not torch.cuda.is_available():  # before Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from cuda_cases import equal_sequences
+from cuda_cases import Kind, equal_sequences
 
 from expertlane.ops.cuda.activation import activate
 from expertlane.ops.cuda.attention import attend
 from expertlane.ops.cuda.experts import CudaExperts
+from expertlane.ops.cuda.narrow import CudaNarrowLinear
 from expertlane.ops.cuda.norm import add_rms_norm
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.ops.cuda.rotate import rotate_and_write
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.ops.mxfp4 import Mxfp4Weight
+from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.products import Activation, Expert, Linear, grouped_mm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,9 +57,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """A time, and the share of it that the limit would take."""
+    """A time, and the share of it that the limit would take; bytes and FLOPs as of `Case`."""
 
     name: str
+    num_bytes: int
+    flops: int
     seconds: float
     limit_s: float
     share: float
@@ -89,20 +94,38 @@ def attention(
     return Case(name, lambda: attend(query, cache, pages, params), moved, flops)
 
 
-def experts(
-    name: str, num_tokens: int, top_k: int, sizes: tuple[int, int, int], *, is_gated: bool = True
-) -> Iterator[Case]:
-    """By our product and by torch's; then order and sum. `sizes`: experts, hidden, inner."""
-    num, hidden, inner = sizes
-
-    def linear(n: int, k: int) -> Linear:
+def linear(n: int, k: int, kind: Kind) -> Linear:
+    """Of random weights; float8 has a scale for 128 inputs."""
+    if kind == "plain":
         return Linear(random(n, k))
+    if kind == "mxfp4":
+        codes = torch.randint(256, (n, k // 2), dtype=torch.uint8, device=DEVICE)
+        exponents = torch.full((n, k // 32), 121, dtype=torch.uint8, device=DEVICE)
+        return CudaNarrowLinear(Mxfp4Weight(codes, exponents, DTYPE), None)
+    scales = torch.full((n, -(-k // 128)), 1 / 64, device=DEVICE)
+    values = random(n, k, dtype=torch.float8_e4m3fn)
+    return CudaNarrowLinear(NarrowWeight(values, scales, 128, 0, DTYPE), None)
 
+
+def experts(
+    name: str,
+    num_tokens: int,
+    top_k: int,
+    sizes: tuple[int, int, int],
+    *,
+    is_gated: bool = True,
+    kind: Kind = "plain",
+) -> Iterator[Case]:
+    """By our product; of plain weights by torch's, order and sum too.
+
+    `sizes`: experts, hidden, inner.
+    """
+    num, hidden, inner = sizes
     held = [
         Expert(
-            gate=linear(inner, hidden) if is_gated else None,
-            up=linear(inner, hidden),
-            down=linear(hidden, inner),
+            gate=linear(inner, hidden, kind) if is_gated else None,
+            up=linear(inner, hidden, kind),
+            down=linear(hidden, inner, kind),
         )
         for _ in range(num)
     ]
@@ -111,12 +134,15 @@ def experts(
     pairs, num_pairs = group_pairs(ids, 0, 1, num, ids.numel()), ids.numel()
     used = int((pairs.counts > 0).sum())
     num_weights = sum(each.num_weights for each in held[0].linears)
+    weight_bytes = sum(tensor.nbytes for tensor in held[0].tensors())
     results, activation = random(num_pairs, hidden), Activation("silu" if is_gated else "gelu")
     inner_bytes = (4 if is_gated else 2) * num_pairs * inner * x.itemsize
-    moved = used * num_weights * x.itemsize + 2 * results.nbytes + inner_bytes
+    moved = used * weight_bytes + 2 * results.nbytes + inner_bytes
     flops = 2 * num_pairs * num_weights
     ours = CudaExperts(held, activation, None)
     yield Case(f"{name}, ours", lambda: ours(x, pairs), moved, flops)
+    if kind != "plain":
+        return
     if grouped_mm is not None and DEVICE.type == "cuda":
         theirs = CudaExperts(held, activation, grouped_mm)
         yield Case(f"{name}, torch's", lambda: theirs(x, pairs), moved, flops)
@@ -164,6 +190,8 @@ def cases(*, tiny: bool) -> Iterator[Case]:
         yield attention("decode", (2, 20, 1), (4, 2), (32, 32))
         yield attention("decode in the latent", (2, 20, 1), (4, 1), (48, 32), in_keys=True)
         yield from experts("experts", 3, 2, (4, 32, 16))
+        yield from experts("float8 experts", 3, 2, (4, 32, 16), kind="float8")
+        yield from experts("mxfp4 experts", 3, 2, (4, 32, 32), kind="mxfp4")
         yield from rows(3, 64, 32, (4, 2), 16)
         return
     yield attention("decode, paper, 64 × 8k", (64, 8191, 1), (16, 16), (512, 512))
@@ -173,9 +201,17 @@ def cases(*, tiny: bool) -> Iterator[Case]:
     yield attention("prompt, paper, 4 × 2k", (4, 0, 2048), (16, 16), (512, 512))
     yield attention("prompt, Qwen3, 4 × 4k", (4, 0, 4096), (32, 4), (128, 128))
     yield attention("prompt, DeepSeek, 2 × 4k", (2, 0, 4096), (128, 128), (192, 128))
-    yield from experts("decode, paper, EP 16", 128, 1, (1, 8192, 32768), is_gated=False)
-    yield from experts("decode, DeepSeek, 32 of 256", 128, 8, (32, 7168, 2048))
-    yield from experts("prompt, DeepSeek", 4096, 8, (32, 7168, 2048))
+    yield from experts("experts decode, paper, EP 16", 128, 1, (1, 8192, 32768), is_gated=False)
+    yield from experts("experts decode, DeepSeek, 32 of 256", 128, 8, (32, 7168, 2048))
+    yield from experts("experts prompt, paper, EP 16", 8192, 1, (1, 8192, 32768), is_gated=False)
+    yield from experts("experts prompt, DeepSeek", 4096, 8, (32, 7168, 2048))
+    narrow: dict[Kind, tuple[int, int, int]] = {
+        "float8": (32, 7168, 2048),  # DeepSeek-V3's
+        "mxfp4": (32, 2880, 2880),  # GPT-OSS'
+    }
+    for kind, sizes in narrow.items():
+        for phase, num_tokens in (("decode", 128), ("prompt", 4096)):
+            yield from experts(f"{kind} experts {phase}", num_tokens, 8, sizes, kind=kind)
     for num_tokens in (64, 8192):
         yield from rows(num_tokens, 7168, 2048, (32, 4), 128)
 
@@ -224,10 +260,11 @@ def main() -> int:
     for case in cases(tiny=False):
         limit_s = max(case.num_bytes / bandwidth, case.flops / peak)
         measured_s = seconds(case.call)
-        found.append(Measured(case.name, measured_s, limit_s, limit_s / measured_s))
+        share = limit_s / measured_s
+        found.append(Measured(case.name, case.num_bytes, case.flops, measured_s, limit_s, share))
         print(
             f"{case.name:36} {measured_s * 1e6:9.1f} µs, limit {limit_s * 1e6:9.1f} µs: "
-            f"{limit_s / measured_s:4.0%} of it",
+            f"{share:4.0%} of it",
             flush=True,
         )
     if given.json:

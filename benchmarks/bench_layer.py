@@ -10,34 +10,21 @@ layer's experts alone, as the engine applies them and one after the other.
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
+from one_rank import OneRank, seconds
 from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.balance.placement import Placement
-from expertlane.comm.clocks import clock_for
-from expertlane.comm.collectives import interleave
-from expertlane.comm.mesh import Meshes, ParallelMesh
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.transformer import TransformerStage
-from expertlane.model.weights import WeightSource
 from expertlane.ops.backend import DTYPES, backend_for
 from expertlane.ops.products import LoopedExperts
-from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.tensors import tensor_shape
 
-BLOCK_SIZE, MOST_REPEATS, MOST_S = 16, 50, 0.5
 SMALL = ModelConfig(
     name="small",
     num_hidden_layers=1,
@@ -69,34 +56,12 @@ PROMPTS = [(1, 512), (1, 4096), (8, 512)]  # sequences, and their lengths
 Row = dict[str, float | int | str]
 
 
-class RandomWeights(WeightSource):
-    """Drawn on the device: their values do not matter, and a large layer has many."""
-
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(model, dtype, device, lambda: None)
-
-    def _read(self, name: str, part: range | None, dtype: torch.dtype) -> torch.Tensor:
-        shape = tensor_shape(self._model, name)
-        return torch.randn(shape, dtype=dtype, device=self.device) / shape[-1] ** 0.5
-
-
 class Bench:
     """One layer on one rank."""
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.device, self.dtype = model, device, dtype
-        self._layout, board = Layout(), ProgressBoard(1)
-        self._recorder = Recorder(
-            0, 1, model.num_experts, board.reporter(0), clock_for(device), world_size=1
-        )
-        mesh = ParallelMesh(self._layout, Meshes(), 0, 1, self._recorder)
-        self.stage = TransformerStage(
-            model,
-            [Placement.linear(model.num_experts, 1)],
-            RandomWeights(model, dtype, device),
-            mesh,
-        )
-        self.stage.set_forms(("all_to_all",), "model")
+        self._one = OneRank(model, Layout(), 0, dtype, device)
 
     def rows(self, *, quick: bool) -> Iterator[Row]:
         """Every step, then the experts alone."""
@@ -108,33 +73,14 @@ class Bench:
             yield from self._experts(num_tokens)
 
     def _step(self, what: str, num_seqs: int, num_computed: int, num_new: int) -> Row:
-        width = -(-(num_computed + num_new) // BLOCK_SIZE)
-        self.stage.allocate_cache(num_seqs * width, BLOCK_SIZE)
-        batch = Batch(
-            seq_ids=np.arange(num_seqs),
-            num_scheduled_tokens=np.full(num_seqs, num_new),
-            num_computed_tokens=np.full(num_seqs, num_computed),
-            token_ids=np.random.default_rng(0).integers(0, 1024, num_seqs * num_new),
-            block_tables=np.arange(num_seqs * width, dtype=np.int32).reshape(num_seqs, width),
-            yields_token=np.ones(num_seqs, dtype=np.bool_),
-        )
-        at = self._layout.coordinates(0)
-
-        def step() -> None:
-            part = ForwardBatch(
-                batch, [batch.num_tokens], self._layout, at, self.device, BLOCK_SIZE
-            )
-            interleave([self.stage.forward(self.stage.embed(part), part, False)])
-
-        self._recorder.begin_step(0, 1, record=True, count_idle=False)
-        step()
-        record = self._recorder.end_step()
-        assert record is not None, "it was asked for"
+        step = self._one.step(num_seqs, num_computed, num_new)
+        record = self._one.record(step)
         num_bytes = int(record.weight_bytes.sum()) + record.kv_bytes
-        return self._row(what, "", self._seconds(step), num_bytes, int(record.flops.sum()))
+        taken_s = seconds(step, self.device)
+        return self._row(what, "", taken_s, num_bytes, int(record.flops.sum()))
 
     def _experts(self, num_tokens: int) -> Iterator[Row]:
-        (block,) = self.stage.moe_blocks.values()
+        (block,) = self._one.stage.moe_blocks.values()
         model, experts = self.model, block.experts
         ids = torch.rand(num_tokens, model.num_experts, device=self.device)
         ids = ids.topk(model.num_experts_per_tok).indices.int()
@@ -145,7 +91,7 @@ class Bench:
         looped = LoopedExperts(experts.held, experts.activation)
         variants = {type(each).__name__: each for each in (chosen, looped)}
         for name, apply in variants.items():
-            taken_s = self._seconds(lambda apply=apply: apply(x, pairs))
+            taken_s = seconds(partial(apply, x, pairs), self.device)
             yield self._row(f"experts, {num_tokens} tokens", name, taken_s, num_bytes, flops)
 
     def _row(self, what: str, variant: str, taken_s: float, num_bytes: int, flops: int) -> Row:
@@ -160,21 +106,6 @@ class Bench:
             "flops": flops,
             "flops_per_s": flops / taken_s,
         }
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        """The median of some calls, each with the device's work done."""
-        finish = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        for _ in range(2):
-            work()
-        finish()
-        seconds: list[float] = []
-        until = time.perf_counter() + MOST_S
-        while len(seconds) < MOST_REPEATS and (time.perf_counter() < until or len(seconds) < 3):
-            began = time.perf_counter()
-            work()
-            finish()
-            seconds.append(time.perf_counter() - began)
-        return statistics.median(seconds)
 
 
 def main() -> None:

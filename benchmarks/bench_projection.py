@@ -6,9 +6,11 @@ and a core of their own. A projection is `CostRunner` driven by the same schedul
 requests, with the experts of a routing trace, recorded on one rank: it knows the profile and the
 trace, and no time of any deployment. What other processes disturbed is measured once more. Layouts
 are of 1 and 2 ranks, with all that makes a difference there: dispatch forms, overlap,
-micro-batches. Run it with nothing else on the machine:
+micro-batches; with --ranks 1 that rank alone, on a GPU where there is one. Sizes are between those
+that are calibrated. Run it with nothing else on the machine:
 
-    python benchmarks/bench_projection.py [--hidden 768] [--layers 4] [--rounds 5] [--profile FILE]
+    python benchmarks/bench_projection.py [--ranks 1] [--hidden 768] [--layers 4] [--rounds 5]
+        [--profile FILE] [--json FILE]
 """
 
 import argparse
@@ -23,6 +25,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -39,7 +42,7 @@ from expertlane.calibrate.timed_phases import (
     phase_times,
     run_batch,
 )
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.cost.number_types import NumberTypes
@@ -71,6 +74,7 @@ DEPLOYMENTS = (
     Deployment("pp=2, 2 micro-batches", Layout(pp=2), Options(num_micro_batches=2)),
 )
 LOADS = ((4, 256), (16, 64), (32, 32), (128, 16))  # sequences in all, tokens of each prompt
+GPU_LOADS = ((1, 900), (6, 300), (24, 700), (100, 200))
 DIFFERENT = 1.05  # pairs closer than this have no order
 
 
@@ -173,9 +177,10 @@ def cost_runner(
         dispatch=DispatchTable.fixed(options.dispatch, options.overlap),
         ranks_per_node=NUM_RANKS,
         block_size=BLOCK_SIZE,
+        kernels=kernels_of(profile),
     )
     routing = TraceRouting(trace)
-    terms = Terms.of(profile, Execution.SERIAL)
+    terms = Terms.of(profile, Execution.EAGER)
     return CostRunner(builder, routing, Pricing(profile, types), terms)
 
 
@@ -275,6 +280,7 @@ def summary_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         found[field] = {
             "median_error": median(errors),
             "p90_error": float(np.percentile(errors, 90)),
+            "largest_error": max(errors),
             "kendall_tau": tau,
             "num_pairs": num_pairs,
             "share_within_bounds": float(np.mean(inside)),
@@ -310,18 +316,22 @@ def show(console: Console, rows: list[dict[str, Any]], summary: dict[str, Any]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, choices=(1, 2), default=NUM_RANKS)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--profile", type=Path, help="take this one, calibrate nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here too")
     parser.add_argument("--stages", action="store_true", help="also stage by stage")
     asked = parser.parse_args()
     model = model_of(asked.hidden, asked.layers, asked.experts)
-    cases = [Case(each, *load) for each in DEPLOYMENTS for load in LOADS]
+    loads = GPU_LOADS if torch.cuda.is_available() else LOADS
+    chosen = [each for each in DEPLOYMENTS if each.layout.world_size <= asked.ranks]
+    cases = [Case(each, *load) for each in chosen for load in loads]
     times: dict[Case, list[PhaseTimes]] = defaultdict(list)
-    with start_pool(NUM_RANKS, timeout_s=60.0, dtype=DTYPE) as pool:
-        calibration, share = Calibration(pool, NUM_RANKS), 0.0
+    with start_pool(asked.ranks, timeout_s=60.0, dtype=DTYPE) as pool:
+        calibration, share = Calibration(pool, asked.ranks), 0.0
         with Progress(transient=True) as progress:
             task = progress.add_task("rounds", total=2 * asked.rounds)
             for _ in range(asked.rounds):
@@ -334,7 +344,7 @@ def main() -> None:
             profile = calibration.profile("this-machine")
         else:
             profile = read_profile(asked.profile)
-        traces = {load: trace_of(pool, Case(DEPLOYMENTS[0], *load), model) for load in LOADS}
+        traces = {load: trace_of(pool, Case(DEPLOYMENTS[0], *load), model) for load in loads}
         stages = {}
         if asked.stages:
             for case in cases:
@@ -356,7 +366,10 @@ def main() -> None:
         "rows": rows,
         "terms": {name: term.value for name, term in profile.terms.items()},
     }
-    console.out(json.dumps(line | ({"stages": stages} if stages else {})), highlight=False)
+    text = json.dumps(line | ({"stages": stages} if stages else {}))
+    console.out(text, highlight=False)
+    if asked.json is not None:
+        asked.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ from expertlane.ops.cuda.narrow import CudaNarrowLinear
 from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
 from expertlane.ops.cuda.parts import CudaAttention, CudaMlp
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
+from expertlane.ops.cuda.route import route
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch, PagedSequences
 from expertlane.ops.mxfp4 import Mxfp4Weight
 from expertlane.ops.narrow import NarrowWeight
 from expertlane.ops.products import Activation, Expert, Linear, grouped_mm
 from expertlane.ops.step import AttentionWeights
 from expertlane.schedule.plan import Batch
+from expertlane.spec.model import Routing
 
 CUDA = torch.device("cuda")
 Kind = Literal["plain", "int8", "float8", "mxfp4"]  # of weights
@@ -230,7 +232,18 @@ def parts(
     _expect(mlp(x), (num_tokens, hidden), torch.bfloat16)
 
 
+def routing(num_tokens: int, num_experts: int, top_k: int, routing: Routing) -> None:
+    """The choice of experts."""
+    logits, bias = (torch.empty(*n, num_experts, device=CUDA) for n in ((num_tokens,), ()))
+    ids, weights = route(logits, top_k, routing, bias if routing.correction_bias else None)
+    _expect(ids, (num_tokens, top_k), torch.int64)
+    _expect(weights, (num_tokens, top_k), torch.float32)
+
+
 FLOAT32 = torch.float32
+LIKE_DEEPSEEK = Routing(
+    scoring_func="sigmoid", correction_bias=True, n_group=8, topk_group=4, group_score="top2_sum"
+)
 # By name, with sizes of: the paper's model (heads of 512), Qwen3 (normed heads), DeepSeek-V3
 # (latents), GPT-OSS (sinks and windows).
 CASES: dict[str, Callable[[], None]] = {
@@ -252,6 +265,8 @@ CASES: dict[str, Callable[[], None]] = {
     "float8 product, decode": lambda: product(64, 1536, 7168, "float8"),
     "a float8 layer": lambda: parts(16, 2048, (32, 4), 128, 6144, "float8"),
     "a layer of Qwen3": lambda: parts(64, 2048, (32, 4), 128, 6144),
+    "routing, Qwen3": lambda: routing(64, 128, 8, Routing()),
+    "routing, DeepSeek": lambda: routing(64, 256, 8, LIKE_DEEPSEEK),
     "rotation, Qwen3": lambda: turn(64, (32, 4), 128, 128, has_norms=True),
     "rotation, DeepSeek": lambda: turn(64, (128, 1), 192, 64, interleave=True),
     "decode, paper": lambda: attend(batch_of(64, 2000, 1), (16, 16), (512, 512)),

@@ -1,111 +1,176 @@
-"""All that is to be known of a GPU met by chance, in ten minutes: `make gpu`.
+"""All that is to be known of a GPU met by chance, in nine minutes: `make gpu`.
 
 Needs no network and installs nothing: the torch that is there (2.9 or newer) and a bare checkout.
-Six parts, each a process with a limit of its own; one that fails or is too slow stops no other:
+Parts run in the order of what matters most, each a process with a limit of its own; one that fails
+or is too slow stops no other:
 
-- operations: torch's operations on the GPU against float64 (tests/ops)
+- parity: whole models on the GPU against the reference (tests/gpu, tests/parity)
 - kernels: our Triton kernels, and layers of whole models with them, against torch (tests/ops/cuda)
 - limits: each kernel's time beside what the card allows (bench_cuda.py)
-- layer: decode steps and prompts of a small and of a Mixtral-like layer (bench_layer.py)
 - calibrate: `expertlane calibrate`, a profile of the GPU
-- parity: whole models on the GPU against the reference (tests/gpu, tests/parity)
+- one_rank: one rank of the paper's steps, and batch 1, beside projections (bench_one_rank.py)
+- steps: the engine's steps beside what that profile projects (bench_projection.py)
+- operations: torch's operations on the GPU against float64 (tests/ops)
+- vllm: beside vLLM, where it is installed, in the time that is left (bench_engine.py)
 
-Output, results and a summary go into one folder: $OUT where that is set, else
-results/gpu-CARD-DATE. Exit code 0 if all parts passed, 1 if one did not, 2 without a GPU.
+Four files go into benchmarks/results/DATE-gpu-CARD, or --folder: summary.txt (each goal, what was
+measured, met or not), results.json (all numbers), profile.toml and log.txt (what parts printed).
+They are rewritten after each part, and copied to $OUT where that is set. Parts that passed with the
+same code on the same card are not run again in the same folder; --again runs them. Exit code 0 if
+all parts passed, 1 if one did not, 2 without a GPU.
 
-    PYTHONPATH=src python3 benchmarks/gpu.py [--rehearse] [PART …]
+    PYTHONPATH=src python3 benchmarks/gpu.py [--rehearse] [--again] [--folder DIR] [PART …]
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+
+from gpu_answers import answers
 
 ROOT = Path(__file__).parents[1]
-NEEDED = ("msgspec", "numpy", "psutil", "pydantic", "pytest", "rich", "tomli_w", "typer")
-PYTEST = ("-m", "pytest", "-o", "filterwarnings=default", "-p", "no:cacheprovider")
-
-
-KERNEL_TESTS = ("backend", "attention", "experts", "rows")
+TOTAL_S = 540.0
+NEEDED = ("hypothesis", "msgspec", "numpy", "psutil", "pydantic", "pytest", "rich", "safetensors",
+          "tokenizers", "tomli_w", "typer")  # fmt: skip
+PYTEST = ("-m", "pytest", "-o", "filterwarnings=default", "-p", "no:cacheprovider",
+          "--junitxml={junit}", "-o", "junit_family=xunit1")  # fmt: skip
+SPREAD = ("-n", "8") if find_spec("xdist") and (os.cpu_count() or 1) >= 8 else ()
+REHEARSAL_S = 300.0  # of a part; a CPU may be busy
+END_S = 5.0  # that a part has to end in, when it is told to
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command of Python's, `{folder}` in it standing for the folder of results."""
+    """A command of Python's.
+
+    Attributes:
+        arguments: `{data}` in them stands for a file of JSON, `{junit}` for pytest's, `{folder}`
+            for the results.
+        rehearsal: what they become, or what is added to them, without a GPU.
+        needs: a package without which it is not run.
+    """
 
     name: str
     limit_s: int
     arguments: tuple[str, ...]
     rehearsal: tuple[str, ...] = ()
+    needs: str = ""
 
 
 PARTS = (
     Part(
-        "operations",
-        60,
-        # Without tests/conftest.py, which needs more than torch.
-        (*PYTEST, "--noconftest", "tests/ops/test_torch_backend.py", "tests/ops/test_products.py"),
-        ("-k", "sums"),
-    ),
-    Part(
-        "kernels",
-        100,
-        (
-            *PYTEST,
-            "--noconftest",
-            *(f"tests/ops/cuda/test_{name}.py" for name in KERNEL_TESTS),
-        ),
-        ("-k", "no_tokens"),
-    ),
-    Part(
-        "limits",
-        50,
-        ("benchmarks/bench_cuda.py", "--json", "{folder}/limits.json"),
-        ("--tiny",),
-    ),
-    Part(
-        "layer",
-        60,
-        ("benchmarks/bench_layer.py", "--json", "{folder}/layer.json"),
-        ("--quick", "--device", "cpu"),
-    ),
-    Part(
-        "calibrate",
-        200,
-        ("-m", "expertlane", "calibrate", "gpu", "--out", "{folder}/profile.toml"),
-        ("--help",),
-    ),
-    Part(
         "parity",
-        110,
+        120,
         (
             *PYTEST,
             "tests/gpu",
             "tests/parity/test_equivalence.py::test_every_way_to_run[tp=1-plain-1 drained]",
             "tests/parity/test_equivalence.py::test_every_way_to_run[tp=1-overlap-2 rotating]",
         ),
-        ("-k", "drained"),
+        ("-k", "in_float32 or full_norm or fills"),
+    ),
+    # Without tests/conftest.py, which needs more than torch.
+    Part("kernels", 60, (*PYTEST, *SPREAD, "--noconftest", "tests/ops/cuda"), ("-k", "no_tokens")),
+    Part("limits", 50, ("benchmarks/bench_cuda.py", "--json", "{data}"), ("--tiny",)),
+    Part(
+        "calibrate",
+        130,
+        (
+            "-m",
+            "expertlane",
+            "calibrate",
+            "profile",
+            "--dtype",
+            "bfloat16",
+            "--within",
+            "80",
+            "--out",
+            "{folder}",
+        ),
+        ("--ranks", "1", "--within", "5"),
+    ),
+    Part(
+        "one_rank",
+        90,
+        ("benchmarks/bench_one_rank.py", "--profile", "{folder}/profile.toml", "--json", "{data}"),
+        ("--rehearse",),
+    ),
+    Part(
+        "steps",
+        60,
+        (
+            "benchmarks/bench_projection.py",
+            "--profile",
+            "{folder}/profile.toml",
+            "--rounds",
+            "2",
+            "--json",
+            "{data}",
+        ),
+        ("--hidden", "256", "--rounds", "1"),
+    ),
+    Part(
+        "operations",
+        20,
+        (*PYTEST, "--noconftest", "tests/ops/test_torch_backend.py", "tests/ops/test_products.py"),
+        ("-k", "sums"),
+    ),
+    Part(
+        "vllm",
+        240,
+        (
+            "benchmarks/bench_engine.py",
+            "--checkpoint",
+            "mixtral",
+            "--rounds",
+            "1",
+            "--contenders",
+            "ours:tp=1",
+            "vllm:1",
+            "--vllm-python",
+            sys.executable,
+        ),
+        ("--help",),
+        needs="vllm",
     ),
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
-    """How a part ended; `status` is passed, failed or "too slow"."""
+    """How a part ended.
+
+    Attributes:
+        status: passed, failed, too slow, or why it was not run.
+        code: of the checkout it ran in.
+        data: what a benchmark wrote.
+        tests: of pytest: name, outcome, and what a test noted (`error`).
+    """
 
     part: str
     status: str
-    seconds: float
-    last_line: str
+    seconds: float = 0.0
+    last_line: str = ""
+    card: str = ""
+    code: str = ""
+    data: Any = None
+    tests: list[dict[str, str]] = field(default_factory=list)
 
 
 def card_name() -> str:
@@ -128,51 +193,82 @@ def _refuse(why: str) -> int:
     return 2
 
 
-def results_folder(card: str) -> Path:
-    """A folder that is there."""
-    name = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
-    out = os.environ.get("OUT")
-    folder = Path(out) if out else ROOT / "results" / f"gpu-{name}-{datetime.now(UTC).date()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder.resolve()
+def code_of(root: Path) -> str:
+    """A hash of what parts run, also of what is not committed; a copy without git has the same."""
+    found = hashlib.sha256()
+    files = [path for name in ("src", "tests", "benchmarks") for path in (root / name).rglob("*")]
+    for path in sorted(files):
+        is_made = {"__pycache__", "results"} & set(path.relative_to(root).parts)
+        if path.is_file() and not is_made:
+            found.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
-def run_part(part: Part, folder: Path, *, rehearse: bool) -> Outcome:
-    """Run it with its output in `NAME.txt`; its whole process group ends with it."""
-    given = (*part.arguments, *(part.rehearsal if rehearse else ()))
-    command = [sys.executable, *(each.format(folder=folder) for each in given)]
+def run_part(part: Part, folder: Path, limit_s: float, *, rehearse: bool) -> Outcome:
+    """Run it, its output at the end of log.txt; its whole process group ends with it."""
+    if part.needs and find_spec(part.needs) is None:
+        return Outcome(part.name, f"not run: {part.needs} is not installed")
+    with tempfile.TemporaryDirectory() as made:
+        files = {"folder": folder, "data": f"{made}/data.json", "junit": f"{made}/junit.xml"}
+        given = (*part.arguments, *(part.rehearsal if rehearse else ()))
+        command = [sys.executable, *(each.format(**files) for each in given)]
+        output, began = Path(made) / "output.txt", time.monotonic()
+        more = {"EXPERTLANE_REHEARSE": "1"} if rehearse else {}
+        status = _wait(command, output, limit_s, more)
+        text = output.read_text(errors="replace").strip()
+        with (folder / "log.txt").open("a") as log:
+            log.write(f"== {part.name}: {status}\n{text}\n\n")
+        outcome = Outcome(part.name, status, time.monotonic() - began)
+        outcome.last_line = text.splitlines()[-1] if text else ""
+        with contextlib.suppress(OSError, ValueError):
+            outcome.data = json.loads(Path(files["data"]).read_text())
+        with contextlib.suppress(OSError, ElementTree.ParseError):
+            outcome.tests = list(map(_test_of, ElementTree.parse(files["junit"]).iter("testcase")))
+    return outcome
+
+
+def _wait(command: Sequence[str], output: Path, limit_s: float, more: dict[str, str]) -> str:
+    """How it ended; in an environment with more."""
     path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
-    log, began = folder / f"{part.name}.txt", time.monotonic()
-    with log.open("wb") as output:
+    with output.open("wb") as written:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more,
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=written,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
         try:
-            status = "failed" if process.wait(part.limit_s) else "passed"
+            return "failed" if process.wait(limit_s) else "passed"
         except subprocess.TimeoutExpired:
-            status = "too slow"
+            process.send_signal(signal.SIGINT)  # pytest writes what it has
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_S)
+            return "too slow"
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return Outcome(part.name, status, time.monotonic() - began, lines[-1] if lines else "")
 
 
-def write_summary(folder: Path, card: str, outcomes: list[Outcome]) -> str:
-    """Into summary.json and summary.txt, whose text it gives; rewritten after each part."""
+def _test_of(case: ElementTree.Element) -> dict[str, str]:
+    ended = {each.tag for each in case}
+    failed = ended & {"failure", "error"}
+    outcome = "failed" if failed else "skipped" if "skipped" in ended else "passed"
+    noted = {each.attrib["name"]: each.attrib["value"] for each in case.iter("property")}
+    name = f"{case.get('classname', '')}::{case.get('name', '')}"
+    return {"name": name, "outcome": outcome, **noted}
+
+
+def head_of(card: str) -> dict[str, object]:
+    """The machine and its software."""
     import torch
 
     from expertlane import __version__
 
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    head = {
+    return {
         "card": card,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "torch": str(torch.__version__),
@@ -180,20 +276,46 @@ def write_summary(folder: Path, card: str, outcomes: list[Outcome]) -> str:
         "num_gpus": torch.cuda.device_count(),
         "version": __version__,
         "python": sys.version.split()[0],
-        "missing_packages": missing,
+        "missing_packages": [name for name in NEEDED if find_spec(name) is None],
     }
-    parts = [asdict(outcome) for outcome in outcomes]
-    (folder / "summary.json").write_text(json.dumps(head | {"parts": parts}, indent=1) + "\n")
-    lines = [f"{name}: {value}" for name, value in head.items() if name != "missing_packages"]
-    if missing:
-        lines.append(f"not installed, so parts that need them fail: {', '.join(missing)}")
-    lines += [
-        f"{each.part}: {each.status} after {each.seconds:.0f} s: {each.last_line}"
-        for each in outcomes
+
+
+def write(folder: Path, head: dict[str, Any], outcomes: dict[str, Outcome]) -> str:
+    """results.json and summary.txt, whose text it gives; and a copy of all in $OUT."""
+    parts = {name: asdict(outcome) for name, outcome in outcomes.items()}
+    lines = [
+        f"{head['card']}, torch {head['torch']}, expertlane {head['version']}, {head['date']}"[:80],
+        *(
+            f"{name}: {each.status}{'' if each.code == head['code'] else ', by other code'}, "
+            f"{each.seconds:.0f} s: {each.last_line}"[:80]
+            for name, each in outcomes.items()
+        ),
+        *map(str, answers(parts, head["card"])),
     ]
+    if head["missing_packages"]:
+        lines.append(f"not installed, parts may fail: {', '.join(head['missing_packages'])}"[:80])
     text = "\n".join(lines) + "\n"
-    (folder / "summary.txt").write_text(text)
+    for name, content in (
+        ("results.json", json.dumps(head | {"parts": parts}, indent=1) + "\n"),
+        ("summary.txt", text),
+    ):
+        new = folder / f".{name}"
+        new.write_text(content, encoding="utf-8")
+        new.replace(folder / name)
+    if out := os.environ.get("OUT"):
+        Path(out).mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("[a-z]*.*"):
+            shutil.copy(path, out)
     return text
+
+
+def kept(folder: Path) -> dict[str, Outcome]:
+    """Outcomes of an earlier run in the folder."""
+    try:
+        parts = json.loads((folder / "results.json").read_text(encoding="utf-8"))["parts"]
+        return {name: Outcome(**each) for name, each in parts.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def main() -> int:
@@ -201,20 +323,42 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("parts", nargs="*", metavar="PART", help=f"some of: {', '.join(names)}")
     options.add_argument("--rehearse", action="store_true", help="a little of each, on the CPU")
+    options.add_argument("--again", action="store_true", help="also parts that passed before")
+    options.add_argument("--folder", type=Path, metavar="DIR", help="for results")
     given = options.parse_args()
-    unknown = [name for name in given.parts if name not in names]
-    if unknown:
+    if unknown := [name for name in given.parts if name not in names]:
         options.error(f"no part is called {unknown[0]!r}; valid: {', '.join(names)}")
     card = "CPU" if given.rehearse else card_name()
-    folder, outcomes = results_folder(card), []
+    slug = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
+    results = ROOT / "benchmarks" / "results"
+    folder = given.folder or results / f"{datetime.now(UTC).date()}-gpu-{slug}"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder, code, began_s = folder.resolve(), code_of(ROOT), time.monotonic()
+    before, outcomes = kept(folder), {}
     for part in PARTS:
-        if given.parts and part.name not in given.parts:
-            continue
-        print(f"gpu: {part.name}, at most {part.limit_s} s", flush=True)
-        outcomes.append(run_part(part, folder, rehearse=given.rehearse))
-        text = write_summary(folder, card, outcomes)
+        found = before.get(part.name)
+        is_kept = found is not None and (found.status, found.code, found.card) == (
+            "passed",
+            code,
+            card,
+        )
+        if is_kept and not given.again:
+            print(f"gpu: {part.name} passed before")
+            outcomes[part.name] = found
+        elif given.parts and part.name not in given.parts:
+            if found is not None:
+                outcomes[part.name] = found
+        else:
+            left_s = TOTAL_S - (time.monotonic() - began_s) - END_S
+            limit_s = REHEARSAL_S if given.rehearse else min(part.limit_s, left_s)
+            print(f"gpu: {part.name}, at most {limit_s:.0f} s", flush=True)
+            outcomes[part.name] = run_part(part, folder, max(1.0, limit_s), rehearse=given.rehearse)
+            outcomes[part.name].card, outcomes[part.name].code = card, code
+        text = write(folder, head_of(card) | {"code": code}, outcomes)
     print(f"{text}results: {folder}")
-    return int(any(outcome.status != "passed" for outcome in outcomes))
+    asked = [outcomes[name] for name in outcomes if not given.parts or name in given.parts]
+    bad = ("failed", "too slow")
+    return int(any(outcome.status in bad for outcome in asked))
 
 
 if __name__ == "__main__":

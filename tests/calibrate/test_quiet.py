@@ -69,7 +69,7 @@ def test_the_share_that_was_still_disturbed(machine):
 @pytest.mark.parametrize(("round_s", "expected"), [(10.0, 5), (60.0, 4), (90.0, 2), (600.0, 1)])
 def test_long_rounds_are_fewer(machine, round_s, expected):
     done = []
-    for number in rounds_in_time(5):
+    for number in rounds_in_time(5, 240.0):
         done.append(number)
         machine.measure(round_s)
     assert done == list(range(expected))

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distributed.links import use_links
 from expertlane.comm.clocks import HostClock
 from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import Meshes, ParallelMesh
@@ -41,7 +42,7 @@ from expertlane.ops.backend import SHARED_MEMORY, STAGED, Platform, compiled_mes
 from expertlane.ops.cores import Share
 from expertlane.spec.layout import Layout
 
-KINDS = ("compiled", "uncompiled", "gloo", "nodes", "staged")
+KINDS = ("compiled", "uncompiled", "gloo", "nodes", "staged", "native")
 NUM_RANKS = 4
 LAYOUT = Layout.parse("dp=4,ep=4")
 LAST_EPOCH, NUM_STEPS = 3, 24
@@ -221,7 +222,7 @@ class Servers:
     """
 
     def __init__(self, kind: str, harms: list[Harm], meeting: Meeting | None) -> None:
-        self._transport = "gloo" if kind == "gloo" else SHARED_MEMORY
+        self._transport = "gloo" if kind in ("gloo", "native") else SHARED_MEMORY
         self._transport += STAGED if kind == "staged" else ""
         num_nodes = meeting.num_nodes if meeting else 1
         self._per_node = NUM_RANKS // num_nodes
@@ -356,6 +357,8 @@ def main(kind: str, seeds: list[int]) -> None:
     if kind == "compiled" and library is None:
         print(json.dumps({"skipped": "our C++ cannot be compiled here"}))
         return
+    if kind == "native":
+        use_links(kind)
     with mock.patch.object(connection, "compiled_messages", return_value=library):
         for seed in seeds:
             named = meeting.of_run(f"test-{seed}") if meeting else None

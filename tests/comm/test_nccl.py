@@ -235,3 +235,10 @@ def test_float32_is_added_up_in_rank_order(ranks):
         lambda group: group.reduce_scatter(rows[group.rank], [1, 0, 0]).wait(), groups
     )
     assert found[0].tolist() == [[0]]
+
+
+@pytest.mark.parametrize("kind", ["AllToAllOptions", "AllgatherOptions", "ReduceScatterOptions"])
+def test_torch_begins_collectives_on_a_stream_of_their_own(kind):
+    """What is not asynchronous goes onto the computing stream, and would overlap nothing."""
+    options = getattr(torch._C._distributed_c10d, kind)
+    assert options().asyncOp

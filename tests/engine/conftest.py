@@ -4,6 +4,7 @@ import pytest
 
 from cli.stub_llm import MACHINE
 from engine.stub_runner import VOCAB_SIZE, StubRunner
+from expertlane.engine import engine_parts
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
 from expertlane.spec.model import PRESETS
@@ -21,6 +22,13 @@ class StubPool:
         self.is_closed = True
 
 
+def stub_runner(limits, deployment, *, arranged, **kwargs):
+    """In place of a `ModelRunner`, for an `LLM`."""
+    runner = StubRunner(limits, deployment.layout, lookahead=True)
+    runner.limits, runner.arranged = limits, arranged
+    return runner
+
+
 @pytest.fixture
 def stub_llm(monkeypatch):
     """An LLM with a `StubRunner` in place of ranks, as its attribute `runner`."""
@@ -28,13 +36,13 @@ def stub_llm(monkeypatch):
     runners = []
 
     def make_runner(pool, model, deployment, limits, **kwargs):
-        runners.append(StubRunner(limits, deployment.layout, lookahead=True))
+        runners.append(stub_runner(limits, deployment, **kwargs))
         return runners[-1]
 
     model = PRESETS["paper-tiny"].with_overrides(vocab_size=VOCAB_SIZE)
     monkeypatch.setitem(PRESETS, "stub", model)
     monkeypatch.setattr(llm_module, "start_pool", lambda num_ranks, **kwargs: StubPool())
-    monkeypatch.setattr(llm_module, "ModelRunner", make_runner)
+    monkeypatch.setattr(engine_parts, "ModelRunner", make_runner)
     with LLM("stub", num_blocks=40, block_size=4, max_num_seqs=4) as llm:
         (llm.runner,) = runners
         yield llm

@@ -12,7 +12,6 @@ from distributed.running import Inline, deployment
 from engine.drawn_runs import OPTIONS, draw_prompt, small_limits
 from engine.token_stage import PARAMS, TokenStage
 from expertlane.balance.moves import WHOLE
-from expertlane.balance.placement_file import placements_of
 from expertlane.engine.model_runner import ModelRunner, outcome_of
 from expertlane.engine.move_pace import MovePace
 from expertlane.engine.rebalancing import Rebalancer
@@ -209,9 +208,7 @@ def run_on_ranks(pools, chosen, discard_at, *, rebalance):
     if rebalance:
         runner.rebalancer = Rebalancer(
             pool,
-            layout,
-            placements_of(MODEL, layout, chosen.options),
-            ranks_per_node=2,
+            runner.arranged,
             num_steps=2,
             log=lambda line: None,
             worth=lambda decision: decision.num_bytes,

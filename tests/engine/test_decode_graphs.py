@@ -19,7 +19,7 @@ from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
-from ops.cuda.near import DEVICE, needs_kernels
+from ops.cuda.near import DEVICE, needs_kernels, triton
 from ops.cuda.replayed import ReplayedGraphs
 from ops.cuda.tiny_models import MODELS
 
@@ -44,13 +44,13 @@ def limits_of(model, num_blocks=5, max_num_seqs=3):
     )
 
 
-def requests_of(model, num, seed, max_tokens=5):
-    rng = np.random.default_rng(seed)
+def requests_of(model, num, max_tokens):
+    rng = np.random.default_rng(0)
     return [
         Request(
             str(number),
-            rng.integers(0, model.vocab_size, rng.integers(1, 9)),
-            max_tokens=int(rng.integers(1, max_tokens + 1)),
+            rng.integers(0, model.vocab_size, rng.integers(2, 6)),
+            max_tokens=int(rng.integers(max_tokens // 2, max_tokens + 1)),
             stop_token_ids=[int(rng.integers(0, model.vocab_size))],
             sampling=PARAMS[rng.integers(len(PARAMS))],
             sampling_seed=number,
@@ -59,23 +59,35 @@ def requests_of(model, num, seed, max_tokens=5):
     ]
 
 
-def play(model, graphs, monkeypatch, *, num=3, seed=0, limits=None, options=None):
-    """Tokens and log-probabilities of requests that come while others run; preemptions."""
-    limits, options = limits or limits_of(model), options or Options()
+def play(model, graphs, monkeypatch, *, num=3, max_tokens=8):
+    """Tokens of requests that come while others run, logits of each step, and preemptions."""
+    limits, options = limits_of(model), Options()
     stage = stage_of(model, limits, graphs, monkeypatch, DEVICE, torch.float32, options)
-    scheduler = ContinuousScheduler(Layout(), options, limits, lookahead=True, record=False)
+    scheduler = ContinuousScheduler(
+        Layout(), options, limits, lookahead=True, record=False, return_logits=True
+    )
     runner = OneRank(stage)
-    loop, rng = DriveLoop(scheduler, runner), np.random.default_rng(seed)
-    requests, logprobs = requests_of(model, num, seed), []
+    loop, rng = DriveLoop(scheduler, runner), np.random.default_rng(0)
+    requests, logits = requests_of(model, num, max_tokens), []
     to_come = list(requests)
     while to_come or scheduler.has_unfinished:
         while to_come and rng.random() < 0.6:
             scheduler.add(to_come.pop(0))
         loop.submit()
         if (finished := loop.commit_next()) is not None:
-            logprobs.append(finished.outcome.logprobs)
+            logits.append(finished.outcome.logits)
     tokens = [request.output_token_ids for request in requests]
-    return tokens, logprobs, sum(each.num_preemptions for each in requests), runner
+    return tokens, logits, sum(each.num_preemptions for each in requests), runner
+
+
+def difference(ours, theirs) -> float:
+    """The largest of any logit, to the largest one."""
+    worst = 0.0
+    for of_step, of_other in zip(ours, theirs, strict=True):
+        assert of_step.keys() == of_other.keys()
+        for seq, each in of_step.items():
+            worst = max(worst, np.abs(each - of_other[seq]).max() / np.abs(each).max())
+    return worst
 
 
 def test_numbers_of_sequences():
@@ -100,14 +112,11 @@ QUICK = ("sinks, window, biases", "latent, dense layer")
 def test_graphs_on_and_off_are_equal(name, monkeypatch):
     """Batches grow, shrink, finish and are preempted; some sequences are sampled."""
     model, graphs = MODELS[name], ReplayedGraphs()
-    expected, logprobs, num_preempted, _ = play(model, None, monkeypatch)
-    found, logprobs_found, again, runner = play(model, graphs, monkeypatch)
+    expected, logits, num_preempted, _ = play(model, None, monkeypatch)
+    found, others, again, runner = play(model, graphs, monkeypatch)
     assert found == expected
     assert num_preempted == again > 0
-    for ours, theirs in zip(logprobs_found, logprobs, strict=True):
-        assert ours.keys() == theirs.keys()
-        for seq, each in ours.items():
-            assert each.logprob == pytest.approx(theirs[seq].logprob, abs=1e-5)
+    assert difference(logits, others) <= 1e-5
     assert graphs.num_replayed == runner.num_decodes > 5
     assert graphs.num_recorded == 3  # for 1, 2 and 3 sequences
 
@@ -118,7 +127,7 @@ BAKED = (0, 1, 3, 4, 7, 8)
 
 def test_a_value_that_is_not_renewed_is_noticed(monkeypatch):
     model = MODELS["normed heads, shared expert"].with_overrides(num_hidden_layers=1)
-    expected, *_ = play(model, None, monkeypatch, num=2)
+    expected, logits, *_ = play(model, None, monkeypatch, num=2, max_tokens=4)
     fill = StaticInputs.fill
     for column in BAKED:
         first: dict[int, torch.Tensor] = {}
@@ -129,5 +138,8 @@ def test_a_value_that_is_not_renewed_is_noticed(monkeypatch):
             inputs.tensors[column].copy_(baked)
 
         monkeypatch.setattr(StaticInputs, "fill", fill_all_but_one)
-        found, *_ = play(model, ReplayedGraphs(), monkeypatch, num=2)
-        assert found != expected, column
+        try:
+            found, others, *_ = play(model, ReplayedGraphs(), monkeypatch, num=2, max_tokens=4)
+        except triton.runtime.errors.InterpreterError:
+            continue  # it computes with what was never written
+        assert found != expected or difference(logits, others) > 1e-3, column

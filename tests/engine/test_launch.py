@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from expertlane.engine import pool as pool_module
-from expertlane.engine.launch import describe_ranks, start_pool
+from expertlane.engine.launch import check_graphs, describe_ranks, start_pool
 from expertlane.errors import UserError
+from expertlane.spec.deployment import Options
 
 
 def pool_of(*kernels, transports=()):
@@ -61,3 +62,34 @@ def test_a_start_that_waits_for_a_compiler_is_no_hang(monkeypatch, tmp_path):
         assert time.monotonic() - began_s > 20
         for machine in describe_ranks(pool):
             assert "failed: exit code 1" in machine.kernels
+
+
+CPU_RANK = {"on_gpu": False, "kernels": "expertlane (avx2)", "backend": "gloo"}
+GPU_RANK = {"on_gpu": True, "kernels": "torch and expertlane (triton 3.9.0)", "backend": "nccl"}
+
+
+@pytest.mark.parametrize(
+    ("rank", "reason"),
+    [
+        (CPU_RANK, "need a GPU for every rank"),
+        (
+            GPU_RANK | {"kernels": "torch (Triton is not installed)"},
+            "need our GPU kernels, but a rank computes with torch (Triton is not installed)",
+        ),
+        (
+            GPU_RANK | {"backend": "gloo through host memory"},
+            "need nccl between ranks, which exchange messages by gloo through host memory",
+        ),
+    ],
+)
+def test_graphs_that_cannot_be_are_refused_if_asked_for(rank, reason):
+    machines = [SimpleNamespace(**GPU_RANK), SimpleNamespace(**rank)]
+    with pytest.raises(UserError) as refused:
+        check_graphs(Options(cuda_graphs=True), machines)
+    assert str(refused.value) == (
+        f"CUDA graphs (--cuda-graphs on, cuda_graphs=True) {reason}; valid here: auto or off "
+        "(None or False)"
+    )
+    check_graphs(Options(), machines)
+    check_graphs(Options(cuda_graphs=False), machines)
+    check_graphs(Options(cuda_graphs=True), [SimpleNamespace(**GPU_RANK)] * 2)

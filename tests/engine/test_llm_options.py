@@ -2,9 +2,8 @@
 
 import pytest
 
-from engine.conftest import StubPool
-from engine.stub_runner import StubRunner
-from expertlane.engine import launch
+from engine.conftest import StubPool, stub_runner
+from expertlane.engine import engine_parts, launch
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
 from expertlane.errors import UserError
@@ -21,10 +20,10 @@ def stub(monkeypatch):
 
     def make_runner(pool, model, deployment, limits, **kwargs):
         found.update(kwargs, options=deployment.options)
-        return StubRunner(limits, deployment.layout, lookahead=True)
+        return stub_runner(limits, deployment, **kwargs)
 
     monkeypatch.setattr(llm_module, "start_pool", lambda num_ranks, **kwargs: StubPool())
-    monkeypatch.setattr(llm_module, "ModelRunner", make_runner)
+    monkeypatch.setattr(engine_parts, "ModelRunner", make_runner)
     return found
 
 

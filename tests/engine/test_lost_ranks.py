@@ -44,8 +44,10 @@ ALL_PARAMS = (
 class NumberedRebalancer:
     """Placements are numbers; every few steps bring others."""
 
-    def __init__(self, replicas):
-        self.placements = [0] * replicas
+    def __init__(self, arranged):
+        self._arranged = arranged
+        for replica in range(arranged.now.layout.replicas):
+            arranged.move(replica, 0)
         self._begun = WeakKeyDictionary()
         self._before = {}
 
@@ -53,8 +55,9 @@ class NumberedRebalancer:
         if plan not in self._begun:
             new = plan.step if plan.step % 4 == 3 else None
             if new is not None:
-                self._before[plan.replica, plan.step] = self.placements[plan.replica]
-                self.placements[plan.replica] = new
+                before = self._arranged.now.placements[plan.replica]
+                self._before[plan.replica, plan.step] = before
+                self._arranged.move(plan.replica, new)
             self._begun[plan] = new
         return self._begun[plan]
 
@@ -64,11 +67,11 @@ class NumberedRebalancer:
     def abandon(self, plans):
         for plan in reversed(plans):
             if (plan.replica, plan.step) in self._before:
-                self.placements[plan.replica] = self._before.pop((plan.replica, plan.step))
+                before = self._before.pop((plan.replica, plan.step))
+                self._arranged.move(plan.replica, before)
             self._begun[plan] = None
 
-    def reshape(self, members, placements, ranks_per_node):
-        self.placements = list(placements)
+    def begin_again(self):
         self._before.clear()
 
 
@@ -76,23 +79,16 @@ class DrawnShrinker:
     """Takes every smaller layout; what was lost is there again at some time."""
 
     def __init__(self, pool, runner, rng):
-        self._pool, self._runner, self._rng = pool, runner, rng
-        self._whole, self._placements = runner.members, None
+        self._pool, self._arranged, self._rng = pool, runner.arranged, rng
 
     def smaller(self, members, lost):
         return members.without(lost)
 
-    def take(self, members, plans):
-        runner = self._runner
-        runner.abandon(plans)
-        before = runner.placements
-        if members == self._whole:
-            placements, self._placements = self._placements, None
-        else:
-            self._placements = self._placements or before
-            kept = members.kept_caches(runner.members)
-            placements = [before[kept[r, 0][0]] for r in range(members.layout.replicas)]
-        runner.reshape(members, placements)
+    def arrange(self, members):
+        now = self._arranged.now
+        kept = members.kept_caches(now.members)
+        placements = [now.placements[kept[r, 0][0]] for r in range(members.layout.replicas)]
+        return replace(now, members=members, placements=tuple(placements))
 
     def is_ready(self, members):
         if self._rng.random() < 0.1:
@@ -117,11 +113,11 @@ class Scenario:
         deployment = Deployment("a", self.layout, self.options)
         pool = FakePool(self.layout, self.limits, self_rng, 0.0, most_losses=most_losses)
         runner = ModelRunner(pool, MODEL, deployment, self.limits, seed=0, ranks_per_node=1)
-        runner.rebalancer = NumberedRebalancer(self.layout.replicas)
+        runner.rebalancer = NumberedRebalancer(runner.arranged)
         scheduler = ContinuousScheduler(
             self.layout, self.options, self.limits, lookahead=self.layout.pp == 1
         )
-        recovery = Recovery(pool, self.layout, runner.redeploy)
+        recovery = Recovery(pool, runner.arranged, runner.redeploy)
         recovery.settle()
         if shrinks:
             recovery.shrinker = DrawnShrinker(pool, runner, self_rng)

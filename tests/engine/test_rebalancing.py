@@ -9,7 +9,6 @@ import pytest
 
 from distributed.running import Inline, deployment
 from expertlane.balance.moves import WHOLE
-from expertlane.balance.placement_file import placements_of
 from expertlane.compare.records import rebalance_records
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.move_pace import MovePace
@@ -36,9 +35,7 @@ def run(pools, chosen, worth=None, num_steps=4, model=TINY, executor=INLINE):
     if worth is not None:
         runner.rebalancer = Rebalancer(
             pool,
-            chosen.layout,
-            placements_of(model, chosen.layout, chosen.options),
-            ranks_per_node=2,
+            runner.arranged,
             num_steps=num_steps,
             log=lines.append,
             worth=worth,

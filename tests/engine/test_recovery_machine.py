@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from expertlane.engine.arrangement import Arranged, Arrangement
 from expertlane.engine.recovery import Recovery
 from expertlane.engine.recovery_record import NEXT, Kind, State
 from expertlane.errors import RankError, RanksLostError, UserError
@@ -44,6 +45,18 @@ def plan_of(replica):
     one, nothing = np.array([replica]), np.empty((1, 0), np.int32)
     batch = Batch(one, one * 0 + 1, one * 0, one * 0, nothing, np.array([True]))
     return StepPlan(replica, replica, Phase.DECODE, micro_batches=((batch,),))
+
+
+def arrangement(members):
+    """Of a model without experts."""
+    return Arrangement.alike(members, (), ranks_per_node=1)
+
+
+def recovery_of(ranks, log=lambda line: None):
+    """Of disturbed ranks, which follow it."""
+    arranged = Arranged(arrangement(Members(LAYOUT)))
+    arranged.follow(Follower(ranks))
+    return Recovery(ranks, arranged, ranks.redeploy, log)
 
 
 PLANS = [plan_of(replica) for replica in range(3)]
@@ -99,7 +112,6 @@ class Disturbed:
     def begin_epoch(self, lost, on_fenced, num_ranks, *, replaces=True, joining=None):
         assert not self.is_closed
         if num_ranks is not None:
-            is_other = num_ranks != len(self.joined)
             self.new |= set(range(len(self.joined), num_ranks))
             self.not_loaded |= self.new
             self.joined[:] = (self.joined + [0] * num_ranks)[:num_ranks]
@@ -107,8 +119,6 @@ class Disturbed:
             self.not_loaded = {rank for rank in self.not_loaded if rank < num_ranks}
             self.absent = {rank for rank in self.absent if rank < num_ranks}
             self.ahead = {rank for rank in self.ahead if rank < num_ranks}
-            if is_other:
-                self.members = self.running = Members(self.layout)
         assert self.lost <= set(lost), "a rank that is lost is not fenced"
         self.epoch += 1
         self.num_epochs_since_commit += 1
@@ -164,9 +174,8 @@ class Disturbed:
             raise UserError("no memory")
         return members.without(lost)
 
-    def take(self, members, plans):
-        assert plans == self.uncommitted
-        self.running = members
+    def arrange(self, members):
+        return arrangement(members)
 
     def is_ready(self, members):
         assert members == self.whole
@@ -193,6 +202,19 @@ class Disturbed:
     def close(self, *, failed):
         assert failed
         self.is_closed = True
+
+
+class Follower:
+    """The runner, as the arrangement is handed on to it."""
+
+    def __init__(self, disturbed):
+        self._disturbed = disturbed
+
+    def abandon(self, plans):
+        assert plans == self._disturbed.uncommitted
+
+    def reshape(self, given):
+        self._disturbed.running = given.members
 
 
 class Loop:
@@ -222,7 +244,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.ranks, self.lines = Disturbed(), []
-        self.recovery = Recovery(self.ranks, LAYOUT, self.ranks.redeploy, self.lines.append)
+        self.recovery = recovery_of(self.ranks, self.lines.append)
         self.num_in_vain = [0] * len(PLANS)  # losses of each replica since it has committed
         self.states = [self.recovery.state]
         self.starts()
@@ -316,13 +338,10 @@ class Machine(RuleBasedStateMachine):
         """Another layout is asked for, and ranks are lost while they change."""
         num_scalings = self.recovery.num_scalings
 
-        def change():
-            self.ranks.layout = layout
-            return 1
-
         def scale(loop):
             assert self.recovery.state is State.SERVING
-            self.recovery.scale(layout, change, loop)
+            self.ranks.layout = layout
+            self.recovery.scale(arrangement(Members(layout)), loop)
 
         self.ranks.num_epochs_since_commit = -1  # its own does not count
         self.disturb(scale, more, ends, where, is_interrupted)
@@ -407,7 +426,7 @@ TestMachine.settings = settings(
 def test_one_replica_is_struck_again_and_again():
     """Steps of the other are committed for ever; that of the one never is."""
     ranks, lines = Disturbed(), []
-    recovery = Recovery(ranks, LAYOUT, ranks.redeploy, lines.append)
+    recovery = recovery_of(ranks, lines.append)
     recovery.settle()
     found = []
     for rank in (9, 12, 9, 1, 12, 9):  # 1 is of the other replica
@@ -420,7 +439,7 @@ def test_one_replica_is_struck_again_and_again():
 def test_losses_at_the_start():
     """Whatever was done with ranks is done again, from the beginning."""
     ranks, calls = Disturbed(), []
-    recovery = Recovery(ranks, LAYOUT, ranks.redeploy)
+    recovery = recovery_of(ranks)
 
     def start():
         calls.append(recovery.state)
@@ -438,7 +457,7 @@ def test_losses_at_the_start():
 
 
 def test_a_start_that_never_works():
-    recovery = Recovery(Disturbed(), LAYOUT, lambda replaced, plans: None)
+    recovery = recovery_of(Disturbed())
 
     def start():
         raise RanksLostError("rank 1 is dead", {1})

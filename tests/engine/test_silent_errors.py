@@ -154,7 +154,7 @@ def test_a_copy_with_a_flipped_bit(pools):
     deployed.pool.call(FlipBit(1, 0, 3), ranks=range(3))
     holders = [
         rank
-        for rank, held in enumerate(deployed.runner._placements[0][0].experts_of_rank)
+        for rank, held in enumerate(deployed.runner.arranged.now.placements[0][0].experts_of_rank)
         if 3 in held
     ]
     assert len(holders) == 2

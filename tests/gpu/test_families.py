@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.pool import RankPool
@@ -14,7 +13,7 @@ pytest.importorskip("transformers")
 from model.families import FAMILIES
 from parity.against_transformers import check_against_transformers
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,10 +2,10 @@
 
 from array import array
 from collections import defaultdict
+from contextlib import nullcontext
 
 import torch
 
-from expertlane.balance.placement import Placement
 from expertlane.comm.clocks import HostClock
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.progress import ProgressBoard
@@ -53,6 +53,9 @@ class BoardLink:
 
     def all_to_all_parts(self, rows, send, receive):
         return self.all_to_all(rows, send, rows.new_empty(sum(receive), rows.shape[1]), receive)
+
+    def padded_to(self, num_rows_of, row_bytes):
+        return None
 
     def reduce_scatter(self, rows, num_rows_of):
         return None
@@ -120,24 +123,31 @@ def _tensor(array):
     return torch.empty(array.shape, dtype=torch.from_numpy(array).dtype).copy_(torch.tensor(array))
 
 
-def dispatch_and_combine(layout, placement: Placement, form, inputs, *, balances=False, **how):
+def dispatch_and_combine(
+    layout, placement, form, inputs, *, balances=False, device=CPU, during=nullcontext, **how
+):
     """What all ranks get back; expert e multiplies by e + 1.
 
     What no pair gives, and rows without a pair, are no numbers.
+
+    Args:
+        during: dispatch, and combine.
     """
-    ranks = ranks_of(layout, placement, form, **how)
+    ranks = ranks_of(layout, placement, form, device=device, **how)
     num_of, etp = [len(x) for x, _, _ in inputs], Layout.parse(layout).etp
     tokens = [
-        RoutedTokens(*map(_tensor, each), num_of, balances_copies=balances) for each in inputs
+        RoutedTokens(*(_tensor(x).to(device) for x in each), num_of, balances_copies=balances)
+        for each in inputs
     ]
-    arrived = in_step([rank.dispatch(each) for rank, each in zip(ranks, tokens, strict=True)])
+    with during():
+        arrived = in_step([rank.dispatch(each) for rank, each in zip(ranks, tokens, strict=True)])
     results = []
     for place, (rows, pairs, _) in enumerate(arrived):
-        experts = torch.tensor(placement.experts_of_rank[place // etp])
+        experts = torch.tensor(placement.experts_of_rank[place // etp], device=device)
         factors = (experts + 1.0).repeat_interleave(pairs.counts)[:, None] / etp
         rows = rows.clone()
         rows[(pairs.numbers < 0).all(1)] = torch.nan
-        of_pairs = torch.full((len(pairs.rows), rows.shape[1]), torch.nan)
+        of_pairs = torch.full((len(pairs.rows), rows.shape[1]), torch.nan, device=device)
         num = len(factors)
         of_pairs[pairs.order[:num]] = rows[pairs.rows[:num]] * factors
         results.append(of_pairs)
@@ -145,4 +155,6 @@ def dispatch_and_combine(layout, placement: Placement, form, inputs, *, balances
         rank.combine(sent, of_rank)
         for rank, (_, _, sent), of_rank in zip(ranks, arrived, results, strict=True)
     ]
-    return in_step(combined), arrived
+    with during():
+        combined = in_step(combined)
+    return [each.cpu() for each in combined], arrived

@@ -123,6 +123,8 @@ def test_copies_take_turns(ops):
     assert ops.choose_copies(topk_ids, table, num_copies, 0).tolist() == [[4, 2], [2, 7], [4, 2]]
     assert ops.choose_copies(topk_ids, table, num_copies, 1).tolist() == [[7, 2], [2, 4], [7, 2]]
     assert ops.choose_copies(topk_ids[:0], table, num_copies, 1).shape == (0, 2)
+    none = topk_ids.where(topk_ids == 0, -1)  # of padding
+    assert ops.choose_copies(none, table, num_copies, 0).tolist() == [[4, -1], [-1, 7], [4, -1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
@@ -171,7 +173,7 @@ def test_every_backend_does_what_torch_does(num_rows, top_k, divisor, num_peers,
     experts, most_copies = 3, 1 + seed % 4
     table = torch.randint(0, 99, (experts, most_copies), generator=generator)
     num_copies = torch.randint(1, most_copies + 1, (experts,), generator=generator)
-    topk_ids = torch.randint(0, experts, (num_rows, top_k), generator=generator)
+    topk_ids = torch.randint(-1, experts, (num_rows, top_k), generator=generator)
 
     def found(ops):
         rows = ops.rows_by_peer(some_ids, divisor, num_peers)

@@ -98,6 +98,7 @@ def test_experts_leave_room_for_pairs_that_there_are_not(dtype, has_bias, num_ro
             results = experts(rows, pairs, out)
             of_pairs = results[pairs.numbers[there]]
             torch.testing.assert_close(of_pairs, expected[exact.numbers[there]], rtol=0, atol=bound)
+            assert torch.equal(pairs.given(results).isfinite(), torch.ones_like(of_pairs).bool())
             sums = ops.gather_sum(results, pairs.numbers, weights)
             assert sums.isfinite().all()
             assert not sums[:num_none].any()

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from conftest import PoolKeeper
 from distributed.running import Balancing, Inline, deployment
-from expertlane.balance.placement_file import placements_of
 from expertlane.engine.commands import SetDispatch
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.rebalancing import Rebalancer
@@ -207,9 +206,7 @@ class Combination:
         if case.rebalance_steps and layout.ep > 1:  # at every chance, whether it pays or not
             self.runner.rebalancer = Rebalancer(
                 ranks,
-                layout,
-                placements_of(TINY, layout, chosen.options),
-                ranks_per_node=case.ranks_per_node,
+                self.runner.arranged,
                 num_steps=case.rebalance_steps,
                 log=lambda line: None,
                 worth=lambda decision: decision.num_bytes,

@@ -205,8 +205,14 @@ def test_decodes_are_planned_ahead_of_their_tokens():
 
 def test_lookahead_needs_a_stage_that_learns_of_its_tokens():
     limits = Limits(VOCAB_SIZE, 64, num_blocks=60)
-    with pytest.raises(ValueError, match="first pipeline stage"):
-        ContinuousScheduler(Layout(pp=2), Options(), limits, lookahead=True)
+    scheduler = ContinuousScheduler(Layout(pp=2), Options(), limits, lookahead=True)
+    for number in range(2):
+        scheduler.add(Request(str(number), [1, 2, 3], max_tokens=4))
+    for most in (1, 2):
+        plans = [scheduler.next_plan() for _ in range(3)]
+        assert plans.count(None) == 3 - most
+        scheduler.lose([(0, 0)], [plan for plan in plans if plan])
+        scheduler.reshape(Layout(), {})
 
 
 @pytest.mark.full

@@ -1,9 +1,10 @@
 """What `expertlane calibrate` measures: sizes of operations and transfers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product, zip_longest
 
+from expertlane.cost.laws.roofline import moved_bytes
 from expertlane.cost.step.operation import Kind, TransferKind, flops_of
 from expertlane.engine.commands import Point, TransferPoint
 
@@ -30,7 +31,7 @@ class Grid:
         prefill_seqs, prefill_tokens: sequences, and new tokens of each.
         transfer_bytes: to each other rank.
         contended_bytes: of transfers that computing goes on beside.
-        most_flops: no operation that takes more is measured.
+        most_flops, most_bytes: no operation that takes more is measured.
         num_rounds: repetitions, in turn with all else.
         point_s: for the repetitions of one of them in a round.
         step_seqs: sequences of a rank in the small model's steps, which give the overheads.
@@ -54,16 +55,29 @@ class Grid:
     transfer_bytes: tuple[int, ...]
     contended_bytes: tuple[int, ...]
     most_flops: float
+    most_bytes: float
     num_rounds: int
     point_s: float
     step_seqs: tuple[int, ...]
     step_layers: tuple[int, int]
 
     def points(self, dtype: str) -> list[Point]:
-        """All operations whose FLOPs are few enough."""
-        every = [*self._products(dtype), *self._experts(dtype), *self._attention(dtype)]
-        every += [Point(Kind.MEMORY, dtype, (size,)) for size in self.memory_bytes]
-        return [point for point in every if flops_of(point.kind, point.by_name) <= self.most_flops]
+        """All operations whose FLOPs and bytes are few enough, those first that say most.
+
+        Kinds take turns, so that as many as there is time for are a coarser grid of all.
+        """
+        memory = [Point(Kind.MEMORY, dtype, (size,)) for size in self.memory_bytes]
+        every = [*self._products(dtype), *self._experts(dtype), *self._attention(dtype), *memory]
+        of_kind: dict[tuple[Kind, str], list[Point]] = {}
+        for point in filter(self._is_small, every):
+            of_kind.setdefault((point.kind, point.dtype), []).append(point)
+        in_turn = zip_longest(*map(_coarse_first, of_kind.values()))
+        return [point for point in chain.from_iterable(in_turn) if point is not None]
+
+    def _is_small(self, point: Point) -> bool:
+        num_bytes = moved_bytes(point.kind, point.dtype, point.by_name)
+        num_flops = flops_of(point.kind, point.by_name)
+        return bool(num_flops <= self.most_flops and num_bytes <= self.most_bytes)
 
     def _products(self, dtype: str) -> Iterator[Point]:
         for m, (n, k) in product(self.gemm_m, self.gemm_nk):
@@ -104,6 +118,14 @@ class Grid:
         ]
 
 
+def _coarse_first(points: Sequence[Point]) -> list[Point]:
+    """The last and the first, then those half-way between what came before, and so on."""
+    num_bits = max(1, (len(points) - 1).bit_length())
+    reversed_bits = (int(f"{each:0{num_bits}b}"[::-1], 2) for each in range(2**num_bits))
+    places = [len(points) - 1, *reversed_bits]
+    return [points[place] for place in dict.fromkeys(places) if place < len(points)]
+
+
 CPU_GRID = Grid(
     gemm_m=(1, 4, 16, 64, 256, 1024),
     gemm_nk=((256, 256), (1024, 256), (256, 1024), (1024, 1024), (4096, 1024), (1024, 4096)),
@@ -122,6 +144,7 @@ CPU_GRID = Grid(
     transfer_bytes=tuple(4**i for i in range(3, 13)),
     contended_bytes=(4096, 65536, 1 << 20),
     most_flops=1e10,
+    most_bytes=1e9,
     num_rounds=5,
     point_s=0.004,
     step_seqs=(2, 8, 32),
@@ -130,15 +153,21 @@ CPU_GRID = Grid(
 GPU_GRID = replace(
     CPU_GRID,
     gemm_m=(1, 8, 64, 512, 4096),
-    gemm_nk=((1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096), (16384, 4096)),
+    gemm_nk=(
+        *((1024, 1024), (4096, 1024), (1024, 4096), (4096, 4096), (16384, 4096), (8192, 8192)),
+        (32768, 8192),
+    ),
     router_nk=((8, 2048), (8, 8192), (256, 2048), (256, 8192)),
     expert_tokens=(1, 16, 128, 1024),
     expert_counts=(1, 8, 32),
-    expert_shapes=((1024, 512), (4096, 1024), (4096, 2048)),
+    expert_shapes=((1024, 512), (2048, 2048), (4096, 1024), (4096, 2048), (8192, 32768)),
     memory_bytes=tuple(4**i for i in range(4, 15)),
+    heads=((8, 8, 64), (32, 8, 128), (32, 4, 128), (16, 16, 512), (2, 2, 512)),
+    latent_heads=((16, 576, 512), (128, 576, 512)),
     decode_positions=(64, 512, 4096),
     prefill_tokens=(64, 512, 4096),
     transfer_bytes=tuple(4**i for i in range(3, 14)),
     most_flops=2e13,
+    most_bytes=5e9,
     point_s=0.01,
 )

@@ -10,8 +10,7 @@ ResultT = TypeVar("ResultT")
 
 QUIET = 0.05  # share of the cores that other processes may take
 _MOST_TRIES = 2
-_MOST_AGAIN_S = 60.0
-_MOST_ROUNDS_S = 240.0
+AGAIN_SHARE = 0.25  # of the time for measuring
 
 
 class QuietMeasuring:
@@ -23,7 +22,7 @@ class QuietMeasuring:
         foreign_cpu_share: the most that other processes took of all cores during what was kept.
     """
 
-    def __init__(self, most_again_s: float = _MOST_AGAIN_S) -> None:
+    def __init__(self, most_again_s: float = 60.0) -> None:
         self.again_s = 0.0
         self.num_kept = self.num_disturbed = 0
         self.foreign_cpu_share = 0.0
@@ -54,12 +53,12 @@ class QuietMeasuring:
         return result
 
 
-def rounds_in_time(most: int) -> Iterator[int]:
+def rounds_in_time(most: int, within_s: float) -> Iterator[int]:
     """Numbers of rounds: one, then as many as there is time for if each takes the longest's."""
     began_s = ended_s = time.monotonic()
     longest_s = 0.0
     for number in range(most):
-        if number and ended_s - began_s + longest_s > _MOST_ROUNDS_S:
+        if number and ended_s - began_s + longest_s > within_s:
             return
         yield number
         now_s = time.monotonic()

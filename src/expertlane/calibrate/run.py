@@ -1,6 +1,7 @@
 """Measure the machine at hand: rounds of everything in turn, then a profile of the medians."""
 
 import platform
+import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -17,8 +18,8 @@ from expertlane.calibrate.fit import (
     transfer_laws,
 )
 from expertlane.calibrate.points import CPU_GRID, GPU_GRID, Grid
-from expertlane.calibrate.quiet import QuietMeasuring, rounds_in_time
-from expertlane.calibrate.steps import StepSample, measure_steps, overhead_terms
+from expertlane.calibrate.quiet import AGAIN_SHARE, QuietMeasuring, rounds_in_time
+from expertlane.calibrate.steps import StepSample, launch_term, measure_steps, overhead_terms
 from expertlane.cost.laws.execution import DRIVER_S, GRAPH_LAUNCH_S, LAUNCH_S
 from expertlane.cost.laws.profile import Device, Profile, Term
 from expertlane.cost.laws.surface import Surface
@@ -36,6 +37,8 @@ from expertlane.progress import Progress, Silent
 
 Floats = npt.NDArray[np.float64]
 
+_FIRST_SHARE = 0.4  # of the time, in which the first round begins with more operations
+_AT_ONCE = 16  # operations that are measured between two looks at the time
 _PARTS = 3  # of a round, as progress counts them; without transfers 2
 
 
@@ -70,6 +73,7 @@ class Calibration:
     Args:
         num_ranks: the first ranks of the pool measure, all at once.
         grid: sizes; None for those that suit the machine.
+        within_s: for all rounds; where it is short, fewer sizes are measured.
 
     Attributes:
         machine: what the first rank sees of it.
@@ -77,7 +81,9 @@ class Calibration:
         quiet: what other processes disturbed.
     """
 
-    def __init__(self, pool: RankPool, num_ranks: int, grid: Grid | None = None) -> None:
+    def __init__(
+        self, pool: RankPool, num_ranks: int, grid: Grid | None = None, within_s: float = 240.0
+    ) -> None:
         self._pool = pool
         self._num_ranks = num_ranks
         machines = describe_ranks(pool)
@@ -85,16 +91,18 @@ class Calibration:
         self.grid = grid or (GPU_GRID if self.machine.on_gpu else CPU_GRID)
         self.cores = [each.cpus[0] if each.cpus else None for each in machines]
         self._points = self.grid.points(self.machine.dtype)
+        self._is_settled = False  # how many of them there is time for
         self._transfer_points = self.grid.transfers(num_ranks)
         self.measured = Measured()
-        self.quiet = QuietMeasuring()
+        self.quiet = QuietMeasuring(AGAIN_SHARE * within_s)
+        self._within_s = within_s
 
     def run(self, progress: Progress | None = None) -> None:
         """All rounds, or as many as there is time for on a machine that others keep busy."""
         progress = progress or Silent()
         parts = _PARTS if self._num_ranks > 1 else 2
         progress.task("measuring", parts * self.grid.num_rounds)
-        for _ in rounds_in_time(self.grid.num_rounds):
+        for _ in rounds_in_time(self.grid.num_rounds, self._within_s):
             self.measure_round(progress)
         progress.done()
 
@@ -121,12 +129,18 @@ class Calibration:
         progress.advance()
 
     def _operations(self) -> Floats:
-        """[num_points]; the mean over ranks."""
-        seconds = self._pool.call(
-            MeasureOperations(tuple(self._points), self.grid.point_s, self._num_ranks)
-        )
-        mean: Floats = np.mean(seconds[: self._num_ranks], axis=0)
-        return mean
+        """[num_points]; the mean over ranks. The first time settles how many there are."""
+        until = time.monotonic() + _FIRST_SHARE * self._within_s
+        found: list[Floats] = []
+        for begin in range(0, len(self._points), _AT_ONCE):
+            points = tuple(self._points[begin : begin + _AT_ONCE])
+            seconds = self._pool.call(MeasureOperations(points, self.grid.point_s, self._num_ranks))
+            found.append(np.mean(seconds[: self._num_ranks], axis=0))
+            if not self._is_settled and time.monotonic() > until:
+                self._points = self._points[: begin + len(points)]
+                break
+        self._is_settled = True
+        return np.concatenate(found)
 
     def _transfers(self) -> Floats:
         """[num_points]; the mean over the ranks that take part."""
@@ -179,16 +193,17 @@ class Calibration:
         found = overhead_terms(self.measured.steps, profile, self.machine.dtype, origin)
         if not self.machine.on_gpu:
             return found
-        launch_s, graph_launch_s = np.array(self.measured.launches).T
+        least_s, graph_launch_s = np.array(self.measured.launches).T
         return {
             DRIVER_S: found[DRIVER_S],
-            LAUNCH_S: term_of(launch_s, origin),
+            LAUNCH_S: launch_term(self.measured.steps, self.machine.dtype, least_s, origin),
             GRAPH_LAUNCH_S: term_of(graph_launch_s, origin),
         }
 
     def _origin(self) -> str:
         machine, ranks = self.machine, self._num_ranks
         what = machine.device if machine.on_gpu else machine.cpu_name
+        driver = f", driver {machine.driver}" if machine.driver else ""
         pinned = ", each on a core of its own" if None not in self.cores else ""
         rounds, quiet = len(self.measured.operations), self.quiet
         disturbed = ""
@@ -198,10 +213,11 @@ class Calibration:
                 f"which took up to {quiet.foreign_cpu_share:.0%} of the cores"
             )
         return (
-            f"expertlane calibrate {__version__}, {datetime.now(UTC).date()}: {what}, "
+            f"expertlane calibrate {__version__}, {datetime.now(UTC).date()}: {what}{driver}, "
             f"{ranks} rank{'s' if ranks > 1 else ''} at once{pinned}, {machine.dtype}, "
             f"{machine.kernels} kernels, {machine.backend}, torch {machine.torch_version}, "
             f"Python {platform.python_version()}, "
+            f"{len(self._points)} operations, "
             f"median of {rounds} round{'s' if rounds > 1 else ''}{disturbed}"
         )
 

@@ -29,6 +29,8 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
+from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.step.kernel_sets import ENGINE, ENGINE_ON_GPUS, KernelSet
 from expertlane.cost.step.operation import Operation, Transfer
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.model_runner import ModelRunner
@@ -208,6 +210,52 @@ def _solve(samples: Sequence[StepSample], priced: "Sequence[_Priced]") -> dict[s
     return found
 
 
+def launch_term(
+    rounds: Sequence[Sequence[StepSample]], dtype: str, least_s: Floats, origin: str
+) -> Term:
+    """A kernel's launch on a GPU: what the engine's take on average in steps that wait for them.
+
+    Args:
+        rounds: as for `overhead_terms`.
+        least_s: [num_rounds]; of the cheapest kernel there is, which is the lower bound.
+    """
+    busy = np.arange(len(Stage)) != Stage.IDLE
+    found = []
+    for samples in rounds:
+        alone = [each for each in samples if each.deployment.layout.world_size == 1]
+        found.append(
+            min(float(each.stage_s[busy].sum()) / _num_launches(each, dtype) for each in alone)
+        )
+    low, likely, high = np.percentile(found, (_SPREAD[0], 50, _SPREAD[1])).tolist()
+    return Term(likely, min(low, float(np.median(least_s))), high, Basis.MEASURED, origin)
+
+
+def _num_launches(sample: StepSample, dtype: str) -> int:
+    """Of a decode step of one rank with the engine's kernels on GPUs."""
+    builder = _builder(sample, NumberTypes.all_of(dtype), kernels=ENGINE_ON_GPUS)
+    routing = PowerLawRouting(_MODEL.num_experts, _MODEL.num_experts_per_tok)
+    part = PartSizes.even(1, 1, sample.num_seqs, 1, _PROMPT_LEN)
+    ((stage,),) = builder.build_sized([("all_to_all", [part])], routing).stages
+    steps = stage.distinct_steps()
+    return sum(num * step.num_kernels for step, num in steps if isinstance(step, Operation))
+
+
+def _builder(sample: StepSample, types: NumberTypes, kernels: KernelSet = ENGINE) -> ProgramBuilder:
+    model = replace(_MODEL, num_hidden_layers=sample.num_layers)
+    layout, options = sample.deployment.layout, sample.deployment.options
+    assert options.dispatch != "auto", "none is timed here"
+    return ProgramBuilder(
+        model,
+        layout,
+        placements_of(model, layout, options),
+        types=types,
+        dispatch=DispatchTable.fixed(options.dispatch),
+        ranks_per_node=layout.world_size,
+        block_size=BLOCK_SIZE,
+        kernels=kernels,
+    )
+
+
 class _Priced:
     """A sample's step on the virtual clock, without any overheads.
 
@@ -217,21 +265,9 @@ class _Priced:
     """
 
     def __init__(self, sample: StepSample, profile: Profile, dtype: str) -> None:
-        deployment, layout = sample.deployment, sample.deployment.layout
-        model = replace(_MODEL, num_hidden_layers=sample.num_layers)
-        types = NumberTypes.all_of(dtype)
-        options = deployment.options
-        assert options.dispatch != "auto", "none is timed here"
-        builder = ProgramBuilder(
-            model,
-            layout,
-            placements_of(model, layout, options),
-            types=types,
-            dispatch=DispatchTable.fixed(options.dispatch),
-            ranks_per_node=layout.world_size,
-            block_size=BLOCK_SIZE,
-        )
-        routing = PowerLawRouting(model.num_experts, model.num_experts_per_tok)
+        deployment, types = sample.deployment, NumberTypes.all_of(dtype)
+        builder = _builder(sample, types)
+        routing = PowerLawRouting(_MODEL.num_experts, _MODEL.num_experts_per_tok)
         pricing = Pricing(profile, types)
         runner = CostRunner(builder, routing, pricing, Terms.free())
         steps = _run(runner, deployment, sample.num_seqs, record=True)

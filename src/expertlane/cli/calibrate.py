@@ -38,6 +38,12 @@ class _Options:
         help="Ranks that measure, all at once.",
     )
     dtype: Dtype | None = dtype_option("the machine's choice")
+    within: float = typer.Option(
+        240.0,
+        min=1.0,
+        metavar="SECONDS",
+        help="To measure in; where it is short, fewer sizes and rounds.",
+    )
     timeout_s: float = timeout_option()
     cpu_isa: CpuIsa | None = cpu_isa_option()
 
@@ -54,9 +60,9 @@ def calibrate(own: _Options, output_options: _Output) -> None:
     Times matrix products, experts, attention, small operations, collectives over 2, 4, 8 … ranks,
     and whole steps of a small model, in rounds; takes up to three minutes on two cores that nothing
     else uses. All ranks measure at once, since they share memory; where there are enough cores
-    each has its own. What other programs disturb is measured again, within a minute in all, and no
-    round begins that would end after four minutes, save the first. The profile says what share was
-    disturbed all the same.
+    each has its own. What other programs disturb is measured again, within a quarter of the time in
+    all, and no round begins that would end after it, save the first. The profile says what share
+    was disturbed all the same.
 
     The profile is a TOML file, in the format of those that come with expertlane. It holds for
     one number of ranks and one dtype: calibrate again for others, and for other hardware.
@@ -112,7 +118,7 @@ def _measure(own: _Options) -> "tuple[Calibration, Profile]":
     pool = start_pool(num_ranks, timeout_s=own.timeout_s, dtype=own.dtype, cpu_isa=own.cpu_isa)
     assert pool is not None, "not under torchrun"
     with pool:
-        calibration = Calibration(pool, num_ranks)
+        calibration = Calibration(pool, num_ranks, within_s=own.within)
         with output.progress_on_stderr() as progress:
             calibration.run(progress)
         return calibration, calibration.profile(own.name)

@@ -44,7 +44,7 @@ from expertlane.spec.files import CONFIG_BYTES, PROMPTS_BYTES, read_stream, read
 from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
-    from expertlane.engine.engine import Prompt
+    from expertlane.engine.live_request import Prompt
     from expertlane.engine.llm import LLM
     from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import SamplingParams

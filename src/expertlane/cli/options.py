@@ -311,6 +311,11 @@ class EngineOptions:
         help="With --weights int8: keep the rounded weights in the checkpoint's folder, for later "
         "starts.",
     )
+    cuda_graphs: Literal["auto", "on", "off"] = typer.Option(
+        "auto",
+        help="Record decode steps once and launch each as one CUDA graph; auto: where ranks have "
+        "GPUs.",
+    )
     rebalance_steps: int = typer.Option(
         0,
         metavar="STEPS",
@@ -335,6 +340,7 @@ class EngineOptions:
             weights=self.weights,
             kv_dtype=self.kv_dtype,
             cache_int8=self.cache_int8,
+            cuda_graphs=None if self.cuda_graphs == "auto" else self.cuda_graphs == "on",
             rebalance_steps=self.rebalance_steps,
         )
         object.__setattr__(self, "options", options)

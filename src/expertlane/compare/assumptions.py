@@ -10,7 +10,7 @@ from expertlane.compare.likeness import (
     is_of_the_papers_kind,
     likeness,
 )
-from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.execution import Execution, kernels_of
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.memory import FREE_SHARE, workload_limits
@@ -208,6 +208,7 @@ def projected_assumptions(
     prefill: StepSize,
 ) -> tuple[Assumption, ...]:
     """The assumptions of a projection of the experiment."""
+    kernels = kernels_of(cluster.profile)
     rows = [
         *_of_cluster(cluster),
         Assumption(
@@ -218,11 +219,7 @@ def projected_assumptions(
             if len(executions) > 1
             else "on a CPU, launching and computing alternate",
         ),
-        Assumption(
-            "kernels",
-            "fused as in GPU libraries; an estimate",
-            "the engine's own are smaller and more (cost/step/kernel_sets.py)",
-        ),
+        Assumption("kernels", kernels.assumed, kernels.why),
         Assumption(
             "flat dispatch",
             "sends no counts before rows",

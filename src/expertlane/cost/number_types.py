@@ -71,14 +71,14 @@ class NumberTypes:
             )
 
     @classmethod
-    def asked(cls, weights: str, kv: str | None = None) -> "NumberTypes":
+    def asked(cls, weights: str, kv: str = "model") -> "NumberTypes":
         """As a user names them: hidden states are bfloat16 beside narrower weights.
 
         Args:
-            kv: that of hidden states if not given.
+            kv: `model` for that of hidden states.
         """
         activations = "bfloat16" if weights in _QUANTISED else weights
-        return cls(weights, activations, kv or activations)
+        return cls(weights, activations, activations if kv == "model" else kv)
 
     @classmethod
     def all_of(cls, number_type: str) -> "NumberTypes":
@@ -88,19 +88,22 @@ class NumberTypes:
     @classmethod
     def of_engine(cls, number_type: str, options: Options) -> "NumberTypes":
         """As the engine has them where weights of one byte are widened."""
-        kv = number_type if options.kv_dtype == "model" else options.kv_dtype
-        return cls(number_type, number_type, kv)
+        return cls.asked(number_type, options.kv_dtype)
 
     @classmethod
     def kept_as(
-        cls, number_type: str, options: Options, stored: NarrowType | None
+        cls, number_type: str, options: Options, stored: NarrowType | Literal["mxfp4"] | None
     ) -> "NumberTypes":
         """As the engine has them where it can keep weights of one byte.
 
         Args:
-            stored: what most matrices of a checkpoint are in, if in one byte: they stay so.
+            stored: what most matrices of a checkpoint are in, if in one byte: they stay so. Experts
+                in MXFP4 do too, unless all weights are to be rounded.
         """
         asked, types = options.weights, cls.of_engine(number_type, options)
+        if stored == "mxfp4" and asked == "model":
+            return replace(types, weights=stored)
+        stored = None if stored == "mxfp4" else stored
         if asked == "model" and stored is None:
             return types
         return replace(

@@ -3,12 +3,12 @@
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 
+from expertlane.engine.arrangement import Arranged
 from expertlane.engine.commands import RankOutcome, SumWeights
 from expertlane.engine.losses import Loss
 from expertlane.engine.pool import RankPool
 from expertlane.results.step_checks import first_found, named
 from expertlane.schedule.plan import StepPlan
-from expertlane.spec.members import Members
 
 
 class Checking:
@@ -18,26 +18,17 @@ class Checking:
     nothing tells which is right.
 
     Args:
-        members: whom the ranks' own numbers in a layout are.
+        arranged: whom the ranks' own numbers in a layout are.
 
     Raises:
         RankError, RanksLostError: from any method, as of the pool; it names ranks and place.
     """
 
-    def __init__(self, pool: RankPool, members: Members) -> None:
-        self._pool, self._members = pool, members
+    def __init__(self, pool: RankPool, arranged: Arranged) -> None:
+        self._pool, self._arranged = pool, arranged
         self._sums: dict[str, int] = {}  # of weights as they were loaded
+        self._slices = 0, 0  # tp and etp of these
         self.check_weights()
-
-    def reshape(self, members: Members) -> None:
-        """Check the ranks of another layout from now on.
-
-        Where these have other slices of the weights, what they loaded is right.
-        """
-        before, after = self._members.layout, members.layout
-        if (after.tp, after.etp) != (before.tp, before.etp):
-            self._sums = {}
-        self._members = members
 
     def check_step(self, plan: StepPlan, outcomes: Sequence[RankOutcome]) -> None:
         """Hold what the ranks of a replica have found in a step against each other.
@@ -46,26 +37,31 @@ class Checking:
             outcomes: [num_ranks]; of the replica.
         """
         checks = [outcome.checks for outcome in outcomes if outcome.checks is not None]
-        found = first_found(self._members.layout.ranks_of_replica(plan.replica), checks)
+        members = self._arranged.now.members
+        found = first_found(members.layout.ranks_of_replica(plan.replica), checks)
         if found is not None:
-            numbers = [self._members.numbers[rank] for rank in found.ranks]
+            numbers = [members.numbers[rank] for rank in found.ranks]
             line = found.line(plan.step)
             if numbers != list(found.ranks):
-                line = f"{line} (in layout {self._members.layout}; these are {named(numbers)})"
+                line = f"{line} (in layout {members.layout}; these are {named(numbers)})"
             self._lose(line, numbers)
 
     def check_weights(self, ranks: Collection[int] | None = None) -> None:
         """Hold the weights of ranks against each other, and against those that were loaded.
 
         Weights of the same name, such as the copies of an expert, are the same on all ranks that
-        hold them, in all replicas.
+        hold them, in all replicas. Where a layout has other slices, what ranks load is right.
 
         Args:
             ranks: processes; None for all, as when nothing is known yet.
         """
+        members = self._arranged.now.members
+        slices = members.layout.tp, members.layout.etp
+        if slices != self._slices:
+            self._sums, self._slices = {}, slices
         if not self._sums:
             ranks = None
-        all_ranks = {*self._members.numbers}
+        all_ranks = {*members.numbers}
         looked_at = sorted(all_ranks if ranks is None else all_ranks & {*ranks})
         by_rank = self._pool.call(SumWeights(), ranks=looked_at) if looked_at else []
         holders: defaultdict[str, dict[int, int]] = defaultdict(dict)

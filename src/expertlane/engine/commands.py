@@ -140,8 +140,10 @@ class RankMachine:
             set, else `torch`, with the reason where ours would have been better.
         free_bytes: memory of its device that can still be allocated.
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
-        keeps_narrow: weights of one byte stay so in memory; else they are widened while loading.
+        keeps_narrow, keeps_mxfp4: weights of one byte, and of MXFP4, stay so in memory; else they
+            are widened while loading.
         ranks_on_device: that share its GPU.
+        driver: of its GPU, as the system names it; empty without one.
     """
 
     host: str
@@ -158,7 +160,9 @@ class RankMachine:
     ranks_per_node: int
     num_idle_gpus: int
     keeps_narrow: bool = False
+    keeps_mxfp4: bool = False
     ranks_on_device: int = 1
+    driver: str = ""
 
     @property
     def on_gpu(self) -> bool:

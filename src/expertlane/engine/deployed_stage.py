@@ -364,7 +364,9 @@ class DeployedStage:
         if graphs is None or self._phase is not Phase.DECODE or mode.overlap:
             return None
         is_looked_at = recorder.is_recording or recorder.checks is not None
-        if is_looked_at or self._balances_copies or not any(micro_batch.num_tokens):
+        if is_looked_at or self._balances_copies or self._crowds:
+            return None
+        if not any(micro_batch.num_tokens):
             return None
         if not is_static_on(self.spec.layout, mode.form):
             return None

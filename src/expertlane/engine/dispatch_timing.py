@@ -108,7 +108,7 @@ def _plan(layout: Layout, limits: Limits, num_tokens: int) -> StepPlan:
     """
     most_seqs = min(limits.max_num_seqs, limits.num_blocks)
     length = 1 if num_tokens <= most_seqs else min(-(-num_tokens // 2), limits.max_model_len)
-    blocks = -(-length // limits.block_size)
+    blocks = limits.blocks_for(length)
     num_seqs = max(1, min(num_tokens // length, limits.num_blocks // blocks))
     tables = np.arange(num_seqs * blocks, dtype=np.int32).reshape(num_seqs, blocks)
     tokens = np.arange(num_seqs * length * layout.dp).reshape(layout.dp, -1) % limits.vocab_size

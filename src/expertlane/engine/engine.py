@@ -1,52 +1,29 @@
 """Requests in, tokens out: the scheduler and the ranks as one, a step at a time."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from random import SystemRandom
 from typing import Generic, TypeVar
 
-from expertlane.engine.grammars import Constraint, Grammars
+from expertlane.engine.arrangement import Arrangement
+from expertlane.engine.grammars import Grammars
+from expertlane.engine.live_request import LiveRequest, Prompt, RequestMaker
 from expertlane.engine.recovery import Recovery
 from expertlane.engine.recovery_record import State
 from expertlane.engine.resumed import resume
-from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome
 from expertlane.schedule.request import Chunk, FinishReason, Request, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.sampling import SamplingParams
 
 _MASKS_S = 0.005  # that a step may wait for masks; the step before it is under way meanwhile
-Prompt = str | Sequence[int]
 ResultT = TypeVar("ResultT")
-
-
-@dataclass(slots=True, eq=False)
-class _Live:
-    """A request that is not finished; no detokenizer where there is no tokenizer.
-
-    Attributes:
-        is_plain: tokens are all that it is given.
-        add_time: takes the time of a token.
-        includes_stop: the token that ends it is text too.
-        constraint: what its tokens are held to; None where nothing is.
-    """
-
-    request: Request
-    output: RequestOutput
-    detokenizer: IncrementalDetokenizer | None
-    wants_logprobs: bool
-    is_plain: bool
-    add_time: Callable[[float], None]
-    includes_stop: bool = False
-    constraint: Constraint | None = None
 
 
 def _nothing() -> None:
@@ -84,12 +61,12 @@ class Engine(Generic[HandleT]):
         self._tokenizer = tokenizer
         self.on_commit = on_commit
         self.recovery = recovery
-        self._live: dict[str, _Live] = {}
-        self._unscheduled: dict[int, _Live] = {}  # by sequence id: in no step so far
+        self._live: dict[str, LiveRequest] = {}
+        self._unscheduled: dict[int, LiveRequest] = {}  # by sequence id: in no step so far
         self._scoring: dict[int, RequestOutput] = {}  # by sequence id: with `prompt_logprobs`
         self._ended: list[Chunk] = []  # by a cancellation, not yet told
-        self._seeds = SystemRandom()
-        self._masks: dict[Future[None], list[_Live]] = {}  # that are being computed
+        self._maker = RequestMaker(eos_token_ids, tokenizer)
+        self._masks: dict[Future[None], list[LiveRequest]] = {}  # that are being computed
         self._complete: dict[str, FinishReason] = {}  # by id, what a constraint has ended
 
     @cached_property
@@ -140,11 +117,11 @@ class Engine(Generic[HandleT]):
             UserError: it can never be served, or the id is taken; nothing is queued.
         """
         name = f"request {request_id!r}" if name is None else name
-        token_ids = self._encode(name, prompt, params)
+        token_ids = self._maker.encode(name, prompt, params)
         constraint = None
         if params.structured is not None:
             constraint = self.grammars.begin(params, params.stop_token_ids)
-        request = self._request(request_id, token_ids, params, constraint, priority, name)
+        request = self._maker.request(request_id, token_ids, params, constraint, priority, name)
         if earlier is not None:
             if constraint is not None:
                 self.grammars.skip(constraint, earlier.token_ids)
@@ -158,79 +135,14 @@ class Engine(Generic[HandleT]):
             time.perf_counter(),
             request.output_token_ids,  # one list for both
         )
-        detokenizer = self._detokenizer(prompt_ids, params, output)
         if params.prompt_logprobs is not None and earlier is None:
             output.prompt_logprobs = PromptLogprobs(prompt_ids, params.prompt_logprobs)
             self._scoring[request.seq_id] = output
-        wants_logprobs = params.logprobs is not None
-        self._live[request_id] = self._unscheduled[request.seq_id] = _Live(
-            request,
-            output,
-            detokenizer,
-            wants_logprobs,
-            is_plain=detokenizer is None and not wants_logprobs,
-            add_time=output.token_times_s.append,
-            includes_stop=params.include_stop_str_in_output,
-            constraint=constraint,
-        )
+        live = self._maker.live(request, params, constraint, output)
+        self._live[request_id] = self._unscheduled[request.seq_id] = live
         if constraint is not None and constraint.is_ended:
             self._complete[request_id] = FinishReason.STOP
         return output
-
-    def _request(
-        self,
-        request_id: str,
-        token_ids: Sequence[int],
-        params: SamplingParams,
-        constraint: Constraint | None,
-        priority: int,
-        name: str,
-    ) -> Request:
-        sampling = params
-        if constraint is not None:  # what may end an output, its masks say; ranks need no more
-            sampling = replace(params, structured=None, min_tokens=0)
-        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        return Request(
-            request_id,
-            token_ids,
-            max_tokens=params.max_tokens,
-            stop_token_ids=params.stop_token_ids,
-            eos_token_ids=self._eos_token_ids,
-            ignore_eos=params.ignore_eos and constraint is None,
-            priority=priority,
-            sampling=sampling if params.needs_logits else None,
-            sampling_seed=seed,
-            mask=None if constraint is None else constraint.mask,
-            name=name,
-        )
-
-    def _detokenizer(
-        self, prompt_ids: list[int], params: SamplingParams, output: RequestOutput
-    ) -> IncrementalDetokenizer | None:
-        """A detokenizer that continues after the output's earlier tokens."""
-        if self._tokenizer is None:
-            return None
-        detokenizer = IncrementalDetokenizer(
-            self._tokenizer,
-            prompt_ids,
-            stop=params.stop,
-            min_tokens=params.min_tokens,
-            skip_special_tokens=params.skip_special_tokens,
-            shown_token_ids=params.shown_token_ids,
-            include_stop=params.include_stop_str_in_output,
-        )
-        for token_id in output.token_ids:
-            detokenizer.append(token_id)
-        return detokenizer
-
-    def _encode(self, name: str, prompt: Prompt, params: SamplingParams) -> Sequence[int]:
-        if self._tokenizer is None and params.stop:
-            raise UserError(f"{name}: stop strings need a tokenizer; use stop_token_ids instead")
-        if not isinstance(prompt, str):
-            return prompt
-        if self._tokenizer is None:
-            raise UserError(f"{name}: a text needs a tokenizer; give the prompt as token ids")
-        return self._tokenizer.encode(prompt)
 
     def cancel(self, request_id: str) -> bool:
         """End a request now, wherever it stands.
@@ -244,7 +156,7 @@ class Engine(Generic[HandleT]):
         self._drop(live, FinishReason.CANCELLED)
         return True
 
-    def _drop(self, live: _Live, reason: FinishReason) -> None:
+    def _drop(self, live: LiveRequest, reason: FinishReason) -> None:
         """End a request between two steps; the next step returns its last chunk."""
         request = live.request
         del self._live[request.request_id]
@@ -252,13 +164,10 @@ class Engine(Generic[HandleT]):
         self._unscheduled.pop(request.seq_id, None)
         self._ended.append(self._end(live, None, reason))
 
-    def scale(self, layout: Layout, change: Callable[[], int]) -> None:
+    def scale(self, whole: Arrangement) -> None:
         """Go on in another layout, once the steps under way are finished.
 
         What these bring, the next call of `step` gives. An engine without `recovery` cannot.
-
-        Args:
-            change: as of `Recovery.scale`.
 
         Raises:
             UserError: fewer ranks serve than should; nothing has changed.
@@ -270,7 +179,7 @@ class Engine(Generic[HandleT]):
             self._ended = self.step(plans=False)
         self.recovery.settle()
         self.recovery.check_whole()
-        self.recovery.scale(layout, change, self._loop)
+        self.recovery.scale(whole, self._loop)
         if not self.scheduler.has_unfinished:
             self.recovery.settle()
 
@@ -454,15 +363,7 @@ class Engine(Generic[HandleT]):
         return chunks
 
     def _end(
-        self, live: _Live, token_id: int | None, reason: FinishReason, text: str = ""
+        self, live: LiveRequest, token_id: int | None, reason: FinishReason, text: str = ""
     ) -> Chunk:
-        output = live.output
-        output.finish_reason = reason
-        output.error = live.request.error
         self._scoring.pop(live.request.seq_id, None)
-        output.num_preemptions = live.request.num_preemptions
-        if live.detokenizer is not None:
-            rest = live.detokenizer.finish()
-            output.text += rest
-            text += rest
-        return Chunk(output.request_id, token_id, text, reason, output.error)
+        return live.end(token_id, reason, text)

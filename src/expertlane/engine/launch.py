@@ -25,7 +25,7 @@ from expertlane.memory import FREE_SHARE, PlacedModel
 from expertlane.model.stored_tensors import StoredTensors
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.hf_config import narrow_scheme, read_config
+from expertlane.spec.hf_config import is_mxfp4, narrow_scheme, read_config
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CpuIsa
@@ -233,7 +233,9 @@ def fit_to_machine(
 
     Raises:
         CapacityError: not even one sequence fits; with both numbers.
+        UserError: CUDA graphs are asked for that these ranks cannot have.
     """
+    check_graphs(options, seen[: layout.world_size])
 
     def own_bytes(of_rank: RankMachine) -> float:
         return of_rank.free_bytes / of_rank.num_sharing(layout.world_size)
@@ -246,6 +248,29 @@ def fit_to_machine(
     return placed.fit_cache(limits, free_bytes, share)
 
 
+def check_graphs(options: Options, machines: Sequence[RankMachine]) -> None:
+    """Refuse CUDA graphs that were asked for where steps cannot be recorded.
+
+    Raises:
+        UserError: a rank has no GPU, or not our kernels; or messages go through the host.
+    """
+    if not options.cuda_graphs:
+        return
+    why_not = ""
+    for machine in machines:
+        if not machine.on_gpu:
+            why_not = "need a GPU for every rank"
+        elif "expertlane" not in machine.kernels:
+            why_not = f"need our GPU kernels, but a rank computes with {machine.kernels}"
+        elif len(machines) > 1 and machine.backend != "nccl":
+            why_not = f"need nccl between ranks, which exchange messages by {machine.backend}"
+    if why_not:
+        raise UserError(
+            f"CUDA graphs (--cuda-graphs on, cuda_graphs=True) {why_not}; valid here: auto or off "
+            "(None or False)"
+        )
+
+
 def placed_model(
     model: ModelConfig,
     layout: Layout,
@@ -255,14 +280,19 @@ def placed_model(
     checkpoint: Path | None = None,
 ) -> PlacedModel:
     """What ranks of such a machine hold of a model; arguments as of `fit_to_machine`."""
-    return PlacedModel(model, layout, _types(machine, options, checkpoint), placements)
+    return PlacedModel(model, layout, _types(machine, layout, options, checkpoint), placements)
 
 
-def _types(machine: RankMachine, options: Options, checkpoint: Path | None) -> NumberTypes:
+def _types(
+    machine: RankMachine, layout: Layout, options: Options, checkpoint: Path | None
+) -> NumberTypes:
     """In what a rank holds weights, hidden states, keys and values."""
     if not machine.keeps_narrow:
         return NumberTypes.of_engine(machine.dtype, options)
-    scheme = None if checkpoint is None else narrow_scheme(read_config(checkpoint))
+    config = {} if checkpoint is None else read_config(checkpoint)
+    if machine.keeps_mxfp4 and is_mxfp4(config) and layout.etp == 1:  # cut experts are widened
+        return NumberTypes.kept_as(machine.dtype, options, "mxfp4")
+    scheme = narrow_scheme(config)
     return NumberTypes.kept_as(machine.dtype, options, None if scheme is None else scheme.type)
 
 

@@ -1,25 +1,17 @@
 """The offline face of the engine: a model, laid out over ranks, that continues prompts."""
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from expertlane.balance.placement_file import Placements
 from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.chat_template import ChatTemplate
-from expertlane.engine.engine import Engine, Prompt
-from expertlane.engine.launch import (
-    check_deployment,
-    check_num_blocks,
-    describe_ranks,
-    enough_blocks,
-    start_pool,
-    with_blocks,
-)
+from expertlane.engine.engine_parts import EngineParts, EngineSettings
+from expertlane.engine.launch import check_deployment, start_pool
+from expertlane.engine.live_request import Prompt
 from expertlane.engine.llm_prompts import all_finished, with_params
 from expertlane.engine.llm_settings import (
     as_layout,
@@ -30,23 +22,17 @@ from expertlane.engine.llm_settings import (
     print_to_stderr,
     read_tokenizer,
 )
-from expertlane.engine.model_runner import ModelRunner, RoutingRecorder
+from expertlane.engine.model_runner import RoutingRecorder
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_watch import RankWatch
-from expertlane.engine.recovery import Recovery
-from expertlane.engine.scaling import Scaling
 from expertlane.engine.shared_engine import SharedEngine
-from expertlane.engine.shrinking import Shrinking
 from expertlane.errors import RankError, UserError
-from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Chunk, Limits, RequestOutput
-from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
 from expertlane.spec.sampling import SamplingParams
 
-ResultT = TypeVar("ResultT")
 Message = dict[str, str]
 
 
@@ -134,17 +120,15 @@ class LLM:
         record_routing: bool = False,
         check: CheckLevel = "off",
     ) -> None:
-        numbers = {"seed": seed, "timeout_s": timeout_s, "rejoin_s": rejoin_s}
-        check_settings(dtype, cpu_isa, on_failure, check, **numbers)
-        chosen = as_layout(layout)
-        deployment = Deployment("llm", chosen, options or Options())
+        words = dtype, cpu_isa, on_failure, check
+        check_settings(*words, seed=seed, timeout_s=timeout_s, rejoin_s=rejoin_s)
+        deployment = Deployment("llm", as_layout(layout), options or Options())
         self.model, self._folder = find_model(model, ignore_unused_tensors)
-        placements = check_deployment(self.model, deployment, ranks_per_node)
         self._routing = RoutingRecorder(self.model) if record_routing else None
         self._numbers = count()
         self._chat_template: ChatTemplate | None = None
         self.tokenizer, eos_token_ids = read_tokenizer(self._folder)
-        wanted = Limits(
+        limits = Limits(
             vocab_size=self.model.vocab_size,
             max_model_len=checked_model_len(self.model, max_model_len),
             num_blocks=1 if num_blocks is None else num_blocks,
@@ -153,117 +137,51 @@ class LLM:
             max_num_seqs=max_num_seqs,
             prefix_caching=prefix_caching,
         )
-        pool = self._pool = _started(
-            chosen,
+        settings = EngineSettings(
+            model=self.model,
+            folder=self._folder,
+            deployment=deployment,
+            placements=check_deployment(self.model, deployment, ranks_per_node),
+            limits=limits,
+            num_blocks=num_blocks,
+            seed=seed,
+            ranks_per_node=ranks_per_node,
+            on_failure=on_failure,
+            oversubscribe=oversubscribe,
+            check=check,
+            tokenizer=self.tokenizer,
+            eos_token_ids=eos_token_ids,
+            on_commit=None if self._routing is None else self._routing.add,
+            log=print_to_stderr,
+        )
+        self._load(
+            settings,
             timeout_s=timeout_s,
             dtype=dtype or own_dtype(self.model if self._folder else None),
-            oversubscribe=oversubscribe,
             cpu_isa=cpu_isa,
-            recovers=on_failure != "stop",
             rejoin_s=rejoin_s,
         )
-        self._recovery: Recovery | None = None
-        if on_failure != "stop":
-            self._recovery = Recovery(pool, chosen, self._redeploy, print_to_stderr)
-            pool.on_early_end(print_to_stderr)
+
+    def _load(self, settings: EngineSettings, **of_ranks: Any) -> None:
+        """Start ranks and an engine on them.
+
+        Args:
+            of_ranks: as `start_pool` takes them.
+        """
+        pool = self._pool = _started(
+            settings.deployment.layout,
+            oversubscribe=settings.oversubscribe,
+            recovers=settings.on_failure != "stop",
+            **of_ranks,
+        )
         try:
-            self._fit(wanted, num_blocks, deployment, placements)
-            given = deployment, seed, ranks_per_node, eos_token_ids, check, num_blocks
-            self.engine = self._start(lambda: self._make_engine(*given))
-            self._set_up_changes(deployment, ranks_per_node, oversubscribe, on_failure)
+            parts = EngineParts(pool, settings)
+            self.machine, self.limits = parts.machine, parts.limits
+            self._runner, self.engine, self.scaling = parts.runner, parts.engine, parts.scaling
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
             pool.close(failed=True)
             raise
-
-    def _fit(
-        self, wanted: Limits, num_blocks: int | None, deployment: Deployment, placements: Placements
-    ) -> None:
-        """Look at the ranks' machines, and at how large a cache they have room for."""
-        self.machine = tuple(self._start(lambda: describe_ranks(self._pool)))
-        self.limits = with_blocks(
-            *(wanted, num_blocks, self.model, deployment.layout, placements, self.machine),
-            deployment.options,
-            self._folder,
-        )
-        if self.machine[0].on_gpu and num_blocks is None:  # measured once the model is there
-            self.limits = replace(wanted, num_blocks=enough_blocks(wanted))
-
-    def _set_up_changes(
-        self,
-        deployment: Deployment,
-        ranks_per_node: int,
-        oversubscribe: bool,
-        on_failure: OnFailure,
-    ) -> None:
-        """Set up later changes of the layout, on request or after a loss."""
-        self.scaling = Scaling(
-            *(self._pool, self._runner, self.engine, self.model, deployment),
-            *(self.limits, self.machine),
-            ranks_per_node=ranks_per_node,
-            folder=self._folder,
-            oversubscribe=oversubscribe,
-        )
-        if self._recovery is None:
-            return
-        self._recovery.settle()
-        if on_failure == "shrink":
-            self._recovery.shrinker = Shrinking(
-                *(self._pool, self._runner, self.scaling, self.model, self.limits),
-                folder=self._folder,
-                log=print_to_stderr,
-            )
-
-    def _start(self, action: Callable[[], ResultT]) -> ResultT:
-        """Do something with ranks that do not serve yet."""
-        return action() if self._recovery is None else self._recovery.start(action)
-
-    def _redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
-        if any(self._pool.pid(rank) is None for rank in replaced):
-            describe_ranks(self._pool)  # a node that has come back may be another machine
-        self._runner.redeploy(replaced, plans)
-
-    def _make_engine(
-        self,
-        deployment: Deployment,
-        seed: int,
-        ranks_per_node: int,
-        eos_token_ids: frozenset[int],
-        check: CheckLevel,
-        num_blocks: int | None,
-    ) -> Engine[Any]:
-        """Load the model on the ranks, and put a scheduler before it."""
-        runner = self._runner = ModelRunner(
-            self._pool,
-            self.model,
-            deployment,
-            self.limits,
-            seed=seed,
-            ranks_per_node=ranks_per_node or self.machine[0].ranks_per_node,
-            checkpoint=self._folder,
-            check=check,
-            log=print_to_stderr,
-            measures_memory=self.machine[0].on_gpu,
-        )
-        if num_blocks is not None:
-            check_num_blocks(num_blocks, runner.limits)
-        self.limits = runner.limits
-        scheduler = ContinuousScheduler(
-            deployment.layout,
-            deployment.options,
-            self.limits,
-            lookahead=deployment.layout.pp == 1,
-            record=deployment.options.rebalance_steps > 0,
-            record_routing=self._routing is not None,
-        )
-        return Engine(
-            scheduler,
-            runner,
-            eos_token_ids=eos_token_ids,
-            tokenizer=self.tokenizer,
-            on_commit=None if self._routing is None else self._routing.add,
-            recovery=self._recovery,
-        )
 
     def __enter__(self) -> "LLM":
         return self

@@ -6,7 +6,7 @@ from typing import cast
 
 import numpy as np
 
-from expertlane.engine.engine import Prompt
+from expertlane.engine.live_request import Prompt
 from expertlane.errors import UserError
 from expertlane.schedule.request import RequestOutput
 from expertlane.spec.sampling import SamplingParams

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.placement_file import Placements
 from expertlane.balance.trace import RoutingTrace
+from expertlane.engine.arrangement import Arranged, Arrangement
 from expertlane.engine.cache_size import measured_limits
 from expertlane.engine.checking import Checking
 from expertlane.engine.commands import (
@@ -57,7 +57,7 @@ class ModelRunner:
     """Executes step plans on the ranks of a pool; implements `schedule.plan.Runner`.
 
     Attributes:
-        members: the processes of the layout.
+        arranged: the processes of the layout, and where experts are in the step planned last.
         limits: as given, with the cache that there is.
         held: [world_size]; what each rank has allocated.
         dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
@@ -73,6 +73,7 @@ class ModelRunner:
         seed: of the model's weights, where they come from no checkpoint.
         checkpoint: the folder the weights are in.
         dispatch_table: as measured before, for what is `auto`; None to measure it.
+        arranged: that others read and change too; its own by default.
         check: how much ranks look for silent errors.
         log: takes a line for each thing that is decided.
 
@@ -91,14 +92,19 @@ class ModelRunner:
         ranks_per_node: int,
         checkpoint: Path | None = None,
         dispatch_table: DispatchTable | None = None,
+        arranged: Arranged | None = None,
         check: CheckLevel = "off",
         log: Callable[[str], None] = lambda line: None,
         measures_memory: bool = False,
     ) -> None:
         self._pool = pool
-        self.members, layout = Members(deployment.layout), deployment.layout
+        layout = deployment.layout
         options = deployment.options
         placements = check_deployment(model, deployment, ranks_per_node)
+        whole = Arrangement.alike(Members(layout), placements, ranks_per_node)
+        self.arranged = arranged or Arranged(whole)
+        self.arranged.begin(whole)
+        self.arranged.follow(self)
         folder = str(checkpoint) if checkpoint else None
         kept = options.weights, options.cache_int8
         spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
@@ -114,8 +120,8 @@ class ModelRunner:
         self.limits = limits
         held = pool.call(self._deploy)
         self.held = held[: layout.world_size]
-        self.checking = None if check == "off" else Checking(pool, self.members)
-        self._model, self._placements = model, [placements] * layout.replicas
+        self.checking = None if check == "off" else Checking(pool, self.arranged)
+        self._model = model
         self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
         self.copy_switch: CopySwitch | None = None
@@ -137,17 +143,17 @@ class ModelRunner:
             self.copy_switch = CopySwitch(layout, log)
         if options.rebalance_steps:
             self.rebalancer = Rebalancer(
-                pool,
-                layout,
-                placements,
-                ranks_per_node=ranks_per_node,
-                num_steps=options.rebalance_steps,
-                log=log,
+                pool, self.arranged, num_steps=options.rebalance_steps, log=log
             )
+
+    @property
+    def members(self) -> Members:
+        """The processes of the layout."""
+        return self.arranged.now.members
 
     def watch(self) -> RankWatch:
         """Begin to count what ranks do, for those who ask while they serve."""
-        given = self._pool, self.members, self._model, self._placements
+        given = self._pool, self.arranged, self._model
         self._watch = RankWatch(*given, self.rebalancer, self.copy_switch)
         return self._watch
 
@@ -183,17 +189,8 @@ class ModelRunner:
             steps = tuple(plan.step for plan in plans if plan.replica == replica)
             self._pool.submit(DiscardSteps(steps), ranks=self.members.of_replica(replica))
 
-    @property
-    def placements(self) -> Sequence[Placements]:
-        """[replicas]; where experts are in the step planned last."""
-        return self._placements if self.rebalancer is None else self.rebalancer.placements
-
     def abandon(self, plans: Sequence[StepPlan]) -> None:
-        """Give up what is decided for steps to come: ranks go on in a new epoch.
-
-        Args:
-            plans: of all steps that are not committed; ranks will undo them, as `discard` does.
-        """
+        """As of `engine.arrangement.Follower`."""
         if self.rebalancer is not None:
             self.rebalancer.abandon(plans)
         if self.copy_switch is not None:  # what it decides goes with each step to all ranks
@@ -211,7 +208,7 @@ class ModelRunner:
         self.abandon(plans)
         given, members = self._deploy, self.members
         commands: list[tuple[Redeploy, Sequence[int]]] = []
-        for replica, placements in enumerate(self.placements):
+        for replica, placements in enumerate(self.arranged.now.placements):
             command = Redeploy(
                 replace(given.spec, placements=placements),
                 given.options,
@@ -234,67 +231,42 @@ class ModelRunner:
         if self._watch is not None:
             self._watch.begin_again(replaced)
 
-    @property
-    def spec(self) -> StageSpec:
-        """What ranks have; placements of the first replica."""
-        placements = self._placements[0]
-        if self.rebalancer is not None:
-            placements = self.rebalancer.placements[0]
-        return replace(self._deploy.spec, placements=placements)
-
     def _having_read(self) -> list[int]:
         """Processes that have loaded weights besides those they kept."""
         each = zip(self.members.numbers, self.held, strict=True)
         return [n for n, held in each if held.bytes_from.get(Origin.KEPT, 0) < held.weight_bytes]
 
-    @property
-    def ranks_per_node(self) -> int:
-        """Consecutive processes whose traffic counts as inside a node."""
-        return self._deploy.spec.ranks_per_node
+    def spec_of(self, arrangement: Arrangement, replica: int = 0) -> StageSpec:
+        """The stages that the ranks of a replica would build in another layout."""
+        return replace(
+            self._deploy.spec,
+            layout=arrangement.layout,
+            placements=arrangement.placements[replica],
+            numbers=arrangement.members.numbers,
+            ranks_per_node=arrangement.ranks_per_node,
+        )
 
-    def spec_of(self, members: Members, placements: Placements) -> StageSpec:
-        """The stages that ranks would build in another layout.
-
-        Args:
-            placements: of the replica.
-        """
-        layout, numbers = members.layout, members.numbers
-        return replace(self._deploy.spec, layout=layout, placements=placements, numbers=numbers)
-
-    def reshape(
-        self,
-        members: Members,
-        placements: Sequence[Placements],
-        ranks_per_node: int | None = None,
-    ) -> None:
-        """Run in another layout, from the next `redeploy` on, which has to be called soon.
+    def reshape(self, arrangement: Arrangement) -> None:
+        """As of `Follower`; the next `redeploy` has to be soon.
 
         What was timed for `auto` stays, if ranks can run so.
-
-        Args:
-            placements: [replicas]; where experts are then.
-            ranks_per_node: None for as many as before.
         """
-        given, layout = self._deploy, members.layout
-        self.members, self._placements, self._is_reshaped = members, list(placements), True
-        ranks_per_node = ranks_per_node or self.ranks_per_node
-        spec = replace(self.spec_of(members, placements[0]), ranks_per_node=ranks_per_node)
-        sizes = given.num_blocks, given.block_size, given.graphs
-        self._deploy = Deploy(spec, given.options, *sizes)
+        given, layout = self._deploy, arrangement.layout
+        self._is_reshaped = True
+        self._deploy = msgspec.structs.replace(given, spec=self.spec_of(arrangement))
         if (table := self.dispatch_table) is not None:
-            modes = given.options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
+            decode = given.options.of_phase(Phase.DECODE)
+            modes = decode.modes(layout, arrangement.ranks_per_node)
             if not set(table.modes) <= set(modes):
                 self.dispatch_table = DispatchTable.fixed(
                     modes[0].form, modes[0].overlap, given.options.prefill_dispatch
                 )
         if self.rebalancer is not None:
-            self.rebalancer.reshape(members, placements, ranks_per_node)
+            self.rebalancer.begin_again()
         if self.copy_switch is not None:
             self.copy_switch.reshape(layout)
-        if self.checking is not None:
-            self.checking.reshape(members)
         if self._watch is not None:
-            self._watch.reshape(members, placements)
+            self._watch.reshape(arrangement)
 
     def before_reshape(self) -> None:
         """Let other ranks take cores; look once more at what is known of the weights."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from expertlane.balance.placement_file import Placements
 from expertlane.comm.progress import Position
+from expertlane.engine.arrangement import Arranged, Arrangement
 from expertlane.engine.commands import ReadTotals
 from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.pool import RankPool
@@ -62,7 +63,7 @@ class RankWatch:
 
     Attributes:
         layers: the hidden layers that have experts.
-        members: the processes of the layout.
+        members: of the readings.
         stage_of_layer: [num_moe_layers]; the pipeline stage of each of them.
         readings: of the last two minutes, the latest last; never empty. Other threads may copy it.
     """
@@ -70,18 +71,18 @@ class RankWatch:
     def __init__(
         self,
         pool: RankPool,
-        members: Members,
+        arranged: Arranged,
         model: ModelConfig,
-        placements: Sequence[Placements],
         rebalancer: Rebalancer | None = None,
         copy_switch: CopySwitch | None = None,
     ) -> None:
-        self.members, self.num_experts = members, model.num_experts
+        self.members, self.num_experts = arranged.now.members, model.num_experts
         self.layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
         self._num_layers = model.num_hidden_layers
         self.stage_of_layer = self._stage_of_layer()
         self.rebalancer, self.copy_switch = rebalancer, copy_switch
-        self._pool, self._placements = pool, placements
+        self._pool, self._arranged = pool, arranged
+        self._first = arranged.now  # as it was when these members began
         self._ticket: Ticket[RankTotals] | None = None
         self._before: dict[int, RankTotals] = {}  # by rank, of processes that were replaced
         self._copies_before = 0, 0.0  # in other layouts: pairs saved, and seconds
@@ -133,7 +134,7 @@ class RankWatch:
         stages = [layout.layers_of_stage(self._num_layers, i) for i in range(layout.pp)]
         return [next(i for i, own in enumerate(stages) if layer in own) for layer in self.layers]
 
-    def reshape(self, members: Members, placements: Sequence[Placements]) -> None:
+    def reshape(self, arrangement: Arrangement) -> None:
         """Watch the ranks of another layout, which count anew; those that are gone stay in sums.
 
         A process whose number there was before goes on with the counts of that one.
@@ -144,7 +145,7 @@ class RankWatch:
         for number, totals in zip(self.numbers, self._latest, strict=True):
             self._before[number] = replace(totals, num_pairs_saved=0, copies_ns=0)
         none = self._latest[0].nothing()
-        self.members, self._placements = members, placements
+        self.members, self._first = arrangement.members, arrangement
         self.stage_of_layer = self._stage_of_layer()
         self._latest = [self._before.get(number, none) for number in self.numbers]
         self.readings = deque([self._reading(self._latest)], maxlen=self.readings.maxlen)
@@ -160,7 +161,8 @@ class RankWatch:
     @property
     def placements(self) -> Sequence[Placements]:
         """[replicas][num_hidden_layers]; which rank of a replica holds which expert."""
-        return self._placements if self.rebalancer is None else self.rebalancer.placements
+        now = self._arranged.now  # other threads may ask between a change and `reshape`
+        return (now if now.members == self.members else self._first).placements
 
     def since(self, seconds: float) -> Reading:
         """The latest reading that is so old, else the oldest."""

@@ -35,14 +35,13 @@ from expertlane.balance.rebalance import (
     RebalanceGate,
     propose,
 )
+from expertlane.engine.arrangement import Arranged
 from expertlane.engine.commands import FinishMoves, StartMoves, TimeOneMove
 from expertlane.engine.move_pace import MovePace
 from expertlane.engine.pool import RankPool
 from expertlane.engine.tickets import Ticket
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import StepPlan
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
 from expertlane.spec.names import Phase, Stage
 
 _MOST_LOADS = 50_000
@@ -103,9 +102,9 @@ class _Switch:
 class _Replica:
     """Load, placements and moves of one replica."""
 
-    def __init__(self, placements: Placements, num_steps: int, pace: MovePace) -> None:
-        self.layers = [layer for layer, placed in enumerate(placements) if placed is not None]
-        self.placements = placements
+    def __init__(self, number: int, arranged: Arranged, num_steps: int, pace: MovePace) -> None:
+        self._number, self._arranged = number, arranged
+        self.layers = [i for i, placed in enumerate(self.placements) if placed is not None]
         num_experts = self.now[0].num_experts
         self.tracker = LoadTracker(len(self.layers), num_experts, num_steps)
         self.num_since = 0  # steps since the last decision
@@ -124,6 +123,15 @@ class _Replica:
         self.switches: list[_Switch] = []  # that may not be committed
 
     @property
+    def placements(self) -> Placements:
+        """[num_hidden_layers]; where experts are in the step planned last."""
+        return self._arranged.now.placements[self._number]
+
+    def move(self, placements: Placements) -> None:
+        """Let experts be there from now on."""
+        self._arranged.move(self._number, placements)
+
+    @property
     def now(self) -> list[Placement]:
         """[num_moe_layers]."""
         return [placed for placed in self.placements if placed is not None]
@@ -138,7 +146,7 @@ class Rebalancer:
     """Told of every step before and after it; plans must ask for records.
 
     Args:
-        placements: [num_hidden_layers]; where experts are now. Ranks keep their numbers of slots.
+        arranged: is told of moves. Ranks keep their numbers of slots.
         num_steps: experts are rebalanced by the load of that many steps, at most that often, if
             it pays over that many more.
         log: takes the line of each decision.
@@ -153,16 +161,14 @@ class Rebalancer:
     def __init__(
         self,
         pool: RankPool,
-        layout: Layout,
-        placements: Placements,
+        arranged: Arranged,
         *,
-        ranks_per_node: int,
         num_steps: int,
         log: Callable[[str], None],
         worth: Callable[[Decision], float] = lambda decision: decision.gain_s - decision.cost_s,
         executor: Executor | None = None,
     ) -> None:
-        self._pool = pool
+        self._pool, self._arranged = pool, arranged
         self._num_steps = num_steps
         self._log = log
         self._worth = worth
@@ -174,30 +180,29 @@ class Rebalancer:
         # A discarded step is seen again, and goes as it went.
         self._begun: WeakKeyDictionary[StepPlan, Placements | None] = WeakKeyDictionary()
         self._finished: WeakSet[StepPlan] = WeakSet()
+        layout = arranged.now.layout
         timed = [
             pool.call(TimeOneMove(), ranks=layout.ranks_of_replica(0)) for _ in range(3)
         ]  # the first opens connections
         self._expert_bytes = max(num_bytes for num_bytes, *_ in timed[-1]) * layout.etp
         self._trials = timed
-        self.reshape(Members(layout), [placements] * layout.replicas, ranks_per_node)
+        self.begin_again()
 
-    def reshape(
-        self, members: Members, placements: Sequence[Placements], ranks_per_node: int
-    ) -> None:
-        """Continue in another layout with these placements; drops moves and loads.
+    def begin_again(self) -> None:
+        """Continue in another arrangement; drops moves and loads.
 
         The time of a move stays as it was measured at the start.
-
-        Args:
-            placements: [replicas].
         """
         self._saved_before_s, self._paid_before_s = self.saved_s, self.paid_s
-        self._members, layout = members, members.layout
-        self._ep_per_node = max(1, min(ranks_per_node // layout.etp, layout.ep))
         self._replicas = [
-            _Replica(of_replica, self._num_steps, MovePace.of_trials(self._trials))
-            for of_replica in placements
+            _Replica(number, self._arranged, self._num_steps, MovePace.of_trials(self._trials))
+            for number in range(self._arranged.now.layout.replicas)
         ]
+
+    @property
+    def _ep_per_node(self) -> int:
+        now = self._arranged.now
+        return max(1, min(now.ranks_per_node // now.layout.etp, now.layout.ep))
 
     @property
     def saved_s(self) -> float:
@@ -212,11 +217,6 @@ class Rebalancer:
     def paid_s(self) -> float:
         """By which moves have held steps up so far, as ranks have timed it."""
         return self._paid_before_s + sum(replica.pace.paid_s for replica in self._replicas)
-
-    @property
-    def placements(self) -> list[Placements]:
-        """[replicas][num_hidden_layers]; where experts are in the step planned last."""
-        return [replica.placements for replica in self._replicas]
 
     def loads_of(self, replica: int) -> dict[int, npt.NDArray[np.int64]]:
         """By hidden layer, [num_experts]; token-expert pairs of the last steps."""
@@ -260,7 +260,7 @@ class Rebalancer:
         for replica in self._replicas:
             for switch in reversed(replica.switches):
                 if switch.step in steps:
-                    replica.placements = switch.placements
+                    replica.move(switch.placements)
                     replica.imbalance_before = switch.imbalance_before
                     decision = self.decisions[switch.decision]
                     self.decisions[switch.decision] = replace(decision, switched=None)
@@ -275,7 +275,7 @@ class Rebalancer:
         of_rank = np.array([record.num_tokens_per_expert for record in records])
         load = of_rank.sum(axis=0)
         expert_s = np.array([record.cpu_s[..., Stage.EXPERTS].sum() for record in records])
-        layout = self._members.layout
+        layout = self._arranged.now.layout
         at = [layout.coordinates(record.rank) for record in records]
         replica.tracker.add(load[replica.layers])
         replica.num_since += 1
@@ -337,7 +337,7 @@ class Rebalancer:
 
     def _move_on(self, replica: _Replica, plan: StepPlan) -> Placements | None:
         """One slice more; after the last the switch."""
-        ranks = self._members.of_replica(plan.replica)
+        ranks = self._arranged.now.members.of_replica(plan.replica)
         if replica.under_way is not None:
             replica.pace.began(*replica.under_way, self._pool.submit(FinishMoves(), ranks=ranks))
             replica.under_way = None
@@ -351,7 +351,8 @@ class Rebalancer:
         replica.switches.append(
             _Switch(plan.step, latest, replica.placements, replica.imbalance_before)
         )
-        replica.placements, replica.next = replica.next, None
+        replica.move(replica.next)
+        replica.next = None
         replica.tracker = LoadTracker(
             len(replica.layers), replica.now[0].num_experts, self._num_steps
         )

@@ -15,12 +15,12 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from expertlane.engine.arrangement import Arranged, Arrangement
 from expertlane.engine.recovery_record import NEXT, Kind, Moment, RecoveryRecord, State
 from expertlane.engine.repeated_losses import RepeatedLosses
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import StepPlan
-from expertlane.spec.layout import Layout
 from expertlane.spec.members import DpRank, Members
 
 ResultT = TypeVar("ResultT")
@@ -85,12 +85,8 @@ class Shrinker(Protocol):
         """
         ...
 
-    def take(self, members: Members, plans: Sequence[StepPlan]) -> None:
-        """Let the runner use these members from the next `redeploy` on.
-
-        Args:
-            plans: of all steps that are not committed.
-        """
+    def arrange(self, members: Members) -> Arrangement:
+        """Where experts are on these members, of those of now; moves were abandoned."""
         ...
 
     def is_ready(self, members: Members) -> bool:
@@ -106,7 +102,7 @@ class Recovery:
     """Replaces lost ranks. Methods belong to the thread that has the pool; attributes, to any.
 
     Args:
-        layout: tells which data-parallel rank's cache is lost with a rank.
+        arranged: is changed by the recovery alone.
         redeploy: lets ranks load what they lack and connect to each other; takes the ranks that
             were replaced and all steps that they may have to undo.
         log: takes a line when a recovery begins and when it is over.
@@ -116,8 +112,6 @@ class Recovery:
         records: of recoveries, also of one under way, the latest last.
         num_recoveries: that are over and did not end in STOPPED.
         num_scalings, num_growths: changes of the layout, and ends of a smaller one, that did not.
-        members: that serve, or are about to.
-        whole: the members when none is missing.
         shrunk_at: since when fewer serve, seconds since 1970; None while all do.
         shrinker: takes a smaller layout where that can be; None where lost ranks are replaced at
             once. May be set while no recovery is under way.
@@ -128,14 +122,14 @@ class Recovery:
     def __init__(
         self,
         pool: EpochPool,
-        layout: Layout,
+        arranged: Arranged,
         redeploy: Callable[[frozenset[int], Sequence[StepPlan]], None],
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.state = State.LOADING
         self.records: deque[RecoveryRecord] = deque(maxlen=_MOST_RECORDS)
         self.num_recoveries = self.num_scalings = self.num_growths = 0
-        self.members = self.whole = Members(layout)
+        self._arranged = arranged
         self.shrunk_at: float | None = None
         self._target = self.members  # of the epoch that begins
         self._must_replace = False  # in this recovery, since the others cannot serve
@@ -148,6 +142,16 @@ class Recovery:
         self._is_under_way = False
         self._to_fence: frozenset[int] = frozenset()
         self._to_redeploy: frozenset[int] = frozenset()  # lost since they all loaded
+
+    @property
+    def members(self) -> Members:
+        """Members that serve, or are about to."""
+        return self._arranged.now.members
+
+    @property
+    def whole(self) -> Members:
+        """The members when none is missing."""
+        return self._arranged.whole.members
 
     @property
     def is_interrupted(self) -> bool:
@@ -203,23 +207,18 @@ class Recovery:
                 self._enter(State.STOPPED)
                 raise
 
-    def scale(self, layout: Layout, change: Callable[[], int], loop: DriveLoop[Any]) -> None:
+    def scale(self, whole: Arrangement, loop: DriveLoop[Any]) -> None:
         """Go on in another layout, while no step is in flight; `settle` has to follow.
-
-        Args:
-            change: has scheduler and runner take the layout; gives how many requests are to be
-                computed again.
 
         Raises:
             RankError, UserError: as `recover`.
         """
         self._is_under_way = True
-        layouts = self.members.layout, layout
+        layouts = self.members.layout, whole.layout
         self.records.append(RecoveryRecord(time.time(), Kind.SCALING, layouts))
         self._enter(State.SCALING)
-        self.records[-1].num_requests += change()
-        self.members = self.whole = self._target = Members(layout)
-        self._num_ranks = layout.world_size
+        self._arranged.want(whole)
+        self._target, self._num_ranks = whole.members, whole.layout.world_size
         self._until_done(partial(self._change_now, loop), None)
         self._is_under_way = False
 
@@ -317,17 +316,28 @@ class Recovery:
         gone = before.dp_ranks_of(self._to_redeploy) | self._to_cut
         kept = self._target.kept_caches(before)
         kept = {new: old for new, old in kept.items() if old not in gone}
-        record.num_requests += loop.lose({*before.dp_ranks} - {*kept.values()})
+        # Before another layout is taken on request no step is in flight: `reshape` is enough.
+        is_scaling = record.kind is Kind.SCALING
+        record.num_requests += loop.lose(
+            gone if is_scaling else {*before.dp_ranks} - {*kept.values()}
+        )
         self._to_cut.clear()
-        if self._target != before:
-            assert self.shrinker is not None, "or members stay"
-            self.shrinker.take(self._target, plans)
+        arranged = self._arranged
+        is_other = self._target == self.whole and arranged.now is not arranged.whole
+        if is_other or self._target != before:
+            self._arranged.abandon(plans)
+            self._arranged.change(self._arrangement())
             record.num_requests += loop.reshape(self._target.layout, kept)
-            self.members = self._target
         self._redeploy(self._to_redeploy & {*self.members.numbers}, plans)
         self._to_redeploy = frozenset()
         self._enter(State.REPLAYING)
         loop.submit_again()
+
+    def _arrangement(self) -> Arrangement:
+        if self._target == self.whole:
+            return self._arranged.whole
+        assert self.shrinker is not None, "or the target is the whole"
+        return self.shrinker.arrange(self._target)
 
     def settle(self, plan: StepPlan | None = None) -> None:
         """All is as before: a step was committed, nothing was to be done, or all have started.

@@ -9,6 +9,7 @@ from typing import Any
 
 from expertlane.balance.kept import keeping_placements
 from expertlane.balance.placement_file import Placements
+from expertlane.engine.arrangement import Arrangement
 from expertlane.engine.commands import HeldBytes, RankMachine
 from expertlane.engine.engine import Engine
 from expertlane.engine.launch import check_deployment, describe_ranks, placed_model, with_blocks
@@ -56,13 +57,12 @@ class Scaling:
     """Changes of the layout of one engine, whose model, options and limits stay.
 
     Args:
-        deployment: at first.
+        deployment: whose options stay.
         ranks_per_node: as of `check_deployment`.
         folder: of the checkpoint; None where weights are random.
         machine: [num_ranks]; as the ranks saw it before the model was loaded.
 
     Attributes:
-        deployment: of now.
         machine: [num_ranks]; as the ranks of now see it.
         changes: all so far, in order. Other threads may copy it.
         ahead: of a change that was begun by `prepare`; None where none is.
@@ -83,12 +83,18 @@ class Scaling:
         oversubscribe: bool,
     ) -> None:
         self._pool, self._runner, self._engine = pool, runner, engine
-        self._model, self.deployment, self._limits = model, deployment, limits
+        self._model, self._deployment, self._limits = model, deployment, limits
+        self._arranged = runner.arranged
         self.machine = tuple(machine)
         self._ranks_per_node, self._folder = ranks_per_node, folder
         self._oversubscribe = oversubscribe
         self.changes: list[LayoutChange] = []
         self.ahead: WeightsAhead | None = None
+
+    @property
+    def deployment(self) -> Deployment:
+        """Of now, if no rank is missing."""
+        return replace(self._deployment, layout=self._arranged.whole.layout)
 
     def prepare(self, layout: Layout) -> None:
         """Begin a change: ranks start, and make weights, while steps go on.
@@ -114,10 +120,7 @@ class Scaling:
         new = [rank for rank in range(layout.world_size) if rank not in pool.present]
         needed = sum(placed.rank_memory(self._limits, rank).total_bytes for rank in new)
         room = max(0.0, FREE_SHARE * host.memory_bytes()[0] - needed)
-        spec = replace(
-            self._runner.spec_of(Members(layout), placements),
-            ranks_per_node=self._nodes_of(layout),
-        )
+        spec = self._runner.spec_of(self._arrangement(layout, placements))
         self.ahead = WeightsAhead(pool, spec, int(room / len(pool.present)))
 
     def advance(self) -> bool:
@@ -187,8 +190,11 @@ class Scaling:
             ) from None
         if self.deployment.options.placement_file is not None:
             return placements
-        before = self._runner.spec
-        return keeping_placements(placements, layout, before.placements, before.members)
+        before = self._arranged.now
+        return keeping_placements(placements, layout, before.placements[0], before.members)
+
+    def _arrangement(self, layout: Layout, placements: Placements) -> Arrangement:
+        return Arrangement.alike(Members(layout), placements, self._nodes_of(layout))
 
     def _check_num_ranks(self, layout: Layout) -> None:
         num_ranks, most = layout.world_size, self._pool.most_ranks
@@ -227,22 +233,13 @@ class Scaling:
         if layout == self.deployment.layout:
             return
         ahead_s = 0.0 if self.ahead is None else time.monotonic() - self.ahead.began_s
-        runner, scheduler = self._runner, self._engine.scheduler
         before = self.deployment.layout
-
-        def change() -> int:
-            self.deployment = replace(self.deployment, layout=layout)
-            members = Members(layout)
-            runner.reshape(members, [placements] * layout.replicas, self._nodes_of(layout))
-            kept = members.kept_caches(Members(before))
-            return scheduler.reshape(layout, kept, lookahead=layout.pp == 1)[1]
-
-        self._engine.with_ranks(runner.before_reshape)
-        self._engine.scale(layout, change)
+        self._engine.with_ranks(self._runner.before_reshape)
+        self._engine.scale(self._arrangement(layout, placements))
         self.ahead = None
         recovery = self._engine.recovery
         assert recovery is not None, "it was checked"
         self.changes.append(
-            LayoutChange(before, layout, recovery.records[-1], tuple(runner.held), ahead_s)
+            LayoutChange(before, layout, recovery.records[-1], tuple(self._runner.held), ahead_s)
         )
         self.machine = tuple(self._engine.with_ranks(partial(describe_ranks, self._pool)))

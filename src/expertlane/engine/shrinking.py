@@ -8,6 +8,7 @@ from pathlib import Path
 
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.survivors import over_survivors
+from expertlane.engine.arrangement import Arrangement
 from expertlane.engine.commands import Prepare, Prepared
 from expertlane.engine.launch import with_blocks
 from expertlane.engine.model_runner import ModelRunner
@@ -27,8 +28,11 @@ _MOST_WAIT_S = 30.0  # before a rank that is lost repeatedly is started again
 class Shrinking:
     """Implements `engine.recovery.Shrinker` for one engine, in the thread that has the pool.
 
+    Experts stay where they are; those that only lost ranks had are on others until all members are
+    there again, with the placements that they had.
+
     Args:
-        scaling: knows the layout of the whole.
+        scaling: knows options and machine.
         folder: of the checkpoint; None where weights are random.
         log: takes a line when something cannot be done.
     """
@@ -46,7 +50,8 @@ class Shrinking:
     ) -> None:
         self._pool, self._runner, self._scaling = pool, runner, scaling
         self._model, self._limits, self._folder, self._log = model, limits, folder, log
-        self._placements: Sequence[Placements] = ()  # [replicas]; of the whole, while it is not
+        self._arranged = runner.arranged
+        self._arranged.follow(self)
         self._preparing: dict[int, Ticket[Prepared]] = {}  # by process
         self._prepared: set[int] = set()
         self._num_starts: Counter[int] = Counter()
@@ -66,8 +71,8 @@ class Shrinking:
         if options.is_by_node:
             if self._pool.is_of_nodes:  # which are cut by consecutive ranks of a layout
                 raise UserError("hierarchical dispatch needs all ranks of each node")
-            left.layout.ep_ranks_per_node(self._runner.ranks_per_node)
-        whole = self._scaling.deployment.layout.world_size
+            left.layout.ep_ranks_per_node(self._arranged.now.ranks_per_node)
+        whole = self._arranged.whole.layout.world_size
         free_bytes: float = machine.free_bytes
         if not (machine.on_gpu or self._pool.is_of_nodes):
             held = sum(each.weight_bytes + each.kv_bytes for each in self._runner.held)
@@ -77,7 +82,7 @@ class Shrinking:
             free_bytes *= min(left.layout.world_size, per_node) / min(whole, per_node)
         seen = [replace(machine, free_bytes=int(free_bytes))] * left.layout.world_size
         try:
-            for placements in self._over_survivors(members, left):
+            for placements in self._over_survivors(left):
                 with_blocks(
                     *(self._limits, self._limits.num_blocks, self._model, left.layout),
                     *(placements, seen, options, self._folder),
@@ -86,9 +91,10 @@ class Shrinking:
             raise CapacityError(f"layout {left.layout}: {error}") from None
         return left
 
-    def _over_survivors(self, before: Members, left: Members) -> list[Placements]:
+    def _over_survivors(self, left: Members) -> list[Placements]:
         """[replicas]; placements over the remaining members."""
-        found, layout = [], left.layout
+        found, layout, now = [], left.layout, self._arranged.now
+        before = now.members
         rebalancer = self._runner.rebalancer
         for replica in range(layout.replicas):
             numbers = left.of_replica(replica)[: layout.stage_size : layout.etp]
@@ -99,36 +105,25 @@ class Shrinking:
             found.append(
                 tuple(
                     placed and over_survivors(placed, survivors, loads.get(layer))
-                    for layer, placed in enumerate(self._runner.placements[of_replica])
+                    for layer, placed in enumerate(now.placements[of_replica])
                 )
             )
         return found
 
-    def take(self, members: Members, plans: Sequence[StepPlan]) -> None:
-        """Let the runner use these members from the next `redeploy` on.
+    def arrange(self, members: Members) -> Arrangement:
+        """Where experts are on these members, of those of now; moves were abandoned."""
+        placements = tuple(self._over_survivors(members))
+        return Arrangement(members, placements, self._arranged.now.ranks_per_node)
 
-        Experts stay where they are; those that only lost ranks had are on others until all members
-        are there again, with the placements that they had.
+    def abandon(self, plans: Sequence[StepPlan]) -> None:
+        """As of `engine.arrangement.Follower`: nothing here depends on steps."""
 
-        Args:
-            plans: of all steps that are not committed.
-        """
-        runner = self._runner
-        runner.abandon(plans)
-        if members == self._whole:
-            placements, self._placements = self._placements, ()
+    def reshape(self, arrangement: Arrangement) -> None:
+        """As of `engine.arrangement.Follower`."""
+        if arrangement is self._arranged.whole:
             self._prepared.clear()
             self._preparing.clear()
             self._num_starts.clear()
-        else:
-            placements = self._over_survivors(runner.members, members)
-            if not self._placements:
-                self._placements = list(runner.placements)
-        runner.reshape(members, placements)
-
-    @property
-    def _whole(self) -> Members:
-        return Members(self._scaling.deployment.layout)
 
     def is_ready(self, members: Members) -> bool:
         """Whether all members are up, with their weights; starts those that are not.
@@ -162,7 +157,7 @@ class Shrinking:
         if ticket is None or ticket.is_lost:
             place = members.numbers.index(number)
             replica = members.layout.coordinates(place).replica
-            spec = self._runner.spec_of(members, self._placements[replica])
+            spec = self._runner.spec_of(self._arranged.whole, replica)
             self._preparing[number] = self._pool.submit(Prepare(spec, place), ranks=[number])
         elif not ticket.is_done:
             self._preparing[number] = ticket

@@ -132,6 +132,13 @@ class Checkpoint(StoredTensors):
         ]
         return self._read_narrow(stored, shape, parts, dtype)
 
+    def mxfp4(self, name: str, dtype: torch.dtype) -> Mxfp4Weight | None:
+        """A matrix that is stored in MXFP4, whole; None for others. `dtype` as of `narrow`."""
+        stored, shape = self._locate(name)
+        if not self._is_mxfp4(stored):
+            return None
+        return self._read_mxfp4(stored, shape, [range(size) for size in shape], dtype)
+
     def _read_narrow(
         self, stored: TensorLocation, shape: Shape, parts: list[range], dtype: torch.dtype
     ) -> NarrowWeight:

@@ -8,9 +8,10 @@ from torch import Tensor
 from expertlane.model.checkpoint import Checkpoint
 from expertlane.model.int8_cache import Int8Cache
 from expertlane.model.weights import WeightSource
+from expertlane.ops.mxfp4 import Mxfp4Weight
 from expertlane.ops.narrow import NarrowWeight
 from expertlane.spec.deployment import WeightsType
-from expertlane.spec.tensors import cut_dim
+from expertlane.spec.tensors import cut_dim, tensor_shape
 
 
 class CheckpointWeights(WeightSource):
@@ -42,6 +43,10 @@ class CheckpointWeights(WeightSource):
 
     def _stored_narrow(self, name: str, part: range | None) -> NarrowWeight | None:
         return self._checkpoint.narrow(name, *_sides(name, part), self.dtype)
+
+    def _stored_mxfp4(self, name: str, part: range | None) -> Mxfp4Weight | None:
+        is_whole = part is None or len(part) == tensor_shape(self._model, name)[cut_dim(name)]
+        return self._checkpoint.mxfp4(name, self.dtype) if is_whole else None
 
 
 def _sides(name: str, part: range | None) -> tuple[range | None, range | None]:

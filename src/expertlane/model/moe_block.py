@@ -19,7 +19,7 @@ from expertlane.moe.payload import Payload
 from expertlane.ops.backend import backend_for
 from expertlane.ops.mlp import MlpPart
 from expertlane.ops.moe_step import LocalExperts
-from expertlane.ops.narrow import NarrowWeight
+from expertlane.ops.narrow import Weight
 from expertlane.ops.products import Activation, Expert, Linear
 from expertlane.ops.router import RouterParams
 from expertlane.spec.deployment import DispatchForm, PayloadType
@@ -159,7 +159,7 @@ class MoEBlock:
         def take(part: str, rows: range = inner) -> Tensor:
             return source.take(expert_name(self._layer, expert, part), rows)
 
-        def matrix(part: str) -> Tensor | NarrowWeight:
+        def matrix(part: str) -> Weight:
             return source.matrix(expert_name(self._layer, expert, part), inner)
 
         def linear(part: str) -> Linear:
@@ -200,7 +200,8 @@ class MoEBlock:
         recorder.enter(Stage.EXPERTS, layer)
         results = self.experts(rows, pairs, dispatcher.room(pairs.rows.shape[0], rows))
         self._count_pairs(lambda: pairs.counts)
-        recorder.check_finite(results, CheckPoint.EXPERTS, layer)
+        if recorder.checks is not None:
+            recorder.check_finite(pairs.given(results), CheckPoint.EXPERTS, layer)
         recorder.enter(Stage.COMBINE, layer)
         combined = yield from dispatcher.combine(sent, results)
         recorder.check_finite(combined, CheckPoint.COMBINE, layer)

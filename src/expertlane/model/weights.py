@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.backend import backend_for
-from expertlane.ops.narrow import NarrowWeight
+from expertlane.ops.mxfp4 import Mxfp4Weight
+from expertlane.ops.narrow import NarrowWeight, Weight
 from expertlane.spec.deployment import INPUTS_OF_SCALE, WeightsType
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Origin
@@ -110,6 +111,8 @@ class WeightSource(ABC):
         self._touch = touch
         self._weights = weights
         self._keeps_narrow = backend_for(device).keeps_narrow
+        # Rounding to int8 takes those of four bits as others.
+        self._keeps_mxfp4 = backend_for(device).keeps_mxfp4 and weights == "model"
         self.num_bytes = 0
         self.bytes_from: Counter[Origin] = Counter()
         self.read_s = 0.0
@@ -169,13 +172,16 @@ class WeightSource(ABC):
         self._was_read(tensor.nbytes, began_s)
         return tensor
 
-    def matrix(self, name: str, part: range | None = None) -> Tensor | NarrowWeight:
-        """As `take`, for a product: in one byte if it is stored so or rounded, and can be kept so.
+    def matrix(self, name: str, part: range | None = None) -> Weight:
+        """As `take`, for a product: narrow if it is stored so or rounded, and can be kept so.
 
         Where what computes on the device cannot keep it so, it is widened: the numbers are the
         same.
         """
         began_s = time.perf_counter()
+        if self._keeps_mxfp4 and (blocks := self._stored_mxfp4(name, part)) is not None:
+            self._was_read(blocks.nbytes, began_s)
+            return blocks.to(self.device)
         narrow = self._stored_narrow(name, part)
         if narrow is None and self._weights == "int8":
             narrow = self._rounded(name, part)
@@ -222,6 +228,10 @@ class WeightSource(ABC):
 
     def _stored_narrow(self, name: str, part: range | None) -> NarrowWeight | None:
         """A matrix as it is stored, if that is in one byte."""
+        return None
+
+    def _stored_mxfp4(self, name: str, part: range | None) -> Mxfp4Weight | None:
+        """A matrix as it is stored, if that is in MXFP4 and it is whole."""
         return None
 
     @abstractmethod

@@ -59,10 +59,12 @@ def backend_of_cuda(device: torch.device) -> tuple[TorchBackend, str]:
         return _TORCH, "EXPERTLANE_BACKEND=torch"
     if find_spec("triton") is None:
         return _TORCH, "Triton is not installed"
-    from expertlane.ops.cuda.backend import CudaBackend, why_not  # a CPU does without Triton
+    # A CPU does without Triton.
+    from expertlane.ops.cuda.backend import CudaBackend, multiplies_narrow, why_not
 
-    reason = why_not(device)
-    return (_TORCH, reason) if reason else (CudaBackend(), "")
+    if reason := why_not(device):
+        return _TORCH, reason
+    return CudaBackend(keeps_narrow=multiplies_narrow(device)), ""
 
 
 @cache

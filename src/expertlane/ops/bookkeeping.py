@@ -42,7 +42,7 @@ class Outgoing:
         counts: [2 · num_peers]; rows for each peer, then pairs.
         tokens: [R]; the token of each row; rows are as those of `PeerRows`.
         ids_there: [R, K] int32; by what the peer knows its ids, -1 for other peers'.
-        places: [T, K]; where each pair stands among all by peer.
+        places: [T, K]; where each pair stands among all by peer, -1 for none.
     """
 
     ids: Tensor
@@ -61,7 +61,7 @@ class Bookkeeping:
         """[T, K] int32; physical ids of logical experts, whose copies take turns in order of pairs.
 
         Args:
-            topk_ids: [T, K] int64.
+            topk_ids: [T, K] int64; -1 for none, as it stays.
             table: [num_experts, most copies] int64; physical ids.
             num_copies: [num_experts] int64; how many of them are to be used.
             first: the turn to begin with.
@@ -71,7 +71,7 @@ class Bookkeeping:
         copy: Tensor | int = 0
         if table.shape[1] > 1:
             copy = (_num_equal_before(ids) + first) % num_copies[ids]
-        return table[ids, copy].view_as(topk_ids).int()
+        return table[ids, copy].where(ids >= 0, -1).view_as(topk_ids).int()
 
     def rows_by_peer(
         self, ids: Tensor, divisor: int, num_peers: int, *, padded: bool = False
@@ -126,12 +126,13 @@ class Bookkeeping:
         """The rows that copies make for the peers id // divisor.
 
         Args:
-            ids: [T, K] int32, contiguous; the copy of each pair.
+            ids: [T, K] int32, contiguous; the copy of each pair, -1 for none.
         """
         rows = self.rows_by_peer(ids, divisor, num_peers)
         pairs = self.group_pairs(ids, 0, divisor, num_peers, ids.numel())
         counts = torch.cat([rows.counts, pairs.counts])
-        return Outgoing(ids, counts, rows.tokens, rows.ids, inverse(pairs.order).view_as(ids))
+        places = inverse(pairs.order).view_as(ids).where(ids >= 0, -1)
+        return Outgoing(ids, counts, rows.tokens, rows.ids, places)
 
     def balance_copies(
         self, topk_ids: Tensor, num_tokens_of: Sequence[int], copies: BalancedCopies, slots: Tensor

@@ -10,13 +10,17 @@
 extern "C" {
 
 // physical[pair] = the copy that a pair goes to: those of expert e stand in table [experts,
-// most_copies], num_copies[e] of them, and take turns from number `first` on.
+// most_copies], num_copies[e] of them, and take turns from number `first` on. -1 stays.
 void choose_copies(const int64_t* experts, int64_t pairs, const int64_t* table,
                    int64_t most_copies, const int64_t* num_copies, int64_t num_experts,
                    int64_t first, int32_t* physical) {
     std::vector<int64_t> turn(num_experts, first);
     for (int64_t pair = 0; pair < pairs; ++pair) {
         const int64_t expert = experts[pair];
+        if (expert < 0) {
+            physical[pair] = -1;
+            continue;
+        }
         const int64_t copy = most_copies > 1 ? turn[expert]++ % num_copies[expert] : 0;
         physical[pair] = (int32_t)table[expert * most_copies + copy];
     }
@@ -57,7 +61,7 @@ int64_t rows_by_peer(const int32_t* ids, int64_t stride, int64_t tokens, int64_t
 }
 
 // What leaves for the peers, of copies' ids: as of rows_by_peer; counts [2, peers] of rows and of
-// pairs; place [tokens, top_k], where each pair stands among all by peer, stable.
+// pairs; place [tokens, top_k], where each pair stands among all by peer, stable; -1 for none.
 int64_t leaving(const int32_t* ids, int64_t tokens, int64_t top_k, int32_t divisor, int64_t peers,
                 int64_t* counts, int64_t* token, int32_t* ids_there, int64_t* place) {
     std::vector<int64_t> row_places(tokens * peers), next(peers + 1);
@@ -65,9 +69,13 @@ int64_t leaving(const int32_t* ids, int64_t tokens, int64_t top_k, int32_t divis
                                       ids_there, row_places.data());
     int64_t* pairs = counts + peers;
     std::memset(pairs, 0, peers * sizeof(int64_t));
-    for (int64_t p = 0; p < tokens * top_k; ++p) ++pairs[ids[p] / divisor];
+    for (int64_t p = 0; p < tokens * top_k; ++p) {
+        if (ids[p] >= 0) ++pairs[ids[p] / divisor];
+    }
     for (int64_t p = 0; p < peers; ++p) next[p + 1] = next[p] + pairs[p];
-    for (int64_t p = 0; p < tokens * top_k; ++p) place[p] = next[ids[p] / divisor]++;
+    for (int64_t p = 0; p < tokens * top_k; ++p) {
+        place[p] = ids[p] < 0 ? -1 : next[ids[p] / divisor]++;
+    }
     return rows;
 }
 

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from expertlane.ops.mxfp4 import Mxfp4Weight
 from expertlane.ops.products import Activation, Expert, Experts, Linear, PairGroups
 from expertlane.spec.deployment import INPUTS_OF_SCALE
 
@@ -92,7 +93,10 @@ class NarrowWeight:
 _WIDENED_AT_A_TIME = 4_194_304
 
 
-def side_by_side(weights: Sequence[Tensor | NarrowWeight]) -> Tensor | NarrowWeight:
+Weight = Tensor | NarrowWeight | Mxfp4Weight
+
+
+def side_by_side(weights: Sequence[Weight]) -> Tensor | NarrowWeight:
     """The outputs of several matrices in one; widened where they are not narrow alike."""
     narrow = [each for each in weights if isinstance(each, NarrowWeight)]
     first = narrow[0] if narrow else None
@@ -103,9 +107,7 @@ def side_by_side(weights: Sequence[Tensor | NarrowWeight]) -> Tensor | NarrowWei
             scales = torch.cat([each.scales for each in narrow])
             values = values.view(first.values.dtype)
             return NarrowWeight(values, scales, first.group, first.first, first.dtype)
-    return torch.cat(
-        [each.widened() if isinstance(each, NarrowWeight) else each for each in weights]
-    )
+    return torch.cat([each if isinstance(each, Tensor) else each.widened() for each in weights])
 
 
 class ScaledLinear(Linear):

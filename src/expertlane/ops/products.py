@@ -167,6 +167,12 @@ class PairGroups:
         """[num_groups]; where each group's pairs end."""
         return self.counts.cumsum(0)
 
+    def given(self, results: Tensor) -> Tensor:
+        """Of results [P, …], those of pairs; the host waits for their number."""
+        if int(self.counts.sum()) == results.shape[0]:
+            return results
+        return results[self.numbers[self.numbers >= 0]]
+
     def of_pairs(self, values: Tensor) -> Tensor:
         """[P, …]; of values of the groups, [num_groups, …], each pair's; any behind the pairs."""
         places = torch.arange(self.rows.shape[0], device=values.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expertlane.spec.model import Routing
 
-_TINY = 1e-20  # keeps a sum of vanishing scores from dividing by zero
+TINY = 1e-20  # keeps a sum of vanishing scores from dividing by zero
 
 
 Norm = Callable[[Tensor, Tensor, float], Tensor]
@@ -57,6 +57,11 @@ class Router:
         """What `route` gives for normed tokens [num_tokens, hidden_size]."""
         params = self.params
         logits = F.linear(hidden.float(), params.weight, params.bias)
+        return self.route(logits)
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What `route` gives for logits [num_tokens, num_experts]."""
+        params = self.params
         return route(logits, params.top_k, params.routing, params.correction_bias)
 
 
@@ -82,7 +87,7 @@ def route(
     topk_ids = _mask_groups(choice, routing).topk(top_k, dim=-1).indices
     weights = scores.gather(1, topk_ids)
     if routing.norm_topk_prob:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + _TINY)
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + TINY)
     return topk_ids, weights * routing.routed_scaling_factor
 
 

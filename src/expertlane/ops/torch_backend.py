@@ -13,7 +13,7 @@ from expertlane.ops.bookkeeping import Bookkeeping
 from expertlane.ops.graphs import Graphs
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import LocalExperts
-from expertlane.ops.narrow import NarrowWeight
+from expertlane.ops.narrow import Weight
 from expertlane.ops.parts import AttentionCall, MlpCall
 from expertlane.ops.products import (
     Activation,
@@ -34,12 +34,13 @@ class TorchBackend(Bookkeeping):
     """Every operation in which backends differ; others replace what they do better."""
 
     keeps_narrow = False  # whether products read weights of one byte
+    keeps_mxfp4 = False  # whether they read those of four bits
     instructions = ""  # what kernels of ours are compiled for, or by
     adds_with_norm = False  # whether `add_rms_norm` is less work than a sum and a norm
 
-    def linear(self, weight: Tensor | NarrowWeight, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         """A product with a weight [out_features, in_features], packed where that is faster."""
-        if isinstance(weight, NarrowWeight):
+        if not isinstance(weight, Tensor):
             weight = weight.widened()
         return (OnednnLinear if OnednnLinear.suits(weight) else Linear)(weight, bias)
 

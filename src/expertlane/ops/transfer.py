@@ -72,14 +72,10 @@ class Fetched:
         self._passed: Any = None
         if not tensors or tensors[0].device.type == "cpu":
             return
-        whole = torch.cat([each.contiguous().view(-1).view(torch.uint8) for each in tensors])
+        whole = joined(tensors)
         room = pinned(whole.numel())
         room.copy_(whole, non_blocking=True)
-        ends = list(accumulate(each.nbytes for each in tensors))
-        self._host = [
-            room[end - each.nbytes : end].view(each.dtype).view(each.shape)
-            for each, end in zip(tensors, ends, strict=True)
-        ]
+        self._host = parted(room, tensors)
         self._passed = recorded_event()
 
     def wait(self, until: Callable[[Any], None]) -> list[Tensor]:
@@ -91,6 +87,28 @@ class Fetched:
         if self._passed is not None:
             until(self._passed)
         return self._host
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of tensors one after the other, those of the widest types first."""
+    parts = [tensors[number].contiguous() for number in _widest_first(tensors)]
+    # A single value may have any stride, which a view as bytes refuses.
+    flat = [part.as_strided((part.numel(),), (1,)) for part in parts]
+    return torch.cat([part.view(torch.uint8) for part in flat])
+
+
+def parted(whole: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of what `joined` has made of tensors of these shapes and types."""
+    order, found = _widest_first(tensors), list(tensors)
+    pieces = torch.split(whole, [tensors[number].nbytes for number in order])
+    for number, piece in zip(order, pieces, strict=True):
+        like = tensors[number]
+        found[number] = piece.view(like.dtype).view(like.shape)
+    return found
+
+
+def _widest_first(tensors: Sequence[Tensor]) -> list[int]:
+    return sorted(range(len(tensors)), key=lambda number: -tensors[number].itemsize)
 
 
 def recorded_event() -> Any:

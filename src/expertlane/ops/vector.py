@@ -17,7 +17,7 @@ from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.library import function_of
 from expertlane.ops.mlp import MlpPart
 from expertlane.ops.moe_step import CompiledRouter, LocalExperts
-from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight
+from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight, Weight
 from expertlane.ops.packed import (
     LANES,
     FewRowsExperts,
@@ -70,11 +70,11 @@ class VectorBackend(CpuBackend):
         )
         self._take_sums(library)
 
-    def linear(self, weight: Tensor | NarrowWeight, bias: Tensor | None = None) -> Linear:
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         if isinstance(weight, NarrowWeight) and weight.values.numel():
             shift = None if bias is None else bias.float()
             return NarrowLinear(weight, shift, self._narrow_linear)
-        weight = weight.widened() if isinstance(weight, NarrowWeight) else weight
+        weight = weight if isinstance(weight, Tensor) else weight.widened()
         if weight.dtype is torch.float32 and weight.numel() and weight.is_contiguous():
             return FewRowsLinear(weight, bias, self._few_rows_linear)
         if weight.dtype is not torch.bfloat16 or weight.shape[1] % 2 or not weight.numel():

@@ -12,14 +12,13 @@ import numpy as np
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.breakdown import Breakdown, BreakdownTable, basis_shares, floor_s
 from expertlane.cost.by_law import ClocksByLaw, ErrorSeconds
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing, StageWork
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step.totals import most_weight_bytes
@@ -113,7 +112,7 @@ class Projector:
             payload=options.payload,
             copies=options.copies,
             ranks_per_node=ranks_per_node,
-            kernels=GPU_LIBRARIES,
+            kernels=kernels_of(cluster.profile),
             num_drafts=num_drafts,
         )
 

@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.execution import Execution, kernels_of
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE, MultiToken
 from expertlane.cost.records import cluster_record, conditions_of
 from expertlane.cost.routing import RoutingChoice
+from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE
 from expertlane.plan.candidates import Candidate, PlanRequest
@@ -288,7 +289,7 @@ def serving_at(served: ThroughputCurve, place: int) -> ServingRecord:
 
 _Row = tuple[str, str, str]  # what is assumed, its value, the options that change it
 
-_OF_EVERY_ENGINE: tuple[_Row, ...] = (
+_OF_LIBRARIES: tuple[_Row, ...] = (
     ("kernels", "fused as in GPU libraries; flat dispatch without an exchange of counts", ""),
     (
         "data-parallel ranks",
@@ -322,6 +323,7 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
     """The assumptions, the weightiest first."""
     workload, profile, setting = request.workload, request.cluster.profile, request.setting
     num, is_graph = workload.num_sequences, setting.execution is Execution.GRAPH
+    kernels = kernels_of(profile)
     rows = (
         (
             "workload",
@@ -343,7 +345,7 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
             "steps captured as CUDA graphs" if is_graph else "kernels launched one by one",
             "--execution",
         ),
-        *_OF_EVERY_ENGINE,
+        *(_OF_LIBRARIES if kernels is GPU_LIBRARIES else [("kernels", kernels.assumed, "")]),
         *_of_drafts(setting.multi_token),
         *_OF_LATENCY,
         (

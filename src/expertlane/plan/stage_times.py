@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.cost.laws.device import DeviceModel
-from expertlane.cost.laws.execution import LIKELY, Execution, Terms
+from expertlane.cost.laws.execution import LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Times
@@ -25,7 +25,6 @@ from expertlane.cost.pricing import forwarding_hops, law_dtype
 from expertlane.cost.step.attention import attention_steps
 from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts
-from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.layer import (
     arrival_steps,
     dense_steps,
@@ -150,6 +149,7 @@ class SharedParts:
     ) -> None:
         self._model, self._types = model, types
         self._profile, self._terms = profile, terms
+        self._kernels = kernels_of(profile)
         self._row_bytes = model.hidden_size * types.activation_bytes
         self._own, self._experts = _Column(), _Column()
         self._ones: dict[tuple[int, int], OneOfGroup] = {}
@@ -163,7 +163,7 @@ class SharedParts:
     def add(self, shape: Shape) -> int:
         """The number of a shape."""
         layout, fan_out = shape.mesh.layout, shape.fan_out
-        keeps_all = GPU_LIBRARIES.keeps_all(layout, shape.form)
+        keeps_all = self._kernels.keeps_all(layout, shape.form)
         groups = (self._one_of(shape.mesh, size) for size in (layout.tp, layout.dcp))
         self._own.add((layout.tp, layout.dcp, keeps_all, *groups), shape)
         sizes = layout.ep, layout.stage_size
@@ -186,7 +186,7 @@ class SharedParts:
             points.num_drafts,
             dp[points.shape],
         )
-        is_normed = keeps_all & (scenarios.tokens * self._row_bytes <= GPU_LIBRARIES.normed_bytes)
+        is_normed = keeps_all & (scenarios.tokens * self._row_bytes <= self._kernels.normed_bytes)
         of_own: list[_AnyColumn] = [
             own_key,
             is_normed,
@@ -234,7 +234,7 @@ class SharedParts:
         of_own = [
             (
                 each.mesh.layout.tp,
-                GPU_LIBRARIES.keeps_all(each.mesh.layout, each.form),
+                self._kernels.keeps_all(each.mesh.layout, each.form),
             )
             for each in self._own.firsts
         ]
@@ -316,7 +316,7 @@ class SharedParts:
         return lists
 
     def _begun(self, shape: Shape, size: int) -> ExpectedStepList:
-        return ExpectedStepList(shape.mesh, size, self._types, shape.form, GPU_LIBRARIES)
+        return ExpectedStepList(shape.mesh, size, self._types, shape.form, self._kernels)
 
 
 def _distinct(columns: Sequence[_AnyColumn]) -> tuple[Ints, Ints]:

@@ -250,6 +250,15 @@ class StepPlan(_Step):
         return steps
 
 
+def micro_batches(batches: Sequence[Batch], num_parts: int) -> tuple[tuple[Batch, ...], ...]:
+    """Cut the batches of all data-parallel ranks into up to so many micro-batches."""
+    if num_parts == 1:
+        return (tuple(batches),)
+    parts = zip(*(batch.split(num_parts) for batch in batches), strict=True)
+    # One without any sequence would only cost time; the batches of some ranks may be empty.
+    return tuple(part for part in parts if any(batch.num_seqs for batch in part))
+
+
 def without_caches(
     plans: Sequence[StepPlan], caches: Collection[tuple[int, int]]
 ) -> tuple[list[StepPlan], dict[int, tuple[int, ...]]]:

@@ -72,6 +72,10 @@ class Limits:
         """The most positions that any sequence can take."""
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that so many positions take."""
+        return -(-num_tokens // self.block_size)
+
     def max_num_tokens(self, request: "Request") -> int:
         """Prompt and output tokens at which a request has reached its length."""
         prompt_len = len(request.prompt_token_ids)
@@ -115,7 +119,7 @@ class Limits:
         if len(prompt) > self.max_positions:
             raise UserError(
                 f"{name}: the prompt of {len(prompt)} tokens needs "
-                f"{-(-len(prompt) // self.block_size)} blocks of {self.block_size} but the cache "
+                f"{self.blocks_for(len(prompt))} blocks of {self.block_size} but the cache "
                 f"has {self.num_blocks}; valid lengths: 1 to {self.max_positions}"
             )
 

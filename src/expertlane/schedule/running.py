@@ -76,6 +76,11 @@ class RunningTable:
         table.num_queried, table.blocks.num_hits = self.num_queried, self.blocks.num_hits
         return table
 
+    def move_to(self, replica: int, dp_rank: int) -> None:
+        """Tell all requests where the ranks that compute them are in another layout."""
+        for request in filter(None, self.requests):
+            request.replica, request.dp_rank = replica, dp_rank
+
     def request(self, row: int) -> Request:
         """The request in a row that is in use."""
         request = self.requests[row]

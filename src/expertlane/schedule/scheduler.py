@@ -1,6 +1,5 @@
 """Continuous batching: one scheduler for all replicas and data-parallel ranks of a layout."""
 
-import heapq
 from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from itertools import chain
@@ -12,9 +11,10 @@ import numpy.typing as npt
 
 from expertlane.errors import UserError
 from expertlane.schedule.batch_draft import BatchDraft
-from expertlane.schedule.plan import Batch, StepOutcome, StepPlan, without_caches
+from expertlane.schedule.plan import Batch, StepOutcome, StepPlan, micro_batches, without_caches
 from expertlane.schedule.request import FinishReason, Limits, Request, RequestState
 from expertlane.schedule.running import Rows, RunningTable
+from expertlane.schedule.waiting import WaitingRequests
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import DpRank
@@ -33,26 +33,16 @@ class ContinuousScheduler:
     """Puts steps together as requests come and go; implements `schedule.plan.Scheduler`.
 
     A step computes, on every data-parallel rank, one token of each request in decoding, then
-    chunks of the running prompts, then of waiting ones, up to `max_num_batched_tokens`.
-
-    **Who goes first.** Requests are admitted strictly in their `order`: first come, first served
-    within a priority. A level of priority is worth `aging_steps`: a request is overtaken only by
-    those that arrive less than `aging_steps` × (its priority - theirs) steps after it, so none
-    starves, and it is served once those and the ones before it are done.
-
-    **Admission.** All tokens that a request has so far must fit in free blocks, with a reserve
-    (`RunningTable.has_blocks_for`). Of the ranks with room it goes to the one that then has the
-    fewest tokens left to compute, counting those it finds in the rank's prefix cache as computed;
-    of equal ones to that with the most free blocks. With several replicas, one takes a request
-    only while it holds fewer blocks than its share of all that are held and asked for; so the
-    least loaded always may.
+    chunks of the running prompts, then of waiting ones (`WaitingRequests` has their order), up to
+    `max_num_batched_tokens`.
 
     **Preemption.** When a decode finds no free block, the request that goes last of the rank's
     running ones loses its blocks and waits again; prompt and output so far are then its prompt.
 
     **Lookahead.** A step is planned while the one before it runs, so that ranks need not wait for
     the scheduler: a token that is not known yet is -1 in the plan, and the ranks put in what they
-    chose themselves. A request that turns out to have ended computes one token in vain.
+    chose themselves. A request that turns out to have ended computes one token in vain. Layouts
+    with several pipeline stages go without: the first one does not learn of the last one's tokens.
 
     **Masks.** A request whose tokens are masked takes part in a step once `allow` has given it the
     mask of its next token, which needs the token before; others go on. With lookahead, decodes of
@@ -83,16 +73,16 @@ class ContinuousScheduler:
         record_events: bool = False,
         record_operations: bool = False,
     ) -> None:
-        self._lay_out(layout, options, lookahead=lookahead)
+        self._options, self._wants_lookahead = options, lookahead
+        self._lay_out(layout)
         self.tables = [
-            [RunningTable(limits, lookahead=lookahead) for _ in range(layout.dp)]
+            [RunningTable(limits, lookahead=self._lookahead) for _ in range(layout.dp)]
             for _ in range(layout.replicas)
         ]
         self.stepped: list[Request] = []
         self.failed: list[Request] = []
         self.num_preemptions = self.num_recovered = 0
         self._limits = limits
-        self._options = options
         self._flags = {
             "return_logits": return_logits,
             "record": record,
@@ -104,17 +94,14 @@ class ContinuousScheduler:
         self._in_flight: dict[int, _Flight] = {}
         self._released: list[list[int]] = [[] for _ in range(layout.replicas)]
         self._requests: dict[str, Request] = {}
-        self._waiting: list[tuple[tuple[int, int], Request]] = []  # a heap; may hold cancelled ones
+        self._waiting = WaitingRequests(limits)
         self._restarting: list[Request] = []  # once they are in no step any more
-        self._num_waiting = 0
-        self._num_waiting_blocks = 0
         self._num_steps = 0
         self._num_added = 0
 
-    def _lay_out(self, layout: Layout, options: Options, *, lookahead: bool) -> None:
-        if lookahead and layout.pp > 1:
-            raise ValueError("the first pipeline stage does not learn of the last one's tokens")
-        self._layout, self._lookahead = layout, lookahead
+    def _lay_out(self, layout: Layout) -> None:
+        options, lookahead = self._options, self._wants_lookahead and layout.pp == 1
+        self._lookahead = lookahead
         is_rotating = options.micro_batch_schedule == "rotating"
         self._num_groups = options.num_micro_batches if is_rotating else 1
         self._num_micro_batches = 1 if is_rotating else options.num_micro_batches
@@ -128,7 +115,7 @@ class ContinuousScheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that hold no blocks."""
-        return self._num_waiting
+        return self._waiting.num
 
     @property
     def num_cached_tokens(self) -> int:
@@ -165,7 +152,7 @@ class ContinuousScheduler:
         request.order = (level, request.seq_id)
         self._num_added += 1
         self._requests[request.request_id] = request
-        self._enqueue(request)
+        self._waiting.add(request)
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> bool:
         """End a request now; a token it gets from a step in flight is dropped.
@@ -179,7 +166,7 @@ class ContinuousScheduler:
         if request is None:
             return False
         if request.state is RequestState.WAITING:
-            self._forget_waiting(request)  # its entry in the heap is dropped when it comes up
+            self._waiting.forget(request)  # its entry in the heap is dropped when it comes up
         else:
             self.tables[request.replica][request.dp_rank].cancel(request.row)
             self._release(request)
@@ -270,8 +257,6 @@ class ContinuousScheduler:
         layout: Layout,
         kept: Mapping[DpRank, DpRank],
         plans: Sequence[StepPlan] = (),
-        *,
-        lookahead: bool | None = None,
     ) -> tuple[list[StepPlan], int]:
         """Go on in another layout.
 
@@ -281,29 +266,25 @@ class ContinuousScheduler:
             kept: by (replica, data-parallel rank) of the new layout, what it was in this one.
                 What was one replica is one then.
             plans: of all steps in flight, in their order; none has a sequence of another rank.
-            lookahead: as at the start; None for as it is.
 
         Returns:
             The same steps in the new layout, and how many requests begin again.
         """
         old = self.tables
         replicas, dp_ranks = range(layout.replicas), range(layout.dp)
-        lookahead = self._lookahead if lookahead is None else lookahead
-        self._lay_out(layout, self._options, lookahead=lookahead)
+        self._lay_out(layout)
         self.tables = [
             [
                 old[kept[replica, dp_rank][0]][kept[replica, dp_rank][1]]
                 if (replica, dp_rank) in kept
-                else RunningTable(self._limits, lookahead=lookahead)
+                else RunningTable(self._limits, lookahead=self._lookahead)
                 for dp_rank in dp_ranks
             ]
             for replica in replicas
         ]
         num_again = self._give_up_tables(old)
-        for (replica, dp_rank), (before, _) in kept.items():
-            for request in filter(None, self.tables[replica][dp_rank].requests):
-                assert request.replica == before, "that is where it runs"
-                request.replica, request.dp_rank = replica, dp_rank
+        for at in kept:
+            self.tables[at[0]][at[1]].move_to(*at)
         from_replica = {before: replica for (replica, _), (before, _) in kept.items()}
         released = {new: self._released[before] for before, new in from_replica.items()}
         self._released = [released.get(replica, []) for replica in replicas]
@@ -357,7 +338,7 @@ class ContinuousScheduler:
             step=self._num_steps,
             replica=replica,
             phase=Phase.PREFILL if is_prefill else Phase.DECODE,
-            micro_batches=self._cut([batch for _, batch in built]),
+            micro_batches=micro_batches([batch for _, batch in built], self._num_micro_batches),
             admitted=reduce(or_, (draft.admitted for draft in drafts)),
             masks=reduce(or_, (d.masks(*b) for d, b in zip(drafts, built, strict=True))),
             released=tuple(self._released[replica]),
@@ -404,92 +385,18 @@ class ContinuousScheduler:
         request.state = RequestState.WAITING
         request.num_arrived_tokens = 0
         self._release(request)
-        self._enqueue(request)
+        self._waiting.add(request)
 
     def _add_prompts(self, replica: int, drafts: list[BatchDraft]) -> None:
         for draft in drafts:
             draft.add_prefills()
-        if self._waiting and not self._waits_for_others():
-            self._admit(replica, drafts)
-
-    def _waits_for_others(self) -> bool:
-        """Whether prompts are held back until there is one for every data-parallel rank."""
-        most = self._limits.prompt_wait_steps
-        if not most or self._num_waiting >= sum(map(len, self.tables)):
-            return False
-        first = self._waiting[0][1]
-        is_running = any(table.num_running for table in chain.from_iterable(self.tables))
-        return is_running and self._num_steps - first.order[0] < most
+        self._waiting.admit(
+            *(replica, drafts, self.tables),
+            num_groups=self._num_groups,
+            num_steps=self._num_steps,
+        )
 
     def _release(self, request: Request) -> None:
         """Let the ranks of its replica forget how to sample it."""
         if request.sampling is not None:
             self._released[request.replica].append(request.seq_id)
-
-    def _cut(self, batches: list[Batch]) -> tuple[tuple[Batch, ...], ...]:
-        if self._num_micro_batches == 1:
-            return (tuple(batches),)
-        parts = zip(*(batch.split(self._num_micro_batches) for batch in batches), strict=True)
-        # One without any sequence would only cost time; the batches of some ranks may be empty.
-        return tuple(part for part in parts if any(batch.num_seqs for batch in part))
-
-    def _admit(self, replica: int, drafts: list[BatchDraft]) -> None:
-        """Add waiting requests to a step, in order, until one finds no room."""
-        most = self._max_num_admitted(replica)
-        while self._waiting:
-            request = self._waiting[0][1]
-            if request.state is RequestState.FINISHED:
-                heapq.heappop(self._waiting)
-                continue
-            if request.is_masked and request.mask is None:  # it was preempted; soon
-                return
-            if sum(draft.num_prefills for draft in drafts) >= most or self._is_loaded(replica):
-                return
-            place = _place(request, drafts)
-            if place is None:
-                return
-            heapq.heappop(self._waiting)
-            self._forget_waiting(request)
-            request.replica = replica
-            request.dp_rank, cached = place
-            drafts[request.dp_rank].admit(request, cached)
-
-    def _max_num_admitted(self, replica: int) -> int:
-        """Prompts in one step: with several groups, no step takes more than its part of them."""
-        tables = self.tables[replica]
-        num_seqs = sum(table.num_running for table in tables) + self._num_waiting
-        num_rows = sum(len(table.requests) for table in tables)
-        return -(-min(num_seqs, num_rows) // self._num_groups)
-
-    def _is_loaded(self, replica: int) -> bool:
-        """Whether the next waiting request is for another replica."""
-        if len(self.tables) == 1:
-            return False
-        held = [sum(table.blocks.num_used for table in tables) for tables in self.tables]
-        return held[replica] * len(held) >= sum(held) + self._num_waiting_blocks
-
-    def _enqueue(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (request.order, request))
-        self._num_waiting += 1
-        self._num_waiting_blocks += self._num_blocks(request)
-
-    def _forget_waiting(self, request: Request) -> None:
-        self._num_waiting -= 1
-        self._num_waiting_blocks -= self._num_blocks(request)
-
-    def _num_blocks(self, request: Request) -> int:
-        return self.tables[0][0].blocks.blocks_for(request.num_tokens)
-
-
-def _place(request: Request, drafts: list[BatchDraft]) -> tuple[int, list[int]] | None:
-    """The data-parallel rank for a request and the blocks it shares there; None without room."""
-    places = []
-    for dp_rank, draft in enumerate(drafts):
-        table = draft.table
-        if not (draft.budget and table.has_room()):
-            continue
-        cached = table.find_cached(request)
-        if table.has_blocks_for(request, cached):
-            num_pending = table.num_pending - len(cached) * table.blocks.block_size
-            places.append((num_pending, -table.blocks.num_free, dp_rank, cached))
-    return min(places)[2:] if places else None

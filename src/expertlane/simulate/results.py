@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from expertlane.cost.breakdown import shares_of
-from expertlane.cost.laws.execution import DRIVER_S, LIKELY, OVERHEAD_S, Execution, Terms
+from expertlane.cost.laws.execution import DRIVER_S, LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE
 from expertlane.cost.records import cluster_record, conditions_of
 from expertlane.cost.routing import RoutingChoice
+from expertlane.cost.step.kernel_sets import ENGINE
 from expertlane.memory import FREE_SHARE
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.metrics import serving_record
@@ -250,10 +251,9 @@ def _assumptions(
             "scheduling and sending a plan; not overlapped with the previous step",
         ),
     ]
-    if OVERHEAD_S not in cluster.profile.terms:
-        rows.append(
-            ("kernels", "of GPU libraries", "", "fused as there, not one per tensor operation")
-        )
+    kernels = kernels_of(cluster.profile)
+    if kernels is not ENGINE:
+        rows.append(("kernels", f"of {kernels.name}", "", kernels.why))
     rows += _of_pools(setup, cluster) + _of_data_parallelism(simulator) + _of_drafts(setup)
     return tuple(Assumption(name, value, why, change) for name, value, change, why in rows)
 

@@ -9,14 +9,13 @@ import numpy as np
 
 from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.kv_transfer import KVTransfers
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, OVERHEAD_S, Execution, Terms
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter, with_drafting_layer
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import RoutingSource, extremes_of
 from expertlane.cost.runner import CostRunner, StepSharing
-from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.memory import FREE_SHARE, PlacedModel, RankMemory
@@ -250,7 +249,7 @@ class Simulator:
             copies=options.copies,
             ranks_per_node=profile.ranks_per_node,
             block_size=setup.block_size,
-            kernels=ENGINE if OVERHEAD_S in profile.terms else GPU_LIBRARIES,
+            kernels=kernels_of(profile),
             num_drafts=drafts,
         )
         return CostRunner(builder, self._routings[bound], self._pricing, self._terms, **others)

@@ -140,6 +140,16 @@ class NarrowScheme:
     is_packed: bool = False
 
 
+def is_mxfp4(config: dict[str, Any]) -> bool:
+    """Whether experts are stored in MXFP4 as GPT-OSS has them.
+
+    Raises:
+        SpecError: as of `quantization_of`.
+    """
+    found = quantization_of(config)
+    return found is not None and found.method == "mxfp4"
+
+
 def narrow_scheme(config: dict[str, Any]) -> NarrowScheme | None:
     """How matrices of one byte are stored; None where there are none.
 
@@ -147,7 +157,7 @@ def narrow_scheme(config: dict[str, Any]) -> NarrowScheme | None:
         SpecError: the weights are quantised in a way that cannot be read.
     """
     found = quantization_of(config)
-    if found is None or found.method == "mxfp4":
+    if found is None or is_mxfp4(config):
         return None
     quantization = config["quantization_config"]
     if found.method == "compressed-tensors":

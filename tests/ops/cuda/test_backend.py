@@ -16,28 +16,37 @@ from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.recorder import Recorder
 from expertlane.errors import UserError
+from expertlane.model.checkpoint import Checkpoint
+from expertlane.model.checkpoint_weights import CheckpointWeights
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.transformer import TransformerStage
 from expertlane.model.weights import SeededWeights
 from expertlane.ops import backend as choice
 from expertlane.ops.cuda import backend as module
-from expertlane.ops.cuda.backend import CudaBackend, why_not
+from expertlane.ops.cuda.backend import CudaBackend, multiplies_narrow, why_not
+from expertlane.ops.cuda.narrow import CudaNarrowLinear
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
+from model.families import save_checkpoint
+from model.quantised import save_fp8, save_mxfp4
 from ops.cuda.near import DEVICE, needs_kernels
 from ops.cuda.tiny_models import MODELS, USERS
 
 pytestmark = needs_kernels
 
 
-def logits_of(model, ops, monkeypatch) -> torch.Tensor:
+def seeded(model, weights="model"):
+    return lambda: SeededWeights(model, 0, torch.float32, DEVICE, lambda: None, weights)
+
+
+def logits_of(model, ops, monkeypatch, source=None) -> torch.Tensor:
     """Of a step with two prompts, and of one that goes on with both."""
     for user in USERS:
         monkeypatch.setattr(user, "backend_for", lambda device: ops)
     recorder = Recorder(0, 1, 1, ProgressBoard(1).reporter(0), HostClock(), world_size=1)
     mesh = ParallelMesh(Layout(), Meshes(), 0, 1, recorder)
-    source = SeededWeights(model, 0, torch.float32, DEVICE, lambda: None)
+    source = (source or seeded(model))()
     placement = Placement.linear(model.num_experts, 1)
     layers_ = range(model.num_hidden_layers)
     placements = {each: None if model.is_dense(each) else placement for each in layers_}
@@ -67,6 +76,62 @@ def test_models_are_those_of_torch(name, monkeypatch):
         logits_of(MODELS[name], ops, monkeypatch) for ops in (TorchBackend(), CudaBackend())
     )
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Whether each narrow weight is kept so, in the order in which they are asked for."""
+    found, suits = [], CudaNarrowLinear.suits
+
+    def remember(weight):
+        found.append(suits(weight))
+        return found[-1]
+
+    monkeypatch.setattr(CudaNarrowLinear, "suits", staticmethod(remember))
+    return found
+
+
+@pytest.mark.parametrize("name", ["normed heads, shared expert", "latent, dense layer"])
+def test_models_rounded_to_int8(name, kept, monkeypatch):
+    model = MODELS[name]
+    expected, found = (
+        logits_of(model, ops, monkeypatch, seeded(model, "int8"))
+        for ops in (TorchBackend(), CudaBackend())
+    )
+    assert kept
+    assert all(kept)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["float8", "mxfp4"])
+def test_models_stored_narrow(kind, kept, tmp_path, monkeypatch):
+    """DeepSeek-V3 in blocks of float8, and GPT-OSS in MXFP4."""
+    family = "deepseek_v3" if kind == "float8" else "gpt_oss"
+    source = save_checkpoint(family, tmp_path / "source", num_hidden_layers=2)
+    stored, plain = tmp_path / "stored", tmp_path / "plain"
+    if kind == "float8":
+        save_fp8(source, stored, plain, (32, 32))
+    else:
+        save_mxfp4(source, stored, plain)
+
+    def source_of(folder):
+        return lambda: CheckpointWeights(Checkpoint(folder), torch.float32, DEVICE, lambda: None)
+
+    model = Checkpoint(stored).model
+    expected = logits_of(model, TorchBackend(), monkeypatch, source_of(plain))
+    found = logits_of(model, CudaBackend(), monkeypatch, source_of(stored))
+    assert kept
+    assert all(kept)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not CudaBackend(keeps_narrow=False).keeps_mxfp4
+
+
+def test_narrow_weights_are_kept_where_their_products_are_right(monkeypatch):
+    assert multiplies_narrow(DEVICE)
+    product = CudaNarrowLinear.__call__
+    for wrong in (lambda self, x: 1.1 * product(self, x), lambda self, x: x.no_such_product):
+        monkeypatch.setattr(CudaNarrowLinear, "__call__", wrong)
+        assert not multiplies_narrow(DEVICE)
 
 
 def test_kernels_that_agree_with_torch_are_chosen(monkeypatch):

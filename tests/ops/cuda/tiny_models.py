@@ -1,8 +1,8 @@
 """One model of each kind, small enough for Triton's interpreter; and who chooses a backend."""
 
-from expertlane.engine import deployed_stage
 from expertlane.model import (
     attention,
+    decode_graphs,
     layers,
     mlp,
     moe_block,
@@ -54,7 +54,7 @@ MODELS = {
 # Where a backend is chosen.
 USERS = (
     attention,
-    deployed_stage,
+    decode_graphs,
     dispatch,
     layers,
     mlp,

@@ -9,6 +9,7 @@ import numpy as np
 
 from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.times import Basis
+from expertlane.cost.step.kernel_sets import ENGINE, ENGINE_ON_GPUS, GPU_LIBRARIES, KernelSet
 from expertlane.cost.step.operation import Floats, Operation, Transfer
 from expertlane.errors import UserError
 from expertlane.spec.layout import Layout
@@ -142,6 +143,18 @@ class Terms:
         """Launches and driver that take no time."""
         none = np.zeros(len(BOUNDS))
         return cls(Execution.SERIAL, none, none)
+
+
+def kernels_of(profile: Profile) -> KernelSet:
+    """Whose kernels a profile's laws are of: the engine's, where `expertlane calibrate` made it.
+
+    Only that measures what the engine launches; shipped profiles assume it.
+    """
+    if OVERHEAD_S in profile.terms:
+        return ENGINE
+    launch = profile.terms.get(LAUNCH_S)
+    is_measured = launch is not None and launch.basis is Basis.MEASURED
+    return ENGINE_ON_GPUS if is_measured else GPU_LIBRARIES
 
 
 def _likely(bounds: Floats) -> Floats:

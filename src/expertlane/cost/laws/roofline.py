@@ -45,14 +45,22 @@ def roofline(
     Raises:
         SpecError: the datasheet has no figure for the type.
     """
-    item = ITEM_BYTES[dtype] if kind in ATTENTION else WEIGHT_BYTES[dtype]
-    num_bytes, at = _WORK[kind](sizes, item)
+    num_bytes, at = _WORK[kind](sizes, _item_bytes(kind, dtype))
     memory_s = np.asarray(num_bytes) / device.memory_bytes_per_s
     if kind is Kind.MEMORY:
         return Roofline(np.where(memory_s > 0, memory_s + floor_s, 0.0), at)
     compute_s = np.asarray(flops_of(kind, sizes)) / peak_flops_per_s(device, kind, dtype)
     busy_s = np.maximum(compute_s, memory_s) + floor_s
     return Roofline(busy_s if compute_s.all() else np.where(compute_s > 0, busy_s, 0.0), at)
+
+
+def moved_bytes(kind: Kind, dtype: str, sizes: Sizes) -> Floats | float:
+    """What an operation reads and writes at least."""
+    return _WORK[kind](sizes, _item_bytes(kind, dtype))[0]
+
+
+def _item_bytes(kind: Kind, dtype: str) -> float:
+    return ITEM_BYTES[dtype] if kind in ATTENTION else WEIGHT_BYTES[dtype]
 
 
 def looked_up_by(kind: Kind, sizes: Sizes) -> Sizes:

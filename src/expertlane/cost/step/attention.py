@@ -85,7 +85,8 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
     position_bytes = types.cached_bytes(rank + rope, 1)
     moved = (2 * heads * model.head_dim + 4 * (rank + rope)) * item + position_bytes
     put_together = 0 if out.kernels.expands_all else absorbed * (2 * heads * (rank + rope) * item)
-    num_kernels = 2 * out.kernels.rotate + out.norm_kernels + out.kernels.write
+    kernels = out.kernels
+    num_kernels = 2 * kernels.rotate + out.norm_kernels + kernels.write + kernels.latent
     out.memory(Stage.ATTENTION, tokens * moved + put_together, num_kernels)
     if expanded.num_prefill_groups:
         _expanded(out, model, latent, heads, expanded, position_bytes)

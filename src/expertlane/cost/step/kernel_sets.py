@@ -1,8 +1,9 @@
-"""Sets of kernels that steps are priced with: the engine's, and one that it does not have.
+"""Sets of kernels that steps are priced with: the engine's two, and one that it does not have.
 
-What is counted (FLOPs, bytes, collectives) is what the engine counts with `ENGINE`. With
-`GPU_LIBRARIES` it differs where those do otherwise: `counts_first`, `expands_all`,
-`merges_products`, `dummy_batches` and `reduces_to_all`.
+What is counted (FLOPs, bytes, collectives) is what the engine counts with `ENGINE` and
+`ENGINE_ON_GPUS`, which differ in numbers of launches alone. With `GPU_LIBRARIES` it differs where
+those do otherwise: `counts_first`, `expands_all`, `merges_products`, `dummy_batches` and
+`reduces_to_all`.
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,15 @@ class KernelSet:
 
     Attributes:
         name: whose kernels they are.
+        assumed: what a projection assumes with them.
+        why: what there is to know of them, in a line.
         norm, widened_norm: a norm in float32, and in a type that is widened for it.
+        residual: of attention's sum with its input, where no product or norm adds it.
         rotate, write: rotation of queries and keys; new keys and values to the cache.
         head_norm: of queries and keys, each head by itself.
         squares, scale: the two halves of a norm over the heads of all ranks.
         decode_group, prefill_group: attention of sequences taken as one: gather, mask, attend.
+        latent: of latent attention, what puts queries and keys together, beside the rotation.
         is_grouped: attention is called for each such group, not once for all.
         activation, gate: of an MLP; of a shared expert's gate.
         route, scored_route, grouped_route: top-k of logits; with scores; with groups of experts.
@@ -55,8 +60,11 @@ class KernelSet:
     """
 
     name: str
+    assumed: str
+    why: str
     norm: int = 1
     widened_norm: int = 3
+    residual: int = 1
     rotate: int = 7
     write: int = 4
     head_norm: int = 4
@@ -64,6 +72,7 @@ class KernelSet:
     scale: int = 12
     decode_group: int = 8
     prefill_group: int = 6
+    latent: int = 0
     is_grouped: bool = True
     activation: int = 2
     gate: int = 3
@@ -101,11 +110,39 @@ class KernelSet:
         return self.reduces_to_all and layout.dp == 1 and form_on(layout, form) == "all_gather"
 
 
-ENGINE = KernelSet("the engine's tensor operations")
+ENGINE = KernelSet("the engine's tensor operations", "the engine's", "as measured on this machine")
+
+# Read off `ops/cuda`, and off torch's operations for what it leaves to them: routing, packing,
+# norms over the heads of all ranks, the choice of tokens.
+ENGINE_ON_GPUS = KernelSet(
+    "the engine's kernels on GPUs",
+    "the engine's own",
+    "Triton kernels and torch's products, as measured on this card (docs/gpu.md)",
+    widened_norm=1,
+    residual=0,
+    rotate=1,
+    write=0,
+    head_norm=0,
+    decode_group=2,
+    prefill_group=1,
+    is_grouped=False,
+    activation=1,
+    latent=10,
+    by_expert=5,
+    sum_term=0,
+    sum_once=1,
+    expert=0,
+    expert_product=0,
+    experts_once=7,
+    last=4,
+    argmax=6,
+)
 
 # Of GPU libraries, which fuse what the engine does in many tensor operations; an estimate.
 GPU_LIBRARIES = KernelSet(
     "GPU libraries",
+    "fused as in GPU libraries; an estimate",
+    "the engine has such for attention, norms and experts; it dispatches by more and smaller ones",
     widened_norm=1,
     rotate=1,
     write=1,
@@ -147,4 +184,4 @@ GPU_LIBRARIES = KernelSet(
     normed_bytes=2**19,  # of vLLM on compute capability 9.0, the least of all its limits
 )
 
-KERNEL_SETS = (ENGINE, GPU_LIBRARIES)
+KERNEL_SETS = (ENGINE, ENGINE_ON_GPUS, GPU_LIBRARIES)

@@ -71,7 +71,9 @@ def expert_steps(
 def _norm_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """The residual of attention, and the norm before MLP or router."""
     hidden_bytes = model.hidden_size * out.types.activation_bytes
-    out.by_token(Stage.ROUTER, part, hidden_bytes, 5, 1 + out.norm_kernels)
+    residual = out.kernels.residual
+    num_passes = 2 + 3 * (residual > 0)
+    out.by_token(Stage.ROUTER, part, hidden_bytes, num_passes, residual + out.norm_kernels)
 
 
 def router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:

@@ -1,7 +1,9 @@
 """What a rank sees of the machine it runs on, and what that can do at best."""
 
+import contextlib
 import os
 import platform
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -25,6 +27,7 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
     """The rank's device, its memory and its software."""
     chosen = context.platform
     free_bytes, memory_bytes = memory_of(chosen.device).free_and_total()
+    ops = backend_for(chosen.device)
     return RankMachine(
         host=socket.gethostname(),
         num_cores=context.share.num_cores,
@@ -39,9 +42,20 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
         free_bytes=free_bytes,
         ranks_per_node=context.settings.num_local_ranks,
         num_idle_gpus=chosen.num_idle_gpus,
-        keeps_narrow=backend_for(chosen.device).keeps_narrow,
+        keeps_narrow=ops.keeps_narrow,
+        keeps_mxfp4=ops.keeps_mxfp4,
         ranks_on_device=chosen.ranks_on_device,
+        driver=_driver() if chosen.device.type == "cuda" else "",
     )
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver; empty where the system does not tell it."""
+    with contextlib.suppress(OSError):
+        first = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+        if found := re.search(r"\d+\.\d+(\.\d+)?", first):
+            return found[0]
+    return ""
 
 
 def _cpu_name() -> str:

@@ -27,6 +27,7 @@ _COLD_BYTES = 192 << 20  # of weights or cache, used in turn: more than caches h
 _GPU_COLD_BYTES = 1 << 30
 _MOST = 40  # repetitions of an operation in a round
 _BURST = 20  # operations queued at once where a GPU's own time is wanted
+_CYCLES_PER_S, _MOST_HELD_S = 2e9, 0.05  # of a GPU that is held while they are queued
 _BLOCK_SIZE = 16
 _MOST_SETS, _MOST_CACHES = 64, 16  # of weights, and of blocks, used in turn
 
@@ -106,21 +107,38 @@ def time_s(context: RankContext, work: Callable[[], object], most_s: float) -> f
 
 
 def _gpu_time_s(context: RankContext, work: Callable[[], object], most_s: float) -> float:
-    """Time of operations queued in bursts, so that launches hide behind the device's work."""
-    clock = clock_for(context.platform.device)
-    work()
+    """Time of operations queued in bursts, the device held until all are: no launch is in it."""
+    device, clock = context.platform.device, clock_for(context.platform.device)
+    work()  # compiles
+    _, once_s = _burst_s(work, 1, device)
+    burst = max(1, min(_BURST, int(most_s / max(once_s, 1e-9))))
+    queued_s, _ = _burst_s(work, burst, device)
     seconds: list[float] = []
     until = time.perf_counter() + most_s
     while not seconds or time.perf_counter() < until:
+        context.progress.touch()
         clock.restart()
+        held_s = min(1.5 * queued_s, _MOST_HELD_S)
+        torch.cuda._sleep(int(held_s * _CYCLES_PER_S))  # type: ignore[no-untyped-call]
         begin = clock.mark()
-        for _ in range(_BURST):
+        for _ in range(burst):
             work()
         end = clock.mark()
         clock.settle()
-        seconds.append(clock.seconds(begin, end) / _BURST)
+        seconds.append(clock.seconds(begin, end) / burst)
     context.progress.touch()
     return median(seconds)
+
+
+def _burst_s(work: Callable[[], object], num: int, device: torch.device) -> tuple[float, float]:
+    """The host's seconds to queue an operation some times, and until all are done."""
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(num):
+        work()
+    queued_s = time.perf_counter() - began
+    synchronize(device)
+    return queued_s, time.perf_counter() - began
 
 
 def measure_launches(context: RankContext, command: MeasureLaunches) -> tuple[float, float]:

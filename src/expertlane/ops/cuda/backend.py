@@ -13,12 +13,17 @@ from torch import Tensor
 from expertlane.ops.cuda.attention import attend
 from expertlane.ops.cuda.experts import CudaExperts, experts_of
 from expertlane.ops.cuda.graphs import CudaGraphs
+from expertlane.ops.cuda.narrow import CudaNarrowLinear
 from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
 from expertlane.ops.cuda.parts import CudaAttention, CudaMlp
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.ops.cuda.rotate import rotate, write
+from expertlane.ops.cuda.route import CudaRouter
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.products import Activation, Expert, Experts, PairGroups
+from expertlane.ops.mxfp4 import Mxfp4Weight
+from expertlane.ops.narrow import NarrowWeight, Weight
+from expertlane.ops.products import Activation, Expert, Experts, Linear, PairGroups
+from expertlane.ops.router import RouterParams
 from expertlane.ops.row_parts import RowParts
 from expertlane.ops.step import AttentionWeights
 from expertlane.ops.torch_backend import TorchBackend
@@ -31,10 +36,22 @@ class CudaBackend(TorchBackend):
     instructions = f"triton {triton.__version__}"
     adds_with_norm = True
 
+    def __init__(self, *, keeps_narrow: bool = True) -> None:
+        """With weights of one byte and of four bits kept so, or widened."""
+        self.keeps_narrow = self.keeps_mxfp4 = keeps_narrow
+
+    def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
+        if isinstance(weight, Tensor) or not CudaNarrowLinear.suits(weight):
+            return super().linear(weight, bias)
+        return CudaNarrowLinear(weight, bias)
+
     def experts(self, held: Sequence[Expert], activation: Activation) -> Experts:
         if not CudaExperts.suits(held):
             return super().experts(held, activation)
         return experts_of(held, activation)
+
+    def router(self, params: RouterParams) -> CudaRouter:
+        return CudaRouter(params, self.rms_norm)
 
     def group_pairs(
         self, ids: Tensor, first: int, divisor: int, num_groups: int, num_pairs: int | None = None
@@ -106,6 +123,35 @@ def why_not(device: torch.device) -> str:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"Triton {triton.__version__} cannot run our kernels here: {lines[0][:200]}"
     return "" if is_right else "our kernels give other results than torch here"
+
+
+def multiplies_narrow(device: torch.device) -> bool:
+    """Whether products with weights of one byte and of four bits run here and are right.
+
+    A card before compute capability 8.9 has no float8.
+    """
+    codes = torch.arange(256, dtype=torch.uint8, device=device).view(8, 32)
+    scales = torch.linspace(0.5, 1, 8, device=device)[:, None]
+    x = torch.linspace(-1, 1, 3 * 32, device=device).half().view(3, 32)
+    float8 = codes.where(codes & 0x7F < 0x7F, 0).view(torch.float8_e4m3fn)  # without NaN
+    tried: list[NarrowWeight | Mxfp4Weight] = [
+        NarrowWeight(values, scales, 32, 0, torch.float16)
+        for values in (float8, codes.view(torch.int8))
+    ]
+    exponents = torch.full((8, 2), 126, dtype=torch.uint8, device=device)
+    tried.append(Mxfp4Weight(codes, exponents, torch.float16))
+    try:
+        return all(
+            torch.allclose(
+                CudaNarrowLinear(each, None)(x.repeat(1, each.shape[1] // 32)).float(),
+                x.float().repeat(1, each.shape[1] // 32) @ each.widened(torch.float32).t(),
+                rtol=2e-3,
+                atol=2e-1,
+            )
+            for each in tried
+        )
+    except Exception:  # of a compiler, a driver or the device
+        return False
 
 
 def _tried(ops: TorchBackend, device: torch.device) -> Tensor:

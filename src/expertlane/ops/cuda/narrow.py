@@ -1,5 +1,9 @@
 """Weights of one byte, or of four bits, that are kept so on a GPU."""
 
+from collections.abc import Sequence
+from typing import Self
+
+import torch
 from torch import Tensor
 
 from expertlane.ops.cuda.grouped import grouped_product
@@ -40,10 +44,19 @@ class CudaNarrowLinear(ScaledLinear):
         has_one_group = weight.scales.shape[1] == 1
         return weight.values.numel() > 0 and (has_one_group or weight.group % _LEAST_GROUP == 0)
 
+    def tensors(self) -> list[Tensor]:
+        """Values as bytes, since not every transport knows float8; scales and bias."""
+        return [self.weight.view(torch.uint8), *super().tensors()[1:]]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """As `Linear`'s."""
+        return super().with_tensors([tensors[0].view(self.weight.dtype), *tensors[1:]])
+
     @property
     def num_bytes(self) -> int:
-        """Bytes of the matrix; scales are not counted."""
-        return self.weight.nbytes
+        """Bytes of the matrix; of MXFP4 with its scales, as projections count them."""
+        is_mxfp4 = self.weight.dtype is torch.uint8
+        return self.weight.nbytes + (self.scales.nbytes if is_mxfp4 else 0)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[num_rows, out_features] of [num_rows, in_features]."""

@@ -1,0 +1,165 @@
+"""An engine on started ranks, with what replaces lost ranks and changes the layout."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from expertlane.balance.placement_file import Placements
+from expertlane.engine.arrangement import Arranged, Arrangement
+from expertlane.engine.engine import Engine
+from expertlane.engine.launch import (
+    check_num_blocks,
+    describe_ranks,
+    enough_blocks,
+    with_blocks,
+)
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.pool import RankPool
+from expertlane.engine.recovery import Recovery
+from expertlane.engine.scaling import Scaling
+from expertlane.engine.shrinking import Shrinking
+from expertlane.engine.tokenizer import Tokenizer
+from expertlane.schedule.drive import FinishedStep
+from expertlane.schedule.plan import StepPlan
+from expertlane.schedule.request import Limits
+from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.deployment import Deployment
+from expertlane.spec.members import Members
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import CheckLevel, OnFailure
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What an engine runs, and how.
+
+    Attributes:
+        folder: of the checkpoint; None where weights are random.
+        placements: of the layout's experts, as of `check_deployment`.
+        limits: what is wished, but for the number of blocks.
+        num_blocks, ranks_per_node, on_failure, oversubscribe, check: as of `LLM`.
+        on_commit: called with every step; None where nobody looks, nor records routing.
+        log: takes a line for each thing that the user should know.
+    """
+
+    model: ModelConfig
+    folder: Path | None
+    deployment: Deployment
+    placements: Placements
+    limits: Limits
+    num_blocks: int | None
+    seed: int
+    ranks_per_node: int
+    on_failure: OnFailure
+    oversubscribe: bool
+    check: CheckLevel
+    tokenizer: Tokenizer | None
+    eos_token_ids: frozenset[int]
+    on_commit: Callable[[FinishedStep], None] | None
+    log: Callable[[str], None]
+
+
+class EngineParts:
+    """Loads a model on the ranks of a pool, and puts an engine before it.
+
+    Attributes:
+        machine: [num_ranks]; what each rank saw before the model was loaded.
+        limits: what the scheduler keeps to.
+
+    Raises:
+        UserError: the model does not fit into memory, or there is a mistake that ranks found.
+        RankError: a rank died, hung or failed, and was not replaced.
+    """
+
+    def __init__(self, pool: RankPool, settings: EngineSettings) -> None:
+        self._pool, self._settings, log = pool, settings, settings.log
+        # Of how many ranks nodes are, these say once they are up.
+        given = settings.placements, settings.ranks_per_node
+        self._arranged = Arranged(Arrangement.alike(Members(settings.deployment.layout), *given))
+        self._recovery: Recovery | None = None
+        if settings.on_failure != "stop":
+            self._recovery = Recovery(pool, self._arranged, self._redeploy, log)
+            pool.on_early_end(log)
+        self.machine = tuple(self._start(lambda: describe_ranks(pool)))
+        self.limits = self._fitting_limits()
+        self.runner = self._start(self._load)
+        self.limits = self.runner.limits
+        self.engine = self._make_engine()
+        self.scaling = Scaling(
+            *(pool, self.runner, self.engine, settings.model, settings.deployment),
+            *(self.limits, self.machine),
+            ranks_per_node=settings.ranks_per_node,
+            folder=settings.folder,
+            oversubscribe=settings.oversubscribe,
+        )
+        if self._recovery is None:
+            return
+        self._recovery.settle()
+        if settings.on_failure == "shrink":
+            self._recovery.shrinker = Shrinking(
+                *(pool, self.runner, self.scaling, settings.model, self.limits),
+                folder=settings.folder,
+                log=log,
+            )
+
+    def _start(self, action: Callable[[], ResultT]) -> ResultT:
+        """Do something with ranks that do not serve yet."""
+        return action() if self._recovery is None else self._recovery.start(action)
+
+    def _redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
+        if any(self._pool.pid(rank) is None for rank in replaced):
+            describe_ranks(self._pool)  # a node that has come back may be another machine
+        self.runner.redeploy(replaced, plans)
+
+    def _fitting_limits(self) -> Limits:
+        """The limits, with as large a cache as there is room for."""
+        settings, wanted = self._settings, self._settings.limits
+        layout, options = settings.deployment.layout, settings.deployment.options
+        limits = with_blocks(
+            *(wanted, settings.num_blocks, settings.model, layout),
+            *(settings.placements, self.machine, options, settings.folder),
+        )
+        if self.machine[0].on_gpu and settings.num_blocks is None:
+            return replace(wanted, num_blocks=enough_blocks(wanted))  # measured with the model
+        return limits
+
+    def _load(self) -> ModelRunner:
+        settings = self._settings
+        runner = ModelRunner(
+            self._pool,
+            settings.model,
+            settings.deployment,
+            self.limits,
+            seed=settings.seed,
+            ranks_per_node=settings.ranks_per_node or self.machine[0].ranks_per_node,
+            checkpoint=settings.folder,
+            arranged=self._arranged,
+            check=settings.check,
+            log=settings.log,
+            measures_memory=self.machine[0].on_gpu,
+        )
+        if settings.num_blocks is not None:
+            check_num_blocks(settings.num_blocks, runner.limits)
+        return runner
+
+    def _make_engine(self) -> Engine[Any]:
+        settings = self._settings
+        scheduler = ContinuousScheduler(
+            settings.deployment.layout,
+            settings.deployment.options,
+            self.limits,
+            lookahead=True,
+            record=settings.deployment.options.rebalance_steps > 0,
+            record_routing=settings.on_commit is not None,
+        )
+        return Engine(
+            scheduler,
+            self.runner,
+            eos_token_ids=settings.eos_token_ids,
+            tokenizer=settings.tokenizer,
+            on_commit=settings.on_commit,
+            recovery=self._recovery,
+        )

@@ -1,0 +1,147 @@
+"""A request that is not finished: what it was given, and what it has brought so far."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from random import SystemRandom
+
+from expertlane.engine.grammars import Constraint
+from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from expertlane.errors import UserError
+from expertlane.schedule.request import Chunk, FinishReason, Request, RequestOutput
+from expertlane.spec.sampling import SamplingParams
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    """A request that is not finished; no detokenizer where there is no tokenizer.
+
+    Attributes:
+        is_plain: tokens are all that it is given.
+        add_time: takes the time of a token.
+        includes_stop: the token that ends it is text too.
+        constraint: what its tokens are held to; None where nothing is.
+    """
+
+    request: Request
+    output: RequestOutput
+    detokenizer: IncrementalDetokenizer | None
+    wants_logprobs: bool
+    is_plain: bool
+    add_time: Callable[[float], None]
+    includes_stop: bool = False
+    constraint: Constraint | None = None
+
+    def end(self, token_id: int | None, reason: FinishReason, text: str = "") -> Chunk:
+        """Finish the output; gives its last chunk.
+
+        Args:
+            text: of the token.
+        """
+        output = self.output
+        output.finish_reason = reason
+        output.error = self.request.error
+        output.num_preemptions = self.request.num_preemptions
+        if self.detokenizer is not None:
+            rest = self.detokenizer.finish()
+            output.text += rest
+            text += rest
+        return Chunk(output.request_id, token_id, text, reason, output.error)
+
+
+class RequestMaker:
+    """Makes what the scheduler takes of what a user asks for.
+
+    Args:
+        eos_token_ids: tokens that end an output unless `ignore_eos`.
+        tokenizer: None where prompts are tokens only.
+    """
+
+    def __init__(self, eos_token_ids: frozenset[int], tokenizer: Tokenizer | None) -> None:
+        self._eos_token_ids, self._tokenizer = eos_token_ids, tokenizer
+        self._seeds = SystemRandom()
+
+    def encode(self, name: str, prompt: Prompt, params: SamplingParams) -> Sequence[int]:
+        """Token ids of a prompt.
+
+        Args:
+            name: what messages call the request.
+
+        Raises:
+            UserError: it needs a tokenizer, and there is none.
+        """
+        if self._tokenizer is None and params.stop:
+            raise UserError(f"{name}: stop strings need a tokenizer; use stop_token_ids instead")
+        if not isinstance(prompt, str):
+            return prompt
+        if self._tokenizer is None:
+            raise UserError(f"{name}: a text needs a tokenizer; give the prompt as token ids")
+        return self._tokenizer.encode(prompt)
+
+    def request(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        constraint: Constraint | None,
+        priority: int,
+        name: str,
+    ) -> Request:
+        """A request for the scheduler; one without a seed gets a random one."""
+        sampling = params
+        if constraint is not None:  # what may end an output, its masks say; ranks need no more
+            sampling = replace(params, structured=None, min_tokens=0)
+        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
+        return Request(
+            request_id,
+            token_ids,
+            max_tokens=params.max_tokens,
+            stop_token_ids=params.stop_token_ids,
+            eos_token_ids=self._eos_token_ids,
+            ignore_eos=params.ignore_eos and constraint is None,
+            priority=priority,
+            sampling=sampling if params.needs_logits else None,
+            sampling_seed=seed,
+            mask=None if constraint is None else constraint.mask,
+            name=name,
+        )
+
+    def live(
+        self,
+        request: Request,
+        params: SamplingParams,
+        constraint: Constraint | None,
+        output: RequestOutput,
+    ) -> LiveRequest:
+        """A request that goes on after its output's tokens."""
+        detokenizer = self._detokenizer(params, output)
+        wants_logprobs = params.logprobs is not None
+        return LiveRequest(
+            request,
+            output,
+            detokenizer,
+            wants_logprobs,
+            is_plain=detokenizer is None and not wants_logprobs,
+            add_time=output.token_times_s.append,
+            includes_stop=params.include_stop_str_in_output,
+            constraint=constraint,
+        )
+
+    def _detokenizer(
+        self, params: SamplingParams, output: RequestOutput
+    ) -> IncrementalDetokenizer | None:
+        if self._tokenizer is None:
+            return None
+        detokenizer = IncrementalDetokenizer(
+            self._tokenizer,
+            output.prompt_token_ids,
+            stop=params.stop,
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+            shown_token_ids=params.shown_token_ids,
+            include_stop=params.include_stop_str_in_output,
+        )
+        for token_id in output.token_ids:
+            detokenizer.append(token_id)
+        return detokenizer

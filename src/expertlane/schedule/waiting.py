@@ -1,0 +1,121 @@
+"""Requests that hold no blocks, and which of them go into a step."""
+
+import heapq
+from collections.abc import Sequence
+from itertools import chain
+
+from expertlane.schedule.batch_draft import BatchDraft
+from expertlane.schedule.request import Limits, Request, RequestState
+from expertlane.schedule.running import RunningTable
+
+
+class WaitingRequests:
+    """Requests in the order in which they are admitted.
+
+    **Who goes first.** Requests are admitted strictly in their `order`: first come, first served
+    within a priority. A level of priority is worth `aging_steps`: a request is overtaken only by
+    those that arrive less than `aging_steps` × (its priority - theirs) steps after it, so none
+    starves, and it is served once those and the ones before it are done.
+
+    **Admission.** All tokens that a request has so far must fit in free blocks, with a reserve
+    (`RunningTable.has_blocks_for`). Of the ranks with room it goes to the one that then has the
+    fewest tokens left to compute, counting those it finds in the rank's prefix cache as computed;
+    of equal ones to that with the most free blocks. With several replicas, one takes a request
+    only while it holds fewer blocks than its share of all that are held and asked for; so the
+    least loaded always may.
+
+    Attributes:
+        num: how many there are.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.num = 0
+        self._num_blocks = 0  # that they ask for
+        self._heap: list[tuple[tuple[int, int], Request]] = []  # may hold cancelled ones
+
+    def add(self, request: Request) -> None:
+        """Let a request wait, in its order."""
+        heapq.heappush(self._heap, (request.order, request))
+        self.num += 1
+        self._num_blocks += self._limits.blocks_for(request.num_tokens)
+
+    def forget(self, request: Request) -> None:
+        """Count a request no more, which has ended or is admitted."""
+        self.num -= 1
+        self._num_blocks -= self._limits.blocks_for(request.num_tokens)
+
+    def admit(
+        self,
+        replica: int,
+        drafts: Sequence[BatchDraft],
+        tables: Sequence[Sequence[RunningTable]],
+        *,
+        num_groups: int,
+        num_steps: int,
+    ) -> None:
+        """Add requests to a step, in order, until one finds no room.
+
+        Args:
+            drafts: [dp]; the step.
+            tables: [replicas][dp].
+            num_groups: of requests that take turns.
+            num_steps: planned before this one.
+        """
+        if not self._heap or self._waits_for_others(tables, num_steps):
+            return
+        most = self._max_num_admitted(tables[replica], num_groups)
+        while self._heap:
+            request = self._heap[0][1]
+            if request.state is RequestState.FINISHED:
+                heapq.heappop(self._heap)
+                continue
+            if request.is_masked and request.mask is None:  # it was preempted; soon
+                return
+            num_prefills = sum(draft.num_prefills for draft in drafts)
+            if num_prefills >= most or self._is_loaded(replica, tables):
+                return
+            place = _place(request, drafts)
+            if place is None:
+                return
+            heapq.heappop(self._heap)
+            self.forget(request)
+            request.replica = replica
+            request.dp_rank, cached = place
+            drafts[request.dp_rank].admit(request, cached)
+
+    def _waits_for_others(self, tables: Sequence[Sequence[RunningTable]], num_steps: int) -> bool:
+        """Whether prompts are held back until there is one for every data-parallel rank."""
+        most = self._limits.prompt_wait_steps
+        if not most or self.num >= sum(map(len, tables)):
+            return False
+        first = self._heap[0][1]
+        is_running = any(table.num_running for table in chain.from_iterable(tables))
+        return is_running and num_steps - first.order[0] < most
+
+    def _max_num_admitted(self, tables: Sequence[RunningTable], num_groups: int) -> int:
+        """Prompts in one step: with several groups, no step takes more than its part of them."""
+        num_seqs = sum(table.num_running for table in tables) + self.num
+        num_rows = sum(len(table.requests) for table in tables)
+        return -(-min(num_seqs, num_rows) // num_groups)
+
+    def _is_loaded(self, replica: int, tables: Sequence[Sequence[RunningTable]]) -> bool:
+        """Whether the next waiting request is for another replica."""
+        if len(tables) == 1:
+            return False
+        held = [sum(table.blocks.num_used for table in of_replica) for of_replica in tables]
+        return held[replica] * len(held) >= sum(held) + self._num_blocks
+
+
+def _place(request: Request, drafts: Sequence[BatchDraft]) -> tuple[int, list[int]] | None:
+    """The data-parallel rank for a request and the blocks it shares there; None without room."""
+    places = []
+    for dp_rank, draft in enumerate(drafts):
+        table = draft.table
+        if not (draft.budget and table.has_room()):
+            continue
+        cached = table.find_cached(request)
+        if table.has_blocks_for(request, cached):
+            num_pending = table.num_pending - len(cached) * table.blocks.block_size
+            places.append((num_pending, -table.blocks.num_free, dp_rank, cached))
+    return min(places)[2:] if places else None

@@ -1,0 +1,75 @@
+"""One rank of the benchmarks, with transfers left out: its graphs do what its steps do.
+
+Without a GPU our kernels run in Triton's interpreter, and a double records operations.
+"""
+
+import pytest
+import torch
+from one_rank import OneRank
+
+pytest.importorskip("triton")
+
+from engine.one_rank import KernelsWithGraphs
+from expertlane.moe.dispatch import Dispatcher
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS
+from ops.cuda.near import DEVICE, needs_kernels
+from ops.cuda.replayed import ReplayedGraphs
+from ops.cuda.tiny_models import USERS
+
+pytestmark = needs_kernels
+
+MODEL = PRESETS["paper-tiny"].with_overrides(
+    num_hidden_layers=2, num_attention_heads=4, head_dim=16, num_experts=4
+)
+
+
+def pairs_of_a_gpu(dispatcher, ids, first):
+    """As where the device is no CPU: the host does not ask how many pairs there are."""
+    num = dispatcher._num_local_experts
+    return dispatcher._ops.group_pairs(ids, first, 1, num, ids.numel())
+
+
+class NotRecorded:
+    """Has a recorded step's operations done anew each time, from its padded batch on."""
+
+    def capture(self, run):
+        run()
+        return run
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "graphs"),
+    [
+        ("tp=1", 0, ReplayedGraphs()),
+        ("dp=4,ep=4", 1, NotRecorded()),
+        ("tp=2,pp=2", 0, NotRecorded()),
+        ("tp=2,pp=2", 3, NotRecorded()),
+    ],
+)
+def test_a_graph_does_what_a_step_does(layout, rank, graphs, monkeypatch):
+    ops = KernelsWithGraphs(graphs)
+    for user in USERS:
+        monkeypatch.setattr(user, "backend_for", lambda device: ops)
+    monkeypatch.setattr(Dispatcher, "_pairs", pairs_of_a_gpu)
+    torch.manual_seed(0)
+    found = []
+    with torch.inference_mode():
+        one = OneRank(MODEL, Layout.parse(layout), rank, torch.float32, DEVICE)
+        for make in (lambda: one.step(4, 6, 1, one.form_of_graphs), lambda: one.graph_step(4, 6)):
+            step = make()
+            for cache in one.stage.leave_cache():
+                cache.keys.fill_(0.1)
+                cache.values.fill_(0.1)
+            result = step()
+            found.append(result if isinstance(result, torch.Tensor) else result.logits)
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_experts_have_equally_many_tokens_whichever_rank():
+    for rank in (0, 3):
+        one = OneRank(MODEL, Layout.parse("dp=4,ep=4"), rank, torch.float32, torch.device("cpu"))
+        record = one.record(one.step(6, 2, 1))
+        for of_layer in record.num_tokens_per_expert:
+            assert of_layer.sum() == of_layer[rank] == 4 * 6 * 2 / 4
