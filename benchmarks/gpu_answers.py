@@ -86,8 +86,8 @@ def parity(parts: Parts) -> Iterator[Answer]:
     yield of_tests(
         parts, "several ranks on one GPU (error)", "several_ranks_on_one_gpu", "on_shared_gpus"
     )
-    yield of_tests(parts, "no synchronisation in decode", "no_sync", "without_sync")
-    yield of_tests(parts, "graphs on and off equal", "graphs")
+    yield of_tests(parts, "no synchronisation in decode", "no_sync", "waits_for_nothing")
+    yield of_tests(parts, "graphs on and off equal", "graphs_on_and_off")
     yield of_tests(parts, "kernels against torch", "tests.ops.cuda")
 
 

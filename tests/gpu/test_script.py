@@ -235,6 +235,10 @@ def test_what_waits_is_run_by_a_part_and_its_tests_are_there(gpu):
         for path in (ROOT / "tests" / "gpu").glob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
     ]
+    known = [word for _, _, words in listed for word in words.split(", ") if word]
+    for name in names:
+        of_benchmarks = name.startswith(("test_script::", "test_one_rank::"))
+        assert of_benchmarks or any(word in name for word in known), f"{name} is in no line"
     for what, part, words in listed:
         for word in filter(None, words.split(", ")):
             assert part == "kernels" or any(word in name for name in names), what
