@@ -201,7 +201,7 @@ def at_bound(runner: CostRunner, steps: list[FinishedStep], bound: int) -> list[
 def project(
     case: Case, model: ModelConfig, profile: Profile, trace: RoutingTrace
 ) -> list[PhaseTimes]:
-    """By bound: low, likely, high. On a GPU decode steps are launched as graphs, prompts are not."""
+    """By bound: low, likely, high. On a GPU decode steps are graphs, prompts are not."""
     of_decode = Execution.GRAPH if torch.cuda.is_available() else Execution.EAGER
     found = {}
     for execution in {Execution.EAGER, of_decode}:
