@@ -158,9 +158,9 @@ def projection(parts: Parts) -> Iterator[Answer]:
         yield Answer(4, "steps by this card's profile", "≤ 10%", "not run", None)
         return
     for phase, of in data["summary"].items():
-        found, what = of["median_error"], f"{phase}: median error, largest"
-        worst = f"{found:.1%}, {of['largest_error']:.1%}"
-        yield Answer(4, what.replace("_s:", ":"), "≤ 10%", worst, found <= STEP_ERROR)
+        what = f"{phase.removesuffix('_s')}: median error, largest"
+        median, largest = of["median_error"], of["largest_error"]
+        yield Answer(4, what, "≤ 10%", f"{median:.1%}, {largest:.1%}", largest <= STEP_ERROR)
 
 
 def beside_vllm(parts: Parts) -> Answer:
