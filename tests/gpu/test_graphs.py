@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from one_rank import OneRank
 
 pytest.importorskip("triton")
 
@@ -11,6 +12,7 @@ from engine.one_rank import stage_of
 from engine.test_decode_graphs import difference, limits_of, play
 from engine.test_no_wait import ASKED, step_of
 from expertlane.ops.cuda.graphs import CudaGraphs
+from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingState
 from ops.cuda.tiny_models import MODELS
 
@@ -52,3 +54,19 @@ def test_a_decode_step_waits_for_nothing_but_its_tokens(name, is_sampled, has_gr
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert [*outcome.token_ids] == [*range(num_seqs)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", ["dp=4,ep=4", "tp=2"])
+def test_no_sync_in_decode_of_a_layout(name, layout):
+    """Of one rank, transfers left out: eager steps in the form of graphs, and graphs."""
+    with torch.inference_mode():
+        one = OneRank(MODELS[name], Layout.parse(layout), 0, torch.float32, torch.device("cuda"))
+        for step in (one.step(4, 6, 1, one.form_of_graphs), one.graph_step(4, 6)):
+            step()  # compiles, and records
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
