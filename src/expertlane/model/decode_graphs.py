@@ -61,16 +61,16 @@ class StaticInputs:
 
     Args:
         columns: of a batch of that size; the last is of block tables.
-        width: blocks of the longest sequence that may come.
+        tables: for those; as wide as the longest sequence may be.
 
     Attributes:
         tensors: as `columns`, with block tables of that width.
     """
 
-    def __init__(self, columns: Sequence[Array], width: int, device: torch.device) -> None:
-        *fixed, tables = columns
-        self._fixed = torch.zeros_like(packed(fixed), device=device)
-        self._tables = torch.zeros(len(tables), width, dtype=torch.int64, device=device)
+    def __init__(self, columns: Sequence[Array], tables: Tensor) -> None:
+        *fixed, _ = columns
+        self._fixed = torch.zeros_like(packed(fixed), device=tables.device)
+        self._tables = tables
         self.tensors = [*unpacked(self._fixed, fixed), self._tables]
 
     def fill(self, columns: Sequence[Array]) -> None:
@@ -141,6 +141,8 @@ class DecodeGraphs:
         self.scratch_block = num_blocks
         self._sizes = graph_sizes(limits.max_num_seqs)
         self._inputs: dict[int, StaticInputs] = {}
+        shape = limits.max_num_seqs, self.width
+        self._tables = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self._rooms: dict[str, Tensor] = {}
         # By size, and form or layer: whole steps, and beginnings of layers.
         self._launch: dict[tuple[int, DispatchForm | int], Callable[[], None]] = {}
@@ -169,7 +171,7 @@ class DecodeGraphs:
     def inputs_of(self, size: int, columns: Sequence[Array]) -> StaticInputs:
         """Where batches of that size go."""
         if size not in self._inputs:
-            self._inputs[size] = StaticInputs(columns, self.width, self.device)
+            self._inputs[size] = StaticInputs(columns, self._tables[:size])
         return self._inputs[size]
 
     def run(self, part: PaddedBatch, arrived: Tensor | None) -> Tensor | HeadResult:
