@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from expertlane.ops.cuda.attention import attend
 from expertlane.ops.cuda.experts import CudaExperts, experts_of
+from expertlane.ops.cuda.flash import attend
 from expertlane.ops.cuda.graphs import CudaGraphs
 from expertlane.ops.cuda.narrow import CudaNarrowLinear
 from expertlane.ops.cuda.norm import add_rms_norm, rms_norm

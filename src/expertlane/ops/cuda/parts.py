@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.ops.cuda.activation import activate
-from expertlane.ops.cuda.attention import attend
+from expertlane.ops.cuda.flash import attend
 from expertlane.ops.cuda.grouped import grouped_product
 from expertlane.ops.cuda.matrices import Matrices, kind_of
 from expertlane.ops.cuda.narrow import CudaNarrowLinear
