@@ -28,7 +28,7 @@ from expertlane.model.weights import WeightSource
 from expertlane.ops.row_parts import RowParts
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch
-from expertlane.spec.deployment import GraphLimits, Options, is_static_on
+from expertlane.spec.deployment import DispatchForm, GraphLimits, Options, is_static_on
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import cut_dim, tensor_shape
@@ -187,6 +187,9 @@ class OneRank:
 
     Args:
         rank: of the layout.
+
+    Attributes:
+        form_of_graphs: the dispatch form in which steps can be recorded.
     """
 
     def __init__(
@@ -211,12 +214,14 @@ class OneRank:
         source = RandomWeights(model, dtype, device, lambda: None)
         source.in_turn = layout.stage_size > 1  # one rank alone has all experts in any case
         self.stage = TransformerStage(model, self.placements, source, mesh)
-        self._form_of_graphs = next(
+        self.form_of_graphs = next(
             (form for form in ("static", "all_gather") if is_static_on(layout, form)), "all_to_all"
         )
-        self.stage.set_forms(("all_to_all", self._form_of_graphs), "model")
+        self.stage.set_forms(("all_to_all", self.form_of_graphs), "model")
 
-    def step(self, num_seqs: int, num_computed: int, num_new: int) -> Callable[[], Any]:
+    def step(
+        self, num_seqs: int, num_computed: int, num_new: int, form: DispatchForm = "all_to_all"
+    ) -> Callable[[], Any]:
         """A step of equal sequences, each call of which is the same again; its result.
 
         Args:
@@ -229,7 +234,7 @@ class OneRank:
         num_tokens = [batch.num_tokens] * layout.dp
 
         def step() -> Any:
-            part = ForwardBatch(batch, num_tokens, layout, at, self.device, BLOCK_SIZE)
+            part = ForwardBatch(batch, num_tokens, layout, at, self.device, BLOCK_SIZE, form)
             if at.pp_rank:
                 x = self.stage.empty_hidden(part.num_owned).fill_(0.01)
             else:
@@ -262,7 +267,7 @@ class OneRank:
         num_tokens = [batch.num_tokens] * self.layout.dp
 
         def step() -> Any:
-            part = graphs.padded(batch, num_tokens, self._form_of_graphs)
+            part = graphs.padded(batch, num_tokens, self.form_of_graphs)
             assert part is not None, "it is not too large"
             return graphs.run(part, arrived)
 

@@ -54,7 +54,7 @@ class StubRunner:
         self._lookahead = lookahead
         self._chosen: list[dict[int, int]] = [{} for _ in range(layout.replicas)]
         self._choose = choose
-        self._vocab_size = limits.vocab_size
+        self.limits, self._vocab_size = limits, limits.vocab_size
         shape = (layout.replicas, layout.dp, limits.num_blocks, limits.block_size)
         self._caches = np.full(shape, UNWRITTEN)
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertlane.model import draw as draw_module
 from expertlane.model.draw import (
     draw,
     keep_likeliest,
@@ -190,3 +191,19 @@ def test_log_probabilities_of_the_likeliest():
 def test_a_certain_token_has_log_probability_zero():
     chosen, ids, values = token_logprobs(torch.tensor([[3.0]]), torch.tensor([0]), 1)
     assert (chosen.tolist(), ids.tolist(), values.tolist()) == ([0.0], [[0]], [[0.0]])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_gpu_keeps_of_all_entries_is_what_a_cpu_keeps_of_some(seed, monkeypatch):
+    """The same tokens, where all entries are kept and the others weigh nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    p = (torch.randn(6, 700, generator=generator) * 4).softmax(1)
+    p[0] = 0
+    p[0, 5] = 1
+    top_k = torch.tensor([[1.0], [3], [50], [699], [math.inf], [2]], dtype=torch.float64)
+    top_p = torch.tensor([[0.5], [0.9], [0.99], [0.1], [0.3], [math.inf]], dtype=torch.float64)
+    for limits in ((top_k, None, None), (None, top_p, None), (top_k, top_p, None)):
+        expected = draw_module.keep_likeliest(p, *limits)
+        with monkeypatch.context() as patch:
+            patch.setattr(draw_module, "_only", draw_module._all_weighted)
+            assert torch.equal(draw_module.keep_likeliest(p, *limits), expected)

@@ -193,15 +193,19 @@ def _threshold_of_few(p: Tensor, share: Tensor) -> Tensor:
 
 
 def _only(chosen: Tensor, *columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Some entries of three columns, the last of which are weights.
+    """Some entries of three columns, the last of which are weights."""
+    if chosen.device.type != "cpu":
+        return _all_weighted(chosen, *columns)
+    places = chosen.nonzero(as_tuple=True)
+    rows, keys, weights = (column[places] for column in columns)
+    return rows, keys, weights
 
-    On a GPU they are all kept, and the others weigh nothing: the host would have to wait for the
-    number of the chosen ones.
+
+def _all_weighted(chosen: Tensor, *columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All entries, of which the others weigh nothing.
+
+    As `_only` where the host would have to wait for the number of the chosen ones.
     """
-    if chosen.device.type == "cpu":
-        places = chosen.nonzero(as_tuple=True)
-        rows, keys, weights = (column[places] for column in columns)
-        return rows, keys, weights
     rows, keys, weights = (column.reshape(-1) for column in columns)
     return rows, keys, weights * chosen.reshape(-1)
 

@@ -72,15 +72,10 @@ class Fetched:
         self._passed: Any = None
         if not tensors or tensors[0].device.type == "cpu":
             return
-        widest_first = sorted(range(len(tensors)), key=lambda n: -tensors[n].itemsize)
-        parts = [tensors[number].contiguous().view(-1) for number in widest_first]  # aligned so
-        whole = torch.cat([part.view(torch.uint8) for part in parts])
+        whole = joined(tensors)
         room = pinned(whole.numel())
         room.copy_(whole, non_blocking=True)
-        pieces = torch.split(room, [part.nbytes for part in parts])
-        for number, piece in zip(widest_first, pieces, strict=True):
-            like = tensors[number]
-            self._host[number] = piece.view(like.dtype).view(like.shape)
+        self._host = parted(room, tensors)
         self._passed = recorded_event()
 
     def wait(self, until: Callable[[Any], None]) -> list[Tensor]:
@@ -92,6 +87,28 @@ class Fetched:
         if self._passed is not None:
             until(self._passed)
         return self._host
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The bytes of tensors one after the other, those of the widest types first."""
+    parts = [tensors[number].contiguous() for number in _widest_first(tensors)]
+    # A single value may have any stride, which a view as bytes refuses.
+    flat = [part.as_strided((part.numel(),), (1,)) for part in parts]
+    return torch.cat([part.view(torch.uint8) for part in flat])
+
+
+def parted(whole: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of what `joined` has made of tensors of these shapes and types."""
+    order, found = _widest_first(tensors), list(tensors)
+    pieces = torch.split(whole, [tensors[number].nbytes for number in order])
+    for number, piece in zip(order, pieces, strict=True):
+        like = tensors[number]
+        found[number] = piece.view(like.dtype).view(like.shape)
+    return found
+
+
+def _widest_first(tensors: Sequence[Tensor]) -> list[int]:
+    return sorted(range(len(tensors)), key=lambda number: -tensors[number].itemsize)
 
 
 def recorded_event() -> Any:

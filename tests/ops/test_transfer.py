@@ -1,0 +1,41 @@
+"""What is packed for one transfer comes out as it went in."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from expertlane.ops.transfer import Fetched, joined, packed, parted, to_device, unpacked
+
+SHAPES = st.one_of(
+    st.tuples(st.integers(0, 5)), st.tuples(st.integers(0, 3), st.integers(0, 4)), st.just(())
+)
+COLUMNS = st.lists(
+    st.tuples(SHAPES, st.sampled_from(["int64", "int32", "float64", "float32", "bool"])),
+    max_size=6,
+)
+
+
+def arrays_of(columns):
+    rng = np.random.default_rng(0)
+    return [np.asarray(rng.integers(0, 2, shape)).astype(dtype) for shape, dtype in columns]
+
+
+@settings(derandomize=True, deadline=None)
+@given(COLUMNS)
+def test_arrays(columns):
+    arrays = arrays_of(columns)
+    for found in (unpacked(packed(arrays), arrays), to_device(arrays, torch.device("cpu"))):
+        for tensor, array in zip(found, arrays, strict=True):
+            assert np.array_equal(tensor.numpy(), array)
+            assert tensor.numpy().dtype == array.dtype
+
+
+@settings(derandomize=True, deadline=None)
+@given(COLUMNS.filter(bool))
+def test_tensors(columns):
+    tensors = [torch.from_numpy(np.ascontiguousarray(each)) for each in arrays_of(columns)]
+    for found in (parted(joined(tensors), tensors), Fetched(tensors).wait(lambda event: None)):
+        for tensor, expected in zip(found, tensors, strict=True):
+            assert torch.equal(tensor, expected)
+            assert tensor.dtype is expected.dtype
