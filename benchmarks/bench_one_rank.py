@@ -30,11 +30,12 @@ import torch
 from one_rank import OneRank, kernel_seconds, seconds
 
 from expertlane import __version__
+from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import kernels_of
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.pricing import Pricing
+from expertlane.cost.pricing import law_dtype
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import ENGINE_ON_GPUS, KernelSet
@@ -187,15 +188,13 @@ def computing_s(
     program: StepProgram, layout: Layout, rank: int, profile: Profile
 ) -> tuple[float, float, float]:
     """Low, likely and high seconds of the operations of a rank, one after the other."""
-    of_stage = Pricing(profile, NumberTypes.all_of(DTYPE)).work(program)
+    device, types = DeviceModel(profile), NumberTypes.all_of(DTYPE)
     pp_rank, place = divmod(rank, layout.stage_size)
     total = np.zeros(3)
-    for part in of_stage[pp_rank][0].parts:
-        for block in part:
-            for timed in block.steps:
-                if isinstance(timed.step, Operation):
-                    bounds = np.broadcast_to(timed.times.bounds, (3, layout.stage_size))
-                    total += len(block.layers) * bounds[:, place]
+    for step, num in program.stages[pp_rank][0].distinct_steps():
+        if isinstance(step, Operation):
+            times = device.times(step.kind, law_dtype(types, step), step.sizes)
+            total += num * np.broadcast_to(times.bounds, (3, layout.stage_size))[:, place]
     low, likely, high = total.tolist()
     return low, likely, high
 

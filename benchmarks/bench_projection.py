@@ -165,7 +165,11 @@ def trace_of(pool: RankPool, case: Case, model: ModelConfig) -> RoutingTrace:
 
 
 def cost_runner(
-    case: Case, model: ModelConfig, profile: Profile, trace: RoutingTrace
+    case: Case,
+    model: ModelConfig,
+    profile: Profile,
+    trace: RoutingTrace,
+    execution: Execution = Execution.EAGER,
 ) -> CostRunner:
     deployment, types = case.deployment, NumberTypes.all_of(DTYPE)
     options, layout = deployment.options, deployment.layout
@@ -180,7 +184,7 @@ def cost_runner(
         kernels=kernels_of(profile),
     )
     routing = TraceRouting(trace)
-    terms = Terms.of(profile, Execution.EAGER)
+    terms = Terms.of(profile, execution)
     return CostRunner(builder, routing, Pricing(profile, types), terms)
 
 
@@ -197,10 +201,19 @@ def at_bound(runner: CostRunner, steps: list[FinishedStep], bound: int) -> list[
 def project(
     case: Case, model: ModelConfig, profile: Profile, trace: RoutingTrace
 ) -> list[PhaseTimes]:
-    """By bound: low, likely, high."""
-    runner = cost_runner(case, model, profile, trace)
-    steps = steps_of(runner, case, model)
-    return [phase_times(at_bound(runner, steps, bound)) for bound in range(len(BOUNDS))]
+    """By bound: low, likely, high. On a GPU decode steps are graphs, prompts are not."""
+    of_decode = Execution.GRAPH if torch.cuda.is_available() else Execution.EAGER
+    found = {}
+    for execution in {Execution.EAGER, of_decode}:
+        runner = cost_runner(case, model, profile, trace, execution)
+        steps = steps_of(runner, case, model)
+        found[execution] = [
+            phase_times(at_bound(runner, steps, bound)) for bound in range(len(BOUNDS))
+        ]
+    return [
+        PhaseTimes(prompts.prefill_s, decodes.decode_s)
+        for prompts, decodes in zip(found[Execution.EAGER], found[of_decode], strict=True)
+    ]
 
 
 def kendall_tau(projected: list[float], measured: list[float]) -> tuple[float, int]:

@@ -69,10 +69,12 @@ def attend(
     window: int | None = None,
     has_sinks: bool = False,
     in_keys: bool = False,
+    is_float8: bool = False,
 ) -> None:
     """Write and attend; `dims` are of keys and values, which `in_keys` are a part of them."""
     num_tokens = batch.batch.num_tokens
-    cache = KVCache(64, batch.block_size, heads[1], dims[0], 0 if in_keys else dims[1], dtype, CUDA)
+    sizes = 64, batch.block_size, heads[1], dims[0], 0 if in_keys else dims[1]
+    cache = KVCache(*sizes, dtype, CUDA, is_float8=is_float8)
     query = torch.empty(num_tokens, heads[0], dims[0], dtype=dtype, device=CUDA)
     key, value = (
         torch.empty(num_tokens, heads[1], x.shape[-1], dtype=dtype, device=CUDA)
@@ -116,13 +118,14 @@ def turn(
     *,
     interleave: bool = False,
     has_norms: bool = False,
+    is_float8: bool = False,
 ) -> None:
     """Rotation alone, and with the write to the cache."""
     (num_heads, num_kv_heads), batch = heads, batch_of(num_tokens, 100, 1)
     x = torch.empty(num_tokens, num_heads + 2 * num_kv_heads, dim, dtype=dtype, device=CUDA)
     cos, sin = torch.empty(2, num_tokens, 1, rotary_dim, device=CUDA).unbind()
     norms = torch.empty(num_heads + num_kv_heads, dim, device=CUDA) if has_norms else None
-    cache = KVCache(64, 16, num_kv_heads, dim, dim, dtype, CUDA)
+    cache = KVCache(64, 16, num_kv_heads, dim, dim, dtype, CUDA, is_float8=is_float8)
     turned = rotate.rotate(x, cos, sin, interleave=interleave)
     _expect(turned, tuple(x.shape), dtype)
     angles = batch.positions, cos, sin
@@ -282,6 +285,22 @@ CASES: dict[str, Callable[[], None]] = {
     ),
     "decode in float32, paper": lambda: attend(
         batch_of(64, 2000, 1), (16, 16), (512, 512), FLOAT32
+    ),
+    "float8 cache, rotation": lambda: turn(64, (32, 4), 128, 128, has_norms=True, is_float8=True),
+    "float8 cache, decode, Qwen3": lambda: attend(
+        batch_of(64, 8000, 1), (32, 4), (128, 128), is_float8=True
+    ),
+    "float8 cache, decode, paper": lambda: attend(
+        batch_of(64, 2000, 1), (16, 16), (512, 512), is_float8=True
+    ),
+    "float8 cache, decode, DeepSeek": lambda: attend(
+        batch_of(64, 8000, 1), (128, 1), (576, 512), in_keys=True, is_float8=True
+    ),
+    "float8 cache, prompt, Qwen3": lambda: attend(
+        batch_of(4, 0, 2000), (32, 4), (128, 128), is_float8=True
+    ),
+    "float8 cache, prompt, paper": lambda: attend(
+        batch_of(4, 0, 2000), (16, 16), (512, 512), is_float8=True
     ),
     "prompt in float32": lambda: attend(batch_of(4, 0, 2000), (32, 4), (128, 128), FLOAT32),
 }

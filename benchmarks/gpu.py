@@ -73,79 +73,62 @@ class Part:
     needs: str = ""
 
 
+LAST = ("families", "links")  # of tests/gpu: those whose ranks take long to start
+
+
+def gpu_tests() -> list[str]:
+    """Files of tests/gpu, without that of this script."""
+    names = [path.stem.removeprefix("test_") for path in (ROOT / "tests/gpu").glob("test_*.py")]
+    names = sorted(set(names) - {"script"}, key=lambda name: (name in LAST, name))
+    return [f"tests/gpu/test_{name}.py" for name in names]
+
+
+STEPS = ("--ranks", "1", "--hidden", "1536", "--rounds", "2", "--json", "{data}")
+CALIBRATE = ("profile", "--dtype", "bfloat16", "--within", "60", "--out", "{folder}")
+PEER = ("--checkpoint", "mixtral", "--rounds", "1", "--contenders", "ours:tp=1", "vllm:1")
 PARTS = (
     Part(
         "parity",
-        120,
+        170,
         (
             *PYTEST,
-            "tests/gpu",
+            *gpu_tests(),
             "tests/parity/test_equivalence.py::test_every_way_to_run[tp=1-plain-1 drained]",
             "tests/parity/test_equivalence.py::test_every_way_to_run[tp=1-overlap-2 rotating]",
         ),
         ("-k", "in_float32 or full_norm or fills"),
     ),
     # Without tests/conftest.py, which needs more than torch.
-    Part("kernels", 60, (*PYTEST, *SPREAD, "--noconftest", "tests/ops/cuda"), ("-k", "no_tokens")),
-    Part("limits", 50, ("benchmarks/bench_cuda.py", "--json", "{data}"), ("--tiny",)),
+    Part("kernels", 55, (*PYTEST, *SPREAD, "--noconftest", "tests/ops/cuda"), ("-k", "no_tokens")),
+    Part("limits", 45, ("benchmarks/bench_cuda.py", "--json", "{data}"), ("--tiny",)),
     Part(
         "calibrate",
-        130,
-        (
-            "-m",
-            "expertlane",
-            "calibrate",
-            "profile",
-            "--dtype",
-            "bfloat16",
-            "--within",
-            "80",
-            "--out",
-            "{folder}",
-        ),
+        110,
+        ("-m", "expertlane", "calibrate", *CALIBRATE),
         ("--ranks", "1", "--within", "5"),
     ),
     Part(
         "one_rank",
-        90,
+        80,
         ("benchmarks/bench_one_rank.py", "--profile", "{folder}/profile.toml", "--json", "{data}"),
         ("--rehearse",),
     ),
     Part(
         "steps",
-        60,
-        (
-            "benchmarks/bench_projection.py",
-            "--profile",
-            "{folder}/profile.toml",
-            "--rounds",
-            "2",
-            "--json",
-            "{data}",
-        ),
+        50,
+        ("benchmarks/bench_projection.py", "--profile", "{folder}/profile.toml", *STEPS),
         ("--hidden", "256", "--rounds", "1"),
     ),
     Part(
         "operations",
-        20,
+        15,
         (*PYTEST, "--noconftest", "tests/ops/test_torch_backend.py", "tests/ops/test_products.py"),
         ("-k", "sums"),
     ),
     Part(
         "vllm",
         240,
-        (
-            "benchmarks/bench_engine.py",
-            "--checkpoint",
-            "mixtral",
-            "--rounds",
-            "1",
-            "--contenders",
-            "ours:tp=1",
-            "vllm:1",
-            "--vllm-python",
-            sys.executable,
-        ),
+        ("benchmarks/bench_engine.py", *PEER, "--vllm-python", sys.executable),
         ("--help",),
         needs="vllm",
     ),

@@ -136,7 +136,7 @@ def plan(
     routing_trace: str | Path | None = None,
     skew: float | None = None,
     dtype: Literal['float32', 'bfloat16', 'float16', 'float8', 'nvfp4', 'mxfp4'] | None = None,
-    kv_dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
+    kv_dtype: Literal['model', 'float32', 'bfloat16', 'float16', 'float8'] = 'model',
     execution: Literal['graph', 'eager'] = 'graph',
     framework: Text | None = None,
     mtp: int = 0,
@@ -171,7 +171,7 @@ def plan(
         routing_trace: Routing as recorded by expertlane generate --record-routing.
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         dtype: Type of weights and activations.
-        kv_dtype: Type of the KV cache.
+        kv_dtype: Type of the KV cache. model: that of hidden states.
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
             sglang. simulate also takes its --max-num-batched-tokens, where that is left at
@@ -212,7 +212,7 @@ def simulate(
     routing_trace: str | Path | None = None,
     skew: float | None = None,
     dtype: Literal['float32', 'bfloat16', 'float16', 'float8', 'nvfp4', 'mxfp4'] | None = None,
-    kv_dtype: Literal['float32', 'bfloat16', 'float16', 'float8'] | None = None,
+    kv_dtype: Literal['model', 'float32', 'bfloat16', 'float16', 'float8'] = 'model',
     execution: Literal['graph', 'eager'] = 'graph',
     framework: Text | None = None,
     overlap: Literal['off', 'on', 'auto'] = 'off',
@@ -267,7 +267,7 @@ def simulate(
         routing_trace: Routing as recorded by expertlane generate --record-routing.
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         dtype: Type of weights and activations.
-        kv_dtype: Type of the KV cache.
+        kv_dtype: Type of the KV cache. model: that of hidden states.
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
             sglang. simulate also takes its --max-num-batched-tokens, where that is left at
@@ -428,7 +428,7 @@ def bench(
             even out ranks' loads, where that saves time.
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
-        kv_dtype: Type of the KV cache; float8 halves it or better, and rounds keys and values.
+        kv_dtype: Type of the KV cache. float8 halves it or better, and rounds keys and values.
         cache_int8: With --weights int8: keep the rounded weights in the checkpoint's folder,
             for later starts.
         cuda_graphs: Record decode steps once and launch each as one CUDA graph; auto: where

@@ -207,7 +207,7 @@ def test_torch_is_not_imported(here):
 def test_a_preset_is_in_a_type_that_the_devices_have():
     found, cluster = find_model("paper-small", weights=False), parse_cluster("h100x2")
     options = ProjectionOptions(
-        routing_trace=None, skew=None, dtype=None, kv_dtype=None, execution="graph"
+        routing_trace=None, skew=None, dtype=None, kv_dtype="model", execution="graph"
     )
     assert found.number_types(options, cluster).weights == "float16"
     device = replace(cluster.profile.device, flops_per_s={"float32": 1e12})

@@ -12,8 +12,10 @@ import torch
 pytest.importorskip("triton")
 
 from engine.one_rank import OneRank, stage_of
-from expertlane.model.decode_graphs import StaticInputs, graph_sizes
+from expertlane.model.decode_graphs import StaticInputs, graph_sizes, padded
+from expertlane.ops.kv_cache import PagedBatch
 from expertlane.schedule.drive import DriveLoop
+from expertlane.schedule.plan import Batch
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
@@ -49,9 +51,8 @@ def requests_of(model, num, max_tokens):
     return [
         Request(
             str(number),
-            rng.integers(0, model.vocab_size, rng.integers(2, 6)),
+            rng.integers(0, model.vocab_size, rng.integers(2, 5)),
             max_tokens=int(rng.integers(max_tokens // 2, max_tokens + 1)),
-            stop_token_ids=[int(rng.integers(0, model.vocab_size))],
             sampling=PARAMS[rng.integers(len(PARAMS))],
             sampling_seed=number,
         )
@@ -102,7 +103,27 @@ def test_numbers_of_sequences():
             assert size - smaller <= max(8, size / 4)
 
 
-QUICK = ("sinks, window, biases", "latent, dense layer")
+def test_a_padded_batch():
+    batch = Batch(
+        seq_ids=np.array([7, 3]),
+        num_scheduled_tokens=np.array([1, 1]),
+        num_computed_tokens=np.array([5, 0]),
+        token_ids=np.array([11, 12]),
+        block_tables=np.array([[4, 2], [1, -1]], dtype=np.int32),
+        yields_token=np.array([True, True]),
+    )
+    with_padding = padded(batch, 4, scratch_block=9)
+    assert with_padding.block_tables.tolist() == [[4, 2], [1, -1], [9, -1], [9, -1]]
+    assert with_padding.num_computed_tokens.tolist() == [5, 0, 0, 0]
+    assert with_padding.num_scheduled_tokens.tolist() == [1, 1, 1, 1]
+    pages = PagedBatch(with_padding, 4, torch.device("cpu"))
+    assert pages.slots.tolist() == [2 * 4 + 1, 1 * 4, 9 * 4, 9 * 4]
+    assert pages.sequences.lengths.tolist() == [6, 1, 1, 1]
+    nothing = padded(batch.only(np.empty(0, dtype=np.intp)), 1, scratch_block=9)
+    assert (nothing.block_tables.tolist(), nothing.num_seqs) == ([[9, -1]], 1)
+
+
+QUICK = ("sinks, window, biases",)
 
 
 @pytest.mark.parametrize(
@@ -118,28 +139,26 @@ def test_graphs_on_and_off_are_equal(name, monkeypatch):
     assert num_preempted == again > 0
     assert difference(logits, others) <= 1e-5
     assert graphs.num_replayed == runner.num_decodes > 5
-    assert graphs.num_recorded == 3  # for 1, 2 and 3 sequences
+    assert 1 < graphs.num_recorded <= 3
 
 
 # Of what a graph reads: real tokens, token ids, positions, slots, lengths and block tables.
-BAKED = (0, 1, 3, 4, 7, 8)
-
-
-def test_a_value_that_is_not_renewed_is_noticed(monkeypatch):
+@pytest.mark.parametrize(
+    "column", [0, *(pytest.param(each, marks=pytest.mark.full) for each in (1, 3, 4, 7, 8))]
+)
+def test_a_value_that_is_not_renewed_is_noticed(column, monkeypatch):
     model = MODELS["normed heads, shared expert"].with_overrides(num_hidden_layers=1)
     expected, logits, *_ = play(model, None, monkeypatch, num=2, max_tokens=4)
-    fill = StaticInputs.fill
-    for column in BAKED:
-        first: dict[int, torch.Tensor] = {}
+    fill, first = StaticInputs.fill, {}
 
-        def fill_all_but_one(inputs, columns, column=column, first=first):
-            fill(inputs, columns)
-            baked = first.setdefault(id(inputs), inputs.tensors[column].clone())
-            inputs.tensors[column].copy_(baked)
+    def fill_all_but_one(inputs, columns):
+        fill(inputs, columns)
+        baked = first.setdefault(id(inputs), inputs.tensors[column].clone())
+        inputs.tensors[column].copy_(baked)
 
-        monkeypatch.setattr(StaticInputs, "fill", fill_all_but_one)
-        try:
-            found, others, *_ = play(model, ReplayedGraphs(), monkeypatch, num=2, max_tokens=4)
-        except triton.runtime.errors.InterpreterError:
-            continue  # it computes with what was never written
-        assert found != expected or difference(logits, others) > 1e-3, column
+    monkeypatch.setattr(StaticInputs, "fill", fill_all_but_one)
+    try:
+        found, others, *_ = play(model, ReplayedGraphs(), monkeypatch, num=2, max_tokens=4)
+    except triton.runtime.errors.InterpreterError:
+        return  # it computes with what was never written
+    assert found != expected or difference(logits, others) > 1e-3

@@ -127,7 +127,8 @@ def test_planted_errors_are_named(pools, layout, level, kind, rank, line, ranks,
 
 
 @pytest.mark.parametrize(
-    ("layout", "form"), [("dp=2,ep=2", "all_gather"), ("dp=4,ep=4", "hierarchical")]
+    ("layout", "form"),
+    [("dp=2,ep=2", "all_gather"), ("dp=2,ep=2", "static"), ("dp=4,ep=4", "hierarchical")],
 )
 def test_a_pair_that_goes_nowhere(pools, layout, form):
     deployed = Deployed(pools, layout, "full", dispatch=form)

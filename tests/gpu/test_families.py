@@ -4,8 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.pool import RankPool
 from expertlane.model.checkpoint import Checkpoint
 
 pytest.importorskip("transformers")
@@ -17,8 +15,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_on_one_gpu(checkpoints, family: str) -> None:
+def test_every_family_on_one_gpu(checkpoints, ranks_of, family: str) -> None:
     folder = checkpoints.folder(family)
-    with RankPool(LocalRanks(1, 60.0, "float32"), 60.0) as pool:
-        pools = SimpleNamespace(pool=lambda *_: pool)  # none of those that compute on the CPU
-        check_against_transformers(pools, folder, Checkpoint(folder).model, "tp=1", num_steps=16)
+    pools = SimpleNamespace(pool=lambda *_: ranks_of(1, "float32"))  # none that computes on the CPU
+    check_against_transformers(pools, folder, Checkpoint(folder).model, "tp=1", num_steps=16)

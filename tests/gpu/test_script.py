@@ -214,7 +214,7 @@ def test_every_goal_is_answered_in_a_line():
     assert by_name["EP 16, context 1, computing, ms"].measured == "2.00, proj. 3.00"
     assert by_name["TP 8 × PP 2, context 1, computing, ms"].measured == "4.00, proj. 6.00"
     steps = by_name["decode: median error, largest"]
-    assert (steps.measured, steps.is_met) == ("5.0%, 20.0%", True)
+    assert (steps.measured, steps.is_met) == ("5.0%, 20.0%", False)
     assert max(len(str(each)) for each in found) <= 80
     assert len(found) <= 40
 
@@ -235,6 +235,10 @@ def test_what_waits_is_run_by_a_part_and_its_tests_are_there(gpu):
         for path in (ROOT / "tests" / "gpu").glob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
     ]
+    known = [word for _, _, words in listed for word in words.split(", ") if word]
+    for name in names:
+        of_benchmarks = name.startswith(("test_script::", "test_one_rank::"))
+        assert of_benchmarks or any(word in name for word in known), f"{name} is in no line"
     for what, part, words in listed:
         for word in filter(None, words.split(", ")):
             assert part == "kernels" or any(word in name for name in names), what

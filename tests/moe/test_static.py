@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from expertlane.balance.placement import Placement
+from expertlane.comm import collectives
+from expertlane.moe import dispatch
 from expertlane.moe.dispatch import Dispatcher, RoutedTokens
 from expertlane.ops.backend import backend_for
 from expertlane.ops.products import Activation, Expert, Linear, grouped_mm
@@ -130,12 +132,14 @@ def compute_on_fake_gpus(case, monkeypatch):
     from expertlane.ops.cuda.experts import CudaExperts
 
     monkeypatch.setattr(type(permute._count_kernel), "run", lambda *_, **__: None)
+    ops, dtype = CudaBackend(), torch.bfloat16
+    for module in (dispatch, collectives):  # what they choose is kept, and fakes choose wrong
+        monkeypatch.setattr(module, "backend_for", lambda device: ops)
     layout = Layout.parse(case.layout)
     placement = Placement.round_robin(6, layout.ep, 2)
     num_of = [case.num_tokens + rank for rank in range(layout.world_size)]
     with FakeTensorMode(), Unguarded():
         on = {"device": torch.device("cuda")}
-        ops, dtype = CudaBackend(), torch.bfloat16
 
         def linear(num_out, num_in):
             return Linear(torch.empty(num_out, num_in, dtype=dtype, **on))
@@ -149,7 +153,7 @@ def compute_on_fake_gpus(case, monkeypatch):
             for held in placement.experts_of_rank
             for _ in range(layout.etp)
         ]
-        ranks = ranks_of(case.layout, placement, case.form, ops=ops, payload=case.payload, **on)
+        ranks = ranks_of(case.layout, placement, case.form, payload=case.payload, **on)
         tokens = [
             RoutedTokens(
                 torch.empty(num, 32, dtype=dtype, **on),

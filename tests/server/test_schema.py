@@ -17,7 +17,7 @@ from expertlane.server.requests import (
 from expertlane.server.responses.request import ResponsesRequest
 from server.running import PATIENCE_S
 
-NUM_ROUTES = 17
+NUM_ROUTES = 18
 ERROR = {"message", "type", "param", "code"}
 
 

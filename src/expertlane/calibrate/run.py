@@ -32,6 +32,7 @@ from expertlane.engine.commands import (
 )
 from expertlane.engine.launch import describe_ranks
 from expertlane.engine.pool import RankPool
+from expertlane.errors import UserError
 from expertlane.ops.host import num_cores
 from expertlane.progress import Progress, Silent
 
@@ -88,6 +89,11 @@ class Calibration:
         self._num_ranks = num_ranks
         machines = describe_ranks(pool)
         self.machine = machines[0]
+        if self.machine.ranks_on_device > 1:
+            raise UserError(
+                f"{self.machine.ranks_on_device} ranks share a GPU, so their times are no "
+                f"profile; valid: --ranks {num_devices()}"
+            )
         self.grid = grid or (GPU_GRID if self.machine.on_gpu else CPU_GRID)
         self.cores = [each.cpus[0] if each.cpus else None for each in machines]
         self._points = self.grid.points(self.machine.dtype)

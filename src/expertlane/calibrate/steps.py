@@ -81,13 +81,16 @@ class StepSample:
 
 
 def deployments_for(num_ranks: int) -> list[Deployment]:
-    """One rank alone, and all of them in every way of sending."""
-    found = [Deployment("one rank", Layout())]
+    """One rank alone, and all of them in every way of sending; a GPU launches kernel by kernel."""
+    eager = Options(cuda_graphs=False)
+    found = [Deployment("one rank", Layout(), eager)]
     if num_ranks > 1:
         all_ranks = Layout(dp=num_ranks, ep=num_ranks)
         modes = Options(dispatch="auto").modes(all_ranks, num_ranks)
-        found += [Deployment(str(mode), all_ranks, Options(dispatch=mode.form)) for mode in modes]
-        found.append(Deployment("sharded", Layout(dp=num_ranks)))
+        found += [
+            Deployment(str(mode), all_ranks, replace(eager, dispatch=mode.form)) for mode in modes
+        ]
+        found.append(Deployment("sharded", Layout(dp=num_ranks), eager))
     return found
 
 

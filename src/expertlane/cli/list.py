@@ -166,7 +166,7 @@ class _Options:
     panel: ClassVar = Panel.DEPLOYMENT
     cluster: str = cluster_option(...)
     dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
-    kv_dtype: CacheType | None = kv_dtype_option()
+    kv_dtype: CacheType = kv_dtype_option()
     max_model_len: int | None = max_model_len_option()
 
 

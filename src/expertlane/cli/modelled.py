@@ -16,8 +16,8 @@ from expertlane.spec.ranges import DEFAULT_SKEW
 if TYPE_CHECKING:
     from expertlane.cost.multi_token import MultiToken
 
-CacheType = Literal[Dtype, "float8"]
-NumberType = Literal[CacheType, "nvfp4", "mxfp4"]
+CacheType = Literal["model", Dtype, "float8"]
+NumberType = Literal[Dtype, "float8", "nvfp4", "mxfp4"]
 
 
 def cluster_option(default: Any, show_default: bool | str = True) -> Any:
@@ -46,10 +46,9 @@ def skew_option() -> Any:
 def kv_dtype_option() -> Any:
     """The type of the KV cache."""
     return typer.Option(
-        None,
-        show_default="that of hidden states",
+        "model",
         rich_help_panel=Panel.MODELLED,
-        help="Type of the KV cache.",
+        help="Type of the KV cache. model: that of hidden states.",
     )
 
 
@@ -106,7 +105,7 @@ class ProjectionOptions:
     )
     skew: float | None = skew_option()
     dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
-    kv_dtype: CacheType | None = kv_dtype_option()
+    kv_dtype: CacheType = kv_dtype_option()
     execution: Literal["graph", "eager"] = typer.Option(
         "graph", help="Steps as CUDA graphs, or kernels launched one by one."
     )

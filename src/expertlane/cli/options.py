@@ -303,7 +303,7 @@ class EngineOptions:
     )
     kv_dtype: KVCacheType = typer.Option(
         "model",
-        help="Type of the KV cache; float8 halves it or better, and rounds keys and values.",
+        help="Type of the KV cache. float8 halves it or better, and rounds keys and values.",
     )
     cache_int8: bool = typer.Option(
         False,

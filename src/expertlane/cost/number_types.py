@@ -71,14 +71,14 @@ class NumberTypes:
             )
 
     @classmethod
-    def asked(cls, weights: str, kv: str | None = None) -> "NumberTypes":
+    def asked(cls, weights: str, kv: str = "model") -> "NumberTypes":
         """As a user names them: hidden states are bfloat16 beside narrower weights.
 
         Args:
-            kv: that of hidden states if not given.
+            kv: `model` for that of hidden states.
         """
         activations = "bfloat16" if weights in _QUANTISED else weights
-        return cls(weights, activations, kv or activations)
+        return cls(weights, activations, activations if kv == "model" else kv)
 
     @classmethod
     def all_of(cls, number_type: str) -> "NumberTypes":
@@ -88,8 +88,7 @@ class NumberTypes:
     @classmethod
     def of_engine(cls, number_type: str, options: Options) -> "NumberTypes":
         """As the engine has them where weights of one byte are widened."""
-        kv = number_type if options.kv_dtype == "model" else options.kv_dtype
-        return cls(number_type, number_type, kv)
+        return cls.asked(number_type, options.kv_dtype)
 
     @classmethod
     def kept_as(

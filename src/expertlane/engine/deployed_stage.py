@@ -7,11 +7,8 @@ from types import MappingProxyType
 import torch
 
 from expertlane.balance.placement_file import Placements
-from expertlane.comm.checks import CheckedRecorder, Checks
-from expertlane.comm.clocks import clock_for
 from expertlane.comm.collectives import Pending, interleave
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
 from expertlane.engine.commands import (
     HeldBytes,
     RankOutcome,
@@ -20,7 +17,7 @@ from expertlane.engine.commands import (
 from expertlane.engine.migration import Migration
 from expertlane.engine.next_tokens import StepTokens, with_chosen
 from expertlane.engine.preparing import weight_source
-from expertlane.engine.rank_checks import StageChecks
+from expertlane.engine.rank_checks import StageChecks, recorder_of
 from expertlane.engine.stage_state import Changes, Left
 from expertlane.engine.worker import RankContext
 from expertlane.model.decode_graphs import DecodeGraphs, PaddedBatch, decode_graphs
@@ -43,29 +40,6 @@ from expertlane.spec.members import Members
 from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
 
 
-def _checks_of(spec: StageSpec, rank: int) -> Checks | None:
-    if spec.check == "off":
-        return None
-    at = spec.layout.coordinates(rank)
-    layers = spec.layout.layers_of_stage(spec.model.num_hidden_layers, at.pp_rank)
-    return Checks(spec.check, spec.model.num_experts, at.etp_rank, layers.start)
-
-
-def _recorder_of(
-    context: RankContext, spec: StageSpec, rank: int, checks: Checks | None
-) -> Recorder:
-    sizes = (
-        rank,
-        spec.model.num_hidden_layers,
-        spec.model.num_experts,
-        context.progress,
-        clock_for(context.platform.device, context.await_device),
-        spec.layout.world_size,
-        context.core_token(),
-    )
-    return CheckedRecorder(checks, *sizes) if checks else Recorder(*sizes)
-
-
 class DeployedStage:
     """A rank's stage of a deployment, and the order in which it takes micro-batches.
 
@@ -86,8 +60,7 @@ class DeployedStage:
         platform, model = context.platform, spec.model
         rank = spec.members.rank_of(context.rank)
         assert rank is not None, "it has a place in the layout"
-        checks = _checks_of(spec, rank)
-        self._recorder = _recorder_of(context, spec, rank, checks)
+        self._recorder = recorder_of(context, spec, rank)
         self._mesh = ParallelMesh(
             spec.layout,
             context.meshes,
@@ -96,7 +69,7 @@ class DeployedStage:
             self._recorder,
             spec.members,
         )
-        if checks is not None:
+        if (checks := self._recorder.checks) is not None:
             self._checks = StageChecks(checks, self._mesh)
         source = weight_source(spec, platform, context.progress.touch)
         source.given = {origin: weights for origin, (weights, _) in given.items()}

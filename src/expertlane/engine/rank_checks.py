@@ -7,11 +7,39 @@ import numpy as np
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
-from expertlane.comm.checks import Checks, checksum
+from expertlane.comm.checks import CheckedRecorder, Checks, checksum
+from expertlane.comm.clocks import clock_for
 from expertlane.comm.mesh import ParallelMesh
+from expertlane.comm.recorder import Recorder
+from expertlane.engine.commands import StageSpec
+from expertlane.engine.worker import RankContext
 from expertlane.model.sampler import Sampler
 from expertlane.model.transformer import TransformerStage
 from expertlane.spec.names import CheckPoint
+
+
+def recorder_of(context: RankContext, spec: StageSpec, rank: int) -> Recorder:
+    """The recorder of a rank's stage, which looks for silent errors where that is asked.
+
+    Args:
+        rank: of the layout.
+    """
+    model, layout = spec.model, spec.layout
+    sizes = (
+        rank,
+        model.num_hidden_layers,
+        model.num_experts,
+        context.progress,
+        clock_for(context.platform.device, context.await_device),
+        layout.world_size,
+        context.core_token(),
+    )
+    if spec.check == "off":
+        return Recorder(*sizes)
+    at = layout.coordinates(rank)
+    layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
+    checks = Checks(spec.check, model.num_experts, at.etp_rank, layers.start)
+    return CheckedRecorder(checks, *sizes)
 
 
 class StageChecks:

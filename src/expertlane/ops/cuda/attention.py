@@ -235,18 +235,18 @@ class Tile(NamedTuple):
     num_stages: int
 
     @classmethod
-    def of(cls, rows_of_seq: int, dim: int, itemsize: int) -> "Tile":
+    def of(cls, rows_of_seq: int, dim: int, itemsize: int, *, widens: bool = False) -> "Tile":
         """For so many query rows of the longest sequence, and the wider of keys and values.
 
         The sums of values, rows · dim float32, lie in registers; keys and values of each stage in
-        shared memory.
+        shared memory. Where they are widened, as float32 first, that takes registers too.
         """
         most = 16 if itemsize == 4 else 32 if dim > 256 else 64 if dim > 128 else 128
         rows = min(most, max(16, triton.next_power_of_2(rows_of_seq)))
         if itemsize == 4:  # float32, for parity: multiplied without tensor cores
             return cls(rows, 16, 8, 1) if dim > 256 else cls(rows, 16, 4, 2)
         if dim > 256:  # with 64 rows, registers of sm_90 spill
-            return cls(rows, 32, 8 if rows > 16 else 4, 2)
+            return cls(rows, 32, 8 if rows > 16 or widens else 4, 2)
         return cls(rows, 64 if dim <= 128 else 32, 8 if rows * dim >= 128 * 128 else 4, 3)
 
 
@@ -282,9 +282,8 @@ def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
     longest = bounds.longest
     if params.window is not None:
         longest = min(longest, params.window + bounds.most_new)
-    tile = Tile.of(
-        group * bounds.most_new, max(key_dim, value_dim) // 64 * 64 or 64, query.itemsize
-    )
+    dim, is_float8 = max(key_dim, value_dim) // 64 * 64 or 64, cache.key_scales is not None
+    tile = Tile.of(group * bounds.most_new, dim, query.itemsize, widens=is_float8)
     num_tiles = num_tokens * group // tile.rows + num_seqs
     if bounds.is_decode:
         num_tiles = num_seqs * triton.cdiv(group, tile.rows)
@@ -309,7 +308,7 @@ def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
         IS_DECODE=bounds.is_decode,
         IS_SPLIT=num_splits > 1,
         VALUES_IN_KEYS=cache.values.shape[-1] == 0,
-        IS_FLOAT8=cache.key_scales is not None,
+        IS_FLOAT8=is_float8,
         ROWS=tile.rows,
         POSITIONS=tile.positions,
         MAIN=main,

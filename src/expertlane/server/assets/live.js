@@ -350,7 +350,8 @@
       }
       const now = frame.now[rank];
       const isIdle = now.stage === "idle";
-      const stage = isIdle ? "idle" : `${now.waiting ? "waits in" : "in"} ${now.stage}`;
+      const isAlone = isIdle || now.stage === "preparing";  // in no step
+      const stage = isAlone ? now.stage : `${now.waiting ? "waits in" : "in"} ${now.stage}`;
       const where = isIdle || now.layer === null ? stage : `${stage}, layer ${now.layer}`;
       const silent = !isIdle && now.silent_s > 2 ? ` for ${now.silent_s.toFixed(0)} s` : "";
       cells.push(make("span", `rank ${rank}`), bar, make("span", `${where}${silent}`, "now"));
