@@ -34,7 +34,7 @@ _SUM_BLOCK = 1024
 def _grouped_kernel(
     x, weight, scales, bias, counts, from_rows, to_rows, out,
     x_row, out_row, out_split, num_rows, num_matrices, out_features, in_features,
-    num_groups, group, first,
+    num_groups, group, first, low,
     HAS_COUNTS: tl.constexpr, BITS: tl.constexpr, HAS_BIAS: tl.constexpr,
     IS_GATHERED: tl.constexpr, IS_SCATTERED: tl.constexpr, IS_SPLIT: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr, MATRICES: tl.constexpr,
@@ -53,7 +53,7 @@ def _grouped_kernel(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < out_features
     place = (matrix * out_features + column).to(tl.int64)  # among all matrices' columns
-    low, high, split = -(first % DEPTH), in_features, tl.program_id(2)  # a step has one group
+    high, split = in_features, tl.program_id(2)
     if IS_SPLIT:
         low, high = share_of(low, high, split, tl.num_programs(2), DEPTH)
     of_row = x + row * x_row
@@ -107,15 +107,14 @@ def _plain_product(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, COLUMNS] float32; over inputs from low to high."""
-    of_column = weight + place * in_features
+    depth = tl.arange(0, DEPTH)
+    of_row = of_row[:, None] + depth[None, :]
+    of_column = (weight + place * in_features)[None, :] + depth[:, None]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(low, high, DEPTH):
-        depth = start + tl.arange(0, DEPTH)
-        is_input = depth < in_features
-        a = tl.load(of_row[:, None] + depth[None, :], is_row[:, None] & is_input[None, :], 0.0)
-        b = tl.load(
-            of_column[None, :] + depth[:, None], is_column[None, :] & is_input[:, None], 0.0
-        )
+        is_input = depth < in_features - start
+        a = tl.load(of_row + start, is_row[:, None] & is_input[None, :], 0.0)
+        b = tl.load(of_column + start, is_column[None, :] & is_input[:, None], 0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
     return total
 
@@ -127,15 +126,14 @@ def _product_of_groups(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """As `_plain_product`, of one-byte weights; every step lies in one group."""
-    of_column = weight + place * in_features
+    depth = tl.arange(0, DEPTH)
+    of_row = of_row[:, None] + depth[None, :]
+    of_column = (weight + place * in_features)[:, None] + depth[None, :]
     total = _zeros(WEIGHTS_FIRST, ROWS, COLUMNS)
     for start in range(low, high, DEPTH):
-        depth = start + tl.arange(0, DEPTH)
-        is_input = (depth >= 0) & (depth < in_features)
-        a = tl.load(of_row[:, None] + depth[None, :], is_row[:, None] & is_input[None, :], 0.0)
-        b = tl.load(
-            of_column[:, None] + depth[None, :], is_column[:, None] & is_input[None, :], 0.0
-        )
+        is_input = (depth >= -start) & (depth < in_features - start)
+        a = tl.load(of_row + start, is_row[:, None] & is_input[None, :], 0.0)
+        b = tl.load(of_column + start, is_column[:, None] & is_input[None, :], 0.0)
         scale = tl.load(of_scale + (start + first) // group, is_column, 0.0)
         if WEIGHTS_FIRST:
             sums = tl.dot(b.to(a.dtype), tl.trans(a), input_precision="ieee")
@@ -153,18 +151,18 @@ def _product_of_blocks(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """As `_plain_product`, of MXFP4 weights; inputs are a multiple of 32."""
-    of_byte, of_scale = weight + place * (in_features // 2), scales + place * (in_features // 32)
+    depth, byte, block = tl.arange(0, DEPTH), tl.arange(0, DEPTH // 2), tl.arange(0, DEPTH // 32)
+    of_row = of_row[:, None] + depth[None, :]
+    of_byte = (weight + place * (in_features // 2))[:, None] + byte[None, :]
+    of_scale = (scales + place * (in_features // 32))[:, None] + block[None, :]
     total = _zeros(WEIGHTS_FIRST, ROWS, COLUMNS)
     for start in range(low, high, DEPTH):
-        depth = start + tl.arange(0, DEPTH)
-        byte = start // 2 + tl.arange(0, DEPTH // 2)
-        block = start // 32 + tl.arange(0, DEPTH // 32)
-        is_input = depth < in_features
-        a = tl.load(of_row[:, None] + depth[None, :], is_row[:, None] & is_input[None, :], 0.0)
-        is_byte = is_column[:, None] & (byte < in_features // 2)[None, :]
-        codes = tl.load(of_byte[:, None] + byte[None, :], is_byte, 0)
-        is_block = is_column[:, None] & (block < in_features // 32)[None, :]
-        exponents = tl.load(of_scale[:, None] + block[None, :], is_block, 0)
+        rest = in_features - start
+        a = tl.load(of_row + start, is_row[:, None] & (depth < rest)[None, :], 0.0)
+        is_byte = is_column[:, None] & (byte < rest // 2)[None, :]
+        codes = tl.load(of_byte + start // 2, is_byte, 0)
+        is_block = is_column[:, None] & (block < rest // 32)[None, :]
+        exponents = tl.load(of_scale + start // 32, is_block, 0)
         b = _widened(codes, exponents, COLUMNS, DEPTH).to(a.dtype)
         if WEIGHTS_FIRST:
             total = tl.dot(b, tl.trans(a), total, input_precision="ieee")
@@ -290,6 +288,7 @@ def grouped_product(
         *(x, matrices.weight, matrices.scales, matrices.bias, counts, from_rows, sums_to, sums),
         *(x.stride(0), sums.stride(0), num_rows * out_features, num_rows, matrices.num),
         *(out_features, matrices.in_features, matrices.num_groups, matrices.group, matrices.first),
+        -(matrices.first % tile.depth),  # so that a step has one group
         BITS=matrices.bits,
         HAS_BIAS=matrices.bias is not None,
         IS_GATHERED=from_rows is not None,
