@@ -45,7 +45,7 @@ def stage_of(model, limits, graphs, monkeypatch, device, dtype, options=None) ->
         options,
         num_blocks=limits.num_blocks,
         block_size=limits.block_size,
-        graphs=GraphLimits(limits.max_num_seqs, limits.max_positions),
+        graphs=GraphLimits(limits.max_num_seqs, limits.max_model_len),
     )
     stage.board = board
     return stage

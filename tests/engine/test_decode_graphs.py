@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from engine.one_rank import OneRank, stage_of
-from expertlane.model.decode_graphs import StaticInputs, graph_sizes, padded
+from expertlane.model.decode_graphs import DecodeGraphs, StaticInputs, graph_sizes, padded
 from expertlane.ops.kv_cache import PagedBatch
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import Batch
@@ -140,6 +140,20 @@ def test_graphs_on_and_off_are_equal(name, monkeypatch):
     assert difference(logits, others) <= 1e-5
     assert graphs.num_replayed == runner.num_decodes > 5
     assert 1 < graphs.num_recorded <= 3
+
+
+@pytest.mark.parametrize(
+    "name", ["sinks, window, biases", pytest.param("latent, dense layer", marks=pytest.mark.full)]
+)
+def test_graphs_up_to_each_dispatch(name, monkeypatch):
+    """As where dispatch asks the host for numbers of rows; here nothing travels."""
+    model, graphs = MODELS[name], ReplayedGraphs()
+    expected, logits, *_ = play(model, None, monkeypatch)
+    monkeypatch.setattr(DecodeGraphs, "takes_steps", lambda graphs, form: False)
+    found, others, _, runner = play(model, graphs, monkeypatch)
+    assert found == expected
+    assert difference(logits, others) <= 1e-5
+    assert graphs.num_replayed == model.num_hidden_layers * runner.num_decodes > 10
 
 
 # Of what a graph reads: real tokens, token ids, positions, slots, lengths and block tables.

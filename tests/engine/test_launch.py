@@ -76,10 +76,6 @@ GPU_RANK = {"on_gpu": True, "kernels": "torch and expertlane (triton 3.9.0)", "b
             GPU_RANK | {"kernels": "torch (Triton is not installed)"},
             "need our GPU kernels, but a rank computes with torch (Triton is not installed)",
         ),
-        (
-            GPU_RANK | {"backend": "gloo through host memory"},
-            "need nccl between ranks, which exchange messages by gloo through host memory",
-        ),
     ],
 )
 def test_graphs_that_cannot_be_are_refused_if_asked_for(rank, reason):

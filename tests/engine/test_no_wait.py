@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 
 from engine.one_rank import stage_of
 from engine.test_decode_graphs import PARAMS, limits_of
+from expertlane.model.decode_graphs import DecodeGraphs
 from expertlane.ops import products, transfer
 from expertlane.ops.cuda import launch
 from expertlane.schedule.plan import Batch, RankBatch, RankStep
@@ -135,15 +136,17 @@ ASKED = (
 )
 
 
-@pytest.mark.parametrize("has_graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("way", ["eager", "graphs", "layers"])
 @pytest.mark.parametrize("is_sampled", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_decode_step_waits_for_nothing_but_its_tokens(
-    name, is_sampled, has_graphs, no_waits, monkeypatch
+    name, is_sampled, way, no_waits, monkeypatch
 ):
     monkeypatch.setattr(products, "_groups_products", lambda *_: name == "paper")
     model, num_seqs = MODELS[name], 4
-    graphs = OneGraph() if has_graphs else None
+    graphs = None if way == "eager" else OneGraph()
+    if way == "layers":  # up to each dispatch
+        monkeypatch.setattr(DecodeGraphs, "takes_steps", lambda graphs, form: False)
     limits = limits_of(model, num_blocks=12, max_num_seqs=num_seqs)
     stage = stage_of(model, limits, graphs, monkeypatch, GPU, torch.bfloat16)
     waits = []
@@ -159,10 +162,12 @@ def test_a_decode_step_waits_for_nothing_but_its_tokens(
             outcome = stage.run(step_of(num_seqs, number, {} if number else admitted))
         assert [*outcome.token_ids] == [*range(num_seqs)]
         assert waits == ["an event"] * (number + 1)
-    if not is_sampled:
-        assert no_waits.num_transfers == 2 * 2 + has_graphs  # in and out; once to record
-    if has_graphs:
-        assert (graphs.num_recorded, graphs.num_launched) == (1, 2)
+    num_graphs = {"eager": 0, "graphs": 1, "layers": model.num_hidden_layers}[way]
+    if not is_sampled:  # in and out; those that record; and what is between layers' graphs
+        num_of_steps = 2 * 2 + num_graphs + (2 + num_graphs if way == "layers" else 0)
+        assert no_waits.num_transfers == num_of_steps
+    if graphs is not None:
+        assert (graphs.num_recorded, graphs.num_launched) == (num_graphs, 2 * num_graphs)
 
 
 @pytest.mark.parametrize(

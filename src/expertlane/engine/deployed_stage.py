@@ -24,7 +24,7 @@ from expertlane.model.decode_graphs import DecodeGraphs, PaddedBatch, decode_gra
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.sampler import Sampler
 from expertlane.model.scored_prompts import ScoredPrompts
-from expertlane.model.transformer import HeadResult, TransformerStage
+from expertlane.model.transformer import HeadResult, RunsLayers, TransformerStage
 from expertlane.model.weights import HeldWeights
 from expertlane.results.rank_totals import RankTotals
 from expertlane.schedule.plan import Batch, RankBatch, RankStep
@@ -34,7 +34,6 @@ from expertlane.spec.deployment import (
     GraphLimits,
     Options,
     PayloadType,
-    is_static_on,
 )
 from expertlane.spec.members import Members
 from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
@@ -227,7 +226,8 @@ class DeployedStage:
                 recorder.enter(Stage.HEAD)
                 tokens.choose(seq_ids, result, self._sampler)
                 if step.return_logits:
-                    outcome.logits |= zip(seq_ids, result.logits.cpu().numpy(), strict=True)
+                    logits = result.logits.to("cpu", copy=True)  # a graph writes over its own
+                    outcome.logits |= zip(seq_ids, logits.numpy(), strict=True)
         is_told = self._mesh.at.tp_rank == 0
         changes.chosen = tokens.fetch(
             outcome if is_told else None, self._look_at_head, self._await_device
@@ -329,19 +329,28 @@ class DeployedStage:
             return None
         return mesh.pp.receive(self.stage.empty_hidden(num_owned), mesh.at.pp_rank - 1)
 
+    @property
+    def _graphs_of_step(self) -> DecodeGraphs | None:
+        """None for a step that holds prompts, or that is looked at."""
+        recorder = self._recorder
+        is_looked_at = recorder.is_recording or recorder.checks is not None or self._crowds
+        return self._graphs if self._phase is Phase.DECODE and not is_looked_at else None
+
+    def _layers_in_graphs(self, parts: list[ForwardBatch]) -> RunsLayers | None:
+        """Up to each dispatch, where a whole step is none."""
+        graphs = self._graphs_of_step
+        if graphs is None or len(parts) > 1 or graphs.takes_steps(parts[0].dispatch_form):
+            return None
+        return graphs.layers_of(parts[0].batch, parts[0].dispatch_form)
+
     def _as_graph(
         self, batch: Batch, micro_batch: RankBatch, mode: DispatchMode
     ) -> PaddedBatch | None:
         """The batch as a graph takes it; decided by what all ranks of all stages see alike."""
-        recorder, graphs = self._recorder, self._graphs
-        if graphs is None or self._phase is not Phase.DECODE or mode.overlap:
+        graphs = self._graphs_of_step
+        if graphs is None or mode.overlap or self._balances_copies:
             return None
-        is_looked_at = recorder.is_recording or recorder.checks is not None
-        if is_looked_at or self._balances_copies or self._crowds:
-            return None
-        if not any(micro_batch.num_tokens):
-            return None
-        if not is_static_on(self.spec.layout, mode.form):
+        if not any(micro_batch.num_tokens) or not graphs.takes_steps(mode.form):
             return None
         return graphs.padded(batch, micro_batch.num_tokens, mode.form)
 
@@ -369,9 +378,10 @@ class DeployedStage:
         for x in inputs:
             self._recorder.check_finite(x, point)
         self._recorder.is_interleaved = len(parts) > 1
+        layers = self._layers_in_graphs(parts) if parts else None
         results = interleave(
             [
-                stage.forward(x, part, self._needs_logits(part.batch), self._scored(part))
+                stage.forward(x, part, self._needs_logits(part.batch), self._scored(part), layers)
                 for x, part in zip(inputs, parts, strict=True)
             ]
         )

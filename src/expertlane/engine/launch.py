@@ -252,7 +252,7 @@ def check_graphs(options: Options, machines: Sequence[RankMachine]) -> None:
     """Refuse CUDA graphs that were asked for where steps cannot be recorded.
 
     Raises:
-        UserError: a rank has no GPU, or not our kernels; or messages go through the host.
+        UserError: a rank has no GPU, or not our kernels.
     """
     if not options.cuda_graphs:
         return
@@ -262,8 +262,6 @@ def check_graphs(options: Options, machines: Sequence[RankMachine]) -> None:
             why_not = "need a GPU for every rank"
         elif "expertlane" not in machine.kernels:
             why_not = f"need our GPU kernels, but a rank computes with {machine.kernels}"
-        elif len(machines) > 1 and machine.backend != "nccl":
-            why_not = f"need nccl between ranks, which exchange messages by {machine.backend}"
     if why_not:
         raise UserError(
             f"CUDA graphs (--cuda-graphs on, cuda_graphs=True) {why_not}; valid here: auto or off "

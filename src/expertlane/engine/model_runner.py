@@ -110,7 +110,7 @@ class ModelRunner:
         spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
         graphs = None
         if options.cuda_graphs is not False:
-            graphs = GraphLimits(limits.max_num_seqs, limits.max_positions)
+            graphs = GraphLimits(limits.max_num_seqs, limits.max_model_len)
         self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size, graphs)
         if options.cache_int8:
             _keep_int8(pool, model, folder, log)

@@ -1,25 +1,30 @@
 """Decode steps of a stage as graphs: recorded once for some numbers of sequences, then launched.
 
-A batch is padded to the next of these numbers. A sequence of padding has one position in a block of
-the cache that belongs to nobody; no expert computes its token, and nobody reads what comes of it.
-All ranks of a stage pad to the same number, so they decide alike, and record in the same step.
+A whole step is one graph where its shapes do not turn on the routing; else a graph goes up to each
+dispatch. A batch is padded to the next of these numbers. A sequence of padding has one position in
+a block of the cache that belongs to nobody; no expert computes its token, and nobody reads what
+comes of it.
+All ranks of a stage pad a whole step to the same number, so they record it in the same step.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.comm.collectives import interleave
+from expertlane.comm.collectives import Steps, interleave
 from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.transformer import HeadResult, TransformerStage
+from expertlane.model.layers import DecoderLayer
+from expertlane.model.moe_block import MoEBlock, Routed
+from expertlane.model.transformer import HeadResult, RunsLayers, TransformerStage
 from expertlane.ops.backend import backend_for
 from expertlane.ops.graphs import Graphs
-from expertlane.ops.kv_cache import AttentionBounds
+from expertlane.ops.kv_cache import AttentionBounds, KVCache
 from expertlane.ops.transfer import Array, packed, unpacked
 from expertlane.schedule.plan import Batch
-from expertlane.spec.deployment import DispatchForm, GraphLimits
+from expertlane.spec.deployment import DispatchForm, GraphLimits, is_static_on
 
 _FEW = 8
 _PADDING = -1  # in place of a sequence's id
@@ -56,16 +61,16 @@ class StaticInputs:
 
     Args:
         columns: of a batch of that size; the last is of block tables.
-        width: blocks of the longest sequence that may come.
+        tables: for those; as wide as the longest sequence may be.
 
     Attributes:
         tensors: as `columns`, with block tables of that width.
     """
 
-    def __init__(self, columns: Sequence[Array], width: int, device: torch.device) -> None:
-        *fixed, tables = columns
-        self._fixed = torch.zeros_like(packed(fixed), device=device)
-        self._tables = torch.zeros(len(tables), width, dtype=torch.int64, device=device)
+    def __init__(self, columns: Sequence[Array], tables: Tensor) -> None:
+        *fixed, _ = columns
+        self._fixed = torch.zeros_like(packed(fixed), device=tables.device)
+        self._tables = tables
         self.tensors = [*unpacked(self._fixed, fixed), self._tables]
 
     def fill(self, columns: Sequence[Array]) -> None:
@@ -115,6 +120,7 @@ class DecodeGraphs:
 
     Args:
         num_blocks: of the cache, the one for padding not among them.
+        records_transfers: whether graphs may have transfers between ranks in them.
     """
 
     def __init__(
@@ -125,15 +131,25 @@ class DecodeGraphs:
         *,
         num_blocks: int,
         block_size: int,
+        records_transfers: bool,
     ) -> None:
         self.stage, self._graphs = stage, graphs
+        travels = max(stage.mesh.stage.size, stage.mesh.tp.size) > 1
+        self._takes_steps = records_transfers or not travels
         self.device, self.block_size = stage.device, block_size
         self.width = -(-limits.max_positions // block_size)
         self.scratch_block = num_blocks
         self._sizes = graph_sizes(limits.max_num_seqs)
         self._inputs: dict[int, StaticInputs] = {}
+        shape = limits.max_num_seqs, self.width
+        self._tables = torch.zeros(shape, dtype=torch.int64, device=self.device)
         self._rooms: dict[str, Tensor] = {}
-        self._launch: dict[tuple[int, DispatchForm], Callable[[], None]] = {}
+        # By size, and form or layer: whole steps, and beginnings of layers.
+        self._launch: dict[tuple[int, DispatchForm | int], Callable[[], None]] = {}
+
+    def takes_steps(self, form: DispatchForm) -> bool:
+        """Whether a whole step with that form can be recorded; else beginnings of its layers."""
+        return self._takes_steps and is_static_on(self.stage.mesh.layout, form)
 
     def clear(self) -> None:
         """Forget what was recorded: weights, groups or the cache are others."""
@@ -150,12 +166,12 @@ class DecodeGraphs:
         assert batch.num_tokens == batch.num_seqs, "every sequence has one new token"
         most = max(num_tokens)
         sizes = [size for size in self._sizes if size >= most]
-        return PaddedBatch(batch, self, sizes[0], form) if sizes else None
+        return PaddedBatch(batch, self, sizes[0], form) if sizes and most else None
 
     def inputs_of(self, size: int, columns: Sequence[Array]) -> StaticInputs:
         """Where batches of that size go."""
         if size not in self._inputs:
-            self._inputs[size] = StaticInputs(columns, self.width, self.device)
+            self._inputs[size] = StaticInputs(columns, self._tables[:size])
         return self._inputs[size]
 
     def run(self, part: PaddedBatch, arrived: Tensor | None) -> Tensor | HeadResult:
@@ -168,29 +184,80 @@ class DecodeGraphs:
             Hidden states of all owned tokens, or the head's result of real sequences. Logits are
             gone with the next step.
         """
-        form, size = part.dispatch_form, part.batch.num_seqs
-        nothing = part.real.only(np.empty(0, dtype=np.intp))
-        if not self._launch:
-            self._record(nothing, self._sizes[-1], form)
-        if (size, form) not in self._launch:
-            self._record(nothing, size, form)
+        form = part.dispatch_form
+        self._prepare(part, form, self._forward)
         if arrived is not None:
             self._room("arrived", arrived)[: len(arrived)].copy_(arrived)
         part.fill()
-        self._launch[size, form]()
+        self._launch[part.batch.num_seqs, form]()
         if self.stage.mesh.is_last_stage:
             num = part.real.num_seqs
             token_ids = self._rooms["token_ids"][:num].clone()
             return HeadResult(token_ids, self._rooms["logits"][:num], None)
         return self._rooms["hidden"][: part.num_owned].clone()
 
-    def _record(self, nothing: Batch, size: int, form: DispatchForm) -> None:
-        def run() -> None:
-            # Anew each time: what a batch keeps from its first layer on is computed by the graph.
-            self._forward(PaddedBatch(nothing, self, size, form))
+    def layers_of(self, batch: Batch, form: DispatchForm) -> RunsLayers | None:
+        """Runs the layers for a batch of one token a sequence, up to each dispatch as a graph.
 
-        PaddedBatch(nothing, self, size, form).fill()  # nothing of a sequence is written over
-        self._launch[size, form] = self._graphs.capture(run)
+        Where dispatch asks the host for numbers of rows, it runs between them as usual, on real
+        tokens. None where the batch does not suit: each rank decides for itself.
+        """
+        own = [batch.num_seqs] * self.stage.mesh.layout.dp
+        part = self.padded(batch, own, form) if self.stage.mesh.tp.size == 1 else None
+        if part is None:
+            return None
+
+        def run(x: Tensor, real: ForwardBatch) -> Steps[Tensor]:
+            part.fill()
+            for layer, cache in self.stage.layers:
+                self._room("x", x)[: len(x)].copy_(x)
+                begun = self._begun(part, layer, cache)
+                if isinstance(begun, Tensor):
+                    x = begun
+                else:
+                    assert isinstance(layer.block, MoEBlock), "only such a block has a router"
+                    x = yield from layer.block.finish(begun, real)
+            return x
+
+        return run
+
+    def _begun(self, part: PaddedBatch, layer: DecoderLayer, cache: KVCache) -> Routed | Tensor:
+        """Of real tokens, as `DecoderLayer.begin`; overwritten by the next layer."""
+        size, num = part.batch.num_seqs, part.real.num_seqs
+
+        def begin(padded: PaddedBatch) -> None:
+            x = self._rooms["x"][: padded.batch.num_seqs]
+            (begun,) = interleave([layer.begin(x, padded, cache)])
+            if isinstance(begun, Tensor):
+                self._keep("begun", begun)
+                return
+            for name, values in begun._asdict().items():
+                self._keep(f"routed {name}", values)
+
+        if self._prepare(part, layer.index, begin):
+            part.fill()
+        self._launch[size, layer.index]()
+        if not isinstance(layer.block, MoEBlock):
+            return self._rooms["begun"][:num]
+        return Routed(*(self._rooms[f"routed {name}"][:num] for name in Routed._fields))
+
+    def _prepare(
+        self, part: PaddedBatch, kind: DispatchForm | int, run: Callable[[PaddedBatch], None]
+    ) -> bool:
+        """Record what is not there for a batch of this size; says whether there was anything.
+
+        It runs on padding alone: nothing of a sequence is written over.
+        """
+        size, form = part.batch.num_seqs, part.dispatch_form
+        nothing = part.real.only(np.empty(0, dtype=np.intp))
+        first = () if self._launch else (self._sizes[-1],)
+        missing = [each for each in {*first, size} if (each, kind) not in self._launch]
+        for each in sorted(missing, reverse=True):
+            # A batch anew each time: what it keeps from its first layer on is recorded too.
+            batch = partial(PaddedBatch, nothing, self, each, form)
+            batch().fill()
+            self._launch[each, kind] = self._graphs.capture(partial(_run_on, batch, run))
+        return bool(missing)
 
     def _forward(self, part: PaddedBatch) -> None:
         """What is recorded."""
@@ -218,6 +285,10 @@ class DecodeGraphs:
         return self._rooms[name]
 
 
+def _run_on(make: Callable[[], PaddedBatch], run: Callable[[PaddedBatch], None]) -> None:
+    run(make())
+
+
 def decode_graphs(
     stage: TransformerStage,
     limits: GraphLimits | None,
@@ -226,18 +297,20 @@ def decode_graphs(
     block_size: int,
     records_transfers: bool,
 ) -> DecodeGraphs | None:
-    """A stage's; None where its device has none, or reaches other ranks through the host.
+    """A stage's; None where its device has none.
 
     Args:
         limits: None where no step is to be recorded.
-        num_blocks, block_size: as of `DecodeGraphs`.
-        records_transfers: whether graphs may have transfers between ranks in them.
+        num_blocks, block_size, records_transfers: as of `DecodeGraphs`.
     """
-    mesh = stage.mesh
-    travels = max(mesh.stage.size, mesh.tp.size) > 1
-    if limits is None or (travels and not records_transfers):
+    graphs = None if limits is None else backend_for(stage.device).graphs()
+    if limits is None or graphs is None:
         return None
-    graphs = backend_for(stage.device).graphs()
-    if graphs is None:
-        return None
-    return DecodeGraphs(stage, graphs, limits, num_blocks=num_blocks, block_size=block_size)
+    return DecodeGraphs(
+        stage,
+        graphs,
+        limits,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        records_transfers=records_transfers,
+    )

@@ -13,7 +13,7 @@ from expertlane.model.attention import Attention, RotaryEmbedding
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.latent_attention import LatentAttention
 from expertlane.model.mlp import DenseBlock
-from expertlane.model.moe_block import MoEBlock
+from expertlane.model.moe_block import MoEBlock, Routed
 from expertlane.model.weights import WeightSource, taker_of
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
@@ -63,14 +63,28 @@ class DecoderLayer:
         Returns:
             [num_owned, hidden_size].
         """
+        x, added = yield from self._attended(x, batch, cache)
+        x = yield from self.block.forward(x, batch, added)
+        self._recorder.check_finite(x, CheckPoint.AFTER_MLP, self.index)
+        return x
+
+    def begin(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Routed | Tensor]:
+        """As `forward`, up to where an MoE block dispatches; all of a dense layer."""
+        x, added = yield from self._attended(x, batch, cache)
+        if isinstance(self.block, MoEBlock):
+            return self.block.routed(x, batch, added)
+        return (yield from self.block.forward(x, batch, added))
+
+    def _attended(
+        self, x: Tensor, batch: ForwardBatch, cache: KVCache
+    ) -> Steps[tuple[Tensor, Tensor | None]]:
+        """As `_attend`; one tensor where two are no less work."""
         x, added = yield from self._attend(x, batch, cache)
         if added is not None and (self._recorder.checks or not self._ops.adds_with_norm):
             x, added = x + added, None
         self._recorder.check_finite(x, CheckPoint.AFTER_ATTENTION, self.index)
         self._recorder.enter(Stage.ROUTER, self.index)
-        x = yield from self.block.forward(x, batch, added)
-        self._recorder.check_finite(x, CheckPoint.AFTER_MLP, self.index)
-        return x
+        return x, added
 
     @property
     def parts(self) -> LayerParts | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,21 @@ from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckPoint, Stage
 from expertlane.spec.tensors import expert_name
+
+
+class Routed(NamedTuple):
+    """Tokens that have passed the router.
+
+    Attributes:
+        x: [T, hidden_size]; as they came, with what was added to them.
+        hidden: [T, hidden_size]; normed.
+        topk_ids, topk_weights: [T, top_k].
+    """
+
+    x: Tensor
+    hidden: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
 
 
 class MoEBlock:
@@ -178,7 +194,10 @@ class MoEBlock:
         """Apply to the tokens this rank owns, [num_owned, hidden_size]; `added` belongs to them."""
         if self.here is not None and self.here.takes(x) and added is None:
             return (yield from self._compute_here(self.here, x, batch))
-        recorder, layer = self._recorder, self._layer
+        return (yield from self.finish(self.routed(x, batch, added), batch))
+
+    def routed(self, x: Tensor, batch: ForwardBatch, added: Tensor | None = None) -> Routed:
+        """Norm and router of the tokens, as `forward` takes them."""
         if added is None:
             hidden, topk_ids, topk_weights = self._router(x)
         else:
@@ -189,6 +208,12 @@ class MoEBlock:
             topk_ids = self._crowded(topk_ids)
         if batch.is_real is not None:
             topk_ids = topk_ids.where(batch.is_real[:, None], -1)
+        return Routed(x, hidden, topk_ids, topk_weights)
+
+    def finish(self, routed: Routed, batch: ForwardBatch) -> Steps[Tensor]:
+        """What is left of `forward`."""
+        recorder, layer = self._recorder, self._layer
+        x, hidden, topk_ids, topk_weights = routed
         recorder.record_topk_ids(topk_ids)
         self._count_router(x.shape[0])
         recorder.check_finite(topk_weights, CheckPoint.ROUTER, layer)

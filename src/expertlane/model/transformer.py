@@ -1,6 +1,6 @@
 """The part of a transformer that one rank holds: its stage's layers, heads and experts."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
@@ -176,6 +176,9 @@ class OutputHead:
         return token_id.where(value.isfinite(), NO_TOKEN).long()
 
 
+RunsLayers = Callable[[Tensor, ForwardBatch], Steps[Tensor]]
+
+
 class StageParts:
     """Makes the parts of a stage, each of the weights that a source gives.
 
@@ -312,6 +315,11 @@ class TransformerStage:
             self._meter = meter
         return self._part
 
+    @property
+    def layers(self) -> Iterable[tuple[DecoderLayer, KVCache]]:
+        """Each with its cache."""
+        return zip(self._layers, self._caches, strict=True)
+
     def with_all_logits(self, result: HeadResult) -> Steps[HeadResult]:
         """The head's result of likeliest tokens, with logits of the whole vocabulary instead."""
         assert self._head is not None, "it is the last stage"
@@ -335,6 +343,7 @@ class TransformerStage:
         batch: ForwardBatch,
         needs_logits: bool,
         scored: ScoredPrompts | None = None,
+        layers: RunsLayers | None = None,
     ) -> Steps[Tensor | HeadResult]:
         """Run a batch through the stage's layers, and the head on the last stage.
 
@@ -342,15 +351,18 @@ class TransformerStage:
             x: [num_owned, hidden_size].
             needs_logits: all logits are wanted, not only the likeliest token.
             scored: prompt tokens whose log-probabilities are wanted too.
+            layers: runs them instead.
 
         Returns:
             Hidden states [num_owned, hidden_size] for the next stage, or the head's result.
         """
-        if (part := self._layers_part()) is not None and part.takes(x):
+        if layers is not None:
+            x = yield from layers(x, batch)
+        elif (part := self._layers_part()) is not None and part.takes(x):
             x = part(x, batch.pages)
             self.mesh.recorder.enter(Stage.COMBINE, self._layers[-1].index)
         else:
-            for layer, cache in zip(self._layers, self._caches, strict=True):
+            for layer, cache in self.layers:
                 x = yield from layer.forward(x, batch, cache)
         if self._head is None:
             return x

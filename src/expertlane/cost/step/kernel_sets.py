@@ -112,7 +112,7 @@ class KernelSet:
 
 ENGINE = KernelSet("the engine's tensor operations", "the engine's", "as measured on this machine")
 
-# Read off `ops/cuda`, and off torch's operations for what it leaves to them: routing, packing,
+# Read off `ops/cuda`, and off torch's operations for what it leaves to them: packing,
 # norms over the heads of all ranks, the choice of tokens.
 ENGINE_ON_GPUS = KernelSet(
     "the engine's kernels on GPUs",
@@ -128,6 +128,9 @@ ENGINE_ON_GPUS = KernelSet(
     is_grouped=False,
     activation=1,
     latent=10,
+    route=2,
+    scored_route=2,
+    grouped_route=2,
     by_expert=5,
     sum_term=0,
     sum_once=1,
