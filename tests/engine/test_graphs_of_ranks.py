@@ -72,7 +72,6 @@ def test_whole_steps_of_ranks(layout, form, name, monkeypatch):
     ranks, _ = assert_equal(layout, Options(dispatch=form), monkeypatch, model=model)
     assert [each.num_replayed for each in ranks.graphs] == [len(ranks.sizes)] * len(ranks.graphs)
     assert len({each.num_recorded for each in ranks.graphs}) == 1
-    print(layout, ranks.sizes)
     assert len({max(sizes) for sizes in ranks.sizes}) > 1
     if dp > 1:
         assert any(0 in sizes and any(sizes) for sizes in ranks.sizes)
