@@ -29,7 +29,9 @@ def stage_of(model, limits, graphs, monkeypatch, device, dtype, options=None) ->
     """Of the only rank of a layout, ready for steps."""
     compute_with(KernelsWithGraphs(graphs), monkeypatch)
     board = ProgressBoard(1)
-    stage = stage_on(board, 0, Meshes(), Layout(), model, limits, options or Options(), device, dtype)
+    stage = stage_on(
+        board, 0, Meshes(), Layout(), model, limits, options or Options(), device, dtype
+    )
     stage.board = board
     return stage
 

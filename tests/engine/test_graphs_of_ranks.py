@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 from engine.rank_threads import Meeting, RankThreads
-from engine.test_decode_graphs import difference, drive, limits_of, requests_of
+from engine.test_decode_graphs import arrivals, difference, drive, limits_of, requests_of
 from expertlane.balance.moves import Move, Part
 from expertlane.balance.placement import Placement
 from expertlane.model.decode_graphs import DecodeGraphs
@@ -23,16 +23,27 @@ from ops.cuda.tiny_models import MODELS
 pytestmark = needs_kernels
 
 MODEL = MODELS["normed heads, shared expert"].with_overrides(num_hidden_layers=1)
+COMES_AT = arrivals(4, rate=0.4)
 
 
-def play(layout, options, monkeypatch, *, has_graphs, model=MODEL, num=4, max_tokens=6, before=()):
+def play(
+    layout,
+    options,
+    monkeypatch,
+    *,
+    has_graphs,
+    model=MODEL,
+    comes_at=COMES_AT,
+    max_tokens=6,
+    before=(),
+):
     """Tokens, logits of each step, and the ranks."""
     layout, limits = Layout.parse(layout), limits_of(model, num_blocks=12)
     ranks = RankThreads(layout, model, limits, options, monkeypatch, has_graphs=has_graphs)
     ranks.before = dict(before)
-    requests = requests_of(model, num, max_tokens)
+    requests = requests_of(model, len(comes_at), max_tokens)
     with closing(ranks):
-        logits = drive(ranks, layout, options, limits, requests, rate=0.4)
+        logits = drive(ranks, layout, options, limits, requests, comes_at)
     return [request.output_token_ids for request in requests], logits, ranks
 
 
@@ -92,7 +103,13 @@ def test_ranks_that_choose_other_sizes_are_noticed(monkeypatch):
 
     monkeypatch.setattr(DecodeGraphs, "padded", to_own)
     with pytest.raises(AssertionError, match="not exchange of"):
-        play("dp=2,ep=2", Options(dispatch="static"), monkeypatch, has_graphs=True, num=1)
+        play(
+            "dp=2,ep=2",
+            Options(dispatch="static"),
+            monkeypatch,
+            has_graphs=True,
+            comes_at=[0, 0, 0],
+        )
 
 
 @pytest.mark.parametrize(
@@ -132,13 +149,13 @@ def has_graphs(stage):
 
 @full
 def test_ranks_without_a_sequence_record_the_same_steps(monkeypatch):
-    """Beginnings of layers come first, on one rank alone: whole steps are the same all the same."""
+    """Of whole steps, where one rank alone has recorded beginnings of layers before."""
     before = {0: have_forms("all_to_all", "all_gather")}
-    options = Options(dispatch="all_gather")
-    ranks = assert_equal("dp=2,ep=2", options, monkeypatch, before=before)
+    how = {"comes_at": [0, 2, 2], "max_tokens": 10, "before": before}
+    ranks = assert_equal("dp=2,ep=2", Options(dispatch="all_gather"), monkeypatch, **how)
     first = next(place for place, sizes in enumerate(ranks.sizes) if max(sizes) > 1)
-    assert first and all(0 in sizes for sizes in ranks.sizes[:first])
-    assert ranks.graphs[0].num_recorded > ranks.graphs[1].num_recorded > 0
+    assert first > 0
+    assert all(sizes == [1, 0] for sizes in ranks.sizes[:first])
 
 
 def move_two(ranks):
@@ -177,7 +194,7 @@ def test_graphs_are_recorded_anew(change, monkeypatch):
         return change(ranks)
 
     options = Options(dispatch="static")
-    how = {"num": 2, "max_tokens": 10, "before": {6: change_and_look}}
+    how = {"comes_at": [0, 0], "max_tokens": 10, "before": {6: change_and_look}}
     ranks = assert_equal("dp=2,ep=2", options, monkeypatch, **how)
     _, at_change = seen
     for graphs, before in zip(ranks.graphs, at_change, strict=True):
