@@ -9,13 +9,13 @@ from one_rank import OneRank
 
 pytest.importorskip("triton")
 
-from engine.one_rank import KernelsWithGraphs
+from engine.one_rank import KernelsWithGraphs, compute_with
+from engine.rank_threads import pairs_of_a_gpu
 from expertlane.moe.dispatch import Dispatcher
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from ops.cuda.near import DEVICE, needs_kernels
 from ops.cuda.replayed import ReplayedGraphs
-from ops.cuda.tiny_models import USERS
 
 pytestmark = needs_kernels
 
@@ -24,33 +24,12 @@ MODEL = PRESETS["paper-tiny"].with_overrides(
 )
 
 
-def pairs_of_a_gpu(dispatcher, ids, first):
-    """As where the device is no CPU: the host does not ask how many pairs there are."""
-    num = dispatcher._num_local_experts
-    return dispatcher._ops.group_pairs(ids, first, 1, num, ids.numel())
-
-
-class NotRecorded:
-    """Has a recorded step's operations done anew each time, from its padded batch on."""
-
-    def capture(self, run):
-        run()
-        return run
-
-
 @pytest.mark.parametrize(
-    ("layout", "rank", "graphs"),
-    [
-        ("tp=1", 0, ReplayedGraphs()),
-        ("dp=4,ep=4", 1, NotRecorded()),
-        ("tp=2,pp=2", 0, NotRecorded()),
-        ("tp=2,pp=2", 3, NotRecorded()),
-    ],
+    ("layout", "rank"), [("tp=1", 0), ("dp=4,ep=4", 1), ("tp=2,pp=2", 0), ("tp=2,pp=2", 3)]
 )
-def test_a_graph_does_what_a_step_does(layout, rank, graphs, monkeypatch):
-    ops = KernelsWithGraphs(graphs)
-    for user in USERS:
-        monkeypatch.setattr(user, "backend_for", lambda device: ops)
+def test_a_graph_does_what_a_step_does(layout, rank, monkeypatch):
+    graphs = ReplayedGraphs()
+    compute_with(KernelsWithGraphs(graphs), monkeypatch)
     monkeypatch.setattr(Dispatcher, "_pairs", pairs_of_a_gpu)
     torch.manual_seed(0)
     found = []
