@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from expertlane.comm.collectives import Steps, interleave
+from expertlane.comm.meter import Sent
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.layers import DecoderLayer
 from expertlane.model.moe_block import MoEBlock, Routed
@@ -263,9 +264,10 @@ class DecodeGraphs:
         return bool(missing)
 
     def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
-        meter, sent = self.stage.mesh.recorder.meter, ()
+        meter = self.stage.mesh.recorder.meter
         if meter is None:
             return self._graphs.capture(run)
+        sent: Sent = ()
 
         def metered() -> None:
             nonlocal sent
