@@ -39,3 +39,11 @@ def test_tensors(columns):
         for tensor, expected in zip(found, tensors, strict=True):
             assert torch.equal(tensor, expected)
             assert tensor.dtype is expected.dtype
+
+
+def test_each_array_begins_where_triton_has_its_kernel_already():
+    """Which takes pointers that are multiples of 16 for a kind of their own."""
+    arrays = [np.zeros(num, dtype) for num, dtype in ((1, "bool"), (3, "int64"), (5, "int32"))]
+    room = packed(arrays)
+    for each in unpacked(room, arrays):
+        assert (each.data_ptr() - room.data_ptr()) % 16 == 0

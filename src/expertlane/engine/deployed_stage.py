@@ -1,7 +1,8 @@
 """A rank's stage of a deployment: built from weights, it runs step plans."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -78,7 +79,7 @@ class DeployedStage:
         self.migration = Migration(self.stage, context.progress)
         self._device = platform.device
         self._await_device = context.await_device
-        self._records_transfers = platform.transport == "nccl"
+        self._is_over_nccl = platform.transport == "nccl"
         self._dispatch = DispatchTable.fixed("all_to_all")
         self._payload: PayloadType = "model"
         self._block_size = 1
@@ -143,7 +144,7 @@ class DeployedStage:
             graphs,
             num_blocks=num_blocks,
             block_size=block_size,
-            records_transfers=self._records_transfers,
+            records_transfers=self._is_over_nccl,
         )
         if self._graphs is not None:
             self.totals()  # begins them on all ranks at once: graphs add to them
@@ -218,7 +219,10 @@ class DeployedStage:
         outcome = RankOutcome()
         if self._checks is not None:
             self._checks.begin_step(self.stage)
-        inputs = [self._begin_input(micro_batch, before) for micro_batch in step.micro_batches]
+        inputs: Iterator[tuple[list[ForwardBatch], Pending | None]]
+        inputs = map(partial(self._begin_input, chosen=before), step.micro_batches)
+        if not self._is_over_nccl:  # where a receive that waits holds up the sends behind it
+            inputs = iter([*inputs])
         tokens = StepTokens()
         for number, (parts, arriving) in enumerate(inputs):
             recorder.set_micro_batch(number)

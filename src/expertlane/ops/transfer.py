@@ -4,7 +4,8 @@ On GPUs the host's side is pinned memory, which torch keeps until a transfer fro
 Not yet run on a GPU (docs/validation.md).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 8  # bytes, of each array among the others
+# Bytes, of each array among the others: Triton compiles a kernel anew for another alignment to 16.
+_ALIGNMENT = 16
 
 Array = npt.NDArray[Any]
 
@@ -116,3 +118,17 @@ def recorded_event() -> Any:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event
+
+
+@contextmanager
+def waits_raise(device: torch.device) -> Iterator[None]:
+    """Have what makes the host wait for a GPU raise RuntimeError."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -149,7 +149,7 @@ def measure_launches(context: RankContext, command: MeasureLaunches) -> tuple[fl
     graph = torch.cuda.CUDAGraph()
     x.add_(1)
     torch.cuda.synchronize(device)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # nccl's threads go on
         for _ in range(_BURST):
             x.add_(1)
 
