@@ -27,27 +27,40 @@ class KernelsWithGraphs(CudaBackend):
 
 def stage_of(model, limits, graphs, monkeypatch, device, dtype, options=None) -> DeployedStage:
     """Of the only rank of a layout, ready for steps."""
-    ops, options = KernelsWithGraphs(graphs), options or Options()
+    compute_with(KernelsWithGraphs(graphs), monkeypatch)
+    board = ProgressBoard(1)
+    stage = stage_on(board, 0, Meshes(), Layout(), model, limits, options or Options(), device, dtype)
+    stage.board = board
+    return stage
+
+
+def compute_with(ops, monkeypatch):
+    """Have everything computed by a backend."""
     for user in USERS:
         monkeypatch.setattr(user, "backend_for", lambda device: ops)
-    board = ProgressBoard(1)
+
+
+def stage_on(
+    board, rank, meshes, layout, model, limits, options, device, dtype, transport="none"
+) -> DeployedStage:
+    """Of one rank of a layout, ready for steps."""
     context = SimpleNamespace(
-        rank=0,
-        platform=Platform(device, "none", dtype, "double", "double"),
-        progress=board.reporter(0),
-        meshes=Meshes(),
+        rank=rank,
+        platform=Platform(device, transport, dtype, "double", "double"),
+        progress=board.reporter(rank),
+        meshes=meshes,
         core_token=lambda: None,
         await_device=None,  # there is none
     )
-    placements = placements_of(model, Layout(), options)
-    stage = DeployedStage(context, StageSpec(model, Layout(), placements, 0, 1))
+    placements = placements_of(model, layout, options)
+    spec = StageSpec(model, layout, placements, 0, layout.world_size)
+    stage = DeployedStage(context, spec)
     stage.start(
         options,
         num_blocks=limits.num_blocks,
         block_size=limits.block_size,
         graphs=GraphLimits(limits.max_num_seqs, limits.max_model_len),
     )
-    stage.board = board
     return stage
 
 

@@ -7,8 +7,15 @@ import pytest
 
 from cli.stub_llm import MACHINE
 from distributed.running import deployment
-from expertlane.engine.cache_size import MeasureStep, largest_step, measured_limits
-from expertlane.engine.commands import Deploy, DescribeMachine, HeldBytes, ReadTotals, StageSpec
+from expertlane.engine.cache_size import largest_step, measured_limits
+from expertlane.engine.commands import (
+    Deploy,
+    DescribeMachine,
+    HeldBytes,
+    MeasureStep,
+    ReadTotals,
+    StageSpec,
+)
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.errors import CapacityError
 from expertlane.schedule.plan import Batch, StepPlan

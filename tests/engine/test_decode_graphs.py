@@ -66,21 +66,27 @@ def play(model, graphs, monkeypatch, *, num=3, max_tokens=8):
     """Tokens of requests that come while others run, logits of each step, and preemptions."""
     limits, options = limits_of(model), Options()
     stage = stage_of(model, limits, graphs, monkeypatch, DEVICE, torch.float32, options)
-    scheduler = ContinuousScheduler(
-        Layout(), options, limits, lookahead=True, record=False, return_logits=True
-    )
     runner = OneRank(stage)
+    requests = requests_of(model, num, max_tokens)
+    logits = drive(runner, Layout(), options, limits, requests)
+    tokens = [request.output_token_ids for request in requests]
+    return tokens, logits, sum(each.num_preemptions for each in requests), runner
+
+
+def drive(runner, layout, options, limits, requests, rate=0.6):
+    """Run requests, which come while others run, `rate` a step; gives logits of each step."""
+    scheduler = ContinuousScheduler(
+        layout, options, limits, lookahead=layout.pp == 1, record=False, return_logits=True
+    )
     loop, rng = DriveLoop(scheduler, runner), np.random.default_rng(0)
-    requests, logits = requests_of(model, num, max_tokens), []
-    to_come = list(requests)
+    logits, to_come = [], list(requests)
     while to_come or scheduler.has_unfinished:
-        while to_come and rng.random() < 0.6:
+        while to_come and rng.random() < rate:
             scheduler.add(to_come.pop(0))
         loop.submit()
         if (finished := loop.commit_next()) is not None:
             logits.append(finished.outcome.logits)
-    tokens = [request.output_token_ids for request in requests]
-    return tokens, logits, sum(each.num_preemptions for each in requests), runner
+    return logits
 
 
 def difference(ours, theirs) -> float:

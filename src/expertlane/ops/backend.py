@@ -246,7 +246,7 @@ def _num_gpus() -> int:
 
 
 def _check_cpu(dtype_name: str | None, num_gpus: int) -> None:
-    """Refuse what a CPU has not."""
+    """Refuse what a CPU lacks."""
     sharing = "; EXPERTLANE_TRANSPORT=shared_memory lets ranks share GPUs" if num_gpus else ""
     if _wanted_backend() == "cuda":
         raise UserError(

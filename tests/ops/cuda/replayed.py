@@ -1,13 +1,18 @@
 """Graphs without a GPU: operations are logged, and done again on the same memory.
 
 What a replay does is what a CUDA graph does: no Python of the model runs, so whatever the host knew
-when the graph was recorded is as it was then.
+when the graph was recorded is as it was then. Ranks may be threads: each records its own.
 """
 
-from contextlib import contextmanager
+import threading
+from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import tree_flatten
 
 from expertlane.ops.cuda import launch
@@ -29,7 +34,7 @@ class ReplayedGraphs:
     def capture(self, run):
         run()
         log = _Log()
-        with log, _launches_of(log):
+        with log, mock.patch.object(launch, "_run", launched):
             run()
         self.num_recorded += 1
 
@@ -42,7 +47,7 @@ class ReplayedGraphs:
 
 
 class _Log(TorchDispatchMode):
-    """Operations of torch in order, and launches of Triton."""
+    """Operations of torch, launches of Triton and transfers, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,9 +60,6 @@ class _Log(TorchDispatchMode):
         out = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, out))
         return out
-
-    def launched(self, kernel, grid, arguments, options):
-        self.calls.append((_launch, (kernel, grid, arguments, options), {}, None))
 
     def replay(self) -> None:
         for func, args, kwargs, out in self.calls:
@@ -78,21 +80,27 @@ def _poison(room: torch.Tensor) -> None:
         room.fill_(torch.nan)
 
 
-def _launch(kernel, grid, arguments, options):
+def recorded(action, *args):
+    """Do what is no operation of torch; where a graph is recorded, it does so again when launched."""
+    logs = [each for each in _get_current_dispatch_mode_stack() if isinstance(each, _Log)]
+    _without_modes(action, *args)
+    for log in logs:
+        log.calls.append((_without_modes, (action, *args), {}, None))
+
+
+def launched(kernel, grid, arguments, options):
+    """In place of `launch._run`."""
+    recorded(_launch, kernel, grid, arguments, options)
+
+
+def _without_modes(action, *args):
     with _disable_current_modes():
+        action(*args)
+
+
+_INTERPRETER = threading.Lock()  # Triton's serves one thread at a time
+
+
+def _launch(kernel, grid, arguments, options):
+    with _INTERPRETER:
         kernel[grid](*arguments, **options)
-
-
-@contextmanager
-def _launches_of(log: _Log):
-    run = launch._run
-
-    def logged(kernel, grid, arguments, options):
-        _launch(kernel, grid, arguments, options)
-        log.launched(kernel, grid, arguments, options)
-
-    launch._run = logged
-    try:
-        yield
-    finally:
-        launch._run = run

@@ -1,5 +1,6 @@
 """One model of each kind, small enough for Triton's interpreter; and who chooses a backend."""
 
+from expertlane.comm import collectives
 from expertlane.model import (
     attention,
     decode_graphs,
@@ -54,6 +55,7 @@ MODELS = {
 # Where a backend is chosen.
 USERS = (
     attention,
+    collectives,
     decode_graphs,
     dispatch,
     layers,

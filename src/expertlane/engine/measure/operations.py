@@ -14,8 +14,9 @@ from expertlane.comm.clocks import clock_for
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder
 from expertlane.cost.step.operation import Kind
-from expertlane.engine.commands import MeasureLaunches, MeasureOperations, Point
+from expertlane.engine.commands import MeasureLaunches, MeasureOperations
 from expertlane.engine.measure.machine import synchronize
+from expertlane.engine.measure.points import Point
 from expertlane.engine.worker import RankContext
 from expertlane.ops.backend import DTYPES, backend_for
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
