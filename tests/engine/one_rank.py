@@ -29,7 +29,9 @@ def stage_of(model, limits, graphs, monkeypatch, device, dtype, options=None) ->
     """Of the only rank of a layout, ready for steps."""
     compute_with(KernelsWithGraphs(graphs), monkeypatch)
     board = ProgressBoard(1)
-    stage = stage_on(board, 0, Meshes(), Layout(), model, limits, options or Options(), device, dtype)
+    stage = stage_on(
+        board, 0, Meshes(), Layout(), model, limits, options or Options(), device, dtype
+    )
     stage.board = board
     return stage
 
@@ -50,7 +52,7 @@ def stage_on(
         progress=board.reporter(rank),
         meshes=meshes,
         core_token=lambda: None,
-        await_device=None,  # there is none
+        await_device=lambda event: event.synchronize(),  # of a GPU
     )
     placements = placements_of(model, layout, options)
     spec = StageSpec(model, layout, placements, 0, layout.world_size)

@@ -160,7 +160,8 @@ def test_a_torch_that_refuses_is_not_asked(monkeypatch):
 
 def test_products_for_which_the_host_waits_are_not_torchs(monkeypatch):
     """On GPUs torch reads the ends on the host, and loops, where it has no kernel for the type."""
-    modes, of_device = ["default"], []
+    modes: list[int | str] = ["default"]
+    of_device = []
 
     @contextmanager
     def raising(device):

@@ -49,6 +49,7 @@ class DeployedStage:
 
     _checks: StageChecks | None = None
     _graphs: DecodeGraphs | None = None
+    _is_over_nccl = False
 
     def __init__(
         self,

@@ -250,7 +250,9 @@ class DecodeGraphs:
         """
         size, form = part.batch.num_seqs, part.dispatch_form
         nothing = part.real.only(np.empty(0, dtype=np.intp))
-        first = () if self._launch else (self._sizes[-1],)
+        # Other ranks take part in a whole step; whether they have parts of layers is their own.
+        is_begun = any(isinstance(kind, int) or not isinstance(of, int) for _, of in self._launch)
+        first = () if is_begun else (self._sizes[-1],)
         missing = [each for each in {*first, size} if (each, kind) not in self._launch]
         for each in sorted(missing, reverse=True):
             # A batch anew each time: what it keeps from its first layer on is recorded too.

@@ -4,6 +4,7 @@ On GPUs the host's side is pinned memory, which torch keeps until a transfer fro
 Not yet run on a GPU (docs/validation.md).
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -127,8 +128,14 @@ def waits_raise(device: torch.device) -> Iterator[None]:
         yield
         return
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    _set_sync_debug_mode("error")
     try:
         yield
     finally:
-        torch.cuda.set_sync_debug_mode(before)
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that it is a prototype
+        torch.cuda.set_sync_debug_mode(mode)
