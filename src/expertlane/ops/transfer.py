@@ -67,29 +67,20 @@ def pinned(num_bytes: int) -> Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
-class Fetched:
-    """Tensors on their way to the host, in one transfer."""
+def to_host(tensors: Sequence[Tensor], until: Callable[[Any], None]) -> Sequence[Tensor]:
+    """Tensors on the host; on a CPU these ones.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._host = list(tensors)
-        self._passed: Any = None
-        if not tensors or tensors[0].device.type == "cpu":
-            return
-        whole = joined(tensors)
-        room = pinned(whole.numel())
-        room.copy_(whole, non_blocking=True)
-        self._host = parted(room, tensors)
-        self._passed = recorded_event()
-
-    def wait(self, until: Callable[[Any], None]) -> list[Tensor]:
-        """The tensors on the host.
-
-        Args:
-            until: waits for an event of the stream; not called where nothing travelled.
-        """
-        if self._passed is not None:
-            until(self._passed)
-        return self._host
+    Args:
+        until: waits for an event of the stream; not called where nothing travelled.
+    """
+    if not tensors or tensors[0].device.type == "cpu":
+        return tensors
+    whole = joined(tensors)
+    room = pinned(whole.numel())
+    room.copy_(whole, non_blocking=True)
+    arrived = parted(room, tensors)
+    until(recorded_event())
+    return arrived
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
