@@ -288,9 +288,10 @@ void attention_float(const float* q, int64_t q_stride, const float* new_keys,
                      int64_t new_key_stride, const float* new_values, int64_t new_value_stride,
                      const int64_t* slots, int64_t tokens, void* keys, void* values,
                      uint8_t* key_scales, uint8_t* value_scales, const int64_t* tables,
-                     int64_t width, const int64_t* first_token, const int64_t* scheduled, const int64_t* lengths, int64_t seqs, int64_t heads,
-                     int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_size,
-                     float scale, int64_t window, const float* sinks, float* out) {
+                     int64_t width, const int64_t* first_token, const int64_t* scheduled,
+                     const int64_t* lengths, int64_t seqs, int64_t heads, int64_t kv_heads,
+                     int64_t key_dim, int64_t value_dim, int64_t block_size, float scale,
+                     int64_t window, const float* sinks, float* out) {
     attend(q, q_stride, new_keys, new_key_stride, new_values, new_value_stride, slots, tokens,
            {keys, key_scales}, {values, value_scales}, tables, width, first_token, scheduled,
            lengths, seqs, heads, kv_heads, key_dim, value_dim, block_size, scale, window, sinks,

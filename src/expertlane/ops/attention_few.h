@@ -296,6 +296,21 @@ struct FewRoom {
             }
             n = next;
         }
+        if constexpr (kIsFloat8 && kInPairs<T>) {
+            for (int64_t i = 0; i < heads * task.rows; ++i) order_as_pairs(states + i * state_size);
+        }
+    }
+
+    // Sums of values in the order that those of pairs have.
+    void order_as_pairs(float* sums) const {
+        for (int64_t d = 0; d < value_dim; d += kPanel) {
+            float panel[kPanel];
+            std::memcpy(panel, sums + d, sizeof(panel));
+            for (int64_t i = 0; i < kLanes; ++i) {
+                sums[d + i] = panel[2 * i];
+                sums[d + kLanes + i] = panel[2 * i + 1];
+            }
+        }
     }
 
     void point_at(const Call<T>& call, const Task& task, int64_t first, int64_t n,
