@@ -223,9 +223,7 @@ class RankThreads:
         if all((batch.num_scheduled_tokens == 1).all() for batch in plan.batches):
             self.sizes += [[batch.num_seqs for batch in part] for part in plan.micro_batches]
         at = self.layout.coordinates
-        return self.on_all(
-            lambda rank: self.stages[rank].run(steps[at(rank).dp_rank], placements)
-        )
+        return self.on_all(lambda rank: self.stages[rank].run(steps[at(rank).dp_rank], placements))
 
     def first_done(self, handles):
         return handles[0]

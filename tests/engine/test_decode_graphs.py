@@ -3,6 +3,7 @@
 Without a GPU a double records operations and does them again (`ops.cuda.replayed`).
 """
 
+from collections import deque
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -68,24 +69,36 @@ def play(model, graphs, monkeypatch, *, num=3, max_tokens=8):
     stage = stage_of(model, limits, graphs, monkeypatch, DEVICE, torch.float32, options)
     runner = OneRank(stage)
     requests = requests_of(model, num, max_tokens)
-    logits = drive(runner, Layout(), options, limits, requests)
+    logits = drive(runner, Layout(), options, limits, requests, arrivals(num))
     tokens = [request.output_token_ids for request in requests]
     return tokens, logits, sum(each.num_preemptions for each in requests), runner
 
 
-def drive(runner, layout, options, limits, requests, rate=0.6):
-    """Run requests, which come while others run, `rate` a step; gives logits of each step."""
+def arrivals(num, rate=0.6):
+    """[num]; the steps before which requests come, some of them together."""
+    rng, step, found = np.random.default_rng(0), 0, []
+    while len(found) < num:
+        if rng.random() < rate:
+            found.append(step)
+        else:
+            step += 1
+    return found
+
+
+def drive(runner, layout, options, limits, requests, comes_at):
+    """Run requests, which come while others run; gives logits of each step."""
     scheduler = ContinuousScheduler(
         layout, options, limits, lookahead=layout.pp == 1, record=False, return_logits=True
     )
-    loop, rng = DriveLoop(scheduler, runner), np.random.default_rng(0)
-    logits, to_come = [], list(requests)
+    loop, logits, step = DriveLoop(scheduler, runner), [], 0
+    to_come = deque(zip(comes_at, requests, strict=True))
     while to_come or scheduler.has_unfinished:
-        while to_come and rng.random() < rate:
-            scheduler.add(to_come.pop(0))
+        while to_come and to_come[0][0] <= step:
+            scheduler.add(to_come.popleft()[1])
         loop.submit()
         if (finished := loop.commit_next()) is not None:
             logits.append(finished.outcome.logits)
+        step += 1
     return logits
 
 

@@ -5,7 +5,7 @@ memory.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic_ns
 
 import numpy as np
@@ -19,6 +19,8 @@ from expertlane.spec.names import Link, Stage
 # Of the memory that C++ adds to: when the present stage began, which it is, nanoseconds by stage.
 _STAGE, _SPENT = 1, 2
 _OWN = len(Link)  # in place of a link: rows that stay on the rank
+
+Sent = tuple[int, ...]  # bytes by link
 
 
 def links_of(nodes: Sequence[int], rank: int) -> list[int]:
@@ -80,6 +82,17 @@ class Meter:
         sent = self._sent
         for link, num in zip(links, num_rows, strict=True):
             sent[link] += num * row_bytes
+
+    def sent_by(self, run: Callable[[], None]) -> Sent:
+        """What a call sends, taken back from the totals: for `add_sent`, each time it is done."""
+        before, self._sent = self._sent, [0] * len(self._sent)
+        run()
+        sent, self._sent = tuple(self._sent), before
+        return sent
+
+    def add_sent(self, sent: Sent) -> None:
+        """A graph was launched in which rows are sent: no Python counts them then."""
+        self._sent = [total + more for total, more in zip(self._sent, sent, strict=True)]
 
     def shared_out(self, num_saved: int, seconds: float) -> None:
         """A layer's tokens were shared among copies; as of `Recorder.count_copies`."""

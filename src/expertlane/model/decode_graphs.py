@@ -250,16 +250,34 @@ class DecodeGraphs:
         """
         size, form = part.batch.num_seqs, part.dispatch_form
         nothing = part.real.only(np.empty(0, dtype=np.intp))
-        # Other ranks take part in a whole step; whether they have parts of layers is their own.
-        is_begun = any(isinstance(kind, int) or not isinstance(of, int) for _, of in self._launch)
-        first = () if is_begun else (self._sizes[-1],)
+        # Whole steps alone count for whole steps, which hold collectives: ranks differ in others.
+        is_step = isinstance(kind, str)
+        is_first = all(isinstance(of, str) != is_step for _, of in self._launch)
+        first = (self._sizes[-1],) if is_first else ()
         missing = [each for each in {*first, size} if (each, kind) not in self._launch]
         for each in sorted(missing, reverse=True):
             # A batch anew each time: what it keeps from its first layer on is recorded too.
             batch = partial(PaddedBatch, nothing, self, each, form)
             batch().fill()
-            self._launch[each, kind] = self._graphs.capture(partial(_run_on, batch, run))
+            self._launch[each, kind] = self._captured(partial(_run_on, batch, run))
         return bool(missing)
+
+    def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
+        meter, sent = self.stage.mesh.recorder.meter, ()
+        if meter is None:
+            return self._graphs.capture(run)
+
+        def metered() -> None:
+            nonlocal sent
+            sent = meter.sent_by(run)
+
+        replay = self._graphs.capture(metered)
+
+        def launch() -> None:
+            meter.add_sent(sent)
+            replay()
+
+        return launch
 
     def _forward(self, part: PaddedBatch) -> None:
         """What is recorded."""

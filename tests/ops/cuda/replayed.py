@@ -81,7 +81,7 @@ def _poison(room: torch.Tensor) -> None:
 
 
 def recorded(action, *args):
-    """Do what is no operation of torch; where a graph is recorded, it does so again when launched."""
+    """Do what is no operation of torch; a graph that is recorded meanwhile does it again."""
     logs = [each for each in _get_current_dispatch_mode_stack() if isinstance(each, _Log)]
     _without_modes(action, *args)
     for log in logs:
