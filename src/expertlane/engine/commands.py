@@ -142,6 +142,7 @@ class RankMachine:
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
         keeps_narrow, keeps_mxfp4: weights of one byte, and of MXFP4, stay so in memory; else they
             are widened while loading.
+        reads_float8: its attention can read a cache of float8.
         ranks_on_device: that share its GPU.
         driver: of its GPU, as the system names it; empty without one.
     """
@@ -161,6 +162,7 @@ class RankMachine:
     num_idle_gpus: int
     keeps_narrow: bool = False
     keeps_mxfp4: bool = False
+    reads_float8: bool = True
     ranks_on_device: int = 1
     driver: str = ""
 
