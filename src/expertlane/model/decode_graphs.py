@@ -263,7 +263,8 @@ class DecodeGraphs:
         return bool(missing)
 
     def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
-        meter, sent = self.stage.mesh.recorder.meter, ()
+        meter = self.stage.mesh.recorder.meter
+        sent: tuple[int, ...] = ()
         if meter is None:
             return self._graphs.capture(run)
 
