@@ -138,6 +138,9 @@ def main() -> int:
     options.add_argument("--only", nargs="+", default=[""], help="cases whose names contain one")
     options.add_argument("--json", action="store_true")
     given = options.parse_args()
+    names = [name for name in CASES if any(text in name for text in given.only)]
+    if not names:
+        options.error(f"no case's name contains one of {given.only}; cases: {'; '.join(CASES)}")
     check_shapes()
     found = []
     if not given.json:
@@ -145,9 +148,7 @@ def main() -> int:
         print(f"bound: {MOST_SPILLED_BYTES} spilled bytes a thread")
         print(f"{'case':28} {'kernel':20} {'sm':>4} warps  regs  spilled  shared")
     for target in given.target:
-        for name in CASES:
-            if not any(text in name for text in given.only):
-                continue
+        for name in names:
             for each in compile_case(name, target):
                 found.append(each)
                 if not given.json:

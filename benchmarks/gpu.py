@@ -265,9 +265,12 @@ def head_of(card: str) -> dict[str, object]:
 
 def write(folder: Path, head: dict[str, Any], outcomes: dict[str, Outcome]) -> str:
     """results.json and summary.txt, whose text it gives; and a copy of all in $OUT."""
+    outcomes = {part.name: outcomes[part.name] for part in PARTS if part.name in outcomes}
     parts = {name: asdict(outcome) for name, outcome in outcomes.items()}
+    rehearsal = "A rehearsal: " if head["card"] == "CPU" else ""
+    made_by = f"torch {head['torch']}, expertlane {head['version']}"
     lines = [
-        f"{head['card']}, torch {head['torch']}, expertlane {head['version']}, {head['date']}"[:80],
+        f"{rehearsal}{head['card']}, {made_by}, {head['date']}"[:80],
         *(
             f"{name}: {each.status}{'' if each.code == head['code'] else ', by other code'}, "
             f"{each.seconds:.0f} s: {each.last_line}"[:80]
@@ -317,9 +320,11 @@ def main() -> int:
     folder = given.folder or results / f"{datetime.now(UTC).date()}-gpu-{slug}"
     folder.mkdir(parents=True, exist_ok=True)
     folder, code, began_s = folder.resolve(), code_of(ROOT), time.monotonic()
-    before, outcomes = kept(folder), {}
+    for number in (signal.SIGINT, signal.SIGTERM):  # no part stays behind on the card
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    outcomes = kept(folder)
     for part in PARTS:
-        found = before.get(part.name)
+        found = outcomes.get(part.name)
         is_kept = found is not None and (found.status, found.code, found.card) == (
             "passed",
             code,
@@ -327,17 +332,14 @@ def main() -> int:
         )
         if is_kept and not given.again:
             print(f"gpu: {part.name} passed before")
-            outcomes[part.name] = found
-        elif given.parts and part.name not in given.parts:
-            if found is not None:
-                outcomes[part.name] = found
-        else:
+        elif not given.parts or part.name in given.parts:
             left_s = TOTAL_S - (time.monotonic() - began_s) - END_S
             limit_s = REHEARSAL_S if given.rehearse else min(part.limit_s, left_s)
             print(f"gpu: {part.name}, at most {limit_s:.0f} s", flush=True)
             outcomes[part.name] = run_part(part, folder, max(1.0, limit_s), rehearse=given.rehearse)
             outcomes[part.name].card, outcomes[part.name].code = card, code
-        text = write(folder, head_of(card) | {"code": code}, outcomes)
+            write(folder, head_of(card) | {"code": code}, outcomes)
+    text = write(folder, head_of(card) | {"code": code}, outcomes)
     print(f"{text}results: {folder}")
     asked = [outcomes[name] for name in outcomes if not given.parts or name in given.parts]
     bad = ("failed", "too slow")

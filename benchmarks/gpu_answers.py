@@ -34,6 +34,8 @@ class Answer:
     is_met: bool | None
 
     def __str__(self) -> str:
+        if not self.goal:
+            return f"{self.number} {self.what}: {self.measured}"[:80]
         verdict = {True: "met", False: "MISSED", None: "-"}[self.is_met]
         return f"{self.number} {self.what:38.38} {self.goal:>9.9} {self.measured:>19.19}  {verdict}"
 
@@ -191,7 +193,7 @@ def of_waiting(parts: Parts) -> Iterator[Answer]:
     done = f"{len(listed) - len(missing)} of {len(listed)}"
     yield Answer(5, "what waited for a GPU: passed", "all", done, not missing if listed else None)
     for what in missing[:4]:
-        yield Answer(5, f"  {what}", "", "not passed", None)
+        yield Answer(5, "  not passed", "", what, None)
 
 
 def answers(parts: Parts, card: str) -> list[Answer]:

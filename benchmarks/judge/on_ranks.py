@@ -19,8 +19,9 @@ from dilation import Dilation
 from network import set_links
 
 from expertlane.cost.step.operation import TransferKind
-from expertlane.engine.commands import MeasureRates, MeasureTransfers, TransferPoint
+from expertlane.engine.commands import MeasureRates, MeasureTransfers
 from expertlane.engine.launch import start_pool
+from expertlane.engine.measure.points import TransferPoint
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.memory import workload_limits

@@ -428,11 +428,11 @@ def bench(
             even out ranks' loads, where that saves time.
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
-        kv_dtype: Type of the KV cache. float8 halves it or better, and rounds keys and values.
+        kv_dtype: Type of the KV cache. float8 takes half or less, and rounds keys and values.
         cache_int8: With --weights int8: keep the rounded weights in the checkpoint's folder,
             for later starts.
         cuda_graphs: Record decode steps once and launch each as one CUDA graph; auto: where
-            ranks have GPUs.
+            ranks have GPUs and our kernels.
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
         ranks_per_node: Consecutive ranks that count as one node.

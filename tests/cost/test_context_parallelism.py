@@ -103,7 +103,7 @@ def test_a_prompt_gathers_what_came_before():
     width = LATENT.latent.kv_lora_rank + LATENT.latent.qk_rope_head_dim
     assert moved[0] == moved[2]
     # Of 32 positions each of 4 ranks holds 8, and sends them to 3 others.
-    assert moved[1] - moved[2] == 4 * 3 * 8 * width * TYPES.kv_bytes
+    assert moved[1] - moved[2] == TYPES.cached_bytes(4 * 3 * 8 * width, 4 * 3 * 8)
 
 
 @pytest.mark.parametrize("model", [LATENT, MULTI_QUERY], ids=["latent", "multi-query"])

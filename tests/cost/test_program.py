@@ -209,7 +209,8 @@ def test_float8_weights():
     ):
         in_wide = narrow.weight_bytes[stage] * factor
         assert in_wide == pytest.approx(wide.weight_bytes[stage], rel=0.02)  # scales
-    assert narrow.kv_bytes * 4 == wide.kv_bytes
+    # The four values of a head take a byte each, and one for their scale.
+    assert narrow.kv_bytes * 4 * 4 == wide.kv_bytes * 5
     np.testing.assert_array_equal(narrow.flops, wide.flops)
     payload = [each.sent_bytes[Stage.DISPATCH, Traffic.PAYLOAD].sum() for each in (wide, narrow)]
     assert payload[0] == 2 * payload[1]

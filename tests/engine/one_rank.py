@@ -52,7 +52,7 @@ def stage_on(
         progress=board.reporter(rank),
         meshes=meshes,
         core_token=lambda: None,
-        await_device=None,  # there is none
+        await_device=lambda event: event.synchronize(),  # of a GPU
     )
     placements = placements_of(model, layout, options)
     spec = StageSpec(model, layout, placements, 0, layout.world_size)

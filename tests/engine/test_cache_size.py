@@ -7,8 +7,15 @@ import pytest
 
 from cli.stub_llm import MACHINE
 from distributed.running import deployment
-from expertlane.engine.cache_size import MeasureStep, largest_step, measured_limits
-from expertlane.engine.commands import Deploy, DescribeMachine, HeldBytes, ReadTotals, StageSpec
+from expertlane.engine.cache_size import largest_step, measured_limits
+from expertlane.engine.commands import (
+    Deploy,
+    DescribeMachine,
+    HeldBytes,
+    MeasureStep,
+    ReadTotals,
+    StageSpec,
+)
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.errors import CapacityError
 from expertlane.schedule.plan import Batch, StepPlan
@@ -137,7 +144,8 @@ def test_on_ranks_of_this_host(pools):
         np.testing.assert_array_equal(plain[seq], after[seq])
 
     runner = ModelRunner(pool, TINY, made, limits, seed=0, ranks_per_node=8)
-    pool.call(ReadTotals())
+    numbers = runner.members.numbers
+    pool.call(ReadTotals(), ranks=numbers)
     steps = largest_step(made.layout, limits).of_dp_ranks()
     table = Options().fixed_table
     commands = [
@@ -145,7 +153,7 @@ def test_on_ranks_of_this_host(pools):
         for dp_rank, step in enumerate(steps)
     ]
     assert all(each >= 0 for each in pool.collect(pool.submit_each(commands)))
-    totals = pool.call(ReadTotals())
+    totals = pool.call(ReadTotals(), ranks=numbers)
     num_pairs = sum(int(each.num_tokens.sum()) for each in totals)
     assert num_pairs == 2 * 40 * TINY.num_experts_per_tok * TINY.num_hidden_layers
     used = {expert for each in totals for expert in each.experts}

@@ -5,6 +5,7 @@ Without a GPU a double records operations and does them again (`ops.cuda.replaye
 
 from collections import deque
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from engine.one_rank import OneRank, stage_of
+from expertlane.model import decode_graphs
 from expertlane.model.decode_graphs import DecodeGraphs, StaticInputs, graph_sizes, padded
 from expertlane.ops.kv_cache import PagedBatch
 from expertlane.schedule.drive import DriveLoop
@@ -140,6 +142,37 @@ def test_a_padded_batch():
     assert pages.sequences.lengths.tolist() == [6, 1, 1, 1]
     nothing = padded(batch.only(np.empty(0, dtype=np.intp)), 1, scratch_block=9)
     assert (nothing.block_tables.tolist(), nothing.num_seqs) == ([[9, -1]], 1)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "kind", "expected"),
+    [
+        ([], "all_gather", [4, 2]),
+        ([(4, 0), (2, 0)], "all_gather", [4, 2]),  # other ranks may have no layers yet
+        ([(4, "static")], "all_gather", [2]),
+        ([], 0, [4, 2]),
+        ([(4, 0), (2, 0)], 1, [2]),
+    ],
+)
+def test_all_ranks_record_the_same_whole_steps(recorded, kind, expected, monkeypatch):
+    made = []
+
+    class Part:
+        def __init__(self, real, graphs, size, form):
+            made.append(size)
+
+        def fill(self):
+            pass
+
+    monkeypatch.setattr(decode_graphs, "PaddedBatch", Part)
+    graphs = DecodeGraphs.__new__(DecodeGraphs)
+    graphs._sizes, graphs._launch = [1, 2, 4], dict.fromkeys(recorded)
+    graphs._graphs = SimpleNamespace(capture=lambda run: run)
+    batch, real = SimpleNamespace(num_seqs=2), SimpleNamespace(only=lambda places: None)
+    part = SimpleNamespace(batch=batch, real=real, dispatch_form="all_gather")
+    assert graphs._prepare(part, kind, lambda padded: None)
+    assert made == expected
+    assert not graphs._prepare(part, kind, lambda padded: None)
 
 
 QUICK = ("sinks, window, biases",)

@@ -1,14 +1,27 @@
 """Ranks that do not compute alike are refused; what a start waits for."""
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from cli.stub_llm import MACHINE
 from expertlane.engine import pool as pool_module
-from expertlane.engine.launch import check_graphs, describe_ranks, start_pool
+from expertlane.engine.launch import (
+    check_cache,
+    check_graphs,
+    describe_ranks,
+    fit_to_machine,
+    start_pool,
+)
 from expertlane.errors import UserError
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS
+
+TINY = PRESETS["paper-tiny"]
 
 
 def pool_of(*kernels, transports=()):
@@ -89,3 +102,18 @@ def test_graphs_that_cannot_be_are_refused_if_asked_for(rank, reason):
     check_graphs(Options(), machines)
     check_graphs(Options(cuda_graphs=False), machines)
     check_graphs(Options(cuda_graphs=True), [SimpleNamespace(**GPU_RANK)] * 2)
+
+
+def test_a_float8_cache_that_a_gpu_cannot_read_is_refused():
+    older = replace(MACHINE, device="NVIDIA A100", reads_float8=False)
+    limits, layout = Limits(TINY.vocab_size, 64, 64, 16), Layout.parse("dp=2,ep=2")
+    with pytest.raises(UserError) as refused:
+        fit_to_machine(
+            *(TINY, layout, limits, [MACHINE, older]), options=Options(kv_dtype="float8")
+        )
+    assert str(refused.value) == (
+        "a float8 KV cache (--kv-dtype float8, kv_dtype='float8') needs GPUs whose Triton reads "
+        "float8, from compute capability 8.9 on; NVIDIA A100 on here does not; valid here: model"
+    )
+    check_cache(Options(), [MACHINE, older])
+    check_cache(Options(kv_dtype="float8"), [MACHINE])

@@ -12,6 +12,7 @@ from engine.one_rank import stage_of
 from engine.test_decode_graphs import difference, limits_of, play
 from engine.test_no_wait import ASKED, step_of
 from expertlane.ops.cuda.graphs import CudaGraphs
+from expertlane.ops.transfer import waits_raise
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingState
 from ops.cuda.tiny_models import MODELS
@@ -48,11 +49,8 @@ def test_a_decode_step_waits_for_nothing_but_its_tokens(name, is_sampled, has_gr
         admitted = {seq: SamplingState(each, seq, empty, empty) for seq, each in enumerate(ASKED)}
     with torch.inference_mode():
         stage.run(step_of(num_seqs, 0, admitted))
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waits_raise(device):
             outcome = stage.run(step_of(num_seqs, 1, {}))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert [*outcome.token_ids] == [*range(num_seqs)]
 
 
@@ -65,8 +63,5 @@ def test_no_sync_in_decode_of_a_layout(name, layout):
         for step in (one.step(4, 6, 1, one.form_of_graphs), one.graph_step(4, 6)):
             step()  # compiles, and records
             torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
+            with waits_raise(one.device):
                 step()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import gpu_answers
+import psutil
 import pytest
 import torch
 
@@ -121,6 +123,54 @@ def test_a_part_that_fails_or_is_too_slow(gpu, tmp_path):
 
     absent = gpu.run_part(gpu.Part("peer", 9, (), needs="no_such"), tmp_path, 9, rehearse=False)
     assert absent.status == "not run: no_such is not installed"
+
+
+def test_a_stop_in_a_part_leaves_nothing_behind(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--rehearse"]
+    process = subprocess.Popen(
+        [*command, "--folder", str(tmp_path), "limits"],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("gpu: limits")
+    deadline = time.monotonic() + 30
+    parts: list[psutil.Process] = []
+    while not any(part.cpu_times().user > 0.2 for part in parts):  # it computes
+        assert time.monotonic() < deadline, "the part never began"
+        parts = psutil.Process(process.pid).children()
+        time.sleep(0.05)
+    process.terminate()
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not any(part.is_running() for part in parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_of_an_earlier_run_stay_when_this_one_is_stopped(gpu, tmp_path, monkeypatch):
+    first, second = (gpu.Part(name, 60, ("-c", "")) for name in ("first", "second"))
+    monkeypatch.setattr(gpu, "PARTS", (first, second))
+    monkeypatch.setattr(gpu, "code_of", lambda root: "before")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--folder", str(tmp_path)])
+    assert gpu.main() == 0
+    run_part = gpu.run_part
+
+    def stopped_at_second(part, *arguments, **options):
+        if part is second:
+            raise KeyboardInterrupt
+        return run_part(part, *arguments, **options)
+
+    monkeypatch.setattr(gpu, "code_of", lambda root: "now")
+    monkeypatch.setattr(gpu, "run_part", stopped_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main()
+    found = gpu.kept(tmp_path)
+    assert {name: each.code for name, each in found.items()} == {"first": "now", "second": "before"}
+    summary = (tmp_path / "summary.txt").read_text()
+    assert summary.startswith("A rehearsal: CPU, torch")
+    assert "second: passed, by other code" in summary
 
 
 def test_tests_that_were_over_when_time_ran_out_are_kept(gpu, tmp_path):

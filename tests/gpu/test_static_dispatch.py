@@ -1,12 +1,11 @@
 """Dispatch whose host waits for nothing, on a GPU; skipped where there is none."""
 
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
 
 from expertlane.balance.placement import Placement
+from expertlane.ops.transfer import waits_raise
 from expertlane.spec.layout import Layout
 from moe.in_process import dispatch_and_combine
 from moe.test_dispatch_forms import expected, random_inputs
@@ -14,14 +13,9 @@ from moe.test_dispatch_forms import expected, random_inputs
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
-@contextmanager
 def no_wait():
     """Whatever makes the host wait for the GPU raises."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    return waits_raise(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("payload", ["model", "float8"])

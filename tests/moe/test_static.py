@@ -1,5 +1,6 @@
 """Static dispatch: what it sends, sums of padded groups, and that the host waits for nothing."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -193,3 +194,15 @@ def test_the_host_waits_for_nothing(layout, form, payload, monkeypatch):
 def test_a_form_that_tells_counts_is_found_to_wait(monkeypatch):
     with pytest.raises(AssertionError, match="the host waits for"):
         compute_on_fake_gpus(Waits("dp=2,ep=2", "all_to_all"), monkeypatch)
+
+
+def test_a_graph_has_room_for_all_pairs_there_may_be(monkeypatch):
+    """However many: while it is recorded, the host cannot ask how many there are."""
+    own, is_capturing = SimpleNamespace(_num_local_experts=4), [False, True]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing[0])
+    with FakeTensorMode():
+        few, many = (torch.empty(num, 8, device="cuda") for num in (100, 1 << 15))
+        assert Dispatcher._most_pairs(own, few) == 400
+        assert Dispatcher._most_pairs(own, many) is None
+        is_capturing.pop(0)
+        assert Dispatcher._most_pairs(own, many) == 4 << 15

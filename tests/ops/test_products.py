@@ -1,6 +1,7 @@
 """Experts by grouped products against one expert after the other."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from expertlane.ops.products import (
     PairGroups,
 )
 from expertlane.ops.torch_backend import TorchBackend
+from expertlane.ops.transfer import waits_raise
 
 HIDDEN, INNER = 32, 16
 PLAIN = Activation("silu")
@@ -154,3 +156,31 @@ def test_a_torch_that_refuses_is_not_asked(monkeypatch):
     module._groups_products.cache_clear()
     assert not GroupedExperts.suits(make_experts(2))
     module._groups_products.cache_clear()
+
+
+def test_products_for_which_the_host_waits_are_not_torchs(monkeypatch):
+    """On GPUs torch reads the ends on the host, and loops, where it has no kernel for the type."""
+    modes: list[int | str] = ["default"]
+    of_device = []
+
+    @contextmanager
+    def raising(device):
+        of_device.append(device)
+        with waits_raise(torch.device("cuda")):
+            yield
+
+    def loops(rows: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return torch.tensor([[0.0], [32], [32]])
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(module, "grouped_mm", loops)
+    for context, suits in ((waits_raise, True), (raising, False)):  # on a CPU there is no wait
+        monkeypatch.setattr(module, "waits_raise", context)
+        module._groups_products.cache_clear()
+        assert GroupedExperts.suits(make_experts(2)) is suits
+    module._groups_products.cache_clear()
+    assert modes == ["default", "error", "default"]
+    assert of_device == [torch.device("cpu")]

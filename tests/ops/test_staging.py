@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertlane.ops.staging import STAGED_BYTES, Staging, copier_to
 
@@ -66,3 +67,20 @@ def test_a_cpu_needs_no_staging():
     to = torch.empty(2)
     copier_to(torch.device("cpu"))(to, torch.ones(2))
     assert to.tolist() == [1, 1]
+
+
+def test_types_change_on_the_device():
+    """There as they are first, or torch would widen them on the host."""
+    asked = []
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("copy_", "_to_copy"):
+                asked.append([each.dtype for each in args if isinstance(each, torch.Tensor)])
+            return func(*args, **kwargs or {})
+
+    staging = Staging(lambda num: torch.empty(num, dtype=torch.uint8), Device().new_event)
+    to = torch.empty(3, device="meta")
+    with Asked():
+        staging.copy(to, torch.ones(3, dtype=torch.bfloat16))
+    assert asked[-2:] == [[torch.bfloat16], [torch.float32, torch.bfloat16]]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.ops.transfer import Fetched, joined, packed, parted, to_device, unpacked
+from expertlane.ops.transfer import joined, packed, parted, to_device, to_host, unpacked
 
 SHAPES = st.one_of(
     st.tuples(st.integers(0, 5)), st.tuples(st.integers(0, 3), st.integers(0, 4)), st.just(())
@@ -35,7 +35,15 @@ def test_arrays(columns):
 @given(COLUMNS.filter(bool))
 def test_tensors(columns):
     tensors = [torch.from_numpy(np.ascontiguousarray(each)) for each in arrays_of(columns)]
-    for found in (parted(joined(tensors), tensors), Fetched(tensors).wait(lambda event: None)):
+    for found in (parted(joined(tensors), tensors), to_host(tensors, lambda event: None)):
         for tensor, expected in zip(found, tensors, strict=True):
             assert torch.equal(tensor, expected)
             assert tensor.dtype is expected.dtype
+
+
+def test_each_array_begins_where_triton_has_its_kernel_already():
+    """Which takes pointers that are multiples of 16 for a kind of their own."""
+    arrays = [np.zeros(num, dtype) for num, dtype in ((1, "bool"), (3, "int64"), (5, "int32"))]
+    room = packed(arrays)
+    for each in unpacked(room, arrays):
+        assert (each.data_ptr() - room.data_ptr()) % 16 == 0

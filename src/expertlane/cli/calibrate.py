@@ -42,7 +42,7 @@ class _Options:
         240.0,
         min=1.0,
         metavar="SECONDS",
-        help="To measure in; where it is short, fewer sizes and rounds.",
+        help="Time to measure in; a short one gives fewer sizes and rounds.",
     )
     timeout_s: float = timeout_option()
     cpu_isa: CpuIsa | None = cpu_isa_option()

@@ -303,7 +303,7 @@ class EngineOptions:
     )
     kv_dtype: KVCacheType = typer.Option(
         "model",
-        help="Type of the KV cache. float8 halves it or better, and rounds keys and values.",
+        help="Type of the KV cache. float8 takes half or less, and rounds keys and values.",
     )
     cache_int8: bool = typer.Option(
         False,
@@ -314,7 +314,7 @@ class EngineOptions:
     cuda_graphs: Literal["auto", "on", "off"] = typer.Option(
         "auto",
         help="Record decode steps once and launch each as one CUDA graph; auto: where ranks have "
-        "GPUs.",
+        "GPUs and our kernels.",
     )
     rebalance_steps: int = typer.Option(
         0,

@@ -244,13 +244,15 @@ class Recorder:
             return None
         self._num_collectives[self.stage] += 1
         real = num_rows if num_real is None else num_real
-        padding = [] if num_real is None else [a - b for a, b in zip(num_rows, real, strict=True)]
-        for traffic, rows, num_bytes in (
+        counted = [
             (Traffic.PAYLOAD, real, row_bytes - metadata_bytes),
             (Traffic.METADATA, real, metadata_bytes),
-            (Traffic.PADDING, padding, row_bytes),
-        ):
-            if num_bytes and rows:
+        ]
+        if num_real is not None:
+            padding = [a - b for a, b in zip(num_rows, num_real, strict=True)]
+            counted.append((Traffic.PADDING, padding, row_bytes))
+        for traffic, rows, num_bytes in counted:
+            if num_bytes:
                 of_rank = self._sent_bytes[self.stage, traffic]
                 for rank, num in zip(to, rows, strict=True):
                     of_rank[rank] += num * num_bytes

@@ -7,33 +7,22 @@ import msgspec
 import numpy as np
 
 from expertlane.engine.commands import (
-    Command,
     Deploy,
     DescribeMachine,
     HeldBytes,
+    MeasureStep,
     RankMachine,
 )
 from expertlane.engine.pool import RankPool
 from expertlane.errors import CapacityError
 from expertlane.memory import FREE_SHARE, RankMemory, size_text, too_little
-from expertlane.schedule.plan import Batch, RankStep, StepPlan
+from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import DispatchTable
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.members import Members
 from expertlane.spec.names import Phase
 from expertlane.spec.sampling import SamplingParams, SamplingState
-
-
-class MeasureStep(Command[int]):
-    """Run a step once in each way, and say how many bytes it took. Collective over all ranks.
-
-    As many tokens as can be go to the first rank's experts. What the step does to cache and sampler
-    is to be forgotten: another `Deploy` follows.
-    """
-
-    step: RankStep
-    tables: tuple[DispatchTable, ...]
 
 
 def largest_step(layout: Layout, limits: Limits, replica: int = 0) -> StepPlan:

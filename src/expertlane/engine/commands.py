@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from expertlane.balance.moves import Part
 from expertlane.balance.placement_file import Placements
-from expertlane.cost.step.operation import SIZES, Kind, TransferKind
+from expertlane.engine.measure.points import Point, TransferPoint
 from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord
@@ -142,6 +142,7 @@ class RankMachine:
         num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
         keeps_narrow, keeps_mxfp4: weights of one byte, and of MXFP4, stay so in memory; else they
             are widened while loading.
+        reads_float8: its attention can read a cache of float8.
         ranks_on_device: that share its GPU.
         driver: of its GPU, as the system names it; empty without one.
     """
@@ -161,6 +162,7 @@ class RankMachine:
     num_idle_gpus: int
     keeps_narrow: bool = False
     keeps_mxfp4: bool = False
+    reads_float8: bool = True
     ranks_on_device: int = 1
     driver: str = ""
 
@@ -323,39 +325,6 @@ class MeasureRates(Command[RankRates]):
     """The rates of a large matrix product and of reading memory."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """An operation whose time is measured.
-
-    Attributes:
-        dtype: of weights.
-        sizes: those of its kind, in the order of `SIZES`.
-    """
-
-    kind: Kind
-    dtype: str
-    sizes: tuple[int, ...]
-
-    @property
-    def by_name(self) -> dict[str, int]:
-        """Its sizes by name."""
-        return dict(zip(SIZES[self.kind], self.sizes, strict=True))
-
-
-@dataclass(frozen=True)
-class TransferPoint:
-    """One collective of the first `num_ranks` ranks, or a send from the first to the second.
-
-    Attributes:
-        num_bytes: what a rank sends to each other one, in rows of `row_bytes`.
-    """
-
-    kind: TransferKind
-    num_ranks: int
-    num_bytes: int
-    row_bytes: int = 64
-
-
 class MeasureOperations(Command[list[float]]):
     """Seconds of each operation, [num_points]; the median of one round's repetitions.
 
@@ -398,3 +367,14 @@ class MeasureContention(Command[list[float]]):
     num_ranks: int
     sizes: tuple[int, ...]
     point_s: float
+
+
+class MeasureStep(Command[int]):
+    """Run a step once in each way, and say how many bytes it took. Collective over all ranks.
+
+    As many tokens as can be go to the first rank's experts. What the step does to cache and sampler
+    is to be forgotten: another `Deploy` follows.
+    """
+
+    step: RankStep
+    tables: tuple[DispatchTable, ...]

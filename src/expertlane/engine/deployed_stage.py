@@ -1,7 +1,8 @@
 """A rank's stage of a deployment: built from weights, it runs step plans."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -48,6 +49,7 @@ class DeployedStage:
 
     _checks: StageChecks | None = None
     _graphs: DecodeGraphs | None = None
+    _is_over_nccl = False
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class DeployedStage:
         self.migration = Migration(self.stage, context.progress)
         self._device = platform.device
         self._await_device = context.await_device
-        self._records_transfers = platform.transport == "nccl"
+        self._is_over_nccl = platform.transport == "nccl"
         self._dispatch = DispatchTable.fixed("all_to_all")
         self._payload: PayloadType = "model"
         self._block_size = 1
@@ -143,7 +145,7 @@ class DeployedStage:
             graphs,
             num_blocks=num_blocks,
             block_size=block_size,
-            records_transfers=self._records_transfers,
+            records_transfers=self._is_over_nccl,
         )
         if self._graphs is not None:
             self.totals()  # begins them on all ranks at once: graphs add to them
@@ -218,7 +220,10 @@ class DeployedStage:
         outcome = RankOutcome()
         if self._checks is not None:
             self._checks.begin_step(self.stage)
-        inputs = [self._begin_input(micro_batch, before) for micro_batch in step.micro_batches]
+        inputs: Iterator[tuple[list[ForwardBatch], Pending | None]]
+        inputs = map(partial(self._begin_input, chosen=before), step.micro_batches)
+        if not self._is_over_nccl:  # where a receive that waits holds up the sends behind it
+            inputs = iter([*inputs])
         tokens = StepTokens()
         for number, (parts, arriving) in enumerate(inputs):
             recorder.set_micro_batch(number)
@@ -229,9 +234,8 @@ class DeployedStage:
                     logits = result.logits.to("cpu", copy=True)  # a graph writes over its own
                     outcome.logits |= zip(seq_ids, logits.numpy(), strict=True)
         is_told = self._mesh.at.tp_rank == 0
-        changes.chosen = tokens.fetch(
-            outcome if is_told else None, self._look_at_head, self._await_device
-        )
+        look = None if self._checks is None else self._look_at_head
+        changes.chosen = tokens.fetch(outcome if is_told else None, look, self._await_device)
         for send in self._sends[-1]:
             send.let_go()
         outcome.record = recorder.end_step()
@@ -287,8 +291,8 @@ class DeployedStage:
         self._commit(len(self._uncommitted))
 
     def _look_at_head(self, logits: torch.Tensor, tokens: dict[int, int]) -> None:
-        if self._checks is not None:
-            self._checks.check_head(logits, tokens, self._sampler)
+        assert self._checks is not None, "they are asked for"
+        self._checks.check_head(logits, tokens, self._sampler)
 
     def _begin_input(
         self, micro_batch: RankBatch, chosen: dict[int, int]
@@ -305,8 +309,10 @@ class DeployedStage:
         self._recorder.enter(Stage.EMBED if first else Stage.HAND_OVER)
         mode = self._choose(micro_batch)
         own, sizes = [with_chosen(micro_batch.own, chosen)], [micro_batch.num_tokens]
-        if (part := self._as_graph(own[0], micro_batch, mode)) is not None:
-            return [part], self._hidden_of(part.num_owned)
+        if self._graphs is not None:
+            padded = self._as_graph(own[0], micro_batch, mode)
+            if padded is not None:
+                return [padded], self._hidden_of([padded])
         if mode.overlap:
             own = own[0].split(2)
             sizes = [list(half) for half in zip(*micro_batch.num_tokens_of_halves, strict=True)]
@@ -320,14 +326,15 @@ class DeployedStage:
             for batch, num_tokens in zip(own, sizes, strict=True)
             if any(num_tokens)
         ]
-        return parts, self._hidden_of(sum(part.num_owned for part in parts))
+        return parts, None if first else self._hidden_of(parts)
 
-    def _hidden_of(self, num_owned: int) -> Pending | None:
+    def _hidden_of(self, parts: Sequence[ForwardBatch]) -> Pending | None:
         """On the way from the stage before; None in the first one."""
         mesh = self._mesh
         if mesh.is_first_stage:
             return None
-        return mesh.pp.receive(self.stage.empty_hidden(num_owned), mesh.at.pp_rank - 1)
+        room = self.stage.empty_hidden(sum(part.num_owned for part in parts))
+        return mesh.pp.receive(room, mesh.at.pp_rank - 1)
 
     @property
     def _graphs_of_step(self) -> DecodeGraphs | None:
@@ -378,7 +385,7 @@ class DeployedStage:
         for x in inputs:
             self._recorder.check_finite(x, point)
         self._recorder.is_interleaved = len(parts) > 1
-        layers = self._layers_in_graphs(parts) if parts else None
+        layers = self._layers_in_graphs(parts) if parts and self._graphs is not None else None
         results = interleave(
             [
                 stage.forward(x, part, self._needs_logits(part.batch), self._scored(part), layers)
@@ -387,8 +394,8 @@ class DeployedStage:
         )
         heads = [result for result in results if isinstance(result, HeadResult)]
         if mesh.is_last_stage:
-            seq_ids = [part.batch.yielding_seq_ids for part in parts]
-            return list(zip(seq_ids, heads, strict=True))
+            of_parts = zip(parts, heads, strict=True)
+            return [(part.batch.yielding_seq_ids, head) for part, head in of_parts]
         hidden = [result for result in results if isinstance(result, torch.Tensor)]
         self._hand_over(hidden)
         return []
@@ -418,7 +425,7 @@ class DeployedStage:
 
     def _needs_logits(self, batch: Batch) -> bool:
         """Whether any sequence asks for more than its likeliest token."""
-        return any(seq in self._sampler for seq in batch.yielding_seq_ids)
+        return self._sampler.samples_any(batch.yielding_seq_ids)
 
     def _scored(self, part: ForwardBatch) -> ScoredPrompts | None:
         """The prompt tokens of the part whose log-probabilities are asked for."""

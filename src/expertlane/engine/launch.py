@@ -233,9 +233,10 @@ def fit_to_machine(
 
     Raises:
         CapacityError: not even one sequence fits; with both numbers.
-        UserError: CUDA graphs are asked for that these ranks cannot have.
+        UserError: CUDA graphs, or a cache of float8, are asked for that these ranks cannot have.
     """
     check_graphs(options, seen[: layout.world_size])
+    check_cache(options, seen[: layout.world_size])
 
     def own_bytes(of_rank: RankMachine) -> float:
         return of_rank.free_bytes / of_rank.num_sharing(layout.world_size)
@@ -267,6 +268,23 @@ def check_graphs(options: Options, machines: Sequence[RankMachine]) -> None:
             f"CUDA graphs (--cuda-graphs on, cuda_graphs=True) {why_not}; valid here: auto or off "
             "(None or False)"
         )
+
+
+def check_cache(options: Options, machines: Sequence[RankMachine]) -> None:
+    """Refuse a cache of float8 where attention cannot read it.
+
+    Raises:
+        UserError: a rank's GPU cannot.
+    """
+    if options.kv_dtype != "float8":
+        return
+    for machine in machines:
+        if not machine.reads_float8:
+            raise UserError(
+                f"a float8 KV cache (--kv-dtype float8, kv_dtype='float8') needs GPUs whose Triton "
+                f"reads float8, from compute capability 8.9 on; {machine.device} on "
+                f"{machine.host} does not; valid here: model"
+            )
 
 
 def placed_model(

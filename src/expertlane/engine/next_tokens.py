@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -11,7 +11,7 @@ from expertlane.engine.commands import RankOutcome
 from expertlane.model.draw import NO_TOKEN
 from expertlane.model.sampler import Sampled, Sampler
 from expertlane.model.transformer import HeadResult
-from expertlane.ops.transfer import Fetched
+from expertlane.ops.transfer import to_host
 from expertlane.schedule.plan import UNKNOWN, Batch
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -27,25 +27,13 @@ def with_chosen(batch: Batch, chosen: dict[int, int]) -> Batch:
     return replace(batch, token_ids=token_ids)
 
 
-class _Chosen(NamedTuple):
-    """Tokens of a part of a step, on the device.
-
-    Attributes:
-        sampled: None where the likeliest were taken.
-        tensors: to be brought to the host.
-    """
-
-    seq_ids: list[int]
-    result: HeadResult
-    sampled: Sampled | None
-    tensors: list[Tensor]
-
-
 class StepTokens:
     """Of all parts of a step; chosen on all ranks of a tensor-parallel group alike."""
 
     def __init__(self) -> None:
-        self._parts: list[_Chosen] = []
+        # None for what was sampled where the likeliest were taken.
+        self._parts: list[tuple[list[int], HeadResult, Sampled | None]] = []
+        self._tensors: list[Tensor] = []  # of all parts, to be brought to the host
 
     def choose(self, seq_ids: list[int], result: HeadResult, sampler: Sampler) -> None:
         """Choose those of a part.
@@ -54,16 +42,18 @@ class StepTokens:
             seq_ids: of the sequences that yield one.
         """
         if result.token_ids is not None:
-            self._parts.append(_Chosen(seq_ids, result, None, [result.token_ids]))
+            self._parts.append((seq_ids, result, None))
+            self._tensors.append(result.token_ids)
             return
         assert result.all_logits is not None, "one of both is given"
         sampled = sampler.sample(seq_ids, result.all_logits)
-        self._parts.append(_Chosen(seq_ids, result, sampled, sampled.tensors))
+        self._parts.append((seq_ids, result, sampled))
+        self._tensors += sampled.tensors
 
     def fetch(
         self,
         outcome: RankOutcome | None,
-        look: Callable[[Tensor, dict[int, int]], None],
+        look: Callable[[Tensor, dict[int, int]], None] | None,
         until: Callable[[Any], None],
     ) -> dict[int, int]:
         """Wait for the device; gives all tokens by sequence id, for the next step.
@@ -72,26 +62,30 @@ class StepTokens:
 
         Args:
             outcome: is told; None on all but one rank of a tensor-parallel group.
-            look: is shown each part's logits of this rank, and its tokens.
+            look: is shown each part's logits of this rank, and its tokens; None for nobody.
             until: waits for an event of the device.
         """
-        fetched = Fetched([tensor for part in self._parts for tensor in part.tensors])
-        rest = iter(fetched.wait(until))
+        arrived = iter(to_host(self._tensors, until))
         of_all: dict[int, int] = {}
-        for seq_ids, result, sampled, sent in self._parts:
-            tensors = [next(rest) for _ in sent]
+        for seq_ids, result, sampled in self._parts:
             logprobs: dict[int, TokenLogprobs] = {}
             if sampled is None:
-                chosen = tensors[0].tolist()
+                chosen = next(arrived).tolist()
             else:
-                chosen, logprobs = sampled.read(tensors)
+                chosen, logprobs = sampled.read(arrived)
             tokens = dict(zip(seq_ids, chosen, strict=True))
-            look(result.logits, tokens)
-            failed = [seq for seq, token in tokens.items() if token == NO_TOKEN]
+            if look is not None:
+                look(result.logits, tokens)
+            of_all |= tokens
             if outcome is not None:
-                outcome.token_ids |= {s: token for s, token in tokens.items() if token != NO_TOKEN}
+                outcome.token_ids |= tokens
                 outcome.logprobs |= logprobs
-                outcome.not_finite += failed
                 outcome.prompt_logprobs |= result.prompt_logprobs
-            of_all |= tokens | dict.fromkeys(failed, 0)
+            if NO_TOKEN in chosen:
+                failed = [seq for seq, token in tokens.items() if token == NO_TOKEN]
+                of_all |= dict.fromkeys(failed, 0)
+                if outcome is not None:
+                    outcome.not_finite += failed
+                    for seq in failed:
+                        del outcome.token_ids[seq]
         return of_all

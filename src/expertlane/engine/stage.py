@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from expertlane.comm.progress import NO_LAYER
-from expertlane.engine.cache_size import MeasureStep
 from expertlane.engine.commands import (
     CacheInt8,
     Deploy,
@@ -19,6 +18,7 @@ from expertlane.engine.commands import (
     MeasureLaunches,
     MeasureOperations,
     MeasureRates,
+    MeasureStep,
     MeasureTransfers,
     Prepare,
     RankOutcome,

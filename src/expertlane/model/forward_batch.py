@@ -5,7 +5,6 @@ attention and the next attention each token exists on its owner only.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +66,7 @@ class ForwardBatch:
         self.rotation: tuple[Tensor, Tensor] | None = None
         self._latent_parts: LatentParts | None = None
         self._last = (np.cumsum(self.batch.num_scheduled_tokens) - 1)[self.batch.yields_token]
+        self._own_token_ids: Tensor | None = None  # on a GPU, and the next too
         self._own_last: Tensor | None = None
         self.is_real: Tensor | None = None
         self._place()
@@ -78,11 +78,11 @@ class ForwardBatch:
 
     def _columns(self) -> list[Array]:
         """What a step of this rank reads of the batch, to be brought to a GPU together."""
-        return [self._own_token_ids, self._last_of(self._at.tp_rank), *self.pages.columns()]
+        return [self._host_token_ids, self._last_of(self._at.tp_rank), *self.pages.columns()]
 
     def _take(self, columns: Sequence[Tensor]) -> None:
         """Have `_columns` on the device."""
-        self.owned_token_ids, self._own_last, *of_pages = columns
+        self._own_token_ids, self._own_last, *of_pages = columns
         self.pages.take(of_pages)
 
     @property
@@ -90,13 +90,15 @@ class ForwardBatch:
         """Tokens this rank owns."""
         return self.tokens_of_tp_rank[self._at.tp_rank]
 
-    @cached_property
+    @property
     def owned_token_ids(self) -> Tensor:
         """[num_owned]; the vocabulary ids of the owned tokens."""
-        return torch.from_numpy(self._own_token_ids)
+        if self._own_token_ids is not None:
+            return self._own_token_ids
+        return torch.from_numpy(self._host_token_ids)
 
     @property
-    def _own_token_ids(self) -> npt.NDArray[np.int64]:
+    def _host_token_ids(self) -> npt.NDArray[np.int64]:
         own = self._slices[self._at.tp_rank]
         return self.batch.token_ids[own.start : own.stop]
 
@@ -122,8 +124,9 @@ class ForwardBatch:
 
     def _last_of(self, tp_rank: int) -> npt.NDArray[np.int64]:
         """The same in a tensor-parallel rank's slice."""
-        own, last = self._slices[tp_rank], self._last
+        last = self._last
         if len(self._slices) > 1:
+            own = self._slices[tp_rank]
             last = last[(last >= own.start) & (last < own.stop)] - own.start
         return last
 

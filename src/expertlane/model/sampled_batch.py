@@ -1,7 +1,7 @@
 """Sequences that are sampled together, with their parameters side by side."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum, auto
 from functools import partial
 from typing import NamedTuple
@@ -145,15 +145,15 @@ class ChosenLogprobs(NamedTuple):
     columns: tuple[Tensor, ...]
 
     def read(
-        self, token_ids: list[int], columns: Sequence[Tensor]
+        self, token_ids: list[int], arrived: Iterator[Tensor]
     ) -> Iterator[tuple[int, TokenLogprobs]]:
         """By row; rows of `NO_TOKEN` are passed over.
 
         Args:
             token_ids: [num_seqs]; the chosen ones.
-            columns: on the host.
+            arrived: begins with `columns` on the host, which are taken from it.
         """
-        lists = (column.tolist() for column in columns)
+        lists = [next(arrived).tolist() for _ in self.columns]
         for row, num, logprob, ids, values in zip(self.rows, self.nums, *lists, strict=True):
             if (token_id := token_ids[row]) != NO_TOKEN:
                 top = tuple(zip(ids[:num], values[:num], strict=True))

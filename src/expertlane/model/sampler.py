@@ -1,6 +1,6 @@
 """Chooses the next tokens of the sequences a rank finishes, each as its request asks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from zlib import crc32
@@ -69,39 +69,40 @@ class Sampled:
     def add(
         self,
         token_ids: Tensor,
-        seq_ids: Sequence[int] = (),
-        sequences: Sequence[_Admitted | None] = (),
-        logprobs: ChosenLogprobs | None = None,
+        seq_ids: list[int],
+        sequences: list[_Admitted | None],
+        logprobs: ChosenLogprobs | None,
     ) -> None:
-        """Tokens of the next sequences, [num]; without `sequences`, of those that are not sampled.
+        """Tokens of the next sequences, [num]; no `sequences` where none of them is sampled.
 
         Args:
             logprobs: of some of them.
         """
-        self._parts.append((list(seq_ids), list(sequences), logprobs))
-        self.tensors += [token_ids, *(() if logprobs is None else logprobs.columns)]
+        self._parts.append((seq_ids, sequences, logprobs))
+        self.tensors.append(token_ids)
+        if logprobs is not None:
+            self.tensors += logprobs.columns
 
-    def read(self, tensors: Sequence[Tensor]) -> tuple[list[int], dict[int, TokenLogprobs]]:
+    def read(self, arrived: Iterator[Tensor]) -> tuple[list[int], dict[int, TokenLogprobs]]:
         """What came of it.
 
         Args:
-            tensors: on the host.
+            arrived: `tensors` on the host, taken from it.
 
         Returns:
             The token ids, [num_seqs], `NO_TOKEN` where the greatest logit is not finite; and the
             log-probabilities by sequence id where asked for.
         """
-        rest = iter(tensors)
         token_ids: list[int] = []
         found: dict[int, TokenLogprobs] = {}
         for seq_ids, sequences, logprobs in self._parts:
-            of_part: list[int] = next(rest).tolist()
+            of_part: list[int] = next(arrived).tolist()
             token_ids += of_part
             if sequences:
                 self._step.chosen.append((sequences, of_part))
             if logprobs is not None:
-                columns = [next(rest) for _ in logprobs.columns]
-                found |= {seq_ids[row]: each for row, each in logprobs.read(of_part, columns)}
+                for row, each in logprobs.read(of_part, arrived):
+                    found[seq_ids[row]] = each
         return token_ids, found
 
 
@@ -123,8 +124,9 @@ class Sampler:
         self._batches: dict[tuple[int, ...], tuple[list[_Admitted | None], SampledBatch]] = {}
         self._step = SamplerStep({})
 
-    def __contains__(self, seq_id: object) -> bool:
-        return seq_id in self._admitted
+    def samples_any(self, seq_ids: Iterable[int]) -> bool:
+        """Whether any of these sequences asks for more than its likeliest token."""
+        return not self._admitted.keys().isdisjoint(seq_ids)
 
     def state(self, seq_id: int) -> SamplingState | None:
         """A sequence as it was admitted; None of a greedy one."""
@@ -196,8 +198,8 @@ class Sampler:
             logits: [num_seqs, vocab_size] float32; some may be -inf.
         """
         sampled = Sampled(self._step)
-        if self._admitted.keys().isdisjoint(seq_ids):
-            sampled.add(likeliest(logits))
+        if not self.samples_any(seq_ids):
+            sampled.add(likeliest(logits), seq_ids, [], None)
             return sampled
         for part in self._parts(len(seq_ids)):
             own_ids, own_logits = seq_ids[part], logits[part]

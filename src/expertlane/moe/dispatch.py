@@ -22,6 +22,7 @@ from expertlane.comm.mesh import ParallelMesh
 from expertlane.moe.payload import Payload
 from expertlane.ops.backend import backend_for
 from expertlane.ops.bookkeeping import Outgoing
+from expertlane.ops.graphs import is_recorded
 from expertlane.ops.products import PairGroups
 
 
@@ -182,9 +183,12 @@ class Dispatcher(ABC):
         return self._ops.group_pairs(ids, first, 1, self._num_local_experts, most)
 
     def _most_pairs(self, ids: Tensor) -> int | None:
-        """A bound of the pairs: no token chooses an expert twice; None where room is dear."""
+        """A bound of the pairs: no token chooses an expert twice; None where room is dear.
+
+        A graph has room for the bound, dear or not: nobody can be asked while it is recorded.
+        """
         most = ids.shape[0] * min(ids.shape[1], self._num_local_experts)
-        return most if most <= _MOST_UNASKED else None
+        return most if most <= _MOST_UNASKED or is_recorded(ids.device) else None
 
     def _tell_all(self, counts: Tensor) -> Pending:
         """Begin to give every rank of the stage this one's counts, a row of them each."""

@@ -14,6 +14,7 @@
 namespace {
 
 constexpr int64_t kFewRows = 16;      // at most, of those multiplied where keys and values lie
+constexpr int64_t kFewOfFloat8 = 4;   // widened again for every four, where pairs are faster
 constexpr int64_t kBlockRows = 128;   // at most, of those that go through keys together
 constexpr int64_t kFewBlocks = 4;     // at most, of a sequence whose positions are cut
 constexpr int64_t kStretch = 256;     // positions that are not cut
@@ -63,8 +64,14 @@ struct Piece {
     float* states;
 };
 
-int64_t rows_of_states(const Task& task) {
-    return task.rows <= kFewRows ? task.rows : round_up(task.rows, kPanel);
+template <class T>
+bool is_few(const Call<T>& call, const Task& task) {
+    return task.rows <= (kInPairs<T> && call.key_scales ? kFewOfFloat8 : kFewRows);
+}
+
+template <class T>
+int64_t rows_of_states(const Call<T>& call, const Task& task) {
+    return is_few(call, task) ? task.rows : round_up(task.rows, kPanel);
 }
 
 // A thread's room, and its work on pieces.
@@ -77,7 +84,7 @@ class Worker {
         Task task = piece.block->all;
         task.head = piece.head, task.end_head = piece.end_head;
         if (piece.states) return attend(piece.block->stretch(task, piece.stretch), piece.states);
-        const int64_t per_head = rows_of_states(task) * size_;
+        const int64_t per_head = rows_of_states(call_, task) * size_;
         const int64_t num = (task.end_head - task.head) * per_head;
         if ((int64_t)states_.size() < 2 * num) states_.resize(2 * num);
         float *states = states_.data(), *others = states + num;
@@ -93,20 +100,27 @@ class Worker {
   private:
     // States [heads, rows_of_states, size].
     void attend(const Task& task, float* states) {
-        if (task.rows <= kFewRows) {
-            if (!few_) few_ = std::make_unique<FewRoom<T>>(call_, kFewRows);
-            return few_->attend(call_, task, states);
+        if (is_few(call_, task)) {
+            return call_.key_scales ? attend_few(few_float8_, task, states)
+                                    : attend_few(few_, task, states);
         }
         if (!tiles_) tiles_ = std::make_unique<TileRoom<T>>(call_, kBlockRows);
         for (int64_t h = task.head; h < task.end_head; ++h) {
             tiles_->attend(call_, task, h, states);
-            states += rows_of_states(task) * size_;
+            states += rows_of_states(call_, task) * size_;
         }
+    }
+
+    template <class Room>
+    void attend_few(std::unique_ptr<Room>& room, const Task& task, float* states) {
+        if (!room) room = std::make_unique<Room>(call_, kFewRows);
+        room->attend(call_, task, states);
     }
 
     const Call<T>& call_;
     int64_t size_;
-    std::unique_ptr<FewRoom<T>> few_;
+    std::unique_ptr<FewRoom<T, T>> few_;
+    std::unique_ptr<FewRoom<T, E4m3>> few_float8_;
     std::unique_ptr<TileRoom<T>> tiles_;
     std::vector<float> states_;
 };
@@ -133,15 +147,15 @@ Plan plan_of(const Call<T>& call, int64_t seqs) {
     };
     for (const Block& block : plan.blocks) {
         tasks += is_cut(block) ? block.stretches : 1;
-        if (is_cut(block)) apart += block.stretches * rows_of_states(block.all);
+        if (is_cut(block)) apart += block.stretches * rows_of_states(call, block.all);
     }
     plan.states.resize(apart * call.kv_heads * size);
     float* states = plan.states.data();
     const int64_t wanted = tasks ? (4 * threads + tasks - 1) / tasks : 1;
     for (const Block& block : plan.blocks) {
-        const bool is_many = block.all.rows > kFewRows;
+        const bool is_many = !is_few(call, block.all);
         const int64_t parts = is_many ? call.kv_heads : std::min(call.kv_heads, wanted);
-        const int64_t per_head = rows_of_states(block.all) * size;
+        const int64_t per_head = rows_of_states(call, block.all) * size;
         const int64_t stretches = is_cut(block) ? block.stretches : 1;
         if (is_cut(block)) plan.cut.push_back(&block), plan.states_of_cut.push_back(states);
         for (int64_t i = 0; i < stretches; ++i) {
@@ -160,7 +174,7 @@ Plan plan_of(const Call<T>& call, int64_t seqs) {
 // Row r of a block for a kv head, whose stretches were done apart.
 template <class T>
 void merge_cut(const Call<T>& call, const Block& block, float* states, int64_t head, int64_t r) {
-    const int64_t size = call.state_size(), rows = rows_of_states(block.all);
+    const int64_t size = call.state_size(), rows = rows_of_states(call, block.all);
     float* own = states + (head * rows + r) * size;
     for (int64_t i = 1; i < block.stretches; ++i) {
         merge(own, own + i * call.kv_heads * rows * size, size);
@@ -255,7 +269,8 @@ extern "C" {
 // cache slots [tokens]; keys and values [blocks, kv_heads, block_size, dim], values null where they
 // are the first value_dim of the keys. Of sequence s: block table tables[s], new tokens from
 // first_token[s] on, scheduled[s] of them, the last at position lengths[s] - 1. Strides are those
-// of tokens. Scales [blocks, kv_heads, block_size] of keys and values that are float8, or null. A window of 0 is none; sinks [heads] or null; out [tokens, heads, value_dim].
+// of tokens. Scales [blocks, kv_heads, block_size] of keys and values that are float8, or null. A
+// window of 0 is none; sinks [heads] or null; out [tokens, heads, value_dim].
 void attention(const bf16* q, int64_t q_stride, const bf16* new_keys, int64_t new_key_stride,
                const bf16* new_values, int64_t new_value_stride, const int64_t* slots,
                int64_t tokens, void* keys, void* values, uint8_t* key_scales,
@@ -272,10 +287,11 @@ void attention(const bf16* q, int64_t q_stride, const bf16* new_keys, int64_t ne
 void attention_float(const float* q, int64_t q_stride, const float* new_keys,
                      int64_t new_key_stride, const float* new_values, int64_t new_value_stride,
                      const int64_t* slots, int64_t tokens, void* keys, void* values,
-                     uint8_t* key_scales, uint8_t* value_scales, const int64_t* tables, int64_t width, const int64_t* first_token,
-                     const int64_t* scheduled, const int64_t* lengths, int64_t seqs, int64_t heads,
-                     int64_t kv_heads, int64_t key_dim, int64_t value_dim, int64_t block_size,
-                     float scale, int64_t window, const float* sinks, float* out) {
+                     uint8_t* key_scales, uint8_t* value_scales, const int64_t* tables,
+                     int64_t width, const int64_t* first_token, const int64_t* scheduled,
+                     const int64_t* lengths, int64_t seqs, int64_t heads, int64_t kv_heads,
+                     int64_t key_dim, int64_t value_dim, int64_t block_size, float scale,
+                     int64_t window, const float* sinks, float* out) {
     attend(q, q_stride, new_keys, new_key_stride, new_values, new_value_stride, slots, tokens,
            {keys, key_scales}, {values, value_scales}, tables, width, first_token, scheduled,
            lengths, seqs, heads, kv_heads, key_dim, value_dim, block_size, scale, window, sinks,

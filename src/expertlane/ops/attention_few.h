@@ -164,16 +164,22 @@ inline void weigh(float* logits, int64_t n, float* sums, int64_t dim, float* mos
     most_and_sum[1] += sum(total);
 }
 
-// What a thread needs for few rows of some kv heads; sizes in values.
-template <class T>
+// What a thread needs for few rows of some kv heads; sizes in values. Rows of the cache are float8
+// or of type T; float8 is widened in registers, once for all queries, and its scales go to logits
+// and weights.
+template <class T, class Page>
 struct FewRoom {
-    using X = Operand<T>;
+    static constexpr bool kIsFloat8 = std::is_same_v<Page, E4m3>;
+    using X = std::conditional_t<kIsFloat8, float, Operand<T>>;
+    using Copy = std::conditional_t<kIsFloat8, E4m3, X>;
 
     int64_t key_dim, value_dim, state_size, block;  // positions of a block
-    bool is_whole;  // keys and values need no copies: vectors fit heads, and none is to be widened
-    std::vector<X> queries, keys, values;
+    bool is_whole;  // vectors fit heads: keys and values need no copies with zeros after them
+    std::vector<X> queries;
+    std::vector<Copy> keys, values;
     std::vector<float> logits;
     std::vector<X> weights;
+    float key_factors[kKeys], value_factors[kKeys];  // of a block of a head, of float8
     float* states_of_task = nullptr;
 
     FewRoom(const Call<T>& call, int64_t most_rows)
@@ -181,7 +187,7 @@ struct FewRoom {
           state_size(call.state_size()),
           block(std::clamp<int64_t>(kBlockBytes / call.position_bytes() / kSums * kSums, kSums,
                                     kKeys)),
-          is_whole(!call.key_scales && key_dim == call.key_dim && value_dim == call.value_dim),
+          is_whole(key_dim == call.key_dim && value_dim == call.value_dim),
           queries(call.kv_heads * most_rows * key_dim), keys(is_whole ? 0 : kKeys * key_dim),
           values(is_whole ? 0 : kKeys * value_dim), logits(4 * kKeys), weights(4 * kKeys) {}
 
@@ -209,6 +215,7 @@ struct FewRoom {
                                     num, key_dim};
         few_logits<R>(rows.keys, head * rows.key_offset, keys_ahead, query, key_dim, padded,
                       call.scale, logits.data());
+        if constexpr (kIsFloat8) multiply<R>(key_factors, padded, logits.data());
         for (int r = 0; r < R; ++r) {
             float *logit = logits.data() + r * kKeys, *state = states + r * state_size;
             const int64_t to = own_position(call, task, row + r) + 1 - first;
@@ -218,6 +225,7 @@ struct FewRoom {
             weigh(logit, padded, state, value_dim, state + state_size - kLanes,
                   weights.data() + r * kKeys);
         }
+        if constexpr (kIsFloat8) multiply<R>(value_factors, padded, weights.data());
         constexpr int V = std::min(8, kSums / (R == 3 ? 4 : R));
         Ahead<Row> ahead{is_here ? rows.values : rows.next_values, next * rows.value_offset,
                          call.has_values ? num : 0, value_dim};
@@ -228,6 +236,18 @@ struct FewRoom {
         }
         for (; d < value_dim; d += kPanel) {
             few_sums<R, 2>(rows.values, offset, ahead, weights.data(), n, d, states, state_size);
+        }
+    }
+
+    // Each of R rows.
+    template <int R>
+    static void multiply(const float* factors, int64_t n, float* rows) {
+        for (int64_t t = 0; t < n; t += kLanes) {
+            const Lanes factor = load(factors + t);
+            for (int r = 0; r < R; ++r) {
+                float* at = rows + r * kKeys + t;
+                store(at, load(at) * factor);
+            }
         }
     }
 
@@ -255,16 +275,7 @@ struct FewRoom {
             std::fill(state, state + state_size, 0.0f);
             state[state_size - kLanes] = kMasked;
         }
-        if (is_whole) {
-            attend_in_place(call, task);
-        } else {
-            attend_copies(call, task);
-        }
-    }
-
-    void attend_in_place(const Call<T>& call, const Task& task) {
-        const int64_t heads = task.end_head - task.head;
-        Rows<T> rows;
+        Rows<Page> rows;
         int64_t n = std::min<int64_t>(block, task.end - task.first);
         point_at(call, task, task.first, n, rows.next_keys, rows.next_values);
         rows.key_offset = call.block_size * call.key_dim;
@@ -275,41 +286,65 @@ struct FewRoom {
             std::memcpy(rows.values, rows.next_values, sizeof(rows.values));
             rows.num = n, rows.num_next = next;
             if (next) point_at(call, task, first + n, next, rows.next_keys, rows.next_values);
-            for (int64_t h = 0; h < heads; ++h) attend_block(call, task, rows, h, first, n);
+            for (int64_t h = 0; h < heads; ++h) {
+                if constexpr (kIsFloat8) take_factors(call, task, first, n, h);
+                if (is_whole) {
+                    attend_block(call, task, rows, h, first, n);
+                } else {
+                    attend_block(call, task, copied(call, rows, h), h, first, n);
+                }
+            }
             n = next;
+        }
+        if constexpr (kIsFloat8 && kInPairs<T>) {
+            for (int64_t i = 0; i < heads * task.rows; ++i) order_as_pairs(states + i * state_size);
+        }
+    }
+
+    // Sums of values in the order that those of pairs have.
+    void order_as_pairs(float* sums) const {
+        for (int64_t d = 0; d < value_dim; d += kPanel) {
+            float panel[kPanel];
+            std::memcpy(panel, sums + d, sizeof(panel));
+            for (int64_t i = 0; i < kLanes; ++i) {
+                sums[d + i] = panel[2 * i];
+                sums[d + kLanes + i] = panel[2 * i + 1];
+            }
         }
     }
 
     void point_at(const Call<T>& call, const Task& task, int64_t first, int64_t n,
-                  const T** of_keys, const T** of_values) const {
+                  const Page** of_keys, const Page** of_values) const {
         int64_t rows[kKeys];
         find_rows(call, task, first, n, rows);
         for (int t = 0; t < kKeys; ++t) {
             const int64_t row = rows[t] + task.head * call.block_size;
-            of_keys[t] = call.keys + row * call.key_dim;
-            of_values[t] = call.values + row * call.value_stride;
+            of_keys[t] = (const Page*)call.keys + row * call.key_dim;
+            of_values[t] = (const Page*)call.values + row * call.value_stride;
         }
     }
 
-    // Copies have zeros up to whole vectors.
-    void attend_copies(const Call<T>& call, const Task& task) {
-        Rows<X> rows{};
+    // Copies with zeros up to whole vectors.
+    Rows<Copy> copied(const Call<T>& call, const Rows<Page>& from, int64_t head) {
+        Rows<Copy> rows{};
         for (int t = 0; t < kKeys; ++t) {
-            rows.keys[t] = keys.data() + t * key_dim;
-            rows.values[t] = values.data() + t * value_dim;
+            Copy* key = keys.data() + t * key_dim;
+            Copy* value = values.data() + t * value_dim;
+            copy_row(from.keys[t] + head * from.key_offset, call.key_dim, key_dim, key);
+            copy_row(from.values[t] + head * from.value_offset, call.value_dim, value_dim, value);
+            rows.keys[t] = key, rows.values[t] = value;
         }
-        int64_t at[kKeys];
-        for (int64_t first = task.first; first < task.end; first += block) {
-            const int64_t n = std::min<int64_t>(block, task.end - first);
-            find_rows(call, task, first, n, at);
-            for (int64_t h = 0; h < task.end_head - task.head; ++h) {
-                for (int64_t t = 0; t < round_up(n, kSums); ++t) {
-                    const int64_t row = at[t] + (task.head + h) * call.block_size;
-                    call.take_key(row, key_dim, keys.data() + t * key_dim);
-                    call.take_value(row, value_dim, values.data() + t * value_dim);
-                }
-                attend_block(call, task, rows, h, first, n);
-            }
+        return rows;
+    }
+
+    void take_factors(const Call<T>& call, const Task& task, int64_t first, int64_t n,
+                      int64_t head) {
+        int64_t rows[kKeys];
+        find_rows(call, task, first, n, rows);
+        for (int64_t t = 0; t < round_up(n, kSums); ++t) {
+            const int64_t row = rows[t] + (task.head + head) * call.block_size;
+            key_factors[t] = factor_of(call.key_scales[row]);
+            value_factors[t] = factor_of(call.value_scales[row]);
         }
     }
 };

@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "e4m3.h"
@@ -72,9 +73,9 @@ inline Bits load_pairs_part(const bf16* p, int64_t count) {
 }
 
 // A row of `size` values as an operand, with zeros up to `padded`, a multiple of kLanes.
-template <class T>
-inline void copy_row(const T* from, int64_t size, int64_t padded, Operand<T>* to) {
-    if constexpr (sizeof(T) == sizeof(Operand<T>)) {
+template <class T, class X>
+inline void copy_row(const T* from, int64_t size, int64_t padded, X* to) {
+    if constexpr (std::is_same_v<T, X>) {
         std::memcpy(to, from, (size_t)size * sizeof(T));
         std::memset(to + size, 0, (size_t)(padded - size) * sizeof(T));
     } else {

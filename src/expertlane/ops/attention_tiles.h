@@ -53,7 +53,7 @@ struct TileRoom {
     static constexpr int64_t kStep = kInPairs<T> ? 2 : 1;  // values of a product's step
 
     int64_t key_dim, key_stride, value_dim, state_size, most_rows;
-    std::vector<X> keys, values, value_rows, queries, weights;
+    std::vector<X> keys, values, wide_values, queries, weights;
     std::vector<float> logits;
     std::vector<float> most, sum;
     std::vector<int32_t> own;  // the rows' positions, from the block's first on
@@ -62,8 +62,9 @@ struct TileRoom {
         : key_dim(round_up(call.key_dim, kRoundUp)), key_stride(key_dim + kLinePad),
           value_dim(round_up(call.value_dim, kPanel)), state_size(call.state_size()),
           most_rows(round_up(rows, kPanel)), keys(kKeys * key_stride),
-          values(kKeys * value_dim), value_rows(kStep * value_dim), queries(most_rows * key_dim), weights(kKeys * kPanel),
-          logits(kKeys * kPanel), most(most_rows), sum(most_rows), own(most_rows) {}
+          values(kKeys * value_dim), wide_values(call.value_scales ? kStep * value_dim : 0),
+          queries(most_rows * key_dim), weights(kKeys * kPanel), logits(kKeys * kPanel),
+          most(most_rows), sum(most_rows), own(most_rows) {}
 
     // Rows as panels [key_dim / kStep][kPanel][kStep].
     void take_queries(const Call<T>& call, const Task& task, int64_t head) {
@@ -88,21 +89,36 @@ struct TileRoom {
         for (int64_t t = 0; t < round_up(n, kKeyTile); ++t) {
             call.take_key(first + rows[t], key_dim, keys.data() + t * key_stride);
         }
+        const T* of_values = call.values + first * call.value_stride;
         for (int64_t t = 0; t < n; t += kStep) {
             X* to = values.data() + t * kPanel;
-            for (int i = 0; i < kStep; ++i) {
-                call.take_value(first + rows[t + i], value_dim, value_rows.data() + i * value_dim);
-            }
-            for (int64_t d = 0; d < value_dim; d += kPanel, to += kKeys * kPanel) {
-                const X* row = value_rows.data() + d;
-                if constexpr (kInPairs<T>) {
-                    const Bits a = load_pairs(row), b = load_pairs(row + value_dim);
-                    const Bits even = even_pairs(a, b), odd = odd_pairs(a, b);
-                    std::memcpy(to, &even, sizeof(even));
-                    std::memcpy(to + kPanel, &odd, sizeof(odd));
-                } else {
-                    std::memcpy(to, row, kPanel * sizeof(X));
+            if (call.value_scales) {
+                for (int i = 0; i < kStep; ++i) {
+                    X* wide = wide_values.data() + i * value_dim;
+                    call.take_value(first + rows[t + i], value_dim, wide);
                 }
+                const X* wide = wide_values.data();
+                put_values(wide, wide + (kStep - 1) * value_dim, value_dim, to);
+            } else {
+                put_values(of_values + rows[t] * call.value_stride,
+                           of_values + rows[t + kStep - 1] * call.value_stride, call.value_dim, to);
+            }
+        }
+    }
+
+    // A row of `size` values to panels, or two.
+    template <class Row>
+    void put_values(const Row* a, const Row* b, int64_t size, X* to) const {
+        for (int64_t d = 0; d < value_dim; d += kPanel, to += kKeys * kPanel) {
+            const int64_t left = size - d;
+            if constexpr (kInPairs<T>) {
+                const Bits x = left < kPanel ? load_pairs_part(a + d, left) : load_pairs(a + d);
+                const Bits y = left < kPanel ? load_pairs_part(b + d, left) : load_pairs(b + d);
+                const Bits even = even_pairs(x, y), odd = odd_pairs(x, y);
+                std::memcpy(to, &even, sizeof(even));
+                std::memcpy(to + kPanel, &odd, sizeof(odd));
+            } else {
+                copy_row<Row>(a + d, std::min(left, kPanel), kPanel, to);
             }
         }
     }

@@ -60,11 +60,17 @@ def backend_of_cuda(device: torch.device) -> tuple[TorchBackend, str]:
     if find_spec("triton") is None:
         return _TORCH, "Triton is not installed"
     # A CPU does without Triton.
-    from expertlane.ops.cuda.backend import CudaBackend, multiplies_narrow, why_not
+    from expertlane.ops.cuda.backend import (
+        CudaBackend,
+        multiplies_narrow,
+        reads_float8,
+        why_not,
+    )
 
     if reason := why_not(device):
         return _TORCH, reason
-    return CudaBackend(keeps_narrow=multiplies_narrow(device)), ""
+    tried = {"keeps_narrow": multiplies_narrow(device), "reads_float8": reads_float8(device)}
+    return CudaBackend(**tried), ""
 
 
 @cache
@@ -246,7 +252,7 @@ def _num_gpus() -> int:
 
 
 def _check_cpu(dtype_name: str | None, num_gpus: int) -> None:
-    """Refuse what a CPU has not."""
+    """Refuse what a CPU lacks."""
     sharing = "; EXPERTLANE_TRANSPORT=shared_memory lets ranks share GPUs" if num_gpus else ""
     if _wanted_backend() == "cuda":
         raise UserError(

@@ -44,6 +44,9 @@ inline float power_of_scale(uint32_t byte) {
     return power;
 }
 
+// What a loaded value of a row is to be multiplied by: no number where the row has none.
+inline float factor_of(uint8_t scale) { return scale == 255 ? NAN : power_of_scale(scale) * 256.0f; }
+
 // To the nearest, ties to even, of |x| <= 448; anything else that is no number stays so.
 inline E4m3 to_e4m3(float x) {
     const uint32_t bits = float_bits(x), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffff;
@@ -70,7 +73,7 @@ inline void round_row(const T* from, int64_t size, E4m3* to, uint8_t* scale) {
 // With zeros up to `padded`, a multiple of kLanes.
 template <class X>
 inline void widen_row(const E4m3* from, uint8_t scale, int64_t size, int64_t padded, X* to) {
-    const Lanes factor = all(power_of_scale(scale) * 256.0f);
+    const Lanes factor = all(factor_of(scale));
     int64_t d = 0;
     for (; d + kLanes <= size; d += kLanes) store(to + d, load(from + d) * factor);
     for (; d < padded; d += kLanes) {

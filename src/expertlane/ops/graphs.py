@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
+
 
 class Graphs(Protocol):
     """Records operations once, and launches them again without the host's work between them.
@@ -17,3 +19,8 @@ class Graphs(Protocol):
         The record has the memory that operations used, and all values that were on the host.
         """
         ...
+
+
+def is_recorded(device: torch.device) -> bool:
+    """Whether operations of this thread become a part of a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

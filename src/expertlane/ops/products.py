@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertlane.ops.transfer import waits_raise
+
 
 class Linear:
     """x · Wᵀ + b.
@@ -360,14 +362,18 @@ class _Stack:
 
 @cache
 def _groups_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Found by trying: for which devices and types torch has them depends on its version."""
+    """Found by trying: for which devices and types torch has them depends on its version.
+
+    On GPUs it has them in bfloat16 on some; else it reads the ends on the host, and then loops.
+    """
     if grouped_mm is None:
         return False
     rows = torch.ones(3, 16, device=device, dtype=dtype)
     weight = torch.arange(3.0).repeat_interleave(256).view(3, 16, 16).to(device, dtype)
     ends = torch.tensor([1, 1, 3], dtype=torch.int32, device=device)
     try:
-        out = grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+        with waits_raise(device):
+            out = grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     except (RuntimeError, NotImplementedError, TypeError):
         return False
     return bool(out[:, 0].tolist() == [0, 32, 32])

@@ -56,7 +56,8 @@ class Staging:
         is_free.synchronize()
         staged = buffer[: values.nbytes].view(values.dtype).view(values.shape)
         staged.copy_(values)
-        to.copy_(staged, non_blocking=True)
+        # `copy_` alone would change types on the host, in pageable memory.
+        to.copy_(staged.to(to.device, non_blocking=True))
         is_free.record()
 
 

@@ -163,8 +163,9 @@ void attend_with(Kernel kernel, const T* heads, int64_t width, int64_t tokens,
                  const AttentionLayer& l, const Tokens& t, const Pages& p, T* out) {
     const T *key = heads + l.heads * l.head_dim, *value = key + l.kv_heads * l.head_dim;
     kernel(heads, width, key, width, value, width, t.slots, tokens, p.keys, p.values,
-           p.key_scales, p.value_scales, t.tables, t.width, t.first_token, t.scheduled, t.lengths, t.seqs, l.heads, l.kv_heads,
-           l.head_dim, l.head_dim, p.block_size, l.scale, l.window, l.sinks, out);
+           p.key_scales, p.value_scales, t.tables, t.width, t.first_token, t.scheduled,
+           t.lengths, t.seqs, l.heads, l.kv_heads, l.head_dim, l.head_dim, p.block_size,
+           l.scale, l.window, l.sinks, out);
 }
 inline void attend(const bf16* heads, int64_t width, int64_t tokens, const AttentionLayer& l,
                    const Tokens& t, const Pages& p, bf16* out) {

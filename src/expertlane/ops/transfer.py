@@ -4,7 +4,9 @@ On GPUs the host's side is pinned memory, which torch keeps until a transfer fro
 Not yet run on a GPU (docs/validation.md).
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -13,7 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 8  # bytes, of each array among the others
+# Bytes, of each array among the others: Triton compiles a kernel anew for another alignment to 16.
+_ALIGNMENT = 16
 
 Array = npt.NDArray[Any]
 
@@ -64,29 +67,20 @@ def pinned(num_bytes: int) -> Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
-class Fetched:
-    """Tensors on their way to the host, in one transfer."""
+def to_host(tensors: Sequence[Tensor], until: Callable[[Any], None]) -> Sequence[Tensor]:
+    """Tensors on the host; on a CPU these ones.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._host = list(tensors)
-        self._passed: Any = None
-        if not tensors or tensors[0].device.type == "cpu":
-            return
-        whole = joined(tensors)
-        room = pinned(whole.numel())
-        room.copy_(whole, non_blocking=True)
-        self._host = parted(room, tensors)
-        self._passed = recorded_event()
-
-    def wait(self, until: Callable[[Any], None]) -> list[Tensor]:
-        """The tensors on the host.
-
-        Args:
-            until: waits for an event of the stream; not called where nothing travelled.
-        """
-        if self._passed is not None:
-            until(self._passed)
-        return self._host
+    Args:
+        until: waits for an event of the stream; not called where nothing travelled.
+    """
+    if not tensors or tensors[0].device.type == "cpu":
+        return tensors
+    whole = joined(tensors)
+    room = pinned(whole.numel())
+    room.copy_(whole, non_blocking=True)
+    arrived = parted(room, tensors)
+    until(recorded_event())
+    return arrived
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -116,3 +110,23 @@ def recorded_event() -> Any:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event
+
+
+@contextmanager
+def waits_raise(device: torch.device) -> Iterator[None]:
+    """Have what makes the host wait for a GPU raise RuntimeError."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    _set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that it is a prototype
+        torch.cuda.set_sync_debug_mode(mode)

@@ -23,7 +23,7 @@ from expertlane.model.transformer import TransformerStage
 from expertlane.model.weights import SeededWeights
 from expertlane.ops import backend as choice
 from expertlane.ops.cuda import backend as module
-from expertlane.ops.cuda.backend import CudaBackend, multiplies_narrow, why_not
+from expertlane.ops.cuda.backend import CudaBackend, multiplies_narrow, reads_float8, why_not
 from expertlane.ops.cuda.narrow import CudaNarrowLinear
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
@@ -132,6 +132,18 @@ def test_narrow_weights_are_kept_where_their_products_are_right(monkeypatch):
     for wrong in (lambda self, x: 1.1 * product(self, x), lambda self, x: x.no_such_product):
         monkeypatch.setattr(CudaNarrowLinear, "__call__", wrong)
         assert not multiplies_narrow(DEVICE)
+
+
+def test_a_float8_cache_is_read_where_attention_over_it_is_right(monkeypatch):
+    assert reads_float8(DEVICE)
+    attend = module.attend
+
+    def fail(query, cache, batch, params):
+        raise RuntimeError("type fp8e4nv not supported in this architecture")
+
+    for wrong in (lambda *given: 1.1 * attend(*given), fail):
+        monkeypatch.setattr(module, "attend", wrong)
+        assert not reads_float8(DEVICE)
 
 
 def test_kernels_that_agree_with_torch_are_chosen(monkeypatch):

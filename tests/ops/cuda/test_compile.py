@@ -16,11 +16,15 @@ needs_tools = pytest.mark.skipif(
 )
 
 
-def compiled(*arguments: str) -> list[dict]:
-    """What benchmarks/compile_cuda.py found; it fails where a shape or a bound is not kept."""
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TRITON_INTERPRET": "0"}
     command = [sys.executable, str(ROOT / "benchmarks" / "compile_cuda.py"), "--json", *arguments]
-    ended = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1200)
+
+
+def compiled(*arguments: str) -> list[dict]:
+    """What benchmarks/compile_cuda.py found; it fails where a shape or a bound is not kept."""
+    ended = run(*arguments)
     assert ended.returncode == 0, ended.stderr[-2000:] + ended.stdout
     return json.loads(ended.stdout)
 
@@ -39,6 +43,13 @@ def test_attention_and_experts_of_decode_steps_keep_the_bounds():
         "_write_kernel",
     }
     assert all(each["registers"] > 0 and each["shared_bytes"] >= 0 for each in found)
+
+
+@needs_tools
+def test_words_that_are_in_no_name_compile_nothing_and_fail():
+    ended = run("--only", "no such case")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "contains one of ['no such case']; cases: " in ended.stderr
 
 
 @needs_tools

@@ -1,4 +1,4 @@
-"""Sets of kernels that steps are priced with: the engine's two, and one that it does not have.
+"""Sets of kernels that steps are priced with: the engine's two, and an estimate of libraries'.
 
 What is counted (FLOPs, bytes, collectives) is what the engine counts with `ENGINE` and
 `ENGINE_ON_GPUS`, which differ in numbers of launches alone. With `GPU_LIBRARIES` it differs where

@@ -14,8 +14,9 @@ from expertlane.comm.clocks import clock_for
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.comm.recorder import Recorder
 from expertlane.cost.step.operation import Kind
-from expertlane.engine.commands import MeasureLaunches, MeasureOperations, Point
+from expertlane.engine.commands import MeasureLaunches, MeasureOperations
 from expertlane.engine.measure.machine import synchronize
+from expertlane.engine.measure.points import Point
 from expertlane.engine.worker import RankContext
 from expertlane.ops.backend import DTYPES, backend_for
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
@@ -148,7 +149,7 @@ def measure_launches(context: RankContext, command: MeasureLaunches) -> tuple[fl
     graph = torch.cuda.CUDAGraph()
     x.add_(1)
     torch.cuda.synchronize(device)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # nccl's threads go on
         for _ in range(_BURST):
             x.add_(1)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from expertlane.engine.cache_size import MeasureStep
+from expertlane.engine.commands import MeasureStep
 from expertlane.engine.worker import RankContext
 from expertlane.ops.device_memory import memory_of
 

@@ -9,9 +9,10 @@ import torch
 from expertlane.comm.collectives import Group
 from expertlane.comm.mesh import ParallelMesh
 from expertlane.cost.step.operation import TransferKind
-from expertlane.engine.commands import MeasureContention, MeasureTransfers, TransferPoint
+from expertlane.engine.commands import MeasureContention, MeasureTransfers
 from expertlane.engine.measure.machine import synchronize
 from expertlane.engine.measure.operations import barrier, first_ranks
+from expertlane.engine.measure.points import TransferPoint
 from expertlane.engine.worker import RankContext
 from expertlane.ops.backend import backend_for
 

@@ -31,7 +31,7 @@ _LOG2_E = 1.4426950408889634
 _LEAST_SPLIT = 256  # positions
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "num_seqs", "num_tokens"])
 def _attention_kernel(
     query, keys, values, key_scales, value_scales, tables, first_tokens, num_scheduled, lengths,
     sinks, out, partial, maxima, sums,
@@ -194,7 +194,7 @@ def _place_of_tile(
     return seq, row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "num_rows"])
 def _combine_kernel(
     partial, maxima, sums, sinks, out, num_splits, num_rows,
     NUM_HEADS: tl.constexpr, HAS_SINKS: tl.constexpr,

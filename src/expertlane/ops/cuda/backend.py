@@ -36,9 +36,10 @@ class CudaBackend(TorchBackend):
     instructions = f"triton {triton.__version__}"
     adds_with_norm = True
 
-    def __init__(self, *, keeps_narrow: bool = True) -> None:
+    def __init__(self, *, keeps_narrow: bool = True, reads_float8: bool = True) -> None:
         """With weights of one byte and of four bits kept so, or widened."""
         self.keeps_narrow = self.keeps_mxfp4 = keeps_narrow
+        self.reads_float8 = reads_float8
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         if isinstance(weight, Tensor) or not CudaNarrowLinear.suits(weight):
@@ -117,12 +118,22 @@ def why_not(device: torch.device) -> str:
     A norm and a step of attention are compiled, run, and held against torch's.
     """
     try:
-        found, expected = (_tried(ops, device) for ops in (CudaBackend(), TorchBackend()))
-        is_right = torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+        is_right = _is_right(device)
     except Exception as error:  # of a compiler, a driver or the device
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"Triton {triton.__version__} cannot run our kernels here: {lines[0][:200]}"
     return "" if is_right else "our kernels give other results than torch here"
+
+
+def reads_float8(device: torch.device) -> bool:
+    """Whether attention over a cache of float8 runs here and is right.
+
+    Triton converts from float8 (e4m3) from compute capability 8.9 on.
+    """
+    try:
+        return _is_right(device, is_float8=True)
+    except Exception:  # of a compiler, a driver or the device
+        return False
 
 
 def multiplies_narrow(device: torch.device) -> bool:
@@ -154,7 +165,12 @@ def multiplies_narrow(device: torch.device) -> bool:
         return False
 
 
-def _tried(ops: TorchBackend, device: torch.device) -> Tensor:
+def _is_right(device: torch.device, *, is_float8: bool = False) -> bool:
+    found, expected = (_tried(ops, device, is_float8) for ops in (CudaBackend(), TorchBackend()))
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def _tried(ops: TorchBackend, device: torch.device, is_float8: bool) -> Tensor:
     """Two decode steps of 16 positions and 17 of them, with normed queries."""
     batch = Batch(
         seq_ids=np.arange(2),
@@ -164,9 +180,9 @@ def _tried(ops: TorchBackend, device: torch.device) -> Tensor:
         block_tables=np.array([[3, -1], [0, 2]], dtype=np.int32),
         yields_token=np.ones(2, dtype=np.bool_),
     )
-    cache = KVCache(4, 16, 1, 64, 64, torch.float16, device)
-    for each in (cache.keys, cache.values):
-        each.copy_(torch.linspace(-1, 1, each.numel(), device=device).sin().view(each.shape))
+    cache = KVCache(4, 16, 1, 64, 64, torch.float16, device, is_float8=is_float8)
+    cached = torch.linspace(-1, 1, 64 * 64, device=device).sin().half().view(64, 1, 64)
+    cache.write(torch.arange(64, device=device), cached, cached)
     x = torch.linspace(-2, 2, 2 * 4 * 64, device=device).view(8, 64)
     query = ops.rms_norm(x, torch.ones(64, device=device), 1e-5).half().view(2, 4, 64)
     key, value = query[:, :1].clone(), query[:, 1:2].clone()

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from expertlane.ops.cuda.launch import launch
 from expertlane.ops.cuda.matrices import Matrices
-from expertlane.ops.cuda.splits import num_multiprocessors, share_of
+from expertlane.ops.cuda.splits import num_multiprocessors, share_of, stages_within
 
 _LEAST_STEPS = 4  # of a split
 _MOST_SPLITS = 8
 _SUM_BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _grouped_kernel(
     x, weight, scales, bias, counts, from_rows, to_rows, out,
     x_row, out_row, out_split, num_rows, num_matrices, out_features, in_features,
@@ -194,7 +194,7 @@ def _zeros(WEIGHTS_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexp
         return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "num_rows"])
 def _sum_kernel(
     partial, counts, to_rows, out, num_splits, num_rows, num_matrices, out_row, width,
     HAS_COUNTS: tl.constexpr, IS_SCATTERED: tl.constexpr,
@@ -244,6 +244,10 @@ class Tile(NamedTuple):
         if rows <= 32:
             return cls(rows, 128, 128, 4, 4)
         return cls(rows, 128, 64, 8 if rows == 128 else 4, 4)
+
+    def stage_bytes(self, bits: int, itemsize: int) -> int:
+        """Of a stage of its loop: rows, and weights of so many bits."""
+        return self.depth * (self.rows * itemsize + self.columns * bits // 8)
 
 
 def grouped_product(
@@ -299,7 +303,9 @@ def grouped_product(
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=stages_within(
+            tile.num_stages, tile.stage_bytes(matrices.bits, x.itemsize), x.device
+        ),
         **of_launch,
     )
     if num_splits > 1:

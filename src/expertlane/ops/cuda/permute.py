@@ -33,7 +33,7 @@ def _group_of(ids, ids_row, pair, num_pairs, first, divisor, num_groups, TOP_K: 
     return tl.where(is_there, group, num_groups + 1), has_group
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _count_kernel(
     ids, counts, ids_row, num_pairs, num_tiles, first, divisor, num_groups,
     TOP_K: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr,
@@ -47,7 +47,7 @@ def _count_kernel(
     tl.store(to, tl.sum(is_it.to(tl.int32), axis=0), mask=number <= num_groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles", "num_kept"])
 def _place_kernel(
     ids, counts, ends, tile_ends, rows, order, numbers,
     ids_row, num_pairs, num_tiles, first, divisor, num_groups, num_kept,

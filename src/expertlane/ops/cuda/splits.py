@@ -4,7 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-_FEW_MULTIPROCESSORS = 132  # of an H100; used where the device cannot be queried
+# Of an H100; used where the device cannot be queried.
+_FEW_MULTIPROCESSORS = 132
+_SHARED_BYTES = 227 << 10  # of a program
 
 
 def num_multiprocessors(device: torch.device) -> int:
@@ -12,6 +14,15 @@ def num_multiprocessors(device: torch.device) -> int:
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
     return _FEW_MULTIPROCESSORS
+
+
+def stages_within(wanted: int, stage_bytes: int, device: torch.device) -> int:
+    """Stages of a loop whose loads fit into shared memory, of which small cards have 99 KiB."""
+    shared_bytes = _SHARED_BYTES
+    if device.type == "cuda" and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(device)
+        shared_bytes = getattr(properties, "shared_memory_per_block_optin", shared_bytes)
+    return max(1, min(wanted, shared_bytes // stage_bytes))
 
 
 @triton.jit
