@@ -279,8 +279,8 @@ def simulate(
             full.
         dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
             all ranks, one copy per node reached, forwarded inside it, one copy per rank
-            reached, in buffers of fixed size, or the fastest for a step's number of tokens,
-            timed at startup.
+            reached, in buffers of fixed size; auto: the fastest of the first three for a step's
+            number of tokens, timed at startup.
         prefill_dispatch: Dispatch form of steps that hold prompts, if different.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).
@@ -415,8 +415,8 @@ def bench(
             full.
         dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
             all ranks, one copy per node reached, forwarded inside it, one copy per rank
-            reached, in buffers of fixed size, or the fastest for a step's number of tokens,
-            timed at startup.
+            reached, in buffers of fixed size; auto: the fastest of the first three for a step's
+            number of tokens, timed at startup.
         prefill_dispatch: Dispatch form of steps that hold prompts, if different.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).

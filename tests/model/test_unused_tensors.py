@@ -74,12 +74,14 @@ def test_a_tensor_that_a_config_makes_superfluous(rewrite, family, config, store
     [
         ("mixtral", {}, "model.layers.2.self_attn.rotary_emb.inv_freq"),
         ("olmoe", {}, "model.rotary_emb.inv_freq"),
+        ("qwen3_moe", {}, "model.layers.1.self_attn.k_scale"),
+        ("mixtral", {}, "model.layers.0.self_attn.v_proj.v_scale"),
         ("deepseek_v3", {}, "model.layers.4.mlp.experts.3.up_proj.weight"),
         ("deepseek_v3", {"num_nextn_predict_layers": 2}, "model.layers.5.eh_proj.weight"),
         ("qwen3_moe", {}, "lm_head.weight"),  # tied: judged by its values
     ],
 )
-def test_what_transformers_leaves_unread_without_a_word(rewrite, family, config, stored):
+def test_what_is_left_unread_without_a_word(rewrite, family, config, stored):
     tensor = torch.zeros(97, 64) if stored == "lm_head.weight" else _VECTOR
     assert _unused(rewrite(family, {stored: tensor}, config)) == []
 

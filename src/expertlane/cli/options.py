@@ -210,7 +210,7 @@ class DeploymentOptions:
         "all_to_all",
         help="How tokens are dispatched to experts: "
         + ", ".join(form.sends for form in DISPATCH_FORMS.values())
-        + ", or the fastest for a step's number of tokens, timed at startup.",
+        + "; auto: the fastest of the first three for a step's number of tokens, timed at startup.",
     )
     prefill_dispatch: DispatchForm | None = typer.Option(
         None,

@@ -49,6 +49,8 @@ _OWN_IN_LAYER: dict[str, dict[str, str]] = {
 }
 _IN_ANY_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _OLD_BUFFER = "rotary_emb.inv_freq"
+# Of one-byte caches with a scale for a tensor; ours has one for each key and value of a head.
+_CACHE_SCALE = re.compile(r"\.self_attn\.(?:\w+\.)?[kv]_scale$")
 _OF_EXPERT = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _OF_MIXTRAL_EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
 
@@ -93,13 +95,15 @@ def tensor_locations(family: str, name: str) -> tuple[TensorLocation, ...]:
 
 
 def is_left_unread(stored_name: str, extra_layers: range) -> bool:
-    """Whether transformers too ignores a tensor without a warning.
+    """Whether a tensor is ignored without a warning: by transformers too, or a scale of a cache.
 
     Args:
         extra_layers: layers for multi-token prediction, after the last one.
     """
     layer = _IN_ANY_LAYER.match(stored_name)
-    return _OLD_BUFFER in stored_name or (layer is not None and int(layer[1]) in extra_layers)
+    if _OLD_BUFFER in stored_name or _CACHE_SCALE.search(stored_name):
+        return True
+    return layer is not None and int(layer[1]) in extra_layers
 
 
 def _expert_locations(
