@@ -228,7 +228,8 @@ class DeployedStage:
                 if step.return_logits:
                     logits = result.logits.to("cpu", copy=True)  # a graph writes over its own
                     outcome.logits |= zip(seq_ids, logits.numpy(), strict=True)
-        is_told, look = self._mesh.at.tp_rank == 0, self._checks and self._look_at_head
+        is_told = self._mesh.at.tp_rank == 0
+        look = None if self._checks is None else self._look_at_head
         changes.chosen = tokens.fetch(outcome if is_told else None, look, self._await_device)
         for send in self._sends[-1]:
             send.let_go()
