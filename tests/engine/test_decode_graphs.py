@@ -168,6 +168,8 @@ def test_all_ranks_record_the_same_whole_steps(recorded, kind, expected, monkeyp
     graphs = DecodeGraphs.__new__(DecodeGraphs)
     graphs._sizes, graphs._launch = [1, 2, 4], dict.fromkeys(recorded)
     graphs._graphs = SimpleNamespace(capture=lambda run: run)
+    recorder = SimpleNamespace(meter=None)
+    graphs.stage = SimpleNamespace(mesh=SimpleNamespace(recorder=recorder))
     batch, real = SimpleNamespace(num_seqs=2), SimpleNamespace(only=lambda places: None)
     part = SimpleNamespace(batch=batch, real=real, dispatch_form="all_gather")
     assert graphs._prepare(part, kind, lambda padded: None)

@@ -169,6 +169,6 @@ def test_a_preempted_request_computes_its_prompt_where_it_decodes():
 def test_the_busiest_rank_decides_how_long_a_transfer_takes(prefill, decode, expected):
     links = LinkModel(PROFILE)
     transfers = KVTransfers(MODEL, TYPES, Layout.parse(prefill), Layout.parse(decode), links)
-    num_bytes = expected * 1000 * MODEL.num_hidden_layers * 2 * MODEL.kv_size * TYPES.kv_bytes
+    num_bytes = expected * TYPES.cached_bytes(1000 * MODEL.num_hidden_layers * 2 * MODEL.kv_size, 0)
     whole = links.kv_transfer(np.array([num_bytes]), np.array([num_bytes]))
     assert transfers.seconds(1000)[LIKELY] == pytest.approx(whole.seconds[0])
