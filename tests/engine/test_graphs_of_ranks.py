@@ -60,7 +60,10 @@ def assert_equal(layout, options, monkeypatch, **how):
         assert ours.num_tokens.tolist() == theirs.num_tokens.tolist()
         assert (ours.sent_bytes >= theirs.sent_bytes).all()
         if ranks.layout.dp == 1:  # every size has its graph: nothing is padded
-            assert ours.sent_bytes.tolist() == theirs.sent_bytes.tolist()
+            # A graph finds the likeliest token, two float64, though all logits are asked for.
+            more = ours.sent_bytes - theirs.sent_bytes
+            assert not (more % 16).any()
+            assert more.sum() <= 16 * sum(map(len, found))
     return ranks
 
 
@@ -85,13 +88,15 @@ full = pytest.mark.full
 def test_whole_steps_of_ranks(layout, form, name, monkeypatch):
     """Data-parallel ranks have different numbers of sequences, and none."""
     model, dp = MODELS[name] if name else MODEL, Layout.parse(layout).dp
-    ranks = assert_equal(layout, Options(dispatch=form), monkeypatch, model=model)
+    comes_at = COMES_AT if dp < 4 else arrivals(8, rate=0.8)
+    options = Options(dispatch=form)
+    ranks = assert_equal(layout, options, monkeypatch, model=model, comes_at=comes_at)
     assert [each.num_replayed for each in ranks.graphs] == [len(ranks.sizes)] * len(ranks.graphs)
     assert len({each.num_recorded for each in ranks.graphs}) == 1
     assert len({max(sizes) for sizes in ranks.sizes}) > 1
     if dp > 1:
         assert any(0 in sizes and any(sizes) for sizes in ranks.sizes)
-        assert any(len({*sizes}) > 1 and min(sizes) for sizes in ranks.sizes) or dp > 3
+        assert any(len({*sizes}) > 1 and min(sizes) for sizes in ranks.sizes)
 
 
 def test_ranks_that_choose_other_sizes_are_noticed(monkeypatch):
