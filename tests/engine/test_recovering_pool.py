@@ -41,7 +41,7 @@ def leaves_nothing():
     """Nothing is left of a pool that is made and closed inside."""
     before, num_before = names(), num_files_in_memory()
     yield
-    assert wait_until(lambda: names() <= before), sorted(names() - before)
+    assert wait_until(lambda: names() <= before), (sorted(names() - before), descriptors())
     assert num_files_in_memory() <= num_before + 1  # the progress board may still be read
 
 
@@ -57,6 +57,7 @@ def num_files_in_memory():
 
 def names():
     """What could be left: open files here, files in shared memory, processes."""
+    gc.collect()  # what earlier tests left in cycles is nobody's
     opened = {f"fd {n}" for n, target in descriptors().items() if not target.startswith("/memfd:")}
     children = {f"process {each.pid}" for each in psutil.Process().children(recursive=True)}
     return opened | children | {*os.listdir("/dev/shm")}
