@@ -160,12 +160,14 @@ class RankThreads:
     Attributes:
         graphs: [world_size]; of each rank.
         sizes: of each decode step so far, [dp] sequences.
+        num_sampled: sequences of those steps in which any asks for more than its likeliest token.
         before: by the number of a step, what all ranks do before it, given their stage and rank.
     """
 
     def __init__(self, layout, model, limits, options, monkeypatch, *, has_graphs):
         self.layout, self.num_steps, self.before, self.sizes = layout, 0, {}, []
         self.placements = None  # of the next step
+        self.num_sampled = 0
         of_rank = threading.local()
         self.graphs = [ReplayedGraphs() if has_graphs else None for _ in range(layout.world_size)]
         ops = KernelsWithGraphs(None)
@@ -220,10 +222,16 @@ class RankThreads:
         if (action := self.before.get(self.num_steps)) is not None:
             placements = action(self)
         self.num_steps += 1
-        if all((batch.num_scheduled_tokens == 1).all() for batch in plan.batches):
+        is_decode = all((batch.num_scheduled_tokens == 1).all() for batch in plan.batches)
+        if is_decode:
             self.sizes += [[batch.num_seqs for batch in part] for part in plan.micro_batches]
         at = self.layout.coordinates
-        return self.on_all(lambda rank: self.stages[rank].run(steps[at(rank).dp_rank], placements))
+        done = self.on_all(lambda rank: self.stages[rank].run(steps[at(rank).dp_rank], placements))
+        sampler = self.stages[-1]._sampler
+        if is_decode:
+            asked = [each for each in plan.batches if sampler.samples_any(each.seq_ids)]
+            self.num_sampled += sum(each.num_seqs for each in asked)
+        return done
 
     def first_done(self, handles):
         return handles[0]
