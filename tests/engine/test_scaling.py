@@ -265,10 +265,15 @@ def test_experts_go_on_moving_and_counts_do_not_fall():
             assert (reading.num_steps[:num] >= before.num_steps[:num]).all()
             assert reading.rank_tokens.shape[1] == llm.layout.world_size
             assert len(watch.positions) == llm.layout.world_size
-            assert len(rebalancer.decisions) > num_decisions
-            assert rebalancer.saved_s != saved_s
             assert watch.imbalance(60.0).keys() <= set(watch.layers)
-        assert any(each.switched is not None for each in rebalancer.decisions)
+            # How many steps a move takes goes by its measured time, and steps after it may save.
+            for _ in range(20):
+                of_layout = rebalancer.decisions[num_decisions:]
+                if rebalancer.saved_s != saved_s:
+                    break
+                assert tokens(llm.generate(PROMPTS, PARAMS)) == expected
+            assert any(each.switched is not None for each in of_layout)
+            assert rebalancer.saved_s != saved_s
 
 
 def test_other_threads_wait_for_it():
