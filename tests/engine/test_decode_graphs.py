@@ -10,19 +10,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
 from engine.one_rank import OneRank, stage_of
 from expertlane.model import decode_graphs
-from expertlane.model.decode_graphs import DecodeGraphs, StaticInputs, graph_sizes, padded
+from expertlane.model.decode_graphs import DecodeGraphs
+from expertlane.model.padded_batch import NO_SEQS, StaticInputs, padded, places_in
 from expertlane.ops.kv_cache import PagedBatch
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import Batch
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Options
-from expertlane.spec.layout import Layout
+from expertlane.spec.deployment import GraphLimits, Options
+from expertlane.spec.layout import Layout, partition
 from expertlane.spec.sampling import SamplingParams
 from ops.cuda.near import DEVICE, needs_kernels, triton
 from ops.cuda.replayed import ReplayedGraphs
@@ -113,15 +116,20 @@ def difference(ours, theirs) -> float:
 
 
 def test_numbers_of_sequences():
-    assert graph_sizes(1) == [1]
-    assert graph_sizes(6) == [1, 2, 4, 6]
-    assert graph_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
-    for most in range(1, 600):
-        sizes = graph_sizes(most)
-        assert sizes[-1] == most
-        assert sizes == sorted({*sizes})
+    def sizes_up_to(most):
+        return GraphLimits(most, 1).sizes
+
+    assert sizes_up_to(1) == (1,)
+    assert sizes_up_to(6) == (1, 2, 4, 6)
+    assert sizes_up_to(64) == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+    assert sizes_up_to(300)[-7:] == (192, 208, 224, 240, 256, 288, 300)
+    for most in range(1, 1300):
+        sizes = sizes_up_to(most)
+        assert sizes[-1] == min(most, 1024)
+        assert [*sizes] == sorted({*sizes})
+        assert len(sizes) <= 43
         for smaller, size in pairwise(sizes):
-            assert size - smaller <= max(8, size / 4)
+            assert size - smaller <= max(8, size / 8)
 
 
 def test_a_padded_batch():
@@ -133,15 +141,32 @@ def test_a_padded_batch():
         block_tables=np.array([[4, 2], [1, -1]], dtype=np.int32),
         yields_token=np.array([True, True]),
     )
-    with_padding = padded(batch, 4, scratch_block=9)
+    with_padding = padded(batch, places_in(4, 2), 4, scratch_block=9)
     assert with_padding.block_tables.tolist() == [[4, 2], [1, -1], [9, -1], [9, -1]]
     assert with_padding.num_computed_tokens.tolist() == [5, 0, 0, 0]
     assert with_padding.num_scheduled_tokens.tolist() == [1, 1, 1, 1]
     pages = PagedBatch(with_padding, 4, torch.device("cpu"))
     assert pages.slots.tolist() == [2 * 4 + 1, 1 * 4, 9 * 4, 9 * 4]
     assert pages.sequences.lengths.tolist() == [6, 1, 1, 1]
-    nothing = padded(batch.only(np.empty(0, dtype=np.intp)), 1, scratch_block=9)
+    in_parts = padded(batch, places_in(4, 2, num_parts=2), 4, scratch_block=9)
+    assert in_parts.seq_ids.tolist() == [7, -1, 3, -1]
+    assert in_parts.token_ids.tolist() == [11, 0, 12, 0]
+    assert in_parts.num_computed_tokens.tolist() == [5, 0, 0, 0]
+    assert in_parts.block_tables.tolist() == [[4, 2], [9, -1], [1, -1], [9, -1]]
+    nothing = padded(batch.only(np.empty(0, dtype=np.intp)), places_in(1, 0), 1, scratch_block=9)
     assert (nothing.block_tables.tolist(), nothing.num_seqs) == ([[9, -1]], 1)
+    assert padded(NO_SEQS, places_in(2, 0, 2), 2, scratch_block=9).block_tables.tolist() == [[9]] * 2
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 6))
+def test_sequences_stay_in_their_part(num, more, num_parts):
+    size = num + more
+    places = places_in(size, num, num_parts)
+    own, rooms = partition(num, num_parts), partition(size, num_parts)
+    for part, room in zip(own, rooms, strict=True):
+        kept = places[part.start : part.stop].tolist()
+        assert kept == [*range(room.start, room.start + len(part))]
+        assert len(part) <= len(room)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +183,7 @@ def test_all_ranks_record_the_same_whole_steps(recorded, kind, expected, monkeyp
     made = []
 
     class Part:
-        def __init__(self, real, graphs, size, form):
+        def __init__(self, real, inputs, size, form):
             made.append(size)
 
         def fill(self):
@@ -167,14 +192,14 @@ def test_all_ranks_record_the_same_whole_steps(recorded, kind, expected, monkeyp
     monkeypatch.setattr(decode_graphs, "PaddedBatch", Part)
     graphs = DecodeGraphs.__new__(DecodeGraphs)
     graphs._sizes, graphs._launch = [1, 2, 4], dict.fromkeys(recorded)
-    graphs._graphs = SimpleNamespace(capture=lambda run: run)
+    graphs._graphs = SimpleNamespace(capture=lambda run, until: run)
+    graphs._inputs = graphs._await_device = None
     recorder = SimpleNamespace(meter=None)
     graphs.stage = SimpleNamespace(mesh=SimpleNamespace(recorder=recorder))
-    batch, real = SimpleNamespace(num_seqs=2), SimpleNamespace(only=lambda places: None)
-    part = SimpleNamespace(batch=batch, real=real, dispatch_form="all_gather")
-    assert graphs._prepare(part, kind, lambda padded: None)
+    given = 2, "all_gather", kind, lambda padded: None
+    assert graphs._prepare(*given)
     assert made == expected
-    assert not graphs._prepare(part, kind, lambda padded: None)
+    assert not graphs._prepare(*given)
 
 
 QUICK = ("sinks, window, biases",)

@@ -61,17 +61,35 @@ DISPATCH_FORMS: dict[DispatchForm, FormTraits] = {
 }
 
 
+MOST_IN_GRAPHS = 1024  # sequences; beyond, a step takes longer than its launches
+_BY = 8
+
+
 @dataclass(frozen=True)
 class GraphLimits:
     """What decode steps that are recorded as CUDA graphs have to take at most.
 
     Attributes:
-        max_num_seqs: of a data-parallel rank.
+        max_num_seqs: of a data-parallel rank; larger batches than `MOST_IN_GRAPHS` have no graph.
         max_positions: of a sequence.
     """
 
     max_num_seqs: int
     max_positions: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of sequences for which there are graphs, ascending.
+
+        1, 2, 4, 8, then by 8, and above 128 by an eighth of the last power of two: at most 43.
+        """
+        most = min(self.max_num_seqs, MOST_IN_GRAPHS)
+        sizes = [size for size in (1, 2, 4) if size < most]
+        size = _BY
+        while size < most:
+            sizes.append(size)
+            size += max(_BY, 1 << size.bit_length() - 4)
+        return *sizes, most
 
 
 @dataclass(frozen=True)
