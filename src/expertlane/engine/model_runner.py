@@ -35,7 +35,8 @@ from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable, GraphLimits
+from expertlane.spec.deployment import INT8_FOLDER, Deployment, GraphLimits
+from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel, Origin, Phase

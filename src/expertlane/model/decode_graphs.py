@@ -25,7 +25,8 @@ from expertlane.ops.graphs import Graphs
 from expertlane.ops.kv_cache import AttentionBounds, KVCache
 from expertlane.ops.transfer import Array, packed, unpacked
 from expertlane.schedule.plan import Batch
-from expertlane.spec.deployment import DispatchForm, GraphLimits, is_static_on
+from expertlane.spec.deployment import GraphLimits
+from expertlane.spec.dispatch import DispatchForm, is_static_on
 
 _FEW = 8
 _PADDING = -1  # in place of a sequence's id
