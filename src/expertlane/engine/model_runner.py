@@ -130,22 +130,29 @@ class ModelRunner:
         self._is_reshaped = False  # since the last `redeploy`
         self._to_discard: set[int] = set()  # steps, by some ranks
         if options.is_timed:
-            if self.dispatch_table is None:
-                modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
-                self.dispatch_table = replace(
-                    time_dispatch(self, layout, limits, modes),
-                    prefill_form=options.prefill_dispatch,
-                )
-            self.set_dispatch(self.dispatch_table)
-            text = str(self.dispatch_table)
-            unit = " (tokens per rank)" if " up to " in text else " for all steps"
-            log(f"dispatch: {text}{unit}")
+            self._settle_dispatch(deployment, ranks_per_node, log)
         if options.copies == "balanced":
             self.copy_switch = CopySwitch(layout, log)
         if options.rebalance_steps:
             self.rebalancer = Rebalancer(
                 pool, self.arranged, num_steps=options.rebalance_steps, log=log
             )
+
+    def _settle_dispatch(
+        self, deployment: Deployment, ranks_per_node: int, log: Callable[[str], None]
+    ) -> None:
+        """Time what is `auto`, unless a table was given, and run by the table from now on."""
+        layout, options = deployment.layout, deployment.options
+        if self.dispatch_table is None:
+            modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
+            self.dispatch_table = replace(
+                time_dispatch(self, layout, self.limits, modes),
+                prefill_form=options.prefill_dispatch,
+            )
+        self.set_dispatch(self.dispatch_table)
+        text = str(self.dispatch_table)
+        unit = " (tokens per rank)" if " up to " in text else " for all steps"
+        log(f"dispatch: {text}{unit}")
 
     @property
     def members(self) -> Members:
