@@ -28,7 +28,8 @@ from expertlane.model.weights import WeightSource
 from expertlane.ops.row_parts import RowParts
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch
-from expertlane.spec.deployment import DispatchForm, GraphLimits, Options, is_static_on
+from expertlane.spec.deployment import GraphLimits, Options
+from expertlane.spec.dispatch import DispatchForm, is_static_on
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import cut_dim, tensor_shape

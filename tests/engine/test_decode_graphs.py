@@ -155,7 +155,9 @@ def test_a_padded_batch():
     assert in_parts.block_tables.tolist() == [[4, 2], [9, -1], [1, -1], [9, -1]]
     nothing = padded(batch.only(np.empty(0, dtype=np.intp)), places_in(1, 0), 1, scratch_block=9)
     assert (nothing.block_tables.tolist(), nothing.num_seqs) == ([[9, -1]], 1)
-    assert padded(NO_SEQS, places_in(2, 0, 2), 2, scratch_block=9).block_tables.tolist() == [[9]] * 2
+    assert (
+        padded(NO_SEQS, places_in(2, 0, 2), 2, scratch_block=9).block_tables.tolist() == [[9]] * 2
+    )
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 6))

@@ -15,7 +15,8 @@ from engine.test_decode_graphs import arrivals, difference, drive, limits_of, re
 from expertlane.balance.moves import Move, Part
 from expertlane.balance.placement import Placement
 from expertlane.model.decode_graphs import DecodeGraphs
-from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable, Options
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from ops.cuda.near import needs_kernels
 from ops.cuda.tiny_models import MODELS

@@ -10,10 +10,8 @@ from expertlane.cli import completion
 from expertlane.cli.help import Panel
 from expertlane.errors import UserError
 from expertlane.spec.deployment import (
-    DISPATCH_FORMS,
     CopyMethod,
     DispatchChoice,
-    DispatchForm,
     KVCacheType,
     MicroBatchSchedule,
     Options,
@@ -21,6 +19,7 @@ from expertlane.spec.deployment import (
     PlacementMethod,
     WeightsType,
 )
+from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchForm
 from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
 from expertlane.spec.ranges import RANGES, shown
 

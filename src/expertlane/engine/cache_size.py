@@ -20,7 +20,7 @@ from expertlane.errors import CapacityError
 from expertlane.memory import FREE_SHARE, RankMemory, size_text, too_little
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import DispatchTable
+from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.members import Members
 from expertlane.spec.names import Phase

@@ -17,13 +17,8 @@ from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
-from expertlane.spec.deployment import (
-    DispatchForm,
-    DispatchTable,
-    GraphLimits,
-    Options,
-    WeightsType,
-)
+from expertlane.spec.deployment import GraphLimits, Options, WeightsType
+from expertlane.spec.dispatch import DispatchForm, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from expertlane.engine.commands import RecordGraphs
 from expertlane.engine.pool import RankPool
-from expertlane.spec.deployment import DispatchForm, DispatchTable, GraphLimits
+from expertlane.spec.deployment import GraphLimits
+from expertlane.spec.dispatch import DispatchForm, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 from expertlane.spec.names import Phase

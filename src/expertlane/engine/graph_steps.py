@@ -11,7 +11,7 @@ from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.padded_batch import PaddedBatch
 from expertlane.model.transformer import HeadResult, RunsLayers
 from expertlane.schedule.plan import Batch, RankBatch
-from expertlane.spec.deployment import DispatchForm, DispatchMode
+from expertlane.spec.dispatch import DispatchForm, DispatchMode
 from expertlane.spec.names import Phase, Stage
 
 

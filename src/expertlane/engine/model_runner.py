@@ -36,7 +36,8 @@ from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable, GraphLimits
+from expertlane.spec.deployment import INT8_FOLDER, Deployment, GraphLimits
+from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel, Origin, Phase
@@ -133,16 +134,7 @@ class ModelRunner:
         self._is_reshaped = False  # since the last `redeploy`
         self._to_discard: set[int] = set()  # steps, by some ranks
         if options.is_timed:
-            if self.dispatch_table is None:
-                modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
-                self.dispatch_table = replace(
-                    time_dispatch(self, layout, limits, modes),
-                    prefill_form=options.prefill_dispatch,
-                )
-            self.set_dispatch(self.dispatch_table)
-            text = str(self.dispatch_table)
-            unit = " (tokens per rank)" if " up to " in text else " for all steps"
-            log(f"dispatch: {text}{unit}")
+            self._settle_dispatch(deployment, ranks_per_node)
         self._record_graphs()
         if options.copies == "balanced":
             self.copy_switch = CopySwitch(layout, log)
@@ -150,6 +142,20 @@ class ModelRunner:
             self.rebalancer = Rebalancer(
                 pool, self.arranged, num_steps=options.rebalance_steps, log=log
             )
+
+    def _settle_dispatch(self, deployment: Deployment, ranks_per_node: int) -> None:
+        """Time what is `auto`, unless a table was given, and run by the table from now on."""
+        layout, options = deployment.layout, deployment.options
+        if self.dispatch_table is None:
+            modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
+            self.dispatch_table = replace(
+                time_dispatch(self, layout, self.limits, modes),
+                prefill_form=options.prefill_dispatch,
+            )
+        self.set_dispatch(self.dispatch_table)
+        text = str(self.dispatch_table)
+        unit = " (tokens per rank)" if " up to " in text else " for all steps"
+        self._log(f"dispatch: {text}{unit}")
 
     def _record_graphs(self) -> None:
         limits, given = self._deploy.graphs, self._deploy.options

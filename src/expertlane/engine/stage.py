@@ -43,7 +43,8 @@ from expertlane.engine.weight_copies import Part, WeightCopies
 from expertlane.engine.worker import Handlers, RankContext
 from expertlane.model.checkpoint import Checkpoint
 from expertlane.model.int8_cache import Int8Cache, write_int8_cache
-from expertlane.spec.deployment import DISPATCH_FORMS, Options
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.names import Origin, Stage
 
 

@@ -26,7 +26,8 @@ from expertlane.ops.backend import backend_for
 from expertlane.ops.graphs import Graphs
 from expertlane.ops.kv_cache import KVCache
 from expertlane.schedule.plan import Batch
-from expertlane.spec.deployment import DispatchForm, GraphLimits, is_static_on
+from expertlane.spec.deployment import GraphLimits
+from expertlane.spec.dispatch import DispatchForm, is_static_on
 
 
 class DecodeGraphs:

@@ -12,7 +12,7 @@ from expertlane.model.forward_batch import ForwardBatch
 from expertlane.ops.kv_cache import AttentionBounds
 from expertlane.ops.transfer import Array, packed, unpacked
 from expertlane.schedule.plan import Batch
-from expertlane.spec.deployment import DispatchForm
+from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import partition
 
 _PADDING = -1  # in place of a sequence's id
