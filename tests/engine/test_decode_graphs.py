@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from engine.one_rank import OneRank, stage_of
+from engine.one_rank import OneRank, passed, stage_of
+from expertlane.comm.transport import EpochEndedError
 from expertlane.model import decode_graphs
 from expertlane.model.decode_graphs import DecodeGraphs
 from expertlane.model.padded_batch import NO_SEQS, StaticInputs, padded, places_in
@@ -66,10 +67,19 @@ def requests_of(model, num, max_tokens):
     ]
 
 
-def play(model, graphs, monkeypatch, *, num=3, max_tokens=8):
-    """Tokens of requests that come while others run, logits of each step, and preemptions."""
+def play(
+    model, graphs, monkeypatch, *, num=3, max_tokens=8, ahead=lambda stage: None, until=passed
+):
+    """Tokens of requests that come while others run, logits of each step, and preemptions.
+
+    Args:
+        ahead: called with the stage before them.
+        until: waits for the device.
+    """
     limits, options = limits_of(model), Options()
-    stage = stage_of(model, limits, graphs, monkeypatch, DEVICE, torch.float32, options)
+    given = model, limits, graphs, monkeypatch, DEVICE, torch.float32, options
+    stage = stage_of(*given, until=until)
+    ahead(stage)
     runner = OneRank(stage)
     requests = requests_of(model, num, max_tokens)
     logits = drive(runner, Layout(), options, limits, requests, arrivals(num))
@@ -155,9 +165,8 @@ def test_a_padded_batch():
     assert in_parts.block_tables.tolist() == [[4, 2], [9, -1], [1, -1], [9, -1]]
     nothing = padded(batch.only(np.empty(0, dtype=np.intp)), places_in(1, 0), 1, scratch_block=9)
     assert (nothing.block_tables.tolist(), nothing.num_seqs) == ([[9, -1]], 1)
-    assert (
-        padded(NO_SEQS, places_in(2, 0, 2), 2, scratch_block=9).block_tables.tolist() == [[9]] * 2
-    )
+    nothing = padded(NO_SEQS, places_in(2, 0, 2), 2, scratch_block=9)
+    assert nothing.block_tables.tolist() == [[9], [9]]
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 6))
@@ -221,6 +230,56 @@ def test_graphs_on_and_off_are_equal(name, monkeypatch):
     assert difference(logits, others) <= 1e-5
     assert graphs.num_replayed == runner.num_decodes > 5
     assert 1 < graphs.num_recorded <= 3
+
+
+def record_all(stage, forms=("all_to_all",)):
+    """All sizes; gives how many graphs each took."""
+    return [stage.record_graphs(size, forms) for size in GraphLimits(3, 24).sizes[::-1]]
+
+
+@pytest.mark.parametrize("takes_steps", [True, False], ids=["steps", "layers"])
+def test_what_was_recorded_ahead_is_all_that_is_needed(takes_steps, monkeypatch):
+    """The same again while it is there; anew once it was dropped."""
+    model, graphs = MODELS["sinks, window, biases"], ReplayedGraphs()
+    expected, logits, *_ = play(model, None, monkeypatch)
+    if not takes_steps:
+        monkeypatch.setattr(DecodeGraphs, "takes_steps", lambda graphs, form: False)
+    each = 1 if takes_steps else model.num_hidden_layers
+
+    def ahead(stage):
+        assert record_all(stage) == [each] * 3
+        assert record_all(stage) == [0] * 3
+        stage.drop_graphs()
+        assert record_all(stage) == [each] * 3
+
+    found, others, _, runner = play(model, graphs, monkeypatch, ahead=ahead)
+    assert found == expected
+    assert difference(logits, others) <= 1e-5
+    assert graphs.num_recorded == 6 * each
+    assert graphs.num_replayed == each * runner.num_decodes > 5
+
+
+def test_an_epoch_that_ends_while_steps_are_recorded(monkeypatch):
+    """What was not recorded to its end is recorded anew, and tokens are right."""
+    model, graphs = MODELS["paper"], ReplayedGraphs()
+    expected, *_ = play(model, None, monkeypatch)
+    waits = []
+
+    def end_epoch(event):
+        waits.append(event)
+        if len(waits) == 2:
+            raise EpochEndedError("another epoch has begun")
+
+    def ahead(stage):
+        with pytest.raises(EpochEndedError):
+            record_all(stage)
+        assert graphs.num_recorded == 1
+        stage.drop_graphs()
+        assert record_all(stage) == [1, 1, 1]
+
+    found, *_ = play(model, graphs, monkeypatch, ahead=ahead, until=end_epoch)
+    assert found == expected
+    assert len(waits) == 5
 
 
 @pytest.mark.parametrize(
