@@ -60,5 +60,4 @@ class GraphSteps:
     def record(self, size: int, forms: Sequence[DispatchForm]) -> int:
         """As `DecodeGraphs.record`."""
         self._recorder.enter(Stage.GRAPH)
-        with torch.inference_mode():
-            return self._graphs.record(size, forms)
+        return self._graphs.record(size, forms)

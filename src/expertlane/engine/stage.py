@@ -144,7 +144,8 @@ def cache_int8(context: RankContext, command: CacheInt8) -> bool:
 def record_graphs(context: RankContext, command: RecordGraphs) -> int:
     """Record decode steps of a size."""
     deployed: DeployedStage = context.deployed
-    num_graphs = deployed.record_graphs(command.size, command.forms)
+    with torch.inference_mode():
+        num_graphs = deployed.record_graphs(command.size, command.forms)
     context.progress.enter(Stage.IDLE, NO_LAYER)
     return num_graphs
 
