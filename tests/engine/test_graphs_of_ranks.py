@@ -62,7 +62,7 @@ def assert_equal(layout, options, monkeypatch, **how):
         assert ours.num_tokens.tolist() == theirs.num_tokens.tolist()
         assert (ours.sent_bytes >= theirs.sent_bytes).all()
         if ranks.layout.dp == 1:  # every size has its graph: nothing is padded
-            # That of a whole step finds the likeliest token, two float64, though all logits are asked for.
+            # That of a whole step finds likeliest tokens, two float64, though logits are asked for.
             is_whole = is_static_on(ranks.layout, options.dispatch)
             has_head = is_whole and stage.stage.mesh.is_last_stage
             more = 16 * (ranks.layout.tp - 1) * ranks.num_sampled * has_head

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from expertlane import LLM, Options, SamplingParams
+from expertlane.memory import FREE_SHARE
 from expertlane.ops.device_memory import memory_of
 from expertlane.ops.staging import STAGED_BYTES, copier_to
 
@@ -40,4 +41,15 @@ def test_a_measured_cache_and_what_it_gives(kv_dtype: str, capfd: pytest.Capture
     with LLM("paper-small", options=options, dtype="bfloat16") as llm:
         (output,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8))
         assert len(output.token_ids) == 8
-    assert "memory of a rank: weights " in capfd.readouterr().err
+    lines = capfd.readouterr().err
+    assert "memory of a rank: weights " in lines
+    assert "(measured), CUDA graphs " in lines
+    assert "CUDA graphs of decode steps: 27 batch sizes up to 256 sequences" in lines
+
+
+def test_graphs_take_what_was_measured() -> None:
+    """With all of them there, the tenth of the card that was left free still is."""
+    with LLM("paper-small", dtype="bfloat16") as llm:
+        llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8))
+        free_bytes, total_bytes = memory_of(DEVICE).free_and_total()
+    assert free_bytes >= (1 - FREE_SHARE) * 0.5 * total_bytes
