@@ -151,7 +151,7 @@ def test_beginnings_of_layers(layout, name, monkeypatch):
 @pytest.mark.parametrize(
     ("layout", "forms", "of_sizes"),
     [
-        ("dp=2,ep=2", ("all_gather", "all_gather"), [1, 1, 1]),
+        pytest.param("dp=2,ep=2", ("all_gather", "all_gather"), [1, 1, 1], marks=full),
         pytest.param("tp=2,ep=2", ("all_to_all", "all_to_all"), [1, 1, 1], marks=full),
         # Above one sequence whole steps; a rank with one has steps of the other form then.
         pytest.param("dp=2,ep=2", ("all_to_all", "all_gather"), [1, 1, 2], marks=full),
