@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from expertlane.errors import SpecError
 from expertlane.ops.mxfp4 import Mxfp4Weight
 from expertlane.ops.products import Activation, Expert, Experts, Linear, PairGroups
 from expertlane.spec.deployment import INPUTS_OF_SCALE
@@ -93,11 +94,36 @@ class NarrowWeight:
 _WIDENED_AT_A_TIME = 4_194_304
 
 
-Weight = Tensor | NarrowWeight | Mxfp4Weight
+@dataclass(frozen=True, eq=False)
+class Float8Inputs:
+    """A matrix, narrow or widened, whose products take inputs in float8 (`ops/rounded.py`).
+
+    Its first input begins a group that shares a scale.
+    """
+
+    weight: Tensor | NarrowWeight
 
 
-def side_by_side(weights: Sequence[Weight]) -> Tensor | NarrowWeight:
-    """The outputs of several matrices in one; widened where they are not narrow alike."""
+Weight = Tensor | NarrowWeight | Mxfp4Weight | Float8Inputs
+
+
+def side_by_side(weights: Sequence[Weight]) -> Tensor | NarrowWeight | Float8Inputs:
+    """The outputs of several matrices in one; widened where they are not narrow alike.
+
+    Raises:
+        SpecError: some take inputs in float8, and others do not.
+    """
+    rounding = [each.weight for each in weights if isinstance(each, Float8Inputs)]
+    others = [each for each in weights if not isinstance(each, Float8Inputs)]
+    if rounding and others:
+        raise SpecError(
+            f"{len(rounding)} of {len(weights)} matrices with the same inputs are stored in "
+            "float8; activations in float8 need all of them to be, or none"
+        )
+    return Float8Inputs(_side_by_side(rounding)) if rounding else _side_by_side(others)
+
+
+def _side_by_side(weights: Sequence[Tensor | NarrowWeight | Mxfp4Weight]) -> Tensor | NarrowWeight:
     narrow = [each for each in weights if isinstance(each, NarrowWeight)]
     first = narrow[0] if narrow else None
     if first is not None and len(narrow) == len(weights):

@@ -13,7 +13,7 @@ from expertlane.ops.bookkeeping import Bookkeeping
 from expertlane.ops.graphs import Graphs
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import LocalExperts
-from expertlane.ops.narrow import Weight
+from expertlane.ops.narrow import Float8Inputs, Weight
 from expertlane.ops.parts import AttentionCall, MlpCall
 from expertlane.ops.products import (
     Activation,
@@ -25,6 +25,7 @@ from expertlane.ops.products import (
     LoopedExperts,
     OnednnLinear,
 )
+from expertlane.ops.rounded import RoundedLinear
 from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
 from expertlane.ops.step import AttentionWeights, HeadPart
@@ -41,6 +42,8 @@ class TorchBackend(Bookkeeping):
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         """A product with a weight [out_features, in_features], packed where that is faster."""
+        if isinstance(weight, Float8Inputs):
+            return RoundedLinear(self.linear(weight.weight, bias))
         if not isinstance(weight, Tensor):
             weight = weight.widened()
         return (OnednnLinear if OnednnLinear.suits(weight) else Linear)(weight, bias)
