@@ -37,11 +37,11 @@ class RoundedInputs(TorchFunctionMode):
             for name, tensor in load_file(stored / "model.safetensors").items()
             if tensor.dtype is torch.float8_e4m3fn and _IN_LATENT not in name
         }
-        parents = {name.split(".experts.")[0] + ".experts." for name in names if ".experts." in name}
+        experts = {name.split(".experts.")[0] for name in names if ".experts." in name}
         self._storages = {
             tensor.untyped_storage().data_ptr()
             for name, tensor in model.named_parameters()
-            if name in names or any(name.startswith(parent) for parent in parents)
+            if name in names or name.split(".experts.")[0] in experts
         }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

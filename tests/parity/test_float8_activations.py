@@ -7,7 +7,6 @@ way. The reference says how near its inputs come to that, and seeds are such tha
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 
 from distributed.running import deployment, run_deployment
@@ -20,7 +19,7 @@ from parity.float8_reference import RoundedInputs, generate, load_model
 from parity.reference import ReferenceRun
 
 WORKLOAD = Workload(num_sequences=2, prompt_len=1, output_len=2, seed=7)
-MARGIN = 4e-6  # of the largest of 128 inputs; float32 moves them by less
+MARGIN = 0e-7  # of the largest of 128 inputs; float32 moves them by less
 COMMON = {
     "num_hidden_layers": 1,
     "hidden_size": 136,
@@ -31,7 +30,7 @@ COMMON = {
 # Inputs of one group and a half, of two groups that layouts part, and of less than one.
 SIZES: dict[str, tuple[int, dict[str, Any]]] = {
     "deepseek_v3": (
-        0,
+        7,
         {
             "num_key_value_heads": 4,
             "v_head_dim": 64,
@@ -42,7 +41,7 @@ SIZES: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
     "qwen3_moe": (
-        0,
+        144,
         {
             "head_dim": 64,
             "num_experts": 2,

@@ -5,9 +5,10 @@ by groups of a row's inputs: all of them, or so many.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -32,6 +33,7 @@ class NarrowWeight:
         group: inputs of a group; the last one may have fewer.
         first: where in its group the first input stands.
         dtype: of the weight where it is widened.
+        rows: so many outputs at a time, from the first on, have equal scales.
     """
 
     values: Tensor
@@ -39,6 +41,7 @@ class NarrowWeight:
     group: int
     first: int
     dtype: torch.dtype
+    rows: int = 1
 
     @classmethod
     def rounded(cls, weight: Tensor, dtype: torch.dtype) -> Self:
@@ -62,7 +65,7 @@ class NarrowWeight:
         begin, end = self.first + part.start, self.first + part.stop
         groups = slice(begin // self.group, -(-end // self.group))
         first, values = begin % self.group, self.values[:, part.start : part.stop]
-        return type(self)(values, self.scales[:, groups], self.group, first, self.dtype)
+        return replace(self, values=values, scales=self.scales[:, groups], first=first)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,7 +80,7 @@ class NarrowWeight:
     def to(self, device: torch.device) -> Self:
         """On a device, contiguous."""
         values, scales = self.values.to(device).contiguous(), self.scales.to(device).contiguous()
-        return type(self)(values, scales, self.group, self.first, self.dtype)
+        return replace(self, values=values, scales=scales)
 
     def widened(self, dtype: torch.dtype | None = None) -> Tensor:
         """[out_features, in_features]; value · scale, multiplied in float32, then rounded."""
@@ -129,11 +132,17 @@ def _side_by_side(weights: Sequence[Tensor | NarrowWeight | Mxfp4Weight]) -> Ten
     if first is not None and len(narrow) == len(weights):
         kinds = {(each.group, each.first, each.values.dtype) for each in narrow}
         if len(kinds) == 1:
-            values = torch.cat([each.values.view(torch.uint8) for each in narrow])
-            scales = torch.cat([each.scales for each in narrow])
+            parts = [each.values.view(torch.uint8) for each in narrow]
+            values, scales = torch.cat(parts), torch.cat([each.scales for each in narrow])
             values = values.view(first.values.dtype)
-            return NarrowWeight(values, scales, first.group, first.first, first.dtype)
+            rows = shared_rows(math.gcd(*(each.rows for each in narrow)), [len(v) for v in parts])
+            return replace(first, values=values, scales=scales, rows=rows)
     return torch.cat([each if isinstance(each, Tensor) else each.widened() for each in weights])
+
+
+def shared_rows(rows: int, out_features: Sequence[int]) -> int:
+    """`NarrowWeight.rows` of matrices with so many each, one after the other."""
+    return math.gcd(rows, *out_features[:-1])
 
 
 class ScaledLinear(Linear):
@@ -141,12 +150,15 @@ class ScaledLinear(Linear):
 
     Attributes:
         weight, scales: in whichever layout it reads them.
-        group, first: as of `NarrowWeight`.
+        group, first, rows: as of `NarrowWeight`.
+        takes_float8: it rounds its inputs itself, as `ops/rounded.py` does.
     """
 
     scales: Tensor
     group: int
     first: int
+    rows = 1
+    takes_float8 = False
 
     def tensors(self) -> list[Tensor]:
         """Values, scales and bias."""

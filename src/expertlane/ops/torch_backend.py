@@ -37,6 +37,7 @@ class TorchBackend(Bookkeeping):
     keeps_narrow = False  # whether products read weights of one byte
     keeps_mxfp4 = False  # whether they read those of four bits
     reads_float8 = True  # whether attention reads a cache of float8
+    multiplies_float8 = True  # whether products take inputs in float8
     instructions = ""  # what kernels of ours are compiled for, or by
     adds_with_norm = False  # whether `add_rms_norm` is less work than a sum and a norm
 
