@@ -6,7 +6,7 @@ by groups of a row's inputs: all of them, or so many.
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -108,6 +108,24 @@ class Float8Inputs:
 
 
 Weight = Tensor | NarrowWeight | Mxfp4Weight | Float8Inputs
+
+
+def reordered(
+    weight: Weight, order: Callable[[Tensor], Tensor]
+) -> Tensor | NarrowWeight | Float8Inputs:
+    """A matrix with its outputs in another order, which `order` gives the rows of a tensor."""
+    if isinstance(weight, Float8Inputs):
+        return replace(weight, weight=_reordered(weight.weight, order))
+    return _reordered(weight, order)
+
+
+def _reordered(
+    weight: Tensor | NarrowWeight | Mxfp4Weight, order: Callable[[Tensor], Tensor]
+) -> Tensor | NarrowWeight:
+    if isinstance(weight, NarrowWeight):
+        values = order(weight.values.view(torch.uint8)).view(weight.values.dtype)
+        return replace(weight, values=values, scales=order(weight.scales), rows=1)
+    return order(weight if isinstance(weight, Tensor) else weight.widened())
 
 
 def side_by_side(weights: Sequence[Weight]) -> Tensor | NarrowWeight | Float8Inputs:
