@@ -221,7 +221,8 @@ def _index(stored: TensorLocation, parts: list[range], num_rows: int) -> Index:
     index: list[int | slice] = [rows, *(slice(part.start, part.stop) for part in parts[1:])]
     if stored.transposed:
         index.reverse()
-    return tuple(index) if stored.expert is None else (stored.expert, *index)
+    first = 0 if stored.in_row else stored.expert
+    return tuple(index) if first is None else (first, *index)
 
 
 def with_block_scales(

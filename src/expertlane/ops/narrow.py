@@ -5,9 +5,9 @@ by groups of a row's inputs: all of them, or so many.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -94,6 +94,14 @@ _WIDENED_AT_A_TIME = 4_194_304
 
 
 Weight = Tensor | NarrowWeight | Mxfp4Weight
+
+
+def reordered(weight: Weight, order: Callable[[Tensor], Tensor]) -> Tensor | NarrowWeight:
+    """A matrix with its outputs in another order, which `order` gives the rows of a tensor."""
+    if isinstance(weight, NarrowWeight):
+        values = order(weight.values.view(torch.uint8)).view(weight.values.dtype)
+        return replace(weight, values=values, scales=order(weight.scales))
+    return order(weight if isinstance(weight, Tensor) else weight.widened())
 
 
 def side_by_side(weights: Sequence[Weight]) -> Tensor | NarrowWeight:
