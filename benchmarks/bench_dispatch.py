@@ -41,7 +41,7 @@ from expertlane.engine.worker import RankContext
 from expertlane.moe.dispatch import CopyChooser, Dispatcher, RoutedTokens
 from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
-from expertlane.spec.deployment import DISPATCH_FORMS
+from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
 
 HIDDEN_SIZE, NUM_EXPERTS = 1024, 32

@@ -36,7 +36,8 @@ from expertlane.results.step_record import StepRecord
 from expertlane.results.time_shares import stage_time
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Deployment, DispatchMode, DispatchTable, Options
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.dispatch import DispatchMode, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase

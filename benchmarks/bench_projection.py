@@ -54,7 +54,8 @@ from expertlane.engine.launch import start_pool
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.schedule.drive import FinishedStep
-from expertlane.spec.deployment import Deployment, DispatchTable, Options
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase, Stage

@@ -267,7 +267,8 @@ def write(folder: Path, head: dict[str, Any], outcomes: dict[str, Outcome]) -> s
     """results.json and summary.txt, whose text it gives; and a copy of all in $OUT."""
     outcomes = {part.name: outcomes[part.name] for part in PARTS if part.name in outcomes}
     parts = {name: asdict(outcome) for name, outcome in outcomes.items()}
-    rehearsal = "A rehearsal: " if head["card"] == "CPU" else ""
+    is_rehearsal = head["card"] == "CPU"
+    rehearsal = "A rehearsal: " if is_rehearsal else ""
     made_by = f"torch {head['torch']}, expertlane {head['version']}"
     lines = [
         f"{rehearsal}{head['card']}, {made_by}, {head['date']}"[:80],
@@ -276,7 +277,7 @@ def write(folder: Path, head: dict[str, Any], outcomes: dict[str, Outcome]) -> s
             f"{each.seconds:.0f} s: {each.last_line}"[:80]
             for name, each in outcomes.items()
         ),
-        *map(str, answers(parts, head["card"])),
+        *map(str, answers(parts, head["card"], is_rehearsal=is_rehearsal)),
     ]
     if head["missing_packages"]:
         lines.append(f"not installed, parts may fail: {', '.join(head['missing_packages'])}"[:80])

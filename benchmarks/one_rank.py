@@ -28,7 +28,8 @@ from expertlane.model.weights import WeightSource
 from expertlane.ops.row_parts import RowParts
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch
-from expertlane.spec.deployment import DispatchForm, GraphLimits, Options, is_static_on
+from expertlane.spec.deployment import GraphLimits, Options
+from expertlane.spec.dispatch import DispatchForm, is_static_on
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import cut_dim, tensor_shape
@@ -257,6 +258,7 @@ class OneRank:
             num_blocks=num_blocks,
             block_size=BLOCK_SIZE,
             records_transfers=True,  # they are copies
+            await_device=lambda event: event.synchronize(),
         )
         if graphs is None:
             return None

@@ -25,7 +25,8 @@ from expertlane.cost.routing import PowerLawRouting
 from expertlane.errors import SpecError
 from expertlane.plan.project import Projector, Setting, StepSize
 from expertlane.results.record import StepsRecord
-from expertlane.spec.deployment import DispatchForm, Options
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from expertlane.cost.laws.profile import Profile
-from expertlane.spec.deployment import DispatchForm, Options
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig

@@ -107,8 +107,7 @@ def compare(
             h100, h200, or a TOML file of expertlane calibrate).
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
-            sglang. simulate also takes its --max-num-batched-tokens, where that is left at
-            2048.
+            sglang. simulate also takes its --max-num-batched-tokens, unless that is given.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 
@@ -174,8 +173,7 @@ def plan(
         kv_dtype: Type of the KV cache. model: that of hidden states.
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
-            sglang. simulate also takes its --max-num-batched-tokens, where that is left at
-            2048.
+            sglang. simulate also takes its --max-num-batched-tokens, unless that is given.
         mtp: Multi-token prediction: N draft tokens per step.
         mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         out: Folder for results.json, the reports and all else that the command writes. None:
@@ -228,7 +226,7 @@ def simulate(
     mtp_acceptance: float | None = None,
     block_size: int = 16,
     max_num_seqs: int = 256,
-    max_num_batched_tokens: int = 2048,
+    max_num_batched_tokens: int | None = None,
     out: str | Path | None = None,
 ) -> Results:
     """Project one deployment on target hardware.
@@ -270,8 +268,7 @@ def simulate(
         kv_dtype: Type of the KV cache. model: that of hidden states.
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
-            sglang. simulate also takes its --max-num-batched-tokens, where that is left at
-            2048.
+            sglang. simulate also takes its --max-num-batched-tokens, unless that is given.
         overlap: Two-batch overlap: one half batch computes while the other communicates; auto:
             where faster for a step's number of tokens, timed at startup.
         num_micro_batches: Micro-batches per pipeline step.

@@ -33,7 +33,8 @@ from expertlane.cost.step.operation import (
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.pool import RankPool
-from expertlane.spec.deployment import Deployment, DispatchTable, Options
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Stage

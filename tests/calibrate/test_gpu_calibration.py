@@ -229,6 +229,7 @@ def test_where_time_is_short_a_coarser_grid_of_all_kinds_is_measured(patched, pr
     calibration = calibrated(patched, gpu, within_s=120.0)
     assert gpu.num_measured == [16] * 4  # 40 % of the time, then the end of what is under way
     assert len(calibration.measured.operations) == 1
+    assert calibration.took_s == pytest.approx(64, abs=1)
     assert set(calibration.profile("coarse").surfaces) == set(profile.surfaces)
 
 

@@ -1,6 +1,8 @@
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +33,25 @@ def test_it_starts_its_own_ranks(run, monkeypatch):
     code, out, err = run("calibrate")
     assert (code, out) == (2, "")
     assert "no torchrun" in err
+
+
+@pytest.mark.parametrize("took_s", [9.0, 31.0])
+def test_time_that_did_not_suffice_is_told(monkeypatch, capsys, took_s):
+    from expertlane.cli import calibrate
+
+    fake = SimpleNamespace(run=lambda progress: None, took_s=took_s, profile=lambda name: name)
+    monkeypatch.setattr("expertlane.engine.launch.start_pool", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("expertlane.calibrate.run.Calibration", lambda *_, **__: fake)
+    monkeypatch.setattr(calibrate.output, "progress_on_stderr", nullcontext)
+    options = SimpleNamespace(
+        name="mine", ranks=1, within=10.0, timeout_s=60.0, dtype=None, cpu_isa=None
+    )
+    assert calibrate._measure(options) == (fake, "mine")
+    line = (
+        "expertlane: measuring took 31 s, longer than --within 10: the first round, which is "
+        "always made, cannot be shorter\n"
+    )
+    assert capsys.readouterr().err == (line if took_s > 10 else "")
 
 
 def test_its_help_needs_no_torch():

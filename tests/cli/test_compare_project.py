@@ -90,7 +90,7 @@ def test_another_cluster_and_json(too_small, run):
 def test_what_fits_is_measured_with_the_projection_beside_it(
     too_small, comparison, run, monkeypatch
 ):
-    monkeypatch.setattr(machine, "memory_shortage", lambda experiment, dtype: None)
+    monkeypatch.setattr(machine, "why_not_here", lambda experiment, dtype: None)
     comparison.answer = example_results.usual()
     code, out, err = run("compare", "short.toml", "--project")
     assert code == 0
@@ -104,7 +104,7 @@ def test_what_fits_is_measured_with_the_projection_beside_it(
 
 def test_a_checkpoints_projection_stands_beside_it_too(too_small, comparison, run, monkeypatch):
     """What is read of the weights makes the experiment another object, of the same results."""
-    monkeypatch.setattr(machine, "memory_shortage", lambda experiment, dtype: None)
+    monkeypatch.setattr(machine, "why_not_here", lambda experiment, dtype: None)
     monkeypatch.setattr("expertlane.engine.launch.check_checkpoint", lambda model, *_, **__: model)
     sizes = {"num_attention_heads": 16, "num_key_value_heads": 16, "num_local_experts": 16}
     checkpoint(Path("moe"), max_position_embeddings=256, **sizes)
@@ -116,7 +116,7 @@ def test_a_checkpoints_projection_stands_beside_it_too(too_small, comparison, ru
 
 
 def test_memory_that_only_ranks_can_tell_of(too_small, comparison, run, monkeypatch):
-    monkeypatch.setattr(machine, "memory_shortage", lambda experiment, dtype: None)
+    monkeypatch.setattr(machine, "why_not_here", lambda experiment, dtype: None)
     comparison.too_large = CapacityError("needs 2 GB but 1 GB is free")
     code, out, err = run("compare", "short.toml", "--project")
     assert code == 0

@@ -178,8 +178,29 @@ def test_quantised_checkpoints(run, tmp_path, method, weights, caution):
     checkpoint(tmp_path / "mine", quantization_config={"quant_method": method})
     found = as_json(run, "--layout", "dp=2,ep=2", *EP16[2:], *LOAD, model=str(tmp_path / "mine"))
     assert found["deployments"][0]["conditions"]["dtype"] == weights
-    why = next(each["why"] for each in found["assumptions"] if each["name"] == "weights")
-    assert ("priced as bfloat16, for want of a law" in why) == caution
+    assert ("priced as bfloat16, for want of a law" in " ".join(found["cautions"])) == caution
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv", "said"),
+    [
+        ([], [], ["its times stand in for float16"]),
+        (["--dtype", "bfloat16"], [], []),
+        (["--dtype", "bfloat16"], ["--kv-dtype", "float8"], ["Attention over a float8 cache"]),
+    ],
+)
+def test_measurements_that_stand_in_for_others_are_named(run, dtype, kv, said):
+    out, _ = simulate(run, *TP2, *LOAD, *dtype, *kv)
+    for words in ("its times stand in for float16", "Attention over a float8 cache"):
+        assert (words in " ".join(out.split())) == (words in said)
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens"), [([], 8192), (["--max-num-batched-tokens", "2048"], 2048)]
+)
+def test_what_is_given_goes_before_what_a_framework_has(run, asked, tokens):
+    found = as_json(run, *TP2, *LOAD, "--framework", "trt", *asked)
+    assert found["question"]["serving"]["max_num_batched_tokens"] == tokens
 
 
 def test_two_pools(run):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from expertlane.compare.machine import check_experiment, memory_shortage
+from expertlane.compare.machine import check_experiment, why_not_here
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Cluster, Experiment, read_experiment, shipped_experiments
@@ -55,15 +55,18 @@ def test_an_experiment_that_can_be():
     check_experiment(experiment("dp=2,ep=2", Options(rebalance_steps=4, payload="float8")))
 
 
-def test_memory_is_known_before_ranks_are_started(monkeypatch):
+def test_what_a_machine_lacks_is_known_before_ranks_are_started(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr("expertlane.compare.machine._ACCELERATORS", ())
     monkeypatch.setattr("expertlane.ops.host.memory_bytes", lambda: (10**9, 2 * 10**9))
     paper = read_experiment(shipped_experiments()["paper"])
-    line = memory_shortage(paper, None)
+    line = why_not_here(paper, None)
     assert line is not None
     assert line.startswith("deployment 'TP 8 × PP 2': paper as pp=2,tp=8 needs 15.2 GB per rank")
     assert "of memory are free" in line
-    assert memory_shortage(experiment("dp=2", Options()), None) is None
+    assert why_not_here(experiment("dp=2", Options()), None) is None
+    graphs = why_not_here(experiment("dp=2", Options(cuda_graphs=True)), None)
+    assert graphs is not None
+    assert graphs.startswith("CUDA graphs (--cuda-graphs on, cuda_graphs=True) need a GPU for")
     monkeypatch.setenv("WORLD_SIZE", "16")  # torchrun's ranks may be elsewhere
-    assert memory_shortage(paper, None) is None
+    assert why_not_here(paper, None) is None

@@ -14,7 +14,8 @@ from expertlane.cost.step.program import ProgramBuilder
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import DispatchTable, Options
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Link

@@ -26,7 +26,8 @@ from expertlane.results.step_record import Action
 from expertlane.schedule.drive import FinishedStep, drive, step_records
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Deployment, DispatchTable, Options
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 from expertlane.spec.workload import Workload

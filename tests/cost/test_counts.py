@@ -30,14 +30,8 @@ from expertlane.engine.commands import DescribeMachine, SetDispatch
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.results.step_record import RankCounts
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import (
-    DISPATCH_FORMS,
-    Deployment,
-    DispatchMode,
-    DispatchRow,
-    DispatchTable,
-    Options,
-)
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase, Stage, Traffic
 from expertlane.spec.sampling import SamplingParams, SamplingState

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from expertlane.cost.laws.device import DeviceModel
+from expertlane.cost.laws.device import DeviceModel, stand_ins
 from expertlane.cost.laws.profile import Device, Profile, Term
 from expertlane.cost.laws.profile_file import read_profile, shipped_profiles
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
-from expertlane.cost.number_types import ITEM_BYTES
+from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
 from expertlane.cost.step.operation import ATTENTION, SIZES, Kind
 from expertlane.errors import SpecError
 
@@ -190,6 +190,22 @@ def test_more_work_is_never_much_faster(name, kind):
     for dtype in fitted - {"float16", "float32"}:
         seconds = DeviceModel(profile).times(kind, dtype, grown).seconds
         assert np.all(seconds[1:] > 0.85 * seconds[:-1]), dtype
+
+
+def test_measurements_that_stand_in_for_a_type_are_named():
+    h100 = read_profile("h100")
+
+    def said(*types):
+        return " ".join(stand_ins(h100, NumberTypes(*types)))
+
+    assert said("bfloat16", "bfloat16", "bfloat16") == ""
+    assert "in bfloat16: its times stand in for float16, as bounds 15% wider" in said(
+        "float16", "float16", "float16"
+    )
+    of_both = said("float8", "bfloat16", "float8")
+    assert "float8 cache has measurements of its own" in of_both
+    assert "stand in" not in of_both
+    assert list(stand_ins(_TOY, NumberTypes("float16", "float16", "float8"))) == []
 
 
 def test_a_type_without_a_figure_is_one_clear_line():

@@ -16,7 +16,7 @@ from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import Operation
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import ExpectedStepList, StepList
-from expertlane.spec.deployment import DISPATCH_FORMS, is_by_node_on
+from expertlane.spec.dispatch import DISPATCH_FORMS, is_by_node_on
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link
 

@@ -17,7 +17,8 @@ from expertlane.cost.step.operation import OUTSIDE, SIZES, Kind, Operation, Tran
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.step.totals import count
 from expertlane.errors import SpecError
-from expertlane.spec.deployment import DISPATCH_FORMS, Options
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Stage, Traffic

@@ -34,7 +34,8 @@ from expertlane.moe.dispatch import CopyChooser, RoutedTokens
 from expertlane.moe.forms import make_dispatcher
 from expertlane.moe.payload import Payload
 from expertlane.results.step_record import RankRecord
-from expertlane.spec.deployment import DISPATCH_FORMS, DispatchForm, PayloadType
+from expertlane.spec.deployment import PayloadType
+from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchForm
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 

@@ -9,7 +9,7 @@ from expertlane.engine.dispatch_timing import middle_mean, still_hopeful
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.memory import workload_limits
 from expertlane.schedule.plan import StepPlan
-from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase, Stage

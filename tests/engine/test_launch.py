@@ -15,6 +15,7 @@ from expertlane.engine.launch import (
     fit_to_machine,
     start_pool,
 )
+from expertlane.engine.rank_environment import check_cpu_isa
 from expertlane.errors import UserError
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
@@ -79,6 +80,18 @@ def test_a_start_that_waits_for_a_compiler_is_no_hang(monkeypatch, tmp_path):
 
 CPU_RANK = {"on_gpu": False, "kernels": "expertlane (avx2)", "backend": "gloo"}
 GPU_RANK = {"on_gpu": True, "kernels": "torch and expertlane (triton 3.9.0)", "backend": "nccl"}
+
+
+def test_kernels_are_not_chosen_where_torch_replaces_them(monkeypatch):
+    monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
+    with pytest.raises(UserError) as caught:
+        start_pool(1, timeout_s=1.0, cpu_isa="amx")
+    assert str(caught.value) == (
+        "--cpu-isa amx is for kernels that EXPERTLANE_BACKEND=torch leaves out; give one of the two"
+    )
+    check_cpu_isa(None)
+    monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
+    check_cpu_isa("amx")
 
 
 @pytest.mark.parametrize(

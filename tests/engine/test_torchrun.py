@@ -26,6 +26,7 @@ def place(monkeypatch):
         for name, value in others.items():
             monkeypatch.setenv(name, value)
 
+    monkeypatch.delenv("EXPERTLANE_BACKEND", raising=False)  # torch, where kernels are not wanted
     put(0, 1, 0, 1)
     return put
 

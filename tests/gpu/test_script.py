@@ -267,6 +267,16 @@ def test_every_goal_is_answered_in_a_line():
     assert (steps.measured, steps.is_met) == ("5.0%, 20.0%", False)
     assert max(len(str(each)) for each in found) <= 80
     assert len(found) <= 40
+    verdicts = [str(each).rpartition("  ")[2] for each in found if each.goal]
+    assert set(verdicts) == {"met", "MISSED", "-"}
+
+
+def test_a_rehearsal_judges_no_goal():
+    found = gpu_answers.answers(results(), "CPU", is_rehearsal=True)
+    judged = [str(each) for each in found if each.is_met is not None]
+    assert judged
+    assert all(line.endswith("  rehearsed") and len(line) <= 80 for line in judged)
+    assert not any(word in str(each) for each in found for word in ("  met", "MISSED"))
 
 
 def test_without_any_result_nothing_is_met():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from expertlane.balance.placement import Placement
-from expertlane.spec.deployment import DISPATCH_FORMS
+from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Traffic
 from moe.test_dispatch import ROW_BYTES, A, B, C, D, own, run

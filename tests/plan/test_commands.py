@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from expertlane.cost.number_types import NumberTypes
 from expertlane.plan.candidates import Candidate
 from expertlane.plan.commands import CHECKED, ServedPool, ServeTarget, serve_commands
-from expertlane.spec.deployment import DISPATCH_FORMS, Options
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout
 from plan.serving_options import Parser, of_vllm, recorded

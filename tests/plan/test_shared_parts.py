@@ -23,7 +23,7 @@ from expertlane.plan.screen import fitting
 from expertlane.plan.search import Search
 from expertlane.plan.stage_times import price
 from expertlane.plan.throughput import step_estimates
-from expertlane.spec.deployment import is_by_node_on
+from expertlane.spec.dispatch import is_by_node_on
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.workload import Workload
 from plan.requests import MIXED, PAPER, cluster_of, setting_of

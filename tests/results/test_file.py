@@ -8,7 +8,7 @@ import pytest
 import example_results as example
 from expertlane.errors import UserError
 from expertlane.results.file import read, write
-from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.names import Phase
 
 

@@ -5,13 +5,13 @@ from typing import get_args
 import pytest
 
 from expertlane.errors import SpecError
-from expertlane.spec.deployment import (
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch import (
     DISPATCH_FORMS,
     DispatchForm,
     DispatchMode,
     DispatchRow,
     DispatchTable,
-    Options,
     dispatch_forms,
     form_on,
     is_by_node_on,

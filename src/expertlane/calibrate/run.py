@@ -80,6 +80,7 @@ class Calibration:
         machine: what the first rank sees of it.
         cores: of each rank, where it is pinned to one.
         quiet: what other processes disturbed.
+        took_s: all rounds; 0 before.
     """
 
     def __init__(
@@ -102,14 +103,17 @@ class Calibration:
         self.measured = Measured()
         self.quiet = QuietMeasuring(AGAIN_SHARE * within_s)
         self._within_s = within_s
+        self.took_s = 0.0
 
     def run(self, progress: Progress | None = None) -> None:
         """All rounds, or as many as there is time for on a machine that others keep busy."""
         progress = progress or Silent()
         parts = _PARTS if self._num_ranks > 1 else 2
         progress.task("measuring", parts * self.grid.num_rounds)
+        began_s = time.monotonic()
         for _ in rounds_in_time(self.grid.num_rounds, self._within_s):
             self.measure_round(progress)
+        self.took_s = time.monotonic() - began_s
         progress.done()
 
     def measure_round(self, progress: Progress | None = None) -> None:

@@ -42,7 +42,8 @@ class _Options:
         240.0,
         min=1.0,
         metavar="SECONDS",
-        help="Time to measure in; a short one gives fewer sizes and rounds.",
+        help="Time to measure in; a short one gives fewer sizes and rounds. One round is always "
+        "made, however long it takes.",
     )
     timeout_s: float = timeout_option()
     cpu_isa: CpuIsa | None = cpu_isa_option()
@@ -121,6 +122,11 @@ def _measure(own: _Options) -> "tuple[Calibration, Profile]":
         calibration = Calibration(pool, num_ranks, within_s=own.within)
         with output.progress_on_stderr() as progress:
             calibration.run(progress)
+        if calibration.took_s > own.within:
+            output.print_message(
+                f"expertlane: measuring took {calibration.took_s:.0f} s, longer than --within "
+                f"{own.within:g}: the first round, which is always made, cannot be shorter"
+            )
         return calibration, calibration.profile(own.name)
 
 

@@ -189,7 +189,7 @@ def run(
     virtual = time.settings()
     if own.resume:
         _check_resumable(comparisons, virtual)
-    from expertlane.compare.machine import check_experiment, memory_shortage
+    from expertlane.compare.machine import check_experiment, why_not_here
 
     for each in comparisons:
         check_experiment(each.experiment)
@@ -203,10 +203,10 @@ def run(
         for each, projector in zip(comparisons, projectors, strict=False):
             with output.progress_on_stderr() as progress:
                 each.projection = projector.run(progress, call.command)
-    reason = None
-    if projection.project:  # what can't be run here may be known before any rank is started
-        shortages = (memory_shortage(each.experiment, dtype) for each in comparisons)
-        reason = next(filter(None, shortages), None)
+    reasons = (why_not_here(each.experiment, dtype) for each in comparisons)
+    reason = next(filter(None, reasons), None)
+    if reason is not None and not projection.project:
+        raise UserError(reason)
     if reason is None:
         _check_checkpoint(comparisons, launch.ignore_unused_tensors)
         try:

@@ -226,9 +226,7 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
         f"{full_len:,} tokens"
     )
     headline = f"{counted(len(rows), 'valid layout')} on all devices; {num_fitting} fit in memory."
-    caution = found.priced_wider(types)
-    notes = [caution] if caution else []
-    _show(headline, setting, columns, rows, print_options, notes, shown)
+    _show(headline, setting, columns, rows, print_options, found.cautions(types), shown)
 
 
 def _of_all_kinds(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -136,16 +136,16 @@ class FoundModel:
             )
         return types
 
-    def priced_wider(self, types: "NumberTypes") -> str | None:
+    def cautions(self, types: "NumberTypes") -> tuple[str, ...]:
         """A sentence where a checkpoint's weights are narrower than what they are priced as."""
         stored = self.quantization
         if stored is None or stored.number_type in ("float8", types.weights):
-            return None
+            return ()
         nearer = "" if types.weights == "float8" else "; --dtype float8 comes nearer"
         return (
             f"The checkpoint's weights are {stored.method} but priced as "
             f"{types.weights}, for want of a law of narrower ones: their memory and reads come out "
-            f"too large{nearer}."
+            f"too large{nearer}.",
         )
 
 

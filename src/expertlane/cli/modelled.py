@@ -59,7 +59,7 @@ def framework_option() -> Any:
         metavar="NAME",
         show_default="the profile's own overheads",
         help="Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or sglang. "
-        "simulate also takes its --max-num-batched-tokens, where that is left at 2048.",
+        "simulate also takes its --max-num-batched-tokens, unless that is given.",
         rich_help_panel=Panel.MODELLED,
     )
 

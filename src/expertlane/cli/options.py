@@ -10,10 +10,8 @@ from expertlane.cli import completion
 from expertlane.cli.help import Panel
 from expertlane.errors import UserError
 from expertlane.spec.deployment import (
-    DISPATCH_FORMS,
     CopyMethod,
     DispatchChoice,
-    DispatchForm,
     KVCacheType,
     MicroBatchSchedule,
     Options,
@@ -21,6 +19,7 @@ from expertlane.spec.deployment import (
     PlacementMethod,
     WeightsType,
 )
+from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchForm
 from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
 from expertlane.spec.ranges import RANGES, shown
 
@@ -158,11 +157,11 @@ def max_model_len_option() -> Any:
     )
 
 
-BATCHED_TOKENS = 2048
+TOKENS_OF_STEP = "Tokens per step and data-parallel rank."
 
 
 @dataclass(frozen=True, kw_only=True)
-class SchedulerOptions:
+class RequestOptions:
     """How many requests run at once, in the engine and on a modelled cluster."""
 
     panel: ClassVar = Panel.BATCHING
@@ -170,9 +169,13 @@ class SchedulerOptions:
     max_num_seqs: int = typer.Option(
         256, metavar="N", help="Concurrent requests per data-parallel rank."
     )
-    max_num_batched_tokens: int = typer.Option(
-        BATCHED_TOKENS, metavar="N", help="Tokens per step and data-parallel rank."
-    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerOptions(RequestOptions):
+    """How much a step holds."""
+
+    max_num_batched_tokens: int = typer.Option(2048, metavar="N", help=TOKENS_OF_STEP)
 
 
 def copies_option() -> Any:

@@ -75,6 +75,7 @@ def run(
     call: output.Call,
 ) -> output.Found:
     """Plan, without a word on standard output."""
+    from expertlane.cost.laws.device import stand_ins
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.frameworks import served_cluster
     from expertlane.cost.routing import choose_routing
@@ -105,7 +106,7 @@ def run(
     name = output.slug("plan", found.config.name, devices)
     folder = call.folder(name)
     experiment = None if folder is None else folder / _EXPERIMENT
-    cautions = tuple(filter(None, [found.priced_wider(types)]))
+    cautions = *found.cautions(types), *stand_ins(devices.profile, types)
     request = PlanRequest(found.config, devices, workload, goals, setting)
     with output.progress_on_stderr() as progress:
         plan = make_plan(request, routing, progress, cautions)

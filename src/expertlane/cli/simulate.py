@@ -14,10 +14,10 @@ from expertlane.cli.model import find_model
 from expertlane.cli.modelled import DraftOptions, ProjectionOptions, cluster_option
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
-    BATCHED_TOKENS,
+    TOKENS_OF_STEP,
     DeploymentOptions,
     ModelArgument,
-    SchedulerOptions,
+    RequestOptions,
     layout_option,
     trace_option,
 )
@@ -61,6 +61,13 @@ class _Deployment(DeploymentOptions):
         super().__post_init__()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Scheduler(RequestOptions):
+    max_num_batched_tokens: int | None = typer.Option(
+        None, metavar="N", show_default="2048, or --framework's", help=TOKENS_OF_STEP
+    )
+
+
 @takes_groups
 def simulate(
     model: ModelArgument,
@@ -70,7 +77,7 @@ def simulate(
     projection: ProjectionOptions,
     deployment: _Deployment,
     drafts: DraftOptions,
-    scheduler: SchedulerOptions,
+    scheduler: _Scheduler,
 ) -> None:
     """Project one deployment on target hardware.
 
@@ -100,7 +107,7 @@ def run(
     projection: ProjectionOptions,
     deployment: _Deployment,
     drafts: DraftOptions,
-    scheduler: SchedulerOptions,
+    scheduler: _Scheduler,
     call: output.Call,
 ) -> output.Found:
     """Simulate, without a word on standard output."""
@@ -145,7 +152,7 @@ def run(
         routing,
         load_options.slos,
         command=call.command,
-        caution=found_model.priced_wider(setup.types),
+        cautions=found_model.cautions(setup.types),
     )
     if load_options.price is not None:
         results = with_costs(results, load_options.price)
@@ -167,20 +174,19 @@ def _write_trace(
     return write_traces({str(simulator.setup.layout): simulator.trace(outcome)}, folder)
 
 
-def _sizes(scheduler: SchedulerOptions, framework: str | None) -> dict[str, int]:
-    """The scheduler's; tokens of a step are the framework's where none were asked for."""
+def _sizes(scheduler: _Scheduler, framework: str | None) -> dict[str, int]:
+    """The scheduler's, what was asked for before what a framework has."""
     from expertlane.cost.laws.frameworks import find_framework
 
+    asked = {name: value for name, value in vars(scheduler).items() if value is not None}
     if framework is None:
-        return vars(scheduler)
-    found, tokens = find_framework(framework), scheduler.max_num_batched_tokens
-    if tokens == BATCHED_TOKENS:
-        tokens = found.max_num_batched_tokens
-    return {
-        **vars(scheduler),
-        "max_num_batched_tokens": tokens,
+        return asked
+    found = find_framework(framework)
+    of_framework = {
+        "max_num_batched_tokens": found.max_num_batched_tokens,
         "prompt_wait_steps": found.prompt_wait_steps,
     }
+    return of_framework | asked
 
 
 def _check(found: "FoundModel", setup: "ServingSetup", modelled: "ModelledCluster") -> None:

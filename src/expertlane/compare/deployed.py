@@ -51,7 +51,8 @@ from expertlane.schedule.drive import FinishedStep, drive, step_records
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Deployment, DispatchTable
+from expertlane.spec.deployment import Deployment
+from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload

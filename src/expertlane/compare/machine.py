@@ -8,7 +8,7 @@ from expertlane.balance.placement_file import Placements
 from expertlane.engine.commands import MeasureRates, RankMachine
 from expertlane.engine.launch import check_deployment, describe_ranks, fit_to_machine
 from expertlane.engine.pool import RankPool
-from expertlane.errors import CapacityError, naming
+from expertlane.errors import CapacityError, UserError, naming
 from expertlane.memory import workload_limits
 from expertlane.ops import host
 from expertlane.results.hardware import Machine, MachinePeak
@@ -129,14 +129,15 @@ def _first_on_gpus(seen: Sequence[RankMachine]) -> list[int]:
     return sorted(found)
 
 
-def memory_shortage(experiment: Experiment, dtype: str | None) -> str | None:
-    """Why an experiment can't run on this machine's CPU, with both numbers.
+def why_not_here(experiment: Experiment, dtype: str | None) -> str | None:
+    """Why an experiment can't run on this machine's CPU, as far as is known before ranks start.
 
     Args:
         dtype: of weights and activations; None for a CPU's own choice.
 
     Returns:
-        None where it fits, and where ranks may run elsewhere: on GPUs or on those of torchrun.
+        Of memory with both numbers; None where nothing stands against it, and where ranks may run
+        elsewhere: on GPUs or on those of torchrun.
     """
     if "WORLD_SIZE" in os.environ or any(map(os.path.exists, _ACCELERATORS)):
         return None
@@ -158,6 +159,6 @@ def memory_shortage(experiment: Experiment, dtype: str | None) -> str | None:
     )
     try:
         experiment_limits(experiment, [rank] * experiment.num_ranks)
-    except CapacityError as error:
+    except UserError as error:
         return str(error)
     return None

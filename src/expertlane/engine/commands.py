@@ -17,7 +17,8 @@ from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
-from expertlane.spec.deployment import DispatchTable, GraphLimits, Options, WeightsType
+from expertlane.spec.deployment import GraphLimits, Options, WeightsType
+from expertlane.spec.dispatch import DispatchForm, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
@@ -107,12 +108,14 @@ class HeldBytes:
     Attributes:
         bytes_from: of the weights, those that are from each source.
         seconds_from: that it took to get them, where it took any.
+        has_graphs: it can launch decode steps as graphs; a block of the cache is for their padding.
     """
 
     weight_bytes: int
     kv_bytes: int
     bytes_from: dict[Origin, int] = field(default_factory=dict)
     seconds_from: dict[Origin, float] = field(default_factory=dict)
+    has_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -272,6 +275,20 @@ class SetDispatch(Command[None]):
     """Choose how steps run from now on: dispatch forms and overlap, by a table."""
 
     table: DispatchTable
+
+
+class RecordGraphs(Command[int]):
+    """Record decode steps as graphs before one needs them; the answer: how many graphs that were.
+
+    Collective over the ranks of a replica.
+
+    Attributes:
+        size: sequences of a data-parallel rank, padding included.
+        forms: that such steps may have.
+    """
+
+    size: int
+    forms: tuple[DispatchForm, ...]
 
 
 class RunStep(Command[RankOutcome]):

@@ -10,7 +10,7 @@ import numpy as np
 
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 

@@ -12,7 +12,7 @@ from expertlane.engine.commands import DescribeMachine, RankMachine
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.node_ranks import NodeRanks
 from expertlane.engine.pool import RankPool
-from expertlane.engine.rank_environment import check_num_ranks
+from expertlane.engine.rank_environment import check_cpu_isa, check_num_ranks
 from expertlane.engine.standard_streams import fill_closed
 from expertlane.engine.torchrun import (
     TorchrunNode,
@@ -57,8 +57,9 @@ def start_pool(
         CapacityError: more local ranks than this machine should run, or fewer processes of
             torchrun than needed.
         RankError: the ranks did not start.
-        UserError: torchrun's variables do not fit together.
+        UserError: torchrun's variables do not fit together, or `cpu_isa` and `EXPERTLANE_BACKEND`.
     """
+    check_cpu_isa(cpu_isa)
     fill_closed()  # a fork server writes to standard error, and inherits files by number
     local = partial(LocalRanks, cpu_isa=cpu_isa, recovers=recovers)
     if not is_under_torchrun():

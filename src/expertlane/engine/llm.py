@@ -154,25 +154,25 @@ class LLM:
             on_commit=None if self._routing is None else self._routing.add,
             log=print_to_stderr,
         )
-        self._load(
-            settings,
-            timeout_s=timeout_s,
-            dtype=dtype or own_dtype(self.model if self._folder else None),
-            cpu_isa=cpu_isa,
-            rejoin_s=rejoin_s,
-        )
+        self._load(settings, timeout_s, rejoin_s, dtype, cpu_isa)
 
-    def _load(self, settings: EngineSettings, **of_ranks: Any) -> None:
-        """Start ranks and an engine on them.
-
-        Args:
-            of_ranks: as `start_pool` takes them.
-        """
+    def _load(
+        self,
+        settings: EngineSettings,
+        timeout_s: float,
+        rejoin_s: float,
+        dtype: Dtype | None,
+        cpu_isa: CpuIsa | None,
+    ) -> None:
+        """Start ranks and an engine on them."""
         pool = self._pool = _started(
             settings.deployment.layout,
             oversubscribe=settings.oversubscribe,
             recovers=settings.on_failure != "stop",
-            **of_ranks,
+            timeout_s=timeout_s,
+            rejoin_s=rejoin_s,
+            dtype=dtype or own_dtype(self.model if self._folder else None),
+            cpu_isa=cpu_isa,
         )
         try:
             parts = EngineParts(pool, settings)

@@ -26,6 +26,7 @@ from expertlane.engine.commands import (
 )
 from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.dispatch_timing import time_dispatch
+from expertlane.engine.graph_recording import record_graphs
 from expertlane.engine.launch import check_deployment
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_watch import RankWatch
@@ -35,7 +36,8 @@ from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import INT8_FOLDER, Deployment, DispatchTable, GraphLimits
+from expertlane.spec.deployment import INT8_FOLDER, Deployment, GraphLimits
+from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel, Origin, Phase
@@ -76,6 +78,8 @@ class ModelRunner:
         arranged: that others read and change too; its own by default.
         check: how much ranks look for silent errors.
         log: takes a line for each thing that is decided.
+        records_ahead: decode steps are recorded as graphs now and after each `redeploy`, where they
+            are to be graphs, not when one first needs it.
 
     Raises:
         UserError: as `check_deployment`; or int8 weights cannot be kept in the folder.
@@ -96,8 +100,9 @@ class ModelRunner:
         check: CheckLevel = "off",
         log: Callable[[str], None] = lambda line: None,
         measures_memory: bool = False,
+        records_ahead: bool = False,
     ) -> None:
-        self._pool = pool
+        self._pool, self._log, self._records_ahead = pool, log, records_ahead
         layout = deployment.layout
         options = deployment.options
         placements = check_deployment(model, deployment, ranks_per_node)
@@ -129,22 +134,36 @@ class ModelRunner:
         self._is_reshaped = False  # since the last `redeploy`
         self._to_discard: set[int] = set()  # steps, by some ranks
         if options.is_timed:
-            if self.dispatch_table is None:
-                modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
-                self.dispatch_table = replace(
-                    time_dispatch(self, layout, limits, modes),
-                    prefill_form=options.prefill_dispatch,
-                )
-            self.set_dispatch(self.dispatch_table)
-            text = str(self.dispatch_table)
-            unit = " (tokens per rank)" if " up to " in text else " for all steps"
-            log(f"dispatch: {text}{unit}")
+            self._settle_dispatch(deployment, ranks_per_node)
+        self._record_graphs()
         if options.copies == "balanced":
             self.copy_switch = CopySwitch(layout, log)
         if options.rebalance_steps:
             self.rebalancer = Rebalancer(
                 pool, self.arranged, num_steps=options.rebalance_steps, log=log
             )
+
+    def _settle_dispatch(self, deployment: Deployment, ranks_per_node: int) -> None:
+        """Time what is `auto`, unless a table was given, and run by the table from now on."""
+        layout, options = deployment.layout, deployment.options
+        if self.dispatch_table is None:
+            modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
+            self.dispatch_table = replace(
+                time_dispatch(self, layout, self.limits, modes),
+                prefill_form=options.prefill_dispatch,
+            )
+        self.set_dispatch(self.dispatch_table)
+        text = str(self.dispatch_table)
+        unit = " (tokens per rank)" if " up to " in text else " for all steps"
+        self._log(f"dispatch: {text}{unit}")
+
+    def _record_graphs(self) -> None:
+        limits, given = self._deploy.graphs, self._deploy.options
+        if not self._records_ahead or limits is None or not all(h.has_graphs for h in self.held):
+            return
+        table = self.dispatch_table or given.fixed_table
+        assert table is not None, "what is auto was timed"
+        record_graphs(self._pool, self.members, limits, table, self._log)
 
     @property
     def members(self) -> Members:
@@ -225,6 +244,7 @@ class ModelRunner:
         self._pool.collect(ticket)
         self.held = [ticket.results[number] for number in members.numbers]
         self._to_discard.clear()
+        self._record_graphs()
         is_other, self._is_reshaped = self._is_reshaped, False
         if self.checking is not None:
             self.checking.check_weights({*replaced, *(self._having_read() if is_other else ())})

@@ -3,7 +3,7 @@
 import os
 import socket
 
-from expertlane.errors import CapacityError
+from expertlane.errors import CapacityError, UserError
 from expertlane.ops.host import num_cores
 from expertlane.spec.names import CpuIsa
 
@@ -22,6 +22,19 @@ def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
         raise CapacityError(
             f"{num_ranks} ranks are more than {MAX_RANKS_PER_CORE} × {num_cores()} cores; "
             f"use at most {limit}, or start with --oversubscribe"
+        )
+
+
+def check_cpu_isa(cpu_isa: CpuIsa | None) -> None:
+    """Refuse a choice of kernels where the environment asks for torch in place of them.
+
+    Raises:
+        UserError: both are asked for.
+    """
+    if cpu_isa is not None and os.environ.get("EXPERTLANE_BACKEND") == "torch":
+        raise UserError(
+            f"--cpu-isa {cpu_isa} is for kernels that EXPERTLANE_BACKEND=torch leaves out; give "
+            "one of the two"
         )
 
 

@@ -23,6 +23,7 @@ from expertlane.engine.commands import (
     Prepare,
     RankOutcome,
     ReadTotals,
+    RecordGraphs,
     Redeploy,
     RunStep,
     SetDispatch,
@@ -42,7 +43,8 @@ from expertlane.engine.weight_copies import Part, WeightCopies
 from expertlane.engine.worker import Handlers, RankContext
 from expertlane.model.checkpoint import Checkpoint
 from expertlane.model.int8_cache import Int8Cache, write_int8_cache
-from expertlane.spec.deployment import DISPATCH_FORMS, Options
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.names import Origin, Stage
 
 
@@ -139,6 +141,15 @@ def cache_int8(context: RankContext, command: CacheInt8) -> bool:
     return is_missing
 
 
+def record_graphs(context: RankContext, command: RecordGraphs) -> int:
+    """Record decode steps of a size."""
+    deployed: DeployedStage = context.deployed
+    with torch.inference_mode():
+        num_graphs = deployed.record_graphs(command.size, command.forms)
+    context.progress.enter(Stage.IDLE, NO_LAYER)
+    return num_graphs
+
+
 def run_step(context: RankContext, command: RunStep) -> RankOutcome:
     """Execute one step plan on this rank's stage."""
     deployed: DeployedStage = context.deployed
@@ -157,6 +168,7 @@ HANDLERS: Handlers = {
     DropPrepared: drop_prepared,
     LeaveCores: lambda context, _: context.cores.leave(),
     SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
+    RecordGraphs: record_graphs,
     RunStep: run_step,
     DiscardSteps: lambda context, command: context.deployed.discard(command.steps),
     ReadTotals: lambda context, _: context.deployed.totals(),

@@ -16,7 +16,7 @@ from expertlane.model.latent_batch import LatentParts, latent_parts
 from expertlane.ops.kv_cache import PagedBatch
 from expertlane.ops.transfer import Array, to_device
 from expertlane.schedule.plan import Batch
-from expertlane.spec.deployment import DispatchForm
+from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import Coordinates, Layout, partition
 from expertlane.spec.model import LatentAttention
 

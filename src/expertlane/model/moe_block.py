@@ -23,7 +23,8 @@ from expertlane.ops.moe_step import LocalExperts
 from expertlane.ops.narrow import Weight
 from expertlane.ops.products import Activation, Expert, Linear
 from expertlane.ops.router import RouterParams
-from expertlane.spec.deployment import DispatchForm, PayloadType
+from expertlane.spec.deployment import PayloadType
+from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckPoint, Stage

@@ -22,7 +22,8 @@ from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import KVCache
 from expertlane.ops.layers import LayersPart
 from expertlane.ops.transfer import to_device
-from expertlane.spec.deployment import DispatchForm, KVCacheType, PayloadType
+from expertlane.spec.deployment import KVCacheType, PayloadType
+from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage

@@ -9,7 +9,7 @@ from expertlane.moe.dispatch import CopyChooser, Dispatcher, LocalDispatcher
 from expertlane.moe.hierarchical import HierarchicalDispatcher
 from expertlane.moe.payload import Payload
 from expertlane.moe.static import StaticDispatcher
-from expertlane.spec.deployment import DispatchForm, form_on
+from expertlane.spec.dispatch import DispatchForm, form_on
 
 _DISPATCHERS: dict[DispatchForm, type[Dispatcher]] = {
     "all_to_all": AllToAllDispatcher,

@@ -13,7 +13,8 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.plan.candidates import Candidate
 from expertlane.results.record import PoolRole
 from expertlane.results.results import ServeCommand
-from expertlane.spec.deployment import DISPATCH_FORMS, DeepEPKernels, Options
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch import DISPATCH_FORMS, DeepEPKernels
 from expertlane.spec.files import strict_json
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout

@@ -9,7 +9,8 @@ from expertlane.cost.laws.execution import LIKELY
 from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.screen import ScreenedCandidate
 from expertlane.plan.throughput import Arriving, one_pool
-from expertlane.spec.deployment import DispatchForm, Options
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch import DispatchForm
 
 _LEAST_GAIN = 0.02  # of prefill: less is not worth a second form
 

@@ -28,7 +28,8 @@ from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
-from expertlane.spec.deployment import CopyMethod, DispatchMode, Options, PayloadType
+from expertlane.spec.deployment import CopyMethod, Options, PayloadType
+from expertlane.spec.dispatch import DispatchMode
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase

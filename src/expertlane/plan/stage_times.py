@@ -46,7 +46,8 @@ from expertlane.cost.step.operation import (
 )
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import ExpectedStepList
-from expertlane.spec.deployment import DispatchForm, PayloadType, is_by_node_on
+from expertlane.spec.deployment import PayloadType
+from expertlane.spec.dispatch import DispatchForm, is_by_node_on
 from expertlane.spec.model import ModelConfig
 
 # Rows of what is added up: three bounds of computing, of transfers, what all transfers would cost

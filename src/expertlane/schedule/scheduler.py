@@ -4,29 +4,21 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from itertools import chain
 from operator import or_
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import UserError
 from expertlane.schedule.batch_draft import BatchDraft
-from expertlane.schedule.plan import Batch, StepOutcome, StepPlan, micro_batches, without_caches
+from expertlane.schedule.in_flight import StepsInFlight
+from expertlane.schedule.plan import StepOutcome, StepPlan, micro_batches, without_caches
 from expertlane.schedule.request import FinishReason, Limits, Request, RequestState
-from expertlane.schedule.running import Rows, RunningTable
+from expertlane.schedule.running import RunningTable
 from expertlane.schedule.waiting import WaitingRequests
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import DpRank
 from expertlane.spec.names import Phase
-
-
-class _Flight(NamedTuple):
-    """A step in flight: its rows of each table that takes part, and the batch of each."""
-
-    replica: int
-    phase: Phase
-    of_tables: list[tuple[RunningTable, Rows, Batch]]
 
 
 class ContinuousScheduler:
@@ -90,8 +82,7 @@ class ContinuousScheduler:
             "record_events": record_events,
             "record_operations": record_operations,
         }
-        self._num_in_flight = [0] * layout.replicas
-        self._in_flight: dict[int, _Flight] = {}
+        self._in_flight = StepsInFlight(layout.replicas)
         self._released: list[list[int]] = [[] for _ in range(layout.replicas)]
         self._requests: dict[str, Request] = {}
         self._waiting = WaitingRequests(limits)
@@ -181,7 +172,7 @@ class ContinuousScheduler:
 
     def next_plan(self) -> StepPlan | None:
         """The next step, or None while no more may be in flight or there is nothing to do."""
-        for replica, num_in_flight in enumerate(self._num_in_flight):
+        for replica, num_in_flight in enumerate(self._in_flight.num):
             if num_in_flight < self._max_in_flight:
                 plan = self._plan(replica)
                 if plan is not None:
@@ -194,9 +185,8 @@ class ContinuousScheduler:
         A request whose logits were not finite ends in an error; one that shares blocks of others
         is first computed again without them.
         """
-        self._num_in_flight[plan.replica] -= 1
         self.stepped, self.failed = [], []
-        for table, rows, batch in self._in_flight.pop(plan.step).of_tables:
+        for table, rows, batch in self._in_flight.end(plan):
             stepped, without_token = table.commit(rows, batch, outcome)
             self.stepped += stepped
             for request in without_token:
@@ -234,12 +224,7 @@ class ContinuousScheduler:
             self.tables[replica][dp_rank] = table.empty()
             lost.append(table)
         kept, to_release = without_caches(plans, caches)
-        in_flight, self._in_flight = self._in_flight, {}
-        self._num_in_flight = [0] * len(self.tables)
-        for plan in kept:
-            of_tables = [each for each in in_flight[plan.step].of_tables if each[0] not in lost]
-            self._in_flight[plan.step] = in_flight[plan.step]._replace(of_tables=of_tables)
-            self._num_in_flight[plan.replica] += 1
+        self._in_flight.lose(kept, lost)
         for replica, released in to_release.items():
             self._released[replica][:0] = released
         num_before = self.num_recovered
@@ -293,8 +278,7 @@ class ContinuousScheduler:
             replica = from_replica[plan.replica]
             places = [kept.get((replica, dp_rank), (0, None))[1] for dp_rank in dp_ranks]
             moved.append(plan.moved(replica, places))
-            self._in_flight[plan.step] = self._in_flight[plan.step]._replace(replica=replica)
-        self._num_in_flight = [sum(p.replica == replica for p in moved) for replica in replicas]
+        self._in_flight.move(layout.replicas, from_replica)
         return moved, num_again
 
     def _give_up_tables(self, old: list[list[RunningTable]]) -> int:
@@ -342,32 +326,22 @@ class ContinuousScheduler:
             admitted=reduce(or_, (draft.admitted for draft in drafts)),
             masks=reduce(or_, (d.masks(*b) for d, b in zip(drafts, built, strict=True))),
             released=tuple(self._released[replica]),
-            num_uncommitted=self._num_in_flight[replica],
+            num_uncommitted=self._in_flight.num[replica],
             **self._flags,
         )
         self._released[replica].clear()
-        self._begin(plan, drafts, built)
-        return plan
-
-    def _begin(
-        self, plan: StepPlan, drafts: list[BatchDraft], built: list[tuple[Rows, Batch]]
-    ) -> None:
-        flight = []
-        for draft, (rows, batch) in zip(drafts, built, strict=True):
-            if batch.num_seqs:
-                draft.table.begin_step(rows, plan.step, batch)
-                flight.append((draft.table, rows, batch))
-        self._in_flight[plan.step] = _Flight(plan.replica, plan.phase, flight)
-        self._num_in_flight[plan.replica] += 1
+        self._in_flight.begin(
+            plan, [(draft.table, *each) for draft, each in zip(drafts, built, strict=True)]
+        )
         self._num_steps += 1
+        return plan
 
     def _fill_with_one_phase(self, replica: int, drafts: list[BatchDraft]) -> None:
         """Prompts as long as there are any to compute, else decodes once all prompts are done."""
         self._add_prompts(replica, drafts)
         if any(draft.num_prefills for draft in drafts):
             return
-        in_flight = [flight for flight in self._in_flight.values() if flight.replica == replica]
-        if not any(flight.phase is Phase.PREFILL for flight in in_flight):
+        if not self._in_flight.has_phase(replica, Phase.PREFILL):
             self._add_decodes(replica, drafts)
 
     def _add_decodes(self, replica: int, drafts: list[BatchDraft]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from expertlane.cost.breakdown import shares_of
+from expertlane.cost.laws.device import stand_ins
 from expertlane.cost.laws.execution import DRIVER_S, LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.laws.times import Basis
@@ -57,7 +58,7 @@ def simulation(
     slos: Sequence[SLO] = (),
     *,
     command: str,
-    caution: str | None = None,
+    cautions: Sequence[str] = (),
 ) -> Results:
     """All of `results.json`.
 
@@ -65,7 +66,7 @@ def simulation(
         runs: of the same deployment, one for each load.
         workload: what all loads share.
         command: how a user repeats it.
-        caution: what a reader must know of the weights, in a sentence.
+        cautions: what a reader must know of the numbers, in sentences.
     """
     simulator, _ = runs[0]
     cluster, setup = simulator.cluster, simulator.setup
@@ -93,8 +94,8 @@ def simulation(
             has_two_pools=setup.prefill_layout is not None,
             has_drafts=bool(drafts.num_drafts),
         ),
-        assumptions=_assumptions(simulator, routing, caution),
-        cautions=() if caution is None else (caution,),
+        assumptions=_assumptions(simulator, routing),
+        cautions=(*cautions, *stand_ins(cluster.profile, setup.types)),
     )
 
 
@@ -207,20 +208,18 @@ def _traffic(totals: PhaseTotals, median: StepRecord) -> TrafficRecord:
     )
 
 
-def _assumptions(
-    simulator: Simulator, routing: RoutingChoice, caution: str | None = None
-) -> tuple[Assumption, ...]:
-    """The assumptions, in the order in which a reader would ask for them.
-
-    Args:
-        caution: what there is to be known of the weights, in a sentence.
-    """
+def _assumptions(simulator: Simulator, routing: RoutingChoice) -> tuple[Assumption, ...]:
+    """The assumptions, in the order in which a reader would ask for them."""
     setup, cluster, execution = simulator.setup, simulator.cluster, simulator.execution
     shares = simulator.load.has_prefixes
     prompts = "shared prefixes as hash_ids say" if shares else "no shared prefixes"
-    beside = caution or "with float8 weights, hidden states are bfloat16"
     rows = [
-        ("weights", setup.types.weights, "--dtype", beside),
+        (
+            "weights",
+            setup.types.weights,
+            "--dtype",
+            "with float8 weights, hidden states are bfloat16",
+        ),
         ("KV cache", setup.types.kv, "--kv-dtype", "default: as hidden states"),
         ("execution", execution.value, "--execution", _HOW[execution]),
         ("routing", routing.option, "--routing-trace, --skew", routing.words),

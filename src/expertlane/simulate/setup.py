@@ -9,7 +9,8 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import RoutingSource
 from expertlane.errors import SpecError
 from expertlane.results.record import PoolRole
-from expertlane.spec.deployment import DISPATCH_FORMS, Options
+from expertlane.spec.deployment import Options
+from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 from expertlane.spec.ranges import take_fields

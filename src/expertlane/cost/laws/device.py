@@ -8,7 +8,7 @@ Experts wider than a law of `experts` knows are priced by the law of `gemm`, eac
 at its own size: a single one of them fills a device, as those of small experts do only together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.roofline import Roofline, roofline
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis, Times, where
-from expertlane.cost.number_types import ITEM_BYTES, WEIGHT_BYTES
+from expertlane.cost.number_types import ITEM_BYTES, WEIGHT_BYTES, NumberTypes
 from expertlane.cost.step.operation import ATTENTION, SIZES, Floats, Kind
 from expertlane.errors import SpecError
 
@@ -140,6 +140,23 @@ class DeviceModel:
             high=_EFFICIENCY / _LEAST_EFFICIENCY,
             basis=Basis.BOUND,
             origin=f"datasheet's roofline at {_LEAST_EFFICIENCY:.0%} to 100% of the peak",
+        )
+
+
+def stand_ins(profile: Profile, types: NumberTypes) -> Iterator[str]:
+    """Where times rest on other measurements than a reader would expect, in sentences."""
+    laws, twin = profile.surfaces, _SAME_WIDTH.get(types.activations, "")
+    own, other = (f"{Kind.DECODE_ATTENTION}.{dtype}" for dtype in (types.activations, twin))
+    if own not in laws and other in laws:
+        yield (
+            f"{profile.device.name} was measured in {twin}: its times stand in for "
+            f"{types.activations}, as bounds {_WIDER_FOR_TWIN - 1:.0%} wider; --dtype {twin} rests "
+            "on them."
+        )
+    if types.kv != types.activations and any(f"{kind}.{types.kv}" in laws for kind in ATTENTION):
+        yield (
+            f"Attention over a {types.kv} cache has measurements of its own: with few or short "
+            "sequences it is not always the faster one."
         )
 
 

@@ -13,7 +13,7 @@ from expertlane.cost.step.counts import DispatchCounts
 from expertlane.cost.step.mlp import shares
 from expertlane.cost.step.operation import Amounts, Kind
 from expertlane.cost.step.step_list import StepWriter
-from expertlane.spec.deployment import form_on
+from expertlane.spec.dispatch import form_on
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 

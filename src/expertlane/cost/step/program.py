@@ -22,14 +22,8 @@ from expertlane.cost.step.operation import OUTSIDE, HandOver, Ints, Step
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import StepList, StepWriter
 from expertlane.schedule.plan import Batch, StepPlan
-from expertlane.spec.deployment import (
-    CopyMethod,
-    DispatchForm,
-    DispatchMode,
-    DispatchTable,
-    PayloadType,
-    is_by_node_on,
-)
+from expertlane.spec.deployment import CopyMethod, PayloadType
+from expertlane.spec.dispatch import DispatchForm, DispatchMode, DispatchTable, is_by_node_on
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase

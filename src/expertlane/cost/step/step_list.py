@@ -24,7 +24,7 @@ from expertlane.cost.step.operation import (
     flops_of,
 )
 from expertlane.cost.step.stage_mesh import Axis, StageMesh
-from expertlane.spec.deployment import DispatchForm
+from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.names import Stage
 
 
