@@ -258,6 +258,7 @@ class OneRank:
             num_blocks=num_blocks,
             block_size=BLOCK_SIZE,
             records_transfers=True,  # they are copies
+            await_device=lambda event: event.synchronize(),
         )
         if graphs is None:
             return None

@@ -1,7 +1,7 @@
 """Ranks in this process that can be lost at any moment, behind what a pool of real ones offers."""
 
 from engine.token_stage import TokenStage
-from expertlane.engine.commands import Deploy, HeldBytes, Redeploy, RunStep
+from expertlane.engine.commands import Deploy, HeldBytes, RecordGraphs, Redeploy, RunStep
 from expertlane.errors import RanksLostError
 from expertlane.spec.members import Members
 
@@ -35,6 +35,7 @@ class FakePool:
         members: of the layout that ranks were asked to take last.
         absent, ahead: as of a `RankPool`.
         stages: by rank; None where a process has just started.
+        recorded: by epoch and rank, sizes of graphs, in order.
         placement_of_step: by replica and step, the placements that it ran with last.
         num_losses, num_replaced: events, and ranks.
         is_patient: whether one more loss would not be one too many.
@@ -56,6 +57,7 @@ class FakePool:
         self._num_in_a_row = 0
         self._is_ready = [True] * self.num_ranks
         self._epochs = [0] * self.num_ranks  # that each has joined
+        self.recorded = {}
 
     def committed(self):
         """A step was: losses no longer come in a row."""
@@ -63,8 +65,8 @@ class FakePool:
 
     # What a `RankPool` has.
 
-    def call(self, command):
-        return self.collect(self.submit(command))
+    def call(self, command, *, ranks=None):
+        return self.collect(self.submit(command, ranks=ranks))
 
     @property
     def present(self):
@@ -192,13 +194,16 @@ class FakePool:
         assert self._is_ready[rank], "its process has not started"
         if isinstance(command, Deploy):
             self._build(rank, placements=0)
-            return HeldBytes(0, 0)
+            return HeldBytes(0, 0, has_graphs=True)
         if isinstance(command, Redeploy):
             self._epochs[rank] = self.epoch
             self._redeploy(rank, command)
-            return HeldBytes(0, 0)
-        assert isinstance(command, RunStep)
+            return HeldBytes(0, 0, has_graphs=True)
         assert self._epochs[rank] == self.epoch, "it has not joined this epoch"
+        if isinstance(command, RecordGraphs):
+            self.recorded.setdefault(self.epoch, {}).setdefault(rank, []).append(command.size)
+            return 1
+        assert isinstance(command, RunStep)
         stage, step = self.stages[rank], command.step
         outcome = stage.run(step, command.placements)
         key = self.epoch, step.replica, step.step

@@ -25,12 +25,20 @@ class KernelsWithGraphs(CudaBackend):
         return self._graphs
 
 
-def stage_of(model, limits, graphs, monkeypatch, device, dtype, options=None) -> DeployedStage:
+def passed(event) -> None:
+    """Wait until the device has come there."""
+    event.synchronize()
+
+
+def stage_of(
+    model, limits, graphs, monkeypatch, device, dtype, options=None, until=passed
+) -> DeployedStage:
     """Of the only rank of a layout, ready for steps."""
     compute_with(KernelsWithGraphs(graphs), monkeypatch)
     board = ProgressBoard(1)
     stage = stage_on(
-        board, 0, Meshes(), Layout(), model, limits, options or Options(), device, dtype
+        *(board, 0, Meshes(), Layout(), model, limits, options or Options(), device, dtype),
+        until=until,
     )
     stage.board = board
     return stage
@@ -43,7 +51,18 @@ def compute_with(ops, monkeypatch):
 
 
 def stage_on(
-    board, rank, meshes, layout, model, limits, options, device, dtype, transport="none"
+    board,
+    rank,
+    meshes,
+    layout,
+    model,
+    limits,
+    options,
+    device,
+    dtype,
+    *,
+    transport="none",
+    until=passed,
 ) -> DeployedStage:
     """Of one rank of a layout, ready for steps."""
     context = SimpleNamespace(
@@ -52,7 +71,7 @@ def stage_on(
         progress=board.reporter(rank),
         meshes=meshes,
         core_token=lambda: None,
-        await_device=lambda event: event.synchronize(),  # of a GPU
+        await_device=until,
     )
     placements = placements_of(model, layout, options)
     spec = StageSpec(model, layout, placements, 0, layout.world_size)

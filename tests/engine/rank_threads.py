@@ -8,6 +8,7 @@ collectives, of sizes that fit, fail at once.
 import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -16,6 +17,7 @@ from engine.one_rank import KernelsWithGraphs, compute_with, stage_on
 from expertlane.comm.mesh import Meshes
 from expertlane.comm.nccl import NcclLink
 from expertlane.comm.progress import ProgressBoard
+from expertlane.engine.graph_recording import forms_of_sizes
 from expertlane.engine.model_runner import outcome_of
 from expertlane.moe.dispatch import Dispatcher
 from expertlane.ops.cuda import launch
@@ -191,6 +193,14 @@ class RankThreads:
             return stage
 
         self.stages = self.on_all(build)
+
+    def record_ahead(self, limits, table):
+        """As the launcher has all ranks do before requests come; gives graphs by size and rank."""
+        by_size = forms_of_sizes(limits, table, self.layout)
+        return [self.on_all(partial(self._record, size, forms)) for size, forms in by_size.items()]
+
+    def _record(self, size, forms, rank):
+        return self.stages[rank].record_graphs(size, forms)
 
     def join(self, meeting):
         """Have all ranks talk there."""

@@ -34,6 +34,7 @@ IN_EVERY_WAY = pytest.mark.parametrize(
     ("pool", "way"),
     [*(("shared_memory", way) for way in WAYS), ("uncompiled", "kill"), ("gloo", "raise")],
     indirect=["pool"],
+    scope="module",  # else a test takes the pool down, since "way" is its own
 )
 
 

@@ -14,13 +14,15 @@ from expertlane.engine.commands import (
     HeldBytes,
     MeasureStep,
     ReadTotals,
+    RecordGraphs,
+    SetDispatch,
     StageSpec,
 )
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.errors import CapacityError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Options
+from expertlane.spec.deployment import GraphLimits, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 from expertlane.spec.model import PRESETS
@@ -29,12 +31,18 @@ from expertlane.spec.names import Phase
 TINY = PRESETS["paper-tiny"]
 LIMITS = Limits(TINY.vocab_size, 64, 1000, 16, max_num_batched_tokens=40, max_num_seqs=12)
 GB = 10**9
+OPTIONS = Options()
 
 
 class MadeUp:
-    """Ranks with devices of 80 GB, of which a step takes so much and weights leave so much."""
+    """Ranks with devices of 80 GB, of which a step takes so much and weights leave so much.
 
-    def __init__(self, free_gb, step_gb, weight_gb=10, block_mb=100, **machine):
+    Args:
+        graph_gb: what each rank's device has less once the largest graphs are there, and then
+            others; None for ranks without graphs.
+    """
+
+    def __init__(self, free_gb, step_gb, weight_gb=10, block_mb=100, graph_gb=None, **machine):
         self.machines = [
             replace(
                 MACHINE, device="H100", memory_bytes=80 * GB, free_bytes=int(each * GB), **machine
@@ -43,11 +51,21 @@ class MadeUp:
         ]
         self.step_bytes = [int(each * GB) for each in step_gb]
         self.held = HeldBytes(weight_gb * GB, block_mb * 10**6)
-        self.deployed = []
+        if graph_gb is not None:  # a block more, for padding
+            self.held = HeldBytes(weight_gb * GB, 2 * block_mb * 10**6, has_graphs=True)
+        self.graph_bytes = [int(each * GB) for each in graph_gb or ()]
+        self.deployed, self.recorded = [], []
 
-    def call(self, command):
+    def call(self, command, *, ranks=None):
         if isinstance(command, DescribeMachine):
-            return self.machines
+            num = sum(isinstance(each, RecordGraphs) for each in self.recorded)
+            taken = sum(self.graph_bytes[:num])
+            return [replace(each, free_bytes=each.free_bytes - taken) for each in self.machines]
+        if isinstance(command, RecordGraphs | SetDispatch):
+            if isinstance(command, SetDispatch):
+                self.recorded.clear()
+            self.recorded.append(command)
+            return [1] * len(self.machines)
         self.deployed.append(command.num_blocks)
         return [self.held] * len(self.machines)
 
@@ -59,10 +77,11 @@ class MadeUp:
         return [self.step_bytes[rank] for rank in ranks]
 
 
-def measured(pool, layout, limits=LIMITS):
+def measured(pool, layout, limits=LIMITS, options=OPTIONS):
     layout, lines = Layout.parse(layout), []
     spec = StageSpec(TINY, layout, [None] * TINY.num_hidden_layers, 0, 8)
-    given = Deploy(spec, Options(), limits.num_blocks, limits.block_size)
+    graphs = GraphLimits(limits.max_num_seqs, limits.max_model_len)
+    given = Deploy(spec, options, limits.num_blocks, limits.block_size, graphs)
     found = measured_limits(pool, given, Members(layout), limits, lines.append)
     assert pool.deployed == [1]  # nothing but a block, before it is known
     return found, lines
@@ -93,6 +112,48 @@ def test_ranks_that_share_a_device():
     """(68 - 8) GB / 2 - 2 GB."""
     found, _ = measured(MadeUp([68, 68], [2, 1], ranks_on_device=2), "dp=2,ep=2")
     assert found.num_blocks == 280
+
+
+def test_memory_of_graphs():
+    """Sizes 1, 2, 4, 8, 12: 0.5 GB, and four times 0.1 GB; 68 - 8 - 2.55 - 0.9 GB are left."""
+    pool = MadeUp([68], [2.55], graph_gb=[0.5, 0.1])
+    found, (line,) = measured(pool, "tp=1")
+    assert found == replace(LIMITS, num_blocks=564)  # 565 less the block for padding
+    assert line == (
+        "memory of a rank: weights 10 GB, KV cache 56.4 GB (564 blocks), activations 2.55 GB "
+        "(measured), CUDA graphs 0.9 GB, free 8.15 GB of 80 GB"
+    )
+    sizes = [each.size for each in pool.recorded if isinstance(each, RecordGraphs)]
+    assert sizes == [12, 8]
+
+
+def test_memory_of_graphs_on_a_device_that_is_shared():
+    """Half of 0.5 GB, and of 0.1 GB, each: (68 - 8) GB / 2 - 2 - 0.45 GB."""
+    pool = MadeUp([68, 68], [2, 1], graph_gb=[0.5, 0.1], ranks_on_device=2)
+    assert measured(pool, "dp=2,ep=2")[0].num_blocks == 274
+
+
+def test_memory_of_graphs_of_several_forms():
+    """For each that may be timed as many sizes; with overlap there are none."""
+    pool = MadeUp([68], [2.55], graph_gb=[0.5, 0.1])
+    num_forms = len(OPTIONS.forms(Layout(), 8))
+    options = Options(dispatch="auto", overlap="auto")
+    found, _ = measured(pool, "tp=1", options=options)
+    modes = options.modes(Layout(), 8)
+    assert len(modes) >= num_forms
+    num_sizes = 5 * len([mode for mode in modes if not mode.overlap])
+    assert found.num_blocks == int((68 - 8 - 2.55 - 0.5 - 0.1 * (num_sizes - 1)) / 0.1) - 1
+
+
+def test_one_size_of_graphs():
+    limits = replace(LIMITS, max_num_seqs=1)
+    pool = MadeUp([68], [2.55], graph_gb=[0.5])
+    assert measured(pool, "tp=1", limits)[0].num_blocks == 568
+
+
+def test_too_little_memory_for_graphs():
+    with pytest.raises(CapacityError, match=r"of activations, 0\.9 GB are for CUDA graphs"):
+        measured(MadeUp([13], [4], graph_gb=[0.5, 0.1]), "tp=1")
 
 
 def test_too_little_memory():

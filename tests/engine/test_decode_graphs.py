@@ -10,19 +10,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from engine.one_rank import OneRank, stage_of
+from engine.one_rank import OneRank, passed, stage_of
+from expertlane.comm.transport import EpochEndedError
 from expertlane.model import decode_graphs
-from expertlane.model.decode_graphs import DecodeGraphs, StaticInputs, graph_sizes, padded
+from expertlane.model.decode_graphs import DecodeGraphs
+from expertlane.model.padded_batch import NO_SEQS, StaticInputs, padded, places_in
 from expertlane.ops.kv_cache import PagedBatch
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import Batch
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Options
-from expertlane.spec.layout import Layout
+from expertlane.spec.deployment import GraphLimits, Options
+from expertlane.spec.layout import Layout, partition
 from expertlane.spec.sampling import SamplingParams
 from ops.cuda.near import DEVICE, needs_kernels, triton
 from ops.cuda.replayed import ReplayedGraphs
@@ -63,10 +67,19 @@ def requests_of(model, num, max_tokens):
     ]
 
 
-def play(model, graphs, monkeypatch, *, num=3, max_tokens=8):
-    """Tokens of requests that come while others run, logits of each step, and preemptions."""
+def play(
+    model, graphs, monkeypatch, *, num=3, max_tokens=8, ahead=lambda stage: None, until=passed
+):
+    """Tokens of requests that come while others run, logits of each step, and preemptions.
+
+    Args:
+        ahead: called with the stage before them.
+        until: waits for the device.
+    """
     limits, options = limits_of(model), Options()
-    stage = stage_of(model, limits, graphs, monkeypatch, DEVICE, torch.float32, options)
+    given = model, limits, graphs, monkeypatch, DEVICE, torch.float32, options
+    stage = stage_of(*given, until=until)
+    ahead(stage)
     runner = OneRank(stage)
     requests = requests_of(model, num, max_tokens)
     logits = drive(runner, Layout(), options, limits, requests, arrivals(num))
@@ -113,15 +126,20 @@ def difference(ours, theirs) -> float:
 
 
 def test_numbers_of_sequences():
-    assert graph_sizes(1) == [1]
-    assert graph_sizes(6) == [1, 2, 4, 6]
-    assert graph_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]
-    for most in range(1, 600):
-        sizes = graph_sizes(most)
-        assert sizes[-1] == most
-        assert sizes == sorted({*sizes})
+    def sizes_up_to(most):
+        return GraphLimits(most, 1).sizes
+
+    assert sizes_up_to(1) == (1,)
+    assert sizes_up_to(6) == (1, 2, 4, 6)
+    assert sizes_up_to(64) == (1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64)
+    assert sizes_up_to(300)[-7:] == (192, 208, 224, 240, 256, 288, 300)
+    for most in range(1, 1300):
+        sizes = sizes_up_to(most)
+        assert sizes[-1] == min(most, 1024)
+        assert [*sizes] == sorted({*sizes})
+        assert len(sizes) <= 43
         for smaller, size in pairwise(sizes):
-            assert size - smaller <= max(8, size / 4)
+            assert size - smaller <= max(8, size / 8)
 
 
 def test_a_padded_batch():
@@ -133,15 +151,33 @@ def test_a_padded_batch():
         block_tables=np.array([[4, 2], [1, -1]], dtype=np.int32),
         yields_token=np.array([True, True]),
     )
-    with_padding = padded(batch, 4, scratch_block=9)
+    with_padding = padded(batch, places_in(4, 2), 4, scratch_block=9)
     assert with_padding.block_tables.tolist() == [[4, 2], [1, -1], [9, -1], [9, -1]]
     assert with_padding.num_computed_tokens.tolist() == [5, 0, 0, 0]
     assert with_padding.num_scheduled_tokens.tolist() == [1, 1, 1, 1]
     pages = PagedBatch(with_padding, 4, torch.device("cpu"))
     assert pages.slots.tolist() == [2 * 4 + 1, 1 * 4, 9 * 4, 9 * 4]
     assert pages.sequences.lengths.tolist() == [6, 1, 1, 1]
-    nothing = padded(batch.only(np.empty(0, dtype=np.intp)), 1, scratch_block=9)
+    in_parts = padded(batch, places_in(4, 2, num_parts=2), 4, scratch_block=9)
+    assert in_parts.seq_ids.tolist() == [7, -1, 3, -1]
+    assert in_parts.token_ids.tolist() == [11, 0, 12, 0]
+    assert in_parts.num_computed_tokens.tolist() == [5, 0, 0, 0]
+    assert in_parts.block_tables.tolist() == [[4, 2], [9, -1], [1, -1], [9, -1]]
+    nothing = padded(batch.only(np.empty(0, dtype=np.intp)), places_in(1, 0), 1, scratch_block=9)
     assert (nothing.block_tables.tolist(), nothing.num_seqs) == ([[9, -1]], 1)
+    nothing = padded(NO_SEQS, places_in(2, 0, 2), 2, scratch_block=9)
+    assert nothing.block_tables.tolist() == [[9], [9]]
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 6))
+def test_sequences_stay_in_their_part(num, more, num_parts):
+    size = num + more
+    places = places_in(size, num, num_parts)
+    own, rooms = partition(num, num_parts), partition(size, num_parts)
+    for part, room in zip(own, rooms, strict=True):
+        kept = places[part.start : part.stop].tolist()
+        assert kept == [*range(room.start, room.start + len(part))]
+        assert len(part) <= len(room)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +194,7 @@ def test_all_ranks_record_the_same_whole_steps(recorded, kind, expected, monkeyp
     made = []
 
     class Part:
-        def __init__(self, real, graphs, size, form):
+        def __init__(self, real, inputs, size, form):
             made.append(size)
 
         def fill(self):
@@ -167,14 +203,14 @@ def test_all_ranks_record_the_same_whole_steps(recorded, kind, expected, monkeyp
     monkeypatch.setattr(decode_graphs, "PaddedBatch", Part)
     graphs = DecodeGraphs.__new__(DecodeGraphs)
     graphs._sizes, graphs._launch = [1, 2, 4], dict.fromkeys(recorded)
-    graphs._graphs = SimpleNamespace(capture=lambda run: run)
+    graphs._graphs = SimpleNamespace(capture=lambda run, until: run)
+    graphs._inputs = graphs._await_device = None
     recorder = SimpleNamespace(meter=None)
     graphs.stage = SimpleNamespace(mesh=SimpleNamespace(recorder=recorder))
-    batch, real = SimpleNamespace(num_seqs=2), SimpleNamespace(only=lambda places: None)
-    part = SimpleNamespace(batch=batch, real=real, dispatch_form="all_gather")
-    assert graphs._prepare(part, kind, lambda padded: None)
+    given = 2, "all_gather", kind, lambda padded: None
+    assert graphs._prepare(*given)
     assert made == expected
-    assert not graphs._prepare(part, kind, lambda padded: None)
+    assert not graphs._prepare(*given)
 
 
 QUICK = ("sinks, window, biases",)
@@ -194,6 +230,60 @@ def test_graphs_on_and_off_are_equal(name, monkeypatch):
     assert difference(logits, others) <= 1e-5
     assert graphs.num_replayed == runner.num_decodes > 5
     assert 1 < graphs.num_recorded <= 3
+
+
+def record_all(stage, forms=("all_to_all",)):
+    """All sizes; gives how many graphs each took."""
+    return [stage.record_graphs(size, forms) for size in GraphLimits(3, 24).sizes[::-1]]
+
+
+@pytest.mark.parametrize(
+    "takes_steps",
+    [pytest.param(True, id="steps"), pytest.param(False, id="layers", marks=pytest.mark.full)],
+)
+def test_what_was_recorded_ahead_is_all_that_is_needed(takes_steps, monkeypatch):
+    """The same again while it is there; anew once it was dropped."""
+    model, graphs = MODELS["sinks, window, biases"], ReplayedGraphs()
+    expected, logits, *_ = play(model, None, monkeypatch)
+    if not takes_steps:
+        monkeypatch.setattr(DecodeGraphs, "takes_steps", lambda graphs, form: False)
+    each = 1 if takes_steps else model.num_hidden_layers
+
+    def ahead(stage):
+        assert record_all(stage) == [each] * 3
+        assert record_all(stage) == [0] * 3
+        stage.drop_graphs()
+        assert record_all(stage) == [each] * 3
+
+    found, others, _, runner = play(model, graphs, monkeypatch, ahead=ahead)
+    assert found == expected
+    assert difference(logits, others) <= 1e-5
+    assert graphs.num_recorded == 6 * each
+    assert graphs.num_replayed == each * runner.num_decodes > 5
+
+
+def test_an_epoch_that_ends_while_steps_are_recorded(monkeypatch):
+    """What was not recorded to its end is recorded anew, and tokens are right."""
+    model, graphs = MODELS["paper"], ReplayedGraphs()
+    few = {"num": 2, "max_tokens": 4}
+    expected, *_ = play(model, None, monkeypatch, **few)
+    waits = []
+
+    def end_epoch(event):
+        waits.append(event)
+        if len(waits) == 2:
+            raise EpochEndedError("another epoch has begun")
+
+    def ahead(stage):
+        with pytest.raises(EpochEndedError):
+            record_all(stage)
+        assert graphs.num_recorded == 1
+        stage.drop_graphs()
+        assert record_all(stage) == [1, 1, 1]
+
+    found, *_ = play(model, graphs, monkeypatch, ahead=ahead, until=end_epoch, **few)
+    assert found == expected
+    assert len(waits) == 5
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import RankError
 from expertlane.schedule.request import FinishReason, Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.deployment import Deployment, GraphLimits, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 from expertlane.spec.model import PRESETS
@@ -112,7 +112,8 @@ class Scenario:
         cancel_rate = self.cancel_rate if cancel_rate is None else cancel_rate
         deployment = Deployment("a", self.layout, self.options)
         pool = FakePool(self.layout, self.limits, self_rng, 0.0, most_losses=most_losses)
-        runner = ModelRunner(pool, MODEL, deployment, self.limits, seed=0, ranks_per_node=1)
+        given, records = (pool, MODEL, deployment, self.limits), self.seed % 4 == 0
+        runner = ModelRunner(*given, seed=0, ranks_per_node=1, records_ahead=records)
         runner.rebalancer = NumberedRebalancer(runner.arranged)
         scheduler = ContinuousScheduler(
             self.layout, self.options, self.limits, lookahead=self.layout.pp == 1
@@ -184,6 +185,11 @@ class Scenario:
     def _check_ranks(self, pool, scheduler, committed):
         """All ranks of a replica ran each step with the same experts, and know no old request."""
         members = Members(self.layout)
+        sizes = [*GraphLimits(self.limits.max_num_seqs, 1).sizes[::-1]]
+        for epoch, replica, step in committed:
+            for rank in pool.placement_of_step[epoch, replica, step]:
+                recorded = pool.recorded.get(epoch, {}).get(rank, [])
+                assert recorded == (sizes if self.seed % 4 == 0 else [])
         for replica in range(pool.members.layout.replicas):
             before = 0
             for epoch, step in sorted((e, step) for e, r, step in committed if r == replica):

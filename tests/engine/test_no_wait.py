@@ -101,7 +101,7 @@ class OneGraph:
 
     num_recorded = num_launched = 0
 
-    def capture(self, run):
+    def capture(self, run, until):
         run()
         with NoWaits() as mode:
             run()

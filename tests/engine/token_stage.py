@@ -8,6 +8,7 @@ import torch
 
 from expertlane.engine.deployed_stage import DeployedStage
 from expertlane.engine.next_tokens import with_chosen
+from expertlane.engine.stage_state import UncommittedChanges
 from expertlane.model.sampler import Sampler
 from expertlane.model.scored_prompts import ScoredPrompts
 from expertlane.model.transformer import HeadResult
@@ -62,7 +63,7 @@ class TokenStage(DeployedStage):
         self._sends = deque()
         self._vocab_size = limits.vocab_size
         self._sampler = Sampler(limits.vocab_size, CPU)
-        self._committed, self._uncommitted = {}, deque()
+        self._changes = UncommittedChanges(self._sampler, {})
         self._cache = np.full((limits.num_blocks, limits.block_size), UNWRITTEN)
         self._can_fail, self._before_output = can_fail, before_output
 
@@ -70,7 +71,8 @@ class TokenStage(DeployedStage):
         """Go on with what a stage before it on this rank has left."""
         if left.caches is not None:
             self._cache = left.caches
-            self._sampler, self._committed = left.sampler, left.tokens
+            self._sampler = left.sampler
+            self._changes = UncommittedChanges(self._sampler, left.tokens)
 
     def _begin_input(self, micro_batch, chosen):
         return [with_chosen(micro_batch.own, chosen)], None

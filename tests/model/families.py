@@ -4,6 +4,7 @@ Every parameter is drawn at random, so that nothing that a model leaves out goes
 weights are 1 + 0.1·N, biases and sinks are no zeros, and logits have a std near 1.
 """
 
+import json
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -158,8 +159,128 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**_YARN, "rope_theta": 150_000.0, "truncate": False},
         },
     ),
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLite",
+        {
+            **_LATENT,
+            "q_lora_rank": 20,
+            "n_shared_experts": 1,
+            "mlp_layer_types": ["dense", "sparse", "dense", "sparse"],
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "dots1": (
+        "Dots1",
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "sliding_window": 10,
+            "max_window_layers": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "intermediate_size": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e4,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {
+            "num_key_value_heads": 2,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "moe_num_experts": 8,
+            "moe_k": 3,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoe",
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 24,  # square matrices would not tell how they are stored
+            "num_experts": 8,
+            "mlp_only_layers": [1],
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [4, 2, 2],
+                "mrope_interleaved": True,
+            },
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            "num_key_value_heads": 4,
+            "intermediate_size": 32,
+            "num_local_experts": 8,
+            "attention_bias": True,
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 2.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
 }
 FAMILIES = tuple(_CONFIGS)
+_CONDITIONAL = ("Qwen3VLMoe",)  # the language model beside an encoder of images
+_TINY_EYES = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,10 +303,15 @@ def make_model(family: str, seed: int = 0, **overrides: Any) -> Any:
         overrides: replace fields of the family's configuration.
     """
     kind, fields = _CONFIGS[family]
-    config = getattr(transformers, f"{kind}Config")(**(_COMMON | fields | overrides))
+    fields = _COMMON | fields | overrides
+    if kind in _CONDITIONAL:
+        tied = fields.pop("tie_word_embeddings")
+        fields = {"text_config": fields, "vision_config": _TINY_EYES, "tie_word_embeddings": tied}
+    config = getattr(transformers, f"{kind}Config")(**fields)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    kind += "ForConditionalGeneration" if kind in _CONDITIONAL else "ForCausalLM"
+    model = getattr(transformers, kind)(config).eval()
     randomise(model, seed)
     return model
 
@@ -207,6 +333,8 @@ def randomise(model: Any, seed: int) -> None:
             # GPT-OSS alone keeps experts as [num_experts, in, out].
             transposed = tensor.dim() == 3 and model.config.model_type == "gpt_oss"
             drawn /= math.sqrt(tensor.shape[-2 if transposed else -1])
+            if name == "lm_head.weight":
+                drawn *= getattr(model.config, "logits_scaling", 1.0)
             if "o_proj" in name or "down_proj" in name:
                 drawn *= _OUTPUT_GAIN
         tensor.data.copy_(drawn)
@@ -221,7 +349,10 @@ def save_checkpoint(family: str, folder: Path, seed: int = 0, **overrides: Any) 
 @cache
 def load_model(folder: Path) -> Any:
     """transformers' own reading of a checkpoint, in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    kind = transformers.AutoModelForCausalLM
+    if "text_config" in json.loads((folder / "config.json").read_text()):
+        kind = transformers.AutoModelForImageTextToText
+    model = kind.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     return model.eval()

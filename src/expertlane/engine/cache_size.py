@@ -1,4 +1,4 @@
-"""The size of the cache by what is free after a step of the largest shape, in place of a count."""
+"""The size of the cache by what is free beside a step of the largest shape, and graphs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +12,8 @@ from expertlane.engine.commands import (
     HeldBytes,
     MeasureStep,
     RankMachine,
+    RecordGraphs,
+    SetDispatch,
 )
 from expertlane.engine.pool import RankPool
 from expertlane.errors import CapacityError
@@ -65,35 +67,47 @@ def measured_limits(
 ) -> Limits:
     """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
 
-    The ranks' stages are built, each with a cache of one block.
+    The ranks' stages are built, each with a cache of one block, and graphs are recorded on it:
+    their memory does not depend on how many blocks there are.
 
     Raises:
         CapacityError: not even one sequence of `max_model_len` fits; with both numbers.
     """
     layout, spec, numbers = members.layout, deploy.spec, members.numbers
-    one_block = msgspec.structs.replace(deploy, num_blocks=1, graphs=None)
-    held = pool.call(one_block)
+    held = pool.call(msgspec.structs.replace(deploy, num_blocks=1))
     step_bytes = max(_step_bytes(pool, deploy, members, limits))
     seen = pool.call(DescribeMachine())
-    room = [room_of(seen[number], held[number], step_bytes, layout) for number in numbers]
-    of_graphs = 0 if deploy.graphs is None else 1  # a block for padding
-    blocks = [int(each.cache_bytes // each.block_bytes) - of_graphs for each in room]
+    has_graphs = deploy.graphs is not None and held[numbers[0]].has_graphs
+    graph_bytes = [0] * len(seen)
+    if has_graphs:
+        graph_bytes = _graph_bytes(pool, deploy, members, seen)
+    room = [room_of(seen[n], held[n], step_bytes, graph_bytes[n], layout) for n in numbers]
+    blocks = [int(each.cache_bytes // each.block_bytes) - has_graphs for each in room]
     rank = int(np.argmin(blocks))
     fewest = min(-(-limits.max_model_len // limits.block_size), limits.num_blocks)
     num_blocks = min(limits.num_blocks, blocks[rank])
     if num_blocks < fewest:
         need = room[rank].with_blocks(fewest)
         free_bytes = need.weight_bytes + need.activation_bytes + max(0, room[rank].cache_bytes)
-        raise CapacityError(too_little(spec.model, layout, need, free_bytes))
+        raise CapacityError(
+            too_little(spec.model, layout, need, free_bytes)
+            + _of_graphs("; of activations, {} are for CUDA graphs (--cuda-graphs off)", room[rank])
+        )
     need, machine = room[rank].with_blocks(num_blocks), seen[numbers[rank]]
     left = room[rank].cache_bytes - need.kv_bytes + (1 - FREE_SHARE) * machine.memory_bytes
     log(
         f"memory of a rank: weights {size_text(need.weight_bytes)}, KV cache "
         f"{size_text(need.kv_bytes)} ({num_blocks} blocks), activations "
-        f"{size_text(need.activation_bytes)} (measured), free {size_text(left)} of "
+        f"{size_text(room[rank].step_bytes)} (measured), "
+        f"{_of_graphs('CUDA graphs {}, ', room[rank])}free {size_text(left)} of "
         f"{size_text(machine.memory_bytes)}"
     )
     return replace(limits, num_blocks=num_blocks)
+
+
+def _of_graphs(text: str, room: "Room") -> str:
+    """With what graphs take; empty where there are none."""
+    return text.format(size_text(room.graph_bytes)) if room.graph_bytes else ""
 
 
 class Room(msgspec.Struct):
@@ -101,41 +115,84 @@ class Room(msgspec.Struct):
 
     Attributes:
         step_bytes: of the largest step on the rank that most tokens reach.
+        graph_bytes: of recorded steps.
         block_bytes: of a block, in all layers.
         cache_bytes: negative where not even a step fits.
     """
 
     weight_bytes: int
     step_bytes: int
+    graph_bytes: int
     block_bytes: int
     cache_bytes: float
 
     def with_blocks(self, num_blocks: int) -> RankMemory:
         """In the parts of a memory count."""
-        return RankMemory(self.weight_bytes, num_blocks * self.block_bytes, self.step_bytes, 0)
+        own_bytes = self.step_bytes + self.graph_bytes
+        return RankMemory(self.weight_bytes, num_blocks * self.block_bytes, own_bytes, 0)
 
 
-def room_of(machine: RankMachine, held: HeldBytes, step_bytes: int, layout: Layout) -> Room:
+def room_of(
+    machine: RankMachine, held: HeldBytes, step_bytes: int, graph_bytes: int, layout: Layout
+) -> Room:
     """What is left on a rank: its share of what is free, but for a reserve of the whole device.
 
     Args:
-        machine: seen once weights are loaded, while no step runs.
+        machine: seen once weights are loaded, while no step runs and none is recorded.
         held: with a cache of one block, which makes room for the others.
+        graph_bytes: of this rank.
     """
     reserve = (1 - FREE_SHARE) * machine.memory_bytes
     own_bytes = (machine.free_bytes - reserve) / machine.num_sharing(layout.world_size)
-    return Room(held.weight_bytes, step_bytes, held.kv_bytes, own_bytes - step_bytes)
+    block_bytes = held.kv_bytes // (1 + held.has_graphs)
+    left_bytes = own_bytes - step_bytes - graph_bytes
+    return Room(held.weight_bytes, step_bytes, graph_bytes, block_bytes, left_bytes)
+
+
+def _graph_bytes(
+    pool: RankPool, deploy: Deploy, members: Members, seen: Sequence[RankMachine]
+) -> list[int]:
+    """[num_ranks]; what all graphs will take, by what the device has less once some are recorded.
+
+    The largest size is recorded, which has the memory for values, and the next. All others are
+    taken to be as large as that one: they share the memory for values, not that of each graph.
+
+    Args:
+        seen: [num_ranks]; before.
+    """
+    assert deploy.graphs is not None, "there are some"
+    numbers, sizes = members.numbers, deploy.graphs.sizes
+    tables = [each for each in _tables(deploy) if not all(mode.overlap for mode in each.modes)]
+    firsts, others = np.zeros((2, len(seen)), dtype=np.int64)
+    for table in tables:
+        pool.call(SetDispatch(table), ranks=numbers)
+        taken = [np.zeros_like(firsts)]
+        for size in sizes[:-3:-1]:
+            pool.call(RecordGraphs(size, (table.modes[0].form,)), ranks=numbers)
+            now = pool.call(DescribeMachine())
+            less = [
+                (before.free_bytes - after.free_bytes) // before.num_sharing(len(numbers))
+                for before, after in zip(seen, now, strict=True)
+            ]
+            taken.append(np.maximum(less, taken[-1]))
+        firsts = np.maximum(firsts, taken[1])
+        others = np.maximum(others, taken[-1] - taken[1])
+    total: list[int] = (firsts + others * (len(tables) * len(sizes) - 1)).tolist()
+    return total
+
+
+def _tables(deploy: Deploy) -> tuple[DispatchTable, ...]:
+    """Each way in which decode steps may run."""
+    options, spec = deploy.options, deploy.spec
+    if (table := options.fixed_table) is not None:
+        return (table,)
+    modes = options.of_phase(Phase.DECODE).modes(spec.layout, spec.ranks_per_node)
+    return tuple(DispatchTable.fixed(mode.form, mode.overlap) for mode in modes)
 
 
 def _step_bytes(pool: RankPool, deploy: Deploy, members: Members, limits: Limits) -> Sequence[int]:
     """Of each rank."""
-    options, spec = deploy.options, deploy.spec
-    if (table := options.fixed_table) is not None:
-        tables: tuple[DispatchTable, ...] = (table,)
-    else:
-        modes = options.of_phase(Phase.DECODE).modes(spec.layout, spec.ranks_per_node)
-        tables = tuple(DispatchTable.fixed(mode.form, mode.overlap) for mode in modes)
-    commands = []
+    tables, commands = _tables(deploy), []
     for replica in range(members.layout.replicas):
         plan = largest_step(members.layout, limits, replica)
         commands += [

@@ -17,8 +17,8 @@ from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
-from expertlane.spec.deployment import GraphLimits, Options, WeightsType
-from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.deployment import ActivationsType, GraphLimits, Options, WeightsType
+from expertlane.spec.dispatch import DispatchForm, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
@@ -58,7 +58,7 @@ class StageSpec:
         placements: [num_hidden_layers]; where experts are at first.
         numbers: [world_size]; the process of each rank of the layout, each its own if empty.
         checkpoint: the folder the weights are in; None for seeded ones.
-        weights, cache_int8: as in `Options`.
+        weights, cache_int8, activations: as in `Options`.
         check: how much it looks for silent errors.
     """
 
@@ -70,6 +70,7 @@ class StageSpec:
     checkpoint: str | None = None
     weights: WeightsType = "model"
     cache_int8: bool = False
+    activations: ActivationsType = "model"
     check: CheckLevel = "off"
     numbers: tuple[int, ...] = ()
 
@@ -108,12 +109,14 @@ class HeldBytes:
     Attributes:
         bytes_from: of the weights, those that are from each source.
         seconds_from: that it took to get them, where it took any.
+        has_graphs: it can launch decode steps as graphs; a block of the cache is for their padding.
     """
 
     weight_bytes: int
     kv_bytes: int
     bytes_from: dict[Origin, int] = field(default_factory=dict)
     seconds_from: dict[Origin, float] = field(default_factory=dict)
+    has_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -273,6 +276,20 @@ class SetDispatch(Command[None]):
     """Choose how steps run from now on: dispatch forms and overlap, by a table."""
 
     table: DispatchTable
+
+
+class RecordGraphs(Command[int]):
+    """Record decode steps as graphs before one needs them; the answer: how many graphs that were.
+
+    Collective over the ranks of a replica.
+
+    Attributes:
+        size: sequences of a data-parallel rank, padding included.
+        forms: that such steps may have.
+    """
+
+    size: int
+    forms: tuple[DispatchForm, ...]
 
 
 class RunStep(Command[RankOutcome]):

@@ -10,27 +10,25 @@ import torch
 from expertlane.balance.placement_file import Placements
 from expertlane.comm.collectives import Pending, interleave
 from expertlane.comm.mesh import ParallelMesh
-from expertlane.engine.commands import (
-    HeldBytes,
-    RankOutcome,
-    StageSpec,
-)
+from expertlane.engine.commands import HeldBytes, RankOutcome, StageSpec
+from expertlane.engine.graph_steps import GraphSteps
 from expertlane.engine.migration import Migration
 from expertlane.engine.next_tokens import StepTokens, with_chosen
 from expertlane.engine.preparing import weight_source
 from expertlane.engine.rank_checks import StageChecks, recorder_of
-from expertlane.engine.stage_state import Changes, Left
+from expertlane.engine.stage_state import Changes, Left, UncommittedChanges
 from expertlane.engine.worker import RankContext
-from expertlane.model.decode_graphs import DecodeGraphs, PaddedBatch, decode_graphs
+from expertlane.model.decode_graphs import decode_graphs
 from expertlane.model.forward_batch import ForwardBatch
+from expertlane.model.padded_batch import PaddedBatch
 from expertlane.model.sampler import Sampler
 from expertlane.model.scored_prompts import ScoredPrompts
-from expertlane.model.transformer import HeadResult, RunsLayers, TransformerStage
+from expertlane.model.transformer import HeadResult, TransformerStage
 from expertlane.model.weights import HeldWeights
 from expertlane.results.rank_totals import RankTotals
 from expertlane.schedule.plan import Batch, RankBatch, RankStep
 from expertlane.spec.deployment import GraphLimits, Options, PayloadType
-from expertlane.spec.dispatch import DispatchMode, DispatchTable
+from expertlane.spec.dispatch import DispatchForm, DispatchMode, DispatchTable
 from expertlane.spec.members import Members
 from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
 
@@ -43,7 +41,7 @@ class DeployedStage:
     """
 
     _checks: StageChecks | None = None
-    _graphs: DecodeGraphs | None = None
+    _graphs: GraphSteps | None = None
     _is_over_nccl = False
 
     def __init__(
@@ -81,8 +79,6 @@ class DeployedStage:
         self._block_size = 1
         self._phase: Phase | None = None
         self._balances_copies = self._crowds = False
-        self._committed: dict[int, int] = {}  # tokens of the last committed step, by sequence id
-        self._uncommitted: deque[Changes] = deque()
         self._sends: deque[list[Pending]] = deque()
 
     def is_as_at_first(self, spec: StageSpec) -> bool:
@@ -98,7 +94,8 @@ class DeployedStage:
     def held(self) -> HeldBytes:
         """What it has allocated."""
         stage = self.stage
-        return HeldBytes(stage.weight_bytes, stage.kv_bytes, stage.bytes_from, self._seconds_from)
+        held = stage.weight_bytes, stage.kv_bytes, stage.bytes_from, self._seconds_from
+        return HeldBytes(*held, has_graphs=self._graphs is not None)
 
     def leave(self, members: Members, discard: Sequence[int]) -> Left:
         """What a stage of another layout on this rank may use; this one is of no use any more.
@@ -111,7 +108,7 @@ class DeployedStage:
         at = self._mesh.at
         kept = members.kept_caches(self.spec.members).values()
         caches = self.stage.leave_cache() if (at.replica, at.dp_rank) in kept else None
-        return Left(self.stage.held_weights(), caches, self._sampler, self._committed)
+        return Left(self.stage.held_weights(), caches, self._sampler, self._changes.tokens)
 
     def start(
         self,
@@ -134,22 +131,24 @@ class DeployedStage:
             self.set_dispatch(table)
         self._block_size = block_size
         self._phase = None
-        self._uncommitted.clear()
-        self._graphs = decode_graphs(
+        recorded = decode_graphs(
             self.stage,
-            graphs,
+            graphs if self._checks is None else None,
             num_blocks=num_blocks,
             block_size=block_size,
             records_transfers=self._is_over_nccl,
+            await_device=self._await_device,
         )
-        if self._graphs is not None:
+        self._graphs = None if recorded is None else GraphSteps(recorded, self._recorder)
+        if recorded is not None:
             self.totals()  # begins them on all ranks at once: graphs add to them
         if left is not None and left.caches is not None:
-            self._sampler, self._committed = left.sampler, left.tokens
+            self._sampler = left.sampler
+            self._changes = UncommittedChanges(self._sampler, left.tokens)
             self.stage.take_cache(left.caches)
             return
         self._sampler = Sampler(self.spec.model.vocab_size, self._device)
-        self._committed = {}
+        self._changes = UncommittedChanges(self._sampler, {})
         num_blocks += self._graphs is not None  # one for padding
         self.stage.allocate_cache(num_blocks, block_size, options.kv_dtype)
 
@@ -157,6 +156,10 @@ class DeployedStage:
         """Forget recorded steps: groups, weights or forms change."""
         if self._graphs is not None:
             self._graphs.clear()
+
+    def record_graphs(self, size: int, forms: Sequence[DispatchForm]) -> int:
+        """As `DecodeGraphs.record`; 0 without graphs."""
+        return 0 if self._graphs is None else self._graphs.record(size, forms)
 
     def rejoin(self, discard: Sequence[int]) -> None:
         """Go on with the groups of a new epoch, as if these steps had never begun.
@@ -190,8 +193,8 @@ class DeployedStage:
             balances_copies: among copies of experts tokens are shared anew.
         """
         self._balances_copies = balances_copies
-        self._commit(len(self._uncommitted) - step.num_uncommitted)
-        before = self._uncommitted[-1].chosen if self._uncommitted else self._committed
+        self._changes.commit_all_but(step.num_uncommitted)
+        before = self._changes.tokens
         changes = self._begin_changes(step, placements)
         if step.record_operations and torch.get_num_threads() > 1:
             torch.set_num_threads(1)  # the recorder sees one thread's CPU time
@@ -207,6 +210,8 @@ class DeployedStage:
             record_events=step.record_events,
             record_operations=step.record_operations,
         )
+        if self._graphs is not None:
+            self._graphs.begin_step(step.phase, balances_copies=balances_copies)
         # A step that far back was collected before this one was submitted: its sends are through.
         while len(self._sends) >= self.spec.layout.pp:
             for send in self._sends.popleft():
@@ -258,17 +263,7 @@ class DeployedStage:
             replaced = self.migration.apply_placements(placements)
         if self._mesh.is_last_stage:
             sampled = self._sampler.begin_step(step.released, step.admitted, step.masks)
-        changes = Changes(step.step, sampled, replaced)
-        self._uncommitted.append(changes)
-        return changes
-
-    def _commit(self, num_steps: int) -> None:
-        """Keep what the oldest uncommitted steps have changed for good."""
-        for _ in range(num_steps):
-            changes = self._uncommitted.popleft()
-            self._committed = changes.chosen
-            if changes.sampled is not None:
-                self._sampler.commit(changes.sampled)
+        return self._changes.begin(step.step, sampled, replaced)
 
     def discard(self, steps: Sequence[int]) -> None:
         """Undo these of the latest steps; those before them are committed.
@@ -276,14 +271,9 @@ class DeployedStage:
         What they wrote to the cache stays: when they run again, in their order, they write it anew
         before they read it.
         """
-        while self._uncommitted and self._uncommitted[-1].step in steps:
-            changes = self._uncommitted.pop()
-            if changes.sampled is not None:
-                self._sampler.undo(changes.sampled)
-            if changes.placements is not None:
-                self.drop_graphs()
-                self.migration.restore(changes.placements)
-        self._commit(len(self._uncommitted))
+        for placements in self._changes.undo(steps):
+            self.drop_graphs()
+            self.migration.restore(placements)
 
     def _look_at_head(self, logits: torch.Tensor, tokens: dict[int, int]) -> None:
         assert self._checks is not None, "they are asked for"
@@ -305,7 +295,7 @@ class DeployedStage:
         mode = self._choose(micro_batch)
         own, sizes = [with_chosen(micro_batch.own, chosen)], [micro_batch.num_tokens]
         if self._graphs is not None:
-            padded = self._as_graph(own[0], micro_batch, mode)
+            padded = self._graphs.padded(own[0], micro_batch, mode)
             if padded is not None:
                 return [padded], self._hidden_of([padded])
         if mode.overlap:
@@ -331,31 +321,6 @@ class DeployedStage:
         room = self.stage.empty_hidden(sum(part.num_owned for part in parts))
         return mesh.pp.receive(room, mesh.at.pp_rank - 1)
 
-    @property
-    def _graphs_of_step(self) -> DecodeGraphs | None:
-        """None for a step that holds prompts, or that is looked at."""
-        recorder = self._recorder
-        is_looked_at = recorder.is_recording or recorder.checks is not None or self._crowds
-        return self._graphs if self._phase is Phase.DECODE and not is_looked_at else None
-
-    def _layers_in_graphs(self, parts: list[ForwardBatch]) -> RunsLayers | None:
-        """Up to each dispatch, where a whole step is none."""
-        graphs = self._graphs_of_step
-        if graphs is None or len(parts) > 1 or graphs.takes_steps(parts[0].dispatch_form):
-            return None
-        return graphs.layers_of(parts[0].batch, parts[0].dispatch_form)
-
-    def _as_graph(
-        self, batch: Batch, micro_batch: RankBatch, mode: DispatchMode
-    ) -> PaddedBatch | None:
-        """The batch as a graph takes it; decided by what all ranks of all stages see alike."""
-        graphs = self._graphs_of_step
-        if graphs is None or mode.overlap or self._balances_copies:
-            return None
-        if not any(micro_batch.num_tokens) or not graphs.takes_steps(mode.form):
-            return None
-        return graphs.padded(batch, micro_batch.num_tokens, mode.form)
-
     def _choose(self, micro_batch: RankBatch) -> DispatchMode:
         """Decided by what all ranks of all stages see alike, before the batch is split."""
         most = max(micro_batch.num_tokens)
@@ -380,7 +345,7 @@ class DeployedStage:
         for x in inputs:
             self._recorder.check_finite(x, point)
         self._recorder.is_interleaved = len(parts) > 1
-        layers = self._layers_in_graphs(parts) if parts and self._graphs is not None else None
+        layers = None if self._graphs is None else self._graphs.layers_of(parts)
         results = interleave(
             [
                 stage.forward(x, part, self._needs_logits(part.batch), self._scored(part), layers)
@@ -400,9 +365,7 @@ class DeployedStage:
     ) -> list[tuple[list[int], HeadResult]]:
         """As `_run_micro_batch`."""
         assert self._graphs is not None, "the batch was padded for it"
-        arrived = None if arriving is None else arriving.wait()
-        self._recorder.enter(Stage.GRAPH)
-        result = self._graphs.run(part, arrived)
+        result = self._graphs.run(part, arriving)
         if not isinstance(result, HeadResult):
             self._hand_over([result])
             return []

@@ -140,6 +140,7 @@ class EngineParts:
             check=settings.check,
             log=settings.log,
             measures_memory=self.machine[0].on_gpu,
+            records_ahead=True,
         )
         if settings.num_blocks is not None:
             check_num_blocks(settings.num_blocks, runner.limits)

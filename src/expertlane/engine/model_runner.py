@@ -26,6 +26,7 @@ from expertlane.engine.commands import (
 )
 from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.dispatch_timing import time_dispatch
+from expertlane.engine.graph_recording import record_graphs
 from expertlane.engine.launch import check_deployment
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_watch import RankWatch
@@ -77,6 +78,8 @@ class ModelRunner:
         arranged: that others read and change too; its own by default.
         check: how much ranks look for silent errors.
         log: takes a line for each thing that is decided.
+        records_ahead: decode steps are recorded as graphs now and after each `redeploy`, where they
+            are to be graphs, not when one first needs it.
 
     Raises:
         UserError: as `check_deployment`; or int8 weights cannot be kept in the folder.
@@ -97,8 +100,9 @@ class ModelRunner:
         check: CheckLevel = "off",
         log: Callable[[str], None] = lambda line: None,
         measures_memory: bool = False,
+        records_ahead: bool = False,
     ) -> None:
-        self._pool = pool
+        self._pool, self._log, self._records_ahead = pool, log, records_ahead
         layout = deployment.layout
         options = deployment.options
         placements = check_deployment(model, deployment, ranks_per_node)
@@ -107,7 +111,7 @@ class ModelRunner:
         self.arranged.begin(whole)
         self.arranged.follow(self)
         folder = str(checkpoint) if checkpoint else None
-        kept = options.weights, options.cache_int8
+        kept = options.weights, options.cache_int8, options.activations
         spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
         graphs = None
         if options.cuda_graphs is not False:
@@ -130,7 +134,8 @@ class ModelRunner:
         self._is_reshaped = False  # since the last `redeploy`
         self._to_discard: set[int] = set()  # steps, by some ranks
         if options.is_timed:
-            self._settle_dispatch(deployment, ranks_per_node, log)
+            self._settle_dispatch(deployment, ranks_per_node)
+        self._record_graphs()
         if options.copies == "balanced":
             self.copy_switch = CopySwitch(layout, log)
         if options.rebalance_steps:
@@ -138,9 +143,7 @@ class ModelRunner:
                 pool, self.arranged, num_steps=options.rebalance_steps, log=log
             )
 
-    def _settle_dispatch(
-        self, deployment: Deployment, ranks_per_node: int, log: Callable[[str], None]
-    ) -> None:
+    def _settle_dispatch(self, deployment: Deployment, ranks_per_node: int) -> None:
         """Time what is `auto`, unless a table was given, and run by the table from now on."""
         layout, options = deployment.layout, deployment.options
         if self.dispatch_table is None:
@@ -152,7 +155,15 @@ class ModelRunner:
         self.set_dispatch(self.dispatch_table)
         text = str(self.dispatch_table)
         unit = " (tokens per rank)" if " up to " in text else " for all steps"
-        log(f"dispatch: {text}{unit}")
+        self._log(f"dispatch: {text}{unit}")
+
+    def _record_graphs(self) -> None:
+        limits, given = self._deploy.graphs, self._deploy.options
+        if not self._records_ahead or limits is None or not all(h.has_graphs for h in self.held):
+            return
+        table = self.dispatch_table or given.fixed_table
+        assert table is not None, "what is auto was timed"
+        record_graphs(self._pool, self.members, limits, table, self._log)
 
     @property
     def members(self) -> Members:
@@ -233,6 +244,7 @@ class ModelRunner:
         self._pool.collect(ticket)
         self.held = [ticket.results[number] for number in members.numbers]
         self._to_discard.clear()
+        self._record_graphs()
         is_other, self._is_reshaped = self._is_reshaped, False
         if self.checking is not None:
             self.checking.check_weights({*replaced, *(self._having_read() if is_other else ())})

@@ -23,6 +23,7 @@ from expertlane.engine.commands import (
     Prepare,
     RankOutcome,
     ReadTotals,
+    RecordGraphs,
     Redeploy,
     RunStep,
     SetDispatch,
@@ -140,6 +141,15 @@ def cache_int8(context: RankContext, command: CacheInt8) -> bool:
     return is_missing
 
 
+def record_graphs(context: RankContext, command: RecordGraphs) -> int:
+    """Record decode steps of a size."""
+    deployed: DeployedStage = context.deployed
+    with torch.inference_mode():
+        num_graphs = deployed.record_graphs(command.size, command.forms)
+    context.progress.enter(Stage.IDLE, NO_LAYER)
+    return num_graphs
+
+
 def run_step(context: RankContext, command: RunStep) -> RankOutcome:
     """Execute one step plan on this rank's stage."""
     deployed: DeployedStage = context.deployed
@@ -158,6 +168,7 @@ HANDLERS: Handlers = {
     DropPrepared: drop_prepared,
     LeaveCores: lambda context, _: context.cores.leave(),
     SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
+    RecordGraphs: record_graphs,
     RunStep: run_step,
     DiscardSteps: lambda context, command: context.deployed.discard(command.steps),
     ReadTotals: lambda context, _: context.deployed.totals(),

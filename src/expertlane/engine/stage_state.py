@@ -1,5 +1,7 @@
 """What outlives a step of a rank's stage, and what outlives the stage."""
 
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from expertlane.engine.migration import PlacementsBefore
@@ -22,6 +24,53 @@ class Changes:
     sampled: SamplerStep | None
     placements: PlacementsBefore | None
     chosen: dict[int, int] = field(default_factory=dict)
+
+
+class UncommittedChanges:
+    """Of the latest steps, the oldest first.
+
+    Args:
+        committed: tokens of the last committed step, by sequence id.
+    """
+
+    def __init__(self, sampler: Sampler, committed: dict[int, int]) -> None:
+        self._sampler, self._committed = sampler, committed
+        self._steps: deque[Changes] = deque()
+
+    @property
+    def tokens(self) -> dict[int, int]:
+        """Of the last step, by sequence id."""
+        return self._steps[-1].chosen if self._steps else self._committed
+
+    def begin(
+        self, step: int, sampled: SamplerStep | None, placements: PlacementsBefore | None
+    ) -> Changes:
+        """Of another step; arguments as of `Changes`."""
+        changes = Changes(step, sampled, placements)
+        self._steps.append(changes)
+        return changes
+
+    def commit_all_but(self, num_latest: int) -> None:
+        """Keep for good what the steps before the latest ones have changed."""
+        while len(self._steps) > num_latest:
+            changes = self._steps.popleft()
+            self._committed = changes.chosen
+            if changes.sampled is not None:
+                self._sampler.commit(changes.sampled)
+
+    def undo(self, steps: Sequence[int]) -> Iterator[PlacementsBefore]:
+        """Undo these of the latest steps, and commit those before them.
+
+        Yields:
+            What is to be brought back by the caller, in this order.
+        """
+        while self._steps and self._steps[-1].step in steps:
+            changes = self._steps.pop()
+            if changes.sampled is not None:
+                self._sampler.undo(changes.sampled)
+            if changes.placements is not None:
+                yield changes.placements
+        self.commit_all_but(0)
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.weights import WeightSource, taker_of
 from expertlane.ops.backend import backend_for
 from expertlane.ops.kv_cache import AttentionParams, KVCache
-from expertlane.ops.narrow import side_by_side
+from expertlane.ops.narrow import reordered, side_by_side
 from expertlane.ops.parts import AttentionCall
 from expertlane.ops.products import HeadsLinear, Linear
 from expertlane.ops.step import AttentionWeights
@@ -92,6 +92,17 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, rotary_dim: int, theta: flo
     ramp = torch.arange(len(frequencies), dtype=torch.float64) - first
     divided = (ramp / max(last - first, 1e-3)).clamp(0, 1)
     return frequencies * (1 - divided + divided / scaling.factor)
+
+
+def _rotated_last(rows: Tensor, head_dim: int, rotary_dim: int) -> Tensor:
+    """[num_heads · head_dim, …] with each head's first `rotary_dim` rows after its others.
+
+    Backends rotate the last values of a head; dot products do not depend on their order.
+    """
+    if rotary_dim == head_dim:
+        return rows
+    by_head = rows.view(-1, head_dim, *rows.shape[1:])
+    return by_head.roll(-rotary_dim, dims=1).view(rows.shape)
 
 
 class PagedHeads:
@@ -204,11 +215,17 @@ class Attention(PagedHeads):
         self._sizes = torch.tensor(sizes, device=source.device)
         parts = {"query": heads, "key": kv_heads, "value": kv_heads}
 
+        def ordered(rows: Tensor) -> Tensor:
+            return _rotated_last(rows, dim, model.rotary_dim)
+
         def query_key_value() -> Linear:
             bias = None
             if model.qkv_bias:
-                bias = torch.cat([take(f"{part}_bias", rows) for part, rows in parts.items()])
+                biases = [take(f"{part}_bias", rows) for part, rows in parts.items()]
+                bias = torch.cat([*map(ordered, biases[:2]), biases[2]])
             matrices = [source.matrix(layer_name(layer, part), own) for part, own in parts.items()]
+            if model.rotary_dim < dim:
+                matrices[:2] = [reordered(matrix, ordered) for matrix in matrices[:2]]
             return self._ops.linear(side_by_side(matrices), bias)
 
         key = "query_key_value", heads, kv_heads
@@ -217,9 +234,10 @@ class Attention(PagedHeads):
         self._norms: tuple[Tensor, Tensor] | None = None
         self._head_norms: Tensor | None = None  # of query and key heads, [heads, head_dim]
         if model.qk_norm == "full":
-            self._norms = take("query_norm", heads), take("key_norm", kv_heads)
+            query_norm, key_norm = take("query_norm", heads), take("key_norm", kv_heads)
+            self._norms = ordered(query_norm), ordered(key_norm)
         elif model.qk_norm == "head":
-            norms = take("query_norm").float(), take("key_norm").float()
+            norms = [ordered(take(part).float()) for part in ("query_norm", "key_norm")]
             counts = self._num_heads, self._num_kv_heads
             self._head_norms = torch.cat(
                 [norm.expand(count, dim) for norm, count in zip(norms, counts, strict=True)]

@@ -221,7 +221,8 @@ def _index(stored: TensorLocation, parts: list[range], num_rows: int) -> Index:
     index: list[int | slice] = [rows, *(slice(part.start, part.stop) for part in parts[1:])]
     if stored.transposed:
         index.reverse()
-    return tuple(index) if stored.expert is None else (stored.expert, *index)
+    first = 0 if stored.in_row else stored.expert
+    return tuple(index) if first is None else (first, *index)
 
 
 def with_block_scales(
@@ -244,4 +245,5 @@ def with_block_scales(
     of_columns = block_columns, first[1] % block_columns
     if scales.shape[1] == 1:  # one for all columns
         of_columns = max(1, values.shape[1]), 0
-    return NarrowWeight(values, scales.float()[of_row // block_rows], *of_columns, dtype)
+    rows = 1 if first[0] % block_rows else block_rows
+    return NarrowWeight(values, scales.float()[of_row // block_rows], *of_columns, dtype, rows)

@@ -1,6 +1,7 @@
 """Where a family's checkpoints keep each logical tensor."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 _OUTSIDE = {
@@ -37,17 +38,35 @@ _IN_LAYER = {
     "dense.up": "mlp.up_proj.weight",
     "dense.down": "mlp.down_proj.weight",
 }
-_OWN_IN_LAYER: dict[str, dict[str, str]] = {
-    "mixtral": {"router": "block_sparse_moe.gate.weight"},
+# What a family publishes, then what transformers 5 writes if it is not asked for the same.
+_OWN_IN_LAYER: dict[str, dict[str, tuple[str, ...]]] = {
+    "mixtral": {"router": ("block_sparse_moe.gate.weight", "mlp.gate.weight")},
     "qwen2_moe": {
-        "shared_gate": "mlp.shared_expert_gate.weight",
-        "shared.gate": "mlp.shared_expert.gate_proj.weight",
-        "shared.up": "mlp.shared_expert.up_proj.weight",
-        "shared.down": "mlp.shared_expert.down_proj.weight",
+        "shared_gate": ("mlp.shared_expert_gate.weight",),
+        "shared.gate": ("mlp.shared_expert.gate_proj.weight",),
+        "shared.up": ("mlp.shared_expert.up_proj.weight",),
+        "shared.down": ("mlp.shared_expert.down_proj.weight",),
     },
-    "gpt_oss": {"router": "mlp.router.weight", "router_bias": "mlp.router.bias"},
+    "gpt_oss": {"router": ("mlp.router.weight",), "router_bias": ("mlp.router.bias",)},
+    "minimax_m2": {
+        "router": ("block_sparse_moe.gate.weight", "mlp.gate.weight"),
+        "correction_bias": (
+            "block_sparse_moe.e_score_correction_bias",
+            "mlp.e_score_correction_bias",
+        ),
+    },
+    "ernie4_5_moe": {
+        "correction_bias": (
+            "mlp.moe_statics.e_score_correction_bias",
+            "mlp.gate.moe_statics.e_score_correction_bias",
+        )
+    },
+    "granitemoe": {
+        "router": ("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight")
+    },
 }
-_IN_ANY_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+_IN_ROW = {("ernie4_5_moe", "correction_bias")}
+_IN_ANY_LAYER = re.compile(r"model\.(?:language_model\.)?layers\.(\d{1,9})\.")
 _OLD_BUFFER = "rotary_emb.inv_freq"
 # Of one-byte caches with a scale for a tensor; ours has one for each key and value of a head.
 _CACHE_SCALE = re.compile(r"\.self_attn\.(?:\w+\.)?[kv]_scale$")
@@ -65,6 +84,7 @@ class TensorLocation:
         half: gate (0) or up (1), where both are one tensor.
         interleaved: the halves' rows alternate; else one follows the other.
         transposed: matrices are [in_features, out_features], if they are not quantised.
+        in_row: a vector is the only row of a matrix.
     """
 
     name: str
@@ -72,34 +92,37 @@ class TensorLocation:
     half: int | None = None
     interleaved: bool = False
     transposed: bool = False
+    in_row: bool = False
 
 
 def tensor_locations(family: str, name: str) -> tuple[TensorLocation, ...]:
-    """Where the logical tensor `name` may be, the usual one first.
+    """Where the logical tensor `name` may be, the usual place first.
 
-    Besides what a family publishes, Mixtral-like ones may have been saved with all experts of a
-    layer in one tensor, as transformers 5 holds them.
+    Besides what a family publishes, it may have been saved with all experts of a layer in one
+    tensor, as transformers 5 holds them.
     """
+    model = "model.language_model" if family == "qwen3_vl_moe" else "model"
     if name in _OUTSIDE:
-        return (TensorLocation(_OUTSIDE[name]),)
+        return (TensorLocation(_OUTSIDE[name].replace("model", model, 1)),)
     _, layer, part = name.split(".", 2)
-    prefix = f"model.layers.{layer}"
+    prefix = f"{model}.layers.{layer}"
     if part.startswith("experts."):
         _, expert, matrix = part.split(".")
         return _expert_locations(family, prefix, int(expert), matrix)
-    own = _OWN_IN_LAYER.get(family, {})
-    locations = [TensorLocation(f"{prefix}.{own.get(part) or _IN_LAYER[part]}")]
-    if part in own and part in _IN_LAYER:
-        locations.append(TensorLocation(f"{prefix}.{_IN_LAYER[part]}"))
-    return tuple(locations)
+    own = _OWN_IN_LAYER.get(family, {}).get(part) or (_IN_LAYER[part],)
+    in_row = (family, part) in _IN_ROW
+    return tuple(TensorLocation(f"{prefix}.{each}", in_row=in_row) for each in own)
 
 
-def is_left_unread(stored_name: str, extra_layers: range) -> bool:
+def is_left_unread(stored_name: str, extra_layers: range, unread: Iterable[str] = ()) -> bool:
     """Whether a tensor is ignored without a warning: by transformers too, or a scale of a cache.
 
     Args:
         extra_layers: layers for multi-token prediction, after the last one.
+        unread: what the names of others begin with that are no part of the language model.
     """
+    if stored_name.startswith(tuple(unread)):
+        return True
     layer = _IN_ANY_LAYER.match(stored_name)
     if _OLD_BUFFER in stored_name or _CACHE_SCALE.search(stored_name):
         return True
@@ -110,14 +133,24 @@ def _expert_locations(
     family: str, prefix: str, expert: int, matrix: str
 ) -> tuple[TensorLocation, ...]:
     matrix, _, bias = matrix.partition("_")
-    fused = "down_proj" if matrix == "down" else "gate_up_proj"
-    fused = f"{prefix}.mlp.experts.{fused}{f'_{bias}' if bias else ''}"
+    is_down, bias = matrix == "down", bias and f"_{bias}"
+    block = "block_sparse_moe" if family == "granitemoe" else "mlp"
     half = {"gate": 0, "up": 1, "down": None}[matrix]
-    together = TensorLocation(fused, expert, half)
-    if family == "gpt_oss":
-        return (replace(together, interleaved=half is not None, transposed=not bias),)
-    if family == "mixtral":
-        alone = f"block_sparse_moe.experts.{expert}.{_OF_MIXTRAL_EXPERT[matrix]}"
-    else:
-        alone = f"mlp.experts.{expert}.{_OF_EXPERT[matrix]}"
-    return TensorLocation(f"{prefix}.{alone}.weight"), together
+
+    def together(name: str) -> TensorLocation:
+        return TensorLocation(f"{prefix}.{name}", expert, half)
+
+    fused = together(f"{block}.experts.{'down_proj' if is_down else 'gate_up_proj'}{bias}")
+    match family:
+        case "gpt_oss":
+            return (replace(fused, interleaved=half is not None, transposed=not bias),)
+        case "granitemoe":
+            return together(f"{block}.{'output' if is_down else 'input'}_linear.weight"), fused
+        case "mixtral" | "minimax_m2":
+            alone = f"block_sparse_moe.experts.{expert}.{_OF_MIXTRAL_EXPERT[matrix]}"
+        case _:
+            alone = f"mlp.experts.{expert}.{_OF_EXPERT[matrix]}"
+    by_itself = TensorLocation(f"{prefix}.{alone}.weight")
+    if family == "qwen3_vl_moe":
+        return fused, replace(fused, transposed=True), by_itself  # published transposed
+    return by_itself, fused

@@ -38,7 +38,7 @@ class DecoderLayer:
         self.index = index
         self._mesh, self._recorder = mesh, mesh.recorder
         self._ops = backend_for(source.device)
-        self._eps = model.rms_norm_eps
+        self._eps = model.hidden_norm_eps
         # float32, as they are computed in
         take = taker_of(source, index)
         self._attention_norm, mlp_norm = (

@@ -63,7 +63,7 @@ class MLP:
         self._scale = taker_of(source, layer)("shared_gate") if is_scaled else None
         self._activation = activation_of(model)
         self._tp, self._recorder, self.tp_rank = mesh.tp, mesh.recorder, mesh.at.tp_rank
-        self._layer, self._norm, self._eps = layer, norm, model.rms_norm_eps
+        self._layer, self._norm, self._eps = layer, norm, model.hidden_norm_eps
         around = (norm, self._eps, self._scale) if mesh.tp.size == 1 else (None, self._eps, None)
         linears = Expert(gate=self._gate, up=self._up, down=self._down)
         self.part = ops.mlp_part(linears, self._activation, source.dtype, *around)

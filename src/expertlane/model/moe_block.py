@@ -81,7 +81,7 @@ class MoEBlock:
             lambda: self._ops.router(
                 RouterParams(
                     norm=norm,
-                    eps=model.rms_norm_eps,
+                    eps=model.hidden_norm_eps,
                     weight=take("router"),
                     bias=take("router_bias") if routing.router_bias else None,
                     correction_bias=take("correction_bias") if routing.correction_bias else None,

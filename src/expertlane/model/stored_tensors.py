@@ -7,6 +7,7 @@ as memory of whoever reads them, so the mapping is dropped whenever much of it h
 import json
 import mmap
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -21,8 +22,10 @@ from expertlane.model.checkpoint_names import (
 from expertlane.spec.files import INDEX_BYTES, check_regular, read_json_object
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import (
+    FAMILIES,
     MXFP4_BLOCK,
     family_of,
+    language_model_of,
     narrow_scheme,
     num_extra_layers,
     read_config,
@@ -175,7 +178,7 @@ class StoredTensors:
         framework: Literal["pt", "numpy"] = "numpy",
     ) -> None:
         self.folder = folder
-        config = read_config(folder)
+        config = language_model_of(read_config(folder))
         self.model = model or from_hf(config, folder.resolve().name)
         self._family = family_of(config)
         self.scheme = narrow_scheme(config)
@@ -200,10 +203,11 @@ class StoredTensors:
             used.add(tensor_locations(self._family, HEAD)[0].name)
         first = self.model.num_hidden_layers
         extra_layers = range(first, first + self._num_extra_layers)
+        unread = FAMILIES[self._family].unread
         unused = {
             name
             for name in self._shards.names_in_files()
-            if name not in used and not is_left_unread(name, extra_layers)
+            if name not in used and not is_left_unread(name, extra_layers, unread)
         }
         self._shards.close()
         return sorted(unused)
@@ -289,26 +293,42 @@ class StoredTensors:
                 self._family, HEAD
             )
         shape = tensor_shape(self.model, name)
-        for stored in locations:
-            if stored.name in self._shards or self._is_mxfp4(stored) or self._is_narrow(stored):
-                break
-        else:
+        there = [each for each in locations if self._is_there(each)]
+        if not there:
             raise SpecError(f"{self.folder}: tensor {locations[0].name} is missing")
-        expected = list(shape)
-        if stored.half is not None:
-            expected[0] *= 2
-        leading = [] if stored.expert is None else [self.model.num_experts]
+        # Of one name, transposed or not, what fits.
+        alike = [each for each in there if each.name == there[0].name][1:]
+        fits = (
+            each for each in alike if self._shape_in_file(each.name) == self._plain(each, shape)
+        )
+        stored = there[0]
+        if alike and self._shape_in_file(stored.name) != self._plain(stored, shape):
+            stored = next(fits, stored)
         if self._is_mxfp4(stored):
-            expected[1:] = [expected[1] // MXFP4_BLOCK]
-            self._check_shape(f"{stored.name}_scales", leading + expected)
-            self._check_shape(f"{stored.name}_blocks", [*leading, *expected, MXFP4_BLOCK // 2])
+            *leading, columns = self._plain(replace(stored, transposed=False), shape)
+            blocks = [*leading, columns // MXFP4_BLOCK]
+            self._check_shape(f"{stored.name}_scales", blocks)
+            self._check_shape(f"{stored.name}_blocks", [*blocks, MXFP4_BLOCK // 2])
         elif self._is_narrow(stored):
-            self._check_narrow(stored, expected)
+            self._check_narrow(stored, list(shape))
         else:
-            self._check_shape(
-                stored.name, leading + (expected[::-1] if stored.transposed else expected)
-            )
+            self._check_shape(stored.name, self._plain(stored, shape))
         return stored, shape
+
+    def _is_there(self, stored: TensorLocation) -> bool:
+        return stored.name in self._shards or self._is_mxfp4(stored) or self._is_narrow(stored)
+
+    def _plain(self, stored: TensorLocation, shape: Shape) -> list[int]:
+        """The shape in the file of a tensor that is not quantised."""
+        rows, *columns = shape
+        whole = [rows * (1 if stored.half is None else 2), *columns]
+        whole = whole[::-1] if stored.transposed else whole
+        if stored.in_row:
+            return [1, *whole]
+        return whole if stored.expert is None else [self.model.num_experts, *whole]
+
+    def _shape_in_file(self, stored_name: str) -> list[int]:
+        return list(self._shards.slice(stored_name).get_shape())
 
     def _check_narrow(self, stored: TensorLocation, expected: list[int]) -> None:
         scheme = self.scheme
@@ -326,7 +346,7 @@ class StoredTensors:
             self._check_shape(name, scales)
 
     def _check_shape(self, stored_name: str, expected: list[int]) -> None:
-        found = list(self._shards.slice(stored_name).get_shape())
+        found = self._shape_in_file(stored_name)
         if found != expected:
             raise SpecError(
                 f"{self.folder}: tensor {stored_name} has shape {found}; config.json asks for "

@@ -1,7 +1,6 @@
 """The part of a transformer that one rank holds: its stage's layers, heads and experts."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -62,9 +61,12 @@ class OutputHead:
         self._first_token_id = own.start
         self._mesh, self._recorder = mesh, mesh.recorder
         self._ops = backend_for(source.device)
-        self._eps = model.rms_norm_eps
-        take_norm = partial(source.take, FINAL_NORM, dtype=torch.float32)
-        self._norm = source.once(None, FINAL_NORM, take_norm)
+        self._eps = model.hidden_norm_eps
+        self._norm = source.once(
+            None,
+            FINAL_NORM,
+            lambda: source.take(FINAL_NORM, dtype=torch.float32) / model.logits_scaling,
+        )
         self._head = source.once(
             None, (HEAD, own), lambda: self._ops.linear(source.matrix(HEAD, own))
         )
@@ -204,7 +206,14 @@ class StageParts:
         """[vocab_size, hidden_size]; None but in the first stage."""
         if not self._mesh.is_first_stage:
             return None
-        return self._source.once(None, EMBEDDING, lambda: self._source.take(EMBEDDING))
+        # Hidden states are kept divided by the residual multiplier; see `hidden_norm_eps`.
+        factor = self._model.embedding_multiplier / self._model.residual_multiplier
+
+        def embedding() -> Tensor:
+            taken = self._source.take(EMBEDDING)
+            return taken if factor == 1 else taken.mul_(factor)
+
+        return self._source.once(None, EMBEDDING, embedding)
 
     def head(self) -> OutputHead | None:
         """None but in the last stage."""

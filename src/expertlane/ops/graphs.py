@@ -1,7 +1,7 @@
 """What a backend needs for operations that are launched together, as a graph."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -13,10 +13,14 @@ class Graphs(Protocol):
     was copied to memory from outside.
     """
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, run: Callable[[], None], until: Callable[[Any], None]) -> Callable[[], None]:
         """Call `run` once as it is, and once to record it; gives what launches the recorded again.
 
         The record has the memory that operations used, and all values that were on the host.
+
+        Args:
+            until: waits for an event of the stream: what the first call asks for may need ranks
+                that are lost.
         """
         ...
 

@@ -3,9 +3,9 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from expertlane.errors import SpecError
 from expertlane.spec.files import CONFIG_BYTES, read_json_object
@@ -15,6 +15,7 @@ _KIND_NAMES: dict[type, str] = {bool: "true or false", str: "a string"}
 
 _FLOAT8_METHODS = ("fp8", "fbgemm_fp8")
 MXFP4_BLOCK = 32  # values that share a scale
+_E4M3 = ("e4m3", "float8_e4m3fn")
 _FLOAT4_NAMES = {"nvfp4": {"nvfp4", "nvfp4-pack-quantized"}, "mxfp4": {"mxfp4"}}
 
 T = TypeVar("T", int, float, bool, str)
@@ -27,6 +28,8 @@ class Family:
     Attributes:
         num_experts: names of the field for the number of experts; where a config has several, the
             first counts.
+        num_experts_per_tok: the same of those that a token goes to.
+        unread: what names of tensors begin with that are no part of the language model.
         defaults: of all fields that are read; those of transformers 5's config classes.
             transformers 4.57 differs in two: DeepSeek-V2's vocab_size was 32000, and a null
             rope_scaling of GPT-OSS meant plain rotary positions.
@@ -35,6 +38,8 @@ class Family:
     architecture: str
     num_experts: list[str]
     defaults: dict[str, Any]
+    num_experts_per_tok: list[str] = field(default_factory=lambda: ["num_experts_per_tok"])
+    unread: list[str] = field(default_factory=list)
 
 
 FAMILIES: dict[str, Family] = {
@@ -88,9 +93,21 @@ def family_of(config: dict[str, Any]) -> str:
     given = architectures or model_type
     given = given[0] if isinstance(given, list) and len(given) == 1 else given
     raise SpecError(
-        f"architecture {shown(given)} is not supported; supported: "
-        f"{', '.join(known.architecture for known in FAMILIES.values())}"
+        f"architecture {shown(given)} is not supported; supported: those of {', '.join(FAMILIES)}"
     )
+
+
+def language_model_of(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without that of encoders of images: its `text_config` and what is beside it.
+
+    What transformers reads from the outside: architecture, quantisation, stored type, tied head.
+    """
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    outside = ("architectures", "model_type", "quantization_config", "dtype", "torch_dtype")
+    taken = {key: config[key] for key in outside if config.get(key) is not None}
+    return text | {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | taken
 
 
 def quantization_of(config: dict[str, Any]) -> Quantization | None:
@@ -169,7 +186,7 @@ def narrow_scheme(config: dict[str, Any]) -> NarrowScheme | None:
         )
     block, fmt = quantization.get("weight_block_size"), quantization.get("fmt", "e4m3")
     match block:
-        case [int(rows), int(columns)] if fmt == "e4m3" and rows > 0 and columns > 0:
+        case [int(rows), int(columns)] if fmt in _E4M3 and rows > 0 and columns > 0:
             return NarrowScheme("float8", rows, columns, "_scale_inv")
     raise SpecError(
         f"quantization fp8 with fmt {shown(fmt)} and weight_block_size {shown(block)} is not "
@@ -284,6 +301,13 @@ class ConfigReader:
         """A value, or None where it is null, or missing without a default."""
         value = self.raw(key)
         return None if value is None else self.typed(kind, key, value)
+
+    def same(self, kind: type[Any], *names: str) -> dict[str, Any]:
+        """What a configuration calls as the dataclass `kind` does."""
+        types = {each.name: each.type for each in fields(kind)}
+        return {
+            name: self.get((get_args(types[name]) or (types[name],))[0], name) for name in names
+        }
 
     def integers(self, key: str) -> list[int]:
         """A list of whole numbers; empty where it is null or missing."""

@@ -105,6 +105,14 @@ class ModelConfig(Strict):
         sliding_window: one entry a layer, how many latest positions (its own among them) a token
             sees, None for all; empty if no layer has a window.
         rope_interleave: rotary pairs are (2i, 2i + 1), not (i, i + rotary_dim / 2).
+        partial_rotary_factor: this share of a head's values, the first ones, is rotated; 1 with
+            latent attention, which has its own.
+        attention_multiplier: what attention's dot products are multiplied by; None for the usual,
+            see `softmax_scale`.
+        embedding_multiplier: what embeddings are multiplied by.
+        residual_multiplier: what attention's and MLPs' outputs are multiplied by before they are
+            added to the hidden states.
+        logits_scaling: what logits are divided by.
         gated_mlp: act(gate(x)) · up(x) goes into the down projection, not act(up(x)).
         swiglu_limit: if given, gate ≤ limit and -limit ≤ up ≤ limit, and (up + 1) · gate ·
             sigmoid(swiglu_alpha · gate) goes into the down projection.
@@ -141,6 +149,11 @@ class ModelConfig(Strict):
     latent: LatentAttention | None = None
     rope_scaling: RopeScaling | None = None
     rope_interleave: bool = False
+    partial_rotary_factor: float = 1.0
+    attention_multiplier: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     hidden_act: Literal["gelu", "silu"] = "gelu"
     gated_mlp: bool = False
     swiglu_limit: float | None = None
@@ -181,8 +194,13 @@ class ModelConfig(Strict):
 
     def _check_attention(self) -> None:
         latent, scaling = self.latent, self.rope_scaling
-        if latent is None and self.head_dim % 2:
-            raise self._error(f"head_dim is {self.head_dim}; rotary positions need an even one")
+        if latent is None and (self.rotary_dim % 2 or not self.rotary_dim):
+            share = self.partial_rotary_factor
+            raise self._error(
+                f"head_dim is {self.head_dim}"
+                + (f", of which {self.rotary_dim} are rotated" if share != 1 else "")
+                + "; rotary positions need an even one"
+            )
         if latent is not None:
             if latent.qk_rope_head_dim % 2:
                 raise self._error(
@@ -198,6 +216,11 @@ class ModelConfig(Strict):
             if self.qkv_bias or self.qk_norm or self.attention_sinks or any(self.sliding_window):
                 raise self._error(
                     "latent attention takes no qkv_bias, qk_norm, attention_sinks or sliding_window"
+                )
+            if self.partial_rotary_factor != 1:
+                raise self._error(
+                    f"partial_rotary_factor is {self.partial_rotary_factor:g}; with latent "
+                    "attention it must be 1"
                 )
         if self.num_attention_heads % self.num_kv_heads:
             raise self._error(
@@ -281,14 +304,27 @@ class ModelConfig(Strict):
 
     @property
     def rotary_dim(self) -> int:
-        """How many values of a head are rotated: all, or the last ones with latent attention."""
-        return self.head_dim if self.latent is None else self.latent.qk_rope_head_dim
+        """How many values of a head are rotated: the first ones, with latent attention the last."""
+        if self.latent is not None:
+            return self.latent.qk_rope_head_dim
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def softmax_scale(self) -> float:
         """What attention's dot products are multiplied by."""
+        if self.attention_multiplier is not None:
+            return self.attention_multiplier
         mscale = 1.0 if self.latent is None else self.latent.mscale
         return float(self.head_dim**-0.5 * mscale * mscale)
+
+    @property
+    def hidden_norm_eps(self) -> float:
+        """What norms of hidden states add to the mean of the squares.
+
+        Hidden states are kept divided by `residual_multiplier`, so that what is added to them
+        needs no factor: x / √(mean(x²) + eps) is the same of x / r with eps / r².
+        """
+        return self.rms_norm_eps / self.residual_multiplier**2
 
     def window_of_layer(self, layer: int) -> int | None:
         """How many latest positions a token sees in a layer, its own among them; None for all."""

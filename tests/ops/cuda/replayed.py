@@ -5,6 +5,7 @@ when the graph was recorded is as it was then. Ranks may be threads: each record
 """
 
 import threading
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -21,6 +22,10 @@ from expertlane.ops.cuda import launch
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero")
 
 
+# An event: what was asked for is done at once.
+PASSED = SimpleNamespace(query=lambda: True, synchronize=lambda: None)
+
+
 class ReplayedGraphs:
     """As `ops.graphs.Graphs`.
 
@@ -31,8 +36,9 @@ class ReplayedGraphs:
     def __init__(self) -> None:
         self.num_recorded = self.num_replayed = 0
 
-    def capture(self, run):
+    def capture(self, run, until):
         run()
+        until(PASSED)
         log = _Log()
         with log, mock.patch.object(launch, "_run", launched):
             run()

@@ -6,6 +6,8 @@ from weakref import WeakSet
 
 import torch
 
+from expertlane.ops.transfer import recorded_event
+
 
 class CudaGraphs:
     """As `ops.graphs.Graphs`; captures use one memory pool."""
@@ -15,11 +17,12 @@ class CudaGraphs:
         self._pool: Any = None
         self._graphs: WeakSet[Any] = WeakSet()  # that are still there
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, run: Callable[[], None], until: Callable[[Any], None]) -> Callable[[], None]:
         """As of `Graphs`; the call before lets kernels be compiled and libraries be loaded."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             run()
+            until(recorded_event())  # torch waits too when a capture begins, without a bound
         torch.cuda.current_stream().wait_stream(self._stream)
         if not self._graphs:  # torch takes no pool again whose last graph is gone
             self._pool = torch.cuda.graph_pool_handle()
