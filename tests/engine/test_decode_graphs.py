@@ -260,7 +260,7 @@ def test_what_was_recorded_ahead_is_all_that_is_needed(takes_steps, monkeypatch)
     assert found == expected
     assert difference(logits, others) <= 1e-5
     assert graphs.num_recorded == 3
-    assert graphs.num_replayed == runner.num_decodes > 2
+    assert graphs.num_replayed == runner.num_decodes > 1
 
 
 def test_an_epoch_that_ends_while_steps_are_recorded(monkeypatch):
