@@ -22,7 +22,9 @@ if needs_kernels.args == (False,) and DEVICE.type == "cpu":
 
     @functools.cache
     def _builtins(package: object) -> list[tuple[str, object]]:
-        return [each for each in inspect.getmembers(package) if interpreter.tl.core.is_builtin(each[1])]
+        return [
+            each for each in inspect.getmembers(package) if interpreter.tl.core.is_builtin(each[1])
+        ]
 
     interpreter.inspect = SimpleNamespace(**vars(inspect) | {"getmembers": _builtins})
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
