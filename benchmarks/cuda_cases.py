@@ -27,7 +27,8 @@ from expertlane.schedule.plan import Batch
 from expertlane.spec.model import Routing
 
 CUDA = torch.device("cuda")
-Kind = Literal["plain", "int8", "float8", "mxfp4"]  # of weights
+# Of weights; the last with inputs in float8 too.
+Kind = Literal["plain", "int8", "float8", "mxfp4", "float8 inputs"]
 
 
 def equal_sequences(num_seqs: int, computed: int, new: int, block_size: int = 16) -> Batch:
@@ -148,7 +149,8 @@ def linear(n: int, k: int, kind: Kind = "plain", dtype: torch.dtype = torch.bflo
         return CudaNarrowLinear(weight, None)
     values = of(torch.int8 if kind == "int8" else torch.float8_e4m3fn, n, k)
     scales = of(torch.float32, n, k // 128)
-    return CudaNarrowLinear(NarrowWeight(values, scales, 128, 0, dtype), None)
+    narrow = NarrowWeight(values, scales, 128, 0, dtype, rows=128)
+    return CudaNarrowLinear(narrow, None, takes_float8=kind == "float8 inputs")
 
 
 def product(num_tokens: int, n: int, k: int, kind: Kind) -> None:
@@ -257,6 +259,10 @@ CASES: dict[str, Callable[[], None]] = {
     "float8 experts, decode": lambda: experts(64, 8, (32, 7168, 2048), kind="float8"),
     "float8 experts, some tokens": lambda: experts(256, 8, (32, 7168, 2048), kind="float8"),
     "float8 experts, prompt": lambda: experts(8192, 8, (32, 7168, 2048), kind="float8"),
+    "float8 inputs, decode": lambda: experts(64, 8, (32, 7168, 2048), kind="float8 inputs"),
+    "float8 inputs, some tokens": lambda: experts(256, 8, (32, 7168, 2048), kind="float8 inputs"),
+    "float8 inputs, prompt": lambda: experts(8192, 8, (32, 7168, 2048), kind="float8 inputs"),
+    "float8 inputs, a layer": lambda: parts(16, 2048, (32, 4), 128, 6144, "float8 inputs"),
     "int8 experts, decode": lambda: experts(64, 8, (32, 7168, 2048), kind="int8"),
     "int8 experts, prompt": lambda: experts(8192, 8, (32, 7168, 2048), kind="int8"),
     "MXFP4 experts, decode": lambda: experts(64, 4, (32, 2880, 2880), kind="mxfp4"),

@@ -107,6 +107,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
         Repeats=Repeats,
     )
     monkeypatch.setattr(expertlane.compare.machine, "check_memory", fake.check_memory)
+    monkeypatch.setattr("expertlane.ops.host.memory_bytes", lambda: (1 << 50, 1 << 50))
     monkeypatch.setattr(expertlane.results.file, "to_json", as_json)
     monkeypatch.setattr(expertlane.results.file, "write", write)
 

@@ -152,7 +152,7 @@ def test_one_size_of_graphs():
 
 
 def test_too_little_memory_for_graphs():
-    with pytest.raises(CapacityError, match="of activations, 0.9 GB are for CUDA graphs"):
+    with pytest.raises(CapacityError, match=r"of activations, 0\.9 GB are for CUDA graphs"):
         measured(MadeUp([13], [4], graph_gb=[0.5, 0.1]), "tp=1")
 
 

@@ -237,7 +237,10 @@ def record_all(stage, forms=("all_to_all",)):
     return [stage.record_graphs(size, forms) for size in GraphLimits(3, 24).sizes[::-1]]
 
 
-@pytest.mark.parametrize("takes_steps", [True, False], ids=["steps", "layers"])
+@pytest.mark.parametrize(
+    "takes_steps",
+    [pytest.param(True, id="steps"), pytest.param(False, id="layers", marks=pytest.mark.full)],
+)
 def test_what_was_recorded_ahead_is_all_that_is_needed(takes_steps, monkeypatch):
     """The same again while it is there; anew once it was dropped."""
     model, graphs = MODELS["sinks, window, biases"], ReplayedGraphs()
@@ -262,7 +265,8 @@ def test_what_was_recorded_ahead_is_all_that_is_needed(takes_steps, monkeypatch)
 def test_an_epoch_that_ends_while_steps_are_recorded(monkeypatch):
     """What was not recorded to its end is recorded anew, and tokens are right."""
     model, graphs = MODELS["paper"], ReplayedGraphs()
-    expected, *_ = play(model, None, monkeypatch)
+    few = {"num": 2, "max_tokens": 4}
+    expected, *_ = play(model, None, monkeypatch, **few)
     waits = []
 
     def end_epoch(event):
@@ -277,7 +281,7 @@ def test_an_epoch_that_ends_while_steps_are_recorded(monkeypatch):
         stage.drop_graphs()
         assert record_all(stage) == [1, 1, 1]
 
-    found, *_ = play(model, graphs, monkeypatch, ahead=ahead, until=end_epoch)
+    found, *_ = play(model, graphs, monkeypatch, ahead=ahead, until=end_epoch, **few)
     assert found == expected
     assert len(waits) == 5
 

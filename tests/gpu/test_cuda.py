@@ -75,7 +75,8 @@ def test_contract_1_over_nccl_on_every_gpu(ranks_of, reference, record_property)
     if num_gpus < 2:
         pytest.skip("nccl needs two GPUs")
     pool = ranks_of(num_gpus, "float32")
-    for layout in (f"dp={num_gpus},ep={num_gpus}", f"tp={num_gpus}", f"pp={num_gpus}"):
+    layouts = "dp={0},ep={0}", "tp={0}", "tp={0},ep={0}", "pp={0}"
+    for layout in (each.format(num_gpus) for each in layouts):
         for overlap in (False, True):
             run = fed(pool, TINY, deployment(layout, overlap=overlap), reference.tokens)
             found = check_contract(reference, run.logits, run.tokens)

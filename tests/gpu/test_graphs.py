@@ -9,8 +9,9 @@ from one_rank import OneRank
 pytest.importorskip("triton")
 
 from engine.one_rank import stage_of
-from engine.test_decode_graphs import difference, limits_of, play
+from engine.test_decode_graphs import difference, limits_of, play, record_all
 from engine.test_no_wait import ASKED, step_of
+from expertlane.comm.transport import EpochEndedError
 from expertlane.ops.cuda.graphs import CudaGraphs
 from expertlane.ops.transfer import waits_raise
 from expertlane.spec.layout import Layout
@@ -26,6 +27,31 @@ def test_graphs_on_and_off_are_equal(name, monkeypatch):
     found, others, *_ = play(MODELS[name], CudaGraphs(), monkeypatch)
     assert found == expected
     assert difference(logits, others) <= 1e-5
+
+
+def test_graphs_recorded_ahead_are_all_that_is_needed(monkeypatch):
+    """Recorded again after an epoch that ended in the midst; no step makes a graph any more."""
+    graphs, waits, made = CudaGraphs(), [], []
+    expected, logits, *_ = play(MODELS["sinks, window, biases"], None, monkeypatch)
+
+    def end_epoch(event):
+        event.synchronize()
+        waits.append(event)
+        if len(waits) == 2:
+            raise EpochEndedError("another epoch has begun")
+
+    def ahead(stage):
+        with pytest.raises(EpochEndedError):
+            record_all(stage)
+        stage.drop_graphs()
+        assert record_all(stage) == [1, 1, 1]
+        made.extend(waits)
+
+    how = {"ahead": ahead, "until": end_epoch}
+    found, others, *_ = play(MODELS["sinks, window, biases"], graphs, monkeypatch, **how)
+    assert found == expected
+    assert difference(logits, others) <= 1e-5
+    assert len(made) == len(waits) == 5
 
 
 def passed(event) -> None:

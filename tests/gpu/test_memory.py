@@ -1,5 +1,7 @@
 """Memory of a GPU, loading into it, and float8 caches there; skipped where there is none."""
 
+import re
+
 import pytest
 import torch
 
@@ -40,4 +42,20 @@ def test_a_measured_cache_and_what_it_gives(kv_dtype: str, capfd: pytest.Capture
     with LLM("paper-small", options=options, dtype="bfloat16") as llm:
         (output,) = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8))
         assert len(output.token_ids) == 8
-    assert "memory of a rank: weights " in capfd.readouterr().err
+    lines = capfd.readouterr().err
+    assert "memory of a rank: weights " in lines
+    assert "(measured), CUDA graphs " in lines
+    assert "CUDA graphs of decode steps: 27 batch sizes up to 256 sequences" in lines
+
+
+def test_graphs_take_what_was_measured(capfd: pytest.CaptureFixture) -> None:
+    """As much as the line says, and 0.2 GB at most: beside the same cache with and without."""
+    free_bytes = []
+    for has_graphs in (False, True):
+        options = Options(cuda_graphs=has_graphs)
+        with LLM("paper-small", options=options, dtype="bfloat16", num_blocks=64) as llm:
+            llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8))
+            free_bytes.append(memory_of(DEVICE).free_and_total()[0])
+    said = re.findall(r"CUDA graphs ([0-9.]+) GB", capfd.readouterr().err)
+    assert len(said) == 1
+    assert free_bytes[0] - free_bytes[1] <= 1e9 * float(said[0]) + 0.2e9

@@ -67,7 +67,7 @@ def test_what_is_read_is_what_rounding_gives(copied, monkeypatch, family):
     write_int8_cache(checkpoint, lambda: num_touched.append(1))
     assert len(num_touched) > len(matrices(checkpoint))
     cached, rounding = (
-        CheckpointWeights(checkpoint, torch.bfloat16, CPU, touch, "int8", cache)
+        CheckpointWeights(checkpoint, torch.bfloat16, CPU, touch, "int8", cache=cache)
         for cache in (Int8Cache(checkpoint), None)
     )
     for source in (cached, rounding):
@@ -112,7 +112,9 @@ def test_what_is_stored_in_one_byte_is_not_kept_again(checkpoints, tmp_path):
     stored = load_file(checkpoint.folder / INT8_FOLDER / FILE)
     assert not any(checkpoint.is_narrow(name) for name in stored if not name.endswith(".scales"))
     assert HEAD in stored
-    source = CheckpointWeights(checkpoint, torch.float32, CPU, touch, "int8", Int8Cache(checkpoint))
+    source = CheckpointWeights(
+        checkpoint, torch.float32, CPU, touch, "int8", cache=Int8Cache(checkpoint)
+    )
     source._keeps_narrow = True
     kinds = {name: source.matrix(name).values.dtype for name in matrices(checkpoint)}
     assert {*kinds.values()} == {torch.int8, torch.float8_e4m3fn}

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertlane.ops.float8 import from_float8, to_float8
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.kv_float8 import from_float8, to_float8
 from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 

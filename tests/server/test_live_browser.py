@@ -80,6 +80,12 @@ NAMES = """[...document.querySelectorAll("canvas, select, button, input, [tabind
   .map(each => each.ariaLabel || each.labels?.[0]?.textContent || each.textContent)"""
 
 
+MIDDLES = """[...document.querySelectorAll(".controls > *")].map(each => {
+  const box = each.getBoundingClientRect();
+  return (box.top + box.bottom) / 2;
+})"""
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "dark")])
 def test_all_of_it_is_drawn(opened, busy, width, scheme):
     page = opened(busy, width, scheme)
@@ -88,6 +94,8 @@ def test_all_of_it_is_drawn(opened, busy, width, scheme):
     for each, least in (("map", 5), ("history", 5), ("speed", 1)):
         is_painted(page, each, least)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    middles = page.evaluate(MIDDLES)
+    assert max(middles) - min(middles) < 10, "controls stand in one row"
     bars = page.locator("#lanes .bar")
     assert bars.count() == 2
     widths = "bar => [...bar.children].reduce((sum, each) => sum + parseFloat(each.style.width), 0)"

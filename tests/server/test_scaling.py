@@ -142,6 +142,10 @@ def test_a_change_is_cancelled(server, prepares_for_ever):
         assert code_of(changing.result()) == (409, "cancelled")
         assert tokens.result() == server.expected[0]
     assert cancelled.status_code == 200
+    event = server.service.live.state.events[-1]
+    assert event.kind == "scaling"
+    line = r"layout change to dp=3,ep=3 cancelled after \d+\.\d s"
+    assert re.fullmatch(line, event.text)
     facts = cancelled.json()
     assert (facts["layout"], facts["under_way"], facts["preparing"]) == ("dp=2,ep=2", None, None)
     assert not server.llm._pool.ahead | server.llm._pool.starting

@@ -1,5 +1,6 @@
 """Fields that a config.json leaves out mean what the installed transformers' classes say."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -17,18 +18,32 @@ _CLASSES = {
     "deepseek_v2": transformers.DeepseekV2Config,
     "deepseek_v3": transformers.DeepseekV3Config,
     "gpt_oss": transformers.GptOssConfig,
+    "glm4_moe": transformers.Glm4MoeConfig,
+    "glm4_moe_lite": transformers.Glm4MoeLiteConfig,
+    "dots1": transformers.Dots1Config,
+    "minimax_m2": transformers.MiniMaxM2Config,
+    "ernie4_5_moe": transformers.Ernie4_5_MoeConfig,
+    "qwen3_vl_moe": transformers.models.qwen3_vl_moe.Qwen3VLMoeTextConfig,
+    "granitemoe": transformers.GraniteMoeConfig,
 }
 DEFAULTS = {name: family.defaults for name, family in FAMILIES.items()}
 NUM_EXPERTS = {name: family.num_experts for name, family in FAMILIES.items()}
 # Fields that no class declares; without one, what the family computes without.
 _UNDECLARED = {
     "architectures",
+    "attn_type_list",
     "model_type",
     "moe_layer_freq",
     "original_max_position_embeddings",
     "partial_rotary_factor",
+    "qk_norm_type",
     "quantization_config",
+    "rotary_dim",
     "scoring_func",
+    "shared_intermediate_size",
+    "text_config",
+    "use_qk_norm",
+    "use_routing_bias",
 }
 # One spelling stands for all; the last is what the class itself calls it.
 _SPELLINGS = (
@@ -36,7 +51,16 @@ _SPELLINGS = (
     ("rope_scaling", "rope_parameters"),
     ("num_nextn_predict_layers", "num_mtp_layers"),
 )
-_FEW = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+_FEW = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+# What a config.json has to say, since no default can be computed.
+_NEEDED = {
+    "glm4_moe": {"head_dim": 128},  # else 21 of 42 values would be rotated
+    "dots1": {"n_routed_experts": 16, "n_shared_experts": 1},
+}
+_NULL_IS_LEFT_OUT = (
+    *("clip_qkv", "head_dim", "layer_types", "mlp_layer_types", "mlp_only_layers"),
+    *("rope_parameters", "use_bias"),
+)
 # Where fields are read only if others say so.
 _VARIANTS = {
     "qwen2_moe": {"use_sliding_window": True},
@@ -49,6 +73,11 @@ _VARIANTS = {
         "first_k_dense_replace": 1,
     },
 }
+
+
+def _base(family):
+    """The least that a config.json of a family says."""
+    return {"model_type": family} | _NEEDED.get(family, {})
 
 
 class _Recorded(dict):
@@ -72,6 +101,7 @@ def _theirs(family):
     cls = _CLASSES[family]
     declared = {each.name: each.default for each in dataclasses.fields(cls)}
     rope = dict(cls().rope_parameters)
+    rope.pop("partial_rotary_factor", None)  # no field; compared where both read a config
     theta = rope.pop("rope_theta")
     is_plain = rope == {"rope_type": "default"}
     return declared | {"rope_theta": theta, "rope_parameters": None if is_plain else rope}
@@ -88,7 +118,7 @@ def _outcome(config):
 def _spelled_out(family):
     """All defaults as a config.json would have them, and what makes the others be read."""
     fields = {key: value for key, value in _theirs(family).items() if key in DEFAULTS[family]}
-    return fields | {"model_type": family} | _VARIANTS.get(family, {})
+    return fields | _base(family) | _VARIANTS.get(family, {})
 
 
 def _asked(family):
@@ -111,16 +141,17 @@ def test_the_table_is_transformers_own(family):
 @pytest.mark.parametrize("family", _CLASSES)
 def test_names_of_the_number_of_experts_are_transformers_own(family):
     cls, names = _CLASSES[family], NUM_EXPERTS[family]
-    mapped = [name for pair in cls.attribute_map.items() for name in pair if "experts" in name]
+    mapped = [name for pair in cls.attribute_map.items() for name in pair]
+    mapped = [name for name in mapped if "experts" in name and "per_tok" not in name]
     own = next(name for name in names if name in DEFAULTS[family])
     assert set(names) == {*mapped, own}
     for name in names:
         config = cls(**{name: 16, "num_experts_per_tok": 2})
         assert [getattr(config, other) for other in names] == [16] * len(names) or name == own
-        assert from_hf({"model_type": family, name: 16} | _FEW).num_experts == 16
+        assert from_hf(_base(family) | {name: 16} | _FEW).num_experts == 16
     both = {name: 8 * (1 + place) for place, name in enumerate(names)}
     taken = getattr(cls(**both), names[0])
-    assert from_hf({"model_type": family} | both | _FEW).num_experts == taken
+    assert from_hf(_base(family) | both | _FEW).num_experts == taken
 
 
 @pytest.mark.parametrize("family", _CLASSES)
@@ -139,7 +170,9 @@ def test_a_field_left_out_is_as_if_it_were_spelled_out(family):
     theirs = _theirs(family)
     num_compared = 0
     for key in sorted(_asked(family) - {"model_type", "architectures"}):
-        names = {*_own_names(key), *(NUM_EXPERTS[family] if key in NUM_EXPERTS[family] else ())}
+        per_tok = FAMILIES[family].num_experts_per_tok
+        spellings = (_own_names(key), NUM_EXPERTS[family], per_tok)
+        names = {name for group in spellings if key in group for name in group}
         left_out = {name: value for name, value in spelled.items() if name not in names}
         name = next((name for name in names if name in theirs), None)
         if name is None:
@@ -153,7 +186,7 @@ def test_a_field_left_out_is_as_if_it_were_spelled_out(family):
 @pytest.mark.parametrize("family", _CLASSES)
 def test_both_spellings_of_positions_and_types(family):
     """transformers 4: at the top level; 5: in `rope_parameters`. Each with a field left out."""
-    base = {"model_type": family, "num_experts_per_tok": 2}
+    base = _base(family) | {"num_experts_per_tok": 2}
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     theta = {"rope_theta": 5e5}
     assert from_hf(base | {"rope_parameters": yarn | theta}) == from_hf(
@@ -181,15 +214,15 @@ def _takes_null(family, key):
 @pytest.mark.parametrize("family", _CLASSES)
 def test_null_is_what_transformers_makes_of_it(family):
     """Compared by what the class holds once it is made."""
-    base = {"model_type": family} | _VARIANTS.get(family, {}) | {"num_experts_per_tok": 4}
+    base = _base(family) | _VARIANTS.get(family, {}) | {"num_experts_per_tok": 4}
     num_taken = 0
     for key in DEFAULTS[family]:
-        if not _takes_null(family, key):
+        if not _takes_null(family, key) or key == "moe_k":  # which base has by its other name
             continue
         num_taken += 1
         model = _outcome(base | {key: None})
         theirs = _CLASSES[family](**(base | {key: None}))
-        if key in ("clip_qkv", "head_dim", "layer_types", "mlp_only_layers", "rope_parameters"):
+        if key in _NULL_IS_LEFT_OUT:
             assert model == from_hf({name: base[name] for name in base if name != key})
         elif key == "num_key_value_heads":
             assert model.num_kv_heads == theirs.num_attention_heads
@@ -201,11 +234,33 @@ def test_null_is_what_transformers_makes_of_it(family):
             assert model.rope_interleave is bool(theirs.rope_interleave) is False
         elif key == "eos_token_id":
             assert (model.eos_token_ids, theirs.eos_token_id) == ((), None)
-        elif key == "sliding_window" and family in ("mixtral", "qwen3_moe"):
+        elif key == "sliding_window" and family in ("mixtral", "qwen3_moe", "dots1"):
             assert (model.sliding_window, theirs.sliding_window) == ((), None)
         else:  # theirs cannot be made, or cannot run
             assert model is SpecError, key
     assert num_taken >= 2
+
+
+def test_half_of_a_head_is_rotated_if_glm_does_not_say():
+    base = {"model_type": "glm4_moe", "head_dim": 128}
+    cases = (
+        {},
+        {"partial_rotary_factor": 0.25},
+        {"rope_parameters": {"partial_rotary_factor": 0.75}},
+        {"rope_parameters": {"partial_rotary_factor": 0.75}, "partial_rotary_factor": 0.25},
+        {"rope_scaling": None, "partial_rotary_factor": 1.0},
+    )
+    for case in cases:
+        theirs = transformers.Glm4MoeConfig(**(base | copy.deepcopy(case))).rope_parameters
+        assert from_hf(base | case).partial_rotary_factor == theirs["partial_rotary_factor"], case
+
+
+def test_minimax_m2_names_how_many_values_are_rotated():
+    base = {"model_type": "minimax_m2", "head_dim": 128}
+    for case in ({}, {"rotary_dim": 64}, {"rotary_dim": 64, "partial_rotary_factor": 0.25}):
+        theirs = transformers.MiniMaxM2Config(**(base | case)).rope_parameters
+        expected = theirs.get("partial_rotary_factor", 1.0)
+        assert from_hf(base | case).partial_rotary_factor == expected, case
 
 
 def test_without_shared_experts_deepseek_v3_has_one():

@@ -59,7 +59,7 @@ def test_a_model_s_tensors_are_all_that_its_checkpoint_holds(checkpoints, family
     assert len(set(names)) == len(names)
     assert sum(math.prod(tensor_shape(model, name)) for name in names) == num_params(model)
     with safe_open(folder / "model.safetensors", "pt") as file:
-        stored = set(file.keys())
+        stored = {name for name in file.keys() if not name.startswith("model.visual.")}  # noqa: SIM118
     kind = model.name if model.name != "deepseek_v2_lite" else "deepseek_v2"
     assert {tensor_locations(kind, name)[0].name for name in names} == stored
     checkpoint.check()

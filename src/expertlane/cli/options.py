@@ -10,6 +10,7 @@ from expertlane.cli import completion
 from expertlane.cli.help import Panel
 from expertlane.errors import UserError
 from expertlane.spec.deployment import (
+    ActivationsType,
     CopyMethod,
     DispatchChoice,
     KVCacheType,
@@ -304,6 +305,11 @@ class EngineOptions:
         help="Type in which matrices are kept; int8 rounds them while loading, with a scale for "
         "every 128 inputs.",
     )
+    activations: ActivationsType = typer.Option(
+        "model",
+        help="Type of the inputs of matrices stored in float8. float8 rounds them, with a scale "
+        "for a token's every 128, so that prompts multiply in float8.",
+    )
     kv_dtype: KVCacheType = typer.Option(
         "model",
         help="Type of the KV cache. float8 takes half or less, and rounds keys and values.",
@@ -341,6 +347,7 @@ class EngineOptions:
         options = replace(
             self.deployment.options,
             weights=self.weights,
+            activations=self.activations,
             kv_dtype=self.kv_dtype,
             cache_int8=self.cache_int8,
             cuda_graphs=None if self.cuda_graphs == "auto" else self.cuda_graphs == "on",

@@ -17,7 +17,7 @@ from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import RankStep
-from expertlane.spec.deployment import GraphLimits, Options, WeightsType
+from expertlane.spec.deployment import ActivationsType, GraphLimits, Options, WeightsType
 from expertlane.spec.dispatch import DispatchForm, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
@@ -58,7 +58,7 @@ class StageSpec:
         placements: [num_hidden_layers]; where experts are at first.
         numbers: [world_size]; the process of each rank of the layout, each its own if empty.
         checkpoint: the folder the weights are in; None for seeded ones.
-        weights, cache_int8: as in `Options`.
+        weights, cache_int8, activations: as in `Options`.
         check: how much it looks for silent errors.
     """
 
@@ -70,6 +70,7 @@ class StageSpec:
     checkpoint: str | None = None
     weights: WeightsType = "model"
     cache_int8: bool = False
+    activations: ActivationsType = "model"
     check: CheckLevel = "off"
     numbers: tuple[int, ...] = ()
 

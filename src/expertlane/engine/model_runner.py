@@ -111,7 +111,7 @@ class ModelRunner:
         self.arranged.begin(whole)
         self.arranged.follow(self)
         folder = str(checkpoint) if checkpoint else None
-        kept = options.weights, options.cache_int8
+        kept = options.weights, options.cache_int8, options.activations
         spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
         graphs = None
         if options.cuda_graphs is not False:

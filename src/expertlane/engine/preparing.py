@@ -32,12 +32,12 @@ def weight_source(spec: StageSpec, platform: Platform, touch: Callable[[], None]
     Args:
         touch: as of `WeightSource`.
     """
-    given = platform.dtype, platform.device, touch, spec.weights
+    given = platform.dtype, platform.device, touch, spec.weights, spec.activations
     if spec.checkpoint is None:
         return SeededWeights(spec.model, spec.seed, *given)
     checkpoint = Checkpoint(Path(spec.checkpoint), spec.model, platform.device)
     cache = Int8Cache.find(checkpoint) if spec.cache_int8 else None
-    return CheckpointWeights(checkpoint, *given, cache)
+    return CheckpointWeights(checkpoint, *given, cache=cache)
 
 
 def parts_of(context: RankContext, spec: StageSpec, place: int, source: WeightSource) -> StageParts:

@@ -221,14 +221,12 @@ class Attention(PagedHeads):
         def query_key_value() -> Linear:
             bias = None
             if model.qkv_bias:
-                *turned, value = (take(f"{part}_bias", rows) for part, rows in parts.items())
-                bias = torch.cat([*map(ordered, turned), value])
-            *matrices, value = (
-                source.matrix(layer_name(layer, part), own) for part, own in parts.items()
-            )
+                biases = [take(f"{part}_bias", rows) for part, rows in parts.items()]
+                bias = torch.cat([*map(ordered, biases[:2]), biases[2]])
+            matrices = [source.matrix(layer_name(layer, part), own) for part, own in parts.items()]
             if model.rotary_dim < dim:
-                matrices = [reordered(matrix, ordered) for matrix in matrices]
-            return self._ops.linear(side_by_side([*matrices, value]), bias)
+                matrices[:2] = [reordered(matrix, ordered) for matrix in matrices[:2]]
+            return self._ops.linear(side_by_side(matrices), bias)
 
         key = "query_key_value", heads, kv_heads
         self._query_key_value = source.once(layer, key, query_key_value)

@@ -245,4 +245,5 @@ def with_block_scales(
     of_columns = block_columns, first[1] % block_columns
     if scales.shape[1] == 1:  # one for all columns
         of_columns = max(1, values.shape[1]), 0
-    return NarrowWeight(values, scales.float()[of_row // block_rows], *of_columns, dtype)
+    rows = 1 if first[0] % block_rows else block_rows
+    return NarrowWeight(values, scales.float()[of_row // block_rows], *of_columns, dtype, rows)

@@ -10,7 +10,7 @@ from expertlane.model.int8_cache import Int8Cache
 from expertlane.model.weights import WeightSource
 from expertlane.ops.mxfp4 import Mxfp4Weight
 from expertlane.ops.narrow import NarrowWeight
-from expertlane.spec.deployment import WeightsType
+from expertlane.spec.deployment import ActivationsType, WeightsType
 from expertlane.spec.tensors import cut_dim, tensor_shape
 
 
@@ -28,9 +28,10 @@ class CheckpointWeights(WeightSource):
         device: torch.device,
         touch: Callable[[], None],
         weights: WeightsType = "model",
+        activations: ActivationsType = "model",
         cache: Int8Cache | None = None,
     ) -> None:
-        super().__init__(checkpoint.model, dtype, device, touch, weights)
+        super().__init__(checkpoint.model, dtype, device, touch, weights, activations)
         self._checkpoint, self._cache = checkpoint, cache
 
     def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:

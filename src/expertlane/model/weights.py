@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.backend import backend_for
+from expertlane.ops.float8 import FLOAT8
 from expertlane.ops.mxfp4 import Mxfp4Weight
-from expertlane.ops.narrow import NarrowWeight, Weight
-from expertlane.spec.deployment import INPUTS_OF_SCALE, WeightsType
+from expertlane.ops.narrow import Float8Inputs, NarrowWeight, Weight
+from expertlane.spec.deployment import INPUTS_OF_SCALE, ActivationsType, WeightsType
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Origin
 from expertlane.spec.tensors import EMBEDDING, HEAD, cut_dim, layer_name, tensor_shape
@@ -82,6 +83,7 @@ class WeightSource(ABC):
         dtype: of the slices, unless another is asked for.
         touch: called after every tensor, to say that work goes on.
         weights: whether matrices are rounded to a narrower type.
+        activations: whether those stored in float8 get inputs in float8.
 
     Attributes:
         num_bytes: taken so far.
@@ -104,12 +106,13 @@ class WeightSource(ABC):
         device: torch.device,
         touch: Callable[[], None],
         weights: WeightsType = "model",
+        activations: ActivationsType = "model",
     ) -> None:
         self._model = model
         self.dtype = dtype
         self.device = device
         self._touch = touch
-        self._weights = weights
+        self._weights, self._activations = weights, activations
         self._keeps_narrow = backend_for(device).keeps_narrow
         # Rounding to int8 takes those of four bits as others.
         self._keeps_mxfp4 = backend_for(device).keeps_mxfp4 and weights == "model"
@@ -190,7 +193,8 @@ class WeightSource(ABC):
         narrow = narrow.to(self.device)
         weight = narrow if self._keeps_narrow else narrow.widened()
         self._was_read(weight.nbytes, began_s)
-        return weight
+        takes_float8 = self._activations == "float8" and narrow.values.dtype is FLOAT8
+        return Float8Inputs(weight) if takes_float8 else weight
 
     def _was_read(self, num_bytes: int, began_s: float) -> None:
         self.num_bytes += num_bytes
@@ -300,8 +304,9 @@ class SeededWeights(WeightSource):
         device: torch.device,
         touch: Callable[[], None],
         weights: WeightsType = "model",
+        activations: ActivationsType = "model",
     ) -> None:
-        super().__init__(model, dtype, device, touch, weights)
+        super().__init__(model, dtype, device, touch, weights, activations)
         self._seed = seed
 
     def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:

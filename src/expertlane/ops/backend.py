@@ -62,6 +62,7 @@ def backend_of_cuda(device: torch.device) -> tuple[TorchBackend, str]:
     # A CPU does without Triton.
     from expertlane.ops.cuda.backend import (
         CudaBackend,
+        multiplies_float8,
         multiplies_narrow,
         reads_float8,
         why_not,
@@ -69,8 +70,12 @@ def backend_of_cuda(device: torch.device) -> tuple[TorchBackend, str]:
 
     if reason := why_not(device):
         return _TORCH, reason
-    tried = {"keeps_narrow": multiplies_narrow(device), "reads_float8": reads_float8(device)}
-    return CudaBackend(**tried), ""
+    backend = CudaBackend(
+        keeps_narrow=multiplies_narrow(device),
+        reads_float8=reads_float8(device),
+        multiplies_float8=multiplies_float8(device),
+    )
+    return backend, ""
 
 
 @cache

@@ -28,7 +28,7 @@ inline Lanes load(const E4m3* p) {
 #endif
 }
 
-// A row of the cache as `kv_float8.py` rounds and widens it: its scale is 2^(byte - 127), infinite
+// A row of the cache as `float8.py` rounds and widens it: its scale is 2^(byte - 127), infinite
 // where a value is no number.
 
 inline uint32_t float_bits(float x) {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertlane.ops.attention_groups import AttentionGroup, attention_groups
-from expertlane.ops.kv_float8 import from_float8, to_float8
+from expertlane.ops.float8 import from_float8, to_float8
 from expertlane.ops.transfer import Array, to_device
 from expertlane.schedule.plan import Batch
 
@@ -28,7 +28,7 @@ class KVCache:
         dtype: in which keys and values come and go.
         keys, values: as they are stored: uint8, the bits of float8, if `is_float8`.
         key_scales, value_scales: then, [num_blocks, heads, block_size, 1] uint8, as
-            `ops.kv_float8` has them; no last size where there are no values.
+            `ops.float8` has them; no last size where there are no values.
     """
 
     key_scales: Tensor | None = None

@@ -5,6 +5,7 @@ by groups of a row's inputs: all of them, or so many.
 """
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from expertlane.errors import SpecError
 from expertlane.ops.mxfp4 import Mxfp4Weight
 from expertlane.ops.products import Activation, Expert, Experts, Linear, PairGroups
 from expertlane.spec.deployment import INPUTS_OF_SCALE
@@ -31,6 +33,7 @@ class NarrowWeight:
         group: inputs of a group; the last one may have fewer.
         first: where in its group the first input stands.
         dtype: of the weight where it is widened.
+        rows: so many outputs at a time, from the first on, have equal scales.
     """
 
     values: Tensor
@@ -38,6 +41,7 @@ class NarrowWeight:
     group: int
     first: int
     dtype: torch.dtype
+    rows: int = 1
 
     @classmethod
     def rounded(cls, weight: Tensor, dtype: torch.dtype) -> Self:
@@ -61,7 +65,7 @@ class NarrowWeight:
         begin, end = self.first + part.start, self.first + part.stop
         groups = slice(begin // self.group, -(-end // self.group))
         first, values = begin % self.group, self.values[:, part.start : part.stop]
-        return type(self)(values, self.scales[:, groups], self.group, first, self.dtype)
+        return replace(self, values=values, scales=self.scales[:, groups], first=first)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,7 +80,7 @@ class NarrowWeight:
     def to(self, device: torch.device) -> Self:
         """On a device, contiguous."""
         values, scales = self.values.to(device).contiguous(), self.scales.to(device).contiguous()
-        return type(self)(values, scales, self.group, self.first, self.dtype)
+        return replace(self, values=values, scales=scales)
 
     def widened(self, dtype: torch.dtype | None = None) -> Tensor:
         """[out_features, in_features]; value · scale, multiplied in float32, then rounded."""
@@ -93,29 +97,70 @@ class NarrowWeight:
 _WIDENED_AT_A_TIME = 4_194_304
 
 
-Weight = Tensor | NarrowWeight | Mxfp4Weight
+@dataclass(frozen=True, eq=False)
+class Float8Inputs:
+    """A matrix, narrow or widened, whose products take inputs in float8 (`ops/rounded.py`).
+
+    Its first input begins a group that shares a scale.
+    """
+
+    weight: Tensor | NarrowWeight
 
 
-def reordered(weight: Weight, order: Callable[[Tensor], Tensor]) -> Tensor | NarrowWeight:
+Weight = Tensor | NarrowWeight | Mxfp4Weight | Float8Inputs
+
+
+def reordered(
+    weight: Weight, order: Callable[[Tensor], Tensor]
+) -> Tensor | NarrowWeight | Float8Inputs:
     """A matrix with its outputs in another order, which `order` gives the rows of a tensor."""
+    if isinstance(weight, Float8Inputs):
+        return replace(weight, weight=_reordered(weight.weight, order))
+    return _reordered(weight, order)
+
+
+def _reordered(
+    weight: Tensor | NarrowWeight | Mxfp4Weight, order: Callable[[Tensor], Tensor]
+) -> Tensor | NarrowWeight:
     if isinstance(weight, NarrowWeight):
         values = order(weight.values.view(torch.uint8)).view(weight.values.dtype)
-        return replace(weight, values=values, scales=order(weight.scales))
+        return replace(weight, values=values, scales=order(weight.scales), rows=1)
     return order(weight if isinstance(weight, Tensor) else weight.widened())
 
 
-def side_by_side(weights: Sequence[Weight]) -> Tensor | NarrowWeight:
-    """The outputs of several matrices in one; widened where they are not narrow alike."""
+def side_by_side(weights: Sequence[Weight]) -> Tensor | NarrowWeight | Float8Inputs:
+    """The outputs of several matrices in one; widened where they are not narrow alike.
+
+    Raises:
+        SpecError: some take inputs in float8, and others do not.
+    """
+    rounding = [each.weight for each in weights if isinstance(each, Float8Inputs)]
+    others = [each for each in weights if not isinstance(each, Float8Inputs)]
+    if rounding and others:
+        raise SpecError(
+            f"{len(rounding)} of {len(weights)} matrices with the same inputs are stored in "
+            "float8; activations in float8 need all of them to be, or none"
+        )
+    return Float8Inputs(_side_by_side(rounding)) if rounding else _side_by_side(others)
+
+
+def _side_by_side(weights: Sequence[Tensor | NarrowWeight | Mxfp4Weight]) -> Tensor | NarrowWeight:
     narrow = [each for each in weights if isinstance(each, NarrowWeight)]
     first = narrow[0] if narrow else None
     if first is not None and len(narrow) == len(weights):
         kinds = {(each.group, each.first, each.values.dtype) for each in narrow}
         if len(kinds) == 1:
-            values = torch.cat([each.values.view(torch.uint8) for each in narrow])
-            scales = torch.cat([each.scales for each in narrow])
+            parts = [each.values.view(torch.uint8) for each in narrow]
+            values, scales = torch.cat(parts), torch.cat([each.scales for each in narrow])
             values = values.view(first.values.dtype)
-            return NarrowWeight(values, scales, first.group, first.first, first.dtype)
+            rows = shared_rows(math.gcd(*(each.rows for each in narrow)), [len(v) for v in parts])
+            return replace(first, values=values, scales=scales, rows=rows)
     return torch.cat([each if isinstance(each, Tensor) else each.widened() for each in weights])
+
+
+def shared_rows(rows: int, out_features: Sequence[int]) -> int:
+    """`NarrowWeight.rows` of matrices with so many each, one after the other."""
+    return math.gcd(rows, *out_features[:-1])
 
 
 class ScaledLinear(Linear):
@@ -123,12 +168,15 @@ class ScaledLinear(Linear):
 
     Attributes:
         weight, scales: in whichever layout it reads them.
-        group, first: as of `NarrowWeight`.
+        group, first, rows: as of `NarrowWeight`.
+        takes_float8: it rounds its inputs itself, as `ops/rounded.py` does.
     """
 
     scales: Tensor
     group: int
     first: int
+    rows = 1
+    takes_float8 = False
 
     def tensors(self) -> list[Tensor]:
         """Values, scales and bias."""

@@ -13,7 +13,7 @@ from expertlane.ops.bookkeeping import Bookkeeping
 from expertlane.ops.graphs import Graphs
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.moe_step import LocalExperts
-from expertlane.ops.narrow import Weight
+from expertlane.ops.narrow import Float8Inputs, Weight
 from expertlane.ops.parts import AttentionCall, MlpCall
 from expertlane.ops.products import (
     Activation,
@@ -25,6 +25,7 @@ from expertlane.ops.products import (
     LoopedExperts,
     OnednnLinear,
 )
+from expertlane.ops.rounded import RoundedLinear
 from expertlane.ops.router import Router, RouterParams
 from expertlane.ops.row_parts import RowParts
 from expertlane.ops.step import AttentionWeights, HeadPart
@@ -36,11 +37,14 @@ class TorchBackend(Bookkeeping):
     keeps_narrow = False  # whether products read weights of one byte
     keeps_mxfp4 = False  # whether they read those of four bits
     reads_float8 = True  # whether attention reads a cache of float8
+    multiplies_float8 = True  # whether products take inputs in float8
     instructions = ""  # what kernels of ours are compiled for, or by
     adds_with_norm = False  # whether `add_rms_norm` is less work than a sum and a norm
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
         """A product with a weight [out_features, in_features], packed where that is faster."""
+        if isinstance(weight, Float8Inputs):
+            return RoundedLinear(self.linear(weight.weight, bias))
         if not isinstance(weight, Tensor):
             weight = weight.widened()
         return (OnednnLinear if OnednnLinear.suits(weight) else Linear)(weight, bias)

@@ -17,7 +17,13 @@ from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.library import function_of
 from expertlane.ops.mlp import MlpPart
 from expertlane.ops.moe_step import CompiledRouter, LocalExperts
-from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight, Weight
+from expertlane.ops.narrow import (
+    Float8Inputs,
+    NarrowExperts,
+    NarrowLinear,
+    NarrowWeight,
+    Weight,
+)
 from expertlane.ops.packed import (
     LANES,
     FewRowsExperts,
@@ -71,6 +77,8 @@ class VectorBackend(CpuBackend):
         self._take_sums(library)
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
+        if isinstance(weight, Float8Inputs):
+            return super().linear(weight, bias)
         if isinstance(weight, NarrowWeight) and weight.values.numel():
             shift = None if bias is None else bias.float()
             return NarrowLinear(weight, shift, self._narrow_linear)

@@ -1,6 +1,7 @@
 """The layout of a server, and changes of it while requests run."""
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -131,7 +132,7 @@ class _Changer:
 
     async def _change(self, scaling: Scaling, under_way: _UnderWay) -> None:
         between_steps, layout = self._service.engine.between_steps, under_way.to
-        is_ready = False
+        is_ready, began_s = False, time.monotonic()
 
         def advance() -> None:
             nonlocal is_ready
@@ -149,16 +150,25 @@ class _Changer:
                     409, f"the change to {layout} was cancelled", param="layout", code="cancelled"
                 )
         except CapacityError as error:
+            self._note_end(layout, began_s, "given up", f": {error}")
             raise ApiError(503, str(error), param="layout", code="not_prepared") from None
         except (ApiError, asyncio.CancelledError):
             await between_steps(scaling.give_up)
+            self._note_end(layout, began_s, "cancelled" if under_way.is_cancelled else "given up")
             raise
         under_way.is_switching = True
         try:
             await between_steps(partial(scaling.scale, layout))
         except UserError as error:  # such as ranks that were lost meanwhile
             await between_steps(scaling.give_up)
+            self._note_end(layout, began_s, "given up", f": {error}")
             raise ApiError(503, str(error), param="layout", code="not_prepared") from None
+
+    def _note_end(self, layout: Layout, began_s: float, how: str, why: str = "") -> None:
+        """Leave a line of a change that is not made; of one that is, the engine does."""
+        took_s = time.monotonic() - began_s
+        text = f"layout change to {layout} {how} after {took_s:.1f} s{why}"
+        self._service.live.state.add("scaling", text)
 
     def facts(self) -> dict[str, Any]:
         """What `GET /scale` says."""

@@ -21,7 +21,8 @@ OverlapChoice = bool | Literal["auto"]
 PayloadType = Literal["model", "bfloat16", "float8"]
 WeightsType = Literal["model", "int8"]
 KVCacheType = Literal["model", "float8"]
-INPUTS_OF_SCALE = 128  # of weights that are rounded while loading
+ActivationsType = Literal["model", "float8"]
+INPUTS_OF_SCALE = 128  # of weights that are rounded while loading, and of float8 activations
 INT8_FOLDER = "expertlane-int8"  # in a checkpoint's, where such weights are kept
 PlacementMethod = Literal["linear", "round_robin"]
 CopyMethod = Literal["nearest", "balanced"]
@@ -78,6 +79,9 @@ class Options(Strict):
         weights: the type in which ranks keep matrices: `model`: as they are stored, if in one byte,
             else the model's own; `int8`: eight bits with a scale for every 128 inputs. Routers,
             norms, embeddings and biases are not rounded.
+        activations: the type in which matrices stored in float8 get their inputs: `model`: the
+            model's own; `float8`: each token's inputs are rounded to eight bits with a scale for
+            every 128, whatever batch it is in. Other matrices get theirs as they are.
         kv_dtype: the type of keys and values in the cache: `model`: the model's own; `float8`:
             eight bits with a scale for every key and value of a head. A step computes with what it
             has just rounded, so that results do not depend on how a prompt was cut.
@@ -105,6 +109,7 @@ class Options(Strict):
     prefill_dispatch: DispatchForm | None = None
     payload: PayloadType = "model"
     weights: WeightsType = "model"
+    activations: ActivationsType = "model"
     kv_dtype: KVCacheType = "model"
     cache_int8: bool = False
     placement: PlacementMethod = "linear"
@@ -124,6 +129,11 @@ class Options(Strict):
             raise SpecError(
                 f"cache_int8 keeps matrices that are rounded to int8, but weights are "
                 f"{self.weights!r}; give weights='int8' (--weights int8) too"
+            )
+        if self.activations == "float8" and self.weights != "model":
+            raise SpecError(
+                "activations in float8 are for matrices that are stored in float8, but weights are "
+                f"{self.weights!r}; give one of them"
             )
         if self.placement_file is not None and (
             self.num_redundant_experts or self.placement != "linear"
@@ -202,6 +212,8 @@ class Options(Strict):
             parts.append(f"payload {self.payload}")
         if self.weights != "model":
             parts.append(f"{self.weights} weights")
+        if self.activations != "model":
+            parts.append(f"{self.activations} activations")
         if self.kv_dtype != "model":
             parts.append(f"{self.kv_dtype} KV cache")
         if self.placement != "linear":

@@ -50,13 +50,13 @@ def from_hf(
     if weights:
         narrow_scheme(config)
     fields = ConfigReader(language_model_of(config), name or family, known.defaults)
-    if fields.get(str, "hidden_act") != "silu":
+    if fields.get(str, "hidden_act") not in ("silu", "swish"):  # one function of two names
         raise fields.unsupported("hidden_act")
-    sizes = {
-        name: fields.get(int, *getattr(known, name))
-        for name in ("num_experts", "num_experts_per_tok")
-    }
-    return ModelConfig(**sizes, **_common(fields) | READERS[family](fields))
+    return ModelConfig(
+        num_experts=fields.get(int, *known.num_experts),
+        num_experts_per_tok=fields.get(int, *known.num_experts_per_tok),
+        **_common(fields) | READERS[family](fields),
+    )
 
 
 def read_model(folder: Path, given: str, *, weights: bool = True) -> ModelConfig:
@@ -82,6 +82,7 @@ def _common(fields: ConfigReader) -> dict[str, Any]:
     dtype = fields.raw("dtype", "torch_dtype")
     if dtype is None:  # what quantised checkpoints were made from
         dtype = "bfloat16" if fields.raw("quantization_config") else "float32"
+    dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
     if dtype not in get_args(Dtype):
         valid = ", ".join(get_args(Dtype))
         raise fields.error(f"dtype {dtype!r} is not supported; supported: {valid}")

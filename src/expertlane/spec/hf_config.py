@@ -15,6 +15,7 @@ _KIND_NAMES: dict[type, str] = {bool: "true or false", str: "a string"}
 
 _FLOAT8_METHODS = ("fp8", "fbgemm_fp8")
 MXFP4_BLOCK = 32  # values that share a scale
+_E4M3 = ("e4m3", "float8_e4m3fn")
 _FLOAT4_NAMES = {"nvfp4": {"nvfp4", "nvfp4-pack-quantized"}, "mxfp4": {"mxfp4"}}
 
 T = TypeVar("T", int, float, bool, str)
@@ -92,8 +93,7 @@ def family_of(config: dict[str, Any]) -> str:
     given = architectures or model_type
     given = given[0] if isinstance(given, list) and len(given) == 1 else given
     raise SpecError(
-        f"architecture {shown(given)} is not supported; supported: "
-        f"{', '.join(known.architecture for known in FAMILIES.values())}"
+        f"architecture {shown(given)} is not supported; supported: those of {', '.join(FAMILIES)}"
     )
 
 
@@ -186,7 +186,7 @@ def narrow_scheme(config: dict[str, Any]) -> NarrowScheme | None:
         )
     block, fmt = quantization.get("weight_block_size"), quantization.get("fmt", "e4m3")
     match block:
-        case [int(rows), int(columns)] if fmt == "e4m3" and rows > 0 and columns > 0:
+        case [int(rows), int(columns)] if fmt in _E4M3 and rows > 0 and columns > 0:
             return NarrowScheme("float8", rows, columns, "_scale_inv")
     raise SpecError(
         f"quantization fp8 with fmt {shown(fmt)} and weight_block_size {shown(block)} is not "

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.ops.cuda.kv_float8 import widened
+from expertlane.ops.cuda.float8 import widened
 from expertlane.ops.cuda.launch import launch
 from expertlane.ops.cuda.splits import num_multiprocessors, share_of
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch

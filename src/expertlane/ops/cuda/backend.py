@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from expertlane.errors import UserError
 from expertlane.ops.cuda.experts import CudaExperts, experts_of
 from expertlane.ops.cuda.flash import attend
 from expertlane.ops.cuda.graphs import CudaGraphs
@@ -21,8 +22,9 @@ from expertlane.ops.cuda.rotate import rotate, write
 from expertlane.ops.cuda.route import CudaRouter
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.ops.mxfp4 import Mxfp4Weight
-from expertlane.ops.narrow import NarrowWeight, Weight
+from expertlane.ops.narrow import Float8Inputs, NarrowWeight, Weight
 from expertlane.ops.products import Activation, Expert, Experts, Linear, PairGroups
+from expertlane.ops.rounded import rounded_inputs
 from expertlane.ops.router import RouterParams
 from expertlane.ops.row_parts import RowParts
 from expertlane.ops.step import AttentionWeights
@@ -36,12 +38,26 @@ class CudaBackend(TorchBackend):
     instructions = f"triton {triton.__version__}"
     adds_with_norm = True
 
-    def __init__(self, *, keeps_narrow: bool = True, reads_float8: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        keeps_narrow: bool = True,
+        reads_float8: bool = True,
+        multiplies_float8: bool = True,
+    ) -> None:
         """With weights of one byte and of four bits kept so, or widened."""
         self.keeps_narrow = self.keeps_mxfp4 = keeps_narrow
-        self.reads_float8 = reads_float8
+        self.reads_float8, self.multiplies_float8 = reads_float8, multiplies_float8
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
+        if isinstance(weight, Float8Inputs):
+            narrow = weight.weight
+            if isinstance(narrow, Tensor) or not CudaNarrowLinear.suits(narrow):
+                raise UserError(
+                    "activations in float8 need matrices with a scale for all inputs or for a "
+                    "multiple of 32; valid here: activations='model' (--activations model)"
+                )
+            return CudaNarrowLinear(narrow, bias, takes_float8=True)
         if isinstance(weight, Tensor) or not CudaNarrowLinear.suits(weight):
             return super().linear(weight, bias)
         return CudaNarrowLinear(weight, bias)
@@ -161,6 +177,21 @@ def multiplies_narrow(device: torch.device) -> bool:
             )
             for each in tried
         )
+    except Exception:  # of a compiler, a driver or the device
+        return False
+
+
+def multiplies_float8(device: torch.device) -> bool:
+    """Whether products of float8 with float8 run here and are right: from 8.9 on."""
+    codes = torch.arange(256, dtype=torch.uint8, device=device).view(2, 128)
+    values = codes.where(codes & 0x7F < 0x7F, 0).view(torch.float8_e4m3fn)
+    scales = torch.linspace(0.5, 1, 2, device=device)[:, None]
+    narrow = NarrowWeight(values, scales, 128, 0, torch.float16)
+    x = torch.linspace(-1, 1, 3 * 128, device=device).half().view(3, 128)
+    try:
+        found = CudaNarrowLinear(narrow, None, takes_float8=True)(x).float()
+        expected = rounded_inputs(x.float()) @ narrow.widened(torch.float32).t()
+        return torch.allclose(found, expected, rtol=2e-3, atol=2e-1)
     except Exception:  # of a compiler, a driver or the device
         return False
 

@@ -21,9 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertlane.ops.cuda.float8_inputs import in_float8, product_in_float8
 from expertlane.ops.cuda.launch import launch
 from expertlane.ops.cuda.matrices import Matrices
 from expertlane.ops.cuda.splits import num_multiprocessors, share_of, stages_within
+from expertlane.spec.deployment import INPUTS_OF_SCALE
 
 _LEAST_STEPS = 4  # of a split
 _MOST_SPLITS = 8
@@ -32,10 +34,11 @@ _SUM_BLOCK = 1024
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _grouped_kernel(
-    x, weight, scales, bias, counts, from_rows, to_rows, out,
+    x, x_scales, weight, scales, bias, counts, from_rows, to_rows, out,
     x_row, out_row, out_split, num_rows, num_matrices, out_features, in_features,
     num_groups, group, first, low,
-    HAS_COUNTS: tl.constexpr, BITS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, BITS: tl.constexpr, INPUTS: tl.constexpr, IS_ONE: tl.constexpr,
+    IS_SHARED: tl.constexpr, HAS_BIAS: tl.constexpr,
     IS_GATHERED: tl.constexpr, IS_SCATTERED: tl.constexpr, IS_SPLIT: tl.constexpr,
     WEIGHTS_FIRST: tl.constexpr, MATRICES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -57,7 +60,14 @@ def _grouped_kernel(
     if IS_SPLIT:
         low, high = share_of(low, high, split, tl.num_programs(2), DEPTH)
     of_row = x + row * x_row
-    if BITS == 4:
+    if INPUTS > 0:
+        total = product_in_float8(
+            of_row, is_pair, x_scales + row * ((in_features + INPUTS - 1) // INPUTS),
+            weight, scales, matrix * out_features + tl.program_id(0) * COLUMNS, is_column,
+            low, high, in_features, num_groups, group, first,
+            WEIGHTS_FIRST, IS_ONE, IS_SHARED, INPUTS, ROWS, COLUMNS, DEPTH,
+        )  # fmt: skip
+    elif BITS == 4:
         total = _product_of_blocks(
             of_row, is_pair, weight, scales, place, is_column, low, high, in_features,
             WEIGHTS_FIRST, ROWS, COLUMNS, DEPTH,
@@ -237,6 +247,13 @@ class Tile(NamedTuple):
         mean = triton.next_power_of_2(num_rows // max(1, matrices.num))
         rows = min(128, max(16, mean))
         depth = 64 if rows == 128 else 128
+        if matrices.takes_float8:
+            depth = INPUTS_OF_SCALE
+            if matrices.num_groups > 1:
+                depth = math.gcd(depth, matrices.group)
+                if matrices.rows % 128:  # a scale for each column takes registers
+                    return cls(min(rows, 64), 128, depth, 4 if rows <= 32 else 8, 4)
+            return cls(rows, 128, depth, 4 if rows <= 64 else 8, 4)
         if matrices.bits < 16:
             is_one = matrices.bits == 4 or matrices.num_groups == 1
             depth = depth if is_one else math.gcd(depth, matrices.group)
@@ -277,6 +294,9 @@ def grouped_product(
     num_tiles = triton.cdiv(num_rows, tile.rows)
     if counts is not None and num_rows:
         num_tiles = min(num_rows, matrices.num) + num_rows // tile.rows
+    inputs = None
+    if matrices.takes_float8:
+        inputs = in_float8(x, counts if from_rows is None else None)
     num_splits = _num_splits(num_rows, matrices, tile, x.device)
     sums, sums_to = out, to_rows
     if num_splits > 1:
@@ -289,16 +309,26 @@ def grouped_product(
     launch(
         _grouped_kernel,
         (triton.cdiv(out_features, tile.columns), num_tiles, num_splits),
-        *(x, matrices.weight, matrices.scales, matrices.bias, counts, from_rows, sums_to, sums),
-        *(x.stride(0), sums.stride(0), num_rows * out_features, num_rows, matrices.num),
+        *((x, None) if inputs is None else inputs),
+        *(matrices.weight, matrices.scales, matrices.bias, counts, from_rows, sums_to, sums),
+        *(
+            x.stride(0) if inputs is None else matrices.in_features,
+            sums.stride(0),
+            num_rows * out_features,
+            num_rows,
+            matrices.num,
+        ),
         *(out_features, matrices.in_features, matrices.num_groups, matrices.group, matrices.first),
         -(matrices.first % tile.depth),  # so that a step has one group
         BITS=matrices.bits,
+        INPUTS=INPUTS_OF_SCALE if matrices.takes_float8 else 0,
+        IS_ONE=matrices.num_groups == 1,
+        IS_SHARED=matrices.num_groups > 1 and matrices.rows % tile.columns == 0,
         HAS_BIAS=matrices.bias is not None,
         IS_GATHERED=from_rows is not None,
         IS_SCATTERED=sums_to is not None,
         IS_SPLIT=num_splits > 1,
-        WEIGHTS_FIRST=tile.rows >= 64,  # else registers spill
+        WEIGHTS_FIRST=(tile.rows >= 64) != matrices.takes_float8,  # else registers spill
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from expertlane.ops.narrow import ScaledLinear
+from expertlane.ops.narrow import ScaledLinear, shared_rows
 from expertlane.ops.products import Linear
 
 
@@ -19,7 +19,8 @@ class Matrices:
         weight: [num, out_features, in_features]; of four bits, half as many uint8.
         scales: [num, out_features, num_groups]; None where values are weights.
         bias: [num, out_features].
-        group, first: as of `NarrowWeight`.
+        group, first, rows: as of `NarrowWeight`.
+        takes_float8: products round their inputs (`ops/rounded.py`).
     """
 
     weight: Tensor
@@ -27,6 +28,8 @@ class Matrices:
     bias: Tensor | None
     group: int = 0
     first: int = 0
+    rows: int = 1
+    takes_float8: bool = False
 
     @classmethod
     def one(cls, linear: Linear) -> Self:
@@ -34,9 +37,8 @@ class Matrices:
         bias = None if linear.bias is None else linear.bias.unsqueeze(0)
         if not isinstance(linear, ScaledLinear):
             return cls(linear.weight.unsqueeze(0), None, bias)
-        return cls(
-            linear.weight.unsqueeze(0), linear.scales.unsqueeze(0), bias, linear.group, linear.first
-        )
+        parts = linear.weight.unsqueeze(0), linear.scales.unsqueeze(0), bias
+        return cls(*parts, linear.group, linear.first, linear.rows, linear.takes_float8)
 
     @classmethod
     def of(cls, linears: Sequence[Sequence[Linear]]) -> Self:
@@ -51,7 +53,10 @@ class Matrices:
         weight = _side_by_side(linears, "weight")
         if not isinstance(first, ScaledLinear):
             return cls(weight, None, bias)
-        return cls(weight, _side_by_side(linears, "scales"), bias, first.group, first.first)
+        parts = weight, _side_by_side(linears, "scales"), bias
+        own = linears[0]
+        rows = shared_rows(first.rows, [each.out_features for each in own])
+        return cls(*parts, first.group, first.first, rows, first.takes_float8)
 
     @property
     def num(self) -> int:
@@ -82,7 +87,9 @@ class Matrices:
 def kind_of(linear: Linear) -> Hashable:
     """What linears have in common that are put side by side, beside inputs."""
     kind = type(linear), linear.weight.dtype, linear.bias is not None
-    return (*kind, linear.group, linear.first) if isinstance(linear, ScaledLinear) else kind
+    if not isinstance(linear, ScaledLinear):
+        return kind
+    return (*kind, linear.group, linear.first, linear.rows, linear.takes_float8)
 
 
 def _side_by_side(linears: Sequence[Sequence[Linear]], name: str) -> Tensor:

@@ -20,6 +20,7 @@ class CudaNarrowLinear(ScaledLinear):
 
     Args:
         weight: one that `suits`.
+        takes_float8: inputs are rounded to float8, and multiplied so.
 
     Attributes:
         weight: [out_features, in_features] int8 or float8; of MXFP4 [out_features,
@@ -28,9 +29,17 @@ class CudaNarrowLinear(ScaledLinear):
 
     is_packed = True
 
-    def __init__(self, weight: NarrowWeight | Mxfp4Weight, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        weight: NarrowWeight | Mxfp4Weight,
+        bias: Tensor | None,
+        *,
+        takes_float8: bool = False,
+    ) -> None:
+        self.takes_float8 = takes_float8
         if isinstance(weight, NarrowWeight):
             self.weight, self.group, self.first = weight.values, weight.group, weight.first
+            self.rows = weight.rows
         else:
             self.weight, self.group, self.first = weight.blocks, MXFP4_BLOCK, 0
         self.scales, self.bias, self.itemsize = weight.scales, bias, 1

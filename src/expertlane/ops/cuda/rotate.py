@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.ops.cuda.kv_float8 import largest_of, rounded, scale_of
+from expertlane.ops.cuda.float8 import largest_of, rounded, scale_of
 from expertlane.ops.cuda.launch import launch
 from expertlane.ops.kv_cache import KVCache
 

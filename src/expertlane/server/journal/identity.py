@@ -31,6 +31,7 @@ def identity(
         "checkpoint": "random weights" if folder is None else fingerprint(folder),
         "--dtype": dtype or "the default",
         "--weights": options.weights,
+        "--activations": options.activations,
         "--kv-dtype": options.kv_dtype,
         "--payload": options.payload,
     }

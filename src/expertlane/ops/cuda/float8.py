@@ -1,4 +1,4 @@
-"""Rows of keys and values in float8 as `ops.kv_float8` rounds and widens them, inside kernels."""
+"""Rows of values in float8 as `ops.float8` rounds and widens them, inside kernels."""
 
 import triton
 import triton.language as tl

@@ -1,0 +1,59 @@
+"""Products whose inputs are rounded to float8 (e4m3) with a scale for a token's every 128.
+
+DeepSeek-V3's float8 matrices are made for such inputs (arXiv:2412.19437, section 3.3). Scales are
+powers of two (`ops/float8.py`), as DeepSeek-V3.1's are: then rounded inputs are numbers of every
+type that models compute in, so any product can take them and all backends compute one function.
+A token's rounding depends on its own values alone.
+"""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertlane.ops.float8 import from_float8, to_float8
+from expertlane.ops.products import Linear
+from expertlane.spec.deployment import INPUTS_OF_SCALE
+
+
+def rounded_inputs(x: Tensor) -> Tensor:
+    """[num_rows, in_features], as float8 has them."""
+    num_rows, num_inputs = x.shape
+    missing = -num_inputs % INPUTS_OF_SCALE
+    padded = F.pad(x, (0, missing)) if missing else x
+    num_groups = padded.shape[1] // INPUTS_OF_SCALE
+    groups = padded.reshape(num_rows, num_groups, INPUTS_OF_SCALE)
+    return from_float8(*to_float8(groups), x.dtype).flatten(1)[:, :num_inputs]
+
+
+class RoundedLinear(Linear):
+    """Another product, of rounded inputs.
+
+    Args:
+        inner: that product.
+    """
+
+    is_packed = True
+
+    def __init__(self, inner: Linear) -> None:
+        self.inner = inner
+        self.out_features, self.in_features = inner.out_features, inner.in_features
+        self.itemsize, self.weight, self.bias = inner.itemsize, inner.weight, inner.bias
+
+    @property
+    def num_bytes(self) -> int:
+        """As of the other."""
+        return self.inner.num_bytes
+
+    def tensors(self) -> list[Tensor]:
+        """As of the other."""
+        return self.inner.tensors()
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """As `Linear`'s."""
+        return type(self)(self.inner.with_tensors(tensors))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[num_rows, out_features] of [num_rows, in_features]."""
+        return self.inner(rounded_inputs(x))
