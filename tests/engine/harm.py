@@ -252,7 +252,7 @@ def lines_of(command: Sequence[str], file: Path, patience_s: float) -> Iterator[
             found.update((each["number"], each) for each in read(file))
             return number in found or process.poll() is not None
 
-        wait_until(is_there, seconds=patience_s)
+        wait_until(is_there, seconds=patience_s, pause_s=0.1)  # runs take seconds
         return found[number]
 
     yield line
