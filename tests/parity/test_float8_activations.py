@@ -7,6 +7,7 @@ way. The reference says how near its inputs come to that, and seeds are such tha
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 from distributed.running import deployment, run_deployment
@@ -19,7 +20,7 @@ from parity.float8_reference import RoundedInputs, generate, load_model
 from parity.reference import ReferenceRun
 
 WORKLOAD = Workload(num_sequences=2, prompt_len=1, output_len=2, seed=7)
-MARGIN = 0e-7  # of the largest of 128 inputs; float32 moves them by less
+MARGIN = 3.5e-7  # of the largest of 128 inputs; float32 moves them by less
 COMMON = {
     "num_hidden_layers": 1,
     "hidden_size": 136,
@@ -96,4 +97,20 @@ def run(pools, case, layout, forced, dtype="float32", **options):
 def test_every_layout_computes_the_rounded_model(pools, cases, family, layout):
     case = cases[family]
     found = run(pools, case, layout, case.rounded.tokens)
-    check_contract(case.rounded, found.logits, found.tokens, bound=1e-4)
+    check_contract(case.rounded, found.logits, found.tokens)
+
+
+@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize(
+    ("dtype", "other"), [("float32", "exact"), ("bfloat16", "exact"), ("bfloat16", "rounded")]
+)
+def test_how_far_rounding_moves_the_logits(pools, cases, family, dtype, other):
+    """From exact inputs; and in bfloat16, whose inputs are rounded the other way here and there.
+
+    Measured, of the largest logit: 0.041 to 0.060. Bound: twice that.
+    """
+    reference: ReferenceRun = getattr(cases[family], other)
+    found = run(pools, cases[family], "tp=2", reference.tokens, dtype)
+    error = np.abs(found.logits - reference.logits).max() / np.abs(reference.logits).max()
+    print(f"float8 activations, {family}, {dtype}, from {other} inputs: error {error:.4f}")
+    assert 1e-3 < error < 0.12
