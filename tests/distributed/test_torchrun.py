@@ -32,7 +32,7 @@ name = "EP 4 + overlap"
 layout = "dp=4,ep=4"
 overlap = true
 """
-COMMAND = ["-m", "expertlane", "compare", "four.toml", "--json", "--out", "out"]
+COMMAND = ["-m", "expertlane", "compare", "four.toml", "--repeat", "2", "--json", "--out", "out"]
 
 
 def torchrun(num_nodes, num_processes):

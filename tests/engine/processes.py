@@ -13,18 +13,26 @@ from expertlane.engine.local_ranks import LocalRanks
 
 _PATIENCE_S = 60.0
 _LOOK_S = 0.05  # between looks at all processes, which take milliseconds
+_SHARE = 9.0  # of a pause, at least, to what a look took of a core
 
 
 def wait_until(
     condition: Callable[[], object], seconds: float = _PATIENCE_S, pause_s: float = 0.005
 ) -> bool:
-    """Whether `condition` became true in time."""
+    """Whether `condition` became true in time.
+
+    Args:
+        pause_s: between looks at it; longer where a look takes long, so that looks leave most of a
+            core to what is waited for.
+    """
     until = time.monotonic() + seconds
-    while not condition():
+    while True:
+        began_s = time.thread_time()
+        if condition():
+            return True
         if time.monotonic() > until:
             return False
-        time.sleep(pause_s)
-    return True
+        time.sleep(max(pause_s, _SHARE * (time.thread_time() - began_s)))
 
 
 class RunningRanks:

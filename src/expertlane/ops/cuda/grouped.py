@@ -287,68 +287,72 @@ def grouped_product(
         to_rows: [num_rows]; where each result goes.
         out: [num_rows, out_features]; what is returned, if given.
     """
-    out_features = matrices.out_features
-    out = x.new_empty(num_rows, out_features) if out is None else out
+    out = x.new_empty(num_rows, matrices.out_features) if out is None else out
     x = x if x.stride(1) == 1 else x.contiguous()
     tile = Tile.of(num_rows, matrices, x.itemsize)
+    num_splits = _num_splits(num_rows, matrices, tile, x.device)
+    if num_splits == 1:
+        _multiply(x, matrices, counts, num_rows, tile, 1, from_rows, to_rows, out)
+        return out
+    sums = out.new_empty(num_splits * num_rows, matrices.out_features, dtype=torch.float32)
+    _multiply(x, matrices, counts, num_rows, tile, num_splits, from_rows, None, sums)
+    launch(
+        _sum_kernel,
+        (num_rows, triton.cdiv(matrices.out_features, _SUM_BLOCK)),
+        *(sums, counts, to_rows, out, num_splits, num_rows, matrices.num),
+        *(out.stride(0), matrices.out_features),
+        HAS_COUNTS=counts is not None,
+        IS_SCATTERED=to_rows is not None,
+        MATRICES=triton.next_power_of_2(matrices.num),
+        BLOCK=_SUM_BLOCK,
+    )
+    return out
+
+
+def _multiply(
+    x: Tensor,
+    matrices: Matrices,
+    counts: Tensor | None,
+    num_rows: int,
+    tile: Tile,
+    num_splits: int,
+    from_rows: Tensor | None,
+    to_rows: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Products of each split of inputs: `out` is [num_splits · num_rows, out_features]."""
+    stage_bytes = tile.stage_bytes(matrices.bits, x.itemsize)
     num_tiles = triton.cdiv(num_rows, tile.rows)
     if counts is not None and num_rows:
         num_tiles = min(num_rows, matrices.num) + num_rows // tile.rows
-    inputs = None
+    x_scales = None
     if matrices.takes_float8:
-        inputs = in_float8(x, counts if from_rows is None else None)
-    num_splits = _num_splits(num_rows, matrices, tile, x.device)
-    sums, sums_to = out, to_rows
-    if num_splits > 1:
-        sums = out.new_empty(num_splits * num_rows, out_features, dtype=torch.float32)
-        sums_to = None
-    of_launch = {
-        "HAS_COUNTS": counts is not None,
-        "MATRICES": triton.next_power_of_2(matrices.num),
-    }
+        x, x_scales = in_float8(x, counts if from_rows is None else None)
     launch(
         _grouped_kernel,
-        (triton.cdiv(out_features, tile.columns), num_tiles, num_splits),
-        *((x, None) if inputs is None else inputs),
-        *(matrices.weight, matrices.scales, matrices.bias, counts, from_rows, sums_to, sums),
-        *(
-            x.stride(0) if inputs is None else matrices.in_features,
-            sums.stride(0),
-            num_rows * out_features,
-            num_rows,
-            matrices.num,
-        ),
-        *(out_features, matrices.in_features, matrices.num_groups, matrices.group, matrices.first),
+        (triton.cdiv(matrices.out_features, tile.columns), num_tiles, num_splits),
+        *(x, x_scales, matrices.weight, matrices.scales, matrices.bias, counts),
+        *(from_rows, to_rows, out, x.stride(0), out.stride(0), num_rows * matrices.out_features),
+        *(num_rows, matrices.num, matrices.out_features, matrices.in_features),
+        *(matrices.num_groups, matrices.group, matrices.first),
         -(matrices.first % tile.depth),  # so that a step has one group
+        HAS_COUNTS=counts is not None,
         BITS=matrices.bits,
         INPUTS=INPUTS_OF_SCALE if matrices.takes_float8 else 0,
         IS_ONE=matrices.num_groups == 1,
         IS_SHARED=matrices.num_groups > 1 and matrices.rows % tile.columns == 0,
         HAS_BIAS=matrices.bias is not None,
         IS_GATHERED=from_rows is not None,
-        IS_SCATTERED=sums_to is not None,
+        IS_SCATTERED=to_rows is not None,
         IS_SPLIT=num_splits > 1,
         WEIGHTS_FIRST=(tile.rows >= 64) != matrices.takes_float8,  # else registers spill
+        MATRICES=triton.next_power_of_2(matrices.num),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
         num_warps=tile.num_warps,
-        num_stages=stages_within(
-            tile.num_stages, tile.stage_bytes(matrices.bits, x.itemsize), x.device
-        ),
-        **of_launch,
+        num_stages=stages_within(tile.num_stages, stage_bytes, x.device),
     )
-    if num_splits > 1:
-        launch(
-            _sum_kernel,
-            (num_rows, triton.cdiv(out_features, _SUM_BLOCK)),
-            *(sums, counts, to_rows, out, num_splits, num_rows, matrices.num),
-            *(out.stride(0), out_features),
-            IS_SCATTERED=to_rows is not None,
-            BLOCK=_SUM_BLOCK,
-            **of_launch,
-        )
-    return out
 
 
 def _num_splits(num_rows: int, matrices: Matrices, tile: Tile, device: torch.device) -> int:
