@@ -3,8 +3,9 @@
 Operations run at models' sizes on tensors that have shapes and no data (`cuda_cases.py`). Each
 kernel that they would launch is compiled instead, with the very arguments of the launch, for the
 cards asked for. Printed for each: registers a thread, bytes a thread that are spilled to memory,
-bytes of shared memory. Exit code 1 where one spills over its bound, or takes more shared memory
-than the card has.
+bytes of shared memory, and the instruction of its matrix products. Exit code 1 where one spills
+over its bound, takes more shared memory than the card has, or multiplies tiles of 64 rows and more
+otherwise than by the card's instruction for groups of warps.
 
     PYTHONPATH=src python benchmarks/compile_cuda.py [--target 90 100] [--only TEXT …] [--json]
 """
@@ -33,6 +34,9 @@ from triton.runtime.jit import JITFunction, MockTensor
 MOST_SPILLED_BYTES = 32  # a thread
 # CUDA C++ programming guide, table of technical specifications: of a block, at most.
 SHARED_BYTES = {90: 227 << 10, 100: 227 << 10}
+# PTX's instructions of products: for groups of warps, by card, and for one warp.
+OF_GROUPS = {90: "wgmma", 100: "tcgen05"}
+INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,23 @@ class Compiled:
     registers: int
     spilled_bytes: int
     shared_bytes: int
+    rows: int  # of a tile of products of 16 bits and less; 0 for other kernels
+    product: str  # of INSTRUCTIONS; empty where there is none
+
+    @property
+    def expected(self) -> str:
+        """The instruction that its products need."""
+        return OF_GROUPS[self.target] if self.rows >= 64 else "mma" if self.rows else ""
 
     @property
     def is_within(self) -> bool:
         """Whether it keeps the bounds."""
         fits = self.shared_bytes <= SHARED_BYTES[self.target]
-        return fits and self.spilled_bytes <= MOST_SPILLED_BYTES
+        return (
+            fits
+            and self.spilled_bytes <= MOST_SPILLED_BYTES
+            and self.product in (self.expected, OF_GROUPS[self.target] if self.rows else "")
+        )
 
 
 class CompilingDriver:
@@ -74,8 +89,8 @@ class CompilingDriver:
 
 
 @contextmanager
-def compiling(target: int, found: Callable[[Any], None]) -> Iterator[None]:
-    """Launches compile for `target`, and give what was compiled to `found`."""
+def compiling(target: int, found: Callable[[Any, int], None]) -> Iterator[None]:
+    """Launches compile for `target`; what was compiled goes to `found`, with `Compiled.rows`."""
     launch = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -84,7 +99,7 @@ def compiling(target: int, found: Callable[[Any], None]) -> Iterator[None]:
             for each in args
         ]
         kernel = launch(self, *given, grid=grid, warmup=True, **kwargs)
-        found(kernel)
+        found(kernel, kwargs.get("ROWS", 0) if args[0].itemsize <= 2 else 0)
         return kernel
 
     driver.set_active(CompilingDriver(target))
@@ -121,14 +136,19 @@ def check_shapes() -> None:
 
 def compile_case(name: str, target: int) -> list[Compiled]:
     """The kernels that a case launches, each once."""
-    kernels: list[Any] = []
-    with compiling(target, kernels.append), FakeTensorMode():
+    kernels: dict[str, tuple[Any, int]] = {}
+
+    def keep(kernel: Any, rows: int) -> None:
+        kernels[kernel.hash] = kernel, rows
+
+    with compiling(target, keep), FakeTensorMode():
         CASES[name]()
     found = []
-    for kernel in {kernel.hash: kernel for kernel in kernels}.values():
-        meta = kernel.metadata
-        usage = resources(kernel.asm["cubin"])
-        found.append(Compiled(name, meta.name, target, meta.num_warps, *usage, meta.shared))
+    for kernel, rows in kernels.values():
+        meta, usage = kernel.metadata, resources(kernel.asm["cubin"])
+        used = [name for name, text in INSTRUCTIONS.items() if text in kernel.asm["ptx"]]
+        of_kernel = meta.num_warps, *usage, meta.shared, rows, "+".join(used)
+        found.append(Compiled(name, meta.name, target, *of_kernel))
     return found
 
 
@@ -146,7 +166,7 @@ def main() -> int:
     if not given.json:
         print(f"triton {triton.__version__}, torch {torch.__version__}")
         print(f"bound: {MOST_SPILLED_BYTES} spilled bytes a thread")
-        print(f"{'case':28} {'kernel':20} {'sm':>4} warps  regs  spilled  shared")
+        print(f"{'case':28} {'kernel':20} {'sm':>4} warps  regs  spilled  shared  products")
     for target in given.target:
         for name in names:
             for each in compile_case(name, target):
@@ -155,7 +175,8 @@ def main() -> int:
                     print(
                         f"{each.case:28} {each.kernel.strip('_'):20} {target:4} "
                         f"{each.num_warps:5} {each.registers:5} {each.spilled_bytes:8} "
-                        f"{each.shared_bytes:7}{'' if each.is_within else '  over'}",
+                        f"{each.shared_bytes:7}  {each.product:8}"
+                        f"{'' if each.is_within else 'not as it should be'}".rstrip(),
                         flush=True,
                     )
     if given.json:

@@ -119,5 +119,35 @@ def test_wide_heads(heads, dims, dtype, is_float8):
     compare([(20, 1), (3, 5)], 16, heads, dims, None, False, dtype, is_float8=is_float8)
 
 
+@pytest.mark.parametrize("card", [90, 100])
+@pytest.mark.parametrize(
+    ("heads", "dims", "sequences", "num_splits", "is_float8"),
+    [
+        ((2, 1), (512, 512), [(3, 36), (3, 1)], 1, True),
+        ((70, 1), (576, None), [(20, 1), (3, 1)], 3, False),
+        ((4, 2), (328, 320), [(3, 34)], 3, False),
+    ],
+    ids=["512", "absorbed latent", "not all columns"],
+)
+def test_programs_that_share_the_values_of_wide_heads(
+    heads, dims, sequences, num_splits, is_float8, card, monkeypatch
+):
+    launched, launch = [], module.launch
+    monkeypatch.setattr(module, "architecture", lambda: card)
+    monkeypatch.setattr(module, "_num_splits", lambda *_: num_splits)
+    monkeypatch.setattr(
+        module, "launch", lambda *args, **o: launched.append(o) or launch(*args, **o)
+    )
+    compare(sequences, 16, heads, dims, None, False, torch.float16, is_float8=is_float8)
+    tile = launched[0]
+    assert (tile["VALUE_PARTS"], tile["ROWS"]) == (2, 128 if card == 90 else 64)
+
+
+def test_cards_with_little_shared_memory_have_small_tiles(monkeypatch):
+    assert module.Tile.wide(128, 512, 512, 2, DEVICE) is not None
+    monkeypatch.setattr(module, "shared_bytes", lambda device: 163 << 10)
+    assert module.Tile.wide(128, 512, 512, 2, DEVICE) is None
+
+
 def test_no_tokens():
     compare([], 4, (2, 1), (16, 16), None, False, torch.float32)

@@ -43,6 +43,26 @@ def test_attention_and_experts_of_decode_steps_keep_the_bounds():
         "_write_kernel",
     }
     assert all(each["registers"] > 0 and each["shared_bytes"] >= 0 for each in found)
+    multiply = {"_attention_kernel", "_grouped_kernel"}
+    assert {each["kernel"] for each in found if each["product"] == "mma"} == multiply
+    assert all((each["kernel"] in multiply) == (each["rows"] > 0) for each in found)
+
+
+def test_a_tile_of_many_rows_has_to_be_multiplied_by_a_group_of_warps(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from compile_cuda import Compiled
+
+    def is_within(target, rows, product):
+        return Compiled("", "", target, 8, 200, 0, 0, rows, product).is_within
+
+    assert is_within(90, 64, "wgmma")
+    assert is_within(100, 128, "tcgen05")
+    assert is_within(90, 32, "mma")
+    assert is_within(90, 0, "")
+    assert not is_within(90, 64, "mma")
+    assert not is_within(100, 64, "mma+tcgen05")
+    assert not is_within(90, 16, "")
+    assert not is_within(90, 0, "mma")
 
 
 @needs_tools
@@ -56,4 +76,6 @@ def test_words_that_are_in_no_name_compile_nothing_and_fail():
 @pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_all_kernels_keep_the_bounds():
-    assert len(compiled()) > 60
+    found = compiled()
+    assert len(found) > 60
+    assert {each["product"] for each in found} == {"", "mma", "wgmma", "tcgen05"}

@@ -24,11 +24,17 @@ from torch import Tensor
 
 from expertlane.ops.cuda.float8 import widened
 from expertlane.ops.cuda.launch import launch
-from expertlane.ops.cuda.splits import num_multiprocessors, share_of
+from expertlane.ops.cuda.splits import (
+    architecture,
+    num_multiprocessors,
+    share_of,
+    shared_bytes,
+)
 from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 
 _LOG2_E = 1.4426950408889634
 _LEAST_SPLIT = 256  # positions
+_PART = 256  # values of a head of a program that shares it
 
 
 @triton.jit(do_not_specialize=["table_width", "num_seqs", "num_tokens"])
@@ -40,11 +46,13 @@ def _attention_kernel(
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_DECODE: tl.constexpr,
     IS_SPLIT: tl.constexpr, VALUES_IN_KEYS: tl.constexpr, IS_FLOAT8: tl.constexpr,
-    ROWS: tl.constexpr, POSITIONS: tl.constexpr,
-    MAIN: tl.constexpr, REST: tl.constexpr, VALUE_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, POSITIONS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr, VALUE_PARTS: tl.constexpr,
 ):  # fmt: skip
     # Tokens of the batch: first to first + new. Rows of the sequence: token · GROUP + head.
-    kv_head, split = tl.program_id(1), tl.program_id(2)
+    kv_head, split = tl.program_id(1) // VALUE_PARTS, tl.program_id(2)
+    num_kv_heads = tl.num_programs(1) // VALUE_PARTS
+    column = tl.program_id(1) % VALUE_PARTS * VALUE_BLOCK  # the first of the program's values
     seq, row = _place_of_tile(tl.program_id(0), first_tokens, num_seqs, GROUP, ROWS, IS_DECODE)
     new = tl.load(num_scheduled + seq).to(tl.int32)
     if row >= new * GROUP:
@@ -61,9 +69,7 @@ def _attention_kernel(
 
     of_row = query + (first + rows // GROUP) * query_token + head * query_head
     query_main = _columns_of(of_row, is_row, 0, KEY_DIM, MAIN)
-    query_rest = query_main  # not read
-    if REST > 0:
-        query_rest = _columns_of(of_row, is_row, MAIN, KEY_DIM, REST)
+    query_rest = _columns_of(of_row, is_row, MAIN, KEY_DIM, REST) if REST > 0 else query_main
     greatest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if HAS_SINKS and not IS_SPLIT:
@@ -76,27 +82,28 @@ def _attention_kernel(
         query_main, query_rest, length - new + rows // GROUP, greatest, total,
         keys + kv_head * key_head, values + kv_head * value_head, key_scales, value_scales,
         tables + seq.to(tl.int64) * table_width, key_block, value_block,
-        tl.num_programs(1) * BLOCK_SIZE, begin, end, window, scale,
+        num_kv_heads * BLOCK_SIZE, begin, end, window, scale, column,
         KEY_DIM, VALUE_DIM, BLOCK_SIZE, HAS_WINDOW, VALUES_IN_KEYS, IS_FLOAT8,
         ROWS, POSITIONS, MAIN, REST, VALUE_BLOCK,
     )  # fmt: skip
 
-    num_heads = GROUP * tl.num_programs(1)
+    num_heads = GROUP * num_kv_heads
     place = (first + rows // GROUP) * num_heads + head  # among all tokens' heads
     if IS_SPLIT:
         place += split.to(tl.int64) * num_tokens * num_heads
-        _store_rows(partial, place, is_row, sum_of_values, VALUE_DIM, VALUE_BLOCK)
-        tl.store(maxima + place, greatest, mask=is_row)
+        _store_rows(partial, place, is_row, sum_of_values, column, VALUE_DIM, VALUE_BLOCK)
+        tl.store(maxima + place, greatest, mask=is_row)  # the same from all parts of values
         tl.store(sums + place, total, mask=is_row)
     else:
         total = tl.where(is_row, total, 1.0)
-        _store_rows(out, place, is_row, sum_of_values / total[:, None], VALUE_DIM, VALUE_BLOCK)
+        sum_of_values /= total[:, None]
+        _store_rows(out, place, is_row, sum_of_values, column, VALUE_DIM, VALUE_BLOCK)
 
 
 @triton.jit
 def _attend_positions(
     query_main, query_rest, own, greatest, total, keys, values, key_scales, value_scales,
-    table, key_block, value_block, scale_block, begin, end, window, scale,
+    table, key_block, value_block, scale_block, begin, end, window, scale, column,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_WINDOW: tl.constexpr, VALUES_IN_KEYS: tl.constexpr, IS_FLOAT8: tl.constexpr,
     ROWS: tl.constexpr, POSITIONS: tl.constexpr,
@@ -132,14 +139,14 @@ def _attend_positions(
         total = total * shrunk + tl.sum(weights, axis=1)
         if not VALUES_IN_KEYS:
             of_value = values + block * value_block + offset * VALUE_DIM
-            value = _columns_of(of_value, is_there, 0, VALUE_DIM, VALUE_BLOCK)
+            value = _columns_of(of_value, is_there, column, VALUE_DIM, VALUE_BLOCK)
             if IS_FLOAT8:
                 value_scale = tl.load(value_scales + of_scales, is_there, 1)[:, None]
                 value = widened(value, value_scale).to(query_main.dtype)
-        elif VALUE_DIM == MAIN:
+        elif VALUE_BLOCK == MAIN:
             value = key_main
         else:
-            value = _columns_of(key, is_there, 0, VALUE_DIM, VALUE_BLOCK)
+            value = _columns_of(key, is_there, column, VALUE_DIM, VALUE_BLOCK)
             if IS_FLOAT8:
                 value = widened(value, key_scale).to(query_main.dtype)
         scaled = sum_of_values * shrunk[:, None]
@@ -148,15 +155,15 @@ def _attend_positions(
 
 
 @triton.jit
-def _store_rows(to, place, is_row, rows, DIM: tl.constexpr, COLUMNS: tl.constexpr):
-    """[rows, COLUMNS] at those places of [places, DIM]."""
-    columns = tl.arange(0, COLUMNS)
+def _store_rows(to, place, is_row, rows, first, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """[rows, COLUMNS] at those places of [places, DIM], from column `first` on."""
+    columns = first + tl.arange(0, COLUMNS)
     mask = is_row[:, None] & (columns < DIM)[None, :]
     tl.store(to + place[:, None] * DIM + columns[None, :], rows.to(to.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _columns_of(rows, is_there, first: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+def _columns_of(rows, is_there, first, DIM: tl.constexpr, COLUMNS: tl.constexpr):
     """[rows, COLUMNS] from column `first` on; zeros where there is none."""
     columns = first + tl.arange(0, COLUMNS)
     mask = is_there[:, None] & (columns < DIM)[None, :]
@@ -227,12 +234,14 @@ class Tile(NamedTuple):
 
     Attributes:
         rows, positions: query rows, and positions a step of its loop.
+        value_parts: programs that share a head's values; each has all of its logits.
     """
 
     rows: int
     positions: int
     num_warps: int
     num_stages: int
+    value_parts: int = 1
 
     @classmethod
     def of(cls, rows_of_seq: int, dim: int, itemsize: int, *, widens: bool = False) -> "Tile":
@@ -245,9 +254,28 @@ class Tile(NamedTuple):
         rows = min(most, max(16, triton.next_power_of_2(rows_of_seq)))
         if itemsize == 4:  # float32, for parity: multiplied without tensor cores
             return cls(rows, 16, 8, 1) if dim > 256 else cls(rows, 16, 4, 2)
-        if dim > 256:  # with 64 rows, registers of sm_90 spill
+        if dim > 256:
             return cls(rows, 32, 8 if rows > 16 or widens else 4, 2)
         return cls(rows, 64 if dim <= 128 else 32, 8 if rows * dim >= 128 * 128 else 4, 3)
+
+    @classmethod
+    def wide(
+        cls, rows_of_seq: int, key_dim: int, value_dim: int, itemsize: int, device: torch.device
+    ) -> "Tile | None":
+        """For many rows of 16 bits of heads of some 320 and more; None for others.
+
+        Rows enough for products of whole groups of warps; sums of 256 values stay in registers.
+        None, too, where queries and two stages do not fit into shared memory.
+        """
+        if itemsize != 2 or rows_of_seq <= 64 or max(key_dim, value_dim) < 320:
+            return None
+        key_columns, parts = sum(_blocks(key_dim)), triton.cdiv(value_dim, _PART)
+        rows = 128 if architecture() < 100 else 64  # more spill there
+        for positions in (32, 16):
+            stages = 2 * positions * (key_columns + _PART)
+            if 2 * (rows * key_columns + stages) <= shared_bytes(device):
+                return cls(rows, positions, 8, 2, parts)
+        return None
 
 
 def _blocks(key_dim: int) -> tuple[int, int]:
@@ -283,18 +311,21 @@ def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
     if params.window is not None:
         longest = min(longest, params.window + bounds.most_new)
     dim, is_float8 = max(key_dim, value_dim) // 64 * 64 or 64, cache.key_scales is not None
-    tile = Tile.of(group * bounds.most_new, dim, query.itemsize, widens=is_float8)
+    rows_of_seq, itemsize = group * bounds.most_new, query.itemsize
+    tile = Tile.wide(rows_of_seq, key_dim, value_dim, itemsize, query.device)
+    tile = tile or Tile.of(rows_of_seq, dim, itemsize, widens=is_float8)
     num_tiles = num_tokens * group // tile.rows + num_seqs
     if bounds.is_decode:
         num_tiles = num_seqs * triton.cdiv(group, tile.rows)
-    num_splits = _num_splits(num_tiles * cache.num_heads, longest, query.device)
+    num_heads_parts = cache.num_heads * tile.value_parts
+    num_splits = _num_splits(num_tiles * num_heads_parts, longest, query.device)
     parts = _room_for_parts(out, num_splits)
     main, rest = _blocks(key_dim)
-    value_block = max(16, triton.next_power_of_2(value_dim))
+    value_block = max(16, triton.next_power_of_2(triton.cdiv(value_dim, tile.value_parts)))
     query = query if query.stride(2) == 1 else query.contiguous()
     launch(
         _attention_kernel,
-        (num_tiles, cache.num_heads, num_splits),
+        (num_tiles, num_heads_parts, num_splits),
         *(query, *cache.parts, seqs.block_tables, seqs.first_tokens),
         *(seqs.num_scheduled, seqs.lengths, params.sinks, out, *parts, *query.stride()[:2]),
         *(*cache.keys.stride()[:2], *cache.values.stride()[:2], seqs.block_tables.shape[1]),
@@ -314,20 +345,20 @@ def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
         MAIN=main,
         REST=rest,
         VALUE_BLOCK=value_block,
+        VALUE_PARTS=tile.value_parts,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
     if num_splits > 1:
-        _add_up(parts, params.sinks, out, value_block)
+        _add_up(parts, params.sinks, out)
     return out
 
 
-def _add_up(
-    parts: tuple[Tensor, Tensor, Tensor], sinks: Tensor | None, out: Tensor, value_block: int
-) -> None:
+def _add_up(parts: tuple[Tensor, Tensor, Tensor], sinks: Tensor | None, out: Tensor) -> None:
     """Combine the splits' results into `out`."""
     num_tokens, num_heads, value_dim = out.shape
     num_splits, num_rows = parts[1].shape[0], num_tokens * num_heads
+    value_block = max(16, triton.next_power_of_2(value_dim))
     launch(
         _combine_kernel,
         (num_rows,),

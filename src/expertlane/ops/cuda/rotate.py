@@ -34,12 +34,7 @@ def _rotate_kernel(
     HALF: tl.constexpr = ROTARY_DIM // 2
     kept, half = tl.arange(0, KEPT_BLOCK)[None, :], tl.arange(0, HALF_BLOCK)[None, :]
     in_kept, in_half = is_head[:, None] & (kept < KEPT), is_head[:, None] & (half < HALF)
-    first = KEPT + half
-    second = first + HALF
-    if INTERLEAVE:
-        is_pair = is_value[:, None] == 0
-        first = tl.where(is_pair, first + half, first)
-        second = tl.where(is_pair, first + 1, second)
+    first, second = _columns_of_pairs(half, is_value[:, None] == 0, KEPT, HALF, INTERLEAVE)
     row = x + token * x_token + head[:, None] * x_head
     a = tl.load(row + first, mask=in_half, other=0.0).to(tl.float32)
     b = tl.load(row + second, mask=in_half, other=0.0).to(tl.float32)
@@ -47,24 +42,20 @@ def _rotate_kernel(
     if HAS_NORMS:
         squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1) + tl.sum(c * c, axis=1)
         scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-        has_norm = is_value[:, None] == 0
-        norm = norms + head[:, None] * HEAD_DIM
-        a = tl.where(has_norm, a * scale * tl.load(norm + first, in_half & has_norm, 0.0), a)
-        b = tl.where(has_norm, b * scale * tl.load(norm + second, in_half & has_norm, 0.0), b)
-        c = tl.where(has_norm, c * scale * tl.load(norm + kept, in_kept & has_norm, 0.0), c)
-        dtype = x.dtype.element_ty  # rounded between norm and rotation, as separate operations are
-        a, b, c = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32), c.to(dtype).to(tl.float32)
-    position = token
-    if HAS_POSITIONS:
-        position = tl.load(positions + token).to(tl.int64)
+        norm, has_norm = norms + head[:, None] * HEAD_DIM, is_value[:, None] == 0
+        dtype = x.dtype.element_ty
+        a = _normalised(a, scale, norm + first, in_half, has_norm, dtype)
+        b = _normalised(b, scale, norm + second, in_half, has_norm, dtype)
+        c = _normalised(c, scale, norm + kept, in_kept, has_norm, dtype)
+    position = tl.load(positions + token).to(tl.int64) if HAS_POSITIONS else token
     angle = position * ROTARY_DIM + half
     cos_a = tl.load(cos + angle, mask=half < HALF, other=0.0)
     sin_b = tl.load(sin + angle + HALF, mask=half < HALF, other=0.0)  # the first half is negative
     turned_a, turned_b = a * cos_a - b * sin_b, b * cos_a + a * sin_b
-    a = tl.where(is_value[:, None], a, turned_a)
-    b = tl.where(is_value[:, None], b, turned_b)
     dtype = out.dtype.element_ty
-    a, b, c = a.to(dtype), b.to(dtype), c.to(dtype)
+    a = tl.where(is_value[:, None], a, turned_a).to(dtype)
+    b = tl.where(is_value[:, None], b, turned_b).to(dtype)
+    c = c.to(dtype)
     to = out + (token * num_heads + head[:, None]) * HEAD_DIM
     if HAS_CACHE:
         slot = tl.load(slots + token)
@@ -74,19 +65,49 @@ def _rotate_kernel(
         value = values + block * value_block + of_cache[:, None] * value_head + offset * HEAD_DIM
         stored = tl.where(is_value[:, None], value, key)
         if IS_FLOAT8:
-            in_cache = is_head & (is_query == 0)
-            largest = tl.maximum(largest_of(a), tl.maximum(largest_of(b), largest_of(c)))
-            scale = scale_of(largest)[:, None]
+            in_cache = (is_head & (is_query == 0))[:, None]
             place = (block * num_kv_heads + of_cache) * block_size + offset
             scales = tl.where(is_value, value_scales + place, key_scales + place)[:, None]
-            tl.store(scales, scale.to(tl.uint8), mask=in_cache[:, None])
-            _store_head(
-                stored, rounded(a, scale), rounded(b, scale), rounded(c, scale), half, kept,
-                in_half & in_cache[:, None], in_kept & in_cache[:, None], KEPT, HALF,
+            _store_in_float8(
+                stored, scales, a, b, c, half, kept, in_cache, in_half & in_cache,
+                in_kept & in_cache, KEPT, HALF,
             )  # fmt: skip
             in_half, in_kept = in_half & is_query[:, None], in_kept & is_query[:, None]
         else:
             to = tl.where(is_query[:, None], to, stored)
+    _store_head(to, a, b, c, half, kept, in_half, in_kept, KEPT, HALF)
+
+
+@triton.jit
+def _columns_of_pairs(
+    half, is_turned, KEPT: tl.constexpr, HALF: tl.constexpr, INTERLEAVE: tl.constexpr
+):  # fmt: skip
+    """Both columns of each pair: side by side in heads that are turned with INTERLEAVE."""
+    first = KEPT + half
+    second = first + HALF
+    if INTERLEAVE:
+        first = tl.where(is_turned, first + half, first)
+        second = tl.where(is_turned, first + 1, second)
+    return first, second
+
+
+@triton.jit
+def _normalised(x, scale, norm, is_there, has_norm, dtype):
+    """x · scale · norm where there is a norm; rounded, as by a norm that is its own operation."""
+    x = tl.where(has_norm, x * scale * tl.load(norm, is_there & has_norm, 0.0), x)
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _store_in_float8(
+    to, scales, a, b, c, half, kept, in_cache, in_half, in_kept,
+    KEPT: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """As `_store_head`, rounded, and the scales of heads in the cache."""
+    largest = tl.maximum(largest_of(a), tl.maximum(largest_of(b), largest_of(c)))
+    scale = scale_of(largest)[:, None]
+    tl.store(scales, scale.to(tl.uint8), mask=in_cache)
+    a, b, c = rounded(a, scale), rounded(b, scale), rounded(c, scale)
     _store_head(to, a, b, c, half, kept, in_half, in_kept, KEPT, HALF)
 
 

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.driver import driver
 
 # Of an H100; used where the device cannot be queried.
 _FEW_MULTIPROCESSORS = 132
@@ -17,12 +18,24 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 def stages_within(wanted: int, stage_bytes: int, device: torch.device) -> int:
-    """Stages of a loop whose loads fit into shared memory, of which small cards have 99 KiB."""
-    shared_bytes = _SHARED_BYTES
+    """Stages of a loop whose loads fit into shared memory."""
+    return max(1, min(wanted, shared_bytes(device) // stage_bytes))
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Of a program at most; small cards have 99 KiB."""
     if device.type == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(device)
-        shared_bytes = getattr(properties, "shared_memory_per_block_optin", shared_bytes)
-    return max(1, min(wanted, shared_bytes // stage_bytes))
+        return getattr(properties, "shared_memory_per_block_optin", _SHARED_BYTES)
+    return _SHARED_BYTES
+
+
+def architecture() -> int:
+    """Of the card that Triton compiles for, as 90; an H100's where there is none."""
+    try:
+        return int(driver.active.get_current_target().arch)
+    except RuntimeError:  # in the interpreter
+        return 90
 
 
 @triton.jit
