@@ -89,7 +89,7 @@ class StepWriter(ABC):
             dtype = self.types.of_part("attention" if stage is Stage.ATTENTION else "mlp")
         num_weights = np.asarray(n) * np.asarray(k)
         if dtype == "float8":
-            self.round_inputs(stage, m * k)
+            self.round_inputs(stage, m * np.asarray(k))
         self.operation(
             Kind.GEMM,
             stage,
