@@ -19,7 +19,7 @@ def lines(request, tmp_path_factory):
     asked = [each for each in request.session.items if each.path == request.path]
     num = 1 + max(each.callspec.params["number"] for each in asked if hasattr(each, "callspec"))
     command = ["faults.runs", str(file), "--to", str(num)]
-    with lines_of(command, file, patience_s=240) as line:
+    with lines_of(command, file, patience_s=280) as line:
         yield line
 
 
