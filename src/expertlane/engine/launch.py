@@ -55,8 +55,7 @@ def start_pool(
         other nodes do not come back: they become supervisors.
 
     Raises:
-        CapacityError: more local ranks than this machine should run, or fewer processes of
-            torchrun than needed.
+        CapacityError: too many local ranks for this machine, or too few processes of torchrun.
         RankError: the ranks did not start.
         UserError: torchrun's variables do not fit together, or `cpu_isa` and `EXPERTLANE_BACKEND`.
     """
