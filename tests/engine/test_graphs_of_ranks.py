@@ -167,7 +167,7 @@ def test_all_ranks_record_ahead_what_they_need(layout, forms, of_sizes, monkeypa
             found.extend(ranks.record_ahead(GraphLimits(3, 24), table))
 
     how = {"comes_at": [0, 2, 2], "max_tokens": 8, "before": {0: ahead}}
-    ranks = assert_equal(layout, Options(dispatch="all_gather"), monkeypatch, **how)
+    ranks = assert_equal(layout, Options(dispatch=forms[1]), monkeypatch, **how)
     world_size = ranks.layout.world_size
     assert found == [[num] * world_size for num in of_sizes]
     assert [each.num_recorded for each in ranks.graphs] == [sum(of_sizes)] * world_size

@@ -83,10 +83,10 @@ def test_what_is_no_number_stays_so(odd):
     assert found[1].isfinite().all()
 
 
-@settings(drawn, max_examples=10)
+@settings(drawn, max_examples=8)
 @given(
     num_rows=st.sampled_from([0, 1, 5, 40]),
-    sizes=st.sampled_from([(8, 32), (130, 128), (40, 300)]),
+    sizes=st.sampled_from([(8, 32), (130, 64), (40, 300)]),
     scales=SCALES,
     has_bias=st.booleans(),
     dtype=PRODUCT_DTYPES,
@@ -99,9 +99,8 @@ def test_products(num_rows, sizes, scales, has_bias, dtype, num_splits):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_num_splits", lambda *_: num_splits)
         found = ours(x[:, 2:])
-    assert_near(found, reference(x[:, 2:].float()).to(dtype), steps=4)
-    if num_splits == 1:
         assert torch.equal(ours.with_tensors(ours.tensors())(x[:, 2:]), found)
+    assert_near(found, reference(x[:, 2:].float()).to(dtype), steps=4)
 
 
 @pytest.mark.parametrize("scales", [(128, 128), (128, 1), (4096, 1)], ids=str)
