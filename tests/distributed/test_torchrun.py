@@ -62,7 +62,7 @@ def run(folder, *commands):
     """Run commands in `folder` side by side; gives exit code, stdout and stderr of each."""
     (folder / "four.toml").write_text(EXPERIMENT)
     started = [start(folder, command) for command in commands]
-    outputs = [each.communicate(timeout=100) for each in started]
+    outputs = [each.communicate(timeout=240) for each in started]
     return [(each.returncode, *output) for each, output in zip(started, outputs, strict=True)]
 
 

@@ -11,7 +11,7 @@ import psutil
 from expertlane.comm.progress import NO_LAYER, Position, ProgressBoard
 from expertlane.engine.local_ranks import LocalRanks
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = 120.0  # of what takes seconds on a quiet machine
 _LOOK_S = 0.05  # between looks at all processes, which take milliseconds
 _SHARE = 9.0  # of a pause, at least, to what a look took of a core
 
