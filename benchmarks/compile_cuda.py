@@ -34,6 +34,8 @@ from triton.runtime.jit import JITFunction, MockTensor
 MOST_SPILLED_BYTES = 32  # a thread
 # CUDA C++ programming guide, table of technical specifications: of a block, at most.
 SHARED_BYTES = {90: 227 << 10, 100: 227 << 10}
+# What names products of float8 with float8 in PTX, of Hopper and of Blackwell.
+FLOAT8 = re.compile(r"e4m3\.e4m3|kind::f8f6f4")
 # PTX's instructions of products: for groups of warps, by card, and for one warp.
 OF_GROUPS = {90: "wgmma", 100: "tcgen05"}
 INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
@@ -52,6 +54,7 @@ class Compiled:
     shared_bytes: int
     rows: int  # of a tile of products of 16 bits and less; 0 for other kernels
     product: str  # of INSTRUCTIONS; empty where there is none
+    is_float8: bool = False  # whether a product's two operands are
 
     @property
     def expected(self) -> str:
@@ -147,7 +150,8 @@ def compile_case(name: str, target: int) -> list[Compiled]:
     for kernel, rows in kernels.values():
         meta, usage = kernel.metadata, resources(kernel.asm["cubin"])
         used = [name for name, text in INSTRUCTIONS.items() if text in kernel.asm["ptx"]]
-        of_kernel = meta.num_warps, *usage, meta.shared, rows, "+".join(used)
+        is_float8 = FLOAT8.search(kernel.asm["ptx"]) is not None
+        of_kernel = meta.num_warps, *usage, meta.shared, rows, "+".join(used), is_float8
         found.append(Compiled(name, meta.name, target, *of_kernel))
     return found
 

@@ -136,8 +136,14 @@ def turn(
     _expect(query, (num_tokens, num_heads, dim), dtype)
 
 
-def linear(n: int, k: int, kind: Kind = "plain", dtype: torch.dtype = torch.bfloat16) -> Linear:
-    """A weight of a kind; one byte has a scale for 128 inputs, as in DeepSeek-V3."""
+def linear(
+    n: int,
+    k: int,
+    kind: Kind = "plain",
+    dtype: torch.dtype = torch.bfloat16,
+    scales: tuple[int, int] = (128, 128),
+) -> Linear:
+    """A weight of a kind; one byte has a scale for so many inputs and outputs."""
 
     def of(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=CUDA)
@@ -148,15 +154,18 @@ def linear(n: int, k: int, kind: Kind = "plain", dtype: torch.dtype = torch.bflo
         weight = Mxfp4Weight(of(torch.uint8, n, k // 2), of(torch.uint8, n, k // 32), dtype)
         return CudaNarrowLinear(weight, None)
     values = of(torch.int8 if kind == "int8" else torch.float8_e4m3fn, n, k)
-    scales = of(torch.float32, n, k // 128)
-    narrow = NarrowWeight(values, scales, 128, 0, dtype, rows=128)
+    group, rows = scales
+    narrow = NarrowWeight(values, of(torch.float32, n, k // group), group, 0, dtype, rows)
     return CudaNarrowLinear(narrow, None, takes_float8=kind == "float8 inputs")
 
 
-def product(num_tokens: int, n: int, k: int, kind: Kind) -> None:
+def product(
+    num_tokens: int, n: int, k: int, kind: Kind, scales: tuple[int, int] = (128, 128)
+) -> None:
     """One matrix alone."""
     x = torch.empty(num_tokens, k, dtype=torch.bfloat16, device=CUDA)
-    _expect(linear(n, k, kind)(x), (num_tokens, n), torch.bfloat16)
+    own = linear(n, k, kind, scales=scales)
+    _expect(own(x), (num_tokens, n), torch.bfloat16)
 
 
 def experts(
@@ -262,6 +271,8 @@ CASES: dict[str, Callable[[], None]] = {
     "float8 inputs, decode": lambda: experts(64, 8, (32, 7168, 2048), kind="float8 inputs"),
     "float8 inputs, some tokens": lambda: experts(256, 8, (32, 7168, 2048), kind="float8 inputs"),
     "float8 inputs, prompt": lambda: experts(8192, 8, (32, 7168, 2048), kind="float8 inputs"),
+    "float8 inputs, a scale a row": lambda: product(4096, 4096, 4096, "float8 inputs", (4096, 1)),
+    "float8 inputs, by column": lambda: product(4096, 4096, 4096, "float8 inputs", (128, 1)),
     "float8 inputs, a layer": lambda: parts(16, 2048, (32, 4), 128, 6144, "float8 inputs"),
     "int8 experts, decode": lambda: experts(64, 8, (32, 7168, 2048), kind="int8"),
     "int8 experts, prompt": lambda: experts(8192, 8, (32, 7168, 2048), kind="int8"),

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
@@ -19,6 +20,16 @@ from going_on import pytest_addoption, pytest_collection_modifyitems, pytest_con
 from parity.reference import ReferenceModel, ReferenceRun
 
 _TIMEOUT_S = 60.0
+
+# The same draws in every run, none of them judged by how long it takes.
+hypothesis.settings.register_profile(
+    "tests",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -345,6 +345,7 @@ def bench(
     num_redundant_experts: int = 0,
     copies: Literal['nearest', 'balanced'] = 'nearest',
     weights: Literal['model', 'int8'] = 'model',
+    activations: Literal['model', 'float8'] = 'model',
     kv_dtype: Literal['model', 'float8'] = 'model',
     cache_int8: bool = False,
     cuda_graphs: Literal['auto', 'on', 'off'] = 'auto',
@@ -425,6 +426,8 @@ def bench(
             even out ranks' loads, where that saves time.
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
+        activations: Type of the inputs of matrices stored in float8. float8 rounds them, with a
+            scale for a token's every 128, so that prompts multiply in float8.
         kv_dtype: Type of the KV cache. float8 takes half or less, and rounds keys and values.
         cache_int8: With --weights int8: keep the rounded weights in the checkpoint's folder,
             for later starts.

@@ -220,11 +220,11 @@ def _cases():
     ],
 )
 def test_layouts_and_forms(pools, number, case, form):
-    """Families take turns; every layout sees several, each with overlap and without."""
-    names = list(MODELS)
-    for overlap in (False, True):
-        model = MODELS[names[(number + number // len(FORMS) + 3 * overlap) % len(names)]]
-        check_case(pools, model, case, form, overlap, seed=number)
+    """Families and overlap take turns: every layout, and every form, with overlap and without."""
+    of_case, of_form = divmod(number, len(FORMS))
+    overlap, names = bool((of_case + of_form) % 2), list(MODELS)
+    model = MODELS[names[(number + number // len(names)) % len(names)]]
+    check_case(pools, model, case, form, overlap, seed=number)
 
 
 @pytest.mark.full

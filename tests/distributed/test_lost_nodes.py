@@ -20,7 +20,7 @@ from expertlane.errors import RankError, RanksLostError
 
 pytestmark = pytest.mark.usefixtures("forked_servers")
 
-TIMEOUT_S = 2.5
+TIMEOUT_S = 5.0  # a node of a busy machine answers by then
 OF_NODE = {2, 3}
 
 

@@ -24,7 +24,8 @@ output_len = 3
 name = "EP 2"
 layout = "dp=2,ep=2"
 """
-COMMAND = ["-m", "expertlane", "compare", "two.toml", "--out", "out", "--timeout-s", "60"]
+COMMAND = ["-m", "expertlane", "compare", "two.toml", "--repeat", "2", "--out", "out"]
+COMMAND += ["--timeout-s", "60"]
 
 
 class TwoNodes:

@@ -32,7 +32,7 @@ name = "EP 4 + overlap"
 layout = "dp=4,ep=4"
 overlap = true
 """
-COMMAND = ["-m", "expertlane", "compare", "four.toml", "--json", "--out", "out"]
+COMMAND = ["-m", "expertlane", "compare", "four.toml", "--repeat", "2", "--json", "--out", "out"]
 
 
 def torchrun(num_nodes, num_processes):
@@ -62,7 +62,7 @@ def run(folder, *commands):
     """Run commands in `folder` side by side; gives exit code, stdout and stderr of each."""
     (folder / "four.toml").write_text(EXPERIMENT)
     started = [start(folder, command) for command in commands]
-    outputs = [each.communicate(timeout=100) for each in started]
+    outputs = [each.communicate(timeout=240) for each in started]
     return [(each.returncode, *output) for each, output in zip(started, outputs, strict=True)]
 
 

@@ -11,20 +11,28 @@ import psutil
 from expertlane.comm.progress import NO_LAYER, Position, ProgressBoard
 from expertlane.engine.local_ranks import LocalRanks
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = 120.0  # of what takes seconds on a quiet machine
 _LOOK_S = 0.05  # between looks at all processes, which take milliseconds
+_SHARE = 9.0  # of a pause, at least, to what a look took of a core
 
 
 def wait_until(
     condition: Callable[[], object], seconds: float = _PATIENCE_S, pause_s: float = 0.005
 ) -> bool:
-    """Whether `condition` became true in time."""
+    """Whether `condition` became true in time.
+
+    Args:
+        pause_s: between looks at it; longer where a look takes long, so that looks leave most of a
+            core to what is waited for.
+    """
     until = time.monotonic() + seconds
-    while not condition():
+    while True:
+        began_s = time.thread_time()
+        if condition():
+            return True
         if time.monotonic() > until:
             return False
-        time.sleep(pause_s)
-    return True
+        time.sleep(max(pause_s, _SHARE * (time.thread_time() - began_s)))
 
 
 class RunningRanks:

@@ -12,12 +12,12 @@ pytest.importorskip("triton")
 
 from engine.rank_threads import Meeting, RankThreads
 from engine.test_decode_graphs import arrivals, difference, drive, limits_of, requests_of
+from engine.test_graph_recording import table_of
 from expertlane.balance.moves import Move, Part
 from expertlane.balance.placement import Placement
-from expertlane.engine.graph_recording import forms_of_sizes
 from expertlane.model.decode_graphs import DecodeGraphs
 from expertlane.spec.deployment import GraphLimits, Options
-from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable, is_static_on
+from expertlane.spec.dispatch import is_static_on
 from expertlane.spec.layout import Layout
 from ops.cuda.near import needs_kernels
 from ops.cuda.tiny_models import MODELS
@@ -167,40 +167,11 @@ def test_all_ranks_record_ahead_what_they_need(layout, forms, of_sizes, monkeypa
             found.extend(ranks.record_ahead(GraphLimits(3, 24), table))
 
     how = {"comes_at": [0, 2, 2], "max_tokens": 8, "before": {0: ahead}}
-    ranks = assert_equal(layout, Options(dispatch="all_gather"), monkeypatch, **how)
+    ranks = assert_equal(layout, Options(dispatch=forms[1]), monkeypatch, **how)
     world_size = ranks.layout.world_size
     assert found == [[num] * world_size for num in of_sizes]
     assert [each.num_recorded for each in ranks.graphs] == [sum(of_sizes)] * world_size
     assert min(each.num_replayed for each in ranks.graphs) > 0
-
-
-@pytest.mark.parametrize(
-    ("table", "layout", "expected"),
-    [
-        (DispatchTable.fixed("static"), "dp=2,ep=2", {4: 1, 2: 1, 1: 1}),
-        (DispatchTable.fixed("static", overlap=True), "dp=2,ep=2", {4: 0, 2: 0, 1: 0}),
-        (DispatchTable.fixed("static", prefill_form="all_to_all"), "dp=2,ep=2", {4: 1, 2: 1, 1: 1}),
-    ],
-)
-def test_forms_that_need_graphs(table, layout, expected):
-    found = forms_of_sizes(GraphLimits(4, 24), table, Layout.parse(layout))
-    assert found == {size: ("static",) * num for size, num in expected.items()}
-
-
-def test_forms_that_need_graphs_where_many_take_another():
-    """Up to 1 of a rank's tokens, and above; with tp=2 of twice as many sequences."""
-    table, limits = table_of("all_gather", "all_to_all"), GraphLimits(8, 24)
-    many, both = ("all_to_all",), ("all_to_all", "all_gather")
-    found = forms_of_sizes(limits, table, Layout.parse("dp=2,ep=2"))
-    assert found == {8: many, 4: many, 2: many, 1: both}
-    found = forms_of_sizes(limits, table, Layout.parse("tp=2,ep=2"))
-    assert found == {8: many, 4: many, 2: both, 1: both}
-
-
-def table_of(few, many):
-    """`few` with one token each at most, else `many`."""
-    rows = DispatchRow(1, (0.0, 1.0)), DispatchRow(2, (1.0, 0.0))
-    return DispatchTable((DispatchMode(few), DispatchMode(many)), rows)
 
 
 def have_forms(few, many):
@@ -215,7 +186,7 @@ def have_forms(few, many):
 
 
 def has_graphs(stage):
-    return stage._graphs is not None and len(stage._graphs._launch) > 0
+    return stage._graphs is not None and len(stage._graphs._graphs._launch) > 0
 
 
 @full

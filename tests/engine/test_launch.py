@@ -1,5 +1,6 @@
 """Ranks that do not compute alike are refused; what a start waits for."""
 
+import json
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,12 +10,11 @@ import pytest
 from cli.stub_llm import MACHINE
 from expertlane.engine import pool as pool_module
 from expertlane.engine.launch import (
-    check_cache,
-    check_graphs,
     describe_ranks,
     fit_to_machine,
     start_pool,
 )
+from expertlane.engine.option_checks import check_options
 from expertlane.engine.rank_environment import check_cpu_isa
 from expertlane.errors import UserError
 from expertlane.schedule.request import Limits
@@ -107,14 +107,16 @@ def test_kernels_are_not_chosen_where_torch_replaces_them(monkeypatch):
 def test_graphs_that_cannot_be_are_refused_if_asked_for(rank, reason):
     machines = [SimpleNamespace(**GPU_RANK), SimpleNamespace(**rank)]
     with pytest.raises(UserError) as refused:
-        check_graphs(Options(cuda_graphs=True), machines)
+        check_options(Options(cuda_graphs=True), TINY, Layout(), machines, None)
     assert str(refused.value) == (
         f"CUDA graphs (--cuda-graphs on, cuda_graphs=True) {reason}; valid here: auto or off "
         "(None or False)"
     )
-    check_graphs(Options(), machines)
-    check_graphs(Options(cuda_graphs=False), machines)
-    check_graphs(Options(cuda_graphs=True), [SimpleNamespace(**GPU_RANK)] * 2)
+    check_options(Options(), TINY, Layout(), machines, None)
+    check_options(Options(cuda_graphs=False), TINY, Layout(), machines, None)
+    check_options(
+        Options(cuda_graphs=True), TINY, Layout(), [SimpleNamespace(**GPU_RANK)] * 2, None
+    )
 
 
 def test_a_float8_cache_that_a_gpu_cannot_read_is_refused():
@@ -128,5 +130,37 @@ def test_a_float8_cache_that_a_gpu_cannot_read_is_refused():
         "a float8 KV cache (--kv-dtype float8, kv_dtype='float8') needs GPUs whose Triton reads "
         "float8, from compute capability 8.9 on; NVIDIA A100 on here does not; valid here: model"
     )
-    check_cache(Options(), [MACHINE, older])
-    check_cache(Options(kv_dtype="float8"), [MACHINE])
+    check_options(Options(), TINY, Layout(), [MACHINE, older], None)
+    check_options(Options(kv_dtype="float8"), TINY, Layout(), [MACHINE], None)
+
+
+def stored_in_float8(folder):
+    method = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": method}))
+    return folder
+
+
+def test_float8_activations_that_cannot_be_are_refused(tmp_path):
+    options, stored = Options(activations="float8"), stored_in_float8(tmp_path)
+    asked = "activations in float8 (--activations float8, activations='float8')"
+    older = replace(MACHINE, device="NVIDIA A100", multiplies_float8=False)
+    wide = TINY.with_overrides(moe_intermediate_size=384)
+    for model, layout, machine, folder, why in (
+        (TINY, "tp=1", MACHINE, None, "are for matrices stored in float8; paper-tiny has none;"),
+        (
+            *(TINY, "tp=1", older, stored),
+            "need GPUs whose Triton multiplies float8, from compute capability 8.9 on; NVIDIA A100 "
+            f"on {MACHINE.host} does not;",
+        ),
+        (
+            *(wide, "dp=2", MACHINE, stored),
+            "have a scale for every 128 inputs, but layout dp=2 cuts experts' inner width of 384 "
+            "in 2;",
+        ),
+    ):
+        with pytest.raises(UserError) as refused:
+            check_options(options, model, Layout.parse(layout), [machine], folder)
+        assert str(refused.value).startswith(f"{asked} {why} valid")
+    check_options(options, wide, Layout.parse("dp=3"), [MACHINE], stored)
+    with pytest.raises(UserError, match="stored in float8, but weights are 'int8'; give one"):
+        Options(activations="float8", weights="int8")

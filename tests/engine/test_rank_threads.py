@@ -39,8 +39,15 @@ def threads_after_running(
     return threads, places, [each.cpus for each in llm.machine]
 
 
-@pytest.mark.parametrize("backend", ["", "torch"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        ("float32", ""),
+        ("bfloat16", "torch"),
+        pytest.param("bfloat16", "", marks=pytest.mark.full),
+        pytest.param("float32", "torch", marks=pytest.mark.full),
+    ],
+)
 def test_two_ranks_on_two_cores_have_two_threads(monkeypatch, backend, dtype):
     monkeypatch.setenv("EXPERTLANE_BACKEND", backend)
     threads, places, kept = threads_after_running("tp=2", dtype)

@@ -4,7 +4,7 @@ import gc
 import os
 import signal
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
@@ -47,8 +47,11 @@ def leaves_nothing():
 
 def descriptors():
     """What this process has open, by descriptor."""
-    with os.scandir("/proc/self/fd") as found:
-        return {each.name: os.readlink(each.path) for each in found if os.path.lexists(each.path)}
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # what listed them, which is closed by now
+            found[name] = os.readlink(f"/proc/self/fd/{name}")
+    return found
 
 
 def num_files_in_memory():

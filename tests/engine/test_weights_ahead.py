@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from engine.recovering import PARAMS, PROMPTS, facts, pids, record_of
 from engine.test_scaling import model, open_descriptors, tokens
 from expertlane.engine import weights_ahead
-from expertlane.engine.commands import Prepare
+from expertlane.engine.commands import Prepare, Prepared
 from expertlane.engine.pool import RankPool
 from expertlane.engine.weights_ahead import WeightsAhead
 from expertlane.errors import CapacityError
@@ -92,6 +93,40 @@ def test_the_share_counts_new_ranks_from_the_start(monkeypatch):
         for new in (1, 2):
             assert len({each[new] for _, each in seen} - {0, 1}) > 2
         llm.scaling.give_up()
+
+
+@pytest.mark.parametrize("look_s", [0.001, 0.022, 0.06, 0.3])
+def test_slices_take_a_fifth_of_the_time_however_often_one_looks(monkeypatch, look_s):
+    """One slice a look at most; of looks that come often enough, a fifth of the time in all."""
+    now_s, slices, slice_s = [0.0], [], 0.005
+    monkeypatch.setattr(weights_ahead.time, "monotonic", lambda: now_s[0])
+
+    class Slice(SimpleNamespace):
+        is_lost = False
+
+        @property
+        def is_done(self):
+            return now_s[0] >= self.ends_s
+
+    def submit(commands):
+        slices.append(now_s[0])
+        return Slice(results={0: Prepared(0.5, 1, slice_s)}, ends_s=now_s[0] + slice_s)
+
+    pool = SimpleNamespace(
+        check=lambda: None,
+        epoch=0,
+        present={0},
+        starting=set(),
+        ahead=set(),
+        submit_each=submit,
+    )
+    ahead = WeightsAhead(pool, SimpleNamespace(layout=Layout.parse("tp=1")), 0)
+    while now_s[0] < 30:
+        assert not ahead.advance(is_idle=False)
+        now_s[0] += look_s
+    share = len(slices) * slice_s / now_s[0]
+    assert share <= 0.201
+    assert share >= 0.95 * min(0.2, slice_s / look_s)
 
 
 def test_what_is_given_up_leaves_nothing():

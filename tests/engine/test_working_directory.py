@@ -38,7 +38,7 @@ def test_files_named_like_modules(tmp_path, command):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'a')\nboom\n")
     (tmp_path / "one.toml").write_text(EXPERIMENT)
     finished = subprocess.run(
-        [*command, "compare", "one.toml", "--out", "out"],
+        [*command, "compare", "one.toml", "--repeat", "1", "--out", "out"],
         cwd=tmp_path,
         capture_output=True,
         text=True,

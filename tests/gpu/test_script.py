@@ -15,6 +15,8 @@ import psutil
 import pytest
 import torch
 
+from engine.processes import wait_until
+
 ROOT = Path(__file__).parents[2]
 MUST_SHOW = (2, 3, 4, 5)
 
@@ -53,15 +55,13 @@ def test_an_unknown_part_is_refused():
     assert "no part is called 'benchmarks'; valid: parity, kernels" in ended.stderr
 
 
-def test_parts_rehearsed_and_not_run_again(tmp_path):
-    parts, folder = ("limits", "one_rank"), tmp_path / "results"
+def test_a_part_rehearsed_and_not_run_again(tmp_path):
+    part, folder = "one_rank", tmp_path / "results"
     out = tmp_path / "out"
-    ended = run("--rehearse", "--folder", str(folder), *parts, OUT=str(out))
+    ended = run("--rehearse", "--folder", str(folder), part, OUT=str(out))
     assert ended.returncode == 0, ended.stdout
     results = json.loads((folder / "results.json").read_text())
-    assert {name: each["status"] for name, each in results["parts"].items()} == dict.fromkeys(
-        parts, "passed"
-    )
+    assert {name: each["status"] for name, each in results["parts"].items()} == {part: "passed"}
     assert (results["card"], results["torch"]) == ("CPU", torch.__version__)
     rows = results["parts"]["one_rank"]["data"]["rows"]
     assert [row["is_counted"] for row in rows] == [True] * 5
@@ -71,10 +71,9 @@ def test_parts_rehearsed_and_not_run_again(tmp_path):
     assert max(map(len, summary.splitlines())) <= 80
     assert {path.name for path in out.iterdir()} == {"summary.txt", "results.json", "log.txt"}
 
-    again = run("--rehearse", "--folder", str(folder), *parts)
+    again = run("--rehearse", "--folder", str(folder), part)
     assert again.returncode == 0
-    for part in parts:
-        assert f"gpu: {part} passed before" in again.stdout
+    assert f"gpu: {part} passed before" in again.stdout
 
 
 @pytest.mark.full
@@ -97,7 +96,8 @@ def test_limits_together_are_under_nine_minutes(gpu):
     assert gpu.TOTAL_S <= 540
 
 
-def test_a_part_that_fails_or_is_too_slow(gpu, tmp_path):
+def test_a_part_that_fails_or_is_too_slow(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "END_S", 0.5)
     failing = gpu.Part("failing", 60, ("-c", "print('{folder}'); raise SystemExit(3)"))
     outcome = gpu.run_part(failing, tmp_path, 60, rehearse=False)
     assert (outcome.status, outcome.last_line) == ("failed", str(tmp_path))
@@ -111,7 +111,7 @@ def test_a_part_that_fails_or_is_too_slow(gpu, tmp_path):
         "print(child.pid, flush=True); time.sleep(60)"
     )
     began = time.monotonic()
-    slow = gpu.run_part(gpu.Part("slow", 2, ("-c", script)), tmp_path, 2, rehearse=False)
+    slow = gpu.run_part(gpu.Part("slow", 5, ("-c", script)), tmp_path, 5, rehearse=False)
     assert (slow.status, slow.data, time.monotonic() - began < 30) == ("too slow", [1], True)
     child = Path("/proc") / slow.last_line / "stat"
     deadline = time.monotonic() + 10
@@ -173,14 +173,27 @@ def test_parts_of_an_earlier_run_stay_when_this_one_is_stopped(gpu, tmp_path, mo
     assert "second: passed, by other code" in summary
 
 
-def test_tests_that_were_over_when_time_ran_out_are_kept(gpu, tmp_path):
+def test_tests_that_were_over_when_time_ran_out_are_kept(gpu, tmp_path, monkeypatch):
+    limit_s, began = 60, tmp_path / "began"
+
+    class UntilSlow(subprocess.Popen):
+        """Time runs out when the slow test has begun."""
+
+        def wait(self, timeout=None):
+            if timeout == limit_s:
+                assert wait_until(began.exists)
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", UntilSlow)
     (tmp_path / "test_slow.py").write_text(
-        "import time\n"
+        "import pathlib, time\n"
         "def test_quick(record_property): record_property('error', 1e-6)\n"
-        "def test_slow(): time.sleep(60)\n"
+        f"def test_slow(): pathlib.Path({str(began)!r}).touch(); time.sleep(100)\n"
     )
     arguments = (*gpu.PYTEST, "-p", "no:xdist", "--noconftest", str(tmp_path / "test_slow.py"))
-    found = gpu.run_part(gpu.Part("tests", 9, arguments), tmp_path, 9, rehearse=False)
+    part = gpu.Part("tests", limit_s, arguments)
+    found = gpu.run_part(part, tmp_path, limit_s, rehearse=False)
     assert found.status == "too slow"
     (quick, *_) = found.tests
     assert quick["name"].endswith("test_quick")

@@ -10,7 +10,7 @@ from expertlane.comm.collectives import interleave
 from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.recorder import Recorder
-from expertlane.model.attention import Attention, RotaryEmbedding
+from expertlane.model.attention import Attention, RotaryEmbedding, _rotated_last
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.ops.kv_cache import KVCache
 from expertlane.spec.layout import Layout
@@ -148,3 +148,13 @@ def test_a_slot_is_used_again(attend, weights):
 
 def test_no_token(attend):
     assert attend() == ()
+
+
+def test_what_is_rotated_comes_last():
+    """Two heads of six values, of which the first two are rotated."""
+    order = [2, 3, 4, 5, 0, 1, 8, 9, 10, 11, 6, 7]
+    assert _rotated_last(torch.arange(12), 6, 2).tolist() == order
+    rows = torch.arange(12)[:, None].expand(12, 3)
+    assert _rotated_last(rows.contiguous(), 6, 2)[:, 1].tolist() == order
+    assert _rotated_last(torch.empty(0, 3), 6, 2).shape == (0, 3)
+    assert _rotated_last(rows, 6, 6) is rows

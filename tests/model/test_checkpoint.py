@@ -84,6 +84,35 @@ def test_other_ways_to_save(checkpoints, tmp_path, family):
     _assert_same_tensors(expected, Checkpoint(tmp_path / "fused"))
 
 
+def test_experts_of_qwen3_vl_as_they_are_published(checkpoints, rewrite):
+    """[experts, in, out] under the names of [experts, out, in], or each expert by itself."""
+    expected, stored = checkpoints.folder("qwen3_vl_moe"), {}
+    tensors = load_file(expected / "model.safetensors")
+    fused = {name: tensors[name] for name in tensors if ".mlp.experts." in name}
+    for name, tensor in fused.items():
+        stored[name] = tensor.transpose(1, 2).contiguous()
+    _assert_same_tensors(Checkpoint(expected), Checkpoint(rewrite("qwen3_vl_moe", stored)))
+    stored = dict.fromkeys(fused)
+    for name, tensor in fused.items():
+        prefix, kind = name.rsplit(".", 1)
+        parts = (
+            {"down": tensor}
+            if kind == "down_proj"
+            else dict(zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True))
+        )
+        for part, experts in parts.items():
+            for index, expert in enumerate(experts):
+                stored[f"{prefix}.{index}.{part}_proj.weight"] = expert.contiguous()
+    _assert_same_tensors(Checkpoint(expected), Checkpoint(rewrite("qwen3_vl_moe", stored)))
+
+
+def test_experts_of_qwen3_vl_of_no_shape_that_fits(rewrite):
+    name = "model.language_model.layers.0.mlp.experts.down_proj"
+    folder = rewrite("qwen3_vl_moe", {name: torch.zeros(8, 24, 65)})
+    with pytest.raises(SpecError, match=r"down_proj has shape \[8, 24, 65\]; config.json asks for"):
+        Checkpoint(folder).tensor("layers.0.experts.0.down")
+
+
 def test_large_reads_in_small_blocks(checkpoints, monkeypatch):
     folder = checkpoints.folder("gpt_oss")
     names = ["layers.0.query", "layers.0.sinks", "layers.1.experts.3.up", "layers.1.experts.3.down"]

@@ -137,6 +137,23 @@ FAMILIES = {
         BASE.with_overrides(shared_expert_intermediate_size=24),
         (True, True, None),
     ),
+    "half of a head rotated": (
+        BASE.with_overrides(qk_norm="head", qkv_bias=True, partial_rotary_factor=0.5),
+        (True, True, True),
+    ),
+    "ernie": (
+        BASE.with_overrides(rope_interleave=True, routing=Routing(correction_bias=True)),
+        (True, True, True),
+    ),
+    "granite": (
+        BASE.with_overrides(
+            attention_multiplier=0.1,
+            embedding_multiplier=6.0,
+            residual_multiplier=0.3,
+            logits_scaling=4.0,
+        ),
+        (True, True, True),
+    ),
     "deepseek": (
         BASE.with_overrides(latent=LATENT, head_dim=32, num_key_value_heads=None, routing=GROUPS),
         (False, True, False),

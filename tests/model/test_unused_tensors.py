@@ -49,6 +49,9 @@ def test_nothing_of_quantised_weights(checkpoints, tmp_path):
         ("gpt_oss", "model.layers.0.mlp.experts.down_proj_scales"),
         ("gpt_oss", "lm_head.bias"),
         ("mixtral", "model.vision_tower.weight"),
+        ("qwen3_vl_moe", "model.layers.0.input_layernorm.weight"),  # beside the language model
+        ("dots1", "model.layers.4.input_layernorm.weight"),
+        ("minimax_m2", "model.layers.4.input_layernorm.weight"),
         ("deepseek_v2", "model.layers.4.input_layernorm.weight"),
         ("deepseek_v3", "model.layers.5.input_layernorm.weight"),
     ],
@@ -78,6 +81,10 @@ def test_a_tensor_that_a_config_makes_superfluous(rewrite, family, config, store
         ("mixtral", {}, "model.layers.0.self_attn.v_proj.v_scale"),
         ("deepseek_v3", {}, "model.layers.4.mlp.experts.3.up_proj.weight"),
         ("deepseek_v3", {"num_nextn_predict_layers": 2}, "model.layers.5.eh_proj.weight"),
+        ("glm4_moe", {}, "model.layers.4.eh_proj.weight"),
+        ("glm4_moe_lite", {"num_nextn_predict_layers": 1}, "model.layers.4.eh_proj.weight"),
+        ("ernie4_5_moe", {}, "model.mtp_block.0.input_layernorm.weight"),
+        ("qwen3_vl_moe", {}, "model.visual.pos_embed.weight"),
         ("qwen3_moe", {}, "lm_head.weight"),  # tied: judged by its values
     ],
 )

@@ -223,19 +223,18 @@ def test_attention(kernels, sequences, block_size, heads, dims, window, has_sink
     expected = torch.empty(len(query), num_heads, value_dim)
     for seq, (computed, new) in enumerate(sequences):
         slots = [(int(tables[seq, p // block_size]), p % block_size) for p in range(computed + new)]
+        held = [torch.stack([x[b, o] for b, o in slots]).float() for x in (keys, all_values)]
         for i in range(new):
             own = computed + i
             first = 0 if window is None else max(0, own + 1 - window)
-            seen = slots[first : own + 1]
             token = int(batch.sequences.first_tokens[seq]) + i
             for head in range(num_heads):
                 kv = head * num_kv_heads // num_heads
-                k = torch.stack([keys[b, o, kv] for b, o in seen]).float()
-                v = torch.stack([all_values[b, o, kv] for b, o in seen]).float()
+                k, v = (x[first : own + 1, kv] for x in held)
                 logits = k @ query[token, head].float() * scale
                 if sinks is not None:
                     logits = torch.cat([logits, sinks[head : head + 1]])
-                weights = logits.softmax(0)[: len(seen)]
+                weights = logits.softmax(0)[: len(k)]
                 expected[token, head] = weights @ v
     assert_near(ours, expected, steps=3)
 

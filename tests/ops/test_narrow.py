@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertlane.ops.cpu import CpuBackend
-from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight, side_by_side
+from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight, reordered, side_by_side
 from expertlane.ops.products import Activation, Expert, LoopedExperts, PairGroups
 from expertlane.ops.torch_backend import TorchBackend
 from ops.instruction_sets import ALL_SETS, backend_or_skip
@@ -52,6 +52,15 @@ def assert_near(
         size = (expected if added is None else added).abs().max().clamp(min=1e-30)
         error = (found.double() - expected).abs().max() / size
         assert error <= steps * BOUND[found.dtype]
+
+
+@pytest.mark.parametrize("values", TYPES)
+def test_outputs_in_another_order(values):
+    weight = drawn(5, 7, values, group=3, first=1)
+    turned = reordered(weight, lambda rows: rows.flip(0))
+    assert isinstance(turned, NarrowWeight)
+    assert torch.equal(turned.widened(), weight.widened().flip(0))
+    assert torch.equal(reordered(weight.widened(), lambda rows: rows.flip(0)), turned.widened())
 
 
 def test_rounding_by_hand():

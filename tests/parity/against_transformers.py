@@ -44,15 +44,24 @@ def batches(dp: int, lengths: list[int], computed: list[int], tokens: list[list[
 
 
 def check_against_transformers(
-    pools: Any, folder: Path, model: ModelConfig, layout: str, num_steps: int
+    pools: Any,
+    folder: Path,
+    model: ModelConfig,
+    layout: str,
+    num_steps: int,
+    *,
+    plain: Path | None = None,
+    **options: Any,
 ) -> None:
     """Run a checkpoint on ranks; its logits and tokens must be transformers'.
 
     Args:
         model: as it is to be loaded.
+        plain: the checkpoint that transformers runs; None for the same.
+        options: of the deployment.
     """
-    runs = greedy_runs(folder, num_steps)
-    chosen = deployment(layout)
+    runs = greedy_runs(plain or folder, num_steps)
+    chosen = deployment(layout, **options)
     limits = Limits(model.vocab_size, MAX_LEN, len(runs) * (MAX_LEN // BLOCK_SIZE), BLOCK_SIZE)
     runner = ModelRunner(
         pools.pool(chosen.layout.world_size),

@@ -13,6 +13,10 @@ from model.families import save_checkpoint
 from parity.against_transformers import check_against_transformers
 
 NUM_STEPS = 6
+_KIMI_YARN = {
+    **{"rope_type": "yarn", "rope_theta": 5e4, "factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
+    **{"mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 8},
+}
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -53,6 +57,11 @@ def _write_config(folder: Path, changes: dict, *left_out: str) -> None:
         ),
         ("mixtral", {"num_key_value_heads": 8}, {}, ["num_key_value_heads", "num_local_experts"]),
         ("gpt_oss", {}, {"layer_types": None}, ["attention_bias", "swiglu_alpha"]),
+        ("mixtral", {}, {"dtype": None, "torch_dtype": "torch.float32"}, ["architectures"]),
+        # As Kimi-K2 has them: the blend of frequencies begins and ends at one dimension.
+        ("deepseek_v3", {"rope_parameters": _KIMI_YARN}, {}, ["num_mtp_layers"]),
+        ("glm4_moe", {"rope_parameters": {**_KIMI_YARN, "partial_rotary_factor": 0.25}}, {}, []),
+        ("minimax_m2", {}, {"rotary_dim": 8, "rope_parameters": None}, ["num_experts"]),
         ("gpt_oss", {"num_key_value_heads": 8}, {"rope_parameters": None}, ["swiglu_limit"]),
     ],
 )

@@ -142,7 +142,7 @@ def test_a_missing_folder_and_one_without_a_configuration(error_of, tmp_path: Pa
         (
             {"architectures": ["LlamaForCausalLM"]},
             "[model]: architecture 'LlamaForCausalLM' is not supported; supported: "
-            "MixtralForCausalLM, ",
+            "those of mixtral, ",
         ),
         (
             {"num_attention_heads": None},

@@ -158,8 +158,8 @@ UNKNOWN_KEYS = {
     ('layout = "tp=1"', 'layout = "tp=1"\n[[scaling]]\nname = "s"\nbaseline = true'): (
         "unknown key 'baseline' in [[scaling]] 1; "
         "valid: name, layout, overlap, num_micro_batches, micro_batch_schedule, dispatch, "
-        "prefill_dispatch, payload, weights, kv_dtype, cache_int8, placement, placement_file, "
-        "num_redundant_experts, copies, rebalance_steps, cuda_graphs"
+        "prefill_dispatch, payload, weights, activations, kv_dtype, cache_int8, placement, "
+        "placement_file, num_redundant_experts, copies, rebalance_steps, cuda_graphs"
     ),
 }
 

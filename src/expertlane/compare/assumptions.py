@@ -75,6 +75,8 @@ def _parts(model: ModelConfig) -> str:
     shared = model.shared_expert_intermediate_size
     activation = _ACTIVATIONS[model.hidden_act]
     gated = "clamped, gated " if model.swiglu_limit is not None else "gated "
+    is_whole = latent is not None or model.rotary_dim == model.head_dim
+    of_head = "" if is_whole else f" in {model.rotary_dim} of {model.head_dim} values of a head"
     parts = {
         f"vocabulary {model.vocab_size:,}": True,
         "RMSNorm before attention and MoE": True,
@@ -83,7 +85,7 @@ def _parts(model: ModelConfig) -> str:
             latent is None and model.num_kv_heads != model.num_attention_heads
         ),
         "RMSNorm of queries and keys": model.qk_norm is not None,
-        f"rotary positions{f', {scaling.rope_type} scaling' if scaling else ''}": True,
+        f"rotary positions{of_head}{f', {scaling.rope_type} scaling' if scaling else ''}": True,
         f"sliding windows in {num_windows} of {model.num_hidden_layers} layers": num_windows > 0,
         "attention sinks": model.attention_sinks,
         f"{gated if model.gated_mlp else ''}{activation} in the experts": True,

@@ -49,6 +49,8 @@ class NumberTypes:
         narrow_head: the output head has one byte too: it was rounded while loading.
         inputs_of_scale: of a weight of one byte in the engine's memory; None where scales are those
             of checkpoints.
+        rounds_inputs: of float8 matrices the engine rounds inputs to float8 first; libraries do so
+            anyway, in the times that were measured of them.
 
     Raises:
         SpecError: an unknown type, or activations or a cache in a type of weights alone.
@@ -59,6 +61,7 @@ class NumberTypes:
     kv: str = "bfloat16"
     narrow_head: bool = False
     inputs_of_scale: int | None = None
+    rounds_inputs: bool = False
 
     def __post_init__(self) -> None:
         for name in ("weights", "activations", "kv"):
@@ -88,7 +91,8 @@ class NumberTypes:
     @classmethod
     def of_engine(cls, number_type: str, options: Options) -> "NumberTypes":
         """As the engine has them where weights of one byte are widened."""
-        return cls.asked(number_type, options.kv_dtype)
+        rounds_inputs = options.activations == "float8"
+        return replace(cls.asked(number_type, options.kv_dtype), rounds_inputs=rounds_inputs)
 
     @classmethod
     def kept_as(

@@ -147,6 +147,7 @@ class RankMachine:
         keeps_narrow, keeps_mxfp4: weights of one byte, and of MXFP4, stay so in memory; else they
             are widened while loading.
         reads_float8: its attention can read a cache of float8.
+        multiplies_float8: its products can take inputs in float8.
         ranks_on_device: that share its GPU.
         driver: of its GPU, as the system names it; empty without one.
     """
@@ -167,6 +168,7 @@ class RankMachine:
     keeps_narrow: bool = False
     keeps_mxfp4: bool = False
     reads_float8: bool = True
+    multiplies_float8: bool = True
     ranks_on_device: int = 1
     driver: str = ""
 

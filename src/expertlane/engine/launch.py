@@ -11,6 +11,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.commands import DescribeMachine, RankMachine
 from expertlane.engine.local_ranks import LocalRanks
 from expertlane.engine.node_ranks import NodeRanks
+from expertlane.engine.option_checks import check_options
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_environment import check_cpu_isa, check_num_ranks
 from expertlane.engine.standard_streams import fill_closed
@@ -24,9 +25,9 @@ from expertlane.errors import CapacityError, SpecError, UserError
 from expertlane.memory import FREE_SHARE, PlacedModel
 from expertlane.model.stored_tensors import StoredTensors
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import INPUTS_OF_SCALE, Deployment, Options
+from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.hf_config import is_mxfp4, narrow_scheme, read_config
-from expertlane.spec.layout import Layout, partition
+from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CpuIsa
 from expertlane.spec.ranges import RANGES, take
@@ -54,8 +55,7 @@ def start_pool(
         other nodes do not come back: they become supervisors.
 
     Raises:
-        CapacityError: more local ranks than this machine should run, or fewer processes of
-            torchrun than needed.
+        CapacityError: too many local ranks for this machine, or too few processes of torchrun.
         RankError: the ranks did not start.
         UserError: torchrun's variables do not fit together, or `cpu_isa` and `EXPERTLANE_BACKEND`.
     """
@@ -234,12 +234,9 @@ def fit_to_machine(
 
     Raises:
         CapacityError: not even one sequence fits; with both numbers.
-        UserError: CUDA graphs, or a cache of float8, are asked for that these ranks cannot have, or
-            float8 activations that the checkpoint or the layout cannot.
+        UserError: as of `check_options`.
     """
-    check_graphs(options, seen[: layout.world_size])
-    check_cache(options, seen[: layout.world_size])
-    check_activations(options, model, layout, checkpoint)
+    check_options(options, model, layout, seen[: layout.world_size], checkpoint)
 
     def own_bytes(of_rank: RankMachine) -> float:
         return of_rank.free_bytes / of_rank.num_sharing(layout.world_size)
@@ -250,75 +247,6 @@ def fit_to_machine(
     placements = placements or placements_of(model, layout, _PLAIN)
     placed = placed_model(model, layout, placements, tightest, options, checkpoint)
     return placed.fit_cache(limits, free_bytes, share)
-
-
-def check_graphs(options: Options, machines: Sequence[RankMachine]) -> None:
-    """Refuse CUDA graphs that were asked for where steps cannot be recorded.
-
-    Raises:
-        UserError: a rank has no GPU, or not our kernels.
-    """
-    if not options.cuda_graphs:
-        return
-    why_not = ""
-    for machine in machines:
-        if not machine.on_gpu:
-            why_not = "need a GPU for every rank"
-        elif "expertlane" not in machine.kernels:
-            why_not = f"need our GPU kernels, but a rank computes with {machine.kernels}"
-    if why_not:
-        raise UserError(
-            f"CUDA graphs (--cuda-graphs on, cuda_graphs=True) {why_not}; valid here: auto or off "
-            "(None or False)"
-        )
-
-
-def check_cache(options: Options, machines: Sequence[RankMachine]) -> None:
-    """Refuse a cache of float8 where attention cannot read it.
-
-    Raises:
-        UserError: a rank's GPU cannot.
-    """
-    if options.kv_dtype != "float8":
-        return
-    for machine in machines:
-        if not machine.reads_float8:
-            raise UserError(
-                f"a float8 KV cache (--kv-dtype float8, kv_dtype='float8') needs GPUs whose Triton "
-                f"reads float8, from compute capability 8.9 on; {machine.device} on "
-                f"{machine.host} does not; valid here: model"
-            )
-
-
-def check_activations(
-    options: Options, model: ModelConfig, layout: Layout, checkpoint: Path | None
-) -> None:
-    """Refuse float8 activations where no matrix takes them, or ranks would round them otherwise.
-
-    Raises:
-        UserError: no matrix is stored in float8, or a cut of inputs parts some with one scale.
-    """
-    if options.activations != "float8":
-        return
-    asked = "activations in float8 (--activations float8, activations='float8')"
-    scheme = None if checkpoint is None else narrow_scheme(read_config(checkpoint))
-    if scheme is None or scheme.type != "float8":
-        raise UserError(
-            f"{asked} are for matrices stored in float8; {checkpoint or model.name} has none; "
-            "valid here: model"
-        )
-    cut = {
-        "attention's output": (model.attention_output_size, layout.tp),
-        "experts' inner width": (model.moe_intermediate_size, layout.etp),
-        "the shared expert's inner width": (model.shared_expert_intermediate_size, layout.tp),
-        "dense layers' inner width": (model.intermediate_size, layout.tp),
-    }
-    for what, (width, num_parts) in cut.items():
-        if any(part.start % INPUTS_OF_SCALE for part in partition(width, num_parts) if part):
-            raise UserError(
-                f"{asked} have a scale for every {INPUTS_OF_SCALE} inputs, but layout {layout} "
-                f"cuts {what} of {width} in {num_parts}; valid: parts of whole {INPUTS_OF_SCALE}s"
-            )
 
 
 def placed_model(

@@ -41,7 +41,7 @@ class WeightsAhead:
         self.prepared = dict.fromkeys(self._places, _NOTHING)
         self._asked: dict[int, Ticket[Prepared]] = {}  # of ranks that run no steps
         self._slice: Ticket[Prepared] | None = None  # of the others
-        self._next_slice_s = 0.0
+        self._slice_began_s = self._next_slice_s = 0.0
         self._started: set[int] = set()
         self._num_lost = 0
 
@@ -103,8 +103,10 @@ class WeightsAhead:
         if self._slice is not None and (self._slice.is_done or self._slice.is_lost):
             if self._slice.is_done:
                 self.prepared |= self._slice.results
-                longest_s = max(each.seconds for each in self._slice.results.values())
-                self._next_slice_s = time.monotonic() + longest_s * (1 / HELD_UP - 1)
+                period_s = max(each.seconds for each in self._slice.results.values()) / HELD_UP
+                # From when it could have begun: looks that come late take no part of the time.
+                due_s = max(self._next_slice_s, self._slice_began_s - period_s)
+                self._next_slice_s = due_s + period_s
             self._slice = None
 
     def _start_ranks(self) -> None:
@@ -138,6 +140,7 @@ class WeightsAhead:
             if not self._is_done(place)
         ]
         if commands:
+            self._slice_began_s = time.monotonic()
             self._slice = self._pool.submit_each(commands)
 
     def give_up(self) -> None:

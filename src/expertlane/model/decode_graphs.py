@@ -82,11 +82,11 @@ class DecodeGraphs:
         num_before = len(self._launch)
         for form in forms:
             if self.takes_steps(form):
-                self._prepare(size, form, form, self._forward)
+                self._record([size], form, form, self._forward)
             elif self._takes_layers:
                 self._room("x", self.stage.empty_hidden(1))
                 for layer, cache in self.stage.layers:
-                    self._prepare(size, form, layer.index, partial(self._begin, layer, cache))
+                    self._record([size], form, layer.index, partial(self._begin, layer, cache))
         return len(self._launch) - num_before
 
     def padded(
@@ -182,15 +182,25 @@ class DecodeGraphs:
         kind: DispatchForm | int,
         run: Callable[[PaddedBatch], None],
     ) -> bool:
-        """Record what is not there for batches of this size; says whether there was anything.
-
-        It runs on padding alone: nothing of a sequence is written over.
-        """
+        """Record what a step needs; says whether there was anything."""
         # Whole steps alone count for whole steps: ranks differ in beginnings of layers.
         is_step = isinstance(kind, str)
         is_first = all(isinstance(of, str) != is_step for _, of in self._launch)
         first = (self._sizes[-1],) if is_first else ()
-        missing = [each for each in {*first, size} if (each, kind) not in self._launch]
+        return self._record({*first, size}, form, kind, run)
+
+    def _record(
+        self,
+        sizes: Iterable[int],
+        form: DispatchForm,
+        kind: DispatchForm | int,
+        run: Callable[[PaddedBatch], None],
+    ) -> bool:
+        """Record what is not there for batches of these sizes; says whether there was anything.
+
+        It runs on padding alone: nothing of a sequence is written over.
+        """
+        missing = [each for each in sizes if (each, kind) not in self._launch]
         for each in sorted(missing, reverse=True):
             # A batch anew each time: what it keeps from its first layer on is recorded too.
             batch = partial(PaddedBatch, NO_SEQS, self._inputs, each, form)

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "attention_rows.h"
+#include "lookup.h"
 
 #if defined(__AVX512F__) || defined(__ARM_NEON)
 constexpr int kSums = 16;  // accumulators that registers have room for
@@ -75,25 +76,59 @@ inline auto factors(const X* p) {
         return load(p);
     }
 }
+
+// How rows of the cache become factors, a few vectors at a time.
+template <class Row, class Other>
+struct Reader {
+    static constexpr bool in_pairs = kMultipliesPairs && sizeof(Row) == 2 && sizeof(Other) == 2;
+    static constexpr int kVectors = 1;
+
+    template <int N, class Vector>
+    void read(const Row* p, Vector* to) const { *to = factors<in_pairs>(p); }
+};
+#if defined(__AVX512VBMI__)
+template <>
+struct Reader<E4m3, bf16> {
+    static constexpr bool in_pairs = true;
+    static constexpr int kVectors = 2;
+    Widener<E4m3, RowOrder> widen;
+
+    template <int N>
+    void read(const E4m3* p, Bits* to) const {
+        if constexpr (N == 2) {
+            widen(p, to);
+        } else {
+            *to = widen.half(p);
+        }
+    }
+};
+#endif
 inline Lanes add_product(Lanes acc, Bits a, Bits b) { return dot_pairs(acc, a, b); }
 inline Lanes add_product(Lanes acc, Lanes a, Lanes b) { return fma(a, b, acc); }
 
-// logits[r][t] of R queries and n keys, n a multiple of kSums; keys[t] + offset is the head's.
+// logits[r][t] of R queries and n keys, n a multiple of kSums; keys[t] + offset is the head's, of
+// whole vectors as they are read.
 template <int R, class Key, class Query>
 inline void few_logits(const Key* const* keys, int64_t offset, Ahead<Key> ahead,
                        const Query* queries, int64_t dim, int64_t n, float scale, float* logits) {
-    constexpr bool in_pairs = kMultipliesPairs && sizeof(Key) == 2 && sizeof(Query) == 2;
-    constexpr int step = in_pairs ? 2 * kLanes : kLanes;
+    using Keys = Reader<Key, Query>;
+    using Vector = std::conditional_t<Keys::in_pairs, Bits, Lanes>;
+    constexpr int width = Keys::in_pairs ? 2 * kLanes : kLanes, step = Keys::kVectors * width;
     constexpr int K = kSums / (R == 3 ? 4 : R);
+    const Keys reader;
     for (int64_t t = 0; t < n; t += K) {
         Lanes acc[kSums] = {};
         for (int64_t d = 0; d < dim; d += step) {
             if (d % kFetchedValues == 0) ahead.fetch(K * kFetchedValues);
             for (int k = 0; k < K; ++k) {
-                const auto key = factors<in_pairs>(keys[t + k] + offset + d);
+                Vector key[Keys::kVectors];
+                reader.template read<Keys::kVectors>(keys[t + k] + offset + d, key);
                 for (int r = 0; r < R; ++r) {
-                    const auto query = factors<in_pairs>(queries + r * dim + d);
-                    acc[r * K + k] = add_product(acc[r * K + k], key, query);
+                    for (int v = 0; v < Keys::kVectors; ++v) {
+                        const Vector query =
+                            factors<Keys::in_pairs>(queries + r * dim + d + v * width);
+                        acc[r * K + k] = add_product(acc[r * K + k], key[v], query);
+                    }
                 }
             }
         }
@@ -113,17 +148,24 @@ inline void few_sums(const Value* const* values, int64_t offset, Ahead<Value>& a
     for (int r = 0; r < R; ++r) {
         for (int v = 0; v < V; ++v) acc[r][v] = load(sums + r * stride + d + v * kLanes);
     }
-    if constexpr (kMultipliesPairs && sizeof(Value) == 2) {
+    using Values = Reader<Value, Weight>;
+    if constexpr (Values::in_pairs) {
+        constexpr int N = std::min(Values::kVectors, V / 2);
+        const Values reader;
         for (int64_t t = 0; t < n; t += 2) {
             if (t % kFetchedRows == 0) ahead.fetch(kFetchedRows * V * kLanes);
-            for (int v = 0; v < V; v += 2) {
-                const Bits a = load_pairs(values[t] + offset + d + v * kLanes);
-                const Bits b = load_pairs(values[t + 1] + offset + d + v * kLanes);
-                const Bits even = even_pairs(a, b), odd = odd_pairs(a, b);
-                for (int r = 0; r < R; ++r) {
-                    const Weight* two = weights + r * kKeys + t;
-                    acc[r][v] = add_products(acc[r][v], even, two);
-                    acc[r][v + 1] = add_products(acc[r][v + 1], odd, two);
+            for (int v = 0; v < V; v += 2 * N) {
+                Bits a[N], b[N];
+                reader.template read<N>(values[t] + offset + d + v * kLanes, a);
+                reader.template read<N>(values[t + 1] + offset + d + v * kLanes, b);
+                for (int i = 0; i < N; ++i) {
+                    const Bits even = even_pairs(a[i], b[i]), odd = odd_pairs(a[i], b[i]);
+                    const int at = v + 2 * i;
+                    for (int r = 0; r < R; ++r) {
+                        const Weight* two = weights + r * kKeys + t;
+                        acc[r][at] = add_products(acc[r][at], even, two);
+                        acc[r][at + 1] = add_products(acc[r][at + 1], odd, two);
+                    }
                 }
             }
         }
@@ -165,12 +207,13 @@ inline void weigh(float* logits, int64_t n, float* sums, int64_t dim, float* mos
 }
 
 // What a thread needs for few rows of some kv heads; sizes in values. Rows of the cache are float8
-// or of type T; float8 is widened in registers, once for all queries, and its scales go to logits
-// and weights.
+// or of type T; float8 is widened in registers, once for all queries, to pairs where these can be
+// looked up, and its scales go to logits and weights.
 template <class T, class Page>
 struct FewRoom {
     static constexpr bool kIsFloat8 = std::is_same_v<Page, E4m3>;
-    using X = std::conditional_t<kIsFloat8, float, Operand<T>>;
+    static constexpr bool kIsWide = kIsFloat8 && !(kLooksUp && kInPairs<T>);  // to float32
+    using X = std::conditional_t<kIsWide, float, Operand<T>>;
     using Copy = std::conditional_t<kIsFloat8, E4m3, X>;
 
     int64_t key_dim, value_dim, state_size, block;  // positions of a block
@@ -183,7 +226,7 @@ struct FewRoom {
     float* states_of_task = nullptr;
 
     FewRoom(const Call<T>& call, int64_t most_rows)
-        : key_dim(round_up(call.key_dim, kPanel)), value_dim(round_up(call.value_dim, kPanel)),
+        : key_dim(round_up(call.key_dim, kPanel * Reader<Page, X>::kVectors)), value_dim(round_up(call.value_dim, kPanel)),
           state_size(call.state_size()),
           block(std::clamp<int64_t>(kBlockBytes / call.position_bytes() / kSums * kSums, kSums,
                                     kKeys)),
@@ -240,12 +283,12 @@ struct FewRoom {
     }
 
     // Each of R rows.
-    template <int R>
-    static void multiply(const float* factors, int64_t n, float* rows) {
+    template <int R, class Row>
+    static void multiply(const float* factors, int64_t n, Row* rows) {
         for (int64_t t = 0; t < n; t += kLanes) {
             const Lanes factor = load(factors + t);
             for (int r = 0; r < R; ++r) {
-                float* at = rows + r * kKeys + t;
+                Row* at = rows + r * kKeys + t;
                 store(at, load(at) * factor);
             }
         }
@@ -296,7 +339,7 @@ struct FewRoom {
             }
             n = next;
         }
-        if constexpr (kIsFloat8 && kInPairs<T>) {
+        if constexpr (kIsWide && kInPairs<T>) {
             for (int64_t i = 0; i < heads * task.rows; ++i) order_as_pairs(states + i * state_size);
         }
     }

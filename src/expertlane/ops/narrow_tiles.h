@@ -67,7 +67,7 @@ inline void add_group(const bf16* const* x, const W* const* w, int64_t i, int64_
                       int64_t ahead, Lanes sums[R][kRowSums]) {
     for (int r = 0; r < R; ++r) for (int v = 0; v < kRowSums; ++v) sums[r][v] = Lanes{};
 #if defined(__AVX512VBMI__)
-    const Widener<W> widen;
+    const Widener<W, BlockOrder> widen;
     constexpr int kChains = R <= 4 ? 2 : 1;  // sums that do not wait for each other
     Lanes more[kChains][R][kRowSums] = {};
     for (; i + 4 <= end; i += 4) {
@@ -194,7 +194,7 @@ struct Panel {
     static void widen(const W* from, int64_t k, Pair<W>* to) {
         int64_t i = 0;
 #if defined(__AVX512VBMI__)
-        const Widener<W> widen_four;
+        const Widener<W, BlockOrder> widen_four;
         for (; i + 4 <= k; i += 4) {
             Bits both[2];
             widen_four(from + i * kBlock, both);

@@ -48,6 +48,15 @@ def test_attention_and_experts_of_decode_steps_keep_the_bounds():
     assert all((each["kernel"] in multiply) == (each["rows"] > 0) for each in found)
 
 
+@needs_tools
+def test_float8_inputs_are_multiplied_as_float8():
+    """Not widened first, which Triton does where a card's instructions do not suit a tile."""
+    found = compiled("--only", "float8 inputs, prompt", "float8 inputs, decode")
+    products = [each for each in found if each["kernel"] == "_grouped_kernel"]
+    assert {each["target"] for each in products} == {90, 100}
+    assert all(each["is_float8"] for each in products)
+
+
 def test_a_tile_of_many_rows_has_to_be_multiplied_by_a_group_of_warps(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from compile_cuda import Compiled

@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter.
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,14 +27,19 @@ from expertlane.cost.step.kernel_sets import ENGINE, ENGINE_ON_GPUS
 from expertlane.cost.step.operation import Operation
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.step.totals import count
+from expertlane.model.checkpoint import Checkpoint
+from expertlane.model.checkpoint_weights import CheckpointWeights
 from expertlane.model.forward_batch import ForwardBatch
 from expertlane.model.transformer import TransformerStage
 from expertlane.model.weights import SeededWeights
 from expertlane.ops.cuda import launch
 from expertlane.ops.cuda.backend import CudaBackend
 from expertlane.schedule.plan import Batch
+from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
+from model.families import save_checkpoint
+from model.quantised import save_compressed
 from ops.cuda.near import DEVICE, needs_kernels
 from ops.cuda.tiny_models import MODELS, USERS
 
@@ -83,7 +89,7 @@ def counted_run(launches, run):
 class OneRank:
     """A stage of a model on one rank with our kernels, its records and its launches."""
 
-    def __init__(self, model, monkeypatch):
+    def __init__(self, model, monkeypatch, source=None, types=None):
         for user in USERS:
             monkeypatch.setattr(user, "backend_for", lambda device: CudaBackend())
         self.model, layers = model, model.num_hidden_layers
@@ -92,7 +98,9 @@ class OneRank:
             0, layers, model.num_experts, board.reporter(0), clock, world_size=1
         )
         self.mesh = ParallelMesh(Layout(), Meshes(), 0, 1, self.recorder)
-        source = SeededWeights(model, 0, torch.float32, DEVICE, lambda: None)
+        source = source or partial(SeededWeights, model, 0)
+        source = source(torch.float32, DEVICE, lambda: None)
+        self.types = types or NumberTypes.all_of("float32")
         placement = Placement.linear(model.num_experts, 1)
         self.placements = [None if model.is_dense(each) else placement for each in range(layers)]
         self.stage = TransformerStage(model, self.placements, source, self.mesh)
@@ -120,7 +128,7 @@ class OneRank:
             self.model,
             self.mesh.layout,
             self.placements,
-            types=NumberTypes.all_of("float32"),
+            types=self.types,
             block_size=BLOCK_SIZE,
             kernels=kernels,
         )
@@ -149,19 +157,26 @@ def launches_priced(program):
     return dict(found)
 
 
+def check_counts(rank, batch, record, kernels, scales=0.0):
+    """`scales`: the share of weights' bytes that those may have, which the engine counts not."""
+    model = rank.model
+    (counted,) = count(
+        rank.program(batch, record, kernels), model.num_hidden_layers, model.num_experts
+    )
+    for key in ("flops", "kv_bytes", "num_collectives", "weight_bytes"):
+        expected, found = (np.array(getattr(each, key)) for each in (record, counted))
+        share = scales if key == "weight_bytes" else 0.0
+        np.testing.assert_allclose(found, expected, rtol=share, atol=0, err_msg=key)
+
+
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_priced_is_what_is_recorded(name, step, monkeypatch):
     rank = OneRank(MODELS[name], monkeypatch)
     batch = batch_of(MODELS[name], *STEPS[step])
     record, launched = rank.run(batch)
-    model = MODELS[name]
     for kernels in (ENGINE, ENGINE_ON_GPUS):
-        program = rank.program(batch, record, kernels)
-        (counted,) = count(program, model.num_hidden_layers, model.num_experts)
-        for key in ("flops", "weight_bytes", "kv_bytes", "num_collectives"):
-            expected, found = (np.array(getattr(each, key)) for each in (record, counted))
-            np.testing.assert_array_equal(found, expected, key)
+        check_counts(rank, batch, record, kernels)
     if MODELS[name].expert_bias:
         return  # biases of experts are added by torch, in launches that are not priced
     priced = launches_priced(rank.program(batch, record, ENGINE_ON_GPUS))
@@ -169,6 +184,31 @@ def test_what_is_priced_is_what_is_recorded(name, step, monkeypatch):
     if MODELS[name].latent is None:
         for stage in (Stage.ROUTER, Stage.DISPATCH, Stage.EXPERTS, Stage.HEAD):
             assert priced[stage] == pytest.approx(launched[stage], abs=2), stage
+
+
+def test_inputs_in_float8_are_counted_and_launched_as_priced(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "decoder_sparse_step": 1}
+    folder = save_checkpoint("qwen3_moe", tmp_path / "source", moe_intermediate_size=16, **sizes)
+    save_compressed(folder, tmp_path / "stored", tmp_path / "plain", "float8 by channel")
+    checkpoint, priced, launched = Checkpoint(tmp_path / "stored"), Counter(), Counter()
+    for activations in ("model", "float8"):
+        options = Options(activations=activations)
+        source = partial(CheckpointWeights, checkpoint, activations=activations)
+        types = NumberTypes.kept_as("float32", options, "float8")
+        rank = OneRank(checkpoint.model, monkeypatch, source, types)
+        batch = batch_of(checkpoint.model, *STEPS["chunk and decode"])
+        record, by_stage = rank.run(batch)
+        check_counts(rank, batch, record, ENGINE_ON_GPUS, scales=1e-3)
+        sign = 1 if activations == "float8" else -1
+        for totals, of_run in (
+            (priced, launches_priced(rank.program(batch, record, ENGINE_ON_GPUS))),
+            (launched, by_stage),
+        ):
+            totals.update({stage: sign * num for stage, num in of_run.items()})
+    # Before attention's two products, and before experts' two, in each layer.
+    more = {Stage.ATTENTION: 4, Stage.EXPERTS: 4}
+    assert {stage: num for stage, num in priced.items() if num} == more
+    assert {stage: num for stage, num in launched.items() if num} == more
 
 
 def test_a_step_without_tokens_launches_and_counts_nothing(monkeypatch):

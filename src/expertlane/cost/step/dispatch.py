@@ -67,6 +67,9 @@ class ExpertSteps:
         matrices = 3 if model.gated_mlp else 2
         inner = shares(model.moe_intermediate_size, self._layout.etp, out.etp_rank)
         num_weights = inner * (model.hidden_size * matrices)
+        if out.types.weights == "float8":
+            num_inputs = counts.rows_computed * model.hidden_size + counts.pairs_computed * inner
+            out.round_inputs(Stage.EXPERTS, num_inputs, 2)
         of_expert = kernels.expert + matrices * kernels.expert_product
         out.operation(
             Kind.EXPERTS,

@@ -36,6 +36,7 @@ class KernelSet:
         share: kernels, one after the other, that share counts of pairs among copies, where that is
             asked for. None of a library is measured: it is taken to search step by step.
         pack, narrow, widen: rows put together to be sent, and their payload rounded and restored.
+        round_inputs: of inputs of a product to float8, where that is asked for.
         sum_term, sum_once: of a sum of rows, for every term of a sum, and beside that.
         expert, experts_once: an active expert beside its products, and all of them together.
         expert_product: of an active expert.
@@ -86,6 +87,7 @@ class KernelSet:
     pack: int = 4
     narrow: int = 9
     widen: int = 4
+    round_inputs: int = 16
     sum_term: int = 9
     sum_once: int = 2
     expert: int = 3
@@ -132,6 +134,7 @@ ENGINE_ON_GPUS = KernelSet(
     scored_route=2,
     grouped_route=2,
     by_expert=5,
+    round_inputs=1,
     sum_term=0,
     sum_once=1,
     expert=0,
@@ -166,6 +169,7 @@ GPU_LIBRARIES = KernelSet(
     share=16,
     pack=1,
     narrow=1,
+    round_inputs=1,
     widen=0,
     sum_term=0,
     sum_once=1,

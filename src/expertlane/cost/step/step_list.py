@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from expertlane.cost.number_types import NumberTypes, weight_bytes
+from expertlane.cost.number_types import ITEM_BYTES, NumberTypes, weight_bytes
 from expertlane.cost.step.batch_sizes import TokenSizes
 from expertlane.cost.step.counts import Exchange
 from expertlane.cost.step.kernel_sets import ENGINE, KernelSet
@@ -88,6 +88,8 @@ class StepWriter(ABC):
         if dtype is None:
             dtype = self.types.of_part("attention" if stage is Stage.ATTENTION else "mlp")
         num_weights = np.asarray(n) * np.asarray(k)
+        if dtype == "float8":
+            self.round_inputs(stage, m * np.asarray(k))
         self.operation(
             Kind.GEMM,
             stage,
@@ -96,6 +98,12 @@ class StepWriter(ABC):
             num_kernels=num_kernels,
             dtype=dtype,
         )
+
+    def round_inputs(self, stage: Stage, num_values: Amounts, num_times: int = 1) -> None:
+        """Inputs of float8 matrices to float8, where the engine does that."""
+        if self.types.rounds_inputs:
+            num_bytes = num_values * (self.types.activation_bytes + ITEM_BYTES["float8"])
+            self.memory(stage, num_bytes, num_times * self.kernels.round_inputs)
 
     def by_token(
         self, stage: Stage, part: TokenSizes, row_bytes: int, num_passes: int, num_kernels: int = 1

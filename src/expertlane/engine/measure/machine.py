@@ -45,6 +45,7 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
         keeps_narrow=ops.keeps_narrow,
         keeps_mxfp4=ops.keeps_mxfp4,
         reads_float8=ops.reads_float8,
+        multiplies_float8=ops.multiplies_float8,
         ranks_on_device=chosen.ranks_on_device,
         driver=_driver() if chosen.device.type == "cuda" else "",
     )

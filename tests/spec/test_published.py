@@ -1,0 +1,87 @@
+"""Models of public sizes: their config.json, as far as from_hf reads it, is all that is needed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from expertlane.errors import SpecError
+from expertlane.spec.from_hf import from_hf
+from expertlane.spec.hf_config import family_of, num_extra_layers
+from expertlane.spec.tensors import num_params
+
+CONFIGS = json.loads(Path(__file__).with_name("published.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "billions"),
+    [  # as the models' cards say
+        ("glm-4.5-air", "glm4_moe", 106),
+        ("kimi-k2", "deepseek_v3", 1026),
+        ("dots.llm1", "dots1", 142),
+        ("minimax-m2", "minimax_m2", 229),
+        ("ernie-4.5-21b-a3b", "ernie4_5_moe", 21.8),
+        ("qwen3-vl-30b-a3b", "qwen3_vl_moe", 30.5),
+        ("granite-3.1-3b-a800m", "granitemoe", 3.3),
+        ("glm-4.7-flash", "glm4_moe_lite", 30),
+    ],
+)
+def test_parameters_add_up_to_the_published_number(name, family, billions):
+    assert family_of(CONFIGS[name]) == family
+    model = from_hf(CONFIGS[name])
+    assert num_params(model) / 1e9 == pytest.approx(billions, rel=0.01)
+    assert model.dtype == "bfloat16"
+
+
+def test_every_published_config_is_looked_at():
+    assert len(CONFIGS) == 8
+
+
+def test_kimi_k2_is_deepseek_v3_whatever_it_calls_itself():
+    kimi = CONFIGS["kimi-k2"]
+    assert from_hf(kimi, "k") == from_hf(kimi | {"model_type": "deepseek_v3"}, "k")
+    assert num_extra_layers(kimi) == 0
+
+
+def test_granite_multiplies():
+    model = from_hf(CONFIGS["granite-3.1-3b-a800m"])
+    assert model.softmax_scale == 1 / 64
+    assert model.hidden_norm_eps == pytest.approx(1e-6 / 0.22**2)
+    assert (model.embedding_multiplier, model.logits_scaling) == (12, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "glm-4.5-air",
+            {"head_dim": 20, "partial_rotary_factor": 0.25},
+            "head_dim is 20, of which 5 are rotated; rotary positions need an even one",
+        ),
+        ("glm-4.5-air", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; it must be"),
+        ("glm-4.7-flash", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not"),
+        (
+            "glm-4.7-flash",
+            {"mlp_layer_types": ["sparse"]},
+            "mlp_layer_types must be a list of 47, one for each layer",
+        ),
+        (
+            "glm-4.7-flash",
+            {"mlp_layer_types": ["dense"] * 46 + ["mamba"]},
+            "mlp_layer_types holds 'mamba'; valid: dense, sparse",
+        ),
+        ("minimax-m2", {"attn_type_list": [0] * 62}, "attn_type_list [0, 0, "),
+        ("minimax-m2", {"shared_intermediate_size": 64}, "shared_intermediate_size 64 is not"),
+        ("minimax-m2", {"rotary_dim": 63}, "of which 63 are rotated"),
+        ("ernie-4.5-21b-a3b", {"use_bias": True}, "use_bias True is not supported"),
+        ("ernie-4.5-21b-a3b", {"moe_norm_min": 0.1}, "moe_norm_min 0.1 is not supported"),
+        ("granite-3.1-3b-a800m", {"residual_multiplier": 0}, "residual_multiplier is 0; it must"),
+        ("dots.llm1", {"n_shared_experts": None}, "n_shared_experts is null; it must be"),
+    ],
+)
+def test_what_cannot_be_computed_is_named(name, changes, message):
+    with pytest.raises(SpecError) as error:
+        from_hf(CONFIGS[name] | changes, "mine")
+    assert str(error.value).startswith("model mine: ")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
