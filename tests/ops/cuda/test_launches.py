@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from expertlane.ops.cuda import attention, grouped, permute, splits
+from expertlane.ops.cuda import graphs as module
 from expertlane.ops.cuda.graphs import CudaGraphs
 
 GPU = torch.device("cuda", 0)
@@ -77,12 +78,14 @@ def test_graphs_have_another_pool_once_the_last_is_gone(monkeypatch):
     }
     for name, each in double.items():
         monkeypatch.setattr(torch.cuda, name, each)
-    graphs, ran = CudaGraphs(), []
-    kept = [graphs.capture(lambda: ran.append(1)) for _ in range(2)]
+    monkeypatch.setattr(module, "recorded_event", lambda: "event")
+    graphs, ran, waited = CudaGraphs(), [], []
+    kept = [graphs.capture(lambda: ran.append(1), waited.append) for _ in range(2)]
     kept.pop(0)
-    kept.append(graphs.capture(lambda: ran.append(1)))
+    kept.append(graphs.capture(lambda: ran.append(1), waited.append))
     assert pools == [0, 0, 0]
     kept.clear()
-    kept = [graphs.capture(lambda: ran.append(1)) for _ in range(2)]
+    kept = [graphs.capture(lambda: ran.append(1), waited.append) for _ in range(2)]
     assert pools == [0, 0, 0, 1, 1]
     assert len(ran) == 2 * len(pools)
+    assert waited == ["event"] * len(pools)
