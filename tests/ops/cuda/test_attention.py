@@ -132,6 +132,8 @@ def test_wide_heads(heads, dims, dtype, is_float8):
 def test_programs_that_share_the_values_of_wide_heads(
     heads, dims, sequences, num_splits, is_float8, card, monkeypatch
 ):
+    if module.shared_bytes(DEVICE) < 227 << 10:
+        pytest.skip("this card has less shared memory than such tiles need")
     launched, launch = [], module.launch
     monkeypatch.setattr(module, "architecture", lambda: card)
     monkeypatch.setattr(module, "_num_splits", lambda *_: num_splits)
@@ -144,9 +146,9 @@ def test_programs_that_share_the_values_of_wide_heads(
 
 
 def test_cards_with_little_shared_memory_have_small_tiles(monkeypatch):
-    assert module.Tile.wide(128, 512, 512, 2, DEVICE) is not None
-    monkeypatch.setattr(module, "shared_bytes", lambda device: 163 << 10)
-    assert module.Tile.wide(128, 512, 512, 2, DEVICE) is None
+    for kib, fits in ((227, True), (163, False)):
+        monkeypatch.setattr(module, "shared_bytes", lambda device, kib=kib: kib << 10)
+        assert (module.Tile.wide(128, 512, 512, 2, DEVICE) is not None) == fits
 
 
 def test_no_tokens():

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from expertlane.ops.cuda import grouped
 from expertlane.ops.cuda.experts import CudaExperts, experts_of
+from expertlane.ops.cuda.matrices import Matrices
 from expertlane.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.ops.products import Activation, Expert, Linear, LoopedExperts
 from expertlane.ops.torch_backend import TorchBackend
@@ -137,3 +139,24 @@ def test_experts_of_two_kinds_do_not_suit():
     assert CudaExperts.suits(plain)
     assert CudaExperts.suits(biased)
     assert not CudaExperts.suits([*plain, *biased])
+
+
+@pytest.mark.parametrize("counts", [[700, 5], [0, 641], [64, 300], [1, 0]])
+def test_the_order_of_programs_of_many_rows_leaves_out_no_tile(counts, monkeypatch):
+    """More tiles of rows than the eight that go together, the last ones fewer; two of columns."""
+    tile = grouped.Tile(64, 32, 32, 4, 2)
+    monkeypatch.setattr(grouped.Tile, "of", classmethod(lambda *_: tile))
+    monkeypatch.setattr(grouped, "_num_splits", lambda *_: 1)
+    x, weight = random(torch.float16, sum(counts), 16), random(torch.float16, 2, 40, 16, seed=1)
+    matrices, of_each = Matrices(weight, None, None), torch.tensor(counts, device=DEVICE)
+    found = grouped.grouped_product(x, matrices, of_each, sum(counts))
+    parts = zip(x.float().split(counts), weight.float(), strict=True)
+    assert_near(found, torch.cat([part @ each.T for part, each in parts]).half(), 4)
+
+
+def test_one_matrix_of_many_rows_has_wide_tiles():
+    x, weight = random(torch.float16, 257, 64), random(torch.float16, 1, 264, 64, seed=1)
+    matrices = Matrices(weight, None, None)
+    assert grouped.Tile.of(257, matrices, 2)[:2] == (128, 256)
+    found = grouped.grouped_product(x, matrices, None, 257)
+    assert_near(found, (x.float() @ weight[0].float().T).half(), 4)

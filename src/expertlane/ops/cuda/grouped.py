@@ -43,9 +43,10 @@ def _grouped_kernel(
     WEIGHTS_FIRST: tl.constexpr, MATRICES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    matrix, begin, end = 0, tl.program_id(1) * ROWS, num_rows
+    tile, of_columns = _tiles_of_program(ROWS)
+    matrix, begin, end = 0, tile * ROWS, num_rows
     if HAS_COUNTS:
-        matrix, begin, end = _place_of_tile(counts, num_matrices, MATRICES, ROWS)
+        matrix, begin, end = _place_of_tile(tile, counts, num_matrices, MATRICES, ROWS)
     if begin >= end:
         return
     pair = begin + tl.arange(0, ROWS)
@@ -53,7 +54,7 @@ def _grouped_kernel(
     row = pair.to(tl.int64)
     if IS_GATHERED:
         row = tl.load(from_rows + pair, mask=is_pair, other=0)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    column = of_columns * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < out_features
     place = (matrix * out_features + column).to(tl.int64)  # among all matrices' columns
     high, split = in_features, tl.program_id(2)
@@ -63,7 +64,7 @@ def _grouped_kernel(
     if INPUTS > 0:
         total = product_in_float8(
             of_row, is_pair, x_scales + row * ((in_features + INPUTS - 1) // INPUTS),
-            weight, scales, matrix * out_features + tl.program_id(0) * COLUMNS, is_column,
+            weight, scales, matrix * out_features + of_columns * COLUMNS, is_column,
             low, high, in_features, num_groups, group, first,
             WEIGHTS_FIRST, IS_ONE, IS_SHARED, INPUTS, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
@@ -94,12 +95,24 @@ def _grouped_kernel(
 
 
 @triton.jit
-def _place_of_tile(counts, num_matrices, MATRICES: tl.constexpr, ROWS: tl.constexpr):
+def _tiles_of_program(ROWS: tl.constexpr):
+    """The numbers of a program's tiles of rows and of columns.
+
+    With many rows, programs that run together share them: 8 tiles of rows and some of columns.
+    """
+    tile, of_columns = tl.program_id(1), tl.program_id(0)
+    if ROWS >= 64:
+        num_tiles, num_columns = tl.num_programs(1), tl.num_programs(0)
+        tile, of_columns = tl.swizzle2d(tile, of_columns, num_tiles, num_columns, 8)
+    return tile, of_columns
+
+
+@triton.jit
+def _place_of_tile(tile, counts, num_matrices, MATRICES: tl.constexpr, ROWS: tl.constexpr):
     """The tile's matrix, its first row, and where the matrix's rows end; no row beyond the last.
 
     Tiles of all matrices follow one another.
     """
-    tile = tl.program_id(1)
     numbers = tl.arange(0, MATRICES)
     held = tl.load(counts + numbers, mask=numbers < num_matrices, other=0).to(tl.int32)
     tiles = (held + ROWS - 1) // ROWS
@@ -260,6 +273,8 @@ class Tile(NamedTuple):
             return cls(rows, 128, depth, 4 if rows <= 32 else 8, 3 if rows == 64 else 4)
         if rows <= 32:
             return cls(rows, 128, 128, 4, 4)
+        if mean > 128:  # wider, since loads from the L2 cache would bound products
+            return cls(rows, 256, 64, 8, 4)
         return cls(rows, 128, 64, 8 if rows == 128 else 4, 4)
 
     def stage_bytes(self, bits: int, itemsize: int) -> int:
