@@ -427,7 +427,7 @@ def bench(
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
         activations: Type of the inputs of matrices stored in float8. float8 rounds them, with a
-            scale for a token's every 128, so that prompts multiply in float8.
+            scale for a token's every 128, so that GPUs multiply in float8; slower on CPUs.
         kv_dtype: Type of the KV cache. float8 takes half or less, and rounds keys and values.
         cache_int8: With --weights int8: keep the rounded weights in the checkpoint's folder,
             for later starts.

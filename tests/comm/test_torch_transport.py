@@ -1,6 +1,14 @@
 """Ranks of several nodes: gloo's messages with all receives posted before all sends."""
 
 import sys
+import threading
+
+import torch
+from torch.distributed import HashStore
+
+from expertlane.comm.epoch import Epoch
+from expertlane.comm.progress import ProgressBoard
+from expertlane.comm.torch_transport import TorchTransport
 
 NUM_RANKS = 3
 RANK = """
@@ -46,3 +54,17 @@ def test_uneven_exchanges_between_nodes(tmp_path, imported):
     finally:
         for rank in ranks:
             rank.kill()
+
+
+def test_groups_are_aborted_at_once():
+    """One's end waits for the other's, as with nccl where its kernels are queued behind those."""
+    both, epoch = threading.Barrier(2), Epoch(ProgressBoard(1), 0)
+
+    class Group:
+        def abort(self):
+            both.wait(20)
+
+    transport = TorchTransport(torch.device("cpu"), HashStore(), 0, 60.0, epoch, ranks_per_node=1)
+    transport._backends = {(0, 1): Group(), (0, 2): Group()}
+    transport.leave()
+    assert not both.broken

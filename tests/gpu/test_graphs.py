@@ -29,9 +29,19 @@ def test_graphs_on_and_off_are_equal(name, monkeypatch):
     assert difference(logits, others) <= 1e-5
 
 
+class Counted(CudaGraphs):
+    """Attributes: num_begun: captures."""
+
+    num_begun = 0
+
+    def capture(self, run, until):
+        self.num_begun += 1
+        return super().capture(run, until)
+
+
 def test_graphs_recorded_ahead_are_all_that_is_needed(monkeypatch):
     """Recorded again after an epoch that ended in the midst; no step makes a graph any more."""
-    graphs, waits, made = CudaGraphs(), [], []
+    graphs, waits = Counted(), []
     expected, logits, *_ = play(MODELS["sinks, window, biases"], None, monkeypatch)
 
     def end_epoch(event):
@@ -45,13 +55,44 @@ def test_graphs_recorded_ahead_are_all_that_is_needed(monkeypatch):
             record_all(stage)
         stage.drop_graphs()
         assert record_all(stage) == [1, 1, 1]
-        made.extend(waits)
 
     how = {"ahead": ahead, "until": end_epoch}
     found, others, *_ = play(MODELS["sinks, window, biases"], graphs, monkeypatch, **how)
     assert found == expected
     assert difference(logits, others) <= 1e-5
-    assert len(made) == len(waits) == 5
+    assert graphs.num_begun == 5
+    assert len(waits) > 5  # for the tokens of steps too
+
+
+def test_a_capture_that_fails_spoils_no_other():
+    """Its end fails as well, since a stream that it has forked is not joined."""
+    graphs, aside, before = CudaGraphs(), torch.cuda.Stream(), torch.cuda.current_stream()
+    x = torch.zeros(4, device="cuda")
+
+    def add():
+        x.add_(x.new_ones(4))
+
+    def fail():
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            add()
+        if torch.cuda.is_current_stream_capturing():
+            raise EpochEndedError("another epoch has begun")
+        torch.cuda.current_stream().wait_stream(aside)
+
+    def synchronize(event):
+        event.synchronize()
+
+    launches = [graphs.capture(add, synchronize)]
+    with pytest.raises(EpochEndedError):
+        graphs.capture(fail, synchronize)
+    assert torch.cuda.current_stream() == before
+    torch.cuda.empty_cache()
+    launches.append(graphs.capture(add, synchronize))
+    begun = x.clone()
+    for launch in launches:
+        launch()
+    assert (x - begun).tolist() == [2.0] * 4
 
 
 def passed(event) -> None:

@@ -80,7 +80,7 @@ class Calibration:
         machine: what the first rank sees of it.
         cores: of each rank, where it is pinned to one.
         quiet: what other processes disturbed.
-        took_s: all rounds; 0 before.
+        took_s: of all rounds; 0 until they have run.
     """
 
     def __init__(

@@ -308,7 +308,7 @@ class EngineOptions:
     activations: ActivationsType = typer.Option(
         "model",
         help="Type of the inputs of matrices stored in float8. float8 rounds them, with a scale "
-        "for a token's every 128, so that prompts multiply in float8.",
+        "for a token's every 128, so that GPUs multiply in float8; slower on CPUs.",
     )
     kv_dtype: KVCacheType = typer.Option(
         "model",

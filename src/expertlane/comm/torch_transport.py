@@ -151,5 +151,13 @@ class TorchTransport:
                 return
 
     def _abort(self) -> None:
+        """All groups at once: each end waits for what its streams and graphs still have to do.
+
+        That may be behind a kernel of another group, which waits for a lost rank until its own end.
+        """
+        ends: list[Future[None]] = []
         for backend in list(self._backends.values()):
-            backend.abort()
+            ends.append(Future())
+            threading.Thread(target=_settle, args=(ends[-1], backend.abort), daemon=True).start()
+        for end in ends:
+            end.result()

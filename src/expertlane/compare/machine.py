@@ -136,8 +136,8 @@ def why_not_here(experiment: Experiment, dtype: str | None) -> str | None:
         dtype: of weights and activations; None for a CPU's own choice.
 
     Returns:
-        Of memory with both numbers; None where nothing stands against it, and where ranks may run
-        elsewhere: on GPUs or on those of torchrun.
+        With both numbers where memory is short; None where nothing stands against it, and where
+        ranks may run elsewhere: on GPUs, or started by torchrun.
     """
     if "WORLD_SIZE" in os.environ or any(map(os.path.exists, _ACCELERATORS)):
         return None

@@ -49,8 +49,8 @@ class NumberTypes:
         narrow_head: the output head has one byte too: it was rounded while loading.
         inputs_of_scale: of a weight of one byte in the engine's memory; None where scales are those
             of checkpoints.
-        rounds_inputs: of float8 matrices the engine rounds inputs to float8 first; libraries do so
-            anyway, in the times that were measured of them.
+        rounds_inputs: the engine rounds inputs of float8 matrices to float8 first; times that were
+            measured of libraries include that.
 
     Raises:
         SpecError: an unknown type, or activations or a cache in a type of weights alone.

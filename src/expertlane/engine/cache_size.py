@@ -1,4 +1,4 @@
-"""The size of the cache by what is free beside a step of the largest shape, and graphs."""
+"""The size of the cache: what is free beside a step of the largest shape, and beside graphs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -152,10 +152,10 @@ def room_of(
 def _graph_bytes(
     pool: RankPool, deploy: Deploy, members: Members, seen: Sequence[RankMachine]
 ) -> list[int]:
-    """[num_ranks]; what all graphs will take, by what the device has less once some are recorded.
+    """[num_ranks]; what all graphs will take, by how much less is free once two are recorded.
 
-    The largest size is recorded, which has the memory for values, and the next. All others are
-    taken to be as large as that one: they share the memory for values, not that of each graph.
+    The largest size has the memory for values, which all share. The others are taken to need as
+    much for themselves as the second largest.
 
     Args:
         seen: [num_ranks]; before.
@@ -182,7 +182,7 @@ def _graph_bytes(
 
 
 def _tables(deploy: Deploy) -> tuple[DispatchTable, ...]:
-    """Each way in which decode steps may run."""
+    """One for each mode that decode steps may run in."""
     options, spec = deploy.options, deploy.spec
     if (table := options.fixed_table) is not None:
         return (table,)

@@ -281,7 +281,7 @@ class SetDispatch(Command[None]):
 
 
 class RecordGraphs(Command[int]):
-    """Record decode steps as graphs before one needs them; the answer: how many graphs that were.
+    """Record decode steps as graphs before one needs them; answers how many graphs that were.
 
     Collective over the ranks of a replica.
 

@@ -1,4 +1,4 @@
-"""Decode steps are recorded as graphs before the first request, so that none waits for it."""
+"""Records decode steps as graphs before the first request, so that no request waits for it."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 from expertlane.spec.names import Phase
 
-_MOST_S = 120.0  # smaller sizes are then recorded when a step first has one
+_MOST_S = 120.0  # the other sizes are recorded when a step first has one
 
 
 def forms_of_sizes(
@@ -42,7 +42,8 @@ def record_graphs(
 ) -> None:
     """Have all ranks record all sizes, one after the other; `log` takes a line.
 
-    Every size is a command of its own: so all ranks record in one order, and are watched meanwhile.
+    Every size is a command of its own: all ranks record in one order, and are watched meanwhile.
+    No size is begun after `_MOST_S`.
     """
     began_s, num_sizes = time.monotonic(), 0
     by_size = forms_of_sizes(limits, table, members.layout)

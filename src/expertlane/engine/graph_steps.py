@@ -1,4 +1,4 @@
-"""Which of a rank's steps are launched as graphs."""
+"""Which of a rank's steps, and which parts of them, are launched as graphs."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from expertlane.spec.names import Phase, Stage
 
 
 class GraphSteps:
-    """Chooses, by what all ranks of all stages see alike; records ahead, and launches.
+    """Chooses what is a graph, by what all ranks of all stages see alike; records, and launches.
 
     Args:
         graphs: of the rank's stage.
@@ -28,14 +28,14 @@ class GraphSteps:
         self.clear = graphs.clear
 
     def begin_step(self, phase: Phase | None, *, balances_copies: bool) -> None:
-        """What follows is of a step that the recorder has begun."""
+        """Called once for each step, after the recorder has begun it."""
         self._is_plain = phase is Phase.DECODE and not self._recorder.is_recording
         self._balances_copies = balances_copies
 
     def padded(
         self, batch: Batch, micro_batch: RankBatch, mode: DispatchMode
     ) -> PaddedBatch | None:
-        """The batch as the graph of a whole step takes it; None where it is to run otherwise."""
+        """The batch as the graph of a whole step takes it; None where there is no such graph."""
         if not self._is_plain or mode.overlap or self._balances_copies:
             return None
         if not any(micro_batch.num_tokens) or not self._graphs.takes_steps(mode.form):
@@ -43,7 +43,7 @@ class GraphSteps:
         return self._graphs.padded(batch, micro_batch.num_tokens, mode.form)
 
     def layers_of(self, parts: Sequence[ForwardBatch]) -> RunsLayers | None:
-        """Runs them up to each dispatch as a graph, where a whole step is none; or None."""
+        """Runs layers with a graph up to each dispatch; None where the step has no such graphs."""
         if not self._is_plain or len(parts) != 1:
             return None
         form = parts[0].dispatch_form

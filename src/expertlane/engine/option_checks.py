@@ -1,4 +1,4 @@
-"""What a deployment asks for that its ranks, its checkpoint or its layout cannot have."""
+"""Checks of a deployment's options, before its ranks load weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ def check_options(
     machines: Sequence[RankMachine],
     checkpoint: Path | None,
 ) -> None:
-    """Refuse what cannot be.
+    """Refuse options that these ranks, this checkpoint or this layout cannot have.
 
     Args:
         machines: of the layout's ranks.

@@ -27,7 +27,7 @@ class Changes:
 
 
 class UncommittedChanges:
-    """Of the latest steps, the oldest first.
+    """What the latest steps have changed, the oldest first, to be committed or undone.
 
     Args:
         committed: tokens of the last committed step, by sequence id.
@@ -39,13 +39,13 @@ class UncommittedChanges:
 
     @property
     def tokens(self) -> dict[int, int]:
-        """Of the last step, by sequence id."""
+        """What the last step has chosen, by sequence id."""
         return self._steps[-1].chosen if self._steps else self._committed
 
     def begin(
         self, step: int, sampled: SamplerStep | None, placements: PlacementsBefore | None
     ) -> Changes:
-        """Of another step; arguments as of `Changes`."""
+        """Add a step; arguments as of `Changes`."""
         changes = Changes(step, sampled, placements)
         self._steps.append(changes)
         return changes

@@ -104,7 +104,7 @@ class WeightsAhead:
             if self._slice.is_done:
                 self.prepared |= self._slice.results
                 period_s = max(each.seconds for each in self._slice.results.values()) / HELD_UP
-                # From when it could have begun: looks that come late take no part of the time.
+                # Counted from when the next could have begun, however late it is looked at.
                 due_s = max(self._next_slice_s, self._slice_began_s - period_s)
                 self._next_slice_s = due_s + period_s
             self._slice = None

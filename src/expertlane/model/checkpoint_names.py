@@ -119,7 +119,7 @@ def is_left_unread(stored_name: str, extra_layers: range, unread: Iterable[str] 
 
     Args:
         extra_layers: layers for multi-token prediction, after the last one.
-        unread: what the names of others begin with that are no part of the language model.
+        unread: what names begin with that are no part of the language model.
     """
     if stored_name.startswith(tuple(unread)):
         return True

@@ -5,7 +5,7 @@ dispatch. A batch is padded to the next of these numbers. A sequence of padding 
 a block of the cache that belongs to nobody; no expert computes its token, and nobody reads what
 comes of it.
 All ranks of a stage pad a whole step to the same number, and those of a tensor-parallel group the
-beginnings of layers too: who shares a graph's transfers records it at the same time.
+beginnings of layers too: ranks that share a graph's transfers record it at the same time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,7 +31,7 @@ from expertlane.spec.dispatch import DispatchForm, is_static_on
 
 
 class DecodeGraphs:
-    """The graphs of a stage: recorded ahead, or by the first step that has such a size.
+    """A stage's graphs: recorded ahead, or by the first step of their size.
 
     The largest is recorded first: the memory of the others is then a part of its.
 
@@ -78,7 +78,7 @@ class DecodeGraphs:
         self._launch.clear()
 
     def record(self, size: int, forms: Iterable[DispatchForm]) -> int:
-        """Record what batches padded to that size launch; the answer: how many graphs that were."""
+        """Record what batches padded to a size launch; gives how many graphs that were."""
         num_before = len(self._launch)
         for form in forms:
             if self.takes_steps(form):
@@ -167,7 +167,7 @@ class DecodeGraphs:
         return Routed(*(self._rooms[f"routed {name}"][:num] for name in Routed._fields))
 
     def _begin(self, layer: DecoderLayer, cache: KVCache, part: PaddedBatch) -> None:
-        """What is recorded of a layer."""
+        """A layer up to its dispatch, as it is recorded."""
         (begun,) = interleave([layer.begin(self._rooms["x"][: part.num_owned], part, cache)])
         if isinstance(begun, Tensor):
             self._keep("begun", begun)
@@ -227,7 +227,7 @@ class DecodeGraphs:
         return launch
 
     def _forward(self, part: PaddedBatch) -> None:
-        """What is recorded."""
+        """A whole step, as it is recorded."""
         stage = self.stage
         if stage.mesh.is_first_stage:
             x = stage.embed(part)
@@ -245,7 +245,7 @@ class DecodeGraphs:
         self._room(name, values)[: len(values)].copy_(values)
 
     def _room(self, name: str, like: Tensor) -> Tensor:
-        """For as many rows as there may be; made before anything is recorded."""
+        """Memory for as many rows as there may be; made before anything is recorded."""
         if name not in self._rooms:
             shape = self._sizes[-1], *like.shape[1:]
             self._rooms[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)

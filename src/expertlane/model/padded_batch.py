@@ -112,7 +112,7 @@ class GraphInputs:
         self._of_size: dict[int, StaticInputs] = {}
 
     def of_size(self, size: int, columns: Sequence[Array]) -> StaticInputs:
-        """Where batches of that size go."""
+        """The place of batches of a size."""
         if size not in self._of_size:
             self._of_size[size] = StaticInputs(columns, self._tables[:size])
         return self._of_size[size]
@@ -167,5 +167,5 @@ class PaddedBatch(ForwardBatch):
         self._take(rest)
 
     def fill(self) -> None:
-        """Bring it there."""
+        """Copy its columns to where the graph reads them."""
         self._inputs.fill(self._columns())

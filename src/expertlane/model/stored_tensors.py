@@ -256,7 +256,7 @@ class StoredTensors:
         assert self.scheme is not None
         names = [self._values_name(stored), f"{stored.name}{self.scheme.scale}"]
         more = [f"{stored.name}_shape"] if self.scheme.is_packed else []
-        # Activations are not rounded.
+        # Scales of activations are not used: inputs are rounded by their own values, or not.
         more += [stored.name.removesuffix("weight") + each for each in _OF_ACTIVATIONS]
         return names + [name for name in more if name in self._shards]
 

@@ -1,9 +1,9 @@
 """Rows of values in float8 (e4m3), each with a power of two as its scale.
 
-A row is a token's key or value of one head, or so many inputs of a product that share a scale. Its
-scale is the smallest 2^n with which its largest
-magnitude is at most 448, stored as n + 127 in a byte (e8m0 of OCP Microscaling Formats 1.0); 255
-where a value is no number, so that none of the row is one when it is read.
+A row is a token's key or value of one head, or a token's inputs of a product that share a scale.
+Its scale is the smallest 2^n with which its largest magnitude is at most 448, stored as n + 127 in
+a byte (e8m0 of OCP Microscaling Formats 1.0); 255 where a value is no number, so that none of the
+row is one when it is read.
 Widening a row is exact in every type that models compute in. Rounding moves a value by at most
 2^-4 of itself, or 2^-10 of the scale where that is more; nothing overflows.
 """

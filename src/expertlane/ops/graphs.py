@@ -19,8 +19,8 @@ class Graphs(Protocol):
         The record has the memory that operations used, and all values that were on the host.
 
         Args:
-            until: waits for an event of the stream: what the first call asks for may need ranks
-                that are lost.
+            until: waits, with a bound, for an event of the stream: the first call may wait for
+                ranks that are lost.
         """
         ...
 

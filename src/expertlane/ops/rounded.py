@@ -1,8 +1,8 @@
 """Products whose inputs are rounded to float8 (e4m3) with a scale for a token's every 128.
 
 DeepSeek-V3's float8 matrices are made for such inputs (arXiv:2412.19437, section 3.3). Scales are
-powers of two (`ops/float8.py`), as DeepSeek-V3.1's are: then rounded inputs are numbers of every
-type that models compute in, so any product can take them and all backends compute one function.
+powers of two (`ops/float8.py`), as DeepSeek-V3.1's are: then rounded inputs are exact in every type
+that models compute in, so any product can take them and all backends compute one function.
 A token's rounding depends on its own values alone.
 """
 
@@ -18,7 +18,7 @@ from expertlane.spec.deployment import INPUTS_OF_SCALE
 
 
 def rounded_inputs(x: Tensor) -> Tensor:
-    """[num_rows, in_features], as float8 has them."""
+    """[num_rows, in_features] of the same, each group rounded to float8 and widened again."""
     num_rows, num_inputs = x.shape
     missing = -num_inputs % INPUTS_OF_SCALE
     padded = F.pad(x, (0, missing)) if missing else x
@@ -28,10 +28,10 @@ def rounded_inputs(x: Tensor) -> Tensor:
 
 
 class RoundedLinear(Linear):
-    """Another product, of rounded inputs.
+    """A product whose inputs are rounded first.
 
     Args:
-        inner: that product.
+        inner: takes the rounded inputs.
     """
 
     is_packed = True
@@ -43,11 +43,11 @@ class RoundedLinear(Linear):
 
     @property
     def num_bytes(self) -> int:
-        """As of the other."""
+        """Of `inner`."""
         return self.inner.num_bytes
 
     def tensors(self) -> list[Tensor]:
-        """As of the other."""
+        """Of `inner`."""
         return self.inner.tensors()
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:

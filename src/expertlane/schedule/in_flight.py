@@ -1,4 +1,4 @@
-"""The steps that are submitted and not committed."""
+"""Steps that are submitted and not committed."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -31,7 +31,7 @@ class StepsInFlight:
         return bool(self._flights)
 
     def begin(self, plan: StepPlan, of_tables: Iterable[tuple[RunningTable, Rows, Batch]]) -> None:
-        """A step is submitted, on those of the tables whose batch holds anything."""
+        """Add a step that is submitted, on those of the tables whose batch holds anything."""
         taking_part = [each for each in of_tables if each[2].num_seqs]
         for table, rows, batch in taking_part:
             table.begin_step(rows, plan.step, batch)
@@ -39,7 +39,7 @@ class StepsInFlight:
         self.num[plan.replica] += 1
 
     def end(self, plan: StepPlan) -> list[tuple[RunningTable, Rows, Batch]]:
-        """A step is finished; gives what it computed."""
+        """Take out a finished step; gives what it computed."""
         self.num[plan.replica] -= 1
         return self._flights.pop(plan.step).of_tables
 
@@ -49,7 +49,7 @@ class StepsInFlight:
         return any(each.replica == replica and each.phase is phase for each in flights)
 
     def lose(self, kept: Iterable[StepPlan], lost: Iterable[RunningTable]) -> None:
-        """Only some steps go on, without what they compute of tables that are lost."""
+        """Keep some steps alone, without what they compute of tables that are lost."""
         gone = set(map(id, lost))
         flights, self._flights = self._flights, {}
         self.num = [0] * len(self.num)
@@ -60,7 +60,7 @@ class StepsInFlight:
             self.num[plan.replica] += 1
 
     def move(self, num_replicas: int, new_replicas: Mapping[int, int]) -> None:
-        """Replicas get other numbers.
+        """Give replicas other numbers.
 
         Args:
             new_replicas: by the number so far, of each that has steps in flight.

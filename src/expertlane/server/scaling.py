@@ -165,7 +165,7 @@ class _Changer:
             raise ApiError(503, str(error), param="layout", code="not_prepared") from None
 
     def _note_end(self, layout: Layout, began_s: float, how: str, why: str = "") -> None:
-        """Leave a line of a change that is not made; of one that is, the engine does."""
+        """Log a change that is not made; the engine logs those that are."""
         took_s = time.monotonic() - began_s
         text = f"layout change to {layout} {how} after {took_s:.1f} s{why}"
         self._service.live.state.add("scaling", text)

@@ -28,7 +28,7 @@ class Family:
     Attributes:
         num_experts: names of the field for the number of experts; where a config has several, the
             first counts.
-        num_experts_per_tok: the same of those that a token goes to.
+        num_experts_per_tok: the same for how many of them a token goes to.
         unread: what names of tensors begin with that are no part of the language model.
         defaults: of all fields that are read; those of transformers 5's config classes.
             transformers 4.57 differs in two: DeepSeek-V2's vocab_size was 32000, and a null
@@ -98,9 +98,10 @@ def family_of(config: dict[str, Any]) -> str:
 
 
 def language_model_of(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without that of encoders of images: its `text_config` and what is beside it.
+    """A model's configuration, of one with an encoder of images that of its language model.
 
-    What transformers reads from the outside: architecture, quantisation, stored type, tied head.
+    `text_config`, and from beside it what transformers reads there: architecture, quantisation,
+    stored type, tied head.
     """
     text = config.get("text_config")
     if not isinstance(text, dict):
@@ -303,7 +304,7 @@ class ConfigReader:
         return None if value is None else self.typed(kind, key, value)
 
     def same(self, kind: type[Any], *names: str) -> dict[str, Any]:
-        """What a configuration calls as the dataclass `kind` does."""
+        """Fields that have the same names and types in the dataclass `kind`."""
         types = {each.name: each.type for each in fields(kind)}
         return {
             name: self.get((get_args(types[name]) or (types[name],))[0], name) for name in names

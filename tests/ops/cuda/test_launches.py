@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from expertlane.comm.transport import EpochEndedError
 from expertlane.ops.cuda import attention, grouped, permute, splits
-from expertlane.ops.cuda import graphs as module
 from expertlane.ops.cuda.graphs import CudaGraphs
 
 GPU = torch.device("cuda", 0)
@@ -53,39 +53,98 @@ class Graph:
         pass
 
 
-def test_graphs_have_another_pool_once_the_last_is_gone(monkeypatch):
-    """Torch refuses a pool whose graphs are all gone."""
-    pools = []
+class Event:
+    def record(self):
+        pass
+
+
+class Unjoined(RuntimeError):
+    """Of a capture that ends while a stream is still forked."""
+
+
+@pytest.fixture
+def torch_graphs(monkeypatch):
+    """What torch has for graphs: the pools of captures, streams in use, what was called."""
+    told = SimpleNamespace(pools=[], streams=["main"], calls=[], is_unjoined=False)
 
     @contextmanager
     def graph(captured, *, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"
-        pools.append(pool)
-        yield
+        told.pools.append(pool)
+        told.streams.append("capture")
+        try:
+            yield
+        finally:
+            if told.is_unjoined:
+                raise Unjoined
+            told.streams.pop()
 
     @contextmanager
     def on(stream):
-        yield
+        before = [*told.streams]
+        told.streams.append("side")
+        try:
+            yield
+        finally:
+            told.streams[:] = before
 
     handles = iter(range(9))
     double = {
         "graph_pool_handle": lambda: next(handles),
         "Stream": Stream,
         "current_stream": Stream,
+        "current_device": lambda: 0,
         "stream": on,
         "CUDAGraph": Graph,
+        "Event": Event,
         "graph": graph,
     }
     for name, each in double.items():
         monkeypatch.setattr(torch.cuda, name, each)
-    monkeypatch.setattr(module, "recorded_event", lambda: "event")
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+
+        def call(device, pool, name=name):
+            told.calls.append((name, pool))
+
+        monkeypatch.setattr(torch._C, name, call, raising=False)
+    return told
+
+
+def test_graphs_have_another_pool_once_the_last_is_gone(torch_graphs):
+    """Torch refuses a pool whose graphs are all gone."""
     graphs, ran, waited = CudaGraphs(), [], []
     kept = [graphs.capture(lambda: ran.append(1), waited.append) for _ in range(2)]
     kept.pop(0)
     kept.append(graphs.capture(lambda: ran.append(1), waited.append))
-    assert pools == [0, 0, 0]
+    assert torch_graphs.pools == [0, 0, 0]
     kept.clear()
     kept = [graphs.capture(lambda: ran.append(1), waited.append) for _ in range(2)]
-    assert pools == [0, 0, 0, 1, 1]
-    assert len(ran) == 2 * len(pools)
-    assert waited == ["event"] * len(pools)
+    assert torch_graphs.pools == [0, 0, 0, 1, 1]
+    assert (len(ran), len(waited)) == (10, 5)
+
+
+@pytest.mark.parametrize("is_unjoined", [False, True])
+def test_an_error_in_a_capture_is_the_one_that_is_raised(is_unjoined, torch_graphs):
+    graphs, is_first = CudaGraphs(), iter((True, False))
+    kept = [graphs.capture(lambda: None, lambda _: None)]
+    torch_graphs.is_unjoined = is_unjoined
+
+    def run():
+        if not next(is_first):
+            raise EpochEndedError("another epoch has begun")
+
+    with pytest.raises(EpochEndedError):
+        graphs.capture(run, lambda _: None)
+    assert torch_graphs.streams == ["main"]
+    ended = [("_cuda_endAllocateToPool", 0), ("_cuda_releasePool", 0)]
+    assert torch_graphs.calls == (ended if is_unjoined else [])
+    torch_graphs.is_unjoined = False
+    kept.append(graphs.capture(lambda: None, lambda _: None))
+    assert torch_graphs.pools == [0, 0, 1 if is_unjoined else 0]
+
+
+def test_a_capture_that_only_its_end_fails_is_an_error(torch_graphs):
+    torch_graphs.is_unjoined = True
+    with pytest.raises(Unjoined):
+        CudaGraphs().capture(lambda: None, lambda _: None)
+    assert torch_graphs.streams == ["main"]

@@ -36,7 +36,7 @@ class KernelSet:
         share: kernels, one after the other, that share counts of pairs among copies, where that is
             asked for. None of a library is measured: it is taken to search step by step.
         pack, narrow, widen: rows put together to be sent, and their payload rounded and restored.
-        round_inputs: of inputs of a product to float8, where that is asked for.
+        round_inputs: a product's inputs rounded to float8, where that is asked for.
         sum_term, sum_once: of a sum of rows, for every term of a sum, and beside that.
         expert, experts_once: an active expert beside its products, and all of them together.
         expert_product: of an active expert.

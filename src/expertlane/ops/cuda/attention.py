@@ -2,8 +2,9 @@
 
 A program takes a tile of query rows of one sequence and one key/value head: its new tokens, and of
 each all heads that share the key/value head, so that a key is read once for all of them. It reads
-keys and values where they lie in their blocks; nothing is gathered or copied. Where tiles are too
-few for the card, positions are split over programs, whose partial sums `_combine_kernel` adds up.
+keys and values where they lie in their blocks; nothing is gathered or copied. Of wide heads several
+programs have a part of the values each, and all logits. Where tiles are too few for the card,
+positions are split over programs, whose partial sums `_combine_kernel` adds up.
 What is launched depends on the batch's `bounds` and on numbers of tokens and sequences alone.
 
 Limits: in decode memory, length · kv_heads · (key_dim + value_dim) · b bytes a sequence over the
@@ -262,10 +263,10 @@ class Tile(NamedTuple):
     def wide(
         cls, rows_of_seq: int, key_dim: int, value_dim: int, itemsize: int, device: torch.device
     ) -> "Tile | None":
-        """For many rows of 16 bits of heads of some 320 and more; None for others.
+        """For more than 64 rows of 16 bits, of heads of 320 and more; None for others.
 
-        Rows enough for products of whole groups of warps; sums of 256 values stay in registers.
-        None, too, where queries and two stages do not fit into shared memory.
+        Groups of warps multiply so many rows; sums of 256 values stay in registers. None, too,
+        where queries and two stages do not fit into shared memory.
         """
         if itemsize != 2 or rows_of_seq <= 64 or max(key_dim, value_dim) < 320:
             return None

@@ -4,8 +4,9 @@ Float8 tensor cores of Hopper keep few bits of their sums. So the products of on
 are summed there, and its sum is multiplied by the group's two scales and added up in float32
 (DeepSeek-AI 2024, V3, section 3.3.2).
 
-Limits: of rounding memory, 1 + b bytes a value where the model's have b; of products half of what
-they are with 16-bit inputs, since float8's peak is twice as high.
+Limits: rounding moves 1 + b bytes a value, where the model's have b; products take at least half of
+what they take with 16-bit inputs, since float8's peak is twice as high. Never run on a GPU
+(docs/validation.md).
 """
 
 from typing import NamedTuple

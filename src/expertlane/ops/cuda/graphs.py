@@ -1,6 +1,7 @@
 """CUDA graphs. Never run (docs/validation.md)."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from weakref import WeakSet
 
@@ -15,7 +16,8 @@ class CudaGraphs:
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
         self._pool: Any = None
-        self._graphs: WeakSet[Any] = WeakSet()  # that are still there
+        self._graphs: WeakSet[Any] = WeakSet()  # of that pool that are still there
+        self._failed: list[Any] = []  # torch's allocator of pinned memory goes on asking them
 
     def capture(self, run: Callable[[], None], until: Callable[[Any], None]) -> Callable[[], None]:
         """As of `Graphs`; the call before lets kernels be compiled and libraries be loaded."""
@@ -27,10 +29,37 @@ class CudaGraphs:
         if not self._graphs:  # torch takes no pool again whose last graph is gone
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Other threads (nccl's watchdog asks for events) may go on meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            run()
+        with torch.cuda.stream(self._stream):  # left for sure, as a capture that fails is not
+            self._record(graph, run)
         self._graphs.add(graph)
         return graph.replay
+
+    def _record(self, graph: Any, run: Callable[[], None]) -> None:
+        """Raises what `run` raises, also if then the capture's own end fails.
+
+        So it does where a group is aborted between a transfer's begin and the wait for it: a stream
+        is left that nothing joins. Torch then leaves its allocator as if the capture went on.
+        """
+        errors: list[Exception] = []
+        try:
+            # Other threads (nccl's watchdog asks for events) may go on meanwhile.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                try:
+                    run()
+                except Exception as error:
+                    errors.append(error)
+        except RuntimeError as error:
+            errors.append(error)
+            self._failed.append(graph)
+            self._graphs = WeakSet()  # so the next capture has another pool
+            with suppress(RuntimeError):  # it had not begun
+                device = torch.cuda.current_device()
+                torch._C._cuda_endAllocateToPool(device, self._pool)
+                torch._C._cuda_releasePool(device, self._pool)
+        try:
+            if errors:
+                raise errors[0]
+        finally:
+            errors.clear()  # they keep the frames that they went through

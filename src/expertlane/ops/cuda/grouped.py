@@ -5,9 +5,10 @@ which matrix is found on the device, from counts. A row is read where it lies an
 where it belongs, so nothing is permuted in memory. Where tiles are too few for the card, inputs are
 split over programs, whose partial sums `_sum_kernel` adds up in order.
 
-Weights of one byte, or of four bits, are widened in registers. Of one byte they are multiplied as
-they are, and the sums over a group of inputs that share a scale are multiplied by it in float32: no
-product of a weight and its scale is rounded. Of four bits (MXFP4) that product is exact.
+Weights of one byte, or of four bits, are widened in registers, unless inputs are in float8 too
+(`float8_inputs.py`). Of one byte they are multiplied as they are, and the sums over a group of
+inputs that share a scale are multiplied by it in float32: no product of a weight and its scale is
+rounded. Of four bits (MXFP4) that product is exact.
 
 Limits: in decode memory, the weights of all matrices that have a row over the card's bandwidth; in
 prompts arithmetic, 2 · rows · weights of a matrix over its peak.

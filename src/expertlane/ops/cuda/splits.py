@@ -23,7 +23,7 @@ def stages_within(wanted: int, stage_bytes: int, device: torch.device) -> int:
 
 
 def shared_bytes(device: torch.device) -> int:
-    """Of a program at most; small cards have 99 KiB."""
+    """Shared memory of a program at most; small cards have 99 KiB."""
     if device.type == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(device)
         return getattr(properties, "shared_memory_per_block_optin", _SHARED_BYTES)
@@ -31,7 +31,7 @@ def shared_bytes(device: torch.device) -> int:
 
 
 def architecture() -> int:
-    """Of the card that Triton compiles for, as 90; an H100's where there is none."""
+    """Compute capability of the card that Triton compiles for, as 90; an H100's without one."""
     try:
         return int(driver.active.get_current_target().arch)
     except RuntimeError:  # in the interpreter
