@@ -30,7 +30,9 @@ from expertlane.report.sections import report_of
 from expertlane.results.file import read, write
 from expertlane.results.record import EXPERIMENT as EXPERIMENT_ROLE
 from expertlane.results.record import SCALING
+from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Cluster, Experiment, read_experiment, shipped_experiments
+from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase, Stage, Track
 from expertlane.spec.ranges import DEFAULT_REPEAT
@@ -325,6 +327,13 @@ def test_the_paper_s_model_is_refused_before_anything_is_allocated(pools):
     assert rank_memory_bytes() - before < 50e6
     assert not pool.is_closed
     check_memory(EXPERIMENT, pool)  # this one fits
+
+
+def test_options_that_ranks_cannot_have_are_refused_by_the_deployment_s_name(pools):
+    narrow = Options(activations="float8")  # the preset has no matrices in float8
+    deployments = (*EXPERIMENT.deployments, Deployment("narrow", Layout(tp=2), narrow))
+    with pytest.raises(UserError, match=r"^deployment 'narrow': activations in float8 .* has none"):
+        check_memory(replace(EXPERIMENT, deployments=deployments), pools.pool(4))
 
 
 def test_the_peak_is_measured_quickly(pools):

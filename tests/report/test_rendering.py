@@ -211,6 +211,29 @@ def test_other_tokens_of_deployments_that_round_are_told_so() -> None:
     assert of((True, False), (True, False), (True, False)).startswith("identical in all 3 ")
 
 
+def test_other_tokens_of_deployments_whose_options_round_are_told_so() -> None:
+    exact = example.usual().deployments[0]
+
+    def of(*options: Options) -> str:
+        return same_tokens(
+            [
+                replace(exact, options=each, tokens_sha256=str(number) * 64)
+                for number, each in enumerate(options)
+            ]
+        )
+
+    activations, cache = Options(activations="float8"), Options(kv_dtype="float8")
+    both = Options(weights="int8", kv_dtype="float8")
+    equal = "identical to the first deployment's in 1 of 4; others with "
+    assert of(Options(), Options(), activations, both) == (
+        f"{equal}#3 (inputs of matrices are rounded) and with #4 (weights, keys and values are "
+        "rounded) and with #2 (nothing is rounded)"
+    )
+    assert of(cache, cache, activations, both) == (
+        f"{equal}#2, #3, #4: the first rounds keys and values"
+    )
+
+
 def test_gains_against_the_best_baseline_stand_apart_where_it_is_not_the_first() -> None:
     def titles(results: Results) -> list[str]:
         return [each.title for each in tables(section(report_of(results), "Gains"))]

@@ -186,6 +186,27 @@ def test_a_named_deployment_that_rounds_does_not_compute_the_same(number: int, n
     assert tuple(before) == sentences(given)
 
 
+@pytest.mark.parametrize("rounding_ones", [(2,), (4,), (2, 4), (1, 2, 3, 4)])
+def test_named_deployments_whose_options_round_alike_compute_the_same(
+    rounding_ones: tuple[int, ...],
+) -> None:
+    given = example.usual()
+    changed = [*given.deployments]
+    for number in rounding_ones:
+        record = changed[number - 1]
+        options = replace(record.options, activations="float8", kv_dtype="float8")
+        changed[number - 1] = replace(record, options=options)
+    caveats = [
+        each
+        for each in sentences(replace(given, deployments=tuple(changed)))
+        if each not in sentences(given)
+    ]
+    assert len(caveats) == (0 if len(rounding_ones) == 4 else len(rounding_ones))
+    assert all(
+        "rounds inputs of matrices, keys and values: its outputs" in each for each in caveats
+    )
+
+
 def test_rounding_of_a_deployment_that_is_not_named_is_no_matter_of_the_verdict() -> None:
     given = example.usual()
     assert sentences(rounding(given, 3)) == sentences(given)

@@ -84,7 +84,8 @@ def experiment_limits(experiment: Experiment, seen: Sequence[RankMachine]) -> di
         seen: [num_ranks].
 
     Raises:
-        UserError: experts of a deployment cannot be placed or reached so.
+        UserError: experts of a deployment cannot be placed or reached so, or ranks cannot have its
+            options; the text begins with its name.
         CapacityError: not even one sequence fits, with both numbers.
     """
     model, limits = experiment.model, {}
@@ -92,15 +93,14 @@ def experiment_limits(experiment: Experiment, seen: Sequence[RankMachine]) -> di
     deployments = experiment.deployments + experiment.scaling
     for each, placements in zip(deployments, all_placements, strict=True):
         wanted = workload_limits(experiment.workload, model, each.layout)
-        try:
-            limits[each.name] = fit_to_machine(
-                *(model, each.layout, wanted, seen, 1.0, placements, each.options),
-                Path(experiment.checkpoint) if experiment.checkpoint else None,
-            )
-        except CapacityError as error:
-            raise CapacityError(
-                f"deployment {each.name!r}: {error}; use a smaller model or shorter sequences"
-            ) from None
+        with naming(f"deployment {each.name!r}"):
+            try:
+                limits[each.name] = fit_to_machine(
+                    *(model, each.layout, wanted, seen, 1.0, placements, each.options),
+                    Path(experiment.checkpoint) if experiment.checkpoint else None,
+                )
+            except CapacityError as error:
+                raise CapacityError(f"{error}; use a smaller model or shorter sequences") from None
     return limits
 
 

@@ -33,8 +33,8 @@ def check_cpu_isa(cpu_isa: CpuIsa | None) -> None:
     """
     if cpu_isa is not None and os.environ.get("EXPERTLANE_BACKEND") == "torch":
         raise UserError(
-            f"--cpu-isa {cpu_isa} is for kernels that EXPERTLANE_BACKEND=torch leaves out; give "
-            "one of the two"
+            f"instruction set {cpu_isa} (--cpu-isa or EXPERTLANE_CPU_ISA) is for kernels that "
+            "EXPERTLANE_BACKEND=torch leaves out; give one of the two"
         )
 
 

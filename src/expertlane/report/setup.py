@@ -181,7 +181,7 @@ def same_tokens(records: Sequence[DeploymentRecord]) -> str:
     """Which deployments generated the same tokens, and which of the others round."""
     first = records[0]
     others = [
-        (f"#{number}", _rounds(each))
+        (f"#{number}", _rounded(each))
         for number, each in enumerate(records, start=1)
         if each.tokens_sha256 != first.tokens_sha256
     ]
@@ -191,17 +191,21 @@ def same_tokens(records: Sequence[DeploymentRecord]) -> str:
             f"identical in all {num_all} deployments (SHA-256 {(first.tokens_sha256 or '')[:12]})"
         )
     equal = f"identical to the first deployment's in {num_all - len(others)} of {num_all}"
-    if _rounds(first):
+    if rounds := _rounded(first):
         names = ", ".join(name for name, _ in others)
-        return f"{equal}; others with {names}: the first rounds hidden states"
-    rounded = ", ".join(name for name, rounds in others if rounds)
-    exact = ", ".join(name for name, rounds in others if not rounds)
+        return f"{equal}; others with {names}: the first rounds {rounds}"
+    names_of: dict[str, list[str]] = {}
+    for name, rounds in sorted(others, key=lambda each: not each[1]):
+        names_of.setdefault(rounds or "nothing", []).append(name)
     groups = (
-        f"with {rounded} (hidden states are rounded)" if rounded else "",
-        f"with {exact} (nothing is rounded)" if exact else "",
+        f"with {', '.join(names)} ({rounds} {'is' if rounds == 'nothing' else 'are'} rounded)"
+        for rounds, names in names_of.items()
     )
-    return f"{equal}; others {' and '.join(filter(None, groups))}"
+    return f"{equal}; others {' and '.join(groups)}"
 
 
-def _rounds(record: DeploymentRecord) -> bool:
-    return any(step.traffic and step.traffic.payload_error for step in record.steps)
+def _rounded(record: DeploymentRecord) -> str:
+    """`weights, keys and values`; empty if nothing is."""
+    sent = any(step.traffic and step.traffic.payload_error for step in record.steps)
+    rounded = record.options.rounded if record.options else ()
+    return ", ".join((*rounded, *(("hidden states",) if sent else ())))

@@ -367,8 +367,11 @@ def _by_critical_path(judged: Verdict) -> str:
 
 
 def _rounding(rows: Sequence[Row]) -> Iterator[str]:
-    """One sentence for each that rounds hidden states: it is not the same computation."""
-    for row in rows:
+    """One sentence for each that rounds more than others: it is not the same computation."""
+    rounded = [row.record.options.rounded if row.record.options else () for row in rows]
+    for row, numbers in zip(rows, rounded, strict=True):
+        if numbers and len(set(rounded)) > 1:
+            yield f"{row.name} rounds {', '.join(numbers)}: its outputs differ slightly."
         error = row.step.traffic.payload_error if row.step.traffic else None
         if error:
             yield (

@@ -157,6 +157,16 @@ class Options(Strict):
                 )
 
     @property
+    def rounded(self) -> tuple[str, ...]:
+        """The numbers that are rounded, without those of `payload`."""
+        are_rounded = {
+            "weights": self.weights == "int8",
+            "inputs of matrices": self.activations == "float8",
+            "keys and values": self.kv_dtype == "float8",
+        }
+        return tuple(numbers for numbers, are in are_rounded.items() if are)
+
+    @property
     def is_timed(self) -> bool:
         """Whether anything is chosen by a table timed at the start."""
         return "auto" in (self.dispatch, self.overlap)
