@@ -20,7 +20,7 @@ from ops.test_attention import batch_of
 pytestmark = needs_kernels
 
 OPS = TorchBackend()
-IN_KEYS = {96: 48, 72: 64, 576: 512}  # values that are the first so many values of keys
+IN_KEYS = {96: 48, 72: 64, 448: 384, 576: 512}  # values that are the first so many values of keys
 # Positions computed before, and new tokens.
 SEQUENCE = st.one_of(
     st.tuples(st.integers(0, 70), st.just(1)),
@@ -125,9 +125,10 @@ def test_wide_heads(heads, dims, dtype, is_float8):
     [
         ((2, 1), (512, 512), [(3, 36), (3, 1)], 1, True),
         ((70, 1), (576, None), [(20, 1), (3, 1)], 3, False),
+        ((66, 1), (448, None), [(3, 1)], 1, False),
         ((4, 2), (328, 320), [(3, 34)], 3, False),
     ],
-    ids=["512", "absorbed latent", "not all columns"],
+    ids=["512", "absorbed latent", "short latent", "not all columns"],
 )
 def test_programs_that_share_the_values_of_wide_heads(
     heads, dims, sequences, num_splits, is_float8, card, monkeypatch

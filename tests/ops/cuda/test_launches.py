@@ -44,8 +44,11 @@ def test_stages_fit_into_a_cards_shared_memory(shared_kib, num_stages, monkeypat
 
 
 class Stream:
+    def __init__(self):
+        self.waits_for = []
+
     def wait_stream(self, other):
-        pass
+        self.waits_for.append(other)
 
 
 class Graph:
@@ -65,7 +68,7 @@ class Unjoined(RuntimeError):
 @pytest.fixture
 def torch_graphs(monkeypatch):
     """What torch has for graphs: the pools of captures, streams in use, what was called."""
-    told = SimpleNamespace(pools=[], streams=["main"], calls=[], is_unjoined=False)
+    told = SimpleNamespace(main=Stream(), pools=[], streams=["main"], calls=[], is_unjoined=False)
 
     @contextmanager
     def graph(captured, *, pool, stream, capture_error_mode):
@@ -92,7 +95,7 @@ def torch_graphs(monkeypatch):
     double = {
         "graph_pool_handle": lambda: next(handles),
         "Stream": Stream,
-        "current_stream": Stream,
+        "current_stream": lambda: told.main,
         "current_device": lambda: 0,
         "stream": on,
         "CUDAGraph": Graph,
@@ -148,3 +151,15 @@ def test_a_capture_that_only_its_end_fails_is_an_error(torch_graphs):
     with pytest.raises(Unjoined):
         CudaGraphs().capture(lambda: None, lambda _: None)
     assert torch_graphs.streams == ["main"]
+
+
+def test_what_follows_waits_for_a_call_that_was_given_up(torch_graphs):
+    graphs = CudaGraphs()
+
+    def end(event):
+        raise EpochEndedError("another epoch has begun")
+
+    with pytest.raises(EpochEndedError):
+        graphs.capture(lambda: None, end)
+    assert torch_graphs.main.waits_for == [graphs._stream]
+    assert (torch_graphs.streams, torch_graphs.pools) == (["main"], [])

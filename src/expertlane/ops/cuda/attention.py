@@ -144,7 +144,7 @@ def _attend_positions(
             if IS_FLOAT8:
                 value_scale = tl.load(value_scales + of_scales, is_there, 1)[:, None]
                 value = widened(value, value_scale).to(query_main.dtype)
-        elif VALUE_BLOCK == MAIN:
+        elif VALUE_BLOCK == MAIN and VALUE_DIM <= MAIN:  # so no other program has some of them
             value = key_main
         else:
             value = _columns_of(key, is_there, column, VALUE_DIM, VALUE_BLOCK)

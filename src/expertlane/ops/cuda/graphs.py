@@ -22,10 +22,12 @@ class CudaGraphs:
     def capture(self, run: Callable[[], None], until: Callable[[Any], None]) -> Callable[[], None]:
         """As of `Graphs`; the call before lets kernels be compiled and libraries be loaded."""
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            run()
-            until(recorded_event())  # torch waits too when a capture begins, without a bound
-        torch.cuda.current_stream().wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                run()
+                until(recorded_event())  # torch waits too when a capture begins, without a bound
+        finally:  # of a call that is given up, too: it may still write where others will
+            torch.cuda.current_stream().wait_stream(self._stream)
         if not self._graphs:  # torch takes no pool again whose last graph is gone
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
