@@ -87,7 +87,7 @@ def test_kernels_are_not_chosen_where_torch_replaces_them(monkeypatch):
     with pytest.raises(UserError) as caught:
         start_pool(1, timeout_s=1.0, cpu_isa="amx")
     assert str(caught.value) == (
-        "instruction set amx (--cpu-isa or EXPERTLANE_CPU_ISA) is for kernels that "
+        "--cpu-isa (or EXPERTLANE_CPU_ISA) amx is for kernels that "
         "EXPERTLANE_BACKEND=torch leaves out; give one of the two"
     )
     check_cpu_isa(None)

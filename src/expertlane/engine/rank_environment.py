@@ -33,7 +33,7 @@ def check_cpu_isa(cpu_isa: CpuIsa | None) -> None:
     """
     if cpu_isa is not None and os.environ.get("EXPERTLANE_BACKEND") == "torch":
         raise UserError(
-            f"instruction set {cpu_isa} (--cpu-isa or EXPERTLANE_CPU_ISA) is for kernels that "
+            f"--cpu-isa (or EXPERTLANE_CPU_ISA) {cpu_isa} is for kernels that "
             "EXPERTLANE_BACKEND=torch leaves out; give one of the two"
         )
 
