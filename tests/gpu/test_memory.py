@@ -50,10 +50,10 @@ def test_a_measured_cache_and_what_it_gives(kv_dtype: str, capfd: pytest.Capture
 
 def test_graphs_take_what_was_measured(capfd: pytest.CaptureFixture) -> None:
     """As much as the line says, and 0.2 GB at most: beside the same cache with and without."""
-    free_bytes = []
+    free_bytes, settings = [], {"dtype": "bfloat16", "max_num_seqs": 64}
     for has_graphs in (False, True):
         options = Options(cuda_graphs=has_graphs)
-        with LLM("paper-small", options=options, dtype="bfloat16", num_blocks=64) as llm:
+        with LLM("paper-small", options=options, num_blocks=64, **settings) as llm:
             llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8))
             free_bytes.append(memory_of(DEVICE).free_and_total()[0])
     said = re.findall(r"CUDA graphs ([0-9.]+) GB", capfd.readouterr().err)
