@@ -111,7 +111,7 @@ def test_graphs_that_cannot_be_are_refused_if_asked_for(rank, reason):
         check_options(Options(cuda_graphs=True), TINY, Layout(), machines, None)
     assert str(refused.value) == (
         f"CUDA graphs (--cuda-graphs on, cuda_graphs=True) {reason}; valid here: auto or off "
-        "(None or False)"
+        "(in Python None or False; in a file false, or without cuda_graphs)"
     )
     check_options(Options(), TINY, Layout(), machines, None)
     check_options(Options(cuda_graphs=False), TINY, Layout(), machines, None)

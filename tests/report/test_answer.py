@@ -12,13 +12,15 @@ import example_projection
 import example_results as example
 from expertlane.report import terminal
 from expertlane.report.answer import compact, compact_range
+from expertlane.report.compared import run
 from expertlane.report.document import Chart, Figure, Table
 from expertlane.report.sections import report_of
+from expertlane.report.verdict import judge
 from expertlane.results.estimate import Estimate
 from expertlane.results.hardware import VirtualTime
 from expertlane.results.pair import PairRecord
 from expertlane.results.results import Results
-from expertlane.spec.deployment import Deployment
+from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Phase
 
@@ -191,6 +193,23 @@ def test_a_disturbed_run_is_told_below_the_headline() -> None:
     lines = shown(replace(example.usual(), foreign_cpu_share=0.7))
     assert "Other processes used 70% of the cores: repeat it on an idle machine." in lines[:6]
     assert not any(line.startswith("Other processes") for line in shown(example.usual()))
+
+
+def test_of_the_two_of_the_verdict_one_that_rounds_is_named() -> None:
+    given = example.usual()
+    judged = judge(run(given, "measured"))
+    assert judged is not None
+    for name in (judged.one.name, judged.other.name):
+        options = Options(activations="float8", kv_dtype="float8")
+        made = [
+            replace(each, options=options) if each.name == name else each
+            for each in given.deployments
+        ]
+        lines = shown(replace(given, deployments=tuple(made)))
+        said = f"{name} rounds inputs of matrices, keys and values: its outputs differ slightly."
+        assert said in " ".join(" ".join(lines).split())
+        assert len(lines) <= 40
+    assert "rounds" not in " ".join(shown(given))
 
 
 def test_the_two_of_the_verdict_have_the_same_numbers_everywhere() -> None:

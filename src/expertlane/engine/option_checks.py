@@ -46,7 +46,7 @@ def _check_graphs(options: Options, machines: Sequence[RankMachine]) -> None:
     if why_not:
         raise UserError(
             f"CUDA graphs (--cuda-graphs on, cuda_graphs=True) {why_not}; valid here: auto or off "
-            "(None or False)"
+            "(in Python None or False; in a file false, or without cuda_graphs)"
         )
 
 

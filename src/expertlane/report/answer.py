@@ -10,7 +10,7 @@ from expertlane.report.document import Answer, Column, Figure, Table, Words, num
 from expertlane.report.numbers import NONE, counted, figures, milliseconds, percent, signed
 from expertlane.report.setup import foreign_load, how_judged
 from expertlane.report.speed import in_words
-from expertlane.report.verdict import Verdict, headline, in_wall_time, judge, ratio
+from expertlane.report.verdict import Verdict, headline, in_wall_time, judge, ratio, rounding
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.results import Results
@@ -110,6 +110,7 @@ def _parts(results: Results, comparison: Comparison, most_lines: int) -> tuple[W
         notes.append(f"rel: against {judged.other.name}.")
         if comparison.is_run and judged.has_interval:
             notes.append("In brackets: 90 % intervals.")
+        notes += rounding((judged.one, judged.other))
     if comparison.source == "virtual" and any(len(r.step.tps_of_runs) > 1 for r in rows):
         notes.append(
             "min–max: single runs; tok/s lies at their top since virtual time drops disturbances: "

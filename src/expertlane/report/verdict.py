@@ -195,7 +195,7 @@ def verdict(comparison: Comparison, results: Results) -> tuple[str, ...]:
     elif results.measured_on.is_oversubscribed:
         sentences += [_by_critical_path(judged)]
     named = {row.number: row for row in (comparison.first, judged.one, judged.other)}
-    return (*filter(None, sentences), *_rounding([*named.values()]))
+    return (*filter(None, sentences), *rounding([*named.values()]))
 
 
 def _clock(comparison: Comparison, results: Results) -> str:
@@ -366,7 +366,7 @@ def _by_critical_path(judged: Verdict) -> str:
     )
 
 
-def _rounding(rows: Sequence[Row]) -> Iterator[str]:
+def rounding(rows: Sequence[Row]) -> Iterator[str]:
     """One sentence for each that rounds more than others: it is not the same computation."""
     rounded = [row.record.options.rounded if row.record.options else () for row in rows]
     for row, numbers in zip(rows, rounded, strict=True):
