@@ -33,6 +33,7 @@ class Fake:
         self.keys: list[str] = []
         self._generate = generate or answer
         self._models = models
+        self._writers: list[asyncio.StreamWriter] = []
         self._loop = asyncio.new_event_loop()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -48,10 +49,17 @@ class Fake:
         self.port = self._server.sockets[0].getsockname()[1]
         self._started.set()
         self._loop.run_forever()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0.01))
+        self._loop.run_until_complete(self._end())
         self._loop.close()
+
+    async def _end(self) -> None:
+        serving = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+        for writer in self._writers:  # one whose client reads no more would stay open
+            writer.transport.abort()
+        await asyncio.sleep(0.01)
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._server.close)
@@ -59,6 +67,7 @@ class Fake:
         self._thread.join(30)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.append(writer)
         try:
             while await self._one(reader, writer):
                 pass

@@ -67,6 +67,8 @@ def test_what_a_machine_lacks_is_known_before_ranks_are_started(monkeypatch):
     assert why_not_here(experiment("dp=2", Options()), None) is None
     graphs = why_not_here(experiment("dp=2", Options(cuda_graphs=True)), None)
     assert graphs is not None
-    assert graphs.startswith("CUDA graphs (--cuda-graphs on, cuda_graphs=True) need a GPU for")
+    assert graphs.startswith(
+        "deployment 'mine': CUDA graphs (--cuda-graphs on, cuda_graphs=True) need a GPU for"
+    )
     monkeypatch.setenv("WORLD_SIZE", "16")  # torchrun's ranks may be elsewhere
     assert why_not_here(paper, None) is None

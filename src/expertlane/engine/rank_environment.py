@@ -4,6 +4,7 @@ import os
 import socket
 
 from expertlane.errors import CapacityError, UserError
+from expertlane.ops.asked_kernels import asked_backend
 from expertlane.ops.host import num_cores
 from expertlane.spec.names import CpuIsa
 
@@ -29,9 +30,9 @@ def check_cpu_isa(cpu_isa: CpuIsa | None) -> None:
     """Refuse a choice of kernels where the environment asks for torch in place of them.
 
     Raises:
-        UserError: both are asked for.
+        UserError: both are asked for, or a backend that there is not.
     """
-    if cpu_isa is not None and os.environ.get("EXPERTLANE_BACKEND") == "torch":
+    if cpu_isa is not None and asked_backend() == "torch":
         raise UserError(
             f"--cpu-isa (or EXPERTLANE_CPU_ISA) {cpu_isa} is for kernels that "
             "EXPERTLANE_BACKEND=torch leaves out; give one of the two"

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 import torch
 
 from expertlane.errors import UserError
+from expertlane.ops.asked_kernels import asked_backend, asked_set
 from expertlane.ops.build import (
     BASELINE,
     ONLY_IF_ASKED_FOR,
@@ -55,7 +56,7 @@ def backend_for(device: torch.device) -> TorchBackend:
 @cache
 def backend_of_cuda(device: torch.device) -> tuple[TorchBackend, str]:
     """Our Triton kernels where they run and agree with torch; else torch, and why, in a line."""
-    if _wanted_backend() == "torch":
+    if asked_backend() == "torch":
         return _TORCH, "EXPERTLANE_BACKEND=torch"
     if find_spec("triton") is None:
         return _TORCH, "Triton is not installed"
@@ -85,13 +86,13 @@ def backend_of_cpu() -> tuple[TorchBackend, str]:
 
 
 def _best_of_cpu(build: Callable[[InstructionSet], ctypes.CDLL]) -> tuple[TorchBackend, str]:
-    wanted, allowed = _wanted_backend(), _allowed_sets()
+    wanted, allowed = asked_backend(), _allowed_sets()
     if wanted == "torch":
         return _TORCH, "EXPERTLANE_BACKEND=torch"
     try:
         baseline = build(BASELINE)
     except BuildError as error:
-        if allowed and _asked_set():
+        if allowed and asked_set():
             raise _without(str(error)) from None
         return _TORCH, str(error)
     _check_asked(baseline)
@@ -105,16 +106,9 @@ def _best_of_cpu(build: Callable[[InstructionSet], ctypes.CDLL]) -> tuple[TorchB
             return VectorBackend(baseline, build(instructions), instructions.name), ""
         except BuildError as error:  # perhaps the compiler is too old for it
             why_not = str(error)
-            if instructions.name == _asked_set():
+            if instructions.name == asked_set():
                 raise _without(why_not) from None
     return CpuBackend(baseline), why_not
-
-
-def _wanted_backend() -> str | None:
-    value = os.environ.get("EXPERTLANE_BACKEND") or None
-    if value not in (None, "cpu", "cuda", "torch"):
-        raise UserError(f"EXPERTLANE_BACKEND is {value!r}; valid: cpu, cuda, torch")
-    return value
 
 
 def compiled_messages() -> ctypes.CDLL | None:
@@ -144,7 +138,7 @@ def _transport_of_hosts(*, shares_memory: bool, several_nodes: bool) -> str:
 
 def _allowed_sets() -> tuple[InstructionSet, ...]:
     """From the smallest on, without the baseline."""
-    value, names = _asked_set(), [BASELINE.name, *(each.name for each in SETS)]
+    value, names = asked_set(), [BASELINE.name, *(each.name for each in SETS)]
     if value is None:
         return tuple(each for each in SETS if each not in ONLY_IF_ASKED_FOR)
     if value not in names:
@@ -154,22 +148,18 @@ def _allowed_sets() -> tuple[InstructionSet, ...]:
     return SETS[: names.index(value)]
 
 
-def _asked_set() -> str | None:
-    return os.environ.get("EXPERTLANE_CPU_ISA") or None
-
-
 def _without(reason: str) -> UserError:
     """What a set that was asked for cannot be had without."""
-    return UserError(f"--cpu-isa (or EXPERTLANE_CPU_ISA) asks for {_asked_set()}, but {reason}")
+    return UserError(f"--cpu-isa (or EXPERTLANE_CPU_ISA) asks for {asked_set()}, but {reason}")
 
 
 def _check_asked(baseline: ctypes.CDLL) -> None:
     """Refuse a set that this CPU lacks: its user would take another's speed for its own."""
     names = [BASELINE.name, *(each.name for each in SETS)]
     has = [name for name in names[1:] if baseline.has_instructions(name.encode())]
-    if _asked_set() in {*names[1:]} - {*has}:
+    if asked_set() in {*names[1:]} - {*has}:
         raise UserError(
-            f"this CPU lacks {_asked_set()}, which --cpu-isa or EXPERTLANE_CPU_ISA asks for; it "
+            f"this CPU lacks {asked_set()}, which --cpu-isa or EXPERTLANE_CPU_ISA asks for; it "
             f"has: {', '.join([BASELINE.name, *has])}"
         )
 
@@ -228,7 +218,7 @@ def choose_platform(
         UserError: float16 was asked for on a CPU, which has no fast float16 arithmetic; or the
             kernels or the transport that the user demands are not available.
     """
-    num_gpus = 0 if _wanted_backend() == "cpu" else _num_gpus()
+    num_gpus = 0 if asked_backend() == "cpu" else _num_gpus()
     through_hosts = _wanted_transport() is not None
     on_gpu = num_gpus > 0 and (through_hosts or num_gpus >= num_local_ranks)
     if not on_gpu:
@@ -259,7 +249,7 @@ def _num_gpus() -> int:
 def _check_cpu(dtype_name: str | None, num_gpus: int) -> None:
     """Refuse what a CPU lacks."""
     sharing = "; EXPERTLANE_TRANSPORT=shared_memory lets ranks share GPUs" if num_gpus else ""
-    if _wanted_backend() == "cuda":
+    if asked_backend() == "cuda":
         raise UserError(
             f"EXPERTLANE_BACKEND=cuda needs a GPU for every rank; valid here: cpu, torch{sharing}"
         )
@@ -273,7 +263,7 @@ def _kernels_of_cuda(device: torch.device) -> str:
     backend, why_not = backend_of_cuda(device)
     if not why_not:
         return f"torch and expertlane ({backend.instructions})"
-    if _wanted_backend() == "cuda":
+    if asked_backend() == "cuda":
         raise UserError(f"EXPERTLANE_BACKEND=cuda, but our kernels are not available: {why_not}")
     return f"torch ({why_not})"
 
@@ -284,7 +274,7 @@ def _kernels_of_cpu(dtype: torch.dtype) -> str:
         return f"torch and expertlane ({backend.instructions})"  # torch where rows are many
     if isinstance(backend, VectorBackend):
         return f"expertlane ({backend.instructions})"
-    if _wanted_backend() == "cpu":
+    if asked_backend() == "cpu":
         raise UserError(f"EXPERTLANE_BACKEND=cpu, but our kernels are not available: {why_not}")
     return f"torch ({why_not})"
 
