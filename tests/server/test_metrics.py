@@ -171,12 +171,20 @@ def test_our_own_metrics_of_real_ranks(served):
         time.sleep(2.5)
         return before == tokens()
 
-    assert wait_until(is_settled)
-    before, num_series = tokens()
-    assert num_series == 4 * 8  # layers and experts
-    served.client.completions.create(model="tiny", prompt=[7, 8, 9], max_tokens=9)
     computed = 4 * 2 * (3 + 8)  # layers, experts a token; the last token is not fed back
-    assert wait_until(lambda: tokens()[0] == before + computed)
+    more = []
+    for number in range(3):  # what others computed before may be told late on a busy machine
+        assert wait_until(is_settled)
+        before, num_series = tokens()
+        assert num_series == 4 * 8  # layers and experts
+        prompt = [7, 8, 9 + number]
+        served.client.completions.create(model="tiny", prompt=prompt, max_tokens=9)
+        wait_until(lambda before=before: tokens()[0] >= before + computed, 30)
+        assert wait_until(is_settled)
+        more.append(tokens()[0] - before)
+        if more[-1] == computed:
+            break
+    assert more[-1] == computed, more
     values, _ = scrape(server)
     for rank in "01":
         for stage in ("attention", "router", "experts", "waiting"):
