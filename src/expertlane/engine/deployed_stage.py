@@ -196,22 +196,7 @@ class DeployedStage:
         self._changes.commit_all_but(step.num_uncommitted)
         before = self._changes.tokens
         changes = self._begin_changes(step, placements)
-        if step.record_operations and torch.get_num_threads() > 1:
-            torch.set_num_threads(1)  # the recorder sees one thread's CPU time
-        recorder = self._recorder
-        same_phase = step.phase is self._phase
-        self._phase = step.phase
-        recorder.begin_step(
-            step.step,
-            len(step.micro_batches),
-            record=step.record,
-            count_idle=same_phase,
-            record_routing=step.record_routing,
-            record_events=step.record_events,
-            record_operations=step.record_operations,
-        )
-        if self._graphs is not None:
-            self._graphs.begin_step(step.phase, balances_copies=balances_copies)
+        self._begin_record(step, balances_copies)
         # A step that far back was collected before this one was submitted: its sends are through.
         while len(self._sends) >= self.spec.layout.pp:
             for send in self._sends.popleft():
@@ -226,9 +211,9 @@ class DeployedStage:
             inputs = iter([*inputs])
         tokens = StepTokens()
         for number, (parts, arriving) in enumerate(inputs):
-            recorder.set_micro_batch(number)
+            self._recorder.set_micro_batch(number)
             for seq_ids, result in self._run_micro_batch(parts, arriving):
-                recorder.enter(Stage.HEAD)
+                self._recorder.enter(Stage.HEAD)
                 tokens.choose(seq_ids, result, self._sampler)
                 if step.return_logits:
                     logits = result.logits.to("cpu", copy=True)  # a graph writes over its own
@@ -238,10 +223,28 @@ class DeployedStage:
         changes.chosen = tokens.fetch(outcome if is_told else None, look, self._await_device)
         for send in self._sends[-1]:
             send.let_go()
-        outcome.record = recorder.end_step()
+        outcome.record = self._recorder.end_step()
         if self._checks is not None:
             outcome.checks = self._checks.end_step()
         return outcome
+
+    def _begin_record(self, step: RankStep, balances_copies: bool) -> None:
+        """Let the recorder, and what chooses graphs, know of the step."""
+        if step.record_operations and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)  # the recorder sees one thread's CPU time
+        same_phase = step.phase is self._phase
+        self._phase = step.phase
+        self._recorder.begin_step(
+            step.step,
+            len(step.micro_batches),
+            record=step.record,
+            count_idle=same_phase,
+            record_routing=step.record_routing,
+            record_events=step.record_events,
+            record_operations=step.record_operations,
+        )
+        if self._graphs is not None:
+            self._graphs.begin_step(step.phase, balances_copies=balances_copies)
 
     def run_crowded(self, step: RankStep) -> None:
         """Take a step through this stage whose tokens all go to the same experts."""
