@@ -8,7 +8,7 @@ import pytest
 from engine.harm import Draw, lines_of, read, remaining
 from engine.harmed_ranks import COMPILED_KINDS
 
-NUM_RUNS, NUM_AT_ONCE = 18, 3
+NUM_RUNS, NUM_AT_ONCE = 30, 3
 
 
 @pytest.fixture(scope="module")

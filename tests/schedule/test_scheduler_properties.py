@@ -166,7 +166,7 @@ class Run:
             assert steps == sorted(steps)
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(derandomize=True, deadline=None, max_examples=300)
 @given(layouts, all_options, limits, traffics, st.integers(0, 2**32 - 1))
 def test_every_promise_on_random_traffic(layout, options, limits, traffic, seed):
     run = Run(layout, options, limits, traffic, seed)
