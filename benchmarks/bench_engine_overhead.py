@@ -26,7 +26,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from expertlane import __version__
 from expertlane.engine.engine import Engine
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.ops.host import num_cores
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
@@ -34,6 +33,7 @@ from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
+from expertlane.text.tokenizer import Tokenizer
 
 VOCAB_SIZE = 512
 PROMPT_LEN = 32

@@ -16,11 +16,11 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from expertlane.engine.grammars import Grammars
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.model.sampled_batch import SampledBatch
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
+from expertlane.text.grammars import Grammars
+from expertlane.text.tokenizer import Tokenizer
 
 ZIP = {"type": "string", "pattern": "^[0-9]{5}$"}
 PERSON = {

@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.engine.commands import RunStep
 from expertlane.engine.engine import Engine
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout

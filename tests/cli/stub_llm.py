@@ -9,13 +9,13 @@ import numpy as np
 from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.commands import RankMachine
 from expertlane.engine.engine import Engine
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.text.tokenizer import Tokenizer
 
 MACHINE = RankMachine(
     host="here",

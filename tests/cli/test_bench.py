@@ -11,7 +11,6 @@ from cli.stub_llm import StubLLM
 from example_serving import POINT, RECORD, RESULTS
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import ModelPlacement, write_placement
-from expertlane.cli import model
 from expertlane.report import terminal
 from expertlane.report.sections import report_of
 from expertlane.results.file import to_json
@@ -24,13 +23,13 @@ def stub(monkeypatch):
     """Put stubs in place of what would be loaded; gives the layouts they were loaded on."""
     layouts = []
 
-    def load(self, layout, options):
+    def load(found, layout, options):
         layouts.append(str(layout))
-        llm = StubLLM(self.config)
+        llm = StubLLM(found.config)
         llm.limits = replace(llm.limits, num_blocks=options.num_blocks or 1000)
         return llm
 
-    monkeypatch.setattr(model.FoundModel, "load", load)
+    monkeypatch.setattr("expertlane.cli.bench.load_model", load)
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
     return layouts

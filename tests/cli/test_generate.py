@@ -11,13 +11,13 @@ import pytest
 
 from cli.stub_llm import StubLLM
 from expertlane.balance.trace import read_trace
-from expertlane.cli import model, model_output
+from expertlane.cli import local_model, model
 from expertlane.cli.sampling import sampling_params
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.request import RequestOutput, not_finite
 from expertlane.spec.model import PRESETS
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
+from expertlane.text.tokenizer import Tokenizer
 from model.chat_checkpoint import save_chat_checkpoint
 
 TINY = PRESETS["paper-tiny"]
@@ -61,11 +61,11 @@ def stub(monkeypatch, type_in):
             found = model.find_model(str(folder))
             llm = StubLLM(found.config, Tokenizer.from_folder(folder))
 
-        def load(self, layout, options, *, record_routing):
+        def load(found, layout, options, *, record_routing):
             llm.layout, llm.options, llm.records_routing = layout, options, record_routing
             return llm
 
-        monkeypatch.setattr(model.FoundModel, "load", load)
+        monkeypatch.setattr("expertlane.cli.generate.load_model", load)
         return llm
 
     return use
@@ -146,7 +146,7 @@ def test_a_closed_pipe_ends_it_quietly():
 def test_one_text_appears_as_it_comes(run, stub, checkpoint, monkeypatch):
     stub(checkpoint)
     pieces = []
-    monkeypatch.setattr(model_output, "print_text", pieces.append)
+    monkeypatch.setattr(local_model, "print_text", pieces.append)
     code, _, err = run("generate", str(checkpoint), "ab", "--max-tokens", "3")
 
     assert code == 0
@@ -185,11 +185,11 @@ def test_a_terminal_obeys_nothing_that_a_model_writes(monkeypatch):
     text = "a\tb\n\x1b]0;title\x07\x9b31m\r\u202eלא\u202c\x7f"
     shown = Terminal()
     monkeypatch.setattr(sys, "stdout", shown)
-    model_output.print_text(text)
+    local_model.print_text(text)
     assert shown.getvalue() == ("a\tb\n\\x1b]0;title\\x07\\x9b31m\\r\\u202eלא\\u202c\\x7f")
     piped = io.StringIO()
     monkeypatch.setattr(sys, "stdout", piped)
-    model_output.print_text(text)
+    local_model.print_text(text)
     assert piped.getvalue() == text
 
 
@@ -303,7 +303,7 @@ def test_logits_that_are_not_finite_end_one_request_of_many(run, stub):
 def test_a_token_that_the_model_rules_out_has_no_log_probability():
     ended = RequestOutput("1", None, [1], 0.0)
     ended.logprobs = [TokenLogprobs(3, -0.5, ((3, -0.5), (4, -math.inf)))]
-    found = json.loads(model_output.output_json(ended), parse_constant=pytest.fail)
+    found = json.loads(local_model.output_json(ended), parse_constant=pytest.fail)
     assert found["logprobs"] == [{"token_id": 3, "logprob": -0.5, "top": [[3, -0.5], [4, None]]}]
 
 
@@ -432,7 +432,7 @@ def test_a_chat_without_messages(run, stub, checkpoint, type_in):
 def test_a_template_that_refuses_does_so_before_anything_is_loaded(
     run, monkeypatch, type_in, checkpoint, tmp_path
 ):
-    monkeypatch.setattr(model.FoundModel, "load", None)
+    monkeypatch.setattr("expertlane.cli.generate.load_model", None)
     folder = tmp_path / "strict"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json"):

@@ -7,7 +7,7 @@ import pytest
 
 from cli.stub_llm import MACHINE, StubLLM
 from expertlane.balance.trace import read_trace
-from expertlane.cli import model
+from expertlane.cli import local_model, model
 from expertlane.spec.deployment import Options
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout
@@ -21,11 +21,11 @@ def stub(monkeypatch):
     """Stands in place of what would be loaded."""
     llm = StubLLM(PRESETS["paper-tiny"])
 
-    def load(self, layout, options, *, record_routing):
+    def load(found, layout, options, *, record_routing):
         llm.layout, llm.options, llm.records_routing = layout, options, record_routing
         return llm
 
-    monkeypatch.setattr(model.FoundModel, "load", load)
+    monkeypatch.setattr("expertlane.cli.generate.load_model", load)
     return llm
 
 
@@ -136,7 +136,7 @@ def test_nothing_is_written_of_no_tokens(run, stub, tmp_path):
 
 
 def test_where_routing_cannot_be_written_nothing_is_loaded(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(model.FoundModel, "load", None)
+    monkeypatch.setattr("expertlane.cli.generate.load_model", None)
     (tmp_path / "taken").touch()
     taken = tmp_path / "taken"
     line = f"results cannot go to {taken}: {taken} is not a folder"
@@ -148,7 +148,7 @@ def test_where_routing_cannot_be_written_nothing_is_loaded(run, monkeypatch, tmp
 
 
 def test_a_folder_without_anything_to_write_is_a_mistake(run, monkeypatch):
-    monkeypatch.setattr(model.FoundModel, "load", None)
+    monkeypatch.setattr("expertlane.cli.generate.load_model", None)
     code, _, err = run(*ONE_TOKEN, "--out", "here")
     assert code == 2
     assert err == "expertlane: error: --out needs --record-routing, which writes there\n"
@@ -171,7 +171,7 @@ def test_what_computes_is_said_once(monkeypatch, capsys, kernels, said):
     monkeypatch.setattr("expertlane.engine.llm.LLM", lambda *_, **__: llm)
     found = model.find_model("paper-tiny")
     engine = SimpleNamespace(for_llm=dict, weights="model")
-    assert found.load(Layout(), engine) is llm
+    assert local_model.load_model(found, Layout(), engine) is llm
     assert capsys.readouterr().err.partition(" s\n")[2] == said
 
 
@@ -188,6 +188,6 @@ def test_widened_weights_are_said(monkeypatch, capsys, weights, method, keeps_na
         found = replace(
             found, quantization=Quantization(method, "float8" if method == "fp8" else None)
         )
-    found.load(Layout(), SimpleNamespace(for_llm=dict, weights=weights))
+    local_model.load_model(found, Layout(), SimpleNamespace(for_llm=dict, weights=weights))
     said = f"weights of one byte are widened to {MACHINE.dtype}: torch has no product of them\n"
     assert capsys.readouterr().err.partition(" s\n")[2] == ("" if keeps_narrow else said)

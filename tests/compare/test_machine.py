@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from expertlane.compare.machine import check_experiment, why_not_here
+from expertlane.balance.placement_file import check_experiment
+from expertlane.compare.machine import why_not_here
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Cluster, Experiment, read_experiment, shipped_experiments

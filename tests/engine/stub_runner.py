@@ -9,13 +9,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from expertlane.engine.engine import Engine
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.schedule.plan import UNKNOWN, Batch, StepOutcome, StepPlan
 from expertlane.schedule.request import Chunk, Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingState, TokenLogprobs
+from expertlane.text.tokenizer import Tokenizer
 from schedule.paged import UNWRITTEN, check_empty, continuation, model, sequences
 
 VOCAB_SIZE = 26

@@ -5,18 +5,17 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
+from engine.test_grammars import byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.drawn_runs import OPTIONS, draw_prompt, small_limits
 from engine.fake_ranks import FakePool
-from engine.test_grammars import byte_level
 from engine.token_stage import PARAMS
 from expertlane.engine.engine import Engine
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.recovery import Recovery
 from expertlane.engine.recovery_record import State
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import RankError
 from expertlane.schedule.request import FinishReason, Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -26,6 +25,7 @@ from expertlane.spec.members import Members
 from expertlane.spec.model import PRESETS
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
+from expertlane.text.tokenizer import Tokenizer
 from schedule.paged import check_empty, check_tables
 
 TOKENIZER = Tokenizer(byte_level(), [byte_level().token_to_id("</s>")])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from cli.stub_llm import MACHINE
-from expertlane.cli.model import _platform_text
+from expertlane.cli.local_model import _platform_text
 from expertlane.compare.machine import _first_on_gpus, machine_record, measure_peak
 from expertlane.engine.commands import RankRates
 from expertlane.engine.launch import fit_to_machine

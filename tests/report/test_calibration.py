@@ -2,28 +2,27 @@
 
 import io
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from cli.screen import fits_a_screen
-from expertlane.calibrate.quiet import QuietMeasuring
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.report import terminal
-from expertlane.report.calibration import report_of
+from expertlane.report.calibration import Rounds, report_of
 
 
 def shown(num_rounds, num_disturbed, *, full=False):
-    quiet = QuietMeasuring()
-    quiet.num_kept, quiet.num_disturbed, quiet.foreign_cpu_share = 200, num_disturbed, 0.4
-    calibration = SimpleNamespace(
-        machine=SimpleNamespace(dtype="bfloat16"),
-        measured=SimpleNamespace(operations=[None] * num_rounds),
-        grid=SimpleNamespace(num_rounds=5),
-        quiet=quiet,
+    rounds = Rounds(
+        dtype="bfloat16",
+        num_rounds=num_rounds,
+        most_rounds=5,
+        num_kept=200,
+        num_disturbed=num_disturbed,
+        foreign_cpu_share=0.4,
+        again_s=0.0,
     )
-    report = report_of(read_profile("h100"), calibration, Path("mine.toml"), "", "2026-11-26")
+    report = report_of(read_profile("h100"), rounds, Path("mine.toml"), "", "2026-11-26")
     stream = io.StringIO()
     console = Console(file=stream, width=80)
     if full:

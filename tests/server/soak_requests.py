@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
-from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.llm import LLM
 from expertlane.schedule.request import RequestOutput
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
+from expertlane.text.chat_template import ChatTemplate
 
 BAD = 0.05  # share
 ABORTED, LATE = 0.25, 0.01  # shares where clients may leave

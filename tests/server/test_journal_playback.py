@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.stub_runner import StubEngine, letters
-from expertlane.engine.chat_template import ChatTemplate
 from expertlane.schedule.request import Chunk, FinishReason
 from expertlane.server.chats import CHATS
 from expertlane.server.completions import COMPLETIONS
@@ -20,6 +19,7 @@ from expertlane.server.responses.answer import RESPONSES
 from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.spec.prompt_logprobs import PromptLogprobs, PromptPart
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
+from expertlane.text.chat_template import ChatTemplate
 from server.running import ServerInThread
 
 SAID = (

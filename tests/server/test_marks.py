@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.stub_runner import StubEngine, letters
-from expertlane.engine.chat_template import ChatTemplate
 from expertlane.errors import UserError
 from expertlane.schedule.request import FinishReason, RequestOutput
 from expertlane.server.answers import Piece
@@ -19,6 +18,7 @@ from expertlane.server.marks import MarkedText, Marks
 from expertlane.server.prepared import Prepared
 from expertlane.server.requests import ChatRequest
 from expertlane.server.setup import ServedModel
+from expertlane.text.chat_template import ChatTemplate
 from server.running import PATIENCE_S, ServerInThread
 
 BOTH = Marks(THOUGHT_FORMS["think"], CALL_FORMS["hermes"])

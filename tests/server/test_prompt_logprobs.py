@@ -2,7 +2,7 @@
 
 import pytest
 
-from expertlane.engine.token_bytes import TokenBytes
+from expertlane.text.tokenizer import TokenBytes
 from server.running import PROMPTS
 
 TEXT = PROMPTS[3]

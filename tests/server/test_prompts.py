@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from expertlane.engine.tokenizer import LONG_TEXT
 from expertlane.server.prompts import PromptEncoder, TooLongError
+from expertlane.text.tokenizer import LONG_TEXT
 
 
 class Counting:

@@ -9,9 +9,9 @@ import jsonschema
 import openai
 import pytest
 
-from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.llm import LLM
 from expertlane.server.setup import ServedModel, ServerOptions
+from expertlane.text.chat_template import ChatTemplate
 from model.chat_checkpoint import save_chat_checkpoint
 from server.drawn_schemas import drawn_schema
 from server.running import PATIENCE_S, ServerInThread

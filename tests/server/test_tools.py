@@ -10,14 +10,14 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from expertlane.engine.grammars import Grammars
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.server.call_forms import CALL_FORMS, HARMONY_MARKS, THOUGHT_FORMS
 from expertlane.server.chat_answer import ChatParts
 from expertlane.server.errors import ApiError
 from expertlane.server.marks import MarkedText, Marks
 from expertlane.server.requests import ChatRequest
 from expertlane.server.tools import structured_chat
+from expertlane.text.grammars import Grammars
+from expertlane.text.tokenizer import Tokenizer
 
 LOOK = {
     "type": "object",

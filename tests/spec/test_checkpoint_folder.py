@@ -11,8 +11,8 @@ from threading import Thread
 
 import pytest
 
-from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import UserError
+from expertlane.spec.checkpoint_folder import resolve_model
 
 NOWHERE = "http://127.0.0.1:9"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -89,9 +89,9 @@ def put(home: Path, *names: str) -> Path:
 
 PROGRAM = """
 import sys
-import expertlane.engine.chat_template
-import expertlane.engine.tokenizer
-from expertlane.engine.checkpoint_folder import resolve_model
+import expertlane.text.chat_template
+import expertlane.text.tokenizer
+from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.errors import UserError
 
 assert "huggingface_hub" not in sys.modules

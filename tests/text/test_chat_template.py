@@ -16,9 +16,9 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from expertlane.engine.chat_template import ChatTemplate
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
+from expertlane.text.chat_template import ChatTemplate
+from expertlane.text.tokenizer import Tokenizer
 
 CHATML = """\
 {%- if messages[0]['role'] != 'system' %}
@@ -327,7 +327,7 @@ def test_no_file_of_the_working_directory_is_imported(tmp_path: Path, monkeypatc
 def test_the_process_ends_with_its_parent(forks: bool) -> None:
     program = f"""
 import os, time
-from expertlane.engine.chat_template import ChatTemplate
+from expertlane.text.chat_template import ChatTemplate
 template = ChatTemplate("", {{}}, "here")
 print(template._process._process.pid, flush=True)
 if {forks} and not os.fork():

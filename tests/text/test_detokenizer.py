@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from expertlane.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, again and again",

@@ -8,12 +8,12 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from engine.stub_runner import letters
-from expertlane.engine.grammars import Grammars
-from expertlane.engine.json_schemas import for_library
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
+from expertlane.text.grammars import Grammars
+from expertlane.text.json_schemas import for_library
+from expertlane.text.tokenizer import Tokenizer
 
 SPARE = 40  # tokens that the model has and the tokenizer lacks
 

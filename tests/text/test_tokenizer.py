@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from expertlane.engine.tokenizer import Tokenizer, default_sampling, read_json
 from expertlane.errors import UserError
+from expertlane.text.tokenizer import Tokenizer, default_sampling, read_json
 
 WORDS = ["<s>", "</s>", "<|end|>", "<think>", "a", "b"]
 

@@ -1,4 +1,4 @@
-"""The placement of a whole model, and the JSON file that keeps it."""
+"""The placement of a whole model: in a JSON file, and as deployments begin with it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -6,11 +6,12 @@ from pathlib import Path, PurePath
 
 from expertlane.balance.placement import Placement
 from expertlane.errors import SpecError, UserError, naming
-from expertlane.spec.deployment import Options
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.experiment import Experiment
 from expertlane.spec.files import CONFIG_BYTES, read_json, strict_json, write_text
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.ranges import Strict, shown, take_fields
+from expertlane.spec.ranges import Strict, shown, take, take_fields
 from expertlane.spec.tables import build
 
 SCHEMA_VERSION = 1
@@ -194,3 +195,62 @@ def placements_of(model: ModelConfig, layout: Layout, options: Options) -> Place
     make = Placement.linear if options.placement == "linear" else Placement.round_robin
     placement = make(model.num_experts, layout.ep, options.num_redundant_experts)
     return tuple(placement if is_moe else None for is_moe in layers)
+
+
+def check_deployment(
+    model: ModelConfig, deployment: Deployment, ranks_per_node: int, *, is_modelled: bool = False
+) -> Placements:
+    """Check a deployment; gives the placement that its experts begin with.
+
+    Args:
+        ranks_per_node: 0 where only the launcher will know.
+        is_modelled: nothing is to run it, so it may have what the engine has not.
+
+    Raises:
+        UserError: the model cannot be laid out, its experts placed or moved, or its hidden
+            states sent so.
+    """
+    layout, options = deployment.layout, deployment.options
+    layout.check_model(model)
+    if layout.dcp > 1 and not is_modelled:
+        raise UserError(
+            f"layout {layout}: decode context parallelism is modelled by plan and simulate; the "
+            "engine does not run it; valid here: dcp=1"
+        )
+    take("ranks_per_node", ranks_per_node)
+    if options.is_by_node and ranks_per_node:
+        layout.ep_ranks_per_node(ranks_per_node)
+    if options.rebalance_steps and layout.ep == 1:
+        raise UserError(
+            f"rebalance_steps is {options.rebalance_steps}, but layout {layout} has ep=1, where no "
+            "expert can move; valid: 0, or a layout with ep=2 or more"
+        )
+    if options.payload == "float8" and model.hidden_size % 4:
+        raise UserError(
+            f"payload float8 needs a hidden_size that is a multiple of 4; it is {model.hidden_size}"
+        )
+    placements = placements_of(model, layout, options)
+    has_copies = any(each is not None and each.num_slots > each.num_experts for each in placements)
+    if options.copies == "balanced" and not has_copies:
+        raise UserError(
+            f"copies are to be balanced, but in layout {layout} no expert has two; add some with "
+            "num_redundant_experts (--num-redundant-experts), or leave copies out"
+        )
+    return placements
+
+
+def check_experiment(experiment: Experiment, ranks_per_node: int = 0) -> list[Placements]:
+    """Check all deployments of an experiment; gives where experts begin in each.
+
+    Args:
+        ranks_per_node: if the experiment does not say; 0 where only the launcher will know.
+
+    Raises:
+        UserError: of the first one that cannot be; the text begins with its name.
+    """
+    placements = []
+    for each in experiment.deployments + experiment.scaling:
+        with naming(f"deployment {each.name!r}"):
+            known = experiment.cluster.ranks_per_node or ranks_per_node
+            placements.append(check_deployment(experiment.model, each, known))
+    return placements

@@ -9,6 +9,7 @@ import typer
 from expertlane.cli import completion, output
 from expertlane.cli.bench_url import UrlOptions, run_url
 from expertlane.cli.load import LoadOptions
+from expertlane.cli.local_model import load_model
 from expertlane.cli.main import INTERRUPTED
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import given, takes_groups
@@ -164,7 +165,7 @@ def _measured(
     records = []
     foreign_cpu_share = 0.0
     for layout in layouts:
-        with found.load(layout, options) as llm:
+        with load_model(found, layout, options) as llm:
             seen = llm.machine
             foreign = ForeignLoad()
             with output.progress_on_stderr() as progress:

@@ -79,12 +79,22 @@ def calibrate(own: _Options, output_options: _Output) -> None:
     """
     path = _checked(own, output_options.out or Path())
     from expertlane.cost.laws.profile_file import write_profile
-    from expertlane.report.calibration import report_of
+    from expertlane.report.calibration import Rounds, report_of
 
     calibration, profile = _measure(own)
     write_profile(profile, path)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    report = report_of(profile, calibration, path, output.command_line(), created)
+    quiet = calibration.quiet
+    rounds = Rounds(
+        dtype=calibration.machine.dtype,
+        num_rounds=len(calibration.measured.operations),
+        most_rounds=calibration.grid.num_rounds,
+        num_kept=quiet.num_kept,
+        num_disturbed=quiet.num_disturbed,
+        foreign_cpu_share=quiet.foreign_cpu_share,
+        again_s=quiet.again_s,
+    )
+    report = report_of(profile, rounds, path, output.command_line(), created)
 
     def as_json() -> str:
         return strict_json(_summary(profile, calibration, path)) + "\n"

@@ -18,8 +18,8 @@ from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import MODEL_HELP, LaunchOptions, dtype_option, parse_list, trace_option
 from expertlane.cli.output_options import OutputOptions
 from expertlane.cli.virtual_time import DEFAULT_PROFILE, VirtualTimeOptions
-from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import CapacityError, UserError, naming
+from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_REPEAT, DEFAULT_SKEW, shown
 
@@ -185,12 +185,12 @@ def run(
     call: output.Call,
 ) -> Generator[output.Found]:
     """Compare, without a word on standard output: one comparison after the other."""
+    from expertlane.balance.placement_file import check_experiment
+
     comparisons = _comparisons(experiment, own, call)
     virtual = time.settings()
     if own.resume:
         _check_resumable(comparisons, virtual)
-    from expertlane.compare.machine import check_experiment, why_not_here
-
     for each in comparisons:
         check_experiment(each.experiment)
         if virtual is not None:
@@ -203,8 +203,7 @@ def run(
         for each, projector in zip(comparisons, projectors, strict=False):
             with output.progress_on_stderr() as progress:
                 each.projection = projector.run(progress, call.command)
-    reasons = (why_not_here(each.experiment, dtype) for each in comparisons)
-    reason = next(filter(None, reasons), None)
+    reason = _why_not_here(comparisons, dtype)
     if reason is not None and not projection.project:
         raise UserError(reason)
     if reason is None:
@@ -220,6 +219,14 @@ def run(
         assert each.projection is not None, "the first process projects"
         output.print_message(f"expertlane: nothing is measured on this machine: {reason}")
         yield output.Found(replace(each.projection, not_measured=reason), each.folder)
+
+
+def _why_not_here(comparisons: list[_Comparison], dtype: str | None) -> str | None:
+    """Why one of them can't run on this machine, as far as is known before ranks start."""
+    from expertlane.compare.machine import why_not_here
+
+    reasons = (why_not_here(each.experiment, dtype) for each in comparisons)
+    return next(filter(None, reasons), None)
 
 
 def _projector(
@@ -383,7 +390,5 @@ def _comparisons(argument: str, own: _Options, call: output.Call) -> list[_Compa
 
 def _dtype_of(comparisons: list[_Comparison], dtype: Dtype | None) -> str | None:
     """What was asked for, else a checkpoint's own type, else None, the machine's choice."""
-    from expertlane.engine.llm_settings import own_dtype
-
     first = comparisons[0].experiment  # they differ in experts per token alone
-    return dtype or own_dtype(first.model if first.checkpoint else None)
+    return dtype or (first.model.own_dtype if first.checkpoint else None)

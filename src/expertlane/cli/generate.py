@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import typer
 
 from expertlane.cli.help import Panel
-from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.model_output import (
+from expertlane.cli.local_model import (
+    load_model,
     output_json,
     output_text,
     outputs_summary,
     print_text,
     stream_output,
 )
+from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     EngineOptions,
@@ -242,7 +243,7 @@ def _check_stops(sampling: SamplingOptions, found: FoundModel) -> None:
 
 
 def _has_tokenizer(found: FoundModel) -> bool:
-    from expertlane.engine.tokenizer import TOKENIZER
+    from expertlane.text.tokenizer import TOKENIZER
 
     return found.folder is not None and (found.folder / TOKENIZER).is_file()
 
@@ -259,7 +260,7 @@ def _load(
     """The loaded model; when it is left, however that is, the routing so far is written."""
     from expertlane.balance.trace import write_trace
 
-    with found.load(layout, engine, record_routing=routing_trace is not None) as llm:
+    with load_model(found, layout, engine, record_routing=routing_trace is not None) as llm:
         try:
             yield llm
         finally:
@@ -308,8 +309,8 @@ class Chat:
     """
 
     def __init__(self, found: FoundModel, params: "SamplingParams", system: str | None) -> None:
-        from expertlane.engine.chat_template import ChatTemplate
-        from expertlane.engine.tokenizer import Tokenizer
+        from expertlane.text.chat_template import ChatTemplate
+        from expertlane.text.tokenizer import Tokenizer
 
         if found.folder is None:
             raise UserError(f"{found.name} has no tokenizer, which a chat needs")

@@ -1,14 +1,12 @@
-"""The model that a command is given: found, laid out, checked, loaded, priced."""
+"""The model that a command is given: found, laid out, checked, priced."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expertlane.cli.modelled import ProjectionOptions
-from expertlane.cli.options import EngineOptions
-from expertlane.cli.output import print_message, task_on_stderr
-from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.errors import UserError
+from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.hf_config import Quantization, quantization_of, read_config
@@ -18,26 +16,6 @@ from expertlane.spec.model import PRESETS, ModelConfig
 if TYPE_CHECKING:
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
-    from expertlane.engine.commands import RankMachine
-    from expertlane.engine.llm import LLM
-
-
-def _platform_text(machine: "RankMachine") -> str:
-    """The instruction set, or why kernels are not ours; GPUs that ranks share, or leave idle."""
-    kernels = machine.kernels
-    text = f"computing with {kernels}" if "(" in kernels else ""
-    if kernels.startswith("torch ("):
-        text += "; expertlane's own kernels are faster"
-    if machine.ranks_on_device > 1:
-        text = text or f"computing with {kernels}"
-        text += f"; {machine.ranks_on_device} ranks share a GPU ({machine.backend})"
-    elif machine.num_idle_gpus:
-        text = text or f"computing with {kernels}"
-        text += (
-            f"; on the CPU: there are fewer GPUs ({machine.num_idle_gpus}) than ranks "
-            f"({machine.ranks_per_node}), which EXPERTLANE_TRANSPORT=shared_memory lets share them"
-        )
-    return text
 
 
 @dataclass(frozen=True)
@@ -76,37 +54,10 @@ class FoundModel:
         Raises:
             UserError: experts cannot be placed or reached so.
         """
-        from expertlane.engine.launch import check_deployment
+        from expertlane.balance.placement_file import check_deployment
 
         deployment = Deployment(self.name, layout, options)
         check_deployment(self.config, deployment, ranks_per_node, is_modelled=is_modelled)
-
-    def load(self, layout: Layout, engine: EngineOptions, *, record_routing: bool = False) -> "LLM":
-        """Start the ranks and load the model, saying so on stderr.
-
-        Raises:
-            UserError: it cannot be laid out so, or does not fit.
-            RankError: a rank died, hung or failed.
-        """
-        from expertlane.engine.llm import LLM
-
-        ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
-        with task_on_stderr(f"loading {self.name} on {ranks} ({layout})"):
-            llm = LLM(
-                self.folder or self.name,
-                layout=layout,
-                record_routing=record_routing,
-                **engine.for_llm(),
-            )
-        if text := _platform_text(llm.machine[0]):
-            print_message(text)
-        is_narrow = self.quantization is not None and self.quantization.is_narrow
-        if (is_narrow or engine.weights != "model") and not llm.machine[0].keeps_narrow:
-            dtype = llm.machine[0].dtype
-            print_message(
-                f"weights of one byte are widened to {dtype}: torch has no product of them"
-            )
-        return llm
 
     def number_types(
         self, projection: ProjectionOptions, cluster: "ModelledCluster"
@@ -153,7 +104,7 @@ def find_model(name: str, *, weights: bool = True) -> FoundModel:
     """Find a preset or a checkpoint, downloaded first if need be.
 
     Args:
-        weights: else a checkpoint's configuration is all that is needed.
+        weights: it is to run here; else a checkpoint's configuration is all that is needed.
 
     Raises:
         UserError: there is none, or its configuration cannot be read.

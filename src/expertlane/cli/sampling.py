@@ -91,8 +91,8 @@ def sampling_params(folder: Path | None, given: dict[str, Any]) -> "SamplingPara
     Raises:
         UserError: a value is not valid.
     """
-    from expertlane.engine.tokenizer import default_sampling
     from expertlane.spec.sampling import SamplingParams
+    from expertlane.text.tokenizer import default_sampling
 
     recommended = {} if folder is None else default_sampling(folder)
     return SamplingParams(

@@ -13,6 +13,7 @@ import typer
 
 from expertlane.cli.api_keys import API_KEY, check_key, key_lines
 from expertlane.cli.help import Panel
+from expertlane.cli.local_model import load_model
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
@@ -29,13 +30,13 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.names import OnFailure
 
 if TYPE_CHECKING:
-    from expertlane.engine.chat_template import ChatTemplate
-    from expertlane.engine.tokenizer import Tokenizer
     from expertlane.server.journal.file import JournalFile
     from expertlane.server.logs import RequestLog
     from expertlane.server.run import Running
     from expertlane.server.setup import ServedModel, ServerOptions
     from expertlane.server.tracing import Tracing
+    from expertlane.text.chat_template import ChatTemplate
+    from expertlane.text.tokenizer import Tokenizer
 
 LogFormat = Literal["off", "text", "json"]
 
@@ -234,7 +235,7 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
         tracing = _tracing(own.otlp_endpoint, name)
         if tracing is not None:
             stack.callback(tracing.close)
-        llm = stack.enter_context(found.load(layout, engine))
+        llm = stack.enter_context(load_model(found, layout, engine))
         log = _log(own, name, llm.tokenizer)
         if log is not None:
             stack.callback(log.close)
@@ -329,8 +330,8 @@ def _check_libraries() -> None:
 
 def _of_checkpoint(found: FoundModel) -> "tuple[ChatTemplate | None, dict[str, Any]]":
     """Its chat template, if it has one, and the sampling that it recommends."""
-    from expertlane.engine.chat_template import ChatTemplate
-    from expertlane.engine.tokenizer import default_sampling
+    from expertlane.text.chat_template import ChatTemplate
+    from expertlane.text.tokenizer import default_sampling
 
     if found.folder is None:
         return None, {}

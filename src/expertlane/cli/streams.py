@@ -7,8 +7,8 @@ import select
 import signal
 import sys
 
-from expertlane.engine.standard_streams import fill_closed
 from expertlane.errors import ExpertlaneError
+from expertlane.spec.files import fill_closed
 
 TYPE_CHECKING = False  # as in main.py
 if TYPE_CHECKING:

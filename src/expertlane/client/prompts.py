@@ -9,7 +9,7 @@ from expertlane.errors import UserError
 from expertlane.spec.model import PRESETS
 
 if TYPE_CHECKING:
-    from expertlane.engine.tokenizer import Tokenizer
+    from expertlane.text.tokenizer import Tokenizer
 
 _MOST_ATTEMPTS = 8
 
@@ -33,7 +33,7 @@ class Vocabulary:
         Raises:
             UserError: it has no tokenizer that can be read.
         """
-        from expertlane.engine.tokenizer import Tokenizer
+        from expertlane.text.tokenizer import Tokenizer
 
         tokenizer = Tokenizer.from_folder(folder)
         special = tokenizer.special_token_ids

@@ -4,9 +4,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from expertlane.balance.placement_file import Placements
+from expertlane.balance.placement_file import check_experiment
 from expertlane.engine.commands import MeasureRates, RankMachine
-from expertlane.engine.launch import check_deployment, describe_ranks, fit_to_machine
+from expertlane.engine.launch import describe_ranks, fit_to_machine
 from expertlane.engine.pool import RankPool
 from expertlane.errors import CapacityError, UserError, naming
 from expertlane.memory import workload_limits
@@ -47,23 +47,6 @@ def machine_record(
         kernels=seen[0].kernels,
         peak=peak,
     )
-
-
-def check_experiment(experiment: Experiment, ranks_per_node: int = 0) -> list[Placements]:
-    """Check all deployments of an experiment; gives where experts begin in each.
-
-    Args:
-        ranks_per_node: if the experiment does not say; 0 where only the launcher will know.
-
-    Raises:
-        UserError: of the first one that cannot be; the text begins with its name.
-    """
-    placements = []
-    for each in experiment.deployments + experiment.scaling:
-        with naming(f"deployment {each.name!r}"):
-            known = experiment.cluster.ranks_per_node or ranks_per_node
-            placements.append(check_deployment(experiment.model, each, known))
-    return placements
 
 
 def check_memory(experiment: Experiment, pool: RankPool) -> None:

@@ -7,12 +7,10 @@ from functools import cached_property, partial
 from typing import Generic, TypeVar
 
 from expertlane.engine.arrangement import Arrangement
-from expertlane.engine.grammars import Grammars
 from expertlane.engine.live_request import LiveRequest, Prompt, RequestMaker
 from expertlane.engine.recovery import Recovery
 from expertlane.engine.recovery_record import State
 from expertlane.engine.resumed import resume
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome
@@ -21,6 +19,8 @@ from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.names import Phase
 from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.sampling import SamplingParams
+from expertlane.text.grammars import Grammars
+from expertlane.text.tokenizer import Tokenizer
 
 _MASKS_S = 0.005  # that a step may wait for masks; the step before it is under way meanwhile
 ResultT = TypeVar("ResultT")

@@ -19,7 +19,6 @@ from expertlane.engine.pool import RankPool
 from expertlane.engine.recovery import Recovery
 from expertlane.engine.scaling import Scaling
 from expertlane.engine.shrinking import Shrinking
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
@@ -28,6 +27,7 @@ from expertlane.spec.deployment import Deployment
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel, OnFailure
+from expertlane.text.tokenizer import Tokenizer
 
 ResultT = TypeVar("ResultT")
 

@@ -14,7 +14,6 @@ from expertlane.engine.node_ranks import NodeRanks
 from expertlane.engine.option_checks import check_options
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_environment import check_cpu_isa, check_num_ranks
-from expertlane.engine.standard_streams import fill_closed
 from expertlane.engine.torchrun import (
     TorchrunNode,
     become_supervisor,
@@ -25,12 +24,13 @@ from expertlane.errors import CapacityError, SpecError, UserError
 from expertlane.memory import FREE_SHARE, PlacedModel
 from expertlane.model.stored_tensors import StoredTensors
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.deployment import Options
+from expertlane.spec.files import fill_closed
 from expertlane.spec.hf_config import is_mxfp4, narrow_scheme, read_config
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CpuIsa
-from expertlane.spec.ranges import RANGES, take
+from expertlane.spec.ranges import RANGES
 
 
 def start_pool(
@@ -117,48 +117,6 @@ def describe_ranks(pool: RankPool) -> list[RankMachine]:
                 f"{machine.backend}; set EXPERTLANE_TRANSPORT=gloo on all nodes"
             )
     return machines
-
-
-def check_deployment(
-    model: ModelConfig, deployment: Deployment, ranks_per_node: int, *, is_modelled: bool = False
-) -> Placements:
-    """Check a deployment; gives the placement that its experts begin with.
-
-    Args:
-        ranks_per_node: 0 where only the launcher will know.
-        is_modelled: nothing is to run it, so it may have what the engine has not.
-
-    Raises:
-        UserError: the model cannot be laid out, its experts placed or moved, or its hidden
-            states sent so.
-    """
-    layout, options = deployment.layout, deployment.options
-    layout.check_model(model)
-    if layout.dcp > 1 and not is_modelled:
-        raise UserError(
-            f"layout {layout}: decode context parallelism is modelled by plan and simulate; the "
-            "engine does not run it; valid here: dcp=1"
-        )
-    take("ranks_per_node", ranks_per_node)
-    if options.is_by_node and ranks_per_node:
-        layout.ep_ranks_per_node(ranks_per_node)
-    if options.rebalance_steps and layout.ep == 1:
-        raise UserError(
-            f"rebalance_steps is {options.rebalance_steps}, but layout {layout} has ep=1, where no "
-            "expert can move; valid: 0, or a layout with ep=2 or more"
-        )
-    if options.payload == "float8" and model.hidden_size % 4:
-        raise UserError(
-            f"payload float8 needs a hidden_size that is a multiple of 4; it is {model.hidden_size}"
-        )
-    placements = placements_of(model, layout, options)
-    has_copies = any(each is not None and each.num_slots > each.num_experts for each in placements)
-    if options.copies == "balanced" and not has_copies:
-        raise UserError(
-            f"copies are to be balanced, but in layout {layout} no expert has two; add some with "
-            "num_redundant_experts (--num-redundant-experts), or leave copies out"
-        )
-    return placements
 
 
 _NUM_SHOWN = 3

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import SystemRandom
 
-from expertlane.engine.grammars import Constraint
-from expertlane.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.request import Chunk, FinishReason, Request, RequestOutput
 from expertlane.spec.sampling import SamplingParams
+from expertlane.text.grammars import Constraint
+from expertlane.text.tokenizer import IncrementalDetokenizer, Tokenizer
 
 Prompt = str | Sequence[int]
 

@@ -7,10 +7,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from expertlane.balance.placement_file import check_deployment
 from expertlane.balance.trace import RoutingTrace
-from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.engine_parts import EngineParts, EngineSettings
-from expertlane.engine.launch import check_deployment, start_pool
+from expertlane.engine.launch import start_pool
 from expertlane.engine.live_request import Prompt
 from expertlane.engine.llm_prompts import all_finished, with_params
 from expertlane.engine.llm_settings import (
@@ -18,7 +18,6 @@ from expertlane.engine.llm_settings import (
     check_settings,
     checked_model_len,
     find_model,
-    own_dtype,
     print_to_stderr,
     read_tokenizer,
 )
@@ -32,6 +31,7 @@ from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
 from expertlane.spec.sampling import SamplingParams
+from expertlane.text.chat_template import ChatTemplate
 
 Message = dict[str, str]
 
@@ -171,7 +171,7 @@ class LLM:
             recovers=settings.on_failure != "stop",
             timeout_s=timeout_s,
             rejoin_s=rejoin_s,
-            dtype=dtype or own_dtype(self.model if self._folder else None),
+            dtype=dtype or (self.model.own_dtype if self._folder else None),
             cpu_isa=cpu_isa,
         )
         try:

@@ -5,17 +5,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
-from expertlane.engine.checkpoint_folder import resolve_model
 from expertlane.engine.launch import (
     check_checkpoint,
 )
-from expertlane.engine.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 from expertlane.errors import UserError
+from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
 from expertlane.spec.ranges import take
+from expertlane.text.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 
 
 def find_model(model: str | Path, ignore_unused_tensors: bool) -> tuple[ModelConfig, Path | None]:
@@ -50,11 +50,6 @@ def read_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, frozenset[int
         return None, configured_eos_token_ids(folder)
     tokenizer = Tokenizer.from_folder(folder)
     return tokenizer, tokenizer.eos_token_ids
-
-
-def own_dtype(model: ModelConfig | None) -> str | None:
-    """A checkpoint's type; None, the machine's choice, for float16, which few CPUs compute in."""
-    return None if model is None or model.dtype == "float16" else model.dtype
 
 
 def check_settings(

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.balance.placement_file import check_deployment
 from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.arrangement import Arranged, Arrangement
 from expertlane.engine.cache_size import measured_limits
@@ -27,7 +28,6 @@ from expertlane.engine.commands import (
 from expertlane.engine.copy_switch import CopySwitch
 from expertlane.engine.dispatch_timing import time_dispatch
 from expertlane.engine.graph_recording import record_graphs
-from expertlane.engine.launch import check_deployment
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.rebalancing import Rebalancer

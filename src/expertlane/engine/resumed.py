@@ -1,8 +1,8 @@
 """A request that goes on with what an earlier process computed, as a preempted one does."""
 
-from expertlane.engine.grammars import Constraint
 from expertlane.errors import UserError
 from expertlane.schedule.request import Request, RequestOutput
+from expertlane.text.grammars import Constraint
 
 
 def resume(request: Request, earlier: RequestOutput, constraint: Constraint | None) -> None:

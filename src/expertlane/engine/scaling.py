@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from expertlane.balance.kept import keeping_placements
-from expertlane.balance.placement_file import Placements
+from expertlane.balance.placement_file import Placements, check_deployment
 from expertlane.engine.arrangement import Arrangement
 from expertlane.engine.commands import HeldBytes, RankMachine
 from expertlane.engine.engine import Engine
-from expertlane.engine.launch import check_deployment, describe_ranks, placed_model, with_blocks
+from expertlane.engine.launch import describe_ranks, placed_model, with_blocks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_environment import check_num_ranks

@@ -1,9 +1,9 @@
 """The answer of `expertlane calibrate`: what one rank of this machine does in a second."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from expertlane.calibrate.run import Calibration
 from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.surface import Surface
 from expertlane.report.document import Answer, Column, Report, Section, Table, Words, number, text
@@ -18,18 +18,40 @@ _OVERHEADS = {
 }
 
 
-def report_of(
-    profile: Profile, calibration: Calibration, path: Path, command: str, created: str
-) -> Report:
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """How a machine was measured.
+
+    Attributes:
+        dtype: that its ranks computed in.
+        num_rounds, most_rounds: that were made, and that there is time for on an idle machine.
+        num_kept, num_disturbed: measurements, and those that others disturbed every time.
+        foreign_cpu_share: the most that other programs took of all cores during what was kept.
+        again_s: how long was measured again.
+    """
+
+    dtype: str
+    num_rounds: int
+    most_rounds: int
+    num_kept: int
+    num_disturbed: int
+    foreign_cpu_share: float
+    again_s: float
+
+    def __str__(self) -> str:
+        return f"{self.num_rounds} of {self.most_rounds} rounds"
+
+
+def report_of(profile: Profile, rounds: Rounds, path: Path, command: str, created: str) -> Report:
     """The answer, and for what there is a law of time.
 
     Args:
         path: of the profile's file.
     """
-    machine = f"{profile.ranks_per_node} × {profile.device.name}, {calibration.machine.dtype}"
-    setting = f"{profile.name} | {machine} | {_rounds(calibration)}"
-    headline = _headline(profile, calibration.machine.dtype)
-    parts: tuple[Words, ...] = (_overheads(profile), " ".join(_trust(calibration)))
+    machine = f"{profile.ranks_per_node} × {profile.device.name}, {rounds.dtype}"
+    setting = f"{profile.name} | {machine} | {rounds}"
+    headline = _headline(profile, rounds.dtype)
+    parts: tuple[Words, ...] = (_overheads(profile), " ".join(_trust(rounds)))
     laws = ", ".join(sorted({name.partition(".")[0] for name in profile.surfaces}))
     usage = f"Next: expertlane plan MODEL --cluster {path}x{profile.ranks_per_node}"
     return Report(
@@ -43,11 +65,6 @@ def report_of(
             Section("Laws of time", (f"{laws}.", _surfaces(profile))),
         ),
     )
-
-
-def _rounds(calibration: Calibration) -> str:
-    num_rounds = len(calibration.measured.operations)
-    return f"{num_rounds} of {calibration.grid.num_rounds} rounds"
 
 
 def _headline(profile: Profile, dtype: str) -> str:
@@ -79,19 +96,19 @@ def _overheads(profile: Profile) -> Table:
     return Table.of("", columns, rows)
 
 
-def _trust(calibration: Calibration) -> Iterator[str]:
+def _trust(rounds: Rounds) -> Iterator[str]:
     """How far to trust the numbers."""
-    quiet, num_rounds = calibration.quiet, len(calibration.measured.operations)
-    if not quiet.num_disturbed:
-        yield f"No measurement was disturbed by other programs, of {quiet.num_kept:,}."
+    if not rounds.num_disturbed:
+        yield f"No measurement was disturbed by other programs, of {rounds.num_kept:,}."
     else:
+        share = rounds.num_disturbed / rounds.num_kept
         yield (
-            f"Disturbed: {percent(quiet.disturbed_share)} of {quiet.num_kept:,} measurements, by "
-            f"other programs with up to {percent(quiet.foreign_cpu_share)} of the cores, although "
-            f"{quiet.again_s:.0f} s went into measuring again: calibrate again on a quiet machine."
+            f"Disturbed: {percent(share)} of {rounds.num_kept:,} measurements, by "
+            f"other programs with up to {percent(rounds.foreign_cpu_share)} of the cores, although "
+            f"{rounds.again_s:.0f} s went into measuring again: calibrate again on a quiet machine."
         )
-    if num_rounds < calibration.grid.num_rounds:
-        yield (f"{_rounds(calibration)}, as each took long: low and high say little of the spread.")
+    if rounds.num_rounds < rounds.most_rounds:
+        yield (f"{rounds}, as each took long: low and high say little of the spread.")
 
 
 def _surfaces(profile: Profile) -> Table:

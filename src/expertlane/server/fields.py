@@ -14,10 +14,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from expertlane.engine.chat_template import OWN_VARIABLES
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import RANGES, shown
+from expertlane.text.chat_template import OWN_VARIABLES
 
 MOST_STOPS = 64
 _MOST_BIASES = 1024

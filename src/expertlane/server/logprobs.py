@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.sampling import TokenLogprobs
+from expertlane.text.tokenizer import Tokenizer
 
 _LEAST = -9999.0  # of a token that cannot be: JSON has no infinity
 _KEPT = 4096

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.server.call_forms import (
     CALL_FORMS,
@@ -18,6 +17,7 @@ from expertlane.server.call_forms import (
     thought_form_of,
 )
 from expertlane.server.call_reader import CallObject, NamedArguments, XmlArguments
+from expertlane.text.tokenizer import Tokenizer
 
 _NONE = "none"
 _PYTHON_TAG = "<|python_tag|>"  # that Llama may write before a call

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from expertlane.engine.grammars import Grammar
 from expertlane.server.ids import AnswerIds
 from expertlane.server.requests import SampledRequest
 from expertlane.spec.sampling import SamplingParams
+from expertlane.text.grammars import Grammar
 
 
 @dataclass(frozen=True)

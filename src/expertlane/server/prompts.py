@@ -4,8 +4,8 @@ import asyncio
 import threading
 from collections.abc import Sequence
 
-from expertlane.engine.tokenizer import LONG_TEXT, Tokenizer
 from expertlane.errors import UserError
+from expertlane.text.tokenizer import LONG_TEXT, Tokenizer
 
 _CHARACTERS = 4  # of a token, in most languages
 _SLACK = 2  # what is cut has some other tokens at its end

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from expertlane.engine.async_engine import AsyncEngine, Generation
-from expertlane.engine.grammars import Grammar
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Chunk
@@ -25,6 +23,8 @@ from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.server.under_way import UnderWay
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
+from expertlane.text.grammars import Grammar
+from expertlane.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from expertlane.server.journal.keeper import JournalKeeper

@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from expertlane.engine.chat_template import ChatTemplate
 from expertlane.engine.engine import Engine
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.scaling import Scaling
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.schedule.request import Limits
 from expertlane.server.observed import Observer
+from expertlane.text.chat_template import ChatTemplate
+from expertlane.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from expertlane.server.journal.file import JournalFile

@@ -4,9 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from expertlane.engine.grammars import lark_text, lead_rules
-from expertlane.engine.json_schemas import for_library
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.server.call_forms import HARMONY_ANSWER, CallForm
 from expertlane.server.call_reader import is_text
@@ -16,6 +13,9 @@ from expertlane.server.messages import Function, NamedTool
 from expertlane.server.requests import ChatRequest
 from expertlane.spec.files import parse_json, strict_json
 from expertlane.spec.structured import Structured
+from expertlane.text.grammars import lark_text, lead_rules
+from expertlane.text.json_schemas import for_library
+from expertlane.text.tokenizer import Tokenizer
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 _ANY_OBJECT = {"type": "object"}

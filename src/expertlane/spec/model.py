@@ -287,6 +287,11 @@ class ModelConfig(Strict):
         return self.num_attention_heads if heads is None else heads
 
     @property
+    def own_dtype(self) -> Dtype | None:
+        """Its weights' type to compute in; None for float16, which few CPUs compute in."""
+        return None if self.dtype == "float16" else self.dtype
+
+    @property
     def attention_size(self) -> int:
         """Width of the queries of all heads together."""
         return self.num_attention_heads * self.head_dim

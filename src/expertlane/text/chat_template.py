@@ -14,9 +14,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
-from expertlane.engine.tokenizer import TOKENIZER_CONFIG, read_json, token_text
 from expertlane.errors import UserError
 from expertlane.spec.files import CONFIG_BYTES, read_text
+from expertlane.text.tokenizer import TOKENIZER_CONFIG, read_json, token_text
 
 _FILE = "chat_template.jinja"
 _SPECIAL_TOKENS_MAP = "special_tokens_map.json"  # of older checkpoints
@@ -37,7 +37,7 @@ OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_pro
 # Isolated: neither the working directory nor the environment decides what is imported. Packages
 # outside the standard library come from where this process has them.
 _PROGRAM = (
-    "import sys; sys.path += sys.argv[1:]; from expertlane.engine.chat_sandbox import main; main()"
+    "import sys; sys.path += sys.argv[1:]; from expertlane.text.chat_sandbox import main; main()"
 )
 _PACKAGES = ("expertlane", "jinja2", "markupsafe")
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "TZ")  # all that it gets: others may be secrets

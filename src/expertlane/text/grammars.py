@@ -12,12 +12,12 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.engine.json_schemas import for_library
-from expertlane.engine.tokenizer import Tokenizer
 from expertlane.errors import UserError
 from expertlane.spec.files import parse_json, strict_json
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
+from expertlane.text.json_schemas import for_library
+from expertlane.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher

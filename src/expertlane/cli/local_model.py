@@ -1,4 +1,4 @@
-"""Output of a model: as it comes, as text, as JSON, and how fast it was."""
+"""A model on ranks of this machine, or of its nodes: loaded; its output as text and JSON."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -7,13 +7,64 @@ from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from expertlane.cli.model import FoundModel
+from expertlane.cli.options import EngineOptions
+from expertlane.cli.output import print_message, task_on_stderr
 from expertlane.spec.files import strict_json
+from expertlane.spec.layout import Layout
 from expertlane.spec.printable import printable
 
 if TYPE_CHECKING:
+    from expertlane.engine.commands import RankMachine
     from expertlane.engine.llm import LLM
     from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import TokenLogprobs
+
+
+def load_model(
+    found: FoundModel, layout: Layout, engine: EngineOptions, *, record_routing: bool = False
+) -> "LLM":
+    """Start the ranks and load the model, saying so on stderr.
+
+    Raises:
+        UserError: it cannot be laid out so, or does not fit.
+        RankError: a rank died, hung or failed.
+    """
+    from expertlane.engine.llm import LLM
+
+    ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
+    with task_on_stderr(f"loading {found.name} on {ranks} ({layout})"):
+        llm = LLM(
+            found.folder or found.name,
+            layout=layout,
+            record_routing=record_routing,
+            **engine.for_llm(),
+        )
+    if text := _platform_text(llm.machine[0]):
+        print_message(text)
+    is_narrow = found.quantization is not None and found.quantization.is_narrow
+    if (is_narrow or engine.weights != "model") and not llm.machine[0].keeps_narrow:
+        dtype = llm.machine[0].dtype
+        print_message(f"weights of one byte are widened to {dtype}: torch has no product of them")
+    return llm
+
+
+def _platform_text(machine: "RankMachine") -> str:
+    """The instruction set, or why kernels are not ours; GPUs that ranks share, or leave idle."""
+    kernels = machine.kernels
+    text = f"computing with {kernels}" if "(" in kernels else ""
+    if kernels.startswith("torch ("):
+        text += "; expertlane's own kernels are faster"
+    if machine.ranks_on_device > 1:
+        text = text or f"computing with {kernels}"
+        text += f"; {machine.ranks_on_device} ranks share a GPU ({machine.backend})"
+    elif machine.num_idle_gpus:
+        text = text or f"computing with {kernels}"
+        text += (
+            f"; on the CPU: there are fewer GPUs ({machine.num_idle_gpus}) than ranks "
+            f"({machine.ranks_per_node}), which EXPERTLANE_TRANSPORT=shared_memory lets share them"
+        )
+    return text
 
 
 def print_text(text: str) -> None:
