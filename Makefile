@@ -54,10 +54,10 @@ $(BIN)/python:
 	@echo "Making a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# Stamps: an install is repeated when pyproject.toml is newer. Each of the last two covers the first.
+# Stamps: an install is repeated when pyproject.toml is newer. The second covers the first.
 $(VENV)/.runtime: pyproject.toml | $(BIN)/python
 	@echo "Installing expertlane into $(VENV) (the first time brings PyTorch: some minutes)"
-	@$(PIP) install --editable .
+	@$(PIP) install --editable '.[all]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
@@ -68,4 +68,4 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	@echo "Installing what builds the documentation into $(VENV)"
 	@$(PIP) install --editable '.[docs]'
-	@touch $(VENV)/.runtime $@
+	@touch $@

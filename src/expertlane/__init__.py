@@ -52,7 +52,14 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    from expertlane.errors import MissingExtraError, require_extra
+
+    names = {*globals(), *__all__}
+    try:
+        require_extra("engine", "LLM")
+    except MissingExtraError:  # else `help(expertlane)`, which gets all names, would raise it
+        names.remove("LLM")
+    return sorted(names)
 
 
 def _function(room: ModuleType) -> object:

@@ -3,7 +3,8 @@
 ExpertlaneError
 ├── UserError       a mistake in what was asked for: one line, exit code 2
 │   ├── SpecError       a layout, workload, model or experiment that cannot be
-│   └── CapacityError   more memory or ranks than this machine has
+│   ├── CapacityError   more memory or ranks than this machine has
+│   └── MissingExtraError  what was asked for needs an extra that is not installed
 ├── ModelError      the logits are NaN or infinite: one line, exit code 1
 ├── RankError       a rank died, hung or failed while it ran: one line, exit code 1
 │   └── RanksLostError  the same where others go on: the engine replaces it
@@ -32,6 +33,10 @@ class SpecError(UserError):
 
 class CapacityError(UserError):
     """The request is valid but this machine is too small for it."""
+
+
+class MissingExtraError(UserError, ImportError):
+    """Packages are missing that an extra brings; the text has the command that installs them."""
 
 
 class ModelError(ExpertlaneError):
@@ -72,3 +77,31 @@ def naming(place: object) -> Iterator[None]:
         yield
     except UserError as error:
         raise type(error)(f"{place}: {error}") from None
+
+
+def require_extra(name: str, what: str) -> None:
+    """Check that the packages of an extra can be imported, without importing them.
+
+    Which these are the installed package says itself; where it is not installed, as beside its
+    sources, nothing is checked.
+
+    Args:
+        what: needs them, the beginning of the text.
+
+    Raises:
+        MissingExtraError: one or more cannot be.
+    """
+    import re
+    from importlib.metadata import PackageNotFoundError, requires
+    from importlib.util import find_spec
+
+    try:
+        needed = [each.replace('"', "'") for each in requires("expertlane") or ()]
+    except PackageNotFoundError:
+        return
+    packages = [re.split(r"[^\w.-]", each)[0] for each in needed if f"extra == '{name}'" in each]
+    if missing := [each for each in packages if find_spec(each.replace("-", "_")) is None]:
+        raise MissingExtraError(
+            f"{what} needs packages that are not installed ({', '.join(missing)}): "
+            f"pip install 'expertlane[{name}]'"
+        )

@@ -124,12 +124,3 @@ def test_mistakes(run, options, words):
     code, out, err = run("serve", "paper-tiny", *options)
     assert (code, out) == (2, "")
     assert err.startswith(f"expertlane: error: {words}"), err
-
-
-def test_a_missing_library_is_one_line(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    code, out, err = run("serve", "paper-tiny")
-    assert (code, out) == (2, "")
-    assert err == (
-        "expertlane: error: serve needs uvicorn, which is not installed; install expertlane again\n"
-    )

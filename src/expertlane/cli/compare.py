@@ -18,7 +18,7 @@ from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import MODEL_HELP, LaunchOptions, dtype_option, parse_list, trace_option
 from expertlane.cli.output_options import OutputOptions
 from expertlane.cli.virtual_time import DEFAULT_PROFILE, VirtualTimeOptions
-from expertlane.errors import CapacityError, UserError, naming
+from expertlane.errors import CapacityError, MissingExtraError, UserError, naming, require_extra
 from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_REPEAT, DEFAULT_SKEW, shown
@@ -187,7 +187,8 @@ def run(
     """Compare, without a word on standard output: one comparison after the other."""
     from expertlane.balance.placement_file import check_experiment
 
-    comparisons = _comparisons(experiment, own, call)
+    reason = _why_only_projected(projection)
+    comparisons = _comparisons(experiment, own, call, is_measured=reason is None)
     virtual = time.settings()
     if own.resume:
         _check_resumable(comparisons, virtual)
@@ -203,7 +204,8 @@ def run(
         for each, projector in zip(comparisons, projectors, strict=False):
             with output.progress_on_stderr() as progress:
                 each.projection = projector.run(progress, call.command)
-    reason = _why_not_here(comparisons, dtype)
+    if reason is None:
+        reason = _why_not_here(comparisons, dtype)
     if reason is not None and not projection.project:
         raise UserError(reason)
     if reason is None:
@@ -219,6 +221,21 @@ def run(
         assert each.projection is not None, "the first process projects"
         output.print_message(f"expertlane: nothing is measured on this machine: {reason}")
         yield output.Found(replace(each.projection, not_measured=reason), each.folder)
+
+
+def _why_only_projected(projection: _Projection) -> str | None:
+    """Why nothing can be measured whatever the experiment is: what runs models is not installed.
+
+    Raises:
+        MissingExtraError: then, where no projection is asked for.
+    """
+    try:
+        require_extra("engine", "running models")
+    except MissingExtraError as error:
+        if not projection.project:
+            raise
+        return str(error)
+    return None
 
 
 def _why_not_here(comparisons: list[_Comparison], dtype: str | None) -> str | None:
@@ -353,13 +370,20 @@ def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: boo
         each.experiment = replace(each.experiment, model=model)
 
 
-def _comparisons(argument: str, own: _Options, call: output.Call) -> list[_Comparison]:
-    """The comparisons to run, all checked before the first one runs."""
+def _comparisons(
+    argument: str, own: _Options, call: output.Call, *, is_measured: bool
+) -> list[_Comparison]:
+    """The comparisons to run, all checked before the first one runs.
+
+    Args:
+        is_measured: else a checkpoint's configuration is all that is needed.
+    """
     from expertlane.spec.experiment import find_experiment, read_experiment
 
-    experiment = read_experiment(find_experiment(argument), resolve_model)
+    find_folder = partial(resolve_model, weights=is_measured)
+    experiment = read_experiment(find_experiment(argument), find_folder)
     if own.model is not None:
-        found = find_model(own.model)
+        found = find_model(own.model, weights=is_measured)
         with naming(f"--model {own.model}"):
             experiment = replace(
                 experiment,

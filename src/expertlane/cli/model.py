@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expertlane.cli.modelled import ProjectionOptions
-from expertlane.errors import UserError
+from expertlane.errors import UserError, require_extra
 from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
@@ -108,7 +108,10 @@ def find_model(name: str, *, weights: bool = True) -> FoundModel:
 
     Raises:
         UserError: there is none, or its configuration cannot be read.
+        MissingExtraError: it is to run here, and what runs it is not installed.
     """
+    if weights:
+        require_extra("engine", "running models")
     if name in PRESETS:
         return FoundModel(name, PRESETS[name], None)
     folder = resolve_model(name, weights=weights)

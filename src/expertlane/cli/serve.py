@@ -214,7 +214,6 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
       curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json'
           -d '{"prompt": "Once upon a time", "max_tokens": 20}'
     """
-    _check_libraries()
     from expertlane.server.run import bind, serve
     from expertlane.server.setup import ServedModel
 
@@ -309,23 +308,6 @@ def _log(own: _Options, name: str, tokenizer: "Tokenizer | None") -> "RequestLog
     if own.log_prompts:
         decode = str if tokenizer is None else partial(tokenizer.decode, skip_special_tokens=False)
     return RequestLog(own.log_format, name, decode=decode)
-
-
-def _check_libraries() -> None:
-    """Refuse to start without what a server needs.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-        import uvloop  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"serve needs {error.name}, which is not installed; install expertlane again"
-        ) from None
 
 
 def _of_checkpoint(found: FoundModel) -> "tuple[ChatTemplate | None, dict[str, Any]]":

@@ -1,0 +1,3 @@
+from expertlane.errors import require_extra
+
+require_extra("engine", "running models")
