@@ -4,7 +4,7 @@ Speeds of links are as if each rank had a core of its own; a dilated case has th
 share, so that all its times are 1/share as long.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from expertlane.spec.deployment import Deployment, Options
@@ -56,6 +56,11 @@ class Case:
     def num_ranks(self) -> int:
         """The layout's."""
         return Layout.parse(self.layout).world_size
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The case as JSON has it."""
+        return asdict(self) | {"num_ranks": self.num_ranks}
 
     @property
     def experiment(self) -> Experiment:

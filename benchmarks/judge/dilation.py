@@ -7,6 +7,7 @@ unused, so of what follows a wait, up to 1 ms runs undilated; hence pieces of wo
 should be much longer than that.
 """
 
+import contextlib
 import os
 import signal
 import statistics
@@ -24,6 +25,7 @@ ROOT = CONTROLLER / NAME
 QUOTA_US = 1000  # the kernel's least
 RANK_SHARES, MOST_SHARES = 1024, 262_144  # of the cores that ranks and other processes want
 CHECKED_S, CHECKED_WAIT_S, CHECKED_TIMES = (0.01, 0.02, 0.04), 0.1, 10
+CHECK_S, END_S = 120.0, 10.0  # at most, for a check, and until killed processes have ended
 
 
 class Dilation:
@@ -35,9 +37,14 @@ class Dilation:
     def make(self) -> None:
         """Make the groups; ranks run at full speed at first."""
         if not (CONTROLLER / "cpu.shares").exists():
-            raise JudgeError(f"no cgroup v1 controller at {CONTROLLER}; this needs its quotas")
+            raise JudgeError(
+                f"no CPU controller of cgroup v1 at {CONTROLLER}; this needs its quotas"
+            )
         for group in (ROOT, *self._groups):
-            group.mkdir(exist_ok=True)
+            try:
+                group.mkdir(exist_ok=True)
+            except OSError as error:
+                raise JudgeError(f"{group}: {error.strerror}") from None
         self.end()
 
     def place(self, pids: Sequence[int]) -> None:
@@ -46,16 +53,30 @@ class Dilation:
             (group / "cgroup.procs").write_text(str(pid))
 
     def place_ranks(self) -> None:
-        """The same for the ranks: whoever of us has a socket on a data link, whoever started it.
+        """The same for the ranks: those of us whose name says which rank they are.
 
         Raises:
-            JudgeError: there are more or fewer of them than ranks.
+            JudgeError: one of them is missing.
         """
-        pids = (ROOT / "cgroup.procs").read_text().split()
-        found = [int(pid) for pid in pids if network.uses_data_link(int(pid))]
-        if len(found) != len(self._groups):
-            raise JudgeError(f"{len(self._groups)} ranks, but {len(found)} processes use data0")
-        self.place(found)
+        found = {}
+        for pid in (ROOT / "cgroup.procs").read_text().split():
+            with contextlib.suppress(OSError):  # it has ended
+                found[Path(f"/proc/{pid}/comm").read_text().strip()] = int(pid)
+        names = [f"expertlane r{rank}" for rank in range(len(self._groups))]
+        if missing := [name for name in names if name not in found]:
+            raise JudgeError(f"no process is called {missing[0]}")
+        self.place([found[name] for name in names])
+
+    def check_links(self, num_ranks: int) -> None:
+        """That the first ranks have talked to other nodes over the data links.
+
+        Raises:
+            JudgeError: one has no connection there, so what was measured is not the link.
+        """
+        for rank, group in enumerate(self._groups[:num_ranks]):
+            pids = (group / "cgroup.procs").read_text().split()
+            if not any(network.is_linked(int(pid)) for pid in pids):
+                raise JudgeError(f"rank {rank} has no connection to another node over data0")
 
     def begin(self, share: float) -> None:
         """From now on each rank has `share` of a core; 1 for no limit. Others come after them."""
@@ -79,9 +100,13 @@ def join() -> None:
 
 
 def remove_all() -> None:
-    """Kill what is left in the groups and remove them."""
+    """Kill what is left in the groups and remove them.
+
+    Raises:
+        JudgeError: a process does not end.
+    """
     groups = [*ROOT.glob("rank*"), ROOT] if ROOT.is_dir() else []
-    until = time.monotonic() + 10
+    until = time.monotonic() + END_S
     for group in groups:
         while (pids := (group / "cgroup.procs").read_text().split()) and time.monotonic() < until:
             for pid in map(int, pids):
@@ -90,7 +115,10 @@ def remove_all() -> None:
                 except ProcessLookupError:
                     continue
             time.sleep(0.05)
-        group.rmdir()
+        try:
+            group.rmdir()
+        except OSError as error:
+            raise JudgeError(f"{group}: {error.strerror}; its processes do not end") from None
 
 
 def check(share: float) -> list[dict[str, float]]:
@@ -109,7 +137,10 @@ def check(share: float) -> list[dict[str, float]]:
     )
     dilation.place([process.pid])
     dilation.begin(share)
-    out, _ = process.communicate(timeout=120)
+    try:
+        out, _ = process.communicate(timeout=CHECK_S)
+    except subprocess.TimeoutExpired:
+        raise JudgeError(f"a process with {share:g} of a core took over {CHECK_S:g} s") from None
     dilation.end()
     rows = []
     for line in out.splitlines():

@@ -5,9 +5,12 @@ ping-pong told of: nothing is fitted. Errors are of the time from token to token
 divided by dilation. Then the order of each two cases of the same work: right where they differ by
 more than 15 %.
 
-    python benchmarks/judge/judge.py results/judge/truth.json
+    python benchmarks/judge/judge.py results/judge [--beside FOLDER …]
 
-Prints a table, then one JSON line.
+What has been judged stays in the folder's `judged.jsonl`: the same command goes on there.
+
+Prints a table, then one JSON line, which it also leaves in the folder as `judged.json`. With
+--beside, the table has what earlier folders say of the same cases too, the first that has one.
 """
 
 import argparse
@@ -19,8 +22,10 @@ from statistics import median
 from typing import Any
 
 from cases import CASES, Case
+from network import JudgeError
 from rich.console import Console
 from rich.table import Table
+from rows import Rows, add
 
 from expertlane.compare.run import run_comparison
 from expertlane.compare.virtual import VirtualSettings
@@ -47,32 +52,49 @@ def virtual_s(case: Case, profile: Path) -> float:
     return token_s.median.value
 
 
-def judged(truth: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def judge(truth: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Each case with both times and the error; profiles are in the folder."""
-    known = {case.name: case for case in CASES}
-    rows = []
+    known, rows = {case.name: case for case in CASES}, []
+    head = {key: truth[key] for key in ("version", "torch")} | {"cpu": truth.get("cpu")}
+    kept = Rows(folder / "judged.jsonl", head)
     for row in truth["cases"]:
         case = known[row["case"]["name"]]
         true_s = row["token_median_s"] * case.share
-        found_s = virtual_s(case, folder / row["profile"])
-        rows.append(
-            {
-                "case": case.name,
-                "bound": case.bound,
-                "layout": case.layout,
-                "true_s": true_s,
-                "spread": row["token_spread_s"] / row["token_median_s"],
-                "virtual_s": found_s,
-                "error": found_s / true_s - 1,
-            }
-        )
-        print(f"{case.name}: {rows[-1]['error']:+.1%}", file=sys.stderr, flush=True)
+        found = [each for each in kept.of("judged") if each["case"] == case.name]
+        if not any(each["true_s"] == true_s for each in found):
+            virtual = virtual_s(case, folder / row["profile"])
+            spread = row["token_spread_s"] / row["token_median_s"]
+            found = [
+                {"case": case.name, "bound": case.bound, "layout": case.layout}
+                | {"true_s": true_s, "spread": spread, "virtual_s": virtual}
+                | {"error": virtual / true_s - 1}
+            ]
+            add(kept.path, "judged", found[0])
+            print(f"{case.name}: {found[0]['error']:+.1%}", file=sys.stderr, flush=True)
+        rows.append(next(each for each in found if each["true_s"] == true_s))
     return rows
+
+
+def earlier(folders: list[Path]) -> dict[str, dict[str, Any]]:
+    """By case what folders with results have: judged ones first, then such as were measured."""
+    found: dict[str, dict[str, Any]] = {}
+    files = [file for folder in folders for file in sorted(folder.glob("judged*.json"))]
+    for file in files:
+        for row in json.loads(file.read_text())["rows"]:
+            found.setdefault(row["case"], row)
+    for file in (folder / "truth.json" for folder in folders):
+        for row in json.loads(file.read_text())["cases"] if file.exists() else ():
+            true_s = row["token_median_s"] * row["case"]["share"]
+            found.setdefault(row["case"]["name"], {"true_s": true_s})
+    return found
 
 
 def orders(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
     """Each two cases of the same work whose true throughputs differ enough, and if told right."""
-    work = {case.name: (case.num_ranks, case.batch, case.num_layers, case.link) for case in CASES}
+    work = {
+        case.name: (case.num_ranks, case.batch, case.num_layers, case.link, case.share)
+        for case in CASES
+    }
     found = []
     for one, other in combinations(rows, 2):
         ratio = one["true_s"] / other["true_s"]
@@ -82,22 +104,32 @@ def orders(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
     return found
 
 
+def table_of(rows: list[dict[str, Any]], before: dict[str, dict[str, Any]]) -> Table:
+    """Milliseconds and errors, with those of before at the end of each line."""
+    names = ["case", "bound", "layout", "true ms", "±", "virtual ms", "error"]
+    names += ["true before", "virtual", "error"] if before else []
+    table = Table(*names, title="decode, from token to token, a core a rank")
+
+    def texts(row: dict[str, Any]) -> list[str]:
+        times = [f"{1e3 * row[key]:.1f}" if key in row else "—" for key in ("true_s", "virtual_s")]
+        return [*times, f"{row['error']:+.1%}" if "error" in row else "—"]
+
+    for row in rows:
+        true_ms, virtual_ms, error = texts(row)
+        told = [row["case"], row["bound"], row["layout"]]
+        told += [true_ms, f"{row['spread']:.1%}", virtual_ms, error]
+        table.add_row(*told, *(texts(before.get(row["case"], {})) if before else ()))
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("truth", type=Path)
-    path = parser.parse_args().truth
-    rows = judged(json.loads(path.read_text()), path.parent)
-    names = "case", "bound", "layout", "true ms", "±", "virtual ms", "error"
-    table = Table(*names, title="decode, from token to token, a core a rank")
-    for row in rows:
-        times = (
-            f"{1e3 * row['true_s']:.1f}",
-            f"{row['spread']:.1%}",
-            f"{1e3 * row['virtual_s']:.1f}",
-        )
-        table.add_row(row["case"], row["bound"], row["layout"], *times, f"{row['error']:+.1%}")
-    console = Console(width=110)
-    console.print(table)
+    parser.add_argument("folder", type=Path, help="of measure.py")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="folders of results")
+    asked = parser.parse_args()
+    rows = judge(json.loads((asked.folder / "truth.json").read_text()), asked.folder)
+    console = Console(width=140)
+    console.print(table_of(rows, earlier(asked.beside)))
     errors = [abs(row["error"]) for row in rows]
     num_good = sum(error <= MOST_ERROR for error in errors)
     console.print(
@@ -107,13 +139,14 @@ def main() -> None:
     pairs = orders(rows)
     for one, other, is_right in pairs:
         console.print(f"order of {one} and {other}: {'right' if is_right else 'WRONG'}")
-    head = {"benchmark": "judge of virtual time", "rows": rows, "orders": pairs}
-    console.out(json.dumps(head), highlight=False)
+    line = json.dumps({"benchmark": "judge of virtual time", "rows": rows, "orders": pairs})
+    (asked.folder / "judged.json").write_text(line + "\n")
+    console.out(line, highlight=False)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError, json.JSONDecodeError) as error:
+    except (JudgeError, UserError, OSError, json.JSONDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -9,6 +9,9 @@ their shares; so other work on the machine slows down.
 
     python benchmarks/judge/measure.py [--cases NAME …] [--out FOLDER]
 
+What has been measured stays in the folder's `rows.jsonl`: the same command goes on there. A case
+that fails is named and left out, with exit code 1; the same command tries it again.
+
 Prints tables, then one JSON line, and leaves in the folder `truth.json` and for each link a profile
 as projections read it, of ranks with a core each (`profile` of a case). A dilated case's
 times are theirs when multiplied by its share. `token_s`: between a sequence's tokens, all steps;
@@ -29,7 +32,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import dilation
 import network
@@ -40,6 +43,7 @@ from network import JudgeError, Network
 from on_ranks import Session
 from rich.console import Console
 from rich.table import Table
+from rows import Rows, add
 
 from expertlane import __version__
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
@@ -48,7 +52,8 @@ from expertlane.cost.laws.times import Basis
 from expertlane.errors import UserError
 from expertlane.spec.names import Link
 
-MASTER_PORT, SESSION_S = 29500, 1800.0
+MASTER_PORT = 29500
+ROW_S = 300.0  # for a start of all ranks and one measurement; the longest took a minute
 LOCK = Path("/run/expertlane-judge.lock")
 ENVIRONMENT = {
     "EXPERTLANE_TRANSPORT": "gloo",
@@ -82,78 +87,142 @@ def cleaned_up() -> Iterator[None]:
         network.remove_all()
 
 
-def run_session(session: Session, nodes: Network, folder: Path, log: Path) -> list[dict[str, Any]]:
-    """Start torchrun in every node and wait for all of them; the rows that were written.
+def run_session(session: Session, nodes: Network, folder: Path, log: Path) -> None:
+    """Start torchrun in every node and wait for all of them; they add rows.
 
     Raises:
-        JudgeError: one of them failed, they took too long, or the network broke.
+        JudgeError: one of them failed, no row came for too long, or the network broke.
     """
     task = folder / "session.json"
     task.write_text(json.dumps(asdict(session)))
-    Path(session.out).write_text("")
+    out, agents = Path(session.out), []
+    with log.open("a") as output:
+        print(f"\n{session}", file=output, flush=True)
+        try:
+            for node in range(session.num_nodes):
+                agents += [start_node(node, session.num_nodes, task, output)]
+            size, until = out.stat().st_size, time.monotonic() + ROW_S
+            while any(agent.poll() is None for agent in agents):
+                time.sleep(0.5)
+                nodes.check()
+                if out.stat().st_size > size:
+                    size, until = tell(out, size), time.monotonic() + ROW_S
+                if time.monotonic() > until:
+                    raise JudgeError(f"nothing came for {ROW_S:g} s; see {log}")
+                if any(agent.poll() for agent in agents):
+                    raise JudgeError(f"the ranks did not end well; what they said is in {log}")
+            tell(out, size)
+        finally:
+            dilation.remove_all()
+            for agent in agents:
+                agent.wait()
+
+
+def start_node(node: int, num_nodes: int, task: Path, output: IO[str]) -> subprocess.Popen[bytes]:
+    """torchrun in one node; its one process starts the node's ranks."""
     here = Path(__file__).resolve().parent
     search = [str(here), str(here.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": ":".join(filter(None, search))}
-    agents = []
-    with log.open("w") as output:
-        for node in range(session.num_nodes):
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "1"]
-            torchrun += ["--nnodes", str(session.num_nodes), "--node-rank", str(node)]
-            torchrun += ["--nproc-per-node", "1"]  # it starts the node's ranks
-            torchrun += ["--master-addr", f"{network.CONTROL_NETWORK}1"]
-            torchrun += ["--master-port", str(MASTER_PORT)]
-            torchrun += [str(here / "on_ranks.py"), str(task)]
-            agents.append(
-                subprocess.Popen(
-                    network.inside(node, *torchrun),
-                    stdout=output,
-                    stderr=output,
-                    env=environment,
-                    preexec_fn=dilation.join,
-                    start_new_session=True,
-                )
-            )
-        until = time.monotonic() + SESSION_S
-        while any(agent.poll() is None for agent in agents):
-            time.sleep(0.5)
-            nodes.check()
-            if any(agent.poll() for agent in agents) or time.monotonic() > until:
-                break
-    if any(agent.poll() != 0 for agent in agents):
-        raise JudgeError(f"the ranks did not end well; what they said is in {log}")
-    return [json.loads(line) for line in Path(session.out).read_text().splitlines()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "1"]
+    torchrun += ["--nnodes", str(num_nodes), "--node-rank", str(node), "--nproc-per-node", "1"]
+    torchrun += ["--master-addr", f"{network.CONTROL_NETWORK}1", "--master-port", str(MASTER_PORT)]
+    return subprocess.Popen(
+        network.inside(node, *torchrun, str(here / "on_ranks.py"), str(task)),
+        stdout=output,
+        stderr=output,
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": ":".join(filter(None, search))},
+        preexec_fn=dilation.join,
+        start_new_session=True,
+    )
 
 
-def measure(cases: list[Case], folder: Path, log: Path) -> dict[str, Any]:
-    """All cases, those of one network after the other."""
-    truth: dict[str, Any] = {"dilation": [], "links": [], "cases": []}
+def tell(out: Path, size: int) -> int:
+    """Print what was measured since the file had so many bytes; gives how many were read."""
+    new = out.read_bytes()[size:]
+    whole = new[: new.rfind(b"\n") + 1]  # the last line may be half written
+    for line in whole.splitlines():
+        for kind, row in json.loads(line).items():
+            told = f"link {row['link']}, {row['share']:g} of a core" if kind == "link" else ""
+            if kind == "case":
+                step_ms = 1e3 * row["token_median_s"] * row["case"]["share"]
+                told = f"{row['case']['name']}: {step_ms:.1f} ms, took {row['took_s']:.0f} s"
+            if told:
+                print(f"{time.strftime('%H:%M:%S')} {told}", file=sys.stderr, flush=True)
+    return size + len(whole)
+
+
+def cpu() -> str:
+    """The machine's, with family and model, since a name may stand for several generations."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    of_first = dict(map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line)
+    return "{model name}, family {cpu family}, model {model}".format_map(of_first)
+
+
+def is_missing(rows: Rows, case: Case, *, link: bool) -> bool:
+    """Whether the case as it stands, or its link, is not among the rows."""
+    if link:
+        found = [(row["link"], row["share"]) for row in rows.of("link")]
+        return (case.link, case.share) not in found
+    return all(row["case"] != case.described for row in rows.of("case"))
+
+
+def measure(cases: list[Case], rows: Rows, folder: Path, log: Path) -> list[str]:
+    """All that is missing among the rows, what needs the same network together.
+
+    Returns:
+        The names of cases that failed.
+    """
     for share in dict.fromkeys(case.share for case in cases if case.share < 1):
-        truth["dilation"] += dilation.check(share)
-        dilation.remove_all()
-    latency_file, out = str(folder / "latency"), str(folder / "rows")
-    measured_links: set[tuple[str, float]] = set()
+        if all(row["share"] != share for row in rows.of("dilation")):
+            for row in dilation.check(share):
+                add(rows.path, "dilation", row)
+            dilation.remove_all()
+    failed: list[str] = []
     for per_node in sorted({case.ranks_per_node for case in cases}):
         own = [case for case in cases if case.ranks_per_node == per_node]
-        num_ranks = max(case.num_ranks for case in own)
-        num_nodes = num_ranks // per_node
-        with Network(num_nodes, Path(latency_file)) as nodes:
-            asked = [c.name for c in own if (c.link, c.share) not in measured_links]
-            for is_ping_pong in (True, False):
-                names = asked if is_ping_pong else [case.name for case in own]
-                if not names:
-                    continue
-                size = (2, 2) if is_ping_pong else (num_nodes, num_ranks)
-                dilation.Dilation(size[1]).make()
-                session = Session(*size, names, is_ping_pong, latency_file, out)
-                rows = run_session(session, nodes, folder, log)
-                dilation.remove_all()
-                for row in rows:
-                    if "rates" in row:
-                        truth["rates"] = row["rates"]
-                    else:
-                        truth["links" if is_ping_pong else "cases"].append(row)
-            measured_links |= {(case.link, case.share) for case in own}
-    return truth
+        for link in (True, False):
+            own = [case for case in own if case.name not in failed]
+            failed += measure_alike(own, link, rows, folder, log)
+    return failed
+
+
+def measure_alike(cases: list[Case], link: bool, rows: Rows, folder: Path, log: Path) -> list[str]:
+    """What is missing of cases with as many ranks a node, or of their links.
+
+    Returns:
+        The names of cases that failed.
+    """
+    failed: list[str] = []
+    latency_file = folder / "latency"
+    while left := [c for c in cases if c.name not in failed and is_missing(rows, c, link=link)]:
+        num_ranks = 2 if link else max(case.num_ranks for case in left)
+        num_nodes = 2 if link else num_ranks // left[0].ranks_per_node
+        names, files = [case.name for case in left], (str(latency_file), str(rows.path))
+        why = "it was not measured"
+        with Network(num_nodes, latency_file) as nodes:
+            dilation.Dilation(num_ranks).make()
+            try:
+                run_session(Session(num_nodes, num_ranks, names, link, *files), nodes, folder, log)
+            except JudgeError as error:
+                why = str(error)
+        for case in [case for case in left if is_missing(rows, case, link=link)][:1]:
+            print(f"{case.name}: {why}", file=sys.stderr, flush=True)
+            alike = [c.name for c in left if (c.link, c.share) == (case.link, case.share)]
+            failed += alike if link else [case.name]
+    return failed
+
+
+def truth_of(rows: Rows) -> dict[str, Any]:
+    """All that has been measured, the cases in their order."""
+    known = [case.described for case in CASES]
+    return {
+        "dilation": rows.of("dilation"),
+        "links": rows.of("link"),
+        "rates": rows.of("rates")[-1],
+        "cases": sorted(
+            (row for row in rows.of("case") if row["case"] in known),
+            key=lambda row: known.index(row["case"]),
+        ),
+    }
 
 
 def write_profiles(truth: dict[str, Any], folder: Path) -> None:
@@ -263,15 +332,21 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     asked.out.mkdir(parents=True, exist_ok=True)
+    head = {"benchmark": "judge", "version": __version__, "torch": str(torch.__version__)}
+    head["cpu"] = cpu()
+    rows, log = Rows(asked.out / "rows.jsonl", head), asked.out / "ranks.log"
     with only_one(), cleaned_up(), tempfile.TemporaryDirectory() as folder:
-        truth = measure(cases, Path(folder), asked.out / "ranks.log")
+        failed = measure(cases, rows, Path(folder), log)
+    truth = truth_of(rows)
     write_profiles(truth, asked.out)
-    head = {"benchmark": "judge", "version": __version__, "torch": torch.__version__}
     line = json.dumps(head | truth)
     (asked.out / "truth.json").write_text(line + "\n")
     console = Console(width=140)
     show(console, truth)
     console.out(line, highlight=False)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

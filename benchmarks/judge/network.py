@@ -22,6 +22,8 @@ MTU = 9000
 QUEUE_BYTES = 256 << 20  # nothing is dropped: TCP's own windows are smaller
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 PR_SET_PDEATHSIG = 1
+ESTABLISHED = "01"  # in /proc/net/tcp
+COMMAND_S = 30.0  # for one of ip, tc and nsenter
 # Reno keeps growing its window where nothing is lost; an idle connection keeps it.
 TCP = {"congestion_control": "reno", "slow_start_after_idle": "0", "no_metrics_save": "1"}
 LEAST_TIMEOUT = "1s"  # what waits in a queue for long is not lost
@@ -39,9 +41,13 @@ def end_with_parent() -> None:
 def run(*command: str, text: str = "", check: bool = True) -> None:
     """Run a command, with `text` on its standard input; its first line on stderr is the error."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, input=text)
+        done = subprocess.run(
+            command, capture_output=True, text=True, input=text, timeout=COMMAND_S
+        )
     except FileNotFoundError:
         raise JudgeError(f"{command[0]} is missing; install iproute2 and util-linux") from None
+    except subprocess.TimeoutExpired:
+        raise JudgeError(f"{' '.join(command)}: no answer within {COMMAND_S:g} s") from None
     if check and done.returncode:
         why = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[0]
         raise JudgeError(f"{' '.join(command)}: {why}")
@@ -56,18 +62,20 @@ def inside(node: int, *command: str) -> list[str]:
     return ["nsenter", f"--net=/run/netns/{namespace(node)}", *command]
 
 
-def uses_data_link(pid: int) -> bool:
-    """Whether a process has a TCP socket with an address of a data link."""
+def is_linked(pid: int) -> bool:
+    """Whether a process has a TCP connection to another node over their data links."""
     network = socket.inet_aton(f"{DATA_NETWORK}0")[2::-1].hex().upper()  # as the kernel lists it
     try:
         own = {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
         listed = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
     except OSError:  # it has ended
         return False
-    sockets = (line.split() for line in listed)
-    return any(
-        each[1].split(":")[0].endswith(network) and f"socket:[{each[9]}]" in own for each in sockets
-    )
+    for _, local, remote, state, *rest in map(str.split, listed):
+        here, there = (address.split(":")[0] for address in (local, remote))
+        is_between = here != there and here.endswith(network) and there.endswith(network)
+        if is_between and state == ESTABLISHED and f"socket:[{rest[5]}]" in own:
+            return True
+    return False
 
 
 def run_tc(node: int, lines: list[str]) -> None:

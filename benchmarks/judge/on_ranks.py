@@ -1,7 +1,7 @@
 """What torchrun starts in every node: ping-pong, or the decode steps of some cases.
 
-Only the launcher gets to measure; the other processes are ranks. Its one argument is a file of
-`Session`; it writes one JSON line for each thing it has measured.
+Only the launcher gets to measure; the other processes start ranks. Its one argument is a file of
+`Session`; it adds a row for each thing that it has measured.
 """
 
 import json
@@ -17,6 +17,7 @@ import numpy as np
 from cases import CASES, LINKS, NUM_SKIPPED, Case
 from dilation import Dilation
 from network import set_links
+from rows import add
 
 from expertlane.cost.step.operation import TransferKind
 from expertlane.engine.commands import MeasureRates, MeasureTransfers
@@ -43,7 +44,7 @@ class Session:
 
     Attributes:
         cases: names; only the links of them are measured if `ping_pong`.
-        out: where to write.
+        out: the file of `Rows`.
     """
 
     num_nodes: int
@@ -52,11 +53,6 @@ class Session:
     ping_pong: bool
     latency_file: str
     out: str
-
-
-def write(session: Session, row: dict[str, Any]) -> None:
-    with open(session.out, "a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def use_link(session: Session, link: str, share: float) -> None:
@@ -155,7 +151,7 @@ def measure_case(
     inside = ping_pong(pool, INSIDE_BYTES_PER_S) if case.ranks_per_node > 1 else None
     dilation.end()
     return {
-        "case": asdict(case) | {"num_ranks": case.num_ranks},
+        "case": case.described,
         **measured(case, steps),
         "all_to_all": [*zip(sizes, seconds, strict=True)],
         "ping_pong_inside": inside,
@@ -169,23 +165,26 @@ def main() -> None:
     if pool is None:
         return
     cases = [case for case in CASES if case.name in session.cases]
-    dilation = Dilation(session.num_ranks)
+    dilation, out = Dilation(session.num_ranks), Path(session.out)
     with pool:
         dilation.place_ranks()
         if not session.ping_pong:
             for case in cases:
-                write(session, measure_case(pool, session, case, dilation))
+                row = measure_case(pool, session, case, dilation)
+                dilation.check_links(case.num_ranks)
+                add(out, "case", row)
             return
         dilation.begin(1)
         (rates,) = pool.call(MeasureRates(), ranks=[0])
         dilation.end()
-        write(session, {"rates": asdict(rates)})
+        add(out, "rates", asdict(rates))
         for link, share in dict.fromkeys((case.link, case.share) for case in cases):
             use_link(session, link, share)
             dilation.begin(share)
             found = ping_pong(pool, LINKS[link].slowed(share).bytes_per_s)
             dilation.end()
-            write(session, {"link": link, "share": share, "ping_pong": found})
+            dilation.check_links(session.num_ranks)
+            add(out, "link", {"link": link, "share": share, "ping_pong": found})
 
 
 if __name__ == "__main__":
