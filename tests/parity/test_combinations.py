@@ -347,14 +347,19 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
     assert seen["cases with several steps in flight"] >= num / 25
 
 
+def test_a_few_combinations(pools, asked):
+    check_combinations(pools, asked, 6, max_num_ranks=4, work=12)
+
+
+@pytest.mark.full
 def test_some_combinations(pools, asked):
     check_combinations(pools, asked, 25, max_num_ranks=4, work=12)
 
 
 @pytest.mark.full
-def test_some_combinations_with_torch_alone(asked, monkeypatch, imported):
+def test_some_combinations_with_torch_alone(asked, monkeypatch):
     monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
-    keeper = PoolKeeper(imported)
+    keeper = PoolKeeper()
     try:
         check_combinations(keeper, asked, 25, max_num_ranks=4, work=12)
     finally:
