@@ -9,6 +9,9 @@ PARTS := quick torch baseline $(shell grep -rl mark.full tests --include='*.py' 
 FILES := pyproject.toml $(shell find src tests experiments calibration benchmarks docs deploy \
 	-type f -not -path '*/__pycache__/*' -not -path '*/_build/*')
 
+# Without bytecode each of many processes would compile the tests anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help compare test test-full gpu check docs wheel
 

@@ -1,9 +1,11 @@
 """Ranks and reference runs that outlive a test, since both take long to make."""
 
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -112,6 +114,16 @@ class ReferenceRuns:
             of_weights = self.model(model, seed, rounded)
             self._runs[key] = of_weights.generate(prompts, workload.output_len)
         return self._runs[key]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests work in a temporary folder, and write nothing into the checkout's own results."""
+    results = Path(__file__).parents[1] / "results"
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("*")}
+    with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
+        yield
+    assert {path: path.stat().st_mtime_ns for path in results.rglob("*")} == before
 
 
 @pytest.fixture(scope="session", autouse=True)
