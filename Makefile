@@ -1,11 +1,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Three tests at a time, for two cores, since many of them wait; those of a file one after another,
-# since they share; in the order of files, of which the last ones are quick: none is waited for.
-PYTEST := $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
-NUMERICAL = -m "numerical and not full" $$(grep -rl mark.numerical tests --include='*.py')
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# More tests at a time than cores, since many of them wait; those of a file one after another, since
+# they share.
+PYTEST := $(BIN)/pytest -n 4 --dist loadfile
+# Parts of the long run, and all that they depend on.
+PARTS := quick torch baseline $(shell grep -rl mark.full tests --include='*.py' | cut -d/ -f2 | sort -u)
+FILES := pyproject.toml $(shell find src tests experiments calibration benchmarks docs deploy \
+	-type f -not -path '*/__pycache__/*' -not -path '*/_build/*')
+
+# Without bytecode each of many processes would compile the tests anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help compare test test-full gpu check docs wheel
@@ -17,17 +22,34 @@ compare: $(VENV)/.runtime ## Run the paper's deployments side by side on 16 loca
 	@$(BIN)/expertlane compare
 	@echo "The paper's goals, judged by it: $(BIN)/python experiments/paper/study.py results/paper-small"
 
-# Then what computes numbers again with torch alone, and bfloat16 without any set but the baseline,
-# which has no kernels for it.
 test: $(VENV)/.dev ## Run the tests, without the long ones
 	@$(PYTEST) -m "not full"
-	@echo "Again with EXPERTLANE_BACKEND=torch: the numerical tests"
-	@EXPERTLANE_BACKEND=torch $(PYTEST) $(NUMERICAL)
-	@echo "Again with EXPERTLANE_CPU_ISA=baseline: bfloat16 against the reference"
-	@EXPERTLANE_CPU_ISA=baseline $(BIN)/pytest tests/parity/test_bfloat16.py
 
-test-full: $(VENV)/.dev ## Run all tests; when interrupted, and with the same files, go on there
-	@$(PYTEST) --go-on $(VENV)/passed
+# Stamps: a part that has passed with the same files is not run again, so that what was interrupted
+# goes on; failed tests come first then.
+test-full: $(PARTS:%=$(VENV)/full/%) ## Run all tests, in parts; when interrupted, go on there
+
+$(VENV)/full/quick: $(FILES) | $(VENV)/.dev
+	@echo "The tests of make test, with all their processes started as users start them"
+	@$(PYTEST) -m "not full" --start-anew --failed-first
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/full/torch: $(FILES) | $(VENV)/.dev
+	@echo "The numerical tests with EXPERTLANE_BACKEND=torch"
+	@EXPERTLANE_BACKEND=torch $(PYTEST) -m "numerical and not full" --failed-first \
+	    $$(grep -rl mark.numerical tests --include='*.py')
+	@mkdir -p $(@D) && touch $@
+
+# It has no kernels for bfloat16.
+$(VENV)/full/baseline: $(FILES) | $(VENV)/.dev
+	@echo "bfloat16 against the reference with EXPERTLANE_CPU_ISA=baseline"
+	@EXPERTLANE_CPU_ISA=baseline $(BIN)/pytest tests/parity/test_bfloat16.py --failed-first
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/full/%: $(FILES) | $(VENV)/.dev
+	@echo "The long tests of tests/$*"
+	@$(PYTEST) -m full --failed-first tests/$*
+	@mkdir -p $(@D) && touch $@
 
 gpu: ## Try this machine's GPU with the torch that is installed: tests, speed, a profile
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py

@@ -1,8 +1,11 @@
 """Ranks and reference runs that outlive a test, since both take long to make."""
 
+import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,14 +15,18 @@ if not torch.cuda.is_available():  # before anything imports Triton: its kernels
     os.environ["TRITON_INTERPRET"] = "1"
 
 from distributed.on_ranks import local_ranks
-from engine.imported import Imported
 from expertlane.engine.pool import RankPool
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
-from going_on import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401
+from forked import Forks
 from parity.reference import ReferenceModel, ReferenceRun
 
 _TIMEOUT_S = 60.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--start-anew", action="store_true", help="fork no Python that tests start")
+
 
 # The same draws in every run, none of them judged by how long it takes.
 hypothesis.settings.register_profile(
@@ -32,6 +39,21 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("tests")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `full` all cases of a test but as many as its `smoke` says, evenly spread."""
+    cases: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("smoke") and not item.get_closest_marker("full"):
+            cases.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    for of_test in cases.values():
+        (wanted,) = of_test[0].get_closest_marker("smoke").args
+        kept = {place * len(of_test) // wanted for place in range(wanted)}
+        for place, item in enumerate(of_test):
+            if place not in kept:
+                item.add_marker(pytest.mark.full)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Of this process: two on matrices this small are fifty times slower where cores are shared."""
@@ -40,20 +62,17 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
-    """Also where a shell has started the tests in the background, and had SIGINT ignored."""
+    """Also where a shell has started the tests in the background, and had signals ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class PoolKeeper:
-    """Keeps one pool of ranks a dtype; the ranks keep their process groups by layout.
+    """Keeps one pool of ranks a dtype; the ranks keep their process groups by layout."""
 
-    Args:
-        imported: what their fork servers are forked from.
-    """
-
-    def __init__(self, imported: Imported) -> None:
-        self._imported = imported
+    def __init__(self) -> None:
         self._pools: dict[str, RankPool] = {}
 
     def pool(self, num_ranks: int, dtype: str = "float32") -> RankPool:
@@ -62,8 +81,7 @@ class PoolKeeper:
         if pool is None or pool.is_closed or pool.num_ranks < num_ranks:
             if pool is not None:
                 pool.close()
-            with self._imported.serving():
-                pool = RankPool(local_ranks(num_ranks, _TIMEOUT_S, dtype), _TIMEOUT_S)
+            pool = RankPool(local_ranks(num_ranks, _TIMEOUT_S, dtype), _TIMEOUT_S)
             self._pools[dtype] = pool
         return pool
 
@@ -98,25 +116,42 @@ class ReferenceRuns:
         return self._runs[key]
 
 
-@pytest.fixture(scope="session")
-def imported() -> Iterator[Imported]:
-    """A process that has imported torch, for what is forked instead of started."""
-    process = Imported()
-    yield process
-    process.close()
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests work in a temporary folder, and write nothing into the checkout's own results."""
+    results = Path(__file__).parents[1] / "results"
+    before = {path: path.stat().st_mtime_ns for path in results.rglob("*")}
+    with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
+        yield
+    assert {path: path.stat().st_mtime_ns for path in results.rglob("*")} == before
 
 
-@pytest.fixture(scope="module")
-def forked_servers(imported: Imported) -> Iterator[None]:
-    """Fork servers that this process starts are forked: without the 2 s that an import takes."""
-    with imported.serving():
+@pytest.fixture(scope="session", autouse=True)
+def forks(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Forks]:
+    """Pythons that tests start are forks, but with `--start-anew`."""
+    forks = Forks(tmp_path_factory.mktemp("command_lines"))
+    if pytestconfig.getoption("start_anew") or sys.platform != "linux":
+        yield forks
+        return
+    with forks.in_place():
+        yield forks
+    forks.close()
+
+
+@pytest.fixture(autouse=True)
+def as_marked(request: pytest.FixtureRequest, forks: Forks) -> Iterator[None]:
+    """Tests marked `starts_anew` start Pythons as users do."""
+    if request.node.get_closest_marker("starts_anew") is None:
+        yield
+        return
+    with forks.paused():
         yield
 
 
 @pytest.fixture(scope="session")
-def pools(imported: Imported) -> Iterator[PoolKeeper]:
+def pools(forks: Forks) -> Iterator[PoolKeeper]:
     """Ranks that persist from test to test."""
-    keeper = PoolKeeper(imported)
+    keeper = PoolKeeper()
     yield keeper
     keeper.close()
 

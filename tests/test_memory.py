@@ -246,6 +246,7 @@ def test_key_value_heads_fewer_than_ranks_are_held_by_several():
     assert memory.weight_bytes == 4 * (4 * layer + 257 * 64 + 64 * 64 + wide)
 
 
+@pytest.mark.smoke(30)
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [

@@ -38,6 +38,7 @@ def check(output: str) -> None:
     assert "plan-paper-tiny-h100x2" in output  # the comparison
 
 
+@pytest.mark.full
 def test_it_runs_where_it_is_installed(tmp_path):
     check(run(tmp_path))
 

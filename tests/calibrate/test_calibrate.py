@@ -39,8 +39,6 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Stage
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 TINY = replace(
     CPU_GRID,
     gemm_m=(1, 16),

@@ -39,6 +39,7 @@ def pair(tmp_path):
     return write_both
 
 
+@pytest.mark.smoke(4)
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 def test_the_answer_fits_one_screen_and_the_exit_code_tells(run, pair, make, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)

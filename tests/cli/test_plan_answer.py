@@ -9,6 +9,7 @@ from cli.small_checkpoint import checkpoint
 ASKED = ("--cluster", "h100x2", "--batch", "8", "--prompt-len", "16", "--output-len", "16")
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_answer_fits_the_screen(run, tmp_path, monkeypatch, columns):
     monkeypatch.chdir(tmp_path)
@@ -37,6 +38,7 @@ def test_the_one_line_is_the_headline(run, tmp_path, monkeypatch):
     assert len(out.splitlines()) == 1
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("lengths", "said"),
     [

@@ -70,6 +70,7 @@ def test_arrivals_have_bounds_of_their_own(run):
     assert "tokens/s at 200 req/s, " in " ".join(out.split())
 
 
+@pytest.mark.full
 def test_loads_in_turn_are_one_record_and_the_best_is_told_in_detail(run, tmp_path):
     swept = ["--batch", "2,8,4", *LOAD[2:], "--num-requests", "24"]
     both, alone = (
@@ -170,6 +171,7 @@ def test_routing_is_skewed_unless_a_user_says_otherwise(run):
     assert loads[0] > loads[1]
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("method", "weights", "caution"),
     [("fp8", "float8", False), ("mxfp4", "mxfp4", False), ("awq", "bfloat16", True)],
@@ -256,6 +258,7 @@ def test_replicas_send_among_themselves(run, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize(
     "options",
     [

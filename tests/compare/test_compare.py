@@ -347,6 +347,7 @@ def test_the_peak_is_measured_quickly(pools):
     assert peak.num_units <= (os.cpu_count() or 1)
 
 
+@pytest.mark.full
 def test_computing_by_a_profiles_laws(pools):
     h100 = read_profile("h100")
     experiment = replace(
@@ -364,6 +365,7 @@ def test_computing_by_a_profiles_laws(pools):
         assert 0 < each.decode.round_s.value < 0.01  # here it takes longer
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(("repeats", "num_runs"), [(Repeats(1), 1), (Repeats(2, 1e-9), 2)])
 def test_too_few_repetitions_have_no_interval(pools, repeats, num_runs):
     experiment = replace(EXPERIMENT, deployments=EXPERIMENT.deployments[1:3], scaling=())
@@ -400,6 +402,7 @@ def test_laws_of_computing_take_no_experts_that_move():
         VirtualSettings(None, None, read_profile("h100")).check([moving])
 
 
+@pytest.mark.full
 def test_virtual_time_where_nothing_is_decoded(pools):
     workload = replace(EXPERIMENT.workload, output_len=1)
     experiment = replace(EXPERIMENT, workload=workload, scaling=())

@@ -86,6 +86,7 @@ def test_nothing_is_measured_twice(pools, tmp_path):
     assert begun[2:] in (["EP 2, run 3"], ["TP 2, run 3"])  # the faster one is measured first
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

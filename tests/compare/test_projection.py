@@ -48,6 +48,7 @@ def usual(found: Results) -> tuple[DeploymentRecord, ...]:
     return found.select("projected", EXPERIMENT, found.conditions[0])
 
 
+@pytest.mark.full
 def test_every_deployment_stands_under_every_condition(projection):
     assert {each.top_k for each in projection.conditions} == {2}
     assert [(each.execution, each.routing) for each in projection.conditions] == [
@@ -132,6 +133,7 @@ def test_the_planners_best_is_at_least_as_good_as_all(projection):
     assert most <= 1.02 * first.serving[0].output_tps.value
 
 
+@pytest.mark.full
 def test_the_planner_gives_activations_as_much_room_as_the_memory_table():
     cluster = parse_cluster("h200x4")
     workload = Workload(num_sequences=1024, prompt_len=10_000, output_len=4)

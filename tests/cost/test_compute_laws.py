@@ -132,6 +132,7 @@ def laws(name, execution):
     return PROFILE, NumberTypes.all_of("float32")
 
 
+@pytest.mark.smoke(5)
 @pytest.mark.parametrize(("layout", "options", "model", "name", "execution"), CASES, ids=str)
 def test_a_record_by_laws_is_what_is_projected(pools, layout, options, model, name, execution):
     ran = Ran.on(pools.pool(8), layout, options, model)

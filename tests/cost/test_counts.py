@@ -212,6 +212,7 @@ def _cases():
             yield number, case, form
 
 
+@pytest.mark.smoke(24)
 @pytest.mark.parametrize(
     ("number", "case", "form"),
     [
@@ -258,6 +259,7 @@ def test_prompts_take_a_form_of_their_own(pools, decode, prefill):
     assert (apart[Phase.PREFILL] != same[Phase.PREFILL]).any()
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize("case", [each for each in CASES if each.redundant], ids=str)
 def test_balanced_copies(pools, case):
     """Experts of ranks that are told, not counts; forms and families take turns."""

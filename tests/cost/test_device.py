@@ -151,6 +151,7 @@ def test_float16_stands_on_bfloat16_as_a_wider_bound(h100, kind):
     assert "bfloat16" in h100._surface(kind, "float16").origin
 
 
+@pytest.mark.smoke(16)
 @pytest.mark.parametrize("name", sorted(shipped_profiles()))
 @pytest.mark.parametrize("kind", list(Kind))
 def test_times_of_every_shipped_profile_are_between_bounds_and_no_faster_than_light(name, kind):
@@ -177,6 +178,7 @@ _GROWING = {
 _FITTED = ("b200", "b300", "gb200", "gb300", "h100", "h200")
 
 
+@pytest.mark.smoke(14)
 @pytest.mark.parametrize("name", _FITTED)
 @pytest.mark.parametrize("kind", list(Kind))
 def test_more_work_is_never_much_faster(name, kind):

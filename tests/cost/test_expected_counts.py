@@ -145,6 +145,7 @@ def cases():
             yield pytest.param(place, form, MODEL_NAMES[number % 4], id=f"{place}-{form}")
 
 
+@pytest.mark.smoke(36)
 @pytest.mark.parametrize("kernels", KERNEL_SETS, ids=lambda each: each.name)
 @pytest.mark.parametrize(("place", "form", "name"), list(cases()))
 def test_one_rank_counts_the_mean_of_all(place, form, name, kernels):

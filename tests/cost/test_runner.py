@@ -184,6 +184,7 @@ class NoneAlike(StepSharing):
         return make()
 
 
+@pytest.mark.smoke(4)
 @pytest.mark.parametrize("execution", [Execution.GRAPH, Execution.EAGER])
 @pytest.mark.parametrize(("layout", "options"), DEPLOYMENTS, ids=str)
 def test_a_step_from_rest_goes_as_it_would_at_its_own_time(layout, options, execution):

@@ -28,12 +28,11 @@ CASES = [
 ]
 
 
-def pool_with(imported, links, transport, dtype="float32"):
+def pool_with(links, transport, dtype="float32"):
     with pytest.MonkeyPatch.context() as variables:
         variables.setenv(LINKS, links)
         variables.setenv("EXPERTLANE_TRANSPORT", transport)
-        with imported.serving():
-            return RankPool(local_ranks(NUM_RANKS, 60.0, dtype), 60.0)
+        return RankPool(local_ranks(NUM_RANKS, 60.0, dtype), 60.0)
 
 
 def run(pool, layout, options, model=TINY, **others):
@@ -43,11 +42,12 @@ def run(pool, layout, options, model=TINY, **others):
     )
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("links", "transport"), [("staged", "shared_memory"), ("staged", "gloo"), ("native", "gloo")]
 )
-def test_float32_is_the_same_bit_for_bit(pools, imported, links, transport):
-    with pool_with(imported, links, transport) as pool:
+def test_float32_is_the_same_bit_for_bit(pools, links, transport):
+    with pool_with(links, transport) as pool:
         name = pool.call(Describe())[0][-1]
         assert name.startswith(transport)
         assert name.endswith(", staged on the host") == (links == "staged")
@@ -66,12 +66,12 @@ def test_float32_is_the_same_bit_for_bit(pools, imported, links, transport):
         assert (padding > 0) == (links == "native")
 
 
-def test_bfloat16_added_up_by_the_backend(references, imported):
+def test_bfloat16_added_up_by_the_backend(references):
     """Within the bound of bfloat16 where every expert is chosen, and not bit for bit."""
     model = TINY.with_overrides(num_experts_per_tok=TINY.num_experts)
     reference = references.run(model, WORKLOAD, 0)
     scale = np.abs(reference.logits).max()
-    with pool_with(imported, "native", "gloo", "bfloat16") as pool:
+    with pool_with("native", "gloo", "bfloat16") as pool:
         for layout in ("tp=4,ep=4", "tp=2,dp=2"):
             found = run(pool, layout, {}, model, forced=reference.tokens)
             error = np.abs(found.logits - reference.logits).max() / scale

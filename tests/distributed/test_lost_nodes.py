@@ -18,8 +18,6 @@ from expertlane.engine.pool import RankPool
 from expertlane.engine.rendezvous import Claim, handshake
 from expertlane.errors import RankError, RanksLostError
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 TIMEOUT_S = 5.0  # a node of a busy machine answers by then
 OF_NODE = {2, 3}
 
@@ -84,6 +82,7 @@ def test_a_node_whose_connection_broke_comes_back_by_itself(pool, supervisor):
     check_exchange(pool, 2)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_node_whose_supervisor_is_gone_comes_back_with_another(
     pool, supervisor, short_lease, way

@@ -20,8 +20,6 @@ from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
 from parity.contract import check_contract
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 TINY = PRESETS["paper-tiny"]
 WORKLOAD = Workload(num_sequences=9, prompt_len=5, output_len=3, seed=7)
 LONG_MODEL = TINY.with_overrides(max_position_embeddings=5000)
@@ -46,6 +44,7 @@ def sent_bytes(run):
     return [sum(each.sent_bytes for each in records if each.rank == rank) for rank in range(4)]
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.numerical
 @pytest.mark.parametrize(
     ("layout", "options"),
@@ -177,6 +176,7 @@ def test_a_killed_supervisor(long_run):
     assert long_run.are_gone()
 
 
+@pytest.mark.full
 def test_a_stopped_supervisor_is_noticed_though_its_ranks_go_on(long_run):
     """And its ranks end it."""
     error, took_s = long_run.error_after(long_run.supervisor.pid, signal.SIGSTOP)
@@ -187,6 +187,7 @@ def test_a_stopped_supervisor_is_noticed_though_its_ranks_go_on(long_run):
     assert long_run.are_gone()
 
 
+@pytest.mark.full
 def test_a_stopped_fork_server_of_the_first_node(long_run):
     error, took_s = long_run.error_after(long_run.server.pid, signal.SIGSTOP)
     assert took_s < TIMEOUT_S + 10

@@ -24,8 +24,6 @@ from expertlane.engine.pool import RankPool
 from expertlane.engine.rendezvous import Claim, handshake
 from expertlane.errors import RankError, RanksLostError
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 TIMEOUT_S = 2.5
 PROGRAM = textwrap.dedent(
     """
@@ -66,6 +64,7 @@ def pool():
         assert session_is_gone(server.pid, seconds=5)
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize(
     "ways", [{2: "kill"}, {3: "stop"}, {3: "raise"}, {1: "kill"}, {0: "exit", 2: "exit"}], ids=str
 )

@@ -31,6 +31,7 @@ def assert_same_counters(one, other):
         np.testing.assert_array_equal(value, other[key], err_msg=str(key))
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize(
     ("layout", "options"),
     [

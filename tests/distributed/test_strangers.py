@@ -76,6 +76,7 @@ def two_nodes(tmp_path):
         each.communicate()
 
 
+@pytest.mark.full
 def test_all_end_with_torchrun_while_nodes_still_come(two_nodes):
     """Killed so early that they would wait minutes for its store, or for the other node."""
     processes = psutil.Process(two_nodes.agents[0].pid).children(recursive=True)
@@ -86,6 +87,7 @@ def test_all_end_with_torchrun_while_nodes_still_come(two_nodes):
     assert not alive
 
 
+@pytest.mark.full
 def test_the_run_goes_on(two_nodes):
     strangers = [socket.create_connection(two_nodes.place) for _ in range(4)]
     _silent, reset, garbage, huge = strangers

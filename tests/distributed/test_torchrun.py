@@ -86,7 +86,7 @@ def local(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("num_nodes", "num_processes"),
-    [(1, 4), (1, 1), (2, 1), pytest.param(2, 2, marks=pytest.mark.full)],
+    [(1, 1), *(pytest.param(*each, marks=pytest.mark.full) for each in ((1, 4), (2, 1), (2, 2)))],
 )
 def test_one_process_speaks_and_results_are_those_of_local_ranks(
     local, tmp_path, num_nodes, num_processes
@@ -200,6 +200,7 @@ def long_run(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("nodes", [(1, 4), (2, 1)])
 def test_a_killed_rank(long_run, nodes):
     """torchrun sees nothing of it; the launcher says what happened where."""
@@ -226,6 +227,7 @@ def test_a_stopped_rank(long_run, nodes):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("nodes", [(1, 4), pytest.param((2, 1), marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)]
@@ -239,6 +241,7 @@ def test_torchrun_is_told_to_end(long_run, nodes, number):
     assert 0 not in codes
 
 
+@pytest.mark.full
 def test_a_node_whose_torchrun_is_killed(long_run):
     run = long_run(2, 1)
     run.agents[1].kill()

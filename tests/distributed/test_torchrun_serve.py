@@ -109,6 +109,7 @@ class Long(threading.Thread):
         return [choice["finish_reason"] for each in events for choice in each["choices"]]
 
 
+@pytest.mark.full
 def test_it_serves_and_drains_when_all_nodes_are_told_to_end(nodes):
     body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "return_token_ids": True}
     answer = httpx.post(f"{nodes.url}/completions", json=body, timeout=WAIT_S).json()
@@ -135,6 +136,7 @@ def test_it_serves_and_drains_when_all_nodes_are_told_to_end(nodes):
     assert answer["choices"][0]["token_ids"] == offline.token_ids
 
 
+@pytest.mark.full
 def test_a_node_that_dies_ends_all_with_one_line(nodes):
     long = Long(nodes.url)
     long.start()

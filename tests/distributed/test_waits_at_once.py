@@ -18,6 +18,7 @@ SHARED = TINY.with_overrides(
 WORKLOAD = Workload(num_sequences=5, prompt_len=4, output_len=3, seed=3)
 
 
+@pytest.mark.smoke(6)
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("layout", ["tp=2", "dp=2,ep=2", "dp=2", "tp=2,dp=2,ep=2", "tp=2,pp=2"])
 @pytest.mark.parametrize("model", [TINY, SHARED], ids=lambda each: each.name)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import pytest
 
 from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
 from engine.harmed_ranks import (
@@ -234,6 +235,18 @@ def remaining(file: Path, first: int, end: int) -> list[int]:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = {line["number"] for line in lines}
     return [number for number in range(first, end) if number not in done]
+
+
+def numbered(num_runs: int, num_quick: int) -> list[Any]:
+    """Numbers of runs for `parametrize`; those of `make test` come first."""
+    full = (pytest.param(number, marks=pytest.mark.full) for number in range(num_quick, num_runs))
+    return [*range(num_quick), *full]
+
+
+def asked_for(request: pytest.FixtureRequest) -> int:
+    """Runs that the tests of a file ask for, by their parameter `number`."""
+    items = (each for each in request.session.items if each.path == request.path)
+    return 1 + max(each.callspec.params["number"] for each in items if hasattr(each, "callspec"))
 
 
 @contextlib.contextmanager

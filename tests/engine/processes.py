@@ -10,6 +10,7 @@ import psutil
 
 from expertlane.comm.progress import NO_LAYER, Position, ProgressBoard
 from expertlane.engine.local_ranks import LocalRanks
+from forked import command_line
 
 _PATIENCE_S = 120.0  # of what takes seconds on a quiet machine
 _LOOK_S = 0.05  # between looks at all processes, which take milliseconds
@@ -48,12 +49,13 @@ class RunningRanks:
         launcher = psutil.Process(launcher_pid)
 
         def servers() -> list[psutil.Process]:
-            return [c for c in launcher.children() if '"parent_pid"' in " ".join(c.cmdline())]
+            children = launcher.children()
+            return [c for c in children if '"parent_pid"' in " ".join(command_line(c.pid))]
 
         assert wait_until(servers, pause_s=_LOOK_S), "no fork server came"
         self.server = max(servers(), key=psutil.Process.create_time)
         self.pids = self._pids(num_ranks)
-        settings = json.loads(self.server.cmdline()[-1])
+        settings = json.loads(command_line(self.server.pid)[-1])
         board_fd = settings["first_rank"]["board_fd"]
         board = os.open(f"/proc/{self.server.pid}/fd/{board_fd}", os.O_RDWR)
         self.board = ProgressBoard(num_ranks, board)

@@ -23,7 +23,6 @@ from distributed.recovering import (
 from engine.test_recovering_pool import NUM_RANKS, leaves_nothing, start_pool
 from expertlane.errors import RankError, RanksLostError
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
 TIMEOUT_S = 3.0
 TRANSPORTS = {
     "shared_memory": {},
@@ -39,7 +38,7 @@ IN_EVERY_WAY = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)
-def pool(request, forked_servers):
+def pool(request):
     """A pool with nobody absent, which logs lines."""
     with pytest.MonkeyPatch.context() as patch, leaves_nothing():
         for name, value in TRANSPORTS[request.param].items():
@@ -60,6 +59,7 @@ def all_are_there(request):
         pool.lines.clear()
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("way", ["kill", "raise", "stop"])
 def test_lost_before_it_is_up(monkeypatch, tmp_path, way):
     monkeypatch.setenv(on_ranks.LOST_AT_START, str(tmp_path))
@@ -104,6 +104,7 @@ def test_one_that_hangs_at_its_start_or_has_no_room(monkeypatch, tmp_path):
         pool.submit(Exchange(1))
 
 
+@pytest.mark.smoke(3)
 @IN_EVERY_WAY
 def test_the_others_go_on_until_another_one_is_ahead(pool, way):
     before = pool.epoch
@@ -139,6 +140,7 @@ def test_the_others_go_on_until_another_one_is_ahead(pool, way):
     assert num_open[1] <= min(num_open[0], num_open[2])  # it has kept nothing of an old epoch
 
 
+@pytest.mark.smoke(3)
 @IN_EVERY_WAY
 def test_one_that_is_lost_ahead_is_no_loss(pool, way):
     lose_for_good(pool, {2: "kill"})
@@ -163,6 +165,7 @@ def test_one_that_is_lost_ahead_is_no_loss(pool, way):
     check_exchange(pool, 2)
 
 
+@pytest.mark.smoke(1)
 def test_a_loss_meanwhile(pool):
     """One that is ahead goes on with what needs no epoch, and joins when it is asked to."""
     lose_for_good(pool, {1: "kill"})
@@ -225,6 +228,7 @@ def test_more_and_fewer_ranks_while_some_are_ahead(pool):
     check_exchange(pool, 4)
 
 
+@pytest.mark.smoke(1)
 def test_many_times_leave_nothing_open(pool):
     server = psutil.Process(pool._ranks._server.pid)
     states = []

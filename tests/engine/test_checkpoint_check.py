@@ -8,8 +8,6 @@ from expertlane.errors import SpecError
 from expertlane.model.checkpoint import Checkpoint
 from model.families import save_checkpoint
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 
 def _with_extra(folder, **tensors):
     path = folder / "model.safetensors"

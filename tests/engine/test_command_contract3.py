@@ -99,6 +99,7 @@ def test_a_stopped_rank(command):
     assert command.wrote_nothing()
 
 
+@pytest.mark.full
 def test_a_launcher_that_was_stopped_itself_blames_no_rank(command):
     """As by Ctrl-Z and fg: ranks had nothing to do meanwhile. Then SIGTERM ends it."""
     running = RunningRanks(command.process.pid, NUM_RANKS)

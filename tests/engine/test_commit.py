@@ -241,6 +241,7 @@ def run_on_ranks(pools, chosen, discard_at, *, rebalance):
     return [request.output_token_ids for request in requests], runner
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize(
     ("layout", "options", "rebalance"),
     [

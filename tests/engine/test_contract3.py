@@ -19,8 +19,6 @@ from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_environment import MAX_RANKS_PER_CORE, check_num_ranks
 from expertlane.errors import CapacityError, RankError, UserError
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 LAYOUTS = ["dp=2,ep=2", "pp=2", pytest.param("tp=2", marks=pytest.mark.full)]
 TIMEOUT_S = 2.0
 

@@ -19,8 +19,6 @@ from expertlane.spec.names import Phase, Stage
 from expertlane.spec.workload import Workload
 from records import rank_record
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 SKEWED = replace(PRESETS["paper-tiny"], routing=Routing(router_bias=True, router_skew=1.5))
 
 
@@ -85,6 +83,7 @@ def test_a_decision_that_saves_nothing_is_off():
     assert not nothing.pays
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather", "hierarchical"])
 def test_tokens_stay_the_same_and_loads_even(pools, dispatch):
     """In a trial every other step is balanced."""

@@ -216,6 +216,7 @@ def test_all_ranks_record_the_same_whole_steps(recorded, kind, expected, monkeyp
 QUICK = ("sinks, window, biases",)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name",
     [pytest.param(each, marks=() if each in QUICK else pytest.mark.full) for each in MODELS],
@@ -241,6 +242,7 @@ def record_all(stage, forms=("all_to_all",)):
     return [stage.record_graphs(size, forms) for size in GraphLimits(3, 24).sizes[::-1]]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "takes_steps",
     [pytest.param(True, id="steps"), pytest.param(False, id="layers", marks=pytest.mark.full)],
@@ -263,6 +265,7 @@ def test_what_was_recorded_ahead_is_all_that_is_needed(takes_steps, monkeypatch)
     assert graphs.num_replayed == runner.num_decodes > 1
 
 
+@pytest.mark.full
 def test_an_epoch_that_ends_while_steps_are_recorded(monkeypatch):
     """What was not recorded to its end is recorded anew, and tokens are right."""
     graphs, waits = ReplayedGraphs(), []
@@ -285,6 +288,7 @@ def test_an_epoch_that_ends_while_steps_are_recorded(monkeypatch):
     assert len(waits) == 5
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name", ["sinks, window, biases", pytest.param("latent, dense layer", marks=pytest.mark.full)]
 )

@@ -73,6 +73,7 @@ def assert_equal(layout, options, monkeypatch, **how):
 full = pytest.mark.full
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("layout", "form", "name"),
     [
@@ -102,6 +103,7 @@ def test_whole_steps_of_ranks(layout, form, name, monkeypatch):
         assert any(len({*sizes}) > 1 and min(sizes) for sizes in ranks.sizes)
 
 
+@pytest.mark.full
 def test_ranks_that_choose_other_sizes_are_noticed(monkeypatch):
     """The double can fail: each rank pads to its own number of sequences."""
     padded = DecodeGraphs.padded
@@ -120,6 +122,7 @@ def test_ranks_that_choose_other_sizes_are_noticed(monkeypatch):
         )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("layout", "name"),
     [

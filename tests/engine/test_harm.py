@@ -5,24 +5,31 @@ import signal
 
 import pytest
 
-from engine.harm import Draw, lines_of, read, remaining
+from engine.harm import Draw, asked_for, lines_of, numbered, read, remaining
 from engine.harmed_ranks import COMPILED_KINDS
 
-NUM_RUNS, NUM_AT_ONCE = 30, 3
+NUM_RUNS, NUM_QUICK, NUM_AT_ONCE = 30, 6, 3
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(request, tmp_path_factory):
     """Gives a run's line when the run has ended."""
     if not hasattr(os, "memfd_create"):
         pytest.skip("this system has no unnamed shared memory")
     file = tmp_path_factory.mktemp("harm") / "runs.jsonl"
-    command = ["engine.harm", str(file), "--to", str(NUM_RUNS), "--at-once", str(NUM_AT_ONCE)]
+    command = [
+        "engine.harm",
+        str(file),
+        "--to",
+        str(asked_for(request)),
+        "--at-once",
+        str(NUM_AT_ONCE),
+    ]
     with lines_of(command, file, patience_s=120) as line:
         yield line
 
 
-@pytest.mark.parametrize("number", range(NUM_RUNS))
+@pytest.mark.parametrize("number", numbered(NUM_RUNS, NUM_QUICK))
 def test_a_rank_that_is_killed_or_stopped_is_named_and_nothing_is_left(runs, number):
     line = runs(number)
     if "skipped" in line:

@@ -252,7 +252,6 @@ def decided(references):
     return tuple(zip(*found, strict=True))
 
 
-@pytest.mark.usefixtures("forked_servers")
 class TestRanks:
     def test_the_reference_s_tokens(self, one_rank, decided):
         prompts, tokens = decided

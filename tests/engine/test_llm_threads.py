@@ -219,7 +219,6 @@ def test_closing_ends_all_that_wait(slow_llm, threads):
         generate(slow_llm, 0)
 
 
-@pytest.mark.usefixtures("forked_servers")
 class TestRanks:
     def test_threads_share_real_ranks_until_one_dies(self, threads):
         with LLM("paper-tiny", layout="dp=2,ep=2", dtype="float32", timeout_s=20) as llm:

@@ -136,6 +136,7 @@ ASKED = (
 )
 
 
+@pytest.mark.smoke(10)
 @pytest.mark.parametrize("way", ["eager", "graphs", "layers"])
 @pytest.mark.parametrize("is_sampled", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("name", MODELS)

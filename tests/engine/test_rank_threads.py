@@ -39,6 +39,7 @@ def threads_after_running(
     return threads, places, [each.cpus for each in llm.machine]
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("dtype", "backend"),
     [

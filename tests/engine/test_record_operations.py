@@ -16,8 +16,6 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 from expertlane.spec.workload import Workload
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 WORKLOAD = Workload(num_sequences=6, prompt_len=5, output_len=4)
 RANKS_PER_NODE = 2
 SEND = list(TransferKind).index(TransferKind.SEND)
@@ -96,6 +94,7 @@ def check_replay(layout, records, num_layers):
     assert (np.array(ends[0]) <= ends[1]).all()
 
 
+@pytest.mark.smoke(5)
 @pytest.mark.parametrize(("layout", "options", "model"), CASES, ids=str)
 def test_recorded_steps(pools, layout, options, model):
     pool = pools.pool(8)
@@ -125,6 +124,7 @@ def test_next_to_all_a_rank_computes_is_in_its_operations(pools):
     assert kept_s > 0.3 * sum(record.cpu_s.sum() for record in records)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     "environment",
     [{"EXPERTLANE_BACKEND": "torch"}, {"EXPERTLANE_TRANSPORT": "gloo"}],

@@ -18,8 +18,6 @@ from engine.processes import session_is_gone, wait_until
 from expertlane.engine.pool import RankPool
 from expertlane.errors import RankError, RanksLostError, UserError
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 NUM_RANKS = 3
 TIMEOUT_S = 3.0
 NEVER_S = 60.0  # where no rank is to hang
@@ -73,6 +71,7 @@ def kept_pool():
         yield started
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_is_lost_while_the_others_wait_for_it(kept_pool, way):
     pool, epoch = kept_pool, kept_pool.epoch
@@ -239,6 +238,7 @@ def test_a_rank_that_is_lost_at_every_start(lose_at_start):
         start_pool(timeout_s=NEVER_S)
 
 
+@pytest.mark.full
 def test_many_epochs_leave_nothing_open_and_the_end_of_the_fork_server_is_final():
     gc.collect()  # the progress boards of earlier pools
     with leaves_nothing(), start_pool(timeout_s=NEVER_S) as pool:
@@ -270,6 +270,7 @@ def state_of(pool, server):
     )
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("is_server_stopped", [False, True])
 def test_interrupted_while_an_epoch_begins(lose_at_start, is_server_stopped):
     """As by Ctrl-C: while a replacement hangs, or the fork server is stopped."""

@@ -20,8 +20,6 @@ from expertlane.errors import RankError, UserError
 from expertlane.schedule.request import FinishReason
 from expertlane.spec.deployment import Options
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 SETTINGS = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "max_num_seqs": 4}
 
 
@@ -34,6 +32,7 @@ ROTATING = {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}
 MOVING = {"rebalance_steps": 3, "num_redundant_experts": 2}
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize(
     ("layout", "options", "transport"),
     [

@@ -11,8 +11,6 @@ from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
 from model.chat_checkpoint import save_chat_checkpoint
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1.0, seed=3, max_tokens=24, ignore_eos=True)
 PARAMS = {

@@ -16,8 +16,6 @@ from expertlane.engine.recovery_record import State
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 SETTINGS = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "max_num_seqs": 4}
 
 
@@ -58,6 +56,7 @@ def open_descriptors():
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     "layouts",
     [
@@ -173,6 +172,7 @@ def test_memory_is_checked(monkeypatch):
         assert llm._pool.epoch == 0
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize(
     ("rank", "command", "layout"),
     [
@@ -231,6 +231,7 @@ def test_a_rank_is_lost_while_it_starts(harmed_rank, monkeypatch):
         assert tokens(llm.generate(PROMPTS, PARAMS)) == expected
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("variable", ["EXPERTLANE_TRANSPORT=gloo", "EXPERTLANE_BACKEND=torch"])
 def test_over_other_transports(variable, monkeypatch):
     monkeypatch.setenv(*variable.split("="))

@@ -14,8 +14,6 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.members import Members
 from expertlane.spec.names import Origin
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 SETTINGS = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "max_num_seqs": 4}
 MOVING = {"rebalance_steps": 3, "num_redundant_experts": 2, "copies": "balanced"}
 
@@ -37,6 +35,7 @@ def grow_back(llm):
     assert None not in pids(llm)
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize(
     ("layout", "options", "transport", "kills"),
     [
@@ -81,6 +80,7 @@ def test_the_others_go_on_and_what_was_lost_comes_back(
         assert text.count("data-parallel ranks; ") == text.count("grew back in") == len(kills)
 
 
+@pytest.mark.full
 def test_experts_move_and_copies_are_balanced_meanwhile_and_all_is_checked(monkeypatch):
     monkeypatch.setattr(MovePace, "most", 9 * WHOLE)  # moves end soon, however busy the machine
     with model("dp=3,ep=3", options=Options(**MOVING), check="full") as llm:
@@ -102,6 +102,7 @@ def test_experts_move_and_copies_are_balanced_meanwhile_and_all_is_checked(monke
         assert llm.engine.recovery.num_recoveries == llm.engine.recovery.num_growths == 2
 
 
+@pytest.mark.full
 def test_more_are_lost_down_to_the_last_and_while_it_grows():
     with model("dp=3,ep=3") as llm:
         start, recovery = llm._pool.start, llm.engine.recovery

@@ -23,8 +23,6 @@ from expertlane.spec.model import PRESETS
 from expertlane.spec.names import CheckPoint
 from expertlane.spec.sampling import SamplingParams
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 TINY = PRESETS["paper-tiny"]
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
 DRAWN = replace(GREEDY, temperature=0.8, frequency_penalty=0.3)
@@ -215,6 +213,7 @@ def test_an_error_ends_the_ranks(monkeypatch):
         assert llm._pool.is_closed
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("layout", "level", "kind", "lost"),
     [

@@ -19,8 +19,6 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Origin
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 PATIENCE_S = 60.0
 
 
@@ -51,6 +49,7 @@ def bytes_from(change, *origins):
     return [sum(each.bytes_from.get(origin, 0) for each in change.held) for origin in origins]
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("settings", "layouts"),
     [
@@ -155,6 +154,7 @@ def test_what_is_given_up_leaves_nothing():
         assert llm._pool.epoch == 0
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("victim", [0, 3])
 @pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_is_lost_meanwhile(victim, harm):
@@ -211,6 +211,7 @@ def test_there_is_little_room(monkeypatch):
         assert read > ahead > 0
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize(
     ("settings", "layout", "least"),
     [

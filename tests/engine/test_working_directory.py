@@ -23,7 +23,10 @@ name = "one"
 layout = "dp=1"
 """
 
+pytestmark = pytest.mark.starts_anew
 
+
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     "command",
     [

@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from engine.harm import lines_of
+from engine.harm import asked_for, lines_of, numbered
 from faults.draws import KINDS, LAYOUTS, MOMENTS, NUM_CASES, TRANSPORTS, draw, places
 
-NUM_RUNS = 30
+NUM_RUNS, NUM_QUICK = 30, 5
 
 
 @pytest.fixture(scope="module")
@@ -16,14 +16,12 @@ def lines(request, tmp_path_factory):
     if not hasattr(os, "memfd_create"):
         pytest.skip("this system has no unnamed shared memory")
     file = tmp_path_factory.mktemp("faults") / "runs.jsonl"
-    asked = [each for each in request.session.items if each.path == request.path]
-    num = 1 + max(each.callspec.params["number"] for each in asked if hasattr(each, "callspec"))
-    command = ["faults.runs", str(file), "--to", str(num)]
+    command = ["faults.runs", str(file), "--to", str(asked_for(request))]
     with lines_of(command, file, patience_s=280) as line:
         yield line
 
 
-@pytest.mark.parametrize("number", range(NUM_RUNS))
+@pytest.mark.parametrize("number", numbered(NUM_RUNS, NUM_QUICK))
 def test_every_request_ends_as_if_nothing_had_happened(lines, number):
     line = lines(number)
     assert line["wrong"] == [], line

@@ -241,7 +241,7 @@ _SETTINGS = settings(
 
 
 @pytest.mark.timeout(600)
-@settings(_SETTINGS, max_examples=100)
+@settings(_SETTINGS, max_examples=15)
 @given(case=_cases())
 def test_whatever_is_wrong_ends_in_one_line(commands: Commands, case: Case):
     assert commands.complaint(case) is None

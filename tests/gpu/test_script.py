@@ -55,6 +55,7 @@ def test_an_unknown_part_is_refused():
     assert "no part is called 'benchmarks'; valid: parity, kernels" in ended.stderr
 
 
+@pytest.mark.full
 def test_a_part_rehearsed_and_not_run_again(tmp_path):
     part, folder = "one_rank", tmp_path / "results"
     out = tmp_path / "out"
@@ -96,6 +97,7 @@ def test_limits_together_are_under_nine_minutes(gpu):
     assert gpu.TOTAL_S <= 540
 
 
+@pytest.mark.full
 def test_a_part_that_fails_or_is_too_slow(gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "END_S", 0.5)
     failing = gpu.Part("failing", 60, ("-c", "print('{folder}'); raise SystemExit(3)"))
@@ -173,6 +175,7 @@ def test_parts_of_an_earlier_run_stay_when_this_one_is_stopped(gpu, tmp_path, mo
     assert "second: passed, by other code" in summary
 
 
+@pytest.mark.full
 def test_tests_that_were_over_when_time_ran_out_are_kept(gpu, tmp_path, monkeypatch):
     limit_s, began = 60, tmp_path / "began"
 

@@ -20,6 +20,7 @@ def _logits(model, token_ids):
         return model(torch.tensor([token_ids]), use_cache=False).logits[0]
 
 
+@pytest.mark.smoke(5)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_tensor_matters(family):
     model, token_ids = make_model(family), _token_ids(72)
@@ -54,6 +55,7 @@ def test_numbers_worked_out_from_the_config_are_transformers_own(family):
         assert attention.kv_a_layernorm.variance_epsilon == model.latent.norm_eps
 
 
+@pytest.mark.smoke(8)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_runs(checkpoints, family):
     prompt = _token_ids(30)

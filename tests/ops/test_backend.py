@@ -279,6 +279,7 @@ def run(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("variables", "message"),
     [

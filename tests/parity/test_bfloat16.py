@@ -8,6 +8,7 @@ bounded where every expert is chosen, and routing by what it does to most tokens
 import numpy as np
 import pytest
 
+from conftest import PoolKeeper
 from distributed.running import deployment, run_deployment
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
@@ -66,3 +67,18 @@ def test_two_experts_chosen(pools, references, layout, overlap):
     )
     assert np.median(error) <= BOUND_MEDIAN
     assert same.mean() >= MIN_SAME_TOKENS
+
+
+@pytest.mark.parametrize(
+    "variable", [("EXPERTLANE_CPU_ISA", "baseline"), ("EXPERTLANE_BACKEND", "torch")]
+)
+def test_without_kernels_of_ours(references, monkeypatch, variable):
+    """All of this file runs so in `make test-full`."""
+    monkeypatch.setenv(*variable)
+    keeper = PoolKeeper()
+    try:
+        for overlap in (False, True):
+            test_every_expert_chosen(keeper, references, "dp=4,ep=4", overlap)
+            test_two_experts_chosen(keeper, references, "dp=4,ep=4", overlap)
+    finally:
+        keeper.close()

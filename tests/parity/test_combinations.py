@@ -301,8 +301,8 @@ class Combination:
                 assert abs(logprob - exact) <= MAX_LOGPROB_ERROR
 
 
-def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) -> None:
-    """Run `num` cases; among them must be enough of what is hard."""
+def run_combinations(pools, asked, num: int, max_num_ranks: int, work: int) -> Counter[str]:
+    """Check `num` cases; gives how many there were of each kind."""
     seen = Counter[str]()
 
     @settings(derandomize=True, deadline=None, max_examples=num, database=None)
@@ -335,6 +335,12 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
     check()
     print(dict(seen))
     assert seen["cases"] >= num
+    return seen
+
+
+def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) -> None:
+    """Run `num` cases; among them must be enough of what is hard."""
+    seen = run_combinations(pools, asked, num, max_num_ranks, work)
     assert seen["cases with preemptions"] >= num / 6
     for form in DISPATCH_FORMS:
         assert seen[f"cases with {form}"] >= num / 25
@@ -347,14 +353,28 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
     assert seen["cases with several steps in flight"] >= num / 25
 
 
+def test_a_few_combinations(pools, asked):
+    run_combinations(pools, asked, 6, max_num_ranks=4, work=12)
+
+
+def test_a_few_combinations_with_torch_alone(asked, monkeypatch):
+    monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
+    keeper = PoolKeeper()
+    try:
+        run_combinations(keeper, asked, 3, max_num_ranks=4, work=12)
+    finally:
+        keeper.close()
+
+
+@pytest.mark.full
 def test_some_combinations(pools, asked):
     check_combinations(pools, asked, 25, max_num_ranks=4, work=12)
 
 
 @pytest.mark.full
-def test_some_combinations_with_torch_alone(asked, monkeypatch, imported):
+def test_some_combinations_with_torch_alone(asked, monkeypatch):
     monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
-    keeper = PoolKeeper(imported)
+    keeper = PoolKeeper()
     try:
         check_combinations(keeper, asked, 25, max_num_ranks=4, work=12)
     finally:

@@ -78,6 +78,7 @@ def check(pools, references, model, layout, workload, seed=0, **options):
     return check_contract(reference, run.logits, run.tokens)
 
 
+@pytest.mark.smoke(20)
 @pytest.mark.parametrize(
     ("layout", "overlap", "num_micro_batches", "schedule"), every_combination()
 )
@@ -94,6 +95,7 @@ def test_every_way_to_run(pools, references, layout, overlap, num_micro_batches,
     )
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.numerical
 @pytest.mark.parametrize("top_k", [1, 3, 16])
 @pytest.mark.parametrize("layout", ["dp=3,ep=3", "pp=2,dp=2,tp=2,ep=4"])
@@ -102,6 +104,7 @@ def test_other_numbers_of_experts_a_token(pools, references, layout, top_k):
     check(pools, references, model, layout, WORKLOAD, overlap=True, num_micro_batches=2)
 
 
+@pytest.mark.smoke(8)
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(
     "layout", ["tp=1", "dp=4,ep=4", "tp=4,ep=4", "pp=4", "pp=2,dp=2,tp=2,ep=4", "replicas=2,dp=2"]

@@ -25,6 +25,7 @@ NUM_STEPS = 4
 _KEPT = ("embed_tokens.weight", "gate.weight", "layer.weight", "kv_b_proj.weight")
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float8(pools, checkpoints, tmp_path, family: str) -> None:
     """In blocks that meet neither heads nor the cuts of layouts."""
@@ -50,6 +51,7 @@ def _save_rounded(source: Path, plain: Path) -> None:
     (plain / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_int8(pools, checkpoints, tmp_path, family: str) -> None:
     source, plain = checkpoints.folder(family), tmp_path / "plain"

@@ -11,8 +11,6 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.sampling import SamplingParams
 from model.families import load_model, save_checkpoint
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 LENGTHS = (1, 2, 37, 20, 5)
 ASKED = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=3)
 

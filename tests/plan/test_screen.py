@@ -36,6 +36,7 @@ def screened(model, num_devices, workload=WORKLOAD, **setting):
     return fitting(found), cluster, chosen
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("execution", [Execution.GRAPH, Execution.EAGER])
 @pytest.mark.parametrize(("model", "num_devices"), [(MIXED, 4), (PAPER, 16)])
 def test_steps_without_overlap_agree_with_the_whole_model(model, num_devices, execution):

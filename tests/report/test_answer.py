@@ -104,6 +104,7 @@ def test_it_fits_a_screen(name: str) -> None:
     assert "as fast as" in words or "nothing to compare it with" in words
 
 
+@pytest.mark.smoke(19)
 @pytest.mark.parametrize("name", CASES)
 def test_no_word_is_broken(name: str) -> None:
     """Every word on the screen is one that the report has."""

@@ -71,6 +71,7 @@ def sizes_of_text(page: Page) -> list[float]:
     )
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("has_scripts", [True, False], ids=["scripts", "no scripts"])
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 def test_every_plot_is_seen_with_and_without_scripts(opened, make, has_scripts):
@@ -85,6 +86,7 @@ def test_every_plot_is_seen_with_and_without_scripts(opened, make, has_scripts):
         assert box["height"] > 30
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 def test_nothing_is_wider_than_a_phone_nor_too_small_to_read(opened, make, scheme):

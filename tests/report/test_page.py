@@ -84,6 +84,7 @@ def page_of(results: Results) -> Page:
     return Page(html.render(report_of(results)))
 
 
+@pytest.mark.smoke(2)
 @KINDS
 def test_the_page_is_whole_and_asks_nothing_of_the_network(make):
     page = Page(made_by(make)[1])

@@ -41,6 +41,7 @@ def alone() -> Results:
     return example.results([(example.SMALL, 0.1)], output_len=1, num_cores=1)
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("make", [example.usual, many, alone])
 def test_no_line_is_wider_than_the_console(make, width: int) -> None:
@@ -90,6 +91,7 @@ def parts(word: str) -> list[str]:
     return [each for each in re.findall(r"[^,-]*[,-]*", word) if each]
 
 
+@pytest.mark.smoke(4)
 @pytest.mark.parametrize("width", [60, 80, 100])
 @pytest.mark.parametrize("make", [example.usual, many, alone, rebalanced])
 def test_no_heading_and_no_cell_vanishes_and_no_word_is_broken(make, width: int) -> None:
@@ -100,6 +102,7 @@ def test_no_heading_and_no_cell_vanishes_and_no_word_is_broken(make, width: int)
             assert pieces(chain(*folded_table(table, width))) == pieces(chain(headings, cells))
 
 
+@pytest.mark.smoke(4)
 @pytest.mark.parametrize("columns", [60, 80])
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 def test_no_word_of_an_answer_or_of_all_tables_is_broken(make, columns: int) -> None:

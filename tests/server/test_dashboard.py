@@ -43,7 +43,7 @@ QUERIES = PANELS | {query: query for query in re.findall(r"expr: (.*)", ALERTS)}
 
 
 @pytest.fixture(scope="module")
-def rebalanced(chatty, forked_servers):
+def rebalanced(chatty):
     """A server whose experts move, which has answered requests."""
     options = Options(rebalance_steps=4, num_redundant_experts=2, copies="balanced")
     settings = {"dtype": "float32", "num_blocks": 32, "on_failure": "replace"}

@@ -13,6 +13,7 @@ def check(folder, parts):
     assert all(part.counts["reconnects"] for part in done)
 
 
+@pytest.mark.full
 def test_two_kills(chatty):
     check(chatty, [2])
 

@@ -86,6 +86,7 @@ MIDDLES = """[...document.querySelectorAll(".controls > *")].map(each => {
 })"""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (390, "dark")])
 def test_all_of_it_is_drawn(opened, busy, width, scheme):
     page = opened(busy, width, scheme)

@@ -17,8 +17,6 @@ from server.running import PATIENCE_S, ServerInThread
 from server.test_live import feed
 from server.test_metrics import scrape
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 
 @pytest.fixture
 def events():

@@ -21,8 +21,6 @@ from server.test_live import feed
 from server.test_metrics import scrape
 from server.test_recovery import complete
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
-
 KEY = {"Authorization": "Bearer secret"}
 
 
@@ -195,6 +193,7 @@ def test_ranks_that_cannot_be_prepared(server):
     assert complete(server, 0) == server.expected[0]
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize(
     ("body", "message"),
     [

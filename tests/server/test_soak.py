@@ -1,4 +1,4 @@
-"""The soak of `server/soak.py` in small: 200 requests, and 2,500 in the long tests."""
+"""The soak of `server/soak.py` in small."""
 
 import pytest
 
@@ -21,6 +21,7 @@ def check(chatty, tmp_path, layout, dtype, number, part):
     return counts
 
 
+@pytest.mark.full
 def test_200_requests(chatty, tmp_path):
     check(chatty, tmp_path, "dp=2,ep=2", "float32", 200, 100)
 

@@ -17,7 +17,6 @@ from server.drawn_schemas import drawn_schema
 from server.running import PATIENCE_S, ServerInThread
 from server.test_tools import TOOLS, check
 
-pytestmark = pytest.mark.usefixtures("forked_servers")
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "a"}]
 CHECKER = jsonschema.Draft202012Validator.FORMAT_CHECKER  # times by rfc3339-validator

@@ -106,6 +106,7 @@ def check(calls, most=99):
 CASES = [(name, special) for name in CALL_FORMS for special in (False, True)]
 
 
+@pytest.mark.smoke(16)
 @pytest.mark.parametrize(("name", "are_special"), CASES)
 @pytest.mark.parametrize("choice", ["required", "named"])
 def test_a_call_that_has_to_be(name, are_special, choice):
@@ -119,6 +120,7 @@ def test_a_call_that_has_to_be(name, are_special, choice):
             assert found["tool_calls"][0]["function"]["name"] == "look"
 
 
+@pytest.mark.smoke(8)
 @pytest.mark.parametrize(("name", "are_special"), CASES)
 def test_strict_tools_where_the_model_chooses(name, are_special):
     request = asked(tool_choice="auto", parallel_tool_calls=False)

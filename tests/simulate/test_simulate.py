@@ -100,6 +100,7 @@ def test_skew_is_no_matter_without_expert_parallelism():
     assert simulator_of("tp=4", "dp=4,ep=4", routing=assumed).num_runs == 3
 
 
+@pytest.mark.full
 def test_an_open_loop_shares_steps_that_are_alike(monkeypatch):
     sharing, apart = (simulator_of("tp=2", rate=50.0, num_requests=64) for _ in range(2))
     shared = sharing.run(0)

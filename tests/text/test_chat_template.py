@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from expertlane.errors import UserError
 from expertlane.text.chat_template import ChatTemplate
 from expertlane.text.tokenizer import Tokenizer
+from forked import command_line
 
 CHATML = """\
 {%- if messages[0]['role'] != 'system' %}
@@ -99,6 +100,7 @@ def write_config(folder: Path, **config: Any) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.smoke(12)
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("shape", TEMPLATES)
@@ -218,6 +220,7 @@ TOO_MUCH_MEMORY = "it takes too much memory"
 TOO_MUCH_TIME = "it takes more than 1 s of processor time"
 
 
+@pytest.mark.smoke(5)
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -288,7 +291,8 @@ def test_ctrl_c_ends_a_template_that_goes_on() -> None:
     finally:
         signal.signal(signal.SIGALRM, before)
     assert template._process is None
-    assert not [each for each in psutil.Process().children() if "main()" in each.cmdline()[-1]]
+    children = (command_line(each.pid) for each in psutil.Process().children())
+    assert not [command for command in children if "chat_sandbox" in " ".join(command)]
 
 
 def test_messages_that_are_no_plain_data() -> None:

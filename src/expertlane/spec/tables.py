@@ -4,10 +4,14 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from expertlane.errors import SpecError
 from expertlane.spec.ranges import SHOWN_LENGTH
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 _WANTED = {  # by the beginnings of pydantic's names of errors
@@ -30,7 +34,7 @@ def build(kind: type[T], table: dict[str, Any], where: str = "") -> T:
         SpecError: a key is unknown or missing, a value is of another type, or the dataclass
             refuses it.
     """
-    from pydantic import TypeAdapter, ValidationError  # slow to import, needed only here
+    from pydantic import ValidationError  # slow to import, needed only here
 
     check_keys(table, field_names(kind), where or "the file")
     prefix = f"{where}: " if where else ""
@@ -38,7 +42,7 @@ def build(kind: type[T], table: dict[str, Any], where: str = "") -> T:
         # Through JSON, since a strict dataclass takes no dict from Python. A date becomes a list,
         # which no field takes.
         as_json = json.dumps(table, default=lambda value: [str(value)])
-        return TypeAdapter(kind).validate_json(as_json)
+        return cast(T, _adapter(kind).validate_json(as_json))
     except ValidationError as error:
         problems = error.errors()
     by_type = {problem["type"]: problem for problem in reversed(problems)}
@@ -56,6 +60,14 @@ def build(kind: type[T], table: dict[str, Any], where: str = "") -> T:
             raise SpecError(f"{prefix}it holds a string that is no Unicode text")
     wanted = " or ".join(dict.fromkeys(map(_wanted, alike)))  # several where types are a union
     raise SpecError(f"{prefix}{place} is {shown_json(value)}; it must be {wanted}")
+
+
+@cache
+def _adapter(kind: type) -> "TypeAdapter[Any]":
+    """Reads JSON into the dataclass; making one takes milliseconds."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 def _find(value: Any, keys: Iterable[int | str]) -> tuple[str, Any]:

@@ -75,6 +75,7 @@ def compare(
     assert_near(found, expected.to(dtype), steps)
 
 
+@pytest.mark.full
 @settings(drawn, max_examples=20)
 @given(
     sequences=BATCH,
@@ -119,6 +120,7 @@ def test_wide_heads(heads, dims, dtype, is_float8):
     compare([(20, 1), (3, 5)], 16, heads, dims, None, False, dtype, is_float8=is_float8)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("card", [90, 100])
 @pytest.mark.parametrize(
     ("heads", "dims", "sequences", "num_splits", "is_float8"),

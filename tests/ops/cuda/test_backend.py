@@ -70,6 +70,7 @@ def logits_of(model, ops, monkeypatch, source=None) -> torch.Tensor:
     return torch.cat(found)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_those_of_torch(name, monkeypatch):
     expected, found = (
@@ -91,6 +92,7 @@ def kept(monkeypatch):
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["normed heads, shared expert", "latent, dense layer"])
 def test_models_rounded_to_int8(name, kept, monkeypatch):
     model = MODELS[name]
@@ -103,6 +105,7 @@ def test_models_rounded_to_int8(name, kept, monkeypatch):
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["float8", "mxfp4"])
 def test_models_stored_narrow(kind, kept, tmp_path, monkeypatch):
     """DeepSeek-V3 in blocks of float8, and GPT-OSS in MXFP4."""

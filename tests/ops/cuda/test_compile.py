@@ -29,6 +29,7 @@ def compiled(*arguments: str) -> list[dict]:
     return json.loads(ended.stdout)
 
 
+@pytest.mark.full
 @needs_tools
 def test_attention_and_experts_of_decode_steps_keep_the_bounds():
     """And all cases give the right shapes on "cuda" (FakeTensorMode)."""
@@ -48,6 +49,7 @@ def test_attention_and_experts_of_decode_steps_keep_the_bounds():
     assert all((each["kernel"] in multiply) == (each["rows"] > 0) for each in found)
 
 
+@pytest.mark.full
 @needs_tools
 def test_float8_inputs_are_multiplied_as_float8():
     """Not widened first, which Triton does where a card's instructions do not suit a tile."""

@@ -169,6 +169,7 @@ def check_counts(rank, batch, record, kernels, scales=0.0):
         np.testing.assert_allclose(found, expected, rtol=share, atol=0, err_msg=key)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_priced_is_what_is_recorded(name, step, monkeypatch):
@@ -186,6 +187,7 @@ def test_what_is_priced_is_what_is_recorded(name, step, monkeypatch):
             assert priced[stage] == pytest.approx(launched[stage], abs=2), stage
 
 
+@pytest.mark.full
 def test_inputs_in_float8_are_counted_and_launched_as_priced(tmp_path, monkeypatch):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "decoder_sparse_step": 1}
     folder = save_checkpoint("qwen3_moe", tmp_path / "source", moe_intermediate_size=16, **sizes)

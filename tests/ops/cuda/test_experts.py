@@ -91,6 +91,7 @@ def make_experts(num, hidden, inner, dtype, *, is_gated, has_bias):
     ]
 
 
+@pytest.mark.full
 @settings(drawn, max_examples=12)
 @given(
     ids=st.lists(st.integers(-1, 4), max_size=40),

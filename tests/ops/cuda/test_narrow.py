@@ -50,6 +50,7 @@ def exact(weight, bias=None):
     return Linear(weight.widened(torch.float32), None if bias is None else bias.float())
 
 
+@pytest.mark.full
 @settings(drawn, max_examples=16)
 @given(
     kind=KINDS,
