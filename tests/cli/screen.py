@@ -16,8 +16,10 @@ def fits_a_screen(out: str) -> bool:
 
 def _whole(word: str) -> str:
     """Pattern of a word alone: 8 is neither in 0.8 nor in 80."""
-    before = r"(?<!\w)(?<!\d[.,])" if re.match(r"\w", word[0]) else ""
-    after = r"(?!\w|[.,]\d|-\w)" if re.match(r"\w", word[-1]) else ""
+    before = r"(?<!\w)" if re.match(r"\w", word[0]) else ""
+    before += r"(?<!\d[.,])" if word[0].isdigit() else ""
+    after = r"(?!\w|-\w)" if re.match(r"\w", word[-1]) else ""
+    after += r"(?![.,]\d)" if word[-1].isdigit() else ""
     return before + re.escape(word) + after
 
 
