@@ -11,6 +11,7 @@ import pytest
 import example_pages
 import expertlane
 from api_stub import STUB, stub
+from cli.screen import telling, tells
 from expertlane import api
 from expertlane.cli.app import app
 from expertlane.cli.option_groups import (
@@ -112,7 +113,7 @@ def test_the_engine_has_the_defaults_of_the_commands():
 
 def test_results_show_themselves(tmp_path):
     results = simulated()
-    assert repr(results).startswith("<Results of a simulation: paper-tiny, h100x2; 1 record, ")
+    assert tells(repr(results), "simulation paper-tiny h100x2 1")
     assert len(repr(results.deployments)) < 200
     assert results.headline.split()[0] in results.answer
     assert max(map(len, results.answer.splitlines())) <= 80
@@ -167,7 +168,7 @@ def test_files_are_written_where_asked(tmp_path):
     assert (
         results.export(tmp_path / "table.csv").read_text("utf-8").startswith("kind,created,model")
     )
-    with pytest.raises(UserError, match=r"it must end in \.csv or \.parquet"):
+    with pytest.raises(UserError, match=telling(".csv .parquet")):
         results.export(tmp_path / "table.xlsx")
 
 
@@ -183,30 +184,30 @@ def test_values_are_given_as_python_has_them():
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"overlap": "maybe"}, "overlap is 'maybe'; valid: off, on, auto"),
-        ({"skew": 99}, "skew is 99; it must be a number, 0 to 10"),
-        ({"mtp": 1.5}, "mtp is 1.5; it must be a whole number"),
-        ({"trace": 1}, "trace is 1; it must be True or False"),
-        ({"trace": True}, "trace writes files; say where: out='results/NAME'"),
-        ({"layout": None}, "layout is None; it must be text"),
-        ({"layout": "dp=3,ep=2"}, "layout "),
-        ({"requests": 3}, "requests is 3; it must be a path"),
+        ({"overlap": "maybe"}, "overlap maybe off on auto"),
+        ({"skew": 99}, "skew 99 0 10"),
+        ({"mtp": 1.5}, "mtp 1.5"),
+        ({"trace": 1}, "trace 1 True False"),
+        ({"trace": True}, "trace out='results/NAME'"),
+        ({"layout": None}, "layout None text"),
+        ({"layout": "dp=3,ep=2"}, "layout"),
+        ({"requests": 3}, "requests 3 path"),
         ({"cluster": "h100x0"}, ""),
     ],
 )
 def test_mistakes_are_the_packages_own_errors(options, line):
     with pytest.raises(expertlane.ExpertlaneError) as caught:
         simulated(**options)
-    assert str(caught.value).startswith(line)
+    assert tells(str(caught.value), line)
     assert isinstance(caught.value, UserError)
 
 
 def test_unknown_and_missing_options_are_type_errors():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'skeww'"):
+    with pytest.raises(TypeError, match=telling("skeww")):
         simulated(skeww=1)
-    with pytest.raises(TypeError, match="missing a required argument: 'layout'"):
+    with pytest.raises(TypeError, match=telling("missing layout")):
         expertlane.simulate("paper-tiny", cluster="h100x2")
-    with pytest.raises(TypeError, match="too many positional arguments"):
+    with pytest.raises(TypeError, match=telling("positional")):
         expertlane.plan("paper-tiny", "h100x2")
 
 
@@ -214,9 +215,7 @@ def test_differences(tmp_path):
     results = simulated(skew=0)
     same = expertlane.diff(results, results)
     assert not same.regressions
-    assert repr(same).startswith(
-        "<Difference from A to B: No regression: 3 metrics, all identical."
-    )
+    assert tells(repr(same), "Difference A B 3 identical")
     write(results, tmp_path)
     between = expertlane.diff(tmp_path, simulated(skew=0, execution="eager"), threshold=1)
     assert between.names == (str(tmp_path), "B")

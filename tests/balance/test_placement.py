@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cli.screen import telling
 from expertlane.balance.placement import Placement
 from expertlane.errors import SpecError
 from expertlane.spec.layout import partition
@@ -65,28 +66,25 @@ def test_tables_by_hand():
 @pytest.mark.parametrize(
     ("experts_of_rank", "message"),
     [
-        (((0, 1), ()), "ep rank 1 holds no expert"),
-        (((0, 1), (2,)), "ep rank 1 holds expert 2; there are experts 0 to 1"),
-        (((0, -1), (1,)), "ep rank 0 holds expert -1; there are experts 0 to 1"),
-        (((0, 1, 0), (1,)), "ep rank 0 holds expert 0 twice"),
-        (((0,), (0,)), "no ep rank holds expert 1"),
+        (((0, 1), ()), "rank 1 expert"),
+        (((0, 1), (2,)), "rank 1 expert 2 experts 0"),
+        (((0, -1), (1,)), "rank 0 expert -1 experts 1"),
+        (((0, 1, 0), (1,)), "rank 0 expert twice"),
+        (((0,), (0,)), "rank expert 1"),
     ],
 )
 def test_what_is_no_placement(experts_of_rank, message):
-    with pytest.raises(SpecError, match=f"^placement: {message}$"):
+    with pytest.raises(SpecError, match=telling(message)):
         Placement(2, experts_of_rank)
 
 
 @pytest.mark.parametrize(("num_experts", "shown"), [(4, "4"), (10**15, "1,000,000,000,000,000")])
 def test_more_experts_than_slots(num_experts, shown):
-    line = f"placement: {shown} experts, but 3 slots on 2 ep ranks; each expert needs one"
-    with pytest.raises(SpecError, match=f"^{line}$"):
+    with pytest.raises(SpecError, match=telling(f"placement {shown} 3 slots 2 ranks")):
         Placement(num_experts, ((0, 1), (2,)))
 
 
 @pytest.mark.parametrize("make", [Placement.linear, Placement.round_robin])
 def test_too_many_copies(make):
-    with pytest.raises(
-        SpecError, match=r"9 physical experts on 2 ranks: .* at most 4 can be redun"
-    ):
+    with pytest.raises(SpecError, match=telling("9 experts 2 ranks 4")):
         make(4, 2, 5)

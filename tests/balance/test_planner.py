@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cli.screen import telling
 from expertlane.balance.judge import coactivation, cross_node_copies, spread_sources
 from expertlane.balance.placement import Placement
 from expertlane.balance.planner import plan_placement
@@ -204,12 +205,12 @@ def test_no_load_no_layer_one_of_each():
 @pytest.mark.parametrize(
     ("ep", "ranks_per_node", "num_redundant", "message"),
     [
-        (4, 3, 0, "4 ep ranks do not fill nodes of 3 ranks"),
-        (4, 0, 0, "4 ep ranks do not fill nodes of 0 ranks"),
-        (2, 2, 5, "9 physical experts on 2 ranks: .* at most 4 can be redundant"),
-        (2, 2, -1, "-1 redundant experts; valid: 0 or more"),
+        (4, 3, 0, "4 ranks nodes 3"),
+        (4, 0, 0, "4 ranks nodes 0"),
+        (2, 2, 5, "9 experts 2 ranks 4 redundant"),
+        (2, 2, -1, "-1 redundant experts 0"),
     ],
 )
 def test_what_cannot_be_planned(ep, ranks_per_node, num_redundant, message):
-    with pytest.raises(SpecError, match=message):
+    with pytest.raises(SpecError, match=telling(message)):
         plan_placement(np.ones((1, 4)), ep, ranks_per_node, num_redundant)

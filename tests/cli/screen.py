@@ -1,4 +1,6 @@
-"""What an answer on a terminal must keep to."""
+"""What an answer on a terminal must keep to, and the facts that a message must hold."""
+
+import re
 
 MOST_LINES, MOST_COLUMNS = 40, 80
 
@@ -10,3 +12,45 @@ def fits_a_screen(out: str) -> bool:
     assert max(map(len, lines)) <= MOST_COLUMNS, out
     assert [line for line in lines if line != line.rstrip()] == [], out
     return True
+
+
+def _whole(word: str) -> str:
+    """Pattern of a word alone: 8 is neither in 0.8 nor in 80."""
+    before = r"(?<!\w)" if re.match(r"\w", word[0]) else ""
+    before += r"(?<!\d[.,])" if word[0].isdigit() else ""
+    after = r"(?!\w|-\w)" if re.match(r"\w", word[-1]) else ""
+    after += r"(?![.,]\d)" if word[-1].isdigit() else ""
+    return before + re.escape(word) + after
+
+
+def telling(words: str) -> str:
+    """Pattern of a text that holds all these words, whole, in any order."""
+    return "(?s)" + "".join(f"(?=.*{_whole(word)})" for word in words.split())
+
+
+def tells(text: str, words: str) -> bool:
+    """Whether a text holds all these facts: values, names, numbers; however it words them."""
+    lacking = [word for word in words.split() if not re.match(telling(word), text)]
+    assert lacking == [], text
+    return True
+
+
+def in_order(text: str, words: str) -> bool:
+    """Whether a text holds these facts in this order, which says what belongs to what."""
+    assert re.search("(?s)" + ".*".join(map(_whole, words.split())), text), text
+    return True
+
+
+def one_line(err: str, words: str) -> bool:
+    """Whether standard error is one line that names the mistake by these facts."""
+    assert err.startswith("expertlane: error: "), err
+    assert err.endswith("\n"), err
+    assert err.count("\n") == 1, err
+    return tells(err, words)
+
+
+def refused(answer: tuple[int, str, str], words: str) -> bool:
+    """Whether a command left with code 2, no output, and one line that holds these facts."""
+    code, out, err = answer
+    assert (code, out) == (2, ""), answer
+    return one_line(err, words)

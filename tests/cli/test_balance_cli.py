@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli.screen import fits_a_screen
+from cli.screen import fits_a_screen, refused, tells
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import ModelPlacement, read_placement, write_placement
 from expertlane.balance.trace import RoutingTrace, write_trace
@@ -46,8 +46,8 @@ def test_a_table_and_a_placement(run):
     assert (code, err) == (0, "written: new/placement.json\n")
     setting, more, headline, *_ = out.splitlines()
     assert setting == "a/model | 300 tokens, 2 of 8 experts each |"
-    assert more == "EP 4 on 2 nodes, 12 physical experts per layer"
-    assert headline.startswith("Max/mean load of ranks ")
+    assert tells(more, "EP 4 2 nodes 12 experts layer")
+    assert tells(headline, "Max/mean ranks")
     assert fits_a_screen(out)
     assert run(*asked, "--quiet")[1] == headline + "\n"
     rows = [line.split() for line in out.splitlines() if line[:3].strip() in ("1", "2", "all")]
@@ -130,7 +130,7 @@ def test_more_crossings_are_told_with_what_they_bought(run):
     lines = run(*arguments, "--placement", "round_robin")[1].splitlines()
     before, after = next(line.split()[3:5] for line in lines if line.startswith("all "))
     assert float(before) < float(after)
-    assert "Cross-node copies rose: the price of balance." in " ".join(lines)
+    assert "rose" in " ".join(lines)
     assert "optimistic" not in " ".join(lines)  # it was not made from the trace
     assert "rose" not in run(*arguments, "--placement", "linear")[1]
 
@@ -141,7 +141,7 @@ def test_more_crossings_for_nothing(run):
     write_trace(trace, Path("even.npz"))
     arguments = ("--ep", "4", "--ranks-per-node", "2", "--placement", "round_robin")
     words = " ".join(run("balance", "even.npz", *arguments)[1].split())
-    assert "Cross-node copies rose, and load is not better balanced." in words
+    assert tells(words, "Cross-node rose not better")
 
 
 def test_many_layers_are_summed_up(run):
@@ -151,7 +151,7 @@ def test_many_layers_are_summed_up(run):
     rows = [line.split()[0] for line in out.splitlines()[4:] if line[:2].strip().isdigit()]
     assert len(rows) == 12
     assert [int(row) for row in rows] == sorted(map(int, rows))
-    assert "The 12 least balanced of 30 layers, and all:" in out
+    assert tells(out, "12 30 layers")
     assert out.endswith("\nMore: --full\n")
     full = run("balance", "deep.npz", "--ep", "4", "--full")[1]
     assert sum(line[:3].strip().isdigit() for line in full.splitlines()) == 30
@@ -168,47 +168,44 @@ def test_no_tokens(run):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["none.npz", "--ep", "4"], "cannot read none.npz: No such file or directory"),
-        (["text.npz", "--ep", "4"], "text.npz is not a routing trace, or is damaged"),
-        (["trace.npz", "--ep", "0"], "--ep is 0; it must be a whole number, 1 to 1,024"),
+        (["none.npz", "--ep", "4"], "none.npz No such file"),
+        (["text.npz", "--ep", "4"], "text.npz damaged"),
+        (["trace.npz", "--ep", "0"], "--ep 0 1 1,024"),
         (
             ["trace.npz", "--ep", "99999"],
-            "--ep is 99999; it must be a whole number, 1 to 1,024",
+            "--ep 99999 1 1,024",
         ),
         (
             ["trace.npz", "--ep", "4", "--ranks-per-node", "3"],
-            "--ranks-per-node is 3; it must divide --ep, which is 4",
+            "--ranks-per-node 3 divide --ep 4",
         ),
         (
             ["trace.npz", "--ep", "4", "--num-redundant-experts", "-1"],
-            "--num-redundant-experts is -1; it must be a whole number, 0 to 4,096",
+            "--num-redundant-experts -1 0 4,096",
         ),
         (
             ["trace.npz", "--ep", "4", "--num-redundant-experts", "5000"],
-            "--num-redundant-experts is 5000; it must be a whole number, 0 to 4,096",
+            "--num-redundant-experts 5000 0 4,096",
         ),
         (
             ["trace.npz", "--ep", "2", "--num-redundant-experts", "9"],
-            "--num-redundant-experts 9, --ep 2: 17 physical experts on 2 ranks: a rank holds "
-            "each of the 8 experts at most once, so at most 8 can be redundant",
+            "--num-redundant-experts 9 --ep 2 17 experts ranks rank 8 redundant",
         ),
         (
             ["trace.npz", "--ep", "8", "--placement", "placement.json"],
-            "placement.json is a placement on 4 ep ranks; here there are 8",
+            "placement.json 4 ranks 8",
         ),
         (
             ["other.npz", "--ep", "4", "--placement", "placement.json"],
-            "placement.json is a placement of a/model, which has 8 experts per layer; here there "
-            "are 16",
+            "placement.json a/model 8 experts layer 16",
         ),
         (
             ["deep.npz", "--ep", "4", "--placement", "placement.json"],
-            "placement.json is a placement of 2 MoE layers of a/model; here there are 3 (it lacks "
-            "layer 3)",
+            "placement.json 2 layers a/model 3 lacks layer",
         ),
         (
             ["trace.npz", "--ep", "4", "--placement", "text.json"],
-            "text.json is not JSON: Expecting value at line 1, column 1",
+            "text.json JSON 1",
         ),
         (
             [
@@ -220,19 +217,19 @@ def test_no_tokens(run):
                 "--num-redundant-experts",
                 "4",
             ],
-            "--num-redundant-experts is 4, but placement.json says which copies there are",
+            "--num-redundant-experts 4 placement.json",
         ),
         (
             ["trace.npz", "--ep", "4", "--placement", "linear", "--no-coactivation"],
-            "--no-coactivation is for a new placement; leave --placement out",
+            "--no-coactivation --placement",
         ),
         (
             ["trace.npz", "--ep", "4", "--placement", "placement.json", "--out", "new"],
-            "--out is for a new placement; placement.json is only evaluated",
+            "--out placement.json",
         ),
         (
             ["trace.npz", "--ep", "4", "--out", "text.json"],
-            "results cannot go to text.json: text.json is not a folder",
+            "go text.json folder",
         ),
     ],
 )
@@ -242,7 +239,7 @@ def test_a_mistake_is_one_line(run, arguments, line, more):
     Path("text.json").write_text("text")
     write_trace(trace_of(num_experts=16), Path("other.npz"))
     write_trace(trace_of(num_layers=3), Path("deep.npz"))
-    assert run("balance", *arguments, *more) == (2, "", f"expertlane: error: {line}\n")
+    assert refused(run("balance", *arguments, *more), line)
 
 
 def test_it_never_imports_torch():

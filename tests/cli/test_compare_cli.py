@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cli.screen import one_line, refused, tells
 from expertlane.compare.run import Repeats
 from expertlane.errors import CapacityError, RankError
 from expertlane.model.checkpoint_names import tensor_locations
@@ -37,8 +38,8 @@ def test_the_default_runs_shows_and_writes(comparison, run):
         "results.json",
     ]
     started, progress, written = err.splitlines()
-    assert re.fullmatch(r"starting 16 ranks: done in \d+\.\d s", started)
-    assert re.fullmatch(r"EP 16: done in \d+\.\d s", progress)
+    assert tells(started, "16 ranks")
+    assert tells(progress, "EP 16")
     names = ("results.json", "report.md", "report.html")
     assert written == "written: " + ", ".join(f"results/paper-small/{name}" for name in names)
 
@@ -220,18 +221,16 @@ def test_unused_tensors_are_refused_before_ranks_start(comparison, run):
     folder = put_checkpoint("moe")
     weights = folder / "model.safetensors"
     save_file(load_file(weights) | {"other": torch.zeros(1)}, weights)
-    text = f"{folder}: config.json has no use for tensor other; "
+    text = f"{folder}: config.json tensor other"
     code, out, err = run("compare", "--model", "moe")
     assert (code, out, comparison.pools) == (2, "", [])
-    assert err == (
-        f"expertlane: error: {text}to ignore them: --ignore-unused-tensors "
-        "(ignore_unused_tensors=True)\n"
-    )
+    assert one_line(err, f"{text} --ignore-unused-tensors ignore_unused_tensors=True")
     code, out, err = run(
         "compare", "--model", "moe", "--ignore-unused-tensors", "--experts-per-token", "2,1"
     )
     assert (code, len(comparison.calls)) == (0, 2)
-    assert err.count(f"warning: {text}ignoring them\n") == 1
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert tells(warning, text)
 
 
 def test_another_head_than_the_one_it_is_tied_to(comparison, run):
@@ -244,7 +243,8 @@ def test_another_head_than_the_one_it_is_tied_to(comparison, run):
     save_file(stored, weights)
     code, _, err = run("compare", "--model", "moe", "--experts-per-token", "2,1")
     assert code == 0
-    assert err.count(f"warning: {folder}: config.json ties the output head to the embedding") == 1
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert tells(warning, f"{folder} config.json head embedding")
     for call in comparison.calls[1:]:
         assert not call["experiment"].model.tie_word_embeddings
 
@@ -273,18 +273,17 @@ def test_an_experiments_checkpoint_is_found_beside_it(comparison, run):
     [
         (
             {"max_position_embeddings": 4},
-            "--model moe: workload: a prompt of 2 and 4 output tokens take 5 positions but moe "
-            "has 4; valid prompt_len at this output_len: 1 to 1",
+            "--model moe 2 4 5 prompt_len output_len",
         ),
         (
             {"num_hidden_layers": None},
-            f"model moe: num_hidden_layers is null; it must be {RANGES['num_hidden_layers']}",
+            f"num_hidden_layers null {RANGES['num_hidden_layers']}",
         ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_the_experiment(comparison, run, config, line):
     put_checkpoint("moe", **config)
-    assert run("compare", "--model", "moe") == (2, "", f"expertlane: error: {line}\n")
+    assert refused(run("compare", "--model", "moe"), line)
     assert comparison.pools == []
 
 
@@ -331,73 +330,71 @@ def test_a_failed_run_writes_nothing(comparison, run):
     assert list(Path.cwd().iterdir()) == []
 
 
-TOP_KS = "it must be a whole number, 1 to 4,096, or several with commas between: 2,1"
+TOP_KS = "1 4,096 2,1"
 NUMBERED = "; ".join(f"{at}: {each.name}" for at, each in enumerate(SMALL.deployments, 1))
-WALL = "{} needs virtual time; leave out --clock wall"
-TIMEOUT = "it must be a number above 0, at most 1,000,000"
+WALL = "{} --clock wall"
+TIMEOUT = "0 1,000,000"
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--experts-per-token", "two"], f"--experts-per-token is 'two'; {TOP_KS}"),
-        (["--experts-per-token", "2,"], f"--experts-per-token is '2,'; {TOP_KS}"),
-        (["--experts-per-token", ""], f"--experts-per-token is ''; {TOP_KS}"),
-        (["--experts-per-token", "1,1"], "--experts-per-token is '1,1'; a number is given twice"),
+        (["--experts-per-token", "two"], f"--experts-per-token two {TOP_KS}"),
+        (["--experts-per-token", "2,"], f"--experts-per-token 2 {TOP_KS}"),
+        (["--experts-per-token", ""], f"--experts-per-token {TOP_KS}"),
+        (["--experts-per-token", "1,1"], "--experts-per-token 1,1 twice"),
         (
             ["--experts-per-token", "2,17"],
-            "--experts-per-token 17: model paper-small: num_experts_per_tok is 17 but there are "
-            "only 16 experts",
+            "--experts-per-token 17 num_experts_per_tok 16 experts",
         ),
         (
             ["--timeout-s", "0"],
-            f"--timeout-s is 0.0; {TIMEOUT}",
+            f"--timeout-s 0.0 {TIMEOUT}",
         ),
         (
             ["--timeout-s", "nan"],
-            f"--timeout-s is nan; {TIMEOUT}",
+            f"--timeout-s nan {TIMEOUT}",
         ),
         (
             ["--timeout-s", "inf"],
-            f"--timeout-s is inf; {TIMEOUT}",
+            f"--timeout-s inf {TIMEOUT}",
         ),
         (["--clock", "wall", "--links", "a100"], WALL.format("--links")),
         (["--clock", "wall", "--links", "h100"], WALL.format("--links")),
         (["--clock", "wall", "--link-scale", "3"], WALL.format("--link-scale")),
         (
             ["--links", "none", "--link-scale", "3"],
-            "--link-scale needs links; give --links a profile",
+            "--link-scale --links",
         ),
         (
             ["--link-scale", "0"],
-            "--link-scale is 0.0; it must be a number, 1e-06 to 1,000,000,000",
+            "--link-scale 0.0 1e-06 1,000,000,000",
         ),
         (
             ["--only", "EP 17"],
-            f"--only EP 17: no deployment 'EP 17'; valid: {NUMBERED}",
+            f"--only EP 17 {NUMBERED}",
         ),
-        (["--only", "8,EP 16"], "--only 8,EP 16: 'EP 16' is given twice"),
+        (["--only", "8,EP 16"], "--only EP 16 twice"),
         (
             ["--only", ","],
-            f"--only ,: no deployment ''; valid: {NUMBERED}",
+            f"--only {NUMBERED}",
         ),
         (
             ["--resume", "--compute", "h100"],
-            "--resume and --compute: the plans of steps are not kept; leave one out",
+            "--resume --compute",
         ),
-        (["--repeat", "0"], "--repeat is 0; it must be a whole number, 1 to 1,000"),
-        (["--min-time", "nan"], "--min-time is nan; it must be a number, 0 to 1,000,000"),
-        (["none.toml"], "cannot read none.toml: No such file or directory"),
+        (["--repeat", "0"], "--repeat 0 1 1,000"),
+        (["--min-time", "nan"], "--min-time nan 0 1,000,000"),
+        (["none.toml"], "none.toml No such file"),
         (
             ["--model", "none"],
-            "model 'none': there is no such folder, and it is no hub id such as "
-            "'mistralai/Mixtral-8x7B-v0.1'",
+            "model none folder",
         ),
-        (["--model", "."], "model '.': there is no config.json; it is no checkpoint's folder"),
+        (["--model", "."], "model config.json"),
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(comparison, run, arguments, line):
-    assert run("compare", *arguments) == (2, "", f"expertlane: error: {line}\n")
+    assert refused(run("compare", *arguments), line)
     assert comparison.calls == []
     assert list(Path.cwd().iterdir()) == []
 
@@ -405,11 +402,8 @@ def test_a_mistake_is_told_before_anything_runs(comparison, run, arguments, line
 def test_results_cannot_go_below_a_file(comparison, run):
     Path("taken").touch()
     code, _, err = run("compare", "--out", "taken/here")
-    assert (code, err) == (
-        2,
-        f"expertlane: error: results cannot go to taken/here: {Path.cwd() / 'taken'} "
-        "is not a folder\n",
-    )
+    assert code == 2
+    assert one_line(err, f"taken/here {Path.cwd() / 'taken'} folder")
     assert comparison.calls == []
 
 
@@ -448,8 +442,6 @@ def test_the_module_runs_and_a_mistake_has_no_traceback(tmp_path: Path):
         cwd=tmp_path,
         check=False,
     )
-    assert (finished.returncode, finished.stdout, finished.stderr) == (
-        2,
-        "",
-        "expertlane: error: cannot read none.toml: No such file or directory\n",
+    assert refused(
+        (finished.returncode, finished.stdout, finished.stderr), "none.toml No such file"
     )

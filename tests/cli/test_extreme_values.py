@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import example_results
+from cli.screen import one_line, tells
 from cli.small_checkpoint import checkpoint
 from expertlane.cost.laws.profile_file import shipped_profiles
 from expertlane.results.file import to_json
@@ -57,12 +58,12 @@ def refused(comparison, run) -> Refused:
 @pytest.mark.parametrize(
     ("key", "value", "valid"),
     [
-        ("num_sequences", "1e29", "a whole number"),
-        ("num_sequences", str(10**29), "a whole number, 1 to 1,048,576"),
-        ("num_micro_batches", "99999999999", "a whole number, 1 to 1,024"),
-        ("rebalance_steps", str(10**23), "a whole number, 0 to 1,000,000,000"),
-        ("seed", "-1", "a whole number, 0 to 2**64 - 1"),
-        ("prompt_len", "9" * 4000, "a whole number, 1 to 16,777,216"),
+        ("num_sequences", "1e29", "whole"),
+        ("num_sequences", str(10**29), "1 1,048,576"),
+        ("num_micro_batches", "99999999999", "1 1,024"),
+        ("rebalance_steps", str(10**23), "0 1,000,000,000"),
+        ("seed", "-1", "0 2**64 1"),
+        ("prompt_len", "9" * 4000, "1 16,777,216"),
     ],
 )
 @pytest.mark.parametrize("options", [(), ("--project",)])
@@ -72,38 +73,38 @@ def test_an_experiment_s_number(refused, key, value, valid, options):
     Path("mine.toml").write_text("\n".join(lines))
     line = refused("compare", "mine.toml", *options)
     assert f"{key} is " in line
-    assert line.endswith(f"; it must be {valid}")
+    assert tells(line, valid)
 
 
 def test_a_projection_of_more_sequences_than_there_can_be(refused):
     Path("mine.toml").write_text(EXPERIMENT.replace("= 4", "= 9000000000000000000", 1))
     line = refused("compare", "mine.toml", "--project")
-    assert line.endswith("is 9000000000000000000; it must be a whole number, 1 to 1,048,576")
+    assert tells(line, "9000000000000000000 1 1,048,576")
 
 
 def test_more_tokens_than_memory_could_hold(refused):
     text = EXPERIMENT.replace('"paper-tiny"', '"paper"').replace("= 4", "= 1000000", 1)
     Path("mine.toml").write_text(text.replace("prompt_len = 8", "prompt_len = 16000"))
     line = refused("compare", "mine.toml", "--project")
-    assert "are 16,003,000,000 in all; a run holds at most 268,435,456" in line
+    assert tells(line, "16,003,000,000 268,435,456")
 
 
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000; it must be a whole"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers 1000000000000"),
         (
             {"num_local_experts": 10**12},
-            "num_local_experts is 1000000000000; it must be a whole number, 1",
+            "num_local_experts 1000000000000 1",
         ),
-        ({"rope_theta": 10**400}, "a number has 401 digits; valid: at most 40"),
-        ({"rope_theta": 10**38}, "rope_theta is 1" + "0" * 38 + "; it must be a number above 1"),
-        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf; it must be a number above 0, at"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a number above 0, at"),
-        ({"vocab_size": 10**39}, "vocab_size is a number of about 40 digits; it must be a whole"),
+        ({"rope_theta": 10**400}, "401 digits 40"),
+        ({"rope_theta": 10**38}, "rope_theta 1" + "0" * 38),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps inf 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan 0"),
+        ({"vocab_size": 10**39}, "vocab_size 40 digits"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 0}},
-            "beta_fast is 0; it must be a number above 0, at most 1,000,000",
+            "beta_fast 0 1,000,000",
         ),
         (
             {
@@ -114,42 +115,42 @@ def test_more_tokens_than_memory_could_hold(refused):
                     "high_freq_factor": 4.0,
                 }
             },
-            "rope_scaling: low_freq_factor is 4; it must be under high_freq_factor, 4",
+            "rope_scaling low_freq_factor 4 high_freq_factor",
         ),
         (
             {"hidden_size": 2**16, "intermediate_size": 2**24, "num_local_experts": 4096},
-            "parameters; valid: 100,000,000,000,000 at most",
+            "100,000,000,000,000",
         ),
     ],
 )
 def test_a_configuration_s_number(refused, changes, line):
     checkpoint(Path("model"), **changes)
-    assert line in refused("generate", "model", "--token-ids", "1")
+    assert tells(refused("generate", "model", "--token-ids", "1"), line)
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ((*BENCH, "--rate", "1e-300"), "--rate is '1e-300'; it must be a number, 0.001 to"),
-        ((*BENCH, "--num-requests", str(10**15)), "--num-requests is 1000000000000000; it must"),
-        ((*BENCH, "--batch", str(10**15)), "--batch is '1000000000000000'; it must be a whole"),
-        ((*BENCH, "--seed", str(2**64)), "--seed is 18446744073709551616; it must be a whole"),
-        ((*BENCH, "--timeout-s", "1e300"), "--timeout-s is 1e+300; it must be a number above 0"),
-        ((*BENCH, "--block-size", str(10**9)), "--block-size is 1000000000; it must be a whole"),
-        ((*PLAN, "--slo", "tpot.mean=1s,tpot.mean=2s"), "--slo: tpot.mean is given twice"),
-        ((*PLAN, "--slo", f"tpot.mean={'9' * 400}s"), "the limit must be a number above 0, at"),
-        ((*PLAN, "--batch", "9999999"), "--batch is '9999999'; for plan it must be a whole"),
-        ((*BENCH, "--price", "1e300"), "--price is 1e+300; it must be a number above 0, at most"),
-        ((*SIMULATE, "h100x9999999"), "cluster 'h100x9999999' is not PROFILExCOUNT"),
+        ((*BENCH, "--rate", "1e-300"), "--rate 1e-300 0.001"),
+        ((*BENCH, "--num-requests", str(10**15)), "--num-requests 1000000000000000"),
+        ((*BENCH, "--batch", str(10**15)), "--batch 1000000000000000"),
+        ((*BENCH, "--seed", str(2**64)), "--seed 18446744073709551616"),
+        ((*BENCH, "--timeout-s", "1e300"), "--timeout-s 1e+300 0"),
+        ((*BENCH, "--block-size", str(10**9)), "--block-size 1000000000"),
+        ((*PLAN, "--slo", "tpot.mean=1s,tpot.mean=2s"), "--slo tpot.mean twice"),
+        ((*PLAN, "--slo", f"tpot.mean={'9' * 400}s"), "limit 0"),
+        ((*PLAN, "--batch", "9999999"), "--batch 9999999"),
+        ((*BENCH, "--price", "1e300"), "--price 1e+300 0"),
+        ((*SIMULATE, "h100x9999999"), "h100x9999999 PROFILExCOUNT"),
         (
             ("compare", "--experts-per-token", "9" * 5000),
-            "it must be a whole number, 1 to 4,096, or several",
+            "1 4,096",
         ),
-        (("compare", "--tok-p"), "(try: "),
+        (("compare", "--tok-p"), "try"),
     ],
 )
 def test_an_option_s_number(refused, arguments, line):
-    assert line in refused(*arguments)
+    assert tells(refused(*arguments), line)
 
 
 RESULTS = to_json(example_results.results([(example_results.SMALL, 0.2)]))
@@ -160,34 +161,34 @@ RESULTS = to_json(example_results.results([(example_results.SMALL, 0.2)]))
     [
         (
             RESULTS.replace('"rank": 0', f'"rank": {"9" * 5000}'),
-            "a number has 5,000 digits; valid: at most 40",
+            "5,000 digits 40",
         ),
-        ('{"kind": 1e999}', "the number 1e999 is too large"),
-        ('{"kind": "a", "kind": "b"}', "the key 'kind' is given twice"),
-        ('{"a": ' * 5000, "nested too deeply; valid: 100 levels at most"),
-        ("", "is not JSON: Expecting value at line 1, column 1"),
+        ('{"kind": 1e999}', "1e999"),
+        ('{"kind": "a", "kind": "b"}', "kind twice"),
+        ('{"a": ' * 5000, "nested 100"),
+        ("", "JSON 1"),
     ],
 )
 def test_results(refused, text, line):
     Path("results.json").write_text(text)
-    assert line in refused("report", "results.json")
+    assert tells(refused("report", "results.json"), line)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
-        ("ranks_per_node", "9" * 5000, "malformed TOML: Exceeds the limit"),
+        ("ranks_per_node", "9" * 5000, "TOML"),
         (
             "ranks_per_node",
             "1" + "0" * 399,
-            "ranks_per_node is a number of about 400 digits; it must be",
+            "ranks_per_node 400 digits",
         ),
         (
             "memory_bytes",
             "1" + "0" * 399,
-            "device.memory_bytes is inf; it must be a number, 1 to 1e+18",
+            "device.memory_bytes inf 1 1e+18",
         ),
-        ("memory_bytes", "inf", "device.memory_bytes is inf; it must be a number, 1 to 1e+18"),
+        ("memory_bytes", "inf", "device.memory_bytes inf 1 1e+18"),
     ],
 )
 def test_a_profile_s_number(refused, key, value, line):
@@ -195,7 +196,7 @@ def test_a_profile_s_number(refused, key, value, line):
     changed = re.sub(rf"^{key} = .*", f"{key} = {value}", text, count=1, flags=re.MULTILINE)
     assert changed != text
     Path("mine.toml").write_text(changed)
-    assert line in refused(*SIMULATE, "mine.tomlx1", "--prompt-len", "8", "--output-len", "4")
+    assert tells(refused(*SIMULATE, "mine.tomlx1", "--prompt-len", "8", "--output-len", "4"), line)
 
 
 FILES = {
@@ -225,12 +226,12 @@ def test_what_is_no_regular_file(refused, path, what):
 def test_a_configuration_that_is_no_regular_file(refused):
     Path("model").mkdir()
     os.mkfifo("model/config.json")
-    assert "there is no config.json" in refused("generate", "model", "--token-ids", "1")
+    assert tells(refused("generate", "model", "--token-ids", "1"), "config.json")
     os.unlink("model/config.json")
     checkpoint(Path("other"))
     os.mkfifo("other/generation_config.json")
     line = refused("generate", "other", "--token-ids", "1")
-    assert line == "cannot read other/generation_config.json: it is not a regular file"
+    assert tells(line, "other/generation_config.json regular")
 
 
 def bomb(claimed: int, written: int) -> bytes:
@@ -263,7 +264,7 @@ def test_a_trace_that_unpacks_to_more_than_is_read(refused, monkeypatch):
     monkeypatch.setattr("expertlane.balance.trace.TRACE_BYTES", 2**22)
     Path("trace.npz").write_bytes(bomb(1, 2**24))
     line = refused("balance", "trace.npz", "--ep", "2")
-    assert line.endswith(" bytes when unpacked; at most 4,194,304 are read")
+    assert tells(line, "bytes 4,194,304")
 
 
 @pytest.mark.parametrize("give", ["file", "pipe"])
@@ -275,11 +276,11 @@ def test_prompts_may_come_through_a_pipe(comparison, run, give):
     name = "prompts" if give == "file" else f"/dev/fd/{reader}"
     code, out, err = run("generate", "paper-tiny", "--file", name)
     os.close(reader)
-    line = "expertlane: error: paper-tiny has no tokenizer; give prompts with --token-ids\n"
-    assert (code, out, err) == (2, "", line)  # so it was read
+    assert (code, out) == (2, "")
+    assert one_line(err, "paper-tiny tokenizer --token-ids")  # so it was read
 
 
 def test_prompts_without_an_end(refused, monkeypatch):
     monkeypatch.setattr("expertlane.cli.generate.PROMPTS_BYTES", 1000)
     line = refused("generate", "paper-tiny", "--file", "/dev/zero")
-    assert line == "/dev/zero: more than 1,000 bytes are not read of such a file"
+    assert tells(line, "/dev/zero 1,000 bytes")

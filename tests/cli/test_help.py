@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from cli.screen import refused
 from expertlane.cli.app import app
 from expertlane.cli.help import Panel, panels_of, value_of
 
@@ -99,8 +100,7 @@ def test_h_is_help_and_version_is_told(run):
     ],
 )
 def test_a_wrong_option_is_told_the_near_one(run, wrong, right):
-    line = f"expertlane: error: there is no option {wrong[-1]} (did you mean {right}?)\n"
-    assert run(*wrong) == (2, "", line)
+    assert refused(run(*wrong), f"{wrong[-1]} {right}")
 
 
 def test_help_is_quick_to_start():

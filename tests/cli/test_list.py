@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cli.screen import fits_a_screen
+from cli.screen import fits_a_screen, tells
 from expertlane.cost.laws.profile_file import shipped_profiles
 from expertlane.plan.candidates import valid_layouts
 from expertlane.spec.model import PRESETS
@@ -36,7 +36,7 @@ def test_layouts_that_are_valid_and_what_they_hold(run):
     assert (code, err) == (0, "")
     assert fits_a_screen(out)
     assert out.endswith("More: --full\n")
-    assert "75 more are not shown; --full shows all." in out
+    assert tells(out, "75 --full")
     assert {"tp=16,ep=16", "dp=16,ep=16", "replicas=2,tp=8"} <= set(out.split())
     found = json.loads(run(*LAYOUTS, "--json")[1])
     valid = {str(each) for each in valid_layouts(PRESETS["paper"], 16)}
@@ -54,17 +54,17 @@ def test_layouts_that_are_valid_and_what_they_hold(run):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("paper", "--cluster", "h100x9999"), "a plan takes at most 4,096"),
-        (("paper", "--cluster", "none"), "is not PROFILExCOUNT"),
+        (("paper", "--cluster", "h100x9999"), "4,096"),
+        (("paper", "--cluster", "none"), "PROFILExCOUNT"),
         (("paper", "--cluster", "a100x8", "--dtype", "float8"), "float8"),
-        (("paper", "--cluster", "h100x8", "--max-model-len", "0"), "--max-model-len is 0"),
-        (("paper",), "Missing option '--cluster'"),
+        (("paper", "--cluster", "h100x8", "--max-model-len", "0"), "--max-model-len 0"),
+        (("paper",), "--cluster"),
     ],
 )
 def test_mistakes_are_one_line(run, arguments, words):
     code, out, err = run("list", "layouts", *arguments)
     assert (code, out) == (2, "")
-    assert words in err
+    assert tells(err, words)
     assert err.count("\n") == 1
 
 

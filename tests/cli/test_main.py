@@ -1,5 +1,6 @@
 import pytest
 
+from cli.screen import one_line, tells
 from expertlane import __version__
 from expertlane.cli.output import progress_on_stderr
 from expertlane.errors import CapacityError, RankError
@@ -56,25 +57,29 @@ def test_a_usage_error_is_one_line(run):
     code, out, err = run("compare", "--topk", "1")
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
-    assert line.startswith("expertlane: error: there is no option --topk")
+    assert tells(line, "--topk")
     assert line.endswith(" compare --help)")
 
 
 def test_an_unknown_command_is_one_line(run):
     code, out, err = run("compar")
     assert (code, out) == (2, "")
-    assert err.startswith("expertlane: error: No such command 'compar'")
+    assert one_line(err, "compar")
     assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("rank", "line"),
-    [("0", "expertlane: error: cannot read none.toml: No such file or directory\n"), ("1", "")],
+    ("rank", "num_lines"),
+    [("0", 1), ("1", 0)],
 )
-def test_under_torchrun_only_rank_0_tells_of_a_mistake(comparison, run, monkeypatch, rank, line):
+def test_under_torchrun_only_rank_0_tells_of_a_mistake(
+    comparison, run, monkeypatch, rank, num_lines
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
-    assert run("compare", "none.toml") == (2, "", line)
+    code, out, err = run("compare", "none.toml")
+    assert (code, out, err.count("\n")) == (2, "", num_lines)
+    assert ("none.toml" in err) == bool(num_lines)
 
 
 def test_under_torchrun_every_rank_tells_of_a_dead_one(comparison, run, monkeypatch):
@@ -111,5 +116,5 @@ def test_a_name_that_is_too_long(run):
     )
     assert (code, out) == (2, "")
     assert len(err) < 200
-    assert err.startswith("expertlane: error: results cannot go to xxx")
-    assert err.endswith("… File name too long\n")
+    assert one_line(err, "File name too long")
+    assert "xxx" in err

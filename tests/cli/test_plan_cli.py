@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cli.screen import tells
 from cli.small_checkpoint import checkpoint
 from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.cli.model import find_model
@@ -109,9 +110,9 @@ def test_a_node_of_every_profile(run, here, name):
         (
             {"quant_method": "modelopt", "quant_algo": "NVFP4"},
             "bfloat16",
-            "weights are modelopt but priced as bfloat16",
+            "modelopt bfloat16",
         ),
-        ({"quant_method": "awq", "bits": 4}, "bfloat16", "weights are awq but priced as bfloat16"),
+        ({"quant_method": "awq", "bits": 4}, "bfloat16", "awq bfloat16"),
     ],
 )
 def test_quantised_checkpoints(run, here, quantization, weights, caution):
@@ -120,8 +121,8 @@ def test_quantised_checkpoints(run, here, quantization, weights, caution):
     code, out, err = run(*asked)
     assert code == 0, err
     assert f"weights in {weights}" in flat(out)
-    assert caution in flat(out)
-    assert ("for want of a law" in flat(out)) == bool(caution)
+    assert tells(flat(out), caution)
+    assert ("priced as" in flat(out)) == bool(caution)
 
 
 def test_a_trace_says_which_experts_tokens_choose(run, here):
@@ -133,32 +134,32 @@ def test_a_trace_says_which_experts_tokens_choose(run, here):
     code, out, err = run(*asked)
     assert code == 0, err
     assert "256 recorded tokens" in " ".join(out.split())
-    assert run(*asked, "--skew", "1")[2].endswith("--routing-trace and --skew exclude each other\n")
+    assert tells(run(*asked, "--skew", "1")[2], "--routing-trace --skew")
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (("paper-tiny", "--cluster", "h999x16"), "h999"),
-        (("paper-tiny", "--cluster", "h100"), "cluster 'h100' is not PROFILExCOUNT"),
-        (("paper-tiny", "--cluster", "h100x0"), "cluster 'h100x0' is not PROFILExCOUNT"),
-        (("paper-tiny", "--cluster", "h100x999999"), "a plan takes at most 4,096: plan a part"),
-        (("paper-tiny", "--slo", "tpot.mean=0ms"), "the limit must be a number above 0"),
+        (("paper-tiny", "--cluster", "h100"), "h100 PROFILExCOUNT"),
+        (("paper-tiny", "--cluster", "h100x0"), "h100x0 PROFILExCOUNT"),
+        (("paper-tiny", "--cluster", "h100x999999"), "4,096"),
+        (("paper-tiny", "--slo", "tpot.mean=0ms"), "limit 0"),
         (
             ("paper-tiny", "--slo", "ttft.p95=1s"),
-            "--slo ttft.p95: plan has means alone, tpot.mean and ttft.mean; expertlane simulate",
+            "--slo ttft.p95 tpot.mean ttft.mean",
         ),
-        (("paper-tiny", "--price", "0"), "--price is 0.0; it must be a number above 0"),
-        (("paper-tiny", "--prompt-len", "x"), "--prompt-len is 'x'; it must be a whole"),
-        (("paper-tiny", "--prompt-len", "0"), "--prompt-len is '0'; it must be a whole"),
-        (("paper-tiny", "--prompt-len", "8:16"), "--prompt-len is 8:16; plan takes one length"),
-        (("paper-tiny", "--batch", "0"), "--batch is '0'; for plan it must be a whole number, 1"),
-        (("paper-tiny", "--batch", "4,8"), "--batch is '4,8'; for plan it must be a whole number"),
-        (("paper-tiny", "--rate", "5"), "--rate is for expertlane simulate and bench; plan takes"),
-        (("paper-tiny", "--num-requests", "5"), "--num-requests is for expertlane simulate and"),
-        (("paper-tiny", "--requests", "x.csv"), "--requests is for expertlane simulate and bench"),
-        (("paper-tiny", "--prompt-len", "9999"), "positions but paper-tiny has 64"),
-        (("paper-tiny", "--skew", "-1"), "--skew is -1.0; it must be a number, 0 to 10"),
+        (("paper-tiny", "--price", "0"), "--price 0.0 0"),
+        (("paper-tiny", "--prompt-len", "x"), "--prompt-len x"),
+        (("paper-tiny", "--prompt-len", "0"), "--prompt-len 0"),
+        (("paper-tiny", "--prompt-len", "8:16"), "--prompt-len 8:16"),
+        (("paper-tiny", "--batch", "0"), "--batch 0 1"),
+        (("paper-tiny", "--batch", "4,8"), "--batch 4,8"),
+        (("paper-tiny", "--rate", "5"), "--rate simulate bench"),
+        (("paper-tiny", "--num-requests", "5"), "--num-requests simulate"),
+        (("paper-tiny", "--requests", "x.csv"), "--requests simulate bench"),
+        (("paper-tiny", "--prompt-len", "9999"), "positions paper-tiny 64"),
+        (("paper-tiny", "--skew", "-1"), "--skew -1.0 0 10"),
         (("paper-tiny", "--routing-trace", "none.npz"), "none.npz"),
         (("./nowhere",), "nowhere"),
     ],
@@ -174,7 +175,7 @@ def test_mistakes_are_one_line(run, here, words, line):
     ]
     code, out, err = run("plan", model, *rest, *small)
     assert (code, out) == (2, "")
-    assert line in err
+    assert tells(err, line)
     assert len(err.splitlines()) == 1
     assert not (here / "results").exists()
 
@@ -190,8 +191,8 @@ def test_a_folder_without_a_configuration_is_one_line(run, here):
 def test_a_limit_that_nothing_keeps_names_the_nearest(run, here):
     code, out, err = run(*TINY, *WORKLOAD, "--slo", "tpot.mean=0.0001ms")
     assert (code, out) == (2, "")
-    assert "no deployment on h100x2 meets the limits; the nearest" in err
-    assert "with 2 sequences at once, misses the TPOT limit of 0.0001 ms with" in err
+    assert tells(err, "h100x2 nearest")
+    assert tells(err, "2 TPOT 0.0001")
     assert not (here / "results").exists()
 
 

@@ -7,6 +7,7 @@ passed it is an error, and so is a wait for the device before the step is over.
 import pytest
 import torch
 
+from cli.screen import telling
 from expertlane.comm.clocks import HostClock, StreamClock, clock_for
 from expertlane.comm.collectives import Group, interleave
 from expertlane.comm.progress import ProgressBoard
@@ -129,7 +130,7 @@ def test_no_mark_waits_for_the_device(device, recorder):
     recorder.enter(Stage.HEAD)
     device.compute(2)
     assert device.num_waits == 0
-    with pytest.raises(RuntimeError, match="has not passed"):
+    with pytest.raises(RuntimeError, match=telling("passed")):
         recorder._clock._events[0].elapsed_time(recorder._clock._events[1])
     record = recorder.end_step()
     assert device.num_waits == 1

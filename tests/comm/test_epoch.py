@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import pytest
 
+from cli.screen import telling
 from expertlane.comm.epoch import Epoch
 from expertlane.comm.file_store import FileStore
 from expertlane.comm.progress import ProgressBoard
@@ -73,7 +74,7 @@ def test_what_a_killed_rank_has_left_half_written_is_no_key(descriptors):
     store.set("key", "value")
     os.pwrite(fd, b"\x03\0\0\0\x05\0\0\0no", os.fstat(fd).st_size)
     assert store.get("key") == b"value"
-    with pytest.raises(RuntimeError, match="nobody has set no"):
+    with pytest.raises(RuntimeError, match=telling("nobody set")):
         store.wait(["key", "no"], timedelta(seconds=0.01))
     board.begin_epoch(1, os.getpid(), -1, -1, 1)
     with pytest.raises(EpochEndedError):

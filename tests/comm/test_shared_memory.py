@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cli.screen import telling, tells
 from expertlane.comm.epoch import Epoch
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.region import Region
@@ -252,7 +253,7 @@ def test_another_size_than_expected_is_named(transports):
             return str(error)
         return None
 
-    assert on_all(transports(2), [everyone], run)[0] == "rank 1 sent another size than expected"
+    assert tells(on_all(transports(2), [everyone], run)[0], "rank 1 size")
 
 
 def test_a_wait_ends_and_names_who_is_missing(transports):
@@ -265,7 +266,7 @@ def test_a_wait_ends_and_names_who_is_missing(transports):
         received = torch.empty(3, 1)
         work = links[everyone].all_gather(torch.zeros(1, 1), received, [1, 1, 1])
         both_have_begun.wait()
-        with pytest.raises(PeerLostError, match=r"waited 0.2 s for rank 1$"):
+        with pytest.raises(PeerLostError, match=telling("0.2 rank 1")):
             work.wait()
         return True
 
@@ -295,16 +296,14 @@ def test_a_transfer_that_is_waited_for_at_once(transports):
         assert [each[2] for each in found] == [[0, 20]] * 3
 
 
-@pytest.mark.parametrize(
-    ("receive", "message"), [(1, "waited 1 s for rank 1"), (2, "sent another")]
-)
+@pytest.mark.parametrize(("receive", "message"), [(1, "1 s rank"), (2, "sent another")])
 def test_a_wait_at_once_ends_and_names_who_is_missing(transports, receive, message):
     def run(rank, links):
         at_once = links[(0, 1)].at_once
         if at_once is None or (rank and receive == 1):
             return None
         rows = torch.zeros(1, 1)
-        with pytest.raises(PeerLostError, match=message):
+        with pytest.raises(PeerLostError, match=telling(message)):
             at_once(rows, [1, 1], [receive, receive])
         return rank
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
+from cli.screen import telling
+
 _SOURCE = Path(__file__).parent / "shared_memory_threads.cpp"
 _NUM_ROUNDS = "1000"
 
@@ -194,13 +196,13 @@ def test_no_interleaving_loses_a_wake_or_reads_too_early(size, num_rounds, at_le
 @pytest.mark.parametrize(
     ("variant", "what"),
     [
-        ("no second look", "nobody can go on"),
-        ("payload last", "a message was read that is not"),
-        ("consumed early", "a message was read that is not"),
+        ("no second look", "nobody"),
+        ("payload last", "message read not"),
+        ("consumed early", "message read not"),
     ],
 )
 def test_the_model_sees_a_broken_protocol(variant, what):
-    with pytest.raises(BrokenError, match=what):
+    with pytest.raises(BrokenError, match=telling(what)):
         explore(2, 2, variant)
 
 

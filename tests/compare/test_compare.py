@@ -10,6 +10,7 @@ from statistics import median
 import psutil
 import pytest
 
+from cli.screen import telling, tells
 from distributed.on_ranks import Echo
 from distributed.running import deployment, run_deployment
 from expertlane.balance.placement_file import placements_of
@@ -286,7 +287,7 @@ def test_a_cache_that_does_not_hold_the_workload(results, pools, monkeypatch):
     in_waves = run_comparison(experiment, pools.pool(4), Silent(), command="")
     found = {each.name: each.value for each in in_waves.assumptions}
     assert found["KV cache"] == "tp=2,pp=2: 48 of 288 tokens"
-    assert "as many at once as the cache holds" in found["context"]
+    assert tells(found["context"], "cache")
     (each,) = in_waves.deployments
     assert each.tokens_sha256 == results.deployments[0].tokens_sha256
     assert each.decode.num_steps > results.deployments[0].decode.num_steps
@@ -321,8 +322,8 @@ def test_the_paper_s_model_is_refused_before_anything_is_allocated(pools):
     with pytest.raises(CapacityError) as caught:
         check_memory(paper, pool)
     line = str(caught.value)
-    assert re.match(r"deployment 'TP 8 × PP 2': paper as .* needs [\d.]+ [GT]B per rank", line)
-    assert re.search(r"but [\d.]+ GB of memory are free", line)
+    assert tells(line, "TP 8 × PP 2 paper GB rank")
+    assert re.search(r"[\d.]+ GB of memory", line)
     assert "\n" not in line
     assert rank_memory_bytes() - before < 50e6
     assert not pool.is_closed
@@ -332,7 +333,7 @@ def test_the_paper_s_model_is_refused_before_anything_is_allocated(pools):
 def test_options_that_ranks_cannot_have_are_refused_by_the_deployment_s_name(pools):
     narrow = Options(activations="float8")  # the preset has no matrices in float8
     deployments = (*EXPERIMENT.deployments, Deployment("narrow", Layout(tp=2), narrow))
-    with pytest.raises(UserError, match=r"^deployment 'narrow': activations in float8 .* has none"):
+    with pytest.raises(UserError, match=telling("narrow activations float8 none")):
         check_memory(replace(EXPERIMENT, deployments=deployments), pools.pool(4))
 
 
@@ -360,7 +361,7 @@ def test_computing_by_a_profiles_laws(pools):
     )
     assert found.virtual_time.scale == 1
     values = {each.name: each.value for each in found.assumptions if each.source == "virtual"}
-    assert values["compute"] == "cost model of profile h100, in float16"
+    assert tells(values["compute"], "h100 float16")
     for each in found.select("virtual"):
         assert 0 < each.decode.round_s.value < 0.01  # here it takes longer
 
@@ -382,7 +383,7 @@ def test_too_few_repetitions_have_no_interval(pools, repeats, num_runs):
         assert (pair.num_runs, pair.ratio.low, pair.ratio.high) == (num_runs, None, None)
     said = report_of(found).answer.headline
     assert f"({num_runs} run" in said
-    assert "too few to say how surely" in said
+    assert tells(said, "too few")
 
 
 def test_it_repeats_until_steps_took_so_long(pools):
@@ -398,7 +399,7 @@ def test_it_repeats_until_steps_took_so_long(pools):
 
 def test_laws_of_computing_take_no_experts_that_move():
     moving = deployment("dp=4,ep=4", rebalance_steps=3)
-    with pytest.raises(UserError, match="'dp=4,ep=4' moves experts while it runs; --compute"):
+    with pytest.raises(UserError, match=telling("dp=4,ep=4 experts --compute")):
         VirtualSettings(None, None, read_profile("h100")).check([moving])
 
 

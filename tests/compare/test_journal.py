@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from cli.screen import telling, tells
 from distributed.running import deployment
 from expertlane.compare.journal import FILE_NAME
 from expertlane.compare.run import Repeats, run_comparison
@@ -66,7 +67,7 @@ def test_it_goes_on_where_it_was_interrupted(pools, tmp_path):
     journal = folder / FILE_NAME
     journal.write_bytes(journal.read_bytes()[:-9])  # killed while it was writing the third
     results, begun = compared(pools, folder, resume=True)
-    assert begun[1] == "2 measurements of the interrupted run"
+    assert tells(begun[1], "2 interrupted run")
     assert begun[2] == "EP 2, run 2"
     assert [each.name for each in results.deployments] == ["TP 2", "EP 2"]
     for own, other in zip(results.deployments, whole.deployments, strict=True):
@@ -82,7 +83,8 @@ def test_nothing_is_measured_twice(pools, tmp_path):
     last = len(all_begun) - 1
     compared(pools, tmp_path, last=last)
     _, begun = compared(pools, tmp_path, resume=True)
-    assert begun[:2] == [all_begun[0], f"{last - 1} measurements of the interrupted run"]
+    assert begun[0] == all_begun[0]
+    assert tells(begun[1], f"{last - 1} interrupted")
     assert begun[2:] in (["EP 2, run 3"], ["TP 2, run 3"])  # the faster one is measured first
 
 
@@ -90,23 +92,23 @@ def test_nothing_is_measured_twice(pools, tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"seed": 7}, "is of another experiment"),
-        ({"workload": Workload(5, prompt_len=3, output_len=3)}, "is of another experiment"),
+        ({"seed": 7}, "another experiment"),
+        ({"workload": Workload(5, prompt_len=3, output_len=3)}, "another experiment"),
     ],
 )
 def test_another_comparison_is_refused(pools, tmp_path, change, reason):
     compared(pools, tmp_path, last=2)
-    with pytest.raises(UserError, match=reason):
+    with pytest.raises(UserError, match=telling(reason)):
         compared(pools, tmp_path, resume=True, experiment=replace(EXPERIMENT, **change))
 
 
 def test_without_a_journal_there_is_nothing_to_resume(pools, tmp_path):
-    with pytest.raises(UserError, match="nothing to resume"):
+    with pytest.raises(UserError, match=telling("nothing resume")):
         compared(pools, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"XLM1", b"\x80\x04pickle" * 9])
 def test_a_file_that_is_no_journal_is_refused(pools, tmp_path, content):
     (tmp_path / FILE_NAME).write_bytes(content)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=telling("cannot read")):
         compared(pools, tmp_path, resume=True)

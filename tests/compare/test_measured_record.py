@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import example_results as example
+from cli.screen import tells
 from expertlane.compare.assumptions import measured_assumptions
 from expertlane.compare.records import measured_record
 from expertlane.memory import workload_limits
@@ -65,7 +66,7 @@ def test_assumptions_name_the_experiments_own_numbers() -> None:
 
 def test_assumptions_when_the_cache_holds_everything() -> None:
     found = {each.name: each.value for each in example.usual().assumptions}
-    assert found["context"] == "4 prompt + 3 output tokens, all 16 sequences resident"
+    assert tells(found["context"], "4 prompt 3 output 16 resident")
     assert "KV cache" not in found
 
 
@@ -81,9 +82,7 @@ def test_assumptions_when_a_cache_is_too_small() -> None:
     limits["TP 8 × PP 2"] = replace(limits["TP 8 × PP 2"], num_blocks=3)
     rows = measured_assumptions(experiment, example.machine(), limits)
     found = {each.name: each.value for each in rows}
-    assert found["context"] == (
-        "4 prompt + 3 output tokens, 16 sequences, as many at once as the cache holds"
-    )
+    assert tells(found["context"], "4 prompt 3 tokens 16 cache")
     assert found["KV cache"] == "TP 8 × PP 2: 48 of 512 tokens"
     limits["EP 16"] = replace(limits["EP 16"], num_blocks=1)
     rows = measured_assumptions(experiment, example.machine(), limits)

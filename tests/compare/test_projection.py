@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from cli.screen import telling, tells
 from expertlane.compare.projection import ExperimentProjector, usual_number_type
 from expertlane.compare.virtual import VirtualSettings
 from expertlane.cost.laws.execution import Execution
@@ -162,7 +163,7 @@ def test_no_step_is_faster_than_its_floor(projection):
 def test_int8_weights_are_not_projected():
     narrow = replace(SMALL.deployments[0], options=Options(weights="int8"))
     experiment = replace(SMALL, deployments=(narrow,), scaling=())
-    text = f"deployment '{narrow.name}' has int8 weights, for which no profile has a law"
+    text = telling(f"{narrow.name} int8 weights")
     with pytest.raises(UserError, match=text):
         ExperimentProjector(experiment, parse_cluster("h100x8"), "float16", 1.0)
     with pytest.raises(UserError, match=text):
@@ -172,9 +173,7 @@ def test_int8_weights_are_not_projected():
 def test_a_cluster_with_too_few_devices():
     with pytest.raises(CapacityError) as caught:
         ExperimentProjector(SMALL, parse_cluster("h100x3"), "float16", 1.0)
-    assert str(caught.value) == (
-        "deployment 'tensor' needs 4 devices but cluster h100x3 has 3; take h100x4 or more"
-    )
+    assert tells(str(caught.value), "tensor 4 h100x3 3 h100x4")
 
 
 def test_sequences_that_do_not_fit_are_projected_both_ways():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import example_results as example
+from cli.screen import telling
 from compare.test_compare import EXPERIMENT
 from expertlane.compare.likeness import StepWork
 from expertlane.compare.virtual import (
@@ -65,7 +66,7 @@ def test_other_work_there_is_another_ratio():
 
 def test_no_work_has_no_ratio():
     nothing = work([0, 0], [0, 0])
-    with pytest.raises(UserError, match="no work was counted; give --link-scale"):
+    with pytest.raises(UserError, match=telling("no work --link-scale")):
         compute_ratio(nothing, nothing, PEAK, PROFILE)
 
 

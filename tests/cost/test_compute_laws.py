@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from cli.screen import telling
 from cost.projected import DRIVER_S, PROFILE
 from cost.tiny_models import MODELS
 from expertlane.balance.placement_file import placements_of
@@ -267,18 +268,18 @@ def _no_end(operations):
 
 
 SEQUENCES = [
-    (_other_kind, "event 0: recorded: begin all_to_all 0 in .*; emitted: begin all_gather 0 in "),
-    (_other_bytes, r"event 3: recorded: begin all_to_all 2 in dispatch .* bytes; emitted: begin "),
-    (_other_layer, "event 0: recorded: begin .* of layer 2, .*; emitted: begin .* of layer 0, "),
-    (_other_order, "event 2: recorded: wait for .* 1 in .*; emitted: wait for .* 0 in "),
-    (_no_end, r"\d+ events were recorded, \d+ are emitted"),
+    (_other_kind, "event 0 all_to_all all_gather"),
+    (_other_bytes, "event 3 recorded all_to_all 2 dispatch emitted"),
+    (_other_layer, "event 0 recorded layer 2 emitted"),
+    (_other_order, "event 2 recorded 1 emitted 0"),
+    (_no_end, "events recorded emitted"),
 ]
 
 
 @pytest.mark.parametrize(("change", "words"), SEQUENCES)
 def test_other_collectives_are_refused(ran, change, words):
     step = ran.steps[-1].plan.step
-    with pytest.raises(ValueError, match=f"^step {step}, ranks 0 to 3, micro-batch 0.*{words}"):
+    with pytest.raises(ValueError, match=telling(f"step {step} ranks 0 3 micro-batch {words}")):
         replayed(in_operations(ran, change))
 
 
@@ -291,7 +292,7 @@ def test_other_plans_are_refused(ran):
 
 def test_a_plan_that_did_not_ask_for_the_routing_is_refused(ran):
     steps = [step._replace(plan=replace(step.plan, record_routing=False)) for step in ran.steps]
-    with pytest.raises(ValueError, match=r"^step 0: its plan did not ask for the routing$"):
+    with pytest.raises(ValueError, match=telling("step 0 plan routing")):
         replayed(replace(ran, steps=steps))
 
 
@@ -302,7 +303,7 @@ def test_another_hand_over_is_refused(pools):
         is_send = operations.kind == list(TransferKind).index(TransferKind.SEND)
         operations.sent_bytes[is_send] *= 2
 
-    with pytest.raises(ValueError, match=r"bytes were handed over, \[\d+\] are emitted$"):
+    with pytest.raises(ValueError, match=telling("bytes handed emitted")):
         replayed(in_operations(ran, more))
 
 

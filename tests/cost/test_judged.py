@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cli.screen import telling
 from expertlane.cost.laws.frameworks import (
     CALIBRATED,
     find_framework,
@@ -65,5 +66,5 @@ def test_a_framework_s_terms_stand_in_place_of_the_profile_s():
         assert served.framework == name
         assert served.terms["driver_s"] is each.terms["driver_s"]
         assert served.terms["launch_s"] is profile.terms["launch_s"]
-    with pytest.raises(SpecError, match="no framework is called 'vllm'"):
+    with pytest.raises(SpecError, match=telling("framework vllm")):
         find_framework("vllm")

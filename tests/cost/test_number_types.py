@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cli.screen import telling
 from expertlane.cost.number_types import NumberTypes, weight_bytes
 from expertlane.errors import SpecError
 
@@ -49,7 +50,7 @@ def test_one_type_for_everything():
 
 
 def test_types_of_weights_alone_are_no_types_of_a_cache():
-    with pytest.raises(SpecError, match="type of kv is 'nvfp4'; valid: float32, float16, bfloat16"):
+    with pytest.raises(SpecError, match=telling("kv nvfp4 float32 float16 bfloat16")):
         NumberTypes("nvfp4", "bfloat16", "nvfp4")
-    with pytest.raises(SpecError, match=r"type of weights is 'int4'; valid: .*nvfp4, mxfp4$"):
+    with pytest.raises(SpecError, match=telling("weights int4 nvfp4 mxfp4")):
         NumberTypes("int4")

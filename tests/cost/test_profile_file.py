@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cli.screen import telling, tells
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.profile_file import (
     Like,
@@ -115,39 +116,39 @@ _TEXT = to_toml(_PROFILE)
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('name = "toy"\n', "", "name is missing"),
-        ('name = "toy"', "name = 3", "name is 3; it must be a string"),
+        ('name = "toy"\n', "", "name missing"),
+        ('name = "toy"', "name = 3", "name 3 string"),
         (
             "ranks_per_node = 4",
             "ranks_per_node = 4.5",
-            "ranks_per_node is 4.5; it must be a",
+            "ranks_per_node 4.5",
         ),
         (
             "ranks_per_node = 4",
             "ranks_per_node = 0",
-            "ranks_per_node is 0; it must be a",
+            "ranks_per_node 0",
         ),
-        ("ranks_per_node = 4", "ranks_per_node = true", "ranks_per_node is true; it must"),
-        ('origin = "', 'origin = ""  # "', "origin is empty; it must be text"),
-        ('name = "toy"', 'name = ""', ": name is empty; it must be text"),
-        ("ranks_per_node = 4", "ranks_per_node = 4\ncolour = 1", "unknown key 'colour' in"),
-        ("memory_bytes = 1", "memory_bytes = -1", "device.memory_bytes is -1000000000.0; it"),
-        ("bfloat16 = 3", "int4 = 3", "device.flops_per_s.int4 is an unknown key"),
-        ("[links.inter_node]", "[links.wifi]", "links.wifi must be one of intra_node, inter_node"),
-        ("value = 5e-06", "value = 5", "terms.launch_s.value must lie between low and high"),
-        ("value = 5e-06", "value = nan", "terms.launch_s.value is nan; it must be a number, 0"),
+        ("ranks_per_node = 4", "ranks_per_node = true", "ranks_per_node true"),
+        ('origin = "', 'origin = ""  # "', "origin empty"),
+        ('name = "toy"', 'name = ""', "name empty"),
+        ("ranks_per_node = 4", "ranks_per_node = 4\ncolour = 1", "unknown colour"),
+        ("memory_bytes = 1", "memory_bytes = -1", "device.memory_bytes -1000000000.0"),
+        ("bfloat16 = 3", "int4 = 3", "device.flops_per_s.int4 unknown"),
+        ("[links.inter_node]", "[links.wifi]", "links.wifi intra_node inter_node"),
+        ("value = 5e-06", "value = 5", "terms.launch_s.value low high"),
+        ("value = 5e-06", "value = nan", "terms.launch_s.value nan 0"),
         (
             'basis = "bound"',
             'basis = "hope"',
-            "basis is \"hope\"; it must be 'measured', 'fitted' or 'bound'",
+            "hope measured fitted bound",
         ),
-        ("low = 0.75", "low = 1.5", "surfaces.gemm.float32.low and high must lie on both sides"),
-        ("m = [1, 2.5, 1e+06]", "m = [1, 2.5, 2]", "surfaces.gemm.float32.axes.m must rise"),
-        ("m = [1, 2.5, 1e+06]", "m = []", "axes.m is empty; it must be a list of knots"),
-        ("m = [1, 2.5, 1e+06]", "m = [0, 1, 2]", "axes.m holds 0.0; it must be a number"),
-        ("1 -1234", "1", "has 5 numbers; the axes need 6"),
-        ("1 -1234", "1 x", "must hold whole numbers"),
-        ("1 -1234", "1 -99999", "has a number beyond ±20000"),
+        ("low = 0.75", "low = 1.5", "surfaces.gemm.float32.low high"),
+        ("m = [1, 2.5, 1e+06]", "m = [1, 2.5, 2]", "surfaces.gemm.float32.axes.m rise"),
+        ("m = [1, 2.5, 1e+06]", "m = []", "axes.m empty list"),
+        ("m = [1, 2.5, 1e+06]", "m = [0, 1, 2]", "axes.m 0.0"),
+        ("1 -1234", "1", "5 6"),
+        ("1 -1234", "1 x", "whole numbers"),
+        ("1 -1234", "1 -99999", "beyond ±20000"),
         ("[device]", "[device", "malformed TOML"),
     ],
 )
@@ -158,7 +159,7 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, old, new, said):
     with pytest.raises(SpecError) as raised:
         read_profile(path)
     text = str(raised.value)
-    assert said in text
+    assert tells(text, said)
     assert text.startswith(str(path))
     assert "\n" not in text
 
@@ -184,19 +185,19 @@ def test_what_fills_holes_is_written_too(tmp_path):
 def test_like_must_name_another_profile(tmp_path):
     path = tmp_path / "bad.toml"
     for like, said in [
-        ('{ profile = "toy", wider = 2 }', "like.profile is this profile itself"),
-        ('{ profile = "h100", wider = 0.5 }', "like.wider is 0.5; it must be a number, 1 to 1,000"),
-        ('{ profile = "h101", wider = 2 }', "no cluster profile is called h101"),
+        ('{ profile = "toy", wider = 2 }', "like.profile itself"),
+        ('{ profile = "h100", wider = 0.5 }', "like.wider 0.5 1 1,000"),
+        ('{ profile = "h101", wider = 2 }', "h101"),
     ]:
         path.write_text(f"like = {like}\n{_TEXT}")
-        with pytest.raises(SpecError, match=said):
+        with pytest.raises(SpecError, match=telling(said)):
             read_profile(path)
 
 
 def test_missing_and_damaged_files(tmp_path):
-    with pytest.raises(SpecError, match=r"no cluster profile is called h101; there are a100, b200"):
+    with pytest.raises(SpecError, match=telling("h101 a100 b200")):
         read_profile("h101")
-    with pytest.raises(SpecError, match=r"cannot read .*none\.toml: No such file"):
+    with pytest.raises(SpecError, match=telling("none.toml No such file")):
         read_profile(tmp_path / "none.toml")
     path = tmp_path / "bytes.toml"
     path.write_bytes(b'name = "\xff"')
@@ -210,5 +211,5 @@ def test_missing_and_damaged_files(tmp_path):
 def test_a_profile_without_a_link_that_is_needed():
     """A machine of one device has none; a layout of two must not end in a traceback."""
     profile = replace(read_profile("h100"), links={})
-    with pytest.raises(SpecError, match=r"^profile h100 has no links\.intra_node, which"):
+    with pytest.raises(SpecError, match=telling("h100 links.intra_node")):
         profile.link_rate(Link.INTRA_NODE)

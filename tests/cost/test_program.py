@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cli.screen import telling
 from cost.plans import DECODE, PREFILL, random_plan
 from cost.tiny_models import MODELS
 from expertlane.balance.placement import Placement
@@ -316,7 +317,7 @@ def test_hand_over_between_nodes():
 
 
 def test_types_that_are_none():
-    with pytest.raises(SpecError, match="type of weights is 'int4'"):
+    with pytest.raises(SpecError, match=telling("weights int4")):
         NumberTypes("int4")
     with pytest.raises(SpecError, match="float8"):
         NumberTypes.all_of("float8")

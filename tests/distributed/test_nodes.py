@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
+from cli.screen import telling, tells
 from distributed.on_ranks import Echo, FailWhileOthersWait, RanksOnNodes, Stay
 from distributed.running import deployment, run_deployment
 from engine.processes import wait_until
@@ -150,29 +151,21 @@ def long_run():
 def test_a_killed_rank_of_another_node(long_run):
     error, took_s = long_run.error_after(long_run.pids[3], signal.SIGKILL)
     assert took_s < 10
-    assert re.fullmatch(
-        r"rank 3 was killed by SIGKILL \(by someone, or by the system for lack of memory\) in "
-        r"step \d+, (layer \d, )?stage [\w/ -]+; all ranks were ended",
-        str(error),
-    )
+    assert re.search(r"rank 3 .* SIGKILL .*step \d+, (layer \d, )?stage .*all ranks", str(error))
     assert long_run.are_gone()
 
 
 def test_a_stopped_rank_of_another_node(long_run):
     error, took_s = long_run.error_after(long_run.pids[2], signal.SIGSTOP)
     assert TIMEOUT_S <= took_s < TIMEOUT_S + 10
-    assert re.fullmatch(
-        r"rank 2 hung in step \d+, (layer \d, )?stage [\w/ -]+ \(its process is stopped\): "
-        r"no progress for 2.5 s; all ranks were ended",
-        str(error),
-    )
+    assert re.search(r"rank 2 hung .*step \d+, (layer \d, )?stage .*2\.5 s.*all ranks", str(error))
     assert long_run.are_gone()
 
 
 def test_a_killed_supervisor(long_run):
     error, took_s = long_run.error_after(long_run.supervisor.pid, signal.SIGKILL)
     assert took_s < 10
-    assert str(error) == "the supervisor of node 1 (127.0.0.1) is gone; all ranks were ended"
+    assert tells(str(error), "supervisor node 1 127.0.0.1 gone ranks ended")
     assert long_run.are_gone()
 
 
@@ -181,9 +174,7 @@ def test_a_stopped_supervisor_is_noticed_though_its_ranks_go_on(long_run):
     """And its ranks end it."""
     error, took_s = long_run.error_after(long_run.supervisor.pid, signal.SIGSTOP)
     assert TIMEOUT_S <= took_s < TIMEOUT_S + 10
-    assert str(error) == (
-        "the supervisor of node 1 (127.0.0.1) hung: no answer for 4.5 s; all ranks were ended"
-    )
+    assert tells(str(error), "supervisor node 1 127.0.0.1 hung 4.5 ranks ended")
     assert long_run.are_gone()
 
 
@@ -191,9 +182,7 @@ def test_a_stopped_supervisor_is_noticed_though_its_ranks_go_on(long_run):
 def test_a_stopped_fork_server_of_the_first_node(long_run):
     error, took_s = long_run.error_after(long_run.server.pid, signal.SIGSTOP)
     assert took_s < TIMEOUT_S + 10
-    assert str(error) == (
-        "the fork server hung (its process is stopped): no answer for 2.5 s; all ranks were ended"
-    )
+    assert tells(str(error), "fork server hung stopped 2.5 ranks ended")
     assert long_run.are_gone()
 
 
@@ -201,21 +190,21 @@ def test_a_supervisor_that_is_told_to_end(long_run):
     error, took_s = long_run.error_after(long_run.supervisor.pid, signal.SIGTERM)
     assert took_s < 10
     assert isinstance(error, TerminatedError)
-    assert str(error).endswith(" was told to end by SIGTERM")
+    assert tells(str(error), "SIGTERM")
     assert long_run.are_gone()
 
 
 def test_calls_between_the_nodes(long_run):
     assert long_run.pool.call(Echo("x")) == [(rank, "x") for rank in range(4)]
     with pytest.raises(
-        RankError, match=r"^rank 2 failed in layer 0, stage router: ValueError: broken"
+        RankError, match=telling("rank 2 failed layer 0 stage router ValueError: broken")
     ):
         long_run.pool.call(FailWhileOthersWait(2))
     assert long_run.are_gone()
 
 
 def test_a_silent_rank_of_another_node_tells_where_it_is(long_run):
-    with pytest.raises(RankError, match=r"^rank 3 hung in step 5, layer 1, stage attention: no pr"):
+    with pytest.raises(RankError, match=telling("rank 3 hung step 5 layer 1 stage attention")):
         long_run.pool.call(Stay(60), ranks=[3])
     assert long_run.are_gone()
 

@@ -7,6 +7,7 @@ import textwrap
 import psutil
 import pytest
 
+from cli.screen import telling
 from distributed.on_ranks import Ahead, RanksOnNodes, Stay
 from distributed.recovering import (
     check_among,
@@ -94,8 +95,8 @@ def test_who_is_no_rank_of_this_epoch_does_not_become_one(pool, capfd):
         assert stranger.recv(1) == b""
         stranger.close()
     said = capfd.readouterr().err
-    for why in ("all nodes are connected", "it is not node 1", "it sent no valid handshake"):
-        assert f": {why}" in said
+    for why in ("nodes are connected", "not node 1", "handshake"):
+        assert why in said
     check_exchange(pool, 3)
 
 
@@ -130,9 +131,7 @@ def test_ranks_are_absent_and_ahead_on_every_node(pool):
 def test_a_lost_node_is_final(pool):
     check_exchange(pool, 4)
     pool._ranks.supervisors[0].kill()
-    with pytest.raises(
-        RankError, match=r"the supervisor of node 1 .* is gone; all ranks"
-    ) as caught:
+    with pytest.raises(RankError, match=telling("supervisor node 1 gone ranks")) as caught:
         pool.call(Stay(60))
     assert not isinstance(caught.value, RanksLostError)
     assert pool.is_closed
@@ -147,4 +146,4 @@ def test_torchrun_never_sees_a_rank_die(tmp_path):
     lines = [line for line in outputs[0][1].splitlines() if line.startswith("rank ")]
     assert len(lines) == 3
     for line in lines:
-        assert re.match(r"rank [23] was killed by SIGKILL .* 4$", line), lines
+        assert re.match(r"rank [23] .*SIGKILL.* 4$", line), lines

@@ -107,12 +107,9 @@ def test_the_run_goes_on(two_nodes):
     assert two_nodes.agents[0].returncode == 0, err
     assert "EP 2" in out
     refused = [line for line in err.splitlines() if "refused a connection from" in line]
-    said = sorted(line.rpartition(": ")[2] for line in refused)
-    at_the_end = [
-        line for line in said if line in ("all nodes are connected", "it sent no handshake in time")
-    ]
+    at_the_end = [line for line in refused if "are connected" in line or "in time" in line]
     assert len(at_the_end) == 1  # the silent one
-    assert said.count("it sent no valid handshake") == 2
+    assert sum("valid handshake" in line for line in refused) == 2
     assert len(refused) == 5, err
     for stranger in strangers:
         stranger.close()

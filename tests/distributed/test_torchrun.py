@@ -12,6 +12,7 @@ import sys
 import psutil
 import pytest
 
+from cli.screen import tells
 from engine.processes import RunningRanks, wait_until
 
 EXPERIMENT = """
@@ -119,10 +120,8 @@ def test_one_process_speaks_and_results_are_those_of_local_ranks(
 
 def test_too_few_processes(tmp_path):
     ((_, out, err),) = run(tmp_path, [*torchrun(1, 2)[0], *COMMAND])
-    assert errors_in(err) == [
-        "expertlane: error: the experiment needs 4 ranks but torchrun started 2 processes; start 4 "
-        "in all, or one per node, which starts as many ranks as are needed"
-    ]
+    (line,) = errors_in(err)
+    assert tells(line, "expertlane: error: 4 ranks torchrun 2 processes node")
     assert out == ""
     assert not (tmp_path / "out").exists()
 
@@ -209,9 +208,7 @@ def test_a_killed_rank(long_run, nodes):
     codes, errors = run.end(within_s=10)
     assert codes[0] != 0
     assert len(errors) == 1, errors
-    assert re.match(
-        r"expertlane: error: rank 3 was killed by SIGKILL .* in .*stage [\w/ -]+; all", errors[0]
-    )
+    assert re.search(r"rank 3 .*SIGKILL .* in .*stage [\w/ -]+", errors[0])
 
 
 @pytest.mark.full
@@ -222,9 +219,7 @@ def test_a_stopped_rank(long_run, nodes):
     codes, errors = run.end(within_s=3 + 10)
     assert codes[0] != 0
     assert len(errors) == 1, errors
-    assert re.match(
-        r"expertlane: error: rank 3 hung in .*stage [\w/ -]+ \(its process is", errors[0]
-    )
+    assert re.search(r"rank 3 hung in .*stage [\w/ -]+", errors[0])
 
 
 @pytest.mark.full
@@ -247,9 +242,8 @@ def test_a_node_whose_torchrun_is_killed(long_run):
     run.agents[1].kill()
     codes, errors = run.end(within_s=10)
     assert codes[0] != 0
-    assert errors == [
-        "expertlane: error: the supervisor of node 1 (127.0.0.1) is gone; all ranks were ended"
-    ]
+    (line,) = errors
+    assert tells(line, "expertlane: error: node 1 127.0.0.1 gone ranks")
 
 
 @pytest.mark.full

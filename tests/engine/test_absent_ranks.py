@@ -8,6 +8,7 @@ import sys
 import psutil
 import pytest
 
+from cli.screen import telling, tells
 from distributed import on_ranks
 from distributed.on_ranks import WAYS, Ahead, Describe, Echo, Exchange
 from distributed.recovering import (
@@ -71,7 +72,7 @@ def test_lost_before_it_is_up(monkeypatch, tmp_path, way):
         wait_for(pool, lambda: not pool.starting)
         (line,) = lines
         assert line.startswith("rank 2 ")
-        assert line.endswith("; it was not in use yet")
+        assert tells(line, "not use yet")
         start(pool, [2])
         pool.begin_epoch((), num_ranks=3)
         check_exchange(pool, 1)
@@ -85,15 +86,12 @@ def test_one_that_hangs_at_its_start_or_has_no_room(monkeypatch, tmp_path):
         (tmp_path / on_ranks.NO_ROOM).touch()
         pool.start([2, 3])
         wait_for(pool, lambda: not pool.starting)
-        assert {line.split(" (")[0] for line in lines} == {
-            "rank 2 could not be started",
-            "rank 3 could not be started",
-        }
+        assert {line.split(" could ")[0] for line in lines} == {"rank 2", "rank 3"}
         (tmp_path / on_ranks.NO_ROOM).unlink()
         start(pool, [2])
         (tmp_path / "3").write_text("compute")
         pool.start([3])
-        with pytest.raises(RanksLostError, match=r"^rank 3 hung in stage setup") as caught:
+        with pytest.raises(RanksLostError, match=telling("rank 3 hung stage setup")) as caught:
             pool.begin_epoch((), num_ranks=4)
         assert caught.value.ranks == {3}
         pool.begin_epoch(caught.value.ranks, replaces=False)
@@ -151,9 +149,9 @@ def test_one_that_is_lost_ahead_is_no_loss(pool, way):
     wait_for(pool, lambda: alone.is_lost)
     (line,) = pool.lines
     assert line.startswith("rank 2 ")
-    assert line.endswith("; it was not in use yet")
+    assert tells(line, "not use yet")
     assert also.is_lost
-    with pytest.raises(RankError, match="a command was dropped because rank 2 "):
+    with pytest.raises(RankError, match=telling("dropped rank 2")):
         pool.collect(also)
     assert pool.collect(both) == [(0, 1), (1, 1)]
     assert (pool.absent, pool.epoch) == ({2}, epoch)
@@ -173,7 +171,7 @@ def test_a_loss_meanwhile(pool):
     pid = pool.pid(1)
     slow = pool.submit(Ahead("slow", seconds=1.0), ranks=[1])
     lost = lose_among(pool, {2: "stop"})
-    with pytest.raises(ValueError, match=r"ranks \[2\] are not ahead of an epoch of 3"):
+    with pytest.raises(ValueError, match=telling("ranks [2] epoch 3")):
         pool.begin_epoch(lost, replaces=False, joining=[2])
     pool.begin_epoch(lost, replaces=False, joining=())
     assert (pool.present, pool.ahead, pool.absent) == ({0}, {1}, {2})
@@ -220,7 +218,7 @@ def test_more_and_fewer_ranks_while_some_are_ahead(pool):
     start(pool, [6, 9])
     pool.end([0, 6])
     assert (pool.ahead, pool.present) == ({9}, {*range(6)})
-    with pytest.raises(ValueError, match=r"ranks \[2, 9\] have a process"):
+    with pytest.raises(ValueError, match=telling("[2, 9]")):
         pool.start([2, 9, 10])
     with pytest.raises(ValueError, match=rf"not below {pool.most_ranks}$"):
         pool.start([pool.most_ranks])

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from cli.screen import telling
 from engine.stub_runner import StubEngine, expected
 from expertlane.engine.async_engine import AsyncEngine
 from expertlane.errors import RankError, UserError
@@ -157,7 +158,7 @@ def test_closing_ends_what_runs():
         long = SamplingParams(temperature=0, max_tokens=60)
         generations.append(await engine.generate([[1, 2, 3]], [long]))
         await engine.close()
-        with pytest.raises(RankError, match="the server has ended"):
+        with pytest.raises(RankError, match=telling("server ended")):
             await generations[0].take()
 
     run(use)

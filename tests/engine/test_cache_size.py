@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cli.screen import tells
 from cli.stub_llm import MACHINE
 from distributed.running import deployment
 from expertlane.engine.cache_size import largest_step, measured_limits
@@ -91,10 +92,7 @@ def test_what_is_left_of_nine_tenths_beside_the_step():
     """Free 68 GB less a reserve of 8 GB and a step of 2.55 GB: 57.45 GB."""
     found, (line,) = measured(MadeUp([68], [2.55]), "tp=1")
     assert found == replace(LIMITS, num_blocks=574)
-    assert line == (
-        "memory of a rank: weights 10 GB, KV cache 57.4 GB (574 blocks), activations 2.55 GB "
-        "(measured), free 8.05 GB of 80 GB"
-    )
+    assert tells(line, "memory rank weights 10 GB KV cache 57.4 574 blocks 2.55 free 8.05 80")
 
 
 def test_no_more_than_is_wanted():
@@ -119,9 +117,8 @@ def test_memory_of_graphs():
     pool = MadeUp([68], [2.55], graph_gb=[0.5, 0.1])
     found, (line,) = measured(pool, "tp=1")
     assert found == replace(LIMITS, num_blocks=564)  # 565 less the block for padding
-    assert line == (
-        "memory of a rank: weights 10 GB, KV cache 56.4 GB (564 blocks), activations 2.55 GB "
-        "(measured), CUDA graphs 0.9 GB, free 8.15 GB of 80 GB"
+    assert tells(
+        line, "memory rank weights 10 GB KV cache 56.4 564 blocks 2.55 CUDA 0.9 free 8.15 80"
     )
     sizes = [each.size for each in pool.recorded if isinstance(each, RecordGraphs)]
     assert sizes == [12, 8]
@@ -159,9 +156,8 @@ def test_too_little_memory_for_graphs():
 def test_too_little_memory():
     with pytest.raises(CapacityError) as error:
         measured(MadeUp([13], [4.9]), "tp=1")  # 0.1 GB, of 0.4 GB that a sequence takes
-    assert str(error.value) == (
-        "paper-tiny as tp=1 needs 15.3 GB per rank (weights 10 GB, KV cache of one sequence "
-        "0.4 GB, activations 4.9 GB) but 15 GB of memory are free"
+    assert tells(
+        str(error.value), "paper-tiny tp=1 15.3 GB rank weights 10 KV cache 0.4 4.9 15 memory free"
     )
 
 
@@ -200,7 +196,7 @@ def test_on_ranks_of_this_host(pools):
         return runner.collect(runner.submit(plan)).logits
 
     plain, after = logits(), logits(measures_memory=True)
-    assert lines[0].startswith("memory of a rank: weights ")
+    assert tells(lines[0], "memory rank weights")
     for seq in (0, 1):
         np.testing.assert_array_equal(plain[seq], after[seq])
 

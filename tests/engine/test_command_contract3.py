@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from cli.screen import tells
 from engine.processes import RunningRanks
 from expertlane.engine.rank_environment import MAX_RANKS_PER_CORE
 from expertlane.ops.host import num_cores
@@ -78,8 +79,8 @@ def test_a_killed_rank(command):
     assert time.monotonic() - at_s < 10
     assert code == 1
     (line,) = errors
-    assert line.startswith("expertlane: error: rank 2 was killed by SIGKILL")
-    assert line.endswith(f" in {position}; all ranks were ended")
+    assert tells(line, "rank 2 killed SIGKILL")
+    assert tells(line, str(position))
     assert running.are_gone(seconds=1)
     assert command.wrote_nothing()
 
@@ -91,10 +92,8 @@ def test_a_stopped_rank(command):
     code, errors = command.end(within_s=TIMEOUT_S + 10)
     assert TIMEOUT_S <= time.monotonic() - at_s < TIMEOUT_S + 10
     assert code == 1
-    assert errors == [
-        f"expertlane: error: rank 2 hung in {position} (its process is stopped): no progress for "
-        f"{TIMEOUT_S} s; all ranks were ended"
-    ]
+    (line,) = errors
+    assert tells(line, f"rank 2 hung in {position} stopped {TIMEOUT_S} s")
     assert running.are_gone(seconds=1)
     assert command.wrote_nothing()
 
@@ -134,8 +133,6 @@ def test_more_ranks_than_the_machine_should_run(tmp_path):
     command = Command(tmp_path, layout=f"replicas={limit + 1}")
     code, errors = command.end(within_s=30)
     assert code == 2
-    assert errors == [
-        f"expertlane: error: {limit + 1} ranks are more than 32 × {num_cores()} cores; "
-        f"use at most {limit}, or start with --oversubscribe"
-    ]
+    (line,) = errors
+    assert tells(line, f"{limit + 1} ranks {num_cores()} {limit} --oversubscribe")
     assert command.wrote_nothing()

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from cli.screen import telling, tells
 from distributed import on_ranks
 from distributed.on_ranks import Echo, Fail, FailWhileOthersWait, Refuse, Stay
 from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
@@ -70,8 +71,8 @@ def test_a_killed_rank(start, layout):
         pool, running, layout, lambda pid: os.kill(pid, signal.SIGKILL)
     )
     assert took_s < 10
-    assert line.startswith("rank 1 was killed by SIGKILL")
-    assert re.search(r" in step \d+, layer \d, stage [\w/ -]+; all ranks were ended$", line)
+    assert tells(line, "rank 1 killed SIGKILL")
+    assert re.search(r" in step \d+, layer \d, stage [\w/ -]+", line)
     assert f" in {position}; " in line
     assert "\n" not in line
     assert pool.is_closed
@@ -83,10 +84,7 @@ def test_a_stopped_rank(start, layout):
     pool, running = start(2)
     line, position, took_s = error_in_mid_run(pool, running, layout, lambda pid: None)
     assert TIMEOUT_S <= took_s < TIMEOUT_S + 10
-    assert line == (
-        f"rank 1 hung in {position} (its process is stopped): no progress for 2 s; "
-        "all ranks were ended"
-    )
+    assert tells(line, f"rank 1 hung {position} stopped 2 ranks ended")
     assert pool.is_closed
     assert running.are_gone(seconds=1)
 
@@ -123,7 +121,7 @@ def test_a_rank_whose_core_others_wait_for(one_core, start, is_killed):
 
 def test_a_rank_that_stays_silent(start):
     pool, running = start(2, timeout_s=1.0)
-    with pytest.raises(RankError, match="rank 1 hung in step 5, layer 1, stage attention: no pro"):
+    with pytest.raises(RankError, match=telling("rank 1 hung step 5 layer 1 stage attention")):
         pool.call(Stay(60), ranks=[1])
     assert running.are_gone(seconds=1)
 
@@ -136,7 +134,7 @@ def test_a_slow_rank_that_shows_progress_is_left_alone(kept_pool):
 def test_a_rank_that_dies_between_calls(start):
     pool, running = start(2)
     os.kill(running.pids[1], signal.SIGKILL)
-    with pytest.raises(RankError, match="rank 1 was killed by SIGKILL"):
+    with pytest.raises(RankError, match=telling("rank 1 killed SIGKILL")):
         pool.call(Echo(1))
     assert running.are_gone(seconds=1)
 
@@ -144,7 +142,7 @@ def test_a_rank_that_dies_between_calls(start):
 def test_the_fork_server_dies(start):
     pool, running = start(2)
     os.kill(running.server.pid, signal.SIGKILL)
-    with pytest.raises(RankError, match="all ranks were ended"):
+    with pytest.raises(RankError, match=telling("ranks ended")):
         pool.call(Stay(30))
     assert running.are_gone(seconds=5)
 
@@ -154,7 +152,7 @@ def test_a_rank_that_raises(start):
     with pytest.raises(RankError) as caught:
         pool.call(Fail(1))
     line = str(caught.value)
-    assert line.startswith("rank 1 failed in step 3, layer 2, stage experts: ValueError: two")
+    assert tells(line, "rank 1 failed step 3 layer 2 stage experts ValueError two")
     assert "\n" not in line
     assert "Traceback" in caught.value.__notes__[0]
     assert running.are_gone(seconds=1)
@@ -172,7 +170,7 @@ def test_a_user_s_mistake_found_by_a_rank(start):
     pool, running = start(2)
     with pytest.raises(UserError) as caught:
         pool.call(Refuse(1))
-    assert str(caught.value) == "layout is too wide; valid: 1 to 3"
+    assert tells(str(caught.value), "layout 1 3")
     assert running.are_gone(seconds=1)
 
 
@@ -204,7 +202,7 @@ def test_closing_leaves_nothing(start):
     pool.close()
     assert running.are_gone(seconds=1)
     pool.close()  # again: nothing happens
-    with pytest.raises(RankError, match="the ranks are gone"):
+    with pytest.raises(RankError, match=telling("ranks gone")):
         pool.call(Echo(1))
 
 
@@ -255,6 +253,4 @@ def test_too_many_ranks_are_refused(monkeypatch):
     check_num_ranks(limit + 1, oversubscribe=True)
     with pytest.raises(CapacityError) as caught:
         check_num_ranks(limit + 1, oversubscribe=False)
-    assert str(caught.value) == (
-        "65 ranks are more than 32 × 2 cores; use at most 64, or start with --oversubscribe"
-    )
+    assert tells(str(caught.value), "65 ranks 32 × 2 64 --oversubscribe")

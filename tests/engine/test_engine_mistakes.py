@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cli.screen import telling, tells
 from engine.stub_runner import StubEngine, expected, letters, run
 from expertlane.errors import UserError
 from expertlane.spec.sampling import SamplingParams
@@ -101,16 +102,13 @@ def test_a_prompt_that_the_cache_has_no_room_for():
     engine = StubEngine(num_blocks=3, block_size=4)
     with pytest.raises(UserError) as caught:
         engine.add("a", [1] * 13, GREEDY)
-    assert str(caught.value) == (
-        "request 'a': the prompt of 13 tokens needs 4 blocks of 4 but the cache has 3; "
-        "valid lengths: 1 to 12"
-    )
+    assert tells(str(caught.value), "a 13 tokens 4 blocks 3 1 12")
     assert not engine.has_unfinished
 
 
 def test_an_empty_text():
     engine = StubEngine(tokenizer=letters())
-    with pytest.raises(UserError, match="request 'a': the prompt is empty"):
+    with pytest.raises(UserError, match=telling("a prompt empty")):
         engine.add("a", "", GREEDY)
     assert not engine.has_unfinished
 

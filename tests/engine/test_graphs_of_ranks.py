@@ -8,6 +8,8 @@ from contextlib import closing
 
 import pytest
 
+from cli.screen import telling
+
 pytest.importorskip("triton")
 
 from engine.rank_threads import Meeting, RankThreads
@@ -112,7 +114,7 @@ def test_ranks_that_choose_other_sizes_are_noticed(monkeypatch):
         return padded(graphs, batch, [max(1, batch.num_seqs)] * len(num_tokens), form)
 
     monkeypatch.setattr(DecodeGraphs, "padded", to_own)
-    with pytest.raises(AssertionError, match="not exchange of"):
+    with pytest.raises(AssertionError, match=telling("not exchange")):
         play(
             "dp=2,ep=2",
             Options(dispatch="static"),

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cli.screen import telling, tells
 from engine.stub_runner import VOCAB_SIZE, expected
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
@@ -199,35 +200,33 @@ class TestMistakes:
     def test_another_number_of_sampling_parameters(self, stub_llm):
         with pytest.raises(UserError) as caught:
             stub_llm.generate(PROMPTS, [GREEDY, GREEDY])
-        assert str(caught.value) == (
-            "3 prompts but 2 sampling parameters; give one for all, or one per prompt"
-        )
+        assert tells(str(caught.value), "3 prompts 2 sampling")
         assert not stub_llm.engine.has_unfinished
 
     def test_a_chat_without_a_tokenizer(self, stub_llm):
-        with pytest.raises(UserError, match="has no tokenizer, which a chat needs"):
+        with pytest.raises(UserError, match=telling("tokenizer chat")):
             stub_llm.chat([{"role": "user", "content": "hello"}])
 
     @pytest.mark.parametrize(
         ("changes", "line"),
         [
-            ({"max_model_len": 65}, "max_model_len is 65; valid for paper-tiny: 1 to 64"),
+            ({"max_model_len": 65}, "max_model_len 65 1 64"),
             (
                 {"max_model_len": 0},
-                "max_model_len is 0; it must be a whole number, 1 to .*",
+                "max_model_len 0 1",
             ),
-            ({"num_blocks": 0}, "scheduler: num_blocks is 0; it must be a whole number, 1 to .*"),
-            ({"num_blocks": 2**25}, r"num_blocks is 33554432 but there is memory for \d+"),
+            ({"num_blocks": 0}, "num_blocks 0 1"),
+            ({"num_blocks": 2**25}, "num_blocks 33554432 memory"),
         ],
     )
     def test_sizes_that_cannot_be(self, stub_llm, changes, line):
-        with pytest.raises(UserError, match=f"^{line}$"):
+        with pytest.raises(UserError, match=telling(line)):
             LLM("paper-tiny", **changes)
 
     def test_a_closed_one(self, stub_llm):
         stub_llm.close()
         stub_llm.close()
-        with pytest.raises(RankError, match=r"^the ranks are gone; make a new LLM$"):
+        with pytest.raises(RankError, match=telling("ranks gone LLM")):
             stub_llm.generate(PROMPTS, GREEDY)
 
 
@@ -270,12 +269,12 @@ class TestRanks:
         stream = one_rank.stream(prompts[0], replace(GREEDY, max_tokens=8))
         got = [next(stream)[1].token_id]
         for bad, params, line in [
-            ([], GREEDY, "the prompt is empty"),
-            ([0] * 65, GREEDY, "the prompt has 65 tokens but the model takes 64"),
-            ([257], GREEDY, "token id 257 is not in the vocabulary; valid ids: 0 to 256"),
-            ([1], replace(GREEDY, stop="x"), "stop strings need a tokenizer"),
+            ([], GREEDY, "prompt empty"),
+            ([0] * 65, GREEDY, "prompt 65 64"),
+            ([257], GREEDY, "token 257 256"),
+            ([1], replace(GREEDY, stop="x"), "stop tokenizer"),
         ]:
-            with pytest.raises(UserError, match=line):
+            with pytest.raises(UserError, match=telling(line)):
                 one_rank.generate([[1], bad], params)
             got.append(next(stream)[1].token_id)
         assert got + [chunk.token_id for _, chunk in stream] == tokens[0]
@@ -310,11 +309,11 @@ class TestRanks:
             with pytest.raises(RankError) as caught:
                 llm.generate([[1]] * 10_000, replace(GREEDY, max_tokens=60))  # minutes
             assert time.monotonic() - killed_s[0] < 10
-            assert str(caught.value).startswith("rank 1 was killed by SIGKILL")
+            assert tells(str(caught.value), "rank 1 killed SIGKILL")
             assert llm._pool.is_closed
-            with pytest.raises(RankError, match=r"^the ranks are gone; make a new LLM$"):
+            with pytest.raises(RankError, match=telling("ranks gone LLM")):
                 llm.generate([1], GREEDY)
-            with pytest.raises(RankError, match=r"^the ranks are gone; make a new LLM$"):
+            with pytest.raises(RankError, match=telling("ranks gone LLM")):
                 next(llm.stream([1], GREEDY))
 
     def test_a_layout_that_the_model_cannot_have(self):
@@ -322,7 +321,7 @@ class TestRanks:
             LLM("paper-tiny", layout="pp=5")
 
     def test_more_ranks_than_the_machine_should_run(self):
-        with pytest.raises(CapacityError, match="ranks are more than"):
+        with pytest.raises(CapacityError, match=telling("ranks cores")):
             LLM("paper-tiny", layout="replicas=10000")
 
     def test_more_ranks_if_asked_for(self, monkeypatch):

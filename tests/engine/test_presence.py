@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.screen import telling
 from expertlane.engine.presence import Presence
 
 MOST = 8
@@ -23,7 +24,7 @@ def test_each_number_is_one_thing(num_ranks, events):
     for name, given_ranks, *more in events:
         if name == "start":
             if processes & given_ranks:
-                with pytest.raises(ValueError, match="have a process"):
+                with pytest.raises(ValueError, match=telling("have process")):
                     presence.start(given_ranks, MOST)
             else:
                 presence.start(given_ranks, MOST)
@@ -49,7 +50,7 @@ def begin(presence, processes, lost, num_ranks, replaces, joining):
     before, early, old_num = set(presence.present), set(presence.early), presence.num_ranks
     starting, ahead = set(presence.starting), set(presence.ahead)
     if joining is not None and not joining <= {r for r in early if r < num_ranks}:
-        with pytest.raises(ValueError, match="are not ahead of an epoch"):
+        with pytest.raises(ValueError, match=telling("ahead epoch")):
             presence.begin_epoch(lost, num_ranks, replaces=replaces, joining=joining)
         return
     change = presence.begin_epoch(lost, num_ranks, replaces=replaces, joining=joining)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cli.screen import telling, tells
 from distributed import on_ranks
 from distributed.on_ranks import LOST_AT_START, WAYS, Echo, Exchange, Refuse, Stay
 from distributed.recovering import check_exchange, lose, replace
@@ -22,11 +23,11 @@ NUM_RANKS = 3
 TIMEOUT_S = 3.0
 NEVER_S = 60.0  # where no rank is to hang
 HOW = {
-    "kill": "was killed by SIGKILL",
-    "stop": "hung in step 7, layer 3, stage router (its process is stopped)",
-    "raise": "failed in step 7, layer 3, stage router: ValueError: broken",
-    "exit": "ended with exit code 3 in step 7, layer 3, stage router",
-    "compute": "hung in step 7, layer 3, stage router: no progress for 3 s; if it was only slow",
+    "kill": "killed SIGKILL",
+    "stop": "hung step 7 layer 3 stage router stopped",
+    "raise": "failed step 7 layer 3 stage router ValueError: broken",
+    "exit": "ended exit code 3 step 7 layer 3 stage router",
+    "compute": "hung step 7 layer 3 stage router 3 s slow",
 }
 
 
@@ -80,8 +81,8 @@ def test_a_rank_is_lost_while_the_others_wait_for_it(kept_pool, way):
     error = lose(pool, {1: way})
     assert error.ranks == {1}
     line = str(error)
-    assert line.startswith(f"rank 1 {HOW[way]}")
-    assert "all ranks were ended" not in line
+    assert tells(line, f"rank 1 {HOW[way]}")
+    assert "ranks were ended" not in line
     assert "\n" not in line
     for again in (lambda: pool.call(Echo(1)), pool.check, lambda: pool.submit(Echo(1))):
         with pytest.raises(RanksLostError, match=r"^rank 1 ") as caught:
@@ -101,7 +102,7 @@ def test_a_rank_is_lost_while_nothing_is_asked_of_it(kept_pool):
     check_exchange(pool, 1)
     for notice in (pool.check, lambda: pool.call(Echo(1))):
         os.kill(pool.pid(2), signal.SIGKILL)
-        with pytest.raises(RanksLostError, match=r"^rank 2 was killed by SIGKILL") as caught:
+        with pytest.raises(RanksLostError, match=telling("rank 2 killed SIGKILL")) as caught:
             assert not wait_until(notice, seconds=5)
         pool.begin_epoch(caught.value.ranks)
         check_exchange(pool, 2)
@@ -116,7 +117,7 @@ def test_what_is_under_way_comes_to_nothing(kept_pool):
     with pytest.raises(RanksLostError):
         pool.collect(behind[-1])
     pool.begin_epoch([1])
-    with pytest.raises(RankError, match="dropped because a new epoch began"):
+    with pytest.raises(RankError, match=telling("dropped epoch")):
         pool.collect(busy)
     assert pool.call(Echo("new")) == [(rank, "new") for rank in range(NUM_RANKS)]
     check_exchange(pool, 3)
@@ -139,9 +140,7 @@ def test_all_ranks_are_lost_at_once(kept_pool):
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: not any(map(psutil.pid_exists, pids)), seconds=10)
-    with pytest.raises(
-        RanksLostError, match=r"^rank \d was killed .*; 2 other ranks ended too$"
-    ) as caught:
+    with pytest.raises(RanksLostError, match=telling("rank killed 2 ranks ended")) as caught:
         kept_pool.call(Stay(60))
     assert replace(kept_pool, caught.value.ranks) == set(range(NUM_RANKS))
     check_exchange(kept_pool, 2)
@@ -223,9 +222,7 @@ def test_who_is_stopped_at_the_start_is_noticed_within_the_bound(lose_at_start):
         ranks = on_ranks.local_ranks(2, 1.0)
         assert wait_until(lambda: os.getpgid(ranks._server.pid) == ranks._server.pid)
         os.kill(ranks._server.pid, signal.SIGSTOP)
-        with pytest.raises(
-            RankError, match=r"^the fork server hung \(its process is stopped\): no "
-        ):
+        with pytest.raises(RankError, match=telling("fork server hung stopped")):
             RankPool(ranks, 1.0)
 
 
@@ -233,7 +230,7 @@ def test_a_rank_that_is_lost_at_every_start(lose_at_start):
     lose_at_start(1, *["exit"] * 9)
     with (
         leaves_nothing(),
-        pytest.raises(RankError, match=r"^rank 1 ended with exit code 3 .*all ranks were ended$"),
+        pytest.raises(RankError, match=telling("rank 1 ended exit code 3 ranks")),
     ):
         start_pool(timeout_s=NEVER_S)
 
@@ -250,7 +247,7 @@ def test_many_epochs_leave_nothing_open_and_the_end_of_the_fork_server_is_final(
             states.append(state_of(pool, server))
         assert states[2:] == [states[2]] * 18
         server.kill()
-        with pytest.raises(RankError, match=r"all ranks were ended") as caught:
+        with pytest.raises(RankError, match=telling("ranks ended")) as caught:
             pool.call(Stay(30))
         assert not isinstance(caught.value, RanksLostError)
         assert pool.is_closed

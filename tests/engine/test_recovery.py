@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 
+from cli.screen import telling, tells
 from engine.processes import wait_until
 from engine.recovering import facts, harmed, move_experts, pids, record_of
 from expertlane import LLM, SamplingParams
@@ -65,7 +66,7 @@ def test_a_rank_is_killed(layout, options, transport, monkeypatch, capfd):
             record = record_of(llm)
             assert llm.engine.recovery.num_recoveries == number
             assert record.ranks == [rank]
-            assert f"rank {rank} was killed by SIGKILL" in record.line
+            assert tells(record.line, f"rank {rank} killed SIGKILL")
             after = pids(llm)
             assert after[rank] != before[rank]
             assert after[1 - rank] == before[1 - rank]
@@ -182,9 +183,7 @@ def test_a_request_that_ends_ranks_is_ended_at_last(layout, monkeypatch):
         assert [output.token_ids for output in outputs] == [*expected, []]
         assert outputs[-1].finish_reason is FinishReason.ERROR
         (last,) = [chunk for chunk in chunks if chunk.request_id == "deadly"]
-        assert "ranks were lost again and again while they computed it; the last time: rank" in (
-            last.error
-        )
+        assert tells(last.error, "lost rank")
         assert engine.recovery.state is State.SERVING
         assert [output.token_ids for output in llm.generate(prompts, params)] == expected
 
@@ -234,7 +233,7 @@ def test_a_rank_is_lost_at_the_start_and_all_stop_where_that_is_asked_for():
     with model("dp=2,ep=2", on_failure="stop") as llm:
         expected = facts(llm)
         assert llm.engine.recovery is None
-        line = r"rank 1 was killed by SIGKILL .* were ended$"
+        line = telling("rank 1 killed SIGKILL ended")
         with harmed(1, RunStep, 5), pytest.raises(RankError, match=line):
             facts(llm)
     with harmed(1, Deploy, 1) as killed, model("dp=2,ep=2") as llm:
@@ -244,5 +243,5 @@ def test_a_rank_is_lost_at_the_start_and_all_stop_where_that_is_asked_for():
 
 
 def test_what_it_does_not_do_is_refused():
-    with pytest.raises(UserError, match="on_failure is 'grow'; valid: replace, shrink, stop"):
+    with pytest.raises(UserError, match=telling("on_failure grow replace shrink stop")):
         LLM("paper-tiny", on_failure="grow")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cli.screen import telling, tells
 from engine.processes import wait_until
 from expertlane.engine import acceptor, rendezvous
 from expertlane.engine.acceptor import NodeAcceptor
@@ -165,9 +166,8 @@ def test_a_silent_stranger_is_refused_in_time(launcher, monkeypatch):
     assert is_refused(stranger)
     launcher.connect_all()
     launcher.wait()
-    assert launcher.lines == [
-        f"refused a connection from 127.0.0.1:{port(stranger)}: it sent no handshake in time"
-    ]
+    (line,) = launcher.lines
+    assert tells(line, f"refused 127.0.0.1:{port(stranger)} handshake time")
 
 
 def port(connection):
@@ -182,7 +182,7 @@ def test_a_stranger_who_resets_the_connection(launcher):
     stranger.close()
     launcher.connect_all()
     launcher.wait()
-    assert "Connection reset by peer" in launcher.lines[0]
+    assert tells(launcher.lines[0], "Connection reset by peer")
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_garbage(launcher, garbage):
     assert is_refused(stranger)
     launcher.connect_all()
     launcher.wait()
-    assert launcher.lines[0].endswith(": it sent no valid handshake")
+    assert tells(launcher.lines[0], "handshake")
 
 
 @pytest.mark.parametrize("index", range(1 + RANKS_PER_NODE))
@@ -216,9 +216,8 @@ def test_what_a_stranger_can_read_in_the_store_does_not_make_it_a_node(launcher,
     peers = launcher.wait()
     assert stranger.getsockname() != peers[node]
     assert is_refused(stranger)
-    assert launcher.lines == [
-        f"refused a connection from 127.0.0.1:{port(stranger)}: it is not node {node}"
-    ]
+    (line,) = launcher.lines
+    assert tells(line, f"refused 127.0.0.1:{port(stranger)} not node {node}")
 
 
 def test_a_node_that_is_connected_already_is_not_replaced(launcher):
@@ -287,13 +286,13 @@ def test_a_crowd_of_strangers_pushes_out_no_node_that_is_connected(launcher, mon
     launcher.wait()
     assert all(map(is_refused, strangers))
     assert len(launcher.lines) == 10
-    assert launcher.lines[-1].endswith("; more are not reported")
+    assert tells(launcher.lines[-1], "more reported")
 
 
 def test_nodes_that_do_not_connect(monkeypatch):
     monkeypatch.setattr(acceptor, "CONNECT_TIMEOUT_S", 0.3)
     ours, theirs = socket.socketpair()
-    line = r"^nodes \[1, 2\] did not connect within 0.3 s$"
+    line = telling("nodes [1, 2] connect 0.3 s")
     with listen("127.0.0.1", 3) as listener, ours, theirs:
         waiting = NodeAcceptor(listener, NUM_NODES, 1, print, print)
         waiting.expect_node(2)
@@ -330,7 +329,7 @@ def test_it_listens_at_the_master_address_alone():
 
 
 def test_a_master_address_of_another_host():
-    with pytest.raises(UserError, match=r"^cannot listen at MASTER_ADDR 192\.0\.2\.1: "):
+    with pytest.raises(UserError, match=telling("MASTER_ADDR 192.0.2.1")):
         listen("192.0.2.1", 2)
 
 
@@ -358,7 +357,7 @@ def test_a_master_address_that_means_this_host_alone(monkeypatch, addresses, cho
     monkeypatch.setattr(rendezvous.socket, "create_server", create_server)
     monkeypatch.setattr(rendezvous.socket, "getaddrinfo", getaddrinfo)
     if chosen is None:
-        with pytest.raises(UserError, match="MASTER_ADDR means this host alone"):
+        with pytest.raises(UserError, match=telling("MASTER_ADDR host alone")):
             listen("first", 2)
     else:
         listen("first", 2).close()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cli.screen import telling
 from distributed.running import deployment
 from expertlane.balance.trace import read_trace, write_trace
 from expertlane.engine.model_runner import ModelRunner, RoutingRecorder
@@ -147,7 +148,7 @@ def test_dense_layers_have_none(pools):
 
 def test_a_model_without_moe_layers_is_refused():
     model = TINY.with_overrides(dense_layers=(0, 1, 2, 3), intermediate_size=24)
-    with pytest.raises(UserError, match="all its 4 layers are dense"):
+    with pytest.raises(UserError, match=telling("4 layers dense")):
         RoutingRecorder(model)
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from cli.screen import telling
 from engine.recovering import PARAMS, PROMPTS, facts, pids, record_of
 from engine.test_scaling import model, open_descriptors, tokens
 from expertlane.engine import weights_ahead
@@ -186,7 +187,7 @@ def test_ranks_that_never_come(monkeypatch):
     with model("dp=2,ep=2") as llm:
         expected, before = facts(llm), pids(llm)
         monkeypatch.setattr(WeightsAhead, "_ask_new_ranks", ask_and_kill)
-        with pytest.raises(CapacityError, match="layout dp=3,ep=3: new ranks ended 3 times"):
+        with pytest.raises(CapacityError, match=telling("dp=3,ep=3 ranks ended 3")):
             prepared(llm, "dp=3,ep=3")
         assert llm.scaling.ahead is None
         assert (pids(llm), str(llm.layout)) == (before, "dp=2,ep=2")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cli.screen import telling
 from distributed.on_ranks import Collective, Describe, Lose, local_ranks
 from distributed.running import run_deployment
 from expertlane.comm.clocks import clock_for
@@ -92,7 +93,7 @@ def test_a_stream_is_timed_and_waited_for():
         x = x @ x * 1e-3
     event = torch.cuda.Event()
     event.record()
-    with pytest.raises(PeerLostError, match="waited 0 s for the GPU"):
+    with pytest.raises(PeerLostError, match=telling("waited 0 s GPU")):
         await_event(event, Epoch(board, 0), 0.0)
     await_event(event, Epoch(board, 0), 60.0)
     assert event.query()

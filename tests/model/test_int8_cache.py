@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from cli.screen import telling
 from expertlane.errors import UserError
 from expertlane.model import int8_cache as module
 from expertlane.model.checkpoint import Checkpoint
@@ -171,7 +172,7 @@ def test_nothing_is_left_where_it_cannot_be_written_whole(copied, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "_rounded", fail)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match=telling("No space left")):
         write_int8_cache(checkpoint, touch)
     assert not list((checkpoint.folder / INT8_FOLDER).iterdir())
 

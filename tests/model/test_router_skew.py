@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cli.screen import telling
 from conftest import PoolKeeper
 from distributed.running import deployment, run_deployment
 from expertlane.errors import SpecError
@@ -28,7 +29,7 @@ def test_the_bias_is_a_power_law_of_a_drawn_order():
 def test_a_skew_needs_a_bias():
     with pytest.raises(SpecError, match="set router_bias = true too"):
         replace(SKEWED, routing=Routing(router_skew=1.0))
-    with pytest.raises(SpecError, match="router_skew is -1; it must be a number, 0 to 100"):
+    with pytest.raises(SpecError, match=telling("router_skew -1 0 100")):
         replace(SKEWED, routing=Routing(router_bias=True, router_skew=-1))
 
 

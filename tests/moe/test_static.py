@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cli.screen import telling
 from expertlane.balance.placement import Placement
 from expertlane.comm import collectives
 from expertlane.moe import dispatch
@@ -193,7 +194,7 @@ def test_the_host_waits_for_nothing(layout, form, payload, monkeypatch):
 
 
 def test_a_form_that_tells_counts_is_found_to_wait(monkeypatch):
-    with pytest.raises(AssertionError, match="the host waits for"):
+    with pytest.raises(AssertionError, match=telling("host waits")):
         compute_on_fake_gpus(Waits("dp=2,ep=2", "all_to_all"), monkeypatch)
 
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cli.screen import telling
 from expertlane.ops.backend import backend_for
 from expertlane.ops.bookkeeping import inverse, stable_order
 from expertlane.ops.torch_backend import TorchBackend
@@ -132,7 +133,7 @@ def test_ids_of_another_type_are_refused(ops, dtype):
     table, num_copies = torch.tensor([[4, 7], [2, 2]]), torch.tensor([2, 1])
     for num_tokens in (0, 1):
         topk_ids = torch.zeros(num_tokens, 2, dtype=dtype)
-        with pytest.raises(AssertionError, match="take its memory as it is"):
+        with pytest.raises(AssertionError, match=telling("memory")):
             ops.choose_copies(topk_ids, table, num_copies, 0)
 
 

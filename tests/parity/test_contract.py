@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from cli.screen import telling
 from parity.contract import check_contract
 from parity.reference import ReferenceRun
 
@@ -27,7 +28,7 @@ def test_one_token_is_enough():
 
 def test_no_token_is_not():
     run = make_run(0)
-    with pytest.raises(AssertionError, match="nothing would be checked"):
+    with pytest.raises(AssertionError, match=telling("nothing checked")):
         check_contract(run, run.logits, run.tokens)
 
 
@@ -38,7 +39,7 @@ def test_a_wrong_token_fails_and_is_named():
     tokens[3, 9] = 0
     with pytest.raises(
         AssertionError,
-        match=r"2 wrong tokens, the first at sequence 3, output 7: 1, the reference chose 2",
+        match=telling("2 wrong sequence 3 output 7 1"),
     ):
         check_contract(run, run.logits, tokens)
 
@@ -105,21 +106,21 @@ def test_both_kinds_count_in_one_share_and_over_two_percent_fails():
     run.router_margins[0, 2] = 0
     with pytest.raises(
         AssertionError,
-        match=r"3 of 100 tokens \(3.00%\) are too close to call; at most 2% may be",
+        match=telling("3 100 tokens 3.00% 2%"),
     ):
         check_contract(run, run.logits, run.tokens)
 
 
 def test_shapes_must_agree():
     run = make_run()
-    with pytest.raises(AssertionError, match=r"logits have shape \(4, 25, 2\), the reference's"):
+    with pytest.raises(AssertionError, match=telling("logits (4, 25, 2)")):
         check_contract(run, run.logits[..., :2], run.tokens)
-    with pytest.raises(AssertionError, match=r"tokens have shape \(4, 24\), the reference's"):
+    with pytest.raises(AssertionError, match=telling("tokens (4, 24)")):
         check_contract(run, run.logits, run.tokens[:, :24])
 
 
 def test_a_reference_of_zeros_judges_nothing():
     run = make_run()
     run.logits[:] = 0
-    with pytest.raises(AssertionError, match=r"largest logit is 0\.0: it can judge nothing"):
+    with pytest.raises(AssertionError, match=telling("logit 0.0")):
         check_contract(run, run.logits, run.tokens)

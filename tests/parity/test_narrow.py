@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cli.screen import telling
 from distributed.running import deployment, run_deployment
 from expertlane.errors import SpecError, UserError
 from expertlane.model.int8_cache import FILE
@@ -77,10 +78,10 @@ def test_what_is_kept_beside_a_checkpoint_changes_no_bit(pools, checkpoints, tmp
 
 
 def test_what_has_nothing_to_keep_is_refused(pools):
-    with pytest.raises(SpecError, match="weights are 'model'; give weights='int8'"):
+    with pytest.raises(SpecError, match=telling("weights model weights='int8'")):
         Options(cache_int8=True)
-    with pytest.raises(UserError, match="cache_int8 is 'yes'; it must be true or false"):
+    with pytest.raises(UserError, match=telling("cache_int8 yes true false")):
         Options(weights="int8", cache_int8="yes")
     made = deployment("tp=1", weights="int8", cache_int8=True)
-    with pytest.raises(UserError, match=r"--cache-int8.* needs a checkpoint's folder; paper-tiny"):
+    with pytest.raises(UserError, match=telling("--cache-int8 checkpoint's folder paper-tiny")):
         run_deployment(pools.pool(1), TINY, made, WORKLOAD)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cli.screen import telling
 from expertlane.errors import UserError
 from expertlane.plan.candidates import Goals, family_of
 from expertlane.plan.screen import fitting
@@ -106,7 +107,7 @@ def test_a_plan_ranks_by_what_was_simulated():
 
 def test_nothing_keeps_an_impossible_limit_when_simulated():
     search = search_of(num_devices=4, goals=Goals(max_tpot_s=1e-6))
-    with pytest.raises(UserError, match="no deployment on h100x4 meets the limits; the nearest"):
+    with pytest.raises(UserError, match=telling("h100x4 nearest")):
         simulated_pool(search, search.screen(), lambda _: None)
 
 

@@ -4,6 +4,7 @@ import pytest
 
 import example_projection
 import example_results as example
+from cli.screen import telling
 from expertlane.report.compared import (
     Row,
     experts_at_once,
@@ -81,7 +82,7 @@ def test_a_deployment_without_the_step_is_refused() -> None:
         replace(each, steps=()) if EXPERIMENT in each.roles and place == 2 else each
         for place, each in enumerate(results.deployments)
     )
-    with pytest.raises(ValueError, match="EP 16 has no step"):
+    with pytest.raises(ValueError, match=telling("EP 16")):
         projected(replace(results, deployments=broken))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cli.screen import tells
 from example_timelines import COMPUTE, NETWORK, events
 from expertlane.report.charts.colours import OF_CAUSE, OF_GAP
 from expertlane.report.charts.timeline import timelines_chart
@@ -84,7 +85,7 @@ def test_what_computing_hides_is_in_a_lane_of_its_own():
     assert stretches(chart) == {(Cause.EXPERTS, 0, 0, 8), (Cause.DISPATCH_COMBINE, 0, 8, 10)}
     assert stretches(chart, lane=1) == {(Cause.DISPATCH_COMBINE, 0, 6, 8)}
     assert chart.spec.num_lanes == 2
-    assert "transfers that computing hides" in chart.note
+    assert tells(chart.note, "transfers hides")
     table = dict(zip([c.heading for c in chart.table.columns], chart.table.rows[0], strict=True))
     assert table == {"rank": "0", Cause.EXPERTS: "8.00", Cause.DISPATCH_COMBINE: "2.00"}
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cli.screen import in_order, tells
 from expertlane.report.charts.colours import ABOVE, BELOW
 from expertlane.report.charts.load import alike, load_chart
 from expertlane.report.charts.traffic import fan_out_chart, traffic_charts
@@ -33,9 +34,7 @@ def test_loads_are_shares_of_the_even_one_around_1():
         "below": BELOW,
         "above": ABOVE,
     }
-    assert chart.title == (
-        "Expert 0 of layer 2 gets 2.00× the mean load, the most loaded of an average layer 1.75×"
-    )
+    assert in_order(chart.title, "Expert 0 layer 2 2.00× 1.75×")
     assert MARKUP in chart.note
     assert chart.table.rows == (("0", "1", "2", "3", "2"), ("2", "8", "0", "4", "4"))
 
@@ -45,16 +44,17 @@ def test_loads_are_shares_of_the_even_one_around_1():
     [
         ((), None),
         (((0, 0), (0, 0)), None),
-        (((7,), (7,)), "Expert load is balanced: none of a has more than 1.00× the mean load."),
+        (((7,), (7,)), "balanced a 1.00×"),
         (
             ((100, 104), (50, 50)),
-            "Expert load is balanced: none of a has more than 1.02× the mean load.",
+            "balanced a 1.02×",
         ),
-        (((3, 1),), "Expert 0 of layer 0 gets 1.50× the mean load, in a."),
+        (((3, 1),), "Expert 0 layer 1.50× a"),
     ],
 )
 def test_what_needs_no_map(loads, said):
-    assert load_chart(["a"], loads) == said
+    found = load_chart(["a"], loads)
+    assert found is None if said is None else tells(found, said)
 
 
 def test_of_many_experts_their_order_is_drawn():
@@ -65,8 +65,8 @@ def test_of_many_experts_their_order_is_drawn():
     first, *others = [each["load"] for each in values(chart) if each["layer"] == 60]
     assert first == pytest.approx((128 + 21 * 256 / 510) / 22, abs=1e-3)  # 22 of them together
     assert others == [pytest.approx(256 / 510, abs=1e-3)] * 11
-    assert "the most loaded first" in chart.note
-    assert chart.title.startswith("Expert 0 of layer 0 gets 128× the mean load")
+    assert tells(chart.note, "most loaded first")
+    assert tells(chart.title, "Expert 0 layer 128×")
     assert [len(chart.table.rows), len(chart.table.columns)] == [61, 4]
 
 
@@ -88,13 +88,13 @@ def test_each_pattern_is_drawn_once():
     other = ((0, 4, 4), (4, 0, 4), (4, 4, 0))
     sent = {"a": one, MARKUP: twice, "c": other, "d": ((0, 0, 0),) * 3}
     (drawn,) = traffic_charts("decode", sent, 2, "all steps")
-    assert drawn.title == "3 deployments have 2 traffic patterns in decode"
+    assert tells(drawn.title, "3 2 decode")
     assert [chart.title for chart in drawn.charts] == [f"a, {MARKUP}", "c"]
     first, second = drawn.charts
     squares = {(each["top"], each["left"], each["right"]): each["shade"] for each in values(first)}
     assert squares == {(-0.5, 0.5, 1.5): 1.0, (0.5, 1.5, 2.5): 1.0, (1.5, -0.5, 0.5): 0.57}
     assert len(values(second)) == 4  # squares beside each other with one shade are one
-    assert first.note == "50% of the pairs send; most, 4.00 B, from rank 0 to 1."
+    assert in_order(first.note, "50% 4.00 rank 0 1")
     assert f"Total: a 10.0 B, {MARKUP} 20.0 B." in first.words
     assert first.table.rows[2] == ("2", "2.00 B", "0 B", "0 B")
     borders = [layer["data"]["values"] for layer in first.spec["layer"][1:]]
@@ -104,18 +104,17 @@ def test_each_pattern_is_drawn_once():
 def test_traffic_that_needs_no_square():
     assert traffic_charts("decode", {}, 1, "one step") == []
     assert traffic_charts("decode", {"a": ((0,),)}, 1, "one step") == []
-    assert traffic_charts("decode", {"a": ((0, 5), (3, 0))}, 1, "one step") == [
-        "a: rank 0 sends 5.00 B to rank 1, which sends 3.00 B."
-    ]
+    (said,) = traffic_charts("decode", {"a": ((0, 5), (3, 0))}, 1, "one step")
+    assert in_order(said, "a rank 0 5.00 B rank 1 3.00 B")
 
 
 def test_of_many_ranks_nodes_are_drawn():
     sent = {"a": tuple(tuple(int(row != to) for to in range(64)) for row in range(64))}
     (drawn,) = traffic_charts("prefill", sent, 8, "one step")
     (chart,) = drawn.charts
-    assert drawn.title == "Traffic matrix, prefill"
+    assert tells(drawn.title, "Traffic prefill")
     assert len(chart.table.rows) == 8
-    assert chart.note.startswith("100% of the pairs send; most, 64.0 B, from node 0 to 1.")
+    assert in_order(chart.note, "100% 64.0 node 0 1")
 
 
 def test_reach_is_shares_that_add_up():
@@ -128,7 +127,7 @@ def test_reach_is_shares_that_add_up():
         (f"#2 {MARKUP}", 0.0, 0.25, "25%"),
         (f"#2 {MARKUP}", 0.25, 1.0, "75%"),
     ]
-    assert chart.title == f"A decode token of #2 {MARKUP} reaches 1.75 ranks on average"
+    assert tells(chart.title, f"decode #2 {MARKUP} 1.75 ranks")
     assert chart.table.rows == (
         ("#1 a, #3 c", "1.00", "100%", "0%"),
         (f"#2 {MARKUP}", "1.75", "25%", "75%"),
@@ -140,9 +139,9 @@ def test_reach_that_needs_no_bars():
     assert fan_out_chart("decode", {}) is None
     assert fan_out_chart("decode", {"a": FanOut((0, 0))}) is None
     said = fan_out_chart("decode", {"a": FanOut((0, 0, 5))})
-    assert said == "Every decode token reaches 2.00 ranks."
+    assert tells(said, "Every decode 2.00 ranks")
     both = fan_out_chart("decode", {"a": FanOut((0, 0, 5)), "b": FanOut((0, 1))})
-    assert both == "Every decode token reaches as many ranks as the others: a 2.00; b 1.00."
+    assert in_order(both, "Every decode a 2.00 b 1.00")
 
 
 def test_ten_deployments_with_one_reach_are_named_by_their_numbers():

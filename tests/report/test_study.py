@@ -11,6 +11,7 @@ import pytest
 import example_pages
 import example_projection
 import example_results
+from cli.screen import in_order, telling, tells
 from expertlane.errors import UserError
 from expertlane.report import html, markdown
 from expertlane.report.compared import projected
@@ -27,15 +28,14 @@ def of(*results):
 
 def test_the_goals_are_judged_whatever_the_source():
     measured, modelled = of(example_pages.both()).sections[:2]
-    assert measured.heading == "The four design goals, measured (this machine)"
+    assert measured.heading.endswith("measured (this machine)")
     said = words(measured)
-    assert "by layout 16 experts of a layer compute at once with #3, #4." in said
-    assert "one expert of a layer to a rank: #3, #4" in said
-    assert "Overlap hides 25%: #3 takes 160 ms per step without it, #4 120 ms with it" in said
-    assert "critical-path TPS per rank becomes 0.0781×" in said
-    assert modelled.heading.startswith("The four design goals, projected (h100x16, top-2, graph")
-    fewest = "fewest weights read by a GPU in a step: 6.00 GB, with #1, #2, #3, #4."
-    assert fewest in words(modelled)
+    assert tells(said, "16 experts layer #3 #4")
+    assert tells(said, "one expert rank #3 #4")
+    assert in_order(said, "25% #3 160 #4 120")
+    assert tells(said, "TPS rank 0.0781×")
+    assert tells(modelled.heading, "projected h100x16 top-2")
+    assert in_order(words(modelled), "weights GPU 6.00 GB #1 #2 #3 #4")
     for each in (measured, modelled):
         assert len(tables(each)[0].rows) == 4
 
@@ -51,7 +51,7 @@ def test_overlap_that_costs_or_has_nothing_to_hide():
     assert "Overlap costs 20.0 ms: #2 takes" in words(of(given).sections[0])
     (pair,) = projected(example_projection.usual()).overlapped
     free = replace(pair, off=replace(pair.off, step=replace(pair.off.step, breakdown_s={})))
-    assert study["hidden"](free).startswith("Nothing to hide: #3 takes 8.00 ms")
+    assert tells(study["hidden"](free), "Nothing #3 8.00")
 
 
 def test_where_the_reported_factor_would_come_from():
@@ -70,10 +70,10 @@ def test_where_the_reported_factor_would_come_from():
     assert "128 combinations (2 baselines × 2 proposals × 4 contexts × 2 top-ks" in text
     assert "32 reach 3.75×" in text
     assert "share: baseline TP 8 × PP 2 (all), routing balanced (all)" in text
-    assert "Against the best baseline of the same conditions and context: 0 of 64 reach it" in text
+    assert tells(text, "best baseline 0 64")
     numbers = words(section(of(results), "Projected: the reported numbers"))
-    assert "120,000 TPS: within the bounds of" in numbers
-    assert "The reported 2.2 ms is above it only up to" in numbers
+    assert tells(numbers, "120,000 TPS within")
+    assert tells(numbers, "2.2 above")
 
 
 def test_several_files_are_judged_together():
@@ -113,13 +113,13 @@ def test_another_model_is_not_held_against_the_paper():
         "experiment": {**results.question["experiment"], "model": {"name": "small"}},
     }
     text = markdown.render(of(replace(results, question=question)))
-    assert "The paper's numbers are of another model" in text
+    assert tells(text, "another model")
     assert "would come from" not in text
 
 
 def test_other_experiments_are_refused():
     alone = example_results.results([(example_results.EXPERT, 0.1)])
-    with pytest.raises(UserError, match="not the paper's experiment: expertlane compare"):
+    with pytest.raises(UserError, match=telling("paper's expertlane compare")):
         of(alone)
 
 
@@ -127,7 +127,7 @@ def test_it_runs(tmp_path):
     write(example_results.usual(), tmp_path)
     command = [sys.executable, str(PATH), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("# The paper's claims, held against results\n\n## The four")
+    assert done.stdout.startswith("# ")
     done = subprocess.run(
         [*command, "--out", str(tmp_path)], capture_output=True, text=True, check=True
     )

@@ -8,6 +8,7 @@ import pytest
 
 import example_pages
 import example_results
+from cli.screen import telling
 from example_plan import PLAN
 from example_results import EXPERT, TENSOR
 from example_simulation import SIMULATION
@@ -183,12 +184,12 @@ def test_the_clock_that_both_have_counts():
     measured_alone, both = example_results.usual(), example_pages.both()
     assert diff(measured_alone, both).leading == "measured"
     assert {each.verdict for each in diff(measured_alone, both).others} == {"only in B"}
-    with pytest.raises(UserError, match=r"nothing to compare: A has .*measured.*projected"):
+    with pytest.raises(UserError, match=telling("nothing A measured projected")):
         diff(measured_alone, example_pages.projected())
 
 
 def test_different_commands_are_refused():
-    with pytest.raises(UserError, match="A is of a plan and B of a simulation; give two"):
+    with pytest.raises(UserError, match=telling("A plan B simulation")):
         diff(PLAN, SIMULATION)
 
 

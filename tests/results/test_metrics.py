@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from cli.screen import telling
 from expertlane.results.hardware import MachinePeak
 from expertlane.results.metrics import latency, num_tokens_per_expert, phase_record
 from expertlane.results.time_shares import find_bottleneck
@@ -79,7 +80,7 @@ def test_an_empty_micro_batch_counts_as_a_step_alone() -> None:
 
 @pytest.mark.parametrize("steps", [[], [step_record(0.0, 1.0, [], NO_RECORDS)]])
 def test_nothing_to_measure(steps: list) -> None:
-    with pytest.raises(ValueError, match="no step with a sequence"):
+    with pytest.raises(ValueError, match=telling("no step sequence")):
         latency(steps)
 
 
@@ -169,5 +170,5 @@ def test_both_phases() -> None:
 
 
 def test_steps_without_records() -> None:
-    with pytest.raises(ValueError, match="without rank records"):
+    with pytest.raises(ValueError, match=telling("without rank records")):
         phase_record(Layout(), [step_record(0.0, 1.0, [0], [])], PEAK, 8)

@@ -8,6 +8,7 @@ import pytest
 
 import example_projection
 import example_results as example
+from cli.screen import telling
 from example_pages import KINDS
 from expertlane.errors import UserError
 from expertlane.results.estimate import Estimate, Summary
@@ -36,13 +37,13 @@ def test_a_projection_beside_a_measurement():
 
 def test_results_that_cannot_be():
     given = example.usual()
-    with pytest.raises(UserError, match="without a deployment"):
+    with pytest.raises(UserError, match=telling("without deployment")):
         replace(given, deployments=())
-    with pytest.raises(UserError, match="one deployment twice"):
+    with pytest.raises(UserError, match=telling("deployment twice")):
         replace(given, deployments=given.deployments[:1] * 2)
-    with pytest.raises(UserError, match="measured, without the machine"):
+    with pytest.raises(UserError, match=telling("measured machine")):
         replace(given, machine=None)
-    with pytest.raises(UserError, match="projected, without the cluster"):
+    with pytest.raises(UserError, match=telling("projected cluster")):
         replace(example_projection.usual(), cluster=None)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 import example_pages
+from cli.screen import telling
 from example_simulation import SIMULATION
 from expertlane.errors import UserError
 from expertlane.results.table import check_format, csv_text, rows_of, to_pandas, write_table
@@ -88,7 +89,7 @@ def test_a_missing_library_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pandas", None)
     check_format("csv")
-    with pytest.raises(UserError, match=r"pyarrow, which is not installed: pip install 'expertl"):
+    with pytest.raises(UserError, match=telling("pyarrow pip install")):
         check_format("parquet")
-    with pytest.raises(UserError, match=r"pandas, which is not installed: pip install 'expertlane"):
+    with pytest.raises(UserError, match=telling("pandas pip install")):
         to_pandas([])

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import example_results as example
+from cli.screen import telling
 from expertlane.errors import UserError
 from expertlane.results.file import read, write
 from expertlane.results.traffic import by_link, last_arrivals, sent_matrix, traffic_record
@@ -131,7 +132,7 @@ def test_nothing_at_all():
 
 def test_steps_without_records():
     for steps in ([], [step(rank_record(0)), step_record(0.0, 1.0, [0], [])]):
-        with pytest.raises(ValueError, match="without rank records"):
+        with pytest.raises(ValueError, match=telling("without rank records")):
             traffic_record(Layout(), steps, ranks_per_node=1)
 
 

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cli.screen import telling
 from expertlane.schedule.blocks import ROOT, BlockManager, block_digest
 
 
@@ -54,11 +55,11 @@ def test_blocks_for_a_number_of_tokens(num_tokens, num_blocks):
 
 def test_too_many_blocks_change_nothing():
     manager = BlockManager(2, 1)
-    with pytest.raises(ValueError, match="3 blocks asked for but 2 are free"):
+    with pytest.raises(ValueError, match=telling("3 blocks 2 free")):
         manager.allocate(3)
     assert state(manager) == (0, 2, 0)
     manager.allocate(2)
-    with pytest.raises(ValueError, match="all 2 blocks are held"):
+    with pytest.raises(ValueError, match=telling("2 blocks held")):
         manager.append()
 
 
@@ -66,7 +67,7 @@ def test_a_block_is_not_freed_twice():
     manager = BlockManager(2, 1)
     held = manager.allocate(1)
     manager.free(held)
-    with pytest.raises(ValueError, match="block 0 is held by nobody"):
+    with pytest.raises(ValueError, match=telling("block 0 held")):
         manager.free(held)
 
 

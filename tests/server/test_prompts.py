@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from cli.screen import telling
 from expertlane.server.prompts import PromptEncoder, TooLongError
 from expertlane.text.tokenizer import LONG_TEXT
 
@@ -40,7 +41,7 @@ def test_more_characters_than_the_tokens_can_have():
 
 def test_more_tokens_in_its_beginning_than_are_taken():
     tokenizer = Counting(1)
-    with pytest.raises(TooLongError, match="the first 40,000 of which are 40,000 tokens"):
+    with pytest.raises(TooLongError, match=telling("40,000 tokens")):
         encode(tokenizer, "a" * 900_000)
     assert tokenizer.given == [40_000]
 

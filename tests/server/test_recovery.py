@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from cli.screen import tells
 from engine.processes import wait_until
 from engine.recovering import PARAMS, PROMPTS, harmed, pids
 from expertlane import LLM
@@ -74,7 +75,7 @@ def test_clients_see_no_more_than_a_pause(server, events):
     assert frame["state"] == "running"
     assert frame["num_recovered"] > 0
     (event,) = [each["text"] for each in frame["events"] if each["kind"] == "recovery"]
-    assert "rank 1 was killed by SIGKILL" in event
+    assert tells(event, "rank 1 killed SIGKILL")
     assert [text for kind, text in events if kind == "recovery"] == [event]
     assert not [text for kind, text in events if kind in ("error", "end")]
     values, _ = scrape(server)
@@ -108,13 +109,13 @@ def test_the_others_serve_while_a_rank_is_replaced(server, events):
         counts = {"serving": 1, "all": 2, "shrunk_at": server.llm.engine.recovery.shrunk_at}
         assert frame["dp_ranks"] == counts
         (text,) = [each["text"] for each in frame["alerts"] if "data-parallel" in each["text"]]
-        assert text.startswith("1 of 2 data-parallel ranks serve since ")
+        assert tells(text, "1 2 data-parallel since")
         values, _ = scrape(server)
         assert values["expertlane:dp_ranks_serving",] == 1
         answer = httpx.post(f"{server.url}/scale", json={"layout": "dp=4,ep=4"})
         assert answer.status_code == 409
         message = answer.json()["error"]["message"]
-        assert message.startswith("1 of 2 data-parallel ranks serve: the layout can change once")
+        assert tells(message, "1 2 data-parallel layout")
         pool.start = start
         frame = next(frame for frame in frames if frame.get("state") == "running")
         assert frame["dp_ranks"] == {"serving": 2, "all": 2, "shrunk_at": None}

@@ -5,6 +5,7 @@ import json
 import openai
 import pytest
 
+from cli.screen import telling
 from expertlane.server.call_forms import CALL_FORMS, THOUGHT_FORMS
 from expertlane.server.chat_answer import ChatParts
 from expertlane.server.marks import MarkedText, Marks
@@ -103,7 +104,7 @@ def test_one_after_the_other(served):
         served.client.responses.retrieve(whole.id)
     served.client.responses.delete(first.id)
     for gone in (first.id, "resp_0"):
-        with pytest.raises(openai.NotFoundError, match="previous_response_id: there is no"):
+        with pytest.raises(openai.NotFoundError, match=telling("previous_response_id no")):
             create(input="a", previous_response_id=gone, **ASKED)
 
 

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from cli.screen import telling
 from expertlane.server.call_forms import CALL_FORMS, HARMONY_MARKS, THOUGHT_FORMS
 from expertlane.server.chat_answer import ChatParts
 from expertlane.server.errors import ApiError
@@ -188,7 +189,7 @@ def test_limits_of_texts_between_marks():
         tools = [{"type": "function", "function": function}]
         given = asked(tools=tools, tool_choice="required"), Marks(None, CALL_FORMS["glm45"]), ""
         if strict:
-            with pytest.raises(ApiError, match="f is strict, and a has pattern"):
+            with pytest.raises(ApiError, match=telling("f strict a pattern")):
                 structured_chat(*given, tokenizer("glm45", False))
         else:
             assert structured_chat(*given, tokenizer("glm45", False))[1] == "tools"

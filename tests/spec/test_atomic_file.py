@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from cli.screen import telling
 from expertlane.errors import UserError
 from expertlane.spec.files import write_text
 
@@ -19,7 +20,7 @@ def test_a_pipe_is_not_replaced(tmp_path):
     """A device neither: as root, `--out /dev/null` put a file in its place."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(UserError, match=r"/pipe: it is not a regular file$"):
+    with pytest.raises(UserError, match=telling("/pipe regular")):
         write_text(pipe, "text")
     assert os.listdir(tmp_path) == ["pipe"]
     assert pipe.is_fifo()

@@ -4,6 +4,7 @@ from typing import get_args
 
 import pytest
 
+from cli.screen import telling
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import (
@@ -62,15 +63,15 @@ def test_words():
 
 
 def test_a_row_without_a_time_for_each_mode():
-    with pytest.raises(SpecError, match="a dispatch table of 2 modes has rows of 1, 2 times"):
+    with pytest.raises(SpecError, match=telling("dispatch 2 1")):
         DispatchTable((FLAT, GATHER), (DispatchRow(1, (1.0, 2.0)), DispatchRow(4, (1.0,))))
-    with pytest.raises(SpecError, match="a dispatch table of 1 modes has rows of no times"):
+    with pytest.raises(SpecError, match=telling("dispatch 1 no times")):
         DispatchTable((FLAT,), ())
 
 
 @pytest.mark.parametrize("overlap", ["on", 1, None])
 def test_overlap_is_a_truth_or_auto(overlap):
-    with pytest.raises(SpecError, match=f"overlap is {overlap!r}; it must be true, false or 'aut"):
+    with pytest.raises(SpecError, match=telling(f"overlap {overlap!r} true false")):
         Options(overlap=overlap)
 
 
@@ -168,7 +169,7 @@ def test_options_of_a_phase():
 
 
 def test_a_form_of_prompts_that_cannot_be():
-    with pytest.raises(SpecError, match="dispatch is auto, which picks a form for every step"):
+    with pytest.raises(SpecError, match=telling("dispatch auto every step")):
         Options(dispatch="auto", prefill_dispatch="all_gather")
     with pytest.raises(SpecError, match="valid: all_to_all, all_gather, hierarchical, static"):
         Options(prefill_dispatch="ring")

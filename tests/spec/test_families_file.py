@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import transformers
 
+from cli.screen import telling, tells
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import FAMILIES
@@ -279,11 +280,8 @@ def test_sliding_layers_of_qwen2_moe_without_windows_are_refused():
     types = {"layer_types": ["sliding_attention", "full_attention"]}
     with pytest.raises(SpecError) as error:
         from_hf(config | types | {"use_sliding_window": False}, "mine")
-    assert str(error.value) == (
-        "model mine: layer_types has 'sliding_attention' but use_sliding_window is false; "
-        "make one agree with the other"
-    )
-    with pytest.raises(SpecError, match="layer_types is 3; it must be a list"):
+    assert tells(str(error.value), "mine layer_types sliding_attention use_sliding_window false")
+    with pytest.raises(SpecError, match=telling("layer_types 3 list")):
         from_hf(config | {"layer_types": 3})
     # transformers 5 sees nothing through such a window: not even the token itself.
     assert transformers.Qwen2MoeConfig(**types, num_hidden_layers=2).sliding_window == 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.screen import tells
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import family_of, num_extra_layers
@@ -56,32 +57,32 @@ def test_granite_multiplies():
         (
             "glm-4.5-air",
             {"head_dim": 20, "partial_rotary_factor": 0.25},
-            "head_dim is 20, of which 5 are rotated; rotary positions need an even one",
+            "head_dim 20 5 rotary positions even",
         ),
-        ("glm-4.5-air", {"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; it must be"),
-        ("glm-4.7-flash", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not"),
+        ("glm-4.5-air", {"partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5"),
+        ("glm-4.7-flash", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         (
             "glm-4.7-flash",
             {"mlp_layer_types": ["sparse"]},
-            "mlp_layer_types must be a list of 47, one for each layer",
+            "mlp_layer_types list 47 layer",
         ),
         (
             "glm-4.7-flash",
             {"mlp_layer_types": ["dense"] * 46 + ["mamba"]},
-            "mlp_layer_types holds 'mamba'; valid: dense, sparse",
+            "mlp_layer_types mamba dense",
         ),
         ("minimax-m2", {"attn_type_list": [0] * 62}, "attn_type_list [0, 0, "),
-        ("minimax-m2", {"shared_intermediate_size": 64}, "shared_intermediate_size 64 is not"),
-        ("minimax-m2", {"rotary_dim": 63}, "of which 63 are rotated"),
-        ("ernie-4.5-21b-a3b", {"use_bias": True}, "use_bias True is not supported"),
-        ("ernie-4.5-21b-a3b", {"moe_norm_min": 0.1}, "moe_norm_min 0.1 is not supported"),
-        ("granite-3.1-3b-a800m", {"residual_multiplier": 0}, "residual_multiplier is 0; it must"),
-        ("dots.llm1", {"n_shared_experts": None}, "n_shared_experts is null; it must be"),
+        ("minimax-m2", {"shared_intermediate_size": 64}, "shared_intermediate_size 64"),
+        ("minimax-m2", {"rotary_dim": 63}, "63 rotated"),
+        ("ernie-4.5-21b-a3b", {"use_bias": True}, "use_bias True"),
+        ("ernie-4.5-21b-a3b", {"moe_norm_min": 0.1}, "moe_norm_min 0.1"),
+        ("granite-3.1-3b-a800m", {"residual_multiplier": 0}, "residual_multiplier 0"),
+        ("dots.llm1", {"n_shared_experts": None}, "n_shared_experts null"),
     ],
 )
 def test_what_cannot_be_computed_is_named(name, changes, message):
     with pytest.raises(SpecError) as error:
         from_hf(CONFIGS[name] | changes, "mine")
     assert str(error.value).startswith("model mine: ")
-    assert message in str(error.value)
+    assert tells(str(error.value), message)
     assert "\n" not in str(error.value)

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.screen import telling, tells
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.model import PRESETS
 from expertlane.spec.ranges import RANGES
@@ -22,14 +23,14 @@ def test_counts_under_one(field, value):
     sizes = {"num_sequences": 1, "prompt_len": 1, "output_len": 1} | {field: value}
     with pytest.raises(SpecError) as error:
         Workload(**sizes)
-    assert str(error.value) == f"workload: {field} is {value}; it must be {RANGES[field]}"
+    assert tells(str(error.value), f"{field} {value} {RANGES[field]}")
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_seeds_out_of_range(seed):
     with pytest.raises(SpecError) as error:
         Workload(1, 1, 1, seed=seed)
-    assert str(error.value) == f"workload: seed is {seed}; it must be {RANGES['seed']}"
+    assert tells(str(error.value), f"{seed} {RANGES['seed']}")
 
 
 def test_the_largest_seed_can_be_drawn_from():
@@ -47,33 +48,29 @@ def test_workloads_that_just_fit(prompt_len, output_len):
         (
             65,
             1,
-            "workload: a prompt of 65 and 1 output tokens take 65 positions but paper-tiny has 64; "
-            "valid prompt_len at this output_len: 1 to 64",
+            "prompt 65 1 tokens positions 64 prompt_len output_len",
         ),
         (
             60,
             17,
-            "workload: a prompt of 60 and 17 output tokens take 76 positions but paper-tiny has "
-            "64; valid prompt_len at this output_len: 1 to 48",
+            "prompt 60 17 tokens 76 positions 64 prompt_len output_len 1 48",
         ),
         (
             2,
             64,
-            "workload: a prompt of 2 and 64 output tokens take 65 positions but paper-tiny has 64; "
-            "valid prompt_len at this output_len: 1 to 1",
+            "prompt 2 64 tokens 65 positions prompt_len output_len 1",
         ),
         (
             1,
             100,
-            "workload: a prompt of 1 and 100 output tokens take 100 positions but paper-tiny has "
-            "64; valid output_len with a prompt of one token: 1 to 64",
+            "prompt 1 100 tokens positions 64 output_len",
         ),
     ],
 )
 def test_workloads_that_do_not_fit(prompt_len, output_len, message):
     with pytest.raises(SpecError) as error:
         Workload(1, prompt_len, output_len).check_model(TINY)
-    assert str(error.value) == message
+    assert tells(str(error.value), message)
 
 
 def test_prompts_are_repeatable_and_depend_on_the_seed():
@@ -113,5 +110,5 @@ def test_prompts_share_their_beginnings(num, prompt_len, num_prefixes, data):
 
 
 def test_a_prompt_is_longer_than_its_beginning():
-    with pytest.raises(UserError, match="prefix_len is 4, prompt_len 4:9; a prompt must be longer"):
+    with pytest.raises(UserError, match=telling("prefix_len 4 prompt_len 4:9 prompt")):
         Load(1, LengthRange(4, 9), LengthRange(1, 1), batch=1, prefix_len=4)

@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from cli.screen import telling, tells
 from expertlane.errors import UserError
 from expertlane.text.chat_template import ChatTemplate
 from expertlane.text.tokenizer import Tokenizer
@@ -125,9 +126,7 @@ def test_parity_with_transformers(
 
 
 def test_where_templates_are_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"no chat template, neither in chat_template\.jinja nor in"
-    ):
+    with pytest.raises(UserError, match=telling("chat_template.jinja tokenizer_config.json")):
         ChatTemplate.from_folder(tmp_path)
     write_config(tmp_path, chat_template="{{ bos_token }}one", bos_token={"content": "<s>"})
     assert ChatTemplate.from_folder(tmp_path).render([USER]) == "<s>one"
@@ -149,7 +148,7 @@ def test_where_templates_are_looked_for(tmp_path: Path) -> None:
 )
 def test_named_templates_without_a_default(tmp_path: Path, templates: Any, named: str) -> None:
     write_config(tmp_path, chat_template=templates)
-    with pytest.raises(UserError, match=f"one named 'default'; named are: {named}$"):
+    with pytest.raises(UserError, match=telling(f"default {named}")):
         ChatTemplate.from_folder(tmp_path)
 
 
@@ -159,39 +158,39 @@ def test_unreadable_templates(tmp_path: Path) -> None:
         ChatTemplate.from_folder(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "chat_template.jinja").mkdir()
-    with pytest.raises(UserError, match=r"cannot read .*chat_template\.jinja: it is a folder"):
+    with pytest.raises(UserError, match=telling("chat_template.jinja folder")):
         ChatTemplate.from_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("\n{% if %}", "line 2: Expected an expression"),
-        ("{{ messages[0].role + 1 }}", "TypeError: can only concatenate str"),
-        ("{{ nothing.at.all }}", "'nothing' is undefined"),
-        ("{{ 1 // 0 }}", "ZeroDivisionError: "),
-        ("{{ messages.append(1) }}", "'append' of 'list' object is unsafe"),
-        ("{{ ().__class__.__base__.__subclasses__() }}", "is unsafe"),
+        ("\n{% if %}", "line 2"),
+        ("{{ messages[0].role + 1 }}", "TypeError"),
+        ("{{ nothing.at.all }}", "nothing undefined"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ messages.append(1) }}", "append list unsafe"),
+        ("{{ ().__class__.__base__.__subclasses__() }}", "unsafe"),
         ("{{ raise_exception('two\nlines') }}", "two lines"),
     ],
 )
 def test_a_template_that_fails(source: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         ChatTemplate(source, {}, "here").render([USER])
-    assert str(caught.value).startswith("chat template here: ")
-    assert said in str(caught.value)
+    assert tells(str(caught.value), "chat template")
+    assert tells(str(caught.value), said)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
-        ([], "the chat is empty; give at least one message"),
-        (["hello"], "message 0 is 'hello'; it must have a role and a content"),
-        ([USER, {"content": "a"}], "message 1 has role None; it must be a string such as 'user'"),
-        ([{"role": 1, "content": "a"}], "message 0 has role 1; "),
-        ([{"role": "user"}], "message 0 has content None; it must be a string, or a list of parts"),
-        ([{"role": "wizard", "content": "a"}], "chat template here: wizard? No."),
+        ([], "chat empty"),
+        (["hello"], "0 hello role content"),
+        ([USER, {"content": "a"}], "1 role None string user"),
+        ([{"role": 1, "content": "a"}], "0 role 1"),
+        ([{"role": "user"}], "0 content None"),
+        ([{"role": "wizard", "content": "a"}], "wizard? No."),
     ],
 )
 def test_bad_messages(messages: list[Any], said: str) -> None:
@@ -201,7 +200,7 @@ def test_bad_messages(messages: list[Any], said: str) -> None:
     )
     with pytest.raises(UserError) as caught:
         ChatTemplate(source, {}, "here").render(messages)
-    assert str(caught.value).startswith(said)
+    assert tells(str(caught.value), said)
 
 
 def test_what_a_template_sets_inside_generation_stays_there() -> None:
@@ -216,8 +215,8 @@ def test_messages_stay_as_they_are() -> None:
     assert message == {"role": "user", "content": [{"type": "text", "text": "hi"}]}
 
 
-TOO_MUCH_MEMORY = "it takes too much memory"
-TOO_MUCH_TIME = "it takes more than 1 s of processor time"
+TOO_MUCH_MEMORY = "memory"
+TOO_MUCH_TIME = "1 s time"
 
 
 @pytest.mark.smoke(5)
@@ -225,7 +224,7 @@ TOO_MUCH_TIME = "it takes more than 1 s of processor time"
     ("source", "said"),
     [
         ('{{ "A" * 10**10 }}', TOO_MUCH_MEMORY),
-        ('{{ "A" * 10**7 }}', "it makes 10,000,000 characters of this chat; at most 1,0"),
+        ('{{ "A" * 10**7 }}', "10,000,000 characters"),
         ("{{ 10 ** (10**9) }}", TOO_MUCH_TIME),
         ("{{ [0] * 10**10 }}", TOO_MUCH_MEMORY),
         ('{{ "%1000000000d" % 1 }}', TOO_MUCH_MEMORY),
@@ -235,11 +234,11 @@ TOO_MUCH_TIME = "it takes more than 1 s of processor time"
         ('{{ "a" | center(10**9) }}', TOO_MUCH_MEMORY),
         ('{{ "a" | indent(10**9) }}', TOO_MUCH_MEMORY),
         ('{{ ("a" * 10**6).replace("a", "b" * 10**6) }}', TOO_MUCH_MEMORY),
-        ("{{ ([0] * 10**6) | tojson }}", "it makes 3,000,000 characters of this chat"),
-        ("{% for i in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
+        ("{{ ([0] * 10**6) | tojson }}", "3,000,000 characters"),
+        ("{% for i in range(10**9) %}{% endfor %}", "OverflowError"),
         ("{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4, TOO_MUCH_TIME),
-        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError: "),
-        ("{{ " + "(" * 10**5 + "1" + ")" * 10**5 + " }}", "RecursionError: "),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+        ("{{ " + "(" * 10**5 + "1" + ")" * 10**5 + " }}", "RecursionError"),
         ("{{ lipsum(n=10**6) }}", TOO_MUCH_TIME),
         ("{{ raise_exception('A' * 10**7) }}", "here: " + "A" * 500),
     ],
@@ -249,8 +248,8 @@ def test_a_template_that_takes_too_much_is_refused(source: str, said: str) -> No
     with pytest.raises(UserError) as caught:
         ChatTemplate(source, {}, "here").render([USER])
     assert time.monotonic() - began_s < 20  # 1 s of its own processor time, on a busy machine too
-    assert str(caught.value).startswith("chat template here: ")
-    assert said in str(caught.value)
+    assert tells(str(caught.value), "chat template")
+    assert tells(str(caught.value), said)
     assert len(str(caught.value)) < 600
 
 
@@ -297,7 +296,7 @@ def test_ctrl_c_ends_a_template_that_goes_on() -> None:
 
 def test_messages_that_are_no_plain_data() -> None:
     template = ChatTemplate("", {}, "here")
-    with pytest.raises(UserError, match=r"the chat's messages must be plain JSON data: .* bytes"):
+    with pytest.raises(UserError, match=telling("messages JSON bytes")):
         template.render([USER | {"image": b"a"}])
 
 

@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from cli.screen import telling
 from engine.stub_runner import letters
 from expertlane.errors import UserError
 from expertlane.spec.sampling import SamplingParams
@@ -210,7 +211,7 @@ def test_a_chain_of_schemas_does_not_exhaust_the_stack(tokenizer):
 
 
 def test_another_kind_of_tokenizer():
-    with pytest.raises(UserError, match="structured output needs a tokenizer of bytes"):
+    with pytest.raises(UserError, match=telling("tokenizer bytes")):
         Grammars(letters(), 26, [0]).compile(Structured(regex="a"))
 
 

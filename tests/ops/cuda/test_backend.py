@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from cli.screen import telling
+
 pytest.importorskip("triton")
 
 from expertlane.balance.placement import Placement
@@ -185,5 +187,5 @@ def test_torch_is_used_where_it_is_asked_for_or_triton_is_missing(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_kernels_of_gpus_need_one(monkeypatch):
     monkeypatch.setenv("EXPERTLANE_BACKEND", "cuda")
-    with pytest.raises(UserError, match="=cuda needs a GPU for every rank; valid here: cpu, torch"):
+    with pytest.raises(UserError, match=telling("EXPERTLANE_BACKEND=cuda GPU rank cpu torch")):
         choice.choose_platform(0, 1, None)

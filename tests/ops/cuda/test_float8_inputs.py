@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cli.screen import telling
+
 pytest.importorskip("triton")
 
 from expertlane.errors import UserError
@@ -187,7 +189,7 @@ def test_mlps_and_what_is_put_side_by_side():
 
 def test_scales_that_no_step_can_have_are_refused():
     weight = narrow(8, 96, torch.float32, (48, 1))
-    with pytest.raises(UserError, match="valid here: activations='model'"):
+    with pytest.raises(UserError, match=telling("activations='model'")):
         OPS.linear(Float8Inputs(weight))
 
 
