@@ -36,7 +36,7 @@ $(VENV)/full/quick: $(FILES) | $(VENV)/.dev
 
 $(VENV)/full/torch: $(FILES) | $(VENV)/.dev
 	@echo "The numerical tests with EXPERTLANE_BACKEND=torch"
-	@EXPERTLANE_BACKEND=torch $(PYTEST) -m "numerical and not full" --failed-first \
+	@EXPERTLANE_BACKEND=torch $(PYTEST) -m numerical --failed-first \
 	    $$(grep -rl mark.numerical tests --include='*.py')
 	@mkdir -p $(@D) && touch $@
 

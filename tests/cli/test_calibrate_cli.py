@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,20 +49,3 @@ def test_time_that_did_not_suffice_is_told(monkeypatch, capsys, took_s):
     assert calibrate._measure(options) == (fake, "mine")
     err = capsys.readouterr().err
     assert tells(err, "31 s --within 10") if took_s > 10 else err == ""
-
-
-def test_its_help_needs_no_torch():
-    script = (
-        "import sys; from expertlane.cli.app import app; "
-        "app(['calibrate', '--help'], standalone_mode=False); print('torch' in sys.modules)"
-    )
-    source = str(Path(__file__).parents[2] / "src")
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"PYTHONPATH": source},
-    )
-    assert "--ranks" in done.stdout
-    assert done.stdout.splitlines()[-1] == "False"

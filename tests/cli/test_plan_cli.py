@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 import tomllib
 from dataclasses import replace
 
@@ -194,17 +192,6 @@ def test_a_limit_that_nothing_keeps_names_the_nearest(run, here):
     assert tells(err, "h100x2 nearest")
     assert tells(err, "2 TPOT 0.0001")
     assert not (here / "results").exists()
-
-
-def test_torch_is_not_imported(here):
-    program = (
-        "import sys\n"
-        "from expertlane.cli.app import app\n"
-        f"app({[*TINY, *WORKLOAD]}, standalone_mode=False)\n"
-        "assert 'torch' not in sys.modules, 'torch was imported'\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_preset_is_in_a_type_that_the_devices_have():

@@ -205,7 +205,7 @@ PROJECTED = (
         "paper --cluster b200x8 --skew 0.8 --dtype float8 --execution eager --slo tpot.mean=20ms",
     ),
     _plan("mixtral h100x16", "./mixtral --cluster h100x16 --slo ttft.mean=400ms"),
-    _plan("mixtral b200x8", "./mixtral --cluster b200x8 --skew 0.6", is_quick=True),
+    _plan("mixtral b200x8", "./mixtral --cluster b200x8 --skew 0.6"),
     _plan(
         "deepseek h100x16",
         "./deepseek --cluster h100x16 --batch 512 --prompt-len 2000 --output-len 500",

@@ -18,7 +18,6 @@ def folder():
         yield place
 
 
-@pytest.mark.smoke(2)
 @pytest.mark.timeout(_TIMEOUT_S)
 @pytest.mark.parametrize("case", [*QUICK, *LONG], ids=lambda case: case.name.replace(" ", "-"))
 def test_results_are_those_of_the_golden_file(case, folder):

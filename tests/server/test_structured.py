@@ -182,6 +182,7 @@ def test_calls_of_tools_in_deltas(structured, choice):
         assert not any(each.choices[0].delta.content for each in deltas)
 
 
+@pytest.mark.full
 def test_constrained_requests_leave_others_as_they_are(structured):
     """Their tokens are those that they get alone, and constrained ones get the same ones too."""
     free = {"prompt": "the thing", "max_tokens": 30, "temperature": 0, "ignore_eos": True}
