@@ -37,7 +37,7 @@ PROGRAM = textwrap.dedent(
         for each in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if each.environ().get("MASTER_PORT") == os.environ["MASTER_PORT"]:
-                    if "from expertlane.engine.torchrun import" in " ".join(each.cmdline()):
+                    if "from expertlane.engine.supervisor import" in " ".join(each.cmdline()):
                         yield each
 
     with start_pool(4, timeout_s=30.0, dtype="float32", recovers=True) as pool:
