@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from expertlane.errors import SpecError
 from expertlane.spec.ranges import SHOWN_LENGTH
@@ -42,7 +42,8 @@ def build(kind: type[T], table: dict[str, Any], where: str = "") -> T:
         # Through JSON, since a strict dataclass takes no dict from Python. A date becomes a list,
         # which no field takes.
         as_json = json.dumps(table, default=lambda value: [str(value)])
-        return cast(T, _adapter(kind).validate_json(as_json))
+        found: T = _adapter(kind).validate_json(as_json)  # type: ignore[arg-type]
+        return found
     except ValidationError as error:
         problems = error.errors()
     by_type = {problem["type"]: problem for problem in reversed(problems)}
