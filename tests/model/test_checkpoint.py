@@ -352,7 +352,7 @@ def test_reading_slices_needs_little_more_than_the_slices(rewrite):
         check=True,
         env={"PYTHONPATH": str(Path(checkpoint_module.__file__).parents[2])},
     )
-    assert int(done.stdout) < 128 * 1024**2
+    assert int(done.stdout) < 132 * 1024**2  # 80 mapped, slices of 32 and 16, and small things
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
