@@ -9,6 +9,8 @@ PARTS := quick torch baseline $(shell grep -rl mark.full tests --include='*.py' 
 FILES := pyproject.toml $(shell find src tests experiments calibration benchmarks docs deploy \
 	-type f -not -path '*/__pycache__/*' -not -path '*/_build/*')
 
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
 # Without bytecode each of many processes would compile the tests anew.
 unexport PYTHONDONTWRITEBYTECODE
 
