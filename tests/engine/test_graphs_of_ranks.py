@@ -75,7 +75,14 @@ def assert_equal(layout, options, monkeypatch, **how):
 full = pytest.mark.full
 
 
-@pytest.mark.full
+def test_a_few_whole_steps(monkeypatch):
+    comes_at = [0, 0, 1]
+    options = Options(dispatch="static")
+    ranks = assert_equal("dp=2,ep=2", options, monkeypatch, comes_at=comes_at, max_tokens=3)
+    assert [each.num_replayed for each in ranks.graphs] == [len(ranks.sizes)] * 2
+
+
+@full
 @pytest.mark.parametrize(
     ("layout", "form", "name"),
     [
