@@ -5,7 +5,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
-from engine.test_grammars import byte_level
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +27,7 @@ from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
 from expertlane.text.tokenizer import Tokenizer
 from schedule.paged import check_empty, check_tables
+from text.test_grammars import byte_level
 
 TOKENIZER = Tokenizer(byte_level(), [byte_level().token_to_id("</s>")])
 VOCAB_SIZE = TOKENIZER.vocab_size
