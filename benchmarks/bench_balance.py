@@ -10,7 +10,7 @@ ranks; points where it has none are left out. Crossings: traces with topics, and
 that reach a remote node per token and layer, all on the second half. Made-up traces: their topics
 say what placement can gain, not what a given model's will.
 
-    python benchmarks/bench_balance.py
+    python benchmarks/bench_balance.py [--experts 64 128 256] [--ranks 8 16 32 64] [--seeds 3]
 """
 
 import argparse
@@ -40,12 +40,9 @@ from expertlane.balance.trace import RoutingTrace
 RANKS_PER_NODE = 8
 NUM_GROUPS = 8  # of experts, for the yardstick's hierarchical form
 SKEWS = (0.6, 1.0, 1.2)
-NUM_EXPERTS = (64, 128, 256)
-NUM_RANKS = (8, 16, 32, 64)
 NUM_REDUNDANT = (0, 16, 32, 64)
 NUM_TOKENS = 20_000
 NUM_TOPIC_TOKENS = 60_000
-SEEDS = range(3)
 NUM_TOPICS = 16
 AFFINITIES = (10.0, 30.0)
 TOP_K = 8
@@ -71,8 +68,8 @@ def slots_of(placement: Placement) -> Plan:
     return [list(rank) for rank in placement.experts_of_rank]
 
 
-def evenness() -> Iterator[Row]:
-    for skew, num_experts, seed in product(SKEWS, NUM_EXPERTS, SEEDS):
+def evenness(asked: argparse.Namespace) -> Iterator[Row]:
+    for skew, num_experts, seed in product(SKEWS, asked.experts, range(asked.seeds)):
         trace = routing_trace(
             num_layers=1,
             num_experts=num_experts,
@@ -82,7 +79,7 @@ def evenness() -> Iterator[Row]:
             seed=seed,
         )
         seen, held_out = (half.load().astype(float) for half in halves(trace))
-        for ep, num_redundant in product(NUM_RANKS, NUM_REDUNDANT):
+        for ep, num_redundant in product(asked.ranks, NUM_REDUNDANT):
             num_slots = num_experts + num_redundant
             if not can_run(num_experts, ep, num_slots, 1, 1):
                 continue
@@ -104,8 +101,9 @@ def evenness() -> Iterator[Row]:
             }
 
 
-def crossings() -> Iterator[Row]:
-    points = product(AFFINITIES, SKEWS, NUM_EXPERTS, NUM_RANKS[1:], NUM_REDUNDANT, SEEDS)
+def crossings(asked: argparse.Namespace) -> Iterator[Row]:
+    sizes = asked.experts, across_nodes(asked), NUM_REDUNDANT, range(asked.seeds)
+    points = product(AFFINITIES, SKEWS, *sizes)
     for affinity, skew, num_experts, ep, num_redundant, seed in points:
         num_slots = num_experts + num_redundant
         if not can_run(num_experts, ep, num_slots, 1, 1):
@@ -136,6 +134,11 @@ def crossings() -> Iterator[Row]:
             row[f"{name}_held_out"] = sent(slots[name], held_out.load()[0])
             row[f"{name}_even_shares"] = slot_max_over_mean(slots[name], load[0])
         yield row
+
+
+def across_nodes(asked: argparse.Namespace) -> list[int]:
+    """Those numbers of ranks that are on several nodes."""
+    return [ep for ep in asked.ranks if ep > RANKS_PER_NODE]
 
 
 _traces: dict[tuple[float, float, int, int], tuple[RoutingTrace, RoutingTrace]] = {}
@@ -175,11 +178,11 @@ def crossings_per_token(trace: RoutingTrace, placements: list[Placement]) -> flo
     return sum(copies) / len(copies) / trace.num_tokens
 
 
-def planning_s() -> Row:
-    """CPU seconds of a plan for 61 layers of 256 experts on 64 ranks, 64 redundant."""
+def planning_s(num_experts: int, ep: int) -> Row:
+    """CPU seconds of a plan for 61 layers, with a redundant expert on each rank."""
     trace = routing_trace(
         num_layers=61,
-        num_experts=256,
+        num_experts=num_experts,
         num_experts_per_tok=TOP_K,
         num_tokens=8192,
         skew=1.0,
@@ -187,11 +190,11 @@ def planning_s() -> Row:
         num_topics=NUM_TOPICS,
     )
     load = trace.load()
-    together = [coactivation(ids, 256) for ids in trace.topk_ids]
+    together = [coactivation(ids, num_experts) for ids in trace.topk_ids]
     taken: Row = {}
     for name, known in (("even_s", None), ("coactivation_s", together)):
         began = time.process_time()
-        plan_placement(load, 64, RANKS_PER_NODE, 64, known)
+        plan_placement(load, ep, RANKS_PER_NODE, ep, known)
         taken[name] = time.process_time() - began
     return taken
 
@@ -200,11 +203,11 @@ def column(rows: list[Row], name: str) -> np.ndarray:
     return np.array([row[name] for row in rows])
 
 
-def evenness_table(rows: list[Row]) -> Table:
+def evenness_table(rows: list[Row], num_ranks: list[int]) -> Table:
     table = Table(title="max/mean of rank loads, median (worst), greedy then ours")
     for heading in ("skew", "ep", "points", "same load", "held-out", "ours worse, same load"):
         table.add_column(heading, justify="right")
-    for skew, ep in product(SKEWS, NUM_RANKS):
+    for skew, ep in product(SKEWS, num_ranks):
         of = [row for row in rows if (row["skew"], row["ep"]) == (skew, ep)]
         cells = []
         for suffix in ("", "_held_out"):
@@ -223,14 +226,14 @@ def medians(rows: list[Row], suffix: str) -> dict[str, float]:
     return {name: float(np.median(column(rows, name + suffix))) for name in ("greedy", "ours")}
 
 
-def crossings_table(rows: list[Row]) -> Table:
+def crossings_table(rows: list[Row], num_ranks: list[int]) -> Table:
     table = Table(title="crossings per token and layer, held-out, medians")
     for heading in (
         *("affinity", "skew", "ep", "points", "linear", "greedy", "even", "ours"),
         *("fewer than greedy", "max/mean greedy → ours"),
     ):
         table.add_column(heading, justify="right")
-    for affinity, skew, ep in product(AFFINITIES, SKEWS, NUM_RANKS[1:]):
+    for affinity, skew, ep in product(AFFINITIES, SKEWS, num_ranks):
         key = (affinity, skew, ep)
         of = [row for row in rows if (row["affinity"], row["skew"], row["ep"]) == key]
         names = ("linear", "greedy", "even", "ours")
@@ -249,13 +252,17 @@ def saved(rows: list[Row]) -> np.ndarray:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    even, crossed = list(evenness()), list(crossings())
+    )
+    parser.add_argument("--experts", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--seeds", type=int, default=3)
+    asked = parser.parse_args()
+    even, crossed = list(evenness(asked)), list(crossings(asked))
     console = Console(width=100)
-    console.print(evenness_table(even))
-    console.print(crossings_table(crossed))
+    console.print(evenness_table(even, asked.ranks))
+    console.print(crossings_table(crossed, across_nodes(asked)))
     summary = {
         "num_points": len(even),
         "num_worse_same_load": num_worse(even),
@@ -267,7 +274,7 @@ def main() -> None:
         "num_crossing_points_less_even_shares": num_worse(crossed, "_even_shares"),
         "median_crossings_saved": float(np.median(saved(crossed))),
         "median_held_out_max_over_mean": medians(crossed, "_held_out"),
-        "planning": planning_s(),
+        "planning": planning_s(max(asked.experts), max(asked.ranks)),
     }
     for name, value in summary.items():
         console.print(f"{name}: {value}")

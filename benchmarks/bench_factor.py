@@ -1,6 +1,6 @@
 """The factor of the paper's proposal in virtual time, by batch, speed of links, and skew.
 
-.venv/bin/python benchmarks/bench_factor.py [--batches 64 256 1024] [--plot FILE.svg]
+.venv/bin/python benchmarks/bench_factor.py [--batches 64 256 1024] [--skews 0 1] [--plot FILE.svg]
 .venv/bin/python benchmarks/bench_factor.py --kept FILE.json --plot FILE.svg
 `paper-small` with other batches and routers, its deployments but those of scaling. For each: decode
 TPS of EP 16, of which the faster with and without overlap counts, over the best baseline's and over
@@ -28,7 +28,6 @@ from expertlane.results.results import Results
 from expertlane.spec.experiment import Experiment, read_experiment, shipped_experiments
 
 PAPERS_FACTOR = 3.75
-SKEWS = (0.0, 1.0)
 OUTPUT_LEN = 5  # decode steps: one less
 
 
@@ -115,17 +114,19 @@ def plot(cases: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--skews", type=float, nargs="+", default=[0.0, 1.0], help="of the router")
     parser.add_argument("--plot", type=Path, help="where to draw them, as SVG")
     parser.add_argument("--kept", type=Path, help="the JSON line of an earlier run")
     asked = parser.parse_args()
-    found = json.loads(asked.kept.read_text()) if asked.kept else measure(asked.batches)
+    kept = asked.kept and json.loads(asked.kept.read_text())
+    found = kept or measure(asked.batches, asked.skews)
     if asked.plot:
         plot(found["cases"], asked.plot)
     if not asked.kept:
         print(json.dumps(found))
 
 
-def measure(batches: list[int]) -> dict[str, Any]:
+def measure(batches: list[int], skews: list[float]) -> dict[str, Any]:
     """All cases, printed as they come."""
     experiment = read_experiment(shipped_experiments()["paper-small"])
     settings = VirtualSettings(read_profile("h100"))
@@ -134,7 +135,7 @@ def measure(batches: list[int]) -> dict[str, Any]:
     pool = start_pool(experiment.num_ranks, timeout_s=120.0)
     assert pool is not None, "torchrun's ranks have nothing to say here"
     with pool:
-        for skew in SKEWS:
+        for skew in skews:
             for batch in batches:
                 results = run_comparison(
                     variant(experiment, batch, skew), pool, Silent(), command="", virtual=settings

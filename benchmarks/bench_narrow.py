@@ -5,7 +5,7 @@ over so many copies of the weights that none is found in a cache; a time is the 
 Or an engine of each type of weights decodes in turns: the least mean time of a step. Run it for
 each instruction set, with nothing else on the machine:
 
-    python benchmarks/bench_narrow.py [--engine CHECKPOINT]
+    python benchmarks/bench_narrow.py [ROWS …] [--engine CHECKPOINT]
 """
 
 import argparse
@@ -27,9 +27,8 @@ from expertlane.spec.deployment import Options
 COPIES_BYTES = 200_000_000  # of bfloat16
 ROUNDS = 15
 SHAPES = [(3072, 1024), (1024, 1024), (4096, 4096)]
-NUM_ROWS = [1, 2, 4, 8, 32, 128, 512]
+NUM_ROWS = [1, 2, 4, 8, 32, 128, 512]  # also the tokens of experts
 NUM_EXPERTS, SIZE = 16, 1024
-NUM_TOKENS = [1, 8, 32, 512]
 DECODED, TURNS = 24, 5
 
 
@@ -67,17 +66,17 @@ def weights_of(n: int, k: int) -> list[torch.Tensor | NarrowWeight]:
     return [weight.bfloat16(), NarrowWeight.rounded(weight, torch.bfloat16), narrow]
 
 
-def products(ops: VectorBackend) -> None:
+def products(ops: VectorBackend, num_rows: list[int]) -> None:
     for n, k in SHAPES:
         copies = max(2, COPIES_BYTES // (2 * n * k))
         made = [[ops.linear(each) for each in weights_of(n, k)] for _ in range(copies)]
-        for m in NUM_ROWS:
+        for m in num_rows:
             x = torch.randn(m, k).bfloat16()
             variants = {str(i): partial(on_copy, made, i, x) for i in range(3)}
             show(f"{n} × {k}, {m} rows", n * k, tenth_percentiles(variants, copies))
 
 
-def experts(ops: VectorBackend) -> None:
+def experts(ops: VectorBackend, num_tokens: list[int]) -> None:
     copies = max(2, COPIES_BYTES // (2 * 3 * SIZE * SIZE * NUM_EXPERTS))
     made = []
     for _ in range(copies):
@@ -90,7 +89,7 @@ def experts(ops: VectorBackend) -> None:
             for i in range(3)
         ]
         made.append([ops.experts(each, Activation("silu")) for each in held])
-    for m in NUM_TOKENS:
+    for m in num_tokens:
         generator = torch.Generator().manual_seed(m)
         ids = torch.rand(m, NUM_EXPERTS, generator=generator).topk(2).indices
         experts_of_pair, order = ids.flatten().sort(stable=True)
@@ -151,16 +150,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--engine", metavar="CHECKPOINT", help="measure decoding, nothing else")
-    checkpoint = parser.parse_args().engine
+    parser.add_argument("rows", nargs="*", type=int, default=NUM_ROWS, metavar="ROWS")
+    asked = parser.parse_args()
     ops, why_not = backend_of_cpu()
     if not isinstance(ops, VectorBackend):
         sys.exit(why_not)
-    if checkpoint is not None:
-        engine(checkpoint)
+    if asked.engine is not None:
+        engine(asked.engine)
     else:
         print(f"{ops.instructions}, {torch.get_num_threads()} threads")
-        products(ops)
-        experts(ops)
+        products(ops, asked.rows)
+        experts(ops, asked.rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How long a report takes to make and to open, and how large it is.
 
 Made: `expertlane report`, from its start to its end. Opened: headless Chromium, from going to the
-page until every plot that can be seen is drawn. Run it with nothing else on the machine:
+page until every plot that can be seen has its picture. Run it with nothing else on the machine:
 
     python benchmarks/bench_report.py results/paper-small [more folders]
 """
@@ -23,10 +23,11 @@ from rich.table import Table
 from expertlane import __version__
 
 ROUNDS = 5
-DRAWN = (
-    "() => [...document.querySelectorAll('.plot')]"
-    ".every(plot => !plot.checkVisibility() || plot.dataset.drawn)"
-)
+DRAWN = """() => {
+    const plots = [...document.querySelectorAll(".plot")].filter(each => each.checkVisibility());
+    const seen = svg => svg.checkVisibility() && svg.getBoundingClientRect().height > 0;
+    return plots.length > 0 && plots.every(each => [...each.querySelectorAll("svg")].some(seen));
+}"""
 
 
 def made_s(results: Path, out: Path) -> float:

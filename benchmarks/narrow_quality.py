@@ -7,7 +7,9 @@ transformers. That the engine computes the rounded model is `tests/parity/test_n
 so small and so briefly trained has no outliers as those of billions of weights do: this bounds the
 rounding, it does not foretell a large model's loss.
 
-    python benchmarks/narrow_quality.py [MINUTES]
+    python benchmarks/narrow_quality.py [MINUTES [BYTES]]
+
+BYTES: of the files left out, to measure on; all if not given.
 """
 
 import math
@@ -106,6 +108,7 @@ def main() -> None:
     seen, unseen = texts()
     model = made()
     steps = train(model, seen, float(sys.argv[1]) if len(sys.argv) > 1 else MINUTES)
+    unseen = unseen[: int(sys.argv[2])] if len(sys.argv) > 2 else unseen
     model.eval()
     found, logits = logits_of(model, unseen)
     print(f"{steps} steps of {BATCH} × {LENGTH} bytes; {len(unseen)} bytes unseen")
