@@ -59,6 +59,7 @@ def test_sources_are_near_and_take_turns():
     assert moves([Placement(3, ((0,), (0,), (1,), (2,)))], far, 2)[2].source == 1
 
 
+@pytest.mark.full
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.integers(1, 10), st.integers(1, 8), st.integers(0, 6), st.integers(0, 2**32 - 1))
 def test_moves_lead_from_one_placement_to_the_next(num_experts, ep, num_redundant, seed):

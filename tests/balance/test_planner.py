@@ -97,6 +97,7 @@ def test_it_is_as_even_as_the_greedy_algorithm_or_more(problem):
                 assert loads.max() / loads.mean() <= min(reached) * (1 + 1e-6)
 
 
+@pytest.mark.full
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(problems())
 def test_coactivation_gives_up_no_balance(problem):

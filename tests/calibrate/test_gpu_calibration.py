@@ -187,7 +187,7 @@ STEPS = {
 }
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize("execution", [Execution.EAGER, Execution.GRAPH])
 def test_steps_by_a_measured_profile_are_those_of_the_gpu(profile, execution):
     errors = {}

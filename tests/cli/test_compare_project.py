@@ -56,6 +56,7 @@ def too_small(tmp_path, monkeypatch):
     Path("short.toml").write_text(SHORT, encoding="utf-8")
 
 
+@pytest.mark.full
 def test_what_is_too_large_to_measure_is_projected_alone(too_small, run):
     code, out, err = run("compare", "short.toml", "--project", "--full")
 
@@ -114,6 +115,7 @@ def test_a_checkpoints_projection_stands_beside_it_too(too_small, comparison, ru
     assert "source='projected'" in out
 
 
+@pytest.mark.full
 def test_memory_that_only_ranks_can_tell_of(too_small, comparison, run, monkeypatch):
     monkeypatch.setattr(machine, "why_not_here", lambda experiment, dtype: None)
     comparison.too_large = CapacityError("needs 2 GB but 1 GB is free")

@@ -72,6 +72,7 @@ def stub(monkeypatch, type_in):
     return use
 
 
+@pytest.mark.full
 def test_a_preset_on_real_ranks(run, type_in, tmp_path):
     options = ["--max-tokens", "3", "--temperature", "0", "--logprobs", "1", "--layout", "tp=2"]
     trace = tmp_path / "routing.npz"

@@ -31,6 +31,7 @@ def test_the_answer_fits_the_screen(run, tmp_path, monkeypatch, columns):
     assert (results["plans"][0]["tie_break"] is None) == (num_tied == 1)
 
 
+@pytest.mark.full
 def test_the_one_line_is_the_headline(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = run("plan", "paper-tiny", *ASKED, "--quiet")

@@ -88,7 +88,7 @@ def test_a_checkpoint_needs_only_its_configuration(run, here):
     assert written["model"] == {"checkpoint": str(here / "mine")}
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["b200", "b300", "gb200", "gb300", "h200"])
 def test_a_node_of_every_profile(run, here, name):
     checkpoint(here / "mine", quantization_config={"quant_method": "mxfp4"})
@@ -98,7 +98,7 @@ def test_a_node_of_every_profile(run, here, name):
     assert {each["conditions"]["dtype"] for each in found["deployments"]} == {"mxfp4"}
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("quantization", "weights", "caution"),
     [

@@ -10,7 +10,7 @@ from cli.screen import fits_a_screen, one_line, tells
 from expertlane.results.file import to_json, write
 
 
-@pytest.mark.smoke(3)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 def test_reports_are_made_again(run, tmp_path, make, monkeypatch):
     monkeypatch.chdir(tmp_path)

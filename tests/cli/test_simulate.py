@@ -97,6 +97,7 @@ def test_loads_in_turn_are_one_record_and_the_best_is_told_in_detail(run, tmp_pa
     ]
 
 
+@pytest.mark.full
 def test_recorded_requests(run):
     path = Path(__file__).parents[1] / "spec" / "requests" / "azure.csv"
     asked = ["--layout", "dp=16,ep=16", "--cluster", "h100x16", "--requests", str(path)]
@@ -140,6 +141,7 @@ def test_prefixes_of_recorded_requests_are_not_computed_again(run, tmp_path):
     assert apart["num_cached_tokens"] == 512 + 592
 
 
+@pytest.mark.full
 def test_goodput_and_cost(run):
     asked = [*EP16, *LOAD, "--slo", "ttft.p90=1us,e2e.p99=1h"]
     assert run("simulate", "paper-tiny", *asked)[0] == 2
@@ -160,6 +162,7 @@ def test_fewer_requests_than_the_usual_batch(run):
     assert (found["batch"], found["num_requests"]) == (20, 20)
 
 
+@pytest.mark.full
 def test_routing_is_skewed_unless_a_user_says_otherwise(run):
     usual, uniform = (
         as_json(run, *EP16, *LOAD, *skew)["deployments"][0] for skew in ([], ["--skew", "0"])
@@ -204,6 +207,7 @@ def test_what_is_given_goes_before_what_a_framework_has(run, asked, tokens):
     assert found["question"]["serving"]["max_num_batched_tokens"] == tokens
 
 
+@pytest.mark.full
 def test_two_pools(run):
     layouts = ["--layout", "dp=4,ep=4", "--prefill-layout", "tp=2", "--cluster", "h100x8"]
     found = as_json(run, *layouts, *LOAD)
@@ -258,7 +262,7 @@ def test_replicas_send_among_themselves(run, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     "options",
     [

@@ -54,7 +54,7 @@ def long(*values: object) -> object:
     return pytest.param(*values, marks=pytest.mark.full)
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("arguments", "full"),
     [
@@ -99,7 +99,7 @@ def test_a_pipe_without_a_reader_ends_in_141_without_a_word(tmp_path, kept, as_j
 CLOSED = (">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2> /dev/full", ">&- 2> /dev/full")
 
 
-@pytest.mark.smoke(3)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("streams", "arguments"),
     [
@@ -123,7 +123,7 @@ def test_a_mistake_that_cannot_be_told_keeps_its_exit_code(tmp_path, streams):
     assert shell(f"EXPERTLANE report none {streams}", tmp_path).returncode == 2
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "environment",
     [

@@ -225,6 +225,7 @@ def run_threads(program):
     return subprocess.run([program, _NUM_ROUNDS], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.full
 def test_ranks_as_threads_have_no_race(tmp_path):
     ran = run_threads(build_threads(tmp_path))
     assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr[:3000]

@@ -278,6 +278,7 @@ def test_progress_is_told_of_every_deployment(compared):
     assert all(num_parts == total for num_parts, total in progress.tasks.values())
 
 
+@pytest.mark.full
 def test_a_cache_that_does_not_hold_the_workload(results, pools, monkeypatch):
     def smaller(*args, **kwargs):
         return replace(fit_to_machine(*args, **kwargs), num_blocks=3)

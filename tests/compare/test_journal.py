@@ -59,6 +59,7 @@ def compared(pools, folder, last=None, *, resume=False, experiment=EXPERIMENT):
     return results, progress.begun
 
 
+@pytest.mark.full
 def test_it_goes_on_where_it_was_interrupted(pools, tmp_path):
     whole, all_begun = compared(pools, tmp_path / "whole")
     assert all_begun[1:] == ["TP 2", "EP 2", "EP 2, run 2", "TP 2, run 2", *all_begun[5:]]

@@ -68,6 +68,7 @@ def test_every_deployment_stands_under_every_condition(projection):
     assert projection.cluster.name == "h100x4"
 
 
+@pytest.mark.full
 def test_a_row_is_what_the_projector_says(projection):
     routing = PowerLawRouting(16, 2, 1.0)
     setting = Setting(NumberTypes.all_of("float16"), Execution.GRAPH, routing)

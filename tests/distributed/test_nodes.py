@@ -155,6 +155,7 @@ def test_a_killed_rank_of_another_node(long_run):
     assert long_run.are_gone()
 
 
+@pytest.mark.full
 def test_a_stopped_rank_of_another_node(long_run):
     error, took_s = long_run.error_after(long_run.pids[2], signal.SIGSTOP)
     assert TIMEOUT_S <= took_s < TIMEOUT_S + 10
@@ -203,6 +204,7 @@ def test_calls_between_the_nodes(long_run):
     assert long_run.are_gone()
 
 
+@pytest.mark.full
 def test_a_silent_rank_of_another_node_tells_where_it_is(long_run):
     with pytest.raises(RankError, match=telling("rank 3 hung step 5 layer 1 stage attention")):
         long_run.pool.call(Stay(60), ranks=[3])

@@ -100,6 +100,7 @@ def test_who_is_no_rank_of_this_epoch_does_not_become_one(pool, capfd):
     check_exchange(pool, 3)
 
 
+@pytest.mark.full
 def test_ranks_are_absent_and_ahead_on_every_node(pool):
     supervisor = psutil.Process(pool._ranks.supervisors[0].pid)
     lines = []

@@ -85,10 +85,8 @@ def local(tmp_path_factory):
     return json.loads(out)
 
 
-@pytest.mark.parametrize(
-    ("num_nodes", "num_processes"),
-    [(1, 1), *(pytest.param(*each, marks=pytest.mark.full) for each in ((1, 4), (2, 1), (2, 2)))],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("num_nodes", "num_processes"), [(1, 1), (1, 4), (2, 1), (2, 2)])
 def test_one_process_speaks_and_results_are_those_of_local_ranks(
     local, tmp_path, num_nodes, num_processes
 ):

@@ -78,6 +78,7 @@ def test_lost_before_it_is_up(monkeypatch, tmp_path, way):
         check_exchange(pool, 1)
 
 
+@pytest.mark.full
 def test_one_that_hangs_at_its_start_or_has_no_room(monkeypatch, tmp_path):
     monkeypatch.setenv(on_ranks.LOST_AT_START, str(tmp_path))
     with leaves_nothing(), start_pool(2, TIMEOUT_S) as pool:
@@ -102,7 +103,7 @@ def test_one_that_hangs_at_its_start_or_has_no_room(monkeypatch, tmp_path):
         pool.submit(Exchange(1))
 
 
-@pytest.mark.smoke(3)
+@pytest.mark.smoke(1)
 @IN_EVERY_WAY
 def test_the_others_go_on_until_another_one_is_ahead(pool, way):
     before = pool.epoch
@@ -184,6 +185,7 @@ def test_a_loss_meanwhile(pool):
     check_exchange(pool, 2)
 
 
+@pytest.mark.smoke(1)
 def test_one_that_is_starting_stays_so_in_the_next_epoch(pool):
     lose_for_good(pool, {0: "exit", 1: "kill"})
     check_among(pool, 1)
@@ -202,6 +204,7 @@ def test_one_that_is_starting_stays_so_in_the_next_epoch(pool):
     check_exchange(pool, 4)
 
 
+@pytest.mark.smoke(1)
 def test_more_and_fewer_ranks_while_some_are_ahead(pool):
     start(pool, [3, 4])
     assert (pool.num_ranks, pool.absent) == (NUM_RANKS, set())
@@ -226,7 +229,7 @@ def test_more_and_fewer_ranks_while_some_are_ahead(pool):
     check_exchange(pool, 4)
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 def test_many_times_leave_nothing_open(pool):
     server = psutil.Process(pool._ranks._server.pid)
     states = []

@@ -115,6 +115,7 @@ def test_a_launcher_that_was_stopped_itself_blames_no_rank(command):
     assert command.wrote_nothing()
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_the_launcher_is_told_to_end(command, number, code):
     running = RunningRanks(command.process.pid, NUM_RANKS)

@@ -176,6 +176,7 @@ scenarios = st.builds(
 )
 
 
+@pytest.mark.full
 @settings(derandomize=True, deadline=None, max_examples=80)
 @given(scenarios, st.sampled_from([0.05, 0.2]))
 def test_interrupted_runs_leave_what_undisturbed_ones_leave(scenario, interrupt_rate):

@@ -304,6 +304,7 @@ def test_graphs_up_to_each_dispatch(name, monkeypatch):
 
 
 # Of what a graph reads: real tokens, token ids, positions, slots, lengths and block tables.
+@pytest.mark.full
 @pytest.mark.parametrize(
     "column", [0, *(pytest.param(each, marks=pytest.mark.full) for each in (1, 3, 4, 7, 8))]
 )

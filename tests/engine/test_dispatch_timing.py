@@ -27,7 +27,7 @@ def few_rounds(monkeypatch):
     monkeypatch.setattr(dispatch_timing, "_SIZE_S", 0.0)
 
 
-@pytest.mark.smoke(3)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("layout", "options"),
     [

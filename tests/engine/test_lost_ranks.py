@@ -251,12 +251,13 @@ scenarios = st.builds(
 )
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=20)
 @given(scenarios, st.sampled_from([0.02, 0.1]))
 def test_every_request_gets_its_tokens_whatever_ranks_are_lost(scenario, loss_rate):
     check(scenario, loss_rate)
 
 
+@pytest.mark.full
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(scenarios, st.sampled_from([0.02, 0.1]))
 def test_every_request_gets_its_tokens_in_smaller_layouts(scenario, loss_rate):

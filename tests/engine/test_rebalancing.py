@@ -60,7 +60,7 @@ def undisturbed(pools):
     return functools.cache(lambda layout, **options: run(pools, deployment(layout, **options))[0])
 
 
-@pytest.mark.smoke(4)
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize(
     ("layout", "options"),
     [

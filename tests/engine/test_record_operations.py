@@ -124,7 +124,7 @@ def test_next_to_all_a_rank_computes_is_in_its_operations(pools):
     assert kept_s > 0.3 * sum(record.cpu_s.sum() for record in records)
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "environment",
     [{"EXPERTLANE_BACKEND": "torch"}, {"EXPERTLANE_TRANSPORT": "gloo"}],

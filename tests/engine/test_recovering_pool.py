@@ -149,6 +149,7 @@ def test_all_ranks_are_lost_at_once(kept_pool):
 ways = st.dictionaries(st.integers(0, NUM_RANKS - 1), st.sampled_from(WAYS), max_size=2)
 
 
+@pytest.mark.full
 @given(losses=st.lists(ways, min_size=1, max_size=4))
 @settings(
     max_examples=6,
@@ -183,6 +184,7 @@ def lose_at_start(monkeypatch, tmp_path):
     return lambda rank, *ways: (tmp_path / str(rank)).write_text(" ".join(ways))
 
 
+@pytest.mark.full
 def test_ranks_are_lost_before_they_are_up(lose_at_start):
     lose_at_start(0, "kill")
     lose_at_start(2, "raise")
@@ -212,6 +214,7 @@ def test_ranks_are_lost_before_they_are_up(lose_at_start):
         check_exchange(pool, 3)
 
 
+@pytest.mark.full
 def test_who_is_stopped_at_the_start_is_noticed_within_the_bound(lose_at_start):
     """A cold start may take minutes, but not of a process that does not run."""
     lose_at_start(1, "stop")
@@ -226,6 +229,7 @@ def test_who_is_stopped_at_the_start_is_noticed_within_the_bound(lose_at_start):
             RankPool(ranks, 1.0)
 
 
+@pytest.mark.full
 def test_a_rank_that_is_lost_at_every_start(lose_at_start):
     lose_at_start(1, *["exit"] * 9)
     with (

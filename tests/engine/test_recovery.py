@@ -33,7 +33,7 @@ ROTATING = {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}
 MOVING = {"rebalance_steps": 3, "num_redundant_experts": 2}
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("layout", "options", "transport"),
     [
@@ -79,6 +79,7 @@ def test_a_rank_is_killed(layout, options, transport, monkeypatch, capfd):
     assert capfd.readouterr().err.count("recovered in") == len(moments)
 
 
+@pytest.mark.full
 def test_a_rank_is_killed_while_parts_of_experts_move_and_copies_are_balanced(monkeypatch):
     """Parts that have arrived are dropped with the rest; a trial that was under way begins anew."""
     monkeypatch.setattr(MovePace, "most", WHOLE * 3 // 4)
@@ -142,6 +143,7 @@ def test_nobody_reads_what_it_says(monkeypatch):
         assert record_of(llm).ranks == [1]
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("layout", ["replicas=2", "tp=2"])
 def test_a_request_that_ends_ranks_is_ended_at_last(layout, monkeypatch):
     """Others go on, with the tokens that they would have had."""

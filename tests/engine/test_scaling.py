@@ -173,7 +173,7 @@ def test_memory_is_checked(monkeypatch):
         assert llm._pool.epoch == 0
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("rank", "command", "layout"),
     [
@@ -199,6 +199,7 @@ def test_a_rank_is_lost_meanwhile(rank, command, layout):
         assert tokens(llm.generate(PROMPTS, PARAMS)) == expected
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("harmed_rank", [2, 3])
 def test_a_rank_is_lost_while_it_starts(harmed_rank, monkeypatch):
     """One that ends, or one that has just been forked."""

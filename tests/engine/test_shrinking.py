@@ -36,7 +36,7 @@ def grow_back(llm):
     assert None not in pids(llm)
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("layout", "options", "transport", "kills"),
     [

@@ -110,7 +110,7 @@ def resident_bytes(*pids: int | None) -> Callable[[], list[int]]:
     return lambda: [process.memory_info().rss for process in processes]
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("layout", "options"),
     [

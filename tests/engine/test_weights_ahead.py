@@ -129,6 +129,7 @@ def test_slices_take_a_fifth_of_the_time_however_often_one_looks(monkeypatch, lo
     assert share >= 0.95 * min(0.2, slice_s / look_s)
 
 
+@pytest.mark.full
 def test_what_is_given_up_leaves_nothing():
     with model("dp=2,ep=2") as llm:
         expected, before = facts(llm), pids(llm)
@@ -155,7 +156,7 @@ def test_what_is_given_up_leaves_nothing():
         assert llm._pool.epoch == 0
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("victim", [0, 3])
 @pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_is_lost_meanwhile(victim, harm):
@@ -212,7 +213,7 @@ def test_there_is_little_room(monkeypatch):
         assert read > ahead > 0
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("settings", "layout", "least"),
     [

@@ -26,7 +26,7 @@ layout = "dp=1"
 pytestmark = pytest.mark.starts_anew
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "command",
     [

@@ -24,7 +24,7 @@ MODEL = PRESETS["paper-tiny"].with_overrides(
 )
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("layout", "rank"), [("tp=1", 0), ("dp=4,ep=4", 1), ("tp=2,pp=2", 0), ("tp=2,pp=2", 3)]
 )

@@ -59,7 +59,7 @@ def assert_same(found, expected):
         assert getattr(found, each) == getattr(expected, each)
 
 
-@pytest.mark.smoke(5)
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_read_is_what_rounding_gives(copied, monkeypatch, family):
     monkeypatch.setattr(module, "_VALUES_AT_A_TIME", 700)  # several pieces a matrix

@@ -180,7 +180,7 @@ def compute_on_fake_gpus(case, monkeypatch):
     return mode.num_operations
 
 
-@pytest.mark.smoke(4)
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("payload", ["model", "float8"])
 @pytest.mark.parametrize("form", ["static", "all_gather"])
 @pytest.mark.parametrize("layout", ["dp=2,ep=2", "dp=2,tp=2,ep=2", "dp=4,ep=4"])

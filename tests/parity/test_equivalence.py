@@ -78,7 +78,7 @@ def check(pools, references, model, layout, workload, seed=0, **options):
     return check_contract(reference, run.logits, run.tokens)
 
 
-@pytest.mark.smoke(20)
+@pytest.mark.smoke(14)
 @pytest.mark.parametrize(
     ("layout", "overlap", "num_micro_batches", "schedule"), every_combination()
 )
@@ -210,6 +210,7 @@ def check_any(pools, references, layout, overlap, micro_batches, top_k, **length
     )
 
 
+@pytest.mark.full
 @pytest.mark.numerical
 @settings(derandomize=True, deadline=None, max_examples=15)
 @any_case

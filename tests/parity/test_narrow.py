@@ -37,7 +37,7 @@ def run(pools, references, model, layout, rounded, dtype="float32", **options):
     return reference, found
 
 
-@pytest.mark.smoke(5)
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", [TINY, WIDE], ids=lambda each: each.name)
 def test_every_layout_computes_the_rounded_model(pools, references, model, layout):

@@ -36,7 +36,7 @@ def _write_config(folder: Path, changes: dict, *left_out: str) -> None:
     path.write_text(json.dumps({key: config[key] for key in config if key not in left_out}))
 
 
-@pytest.mark.smoke(5)
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize(
     ("family", "made", "changes", "left_out"),
     [

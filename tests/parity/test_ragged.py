@@ -79,6 +79,7 @@ def of_dp(layout, counts):
     return counts[Layout.parse(layout).dp - 1]
 
 
+@pytest.mark.smoke(4)
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prompts_of_several_lengths(pools, references, layout, overlap):
@@ -88,6 +89,7 @@ def test_prompts_of_several_lengths(pools, references, layout, overlap):
     assert checked == of_dp(layout, (4, 5))
 
 
+@pytest.mark.smoke(4)
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_prompt_in_chunks_beside_decoding_ones(pools, references, layout, overlap):

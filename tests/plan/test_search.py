@@ -64,6 +64,7 @@ def test_gaps_that_exceed_the_noise_are_explained(ranking):
     assert gap_to(best, ranking.contenders[-1], WORKLOAD)
 
 
+@pytest.mark.full
 def test_a_tighter_limit_never_serves_more():
     free = search_of().one_pool().finalists[0]
     limit = 0.9 * free.served.tpot_s[1, 0]
@@ -72,6 +73,7 @@ def test_a_tighter_limit_never_serves_more():
     assert kept.served.tpot_s[1, 0] <= limit
 
 
+@pytest.mark.full
 def test_what_breaks_a_limit_in_full_is_dropped():
     # Just above what the best takes as screened, just below what it takes in full.
     workload = Workload(1024, 4000, 64)

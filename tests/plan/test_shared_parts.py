@@ -83,7 +83,7 @@ def step_s(request, candidate, num_seqs, num_new, num_cached, how):
     )[:, 0]
 
 
-@pytest.mark.smoke(3)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("execution", [Execution.GRAPH, Execution.EAGER])
 @pytest.mark.parametrize(
     ("model", "num_devices", "sizes"),

@@ -94,6 +94,7 @@ def test_prompts_hold_up_data_parallel_ranks():
     assert all(0.7 < ratio < 1.4 for ratio in ratios.values()), ratios
 
 
+@pytest.mark.full
 def test_a_plan_ranks_by_what_was_simulated():
     search = search_of(num_devices=4)
     found = simulated_pool(search, search.screen(), lambda _: None)

@@ -71,7 +71,7 @@ def sizes_of_text(page: Page) -> list[float]:
     )
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("has_scripts", [True, False], ids=["scripts", "no scripts"])
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 def test_every_plot_is_seen_with_and_without_scripts(opened, make, has_scripts):

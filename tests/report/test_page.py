@@ -84,7 +84,7 @@ def page_of(results: Results) -> Page:
     return Page(html.render(report_of(results)))
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @KINDS
 def test_the_page_is_whole_and_asks_nothing_of_the_network(make):
     page = Page(made_by(make)[1])
@@ -95,6 +95,7 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(make):
     assert not [name for name in page.attributes if name.startswith("on")]
 
 
+@pytest.mark.smoke(2)
 @KINDS
 def test_everything_of_the_other_reports_is_in_it(make):
     results, text = made_by(make)

@@ -166,7 +166,7 @@ class Run:
             assert steps == sorted(steps)
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(derandomize=True, deadline=None, max_examples=100)
 @given(layouts, all_options, limits, traffics, st.integers(0, 2**32 - 1))
 def test_every_promise_on_random_traffic(layout, options, limits, traffic, seed):
     run = Run(layout, options, limits, traffic, seed)
@@ -177,6 +177,7 @@ def test_every_promise_on_random_traffic(layout, options, limits, traffic, seed)
     assert all(num <= most for num in run.runner.most_in_flight.values())
 
 
+@pytest.mark.full
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(
     st.builds(Layout, replicas=st.integers(1, 2), dp=st.integers(1, 3)),

@@ -156,6 +156,7 @@ def test_real_ranks_have_times(served):
     )
 
 
+@pytest.mark.full
 def test_our_own_metrics_of_real_ranks(served):
     server = served.server
 

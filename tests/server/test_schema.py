@@ -60,6 +60,7 @@ def draw(described, num_examples):
     return found
 
 
+@pytest.mark.full
 def test_some_requests(described):
     assert {200, 400} <= draw(described, 5).keys()
 

@@ -90,6 +90,7 @@ def check_schemas(server, seeds):
         jsonschema.Draft202012Validator(schema, format_checker=CHECKER).validate(json.loads(text))
 
 
+@pytest.mark.full
 def test_drawn_schemas(structured):
     check_schemas(structured, range(20))
 

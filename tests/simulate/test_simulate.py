@@ -83,6 +83,7 @@ def test_the_median_step_of_however_many(num_steps, median, apart):
     assert len(totals.sample) <= 257
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("rate", [None, 50.0])
 def test_an_assumed_skew_widens_bounds_alone(rate):
     asked, assumed = (replace(ROUTING, alpha=0.8, bounds=each) for each in (None, (0.0, 2.0)))

@@ -37,7 +37,7 @@ def simulator_of(layouts, batch, num_requests, prompt, output, multi_token=NO_DR
     return Simulator(MODEL, parse_cluster("h100x8"), setup, load)
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("layouts", "batch", "prompt", "output", "multi_token"),
     [

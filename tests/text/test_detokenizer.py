@@ -101,6 +101,7 @@ def cut(text: str, stop: tuple[str, ...]) -> str:
     return text
 
 
+@pytest.mark.smoke(1)
 @by_kind
 @given(data=st.data())
 @quick

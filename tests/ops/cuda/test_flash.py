@@ -84,6 +84,7 @@ def test_prompts_are_those_of_our_kernel(calls, window, heads):
     assert_near(found, attention.attend(query, cache, batch, params), steps=4)
 
 
+@pytest.mark.full
 def test_what_it_does_not_suit(calls):
     """Decode steps, sinks, latents, float32, and odd heads are our kernel's."""
     sinks = torch.zeros(4, device=DEVICE)

@@ -93,6 +93,7 @@ def test_what_is_no_number_stays_so(odd):
     assert found[1].isfinite().all()
 
 
+@pytest.mark.full
 @settings(drawn, max_examples=8)
 @given(
     num_rows=st.sampled_from([0, 1, 5, 40]),

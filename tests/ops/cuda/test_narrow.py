@@ -114,6 +114,7 @@ def make_experts(kind, num, hidden, inner, dtype, *, has_bias, first):
     ]
 
 
+@pytest.mark.full
 @settings(drawn, max_examples=9)
 @given(
     kind=KINDS,

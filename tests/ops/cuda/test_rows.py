@@ -79,6 +79,7 @@ def caches(heads, key_dim, value_dim, dtype, *, is_float8=False):
     return [KVCache(*sizes, is_float8=is_float8) for _ in range(2)]
 
 
+@pytest.mark.full
 @settings(drawn, max_examples=12)
 @given(
     num_tokens=NUM_TOKENS,
