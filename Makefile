@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # More tests at a time than cores, since many of them wait; those of a file one after another, since
 # they share.
-PYTEST := $(BIN)/pytest -n 3 --dist loadfile
+PYTEST := $(BIN)/pytest -n 3 --dist loadfile --max-worker-restart 0
 # Parts of the long run, and all that they depend on.
 PARTS := quick torch baseline $(shell grep -rlE 'mark\.(full|smoke)' tests --include='*.py' | cut -d/ -f2 | sort -u)
 FILES := pyproject.toml $(shell find src tests experiments calibration benchmarks docs deploy \

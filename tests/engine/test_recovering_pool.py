@@ -283,11 +283,14 @@ def test_interrupted_while_an_epoch_begins(lose_at_start, is_server_stopped):
             os.kill(server_pid, signal.SIGSTOP)
         main = threading.main_thread().ident
         interrupt = threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT))
-        interrupt.start()
-        with pytest.raises(KeyboardInterrupt), pool:
-            pool.begin_epoch(lost)
+        try:
+            with pytest.raises(KeyboardInterrupt), pool:
+                interrupt.start()
+                pool.begin_epoch(lost)
+        finally:  # else it would end these tests
+            interrupt.cancel()
+            interrupt.join()
         assert pool.is_closed
-        interrupt.join()
         assert session_is_gone(server_pid, seconds=5)
 
 
