@@ -254,22 +254,27 @@ class Forks:
 
     def _fork(self, asked: _Asked, descriptors: Sequence[int]) -> int:
         with self._lock:
-            connection = self._connected()
-            # The fork's parent ends at once, so that this process becomes it.
-            _adopt_orphans(True)
             try:
-                data = json.dumps(asdict(asked)).encode()
-                connection.sendall(len(data).to_bytes(8, "little") + data)
-                for begin in range(0, len(descriptors), _AT_ONCE):
-                    part = array.array("i", descriptors[begin : begin + _AT_ONCE])
-                    connection.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, part)])
-                answer = connection.recv(8, socket.MSG_WAITALL)
-            finally:
-                _adopt_orphans(False)
-        pid = int.from_bytes(answer, "little")
+                pid = self._answer(asked, descriptors)
+            except BaseException:  # an answer that was not read would be taken for the next one
+                self.close()
+                raise
         # It raises where it is no child.
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return pid
+
+    def _answer(self, asked: _Asked, descriptors: Sequence[int]) -> int:
+        connection = self._connected()
+        _adopt_orphans(True)  # the fork's parent ends at once
+        try:
+            data = json.dumps(asdict(asked)).encode()
+            connection.sendall(len(data).to_bytes(8, "little") + data)
+            for begin in range(0, len(descriptors), _AT_ONCE):
+                part = array.array("i", descriptors[begin : begin + _AT_ONCE])
+                connection.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, part)])
+            return int.from_bytes(connection.recv(8, socket.MSG_WAITALL), "little")
+        finally:
+            _adopt_orphans(False)
 
     def _connected(self) -> socket.socket:
         if self._connection is None:
@@ -289,6 +294,7 @@ class Forks:
         if self._connection is not None and self._process is not None:
             self._connection.close()
             self._process.wait(30)
+            self._connection = None
 
 
 def command_line(pid: int) -> list[str]:

@@ -284,8 +284,8 @@ def test_interrupted_while_an_epoch_begins(lose_at_start, is_server_stopped):
         main = threading.main_thread().ident
         interrupt = threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT))
         try:
+            interrupt.start()
             with pytest.raises(KeyboardInterrupt), pool:
-                interrupt.start()
                 pool.begin_epoch(lost)
         finally:  # else it would end these tests
             interrupt.cancel()
