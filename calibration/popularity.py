@@ -1,6 +1,7 @@
 """How skewed routing is: published statistics of experts' loads, and the exponent that has each.
 
-python calibration/popularity.py     prints Markdown
+python calibration/popularity.py              prints Markdown
+python calibration/popularity.py Nemotron-30B some of the models
 
 Routing is taken as a projection draws it: the expert at place i of an order has a weight of
 (1 + i)^-exponent, and a token draws its experts by weight, none twice. The default of every
@@ -12,6 +13,7 @@ of the load, which is more than it says to have seen. What it has seen is a row 
 draws is another.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -144,10 +146,14 @@ PUBLISHED = (
 
 def main() -> None:
     """Print the table, and what follows for the default."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    every = list(dict.fromkeys(each.model for each in PUBLISHED))
+    parser.add_argument("models", nargs="*", choices=[[], *every], metavar="MODEL")
+    models = parser.parse_args().models or every
     print("| model | statistic | published | exponent | source |")
     print("| --- | --- | ---: | ---: | --- |")
     found = []
-    for each in PUBLISHED:
+    for each in (each for each in PUBLISHED if each.model in models):
         exponent = exponent_of(each)
         found.append(exponent)
         least = "≥ " if each.is_least else ""
@@ -155,7 +161,7 @@ def main() -> None:
             f"| {each.model} | {each.what} | {least}{each.value:.3g} | {least}{exponent:.2f} | "
             f"{each.source} |"
         )
-    for alpha in (1.01, 1.2):
+    for alpha in (1.01, 1.2) if models == every else ():
         drawn = _drawn_by_aiconfigurator(alpha)
         same = Published("", 256, 8, "", busiest_of_ranks(8), drawn, "")
         print(

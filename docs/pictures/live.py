@@ -1,9 +1,10 @@
 """Draw `/live` as a picture for the README and its page, under a load of its own.
 
-    python docs/pictures/live.py
+    python docs/pictures/live.py [SECONDS]
 
-Serves a small model of random weights with rebalancing on, asks it for a minute by streams of
-random tokens, and writes `live.png` beside this script, by headless Chromium.
+Serves a small model of random weights with rebalancing on, asks it for a minute, or so many
+seconds, by streams of random tokens, and writes `live.png` beside this script, by headless
+Chromium.
 """
 
 import json
@@ -60,6 +61,7 @@ def draw(page_url: str) -> None:
 
 def main() -> None:
     """Serve, ask, draw."""
+    load_s = float(sys.argv[1]) if len(sys.argv) > 1 else LOAD_S
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "expertlane", "serve", MODEL, "--layout", LAYOUT]
         command += [*OPTIONS, "--port", "0", "--json", "--served-model-name", MODEL]
@@ -67,14 +69,14 @@ def main() -> None:
             try:
                 assert server.stdout is not None
                 page_url = json.loads(server.stdout.readline())["live"]
-                url, until_s = page_url.removesuffix("/live"), time.monotonic() + LOAD_S
+                url, until_s = page_url.removesuffix("/live"), time.monotonic() + load_s
                 streams = [
                     threading.Thread(target=ask, args=(url, seed, until_s))
                     for seed in range(NUM_STREAMS)
                 ]
                 for each in streams:
                     each.start()
-                time.sleep(LOAD_S / 2)
+                time.sleep(load_s / 2)
                 draw(page_url)
             finally:
                 server.terminate()

@@ -1,0 +1,293 @@
+"""How each documented script is run small, or which test runs it.
+
+In arguments, `{…}` stands for what `Stage` has: a checkpoint, results, a profile, public rows.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+
+from chromium import CHROMIUM
+from documented.commands import ROOT
+
+LIMIT_S = 1500.0  # of a command; machines may be busy
+ROWS = (
+    "hardware,framework,precision,spec_method,disagg,is_multinode,prefill_tp,prefill_ep,"
+    "prefill_dp_attention,prefill_num_workers,decode_tp,decode_ep,decode_dp_attention,"
+    "decode_num_workers,num_prefill_gpu,num_decode_gpu,isl,osl,conc,date,median_ttft,p99_ttft,"
+    "median_tpot,p99_tpot,median_itl,median_e2el,tput_per_gpu,input_tput_per_gpu,"
+    "output_tput_per_gpu",
+    *(
+        f"h200,trt,fp8,none,False,False,8,{ep},False,0,8,{ep},False,0,8,8,1024,1024,{conc},"
+        f"2026-01-0{day},0.1,1,0.02,1,0.2,20,9,4,{4 + day}"
+        for day, (ep, conc) in enumerate([(8, 4), (1, 4), (8, 8), (1, 8), (8, 16), (1, 16)], 1)
+    ),
+)
+
+
+def _no_tables() -> str | None:
+    if find_spec("aiconfigurator_core") is None:
+        return "aiconfigurator-core is not installed: pip install 'expertlane[calibration]'"
+    return None
+
+
+def _no_chromium() -> str | None:
+    return None if CHROMIUM else "no Chromium on this machine: install Debian's chromium"
+
+
+def _no_vllm() -> str | None:
+    return None if find_spec("vllm") else "vLLM is not installed"
+
+
+def _no_links() -> str | None:
+    """Why there can be no emulated links and slowed cores."""
+    if os.geteuid() != 0:
+        return "not root, so no namespaces, qdiscs and quotas"
+    if not Path("/sys/fs/cgroup/cpu/cpu.shares").exists():
+        return "no CPU controller of cgroup v1, whose quotas are needed"
+    missing = [name for name in ("ip", "tc", "nsenter") if shutil.which(name) is None]
+    if missing:
+        return f"{missing[0]} is missing: install iproute2 and util-linux"
+    return None if Path("/dev/net/tun").exists() else "no /dev/net/tun"
+
+
+_MEASURED = "benchmarks/results"
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """A run of a script that takes seconds.
+
+    Attributes:
+        arguments: as a shell takes them.
+        shows: what its output matches.
+        needs: why it cannot run here; None if it can.
+        beside: copied into the folder with its neighbours first, since it writes beside itself.
+    """
+
+    arguments: str
+    shows: str
+    needs: Callable[[], str | None] = lambda: None
+    beside: bool = False
+
+
+SMOKES: Mapping[str, Smoke] = {
+    "benchmarks/bench_aiconfigurator.py": Smoke(
+        f"{{rows}} --aiconfigurator {sys.executable}", r"\| all \| 3 \| aiconfigurator", _no_tables
+    ),
+    "benchmarks/bench_attention.py": Smoke("--cpu-time --only 'check 32/8'", r"check 32/8 .* \d+%"),
+    "benchmarks/bench_balance.py": Smoke(
+        "--experts 64 --ranks 16 --seeds 1", r'"num_crossing_points": \d\d'
+    ),
+    "benchmarks/bench_check.py": Smoke(
+        "--rounds 1 --model paper-tiny --json dp=2,ep=2", r'"layout": "dp=2,ep=2"'
+    ),
+    "benchmarks/bench_collectives.py": Smoke(
+        "--ranks 2 --bytes 256", r'"benchmark": "collectives".*"gloo wall"'
+    ),
+    "benchmarks/bench_copies.py": Smoke("--ranks 8 --steps 1", r'"benchmark": "copies"'),
+    "benchmarks/bench_counters.py": Smoke("2", r'"benchmark": "counters"'),
+    "benchmarks/bench_cuda.py": Smoke("--tiny", r"norm, 3 rows: 1536 bytes"),
+    "benchmarks/bench_dispatch.py": Smoke("--ranks 2 --tokens 16", r'"benchmark": "dispatch"'),
+    "benchmarks/bench_engine.py": Smoke(
+        "--checkpoint qwen3 --rounds 1 --retries 0 --max-wait 0 --folder . --points decode-1 "
+        "--contenders ours:tp=1 transformers:eager",
+        r"goal reached at \d of 1 points",
+    ),
+    "benchmarks/bench_engine_overhead.py": Smoke("20", r'"benchmark": "engine_overhead"'),
+    "benchmarks/bench_factor.py": Smoke(
+        "--batches 16 --skews 0 --plot factor.svg", r"x best baseline \d"
+    ),
+    "benchmarks/bench_journal.py": Smoke(
+        "--streams 2 --rounds 1 --journal .", r'"benchmark": "journal"'
+    ),
+    "benchmarks/bench_kernels.py": Smoke("1", r'"benchmark": "kernels"'),
+    "benchmarks/bench_kills.py": Smoke(
+        "--minutes 0.2 --every-s 3 --rate 2", r"left: no process, no file"
+    ),
+    "benchmarks/bench_layer.py": Smoke("--device cpu --quick", r"PackedExperts"),
+    "benchmarks/bench_live.py": Smoke("tp=1 1", r"ranks that count, tp=1: CPU time"),
+    "benchmarks/bench_masks.py": Smoke(
+        "--vocab-size 400 --tokens 20 --rows 1", r"use on a rank, 1 rows: \d"
+    ),
+    "benchmarks/bench_moves.py": Smoke("1 64", r'"benchmark": "moves"'),
+    "benchmarks/bench_narrow.py": Smoke("1", r"experts, 1 tokens .* float8"),
+    "benchmarks/bench_one_rank.py": Smoke("--rehearse", r"projected by h100: \d"),
+    "benchmarks/bench_overlap.py": Smoke(
+        "--hidden 64 --tokens 1 --point-s 1", r'"benchmark": "overlap"'
+    ),
+    "benchmarks/bench_plan.py": Smoke("--devices 8", r"candidates screened"),
+    "benchmarks/bench_projection.py": Smoke(
+        "--ranks 1 --hidden 64 --layers 1 --experts 2 --rounds 1 --profile {profile}",
+        r"both: median error",
+    ),
+    "benchmarks/bench_recovery.py": Smoke("dp=2,ep=2 --runs 1", r'"benchmark": "recovery"'),
+    "benchmarks/bench_report.py": Smoke("{results}", r'"drawn_s": \d', _no_chromium),
+    "benchmarks/bench_scale.py": Smoke(
+        "dp=2,ep=2 tp=2 --seconds 1 --picture scale.svg", r'"benchmark": "scale"'
+    ),
+    "benchmarks/bench_serve.py": Smoke(
+        "--streams 1 --rounds 1 --prompt-len 4 --output-len 4 --requests-per-stream 1 "
+        "--max-wait 0 --folder .",
+        r'"benchmark": "serve"',
+    ),
+    "benchmarks/bench_step.py": Smoke("{checkpoint} 1", r'"benchmark": "step"'),
+    "benchmarks/bench_verdict.py": Smoke("--runs 1 --repeat 1", r"winner: "),
+    "benchmarks/judge/judge.py": Smoke(
+        "{truth} --beside {root}/benchmarks/results/2026-11-26-judge", r"\d of 1 within 15%"
+    ),
+    "benchmarks/judge/measure.py": Smoke(
+        "--cases 'ep2 undilated' --out .", r'"benchmark": "judge"', _no_links
+    ),
+    "benchmarks/narrow_quality.py": Smoke("0.01 2048", r"int8, whole rows +perplexity"),
+    "calibration/fastest.py": Smoke("h200", r"\| h200 \| float8 \|", _no_tables),
+    "calibration/fit.py": Smoke("h200 --output .", r"", _no_tables),
+    "calibration/judge_published.py": Smoke("", r"\| decode EP72", _no_tables),
+    "calibration/judge_serving.py": Smoke("{rows} --jobs 1", r"\| TensorRT-LLM \| driver_s"),
+    "calibration/popularity.py": Smoke("DeepSeek-MoE-16B", r"Median of the published: 0\.2"),
+    "calibration/scatter.py": Smoke("", r"`latent_decode\.float8`", _no_tables),
+    "docs/pictures/live.py": Smoke("6", r"", _no_chromium, beside=True),
+    "docs/pictures/recovery.py": Smoke(
+        f"{{root}}/{_MEASURED}/2026-11-26-bench_recovery.json", r"", beside=True
+    ),
+    "docs/pictures/report.py": Smoke("{results} {results}", r"", _no_chromium, beside=True),
+    "docs/pictures/roofline.py": Smoke(
+        f"{{root}}/{_MEASURED}/2026-11-26-bench_kernels.json", r"", beside=True
+    ),
+    "experiments/ep_map/ep_map.py": Smoke("--out .", r"ep_map\.html"),
+    "experiments/ep_map/pairs.py": Smoke("{rows}", r"^h200,trt,fp8,8,1024,1024,16,"),
+    "tests/engine/harm.py": Smoke("runs.jsonl --to 1", r"1 runs, 0 failed"),
+    "tests/faults/runs.py": Smoke("runs.jsonl --to 1", r"\| moment \| cases \| wrong"),
+    "tests/golden/golden.py": Smoke("check balance", r"balance: "),
+    "tests/plan/serving_options.py": Smoke("vllm", r"", _no_vllm),
+    "tests/server/journal_kills.py": Smoke("--kills 1 --part 1 --out kills.jsonl", r"none lost"),
+    "tests/server/soak.py": Smoke("--requests 4 --layouts dp=2,ep=2", r"4 of 4 requests"),
+}
+
+# Scripts that tests of their own run.
+COVERED: Mapping[str, str] = {
+    "benchmarks/compile_cuda.py": "tests/ops/cuda/test_compile.py",
+    "benchmarks/gpu.py": "tests/gpu/test_script.py",
+    "docs/notebook.py": "tests/test_notebook.py",
+    "docs/option_table.py": "tests/test_docs.py",
+    "docs/pictures/deployments.py": "tests/test_docs.py",
+    "experiments/paper/likeness.py": "tests/compare/test_likeness.py",
+    "experiments/paper/study.py": "tests/report/test_study.py",
+    "experiments/paper/what_it_takes.py": "tests/report/test_what_it_takes.py",
+    "tests/distributed/cut_nodes.py": "tests/distributed/test_cut_nodes.py",
+}
+
+# Scripts that others start, and those others.
+PARTS: Mapping[str, str] = {
+    "benchmarks/aiconfigurator_rows.py": "benchmarks/bench_aiconfigurator.py",
+    "benchmarks/engine_peers/make_checkpoint.py": "benchmarks/bench_engine.py",
+    "benchmarks/engine_peers/measure_machine.py": "benchmarks/bench_engine.py",
+    "benchmarks/engine_peers/run_ours.py": "benchmarks/bench_engine.py",
+    "benchmarks/engine_peers/run_transformers.py": "benchmarks/bench_engine.py",
+    "benchmarks/engine_peers/run_vllm.py": "benchmarks/bench_engine.py",
+    "benchmarks/judge/dilation.py": "benchmarks/judge/measure.py",
+    "benchmarks/judge/forwarder.py": "benchmarks/judge/measure.py",
+    "benchmarks/judge/on_ranks.py": "benchmarks/judge/measure.py",
+}
+
+# What README's commands are given in addition, by how they begin, so that they take seconds.
+MORE: Mapping[str, str] = {
+    "bench --url http://127.0.0.1:8000 --rate 2,5 --slo ttft.p95=500ms": "--num-requests 4",
+    "calibrate mine": "--within 1 --ranks 2",
+    "compare": "--only 'DP 2 × TP 8, EP 2,EP 16' --repeat 1",
+    "plan paper-small --cluster mine.tomlx2": "--batch 2 --prompt-len 8 --output-len 8",
+    "simulate paper --layout dp=16,ep=16 --cluster h100x16 --batch 256 --output-len 32:256": (
+        "--num-requests 256"
+    ),
+}
+
+
+class Stage:
+    """What documented commands find in the folder that they run in.
+
+    Args:
+        folder: an empty one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def words(self) -> dict[str, str]:
+        """What stands for `{…}`."""
+        return {
+            "root": str(ROOT),
+            "checkpoint": str(self.checkpoint),
+            "profile": str(self.profile),
+            "results": str(self.results),
+            "rows": str(self.rows),
+            "truth": str(self.truth),
+        }
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """A tiny Mixtral with a tokenizer and a chat template."""
+        from model.chat_checkpoint import save_chat_checkpoint
+
+        path = self.folder / "my-checkpoint"
+        path.mkdir()
+        return save_chat_checkpoint(path, "{% for m in messages %}{{ m.content }}{% endfor %}")
+
+    @cached_property
+    def profile(self) -> Path:
+        """This machine's, measured in a second."""
+        path = self.folder / "profile.toml"
+        run_expertlane(self.folder, "calibrate", "profile", "--within", "1", "--ranks", "1")
+        assert path.exists()
+        return path
+
+    @cached_property
+    def results(self) -> Path:
+        """A projected comparison, with its page."""
+        run_expertlane(self.folder, "compare", "paper", "--project", "--out", "projected")
+        return self.folder / "projected"
+
+    @cached_property
+    def rows(self) -> Path:
+        """Made-up public measurements."""
+        path = self.folder / "rows.csv"
+        path.write_text("\n".join(ROWS) + "\n")
+        return path
+
+    @cached_property
+    def truth(self) -> Path:
+        """One case of those that were measured on links once, as a folder of measure.py."""
+        kept, path = ROOT / _MEASURED / "2026-11-26-judge", self.folder / "truth"
+        truth = json.loads((kept / "truth.json").read_text())
+        truth["cases"] = truth["cases"][:1]
+        path.mkdir()
+        (path / "truth.json").write_text(json.dumps(truth))
+        shutil.copy(kept / truth["cases"][0]["profile"], path)
+        return path
+
+
+def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, as a user would."""
+    paths = [str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+
+
+def run_expertlane(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of expertlane, which has to go well."""
+    done = run(folder, sys.executable, "-m", "expertlane", *words)
+    assert done.returncode == 0, done.stderr
+    return done

@@ -1,0 +1,152 @@
+"""README's commands as they stand there, with little to do: they go well and say something."""
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from documented.commands import ROOT, Command, blocks, named
+from documented.smokes import LIMIT_S, MORE, Stage, run, run_expertlane
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(2 * LIMIT_S)]
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    each for each, where in named().items() if "README.md" in where and each.kind == "expertlane"
+]
+EXPERIMENT = """name = "mine"
+[model]
+preset = "paper-tiny"
+[workload]
+num_sequences = 4
+prompt_len = 6
+output_len = 4
+[[deployments]]
+name = "TP"
+layout = "tp=2"
+baseline = true
+[[deployments]]
+name = "EP"
+layout = "dp=2,ep=2"
+"""
+PROJECTED = shlex.split(
+    "paper-tiny --layout dp=2,ep=2 --cluster h100x2 --batch 2 --prompt-len 8 --output-len 8"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the files that README speaks of."""
+    stage = Stage(tmp_path_factory.mktemp("readme"))
+    path = stage.folder
+    assert stage.checkpoint.name == "my-checkpoint"
+    (path / "mine.toml").write_text(EXPERIMENT)
+    for name in ("before", "after", "paper-small"):
+        run_expertlane(path, "simulate", *PROJECTED, "--out", f"results/{name}")
+    write_trace(path / "routing.npz")
+    return path
+
+
+def write_trace(path: Path) -> None:
+    from expertlane.balance import trace
+
+    scores = np.random.default_rng(0).gumbel(size=(2, 300, 32)) - np.log(np.arange(1, 33))
+    topk_ids = np.argsort(-scores, axis=-1)[..., :2].astype(np.int16)
+    of_step = np.zeros(300, dtype=np.int64)
+    trace.write_trace(trace.RoutingTrace("a/model", 32, (1, 2), topk_ids, of_step), path)
+
+
+@contextmanager
+def served(folder: Path, *words: str) -> Iterator[str]:
+    """A server at a free port, its address; SIGTERM has to end it well."""
+    command = [sys.executable, "-m", "expertlane", "serve", *words, "--port", "0", "--json"]
+    with (folder / "serve.log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=log, text=True
+        )
+        try:
+            line = process.stdout.readline()
+            assert line, (folder / "serve.log").read_text()
+            yield json.loads(line)["live"].removesuffix("/live")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(LIMIT_S) == 0
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def text_of(command: Command) -> str:
+    return " ".join((command.name, *command.words))
+
+
+def of_name(*names: str) -> list[Command]:
+    return [each for each in COMMANDS if each.name in names]
+
+
+def is_of_server(command: Command) -> bool:
+    return any(word.startswith("http://127.0.0.1:8000") for word in command.words)
+
+
+ALONE = [each for each in COMMANDS if each.name != "serve" and not is_of_server(each)]
+
+
+@pytest.mark.parametrize("command", ALONE, ids=text_of)
+def test_a_command_goes_well(command: Command, folder: Path):
+    if command.name == "plan" and "mine.tomlx2" in command.words:
+        pytest.skip("run with the one that makes its profile")
+    more = shlex.split(MORE.get(text_of(command), ""))
+    done = run_expertlane(folder, command.name, *command.words, *more)
+    assert done.stdout.strip()
+    if command.name == "calibrate":
+        (planned,) = (each for each in COMMANDS if "mine.tomlx2" in each.words)
+        words = (*planned.words, *shlex.split(MORE[text_of(planned)]))
+        assert "Use " in run_expertlane(folder, planned.name, *words).stdout
+
+
+@pytest.mark.parametrize("command", of_name("serve"), ids=text_of)
+def test_a_server_starts_answers_and_ends(command: Command, folder: Path):
+    with served(folder, *command.words) as url:
+        assert httpx.get(f"{url}/health", timeout=LIMIT_S).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    """Of the server that README starts first."""
+    command = of_name("serve")[0]
+    with served(folder, *command.words) as found:
+        yield found
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_first_request(url: str, folder: Path):
+    lines = [line for code in blocks(README) for line in code.splitlines()]
+    (line,) = (line for line in lines if line.startswith("curl "))
+    done = run(folder, *shlex.split(line.replace("http://127.0.0.1:8000", url)))
+    assert done.returncode == 0, done.stderr
+    (choice,) = json.loads(done.stdout)["choices"]
+    assert len(choice["token_ids"]) == 8
+
+
+@pytest.mark.parametrize("command", [*filter(is_of_server, COMMANDS)], ids=text_of)
+def test_a_client_goes_well(command: Command, url: str, folder: Path):
+    words = [word.replace("http://127.0.0.1:8000", url) for word in command.words]
+    more = shlex.split(MORE.get(text_of(command), ""))
+    assert run_expertlane(folder, command.name, *words, *more).stdout.strip()
+
+
+def test_the_program(folder: Path):
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    done = run(folder, sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r" (stop|length) \d", done.stdout)

@@ -1,0 +1,52 @@
+"""Every script that a document names, run small: it still says what it is there to say."""
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from documented.commands import ROOT
+from documented.smokes import LIMIT_S, SMOKES, Stage, run
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(2 * LIMIT_S)]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return Stage(tmp_path_factory.mktemp("documented"))
+
+
+def kept() -> dict[Path, int]:
+    """Results that are there, and when they were written."""
+    folders = ROOT / "results", ROOT / "benchmarks" / "results"
+    return {path: path.stat().st_mtime_ns for each in folders for path in each.rglob("*")}
+
+
+@pytest.fixture
+def unchanged() -> Iterator[None]:
+    before = kept()
+    yield
+    assert kept() == before
+
+
+@pytest.mark.parametrize("name", SMOKES)
+@pytest.mark.usefixtures("unchanged")
+def test_it_runs(name: str, stage: Stage, tmp_path: Path):
+    smoke, script = SMOKES[name], ROOT / name
+    if why := smoke.needs():
+        pytest.skip(why)
+    if smoke.beside:
+        shutil.copytree(script.parent, tmp_path / "beside", ignore=shutil.ignore_patterns("*.md"))
+        script = tmp_path / "beside" / script.name
+    words = shlex.split(smoke.arguments)
+    filled = [word.format_map(stage.words(word)) for word in words]
+    done = run(tmp_path, sys.executable, script, *filled)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert re.search(smoke.shows, done.stdout, re.MULTILINE), done.stdout[-4000:]
+    if smoke.beside:
+        made = [path for path in script.parent.iterdir() if path.suffix in (".svg", ".png")]
+        assert any(path.stat().st_mtime > script.stat().st_mtime for path in made)
