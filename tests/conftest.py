@@ -22,6 +22,7 @@ from forked import Forks
 from parity.reference import ReferenceModel, ReferenceRun
 
 _TIMEOUT_S = 60.0
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,6 +68,15 @@ def interruptible() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """Commands leave handlers that end the process at once; they must not end these tests."""
+    before = {number: signal.getsignal(number) for number in _HANDLED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class PoolKeeper:

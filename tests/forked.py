@@ -238,6 +238,10 @@ class Forks:
             def _fork(self, asked: _Asked, descriptors: Sequence[int]) -> int:
                 return forks._fork(asked, descriptors)
 
+            @classmethod
+            def prepare(cls) -> None:
+                forks._connected()
+
         self._popen = Popen
         with mock.patch.object(subprocess, "Popen", Popen):
             yield
@@ -295,6 +299,13 @@ class Forks:
             self._connection.close()
             self._process.wait(30)
             self._connection = None
+
+
+def prepare_forks() -> None:
+    """Start the process that forks, if there is to be one; it is this process's child from now."""
+    prepare = getattr(subprocess.Popen, "prepare", None)
+    if prepare is not None:
+        prepare()
 
 
 def command_line(pid: int) -> list[str]:

@@ -18,6 +18,7 @@ from distributed.recovering import check_exchange, lose, replace
 from engine.processes import session_is_gone, wait_until
 from expertlane.engine.pool import RankPool
 from expertlane.errors import RankError, RanksLostError, UserError
+from forked import prepare_forks
 
 NUM_RANKS = 3
 TIMEOUT_S = 3.0
@@ -38,6 +39,7 @@ def start_pool(num_ranks=NUM_RANKS, timeout_s=TIMEOUT_S):
 @contextmanager
 def leaves_nothing():
     """Nothing is left of a pool that is made and closed inside."""
+    prepare_forks()  # what they need is not of the pool
     before, num_before = names(), num_files_in_memory()
     yield
     assert wait_until(lambda: names() <= before), (sorted(names() - before), descriptors())
@@ -283,13 +285,10 @@ def test_interrupted_while_an_epoch_begins(lose_at_start, is_server_stopped):
             os.kill(server_pid, signal.SIGSTOP)
         main = threading.main_thread().ident
         interrupt = threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT))
-        try:
-            interrupt.start()
-            with pytest.raises(KeyboardInterrupt), pool:
-                pool.begin_epoch(lost)
-        finally:  # else it would end these tests
-            interrupt.cancel()
-            interrupt.join()
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt), pool:
+            pool.begin_epoch(lost)
+        interrupt.join()
         assert pool.is_closed
         assert session_is_gone(server_pid, seconds=5)
 
