@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # they share.
 PYTEST := $(BIN)/pytest -n 3 --dist loadfile --max-worker-restart 0
 # Parts of the long run, and all that they depend on.
-PARTS := quick torch baseline $(shell grep -rlE 'mark\.(full|smoke)' tests --include='*.py' | cut -d/ -f2 | sort -u)
+PARTS := quick torch baseline $(shell grep -rlE 'mark\.(full|smoke)' tests --include='test_*.py' | cut -d/ -f2 | sort -u)
 FILES := pyproject.toml $(shell find src tests experiments calibration benchmarks docs deploy \
 	-type f -not -path '*/__pycache__/*' -not -path '*/_build/*')
 

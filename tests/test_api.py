@@ -123,6 +123,7 @@ def test_results_show_themselves(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_results_of_every_kind_have_an_answer_and_a_page():
     for make in example_pages.KINDS.values():
         results = Results.of(make())

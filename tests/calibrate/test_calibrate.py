@@ -82,6 +82,7 @@ def profile(request, tmp_path_factory):
     return read_profile(write_profile(found, path)), request.param
 
 
+@pytest.mark.full
 def test_every_law_is_measured_and_says_where(profile):
     found, dtype = profile
     kinds = {str(kind) if kind is Kind.MEMORY else f"{kind}.{dtype}" for kind in Kind}

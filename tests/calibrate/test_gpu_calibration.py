@@ -209,6 +209,7 @@ def test_steps_by_a_measured_profile_are_those_of_the_gpu(profile, execution):
     assert max(map(abs, errors.values())) <= 0.1, errors
 
 
+@pytest.mark.full
 def test_the_profile_says_what_it_is_of(profile):
     assert kernels_of(profile) is ENGINE_ON_GPUS
     assert kernels_of(read_profile("h100")) is GPU_LIBRARIES

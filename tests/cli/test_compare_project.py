@@ -78,6 +78,7 @@ def test_what_is_too_large_to_measure_is_projected_alone(too_small, run):
     assert "Projected: verdict" in Path("results/short/report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.full
 def test_another_cluster_and_json(too_small, run):
     code, out, _ = run(
         "compare", "short.toml", "--project", "--json", "--cluster", "h200x16", "--skew", "0.5"

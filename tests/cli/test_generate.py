@@ -103,6 +103,7 @@ def test_a_preset_on_real_ranks(run, type_in, tmp_path):
     assert (code, json.loads(out)["num_tokens"]) == (0, 8)
 
 
+@pytest.mark.full
 def test_a_chat_with_a_checkpoint_on_a_real_rank(run, type_in, checkpoint):
     type_in("the thing\n\n/reset\nthe thing\n/exit\nnever read\n")
     code, out, err = run(

@@ -139,6 +139,7 @@ def completed(words):
     return done.stdout.split()
 
 
+@pytest.mark.full
 def test_a_shell_completes_commands_options_and_values():
     assert completed("expertlane si") == ["simulate"]
     assert "--num-redundant-experts" in completed("expertlane simulate --num-")

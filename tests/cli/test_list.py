@@ -12,6 +12,7 @@ from expertlane.spec.model import PRESETS
 LAYOUTS = ("list", "layouts", "paper", "--cluster", "h100x16")
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("what", "names"),
     [

@@ -56,6 +56,7 @@ def test_a_plan_is_printed_and_written(run, here):
     assert planned.options.dispatch == best["options"]["dispatch"]
 
 
+@pytest.mark.full
 def test_json_is_the_file_and_reads_back(run, here):
     from pydantic import TypeAdapter
 
@@ -98,7 +99,7 @@ def test_a_node_of_every_profile(run, here, name):
     assert {each["conditions"]["dtype"] for each in found["deployments"]} == {"mxfp4"}
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("quantization", "weights", "caution"),
     [
@@ -123,6 +124,7 @@ def test_quantised_checkpoints(run, here, quantization, weights, caution):
     assert ("priced as" in flat(out)) == bool(caution)
 
 
+@pytest.mark.full
 def test_a_trace_says_which_experts_tokens_choose(run, here):
     rng = np.random.default_rng(0)
     ids = np.argsort(rng.random((4, 256, 16)), axis=2)[..., :2].astype(np.int16)

@@ -54,6 +54,7 @@ def test_a_report_says_what_limits_the_deployment(run, tmp_path):
     assert record.serving[0].output_tps.low < record.serving[0].output_tps.value
 
 
+@pytest.mark.full
 def test_the_same_load_gives_the_same_numbers(run):
     first, again = (as_json(run, *EP16, *LOAD) for _ in range(2))
     assert first["deployments"] == again["deployments"]
@@ -116,6 +117,7 @@ def test_recorded_requests(run):
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.full
 def test_prefixes_of_recorded_requests_are_not_computed_again(run, tmp_path):
     path = tmp_path / "trace.jsonl"
     lines = [
@@ -185,6 +187,7 @@ def test_quantised_checkpoints(run, tmp_path, method, weights, caution):
     assert ("priced as bfloat16" in " ".join(found["cautions"])) == caution
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("dtype", "kv", "said"),
     [
@@ -277,6 +280,7 @@ def test_options_of_a_deployment(run, options):
     assert found["deployments"][0]["serving"][0]["output_tps"]["value"] > 0
 
 
+@pytest.mark.full
 def test_skewed_routing_loads_ranks_unevenly(run):
     even, skewed = (
         as_json(run, *EP16, *LOAD, "--skew", skew)["deployments"][0]["num_tokens_per_expert"]
@@ -285,6 +289,7 @@ def test_skewed_routing_loads_ranks_unevenly(run):
     assert max(map(max, skewed)) > max(map(max, even))
 
 
+@pytest.mark.full
 def test_sequences_that_wait_for_room(run):
     out, _ = simulate(run, *EP16[:2], "--cluster", "h100x16", *LOAD, "--max-num-seqs", "1")
     assert "limited by --max" not in out  # one on each of 16 ranks is enough for 8

@@ -81,6 +81,7 @@ def test_a_full_disk_is_one_line_and_exit_code_1(tmp_path, arguments, full):
         assert made(tmp_path / "kept") == FILES
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("as_json", ["", long(" --json")])
 def test_a_pipe_without_a_reader_ends_in_141_without_a_word(tmp_path, kept, as_json):
     command = "{ sleep 0.5; EXPERTLANE %s; echo $? > code; } | true"

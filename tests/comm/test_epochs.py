@@ -16,7 +16,7 @@ from comm.epoch_ranks import KINDS, LAST_EPOCH, NUM_RANKS
 _TIMEOUT_S = 120.0  # far below the bound on waits: ranks leave since the epoch has ended
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_leave_an_epoch_and_go_on_in_the_next(kind):
     """One is killed or stopped, twice with another one late, and once while the epoch begins."""

@@ -188,6 +188,7 @@ def explore(size, num_rounds, variant=""):
     return len(seen)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(("size", "num_rounds", "at_least"), [(2, 3, 4_000), (3, 2, 200_000)])
 def test_no_interleaving_loses_a_wake_or_reads_too_early(size, num_rounds, at_least):
     assert explore(size, num_rounds) > at_least

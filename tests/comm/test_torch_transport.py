@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 
+import pytest
 import torch
 from torch.distributed import HashStore
 
@@ -44,6 +45,7 @@ transport.leave()
 """
 
 
+@pytest.mark.full
 def test_uneven_exchanges_between_nodes(tmp_path):
     begin = [sys.executable, "-P", "-c", RANK]
     ranks = [

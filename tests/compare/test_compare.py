@@ -97,6 +97,7 @@ def results(compared):
     return compared[0]
 
 
+@pytest.mark.full
 def test_a_prefill_and_a_decode_step_of_each_deployment_are_traced(compared):
     traces = compared[2]
     names = [each.name for each in EXPERIMENT.deployments]

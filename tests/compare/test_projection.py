@@ -82,6 +82,7 @@ def test_a_row_is_what_the_projector_says(projection):
     assert replace(row.prefill, timeline=None) == prefill
 
 
+@pytest.mark.full
 def test_usual_conditions_are_seen_closer(projection):
     for row in projection.select("projected", EXPERIMENT):
         is_usual = row.conditions == projection.conditions[0]

@@ -212,7 +212,7 @@ def _cases():
             yield number, case, form
 
 
-@pytest.mark.smoke(18)
+@pytest.mark.smoke(6)
 @pytest.mark.parametrize(
     ("number", "case", "form"),
     [

@@ -187,6 +187,7 @@ def test_a_stopped_fork_server_of_the_first_node(long_run):
     assert long_run.are_gone()
 
 
+@pytest.mark.full
 def test_a_supervisor_that_is_told_to_end(long_run):
     error, took_s = long_run.error_after(long_run.supervisor.pid, signal.SIGTERM)
     assert took_s < 10
@@ -217,6 +218,7 @@ def test_closing_leaves_nothing(long_run):
     assert long_run.ranks.supervisors[0].returncode == 0
 
 
+@pytest.mark.full
 def test_a_mistake_that_ranks_of_another_node_find():
     with pytest.raises(UserError, match=r"^dtype float16 needs a GPU"):
         RankPool(RanksOnNodes(2, 1, TIMEOUT_S, "float16"), TIMEOUT_S)

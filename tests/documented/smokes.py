@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from string import Formatter
 
 from chromium import CHROMIUM
 from documented.commands import ROOT
@@ -219,16 +220,15 @@ class Stage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def words(self) -> dict[str, str]:
-        """What stands for `{…}`."""
-        return {
-            "root": str(ROOT),
-            "checkpoint": str(self.checkpoint),
-            "profile": str(self.profile),
-            "results": str(self.results),
-            "rows": str(self.rows),
-            "truth": str(self.truth),
-        }
+    def fill(self, word: str) -> str:
+        """A word with what its `{…}` stand for; only that is made."""
+        names = [name for _, name, _, _ in Formatter().parse(word) if name]
+        return word.format_map({name: str(getattr(self, name)) for name in names})
+
+    @property
+    def root(self) -> Path:
+        """The checkout."""
+        return ROOT
 
     @cached_property
     def checkpoint(self) -> Path:

@@ -42,8 +42,7 @@ def test_it_runs(name: str, stage: Stage, tmp_path: Path):
     if smoke.beside:
         shutil.copytree(script.parent, tmp_path / "beside", ignore=shutil.ignore_patterns("*.md"))
         script = tmp_path / "beside" / script.name
-    words = shlex.split(smoke.arguments)
-    filled = [word.format_map(stage.words(word)) for word in words]
+    filled = map(stage.fill, shlex.split(smoke.arguments))
     done = run(tmp_path, sys.executable, script, *filled)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert re.search(smoke.shows, done.stdout, re.MULTILINE), done.stdout[-4000:]

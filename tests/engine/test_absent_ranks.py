@@ -204,7 +204,7 @@ def test_one_that_is_starting_stays_so_in_the_next_epoch(pool):
     check_exchange(pool, 4)
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 def test_more_and_fewer_ranks_while_some_are_ahead(pool):
     start(pool, [3, 4])
     assert (pool.num_ranks, pool.absent) == (NUM_RANKS, set())

@@ -241,6 +241,7 @@ def test_a_rank_that_is_lost_at_every_start(lose_at_start):
         start_pool(timeout_s=NEVER_S)
 
 
+@pytest.mark.full
 def test_many_epochs_leave_nothing_open_and_the_end_of_the_fork_server_is_final():
     gc.collect()  # the progress boards of earlier pools
     with leaves_nothing(), start_pool(timeout_s=NEVER_S) as pool:

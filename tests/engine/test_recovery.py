@@ -105,6 +105,7 @@ def test_a_rank_is_killed_while_parts_of_experts_move_and_copies_are_balanced(mo
         assert all(each.decision.num_saved >= 0 for each in switch.decisions)
 
 
+@pytest.mark.full
 def test_a_rank_is_lost_while_another_is_replaced():
     with model("dp=2,tp=2,ep=4") as llm:
         expected = facts(llm)
@@ -143,7 +144,7 @@ def test_nobody_reads_what_it_says(monkeypatch):
         assert record_of(llm).ranks == [1]
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize("layout", ["replicas=2", "tp=2"])
 def test_a_request_that_ends_ranks_is_ended_at_last(layout, monkeypatch):
     """Others go on, with the tokens that they would have had."""
@@ -203,6 +204,7 @@ def is_replaced(llm, rank, pid):
     return pids(llm)[rank] != pid
 
 
+@pytest.mark.full
 def test_a_rank_is_lost_while_nothing_runs_and_no_count_falls():
     with model("dp=2,ep=2") as llm:
         watch = llm.watch()

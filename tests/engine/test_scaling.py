@@ -57,7 +57,7 @@ def open_descriptors():
     return len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "layouts",
     [
@@ -199,7 +199,7 @@ def test_a_rank_is_lost_meanwhile(rank, command, layout):
         assert tokens(llm.generate(PROMPTS, PARAMS)) == expected
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize("harmed_rank", [2, 3])
 def test_a_rank_is_lost_while_it_starts(harmed_rank, monkeypatch):
     """One that ends, or one that has just been forked."""
@@ -233,7 +233,7 @@ def test_a_rank_is_lost_while_it_starts(harmed_rank, monkeypatch):
         assert tokens(llm.generate(PROMPTS, PARAMS)) == expected
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize("variable", ["EXPERTLANE_TRANSPORT=gloo", "EXPERTLANE_BACKEND=torch"])
 def test_over_other_transports(variable, monkeypatch):
     monkeypatch.setenv(*variable.split("="))
@@ -242,6 +242,7 @@ def test_over_other_transports(variable, monkeypatch):
         assert scaled_under_load(llm, ["dp=4,ep=4", "tp=2,ep=2", "dp=3,ep=3"]) == expected
 
 
+@pytest.mark.full
 def test_experts_go_on_moving_and_counts_do_not_fall():
     options = Options(rebalance_steps=3, num_redundant_experts=4)
     with model("dp=2,ep=2", options=options) as llm:
@@ -279,6 +280,7 @@ def test_experts_go_on_moving_and_counts_do_not_fall():
             assert rebalancer.saved_s != saved_s
 
 
+@pytest.mark.full
 def test_other_threads_wait_for_it():
     params = [SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)] * 2
     with model("dp=2,ep=2") as llm:

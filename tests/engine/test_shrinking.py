@@ -135,6 +135,7 @@ def test_more_are_lost_down_to_the_last_and_while_it_grows():
         grow_back(llm)
 
 
+@pytest.mark.full
 def test_without_room_or_a_whole_data_parallel_rank_lost_ranks_are_replaced(monkeypatch, capfd):
     with model("tp=2") as llm:
         expected = facts(llm)

@@ -50,7 +50,7 @@ def bytes_from(change, *origins):
     return [sum(each.bytes_from.get(origin, 0) for each in change.held) for origin in origins]
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("settings", "layouts"),
     [
@@ -197,6 +197,7 @@ def test_ranks_that_never_come(monkeypatch):
         assert facts(llm) == expected
 
 
+@pytest.mark.full
 def test_there_is_little_room(monkeypatch):
     """What ranks that serve have no room for, they make in the pause."""
     begin = WeightsAhead.__init__

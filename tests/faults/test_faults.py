@@ -7,7 +7,7 @@ import pytest
 from engine.harm import asked_for, lines_of, numbered
 from faults.draws import KINDS, LAYOUTS, MOMENTS, NUM_CASES, TRANSPORTS, draw, places
 
-NUM_RUNS, NUM_QUICK = 30, 5
+NUM_RUNS, NUM_QUICK = 30, 2
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,9 @@ def test_all_cases_hold_every_pair():
     }
 
 
-def test_the_quick_ones_hold_all_kinds():
+def test_the_runs_hold_all_kinds():
     cases = [draw(number) for number in range(NUM_RUNS)]
     assert {case.faults[-1].kind for case in cases} == set(KINDS)
     assert {case.transport for case in cases} == set(TRANSPORTS)
     assert len({case.layout for case in cases}) > 8
-    assert len({case.moment for case in cases}) > 10
     assert len({case.moment for case in cases}) > 15

@@ -294,7 +294,6 @@ MEASURED = (
         "compare tiny",
         "compare tiny.toml --dtype float32 --clock wall --repeat 2",
         "measured",
-        is_quick=True,
     ),
     Case(
         "compare checkpoint",

@@ -333,6 +333,7 @@ print(status("VmHWM") - before - sum(tensor.nbytes for tensor in kept))
 """
 
 
+@pytest.mark.full
 @pytest.mark.starts_anew
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_reading_slices_needs_little_more_than_the_slices(rewrite):

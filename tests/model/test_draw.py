@@ -80,6 +80,7 @@ ROW = st.tuples(
 )
 
 
+@pytest.mark.full
 @EXHAUSTIVE
 @given(st.data(), st.integers(1, 40), st.lists(ROW, min_size=1, max_size=5))
 def test_filters_keep_what_sorting_keeps(data, vocab_size, rows):

@@ -186,6 +186,7 @@ def test_which_way_layers_go(family: str, dtype: torch.dtype):
     assert (attention, blocks, whole) == ({expected[0]}, {expected[1]}, expected[2])
 
 
+@pytest.mark.smoke(26)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("lengths", "num_new"), [([1], 1), ([5, 2, 9], 1), ([4, 7], 3)])

@@ -69,6 +69,7 @@ def test_two_experts_chosen(pools, references, layout, overlap):
     assert same.mean() >= MIN_SAME_TOKENS
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     "variable", [("EXPERTLANE_CPU_ISA", "baseline"), ("EXPERTLANE_BACKEND", "torch")]
 )

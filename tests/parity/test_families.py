@@ -15,7 +15,7 @@ LAYOUTS = (
 )
 
 
-@pytest.mark.smoke(15)
+@pytest.mark.smoke(5)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_steps", [24, pytest.param(64, marks=pytest.mark.full)])

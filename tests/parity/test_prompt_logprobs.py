@@ -46,6 +46,7 @@ def check(outputs, prompts, expected, num_top):
                 assert found.ranks[place] == 1 + (row > row[prompt[place]]).sum()
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize(
     ("layout", "options"),
     [

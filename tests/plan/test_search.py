@@ -83,6 +83,7 @@ def test_what_breaks_a_limit_in_full_is_dropped():
         assert each.served.tpot_s[1, 0] <= 0.0921387
 
 
+@pytest.mark.full
 def test_the_nearest_is_projected_in_full():
     best = min(search_of().one_pool().finalists, key=lambda each: each.served.tpot_s[1, 0])
     with pytest.raises(UserError, match=telling("misses TPOT limit")) as e:
@@ -118,6 +119,7 @@ def test_a_number_of_devices_that_no_layout_takes():
     assert set(layouts) == {"replicas=3", "dp=3", "dp=3,ep=3"}  # attention is never cut in three
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("num_sequences", [1, 3, 5])
 def test_no_more_sequences_at_once_than_asked(num_sequences):
     workload = Workload(num_sequences, 512, 128)

@@ -136,6 +136,7 @@ def found():
     return search_of().one_pool()
 
 
+@pytest.mark.full
 def test_contenders_have_the_throughput_and_ttft_of_the_plan(found):
     for each in found.finalists:
         made = contender(each, WORKLOAD)

@@ -95,6 +95,7 @@ CASES |= {
 }
 
 
+@pytest.mark.smoke(20)
 @pytest.mark.parametrize("name", CASES)
 def test_it_fits_a_screen(name: str) -> None:
     lines = shown(CASES[name])
@@ -105,7 +106,7 @@ def test_it_fits_a_screen(name: str) -> None:
     assert "as fast as" in words or "nothing to compare it with" in words
 
 
-@pytest.mark.smoke(19)
+@pytest.mark.smoke(8)
 @pytest.mark.parametrize("name", CASES)
 def test_no_word_is_broken(name: str) -> None:
     """Every word on the screen is one that the report has."""

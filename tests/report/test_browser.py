@@ -86,7 +86,7 @@ def test_every_plot_is_seen_with_and_without_scripts(opened, make, has_scripts):
         assert box["height"] > 30
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 def test_nothing_is_wider_than_a_phone_nor_too_small_to_read(opened, make, scheme):
@@ -96,6 +96,7 @@ def test_nothing_is_wider_than_a_phone_nor_too_small_to_read(opened, make, schem
     assert all(size > 9.5 for size in sizes_of_text(page))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("width", [1440, 390])
 def test_what_is_said_first_is_seen_first(opened, width):
     """The verdict and the plots beside it; most of the rest is closed."""
@@ -118,6 +119,7 @@ def timelines(page: Page):
     return group
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("has_scripts", [True, False], ids=["scripts", "no scripts"])
 def test_timelines_are_stretched_together(opened, has_scripts):
     page = opened(example_results.usual, has_scripts=has_scripts)
@@ -139,6 +141,7 @@ def test_timelines_are_stretched_together(opened, has_scripts):
         )
 
 
+@pytest.mark.full
 def test_pointing_at_a_timeline_tells_what_is_there(opened):
     results = example_results.usual()
     page = opened(example_results.usual)
@@ -171,6 +174,7 @@ def test_pointing_at_a_timeline_tells_what_is_there(opened):
         )
 
 
+@pytest.mark.full
 def test_a_change_of_colours_changes_the_plots(opened):
     page = opened(example_results.usual)
     open_all(page)
@@ -199,6 +203,7 @@ def cells(table) -> list[list[str]]:
     )
 
 
+@pytest.mark.full
 def test_tables_equal_results_json(opened):
     results = example_results.usual()
     given = json.loads(to_json(results))["deployments"]
@@ -221,6 +226,7 @@ def test_tables_equal_results_json(opened):
             assert cell == milliseconds(deployment["steps"][1]["breakdown_s"][row[0]])
 
 
+@pytest.mark.full
 def test_a_table_that_goes_on_keeps_its_first_column(opened):
     page = opened(example_results.usual, 390)
     open_all(page)
@@ -234,6 +240,7 @@ def test_a_table_that_goes_on_keeps_its_first_column(opened):
     assert first.bounding_box()["x"] == pytest.approx(before, abs=1)
 
 
+@pytest.mark.full
 def test_on_paper_all_parts_are_open(opened, tmp_path):
     page = opened(example_results.usual)
     closed = page.locator("details.part:not([open])").count()

@@ -35,6 +35,7 @@ def made(modules):
     return ep_map.made(clusters, [pair, replace(pair, hardware="mi300x")])
 
 
+@pytest.mark.full
 def test_a_panel_for_each_model_with_a_square_for_each_load(modules, made):
     _, cells, _ = modules
     report, drawn = made

@@ -124,6 +124,7 @@ def test_every_plot_has_words_and_a_table(make):
         assert all(legend.colour.startswith("--") for legend in chart.legend)
 
 
+@pytest.mark.smoke(2)
 @KINDS
 def test_every_plot_is_drawn_for_wide_and_narrow_screens_and_tells_its_values(make):
     results, text = made_by(make)

@@ -65,6 +65,7 @@ def test_links_move_the_proposal(page):
     assert near < usual < slow
 
 
+@pytest.mark.full
 def test_the_page(page, monkeypatch, tmp_path, capsys):
     for name, few in (
         ("MICRO_BATCHES", (1, 8)),

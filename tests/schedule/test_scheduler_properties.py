@@ -227,6 +227,7 @@ def test_every_promise_on_much_random_traffic(layout, options, limits, traffic, 
     run.check_order()
 
 
+@pytest.mark.full
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(
     st.integers(1, 2),
@@ -251,6 +252,7 @@ def test_a_cache_far_too_small_changes_no_token(dp, pp, rotating, prefix_caching
     assert run.scheduler.num_preemptions == sum(r.num_preemptions for r in run.requests)
 
 
+@pytest.mark.full
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(
     st.integers(2, 3),

@@ -95,6 +95,7 @@ def fits(matcher, labels):
     return (value == matcher.value) == (matcher.op == MatchOp.Equal)
 
 
+@pytest.mark.smoke(8)
 @pytest.mark.parametrize("query", QUERIES)
 def test_every_query_finds_series_with_its_labels(query, rebalanced):
     text = scraped(rebalanced)

@@ -130,6 +130,7 @@ def test_it_is_used_by_keys_alone(opened, busy):
     assert all(names)
 
 
+@pytest.mark.full
 def test_pause_holds_the_page_still(opened, busy):
     page = opened(busy)
     expect(page.locator("h1")).to_have_text(re.compile("output tokens/s"))
@@ -159,6 +160,7 @@ def test_a_key_is_asked_for_and_is_in_no_address(opened, stub_server):
     expect(page.locator("#content")).to_be_visible()  # this tab still has it
 
 
+@pytest.mark.full
 def test_names_are_no_markup_and_an_end_is_said(opened, stub_server):
     made = stub_server()
     name = "<img src=x onerror=alert(1)>"

@@ -162,6 +162,7 @@ def test_a_model_that_the_client_parses(structured):
         assert isinstance(answer.choices[0].message.parsed, Person)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("choice", ["required", "look"])
 def test_calls_of_tools_in_deltas(structured, choice):
     if choice != "required":

@@ -109,6 +109,7 @@ def test_splits_follow_from_bounds():
     assert asked == [(1, 1, 32), (2,)]
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("heads", "dims"),

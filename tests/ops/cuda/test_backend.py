@@ -72,7 +72,7 @@ def logits_of(model, ops, monkeypatch, source=None) -> torch.Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize("name", MODELS)
 def test_models_are_those_of_torch(name, monkeypatch):
     expected, found = (

@@ -169,7 +169,7 @@ def check_counts(rank, batch, record, kernels, scales=0.0):
         np.testing.assert_allclose(found, expected, rtol=share, atol=0, err_msg=key)
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_priced_is_what_is_recorded(name, step, monkeypatch):

@@ -25,6 +25,7 @@ SIZES = st.sampled_from(
 )
 
 
+@pytest.mark.full
 @settings(drawn, max_examples=40)
 @given(
     num_rows=st.sampled_from([0, 1, 4]),
