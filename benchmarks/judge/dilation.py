@@ -94,7 +94,7 @@ class Dilation:
 
 
 def join() -> None:
-    """For `preexec_fn`: put the process, and so all that it starts, into the group; it ends with us."""
+    """For `preexec_fn`: put the process, and all that it starts, in the group; it ends with us."""
     (ROOT / "cgroup.procs").write_text(str(os.getpid()))
     end_with_parent()
 

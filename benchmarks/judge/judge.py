@@ -125,7 +125,7 @@ def table_of(rows: list[dict[str, Any]], before: dict[str, dict[str, Any]]) -> T
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="the folder that measure.py wrote")
-    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="of earlier results")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="earlier folders")
     asked = parser.parse_args()
     rows = judge(json.loads((asked.folder / "truth.json").read_text()), asked.folder)
     console = Console(width=140)
