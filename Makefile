@@ -1,17 +1,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# More tests at a time than cores, since many of them wait; those of a file one after another, since
-# they share.
+# Three workers for two cores, since many tests wait; one worker for each file, whose tests share
+# fixtures.
 PYTEST := $(BIN)/pytest -n 3 --dist loadfile --max-worker-restart 0
-# Parts of the long run, and all that they depend on.
+# Parts of test-full, and the files that they depend on.
 PARTS := quick torch baseline $(shell grep -rlE 'mark\.(full|smoke)' tests --include='test_*.py' | cut -d/ -f2 | sort -u)
 FILES := pyproject.toml $(shell find src tests experiments calibration benchmarks docs deploy \
 	-type f -not -path '*/__pycache__/*' -not -path '*/_build/*')
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-# Without bytecode each of many processes would compile the tests anew.
+# If it is set, each worker compiles all tests again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -27,12 +27,12 @@ compare: $(VENV)/.runtime ## Run the paper's deployments side by side on 16 loca
 test: $(VENV)/.dev ## Run the tests, without the long ones
 	@$(PYTEST) -m "not full"
 
-# Stamps: a part that has passed with the same files is not run again, so that what was interrupted
-# goes on; failed tests come first then.
-test-full: $(PARTS:%=$(VENV)/full/%) ## Run all tests, in parts; when interrupted, go on there
+# A part that passes leaves a stamp, and is not run again until a file changes; a part that failed
+# begins with its failed tests.
+test-full: $(PARTS:%=$(VENV)/full/%) ## Run all tests, in parts; when run again, skip those that passed
 
 $(VENV)/full/quick: $(FILES) | $(VENV)/.dev
-	@echo "The tests of make test, with all their processes started as users start them"
+	@echo "The tests of make test, with real processes instead of forks"
 	@$(PYTEST) -m "not full" --start-anew --failed-first
 	@mkdir -p $(@D) && touch $@
 
@@ -42,7 +42,7 @@ $(VENV)/full/torch: $(FILES) | $(VENV)/.dev
 	    $$(grep -rl mark.numerical tests --include='*.py')
 	@mkdir -p $(@D) && touch $@
 
-# It has no kernels for bfloat16.
+# The set "baseline" has no kernels for bfloat16.
 $(VENV)/full/baseline: $(FILES) | $(VENV)/.dev
 	@echo "bfloat16 against the reference with EXPERTLANE_CPU_ISA=baseline"
 	@EXPERTLANE_CPU_ISA=baseline $(BIN)/pytest tests/parity/test_bfloat16.py --failed-first
@@ -78,7 +78,7 @@ $(BIN)/python:
 	@echo "Making a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# Stamps: an install is repeated when pyproject.toml is newer. The second covers the first.
+# Stamps: an install is repeated when pyproject.toml is newer. The stamp of .dev covers .runtime.
 $(VENV)/.runtime: pyproject.toml | $(BIN)/python
 	@echo "Installing expertlane into $(VENV) (the first time brings PyTorch: some minutes)"
 	@$(PIP) install --editable '.[all]'

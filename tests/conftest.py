@@ -1,4 +1,4 @@
-"""Ranks and reference runs that outlive a test, since both take long to make."""
+"""Hooks and fixtures of all tests: markers, forked processes, shared ranks and reference runs."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--start-anew", action="store_true", help="fork no Python that tests start")
+    parser.addoption("--start-anew", action="store_true", help="start Python processes, fork none")
 
 
 # The same draws in every run, none of them judged by how long it takes.
@@ -42,7 +42,7 @@ hypothesis.settings.load_profile("tests")
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `full` all cases of a test but as many as its `smoke` says, evenly spread."""
+    """Of a test marked `smoke(n)`, mark all cases as `full` except n that are evenly spaced."""
     cases: dict[object, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("smoke") and not item.get_closest_marker("full"):
@@ -58,13 +58,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Of this process: two on matrices this small are fifty times slower where cores are shared."""
+    """One torch thread: two are fifty times slower on small matrices where cores are shared."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
-    """Also where a shell has started the tests in the background, and had signals ignored."""
+    """Signals end tests that a shell started in the background too, where it has them ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
@@ -73,7 +73,7 @@ def interruptible() -> None:
 
 @pytest.fixture(autouse=True)
 def own_signals() -> Iterator[None]:
-    """Commands leave handlers that end the process at once; they must not end these tests."""
+    """Remove the signal handlers that a command leaves, which would end later tests at once."""
     before = {number: signal.getsignal(number) for number in _HANDLED}
     yield
     for number, handler in before.items():
@@ -81,7 +81,7 @@ def own_signals() -> Iterator[None]:
 
 
 class PoolKeeper:
-    """Keeps one pool of ranks a dtype; the ranks keep their process groups by layout."""
+    """Keeps one pool of ranks per dtype; the ranks keep their process groups by layout."""
 
     def __init__(self) -> None:
         self._pools: dict[str, RankPool] = {}
@@ -118,7 +118,7 @@ class ReferenceRuns:
     def run(
         self, model: ModelConfig, workload: Workload, seed: int, rounded: bool = False
     ) -> ReferenceRun:
-        """What the reference makes of a workload."""
+        """The reference's tokens and logits for a workload."""
         key = model, workload, seed, rounded
         if key not in self._runs:
             prompts = workload.prompt_token_ids(model.vocab_size)
@@ -139,7 +139,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def forks(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Forks]:
-    """Pythons that tests start are forks, but with `--start-anew`."""
+    """Python processes that tests start are forks, unless `--start-anew` is given."""
     forks = Forks(tmp_path_factory.mktemp("command_lines"))
     if pytestconfig.getoption("start_anew") or sys.platform != "linux":
         yield forks
@@ -151,7 +151,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config)
 
 @pytest.fixture(autouse=True)
 def as_marked(request: pytest.FixtureRequest, forks: Forks) -> Iterator[None]:
-    """Tests marked `starts_anew` start Pythons as users do."""
+    """Tests marked `starts_anew` start new Python processes."""
     if request.node.get_closest_marker("starts_anew") is None:
         yield
         return
@@ -169,7 +169,7 @@ def pools(forks: Forks) -> Iterator[PoolKeeper]:
 
 @pytest.fixture(scope="session")
 def references() -> ReferenceRuns:
-    """What runs are held against."""
+    """Reference runs, computed once."""
     return ReferenceRuns()
 
 
@@ -188,7 +188,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory):
-    """One tiny checkpoint a family."""
+    """One tiny checkpoint per family."""
     from model.families import Checkpoints
 
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))

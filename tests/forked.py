@@ -1,8 +1,8 @@
-"""Pythons that tests start, as forks of one process that has imported torch.
+"""Python processes that tests start, as forks of one process that has imported torch.
 
-Such a start takes 2 s of a core, most of it torch's import. So `subprocess.Popen` of a test forks
-a process that has all imported, where a program of the project runs with this Python. Programs of
-tests marked `starts_anew` start as users' do, as all do with `pytest --start-anew`. A fork is a
+Starting one takes 2 s of a core, most of it to import torch. So in tests `subprocess.Popen` forks
+that process where a command runs a program of this project with this Python. Tests marked
+`starts_anew` start real processes, and so do all tests with `pytest --start-anew`. A fork is a
 child of the process that asked for it, with the arguments, environment, descriptors and working
 directory that a new Python would have.
 """
@@ -32,7 +32,7 @@ _TESTS = Path(__file__).parent
 _ROOT = _TESTS.parent
 _AT_ONCE = 200  # descriptors in a message: the system takes 253
 _PR_SET_CHILD_SUBREAPER = 36
-_READ_AT_START = ("PYTHON", "LANG", "LC_", "LD_", "OMP_", "TRITON_")  # variables
+_READ_AT_START = ("PYTHON", "LANG", "LC_", "LD_", "OMP_", "TRITON_")  # of variables
 _IMPORTED = (
     "distributed.on_ranks",
     "distributed.supervisor",
@@ -59,7 +59,7 @@ class _Program:
     Attributes:
         kind: `-m`, `-c`, or empty for a file.
         text: the module, the code, or the file.
-        arguments: of the program.
+        is_path_safe: started with `python -P`.
     """
 
     kind: str
@@ -69,7 +69,7 @@ class _Program:
 
     @classmethod
     def of(cls, command: Sequence[object]) -> "_Program | None":
-        """The program of a command; None where it has to be started."""
+        """The program of a command; None where it has to start as a new process."""
         words = [os.fspath(word) for word in command if isinstance(word, str | os.PathLike)]
         if len(words) != len(command) or words[:1] != [sys.executable]:
             return None
@@ -119,7 +119,7 @@ class _Asked:
 
 
 def _become(asked: _Asked, descriptors: Sequence[int], command_lines: str) -> None:
-    """In a process that was just forked: have what a new one would have."""
+    """Give a process that was just forked the session, descriptors and variables of a new one."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if asked.is_session:
         os.setsid()
@@ -138,11 +138,11 @@ def _become(asked: _Asked, descriptors: Sequence[int], command_lines: str) -> No
 
 
 class _Forking(subprocess.Popen):  # type: ignore[type-arg]
-    """A `Popen` whose child is a fork where that can be.
+    """A `Popen` whose child is a fork where the command allows it.
 
     Attributes:
-        command_lines: a folder with one file a fork, named by its process.
-        is_on: whether anything is forked now.
+        command_lines: a folder with the command line of each fork, in a file named by its pid.
+        is_on: False while commands start new processes.
     """
 
     command_lines = ""
@@ -180,14 +180,14 @@ class _Forking(subprocess.Popen):  # type: ignore[type-arg]
 
 
 def _starts_alike(environment: dict[str, str]) -> bool:
-    """Whether what Python and its libraries read at their start is as in this process."""
+    """True if the variables that Python and its libraries read at the start are this process's."""
     names = {name for name in {*environment, *os.environ} if name.startswith(_READ_AT_START)}
     names -= {"PYTHONPATH"}  # forks import from where tests do
     return all(environment.get(name) == os.environ.get(name) for name in names)
 
 
 class _ForkingItself(_Forking):
-    """In a fork: what it starts is a fork of itself, which no thread of it must outlive."""
+    """In a fork: starts programs as forks of itself, each of which ends with its main thread."""
 
     def _fork(self, asked: _Asked, descriptors: Sequence[int]) -> int:
         program = _Program.of(asked.command)
@@ -214,7 +214,7 @@ class _ForkingItself(_Forking):
 
 
 class Forks:
-    """The process that has all imported; it is started when first asked for a fork.
+    """The process that is forked, and has imported all that forks need; started when first asked.
 
     Args:
         command_lines: an empty folder.
@@ -229,7 +229,7 @@ class Forks:
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Meanwhile this process starts Pythons by forks."""
+        """Within this context `subprocess.Popen` forks."""
         forks = self
 
         class Popen(_Forking):
@@ -249,7 +249,7 @@ class Forks:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Meanwhile nothing is forked."""
+        """Within this context `subprocess.Popen` starts new processes."""
         if self._popen is None:
             yield
             return
@@ -263,7 +263,7 @@ class Forks:
             except BaseException:  # an answer that was not read would be taken for the next one
                 self.close()
                 raise
-        # It raises where it is no child.
+        # Raises if the fork is no child of this process.
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         return pid
 
@@ -294,7 +294,7 @@ class Forks:
         return self._connection
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         if self._connection is not None and self._process is not None:
             self._connection.close()
             self._process.wait(30)
@@ -302,14 +302,14 @@ class Forks:
 
 
 def prepare_forks() -> None:
-    """Start the process that forks, if there is to be one; it is this process's child from now."""
+    """Start the process that is forked, if tests fork, so that it is a child from now on."""
     prepare = getattr(subprocess.Popen, "prepare", None)
     if prepare is not None:
         prepare()
 
 
 def command_line(pid: int) -> list[str]:
-    """The command line of a process, a fork's being what it was asked for.
+    """The command line of a process; of a fork, the one that it was asked for.
 
     Raises:
         OSError: there is no such process.
@@ -326,7 +326,7 @@ def _adopt_orphans(does: bool) -> None:
 
 
 def _serve(connection: socket.socket, command_lines: str) -> _Program | None:
-    """Fork for each request; gives the program in a fork, and None where the other end closes."""
+    """Fork for each request; gives the program in a fork, and None when the other end closes."""
     while header := connection.recv(8, socket.MSG_WAITALL):
         data = connection.recv(int.from_bytes(header, "little"), socket.MSG_WAITALL)
         asked = _Asked(**json.loads(data))
@@ -343,7 +343,7 @@ def _serve(connection: socket.socket, command_lines: str) -> _Program | None:
             os.close(release)
             os.read(released, 1)  # until the parent is the one that asked
             _become(asked, received, command_lines)
-            connection.detach()  # is closed
+            connection.detach()  # `_become` has closed it
             return _Program.of(asked.command)
         os.waitpid(first, 0)
         connection.sendall(os.read(read_pid, 8))
@@ -353,7 +353,7 @@ def _serve(connection: socket.socket, command_lines: str) -> _Program | None:
 
 
 def main() -> None:
-    """Import all, serve requests at a descriptor, and in each fork run what was asked for."""
+    """Import modules, serve requests at a descriptor, and in each fork run its program."""
     for name in _IMPORTED:
         importlib.import_module(name)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the tests

@@ -1,4 +1,4 @@
-"""The judge of virtual time: what it keeps while it runs, and what earlier runs have said."""
+"""The judge of virtual time: rows kept while it runs, and results of earlier runs."""
 
 import importlib
 import json

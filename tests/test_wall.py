@@ -1,4 +1,4 @@
-"""What runs without an extra, which is most commands, and what the others say then."""
+"""Most commands run without any extra; the others name the one that they need."""
 
 import json
 import os
@@ -49,11 +49,12 @@ LOAD = ("--num-requests", "3", *SMALL)
 
 @dataclass(frozen=True)
 class Case:
-    """A command line, or a program, and what it says and writes.
+    """A command line or a program, with the output and files expected of it.
 
     Attributes:
-        says: on standard output, as a regular expression.
-        extra: that it needs; it says that instead.
+        says: pattern of its standard output.
+        writes: files that are there afterwards.
+        extra: the extra that it needs, which its error names.
     """
 
     arguments: tuple[str, ...] = ()
@@ -78,7 +79,7 @@ def in_folder(folder: str, *names: str) -> tuple[str, ...]:
 
 
 def cases(url: str) -> list[Case]:
-    """In an order in which each finds what earlier ones have written."""
+    """Cases in an order in which each finds the files that earlier ones have written."""
     return [
         Case(("--version",), r"^expertlane \d"),
         *(Case((*name.split(), "--help"), rf"^Usage: expertlane {name}") for name in names()),
@@ -196,7 +197,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Without what would change answers, such as another width of the terminal."""
+    """Variables without those that change answers, such as the width of the terminal."""
     return {"PATH": os.environ["PATH"], "HOME": "/nowhere", "HF_HUB_OFFLINE": "1"}
 
 
@@ -266,7 +267,7 @@ def test_the_same_in_an_environment_with_what_pip_installs(server, folder, tmp_p
     assert installed == distributions_of(requirements()) | {"expertlane"}
 
 
-# They import commands that need an extra, or are such; in functions, so that others start without.
+# They import commands that need an extra inside functions, or (`cli.serve`) need one themselves.
 COMMANDS = {f"expertlane.{name}" for name in ("api", "cli.app", "cli.main", "cli.serve")}
 COMPUTING = {f"expertlane.{name}" for name in ("ops", "comm", "moe", "model", "engine")}
 
@@ -281,7 +282,7 @@ def test_every_module_has_its_side_of_the_wall():
     assert set(inside["protected_modules"]) == COMPUTING
 
     rooms = {name.strip() for layer in layers for name in layer.split("|")}
-    cut = {"expertlane.cli", "expertlane.compare"}  # the wall goes through them
+    cut = {"expertlane.cli", "expertlane.compare"}  # only some of their modules need an extra
     modules = {
         f"{room}.{path.stem}"
         for room in cut

@@ -1,8 +1,8 @@
 """Runs commands in a process that finds only what `pip install expertlane` brings.
 
-Reads a list of cases from standard input as JSON, and writes the list of what came of them: exit
-code, standard output and error. A case has the arguments of a command or the code of a program,
-and variables of its environment. All run in the working directory, one after the other.
+Reads a list of cases from standard input as JSON, and writes the list of their results: exit code,
+standard output and error. A case has the arguments of a command or the code of a program, and
+variables of its environment. All run in the working directory, one after the other.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 def requirements(extra: str | None = None) -> list[Requirement]:
-    """What pyproject.toml asks for: always, or with an extra."""
+    """Requirements in pyproject.toml: those of the package, or those of an extra."""
     with PROJECT.open("rb") as file:
         project = tomllib.load(file)["project"]
     listed = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
@@ -34,7 +34,7 @@ def requirements(extra: str | None = None) -> list[Requirement]:
 
 
 def distributions_of(wanted: list[Requirement]) -> set[str]:
-    """The names of what is asked for, and of all that it needs in turn."""
+    """The names of the distributions wanted, and of all that they need in turn."""
     found: set[str] = set()
     left = list(wanted)
     while left:
@@ -57,7 +57,7 @@ def distributions_of(wanted: list[Requirement]) -> set[str]:
 
 
 class WithoutExtras:
-    """Finds modules as `PathFinder` does, but of packages only those of some distributions."""
+    """Finds modules as `PathFinder` does, but among installed ones only some distributions'."""
 
     def __init__(self, distributions: set[str]) -> None:
         self._distributions = distributions
@@ -106,7 +106,7 @@ def answer(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer what standard input asks."""
+    """Run the cases on standard input, print their results."""
     bare = WithoutExtras({"expertlane"} | distributions_of(requirements()))
     sys.meta_path[:] = [bare if each is PathFinder else each for each in sys.meta_path]
     print(json.dumps([answer(case) for case in json.load(sys.stdin)]))

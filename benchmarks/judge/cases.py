@@ -1,7 +1,7 @@
 """The deployments whose decode steps are measured, and on which links.
 
-Speeds of links are as if each rank had a core of its own; a dilated case has them slowed by its
-share, so that all its times are 1/share as long.
+Speeds of links are as if each rank had a core of its own. In a dilated case, where each rank has a
+share of a core, links are slowed by that share too, so all times are 1/share times as long.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -18,13 +18,13 @@ PROMPT_LEN, NUM_SKIPPED, NUM_STEPS = 2, 1, 8  # decode steps that are not counte
 
 @dataclass(frozen=True)
 class LinkSpeed:
-    """A node's NIC, each way, and the time that a packet is under way."""
+    """Bandwidth of a node's NIC in each direction, and the latency of a packet."""
 
     bytes_per_s: float
     latency_s: float
 
     def slowed(self, share: float) -> "LinkSpeed":
-        """As ranks with so much of a core need it."""
+        """The link for ranks that have this share of a core."""
         return LinkSpeed(self.bytes_per_s * share, self.latency_s / share)
 
 
@@ -54,17 +54,17 @@ class Case:
 
     @property
     def num_ranks(self) -> int:
-        """The layout's."""
+        """Ranks of the layout."""
         return Layout.parse(self.layout).world_size
 
     @property
     def described(self) -> dict[str, Any]:
-        """The case as JSON has it."""
+        """The case as a JSON object."""
         return asdict(self) | {"num_ranks": self.num_ranks}
 
     @property
     def experiment(self) -> Experiment:
-        """The same case for `compare`, or to be run without links."""
+        """The case as an experiment for `compare`, or for a run without links."""
         model = ModelConfig(
             name="judged",
             num_hidden_layers=self.num_layers,

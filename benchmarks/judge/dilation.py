@@ -1,4 +1,4 @@
-"""Time slowed down: each rank gets a share q of a core, so that many ranks have "a core each".
+"""Dilated time: each rank gets a share q of a core, so that many ranks run as if on a core each.
 
 A rank's threads are in a cgroup of its own, whose CPU time the kernel limits to a quota a period
 (CFS bandwidth control, cgroup v1). The quota is the least that the kernel takes, 1 ms, and the
@@ -53,7 +53,7 @@ class Dilation:
             (group / "cgroup.procs").write_text(str(pid))
 
     def place_ranks(self) -> None:
-        """The same for the ranks: those of us whose name says which rank they are.
+        """Put each rank, which is found by the name of its process, into its group.
 
         Raises:
             JudgeError: one of them is missing.
@@ -68,7 +68,7 @@ class Dilation:
         self.place([found[name] for name in names])
 
     def check_links(self, num_ranks: int) -> None:
-        """That the first ranks have talked to other nodes over the data links.
+        """Check that the first ranks are connected to other nodes over the data links.
 
         Raises:
             JudgeError: one has no connection there, so what was measured is not the link.
@@ -79,7 +79,7 @@ class Dilation:
                 raise JudgeError(f"rank {rank} has no connection to another node over data0")
 
     def begin(self, share: float) -> None:
-        """From now on each rank has `share` of a core; 1 for no limit. Others come after them."""
+        """Give each rank `share` of a core (1: no limit), before all other processes."""
         (ROOT / "cpu.shares").write_text(str(MOST_SHARES))
         for group in self._groups:
             if share < 1:
@@ -87,14 +87,14 @@ class Dilation:
                 (group / "cpu.cfs_quota_us").write_text(str(QUOTA_US))
 
     def end(self) -> None:
-        """Ranks run as fast as they can, beside others."""
+        """Lift the limits; ranks compete with other processes."""
         for group in self._groups:
             (group / "cpu.cfs_quota_us").write_text("-1")
         (ROOT / "cpu.shares").write_text(str(RANK_SHARES * len(self._groups)))
 
 
 def join() -> None:
-    """For `preexec_fn`: all that the process starts can be found in the group, and ends with us."""
+    """For `preexec_fn`: put the process, and all that it starts, in the group; it ends with us."""
     (ROOT / "cgroup.procs").write_text(str(os.getpid()))
     end_with_parent()
 

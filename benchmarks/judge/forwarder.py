@@ -1,4 +1,4 @@
-"""Carries packets between TUN devices and holds each back for a while: the links' latency.
+"""Carries packets between TUN devices, each after a delay, the links' latency.
 
 Its arguments are the descriptors of the devices, that of node i being the i-th, and a file with
 the latency in seconds as a double, which may change meanwhile. It runs before all other processes

@@ -1,16 +1,16 @@
-"""Virtual time against the truth: what `measure.py` found, and what a replay of a local run says.
+"""Virtual time, from a replay of a local run, against the times that `measure.py` measured.
 
 Each case runs again on local ranks, whatever their number, and is replayed on the links that
-ping-pong told of: nothing is fitted. Errors are of the time from token to token; the truth is
-divided by dilation. Then the order of each two cases of the same work: right where they differ by
-more than 15 %.
+ping-pong measured: nothing is fitted. Errors are of the time from token to token; the truth is
+divided by dilation. Then, for each two cases of the same work whose true times differ by more than
+15 %: does virtual time order them in the same way?
 
     python benchmarks/judge/judge.py results/judge [--beside FOLDER …]
 
 What has been judged stays in the folder's `judged.jsonl`: the same command goes on there.
 
 Prints a table, then one JSON line, which it also leaves in the folder as `judged.json`. With
---beside, the table has what earlier folders say of the same cases too, the first that has one.
+--beside, the table also has earlier results of the same cases, each from the first folder with it.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def judge(truth: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def earlier(folders: list[Path]) -> dict[str, dict[str, Any]]:
-    """By case what folders with results have: judged ones first, then such as were measured."""
+    """Earlier rows by case: judged ones first, then those that were only measured."""
     found: dict[str, dict[str, Any]] = {}
     files = [file for folder in folders for file in sorted(folder.glob("judged*.json"))]
     for file in files:
@@ -90,7 +90,7 @@ def earlier(folders: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def orders(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
-    """Each two cases of the same work whose true throughputs differ enough, and if told right."""
+    """Pairs of cases of the same work whose true times differ, and if virtual time orders them."""
     work = {
         case.name: (case.num_ranks, case.batch, case.num_layers, case.link, case.share)
         for case in CASES
@@ -105,7 +105,7 @@ def orders(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
 
 
 def table_of(rows: list[dict[str, Any]], before: dict[str, dict[str, Any]]) -> Table:
-    """Milliseconds and errors, with those of before at the end of each line."""
+    """Milliseconds and errors; at the end of each line those of earlier results."""
     names = ["case", "bound", "layout", "true ms", "±", "virtual ms", "error"]
     names += ["true before", "virtual", "error"] if before else []
     table = Table(*names, title="decode, from token to token, a core a rank")
@@ -124,8 +124,8 @@ def table_of(rows: list[dict[str, Any]], before: dict[str, dict[str, Any]]) -> T
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of measure.py")
-    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="folders of results")
+    parser.add_argument("folder", type=Path, help="the folder that measure.py wrote")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="earlier folders")
     asked = parser.parse_args()
     rows = judge(json.loads((asked.folder / "truth.json").read_text()), asked.folder)
     console = Console(width=140)

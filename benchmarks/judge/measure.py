@@ -2,10 +2,10 @@
 
 Each node is a network namespace with a torchrun of its own; links have the bandwidth and latency of
 the case (`network.py`), and ranks a share of a core (`dilation.py`), so that 16 ranks on 2 cores
-run as 16 on 16 would, only slower. Links are told by ping-pong between two nodes; nothing is fitted
+run as 16 on 16 would, only slower. Links are measured by ping-pong of two nodes; nothing is fitted
 to a step. Needs root, Linux with cgroup v1's CPU controller, network namespaces, TUN, htb, tbf, ifb
-and mirred, iproute2 and util-linux. Ranks come before whatever else runs, for they have to get
-their shares; so other work on the machine slows down.
+and mirred, iproute2 and util-linux. Ranks get their shares before all other processes, so other
+work on the machine slows down.
 
     python benchmarks/judge/measure.py [--cases NAME …] [--out FOLDER]
 
@@ -13,10 +13,11 @@ What has been measured stays in the folder's `rows.jsonl`: the same command goes
 that fails is named and left out, with exit code 1; the same command tries it again.
 
 Prints tables, then one JSON line, and leaves in the folder `truth.json` and for each link a profile
-as projections read it, of ranks with a core each (`profile` of a case). A dilated case's
-times are theirs when multiplied by its share. `token_s`: between a sequence's tokens, all steps;
-`step_s`: from sending a plan to having all its outcomes; `cpu_s` and `process_cpu_s`: [num_ranks],
-CPU time for a token, by stage of the main thread, and of the whole process.
+as projections read it, of ranks with a core each (`profile` of a case). Times of a dilated case,
+multiplied by its share, are those of ranks with a core each. `token_s`: between a sequence's
+tokens, all steps; `step_s`: from sending a plan to having all its outcomes; `cpu_s` and
+`process_cpu_s`: [num_ranks], CPU time for a token, by stage of the main thread, and of the whole
+process.
 """
 
 import argparse
@@ -64,7 +65,7 @@ ENVIRONMENT = {
 
 @contextlib.contextmanager
 def only_one() -> Iterator[None]:
-    """No other run at once: it would take our namespaces for its leftovers."""
+    """Hold a lock: a second run at the same time would remove the namespaces of this one."""
     with LOCK.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,7 +76,7 @@ def only_one() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cleaned_up() -> Iterator[None]:
-    """Nothing is left of this run, nor of an earlier one that was killed."""
+    """Remove what this run leaves, or an earlier one that was killed has left."""
     network.remove_all()
     dilation.remove_all()
     try:
@@ -158,7 +159,7 @@ def cpu() -> str:
 
 
 def is_missing(rows: Rows, case: Case, *, link: bool) -> bool:
-    """Whether the case as it stands, or its link, is not among the rows."""
+    """True if the rows do not have the case as it is now, or its link."""
     if link:
         found = [(row["link"], row["share"]) for row in rows.of("link")]
         return (case.link, case.share) not in found
@@ -166,7 +167,7 @@ def is_missing(rows: Rows, case: Case, *, link: bool) -> bool:
 
 
 def measure(cases: list[Case], rows: Rows, folder: Path, log: Path) -> list[str]:
-    """All that is missing among the rows, what needs the same network together.
+    """Measure all that the rows lack; cases that need the same network follow each other.
 
     Returns:
         The names of cases that failed.
@@ -186,7 +187,7 @@ def measure(cases: list[Case], rows: Rows, folder: Path, log: Path) -> list[str]
 
 
 def measure_alike(cases: list[Case], link: bool, rows: Rows, folder: Path, log: Path) -> list[str]:
-    """What is missing of cases with as many ranks a node, or of their links.
+    """Measure what the rows lack of cases with equally many ranks per node, or of their links.
 
     Returns:
         The names of cases that failed.
@@ -294,7 +295,7 @@ def exchange_over_law(row: dict[str, Any], links: list[dict[str, Any]]) -> float
 
 
 def show(console: Console, truth: dict[str, Any]) -> None:
-    """What `measure` found, as tables."""
+    """Print tables of what `measure` found."""
     table = Table("share of a core", "work ms", "after a wait of ms", "wall × share / work")
     for row in truth["dilation"]:
         milliseconds = f"{1e3 * row['work_s']:.0f}", f"{1e3 * row['wait_s']:.0f}"

@@ -63,7 +63,7 @@ def inside(node: int, *command: str) -> list[str]:
 
 
 def is_linked(pid: int) -> bool:
-    """Whether a process has a TCP connection to another node over their data links."""
+    """True if a process has a TCP connection to another node over their data links."""
     network = socket.inet_aton(f"{DATA_NETWORK}0")[2::-1].hex().upper()  # as the kernel lists it
     try:
         own = {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
@@ -84,9 +84,9 @@ def run_tc(node: int, lines: list[str]) -> None:
 
 
 def set_links(num_nodes: int, bytes_per_s: float, latency_s: float, latency_file: Path) -> None:
-    """What each node sends and receives a second at most, and how long packets are held back."""
+    """Set the bandwidth of each node in each direction, and the latency of all links."""
     rate, burst = f"{round(8 * bytes_per_s)}bit", 2 * MTU
-    of_peer = f"{round(8 * bytes_per_s / num_nodes)}bit"  # what none takes is for the others
+    of_peer = f"{round(8 * bytes_per_s / num_nodes)}bit"  # others may take what one does not use
     limits = f"ceil {rate} burst {burst} cburst {burst} quantum {MTU}"
     classes = [f"parent 1: classid 1:1 htb rate {rate} {limits}"] + [
         f"parent 1:1 classid 1:{peer + 2:x} htb rate {of_peer} {limits}"
@@ -153,7 +153,7 @@ class Network:
         remove_all()
 
     def check(self) -> None:
-        """Whether packets still get through.
+        """Check that the forwarder still runs.
 
         Raises:
             JudgeError: the forwarder has ended.

@@ -1,6 +1,6 @@
-"""What torchrun starts in every node: ping-pong, or the decode steps of some cases.
+"""The program that torchrun starts in every node: ping-pong, or decode steps of some cases.
 
-Only the launcher gets to measure; the other processes start ranks. Its one argument is a file of
+Only the launcher measures; the other processes start ranks. Its one argument is a file of
 `Session`; it adds a row for each thing that it has measured.
 """
 

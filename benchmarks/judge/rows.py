@@ -1,4 +1,4 @@
-"""What `measure.py` and `judge.py` keep while they run: a line of JSON for each thing that is done.
+"""Rows that `measure.py` and `judge.py` write while they run: a line of JSON for each result.
 
 A run that was ended goes on where its file ends.
 """
@@ -15,7 +15,7 @@ class Rows:
 
     Args:
         path: of the file; made if it is not there.
-        head: what must be the same for all that is kept in it: machine and versions.
+        head: machine and versions, which must be the same for all rows of the file.
 
     Raises:
         JudgeError: the file was written with another head.

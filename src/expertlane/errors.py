@@ -36,7 +36,7 @@ class CapacityError(UserError):
 
 
 class MissingExtraError(UserError, ImportError):
-    """Packages are missing that an extra brings; the text has the command that installs them."""
+    """Packages of an extra are not installed; the text has the command that installs them."""
 
 
 class ModelError(ExpertlaneError):
@@ -82,14 +82,15 @@ def naming(place: object) -> Iterator[None]:
 def require_extra(name: str, what: str) -> None:
     """Check that the packages of an extra can be imported, without importing them.
 
-    Which these are the installed package says itself; where it is not installed, as beside its
-    sources, nothing is checked.
+    The metadata of the installed expertlane lists them; where it is not installed, as when only its
+    sources are on the path, nothing is checked.
 
     Args:
-        what: needs them, the beginning of the text.
+        name: the extra.
+        what: what needs it, such as "serving"; the text begins with it.
 
     Raises:
-        MissingExtraError: one or more cannot be.
+        MissingExtraError: one or more packages cannot be imported.
     """
     import re
     from importlib.metadata import PackageNotFoundError, requires

@@ -1,4 +1,4 @@
-"""What an answer on a terminal must keep to, and the facts that a message must hold."""
+"""Checks of output on a terminal: it fits a screen, and messages hold the expected facts."""
 
 import re
 
@@ -6,7 +6,7 @@ MOST_LINES, MOST_COLUMNS = 40, 80
 
 
 def fits_a_screen(out: str) -> bool:
-    """Whether it is seen at once: few lines, none too wide, none with blanks at its end."""
+    """True if there are few lines, none too wide or with blanks at its end; else it fails."""
     lines = out.splitlines()
     assert len(lines) <= MOST_LINES, out
     assert max(map(len, lines)) <= MOST_COLUMNS, out
@@ -29,14 +29,14 @@ def telling(words: str) -> str:
 
 
 def tells(text: str, words: str) -> bool:
-    """Whether a text holds all these facts: values, names, numbers; however it words them."""
+    """True if a text holds all these facts, values or names, in any wording; else it fails."""
     lacking = [word for word in words.split() if not re.match(telling(word), text)]
     assert lacking == [], text
     return True
 
 
 def in_order(text: str, words: str) -> bool:
-    """Whether a text holds these facts in this order, which says what belongs to what."""
+    """True if a text holds these facts in this order; else it fails."""
     end = 0
     for word in words.split():
         found = re.compile(_whole(word)).search(text, end)
@@ -46,7 +46,7 @@ def in_order(text: str, words: str) -> bool:
 
 
 def one_line(err: str, words: str) -> bool:
-    """Whether standard error is one line that names the mistake by these facts."""
+    """True if standard error is one line that holds these facts; else it fails."""
     assert err.startswith("expertlane: error: "), err
     assert err.endswith("\n"), err
     assert err.count("\n") == 1, err
@@ -54,7 +54,7 @@ def one_line(err: str, words: str) -> bool:
 
 
 def refused(answer: tuple[int, str, str], words: str) -> bool:
-    """Whether a command left with code 2, no output, and one line that holds these facts."""
+    """True if a command ended with code 2, no output and one line of these facts; else it fails."""
     code, out, err = answer
     assert (code, out) == (2, ""), answer
     return one_line(err, words)

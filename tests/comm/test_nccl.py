@@ -1,7 +1,7 @@
 """nccl's collectives for whole groups, on gloo's process group: what is padded, and cut again.
 
 Ranks are threads with a process group each. The process group of nccl itself needs GPUs
-(tests/gpu/test_nccl.py).
+(tests/gpu/test_links.py).
 """
 
 from collections.abc import Callable, Iterator

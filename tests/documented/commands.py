@@ -1,8 +1,8 @@
-"""The commands that the documents of this repository name, read off their Markdown.
+"""The commands that the documents of this repository name, read from their Markdown.
 
 A command is a line of a block of code that a shell would run, or words in backticks that begin as
 one: a program that comes with expertlane, `make`, or the path of a script. The log and the
-changelog tell of the past, so they may name what is gone.
+changelog describe the past, so they may name commands that no longer exist.
 """
 
 import re
@@ -24,7 +24,7 @@ _SCRIPT = re.compile(r"(?:benchmarks|calibration|experiments|docs|tests)/[\w/]+\
 
 
 def documents() -> list[Path]:
-    """What tells of the present."""
+    """The documents that describe the present."""
     pages = [path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts]
     kept = sorted(path for path in pages if path.name not in HISTORY)
     return [ROOT / "README.md", *kept, ROOT / "experiments" / "paper" / "README.md"]
@@ -37,7 +37,7 @@ def blocks(text: str) -> list[str]:
 
 
 def commands_in(text: str) -> list[str]:
-    """The command lines of a document, as they stand there, without comments."""
+    """The command lines of a document, as written, without comments."""
     lines = [line for code in blocks(text) for line in code.splitlines()]
     lines += _WORDS.findall(_BLOCK.sub("", text))
     parts = [part for line in lines for part in _parts(line.strip().removeprefix("$ "))]

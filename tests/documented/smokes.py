@@ -1,6 +1,6 @@
-"""How each documented script is run small, or which test runs it.
+"""Arguments with which each documented script runs at a small size, or the test that runs it.
 
-In arguments, `{…}` stands for what `Stage` has: a checkpoint, results, a profile, public rows.
+In arguments, `{…}` stands for a file of `Stage`: a checkpoint, results, a profile, public rows.
 """
 
 import json
@@ -48,7 +48,7 @@ def _no_vllm() -> str | None:
 
 
 def _no_links() -> str | None:
-    """Why there can be no emulated links and slowed cores."""
+    """The reason why links and slow cores cannot be emulated here, if there is one."""
     if os.geteuid() != 0:
         return "not root, so no namespaces, qdiscs and quotas"
     if not Path("/sys/fs/cgroup/cpu/cpu.shares").exists():
@@ -69,7 +69,7 @@ class Smoke:
     Attributes:
         arguments: as a shell takes them.
         shows: what its output matches.
-        needs: why it cannot run here; None if it can.
+        needs: gives the reason why it cannot run here, else None.
         beside: copied into the folder with its neighbours first, since it writes beside itself.
     """
 
@@ -198,7 +198,7 @@ PARTS: Mapping[str, str] = {
     "benchmarks/judge/on_ranks.py": "benchmarks/judge/measure.py",
 }
 
-# What README's commands are given in addition, by how they begin, so that they take seconds.
+# Options added to README's commands so that they take seconds, by the command as written.
 MORE: Mapping[str, str] = {
     "bench --url http://127.0.0.1:8000 --rate 2,5 --slo ttft.p95=500ms": "--num-requests 4",
     "calibrate mine": "--within 1 --ranks 2",
@@ -211,7 +211,7 @@ MORE: Mapping[str, str] = {
 
 
 class Stage:
-    """What documented commands find in the folder that they run in.
+    """Files in the folder that documented commands run in.
 
     Args:
         folder: an empty one.
@@ -221,7 +221,7 @@ class Stage:
         self.folder = folder
 
     def fill(self, word: str) -> str:
-        """A word with what its `{…}` stand for; only that is made."""
+        """A word with its `{…}` replaced; makes only what it names."""
         names = [name for _, name, _, _ in Formatter().parse(word) if name]
         return word.format_map({name: str(getattr(self, name)) for name in names})
 
@@ -287,7 +287,7 @@ def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def run_expertlane(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of expertlane, which has to go well."""
+    """Run a command of expertlane, which must succeed."""
     done = run(folder, sys.executable, "-m", "expertlane", *words)
     assert done.returncode == 0, done.stderr
     return done

@@ -1,4 +1,4 @@
-"""Every command that a document names is one that is there, and is run small by some test."""
+"""Every command that a document names exists, and some test runs it at a small size."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from documented.smokes import COVERED, MORE, PARTS, SMOKES
 from expertlane.cli.app import app
 
 NAMED = named()
-# Words in backticks that begin as a command, and are none.
+# Words in backticks that look like a command, but are not one.
 NOT_COMMANDS = {
     Command("expertlane", "r3", ()): "a process's name",
     Command("expertlane", "COMMAND", ("--help",)): "any command",
@@ -91,7 +91,7 @@ def test_a_script_has_the_options_that_are_named(command):
 
 
 def parsed(command: Command) -> None:
-    """Have the command line read by the command itself, which is not run."""
+    """Have the command parse its command line without running."""
     group, words = typer.main.get_command(app), [command.name, *command.words]
     while hasattr(group, "commands"):
         assert words, command

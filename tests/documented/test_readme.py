@@ -1,4 +1,4 @@
-"""README's commands as they stand there, with little to do: they go well and say something."""
+"""README's commands as written, on small inputs: they succeed and print something."""
 
 import json
 import re
@@ -46,7 +46,7 @@ PROJECTED = shlex.split(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the files that README speaks of."""
+    """A folder with the files that README names."""
     stage = Stage(tmp_path_factory.mktemp("readme"))
     path = stage.folder
     assert stage.checkpoint.name == "my-checkpoint"
@@ -68,7 +68,7 @@ def write_trace(path: Path) -> None:
 
 @contextmanager
 def served(folder: Path, *words: str) -> Iterator[str]:
-    """A server at a free port, its address; SIGTERM has to end it well."""
+    """The address of a server at a free port; on SIGTERM it must end with exit code 0."""
     command = [sys.executable, "-m", "expertlane", "serve", *words, "--port", "0", "--json"]
     with (folder / "serve.log").open("w") as log:
         process = subprocess.Popen(
@@ -122,7 +122,7 @@ def test_a_server_starts_answers_and_ends(command: Command, folder: Path):
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    """Of the server that README starts first."""
+    """The address of the server that README starts first."""
     command = of_name("serve")[0]
     with served(folder, *command.words) as found:
         yield found

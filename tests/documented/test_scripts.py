@@ -1,4 +1,4 @@
-"""Every script that a document names, run small: it still says what it is there to say."""
+"""Every script that a document names, run at a small size: it succeeds and prints its result."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 
 
 def kept() -> dict[Path, int]:
-    """Results that are there, and when they were written."""
+    """Files of results in the checkout, and when they were written."""
     folders = ROOT / "results", ROOT / "benchmarks" / "results"
     return {path: path.stat().st_mtime_ns for each in folders for path in each.rglob("*")}
 

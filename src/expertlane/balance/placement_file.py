@@ -1,4 +1,4 @@
-"""The placement of a whole model: in a JSON file, and as deployments begin with it."""
+"""Placements of a whole model: their JSON file, and those that deployments begin with."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -204,11 +204,11 @@ def check_deployment(
 
     Args:
         ranks_per_node: 0 where only the launcher will know.
-        is_modelled: nothing is to run it, so it may have what the engine has not.
+        is_modelled: it is only modelled, so it may use what the engine does not support.
 
     Raises:
-        UserError: the model cannot be laid out, its experts placed or moved, or its hidden
-            states sent so.
+        UserError: the layout does not suit the model, or its experts cannot be placed or moved, or
+            its hidden states sent, as the options say.
     """
     layout, options = deployment.layout, deployment.options
     layout.check_model(model)
@@ -243,10 +243,10 @@ def check_experiment(experiment: Experiment, ranks_per_node: int = 0) -> list[Pl
     """Check all deployments of an experiment; gives where experts begin in each.
 
     Args:
-        ranks_per_node: if the experiment does not say; 0 where only the launcher will know.
+        ranks_per_node: for experiments that do not give it; 0 where only the launcher will know.
 
     Raises:
-        UserError: of the first one that cannot be; the text begins with its name.
+        UserError: for the first deployment that is not valid; the text begins with its name.
     """
     placements = []
     for each in experiment.deployments + experiment.scaling:

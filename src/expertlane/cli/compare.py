@@ -224,10 +224,10 @@ def run(
 
 
 def _why_only_projected(projection: _Projection) -> str | None:
-    """Why nothing can be measured whatever the experiment is: what runs models is not installed.
+    """The reason why nothing can be measured, if the extra `engine` is not installed; else None.
 
     Raises:
-        MissingExtraError: then, where no projection is asked for.
+        MissingExtraError: it is not installed, and no projection is asked for.
     """
     try:
         require_extra("engine", "running models")
@@ -239,7 +239,7 @@ def _why_only_projected(projection: _Projection) -> str | None:
 
 
 def _why_not_here(comparisons: list[_Comparison], dtype: str | None) -> str | None:
-    """Why one of them can't run on this machine, as far as is known before ranks start."""
+    """The reason why one of them can't run here, as far as known before ranks start; else None."""
     from expertlane.compare.machine import why_not_here
 
     reasons = (why_not_here(each.experiment, dtype) for each in comparisons)
@@ -376,7 +376,7 @@ def _comparisons(
     """The comparisons to run, all checked before the first one runs.
 
     Args:
-        is_measured: else a checkpoint's configuration is all that is needed.
+        is_measured: False where a checkpoint's configuration is enough.
     """
     from expertlane.spec.experiment import find_experiment, read_experiment
 

@@ -1,4 +1,4 @@
-"""A model on ranks of this machine, or of its nodes: loaded; its output as text and JSON."""
+"""Loads a model on ranks of this machine or of several nodes; its output as text and JSON."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ def load_model(
     """Start the ranks and load the model, saying so on stderr.
 
     Raises:
-        UserError: it cannot be laid out so, or does not fit.
+        UserError: the model does not suit the layout, or does not fit into memory.
         RankError: a rank died, hung or failed.
     """
     from expertlane.engine.llm import LLM

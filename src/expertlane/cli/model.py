@@ -104,11 +104,11 @@ def find_model(name: str, *, weights: bool = True) -> FoundModel:
     """Find a preset or a checkpoint, downloaded first if need be.
 
     Args:
-        weights: it is to run here; else a checkpoint's configuration is all that is needed.
+        weights: True to run it here, False where a checkpoint's configuration is enough.
 
     Raises:
         UserError: there is none, or its configuration cannot be read.
-        MissingExtraError: it is to run here, and what runs it is not installed.
+        MissingExtraError: it is to run here, and the extra `engine` is not installed.
     """
     if weights:
         require_extra("engine", "running models")

@@ -23,11 +23,11 @@ class Rounds:
     """How a machine was measured.
 
     Attributes:
-        dtype: that its ranks computed in.
-        num_rounds, most_rounds: that were made, and that there is time for on an idle machine.
-        num_kept, num_disturbed: measurements, and those that others disturbed every time.
+        dtype: what its ranks computed in.
+        num_rounds, most_rounds: rounds made, and rounds that an idle machine has time for.
+        num_kept, num_disturbed: measurements, and those of them that were disturbed every time.
         foreign_cpu_share: the most that other programs took of all cores during what was kept.
-        again_s: how long was measured again.
+        again_s: time spent on measuring again.
     """
 
     dtype: str

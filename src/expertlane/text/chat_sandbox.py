@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _requests(connection: Connection, parent: int) -> Iterator[bytes]:
-    """Each as it arrives, until `parent` has ended, even if other processes hold its socket."""
+    """Requests as they arrive, until `parent` ends, even if other processes hold its socket."""
     while True:
         while not connection.poll(_PARENT_CHECK_S):
             if os.getppid() != parent:
@@ -70,7 +70,7 @@ def _requests(connection: Connection, parent: int) -> Iterator[bytes]:
 
 
 def _answer(connection: Connection, make: Callable[[], str], cpu_s: float) -> None:
-    """Send the text, or why there is none; beyond `cpu_s`, SIGPROF ends this process."""
+    """Send the text, or the reason for having none; beyond `cpu_s`, SIGPROF ends this process."""
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     try:
         answer = {"text": make()}
@@ -106,7 +106,7 @@ class _Generation(Extension):
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    """What transformers gives templates, so that they render the same."""
+    """Functions that transformers gives templates, so that they render the same."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )

@@ -80,17 +80,17 @@ class ChatTemplate:
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """As given."""
+        """The special tokens, as given."""
         return dict(self._special_tokens)
 
     @property
     def source(self) -> str:
-        """In Jinja's language."""
+        """The template's text, in Jinja's language."""
         return str(self._template["source"])
 
     @staticmethod
     def is_in(folder: Path) -> bool:
-        """Whether a checkpoint has a template."""
+        """True if a checkpoint has a template."""
         config = read_json(folder / TOKENIZER_CONFIG)
         return os.path.lexists(folder / _FILE) or config.get("chat_template") is not None
 
@@ -191,7 +191,7 @@ class _TemplateProcess:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it is gone, whoever ended it."""
+        """True if the process has ended, whoever ended it."""
         return self._process.poll() is not None
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""JSON schemas as llguidance is given them."""
+"""JSON schemas, rewritten for llguidance."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ _NO_SCHEMAS = ("enum", "const", "default", "examples")
 
 
 def for_library(schema: Any) -> Any:
-    """A schema of the same values, but for times that are none and endless white space.
+    """A schema of the same values, except for times that do not exist and endless white space.
 
     Options of `oneOf` behind references differ by a property that is another constant in each.
     """
@@ -68,7 +68,7 @@ def _tag(options: Any, root: Mapping[str, Any]) -> str | None:
 
 
 def _resolved(option: Any, root: Mapping[str, Any]) -> Any:
-    """What a reference to one of the schema's definitions refers to; others as they are."""
+    """The definition that a reference into the schema names; other values as they are."""
     reference = option.get("$ref") if isinstance(option, Mapping) else None
     if not isinstance(reference, str):
         return option

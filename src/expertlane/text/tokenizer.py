@@ -108,7 +108,7 @@ class Tokenizer:
         return self._core.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def num_characters(self, token_id: int) -> int:
-        """Of a token by itself, special ones included; found once."""
+        """The characters of a single token, special ones included; counted once."""
         found = self._num_characters.get(token_id)
         if found is None:
             text = self.decode([token_id], skip_special_tokens=False)
@@ -116,15 +116,15 @@ class Tokenizer:
         return found
 
     def has_token(self, token_id: int) -> bool:
-        """Whether an id is known; models have spare ones."""
+        """True if the id is known; models have spare ones."""
         return self._core.id_to_token(token_id) is not None
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What a token stands for, which may be a part of a character; empty of an unknown id."""
+        """The bytes of a token, which may be part of a character; empty for an unknown id."""
         return self._bytes[token_id]
 
     def to_json(self) -> str:
-        """All of it, as its file has it."""
+        """The whole tokenizer, as its file has it."""
         text: str = self._core.to_str()
         return text
 
@@ -140,7 +140,7 @@ class Tokenizer:
         ]
 
     def name(self, token_id: int) -> str | None:
-        """A token as the vocabulary writes it, such as `Ġthe`; None of an unknown id."""
+        """A token as the vocabulary writes it, such as `Ġthe`; None for an unknown id."""
         name: str | None = self._core.id_to_token(token_id)
         return name
 
@@ -154,11 +154,11 @@ def _byte_of_character() -> dict[str, int]:
 
 
 class TokenBytes:
-    """The bytes of single tokens, which may be parts of characters; empty of unknown ids.
+    """The bytes of single tokens, which may be parts of characters; empty for unknown ids.
 
     Args:
-        core: of the library.
-        byte_tokens: those that stand for a raw byte.
+        core: the library's tokenizer.
+        byte_tokens: raw bytes, by the token that stands for each.
     """
 
     def __init__(self, core: tokenizers.Tokenizer, byte_tokens: Mapping[int, bytes]) -> None:
@@ -253,13 +253,13 @@ class IncrementalDetokenizer:
         return text if is_free else self._give(text)
 
     def finish(self) -> str:
-        """What was held back, as no token follows."""
+        """The text held back, when no token follows."""
         if self.stopped:
             return ""
         return self._give(self._incomplete(), is_last=True)
 
     def _end_of_prompt(self, token_ids: Sequence[int]) -> list[int]:
-        """As many tokens as an incomplete character can have."""
+        """The last tokens with text, as many as an incomplete character can have."""
         with_text = (token_id for token_id in reversed(token_ids) if self._has_text(token_id))
         return list(islice(with_text, _MAX_CHARACTER_BYTES))[::-1]
 
@@ -369,7 +369,7 @@ def configured_eos_token_ids(folder: Path) -> frozenset[int]:
 
 
 def _eos_token_ids(folder: Path, core: tokenizers.Tokenizer) -> frozenset[int]:
-    """What the configurations say; where they are silent, the tokenizer's own."""
+    """The tokens that the configurations name, or the tokenizer's own where they name none."""
     if found := configured_eos_token_ids(folder):
         return found
     text = token_text(read_json(folder / TOKENIZER_CONFIG).get("eos_token"))
