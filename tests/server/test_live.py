@@ -105,7 +105,9 @@ def test_frames_of_real_ranks(served):
         for of_layer in start["placements"][0]:
             assert sorted(expert for held in of_layer for expert in held) == list(range(size[1]))
         before = next(frames)["totals"]
-        served.client.completions.create(model="tiny", prompt="the thing", max_tokens=20)
+        served.client.completions.create(
+            model="tiny", prompt="the thing", max_tokens=20, extra_body={"ignore_eos": True}
+        )
         for frame in frames:
             totals = frame["totals"]
             tokens = numbers(totals["tokens"], *size) - numbers(before["tokens"], *size)
@@ -156,7 +158,7 @@ def test_a_viewer_that_reads_nothing_holds_nobody_up(stub_server, monkeypatch):
     stuck = socket.create_connection(("127.0.0.1", server.port))
     with stuck:
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        stuck.sendall(b"GET /live/feed HTTP/1.1\r\nHost: a\r\n\r\n")
+        stuck.sendall(b"GET /live/feed HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert wait_until(lambda: server.service.live.num_viewers == 1)
         with feed(server) as frames:
             assert [next(frames)["kind"] for _ in range(3)] == ["start", "frame", "frame"]
