@@ -33,10 +33,11 @@ class ServerInThread:
         model: ServedModel,
         options: ServerOptions | None = None,
         check_ranks: Callable[[], None] = lambda: None,
+        host: str = "127.0.0.1",
     ) -> None:
         self.error: Exception | None = None
         self.running: Running | None = None
-        bound = bind("127.0.0.1", 0)
+        bound = bind(host, 0)
         self.port = bound.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         started = threading.Event()
@@ -86,19 +87,30 @@ class ServerInThread:
 class StubServer(ServerInThread):
     """A server of a `StubEngine`, whose steps can be held up.
 
+    Args:
+        is_held: it makes no step before the gate is set.
+
     Attributes:
         gate: steps go on while it is set.
         step_s: how long one takes.
     """
 
-    def __init__(self, options: ServerOptions | None = None, **engine: Any) -> None:
+    def __init__(
+        self,
+        options: ServerOptions | None = None,
+        *,
+        is_held: bool = False,
+        host: str = "127.0.0.1",
+        **engine: Any,
+    ) -> None:
         self.step_s = 0.0
         self.gate = threading.Event()
-        self.gate.set()
+        if not is_held:
+            self.gate.set()
         self.engine = StubEngine(tokenizer=letters(), **engine)
         self.engine.runner.before = self._pass_gate
         model = ServedModel("stub", self.engine, self.engine.limits, letters())
-        super().__init__(model, options)
+        super().__init__(model, options, host=host)
 
     def _pass_gate(self) -> None:
         assert self.gate.wait(PATIENCE_S), "the gate stayed closed"
@@ -119,7 +131,7 @@ class Stream:
     def __init__(self, server, **more):
         body = json.dumps(LONG | {"stream": True} | more).encode()
         head = (
-            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\n\r\n"
         )
         self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S)

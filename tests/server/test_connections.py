@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -10,10 +11,11 @@ import pytest
 from cli.screen import tells
 from engine.processes import wait_until
 from engine.stub_runner import expected, spell
-from expertlane.server import middleware, protocol
+from expertlane.server import bodies, protocol
+from expertlane.server.setup import ServerOptions
 from server.running import LONG, PATIENCE_S, Stream, is_idle
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def connect(server):
@@ -115,6 +117,97 @@ def test_headers_without_end(stub_server):
         assert refused(connection)[0] == 431
 
 
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begin", "more"),
+    [
+        (b"2\r\n{}\r\n0\r\n", b"X-A: " + b"b" * 1000 + b"\r\n"),
+        (b"2\r\n{}\r\n0\r\nX-A: ", b"b" * 1000),
+        (b"", b"1;a=" + b"b" * 1000 + b"\r\n \r\n"),
+        (b"2;", b"a" * 1000),
+    ],
+)
+def test_trailers_and_extensions_without_end(stub_server, begin, more):
+    server = stub_server()
+    with connect(server) as connection:
+        connection.sendall(CHUNKED + begin)
+        num_sent = 0
+        with suppress(ConnectionError):  # it is closed before all is sent
+            for _ in range(50_000):
+                connection.sendall(more)
+                num_sent += len(more)
+        assert num_sent < 16 * 2**20  # what the kernel takes
+    assert wait_until(lambda: server.service.num_open == 0)
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_trailers_are_no_headers(stub_server):
+    server = stub_server(ServerOptions(api_keys=("secret",)))
+    body = json.dumps(LONG).encode()
+    chunks = b"%x\r\n%b\r\n0\r\nAuthorization: Bearer secret\r\n\r\n" % (len(body), body)
+    with connect(server) as connection:
+        connection.sendall(CHUNKED + chunks)
+        assert b" 401 " in connection.recv(4096)
+
+
+def test_a_body_in_many_small_chunks(stub_server):
+    server = stub_server()
+    body = json.dumps(LONG).encode() + b" " * 30_000
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\nX-A: b\r\n\r\n"
+    with connect(server) as connection:
+        connection.sendall(CHUNKED + chunks)
+        assert b" 200 " in connection.recv(4096)
+
+
+SCALE = ("POST", "/scale", {"layout": "tp=1"})
+ASKED = ("POST", "/v1/completions", LONG)
+DELETED = ("DELETE", "/v1/responses/resp_1", None)
+READ = ("GET", "/metrics", None)
+KEYS = {"api_keys": ("secret",)}
+
+
+@pytest.mark.parametrize("sent", [SCALE, ASKED, DELETED, READ])
+@pytest.mark.parametrize(
+    ("listens", "options", "headers", "may_read", "may_change"),
+    [
+        ("127.0.0.1", {}, {"Host": "localhost"}, True, True),
+        ("127.0.0.1", {}, {"Host": "LOCALHOST.:1"}, True, True),
+        ("127.0.0.1", {}, {"Host": "[::1]:8000"}, True, True),
+        ("127.0.0.1", {}, {"Host": "127.8.9.1"}, True, True),
+        ("127.0.0.1", {}, {"Host": "evil.example"}, False, False),
+        ("127.0.0.1", {}, {"Host": "127.0.0.1.evil.example"}, False, False),
+        ("127.0.0.1", {}, {"Host": "evil.example", "Origin": "http://evil.example"}, False, False),
+        ("127.0.0.1", {}, {"Host": "[::1"}, False, False),
+        ("127.0.0.1", {"allowed_hosts": ("chat.example",)}, {"Host": "chat.example:443"}, True, True),
+        ("127.0.0.1", {"allowed_hosts": ("*",)}, {"Host": "evil.example"}, True, True),
+        ("127.0.0.1", KEYS, {"Host": "any.example"}, True, True),
+        ("127.0.0.1", {}, {"Host": "localhost:80", "Origin": "http://localhost"}, True, True),
+        ("127.0.0.1", {}, {"Host": "localhost:80", "Origin": "http://localhost:81"}, True, False),
+        ("127.0.0.1", {}, {"Host": "localhost", "Origin": "http://evil.example"}, True, False),
+        ("127.0.0.1", {}, {"Host": "localhost", "Origin": "null"}, True, False),
+        ("127.0.0.1", KEYS, {"Host": "a.example", "Origin": "http://evil.example"}, True, False),
+        ("0.0.0.0", {}, {"Host": "any.example"}, True, False),
+        ("0.0.0.0", {}, {"Host": "localhost"}, True, False),
+        ("0.0.0.0", {"allowed_hosts": ("gpu1",)}, {"Host": "gpu1:8000"}, True, True),
+        ("0.0.0.0", {"allowed_hosts": ("gpu1",)}, {"Host": "gpu2:8000"}, True, False),
+        ("0.0.0.0", KEYS, {"Host": "any.example"}, True, True),
+    ],
+)
+def test_a_page_of_another_site_is_refused(
+    stub_server, listens, options, headers, may_read, may_change, sent
+):
+    server = stub_server(ServerOptions(**options), host=listens)
+    method, path, body = sent
+    key = {"Authorization": "Bearer secret"} if options is KEYS else {}
+    answer = httpx.request(method, f"{server.url}{path}", json=body, headers=headers | key)
+    is_refused = answer.status_code == 403
+    assert is_refused == (not (may_change if sent in (SCALE, DELETED) else may_read))
+    if is_refused:
+        assert answer.json()["error"]["code"] == "host_not_allowed"
+
+
 def test_slow_headers(stub_server, monkeypatch):
     monkeypatch.setattr(protocol, "HEAD_S", 0.2)
     server = stub_server()
@@ -125,14 +218,14 @@ def test_slow_headers(stub_server, monkeypatch):
         assert tells(message, "headers 0.2 s")
         assert silent.recv(1) == b""
     with connect(server) as later:
-        later.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        later.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b" 200 " in later.recv(4096)
         later.sendall(b"GET /hea")
         assert refused(later)[0] == 408
 
 
 def test_a_slow_body(stub_server, monkeypatch):
-    monkeypatch.setattr(middleware, "BODY_S", 0.2)
+    monkeypatch.setattr(bodies, "BODY_S", 0.2)
     server = stub_server()
     with connect(server) as connection:
         connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n" + b" " * 500)

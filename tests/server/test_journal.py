@@ -30,13 +30,14 @@ def journaled(stub_server, tmp_path):
     """Makes a server with a journal; `after` is a folder that a killed one has left."""
     numbers = iter(range(100))
 
-    def make(after=None, reconnect_s=60.0, **options):
+    def make(after=None, reconnect_s=60.0, is_held=False, **options):
         folder = tmp_path / f"journal {next(numbers)}"
         if after is not None:
             shutil.copytree(after, folder)
         file = JournalFile(folder)
         file.identify({"model": "stub"})
-        server = stub_server(ServerOptions(journal=file, reconnect_s=reconnect_s, **options))
+        options = ServerOptions(journal=file, reconnect_s=reconnect_s, **options)
+        server = stub_server(options, is_held=is_held)
         server.folder = folder
         return server
 
@@ -260,6 +261,79 @@ def test_told_to_end_it_leaves_the_rest_to_the_next(journaled):
     assert tokens_of(came + answer.text) == expected([1, 2, 3], 50)
 
 
+def running(server):
+    """Names of the requests that the engine has."""
+    names = {kept.begun.number: name for (_, name), kept in server.service.journal.requests.items()}
+    scheduler = server.engine.scheduler
+    live = [*scheduler.running, *scheduler.waiting]
+    return {names[int(each.request_id.partition("-")[0])] for each in live}
+
+
+def test_a_request_that_kills_every_server_is_set_aside_and_no_other(journaled):
+    """Servers that die are those whose folder another goes on with; none makes a step."""
+    first = journaled(is_held=True)
+    with ThreadPoolExecutor(3) as pool:
+        for name in ("pill", "other", "third"):
+            pool.submit(cut, first, STREAM, 1, headers={"X-Request-Id": name})
+            assert wait_until(lambda name=name: name in running(first))
+        second = journaled(after=first.folder, is_held=True)
+        assert wait_until(lambda: running(second) == {"pill", "other", "third"})
+        third = journaled(after=second.folder, is_held=True)
+        assert wait_until(lambda: running(third) == {"pill"})
+        waiting = pool.submit(post, third, LONG)  # a new one is not mixed with it
+        assert wait_until(lambda: third.service.num_open == 1)
+        fourth = journaled(after=third.folder)
+        assert wait_until(lambda: is_idle(fourth) and fourth.service.journal._are_tried.is_set())
+        assert running(third) == {"pill"}
+        third.gate.set()  # there it was innocent
+        assert waiting.result().status_code == 200
+        first.gate.set()
+        second.gate.set()
+    for name in ("other", "third"):
+        assert tokens_of(rest(fourth, name).text) == expected([1, 2, 3], 50)
+    for server in (fourth, journaled(after=fourth.folder)):
+        error, done = (data for _, data in events_of(rest(server, "pill").text))
+        assert tells(json.loads(error)["error"]["message"], "died twice alone")
+        assert done == "[DONE]"
+        assert post(server, STREAM, **{"X-Request-Id": "pill"}).text.count("data: ") == 2
+        assert post(server, LONG).status_code == 200
+
+
+def test_a_request_that_goes_on_from_server_to_server_is_never_tried_alone(journaled):
+    server, _ = begun(journaled, num_events=3)
+    for _ in range(5):
+        kept = server.service.journal.requests[b"", "mine"]
+        assert kept.suspected is None or kept.suspected.num_deaths <= 1
+        num_before = len(kept.chunks)
+        server = journaled(after=server.folder, is_held=True)
+        server.step_s = 0.05
+        server.gate.set()
+        kept = server.service.journal.requests[b"", "mine"]
+        assert wait_until(lambda before=num_before, kept=kept: len(kept.chunks) > before + 1)
+        server.gate.clear()
+    server.gate.set()
+    assert tokens_of(rest(server, "mine").text) == expected([1, 2, 3], 50)
+
+
+def test_a_server_that_is_told_to_end_blames_no_request(journaled):
+    folder = journaled().folder
+    for _ in range(4):
+        server = journaled(after=folder, drain_s=0.05, is_held=True)
+        if not server.service.journal.requests:
+            with ThreadPoolExecutor(1) as pool:
+                asked = pool.submit(cut, server, STREAM, 1, headers=NAMED)
+                assert wait_until(lambda server=server: running(server) == {"mine"})
+                server.tell_to_end()
+                server.gate.set()
+                asked.result()
+        server.tell_to_end()
+        server.join()
+        folder = server.folder
+        file = JournalFile(folder)
+        assert [each.num_deaths for each in file.found.values()] in ([0], [])
+        file.close()
+
+
 @pytest.mark.parametrize("most", [-(10**6), 0])
 def test_new_files_lose_nothing(journaled, monkeypatch, most):
     """A new file with every record, or with some; and the older ones are still there."""
@@ -281,7 +355,12 @@ def test_a_record_that_is_torn_or_damaged(journaled, tmp_path):
     data = path.read_bytes()
     ends = [end for end, _ in journal_file.records_of(data)]
     assert ends[-1] == len(data)
-    for size in (0, 5, ends[0] - 1, ends[0], ends[1] + 12, len(data) - 1):
+    for size in (0, 5, ends[0] - 1):  # no file has its name before its header is whole
+        path.write_bytes(data[:size])
+        with pytest.raises(UserError, match=telling("byte 0 header missing")) as refused:
+            JournalFile(folder)
+        assert str(size) in str(refused.value)
+    for size in (ends[0], ends[1] + 12, len(data) - 1):
         path.write_bytes(data[:size])
         file = JournalFile(folder)
         num_whole = sum(end <= size for end in ends)

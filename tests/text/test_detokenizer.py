@@ -1,5 +1,6 @@
 """A text by pieces is the text at once: with broken characters, stop strings, any prompt."""
 
+import tracemalloc
 from itertools import groupby
 
 import pytest
@@ -8,7 +9,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from expertlane.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from expertlane.text.tokenizer import (
+    FoundStop,
+    IncrementalDetokenizer,
+    StopStrings,
+    Tokenizer,
+)
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, again and again",
@@ -127,6 +133,40 @@ def test_pieces_make_the_text_at_once(kind: str, data: st.DataObject) -> None:
     got, detokenizer = in_pieces(tokenizer, prompt, tokens, stop, skip)
     assert got == cut(expected, stop)
     assert detokenizer.stopped == any(string in expected for string in stop)
+
+
+few_letters = st.text(st.sampled_from("ab"), min_size=1, max_size=6)
+
+
+@given(stop=st.lists(few_letters, max_size=4), pieces=st.lists(few_letters, max_size=8))
+@quick
+def test_stop_strings_are_found_as_by_looking_everywhere(stop: list[str], pieces: list[str]) -> None:
+    finder, text = StopStrings(stop), ""
+    for piece in pieces:
+        found, before, text = finder.feed(piece), text, text + piece
+        first = next((n for n in range(len(text) + 1) if any(map(text[:n].endswith, stop))), None)
+        if first is not None:
+            size = max(len(each) for each in stop if text[:first].endswith(each))
+            assert found == FoundStop(first - len(before), size)
+            return
+        assert found is None
+        begun = [end for each in stop for end in range(1, len(each)) if text.endswith(each[:end])]
+        assert finder.num_begun == max(begun, default=0)
+
+
+@pytest.mark.parametrize("string", ["a" * 1_000_000 + "b", "ab" * 500_000 + "c"])
+def test_stop_strings_take_memory_of_their_length_at_most(string: str) -> None:
+    tracemalloc.start()
+    try:
+        finder = StopStrings([string])
+        assert finder.feed(string[:-1]) is None
+        assert finder.num_begun == len(string) - 1
+        assert finder.feed(string[:2]) is None
+        assert finder.feed(string[-1]) is None
+        assert finder.feed(string) == FoundStop(len(string), len(string))
+        assert tracemalloc.get_traced_memory()[1] < 16 * len(string)
+    finally:
+        tracemalloc.stop()
 
 
 @by_kind

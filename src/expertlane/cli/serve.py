@@ -62,6 +62,14 @@ class _Options:
         help="File with the API key. Several: one per line. Unlike --api-key, it is not visible in "
         "process lists.",
     )
+    allowed_host: list[str] | None = typer.Option(
+        None,
+        metavar="NAME",
+        show_default="loopback names",
+        help="Name by which clients reach a server without API keys, in the Host header, such as "
+        "a proxy's. Repeatable; '*': any.",
+        rich_help_panel=Panel.MORE_SERVER,
+    )
     max_num_queued: int = typer.Option(
         4096, metavar="N", help="Waiting requests at most; further ones get status 429."
     )
@@ -155,8 +163,12 @@ class _Options:
             UserError: there is no such parser, or an option needs another that is not given.
         """
         from expertlane.server.marks import Marks
+        from expertlane.server.middleware import host_name
 
         Marks.of_template("", calls=self.tool_call_parser, thoughts=self.reasoning_parser)
+        for name in self.allowed_host or ():
+            if not host_name(name):
+                raise UserError(f"--allowed-host is {name!r}; it must be a name or an address")
         if self.log_prompts and self.log_format == "off":
             raise UserError("--log-prompts needs --log-format text or json")
         if self.reconnect_s is not None and self.journal is None:
@@ -174,6 +186,7 @@ class _Options:
 
         return ServerOptions(
             api_keys=keys,
+            allowed_hosts=tuple(self.allowed_host or ()),
             max_num_queued=self.max_num_queued,
             request_timeout_s=self.request_timeout_s,
             drain_s=self.drain_s,
@@ -281,6 +294,12 @@ def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "Journa
         num_finished = sum(each.is_finished for each in journal.found.values())
         num_unfinished = len(journal.found) - num_finished
         print_message(f"journal: {num_unfinished} unfinished to continue, {num_finished} finished")
+    for each in journal.found.values():
+        if each.is_set_aside:
+            print_message(
+                f"journal: request {each.begun.request_id} is set aside: the server died while it "
+                "ran alone"
+            )
     return journal
 
 

@@ -6,13 +6,14 @@ from fastapi import FastAPI, Response
 from fastapi.responses import RedirectResponse
 
 from expertlane.server.arrival import Arrival
+from expertlane.server.bodies import BodyLimit, BodyRoute
 from expertlane.server.chats import CHATS
 from expertlane.server.completions import COMPLETIONS
 from expertlane.server.errors import ErrorBody, bad_field, install_handlers, json_response
 from expertlane.server.journal.routes import add_journal
 from expertlane.server.live import add_live
 from expertlane.server.metrics import CONTENT_TYPE
-from expertlane.server.middleware import ApiKeys, BodyLimit, Counted, Heads
+from expertlane.server.middleware import ApiKeys, Counted, Heads, Hosts
 from expertlane.server.observed import Observed
 from expertlane.server.requests import (
     ChatRequest,
@@ -20,11 +21,16 @@ from expertlane.server.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from expertlane.server.responses.answer import RESPONSES
 from expertlane.server.responses.routes import add_responses
 from expertlane.server.scaling import add_scaling
 from expertlane.server.service import Service
 from expertlane.version import __version__
 
+# Of POST: these change nothing.
+_COMPUTED = frozenset(
+    {COMPLETIONS.path, CHATS.path, RESPONSES.path, "/tokenize", "/detokenize", "/ping"}
+)
 _TOKENIZED = 4  # times the longest prompt: clients cut what they have tokenized
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is wrong; `error.param` names it."},
@@ -32,8 +38,13 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: Service) -> FastAPI:
-    """An app that answers for a service."""
+def make_app(service: Service, *, is_local: bool) -> FastAPI:
+    """An app that answers for a service.
+
+    Args:
+        is_local: it is reached by the loopback interface alone.
+    """
+    options = service.options
     app = FastAPI(
         title="expertlane",
         version=__version__,
@@ -41,6 +52,7 @@ def make_app(service: Service) -> FastAPI:
         redoc_url=None,
         responses=_ERRORS,
     )
+    app.router.route_class = BodyRoute
     install_handlers(app)
     _add_generation(app, service)
     add_responses(app, service)
@@ -53,9 +65,16 @@ def make_app(service: Service) -> FastAPI:
     # The last one added comes first.
     app.add_middleware(Heads)
     app.add_middleware(BodyLimit)
-    app.add_middleware(ApiKeys, keys=service.options.api_keys)
+    app.add_middleware(ApiKeys, keys=options.api_keys)
+    app.add_middleware(
+        Hosts,
+        allowed=options.allowed_hosts,
+        is_local=is_local,
+        has_keys=bool(options.api_keys),
+        computed=_COMPUTED,
+    )
     app.add_middleware(Counted, count=service.metrics.on_response)
-    app.add_middleware(Observed, observers=service.options.observers)
+    app.add_middleware(Observed, observers=options.observers)
     return app
 
 
@@ -115,13 +134,16 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     async def detokenize(request: DetokenizeRequest) -> Response:
         """The text of token ids."""
         service.check_model(request.model)
-        size = service.model.limits.vocab_size
-        for token_id in request.tokens:
-            if token_id >= size:
-                text = f"tokens holds {token_id}; valid ids: 0 to {size - 1}"
-                raise bad_field("tokens", text)
-        decode = service.tokenizer("tokens").decode
-        return json_response({"prompt": decode(request.tokens, skip_special_tokens=False)})
+        tokens, size = request.tokens, service.model.limits.vocab_size
+        most = _TOKENIZED * service.model.max_model_len
+        if len(tokens) > most:
+            text = f"tokens holds {len(tokens):,}; at most {most:,} are taken"
+            raise bad_field("tokens", text, "context_length_exceeded")
+        if (largest := max(tokens, default=0)) >= size:
+            text = f"tokens holds {largest}; valid ids: 0 to {size - 1}"
+            raise bad_field("tokens", text)
+        text = await service.decode(tokens, "tokens")
+        return json_response({"prompt": text})
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

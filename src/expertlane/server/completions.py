@@ -79,8 +79,12 @@ async def prepare_completion(service: Service, request: CompletionRequest) -> Pr
     params = service.params(request, prompts, "prompt", structured=structured)
     echoed: Sequence[str] = ()
     if request.echo:
-        decode = service.tokenizer("echo").decode
-        echoed = [each if isinstance(each, str) else decode(each) for each in request.prompt]
+        echoed = [
+            each
+            if isinstance(each, str)
+            else await service.decode(each, "echo", skip_special_tokens=True)
+            for each in request.prompt
+        ]
     return Prepared(request, prompts, params, echoed, grammar)
 
 

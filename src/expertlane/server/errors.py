@@ -15,12 +15,13 @@ from expertlane.spec.printable import printable
 
 JSON = "application/json"
 LATER = ("ended", "engine_dead")  # codes of errors that a journal outlives
-TOO_SLOW, TOO_LARGE = 408, 413
+TOO_SLOW, TOO_LARGE, BUSY = 408, 413, 503
 _CODES = {
     404: "not_found",
     405: "method_not_allowed",
     TOO_SLOW: "body_too_slow",
     TOO_LARGE: "body_too_large",
+    BUSY: "busy",
 }
 _PYDANTIC = re.compile(r"^\w+ should(?= )")  # Input, String, List…
 _NO_JSON = "invalid_json"
@@ -121,7 +122,7 @@ def install_handlers(app: FastAPI) -> None:
         text = f"{request.method} {request.url.path}: {error.detail}"
         answer = ApiError(status, text, code=_CODES.get(status)).response()
         answer.headers.update(error.headers or {})
-        if status in (TOO_SLOW, TOO_LARGE):
+        if status in (TOO_SLOW, TOO_LARGE, BUSY):
             answer.headers["Connection"] = "close"  # the rest is not read
         return answer
 

@@ -8,19 +8,31 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from expertlane.server.bodies import MOST_BODY_BYTES, MOST_VALUES
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import RANGES, shown
 from expertlane.text.chat_template import OWN_VARIABLES
 
 MOST_STOPS = 64
+MOST_PROMPTS = 2048  # of a request, times its choices
+MOST_TOKEN_IDS = 2**31
+MOST_STOP_CHARACTERS = 4096  # of each
 _MOST_BIASES = 1024
+_MOST_NAME = 512  # characters of what clients call something
+_MOST_FIELDS = 128  # of an object whose fields are known
+MOST_PARTS = 4096  # messages of a chat, parts of a message, and the like
+_MOST_VARIABLES = 64  # of a template
+_MOST_OF_OBJECT = 4096  # keys of an object that is any JSON, at its top
+_MOST_METADATA = 16
+_MOST_METADATA_CHARACTERS = 16 * 2**10  # as JSON
 
 
 def number(name: str, low: float | None = None) -> Any:
@@ -40,14 +52,17 @@ def _refuse(value: object, valid: str) -> PydanticCustomError:
 def _take_stop(value: Any) -> Any:
     texts = [value] if isinstance(value, str) else value
     is_list = isinstance(texts, list) and len(texts) <= MOST_STOPS
-    if texts is not None and not (is_list and all(isinstance(t, str) and t for t in texts)):
-        raise _refuse(value, f"a text, or at most {MOST_STOPS} of them, none empty")
+    if texts is not None and not (is_list and all(map(_is_stop, texts))):
+        valid = f"a text of at most {MOST_STOP_CHARACTERS:,} characters, or at most {MOST_STOPS} of them"
+        raise _refuse(value, f"{valid}, none empty")
     return texts
 
 
+def _is_stop(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MOST_STOP_CHARACTERS
+
+
 def _take_bias(value: dict[str, float]) -> dict[str, float]:
-    if len(value) > _MOST_BIASES:
-        raise _refuse(len(value), f"at most {_MOST_BIASES} tokens")
     for token_id in value:
         if RANGES["stop_token_ids"].parse(token_id) is None:
             raise _refuse(token_id, "a token id in every key")
@@ -60,13 +75,21 @@ def _take_variables(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+def _take_metadata(value: dict[str, Any]) -> dict[str, Any]:
+    if len(strict_json(value)) > _MOST_METADATA_CHARACTERS:
+        raise _refuse(value, f"at most {_MOST_METADATA_CHARACTERS:,} characters of JSON")
+    return value
+
+
+def _are_tokens(value: object) -> bool:
+    """Whether it is a list of token ids; no Python runs for each of a million."""
+    if not isinstance(value, list) or set(map(type, value)) != {int}:
+        return False
+    return min(value) >= 0 and max(value) < MOST_TOKEN_IDS
 
 
 def _is_prompt(value: object) -> bool:
-    is_tokens = isinstance(value, list) and bool(value) and all(map(_is_token, value))
-    return is_tokens or isinstance(value, str)
+    return isinstance(value, str) or _are_tokens(value)
 
 
 def _take_prompts(value: Any) -> Any:
@@ -77,24 +100,44 @@ def _take_prompts(value: Any) -> Any:
     return several
 
 
-_TEXT = {"type": "string"}
-_TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-_STOP_SCHEMA = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}, {"type": "null"}]}
+def _list_schema(items: dict[str, Any], most: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": 1, "maxItems": most}
+
+
+_TEXT = {"type": "string", "maxLength": MOST_BODY_BYTES}
+_STOP = {"type": "string", "minLength": 1, "maxLength": MOST_STOP_CHARACTERS}
+_TOKEN = {"type": "integer", "minimum": 0, "maximum": MOST_TOKEN_IDS - 1}
+_TOKENS = _list_schema(_TOKEN, MOST_VALUES)
+_STOP_SCHEMA = {
+    "anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MOST_STOPS}, {"type": "null"}]
+}
 _PROMPT_SCHEMA = {
     "anyOf": [
         _TEXT,
         _TOKENS,
-        {"type": "array", "items": _TEXT, "minItems": 1},
-        {"type": "array", "items": _TOKENS, "minItems": 1},
+        _list_schema(_TEXT, MOST_PROMPTS),
+        _list_schema(_TOKENS, MOST_PROMPTS),
     ]
 }
 Stop = Annotated[list[str] | None, BeforeValidator(_take_stop), WithJsonSchema(_STOP_SCHEMA)]
 Prompts = Annotated[Any, BeforeValidator(_take_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
-TemplateVariables = Annotated[dict[str, Any], AfterValidator(_take_variables)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, Field(max_length=MOST_BODY_BYTES)]
+Name = Annotated[str, Field(max_length=_MOST_NAME)]
+AnyObject = Annotated[dict[Name, Any], Field(max_length=_MOST_OF_OBJECT), FailFast()]
+Metadata = Annotated[
+    dict[Name, Any], Field(max_length=_MOST_METADATA), AfterValidator(_take_metadata)
+]
+TemplateVariables = Annotated[
+    dict[Name, Any], Field(max_length=_MOST_VARIABLES), AfterValidator(_take_variables)
+]
+TokenId = Annotated[int, Field(ge=0, lt=MOST_TOKEN_IDS)]
 
 
-Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_take_bias)]
+Bias = Annotated[
+    dict[Name, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=_MOST_BIASES),
+    AfterValidator(_take_bias),
+]
 
 
 class Strict(BaseModel):
@@ -102,12 +145,20 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bound(cls, given: Any) -> Any:
+        """Each unknown field would be an error of its own."""
+        if isinstance(given, dict) and len(given) > _MOST_FIELDS:
+            raise bad_field(None, f"an object has {len(given):,} fields; at most {_MOST_FIELDS}")
+        return given
+
 
 class Known(Strict):
     """A request, of which some fields may only have values without effect."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    model: str | None = None
+    model: Name | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -1,37 +1,40 @@
 """Messages of a chat, and the tools that a model may call."""
 
 from json import JSONDecodeError
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import FailFast, Field, model_validator
 
 from expertlane.errors import UserError
 from expertlane.server.errors import bad_field
-from expertlane.server.fields import Known, Strict
+from expertlane.server.fields import MOST_PARTS, AnyObject, Known, Name, Strict, Text
 from expertlane.spec.files import parse_json
+
+
+MOST_CALLS = 1024  # in a message
 
 
 class TextPart(Strict):
     """A part of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class CalledFunction(Strict):
     """What a model has called, with its arguments as JSON."""
 
-    name: str
-    arguments: str
+    name: Name
+    arguments: Text
 
 
 class ToolCall(Strict):
     """A call that an answer held."""
 
-    id: str
+    id: Name
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None
+    index: int | None = Field(default=None, ge=0, le=MOST_CALLS)
 
     def for_template(self) -> dict[str, Any]:
         """As templates take it: arguments as an object, where they are one."""
@@ -50,11 +53,11 @@ class Message(Known):
         "annotations": ([],),
     }
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
+    content: Text | Annotated[list[TextPart], Field(max_length=MOST_PARTS), FailFast()] | None = None
+    name: Name | None = None
+    reasoning_content: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_CALLS), FailFast()] | None = None
+    tool_call_id: Name | None = None
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:
@@ -82,15 +85,15 @@ class Function(Strict):
     """A tool that a model may call."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
+    description: Text | None = None
+    parameters: AnyObject | None = None
     strict: bool | None = None  # whether arguments are held to the parameters
 
 
 class NamedFunction(Strict):
     """The tool that has to be called."""
 
-    name: str
+    name: Name
 
 
 class NamedTool(Strict):

@@ -1,21 +1,21 @@
-"""What every request passes before its route: counting, keys, and a bound on its body."""
+"""What every request passes before its route: counting, hosts and keys."""
 
-import asyncio
 import hmac
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
+from ipaddress import ip_address
+from urllib.parse import urlsplit
 
-from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from expertlane.server.errors import TOO_LARGE, TOO_SLOW, ApiError
+from expertlane.server.errors import ApiError
 
-MOST_BODY_BYTES = 32 * 2**20
 # For probes and Prometheus; they hold numbers only. The page at /live is the same for everybody: it
 # asks for a key, which what it shows needs.
 _OPEN = frozenset({"/", "/health", "/ping", "/metrics", "/version", "/load", "/live"})
-BODY_S = 30.0  # for a body to come, and what it takes at the least rate besides
-LEAST_BYTES_PER_S = 10_000
+_LOCAL_NAME, _ANY = "localhost", "*"
+_PORTS = {"http": 80, "https": 443}
+_READS = frozenset({"GET", "HEAD", "OPTIONS"})
 DIRECT_SEND = "expertlane.send"  # in a scope: past what only looks at an answer's beginning
 
 
@@ -58,6 +58,94 @@ class Heads:
         await self._app({**scope, "method": "GET"} if is_head else scope, receive, send)
 
 
+class Hosts:
+    """Refuses what a web page of another site can make its visitor's browser send.
+
+    A page can point its own name at this server's address (DNS rebinding), and then read answers:
+    the `Host` header has that name. Or it can send without reading: then `Origin` is the page's.
+
+    Args:
+        allowed: names that the server is reached by, besides loopback ones; `*` for any.
+        is_local: it listens on the loopback interface alone.
+        has_keys: clients need a key, which no page has.
+        computed: paths of POST that change nothing.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        allowed: Sequence[str],
+        is_local: bool,
+        has_keys: bool,
+        computed: Collection[str],
+    ) -> None:
+        self._app = app
+        self._allowed = frozenset(map(host_name, allowed))
+        self._takes_any = _ANY in allowed
+        self._is_local, self._has_keys = is_local, has_keys
+        self._computed = computed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, or refuse."""
+        if scope["type"] == "http" and (why := self._refusal(scope)) is not None:
+            answer = ApiError(403, why, code="host_not_allowed").response()
+            await answer(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> str | None:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin = headers.get(b"host"), headers.get(b"origin")
+        name = None if host is None else host_name(host)
+        is_known = name is None or name in self._allowed or self._takes_any
+        if self._is_local and not self._has_keys and not (is_known or is_loopback(name)):
+            return (
+                f"Host is {host}; without an API key this server answers to loopback names only; "
+                "others: --allowed-host"
+            )
+        if scope["method"] in _READS or scope["path"] in self._computed:
+            return None
+        if not self._is_local and not self._has_keys and (name is None or not is_known):
+            return (
+                "on a server that listens beyond the loopback interface, this needs an API key "
+                f"(--api-key) or --allowed-host with the name in Host, which is {host}"
+            )
+        if origin is not None and not self._is_own(origin, host):
+            return f"Origin is {origin}, another site's; this site's, or --allowed-host, may do this"
+        return None
+
+    def _is_own(self, origin: str, host: str | None) -> bool:
+        try:
+            parts = urlsplit(origin)
+            own = urlsplit(f"//{host}")
+            port = _PORTS.get(parts.scheme)
+            is_same = (parts.hostname, parts.port or port) == (own.hostname, own.port or port)
+        except ValueError:
+            return False
+        name = parts.hostname
+        return name is not None and (is_same or name in self._allowed)
+
+
+def host_name(host: str) -> str:
+    """The name or address in a `Host` header, in small letters, without its port."""
+    try:
+        name = urlsplit(f"//{host.strip()}").hostname
+    except ValueError:
+        name = None
+    return (name or "").removesuffix(".")
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host is this machine, whatever a name server says."""
+    if name == _LOCAL_NAME:
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
 class ApiKeys:
     """Refuses requests without one of the keys.
 
@@ -91,44 +179,3 @@ def key_digest(scope: Scope) -> tuple[bytes, bytes]:
     given = dict(scope["headers"]).get(b"authorization", b"")
     kind, _, key = given.partition(b" ")
     return kind, sha256(key.strip()).digest()
-
-
-class BodyLimit:
-    """Refuses bodies that are too large, before they are in memory, or too slow."""
-
-    def __init__(self, app: ASGIApp, most_bytes: int = MOST_BODY_BYTES) -> None:
-        self._app = app
-        self._most = most_bytes
-        self._text = f"the body has more than {most_bytes:,} bytes"
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, or refuse."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if told.isdigit() and int(told[:20]) > self._most:
-            answer = ApiError(TOO_LARGE, self._text, code="body_too_large").response()
-            answer.headers["Connection"] = "close"  # the rest is not read
-            await answer(scope, receive, send)
-            return
-        num_bytes, is_complete = 0, False
-        until_s = asyncio.get_running_loop().time() + BODY_S
-
-        async def counting_receive() -> Message:
-            nonlocal num_bytes, is_complete
-            if is_complete:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(until_s + num_bytes / LEAST_BYTES_PER_S):
-                    message = await receive()
-            except TimeoutError:
-                text = f"the body is too slow: {num_bytes:,} bytes, and more to come"
-                raise HTTPException(TOO_SLOW, text) from None
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._most:
-                raise HTTPException(TOO_LARGE, self._text)
-            is_complete = not message.get("more_body", False)
-            return message
-
-        await self._app(scope, counting_receive, send)

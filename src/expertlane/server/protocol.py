@@ -15,6 +15,7 @@ from expertlane.server.errors import JSON, ApiError
 
 HEAD_S = 30.0  # from a connection's, or a request's, beginning to the end of its headers
 MOST_HEAD_BYTES = 64 * 2**10
+_CHUNK_BYTES = 16  # beside the bytes of a body's chunk: its size, and line ends
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # before an answer: clients pass it over
 _COMMENT = b"3\r\n:\n\n\r\n"  # inside a stream of events, which are all that is sent in chunks
 _LOOKS_S = (0.005, 0.05, 0.2, 1.0)  # after that, what is sent once more
@@ -27,6 +28,9 @@ class BoundedProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _look_timer: asyncio.TimerHandle | None = None
     _num_head_bytes = 0
+    _message = 0  # its number; odd in the message's body
+    _num_body_bytes = 0  # as many as may come with the body so far
+    _num_other_bytes = 0  # of the body's chunks: extensions and trailers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for headers, but not for ever."""
@@ -42,7 +46,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take more of a request."""
+        message, num_before = self._message, self._num_body_bytes
         super().data_received(data)
+        if message % 2 and message == self._message:  # all of it is of one body
+            self._num_other_bytes += max(0, len(data) - self._num_body_bytes + num_before)
+            if self._num_other_bytes > MOST_HEAD_BYTES:
+                text = f"the body's trailers and extensions have more than {MOST_HEAD_BYTES:,} bytes"
+                self._refuse(431, text)
+                return
         if not self._awaits_head() or self.transport.is_closing():
             return
         self._num_head_bytes += len(data)
@@ -51,10 +62,27 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._num_head_bytes > MOST_HEAD_BYTES:
             self._refuse(431, f"the headers have more than {MOST_HEAD_BYTES:,} bytes")
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; a trailer is none."""
+        if not self._message % 2:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """Begin with a request."""
         self._end_head()
+        self._message += 1
+        self._num_body_bytes = self._num_other_bytes = 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take some of a body."""
+        self._num_body_bytes += len(body) + _CHUNK_BYTES
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End a request."""
+        self._message += 1
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP."""

@@ -5,19 +5,25 @@ that would have an effect that this server lacks. `docs/http_api.md` says which 
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import FailFast, Field, model_validator
 
+from expertlane.server.bodies import MOST_VALUES
 from expertlane.server.errors import bad_field
 from expertlane.server.fields import (
+    MOST_PARTS,
+    MOST_PROMPTS,
     MOST_STOPS,
     Bias,
     Known,
+    Metadata,
+    Name,
     Prompts,
     Stop,
     Strict,
     TemplateVariables,
+    Text,
     TokenId,
     number,
 )
@@ -31,8 +37,7 @@ _AS_THEY_ARE = (  # in `SamplingParams`
     *("skip_special_tokens", "include_stop_str_in_output"),
 )
 MOST_CHOICES = 128  # of a prompt
-MOST_PROMPTS = 2048  # of a request, times its choices
-_MOST_TOOLS = 128
+MOST_TOOLS = 128
 _COMPLETION_TOKENS = 16  # by default, as in the API
 
 # Fields of the API and of engines that speak it, with the values that change nothing here; null is
@@ -71,6 +76,9 @@ _NEUTRAL_OF_CHAT = _NEUTRAL | {
 }
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_PARTS), FailFast()]
+
+
 class StreamOptions(Strict):
     """What a stream holds besides the text."""
 
@@ -93,7 +101,9 @@ class SampledRequest(Known):
     seed: int | None = number("seed", -(2**63))
     min_tokens: int | None = number("min_tokens")
     stop: Stop = None
-    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=MOST_STOPS)
+    stop_token_ids: Annotated[list[TokenId], FailFast()] | None = Field(
+        default=None, max_length=MOST_STOPS
+    )
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -102,12 +112,12 @@ class SampledRequest(Known):
     priority: int | None = number("priority")
     timeout_s: float | None = number("timeout_s")
     # Without effect, whatever they are.
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    request_id: str | None = None
+    user: Name | None = None
+    metadata: Metadata | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+    prompt_cache_retention: Name | None = None
+    request_id: Name | None = None
 
 
 class GenerationRequest(SampledRequest, StructuredRequest):
@@ -236,7 +246,7 @@ class ChatRequest(GenerationRequest):
     """The body of `/v1/chat/completions`."""
 
     neutral = _NEUTRAL_OF_CHAT
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: int | None = number("max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = number("logprobs")
@@ -244,7 +254,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: TemplateVariables | None = None
     reasoning_effort: Effort | None = None
     verbosity: Verbosity | None = None
-    tools: list[Tool] | None = Field(default=None, max_length=_MOST_TOOLS)
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS), FailFast()] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
@@ -313,8 +323,8 @@ class TokenizeRequest(Known):
         "chat_template": (),
         "continue_final_message": (False,),
     }
-    prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1)
+    prompt: Text | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
@@ -330,4 +340,4 @@ class TokenizeRequest(Known):
 class DetokenizeRequest(Known):
     """The body of `/detokenize`."""
 
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MOST_VALUES), FailFast()]

@@ -15,6 +15,7 @@ from expertlane.server.app import make_app
 from expertlane.server.errors import ApiError
 from expertlane.server.journal.keeper import JournalKeeper
 from expertlane.server.journal.metrics import JournalMetrics
+from expertlane.server.middleware import is_loopback
 from expertlane.server.protocol import BoundedProtocol
 from expertlane.server.service import Service
 from expertlane.server.setup import ServedModel, ServerOptions
@@ -162,7 +163,7 @@ async def _serve(
         service.metrics.others.append(JournalMetrics(keeper))
         resuming = loop.create_task(keeper.resume())
     config = uvicorn.Config(
-        make_app(service),
+        make_app(service, is_local=is_loopback(str(bound.getsockname()[0]))),
         loop="none",
         http=BoundedProtocol,
         ws="none",
@@ -195,6 +196,8 @@ async def _serve(
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
+    if service.journal is not None and running.num_told and service.engine.error is None:
+        service.journal.note_end()
     if running.num_told > 1:  # the present step is not waited for: whoever has the ranks ends them
         service.engine.stop()
         return service.engine.error or _terminated(last)

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Response
 from expertlane.engine.scaling import PREPARING, LayoutChange, Scaling
 from expertlane.errors import CapacityError, UserError
 from expertlane.server.errors import ApiError, bad_field, json_response
-from expertlane.server.fields import Strict
+from expertlane.server.fields import Name, Strict
 from expertlane.server.service import Service, ended
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Origin
@@ -28,7 +28,7 @@ class ScaleRequest(Strict):
         dry_run: only check the layout.
     """
 
-    layout: str
+    layout: Name
     dry_run: bool = False
 
 

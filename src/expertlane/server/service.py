@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from expertlane.engine.async_engine import AsyncEngine, Generation
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from expertlane.server.journal.keeper import JournalKeeper
 
 _RETRY_S = 1
+_MANY_TOKENS = 4096  # to become text: some milliseconds
 
 
 class Service:
@@ -198,6 +200,19 @@ class Service:
             raise bad_field(param, f"{param}: {error}", "context_length_exceeded") from None
         except UserError as error:
             raise bad_field(param, f"{param}: {error}") from None
+
+    async def decode(
+        self, token_ids: Sequence[int], param: str, *, skip_special_tokens: bool = False
+    ) -> str:
+        """The text of token ids; many hold nobody else up.
+
+        Raises:
+            ApiError: there is no tokenizer.
+        """
+        decode = partial(
+            self.tokenizer(param).decode, token_ids, skip_special_tokens=skip_special_tokens
+        )
+        return decode() if len(token_ids) < _MANY_TOKENS else await asyncio.to_thread(decode)
 
     def tokenizer(self, param: str) -> Tokenizer:
         """The model's.

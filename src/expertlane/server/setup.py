@@ -49,6 +49,7 @@ class ServerOptions:
 
     Attributes:
         api_keys: one of them has to be given; none: nobody is asked.
+        allowed_hosts: names by which the server is reached, besides loopback ones; `*` for any.
         max_num_queued: waiting requests, beyond which others are refused.
         request_timeout_s: the longest that a request may take, waiting included; None: any time.
         drain_s: how long running requests may go on once the server is told to end.
@@ -63,6 +64,7 @@ class ServerOptions:
     """
 
     api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     max_num_queued: int = 4096
     request_timeout_s: float | None = None
     drain_s: float = 30.0

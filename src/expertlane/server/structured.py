@@ -1,23 +1,38 @@
 """Fields that say what an output must be, under all the names that clients have for them."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from expertlane.errors import UserError
 from expertlane.server.errors import bad_field
-from expertlane.server.fields import Known, Strict
-from expertlane.spec.structured import Structured
+from expertlane.server.fields import AnyObject, Known, Strict, Text
+from expertlane.spec.structured import (
+    MOST_CHOICE_CHARACTERS,
+    MOST_CHOICES,
+    MOST_GRAMMAR_CHARACTERS,
+    MOST_REGEX_CHARACTERS,
+    MOST_SCHEMA_CHARACTERS,
+    Structured,
+)
 
 _ANY_OBJECT = {"type": "object"}
-_Schema = dict[str, Any] | bool
+_Schema = AnyObject | bool
+_SchemaText = Annotated[str, Field(max_length=MOST_SCHEMA_CHARACTERS)]
+_Regex = Annotated[str, Field(max_length=MOST_REGEX_CHARACTERS)]
+_Grammar = Annotated[str, Field(max_length=MOST_GRAMMAR_CHARACTERS)]
+_Choice = Annotated[
+    list[Annotated[str, Field(max_length=MOST_CHOICE_CHARACTERS)]],
+    Field(max_length=MOST_CHOICES),
+    FailFast(),
+]
 
 
 class JsonSchema(Strict):
     """A schema by name, as the API has it. `strict` changes nothing: all are held to it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    description: str | None = None
+    description: Text | None = None
     strict: bool | None = None
     schema_: _Schema | None = Field(default=None, alias="schema")
 
@@ -32,10 +47,10 @@ class ResponseFormat(Strict):
 class StructuredOutputs(Strict):
     """What vLLM has for it; one of them."""
 
-    json_: _Schema | str | None = Field(default=None, alias="json")
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
+    json_: _Schema | _SchemaText | None = Field(default=None, alias="json")
+    regex: _Regex | None = None
+    choice: _Choice | None = None
+    grammar: _Grammar | None = None
     json_object: bool | None = None
     disable_fallback: bool | None = None  # there is one backend
     disable_any_whitespace: Literal[False] | None = None
@@ -49,12 +64,12 @@ class StructuredRequest(Known):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: _Schema | str | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    regex: str | None = None
-    grammar: str | None = None
+    guided_json: _Schema | _SchemaText | None = None
+    guided_regex: _Regex | None = None
+    guided_choice: _Choice | None = None
+    guided_grammar: _Grammar | None = None
+    regex: _Regex | None = None
+    grammar: _Grammar | None = None
 
     def structured(self) -> tuple[Structured | None, str]:
         """What its output must be, and the field that says so.

@@ -7,6 +7,7 @@ yet low enough that nothing overflows 64 bits and no list or array exceeds a mac
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import islice
 from numbers import Integral, Real
 from types import NoneType
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -263,8 +264,21 @@ def shown(value: object) -> str:
         # Python writes out no number of more than 4,300 digits.
         return f"a number of about {1 + int(value.bit_length() * 0.30103):,} digits"
     item = getattr(value, "item", None)  # of numpy's numbers
-    text = repr(item() if item is not None and getattr(value, "ndim", 1) == 0 else value)
+    is_number = item is not None and getattr(value, "ndim", 1) == 0
+    text = repr(item() if is_number else _beginning(value))
     return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…"
+
+
+def _beginning(value: Any) -> Any:
+    """As much of a value as is shown: it may have millions of parts."""
+    most = 2 * SHOWN_LENGTH
+    if isinstance(value, str | bytes):
+        return value[:most]
+    if type(value) in (list, tuple):
+        return type(value)(map(_beginning, value[:most]))
+    if type(value) is dict:
+        return {key: _beginning(part) for key, part in islice(value.items(), most)}
+    return value
 
 
 def _end(number: float) -> str:

@@ -3,7 +3,9 @@
 import codecs
 import os
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -194,6 +196,88 @@ class TokenBytes:
         return text.encode()
 
 
+@dataclass(frozen=True)
+class FoundStop:
+    """A stop string in a text.
+
+    Attributes:
+        end: of the string, in characters of the piece that completed it.
+        size: of the string, in characters.
+    """
+
+    end: int
+    size: int
+
+
+class StopStrings:
+    """Finds the first of some strings in a text that comes in pieces.
+
+    Takes time and memory linear in the text and in what of the strings it has matched: the
+    algorithm of Knuth, Morris and Pratt, whose tables grow only as far as the text gets into a
+    string.
+
+    Args:
+        strings: none empty.
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        self._begun = [_BegunString(string) for string in strings]
+
+    @property
+    def num_begun(self) -> int:
+        """Characters at the end of the text that a string may begin with."""
+        return max((each.num_matched for each in self._begun), default=0)
+
+    def feed(self, text: str) -> FoundStop | None:
+        """The first string to be complete after more text; of two that end together, the longer."""
+        found: FoundStop | None = None
+        for each in self._begun:
+            end = each.feed(text if found is None else text[: found.end])
+            if end is not None and (
+                found is None or (end, -each.size) < (found.end, -found.size)
+            ):
+                found = FoundStop(end, each.size)
+        return found
+
+
+class _BegunString:
+    """A string, and how many of its first characters the text so far ends with."""
+
+    def __init__(self, string: str) -> None:
+        self._string = string
+        self.size = len(string)
+        self.num_matched = 0
+        # By characters matched: how many still are where the next one differs.
+        self._fallback = array("l", (0, 0))
+
+    def feed(self, text: str) -> int | None:
+        """Where in the text the string is complete; None where it is not yet."""
+        string, at = self._string, 0
+        while at < len(text):
+            if self.num_matched == 0:
+                at = text.find(string[0], at)
+                if at < 0:
+                    return None
+            elif string[self.num_matched] != text[at]:
+                self.num_matched = self._fallback[self.num_matched]
+                continue
+            self.num_matched += 1
+            at += 1
+            if self.num_matched == self.size:
+                return at
+            self._extend()
+        return None
+
+    def _extend(self) -> None:
+        """Have the table reach as far as the match."""
+        fallback, string = self._fallback, self._string
+        while len(fallback) <= self.num_matched:
+            character, shorter = string[len(fallback) - 1], fallback[-1]
+            while shorter and string[shorter] != character:
+                shorter = fallback[shorter]
+            fallback.append(shorter + (string[shorter] == character))
+
+
 class IncrementalDetokenizer:
     """The text of one request, a token at a time.
 
@@ -232,10 +316,8 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
         self._skipped = skipped.difference(shown_token_ids)
-        self._stop = stop
+        self._stops = StopStrings(stop)
         self._num_free = min_tokens - 1  # tokens to come that no stop string may end in
-        beginnings = {string[:end] for string in stop for end in range(1, len(string))}
-        self._beginnings = sorted(beginnings, key=len, reverse=True)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._window: list[int] = []  # the last tokens, beginning where a character does
         self._num_given = 0  # characters of the window's text
@@ -306,20 +388,15 @@ class IncrementalDetokenizer:
 
     def _give(self, new: str, is_last: bool = False) -> str:
         """Take new characters in, and give those that no stop string can still take back."""
-        held = self._held + new
-        ends = [
-            (start + len(string), start)
-            for string in self._stop
-            if (start := held.find(string)) >= 0
-        ]
-        if ends:
+        found = self._stops.feed(new)
+        held, num_before = self._held + new, len(self._held)
+        if found is not None:
             self.stopped = True
-            piece = held[: min(ends)[0 if self._include_stop else 1]]
-        else:
-            matching = (len(part) for part in self._beginnings if held.endswith(part))
-            num_certain = len(held) - (0 if is_last else next(matching, 0))
-            piece, self._held = held[:num_certain], held[num_certain:]
-        return piece
+            end = num_before + found.end
+            return held[: end if self._include_stop else end - found.size]
+        num_certain = len(held) - (0 if is_last else self._stops.num_begun)
+        self._held = held[num_certain:]
+        return held[:num_certain]
 
 
 def default_sampling(folder: Path) -> dict[str, Any]:

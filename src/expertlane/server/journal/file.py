@@ -8,19 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from expertlane.errors import ExpertlaneError, UserError
+from expertlane.schedule.request import FinishReason
 from expertlane.server.journal.records import (
+    READ_VERSIONS,
     VERSION,
     Begun,
     Came,
+    Closed,
     DamagedError,
     Header,
+    More,
     Record,
     Row,
+    Suspected,
     framed,
     records_of,
 )
 
 _SUFFIX, _PARTIAL, _LOCK = ".journal", ".partial", "lock"
+_SET_ASIDE = "the server died twice while this request ran, and then while it ran alone"
 
 
 class JournalError(ExpertlaneError):
@@ -33,10 +39,42 @@ class FoundRequest:
 
     Attributes:
         rows: in the order in which they were written.
+        suspected: what was written last of it as what may end the process; None for nothing.
+        num_rows_before: rows before that.
+        num_deaths: processes in a row that died while they computed it and brought none of it; of
+            the first one, whatever that brought.
+        is_set_aside: whether it ended the last process, in which it ran alone.
     """
 
     begun: Begun
     rows: list[Row] = field(default_factory=list)
+    suspected: Suspected | None = None
+    num_rows_before: int = 0
+    num_deaths: int = 0
+    is_set_aside: bool = False
+
+    def judge(self, *, has_died: bool) -> None:
+        """Find what the end of the last process says of it.
+
+        Args:
+            has_died: whether nobody had told that process to end.
+        """
+        known = self.suspected
+        if self.is_finished:
+            return
+        if known is None:
+            self.num_deaths = int(has_died)
+        elif len(self.rows) == self.num_rows_before:
+            was_running = has_died and known.is_running
+            self.num_deaths = known.num_deaths + was_running
+            self.is_set_aside = was_running and known.is_alone
+        if self.is_set_aside:
+            ended = {place for _, place, *_, more in self.rows if more is not None and more.reason}
+            self.rows += [
+                (self.begun.number, place, None, "", More(FinishReason.ERROR, _SET_ASIDE))
+                for place in range(len(self.begun.params))
+                if place not in ended
+            ]
 
     @property
     def is_finished(self) -> bool:
@@ -69,6 +107,7 @@ class JournalFile:
         self.num_bytes = self.num_records = self.num_files = 0
         self.write_s = 0.0
         self._identity: dict[str, str] = {}
+        self._is_closed = False
         self._file = self._number = -1
         self._error: JournalError | None = None
         try:
@@ -93,18 +132,22 @@ class JournalFile:
             for end, record in records_of(data):
                 self._take(record, at)
                 at = end
+            if at == 0:  # files are complete when they get their names
+                raise DamagedError(f"byte 0: the header is missing; the file has {len(data)} bytes")
         except DamagedError as error:
             raise UserError(
                 f"{path}: {error}; `truncate -s BYTE` keeps the records before it; another folder "
                 "starts without requests"
             ) from None
         self.num_torn_bytes = len(data) - at
+        for found in self.found.values():
+            found.judge(has_died=not self._is_closed)
 
     def _take(self, record: Record, at: int) -> None:
         if isinstance(record, Header) != (at == 0):
             raise DamagedError(f"byte {at}: the header is missing, or not the first record")
         if isinstance(record, Header):
-            if record.version != VERSION:
+            if record.version not in READ_VERSIONS:
                 raise DamagedError(
                     f"byte {at}: it is of version {record.version}; this one reads {VERSION}"
                 )
@@ -119,6 +162,13 @@ class JournalFile:
                         f"byte {at}: tokens of an unknown request ({row[0]}, {row[1]})"
                     )
                 found.rows.append(row)
+        elif isinstance(record, Suspected):
+            suspect = self.found.get(record.number)
+            if suspect is None:
+                raise DamagedError(f"byte {at}: an unknown request ({record.number})")
+            suspect.suspected, suspect.num_rows_before = record, len(suspect.rows)
+        elif isinstance(record, Closed):
+            self._is_closed = True
         else:
             self.found.pop(record.number, None)
 

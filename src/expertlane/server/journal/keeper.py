@@ -20,7 +20,7 @@ from expertlane.server.ids import AnswerIds
 from expertlane.server.journal.asked import ID_HEADER, LAST_HEADER, Asked, asked_of, unknown
 from expertlane.server.journal.file import FoundRequest, JournalError, JournalFile
 from expertlane.server.journal.kept import KeptRequest, Watchers
-from expertlane.server.journal.records import Begun, Came, Left, Record
+from expertlane.server.journal.records import Begun, Came, Closed, Left, Record, Suspected
 from expertlane.server.prepared import Prepared
 from expertlane.server.requests import SampledRequest
 from expertlane.server.responses.answer import RESPONSES
@@ -29,7 +29,11 @@ from expertlane.server.service import Service
 _ENDPOINTS = {each.path: each for each in (COMPLETIONS, CHATS, RESPONSES)}
 _COMPACT_BYTES = 64 * 2**20  # written besides what is still needed, before a new file is begun
 _MOST_FINISHED_CHUNKS = 2**18  # of finished answers that nobody reads, in memory and in the file
+_MOST_FINISHED_BYTES = 64 * 2**20  # the same
+_MOST_BYTES = 256 * 2**20  # of all requests
 _ROWS = 4096  # of a record
+_DEATHS = 2  # of processes, after which a request that they computed is tried alone
+_ALONE_S, _LOOK_S = 10.0, 0.01  # how long it stays alone once more of it has come
 
 
 class JournalKeeper:
@@ -50,11 +54,12 @@ class JournalKeeper:
         self._making: dict[tuple[bytes, str], asyncio.Future[None]] = {}
         self._timers: dict[KeptRequest, asyncio.TimerHandle] = {}
         self._finished: dict[KeptRequest, None] = {}  # the first one first
-        self._num_finished_chunks = 0
+        self._num_finished_chunks = self._num_finished_bytes = self._num_begun_bytes = 0
         self._loop = asyncio.get_running_loop()
         self._seeds = SystemRandom()
         self._watchers = Watchers(service.engine.cancel, self._look_at)
         self._number = max(file.found, default=0)
+        self._are_tried = asyncio.Event()  # all that may have ended an earlier process
         for found in file.found.values():
             self._recall(found)
         file.found.clear()
@@ -82,6 +87,7 @@ class JournalKeeper:
         asked = asked_of(scope, has_keys=self._has_keys)
         if asked.request_id is None:
             if not request.stream:  # nobody could come back to it
+                await self._are_tried.wait()
                 return await endpoint.make(self._service, request, began_s)
             return self._read(await self._take_in(asked, request, endpoint, began_s))
         name = asked.key, asked.request_id
@@ -134,6 +140,7 @@ class JournalKeeper:
         """
         service = self._service
         service.check_admission(request.model)
+        await self._are_tried.wait()
         prepared = await endpoint.prepare(service, request)
         service.check_queue()  # again: others have come meanwhile
         params = [
@@ -141,6 +148,7 @@ class JournalKeeper:
             for each in prepared.params
         ]
         prepared = replace(prepared, params=params)
+        self._make_room()
         self._number += 1
         begun = Begun(
             self._number,
@@ -199,8 +207,10 @@ class JournalKeeper:
         if kept in self._finished:
             del self._finished[kept]
             self._num_finished_chunks -= len(kept.chunks)
+            self._num_finished_bytes -= kept.num_bytes
         if self.requests.get(_name(kept)) is kept:
             del self.requests[_name(kept)]
+            self._num_begun_bytes -= kept.num_begun_bytes
 
     def _leave(self, kept: KeptRequest) -> None:
         """Let the journal forget a request; known ids of the engine tell which it has."""
@@ -210,6 +220,7 @@ class JournalKeeper:
 
     def _add(self, kept: KeptRequest) -> None:
         self.requests[_name(kept)] = kept
+        self._num_begun_bytes += kept.num_begun_bytes
         self._by_engine_id.update(dict.fromkeys(kept.request_ids, kept))
 
     def _look_at(self, kept: KeptRequest) -> None:
@@ -224,6 +235,7 @@ class JournalKeeper:
             self._service.under_way.finish(kept)
             self._finished[kept] = None
             self._num_finished_chunks += len(kept.chunks)
+            self._num_finished_bytes += kept.num_bytes
             self._bound_finished()
         if kept.num_readings:
             return
@@ -237,9 +249,25 @@ class JournalKeeper:
         self.num_abandoned += not kept.is_over
         self.forget(kept)
 
+    def _make_room(self) -> None:
+        """Forget finished answers that nobody reads, if requests take too much memory.
+
+        Raises:
+            ApiError: those that go on take too much.
+        """
+        for kept in list(self._finished):
+            if self._num_begun_bytes > _MOST_BYTES and not kept.num_readings:
+                self.forget(kept)
+        if self._num_begun_bytes > _MOST_BYTES:
+            text = f"requests of the journal hold {self._num_begun_bytes:,} bytes; try again later"
+            raise ApiError(429, text, code="queue_full", retry_after_s=1)
+
     def _bound_finished(self) -> None:
         for kept in list(self._finished):
-            if self._num_finished_chunks <= _MOST_FINISHED_CHUNKS:
+            if (
+                self._num_finished_chunks <= _MOST_FINISHED_CHUNKS
+                and self._num_finished_bytes <= _MOST_FINISHED_BYTES
+            ):
                 return
             if not kept.num_readings:
                 self.forget(kept)
@@ -269,6 +297,13 @@ class JournalKeeper:
             rows = list(kept.rows())
             for start in range(0, len(rows), _ROWS):
                 yield Came(rows[start : start + _ROWS])
+            if kept.suspected is not None and not kept.is_over:
+                is_cleared = kept.has_brought_more
+                yield Suspected(kept.begun.number, 0, False, False) if is_cleared else kept.suspected
+
+    def note_end(self) -> None:
+        """Write that the process was told to end."""
+        self._append(Closed())
 
     # From an earlier process.
 
@@ -298,16 +333,36 @@ class JournalKeeper:
         )
         kept = KeptRequest(begun, prepared, endpoint, self._watchers)
         kept.recall(found.rows)
+        kept.suspected = Suspected(begun.number, found.num_deaths, False, False)
         kept.is_awaited = True
         self._add(kept)
         self._look_at(kept)
 
     async def resume(self) -> None:
-        """Let requests of an earlier process go on; their clients may be there already."""
-        unfinished = [kept for kept in self.requests.values() if not kept.is_over]
-        await asyncio.gather(*map(self._resume, unfinished))  # they begin in this order
+        """Let requests of an earlier process go on; their clients may be there already.
 
-    async def _resume(self, kept: KeptRequest) -> None:
+        Those during which processes died again and again go first, one at a time: a process that
+        dies next has only one to blame.
+        """
+        unfinished = [kept for kept in self.requests.values() if not kept.is_over]
+        suspects = [kept for kept in unfinished if _num_deaths(kept) >= _DEATHS]
+        suspects.sort(key=_num_deaths, reverse=True)
+        for place, kept in enumerate(suspects):
+            await self._resume(kept, is_alone=all(each.is_over for each in suspects[:place]))
+            while not (kept.has_brought_more or kept.is_over):
+                await asyncio.sleep(_LOOK_S)
+            until_s = self._loop.time() + _ALONE_S
+            while not kept.is_over and self._loop.time() < until_s:
+                await asyncio.sleep(_LOOK_S)
+        self._are_tried.set()
+        others = [kept for kept in unfinished if kept not in suspects]
+        await asyncio.gather(*map(self._resume, others))  # they begin in this order
+
+    async def _resume(self, kept: KeptRequest, is_alone: bool = False) -> None:
+        if kept.is_over:  # meanwhile
+            return
+        kept.suspected = Suspected(kept.begun.number, _num_deaths(kept), True, is_alone)
+        self._append(kept.suspected)
         try:
             await self._go_on(kept)
             self.num_resumed += 1
@@ -349,6 +404,10 @@ class JournalKeeper:
             param = kept.endpoint.answer.param
             raise service.refusal(error, param, prepared.num_choices) from None
         self._watch_over(kept)
+
+
+def _num_deaths(kept: KeptRequest) -> int:
+    return 0 if kept.suspected is None else kept.suspected.num_deaths
 
 
 def _name(kept: KeptRequest) -> tuple[bytes, str]:

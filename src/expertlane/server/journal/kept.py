@@ -10,11 +10,14 @@ from expertlane.engine.async_engine import RequestGroup
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.server.endpoint import Endpoint
 from expertlane.server.errors import LATER, ApiError
-from expertlane.server.journal.records import Begun, More, Row
+from expertlane.server.journal.records import Begun, More, Row, Suspected
 from expertlane.server.prepared import Prepared
 from expertlane.spec.prompt_logprobs import PromptLogprobs, PromptPart
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 
+_CHUNK_BYTES = 200  # in memory, at least
+_TOKEN_BYTES = 36  # of a prompt, in memory
+_LOGPROB_BYTES = 150  # of a likely token, in memory
 _AT_ONCE = 256  # chunks that a reading takes before others have their turn
 
 
@@ -40,6 +43,8 @@ class KeptRequest(RequestGroup):
         is_awaited: whether its client is expected to come back if it leaves.
         num_readings: connections that read it.
         num_events: of its whole stream; None where that is not known.
+        num_begun_bytes: about as many as it takes in memory before any chunk has come.
+        suspected: of a request of an earlier process: how far that is to blame for its end.
     """
 
     def __init__(
@@ -59,11 +64,29 @@ class KeptRequest(RequestGroup):
         self.is_awaited = begun.is_named
         self.num_readings = 0
         self.num_events: int | None = None
+        self.suspected: Suspected | None = None
+        self._num_recalled = 0  # chunks
+        self.num_begun_bytes = (
+            len(begun.body)
+            + sum(map(len, begun.texts))
+            + sum(map(len, begun.prompts)) * _TOKEN_BYTES
+        )
         self._watchers = watchers
         self._num_open = len(places)  # choices whose last chunk has not come
         self._num_written = [0] * len(places)  # tokens
         self._wants_logprobs = any(each.logprobs is not None for each in prepared.params)
         self._readings: set[Reading] = set()
+
+    @property
+    def num_bytes(self) -> int:
+        """About as many as it takes in memory."""
+        num_top = max((each.logprobs or 0 for each in self.prepared.params), default=0)
+        return self.num_begun_bytes + len(self.chunks) * (_CHUNK_BYTES + num_top * _LOGPROB_BYTES)
+
+    @property
+    def has_brought_more(self) -> bool:
+        """Whether something has come that an earlier process had not brought."""
+        return len(self.chunks) > self._num_recalled
 
     @property
     def is_complete(self) -> bool:
@@ -191,6 +214,7 @@ class KeptRequest(RequestGroup):
             self._keep(chunk)
             if more.reason is not None:
                 self.unfinished.pop(output.request_id, None)
+        self._num_recalled = len(self.chunks)
 
     def _recall_token(self, output: RequestOutput, token_id: int, more: More, place: int) -> None:
         params = self.prepared.params[place]

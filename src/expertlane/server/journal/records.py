@@ -16,7 +16,8 @@ from expertlane.errors import UserError
 from expertlane.schedule.request import FinishReason
 from expertlane.spec.sampling import SamplingParams
 
-VERSION = 1
+VERSION = 2
+READ_VERSIONS = (1, VERSION)  # the first has no `Suspected` and no `Closed`
 _FRAME = struct.Struct("<III")
 _INVERTED = 2**32 - 1
 
@@ -96,7 +97,27 @@ class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
     number: int
 
 
-Record = Header | Begun | Came | Left
+class Suspected(msgspec.Struct, frozen=True, array_like=True, tag="suspected"):
+    """A request may be what ends the process.
+
+    Attributes:
+        number: of the request.
+        num_deaths: processes in a row that died while they computed it and brought none of it.
+        is_running: the process of this file computes it from here on.
+        is_alone: and nothing else meanwhile.
+    """
+
+    number: int
+    num_deaths: int
+    is_running: bool
+    is_alone: bool
+
+
+class Closed(msgspec.Struct, frozen=True, array_like=True, tag="closed"):
+    """The process was told to end: no request is to blame for it."""
+
+
+Record = Header | Begun | Came | Left | Suspected | Closed
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Record).decode
 

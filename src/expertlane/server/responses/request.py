@@ -3,15 +3,23 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import FailFast, Field, JsonValue, ValidationError, model_validator
 
 from expertlane.server.errors import ApiError, bad_field, refusal
-from expertlane.server.fields import Known, Strict, TemplateVariables, number
+from expertlane.server.fields import (
+    MOST_PARTS,
+    Known,
+    Name,
+    Strict,
+    TemplateVariables,
+    Text,
+    number,
+)
 from expertlane.server.messages import CalledFunction, Function
-from expertlane.server.requests import ChatRequest, Effort, SampledRequest, Verbosity
+from expertlane.server.requests import MOST_TOOLS, ChatRequest, Effort, SampledRequest, Verbosity
 
 LOGPROBS = "message.output_text.logprobs"  # to be asked for with `include`
-_MOST_ITEMS = 4096
+_MOST_LOGPROBS = 2**16  # of a part that an answer had
 _NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
@@ -28,8 +36,11 @@ class ContentPart(Known):
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": ([],), "model": ()}
     type: Literal["input_text", "output_text", "text"]
-    text: str
-    logprobs: list[Any] | None = None  # as answers have them
+    text: Text
+    logprobs: list[Any] | None = Field(default=None, max_length=_MOST_LOGPROBS)  # as answers have them
+
+
+Parts = Annotated[list[ContentPart], Field(max_length=MOST_PARTS), FailFast()]
 
 
 class _Item(Known):
@@ -40,7 +51,7 @@ class _Item(Known):
         "phase": (),
         "model": (),
     }
-    id: str | None = None
+    id: Name | None = None
 
 
 class MessageItem(_Item):
@@ -48,7 +59,7 @@ class MessageItem(_Item):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: Text | Parts
 
     def into(self, messages: "_Messages") -> None:
         """Add it to a chat."""
@@ -66,7 +77,10 @@ class ReasoningText(Strict):
     """A part of what a model thought."""
 
     type: Literal["reasoning_text", "summary_text"]
-    text: str
+    text: Text
+
+
+ReasoningTexts = Annotated[list[ReasoningText], Field(max_length=MOST_PARTS), FailFast()]
 
 
 class ReasoningItem(_Item):
@@ -74,8 +88,8 @@ class ReasoningItem(_Item):
 
     neutral = dict(_Item.neutral) | {"encrypted_content": ()}
     type: Literal["reasoning"]
-    summary: list[ReasoningText] | None = None
-    content: list[ReasoningText] | None = None
+    summary: ReasoningTexts | None = None
+    content: ReasoningTexts | None = None
 
     def into(self, messages: "_Messages") -> None:
         """Add it to a chat."""
@@ -88,9 +102,9 @@ class CallItem(_Item):
     """A call that an answer held."""
 
     type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: str
+    call_id: Name
+    name: Name
+    arguments: Text
 
     def into(self, messages: "_Messages") -> None:
         """Add it to a chat."""
@@ -102,8 +116,8 @@ class CallOutputItem(_Item):
     """What came of a call."""
 
     type: Literal["function_call_output"]
-    call_id: str
-    output: str | list[ContentPart]
+    call_id: Name
+    output: Text | Parts
 
     def into(self, messages: "_Messages") -> None:
         """Add it to a chat."""
@@ -152,7 +166,7 @@ class NamedTool(Strict):
     """The one tool that is to be called."""
 
     type: Literal["function"]
-    name: str
+    name: Name
 
 
 class TextFormat(Known):
@@ -160,8 +174,8 @@ class TextFormat(Known):
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"model": ()}
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
+    name: Name | None = None
+    description: Text | None = None
     schema_: JsonValue | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
@@ -204,19 +218,19 @@ class ResponsesRequest(SampledRequest):
         "stream_options": ({}, {"include_obfuscation": False}),
         "truncation": ("disabled",),
     }
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=_MOST_ITEMS)]
-    instructions: str | None = None
+    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MOST_PARTS), FailFast()]
+    instructions: Text | None = None
     max_output_tokens: int | None = number("max_tokens")
-    previous_response_id: str | None = None
+    previous_response_id: Name | None = None
     store: bool | None = None
     # Reasoning is given, and taken back, as text: there is nothing to encrypt.
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
-        None
-    )
+    include: (
+        list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None
+    ) = Field(default=None, max_length=8)
     top_logprobs: int | None = number("logprobs")
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    tools: list[ResponseTool] | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MOST_TOOLS), FailFast()] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None

@@ -1,0 +1,189 @@
+"""Bodies of requests: how much they may hold, and their way to objects beside the event loop."""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+from fastapi import HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from expertlane.server.errors import BUSY, TOO_LARGE, TOO_SLOW, ApiError
+
+MOST_BODY_BYTES = 32 * 2**20
+MOST_BYTES_AT_ONCE = 256 * 2**20  # of the bodies of all requests that have no complete answer
+MOST_VALUES = 2**20  # in a body: texts, numbers, lists, objects
+MOST_KEYS = 2**16  # in a body, of all its objects
+BODY_S = 30.0  # for a body to come, and what it takes at the least rate besides
+LEAST_BYTES_PER_S = 10_000
+_SMALL_BYTES = 16 * 2**10  # becomes objects in less than a millisecond
+_LARGE_BYTES = 2**20  # the standard library's parser would hold the interpreter for too long
+
+
+class JsonCounts:
+    """Counts values and keys of a JSON text as it comes, without making them.
+
+    Attributes:
+        num_values, num_keys: at least as many as a parser finds.
+    """
+
+    def __init__(self) -> None:
+        self.num_values, self.num_keys = 1, 0
+        self._is_in_string = False
+        self._rest = b""  # half of an escape
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes in."""
+        data = self._rest + data
+        num_backslashes = len(data) - len(data.rstrip(b"\\"))
+        end = len(data) - num_backslashes % 2
+        data, self._rest = data[:end], data[end:]
+        parts = data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        outside = b"".join(parts[self._is_in_string :: 2])
+        self._is_in_string ^= len(parts) % 2 == 0
+        self.num_values += outside.count(b",") + outside.count(b"[") + outside.count(b"{")
+        self.num_keys += outside.count(b":")
+
+
+class BodyLimit:
+    """Refuses bodies that are too large, before they are in memory, or too slow."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._num_bytes = 0  # of all requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, or refuse."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        told = dict(scope["headers"]).get(b"content-length", b"0")
+        if told.isdigit() and int(told[:20]) > MOST_BODY_BYTES:
+            answer = ApiError(TOO_LARGE, _TOO_MANY_BYTES, code="body_too_large").response()
+            answer.headers["Connection"] = "close"  # the rest is not read
+            await answer(scope, receive, send)
+            return
+        body = _BoundedBody(receive, self._hold)
+        try:
+            await self._app(scope, body.receive, send)
+        finally:
+            self._num_bytes -= body.num_bytes
+
+    def _hold(self, num_bytes: int) -> None:
+        """Have room for more.
+
+        Raises:
+            HTTPException: there is none.
+        """
+        self._num_bytes += num_bytes
+        if self._num_bytes > MOST_BYTES_AT_ONCE:
+            text = f"requests under way have {MOST_BYTES_AT_ONCE:,} bytes; try again later"
+            raise HTTPException(BUSY, text, {"Retry-After": "1"})
+
+
+_TOO_MANY_BYTES = f"the body has more than {MOST_BODY_BYTES:,} bytes"
+
+
+class _BoundedBody:
+    """One request's body.
+
+    Attributes:
+        num_bytes: so far.
+    """
+
+    def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:
+        self.num_bytes = 0
+        self._receive, self._hold = receive, hold
+        self._counts = JsonCounts()
+        self._is_complete = False
+        self._until_s = asyncio.get_running_loop().time() + BODY_S
+
+    async def receive(self) -> Message:
+        """The next message.
+
+        Raises:
+            HTTPException: the body is too large or too slow.
+        """
+        if self._is_complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._until_s + self.num_bytes / LEAST_BYTES_PER_S):
+                message = await self._receive()
+        except TimeoutError:
+            text = f"the body is too slow: {self.num_bytes:,} bytes, and more to come"
+            raise HTTPException(TOO_SLOW, text) from None
+        self._take(message.get("body", b""))
+        self._is_complete = not message.get("more_body", False)
+        return message
+
+    def _take(self, data: bytes) -> None:
+        self.num_bytes += len(data)
+        self._hold(len(data))
+        if self.num_bytes > MOST_BODY_BYTES:
+            raise HTTPException(TOO_LARGE, _TOO_MANY_BYTES)
+        counts = self._counts
+        counts.feed(data)
+        for number, most, name in (
+            (counts.num_values, MOST_VALUES, "values"),
+            (counts.num_keys, MOST_KEYS, "keys"),
+        ):
+            if number > most:
+                raise HTTPException(TOO_LARGE, f"the body has more than {most:,} {name}")
+
+
+class BodyRoute(APIRoute):
+    """A route whose body becomes its model in another thread, unless that takes no time."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Make a model before the framework would."""
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+        model = self.body_field.field_info.annotation
+
+        async def handle_model(request: Request) -> Response:
+            body = await request.body()
+            if len(body) <= _SMALL_BYTES or "json" not in request.headers.get("content-type", ""):
+                return await handle(request)
+            made = await asyncio.to_thread(_made, model, body)
+            return await handle(_MadeRequest(request, made))
+
+        return handle_model
+
+
+class _MadeRequest(Request):
+    """A request whose body is a model already."""
+
+    def __init__(self, request: Request, made: BaseModel) -> None:
+        super().__init__(request.scope, request.receive, request._send)
+        self._made, self._body = made, b"{}"
+
+    async def json(self) -> BaseModel:
+        """The model."""
+        return self._made
+
+
+def _made(model: type[BaseModel], body: bytes) -> BaseModel:
+    """A body's model.
+
+    Raises:
+        RequestValidationError: it is none; as the framework has it.
+        ApiError: a validator of ours refuses it.
+    """
+    try:
+        value = json.loads(body) if len(body) <= _LARGE_BYTES else msgspec.json.decode(body)
+    except (ValueError, RecursionError) as error:  # the libraries' errors are of the first kind
+        text = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        found = {"type": "json_invalid", "loc": ("body",), "msg": text, "ctx": {"error": text}}
+        raise RequestValidationError([found]) from None
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_input=False)
+        raise RequestValidationError(
+            [each | {"loc": ("body", *each["loc"])} for each in wrong]
+        ) from None
