@@ -302,7 +302,9 @@ def test_odd_bytes_write_no_log(served, caplog, head):
 
 def test_a_body_that_says_it_is_large(served):
     with socket.create_connection(("127.0.0.1", served.server.port)) as connection:
-        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n\r\n"
+        head = (
+            f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n\r\n"
+        )
         connection.sendall(head.encode())
         answer = answer_of(connection)
     assert answer.startswith(b"HTTP/1.1 413 ")
@@ -311,7 +313,9 @@ def test_a_body_that_says_it_is_large(served):
 
 def test_a_body_that_turns_out_large(served):
     with socket.create_connection(("127.0.0.1", served.server.port)) as connection:
-        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        head = (
+            f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
         connection.sendall(head.encode())
         part = b"100000\r\n" + b" " * 2**20 + b"\r\n"
         for _ in range(MOST_BODY_BYTES // 2**20):

@@ -140,7 +140,9 @@ few_letters = st.text(st.sampled_from("ab"), min_size=1, max_size=6)
 
 @given(stop=st.lists(few_letters, max_size=4), pieces=st.lists(few_letters, max_size=8))
 @quick
-def test_stop_strings_are_found_as_by_looking_everywhere(stop: list[str], pieces: list[str]) -> None:
+def test_stop_strings_are_found_as_by_looking_everywhere(
+    stop: list[str], pieces: list[str]
+) -> None:
     finder, text = StopStrings(stop), ""
     for piece in pieces:
         found, before, text = finder.feed(piece), text, text + piece
@@ -162,7 +164,8 @@ def test_stop_strings_take_memory_of_their_length_at_most(string: str) -> None:
         assert finder.feed(string[:-1]) is None
         assert finder.num_begun == len(string) - 1
         assert finder.feed(string[:2]) is None
-        assert finder.feed(string[-1]) is None
+        assert finder.feed("x") is None
+        assert finder.num_begun == 0
         assert finder.feed(string) == FoundStop(len(string), len(string))
         assert tracemalloc.get_traced_memory()[1] < 16 * len(string)
     finally:

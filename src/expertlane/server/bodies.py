@@ -10,13 +10,14 @@ from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertlane.server.errors import BUSY, TOO_LARGE, TOO_SLOW, ApiError
 
-MOST_BODY_BYTES = 32 * 2**20
+MOST_BODY_BYTES = 16 * 2**20
 MOST_BYTES_AT_ONCE = 256 * 2**20  # of the bodies of all requests that have no complete answer
-MOST_VALUES = 2**20  # in a body: texts, numbers, lists, objects
+MOST_VALUES = 2**19  # in a body: texts, numbers, lists, objects
 MOST_KEYS = 2**16  # in a body, of all its objects
 BODY_S = 30.0  # for a body to come, and what it takes at the least rate besides
 LEAST_BYTES_PER_S = 10_000
@@ -143,31 +144,54 @@ class BodyRoute(APIRoute):
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
-        model = self.body_field.field_info.annotation
+        model: Any = self.body_field.field_info.annotation
 
         async def handle_model(request: Request) -> Response:
-            body = await request.body()
+            body = await _read(request)
             if len(body) <= _SMALL_BYTES or "json" not in request.headers.get("content-type", ""):
-                return await handle(request)
+                return await handle(_ReadRequest(request, bytes(body)))
             made = await asyncio.to_thread(_made, model, body)
-            return await handle(_MadeRequest(request, made))
+            return await handle(_MadeRequest(request, b"{}", made))
 
         return handle_model
 
 
-class _MadeRequest(Request):
+async def _read(request: Request) -> bytearray:
+    """All of a body, which is in memory once: no pieces are joined.
+
+    Raises:
+        HTTPException: the client has closed the connection.
+    """
+    body = bytearray()
+    try:
+        async for piece in request.stream():
+            body += piece
+    except ClientDisconnect:
+        raise HTTPException(400, "the client has gone") from None
+    return body
+
+
+class _ReadRequest(Request):
+    """A request whose body has been read."""
+
+    def __init__(self, request: Request, body: bytes) -> None:
+        super().__init__(request.scope, request.receive, request._send)
+        self._body = body
+
+
+class _MadeRequest(_ReadRequest):
     """A request whose body is a model already."""
 
-    def __init__(self, request: Request, made: BaseModel) -> None:
-        super().__init__(request.scope, request.receive, request._send)
-        self._made, self._body = made, b"{}"
+    def __init__(self, request: Request, body: bytes, made: BaseModel) -> None:
+        super().__init__(request, body)
+        self._made = made
 
     async def json(self) -> BaseModel:
         """The model."""
         return self._made
 
 
-def _made(model: type[BaseModel], body: bytes) -> BaseModel:
+def _made(model: type[BaseModel], body: bytearray) -> BaseModel:
     """A body's model.
 
     Raises:

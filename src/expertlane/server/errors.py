@@ -176,4 +176,5 @@ def _param(location: Sequence[str | int], *, is_unknown: bool) -> str | None:
 
 
 def _is_field(part: str) -> bool:
-    return part.islower() and part not in ("str", "int", "bool", "float") and "[" not in part
+    is_type = part in ("str", "int", "bool", "float") or "[" in part or "-" in part
+    return part.islower() and not is_type

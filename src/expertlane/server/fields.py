@@ -8,7 +8,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     WithJsonSchema,
     model_validator,
@@ -53,8 +52,8 @@ def _take_stop(value: Any) -> Any:
     texts = [value] if isinstance(value, str) else value
     is_list = isinstance(texts, list) and len(texts) <= MOST_STOPS
     if texts is not None and not (is_list and all(map(_is_stop, texts))):
-        valid = f"a text of at most {MOST_STOP_CHARACTERS:,} characters, or at most {MOST_STOPS} of them"
-        raise _refuse(value, f"{valid}, none empty")
+        valid = f"a text, or at most {MOST_STOPS} of them, each of 1 to {MOST_STOP_CHARACTERS:,}"
+        raise _refuse(value, f"{valid} characters")
     return texts
 
 
@@ -76,7 +75,9 @@ def _take_variables(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _take_metadata(value: dict[str, Any]) -> dict[str, Any]:
-    if len(strict_json(value)) > _MOST_METADATA_CHARACTERS:
+    num_characters = sum(len(each) for each in value.values() if isinstance(each, str))
+    most = _MOST_METADATA_CHARACTERS
+    if num_characters > most or len(strict_json(value)) > most:
         raise _refuse(value, f"at most {_MOST_METADATA_CHARACTERS:,} characters of JSON")
     return value
 
@@ -85,7 +86,7 @@ def _are_tokens(value: object) -> bool:
     """Whether it is a list of token ids; no Python runs for each of a million."""
     if not isinstance(value, list) or set(map(type, value)) != {int}:
         return False
-    return min(value) >= 0 and max(value) < MOST_TOKEN_IDS
+    return bool(min(value) >= 0 and max(value) < MOST_TOKEN_IDS)
 
 
 def _is_prompt(value: object) -> bool:
@@ -123,7 +124,7 @@ Stop = Annotated[list[str] | None, BeforeValidator(_take_stop), WithJsonSchema(_
 Prompts = Annotated[Any, BeforeValidator(_take_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
 Text = Annotated[str, Field(max_length=MOST_BODY_BYTES)]
 Name = Annotated[str, Field(max_length=_MOST_NAME)]
-AnyObject = Annotated[dict[Name, Any], Field(max_length=_MOST_OF_OBJECT), FailFast()]
+AnyObject = Annotated[dict[Name, Any], Field(max_length=_MOST_OF_OBJECT, fail_fast=True)]
 Metadata = Annotated[
     dict[Name, Any], Field(max_length=_MOST_METADATA), AfterValidator(_take_metadata)
 ]

@@ -3,13 +3,12 @@
 from json import JSONDecodeError
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import FailFast, Field, model_validator
+from pydantic import Field, model_validator
 
 from expertlane.errors import UserError
 from expertlane.server.errors import bad_field
 from expertlane.server.fields import MOST_PARTS, AnyObject, Known, Name, Strict, Text
 from expertlane.spec.files import parse_json
-
 
 MOST_CALLS = 1024  # in a message
 
@@ -53,10 +52,14 @@ class Message(Known):
         "annotations": ([],),
     }
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MOST_PARTS), FailFast()] | None = None
+    content: (
+        Text | Annotated[list[TextPart], Field(max_length=MOST_PARTS, fail_fast=True)] | None
+    ) = None
     name: Name | None = None
     reasoning_content: Text | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_CALLS), FailFast()] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_CALLS, fail_fast=True)] | None = (
+        None
+    )
     tool_call_id: Name | None = None
 
     @model_validator(mode="after")
@@ -84,7 +87,7 @@ class Message(Known):
 class Function(Strict):
     """A tool that a model may call."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    name: str = Field(max_length=64, pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: Text | None = None
     parameters: AnyObject | None = None
     strict: bool | None = None  # whether arguments are held to the parameters

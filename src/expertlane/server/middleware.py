@@ -98,21 +98,24 @@ class Hosts:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host, origin = headers.get(b"host"), headers.get(b"origin")
         name = None if host is None else host_name(host)
-        is_known = name is None or name in self._allowed or self._takes_any
-        if self._is_local and not self._has_keys and not (is_known or is_loopback(name)):
+        is_known = name in self._allowed or self._takes_any
+        is_served = is_known or name is None or is_loopback(name)
+        if self._is_local and not self._has_keys and not is_served:
             return (
                 f"Host is {host}; without an API key this server answers to loopback names only; "
                 "others: --allowed-host"
             )
         if scope["method"] in _READS or scope["path"] in self._computed:
             return None
-        if not self._is_local and not self._has_keys and (name is None or not is_known):
+        if not self._is_local and not self._has_keys and not is_known:
             return (
                 "on a server that listens beyond the loopback interface, this needs an API key "
                 f"(--api-key) or --allowed-host with the name in Host, which is {host}"
             )
         if origin is not None and not self._is_own(origin, host):
-            return f"Origin is {origin}, another site's; this site's, or --allowed-host, may do this"
+            return (
+                f"Origin is {origin}, another site's; this site's, or --allowed-host, may do this"
+            )
         return None
 
     def _is_own(self, origin: str, host: str | None) -> bool:

@@ -51,7 +51,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if message % 2 and message == self._message:  # all of it is of one body
             self._num_other_bytes += max(0, len(data) - self._num_body_bytes + num_before)
             if self._num_other_bytes > MOST_HEAD_BYTES:
-                text = f"the body's trailers and extensions have more than {MOST_HEAD_BYTES:,} bytes"
+                text = (
+                    f"the body's trailers and extensions have more than {MOST_HEAD_BYTES:,} bytes"
+                )
                 self._refuse(431, text)
                 return
         if not self._awaits_head() or self.transport.is_closing():

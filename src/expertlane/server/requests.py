@@ -7,7 +7,7 @@ that would have an effect that this server lacks. `docs/http_api.md` says which 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import FailFast, Field, model_validator
+from pydantic import Field, model_validator
 
 from expertlane.server.bodies import MOST_VALUES
 from expertlane.server.errors import bad_field
@@ -76,7 +76,7 @@ _NEUTRAL_OF_CHAT = _NEUTRAL | {
 }
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_PARTS), FailFast()]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
 
 
 class StreamOptions(Strict):
@@ -101,7 +101,7 @@ class SampledRequest(Known):
     seed: int | None = number("seed", -(2**63))
     min_tokens: int | None = number("min_tokens")
     stop: Stop = None
-    stop_token_ids: Annotated[list[TokenId], FailFast()] | None = Field(
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = Field(
         default=None, max_length=MOST_STOPS
     )
     ignore_eos: bool | None = None
@@ -254,7 +254,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: TemplateVariables | None = None
     reasoning_effort: Effort | None = None
     verbosity: Verbosity | None = None
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS), FailFast()] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
@@ -340,4 +340,4 @@ class TokenizeRequest(Known):
 class DetokenizeRequest(Known):
     """The body of `/detokenize`."""
 
-    tokens: Annotated[list[TokenId], Field(max_length=MOST_VALUES), FailFast()]
+    tokens: Annotated[list[TokenId], Field(max_length=MOST_VALUES, fail_fast=True)]

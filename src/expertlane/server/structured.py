@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field
+from pydantic import Field
 
 from expertlane.errors import UserError
 from expertlane.server.errors import bad_field
@@ -17,24 +17,23 @@ from expertlane.spec.structured import (
 )
 
 _ANY_OBJECT = {"type": "object"}
-_Schema = AnyObject | bool
+Schema = AnyObject | bool
 _SchemaText = Annotated[str, Field(max_length=MOST_SCHEMA_CHARACTERS)]
 _Regex = Annotated[str, Field(max_length=MOST_REGEX_CHARACTERS)]
 _Grammar = Annotated[str, Field(max_length=MOST_GRAMMAR_CHARACTERS)]
 _Choice = Annotated[
     list[Annotated[str, Field(max_length=MOST_CHOICE_CHARACTERS)]],
-    Field(max_length=MOST_CHOICES),
-    FailFast(),
+    Field(max_length=MOST_CHOICES, fail_fast=True),
 ]
 
 
 class JsonSchema(Strict):
     """A schema by name, as the API has it. `strict` changes nothing: all are held to it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    name: str = Field(max_length=64, pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: Text | None = None
     strict: bool | None = None
-    schema_: _Schema | None = Field(default=None, alias="schema")
+    schema_: Schema | None = Field(default=None, alias="schema")
 
 
 class ResponseFormat(Strict):
@@ -47,7 +46,7 @@ class ResponseFormat(Strict):
 class StructuredOutputs(Strict):
     """What vLLM has for it; one of them."""
 
-    json_: _Schema | _SchemaText | None = Field(default=None, alias="json")
+    json_: Schema | _SchemaText | None = Field(default=None, alias="json")
     regex: _Regex | None = None
     choice: _Choice | None = None
     grammar: _Grammar | None = None
@@ -64,7 +63,7 @@ class StructuredRequest(Known):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: _Schema | _SchemaText | None = None
+    guided_json: Schema | _SchemaText | None = None
     guided_regex: _Regex | None = None
     guided_choice: _Choice | None = None
     guided_grammar: _Grammar | None = None
@@ -120,7 +119,7 @@ class StructuredRequest(Known):
         ]
 
 
-def _schema_of(form: ResponseFormat) -> _Schema | None:
+def _schema_of(form: ResponseFormat) -> Schema | None:
     """None where any text will do."""
     if (form.type == "json_schema") != (form.json_schema is not None):
         text = "response_format: type json_schema needs json_schema, and other types take none"

@@ -264,8 +264,9 @@ def shown(value: object) -> str:
         # Python writes out no number of more than 4,300 digits.
         return f"a number of about {1 + int(value.bit_length() * 0.30103):,} digits"
     item = getattr(value, "item", None)  # of numpy's numbers
-    is_number = item is not None and getattr(value, "ndim", 1) == 0
-    text = repr(item() if is_number else _beginning(value))
+    if item is not None and getattr(value, "ndim", 1) == 0:
+        value = item()
+    text = repr(_beginning(value))
     return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…"
 
 

@@ -299,7 +299,9 @@ class JournalKeeper:
                 yield Came(rows[start : start + _ROWS])
             if kept.suspected is not None and not kept.is_over:
                 is_cleared = kept.has_brought_more
-                yield Suspected(kept.begun.number, 0, False, False) if is_cleared else kept.suspected
+                yield (
+                    Suspected(kept.begun.number, 0, False, False) if is_cleared else kept.suspected
+                )
 
     def note_end(self) -> None:
         """Write that the process was told to end."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import FailFast, Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from expertlane.server.errors import ApiError, bad_field, refusal
 from expertlane.server.fields import (
@@ -17,6 +17,7 @@ from expertlane.server.fields import (
 )
 from expertlane.server.messages import CalledFunction, Function
 from expertlane.server.requests import MOST_TOOLS, ChatRequest, Effort, SampledRequest, Verbosity
+from expertlane.server.structured import Schema
 
 LOGPROBS = "message.output_text.logprobs"  # to be asked for with `include`
 _MOST_LOGPROBS = 2**16  # of a part that an answer had
@@ -37,10 +38,12 @@ class ContentPart(Known):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": ([],), "model": ()}
     type: Literal["input_text", "output_text", "text"]
     text: Text
-    logprobs: list[Any] | None = Field(default=None, max_length=_MOST_LOGPROBS)  # as answers have them
+    logprobs: list[Any] | None = Field(
+        default=None, max_length=_MOST_LOGPROBS
+    )  # as answers have them
 
 
-Parts = Annotated[list[ContentPart], Field(max_length=MOST_PARTS), FailFast()]
+Parts = Annotated[list[ContentPart], Field(max_length=MOST_PARTS, fail_fast=True)]
 
 
 class _Item(Known):
@@ -80,7 +83,7 @@ class ReasoningText(Strict):
     text: Text
 
 
-ReasoningTexts = Annotated[list[ReasoningText], Field(max_length=MOST_PARTS), FailFast()]
+ReasoningTexts = Annotated[list[ReasoningText], Field(max_length=MOST_PARTS, fail_fast=True)]
 
 
 class ReasoningItem(_Item):
@@ -176,7 +179,7 @@ class TextFormat(Known):
     type: Literal["text", "json_object", "json_schema"]
     name: Name | None = None
     description: Text | None = None
-    schema_: JsonValue | None = Field(default=None, alias="schema")
+    schema_: Schema | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
     def for_chat(self) -> dict[str, Any]:
@@ -218,19 +221,19 @@ class ResponsesRequest(SampledRequest):
         "stream_options": ({}, {"include_obfuscation": False}),
         "truncation": ("disabled",),
     }
-    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MOST_PARTS), FailFast()]
+    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MOST_PARTS, fail_fast=True)]
     instructions: Text | None = None
     max_output_tokens: int | None = number("max_tokens")
     previous_response_id: Name | None = None
     store: bool | None = None
     # Reasoning is given, and taken back, as text: there is nothing to encrypt.
-    include: (
-        list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None
-    ) = Field(default=None, max_length=8)
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
+        Field(default=None, max_length=8)
+    )
     top_logprobs: int | None = number("logprobs")
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    tools: Annotated[list[ResponseTool], Field(max_length=MOST_TOOLS), FailFast()] | None = None
+    tools: Annotated[list[ResponseTool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateVariables | None = None

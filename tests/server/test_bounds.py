@@ -1,0 +1,248 @@
+"""Every quantity that a client controls has a bound, and docs/security.md says which."""
+
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cli.screen import tells
+from engine.processes import wait_until
+from expertlane.server import bodies, fields, live, messages, protocol, requests
+from expertlane.server.app import make_app
+from expertlane.server.bodies import JsonCounts
+from expertlane.server.journal import keeper
+from expertlane.server.journal.file import JournalFile
+from expertlane.server.setup import ServerOptions
+from expertlane.spec import structured
+from server.hostile import COMPLETIONS, TOO_MUCH
+from server.running import LONG, PATIENCE_S, is_idle
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_field_of_a_request_has_a_bound(stub_server):
+    server = stub_server()
+    described = make_app(server.service, is_local=True).openapi()
+    parts = described["components"]["schemas"]
+    bodies_of = [
+        body["requestBody"]["content"]["application/json"]["schema"]
+        for routes in described["paths"].values()
+        for body in routes.values()
+        if "requestBody" in body
+    ]
+    assert len(bodies_of) == 6
+    seen = set()
+    unbounded = {place for body in bodies_of for place in unbounded_in(body, "", parts, seen)}
+    assert unbounded == set()
+    assert {"Message", "ToolCall", "Tool", "ResponseFormat", "ReasoningItem"} <= seen
+
+
+def unbounded_in(schema, place, parts, seen) -> Iterator[str]:
+    """Places whose length, count or size nothing bounds; free JSON has the body's own bounds."""
+    if (name := schema.get("$ref", "").rpartition("/")[2]) and name not in seen:
+        seen.add(name)
+        yield from unbounded_in(parts[name], name, parts, seen)
+    for inner in [*schema.get("anyOf", ()), *schema.get("oneOf", ())]:
+        yield from unbounded_in(inner, place, parts, seen)
+    bound_of = {
+        "string": {"maxLength"},
+        "array": {"maxItems"},
+        "integer": {"maximum", "exclusiveMaximum"},
+        "number": {"maximum", "exclusiveMaximum"},
+        "object": {"maxProperties", "properties"},
+    }
+    bounds = bound_of.get(schema.get("type"))
+    if bounds is not None and not ({"enum", "const"} | bounds) & schema.keys():
+        yield f"{place}: {schema}"
+    for field, inner in schema.get("properties", {}).items():
+        yield from unbounded_in(inner, f"{place}.{field}", parts, seen)
+    for word in ("items", "additionalProperties", "propertyNames"):
+        if isinstance(inner := schema.get(word), dict):
+            yield from unbounded_in(inner, f"{place}[]", parts, seen)
+
+
+BOUNDS = {
+    "bytes of a body": bodies.MOST_BODY_BYTES,
+    "values in a body": bodies.MOST_VALUES,
+    "keys in a body": bodies.MOST_KEYS,
+    "bytes of all bodies under way": bodies.MOST_BYTES_AT_ONCE,
+    "bytes of headers": protocol.MOST_HEAD_BYTES,
+    "bytes of trailers and chunk extensions": protocol.MOST_HEAD_BYTES,
+    "seconds for headers": protocol.HEAD_S,
+    "seconds for a body, and bytes a second after that": bodies.LEAST_BYTES_PER_S,
+    "fields of an object whose fields are known": fields._MOST_FIELDS,
+    "keys of free JSON at its top": fields._MOST_OF_OBJECT,
+    "characters of an id or a name": fields._MOST_NAME,
+    "messages, parts of a message, items": fields.MOST_PARTS,
+    "calls in a message": messages.MOST_CALLS,
+    "tools": requests.MOST_TOOLS,
+    "pairs of metadata": fields._MOST_METADATA,
+    "characters of metadata": fields._MOST_METADATA_CHARACTERS,
+    "variables of a template": fields._MOST_VARIABLES,
+    "prompts, times choices": fields.MOST_PROMPTS,
+    "choices of a prompt": requests.MOST_CHOICES,
+    "stop strings, stop tokens": fields.MOST_STOPS,
+    "characters of a stop string": fields.MOST_STOP_CHARACTERS,
+    "tokens with a bias": fields._MOST_BIASES,
+    "characters of a JSON schema": structured.MOST_SCHEMA_CHARACTERS,
+    "properties of a JSON schema": structured.MOST_PROPERTIES,
+    "depth of a JSON schema": structured.MOST_DEPTH,
+    "characters of a regex": structured.MOST_REGEX_CHARACTERS,
+    "characters of a grammar": structured.MOST_GRAMMAR_CHARACTERS,
+    "choices of an output": structured.MOST_CHOICES,
+    "characters of these choices": structured.MOST_CHOICE_CHARACTERS,
+    "bytes of a journal's requests in memory": keeper._MOST_BYTES,
+    "bytes of a journal's finished answers": keeper._MOST_FINISHED_BYTES,
+    "events of a journal's finished answers": keeper._MOST_FINISHED_CHUNKS,
+    "viewers of the live page": live.MOST_VIEWERS,
+}
+
+
+def test_the_table_of_bounds_is_true():
+    page = (ROOT / "docs/security.md").read_text()
+    _, _, table = page.partition("## Bounds of what clients send")
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| `([^|`]+)` \|$", table, re.MULTILINE)
+    said = {name: (bound, test) for name, bound, test in rows}
+    assert BOUNDS.keys() <= said.keys()
+    for name, number in BOUNDS.items():
+        assert f"{number:,.0f}" in said[name][0].split(), name
+    for _, test in said.values():
+        file, _, function = test.partition("::")
+        assert f"def {function}(" in (ROOT / file).read_text(), test
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(st.sampled_from('a,:[{"\\}]é\n')),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(st.sampled_from('b,:"\\{')), inner, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+def count(value):
+    """(values, keys) of it."""
+    if isinstance(value, list | dict):
+        inner = [count(each) for each in (value.values() if isinstance(value, dict) else value)]
+        num_keys = len(value) if isinstance(value, dict) else 0
+        return 1 + sum(v for v, _ in inner), num_keys + sum(k for _, k in inner)
+    return 1, 0
+
+
+@given(value=json_values, cuts=st.lists(st.integers(0, 400), max_size=5))
+def test_values_and_keys_are_counted_in_any_pieces(value, cuts):
+    data = json.dumps(value, ensure_ascii=False).encode()
+    counts, places = JsonCounts(), sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    for begin, end in pairwise(places):
+        counts.feed(data[begin:end])
+    num_values, num_keys = count(value)
+    assert counts.num_keys == num_keys
+    assert num_values <= counts.num_values <= 2 * num_values
+
+
+def post(server, path, body):
+    content = body if isinstance(body, bytes | str) else json.dumps(body)
+    headers = {"Content-Type": "application/json"}
+    return httpx.post(f"{server.url}{path}", content=content, headers=headers, timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize("name", TOO_MUCH)
+def test_too_much_is_refused(stub_server, name):
+    server = stub_server(max_model_len=4096, num_blocks=2**12)
+    path, make, status = TOO_MUCH[name]
+    answer = post(server, path, make())
+    assert answer.status_code == status, answer.text
+    assert len(answer.text) < 2000
+    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert post(server, COMPLETIONS, LONG).status_code == 200
+    assert is_idle(server)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        LONG | {"stop": ["a" * fields.MOST_STOP_CHARACTERS] * fields.MOST_STOPS},
+        LONG | {"metadata": {f"{n}": "b" * 900 for n in range(16)}},
+        LONG | {"prompt": [[1]] * 100, "max_tokens": 1},
+        LONG | {"user": ",:[{" * 128},
+        LONG | {"prompt": list(range(3, 25)) * 180, "max_tokens": 1},  # made in another thread
+        LONG | {"prompt": "a" * 3000, "max_tokens": 1, "metadata": {"a": "b" * 16_000}},
+    ],
+)
+def test_as_much_as_is_taken(stub_server, body):
+    server = stub_server(max_model_len=4096, num_blocks=2**12)
+    answer = post(server, COMPLETIONS, body)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("size", [10, 100_000, 2_000_000])  # of which each is parsed in its own way
+@pytest.mark.parametrize(
+    ("text", "code", "word"),
+    [
+        ('{"prompt": [1,2', "invalid_json", "not valid JSON"),
+        ('{"prompt": "\xff"}', "invalid_json", "JSON"),
+        ("[]", "invalid_json", "object"),
+        ('{"prompt": 5}', "invalid_value", "prompt"),
+        ('{"prompt": [1], "x": 1}', "unknown_parameter", "unknown field x"),
+        ('{"prompt": [1], "temperature": NaN}', None, None),
+    ],
+)
+def test_bodies_of_all_sizes_are_refused_alike(stub_server, size, text, code, word):
+    server = stub_server()
+    answer = post(server, COMPLETIONS, (text + " " * size).encode("latin-1"))
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert code is None or (error["code"] == code and tells(error["message"], word))
+
+
+def test_a_journal_keeps_no_more_than_its_bounds(stub_server, monkeypatch, tmp_path):
+    file = JournalFile(tmp_path / "journal")
+    file.identify({})
+    server = stub_server(ServerOptions(journal=file), max_model_len=2**12, num_blocks=2**12)
+    kept = server.service.journal.requests
+
+    def ask(number):
+        body = LONG | {"user": "u" * 400, "max_tokens": 1}
+        headers = {"X-Request-Id": f"{number}"}
+        return httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=headers)
+
+    monkeypatch.setattr(keeper, "_MOST_FINISHED_BYTES", 3000)
+    for number in range(1, 10):
+        assert ask(number).status_code == 200
+    assert 1 <= len(kept) <= 4
+    assert {name for _, name in kept} == {f"{9 - place}" for place in range(len(kept))}
+    server.gate.clear()
+    monkeypatch.setattr(keeper, "_MOST_BYTES", 2000)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, number) for number in range(10, 18)]
+        assert wait_until(lambda: sum(each.done() for each in asked) >= 4)
+        server.gate.set()
+        statuses = Counter(each.result().status_code for each in asked)
+    assert statuses.keys() == {200, 429}
+    assert statuses[429] >= 4
+
+
+def test_bodies_of_all_requests_together(stub_server, monkeypatch):
+    monkeypatch.setattr(bodies, "MOST_BYTES_AT_ONCE", 1000)
+    server = stub_server()
+    server.gate.clear()
+    body = LONG | {"user": "a" * 500}
+    first = threading.Thread(target=post, args=(server, COMPLETIONS, body))
+    first.start()
+    assert wait_until(lambda: server.service.num_open == 1)
+    refused = post(server, COMPLETIONS, body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "busy")
+    assert refused.headers["Retry-After"] == "1"
+    server.gate.set()
+    first.join()
+    assert post(server, COMPLETIONS, body).status_code == 200
