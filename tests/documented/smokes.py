@@ -87,6 +87,9 @@ SMOKES: Mapping[str, Smoke] = {
     "benchmarks/bench_balance.py": Smoke(
         "--experts 64 --ranks 16 --seeds 1", r'"num_crossing_points": \d\d'
     ),
+    "benchmarks/bench_bounds.py": Smoke(
+        "--only 'a long name' --rounds 1", r'"request": "a long name"'
+    ),
     "benchmarks/bench_check.py": Smoke(
         "--rounds 1 --model paper-tiny --json dp=2,ep=2", r'"layout": "dp=2,ep=2"'
     ),

@@ -2,10 +2,12 @@
 
 import json
 import re
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 from cli.screen import tells
 from engine.processes import wait_until
-from expertlane.server import bodies, fields, live, messages, protocol, requests
+from expertlane.server import bodies, checks, fields, live, messages, protocol, requests
 from expertlane.server.app import make_app
 from expertlane.server.bodies import JsonCounts
 from expertlane.server.journal import keeper
@@ -71,6 +73,8 @@ def unbounded_in(schema, place, parts, seen) -> Iterator[str]:
 
 
 BOUNDS = {
+    "connections": protocol.MOST_CONNECTIONS,
+    "log-probabilities that may come of a request": checks.MOST_LOGPROBS,
     "bytes of a body": bodies.MOST_BODY_BYTES,
     "values in a body": bodies.MOST_VALUES,
     "keys in a body": bodies.MOST_KEYS,
@@ -78,7 +82,7 @@ BOUNDS = {
     "bytes of headers": protocol.MOST_HEAD_BYTES,
     "bytes of trailers and chunk extensions": protocol.MOST_HEAD_BYTES,
     "seconds for headers": protocol.HEAD_S,
-    "seconds for a body, and bytes a second after that": bodies.LEAST_BYTES_PER_S,
+    "seconds for a body, and bytes per second after that": bodies.LEAST_BYTES_PER_S,
     "fields of an object whose fields are known": fields._MOST_FIELDS,
     "keys of free JSON at its top": fields._MOST_OF_OBJECT,
     "characters of an id or a name": fields._MOST_NAME,
@@ -230,6 +234,28 @@ def test_a_journal_keeps_no_more_than_its_bounds(stub_server, monkeypatch, tmp_p
         statuses = Counter(each.result().status_code for each in asked)
     assert statuses.keys() == {200, 429}
     assert statuses[429] >= 4
+
+
+def test_connections_are_bounded(stub_server, monkeypatch):
+    monkeypatch.setattr(protocol, "MOST_CONNECTIONS", 3)
+    server = stub_server()
+    address = "127.0.0.1", server.port
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection(address)) for _ in range(4)]
+        assert connections[-1].recv(4096).startswith(b"HTTP/1.1 503 ")
+        connections[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connections[0].recv(4096).startswith(b"HTTP/1.1 200 ")
+    assert post(server, COMPLETIONS, LONG).status_code == 200
+
+
+def test_log_probabilities_of_a_request(stub_server, monkeypatch):
+    server = stub_server()
+    body = LONG | {"prompt": [[1, 2, 3]] * 2, "n": 2, "max_tokens": 5, "logprobs": 3}
+    body |= {"prompt_logprobs": 1}
+    num_asked = 2 * 2 * (5 * (3 + 1) + 3 * (1 + 1))
+    for most, status in ((num_asked, 200), (num_asked - 1, 400)):
+        monkeypatch.setattr(checks, "MOST_LOGPROBS", most)
+        assert post(server, COMPLETIONS, body).status_code == status
 
 
 def test_bodies_of_all_requests_together(stub_server, monkeypatch):

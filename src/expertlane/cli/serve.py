@@ -67,7 +67,7 @@ class _Options:
         metavar="NAME",
         show_default="loopback names",
         help="Name by which clients reach a server without API keys, in the Host header, such as "
-        "a proxy's. Repeatable; '*': any.",
+        "a proxy's; '*': any.",
         rich_help_panel=Panel.MORE_SERVER,
     )
     max_num_queued: int = typer.Option(

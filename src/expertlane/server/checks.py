@@ -1,10 +1,13 @@
 """What is checked of a request that its types do not say."""
 
 import re
+from collections.abc import Sequence
 
 from expertlane.server.errors import bad_field
 from expertlane.server.requests import GenerationRequest
+from expertlane.spec.sampling import SamplingParams
 
+MOST_LOGPROBS = 2**24  # of a request: some 150 bytes each
 _PROMPT = re.compile(r"prompt(?: (\d+))?(?=:)")
 
 
@@ -22,6 +25,33 @@ def check_tokens(request: GenerationRequest, vocab_size: int) -> None:
             if token_id >= vocab_size:
                 text = f"{name}: there is no token {token_id}; valid ids: 0 to {vocab_size - 1}"
                 raise bad_field(name, text)
+
+
+def check_logprobs(params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse a request whose log-probabilities would take too much memory.
+
+    Args:
+        params: of every choice of every prompt, in their order.
+
+    Raises:
+        ApiError: it asks for too many.
+    """
+    num_choices = len(params) // len(prompts)
+    num_asked = sum(
+        (each.max_tokens * (each.logprobs + 1) if each.logprobs is not None else 0)
+        + (
+            len(prompts[place // num_choices]) * (each.prompt_logprobs + 1)
+            if each.prompt_logprobs is not None
+            else 0
+        )
+        for place, each in enumerate(params)
+    )
+    if num_asked > MOST_LOGPROBS:
+        text = (
+            f"logprobs: {num_asked:,} may come of this request (its tokens, and the likeliest at "
+            f"each); at most {MOST_LOGPROBS:,} are taken"
+        )
+        raise bad_field("logprobs", text)
 
 
 def as_field(message: str, param: str, num_choices: int) -> str:

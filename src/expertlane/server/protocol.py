@@ -6,6 +6,7 @@ connection. So the server sends what changes nothing, and looks.
 """
 
 import asyncio
+import resource
 import socket
 
 import msgspec
@@ -15,11 +16,18 @@ from expertlane.server.errors import JSON, ApiError
 
 HEAD_S = 30.0  # from a connection's, or a request's, beginning to the end of its headers
 MOST_HEAD_BYTES = 64 * 2**10
+MOST_CONNECTIONS = 8192
 _CHUNK_BYTES = 16  # beside the bytes of a body's chunk: its size, and line ends
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # before an answer: clients pass it over
 _COMMENT = b"3\r\n:\n\n\r\n"  # inside a stream of events, which are all that is sent in chunks
 _LOOKS_S = (0.005, 0.05, 0.2, 1.0)  # after that, what is sent once more
 _CLOSED = 7  # TCP_CLOSE of Linux
+
+
+def most_connections() -> int:
+    """Connections at once: the other descriptors of this process are for files and ranks."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, soft // 2)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -36,6 +44,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Wait for headers, but not for ever."""
         super().connection_made(transport)
         self._begin_head()
+        if len(self.connections) > most_connections():
+            self._refuse(503, "too many connections are open; try again later")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End what waits."""

@@ -10,7 +10,7 @@ from expertlane.engine.async_engine import AsyncEngine, Generation
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Chunk
-from expertlane.server.checks import as_field, check_tokens
+from expertlane.server.checks import as_field, check_logprobs, check_tokens
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.live import LiveFeed
 from expertlane.server.live_state import LiveState
@@ -324,6 +324,7 @@ class Service:
                 for choice in range(request.num_choices)
             ]
             self.metrics.on_request(request.num_choices, wanted)
+        check_logprobs(found, prompts)
         return found
 
     def time_limit_s(self, request: SampledRequest) -> float | None:
