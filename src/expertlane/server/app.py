@@ -6,7 +6,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import RedirectResponse
 
 from expertlane.server.arrival import Arrival
-from expertlane.server.bodies import BodyLimit, BodyRoute
+from expertlane.server.bodies import BodyLimit, make_bodies_models
 from expertlane.server.chats import CHATS
 from expertlane.server.completions import COMPLETIONS
 from expertlane.server.errors import ErrorBody, bad_field, install_handlers, json_response
@@ -52,7 +52,7 @@ def make_app(service: Service, *, is_local: bool) -> FastAPI:
         redoc_url=None,
         responses=_ERRORS,
     )
-    app.router.route_class = BodyRoute
+    make_bodies_models(app)
     install_handlers(app)
     _add_generation(app, service)
     add_responses(app, service)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
-from fastapi import HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
@@ -136,6 +136,12 @@ class _BoundedBody:
                 raise HTTPException(TOO_LARGE, f"the body has more than {most:,} {name}")
 
 
+def make_bodies_models(app: FastAPI) -> None:
+    """Have the bodies of all routes that are added from now on read by `BodyRoute`."""
+    app.state.one_body = asyncio.Semaphore(1)
+    app.router.route_class = BodyRoute
+
+
 class BodyRoute(APIRoute):
     """A route whose body becomes its model in another thread, unless that takes no time."""
 
@@ -150,7 +156,8 @@ class BodyRoute(APIRoute):
             body = await _read(request)
             if len(body) <= _SMALL_BYTES or "json" not in request.headers.get("content-type", ""):
                 return await handle(_ReadRequest(request, bytes(body)))
-            made = await asyncio.to_thread(_made, model, body)
+            async with request.app.state.one_body:  # of two, each takes its memory
+                made = await asyncio.to_thread(_made, model, body)
             return await handle(_MadeRequest(request, b"{}", made))
 
         return handle_model
