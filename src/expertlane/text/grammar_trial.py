@@ -10,6 +10,7 @@ import json
 import random
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ STACK_BYTES = 512 * 2**20  # the library recurses from rule to rule; memory is t
 _TRIAL_STACK_BYTES = STACK_BYTES // 2  # what comes through has room to spare
 _WALKS = 2
 _STEPS = 4  # of each
+_WALKS_CPU_S = 1.0  # of all steps together: ordinary ones take less than 10 ms each
 
 # Fuel is work that the library counts.
 _LIMITS: dict[str, Any] = {
@@ -136,9 +138,11 @@ class _Trial:
             raise UserError(first_line(str(error))) from None
         is_free = kind == "grammar" and not is_of_schemas
         matcher = compiled(self._tokenizer, text, is_free=is_free)
-        draw = random.Random(0)
+        draw, start_s = random.Random(0), time.process_time()
         for _ in range(_WALKS):
             self._walk(matcher.deep_copy(), draw)
+        if time.process_time() - start_s > _WALKS_CPU_S:
+            raise UserError(f"{_WALKS * _STEPS} tokens take more than {_WALKS_CPU_S:g} s")
         num_bytes = max(0, memory_bytes().resident - before)
         return strict_json({"text": text, "is_free": is_free, "num_bytes": num_bytes})
 

@@ -222,6 +222,9 @@ class Grammars:
             self._never = eos = [end]
             self._vocab_size = max(self._vocab_size, end + 1)
             source = _with_token(source, _END_TOKEN, end)
+        given = {"source": source, "vocab_size": self._vocab_size, "eos": eos}
+        trial = LimitedProcess("grammar_trial", PACKAGES, LIMITS, given)
+        trial.start()
         try:
             tokenizer = LLTokenizer(source, n_vocab=self._vocab_size, eos_token=eos)
         except ValueError as error:
@@ -229,8 +232,7 @@ class Grammars:
                 "structured output needs a tokenizer of bytes or SentencePiece; this one is "
                 f"neither: {first_line(str(error))}"
             ) from None
-        given = {"source": source, "vocab_size": self._vocab_size, "eos": eos}
-        return tokenizer, LimitedProcess("grammar_trial", PACKAGES, LIMITS, given)
+        return tokenizer, trial
 
     def _asked(self, structured: Structured) -> dict[str, Any]:
         """The request of a trial."""

@@ -16,7 +16,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from multiprocessing import Pipe
@@ -52,8 +51,9 @@ class Limits:
 class LimitedProcess:
     """A process that answers requests; safe to use from several threads.
 
-    It starts with the first request, and ends with this object or with the process that has it.
-    After a request that broke a limit or failed, another process is started for the next one.
+    It starts with the first request, if not before, and ends with this object or with the process
+    that has it. After a request that broke a limit or failed, another process is started for the
+    next one.
 
     Args:
         module: of `expertlane.text`; its function `main` is the program, which uses a `Worker`.
@@ -73,6 +73,12 @@ class LimitedProcess:
     def pid(self) -> int | None:
         """The process that answers; None where the next request starts one."""
         return None if self._started is None else self._started.process.pid
+
+    def start(self) -> None:
+        """Start the process now; what it does first is done beside what is done here."""
+        with self._lock:
+            if self._started is None:
+                self._start()
 
     def ask(self, request: Any) -> str:
         """The answer to a request.
