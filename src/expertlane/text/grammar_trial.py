@@ -30,7 +30,7 @@ STACK_BYTES = 512 * 2**20  # the library recurses from rule to rule; memory is t
 _TRIAL_STACK_BYTES = STACK_BYTES // 2  # what comes through has room to spare
 _WALKS = 2
 _STEPS = 4  # of each
-_WALKS_CPU_S = 1.0  # of all steps together: ordinary ones take less than 10 ms each
+_WALKS_CPU_S = 0.5  # of all steps together: ordinary ones take less than 10 ms each
 
 # Fuel is work that the library counts.
 _LIMITS: dict[str, Any] = {

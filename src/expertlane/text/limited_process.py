@@ -208,19 +208,19 @@ class Worker:
         time, SIGPROF ends it.
         """
         signal.setitimer(signal.ITIMER_PROF, self._limits.cpu_s)
-        answer: dict[str, Any] = {"is_last": True}
+        answer: dict[str, Any] = {}
+        has_failed = False
         try:
             answer["text"] = make()
-            answer["is_last"] = self._keeps_too_much()
         except UserError as error:
             answer["error"] = str(error)
-            answer["is_last"] = self._keeps_too_much()
         except MemoryError:
-            answer["error"] = "it takes too much memory"
+            answer["error"], has_failed = "it takes too much memory", True
         except Exception as error:  # a template is a program: anything can fail
-            answer["error"] = self._explain(error)
+            answer["error"], has_failed = self._explain(error), True
         if "error" in answer:
             answer["error"] = answer["error"][:_MAX_ERROR_CHARACTERS]
+        answer["is_last"] = has_failed or self._keeps_too_much()  # no error holds memory here
         self._connection.send_bytes(json.dumps(answer).encode())
         signal.setitimer(signal.ITIMER_PROF, 0)
 
