@@ -102,6 +102,7 @@ OTHER_JSON = {
     "file.py",
     "fork_server.py",
     "int8_cache.py",
+    "limited_process.py",
     "tables.py",
     "chat_sandbox.py",
 }

@@ -1,6 +1,7 @@
 """Wrong requests: each gets a 4xx and an error that names the field; the server goes on."""
 
 import json
+import re
 import socket
 
 import pytest
@@ -9,6 +10,7 @@ from cli.screen import tells
 from expertlane.server.bodies import MOST_BODY_BYTES
 from expertlane.server.requests import MOST_CHOICES, MOST_PROMPTS
 from server.running import MESSAGES, PATIENCE_S
+from text.test_grammars import COSTLY_LATER, HEAVY, HOSTILE, TOO_COSTLY
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 GOOD = {
@@ -204,6 +206,48 @@ def test_the_field_is_named(served, path, change, param):
     assert error["param"] == param
     assert param.split("[")[0].split(".")[0] in error["message"]
     assert error.keys() == {"message", "type", "param", "code"}
+
+
+FIELDS = {kind: f"guided_{kind}" for kind in ("regex", "grammar", "choice")}
+FIELDS["json_schema"] = "guided_json"
+
+
+def check_hostile(served, form):
+    """It is refused with the reason, and an ordinary grammar is compiled after it."""
+    ((kind, value),) = form.items()
+    answer = served.http.post(COMPLETIONS, json=GOOD[COMPLETIONS] | {FIELDS[kind]: value})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == FIELDS[kind]
+    assert re.match(f"{FIELDS[kind]}: .*({TOO_COSTLY})", error["message"])
+    answer = served.http.post(COMPLETIONS, json=GOOD[COMPLETIONS] | {"guided_regex": "a{2}b?"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["text"] == "aa"
+
+
+@pytest.mark.smoke(4)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_grammars_that_cost_too_much(served, name):
+    check_hostile(served, HOSTILE[name])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", HEAVY)
+def test_grammars_that_would_take_minutes_or_all_memory(served, name):
+    check_hostile(served, HEAVY[name])
+
+
+def test_a_grammar_that_costs_too_much_later(served):
+    body = {"prompt": "a", "max_tokens": 60, "guided_grammar": COSTLY_LATER}
+    answer = served.http.post(COMPLETIONS, json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] == "grammar_too_costly"
+    assert tells(answer.json()["error"]["message"], "output token 22 grammar costly items")
+    events = served.http.post(COMPLETIONS, json=body | {"stream": True}).text.split("\n\n")
+    *chunks, last = [json.loads(each.removeprefix("data: ")) for each in events if "{" in each]
+    assert len("".join(chunk["choices"][0]["text"] for chunk in chunks)) <= 21
+    assert last["error"]["code"] == "grammar_too_costly"
+    assert served.http.post(COMPLETIONS, json=GOOD[COMPLETIONS]).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Grammars for tokenizers of both kinds: masks let the right texts through, and end outputs."""
 
 import json
+import multiprocessing
 
 import numpy as np
+import psutil
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -10,8 +12,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from cli.screen import telling
 from engine.stub_runner import letters
 from expertlane.errors import UserError
+from expertlane.spec.files import strict_json
 from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import Structured
+from expertlane.spec.structured import MOST_LITERAL_CHARACTERS, Structured
+from expertlane.text import grammars
 from expertlane.text.grammars import Grammars
 from expertlane.text.json_schemas import for_library
 from expertlane.text.tokenizer import Tokenizer
@@ -198,6 +202,201 @@ def test_what_cannot_be_compiled(tokenizer, form):
     with pytest.raises(UserError, match=f"structured: {kind}: .") as refused:
         made(tokenizer).begin(SamplingParams(structured=Structured(**form)), ())
     assert "\n" not in str(refused.value)
+
+
+def chain(rule, last, form="start: {0}0\n{1}\n{0}{2}: /a/"):
+    """Rules of which each is made of the next."""
+    rules = "\n".join(f"{rule[0]}{i}{rule[1:]}".replace("#", str(i + 1)) for i in range(last))
+    return form.format(rule[0], rules, last)
+
+
+def optional(number, schema):
+    return {"type": "object", "properties": {f"p{i}": schema for i in range(number)}}
+
+
+def all_of(*schemas):
+    return {"allOf": list(schemas)}
+
+
+TEXT = {"type": "string"}
+HALVES = [{"anyOf": [TEXT | {"pattern": f"a{{{i}}}{j}"} for j in range(4)]} for i in range(20)]
+COSTLY_LATER = chain("a: a# a#", 60).replace("start: ", 'start: ("x" | "y")~20 ')
+TOO_COSTLY = "memory|costly|too many|too big|too large|too complex|items|take|time"
+HOSTILE = {  # what takes seconds is in HEAVY
+    "a literal or nothing, 1,000 times, and again": {"regex": "(a?){1000}a{1000}"},
+    "a factor of 3 to the 20th": {"regex": "(" * 20 + "(a|b|ab)" + "){0,9}" * 20},
+    "1,000 optional properties": {"json_schema": optional(1000, TEXT)},
+    "as many and no others": {
+        "json_schema": optional(1000, TEXT) | {"additionalProperties": False}
+    },
+    "as many of patterns": {"json_schema": optional(1000, TEXT | {"pattern": "^(a{99}){99}$"})},
+    "products of alternatives": {"json_schema": all_of(*HALVES)},
+    "a reference in each of two": {
+        "json_schema": {
+            "$ref": "#/$defs/d0",
+            "$defs": {
+                f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}, {"type": "array"}] * 2}
+                for i in range(400)
+            }
+            | {"d400": TEXT},
+        }
+    },
+    "a long choice": {"choice": ["x" * 60_000, "y"]},
+    "rules that double": {"grammar": chain("a: a# a#", 60)},
+    "rules that double or end": {"grammar": chain("a: a# a# | a#", 200)},
+    "rules that repeat": {"grammar": 'start: a{1000000}\na: b{1000000}\nb: "x" "y"'},
+    "terminals that repeat": {"grammar": 'start: A\nA: B{1000}\nB: C{1000}\nC: D{1000}\nD: "ab"'},
+    "a regex in a grammar": {"grammar": "start: /((a{1000}){1000}){1000}/"},
+    "a schema in a grammar": {
+        "grammar": f"start: %json {strict_json(optional(700, {}), separators=(',', ':'))}"
+    },
+    "GBNF that repeats": {"grammar": 'root ::= a{1000}\na ::= b{1000}\nb ::= "x"{1000}'},
+    "GBNF that doubles": {
+        "grammar": chain("a ::= a# a#", 100, "root ::= {0}0\n{1}\n{0}{2} ::= [x]")
+    },
+}
+HEAVY = {
+    "a million letters": {"regex": "(a{1000}){1000}"},
+    "a thousand million letters": {"regex": "((a{1000}){1000}){1000}"},
+    "four thousand million letters": {"regex": "a{4294967295}"},
+    "2 to the 60th": {"regex": "(" * 60 + "a" + "){2}" * 60},
+    "a pattern of a million letters": {"json_schema": TEXT | {"pattern": "^(a{1000}){1000}$"}},
+    "patterns of names": {
+        "json_schema": {
+            "patternProperties": {f"^a{i}(b|c){{1,{100 + i}}}$": TEXT for i in range(500)}
+        }
+    },
+    "intersections": {
+        "json_schema": all_of(*(TEXT | {"pattern": f"(a|b)*a(a|b){{{i}}}b"} for i in range(100)))
+    },
+    "common multiples": {
+        "json_schema": all_of(
+            *({"type": "integer", "multipleOf": each} for each in (97, 101, 103, 107))
+        )
+    },
+    "a large divisor": {"json_schema": {"type": "integer", "multipleOf": 999_983}},
+    "a huge enum": {"json_schema": {"enum": [{"a": i, "b": [i]} for i in range(8000)]}},
+}
+CHEAP = {  # it only looks hostile
+    "letters of all scripts": {"regex": r"\p{L}{1000}"},
+    "a choice of a million": {"regex": "(a|b){1000000}"},
+    "one of 2 to the 200th states": {"regex": "[ab]*a[ab]{200}"},
+    "nested quantifiers": {"regex": "(x+x+)+y"},
+    "a long literal": {"regex": "a" * 16_000},
+    "20,000 texts": {"json_schema": {"enum": [f"v{i}" for i in range(20_000)]}},
+    "recursion in 300 places": {"json_schema": optional(300, {"$ref": "#"})},
+    "arrays of arrays": {
+        "json_schema": {"maxItems": 9999, "items": {"maxItems": 9999, "items": {"maxItems": 9999}}}
+    },
+    "any number of readings": {"grammar": 'start: start start | start start start | "a"'},
+}
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """One object for all hostile grammars: none of them harms the next."""
+    core = byte_level()
+    return made(Tokenizer(core, [core.token_to_id("</s>")]))
+
+
+def check_refused(grammars, form, seed):
+    (kind,) = form
+    params = SamplingParams(structured=Structured(**form))
+    with pytest.raises(UserError, match=f"structured: {kind}: .*({TOO_COSTLY})") as refused:
+        grammars.begin(params, ())
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 600
+    assert grammars.known(params.structured) is None
+    ordinary = Structured(regex=f"a{seed}+")
+    assert grammars.compile(ordinary) is grammars.known(ordinary)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_costs_too_much_is_refused_and_the_next_is_not(shared, name):
+    check_refused(shared, HOSTILE[name], list(HOSTILE).index(name))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", HEAVY)
+def test_what_would_take_minutes_or_all_memory_is_refused(shared, name):
+    check_refused(shared, HEAVY[name], 100 + list(HEAVY).index(name))
+
+
+LONG = "x" * (MOST_LITERAL_CHARACTERS + 1)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"const": LONG}, {"enum": [5, LONG]}, {"pattern": LONG}, {"properties": {LONG: {}}}]
+)
+def test_very_long_texts_of_a_schema(schema):
+    with pytest.raises(UserError, match=telling("json_schema 16,385 16,384")):
+        Structured(json_schema={"items": schema})
+    assert Structured(json_schema={"description": LONG}).json_schema
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_what_looks_hostile_and_is_not(shared, name):
+    params = SamplingParams(structured=Structured(**CHEAP[name]))
+    constraint = shared.begin(params, ())
+    for _ in range(20):
+        if not constraint.is_ended:
+            shared.advance([(constraint, min(allowed(constraint)))]).result()
+        assert constraint.error is None
+
+
+def test_what_gets_too_costly_later_ends_with_an_error(shared):
+    """A trial takes a few tokens; the rest is for the limits of a step."""
+    constraint = shared.begin(SamplingParams(structured=Structured(grammar=COSTLY_LATER)), ())
+    other = shared.begin(SamplingParams(structured=Structured(regex="[ab]{99}")), ())
+    taken = 0
+    while constraint.error is None:
+        shared.advance(
+            [(constraint, min(allowed(constraint))), (other, min(allowed(other)))]
+        ).result()
+        taken += 1
+        assert other.error is None
+    assert taken == 21
+    assert "items" in constraint.error
+
+
+def test_large_grammars_are_kept_up_to_a_sum(shared, monkeypatch):
+    monkeypatch.setattr(grammars, "_KEPT_BYTES", 2**20)
+    wide = [
+        Structured(json_schema={"enum": [f"{i} {word}" for i in range(10_000)]}) for word in "abc"
+    ]
+    for structured in wide:
+        shared.compile(structured)
+    assert shared.known(wide[0]) is None
+    held = shared.compile(wide[0])
+    assert held.num_bytes > 2**20
+    monkeypatch.setattr(grammars, "_IN_USE_BYTES", 2**21)
+    with pytest.raises(UserError, match="MiB"):
+        shared.compile(wide[1])
+    assert shared.compile(Structured(regex="small")).num_bytes < 2**20
+
+
+def test_after_its_process_was_killed_the_next_grammar_is_tried(shared):
+    shared.compile(Structured(regex="before"))
+    process = psutil.Process(shared._trial.pid)
+    process.kill()
+    process.wait()
+    shared.compile(Structured(regex="after"))
+    assert shared._trial.pid != process.pid
+
+
+def test_grammars_of_a_forked_process(shared):
+    """It has neither threads nor processes of the one that it was forked from."""
+
+    def compile_there():
+        core = byte_level()
+        there = made(Tokenizer(core, [core.token_to_id("</s>")]))
+        assert there.compile(Structured(regex="a")).mask.any()
+
+    process = multiprocessing.get_context("fork").Process(target=compile_there)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
+    assert shared.compile(Structured(regex="and here")).mask.any()
 
 
 def test_a_chain_of_schemas_does_not_exhaust_the_stack(tokenizer):

@@ -305,8 +305,11 @@ class Engine(Generic[HandleT]):
                 if self._live.get(request.request_id) is not live or constraint is None:
                     continue  # it was cancelled
                 if constraint.error is not None:
-                    request.error = f"{request.name}: {constraint.error}"
-                    self._complete[request.request_id] = FinishReason.ERROR
+                    request.error = (
+                        f"{request.name}, output token {len(request.output_token_ids) + 1}: its "
+                        f"grammar is too costly: {constraint.error}"
+                    )
+                    self._complete[request.request_id] = FinishReason.GRAMMAR
                 elif constraint.is_ended:
                     self._complete[request.request_id] = FinishReason.STOP
                 else:

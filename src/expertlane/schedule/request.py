@@ -30,6 +30,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # max_tokens, the model's positions or the cache
     CANCELLED = "cancelled"
     ERROR = "error"  # its logits are NaN or infinite
+    GRAMMAR = "grammar"  # the next token of its grammar costs more than a step may
 
 
 @dataclass(frozen=True)

@@ -350,6 +350,8 @@ def _check(piece: Piece) -> None:
     """
     if piece.finish_reason is FinishReason.ERROR:
         raise ApiError(500, str(piece.output.error), code="model_error")
+    if piece.finish_reason is FinishReason.GRAMMAR:
+        raise ApiError(400, str(piece.output.error), code="grammar_too_costly")
 
 
 async def send_part(send: Send, body: bytes, *, is_last: bool = False) -> None:

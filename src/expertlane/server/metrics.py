@@ -46,6 +46,7 @@ _REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.CANCELLED: "abort",
     FinishReason.ERROR: "error",
+    FinishReason.GRAMMAR: "error",
 }
 
 

@@ -13,6 +13,7 @@ MOST_SCHEMA_CHARACTERS = 256 * KIB
 MOST_CHOICE_CHARACTERS = 64 * KIB
 MOST_GRAMMAR_CHARACTERS = 8 * KIB  # compiling can take the cube of it
 MOST_REGEX_CHARACTERS = 16 * KIB
+MOST_LITERAL_CHARACTERS = 16 * KIB  # each mask takes a time in proportion to a text's length
 MOST_CHOICES = 4096
 MOST_DEPTH = 64  # of lists and objects in a schema
 MOST_PROPERTIES = 1000  # in a schema; compiling takes the square of them
@@ -71,6 +72,7 @@ class Structured:
         return next(name for name in KINDS if getattr(self, name) is not None)
 
 
+_NOTES = ("title", "description", "$comment")
 KINDS = ("json_schema", "regex", "grammar", "choice")
 
 
@@ -96,6 +98,12 @@ def _schema_text(value: Any) -> str:
             raise UserError(f"json_schema is nested more than {MOST_DEPTH} deep")
         properties = each.get("properties") if isinstance(each, Mapping) else None
         num_properties += len(properties) if isinstance(properties, Mapping) else 0
+        longest = max(map(len, _literals(each)), default=0)
+        if longest > MOST_LITERAL_CHARACTERS:
+            raise UserError(
+                f"json_schema holds a text of {longest:,} characters; at most "
+                f"{MOST_LITERAL_CHARACTERS:,} are taken"
+            )
     if num_properties > MOST_PROPERTIES:
         raise UserError(
             f"json_schema has {num_properties:,} properties; at most {MOST_PROPERTIES:,} are taken"
@@ -122,6 +130,14 @@ def _inner(value: Any) -> Iterator[tuple[int, Any]]:
             continue
         yield depth, each
         found += [(part, depth + 1) for part in inner]
+
+
+def _literals(value: Any) -> Iterator[str]:
+    """Texts right in a list or an object that outputs may have to hold."""
+    if isinstance(value, Mapping):
+        yield from (key for key in value if isinstance(key, str))
+        value = [each for key, each in value.items() if key not in _NOTES]
+    yield from (each for each in value if isinstance(each, str))
 
 
 def _choices(value: Any) -> tuple[str, ...]:

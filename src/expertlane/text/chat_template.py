@@ -2,20 +2,13 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
 
 from expertlane.errors import UserError
 from expertlane.spec.files import CONFIG_BYTES, read_text
+from expertlane.text.limited_process import LimitedProcess, Limits
 from expertlane.text.tokenizer import TOKENIZER_CONFIG, read_json, token_text
 
 _FILE = "chat_template.jinja"
@@ -24,23 +17,15 @@ _SPECIAL_TOKENS = tuple(
     f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
 
-# For compiling a template, and for each chat: far more than real templates need.
-_CPU_S = 1.0
-_MEMORY_BYTES = 512 * 2**20
-_ANSWER_S = 30.0  # wall time: the machine may be busy
+# For each chat, with the compilation of its template where that is the first: far more than real
+# templates need.
+_LIMITS = Limits(cpu_s=1.0, memory_bytes=512 * 2**20)
+_PACKAGES = ("expertlane", "jinja2", "markupsafe")
 # How much longer than its messages a prompt may be: templates add system prompts of their own.
 _MAX_ADDED_CHARACTERS = 2**20
 _MAX_EXPANSION = 4
 # What templates are given anyway, and nobody else may name.
 OWN_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
-
-# Isolated: neither the working directory nor the environment decides what is imported. Packages
-# outside the standard library come from where this process has them.
-_PROGRAM = (
-    "import sys; sys.path += sys.argv[1:]; from expertlane.text.chat_sandbox import main; main()"
-)
-_PACKAGES = ("expertlane", "jinja2", "markupsafe")
-_ENVIRONMENT = ("LD_LIBRARY_PATH", "TZ")  # all that it gets: others may be secrets
 
 Message = Mapping[str, Any]
 
@@ -65,18 +50,11 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], name: str) -> None:
         self._special_tokens = dict(special_tokens)
-        self._template = {
-            "source": source,
-            "special_tokens": self._special_tokens,
-            "cpu_s": _CPU_S,
-            "memory_bytes": _MEMORY_BYTES,
-        }
+        self._source = source
         self._name = name
-        self._lock = threading.Lock()
-        self._process: _TemplateProcess | None = None
-        self.variables: frozenset[str] = frozenset()
-        with self._lock:
-            self._start()
+        given = {"source": source, "special_tokens": self._special_tokens}
+        self._process = LimitedProcess("chat_sandbox", _PACKAGES, _LIMITS, given)
+        self.variables: frozenset[str] = frozenset(json.loads(self._ask(None)))
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -86,7 +64,7 @@ class ChatTemplate:
     @property
     def source(self) -> str:
         """The template's text, in Jinja's language."""
-        return str(self._template["source"])
+        return self._source
 
     @staticmethod
     def is_in(folder: Path) -> bool:
@@ -146,88 +124,13 @@ class ChatTemplate:
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"the chat's messages must be plain JSON data: {error}") from None
         most = _MAX_ADDED_CHARACTERS + _MAX_EXPANSION * num_characters
-        with self._lock:
-            process = self._process
-            if process is None or process.has_ended:  # as by a machine that is out of memory
-                process = self._start()
-            return self._ask(process, {"variables": given, "max_characters": most})
+        return self._ask({"variables": given, "max_characters": most})
 
-    def _start(self) -> "_TemplateProcess":
-        process = _TemplateProcess()
-        self.variables = frozenset(json.loads(self._ask(process, self._template)))
-        self._process = process
-        return process
-
-    def _ask(self, process: "_TemplateProcess", request: Mapping[str, Any]) -> str:
-        """The answer's text; without one, the process is ended and the next chat starts another."""
-        answer: dict[str, str] = {}
+    def _ask(self, request: Mapping[str, Any] | None) -> str:
         try:
-            answer = process.ask(request)
-        finally:
-            if "text" not in answer:
-                process.end()
-                self._process = None
-        if "text" not in answer:
-            raise UserError(f"chat template {self._name}: {' '.join(answer['error'].split())}")
-        return answer["text"]
-
-
-class _TemplateProcess:
-    """The process of one template, seen from the one that asks it."""
-
-    def __init__(self) -> None:
-        paths = dict.fromkeys(map(_package_folder, _PACKAGES))
-        self._connection, theirs = Pipe()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _PROGRAM, *paths],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-                process_group=0,  # a terminal's Ctrl-C is not for it
-            )
-        self.end = weakref.finalize(self, _end, self._process, self._connection, os.getpid())
-
-    @property
-    def has_ended(self) -> bool:
-        """True if the process has ended, whoever ended it."""
-        return self._process.poll() is not None
-
-    def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
-        """Send a request and wait for its answer: a `text`, or an `error` that says why not."""
-        try:
-            self._connection.send_bytes(json.dumps(request).encode())
-            if not self._connection.poll(_ANSWER_S):
-                return {"error": f"no answer within {_ANSWER_S:g} s"}
-            answer: dict[str, str] = json.loads(self._connection.recv_bytes())
-        except (EOFError, OSError):
-            return {"error": self._why_ended()}
-        return answer
-
-    def _why_ended(self) -> str:
-        try:
-            code = self._process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            return "its process closed the connection"
-        if code == -signal.SIGPROF:
-            return f"it takes more than {_CPU_S:g} s of processor time"
-        return f"its process ended with exit code {code}"
-
-
-def _package_folder(name: str) -> str:
-    """The folder that a package is imported from."""
-    spec = find_spec(name)
-    if spec is None or spec.origin is None:
-        raise UserError(f"chat templates need {name}, which is not installed")
-    return str(Path(spec.origin).parents[1])
-
-
-def _end(process: "subprocess.Popen[bytes]", connection: Connection, owner: int) -> None:
-    connection.close()
-    if os.getpid() == owner:  # a fork of the owner only closes its copy
-        process.kill()
-        process.wait()
+            return self._process.ask(request)
+        except UserError as error:
+            raise UserError(f"chat template {self._name}: {error}") from None
 
 
 def _default(templates: Any, path: Path) -> str:

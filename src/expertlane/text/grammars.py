@@ -1,11 +1,8 @@
 """Grammars of outputs for one tokenizer, compiled by llguidance; and masks, beside the steps."""
 
-import re
-import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -16,7 +13,16 @@ from expertlane.errors import UserError
 from expertlane.spec.files import parse_json, strict_json
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
-from expertlane.text.json_schemas import for_library
+from expertlane.text.grammar_trial import (
+    LIMITS,
+    PACKAGES,
+    STACK_BYTES,
+    check,
+    compiled,
+    first_line,
+    started_thread,
+)
+from expertlane.text.limited_process import LimitedProcess
 from expertlane.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -24,19 +30,10 @@ if TYPE_CHECKING:
 
 Mask = npt.NDArray[np.uint8]
 
-# A grammar is untrusted. These bound what it may cost: fuel is work that the library counts.
-_LIMITS: dict[str, Any] = {
-    "initial_lexer_fuel": 1_000_000,  # some 50,000 a millisecond
-    "step_lexer_fuel": 200_000,  # some 14,000 a millisecond
-    "step_max_items": 50_000,  # some 20,000 a millisecond
-    "max_lexer_states": 20_000,  # 1 or 2 kB each
-    "max_grammar_size": 200_000,
-    "verbose_errors": False,
-}
-# Terminals of a grammar can double from rule to rule, which takes longer than its fuel says.
-_LIMITS_OF_GRAMMARS = _LIMITS | {"initial_lexer_fuel": 100_000, "step_lexer_fuel": 50_000}
-_STACK_BYTES = 512 * 2**20  # the library recurses from rule to rule; memory is taken as it is used
 _KEPT = 32  # compiled grammars
+_KEPT_BYTES = 512 * 2**20  # of them all
+_IN_USE_BYTES = 2 * 2**30  # of those of requests that wait or run; beyond, only small ones
+_SMALL_BYTES = 2**20
 _END_TOKEN = "<|expertlane end|>"  # of tokenizers that have no end of sequence; never chosen
 
 
@@ -47,10 +44,12 @@ class Grammar:
     Attributes:
         start: a matcher that has taken no token; to be copied.
         mask: of the first token.
+        num_bytes: that it takes, about.
     """
 
     start: "LLMatcher"
     mask: Mask
+    num_bytes: int
 
 
 class Constraint:
@@ -76,7 +75,7 @@ class Constraint:
         """Take in the mask of the token after the one that the matcher has consumed."""
         self.num_held -= 1
         if self.matcher.is_error():
-            self.error = _first_line(self.matcher.get_error())
+            self.error = first_line(self.matcher.get_error())
         elif self.matcher.is_stopped() or not mask.any():
             self.is_ended = True
         else:
@@ -107,14 +106,15 @@ class Grammars:
         self._never: list[int] = []
         self._tokenizer: Any = None
         self._executor: LLExecutor | None = None
-        self._compiler = _thread("grammars", _STACK_BYTES)
-        self._masker = _thread("masks")
+        self._trial: LimitedProcess | None = None
+        self._compiler = started_thread("grammars", STACK_BYTES)
+        self._masker = started_thread("masks")
         self._known: WeakValueDictionary[Structured, Grammar] = WeakValueDictionary()
-        self._kept = lru_cache(_KEPT)(self._compile)
+        self._kept: dict[Structured, Grammar] = {}  # the last ones; of the compiler's thread
 
     def compile_soon(self, structured: Structured) -> "Future[Grammar]":
         """Compile in a thread; the future raises as `compile` does."""
-        return self._compiler.submit(self._kept, structured)
+        return self._compiler.submit(self._found_or_compiled, structured)
 
     def known(self, structured: Structured) -> Grammar | None:
         """A grammar that is in use, or was one of the last."""
@@ -180,30 +180,40 @@ class Grammars:
         """[num_rows, bytes], in whole words."""
         return np.zeros((num_rows, -(-self._vocab_size // 32) * 4), dtype=np.uint8)
 
-    def _compile(self, structured: Structured) -> Grammar:
-        from llguidance import LLMatcher, LLParserLimits
+    def _found_or_compiled(self, structured: Structured) -> Grammar:
+        grammar = self._known.get(structured)
+        if grammar is None:
+            grammar = self._known[structured] = self._compile(structured)
+        self._kept.pop(structured, None)
+        self._kept[structured] = grammar
+        while len(self._kept) > _KEPT or _sum_bytes(self._kept.values()) > _KEPT_BYTES:
+            del self._kept[next(iter(self._kept))]
+        return grammar
 
-        if self._tokenizer is None:
-            self._tokenizer = self._make_tokenizer()
-        try:
-            text = self._as_llguidance(structured)
-        except (ValueError, RecursionError) as error:  # of the library's conversions
-            raise UserError(_first_line(str(error))) from None
-        is_free = structured.grammar is not None and not structured.is_of_schemas
-        limits = LLParserLimits(**(_LIMITS_OF_GRAMMARS if is_free else _LIMITS))
-        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
+    def _compile(self, structured: Structured) -> Grammar:
+        """Compile what comes through a trial."""
+        if self._tokenizer is None or self._trial is None:
+            self._tokenizer, self._trial = self._make_tokenizer()
+        tried = parse_json(self._trial.ask(self._asked(structured)))
+        num_bytes = tried["num_bytes"]
+        if num_bytes > _SMALL_BYTES:
+            in_use = _sum_bytes(list(self._known.values()))
+            if in_use + num_bytes > _IN_USE_BYTES:
+                raise UserError(
+                    f"it takes {num_bytes // 2**20:,} MiB, and grammars of other requests "
+                    f"{in_use // 2**20:,}; together at most {_IN_USE_BYTES // 2**20:,} are taken"
+                )
+        matcher = compiled(self._tokenizer, tried["text"], is_free=tried["is_free"])
         mask = self._empty_masks(1)
-        if not matcher.is_error():
-            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.size)
-        if matcher.is_error():
-            raise UserError(_first_line(matcher.get_error()))
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.size)
+        check(matcher)
         _clear(mask[0], self._never)
         if matcher.is_stopped() or not mask.any():
             raise UserError("it allows no output of 1 token or more")
-        grammar = self._known[structured] = Grammar(matcher, mask[0])
-        return grammar
+        return Grammar(matcher, mask[0], num_bytes)
 
-    def _make_tokenizer(self) -> Any:
+    def _make_tokenizer(self) -> tuple[Any, LimitedProcess]:
+        """The library's, and a process for trials with the same one."""
         from llguidance import LLTokenizer
 
         source, eos = self._source.to_json(), self._eos_token_ids
@@ -212,25 +222,26 @@ class Grammars:
             self._never = eos = [end]
             self._vocab_size = max(self._vocab_size, end + 1)
             source = _with_token(source, _END_TOKEN, end)
+        given = {"source": source, "vocab_size": self._vocab_size, "eos": eos}
+        trial = LimitedProcess("grammar_trial", PACKAGES, LIMITS, given)
+        trial.start()
         try:
-            return LLTokenizer(source, n_vocab=self._vocab_size, eos_token=eos)
+            tokenizer = LLTokenizer(source, n_vocab=self._vocab_size, eos_token=eos)
         except ValueError as error:
             raise UserError(
                 "structured output needs a tokenizer of bytes or SentencePiece; this one is "
-                f"neither: {_first_line(str(error))}"
+                f"neither: {first_line(str(error))}"
             ) from None
+        return tokenizer, trial
 
-    def _as_llguidance(self, structured: Structured) -> str:
-        """In the library's own form: a JSON object of grammars that refer to each other."""
-        body: dict[str, Any] = {"name": "body"}
-        if structured.json_schema is not None:
-            body["json_schema"] = for_library(parse_json(structured.json_schema))
-        else:
-            body["lark_grammar"] = _lark(structured)
-        if structured.lead is None and not structured.prefix:
-            return strict_json({"grammars": [body]})
-        first = {"name": "all", "lark_grammar": self._lead(structured)}
-        return strict_json({"grammars": [first, body]})
+    def _asked(self, structured: Structured) -> dict[str, Any]:
+        """The request of a trial."""
+        kind = structured.kind
+        asked = {"kind": kind, "value": getattr(structured, kind)}
+        asked["is_of_schemas"] = structured.is_of_schemas
+        if structured.lead is not None or structured.prefix:
+            asked["lead"] = self._lead(structured)
+        return asked
 
     def _lead(self, structured: Structured) -> str:
         """Some text up to a mark, or none, then the body."""
@@ -263,46 +274,8 @@ def lead_rules(lead: str, may_lead: str | None, tokenizer: Tokenizer) -> tuple[s
     return f"{element} LINES", f"{rule}\nLINES: /\\n{{0,2}}/"
 
 
-def _lark(structured: Structured) -> str:
-    from llguidance import grammar_from, regex_to_lark
-
-    if structured.regex is not None:
-        return f"start: /{regex_to_lark(structured.regex, '')}/\n"
-    if structured.choice is not None:
-        texts = (strict_json(each, ensure_ascii=False) for each in dict.fromkeys(structured.choice))
-        return f"start: CHOICE\nCHOICE: {' | '.join(texts)}\n"
-    text = structured.grammar or ""
-    if "::=" not in text:
-        if not structured.is_of_schemas:
-            _check_terminals(text)
-        return text
-    return grammar_from("gbnf", text)
-
-
-_TERMINAL = re.compile(r"^\s*([A-Z_][A-Z0-9_]*)[^:\n\"/]*:(.*(?:\n\s*\|.*)*)", re.MULTILINE)
-_NAME = re.compile(r"\b[A-Z_][A-Z0-9_]*\b")
-_MOST_PARTS = 5000
-
-
-def _check_terminals(text: str) -> None:
-    """Refuse terminals that grow beyond bounds: each is one expression, its parts written out.
-
-    Raises:
-        ValueError: one does.
-    """
-    bodies = {match[1]: _NAME.findall(match[2]) for match in _TERMINAL.finditer(text)}
-
-    @cache
-    def num_parts(name: str) -> int:
-        return 1 + sum(num_parts(part) for part in bodies[name] if part in bodies)
-
-    for name in bodies:
-        try:
-            is_small = num_parts(name) <= _MOST_PARTS
-        except RecursionError:
-            is_small = False
-        if not is_small:
-            raise ValueError(f"terminal {name} is of too many parts, or of itself")
+def _sum_bytes(grammars: Iterable[Grammar]) -> int:
+    return sum(grammar.num_bytes for grammar in grammars)
 
 
 def _clear(mask: Mask, token_ids: Iterable[int]) -> None:
@@ -317,19 +290,3 @@ def _with_token(source: str, name: str, token_id: int) -> str:
     token = {"id": token_id, "content": name, "special": True} | flags
     tokenizer["added_tokens"] = [*tokenizer.get("added_tokens", ()), token]
     return strict_json(tokenizer)
-
-
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or ["not valid"])[0][:300]
-
-
-def _thread(name: str, stack_bytes: int = 0) -> ThreadPoolExecutor:
-    """One thread, which is started now, since the size of stacks is a setting of all threads."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-    before = threading.stack_size()
-    threading.stack_size(stack_bytes or before)
-    try:
-        pool.submit(lambda: None).result()
-    finally:
-        threading.stack_size(before)
-    return pool

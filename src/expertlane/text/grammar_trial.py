@@ -1,0 +1,223 @@
+"""Compiling grammars with llguidance, and the process in which each is tried first.
+
+A grammar is untrusted, and the library's counts of work do not bound what all of them cost. So it
+is compiled, and a few tokens are taken, in a process with limits; only what comes through is
+compiled for use.
+"""
+
+import ctypes
+import json
+import random
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+from expertlane.errors import UserError
+from expertlane.spec.files import parse_json, strict_json
+from expertlane.text.json_schemas import for_library
+from expertlane.text.limited_process import Limits, Worker, give_back, memory_bytes
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+# Ordinary schemas take less than 50 ms and 10 MB, one of 1,000 properties 0.3 s and 20 MB.
+LIMITS = Limits(cpu_s=3.0, memory_bytes=256 * 2**20)
+PACKAGES = ("expertlane", "llguidance")
+STACK_BYTES = 512 * 2**20  # the library recurses from rule to rule; memory is taken as it is used
+_TRIAL_STACK_BYTES = STACK_BYTES // 2  # what comes through has room to spare
+_WALKS = 2
+_STEPS = 4  # of each
+_WALKS_CPU_S = 0.5  # of all steps together: ordinary ones take less than 10 ms each
+
+# Fuel is work that the library counts.
+_LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 1_000_000,  # some 50,000 a millisecond
+    "step_lexer_fuel": 200_000,  # some 14,000 a millisecond
+    "step_max_items": 10_000,  # some 20,000 a millisecond at first, then the square of them
+    "max_lexer_states": 20_000,  # 1 or 2 kB each
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
+# Terminals of a grammar can double from rule to rule, which takes longer than its fuel says.
+_LIMITS_OF_GRAMMARS = _LIMITS | {"initial_lexer_fuel": 100_000, "step_lexer_fuel": 50_000}
+
+
+def compiled(tokenizer: Any, text: str, *, is_free: bool) -> "LLMatcher":
+    """A matcher that has taken no token.
+
+    Args:
+        tokenizer: llguidance's.
+        text: in the library's own form.
+        is_free: it is a client's own grammar, in Lark's syntax or GBNF.
+
+    Raises:
+        UserError: the grammar is not valid, or too large.
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(**(_LIMITS_OF_GRAMMARS if is_free else _LIMITS))
+    matcher = LLMatcher(tokenizer, text, log_level=0, limits=limits)
+    check(matcher)
+    return matcher
+
+
+def check(matcher: "LLMatcher") -> None:
+    """Refuse a matcher that cannot go on.
+
+    Raises:
+        UserError: why.
+    """
+    if matcher.is_error():
+        raise UserError(first_line(matcher.get_error()))
+
+
+def first_line(text: str) -> str:
+    """A message of the library, cut: it can quote a whole grammar."""
+    return (text.strip().splitlines() or ["not valid"])[0][:300]
+
+
+def started_thread(name: str, stack_bytes: int = 0) -> ThreadPoolExecutor:
+    """One thread, which is started now, since the size of stacks is a setting of all threads."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    before = threading.stack_size()
+    threading.stack_size(stack_bytes or before)
+    try:
+        pool.submit(lambda: None).result()
+    finally:
+        threading.stack_size(before)
+    return pool
+
+
+def main() -> None:
+    """Try grammars until the connection is closed."""
+    worker = Worker()
+    trial = _Trial(**worker.given)
+    trial.answer(strict_json({"kind": "regex", "value": "[ab]+"}).encode())  # starts all threads
+    worker.limit_memory()
+    for request in worker.requests():
+        worker.answer(partial(trial.answer, request))
+
+
+class _Trial:
+    """Grammars tried for one tokenizer.
+
+    Args:
+        source: the tokenizer, as its file has it.
+        vocab_size: of the model.
+        eos: tokens that end an output.
+    """
+
+    def __init__(self, source: str, vocab_size: int, eos: list[int]) -> None:
+        from llguidance import LLExecutor, LLTokenizer
+
+        self._tokenizer = LLTokenizer(source, n_vocab=vocab_size, eos_token=eos)
+        self._eos = eos
+        self._executor = LLExecutor(num_threads=1)
+        self._thread = started_thread("trial", _TRIAL_STACK_BYTES)
+        self._mask = (ctypes.c_ubyte * (-(-vocab_size // 32) * 4))()
+
+    def answer(self, request: bytes) -> str:
+        """JSON of the grammar in the library's own form, and of the bytes that it takes.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        return self._thread.submit(self._try, **json.loads(request)).result()
+
+    def _try(
+        self, kind: str, value: Any, lead: str | None = None, is_of_schemas: bool = False
+    ) -> str:
+        give_back()  # so that what this grammar takes is seen
+        before = memory_bytes().resident
+        try:
+            text = _in_library_form(kind, value, lead, is_of_schemas)
+        except (ValueError, RecursionError) as error:  # of the library's conversions
+            raise UserError(first_line(str(error))) from None
+        is_free = kind == "grammar" and not is_of_schemas
+        matcher = compiled(self._tokenizer, text, is_free=is_free)
+        draw, start_s = random.Random(0), time.process_time()
+        for _ in range(_WALKS):
+            self._walk(matcher.deep_copy(), draw)
+        if time.process_time() - start_s > _WALKS_CPU_S:
+            raise UserError(f"{_WALKS * _STEPS} tokens take more than {_WALKS_CPU_S:g} s")
+        num_bytes = max(0, memory_bytes().resident - before)
+        return strict_json({"text": text, "is_free": is_free, "num_bytes": num_bytes})
+
+    def _walk(self, matcher: "LLMatcher", draw: random.Random) -> None:
+        """Take tokens of an output, as the engine does."""
+        for _ in range(_STEPS):
+            if matcher.is_stopped():
+                break
+            self._executor.unsafe_compute_mask_ptr(
+                [(matcher, 0)], ctypes.addressof(self._mask), len(self._mask), 1
+            )
+            check(matcher)
+            allowed = int.from_bytes(self._mask, "little")
+            for token in self._eos:
+                allowed &= ~(1 << token)
+            if not allowed:
+                break
+            place = draw.randrange(allowed.bit_length())
+            token = place + _lowest(allowed >> place)
+            self._executor.consume_token_par([(matcher, token)])
+            check(matcher)
+
+
+def _lowest(bits: int) -> int:
+    return (bits & -bits).bit_length() - 1
+
+
+def _in_library_form(kind: str, value: Any, lead: str | None, is_of_schemas: bool) -> str:
+    """A JSON object of grammars that refer to each other."""
+    body: dict[str, Any] = {"name": "body"}
+    if kind == "json_schema":
+        body["json_schema"] = for_library(parse_json(value))
+    else:
+        body["lark_grammar"] = _lark(kind, value, is_of_schemas)
+    first = [] if lead is None else [{"name": "all", "lark_grammar": lead}]
+    return strict_json({"grammars": [*first, body]})
+
+
+def _lark(kind: str, value: Any, is_of_schemas: bool) -> str:
+    from llguidance import grammar_from, regex_to_lark
+
+    if kind == "regex":
+        return f"start: /{regex_to_lark(value, '')}/\n"
+    if kind == "choice":
+        texts = (strict_json(each, ensure_ascii=False) for each in dict.fromkeys(value))
+        return f"start: CHOICE\nCHOICE: {' | '.join(texts)}\n"
+    text = str(value)
+    if "::=" not in text:
+        if not is_of_schemas:
+            _check_terminals(text)
+        return text
+    return grammar_from("gbnf", text)
+
+
+_TERMINAL = re.compile(r"^\s*([A-Z_][A-Z0-9_]*)[^:\n\"/]*:(.*(?:\n\s*\|.*)*)", re.MULTILINE)
+_NAME = re.compile(r"\b[A-Z_][A-Z0-9_]*\b")
+_MOST_PARTS = 5000
+
+
+def _check_terminals(text: str) -> None:
+    """Refuse terminals that grow beyond bounds: each is one expression, its parts written out.
+
+    Raises:
+        ValueError: one does.
+    """
+    bodies = {match[1]: _NAME.findall(match[2]) for match in _TERMINAL.finditer(text)}
+
+    @cache
+    def num_parts(name: str) -> int:
+        return 1 + sum(num_parts(part) for part in bodies[name] if part in bodies)
+
+    for name in bodies:
+        try:
+            is_small = num_parts(name) <= _MOST_PARTS
+        except RecursionError:
+            is_small = False
+        if not is_small:
+            raise ValueError(f"terminal {name} is of too many parts, or of itself")
