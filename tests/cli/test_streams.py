@@ -101,22 +101,50 @@ CLOSED = (">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2> /dev/full", ">&- 2> /de
 
 
 @pytest.mark.smoke(1)
-@pytest.mark.parametrize(
-    ("streams", "arguments"),
-    [
-        *((streams, "report kept") for streams in CLOSED),
-        (CLOSED[0], "--help"),
-        *(long(streams, "--help") for streams in CLOSED[1:]),
-    ],
-)
-def test_closed_streams_are_as_dev_null(tmp_path, kept, streams, arguments):
-    done = shell(f"EXPERTLANE {arguments} {streams}", tmp_path)
-    is_told = "report" in arguments and "2>" not in streams
-    told = "written: kept/report.md, kept/report.html\n" if is_told else ""
+@pytest.mark.parametrize("streams", CLOSED)
+def test_what_files_hold_needs_no_streams(tmp_path, kept, streams):
+    done = shell(f"EXPERTLANE report kept {streams}", tmp_path)
+    told = "" if "2>" in streams else "written: kept/report.md, kept/report.html\n"
     assert (done.returncode, done.stderr) == (0, told)
     assert bool(done.stdout) is (">&-" not in streams.replace("2>&-", ""))
-    assert made(kept) == (["results.json"] if "help" in arguments else FILES)
+    assert made(kept) == FILES
     assert b"written" not in (kept / "results.json").read_bytes()
+
+
+@pytest.mark.smoke(1)
+@pytest.mark.parametrize("form", ["", "--quiet", "--full", "--json"])
+def test_all_forms_of_it(tmp_path, kept, form):
+    done = shell(f"EXPERTLANE report kept {form} >&-", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "written: kept/report.md, kept/report.html\n")
+
+
+@pytest.mark.smoke(2)
+@pytest.mark.parametrize("streams", CLOSED)
+@pytest.mark.parametrize("arguments", ["--help", "--version", "list models", "diff kept kept"])
+def test_output_that_nothing_else_holds_fails(tmp_path, kept, arguments, streams):
+    done = shell(f"EXPERTLANE {arguments} {streams}", tmp_path)
+    is_lost = ">&-" in streams.replace("2>&-", "")
+    assert done.returncode == is_lost
+    assert not is_lost or done.stdout == ""
+    if is_lost and "2>" not in streams:
+        assert one_line(done.stderr, "standard output closed")
+
+
+@pytest.mark.full
+def test_a_text_that_is_lost_and_a_server_that_needs_no_output(tmp_path):
+    """What `generate` wrote nowhere fails; a service may have no standard output."""
+    generate = "generate paper-tiny --token-ids 1,2,3 --max-tokens 2 --temperature 0"
+    for more in ("", " --json", " --record-routing -o kept"):
+        done = shell(f"EXPERTLANE {generate}{more} >&-", tmp_path)
+        assert done.returncode == 1
+        (line,) = [each for each in done.stderr.splitlines() if "error" in each]
+        assert one_line(f"{line}\n", "standard output closed")
+        assert "Traceback" not in done.stderr
+    assert made(tmp_path / "kept") == ["routing.npz"]
+    served = f"EXPERTLANE serve paper-tiny --port 0 >&- 2> errors & until grep -q computing errors; "
+    done = shell(f"{served} do sleep 0.1; done; sleep 1; kill %1; wait %1; echo $?", tmp_path)
+    assert done.stdout == "0\n"
+    assert "error" not in (tmp_path / "errors").read_text()
 
 
 @pytest.mark.parametrize("streams", ["2>&-", "2> /dev/full", ">&- 2>&-"])

@@ -1,6 +1,8 @@
 """Requests through the engine, on a runner without a model: outputs, ends, refusals."""
 
+from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from engine.stub_runner import StubEngine, expected, letters, of_request, run, s
 from expertlane.schedule.request import Chunk, FinishReason
 from expertlane.spec.deployment import Options
 from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.structured import Structured
 from schedule.paged import check_empty
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5)
@@ -255,3 +258,57 @@ def test_steps_that_end_in_any_order(
     run(engine)
     for output, tokens in asked.values():
         assert output.token_ids == tokens
+
+
+class CountingGrammars:
+    """Grammars that allow every token, and end an output after so many, or fail."""
+
+    def __init__(self, num_tokens, error=None):
+        self._num_tokens, self._error = num_tokens, error
+
+    def begin(self, params, stop_token_ids):
+        return SimpleNamespace(
+            mask=np.full(4, 255, dtype=np.uint8), is_ended=False, error=None, num_taken=0
+        )
+
+    def advance(self, tokens):
+        for constraint, _ in tokens:
+            constraint.num_taken += 1
+            if constraint.num_taken == self._num_tokens:
+                constraint.is_ended, constraint.error = self._error is None, self._error
+        done = Future()
+        done.set_result(None)
+        return done
+
+
+@pytest.mark.parametrize("stop", [(), (spell(OUTPUT[2:4]) + "0",)])  # whose beginning is held back
+@pytest.mark.parametrize("error", [None, "too costly"])
+@pytest.mark.parametrize("num_tokens", [1, 4, 5, 6])  # max_tokens is 5
+def test_the_end_of_a_grammar_does_not_go_by_when_masks_come(
+    monkeypatch, num_tokens, error, stop
+):
+    def chunks(comes_in_time):
+        engine = StubEngine(tokenizer=letters())
+        engine.grammars = CountingGrammars(num_tokens, error)
+        take = engine._take_masks
+        monkeypatch.setattr(
+            engine,
+            "_take_masks",
+            lambda timeout_s: take(None) if comes_in_time or timeout_s is None else None,
+        )
+        params = replace(GREEDY, structured=Structured(regex="any"), stop=stop)
+        output = engine.add("a", PROMPT, params)
+        found = run(engine)
+        assert output.text == "".join(chunk.text for chunk in found) == spell(output.token_ids)
+        return found
+
+    *tokens, last = found = chunks(True)
+    assert chunks(False) == found
+    assert [chunk.token_id for chunk in tokens] == OUTPUT[: min(num_tokens, 5 - (num_tokens >= 5))]
+    assert {chunk.finish_reason for chunk in tokens} == {None}
+    if num_tokens >= 5:  # its last token has reached its length
+        assert (last.token_id, last.finish_reason) == (OUTPUT[4], FinishReason.LENGTH)
+        return
+    assert last.token_id is None
+    assert last.finish_reason is (FinishReason.STOP if error is None else FinishReason.ERROR)
+    assert last.text == (spell(OUTPUT[2:4]) if stop and num_tokens == 4 else "")

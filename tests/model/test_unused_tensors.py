@@ -11,6 +11,7 @@ from model.families import FAMILIES, make_model
 from model.quantised import save_fp8, save_mxfp4
 
 _VECTOR = torch.zeros(64)
+_PARTS = ("gate", "up", "down")
 
 
 def _unused(folder):
@@ -91,6 +92,44 @@ def test_a_tensor_that_a_config_makes_superfluous(rewrite, family, config, store
 def test_what_is_left_unread_without_a_word(rewrite, family, config, stored):
     tensor = torch.zeros(97, 64) if stored == "lm_head.weight" else _VECTOR
     assert _unused(rewrite(family, {stored: tensor}, config)) == []
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_shared_experts_where_config_has_none(rewrite, family):
+    stored = "model.layers.0.mlp.shared_experts.gate_proj.weight"
+    assert _unused(rewrite(family, {stored: torch.zeros(0, 64)})) == []
+    assert _unused(rewrite(family, {stored: torch.zeros(8, 64)})) == [stored]
+
+
+@pytest.mark.parametrize("type_name", ["float8", "int8"])
+def test_quantised_shared_experts_of_no_width(rewrite, type_name):
+    prefix = "model.layers.3.mlp.shared_experts."
+    if type_name == "float8":
+        method = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+        values, scale = torch.float8_e4m3fn, "weight_scale_inv"
+    else:
+        method = {
+            "quant_method": "compressed-tensors",
+            "format": "int-quantized",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {
+                        **{"num_bits": 8, "type": "int", "symmetric": True},
+                        **{"strategy": "channel", "dynamic": False},
+                    },
+                }
+            },
+        }
+        values, scale = torch.int8, "weight_scale"
+    tensors = {}
+    for name, shape in zip(_PARTS, ((0, 64), (0, 64), (64, 0)), strict=True):
+        tensors[f"{prefix}{name}_proj.weight"] = torch.zeros(shape, dtype=values)
+        scales = (-(-shape[0] // 16), -(-shape[1] // 16)) if type_name == "float8" else (shape[0], 1)
+        tensors[f"{prefix}{name}_proj.{scale}"] = torch.ones(scales)
+    changed = {"n_shared_experts": 0, "quantization_config": method}
+    others = {f"model.layers.2.mlp.shared_experts.{name}_proj.weight": None for name in _PARTS}
+    assert _unused(rewrite("deepseek_v3", tensors | others, changed)) == []
 
 
 def test_no_extra_layers(rewrite):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -125,16 +126,78 @@ def played(service, kept, after=0):
     """What a connection gets."""
     answer = kept.endpoint.answer(service, kept.prepared)
     answer.kept = kept.read(after)
-    sent = []
+    return sent(answer)
+
+
+def sent(answer):
+    """The body of an answer."""
+    parts = []
 
     async def send(message):
-        sent.append(message.get("body", b""))
+        parts.append(message.get("body", b""))
 
     async def receive():
         await asyncio.Event().wait()
 
     asyncio.run(answer({"type": "http"}, receive, send))
-    return b"".join(sent)
+    return b"".join(parts)
+
+
+class GivenSource:
+    """A source whose chunks come in given parts."""
+
+    def __init__(self, outputs, parts):
+        self.outputs, self._parts = outputs, list(parts)
+
+    async def take(self):
+        return self._parts.pop(0) if self._parts else []
+
+    def end(self, error):
+        pass
+
+    def cancel(self):
+        pass
+
+
+@pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.ERROR])
+@pytest.mark.parametrize("kind", ASKED)
+def test_an_end_without_a_token_may_come_together_with_the_last_one(
+    service, monkeypatch, kind, reason
+):
+    """Also an error: what came before it is sent."""
+
+    def events(are_together):
+        kept = kept_of(kind)
+        say(kept, ["<think>why</think>", "so it"])
+        chunks = [
+            (kept.place_of(chunk), replace(chunk, finish_reason=None)) for chunk in kept.chunks
+        ]
+        num = len(kept.outputs)
+        parts = [chunks[:num], chunks[num:]]
+        ends = []
+        for place, output in enumerate(kept.outputs):
+            output.finish_reason, output.error = reason, "too costly"
+            ends.append((place, Chunk(output.request_id, None, " is", reason, "too costly")))
+        if are_together:
+            parts[-1] += ends
+        else:
+            parts.append(ends)
+
+        async def generate(*arguments):
+            return GivenSource(kept.outputs, parts)
+
+        monkeypatch.setattr(service, "generate", generate)
+        return sent(kept.endpoint.answer(service, kept.prepared))
+
+    found = events(True)
+    assert found == events(False)
+    assert b"so it" in found
+    if kind != "response" and reason is FinishReason.STOP:
+        deltas = [json.loads(line[6:]) for line in found.splitlines() if line.startswith(b"data: {")]
+        choices = [choice for delta in deltas for choice in delta["choices"]]
+        reasons = [choice["finish_reason"] for choice in choices]
+        num_ends = len(ASKED[kind][2]) * ASKED[kind][1].get("n", 1)
+        assert reasons == [None] * 2 * num_ends + ["stop"] * num_ends
 
 
 @pytest.mark.parametrize("kind", ASKED)

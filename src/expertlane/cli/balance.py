@@ -1,5 +1,6 @@
 """`expertlane balance`: how even a placement of experts is on a routing trace, and a better one."""
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from expertlane.cli.options import (
 )
 from expertlane.cli.output import command_line, print_report, print_written, slug
 from expertlane.cli.output_options import AnswerOptions
+from expertlane.cli.streams import may_be_lost
 from expertlane.errors import UserError, naming
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import take
@@ -127,7 +129,8 @@ def balance(own: _Options, output_options: AnswerOptions) -> None:
         write_placement(ModelPlacement(read.model, read.num_experts, layers), folder / _FILE)
     placed = _evaluated(read, before, after, own)
     report = report_of(placed, command_line(), datetime.now(UTC).isoformat(timespec="seconds"))
-    print_report(report, output_options, None, lambda: _json(read, after, placed, own))
+    with nullcontext() if folder is None else may_be_lost():
+        print_report(report, output_options, None, lambda: _json(read, after, placed, own))
     if folder is not None:
         print_written([folder / _FILE])
 

@@ -8,12 +8,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from expertlane.cli.streams import may_be_lost
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress, Silent
 from expertlane.spec.files import strict_json
@@ -250,21 +251,22 @@ def print_report(
     """Print the answer, or as much as the options ask for.
 
     Args:
-        page: where the rest is, if anywhere.
+        page: where the rest is, if anywhere; then a closed standard output is no mistake.
         as_json: what `--json` prints.
     """
     from expertlane.report import terminal
 
-    if options.as_json:
-        print_json(as_json())
-    elif options.quiet:
-        print(report.answer.headline)
-    else:
-        with printing() as console:
-            if options.full:
-                terminal.show(report, console)
-            else:
-                terminal.show_answer(report, console, page)
+    with nullcontext() if page is None else may_be_lost():
+        if options.as_json:
+            print_json(as_json())
+        elif options.quiet:
+            print(report.answer.headline, flush=True)
+        else:
+            with printing() as console:
+                if options.full:
+                    terminal.show(report, console)
+                else:
+                    terminal.show_answer(report, console, page)
 
 
 def print_written(paths: Sequence[Path]) -> None:

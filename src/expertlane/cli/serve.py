@@ -24,6 +24,7 @@ from expertlane.cli.options import (
 )
 from expertlane.cli.output import is_first_process, print_json, print_message
 from expertlane.cli.output_options import json_option
+from expertlane.cli.streams import may_be_lost
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout
@@ -262,7 +263,8 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
             llm.on_told_to_end(running.tell_to_drain)
             gc.collect()
             gc.freeze()  # what is there now is no garbage, and is not looked at again
-            _say(served, layout, bound, own.as_json)
+            with may_be_lost():  # a service may have no standard output
+                _say(served, layout, bound, own.as_json)
 
         serve(served, options, bound, check_ranks=llm.check_ranks, on_start=on_start)
 

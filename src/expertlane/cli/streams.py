@@ -6,12 +6,14 @@ import io
 import select
 import signal
 import sys
+from contextlib import contextmanager
 
 from expertlane.errors import ExpertlaneError
 from expertlane.spec.files import fill_closed
 
 TYPE_CHECKING = False  # as in main.py
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import TextIO
 
     from typing_extensions import Buffer
@@ -26,11 +28,13 @@ class StandardOutputError(ExpertlaneError):
 
     Attributes:
         is_reader_gone: the other end of the pipe is closed, as with `| head`: no mistake.
+        is_closed: there was none when this process started, as with `>&-`.
     """
 
     def __init__(self, error: OSError) -> None:
         super().__init__(f"cannot write to standard output: {error.strerror}")
         self.is_reader_gone = error.errno == errno.EPIPE
+        self.is_closed = error.errno == errno.EBADF
         if self.is_reader_gone:
             self.exit_code = 128 + signal.SIGPIPE  # as of a program that the signal ends
 
@@ -38,16 +42,32 @@ class StandardOutputError(ExpertlaneError):
 def guard_streams() -> None:
     """Make writing to stdout fail by `StandardOutputError` alone, and to stderr not at all.
 
-    A closed stream becomes /dev/null. Streams that a caller has replaced stay.
+    A closed stdin or stderr becomes /dev/null; a closed stdout takes nothing. Streams that a caller
+    has replaced stay.
     """
     codecs.register_error(_REPLACE, _replacement)
-    fill_closed()
+    closed = fill_closed()
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for as long as the process)
     if sys.stdout is sys.__stdout__:
-        sys.stdout = _text(sys.stdout, _Output(1, "w", closefd=False))
+        kind = _ClosedOutput if 1 in closed else _Output
+        sys.stdout = _text(sys.stdout, kind(1, "w", closefd=False))
     if sys.stderr is sys.__stderr__:
         sys.stderr = _text(sys.stderr, _Errors(2, "w", closefd=False))
+
+
+@contextmanager
+def may_be_lost() -> "Iterator[None]":
+    """Output that files have too, or that nobody needs: without standard output it is left out.
+
+    Raises:
+        StandardOutputError: it cannot be written although standard output is open.
+    """
+    try:
+        yield
+    except StandardOutputError as error:
+        if not error.is_closed:
+            raise
 
 
 def _text(before: "TextIO | None", raw: io.FileIO) -> io.TextIOWrapper:
@@ -78,6 +98,16 @@ class _Output(io.FileIO):
             self._has_failed = True
             raise StandardOutputError(error) from None
         return num_bytes
+
+
+class _ClosedOutput(_Output):
+    """Fails as if its descriptor were still closed."""
+
+    def write(self, data: "Buffer", /) -> int:
+        if self._has_failed:
+            return memoryview(data).nbytes
+        self._has_failed = True
+        raise StandardOutputError(OSError(errno.EBADF, "it is closed"))
 
 
 class _Errors(io.FileIO):

@@ -316,7 +316,10 @@ class Engine(Generic[HandleT]):
                     self.scheduler.allow(request, constraint.mask)
 
     def _end_complete(self) -> list[Chunk]:
-        """End what constraints have ended after its last chunk."""
+        """End what constraints have ended, in a chunk after the last token's.
+
+        It is never the same chunk: that would go by whether masks are computed in time.
+        """
         chunks = []
         for request_id, reason in self._complete.items():
             if (live := self._live.pop(request_id, None)) is not None:
@@ -353,10 +356,6 @@ class Engine(Generic[HandleT]):
                 live.output.text += text
                 if live.detokenizer.stopped and reason is not FinishReason.STOP:
                     reason = FinishReason.STOP
-                    self.scheduler.cancel(request_id, reason)
-            if reason is None and self._complete:
-                reason = self._complete.pop(request_id, None)
-                if reason is not None:
                     self.scheduler.cancel(request_id, reason)
             if reason is None:
                 chunks.append(Chunk(request_id, token_id, text, None))

@@ -6,7 +6,7 @@ as memory of whoever reads them, so the mapping is dropped whenever much of it h
 
 import json
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -31,7 +31,14 @@ from expertlane.spec.hf_config import (
     read_config,
 )
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.tensors import EMBEDDING, HEAD, Shape, tensor_names, tensor_shape
+from expertlane.spec.tensors import (
+    EMBEDDING,
+    HEAD,
+    Shape,
+    layer_name,
+    tensor_names,
+    tensor_shape,
+)
 
 PLAIN_TYPES = ("F32", "BF16", "F16")
 VALUES_OF_INT32 = 4  # that are packed into one
@@ -199,6 +206,7 @@ class StoredTensors:
         used: set[str] = set()
         for name in tensor_names(self.model):
             used.update(self._stored_names(self._locate(name)[0]))
+        used.update(self._without_values())
         if self._has_both_tied():
             used.add(tensor_locations(self._family, HEAD)[0].name)
         first = self.model.num_hidden_layers
@@ -240,6 +248,22 @@ class StoredTensors:
             embedding[start : start + _COMPARED_BYTES] != head[start : start + _COMPARED_BYTES]
             for start in starts
         )
+
+    def _without_values(self) -> Iterator[str]:
+        """Names of shared experts of no width, which transformers writes all the same."""
+        model = self.model
+        if model.shared_expert_intermediate_size:
+            return
+        for layer in range(model.num_hidden_layers):
+            for part in ("gate", "up", "down"):
+                name = layer_name(layer, f"shared.{part}")
+                stored = tensor_locations(self._family, name)[0]
+                if not self._is_there(stored):
+                    continue
+                is_narrow = self._is_narrow(stored)
+                values = self._values_name(stored) if is_narrow else stored.name
+                if 0 in self._shape_in_file(values):
+                    yield from self._stored_names(stored)
 
     def _has_both_tied(self) -> bool:
         locations = (tensor_locations(self._family, name)[0] for name in (EMBEDDING, HEAD))

@@ -317,7 +317,8 @@ class Chunk:
     """What a step brought a request.
 
     Attributes:
-        token_id: the new token; None where the request ended without one.
+        token_id: the new token; None where the request ended without one: it was cancelled or
+            failed, or its grammar lets nothing follow.
         text: the new text that is certain; may be empty.
         finish_reason: set in a request's last chunk.
         error: as `RequestOutput.error`.

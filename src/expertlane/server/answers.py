@@ -229,8 +229,13 @@ class Answer(Response):
         end: list[bytes] = []
         try:
             while arrived := await taken(source):
-                events = b"".join(map(self._event, self._pieces(source, arrived)))
-                await send_part(direct, events)
+                events: list[bytes] = []
+                try:
+                    for piece in self._pieces(source, arrived):
+                        events.append(self._event(piece))
+                finally:  # also what came together with an error
+                    if events:
+                        await send_part(direct, b"".join(events))
             if self._is_usage_asked:
                 usage = {"choices": [], "usage": self._usage()}
                 end.append(_as_event(self._head | usage))
@@ -241,20 +246,27 @@ class Answer(Response):
         await send_part(direct, b"".join(map(self._numbered, end)), is_last=True)
 
     def _pieces(self, source: Source, arrived: list[tuple[int, Chunk]]) -> Iterator[Piece]:
-        """One a choice: what came together is sent together; of what is kept, one a chunk."""
+        """One a choice: what came together is sent together; of what is kept, one a chunk.
+
+        Raises:
+            ApiError: after the pieces that came before it.
+        """
         if len(arrived) == 1 or self.kept is not None:
             for place, chunk in arrived:
                 yield self._only(source, place, chunk)
                 self._num_taken[place] += chunk.token_id is not None
             return
-        pieces: dict[int, Piece] = {}
+        pieces: dict[tuple[int, bool], Piece] = {}
         for place, chunk in arrived:
             self.note(place, chunk)
-            piece = pieces.get(place)
+            # An end without a token is by itself, whether it came later or not.
+            key = place, chunk.token_id is None
+            piece = pieces.get(key)
             if piece is None:
-                start = self._num_taken[place]
+                before = pieces.get((place, False))
+                start = self._num_taken[place] if before is None else before.stop
                 output = source.outputs[place]
-                piece = pieces[place] = Piece(place, output, start, start, "", None)
+                piece = pieces[key] = Piece(place, output, start, start, "", None)
             piece.stop += chunk.token_id is not None
             piece.text += chunk.text
             piece.finish_reason = chunk.finish_reason

@@ -303,14 +303,20 @@ def _check_depth(value: Any) -> None:
     raise SpecError(_TOO_DEEP)
 
 
-def fill_closed() -> None:
+def fill_closed() -> set[int]:
     """Open /dev/null in place of each closed one of the first three descriptors.
 
     Else the next file opened would get its number, and with it what is printed, here or by a child
     process.
+
+    Returns:
+        Those that were closed.
     """
+    closed = set()
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
+            closed.add(descriptor)
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+    return closed

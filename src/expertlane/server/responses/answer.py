@@ -72,10 +72,14 @@ class ResponseAnswer(ChatAnswer):
         """
         while arrived := await taken(source):
             events: list[Event] = []
-            for piece in self._pieces(source, arrived):
-                found = self._texts.of_chat(piece.logprobs) if self._wants_logprobs else []
-                events += self._items.feed(self._fields(piece), found)
-                self._reason = piece.finish_reason
+            try:
+                for piece in self._pieces(source, arrived):
+                    found = self._texts.of_chat(piece.logprobs) if self._wants_logprobs else []
+                    events += self._items.feed(self._fields(piece), found)
+                    self._reason = piece.finish_reason
+            except ApiError:
+                yield events  # what came together with it
+                raise
             yield events
         yield list(self._items.end("incomplete" if self._is_cut else "completed"))
 
