@@ -75,7 +75,6 @@ def assert_equal(layout, options, monkeypatch, **how):
 full = pytest.mark.full
 
 
-@pytest.mark.full
 def test_a_few_whole_steps(monkeypatch):
     comes_at = [0, 0, 1]
     options = Options(dispatch="static")
