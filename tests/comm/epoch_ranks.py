@@ -29,6 +29,7 @@ from torch import Tensor
 from distributed.links import use_links
 from expertlane.comm.clocks import HostClock
 from expertlane.comm.collectives import interleave
+from expertlane.comm.epoch import Epoch
 from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.recorder import Recorder
@@ -46,6 +47,7 @@ KINDS = ("compiled", "uncompiled", "gloo", "nodes", "staged", "native")
 NUM_RANKS = 4
 LAYOUT = Layout.parse("dp=4,ep=4")
 LAST_EPOCH, NUM_STEPS = 3, 24
+_PATIENCE_S = 30.0
 _BLOCKED_S = 0.15  # until all that wait for a lost rank do
 _BOUND_S = 600.0  # on waits: more than a test may take
 _MEMORY = "expertlane-memory"
@@ -82,7 +84,7 @@ class Harm:
         step, delay_us = int(random.integers(4, 24)), int(random.integers(0, 2000))
         return cls(epoch, rank, late, number, step, moment, delay_us)
 
-    def at(self, rank: int, epoch: int, step: int, moment: str) -> None:
+    def at(self, rank: int, epoch: int, step: int, moment: str, board: ProgressBoard) -> None:
         """Do it if this is the moment, or a later one: some steps have no wait."""
         if epoch != self.epoch or step < self.step:
             return
@@ -92,7 +94,9 @@ class Harm:
             else:
                 signal.raise_signal(self.number)
         elif rank == self.late and step == self.step and moment == "before":
-            time.sleep(2 * _BLOCKED_S)
+            until_s, present = time.monotonic() + _PATIENCE_S, Epoch(board, epoch)
+            while not present.has_ended and time.monotonic() < until_s:
+                time.sleep(_BLOCKED_S / 10)
 
     def _happen_later(self) -> None:
         time.sleep(self.delay_us / 1e6)
@@ -146,7 +150,7 @@ class Rank:
             connection.connect(self._settings, self._platform, share, self._board, epoch)
         )
         for each in self._harms:
-            each.at(rank, epoch, -1, "joining")
+            each.at(rank, epoch, -1, "joining", self._board)
         self._meshes.make(LAYOUT, NUM_RANKS // 2)
         if self._mesh is None:
             progress = self._board.reporter(rank)
@@ -168,7 +172,7 @@ class Rank:
 
         def harm(moment: str) -> None:
             for each in self._harms:
-                each.at(own, epoch, step, moment)
+                each.at(own, epoch, step, moment, self._board)
 
         group = (mesh.ep, mesh.ep_intra, mesh.ep_inter, mesh.ep)[step % 4]
         others = [rank for rank in group.ranks if rank != own]

@@ -91,7 +91,7 @@ SMOKES: Mapping[str, Smoke] = {
         "--only 'a long name' --rounds 1", r'"request": "a long name"'
     ),
     "benchmarks/bench_check.py": Smoke(
-        "--rounds 1 --model paper-tiny --json dp=2,ep=2", r'"layout": "dp=2,ep=2"'
+        "--rounds 1 --model paper-tiny --json dp=2,ep=2", r'"dp=2,ep=2": \{"prefill light wall"'
     ),
     "benchmarks/bench_collectives.py": Smoke(
         "--ranks 2 --bytes 256", r'"benchmark": "collectives".*"gloo wall"'
@@ -244,9 +244,19 @@ class Stage:
 
     @cached_property
     def profile(self) -> Path:
-        """This machine's, measured in a second."""
+        """This machine's for bfloat16, measured in a second."""
         path = self.folder / "profile.toml"
-        run_expertlane(self.folder, "calibrate", "profile", "--within", "1", "--ranks", "1")
+        run_expertlane(
+            self.folder,
+            "calibrate",
+            "profile",
+            "--within",
+            "1",
+            "--ranks",
+            "1",
+            "--dtype",
+            "bfloat16",
+        )
         assert path.exists()
         return path
 

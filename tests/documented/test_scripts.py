@@ -26,6 +26,11 @@ def kept() -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for each in folders for path in each.rglob("*")}
 
 
+def module_of(name: str) -> str:
+    """Name by which documents start a script of the tests."""
+    return name.removeprefix("tests/").removesuffix(".py").replace("/", ".")
+
+
 @pytest.fixture
 def unchanged() -> Iterator[None]:
     before = kept()
@@ -43,7 +48,8 @@ def test_it_runs(name: str, stage: Stage, tmp_path: Path):
         shutil.copytree(script.parent, tmp_path / "beside", ignore=shutil.ignore_patterns("*.md"))
         script = tmp_path / "beside" / script.name
     filled = map(stage.fill, shlex.split(smoke.arguments))
-    done = run(tmp_path, sys.executable, script, *filled)
+    program = ["-m", module_of(name)] if name.startswith("tests/") else [str(script)]
+    done = run(tmp_path, sys.executable, *program, *filled)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert re.search(smoke.shows, done.stdout, re.MULTILINE), done.stdout[-4000:]
     if smoke.beside:

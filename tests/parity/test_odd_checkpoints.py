@@ -103,10 +103,10 @@ def test_a_tied_head_without_its_embedding(pools, tmp_path) -> None:
 
 
 NO_WIDTH = {
-    **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1"),
-        {"n_shared_experts": 0},
-    ),
+    **{
+        name: {"n_shared_experts": 0}
+        for name in ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1")
+    },
     "qwen2_moe": {"shared_expert_intermediate_size": 0},
 }
 
