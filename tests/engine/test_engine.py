@@ -284,9 +284,7 @@ class CountingGrammars:
 @pytest.mark.parametrize("stop", [(), (spell(OUTPUT[2:4]) + "0",)])  # whose beginning is held back
 @pytest.mark.parametrize("error", [None, "too costly"])
 @pytest.mark.parametrize("num_tokens", [1, 4, 5, 6])  # max_tokens is 5
-def test_the_end_of_a_grammar_does_not_go_by_when_masks_come(
-    monkeypatch, num_tokens, error, stop
-):
+def test_the_end_of_a_grammar_does_not_go_by_when_masks_come(monkeypatch, num_tokens, error, stop):
     def chunks(comes_in_time):
         engine = StubEngine(tokenizer=letters())
         engine.grammars = CountingGrammars(num_tokens, error)

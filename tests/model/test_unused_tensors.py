@@ -125,7 +125,9 @@ def test_quantised_shared_experts_of_no_width(rewrite, type_name):
     tensors = {}
     for name, shape in zip(_PARTS, ((0, 64), (0, 64), (64, 0)), strict=True):
         tensors[f"{prefix}{name}_proj.weight"] = torch.zeros(shape, dtype=values)
-        scales = (-(-shape[0] // 16), -(-shape[1] // 16)) if type_name == "float8" else (shape[0], 1)
+        scales = (
+            (-(-shape[0] // 16), -(-shape[1] // 16)) if type_name == "float8" else (shape[0], 1)
+        )
         tensors[f"{prefix}{name}_proj.{scale}"] = torch.ones(scales)
     changed = {"n_shared_experts": 0, "quantization_config": method}
     others = {f"model.layers.2.mlp.shared_experts.{name}_proj.weight": None for name in _PARTS}

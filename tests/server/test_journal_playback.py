@@ -193,7 +193,9 @@ def test_an_end_without_a_token_may_come_together_with_the_last_one(
     assert found == events(False)
     assert b"so it" in found
     if kind != "response" and reason is FinishReason.STOP:
-        deltas = [json.loads(line[6:]) for line in found.splitlines() if line.startswith(b"data: {")]
+        deltas = [
+            json.loads(line[6:]) for line in found.splitlines() if line.startswith(b"data: {")
+        ]
         choices = [choice for delta in deltas for choice in delta["choices"]]
         reasons = [choice["finish_reason"] for choice in choices]
         num_ends = len(ASKED[kind][2]) * ASKED[kind][1].get("n", 1)
