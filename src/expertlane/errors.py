@@ -11,6 +11,7 @@ ExpertlaneError
 └── TerminatedError the process was told to end: one line, exit code 128 + the signal's number
 """
 
+import errno
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -64,6 +65,33 @@ class TerminatedError(ExpertlaneError):
     """The process was told to end by SIGTERM or SIGHUP."""
 
     exit_code = 143  # 128 + SIGTERM, as shells have it
+
+
+def no_room(error: OSError) -> str:
+    """Why the system gives no more, and what cures it where a limit of this process is too low."""
+    import resource
+
+    if error.errno == errno.EMFILE:
+        return f"too few file descriptors: {_limit(resource.RLIMIT_NOFILE, 'ulimit -n', 4096)}"
+    if error.errno == errno.ENFILE:
+        return "too many files are open on this machine; end programs, or raise fs.file-max"
+    if error.errno == errno.EAGAIN:
+        return f"too few processes: {_limit(resource.RLIMIT_NPROC, 'ulimit -u', 16384)}"
+    return error.strerror or str(error)
+
+
+def _limit(number: int, command: str, wanted: int) -> str:
+    """How low a limit is, and how to raise it."""
+    import resource
+
+    soft, hard = resource.getrlimit(number)
+    if soft == resource.RLIM_INFINITY:
+        return "the machine, a container or a batch system has a limit; raise it there"
+    wanted = max(wanted, 4 * soft)
+    shown = f"{command} {wanted}"
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        shown += f" (its hard limit is {hard}: as root, or where that was set)"
+    return f"the limit is {soft}; raise it by {shown}"
 
 
 @contextmanager

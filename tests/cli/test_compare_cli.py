@@ -1,9 +1,12 @@
+import errno
 import json
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -397,6 +400,26 @@ def test_a_mistake_is_told_before_anything_runs(comparison, run, arguments, line
     assert refused(run("compare", *arguments), line)
     assert comparison.calls == []
     assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "few descriptors ulimit -n"),
+        (OSError(errno.ENFILE, "Too many open files in system"), "machine fs.file-max"),
+        (RuntimeError("can't start new thread"), "few processes"),
+        (KeyboardInterrupt(), "few processes"),  # by OpenBLAS, where it may start no thread
+    ],
+)
+def test_a_limit_that_is_met_anywhere_is_one_line(comparison, run, monkeypatch, error, words):
+    comparison.error = error
+    if isinstance(error, KeyboardInterrupt):
+        refused = RuntimeError("can't start new thread")
+        monkeypatch.setattr(threading.Thread, "start", Mock(side_effect=refused))
+    code, _, err = run("compare")
+    assert code == 2
+    assert one_line(err.splitlines(keepends=True)[-1], words)
+    assert "Traceback" not in err
 
 
 def test_results_cannot_go_below_a_file(comparison, run):

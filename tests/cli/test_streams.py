@@ -141,8 +141,9 @@ def test_a_text_that_is_lost_and_a_server_that_needs_no_output(tmp_path):
         assert one_line(f"{line}\n", "standard output closed")
         assert "Traceback" not in done.stderr
     assert made(tmp_path / "kept") == ["routing.npz"]
-    served = "EXPERTLANE serve paper-tiny --port 0 >&- 2> errors & until grep -q computing errors; "
-    done = shell(f"{served} do sleep 0.1; done; sleep 1; kill %1; wait %1; echo $?", tmp_path)
+    served = "EXPERTLANE serve paper-tiny --port 0 >&- 2> errors &"
+    is_up = "until grep -q computing errors; do sleep 0.1; done; sleep 1"
+    done = shell(f"{served} {is_up}; kill %1; wait %1; echo $?", tmp_path)
     assert done.stdout == "0\n"
     assert "error" not in (tmp_path / "errors").read_text()
 

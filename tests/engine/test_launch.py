@@ -1,23 +1,39 @@
 """Ranks that do not compute alike are refused; what a start waits for."""
 
+import errno
+import gc
 import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from cli.screen import telling, tells
+from cli.screen import refused, telling, tells
 from cli.stub_llm import MACHINE
 from expertlane.engine import pool as pool_module
+from expertlane.engine.fork_server import _Server
 from expertlane.engine.launch import (
     describe_ranks,
     fit_to_machine,
     start_pool,
 )
+from expertlane.engine.local_ranks import LocalRanks
+from expertlane.engine.messages import Channel, Decoder, Failure, FailureKind
+from expertlane.engine.node import connections_for
 from expertlane.engine.option_checks import check_options
+from expertlane.engine.processes import import_numpy
+from expertlane.engine.rank_cores import Cores
 from expertlane.engine.rank_environment import check_cpu_isa
-from expertlane.errors import UserError
+from expertlane.engine.rank_settings import RankSettings, ServerSettings
+from expertlane.engine.run_files import RunFiles
+from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -152,3 +168,128 @@ def test_float8_activations_that_cannot_be_are_refused(tmp_path):
     check_options(options, wide, Layout.parse("dp=3"), [MACHINE], stored)
     with pytest.raises(UserError, match=telling("float8 weights int8")):
         Options(activations="float8", weights="int8")
+
+
+def raising(number):
+    def raises(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    return raises
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """Sets what the system says of all limits of this process."""
+
+    def set_to(soft, hard=resource.RLIM_INFINITY):
+        monkeypatch.setattr(resource, "getrlimit", lambda number: (soft, hard))
+
+    return set_to
+
+
+@pytest.mark.parametrize(
+    ("number", "soft", "hard", "words"),
+    [
+        (errno.EMFILE, 64, resource.RLIM_INFINITY, "few descriptors 64 ulimit -n 4096"),
+        (errno.EMFILE, 64, 128, "few descriptors 64 ulimit -n 4096 hard 128 root"),
+        (errno.EMFILE, 65536, 2**20, "few descriptors 65536 ulimit -n 262144"),
+        (errno.ENFILE, 64, 64, "machine fs.file-max"),
+        (errno.EAGAIN, 100, 1000, "few processes 100 ulimit -u 16384 hard 1000"),
+        (errno.EAGAIN, resource.RLIM_INFINITY, resource.RLIM_INFINITY, "few processes container"),
+        (errno.ENOSPC, 64, 64, "space device"),
+    ],
+)
+def test_a_start_without_room_says_what_is_lacking(monkeypatch, limits, number, soft, hard, words):
+    """The files that ranks share, their sockets, and the process that forks them."""
+    limits(soft, hard)
+    starts = [
+        ((os, "memfd_create"), lambda: RunFiles(4, 4)),
+        ((socket, "socketpair"), lambda: LocalRanks(4, 1.0, "float32")),
+        ((subprocess, "Popen"), lambda: LocalRanks(4, 1.0, "float32")),
+        ((socket, "socketpair"), lambda: connections_for([1, 2])),
+    ]
+    before = set(os.listdir("/proc/self/fd"))
+    for (owner, name), start in starts:
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, raising(number))
+            with pytest.raises(CapacityError) as refused:
+                start()
+        assert tells(str(refused.value), f"cannot start ranks {words}")
+        del refused  # its traceback holds the board
+        gc.collect()
+        assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("is_launcher_gone", [False, True])
+def test_a_server_that_cannot_fork_tells_the_launcher(monkeypatch, limits, is_launcher_gone):
+    limits(100)
+    ours, theirs = socket.socketpair()
+    of_rank = socket.socketpair()
+    files = RunFiles(1, 1)
+    first = RankSettings.of_first(0, 1, files, None, 1.0, "float32")
+    settings = ServerSettings(None, theirs.detach(), [of_rank[1].detach()], files.store_fd, first)
+    monkeypatch.setattr(os, "fork", raising(errno.EAGAIN))
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    server = _Server(settings, {}, None)
+    if is_launcher_gone:
+        ours.close()
+    assert not server.fork_all()
+    if not is_launcher_gone:
+        failure = Decoder(Failure).decode(Channel(ours).receive())
+        assert failure.kind is FailureKind.USER
+        assert tells(failure.text, f"{socket.gethostname()} cannot start ranks 100 ulimit -u 16384")
+        ours.close()
+    of_rank[0].close()
+    files.are_servers()
+    files.close()
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    server.end_all()
+
+
+def test_a_rank_that_may_not_start_its_threads_says_so(monkeypatch, limits):
+    """OpenMP would end it without a word of its own."""
+    limits(100)
+    share = SimpleNamespace(num_threads=4, num_cores=2, cpus=())
+    monkeypatch.setattr("expertlane.engine.rank_cores.share_of", lambda *given, **more: share)
+    cores, start, started = Cores(0, 1), threading.Thread.start, []
+    cores._num_threads = 4
+
+    def starts_two(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", starts_two)
+        with pytest.raises(CapacityError) as refused:
+            cores.take(0, 1)
+    assert tells(str(refused.value), "3 threads rank processes 100 ulimit -u 16384")
+    assert not any(thread.is_alive() for thread in started)
+
+
+@pytest.mark.parametrize("before", [None, "3"])
+def test_numpy_without_threads_leaves_the_environment(monkeypatch, before):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", before)
+    seen = []
+    monkeypatch.setattr(
+        "importlib.import_module",
+        lambda name: seen.append((name, os.environ["OPENBLAS_NUM_THREADS"])),
+    )
+    import_numpy()
+    assert seen == [("numpy", "1")]
+    assert os.environ.get("OPENBLAS_NUM_THREADS") == before
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [24, 64, 80])
+def test_few_descriptors_are_one_line(tmp_path, number):
+    generate = "generate paper-tiny --token-ids 1,2,3 --max-tokens 2 --layout dp=4,ep=4"
+    command = f"ulimit -n {number}; exec {sys.executable} -m expertlane {generate}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    words = f"start ranks few descriptors {number} ulimit -n 4096"
+    assert refused((done.returncode, done.stdout, done.stderr), words)

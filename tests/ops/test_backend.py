@@ -1,5 +1,6 @@
 """Which kernels are used: two environment variables, the CPU, the compiler; and what is refused."""
 
+import errno
 import fcntl
 import os
 import re
@@ -9,13 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import expertlane
 from cli.screen import one_line, telling, tells
-from expertlane.errors import UserError
+from expertlane.errors import CapacityError, UserError
 from expertlane.ops import backend as module
 from expertlane.ops import build as build_module
 from expertlane.ops.backend import backend_for, backend_of_cpu, choose_platform
@@ -349,6 +351,41 @@ def test_what_failed_is_not_tried_again_at_once(monkeypatch, tmp_path):
     os.utime(failed, (1, 1))  # long ago
     with pytest.raises(BuildError, match=r"no room$"):
         build(BASELINE)
+
+
+def test_a_full_disk_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler, _ = counting_compiler(tmp_path)
+    script = Path(compiler).read_text()
+    Path(compiler).write_text(
+        script.replace("exit 1", 'echo "ld: No space left on device" >&2; exit 1')
+    )
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(BuildError, match=telling("failed space left device")):
+        build(BASELINE)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EMFILE, errno.ENFILE])
+@pytest.mark.parametrize("fails", ["at once", "in a part of the compiler", "as a thread"])
+def test_a_limit_is_no_failure_of_the_compiler(monkeypatch, tmp_path, number, fails):
+    """Other ranks may have a library meanwhile; and nothing of it is remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler, calls = counting_compiler(tmp_path)
+    monkeypatch.setenv("CXX", compiler)
+    script = Path(compiler).read_text().replace("no room", os.strerror(number))
+    Path(compiler).write_text(script)
+    if fails == "at once":
+        refused = OSError(number, os.strerror(number))
+        monkeypatch.setattr(build_module.subprocess, "run", Mock(side_effect=refused))
+    elif fails == "as a thread":
+        no_thread = RuntimeError("can't start new thread")
+        monkeypatch.setattr(build_module, "ThreadPool", Mock(side_effect=no_thread))
+    for _ in range(2):
+        before = len(calls.read_text())
+        with pytest.raises(CapacityError, match=telling("cannot compile kernels too")):
+            build(BASELINE)
+        assert fails != "in a part of the compiler" or len(calls.read_text()) > before
+    assert [*tmp_path.glob("expertlane/*.failed")] == []
 
 
 @needs_compiler

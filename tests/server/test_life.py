@@ -2,17 +2,21 @@
 
 import asyncio
 import json
+import os
+import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
+from cli.screen import tells
 from engine.processes import wait_until
 from engine.stub_runner import expected, spell
-from expertlane.errors import RankError, TerminatedError
+from expertlane.errors import CapacityError, RankError, TerminatedError
 from expertlane.server.errors import ApiError
 from expertlane.server.requests import CompletionRequest
+from expertlane.server.run import bind, serve
 from expertlane.server.setup import ServerOptions
 from server.running import LONG, PATIENCE_S, Stream, is_idle
 
@@ -233,3 +237,19 @@ def test_no_other_site_may_ask(stub_server):
     answer = httpx.options(f"{server.url}/v1/completions", headers=headers)
     assert answer.status_code == 405
     assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_a_server_without_descriptors_does_not_start(stub_server):
+    """The loop itself could not even end without a traceback."""
+    model, bound = stub_server().service.model, bind("127.0.0.1", 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    is_open = {*map(int, os.listdir("/proc/self/fd"))}
+    least = [number for number in range(4096) if number not in is_open][20]  # twenty are left
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (least, hard))
+        with pytest.raises(CapacityError) as refused:
+            serve(model, ServerOptions(), bound, takes_signals=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        bound.close()
+    assert tells(str(refused.value), f"cannot serve few descriptors {least} ulimit -n")

@@ -21,6 +21,7 @@ _SHELL_BASE = 128  # shells add it to a signal's number
 INTERRUPTED = _SHELL_BASE + signal.SIGINT
 _LONG, _SHOWN_NAME = 300, 60  # characters of a name in a message: when it is cut, and to what
 _SHORT = 4  # characters of an option that many would contain
+_NO_THREAD = "can't start new thread"  # Python's own words
 _MOST_NEAR, _ALIKE = 3, 0.75  # options that may have been meant, and how alike
 
 
@@ -46,7 +47,7 @@ def main() -> "NoReturn":
 def _run() -> int:
     """Run the command, print the error that ended it, and return its exit code."""
     from expertlane.cli.app import app
-    from expertlane.errors import ExpertlaneError, UserError
+    from expertlane.errors import ExpertlaneError, UserError, no_room
 
     try:
         _set_signal_handlers(_raise)
@@ -65,6 +66,10 @@ def _run() -> int:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # of any argument
             line = f"cannot use {error.filename}: the name is too long"
             return _print_error(line, UserError.exit_code)
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return _print_error(no_room(error), UserError.exit_code)
+        if isinstance(error, RuntimeError) and str(error) == _NO_THREAD:
+            return _print_error(no_room(OSError(errno.EAGAIN, "")), UserError.exit_code)
         if not hasattr(error, "format_message"):
             raise
         message = error.format_message().replace("Value error, ", "")  # pydantic's, of a word
@@ -77,8 +82,22 @@ def _run() -> int:
             hint = _nearest_options(given, context) or hint
         return _print_error(f"{message} ({hint})", UserError.exit_code)
     if code == INTERRUPTED:
+        if not _may_start_threads():  # OpenBLAS interrupts a process where it may start none
+            return _print_error(no_room(OSError(errno.EAGAIN, "")), UserError.exit_code)
         _print_error("interrupted", code)
     return int(code)
+
+
+def _may_start_threads() -> bool:
+    import threading
+
+    thread = threading.Thread(target=int)
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    thread.join()
+    return True
 
 
 def _nearest_options(given: str, context: "Any") -> str:

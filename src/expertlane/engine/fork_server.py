@@ -33,11 +33,16 @@ from expertlane.engine.messages import (
     encode,
 )
 from expertlane.engine.node_messages import ChangeRanks, Exit, Heartbeat, Nodes, RanksStarted
-from expertlane.engine.processes import end_with_parent, is_stopped, unterminated
+from expertlane.engine.processes import (
+    end_with_parent,
+    import_numpy,
+    is_stopped,
+    unterminated,
+)
 from expertlane.engine.rank_settings import RankSettings, ServerSettings
 from expertlane.engine.run_files import memory_file, unnamed_file
 from expertlane.engine.store_host import StoreHost
-from expertlane.errors import TerminatedError
+from expertlane.errors import TerminatedError, no_room
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -66,7 +71,10 @@ def python_command(module: str, arguments: Sequence[str]) -> list[str]:
     file in it named like a module would be run.
     """
     paths = [path for path in sys.path if isinstance(path, str)]
-    code = f"import sys; sys.path[:] = {paths!a}; from {module} import main; main()"
+    code = (
+        f"import sys; sys.path[:] = {paths!a}; from {import_numpy.__module__} import import_numpy; "
+        f"import_numpy(); from {module} import main; main()"
+    )
     return [sys.executable, "-P", "-c", code, *arguments]
 
 
@@ -154,12 +162,22 @@ class _Server:
         end_watch()
         meeting.publish(self._store, launcher)
 
-    def fork_all(self) -> None:
-        """Start all ranks."""
+    def fork_all(self) -> bool:
+        """Start all ranks; gives whether there is room for them, and tells the launcher if not."""
         gc.collect()
         gc.freeze()  # keeps the collector from touching, and so copying, the shared pages
         first = self._first.rank
-        self._fork({first + place: fd for place, fd in enumerate(self._settings.rank_fds)})
+        try:
+            self._fork({first + place: fd for place, fd in enumerate(self._settings.rank_fds)})
+        except OSError as error:
+            self._tell_no_room("cannot start the ranks", error)
+            return False
+        return True
+
+    def _tell_no_room(self, what: str, error: OSError) -> None:
+        text = f"{socket.gethostname()}: {what}: {no_room(error)}"
+        with contextlib.suppress(OSError):  # the launcher has ended
+            self._control.send(encode(MessageKind.FAILURE, Failure(FailureKind.USER, text)))
 
     def _fork(self, channels: Mapping[int, int], *, ahead: bool = False) -> None:
         """Start ranks, each with a channel to the launcher, as a descriptor that is closed here.
@@ -253,8 +271,7 @@ class _Server:
             self._renew_files(epoch)
             self._fork(channels)
         except OSError as error:
-            text = f"{socket.gethostname()}: cannot replace ranks {asked.starts}: {error.strerror}"
-            self._control.send(encode(MessageKind.FAILURE, Failure(FailureKind.USER, text)))
+            self._tell_no_room(f"cannot replace ranks {asked.starts}", error)
             raise
         self._control.send(encode(MessageKind.EPOCH_BEGUN, None, epoch))
 
@@ -265,7 +282,7 @@ class _Server:
             self._fork(self._connect(asked), ahead=True)
         except OSError as error:
             missing = sorted({*asked.starts} - {*self._rank_of_pid.values()})
-            answer = RanksStarted(missing, f"{socket.gethostname()}: {error.strerror}")
+            answer = RanksStarted(missing, f"{socket.gethostname()}: {no_room(error)}")
         self._control.send(encode(MessageKind.RANKS_STARTED, answer))
 
     def _connect(self, asked: ChangeRanks) -> dict[int, int]:
@@ -357,8 +374,7 @@ def serve(
     server = _Server(settings, handlers, reconnect)
     try:
         server.meet()
-        server.fork_all()
-        return server.watch()
+        return server.watch() if server.fork_all() else End.LOST
     finally:
         server.end_all()
 

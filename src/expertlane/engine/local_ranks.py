@@ -22,14 +22,14 @@ from expertlane.engine.messages import (
     MessageKind,
     encode,
 )
-from expertlane.engine.node import GONE, Node, NodeChange, connections_for, gone
+from expertlane.engine.node import GONE, Node, NodeChange, connections_for, gone, socket_pair
 from expertlane.engine.node_messages import ChangeRanks, Exit, Heartbeat, RanksStarted
 from expertlane.engine.processes import is_stopped
 from expertlane.engine.rank_environment import rank_environment
 from expertlane.engine.rank_settings import RankSettings, ServerSettings
 from expertlane.engine.rendezvous import Meeting, Place
 from expertlane.engine.run_files import RunFiles
-from expertlane.errors import CapacityError, RankError, TerminatedError, UserError
+from expertlane.errors import CapacityError, RankError, TerminatedError, UserError, no_room
 from expertlane.spec.names import CpuIsa
 
 _KILL_TIMEOUT_S = 5.0
@@ -98,7 +98,7 @@ class LocalRanks:
             try:
                 self._start(first_rank, launcher, server_module, cpu_isa)
             except OSError as error:
-                raise CapacityError(f"cannot start {num_ranks} ranks: {error.strerror}") from error
+                raise CapacityError(f"cannot start the ranks: {no_room(error)}") from error
             on_failure.pop_all()
 
     def _start(
@@ -108,7 +108,23 @@ class LocalRanks:
         server_module: str,
         cpu_isa: CpuIsa | None,
     ) -> None:
-        pairs = [socket.socketpair() for _ in range(1 + first_rank.num_local_ranks)]
+        with contextlib.ExitStack() as on_failure:
+            pairs = [socket_pair(on_failure) for _ in range(1 + first_rank.num_local_ranks)]
+            self._start_server(first_rank, launcher, server_module, cpu_isa, pairs)
+            on_failure.pop_all()
+        for _, theirs in pairs:
+            theirs.close()
+        self._files.leave_to_server()
+        self._add_node("the fork server", [ours for ours, _ in pairs])
+
+    def _start_server(
+        self,
+        first_rank: RankSettings,
+        launcher: Place | None,
+        server_module: str,
+        cpu_isa: CpuIsa | None,
+        pairs: Sequence[tuple[socket.socket, socket.socket]],
+    ) -> None:
         control, *of_ranks = [theirs.fileno() for _, theirs in pairs]
         settings = ServerSettings(
             parent_pid=os.getpid(),
@@ -126,10 +142,6 @@ class LocalRanks:
             start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the ranks
             env=rank_environment(cpu_isa, on_one_node=first_rank.meeting is None),
         )
-        for _, theirs in pairs:
-            theirs.close()
-        self._files.leave_to_server()
-        self._add_node("the fork server", [ours for ours, _ in pairs])
 
     def _add_node(self, name: str, connections: Sequence[socket.socket]) -> None:
         control, *of_ranks = [Channel(connection, self._timeout_s) for connection in connections]

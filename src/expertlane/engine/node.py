@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from expertlane.engine.messages import Channel, MessageError, MessageKind, encode
 from expertlane.engine.node_messages import ChangeRanks
-from expertlane.errors import CapacityError
+from expertlane.errors import CapacityError, no_room
 
 _PING = encode(MessageKind.PING, None)
 _ANSWERS = {
@@ -118,20 +118,26 @@ class Node:
             channel.close()
 
 
+def socket_pair(on_failure: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+    """Both ends of a connection, which the stack closes.
+
+    Raises:
+        OSError: no descriptors are left.
+    """
+    ours, theirs = socket.socketpair()
+    return on_failure.enter_context(ours), on_failure.enter_context(theirs)
+
+
 def connections_for(ranks: Sequence[int]) -> list[tuple[socket.socket, socket.socket]]:
     """Both ends of a connection for each rank.
 
     Raises:
         CapacityError: no descriptors are left.
     """
-    pairs = []
     with contextlib.ExitStack() as on_failure:
         try:
-            for _ in ranks:
-                pairs.append(socket.socketpair())
-                for end in pairs[-1]:
-                    on_failure.enter_context(end)
+            pairs = [socket_pair(on_failure) for _ in ranks]
         except OSError as error:
-            raise CapacityError(f"cannot start ranks {ranks}: {error.strerror}") from None
+            raise CapacityError(f"cannot start ranks {ranks}: {no_room(error)}") from None
         on_failure.pop_all()
     return pairs

@@ -1,6 +1,7 @@
-"""Processes that end with others, are stopped, or are not to be told to end just now."""
+"""Processes that end with others, are stopped, are not to be told to end, or have no threads."""
 
 import contextlib
+import importlib
 import os
 import signal
 import threading
@@ -9,6 +10,21 @@ from collections.abc import Callable, Iterator
 import psutil
 
 _PARENT_CHECK_S = 0.5
+_NUM_THREADS = "OPENBLAS_NUM_THREADS"
+
+
+def import_numpy() -> None:
+    """Import numpy without threads, in a process that is forked and never computes itself.
+
+    Where it may start none, OpenBLAS prints five lines and sends SIGINT. A torch that uses OpenBLAS
+    has one of its own, which reads the user's number.
+    """
+    before = os.environ.get(_NUM_THREADS)
+    os.environ[_NUM_THREADS] = "1"
+    importlib.import_module("numpy")
+    del os.environ[_NUM_THREADS]
+    if before is not None:
+        os.environ[_NUM_THREADS] = before
 
 
 def end_with_parent(parent: int) -> Callable[[], None]:

@@ -1,7 +1,11 @@
 """The cores that a rank computes on; another share of them where the number of ranks changes."""
 
+import errno
+import threading
+
 import torch
 
+from expertlane.errors import CapacityError, no_room
 from expertlane.ops.cores import Share, allowed_cpus, pin, share_of, unpin
 
 
@@ -24,11 +28,17 @@ class Cores:
         self.are_taken = self.is_pinned = False
 
     def take(self, local_rank: int, num_local_ranks: int) -> None:
-        """Compute with a share of the cores."""
+        """Compute with a share of the cores.
+
+        Raises:
+            CapacityError: this user may not start that many threads.
+        """
         self.leave()
         self.share = share_of(local_rank, num_local_ranks, allowed=self._allowed)
         # No more threads than OMP_NUM_THREADS either, which torch took at its import.
-        torch.set_num_threads(max(1, min(self._num_threads, self.share.num_threads)))
+        num_threads = max(1, min(self._num_threads, self.share.num_threads))
+        _check_threads(num_threads - 1)
+        torch.set_num_threads(num_threads)
         self.is_pinned = pin(self.share.cpus, held=self._held)
         self.are_taken = True
 
@@ -42,3 +52,25 @@ class Cores:
         if self.is_pinned:
             self.is_pinned = False
             unpin(self._allowed, self._held)
+
+
+def _check_threads(number: int) -> None:
+    """Start so many threads at once, and end them: OpenMP ends a process that cannot.
+
+    Raises:
+        CapacityError: there is no room for them.
+    """
+    is_over = threading.Event()
+    threads = [threading.Thread(target=is_over.wait) for _ in range(number)]
+    started = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        reason = no_room(OSError(errno.EAGAIN, str(error)))
+        raise CapacityError(f"cannot start {number} threads of a rank: {reason}") from None
+    finally:
+        is_over.set()
+        for thread in started:
+            thread.join()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from expertlane.comm.progress import ProgressBoard
 from expertlane.comm.region import Region
-from expertlane.errors import CapacityError
+from expertlane.errors import CapacityError, no_room
 
 
 def unnamed_file() -> int:
@@ -54,7 +54,7 @@ class RunFiles:
             they inherit its descriptor.
 
     Raises:
-        CapacityError: there is no room for them.
+        CapacityError: there are too few descriptors, or there is no room for them.
     """
 
     def __init__(self, world_size: int, num_local_ranks: int) -> None:
@@ -77,7 +77,7 @@ class RunFiles:
                 os.close(descriptor)
         except OSError as error:
             self.close()
-            raise CapacityError(f"no room for temporary files: {error}") from None
+            raise CapacityError(f"cannot start the ranks: {no_room(error)}") from None
 
     def _own(self, descriptor: int) -> int:
         self._descriptors.append(descriptor)

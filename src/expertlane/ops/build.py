@@ -4,6 +4,7 @@ Compiled ones stay in the user's cache.
 """
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import os
@@ -20,6 +21,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TextIO
 
+from expertlane.errors import CapacityError, no_room
 from expertlane.ops.host import num_cores
 from expertlane.spec.files import user_cache
 
@@ -120,6 +122,7 @@ def build(instructions: InstructionSet, touch: Callable[[], None] = _no_touch) -
 
     Raises:
         BuildError: there is no compiler, it failed, or there is nowhere to put the library.
+        CapacityError: too few processes or descriptors, which a compiler needs.
     """
     if (shipped := _shipped(instructions)) is not None:
         return shipped
@@ -140,10 +143,27 @@ def build(instructions: InstructionSet, touch: Callable[[], None] = _no_touch) -
         reason = str(error)
     except subprocess.SubprocessError as error:
         reason = _reason(error)
+        _check_room(reason)
     except (OSError, RuntimeError, ValueError) as error:
         # No home folder, a full disk, a malformed CXX.
         reason = _first_line(str(error).encode())
+        _check_room(reason)
     raise BuildError(f"compiling with {found} failed: {reason}")
+
+
+_LIMITS = {os.strerror(each): each for each in (errno.EAGAIN, errno.EMFILE, errno.ENFILE)}
+_LIMITS["can't start new thread"] = errno.EAGAIN
+
+
+def _check_room(reason: str) -> None:
+    """Tell a limit of processes or descriptors from a failure that trying again would repeat.
+
+    Raises:
+        CapacityError: it is one. Other ranks may have got past it, and must compute alike.
+    """
+    for text, number in _LIMITS.items():
+        if text in reason:
+            raise CapacityError(f"cannot compile kernels: {no_room(OSError(number, text))}")
 
 
 def _shipped(instructions: InstructionSet) -> ctypes.CDLL | None:
@@ -176,9 +196,13 @@ def _reason(error: subprocess.SubprocessError) -> str:
 
 
 def _first_line(output: bytes) -> str:
-    """The first error of a compiler, or else the first line of its output."""
+    """What a compiler lacked, else its first error, else the first line of its output."""
     lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line), lines[0] if lines else "")
+    for words in ([*_LIMITS, os.strerror(errno.ENOSPC)], ["error"], [""]):
+        for line in lines:
+            if any(each in line for each in words):
+                return line
+    return ""
 
 
 def _library(
@@ -224,6 +248,7 @@ def _compile_unless_failed(
 
     Raises:
         _CompilerFailed: it fails, or did so lately.
+        CapacityError: as `build`.
     """
     failed = library.with_suffix(".failed")
     with suppress(OSError):  # there is none
@@ -235,6 +260,7 @@ def _compile_unless_failed(
         compile_library(compiler, instructions, library, touch=touch)
     except subprocess.SubprocessError as error:
         reason = _reason(error)
+        _check_room(reason)
         with suppress(OSError):
             failed.write_text(reason)
         raise _CompilerFailed(reason) from None

@@ -231,8 +231,7 @@ class Answer(Response):
             while arrived := await taken(source):
                 events: list[bytes] = []
                 try:
-                    for piece in self._pieces(source, arrived):
-                        events.append(self._event(piece))
+                    events.extend(map(self._event, self._pieces(source, arrived)))
                 finally:  # also what came together with an error
                     if events:
                         await send_part(direct, b"".join(events))

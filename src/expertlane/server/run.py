@@ -1,6 +1,7 @@
 """A server's life: a socket, the loop, signals, and an end that loses no request."""
 
 import asyncio
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 import uvicorn
 import uvloop
 
-from expertlane.errors import TerminatedError, UserError
+from expertlane.errors import CapacityError, TerminatedError, UserError, no_room
 from expertlane.server.app import make_app
 from expertlane.server.errors import ApiError
 from expertlane.server.journal.keeper import JournalKeeper
@@ -22,6 +23,7 @@ from expertlane.server.setup import ServedModel, ServerOptions
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BACKLOG = 2048
+_LEAST_DESCRIPTORS = 48
 _POLL_S = 0.02
 _SHELL_BASE = 128  # shells add it to a signal's number
 _KEEP_ALIVE_S = 60  # clients keep connections for later, and some do not look before they use them
@@ -133,13 +135,31 @@ def serve(
         takes_signals: SIGINT, SIGTERM and SIGHUP end it; in the main thread only.
 
     Raises:
+        CapacityError: too few descriptors are left.
         RankError: a rank died, hung or failed.
         TerminatedError: it was told to end twice.
     """
+    _check_descriptors()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         error = runner.run(_serve(model, options, bound, check_ranks, on_start, takes_signals))
     if error is not None:
         raise error
+
+
+def _check_descriptors() -> None:
+    """Check that the loop, its files and some connections have room.
+
+    Raises:
+        CapacityError: they have not.
+    """
+    held: list[int] = []
+    try:
+        held.extend(os.dup(2) for _ in range(_LEAST_DESCRIPTORS))
+    except OSError as error:
+        raise CapacityError(f"cannot serve: {no_room(error)}") from None
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
 
 
 async def _serve(
