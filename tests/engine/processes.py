@@ -107,15 +107,21 @@ class OwnRanks(RunningRanks):
         self.board = ranks.board
 
 
+def _is_reaped_later(pid: int) -> bool:
+    """Whether a process has ended and is left to the first one, which may take its time."""
+    process = psutil.Process(pid)
+    return process.status() == psutil.STATUS_ZOMBIE and process.ppid() == 1
+
+
 def session_is_gone(server_pid: int, seconds: float) -> bool:
     """Whether none is left, or will be in time, of a fork server and the ranks in its session."""
 
     def remaining() -> Iterable[int]:
         for pid in psutil.pids():
             try:
-                if os.getsid(pid) == server_pid:
+                if os.getsid(pid) == server_pid and not _is_reaped_later(pid):
                     yield pid
-            except (ProcessLookupError, PermissionError):
+            except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
                 continue
 
     return wait_until(lambda: not any(remaining()), seconds, _LOOK_S)
