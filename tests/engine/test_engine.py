@@ -308,5 +308,5 @@ def test_the_end_of_a_grammar_does_not_go_by_when_masks_come(monkeypatch, num_to
         assert (last.token_id, last.finish_reason) == (OUTPUT[4], FinishReason.LENGTH)
         return
     assert last.token_id is None
-    assert last.finish_reason is (FinishReason.STOP if error is None else FinishReason.ERROR)
+    assert last.finish_reason is (FinishReason.STOP if error is None else FinishReason.GRAMMAR)
     assert last.text == (spell(OUTPUT[2:4]) if stop and num_tokens == 4 else "")

@@ -187,6 +187,7 @@ def limits(monkeypatch):
     return set_to
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize(
     ("number", "soft", "hard", "words"),
     [
@@ -208,6 +209,7 @@ def test_a_start_without_room_says_what_is_lacking(monkeypatch, limits, number, 
         ((subprocess, "Popen"), lambda: LocalRanks(4, 1.0, "float32")),
         ((socket, "socketpair"), lambda: connections_for([1, 2])),
     ]
+    gc.collect()
     before = set(os.listdir("/proc/self/fd"))
     for (owner, name), start in starts:
         with monkeypatch.context() as patched:
@@ -216,8 +218,8 @@ def test_a_start_without_room_says_what_is_lacking(monkeypatch, limits, number, 
                 start()
         assert tells(str(refused.value), f"cannot start ranks {words}")
         del refused  # its traceback holds the board
-        gc.collect()
-        assert set(os.listdir("/proc/self/fd")) == before
+    gc.collect()
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("is_launcher_gone", [False, True])

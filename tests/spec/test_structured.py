@@ -39,7 +39,8 @@ def test_a_schema_is_kept_as_text():
         ({"json_schema": nested(MOST_DEPTH + 1)}, "nested 64"),
         ({"json_schema": nested(100_000)}, "nested 64"),
         ({"json_schema": "[" * 100_000}, "json_schema JSON"),
-        ({"json_schema": {"const": "x" * 300_000}}, "262,144"),
+        ({"json_schema": {"const": "x" * 300_000}}, "300,000 16,384"),
+        ({"json_schema": {"enum": ["x" * 16_000 + str(n) for n in range(20)]}}, "262,144"),
         (
             {"json_schema": {"properties": {str(i): {} for i in range(1001)}}},
             "1,001",
