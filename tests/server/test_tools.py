@@ -122,7 +122,6 @@ def test_a_call_that_has_to_be(name, are_special, choice):
 
 
 @pytest.mark.smoke(3)
-@pytest.mark.smoke(8)
 @pytest.mark.parametrize(("name", "are_special"), CASES)
 def test_strict_tools_where_the_model_chooses(name, are_special):
     request = asked(tool_choice="auto", parallel_tool_calls=False)
