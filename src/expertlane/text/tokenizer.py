@@ -233,9 +233,7 @@ class StopStrings:
         found: FoundStop | None = None
         for each in self._begun:
             end = each.feed(text if found is None else text[: found.end])
-            if end is not None and (
-                found is None or (end, -each.size) < (found.end, -found.size)
-            ):
+            if end is not None and (found is None or (end, -each.size) < (found.end, -found.size)):
                 found = FoundStop(end, each.size)
         return found
 
