@@ -24,7 +24,8 @@ from expertlane.report.shown import Difference, Results
 from expertlane.results import file
 from expertlane.results.diff import difference
 from expertlane.results.results import Results as Schema
-from expertlane.spec.ranges import take
+from expertlane.spec.files import as_path
+from expertlane.spec.ranges import take, take_flag
 
 __all__ = ["Difference", "Results", "bench", "compare", "diff", "load_results", "plan", "simulate"]
 
@@ -64,7 +65,7 @@ def load_results(path: str | Path) -> Results:
     Raises:
         UserError: it is missing, damaged, or of another schema version; one line that says which.
     """
-    return Results.of(file.read(Path(path)))
+    return Results.of(file.read(as_path("path", path)))
 
 
 def diff(
@@ -86,7 +87,11 @@ def diff(
     """
     given = first, second
     share = take("threshold", threshold) / 100
-    results = [each if isinstance(each, Schema) else load_results(each) for each in given]
+    take_flag("strict", strict)
+    results = [
+        each if isinstance(each, Schema) else Results.of(file.read(as_path(name, each)))
+        for name, each in zip(("first", "second"), given, strict=True)
+    ]
     names = [
         letter if isinstance(each, Schema) else str(each)
         for letter, each in zip("AB", given, strict=True)

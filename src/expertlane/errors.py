@@ -21,6 +21,11 @@ class ExpertlaneError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        from expertlane.spec.printable import printable
+
+        return printable(super().__str__())  # it may quote a name with line ends
+
 
 class UserError(ExpertlaneError):
     """What was asked for is wrong; the text says what, and what would be valid."""

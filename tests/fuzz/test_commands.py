@@ -231,7 +231,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     found.close()
 
 
-_SETTINGS = settings(
+SETTINGS = settings(
     derandomize=True,
     database=None,
     deadline=None,
@@ -241,7 +241,7 @@ _SETTINGS = settings(
 
 
 @pytest.mark.timeout(600)
-@settings(_SETTINGS, max_examples=15)
+@settings(SETTINGS, max_examples=15)
 @given(case=_cases())
 def test_whatever_is_wrong_ends_in_one_line(commands: Commands, case: Case):
     assert commands.complaint(case) is None
@@ -249,7 +249,7 @@ def test_whatever_is_wrong_ends_in_one_line(commands: Commands, case: Case):
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
-@settings(_SETTINGS, max_examples=3000)
+@settings(SETTINGS, max_examples=3000)
 @given(case=_cases())
 def test_many_more_end_in_one_line(commands: Commands, case: Case):
     assert commands.complaint(case) is None

@@ -242,15 +242,13 @@ class LoadOptions:
         if text is None:
             default = getattr(self.defaults, name)
             return LengthRange(default, default)
-        allowed = RANGES[name]
-        ends = [allowed.parse(part) for part in text.split(":")]
-        low, high = ends[0], ends[-1]
-        if low is None or high is None or len(ends) > 2 or low > high:
+        lengths = LengthRange.parse(name, text)
+        if lengths is None:
             raise UserError(
-                f"--{name.replace('_', '-')} is {shown(text)}; it must be {allowed}, or two, the "
-                "lower one first: 32:512"
+                f"--{name.replace('_', '-')} is {shown(text)}; it must be {RANGES[name]}, or two, "
+                "the lower one first: 32:512"
             )
-        return LengthRange(int(low), int(high))
+        return lengths
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,11 @@
 """The options of a command as a function of Python takes them: names, types, defaults, help."""
 
 import inspect
-import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from numbers import Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -14,12 +14,17 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from expertlane.cli.option_groups import parameters_of
 from expertlane.errors import UserError
-from expertlane.spec.ranges import RANGES, shown, take
+from expertlane.spec.files import as_path
+from expertlane.spec.layout import Layout
+from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, RANGES, shown, take, take_word
 
 T = TypeVar("T")
 PythonFunction = Callable[..., T]
 
-_ONE = {"experts_per_token"}  # a number alone: several would be several results
+_MOST_VALUES = 10_000  # of a list
+_LARGEST = 1e30  # of numbers that are written out as text
+# A number alone, of a field's range: several would be several results.
+_ONE = {"experts_per_token": "num_experts_per_tok"}
 _WIDTH = 92  # of a docstring
 _OUT_HELP = (
     "Folder for results.json, the reports and all else that the command writes. None: nothing is "
@@ -109,33 +114,31 @@ class PythonOption:
         if value is None and self.takes_none:
             return None
         if self.is_list:
-            several = [value] if isinstance(value, str) or not _is_list(value) else list(value)
+            several = value if _is_list(value) else [value]
+            if len(several) > _MOST_VALUES:
+                raise UserError(
+                    f"{self.name} has {len(several):,} values; at most {_MOST_VALUES:,} are taken"
+                )
             return [self._one(each) for each in several]
         return self._one(value)
 
     def _one(self, value: Any) -> Any:
         if self.words:
-            if value not in self.words:
-                raise UserError(
-                    f"{self.name} is {shown(value)}; valid: {', '.join(map(str, self.words))}"
-                )
+            take_word(self.name, value, self.words)
             return self.kind(value) if isinstance(self.kind, type) else value
-        if self.name in RANGES and self.kind in (int, float):
-            return take(self.name, value)
+        if self.name in _ONE:
+            return str(take(_ONE[self.name], value, self.name))
+        if self.kind in (int, float):
+            known = ANY_WHOLE if self.kind is int else ANY_NUMBER
+            return RANGES.get(self.name, known).take(self.name, value)
         if self.kind is bool and isinstance(value, bool):
             return value
-        if self.kind is int and isinstance(value, int) and not isinstance(value, bool):
-            return str(value) if self.name in _ONE else value
-        if self.kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if self.kind is Path and isinstance(value, str | os.PathLike):
-            return Path(value)
-        if self.kind is str and not isinstance(value, bool | NoneType | Mapping):
-            return _as_text(value)
-        wanted = {bool: "True or False", int: "a whole number", float: "a number", Path: "a path"}
-        raise UserError(
-            f"{self.name} is {shown(value)}; it must be {wanted.get(self.kind, 'text')}"
-        )
+        if self.kind is Path:
+            return as_path(self.name, value)
+        if self.kind is str and (text := _as_text(value)) is not None:
+            return text
+        wanted = "True or False" if self.kind is bool else "text"
+        raise UserError(f"{self.name} is {shown(value)}; it must be {wanted}")
 
 
 @dataclass(frozen=True)
@@ -248,9 +251,20 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def _as_text(value: Any) -> str:
-    """As the command line has it: several with commas between."""
-    return ",".join(map(_as_text, value)) if _is_list(value) else str(value)
+def _as_text(value: Any) -> str | None:
+    """As the command line has it: several with commas between. None of what has no such text."""
+    if _is_list(value):
+        parts = [_one_as_text(each) for each in value[:_MOST_VALUES]]
+        texts = [each for each in parts if each is not None]
+        return ",".join(texts) if len(texts) == len(value) else None
+    return _one_as_text(value)
+
+
+def _one_as_text(value: Any) -> str | None:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number:
+        return str(value) if abs(value) < _LARGEST else None
+    return str(value) if isinstance(value, str | Path | Layout) else None
 
 
 def _plain(value: Any) -> Any:

@@ -127,11 +127,12 @@ def run(
     config, seed = found_model.config, load_options.seed
     modelled = served_cluster(own.cluster, projection.framework)
     routing = choose_routing(config, projection.routing_trace, projection.skew, seed)
+    with naming("--prefill-layout"):
+        text = own.prefill_layout
+        prefill_layout = None if text is None else found_model.lay_out(text)
     setup = ServingSetup(
         layout=found_model.lay_out(own.layout),
-        prefill_layout=None
-        if own.prefill_layout is None
-        else found_model.lay_out(own.prefill_layout),
+        prefill_layout=prefill_layout,
         options=deployment.options,
         types=found_model.number_types(projection, modelled),
         execution=Execution(projection.execution),

@@ -16,13 +16,13 @@ import numpy.typing as npt
 from expertlane import __version__
 from expertlane.engine.commands import HeldBytes, RankMachine
 from expertlane.engine.messages import Decoder, MessageError, MessageKind, encode, messages_in
-from expertlane.errors import UserError
+from expertlane.errors import UserError, naming
 from expertlane.results.hardware import MachinePeak
 from expertlane.results.record import CopyRecord, RebalanceRecord
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.experiment import Experiment
-from expertlane.spec.files import check_regular, write_whole
+from expertlane.spec.files import read_bytes, write_whole
 
 FILE_NAME = "unfinished.bin"
 _MOST_BYTES = 8 << 30
@@ -153,13 +153,13 @@ def _files_of(checkpoint: str | None) -> list[str]:
 def _read(path: Path) -> tuple[_Owner, list[Measurement]]:
     if not path.exists():
         raise UserError(f"nothing to resume: there is no {path}; compare without --resume")
-    check_regular(path, _MOST_BYTES)
-    found = messages_in(memoryview(bytearray(path.read_bytes())))
+    found = messages_in(memoryview(bytearray(read_bytes(path, _MOST_BYTES))))
     try:
         first = next(found, None)
         if first is None:
             raise MessageError("it is empty")
         decoder = Decoder(Measurement)
-        return Decoder(_Owner).decode(first), [decoder.decode(each) for each in found]
+        with naming(path):
+            return Decoder(_Owner).decode(first), [decoder.decode(each) for each in found]
     except MessageError as error:
         raise UserError(f"{path} cannot be read: {error}; compare without --resume") from None

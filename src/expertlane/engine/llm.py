@@ -15,6 +15,7 @@ from expertlane.engine.live_request import Prompt
 from expertlane.engine.llm_prompts import all_finished, with_params
 from expertlane.engine.llm_settings import (
     as_layout,
+    as_options,
     check_settings,
     checked_model_len,
     find_model,
@@ -30,6 +31,7 @@ from expertlane.schedule.request import Chunk, Limits, RequestOutput
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
+from expertlane.spec.ranges import shown
 from expertlane.spec.sampling import SamplingParams
 from expertlane.text.chat_template import ChatTemplate
 
@@ -121,8 +123,16 @@ class LLM:
         check: CheckLevel = "off",
     ) -> None:
         words = dtype, cpu_isa, on_failure, check
-        check_settings(*words, seed=seed, timeout_s=timeout_s, rejoin_s=rejoin_s)
-        deployment = Deployment("llm", as_layout(layout), options or Options())
+        check_settings(
+            *words,
+            seed=seed,
+            timeout_s=timeout_s,
+            rejoin_s=rejoin_s,
+            oversubscribe=oversubscribe,
+            ignore_unused_tensors=ignore_unused_tensors,
+            record_routing=record_routing,
+        )
+        deployment = Deployment("llm", as_layout(layout), as_options(options))
         self.model, self._folder = find_model(model, ignore_unused_tensors)
         self._routing = RoutingRecorder(self.model) if record_routing else None
         self._numbers = count()
@@ -335,7 +345,9 @@ class LLM:
             raise UserError(f"{self.model.name} has no tokenizer, which a chat needs")
         if self._chat_template is None:
             self._chat_template = ChatTemplate.from_folder(self._folder)
-        text = self._chat_template.render(list(messages))
+        if not isinstance(messages, Sequence):
+            raise UserError(f"messages is {shown(messages)}; it must be a list of messages")
+        text = self._chat_template.render(messages)
         prompt = self.tokenizer.encode(text, add_special_tokens=False)
         return (chunk for _, chunk in self.stream([prompt], params))
 

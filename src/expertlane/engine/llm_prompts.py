@@ -9,6 +9,7 @@ import numpy as np
 from expertlane.engine.live_request import Prompt
 from expertlane.errors import UserError
 from expertlane.schedule.request import RequestOutput
+from expertlane.spec.ranges import shown
 from expertlane.spec.sampling import SamplingParams
 
 
@@ -33,7 +34,8 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     Raises:
         UserError: they are of another type.
     """
-    if not isinstance(prompts, Sequence | np.ndarray):
+    is_array = isinstance(prompts, np.ndarray) and prompts.ndim > 0
+    if not is_array and not isinstance(prompts, Sequence):
         raise UserError(
             f"prompts are a {type(prompts).__name__}; give a text, a list of token ids, or a list "
             "of either"
@@ -54,8 +56,9 @@ def with_params(
     several = as_list(prompts)
     if params is None or isinstance(params, SamplingParams):
         params = [params or SamplingParams()] * len(several)
-    if not all(isinstance(each, SamplingParams) for each in params):
-        raise UserError(f"params are {params!r}; give SamplingParams, one or a list of them")
+    is_list = isinstance(params, Sequence)
+    if not is_list or not all(isinstance(each, SamplingParams) for each in params):
+        raise UserError(f"params are {shown(params)}; give SamplingParams, one or a list of them")
     if len(params) != len(several):
         raise UserError(
             f"{len(several)} prompts but {len(params)} sampling parameters; "

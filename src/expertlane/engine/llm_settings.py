@@ -8,13 +8,15 @@ from typing import get_args
 from expertlane.engine.launch import (
     check_checkpoint,
 )
-from expertlane.errors import UserError
+from expertlane.errors import SpecError, UserError
 from expertlane.spec.checkpoint_folder import resolve_model
+from expertlane.spec.deployment import Options
+from expertlane.spec.files import as_path
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
-from expertlane.spec.ranges import take
+from expertlane.spec.ranges import RANGES, shown, take, take_flag, take_word
 from expertlane.text.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 
 
@@ -24,11 +26,13 @@ def find_model(model: str | Path, ignore_unused_tensors: bool) -> tuple[ModelCon
     Raises:
         UserError: there is none, or its files do not suit it.
     """
-    if str(model) in PRESETS:
-        return PRESETS[str(model)], None
-    folder = resolve_model(str(model))
+    if not isinstance(model, str):
+        model = str(as_path("model", model))
+    if model in PRESETS:
+        return PRESETS[model], None
+    folder = resolve_model(model)
     checked = check_checkpoint(
-        read_model(folder, str(model)),
+        read_model(folder, model),
         folder,
         ignore_unused_tensors=ignore_unused_tensors,
         log=print_to_stderr,
@@ -53,23 +57,23 @@ def read_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, frozenset[int
 
 
 def check_settings(
-    dtype: str | None, cpu_isa: str | None, on_failure: str, check: str, **numbers: float
+    dtype: str | None, cpu_isa: str | None, on_failure: str, check: str, **others: float | bool
 ) -> None:
-    """Refuse a word that is none of the valid ones, or a number out of its range.
+    """Refuse a word that is none of the valid ones, a number out of its range, or no flag.
+
+    Args:
+        others: numbers that have a range, and flags.
 
     Raises:
         UserError: there is one.
     """
-    for name, value, valid in (
-        ("dtype", dtype, (None, *get_args(Dtype))),
-        ("cpu_isa", cpu_isa, (None, *get_args(CpuIsa))),
-        ("on_failure", on_failure, get_args(OnFailure)),
-        ("check", check, get_args(CheckLevel)),
-    ):
-        if value not in valid:
-            raise UserError(f"{name} is {value!r}; valid: {', '.join(filter(None, valid))}")
-    for name, number in numbers.items():
-        take(name, number)
+    for name, value, valid in (("dtype", dtype, Dtype), ("cpu_isa", cpu_isa, CpuIsa)):
+        if value is not None:
+            take_word(name, value, get_args(valid))
+    take_word("on_failure", on_failure, get_args(OnFailure))
+    take_word("check", check, get_args(CheckLevel))
+    for name, other in others.items():
+        take(name, other) if name in RANGES else take_flag(name, other)
 
 
 def checked_model_len(model: ModelConfig, asked: int | None) -> int:
@@ -92,4 +96,21 @@ def as_layout(layout: str | Layout) -> Layout:
     Raises:
         SpecError: as `Layout.parse`.
     """
-    return layout if isinstance(layout, Layout) else Layout.parse(str(layout))
+    if isinstance(layout, Layout):
+        return layout
+    if not isinstance(layout, str):
+        raise SpecError(f"layout is {shown(layout)}; it must be a text, such as 'tp=2,ep=2'")
+    return Layout.parse(layout)
+
+
+def as_options(options: Options | None) -> Options:
+    """The options that were given; the usual ones where none were.
+
+    Raises:
+        SpecError: they are of another type.
+    """
+    if options is None:
+        return Options()
+    if not isinstance(options, Options):
+        raise SpecError(f"options is {shown(options)}; it must be Options(…), or None")
+    return options

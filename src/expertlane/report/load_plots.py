@@ -38,7 +38,7 @@ def by_load(results: Results) -> tuple[Section, ...]:
         _against_load(by_layout, best, "output tokens/s", lambda each: each.serving.output_tps),
         *_latencies(by_layout, best),
     ]
-    if best.serving.tpot_s is not None and best.record.layout is not None:
+    if _median_tpot(best) is not None and best.record.layout is not None:
         charts.append(_trade(by_layout, best, unit_of(source)))
     first, more = tuple(charts[:_NUM_FIRST]), tuple(charts[_NUM_FIRST:])
     finding = more[0].title if more else ""
@@ -138,6 +138,12 @@ def _median_ms(
     return median
 
 
+def _median_tpot(each: Served) -> Estimate | None:
+    """None where it is unknown, or 0: all tokens of a request came at once."""
+    median = None if each.serving.tpot_s is None else each.serving.tpot_s.median
+    return median if median is not None and min(median.bounds) > 0 else None
+
+
 def _trade(by_layout: Mapping[str, Sequence[Served]], best: Served, unit: str) -> Chart:
     """What a device gives against what a user sees, load by load."""
     dots = [
@@ -151,7 +157,7 @@ def _trade(by_layout: Mapping[str, Sequence[Served]], best: Served, unit: str) -
         )
         for name, of_layout in by_layout.items()
         for each in of_layout
-        if each.serving.tpot_s and (median := each.serving.tpot_s.median)
+        if (median := _median_tpot(each)) is not None
     ]
     limits_s = (each.slo.limit_s for each in best.serving.slos if each.slo.name == "tpot.median")
     chosen = next(dot for dot in dots if dot.role == "chosen")

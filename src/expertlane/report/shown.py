@@ -15,6 +15,7 @@ from expertlane.report.sections import report_of
 from expertlane.results import diff, file, table
 from expertlane.results.results import Results as Schema
 from expertlane.results.table import Format
+from expertlane.spec.files import as_path
 from expertlane.spec.ranges import shown
 
 
@@ -93,7 +94,7 @@ class Results(Schema, _Shown):
         Raises:
             UserError: another ending, pyarrow is missing, or the folder can't be written to.
         """
-        path = Path(path)
+        path = as_path("path", path)
         formats: tuple[Format, ...] = get_args(Format)
         for each in formats:
             if path.suffix == f".{each}":
@@ -107,7 +108,7 @@ class Results(Schema, _Shown):
         Raises:
             UserError: the folder can't be written to.
         """
-        folder = Path(folder)
+        folder = as_path("folder", folder)
         return file.write(self, folder), *write_reports(self._report(), folder)
 
 

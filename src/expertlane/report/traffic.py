@@ -44,7 +44,7 @@ def work_and_traffic(comparison: Comparison) -> Section:
         number("CPU ms per token", lambda row: row.step.cpu_s_per_token, milliseconds),
         *(each.of(lambda row: row.step.critical_path) for each in path),
         *(each.of(step_of) for each in UTILISATION),
-        number("load max/mean", lambda row: max(row.record.expert_max_over_mean), figures),
+        number("load max/mean", _expert_load, figures),
     )
     sent: tuple[Column[Row], ...] = (
         *NAMED,
@@ -65,6 +65,10 @@ def work_and_traffic(comparison: Comparison) -> Section:
             "decode together, in the least balanced layer.",
         ),
     )
+
+
+def _expert_load(row: Row) -> float | None:
+    return max(row.record.expert_max_over_mean, default=None)
 
 
 def _sent(heading: str, link: Link, kind: Traffic) -> Column[StepsRecord]:

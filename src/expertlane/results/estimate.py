@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.spec.ranges import Strict
+from expertlane.spec.ranges import Strict, Valid
 
 _PERCENTILES = (50, 95, 99)
 
@@ -22,6 +23,11 @@ class Estimate(Strict):
     value: float
     low: float | None = None
     high: float | None = None
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        ordered = Valid(_is_ordered, "low ≤ value ≤ high, or without both")
+        return ordered.__get_pydantic_core_schema__(source, handler)
 
     @classmethod
     def between(cls, bounds: Iterable[float]) -> "Estimate":
@@ -56,6 +62,14 @@ class Estimate(Strict):
         return Estimate(amount / self.value, low, high)
 
 
+def _is_ordered(estimate: Estimate) -> bool:
+    low, value, high = estimate.bounds
+    return (estimate.low is None) == (estimate.high is None) and low <= value <= high
+
+
+Above0 = Annotated[Estimate, Valid(lambda estimate: min(estimate.bounds) > 0, "above 0")]
+
+
 @dataclass(frozen=True)
 class Summary(Strict):
     """A summary of many values; None what is not known of them."""
@@ -75,3 +89,11 @@ class Summary(Strict):
             return None
         percentiles = np.percentile(values, _PERCENTILES, axis=0)
         return cls(*map(Estimate.of, (np.mean(values, axis=0), *percentiles)))
+
+
+def _is_above_0(summary: Summary) -> bool:
+    known = (summary.mean, summary.median, summary.p95, summary.p99)
+    return all(min(each.bounds) > 0 for each in known if each is not None)
+
+
+SummaryAbove0 = Annotated[Summary, Valid(_is_above_0, "above 0")]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from expertlane.errors import UserError, naming
+from expertlane.results.checks import check
 from expertlane.results.results import SCHEMA_VERSION, Kind, Results
-from expertlane.spec.files import RESULTS_BYTES, read_json, strict_json, write_text
+from expertlane.spec.files import RESULTS_BYTES, is_folder, read_json, strict_json, write_text
 from expertlane.spec.ranges import shown
 from expertlane.spec.tables import build
 
@@ -42,10 +43,11 @@ def read(path: Path, kind: Kind | None = None) -> Results:
         UserError: the file is missing or damaged, of no known or another kind or schema version,
             or a key is unknown, missing or of another type; one line that names the place.
     """
-    path = path / FILE_NAME if path.is_dir() else path
+    path = path / FILE_NAME if is_folder(path) else path
     data = _load(path)
     with naming(path):
         results = build(Results, data)
+        check(results)
     if kind not in (None, results.kind):
         raise UserError(f"{path} is of a {results.kind}, not of a {kind}")
     return results

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from expertlane.spec.ranges import Strict
+from expertlane.spec.ranges import Counted, Strict
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Machine(Strict):
 
     cpu_name: str
     device: str
-    num_cores: int
+    num_cores: Counted
     num_idle_gpus: int
     memory_bytes: int
     num_ranks: int
-    ranks_per_node: int
+    ranks_per_node: Counted
     backend: str
     dtype: str
     kernels: str
@@ -126,7 +126,7 @@ class Cluster(Strict):
     name: str
     device: str
     num_devices: int
-    ranks_per_node: int
+    ranks_per_node: Counted
     memory_bytes: float
     memory_bytes_per_s: float
     flops_per_s: float

@@ -5,19 +5,19 @@ Dictionaries are keyed by the words of `spec.names`: causes, the labels of stage
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.estimate import Above0, Estimate, Summary, SummaryAbove0
 from expertlane.results.serving_record import ServingRecord, best_load
 from expertlane.results.timeline import StepTimeline
 from expertlane.results.traffic import TrafficRecord
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Cause, Phase
-from expertlane.spec.ranges import Strict
+from expertlane.spec.names import Cause, Phase, ProjectedCause
+from expertlane.spec.ranges import Counted, Strict, Valid
 
 # virtual: computing measured, transfers modelled.
 Source = Literal["measured", "virtual", "projected", "reported"]
@@ -38,6 +38,14 @@ DECODE_POOL = "decode pool"
 
 # What decided among the plans of a tie.
 TieBreak = Literal["lowest TTFT", "fewest kinds", "most tokens"]
+
+
+_CAUSES = {*Cause, *ProjectedCause}
+_Causes = Annotated[dict[str, float], Valid(_CAUSES.issuperset, "seconds by known causes")]
+_Counts = Annotated[
+    tuple[tuple[int, ...], ...],
+    Valid(lambda rows: len({*map(len, rows)} or {1}) == 1 and all(rows), "rows of one length"),
+]
 
 
 @dataclass(frozen=True)
@@ -103,18 +111,18 @@ class StepsRecord(Strict):
     """
 
     phase: Phase
-    num_steps: int
-    num_tokens: int
+    num_steps: Counted
+    num_tokens: Counted
     num_seqs: int
-    wall_s: Estimate
+    wall_s: Above0
     tps: Estimate
     pool: PoolRole = "both"
     context: int | None = None
     num_rounds: int | None = None
     tps_of_runs: tuple[float, ...] = ()
-    step_s: Summary | None = None
+    step_s: SummaryAbove0 | None = None
     token_s: Summary | None = None
-    breakdown_s: dict[str, float] = field(default_factory=dict)
+    breakdown_s: _Causes = field(default_factory=dict)
     exposed_s: float | None = None
     hidden_share: float | None = None
     floor_s: float | None = None
@@ -325,7 +333,7 @@ class DeploymentRecord(Strict):
     steps: tuple[StepsRecord, ...] = ()
     serving: tuple[ServingRecord, ...] = ()
     held: tuple[HeldRecord, ...] = ()
-    num_tokens_per_expert: tuple[tuple[int, ...], ...] = ()
+    num_tokens_per_expert: _Counts = ()
     bottleneck: Bottleneck | None = None
     rebalances: tuple[RebalanceRecord, ...] = ()
     copies: tuple[CopyRecord, ...] = ()
@@ -392,6 +400,8 @@ class DeploymentRecord(Strict):
     @property
     def expert_max_over_mean(self) -> tuple[float, ...]:
         """[num_layers]; the fullest expert's pairs over the mean, 1 is even, 0 where none came."""
+        if not self.num_tokens_per_expert:
+            return ()
         of_layers = np.array(self.num_tokens_per_expert, dtype=np.float64)
         mean = of_layers.mean(axis=-1)
         ratio = np.divide(of_layers.max(axis=-1), mean, out=np.zeros_like(mean), where=mean > 0)

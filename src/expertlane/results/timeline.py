@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +10,7 @@ import numpy.typing as npt
 from expertlane.errors import UserError
 from expertlane.results.step_record import RankEvents, StepRecord
 from expertlane.spec.names import Phase, Stage, Track
-from expertlane.spec.ranges import Strict
+from expertlane.spec.ranges import Strict, Valid
 
 MOST_RANKS = 32
 MOST_EVENTS = 4000  # of a step; what begins later is left out, and said so
@@ -63,7 +64,7 @@ class StepTimeline(Strict):
     num_tokens: int
     num_seqs: int
     end_us: float
-    shown_us: float
+    shown_us: Annotated[float, Valid(lambda until: until > 0, "above 0")]
     num_ranks: int
     tracks: tuple[str, ...]
     stages: tuple[str, ...]

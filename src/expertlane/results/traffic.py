@@ -12,6 +12,7 @@ and of one step `sent_matrix(layout, step)`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +20,24 @@ import numpy.typing as npt
 from expertlane.results.step_record import RankRecord, StepRecord, by_pipeline_stage
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
-from expertlane.spec.ranges import Strict
+from expertlane.spec.ranges import Strict, Valid
 
 _Counts = npt.NDArray[np.int64]
+
+
+_Square = Annotated[
+    tuple[tuple[int, ...], ...],
+    Valid(
+        lambda rows: (
+            bool(rows)
+            and {*map(len, rows)} == {len(rows)}
+            and all(num >= 0 for row in rows for num in row)
+            and not any(row[rank] for rank, row in enumerate(rows))
+        ),
+        "as many rows as each has numbers, from 0 on, 0 from a rank to itself",
+    ),
+]
+_Reached = Annotated[tuple[int, ...], Valid(lambda nums: not nums or min(nums) >= 0, "from 0 on")]
 
 
 @dataclass(frozen=True)
@@ -46,8 +62,8 @@ class FanOut(Strict):
         num_remote_node_copies: (token, other node) pairs: what has to cross at least.
     """
 
-    tokens_by_ranks_reached: tuple[int, ...]
-    tokens_by_nodes_reached: tuple[int, ...] = ()
+    tokens_by_ranks_reached: _Reached
+    tokens_by_nodes_reached: _Reached = ()
     experts_per_token: float | None = None
     num_remote_rank_copies: int | None = None
     num_remote_node_copies: int | None = None
@@ -125,7 +141,7 @@ class TrafficRecord(Strict):
     """
 
     by_link: dict[str, TrafficBytes]
-    sent_bytes: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    sent_bytes: dict[str, _Square] = field(default_factory=dict)
     by_stage: dict[str, dict[str, TrafficBytes]] = field(default_factory=dict)
     payload_bytes_of_step: dict[str, tuple[int, ...]] = field(default_factory=dict)
     payload_error: float | None = None

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from expertlane.errors import UserError
 from expertlane.schedule.blocks import ROOT, block_digest
 from expertlane.spec.prompt_logprobs import PromptLogprobs
-from expertlane.spec.ranges import take, take_fields
+from expertlane.spec.ranges import RANGES, take, take_fields
 from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprobs
 
 
@@ -175,6 +175,12 @@ class Request:
     ) -> None:
         self.request_id = request_id
         self.name = f"request {request_id!r}" if name is None else name
+        most = RANGES["prompt_len"].high
+        if isinstance(prompt_token_ids, Sequence) and len(prompt_token_ids) > most:
+            raise UserError(
+                f"{self.name}: the prompt has {len(prompt_token_ids):,} tokens; at most {most:,} "
+                "are taken"
+            )
         try:
             self.prompt_token_ids = np.array(prompt_token_ids)  # a copy: the caller keeps theirs
         except ValueError:

@@ -13,7 +13,7 @@ from expertlane.spec.dispatch import (
 )
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
-from expertlane.spec.ranges import Strict, shown, take_fields
+from expertlane.spec.ranges import Strict, shown, take_fields, take_flag, take_word
 
 MicroBatchSchedule = Literal["drained", "rotating"]
 DispatchChoice = Literal[DispatchForm, "auto"]
@@ -121,10 +121,10 @@ class Options(Strict):
 
     def __post_init__(self) -> None:
         take_fields(self)
-        if not isinstance(self.cache_int8, bool):
-            raise SpecError(f"cache_int8 is {shown(self.cache_int8)}; it must be true or false")
-        if self.cuda_graphs not in (None, True, False):
-            raise SpecError(f"cuda_graphs is {shown(self.cuda_graphs)}; it must be true or false")
+        if self.cuda_graphs is not None:
+            take_flag("cuda_graphs", self.cuda_graphs)
+        if not isinstance(self.placement_file, str | None):
+            raise SpecError(f"placement_file is {shown(self.placement_file)}; it must be a path")
         if self.cache_int8 and self.weights != "int8":
             raise SpecError(
                 f"cache_int8 keeps matrices that are rounded to int8, but weights are "
@@ -142,14 +142,10 @@ class Options(Strict):
                 "placement_file already names each expert's rank; give no placement or redundant "
                 "experts"
             )
-        if not isinstance(self.overlap, bool) and self.overlap != "auto":
-            raise SpecError(f"overlap is {self.overlap!r}; it must be true, false or 'auto'")
+        if not isinstance(self.overlap, bool | str) or self.overlap not in (True, False, "auto"):
+            raise SpecError(f"overlap is {shown(self.overlap)}; it must be true, false or 'auto'")
         if self.prefill_dispatch is not None:
-            if self.prefill_dispatch not in DISPATCH_FORMS:
-                raise SpecError(
-                    f"prefill_dispatch is {shown(self.prefill_dispatch)}; valid: "
-                    f"{', '.join(DISPATCH_FORMS)}"
-                )
+            take_word("prefill_dispatch", self.prefill_dispatch, tuple(DISPATCH_FORMS))
             if self.dispatch == "auto":
                 raise SpecError(
                     f"prefill_dispatch is {self.prefill_dispatch}, but dispatch is auto, which "

@@ -36,7 +36,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead in a circle
+    except (OSError, RuntimeError, ValueError) as error:
+        # RuntimeError: links that lead in a circle. ValueError: a NUL byte in the name.
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}") from error
 
@@ -71,6 +72,19 @@ PROMPTS_BYTES = 256 * _MIB
 TRACE_BYTES = 1024 * _MIB  # of a routing trace, decompressed too
 
 
+def as_path(name: str, value: object) -> Path:
+    """A path that was given as an argument.
+
+    Raises:
+        SpecError: it is none; the text names the argument.
+    """
+    if isinstance(value, str) or (
+        isinstance(value, os.PathLike) and isinstance(value.__fspath__(), str)
+    ):
+        return Path(value)
+    raise SpecError(f"{name} is {shown(value)}; it must be a path")
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
@@ -79,6 +93,16 @@ def _reading(path: Path) -> Iterator[None]:
         raise SpecError(f"cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:  # a NUL byte in the name
         raise SpecError(f"cannot read {str(path)!r}: {error}") from None
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is one; links are followed.
+
+    Raises:
+        SpecError: the name is too long.
+    """
+    with _reading(path):
+        return path.is_dir()
 
 
 def check_regular(path: Path, most_bytes: int | None = None) -> int:
@@ -145,11 +169,26 @@ def read_stream(path: Path, most_bytes: int) -> str:
     return _read(path, most_bytes)
 
 
-def _read(path: Path, most_bytes: int, flags: int = 0) -> str:
+def read_bytes(path: Path, most_bytes: int) -> bytes:
+    """What a regular file holds.
+
+    Raises:
+        SpecError: as `check_regular`, or it cannot be read.
+    """
+    check_regular(path, most_bytes)
+    return _read_bytes(path, most_bytes, os.O_NONBLOCK)
+
+
+def _read_bytes(path: Path, most_bytes: int, flags: int = 0) -> bytes:
     with _reading(path), open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags), "rb") as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:  # it grew, or its size is unknown, as in /proc
         raise SpecError(f"{path}: more than {most_bytes:,} bytes are not read of such a file")
+    return data
+
+
+def _read(path: Path, most_bytes: int, flags: int = 0) -> str:
+    data = _read_bytes(path, most_bytes, flags)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -10,9 +10,9 @@ from functools import partial
 from itertools import islice
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from expertlane.errors import SpecError
+from expertlane.errors import SpecError, UserError
 
 MAX_TOKENS_OF_A_RUN = 2**28  # prompts and outputs together; they are held in memory
 MAX_RANKS = 1_000_000
@@ -24,13 +24,72 @@ DEFAULT_SKEW = 0.8
 SKEW_BOUNDS = (0.0, 1.0)
 DEFAULT_REPEAT = 7  # fewer give intervals over 5 % wide (docs/log.md)
 SHOWN_LENGTH = 60  # of a wrong value, in a message
+REFUSED = "refused"  # pydantic's type of an error of a class itself
+_SHOWN_LEVELS = 3  # of lists in lists that are shown whole
 _SHOWN_BITS = 128  # of a whole number that is written out
 
 
 class Strict:
-    """Base of what pydantic reads: no unknown key, no value of another type."""
+    """Base of what pydantic reads: no unknown key, no value of another type.
+
+    What the class itself refuses, in `__post_init__`, becomes an error of pydantic's, which knows
+    where in the file it is.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        from pydantic_core import PydanticCustomError
+
+        def check(made: Any) -> Any:
+            try:
+                made.__post_init__()
+            except UserError as error:
+                raise PydanticCustomError(REFUSED, "{text}", {"text": str(error)}) from None
+            return made
+
+        schema = handler(source)
+        if not hasattr(cls, "__post_init__"):
+            return schema
+        return _followed_by(check, schema | {"post_init": False})
+
+
+@dataclass(frozen=True)
+class Valid:
+    """Beside a field's type (`Annotated`): what a value that is read must be, too.
+
+    Attributes:
+        test: whether a value is valid; it has the field's type.
+        wanted: what it must be, for a message.
+    """
+
+    test: Callable[[Any], bool]
+    wanted: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import PydanticCustomError
+
+        def check(value: Any) -> Any:
+            if not self.test(value):
+                raise PydanticCustomError("invalid", "{wanted}", {"wanted": self.wanted})
+            return value
+
+        return _followed_by(check, handler(source))
+
+
+def _followed_by(check: Callable[[Any], Any], schema: Any) -> Any:
+    """A schema of pydantic's with a check after it.
+
+    It takes over the schema's reference, by which pydantic finds it for other fields of a class.
+    """
+    from pydantic_core import core_schema
+
+    inner = {key: value for key, value in schema.items() if key != "ref"}
+    return core_schema.no_info_after_validator_function(check, inner, ref=schema.get("ref"))
+
+
+Counted = Annotated[int, Valid(lambda number: number > 0, "a whole number above 0")]
 
 
 @dataclass(frozen=True)
@@ -207,8 +266,30 @@ def take_option(name: str, value: object) -> Any:
     return None if value is None else take(field, value, name)
 
 
+def take_word(name: str, value: object, valid: Sequence[str]) -> Any:
+    """`value`, if it is one of the valid words.
+
+    Raises:
+        SpecError: it is none of them; the text names it.
+    """
+    if not isinstance(value, str) or value not in valid:
+        raise SpecError(f"{name} is {shown(value)}; valid: {', '.join(valid)}")
+    return value
+
+
+def take_flag(name: str, value: object) -> bool:
+    """`value`, if it is true or false.
+
+    Raises:
+        SpecError: it is neither; the text names it.
+    """
+    if not isinstance(value, bool):
+        raise SpecError(f"{name} is {shown(value)}; it must be true or false")
+    return value
+
+
 def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
-    """Check all fields of a dataclass that have a range or are one of several words.
+    """Check all fields of a dataclass that have a range, are flags or one of several words.
 
     Ints and floats replace other numbers. None is valid where the field's type says so; in a
     tuple, every item but None is checked.
@@ -217,22 +298,29 @@ def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
         name: what a message calls a field.
 
     Raises:
-        SpecError: one is out of its range, or none of the words.
+        SpecError: one is out of its range, no flag, or none of the words.
     """
     for field in fields(instance):
-        value = getattr(instance, field.name)
-        if get_origin(field.type) is Literal and value not in (words := get_args(field.type)):
-            raise SpecError(f"{name(field.name)} is {shown(value)}; valid: {', '.join(words)}")
+        value, called = getattr(instance, field.name), name(field.name)
+        if get_origin(field.type) is Literal:
+            take_word(called, value, get_args(field.type))
+        elif field.type is bool:
+            take_flag(called, value)
         if field.name not in RANGES or (value is None and NoneType in get_args(field.type)):
             continue
-        allowed, called = RANGES[field.name], name(field.name)
-        if isinstance(value, tuple):
+        allowed = RANGES[field.name]
+        if isinstance(value, tuple) and _is_listed(field.type):
             taken: object = tuple(
                 None if item is None else allowed.take(called, item, "holds") for item in value
             )
         else:
             taken = allowed.take(called, value)
         object.__setattr__(instance, field.name, taken)
+
+
+def _is_listed(kind: Any) -> bool:
+    """Whether a field of this type may hold a tuple."""
+    return any(get_origin(each) is tuple for each in (kind, *get_args(kind)))
 
 
 def parse_sizes(what: str, unknown: str, text: str, valid: Sequence[str]) -> dict[str, int]:
@@ -270,16 +358,22 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…"
 
 
-def _beginning(value: Any) -> Any:
-    """As much of a value as is shown: it may have millions of parts."""
-    most = 2 * SHOWN_LENGTH
+def _beginning(value: Any, depth: int = 0) -> Any:
+    """As much of a value as is shown: it may have millions of parts, one in another too."""
     if isinstance(value, str | bytes):
-        return value[:most]
-    if type(value) in (list, tuple):
-        return type(value)(map(_beginning, value[:most]))
+        return value[: 2 * SHOWN_LENGTH]
+    if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
+        return ...
+    if type(value) not in (list, tuple, dict):
+        return value
+    if depth > SHOWN_LENGTH:
+        return ...
+    most = SHOWN_LENGTH if depth < _SHOWN_LEVELS else 1
+    cut = [...] if len(value) > most else []
     if type(value) is dict:
-        return {key: _beginning(part) for key, part in islice(value.items(), most)}
-    return value
+        return {key: _beginning(part, depth + 1) for key, part in islice(value.items(), most)}
+    parts = [*(_beginning(part, depth + 1) for part in value[:most]), *cut]
+    return tuple(parts) if type(value) is tuple else parts
 
 
 def _end(number: float) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,8 @@ import numpy.typing as npt
 from expertlane.errors import UserError
 from expertlane.spec.ranges import shown, take, take_fields
 from expertlane.spec.structured import Structured
+
+MOST_LISTED = 2**20  # stop strings, or token ids in a list
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,6 @@ class SamplingParams:
         self._take_list("stop_token_ids", "whole numbers")
         self._take_list("shown_token_ids", "whole numbers")
         take_fields(self, "sampling: {}".format)
-        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
-            if not isinstance(getattr(self, name), bool):
-                raise _refusal(name, "is", getattr(self, name), "true or false")
         if not isinstance(self.structured, Structured | None):
             raise _refusal("structured", "is", self.structured, "Structured, or nothing")
         if self.min_tokens > self.max_tokens:
@@ -125,7 +125,10 @@ class SamplingParams:
         values = getattr(self, name)
         if isinstance(values, str | bytes) or not isinstance(values, Iterable):
             raise _refusal(name, "is", values, f"a list of {items}")
-        object.__setattr__(self, name, tuple(values))
+        taken = tuple(islice(values, MOST_LISTED + 1))
+        if len(taken) > MOST_LISTED:
+            raise UserError(f"sampling: {name} has more than {MOST_LISTED:,} {items}")
+        object.__setattr__(self, name, taken)
 
     def _take_bias(self) -> None:
         given = self.logit_bias

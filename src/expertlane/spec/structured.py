@@ -6,7 +6,7 @@ from typing import Any
 
 from expertlane.errors import UserError
 from expertlane.spec.files import parse_json, strict_json
-from expertlane.spec.ranges import shown
+from expertlane.spec.ranges import shown, take_flag
 
 KIB = 1024
 MOST_SCHEMA_CHARACTERS = 256 * KIB
@@ -54,6 +54,11 @@ class Structured:
             names = ", ".join(KINDS)
             raise UserError(f"structured: {len(given)} of {names} are given; give one")
         (kind,) = given
+        take_flag("is_of_schemas", self.is_of_schemas)
+        for name in ("lead", "may_lead", "prefix"):
+            text = getattr(self, name)
+            if not isinstance(text, str) and (text is not None or name == "prefix"):
+                raise UserError(f"{name} is {shown(text)}; it must be a text")
         value = getattr(self, kind)
         if kind == "json_schema":
             object.__setattr__(self, kind, _schema_text(value))

@@ -8,7 +8,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from expertlane.errors import SpecError
-from expertlane.spec.ranges import SHOWN_LENGTH
+from expertlane.spec.printable import printable
+from expertlane.spec.ranges import REFUSED, SHOWN_LENGTH
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -59,6 +60,9 @@ def build(kind: type[T], table: dict[str, Any], where: str = "") -> T:
             raise SpecError(f"{prefix}{', '.join(missing)} {verb} missing")
         case "json_invalid":
             raise SpecError(f"{prefix}it holds a string that is no Unicode text")
+        case refused if refused == REFUSED:
+            # The table's own class names itself.
+            raise SpecError(f"{prefix}{place}: {first['msg']}" if place else first["msg"])
     wanted = " or ".join(dict.fromkeys(map(_wanted, alike)))  # several where types are a union
     raise SpecError(f"{prefix}{place} is {shown_json(value)}; it must be {wanted}")
 
@@ -76,7 +80,7 @@ def _find(value: Any, keys: Iterable[int | str]) -> tuple[str, Any]:
     place = ""
     for key in keys:
         if isinstance(value, list) or (isinstance(value, dict) and key in value):
-            place, value = f"{place}.{key}", value[key]  # type: ignore[index]
+            place, value = f"{place}.{printable(str(key))}", value[key]  # type: ignore[index]
     return place.removeprefix("."), value
 
 

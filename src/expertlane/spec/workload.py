@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.ranges import MAX_TOKENS_OF_A_RUN, Strict, take, take_fields
+from expertlane.spec.ranges import MAX_TOKENS_OF_A_RUN, RANGES, Strict, take, take_fields
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,15 @@ class LengthRange:
 
     low: int
     high: int
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> "LengthRange | None":
+        """Read `32` or `4:8`, of a field's range; None where it is neither."""
+        ends = [RANGES[name].parse(part) for part in text.split(":")]
+        low, high = ends[0], ends[-1]
+        if low is None or high is None or len(ends) > 2 or low > high:
+            return None
+        return cls(int(low), int(high))
 
     def __str__(self) -> str:
         return f"{self.low}" if self.low == self.high else f"{self.low}:{self.high}"

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from expertlane.errors import UserError
 from expertlane.spec.files import CONFIG_BYTES, read_text
+from expertlane.spec.ranges import shown
 from expertlane.text.limited_process import LimitedProcess, Limits
 from expertlane.text.tokenizer import TOKENIZER_CONFIG, read_json, token_text
 
@@ -156,15 +157,15 @@ def _default(templates: Any, path: Path) -> str:
 
 def _check(i: int, message: Any) -> None:
     if not isinstance(message, Mapping):
-        raise UserError(f"message {i} is {message!r}; it must have a role and a content")
+        raise UserError(f"message {i} is {shown(message)}; it must have a role and a content")
     if not isinstance(message.get("role"), str):
         raise UserError(
-            f"message {i} has role {message.get('role')!r}; it must be a string such as 'user'"
+            f"message {i} has role {shown(message.get('role'))}; it must be a string such as 'user'"
         )
     if message.get("content") is None and message.get("tool_calls"):
         return
     if not isinstance(message.get("content"), str | list):
         raise UserError(
-            f"message {i} has content {message.get('content')!r}; it must be a string, or a list "
-            "of parts"
+            f"message {i} has content {shown(message.get('content'))}; it must be a string, or a "
+            "list of parts"
         )
