@@ -15,6 +15,8 @@ import errno
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+from expertlane.printable import printable
+
 
 class ExpertlaneError(Exception):
     """Base of all errors raised on purpose; its text is one line for the user."""
@@ -22,8 +24,6 @@ class ExpertlaneError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        from expertlane.spec.printable import printable
-
         return printable(super().__str__())  # it may quote a name with line ends
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from expertlane.spec.printable import printable, printable_json
+from expertlane.printable import printable, printable_json
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from expertlane.cli.model import FoundModel
 from expertlane.cli.options import EngineOptions
 from expertlane.cli.output import print_message, task_on_stderr
+from expertlane.printable import printable
 from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout
-from expertlane.spec.printable import printable
 
 if TYPE_CHECKING:
     from expertlane.engine.commands import RankMachine

@@ -135,7 +135,7 @@ def _raise(number: int, frame: "FrameType | None") -> "Never":
 def _report(error: "ExpertlaneError") -> int:
     """Print the error that ended the command; returns its exit code."""
     from expertlane.cli.streams import StandardOutputError
-    from expertlane.spec.printable import printable
+    from expertlane.printable import printable
 
     if isinstance(error, StandardOutputError) and error.is_reader_gone:
         return error.exit_code
@@ -147,7 +147,7 @@ def _report(error: "ExpertlaneError") -> int:
 def _print_error(error: object, code: int) -> int:
     from expertlane.cli.output import is_first_process
     from expertlane.errors import ExpertlaneError
-    from expertlane.spec.printable import printable
+    from expertlane.printable import printable
 
     # All processes of torchrun find the same mistake or get the same signal; the first prints.
     if is_first_process() or code == ExpertlaneError.exit_code:

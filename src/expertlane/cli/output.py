@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, TextIO
 
 from expertlane.cli.streams import may_be_lost
 from expertlane.errors import ExpertlaneError, UserError
+from expertlane.printable import printable, printable_json
 from expertlane.progress import Progress, Silent
 from expertlane.spec.files import strict_json
-from expertlane.spec.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from rich.console import Console

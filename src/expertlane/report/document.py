@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
+from expertlane.printable import printable
 from expertlane.report.numbers import NONE
 from expertlane.results.record import RUN, Source
-from expertlane.spec.printable import printable
 
 ColumnSource = Source | Literal["wall"] | None
 T = TypeVar("T")

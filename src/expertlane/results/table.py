@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from expertlane.errors import UserError
+from expertlane.printable import printable
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import DeploymentRecord
 from expertlane.results.results import Results
 from expertlane.spec.files import write_text, write_whole
-from expertlane.spec.printable import printable
 
 Format = Literal["csv", "parquet"]
 Cell = str | int | float | bool | None

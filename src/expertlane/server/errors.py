@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from expertlane.errors import UserError
-from expertlane.spec.printable import printable
+from expertlane.printable import printable
 
 JSON = "application/json"
 LATER = ("ended", "engine_dead")  # codes of errors that a journal outlives

@@ -9,9 +9,9 @@ from typing import Any, Literal, TextIO
 
 import msgspec
 
+from expertlane.printable import printable
 from expertlane.schedule.request import FinishReason, RequestOutput
 from expertlane.server.observed import Exchange, Generated
-from expertlane.spec.printable import printable
 
 # Asked for often, by probes, Prometheus and pages; written down only where they fail.
 _QUIET = frozenset({"/health", "/ping", "/metrics", "/load", "/live", "/scale"})

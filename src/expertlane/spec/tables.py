@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from expertlane.errors import SpecError
-from expertlane.spec.printable import printable
+from expertlane.printable import printable
 from expertlane.spec.ranges import REFUSED, SHOWN_LENGTH
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from xml.etree.ElementTree import Element, fromstring
 
 from markupsafe import Markup
 
+from expertlane.printable import printable
 from expertlane.report.charts.encoding import NARROW, NARROW_PX, Spec
-from expertlane.spec.printable import printable
 
 WIDE_PX, SMALL_PX = 560, 220  # the page shows the one that fits; NARROW_PX on a phone
 _FONT_PX, _NARROW_FONT_PX = 12, 11
