@@ -24,7 +24,7 @@ class ExpertlaneError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return printable(super().__str__())  # it may quote a name with line ends
+        return printable(super().__str__().replace("\n", " "))  # it may quote a name with line ends
 
 
 class UserError(ExpertlaneError):
