@@ -301,6 +301,29 @@ def test_a_request_that_kills_every_server_is_set_aside_and_no_other(journaled):
         assert post(server, LONG).status_code == 200
 
 
+def test_suspects_whose_clients_stay_away_keep_nobody_waiting(journaled):
+    first = journaled(is_held=True)
+    with ThreadPoolExecutor(3) as pool:
+        for name in ("one", "two", "three"):
+            pool.submit(cut, first, STREAM, 1, headers={"X-Request-Id": name})
+            assert wait_until(lambda name=name: name in running(first))
+        second = journaled(after=first.folder, is_held=True)
+        assert wait_until(lambda: running(second) == {"one", "two", "three"})
+        third = journaled(after=second.folder, is_held=True)
+        assert wait_until(lambda: running(third) == {"one"})
+        keeper = third.service.journal
+        for (_, name), kept in list(keeper.requests.items()):
+            if name != "one":  # as after reconnect_s
+                keeper._loop.call_soon_threadsafe(keeper._abandon, kept)
+        assert wait_until(lambda: keeper.num_abandoned == 2)
+        for server in (first, second, third):
+            server.gate.set()
+    assert post(third, LONG).status_code == 200
+    assert tokens_of(rest(third, "one").text) == expected([1, 2, 3], 50)
+    assert keeper.num_resumed == 1
+    assert {name for _, name in journaled(after=third.folder).service.journal.requests} == {"one"}
+
+
 def test_a_request_that_goes_on_from_server_to_server_is_never_tried_alone(journaled):
     server, _ = begun(journaled, num_events=3)
     for _ in range(5):

@@ -51,7 +51,7 @@ class JsonCounts:
 
 
 class BodyLimit:
-    """Refuses bodies that are too large, before they are in memory, or too slow."""
+    """Refuses bodies that are too large or too slow, before all of them is in memory."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -154,7 +154,8 @@ class BodyRoute(APIRoute):
 
         async def handle_model(request: Request) -> Response:
             body = await _read(request)
-            if len(body) <= _SMALL_BYTES or "json" not in request.headers.get("content-type", ""):
+            kind = request.headers.get("content-type", "").lower()
+            if len(body) <= _SMALL_BYTES or "json" not in kind:
                 return await handle(_ReadRequest(request, bytes(body)))
             async with request.app.state.one_body:  # of two, each takes its memory
                 made = await asyncio.to_thread(_made, model, body)

@@ -255,6 +255,8 @@ class JournalKeeper:
         Raises:
             ApiError: those that go on take too much.
         """
+        if self._num_begun_bytes <= _MOST_BYTES:
+            return
         for kept in list(self._finished):
             if self._num_begun_bytes > _MOST_BYTES and not kept.num_readings:
                 self.forget(kept)
@@ -350,18 +352,18 @@ class JournalKeeper:
         suspects = [kept for kept in unfinished if _num_deaths(kept) >= _DEATHS]
         suspects.sort(key=_num_deaths, reverse=True)
         for place, kept in enumerate(suspects):
-            await self._resume(kept, is_alone=all(each.is_over for each in suspects[:place]))
-            while not (kept.has_brought_more or kept.is_over):
+            await self._resume(kept, is_alone=all(each.is_finished for each in suspects[:place]))
+            while not (kept.has_brought_more or kept.is_finished):
                 await asyncio.sleep(_LOOK_S)
             until_s = self._loop.time() + _ALONE_S
-            while not kept.is_over and self._loop.time() < until_s:
+            while not kept.is_finished and self._loop.time() < until_s:
                 await asyncio.sleep(_LOOK_S)
         self._are_tried.set()
         others = [kept for kept in unfinished if kept not in suspects]
         await asyncio.gather(*map(self._resume, others))  # they begin in this order
 
     async def _resume(self, kept: KeptRequest, is_alone: bool = False) -> None:
-        if kept.is_over:  # meanwhile
+        if kept.is_finished:  # meanwhile: it is over, or its client has given up
             return
         kept.suspected = Suspected(kept.begun.number, _num_deaths(kept), True, is_alone)
         self._append(kept.suspected)
