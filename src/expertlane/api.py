@@ -16,7 +16,7 @@ from expertlane.cli import plan as plan_command
 from expertlane.cli import simulate as simulate_command
 from expertlane.cli.diff import THRESHOLD_PERCENT
 from expertlane.cli.option_groups import call_with
-from expertlane.cli.output import Call, Found, making_sense, write_beside
+from expertlane.cli.output import Call, Found, write_beside
 from expertlane.cli.python_options import PythonFunction, PythonOptions
 from expertlane.errors import UserError
 from expertlane.report.sections import report_of
@@ -96,6 +96,4 @@ def diff(
         letter if isinstance(each, Schema) else str(each)
         for letter, each in zip("AB", given, strict=True)
     ]
-    with making_sense(f"the difference from {names[0]} to {names[1]}"):
-        found = difference(results[0], results[1], (names[0], names[1]), share, strict)
-    return Difference.of(found)
+    return Difference.of(difference(results[0], results[1], (names[0], names[1]), share, strict))

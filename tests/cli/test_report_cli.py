@@ -75,7 +75,7 @@ DAMAGED = {
         ('"stage": [2, 4, 5, 8]', '"stage": [2, 4, 5, 99]'),
         "row stage",
     ),
-    "no moment": (('"created": "20', '"created": "yesterday 20'), "shown"),
+    "no moment": (('"created": "20', '"created": "yesterday 20'), "created yesterday ISO 8601"),
 }
 
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from expertlane.report.notebook import answer_html, answer_text
 from expertlane.report.sections import report_of
 from expertlane.results.file import to_json
 from expertlane.results.table import csv_text, rows_of
+from expertlane.spec.files import strict_json
 from fuzz import seeds
 from fuzz.mutations import changed_file, every_change
 from fuzz.test_commands import SETTINGS
@@ -59,6 +61,7 @@ def _complaint(path: Path, right: expertlane.Results, *, draws: bool) -> str | N
             found = expertlane.diff(*pair)
             assert found.answer
             assert [change.row() for change in found.changes]
+            assert strict_json(asdict(found))
         except UserError as error:  # they may have nothing in common
             if not _is_a_line(error, ""):
                 return f"not one line: {error!r}"
@@ -102,16 +105,18 @@ def test_many_damaged_results_are_refused_or_shown(kind: str, tmp_path: Path):
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_results_with_several_mistakes_are_refused_or_shown(tmp_path: Path):
-    documents = _documents()
-    path, right, found = tmp_path / "results.json", tmp_path / "right.json", []
+    path, found = tmp_path / "results.json", []
+    documents, right = _documents(), {}
+    for kind, document in documents.items():
+        path.write_text(json.dumps(document))
+        right[kind] = expertlane.load_results(path)
 
     @settings(SETTINGS, max_examples=600)
     @given(data=st.data())
     def change(data: st.DataObject) -> None:
-        document = documents[data.draw(st.sampled_from(sorted(documents)))]
-        right.write_text(json.dumps(document))
-        path.write_bytes(changed_file(data.draw, document, as_toml=False))
-        if problem := _complaint(path, expertlane.load_results(right), draws=False):
+        kind = data.draw(st.sampled_from(sorted(documents)))
+        path.write_bytes(changed_file(data.draw, documents[kind], as_toml=False))
+        if problem := _complaint(path, right[kind], draws=False):
             found.append(problem)
 
     change()
@@ -140,7 +145,7 @@ def test_what_is_no_file_of_results_is_refused(make: Callable[[Path], None], tmp
     assert _is_a_line(caught.value, str(path))
 
 
-@pytest.mark.parametrize("name", ["a\nb", "nul\0", "x" * 5000, "a\x1b[31m"])
+@pytest.mark.parametrize("name", ["a\nb", "a\r\u2028b", "nul\0", "x" * 5000, "a\x1b[31m"])
 def test_a_name_that_no_file_has(name: str):
     with pytest.raises(UserError) as caught:
         expertlane.load_results(name)
@@ -154,6 +159,7 @@ def test_the_place_of_a_mistake_is_named(tmp_path: Path):
         "question: workload.output_len is missing": lambda: question["workload"].pop("output_len"),
         "deployments.0: serving is ": lambda: record.update(serving=[]),
         "deployments.0.layout": lambda: record["layout"].update(ep=3),
+        "created is ": lambda: changed.update(created="yesterday"),
         "deployments.0.steps.0.num_steps": lambda: record["steps"][0].update(num_steps=0),
         "deployments.0.serving.0.output_tps": lambda: tps.update(low=tps["value"] * 2, high=None),
     }

@@ -95,14 +95,13 @@ def diff(
     names = str(first), str(second)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     results = read(first), read(second)
-    with output.making_sense(f"the difference from {first} to {second}"):
-        found = difference(*results, names, own.threshold / 100, own.strict)
-        report = report_of_difference(found, output.command_line(), created)
-        plain = asdict(found) | {
-            "num_regressions": len(found.regressions),
-            "num_not_trustworthy": len(found.untrusted),
-        }
-        as_json = strict_json(plain, indent=2, ensure_ascii=False) + "\n"
+    found = difference(*results, names, own.threshold / 100, own.strict)
+    report = report_of_difference(found, output.command_line(), created)
+    plain = asdict(found) | {
+        "num_regressions": len(found.regressions),
+        "num_not_trustworthy": len(found.untrusted),
+    }
+    as_json = strict_json(plain, indent=2, ensure_ascii=False) + "\n"
     output.print_report(report, output_options, None, lambda: as_json)
     if folder is not None:
         texts = {"diff.json": as_json, "diff.md": markdown.render(report)}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from expertlane.cli.streams import may_be_lost
-from expertlane.errors import ExpertlaneError, UserError
+from expertlane.errors import UserError
 from expertlane.printable import printable, printable_json
 from expertlane.progress import Progress, Silent
 from expertlane.spec.files import strict_json
@@ -288,21 +288,3 @@ def write_beside(found: Found, report: "Report", export: "Format | None") -> lis
     if export is not None:
         written.append(write_table(rows_of(found.results), found.folder / TABLE, export))
     return [*written, *found.also()]
-
-
-@contextmanager
-def making_sense(of: object) -> Iterator[None]:
-    """Refuse numbers of a file that is well-formed and yet makes no sense.
-
-    Raises:
-        UserError: whatever else was raised.
-    """
-    try:
-        yield
-    except ExpertlaneError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{of} cannot be shown: its numbers do not fit together ({reason})"
-        ) from error

@@ -11,7 +11,6 @@ from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.output import (
     Found,
     check_folder,
-    making_sense,
     print_report,
     print_written,
     write_beside,
@@ -56,8 +55,7 @@ def report(
     kept = read_results(results)
     folder = output_options.out or (results if results.is_dir() else results.parent)
     check_folder(folder)
-    with making_sense(results):
-        made = report_of(kept)
-        written = write_beside(Found(kept, folder), made, output_options.export)
+    made = report_of(kept)
+    written = write_beside(Found(kept, folder), made, output_options.export)
     print_report(made, output_options, folder / "report.html", partial(to_json, kept))
     print_written(written)

@@ -12,7 +12,7 @@ from expertlane.errors import UserError, naming
 from expertlane.results.record import BEST, EXPERIMENT, PARETO, DeploymentRecord
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase
-from expertlane.spec.ranges import Strict, Valid, take_fields
+from expertlane.spec.ranges import Strict, Valid, shown, take_fields
 from expertlane.spec.tables import build
 from expertlane.spec.workload import LengthRange
 
@@ -123,6 +123,30 @@ _KINDS: dict[str, type[_Question]] = {
     "simulation": _OfSimulation,
     "bench": _OfBench,
 }
+
+
+# Beyond, ratios and products of a few numbers would not be finite.
+_LEAST, _MOST = 1e-60, 1e30
+
+
+def check_numbers(data: Any) -> None:
+    """Refuse a number of a file that is too large or too small to calculate with.
+
+    Raises:
+        UserError: there is one; one line that names its place.
+    """
+    waiting = [("", data)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{place}.{key}", each) for key, each in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{place}.{number}", each) for number, each in enumerate(value)]
+        elif isinstance(value, int | float) and value and not _LEAST <= abs(value) <= _MOST:
+            raise UserError(
+                f"{place[1:]} is {shown(value)}; numbers must be 0, or from {_LEAST:g} to "
+                f"{_MOST:g} in size"
+            )
 
 
 def check(results: Results) -> None:

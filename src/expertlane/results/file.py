@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from expertlane.errors import UserError, naming
-from expertlane.results.checks import check
+from expertlane.results.checks import check, check_numbers
 from expertlane.results.results import SCHEMA_VERSION, Kind, Results
 from expertlane.spec.files import RESULTS_BYTES, is_folder, read_json, strict_json, write_text
 from expertlane.spec.ranges import shown
@@ -46,6 +46,7 @@ def read(path: Path, kind: Kind | None = None) -> Results:
     path = path / FILE_NAME if is_folder(path) else path
     data = _load(path)
     with naming(path):
+        check_numbers(data)
         results = build(Results, data)
         check(results)
     if kind not in (None, results.kind):

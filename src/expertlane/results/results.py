@@ -5,7 +5,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -23,13 +23,24 @@ from expertlane.results.record import (
     TieBreak,
 )
 from expertlane.spec.files import strict_json
-from expertlane.spec.ranges import Strict
+from expertlane.spec.ranges import Strict, Valid
 from expertlane.version import __version__
 
 SCHEMA_VERSION = 8
 FOREIGN_LOAD = 0.05  # of the cores; less is noise
 
 Kind = Literal["comparison", "simulation", "plan", "bench"]
+
+
+def _is_moment(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
+_Moment = Annotated[str, Valid(_is_moment, "a date and time in ISO 8601")]
 NoPools = Literal["no split", "too large", "over limits", "not simulated"]
 
 
@@ -162,7 +173,7 @@ class Results(Strict):
     schema_version: int = field(default=SCHEMA_VERSION, kw_only=True)
     kind: Kind
     command: str
-    created: str
+    created: _Moment
     versions: Versions
     question: dict[str, Any]
     deployments: tuple[DeploymentRecord, ...]
