@@ -80,8 +80,9 @@ def test_the_figures_of_before_stand_beside(scripts):
     assert found["ep16"] == {"true_s": pytest.approx(0.1942, abs=1e-4)}  # measured, not judged
     row = {"case": "ep16", "bound": "compute", "layout": "dp=16,ep=16", "spread": 0.02}
     row |= {"true_s": 0.2, "virtual_s": 0.18, "error": -0.1}
+    row |= {"cpu_ratio": 1.2, "error_with_same_cpu": -0.03}
     cells = [next(iter(column.cells)) for column in scripts.judge.table_of([row], found).columns]
-    assert cells[3:] == ["200.0", "2.0%", "180.0", "-10.0%", "194.2", "—", "—"]
+    assert cells[2:] == ["200.0", "2.0%", "180.0", "-10.0%", "× 1.20", "-3.0%", "194.2", "—", "—"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks are named on Linux alone")

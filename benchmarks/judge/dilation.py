@@ -5,6 +5,10 @@ A rank's threads are in a cgroup of its own, whose CPU time the kernel limits to
 period 1 ms / q: what a rank computes takes 1/q as long. A rank that has waited finds a whole quota
 unused, so of what follows a wait, up to 1 ms runs undilated; hence pieces of work between two waits
 should be much longer than that.
+
+A core that is mostly idle may also do less in a second of CPU time: its caches are cold, and the
+host of a virtual machine takes it away. Then the same work takes more CPU time than without a
+limit, and more than 1/q as long. `check` tells how much a second of CPU time is worth.
 """
 
 import contextlib
@@ -18,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import network
+import numpy as np
 from network import NAME, JudgeError, end_with_parent
 
 CONTROLLER = Path("/sys/fs/cgroup/cpu")
@@ -125,7 +130,21 @@ def check(share: float) -> list[dict[str, float]]:
     """How long a purely computing process takes under a share, against 1/share of its CPU time.
 
     `ratio` is 1 where dilation is exact; of work without a break, and of work after a wait.
+    `speed` is the work done in a second of CPU time, over that of a process without a limit.
     """
+    rates = [rate for *_, rate in _checked(1.0)]
+    alone = statistics.median(rates)
+    rows = []
+    for work_s, wait_s, walls, rate in _checked(share):
+        ratios = [wall * share / work_s for wall in walls]
+        mean, spread = statistics.mean(ratios), statistics.stdev(ratios)
+        rows.append({"share": share, "work_s": work_s, "wait_s": wait_s})
+        rows[-1] |= {"ratio": mean, "spread": spread, "speed": rate / alone}
+    return rows
+
+
+def _checked(share: float) -> list[tuple[float, float, list[float], float]]:
+    """Each piece of work, the wait after it, seconds that it took, and products a CPU second."""
     dilation = Dilation(1)
     dilation.make()
     process = subprocess.Popen(
@@ -134,6 +153,7 @@ def check(share: float) -> list[dict[str, float]]:
         text=True,
         preexec_fn=join,
         start_new_session=True,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
     )
     dilation.place([process.pid])
     dilation.begin(share)
@@ -142,31 +162,34 @@ def check(share: float) -> list[dict[str, float]]:
     except subprocess.TimeoutExpired:
         raise JudgeError(f"a process with {share:g} of a core took over {CHECK_S:g} s") from None
     dilation.end()
-    rows = []
+    found = []
     for line in out.splitlines():
-        work_s, wait_s, *walls = map(float, line.split())
-        ratios = [wall * share / work_s for wall in walls]
-        mean, spread = statistics.mean(ratios), statistics.stdev(ratios)
-        rows.append({"share": share, "work_s": work_s, "wait_s": wait_s})
-        rows[-1] |= {"ratio": mean, "spread": spread}
-    return rows
+        work_s, wait_s, rate, *walls = map(float, line.split())
+        found.append((work_s, wait_s, walls, rate))
+    return found
 
 
-def _wall_s(work_s: float) -> float:
+def _work(work_s: float) -> tuple[float, int]:
+    """Multiply matrices for so much CPU time; gives seconds and the number of products."""
+    rows, weights = np.ones((16, 128), np.float32), np.ones((128, 128), np.float32)
     began, until = time.perf_counter(), time.thread_time() + work_s
+    num_products = 0
     while time.thread_time() < until:
-        pass
-    return time.perf_counter() - began
+        rows @ weights
+        num_products += 1
+    return time.perf_counter() - began, num_products
 
 
 def _measure(cases: Sequence[tuple[float, float]]) -> None:
     time.sleep(0.3)  # until it is placed
     for work_s, wait_s in cases:
-        walls = []
+        walls, num_products = [], 0
         for _ in range(CHECKED_TIMES):
-            walls.append(_wall_s(work_s))
+            wall_s, num = _work(work_s)
+            walls.append(wall_s)
+            num_products += num
             time.sleep(wait_s)
-        print(work_s, wait_s, *walls)
+        print(work_s, wait_s, num_products / (CHECKED_TIMES * work_s), *walls)
 
 
 if __name__ == "__main__":

@@ -296,11 +296,13 @@ def exchange_over_law(row: dict[str, Any], links: list[dict[str, Any]]) -> float
 
 def show(console: Console, truth: dict[str, Any]) -> None:
     """Print tables of what `measure` found."""
-    table = Table("share of a core", "work ms", "after a wait of ms", "wall × share / work")
+    names = ["share of a core", "work ms", "after a wait of ms", "wall × share / work"]
+    table = Table(*names, "work a CPU second")
     for row in truth["dilation"]:
         milliseconds = f"{1e3 * row['work_s']:.0f}", f"{1e3 * row['wait_s']:.0f}"
         ratio = f"{row['ratio']:.3f} ± {row['spread']:.3f}"
-        table.add_row(f"1/{1 / row['share']:.0f}", *milliseconds, ratio)
+        speed = f"{row['speed']:.2f}" if "speed" in row else "—"
+        table.add_row(f"1/{1 / row['share']:.0f}", *milliseconds, ratio, speed)
     console.print(table)
     table = Table("link", "share", "MB/s set", "ping-pong", "latency ms set", "ping-pong")
     for row in truth["links"]:
