@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -59,10 +61,13 @@ def start(folder, command):
     )
 
 
-def run(folder, *commands):
+def run(folder, *commands, apart_s=0.0):
     """Run commands in `folder` side by side; gives exit code, stdout and stderr of each."""
     (folder / "four.toml").write_text(EXPERIMENT)
-    started = [start(folder, command) for command in commands]
+    started = []
+    for command in commands:
+        time.sleep(apart_s if started else 0)
+        started.append(start(folder, command))
     outputs = [each.communicate(timeout=240) for each in started]
     return [(each.returncode, *output) for each, output in zip(started, outputs, strict=True)]
 
@@ -114,6 +119,34 @@ def test_one_process_speaks_and_results_are_those_of_local_ranks(
             assert sent_bytes(step) == sent_bytes(other_step)
             assert sent_bytes(step)["payload"] > 0
     assert theirs[0]["tokens_sha256"] == theirs[1]["tokens_sha256"]
+
+
+LATE = """
+import json, os, runpy, sys, time
+if __name__ == "__main__":
+    time.sleep(json.loads(sys.argv.pop(1))[int(os.environ["RANK"])])
+    runpy.run_module("expertlane", run_name="__main__")
+"""
+
+
+@pytest.mark.smoke(1)
+@pytest.mark.parametrize("seed", range(50))
+def test_processes_that_come_late(local, tmp_path, seed):
+    draw = random.Random(seed)
+    num_nodes, num_processes = draw.choice([(1, 4), (2, 1), (2, 2)])
+    late = draw.sample(range(num_nodes * num_processes), draw.randrange(1, 3))
+    waits_s = [
+        draw.uniform(0, 6) if rank in late else 0 for rank in range(num_nodes * num_processes)
+    ]
+    (tmp_path / "late.py").write_text(LATE)
+    command = ["late.py", json.dumps(waits_s), *COMMAND[2:]]
+    nodes = [[*node, *command] for node in torchrun(num_nodes, num_processes)]
+    draw.shuffle(nodes)  # which one starts first
+    results = run(tmp_path, *nodes, apart_s=draw.choice([0, draw.uniform(0, 4)]))
+    assert [code for code, _, _ in results] == [0] * num_nodes, results
+    (out,) = (out for _, out, _ in results if out)
+    for one, other in zip(json.loads(out)["deployments"], local["deployments"], strict=True):
+        assert one["tokens_sha256"] == other["tokens_sha256"]
 
 
 def test_too_few_processes(tmp_path):

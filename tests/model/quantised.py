@@ -50,8 +50,9 @@ def fp8_meaning(weight: Tensor, scales: Tensor, block_size: tuple[int, int]) -> 
     return weight.float() * of_value[: weight.shape[0], : weight.shape[1]]
 
 
-COMPRESSED = {
-    # format, strategy, what its arguments add, rows and columns that share a scale
+# Format, strategy, what its arguments add, rows and columns that share a scale.
+Scheme = tuple[str, str, dict[str, Any], tuple[int | None, int | None]]
+COMPRESSED: dict[str, Scheme] = {
     "int8 by channel": ("int-quantized", "channel", {}, (1, None)),
     "int8 by group": ("int-quantized", "group", {"group_size": 12}, (1, 12)),
     "packed by channel": ("pack-quantized", "channel", {"actorder": None}, (1, None)),
@@ -62,9 +63,9 @@ COMPRESSED = {
 }
 
 
-def save_compressed(source: Path, quantised: Path, plain: Path, kind: str) -> None:
+def save_compressed(source: Path, quantised: Path, plain: Path, scheme: Scheme) -> None:
     """As compressed-tensors has it: all matrices of the layers but routers."""
-    fmt, strategy, more, block = COMPRESSED[kind]
+    fmt, strategy, more, block = scheme
     stored, meant = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
         if ".layers." not in name or not name.endswith("_proj.weight") or tensor.dim() != 2:

@@ -167,7 +167,7 @@ def test_block_scaled_fp8(checkpoints, tmp_path):
 @pytest.mark.parametrize("kind", COMPRESSED)
 def test_compressed_tensors(checkpoints, tmp_path, kind):
     source = checkpoints.folder("deepseek_v3")
-    save_compressed(source, tmp_path / "narrow", tmp_path / "plain", kind)
+    save_compressed(source, tmp_path / "narrow", tmp_path / "plain", COMPRESSED[kind])
     narrow, plain = Checkpoint(tmp_path / "narrow"), Checkpoint(tmp_path / "plain")
     assert narrow.check() == []
     _assert_slices_of_meaning(narrow, plain)
@@ -182,7 +182,7 @@ def test_compressed_tensors(checkpoints, tmp_path, kind):
 def test_activations_that_would_be_rounded_are_not(checkpoints, tmp_path):
     """Scales of static ones are there, and not needed."""
     source = checkpoints.folder("mixtral")
-    save_compressed(source, tmp_path / "narrow", tmp_path / "plain", "float8 by tensor")
+    save_compressed(source, tmp_path / "narrow", tmp_path / "plain", COMPRESSED["float8 by tensor"])
     path = tmp_path / "narrow" / "model.safetensors"
     more = {f"{_LAYER}.self_attn.o_proj.input_scale": torch.ones(1)}
     save_file(load_file(path) | more, path)
@@ -198,7 +198,7 @@ def test_activations_that_would_be_rounded_are_not(checkpoints, tmp_path):
 )
 def test_compressed_tensors_that_do_not_fit(checkpoints, tmp_path, changed, message):
     source = checkpoints.folder("mixtral")
-    save_compressed(source, tmp_path / "narrow", tmp_path / "plain", "packed by group")
+    save_compressed(source, tmp_path / "narrow", tmp_path / "plain", COMPRESSED["packed by group"])
     path, name = tmp_path / "narrow" / "model.safetensors", f"{_LAYER}.self_attn.o_proj"
     stored = load_file(path)
     if changed == "weight_scale":

@@ -19,7 +19,7 @@ from distributed.running import Run, deployment, run_deployment
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.workload import Workload
 from model.families import load_model, save_checkpoint
-from model.quantised import save_compressed, save_fp8
+from model.quantised import COMPRESSED, save_compressed, save_fp8
 from parity.reference import ReferenceRun, rounded_to_float8
 
 WORKLOAD = Workload(num_sequences=2, prompt_len=1, output_len=2, seed=7)
@@ -141,7 +141,7 @@ def case_of(family: str, root: Path) -> Case:
     if family == "deepseek_v3":
         save_fp8(source, stored, plain, (128, 128))
     else:
-        save_compressed(source, stored, plain, "float8 by channel")
+        save_compressed(source, stored, plain, COMPRESSED["float8 by channel"])
     prompts = WORKLOAD.prompt_token_ids(read_model(stored, family).vocab_size)
     exact = generate(plain, prompts, WORKLOAD.output_len, nullcontext())
     mode = RoundedInputs(load_model(plain), stored)

@@ -4,15 +4,18 @@ transformers runs the plain checkpoint of the rounded numbers.
 """
 
 import json
+import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from expertlane.model.checkpoint import Checkpoint
-from model.quantised import save_fp8
+from model.families import save_checkpoint
+from model.quantised import Scheme, save_compressed, save_fp8, save_mxfp4
 from parity.against_transformers import check_against_transformers
 from parity.reference import rounded_to_int8
 
@@ -59,3 +62,101 @@ def test_int8(pools, checkpoints, tmp_path, family: str) -> None:
     model = Checkpoint(source).model
     how = {"plain": plain, "weights": "int8"}
     check_against_transformers(pools, source, model, "tp=2,ep=2", NUM_STEPS, **how)
+
+
+# Names of a family's fields for the width of its experts and their number.
+_SIZES = {
+    "mixtral": ("intermediate_size", "num_local_experts"),
+    "qwen3_moe": ("moe_intermediate_size", "num_experts"),
+    "qwen2_moe": ("moe_intermediate_size", "num_experts"),
+    "glm4_moe": ("moe_intermediate_size", "n_routed_experts"),
+    "dots1": ("moe_intermediate_size", "n_routed_experts"),
+    "minimax_m2": ("intermediate_size", "num_local_experts"),
+    "deepseek_v3": ("moe_intermediate_size", "n_routed_experts"),
+}
+_LAYOUTS = ("tp=1", "tp=2", "tp=2,ep=2", "dp=2,ep=2", "pp=2", "dp=2,tp=2,ep=4")
+
+
+def _drawn_family(draw: random.Random, folder: Path) -> tuple[Path, str]:
+    """A checkpoint whose sizes are multiples of little, and a layout that they allow."""
+    family, layout = draw.choice([*_SIZES]), draw.choice(_LAYOUTS)
+    width, num_experts = _SIZES[family]
+    sizes: dict[str, Any] = {
+        "hidden_size": 2 * draw.randrange(17, 60),
+        width: 4 * draw.randrange(3, 20) if "tp" in layout else draw.randrange(9, 80),
+        num_experts: 4 * draw.randrange(1, 4) if family != "deepseek_v3" else 8,
+        "num_experts_per_tok": draw.randrange(1, 4),
+    }
+    if family not in ("deepseek_v3",):
+        sizes["head_dim"] = 4 * draw.randrange(2, 7)
+    if family == "qwen2_moe":  # has no field for it
+        del sizes["head_dim"]
+        sizes["hidden_size"] = 16 * draw.randrange(2, 7)
+        sizes["shared_expert_intermediate_size"] = 4 * draw.randrange(3, 20)
+    return save_checkpoint(family, folder, draw.randrange(1000), **sizes), layout
+
+
+def _drawn_scheme(draw: random.Random) -> Scheme:
+    block = draw.randrange(1, 40), draw.randrange(1, 40)
+    group = draw.randrange(1, 40)
+    return draw.choice(
+        [
+            ("int-quantized", "channel", {}, (1, None)),
+            ("int-quantized", "group", {"group_size": group}, (1, group)),
+            ("pack-quantized", "channel", {"actorder": None}, (1, None)),
+            ("pack-quantized", "group", {"group_size": group}, (1, group)),
+            ("float-quantized", "tensor", {}, (None, None)),
+            ("float-quantized", "channel", {}, (1, None)),
+            ("float-quantized", "block", {"block_structure": list(block)}, block),
+        ]
+    )
+
+
+def _check_drawn(pools, folder: Path, plain: Path, layout: str) -> None:
+    model = Checkpoint(folder).model
+    check_against_transformers(pools, folder, model, layout, 3, plain=plain)
+
+
+_DRAWS = range(60)
+
+
+@pytest.mark.smoke(1)
+@pytest.mark.parametrize("seed", _DRAWS)
+def test_float8_in_blocks_of_odd_sizes(pools, tmp_path, seed: int) -> None:
+    draw = random.Random(f"float8 {seed}")
+    source, layout = _drawn_family(draw, tmp_path / "source")
+    stored, plain = tmp_path / "stored", tmp_path / "plain"
+    save_fp8(source, stored, plain, (draw.randrange(1, 40), draw.randrange(1, 40)))
+    _check_drawn(pools, stored, plain, layout)
+
+
+@pytest.mark.smoke(1)
+@pytest.mark.parametrize("seed", _DRAWS)
+def test_compressed_tensors_of_odd_sizes(pools, tmp_path, seed: int) -> None:
+    draw = random.Random(f"compressed {seed}")
+    source, layout = _drawn_family(draw, tmp_path / "source")
+    stored, plain = tmp_path / "stored", tmp_path / "plain"
+    save_compressed(source, stored, plain, _drawn_scheme(draw))
+    _check_drawn(pools, stored, plain, layout)
+
+
+@pytest.mark.smoke(1)
+@pytest.mark.parametrize("seed", _DRAWS)
+def test_mxfp4_of_odd_sizes(pools, tmp_path, seed: int) -> None:
+    """Blocks have 32 values; experts are cut where layouts cut them, so in blocks too."""
+    draw = random.Random(f"mxfp4 {seed}")
+    layout = draw.choice(_LAYOUTS)
+    source = save_checkpoint(
+        "gpt_oss",
+        tmp_path / "source",
+        draw.randrange(1000),
+        hidden_size=32 * draw.randrange(1, 6),
+        intermediate_size=32 * draw.randrange(1, 6),
+        num_local_experts=4 * draw.randrange(1, 4),
+        num_experts_per_tok=draw.randrange(1, 4),
+        head_dim=4 * draw.randrange(2, 7),
+        sliding_window=draw.randrange(1, 24),
+    )
+    stored, plain = tmp_path / "stored", tmp_path / "plain"
+    save_mxfp4(source, stored, plain)
+    _check_drawn(pools, stored, plain, layout)

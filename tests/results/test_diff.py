@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import example_pages
 import example_results
@@ -67,6 +69,64 @@ def test_a_deployment_that_got_slower_beyond_its_noise_is_a_regression():
     assert changed[1].ratio is not None
     assert changed[1].ratio.bounds == pytest.approx((0.8 * 0.99 / 1.01, 0.8, 0.8 * 1.01 / 0.99))
     assert not diff(measured(0.4, 0.125, runs=0.01), measured(0.4, 0.1, runs=0.01)).regressions
+
+
+_TURNED = {"faster": "slower", "slower": "faster", "only in A": "only in B"}
+_TURNED |= {after: before for before, after in _TURNED.items()}
+
+
+@st.composite
+def _drawn_results(draw: st.DrawFn) -> Results:
+    """Of one command: measured with repetitions, simulated, or planned; times in steps of 1 %."""
+    size = st.integers(50, 150).map(lambda percent: percent / 100)
+    kind = draw(st.sampled_from(["measured", "served", "plan"]))
+    if kind == "served":
+        values = draw(st.lists(size, min_size=1, max_size=1))
+        bounds = [draw(st.sampled_from([(None, None), (0.9, 1.1), (0.5, 1.2)])) for _ in values]
+        return served(
+            *(
+                Estimate(each, *(None if bound is None else each * bound for bound in ends))
+                for each, ends in zip(values, bounds, strict=True)
+            )
+        )
+    if kind == "plan":
+        records = draw(st.lists(st.sampled_from(PLAN.deployments), min_size=1, unique_by=id))
+        return replace(PLAN, deployments=tuple(records))
+    runs = draw(st.sampled_from([None, 0.001, 0.05, 0.2]))
+    found = measured(draw(size), draw(size), runs=runs, num_runs=draw(st.integers(2, 9)))
+    some = draw(st.sampled_from([slice(None), slice(1), slice(1, 2)]))
+    return replace(found, deployments=found.deployments[some])
+
+
+@settings(derandomize=True, deadline=None, max_examples=300, database=None)
+@given(_drawn_results(), _drawn_results(), st.sampled_from([0.0, 0.05, 0.3]), st.booleans())
+def test_turned_round_it_is_the_same_the_other_way(first, second, threshold, strict):
+    try:
+        there = diff(first, second, threshold, strict)
+    except UserError:
+        with pytest.raises(UserError):
+            diff(second, first, threshold, strict)
+        return
+    back = diff(second, first, threshold, strict)
+    assert (back.leading, back.is_busy) == (there.leading, there.is_busy)
+    assert [(n, b, a) for n, a, b in back.settings] == [*there.settings]
+
+    def of(change):
+        return " → ".join(sorted(change.deployment.split(" → "))), change.where, change.metric
+
+    for changes, others in ((there.changes, back.changes), (there.others, back.others)):
+        for one, other in zip(sorted(changes, key=of), sorted(others, key=of), strict=True):
+            assert of(one) == of(other)
+            assert (one.before, one.after) == (other.after, other.before)
+            assert one.verdict == _TURNED.get(other.verdict, other.verdict)
+            assert one.is_noise_known == other.is_noise_known
+            assert (one.gain is None) == (other.gain is None)
+            if one.ratio is None or other.ratio is None:
+                assert one.ratio is other.ratio
+                continue
+            low, value, high = one.ratio.bounds
+            assert other.ratio.bounds == pytest.approx((1 / high, 1 / value, 1 / low))
+            assert not (one.is_worse(threshold) and other.is_worse(threshold))
 
 
 def test_a_change_within_the_noise_is_not_significant():

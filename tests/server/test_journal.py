@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -165,6 +167,31 @@ def test_without_a_name_a_closed_connection_ends_it(journaled):
     connection.close()
     assert len(name) == 32
     assert len(events_of(rest(after, name).text)) == 51
+
+
+@pytest.mark.smoke(2)
+@pytest.mark.parametrize("seed", range(60))
+def test_a_clock_that_is_set_back_and_forth(journaled, monkeypatch, seed):
+    """By up to a month, between any two looks; a resumed request alone has a date to go by."""
+    draw, real = random.Random(seed), time.time
+    monkeypatch.setattr(time, "time", lambda: real() + draw.uniform(-3e6, 3e6))
+    server, came = begun(journaled, num_events=draw.randrange(1, 9), request_timeout_s=60)
+    with ThreadPoolExecutor(2) as pool:
+        limited = [pool.submit(post, server, LONG | {"timeout_s": 50}) for _ in range(2)]
+        other = pool.submit(post, server, STREAM, **{"X-Request-Id": "other"})
+        assert wait_until(lambda: server.service.num_open >= 2)
+        shutil.copytree(server.folder, server.folder.with_name("left"))
+        server.gate.set()
+        assert [each.result().status_code for each in limited] == [200, 200]
+        assert tokens_of(other.result().text) == expected([1, 2, 3], 50)
+    assert tokens_of(rest(server, "mine").text) == expected([1, 2, 3], 50)
+    assert httpx.get(f"{server.url}/metrics").status_code == 200
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    after = journaled(after=server.folder.with_name("left"))
+    last = len(events_of(came)) if came.endswith("\n\n") else 0
+    headers = {"Last-Event-ID": f"mine:{last}"} if last else {}
+    more = post(after, STREAM, **NAMED, **headers).text
+    assert tokens_of((came if last else "") + more) == expected([1, 2, 3], 50)
 
 
 def test_who_does_not_come_back(journaled):

@@ -478,8 +478,8 @@ def test_rope_scalings():
         ),
         (
             MIXTRAL,
-            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "rope_type dynamic llama3",
+            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+            "rope_type longrope dynamic llama3",
         ),
         (MIXTRAL, {"rope_scaling": {"type": "linear"}}, "factor missing"),
         (

@@ -22,7 +22,7 @@ MOST_KEYS = 2**16  # in a body, of all its objects
 BODY_S = 30.0  # for a body to come, and what it takes at the least rate besides
 LEAST_BYTES_PER_S = 10_000
 _SMALL_BYTES = 16 * 2**10  # becomes objects in less than a millisecond
-_LARGE_BYTES = 2**20  # the standard library's parser would hold the interpreter for too long
+_LARGE_BYTES = 256 * 2**10  # the standard library's parser would hold the interpreter for too long
 
 
 class JsonCounts:

@@ -35,7 +35,7 @@ def rotary(fields: ConfigReader, share: float | None = None) -> dict[str, Any]:
     theta = rope.optional(float, "rope_theta")
     theta = fields.get(float, "rope_theta") if theta is None else theta
     kind = rope.get(str, "rope_type", "type", default="default")
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # dynamic: other ones beyond max_position_embeddings alone
         return {"rope_theta": theta, **partial}
     max_len = fields.get(int, "max_position_embeddings")
     trained = rope.get(int, "original_max_position_embeddings", default=max_len)
@@ -49,7 +49,8 @@ def rotary(fields: ConfigReader, share: float | None = None) -> dict[str, Any]:
             sizes = _yarn(rope, default_factor=max_len / trained)
         case _:
             raise fields.error(
-                f"rope_type {kind!r} is not supported; supported: default, linear, llama3, yarn"
+                f"rope_type {kind!r} is not supported; supported: default, dynamic, linear, "
+                "llama3, yarn"
             )
     sizes |= {"rope_type": kind, "original_max_position_embeddings": trained}
     return {"rope_theta": theta, "rope_scaling": RopeScaling(**sizes), **partial}

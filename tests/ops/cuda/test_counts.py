@@ -39,7 +39,7 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 from model.families import save_checkpoint
-from model.quantised import save_compressed
+from model.quantised import COMPRESSED, save_compressed
 from ops.cuda.near import DEVICE, needs_kernels
 from ops.cuda.tiny_models import MODELS, USERS
 
@@ -191,7 +191,9 @@ def test_what_is_priced_is_what_is_recorded(name, step, monkeypatch):
 def test_inputs_in_float8_are_counted_and_launched_as_priced(tmp_path, monkeypatch):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "decoder_sparse_step": 1}
     folder = save_checkpoint("qwen3_moe", tmp_path / "source", moe_intermediate_size=16, **sizes)
-    save_compressed(folder, tmp_path / "stored", tmp_path / "plain", "float8 by channel")
+    save_compressed(
+        folder, tmp_path / "stored", tmp_path / "plain", COMPRESSED["float8 by channel"]
+    )
     checkpoint, priced, launched = Checkpoint(tmp_path / "stored"), Counter(), Counter()
     for activations in ("model", "float8"):
         options = Options(activations=activations)

@@ -178,13 +178,12 @@ class JournalKeeper:
                 raise
             param = endpoint.answer.param
             raise service.refusal(error, param, prepared.num_choices) from None
-        self._watch_over(kept)
+        self._watch_over(kept, began_s)
         return kept
 
-    def _watch_over(self, kept: KeptRequest) -> None:
-        ago_s = max(0.0, time.time() - kept.begun.began)
+    def _watch_over(self, kept: KeptRequest, began_s: float) -> None:
         limit_s = self._service.time_limit_s(kept.prepared.request)
-        self._service.under_way.begin(kept, self._loop.time() - ago_s, limit_s)
+        self._service.under_way.begin(kept, began_s, limit_s)
 
     # What comes of requests.
 
@@ -407,7 +406,8 @@ class JournalKeeper:
         except Exception as error:
             param = kept.endpoint.answer.param
             raise service.refusal(error, param, prepared.num_choices) from None
-        self._watch_over(kept)
+        ago_s = max(0.0, time.time() - kept.begun.began)
+        self._watch_over(kept, self._loop.time() - ago_s)
 
 
 def _num_deaths(kept: KeptRequest) -> int:
