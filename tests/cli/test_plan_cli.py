@@ -153,6 +153,7 @@ def test_a_trace_says_which_experts_tokens_choose(run, here):
         (("paper-tiny", "--prompt-len", "x"), "--prompt-len x"),
         (("paper-tiny", "--prompt-len", "0"), "--prompt-len 0"),
         (("paper-tiny", "--prompt-len", "8:16"), "--prompt-len 8:16"),
+        (("paper-tiny", "--output-len", "1"), "--output-len 1 2 simulate"),
         (("paper-tiny", "--batch", "0"), "--batch 0 1"),
         (("paper-tiny", "--batch", "4,8"), "--batch 4,8"),
         (("paper-tiny", "--rate", "5"), "--rate simulate bench"),

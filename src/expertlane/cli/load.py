@@ -307,6 +307,11 @@ class PlannedLoad(SimulatedLoad):
                     "example, simulate a range"
                 )
         sizes = {name: each.low for name, each in lengths.items()}
+        if sizes["output_len"] == 1:
+            raise UserError(
+                "--output-len is 1; plan weighs prompts against decode steps, of which there are "
+                "none then: give 2 or more, or use expertlane simulate"
+            )
         return Workload(int(batch), **self._cut(sizes, model.max_position_embeddings), seed=0)
 
     def _cut(self, lengths: dict[str, int], limit: int) -> dict[str, int]:
@@ -320,12 +325,6 @@ class PlannedLoad(SimulatedLoad):
         room = limit - cut["output_len"]
         if self.prompt_len is None and room > 0:
             cut["prompt_len"] = min(cut["prompt_len"], room)
-        return cut
-        if self.output_len is None:
-            room = limit // 4 if self.prompt_len is None else limit - cut["prompt_len"]
-            cut["output_len"] = max(1, min(cut["output_len"], room))
-        if self.prompt_len is None:
-            cut["prompt_len"] = max(1, min(cut["prompt_len"], limit - cut["output_len"]))
         return cut
 
     def limits_s(self) -> dict[str, float]:
