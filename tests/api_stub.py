@@ -19,10 +19,11 @@ from typing import Literal
 
 from expertlane.api import Difference, Results, diff, load_results
 from expertlane.engine.llm import LLM
-from expertlane.errors import ExpertlaneError
+from expertlane.errors import ExpertlaneError, RankError, UserError
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.structured import Structured
 from expertlane.version import __version__
 
 # What the command line reads as text, or what that stands for: `batch=[32, 64]`.

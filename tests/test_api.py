@@ -1,5 +1,6 @@
 """The Python interface: what it exports, its options and errors, how results show themselves."""
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -47,6 +48,15 @@ def test_importing_the_package_loads_no_library():
 
 
 def test_all_names_are_there():
+    tree = ast.parse(STUB.read_text())
+    typed = {
+        alias.asname or alias.name
+        for each in tree.body
+        if isinstance(each, ast.ImportFrom)
+        for alias in each.names
+    }
+    typed |= {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+    assert not {*expertlane.__all__} - typed
     for name in expertlane.__all__:
         assert getattr(expertlane, name) is not None
         assert name in dir(expertlane)
