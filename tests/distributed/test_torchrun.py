@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -68,7 +69,8 @@ def run(folder, *commands, apart_s=0.0):
     for command in commands:
         time.sleep(apart_s if started else 0)
         started.append(start(folder, command))
-    outputs = [each.communicate(timeout=240) for each in started]
+    with ThreadPoolExecutor() as pool:  # at once: one that nobody reads from would wait
+        outputs = [*pool.map(lambda each: each.communicate(timeout=240), started)]
     return [(each.returncode, *output) for each, output in zip(started, outputs, strict=True)]
 
 

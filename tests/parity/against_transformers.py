@@ -94,4 +94,5 @@ def check_against_transformers(
         scheduled = [1] * len(runs)
         fed = [[greedy.token_ids[step]] for _, greedy in runs]
     assert error <= BOUND
-    assert num_compared >= 0.98 * num_steps * len(runs)
+    num_tokens = num_steps * len(runs)
+    assert num_compared >= min(0.98 * num_tokens, num_tokens - 1)  # one of few is over 2 %
