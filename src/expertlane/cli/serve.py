@@ -66,9 +66,8 @@ class _Options:
     allowed_host: list[str] | None = typer.Option(
         None,
         metavar="NAME",
-        show_default="loopback names",
-        help="Name, such as a proxy's, that a server without API keys accepts in the Host header; "
-        "'*': any. May be given several times.",
+        help="Name, such as a proxy's, that a server without API keys accepts in the Host header "
+        "besides loopback names; '*': any.",
         rich_help_panel=Panel.MORE_SERVER,
     )
     max_num_queued: int = typer.Option(
