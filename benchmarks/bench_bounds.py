@@ -2,9 +2,10 @@
 
     PYTHONPATH=src:tests python benchmarks/bench_bounds.py [--only NAME…] [--rounds 3]
 
-Each body of tests/server/hostile.py goes to `expertlane serve` once a round. Meanwhile another
-process asks for `/health` every 2 ms. Told are the longest wait of these beyond the longest one
-without any other request, and how far the server's memory grew while it had the body.
+Each body of tests/server/hostile.py is sent to `expertlane serve` once per round. Meanwhile another
+process asks for `/health` every 2 ms. Printed are by how much the longest of these waits exceeds
+the longest one without any other request, and how far the server's memory grew while it had the
+body.
 """
 
 import argparse

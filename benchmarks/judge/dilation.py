@@ -1,14 +1,14 @@
-"""Dilated time: each rank gets a share q of a core, so that many ranks run as if on a core each.
+"""Dilated time: each rank gets a share q of a core, so that many ranks run as if each had a core.
 
-A rank's threads are in a cgroup of its own, whose CPU time the kernel limits to a quota a period
-(CFS bandwidth control, cgroup v1). The quota is the least that the kernel takes, 1 ms, and the
-period 1 ms / q: what a rank computes takes 1/q as long. A rank that has waited finds a whole quota
-unused, so of what follows a wait, up to 1 ms runs undilated; hence pieces of work between two waits
+A rank's threads are in a cgroup of its own, whose CPU time the kernel limits to a quota per period
+(CFS bandwidth control, cgroup v1). The quota is the smallest that the kernel takes, 1 ms, and the
+period 1 ms / q: what a rank computes takes 1/q times as long. A rank that has waited has its whole
+quota left, so up to 1 ms of work after a wait runs undilated; pieces of work between two waits
 should be much longer than that.
 
-A core that is mostly idle may also do less in a second of CPU time: its caches are cold, and the
-host of a virtual machine takes it away. Then the same work takes more CPU time than without a
-limit, and more than 1/q as long. `check` tells how much a second of CPU time is worth.
+A core that is mostly idle may also do less work in a second of CPU time, for example because its
+caches are cold or the host of a virtual machine takes it away. Then the same work takes more CPU
+time than without a limit, and more than 1/q times as long. `check` measures how much.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from network import NAME, JudgeError, end_with_parent
 CONTROLLER = Path("/sys/fs/cgroup/cpu")
 ROOT = CONTROLLER / NAME
 QUOTA_US = 1000  # the kernel's least
-RANK_SHARES, MOST_SHARES = 1024, 262_144  # of the cores that ranks and other processes want
+RANK_SHARES, MOST_SHARES = 1024, 262_144  # cpu.shares: per rank, and at most
 CHECKED_S, CHECKED_WAIT_S, CHECKED_TIMES = (0.01, 0.02, 0.04), 0.1, 10
 CHECK_S, END_S = 120.0, 10.0  # at most, for a check, and until killed processes have ended
 
 
 class Dilation:
-    """A group for all that is started, and one inside it for each rank."""
+    """A cgroup for all processes that are started, with one inside it for each rank."""
 
     def __init__(self, num_ranks: int) -> None:
         self._groups = [ROOT / f"rank{rank}" for rank in range(num_ranks)]
@@ -99,7 +99,7 @@ class Dilation:
 
 
 def join() -> None:
-    """For `preexec_fn`: put the process, and all that it starts, in the group; it ends with us."""
+    """For `preexec_fn`: put the process and its children in the group; it ends with its parent."""
     (ROOT / "cgroup.procs").write_text(str(os.getpid()))
     end_with_parent()
 
@@ -127,10 +127,10 @@ def remove_all() -> None:
 
 
 def check(share: float) -> list[dict[str, float]]:
-    """How long a purely computing process takes under a share, against 1/share of its CPU time.
+    """Checks of dilation with a process that only computes: a row per length of work and of wait.
 
-    `ratio` is 1 where dilation is exact; of work without a break, and of work after a wait.
-    `speed` is the work done in a second of CPU time, over that of a process without a limit.
+    `ratio` is the wall time × share / CPU time: 1 where dilation is exact. `spread` is its standard
+    deviation. `speed` is the work per second of CPU time, over that of a process without a limit.
     """
     rates = [rate for *_, rate in _checked(1.0)]
     alone = statistics.median(rates)
@@ -144,7 +144,7 @@ def check(share: float) -> list[dict[str, float]]:
 
 
 def _checked(share: float) -> list[tuple[float, float, list[float], float]]:
-    """Each piece of work, the wait after it, seconds that it took, and products a CPU second."""
+    """For each piece of work: CPU seconds, the wait after it, wall seconds, products per second."""
     dilation = Dilation(1)
     dilation.make()
     process = subprocess.Popen(
@@ -170,7 +170,7 @@ def _checked(share: float) -> list[tuple[float, float, list[float], float]]:
 
 
 def _work(work_s: float) -> tuple[float, int]:
-    """Multiply matrices for so much CPU time; gives seconds and the number of products."""
+    """Multiply matrices for so much CPU time; returns wall seconds and the number of products."""
     rows, weights = np.ones((16, 128), np.float32), np.ones((128, 128), np.float32)
     began, until = time.perf_counter(), time.thread_time() + work_s
     num_products = 0

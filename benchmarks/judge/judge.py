@@ -1,18 +1,19 @@
-"""Virtual time, from a replay of a local run, against the times that `measure.py` measured.
+"""Errors of virtual time: replays of local runs against the times that `measure.py` measured.
 
-Each case runs again on local ranks, whatever their number, and is replayed on the links that
-ping-pong measured: nothing is fitted. Errors are of the time from token to token; the truth is
-divided by dilation. A slowed core can need more CPU time for the same work (`dilation.py`), which
-virtual time cannot know: the second error is that of a replay whose computing takes the CPU time
-that the truth's took, to a first approximation. Then, for each two cases of the same work whose
-true times differ by more than 15 %: does virtual time order them in the same way?
+Each case runs again on local ranks, and is replayed on links with the bandwidth and latency that
+ping-pong measured: nothing is fitted. An error is that of the time from token to token, against the
+measured time multiplied by the share of a core. A slowed core can need more CPU time for the same
+work (`dilation.py`), which is not in a replay of an unslowed run: the second error is that of a
+replay with the CPU time of the measured ranks, to a first approximation (the difference is added).
+Pairs of cases of the same work whose measured times differ by more than 15 % show whether virtual
+time orders them in the same way.
 
     python benchmarks/judge/judge.py results/judge [--beside FOLDER …]
 
-What has been judged stays in the folder's `judged.jsonl`: the same command goes on there.
+Finished cases are kept in the folder's `judged.jsonl`; the same command continues after them.
 
-Prints a table, then one JSON line, which it also leaves in the folder as `judged.json`. With
---beside, the table also has earlier results of the same cases, each from the first folder with it.
+Prints a table, then one JSON line, which it also writes to the folder as `judged.json`. With
+--beside, the table also has earlier results of each case, from the first folder that has it.
 """
 
 import argparse
@@ -46,7 +47,7 @@ _STAGES = ("embed", "attention", "router", "experts", "head")
 
 
 def virtual_s(case: Case, profile: Path) -> tuple[float, float]:
-    """Seconds from token to token in virtual time, and those of computing among them."""
+    """Virtual seconds from token to token, and the part of them that is computing."""
     pool = start_pool(case.num_ranks, timeout_s=300.0, dtype="float32")
     assert pool is not None, "not under torchrun"
     settings = VirtualSettings(read_profile(profile), 1.0)
@@ -61,7 +62,7 @@ def virtual_s(case: Case, profile: Path) -> tuple[float, float]:
 
 
 def judge(truth: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Each case with both times and the error; profiles are in the folder."""
+    """A row per case: both times in seconds and the errors; profiles are read from the folder."""
     known, rows = {case.name: case for case in CASES}, []
     head = {key: truth[key] for key in ("version", "torch")} | {"cpu": truth.get("cpu")}
     kept = Rows(folder / "judged.jsonl", head)
@@ -87,7 +88,7 @@ def judge(truth: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def earlier(folders: list[Path]) -> dict[str, dict[str, Any]]:
-    """Earlier rows by case: judged ones first, then those that were only measured."""
+    """Earlier rows by case; one that was only measured has no error."""
     found: dict[str, dict[str, Any]] = {}
     files = [file for folder in folders for file in sorted(folder.glob("judged*.json"))]
     for file in files:
@@ -101,7 +102,7 @@ def earlier(folders: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def orders(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
-    """Pairs of cases of the same work whose true times differ, and if virtual time orders them."""
+    """Pairs of cases of the same work, and whether virtual time orders them as measured."""
     work = {
         case.name: (case.num_ranks, case.batch, case.num_layers, case.link, case.share)
         for case in CASES
@@ -116,11 +117,11 @@ def orders(rows: list[dict[str, Any]]) -> list[tuple[str, str, bool]]:
 
 
 def table_of(rows: list[dict[str, Any]], before: dict[str, dict[str, Any]]) -> Table:
-    """Milliseconds and errors; at the end of each line those of earlier results."""
+    """Milliseconds and errors of each case; the last columns are those of earlier results."""
     names = ["case", "bound", "true ms", "±", "virtual ms", "error"]
-    names += ["its CPU", "error with it"]
+    names += ["measured CPU", "error with it"]
     names += ["true before", "virtual", "error"] if before else []
-    table = Table(*names, title="decode, from token to token, a core a rank")
+    table = Table(*names, title="decode, from token to token, one core per rank")
 
     def texts(row: dict[str, Any]) -> list[str]:
         times = [f"{1e3 * row[key]:.1f}" if key in row else "—" for key in ("true_s", "virtual_s")]
@@ -143,7 +144,7 @@ def main() -> None:
     rows = judge(json.loads((asked.folder / "truth.json").read_text()), asked.folder)
     console = Console(width=140)
     console.print(table_of(rows, earlier(asked.beside)))
-    for key, name in (("error", ""), ("error_with_same_cpu", "with the truth's CPU time: ")):
+    for key, name in (("error", ""), ("error_with_same_cpu", "with the measured CPU time: ")):
         errors = [abs(row[key]) for row in rows]
         num_good = sum(error <= MOST_ERROR for error in errors)
         console.print(

@@ -1,19 +1,19 @@
-"""Decode steps of ranks on real links and slowed cores: the truth that virtual time is judged by.
+"""Decode steps of ranks on real links and slowed cores: the reference for virtual time.
 
 Each node is a network namespace with a torchrun of its own; links have the bandwidth and latency of
 the case (`network.py`), and ranks a share of a core (`dilation.py`), so that 16 ranks on 2 cores
-run as 16 on 16 would, only slower. Links are measured by ping-pong of two nodes; nothing is fitted
-to a step. Needs root, Linux with cgroup v1's CPU controller, network namespaces, TUN, htb, tbf, ifb
-and mirred, iproute2 and util-linux. Ranks get their shares before all other processes, so other
-work on the machine slows down.
+run as 16 on 16 would, only slower. Links are measured by ping-pong between two nodes; nothing is
+fitted to a step. Needs root, Linux with cgroup v1's CPU controller, network namespaces, TUN, htb,
+tbf, ifb and mirred, iproute2 and util-linux. Ranks get their shares before all other processes, so
+other work on the machine slows down.
 
     python benchmarks/judge/measure.py [--cases NAME …] [--out FOLDER]
 
-What has been measured stays in the folder's `rows.jsonl`: the same command goes on there. A case
+Measurements are kept in the folder's `rows.jsonl`; the same command continues after them. A case
 that fails is named and left out, with exit code 1; the same command tries it again.
 
-Prints tables, then one JSON line, and leaves in the folder `truth.json` and for each link a profile
-as projections read it, of ranks with a core each (`profile` of a case). Times of a dilated case,
+Prints tables, then one JSON line, and writes to the folder `truth.json` and a profile per link that
+projections can read, for ranks with a core each (`profile` of a case). Times of a dilated case,
 multiplied by its share, are those of ranks with a core each. `token_s`: between a sequence's
 tokens, all steps; `step_s`: from sending a plan to having all its outcomes; `cpu_s` and
 `process_cpu_s`: [num_ranks], CPU time for a token, by stage of the main thread, and of the whole
@@ -76,7 +76,7 @@ def only_one() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cleaned_up() -> Iterator[None]:
-    """Remove what this run leaves, or an earlier one that was killed has left."""
+    """Remove namespaces and cgroups: first those of a killed run, at the end those of this one."""
     network.remove_all()
     dilation.remove_all()
     try:
@@ -89,7 +89,7 @@ def cleaned_up() -> Iterator[None]:
 
 
 def run_session(session: Session, nodes: Network, folder: Path, log: Path) -> None:
-    """Start torchrun in every node and wait for all of them; they add rows.
+    """Start torchrun in every node and wait for all of them; the ranks add rows to the file.
 
     Raises:
         JudgeError: one of them failed, no row came for too long, or the network broke.
@@ -109,9 +109,9 @@ def run_session(session: Session, nodes: Network, folder: Path, log: Path) -> No
                 if out.stat().st_size > size:
                     size, until = tell(out, size), time.monotonic() + ROW_S
                 if time.monotonic() > until:
-                    raise JudgeError(f"nothing came for {ROW_S:g} s; see {log}")
+                    raise JudgeError(f"nothing was measured for {ROW_S:g} s; see {log}")
                 if any(agent.poll() for agent in agents):
-                    raise JudgeError(f"the ranks did not end well; what they said is in {log}")
+                    raise JudgeError(f"the ranks failed; their output is in {log}")
             tell(out, size)
         finally:
             dilation.remove_all()
@@ -137,7 +137,7 @@ def start_node(node: int, num_nodes: int, task: Path, output: IO[str]) -> subpro
 
 
 def tell(out: Path, size: int) -> int:
-    """Print what was measured since the file had so many bytes; gives how many were read."""
+    """Print what was measured since the file had `size` bytes; returns the bytes read so far."""
     new = out.read_bytes()[size:]
     whole = new[: new.rfind(b"\n") + 1]  # the last line may be half written
     for line in whole.splitlines():
@@ -152,7 +152,7 @@ def tell(out: Path, size: int) -> int:
 
 
 def cpu() -> str:
-    """The machine's, with family and model, since a name may stand for several generations."""
+    """The CPU's name with family and model, since a name may stand for several generations."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     of_first = dict(map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line)
     return "{model name}, family {cpu family}, model {model}".format_map(of_first)
@@ -167,7 +167,7 @@ def is_missing(rows: Rows, case: Case, *, link: bool) -> bool:
 
 
 def measure(cases: list[Case], rows: Rows, folder: Path, log: Path) -> list[str]:
-    """Measure all that the rows lack; cases that need the same network follow each other.
+    """Measure what the rows lack; cases that need the same network follow each other.
 
     Returns:
         The names of cases that failed.
@@ -213,7 +213,7 @@ def measure_alike(cases: list[Case], link: bool, rows: Rows, folder: Path, log: 
 
 
 def truth_of(rows: Rows) -> dict[str, Any]:
-    """All that has been measured, the cases in their order."""
+    """All measurements, with the cases in the order of `CASES`."""
     known = [case.described for case in CASES]
     return {
         "dilation": rows.of("dilation"),
@@ -227,7 +227,7 @@ def truth_of(rows: Rows) -> dict[str, Any]:
 
 
 def write_profiles(truth: dict[str, Any], folder: Path) -> None:
-    """A profile of each link and number of ranks that share it; the case's row names its own."""
+    """Write a profile for each link and number of ranks that share it; name it in cases' rows."""
     of_link = {(row["link"], row["share"]): row for row in truth["links"]}
     for row in truth["cases"]:
         case = row["case"]
@@ -243,12 +243,12 @@ def write_profiles(truth: dict[str, Any], folder: Path) -> None:
 def profile_of(
     link: dict[str, Any], inside: dict[str, Any] | None, num_near: int, rates: dict[str, Any]
 ) -> Profile:
-    """A link as ping-pong shows it, as if each rank had a core.
+    """The profile of a link by its ping-pong, as if each rank had a core.
 
     A NIC carries the bytes of all peers one after the other, each way by itself; so an exchange
-    takes the bytes of the busier way over the bandwidth, of which ranks of one node have equal
-    parts. gloo's sender waits until the receiver has said that it is ready. Where all begin
-    together, that is a round trip; a pipeline stage has said so long before.
+    takes the bytes of the busier direction over the bandwidth, which the ranks of a node share
+    equally. gloo's sender waits until the receiver has said that it is ready: a round trip where
+    all ranks begin together, but no wait in a pipeline, whose stages have said so long before.
     """
     share = link["share"]
     places = {"inter_node": (link["ping_pong"], num_near)}
@@ -282,7 +282,7 @@ def profile_of(
 
 
 def exchange_over_law(row: dict[str, Any], links: list[dict[str, Any]]) -> float:
-    """Measured time of the case's larger all-to-all, over what ping-pong says of it."""
+    """Measured time of the case's larger all-to-all, over the time that ping-pong predicts."""
     case, (num_bytes, seconds) = row["case"], row["all_to_all"][-1]
     (found,) = (
         link["ping_pong"]
@@ -297,7 +297,7 @@ def exchange_over_law(row: dict[str, Any], links: list[dict[str, Any]]) -> float
 def show(console: Console, truth: dict[str, Any]) -> None:
     """Print tables of what `measure` found."""
     names = ["share of a core", "work ms", "after a wait of ms", "wall × share / work"]
-    table = Table(*names, "work a CPU second")
+    table = Table(*names, "work per CPU second")
     for row in truth["dilation"]:
         milliseconds = f"{1e3 * row['work_s']:.0f}", f"{1e3 * row['wait_s']:.0f}"
         ratio = f"{row['ratio']:.3f} ± {row['spread']:.3f}"

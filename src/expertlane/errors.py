@@ -1,4 +1,4 @@
-"""Everything expertlane raises on purpose.
+"""The errors that expertlane raises on purpose.
 
 ExpertlaneError
 ├── UserError       a mistake in what was asked for: one line, exit code 2
@@ -73,7 +73,7 @@ class TerminatedError(ExpertlaneError):
 
 
 def no_room(error: OSError) -> str:
-    """Why the system gives no more, and what cures it where a limit of this process is too low."""
+    """Which limit of the system an error means, and the command that raises it where it is ours."""
     import resource
 
     if error.errno == errno.EMFILE:
@@ -91,12 +91,12 @@ def _limit(number: int, command: str, wanted: int) -> str:
 
     soft, hard = resource.getrlimit(number)
     if soft == resource.RLIM_INFINITY:
-        return "the machine, a container or a batch system has a limit; raise it there"
+        return "the limit is the machine's, a container's or a batch system's; raise it there"
     wanted = max(wanted, 4 * soft)
     shown = f"{command} {wanted}"
     if hard != resource.RLIM_INFINITY and hard < wanted:
-        shown += f" (its hard limit is {hard}: as root, or where that was set)"
-    return f"the limit is {soft}; raise it by {shown}"
+        shown += f" (its hard limit is {hard}: raise that as root, or where it was set)"
+    return f"the limit is {soft}; raise it with {shown}"
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Contract 1 for weights of one byte of families whose matrices are read in ways of their own.
+"""Narrow weights (float8, int8, compressed-tensors, MXFP4) of many families and odd sizes.
 
-transformers runs the plain checkpoint of the rounded numbers.
+The reference is transformers on a checkpoint that stores the same rounded numbers in full.
 """
 
 import json
@@ -24,14 +24,14 @@ FAMILIES = [
     "granitemoe",
 ]
 NUM_STEPS = 4
-# Ends of names of matrices that stay as they are.
+# Ends of names of matrices that are not rounded.
 _KEPT = ("embed_tokens.weight", "gate.weight", "layer.weight", "kv_b_proj.weight")
 
 
 @pytest.mark.smoke(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float8(pools, checkpoints, tmp_path, family: str) -> None:
-    """In blocks that meet neither heads nor the cuts of layouts."""
+    """Borders of blocks are neither those of heads nor those of the layout's shards."""
     stored, plain = tmp_path / "fp8", tmp_path / "plain"
     save_fp8(checkpoints.folder(family), stored, plain, (12, 20))
     model = Checkpoint(stored).model
@@ -39,7 +39,7 @@ def test_float8(pools, checkpoints, tmp_path, family: str) -> None:
 
 
 def _save_rounded(source: Path, plain: Path) -> None:
-    """What int8 weights mean; the head is one of its own, since an embedding is not rounded."""
+    """A checkpoint of the rounded numbers; its head is untied, since embeddings are not rounded."""
     shutil.copytree(source, plain)
     tensors = load_file(plain / "model.safetensors")
     embedding = next(name for name in tensors if name.endswith("embed_tokens.weight"))
@@ -78,7 +78,7 @@ _LAYOUTS = ("tp=1", "tp=2", "tp=2,ep=2", "dp=2,ep=2", "pp=2", "dp=2,tp=2,ep=4")
 
 
 def _drawn_family(draw: random.Random, folder: Path) -> tuple[Path, str]:
-    """A checkpoint whose sizes are multiples of little, and a layout that they allow."""
+    """A checkpoint of odd sizes, and a layout that they allow."""
     family, layout = draw.choice([*_SIZES]), draw.choice(_LAYOUTS)
     width, num_experts = _SIZES[family]
     sizes: dict[str, Any] = {
@@ -89,7 +89,7 @@ def _drawn_family(draw: random.Random, folder: Path) -> tuple[Path, str]:
     }
     if family not in ("deepseek_v3",):
         sizes["head_dim"] = 4 * draw.randrange(2, 7)
-    if family == "qwen2_moe":  # has no field for it
+    if family == "qwen2_moe":  # it has no head_dim
         del sizes["head_dim"]
         sizes["hidden_size"] = 16 * draw.randrange(2, 7)
         sizes["shared_expert_intermediate_size"] = 4 * draw.randrange(3, 20)
@@ -143,7 +143,7 @@ def test_compressed_tensors_of_odd_sizes(pools, tmp_path, seed: int) -> None:
 @pytest.mark.smoke(1)
 @pytest.mark.parametrize("seed", _DRAWS)
 def test_mxfp4_of_odd_sizes(pools, tmp_path, seed: int) -> None:
-    """Blocks have 32 values; experts are cut where layouts cut them, so in blocks too."""
+    """Blocks have 32 values; layouts may cut experts inside a block."""
     draw = random.Random(f"mxfp4 {seed}")
     layout = draw.choice(_LAYOUTS)
     source = save_checkpoint(

@@ -1,8 +1,8 @@
-"""Structured output against transformers' logits, masked by another library's regular expressions.
+"""Structured output against transformers' logits, masked by the package `regex`.
 
-The reference chooses, greedily, among the tokens after which a text can still become a match, and
-the end of the text where it is one. Where the pattern leaves one next byte, its text is forced, and
-any of its spellings is right.
+The reference chooses greedily among the tokens after which the text can still become a match, and
+the end of the text if it is a match. Where the pattern allows only one next byte, the text is
+forced, and any way to split it into tokens is right.
 """
 
 import random
@@ -44,7 +44,7 @@ def _drawn_regex(draw: random.Random, depth: int = 2) -> str:
 
 
 def _drawn_case(seed: int) -> tuple[list[int], Structured, str]:
-    """A prompt, what is asked for, and a regular expression of it."""
+    """A prompt, its constraint, and a regular expression with the same meaning."""
     draw = random.Random(seed)
     prompt = [draw.randrange(4, 260) for _ in range(draw.randrange(1, 9))]
     if seed % 4:
@@ -57,7 +57,7 @@ def _drawn_case(seed: int) -> tuple[list[int], Structured, str]:
 
 @cache
 def _texts_of_tokens(folder: Path) -> list[bytes | None]:
-    """By token id; None of special tokens and of ids that the tokenizer lacks."""
+    """Bytes by token id; None for special tokens and ids that the tokenizer lacks."""
     core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     special = core.get_added_tokens_decoder()
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -66,14 +66,14 @@ def _texts_of_tokens(folder: Path) -> list[bytes | None]:
 
 
 class _Reference:
-    """Which texts may stand at the beginning of a match, in bytes."""
+    """Finds out if bytes are a match of a pattern, or the beginning of one."""
 
     def __init__(self, pattern: str) -> None:
         self._pattern = regex.compile(pattern)
         self._wide = [each for each in set(pattern) if each > "\x7f"]
 
     def may_begin(self, text: bytes) -> bool:
-        """Whether more bytes, or none, could make it a match."""
+        """True if the text is a match, or can become one with more bytes."""
         whole = text.decode(errors="ignore")
         if rest := text[len(whole.encode()) :]:
             ends = [each for each in self._wide if each.encode().startswith(rest)]
@@ -81,13 +81,13 @@ class _Reference:
         return self._pattern.fullmatch(whole, partial=True) is not None
 
     def is_match(self, text: bytes) -> bool:
-        """Whether it is one as it is."""
+        """True if the text is a match."""
         whole = text.decode(errors="ignore")
         return whole.encode() == text and self._pattern.fullmatch(whole) is not None
 
 
 def _check(folder: Path, prompt: list[int], pattern: str, tokens: list[int]) -> Counter[str]:
-    """Each token must be the reference's choice after those before it; gives kinds of steps."""
+    """Check that each token is the reference's choice; returns how many were of which kind."""
     model, texts, reference = load_model(folder), _texts_of_tokens(folder), _Reference(pattern)
     with torch.no_grad():
         run = model(torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]
@@ -100,7 +100,7 @@ def _check(folder: Path, prompt: list[int], pattern: str, tokens: list[int]) -> 
         assert mask[token], (pattern, so_far, token)
         logits[~torch.tensor(mask)] = -torch.inf
         firsts = {text[:1] for text, fits in zip(texts, mask, strict=True) if fits and text}
-        if len(firsts) == 1 and not mask[EOS]:  # spelled as the tokenizer spells the forced text
+        if len(firsts) == 1 and not mask[EOS]:  # any split into tokens is right
             seen["forced"] += 1
         elif logits.max() - logits.sort().values[-2] <= bound:
             seen["tied"] += 1

@@ -77,7 +77,7 @@ _TURNED |= {after: before for before, after in _TURNED.items()}
 
 @st.composite
 def _drawn_results(draw: st.DrawFn) -> Results:
-    """Of one command: measured with repetitions, simulated, or planned; times in steps of 1 %."""
+    """Results of one command: measured, simulated or planned; times in steps of 1 %."""
     size = st.integers(50, 150).map(lambda percent: percent / 100)
     kind = draw(st.sampled_from(["measured", "served", "plan"]))
     if kind == "served":

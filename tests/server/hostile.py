@@ -18,7 +18,7 @@ def ids(num):
     return "[" + "1," * (num - 1) + "1]"
 
 
-# By name: a route, what makes the body (text, or a value), and the status of its answer.
+# By name: the route, a function that makes the body (JSON text, or a value), the expected status.
 TOO_MUCH: dict[str, tuple[str, Callable[[], Any], int]] = {
     "metadata of a million keys": (
         COMPLETIONS,

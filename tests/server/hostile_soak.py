@@ -1,11 +1,12 @@
-"""Hostile clients beside ordinary ones: these lose nothing, and wait little longer than without.
+"""A soak with hostile clients: what ordinary clients lose, and how much longer they wait.
 
     PYTHONPATH=src:tests python -m server.hostile_soak --minutes 30
 
-One server with a journal. Ordinary clients stream greedy completions all the time; in every second
-quarter of the time hostile ones send what costs most: bodies of `hostile.py`, grammars that grow,
-headers and trailers without end, connections that say nothing, streams that nobody reads, other
-sites' names. Told are the ordinary clients' times with and without them, and all that went wrong.
+One server with a journal. Ordinary clients stream greedy completions all the time. In the second
+and the last quarter of the time hostile clients send what costs most: bodies of `hostile.py`,
+grammars that grow, headers and trailers without end, silent connections, streams that nobody
+reads, names of other sites. Prints one JSON line: attacks, the ordinary clients' requests and
+latencies with and without hostile clients, what was wrong with them, and the server's growth.
 """
 
 import argparse
@@ -66,7 +67,7 @@ class Seen:
 async def ordinary(
     client: httpx.AsyncClient, prompt: list[int], right: list[int], seen: Seen
 ) -> None:
-    """One request, held against what the model gives on one rank."""
+    """Send one request, and compare its tokens with those that the model gives on one rank."""
     body = {"prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
     body |= {"stream": True, "return_token_ids": True}
     began_s, token_ids, is_done = time.perf_counter(), [], False
@@ -91,7 +92,7 @@ async def ordinary(
 
 
 async def raw(port: int, *parts: bytes, waits_s: float = 0.0) -> None:
-    """Bytes on a connection of their own, and what comes of them left unread."""
+    """Send bytes on a new connection, and leave the answer unread."""
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         for part in parts:
@@ -105,7 +106,7 @@ async def raw(port: int, *parts: bytes, waits_s: float = 0.0) -> None:
 def attacks(
     client: httpx.AsyncClient, port: int, dice: random.Random
 ) -> list[Callable[[], Awaitable[object]]]:
-    """What a hostile client does; each call is one attack."""
+    """The attacks of a hostile client; each call is one attack."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
     json_type = {"Content-Type": "application/json"}
@@ -166,7 +167,7 @@ async def hostile(client: httpx.AsyncClient, port: int, seed: int, done: Counter
 async def soak(
     url: str, minutes: float, right: dict[int, tuple[list[int], list[int]]]
 ) -> tuple[dict[bool, Seen], Counter[str]]:
-    """Both kinds of parts, one after the other, `NUM_PARTS` in all."""
+    """Run `NUM_PARTS` parts, without and with hostile clients in turns."""
     seen, done, port = {False: Seen(), True: Seen()}, Counter(), httpx.URL(url).port
     assert port is not None
     limits = httpx.Limits(max_connections=None)

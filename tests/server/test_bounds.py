@@ -1,4 +1,4 @@
-"""Every quantity that a client controls has a bound, and docs/security.md says which."""
+"""Every quantity that a client controls has a bound, which docs/security.md lists."""
 
 import json
 import re
@@ -74,7 +74,7 @@ def unbounded_in(schema, place, parts, seen) -> Iterator[str]:
 
 BOUNDS = {
     "connections": protocol.MOST_CONNECTIONS,
-    "log-probabilities that may come of a request": checks.MOST_LOGPROBS,
+    "log-probabilities that a request may give": checks.MOST_LOGPROBS,
     "bytes of a body": bodies.MOST_BODY_BYTES,
     "values in a body": bodies.MOST_VALUES,
     "keys in a body": bodies.MOST_KEYS,
@@ -84,7 +84,7 @@ BOUNDS = {
     "seconds for headers": protocol.HEAD_S,
     "seconds for a body, and bytes per second after that": bodies.LEAST_BYTES_PER_S,
     "fields of an object whose fields are known": fields._MOST_FIELDS,
-    "keys of free JSON at its top": fields._MOST_OF_OBJECT,
+    "keys at the top of arbitrary JSON": fields._MOST_OF_OBJECT,
     "characters of an id or a name": fields._MOST_NAME,
     "messages, parts of a message, items": fields.MOST_PARTS,
     "calls in a message": messages.MOST_CALLS,
@@ -92,19 +92,20 @@ BOUNDS = {
     "pairs of metadata": fields._MOST_METADATA,
     "characters of metadata": fields._MOST_METADATA_CHARACTERS,
     "variables of a template": fields._MOST_VARIABLES,
-    "prompts, times choices": fields.MOST_PROMPTS,
-    "choices of a prompt": requests.MOST_CHOICES,
+    "prompts × choices": fields.MOST_PROMPTS,
+    "choices per prompt": requests.MOST_CHOICES,
     "stop strings, stop tokens": fields.MOST_STOPS,
     "characters of a stop string": fields.MOST_STOP_CHARACTERS,
     "tokens with a bias": fields._MOST_BIASES,
     "characters of a JSON schema": structured.MOST_SCHEMA_CHARACTERS,
     "properties of a JSON schema": structured.MOST_PROPERTIES,
+    "characters of one text in a JSON schema": structured.MOST_LITERAL_CHARACTERS,
     "depth of a JSON schema": structured.MOST_DEPTH,
     "characters of a regex": structured.MOST_REGEX_CHARACTERS,
     "characters of a grammar": structured.MOST_GRAMMAR_CHARACTERS,
     "choices of an output": structured.MOST_CHOICES,
     "characters of these choices": structured.MOST_CHOICE_CHARACTERS,
-    "bytes of a journal's requests in memory": keeper._MOST_BYTES,
+    "bytes of a journal's requests in memory, without their outputs": keeper._MOST_BYTES,
     "bytes of a journal's finished answers": keeper._MOST_FINISHED_BYTES,
     "events of a journal's finished answers": keeper._MOST_FINISHED_CHUNKS,
     "viewers of the live page": live.MOST_VIEWERS,

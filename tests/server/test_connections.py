@@ -92,11 +92,11 @@ def test_a_client_that_half_closes_and_goes_frees_its_blocks(stub_server, stream
         (HEAD + b"X-A: b\r\n", 400, "headers"),
         (HEAD + b"Content-Length: 50\r\n\r\n{", 400, "ends early"),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{", 400, "ends early"),
-        (b"\x16\x03\x01\x02\x00\x01\x00\x01\r\n\r\n", 400, "no HTTP"),
-        (b"GET /health SMTP/9\r\n\r\n", 400, "no HTTP"),
-        (HEAD + b"Content-Length: -5\r\n\r\n", 400, "no HTTP"),
-        (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400, "no HTTP"),
-        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400, "no HTTP"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\r\n\r\n", 400, "not HTTP"),
+        (b"GET /health SMTP/9\r\n\r\n", 400, "not HTTP"),
+        (HEAD + b"Content-Length: -5\r\n\r\n", 400, "not HTTP"),
+        (HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", 400, "not HTTP"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", 400, "not HTTP"),
     ],
 )
 def test_a_request_that_is_cut_or_none(stub_server, sent, status, word):

@@ -172,7 +172,7 @@ def test_without_a_name_a_closed_connection_ends_it(journaled):
 @pytest.mark.smoke(2)
 @pytest.mark.parametrize("seed", range(60))
 def test_a_clock_that_is_set_back_and_forth(journaled, monkeypatch, seed):
-    """By up to a month, between any two looks; a resumed request alone has a date to go by."""
+    """By up to 35 days at every reading; only a resumed request compares dates."""
     draw, real = random.Random(seed), time.time
     monkeypatch.setattr(time, "time", lambda: real() + draw.uniform(-3e6, 3e6))
     server, came = begun(journaled, num_events=draw.randrange(1, 9), request_timeout_s=60)

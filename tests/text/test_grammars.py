@@ -410,7 +410,7 @@ def test_a_chain_of_schemas_does_not_exhaust_the_stack(tokenizer):
 
 
 def test_another_kind_of_tokenizer():
-    with pytest.raises(UserError, match=telling("tokenizer bytes")):
+    with pytest.raises(UserError, match=telling("tokenizer byte-level")):
         Grammars(letters(), 26, [0]).compile(Structured(regex="a"))
 
 

@@ -66,9 +66,8 @@ class _Options:
     allowed_host: list[str] | None = typer.Option(
         None,
         metavar="NAME",
-        show_default="loopback names",
-        help="Name by which clients reach a server without API keys, in the Host header, such as "
-        "a proxy's; '*': any.",
+        help="Name, such as a proxy's, that a server without API keys accepts in the Host header "
+        "besides loopback names; '*': any.",
         rich_help_panel=Panel.MORE_SERVER,
     )
     max_num_queued: int = typer.Option(
@@ -89,7 +88,7 @@ class _Options:
         None,
         metavar="DIR",
         help="Write requests and their tokens to this folder, so that they continue when the "
-        "server was killed and is started again.",
+        "server is started again after it was killed.",
     )
     reconnect_s: float | None = typer.Option(
         None,
@@ -270,10 +269,10 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
 
 
 def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "JournalFile | None":
-    """What an earlier server has left, which has to be of the same model.
+    """The journal of `--journal`, if given; its requests must be of the same model.
 
     Raises:
-        UserError: it is not, or the folder cannot be used.
+        UserError: they are not, or the folder cannot be used.
     """
     from expertlane.server.journal.file import JournalFile
     from expertlane.server.journal.identity import identity
@@ -295,12 +294,14 @@ def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "Journa
     if journal.found:
         num_finished = sum(each.is_finished for each in journal.found.values())
         num_unfinished = len(journal.found) - num_finished
-        print_message(f"journal: {num_unfinished} unfinished to continue, {num_finished} finished")
+        print_message(
+            f"journal: {num_unfinished} unfinished requests to continue, {num_finished} finished"
+        )
     for each in journal.found.values():
         if each.is_set_aside:
             print_message(
                 f"journal: request {each.begun.request_id} is set aside: the server died while it "
-                "ran alone"
+                "ran alone; its client gets an error"
             )
     return journal
 
@@ -344,7 +345,7 @@ def _of_checkpoint(found: FoundModel) -> "tuple[ChatTemplate | None, dict[str, A
 
 
 def _say(served: "ServedModel", layout: Layout, bound: socket.socket, as_json: bool) -> None:
-    """Where it listens, and what it has: a line of JSON, or four for people."""
+    """Print where it listens, its ranks and its cache: one line of JSON, or four of text."""
     host, port = bound.getsockname()[:2]
     url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
     limits = served.limits

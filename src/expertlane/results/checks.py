@@ -1,7 +1,8 @@
-"""What the reports of each kind of results rely on, checked where results are read.
+"""Checks of results that are read: each kind must have what its reports rely on.
 
-Types, sizes and ranges of single fields are said where the fields are; here is what goes beyond
-one record, and the question, which is a table: it also has what only repeats what was asked for.
+Types and ranges of single fields are checked where the fields are declared. Here are the rules for
+several fields or records together, and for `question`, a table of what was asked for; keys of it
+that no report uses are not checked.
 """
 
 from dataclasses import dataclass, field
@@ -130,10 +131,10 @@ _LEAST, _MOST = 1e-60, 1e30
 
 
 def check_numbers(data: Any) -> None:
-    """Refuse a number of a file that is too large or too small to calculate with.
+    """Refuse numbers of a file that are too large or too small to calculate with.
 
     Raises:
-        UserError: there is one; one line that names its place.
+        UserError: there is one; one line names its place.
     """
     waiting = [("", data)]
     while waiting:
@@ -153,7 +154,7 @@ def check(results: Results) -> None:
     """Refuse results that lack what the reports of their kind rely on.
 
     Raises:
-        UserError: they do; one line that names the place.
+        UserError: something is missing; one line names the place.
     """
     question = results.question
     build(_OfServers if "urls" in question else _KINDS[results.kind], question, "question")
@@ -170,11 +171,11 @@ def _check_roles(results: Results) -> None:
     if needed is not None and not any(needed in each.roles for each in own):
         raise UserError(f"deployments: none has the role {needed!r}")
     if results.kind == "plan" and not results.plans:
-        raise UserError("plans is empty; a plan has one")
+        raise UserError("plans is empty; a plan has one or more")
 
 
 def _check_record(results: Results, record: DeploymentRecord) -> None:
-    """Refuse a record without what all of its kind and roles have."""
+    """Refuse a record that lacks fields which records of its kind and roles have."""
     is_compared = results.kind == "comparison"
     is_shown = EXPERIMENT in record.roles and record.source != "reported"
     is_chosen = results.kind == "simulation" or (results.kind == "plan" and BEST in record.roles)
@@ -192,19 +193,19 @@ def _check_record(results: Results, record: DeploymentRecord) -> None:
         return
     for place, step in enumerate(record.steps):
         if not step.breakdown_s:
-            raise UserError(f"steps.{place}.breakdown_s is empty; it has seconds by cause")
+            raise UserError(f"steps.{place}.breakdown_s is empty; it must have seconds by cause")
     for place, load in enumerate(() if results.kind == "simulation" else record.serving):
         tpot = None if load.tpot_s is None else load.tpot_s.mean
         if tpot is None or min(*tpot.bounds, *load.output_tps.bounds) <= 0:
-            raise UserError(f"serving.{place}: output_tps or tpot_s.mean is missing or not above 0")
+            raise UserError(f"serving.{place}: output_tps and tpot_s.mean must be above 0")
 
 
 def _check_projections(results: Results) -> None:
-    """Refuse deployments of a comparison that were not all projected alike."""
+    """Refuse a comparison whose deployments were not all projected under the same conditions."""
     groups = [results.select("projected", EXPERIMENT, each) for each in results.conditions]
     for records in groups:
         if [each.name for each in records] != [each.name for each in groups[0]]:
-            raise UserError("deployments: not the same ones under all conditions")
+            raise UserError("deployments must be the same under all conditions, in the same order")
         decodes = records[0].steps_of(Phase.DECODE)
         at_context = (step.num_seqs for step in decodes if step.context == results.context)
         num_seqs = next(at_context, None)

@@ -1,4 +1,4 @@
-"""From a request to its answer's beginning: tokens, within its time and while the client waits."""
+"""The time from a request's arrival to its answer, which both the client and a limit can end."""
 
 import asyncio
 
@@ -14,9 +14,9 @@ from expertlane.server.under_way import late
 
 
 class Arrival(Response):
-    """Gives an answer once it is made, unless the client or the request's time is gone before.
+    """Sends an answer once it is made, unless the client leaves or the time is up before.
 
-    Making it takes as long as a prompt takes to become tokens.
+    Making it takes as long as tokenizing the prompt.
     """
 
     def __init__(self, service: Service, request: SampledRequest, endpoint: Endpoint) -> None:

@@ -1,4 +1,4 @@
-"""Bodies of requests: how much they may hold, and their way to objects beside the event loop."""
+"""Bodies of requests: their bounds, and parsing large ones beside the event loop."""
 
 import asyncio
 import json
@@ -17,19 +17,19 @@ from expertlane.server.errors import BUSY, TOO_LARGE, TOO_SLOW, ApiError
 
 MOST_BODY_BYTES = 16 * 2**20
 MOST_BYTES_AT_ONCE = 256 * 2**20  # of the bodies of all requests that have no complete answer
-MOST_VALUES = 2**19  # in a body: texts, numbers, lists, objects
+MOST_VALUES = 2**19  # in a body: strings, numbers, lists, objects
 MOST_KEYS = 2**16  # in a body, of all its objects
-BODY_S = 30.0  # for a body to come, and what it takes at the least rate besides
+BODY_S = 30.0  # for a body to arrive, and the time that it takes at the least rate besides
 LEAST_BYTES_PER_S = 10_000
 _SMALL_BYTES = 16 * 2**10  # becomes objects in less than a millisecond
 _LARGE_BYTES = 256 * 2**10  # the standard library's parser would hold the interpreter for too long
 
 
 class JsonCounts:
-    """Counts values and keys of a JSON text as it comes, without making them.
+    """Counts the values and keys of a JSON text as it arrives, without making objects of them.
 
     Attributes:
-        num_values, num_keys: at least as many as a parser finds.
+        num_values, num_keys: so far; never fewer than a parser finds.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class JsonCounts:
         self._rest = b""  # half of an escape
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes in."""
+        """Count the next bytes."""
         data = self._rest + data
         num_backslashes = len(data) - len(data.rstrip(b"\\"))
         end = len(data) - num_backslashes % 2
@@ -51,7 +51,7 @@ class JsonCounts:
 
 
 class BodyLimit:
-    """Refuses bodies that are too large or too slow, before all of them is in memory."""
+    """Refuses bodies that are too large or too slow, before they are wholly in memory."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -75,14 +75,17 @@ class BodyLimit:
             self._num_bytes -= body.num_bytes
 
     def _hold(self, num_bytes: int) -> None:
-        """Have room for more.
+        """Reserve room for more bytes.
 
         Raises:
             HTTPException: there is none.
         """
         self._num_bytes += num_bytes
         if self._num_bytes > MOST_BYTES_AT_ONCE:
-            text = f"requests under way have {MOST_BYTES_AT_ONCE:,} bytes; try again later"
+            text = (
+                f"bodies of requests under way may have {MOST_BYTES_AT_ONCE:,} bytes together; try "
+                "again later"
+            )
             raise HTTPException(BUSY, text, {"Retry-After": "1"})
 
 
@@ -93,7 +96,7 @@ class _BoundedBody:
     """One request's body.
 
     Attributes:
-        num_bytes: so far.
+        num_bytes: received so far.
     """
 
     def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:
@@ -115,7 +118,10 @@ class _BoundedBody:
             async with asyncio.timeout_at(self._until_s + self.num_bytes / LEAST_BYTES_PER_S):
                 message = await self._receive()
         except TimeoutError:
-            text = f"the body is too slow: {self.num_bytes:,} bytes, and more to come"
+            text = (
+                f"the body is too slow: {self.num_bytes:,} bytes so far; it may take {BODY_S:g} s, "
+                f"and 1 s more for every {LEAST_BYTES_PER_S:,} bytes"
+            )
             raise HTTPException(TOO_SLOW, text) from None
         self._take(message.get("body", b""))
         self._is_complete = not message.get("more_body", False)
@@ -137,16 +143,16 @@ class _BoundedBody:
 
 
 def make_bodies_models(app: FastAPI) -> None:
-    """Have the bodies of all routes that are added from now on read by `BodyRoute`."""
+    """Read the bodies of all routes that are added from now on by `BodyRoute`."""
     app.state.one_body = asyncio.Semaphore(1)
     app.router.route_class = BodyRoute
 
 
 class BodyRoute(APIRoute):
-    """A route whose body becomes its model in another thread, unless that takes no time."""
+    """A route whose body is parsed and validated in another thread if it is large."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Make a model before the framework would."""
+        """The handler; it validates the body before the framework would."""
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
@@ -157,7 +163,7 @@ class BodyRoute(APIRoute):
             kind = request.headers.get("content-type", "").lower()
             if len(body) <= _SMALL_BYTES or "json" not in kind:
                 return await handle(_ReadRequest(request, bytes(body)))
-            async with request.app.state.one_body:  # of two, each takes its memory
+            async with request.app.state.one_body:  # one at a time: each takes memory
                 made = await asyncio.to_thread(_made, model, body)
             return await handle(_MadeRequest(request, b"{}", made))
 
@@ -165,7 +171,7 @@ class BodyRoute(APIRoute):
 
 
 async def _read(request: Request) -> bytearray:
-    """All of a body, which is in memory once: no pieces are joined.
+    """A whole body; it is in memory once, since no list of pieces is joined.
 
     Raises:
         HTTPException: the client has closed the connection.
@@ -188,7 +194,7 @@ class _ReadRequest(Request):
 
 
 class _MadeRequest(_ReadRequest):
-    """A request whose body is a model already."""
+    """A request whose body has been validated: it is a model."""
 
     def __init__(self, request: Request, body: bytes, made: BaseModel) -> None:
         super().__init__(request, body)
@@ -200,15 +206,15 @@ class _MadeRequest(_ReadRequest):
 
 
 def _made(model: type[BaseModel], body: bytearray) -> BaseModel:
-    """A body's model.
+    """The model that a body describes.
 
     Raises:
-        RequestValidationError: it is none; as the framework has it.
+        RequestValidationError: it is not JSON, or not valid; in the framework's form.
         ApiError: a validator of ours refuses it.
     """
     try:
         value = json.loads(body) if len(body) <= _LARGE_BYTES else msgspec.json.decode(body)
-    except (ValueError, RecursionError) as error:  # the libraries' errors are of the first kind
+    except (ValueError, RecursionError) as error:  # both libraries raise kinds of ValueError
         text = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         found = {"type": "json_invalid", "loc": ("body",), "msg": text, "ctx": {"error": text}}
         raise RequestValidationError([found]) from None

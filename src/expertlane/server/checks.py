@@ -1,4 +1,4 @@
-"""What is checked of a request that its types do not say."""
+"""Checks of a request that need the model's vocabulary, or several fields together."""
 
 import re
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ _PROMPT = re.compile(r"prompt(?: (\d+))?(?=:)")
 
 
 def check_tokens(request: GenerationRequest, vocab_size: int) -> None:
-    """Refuse what is no token of the model.
+    """Refuse token ids that the model does not have.
 
     Raises:
-        ApiError: a field names one.
+        ApiError: a field has one.
     """
     for name, given in (
         ("stop_token_ids", request.stop_token_ids or ()),
@@ -48,14 +48,14 @@ def check_logprobs(params: Sequence[SamplingParams], prompts: Sequence[Sequence[
     )
     if num_asked > MOST_LOGPROBS:
         text = (
-            f"logprobs: {num_asked:,} may come of this request (its tokens, and the likeliest at "
-            f"each); at most {MOST_LOGPROBS:,} are taken"
+            f"logprobs: this request may give {num_asked:,} (for each token, and for the likeliest "
+            f"ones in its place); at most {MOST_LOGPROBS:,} are taken"
         )
         raise bad_field("logprobs", text)
 
 
 def as_field(message: str, param: str, num_choices: int) -> str:
-    """A refusal of the engine with the field's name for `prompt`, or `prompt 3`."""
+    """An engine's message about `prompt`, or `prompt 3`, with the field's name in its place."""
     found = _PROMPT.match(message)
     if found is None:
         return f"{param}: {message}"

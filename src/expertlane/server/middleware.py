@@ -1,4 +1,4 @@
-"""What every request passes before its route: counting, hosts and keys."""
+"""Middleware of every request: counting, and checks of hosts and keys."""
 
 import hmac
 from collections.abc import Callable, Collection, Sequence
@@ -59,16 +59,17 @@ class Heads:
 
 
 class Hosts:
-    """Refuses what a web page of another site can make its visitor's browser send.
+    """Refuses requests that a web page of another site can make its visitor's browser send.
 
     A page can point its own name at this server's address (DNS rebinding), and then read answers:
-    the `Host` header has that name. Or it can send without reading: then `Origin` is the page's.
+    the `Host` header has that name. Or it can send without reading: then `Origin` names the page's
+    site.
 
     Args:
-        allowed: names that the server is reached by, besides loopback ones; `*` for any.
+        allowed: names by which clients reach the server, besides loopback ones; `*` for any.
         is_local: it listens on the loopback interface alone.
         has_keys: clients need a key, which no page has.
-        computed: paths of POST that change nothing.
+        computed: paths whose POST changes nothing.
     """
 
     def __init__(
@@ -102,19 +103,20 @@ class Hosts:
         is_served = is_known or name is None or is_loopback(name)
         if self._is_local and not self._has_keys and not is_served:
             return (
-                f"Host is {host}; without an API key this server answers to loopback names only; "
-                "others: --allowed-host"
+                f"Host is {host}; without an API key this server answers only to loopback names "
+                "and to each --allowed-host"
             )
         if scope["method"] in _READS or scope["path"] in self._computed:
             return None
         if not self._is_local and not self._has_keys and not is_known:
             return (
                 "on a server that listens beyond the loopback interface, this needs an API key "
-                f"(--api-key) or --allowed-host with the name in Host, which is {host}"
+                f"(--api-key), or --allowed-host for the name in Host, which is {host or 'missing'}"
             )
         if origin is not None and not self._is_own(origin, host):
             return (
-                f"Origin is {origin}, another site's; this site's, or --allowed-host, may do this"
+                f"Origin is {origin}, which is another site; valid: this server's own, or an "
+                "--allowed-host"
             )
         return None
 
@@ -131,7 +133,7 @@ class Hosts:
 
 
 def host_name(host: str) -> str:
-    """The name or address in a `Host` header, in small letters, without its port."""
+    """The name or address in a `Host` header, in lower case, without its port."""
     try:
         name = urlsplit(f"//{host.strip()}").hostname
     except ValueError:
@@ -140,7 +142,7 @@ def host_name(host: str) -> str:
 
 
 def is_loopback(name: str) -> bool:
-    """Whether a host is this machine, whatever a name server says."""
+    """True for `localhost` and loopback addresses, which need no name server."""
     if name == _LOCAL_NAME:
         return True
     try:

@@ -1,8 +1,8 @@
-"""HTTP on a connection: as uvicorn has it, with bounds, and for clients that half-close it.
+"""HTTP on a connection: uvicorn's protocol with bounds, and for clients that half-close it.
 
-A client that has sent its request may close its own direction and wait. The kernel does not tell
-that from a client that is gone, until something is sent: then the one that is gone resets the
-connection. So the server sends what changes nothing, and looks.
+A client that has sent its request may shut down its sending side and wait. To the kernel that looks
+like a client that is gone, until something is sent: then the host of the one that is gone resets
+the connection. So the server sends what changes nothing, and checks for a reset.
 """
 
 import asyncio
@@ -14,18 +14,18 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from expertlane.server.errors import JSON, ApiError
 
-HEAD_S = 30.0  # from a connection's, or a request's, beginning to the end of its headers
+HEAD_S = 30.0  # from the start of a connection, or of a request, to the end of the headers
 MOST_HEAD_BYTES = 64 * 2**10
 MOST_CONNECTIONS = 8192
-_CHUNK_BYTES = 16  # beside the bytes of a body's chunk: its size, and line ends
-_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # before an answer: clients pass it over
+_CHUNK_BYTES = 16  # per chunk of a body: its size and line ends
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # before an answer; clients ignore it
 _COMMENT = b"3\r\n:\n\n\r\n"  # inside a stream of events, which are all that is sent in chunks
-_LOOKS_S = (0.005, 0.05, 0.2, 1.0)  # after that, what is sent once more
+_LOOKS_S = (0.005, 0.05, 0.2, 1.0)  # before each check, then always the last one
 _CLOSED = 7  # TCP_CLOSE of Linux
 
 
 def most_connections() -> int:
-    """Connections at once: the other descriptors of this process are for files and ranks."""
+    """The most connections at once; half of the descriptors are left for files and ranks."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, soft // 2)
 
@@ -36,9 +36,9 @@ class BoundedProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _look_timer: asyncio.TimerHandle | None = None
     _num_head_bytes = 0
-    _message = 0  # its number; odd in the message's body
-    _num_body_bytes = 0  # as many as may come with the body so far
-    _num_other_bytes = 0  # of the body's chunks: extensions and trailers
+    _message = 0  # counts headers and ends of messages; odd inside a body
+    _num_body_bytes = 0  # of its chunks so far, with their sizes and line ends
+    _num_other_bytes = 0  # of the same body: chunk extensions and trailers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for headers, but not for ever."""
@@ -48,7 +48,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(503, "too many connections are open; try again later")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End what waits."""
+        """Cancel the timers."""
         self._end_head()
         if self._look_timer is not None:
             self._look_timer.cancel()
@@ -61,9 +61,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if message % 2 and message == self._message:  # all of it is of one body
             self._num_other_bytes += max(0, len(data) - self._num_body_bytes + num_before)
             if self._num_other_bytes > MOST_HEAD_BYTES:
-                text = (
-                    f"the body's trailers and extensions have more than {MOST_HEAD_BYTES:,} bytes"
-                )
+                text = f"trailers and chunk extensions have more than {MOST_HEAD_BYTES:,} bytes"
                 self._refuse(431, text)
                 return
         if not self._awaits_head() or self.transport.is_closing():
@@ -75,12 +73,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse(431, f"the headers have more than {MOST_HEAD_BYTES:,} bytes")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; a trailer is none."""
+        """Take a header; trailers are dropped."""
         if not self._message % 2:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Begin with a request."""
+        """Begin a request."""
         self._end_head()
         self._message += 1
         self._num_body_bytes = self._num_other_bytes = 0
@@ -97,11 +95,11 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP."""
-        self._refuse(400, f"this is no HTTP/1.1: {msg}")
+        """Refuse what is not HTTP."""
+        self._refuse(400, f"this is not HTTP/1.1: {msg}")
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """The client sends no more; true where it may still read."""
+        """The client has ended its sending side; true where it may still read."""
         if self._awaits_head():
             if self._num_head_bytes:
                 self._refuse(400, "the request ends inside its headers")
@@ -134,7 +132,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _probe(self, number: int) -> None:
-        """Send what changes nothing; whether the client is still there is seen soon after."""
+        """Send what changes nothing, and check soon after if the connection was reset."""
         if self.transport.is_closing() or self.cycle.response_complete:
             return
         if number % len(_LOOKS_S) == 0:
@@ -157,7 +155,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return bool(state[0] == _CLOSED)
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer without the app, and close; what is under way on the connection ends."""
+        """Answer in place of the app, and close; a request under way on the connection ends."""
         cycle = self.cycle
         is_free = cycle is None or cycle.response_complete or not cycle.response_started
         if cycle is not None and not cycle.response_complete:

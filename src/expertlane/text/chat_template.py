@@ -35,7 +35,7 @@ class ChatTemplate:
     """A template for chats; safe to use from several threads.
 
     It is rendered in a process of its own, which starts here and ends with this object. A template
-    or chat that takes more than 1 s of processor time or 512 MiB is refused.
+    or chat that takes more than 1 s of CPU time or 512 MiB is refused.
 
     Args:
         source: in Jinja's language; untrusted.

@@ -1,8 +1,8 @@
 """Compiling grammars with llguidance, and the process in which each is tried first.
 
-A grammar is untrusted, and the library's counts of work do not bound what all of them cost. So it
-is compiled, and a few tokens are taken, in a process with limits; only what comes through is
-compiled for use.
+A grammar is untrusted, and the library's limits on work do not bound the cost of every grammar. So
+each is first compiled, and fed a few tokens, in a process with limits of time and memory; only one
+that passes is compiled for use.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LIMITS = Limits(cpu_s=3.0, memory_bytes=256 * 2**20)
 PACKAGES = ("expertlane", "llguidance")
 STACK_BYTES = 512 * 2**20  # the library recurses from rule to rule; memory is taken as it is used
-_TRIAL_STACK_BYTES = STACK_BYTES // 2  # what comes through has room to spare
+_TRIAL_STACK_BYTES = STACK_BYTES // 2  # so what passes has room to spare
 _WALKS = 2
 _STEPS = 4  # of each
 _WALKS_CPU_S = 0.5  # of all steps together: ordinary ones take less than 10 ms each
@@ -46,7 +46,7 @@ _LIMITS_OF_GRAMMARS = _LIMITS | {"initial_lexer_fuel": 100_000, "step_lexer_fuel
 
 
 def compiled(tokenizer: Any, text: str, *, is_free: bool) -> "LLMatcher":
-    """A matcher that has taken no token.
+    """A matcher that has consumed no token.
 
     Args:
         tokenizer: llguidance's.
@@ -75,7 +75,7 @@ def check(matcher: "LLMatcher") -> None:
 
 
 def first_line(text: str) -> str:
-    """A message of the library, cut: it can quote a whole grammar."""
+    """The first line of a library's message, cut: it can quote a whole grammar."""
     return (text.strip().splitlines() or ["not valid"])[0][:300]
 
 
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 class _Trial:
-    """Grammars tried for one tokenizer.
+    """Tries grammars for one tokenizer.
 
     Args:
         source: the tokenizer, as its file has it.
@@ -120,7 +120,7 @@ class _Trial:
         self._mask = (ctypes.c_ubyte * (-(-vocab_size // 32) * 4))()
 
     def answer(self, request: bytes) -> str:
-        """JSON of the grammar in the library's own form, and of the bytes that it takes.
+        """JSON with the grammar in the library's own form, and the memory that it takes, in bytes.
 
         Raises:
             UserError: it cannot be used.
@@ -142,12 +142,13 @@ class _Trial:
         for _ in range(_WALKS):
             self._walk(matcher.deep_copy(), draw)
         if time.process_time() - start_s > _WALKS_CPU_S:
-            raise UserError(f"{_WALKS * _STEPS} tokens take more than {_WALKS_CPU_S:g} s")
+            text = f"{_WALKS * _STEPS} tokens take more than {_WALKS_CPU_S:g} s of CPU time"
+            raise UserError(text)
         num_bytes = max(0, memory_bytes().resident - before)
         return strict_json({"text": text, "is_free": is_free, "num_bytes": num_bytes})
 
     def _walk(self, matcher: "LLMatcher", draw: random.Random) -> None:
-        """Take tokens of an output, as the engine does."""
+        """Consume a few allowed tokens, as the engine does."""
         for _ in range(_STEPS):
             if matcher.is_stopped():
                 break
@@ -171,7 +172,7 @@ def _lowest(bits: int) -> int:
 
 
 def _in_library_form(kind: str, value: Any, lead: str | None, is_of_schemas: bool) -> str:
-    """A JSON object of grammars that refer to each other."""
+    """The request as the library's JSON: a list of grammars that refer to each other."""
     body: dict[str, Any] = {"name": "body"}
     if kind == "json_schema":
         body["json_schema"] = for_library(parse_json(value))
@@ -203,7 +204,7 @@ _MOST_PARTS = 5000
 
 
 def _check_terminals(text: str) -> None:
-    """Refuse terminals that grow beyond bounds: each is one expression, its parts written out.
+    """Refuse terminals that are too large once all terminals that they name are written out.
 
     Raises:
         ValueError: one does.
@@ -220,4 +221,5 @@ def _check_terminals(text: str) -> None:
         except RecursionError:
             is_small = False
         if not is_small:
-            raise ValueError(f"terminal {name} is of too many parts, or of itself")
+            text = f"terminal {name} has more than {_MOST_PARTS:,} parts, or contains itself"
+            raise ValueError(text)

@@ -1,4 +1,4 @@
-"""Grammars of outputs for one tokenizer, compiled by llguidance; and masks, beside the steps."""
+"""Grammars of outputs, compiled by llguidance for one tokenizer, and masks of allowed tokens."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -32,7 +32,7 @@ Mask = npt.NDArray[np.uint8]
 
 _KEPT = 32  # compiled grammars
 _KEPT_BYTES = 512 * 2**20  # of them all
-_IN_USE_BYTES = 2 * 2**30  # of those of requests that wait or run; beyond, only small ones
+_IN_USE_BYTES = 2 * 2**30  # of grammars in use or kept; beyond that, only small ones are compiled
 _SMALL_BYTES = 2**20
 _END_TOKEN = "<|expertlane end|>"  # of tokenizers that have no end of sequence; never chosen
 
@@ -42,9 +42,9 @@ class Grammar:
     """A compiled grammar.
 
     Attributes:
-        start: a matcher that has taken no token; to be copied.
-        mask: of the first token.
-        num_bytes: that it takes, about.
+        start: a matcher that has consumed no token; to be copied.
+        mask: of the first token, one bit per token id.
+        num_bytes: memory that it takes, estimated.
     """
 
     start: "LLMatcher"
@@ -56,10 +56,10 @@ class Constraint:
     """How far one request has come in its grammar.
 
     Attributes:
-        mask: of the token to come.
+        mask: of the next token.
         is_ended: whether the output is complete, and nothing can follow.
         error: why no mask can be given; None where one can.
-        num_held: tokens to come of which none may end the output.
+        num_held: how many of the next tokens may not end the output.
     """
 
     def __init__(self, grammar: Grammar, params: SamplingParams, ends: Iterable[int]) -> None:
@@ -72,7 +72,7 @@ class Constraint:
         self._hold()
 
     def take(self, mask: Mask) -> None:
-        """Take in the mask of the token after the one that the matcher has consumed."""
+        """Set the mask of the token after the one that the matcher has consumed."""
         self.num_held -= 1
         if self.matcher.is_error():
             self.error = first_line(self.matcher.get_error())
@@ -117,7 +117,7 @@ class Grammars:
         return self._compiler.submit(self._found_or_compiled, structured)
 
     def known(self, structured: Structured) -> Grammar | None:
-        """A grammar that is in use, or was one of the last."""
+        """A grammar that is in use or was used lately; None if it must be compiled."""
         return self._known.get(structured)
 
     def compile(self, structured: Structured) -> Grammar:
@@ -143,14 +143,14 @@ class Grammars:
         return Constraint(grammar, params, {*stop_token_ids, *self._eos_token_ids})
 
     def skip(self, constraint: Constraint, token_ids: Sequence[int]) -> None:
-        """Take in one token or more that an earlier process chose."""
+        """Consume one or more tokens that an earlier process chose."""
         *before, last = token_ids
         constraint.matcher.consume_tokens(before)
         constraint.num_held -= len(before)
         self.advance([(constraint, last)]).result()
 
     def advance(self, tokens: Sequence[tuple[Constraint, int]]) -> "Future[None]":
-        """Take in a token of each and compute the masks of the next, in a thread."""
+        """Consume a token of each constraint and compute the masks of the next, in a thread."""
         return self._masker.submit(self._advance, list(tokens))
 
     def _advance(self, tokens: list[tuple[Constraint, int]]) -> None:
@@ -191,7 +191,7 @@ class Grammars:
         return grammar
 
     def _compile(self, structured: Structured) -> Grammar:
-        """Compile what comes through a trial."""
+        """Compile a grammar that passes a trial."""
         if self._tokenizer is None or self._trial is None:
             self._tokenizer, self._trial = self._make_tokenizer()
         tried = parse_json(self._trial.ask(self._asked(structured)))
@@ -200,8 +200,8 @@ class Grammars:
             in_use = _sum_bytes(list(self._known.values()))
             if in_use + num_bytes > _IN_USE_BYTES:
                 raise UserError(
-                    f"it takes {num_bytes // 2**20:,} MiB, and grammars of other requests "
-                    f"{in_use // 2**20:,}; together at most {_IN_USE_BYTES // 2**20:,} are taken"
+                    f"it takes {num_bytes // 2**20:,} MiB, and other grammars {in_use // 2**20:,}; "
+                    f"together at most {_IN_USE_BYTES // 2**20:,} are taken; try again later"
                 )
         matcher = compiled(self._tokenizer, tried["text"], is_free=tried["is_free"])
         mask = self._empty_masks(1)
@@ -213,7 +213,7 @@ class Grammars:
         return Grammar(matcher, mask[0], num_bytes)
 
     def _make_tokenizer(self) -> tuple[Any, LimitedProcess]:
-        """The library's, and a process for trials with the same one."""
+        """The library's tokenizer, and a process for trials with the same one."""
         from llguidance import LLTokenizer
 
         source, eos = self._source.to_json(), self._eos_token_ids
@@ -229,7 +229,7 @@ class Grammars:
             tokenizer = LLTokenizer(source, n_vocab=self._vocab_size, eos_token=eos)
         except ValueError as error:
             raise UserError(
-                "structured output needs a tokenizer of bytes or SentencePiece; this one is "
+                "structured output needs a byte-level or SentencePiece tokenizer; this one is "
                 f"neither: {first_line(str(error))}"
             ) from None
         return tokenizer, trial
@@ -244,7 +244,7 @@ class Grammars:
         return asked
 
     def _lead(self, structured: Structured) -> str:
-        """Some text up to a mark, or none, then the body."""
+        """The grammar of what comes before the body: `lead` and `prefix`."""
         if structured.lead is None:
             return f"%llguidance {{}}\nstart: {lark_text(structured.prefix, self._source)} @body\n"
         element, rules = lead_rules(structured.lead, structured.may_lead, self._source)
@@ -253,7 +253,7 @@ class Grammars:
 
 
 def lark_text(text: str, tokenizer: Tokenizer) -> str:
-    """A text in Lark's syntax; control tokens whose names it holds are those tokens."""
+    """A text in Lark's syntax; names of special tokens in it become those tokens."""
     parts = []
     for part, token_id in tokenizer.split_special(text):
         parts.append(

@@ -1,4 +1,4 @@
-"""A process that works for this one within limits of memory and time: both of its ends.
+"""A process that works for this one within limits of memory and time, seen from both sides.
 
 Only limits of a process hold inside a single operation of a library, such as `10 ** 10 ** 9` in a
 template or the compilation of a grammar; and only a process may be killed. Requests and answers are
@@ -38,7 +38,7 @@ class Limits:
     """What a request may take.
 
     Attributes:
-        cpu_s: processor time of all threads.
+        cpu_s: CPU time of all threads.
         memory_bytes: address space, beyond what the process has when it is limited.
         answer_s: wall time, far longer than `cpu_s`: the machine may be busy.
     """
@@ -51,9 +51,9 @@ class Limits:
 class LimitedProcess:
     """A process that answers requests; safe to use from several threads.
 
-    It starts with the first request, if not before, and ends with this object or with the process
-    that has it. After a request that broke a limit or failed, another process is started for the
-    next one.
+    It starts with the first request, or with `start`, and ends with this object or with the
+    process that has it. After a request that broke a limit or failed, the next one starts another
+    process.
 
     Args:
         module: of `expertlane.text`; its function `main` is the program, which uses a `Worker`.
@@ -75,7 +75,7 @@ class LimitedProcess:
         return None if self._started is None else self._started.process.pid
 
     def start(self) -> None:
-        """Start the process now; what it does first is done beside what is done here."""
+        """Start the process now, so that it gets ready while the caller goes on."""
         with self._lock:
             if self._started is None:
                 self._start()
@@ -84,7 +84,7 @@ class LimitedProcess:
         """The answer to a request.
 
         Raises:
-            UserError: one line: why it is refused, or which limit it broke.
+            UserError: one line with the reason for a refusal, or the limit that it broke.
         """
         with self._lock:
             started = self._started
@@ -125,7 +125,7 @@ class LimitedProcess:
         except subprocess.TimeoutExpired:
             return "its process closed the connection"
         if code == -signal.SIGPROF:
-            return f"it takes more than {self._limits.cpu_s:g} s of processor time"
+            return f"it takes more than {self._limits.cpu_s:g} s of CPU time"
         if code < 0:  # what is not Python aborts without memory, or overflows its stack
             name = signal.Signals(-code).name
             return f"it takes too much memory, or is nested too deeply: its process got {name}"
@@ -154,7 +154,7 @@ def _package_folder(name: str) -> str:
     """The folder that a package is imported from."""
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise UserError(f"{name} is needed, which is not installed")
+        raise UserError(f"{name} is needed but not installed")
     return str(Path(spec.origin).parents[1])
 
 
@@ -166,10 +166,10 @@ def _end(process: "subprocess.Popen[bytes]", connection: Connection, owner: int)
 
 
 class Worker:
-    """The end of the process itself: what a program's `main` uses.
+    """The side of the process itself; a program's `main` uses it.
 
     Args:
-        explain: what an error says; by default its type and its text.
+        explain: gives the text of an error; by default its type and its message.
 
     Attributes:
         given: as `LimitedProcess` has it.
@@ -185,7 +185,7 @@ class Worker:
         self.given: Any = first["given"]
 
     def limit_memory(self) -> None:
-        """Take no more memory than there is now and the limit allows."""
+        """Limit memory to what is mapped now plus the limit."""
         self._most_kept += memory_bytes().mapped
         _limit(resource.RLIMIT_AS, memory_bytes().mapped + self._limits.memory_bytes)
         _limit(resource.RLIMIT_CORE, 0)
@@ -204,8 +204,8 @@ class Worker:
     def answer(self, make: Callable[[], str]) -> None:
         """Send the text, or the reason for having none.
 
-        After a `UserError` the process can go on, after other errors not. Beyond the processor
-        time, SIGPROF ends it.
+        After a `UserError` the process goes on; after any other error it ends. SIGPROF ends it
+        when the CPU time is used up.
         """
         signal.setitimer(signal.ITIMER_PROF, self._limits.cpu_s)
         answer: dict[str, Any] = {}
@@ -240,7 +240,7 @@ class MemoryBytes(NamedTuple):
 
 
 def memory_bytes() -> MemoryBytes:
-    """What there is now."""
+    """The memory of this process now."""
     with open("/proc/self/statm", encoding="ascii") as file:
         mapped, resident, *_ = map(int, file.read().split())
     return MemoryBytes(mapped * resource.getpagesize(), resident * resource.getpagesize())

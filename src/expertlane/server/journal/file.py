@@ -1,4 +1,4 @@
-"""The files of a journal: one to append to, and a new one whenever that has grown."""
+"""The files of a journal: one to append to, and a new one whenever that has grown too large."""
 
 import fcntl
 import os
@@ -39,11 +39,11 @@ class FoundRequest:
 
     Attributes:
         rows: in the order in which they were written.
-        suspected: what was written last of it as what may end the process; None for nothing.
-        num_rows_before: rows before that.
-        num_deaths: processes in a row that died while they computed it and brought none of it; of
-            the first one, whatever that brought.
-        is_set_aside: whether it ended the last process, in which it ran alone.
+        suspected: its last `Suspected` record; None if there is none.
+        num_rows_before: rows before that record.
+        num_deaths: processes in a row that died while they computed it; only the first of them may
+            have added rows to it.
+        is_set_aside: whether the last process died while it computed this request alone.
     """
 
     begun: Begun
@@ -54,10 +54,10 @@ class FoundRequest:
     is_set_aside: bool = False
 
     def judge(self, *, has_died: bool) -> None:
-        """Find what the end of the last process says of it.
+        """Count the end of the last process against it, and set it aside if it ran alone.
 
         Args:
-            has_died: whether nobody had told that process to end.
+            has_died: whether that process ended without having been told to.
         """
         known = self.suspected
         if self.is_finished:
@@ -78,22 +78,22 @@ class FoundRequest:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all of its choices have come to their ends."""
+        """Whether all of its choices have ended."""
         num_ended = sum(more is not None and more.reason is not None for *_, more in self.rows)
         return num_ended == len(self.begun.params)
 
 
 class JournalFile:
-    """A folder with a journal, for one process; what it holds is read at once.
+    """The folder of a journal, for one process; its records are read when it is opened.
 
-    The newest file is the journal. A new one is written under another name, and named when it is
-    complete; only then the older one goes. Writes are to the kernel: they outlive this process, but
-    the last ones may be lost when the machine dies. A new file is brought to the disk whole.
+    The newest file is the journal. A new one is written under another name and renamed when it is
+    complete; only then is the older one removed. Writes go to the kernel: they outlive this
+    process, but the last ones may be lost if the machine crashes. A new file is synced to disk.
 
     Attributes:
-        found: by number; what there was.
+        found: requests of earlier processes, by number.
         num_torn_bytes: of an incomplete last record, which is dropped.
-        size: of the present file, in bytes.
+        size: of the current file, in bytes.
         num_bytes, num_records, num_files, write_s: written since the start, and the time it took.
 
     Raises:
@@ -136,8 +136,8 @@ class JournalFile:
                 raise DamagedError(f"byte 0: the header is missing; the file has {len(data)} bytes")
         except DamagedError as error:
             raise UserError(
-                f"{path}: {error}; `truncate -s BYTE` keeps the records before it; another folder "
-                "starts without requests"
+                f"{path}: {error}; `truncate -s BYTE FILE` keeps the records before it, unless it "
+                "is 0; with another folder the server starts without requests"
             ) from None
         self.num_torn_bytes = len(data) - at
         for found in self.found.values():
@@ -149,7 +149,8 @@ class JournalFile:
         if isinstance(record, Header):
             if record.version not in READ_VERSIONS:
                 raise DamagedError(
-                    f"byte {at}: it is of version {record.version}; this one reads {VERSION}"
+                    f"byte {at}: the file has version {record.version}; this expertlane reads "
+                    f"{READ_VERSIONS[0]} to {VERSION}"
                 )
             self._identity = record.identity
         elif isinstance(record, Begun):
@@ -180,10 +181,10 @@ class JournalFile:
         }
 
     def identify(self, identity: Mapping[str, str]) -> None:
-        """Say what tokens depend on; has to be what it was, if there are requests.
+        """Set what tokens depend on; if there are requests, it must be what it was.
 
         Raises:
-            UserError: it is not.
+            UserError: it differs.
         """
         before, self._identity = self._identity, dict(identity)
         if not self.found:
@@ -197,7 +198,7 @@ class JournalFile:
                 )
 
     def replace(self, records: Iterable[Record]) -> None:
-        """Begin a new file with these, in place of all before.
+        """Begin a new file with these records, and remove the older ones.
 
         Raises:
             JournalError: it cannot be written.
@@ -261,7 +262,7 @@ class JournalFile:
         return self._error
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Close the files, so that another process can have the folder."""
         for each in (self._file, self._lock):
             if each >= 0:
                 os.close(each)

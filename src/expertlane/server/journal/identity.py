@@ -1,4 +1,4 @@
-"""What tokens and texts depend on: a journal goes on only where that is as it was."""
+"""Facts that tokens and texts depend on; a journal continues only if they are the same."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +17,7 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 def identity(
     model: ModelConfig, folder: Path | None, options: Options, dtype: str | None
 ) -> dict[str, str]:
-    """Facts by the names that messages call them.
+    """The facts, by the names that messages use.
 
     The layout is not among them: it moves results by rounding alone.
 
@@ -38,7 +38,7 @@ def identity(
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a checkpoint: names and sizes, what texts depend on whole, samples of tensors."""
+    """A hash of a checkpoint's file names and sizes, its text files, and samples of tensors."""
     digest = blake2b(digest_size=16)
     for path in sorted(folder.iterdir()):
         if path.is_file() and (path.name in _TEXTS or path.suffix == _TENSORS):

@@ -1,4 +1,4 @@
-"""Requests that outlive connections and this process: taken in, written, resumed, forgotten."""
+"""Requests that outlive connections and this process: accepted, written, resumed, forgotten."""
 
 import asyncio
 import time
@@ -27,21 +27,21 @@ from expertlane.server.responses.answer import RESPONSES
 from expertlane.server.service import Service
 
 _ENDPOINTS = {each.path: each for each in (COMPLETIONS, CHATS, RESPONSES)}
-_COMPACT_BYTES = 64 * 2**20  # written besides what is still needed, before a new file is begun
-_MOST_FINISHED_CHUNKS = 2**18  # of finished answers that nobody reads, in memory and in the file
+_COMPACT_BYTES = 64 * 2**20  # beyond twice the size of what is needed: a new file is begun
+_MOST_FINISHED_CHUNKS = 2**18  # of finished answers; beyond, those that nobody reads go
 _MOST_FINISHED_BYTES = 64 * 2**20  # the same
-_MOST_BYTES = 256 * 2**20  # of all requests
+_MOST_BYTES = 256 * 2**20  # of all requests, without their chunks
 _ROWS = 4096  # of a record
-_DEATHS = 2  # of processes, after which a request that they computed is tried alone
-_ALONE_S, _LOOK_S = 10.0, 0.01  # how long it stays alone once more of it has come
+_DEATHS = 2  # of processes; then the request that they computed is tried alone
+_ALONE_S, _LOOK_S = 10.0, 0.01  # how long it stays alone after its first new chunk
 
 
 class JournalKeeper:
     """The requests of one server's journal; of its event loop.
 
     Attributes:
-        requests: by key and id: those that go on, and answers that may still be asked for.
-        num_resumed: requests that went on from an earlier process.
+        requests: by key and id: unfinished ones, and answers that clients may still ask for.
+        num_resumed: requests of an earlier process that continued.
         num_reconnects: connections to a request that was there already.
         num_abandoned: requests that were ended because no client came back.
     """
@@ -79,7 +79,7 @@ class JournalKeeper:
     async def answer(
         self, scope: Scope, request: SampledRequest, endpoint: Endpoint, began_s: float
     ) -> Answer:
-        """An answer to a request: of the one that has its id, or a new one.
+        """The answer to a request: that of an earlier one with the same id, or a new one.
 
         Raises:
             ApiError: it cannot be served, or its id is another request's.
@@ -252,7 +252,7 @@ class JournalKeeper:
         """Forget finished answers that nobody reads, if requests take too much memory.
 
         Raises:
-            ApiError: those that go on take too much.
+            ApiError: the others still take too much.
         """
         if self._num_begun_bytes <= _MOST_BYTES:
             return
@@ -260,7 +260,10 @@ class JournalKeeper:
             if self._num_begun_bytes > _MOST_BYTES and not kept.num_readings:
                 self.forget(kept)
         if self._num_begun_bytes > _MOST_BYTES:
-            text = f"requests of the journal hold {self._num_begun_bytes:,} bytes; try again later"
+            text = (
+                f"requests of the journal take {self._num_begun_bytes:,} bytes, more than "
+                f"{_MOST_BYTES:,}; try again later"
+            )
             raise ApiError(429, text, code="queue_full", retry_after_s=1)
 
     def _bound_finished(self) -> None:
@@ -284,7 +287,7 @@ class JournalKeeper:
             self._service.engine.fail(error)
 
     def _begin_file(self) -> None:
-        """Leave behind all that is not needed any more.
+        """Begin a new file with what is still needed.
 
         Raises:
             JournalError: it cannot be written.
@@ -311,7 +314,7 @@ class JournalKeeper:
     # From an earlier process.
 
     def _recall(self, found: FoundRequest) -> None:
-        """Know a request again.
+        """Restore a request.
 
         Raises:
             UserError: this version does not take such a request.
@@ -342,10 +345,10 @@ class JournalKeeper:
         self._look_at(kept)
 
     async def resume(self) -> None:
-        """Let requests of an earlier process go on; their clients may be there already.
+        """Continue the requests of an earlier process; their clients may be there already.
 
-        Those during which processes died again and again go first, one at a time: a process that
-        dies next has only one to blame.
+        Requests with which processes died repeatedly go first, one at a time: if this process
+        dies, only one of them can be the cause.
         """
         unfinished = [kept for kept in self.requests.values() if not kept.is_over]
         suspects = [kept for kept in unfinished if _num_deaths(kept) >= _DEATHS]
@@ -375,7 +378,7 @@ class JournalKeeper:
             self._service.engine.fail(error)
 
     async def _go_on(self, kept: KeptRequest) -> None:
-        """Let the engine go on with a request as with a preempted one.
+        """Let the engine continue a request like a preempted one.
 
         Raises:
             ApiError: it cannot be served any more.

@@ -1,4 +1,4 @@
-"""A request of the journal: what came of it stays, and each connection reads it anew."""
+"""A request of the journal: its chunks are kept, and every connection reads them from the first."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
@@ -23,11 +23,11 @@ _AT_ONCE = 256  # chunks that a reading takes before others have their turn
 
 @dataclass(frozen=True, eq=False)
 class Watchers:
-    """Who is told of a request.
+    """Callbacks of a request.
 
     Attributes:
-        cancel: lets the engine end requests, by their ids there.
-        on_change: it is read no more, or is over.
+        cancel: ends requests in the engine, by their ids there.
+        on_change: called when a connection begins or ends reading it, and when it is over.
     """
 
     cancel: Callable[[list[str]], None]
@@ -39,12 +39,12 @@ class KeptRequest(RequestGroup):
 
     Attributes:
         chunks: [num_chunks]; of all choices, in the order in which they came.
-        error: what ended it before its end; None where nothing has.
+        error: what ended it early; None if nothing did.
         is_awaited: whether its client is expected to come back if it leaves.
         num_readings: connections that read it.
-        num_events: of its whole stream; None where that is not known.
-        num_begun_bytes: about as many as it takes in memory before any chunk has come.
-        suspected: of a request of an earlier process: how far that is to blame for its end.
+        num_events: of its whole stream; None while that is not known.
+        num_begun_bytes: memory that it takes before its first chunk, estimated.
+        suspected: of a request of an earlier process: whether it may have killed that.
     """
 
     def __init__(
@@ -79,31 +79,31 @@ class KeptRequest(RequestGroup):
 
     @property
     def num_bytes(self) -> int:
-        """About as many as it takes in memory."""
+        """Memory that it takes, estimated."""
         num_top = max((each.logprobs or 0 for each in self.prepared.params), default=0)
         return self.num_begun_bytes + len(self.chunks) * (_CHUNK_BYTES + num_top * _LOGPROB_BYTES)
 
     @property
     def has_brought_more(self) -> bool:
-        """Whether something has come that an earlier process had not brought."""
+        """Whether this process has added chunks to it."""
         return len(self.chunks) > self._num_recalled
 
     @property
     def is_complete(self) -> bool:
-        """Whether all that was asked for is there."""
+        """Whether all of its choices have ended, without an error."""
         return not self._num_open and self.error is None
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is to come."""
+        """Whether no chunk will follow."""
         return self.error is not None or self.is_complete
 
     def begin(self, output: RequestOutput) -> None:
-        """Take in an output in the place of its request; in the engine's thread."""
+        """Set the output of a choice; called in the engine's thread."""
         self.outputs[self._places[output.request_id]] = output
 
     def add(self, chunk: Chunk) -> RequestOutput:
-        """Keep a chunk for all readings, those to come too."""
+        """Keep a chunk for all readings, later ones too."""
         reason = chunk.finish_reason
         if reason is not FinishReason.CANCELLED:
             self._keep(chunk)
@@ -116,7 +116,7 @@ class KeptRequest(RequestGroup):
         return self.outputs[self.place_of(chunk)]
 
     def end(self, error: Exception) -> None:
-        """Cancel what is not finished; readings get the error after what has come."""
+        """Cancel what is not finished; readings get the error after the chunks so far."""
         if not self.is_over:
             self.error = error
             self.cancel()
@@ -126,12 +126,12 @@ class KeptRequest(RequestGroup):
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether it goes on once there is another process."""
+        """Whether the next process continues it."""
         error = self.error
         return error is not None and not (isinstance(error, ApiError) and error.code not in LATER)
 
     def read(self, after: int = 0) -> "Reading":
-        """All chunks, from the first one; not before it is opened.
+        """A reading of all chunks, which begins when it is opened.
 
         Args:
             after: events that the client has.
@@ -151,7 +151,7 @@ class KeptRequest(RequestGroup):
         self._watchers.on_change(self)
 
     def place_of(self, chunk: Chunk) -> int:
-        """Of the choice that a chunk belongs to."""
+        """The place of the choice that a chunk belongs to."""
         return self._places[chunk.request_id]
 
     def _keep(self, chunk: Chunk) -> None:
@@ -203,7 +203,7 @@ class KeptRequest(RequestGroup):
         )
 
     def recall(self, rows: Sequence[Row]) -> None:
-        """Take in what an earlier process wrote."""
+        """Take over the chunks that an earlier process wrote."""
         for _, place, token_id, text, more in rows:
             output, more = self.outputs[place], more or More()
             if token_id is not None:
@@ -264,15 +264,15 @@ class Reading:
 
     @property
     def outputs(self) -> Sequence[RequestOutput]:
-        """As the request has them."""
+        """The outputs of the request."""
         return self._kept.outputs
 
     def open(self) -> None:
-        """Begin to take."""
+        """Begin to read."""
         self._kept.opened(self)
 
     def close(self) -> None:
-        """Take no more."""
+        """Stop reading."""
         if self._is_whole:
             self._kept.num_events = self._num_events
         self._kept.closed(self)
@@ -308,7 +308,7 @@ class Reading:
         self.wake()
 
     def wake(self) -> None:
-        """Look again at what there is."""
+        """Let `take` check for new chunks."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

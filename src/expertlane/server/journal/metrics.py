@@ -1,4 +1,4 @@
-"""What `/metrics` says of a journal."""
+"""Metrics of a journal for `/metrics`."""
 
 from collections.abc import Iterator
 
@@ -11,21 +11,21 @@ _PREFIX = "expertlane:journal_"
 
 
 class JournalMetrics(Collector):
-    """Of one server."""
+    """The metrics of one server's journal."""
 
     def __init__(self, keeper: JournalKeeper) -> None:
         self._keeper = keeper
         self._labels = {"model_name": keeper.model_name}
 
     def collect(self) -> Iterator[Metric]:
-        """All of them; for the registry."""
+        """All metrics; called by the registry."""
         keeper, file = self._keeper, self._keeper.file
         for name, text, total in (
             ("bytes", "Bytes written to the journal", file.num_bytes),
             ("records", "Records written to the journal", file.num_records),
             ("write_seconds", "Time of these writes, encoding included", file.write_s),
             ("files", "Files begun: at the start, and when one has grown", file.num_files),
-            ("resumed", "Requests that continued from an earlier process", keeper.num_resumed),
+            ("resumed", "Requests of an earlier process that continued", keeper.num_resumed),
             (
                 *("reconnects", "Connections to a request that was there already"),
                 keeper.num_reconnects,
@@ -49,7 +49,7 @@ class JournalMetrics(Collector):
             gauge.add_metric([*self._labels.values(), state], number)
         yield gauge
         size = GaugeMetricFamily(
-            f"{_PREFIX}file_bytes", "Size of the present file", labels=[*self._labels]
+            f"{_PREFIX}file_bytes", "Size of the current file", labels=[*self._labels]
         )
         size.add_metric([*self._labels.values()], file.size)
         yield size

@@ -1,4 +1,4 @@
-"""What a journal holds: typed records, each with its size and a checksum.
+"""The records of a journal: typed, each with its size and a checksum.
 
 A record is msgpack of one of the classes below, after a frame: its size, the same inverted, and the
 CRC-32 of its bytes. Nothing is unpickled. A process that is killed can leave the last record
@@ -36,7 +36,7 @@ class Header(msgspec.Struct, frozen=True, array_like=True, tag="journal"):
 
 
 class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
-    """A request was taken in.
+    """A request was accepted.
 
     Attributes:
         number: of the request in this journal.
@@ -44,8 +44,8 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
         request_id: by which its client comes back.
         is_named: whether the client gave the id.
         path: of its route.
-        body: as JSON, as it was understood.
-        prompts, params, texts, before, created: as in `Prepared`; no seed is left open.
+        body: JSON of its validated fields.
+        prompts, params, texts, before, created: as in `Prepared`; every seed is set.
         root: of the answer's ids.
         began: when it came, in seconds since 1970.
     """
@@ -66,7 +66,7 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
 
 
 class More(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What most chunks do not have.
+    """Facts that only some chunks have.
 
     Attributes:
         reason, error: of a last chunk.
@@ -86,7 +86,7 @@ Row = tuple[int, int, int | None, str, More | None]  # number, place, token, tex
 
 
 class Came(msgspec.Struct, frozen=True, array_like=True, tag="came"):
-    """What a step brought, before any client is sent it."""
+    """The chunks of a step, written before any client gets them."""
 
     rows: list[Row]
 
@@ -98,13 +98,13 @@ class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
 
 
 class Suspected(msgspec.Struct, frozen=True, array_like=True, tag="suspected"):
-    """A request may be what ends the process.
+    """A request may be what kills the server.
 
     Attributes:
         number: of the request.
-        num_deaths: processes in a row that died while they computed it and brought none of it.
+        num_deaths: as of `FoundRequest`.
         is_running: the process of this file computes it from here on.
-        is_alone: and nothing else meanwhile.
+        is_alone: that process computes nothing else meanwhile.
     """
 
     number: int
@@ -123,7 +123,7 @@ _decode = msgspec.msgpack.Decoder(Record).decode
 
 
 class DamagedError(UserError):
-    """Bytes that are no record; the text says at which byte."""
+    """Bytes that are not a record; the text says at which byte."""
 
 
 def framed(record: Record) -> bytes:
@@ -133,10 +133,10 @@ def framed(record: Record) -> bytes:
 
 
 def records_of(data: bytes) -> Iterator[tuple[int, Record]]:
-    """Records and where they end, up to an incomplete last one.
+    """Each record and the byte where it ends, up to an incomplete last one.
 
     Raises:
-        DamagedError: something else is in between.
+        DamagedError: other bytes are not a record.
     """
     at = 0
     while not _is_torn(data, at):
@@ -148,7 +148,7 @@ def records_of(data: bytes) -> Iterator[tuple[int, Record]]:
         try:
             record = _decode(payload)
         except (msgspec.DecodeError, UserError) as error:
-            raise DamagedError(f"byte {at}: the record is unknown: {error}") from None
+            raise DamagedError(f"byte {at}: this is not a known record: {error}") from None
         at = begin + size
         yield at, record
 
