@@ -2,7 +2,6 @@
 
 import math
 import re
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,18 +64,6 @@ def test_experiments_compare_the_papers_deployments(path: Path):
     assert [each.layout for each in experiment.scaling] == [
         Layout(dp=n, ep=n) for n in (1, 2, 4, 8)
     ]
-
-
-def test_every_package_has_its_place_in_the_import_order():
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
-    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    ordered = {name.strip() for layer in layers for name in layer.split("|")}
-
-    package = ROOT / "src" / "expertlane"
-    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
-    folders = {path.parent.name for path in package.glob("*/__init__.py")}
-    assert ordered == {f"expertlane.{name}" for name in modules | folders}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
