@@ -1,8 +1,9 @@
 """What a newcomer sees holds together: experiments, packages, make targets, links."""
 
 import math
+import os
 import re
-import tomllib
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,18 +68,6 @@ def test_experiments_compare_the_papers_deployments(path: Path):
     ]
 
 
-def test_every_package_has_its_place_in_the_import_order():
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
-    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    ordered = {name.strip() for layer in layers for name in layer.split("|")}
-
-    package = ROOT / "src" / "expertlane"
-    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
-    folders = {path.parent.name for path in package.glob("*/__init__.py")}
-    assert ordered == {f"expertlane.{name}" for name in modules | folders}
-
-
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_documents_name_only_what_exists(path: Path):
     text = path.read_text(encoding="utf-8")
@@ -93,6 +82,24 @@ def test_the_readme_gives_the_make_targets():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert {"compare", "test"} <= named <= targets
+
+
+def test_make_test_full_runs_the_long_tests_of_every_file():
+    shown = subprocess.run(
+        ["make", "--dry-run", "--always-make", "test-full"],
+        env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    run = {
+        path
+        for name in re.findall(r"-m full --failed-first (\S+)", shown)
+        for place in ROOT.glob(name)
+        for path in ([place] if place.is_file() else place.rglob("test_*.py"))
+    }
+    assert run == {*(ROOT / "tests").rglob("test_*.py")}
 
 
 # What is read again at once, or shown in a message; no file or output for others.

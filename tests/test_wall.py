@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -281,7 +282,7 @@ def test_every_module_has_its_side_of_the_wall():
     outside = by_name["What comes without an extra imports nothing that an extra brings"]
     assert set(inside["protected_modules"]) == COMPUTING
 
-    rooms = {name.strip() for layer in layers for name in layer.split("|")}
+    rooms = {f"expertlane.{name.strip()}" for layer in layers for name in layer.split("|")}
     cut = {"expertlane.cli", "expertlane.compare"}  # only some of their modules need an extra
     modules = {
         f"{room}.{path.stem}"
@@ -296,3 +297,39 @@ def test_every_module_has_its_side_of_the_wall():
 
     brought = {each.name.replace("-", "_") for each in OF_EXTRAS}
     assert brought <= {*outside["forbidden_modules"]}
+    assert brought | {"triton"} <= {
+        name for each in contracts for name in each.get("protected_modules", ())
+    }
+
+
+# Modules, two of them new, and a package that each must not import, even inside a function.
+CLIMBERS = {
+    "__main__": "torch",
+    "cli.app": "fastapi",
+    "cli.diff": "torch",
+    "cli.main": "psutil",
+    "cli.new": "safetensors",
+    "compare.run": "psutil",
+    "engine.llm": "triton",
+    "errors": "torch",
+    "new": "torch",
+}
+
+
+def test_no_module_gets_over_the_wall(tmp_path: Path):
+    shutil.copytree(ROOT / "src" / "expertlane", tmp_path / "expertlane")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for module, package in CLIMBERS.items():
+        path = tmp_path / "expertlane" / f"{module.replace('.', '/')}.py"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"\ndef climb():\n    import {package}\n")
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    met = re.findall(r"^- expertlane\.([\w.]+) -> (\w+) \(l", done.stdout, re.MULTILINE)
+    assert dict(met) == CLIMBERS, done.stdout
+    assert "not listed as layers:\n\n- expertlane.new\n" in done.stdout
