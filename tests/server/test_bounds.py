@@ -198,6 +198,9 @@ def test_as_much_as_is_taken(stub_server, body):
         ('{"prompt": "\xff"}', "invalid_json", "JSON"),
         ("[]", "invalid_json", "object"),
         ('{"prompt": 5}', "invalid_value", "prompt"),
+        ('{"prompt": "\\ud800"}', "invalid_json", "surrogate"),
+        ('{"prompt": [1], "metadata": {"a": ["\\ud83d\\ude00 \\uDE00"]}}', "invalid_json", ""),
+        ('{"prompt": [1], "\\udfff": 1}', "invalid_json", "surrogate"),
         ('{"prompt": [1], "x": 1}', "unknown_parameter", "unknown field x"),
         ('{"prompt": [1], "temperature": NaN}', None, None),
     ],
@@ -208,6 +211,24 @@ def test_bodies_of_all_sizes_are_refused_alike(stub_server, size, text, code, wo
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert code is None or (error["code"] == code and tells(error["message"], word))
+
+
+@pytest.mark.parametrize("size", [10, 100_000, 2_000_000])
+def test_bodies_of_all_sizes_are_taken_alike(stub_server, size):
+    server = stub_server()
+    text = '{"prompt": [1], "max_tokens": 1, "user": "\\ud83d\\ude00 \\\\ud800 \\u00e9 \xe9"}'
+    assert post(server, COMPLETIONS, (text + " " * size).encode()).status_code == 200
+
+
+@pytest.mark.parametrize("field", ["metadata", "tools"])
+def test_half_a_character_in_a_response(served, field):
+    values = {
+        "metadata": {"a": "\ud800"},
+        "tools": [{"type": "function", "name": "f", "parameters": {"a": "\ud800"}}],
+    }
+    body = {"input": "a", "max_output_tokens": 1, field: values[field]}
+    answer = post(served.server, "/v1/responses", body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
 
 
 def test_a_journal_keeps_no_more_than_its_bounds(stub_server, monkeypatch, tmp_path):

@@ -24,9 +24,7 @@ class CompletionAnswer(Answer):
         assert isinstance(self._request, CompletionRequest), "it is one"
         self._wants = self._request
         self._echoed = prepared.texts
-        self._offsets = [
-            TextOffsets(self._texts, self._before(place)) for place in range(len(prepared.params))
-        ]
+        self._offsets: dict[int, TextOffsets] = {}  # of choices with log-probabilities
 
     def _before(self, place: int) -> str:
         return self._echoed[place // self._num_choices] if self._echoed else ""
@@ -64,7 +62,11 @@ class CompletionAnswer(Answer):
         if self._wants.echo and piece.start == 0 and prompt is not None:
             token_ids = [*piece.output.prompt_token_ids, *token_ids]
             known = [prompt, *known]
-        return self._texts.of_completion(token_ids, known, self._offsets[piece.place], num_top)
+        offsets = self._offsets.get(piece.place)
+        if offsets is None:
+            offsets = TextOffsets(self._texts, self._before(piece.place))
+            self._offsets[piece.place] = offsets
+        return self._texts.of_completion(token_ids, known, offsets, num_top)
 
 
 async def prepare_completion(service: Service, request: CompletionRequest) -> Prepared:
