@@ -18,14 +18,15 @@ from hypothesis import strategies as st
 
 from cli.screen import tells
 from engine.processes import wait_until
-from expertlane.server import bodies, checks, fields, live, messages, protocol, requests
+from expertlane.server import answers, bodies, checks, fields, live, messages, protocol, requests
 from expertlane.server.app import make_app
 from expertlane.server.bodies import JsonCounts
 from expertlane.server.journal import keeper
 from expertlane.server.journal.file import JournalFile
+from expertlane.server.json_parts import as_json, json_parts
 from expertlane.server.setup import ServerOptions
 from expertlane.spec import structured
-from server.hostile import COMPLETIONS, TOO_MUCH
+from server.hostile import CHATS, COMPLETIONS, TOO_MUCH
 from server.running import LONG, PATIENCE_S, is_idle
 
 ROOT = Path(__file__).parents[2]
@@ -198,6 +199,9 @@ def test_as_much_as_is_taken(stub_server, body):
         ('{"prompt": "\xff"}', "invalid_json", "JSON"),
         ("[]", "invalid_json", "object"),
         ('{"prompt": 5}', "invalid_value", "prompt"),
+        ('{"prompt": "\\ud800"}', "invalid_json", "surrogate"),
+        ('{"prompt": [1], "metadata": {"a": ["\\ud83d\\ude00 \\uDE00"]}}', "invalid_json", ""),
+        ('{"prompt": [1], "\\udfff": 1}', "invalid_json", "surrogate"),
         ('{"prompt": [1], "x": 1}', "unknown_parameter", "unknown field x"),
         ('{"prompt": [1], "temperature": NaN}', None, None),
     ],
@@ -208,6 +212,24 @@ def test_bodies_of_all_sizes_are_refused_alike(stub_server, size, text, code, wo
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert code is None or (error["code"] == code and tells(error["message"], word))
+
+
+@pytest.mark.parametrize("size", [10, 100_000, 2_000_000])
+def test_bodies_of_all_sizes_are_taken_alike(stub_server, size):
+    server = stub_server()
+    text = '{"prompt": [1], "max_tokens": 1, "user": "\\ud83d\\ude00 \\\\ud800 \\u00e9 \xe9"}'
+    assert post(server, COMPLETIONS, (text + " " * size).encode()).status_code == 200
+
+
+@pytest.mark.parametrize("field", ["metadata", "tools"])
+def test_half_a_character_in_a_response(served, field):
+    values = {
+        "metadata": {"a": "\ud800"},
+        "tools": [{"type": "function", "name": "f", "parameters": {"a": "\ud800"}}],
+    }
+    body = {"input": "a", "max_output_tokens": 1, field: values[field]}
+    answer = post(served.server, "/v1/responses", body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
 
 
 def test_a_journal_keeps_no_more_than_its_bounds(stub_server, monkeypatch, tmp_path):
@@ -273,3 +295,84 @@ def test_bodies_of_all_requests_together(stub_server, monkeypatch):
     server.gate.set()
     first.join()
     assert post(server, COMPLETIONS, body).status_code == 200
+
+
+def test_parts_of_an_answer_are_made_as_they_are_needed():
+    num_made = 0
+
+    def entries():
+        nonlocal num_made
+        for num_made in range(1, 100_001):
+            yield {"number": num_made, "text": "a" * 50}
+
+    def body(entries):
+        return {"id": 'a"', "none": {}, "choices": [1, {}], "inner": {"all": entries, "b": None}}
+
+    parts = json_parts(body(entries()))
+    first = next(parts)
+    assert 0 < num_made < 2000
+    whole = b"".join([first, *parts])
+    assert num_made == 100_000
+    assert whole == json.dumps(body(list(entries())), separators=(",", ":")).encode()
+    assert whole == as_json(body(entries()))
+
+
+@pytest.mark.parametrize("values", [[], [1], [None, {"a": 1}], [{"a": iter("bc")}] * 1, ["é"] * 99])
+def test_iterators_become_lists(values):
+    parts = list(json_parts(iter(values)))
+    assert all(parts)
+    expected = [{"a": ["b", "c"]}] if values and isinstance(values[0], dict) else values
+    assert json.loads(b"".join(parts)) == expected
+
+
+ASKED = LONG | {"prompt": [[1, 2, 3], [4, 5, 6, 7]], "max_tokens": 5, "seed": 3, "temperature": 1.0}
+CHAT = {"messages": [{"role": "user", "content": "the"}], "max_tokens": 5, "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, ASKED | {"n": 2, "logprobs": 3}),
+        (COMPLETIONS, ASKED | {"logprobs": 2, "echo": True, "return_token_ids": True}),
+        (COMPLETIONS, ASKED | {"prompt_logprobs": 2, "max_tokens": 0}),
+        (CHATS, CHAT | {"n": 3, "logprobs": True, "top_logprobs": 2, "prompt_logprobs": 1}),
+    ],
+)
+def test_large_answers_are_as_small_ones(served, monkeypatch, path, body):
+    server, found = served.server, []
+    for most in (answers._MOST_AT_ONCE, 0):
+        monkeypatch.setattr(answers, "_MOST_AT_ONCE", most)
+        answer = post(server, path, body)
+        assert answer.status_code == 200, answer.text
+        assert ("content-length" in answer.headers) == (most > 0)
+        found.append(answer.json() | {"id": "", "created": 0})
+    assert found[0] == found[1]
+
+
+def test_a_request_of_many_choices_is_written_once(stub_server, tmp_path):
+    file = JournalFile(tmp_path / "journal")
+    file.identify({})
+    server = stub_server(ServerOptions(journal=file), num_blocks=2**12)
+    most = fields.MOST_PROMPTS
+    body = LONG | {"prompt": [[1, 2]] * (most // 2), "n": 2, "max_tokens": 1}
+    body |= {"stop": ["a" * 4000] * 8, "logit_bias": {f"{n}": 1.0 for n in range(20)}}
+    for more in ({}, {"seed": 2**63 - 1}):
+        before = file.num_bytes
+        headers = {"X-Request-Id": f"many{len(more)}"}
+        answer = httpx.post(
+            f"{server.url}{COMPLETIONS}", json=body | more, headers=headers, timeout=PATIENCE_S
+        )
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["choices"]) == most
+        assert file.num_bytes - before < 10**6
+    kept = [each.prepared.params for each in server.service.journal.requests.values()]
+    for params in kept:
+        assert len(params) == most
+        assert len({id(each.stop) for each in params}) == 1
+        assert len({id(each.logit_bias) for each in params}) == 1
+    drawn, given = kept
+    assert len({each.seed for each in drawn}) == most
+    assert [each.seed for each in given[:2]] == [2**63 - 1, 2**63]
+    server.stop()
+    found = JournalFile(tmp_path / "journal").found.values()
+    assert [each.begun.params() for each in found] == kept

@@ -259,7 +259,7 @@ def answer_of(server, text, *, stream=False):
     request = ChatRequest.model_validate(
         {"messages": [{"role": "user", "content": "a"}], "tools": [TOOL], "stream": stream}
     )
-    prepared = Prepared(request, [[0]], [request.params({}, 5, 0)], ["a"])
+    prepared = Prepared(request, [[0]], [request.params({}, max_tokens=5)], ["a"])
     answer = ChatAnswer(server.service, prepared)
     output = RequestOutput("0", None, [0], 0.0, [1, 2])
     if not stream:

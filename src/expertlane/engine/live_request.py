@@ -1,7 +1,7 @@
 """A request that is not finished: what it was given, and what it has brought so far."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import SystemRandom
 
 from expertlane.errors import UserError
@@ -89,9 +89,9 @@ class RequestMaker:
         name: str,
     ) -> Request:
         """A request for the scheduler; one without a seed gets a random one."""
-        sampling = params
+        sampling = params.with_valid(stop=())  # texts are not the ranks' matter
         if constraint is not None:  # what may end an output, its masks say; ranks need no more
-            sampling = replace(params, structured=None, min_tokens=0)
+            sampling = sampling.with_valid(structured=None, min_tokens=0)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         return Request(
             request_id,

@@ -1,17 +1,17 @@
 """Answers to requests for text: whole, or as server-sent events, one write a step."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from expertlane.engine.async_engine import Generation
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
-from expertlane.server.errors import LATER, ApiError, json_response
+from expertlane.server.errors import JSON, LATER, ApiError
+from expertlane.server.json_parts import as_json, json_parts
 from expertlane.server.logprobs import TokenTexts
 from expertlane.server.middleware import DIRECT_SEND
 from expertlane.server.observed import Generated, note
@@ -26,7 +26,7 @@ _EVENTS_HEAD = (
     (b"cache-control", b"no-cache"),
 )
 _DONE = b"data: [DONE]\n\n"
-_encode = msgspec.json.Encoder().encode
+_MOST_AT_ONCE = 2048  # entries of a whole answer that is made in the loop: some milliseconds
 
 
 class ClientGone(Exception):
@@ -137,9 +137,10 @@ class Answer(Response):
             "model": service.model.name,
         }
         # The same in all events, up to the choice.
-        self._event_begin = b'data: %b,"choices":[' % _encode(self._head).removesuffix(b"}")
+        self._event_begin = b'data: %b,"choices":[' % as_json(self._head).removesuffix(b"}")
         self._num_taken = [0] * len(self._params)
         self._source: Source | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self.began_s = 0.0
         self.kept: Kept | None = None
 
@@ -147,7 +148,6 @@ class Answer(Response):
         """Answer; for the server."""
         generation: Generation | None = None
         source: Source | None = self.kept
-        watcher: asyncio.Task[None] | None = None
         try:
             if self.kept is not None:
                 self.kept.open()
@@ -158,7 +158,7 @@ class Answer(Response):
                 )
             self._source = source
             note(scope, self._generated(source))
-            watcher = asyncio.create_task(_watch(receive, source))
+            self._watcher = asyncio.create_task(_watch(receive, source))
             if self._request.stream:
                 # A task of its own is woken without the middlewares around this one.
                 stream = self._stream(source, send, scope.get(DIRECT_SEND, send))
@@ -172,8 +172,8 @@ class Answer(Response):
         except ClientGone:
             pass
         finally:
-            if watcher is not None:
-                watcher.cancel()
+            if self._watcher is not None:
+                self._watcher.cancel()
             if self.kept is not None:
                 self.kept.close()
             if generation is not None:
@@ -213,11 +213,28 @@ class Answer(Response):
             for place, output in enumerate(source.outputs)
         ]
         for piece in pieces:
-            _check(piece)
-        choices = [self.choice(piece) for piece in pieces]
+            self.check(piece)
         self._num_taken = [piece.stop for piece in pieces]
-        more = self.more_of_whole(pieces)
-        return json_response(self._head | {"choices": choices, "usage": self._usage()} | more)
+        more = {"usage": self._usage()} | self.more_of_whole(pieces)
+        body = self._head | {"choices": map(self.choice, pieces)} | more
+        if sum(map(self._num_entries, pieces)) <= _MOST_AT_ONCE:
+            return Response(as_json(body), media_type=JSON)
+        return InParts(json_parts(body), self._is_gone)
+
+    def _num_entries(self, piece: Piece) -> int:
+        """About as many lists, objects and tokens as a choice has."""
+        params, num_prompt = self._params[piece.place], len(piece.output.prompt_token_ids)
+        num_each = int(bool(self._request.return_token_ids))
+        return (
+            1
+            + piece.stop * (num_each + (0 if params.logprobs is None else params.logprobs + 1))
+            + num_prompt
+            * (num_each + (0 if params.prompt_logprobs is None else params.prompt_logprobs + 1))
+        )
+
+    def _is_gone(self) -> bool:
+        """Whether the client has closed the connection."""
+        return self._watcher is not None and self._watcher.done()
 
     async def _stream(self, source: Source, send: Send, direct: Send) -> None:
         """Events as they come; a hot loop.
@@ -270,7 +287,7 @@ class Answer(Response):
             piece.text += chunk.text
             piece.finish_reason = chunk.finish_reason
         for piece in pieces.values():
-            _check(piece)
+            self.check(piece)
             yield piece
             self._num_taken[piece.place] = piece.stop
 
@@ -280,16 +297,16 @@ class Answer(Response):
         start = self._num_taken[place]
         stop = start + (chunk.token_id is not None)
         piece = Piece(place, source.outputs[place], start, stop, chunk.text, chunk.finish_reason)
-        _check(piece)
+        self.check(piece)
         return piece
 
     def _event(self, piece: Piece) -> bytes:
         usage = b""
         if self._is_usage_everywhere:
-            usage = b',"usage":' + _encode(self._usage(piece.stop - piece.start))
+            usage = b',"usage":' + as_json(self._usage(piece.stop - piece.start))
         elif self._is_usage_asked:
             usage = b',"usage":null'
-        event = b"%b%b]%b}\n\n" % (self._event_begin, _encode(self.delta(piece)), usage)
+        event = b"%b%b]%b}\n\n" % (self._event_begin, as_json(self.delta(piece)), usage)
         return self._numbered(event)
 
     def _usage(self, num_more: int = 0) -> dict[str, Any]:
@@ -322,8 +339,19 @@ class Answer(Response):
         """What a whole answer has besides."""
         return {}
 
+    def check(self, piece: Piece) -> None:
+        """Refuse to give what is no answer.
+
+        Raises:
+            ApiError: the request ended in an error.
+        """
+        if piece.finish_reason is FinishReason.ERROR:
+            raise ApiError(500, str(piece.output.error), code="model_error")
+        if piece.finish_reason is FinishReason.GRAMMAR:
+            raise ApiError(400, str(piece.output.error), code="grammar_too_costly")
+
     def choice(self, piece: Piece) -> dict[str, Any]:
-        """A whole choice, as the answer has it."""
+        """A whole choice, as the answer has it; maybe in another thread."""
         raise NotImplementedError
 
     def delta(self, piece: Piece) -> dict[str, Any]:
@@ -353,16 +381,25 @@ async def taken(source: Source) -> list[tuple[int, Chunk]]:
         raise ApiError(500, f"the engine has ended: {error}", code="engine_dead") from None
 
 
-def _check(piece: Piece) -> None:
-    """Refuse to give what is no answer.
+class InParts(Response):
+    """JSON that is made beside the loop and sent as it is made: it is never in memory whole.
 
-    Raises:
-        ApiError: the request ended in an error.
+    Args:
+        is_gone: true once nobody reads it.
     """
-    if piece.finish_reason is FinishReason.ERROR:
-        raise ApiError(500, str(piece.output.error), code="model_error")
-    if piece.finish_reason is FinishReason.GRAMMAR:
-        raise ApiError(400, str(piece.output.error), code="grammar_too_costly")
+
+    def __init__(self, parts: Iterator[bytes], is_gone: Callable[[], bool]) -> None:
+        super().__init__()
+        self.raw_headers = [(b"content-type", JSON.encode())]
+        self._parts, self._is_gone = parts, is_gone
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; for the server."""
+        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(head)
+        while (part := await asyncio.to_thread(next, self._parts, b"")) and not self._is_gone():
+            await send_part(send, part)
+        await send_part(send, b"", is_last=True)
 
 
 async def send_part(send: Send, body: bytes, *, is_last: bool = False) -> None:
@@ -371,4 +408,4 @@ async def send_part(send: Send, body: bytes, *, is_last: bool = False) -> None:
 
 
 def _as_event(body: object) -> bytes:
-    return b"data: %b\n\n" % _encode(body)
+    return b"data: %b\n\n" % as_json(body)

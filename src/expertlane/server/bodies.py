@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -22,6 +23,7 @@ MOST_KEYS = 2**16  # in a body, of all its objects
 BODY_S = 30.0  # for a body to arrive, and the time that it takes at the least rate besides
 LEAST_BYTES_PER_S = 10_000
 _SMALL_BYTES = 16 * 2**10  # becomes objects in less than a millisecond
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, as an escape
 _LARGE_BYTES = 256 * 2**10  # the standard library's parser would hold the interpreter for too long
 
 
@@ -190,7 +192,11 @@ class _ReadRequest(Request):
 
     def __init__(self, request: Request, body: bytes) -> None:
         super().__init__(request.scope, request.receive, request._send)
-        self._body = body
+        self._body: bytes = body
+
+    async def json(self) -> Any:
+        """The body's value; for the framework."""
+        return _parsed(self._body)
 
 
 class _MadeRequest(_ReadRequest):
@@ -205,6 +211,24 @@ class _MadeRequest(_ReadRequest):
         return self._made
 
 
+def _parsed(body: bytes | bytearray) -> Any:
+    """The value of a JSON text in UTF-8.
+
+    Raises:
+        ValueError: it is none, or a text in it is no Unicode.
+        RecursionError: it is nested too deeply.
+    """
+    if len(body) > _LARGE_BYTES:
+        return msgspec.json.decode(body)
+    value = json.loads(body.decode("utf-8-sig"))
+    if _SURROGATE.search(body) is not None:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise json.JSONDecodeError("a text has half of a surrogate pair", "", 0) from None
+    return value
+
+
 def _made(model: type[BaseModel], body: bytearray) -> BaseModel:
     """The model that a body describes.
 
@@ -213,7 +237,7 @@ def _made(model: type[BaseModel], body: bytearray) -> BaseModel:
         ApiError: a validator of ours refuses it.
     """
     try:
-        value = json.loads(body) if len(body) <= _LARGE_BYTES else msgspec.json.decode(body)
+        value = _parsed(body)
     except (ValueError, RecursionError) as error:  # both libraries raise kinds of ValueError
         text = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         found = {"type": "json_invalid", "loc": ("body",), "msg": text, "ctx": {"error": text}}

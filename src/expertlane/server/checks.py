@@ -7,7 +7,7 @@ from expertlane.server.errors import bad_field
 from expertlane.server.requests import GenerationRequest
 from expertlane.spec.sampling import SamplingParams
 
-MOST_LOGPROBS = 2**24  # of a request: some 150 bytes each
+MOST_LOGPROBS = 2**20  # of a request: some 150 bytes each
 _PROMPT = re.compile(r"prompt(?: (\d+))?(?=:)")
 
 

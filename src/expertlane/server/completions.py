@@ -6,10 +6,11 @@ from typing import Any
 from expertlane.schedule.request import FinishReason
 from expertlane.server.answers import Answer, Piece
 from expertlane.server.endpoint import Endpoint
-from expertlane.server.logprobs import Named, TextOffsets
+from expertlane.server.logprobs import TextOffsets
 from expertlane.server.prepared import Prepared
 from expertlane.server.requests import CompletionRequest
 from expertlane.server.service import Service
+from expertlane.spec.sampling import TokenLogprobs
 
 
 class CompletionAnswer(Answer):
@@ -23,18 +24,20 @@ class CompletionAnswer(Answer):
         assert isinstance(self._request, CompletionRequest), "it is one"
         self._wants = self._request
         self._echoed = prepared.texts
-        self._offsets = [
-            TextOffsets(self._texts, self._before(place)) for place in range(len(prepared.params))
-        ]
+        self._offsets: dict[int, TextOffsets] = {}  # of choices with log-probabilities
 
     def _before(self, place: int) -> str:
         return self._echoed[place // self._num_choices] if self._echoed else ""
 
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        """With the prompt's text before it, where asked for."""
-        if self._wants.drops_output:  # one token is computed all the same
+    def check(self, piece: Piece) -> None:
+        """The same, without the token that is computed where none is asked for."""
+        super().check(piece)
+        if self._wants.drops_output:
             piece.stop, piece.text = piece.start, ""
             piece.finish_reason = FinishReason.LENGTH
+
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        """With the prompt's text before it, where asked for."""
         is_first = piece.start == 0
         choice = {
             "index": piece.place,
@@ -53,12 +56,17 @@ class CompletionAnswer(Answer):
         num_top = self._wants.logprobs
         if num_top is None:
             return None
-        tokens: list[Named] = [(each.token_id, each) for each in piece.logprobs]
+        token_ids = [each.token_id for each in piece.logprobs]
+        known: list[Sequence[TokenLogprobs | None]] = [piece.logprobs]
         prompt = piece.output.prompt_logprobs
-        offsets = self._offsets[piece.place]
         if self._wants.echo and piece.start == 0 and prompt is not None:
-            tokens = [*zip(piece.output.prompt_token_ids, prompt, strict=True), *tokens]
-        return self._texts.of_completion(tokens, offsets, num_top)
+            token_ids = [*piece.output.prompt_token_ids, *token_ids]
+            known = [prompt, *known]
+        offsets = self._offsets.get(piece.place)
+        if offsets is None:
+            offsets = TextOffsets(self._texts, self._before(piece.place))
+            self._offsets[piece.place] = offsets
+        return self._texts.of_completion(token_ids, known, offsets, num_top)
 
 
 async def prepare_completion(service: Service, request: CompletionRequest) -> Prepared:

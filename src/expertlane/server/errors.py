@@ -130,7 +130,9 @@ def install_handlers(app: FastAPI) -> None:
         return bad_field(None, str(error)).response()
 
     async def of_bug(request: Request, error: Exception) -> Response:
-        return ApiError(500, "internal error", code="internal_error").response()
+        answer = ApiError(500, "internal error", code="internal_error").response()
+        answer.headers["Connection"] = "close"  # as the server does after this
+        return answer
 
     app.add_exception_handler(ApiError, of_api)
     app.add_exception_handler(RequestValidationError, of_validation)

@@ -1,8 +1,12 @@
-"""Log-probabilities of tokens, as the kinds of answers have them."""
+"""Log-probabilities of tokens, as the kinds of answers have them.
+
+Long lists are iterators, which become JSON a few entries at a time.
+"""
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from expertlane.spec.prompt_logprobs import PromptLogprobs
@@ -11,8 +15,6 @@ from expertlane.text.tokenizer import Tokenizer
 
 _LEAST = -9999.0  # of a token that cannot be: JSON has no infinity
 _KEPT = 4096
-
-Named = tuple[int, TokenLogprobs | None]  # a token, and what is known of it
 
 
 class TokenTexts:
@@ -50,14 +52,26 @@ class TokenTexts:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in given)
 
     def of_completion(
-        self, tokens: Sequence[Named], offsets: "TextOffsets", num_top: int
+        self,
+        token_ids: Sequence[int],
+        known: Sequence[Sequence[TokenLogprobs | None]],
+        offsets: "TextOffsets",
+        num_top: int,
     ) -> dict[str, Any]:
-        """Lists side by side, one entry a token; the first of a prompt has no log-probability."""
+        """Lists side by side, one entry a token; the first of a prompt has no log-probability.
+
+        Args:
+            known: of the same tokens, one sequence after the other.
+        """
         return {
-            "tokens": [self._name(token_id) for token_id, _ in tokens],
-            "token_logprobs": [None if of is None else _finite(of.logprob) for _, of in tokens],
-            "top_logprobs": [None if of is None else self._top(of, num_top) for _, of in tokens],
-            "text_offset": [offsets.take(token_id) for token_id, _ in tokens],
+            "tokens": map(self._name, token_ids),
+            "token_logprobs": (
+                None if of is None else _finite(of.logprob) for of in chain.from_iterable(known)
+            ),
+            "top_logprobs": (
+                None if of is None else self._top(of, num_top) for of in chain.from_iterable(known)
+            ),
+            "text_offset": map(offsets.take, token_ids),
         }
 
     def _top(self, token: TokenLogprobs, num_top: int) -> dict[str, float]:
@@ -67,24 +81,24 @@ class TokenTexts:
             found.setdefault(self._name(token_id), _finite(logprob))
         return found
 
-    def of_chat(self, tokens: Iterable[TokenLogprobs]) -> list[dict[str, Any]]:
+    def of_chat(self, tokens: Iterable[TokenLogprobs]) -> Iterator[dict[str, Any]]:
         """An object a token."""
-        return [
+        return (
             self._entry(each.token_id, each.logprob)
             | {"top_logprobs": [self._entry(*likely) for likely in each.top]}
             for each in tokens
-        ]
+        )
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         given = list(self._bytes(token_id))
         return {"token": self.text(token_id), "logprob": _finite(logprob), "bytes": given}
 
-    def of_prompt(self, prompt: PromptLogprobs, num_top: int) -> list[dict[str, Any] | None]:
+    def of_prompt(self, prompt: PromptLogprobs, num_top: int) -> Iterator[dict[str, Any] | None]:
         """vLLM's form: by token id, the likeliest and the token itself, with their ranks."""
-        return [
+        return (
             None if each is None else self._ranked(each, int(prompt.ranks[place]), num_top)
             for place, each in enumerate(prompt)
-        ]
+        )
 
     def _ranked(self, token: TokenLogprobs, own_rank: int, num_top: int) -> dict[str, Any]:
         likely = [(rank, *each) for rank, each in enumerate(token.top[:num_top], 1)]

@@ -163,14 +163,16 @@ class GenerationRequest(SampledRequest, StructuredRequest):
         """As `SamplingParams.prompt_logprobs`."""
         return self.prompt_logprobs
 
-    def params(
-        self, recommended: Mapping[str, Any], max_tokens: int, choice: int, **more: Any
-    ) -> SamplingParams:
-        """How tokens of one of the choices are drawn.
+    def seed_of(self, choice: int) -> int | None:
+        """The seed of one of a prompt's choices, if there is one."""
+        return None if self.seed is None else (self.seed + choice) % 2**64
+
+    def params(self, recommended: Mapping[str, Any], **more: Any) -> SamplingParams:
+        """How tokens are drawn, but for the seeds of choices after the first.
 
         Args:
             recommended: by the checkpoint, where the request says nothing.
-            more: fields that come from elsewhere, such as `structured`.
+            more: fields that come from elsewhere, such as `max_tokens`.
 
         Raises:
             UserError: two fields do not go together.
@@ -179,13 +181,12 @@ class GenerationRequest(SampledRequest, StructuredRequest):
         if self.top_k is not None:
             given["top_k"] = max(self.top_k, 0)
         if self.seed is not None:
-            given["seed"] = (self.seed + choice) % 2**64
+            given["seed"] = self.seed_of(0)
         if self.logit_bias:
             given["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         known = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(
             **dict(recommended) | known | more,
-            max_tokens=max_tokens,
             logprobs=self.wanted_logprobs,
             prompt_logprobs=self.wanted_prompt_logprobs,
         )

@@ -298,34 +298,46 @@ class Service:
         Raises:
             ApiError: a prompt or its output would be too long, or fields do not go together.
         """
-        most = self.model.max_model_len
         check_tokens(request, self.model.limits.vocab_size)
         if request.stop:
             self.tokenizer("stop")
-        found = []
-        for prompt in prompts:
-            room = most - len(prompt)
-            wanted = request.wanted_tokens
-            if room < (not request.drops_output):
-                text = f"{param} has {len(prompt)} tokens; the model takes {most}, output included"
-                raise bad_field(param, text, "context_length_exceeded")
-            if wanted is not None and wanted > room:
-                text = (
-                    f"max_tokens is {wanted} and the prompt has {len(prompt)} tokens; together at "
-                    f"most {most}"
-                )
-                raise bad_field("max_tokens", text, "context_length_exceeded")
-            wanted = room if wanted is None else wanted
-            if (request.min_tokens or 0) > wanted:
-                text = f"min_tokens is {request.min_tokens}; it must be at most {wanted}"
-                raise bad_field("min_tokens", text)
-            found += [
-                request.params(self.model.recommended or {}, max(wanted, 1), choice, **more)
-                for choice in range(request.num_choices)
-            ]
-            self.metrics.on_request(request.num_choices, wanted)
+        lengths = [self._num_wanted(request, len(prompt), param) for prompt in prompts]
+        for length in lengths:
+            self.metrics.on_request(request.num_choices, length)
+        recommended = self.model.recommended or {}
+        # One token is computed where none is asked for.
+        first = request.params(recommended, max_tokens=max(lengths[0], 1), **more)
+        seeds = [request.seed_of(choice) for choice in range(request.num_choices)]
+        found = [
+            first.with_valid(max_tokens=max(length, 1), seed=seed)
+            for length in lengths
+            for seed in seeds
+        ]
         check_logprobs(found, prompts)
         return found
+
+    def _num_wanted(self, request: GenerationRequest, prompt_len: int, param: str) -> int:
+        """Output tokens at most.
+
+        Raises:
+            ApiError: they have no room.
+        """
+        most = self.model.max_model_len
+        room, wanted = most - prompt_len, request.wanted_tokens
+        if room < (not request.drops_output):
+            text = f"{param} has {prompt_len} tokens; the model takes {most}, output included"
+            raise bad_field(param, text, "context_length_exceeded")
+        if wanted is not None and wanted > room:
+            text = (
+                f"max_tokens is {wanted} and the prompt has {prompt_len} tokens; together at most "
+                f"{most}"
+            )
+            raise bad_field("max_tokens", text, "context_length_exceeded")
+        wanted = room if wanted is None else wanted
+        if (request.min_tokens or 0) > wanted:
+            text = f"min_tokens is {request.min_tokens}; it must be at most {wanted}"
+            raise bad_field("min_tokens", text)
+        return wanted
 
     def time_limit_s(self, request: SampledRequest) -> float | None:
         """How long a request may take, from its arrival; None for any time."""

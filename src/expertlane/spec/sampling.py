@@ -1,8 +1,10 @@
 """How the tokens of a request are chosen, and what is reported of a chosen token."""
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -91,6 +93,16 @@ class SamplingParams:
             valid = f"at most max_tokens, {self.max_tokens}"
             raise _refusal("min_tokens", "is", self.min_tokens, valid)
         self._take_bias()
+
+    def with_valid(self, **values: Any) -> Self:
+        """The same with other values, which are known to be valid; all else is shared.
+
+        Checking takes long where lists are long, and a request may have thousands of choices.
+        """
+        found = copy(self)
+        for name, value in values.items():
+            object.__setattr__(found, name, value)
+        return found
 
     @property
     def is_greedy(self) -> bool:

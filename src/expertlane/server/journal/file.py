@@ -72,7 +72,7 @@ class FoundRequest:
             ended = {place for _, place, *_, more in self.rows if more is not None and more.reason}
             self.rows += [
                 (self.begun.number, place, None, "", More(FinishReason.ERROR, _SET_ASIDE))
-                for place in range(len(self.begun.params))
+                for place in range(self.begun.num_choices)
                 if place not in ended
             ]
 
@@ -80,7 +80,7 @@ class FoundRequest:
     def is_finished(self) -> bool:
         """Whether all of its choices have ended."""
         num_ended = sum(more is not None and more.reason is not None for *_, more in self.rows)
-        return num_ended == len(self.begun.params)
+        return num_ended == self.begun.num_choices
 
 
 class JournalFile:
@@ -154,11 +154,15 @@ class JournalFile:
                 )
             self._identity = record.identity
         elif isinstance(record, Begun):
+            if record.seeds and (len(record.shared), len(record.lengths)) != (1, len(record.seeds)):
+                raise DamagedError(
+                    f"byte {at}: a request of {len(record.seeds)} choices is damaged"
+                )
             self.found[record.number] = FoundRequest(record)
         elif isinstance(record, Came):
             for row in record.rows:
                 found = self.found.get(row[0])
-                if found is None or not 0 <= row[1] < len(found.begun.params):
+                if found is None or not 0 <= row[1] < found.begun.num_choices:
                     raise DamagedError(
                         f"byte {at}: tokens of an unknown request ({row[0]}, {row[1]})"
                     )

@@ -144,7 +144,7 @@ class JournalKeeper:
         prepared = await endpoint.prepare(service, request)
         service.check_queue()  # again: others have come meanwhile
         params = [
-            each if each.seed is not None else replace(each, seed=self._seeds.getrandbits(64))
+            each if each.seed is not None else each.with_valid(seed=self._seeds.getrandbits(64))
             for each in prepared.params
         ]
         prepared = replace(prepared, params=params)
@@ -158,12 +158,14 @@ class JournalKeeper:
             endpoint.path,
             _body(request),
             list(prepared.prompts),
-            params,
+            params[:1],
             list(prepared.texts),
             list(prepared.before),
             prepared.ids.root,
             prepared.created,
             time.time() - (self._loop.time() - began_s),
+            [each.seed or 0 for each in params],
+            [each.max_tokens for each in params],
         )
         self._append(begun)
         kept = KeptRequest(begun, prepared, endpoint, self._watchers)
@@ -331,7 +333,7 @@ class JournalKeeper:
         prepared = Prepared(
             request,
             begun.prompts,
-            begun.params,
+            begun.params(),
             begun.texts,
             before=begun.before,
             ids=AnswerIds(begun.root),

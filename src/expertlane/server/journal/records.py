@@ -16,8 +16,9 @@ from expertlane.errors import UserError
 from expertlane.schedule.request import FinishReason
 from expertlane.spec.sampling import SamplingParams
 
-VERSION = 2
-READ_VERSIONS = (1, VERSION)  # the first has no `Suspected` and no `Closed`
+VERSION = 3
+# The first has no `Suspected` and no `Closed`; before the third, `Begun` has no `seeds`.
+READ_VERSIONS = (1, 2, VERSION)
 _FRAME = struct.Struct("<III")
 _INVERTED = 2**32 - 1
 
@@ -45,9 +46,11 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
         is_named: whether the client gave the id.
         path: of its route.
         body: JSON of its validated fields.
-        prompts, params, texts, before, created: as in `Prepared`; every seed is set.
+        prompts, texts, before, created: as in `Prepared`.
+        shared: params of the choices, as far as they are the same; in older versions all of them.
         root: of the answer's ids.
         began: when it came, in seconds since 1970.
+        seeds, lengths: [num_choices]; each choice's own seed, which is always set, and `max_tokens`.
     """
 
     number: int
@@ -57,12 +60,29 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
     path: str
     body: bytes
     prompts: list[list[int]]
-    params: list[SamplingParams]
+    shared: list[SamplingParams]
     texts: list[str]
     before: list[dict[str, Any]]
     root: str
     created: int
     began: float
+    seeds: list[int] = []
+    lengths: list[int] = []
+
+    @property
+    def num_choices(self) -> int:
+        """Of all prompts."""
+        return len(self.seeds or self.shared)
+
+    def params(self) -> list[SamplingParams]:
+        """As in `Prepared`; no seed is left open."""
+        if not self.seeds:
+            return self.shared
+        (shared,) = self.shared
+        return [
+            shared.with_valid(seed=seed, max_tokens=length)
+            for seed, length in zip(self.seeds, self.lengths, strict=True)
+        ]
 
 
 class More(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -74,7 +74,9 @@ class ResponseAnswer(ChatAnswer):
             events: list[Event] = []
             try:
                 for piece in self._pieces(source, arrived):
-                    found = self._texts.of_chat(piece.logprobs) if self._wants_logprobs else []
+                    found = (
+                        list(self._texts.of_chat(piece.logprobs)) if self._wants_logprobs else []
+                    )
                     events += self._items.feed(self._fields(piece), found)
                     self._reason = piece.finish_reason
             except ApiError:
