@@ -50,7 +50,7 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
         shared: params of the choices, as far as they are the same; in older versions all of them.
         root: of the answer's ids.
         began: when it came, in seconds since 1970.
-        seeds, lengths: [num_choices]; each choice's own seed, which is always set, and `max_tokens`.
+        seeds, lengths: [num_choices]; each choice's seed, which is always set, and `max_tokens`.
     """
 
     number: int
