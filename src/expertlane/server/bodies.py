@@ -24,6 +24,7 @@ BODY_S = 30.0  # for a body to arrive, and the time that it takes at the least r
 LEAST_BYTES_PER_S = 10_000
 _SMALL_BYTES = 16 * 2**10  # becomes objects in less than a millisecond
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, as an escape
+_AHEAD = b" " * 6  # msgspec looks so far for the other half before it says what is wrong
 _LARGE_BYTES = 256 * 2**10  # the standard library's parser would hold the interpreter for too long
 
 
@@ -220,13 +221,12 @@ def _parsed(body: bytes | bytearray) -> Any:
     """
     if len(body) > _LARGE_BYTES:
         return msgspec.json.decode(body)
-    value = json.loads(body.decode("utf-8-sig"))
-    if _SURROGATE.search(body) is not None:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise json.JSONDecodeError("a text has half of a surrogate pair", "", 0) from None
-    return value
+    if _SURROGATE.search(body) is None:
+        return json.loads(body.decode("utf-8-sig"))
+    try:  # json would take half of a pair
+        return msgspec.json.decode(bytes(body) + _AHEAD)
+    except msgspec.DecodeError as error:
+        raise json.JSONDecodeError(str(error), "", 0) from None
 
 
 def _made(model: type[BaseModel], body: bytearray) -> BaseModel:
