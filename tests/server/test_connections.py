@@ -214,6 +214,14 @@ def test_a_page_of_another_site_is_refused(
         assert answer.json()["error"]["code"] == "host_not_allowed"
 
 
+@pytest.mark.parametrize("names", ["evil.example localhost", "localhost localhost"])
+def test_two_hosts(stub_server, names):
+    hosts = "".join(f"Host: {name}\r\n" for name in names.split())
+    with connect(stub_server()) as connection:
+        connection.sendall(f"GET /v1/models HTTP/1.1\r\n{hosts}\r\n".encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 403 ")
+
+
 def test_slow_headers(stub_server, monkeypatch):
     monkeypatch.setattr(protocol, "HEAD_S", 0.2)
     server = stub_server()

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from expertlane.schedule.request import Chunk, FinishReason
 from expertlane.server.chats import CHATS
 from expertlane.server.completions import COMPLETIONS
 from expertlane.server.journal.kept import KeptRequest, Watchers
-from expertlane.server.journal.records import Begun, Came, framed, records_of
+from expertlane.server.journal.records import Begun, Came, Record, framed, records_of
 from expertlane.server.prepared import Prepared
 from expertlane.server.responses.answer import RESPONSES
 from expertlane.server.setup import ServedModel, ServerOptions
@@ -90,6 +91,17 @@ def kept_of(kind, rows=None, *, is_stream=True):
     if rows is not None:
         kept.recall(rows)
     return kept
+
+
+def test_requests_of_older_journals():
+    params = [SamplingParams(seed=seed, max_tokens=seed) for seed in (1, 2)]
+    fields = [1, b"", "mine", True, "/v1/completions", b"{}", [[1], [2]], params, [], [], "0", 5]
+    older = msgspec.msgpack.encode(["begun", *fields, 0.0])
+    written = framed(Begun(*fields[:7], params[:1], *fields[8:], 0.0, [1, 2], [1, 2]))
+    begun = msgspec.msgpack.decode(older, type=Record)
+    (_, now) = next(records_of(written))
+    assert begun.params() == now.params() == params
+    assert begun.num_choices == now.num_choices == 2
 
 
 def say(kept, pieces):
