@@ -101,7 +101,8 @@ class ServedOnTwoHosts:
         command = [sys.executable, "-m"]
         variables = {"OMP_NUM_THREADS": "1"}
         if self.by == "torchrun":
-            command += ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+            command += ["torch.distributed.run", "--log-dir", str(self.folder / "torchrun-logs")]
+            command += ["--nnodes", "2", "--nproc-per-node", "1"]
             command += ["--max-restarts", "3", "--node-rank", str(host), "--master-addr"]
             command += [self.hosts.address[0], "--master-port", str(MASTER_PORT), "-m"]
         else:

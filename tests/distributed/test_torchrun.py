@@ -40,8 +40,9 @@ COMMAND = ["-m", "expertlane", "compare", "four.toml", "--repeat", "2", "--json"
 
 
 def torchrun(num_nodes, num_processes):
-    """The commands of torchrun on each node."""
-    python = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_processes)]
+    """The commands of torchrun on each node, with logs in the folder where it is started."""
+    python = [sys.executable, "-m", "torch.distributed.run", "--log-dir", "torchrun-logs"]
+    python += ["--nproc-per-node", str(num_processes)]
     if num_nodes == 1:
         return [[*python, "--standalone"]]
     with socket.create_server(("127.0.0.1", 0)) as free:
