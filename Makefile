@@ -7,7 +7,7 @@ PYTEST := $(BIN)/pytest -n 3 --dist loadfile --max-worker-restart 0
 # Parts of test-full, the last ones a folder of tests each, and the files that they depend on.
 PARTS := quick torch baseline root $(sort $(shell find tests -mindepth 2 -name 'test_*.py' | cut -d/ -f2))
 FILES := pyproject.toml $(shell find src tests experiments calibration benchmarks docs deploy \
-	-type f -not -path '*/__pycache__/*' -not -path '*/_build/*')
+	-type f -not -path '*/__pycache__/*' -not -path '*/_build/*' -not -path docs/log.md)
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 

@@ -23,9 +23,10 @@ import httpx
 import psutil
 
 from model.chat_checkpoint import save_chat_checkpoint
-from server.hostile import TOO_MUCH
+from server.hostile import MUCH, TOO_MUCH
 
 QUIET_S, PAUSE_S, LIMIT_S = 2.0, 0.002, 120.0
+CASES = TOO_MUCH | MUCH
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
@@ -88,7 +89,7 @@ def forget_peak(process: psutil.Process) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=[*TOO_MUCH], choices=[*TOO_MUCH])
+    parser.add_argument("--only", nargs="+", default=[*CASES], choices=[*CASES])
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     headers = {"Content-Type": "application/json"}
@@ -99,7 +100,7 @@ def main() -> None:
         with watched(port) as quiet:
             time.sleep(QUIET_S)
         for name in options.only:
-            path, make, status = TOO_MUCH[name]
+            path, make, status = CASES[name]
             body = make()
             data = (body if isinstance(body, str) else json.dumps(body)).encode()
             waits, grown = [], []

@@ -124,6 +124,7 @@ def start_node(node: int, num_nodes: int, task: Path, output: IO[str]) -> subpro
     here = Path(__file__).resolve().parent
     search = [str(here), str(here.parents[1] / "src"), os.environ.get("PYTHONPATH", "")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval", "1"]
+    torchrun += ["--log-dir", str(task.parent)]  # else a folder of each run stays in /tmp
     torchrun += ["--nnodes", str(num_nodes), "--node-rank", str(node), "--nproc-per-node", "1"]
     torchrun += ["--master-addr", f"{network.CONTROL_NETWORK}1", "--master-port", str(MASTER_PORT)]
     return subprocess.Popen(

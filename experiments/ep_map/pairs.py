@@ -8,6 +8,7 @@ same devices, one with ep = tp and the other with ep = 1: of several the two who
 at most `MOST_DAYS` apart, since frameworks get faster from release to release.
 """
 
+import argparse
 import csv
 import sys
 from collections import defaultdict
@@ -23,7 +24,9 @@ ALIKE = (*("hardware", "framework", "precision", "spec_method", "decode_tp", "is
 
 def main() -> int:
     """Print the pairs as a table; the exit code."""
-    with Path(sys.argv[1]).open(encoding="utf-8", newline="") as file:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="InferenceX's runs as CSV")
+    with parser.parse_args().file.open(encoding="utf-8", newline="") as file:
         found = pairs_of(list(csv.DictReader(file)))
     writer = csv.DictWriter(sys.stdout, list(Pair.__annotations__), lineterminator="\n")
     writer.writeheader()

@@ -70,8 +70,12 @@ def run(folder, *commands, apart_s=0.0):
     for command in commands:
         time.sleep(apart_s if started else 0)
         started.append(start(folder, command))
-    with ThreadPoolExecutor() as pool:  # at once: one that nobody reads from would wait
-        outputs = [*pool.map(lambda each: each.communicate(timeout=240), started)]
+    try:
+        with ThreadPoolExecutor() as pool:  # at once: one that nobody reads from would wait
+            outputs = [*pool.map(lambda each: each.communicate(timeout=240), started)]
+    finally:
+        for each in started:
+            each.terminate()  # torchrun ends its processes; no effect on one that has ended
     return [(each.returncode, *output) for each, output in zip(started, outputs, strict=True)]
 
 

@@ -98,7 +98,7 @@ class Hosts:
     def _refusal(self, scope: Scope) -> str | None:
         names = [name for name, _ in scope["headers"]]
         if names.count(b"host") > 1 or names.count(b"origin") > 1:
-            return "Host or Origin is given twice; which one counts, servers do not agree on"
+            return "Host or Origin is given twice; give one of each"
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host, origin = headers.get(b"host"), headers.get(b"origin")
         name = None if host is None else host_name(host)
