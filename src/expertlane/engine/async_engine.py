@@ -18,6 +18,7 @@ from expertlane.schedule.request import Chunk, RequestOutput
 from expertlane.spec.sampling import SamplingParams
 
 _IDLE_S = 1.0  # between looks at idle ranks
+_AT_ONCE = 32  # requests that are queued before the loop has its turn
 
 
 class RequestGroup:
@@ -311,6 +312,8 @@ class AsyncEngine:
                 )
                 output.arrival_s = asked_s  # it may have waited for a step
                 group.begin(output)
+                if number % _AT_ONCE == 0:
+                    time.sleep(0)  # else the loop waits for the interpreter, again and again
         except UserError as refusal:
             error = refusal
             self._cancel_now([request_id for request_id, *_ in requests])
