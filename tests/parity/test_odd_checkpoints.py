@@ -1,6 +1,7 @@
 """Contract 1 against transformers, for checkpoints whose config.json does not say it all."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,31 @@ def test_fields_left_out_or_null(pools, tmp_path, family, made, changes, left_ou
     folder = save_checkpoint(family, tmp_path, **made)
     _write_config(folder, changes, *left_out)
     assert _check(pools, folder, "tp=2,ep=2") == []
+
+
+_PARTIAL = {"glm4_moe": 0.5, "minimax_m2": 0.5}  # shares of a head that are rotated
+
+
+@pytest.mark.smoke(1)
+@pytest.mark.parametrize("seed", range(60))
+def test_dynamic_rotary_positions(pools, tmp_path, seed) -> None:
+    """Within the positions of the model they are the plain ones."""
+    draw = random.Random(seed)
+    family = draw.choice(["mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe", "minimax_m2"])
+    rope = {"rope_type": "dynamic", "factor": draw.uniform(1.5, 40)}
+    rope["rope_theta"] = 10 ** draw.uniform(3, 7)
+    if family in _PARTIAL:
+        rope["partial_rotary_factor"] = _PARTIAL[family]
+    sizes = {"max_position_embeddings": draw.randrange(40, 300)}  # the longest sequence has 27
+    if family == "mixtral":
+        sizes["head_dim"] = 8  # transformers does not work it out for this kind
+    folder = save_checkpoint(family, tmp_path, rope_parameters=rope, **sizes)
+    if draw.random() < 0.5:  # as transformers 4 wrote it
+        plain = {"type": "dynamic", "factor": rope["factor"]}
+        old = {"rope_theta": rope["rope_theta"], "rope_scaling": plain}
+        old |= {name: rope[name] for name in rope.keys() & {"partial_rotary_factor"}}
+        _write_config(folder, old, "rope_parameters")
+    assert _check(pools, folder, draw.choice(["tp=1", "tp=2,ep=2", "pp=2,dp=2,ep=2"])) == []
 
 
 def _with_tensors(folder: Path, *left_out: str, **tensors: torch.Tensor) -> None:
