@@ -43,6 +43,7 @@ from expertlane.cli.sampling import SamplingOptions, sampling_params
 from expertlane.errors import ModelError, UserError
 from expertlane.spec.files import CONFIG_BYTES, PROMPTS_BYTES, read_stream, read_text
 from expertlane.spec.layout import Layout
+from expertlane.spec.ranges import shown
 
 if TYPE_CHECKING:
     from expertlane.engine.live_request import Prompt
@@ -249,8 +250,12 @@ def _has_tokenizer(found: FoundModel) -> bool:
 
 
 def _check_texts(prompts: "list[Prompt]", found: FoundModel) -> None:
-    if not _has_tokenizer(found) and any(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"{found.name} has no tokenizer; give prompts with --token-ids")
+    text = next((each for each in prompts if isinstance(each, str)), None)
+    if text is not None and not _has_tokenizer(found):
+        raise UserError(
+            f"{found.name} has no tokenizer, and the prompt {shown(text)} is text; give prompts "
+            "with --token-ids"
+        )
 
 
 @contextmanager
