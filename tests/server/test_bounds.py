@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from cli.screen import tells
 from engine.processes import wait_until
 from expertlane.server import answers, bodies, checks, fields, live, messages, protocol, requests
+from expertlane.server.answers import as_json, json_parts
 from expertlane.server.app import make_app
 from expertlane.server.bodies import JsonCounts
 from expertlane.server.journal import keeper
 from expertlane.server.journal.file import JournalFile
-from expertlane.server.json_parts import as_json, json_parts
 from expertlane.server.setup import ServerOptions
 from expertlane.spec import structured
 from server.hostile import CHATS, COMPLETIONS, TOO_MUCH

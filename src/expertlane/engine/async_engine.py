@@ -313,7 +313,7 @@ class AsyncEngine:
                 output.arrival_s = asked_s  # it may have waited for a step
                 group.begin(output)
                 if number % _AT_ONCE == 0:
-                    time.sleep(0)  # else the loop waits for the interpreter, again and again
+                    time.sleep(0)  # releases the interpreter lock, which the loop waits for
         except UserError as refusal:
             error = refusal
             self._cancel_now([request_id for request_id, *_ in requests])

@@ -104,7 +104,7 @@ def as_layout(layout: str | Layout) -> Layout:
 
 
 def as_options(options: Options | None) -> Options:
-    """The options that were given; the usual ones where none were.
+    """`options`, or the defaults for None.
 
     Raises:
         SpecError: they are of another type.

@@ -15,7 +15,7 @@ from expertlane.results.results import Results
 from expertlane.spec.names import Phase
 from expertlane.spec.ranges import Strict, Valid, shown, take_fields
 from expertlane.spec.tables import build
-from expertlane.spec.workload import LengthRange
+from expertlane.spec.workload import LengthRange, Workload
 
 
 def _is_length(text: str) -> bool:
@@ -50,16 +50,6 @@ class _Experiment(_Part):
 
 
 @dataclass(frozen=True)
-class _Sizes(_Part):
-    num_sequences: int
-    prompt_len: int
-    output_len: int
-
-    def __post_init__(self) -> None:
-        take_fields(self)
-
-
-@dataclass(frozen=True)
 class _Lengths(_Part):
     prompt_len: _Length
     output_len: _Length
@@ -90,7 +80,7 @@ class _OfComparison(_Question):
 @dataclass(frozen=True, kw_only=True)
 class _OfPlan(_Question):
     model: _Model
-    workload: _Sizes
+    workload: Workload
     max_tpot_s: _Seconds | None = None
     max_ttft_s: _Seconds | None = None
 

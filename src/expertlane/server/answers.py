@@ -3,15 +3,16 @@
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar, Protocol
 
+import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from expertlane.engine.async_engine import Generation
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.server.errors import JSON, LATER, ApiError
-from expertlane.server.json_parts import as_json, json_parts
 from expertlane.server.logprobs import TokenTexts
 from expertlane.server.middleware import DIRECT_SEND
 from expertlane.server.observed import Generated, note
@@ -27,6 +28,18 @@ _EVENTS_HEAD = (
 )
 _DONE = b"data: [DONE]\n\n"
 _MOST_AT_ONCE = 2048  # entries of a whole answer that is made in the loop: some milliseconds
+_ENTRIES = 32  # of a list that are objects at the same time
+_PART_BYTES = 64 * 2**10  # at least, but for the last part
+
+
+def _listed(value: object) -> list[Any]:
+    if isinstance(value, Iterator):
+        return list(value)
+    raise NotImplementedError(f"{type(value).__name__} is not JSON")
+
+
+# To JSON; an iterator is a list, whose entries are made when they are needed.
+as_json = msgspec.json.Encoder(enc_hook=_listed).encode
 
 
 class ClientGone(Exception):
@@ -409,3 +422,47 @@ async def send_part(send: Send, body: bytes, *, is_last: bool = False) -> None:
 
 def _as_event(body: object) -> bytes:
     return b"data: %b\n\n" % as_json(body)
+
+
+def json_parts(value: object) -> Iterator[bytes]:
+    """The bytes of `as_json`, in parts of about 64 KiB, none of them empty."""
+    part = bytearray()
+    for data in _pieces(value):
+        part += data
+        if len(part) >= _PART_BYTES:
+            yield bytes(part)
+            part.clear()
+    if part:
+        yield bytes(part)
+
+
+def _pieces(value: object) -> Iterator[bytes]:
+    if isinstance(value, dict):
+        before = b"{"
+        for name, each in value.items():
+            yield before + as_json(name) + b":"
+            yield from _pieces(each)
+            before = b","
+        yield b"}" if value else b"{}"
+    elif isinstance(value, Iterator):
+        yield b"["
+        before = b""
+        while entries := list(islice(value, _ENTRIES)):
+            yield before
+            before = b","
+            if _is_lazy(entries[0]):  # they are alike
+                for place, each in enumerate(entries):
+                    yield b"," if place else b""
+                    yield from _pieces(each)
+            else:
+                yield as_json(entries)[1:-1]
+        yield b"]"
+    else:
+        yield as_json(value)
+
+
+def _is_lazy(value: object) -> bool:
+    """Whether an iterator is inside."""
+    if isinstance(value, dict):
+        return any(map(_is_lazy, value.values()))
+    return isinstance(value, Iterator)

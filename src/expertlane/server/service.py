@@ -317,7 +317,7 @@ class Service:
         return found
 
     def _num_wanted(self, request: GenerationRequest, prompt_len: int, param: str) -> int:
-        """Output tokens at most.
+        """The most output tokens for a prompt of this length.
 
         Raises:
             ApiError: they have no room.

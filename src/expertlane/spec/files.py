@@ -96,7 +96,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it is one; links are followed.
+    """Whether a path is a folder; links are followed.
 
     Raises:
         SpecError: the name is too long.
@@ -170,7 +170,7 @@ def read_stream(path: Path, most_bytes: int) -> str:
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:
-    """What a regular file holds.
+    """The bytes of a regular file.
 
     Raises:
         SpecError: as `check_regular`, or it cannot be read.

@@ -35,7 +35,7 @@ def rotary(fields: ConfigReader, share: float | None = None) -> dict[str, Any]:
     theta = rope.optional(float, "rope_theta")
     theta = fields.get(float, "rope_theta") if theta is None else theta
     kind = rope.get(str, "rope_type", "type", default="default")
-    if kind in ("default", "dynamic"):  # dynamic: other ones beyond max_position_embeddings alone
+    if kind in ("default", "dynamic"):  # dynamic differs only beyond max_position_embeddings
         return {"rope_theta": theta, **partial}
     max_len = fields.get(int, "max_position_embeddings")
     trained = rope.get(int, "original_max_position_embeddings", default=max_len)

@@ -95,9 +95,9 @@ class SamplingParams:
         self._take_bias()
 
     def with_valid(self, **values: Any) -> Self:
-        """The same with other values, which are known to be valid; all else is shared.
+        """A copy with these values, which are not checked; it shares all others.
 
-        Checking takes long where lists are long, and a request may have thousands of choices.
+        Checks take long where lists are long, and a request may have thousands of choices.
         """
         found = copy(self)
         for name, value in values.items():
