@@ -275,8 +275,8 @@ class PlannedLoad(SimulatedLoad):
     prefix_len: int | None = _prefix_len(hidden=True)
     num_prefixes: int | None = _num_prefixes(hidden=True)
     slo: list[str] | None = _slo(
-        "For example: ttft.mean=500ms,tpot.mean=20ms. Deployments that miss one are left out. "
-        "Means alone; percentiles are for simulate.",
+        "For example: ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, "
+        "p95 or p99. Deployments that miss one are left out.",
     )
 
     def workload(self, model: "ModelConfig") -> "Workload":
@@ -312,7 +312,9 @@ class PlannedLoad(SimulatedLoad):
                 "--output-len is 1; plan weighs prompts against decode steps, of which there are "
                 "none then: give 2 or more, or use expertlane simulate"
             )
-        return Workload(int(batch), **self._cut(sizes, model.max_position_embeddings), seed=0)
+        return Workload(
+            int(batch), **self._cut(sizes, model.max_position_embeddings), seed=self.seed
+        )
 
     def _cut(self, lengths: dict[str, int], limit: int) -> dict[str, int]:
         """Those that were not asked for no longer than fits; of both a fourth is output."""
@@ -326,18 +328,3 @@ class PlannedLoad(SimulatedLoad):
         if self.prompt_len is None and room > 0:
             cut["prompt_len"] = min(cut["prompt_len"], room)
         return cut
-
-    def limits_s(self) -> dict[str, float]:
-        """The longest mean TPOT and TTFT, as `Goals` has them.
-
-        Raises:
-            UserError: an objective is of something that a plan does not know.
-        """
-        known = {"tpot.mean": "max_tpot_s", "ttft.mean": "max_ttft_s"}
-        for slo in self.slos:
-            if slo.name not in known:
-                raise UserError(
-                    f"--slo {slo.name}: plan has means alone, {' and '.join(known)}; expertlane "
-                    "simulate has all of them"
-                )
-        return {known[slo.name]: slo.limit_s for slo in self.slos}

@@ -87,11 +87,9 @@ def run(
     multi_token = drafts.multi_token()
     found = find_model(own.model, weights=False)
     devices = served_cluster(own.cluster, projection.framework)
-    workload, goals = load.workload(found.config), Goals(**load.limits_s())
+    workload, goals = load.workload(found.config), Goals.of(load.slos)
     workload.check_model(found.config, as_options=True)
-    routing = choose_routing(
-        found.config, projection.routing_trace, projection.skew, load.seed, num_sampled_layers=2
-    )
+    routing = choose_routing(found.config, projection.routing_trace, projection.skew, load.seed)
     types = found.number_types(projection, devices)
     is_narrow = types.weights in ("float8", "nvfp4")  # DeepEP sends float8 beside both
     payload: PayloadType = "float8" if is_narrow else "model"

@@ -9,6 +9,7 @@ import numpy as np
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Terms
 from expertlane.cost.multi_token import MultiTokenAdapter
 from expertlane.cost.pricing import Pricing, StageWork
+from expertlane.cost.replay import Clocks
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
@@ -21,6 +22,7 @@ from expertlane.spec.names import Phase
 
 _KEPT_RANKS = 1 << 15  # of all steps kept together: what a step takes grows with its ranks
 _FEWEST_KEPT = 64
+_SEQS_APART = 64  # a step is not told from one with a 64th more sequences
 
 
 @dataclass(eq=False)
@@ -30,70 +32,116 @@ class KnownWork:
     Attributes:
         work: [num_stages][num_micro_batches].
         cold_start: how it went when all ranks were at rest before; None if that did not come yet.
+        alone: how its micro-batches go by themselves, as of `Timeline.run`.
     """
 
     program: StepProgram
     work: Sequence[Sequence[StageWork]]
     cold_start: ColdStart | None = None
+    alone: dict[tuple[int, int], Clocks] = field(default_factory=dict)
 
 
 class StepSharing:
     """The steps of one deployment, for runners that may share it.
 
-    A step takes the work of an earlier one whose sequences are as many on every data-parallel rank
-    and micro-batch, and about as long: of those with one new token, the positions of a rank,
-    summed up, round to the same multiple of `context_step` a sequence, or of `few_positions` where
-    that is more; of the others, new and cached positions of each to one of `context_step`. So it
-    also takes that step's routing, a sample of the same distribution, and its counters. The steps
-    used least lately are forgotten.
+    A step takes the work of an earlier one that is alike on every node and micro-batch: the same
+    number of decoding sequences there, in all and on the fullest rank, to one in `_SEQS_APART`;
+    about as many cached positions of theirs, to a multiple of `context_step` a sequence, or of
+    `few_positions` a rank where that is more; and the same prompts beside each other on a rank, the
+    new and cached positions of each to a multiple of `context_step`. Ranks of a node may change
+    places: tokens of all of them choose experts by the same routing. So a step also takes an
+    earlier one's sample of the routing; up to `num_samples` steps that are alike draw their own,
+    and later ones take those in turn. The steps used least lately are forgotten.
 
     Args:
         num_ranks: of a replica.
         few_positions: of a rank, which take next to no time beside the rest of a step.
+        nodes: [dp]; of each data-parallel rank; None where each counts by itself.
     """
 
-    def __init__(self, context_step: int, num_ranks: int, few_positions: int = 1) -> None:
+    def __init__(
+        self,
+        context_step: int,
+        num_ranks: int,
+        few_positions: int = 1,
+        *,
+        nodes: Sequence[int] | None = None,
+        num_samples: int = 1,
+    ) -> None:
         self._context_step = context_step
         self._few_positions = few_positions
+        self._nodes = nodes
+        self._num_samples = num_samples
         self._most_kept = max(_FEWEST_KEPT, _KEPT_RANKS // num_ranks)
-        self._known: OrderedDict[object, KnownWork] = OrderedDict()
+        self._known: OrderedDict[object, _Alike] = OrderedDict()
 
     def find(self, plan: StepPlan, make: Callable[[], KnownWork]) -> KnownWork:
-        """The work of a step like this one; made where there was none."""
-        key = plan.replica, tuple([tuple(map(self._size, part)) for part in plan.micro_batches])
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = make()
+        """The work of a step like this one; made where there are too few."""
+        key = plan.replica, tuple([self._sizes(part) for part in plan.micro_batches])
+        alike = self._known.get(key)
+        if alike is None:
+            alike = self._known[key] = _Alike([])
             if len(self._known) > self._most_kept:
                 self._known.popitem(last=False)
         else:
             self._known.move_to_end(key)
-        return known
+        alike.num_taken += 1
+        if len(alike.works) < self._num_samples:
+            alike.works.append(make())
+            return alike.works[-1]
+        return alike.works[alike.num_taken % len(alike.works)]
 
-    def _size(self, batch: Batch) -> object:
-        """What batches that are alike have in common."""
-        if not batch.num_seqs:
-            return None
+    def _sizes(self, batches: Sequence[Batch]) -> object:
+        """What micro-batches that are alike have in common."""
+        if self._nodes is None:
+            return tuple([self._node_size([batch]) for batch in batches])
+        of_nodes: dict[int, list[Batch]] = {}
+        for node, batch in zip(self._nodes, batches, strict=True):
+            of_nodes.setdefault(node, []).append(batch)
+        return tuple(sorted(map(self._node_size, of_nodes.values())))
+
+    def _node_size(self, batches: Sequence[Batch]) -> tuple[object, ...]:
+        counts, positions, prompts = [], 0, []
+        for batch in batches:
+            num_decodes, num_computed, chunks = self._size(batch)
+            counts.append(num_decodes)
+            positions += num_computed
+            if chunks:
+                prompts.append(chunks)
+        num_decodes, most = sum(counts), max(counts)
+        alike = max(num_decodes * self._context_step, len(batches) * self._few_positions)
+        return (
+            num_decodes // max(num_decodes // _SEQS_APART, 1),
+            most // max(most // _SEQS_APART, 1),
+            round(positions / alike),
+            counts.count(0),
+            tuple(sorted(prompts)),
+        )
+
+    def _size(self, batch: Batch) -> tuple[int, int, tuple[tuple[int, int, bool], ...]]:
+        """Decoding sequences, their cached positions, and chunks of prompts of a batch."""
         step, num_computed = self._context_step, batch.num_computed_tokens
-        num_chunks = 0
-        chunks: tuple[tuple[int, int, bool], ...] = ()
-        if batch.num_tokens > batch.num_seqs:
-            is_chunk = batch.num_scheduled_tokens > 1
-            chunks = tuple(
-                sorted(
-                    (round(new / step), round(cached / step), yields)
-                    for new, cached, yields in zip(
-                        batch.num_scheduled_tokens[is_chunk].tolist(),
-                        num_computed[is_chunk].tolist(),
-                        batch.yields_token[is_chunk].tolist(),
-                        strict=True,
-                    )
-                )
+        if batch.num_tokens == batch.num_seqs:
+            return batch.num_seqs, int(num_computed.sum()), ()
+        is_chunk = batch.num_scheduled_tokens > 1
+        chunks = sorted(
+            (round(new / step), round(cached / step), yields)
+            for new, cached, yields in zip(
+                batch.num_scheduled_tokens[is_chunk].tolist(),
+                num_computed[is_chunk].tolist(),
+                batch.yields_token[is_chunk].tolist(),
+                strict=True,
             )
-            num_chunks, num_computed = len(chunks), num_computed[~is_chunk]
-        num_decodes = batch.num_seqs - num_chunks
-        alike = max(num_decodes * step, self._few_positions)
-        return num_decodes, round(int(num_computed.sum()) / alike), chunks
+        )
+        return batch.num_seqs - len(chunks), int(num_computed[~is_chunk].sum()), tuple(chunks)
+
+
+@dataclass(eq=False)
+class _Alike:
+    """Works of steps that are alike, and how often one was taken."""
+
+    works: list[KnownWork]
+    num_taken: int = 0
 
 
 MADE_UP_TOKEN = 0
@@ -145,6 +193,7 @@ class CostRunner:
         observe: told of every step.
         multi_token: of multi-token prediction; decode steps then go further than their plans say.
         lead: place in `BOUNDS`.
+        repeats: whether a micro-batch in flight beside others goes as by itself; nearly so.
         now_s: [B].
         bounds: by step, when it was submitted and finished: [B] each.
         num_priced: steps that were counted and priced.
@@ -159,6 +208,7 @@ class CostRunner:
     observe: Callable[[PricedStep], None] | None = None
     multi_token: MultiTokenAdapter | None = None
     lead: int = LIKELY
+    repeats: bool = False
     now_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)), init=False)
     bounds: dict[int, tuple[Floats, Floats]] = field(default_factory=dict, init=False)
     num_priced: int = field(default=0, init=False)
@@ -224,7 +274,8 @@ class CostRunner:
     def _run(self, timeline: Timeline, known: KnownWork, plan: StepPlan) -> StepTimes:
         may_skip = not plan.record_events
         if self.sharing is None or not may_skip or not timeline.is_at_rest(self.now_s):
-            return timeline.run(known.work, self.now_s, may_skip=may_skip)
+            alone = known.alone if self.repeats else None
+            return timeline.run(known.work, self.now_s, may_skip=may_skip, alone=alone)
         if known.cold_start is None:
             known.cold_start = timeline.cold_start(known.work)
         return timeline.repeat(known.cold_start, self.now_s)

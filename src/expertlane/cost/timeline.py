@@ -107,6 +107,7 @@ class Timeline:
         plan_s: Floats | float,
         *,
         may_skip: bool = True,
+        alone: "dict[tuple[int, int], Clocks] | None" = None,
     ) -> StepTimes:
         """Take a step through all stages.
 
@@ -115,6 +116,9 @@ class Timeline:
             plan_s: [B], or one for all; when the plan reaches the ranks.
             may_skip: layers that repeat exactly are not run one by one (`Replay`), so that not
                 all of them are in the logs.
+            alone: how its micro-batches go by themselves, by stage and number, as far as is known;
+                more are added. Each then begins on all ranks of a stage with the last of them, and
+                logs are empty.
         """
         compiler = self._compiler
         plan = np.broadcast_to(np.asarray(plan_s, dtype=np.float64), (self._terms.num_clocks,))[
@@ -122,20 +126,24 @@ class Timeline:
         ]
         spans: list[list[Span]] = []
         idle_s = []
-        for clocks, of_stage in zip(self._stages, work, strict=True):
+        for stage, (clocks, of_stage) in enumerate(zip(self._stages, work, strict=True)):
             ended = clocks.compute
             clocks.compute = np.maximum(ended, plan)
             clocks.host = np.maximum(clocks.host, clocks.compute)  # a rank ends a step for good
             idle_s.append(clocks.compute - ended)
             arrivals = [span.sent for span in spans[-1]] if spans else [None] * len(of_stage)
-            spans.append(
-                [
-                    self._micro_batch(
-                        clocks, of_micro_batch, arrival, Replay(compiler, clocks, may_skip=may_skip)
-                    )
-                    for of_micro_batch, arrival in zip(of_stage, arrivals, strict=True)
-                ]
-            )
+            of_spans = []
+            for number, (each, arrival) in enumerate(zip(of_stage, arrivals, strict=True)):
+                if alone is None or isinstance(each, RecordedWork):
+                    replay = Replay(compiler, clocks, may_skip=may_skip)
+                    of_spans.append(self._micro_batch(clocks, each, arrival, replay))
+                    continue
+                key = stage, number
+                if key not in alone:
+                    alone[key] = Clocks.zero(self._terms.num_clocks, self._num_ranks)
+                    Replay(compiler, alone[key]).run(each.parts)
+                of_spans.append(self._repeated(clocks, each, arrival, alone[key]))
+            spans.append(of_spans)
         end_s = np.max([clocks.compute.max(axis=1) for clocks in self._stages], axis=0)
         return StepTimes(spans, idle_s, end_s)
 
@@ -158,6 +166,29 @@ class Timeline:
         idle_s = [plan_s[:, None] - clocks.compute for clocks in self._stages]
         self._stages = [clocks.later(plan_s) for clocks in known.stages]
         return StepTimes(known.times.spans, idle_s, known.times.end_s + plan_s, plan_s)
+
+    def _repeated(
+        self, clocks: Clocks, work: StageWork, arrival: Floats | None, alone: Clocks
+    ) -> Span:
+        """A micro-batch that goes as it does by itself, once all ranks of the stage can begin."""
+        begin = clocks.compute
+        arrived = begin if arrival is None else np.maximum(begin, arrival)
+        launched = arrived
+        if self._terms.execution is Execution.GRAPH:
+            clocks.host = clocks.host + self._terms.launch_s[:, None]
+            launched = np.maximum(arrived, clocks.host)
+        start = launched.max(axis=1, keepdims=True)
+        end = sending = sent = clocks.compute = start + alone.compute
+        clocks.network = np.maximum(
+            clocks.network, np.where(alone.network > 0, start, 0.0) + alone.network
+        )
+        clocks.host = np.maximum(clocks.host, np.where(alone.host > 0, start, 0.0) + alone.host)
+        if work.hand_over is None:
+            clocks.host = np.maximum(clocks.host, end)
+        else:
+            sending = np.maximum(end, clocks.network)
+            sent = clocks.network = sending + work.hand_over.bounds
+        return Span(begin, arrived, launched, end, sending, sent, Log())
 
     def _micro_batch(
         self, clocks: Clocks, work: Work, arrival: Floats | None, replay: Replay

@@ -1,13 +1,16 @@
 """What a plan is made for, and every deployment that a model and a number of devices allow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
+from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.step.operation import Floats
 from expertlane.errors import CapacityError, SpecError
 from expertlane.plan.project import Setting
+from expertlane.results.metrics import ServedRequest, serving_record
 from expertlane.spec.deployment import (
     CopyMethod,
     MicroBatchSchedule,
@@ -19,6 +22,7 @@ from expertlane.spec.dispatch import DispatchForm, dispatch_forms
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.ranges import RANGES
+from expertlane.spec.slo import SLO
 from expertlane.spec.workload import Workload
 
 _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
@@ -34,10 +38,54 @@ MOST_DEVICES = 4096  # of a plan
 
 @dataclass(frozen=True)
 class Goals:
-    """Limits that a deployment must keep; None for no limit."""
+    """Limits that a deployment must keep; None for no limit.
+
+    Attributes:
+        max_tpot_s, max_ttft_s: of the means.
+        slos: of other statistics.
+    """
 
     max_tpot_s: float | None = None
     max_ttft_s: float | None = None
+    slos: tuple[SLO, ...] = ()
+
+    @classmethod
+    def of(cls, slos: Iterable[SLO]) -> "Goals":
+        """The limits that were asked for."""
+        means = {"tpot.mean": "max_tpot_s", "ttft.mean": "max_ttft_s"}
+        named: dict[str, float] = {}
+        others = []
+        for slo in slos:
+            if slo.name in means:
+                name = means[slo.name]
+                named[name] = min(slo.limit_s, named.get(name, slo.limit_s))
+            else:
+                others.append(slo)
+        return cls(**named, slos=tuple(others))
+
+    @cached_property
+    def of_means(self) -> "tuple[float | None, float | None]":
+        """Limits of mean TPOT and TTFT for a formula that knows means: none may be above them."""
+        tpot = [each.limit_s for each in self.slos if each.metric in ("tpot", "itl")]
+        ttft = [each.limit_s for each in self.slos if each.metric == "ttft"]
+        tpot += [] if self.max_tpot_s is None else [self.max_tpot_s]
+        ttft += [] if self.max_ttft_s is None else [self.max_ttft_s]
+        return min(tpot, default=None), min(ttft, default=None)
+
+    def excess(
+        self, tpot_s: Floats, ttft_s: Floats, served: Sequence[ServedRequest[Floats]]
+    ) -> float:
+        """The factor by which the worst limit is missed, by likely times.
+
+        Args:
+            tpot_s, ttft_s: [3]; means.
+            served: a sample.
+        """
+        limits = (self.max_tpot_s, tpot_s), (self.max_ttft_s, ttft_s)
+        worst = [float(value[LIKELY]) / limit for limit, value in limits if limit is not None]
+        if self.slos:
+            worst += [each.excess for each in serving_record(served, self.slos).slos]
+        return max(worst, default=0.0)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from expertlane.plan.experiment_text import experiment_text, sizes_of
 from expertlane.plan.explanation import best_of_families, gap_to, pareto
 from expertlane.plan.screen import ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, OnePool, Search
-from expertlane.plan.simulated import LENGTHS, NUM_SIMULATED, simulated_pool
+from expertlane.plan.simulated import NUM_SIMULATED, simulated_pool
 from expertlane.plan.throughput import ThroughputCurve
 from expertlane.plan.ties import Contender, Ranking, Uncertain, contender, pools_tps, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
@@ -334,8 +334,8 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
         (
             "ranking",
             "the few that may be the best are simulated request by request on one replica, outputs "
-            f"drawn from {LENGTHS[0]:g} to {LENGTHS[1]:g} of their mean; a static formula screens "
-            "all, and gives the Pareto front",
+            "drawn from 0.8 to 1.2 of their mean; a static formula screens all, and gives the "
+            "Pareto front",
             "",
         ),
         ("routing", routing.words, "--routing-trace, --skew"),

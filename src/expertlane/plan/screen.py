@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import log
 from typing import NamedTuple
 
 import numpy as np
@@ -24,10 +25,12 @@ from expertlane.plan.throughput import (
     Steps,
     ThroughputCurve,
     breach,
+    one_pool,
     together,
 )
 from expertlane.spec.deployment import CopyMethod
 from expertlane.spec.layout import Layout
+from expertlane.spec.workload import Workload
 
 
 class TooLarge(NamedTuple):
@@ -61,9 +64,48 @@ class ScreenedCandidate:
         """Running at once at its best, over the whole system; 0 where it breaks a limit."""
         return 0 if self.place is None else int(self.steps.num_seqs[self.place])
 
-    def next_best(self, goals: Goals) -> "ScreenedCandidate":
-        """The same with the best number of sequences among those that serve less than this one."""
-        return replace(self, place=self.served.best(goals, self.tps))
+    @property
+    def most_seqs(self) -> int:
+        """That fit, and that the workload has."""
+        return int(self.steps.num_seqs[-1])
+
+    def at(self, num_seqs: int, workload: Workload) -> "ScreenedCandidate":
+        """The same at a number of sequences, between those that were priced."""
+        steps, known = self.steps, self.steps.num_seqs
+        place = int(np.searchsorted(known, num_seqs))
+        if place < len(known) and known[place] == num_seqs:
+            return replace(self, place=place)
+        between = [np.interp(num_seqs, known, of_bound) for of_bound in steps.decode_s]
+        steps = replace(
+            steps,
+            num_seqs=np.insert(known, place, num_seqs),
+            decode_s=np.insert(steps.decode_s, place, between, axis=1),
+        )
+        return replace(self, steps=steps, served=one_pool(steps, workload), place=place)
+
+    def within(self, goals: Goals, factor: float = 1.0) -> tuple[int, float]:
+        """The most sequences within the limits, and tokens a second with as many; 0 of none.
+
+        Between the numbers that were priced, straight lines in logarithms.
+
+        Args:
+            factor: by which limits are missed beyond what the formula says.
+        """
+        missed = self.served.breach(goals) * factor
+        tps = self.served.tps[LIKELY]
+        kept = np.where(missed <= 1, tps, -1.0)
+        place = int(kept.argmax())
+        if kept[place] < 0:
+            return 0, 0.0
+        num = int(self.steps.num_seqs[place])
+        if place + 1 == len(tps) or missed[place + 1] <= 1 or missed[place] <= 0:
+            return num, float(tps[place])
+        if not np.isfinite(missed[place + 1]):
+            return num, float(tps[place])
+        share = -log(missed[place]) / log(missed[place + 1] / missed[place])
+        ratio = float(self.steps.num_seqs[place + 1]) / num
+        more = int(num * ratio**share)
+        return more, float(tps[place] * (tps[place + 1] / tps[place]) ** share)
 
     def nearest(self, goals: Goals) -> "ScreenedCandidate":
         """The same with the number of sequences that comes nearest to the limits."""

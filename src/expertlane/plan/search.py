@@ -1,7 +1,5 @@
 """Which deployment serves most tokens a second: all are screened, the best projected in full."""
 
-import heapq
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +14,6 @@ from expertlane.errors import UserError
 from expertlane.memory import size_text
 from expertlane.plan.candidates import (
     Candidate,
-    Goals,
     PlanRequest,
     candidates_of,
     check_plan_size,
@@ -24,7 +21,7 @@ from expertlane.plan.candidates import (
 )
 from expertlane.plan.phases import with_fastest_prefill
 from expertlane.plan.project import Projector, Setting, StepSize
-from expertlane.plan.screen import Known, Screen, Screened, ScreenedCandidate, TooLarge, fitting
+from expertlane.plan.screen import Known, Screen, Screened, ScreenedCandidate, fitting
 from expertlane.plan.throughput import ThroughputCurve, one_pool
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
@@ -50,10 +47,6 @@ class Finalist(ScreenedCandidate):
     prefill: StepsRecord
     by_error: Mapping[Phase, ErrorSeconds]
 
-    def keeps(self, goals: Goals) -> bool:
-        """Whether it keeps the limits."""
-        return self.served.best(goals) is not None
-
     def simulated(self, served: ThroughputCurve) -> "Finalist":
         """As simulated; bounds get those of skew in its decode step.
 
@@ -75,92 +68,10 @@ class Finalist(ScreenedCandidate):
             tpot_s=served.tpot_s * factors[:, None],
         )
 
-    def breach(self, goals: Goals) -> float:
-        """The factor by which it misses the worse limit; 1 or less where it keeps both."""
-        return float(self.served.breach(goals)[0])
 
-
-NUM_FINALISTS = 12
-_MOST_OF_LAYOUT = 2  # finalists, and trials of as many sequences
-_MOST_BROKEN = 24  # trials that break a limit, before what was found is all
-_NUM_NEAREST = 6
 _DRAW, _SKEW = "drawn experts", "skew of experts"  # errors beside those of laws
 # Two differences between draws, added as squares, are about twice a draw's standard deviation.
 _NUM_REDRAWN = 2
-
-
-@dataclass(frozen=True, eq=False)
-class Finals:
-    """What was projected in full.
-
-    Attributes:
-        options: all, each with the best number of sequences that is not known to break a limit.
-        kept: those that keep the limits, the best first.
-        broke: those that do not.
-    """
-
-    options: Sequence[ScreenedCandidate]
-    kept: Sequence[Finalist]
-    broke: Sequence[Finalist]
-
-
-def best_in_full(
-    options: Sequence[ScreenedCandidate],
-    goals: Goals,
-    finish: Callable[[ScreenedCandidate], Finalist],
-    advance: Callable[[int], None],
-) -> Finals:
-    """The best by tokens a second, not too many of one layout.
-
-    What breaks a limit in full is taken up again with fewer sequences. Where all break one, those
-    that come nearest as screened are tried as well.
-
-    Args:
-        finish: projects an option in full.
-        advance: called with 1 for each finalist.
-    """
-    current = list(options)
-    queue = [(-each.tps, number) for number, each in enumerate(options) if each.place is not None]
-    heapq.heapify(queue)
-    kept: list[Finalist] = []
-    broke: list[Finalist] = []
-    of_layout, tried = Counter[object](), Counter[object]()
-    while queue and len(kept) < NUM_FINALISTS and len(broke) < _MOST_BROKEN:
-        _, number = heapq.heappop(queue)
-        option = current[number]
-        layout = option.candidate.layout
-        size = layout, option.num_seqs
-        if of_layout[layout] == _MOST_OF_LAYOUT or tried[size] == _MOST_OF_LAYOUT:
-            continue
-        tried[size] += 1
-        finalist = finish(option)
-        if finalist.keeps(goals):
-            kept.append(finalist)
-            of_layout[layout] += 1
-            advance(1)
-            continue
-        broke.append(finalist)
-        current[number] = lower = option.next_best(goals)
-        if lower.place is not None:
-            heapq.heappush(queue, (-lower.tps, number))
-    if not kept:
-        for number in _nearest(options, goals):
-            finalist = finish(options[number].nearest(goals))
-            if finalist.keeps(goals):
-                current[number] = finalist.option
-                kept.append(finalist)
-            else:
-                broke.append(finalist)
-    return Finals(current, sorted(kept, key=lambda each: -each.tps), broke)
-
-
-def _nearest(options: Sequence[ScreenedCandidate], goals: Goals) -> list[int]:
-    """Numbers of those that come nearest to the limits as screened, one of each layout."""
-    breaches = [float(each.served.breach(goals).min()) for each in options]
-    nearest: dict[object, int] = {}
-    for number in sorted(range(len(options)), key=breaches.__getitem__):
-        nearest.setdefault(options[number].candidate.layout, number)
-    return list(nearest.values())[:_NUM_NEAREST]
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,10 +138,6 @@ class Search:
             )
         ]
 
-    def one_pool(self) -> OnePool:
-        """Every deployment of one pool, and the best in full; `screen` and `in_full` at once."""
-        return self.in_full(self.screen())
-
     def screen(self, advance: Callable[[int], None] = _unseen) -> list[Screened]:
         """All candidates.
 
@@ -249,25 +156,6 @@ class Search:
                 "and tp must divide the heads"
             )
         return Screen(self.request, self.known).run(self.candidates, advance)
-
-    def in_full(
-        self, screened: Sequence[Screened], advance: Callable[[int], None] = _unseen
-    ) -> OnePool:
-        """The best of those screened.
-
-        Args:
-            advance: called with 1 for each of the best.
-
-        Raises:
-            UserError: nothing fits, or nothing keeps the limits; with the nearest deployment.
-        """
-        options = self.options(screened)
-        finals = best_in_full(options, self.request.goals, self.finish, advance)
-        if not finals.kept:
-            nearest = min(finals.broke, key=lambda each: each.breach(self.request.goals))
-            raise UserError(self.missed(nearest, nearest.served))
-        num_too_large = sum(isinstance(each, TooLarge) for each in screened)
-        return OnePool(finals.options, finals.kept, len(screened), num_too_large)
 
     def options(self, screened: Sequence[Screened]) -> list[ScreenedCandidate]:
         """Those that fit, and further ones with prefill of their own.
@@ -373,13 +261,18 @@ class Search:
         """
         misses: list[str] = []
         keeps: list[str] = []
+        goals = self.request.goals
         for name, limit, value in (
-            ("TPOT", self.request.goals.max_tpot_s, served.tpot_s[LIKELY, 0]),
-            ("TTFT", self.request.goals.max_ttft_s, served.ttft_s[LIKELY, 0]),
+            ("TPOT", goals.max_tpot_s, served.tpot_s[LIKELY, 0]),
+            ("TTFT", goals.max_ttft_s, served.ttft_s[LIKELY, 0]),
         ):
             if limit is not None:
                 says = misses if value > limit else keeps
                 says.append(f"the {name} limit of {1e3 * limit:g} ms with {1e3 * value:.4g} ms")
+        if not misses:
+            misses.append(
+                f"one of {', '.join(map(str, goals.slos))} {served.breach(goals)[0]:.3g} ×"
+            )
         said = [f"misses {' and '.join(misses)}", *(f"meets {each}" for each in keeps)]
         num = nearest.num_seqs
         return (

@@ -1,38 +1,40 @@
 """The few best deployments, simulated request by request; screening only says which those are.
 
 Static formulas take the requests of all ranks to be alike. Served one by one, prompts meet decodes,
-and data-parallel ranks wait for each other: here a scheduler plans every step. Outputs differ in
-length around their mean, since requests of equal length would stay in step and hide that.
+and data-parallel ranks wait for each other: here a scheduler plans every step. A short stretch
+finds the number of sequences within the limits; what is told of a deployment is the steady state
+that `simulate` gives too.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import gcd
+from functools import partial
+from math import gcd, log
 from typing import NamedTuple
 
 import numpy as np
 
-from expertlane.cost.laws.execution import LIKELY
-from expertlane.cost.laws.frameworks import find_framework
+from expertlane.cost.laws.frameworks import scheduling_of
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.errors import CapacityError, UserError
-from expertlane.memory import RANK_STEP_TOKENS
 from expertlane.plan.candidates import Goals, PlanRequest, family_of
 from expertlane.plan.screen import Screened, ScreenedCandidate, TooLarge
 from expertlane.plan.search import OnePool, Search
 from expertlane.plan.throughput import ThroughputCurve
 from expertlane.simulate.setup import ServingSetup
 from expertlane.simulate.simulator import Simulator
-from expertlane.simulate.steady import steady_rates
+from expertlane.simulate.steady import ROUGH, USUAL, Precision, steady_state
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.workload import LengthRange, Load, Workload
+from expertlane.spec.workload import LengthRange, Load
 
-LENGTHS = 0.8, 1.2  # of outputs, over their mean
-NUM_SIMULATED = 12
-_LEAST_STEPS = 24  # of a stretch
+NUM_SIMULATED = 12  # options
+_MOST_TRIALS = 3  # numbers of sequences of an option
+_NUM_TOLD = 5  # of the best, beside the best of each family
+_CLOSE = 0.97  # of a limit, or of the most sequences: nearer is not worth another trial
+_AIM = 0.99  # of a limit
 _MOST_OF_LAYOUT = 2
 _LEAST_SHARE = 0.5  # of the most that was screened, for a family to be worth a look
 _MOST_RANKS = 1024  # of a replica: a step tells what each pair of a stage's ranks exchanges
@@ -40,7 +42,9 @@ _MOST_REPLICAS = 16  # of both pools
 _NUM_NEAREST = 6  # of those that break a limit as screened
 
 
-def simulate(option: ScreenedCandidate, request: PlanRequest) -> ThroughputCurve | None:
+def simulate(
+    option: ScreenedCandidate, request: PlanRequest, precision: Precision = USUAL
+) -> ThroughputCurve | None:
     """A closed load on one replica, the fullest, at the option's number of sequences.
 
     Replicas are independent, so the others serve as much for each of their sequences. None where
@@ -49,11 +53,14 @@ def simulate(option: ScreenedCandidate, request: PlanRequest) -> ThroughputCurve
     layout, options, num_drafts = option.candidate
     batch = -(-option.num_seqs // layout.replicas)
     setup = _Served(replace(layout, replicas=1), options, num_drafts, -(-batch // layout.dp))
-    return _rates(request, setup, None, batch, option.num_seqs)
+    return _rates(request, setup, None, batch, option.num_seqs, precision)
 
 
 def simulate_pools(
-    prefill: ScreenedCandidate, decode: ScreenedCandidate, request: PlanRequest
+    prefill: ScreenedCandidate,
+    decode: ScreenedCandidate,
+    request: PlanRequest,
+    precision: Precision = USUAL,
 ) -> ThroughputCurve | None:
     """A closed load on two pools; on a part of their replicas, where those divide alike.
 
@@ -67,7 +74,8 @@ def simulate_pools(
     whole = request.workload.num_sequences
     of_rank = -(-decode.num_seqs // (second.replicas * second.dp))
     setup = _Served(layouts[1], options, num_drafts, of_rank)
-    return _rates(request, setup, (layouts[0], of_prompts), -(-whole // num_parts), whole)
+    pool = layouts[0], of_prompts
+    return _rates(request, setup, pool, -(-whole // num_parts), whole, precision)
 
 
 class _Served(NamedTuple):
@@ -85,16 +93,12 @@ def _rates(
     prefill: tuple[Layout, Options] | None,
     batch: int,
     num_seqs: int,
+    precision: Precision,
 ) -> ThroughputCurve | None:
     """What a load comes to, for so many sequences; of a part of the system, with `batch`."""
-    setting, workload = request.setting, request.workload
-    profile, layout = request.cluster.profile, served.layout
-    tokens, wait_steps = setting.step_tokens or RANK_STEP_TOKENS, 0
-    if profile.framework:
-        framework = find_framework(profile.framework)
-        tokens, wait_steps = framework.max_num_batched_tokens, framework.prompt_wait_steps
+    setting, workload, profile = request.setting, request.workload, request.cluster.profile
     setup = ServingSetup(
-        layout,
+        served.layout,
         None if prefill is None else prefill[0],
         served.options,
         setting.types,
@@ -102,33 +106,29 @@ def _rates(
         setting.routing,
         setting.multi_token if served.num_drafts else MultiToken(),
         max_num_seqs=served.max_num_seqs,
-        max_num_batched_tokens=max(tokens, served.max_num_seqs),
-        prompt_wait_steps=wait_steps,
+        **scheduling_of(profile.framework, setting.step_tokens, served.max_num_seqs),
         prefill_options=None if prefill is None else prefill[1],
     )
-    prompt_len = LengthRange(workload.prompt_len, workload.prompt_len)
-    output_len = _output_lens(workload, request.model.max_position_embeddings)
-    load = Load(batch, prompt_len, output_len, batch)
+    lengths = workload.prompt_len, workload.output_len
+    prompt, output = (LengthRange(each, each) for each in lengths)
+    load = Load(batch, prompt, output, batch).varied(request.model.max_position_embeddings)
     cluster = ModelledCluster(profile, setup.num_devices)
     try:
         simulator = Simulator(request.model, cluster, setup, load)
-        rates = steady_rates(simulator, 0, _LEAST_STEPS, with_skew=False)  # `Finalist.simulated`
+        # Bounds of skew follow in `Finalist.simulated`.
+        state = steady_state(simulator, workload.seed, precision, with_skew=False)
     except CapacityError:
         return None
+    rates = state.rates
+    assert rates.ttft_s is not None, "a closed load"
+    goals = request.goals
     return ThroughputCurve(
         num_seqs=np.array([num_seqs]),
         tps=(rates.output_tps * (num_seqs / batch))[::-1, None],
         tpot_s=rates.tpot_s[:, None],
         ttft_s=rates.ttft_s[:, None],
+        excess=np.array([goals.excess(rates.tpot_s, rates.ttft_s, state.served)]),
     )
-
-
-def _output_lens(workload: Workload, num_positions: int) -> LengthRange:
-    """Around the mean, as far as the model has positions."""
-    mean = workload.output_len
-    away = min(round((LENGTHS[1] - 1) * mean), num_positions - workload.prompt_len + 1 - mean)
-    away = max(away, 0)
-    return LengthRange(max(mean - away, 1), mean + away)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,9 +143,13 @@ class SimulatedCandidate(ScreenedCandidate):
     option: ScreenedCandidate
 
     @property
-    def over_screened(self) -> float:
-        """Tokens a second as simulated over those screened."""
-        return float(self.served.tps[LIKELY, 0]) / self.option.tps
+    def num_seqs(self) -> int:
+        """Running at once, over the whole system."""
+        return self.option.num_seqs
+
+    def breach(self, goals: Goals) -> float:
+        """The factor by which it misses the worst limit; 1 or less where it keeps all."""
+        return float(self.served.breach(goals)[0])
 
     @classmethod
     def of(cls, option: ScreenedCandidate, served: ThroughputCurve) -> "SimulatedCandidate":
@@ -153,13 +157,17 @@ class SimulatedCandidate(ScreenedCandidate):
         return cls(**vars(option) | {"served": served, "place": 0, "option": option})
 
 
+Run = Callable[[ScreenedCandidate, Precision], ThroughputCurve | None]
+
+
 @dataclass(frozen=True, eq=False)
 class Simulations:
     """What was simulated.
 
     Attributes:
-        kept: those that keep the limits, by tokens a second.
-        broke: those that do not.
+        kept: options that keep the limits, each with the most tokens a second that it was found to
+            have within them, the best first.
+        broke: those that do not, each as near to the limits as it came.
         num_open: not simulated, though they may have more tokens a second than the best.
     """
 
@@ -184,37 +192,39 @@ class BestFirst:
     def __init__(
         self,
         options: Sequence[ScreenedCandidate],
-        goals: Goals,
-        run: Callable[[ScreenedCandidate], ThroughputCurve | None],
+        request: PlanRequest,
+        run: Run,
         advance: Callable[[int], None],
         most: int = NUM_SIMULATED,
     ) -> None:
-        self._goals, self._run, self._advance, self._most = goals, run, advance, most
+        self._request, self._goals = request, request.goals
+        self._run, self._advance, self._most = run, advance, most
         self._kept: list[SimulatedCandidate] = []
         self._broke: list[SimulatedCandidate] = []
         self._of_layout = Counter[object]()
         self._ratios: dict[object, float] = {}
         able = [
-            each
+            (tps, each)
             for each in options
-            if each.place is not None and each.candidate.layout.replica_size <= _MOST_RANKS
+            if (tps := each.within(self._goals)[1])
+            and each.candidate.layout.replica_size <= _MOST_RANKS
         ]
-        self._waiting = sorted(able, key=lambda each: -each.tps)
+        self._waiting = sorted(able, key=lambda pair: -pair[0])
 
     def result(self) -> Simulations:
         """All of it."""
-        best: dict[str, ScreenedCandidate] = {}
-        for option in self._waiting:
-            best.setdefault(family_of(option.candidate.layout), option)
+        best: dict[str, tuple[float, ScreenedCandidate]] = {}
+        for tps, option in self._waiting:
+            best.setdefault(family_of(option.candidate.layout), (tps, option))
         seen: set[bool] = set()
-        most = self._waiting[0].tps if self._waiting else 0.0
-        for option in best.values():
+        most = self._waiting[0][0] if self._waiting else 0.0
+        for tps, option in best.values():
             has_experts = option.candidate.layout.ep > 1
-            if option.tps >= _LEAST_SHARE * most or has_experts not in seen:
-                self._take_until_kept(option)
+            if tps >= _LEAST_SHARE * most or has_experts not in seen:
+                self._take(tps, option)
                 seen.add(has_experts)
         while self._num_done < self._most and (may_win := self._may_win()):
-            self._take(may_win[0])
+            self._take(*may_win[0])
         kept = sorted(self._kept, key=lambda each: -each.tps)
         return Simulations(kept, self._broke, len(self._may_win()))
 
@@ -222,46 +232,100 @@ class BestFirst:
     def _num_done(self) -> int:
         return len(self._kept) + len(self._broke)
 
-    def _may_win(self) -> list[ScreenedCandidate]:
+    def _may_win(self) -> list[tuple[float, ScreenedCandidate]]:
         """Those that may have more than the best, the likeliest first; few of one layout."""
         best_tps = max((each.tps for each in self._kept), default=0.0)
         usual = max(self._ratios.values(), default=1.0)
         may_be = [
-            (tps, each)
-            for each in self._waiting
-            if (tps := each.tps * self._ratios.get(_kind_of(each), usual)) > best_tps
+            (tps * ratio, tps, each)
+            for tps, each in self._waiting
+            if tps * (ratio := self._ratios.get(_kind_of(each), usual)) > best_tps
             and self._of_layout[each.candidate.layout] < _MOST_OF_LAYOUT
         ]
-        return [each for _, each in sorted(may_be, key=lambda each: -each[0])]
+        return [(tps, each) for _, tps, each in sorted(may_be, key=lambda each: -each[0])]
 
-    def _take_until_kept(self, option: ScreenedCandidate) -> None:
-        """Simulate an option with ever fewer sequences, until it keeps the limits."""
-        while self._num_done < self._most:
-            lower = self._take(option)
-            if lower is None:
-                return
-            option = lower
-
-    def _take(self, option: ScreenedCandidate) -> ScreenedCandidate | None:
-        """Simulate an option; the same with fewer sequences where it breaks a limit."""
-        self._waiting = [each for each in self._waiting if each is not option]
-        served = self._run(option)
-        if served is None:
-            return None
-        found = SimulatedCandidate.of(option, served)
+    def _take(self, tps: float, option: ScreenedCandidate) -> None:
+        """Simulate an option with the number of sequences that suits the limits."""
+        self._waiting = [pair for pair in self._waiting if pair[1] is not option]
+        found = settled(option, self._request, self._run, ROUGH)
+        if found is None:
+            return
+        self._advance(1)
+        if found.breach(self._goals) > 1:
+            self._broke.append(found)
+            return
         kind = _kind_of(option)
-        self._ratios[kind] = max(found.over_screened, self._ratios.get(kind, 0.0))
-        if served.best(self._goals) is not None:
-            self._of_layout[option.candidate.layout] += 1
-            self._kept.append(found)
-            self._advance(1)
-            return None
-        self._broke.append(found)
-        lower = option.next_best(self._goals)
-        if lower.place is None:
-            return None
-        self._waiting.append(lower)
-        return lower
+        self._ratios[kind] = max(found.tps / tps, self._ratios.get(kind, 0.0))
+        self._of_layout[option.candidate.layout] += 1
+        self._kept.append(found)
+
+
+def settled(
+    option: ScreenedCandidate,
+    request: PlanRequest,
+    run: Run,
+    precision: Precision,
+    tried: Sequence[SimulatedCandidate] = (),
+    most_trials: int = _MOST_TRIALS,
+) -> SimulatedCandidate | None:
+    """An option with as many sequences as keep the limits when simulated, if any do.
+
+    The formula proposes their number; what a simulation has beyond the formula corrects it, and
+    between one that keeps the limits and one that does not lies the next.
+
+    Args:
+        tried: numbers of sequences that were simulated already.
+
+    Returns:
+        The one with most tokens a second that keeps the limits, else the nearest; None where none
+        can be simulated.
+    """
+    goals = request.goals
+    found = list(tried)
+    num = _next_num(option, goals, found)
+    for _ in range(most_trials):
+        if num is None:
+            break
+        at = option.at(num, request.workload)
+        served = run(at, precision)
+        if served is None:
+            break
+        found.append(SimulatedCandidate.of(at, served))
+        num = _next_num(option, goals, found)
+    kept = [each for each in found if each.breach(goals) <= 1]
+    if kept:
+        return max(kept, key=lambda each: each.tps)
+    return min(found, key=lambda each: each.breach(goals), default=None)
+
+
+def _next_num(
+    option: ScreenedCandidate, goals: Goals, found: Sequence[SimulatedCandidate]
+) -> int | None:
+    """How many sequences to try next; None where what was found is close enough."""
+    if not found:
+        return max(option.within(goals)[0], 1)
+    last = found[-1]
+    formula = float(last.option.served.breach(goals)[last.option.place or 0])
+    if formula <= 0:
+        return None
+    kept = max((each for each in found if each.breach(goals) <= 1), key=_num_of, default=None)
+    broken = [each for each in found if each.breach(goals) > 1]
+    few = min(broken, key=_num_of, default=None)
+    if kept is not None and few is not None and kept.num_seqs < few.num_seqs:
+        low, high = kept.breach(goals), few.breach(goals)
+        share = log(_AIM / low) / log(high / low) if low < _AIM else 0.0
+        num = round(kept.num_seqs * (few.num_seqs / kept.num_seqs) ** share)
+    else:
+        num, _ = option.within(goals, last.breach(goals) / formula / _AIM)
+        if few is not None:
+            num = min(num, int(_CLOSE * few.num_seqs))
+    if num < 1 or (kept is not None and num * _CLOSE <= kept.num_seqs):
+        return None
+    return num
+
+
+def _num_of(found: SimulatedCandidate) -> int:
+    return found.num_seqs
 
 
 def _kind_of(option: ScreenedCandidate) -> object:
@@ -283,26 +347,46 @@ def simulated_pool(
     """
     request, options = search.request, search.options(screened)
 
-    def run(option: ScreenedCandidate) -> ThroughputCurve | None:
-        return simulate(option, request)
+    def run(option: ScreenedCandidate, precision: Precision) -> ThroughputCurve | None:
+        return simulate(option, request, precision)
 
-    found = BestFirst(options, request.goals, run, advance).result()
+    found = BestFirst(options, request, run, advance).result()
     kept, broke = list(found.kept), list(found.broke)
     if not kept:
-        for each in nearest_simulated(options, request.goals, run):
-            (broke if each.served.best(request.goals) is None else kept).append(each)
-    if not kept:
+        for each in nearest_simulated(options, request, run):
+            (broke if each.breach(request.goals) > 1 else kept).append(each)
+    told = [each for each in map(partial(_in_full, request, run), _told(kept)) if each is not None]
+    if not told:
         if not broke:
             raise UserError(too_many_ranks(request))
-        nearest = min(broke, key=lambda each: float(each.served.breach(request.goals)[0]))
+        nearest = min(broke, key=lambda each: each.breach(request.goals))
         raise UserError(search.missed(nearest.option, nearest.served))
     finalists = [
         search.finish(each.option).simulated(each.served)
-        for each in sorted(kept, key=lambda each: -each.tps)
+        for each in sorted(told, key=lambda each: -each.tps)
     ]
     num_too_large = sum(isinstance(each, TooLarge) for each in screened)
     num_simulated = len(kept) + len(broke)
     return OnePool(options, finalists, len(screened), num_too_large, num_simulated, found.num_open)
+
+
+def _told(kept: Sequence[SimulatedCandidate]) -> list[SimulatedCandidate]:
+    """The few best, and the best of each family."""
+    best: dict[str, SimulatedCandidate] = {}
+    for each in kept:
+        best.setdefault(family_of(each.candidate.layout), each)
+    return [each for place, each in enumerate(kept) if place < _NUM_TOLD or each in best.values()]
+
+
+def _in_full(
+    request: PlanRequest, run: Run, found: SimulatedCandidate
+) -> SimulatedCandidate | None:
+    """The same in its steady state, with fewer sequences where it breaks a limit there."""
+    served = run(found.option, USUAL)
+    assert served is not None, "a short stretch of it was simulated"
+    told = SimulatedCandidate.of(found.option, served)
+    best = settled(found.option, request, run, USUAL, [told], most_trials=2)
+    return best if best is not None and best.breach(request.goals) <= 1 else None
 
 
 def too_many_ranks(request: PlanRequest) -> str:
@@ -315,11 +399,10 @@ def too_many_ranks(request: PlanRequest) -> str:
 
 
 def nearest_simulated(
-    options: Sequence[ScreenedCandidate],
-    goals: Goals,
-    run: Callable[[ScreenedCandidate], ThroughputCurve | None],
+    options: Sequence[ScreenedCandidate], request: PlanRequest, run: Run
 ) -> list[SimulatedCandidate]:
     """Those that come nearest to the limits as screened, one of each layout, simulated."""
+    goals = request.goals
     breaches = [float(each.served.breach(goals).min()) for each in options]
     nearest: dict[object, ScreenedCandidate] = {}
     for number in sorted(range(len(options)), key=breaches.__getitem__):
@@ -328,5 +411,5 @@ def nearest_simulated(
             nearest.setdefault(option.candidate.layout, option.nearest(goals))
         if len(nearest) == _NUM_NEAREST:
             break
-    served = [(option, run(option)) for option in nearest.values()]
+    served = [(option, run(option, ROUGH)) for option in nearest.values()]
     return [SimulatedCandidate.of(option, each) for option, each in served if each is not None]

@@ -180,12 +180,14 @@ class ThroughputCurve:
             one pool.
         ttft_s: [3, N]; from a prompt's arrival to its last step's end, or of two pools to the first
             step that decodes, with its waits; infinite where prefill takes all of the time.
+        excess: [N]; simulated: by what factor the worst limit is missed, those of percentiles too.
     """
 
     num_seqs: Ints
     tps: Floats
     tpot_s: Floats
     ttft_s: Floats
+    excess: Floats | None = None
 
     def best(self, goals: Goals, below_tps: float = np.inf) -> int | None:
         """The place with most tokens a second among those that keep the goals; None if none.
@@ -197,8 +199,8 @@ class ThroughputCurve:
         return int(np.where(keeps, self.tps[LIKELY], -1).argmax()) if keeps.any() else None
 
     def breach(self, goals: Goals) -> Floats:
-        """[N]; by what factor the worse limit is missed; 1 or less where both are kept."""
-        return breach(goals, self.tpot_s, self.ttft_s)
+        """[N]; by what factor the worst limit is missed; 1 or less where all are kept."""
+        return breach(goals, self.tpot_s, self.ttft_s) if self.excess is None else self.excess
 
 
 def breach(goals: Goals, tpot_s: Floats, ttft_s: Floats) -> Floats:
@@ -208,7 +210,7 @@ def breach(goals: Goals, tpot_s: Floats, ttft_s: Floats) -> Floats:
         tpot_s, ttft_s: [3, P].
     """
     worst = np.zeros(tpot_s.shape[1])
-    for limit, value in ((goals.max_tpot_s, tpot_s), (goals.max_ttft_s, ttft_s)):
+    for limit, value in zip(goals.of_means, (tpot_s, ttft_s), strict=True):
         if limit is not None:
             worst = np.maximum(worst, value[LIKELY] / limit)
     return worst

@@ -18,6 +18,7 @@ from expertlane.plan.search import Finalist, Search
 from expertlane.plan.simulated import simulate_pools
 from expertlane.plan.throughput import ThroughputCurve, two_pools
 from expertlane.results.results import NoPools
+from expertlane.simulate.steady import ROUGH, USUAL
 from expertlane.spec.layout import Layout, divisors
 
 _PARTS = 4  # of a cluster of one node, of which some prefill
@@ -128,12 +129,17 @@ class TwoPoolSearch:
             if decoding in too_slow or num_tried == _MOST_TRIED:
                 continue
             num_tried += 1
-            served = simulate_pools(pair.prefill, pair.decode, self._request)
+            served = None
+            for precision in (ROUGH, USUAL):
+                served = simulate_pools(pair.prefill, pair.decode, self._request, precision)
+                if served is None or served.breach(self._request.goals)[0] > 1:
+                    break
+            else:
+                assert served is not None, "checked"
+                return self._in_full(pair, served)
             if served is None:
                 why = "not simulated"
-            elif served.best(self._request.goals) is not None:
-                return self._in_full(pair, served)
-            elif served.breach(replace(self._request.goals, max_ttft_s=None))[0] > 1:
+            elif float(served.tpot_s[LIKELY, 0]) > (self._request.goals.of_means[0] or np.inf):
                 too_slow.add(decoding)
         return why
 
@@ -167,9 +173,11 @@ class TwoPoolSearch:
         """Pairs of each pool's best candidates that keep the limits."""
         goals = self._request.goals
         fast = sorted(prefill, key=lambda each: -each.steps.prefill_tps[LIKELY])[:_NUM_PREFILL]
-        if goals.max_ttft_s is not None:
+        if goals.of_means[1] is not None:
             fast += sorted(prefill, key=lambda each: each.steps.prefill_s[LIKELY])[:_NUM_PREFILL]
         good = sorted(decode, key=lambda each: -_decode_tps(each, goals))[:_NUM_DECODE]
+        decoding = replace(goals, max_ttft_s=None, slos=())
+        good = [each.at(max(each.within(decoding)[0], 1), self._request.workload) for each in good]
         for first, second in product(fast, good):
             whole = replace(first, place=len(first.steps.num_seqs) - 1)
             moved_s = self._transfer_s(first.candidate.layout, second.candidate.layout)
@@ -182,7 +190,7 @@ class TwoPoolSearch:
 def _decode_tps(option: ScreenedCandidate, goals: Goals) -> float:
     """The most tokens a second of decoding alone within the limit of TPOT."""
     step_s = option.steps.token_s[LIKELY]
-    limit = np.inf if goals.max_tpot_s is None else goals.max_tpot_s
+    limit = goals.of_means[0] or np.inf
     tps = np.where(step_s <= limit, option.steps.num_seqs / step_s, 0)
     return float(tps.max())
 

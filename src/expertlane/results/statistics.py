@@ -34,6 +34,15 @@ _T: tuple[float, ...] = (
 _NORMAL = 1.645
 
 
+def half_interval(values: Sequence[float]) -> float:
+    """Half of the interval of the mean of normally distributed values, by Student's t."""
+    num = len(values)
+    mean = sum(values) / num
+    variance = sum((value - mean) ** 2 for value in values) / (num - 1)
+    t = _T[num - 2] if num - 2 < len(_T) else _NORMAL
+    return t * math.sqrt(variance / num)
+
+
 def median_interval(values: Sequence[float]) -> Estimate:
     """The median; low and high enclose that of all repetitions there could be, 9 times of 10.
 

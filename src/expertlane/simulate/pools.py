@@ -52,6 +52,11 @@ class Pool:
             return min(float(handle.finished_s[self.runner.lead]) for handle in handles)
         return self._inbox[0][0] if self._inbox else None
 
+    @property
+    def num_in_flight(self) -> int:
+        """Steps under way."""
+        return len(self._loop.uncommitted)
+
     def advance(self) -> list[Stepped]:
         """Let the next thing happen: requests that got a token then."""
         stepped: list[Stepped] = []
@@ -122,6 +127,7 @@ class _Serving:
         self._served: list[ServedRequest[Floats]] = []
         self._moved: set[str] = set()  # of which no client has a token yet
         self._num_unfinished = 0
+        self._last_due_s = 0.0
 
     def run(self, requests: Iterable[TimedRequest]) -> list[ServedRequest[Floats]]:
         """Deliver all, and let both pools work until nothing is left."""
@@ -142,12 +148,13 @@ class _Serving:
         return self._served
 
     def _fill(self, waiting: Iterator[TimedRequest], now_s: Floats) -> None:
-        """Deliver what there is room for."""
-        most = self._max_unfinished
-        while most is None or self._num_unfinished < most:
+        """Deliver what there is room for; in an open loop, up to one that is not due yet."""
+        most, lead_s = self._max_unfinished, float(now_s[self._prefill.runner.lead])
+        while self._last_due_s <= lead_s if most is None else self._num_unfinished < most:
             wanted = next(waiting, None)
             if wanted is None:
                 return
+            self._last_due_s = wanted.due_s
             self._deliver(wanted, now_s)
 
     def _deliver(self, wanted: TimedRequest, now_s: Floats) -> None:

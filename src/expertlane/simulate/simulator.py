@@ -15,7 +15,7 @@ from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter, with_drafting_layer
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import RoutingSource, extremes_of
-from expertlane.cost.runner import CostRunner, StepSharing
+from expertlane.cost.runner import CostRunner, PricedStep, StepSharing
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.memory import FREE_SHARE, PlacedModel, RankMemory
@@ -37,6 +37,7 @@ from expertlane.spec.workload import Load, draw_requests
 
 _CONTEXTS_APART = 32  # a step's work is priced for so many different mean contexts
 _MOST_POSITIONS_ALIKE = 64
+_NUM_SAMPLES = 2  # of the routing, drawn for steps that are alike
 _SHARE_ALIKE = 1 / 256  # of reading all weights: reading so many cached positions more is no matter
 
 
@@ -76,17 +77,39 @@ class SimulatedPool:
     totals: PoolTotals
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What a load comes to in its steady state; [3] each: low, likely and high.
+
+    Attributes:
+        requests_per_s, output_tps: of all requests together.
+        ttft_s, tpot_s: means over requests; no TTFT where the queue grows without end.
+        error: half of the 90 % interval of tokens a second that the stretch leaves, over them.
+        num_decoding, num_waiting: likely requests past their first token, and before it.
+    """
+
+    requests_per_s: Floats
+    output_tps: Floats
+    ttft_s: Floats | None
+    tpot_s: Floats
+    error: float
+    num_decoding: float
+    num_waiting: float
+
+
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """A load that was served.
+    """A load that was served, or a stretch of one.
 
     Attributes:
         served: [num_requests]; with multi-token prediction a step may give several tokens.
         pools: one, or the one that prefills and the one that decodes.
+        rates: of a steady state; None of a load that begins and ends.
     """
 
-    served: list[ServedRequest[Floats]]
+    served: Sequence[ServedRequest[Floats]]
     pools: tuple[SimulatedPool, ...]
+    rates: Rates | None = None
 
 
 class Simulator:
@@ -148,7 +171,7 @@ class Simulator:
         shortened = [
             replace(each, output_len=multi_token.num_steps(each.output_len)) for each in requests
         ]
-        pools, apart = self.start(lead)
+        pools, apart = self.start(lead, has_begun=lambda: lead == LIKELY)
         served = run_load(
             pools[0].pool, shortened, load.batch, apart=apart, on_finished=on_finished
         )
@@ -161,14 +184,30 @@ class Simulator:
         return Outcome(whole, pools)
 
     def start(
-        self, lead: int = LIKELY, *, observed: bool = True
+        self,
+        lead: int = LIKELY,
+        *,
+        is_snapshot: bool = False,
+        observe: Callable[[PricedStep], None] | None = None,
+        has_begun: Callable[[], bool] | None = None,
     ) -> tuple[tuple[SimulatedPool, ...], tuple[Pool, KVTransfers] | None]:
         """The pools before any request, and what `run_load` takes of the second.
 
         Args:
-            observed: whether steps are added up in the pools' totals.
+            is_snapshot: requests under way stand where they are, not where a step a token is.
+            observe: told of the steps of the pool that decodes.
+            has_begun: when steps are added up in the pools' totals; None for never.
         """
-        pools = tuple(self._pool(ranks, lead, observed) for ranks in self._pools)
+        pools = tuple(
+            self._pool(
+                ranks,
+                lead,
+                is_snapshot=is_snapshot,
+                observe=observe if ranks is self._pools[-1] else None,
+                has_begun=has_begun,
+            )
+            for ranks in self._pools
+        )
         if len(pools) == 1:
             return pools, None
         transfers = KVTransfers(
@@ -216,20 +255,36 @@ class Simulator:
         seq_ids = tuple(seq for batch in plan.batches for seq in batch.seq_ids.tolist())
         return replace(FinishedStep(plan, done).record(), seq_ids=seq_ids)
 
-    def _pool(self, ranks: PoolRanks, lead: int, observed: bool) -> SimulatedPool:
+    def _pool(
+        self,
+        ranks: PoolRanks,
+        lead: int,
+        *,
+        is_snapshot: bool,
+        observe: Callable[[PricedStep], None] | None,
+        has_begun: Callable[[], bool] | None,
+    ) -> SimulatedPool:
         multi_token, options = self.setup.multi_token.at(lead), self.setup.options_of(ranks.role)
         drafts, limits = multi_token.num_drafts, ranks.limits
-        if observed:  # else those under way stand where they are, not where a step a token is
+        if not is_snapshot:
             limits = self._scheduled(limits, multi_token)
         scheduler = ContinuousScheduler(ranks.layout, options, limits, record=False)
         totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, drafts)
+
+        def observe_all(step: PricedStep) -> None:
+            if observe is not None:
+                observe(step)
+            if has_begun is not None and has_begun():
+                totals.observe(step)
+
         runner = self._runner(
             ranks,
             lead,
             sharing=ranks.sharing[lead],
-            observe=totals.observe if observed and lead == LIKELY else None,
+            observe=observe_all,
             multi_token=MultiTokenAdapter(multi_token) if drafts else None,
             lead=lead,
+            repeats=has_begun is None,
         )
         return SimulatedPool(ranks, Pool(scheduler, runner), totals)
 
@@ -289,7 +344,13 @@ class Simulator:
         few = int(_SHARE_ALIKE * memory.weight_bytes * num_positions / memory.kv_bytes)
         context_step = min(max(load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
         of_routing = {
-            each: StepSharing(context_step, layout.replica_size, max(few, 1))
+            each: StepSharing(
+                context_step,
+                layout.replica_size,
+                max(few, 1),
+                nodes=_nodes_of_caches(layout, self.cluster.profile.ranks_per_node),
+                num_samples=_NUM_SAMPLES if layout.ep > 1 else 1,
+            )
             for each in self._routings
         }
         sharing = tuple(of_routing[each] for each in self._routings)
@@ -314,6 +375,13 @@ def _by_bound(setup: ServingSetup) -> tuple[RoutingSource, ...]:
         return (setup.routing,) * len(BOUNDS)
     even, uneven = extremes
     return even, setup.routing, uneven
+
+
+def _nodes_of_caches(layout: Layout, ranks_per_node: int) -> list[int] | None:
+    """[dp]; the node that each data-parallel rank begins on; None where stages lie differently."""
+    if ranks_per_node % layout.stage_size and layout.stage_size % ranks_per_node:
+        return None
+    return [rank * layout.tp // ranks_per_node for rank in range(layout.dp)]
 
 
 def moved(step: StepRecord, first_rank: int, begin_s: float) -> StepRecord:

@@ -1,7 +1,7 @@
 """What is to be generated: sequences, prompt and output lengths, and the seed of the prompts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -100,6 +100,7 @@ class LengthRange:
         return f"{self.low}" if self.low == self.high else f"{self.low}:{self.high}"
 
 
+_LENGTHS_APART = 0.2  # of a mean, below and above it
 HASH_BLOCK = 512  # tokens that a hash id of a recorded request stands for
 
 
@@ -199,6 +200,23 @@ class Load:
     def is_closed(self) -> bool:
         """Whether a request comes when another is done, not at a time of its own."""
         return self.batch is not None
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether it has a steady state: requests go on coming, and none turns on another's."""
+        return not self.has_prefixes and (self.is_closed or self.rate is not None)
+
+    def varied(self, num_positions: int) -> "Load":
+        """With outputs drawn around a single length, as far as the model has positions.
+
+        Requests of equal length would stay in step, and those that come together end together.
+        """
+        low, high = self.output_len.low, self.output_len.high
+        if self.recorded or low < high:
+            return self
+        away = min(round(_LENGTHS_APART * low), num_positions - self.prompt_len.high + 1 - low)
+        away = max(min(away, low - 1), 0)
+        return replace(self, output_len=LengthRange(low - away, high + away))
 
     @property
     def has_prefixes(self) -> bool:
