@@ -199,7 +199,7 @@ def run(
     dtype = _dtype_of(comparisons, own.dtype)
     projectors = []
     if projection.project:
-        projectors = [_projector(each.experiment, projection, dtype) for each in comparisons]
+        projectors = [_projector(each.experiment, projection, own.dtype) for each in comparisons]
     if output.is_first_process():
         for each, projector in zip(comparisons, projectors, strict=False):
             with output.progress_on_stderr() as progress:
@@ -256,12 +256,17 @@ def _projector(
     """
     from expertlane.compare.projection import ExperimentProjector, usual_number_type
     from expertlane.cost.laws.frameworks import served_cluster
+    from expertlane.cost.number_types import NumberTypes
 
     name = options.cluster or f"{DEFAULT_PROFILE}x{experiment.num_ranks}"
     cluster = served_cluster(name, options.framework)
-    number_type = dtype or usual_number_type(cluster.profile)
+    if experiment.checkpoint is None:
+        types = NumberTypes.all_of(dtype or usual_number_type(cluster.profile))
+    else:
+        found = find_model(experiment.checkpoint, weights=False)
+        types = found.number_types(dtype, "model", cluster)
     skew = DEFAULT_SKEW if options.skew is None else options.skew
-    return ExperimentProjector(experiment, cluster, number_type, skew)
+    return ExperimentProjector(experiment, cluster, types, skew)
 
 
 def _measure(

@@ -196,7 +196,7 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
     asked = ProjectionOptions(
         routing_trace=None, skew=None, dtype=own.dtype, kv_dtype=own.kv_dtype, execution="graph"
     )
-    types = found.number_types(asked, cluster)
+    types = found.number_types(asked.dtype, asked.kv_dtype, cluster)
     full_len = own.max_model_len or found.config.max_position_embeddings
     rows: list[dict[str, Any]] = []
     for layout in sorted(valid_layouts(found.config, cluster.num_devices), key=lambda of: -of.ep):

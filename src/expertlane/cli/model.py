@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expertlane.cli.modelled import ProjectionOptions
+from expertlane.cli.modelled import CacheType
 from expertlane.errors import UserError, require_extra
 from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.deployment import Deployment, Options
@@ -60,7 +60,7 @@ class FoundModel:
         check_deployment(self.config, deployment, ranks_per_node, is_modelled=is_modelled)
 
     def number_types(
-        self, projection: ProjectionOptions, cluster: "ModelledCluster"
+        self, dtype: str | None, kv_dtype: CacheType, cluster: "ModelledCluster"
     ) -> "NumberTypes":
         """What was asked for, else the checkpoint's own.
 
@@ -79,7 +79,7 @@ class FoundModel:
         stored = self.quantization.number_type if self.quantization is not None else None
         if stored is not None and (stored == "float8" or stored in known):
             own = stored  # a narrower one is priced wider, with a word
-        types = NumberTypes.asked(projection.dtype or own, projection.kv_dtype)
+        types = NumberTypes.asked(dtype or own, kv_dtype)
         if types.weights not in known:
             raise UserError(
                 f"{cluster.profile.device.name} does not compute in {types.weights}; valid for "

@@ -167,15 +167,15 @@ class RequestOptions:
 
     panel: ClassVar = Panel.BATCHING
     block_size: int = typer.Option(16, metavar="N", help="Tokens per KV-cache block.")
-    max_num_seqs: int = typer.Option(
-        256, metavar="N", help="Concurrent requests per data-parallel rank."
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerOptions(RequestOptions):
     """How much a step holds."""
 
+    max_num_seqs: int = typer.Option(
+        256, metavar="N", help="Concurrent requests per data-parallel rank."
+    )
     max_num_batched_tokens: int = typer.Option(2048, metavar="N", help=TOKENS_OF_STEP)
 
 

@@ -90,7 +90,7 @@ def run(
     workload, goals = load.workload(found.config), Goals.of(load.slos)
     workload.check_model(found.config, as_options=True)
     routing = choose_routing(found.config, projection.routing_trace, projection.skew, load.seed)
-    types = found.number_types(projection, devices)
+    types = found.number_types(projection.dtype, projection.kv_dtype, devices)
     is_narrow = types.weights in ("float8", "nvfp4")  # DeepEP sends float8 beside both
     payload: PayloadType = "float8" if is_narrow else "model"
     setting = Setting(

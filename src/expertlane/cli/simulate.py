@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
     from expertlane.results.results import Results
     from expertlane.simulate.setup import ServingSetup
     from expertlane.simulate.simulator import Outcome, Simulator
+    from expertlane.simulate.steady import Precision
+    from expertlane.spec.layout import Layout
+    from expertlane.spec.workload import Load
+
+
+_MAX_NUM_SEQS = 256  # of a data-parallel rank; more where the batch asks for more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,13 @@ class _Options:
         rich_help_panel=Panel.MORE_DEPLOYMENT,
         help="Disaggregated: a separate prefill pool, on further devices; --layout is then the "
         "decode pool's. --prefill-dispatch is the prefill pool's, all other options hold for both.",
+    )
+    cold_start: bool = typer.Option(
+        False,
+        "--cold-start",
+        rich_help_panel=Panel.MORE_WORKLOAD,
+        help="Begin idle, with all of --batch at once, and end with the last of --num-requests. "
+        "Else the load is in its steady state, where one request comes as another ends.",
     )
     trace: bool = trace_option()
 
@@ -63,8 +77,14 @@ class _Deployment(DeploymentOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class _Scheduler(RequestOptions):
+    max_num_seqs: int | None = typer.Option(
+        None,
+        metavar="N",
+        show_default=f"{_MAX_NUM_SEQS}, or as many as --batch asks for",
+        help="Concurrent requests per data-parallel rank.",
+    )
     max_num_batched_tokens: int | None = typer.Option(
-        None, metavar="N", show_default="2048, or --framework's", help=TOKENS_OF_STEP
+        None, metavar="N", show_default="8192, or --framework's", help=TOKENS_OF_STEP
     )
 
 
@@ -122,6 +142,7 @@ def run(
     from expertlane.simulate.results import simulation
     from expertlane.simulate.setup import ServingSetup
     from expertlane.simulate.simulator import Simulator
+    from expertlane.simulate.steady import Precision
     from expertlane.spec.workload import check_lengths
 
     config, seed = found_model.config, load_options.seed
@@ -130,23 +151,28 @@ def run(
     with naming("--prefill-layout"):
         text = own.prefill_layout
         prefill_layout = None if text is None else found_model.lay_out(text)
+    layout = found_model.lay_out(own.layout)
     setup = ServingSetup(
-        layout=found_model.lay_out(own.layout),
+        layout=layout,
         prefill_layout=prefill_layout,
         options=deployment.options,
-        types=found_model.number_types(projection, modelled),
+        types=found_model.number_types(projection.dtype, projection.kv_dtype, modelled),
         execution=Execution(projection.execution),
         routing=routing.source,
         multi_token=multi_token,
         prefill_options=None,
-        **_sizes(scheduler, projection.framework),
+        **_sizes(scheduler, projection.framework, layout, loads),
     )
     for load in loads:
         check_lengths(load, config.max_position_embeddings)
     _check(found_model, setup, modelled)
     folder = call.folder(output.slug("simulate", config.name, own.cluster))
+    if not own.cold_start:
+        loads = [each.varied(config.max_position_embeddings) for each in loads]
     simulators = [Simulator(config, modelled, setup, load) for load in loads]
-    runs = [(each, _run(each, seed, is_alone=len(loads) == 1)) for each in simulators]
+    precision = Precision.of(load_options.slos, load_options.num_requests)
+    run_one = partial(_run, seed=seed, precision=precision, cold_start=own.cold_start)
+    runs = [(each, run_one(each, is_alone=len(loads) == 1)) for each in simulators]
     results = simulation(
         runs,
         load_options.question(loads[0]),
@@ -175,19 +201,20 @@ def _write_trace(
     return write_traces({str(simulator.setup.layout): simulator.trace(outcome)}, folder)
 
 
-def _sizes(scheduler: _Scheduler, framework: str | None) -> dict[str, int]:
-    """The scheduler's, what was asked for before what a framework has."""
-    from expertlane.cost.laws.frameworks import find_framework
+def _sizes(
+    scheduler: _Scheduler, framework: str | None, layout: "Layout", loads: "Sequence[Load]"
+) -> dict[str, int]:
+    """The scheduler's: what was asked for, else what the loads and a framework ask for."""
+    from expertlane.cost.laws.frameworks import scheduling_of
 
     asked = {name: value for name, value in vars(scheduler).items() if value is not None}
-    if framework is None:
-        return asked
-    found = find_framework(framework)
-    of_framework = {
-        "max_num_batched_tokens": found.max_num_batched_tokens,
-        "prompt_wait_steps": found.prompt_wait_steps,
-    }
-    return of_framework | asked
+    most = max(each.batch or 0 for each in loads)
+    max_num_seqs = asked.get("max_num_seqs")
+    if max_num_seqs is None:
+        max_num_seqs = max(_MAX_NUM_SEQS, -(-most // (layout.replicas * layout.dp)))
+    tokens = asked.get("max_num_batched_tokens")
+    of_framework = scheduling_of(framework, tokens, 1 if tokens else max_num_seqs)
+    return of_framework | asked | {"max_num_seqs": max_num_seqs}
 
 
 def _check(found: "FoundModel", setup: "ServingSetup", modelled: "ModelledCluster") -> None:
@@ -205,10 +232,18 @@ def _check(found: "FoundModel", setup: "ServingSetup", modelled: "ModelledCluste
             found.check(layout, setup.options_of(role), per_node, is_modelled=True)
 
 
-def _run(simulator: "Simulator", seed: int, *, is_alone: bool) -> "Outcome":
+def _run(
+    simulator: "Simulator", seed: int, precision: "Precision", *, cold_start: bool, is_alone: bool
+) -> "Outcome":
+    from expertlane.simulate.steady import steady_state
+
     num_runs, load = simulator.num_runs, simulator.load
-    times = "" if num_runs == 1 else f" {num_runs} times, for the bounds"
     name = "" if is_alone else f"{load}: "
+    if load.is_endless and not cold_start:
+        description = f"{name}simulating a steady state"
+        with output.task_on_stderr(description, precision.most_steps) as advance:
+            return steady_state(simulator, seed, precision, with_totals=True, advance=advance)
+    times = "" if num_runs == 1 else f" {num_runs} times, for the bounds"
     description = f"{name}simulating {load.num_requests:,} requests{times}"
     with output.task_on_stderr(description, num_runs * load.num_requests) as advance:
         return simulator.run(seed, advance)

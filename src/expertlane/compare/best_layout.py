@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from expertlane.errors import UserError
-from expertlane.plan.candidates import Candidate, PlanRequest
+from expertlane.plan.candidates import PlanRequest
 from expertlane.plan.results import candidate_record, pareto_records
+from expertlane.plan.screen import ScreenedCandidate, fitting
 from expertlane.plan.search import OnePool, Search
+from expertlane.plan.simulated import simulated_pool
 from expertlane.progress import Progress
 from expertlane.results.record import BEST, FASTEST, Conditions, DeploymentRecord
 from expertlane.results.results import PlanSummary
@@ -32,16 +34,16 @@ def plan_beside(
         row_of: projects a deployment in full.
 
     Returns:
-        What was looked at; and `own`, with the role of the fastest or how the whole workload is
-        served, followed by what the planner adds.
+        What was looked at; and `own`, the fastest of them in that role, followed by what the
+        planner adds.
     """
     num_seqs = request.workload.num_sequences
     # Prompts of one token and outputs around the context: next to nothing but decode steps.
     around = replace(request.workload, prompt_len=1, output_len=2 * context - 1)
-    decoding = _found(Search(replace(request, workload=around)))
+    decoding = _Screened(Search(replace(request, workload=around)))
     progress.advance()
-    search = Search(request)
-    found = _found(search)
+    search = Search(replace(request, setting=replace(request.setting, step_tokens=None)))
+    found = _best(search)
     progress.advance()
     rows = list(own)
     if (fastest := _fastest(decoding, context, num_seqs, own, row_of)) is not None:
@@ -49,39 +51,44 @@ def plan_beside(
         rows[place : place + 1] = [replace(fastest, roles=(*fastest.roles, FASTEST))]
     if found is not None:
         rows.append(candidate_record(found.finalists[0], 0, BEST, conditions))
-        by_candidate = {option.candidate: option for option in found.options}
-        for place, row in enumerate(own):
-            option = by_candidate.get(Candidate(row.known_layout, row.known_options))
-            if option is not None and option.place is not None:
-                planned = candidate_record(search.finish(option), 0, BEST, conditions)
-                rows[place] = replace(rows[place], serving=planned.serving)
-    if decoding is not None:
+    if decoding.options:
         rows += pareto_records(decoding.options, _NUM_PARETO, conditions)
     summary = PlanSummary(
         top_k=request.model.num_experts_per_tok,
         num_candidates=found.num_candidates if found else 0,
         num_too_large=found.num_too_large if found else 0,
+        num_simulated=found.num_simulated if found else 0,
     )
     return summary, rows
 
 
-def _found(search: Search) -> OnePool | None:
+class _Screened:
+    """What fits, and how to project it in full."""
+
+    def __init__(self, search: Search) -> None:
+        self.search = search
+        self.options = fitting(search.screen())
+
+
+def _best(search: Search) -> OnePool | None:
     try:
-        return search.one_pool()
+        return simulated_pool(search, search.screen(), lambda _: None, with_families=False)
     except UserError:  # nothing fits
         return None
 
 
 def _fastest(
-    found: OnePool | None,
+    found: _Screened,
     context: int,
     num_seqs: int,
     own: Sequence[DeploymentRecord],
     row_of: Callable[[Deployment], DeploymentRecord],
 ) -> DeploymentRecord | None:
-    finalists = [] if found is None else found.finalists
     rows = list(own)
-    for finalist in [each for each in finalists if each.num_seqs >= num_seqs][:_NUM_IN_FULL]:
+    able = sorted((each for each in found.options if each.num_seqs >= num_seqs), key=_tps)
+    of_layout = {each.candidate.layout: each for each in reversed(able)}
+    best = sorted(of_layout.values(), key=_tps)[:_NUM_IN_FULL]
+    for finalist in best:
         layout, options, _ = finalist.candidate
         if any((row.layout, row.options) == (layout, options) for row in own):
             continue
@@ -92,3 +99,7 @@ def _fastest(
         if (step := row.decode_of(context, num_seqs)) is not None and step.fits
     ]
     return min(timed)[2] if timed else None
+
+
+def _tps(option: ScreenedCandidate) -> float:
+    return -option.tps

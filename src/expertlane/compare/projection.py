@@ -1,6 +1,6 @@
 """An experiment's deployments on a modelled cluster: what `compare --project` adds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -15,13 +15,17 @@ from expertlane.cost.records import cluster_record, conditions_of
 from expertlane.cost.routing import PowerLawRouting, RoutingSource
 from expertlane.errors import CapacityError, UserError
 from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
-from expertlane.plan.candidates import Goals, PlanRequest
+from expertlane.plan.candidates import Goals, PlanRequest, candidates_like
 from expertlane.plan.project import (
     Projector,
     Setting,
     StepSize,
 )
+from expertlane.plan.results import candidate_record
+from expertlane.plan.simulated import evaluated
+from expertlane.plan.ties import Contender, contender
 from expertlane.progress import Progress, each_of
+from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     EXPERIMENT,
     SCALING,
@@ -30,7 +34,7 @@ from expertlane.results.record import (
     PoolRecord,
     StepsRecord,
 )
-from expertlane.results.results import PlanSummary, Results
+from expertlane.results.results import PlanSummary, Results, WorkloadVerdict
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
@@ -66,7 +70,7 @@ class ExperimentProjector:
     """Projects all deployments of an experiment.
 
     Args:
-        number_type: of weights, hidden states, keys and values.
+        types: of a deployment that does not say otherwise.
         skew: of the power law for skewed routing, the usual one; uniform routing, the best case, is
             projected too. 0 for uniform alone.
 
@@ -75,12 +79,12 @@ class ExperimentProjector:
     """
 
     def __init__(
-        self, experiment: Experiment, cluster: ModelledCluster, number_type: str, skew: float
+        self, experiment: Experiment, cluster: ModelledCluster, types: NumberTypes, skew: float
     ) -> None:
         self._experiment = experiment
         self._model = experiment.model
         self._cluster = cluster
-        self._types = NumberTypes.all_of(number_type)  # unless a deployment says otherwise
+        self._types = types
         self._skew = skew
         self._sources: dict[str, RoutingSource] = {}
         is_cpu = OVERHEAD_S in cluster.profile.terms
@@ -115,6 +119,7 @@ class ExperimentProjector:
         self._look_closer(rows, context, progress)
         scaling = self._scaling(context, progress)
         plans = self._plan(rows, context, progress)
+        workload = self._serve(rows, progress)
         return Results.now(
             "comparison",
             command,
@@ -126,6 +131,7 @@ class ExperimentProjector:
             ),
             plans=plans,
             context=context,
+            workload=workload,
         )
 
     @property
@@ -265,17 +271,35 @@ class ExperimentProjector:
         steps = map(projector.step, sizes)
         return replace(_record(deployment, self._usual, pool, steps), roles=(SCALING,))
 
+    def _request(self, types: NumberTypes) -> PlanRequest:
+        """The whole workload under the usual conditions."""
+        setting = self._setting(types, self._usual)
+        return PlanRequest(self._model, self._cluster, self._experiment.workload, Goals(), setting)
+
+    def _serve(self, rows: list[DeploymentRecord], progress: Progress) -> WorkloadVerdict | None:
+        """How each deployment serves the whole workload; the usual conditions come first."""
+        deployments = self._experiment.deployments
+        contenders: dict[int, Contender] = {}
+        for place, each in each_of(list(enumerate(deployments)), progress, "the whole workload"):
+            request = self._request(self._types_of(each))
+            request = replace(request, setting=replace(request.setting, step_tokens=None))
+            per_node = self._cluster.profile.ranks_per_node
+            found = evaluated(request, candidates_like(each.layout, each.options, per_node))
+            if found is not None:
+                contenders[place] = contender(found, request.workload)
+                served = candidate_record(found, 0, EXPERIMENT, self._usual).serving
+                rows[place] = replace(rows[place], serving=served)
+        return _verdict(rows, contenders)
+
     def _plan(
         self, rows: list[DeploymentRecord], context: int, progress: Progress
     ) -> tuple[PlanSummary, ...]:
         """Put what a planner finds under the usual conditions, which come first, among the rows."""
         if self._cluster.num_devices > _MOST_PLANNED:
             return ()
-        usual, workload = self._usual, self._experiment.workload
+        usual = self._usual
         num_own = len(self._experiment.deployments)
-        request = PlanRequest(
-            self._model, self._cluster, workload, Goals(), self._setting(self._types, usual)
-        )
+        request = self._request(self._types)
         progress.task("looking for better layouts", 2)
         summary, found = plan_beside(
             request, usual, context, rows[:num_own], lambda each: self._row(each, usual), progress
@@ -284,6 +308,26 @@ class ExperimentProjector:
         rows[:num_own] = found[:num_own]
         rows += found[num_own:]
         return (summary,)
+
+
+def _verdict(
+    rows: Sequence[DeploymentRecord], contenders: Mapping[int, Contender]
+) -> WorkloadVerdict | None:
+    """The best that is no baseline, against the first and the best of the others."""
+    by_tps = sorted(contenders, key=lambda place: -contenders[place].tps.value)
+    if not by_tps:
+        return None
+    proposals = [place for place in by_tps if not rows[place].is_baseline]
+    one = (proposals or by_tps)[0]
+    other = next((place for place in by_tps if place != one), None)
+
+    def over(place: int | None) -> Estimate | None:
+        if place is None or place == one or place not in contenders:
+            return None
+        return contenders[one].tps.over(contenders[place].tps)
+
+    name = None if other is None else rows[other].name
+    return WorkloadVerdict(rows[one].name, rows[0].name, over(0), name, over(other))
 
 
 def _record(

@@ -187,6 +187,19 @@ def candidates_of(
                         yield Candidate(layout, options, num_drafts)
 
 
+def candidates_like(layout: Layout, options: Options, ranks_per_node: int) -> list[Candidate]:
+    """A deployment as it is; one for each form and overlap where those are `auto`."""
+    forms = [options.dispatch]
+    if options.dispatch == "auto":
+        forms = list(_forms(layout, ranks_per_node))
+    overlaps = [options.overlap] if options.overlap != "auto" else [False, True]
+    return [
+        Candidate(layout, replace(options, dispatch=form, overlap=overlap))
+        for form in forms
+        for overlap in overlaps
+    ]
+
+
 @cache
 def _options(
     overlap: bool,

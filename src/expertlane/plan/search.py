@@ -138,16 +138,22 @@ class Search:
             )
         ]
 
-    def screen(self, advance: Callable[[int], None] = _unseen) -> list[Screened]:
-        """All candidates.
+    def screen(
+        self,
+        advance: Callable[[int], None] = _unseen,
+        candidates: Sequence[Candidate] | None = None,
+    ) -> list[Screened]:
+        """Candidates by the formula.
 
         Args:
             advance: called with a number of candidates that are done.
+            candidates: some; None for all.
 
         Raises:
             UserError: no layout of so many devices is valid for the model.
         """
-        if not self.candidates:
+        candidates = self.candidates if candidates is None else candidates
+        if not candidates:
             model = self.request.model
             raise UserError(
                 f"no layout of {self.request.cluster.num_devices} devices is valid for "
@@ -155,7 +161,7 @@ class Search:
                 f"{model.num_kv_heads} of keys and values and {model.num_hidden_layers} layers, "
                 "and tp must divide the heads"
             )
-        return Screen(self.request, self.known).run(self.candidates, advance)
+        return Screen(self.request, self.known).run(candidates, advance)
 
     def options(self, screened: Sequence[Screened]) -> list[ScreenedCandidate]:
         """Those that fit, and further ones with prefill of their own.

@@ -19,9 +19,9 @@ from expertlane.cost.laws.frameworks import scheduling_of
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.errors import CapacityError, UserError
-from expertlane.plan.candidates import Goals, PlanRequest, family_of
-from expertlane.plan.screen import Screened, ScreenedCandidate, TooLarge
-from expertlane.plan.search import OnePool, Search
+from expertlane.plan.candidates import Candidate, Goals, PlanRequest, family_of
+from expertlane.plan.screen import Screened, ScreenedCandidate, TooLarge, fitting
+from expertlane.plan.search import Finalist, OnePool, Search
 from expertlane.plan.throughput import ThroughputCurve
 from expertlane.simulate.setup import ServingSetup
 from expertlane.simulate.simulator import Simulator
@@ -314,7 +314,7 @@ def _next_num(
     if kept is not None and few is not None and kept.num_seqs < few.num_seqs:
         low, high = kept.breach(goals), few.breach(goals)
         share = log(_AIM / low) / log(high / low) if low < _AIM else 0.0
-        num = round(kept.num_seqs * (few.num_seqs / kept.num_seqs) ** share)
+        num = int(kept.num_seqs * (few.num_seqs / kept.num_seqs) ** share)
     else:
         num, _ = option.within(goals, last.breach(goals) / formula / _AIM)
         if few is not None:
@@ -335,12 +335,17 @@ def _kind_of(option: ScreenedCandidate) -> object:
 
 
 def simulated_pool(
-    search: Search, screened: Sequence[Screened], advance: Callable[[int], None]
+    search: Search,
+    screened: Sequence[Screened],
+    advance: Callable[[int], None],
+    *,
+    with_families: bool = True,
 ) -> OnePool:
     """The best of those screened, simulated; each explained by its steps in full.
 
     Args:
         advance: called with 1 for each of the best.
+        with_families: whether more than the best two are wanted in full.
 
     Raises:
         UserError: nothing fits, or nothing keeps the limits; with the nearest deployment.
@@ -355,7 +360,8 @@ def simulated_pool(
     if not kept:
         for each in nearest_simulated(options, request, run):
             (broke if each.breach(request.goals) > 1 else kept).append(each)
-    told = [each for each in map(partial(_in_full, request, run), _told(kept)) if each is not None]
+    first = _told(kept) if with_families else kept[:2]
+    told = [each for each in map(partial(_in_full, request, run), first) if each is not None]
     if not told:
         if not broke:
             raise UserError(too_many_ranks(request))
@@ -368,6 +374,24 @@ def simulated_pool(
     num_too_large = sum(isinstance(each, TooLarge) for each in screened)
     num_simulated = len(kept) + len(broke)
     return OnePool(options, finalists, len(screened), num_too_large, num_simulated, found.num_open)
+
+
+def evaluated(request: PlanRequest, candidates: Sequence[Candidate]) -> Finalist | None:
+    """The best of some deployments, with as many sequences as serve the workload best.
+
+    None where none of them holds a sequence.
+    """
+    search = Search(request)
+    options = fitting(search.screen(candidates=candidates))
+    if not options:
+        return None
+
+    def run(option: ScreenedCandidate, precision: Precision) -> ThroughputCurve | None:
+        return simulate(option, request, precision)
+
+    best = max(options, key=lambda each: each.within(request.goals)[1])
+    found = settled(best, request, run, USUAL)
+    return None if found is None else search.finish(found.option).simulated(found.served)
 
 
 def _told(kept: Sequence[SimulatedCandidate]) -> list[SimulatedCandidate]:

@@ -1,18 +1,27 @@
 """The answer of a comparison: what fits on one screen of 80 columns."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from expertlane.report.compared import Comparison, Row
 from expertlane.report.difference import OTHER, difference_of
 from expertlane.report.document import Answer, Column, Figure, Table, Words, number, text
-from expertlane.report.numbers import NONE, counted, figures, milliseconds, percent, signed
+from expertlane.report.numbers import (
+    NONE,
+    counted,
+    figures,
+    low_high,
+    milliseconds,
+    percent,
+    signed,
+    whole,
+)
 from expertlane.report.setup import foreign_load, how_judged
 from expertlane.report.speed import in_words
 from expertlane.report.verdict import Verdict, headline, in_wall_time, judge, ratio, rounding
-from expertlane.results.estimate import Estimate
-from expertlane.results.record import StepsRecord
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.record import EXPERIMENT, StepsRecord
 from expertlane.results.results import Results
 from expertlane.spec.names import Cause, Phase, ProjectedCause
 
@@ -58,8 +67,17 @@ def comparison_answer(
     if own is None:
         assert modelled is not None, "something was measured or projected"
         setting = f"{name} | {_projected_setting(results, modelled)}"
-        projected_parts = _parts(results, modelled, _MOST_LINES - 1)
-        return Answer(setting, headline(modelled, results), (*projected_parts, how_judged(results)))
+        served = workload_headline(results)
+        if served is None:
+            only = _parts(results, modelled, _MOST_LINES - 1)
+            return Answer(setting, headline(modelled, results), (*only, how_judged(results)))
+        step = (
+            f"One decode step of {modelled.num_seqs:,} sequences at {modelled.context:,} tokens of "
+            f"context: {headline(modelled, results)}"
+        )
+        of_step = _parts(results, modelled, _FEWER_LINES)
+        workload = _whole_workload(modelled)
+        return Answer(setting, served, (workload, step, *of_step, how_judged(results)))
     machine = results.measured_on
     cores = counted(machine.num_cores, "core") if machine.device == "cpu" else machine.device
     ranks = counted(machine.num_ranks, "rank")
@@ -91,10 +109,58 @@ def _clock(results: Results, own: Comparison) -> str:
 
 
 def _projected_setting(results: Results, modelled: Comparison) -> str:
+    workload = results.question["experiment"]["workload"]
     return (
         f"{results.projected_for.name}, {in_words(modelled.conditions)}, "
-        f"{modelled.num_seqs:,} sequences at {modelled.context:,} tokens of context"
+        f"{workload['num_sequences']:,} × {workload['prompt_len']:,} in / "
+        f"{workload['output_len']:,} out"
     )
+
+
+def workload_headline(results: Results) -> str | None:
+    """What the whole workload comes to, against the first deployment and the best of the others."""
+    found = results.workload
+    if found is None:
+        return None
+    own = {each.name: each for each in results.select("projected", EXPERIMENT) if each.serving}
+    tps = own[found.name].serving[0].output_tps
+    said = f"{found.name} serves {figures(tps)} tokens/s of the whole workload ({low_high(tps)})"
+    against = []
+    if found.over_first is not None:
+        is_best = " and best of the others" if found.other == found.first else ""
+        against.append(f"{_factor(found.over_first)} {found.first}, the first{is_best}")
+    if found.over_other is not None and found.other != found.first:
+        against.append(f"{_factor(found.over_other)} {found.other}, the best of the others")
+    return f"{said}{': ' if against else ''}{'; '.join(against)}."
+
+
+def _factor(over: Estimate) -> str:
+    low, value, high = over.bounds
+    within = " (within error)" if low <= 1 <= high else ""
+    return f"{ratio(value)}× ({ratio(low)}–{ratio(high)}){within} that of"
+
+
+def _whole_workload(modelled: Comparison) -> Table:
+    """How each deployment serves it: with how many sequences, how fast."""
+    served = [row for row in modelled.rows if row.record.serving]
+    most = modelled.num_seqs
+
+    def of(metric: str) -> Callable[[Row], Estimate | None]:
+        def mean(row: Row) -> Estimate | None:
+            summary: Summary | None = getattr(row.record.serving[0], metric)
+            return None if summary is None else summary.mean
+
+        return mean
+
+    columns: list[Column[Row]] = [
+        text("the whole workload", lambda row: row.name),
+        number("tok/s", lambda row: row.record.serving[0].output_tps, compact_of),
+        number("bounds", lambda row: row.record.serving[0].output_tps, compact_range),
+        number(f"seqs of {most:,}", lambda row: row.record.serving[0].num_running, whole),
+        number("TPOT", of("tpot_s"), milliseconds),
+        number("TTFT", of("ttft_s"), milliseconds),
+    ]
+    return Table.of("", columns, served)
 
 
 def _parts(results: Results, comparison: Comparison, most_lines: int) -> tuple[Words, ...]:
@@ -177,6 +243,11 @@ def _largest(row: Row) -> str | None:
         return None
     cause, share = row.step.largest
     return f"{short(cause)} {percent(share)}"
+
+
+def compact_of(estimate: Estimate) -> str:
+    """The likely value, as `compact`."""
+    return compact(estimate.value)
 
 
 def compact(value: float) -> str:

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from expertlane.report.document import Answer, Column, Heading, Table, Words, number, text
 from expertlane.report.numbers import (
@@ -100,6 +101,11 @@ def is_of_cpus(results: Results) -> bool:
     )
 
 
+def typical_of(results: Results) -> Literal["mean", "median"]:
+    """The statistic that is told first: of what was modelled the mean, as of a plan."""
+    return "mean" if results.kind == "simulation" else "median"
+
+
 def device_of(results: Results) -> str:
     """What throughput is divided by."""
     return "rank" if is_of_cpus(results) else "GPU"
@@ -166,14 +172,15 @@ def headline(results: Results) -> str:
     tps = figures(serving.output_tps)
     if serving.output_tps.low is not None:
         tps += f" ({low_high_compact(serving.output_tps)})"
+    told = typical_of(results)
     medians = "".join(
-        f", {name} {milliseconds(seconds.median)} ms"
+        f", {name} {milliseconds(typical)} ms"
         for name, seconds in (("TPOT", serving.tpot_s), ("TTFT", serving.ttft_s))
-        if seconds and seconds.median
+        if (typical := getattr(seconds, told, None)) is not None
     )
     if not several:
         misses = "" if serving.keeps_slos else "Misses the SLOs: "
-        return f"{misses}{tps} output tokens/s at {where}{medians} (medians)."
+        return f"{misses}{tps} output tokens/s at {where}{medians} ({told}s)."
     if not serving.keeps_slos:
         is_any_good = serving.goodput is not None and serving.goodput.value > 0
         how = "has the highest goodput" if is_any_good else f"is nearest to them ({_worst(best)})"
@@ -182,7 +189,7 @@ def headline(results: Results) -> str:
         within = " within the SLOs" if serving.slos else ""
         lead = f"{where} has the highest throughput{within}"
         lead = lead[0].upper() + lead[1:] if len(results.deployments) == 1 else lead
-    return f"{lead}: {tps} tokens/s{medians} (medians)."
+    return f"{lead}: {tps} tokens/s{medians} ({told}s)."
 
 
 def _bursts(found: Sequence[Served]) -> str:
@@ -283,7 +290,7 @@ def _columns(results: Results, rows: Sequence[Served]) -> Iterator[_Ranked]:
     if rows[0].record.layout is not None:
         yield 1, number(f"/{device_of(results)}", per_device, compact)
     for rank, metric in ((2, "tpot"), (3, "ttft")):
-        yield 0, number(metric.upper(), _of(metric, "median"), milliseconds)
+        yield 0, number(metric.upper(), _of(metric, typical_of(results)), milliseconds)
         yield rank, number("p95", _of(metric, "p95"), milliseconds)
     serving = rows[0].serving
     if serving.goodput is not None:
@@ -303,7 +310,7 @@ def _share(share: Estimate) -> str:
 
 def _table(results: Results, rows: Sequence[Served]) -> Table:
     """With as many columns as there is room for."""
-    title = "Output tokens/s; TPOT and TTFT in ms, median and p95"
+    title = f"Output tokens/s; TPOT and TTFT in ms, {typical_of(results)} and p95"
     title += "; goodput in requests/s" if rows[0].serving.slos else ""
     kept = list(_columns(results, rows))
     while True:

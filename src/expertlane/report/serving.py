@@ -38,7 +38,7 @@ from expertlane.results.record import (
     StepsRecord,
 )
 from expertlane.results.results import Results
-from expertlane.results.serving_record import SLOResult
+from expertlane.results.serving_record import ServingRecord, SLOResult
 from expertlane.spec.names import Phase
 
 _NARROW = 0.05  # of the time; less is not worth a sentence
@@ -283,6 +283,7 @@ def simulation_answer(results: Results, setting: str) -> Answer:
     table = Table.of(f"Where the time goes at {at}, mean of a step", columns, phases)
     notes = [
         *_noted(_held_back(results, record)),
+        *_sampling(record.best_load),
         ("How sure", _firmness(results, total_s)),
         *_noted(cautions(results)),
     ]
@@ -308,6 +309,33 @@ def _firmness(results: Results, total_s: float) -> str:
         f"on datasheets; {percent(beyond)} lies outside measured sizes"
         + (": use the range, not the value" if beyond > _UNSURE else "")
     )
+
+
+_TOLD = (("TTFT mean", "ttft.mean"), ("p95", "ttft.p95"))
+
+
+def _sampling(serving: ServingRecord) -> Iterator[Note]:
+    """How far a longer stretch of the same load might lead from this one."""
+    sample = serving.sample
+    if sample is None:
+        return
+    served = serving.requests_per_s
+    if sample.offered is not None and serving.ttft_s is None and served is not None:
+        yield (
+            "Load",
+            f"{sample.offered:g} requests/s arrive, {figures(served)} are served: the queue grows "
+            "without end",
+        )
+    parts = []
+    if "output_tps" in sample.intervals:
+        low, high = sample.intervals["output_tps"]
+        parts.append(f"tokens/s ±{percent((high - low) / 2 / serving.output_tps.value)}")
+    for name, key in _TOLD:
+        if key in sample.intervals:
+            ends = (milliseconds(Estimate(each)) for each in sample.intervals[key])
+            parts.append(f"{name} {'–'.join(ends)} ms")
+    num = counted(serving.num_requests or 0, "first token")
+    yield "Sample", f"{num} in the steady state, for 90 %: {', '.join(parts)}"
 
 
 def _noted(sentences: Iterable[str]) -> list[Note]:
@@ -382,7 +410,9 @@ def _held_back(results: Results, record: DeploymentRecord) -> Iterator[str]:
             and (room < min(wanted, slots) or slots < wanted)
         ):
             lacking = "--max-num-seqs" if slots <= room else "memory"
-            yield (f"Concurrency reached {running:,} of {wanted:,}, limited by {lacking}.")
+            waiting = record.best_load.sample
+            others = f"; {waiting.num_waiting:,.0f} wait for their first token" if waiting else ""
+            yield f"Concurrency reached {running:,} of {wanted:,}, limited by {lacking}{others}."
     num_idle = results.projected_for.num_devices - record.num_ranks
     if num_idle:
         yield f"{counted(num_idle, 'device')} of the cluster stay idle."

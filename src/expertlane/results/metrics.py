@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil, floor, sqrt
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -12,9 +13,11 @@ from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.hardware import MachinePeak
 from expertlane.results.record import StepsRecord
 from expertlane.results.serving_record import (
+    Interval,
     ServingRecord,
     SLOResult,
 )
+from expertlane.results.statistics import NORMAL
 from expertlane.results.step_record import StepRecord
 from expertlane.results.time_shares import critical_path, stage_time
 from expertlane.results.traffic import traffic_record
@@ -219,14 +222,47 @@ class ServedRequest(Generic[TimeT]):
         return True if own is None else own <= slo.limit_s
 
 
-_PERCENTILES = {"median": 50, "p90": 90, "p95": 95, "p99": 99}
+def _latencies(served: Sequence[ServedRequest[TimeT]]) -> dict[LatencyMetric, Any]:
+    """[n] or [n, 3] each; by request, but for the times between tokens."""
+    return {
+        "ttft": np.array([each.ttft_s for each in served]),
+        "tpot": np.array([each.tpot_s for each in served if each.tpot_s is not None]),
+        "itl": np.concatenate([each.itl_s for each in served]),
+        "e2e": np.array([each.e2e_s for each in served]),
+    }
+
+
+def intervals(served: Sequence[ServedRequest[npt.NDArray[np.float64]]]) -> dict[str, Interval]:
+    """90 % intervals of what a sample tells, at likely times, by `metric.statistic`.
+
+    Of means by the central limit theorem; of percentiles by order statistics, whose places are
+    binomial (David and Nagaraja, Order Statistics, section 7.1), about normally distributed.
+    """
+    found: dict[str, Interval] = {}
+    for metric, values in _latencies(served).items():
+        if len(values) < 2 or metric == "itl":  # those between tokens come together
+            continue
+        likely = np.sort(values[:, 1])
+        num, mean = len(likely), float(likely.mean())
+        away = NORMAL * float(likely.std(ddof=1)) / sqrt(num)
+        found[f"{metric}.mean"] = mean - away, mean + away
+        for name, percent in PERCENTILES.items():
+            share = percent / 100
+            away = NORMAL * sqrt(num * share * (1 - share))
+            low, high = floor(num * share - away), ceil(num * share + away)
+            ends = likely[max(low, 0)], likely[min(high, num - 1)]
+            found[f"{metric}.{name}"] = float(ends[0]), float(ends[1])
+    return found
+
+
+PERCENTILES = {"median": 50, "p90": 90, "p95": 95, "p99": 99}
 
 
 def _statistic(values: Any, statistic: Statistic) -> Any:
     """Of [n] values a number, of [n, 3] one for each bound."""
     if statistic == "mean":
         return np.mean(values, axis=0)
-    return np.percentile(values, _PERCENTILES[statistic], axis=0)
+    return np.percentile(values, PERCENTILES[statistic], axis=0)
 
 
 def serving_record(
@@ -239,12 +275,7 @@ def serving_record(
     """
     due_s = np.array([each.due_s for each in served])
     last_s = np.array([each.token_times_s[-1] for each in served])
-    latencies: dict[LatencyMetric, Any] = {
-        "ttft": np.array([each.ttft_s for each in served]),
-        "tpot": np.array([each.tpot_s for each in served if each.tpot_s is not None]),
-        "itl": np.concatenate([each.itl_s for each in served]),
-        "e2e": last_s - due_s,
-    }
+    latencies = _latencies(served)
     wall_s = last_s.max(axis=0) - due_s.min(axis=0)
     seconds = Estimate.of(wall_s)
     num_output = sum(each.output_len for each in served)

@@ -136,6 +136,24 @@ class PlanSummary(Strict):
     experiment: str | None = None
 
 
+@dataclass(frozen=True)
+class WorkloadVerdict(Strict):
+    """What one deployment of a projection has over others, under the whole workload.
+
+    Attributes:
+        name: of the best that is no baseline; of the best where none is one.
+        first, other: the experiment's first deployment, and the best of the others.
+        over_first, over_other: output tokens/s over theirs, with the bounds that are left when what
+            both share has cancelled; None where it is itself the first, or there is no other.
+    """
+
+    name: str
+    first: str
+    over_first: Estimate | None
+    other: str | None
+    over_other: Estimate | None
+
+
 @dataclass(frozen=True, repr=False)
 class Results(Strict):
     """All of one file.
@@ -162,6 +180,7 @@ class Results(Strict):
         plans: a plan's one, or of a comparison's projection one for each top-k.
         context: of a comparison's projection the one that is spoken of: the longest at which all
             sequences fit everywhere, else the shortest.
+        workload: of a comparison's projection under usual conditions; None where nothing fits.
         not_measured: why a comparison was projected alone.
         foreign_cpu_share: of the host's cores, what other processes used while it ran.
 
@@ -186,6 +205,7 @@ class Results(Strict):
     cautions: tuple[str, ...] = ()
     plans: tuple[PlanSummary, ...] = ()
     context: int | None = None
+    workload: WorkloadVerdict | None = None
     not_measured: str | None = None
     foreign_cpu_share: float = 0.0
 

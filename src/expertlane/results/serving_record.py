@@ -100,6 +100,27 @@ class ClientRecord(Strict):
     requests: RequestsRecord
 
 
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SampleRecord(Strict):
+    """A stretch of a load in its steady state, which the record rests on.
+
+    Attributes:
+        num_decoding, num_waiting: requests after and before their first token, on average.
+        offered: requests a second that arrive; more than are served where a queue would grow
+            without end. None in a closed loop.
+        intervals: 90 % intervals that a stretch of this length leaves of likely values: of
+            `output_tps`, and by `metric.statistic` as objectives have it, in seconds.
+    """
+
+    num_decoding: float
+    num_waiting: float
+    offered: float | None = None
+    intervals: dict[str, Interval] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class ServingRecord(Strict):
     """What requests felt under one load.
@@ -127,6 +148,7 @@ class ServingRecord(Strict):
             without any.
         good_share: of the requests, those.
         client: where a server was measured from outside.
+        sample: where it is of a steady state; None where all requests were served to the last.
         usd_per_million_output, usd_per_million_total: dollars for a million output tokens, or
             prompt and output tokens, by the price of devices; None without one.
     """
@@ -156,6 +178,7 @@ class ServingRecord(Strict):
     usd_per_million_output: Estimate | None = None
     usd_per_million_total: Estimate | None = None
     client: ClientRecord | None = None
+    sample: SampleRecord | None = None
 
     @property
     def keeps_slos(self) -> bool:

@@ -31,7 +31,7 @@ _T: tuple[float, ...] = (
     *(6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812, 1.796, 1.782, 1.771),
     *(1.761, 1.753, 1.746, 1.740, 1.734, 1.729, 1.725, 1.721, 1.717, 1.714, 1.711, 1.708, 1.706),
 )
-_NORMAL = 1.645
+NORMAL = 1.645
 
 
 def half_interval(values: Sequence[float]) -> float:
@@ -39,7 +39,7 @@ def half_interval(values: Sequence[float]) -> float:
     num = len(values)
     mean = sum(values) / num
     variance = sum((value - mean) ** 2 for value in values) / (num - 1)
-    t = _T[num - 2] if num - 2 < len(_T) else _NORMAL
+    t = _T[num - 2] if num - 2 < len(_T) else NORMAL
     return t * math.sqrt(variance / num)
 
 
@@ -98,7 +98,7 @@ def _margin(without_one: Sequence[float]) -> float:
     num = len(without_one)
     mean = math.fsum(without_one) / num
     variance = (num - 1) / num * math.fsum((each - mean) ** 2 for each in without_one)
-    t = _T[num - 2] if num - 2 < len(_T) else _NORMAL
+    t = _T[num - 2] if num - 2 < len(_T) else NORMAL
     return t * math.sqrt(2 * variance)
 
 

@@ -20,6 +20,7 @@ from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.kernel_sets import ENGINE
 from expertlane.memory import FREE_SHARE
 from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.metrics import intervals as intervals_of
 from expertlane.results.metrics import serving_record
 from expertlane.results.record import (
     DeploymentRecord,
@@ -29,6 +30,7 @@ from expertlane.results.record import (
 )
 from expertlane.results.results import Assumption, Results
 from expertlane.results.serving_record import (
+    SampleRecord,
     ServingRecord,
     best_load,
 )
@@ -40,6 +42,7 @@ from expertlane.simulate.simulator import Outcome, SimulatedPool, Simulator
 from expertlane.simulate.totals import PhaseTotals, StepFacts
 from expertlane.spec.names import ProjectedCause, Traffic
 from expertlane.spec.slo import SLO
+from expertlane.spec.workload import Load
 
 _HOW = {
     Execution.GRAPH: "the kernels of a micro-batch are launched at once, as CUDA graphs",
@@ -105,13 +108,50 @@ def best_run(runs: Sequence[Run], serving: Sequence[ServingRecord]) -> Run:
 
 
 def _serving(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO]) -> ServingRecord:
+    record = serving_record(outcome.served, slos)
+    if outcome.rates is not None:
+        record = steady_record(record, outcome, simulator.load)
     return replace(
-        serving_record(outcome.served, slos),
+        record,
         batch=simulator.load.batch,
         rate=simulator.load.rate,
         num_preemptions=sum(each.pool.scheduler.num_preemptions for each in outcome.pools),
         num_cached_tokens=outcome.pools[0].pool.scheduler.num_cached_tokens,
         basis=list(Basis)[int(_facts(outcome).basis_s.argmax())].label,
+    )
+
+
+def steady_record(record: ServingRecord, outcome: Outcome, load: Load) -> ServingRecord:
+    """What a stretch's requests tell, with the rates and means of the load itself."""
+    rates = outcome.rates
+    assert rates is not None, "of a steady state"
+    prompt, output = load.mean_lens
+    tps, rate = Estimate.of(rates.output_tps), Estimate.of(rates.requests_per_s)
+    tpot = None if record.tpot_s is None else replace(record.tpot_s, mean=Estimate.of(rates.tpot_s))
+    is_endless = rates.ttft_s is None
+    intervals = intervals_of(outcome.served)
+    if is_endless:
+        intervals = {name: ends for name, ends in intervals.items() if name.startswith("tpot")}
+    if load.rate is None or is_endless:  # else as many are served as arrive
+        away = rates.error * tps.value
+        intervals["output_tps"] = tps.value - away, tps.value + away
+    sample = SampleRecord(
+        num_decoding=rates.num_decoding,
+        num_waiting=rates.num_waiting,
+        offered=load.rate,
+        intervals=intervals,
+    )
+    return replace(
+        record,
+        wall_s=None,
+        output_tps=tps,
+        total_tps=tps * ((prompt + output) / output),
+        requests_per_s=rate,
+        ttft_s=None if is_endless else record.ttft_s,
+        e2e_s=None if is_endless else record.e2e_s,
+        tpot_s=tpot,
+        goodput=None if record.good_share is None else record.good_share * rate.value,
+        sample=sample,
     )
 
 

@@ -325,7 +325,9 @@ class Simulator:
             max_num_seqs = max(
                 max_num_seqs, setup.max_num_batched_tokens // load.prompt_len.low + 2
             )
-        most_seqs = min(max_num_seqs, load.num_requests)
+        most_seqs = max_num_seqs
+        if load.is_closed or not load.is_endless:
+            most_seqs = min(max_num_seqs, load.num_requests)
         num_blocks = most_seqs * (ceil(max_len / setup.block_size) + 1)
         wanted = Limits(
             vocab_size=self.model.vocab_size,

@@ -23,10 +23,11 @@ from expertlane.cost.laws.execution import BOUNDS, LIKELY
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.runner import PricedStep
 from expertlane.cost.step.operation import Floats, Ints
-from expertlane.results.metrics import ServedRequest
+from expertlane.results.metrics import PERCENTILES, ServedRequest
 from expertlane.results.statistics import half_interval
 from expertlane.simulate.pools import Pool, run_load
 from expertlane.simulate.simulator import Outcome, PoolRanks, Rates, SimulatedPool, Simulator
+from expertlane.spec.slo import SLO
 from expertlane.spec.workload import Load, TimedRequest
 
 _SETTLING_STEPS = 8
@@ -37,6 +38,7 @@ _FULL_STEPS = 5  # of a pool that always has prompts; the first and the last of 
 _NUM_PARTS = 20  # of a stretch, for its regression
 _FEWEST_FIRST = 4  # first tokens of a stretch, where so many are under way
 _STRATUM = 24  # steps
+_MOST_STEPS = 20_000  # where many first tokens are asked for
 _FEWEST_PARTS = 5  # for a regression
 _FEWEST_PROMPT_TOKENS = 8  # of a prompt that is told from a decode
 
@@ -49,12 +51,22 @@ class Precision:
         least_steps, most_steps: of the pool that decodes.
         share: half of the 90 % interval of tokens a second, over them.
         quantile: that is to be known of TTFT: so many first tokens that one is likely above it.
+        least_first: first tokens.
     """
 
     least_steps: int = 96
     most_steps: int = 288
     share: float = 0.015
     quantile: float = 0.95
+    least_first: int = 0
+
+    @classmethod
+    def of(cls, slos: Sequence[SLO], num_requests: int | None = None) -> "Precision":
+        """What tells the statistics of the objectives, of so many first tokens at least."""
+        shares = [PERCENTILES[each.statistic] / 100 for each in slos if each.statistic != "mean"]
+        precision = cls(quantile=max([cls.quantile, *shares]), least_first=num_requests or 0)
+        asks_more = precision.num_first > cls().num_first
+        return replace(precision, most_steps=_MOST_STEPS) if asks_more else precision
 
     @property
     def settling_steps(self) -> int:
@@ -69,7 +81,8 @@ class Precision:
     @property
     def num_first(self) -> int:
         """First tokens, one of which is above the quantile in 95 of 100 cases."""
-        return ceil(log(0.05) / log(self.quantile)) if self.quantile else 1
+        of_quantile = ceil(log(0.05) / log(self.quantile)) if self.quantile else 1
+        return max(of_quantile, self.least_first)
 
 
 USUAL = Precision()
