@@ -20,6 +20,7 @@ from expertlane.cost.routing import PowerLawRouting
 from expertlane.plan.candidates import Goals, PlanRequest
 from expertlane.plan.project import Setting
 from expertlane.plan.search import Search
+from expertlane.plan.simulated import simulated_pool
 from expertlane.plan.two_pools import TwoPoolSearch
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
@@ -70,7 +71,7 @@ def main() -> None:
     search = Search(request)
     num_candidates = len(search.candidates)
     screen_s = seconds(lambda: search.screen())
-    whole_s = seconds(lambda: search.one_pool())
+    whole_s = seconds(lambda: simulated_pool(search, search.screen(), lambda _: None))
     pools_s = seconds(lambda: TwoPoolSearch(request).run())
     help_s = started_s("-m", "expertlane", "plan", "--help")
     start_s = started_s("-c", "import expertlane.cli.plan, expertlane.plan.results")

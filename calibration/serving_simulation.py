@@ -24,12 +24,11 @@ from expertlane.cost.routing import choose_routing
 from expertlane.errors import UserError
 from expertlane.simulate.setup import ServingSetup
 from expertlane.simulate.simulator import Simulator
-from expertlane.simulate.steady import steady_rates
+from expertlane.simulate.steady import ROUGH, steady_state
 
 _CACHE = Path("build/judge_serving.jsonl")
 _MODELLED = ("cost", "simulate", "schedule", "balance", "spec", "memory.py")
 _SEED = 0
-_LEAST_STEPS = 24
 
 Bounds = tuple[float, float, float]
 
@@ -40,7 +39,7 @@ class Projected:
 
     Attributes:
         output_tps: of a GPU that decodes.
-        steps_per_token, num_waiting, prefill_rate, prompt_s: as `SteadyRates` has them.
+        steps_per_token, num_waiting, prefill_rate, prompt_s: as `SteadyState` has them.
         seconds: that the simulation took.
         refused: why there is none; all else is 0 then.
     """
@@ -167,18 +166,20 @@ def simulate(question: Question) -> Projected:
         prompt_wait_steps=framework.prompt_wait_steps,
     )
     simulator = Simulator(model, ModelledCluster(profile, row.num_devices), setup, row.load)
-    rates = steady_rates(simulator, _SEED, _LEAST_STEPS)
+    state = steady_state(simulator, _SEED, ROUGH)
+    rates = state.rates
+    assert rates.ttft_s is not None, "a closed load"
     devices = decode.world_size
     return Projected(
         tpot_s=_bounds(rates.tpot_s),
         ttft_s=_bounds(rates.ttft_s),
         output_tps=_bounds(rates.output_tps / devices),
-        steps_per_token=rates.steps_per_token,
+        steps_per_token=state.steps_per_token,
         num_waiting=rates.num_waiting,
-        prefill_rate=rates.prefill_rate,
-        prompt_s=rates.prompt_s,
-        num_steps=rates.num_steps,
-        num_priced=rates.num_priced,
+        prefill_rate=state.prefill_rate,
+        prompt_s=state.prompt_s,
+        num_steps=state.num_steps,
+        num_priced=state.num_priced,
     )
 
 

@@ -6,7 +6,8 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.plan.candidates import Goals, PlanRequest
 from expertlane.plan.project import Setting
-from expertlane.plan.search import Search
+from expertlane.plan.search import OnePool, Search
+from expertlane.plan.simulated import simulated_pool
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.workload import Workload
 
@@ -50,3 +51,8 @@ def search_of(
 ) -> Search:
     cluster, setting = cluster_of(num_devices), setting_of(model, **setting)
     return Search(PlanRequest(model, cluster, workload, goals or Goals(), setting))
+
+
+def planned(search: Search) -> OnePool:
+    """The best of one pool, simulated."""
+    return simulated_pool(search, search.screen(), lambda _: None)

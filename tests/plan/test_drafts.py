@@ -15,7 +15,7 @@ from expertlane.plan.ties import contender
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
-from plan.requests import MIXED, cluster_of, setting_of
+from plan.requests import MIXED, cluster_of, planned, setting_of
 
 DRAFTS = MultiToken(2, 0.8)
 
@@ -81,7 +81,7 @@ def test_accepted_drafts_shorten_tokens_and_their_bounds_show():
 
 
 def test_drafts_that_are_never_right_are_not_chosen():
-    best = Search(request_of(MultiToken(2, 0.0), 64)).one_pool().finalists[0]
+    best = planned(Search(request_of(MultiToken(2, 0.0), 64))).finalists[0]
     assert best.candidate.num_drafts == 0
 
 

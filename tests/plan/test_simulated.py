@@ -10,8 +10,15 @@ from expertlane.errors import UserError
 from expertlane.plan.candidates import Goals, family_of
 from expertlane.plan.screen import fitting
 from expertlane.plan.search import OnePool
-from expertlane.plan.simulated import BestFirst, simulate, simulate_pools, simulated_pool
+from expertlane.plan.simulated import (
+    BestFirst,
+    settled,
+    simulate,
+    simulate_pools,
+    simulated_pool,
+)
 from expertlane.plan.throughput import ThroughputCurve
+from expertlane.simulate.steady import ROUGH
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
 from plan.requests import search_of
@@ -27,7 +34,7 @@ def options():
 def times(factor_of, done):
     """A simulation that has so many times the tokens that were screened."""
 
-    def run(option):
+    def run(option, precision):
         done.append(option)
         factor, at = factor_of(option.candidate.layout), slice(option.place, option.place + 1)
         served = option.served
@@ -41,6 +48,13 @@ def times(factor_of, done):
     return run
 
 
+def best_first(options, factor_of, goals=GOALS, **budget):
+    done = []
+    request = search_of(num_devices=8, goals=goals).request
+    run = times(factor_of, done)
+    return BestFirst(options, request, run, lambda _: None, **budget).result(), done
+
+
 @pytest.mark.parametrize(
     "factor_of",
     [
@@ -51,8 +65,7 @@ def times(factor_of, done):
     ],
 )
 def test_nothing_that_was_only_screened_may_be_better(options, factor_of):
-    done = []
-    found = BestFirst(options, GOALS, times(factor_of, done), lambda _: None, most=10**6).result()
+    found, done = best_first(options, factor_of, most=10**6)
     assert found.num_open == 0
     assert [each.tps for each in found.kept] == sorted((e.tps for e in found.kept), reverse=True)
     assert len(done) == len(found.kept) < len(options) / 2
@@ -62,21 +75,35 @@ def test_nothing_that_was_only_screened_may_be_better(options, factor_of):
 
 
 def test_the_best_of_kinds_come_first_and_the_budget_holds(options):
-    done = []
-    found = BestFirst(options, GOALS, times(lambda _: 1.0, done), lambda _: None, most=3).result()
+    found, done = best_first(options, lambda _: 1.0, most=3)
     assert len(done) == 3
     families = [family_of(each.candidate.layout) for each in done]
     assert len(set(families)) == 3
     assert len(found.kept) == 3
 
 
-def test_what_breaks_a_limit_is_taken_up_with_fewer_sequences(options):
-    best = max(options, key=lambda each: each.tps)
-    goals = Goals(max_tpot_s=1.01 * float(best.served.tpot_s[1, best.place]))
-    within = [replace(each, place=each.served.best(goals)) for each in options]
-    found = BestFirst(within, goals, times(lambda _: 0.9, []), lambda _: None).result()
-    assert found.broke
-    assert all(each.served.best(goals) is not None for each in found.kept)
+@pytest.mark.parametrize("factor", [0.8, 0.95, 1.0, 1.2])
+def test_as_many_sequences_as_keep_a_limit_are_found(options, factor):
+    """Between those that were priced; the formula is off by a factor."""
+    option = max(options, key=lambda each: each.tps)
+    request = search_of(num_devices=8).request
+    tpot_s = option.served.tpot_s[1]
+    limit = float(tpot_s[-2] * 0.4 + tpot_s[-1] * 0.6)
+    request = replace(request, goals=Goals(max_tpot_s=limit))
+    done = []
+    found = settled(option, request, times(lambda _: factor, done), ROUGH)
+    assert len(done) <= 3
+    assert found.breach(request.goals) <= 1
+    at_limit = option.within(request.goals, 1 / factor)[0]
+    assert found.num_seqs == pytest.approx(at_limit, rel=0.08)
+    assert option.steps.num_seqs[-2] <= found.num_seqs or factor < 1
+
+
+def test_no_number_of_sequences_keeps_an_impossible_limit(options):
+    request = search_of(num_devices=8, goals=Goals(max_tpot_s=1e-6)).request
+    found = settled(options[0], request, times(lambda _: 1.0, []), ROUGH)
+    assert found.breach(request.goals) > 1
+    assert found.num_seqs == 1
 
 
 def test_prompts_hold_up_data_parallel_ranks():

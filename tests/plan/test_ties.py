@@ -11,7 +11,7 @@ from expertlane.plan.ties import Contender, Uncertain, contender, num_kinds, poo
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from plan.requests import WORKLOAD, search_of
+from plan.requests import WORKLOAD, planned, search_of
 
 DRIVER, GEMM, LINK = ("driver", ()), ("gemm", (7,)), ("link", (20,))
 
@@ -133,7 +133,7 @@ def test_kinds_of_parallelism():
 
 @pytest.fixture(scope="module")
 def found():
-    return search_of().one_pool()
+    return planned(search_of())
 
 
 @pytest.mark.full
@@ -175,7 +175,7 @@ def test_an_assumed_skew_is_one_error_of_all_that_spread_experts(found):
         assert other.decode.tps.low == pytest.approx(
             other.decode.num_tokens / other.decode.wall_s.high
         )
-        assert (other.served.tps[0, 0] < one.served.tps[0, 0]) == is_spread
+        assert (other.served.tps[0, 0] < one.formula.tps[0, 0]) == is_spread
 
 
 def test_ratios_are_narrower_than_bounds(found):

@@ -1,5 +1,7 @@
 """A short stretch of a closed load says what the whole load comes to."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from expertlane.cost.routing import PowerLawRouting
 from expertlane.results.metrics import serving_record
 from expertlane.simulate.setup import ServingSetup
 from expertlane.simulate.simulator import Simulator
-from expertlane.simulate.steady import steady_rates
+from expertlane.simulate.steady import USUAL, _Lengths, poisson_quantiles, steady_state
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
@@ -48,38 +50,112 @@ def simulator_of(layouts, batch, num_requests, prompt, output, multi_token=NO_DR
     ],
 )
 def test_as_the_whole_load(layouts, batch, prompt, output, multi_token):
-    whole = simulator_of(layouts, batch, 8 * batch, prompt, output, multi_token)
+    whole = simulator_of(layouts, batch, 40 * batch, prompt, output, multi_token)
     served = serving_record(whole.run(0).served, ())
-    found = steady_rates(
-        simulator_of(layouts, batch, batch, prompt, output, multi_token), 0, least_steps=200
-    )
-    assert found.tpot_s[1] == pytest.approx(served.tpot_s.mean.value, rel=0.05)
-    assert found.ttft_s[1] == pytest.approx(served.ttft_s.mean.value, rel=0.35)
-    assert found.output_tps[1] == pytest.approx(served.output_tps.value, rel=0.1)
-    assert found.num_decoding + found.num_waiting == pytest.approx(batch)
-    assert (np.diff(found.tpot_s) >= 0).all()
+    found = steady_state(simulator_of(layouts, batch, batch, prompt, output, multi_token), 0)
+    rates = found.rates
+    assert rates.tpot_s[1] == pytest.approx(served.tpot_s.mean.value, rel=0.05)
+    assert rates.ttft_s[1] == pytest.approx(served.ttft_s.mean.value, rel=0.35)
+    assert rates.output_tps[1] == pytest.approx(served.output_tps.value, rel=0.05)
+    assert rates.num_decoding + rates.num_waiting == pytest.approx(batch)
+    assert (np.diff(rates.tpot_s) >= 0).all()
 
 
 def test_a_short_stretch_is_cheap():
     whole = simulator_of(("tp=2",), 64, 640, (40, 50), (900, 1000))
-    found = steady_rates(whole, 0)
-    assert found.num_steps < 200
+    found = steady_state(whole, 0)
+    assert found.num_steps <= 1.25 * USUAL.most_steps
+
+
+@pytest.mark.parametrize("output", [(1, 1), (2, 2), (300, 300)])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_few_requests_and_few_tokens(output, batch):
+    found = steady_state(simulator_of(("dp=2,ep=2",), batch, batch, (1, 9), output), 0)
+    rates = found.rates
+    assert len(found.served) > 0
+    assert rates.output_tps[1] == pytest.approx(rates.requests_per_s[1] * output[0])
+    in_time = batch / (rates.ttft_s[1] + (output[0] - 1) * rates.tpot_s[1])
+    assert rates.requests_per_s[1] == pytest.approx(in_time, rel=0.15)
 
 
 def test_few_that_prefill_let_others_wait():
     """A pool of one rank for prompts, four for few tokens: most requests wait for the first."""
-    found = steady_rates(
+    found = steady_state(
         simulator_of(("tp=1", "tp=4"), 64, 64, (900, 1000), (8, 12), max_num_batched_tokens=1024), 0
     )
-    assert found.num_waiting > 32
-    rate = found.output_tps[1] / 10
-    assert found.ttft_s[1] == pytest.approx(found.num_waiting / rate, rel=0.25)
+    rates = found.rates
+    assert rates.num_waiting > 32
+    assert rates.ttft_s[1] == pytest.approx(rates.num_waiting / rates.requests_per_s[1], rel=0.1)
 
 
-def test_what_arrives_late_waits_as_long(monkeypatch):
+def test_those_without_a_place_wait_as_long_as_the_queue_lets_them():
+    """Four places for sixteen: by Little's law."""
+    found = steady_state(simulator_of(("tp=2",), 16, 16, (40, 50), (90, 110), max_num_seqs=4), 0)
+    rates = found.rates
+    assert rates.num_decoding == pytest.approx(4, rel=0.05)
+    assert rates.ttft_s[1] == pytest.approx(rates.num_waiting / rates.requests_per_s[1], rel=0.1)
+    waits = [each.ttft_s[1] for each in found.served]
+    assert min(waits) > 0.7 * rates.ttft_s[1]  # none is found as if it had just come
+
+
+def test_what_arrives_late_waits_as_long():
     simulator = simulator_of(("tp=2",), 4, 4, (40, 50), (90, 110))
-    before = steady_rates(simulator, 0)
+    before = steady_state(simulator, 0).rates
     terms = simulator._terms
     object.__setattr__(terms, "arrival_s", np.array([0.1, 0.2, 0.3]))
-    after = steady_rates(simulator, 0)
+    after = steady_state(simulator, 0).rates
     assert after.ttft_s - before.ttft_s == pytest.approx([0.1, 0.2, 0.3], abs=0.02)
+
+
+def open_loop(rate, layouts=("tp=2",)):
+    simulator = simulator_of(layouts, None, 100, (40, 50), (90, 110))
+    return steady_state(
+        Simulator(
+            simulator.model,
+            simulator.cluster,
+            simulator.setup,
+            replace(simulator.load, rate=rate),
+        ),
+        0,
+    ).rates
+
+
+def test_an_open_loop_serves_what_arrives_until_it_cannot():
+    most = steady_state(simulator_of(("tp=2",), 256, 256, (40, 50), (90, 110)), 0).rates
+    capacity = most.requests_per_s[1]
+    calm, busy, over = (open_loop(share * capacity) for share in (0.1, 0.6, 1.5))
+    for rates, share in ((calm, 0.1), (busy, 0.6)):
+        assert rates.requests_per_s == pytest.approx([share * capacity] * 3)
+        in_system = rates.requests_per_s[1] * (rates.ttft_s[1] + 99 * rates.tpot_s[1])
+        assert rates.num_decoding + rates.num_waiting == pytest.approx(in_system, rel=0.2)
+    assert calm.tpot_s[1] < busy.tpot_s[1]
+    assert over.ttft_s is None
+    assert over.requests_per_s[1] == pytest.approx(capacity, rel=0.05)
+
+
+def test_steps_left_are_those_of_requests_met_under_way():
+    """Half of the requests have 10 steps, half 30: of 40 under way 10 and 30, all evenly along."""
+    lengths = _Lengths(Load(2, LengthRange(5, 5), LengthRange(11, 11), 2), NO_DRAFTS)
+    lengths._further = np.array([10, 30])
+    lengths.most_steps = 30
+    chance = lengths.chance_in(np.arange(1, 31))
+    assert chance.sum() == pytest.approx(1)
+    assert chance[:10] == pytest.approx([2 / 40] * 10)
+    assert chance[10:] == pytest.approx([1 / 40] * 20)
+
+
+@pytest.mark.parametrize("mean", [0.01, 0.7, 5.0, 80.0])
+def test_quantiles_of_a_poisson_distribution(mean):
+    numbers = poisson_quantiles(mean, (np.arange(4000) + 0.5) / 4000)
+    assert numbers.mean() == pytest.approx(mean, rel=0.01)
+    assert numbers.var() == pytest.approx(mean, rel=0.03)
+
+
+@pytest.mark.parametrize("layout", ["tp=4", "dp=4,ep=4", "pp=2,tp=2"])
+def test_seeds_agree_within_the_error_that_is_told(layout):
+    found = [
+        steady_state(simulator_of((layout,), 32, 32, (200, 200), (80, 120)), seed).rates
+        for seed in range(3)
+    ]
+    tps = [each.output_tps[1] for each in found]
+    assert max(tps) / min(tps) - 1 <= 2 * max(max(each.error for each in found), 0.005)

@@ -8,7 +8,7 @@ that `simulate` gives too.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import gcd, log
 from typing import NamedTuple
@@ -45,15 +45,14 @@ _NUM_NEAREST = 6  # of those that break a limit as screened
 def simulate(
     option: ScreenedCandidate, request: PlanRequest, precision: Precision = USUAL
 ) -> ThroughputCurve | None:
-    """A closed load on one replica, the fullest, at the option's number of sequences.
+    """A closed load at the option's number of sequences.
 
-    Replicas are independent, so the others serve as much for each of their sequences. None where
-    not even one request of the longest output fits.
+    None where not even one request of the longest output fits.
     """
     layout, options, num_drafts = option.candidate
-    batch = -(-option.num_seqs // layout.replicas)
-    setup = _Served(replace(layout, replicas=1), options, num_drafts, -(-batch // layout.dp))
-    return _rates(request, setup, None, batch, option.num_seqs, precision)
+    of_rank = -(-option.num_seqs // (layout.replicas * layout.dp))
+    setup = _Served(layout, options, num_drafts, of_rank)
+    return _rates(request, setup, None, option.num_seqs, precision)
 
 
 def simulate_pools(
@@ -62,20 +61,17 @@ def simulate_pools(
     request: PlanRequest,
     precision: Precision = USUAL,
 ) -> ThroughputCurve | None:
-    """A closed load on two pools; on a part of their replicas, where those divide alike.
+    """A closed load on two pools.
 
-    None where too many replicas are left, or not even one request fits.
+    None where too many of their replicas do not divide alike, or not even one request fits.
     """
     (first, of_prompts, _), (second, options, num_drafts) = prefill.candidate, decode.candidate
     num_parts = gcd(first.replicas, second.replicas)
-    layouts = [replace(each, replicas=each.replicas // num_parts) for each in (first, second)]
-    if sum(each.replicas for each in layouts) > _MOST_REPLICAS:
+    if (first.replicas + second.replicas) // num_parts > _MOST_REPLICAS:
         return None
-    whole = request.workload.num_sequences
     of_rank = -(-decode.num_seqs // (second.replicas * second.dp))
-    setup = _Served(layouts[1], options, num_drafts, of_rank)
-    pool = layouts[0], of_prompts
-    return _rates(request, setup, pool, -(-whole // num_parts), whole, precision)
+    setup = _Served(second, options, num_drafts, of_rank)
+    return _rates(request, setup, (first, of_prompts), request.workload.num_sequences, precision)
 
 
 class _Served(NamedTuple):
@@ -92,10 +88,9 @@ def _rates(
     served: _Served,
     prefill: tuple[Layout, Options] | None,
     batch: int,
-    num_seqs: int,
     precision: Precision,
 ) -> ThroughputCurve | None:
-    """What a load comes to, for so many sequences; of a part of the system, with `batch`."""
+    """What a load comes to."""
     setting, workload, profile = request.setting, request.workload, request.cluster.profile
     setup = ServingSetup(
         served.layout,
@@ -123,8 +118,8 @@ def _rates(
     assert rates.ttft_s is not None, "a closed load"
     goals = request.goals
     return ThroughputCurve(
-        num_seqs=np.array([num_seqs]),
-        tps=(rates.output_tps * (num_seqs / batch))[::-1, None],
+        num_seqs=np.array([batch]),
+        tps=rates.output_tps[::-1, None],
         tpot_s=rates.tpot_s[:, None],
         ttft_s=rates.ttft_s[:, None],
         excess=np.array([goals.excess(rates.tpot_s, rates.ttft_s, state.served)]),
@@ -219,6 +214,8 @@ class BestFirst:
         seen: set[bool] = set()
         most = self._waiting[0][0] if self._waiting else 0.0
         for tps, option in best.values():
+            if self._num_done >= self._most:
+                break
             has_experts = option.candidate.layout.ep > 1
             if tps >= _LEAST_SHARE * most or has_experts not in seen:
                 self._take(tps, option)

@@ -115,7 +115,8 @@ def _serving(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO]) -> Ser
         record,
         batch=simulator.load.batch,
         rate=simulator.load.rate,
-        num_preemptions=sum(each.pool.scheduler.num_preemptions for each in outcome.pools),
+        num_preemptions=outcome.num_parts
+        * sum(each.pool.scheduler.num_preemptions for each in outcome.pools),
         num_cached_tokens=outcome.pools[0].pool.scheduler.num_cached_tokens,
         basis=list(Basis)[int(_facts(outcome).basis_s.argmax())].label,
     )
@@ -178,7 +179,7 @@ def _record(
         source="projected",
         prefill_layout=setup.prefill_layout,
         conditions=conditions_of(top_k, simulator.execution, routing.option, setup.types),
-        pools=tuple(_pool(pool, device_bytes) for pool in outcome.pools),
+        pools=tuple(_pool(pool, device_bytes, outcome.num_parts) for pool in outcome.pools),
         steps=tuple(
             _steps(pool.ranks.role, step, pool.totals.phases[phase])
             for pool, median in zip(outcome.pools, simulator.median_steps(outcome), strict=True)
@@ -191,7 +192,7 @@ def _record(
     )
 
 
-def _pool(pool: SimulatedPool, device_bytes: float) -> PoolRecord:
+def _pool(pool: SimulatedPool, device_bytes: float, num_parts: int) -> PoolRecord:
     memory = pool.ranks.memory
     return PoolRecord(
         role=pool.ranks.role,
@@ -200,9 +201,9 @@ def _pool(pool: SimulatedPool, device_bytes: float) -> PoolRecord:
         activation_bytes=memory.activation_bytes,
         allowed_bytes=int(FREE_SHARE * device_bytes),
         device_bytes=int(device_bytes),
-        num_resident=pool.ranks.num_resident,
-        most_running=pool.totals.most_running,
-        num_preemptions=pool.pool.scheduler.num_preemptions,
+        num_resident=num_parts * pool.ranks.num_resident,
+        most_running=num_parts * pool.totals.most_running,
+        num_preemptions=num_parts * pool.pool.scheduler.num_preemptions,
     )
 
 

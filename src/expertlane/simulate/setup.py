@@ -1,6 +1,7 @@
 """How a model is served on a modelled cluster: its pools, and what each runs with."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import gcd
 
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import ModelledCluster
@@ -68,6 +69,20 @@ class ServingSetup:
     def num_devices(self) -> int:
         """Devices of all pools."""
         return sum(layout.world_size for layout in self.pools.values())
+
+    @property
+    def num_parts(self) -> int:
+        """Parts that serve alike and apart: groups of replicas, with their share of each pool."""
+        return gcd(*(layout.replicas for layout in self.pools.values()))
+
+    def part(self, num_parts: int) -> "ServingSetup":
+        """One of so many parts."""
+
+        def of(layout: Layout) -> Layout:
+            return replace(layout, replicas=layout.replicas // num_parts)
+
+        prefill = None if self.prefill_layout is None else of(self.prefill_layout)
+        return replace(self, layout=of(self.layout), prefill_layout=prefill)
 
     def are_pools_apart(self, ranks_per_node: int) -> bool:
         """Whether the pools are on different nodes."""

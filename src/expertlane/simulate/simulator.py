@@ -96,6 +96,16 @@ class Rates:
     num_decoding: float
     num_waiting: float
 
+    def times(self, factor: float) -> "Rates":
+        """Of so many parts together."""
+        return replace(
+            self,
+            requests_per_s=self.requests_per_s * factor,
+            output_tps=self.output_tps * factor,
+            num_decoding=self.num_decoding * factor,
+            num_waiting=self.num_waiting * factor,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
@@ -105,11 +115,13 @@ class Outcome:
         served: [num_requests]; with multi-token prediction a step may give several tokens.
         pools: one, or the one that prefills and the one that decodes.
         rates: of a steady state; None of a load that begins and ends.
+        num_parts: of the deployment, alike and apart, of which one was simulated.
     """
 
     served: Sequence[ServedRequest[Floats]]
     pools: tuple[SimulatedPool, ...]
     rates: Rates | None = None
+    num_parts: int = 1
 
 
 class Simulator:
@@ -131,6 +143,16 @@ class Simulator:
         self._pricing = Pricing(cluster.profile, setup.types)
         self._routings = _by_bound(setup)
         self._pools = [self._ranks(role, layout) for role, layout in setup.pools.items()]
+
+    def part(self, num_parts: int) -> "Simulator":
+        """One of so many parts of the deployment, with the largest share of the load."""
+        load = self.load
+        if load.batch is not None:
+            batch = ceil(load.batch / num_parts)
+            load = replace(load, batch=batch, num_requests=max(load.num_requests, batch))
+        if load.rate is not None:
+            load = replace(load, rate=load.rate / num_parts)
+        return Simulator(self.model, self.cluster, self.setup.part(num_parts), load)
 
     @property
     def execution(self) -> Execution:

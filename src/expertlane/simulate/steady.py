@@ -148,8 +148,15 @@ def steady_state(
         with_totals: whether steps are added up, to say where their time goes.
         advance: called with a number of steps of `precision.most_steps` that are done.
     """
-    stretch = _Stretch(simulator, seed, precision)
-    return stretch.run(with_skew=with_skew, with_totals=with_totals, advance=advance)
+    num_parts, load = simulator.setup.num_parts, simulator.load
+    if num_parts == 1:
+        stretch = _Stretch(simulator, seed, precision)
+        return stretch.run(with_skew=with_skew, with_totals=with_totals, advance=advance)
+    part = simulator.part(num_parts)
+    stretch = _Stretch(part, seed, precision)
+    found = stretch.run(with_skew=with_skew, with_totals=with_totals, advance=advance)
+    factor = load.batch / (part.load.batch or 1) if load.batch else num_parts
+    return replace(found, rates=found.rates.times(factor), num_parts=num_parts)
 
 
 class _Stretch:
@@ -236,9 +243,9 @@ class _Stretch:
         ended: list[int] = []
         first, size = 1, self._precision.settling_steps
         while len(ended) < num_running and first <= self._lengths.most_steps:
-            steps = np.arange(first, first + size)
+            steps = np.arange(first, min(first + size, self._lengths.most_steps + 1))
             mean = float(np.mean(num_running * self._lengths.chance_in(steps)))
-            ranks = (self._rng.permutation(size) + self._rng.random(size)) / size
+            ranks = (self._rng.permutation(len(steps)) + self._rng.random(len(steps))) / len(steps)
             ended += np.repeat(steps, poisson_quantiles(mean, ranks)).tolist()
             first, size = first + size, _STRATUM
         rest = num_running - len(ended)
