@@ -23,6 +23,7 @@ from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
+FLOAT16 = NumberTypes.all_of("float16")
 TENSOR = Deployment("tensor", Layout(tp=2, pp=2), is_baseline=True)
 EXPERT = Deployment("expert", Layout(dp=4, ep=4))
 AUTO = Deployment("auto", Layout(dp=4, ep=4), Options(dispatch="auto", overlap="auto"))
@@ -36,7 +37,7 @@ SMALL = Experiment(
 
 
 def project(experiment: Experiment, cluster: str) -> Results:
-    return ExperimentProjector(experiment, parse_cluster(cluster), "float16", 1.0).run(Silent(), "")
+    return ExperimentProjector(experiment, parse_cluster(cluster), FLOAT16, 1.0).run(Silent(), "")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_every_deployment_stands_under_every_condition(projection):
 @pytest.mark.full
 def test_a_row_is_what_the_projector_says(projection):
     routing = PowerLawRouting(16, 2, 1.0)
-    setting = Setting(NumberTypes.all_of("float16"), Execution.GRAPH, routing)
+    setting = Setting(FLOAT16, Execution.GRAPH, routing)
     cluster = parse_cluster("h100x4")
     projector = Projector(SMALL.model, EXPERT.layout, EXPERT.options, cluster, setting)
     row = usual(projection)[1]
@@ -141,7 +142,7 @@ def test_the_planner_gives_activations_as_much_room_as_the_memory_table():
     cluster = parse_cluster("h200x4")
     workload = Workload(num_sequences=1024, prompt_len=10_000, output_len=4)
     experiment = replace(SMALL, model=PRESETS["paper"], workload=workload, scaling=())
-    found = ExperimentProjector(experiment, cluster, "float16", 1.0).run(Silent(), "")
+    found = ExperimentProjector(experiment, cluster, FLOAT16, 1.0).run(Silent(), "")
     own = {each.name: each for each in usual(found) if each.serving}
     assert {"tensor", "expert"} <= own.keys()
     for each in own.values():
@@ -150,7 +151,7 @@ def test_the_planner_gives_activations_as_much_room_as_the_memory_table():
 
 def test_a_cluster_too_large_to_plan_for_is_projected_without_the_planner():
     alone = replace(SMALL, deployments=(EXPERT,), scaling=())
-    found = ExperimentProjector(alone, parse_cluster("h100x4000"), "float16", 1.0).run(Silent(), "")
+    found = ExperimentProjector(alone, parse_cluster("h100x4000"), FLOAT16, 1.0).run(Silent(), "")
     assert found.plans == ()
     assert found.deployments
 
@@ -167,14 +168,14 @@ def test_int8_weights_are_not_projected():
     experiment = replace(SMALL, deployments=(narrow,), scaling=())
     text = telling(f"{narrow.name} int8 weights")
     with pytest.raises(UserError, match=text):
-        ExperimentProjector(experiment, parse_cluster("h100x8"), "float16", 1.0)
+        ExperimentProjector(experiment, parse_cluster("h100x8"), FLOAT16, 1.0)
     with pytest.raises(UserError, match=text):
         VirtualSettings(None, compute=read_profile("h100")).check([narrow])
 
 
 def test_a_cluster_with_too_few_devices():
     with pytest.raises(CapacityError) as caught:
-        ExperimentProjector(SMALL, parse_cluster("h100x3"), "float16", 1.0)
+        ExperimentProjector(SMALL, parse_cluster("h100x3"), FLOAT16, 1.0)
     assert tells(str(caught.value), "tensor 4 h100x3 3 h100x4")
 
 
@@ -183,7 +184,7 @@ def test_sequences_that_do_not_fit_are_projected_both_ways():
     workload = Workload(num_sequences=1024, prompt_len=10_000, output_len=4)
     experiment = replace(SMALL, model=model, workload=workload, deployments=(EXPERT,), scaling=())
     cluster = parse_cluster("h200x4")
-    projector = ExperimentProjector(experiment, cluster, "float16", 1.0)
+    projector = ExperimentProjector(experiment, cluster, FLOAT16, 1.0)
     row = projector._rows(Silent())[0]
     late = [step for step in row.steps if step.context == 10_000]
     assert [step.fits for step in late] == [False, True]

@@ -12,7 +12,7 @@ from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.records import cluster_record, conditions_of
-from expertlane.cost.routing import PowerLawRouting, RoutingSource
+from expertlane.cost.routing import NUM_SAMPLED_LAYERS, PowerLawRouting, RoutingSource
 from expertlane.errors import CapacityError, UserError
 from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.plan.candidates import Goals, PlanRequest, candidates_like
@@ -273,7 +273,11 @@ class ExperimentProjector:
 
     def _request(self, types: NumberTypes) -> PlanRequest:
         """The whole workload under the usual conditions."""
-        setting = self._setting(types, self._usual)
+        routing = PowerLawRouting.of(
+            self._model, self._skew, self._experiment.workload.seed, NUM_SAMPLED_LAYERS
+        )
+        execution = Execution(self._usual.execution)
+        setting = Setting(types, execution, routing, step_tokens=STEP_TOKENS)
         return PlanRequest(self._model, self._cluster, self._experiment.workload, Goals(), setting)
 
     def _serve(self, rows: list[DeploymentRecord], progress: Progress) -> WorkloadVerdict | None:

@@ -15,7 +15,7 @@ from expertlane.errors import UserError
 from expertlane.spec.model import ModelConfig, Routing
 from expertlane.spec.ranges import DEFAULT_SKEW, SKEW_BOUNDS, take_option
 
-NUM_SAMPLED_LAYERS = 2  # of a power law; layers take turns
+NUM_SAMPLED_LAYERS = 2  # of a power law, where a load is served step by step; layers take turns
 _DRAWN_TOGETHER = 1024  # tokens
 _MOST_DRAWN = 16_384  # tokens of a layer before they come again
 
@@ -61,7 +61,7 @@ class PowerLawRouting:
     top_k: int
     alpha: float = 0.0
     seed: int = 0
-    num_sampled_layers: int = NUM_SAMPLED_LAYERS
+    num_sampled_layers: int = 4
     groups: Routing = field(default_factory=Routing)
     bounds: tuple[float, float] | None = None
     _drawn: dict[int, Ints] = field(default_factory=dict, init=False)
@@ -72,7 +72,7 @@ class PowerLawRouting:
         model: ModelConfig,
         alpha: float,
         seed: int = 0,
-        num_sampled_layers: int = NUM_SAMPLED_LAYERS,
+        num_sampled_layers: int = 4,
         bounds: tuple[float, float] | None = None,
     ) -> "PowerLawRouting":
         """The routing of a model's experts."""
