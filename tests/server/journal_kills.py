@@ -37,6 +37,7 @@ from server.soak_requests import Asked, draw, right_answers
 
 NUM_CLIENTS = 8
 PART = 10  # kills
+_LEAST_RUNNING = 3  # requests before a kill, so that there is something to lose
 _REGEX = "[a-j ]{40,90}"
 _ENDS = ("stop", "stop_token_ids", "ignore_eos")  # that would cut off what has a form
 _MOST_POSITIONS = 250  # of the checkpoint's 256
@@ -252,6 +253,8 @@ async def load(front: Front, url: str, seed: int, number: int, num_kills: int) -
                 assert front.kill_rank(dice)
                 await asyncio.sleep(dice.uniform(0.0, 1.5))  # while it is replaced, or after that
                 recoveries = await _counter(http, "recoveries")
+            while await _metric(http, "requests_running") < _LEAST_RUNNING:
+                await asyncio.sleep(0.01)
             await asyncio.to_thread(front.kill)
             client.killed()
             killed_s = time.monotonic()
@@ -277,9 +280,14 @@ async def load(front: Front, url: str, seed: int, number: int, num_kills: int) -
 
 
 async def _counter(http: httpx.AsyncClient, name: str) -> int:
+    return await _metric(http, f"{name}_total")
+
+
+async def _metric(http: httpx.AsyncClient, name: str) -> int:
     lines = (await http.get("/metrics")).text.splitlines()
-    (line,) = (line for line in lines if line.startswith(f"expertlane:{name}_total"))
-    return int(float(line.rpartition(" ")[2]))
+    values = [line.rpartition(" ")[2] for line in lines if line.startswith(f"expertlane:{name}")]
+    assert values, name
+    return int(sum(map(float, values)))
 
 
 def run_part(folder: Path, seed: int, number: int, num_kills: int) -> Part:
