@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -230,9 +230,10 @@ class DeploymentOptions:
     num_redundant_experts: int = redundant_option()
     copies: CopyMethod = copies_option()
     options: Options = field(init=False)
+    methods: ClassVar[tuple[PlacementMethod, ...]] = ("linear", "round_robin")  # of placement
 
     def __post_init__(self) -> None:
-        methods = get_args(PlacementMethod)
+        methods = self.methods
         is_method = self.placement in methods
         if not (is_method or os.path.isfile(self.placement)):
             raise UserError(

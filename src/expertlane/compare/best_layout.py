@@ -6,6 +6,7 @@ from dataclasses import replace
 from expertlane.errors import UserError
 from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.results import candidate_record, pareto_records
+from expertlane.plan.screen import Screen, fitting
 from expertlane.plan.search import OnePool, Search
 from expertlane.progress import Progress
 from expertlane.results.record import BEST, FASTEST, Conditions, DeploymentRecord
@@ -49,12 +50,15 @@ def plan_beside(
         rows[place : place + 1] = [replace(fastest, roles=(*fastest.roles, FASTEST))]
     if found is not None:
         rows.append(candidate_record(found.finalists[0], 0, BEST, conditions))
-        by_candidate = {option.candidate: option for option in found.options}
+        known = {option.candidate for option in found.options}
         for place, row in enumerate(own):
-            option = by_candidate.get(Candidate(row.known_layout, row.known_options))
-            if option is not None and option.place is not None:
-                planned = candidate_record(search.finish(option), 0, BEST, conditions)
-                rows[place] = replace(rows[place], serving=planned.serving)
+            candidate = Candidate(row.known_layout, row.known_options)
+            if _as_planned(candidate) not in known:
+                continue
+            for option in fitting(Screen(request, search.known).run([candidate], lambda _: None)):
+                if option.place is not None:
+                    planned = candidate_record(search.finish(option), 0, BEST, conditions)
+                    rows[place] = replace(rows[place], serving=planned.serving)
     if decoding is not None:
         rows += pareto_records(decoding.options, _NUM_PARETO, conditions)
     summary = PlanSummary(
@@ -63,6 +67,14 @@ def plan_beside(
         num_too_large=found.num_too_large if found else 0,
     )
     return summary, rows
+
+
+def _as_planned(candidate: Candidate) -> Candidate:
+    """The same with experts placed as a planner places them."""
+    if candidate.layout.ep == 1:
+        return candidate
+    options = replace(candidate.options, placement="load", rebalance_steps=0)
+    return candidate._replace(options=options)
 
 
 def _found(search: Search) -> OnePool | None:

@@ -339,6 +339,11 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
             "",
         ),
         ("routing", routing.words, "--routing-trace, --skew"),
+        (
+            "placement of experts",
+            "by the load of earlier tokens, in each layer; judged by later ones",
+            "",
+        ),
         ("types", f"weights in {setting.types}", "--dtype, --kv-dtype"),
         (
             "execution",

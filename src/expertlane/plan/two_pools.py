@@ -21,8 +21,9 @@ from expertlane.results.results import NoPools
 from expertlane.spec.layout import Layout, divisors
 
 _PARTS = 4  # of a cluster of one node, of which some prefill
-_MOST_PARTS = 8  # of one of many, each of whole nodes
-_MOST_EXHAUSTIVE = 96  # devices, up to which pools take any layout
+_MOST_NODES = 16  # of which any number may prefill
+_MOST_PARTS = 8  # of a cluster of more, each of whole nodes
+_MOST_EXHAUSTIVE = 128  # devices, up to which pools take any layout
 _NUM_SHAPES = 48  # for prefill, and for each number of sequences for decode
 _NUM_PREFILL, _NUM_DECODE = 4, 12  # of each pool, the best by themselves are tried together
 _MOST_TRIED = 6  # pairs that are simulated
@@ -226,6 +227,8 @@ def _prefill_sizes(num_devices: int, per_node: int) -> set[int]:
     if num_devices < 2 * per_node or num_devices % per_node:
         return {part * num_devices // _PARTS for part in range(1, _PARTS)} - {0}
     num_nodes = num_devices // per_node
+    if num_nodes <= _MOST_NODES:
+        return {num * per_node for num in range(1, num_nodes)}
     few = [each for each in divisors(num_nodes) if each <= _MOST_PARTS]
     num_parts = few[-1] if few[-1] > _PARTS else min(num_nodes, _MOST_PARTS)
     return {part * num_nodes // num_parts * per_node for part in range(1, num_parts)}
