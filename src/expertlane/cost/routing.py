@@ -23,11 +23,12 @@ from expertlane.errors import SpecError, UserError
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig, Routing
-from expertlane.spec.ranges import DEFAULT_SKEW, SKEW_BOUNDS, take_option
+from expertlane.spec.ranges import DEFAULT_SKEW, DRIFT, SKEW_BOUNDS, take_option
 
 _DRAWN_TOGETHER = 1024  # tokens
 _MOST_DRAWN = 16_384  # tokens of a layer before they come again
 NUM_EARLIER = 4096  # tokens of a layer that experts are placed by, where they are drawn
+_EVEN_ENOUGH = 1.05  # fullest rank over the mean of earlier tokens; later ones are less even
 
 
 class RoutingSource(Protocol):
@@ -58,7 +59,8 @@ class Traffic(RoutingSource, ABC):
     """
 
     def __init__(self) -> None:
-        self._placed: dict[tuple[object, ...], Placement] = {}
+        self._loads: dict[Hashable, Ints] = {}  # by sample
+        self._placed: dict[Hashable, Placement] = {}
 
     @abstractmethod
     def earlier_load(self, layer: int) -> Ints:
@@ -76,15 +78,18 @@ class Traffic(RoutingSource, ABC):
             SpecError: there are more copies than a rank without an expert twice can hold.
         """
         ep, per_node = layout.ep, _full_nodes(layout, ranks_per_node)
-        keys = [(self.sample_of(layer), ep, per_node, num_redundant) for layer in layers]
-        missing = {
-            key: layer for key, layer in zip(keys, layers, strict=True) if key not in self._placed
-        }
+        samples = {self.sample_of(layer): layer for layer in layers}
+        how = ep, per_node, num_redundant
+        missing = [sample for sample in samples if (sample, *how) not in self._placed]
+        for sample in missing:
+            if sample not in self._loads:
+                self._loads[sample] = self.earlier_load(samples[sample])
         if missing:
-            load = np.stack([self.earlier_load(layer) for layer in missing.values()])
-            made = plan_placement(load, ep, per_node, num_redundant)
-            self._placed |= zip(missing, made, strict=True)
-        return [self._placed[key] for key in keys]
+            load = np.stack([self._loads[sample] for sample in missing])
+            made = plan_placement(load, ep, per_node, num_redundant, even=_EVEN_ENOUGH)
+            for sample, placement in zip(missing, made, strict=True):
+                self._placed[sample, *how] = placement
+        return [self._placed[self.sample_of(layer), *how] for layer in layers]
 
 
 @cache
@@ -122,6 +127,8 @@ def placed(
 @dataclass(eq=False, repr=False)
 class PowerLawRouting(Traffic):
     """Experts of unequal popularity, drawn without replacement.
+
+    Popularity drifts: that of earlier tokens, which experts are placed by, was another, by `DRIFT`.
 
     The expert at place i of an order drawn for each layer has a weight of (1 + i)^-alpha, as the
     router of seeded weights with a skew has it; K experts are drawn by weights, none twice. Where a
@@ -183,35 +190,38 @@ class PowerLawRouting(Traffic):
         return tokens[_in_turn(len(tokens), first, num)]
 
     def earlier_load(self, layer: int) -> Ints:
-        """As `Traffic` says; of equally popular experts, whose numbers differ by chance."""
+        """As `Traffic` says; of another draw, by popularity as it was before it drifted."""
         sample = self.sample_of(layer)
         blocks = range(NUM_EARLIER // _DRAWN_TOGETHER)
         drawn = np.concatenate([self._block(sample, block, is_earlier=True) for block in blocks])
         return np.bincount(drawn.ravel(), minlength=self.num_experts)
 
-    def _rarity(self, sample: int) -> Floats:
+    def _rarity(self, sample: int, *, is_earlier: bool = False) -> Floats:
         """[num_experts]; the inverse of the weights."""
         places = np.random.default_rng((self.seed, sample)).permutation(self.num_experts)
         rarity: Floats = np.power(1.0 + places, self.alpha, dtype=np.float64)
+        if is_earlier:
+            rng = np.random.default_rng((self.seed, sample, 0, 1))
+            rarity *= np.exp(self.alpha * DRIFT * rng.standard_normal(self.num_experts))
         return rarity
 
     def _tokens(self, sample: int, at_least: int) -> Ints:
         """[n, K]; those drawn so far, at least so many."""
         drawn = self._drawn.get(sample, np.empty((0, self.top_k), dtype=np.int64))
         blocks = [drawn]
-        for block in range(len(drawn) // _DRAWN_TOGETHER, -(-at_least // _DRAWN_TOGETHER)):
-            blocks.append(self._block(sample, block))
+        wanted = range(len(drawn) // _DRAWN_TOGETHER, -(-at_least // _DRAWN_TOGETHER))
+        blocks += [self._block(sample, block) for block in wanted]
         if len(blocks) > 1:
             self._drawn[sample] = drawn = np.concatenate(blocks)
         return drawn
 
     def _block(self, sample: int, block: int, *, is_earlier: bool = False) -> Ints:
         """[n, K]; some tokens, `_DRAWN_TOGETHER`."""
-        # Words that are left out count as 0, so the last one tells both kinds of blocks apart.
+        # Words that are left out count as 0, so the last one tells earlier blocks apart.
         rng = np.random.default_rng((self.seed, sample, block + 1, int(is_earlier)))
         # The first arrivals of Poisson processes: the same as Gumbel noise on log weights.
         arrivals = rng.standard_exponential((_DRAWN_TOGETHER, self.num_experts), np.float32)
-        arrivals *= self._rarity(sample).astype(np.float32)
+        arrivals *= self._rarity(sample, is_earlier=is_earlier).astype(np.float32)
         if self.groups.n_group > 1:
             _close_groups(arrivals, self.groups)
         topk_ids: Ints = np.argpartition(arrivals, self.top_k - 1, axis=1)[:, : self.top_k]
@@ -339,6 +349,8 @@ def choose_routing(
             if skew
             else "uniform over experts; real traffic is not, so this is the best case"
         )
+        if skew:
+            words += f", whose logarithm drifts by {skew * DRIFT:.2g} after experts are placed"
         if bounds is not None:
             words += f"; bounds go from uniform to exponent {bounds[1]:g}"
         if model.routing.n_group > 1:
