@@ -28,7 +28,7 @@ from expertlane.spec.ranges import DEFAULT_SKEW, DRIFT, SKEW_BOUNDS, take_option
 _DRAWN_TOGETHER = 1024  # tokens
 _MOST_DRAWN = 16_384  # tokens of a layer before they come again
 NUM_EARLIER = 4096  # tokens of a layer that experts are placed by, where they are drawn
-_EVEN_ENOUGH = 1.05  # fullest rank over the mean of earlier tokens; later ones are less even
+_EVEN_ENOUGH = 1.15  # fullest rank over the mean of earlier tokens; later ones are less even
 
 
 class RoutingSource(Protocol):

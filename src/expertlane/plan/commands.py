@@ -160,11 +160,9 @@ def _vllm_experts(draft: _Draft, pool: ServedPool) -> None:
     draft.add("--enable-expert-parallel", "--all2all-backend", _VLLM_BACKENDS[kernels])
     if pool.role == "both" and kernels != pool.kernels(Phase.PREFILL):
         draft.notes.append("prompts are dispatched as decodes: it has one backend for both phases")
-    num_redundant = pool.options.num_redundant_experts
-    if num_redundant or pool.options.is_by_load:
-        draft.add("--enable-eplb")
-    if num_redundant:
-        draft.add("--eplb-config", strict_json({"num_redundant_experts": num_redundant}))
+    if pool.options.num_redundant_experts:
+        config = strict_json({"num_redundant_experts": pool.options.num_redundant_experts})
+        draft.add("--enable-eplb", "--eplb-config", config)
     if pool.options.overlap:
         draft.add("--enable-dbo")
 
@@ -241,8 +239,6 @@ def _sglang_experts(draft: _Draft, pool: ServedPool) -> None:
         )
     mode = "auto" if pool.role == "both" and kernels == "low_latency" else kernels
     draft.add("--moe-a2a-backend", "deepep", "--deepep-mode", mode)
-    if options.is_by_load:
-        draft.add("--enable-eplb")
     if kernels == "normal" and pool.role != "prefill":
         draft.notes.append("it captures no CUDA graph of decodes with normal kernels")
     if options.num_redundant_experts:
