@@ -103,14 +103,17 @@ def seed_option(
     )
 
 
-def placement_option(default: Any, show_default: bool | str = True) -> Any:
+def placement_option(
+    default: Any, show_default: bool | str = True, *, is_modelled: bool = False
+) -> Any:
     """Which rank holds which experts."""
+    by_load = " load: in each layer by the load of earlier tokens, as if experts were rebalanced."
     return typer.Option(
         default,
-        metavar="linear|round_robin|FILE",
+        metavar=f"{'load|' * is_modelled}linear|round_robin|FILE",
         show_default=show_default,
         help="Experts per rank: consecutive ones, every ep-th, or as in a file of expertlane "
-        "balance.",
+        f"balance.{by_load * is_modelled}",
     )
 
 

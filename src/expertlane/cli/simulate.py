@@ -19,6 +19,7 @@ from expertlane.cli.options import (
     ModelArgument,
     RequestOptions,
     layout_option,
+    placement_option,
     trace_option,
 )
 from expertlane.cli.output_options import OutputOptions
@@ -52,12 +53,7 @@ class _Options:
 
 @dataclass(frozen=True, kw_only=True)
 class _Deployment(DeploymentOptions):
-    placement: str = typer.Option(
-        "load",
-        metavar="load|linear|round_robin|FILE",
-        help="Experts per rank: by the load of earlier tokens in each layer, consecutive ones, "
-        "every ep-th, or as in a file of expertlane balance.",
-    )
+    placement: str = placement_option("load", is_modelled=True)
     methods: ClassVar[tuple[PlacementMethod, ...]] = get_args(PlacementMethod)
 
     def __post_init__(self) -> None:
