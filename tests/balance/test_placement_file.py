@@ -5,8 +5,16 @@ import pytest
 
 from cli.screen import telling, tells
 from expertlane.balance.placement import Placement
-from expertlane.balance.placement_file import ModelPlacement, read_placement, write_placement
+from expertlane.balance.placement_file import (
+    ModelPlacement,
+    check_deployment,
+    read_placement,
+    write_placement,
+)
 from expertlane.errors import SpecError, UserError
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import PRESETS
 
 PLACEMENT = ModelPlacement(
     "a/model", 3, {4: Placement(3, ((0, 1), (2, 0))), 1: Placement(3, ((2,), (0, 1)))}
@@ -150,3 +158,13 @@ def test_layers_must_be_alike():
         ModelPlacement("m", 3, {1: one, 2: Placement.linear(3, 2)})
     with pytest.raises(SpecError, match=telling("layer -1 layers 0")):
         ModelPlacement("m", 3, {-1: one})
+
+
+def test_by_load_is_for_models_of_a_cluster():
+    options = Options(placement="load", num_redundant_experts=2)
+    asked = PRESETS["paper-tiny"], Deployment("wide", Layout(dp=2, ep=2), options), 8
+    with pytest.raises(UserError, match=telling("by load --rebalance-steps balance")):
+        check_deployment(*asked)
+    placements = check_deployment(*asked, is_modelled=True)
+    num_slots = PRESETS["paper-tiny"].num_experts + 2
+    assert {placement.num_slots for placement in placements} == {num_slots}

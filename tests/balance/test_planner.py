@@ -97,6 +97,17 @@ def test_it_is_as_even_as_the_greedy_algorithm_or_more(problem):
                 assert loads.max() / loads.mean() <= min(reached) * (1 + 1e-6)
 
 
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(problems())
+def test_even_enough_is_as_even_as_asked_where_that_can_be(problem):
+    load, ep, ranks_per_node, num_redundant, _ = problem
+    best = maxima(plan_placement(load, ep, ranks_per_node, num_redundant), load, ranks_per_node)
+    enough = plan_placement(load, ep, ranks_per_node, num_redundant, even=1.2)
+    reached = np.array(maxima(enough, load, ranks_per_node))
+    allowed = np.maximum(1.2 * load.sum(axis=1) / ep, best)
+    assert (reached <= allowed * (1 + 1e-6)).all()
+
+
 @pytest.mark.full
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(problems())

@@ -4,14 +4,19 @@ import numpy as np
 import pytest
 
 from cli.screen import tells
-from expertlane.balance.trace import RoutingTrace
+from expertlane.balance.placement import max_over_mean, rank_loads
+from expertlane.balance.placement_file import placements_of
+from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.cost.routing import (
     GivenRouting,
     PowerLawRouting,
     TraceRouting,
     choose_routing,
     extremes_of,
+    placed,
 )
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, Routing
 from expertlane.spec.ranges import DEFAULT_SKEW, SKEW_BOUNDS
 
@@ -144,6 +149,94 @@ def test_a_trace_without_tokens_is_refused():
     empty = np.zeros((1, 0, 2), dtype=np.int16)
     with pytest.raises(ValueError, match="without tokens"):
         TraceRouting(RoutingTrace("m", 4, (0,), empty, np.zeros(0, dtype=np.int64)))
+
+
+def loads(source, layers, num=16_384):
+    return np.stack(
+        [
+            np.bincount(some(source, num, layer=layer).ravel(), minlength=source.num_experts)
+            for layer in layers
+        ]
+    )
+
+
+def test_experts_are_placed_by_other_tokens_than_they_are_judged_by():
+    source = PowerLawRouting(256, 8, 0.8, num_sampled_layers=2)
+    earlier = np.stack([source.earlier_load(layer) for layer in (0, 1)])
+    later = loads(source, (0, 1), int(earlier.sum()) // 16)
+    assert (earlier.sum(axis=1) == later.sum(axis=1)).all()
+    assert (earlier != later).any(axis=1).all()
+    # What has drifted is still popular.
+    for before, after in zip(np.log1p(earlier), np.log1p(later), strict=True):
+        assert 0.8 < np.corrcoef(before, after)[0, 1] < 0.97
+
+
+def test_uniform_popularity_does_not_drift():
+    source = PowerLawRouting(16, 2, 0.0)
+    load = source.earlier_load(0)
+    deviation = np.sqrt(load.mean() * (1 - 2 / 16))
+    assert (abs(load - load.mean()) < 5 * deviation).all()
+
+
+def test_a_trace_is_placed_by_its_first_tokens_alone():
+    topk_ids = np.array([[[0, 1], [0, 2], [4, 5], [4, 6]]], dtype=np.int16)
+    trace = RoutingTrace("m", 8, (0,), topk_ids, np.zeros(4, dtype=np.int64))
+    source = TraceRouting(trace, num_earlier=2)
+    assert source.earlier_load(0).tolist() == [2, 1, 1, 0, 0, 0, 0, 0]
+    assert some(source, 3).tolist() == [[4, 5], [4, 6], [4, 5]]
+    assert TraceRouting(trace).earlier_load(0).tolist() == [0] * 8
+    with pytest.raises(ValueError, match="without tokens"):
+        TraceRouting(trace, num_earlier=4)
+
+
+def test_half_of_a_trace_is_for_placing(tmp_path):
+    model = PRESETS["paper-tiny"]
+    ids = np.arange(6, dtype=np.int16).reshape(1, 3, 2) % model.num_experts
+    trace = RoutingTrace("m", model.num_experts, (0,), ids, np.arange(3))
+    write_trace(trace, tmp_path / "trace.npz")
+    chosen = choose_routing(model, tmp_path / "trace.npz", None)
+    assert np.flatnonzero(chosen.source.earlier_load(0)).tolist() == [0, 1]
+    assert some(chosen.source, 3).tolist() == [[2, 3], [4, 5], [2, 3]]
+    assert tells(chosen.words, "2 3 recorded")
+
+
+@pytest.mark.parametrize(("layout", "ratio"), [("dp=72,ep=72", 0.35), ("dp=8,tp=4,ep=8", 0.9)])
+def test_experts_by_load_are_more_even(layout, ratio):
+    source = PowerLawRouting(256, 8, 0.8, num_sampled_layers=2)
+    chosen = Layout.parse(layout)
+    model = PRESETS["paper"].with_overrides(num_experts=256, num_experts_per_tok=8)
+    worst = {}
+    for placement in ("linear", "load"):
+        options = Options(placement=placement, num_redundant_experts=32)
+        of_layers = placed(model, chosen, options, source, 8)[:2]
+        worst[placement] = max_over_mean(rank_loads(of_layers, loads(source, (0, 1)), 8)).mean()
+    assert worst["load"] < ratio * worst["linear"]
+
+
+def test_a_placement_is_made_once():
+    model = PRESETS["paper"].with_overrides(dense_layers=(0,), intermediate_size=64)
+    source = PowerLawRouting.of(model, 0.8, num_sampled_layers=2)
+    layout, options = Layout(dp=16, ep=16), Options(placement="load", num_redundant_experts=16)
+    found = placed(model, layout, options, source, 8)
+    assert found[0] is None
+    assert found[1] is found[3] is not found[2]  # layers of one sample
+    # Micro-batches, replicas and stages are no matter; nodes and slots are.
+    again = Options(placement="load", num_redundant_experts=16, overlap=True)
+    more = placed(model, Layout(replicas=2, dp=16, ep=16), again, source, 8)
+    assert all(one is other for one, other in zip(found, more, strict=True))
+    assert placed(model, layout, options, source, 4)[1] is not found[1]
+    assert source.placements([1], layout, 0, 8)[0].num_slots == 16
+
+
+def test_only_what_is_by_load_turns_on_the_routing():
+    model, layout = PRESETS["paper"], Layout(dp=4, ep=4)
+    source = PowerLawRouting.of(model, 1.0)
+    for options in (Options(num_redundant_experts=4), Options(placement="round_robin")):
+        assert placed(model, layout, options, source, 8) == placements_of(model, layout, options)
+    moving = Options(rebalance_steps=64)
+    assert placed(model, layout, moving, source, 8) == placed(
+        model, layout, Options(placement="load"), source, 8
+    )
 
 
 def test_given_choices_by_rank():

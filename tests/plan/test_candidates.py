@@ -1,9 +1,12 @@
 import pytest
 
+from expertlane.balance.placement import Placement
 from expertlane.plan.candidates import Candidate, candidates_of, valid_layouts
 from expertlane.spec.deployment import Options
+from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
+from golden.cases import DEEPSEEK
 
 PAPER = PRESETS["paper"]
 
@@ -48,9 +51,33 @@ def test_forms_that_come_down_to_another_are_left_out():
     }
 
 
-def test_redundancy_is_one_slot_more_on_every_rank():
-    assert {options.num_redundant_experts for options in options_of("dp=3,ep=3", 8)} == {0, 5}
-    assert {options.num_redundant_experts for options in options_of("dp=16,ep=16", 8)} == {0, 16}
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("dp=3,ep=3", {2, 5}),  # 16 experts: 6 or 7 on each rank
+        ("dp=16,ep=16", {0, 16}),
+        ("dp=32,ep=32", {16, 48}),  # fewer experts than ranks: every expert two or three times
+        ("dp=2,ep=2", {0}),  # no more ranks than a token has experts
+        ("dp=8,tp=2", {0}),
+    ],
+)
+def test_redundant_experts_fill_every_rank_alike(layout, expected):
+    found = options_of(layout, 8)
+    assert {options.num_redundant_experts for options in found} == expected
+    for num_redundant in expected:
+        placement = Placement.linear(PAPER.num_experts, Layout.parse(layout).ep, num_redundant)
+        assert len(set(map(len, placement.experts_of_rank))) == 1
+
+
+def test_the_slots_of_deepseek_on_nine_nodes():
+    model = from_hf(DEEPSEEK, "DeepSeek-V3")
+    found = candidates_of(Layout.parse("dp=72,ep=72"), model, 8)
+    assert {each.options.num_redundant_experts for each in found} == {32, 104}
+
+
+def test_experts_are_placed_by_load():
+    assert {options.placement for options in options_of("dp=16,ep=16", 8)} == {"load"}
+    assert {options.placement for options in options_of("dp=16", 8)} == {"linear"}
 
 
 def test_copies_are_balanced_where_there_are_any():

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from expertlane.balance.placement_file import check_experiment
+from expertlane.balance.planner import plan_placement
 from expertlane.balance.trace import RoutingTrace
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.routing import PowerLawRouting, TraceRouting
@@ -16,11 +18,17 @@ from expertlane.plan.candidates import (
     candidates_of,
     valid_layouts,
 )
+from expertlane.plan.experiment_text import experiment_text
 from expertlane.plan.project import Projector, StepSize
 from expertlane.plan.screen import Screen, fitting
+from expertlane.simulate.setup import ServingSetup
+from expertlane.simulate.simulator import Simulator
 from expertlane.spec.deployment import Options
+from expertlane.spec.experiment import read_experiment
+from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
-from expertlane.spec.workload import Workload
+from expertlane.spec.workload import LengthRange, Load, Workload
+from golden.cases import DEEPSEEK
 from plan.requests import MIXED, PAPER, WORKLOAD, cluster_of, setting_of
 
 
@@ -73,13 +81,59 @@ def test_idle_ranks_agree_with_the_whole_model(num_sequences):
         assert each.steps.decode_s[1, -1] == pytest.approx(step.round_s.value, rel=0.15)
 
 
-def test_skew_slows_expert_parallelism():
-    of_skew = {}
-    for skew in (0.0, 1.0):
-        found, _, _ = screened(PAPER, 16, Workload(1024, 128, 128), skew=skew)
-        of_skew[skew] = next(each for each in found if str(each.candidate) == "dp=16,ep=16; plain")
-    even, skewed = of_skew[0.0], of_skew[1.0]
-    assert skewed.steps.prefill_s[1] > 1.5 * even.steps.prefill_s[1]
+def steps_of(options, skew):
+    workload = Workload(1024, 128, 128)
+    request = PlanRequest(PAPER, cluster_of(16), workload, Goals(), setting_of(PAPER, skew=skew))
+    candidate = Candidate(Layout(dp=16, ep=16), options)
+    (found,) = Screen(request).run([candidate], lambda _: None)
+    return found.steps
+
+
+def test_skew_slows_expert_parallelism_less_where_experts_are_placed_by_load():
+    even = steps_of(Options(), 0.0)
+    in_order = steps_of(Options(), 1.0)
+    by_load = steps_of(Options(placement="load", num_redundant_experts=16), 1.0)
+    assert in_order.prefill_s[1] > 1.5 * even.prefill_s[1]
+    assert by_load.prefill_s[1] < 0.7 * in_order.prefill_s[1]
+
+
+def test_experts_that_no_ranks_divide_are_placed_once_for_all(monkeypatch, tmp_path):
+    """DeepSeek's 288 slots on nine nodes: screened, in full, simulated and written."""
+    made = []
+
+    def plan(load, *others, **more):
+        made.append(others)
+        return plan_placement(load, *others, **more)
+
+    monkeypatch.setattr("expertlane.cost.routing.plan_placement", plan)
+    layout, num_redundant = Layout(dp=72, ep=72), 32
+    model = from_hf(DEEPSEEK | {"num_hidden_layers": 5}, "DeepSeek-V3")
+    cluster, setting = cluster_of(72), setting_of(model, "float8", skew=0.8)
+    request = PlanRequest(model, cluster, Workload(9216, 2000, 100), Goals(), setting)
+    candidate = next(
+        each
+        for each in candidates_of(layout, model, 8, "float8")
+        if each.options.num_redundant_experts == num_redundant
+    )
+    (screened,) = Screen(request).run([candidate], lambda _: None)
+    assert made == [(72, 8, num_redundant)]
+    size = StepSize(int(screened.steps.num_seqs[-1]), 1, request.workload.mean_context)
+    step = Projector(model, *candidate[:2], cluster, setting).step(size)
+    assert screened.steps.decode_s[1, -1] == pytest.approx(step.round_s.value, rel=0.15)
+    setup = ServingSetup(
+        layout, None, candidate.options, setting.types, setting.execution, setting.routing
+    )
+    load = Load(144, LengthRange(16, 16), LengthRange(2, 4), 144)
+    outcome = Simulator(model, cluster, setup, load).run(0)
+    assert len(outcome.served) == 144
+    assert len(made) == 1
+    path = tmp_path / "experiment.toml"
+    path.write_text(experiment_text(request, "wide", None, [candidate], "by a test"))
+    (written,) = read_experiment(path).deployments
+    assert written.options.is_by_load
+    assert written.options.num_redundant_experts == num_redundant
+    (placements,) = check_experiment(read_experiment(path))
+    assert {each.num_slots for each in placements if each is not None} == {288}
 
 
 def test_a_trace_is_judged_by_several_layers():

@@ -1,4 +1,6 @@
 import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 
@@ -6,9 +8,10 @@ from cli.screen import telling, tells
 from expertlane.errors import UserError
 from expertlane.plan.candidates import Goals, PlanRequest, family_of
 from expertlane.plan.explanation import best_of_families, gap_to, pareto
+from expertlane.plan.screen import fitting
 from expertlane.plan.simulated import simulated_pool
 from expertlane.plan.ties import contender, ranked
-from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
+from expertlane.plan.two_pools import TwoPools, TwoPoolSearch, _prefill_sizes
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
 from plan.requests import MIXED, PAPER, WORKLOAD, cluster_of, planned, search_of, setting_of
@@ -161,6 +164,42 @@ def test_why_there_are_no_two_pools(model, num_devices, goals, why):
     assert search.run() == why
 
 
+@pytest.mark.parametrize(
+    ("num_devices", "expected"),
+    [
+        (8, {2, 4, 6}),
+        (96, set(range(8, 96, 8))),
+        (104, set(range(8, 104, 8))),
+        (128, set(range(8, 128, 8))),
+        (4096, {part * 512 for part in range(1, 8)}),
+    ],
+)
+def test_pools_are_of_whole_nodes(num_devices, expected):
+    assert _prefill_sizes(num_devices, 8) == expected
+
+
+@pytest.mark.parametrize(("num_sequences", "prompt_len"), [(32, 4096), (4096, 512), (4096, 8192)])
+def test_the_best_split_is_found_without_trying_all(num_sequences, prompt_len, monkeypatch):
+    """Of eight nodes; pairs by the formula, none simulated."""
+    monkeypatch.setattr(TwoPoolSearch, "_best_simulated", lambda _, pairs: NotSimulated(pairs))
+    monkeypatch.setattr("expertlane.plan.two_pools.TwoPools", NotSimulated)
+    search = search_of(MIXED, 64, Workload(num_sequences, prompt_len, 256))
+    pools = TwoPoolSearch(search.request, search.known, fitting(search.screen()))
+    found = pools.run().pairs[0]
+    sizes = set(range(8, 64, 8))
+    tried = pools._found.keys()
+    for place in range(pools.num_splits):
+        if place not in tried:
+            pools._screen(place, lambda _: None)
+    best = pools._pairs_of(range(pools.num_splits))[0]
+    assert {size for size, _ in pools._splits} == sizes
+    assert found.tps >= 0.99 * best.tps
+
+
+class NotSimulated(NamedTuple):
+    pairs: Sequence[object]
+
+
 def test_a_cluster_too_large_to_plan_for():
     with pytest.raises(UserError, match=telling("5,000 4,096")):
         search_of(num_devices=5000)
@@ -181,7 +220,8 @@ def test_two_pools_share_the_devices():
     done: list[int] = []
     pools = search.run(done.append)
     assert isinstance(pools, TwoPools)
-    assert sum(done) == search.num_candidates > 10
+    assert sum(done) == search.num_splits == 3
+    assert search.num_candidates > 10
     sizes = [each.steps.layout.world_size for each in (pools.prefill, pools.decode)]
     assert sum(sizes) == 4
     assert pools.transfer_s[1] > 0

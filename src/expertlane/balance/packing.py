@@ -80,12 +80,11 @@ def pack(items: Ints, per_copy: Floats, room: Ints, num_nodes: int = 1) -> Ints:
     copies = np.zeros(per_copy.shape, dtype=np.int64)
     np.add.at(copies, (rows[:, None], items), items != EMPTY)
     for expert in items.T:
-        fits = (num_held < room) & ~holds[rows, :, expert]
-        if num_nodes > 1:
-            on_node = holds[rows, :, expert].reshape(num_layers, num_nodes, -1).sum(axis=2)
-            fits = _where_shares_stay_even(
-                fits, on_node, copies[rows, expert], wanted_nodes[copies[rows, expert]]
-            )
+        is_held, num = holds[rows, :, expert], copies[rows, expert]
+        fits = (num_held < room) & ~is_held
+        if num_nodes > 1 and (num > 1).any():
+            on_node = is_held.reshape(num_layers, num_nodes, -1).sum(axis=2)
+            fits = _where_shares_stay_even(fits, on_node, num, wanted_nodes[num])
         rank = np.where(fits, loads, np.inf).argmin(axis=1)
         placed = fits[rows, rank]
         for row in np.nonzero(~placed & (expert != EMPTY))[0]:

@@ -1,7 +1,7 @@
 """Placements of a whole model: their JSON file, and those that deployments begin with."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from expertlane.balance.placement import Placement
@@ -181,6 +181,8 @@ Placements = tuple[Placement | None, ...]
 def placements_of(model: ModelConfig, layout: Layout, options: Options) -> Placements:
     """[num_hidden_layers]; None for a dense layer.
 
+    A placement by load turns on traffic, which is not known here: `cost.routing.placed` makes it.
+
     Raises:
         UserError: the placement file is damaged or for another model or number of ranks, or there
             are more redundant experts than ranks could hold.
@@ -192,6 +194,7 @@ def placements_of(model: ModelConfig, layout: Layout, options: Options) -> Place
         moe_layers = [layer for layer, is_moe in enumerate(layers) if is_moe]
         placed.check(path, num_experts=model.num_experts, layers=moe_layers, ep=layout.ep)
         return tuple(placed.layers.get(layer) for layer in range(len(layers)))
+    assert options.placement != "load", "it turns on traffic"
     make = Placement.linear if options.placement == "linear" else Placement.round_robin
     placement = make(model.num_experts, layout.ep, options.num_redundant_experts)
     return tuple(placement if is_moe else None for is_moe in layers)
@@ -200,7 +203,7 @@ def placements_of(model: ModelConfig, layout: Layout, options: Options) -> Place
 def check_deployment(
     model: ModelConfig, deployment: Deployment, ranks_per_node: int, *, is_modelled: bool = False
 ) -> Placements:
-    """Check a deployment; gives the placement that its experts begin with.
+    """Check a deployment; gives the placement that its experts begin with; linear for one by load.
 
     Args:
         ranks_per_node: 0 where only the launcher will know.
@@ -229,6 +232,14 @@ def check_deployment(
         raise UserError(
             f"payload float8 needs a hidden_size that is a multiple of 4; it is {model.hidden_size}"
         )
+    if options.placement == "load":
+        if not is_modelled:
+            raise UserError(
+                "placement by load is modelled by plan, simulate and compare --project; to run it, "
+                "let experts move while requests run with rebalance_steps (--rebalance-steps), or "
+                "give a file of expertlane balance"
+            )
+        options = replace(options, placement="linear")  # with as many slots on every rank
     placements = placements_of(model, layout, options)
     has_copies = any(each is not None and each.num_slots > each.num_experts for each in placements)
     if options.copies == "balanced" and not has_copies:

@@ -34,6 +34,7 @@ def plan_placement(
     ranks_per_node: int,
     num_redundant: int,
     coactivation: Coactivation | None = None,
+    even: float | None = None,
 ) -> list[Placement]:
     """Place experts and copies so that the fullest rank of each layer is as empty as can be.
 
@@ -53,6 +54,8 @@ def plan_placement(
         ranks_per_node: consecutive ranks that share a node; it divides `ep`.
         num_redundant: physical experts beyond num_experts; more if that leaves a rank empty.
         coactivation: [num_layers][num_experts, num_experts]; how many tokens chose both.
+        even: a fullest rank at most this many times the mean is even enough; None for as even as
+            can be.
 
     Raises:
         SpecError: there are more copies than a rank without an expert twice can hold, or nodes
@@ -70,49 +73,51 @@ def plan_placement(
     loads = load.astype(np.float64)
     loads[loads.sum(axis=1) == 0] = 1.0  # without tokens all experts count alike
     num_nodes = ep // ranks_per_node
-    packing, limit = _balanced(loads, room, num_nodes)
+    packing = _balanced(loads, room, num_nodes, even)
     if num_nodes > 1 and coactivation is not None:
+        limit = np.minimum(_greedy(loads, room), _EVEN_ENOUGH * packing.mean)
         packing = _exchanged(_regrouped(packing, room, limit, coactivation), limit, coactivation)
     elif num_nodes > 1:
         packing = _exchanged(packing, np.zeros(num_layers), None)
     return [Placement.of_table(num_experts, of_layer) for of_layer in packing.slots]
 
 
-def _balanced(load: Floats, room: Ints, num_nodes: int) -> tuple[Packing, Floats]:
-    """The most even packing, and what is as good as even.
-
-    Returns:
-        It, and [num_layers]: a load that any rank may have, no more than greedy packing leaves on
-        the fullest if its copies shared evenly.
-    """
+def _balanced(load: Floats, room: Ints, num_nodes: int, even: float | None) -> Packing:
+    """The most even packing, or one that is even enough."""
     ep = room.shape[1]
-    counts = np.arange(1, ep + 1)
+    counts, mean = np.arange(1, ep + 1), load.sum(axis=1) / ep
+    # No fullest rank can have less than the hottest expert's copy.
+    least = (load / num_copies(load, int(room[0].sum()), counts)).max(axis=1)
+    target = np.maximum((even or _EVEN) * mean, least)
+    low = least if even is None else target
     # Copies on all nodes or one a node spare most crossings; then any that nodes can share evenly.
     is_spread = (counts <= num_nodes) | (counts % num_nodes == 0)
     is_even = nodes_of_copies(num_nodes, ep // num_nodes)[1:] > 0
     slots = np.full((*room.shape, int(room.max())), EMPTY, dtype=np.int64)
-    mean = load.sum(axis=1) / ep
     highest = np.full(len(load), np.inf)
-    for valid in (counts[is_spread], counts[is_even], counts):
-        hard = np.nonzero(highest > _EVEN * mean)[0]
+    has_copies = int(room[0].sum()) > load.shape[1]
+    for valid in (counts[is_spread], counts[is_even], counts)[: None if has_copies else 1]:
+        hard = np.nonzero(highest > target * (1 + MIN_GAIN))[0]
         if not len(hard):
             break
         tried = _packed(load[hard], room[hard], num_nodes, valid)
+        tried = search_copies(lower_maximum(tried, low[hard]), target[hard])
         better = tried.highest < highest[hard]
         slots[hard[better]], highest[hard[better]] = tried.slots[better], tried.highest[better]
-    limit = np.minimum(_greedy(load, room), _EVEN_ENOUGH * mean)
-    return Packing(slots, load, num_nodes), limit
+    return Packing(slots, load, num_nodes)
 
 
 def _packed(load: Floats, room: Ints, num_nodes: int, valid: Ints) -> Packing:
-    """Numbers of copies are valid ones, where slots allow."""
+    """Greedily; numbers of copies are valid ones, where slots allow."""
     copies = num_copies(load, int(room[0].sum()), valid)
-    packing = Packing(pack(_items(copies), load / copies, room, num_nodes), load, num_nodes)
-    return search_copies(lower_maximum(packing), _EVEN * packing.mean)
+    return Packing(pack(_items(copies), load / copies, room, num_nodes), load, num_nodes)
 
 
 def _greedy(load: Floats, room: Ints) -> Floats:
-    """[num_layers]; what greedy packing leaves on the fullest rank, all copies taken as alike."""
+    """[num_layers]; what greedy packing leaves on the fullest rank, all copies taken as alike.
+
+    With coactivation a rank may have as much, where its copies share evenly.
+    """
     copies = num_copies(load, int(room[0].sum()), np.arange(1, room.shape[1] + 1))
     weight = np.take_along_axis(load / copies, _items(copies), axis=1)
     alone = np.tile(np.arange(weight.shape[1]), (len(load), 1))  # as if each were another expert's

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -103,14 +103,17 @@ def seed_option(
     )
 
 
-def placement_option(default: Any, show_default: bool | str = True) -> Any:
+def placement_option(
+    default: Any, show_default: bool | str = True, *, is_modelled: bool = False
+) -> Any:
     """Which rank holds which experts."""
+    by_load = " load: in each layer by the load of earlier tokens, as if experts were rebalanced."
     return typer.Option(
         default,
-        metavar="linear|round_robin|FILE",
+        metavar=f"{'load|' * is_modelled}linear|round_robin|FILE",
         show_default=show_default,
         help="Experts per rank: consecutive ones, every ep-th, or as in a file of expertlane "
-        "balance.",
+        f"balance.{by_load * is_modelled}",
     )
 
 
@@ -230,9 +233,10 @@ class DeploymentOptions:
     num_redundant_experts: int = redundant_option()
     copies: CopyMethod = copies_option()
     options: Options = field(init=False)
+    methods: ClassVar[tuple[PlacementMethod, ...]] = ("linear", "round_robin")  # of placement
 
     def __post_init__(self) -> None:
-        methods = get_args(PlacementMethod)
+        methods = self.methods
         is_method = self.placement in methods
         if not (is_method or os.path.isfile(self.placement)):
             raise UserError(

@@ -1,10 +1,10 @@
 """`expertlane simulate`: one deployment on a modelled cluster, on a virtual clock."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, get_args
 
 import typer
 
@@ -20,10 +20,12 @@ from expertlane.cli.options import (
     ModelArgument,
     RequestOptions,
     layout_option,
+    placement_option,
     trace_option,
 )
 from expertlane.cli.output_options import OutputOptions
 from expertlane.errors import UserError, naming
+from expertlane.spec.deployment import PlacementMethod
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,6 +67,9 @@ class _Options:
 
 @dataclass(frozen=True, kw_only=True)
 class _Deployment(DeploymentOptions):
+    placement: str = placement_option("load", is_modelled=True)
+    methods: ClassVar[tuple[PlacementMethod, ...]] = get_args(PlacementMethod)
+
     def __post_init__(self) -> None:
         for name in ("dispatch", "overlap"):
             if getattr(self, name) == "auto":
@@ -151,11 +156,15 @@ def run(
     with naming("--prefill-layout"):
         text = own.prefill_layout
         prefill_layout = None if text is None else found_model.lay_out(text)
-    layout = found_model.lay_out(own.layout)
+    layout, options = found_model.lay_out(own.layout), deployment.options
+    if options.placement == "load" and all(
+        each is None or each.ep == 1 for each in (layout, prefill_layout)
+    ):
+        options = replace(options, placement="linear")  # every rank has a part of every expert
     setup = ServingSetup(
         layout=layout,
         prefill_layout=prefill_layout,
-        options=deployment.options,
+        options=options,
         types=found_model.number_types(projection.dtype, projection.kv_dtype, modelled),
         execution=Execution(projection.execution),
         routing=routing.source,

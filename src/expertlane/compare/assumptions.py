@@ -255,7 +255,13 @@ def projected_assumptions(
         *_of_types(types, experiment.model),
     ]
     if any(each.options.rebalance_steps for each in experiment.deployments):
-        rows.append(Assumption("rebalancing", "none", "experts stay where they start"))
+        rows.append(
+            Assumption(
+                "rebalancing",
+                "by the load of earlier tokens",
+                "never those that it is judged by; moving experts takes no time",
+            )
+        )
     return tuple(rows)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.placement_file import Placements
 from expertlane.compare.assumptions import projected_assumptions
 from expertlane.compare.best_layout import plan_beside
 from expertlane.cost.laws.execution import OVERHEAD_S, Execution
@@ -12,7 +12,7 @@ from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.records import cluster_record, conditions_of
-from expertlane.cost.routing import NUM_SAMPLED_LAYERS, PowerLawRouting, RoutingSource
+from expertlane.cost.routing import NUM_SAMPLED_LAYERS, PowerLawRouting, Traffic, placed
 from expertlane.errors import CapacityError, UserError
 from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.plan.candidates import Goals, PlanRequest, candidates_like
@@ -86,7 +86,7 @@ class ExperimentProjector:
         self._cluster = cluster
         self._types = types
         self._skew = skew
-        self._sources: dict[str, RoutingSource] = {}
+        self._sources: dict[str, Traffic] = {}
         is_cpu = OVERHEAD_S in cluster.profile.terms
         gpu = [Execution.GRAPH, Execution.EAGER]
         self._executions = [Execution.SERIAL] if is_cpu else gpu
@@ -233,12 +233,18 @@ class ExperimentProjector:
 
     def _room(self, deployment: Deployment, full_len: int | None = None) -> Capacity:
         model, layout, workload = self._model, deployment.layout, self._experiment.workload
-        placements = placements_of(model, layout, deployment.options)
+        placements = self._placed(deployment)
         return PlacedModel(model, layout, self._types_of(deployment), placements).capacity(
             self._cluster.profile.device.memory_bytes,
             full_len or workload.max_len,
             prefill_step_tokens(workload, layout, STEP_TOKENS),
         )
+
+    def _placed(self, deployment: Deployment) -> Placements:
+        """[num_hidden_layers]; under the usual conditions, others have as many slots."""
+        routing = self._setting(self._types, self._usual).routing
+        per_node = self._cluster.profile.ranks_per_node
+        return placed(self._model, deployment.layout, deployment.options, routing, per_node)
 
     def _context(self, rows: list[DeploymentRecord]) -> int:
         """The longest that all sequences fit with everywhere; else the shortest."""
@@ -261,12 +267,12 @@ class ExperimentProjector:
         num_all = self._experiment.workload.num_sequences
         share = self._experiment.num_sequences_alike(layout)
         room = self._room(deployment, context + 1)
-        placed = next(filter(None, placements_of(self._model, layout, deployment.options)), None)
+        of_layer = next(filter(None, self._placed(deployment)), None)
         sizes = self._sizes(deployment, context, dict.fromkeys((num_all, share)))  # once if alike
         pool = PoolRecord(
             weight_bytes=room.memory.weight_bytes,
             allowed_bytes=int(room.free_bytes),
-            num_slots_per_rank=max(map(len, placed.experts_of_rank)) if placed else 0,
+            num_slots_per_rank=max(map(len, of_layer.experts_of_rank)) if of_layer else 0,
         )
         steps = map(projector.step, sizes)
         return replace(_record(deployment, self._usual, pool, steps), roles=(SCALING,))

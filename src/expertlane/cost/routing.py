@@ -1,23 +1,35 @@
-"""Sources of the experts that tokens choose: drawn, from a trace, or those of a step that ran."""
+"""Sources of the experts that tokens choose: drawn, from a trace, or those of a step that ran.
 
+Traffic, drawn or from a trace, has tokens that came earlier: experts are placed by their load, and
+judged by later tokens.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.balance.placement import Placement
+from expertlane.balance.placement_file import Placements, placements_of
+from expertlane.balance.planner import plan_placement
 from expertlane.balance.trace import RoutingTrace, read_trace
 from expertlane.cost.step.operation import Floats, Ints
-from expertlane.errors import UserError
+from expertlane.errors import SpecError, UserError
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig, Routing
-from expertlane.spec.ranges import DEFAULT_SKEW, SKEW_BOUNDS, take_option
+from expertlane.spec.ranges import DEFAULT_SKEW, DRIFT, SKEW_BOUNDS, take_option
 
 NUM_SAMPLED_LAYERS = 2  # of a power law, where a load is served step by step; layers take turns
 _DRAWN_TOGETHER = 1024  # tokens
 _MOST_DRAWN = 16_384  # tokens of a layer before they come again
+NUM_EARLIER = 4096  # tokens of a layer that experts are placed by, where they are drawn
+_EVEN_ENOUGH = 1.15  # fullest rank over the mean of earlier tokens; later ones are less even
 
 
 class RoutingSource(Protocol):
@@ -41,9 +53,83 @@ class RoutingSource(Protocol):
         ...
 
 
+class Traffic(RoutingSource, ABC):
+    """A source of which earlier tokens are known: experts can be placed by their load.
+
+    Each placement is made once, for all that ask: a screen, a projection in full, a simulation.
+    """
+
+    def __init__(self) -> None:
+        self._loads: dict[Hashable, Ints] = {}  # by sample
+        self._placed: dict[Hashable, Placement] = {}
+
+    @abstractmethod
+    def earlier_load(self, layer: int) -> Ints:
+        """[num_experts]; how many earlier tokens chose each. None of them is in `topk_ids`."""
+
+    def placements(
+        self, layers: Sequence[int], layout: Layout, num_redundant: int, ranks_per_node: int
+    ) -> list[Placement]:
+        """[num_layers]; those by the load of earlier tokens; one for layers of one sample.
+
+        Args:
+            ranks_per_node: consecutive ranks of the layout that share a node.
+
+        Raises:
+            SpecError: there are more copies than a rank without an expert twice can hold.
+        """
+        ep, per_node = layout.ep, _full_nodes(layout, ranks_per_node)
+        samples = {self.sample_of(layer): layer for layer in layers}
+        how = ep, per_node, num_redundant
+        missing = [sample for sample in samples if (sample, *how) not in self._placed]
+        for sample in missing:
+            if sample not in self._loads:
+                self._loads[sample] = self.earlier_load(samples[sample])
+        if missing:
+            load = np.stack([self._loads[sample] for sample in missing])
+            made = plan_placement(load, ep, per_node, num_redundant, even=_EVEN_ENOUGH)
+            for sample, placement in zip(missing, made, strict=True):
+                self._placed[sample, *how] = placement
+        return [self._placed[self.sample_of(layer), *how] for layer in layers]
+
+
+@cache
+def _full_nodes(layout: Layout, ranks_per_node: int) -> int:
+    """How many ranks of an `ep` group share a node; all, where that makes no difference.
+
+    That is where they lie on nodes unevenly, so that no placement suits all groups, and where each
+    is on a node of its own.
+    """
+    try:
+        per_node = layout.ep_ranks_per_node(ranks_per_node)
+    except SpecError:
+        return layout.ep
+    return per_node if per_node > 1 else layout.ep
+
+
+def placed(
+    model: ModelConfig, layout: Layout, options: Options, traffic: Traffic, ranks_per_node: int
+) -> Placements:
+    """[num_hidden_layers], as `placements_of`, and by load where the options say so.
+
+    Experts that move while requests run are by load too: moving them takes no time here.
+
+    Raises:
+        UserError: as `placements_of`.
+    """
+    if not options.is_by_load:
+        return placements_of(model, layout, options)
+    layers = [layer for layer in range(model.num_hidden_layers) if not model.is_dense(layer)]
+    made = traffic.placements(layers, layout, options.num_redundant_experts, ranks_per_node)
+    of_layer = dict(zip(layers, made, strict=True))
+    return tuple(map(of_layer.get, range(model.num_hidden_layers)))
+
+
 @dataclass(eq=False, repr=False)
-class PowerLawRouting:
+class PowerLawRouting(Traffic):
     """Experts of unequal popularity, drawn without replacement.
+
+    Popularity drifts: that of earlier tokens, which experts are placed by, was another, by `DRIFT`.
 
     The expert at place i of an order drawn for each layer has a weight of (1 + i)^-alpha, as the
     router of seeded weights with a skew has it; K experts are drawn by weights, none twice. Where a
@@ -65,6 +151,9 @@ class PowerLawRouting:
     groups: Routing = field(default_factory=Routing)
     bounds: tuple[float, float] | None = None
     _drawn: dict[int, Ints] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        super().__init__()
 
     @classmethod
     def of(
@@ -101,27 +190,43 @@ class PowerLawRouting:
         tokens = self._tokens(self.sample_of(layer), min(first + num, _MOST_DRAWN))
         return tokens[_in_turn(len(tokens), first, num)]
 
-    def _rarity(self, sample: int) -> Floats:
+    def earlier_load(self, layer: int) -> Ints:
+        """As `Traffic` says; of another draw, by popularity as it was before it drifted."""
+        sample = self.sample_of(layer)
+        blocks = range(NUM_EARLIER // _DRAWN_TOGETHER)
+        drawn = np.concatenate([self._block(sample, block, is_earlier=True) for block in blocks])
+        return np.bincount(drawn.ravel(), minlength=self.num_experts)
+
+    def _rarity(self, sample: int, *, is_earlier: bool = False) -> Floats:
         """[num_experts]; the inverse of the weights."""
         places = np.random.default_rng((self.seed, sample)).permutation(self.num_experts)
         rarity: Floats = np.power(1.0 + places, self.alpha, dtype=np.float64)
+        if is_earlier:
+            rng = np.random.default_rng((self.seed, sample, 0, 1))
+            rarity *= np.exp(self.alpha * DRIFT * rng.standard_normal(self.num_experts))
         return rarity
 
     def _tokens(self, sample: int, at_least: int) -> Ints:
         """[n, K]; those drawn so far, at least so many."""
         drawn = self._drawn.get(sample, np.empty((0, self.top_k), dtype=np.int64))
         blocks = [drawn]
-        for block in range(len(drawn) // _DRAWN_TOGETHER, -(-at_least // _DRAWN_TOGETHER)):
-            rng = np.random.default_rng((self.seed, sample, block + 1))
-            # The first arrivals of Poisson processes: the same as Gumbel noise on log weights.
-            arrivals = rng.standard_exponential((_DRAWN_TOGETHER, self.num_experts), np.float32)
-            arrivals *= self._rarity(sample).astype(np.float32)
-            if self.groups.n_group > 1:
-                _close_groups(arrivals, self.groups)
-            blocks.append(np.argpartition(arrivals, self.top_k - 1, axis=1)[:, : self.top_k])
+        wanted = range(len(drawn) // _DRAWN_TOGETHER, -(-at_least // _DRAWN_TOGETHER))
+        blocks += [self._block(sample, block) for block in wanted]
         if len(blocks) > 1:
             self._drawn[sample] = drawn = np.concatenate(blocks)
         return drawn
+
+    def _block(self, sample: int, block: int, *, is_earlier: bool = False) -> Ints:
+        """[n, K]; some tokens, `_DRAWN_TOGETHER`."""
+        # Words that are left out count as 0, so the last one tells earlier blocks apart.
+        rng = np.random.default_rng((self.seed, sample, block + 1, int(is_earlier)))
+        # The first arrivals of Poisson processes: the same as Gumbel noise on log weights.
+        arrivals = rng.standard_exponential((_DRAWN_TOGETHER, self.num_experts), np.float32)
+        arrivals *= self._rarity(sample, is_earlier=is_earlier).astype(np.float32)
+        if self.groups.n_group > 1:
+            _close_groups(arrivals, self.groups)
+        topk_ids: Ints = np.argpartition(arrivals, self.top_k - 1, axis=1)[:, : self.top_k]
+        return topk_ids
 
 
 def _close_groups(arrivals: npt.NDArray[np.float32], groups: Routing) -> None:
@@ -138,19 +243,25 @@ def _close_groups(arrivals: npt.NDArray[np.float32], groups: Routing) -> None:
     by_group[np.arange(len(arrivals))[:, None], closed] = np.inf
 
 
-def extremes_of(source: RoutingSource) -> tuple[RoutingSource, RoutingSource] | None:
+def extremes_of(source: Traffic) -> tuple[Traffic, Traffic] | None:
     """The most even and the most uneven that an assumed one may be; None of what is not assumed."""
     return source.extremes if isinstance(source, PowerLawRouting) else None
 
 
-class TraceRouting:
-    """The tokens of a trace in turn, over and over; layers that it lacks take those it has."""
+class TraceRouting(Traffic):
+    """The tokens of a trace in turn, over and over; layers that it lacks take those it has.
 
-    def __init__(self, trace: RoutingTrace) -> None:
-        if not trace.num_tokens:
+    Args:
+        num_earlier: the first tokens, which experts are placed by, come no more.
+    """
+
+    def __init__(self, trace: RoutingTrace, num_earlier: int = 0) -> None:
+        super().__init__()
+        if trace.num_tokens <= num_earlier:
             raise ValueError("a trace without tokens")
         self._layers = trace.layers
-        self._topk_ids = trace.topk_ids
+        self._num_experts = trace.num_experts
+        self._earlier, self._topk_ids = np.split(trace.topk_ids, [num_earlier], axis=1)
 
     def sample_of(self, layer: int) -> int:
         """Every layer of a trace is its own."""
@@ -162,6 +273,11 @@ class TraceRouting:
         taken = _in_turn(len(tokens), first + int(before.sum()), int(owned.sum()))
         topk_ids: Ints = tokens[taken].astype(np.int64)
         return topk_ids
+
+    def earlier_load(self, layer: int) -> Ints:
+        """As `Traffic` says; all experts alike where no token came earlier."""
+        earlier = self._earlier[self.sample_of(layer)]
+        return np.bincount(earlier.ravel(), minlength=self._num_experts)
 
 
 class GivenRouting:
@@ -203,7 +319,7 @@ class RoutingChoice:
         words: for a list of assumptions.
     """
 
-    source: RoutingSource
+    source: Traffic
     option: str
     words: str
 
@@ -234,6 +350,8 @@ def choose_routing(
             if skew
             else "uniform over experts; real traffic is not, so this is the best case"
         )
+        if skew:
+            words += f", whose logarithm drifts by {skew * DRIFT:.2g} after experts are placed"
         if bounds is not None:
             words += f"; bounds go from uniform to exponent {bounds[1]:g}"
         if model.routing.n_group > 1:
@@ -253,5 +371,9 @@ def choose_routing(
             f"{trace} is of {sizes[1]} of {sizes[0]} experts per token; {model.name} has "
             f"{model.num_experts_per_tok} of {model.num_experts}"
         )
-    words = f"{read.num_tokens:,} recorded tokens, repeated in a loop"
-    return RoutingChoice(TraceRouting(read), f"--routing-trace {trace}", words)
+    num_earlier = read.num_tokens // 2
+    words = (
+        f"the last {read.num_tokens - num_earlier:,} of {read.num_tokens:,} recorded tokens, "
+        "repeated in a loop; experts are placed by the load of those before alone"
+    )
+    return RoutingChoice(TraceRouting(read, num_earlier), f"--routing-trace {trace}", words)

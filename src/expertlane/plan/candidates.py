@@ -16,6 +16,7 @@ from expertlane.spec.deployment import (
     MicroBatchSchedule,
     Options,
     PayloadType,
+    PlacementMethod,
     drafts_text,
 )
 from expertlane.spec.dispatch import DispatchForm, dispatch_forms
@@ -164,10 +165,9 @@ def candidates_of(
 ) -> Iterator[Candidate]:
     """A layout with every dispatch form × overlap × micro-batches × redundancy that it takes.
 
-    With drafts, each with and without them.
-
-    Redundancy is none, or one slot more on every rank; a form that comes down to another one on
-    this layout is left out.
+    With drafts, each with and without them. A form that comes down to another one on this layout is
+    left out. Experts are placed by load; every rank has equally many, by redundant ones if need be,
+    or one more.
     """
     for form in _forms(layout, ranks_per_node):
         for num_redundant in _redundancies(layout, model):
@@ -181,6 +181,7 @@ def candidates_of(
                         payload if layout.ep > 1 else "model",
                         num_redundant,
                         copies if num_redundant else "nearest",
+                        "load" if layout.ep > 1 else "linear",
                     )
                     yield Candidate(layout, options)
                     if num_drafts:
@@ -209,6 +210,7 @@ def _options(
     payload: PayloadType,
     num_redundant: int,
     copies: CopyMethod,
+    placement: PlacementMethod,
 ) -> Options:
     """Those of a candidate; many layouts share them."""
     return Options(
@@ -219,6 +221,7 @@ def _options(
         payload=payload,
         num_redundant_experts=num_redundant,
         copies=copies,
+        placement=placement,
     )
 
 
@@ -247,9 +250,17 @@ def _forms(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, ...]:
 
 
 def _redundancies(layout: Layout, model: ModelConfig) -> tuple[int, ...]:
-    per_rank = -(-model.num_experts // layout.ep)  # slots without redundancy
-    one_more = layout.ep * (per_rank + 1) - model.num_experts
-    most = RANGES["num_redundant_experts"].high
-    if layout.ep == 1 or per_rank + 1 > model.num_experts or one_more > most:
+    """Numbers of redundant experts that fill all ranks alike.
+
+    On as few ranks as a token has experts none is needed: there even an expert that all tokens
+    choose has no more to do than a rank has on average.
+    """
+    ep, num_experts = layout.ep, model.num_experts
+    per_rank = -(-num_experts // ep)
+    fewest = ep * per_rank - num_experts
+    if ep == 1 or num_experts == 1:
         return (0,)
-    return (0, one_more)
+    if ep <= model.num_experts_per_tok or per_rank == num_experts:
+        return (fewest,)
+    most = RANGES["num_redundant_experts"].high
+    return tuple(each for each in (fewest, fewest + ep) if each <= most) or (0,)

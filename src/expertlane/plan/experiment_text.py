@@ -11,6 +11,8 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.workload import Workload
 
+_REBALANCE_STEPS = 64  # often enough for a comparison, whose runs are short
+
 
 def experiment_text(
     request: PlanRequest,
@@ -21,7 +23,8 @@ def experiment_text(
 ) -> str:
     """TOML; the first deployment is the baseline.
 
-    What the engine does not run is left out: decode context parallelism and drafts.
+    What the engine does not run is left out: decode context parallelism and drafts. Experts that
+    are placed by load begin in order and are moved to where the load of the run wants them.
 
     Args:
         checkpoint: the model's folder; None for a preset, or a model by its sizes.
@@ -42,7 +45,10 @@ def experiment_text(
 
 
 def _as_run(candidate: Candidate) -> Candidate:
-    return Candidate(replace(candidate.layout, dcp=1), candidate.options)
+    options = candidate.options
+    if options.placement == "load":
+        options = replace(options, placement="linear", rebalance_steps=_REBALANCE_STEPS)
+    return Candidate(replace(candidate.layout, dcp=1), options)
 
 
 def _named(candidate: Candidate) -> str:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from expertlane.balance.placement_file import placements_of
 from expertlane.cost.breakdown import Breakdown, BreakdownTable, basis_shares, floor_s
 from expertlane.cost.by_law import ClocksByLaw, ErrorSeconds
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms, kernels_of
@@ -17,7 +16,7 @@ from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing, StageWork
-from expertlane.cost.routing import RoutingSource
+from expertlane.cost.routing import Traffic, placed
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
@@ -49,7 +48,7 @@ class Setting:
 
     types: NumberTypes
     execution: Execution
-    routing: RoutingSource
+    routing: Traffic
     payload: PayloadType = "model"
     step_tokens: int | None = None
     copies: CopyMethod = "nearest"
@@ -108,7 +107,7 @@ class Projector:
         self._builder = ProgramBuilder(
             model,
             layout,
-            placements_of(model, layout, options),
+            placed(model, layout, options, setting.routing, ranks_per_node),
             types=setting.types,
             payload=options.payload,
             copies=options.copies,

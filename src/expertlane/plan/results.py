@@ -234,7 +234,7 @@ def make_plan(
     ranking = ranked([contender(each, request.workload) for each in found.finalists])
     progress.done()
     of_pools = TwoPoolSearch(request, search.known, fitting(screened))
-    progress.task("disaggregated: prefill and decode apart", of_pools.num_candidates)
+    progress.task("disaggregated: prefill and decode apart", of_pools.num_splits)
     pools = of_pools.run(progress.advance)
     progress.done()
     num_of_pools = of_pools.num_candidates
@@ -339,6 +339,11 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
             "",
         ),
         ("routing", routing.words, "--routing-trace, --skew"),
+        (
+            "placement of experts",
+            "by the load of earlier tokens, in each layer; judged by later ones",
+            "",
+        ),
         ("types", f"weights in {setting.types}", "--dtype, --kv-dtype"),
         (
             "execution",

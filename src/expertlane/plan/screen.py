@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from expertlane.balance.placement import Placement
-from expertlane.balance.placement_file import Placements
+from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.laws.execution import LIKELY, Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.multi_token import MultiToken, with_drafting_layer
@@ -28,7 +28,7 @@ from expertlane.plan.throughput import (
     one_pool,
     together,
 )
-from expertlane.spec.deployment import CopyMethod
+from expertlane.spec.deployment import CopyMethod, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
 
@@ -136,18 +136,21 @@ class _Structure:
     sized: Sized | None
 
 
+_Spread = tuple[int, tuple[Placement, ...], CopyMethod]
+
+
 @dataclass(frozen=True, eq=False)
 class Known:
     """What screens of one model share, on parts of one cluster.
 
     Attributes:
-        fan_outs: by stage, ranks and slots of experts, and the choice of copies.
-        placements: by ranks and redundant experts.
+        fan_outs: by stage, placements of its experts, and the choice of copies.
+        slots: by ranks and redundant experts; a placement with as many as any other has.
         rooms: of a rank, by all that it turns on but replicas.
     """
 
-    fan_outs: dict[tuple[int, int, int, CopyMethod], ExpectedFanOut] = field(default_factory=dict)
-    placements: dict[tuple[int, int], Placement] = field(default_factory=dict)
+    fan_outs: dict[_Spread, ExpectedFanOut] = field(default_factory=dict)
+    slots: dict[tuple[int, int], Placement] = field(default_factory=dict)
     rooms: dict[tuple[int, ...], Capacity] = field(default_factory=dict)
 
 
@@ -181,6 +184,7 @@ class Screen:
             key = (
                 layout,
                 options.dispatch,
+                options.placement,
                 options.num_redundant_experts,
                 options.copies,
                 num_drafts,
@@ -223,38 +227,37 @@ class Screen:
 
     def _structure(self, candidates: list[Candidate], shared: SharedParts) -> _Structure:
         (layout, options, num_drafts), request = candidates[0], self._request
-        placement = self._placement(layout.ep, options.num_redundant_experts)
+        slots = self._slots(layout.ep, options.num_redundant_experts)
         workload, form = request.workload, options.dispatch
         prefill_tokens = prefill_step_tokens(workload, layout, request.setting.step_tokens)
-        room = self._room(layout, placement, num_drafts, prefill_tokens)
+        room = self._room(layout, slots, num_drafts, prefill_tokens)
         wanted = -(-workload.num_sequences // (layout.replicas * layout.dp))
         num_seqs = _numbers_up_to(min(room.max_seqs, wanted))
         if not len(num_seqs):
             return _Structure(candidates, room, None)
         assert form != "auto", "candidates name their form"
         mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
-        fan_out = self._fan_out(mesh, placement, options.copies)
+        fan_out = self._fan_out(mesh, options)
         shape = Shape(mesh, fan_out, form, options.payload)
         sized = Sized(layout, (shared.add(shape), shape), num_seqs, prefill_tokens)
         return _Structure(candidates, room, sized)
 
-    def _placement(self, ep: int, num_redundant: int) -> Placement:
-        known = self._known.placements
+    def _slots(self, ep: int, num_redundant: int) -> Placement:
+        known = self._known.slots
         if (key := (ep, num_redundant)) not in known:
             known[key] = Placement.linear(self._request.model.num_experts, ep, num_redundant)
         return known[key]
 
     def _room(
-        self, layout: Layout, placement: Placement, num_drafts: int, prefill_tokens: int
+        self, layout: Layout, slots: Placement, num_drafts: int, prefill_tokens: int
     ) -> Capacity:
         """Replicas are alike, and dispatch needs no memory that counts."""
         known, sizes = self._known.rooms, (layout.pp, layout.dp, layout.tp, layout.ep, layout.dcp)
-        key = *sizes, placement.num_slots, num_drafts, prefill_tokens
+        key = *sizes, slots.num_slots, num_drafts, prefill_tokens
         if key not in known:
             model, types = self._request.model, self._request.setting.types
             placements: Placements = tuple(
-                None if model.is_dense(layer) else placement
-                for layer in range(model.num_hidden_layers)
+                None if model.is_dense(layer) else slots for layer in range(model.num_hidden_layers)
             )
             held = with_drafting_layer(model, num_drafts)
             of_drafts = placements[-1:] * (num_drafts > 0)
@@ -264,17 +267,31 @@ class Screen:
         room = known[key]
         return Capacity(layout, room.memory, room.free_bytes, room.max_seqs)
 
-    def _fan_out(self, mesh: StageMesh, placement: Placement, copies: CopyMethod) -> ExpectedFanOut:
-        known, key = self._known.fan_outs, (mesh.size, placement.ep, placement.num_slots, copies)
+    def _fan_out(self, mesh: StageMesh, options: Options) -> ExpectedFanOut:
+        """The mean of a few layers, which are placed as in full."""
+        routing, copies = self._request.setting.routing, options.copies
+        placements = self._placements(mesh.layout, options)
+        known, key = self._known.fan_outs, (mesh.size, tuple(placements), copies)
         if key not in known:
-            routing = self._request.setting.routing
             known[key] = ExpectedFanOut.mean(
                 [
                     ExpectedFanOut.of_sample(mesh, placement, routing, layer, copies)
-                    for layer in self._layers
+                    for layer, placement in zip(self._layers, placements, strict=True)
                 ]
             )
         return known[key]
+
+    def _placements(self, layout: Layout, options: Options) -> list[Placement]:
+        """Those of a few layers; where experts are placed by load, as in full."""
+        num_redundant, per_node = options.num_redundant_experts, self._profile.ranks_per_node
+        if options.is_by_load:
+            routing = self._request.setting.routing
+            return routing.placements(self._layers, layout, num_redundant, per_node)
+        slots = self._slots(layout.ep, num_redundant)
+        if options.placement == "linear" and options.placement_file is None:
+            return [slots] * len(self._layers)
+        of_layers = placements_of(self._request.model, layout, options)
+        return [of_layers[layer] or slots for layer in self._layers]
 
     def _many(self, structures: Sequence[_Structure]) -> ManySteps:
         """Steps of structures with equally many stages and drafts."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from expertlane.cost.by_law import ErrorSeconds
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.cost.routing import PowerLawRouting, RoutingSource, extremes_of
+from expertlane.cost.routing import PowerLawRouting, Traffic, extremes_of
 from expertlane.errors import UserError
 from expertlane.memory import size_text
 from expertlane.plan.candidates import (
@@ -225,7 +225,7 @@ class Search:
         routing = self.request.setting.routing
         return routing.redrawn(_NUM_REDRAWN) if isinstance(routing, PowerLawRouting) else []
 
-    def _likely_s(self, option: ScreenedCandidate, routing: RoutingSource) -> dict[Phase, float]:
+    def _likely_s(self, option: ScreenedCandidate, routing: Traffic) -> dict[Phase, float]:
         """The seconds of both steps if tokens chose other experts."""
         projector, sizes = self._projected(option, replace(self.request.setting, routing=routing))
         return {phase: projector.likely_s(size) for phase, size in sizes.items()}

@@ -22,11 +22,14 @@ from expertlane.simulate.steady import ROUGH, USUAL
 from expertlane.spec.layout import Layout, divisors
 
 _PARTS = 4  # of a cluster of one node, of which some prefill
-_MOST_PARTS = 8  # of one of many, each of whole nodes
-_MOST_EXHAUSTIVE = 96  # devices, up to which pools take any layout
+_MOST_NODES = 16  # of which any number may prefill
+_MOST_PARTS = 8  # of a cluster of more, each of whole nodes
+_MOST_EXHAUSTIVE = 128  # devices, up to which pools take any layout
 _NUM_SHAPES = 48  # for prefill, and for each number of sequences for decode
 _NUM_PREFILL, _NUM_DECODE = 4, 12  # of each pool, the best by themselves are tried together
 _MOST_TRIED = 6  # pairs that are simulated
+_MOST_WORSE = 2  # splits in a row that are no better, before those further on are left out
+_SLACK = 1.05  # a smaller pool has at most so many times the tokens a second of a larger one
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +80,7 @@ class TwoPoolSearch:
         cluster = request.cluster
         num_devices = cluster.num_devices
         sizes = _prefill_sizes(num_devices, cluster.profile.ranks_per_node)
-        searches = {
+        self._searches = {
             size: Search(
                 replace(request, cluster=replace(cluster, num_devices=size), goals=Goals()),
                 known,
@@ -86,38 +89,116 @@ class TwoPoolSearch:
         }
         if shapes and cluster.num_devices > _MOST_EXHAUSTIVE:
             kept = _best_shapes(shapes, request.goals)
-            for size, search in searches.items():
+            for size, search in self._searches.items():
                 search.candidates = _of_size(kept, size)
-        self._searches = {size: each for size, each in searches.items() if each.candidates}
-        splits = [(size, num_devices - size) for size in sorted(sizes)]
-        self._splits = [each for each in splits if set(each) <= set(self._searches)]
+        self._splits = [(size, num_devices - size) for size in sorted(sizes)]
+        self._first = self._likeliest(shapes) if self._splits else 0
+        self._options: dict[int, list[ScreenedCandidate]] = {}
+        self._found: dict[int, list[_Pair]] = {}
+
+    @property
+    def num_splits(self) -> int:
+        """Ways to share out the devices."""
+        return len(self._splits)
 
     @property
     def num_candidates(self) -> int:
-        """Deployments of the pools."""
-        sizes = {size for split in self._splits for size in split}
-        return sum(len(self._searches[size].candidates) for size in sizes)
+        """Deployments of the pools that were screened."""
+        return sum(len(self._searches[size].candidates) for size in self._options)
 
     def run(self, advance: Callable[[int], None] = lambda _: None) -> TwoPools | NoPools:
         """The best disaggregated pools, or why there are none.
 
+        The likeliest split comes first, then others on both sides as far as they may be better; all
+        others where what was found so breaks a limit when it is simulated.
+
         Args:
-            advance: called with a number of candidates that are done.
+            advance: called with 1 for each split that is done.
         """
         if not self._splits:
             return "no split"
-        options = {}
-        for size in sorted({size for split in self._splits for size in split}):
-            options[size] = fitting(self._searches[size].screen(advance))
-        splits = [split for split in self._splits if all(options[size] for size in split)]
-        if not splits:
+        self._screen(self._first, advance)
+        for step in (1, -1):
+            place, num_worse = self._first + step, 0
+            while 0 <= place < len(self._splits) and self._may_be_better(place - step, step):
+                best_tps = self._best_tps
+                self._screen(place, advance)
+                num_worse = num_worse + 1 if self._best_tps == best_tps > 0 else 0
+                if num_worse == _MOST_WORSE:
+                    break
+                place += step
+        found = self._best_simulated(self._pairs_of(list(self._found)))
+        left = [place for place in range(len(self._splits)) if place not in self._found]
+        if isinstance(found, TwoPools):
+            advance(len(left))
+            return found
+        for place in left:
+            self._screen(place, advance)
+        if pairs := self._pairs_of(left):
+            return self._best_simulated(pairs)
+        if not any(all(map(self._has_any, split)) for split in self._splits):
+            return "no split"
+        if not any(all(map(self._options.get, split)) for split in self._splits):
             return "too large"
-        pairs = [
-            pair
-            for split in splits
-            for pair in self._pairs(split, *(options[size] for size in split))
-        ]
-        return self._best_simulated(sorted(pairs, key=lambda pair: -pair.tps))
+        return found
+
+    def _likeliest(self, shapes: Sequence[ScreenedCandidate]) -> int:
+        """The place of the split at which both pools are as fast, by those of one pool.
+
+        Args:
+            shapes: screened; the middle where there are none.
+        """
+        decode = max((_decode_tps(each, self._request.goals) for each in shapes), default=1.0)
+        prefill = max(map(self._feed_tps, shapes), default=1.0)
+        wanted = self._request.cluster.num_devices * decode / ((decode + prefill) or 1.0)
+        return min(range(len(self._splits)), key=lambda place: abs(self._splits[place][0] - wanted))
+
+    def _feed_tps(self, option: ScreenedCandidate) -> float:
+        """Output tokens a second that its prefill is enough for."""
+        workload = self._request.workload
+        prefill_tps = float(option.steps.prefill_tps[LIKELY])
+        return prefill_tps / workload.prompt_len * workload.output_len
+
+    def _screen(self, place: int, advance: Callable[[int], None]) -> None:
+        """Find the pairs of a split."""
+        sizes = self._splits[place]
+        for size in sizes:
+            if size not in self._options:
+                search = self._searches[size]
+                screened = search.screen() if search.candidates else []
+                self._options[size] = fitting(screened)
+        prefill, decode = (self._options[size] for size in sizes)
+        self._found[place] = list(self._pairs(sizes, prefill, decode))
+        advance(1)
+
+    def _may_be_better(self, place: int, step: int) -> bool:
+        """Whether a split beside one that was screened may be better than all that were.
+
+        Args:
+            step: 1 where it has more devices for prefill, so fewer that decode; else -1.
+        """
+        prefill, decode = (self._options[size] for size in self._splits[place])
+        goals = self._request.goals
+        rates = (
+            [_decode_tps(each, goals) for each in decode]
+            if step > 0
+            else list(map(self._feed_tps, prefill))
+        )
+        return _SLACK * max(rates, default=0.0) > self._best_tps
+
+    @property
+    def _best_tps(self) -> float:
+        """Of all pairs that were found; 0 where there are none."""
+        return max((pair.tps for pairs in self._found.values() for pair in pairs), default=0.0)
+
+    def _pairs_of(self, places: Sequence[int]) -> list[_Pair]:
+        """Of splits that were screened, the best first."""
+        found = (pair for place in places for pair in self._found[place])
+        return sorted(found, key=lambda pair: -pair.tps)
+
+    def _has_any(self, size: int) -> bool:
+        """Whether any deployment has so many devices."""
+        return bool(self._searches[size].candidates)
 
     def _best_simulated(self, pairs: Sequence[_Pair]) -> TwoPools | NoPools:
         """The first that keeps the limits when it is simulated too."""
@@ -234,6 +315,8 @@ def _prefill_sizes(num_devices: int, per_node: int) -> set[int]:
     if num_devices < 2 * per_node or num_devices % per_node:
         return {part * num_devices // _PARTS for part in range(1, _PARTS)} - {0}
     num_nodes = num_devices // per_node
+    if num_nodes <= _MOST_NODES:
+        return {num * per_node for num in range(1, num_nodes)}
     few = [each for each in divisors(num_nodes) if each <= _MOST_PARTS]
     num_parts = few[-1] if few[-1] > _PARTS else min(num_nodes, _MOST_PARTS)
     return {part * num_nodes // num_parts * per_node for part in range(1, num_parts)}

@@ -264,6 +264,7 @@ def _assumptions(simulator: Simulator, routing: RoutingChoice) -> tuple[Assumpti
         ("KV cache", setup.types.kv, "--kv-dtype", "default: as hidden states"),
         ("execution", execution.value, "--execution", _HOW[execution]),
         ("routing", routing.option, "--routing-trace, --skew", routing.words),
+        *_of_placement(setup),
         (
             "step",
             f"{setup.max_num_batched_tokens} tokens, {setup.max_num_seqs} sequences",
@@ -296,6 +297,19 @@ def _assumptions(simulator: Simulator, routing: RoutingChoice) -> tuple[Assumpti
         rows.append(("kernels", f"of {kernels.name}", "", kernels.why))
     rows += _of_pools(setup, cluster) + _of_data_parallelism(simulator) + _of_drafts(setup)
     return tuple(Assumption(name, value, why, change) for name, value, change, why in rows)
+
+
+def _of_placement(setup: ServingSetup) -> list[tuple[str, str, str, str]]:
+    if not setup.options.is_by_load:
+        return []
+    return [
+        (
+            "placement of experts",
+            "by load",
+            "--placement",
+            "of earlier tokens, in each layer; judged by later ones",
+        )
+    ]
 
 
 def _of_data_parallelism(simulator: Simulator) -> list[tuple[str, str, str, str]]:

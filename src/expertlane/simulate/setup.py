@@ -7,7 +7,7 @@ from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import RoutingSource
+from expertlane.cost.routing import Traffic
 from expertlane.errors import SpecError
 from expertlane.results.record import PoolRole
 from expertlane.spec.deployment import Options
@@ -38,7 +38,7 @@ class ServingSetup:
     options: Options
     types: NumberTypes
     execution: Execution
-    routing: RoutingSource
+    routing: Traffic
     multi_token: MultiToken = field(default_factory=MultiToken)
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from expertlane.balance.placement_file import Placements, placements_of
+from expertlane.balance.placement_file import Placements
 from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter, with_drafting_layer
 from expertlane.cost.pricing import Pricing
-from expertlane.cost.routing import RoutingSource, extremes_of
+from expertlane.cost.routing import Traffic, extremes_of, placed
 from expertlane.cost.runner import CostRunner, PricedStep, StepSharing
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder
@@ -46,7 +46,6 @@ class PoolRanks:
     """Ranks that are to serve together.
 
     Attributes:
-        placements: [num_hidden_layers].
         limits: of the scheduler.
         memory: of the fullest rank, with the whole cache.
         sharing: [B]; of runs that each bound leads, all the same where routing has no bounds.
@@ -54,7 +53,6 @@ class PoolRanks:
 
     role: PoolRole
     layout: Layout
-    placements: Placements
     limits: Limits
     memory: RankMemory
     sharing: tuple[StepSharing, ...]
@@ -319,7 +317,7 @@ class Simulator:
         builder = ProgramBuilder(
             self.model,
             ranks.layout,
-            ranks.placements,
+            self._placed(ranks.role, ranks.layout, bound),
             types=setup.types,
             dispatch=table,
             payload=options.payload,
@@ -331,10 +329,15 @@ class Simulator:
         )
         return CostRunner(builder, self._routings[bound], self._pricing, self._terms, **others)
 
+    def _placed(self, role: PoolRole, layout: Layout, bound: int) -> Placements:
+        """[num_hidden_layers]; a placement by load is made for each bound's own routing."""
+        options, per_node = self.setup.options_of(role), self.cluster.profile.ranks_per_node
+        return placed(self.model, layout, options, self._routings[bound], per_node)
+
     def _ranks(self, role: PoolRole, layout: Layout) -> PoolRanks:
         """Ranks with as many blocks as memory has room for, at most what the load can use."""
         setup, load, num_drafts = self.setup, self.load, self.setup.multi_token.num_drafts
-        placements = placements_of(self.model, layout, setup.options_of(role))
+        placements = self._placed(role, layout, LIKELY)  # others have as many slots
         held = PlacedModel(  # the layer that guesses too
             with_drafting_layer(self.model, num_drafts),
             layout,
@@ -378,7 +381,7 @@ class Simulator:
             for each in self._routings
         }
         sharing = tuple(of_routing[each] for each in self._routings)
-        return PoolRanks(role, layout, placements, limits, memory, sharing)
+        return PoolRanks(role, layout, limits, memory, sharing)
 
     def _scheduled(self, limits: Limits, multi_token: MultiToken) -> Limits:
         """The scheduler counts a position a step; with more, a cache that is full as early."""
@@ -392,7 +395,7 @@ class Simulator:
         return replace(limits, num_blocks=max(least, int(limits.num_blocks * share)))
 
 
-def _by_bound(setup: ServingSetup) -> tuple[RoutingSource, ...]:
+def _by_bound(setup: ServingSetup) -> tuple[Traffic, ...]:
     """[B]; the same at all where it has no bounds, or no layout has expert parallelism."""
     extremes = extremes_of(setup.routing)
     if extremes is None or all(layout.ep == 1 for layout in setup.pools.values()):

@@ -24,7 +24,7 @@ KVCacheType = Literal["model", "float8"]
 ActivationsType = Literal["model", "float8"]
 INPUTS_OF_SCALE = 128  # of weights that are rounded while loading, and of float8 activations
 INT8_FOLDER = "expertlane-int8"  # in a checkpoint's, where such weights are kept
-PlacementMethod = Literal["linear", "round_robin"]
+PlacementMethod = Literal["linear", "round_robin", "load"]
 CopyMethod = Literal["nearest", "balanced"]
 
 
@@ -87,7 +87,10 @@ class Options(Strict):
             has just rounded, so that results do not depend on how a prompt was cut.
         cache_int8: what `weights` rounds is kept in the checkpoint's folder, and read from there by
             later starts.
-        placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`.
+        placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`; `load`:
+            by the load of earlier tokens, hot ones several times, in each layer as
+            `balance.plan_placement` does it. The cluster model has it; an engine comes to it by
+            `rebalance_steps`, or begins with a `placement_file`.
         placement_file: a placement written by `expertlane balance`, in place of these.
         copies: which copy of a redundant expert computes a token: `nearest`: one on the token's own
             rank, else on its node, else any, in turns; `balanced`: in every step tokens are shared
@@ -163,6 +166,12 @@ class Options(Strict):
         return tuple(numbers for numbers, are in are_rounded.items() if are)
 
     @property
+    def is_by_load(self) -> bool:
+        """Whether experts come to be where their load wants them: placed so, or moved there."""
+        moves = self.rebalance_steps > 0 and self.placement_file is None
+        return moves or self.placement == "load"
+
+    @property
     def is_timed(self) -> bool:
         """Whether anything is chosen by a table timed at the start."""
         return "auto" in (self.dispatch, self.overlap)
@@ -222,7 +231,9 @@ class Options(Strict):
             parts.append(f"{self.activations} activations")
         if self.kv_dtype != "model":
             parts.append(f"{self.kv_dtype} KV cache")
-        if self.placement != "linear":
+        if self.placement == "load":
+            parts.append("placed by load")
+        elif self.placement != "linear":
             parts.append(self.placement.replace("_", "-"))
         if self.placement_file is not None:
             parts.append("placed by file")

@@ -22,6 +22,9 @@ MAX_PARAMS = 10**14
 # uniform to the most skew that was measured on the ranks of an engine.
 DEFAULT_SKEW = 0.8
 SKEW_BOUNDS = (0.0, 1.0)
+# Deviation of the logarithm of an expert's popularity since tokens that it was placed by, over the
+# exponent: as much as SGLang's prefill lost by it (calibration/judge_published.py).
+DRIFT = 0.44
 DEFAULT_REPEAT = 7  # fewer give intervals over 5 % wide (docs/log.md)
 SHOWN_LENGTH = 60  # of a wrong value, in a message
 REFUSED = "refused"  # pydantic's type of an error of a class itself
