@@ -13,12 +13,15 @@ from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.step.operation import Floats
 from expertlane.plan.candidates import Candidate, Goals, PlanRequest
+from expertlane.plan.engines import ENGINES
 from expertlane.plan.screen import Known, ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, Search
 from expertlane.plan.simulated import simulate_pools
 from expertlane.plan.throughput import ThroughputCurve, two_pools
+from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
 from expertlane.spec.layout import Layout, divisors
+from expertlane.spec.names import EngineName
 
 _PARTS = 4  # of a cluster of one node, of which some prefill
 _MOST_PARTS = 8  # of one of many, each of whole nodes
@@ -90,6 +93,8 @@ class TwoPoolSearch:
         self._searches = {size: each for size, each in searches.items() if each.candidates}
         splits = [(size, num_devices - size) for size in sorted(sizes)]
         self._splits = [each for each in splits if set(each) <= set(self._searches)]
+        self._options: dict[int, list[ScreenedCandidate]] = {}
+        self._simulated: dict[tuple[Candidate, Candidate, int], ThroughputCurve | None] = {}
 
     @property
     def num_candidates(self) -> int:
@@ -103,32 +108,59 @@ class TwoPoolSearch:
         Args:
             advance: called with a number of candidates that are done.
         """
+        engine = self._request.engine
+        if engine is not None and ENGINES[engine].pairs is None:
+            return "not run"
         if not self._splits:
             return "no split"
-        options = {}
         for size in sorted({size for split in self._splits for size in split}):
-            options[size] = fitting(self._searches[size].screen(advance))
-        splits = [split for split in self._splits if all(options[size] for size in split)]
+            self._options[size] = fitting(self._searches[size].screen(advance))
+        return self.best(engine)
+
+    def best(self, engine: EngineName | None, most: int = _MOST_TRIED) -> TwoPools | NoPools:
+        """The best of those screened that an engine runs, or why there are none.
+
+        Args:
+            most: pairs that are simulated.
+        """
+        splits = [split for split in self._splits if all(self._options.get(size) for size in split)]
         if not splits:
             return "too large"
-        pairs = [
-            pair
-            for split in splits
-            for pair in self._pairs(split, *(options[size] for size in split))
-        ]
-        return self._best_simulated(sorted(pairs, key=lambda pair: -pair.tps))
+        if engine is not None:
+            splits = [split for split in splits if all(self._of_roles(split, engine))]
+            if not splits:
+                return "not run"
+        pairs = [pair for split in splits for pair in self._pairs(split, engine)]
+        return self._best_simulated(sorted(pairs, key=lambda pair: -pair.tps), most)
 
-    def _best_simulated(self, pairs: Sequence[_Pair]) -> TwoPools | NoPools:
+    def _of_roles(
+        self, sizes: tuple[int, int], engine: EngineName | None
+    ) -> list[list[ScreenedCandidate]]:
+        """What pools of these sizes may run for prefill, and for decode."""
+        options = [self._options[size] for size in sizes]
+        if engine is None:
+            return options
+        runs, model = ENGINES[engine].runs, self._request.model
+        roles: tuple[PoolRole, PoolRole] = "prefill", "decode"
+        return [
+            [each for each in some if runs(each.candidate, model, role)]
+            for some, role in zip(options, roles, strict=True)
+        ]
+
+    def _best_simulated(self, pairs: Sequence[_Pair], most: int) -> TwoPools | NoPools:
         """The first that keeps the limits when it is simulated too."""
         too_slow: set[tuple[object, int]] = set()
         num_tried = 0
         why: NoPools = "over limits"
         for pair in pairs:
             decoding = pair.decode.candidate, pair.decode.num_seqs
-            if decoding in too_slow or num_tried == _MOST_TRIED:
+            if decoding in too_slow or num_tried == most:
                 continue
             num_tried += 1
-            served = simulate_pools(pair.prefill, pair.decode, self._request)
+            key = pair.prefill.candidate, *decoding
+            if key not in self._simulated:
+                self._simulated[key] = simulate_pools(pair.prefill, pair.decode, self._request)
+            served = self._simulated[key]
             if served is None:
                 why = "not simulated"
             elif served.best(self._request.goals) is not None:
@@ -158,19 +190,18 @@ class TwoPoolSearch:
         )
         return transfers.seconds(self._request.workload.prompt_len)
 
-    def _pairs(
-        self,
-        sizes: tuple[int, int],
-        prefill: Sequence[ScreenedCandidate],
-        decode: Sequence[ScreenedCandidate],
-    ) -> Iterator[_Pair]:
-        """Pairs of each pool's best candidates that keep the limits."""
-        goals = self._request.goals
+    def _pairs(self, sizes: tuple[int, int], engine: EngineName | None) -> Iterator[_Pair]:
+        """Pairs of each pool's best candidates that keep the limits, and that an engine runs."""
+        goals, model = self._request.goals, self._request.model
+        prefill, decode = self._of_roles(sizes, engine)
+        known = None if engine is None else ENGINES[engine]
         fast = sorted(prefill, key=lambda each: -each.steps.prefill_tps[LIKELY])[:_NUM_PREFILL]
         if goals.max_ttft_s is not None:
             fast += sorted(prefill, key=lambda each: each.steps.prefill_s[LIKELY])[:_NUM_PREFILL]
         good = sorted(decode, key=lambda each: -_decode_tps(each, goals))[:_NUM_DECODE]
         for first, second in product(fast, good):
+            if known is not None and not known.joins(first.candidate, second.candidate, model):
+                continue
             whole = replace(first, place=len(first.steps.num_seqs) - 1)
             moved_s = self._transfer_s(first.candidate.layout, second.candidate.layout)
             served = two_pools(first.steps, second.steps, moved_s, self._request.workload)

@@ -41,7 +41,7 @@ def _is_moment(text: str) -> bool:
 
 
 _Moment = Annotated[str, Valid(_is_moment, "a date and time in ISO 8601")]
-NoPools = Literal["no split", "too large", "over limits", "not simulated"]
+NoPools = Literal["no split", "too large", "over limits", "not simulated", "not run"]
 
 
 @dataclass(frozen=True)
