@@ -15,6 +15,7 @@ from expertlane.spec.dispatch import DISPATCH_FORMS, DeepEPKernels
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName, Phase
+from expertlane.version import __version__
 
 _PHASES: dict[PoolRole, tuple[Phase, ...]] = {
     "both": (Phase.PREFILL, Phase.DECODE),
@@ -97,6 +98,25 @@ class PairRow:
     rules_out: Callable[[Pool, Pool], bool]
 
 
+_NO_POOLS = PairRow("has no disaggregated pools", "expertlane/engine", lambda *_: True)
+
+
+@dataclass(frozen=True)
+class Router:
+    """What spreads requests over an engine's servers.
+
+    Attributes:
+        package: of the Python package index.
+        words: that begin its command.
+        pools: the option for disaggregated pools.
+    """
+
+    package: str
+    version: str
+    words: tuple[str, ...]
+    pools: str
+
+
 @dataclass(frozen=True)
 class Engine:
     """An engine, and what it cannot run.
@@ -104,18 +124,20 @@ class Engine:
     Attributes:
         title: as its makers write it.
         version: whose source, or documentation, the rows are from.
-        router: the package that spreads requests over servers; empty where it has none.
         is_checked: whether its argument parser took the options that commands have.
+        router: None where it has none for servers that are alike.
         pairs: None where it has no disaggregated pools.
+        has_replicas: whether one server holds all replicas.
     """
 
     name: EngineName
     title: str
     version: str
-    router: str
     is_checked: bool
     rows: tuple[Row, ...]
     pairs: tuple[PairRow, ...] | None = ()
+    router: Router | None = None
+    has_replicas: bool = False
 
     def broken(
         self, candidate: Candidate, model: ModelConfig, role: PoolRole = "both"
@@ -130,15 +152,19 @@ class Engine:
             return False
         return self.broken(candidate, model, role) is None
 
+    def broken_by_pools(
+        self, prefill: Candidate, decode: Candidate, model: ModelConfig
+    ) -> Row | PairRow | None:
+        """The first row that rules disaggregated pools out; None where the engine runs both."""
+        if self.pairs is None:
+            return _NO_POOLS
+        first, second = Pool(prefill, model, "prefill"), Pool(decode, model, "decode")
+        of_pair = (row for row in self.pairs if row.rules_out(first, second))
+        return self.broken(*first) or self.broken(*second) or next(of_pair, None)
+
     def joins(self, prefill: Candidate, decode: Candidate, model: ModelConfig) -> bool:
         """Whether the engine runs both as disaggregated pools, side by side."""
-        first, second = Pool(prefill, model, "prefill"), Pool(decode, model, "decode")
-        return (
-            self.pairs is not None
-            and self.runs(*first)
-            and self.runs(*second)
-            and not any(row.rules_out(first, second) for row in self.pairs)
-        )
+        return self.broken_by_pools(prefill, decode, model) is None
 
 
 _DEEPEP = (
@@ -170,7 +196,6 @@ VLLM = Engine(
     "vllm",
     "vLLM",
     "0.33.0",
-    "vllm-router 0.1.17",
     True,
     (
         Row(
@@ -249,13 +274,13 @@ VLLM = Engine(
             ),
         ),
     ),
+    Router("vllm-router", "0.1.17", ("vllm-router",), "--vllm-pd-disaggregation"),
 )
 
 SGLANG = Engine(
     "sglang",
     "SGLang",
     "0.5.23",
-    "sglang-router 0.3.2",
     True,
     (
         Row(
@@ -314,13 +339,18 @@ SGLANG = Engine(
             lambda prefill, decode: prefill.layout.dcp not in (1, decode.layout.dcp),
         ),
     ),
+    Router(
+        "sglang-router",
+        "0.3.2",
+        ("python", "-m", "sglang_router.launch_router"),
+        "--pd-disaggregation",
+    ),
 )
 
 TRTLLM = Engine(
     "trtllm",
     "TensorRT-LLM",
     "1.2",
-    "",
     False,
     (
         Row(
@@ -368,8 +398,7 @@ TRTLLM = Engine(
 EXPERTLANE = Engine(
     "expertlane",
     "expertlane",
-    "this one",
-    "",
+    __version__,
     True,
     (
         Row(
@@ -384,6 +413,7 @@ EXPERTLANE = Engine(
         ),
     ),
     None,
+    has_replicas=True,
 )
 
 ENGINES: dict[EngineName, Engine] = {each.name: each for each in (VLLM, SGLANG, TRTLLM, EXPERTLANE)}
