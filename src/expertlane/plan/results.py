@@ -13,8 +13,8 @@ from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE, RANK_STEP_TOKENS
-from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.by_engine import EngineChoice, of_each_engine
+from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.commands import ServedPool, ServeTarget, engine_commands, longest_request
 from expertlane.plan.engines import Pool
 from expertlane.plan.experiment_text import experiment_text, sizes_of
