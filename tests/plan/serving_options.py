@@ -1,8 +1,8 @@
 """The options of engines' and routers' argument parsers, as recorded in serving_options.json.
 
-Each is read off its parser, which is run: no GPU is needed. The packages are unpacked (`pip download
-vllm --no-deps`, a zip archive) into folders on PYTHONPATH, with what they import installed. To record
-them anew, and to let the same parsers take the commands in results of `expertlane plan`:
+Each is read off its parser, which is run; no GPU is needed. The packages are unpacked (`pip
+download vllm --no-deps`, a zip archive) into folders on PYTHONPATH, with what they import
+installed. To record them anew, and to let the same parsers take the commands of plans:
 
     python -P tests/plan/serving_options.py record vllm sglang vllm-router sglang-router
     python -P tests/plan/serving_options.py take vllm results/*/results.json

@@ -21,7 +21,6 @@ from expertlane.report.numbers import (
 )
 from expertlane.report.planning import (
     against,
-    engine_best_named,
     engines_of,
     faster_pools,
     fastest,
@@ -279,16 +278,16 @@ def _engines(results: Results) -> str:
     places = {named(each): f"#{place}" for place, each in enumerate(of_role(results, BEST), 1)}
     by_best: dict[str, list[str]] = {}
     for each in engines:
-        if not each.why:
-            best = "what was chosen" if faster_pools(results) else "#1"
-        elif (record := each.best) is None:
-            best = "nothing that meets the limits"
-        else:
-            name = engine_best_named(each)
-            best = f"{places.get(name, name)} ({tie_or_gap(record) or 'tie'})"
+        best = "none meets the limits"
+        if (record := each.best) is not None:
+            where = record.name if each.pools else places.get(named(record))
+            if not each.why:
+                where = "these pools" if faster_pools(results) else "#1"
+            tps = compact(serving(record).output_tps)
+            best = f"{tps} ({where or record.known_layout})"
         by_best.setdefault(best, []).append(each.title)
-    said = [f"{_listed(titles)}: {best}" for best, titles in by_best.items()]
-    return f"By engine: {'; '.join(said)}."
+    said = [f"{_listed(titles)} {best}" for best, titles in by_best.items()]
+    return f"Tokens/s by engine: {'; '.join(said)}."
 
 
 def _listed(names: Sequence[str]) -> str:
