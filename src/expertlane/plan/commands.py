@@ -236,11 +236,12 @@ def _router(engine: Engine, started: Sequence[_Asked]) -> ServeCommand:
         for asked in started
     }
     if engine.name == "trtllm" and "decode" in urls:
-        servers = {
-            name: {"num_instances": len(urls[of]), "urls": urls[of]}
-            for name, of in (("context_servers", "prefill"), ("generation_servers", "decode"))
+        config = {
+            "hostname": "0.0.0.0",
+            "port": _ROUTER_PORT,
+            "context_servers": _instances(urls["prefill"]),
+            "generation_servers": _instances(urls["decode"]),
         }
-        config = {"hostname": "0.0.0.0", "port": _ROUTER_PORT, **servers}
         line = f"{_written(config, 'disagg.yaml')} && trtllm-serve disaggregated -c disagg.yaml"
         return ServeCommand(engine.title, (line,), "", role)
     if engine.router is None:
@@ -259,6 +260,10 @@ def _router(engine: Engine, started: Sequence[_Asked]) -> ServeCommand:
     words += ["--host", "0.0.0.0", "--port", str(_ROUTER_PORT)]
     note, version = f"pip install {engine.router.package}", engine.router.version
     return ServeCommand(engine.title, (shlex.join(words),), note, role, checked=version)
+
+
+def _instances(urls: Sequence[str]) -> dict[str, object]:
+    return {"num_instances": len(urls), "urls": urls}
 
 
 def _vllm(asked: _Asked) -> _Draft:
@@ -450,7 +455,7 @@ def _trtllm(asked: _Asked) -> _Draft:
     return draft
 
 
-def _written(config: dict[str, object], file: str) -> str:
+def _written(config: Mapping[str, object], file: str) -> str:
     """A command that writes a configuration; JSON is YAML too."""
     return f"echo {shlex.quote(strict_json(config))} > {file}"
 

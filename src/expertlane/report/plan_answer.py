@@ -77,7 +77,7 @@ def answer(results: Results) -> Answer:
     cost = cost_of(results, Served(best, serving(best)))
     sure = " ".join((*how_ranked(results), *how_sure(results), *cautions(results)))
     chosen = [f"Aggregated: {tie}."] if faster_pools(results) and (tie := _tie(results)) else []
-    engines = [said] if (said := _engines(results)) else []
+    engines = [by_engine] if (by_engine := _engines(results)) else []
     cost_of_first = [f"Cost of #1: {cost}."] if cost else []
     around = [*chosen, *engines, _two_pools(results), sure, *cost_of_first]
     after = Figure("", _next(results))
@@ -130,7 +130,7 @@ def verdict(results: Results) -> Section:
         "more disaggregated."
     )
     tie = [f"Aggregated: {said}."] if faster_pools(results) and (said := _tie(results)) else []
-    engines = [said] if (said := _engines(results)) else []
+    engines = [by_engine] if (by_engine := _engines(results)) else []
     asked = (_setting(results), headline(results), *tie, *engines, _two_pools(results), tried)
     sure = *how_ranked(results), *how_sure(results), *cautions(results)
     return Section("Verdict", (*asked, *sure), "top")
