@@ -13,7 +13,14 @@ from expertlane.results.record import (
     DeploymentRecord,
     PoolRecord,
 )
-from expertlane.results.results import Assumption, PlanSummary, Results, ServeCommand, Versions
+from expertlane.results.results import (
+    Assumption,
+    EngineBest,
+    PlanSummary,
+    Results,
+    ServeCommand,
+    Versions,
+)
 from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -88,7 +95,22 @@ PLAN = Results(
             num_over_limits=2,
             num_pool_candidates=50,
             no_two_pools="over limits",
-            commands=(ServeCommand("vLLM", "vllm serve x", ""),),
+            engines=(
+                EngineBest(
+                    "vllm",
+                    "vLLM",
+                    "1",
+                    planned(NEAR, 20_000, BEST, in_full=False),
+                    commands=(ServeCommand("vLLM", ("vllm serve x",), ""),),
+                ),
+                EngineBest(
+                    "expertlane",
+                    "expertlane",
+                    "1",
+                    planned(NEAR, 20_000, BEST, in_full=False),
+                    commands=(ServeCommand("expertlane", ("expertlane serve x",), ""),),
+                ),
+            ),
             experiment="results/plan/experiment.toml",
         ),
     ),

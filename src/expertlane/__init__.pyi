@@ -128,6 +128,7 @@ def plan(
     model: Text,
     *,
     cluster: Text = 'h100x16',
+    engine: Literal['vllm', 'sglang', 'trtllm', 'expertlane'] | None = None,
     copies: Literal['nearest', 'balanced'] = 'nearest',
     batch: Text | None = None,
     prompt_len: Text | None = None,
@@ -149,15 +150,17 @@ def plan(
 
     Tries every layout × replicas × dispatch form of each phase × overlap × micro-batches ×
     redundant experts, aggregated and disaggregated (prefill and decode apart); with --mtp each
-    with drafts and without. Projects each with a cost model calibrated on public measurements.
-    Needs no GPU, loads no weights. Gives each deployment's gap to #1. Writes the winner as an
-    experiment for expertlane compare, and as command lines of vLLM, SGLang and TensorRT-LLM.
+    with drafts and without; with --engine only what that engine runs. Projects each with a cost
+    model calibrated on public measurements. Needs no GPU, loads no weights. Gives each deployment's
+    gap to #1. Writes the winner as an experiment for expertlane compare, and the best of each
+    engine as the commands that start it on all nodes: vLLM, SGLang, TensorRT-LLM, expertlane.
 
     Args:
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
             paper-tiny, paper-small, paper.
         cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
             h100, h200, or a TOML file of expertlane calibrate).
+        engine: Only what this engine runs: vLLM, SGLang, TensorRT-LLM or expertlane.
         copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
             else on the own node, else any; balanced: the tokens of each step are distributed to
             even out ranks' loads, where that saves time.

@@ -83,8 +83,17 @@ def test_a_checkpoint_needs_only_its_configuration(run, here):
     checkpoint(here / "mine")
     code, _, err = run("plan", "./mine", "--cluster", "h100x2", *WORKLOAD, "--out", "there")
     assert code == 0, err
-    commands = json.loads((here / "there" / "results.json").read_text())["plans"][0]["commands"]
-    assert all(str(here / "mine") in each["command"] for each in commands)
+    (plan,) = json.loads((here / "there" / "results.json").read_text())["plans"]
+    assert [each["engine"] for each in plan["engines"]] == [
+        "vllm",
+        "sglang",
+        "trtllm",
+        "expertlane",
+    ]
+    commands = [each for engine in plan["engines"] for each in engine["commands"]]
+    servers = [line for each in commands if each["role"] != "router" for line in each["lines"]]
+    assert servers
+    assert all(str(here / "mine") in line for line in servers)
     written = tomllib.loads((here / "there" / "experiment.toml").read_text())
     assert written["model"] == {"checkpoint": str(here / "mine")}
 
@@ -150,6 +159,8 @@ def test_a_trace_says_which_experts_tokens_choose(run, here):
             "--slo ttft.p95 tpot.mean ttft.mean",
         ),
         (("paper-tiny", "--price", "0"), "--price 0.0 0"),
+        (("paper-tiny", "--engine", "vlm"), "vlm vllm sglang trtllm expertlane"),
+        (("paper-tiny", "--engine", "vllm", "--copies", "balanced"), "--copies balanced vllm"),
         (("paper-tiny", "--prompt-len", "x"), "--prompt-len x"),
         (("paper-tiny", "--prompt-len", "0"), "--prompt-len 0"),
         (("paper-tiny", "--prompt-len", "8:16"), "--prompt-len 8:16"),
@@ -195,6 +206,28 @@ def test_a_limit_that_nothing_keeps_names_the_nearest(run, here):
     assert tells(err, "h100x2 nearest")
     assert tells(err, "2 TPOT 0.0001")
     assert not (here / "results").exists()
+
+
+def test_an_engine_is_the_only_one(run, here):
+    code, out, err = run(*TINY, *WORKLOAD, "--engine", "trtllm", "--full")
+    assert code == 0, err
+    assert "| TensorRT-LLM 1.2 |" in flat(out)
+    assert "trtllm-serve MODEL" in flat(out)
+    assert "vllm" not in out
+    (plan,) = json.loads((here / "results/plan-paper-tiny-h100x2/results.json").read_text())[
+        "plans"
+    ]
+    assert plan["engine"] == "trtllm"
+    (engine,) = plan["engines"]
+    assert engine["why"] == ""
+
+
+def test_what_an_engine_lacks_is_one_line(run, here):
+    drafts = ("--mtp", "2", "--mtp-acceptance", "0.8")
+    code, out, err = run(*TINY, *WORKLOAD, "--engine", "expertlane", *drafts)
+    assert (code, out) == (2, "")
+    assert tells(err, "--mtp expertlane drafts")
+    assert len(err.splitlines()) == 1
 
 
 def test_a_preset_is_in_a_type_that_the_devices_have():

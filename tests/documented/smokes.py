@@ -170,7 +170,7 @@ SMOKES: Mapping[str, Smoke] = {
     "tests/engine/harm.py": Smoke("runs.jsonl --to 1", r"1 runs, 0 failed"),
     "tests/faults/runs.py": Smoke("runs.jsonl --to 1", r"\| moment \| cases \| wrong"),
     "tests/golden/golden.py": Smoke("check balance", r"balance: "),
-    "tests/plan/serving_options.py": Smoke("vllm", r"", _no_vllm),
+    "tests/plan/serving_options.py": Smoke("take vllm", r"takes 0 commands", _no_vllm),
     "tests/server/journal_kills.py": Smoke("--kills 1 --part 1 --out kills.jsonl", r"none lost"),
     "tests/server/soak.py": Smoke("--requests 4 --layouts dp=2,ep=2", r"4 of 4 requests"),
 }

@@ -114,7 +114,7 @@ def test_prompts_hold_up_data_parallel_ranks():
     ratios = {}
     for name in ("dp=8; plain", "replicas=2,tp=4; plain", "pp=2,tp=4; plain"):
         option = replace(of_layout[name], place=len(of_layout[name].steps.num_seqs) - 1)
-        served = simulate(option, search.request)
+        served = simulate(option, request=search.request)
         assert served.num_seqs[0] == option.num_seqs == 64
         assert (np.diff(served.tps[:, 0]) >= 0).all()
         ratios[name] = served.tps[1, 0] / option.tps
@@ -129,7 +129,7 @@ def test_a_plan_ranks_by_what_was_simulated():
     assert 0 < len(found.finalists) <= found.num_simulated
     tps = [each.tps for each in found.finalists]
     assert tps == sorted(tps, reverse=True)
-    again = simulate(found.finalists[0].option, search.request)
+    again = simulate(found.finalists[0].option, request=search.request)
     assert again.tps[1, 0] == found.finalists[0].tps  # the same seed
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from cli.screen import in_order, tells
 from example_plan import PLAN, planned
 from example_projection import step
-from expertlane.report import terminal
+from expertlane.report import planning, terminal
 from expertlane.report.document import Figure
 from expertlane.report.plan_answer import answer, headline, how_sure, verdict
 from expertlane.report.planning import named
@@ -27,7 +27,7 @@ from expertlane.results.record import (
     DeploymentRecord,
     StepsRecord,
 )
-from expertlane.results.results import Results
+from expertlane.results.results import EngineBest, Results, ServeCommand
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
@@ -127,14 +127,55 @@ def last_lines(results: Results) -> tuple[str, ...]:
     return after.lines
 
 
-def test_no_command_of_an_aggregated_plan_where_disaggregated_wins():
+def test_where_the_commands_are():
     best = planned(FIRST, 20_000, BEST)
-    assert last_lines(plan(best))[-1] == "vllm serve x"
-    command, why = last_lines(plan(best, *pools(1.1, 1.2, 1.3)))
-    assert command.endswith("expertlane compare results/plan/experiment.toml")
+    assert last_lines(plan(best))[-1] == "Commands of vLLM and expertlane: --full"
+    _, why, _ = last_lines(plan(best, *pools(1.1, 1.2, 1.3)))
     assert tells(why, "aggregated compare no disaggregated")
-    copies = plan(planned(Layout(replicas=2, tp=8), 20_000, BEST))
-    assert tells(last_lines(copies)[-1], "2 replicas vllm serve x")
+
+
+def engine(name: str, title: str, best: DeploymentRecord | None, why: str = "", **more):
+    started = (ServeCommand(title, (f"{name} x", f"{name} y"), "mind"),)
+    return EngineBest(name, title, "1", best, why=why, source="a file", commands=started, **more)
+
+
+def test_the_best_of_each_engine_is_said_where_they_differ():
+    best, second = planned(FIRST, 20_000, BEST), behind(SECOND, 0.86, 0.9, 0.95)
+    third = planned(Layout(tp=4, pp=4), 15_000, BEST)
+    same = (engine("vllm", "vLLM", best), engine("sglang", "SGLang", best))
+    assert "engine" not in said(plan(best, second, engines=same))
+    assert "engine" not in verdict(plan(best, second, engines=same)).heading
+    differ = (
+        *same,
+        engine("trtllm", "TensorRT-LLM", second, "has no dp"),
+        engine("expertlane", "expertlane", None, "has none"),
+    )
+    found = plan(best, second, engines=differ)
+    assert (
+        "Tokens/s by engine: vLLM and SGLang 20.0k (#1); TensorRT-LLM 18.0k (#2); expertlane none "
+        "meets the limits."
+    ) in said(found)
+    other = plan(best, second, engines=(engine("vllm", "vLLM", third, "has no dp"),))
+    assert "vLLM 15.0k (pp=4,tp=4)" in said(other)
+    page = "\n".join(map(str, planning.plan(found)))
+    for words in ("Best of each engine", "has no dp", "a file", "trtllm x", "trtllm y", "(mind)"):
+        assert words in page
+    alone = plan(best, engines=differ[2:3], engine="trtllm")
+    assert "| TensorRT-LLM 1 |" in answer(alone).setting
+    assert "by engine" not in said(alone)
+
+
+def test_pools_that_an_engine_runs_are_named():
+    best, both = planned(FIRST, 20_000, BEST), pools(1.1, 1.2, 1.3)
+    engines = (
+        engine("vllm", "vLLM", best, pools=both),
+        engine("sglang", "SGLang", best, "has other stages", pools=both),
+        engine("expertlane", "expertlane", best, "has no pools"),
+    )
+    name = both[0].name
+    assert said(plan(best, *both, engines=engines)).count(
+        f"vLLM 24.0k (these pools); SGLang 24.0k ({name}); expertlane 20.0k (#1)"
+    )
 
 
 def test_a_plan_for_cpus_is_per_rank_and_no_other_system_serves_it():
@@ -147,7 +188,7 @@ def test_a_plan_for_cpus_is_per_rank_and_no_other_system_serves_it():
     headings = [each.heading for each in answer(cpus).parts[0].columns]
     assert "/rank" in headings
     assert "/GPU" not in headings
-    assert not any("vllm" in line for line in last_lines(cpus))
+    assert last_lines(cpus)[-1] == "Commands of expertlane: --full"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+import typer
+
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import PlannedLoad
@@ -14,8 +16,10 @@ from expertlane.cli.modelled import DraftOptions, ProjectionOptions, cluster_opt
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import ModelArgument, copies_option
 from expertlane.cli.output_options import OutputOptions
+from expertlane.errors import UserError
 from expertlane.spec.deployment import CopyMethod, PayloadType
 from expertlane.spec.files import write_text
+from expertlane.spec.names import EngineName
 
 if TYPE_CHECKING:
     from expertlane.plan.commands import ServeTarget
@@ -30,7 +34,19 @@ class _Options:
     panel: ClassVar = Panel.DEPLOYMENT
     model: ModelArgument
     cluster: str = cluster_option("h100x16")
+    engine: EngineName | None = typer.Option(
+        None,
+        show_default="any deployment, and the best of each engine",
+        help="Only what this engine runs: vLLM, SGLang, TensorRT-LLM or expertlane.",
+    )
     copies: CopyMethod = copies_option()
+
+    def __post_init__(self) -> None:
+        if self.copies != "nearest" and self.engine not in (None, "expertlane"):
+            raise UserError(
+                f"--copies {self.copies} is of expertlane alone; leave it out with --engine "
+                f"{self.engine}"
+            )
 
 
 @takes_groups
@@ -45,9 +61,10 @@ def plan(
 
     Tries every layout × replicas × dispatch form of each phase × overlap × micro-batches ×
     redundant experts, aggregated and disaggregated (prefill and decode apart); with --mtp each
-    with drafts and without. Projects each with a cost model calibrated on public measurements.
-    Needs no GPU, loads no weights. Gives each deployment's gap to #1. Writes the winner as an
-    experiment for expertlane compare, and as command lines of vLLM, SGLang and TensorRT-LLM.
+    with drafts and without; with --engine only what that engine runs. Projects each with a cost
+    model calibrated on public measurements. Needs no GPU, loads no weights. Gives each deployment's
+    gap to #1. Writes the winner as an experiment for expertlane compare, and the best of each
+    engine as the commands that start it on all nodes: vLLM, SGLang, TensorRT-LLM, expertlane.
 
     \b
     Examples:
@@ -58,6 +75,8 @@ def plan(
           the most tokens/s with a mean TPOT of at most 50 ms
       expertlane plan org/model --dtype float8 --routing-trace routing.npz
           with the routing of your own traffic
+      expertlane plan org/model --cluster h200x16 --engine sglang
+          what SGLang can run, and the commands that start it
       expertlane plan mine --cluster machine.tomlx2
           on a machine that expertlane calibrate measured
       expertlane plan paper --json | jq '.deployments[0].layout'
@@ -85,6 +104,8 @@ def run(
     from expertlane.results.cost import with_costs
 
     multi_token = drafts.multi_token()
+    if multi_token.num_drafts and own.engine == "expertlane":
+        raise UserError("--mtp: expertlane has no drafts; leave it out with --engine expertlane")
     found = find_model(own.model, weights=False)
     devices = served_cluster(own.cluster, projection.framework)
     workload, goals = load.workload(found.config), Goals.of(load.slos)
@@ -105,7 +126,7 @@ def run(
     folder = call.folder(name)
     experiment = None if folder is None else folder / _EXPERIMENT
     cautions = *found.cautions(types), *stand_ins(devices.profile, types)
-    request = PlanRequest(found.config, devices, workload, goals, setting)
+    request = PlanRequest(found.config, devices, workload, goals, setting, own.engine)
     with output.progress_on_stderr() as progress:
         plan = make_plan(request, routing, progress, cautions)
     results = plan.results(

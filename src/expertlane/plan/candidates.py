@@ -22,6 +22,7 @@ from expertlane.spec.deployment import (
 from expertlane.spec.dispatch import DispatchForm, dispatch_forms
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import EngineName
 from expertlane.spec.ranges import RANGES
 from expertlane.spec.slo import SLO
 from expertlane.spec.workload import Workload
@@ -95,6 +96,7 @@ class PlanRequest:
 
     Attributes:
         workload: in steady state, `num_sequences` at once where they fit; no prompt is read.
+        engine: that must be able to run it; None for all that the cluster model has.
     """
 
     model: ModelConfig
@@ -102,6 +104,7 @@ class PlanRequest:
     workload: Workload
     goals: Goals
     setting: Setting
+    engine: EngineName | None = None
 
 
 class Candidate(NamedTuple):
@@ -171,7 +174,7 @@ def candidates_of(
     """
     for form in _forms(layout, ranks_per_node):
         for num_redundant in _redundancies(layout, model):
-            for num_micro_batches, schedule in _PIPELINES if layout.pp > 1 else _PIPELINES[:1]:
+            for num_micro_batches, schedule in _pipelines(layout.pp):
                 for overlap in (False, True) if layout.stage_size > 1 else (False,):
                     options = _options(
                         overlap,
@@ -199,6 +202,15 @@ def candidates_like(layout: Layout, options: Options, ranks_per_node: int) -> li
         for form in forms
         for overlap in overlaps
     ]
+
+
+@cache
+def _pipelines(pp: int) -> tuple[tuple[int, MicroBatchSchedule], ...]:
+    """The usual ones, and as many steps in flight as stages, which is what engines run."""
+    if pp == 1:
+        return _PIPELINES[:1]
+    of_stages: tuple[int, MicroBatchSchedule] = (pp, "rotating")
+    return _PIPELINES if of_stages in _PIPELINES else (*_PIPELINES, of_stages)
 
 
 @cache

@@ -6,14 +6,17 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from expertlane.cost.laws.execution import Execution, kernels_of
+from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE, MultiToken
 from expertlane.cost.records import cluster_record, conditions_of
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
-from expertlane.memory import FREE_SHARE
+from expertlane.memory import FREE_SHARE, RANK_STEP_TOKENS
+from expertlane.plan.by_engine import EngineChoice, of_each_engine
 from expertlane.plan.candidates import Candidate, PlanRequest
-from expertlane.plan.commands import ServedPool, ServeTarget, serve_commands
+from expertlane.plan.commands import ServedPool, ServeTarget, engine_commands, longest_request
+from expertlane.plan.engines import Pool
 from expertlane.plan.experiment_text import experiment_text, sizes_of
 from expertlane.plan.explanation import best_of_families, gap_to, pareto
 from expertlane.plan.screen import ScreenedCandidate, fitting
@@ -35,7 +38,7 @@ from expertlane.results.record import (
     DeploymentRecord,
     PoolRole,
 )
-from expertlane.results.results import Assumption, NoPools, PlanSummary, Results
+from expertlane.results.results import Assumption, EngineBest, NoPools, PlanSummary, Results
 from expertlane.results.serving_record import ServingRecord
 
 _NUM_BEST = 8
@@ -54,6 +57,7 @@ class Plan:
         ranking: of what it found in full, and of the best of other families.
         pools: the best disaggregated pools, or why there are none.
         num_pool_candidates: disaggregated deployments tried.
+        engines: the best of each engine, or of the one that was asked for.
     """
 
     request: PlanRequest
@@ -64,6 +68,7 @@ class Plan:
     ranking: Ranking
     pools: TwoPools | NoPools
     num_pool_candidates: int
+    engines: Sequence[EngineChoice]
 
     @property
     def best(self) -> Candidate:
@@ -79,7 +84,6 @@ class Plan:
         """
         found, request = self.found, self.request
         workload, types = request.workload, request.setting.types
-        commands = serve_commands(self._served(), loaded, types, workload.max_len + 1)
         summary = PlanSummary(
             top_k=request.model.num_experts_per_tok,
             num_candidates=found.num_candidates,
@@ -95,7 +99,8 @@ class Plan:
             fastest=self._fastest(),
             pools_over_fastest=self._pools_over_fastest(),
             no_two_pools=None if isinstance(self.pools, TwoPools) else self.pools,
-            commands=tuple(commands),
+            engine=request.engine,
+            engines=tuple(self._engine(each, loaded) for each in self.engines),
             experiment=experiment,
         )
         asked = {"model": request.model, "workload": sizes_of(workload)}
@@ -107,7 +112,7 @@ class Plan:
                 *self._best(),
                 *self._families(),
                 *pareto_records(found.options, _NUM_PARETO, self._conditions),
-                *self._two(),
+                *([] if isinstance(self.pools, str) else self._two(self.pools)),
             ],
             cluster=cluster_record(request.cluster, types),
             assumptions=_assumptions(request, self.routing),
@@ -115,14 +120,51 @@ class Plan:
             plans=(summary,),
         )
 
-    def _served(self) -> list[ServedPool]:
-        """#1 of one pool, and the disaggregated pools."""
-        pools: list[tuple[Candidate, PoolRole]] = [(self.best, "both")]
-        if isinstance(self.pools, TwoPools):
-            pools.append((self.pools.prefill.candidate, "prefill"))
-            pools.append((self.pools.decode.candidate, "decode"))
-        num_hosts = self.request.cluster.profile.num_hosts
-        return [ServedPool(each, num_hosts(each.layout.replica_size), role) for each, role in pools]
+    def _engine(self, choice: EngineChoice, loaded: ServeTarget) -> EngineBest:
+        """The best of an engine, and how to start the better of its server and its pools."""
+        engine, request = choice.engine, self.request
+        aggregated = pools = None
+        started: list[tuple[ScreenedCandidate, PoolRole]] = []
+        if (server := choice.aggregated) is not None:
+            record = candidate_record(server.finalist, 0, BEST, self._conditions)
+            aggregated = self._ranked(record, server)
+            started = [(server.finalist, "both")]
+        if choice.pools is not None:
+            tps = self._pools_tps(choice.pools)
+            if server is None or tps.over(server.tps).bounds[0] > 1:
+                pools = self._two(choice.pools)
+                started = [(choice.pools.prefill, "prefill"), (choice.pools.decode, "decode")]
+        commands = engine_commands(
+            engine,
+            [self._served(option, role) for option, role in started],
+            loaded,
+            request.setting.types,
+            longest_request(request.workload, request.model),
+        )
+        row = choice.broken
+        return EngineBest(
+            engine.name,
+            engine.title,
+            engine.version,
+            aggregated,
+            tuple(pools or ()),
+            "" if row is None else row.says,
+            "" if row is None else row.source,
+            tuple(commands),
+        )
+
+    def _served(self, option: ScreenedCandidate, role: PoolRole) -> ServedPool:
+        """A pool as it is started."""
+        profile = self.request.cluster.profile
+        tokens = self.request.setting.step_tokens or RANK_STEP_TOKENS
+        if profile.framework:
+            tokens = find_framework(profile.framework).max_num_batched_tokens
+        return ServedPool(
+            Pool(option.candidate, self.request.model, role),
+            option.num_seqs,
+            tokens,
+            profile.devices_per_host or profile.ranks_per_node,
+        )
 
     def experiment(self, name: str, checkpoint: str | None, comment: str) -> str:
         """#1 of one pool, and the best without EP that it is to be held against, as TOML.
@@ -192,11 +234,8 @@ class Plan:
     def _pools_tps(self, found: TwoPools) -> Uncertain:
         return pools_tps(found, self.request.workload)
 
-    def _two(self) -> list[DeploymentRecord]:
-        """The disaggregated best: both pools together, and each by itself."""
-        found = self.pools
-        if not isinstance(found, TwoPools):
-            return []
+    def _two(self, found: TwoPools) -> list[DeploymentRecord]:
+        """Disaggregated pools: both together, and each by itself."""
         prefill = self._in_full(found.prefill, PREFILL_POOL)
         decode = self._in_full(found.decode, DECODE_POOL)
         serving = serving_at(found.served, 0)
@@ -238,7 +277,10 @@ def make_plan(
     pools = of_pools.run(progress.advance)
     progress.done()
     num_of_pools = of_pools.num_candidates
-    return Plan(request, routing, cautions, search, found, ranking, pools, num_of_pools)
+    progress.task("best of each engine", 1)
+    engines = of_each_engine(search, screened, ranking, pools, of_pools)
+    progress.done()
+    return Plan(request, routing, cautions, search, found, ranking, pools, num_of_pools, engines)
 
 
 def pareto_records(

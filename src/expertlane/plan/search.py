@@ -19,6 +19,7 @@ from expertlane.plan.candidates import (
     check_plan_size,
     valid_layouts,
 )
+from expertlane.plan.engines import ENGINES, by_library, runs_in_any_role
 from expertlane.plan.phases import with_fastest_prefill
 from expertlane.plan.project import Projector, Setting, StepSize
 from expertlane.plan.screen import Known, Screen, Screened, ScreenedCandidate, fitting
@@ -123,7 +124,10 @@ class Search:
 
     @cached_property
     def candidates(self) -> list[Candidate]:
-        """All candidates that use every device."""
+        """All candidates that use every device; of an engine, those that it runs in any role.
+
+        A form that it does not decode with may be the one of its prompts.
+        """
         per_node = self.request.cluster.profile.ranks_per_node
         return [
             candidate
@@ -136,6 +140,7 @@ class Search:
                 self.request.setting.multi_token.num_drafts,
                 self.request.setting.copies,
             )
+            if runs_in_any_role(self.request.engine, candidate, self.request.model)
         ]
 
     def screen(
@@ -164,15 +169,32 @@ class Search:
         return Screen(self.request, self.known).run(candidates, advance)
 
     def options(self, screened: Sequence[Screened]) -> list[ScreenedCandidate]:
-        """Those that fit, and further ones with prefill of their own.
+        """Those that fit, and further ones with prefill of their own; that the engine runs.
 
         Raises:
-            UserError: nothing fits.
+            UserError: nothing fits, or nothing that the engine runs.
         """
         options = fitting(screened)
         if not options:
             raise UserError(self._too_large(screened))
-        return options + with_fastest_prefill(options, self.request)
+        if self.request.engine is None:
+            return options + with_fastest_prefill(options, self.request)
+        engine = ENGINES[self.request.engine]
+        # Prompts of an engine may be dispatched as fast only by the library of its decodes.
+        further: dict[Candidate, ScreenedCandidate] = {}
+        for some in (options, *by_library(options, self.request.model)):
+            further |= {each.candidate: each for each in with_fastest_prefill(some, self.request)}
+        found = [
+            each
+            for each in (*options, *further.values())
+            if engine.runs(each.candidate, self.request.model)
+        ]
+        if not found:
+            raise UserError(
+                f"{engine.title} runs no deployment of {self.request.model.name} that fits "
+                f"{self.request.cluster}; without --engine there are {len(options):,}"
+            )
+        return found
 
     def finish(self, option: ScreenedCandidate) -> Finalist:
         """An option in full, at its best number of sequences; it may break a limit then."""

@@ -43,7 +43,7 @@ _NUM_NEAREST = 6  # of those that break a limit as screened
 
 
 def simulate(
-    option: ScreenedCandidate, request: PlanRequest, precision: Precision = USUAL
+    option: ScreenedCandidate, precision: Precision = USUAL, *, request: PlanRequest
 ) -> ThroughputCurve | None:
     """A closed load at the option's number of sequences.
 
@@ -349,16 +349,14 @@ def simulated_pool(
     """
     request, options = search.request, search.options(screened)
 
-    def run(option: ScreenedCandidate, precision: Precision) -> ThroughputCurve | None:
-        return simulate(option, request, precision)
-
+    run = partial(simulate, request=request)
     found = BestFirst(options, request, run, advance).result()
     kept, broke = list(found.kept), list(found.broke)
     if not kept:
         for each in nearest_simulated(options, request, run):
             (broke if each.breach(request.goals) > 1 else kept).append(each)
     first = _told(kept) if with_families else kept[:2]
-    told = [each for each in map(partial(_in_full, request, run), first) if each is not None]
+    told = [each for each in map(partial(in_full, request, run), first) if each is not None]
     if not told:
         if not broke:
             raise UserError(too_many_ranks(request))
@@ -383,9 +381,7 @@ def evaluated(request: PlanRequest, candidates: Sequence[Candidate]) -> Finalist
     if not options:
         return None
 
-    def run(option: ScreenedCandidate, precision: Precision) -> ThroughputCurve | None:
-        return simulate(option, request, precision)
-
+    run = partial(simulate, request=request)
     best = max(options, key=lambda each: each.within(request.goals)[1])
     found = settled(best, request, run, USUAL)
     return None if found is None else search.finish(found.option).simulated(found.served)
@@ -399,9 +395,7 @@ def _told(kept: Sequence[SimulatedCandidate]) -> list[SimulatedCandidate]:
     return [each for place, each in enumerate(kept) if place < _NUM_TOLD or each in best.values()]
 
 
-def _in_full(
-    request: PlanRequest, run: Run, found: SimulatedCandidate
-) -> SimulatedCandidate | None:
+def in_full(request: PlanRequest, run: Run, found: SimulatedCandidate) -> SimulatedCandidate | None:
     """The same in its steady state, with fewer sequences where it breaks a limit there."""
     served = run(found.option, USUAL)
     assert served is not None, "a short stretch of it was simulated"

@@ -13,13 +13,16 @@ from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.step.operation import Floats
 from expertlane.plan.candidates import Candidate, Goals, PlanRequest
+from expertlane.plan.engines import ENGINES
 from expertlane.plan.screen import Known, ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, Search
 from expertlane.plan.simulated import simulate_pools
 from expertlane.plan.throughput import ThroughputCurve, two_pools
+from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
 from expertlane.simulate.steady import ROUGH, USUAL
 from expertlane.spec.layout import Layout, divisors
+from expertlane.spec.names import EngineName
 
 _PARTS = 4  # of a cluster of one node, of which some prefill
 _MOST_NODES = 16  # of which any number may prefill
@@ -95,6 +98,7 @@ class TwoPoolSearch:
         self._first = self._likeliest(shapes) if self._splits else 0
         self._options: dict[int, list[ScreenedCandidate]] = {}
         self._found: dict[int, list[_Pair]] = {}
+        self._simulated: dict[object, ThroughputCurve | None] = {}
 
     @property
     def num_splits(self) -> int:
@@ -115,6 +119,9 @@ class TwoPoolSearch:
         Args:
             advance: called with 1 for each split that is done.
         """
+        engine = self._request.engine
+        if engine is not None and ENGINES[engine].pairs is None:
+            return "not run"
         if not self._splits:
             return "no split"
         self._screen(self._first, advance)
@@ -127,7 +134,7 @@ class TwoPoolSearch:
                 if num_worse == _MOST_WORSE:
                     break
                 place += step
-        found = self._best_simulated(self._pairs_of(list(self._found)))
+        found = self._best_simulated(self._pairs_of(list(self._found)), _MOST_TRIED)
         left = [place for place in range(len(self._splits)) if place not in self._found]
         if isinstance(found, TwoPools):
             advance(len(left))
@@ -135,9 +142,9 @@ class TwoPoolSearch:
         for place in left:
             self._screen(place, advance)
         if pairs := self._pairs_of(left):
-            return self._best_simulated(pairs)
+            return self._best_simulated(pairs, _MOST_TRIED)
         if not any(all(map(self._has_any, split)) for split in self._splits):
-            return "no split"
+            return "no split" if engine is None else "not run"
         if not any(all(map(self._options.get, split)) for split in self._splits):
             return "too large"
         return found
@@ -167,8 +174,7 @@ class TwoPoolSearch:
                 search = self._searches[size]
                 screened = search.screen() if search.candidates else []
                 self._options[size] = fitting(screened)
-        prefill, decode = (self._options[size] for size in sizes)
-        self._found[place] = list(self._pairs(sizes, prefill, decode))
+        self._found[place] = list(self._pairs(sizes, self._request.engine))
         advance(1)
 
     def _may_be_better(self, place: int, step: int) -> bool:
@@ -200,19 +206,49 @@ class TwoPoolSearch:
         """Whether any deployment has so many devices."""
         return bool(self._searches[size].candidates)
 
-    def _best_simulated(self, pairs: Sequence[_Pair]) -> TwoPools | NoPools:
+    def best(self, engine: EngineName, most: int) -> TwoPools | NoPools:
+        """The best of the splits that were screened that an engine runs, or why there are none.
+
+        Args:
+            most: pairs that are simulated.
+        """
+        splits = [self._splits[place] for place in self._found]
+        if not any(all(self._of_roles(split, engine)) for split in splits):
+            return "not run"
+        pairs = [pair for split in splits for pair in self._pairs(split, engine)]
+        return self._best_simulated(sorted(pairs, key=lambda pair: -pair.tps), most)
+
+    def _of_roles(
+        self, sizes: tuple[int, int], engine: EngineName | None
+    ) -> list[list[ScreenedCandidate]]:
+        """What pools of these sizes may run for prefill, and for decode."""
+        options = [self._options[size] for size in sizes]
+        if engine is None:
+            return options
+        runs, model = ENGINES[engine].runs, self._request.model
+        roles: tuple[PoolRole, PoolRole] = "prefill", "decode"
+        return [
+            [each for each in some if runs(each.candidate, model, role)]
+            for some, role in zip(options, roles, strict=True)
+        ]
+
+    def _best_simulated(self, pairs: Sequence[_Pair], most: int) -> TwoPools | NoPools:
         """The first that keeps the limits when it is simulated too."""
         too_slow: set[tuple[object, int]] = set()
         num_tried = 0
         why: NoPools = "over limits"
         for pair in pairs:
             decoding = pair.decode.candidate, pair.decode.num_seqs
-            if decoding in too_slow or num_tried == _MOST_TRIED:
+            if decoding in too_slow or num_tried == most:
                 continue
             num_tried += 1
             served = None
             for precision in (ROUGH, USUAL):
-                served = simulate_pools(pair.prefill, pair.decode, self._request, precision)
+                key = pair.prefill.candidate, *decoding, precision
+                if key not in self._simulated:
+                    both = pair.prefill, pair.decode
+                    self._simulated[key] = simulate_pools(*both, self._request, precision)
+                served = self._simulated[key]
                 if served is None or served.breach(self._request.goals)[0] > 1:
                     break
             else:
@@ -245,14 +281,11 @@ class TwoPoolSearch:
         )
         return transfers.seconds(self._request.workload.prompt_len)
 
-    def _pairs(
-        self,
-        sizes: tuple[int, int],
-        prefill: Sequence[ScreenedCandidate],
-        decode: Sequence[ScreenedCandidate],
-    ) -> Iterator[_Pair]:
-        """Pairs of each pool's best candidates that keep the limits."""
-        goals = self._request.goals
+    def _pairs(self, sizes: tuple[int, int], engine: EngineName | None) -> Iterator[_Pair]:
+        """Pairs of each pool's best candidates that keep the limits, and that an engine runs."""
+        goals, model = self._request.goals, self._request.model
+        prefill, decode = self._of_roles(sizes, engine)
+        known = None if engine is None else ENGINES[engine]
         fast = sorted(prefill, key=lambda each: -each.steps.prefill_tps[LIKELY])[:_NUM_PREFILL]
         if goals.of_means[1] is not None:
             fast += sorted(prefill, key=lambda each: each.steps.prefill_s[LIKELY])[:_NUM_PREFILL]
@@ -260,6 +293,8 @@ class TwoPoolSearch:
         decoding = replace(goals, max_ttft_s=None, slos=())
         good = [each.at(max(each.within(decoding)[0], 1), self._request.workload) for each in good]
         for first, second in product(fast, good):
+            if known is not None and not known.joins(first.candidate, second.candidate, model):
+                continue
             whole = replace(first, place=len(first.steps.num_seqs) - 1)
             moved_s = self._transfer_s(first.candidate.layout, second.candidate.layout)
             served = two_pools(first.steps, second.steps, moved_s, self._request.workload)

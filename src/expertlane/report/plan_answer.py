@@ -1,11 +1,11 @@
 """What a plan answers on one screen: what to use, what ties with it, and how sure that is."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from expertlane.report.document import Answer, Column, Figure, Section, Table, Words, number, text
-from expertlane.report.loads import Served, cost_of, device_of, is_of_cpus
+from expertlane.report.loads import Served, cost_of, device_of
 from expertlane.report.numbers import (
     COLUMNS,
     compact,
@@ -21,11 +21,13 @@ from expertlane.report.numbers import (
 )
 from expertlane.report.planning import (
     against,
+    engines_of,
     faster_pools,
     fastest,
     named,
     of_role,
     over_fastest,
+    pools_named,
     serving,
     spaced,
     tie_or_gap,
@@ -51,6 +53,7 @@ _NO_POOLS: dict[NoPools, str] = {
     "too large": "the model does not fit both pools of any split",
     "over limits": "none meets the limits",
     "not simulated": "the best have too many replicas to simulate",
+    "not run": "not what the engine runs",
 }
 _WON_BY: dict[TieBreak, str] = {  # the others that tie follow by TTFT
     "lowest TTFT": "the lowest TTFT wins",
@@ -74,7 +77,9 @@ def answer(results: Results) -> Answer:
     cost = cost_of(results, Served(best, serving(best)))
     sure = " ".join((*how_ranked(results), *how_sure(results), *cautions(results)))
     chosen = [f"Aggregated: {tie}."] if faster_pools(results) and (tie := _tie(results)) else []
-    around = [*chosen, _two_pools(results), sure, *([f"Cost of #1: {cost}."] if cost else [])]
+    engines = [by_engine] if (by_engine := _engines(results)) else []
+    cost_of_first = [f"Cost of #1: {cost}."] if cost else []
+    around = [*chosen, *engines, _two_pools(results), sure, *cost_of_first]
     after = Figure("", _next(results))
     said = *setting_lines(setting), found, *around
     num_taken = sum(map(_num_lines, said)) + len(after.lines)
@@ -125,7 +130,8 @@ def verdict(results: Results) -> Section:
         "more disaggregated."
     )
     tie = [f"Aggregated: {said}."] if faster_pools(results) and (said := _tie(results)) else []
-    asked = (_setting(results), headline(results), *tie, _two_pools(results), tried)
+    engines = [by_engine] if (by_engine := _engines(results)) else []
+    asked = (_setting(results), headline(results), *tie, *engines, _two_pools(results), tried)
     sure = *how_ranked(results), *how_sure(results), *cautions(results)
     return Section("Verdict", (*asked, *sure), "top")
 
@@ -142,7 +148,10 @@ def _setting(results: Results) -> str:
     name = shortened(question["model"]["name"], max(room, _SHORTEST_NAME))
     conditions = of_role(results, BEST)[0].conditions
     routing = [] if conditions is None else [routing_of(conditions)]
-    return " | ".join([f"{name}{where}", load, *_limits(results), "projected", *routing])
+    only = [f"{each.title} {each.version}" for each in results.plans[0].engines]
+    if results.plans[0].engine is None:
+        only = []
+    return " | ".join([f"{name}{where}", *only, load, *_limits(results), "projected", *routing])
 
 
 def _limits(results: Results) -> list[str]:
@@ -258,10 +267,32 @@ def _two_pools(results: Results) -> str:
 
 def _pools(results: Results) -> str:
     (prefill,), (decode,) = (of_role(results, role) for role in (PREFILL_POOL, DECODE_POOL))
-    return (
-        f"{named(prefill)} on {counted(prefill.num_ranks, 'rank')} for prefill and "
-        f"{named(decode)} on {decode.num_ranks} for decode"
-    )
+    return pools_named(prefill, decode)
+
+
+def _engines(results: Results) -> str:
+    """Which engines run what was chosen, and what the others run best; empty where all run it."""
+    engines = engines_of(results)
+    if results.plans[0].engine is not None or not any(each.why for each in engines):
+        return ""
+    places = {named(each): f"#{place}" for place, each in enumerate(of_role(results, BEST), 1)}
+    by_best: dict[str, list[str]] = {}
+    for each in engines:
+        best = "none meets the limits"
+        if (record := each.best) is not None:
+            where = record.name if each.pools else places.get(named(record))
+            if not each.why:
+                where = "these pools" if faster_pools(results) else "#1"
+            tps = compact(serving(record).output_tps)
+            best = f"{tps} ({where or record.known_layout})"
+        by_best.setdefault(best, []).append(each.title)
+    said = [f"{_listed(titles)} {best}" for best, titles in by_best.items()]
+    return f"Tokens/s by engine: {'; '.join(said)}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def how_ranked(results: Results) -> Iterator[str]:
@@ -312,11 +343,5 @@ def _next(results: Results) -> tuple[str, ...]:
         lines.append(line if len(line) <= COLUMNS else short)
         if has_pools:
             lines.append("It has the best aggregated ones; compare runs no disaggregated pools.")
-    fitting = [
-        each.command for each in found.commands if each.command is not None and each.role == "both"
-    ]
-    if not fitting or has_pools or is_of_cpus(results):
-        return tuple(lines)
-    num = of_role(results, BEST)[0].known_layout.replicas
-    line = fitting[0] if num == 1 else f"One of {num} replicas: {fitting[0]}"
-    return (*lines, line) if len(line) <= COLUMNS else tuple(lines)
+    titles = [each.title for each in engines_of(results) if each.commands]
+    return (*lines, f"Commands of {_listed(titles)}: --full") if titles else tuple(lines)

@@ -4,10 +4,11 @@ import re
 from collections.abc import Sequence
 
 from expertlane.report.compared import Comparison
-from expertlane.report.document import Column, Section, Table, Words, number, text
+from expertlane.report.document import Column, Figure, Section, Table, Words, number, text
 from expertlane.report.loads import is_of_cpus
 from expertlane.report.numbers import (
     bytes_si,
+    counted,
     figures,
     low_high,
     low_high_ms,
@@ -28,7 +29,7 @@ from expertlane.results.record import (
     TWO_POOLS,
     DeploymentRecord,
 )
-from expertlane.results.results import Results
+from expertlane.results.results import EngineBest, Results
 from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.deployment import drafts_text
 from expertlane.spec.names import Phase
@@ -142,6 +143,7 @@ def plan(results: Results) -> tuple[Section, ...]:
     return (
         _best(results),
         _families(results),
+        _engines(results),
         _pareto(results),
         _time(results),
         _run_it(results),
@@ -163,6 +165,52 @@ def _families(results: Results) -> Section:
     columns = (kind, _HOW, _TPS[0], _TPOT[0], _TTFT, _VERSUS)
     parts = (Table.of("", columns, rows), *_gaps(kind, rows)) if rows else ()
     return Section("Best of other kinds", parts)
+
+
+def pools_named(prefill: DeploymentRecord, decode: DeploymentRecord) -> str:
+    """Disaggregated pools in words, each with its ranks."""
+    return (
+        f"{named(prefill)} on {counted(prefill.num_ranks, 'rank')} for prefill and "
+        f"{named(decode)} on {decode.num_ranks} for decode"
+    )
+
+
+def engine_best_named(each: EngineBest) -> str:
+    """What an engine runs best; empty where that is nothing."""
+    if each.pools:
+        _, prefill, decode = each.pools
+        return pools_named(prefill, decode)
+    return "" if each.aggregated is None else named(each.aggregated)
+
+
+def engines_of(results: Results) -> tuple[EngineBest, ...]:
+    """The best of each engine; of a cluster of CPUs, of the only one that serves on them."""
+    found = results.plans[0].engines
+    if is_of_cpus(results):
+        return tuple(each for each in found if each.engine == "expertlane")
+    return found
+
+
+def _engines(results: Results) -> Section:
+    """What each engine runs best, and what keeps it from what was chosen."""
+    heading, engines = "Best of each engine", engines_of(results)
+    if results.plans[0].engine is not None or not any(each.why for each in engines):
+        return Section(heading, ())
+
+    def of_best(column: Column[DeploymentRecord]) -> Column[EngineBest]:
+        return column.of(lambda each: each.best)
+
+    name: Column[EngineBest] = text("engine", lambda each: each.title)
+    how: Column[EngineBest] = text(
+        _HOW.heading, lambda each: spaced(engine_best_named(each)) or None
+    )
+    columns = (name, how, *map(of_best, (_SEQS, _TPS[0], _TPOT[0], _TTFT, _VERSUS)))
+    version: Column[EngineBest] = text("version", lambda each: each.version)
+    does: Column[EngineBest] = text("it", lambda each: each.why)
+    source: Column[EngineBest] = text("source", lambda each: each.source)
+    others = [each for each in engines if each.why]
+    why = Table.of("What keeps it from the plan's choice", (name, does, version, source), others)
+    return Section(heading, (Table.of("", columns, engines), why))
 
 
 def _gaps(name: Column[DeploymentRecord], rows: Sequence[DeploymentRecord]) -> list[Table]:
@@ -213,7 +261,7 @@ def _time(results: Results) -> Section:
 def _run_it(results: Results) -> Section:
     found, best = results.plans[0], results.select("projected", BEST)[0]
     memory = best.pools[0]
-    parts = [
+    parts: list[Words] = [
         f"Each rank holds {bytes_si(memory.weight_bytes or 0)} of weights, "
         f"{bytes_si(memory.activation_bytes or 0)} of activations and "
         f"{bytes_si(memory.sequence_bytes or 0)} of KV per full-length sequence."
@@ -223,11 +271,18 @@ def _run_it(results: Results) -> Section:
             f"To measure the best aggregated on such a cluster: expertlane compare "
             f"{found.experiment} (it runs no disaggregated pools)"
         )
-    if faster_pools(results) is not None and found.commands and not is_of_cpus(results):
-        parts.append(f"Commands of aggregated #1, {named(best)}, then of the disaggregated pools:")
-    for each in () if is_of_cpus(results) else found.commands:
-        said = each.command or "cannot express it"
-        parts.append(f"{each.label}: {said}{f'  ({each.note})' if each.note else ''}")
+    for each in engines_of(results):
+        if found.engine is None and (best_named := engine_best_named(each)):
+            parts.append(f"{each.title}: {best_named}")
+        for command in each.commands:
+            parts.append(Figure(command.label, command.lines))
+            if command.note:
+                parts.append(f"({command.note})")
+    if any(each.commands for each in engines_of(results)):
+        parts.append(
+            "HOST0, HOST1 … are the names of the nodes. Limits are those of the plan: requests at "
+            "once, tokens of a step, and tokens of a request with room above the mean."
+        )
     return Section("Run it", tuple(parts))
 
 

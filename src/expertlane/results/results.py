@@ -23,10 +23,11 @@ from expertlane.results.record import (
     TieBreak,
 )
 from expertlane.spec.files import strict_json
+from expertlane.spec.names import EngineName
 from expertlane.spec.ranges import Strict, Valid
 from expertlane.version import __version__
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 FOREIGN_LOAD = 0.05  # of the cores; less is noise
 
 Kind = Literal["comparison", "simulation", "plan", "bench"]
@@ -41,7 +42,8 @@ def _is_moment(text: str) -> bool:
 
 
 _Moment = Annotated[str, Valid(_is_moment, "a date and time in ISO 8601")]
-NoPools = Literal["no split", "too large", "over limits", "not simulated"]
+NoPools = Literal["no split", "too large", "over limits", "not simulated", "not run"]
+ServeRole = Literal[PoolRole, "router"]
 
 
 @dataclass(frozen=True)
@@ -72,27 +74,64 @@ class Assumption(Strict):
 
 @dataclass(frozen=True)
 class ServeCommand(Strict):
-    """A command line of another system.
+    """How to start the servers of a pool, or the router before them.
 
     Attributes:
-        command: None where the system cannot express the deployment.
-        note: what differs from the deployment, or why there is no command; may be empty.
-        role: which pool it starts.
+        system: the engine, as its makers write it.
+        lines: to start one server, one for each of its nodes in order; empty where there is no
+            command.
+        note: what differs from the deployment or from line to line, or is left to do; may be empty.
+        num_servers: that are started alike.
         checked: the version whose parser takes the command's options; None for unverified.
     """
 
     system: str
-    command: str | None
+    lines: tuple[str, ...]
     note: str
-    role: PoolRole = "both"
+    role: ServeRole = "both"
+    num_servers: int = 1
     checked: str | None = None
 
     @property
     def label(self) -> str:
-        """The system, and how far the command can be relied on."""
-        of = "" if self.role == "both" else f" {self.role} pool"
+        """The system, what of it is started, and how far the command can be relied on."""
+        of = {"both": "", "router": " router"}.get(self.role, f" {self.role} pool")
+        num = f", start {self.num_servers}" if self.num_servers > 1 else ""
+        if not self.lines:
+            return f"{self.system}{of}"
         trust = f"options of {self.checked}" if self.checked else "unverified"
-        return f"{self.system}{of} ({trust})"
+        return f"{self.system}{of}{num} ({trust})"
+
+
+@dataclass(frozen=True)
+class EngineBest(Strict):
+    """The best that an engine runs.
+
+    Attributes:
+        engine: as `--engine` takes it.
+        title: as its makers write it.
+        version: whose source, or documentation, says what it runs.
+        aggregated: None where it runs none that meets the limits.
+        pools: disaggregated: both together, that for prefill and that for decode; empty where they
+            are not better than `aggregated`.
+        why: what it does where it does not run the plan's choice; empty where it runs it.
+        source: where that is written.
+        commands: to start the better of the two.
+    """
+
+    engine: EngineName
+    title: str
+    version: str
+    aggregated: DeploymentRecord | None
+    pools: tuple[DeploymentRecord, ...] = ()
+    why: str = ""
+    source: str = ""
+    commands: tuple[ServeCommand, ...] = ()
+
+    @property
+    def best(self) -> DeploymentRecord | None:
+        """The pools together, or the aggregated."""
+        return self.pools[0] if self.pools else self.aggregated
 
 
 @dataclass(frozen=True)
@@ -113,8 +152,9 @@ class PlanSummary(Strict):
         pools_over_fastest: output tokens/s of disaggregated pools over those of `fastest`, with
             bounds as `over_best` has them.
         no_two_pools: why there are none: the devices cannot be split for the model, nothing fits,
-            or none keeps the limits.
-        commands: the best, as other systems take it.
+            none keeps the limits, or the engine runs none.
+        engine: that was asked for; None where any deployment was looked for.
+        engines: the best of each, or of the one asked for.
         experiment: the file for `expertlane compare` that was written; None if none was.
     """
 
@@ -132,7 +172,8 @@ class PlanSummary(Strict):
     fastest: DeploymentRecord | None = None
     pools_over_fastest: Estimate | None = None
     no_two_pools: NoPools | None = None
-    commands: tuple[ServeCommand, ...] = ()
+    engine: EngineName | None = None
+    engines: tuple[EngineBest, ...] = ()
     experiment: str | None = None
 
 

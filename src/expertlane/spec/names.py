@@ -10,6 +10,8 @@ CpuIsa = Literal["baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon", "ne
 
 OnFailure = Literal["replace", "shrink", "stop"]  # of a rank that died, hung or failed
 
+EngineName = Literal["vllm", "sglang", "trtllm", "expertlane"]  # that serve a deployment
+
 _LABELS = {"COLLECTIVES": "TP collectives", "HAND_OVER": "PP send/recv"}
 
 
