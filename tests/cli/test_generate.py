@@ -76,7 +76,7 @@ def stub(monkeypatch, type_in):
 def test_a_preset_on_real_ranks(run, type_in, tmp_path):
     options = ["--max-tokens", "3", "--temperature", "0", "--logprobs", "1", "--layout", "tp=2"]
     trace = tmp_path / "routing.npz"
-    options += ["--record-routing", "--out", str(tmp_path)]
+    options += ["--record-routing", str(trace)]
     code, out, err = run(
         "generate", "paper-tiny", "--token-ids", "1,2", "--token-ids", "1, 2", *options, "--json"
     )
@@ -199,7 +199,7 @@ def test_a_terminal_obeys_nothing_that_a_model_writes(monkeypatch):
 def test_routing_of_a_chat(run, stub, checkpoint, type_in, tmp_path):
     stub(checkpoint)
     type_in("a\n")
-    code, _, _ = chat(run, checkpoint, "--record-routing", "--out", str(tmp_path))
+    code, _, _ = chat(run, checkpoint, "--record-routing", str(tmp_path / "routing.npz"))
     assert code == 0
     assert read_trace(tmp_path / "routing.npz").model == str(checkpoint)
 

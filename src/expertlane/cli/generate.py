@@ -27,18 +27,8 @@ from expertlane.cli.options import (
     layout_option,
     parse_list,
 )
-from expertlane.cli.output import (
-    Call,
-    command_line,
-    is_first_process,
-    print_json,
-    print_message,
-    slug,
-)
-from expertlane.cli.output_options import (
-    json_option,
-    out_option,
-)
+from expertlane.cli.output import check_file, is_first_process, print_json, print_message
+from expertlane.cli.output_options import json_option
 from expertlane.cli.sampling import SamplingOptions, sampling_params
 from expertlane.errors import ModelError, UserError
 from expertlane.spec.files import CONFIG_BYTES, PROMPTS_BYTES, read_stream, read_text
@@ -81,14 +71,13 @@ class _Options:
         help="The output matches this regular expression.",
     )
     as_json: bool = json_option()
-    record_routing: bool = typer.Option(
-        False,
-        "--record-routing",
+    record_routing: Path | None = typer.Option(
+        None,
+        metavar="FILE",
         rich_help_panel=Panel.OUTPUT,
-        help="Also write routing.npz: which experts each token chose, for expertlane balance and "
+        help="Also write which experts each token chose, for expertlane balance and "
         "--routing-trace.",
     )
-    out: Path | None = out_option("results/generate-MODEL")
     layout: str = layout_option("tp=1")
 
 
@@ -123,8 +112,8 @@ def generate(
       expertlane generate ./my-checkpoint --chat --system "Be brief."
       echo "Once upon a time" | expertlane generate ./my-checkpoint --json
       expertlane generate ./my-checkpoint "As JSON:" --json-schema person.json
-      expertlane generate ./my-checkpoint --file prompts.txt --record-routing
-          then: expertlane balance results/generate-my-checkpoint/routing.npz --ep 8
+      expertlane generate ./my-checkpoint --file prompts.txt --record-routing routing.npz
+          then: expertlane balance routing.npz --ep 8
       expertlane generate paper-tiny --token-ids 1,2,3
           random weights: shows that it runs
     """
@@ -134,7 +123,9 @@ def generate(
     _check_stops(sampling, found)
     structured = _structured(own, found)
     params = sampling_params(found.folder, vars(sampling) | {"structured": structured})
-    trace = _trace_path(own.out, found) if own.record_routing else None
+    trace = own.record_routing
+    if trace is not None:
+        check_file(trace)
     if own.chat:
         conversation = Chat(found, params, own.system)
         with _load(found, layout, engine, trace) as llm:
@@ -153,14 +144,6 @@ def generate(
         raise ModelError(f"{errors[0]}{more}")
 
 
-def _trace_path(out: Path | None, found: FoundModel) -> Path:
-    folder = Call(command_line(), out, always_writes=True).folder(
-        slug("generate", found.config.name)
-    )
-    assert folder is not None, "it always writes"
-    return folder / "routing.npz"
-
-
 def _check_options(own: _Options, sampling: SamplingOptions, prompts: list[str] | None) -> None:
     """Those that need or exclude each other.
 
@@ -175,8 +158,6 @@ def _check_options(own: _Options, sampling: SamplingOptions, prompts: list[str] 
         raise UserError("--system needs --chat")
     if own.chat and (prompts or own.file or own.token_ids or own.as_json):
         raise UserError("--chat reads standard input; leave prompts and --json out")
-    if own.out is not None and not own.record_routing:
-        raise UserError("--out needs --record-routing, which writes there")
 
 
 def _structured(own: _Options, found: FoundModel) -> "Structured | None":
