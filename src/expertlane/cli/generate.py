@@ -112,7 +112,7 @@ def generate(
       expertlane generate ./my-checkpoint --chat --system "Be brief."
       echo "Once upon a time" | expertlane generate ./my-checkpoint --json
       expertlane generate ./my-checkpoint "As JSON:" --json-schema person.json
-      expertlane generate ./my-checkpoint --file prompts.txt --record-routing routing.npz
+      expertlane generate org/model --file prompts.txt --record-routing routing.npz
           then: expertlane balance routing.npz --ep 8
       expertlane generate paper-tiny --token-ids 1,2,3
           random weights: shows that it runs
