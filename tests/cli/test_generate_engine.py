@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cli.screen import one_line, refused, tells
+from cli.screen import refused, tells
 from cli.stub_llm import MACHINE, StubLLM
 from expertlane.balance.trace import read_trace
 from expertlane.cli import local_model, model

@@ -50,6 +50,13 @@ def _parts(line: str) -> list[str]:
     return [re.split(r"\s[|>&](?:\s|$)", part)[0].strip() for part in whole.split("&&")]
 
 
+def kept_results(root: Path = ROOT) -> dict[Path, int]:
+    """Folders and files of results in the checkout, and when they were written."""
+    folders = [root / "results", root / "benchmarks" / "results"]
+    paths = [path for each in folders if each.exists() for path in (each, *each.rglob("*"))]
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
 @dataclass(frozen=True)
 class Command:
     """A command line taken apart.
