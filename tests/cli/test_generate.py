@@ -124,6 +124,10 @@ def test_what_an_output_must_be_on_a_real_rank(run, checkpoint, tmp_path):
     answer = json.loads(out)
     assert json.loads(answer["text"]) in ["one", {"two": 2}]
     assert answer["finish_reason"] == "stop"
+    schema.write_text('{"enum": [{"two": [3, 4]}]}')
+    compact = "--json-schema", str(schema), "--compact-json", "--json"
+    code, out, _ = run("generate", str(checkpoint), "the", *compact)
+    assert (code, json.loads(out)["text"]) == (0, '{"two":[3,4]}')
     schema.write_text("{")
     code, _, err = run("generate", str(checkpoint), "the", "--json-schema", str(schema))
     assert (code, err.count("\n")) == (2, 1)
@@ -258,6 +262,7 @@ MISTAKES = {
     "logprobs": (["paper-tiny", *IDS, "--logprobs", "1"], "--logprobs --json"),
     "system": (["paper-tiny", *IDS, "--system", "a"], "--system --chat"),
     "regex": (["paper-tiny", *IDS, "--regex", "a"], "--regex tokenizer"),
+    "compact": (["paper-tiny", *IDS, "--compact-json"], "--compact-json --json-schema"),
     "two forms": (
         ["paper-tiny", *IDS, "--regex", "a", "--json-schema", "b"],
         "--json-schema --regex",

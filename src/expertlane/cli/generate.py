@@ -64,6 +64,13 @@ class _Options:
         rich_help_panel=Panel.MORE_SAMPLING,
         help="The output is JSON that fits this JSON schema.",
     )
+    compact_json: bool = typer.Option(
+        False,
+        "--compact-json",
+        rich_help_panel=Panel.MORE_SAMPLING,
+        help="With --json-schema: no spaces or line ends between the parts of the JSON, so fewer "
+        "tokens.",
+    )
     regex: str | None = typer.Option(
         None,
         metavar="REGEX",
@@ -168,6 +175,8 @@ def _structured(own: _Options, found: FoundModel) -> "Structured | None":
     """
     from expertlane.spec.structured import Structured
 
+    if own.compact_json and own.json_schema is None:
+        raise UserError("--compact-json needs --json-schema")
     if own.json_schema is None and own.regex is None:
         return None
     if own.json_schema is not None and own.regex is not None:
@@ -177,7 +186,8 @@ def _structured(own: _Options, found: FoundModel) -> "Structured | None":
         raise UserError(f"{name} needs a tokenizer, and {found.name} has none")
     if own.json_schema is None:
         return Structured(regex=own.regex)
-    return Structured(json_schema=read_text(own.json_schema, CONFIG_BYTES))
+    schema = read_text(own.json_schema, CONFIG_BYTES)
+    return Structured(json_schema=schema, compact=own.compact_json)
 
 
 def _gather(texts: list[str], file: Path | None, token_ids: list[str]) -> "list[Prompt]":
