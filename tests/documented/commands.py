@@ -36,6 +36,13 @@ def blocks(text: str) -> list[str]:
     return [code.replace("\\\n", " ") for code in found]
 
 
+def program_of_readme(word: str) -> str:
+    """The one program in Python in README that holds a word."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (found,) = (code for kind, code in _BLOCK.findall(readme) if kind == "python" and word in code)
+    return str(found)
+
+
 def commands_in(text: str) -> list[str]:
     """The command lines of a document, as written, without comments."""
     lines = [line for code in blocks(text) for line in code.splitlines()]
