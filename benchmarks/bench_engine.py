@@ -10,10 +10,10 @@ and the machine is measured so too (engine_peers/instruction_limit.py).
 
 A decode sample is 32·batch / (t33 − t1), where tN is the time of a batch from prompts of 32 token
 ids to N new ids each; a prefill sample is 512·8 / t1, or 32·32 / t1. The best of ours and the best
-peer are by median; weights of one byte are shown, not judged. The goal at a point is the lower of
-1.5 × the best peer and 75 % of the roof (engine_peers/roof.py). A sample during which anything but
-the contender took over a tenth of a core is taken again, at most --retries times; the least
-disturbed counts.
+peer are by median; weights of one byte are shown, but not compared. The goal at a point is the
+lower of 1.5 × the best peer and 75 % of the roof (engine_peers/roof.py). A sample during which
+anything but the contender took over a tenth of a core is taken again, at most --retries times; the
+least disturbed counts.
 
 vLLM needs an environment of its own, whose python is given by --vllm-python:
 

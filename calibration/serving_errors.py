@@ -84,7 +84,7 @@ def table(groups: Mapping[str, Sequence[Pair]], fewest: int = FEWEST) -> Iterato
     for name, pairs in groups.items():
         for what in NOISE:
             if len(pairs) < fewest:
-                yield f"| {name} | {len(pairs)} | {what} | not judged | | | | |"
+                yield f"| {name} | {len(pairs)} | {what} | too few rows | | | | |"
                 break
             yield f"| {name} | {len(pairs)} | {what} | {Errors.of(what, pairs)} |"
 

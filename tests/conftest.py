@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -15,6 +14,7 @@ if not torch.cuda.is_available():  # before anything imports Triton: its kernels
     os.environ["TRITON_INTERPRET"] = "1"
 
 from distributed.on_ranks import local_ranks
+from documented.commands import kept_results
 from expertlane.engine.pool import RankPool
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
@@ -130,11 +130,10 @@ class ReferenceRuns:
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests work in a temporary folder, and write nothing into the checkout's own results."""
-    results = Path(__file__).parents[1] / "results"
-    before = {path: path.stat().st_mtime_ns for path in results.rglob("*")}
+    before = kept_results()
     with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
         yield
-    assert {path: path.stat().st_mtime_ns for path in results.rglob("*")} == before
+    assert kept_results() == before
 
 
 @pytest.fixture(scope="session", autouse=True)

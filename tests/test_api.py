@@ -208,11 +208,13 @@ def test_mistakes_are_the_packages_own_errors(options, line):
 
 
 def test_unknown_and_missing_options_are_type_errors():
-    with pytest.raises(TypeError, match=telling("skeww")):
+    with pytest.raises(TypeError, match=r"^simulate\(\): .*'skeww'; did you mean skew\?$"):
         simulated(skeww=1)
-    with pytest.raises(TypeError, match=telling("missing layout")):
+    with pytest.raises(TypeError, match=r"^bench\(\): .*'qqqqq'$"):
+        expertlane.bench("paper-tiny", qqqqq=1)
+    with pytest.raises(TypeError, match=telling("simulate missing layout")):
         expertlane.simulate("paper-tiny", cluster="h100x2")
-    with pytest.raises(TypeError, match=telling("positional")):
+    with pytest.raises(TypeError, match=telling("plan positional")):
         expertlane.plan("paper-tiny", "h100x2")
 
 

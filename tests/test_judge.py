@@ -77,7 +77,7 @@ def test_the_figures_of_before_stand_beside(scripts):
     found = scripts.judge.earlier(folders)
     assert found.keys() == {case.name for case in scripts.cases.CASES}
     assert found["ep2"]["error"] == pytest.approx(-0.139, abs=1e-3)
-    assert found["ep16"] == {"true_s": pytest.approx(0.1942, abs=1e-4)}  # measured, not judged
+    assert found["ep16"] == {"true_s": pytest.approx(0.1942, abs=1e-4)}  # measured alone
     row = {"case": "ep16", "bound": "compute", "layout": "dp=16,ep=16", "spread": 0.02}
     row |= {"true_s": 0.2, "virtual_s": 0.18, "error": -0.1}
     row |= {"cpu_ratio": 1.2, "error_with_same_cpu": -0.03}

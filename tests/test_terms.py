@@ -35,6 +35,13 @@ REPLACED = {
     "an? (token|rank|gpu|node|second|step|layer|core|device)": "per token, per rank",
     "tensor-parallel collectives": "TP collectives",
     "between steps:": "scheduler overhead",
+    "not judged|judged on": "validated",
+    "how sure(ly)?": "confidence, accuracy",
+    "^late$": "send delay",
+    "is of no help": "failed",
+    r"\b0 else\b": "otherwise",
+    "held up by prompts": "delayed by prefill",
+    "times stand in for": "the same times, with wider bounds",
 }
 PATTERN = re.compile("|".join(REPLACED), re.IGNORECASE)
 
@@ -57,7 +64,9 @@ def strings(path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("term", ["64 tokens a rank", "Keep N requests unfinished", "hand-over"])
+@pytest.mark.parametrize(
+    "term", ["64 tokens a rank", "Keep N requests unfinished", "hand-over", "How sure"]
+)
 def test_a_replaced_term_is_found(term: str) -> None:
     assert PATTERN.search(f"So: {term}.")
 

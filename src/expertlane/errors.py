@@ -12,10 +12,13 @@ ExpertlaneError
 """
 
 import errno
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 from expertlane.printable import printable
+
+_SHORT = 4  # characters of a name that many would contain
+_MOST_NEAR, _ALIKE = 3, 0.75  # names that may have been meant, and how alike
 
 
 class ExpertlaneError(Exception):
@@ -97,6 +100,16 @@ def _limit(number: int, command: str, wanted: int) -> str:
     if hard != resource.RLIM_INFINITY and hard < wanted:
         shown += f" (its hard limit is {hard}: raise that as root, or where it was set)"
     return f"the limit is {soft}; raise it with {shown}"
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """`did you mean --skew?`: the names that are like the one that was given; empty without any."""
+    from difflib import get_close_matches
+
+    known = list(known)
+    near = [name for name in known if given.strip("-") in name] if len(given) > _SHORT else []
+    near = (near or get_close_matches(given, known, cutoff=_ALIKE))[:_MOST_NEAR]
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 @contextmanager

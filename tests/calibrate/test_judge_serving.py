@@ -129,7 +129,7 @@ def test_errors_and_bounds():
     assert errors.inside == 0.75
     assert errors.half_width == pytest.approx(0.2)
     lines = "\n".join(serving_errors.table({"h200": pairs}))
-    assert "| h200 | 4 | TPOT | not judged |" in lines
+    assert "| h200 | 4 | TPOT | too few rows |" in lines
     assert "+5%" in "\n".join(serving_errors.table({"h200": pairs}, fewest=4))
 
 

@@ -183,6 +183,31 @@ def test_what_changed_is_named_with_its_load(run, pair):
     assert f"Identical: {record.name} batch 1 (TTFT ms, TPOT ms)" in out
 
 
+def test_little_in_common_is_no_verdict(run, pair, tmp_path):
+    """Of three loads each, one is the same: the exit code is not that of an unchanged result."""
+    first = example_pages.serving()
+    (record,) = first.deployments
+    assert [each.batch for each in record.serving] == [1, 8, 32]
+    batches = [1, 108, 132]
+    loads = [replace(e, batch=batch) for e, batch in zip(record.serving, batches, strict=True)]
+    second = replace(first, deployments=(replace(record, serving=tuple(loads)),))
+    paths = pair(first, second)
+    code, out, err = run("diff", *paths, "--quiet", "--out", str(tmp_path / "kept"))
+    assert code == 2
+    assert tells(out, "12 15 3 identical 6")
+    assert out.count("\n") == 1
+    written, error = err.splitlines()
+    assert written.startswith("written: ")
+    assert one_line(f"{error}\n", "12 15 partner deployments loads")
+    code, out, _ = run("diff", *pair(first, slower(second, 0.5)), "--strict", "--json")
+    found = json.loads(out)
+    assert (code, found["num_regressions"], found["num_unpaired"]) == (2, 1, 12)
+    fewer = replace(record, serving=record.serving[:2])
+    code, out, _ = run("diff", *pair(first, replace(first, deployments=(fewer,))), "--quiet")
+    assert code == 0
+    assert tells(out, "6 identical 3")
+
+
 def test_loads_that_differ_are_named(run, pair):
     first = example_pages.serving()
     (record,) = first.deployments

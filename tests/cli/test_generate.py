@@ -76,7 +76,7 @@ def stub(monkeypatch, type_in):
 def test_a_preset_on_real_ranks(run, type_in, tmp_path):
     options = ["--max-tokens", "3", "--temperature", "0", "--logprobs", "1", "--layout", "tp=2"]
     trace = tmp_path / "routing.npz"
-    options += ["--record-routing", "--out", str(tmp_path)]
+    options += ["--record-routing", str(trace)]
     code, out, err = run(
         "generate", "paper-tiny", "--token-ids", "1,2", "--token-ids", "1, 2", *options, "--json"
     )
@@ -124,6 +124,10 @@ def test_what_an_output_must_be_on_a_real_rank(run, checkpoint, tmp_path):
     answer = json.loads(out)
     assert json.loads(answer["text"]) in ["one", {"two": 2}]
     assert answer["finish_reason"] == "stop"
+    schema.write_text('{"enum": [{"two": [3, 4]}]}')
+    compact = "--json-schema", str(schema), "--compact-json", "--json"
+    code, out, _ = run("generate", str(checkpoint), "the", *compact)
+    assert (code, json.loads(out)["text"]) == (0, '{"two":[3,4]}')
     schema.write_text("{")
     code, _, err = run("generate", str(checkpoint), "the", "--json-schema", str(schema))
     assert (code, err.count("\n")) == (2, 1)
@@ -199,7 +203,7 @@ def test_a_terminal_obeys_nothing_that_a_model_writes(monkeypatch):
 def test_routing_of_a_chat(run, stub, checkpoint, type_in, tmp_path):
     stub(checkpoint)
     type_in("a\n")
-    code, _, _ = chat(run, checkpoint, "--record-routing", "--out", str(tmp_path))
+    code, _, _ = chat(run, checkpoint, "--record-routing", str(tmp_path / "routing.npz"))
     assert code == 0
     assert read_trace(tmp_path / "routing.npz").model == str(checkpoint)
 
@@ -258,6 +262,7 @@ MISTAKES = {
     "logprobs": (["paper-tiny", *IDS, "--logprobs", "1"], "--logprobs --json"),
     "system": (["paper-tiny", *IDS, "--system", "a"], "--system --chat"),
     "regex": (["paper-tiny", *IDS, "--regex", "a"], "--regex tokenizer"),
+    "compact": (["paper-tiny", *IDS, "--compact-json"], "--compact-json --json-schema"),
     "two forms": (
         ["paper-tiny", *IDS, "--regex", "a", "--json-schema", "b"],
         "--json-schema --regex",

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cli.screen import one_line, refused, tells
+from cli.screen import refused, tells
 from cli.stub_llm import MACHINE, StubLLM
 from expertlane.balance.trace import read_trace
 from expertlane.cli import local_model, model
@@ -105,7 +105,7 @@ def test_a_placement_file_is_handed_over(run, stub, tmp_path):
 
 def test_routing_is_written_at_the_end(run, stub, tmp_path):
     path = tmp_path / "new" / "routing.npz"
-    options = ["--max-tokens", "3", "--record-routing", "--out", str(path.parent)]
+    options = ["--max-tokens", "3", "--record-routing", str(path)]
     code, out, err = run("generate", "paper-tiny", "--token-ids", "7,8", *options)
     assert (code, out) == (0, "9,10,11\n")
     assert err.splitlines()[0] == f"written: {path}"
@@ -122,7 +122,7 @@ def test_routing_so_far_is_written_when_interrupted(run, stub, tmp_path):
             raise KeyboardInterrupt
 
     stub.before_step = interrupt_third_step
-    code, _, err = run(*ONE_TOKEN, "--record-routing", "-o", str(tmp_path))
+    code, _, err = run(*ONE_TOKEN, "--record-routing", str(path))
     assert code == 130
     assert err == f"written: {path}\nexpertlane: error: interrupted\n"
     assert read_trace(path).num_tokens == 2
@@ -130,7 +130,7 @@ def test_routing_so_far_is_written_when_interrupted(run, stub, tmp_path):
 
 
 def test_nothing_is_written_of_no_tokens(run, stub, tmp_path):
-    asked = ("--token-ids", "999", "--record-routing", "-o", str(tmp_path))
+    asked = ("--token-ids", "999", "--record-routing", str(tmp_path / "routing.npz"))
     code, _, _ = run(*ONE_TOKEN, *asked)
     assert code == 2
     assert list(tmp_path.iterdir()) == []
@@ -138,17 +138,22 @@ def test_nothing_is_written_of_no_tokens(run, stub, tmp_path):
 
 def test_where_routing_cannot_be_written_nothing_is_loaded(run, monkeypatch, tmp_path):
     monkeypatch.setattr("expertlane.cli.generate.load_model", None)
-    (tmp_path / "taken").touch()
     taken = tmp_path / "taken"
-    answer = run(*ONE_TOKEN, "--record-routing", "--out", str(taken))
-    assert refused(answer, f"{taken} folder")
+    taken.touch()
+    assert refused(run(*ONE_TOKEN, "--record-routing", str(taken / "a.npz")), f"{taken} folder")
+    assert refused(run(*ONE_TOKEN, "--record-routing", str(tmp_path)), f"{tmp_path} folder")
+    assert refused(run(*ONE_TOKEN, "--record-routing", "/dev/null"), "/dev/null regular file")
+    assert not (tmp_path / "routing.npz").exists()
 
 
-def test_a_folder_without_anything_to_write_is_a_mistake(run, monkeypatch):
-    monkeypatch.setattr("expertlane.cli.generate.load_model", None)
-    code, _, err = run(*ONE_TOKEN, "--out", "here")
-    assert code == 2
-    assert one_line(err, "--out --record-routing")
+def test_the_file_of_routing_is_no_prompt_and_no_option(run, stub, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run(*ONE_TOKEN, "--record-routing", "mine.npz", "--max-tokens", "1")[0] == 0
+    assert len(stub.prompts) == 1
+    assert read_trace(tmp_path / "mine.npz").num_tokens == 1
+    answer = run(*ONE_TOKEN, "--record-routing", "--max-tokens", "1")
+    assert refused(answer, "--record-routing --max-tokens option")
+    assert [each.name for each in tmp_path.iterdir()] == ["mine.npz"]
 
 
 @pytest.mark.parametrize(

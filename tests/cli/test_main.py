@@ -111,9 +111,7 @@ def test_progress_moves_no_cursor(capsys):
 
 def test_a_name_that_is_too_long(run):
     name = "x" * 5000
-    code, out, err = run(
-        "generate", "paper-tiny", "--token-ids", "1", "--record-routing", "-o", name
-    )
+    code, out, err = run("generate", "paper-tiny", "--token-ids", "1", "--record-routing", name)
     assert (code, out) == (2, "")
     assert len(err) < 200
     assert one_line(err, "File name too long")

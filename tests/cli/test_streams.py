@@ -134,7 +134,7 @@ def test_output_that_nothing_else_holds_fails(tmp_path, kept, arguments, streams
 def test_a_text_that_is_lost_and_a_server_that_needs_no_output(tmp_path):
     """What `generate` wrote nowhere fails; a service may have no standard output."""
     generate = "generate paper-tiny --token-ids 1,2,3 --max-tokens 2 --temperature 0"
-    for more in ("", " --json", " --record-routing -o kept"):
+    for more in ("", " --json", " --record-routing kept/routing.npz"):
         done = shell(f"EXPERTLANE {generate}{more} >&-", tmp_path)
         assert done.returncode == 1
         (line,) = [each for each in done.stderr.splitlines() if "error" in each]

@@ -68,7 +68,7 @@ class FakeEngine:
         chunks = []
         for request_id, (output, max_tokens) in list(self.running.items()):
             output.token_ids.append(0)
-            output.token_times_s.append(self.now_s)
+            output.token_times_s.append(self.now_s - output.arrival_s)
             if len(output.token_ids) == max_tokens:
                 output.finish_reason = FinishReason.LENGTH
                 del self.running[request_id]
@@ -100,7 +100,7 @@ def test_a_closed_loop_keeps_as_many_unfinished():
     assert engine.slept == []
     # 102: both have one, the third comes; 104: its first; 105: second and third end; 107: the last
     assert [each.due_s for each in served] == [100, 100, 102, 105]
-    assert [each.output.token_times_s for each in served] == [
+    assert [each.token_times_s for each in served] == [
         [102],
         [102, 104, 105],
         [104, 105],
@@ -113,7 +113,8 @@ def test_an_open_loop_adds_what_is_due_and_sleeps_when_idle():
     # The second is due at 100.5, in the first step, and can only be added after it.
     assert [each.due_s for each in served] == [100, 100.5, 110]
     assert [each.output.arrival_s for each in served] == [100, 102, 110]
-    assert [each.output.token_times_s for each in served] == [[102, 104, 105], [104], [112]]
+    assert [each.token_times_s for each in served] == [[102, 104, 105], [104], [112]]
+    assert [each.output.token_times_s for each in served] == [[2, 4, 5], [2], [2]]
     assert engine.slept == [5]
     assert engine.most_running == 2
     point = measure(Load(3, FOUR, FOUR, rate=1.0), served)

@@ -36,6 +36,13 @@ def blocks(text: str) -> list[str]:
     return [code.replace("\\\n", " ") for code in found]
 
 
+def program_of_readme(word: str) -> str:
+    """The one program in Python in README that holds a word."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (found,) = (code for kind, code in _BLOCK.findall(readme) if kind == "python" and word in code)
+    return str(found)
+
+
 def commands_in(text: str) -> list[str]:
     """The command lines of a document, as written, without comments."""
     lines = [line for code in blocks(text) for line in code.splitlines()]
@@ -48,6 +55,13 @@ def _parts(line: str) -> list[str]:
     """The commands of a line, between `&&`, up to a pipe, a redirection or an ampersand."""
     whole = re.sub(r"\s#\s.*", "", line)
     return [re.split(r"\s[|>&](?:\s|$)", part)[0].strip() for part in whole.split("&&")]
+
+
+def kept_results(root: Path = ROOT) -> dict[Path, int]:
+    """Folders and files of results in the checkout, and when they were written."""
+    folders = [root / "results", root / "benchmarks" / "results"]
+    paths = [path for each in folders if each.exists() for path in (each, *each.rglob("*"))]
+    return {path: path.stat().st_mtime_ns for path in paths}
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 import re
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import typer
 
-from documented.commands import ROOT, Command, commands_in, named, scripts
+from documented.commands import ROOT, Command, commands_in, kept_results, named, scripts
 from documented.smokes import COVERED, MORE, PARTS, SMOKES
 from expertlane.cli.app import app
 
@@ -112,6 +113,18 @@ WITH_WORDS = [each for each in of_kind("expertlane") if each.words and each.name
 def test_a_command_takes_what_is_named(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parsed(command)
+
+
+def test_results_that_a_test_leaves_in_the_checkout_are_noticed(tmp_path):
+    """By the fixture `elsewhere`, which ends every run of tests: an empty folder too."""
+    seen = [kept_results(tmp_path)]
+    for each in ("results", "results/mine", "benchmarks/results"):
+        (tmp_path / each).mkdir(parents=True)
+        seen.append(kept_results(tmp_path))
+    (tmp_path / "benchmarks/results/new.json").touch()
+    seen.append(kept_results(tmp_path))
+    assert all(after != before for before, after in pairwise(seen))
+    assert kept_results(tmp_path) == seen[-1]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ import httpx
 import numpy as np
 import pytest
 
-from documented.commands import ROOT, Command, blocks, named
+from documented.commands import ROOT, Command, blocks, named, program_of_readme
 from documented.smokes import LIMIT_S, MORE, Stage, run, run_expertlane
+from engine.processes import wait_until
+from server.killed_front import Front, free_port
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(2 * LIMIT_S)]
 
@@ -146,7 +148,38 @@ def test_a_client_goes_well(command: Command, url: str, folder: Path):
 
 
 def test_the_program(folder: Path):
-    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    done = run(folder, sys.executable, "-c", code)
+    done = run(folder, sys.executable, "-c", program_of_readme("LLM"))
     assert done.returncode == 0, done.stderr
     assert re.search(r" (stop|length) \d", done.stdout)
+
+
+def test_the_client_of_a_server_that_is_killed_gets_all_of_it_once(folder: Path, tmp_path: Path):
+    """Of a server that is killed as it answers, and started again."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    code = program_of_readme("Last-Event-ID").replace("http://127.0.0.1:8000", url)
+    code = code.replace("str(uuid.uuid4())", "'mine'").replace("True}", "True, 'ignore_eos': True}")
+    front = Front(folder / "my-checkpoint", tmp_path / "journal", tmp_path / "log", port)
+    front.start()
+    try:
+        printed, err = tmp_path / "printed", tmp_path / "err"
+        with printed.open("wb") as out, err.open("wb") as errors:
+            client = subprocess.Popen([sys.executable, "-c", code], stdout=out, stderr=errors)
+            try:
+                assert wait_until(lambda: printed.stat().st_size > 4)
+                front.kill()
+                front.start()
+                assert client.wait(LIMIT_S) == 0, err.read_text()
+            finally:
+                client.kill()
+                client.wait()
+        events = httpx.get(f"{url}/v1/requests/mine/events", timeout=LIMIT_S).text
+        *data, last = (line[6:] for line in events.splitlines() if line.startswith("data: "))
+        assert last == "[DONE]"
+        assert len(data) >= 200
+        text = "".join(json.loads(each)["choices"][0]["text"] for each in data)
+        assert printed.read_bytes().decode() == text
+        resumed = re.search(r"journal_resumed_total\{.*\} (\d)", httpx.get(f"{url}/metrics").text)
+        assert resumed[1] == "1"  # it had not ended when the server was killed
+    finally:
+        front.end()

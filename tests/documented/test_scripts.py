@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from documented.commands import ROOT
+from documented.commands import ROOT, kept_results
 from documented.smokes import LIMIT_S, SMOKES, Stage, run
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(2 * LIMIT_S)]
@@ -20,12 +20,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     return Stage(tmp_path_factory.mktemp("documented"))
 
 
-def kept() -> dict[Path, int]:
-    """Files of results in the checkout, and when they were written."""
-    folders = ROOT / "results", ROOT / "benchmarks" / "results"
-    return {path: path.stat().st_mtime_ns for each in folders for path in each.rglob("*")}
-
-
 def module_of(name: str) -> str:
     """Name by which documents start a script of the tests."""
     return name.removeprefix("tests/").removesuffix(".py").replace("/", ".")
@@ -33,9 +27,9 @@ def module_of(name: str) -> str:
 
 @pytest.fixture
 def unchanged() -> Iterator[None]:
-    before = kept()
+    before = kept_results()
     yield
-    assert kept() == before
+    assert kept_results() == before
 
 
 @pytest.mark.parametrize("name", SMOKES)

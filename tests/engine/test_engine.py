@@ -41,9 +41,10 @@ def test_a_request_gets_its_tokens_one_a_step(params):
         assert output.token_ids == OUTPUT[:number]
         assert output.finish_reason is reason
     assert not engine.has_unfinished
-    assert output.token_times_s == [1.0, 2.0, 3.0, 4.0, 5.0]
-    assert output.ttft_s == 1.0 - output.arrival_s
-    assert output.tpot_s == 1.0
+    came_s = [output.arrival_s + each for each in output.token_times_s]
+    assert came_s == pytest.approx([1.0, 2.0, 3.0, 4.0, 5.0])  # the stub's clock counts steps
+    assert (output.ttft_s, output.e2e_s) == (output.token_times_s[0], output.token_times_s[4])
+    assert output.tpot_s == pytest.approx(1.0)
     assert (output.text, output.logprobs, output.num_preemptions) == ("", [], 0)
 
 

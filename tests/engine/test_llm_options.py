@@ -58,6 +58,13 @@ def test_fewer_blocks_fit_beside_more_experts(stub):
     assert num_blocks[1] < num_blocks[0]
 
 
+def test_it_shows_what_it_runs_and_whether_it_is_closed(stub):
+    with LLM("paper-tiny", layout="dp=2,ep=2", max_model_len=64) as llm:
+        assert repr(llm) == "<LLM paper-tiny, dp=2,ep=2, float32, 64 positions>"
+    assert repr(llm) == "<LLM paper-tiny, dp=2,ep=2, float32, 64 positions, closed>"
+    assert repr(LLM.__new__(LLM)) == "<LLM, not loaded>"
+
+
 def test_routing_is_there_if_asked_for(stub):
     with (
         LLM("paper-tiny") as llm,

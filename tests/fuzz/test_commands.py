@@ -54,7 +54,7 @@ _COMMANDS = (
     "--seed 1 --stop-token-id 3 --logprobs 2 --json",
     "generate paper-tiny --token-ids 1 --layout dp=2,ep=2 --placement placement.json "
     "--rebalance-steps 4 --ranks-per-node 2 --num-micro-batches 1 --timeout-s 5",
-    "generate paper-tiny --file prompts.txt --record-routing --out out --max-num-seqs 4",
+    "generate paper-tiny --file prompts.txt --record-routing out/routing.npz --max-num-seqs 4",
     "balance trace.npz --ep 4 --ranks-per-node 2 --num-redundant-experts 4 --out out",
     "balance trace.npz --ep 2 --placement placement.json --json",
     "report results --out out --json",

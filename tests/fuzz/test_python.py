@@ -252,10 +252,17 @@ def test_a_wrong_argument_of_structured_output_is_named():
     ) -> object:
         return expertlane.Structured(json_schema, regex, grammar, choice)
 
-    def beside(lead: Any, may_lead: Any, prefix: Any, is_of_schemas: Any) -> object:
-        return expertlane.Structured(None, "a", None, None, lead, may_lead, prefix, is_of_schemas)
+    def beside(lead: Any, may_lead: Any, prefix: Any, is_of_schemas: Any, compact: Any) -> object:
+        rest = lead, may_lead, prefix, is_of_schemas, compact
+        return expertlane.Structured({}, None, None, None, *rest)
 
-    right = {"lead": None, "may_lead": None, "prefix": "", "is_of_schemas": False}
+    right = {
+        "lead": None,
+        "may_lead": None,
+        "prefix": "",
+        "is_of_schemas": False,
+        "compact": False,
+    }
     assert list(_misused(one, {})) == []
     assert list(_misused(beside, right)) == []
 

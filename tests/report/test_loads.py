@@ -140,7 +140,7 @@ def test_a_single_load():
     assert "SLOs" not in found
     assert "goodput" not in found
     assert "Cost" not in found
-    assert "How sure" in found
+    assert "Accuracy" in found
 
 
 def test_what_is_left_out_is_said():

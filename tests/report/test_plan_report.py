@@ -272,7 +272,7 @@ def test_why_nothing_is_disaggregated(why, words):
 def test_how_sure_it_is():
     judged = replace(PLAN.cluster, judged=JUDGED)
     assert tells(next(iter(how_sure(replace(PLAN, cluster=judged)))), "TPOT 34% 127")
-    assert "Not judged" in next(iter(how_sure(PLAN)))
+    assert "Not validated" in next(iter(how_sure(PLAN)))
 
 
 def test_what_most_time_rests_on_is_said():

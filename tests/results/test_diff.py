@@ -109,6 +109,7 @@ def test_turned_round_it_is_the_same_the_other_way(first, second, threshold, str
         return
     back = diff(second, first, threshold, strict)
     assert (back.leading, back.is_busy) == (there.leading, there.is_busy)
+    assert back.has_few_pairs == there.has_few_pairs
     assert [(n, b, a) for n, a, b in back.settings] == [*there.settings]
 
     def of(change):
@@ -238,6 +239,12 @@ def test_two_plans_are_compared_by_their_choice_first():
     assert found.changes[0].deployment == f"{best.name} → another"
     assert found.changes[0].verdict == "identical"
     assert {each.deployment for each in found.with_verdict("only in A")} == {best.name}
+    renamed = replace(
+        PLAN, deployments=tuple(replace(e, name=f"{e.name}!") for e in PLAN.deployments)
+    )
+    found = diff(PLAN, renamed)
+    assert 2 * len(found.unpaired) > len(found.changes)
+    assert not found.has_few_pairs
 
 
 def test_the_clock_that_both_have_counts():

@@ -21,7 +21,7 @@ DRAWN = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=12, logpro
 
 
 class ServerInThread:
-    """A server at a free port.
+    """A server at a port, by default a free one.
 
     Attributes:
         url: without `/v1`.
@@ -34,10 +34,11 @@ class ServerInThread:
         options: ServerOptions | None = None,
         check_ranks: Callable[[], None] = lambda: None,
         host: str = "127.0.0.1",
+        port: int = 0,
     ) -> None:
         self.error: Exception | None = None
         self.running: Running | None = None
-        bound = bind(host, 0)
+        bound = bind(host, port)
         self.port = bound.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         started = threading.Event()
@@ -101,6 +102,7 @@ class StubServer(ServerInThread):
         *,
         is_held: bool = False,
         host: str = "127.0.0.1",
+        port: int = 0,
         **engine: Any,
     ) -> None:
         self.step_s = 0.0
@@ -110,7 +112,7 @@ class StubServer(ServerInThread):
         self.engine = StubEngine(tokenizer=letters(), **engine)
         self.engine.runner.before = self._pass_gate
         model = ServedModel("stub", self.engine, self.engine.limits, letters())
-        super().__init__(model, options, host=host)
+        super().__init__(model, options, host=host, port=port)
 
     def _pass_gate(self) -> None:
         assert self.gate.wait(PATIENCE_S), "the gate stayed closed"

@@ -14,8 +14,9 @@ import httpx
 import pytest
 
 from cli.screen import telling, tells
+from documented.commands import program_of_readme
 from engine.processes import wait_until
-from engine.stub_runner import expected
+from engine.stub_runner import expected, letters
 from expertlane.errors import UserError
 from expertlane.server.journal import file as journal_file
 from expertlane.server.journal import keeper
@@ -32,14 +33,14 @@ def journaled(stub_server, tmp_path):
     """Makes a server with a journal; `after` is a folder that a killed one has left."""
     numbers = iter(range(100))
 
-    def make(after=None, reconnect_s=60.0, is_held=False, **options):
+    def make(after=None, reconnect_s=60.0, is_held=False, port=0, **options):
         folder = tmp_path / f"journal {next(numbers)}"
         if after is not None:
             shutil.copytree(after, folder)
         file = JournalFile(folder)
         file.identify({"model": "stub"})
         options = ServerOptions(journal=file, reconnect_s=reconnect_s, **options)
-        server = stub_server(options, is_held=is_held)
+        server = stub_server(options, is_held=is_held, port=port)
         server.folder = folder
         return server
 
@@ -110,6 +111,27 @@ def test_a_stream_goes_on_after_the_server_is_killed(journaled):
     assert rest(after, "mine", 51).status_code == 204
     assert after.service.journal.num_resumed == 1
     assert after.engine.runner.num_steps < 50  # what was there is not computed again
+
+
+def test_the_client_in_the_readme_gets_every_token_once(journaled):
+    """Its program as written, but for the address and the prompt, which the stub knows as ids."""
+    server = journaled(drain_s=0.0)
+    server.step_s = 0.01
+    code = program_of_readme("Last-Event-ID").replace("http://127.0.0.1:8000", server.url)
+    code = code.replace('"Once upon a time", "max_tokens": 200', '[1, 2, 3], "max_tokens": 50')
+    printed = []
+    names = {"print": lambda text, **_: printed.append(text)}
+    with ThreadPoolExecutor(1) as pool:
+        client = pool.submit(exec, code, names)
+        assert wait_until(lambda: len(printed) >= 7)
+        server.stop()
+        num_before = len(printed)
+        after = journaled(after=server.folder, port=server.port)
+        client.result(timeout=PATIENCE_S)
+    assert 7 <= num_before < 50
+    assert "".join(printed) == letters().decode(expected([1, 2, 3], 50))
+    assert after.service.journal.num_resumed == 1
+    assert after.service.journal.num_reconnects >= 1
 
 
 def test_a_client_comes_back_to_a_server_that_lives(journaled):

@@ -101,6 +101,15 @@ OF_BOTH = [
     ({"structured_outputs": {}}, "structured_outputs"),
     ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
     ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+    (
+        {"structured_outputs": {"disable_any_whitespace": True}},
+        "structured_outputs.disable_any_whitespace",
+    ),
+    (
+        {"regex": "a", "structured_outputs": {"disable_any_whitespace": True}},
+        "structured_outputs.disable_any_whitespace",
+    ),
+    ({"structured_outputs": {"disable_any_whitespace": False}}, "structured_outputs"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "text", "json_schema": {"name": "a"}}}, "response_format"),

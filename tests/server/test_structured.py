@@ -123,6 +123,28 @@ def test_all_forms_with_all_that_may_be_beside_them(structured, field, pattern):
         assert re.fullmatch(pattern, text)
 
 
+def test_compact_json(structured):
+    """vLLM's field, with the schema in it or in another one."""
+    person = {"type": "object", "properties": {"a b": {"type": "array", "items": {"type": "null"}}}}
+    person |= {"required": ["a b"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": person}}
+    compact = {"disable_any_whitespace": True}
+    bodies = [
+        {"structured_outputs": compact | {"json": person}},
+        {"structured_outputs": compact, "guided_json": person},
+        {"structured_outputs": compact, "response_format": form},
+    ]
+    bodies = [body | {"prompt": "a", "max_tokens": 4000, "n": 4, "seed": 1} for body in bodies]
+    texts = texts_of(structured, [(COMPLETIONS, body) for body in bodies])
+    assert len(texts) == 12
+    for text in texts:
+        assert text == json.dumps(json.loads(text), separators=(",", ":"))
+    free = {"guided_json": person, "prompt": "a", "max_tokens": 4000, "n": 4, "seed": 1}
+    assert any(
+        "\n" in text or '": ' in text for text in texts_of(structured, [(COMPLETIONS, free)])
+    )
+
+
 def test_a_stream_and_a_stop_string(structured):
     with openai.OpenAI(
         base_url=f"{structured.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE_S

@@ -161,6 +161,11 @@ def test_an_answer_is_json_or_a_call():
         if "content" in found:
             jsonschema.validate(json.loads(text), LOOK)
     assert kinds == {"content", "tool_calls"}
+    compact = {"structured_outputs": {"disable_any_whitespace": True}, "response_format": form}
+    for seed in range(12):
+        text, found = write("hermes", asked(**compact), are_special=False, seed=seed)
+        if "content" in found:
+            assert text == json.dumps(json.loads(text), ensure_ascii=False, separators=(",", ":"))
     # Where it has to be a call, a format of the text says nothing: instructor sends both.
     request = asked(tool_choice="required", response_format=form)
     _, found = write("hermes", request, are_special=False, seed=0)

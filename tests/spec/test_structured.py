@@ -46,6 +46,8 @@ def test_a_schema_is_kept_as_text():
             "1,001",
         ),
         ({"grammar": "a" * 9000}, "grammar 9,000 8,192"),
+        ({"regex": "a", "compact": True}, "compact json_schema regex"),
+        ({"json_schema": {}, "compact": 1}, "compact 1 true false"),
         ({"choice": []}, "list texts"),
         ({"choice": "ab"}, "list texts"),
         ({"choice": ["a"] * (MOST_CHOICES + 1)}, "4,096"),

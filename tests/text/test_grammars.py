@@ -139,6 +139,20 @@ def test_a_text_that_fits(tokenizer, form, text, is_ended):
         assert tokenizer.eos_token_ids <= allowed(constraint)
 
 
+@pytest.mark.parametrize("schema", [SCHEMA, True])
+def test_compact_json_has_no_white_space_but_in_texts(tokenizer, schema):
+    def next_letters(text, **more):
+        structured = Structured(json_schema=schema, **more)
+        options = allowed(walk(made(tokenizer), tokenizer, text, structured=structured))
+        return {bytes_of(tokenizer, each)[:1] for each in options}
+
+    spaces = {b" ", b"\n", b"\t"}
+    for text in ("{", '{"ä b"', '{"ä b":', '{"ä b":47'):
+        assert spaces & next_letters(text) == {b" ", b"\n"}
+        assert not spaces & next_letters(text, compact=True), text
+    assert next_letters('{"ä b":', compact=True) >= {b"5"}
+
+
 def test_what_does_not_fit_is_not_let_through(tokenizer):
     constraint = walk(made(tokenizer), tokenizer, "", structured=Structured(regex="ab"))
     names = {tokenizer.decode([each]) for each in allowed(constraint)}

@@ -34,7 +34,7 @@ _FILE = "placement.json"
 class _Options:
     panel: ClassVar = Panel.DEPLOYMENT
     trace: Path = typer.Argument(
-        metavar="ROUTING_TRACE", help="routing.npz of expertlane generate --record-routing."
+        metavar="ROUTING_TRACE", help="What expertlane generate --record-routing wrote."
     )
     ep_ranks: int = typer.Option(
         ...,

@@ -114,10 +114,8 @@ def _checked(own: _Options, folder: Path) -> Path:
         )
     if is_under_torchrun():
         raise UserError("calibrate measures one machine and starts its own ranks; no torchrun")
-    output.check_folder(folder)
     path = folder / f"{own.name}.toml"
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
+    output.check_file(path)
     return path
 
 

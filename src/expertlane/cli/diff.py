@@ -73,8 +73,9 @@ def diff(
     Exit code
       1   a trustworthy change for the worse, beyond --threshold and its noise;
           with --strict also one of a busy machine or of unknown noise
-      2   the two cannot be compared
-      0   else
+      2   the two cannot be compared, or most metrics have no partner (of plans:
+          only the first choices need one)
+      0   otherwise
 
     \b
     Examples:
@@ -84,7 +85,7 @@ def diff(
       expertlane diff results/before results/after --json | jq '.changes[] | .gain'
     """
     from expertlane.report import markdown
-    from expertlane.report.diff import report_of_difference
+    from expertlane.report.diff import report_of_difference, too_little_in_common
     from expertlane.results.diff import difference
     from expertlane.results.file import read
     from expertlane.results.table import aligned, write_table
@@ -100,6 +101,7 @@ def diff(
     plain = asdict(found) | {
         "num_regressions": len(found.regressions),
         "num_not_trustworthy": len(found.untrusted),
+        "num_unpaired": len(found.unpaired),
     }
     as_json = strict_json(plain, indent=2, ensure_ascii=False) + "\n"
     output.print_report(report, output_options, None, lambda: as_json)
@@ -110,5 +112,9 @@ def diff(
             rows = aligned([change.row() for change in found.changes])
             written.append(write_table(rows, folder / "diff.csv", output_options.export))
         output.print_written(written)
+    if found.has_few_pairs:
+        raise UserError(
+            f"{too_little_in_common(found)}; give results of the same deployments and loads"
+        )
     if found.regressions:
         raise typer.Exit(REGRESSION)

@@ -27,18 +27,8 @@ from expertlane.cli.options import (
     layout_option,
     parse_list,
 )
-from expertlane.cli.output import (
-    Call,
-    command_line,
-    is_first_process,
-    print_json,
-    print_message,
-    slug,
-)
-from expertlane.cli.output_options import (
-    json_option,
-    out_option,
-)
+from expertlane.cli.output import check_file, is_first_process, print_json, print_message
+from expertlane.cli.output_options import json_option
 from expertlane.cli.sampling import SamplingOptions, sampling_params
 from expertlane.errors import ModelError, UserError
 from expertlane.spec.files import CONFIG_BYTES, PROMPTS_BYTES, read_stream, read_text
@@ -74,6 +64,13 @@ class _Options:
         rich_help_panel=Panel.MORE_SAMPLING,
         help="The output is JSON that fits this JSON schema.",
     )
+    compact_json: bool = typer.Option(
+        False,
+        "--compact-json",
+        rich_help_panel=Panel.MORE_SAMPLING,
+        help="With --json-schema: no spaces or line ends between the parts of the JSON, so fewer "
+        "tokens.",
+    )
     regex: str | None = typer.Option(
         None,
         metavar="REGEX",
@@ -81,14 +78,13 @@ class _Options:
         help="The output matches this regular expression.",
     )
     as_json: bool = json_option()
-    record_routing: bool = typer.Option(
-        False,
-        "--record-routing",
+    record_routing: Path | None = typer.Option(
+        None,
+        metavar="FILE",
         rich_help_panel=Panel.OUTPUT,
-        help="Also write routing.npz: which experts each token chose, for expertlane balance and "
+        help="Also write which experts each token chose, for expertlane balance and "
         "--routing-trace.",
     )
-    out: Path | None = out_option("results/generate-MODEL")
     layout: str = layout_option("tp=1")
 
 
@@ -123,8 +119,8 @@ def generate(
       expertlane generate ./my-checkpoint --chat --system "Be brief."
       echo "Once upon a time" | expertlane generate ./my-checkpoint --json
       expertlane generate ./my-checkpoint "As JSON:" --json-schema person.json
-      expertlane generate ./my-checkpoint --file prompts.txt --record-routing
-          then: expertlane balance results/generate-my-checkpoint/routing.npz --ep 8
+      expertlane generate org/model --file prompts.txt --record-routing routing.npz
+          then: expertlane balance routing.npz --ep 8
       expertlane generate paper-tiny --token-ids 1,2,3
           random weights: shows that it runs
     """
@@ -134,7 +130,9 @@ def generate(
     _check_stops(sampling, found)
     structured = _structured(own, found)
     params = sampling_params(found.folder, vars(sampling) | {"structured": structured})
-    trace = _trace_path(own.out, found) if own.record_routing else None
+    trace = own.record_routing
+    if trace is not None:
+        check_file(trace)
     if own.chat:
         conversation = Chat(found, params, own.system)
         with _load(found, layout, engine, trace) as llm:
@@ -153,14 +151,6 @@ def generate(
         raise ModelError(f"{errors[0]}{more}")
 
 
-def _trace_path(out: Path | None, found: FoundModel) -> Path:
-    folder = Call(command_line(), out, always_writes=True).folder(
-        slug("generate", found.config.name)
-    )
-    assert folder is not None, "it always writes"
-    return folder / "routing.npz"
-
-
 def _check_options(own: _Options, sampling: SamplingOptions, prompts: list[str] | None) -> None:
     """Those that need or exclude each other.
 
@@ -175,8 +165,6 @@ def _check_options(own: _Options, sampling: SamplingOptions, prompts: list[str] 
         raise UserError("--system needs --chat")
     if own.chat and (prompts or own.file or own.token_ids or own.as_json):
         raise UserError("--chat reads standard input; leave prompts and --json out")
-    if own.out is not None and not own.record_routing:
-        raise UserError("--out needs --record-routing, which writes there")
 
 
 def _structured(own: _Options, found: FoundModel) -> "Structured | None":
@@ -187,6 +175,8 @@ def _structured(own: _Options, found: FoundModel) -> "Structured | None":
     """
     from expertlane.spec.structured import Structured
 
+    if own.compact_json and own.json_schema is None:
+        raise UserError("--compact-json needs --json-schema")
     if own.json_schema is None and own.regex is None:
         return None
     if own.json_schema is not None and own.regex is not None:
@@ -196,7 +186,8 @@ def _structured(own: _Options, found: FoundModel) -> "Structured | None":
         raise UserError(f"{name} needs a tokenizer, and {found.name} has none")
     if own.json_schema is None:
         return Structured(regex=own.regex)
-    return Structured(json_schema=read_text(own.json_schema, CONFIG_BYTES))
+    schema = read_text(own.json_schema, CONFIG_BYTES)
+    return Structured(json_schema=schema, compact=own.compact_json)
 
 
 def _gather(texts: list[str], file: Path | None, token_ids: list[str]) -> "list[Prompt]":

@@ -113,7 +113,7 @@ def output_json(output: "RequestOutput") -> str:
         "error": output.error,
         "ttft_s": output.ttft_s,
         "tpot_s": output.tpot_s,
-        "e2e_s": output.token_times_s[-1] - output.arrival_s if output.token_times_s else None,
+        "e2e_s": output.e2e_s,
         "num_preemptions": output.num_preemptions,
     }
     if output.logprobs:
@@ -142,7 +142,7 @@ def outputs_summary(outputs: Sequence["RequestOutput"], max_tokens: int) -> str:
     busy_s, until_s = 0.0, float("-inf")
     for output in outputs:  # in order of arrival: those of a chat have pauses between them
         began_s = max(output.arrival_s, until_s)
-        until_s = max([until_s, *output.token_times_s])
+        until_s = max(until_s, output.arrival_s + (output.e2e_s or 0.0))
         busy_s += max(0.0, until_s - began_s)
     firsts_s = [output.ttft_s for output in outputs if output.ttft_s is not None]
     if not firsts_s:

@@ -20,9 +20,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHELL_BASE = 128  # shells add it to a signal's number
 INTERRUPTED = _SHELL_BASE + signal.SIGINT
 _LONG, _SHOWN_NAME = 300, 60  # characters of a name in a message: when it is cut, and to what
-_SHORT = 4  # characters of an option that many would contain
 _NO_THREAD = "can't start new thread"  # Python's own words
-_MOST_NEAR, _ALIKE = 3, 0.75  # options that may have been meant, and how alike
 
 
 def main() -> "NoReturn":
@@ -102,13 +100,11 @@ def _may_start_threads() -> bool:
 
 def _nearest_options(given: str, context: "Any") -> str:
     """What the user may have meant by an option that there is none of."""
-    from difflib import get_close_matches
+    from expertlane.errors import did_you_mean
 
     options = (each for each in context.command.params if not getattr(each, "hidden", False))
-    known = [name for each in options for name in each.opts if name.startswith("--")]
-    near = [name for name in known if given.strip("-") in name] if len(given) > _SHORT else []
-    near = (near or get_close_matches(given, known, cutoff=_ALIKE))[:_MOST_NEAR]
-    return f"did you mean {' or '.join(near)}?" if near else ""
+    names = (name for each in options for name in each.opts if name.startswith("--"))
+    return did_you_mean(given, names)
 
 
 def _set_signal_handlers(handler: "Callable[[int, FrameType | None], Never]") -> None:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import wraps
+from pathlib import Path
 from typing import Any, get_args
 
 from typer.models import OptionInfo
 
 from expertlane.cli.output import Call
+from expertlane.errors import UserError
 from expertlane.spec.ranges import RANGES, take
 
 
@@ -22,10 +24,17 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     parameters = parameters_of(command)
 
+    names = {_spelling(each) for each in parameters if isinstance(each.default, OptionInfo)}
+
     @wraps(command)
     def run(**values: Any) -> None:
         for each in parameters:
             _check(each, values[each.name])
+            if isinstance(values[each.name], Path) and str(values[each.name]) in names:
+                raise UserError(
+                    f"{_spelling(each)} needs a path, and {values[each.name]} is an option; a "
+                    f"file of that name is ./{values[each.name]}"
+                )
         call_with(command, values)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

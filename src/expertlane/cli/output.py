@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import stat
 import sys
 import tempfile
 import time
@@ -114,6 +115,28 @@ def check_folder(folder: Path) -> None:
                 raise UserError(
                     f"results cannot go to {folder}: {path} is not writable ({error.strerror})"
                 ) from None
+
+
+def check_file(path: Path) -> None:
+    """Check, before anything runs, that a file can be written there; leaves nothing behind.
+
+    Only in the process that writes.
+
+    Raises:
+        UserError: its folder is none or not writable, or something else has its name.
+    """
+    check_folder(path.parent)
+    if not is_first_process():
+        return
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise UserError(f"cannot write {path}: it is {kind}")
 
 
 @contextmanager

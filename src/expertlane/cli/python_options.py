@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from typer.models import ArgumentInfo, OptionInfo
 
 from expertlane.cli.option_groups import parameters_of
-from expertlane.errors import UserError
+from expertlane.errors import UserError, did_you_mean
 from expertlane.spec.files import as_path
 from expertlane.spec.layout import Layout
 from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, RANGES, shown, take, take_word
@@ -189,10 +189,17 @@ class PythonOptions:
         """All values as the command gets them, defaults among them.
 
         Raises:
-            TypeError: an option that it lacks, or none where it needs one.
+            TypeError: an option that it lacks, or none where it needs one; the text names the
+                function, and the options that may have been meant.
             UserError: a value is not valid.
         """
-        bound = self.signature.bind(*arguments, **given)
+        signature = self.signature
+        try:
+            bound = signature.bind(*arguments, **given)
+        except TypeError as error:
+            unknown = next((name for name in given if name not in signature.parameters), "")
+            hint = did_you_mean(unknown, signature.parameters) if unknown in str(error) else ""
+            raise TypeError(f"{self.name}(): {error}{hint and f'; {hint}'}") from None
         bound.apply_defaults()
         taken = {each.name: each.take(bound.arguments[each.name]) for each in self.options}
         return taken | {each.name: each.default for each in self.hidden}

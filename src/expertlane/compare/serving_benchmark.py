@@ -33,10 +33,15 @@ from expertlane.spec.workload import (
 
 @dataclass(frozen=True, eq=False)
 class TimedOutput:
-    """A finished request; `due_s` on the clock of its output."""
+    """A finished request; `due_s` on the clock of its arrival."""
 
     due_s: float
     output: RequestOutput
+
+    @property
+    def token_times_s(self) -> list[float]:
+        """When each token came, on the same clock."""
+        return [self.output.arrival_s + each for each in self.output.token_times_s]
 
 
 def serve(
@@ -53,7 +58,7 @@ def serve(
     Args:
         requests: by due time.
         max_unfinished: a request waits while there are so many; then it is due when added.
-        clock: the one that the outputs' times are of.
+        clock: the one that outputs' arrivals are of.
 
     Raises:
         ModelError: the logits of a request are not finite.
@@ -93,7 +98,7 @@ def measure(load: Load, served: Sequence[TimedOutput], slos: Sequence[SLO] = ())
                 len(each.output.prompt_token_ids),
                 len(each.output.token_ids),
                 each.due_s,
-                each.output.token_times_s,
+                each.token_times_s,
             )
             for each in served
         ],
@@ -101,7 +106,7 @@ def measure(load: Load, served: Sequence[TimedOutput], slos: Sequence[SLO] = ())
     )
     prefill_tps = None
     if load.batch is not None and load.batch >= load.num_requests:
-        prefilled_s = max(output.token_times_s[0] for output in outputs)
+        prefilled_s = max(each.token_times_s[0] for each in served)
         started_s = min(each.due_s for each in served)
         num_prompt_tokens = sum(len(output.prompt_token_ids) for output in outputs)
         prefill_tps = Estimate(num_prompt_tokens / (prefilled_s - started_s))

@@ -332,8 +332,9 @@ class Engine(Generic[HandleT]):
         for batch in finished.plan.batches:
             for seq_id in batch.seq_ids.tolist():
                 if (live := self._unscheduled.pop(seq_id, None)) is not None:
-                    live.output.scheduled_s = finished.outcome.submitted_s
-                    live.output.num_cached_tokens = live.request.num_cached_tokens or 0
+                    output, submitted_s = live.output, finished.outcome.submitted_s
+                    output.scheduled_s = submitted_s - output.arrival_s
+                    output.num_cached_tokens = live.request.num_cached_tokens or 0
 
     def _take(self, stepped: list[Request], outcome: StepOutcome) -> list[Chunk]:
         """What a step brought the requests that got a token; a hot loop."""
@@ -344,7 +345,7 @@ class Engine(Generic[HandleT]):
             if live is None:  # cancelled since
                 continue
             token_id = request.output_token_ids[-1]
-            live.add_time(finished_s)
+            live.add_time(finished_s - live.output.arrival_s)
             if live.is_plain and reason is None:
                 chunks.append(Chunk(request_id, token_id, "", None))
                 continue

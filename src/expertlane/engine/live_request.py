@@ -19,7 +19,7 @@ class LiveRequest:
 
     Attributes:
         is_plain: tokens are all that it is given.
-        add_time: takes the time of a token.
+        add_time: takes a token's time since the arrival.
         includes_stop: the token that ends it is text too.
         constraint: what its tokens are held to; None where nothing is.
     """

@@ -193,6 +193,14 @@ class LLM:
             pool.close(failed=True)
             raise
 
+    def __repr__(self) -> str:
+        """`<LLM paper-tiny, dp=2,ep=2, float32, 4,096 positions, closed>`."""
+        if not hasattr(self, "_shared"):  # it could not be made
+            return "<LLM, not loaded>"
+        dtype, positions = self.machine[0].dtype, f"{self.limits.max_model_len:,} positions"
+        closed = ", closed" if self._pool.is_closed else ""
+        return f"<LLM {self.model.name}, {self.layout}, {dtype}, {positions}{closed}>"
+
     def __enter__(self) -> "LLM":
         return self
 

@@ -35,7 +35,7 @@ def pareto(options: Sequence[ScreenedCandidate]) -> list[tuple[ScreenedCandidate
 
 
 _NAMED = 2  # causes
-_MET = "decodes held up by prompts"
+_MET = "decode delayed by prefill"
 _LEAST = 0.1  # of what grows, for a cause to be named
 
 

@@ -42,13 +42,15 @@ def report_of_difference(found: Difference, command: str, created: str) -> Repor
 
 
 def headline(found: Difference) -> str:
-    """Whether there is a regression, and how many metrics changed."""
+    """Whether there is a regression, or too little in common, and how many metrics changed."""
     regressions, beyond = found.regressions, f"{100 * found.threshold:g}%"
     counts = [(len(found.with_verdict(verdict)), verdict) for verdict in _WORDS]
     changed = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
     of_all = f"Of {counted(len(found.changes), 'metric')}, {changed}."
     if len(found.with_verdict("identical")) == len(found.changes):
         return f"No regression: {counted(len(found.changes), 'metric')}, all identical."
+    if found.has_few_pairs:
+        return f"{too_little_in_common(found)} ({changed})."
     if not regressions:
         doubt = ""
         if found.untrusted:
@@ -63,6 +65,14 @@ def headline(found: Difference) -> str:
         f"of {worst.deployment} ({worst.where}): {_change(worst)}"
         + (f" ({interval})" if interval else "")
         + f". {of_all}"
+    )
+
+
+def too_little_in_common(found: Difference) -> str:
+    """How many metrics have no partner."""
+    return (
+        f"Too little in common for a verdict: {len(found.unpaired)} of "
+        f"{counted(len(found.changes), 'metric')} have no partner"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a plan answers on one screen: what to use, what ties with it, and how sure that is."""
+"""What a plan answers on one screen: what to use, what ties with it, and how accurate that is."""
 
 import textwrap
 from collections.abc import Iterator, Sequence

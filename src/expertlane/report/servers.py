@@ -53,7 +53,7 @@ def server_answer(results: Results) -> Answer:
         " | ".join(setting),
         "",
         parts,
-        [*_errors(found), *_doubts(found), ("How sure", _sure(results, found))],
+        [*_errors(found), *_doubts(found), ("Confidence", _sure(results, found))],
         verdict(results) or headline(results),
     )
 
@@ -160,7 +160,7 @@ def _doubts(found: Sequence[Served]) -> Iterator[Note]:
     if late and max(late, key=lambda pair: pair[1])[1] > _LATE_S:
         one, late_s = max(late, key=lambda pair: pair[1])
         yield (
-            "Late",
+            "Send delay",
             f"requests were sent up to {milliseconds(late_s)} ms late (p99) at {_at(found, one)}; "
             "latencies count from when they were due",
         )
@@ -209,7 +209,7 @@ _OF_CLIENT: tuple[Column[tuple[Served, ClientRecord]], ...] = (
     number("answered", lambda pair: pair[0].serving.num_requests, whole),
     number("failed", lambda pair: pair[1].num_failed, whole),
     number("events", lambda pair: pair[1].num_events, whole),
-    number("late p99, ms", lambda pair: pair[1].late_s and pair[1].late_s.p99, milliseconds),
+    number("send delay p99, ms", lambda pair: pair[1].late_s and pair[1].late_s.p99, milliseconds),
     number("client, of a core", lambda pair: pair[1].cpu_share, percent),
     number(
         "µs CPU per token",

@@ -177,7 +177,9 @@ def bench_answer(results: Results) -> Answer:
         where += f" on {counted(machine.num_cores, 'core')}"
     num = best.serving.num_requests or 0
     slowest = ", so that p95 is about the slowest" if num < _FEW else ""
-    notes = [("How sure", f"one run of {counted(num, 'request')} per load, not repeated{slowest}")]
+    notes = [
+        ("Confidence", f"one run of {counted(num, 'request')} per load, not repeated{slowest}")
+    ]
     return answer(
         results,
         f"{shortened(results.question['model'], NAME_COLUMNS)} | {where}",
@@ -284,7 +286,7 @@ def simulation_answer(results: Results, setting: str) -> Answer:
     notes = [
         *_noted(_held_back(results, record)),
         *_sampling(record.best_load),
-        ("How sure", _firmness(results, total_s)),
+        ("Accuracy", _firmness(results, total_s)),
         *_noted(cautions(results)),
     ]
     return answer(results, setting, why, (table,), notes)

@@ -60,10 +60,10 @@ def how_judged(results: Results) -> str:
     cluster = results.projected_for
     judged = cluster.judged
     if judged is None:
-        return "Not judged: no projection of this kind was compared with measurements."
+        return "Not validated: no projection like this was compared with measurements."
     framework = f", overheads of {cluster.framework}" if cluster.framework else ""
     return (
-        f"Judged on {judged.what}{framework}: {percent(judged.median_error)} median error, "
+        f"Validated on {judged.what}{framework}: {percent(judged.median_error)} median error, "
         f"{counted(judged.num_rows, 'row')}."
     )
 

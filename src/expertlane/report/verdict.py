@@ -1,4 +1,4 @@
-"""Which of two deployments is faster, by what factor, how surely, and why: in sentences."""
+"""Which of two deployments is faster, by what factor, with which confidence, and why."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -151,7 +151,7 @@ def _interval(estimate: Estimate) -> str:
 
 
 def headline(comparison: Comparison, results: Results) -> str:
-    """Who wins, by how much, how surely and on which clock: one sentence."""
+    """Who wins, by how much, with which confidence and on which clock: one sentence."""
     judged = judge(comparison)
     where = f"in {comparison.phase}, {_clock(comparison, results)}"
     if judged is None:
@@ -163,7 +163,7 @@ def headline(comparison: Comparison, results: Results) -> str:
         within = "" if judged.is_told_apart else "Within error: "
         return f"{within}{said} (bounds {interval})."
     if not judged.has_interval:
-        return f"{said} ({counted(num_runs, 'run')}: too few to say how surely)."
+        return f"{said} ({counted(num_runs, 'run')}: too few for an interval)."
     significant = "" if judged.is_told_apart else "Not significant: "
     return f"{significant}{said} ({interval}, {counted(num_runs, 'run')})."
 

@@ -97,6 +97,19 @@ class Difference:
         return self.leading in RUN and max(self.foreign_cpu_shares) >= FOREIGN_LOAD
 
     @property
+    def unpaired(self) -> tuple[Change, ...]:
+        """Metrics that only A or only B has."""
+        return self.with_verdict("only in A", "only in B")
+
+    @property
+    def has_few_pairs(self) -> bool:
+        """Whether most metrics have no partner, so that what the others say is no verdict.
+
+        Of plans the first choices are always compared; the others come and go.
+        """
+        return self.kind != "plan" and 2 * len(self.unpaired) > len(self.changes)
+
+    @property
     def regressions(self) -> tuple[Change, ...]:
         """What got worse beyond the threshold and its noise, and is trustworthy; worst first.
 

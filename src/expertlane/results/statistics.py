@@ -1,4 +1,4 @@
-"""How sure a number is that was measured a few times: 90 % intervals for five to ten repetitions.
+"""Confidence in a number that was measured a few times: 90 % intervals for five to ten repetitions.
 
 Repetitions are few and their noise is one-sided and heavy-tailed (a disturbed run is slower), so
 nothing here assumes a normal distribution of single repetitions:

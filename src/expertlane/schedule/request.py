@@ -284,11 +284,10 @@ class RequestOutput:
         finish_reason: None while it goes on.
         error: why it ended in an error, in a line; None where it did not.
         num_preemptions: how often its keys and values were dropped and computed again.
-        arrival_s: when it was added, on `time.perf_counter`.
-        scheduled_s: when the first step with tokens of it began, on the same clock; None before
-            that step has ended.
-        token_times_s: [len(token_ids)]; when each token came, on the same clock. Of an output that
-            an earlier process began, those that came in this one.
+        arrival_s: when it was added, on `time.perf_counter`; the times below are since then.
+        scheduled_s: until the first step with tokens of it began; None before that step has ended.
+        token_times_s: [len(token_ids)]; until each token came. Of an output that an earlier process
+            began, those that came in this one.
     """
 
     request_id: str
@@ -309,7 +308,12 @@ class RequestOutput:
     @property
     def ttft_s(self) -> float | None:
         """Time to the first token; None before there is one."""
-        return self.token_times_s[0] - self.arrival_s if self.token_times_s else None
+        return self.token_times_s[0] if self.token_times_s else None
+
+    @property
+    def e2e_s(self) -> float | None:
+        """Time to the last token so far; None before there is one."""
+        return self.token_times_s[-1] if self.token_times_s else None
 
     @property
     def tpot_s(self) -> float | None:

@@ -100,7 +100,7 @@ class RequestLog:
             ),
             "cached_tokens": sum(each.num_cached_tokens for each in outputs),
             "completion_tokens": sum(len(each.token_ids) for each in outputs),
-            "queue_s": _rounded(min, map(queue_s, outputs)),
+            "queue_s": _rounded(min, (each.scheduled_s for each in outputs)),
             "ttft_s": _rounded(min, (each.ttft_s for each in outputs)),
             "tpot_s": _rounded(max, (each.tpot_s for each in outputs)),
             "finish_reasons": [finish_reason(each) for each in outputs],
@@ -135,11 +135,6 @@ def finish_reason(output: RequestOutput) -> str:
     """Of an answer that has ended; `abort` where the client went, or its time was over."""
     reason = output.finish_reason
     return "abort" if reason in (None, FinishReason.CANCELLED) else str(reason)
-
-
-def queue_s(output: RequestOutput) -> float | None:
-    """From arrival to the first step; None before that."""
-    return None if output.scheduled_s is None else output.scheduled_s - output.arrival_s
 
 
 def _rounded(

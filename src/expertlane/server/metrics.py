@@ -141,8 +141,8 @@ class Metrics(Collector):
             if index:
                 self._itl.observe(times[index] - times[index - 1])
             else:
-                self._ttft.observe(times[0] - output.arrival_s)
-                self.recent_ttft.append((times[0], times[0] - output.arrival_s))
+                self._ttft.observe(times[0])
+                self.recent_ttft.append((output.arrival_s + times[0], times[0]))
             self._num_seen[chunk.request_id] = index + 1
         if chunk.finish_reason is not None:
             self._end(output, chunk.finish_reason)
@@ -175,10 +175,10 @@ class Metrics(Collector):
         histograms["request_prefill_kv_computed_tokens"].observe(num_computed)
         if not times or reason is FinishReason.CANCELLED:
             return
-        began_s = output.arrival_s if output.scheduled_s is None else output.scheduled_s
+        began_s = output.scheduled_s or 0.0
         for name, seconds in {
-            "e2e_request_latency_seconds": times[-1] - output.arrival_s,
-            "request_queue_time_seconds": began_s - output.arrival_s,
+            "e2e_request_latency_seconds": times[-1],
+            "request_queue_time_seconds": began_s,
             "request_inference_time_seconds": times[-1] - began_s,
             "request_prefill_time_seconds": times[0] - began_s,
             "request_decode_time_seconds": times[-1] - times[0],
@@ -186,7 +186,7 @@ class Metrics(Collector):
             histograms[name].observe(seconds)
         if output.tpot_s is not None:
             histograms["request_time_per_output_token_seconds"].observe(output.tpot_s)
-            self.recent_tpot.append((times[-1], output.tpot_s))
+            self.recent_tpot.append((output.arrival_s + times[-1], output.tpot_s))
 
     def text(self) -> bytes:
         """All metrics, as Prometheus reads them."""

@@ -52,7 +52,7 @@ class StructuredOutputs(Strict):
     grammar: _Grammar | None = None
     json_object: bool | None = None
     disable_fallback: bool | None = None  # there is one backend
-    disable_any_whitespace: Literal[False] | None = None
+    disable_any_whitespace: bool | None = None  # of the JSON of whichever field has the schema
     disable_additional_properties: Literal[False] | None = None
     whitespace_pattern: None = None
     structural_tag: None = None
@@ -80,13 +80,21 @@ class StructuredRequest(Known):
         if len(found) > 1:
             first, second = (name for name, _ in found[:2])
             raise bad_field(second, f"{second} and {first} are both given; give one")
+        if self._is_compact and not any("json_schema" in given for _, given in found):
+            name = "structured_outputs.disable_any_whitespace"
+            raise bad_field(name, f"{name} is for JSON, which no field asks for")
         if not found:
             return None, ""
         ((param, given),) = found
         try:
-            return Structured(**given), param
+            return Structured(**given, compact=self._is_compact), param
         except UserError as error:
             raise bad_field(param, f"{param}: {error}") from None
+
+    @property
+    def _is_compact(self) -> bool:
+        outputs = self.structured_outputs
+        return outputs is not None and bool(outputs.disable_any_whitespace)
 
     def _asked(self) -> list[tuple[str, dict[str, Any]]]:
         """Fields that say what the output must be, with the arguments of `Structured`."""
@@ -109,7 +117,7 @@ class StructuredRequest(Known):
             if outputs.json_object and outputs.json_ is not None:
                 text = "structured_outputs: json and json_object are both given; give one"
                 raise bad_field("structured_outputs", text)
-            if not given:
+            if not given and not self._is_compact:
                 raise bad_field("structured_outputs", "structured_outputs is empty; give one")
             pairs.append(("structured_outputs", given))
         if (form := self.response_format) is not None:

@@ -31,8 +31,8 @@ class CallRules:
         needs_call: whether the answer must be a call; else it may be text, and calls after it.
         holds_all: whether all arguments fit their schemas; else those of strict tools do.
         most_one: whether there may be one call only.
-        content_schema: of the answer where it is no call, as JSON text; None for any text. It
-            says nothing of calls.
+        content: JSON that the answer is where it is no call; None for any text. It says nothing of
+            calls.
     """
 
     form: CallForm
@@ -40,7 +40,7 @@ class CallRules:
     needs_call: bool
     holds_all: bool
     most_one: bool
-    content_schema: str | None = None
+    content: Structured | None = None
 
     def structured(
         self, tokenizer: Tokenizer, *, lead: str | None, may_lead: str | None
@@ -101,7 +101,7 @@ def structured_chat(
         needs_call=needs_call,
         holds_all=needs_call,
         most_one=most_one or isinstance(choice, NamedTool),
-        content_schema=None if structured is None else structured.json_schema,
+        content=structured,
     )
     try:
         return rules.structured(tokenizer, lead=lead, may_lead=may_lead), field or "tools"
@@ -137,9 +137,10 @@ class _Writer:
         calls = self._calls(form.section + form.begin)
         if asked.needs_call:
             return calls
-        if asked.content_schema is not None:
+        if asked.content is not None:
             before = self._text(HARMONY_ANSWER) if form.body == "harmony" else ""
-            content = self._rule("content", before, _json(parse_json(asked.content_schema)))
+            schema = parse_json(asked.content.json_schema)
+            content = self._rule("content", before, _json(schema, compact=asked.content.compact))
             return f"({calls} | {content})"
         if form.body == "harmony":
             content = self._rule("content", self._text(HARMONY_ANSWER), r"/(.|\n)*/")
@@ -243,5 +244,5 @@ def _check_texts(function: Function) -> None:
                     )
 
 
-def _json(schema: Mapping[str, Any]) -> str:
-    return f"%json {strict_json(for_library(schema), ensure_ascii=False)}"
+def _json(schema: Mapping[str, Any], *, compact: bool = False) -> str:
+    return f"%json {strict_json(for_library(schema, compact=compact), ensure_ascii=False)}"

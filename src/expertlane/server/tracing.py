@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from expertlane.errors import UserError
 from expertlane.schedule.request import FinishReason, RequestOutput
-from expertlane.server.logs import finish_reason, queue_s
+from expertlane.server.logs import finish_reason
 from expertlane.server.observed import Exchange, Generated
 from expertlane.spec.sampling import SamplingParams
 from expertlane.version import __version__
@@ -67,7 +67,9 @@ class Tracing:
         from opentelemetry.trace import SpanKind, Status, StatusCode
 
         offset_ns = time.time_ns() - time.perf_counter_ns()
-        ended_s = output.token_times_s[-1] if output.token_times_s else time.perf_counter()
+        ended_s = time.perf_counter()
+        if output.e2e_s is not None:
+            ended_s = output.arrival_s + output.e2e_s
         several = f"-{place}" if len(generated.outputs) > 1 else ""
         attributes = {
             "gen_ai.response.model": self._model,
@@ -99,11 +101,11 @@ def attributes_of(output: RequestOutput, params: SamplingParams) -> dict[str, An
         "gen_ai.usage.completion_tokens": len(output.token_ids),
         "gen_ai.usage.cached_tokens": output.num_cached_tokens,
         "gen_ai.response.finish_reasons": [finish_reason(output)],
-        "gen_ai.latency.time_in_queue": queue_s(output),
+        "gen_ai.latency.time_in_queue": scheduled_s,
         "gen_ai.latency.time_to_first_token": output.ttft_s,
     }
     if times:
-        found["gen_ai.latency.e2e"] = times[-1] - output.arrival_s
+        found["gen_ai.latency.e2e"] = times[-1]
         found["gen_ai.latency.time_in_model_decode"] = times[-1] - times[0]
         if scheduled_s is not None:
             found["gen_ai.latency.time_in_model_prefill"] = times[0] - scheduled_s

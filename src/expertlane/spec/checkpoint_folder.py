@@ -65,7 +65,7 @@ def _download(model: str, files: tuple[str, ...]) -> Path:
     except LocalEntryNotFoundError as error:
         cause = "HF_HUB_OFFLINE is set"
         if not constants.HF_HUB_OFFLINE:
-            cause = f"the hub is of no help ({_one_line(error.__cause__ or error)})"
+            cause = f"the download from the hub failed ({_one_line(error.__cause__ or error)})"
         reason = f"{cause}, and the cache {constants.HF_HUB_CACHE} does not hold all of it"
     except Exception as error:  # the client passes its transport's errors on as they are
         reason = f"it cannot be downloaded: {_one_line(error)}"

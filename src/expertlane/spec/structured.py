@@ -34,9 +34,11 @@ class Structured:
             has one anyway.
         prefix: a text that stands before it.
         is_of_schemas: the grammar is this program's own, around schemas, and may be as large.
+        compact: JSON of the schema has no white space but within texts.
 
     Raises:
-        UserError: none or several are given, or one is too large or of a wrong type.
+        UserError: none or several are given, or one is too large or of a wrong type; or `compact`
+            without a schema.
     """
 
     json_schema: Any = None
@@ -47,6 +49,7 @@ class Structured:
     may_lead: str | None = None
     prefix: str = ""
     is_of_schemas: bool = False
+    compact: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in KINDS if getattr(self, name) is not None]
@@ -55,6 +58,8 @@ class Structured:
             raise UserError(f"structured: {len(given)} of {names} are given; give one")
         (kind,) = given
         take_flag("is_of_schemas", self.is_of_schemas)
+        if take_flag("compact", self.compact) and kind != "json_schema":
+            raise UserError(f"structured: compact is for json_schema; {kind} is given")
         for name in ("lead", "may_lead", "prefix"):
             text = getattr(self, name)
             if not isinstance(text, str) and (text is not None or name == "prefix"):

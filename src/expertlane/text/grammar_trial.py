@@ -128,12 +128,18 @@ class _Trial:
         return self._thread.submit(self._try, **json.loads(request)).result()
 
     def _try(
-        self, kind: str, value: Any, lead: str | None = None, is_of_schemas: bool = False
+        self,
+        kind: str,
+        value: Any,
+        lead: str | None = None,
+        is_of_schemas: bool = False,
+        compact: bool = False,
     ) -> str:
         give_back()  # so that what this grammar takes is seen
         before = memory_bytes().resident
         try:
-            text = _in_library_form(kind, value, lead, is_of_schemas)
+            body = _body(kind, value, is_of_schemas, compact)
+            text = _in_library_form(body, lead)
         except (ValueError, RecursionError) as error:  # of the library's conversions
             raise UserError(first_line(str(error))) from None
         is_free = kind == "grammar" and not is_of_schemas
@@ -171,13 +177,16 @@ def _lowest(bits: int) -> int:
     return (bits & -bits).bit_length() - 1
 
 
-def _in_library_form(kind: str, value: Any, lead: str | None, is_of_schemas: bool) -> str:
-    """The request as the library's JSON: a list of grammars that refer to each other."""
-    body: dict[str, Any] = {"name": "body"}
+def _body(kind: str, value: Any, is_of_schemas: bool, compact: bool) -> dict[str, Any]:
+    """The library's grammar of an output, without what comes before it."""
     if kind == "json_schema":
-        body["json_schema"] = for_library(parse_json(value))
-    else:
-        body["lark_grammar"] = _lark(kind, value, is_of_schemas)
+        return {"json_schema": for_library(parse_json(value), compact=compact)}
+    return {"lark_grammar": _lark(kind, value, is_of_schemas)}
+
+
+def _in_library_form(body: dict[str, Any], lead: str | None) -> str:
+    """The request as the library's JSON: a list of grammars that refer to each other."""
+    body = {"name": "body"} | body
     first = [] if lead is None else [{"name": "all", "lark_grammar": lead}]
     return strict_json({"grammars": [*first, body]})
 

@@ -238,7 +238,7 @@ class Grammars:
         """The request of a trial."""
         kind = structured.kind
         asked = {"kind": kind, "value": getattr(structured, kind)}
-        asked["is_of_schemas"] = structured.is_of_schemas
+        asked |= {"is_of_schemas": structured.is_of_schemas, "compact": structured.compact}
         if structured.lead is not None or structured.prefix:
             asked["lead"] = self._lead(structured)
         return asked

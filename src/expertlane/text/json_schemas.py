@@ -13,14 +13,20 @@ _OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "depen
 _NO_SCHEMAS = ("enum", "const", "default", "examples")
 
 
-def for_library(schema: Any) -> Any:
+def for_library(schema: Any, *, compact: bool = False) -> Any:
     """A schema of the same values, except for times that do not exist and endless white space.
 
     Options of `oneOf` behind references differ by a property that is another constant in each.
+
+    Args:
+        compact: allow no white space between tokens of JSON.
     """
+    if schema is True:
+        schema = {}
     if not isinstance(schema, Mapping):
         return schema
-    return {**_rewritten(schema, schema), "x-guidance": {"whitespace_pattern": WHITESPACE}}
+    spaces = {"whitespace_flexible": False} if compact else {"whitespace_pattern": WHITESPACE}
+    return {**_rewritten(schema, schema), "x-guidance": spaces}
 
 
 def _rewritten(schema: Any, root: Mapping[str, Any]) -> Any:

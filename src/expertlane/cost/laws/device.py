@@ -149,9 +149,9 @@ def stand_ins(profile: Profile, types: NumberTypes) -> Iterator[str]:
     own, other = (f"{Kind.DECODE_ATTENTION}.{dtype}" for dtype in (types.activations, twin))
     if own not in laws and other in laws:
         yield (
-            f"{profile.device.name} was measured in {twin}: its times stand in for "
-            f"{types.activations}, as bounds {_WIDER_FOR_TWIN - 1:.0%} wider; --dtype {twin} rests "
-            "on them."
+            f"{profile.device.name} was measured in {twin} only: {types.activations} gets the same "
+            f"times, with bounds {_WIDER_FOR_TWIN - 1:.0%} wider; --dtype {twin} needs no such "
+            "assumption."
         )
     if types.kv != types.activations and any(f"{kind}.{types.kv}" in laws for kind in ATTENTION):
         yield (
