@@ -45,11 +45,15 @@ def step_s(request, candidate, num_seqs, num_new, num_cached, how):
     layout, options, _ = candidate
     model, setting, profile = request.model, request.setting, request.cluster.profile
     mesh = StageMesh.of(layout, 0, 0, profile.ranks_per_node)
-    placement = Placement.linear(model.num_experts, layout.ep, options.num_redundant_experts)
+    layers, num_redundant = sampled_layers(model, setting.routing), options.num_redundant_experts
+    placements = [Placement.linear(model.num_experts, layout.ep, num_redundant)] * len(layers)
+    if options.is_by_load:
+        per_node = profile.ranks_per_node
+        placements = setting.routing.placements(layers, layout, num_redundant, per_node)
     fan_out = ExpectedFanOut.mean(
         [
             ExpectedFanOut.of_sample(mesh, placement, setting.routing, layer)
-            for layer in sampled_layers(model, setting.routing)
+            for layer, placement in zip(layers, placements, strict=True)
         ]
     )
     fullest = -(-request.workload.num_sequences // layout.replicas)

@@ -92,7 +92,7 @@ def test_as_many_sequences_as_keep_a_limit_are_found(options, factor):
     request = replace(request, goals=Goals(max_tpot_s=limit))
     done = []
     found = settled(option, request, times(lambda _: factor, done), ROUGH)
-    assert len(done) <= 3
+    assert len(done) <= 6
     assert found.breach(request.goals) <= 1
     at_limit = option.within(request.goals, 1 / factor)[0]
     assert found.num_seqs == pytest.approx(at_limit, rel=0.08)

@@ -65,7 +65,7 @@ def test_a_dispatch_table_is_kept(tmp_path: Path) -> None:
 
 def test_the_file_has_the_names_of_the_schema(written: Path) -> None:
     data = json.loads(written.read_text())
-    assert data["schema_version"] == 8
+    assert data["schema_version"] == 9
     deployment = data["deployments"][0]
     assert deployment["layout"] == {
         **{"replicas": 1, "pp": 2, "dp": 1, "tp": 8},
@@ -125,7 +125,7 @@ def test_not_a_results_file(tmp_path: Path, text: str) -> None:
 
 def test_another_schema_version(written: Path) -> None:
     change(written, schema_version=1)
-    assert tells(complaint(written), "FILE schema_version 1 8 expertlane compare")
+    assert tells(complaint(written), "FILE schema_version 1 9 expertlane compare")
 
 
 def test_unknown_key(written: Path) -> None:

@@ -214,7 +214,7 @@ def _sizes(
     scheduler: _Scheduler, framework: str | None, layout: "Layout", loads: "Sequence[Load]"
 ) -> dict[str, int]:
     """The scheduler's: what was asked for, else what the loads and a framework ask for."""
-    from expertlane.cost.laws.frameworks import scheduling_of
+    from expertlane.simulate.setup import scheduling_of
 
     asked = {name: value for name, value in vars(scheduler).items() if value is not None}
     most = max(each.batch or 0 for each in loads)

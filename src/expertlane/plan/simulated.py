@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertlane.cost.laws.frameworks import scheduling_of
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.errors import CapacityError, UserError
@@ -23,7 +22,7 @@ from expertlane.plan.candidates import Candidate, Goals, PlanRequest, family_of
 from expertlane.plan.screen import Screened, ScreenedCandidate, TooLarge, fitting
 from expertlane.plan.search import Finalist, OnePool, Search
 from expertlane.plan.throughput import ThroughputCurve
-from expertlane.simulate.setup import ServingSetup
+from expertlane.simulate.setup import ServingSetup, scheduling_of
 from expertlane.simulate.simulator import Simulator
 from expertlane.simulate.steady import ROUGH, USUAL, Precision, steady_state
 from expertlane.spec.deployment import Options
@@ -31,7 +30,7 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.workload import LengthRange, Load
 
 NUM_SIMULATED = 12  # options
-_MOST_TRIALS = 3  # numbers of sequences of an option
+_MOST_TRIALS = 6  # numbers of sequences of an option
 _NUM_TOLD = 5  # of the best, beside the best of each family
 _CLOSE = 0.97  # of a limit, or of the most sequences: nearer is not worth another trial
 _AIM = 0.99  # of a limit
@@ -311,6 +310,8 @@ def _next_num(
     if kept is not None and few is not None and kept.num_seqs < few.num_seqs:
         low, high = kept.breach(goals), few.breach(goals)
         share = log(_AIM / low) / log(high / low) if low < _AIM else 0.0
+        if len({each.breach(goals) > 1 for each in found[-2:]}) == 1:  # the line leads astray
+            share = 0.5
         num = int(kept.num_seqs * (few.num_seqs / kept.num_seqs) ** share)
     else:
         num, _ = option.within(goals, last.breach(goals) / formula / _AIM)
@@ -400,7 +401,7 @@ def in_full(request: PlanRequest, run: Run, found: SimulatedCandidate) -> Simula
     served = run(found.option, USUAL)
     assert served is not None, "a short stretch of it was simulated"
     told = SimulatedCandidate.of(found.option, served)
-    best = settled(found.option, request, run, USUAL, [told], most_trials=2)
+    best = settled(found.option, request, run, USUAL, [told], most_trials=3)
     return best if best is not None and best.breach(request.goals) <= 1 else None
 
 

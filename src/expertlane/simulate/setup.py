@@ -4,11 +4,13 @@ from dataclasses import dataclass, field, replace
 from math import gcd
 
 from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import Traffic
 from expertlane.errors import SpecError
+from expertlane.memory import RANK_STEP_TOKENS
 from expertlane.results.record import PoolRole
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DISPATCH_FORMS
@@ -87,6 +89,25 @@ class ServingSetup:
     def are_pools_apart(self, ranks_per_node: int) -> bool:
         """Whether the pools are on different nodes."""
         return self.num_devices > ranks_per_node
+
+
+def scheduling_of(
+    framework: str | None, step_tokens: int | None, max_num_seqs: int
+) -> dict[str, int]:
+    """What a scheduler may put into a step, as `ServingSetup` has it.
+
+    Args:
+        framework: one whose defaults are taken; None for ours.
+        step_tokens: of a data-parallel rank's step; None for the default.
+    """
+    tokens, wait_steps = step_tokens or RANK_STEP_TOKENS, 0
+    if framework:
+        found = find_framework(framework)
+        tokens, wait_steps = step_tokens or found.max_num_batched_tokens, found.prompt_wait_steps
+    return {
+        "max_num_batched_tokens": max(tokens, max_num_seqs),
+        "prompt_wait_steps": wait_steps,
+    }
 
 
 def check_fits_cluster(cluster: ModelledCluster, setup: ServingSetup) -> None:

@@ -18,7 +18,6 @@ from expertlane.cost.laws.profile_file import (
 )
 from expertlane.cost.laws.times import Basis
 from expertlane.errors import SpecError, naming
-from expertlane.memory import RANK_STEP_TOKENS
 from expertlane.results.hardware import Judged
 from expertlane.spec.files import CONFIG_BYTES, read_toml
 from expertlane.spec.ranges import Strict, shown
@@ -124,25 +123,6 @@ def served_by(profile: Profile, framework: Framework) -> Profile:
     """The profile with a framework's terms in place of its own."""
     terms = {**profile.terms, **framework.terms}
     return replace(profile, terms=terms, framework=framework.name)
-
-
-def scheduling_of(
-    framework: str | None, step_tokens: int | None, max_num_seqs: int
-) -> dict[str, int]:
-    """What a scheduler may put into a step, as `ServingSetup` has it.
-
-    Args:
-        framework: one whose defaults are taken; None for ours.
-        step_tokens: of a data-parallel rank's step; None for the default.
-    """
-    tokens, wait_steps = step_tokens or RANK_STEP_TOKENS, 0
-    if framework:
-        found = find_framework(framework)
-        tokens, wait_steps = step_tokens or found.max_num_batched_tokens, found.prompt_wait_steps
-    return {
-        "max_num_batched_tokens": max(tokens, max_num_seqs),
-        "prompt_wait_steps": wait_steps,
-    }
 
 
 def served_cluster(text: str, framework: str | None) -> ModelledCluster:
