@@ -89,9 +89,9 @@ class ServedPool:
 
     @property
     def rank_tokens(self) -> int:
-        """Tokens of a data-parallel rank's step at most; a decode pool has no prompts."""
+        """Tokens of a data-parallel rank's step at most; a decode pool has hardly any prompts."""
         decodes = self.rank_seqs * (1 + self.candidate.num_drafts)
-        return decodes if self.role == "decode" else max(self.step_tokens, decodes)
+        return max(decodes, _LEAST_BUFFER if self.role == "decode" else self.step_tokens)
 
 
 def longest_request(workload: Workload, model: ModelConfig) -> int:
@@ -220,11 +220,15 @@ def _further_servers(asked: _Asked, engine: Engine) -> str:
     ports = [f"--port {_PORT} + K"]
     if engine.name == "sglang" and asked.pool.role == "prefill":
         ports.append(f"--disaggregation-bootstrap-port {_BOOTSTRAP_PORT} + K")
+    if engine.name == "vllm" and asked.layout.dp > 1:
+        ports.append("--data-parallel-rpc-port of its own")
     if engine.name == "vllm" and asked.pool.role != "both":
         ports.append("VLLM_NIXL_SIDE_CHANNEL_PORT of its own")
+    size = asked.layout.world_size
+    devices = "device K" if size == 1 else f"devices {size}K to {size}K + {size - 1}"
     return (
-        f"{min(num, asked.per_host)} servers a host, server K of it with CUDA_VISIBLE_DEVICES of "
-        f"its own {asked.layout.world_size} and {', '.join(ports)}"
+        f"{min(num, asked.per_host)} servers a host: server K of it with {devices} "
+        f"(CUDA_VISIBLE_DEVICES), {', '.join(ports)}"
     )
 
 
