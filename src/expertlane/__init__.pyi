@@ -169,8 +169,8 @@ def plan(
         output_len: Tokens per output.
         seed: Seed of all random draws; reproducible for equal seeds.
         slo: Latency objectives, a statistic and its limit each. For example:
-            ttft.mean=500ms,tpot.mean=20ms. Deployments that miss one are left out. Means alone;
-            percentiles are for simulate.
+            ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
+            p99. Deployments that miss one are left out.
         price: Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million
             tokens.
         routing_trace: Routing as recorded by expertlane generate --record-routing.
@@ -201,6 +201,7 @@ def simulate(
     layout: Text,
     cluster: Text,
     prefill_layout: Text | None = None,
+    cold_start: bool = False,
     trace: bool = False,
     batch: Text | None = None,
     rate: Text | None = None,
@@ -225,13 +226,13 @@ def simulate(
     dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'static', 'auto'] = 'all_to_all',
     prefill_dispatch: Literal['all_to_all', 'all_gather', 'hierarchical', 'static'] | None = None,
     payload: Literal['model', 'bfloat16', 'float8'] = 'model',
-    placement: Text = 'linear',
+    placement: Text = 'load',
     num_redundant_experts: int = 0,
     copies: Literal['nearest', 'balanced'] = 'nearest',
     mtp: int = 0,
     mtp_acceptance: float | None = None,
     block_size: int = 16,
-    max_num_seqs: int = 256,
+    max_num_seqs: int | None = None,
     max_num_batched_tokens: int | None = None,
     out: str | Path | None = None,
 ) -> Results:
@@ -250,6 +251,9 @@ def simulate(
         prefill_layout: Disaggregated: a separate prefill pool, on further devices; --layout is
             then the decode pool's. --prefill-dispatch is the prefill pool's, all other options
             hold for both.
+        cold_start: Begin idle, with all of --batch at once, and end with the last of
+            --num-requests. Else the load is in its steady state, where one request comes as
+            another ends.
         trace: Also write trace-NAME.json: what every rank does when, in one prefill and one
             decode step, for ui.perfetto.dev or chrome://tracing. In virtual time:
             trace-NAME-virtual.json too.
@@ -288,7 +292,8 @@ def simulate(
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).
         placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
-            expertlane balance.
+            expertlane balance. load: in each layer by the load of earlier tokens, as if experts
+            were rebalanced.
         num_redundant_experts: Redundant experts per MoE layer, to share load.
         copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
             else on the own node, else any; balanced: the tokens of each step are distributed to

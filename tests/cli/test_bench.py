@@ -47,7 +47,7 @@ def test_layouts_side_by_side_on_real_ranks(run, tmp_path):
     assert Path(out_folder, "results.json").read_text(encoding="utf-8") == out
     found = json.loads(out)
     asked = found["question"]
-    assert (found["schema_version"], found["kind"], asked["model"]) == (8, "bench", "paper-tiny")
+    assert (found["schema_version"], found["kind"], asked["model"]) == (9, "bench", "paper-tiny")
     assert found["command"].startswith("expertlane bench paper-tiny --prompt-len 2:8 ")
     assert asked["workload"] == {
         "prompt_len": "2:8",

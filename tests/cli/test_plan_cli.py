@@ -9,7 +9,6 @@ from cli.screen import tells
 from cli.small_checkpoint import checkpoint
 from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.cli.model import find_model
-from expertlane.cli.modelled import ProjectionOptions
 from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.results.record import BEST, TWO_POOLS
 from expertlane.results.results import Results
@@ -154,10 +153,6 @@ def test_a_trace_says_which_experts_tokens_choose(run, here):
         (("paper-tiny", "--cluster", "h100x0"), "h100x0 PROFILExCOUNT"),
         (("paper-tiny", "--cluster", "h100x999999"), "4,096"),
         (("paper-tiny", "--slo", "tpot.mean=0ms"), "limit 0"),
-        (
-            ("paper-tiny", "--slo", "ttft.p95=1s"),
-            "--slo ttft.p95 tpot.mean ttft.mean",
-        ),
         (("paper-tiny", "--price", "0"), "--price 0.0 0"),
         (("paper-tiny", "--engine", "vlm"), "vlm vllm sglang trtllm expertlane"),
         (("paper-tiny", "--engine", "vllm", "--copies", "balanced"), "--copies balanced vllm"),
@@ -232,10 +227,7 @@ def test_what_an_engine_lacks_is_one_line(run, here):
 
 def test_a_preset_is_in_a_type_that_the_devices_have():
     found, cluster = find_model("paper-small", weights=False), parse_cluster("h100x2")
-    options = ProjectionOptions(
-        routing_trace=None, skew=None, dtype=None, kv_dtype="model", execution="graph"
-    )
-    assert found.number_types(options, cluster).weights == "float16"
+    assert found.number_types(None, "model", cluster).weights == "float16"
     device = replace(cluster.profile.device, flops_per_s={"float32": 1e12})
     own = replace(cluster, profile=replace(cluster.profile, device=device))
-    assert found.number_types(options, own).weights == "float32"
+    assert found.number_types(None, "model", own).weights == "float32"

@@ -46,7 +46,7 @@ MISTAKES = {
     "cut off": ("whole"[:3], "FILE JSON 1"),
     "of an older version": (
         json.dumps(OLD),
-        "FILE schema_version 4 reads 8",
+        "FILE schema_version 4 reads 9",
     ),
     "another file": ('{"name": "x"}', "FILE schema_version"),
     "unknown kind": (

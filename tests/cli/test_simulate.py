@@ -40,7 +40,7 @@ def test_a_report_says_what_limits_the_deployment(run, tmp_path):
     assert "limited" in first
     for part in ("low–high", "TTFT", "floor", "weight reads", "fitted", "--routing", "inter-node"):
         assert part in out
-    assert tells(err, "32 3")
+    assert tells(err, "steady state")
     found = read(tmp_path / "new" / "results.json")
     (record,) = found.deployments
     assert record.num_ranks == found.cluster.num_devices == 16
@@ -65,7 +65,10 @@ def test_the_same_load_gives_the_same_numbers(run):
 
 def test_arrivals_have_bounds_of_their_own(run):
     opened = [*LOAD[2:], "--rate", "200", "--num-requests", "6"]
-    out, err = simulate(run, *EP16, *opened)
+    out, err = simulate(run, *TP2, *opened)
+    assert "steady state" in err
+    assert "tokens/s at 200 req/s, " in " ".join(out.split())
+    out, err = simulate(run, *EP16, *opened, "--cold-start")
     assert "simulating 6 requests 3 times" in err
     assert "tokens/s at 200 req/s, " in " ".join(out.split())
 
@@ -160,8 +163,23 @@ def test_goodput_and_cost(run):
 
 def test_fewer_requests_than_the_usual_batch(run):
     asked = [*EP16, *LOAD[2:], "--num-requests", "20"]
-    (found,) = as_json(run, *asked)["deployments"][0]["serving"]
+    (found,) = as_json(run, *asked, "--cold-start")["deployments"][0]["serving"]
     assert (found["batch"], found["num_requests"]) == (20, 20)
+
+
+def test_as_many_first_tokens_as_are_asked_for(run):
+    asked = [*TP2, *LOAD, "--num-requests"]
+    few, many = (as_json(run, *asked, num)["deployments"][0]["serving"][0] for num in ("8", "300"))
+    assert many["num_requests"] >= 300 > few["num_requests"]
+    low, high = many["sample"]["intervals"]["ttft.p95"]
+    assert low <= many["ttft_s"]["p95"]["value"] <= high
+
+
+def test_more_arrive_than_are_served(run):
+    out, _ = simulate(run, *TP2, *LOAD[2:], "--rate", "1e6")
+    words = " ".join(out.split())
+    assert "1e+06 requests/s arrive" in words
+    assert tells(words, "queue grows without end")
 
 
 @pytest.mark.full
@@ -191,14 +209,14 @@ def test_quantised_checkpoints(run, tmp_path, method, weights, caution):
 @pytest.mark.parametrize(
     ("dtype", "kv", "said"),
     [
-        ([], [], ["for float16"]),
+        ([], [], ["float16 gets"]),
         (["--dtype", "bfloat16"], [], []),
         (["--dtype", "bfloat16"], ["--kv-dtype", "float8"], ["float8 cache"]),
     ],
 )
 def test_measurements_that_stand_in_for_others_are_named(run, dtype, kv, said):
     out, _ = simulate(run, *TP2, *LOAD, *dtype, *kv)
-    for words in ("for float16", "float8 cache"):
+    for words in ("float16 gets", "float8 cache"):
         assert (words in " ".join(out.split())) == (words in said)
 
 

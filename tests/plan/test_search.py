@@ -181,7 +181,9 @@ def test_pools_are_of_whole_nodes(num_devices, expected):
 @pytest.mark.parametrize(("num_sequences", "prompt_len"), [(32, 4096), (4096, 512), (4096, 8192)])
 def test_the_best_split_is_found_without_trying_all(num_sequences, prompt_len, monkeypatch):
     """Of eight nodes; pairs by the formula, none simulated."""
-    monkeypatch.setattr(TwoPoolSearch, "_best_simulated", lambda _, pairs, most: NotSimulated(pairs))
+    monkeypatch.setattr(
+        TwoPoolSearch, "_best_simulated", lambda _, pairs, most: NotSimulated(pairs)
+    )
     monkeypatch.setattr("expertlane.plan.two_pools.TwoPools", NotSimulated)
     search = search_of(MIXED, 64, Workload(num_sequences, prompt_len, 256))
     pools = TwoPoolSearch(search.request, search.known, fitting(search.screen()))

@@ -13,7 +13,6 @@ from expertlane.cli.model import find_model
 from expertlane.cli.modelled import (
     CacheType,
     NumberType,
-    ProjectionOptions,
     cluster_option,
     kv_dtype_option,
 )
@@ -193,10 +192,7 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
 
     found, cluster = find_model(model, weights=False), parse_cluster(own.cluster)
     check_plan_size(cluster)
-    asked = ProjectionOptions(
-        routing_trace=None, skew=None, dtype=own.dtype, kv_dtype=own.kv_dtype, execution="graph"
-    )
-    types = found.number_types(asked.dtype, asked.kv_dtype, cluster)
+    types = found.number_types(own.dtype, own.kv_dtype, cluster)
     full_len = own.max_model_len or found.config.max_position_embeddings
     rows: list[dict[str, Any]] = []
     for layout in sorted(valid_layouts(found.config, cluster.num_devices), key=lambda of: -of.ep):

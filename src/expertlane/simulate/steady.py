@@ -38,7 +38,7 @@ _FULL_STEPS = 5  # of a pool that always has prompts; the first and the last of 
 _NUM_PARTS = 20  # of a stretch, for its regression
 _FEWEST_FIRST = 4  # first tokens of a stretch, where so many are under way
 _STRATUM = 24  # steps
-_MOST_STEPS = 20_000  # where many first tokens are asked for
+_MOST_STEPS = 4_000  # where many first tokens are asked for
 _FEWEST_PARTS = 5  # for a regression
 _FEWEST_PROMPT_TOKENS = 8  # of a prompt that is told from a decode
 
