@@ -49,7 +49,8 @@ class Precision:
 
     Attributes:
         least_steps, most_steps: of the pool that decodes.
-        share: half of the 90 % interval of tokens a second, over them.
+        share: half of the 90 % interval of tokens a second, over them; in a closed loop, and not
+            for longer than usual.
         quantile: that is to be known of TTFT: so many first tokens that one is likely above it.
         least_first: first tokens.
     """
@@ -179,7 +180,14 @@ class _Stretch:
         num_running = self._num_running()
         spread = self._spread(num_running) if with_skew else np.ones(len(BOUNDS))
         share = self._prompt_share()
-        watch = _Watch(self._precision, num_running, self._steps_of_round(), share, advance)
+        watch = _Watch(
+            self._precision,
+            num_running,
+            self._steps_of_round(),
+            share,
+            advance,
+            is_open=self._batch is None,
+        )
         pools, apart = self._simulator.start(
             is_snapshot=True,
             observe=watch.observe,
@@ -516,8 +524,10 @@ class _Watch:
         steps_of_round: int,
         prompt_share: float | None,
         advance: Callable[[int], None],
+        *,
+        is_open: bool,
     ) -> None:
-        self._prompt_share = prompt_share
+        self._prompt_share, self._is_open = prompt_share, is_open
         self.num_running = num_running
         self._advance, self._num_told = advance, 0
         self._steps_of_round = steps_of_round
@@ -559,8 +569,11 @@ class _Watch:
             return False
         if num >= self._precision.most_steps:
             return True
-        enough = self.stretch(self._prompt_share).error <= self._precision.share
-        return enough and num_first >= self._precision.num_first
+        if num_first < self._precision.num_first:
+            return False
+        if self._is_open or num >= USUAL.most_steps:
+            return True
+        return self.stretch(self._prompt_share).error <= self._precision.share
 
     def _ended(self, num: int) -> list[_StepFacts]:
         """So many steps, in the order in which they end."""
