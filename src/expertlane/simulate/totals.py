@@ -19,7 +19,7 @@ from expertlane.spec.names import Phase, ProjectedCause
 
 _WINDOW = 16  # steps explained in a row
 _MOST_SAMPLED = 256  # steps of a phase, one of which is drawn
-_MOST_EXPLAINED = 256  # steps of a phase, about; explaining takes as long as pricing
+_MOST_EXPLAINED = 64  # steps of a phase, about; explaining takes as long as pricing
 
 
 @dataclass(frozen=True, eq=False)
