@@ -202,8 +202,9 @@ def test_replicas_get_a_router():
     server, router = commands("vllm", served("replicas=6,tp=4"))
     assert server.label == "vLLM, start 6 (options of 0.33.0)"
     assert tells(server.note, "2 servers devices 4K CUDA_VISIBLE_DEVICES --port 8000")
-    few = commands("vllm", served("replicas=4,dp=2", role="prefill"))[0].note
-    assert tells(few, "4 --data-parallel-rpc-port VLLM_NIXL_SIDE_CHANNEL_PORT")
+    prefill = served("replicas=4,dp=2", role="prefill")
+    first, *_ = commands("vllm", prefill, served("tp=8", role="decode"))
+    assert tells(first.note, "4 --data-parallel-rpc-port VLLM_NIXL_SIDE_CHANNEL_PORT")
     urls = parsed(router.lines[0])["worker_urls"]
     hosts = [f"http://HOST{host}:{port}" for host in range(3) for port in (8000, 8001)]
     assert urls == hosts
