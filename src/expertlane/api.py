@@ -17,7 +17,7 @@ from expertlane.cli import simulate as simulate_command
 from expertlane.cli.diff import THRESHOLD_PERCENT
 from expertlane.cli.option_groups import call_with
 from expertlane.cli.output import Call, Found, write_beside
-from expertlane.cli.python_options import PythonFunction, PythonOptions
+from expertlane.cli.python_options import PythonFunction, PythonOptions, names_itself
 from expertlane.errors import UserError
 from expertlane.report.sections import report_of
 from expertlane.report.shown import Difference, Results
@@ -59,6 +59,7 @@ simulate = _function(simulate_command)
 bench = _function(bench_command)
 
 
+@names_itself
 def load_results(path: str | Path) -> Results:
     """Read a results.json of compare, plan, simulate or bench, or that of a folder.
 
@@ -68,6 +69,7 @@ def load_results(path: str | Path) -> Results:
     return Results.of(file.read(as_path("path", path)))
 
 
+@names_itself
 def diff(
     first: Schema | str | Path,
     second: Schema | str | Path,

@@ -209,14 +209,14 @@ def test_quantised_checkpoints(run, tmp_path, method, weights, caution):
 @pytest.mark.parametrize(
     ("dtype", "kv", "said"),
     [
-        ([], [], ["float16 gets"]),
+        ([], [], ["float16 gets the same times"]),
         (["--dtype", "bfloat16"], [], []),
         (["--dtype", "bfloat16"], ["--kv-dtype", "float8"], ["float8 cache"]),
     ],
 )
 def test_measurements_that_stand_in_for_others_are_named(run, dtype, kv, said):
     out, _ = simulate(run, *TP2, *LOAD, *dtype, *kv)
-    for words in ("float16 gets", "float8 cache"):
+    for words in ("float16 gets the same times", "float8 cache"):
         assert (words in " ".join(out.split())) == (words in said)
 
 

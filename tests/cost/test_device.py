@@ -205,7 +205,7 @@ def test_measurements_that_stand_in_for_a_type_are_named():
     assert tells(said("float16", "float16", "float16"), "bfloat16 float16 15%")
     of_both = said("float8", "bfloat16", "float8")
     assert tells(of_both, "float8 cache")
-    assert "stand in" not in of_both
+    assert "measured in" not in of_both
     assert list(stand_ins(_TOY, NumberTypes("float16", "float16", "float8"))) == []
 
 

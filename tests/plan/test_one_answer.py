@@ -1,7 +1,6 @@
 """plan, simulate and compare --project say the same of one question."""
 
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -50,7 +49,7 @@ def told(record):
     return [serving.output_tps.value, *(None if each is None else each.value for each in means)]
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("seed", range(8))
 def test_simulate_says_of_a_row_what_plan_says(seed):
     asked = draw(seed)
@@ -71,7 +70,7 @@ def test_simulate_says_of_a_row_what_plan_says(seed):
         assert told(found.deployments[0]) == pytest.approx(told(row), rel=_SAME)
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("seed", range(8))
 def test_compare_says_of_two_rows_what_plan_says(seed):
     asked = draw(100 + seed)
@@ -106,7 +105,7 @@ def more_of(dice, asked):
     return asked | dice.choice(changes)
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("seed", range(16))
 def test_more_of_anything_makes_no_answer_worse(seed):
     dice, asked = random.Random(1000 + seed), draw(1000 + seed)
@@ -135,11 +134,10 @@ def test_a_limit_takes_all_the_sequences_that_it_allows():
     assert kept.serving[0].num_running not in (16, 32, 64)
 
 
+@pytest.mark.full
 def test_a_percentile_may_be_the_limit():
     asked = draw(4) | {"batch": 24}
     free = best_of(plan(asked))
     mean_s = free.serving[0].ttft_s.mean.value
     kept = best_of(plan(asked, slo=f"ttft.p95={1e3 * mean_s:.6g}ms"))
     assert kept.serving[0].ttft_s.mean.value < mean_s
-    replaced = replace(kept, serving=free.serving)
-    assert replaced != kept

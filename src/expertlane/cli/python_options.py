@@ -5,10 +5,11 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import wraps
 from numbers import Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from typer.models import ArgumentInfo, OptionInfo
 
@@ -19,6 +20,7 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, RANGES, shown, take, take_word
 
 T = TypeVar("T")
+P = ParamSpec("P")
 PythonFunction = Callable[..., T]
 
 _MOST_VALUES = 10_000  # of a list
@@ -193,13 +195,7 @@ class PythonOptions:
                 function, and the options that may have been meant.
             UserError: a value is not valid.
         """
-        signature = self.signature
-        try:
-            bound = signature.bind(*arguments, **given)
-        except TypeError as error:
-            unknown = next((name for name in given if name not in signature.parameters), "")
-            hint = did_you_mean(unknown, signature.parameters) if unknown in str(error) else ""
-            raise TypeError(f"{self.name}(): {error}{hint and f'; {hint}'}") from None
+        bound = bind(self.name, self.signature, arguments, given)
         bound.apply_defaults()
         taken = {each.name: each.take(bound.arguments[each.name]) for each in self.options}
         return taken | {each.name: each.default for each in self.hidden}
@@ -236,6 +232,35 @@ class PythonOptions:
         function.__doc__ = self.documentation()
         function.__signature__ = self.signature.replace(return_annotation=result)  # type: ignore[attr-defined]
         return function
+
+
+def bind(
+    name: str, signature: inspect.Signature, arguments: Sequence[Any], given: Mapping[str, Any]
+) -> inspect.BoundArguments:
+    """The arguments of a call by their names.
+
+    Raises:
+        TypeError: they do not fit; the text names the function, and what may have been meant.
+    """
+    try:
+        return signature.bind(*arguments, **given)
+    except TypeError as error:
+        known = signature.parameters
+        unknown = next((each for each in given if each not in known), "")
+        hint = did_you_mean(unknown, known) if unknown in str(error) else ""
+        raise TypeError(f"{name}(): {error}{hint and f'; {hint}'}") from None
+
+
+def names_itself(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, whose wrong arguments are told as `bind` does."""
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def run(*arguments: P.args, **given: P.kwargs) -> T:
+        bind(function.__name__, signature, arguments, given)
+        return function(*arguments, **given)
+
+    return run
 
 
 def _info_of(declared: inspect.Parameter) -> tuple[Any, Any, Any]:

@@ -31,8 +31,8 @@ from expertlane.spec.workload import LengthRange, Load
 
 NUM_SIMULATED = 12  # options
 _MOST_TRIALS = 6  # numbers of sequences of an option
-_NUM_TOLD = 5  # of the best, beside the best of each family
-_CLOSE = 0.97  # of a limit, or of the most sequences: nearer is not worth another trial
+_NUM_TOLD = 5  # of the best, beside the best with experts spread and without
+_CLOSE = 0.96  # of a limit, or of the most sequences: nearer is not worth another trial
 _AIM = 0.99  # of a limit
 _MOST_OF_LAYOUT = 2
 _LEAST_SHARE = 0.5  # of the most that was screened, for a family to be worth a look
@@ -389,10 +389,10 @@ def evaluated(request: PlanRequest, candidates: Sequence[Candidate]) -> Finalist
 
 
 def _told(kept: Sequence[SimulatedCandidate]) -> list[SimulatedCandidate]:
-    """The few best, and the best of each family."""
-    best: dict[str, SimulatedCandidate] = {}
+    """The few best, and the best with experts spread and without."""
+    best: dict[bool, SimulatedCandidate] = {}
     for each in kept:
-        best.setdefault(family_of(each.candidate.layout), each)
+        best.setdefault(each.candidate.layout.ep > 1, each)
     return [each for place, each in enumerate(kept) if place < _NUM_TOLD or each in best.values()]
 
 

@@ -114,7 +114,7 @@ class Results(Schema, _Shown):
 
 @dataclass(frozen=True)
 class Difference(diff.Difference, _Shown):
-    """What changed from A to B; `regressions` is empty where nothing got worse."""
+    """What changed from A to B; `regressions` is empty where nothing that both have got worse."""
 
     @classmethod
     def of(cls, found: diff.Difference) -> "Difference":
