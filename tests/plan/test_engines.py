@@ -205,6 +205,7 @@ def test_the_best_of_each_engine_is_what_it_runs():
             )
 
 
+@pytest.mark.full
 def test_what_was_asked_for_is_the_only_one():
     search = Search(request_for("sglang"))
     screened = search.screen()

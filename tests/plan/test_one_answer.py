@@ -105,7 +105,7 @@ def more_of(dice, asked):
     return asked | dice.choice(changes)
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize("seed", range(16))
 def test_more_of_anything_makes_no_answer_worse(seed):
     dice, asked = random.Random(1000 + seed), draw(1000 + seed)
