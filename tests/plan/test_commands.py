@@ -4,13 +4,14 @@ import json
 import shlex
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import expertlane
 from cli.screen import tells
 from expertlane.cli.app import app
 from expertlane.cost.number_types import NumberTypes
@@ -311,29 +312,27 @@ def test_parsers_take_whatever_is_written(some, stored, weights, name):
 
 @pytest.mark.full
 @pytest.mark.parametrize("place", range(15))
-def test_parsers_take_commands_of_drawn_plans(run, tmp_path, monkeypatch, place):
+def test_parsers_take_commands_of_drawn_plans(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _, err = run(*drawn_plan(place), "--out", "there")
-    assert code == 0, err
-    (plan,) = json.loads(Path("there/results.json").read_text())["plans"]
-    engines = [each for each in plan["engines"] if each["engine"] in ("vllm", "sglang")]
+    (plan,) = expertlane.plan("paper", **drawn_plan(place)).plans
+    engines = [each for each in plan.engines if each.engine in ("vllm", "sglang")]
     assert len(engines) == 2
     for engine in engines:
-        lines = [line for command in engine["commands"] for line in command["lines"]]
+        lines = [line for command in engine.commands for line in command.lines]
         assert lines
         assert all(map(parsed, lines))
 
 
-def drawn_plan(place: int) -> tuple[str, ...]:
+def drawn_plan(place: int) -> dict[str, Any]:
     """One of many small plans: clusters, loads, types, drafts."""
-    cluster = ("h100x4", "h100x8", "h200x16", "b200x8", "h100x2")[place % 5]
-    batch = (1, 16, 64, 200)[place % 4]
-    lengths = ((700, 100), (16, 100), (100, 50))[place % 3]
-    more = ((), ("--mtp", "2", "--mtp-acceptance", "0.8"), ("--dtype", "bfloat16"))[place % 3]
-    return (
-        *("plan", "paper", "--cluster", cluster, "--batch", str(batch)),
-        *("--prompt-len", str(lengths[0]), "--output-len", str(lengths[1]), *more),
-    )
+    prompt_len, output_len = ((700, 100), (16, 100), (100, 50))[place % 3]
+    more = ({}, {"mtp": 2, "mtp_acceptance": 0.8}, {"dtype": "bfloat16"})[place % 3]
+    return more | {
+        "cluster": ("h100x4", "h100x8", "h200x16", "b200x8", "h100x2")[place % 5],
+        "batch": str((1, 16, 64, 200)[place % 4]),
+        "prompt_len": str(prompt_len),
+        "output_len": str(output_len),
+    }
 
 
 @pytest.mark.parametrize("package", list(PARSERS))
