@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import gcd, log
+from math import ceil, gcd, log
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ _MOST_TRIALS = 6  # numbers of sequences of an option
 _NUM_TOLD = 5  # of the best, beside the best with experts spread and without
 _CLOSE = 0.96  # of a limit, or of the most sequences: nearer is not worth another trial
 _AIM = 0.99  # of a limit
+_FURTHER = 1.3  # times as many sequences, where none broke a limit yet
 _MOST_OF_LAYOUT = 2
 _LEAST_SHARE = 0.5  # of the most that was screened, for a family to be worth a look
 _MOST_RANKS = 1024  # of a replica: a step tells what each pair of a stage's ranks exchanges
@@ -317,6 +318,8 @@ def _next_num(
         num, _ = option.within(goals, last.breach(goals) / formula / _AIM)
         if few is not None:
             num = min(num, int(_CLOSE * few.num_seqs))
+        elif kept is not None:  # where TPOT hardly grows, many more may keep the limit
+            num = min(max(num, ceil(_FURTHER * kept.num_seqs)), option.most_seqs)
     if num < 1 or (kept is not None and num * _CLOSE <= kept.num_seqs):
         return None
     return num
