@@ -13,12 +13,14 @@ from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.step.operation import Floats
 from expertlane.plan.candidates import Candidate, Goals, PlanRequest
+from expertlane.plan.project import Projector, StepSize
 from expertlane.plan.screen import Known, ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, Search
 from expertlane.plan.simulated import simulate_pools
 from expertlane.plan.throughput import ThroughputCurve, two_pools
 from expertlane.results.results import NoPools
 from expertlane.spec.layout import Layout, divisors
+from expertlane.spec.names import Phase
 
 _PARTS = 4  # of a cluster of one node, of which some prefill
 _MOST_NODES = 16  # of which any number may prefill
@@ -26,6 +28,7 @@ _MOST_PARTS = 8  # of a cluster of more, each of whole nodes
 _MOST_EXHAUSTIVE = 128  # devices, up to which pools take any layout
 _NUM_SHAPES = 48  # for prefill, and for each number of sequences for decode
 _NUM_PREFILL, _NUM_DECODE = 4, 12  # of each pool, the best by themselves are tried together
+_NUM_IN_FULL = 12  # pools whose steps are projected in full, before pairs are simulated
 _MOST_TRIED = 6  # pairs that are simulated
 _MOST_WORSE = 2  # splits in a row that are no better, before those further on are left out
 _SLACK = 1.05  # a smaller pool has at most so many times the tokens a second of a larger one
@@ -126,7 +129,7 @@ class TwoPoolSearch:
                 if num_worse == _MOST_WORSE:
                     break
                 place += step
-        found = self._best_simulated(self._pairs_of(list(self._found)))
+        found = self._best_simulated(self._in_order(self._pairs_of(list(self._found))))
         left = [place for place in range(len(self._splits)) if place not in self._found]
         if isinstance(found, TwoPools):
             advance(len(left))
@@ -134,7 +137,7 @@ class TwoPoolSearch:
         for place in left:
             self._screen(place, advance)
         if pairs := self._pairs_of(left):
-            return self._best_simulated(pairs)
+            return self._best_simulated(self._in_order(pairs))
         for why, known in (("no split", self._has_any), ("too large", self._options.get)):
             if not any(all(map(known, split)) for split in self._splits):
                 return why
@@ -193,6 +196,52 @@ class TwoPoolSearch:
         """Of splits that were screened, the best first."""
         found = (pair for place in places for pair in self._found[place])
         return sorted(found, key=lambda pair: -pair.tps)
+
+    def _in_order(self, pairs: Sequence[_Pair]) -> list[_Pair]:
+        """The same pairs, those of the best pools first, ordered by their steps in full.
+
+        Screened steps are of one rank that stands for all, so they miss how ranks wait for each
+        other; pairs that break a limit by steps in full come last.
+        """
+        goals, workload = self._request.goals, self._request.workload
+        over_screened: dict[object, float] = {}
+        better: list[_Pair] = []
+        others: list[_Pair] = []
+        for pair in pairs:
+            pools = {Phase.PREFILL: pair.prefill, Phase.DECODE: pair.decode}
+            keys = {phase: (phase, of.candidate, of.num_seqs) for phase, of in pools.items()}
+            missing = [phase for phase, key in keys.items() if key not in over_screened]
+            if len(over_screened) + len(missing) > _NUM_IN_FULL:
+                others.append(pair)
+                continue
+            for phase in missing:
+                over_screened[keys[phase]] = self._over_screened(pools[phase], phase)
+            steps, decoding = pair.prefill.steps, pair.decode.steps
+            served = two_pools(
+                replace(steps, prefill_s=steps.prefill_s * over_screened[keys[Phase.PREFILL]]),
+                replace(decoding, decode_s=decoding.decode_s * over_screened[keys[Phase.DECODE]]),
+                self._transfer_s(steps.layout, decoding.layout),
+                workload,
+            )
+            place = pair.decode.place
+            if served.breach(goals)[place] > 1:
+                others.append(pair)
+            else:
+                better.append(replace(pair, tps=float(served.tps[LIKELY, place])))
+        return [*sorted(better, key=lambda pair: -pair.tps), *others]
+
+    def _over_screened(self, option: ScreenedCandidate, phase: Phase) -> float:
+        """A likely step in full over the same as screened, at its number of sequences."""
+        request, steps = self._request, option.steps
+        layout, options, num_drafts = option.candidate
+        cluster = replace(request.cluster, num_devices=layout.world_size)
+        projector = Projector(request.model, layout, options, cluster, request.setting, num_drafts)
+        if phase is Phase.PREFILL:
+            prompts = steps.prompts
+            size = StepSize(steps.num_prompts, prompts.num_new, prompts.num_cached, phase=phase)
+            return projector.likely_s(size) / float(steps.prefill_s[LIKELY])
+        size = StepSize(option.num_seqs, 1, request.workload.mean_context)
+        return projector.likely_s(size) / float(steps.decode_s[LIKELY, option.place])
 
     def _has_any(self, size: int) -> bool:
         """Whether any deployment has so many devices."""
