@@ -138,10 +138,10 @@ class TwoPoolSearch:
             self._screen(place, advance)
         if pairs := self._pairs_of(left):
             return self._best_simulated(self._in_order(pairs))
-        for why, known in (("no split", self._has_any), ("too large", self._options.get)):
-            if not any(all(map(known, split)) for split in self._splits):
-                return why
-        return found
+        if not any(all(map(self._has_any, split)) for split in self._splits):
+            return "no split"
+        has_room = any(all(map(self._options.get, split)) for split in self._splits)
+        return found if has_room else "too large"
 
     def _likeliest(self, shapes: Sequence[ScreenedCandidate]) -> int:
         """The place of the split at which both pools are as fast, by those of one pool.
