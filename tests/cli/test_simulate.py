@@ -298,6 +298,28 @@ def test_options_of_a_deployment(run, options):
     assert found["deployments"][0]["serving"][0]["output_tps"]["value"] > 0
 
 
+def test_experts_are_placed_by_load_unless_a_user_says_otherwise(run):
+    asked = [*EP16, "--batch", "512", "--prompt-len", "32", "--output-len", "4", "--skew", "1.2"]
+    asked += ["--num-redundant-experts", "16", "--num-requests", "512"]
+    by_load, in_order = (as_json(run, *asked, *more) for more in ([], ["--placement", "linear"]))
+    assert by_load["deployments"][0]["options"]["placement"] == "load"
+    assert in_order["deployments"][0]["options"]["placement"] == "linear"
+    for found, is_by_load in ((by_load, True), (in_order, False)):
+        names = [each["name"] for each in found["assumptions"]]
+        assert ("placement of experts" in names) is is_by_load
+    busiest = [
+        max(step["traffic"]["busiest_over_mean"] for step in found["deployments"][0]["steps"])
+        for found in (by_load, in_order)
+    ]
+    assert busiest[0] < 0.8 * busiest[1]
+
+
+def test_without_expert_parallelism_nothing_is_placed(run):
+    found = as_json(run, *TP2, *LOAD)
+    assert found["deployments"][0]["options"]["placement"] == "linear"
+    assert "placement of experts" not in [each["name"] for each in found["assumptions"]]
+
+
 @pytest.mark.full
 def test_skewed_routing_loads_ranks_unevenly(run):
     even, skewed = (

@@ -106,6 +106,18 @@ def test_routing_is_no_matter_without_expert_parallelism(projection):
             assert (balanced == skewed) is is_same
 
 
+def test_experts_that_move_are_where_the_load_wants_them():
+    """Under skewed routing, where copies are of hot experts."""
+    seconds = {}
+    for name, more in (("moving", {"rebalance_steps": 64}), ("in order", {})):
+        options = Options(num_redundant_experts=4, **more)
+        moving = Deployment(name, EXPERT.layout, options)
+        experiment = replace(SMALL, deployments=(moving,), scaling=())
+        projector = ExperimentProjector(experiment, parse_cluster("h100x4"), "float16", 1.2)
+        seconds[name] = projector._rows(Silent())[0].prefill.wall_s.value
+    assert seconds["moving"] < seconds["in order"]
+
+
 def test_auto_takes_the_fastest_of_each_size(projection):
     _, expert, auto = usual(projection)
     for given, chosen in zip(expert.steps, auto.steps, strict=True):

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from expertlane.balance.placement import Placement
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.routing import placed
 from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.expected_counts import (
     ExpectedFanOut,
@@ -45,15 +45,11 @@ def step_s(request, candidate, num_seqs, num_new, num_cached, how):
     layout, options, _ = candidate
     model, setting, profile = request.model, request.setting, request.cluster.profile
     mesh = StageMesh.of(layout, 0, 0, profile.ranks_per_node)
-    layers, num_redundant = sampled_layers(model, setting.routing), options.num_redundant_experts
-    placements = [Placement.linear(model.num_experts, layout.ep, num_redundant)] * len(layers)
-    if options.is_by_load:
-        per_node = profile.ranks_per_node
-        placements = setting.routing.placements(layers, layout, num_redundant, per_node)
+    placements = placed(model, layout, options, setting.routing, profile.ranks_per_node)
     fan_out = ExpectedFanOut.mean(
         [
-            ExpectedFanOut.of_sample(mesh, placement, setting.routing, layer)
-            for layer, placement in zip(layers, placements, strict=True)
+            ExpectedFanOut.of_sample(mesh, placements[layer], setting.routing, layer)
+            for layer in sampled_layers(model, setting.routing)
         ]
     )
     fullest = -(-request.workload.num_sequences // layout.replicas)

@@ -39,7 +39,8 @@ class CopyChoice:
         self._ep_rank, self._nodes = ep_rank, nodes
         held = placement.slots().T >= 0  # [E, ep]
         num_held = held.sum(axis=1)
-        self._only = held.argmax(axis=1) if (num_held == 1).all() else None
+        self._first: Ints = held.argmax(axis=1)  # of those with one copy the only one
+        self._is_shared: Bools = num_held > 1
         most = int(num_held.max())
         self._holders: Ints = np.argsort(~held, axis=1, kind="stable")[:, :most]  # [E, copies]
         self._is_held: Bools = np.arange(most) < num_held[:, None]
@@ -51,20 +52,22 @@ class CopyChoice:
             topk_ids: [T, K]; logical experts, rank after rank, each rank's in its order.
             rank: [T]; the stage's rank that owns each token.
         """
-        if self._only is not None:
-            only: Ints = self._only[topk_ids]
-            return only
+        experts = topk_ids.ravel()
+        ranks: Ints = self._first[experts]
+        shared = np.flatnonzero(self._is_shared[experts])
+        if not len(shared):
+            return ranks.reshape(topk_ids.shape)
         num_choosers = len(self._ep_rank) * self.num_experts
-        chooser = (rank[:, None] * self.num_experts + topk_ids).ravel()
+        sender = rank[shared // topk_ids.shape[1]]
+        chooser = sender * self.num_experts + experts[shared]
         if len(chooser) < num_choosers:
             table, num_copies = self._usable(*np.divmod(chooser, self.num_experts))
         else:
             table, num_copies = (each[chooser] for each in self._of_all)
         turns = np.zeros_like(chooser)
-        open_pairs = np.flatnonzero(num_copies > 1)
-        first = rank[open_pairs // topk_ids.shape[1]]
-        turns[open_pairs] = num_equal_before(chooser[open_pairs], num_choosers) + first
-        ranks: Ints = table[np.arange(len(chooser)), turns % num_copies]
+        is_open = np.flatnonzero(num_copies > 1)
+        turns[is_open] = num_equal_before(chooser[is_open], num_choosers) + sender[is_open]
+        ranks[shared] = table[np.arange(len(chooser)), turns % num_copies]
         return ranks.reshape(topk_ids.shape)
 
     def shared_out(self, topk_ids: Ints, rank: Ints) -> tuple[Ints, int]:

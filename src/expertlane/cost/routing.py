@@ -373,7 +373,7 @@ def choose_routing(
         )
     num_earlier = read.num_tokens // 2
     words = (
-        f"the last {read.num_tokens - num_earlier:,} of {read.num_tokens:,} recorded tokens, "
-        "repeated in a loop; experts are placed by the load of those before alone"
+        f"{read.num_tokens:,} recorded tokens, the last {read.num_tokens - num_earlier:,} repeated "
+        "in a loop; experts are placed by the load of those before alone"
     )
     return RoutingChoice(TraceRouting(read, num_earlier), f"--routing-trace {trace}", words)

@@ -327,7 +327,10 @@ class _Stretch:
         """Prompts a second of a pool that always has some to compute."""
         layout, limits = pool.ranks.layout, pool.ranks.limits
         prompt = ceil(self._load.mean_lens[0])
-        together = max(1, limits.max_num_batched_tokens // prompt) * layout.dp * layout.replicas
+        options = self._simulator.setup.options_of(pool.ranks.role)
+        in_flight = options.num_micro_batches if options.micro_batch_schedule == "rotating" else 1
+        of_rank = max(1, limits.max_num_batched_tokens // prompt) * in_flight
+        together = of_rank * layout.dp * layout.replicas
         requests = [TimedRequest([0] * prompt, 1, 0.0)] * (_FULL_STEPS * together)
         served = run_load(self._alone(pool), requests, 2 * together)
         ends = np.sort([each.token_times_s[0][LIKELY] for each in served])
