@@ -50,7 +50,7 @@ def headline(found: Difference) -> str:
     if len(found.with_verdict("identical")) == len(found.changes):
         return f"No regression: {counted(len(found.changes), 'metric')}, all identical."
     if found.has_few_pairs:
-        return f"{too_little_in_common(found)} ({changed})."
+        return f"{too_little_in_common(found).capitalize()} ({changed})."
     if not regressions:
         doubt = ""
         if found.untrusted:
@@ -71,7 +71,7 @@ def headline(found: Difference) -> str:
 def too_little_in_common(found: Difference) -> str:
     """How many metrics have no partner."""
     return (
-        f"Too little in common for a verdict: {len(found.unpaired)} of "
+        f"too little in common for a verdict: {len(found.unpaired)} of "
         f"{counted(len(found.changes), 'metric')} have no partner"
     )
 
