@@ -101,6 +101,7 @@ def run(
     from expertlane.plan.candidates import Goals, PlanRequest
     from expertlane.plan.project import Setting
     from expertlane.plan.results import make_plan
+    from expertlane.results.asked import ProjectionAsked
     from expertlane.results.cost import with_costs
 
     multi_token = drafts.multi_token()
@@ -110,7 +111,8 @@ def run(
     devices = served_cluster(own.cluster, projection.framework)
     workload, goals = load.workload(found.config), Goals.of(load.slos)
     workload.check_model(found.config, as_options=True)
-    routing = choose_routing(found.config, projection.routing_trace, projection.skew, load.seed)
+    routing_trace = projection.routing_trace
+    routing = choose_routing(found.config, routing_trace, projection.skew, load.seed)
     types = found.number_types(projection.dtype, projection.kv_dtype, devices)
     is_narrow = types.weights in ("float8", "nvfp4")  # DeepEP sends float8 beside both
     payload: PayloadType = "float8" if is_narrow else "model"
@@ -133,6 +135,15 @@ def run(
         command=call.command,
         loaded=_served(found),
         experiment=None if experiment is None else str(experiment),
+        projection=ProjectionAsked(
+            cluster=own.cluster,
+            framework=projection.framework,
+            skew=projection.skew,
+            routing_trace=None if routing_trace is None else str(routing_trace),
+            execution=projection.execution,
+            mtp=drafts.mtp,
+            mtp_acceptance=drafts.mtp_acceptance,
+        ),
     )
     if load.price is not None:
         results = with_costs(results, load.price)

@@ -17,7 +17,7 @@ from expertlane.plan.by_engine import EngineChoice, of_each_engine
 from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.commands import ServedPool, ServeTarget, engine_commands, longest_request
 from expertlane.plan.engines import Pool
-from expertlane.plan.experiment_text import experiment_text, sizes_of
+from expertlane.plan.experiment_text import experiment_text
 from expertlane.plan.explanation import best_of_families, gap_to, pareto
 from expertlane.plan.screen import ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, OnePool, Search
@@ -26,6 +26,7 @@ from expertlane.plan.throughput import ThroughputCurve
 from expertlane.plan.ties import Contender, Ranking, Uncertain, contender, pools_tps, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress
+from expertlane.results.asked import ProjectionAsked
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
     BEST,
@@ -75,12 +76,21 @@ class Plan:
         """The one of one pool that is chosen."""
         return self.ranking.chosen.finalist.candidate
 
-    def results(self, *, command: str, loaded: ServeTarget, experiment: str | None) -> Results:
+    def results(
+        self,
+        *,
+        command: str,
+        loaded: ServeTarget,
+        experiment: str | None,
+        projection: ProjectionAsked | None = None,
+    ) -> Results:
         """All that is shown.
 
         Args:
             loaded: what other systems are to load.
             experiment: the path of the file with `experiment`.
+            projection: what was asked for beside request and routing; None where nobody simulates a
+                row again.
         """
         found, request = self.found, self.request
         workload, types = request.workload, request.setting.types
@@ -103,7 +113,7 @@ class Plan:
             engines=tuple(self._engine(each, loaded) for each in self.engines),
             experiment=experiment,
         )
-        asked = {"model": request.model, "workload": sizes_of(workload)}
+        asked = {"model": request.model, "workload": asdict(workload), "projection": projection}
         return Results.now(
             "plan",
             command,

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from expertlane.report.document import Answer, Column, Figure, Section, Table, Words, number, text
 from expertlane.report.loads import Served, cost_of, device_of
@@ -343,5 +344,8 @@ def _next(results: Results) -> tuple[str, ...]:
         lines.append(line if len(line) <= COLUMNS else short)
         if has_pools:
             lines.append("It has the best aggregated ones; compare runs no disaggregated pools.")
+        row = "pools" if has_pools else "1"
+        again = f"Again: expertlane simulate --plan {Path(found.experiment).parent}#{row}"
+        lines += [again] if len(again) <= COLUMNS else []
     titles = [each.title for each in engines_of(results) if each.commands]
     return (*lines, f"Commands of {_listed(titles)}: --full") if titles else tuple(lines)

@@ -98,7 +98,7 @@ def simulation(
             has_drafts=bool(drafts.num_drafts),
         ),
         assumptions=_assumptions(simulator, routing),
-        cautions=(*cautions, *stand_ins(cluster.profile, setup.types)),
+        cautions=tuple(dict.fromkeys((*cautions, *stand_ins(cluster.profile, setup.types)))),
     )
 
 
@@ -336,6 +336,7 @@ def _of_pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, 
         if setup.are_pools_apart(cluster.profile.ranks_per_node)
         else "on the same node"
     )
+    own = [("prefill pool", str(setup.prefill_options), "--plan", "it has options of its own")]
     return [
         (
             "disaggregated",
@@ -343,6 +344,7 @@ def _of_pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, 
             "--prefill-layout",
             "each pool with its own scheduler, starting on a node's first device",
         ),
+        *(own if setup.prefill_options is not None else []),
         (
             "KV transfer",
             where,

@@ -169,6 +169,7 @@ class _Stretch:
         self._rate, self._batch = simulator.load.rate, simulator.load.batch
         self._multi_token = simulator.setup.multi_token
         self._rng = np.random.default_rng([seed])
+        self._seed = seed
         self._lengths = _Lengths(simulator.load, self._multi_token)
         self._mean_steps = self._lengths.mean_steps
         self._prefill_rate = self._prompt_s = 0.0
@@ -178,7 +179,6 @@ class _Stretch:
     ) -> SteadyState:
         """Serve the stretch and add it up."""
         num_running = self._num_running()
-        spread = self._spread(num_running) if with_skew else np.ones(len(BOUNDS))
         share = self._prompt_share()
         watch = _Watch(
             self._precision,
@@ -203,6 +203,8 @@ class _Stretch:
         )
         for each in pools:
             each.totals.close()
+        # Last, so that the likely times are the same with bounds of skew and without.
+        spread = self._spread(num_running) if with_skew else np.ones(len(BOUNDS))
         return self._sum(served, watch, pools, spread)
 
     def _prompt_share(self) -> float | None:
@@ -225,7 +227,8 @@ class _Stretch:
 
         def steps_s(lead: int) -> Floats:
             pools = self._simulator.start(lead, is_snapshot=True)[0]
-            return self._decode_step_s(pools[-1], num_running, lead)
+            rng = np.random.default_rng([self._seed, 1])  # the same requests for all
+            return self._decode_step_s(pools[-1], num_running, rng, lead)
 
         likely = steps_s(LIKELY)
         of_bounds = [steps_s(lead)[lead] / likely[lead] for lead in range(len(BOUNDS))]
@@ -234,7 +237,7 @@ class _Stretch:
     def _requests(self, num_running: int) -> Iterator[TimedRequest]:
         """Those under way, then those that wait, then others without end."""
         for left in self._steps_left(num_running).tolist():
-            yield self._under_way(left)
+            yield self._under_way(left, self._rng)
         due_s = 0.0
         while True:
             if self._rate is not None:
@@ -267,9 +270,9 @@ class _Stretch:
             left[:soon] = np.minimum(begin + spaced.astype(int), self._lengths.most_steps)
         return self._rng.permutation(left)
 
-    def _under_way(self, steps_left: int) -> TimedRequest:
+    def _under_way(self, steps_left: int, rng: np.random.Generator) -> TimedRequest:
         """A request that ends after so many steps; longer ones are met more often."""
-        prompt, output = self._lengths.draw(self._rng, steps_left)
+        prompt, output = self._lengths.draw(rng, steps_left)
         further = ceil(steps_left * self._multi_token.tokens_per_step)
         num_tokens = prompt + max(output - further, 1)
         return TimedRequest([0] * num_tokens, steps_left, 0.0, num_arrived=num_tokens - 1)
@@ -291,7 +294,7 @@ class _Stretch:
             return 0
         running = most = min(self._batch, room)
         for _ in range(_NUM_GUESSES * (len(pools) > 1)):
-            step_s = float(self._decode_step_s(pools[-1], running)[LIKELY])
+            step_s = float(self._decode_step_s(pools[-1], running, self._rng)[LIKELY])
             running = max(1, min(most, round(self._prefill_rate * self._mean_steps * step_s)))
             if running == most:
                 break
@@ -308,7 +311,7 @@ class _Stretch:
         slowed = 1.0 if pool.ranks.role == "decode" else 1 / (1 - busy)
         running = 1
         for _ in range(_NUM_GUESSES):
-            step_s = float(self._decode_step_s(pool, running)[LIKELY])
+            step_s = float(self._decode_step_s(pool, running, self._rng)[LIKELY])
             wanted = rate * (self._mean_steps - 1) * step_s * slowed
             if wanted > room and running == room:
                 return None
@@ -345,11 +348,13 @@ class _Stretch:
         )
         return float((served.token_times_s[0] - served.due_s)[LIKELY])
 
-    def _decode_step_s(self, pool: SimulatedPool, num_running: int, lead: int = LIKELY) -> Floats:
+    def _decode_step_s(
+        self, pool: SimulatedPool, num_running: int, rng: np.random.Generator, lead: int = LIKELY
+    ) -> Floats:
         """[3]; a step in which all decode."""
         requests = [
-            replace(self._under_way(left), output_len=1 + _PROBE_STEPS)
-            for left in self._lengths.left_of(self._rng, num_running).tolist()
+            replace(self._under_way(left, rng), output_len=1 + _PROBE_STEPS)
+            for left in self._lengths.left_of(rng, num_running).tolist()
         ]
         served = run_load(self._alone(pool, lead), requests, num_running)
         times = [each.token_times_s for each in served]
