@@ -249,9 +249,9 @@ def simulate(
         layout: How ranks are arranged: dp=2,ep=2 for example.
         cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
             h100, h200, or a TOML file of expertlane calibrate).
-        plan: Again row N of the results.json of expertlane plan or compare --project, on its
-            model and cluster, with its load; the first row without #N. #pools: disaggregated
-            pools; #vllm, #sglang …: the best of an engine. Other options that are given take
+        plan: Row N of the results.json of expertlane plan or compare --project again, with its
+            model, cluster and load; the first row without #N. #pools: disaggregated pools;
+            #vllm, #sglang …: the best of an engine. Other options that are given take
             precedence.
         prefill_layout: Disaggregated: a separate prefill pool, on further devices; --layout is
             then the decode pool's. --prefill-dispatch is the prefill pool's, all other options

@@ -60,7 +60,7 @@ def test_simulate_says_of_a_row_what_plan_says(seed, tmp_path):
     results = plan(asked)
     file.write(results, tmp_path)
     rows = {str(place): row for place, row in enumerate(results.select("projected", BEST)[:2], 1)}
-    rows |= {"pools": row for row in results.select("projected", TWO_POOLS)}
+    rows |= dict(zip(["pools"], results.select("projected", TWO_POOLS), strict=False))
     rows |= {each.engine: each.best for each in results.plans[0].engines[:1] if each.best}
     for name, row in rows.items():
         found = expertlane.simulate(plan=f"{tmp_path}#{name}")
@@ -91,7 +91,8 @@ def test_what_is_given_beside_a_row_takes_precedence(tmp_path):
     assert [each.batch for each in record.serving] == [2, 3]
     assert record.conditions.routing == "--skew 0.3"
     assert found.question["workload"]["prompt_len"] == "20"
-    assert asked["output_len"] == 40 and found.question["workload"]["output_len"] == "32:48"
+    assert asked["output_len"] == 40
+    assert found.question["workload"]["output_len"] == "32:48"
     open_loop = expertlane.simulate(plan=tmp_path, rate=1)
     assert open_loop.deployments[0].serving[0].rate == 1
     with pytest.raises(expertlane.UserError, match="--layout and --plan exclude each other"):
@@ -138,9 +139,8 @@ def test_a_row_that_there_is_not_gets_one_line(row, says, tmp_path):
 
 
 def test_other_results_have_no_row(tmp_path):
-    found = expertlane.simulate(
-        "paper-tiny", layout="tp=2", cluster="h100x2", batch=2, output_len=8
-    )
+    load = {"batch": 2, "prompt_len": 8, "output_len": 8}
+    found = expertlane.simulate("paper-tiny", layout="tp=2", cluster="h100x2", **load)
     file.write(found, tmp_path)
     with pytest.raises(expertlane.UserError, match="it is of a simulation"):
         expertlane.simulate(plan=tmp_path)

@@ -51,8 +51,8 @@ class _Options:
     plan: str | None = typer.Option(
         None,
         metavar="FILE#N",
-        help="Again row N of the results.json of expertlane plan or compare --project, on its model "
-        "and cluster, with its load; the first row without #N. #pools: disaggregated pools; #vllm, "
+        help="Row N of the results.json of expertlane plan or compare --project again, with its "
+        "model, cluster and load; the first row without #N. #pools: disaggregated pools; #vllm, "
         "#sglang …: the best of an engine. Other options that are given take precedence.",
     )
     prefill_layout: str | None = typer.Option(
@@ -173,19 +173,11 @@ def run(
     loads = load_options.loads()
     multi_token = drafts.multi_token()
     row = own.row()
-    for name, value in (
-        ("MODEL", row or model),
-        ("--layout", own.layout),
-        ("--cluster", own.cluster),
-    ):
-        if value is None:
-            raise UserError(f"{name} is missing: give it, or a row of a plan, --plan FILE#N")
-    assert own.layout is not None and own.cluster is not None, "checked"
+    layout_text, cluster = _needed("--layout", own.layout), _needed("--cluster", own.cluster)
     if row is not None:
         found_model = FoundModel(row.model.name, row.model, None)
     else:
-        assert model is not None, "checked"
-        found_model = find_model(model, weights=False)
+        found_model = find_model(_needed("MODEL", model), weights=False)
 
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.frameworks import served_cluster
@@ -198,12 +190,12 @@ def run(
     from expertlane.spec.workload import check_lengths
 
     config, seed = found_model.config, load_options.seed
-    modelled = served_cluster(own.cluster, projection.framework)
+    modelled = served_cluster(cluster, projection.framework)
     routing = choose_routing(config, projection.routing_trace, projection.skew, seed)
     with naming("--prefill-layout"):
         text = own.prefill_layout
         prefill_layout = None if text is None else found_model.lay_out(text)
-    layout, options = found_model.lay_out(own.layout), deployment.options
+    layout, options = found_model.lay_out(layout_text), deployment.options
     if options.placement == "load" and all(
         each is None or each.ep == 1 for each in (layout, prefill_layout)
     ):
@@ -225,7 +217,7 @@ def run(
     for load in loads:
         check_lengths(load, config.max_position_embeddings)
     _check(found_model, setup, modelled)
-    folder = call.folder(output.slug("simulate", config.name, own.cluster))
+    folder = call.folder(output.slug("simulate", config.name, cluster))
     if not own.cold_start:
         loads = [each.varied(config.max_position_embeddings) for each in loads]
     simulators = [Simulator(config, modelled, setup, load) for load in loads]
@@ -247,6 +239,17 @@ def run(
         results = with_costs(results, load_options.price)
     traced = folder if own.trace else None
     return output.Found(results, folder, lambda: _write_trace(runs, results, traced))
+
+
+def _needed(name: str, value: str | None) -> str:
+    """A value that only a row of a plan may stand in for.
+
+    Raises:
+        UserError: there is none.
+    """
+    if value is None:
+        raise UserError(f"{name} is missing: give it, or a row of a plan, --plan FILE#N")
+    return value
 
 
 def _write_trace(

@@ -1,4 +1,4 @@
-"""What a projection was asked for beside a workload, as options have it: enough to make it again."""
+"""What a projection was asked for beside a workload, as options have it."""
 
 from dataclasses import dataclass
 
