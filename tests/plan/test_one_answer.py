@@ -10,6 +10,7 @@ from expertlane.compare.projection import ExperimentProjector
 from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.progress import Silent
+from expertlane.report.shown import Results
 from expertlane.results import file
 from expertlane.results.record import BEST, EXPERIMENT, TWO_POOLS
 from expertlane.spec.deployment import Deployment
@@ -99,6 +100,40 @@ def test_what_is_given_beside_a_row_takes_precedence(tmp_path):
         expertlane.simulate(plan=tmp_path, layout="tp=2")
 
 
+def test_those_without_a_place_wait_as_long_as_the_places_take(tmp_path):
+    """Planned by Little's law; simulated, with all of them in the queue."""
+    asked = draw(3) | {"batch": 64, "cluster": "h100x2", "output_len": 40, "price": 2}
+    free = best_of(plan(asked))
+    limit_s = 0.6 * free.serving[0].tpot_s.mean.value
+    results = plan(asked, slo=f"tpot.mean={1e3 * limit_s:.6g}ms")
+    file.write(results, tmp_path)
+    row = best_of(results)
+    serving = row.serving[0]
+    num = serving.num_running
+    assert num < 64
+    wait_s = (64 - num) / (serving.output_tps.value / 40)
+    assert serving.place_wait_s.value == pytest.approx(wait_s)
+    headline = " ".join(Results.of(results).headline.split())
+    assert f"serves {num} of 64 at once within the limits; {64 - num} wait" in headline
+    queued = expertlane.simulate(plan=tmp_path, batch=64).deployments[0].serving[0]
+    assert queued.num_running == num
+    longer_s = queued.ttft_s.mean.value - serving.ttft_s.mean.value
+    assert longer_s == pytest.approx(wait_s, rel=0.05)
+    assert queued.place_wait_s.value == pytest.approx(wait_s, rel=0.05)
+
+
+def test_a_price_is_of_whatever_is_shown():
+    asked = draw(4) | {"batch": 24, "price": 2}
+    results = plan(asked)
+    (pools,) = results.select("projected", TWO_POOLS)
+    shown = [pools, best_of(results), *(each.best for each in results.plans[0].engines)]
+    for record in shown:
+        tps = record.serving[0].output_tps.value
+        usd = record.serving[0].usd_per_million_output.value
+        assert usd == pytest.approx(1e6 * 2 / 3600 * record.num_ranks / tps)
+    assert all(each.num_ranks == 2 for each in shown)
+
+
 def test_a_row_of_a_comparison_is_what_compare_says(tmp_path):
     folder = tmp_path / "experiment.toml"
     folder.write_text(
@@ -144,7 +179,7 @@ def test_other_results_have_no_row(tmp_path):
     file.write(found, tmp_path)
     with pytest.raises(expertlane.UserError, match="it is of a simulation"):
         expertlane.simulate(plan=tmp_path)
-    with pytest.raises(expertlane.UserError, match="there is none"):
+    with pytest.raises(expertlane.UserError, match="No such file"):
         expertlane.simulate(plan=tmp_path / "nowhere.json")
     with pytest.raises(expertlane.UserError, match="--layout is missing: give it, or a row"):
         expertlane.simulate("paper-tiny", cluster="h100x2")

@@ -40,7 +40,8 @@ from expertlane.results.record import (
     PoolRole,
 )
 from expertlane.results.results import Assumption, EngineBest, NoPools, PlanSummary, Results
-from expertlane.results.serving_record import ServingRecord
+from expertlane.results.serving_record import ServingRecord, with_places
+from expertlane.spec.workload import Workload
 
 _NUM_BEST = 8
 _NUM_TIMELINES = 3
@@ -121,7 +122,7 @@ class Plan:
             [
                 *self._best(),
                 *self._families(),
-                *pareto_records(found.options, _NUM_PARETO, self._conditions),
+                *pareto_records(found.options, _NUM_PARETO, self._conditions, workload),
                 *([] if isinstance(self.pools, str) else self._two(self.pools)),
             ],
             cluster=cluster_record(request.cluster, types),
@@ -136,7 +137,7 @@ class Plan:
         aggregated = pools = None
         started: list[tuple[ScreenedCandidate, PoolRole]] = []
         if (server := choice.aggregated) is not None:
-            record = candidate_record(server.finalist, 0, BEST, self._conditions)
+            record = self._record(server.finalist, BEST)
             aggregated = self._ranked(record, server)
             started = [(server.finalist, "both")]
         if choice.pools is not None:
@@ -197,7 +198,7 @@ class Plan:
     def _in_full(
         self, finalist: Finalist, role: str, *, timelines: bool = False
     ) -> DeploymentRecord:
-        record = candidate_record(finalist, 0, role, self._conditions)
+        record = self._record(finalist, role)
         steps = [finalist.prefill, finalist.decode]
         if timelines:
             of_phases = self.search.timelines(finalist)
@@ -215,7 +216,7 @@ class Plan:
         """The best of each kind of deployment."""
         return [
             replace(
-                self._ranked(candidate_record(each.finalist, 0, FAMILY, self._conditions), each),
+                self._ranked(self._record(each.finalist, FAMILY), each),
                 name=family,
             )
             for family, each in best_of_families(self.ranking).items()
@@ -233,7 +234,10 @@ class Plan:
         fastest = self.ranking.fastest
         if fastest is self.ranking.chosen:
             return None
-        return self._ranked(candidate_record(fastest.finalist, 0, BEST, self._conditions), fastest)
+        return self._ranked(self._record(fastest.finalist, BEST), fastest)
+
+    def _record(self, finalist: Finalist, role: str) -> DeploymentRecord:
+        return candidate_record(finalist, 0, role, self._conditions, self.request.workload)
 
     def _pools_over_fastest(self) -> Estimate | None:
         fastest = self.ranking.fastest
@@ -294,23 +298,28 @@ def make_plan(
 
 
 def pareto_records(
-    options: Sequence[ScreenedCandidate], num: int, conditions: Conditions
+    options: Sequence[ScreenedCandidate], num: int, conditions: Conditions, workload: Workload
 ) -> list[DeploymentRecord]:
     """At most so many points of the front, spread over TPOT, as screened."""
     front = pareto(options)
     places = np.unique(np.linspace(0, len(front) - 1, num).round().astype(int))
     return [
-        candidate_record(option, place, PARETO, conditions)
+        candidate_record(option, place, PARETO, conditions, workload)
         for option, place in (front[each] for each in places)
     ]
 
 
 def candidate_record(
-    candidate: ScreenedCandidate, place: int, role: str, conditions: Conditions
+    candidate: ScreenedCandidate,
+    place: int,
+    role: str,
+    conditions: Conditions,
+    workload: Workload,
 ) -> DeploymentRecord:
     """The record at one of the numbers of sequences that were screened, or projected in full."""
     layout, options, num_drafts = candidate.candidate
-    serving = serving_at(candidate.served, place)
+    serving = _serving_of(candidate, place, role, workload)
+    memory = replace(candidate.capacity.record(), num_resident=candidate.capacity.num_resident)
     prefill_tps = Estimate.between(candidate.steps.prefill_tps)
     return DeploymentRecord(
         name=str(candidate.candidate),
@@ -319,10 +328,21 @@ def candidate_record(
         source="projected",
         roles=(role,),
         conditions=conditions,
-        pools=(candidate.capacity.record(),),
+        pools=(memory,),
         serving=(replace(serving, prefill_tps=prefill_tps),),
         num_drafts=num_drafts,
     )
+
+
+def _serving_of(
+    candidate: ScreenedCandidate, place: int, role: str, workload: Workload
+) -> ServingRecord:
+    """With what those wait that have no place; a pool of two has places of its own."""
+    serving = serving_at(candidate.served, place)
+    if role in (PREFILL_POOL, DECODE_POOL) or serving.num_running is None:
+        return serving
+    requests_per_s = serving.output_tps / workload.output_len
+    return with_places(serving, serving.num_running, workload.num_sequences, requests_per_s)
 
 
 def serving_at(served: ThroughputCurve, place: int) -> ServingRecord:

@@ -10,6 +10,7 @@ from expertlane.report.numbers import (
     COLUMNS,
     compact,
     counted,
+    duration,
     figures,
     low_high,
     low_high_compact,
@@ -162,8 +163,30 @@ def answer(
     )
 
 
+def places(serving: ServingRecord, num_asked: int, by: str = "") -> str:
+    """How many of a closed load are served at once, and what the others wait; empty if all are.
+
+    Args:
+        by: what keeps the others out, with a space before it.
+    """
+    if serving.place_wait_s is None or serving.num_running is None:
+        return ""
+    num = num_asked - serving.num_running
+    return (
+        f"serves {serving.num_running:,} of {num_asked:,} at once{by}; {num:,} "
+        f"wait{'s' * (num == 1)}, {duration(serving.place_wait_s)} longer on average"
+    )
+
+
 def headline(results: Results) -> str:
-    """The best load's rate and latency, in a sentence."""
+    """The best load's rate and latency, in a sentence; and what those wait that have no place."""
+    said, serving = _headline(results), best_of(served(results)).serving
+    if serving.batch is not None and (waiting := places(serving, serving.batch)):
+        return f"{said} It {waiting}."
+    return said
+
+
+def _headline(results: Results) -> str:
     found = served(results)
     best, several = best_of(found), len(found) > 1
     serving, where = best.serving, best.load

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from expertlane.report.document import Answer, Column, Figure, Section, Table, Words, number, text
-from expertlane.report.loads import Served, cost_of, device_of
+from expertlane.report.loads import Served, cost_of, device_of, places
 from expertlane.report.numbers import (
     COLUMNS,
     compact,
@@ -75,12 +75,16 @@ def answer(results: Results) -> Answer:
     """At most 40 lines of 80 columns, whatever the names."""
     setting, found = _setting(results), headline(results)
     best = of_role(results, BEST)[0]
-    cost = cost_of(results, Served(best, serving(best)))
+    pools = faster_pools(results)
+    costs = [
+        f"Cost of {name}: {cost}."
+        for name, each in (("the pools", pools), ("#1", best))
+        if each is not None and (cost := cost_of(results, Served(each, serving(each))))
+    ]
     sure = " ".join((*how_ranked(results), *how_sure(results), *cautions(results)))
     chosen = [f"Aggregated: {tie}."] if faster_pools(results) and (tie := _tie(results)) else []
     engines = [by_engine] if (by_engine := _engines(results)) else []
-    cost_of_first = [f"Cost of #1: {cost}."] if cost else []
-    around = [*chosen, *engines, _two_pools(results), sure, *cost_of_first]
+    around = [*chosen, *engines, _two_pools(results), sure, *([" ".join(costs)] if costs else [])]
     after = Figure("", _next(results))
     said = *setting_lines(setting), found, *around
     num_taken = sum(map(_num_lines, said)) + len(after.lines)
@@ -165,6 +169,20 @@ def _limits(results: Results) -> list[str]:
 
 
 def headline(results: Results) -> str:
+    """What to use, by what it was chosen, and what becomes of requests that it has no place for."""
+    said, chosen = _chosen(results), faster_pools(results) or of_role(results, BEST)[0]
+    memory = chosen.pools[0].num_resident if chosen.pools else None
+    is_full = memory is not None and (serving(chosen).num_running or 0) >= memory
+    by = " in memory" if is_full or not _has_limits(results) else " within the limits"
+    waiting = places(serving(chosen), results.question["workload"]["num_sequences"], by)
+    return f"{said} It {waiting}." if waiting else said
+
+
+def _has_limits(results: Results) -> bool:
+    return bool(_limits(results) or results.question.get("slos"))
+
+
+def _chosen(results: Results) -> str:
     """What to use, and by what it was chosen."""
     best, *others = of_role(results, BEST)
     tps = serving(best).output_tps
@@ -285,7 +303,9 @@ def _engines(results: Results) -> str:
             if not each.why:
                 where = "these pools" if faster_pools(results) else "#1"
             tps = compact(serving(record).output_tps)
-            best = f"{tps} ({where or record.known_layout})"
+            usd = serving(record).usd_per_million_output
+            cost = "" if usd is None else f" at ${figures(usd)}/M"
+            best = f"{tps}{cost} ({where or record.known_layout})"
         by_best.setdefault(best, []).append(each.title)
     said = [f"{_listed(titles)} {best}" for best, titles in by_best.items()]
     return f"Tokens/s by engine: {'; '.join(said)}."

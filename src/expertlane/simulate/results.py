@@ -33,6 +33,7 @@ from expertlane.results.serving_record import (
     SampleRecord,
     ServingRecord,
     best_load,
+    with_places,
 )
 from expertlane.results.step_record import StepRecord
 from expertlane.results.timeline import timelines_of
@@ -111,7 +112,7 @@ def _serving(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO]) -> Ser
     record = serving_record(outcome.served, slos)
     if outcome.rates is not None:
         record = steady_record(record, outcome, simulator.load)
-    return replace(
+    record = replace(
         record,
         batch=simulator.load.batch,
         rate=simulator.load.rate,
@@ -120,6 +121,16 @@ def _serving(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO]) -> Ser
         num_cached_tokens=outcome.pools[0].pool.scheduler.num_cached_tokens,
         basis=list(Basis)[int(_facts(outcome).basis_s.argmax())].label,
     )
+    return record if outcome.rates is None else _with_places(record, outcome)
+
+
+def _with_places(record: ServingRecord, outcome: Outcome) -> ServingRecord:
+    """What requests beyond those that run wait; of one pool, which a request has its place in."""
+    running = outcome.num_parts * outcome.pools[0].totals.most_running
+    batch, rate = record.batch, record.requests_per_s
+    if len(outcome.pools) > 1 or batch is None or rate is None or running >= batch:
+        return record
+    return with_places(record, running, batch, rate)
 
 
 def steady_record(record: ServingRecord, outcome: Outcome, load: Load) -> ServingRecord:

@@ -100,7 +100,7 @@ class Row:
             "price": self.price,
         }
         left_away = {other for name in given for other in _INSTEAD.get(name, ())}
-        if self.num_seqs == self.num_asked and {"batch", "rate"} & set(given):
+        if self.num_seqs >= workload["num_sequences"] and {"batch", "rate"} & set(given):
             left_away.add("max_num_seqs")  # all that came ran, so it tells nothing of a limit
         return {name: each for name, each in values.items() if name not in {*given, *left_away}}
 
