@@ -104,7 +104,7 @@ def test_those_without_a_place_wait_as_long_as_the_places_take(tmp_path):
     """Planned by Little's law; simulated, with all of them in the queue."""
     asked = draw(3) | {"batch": 64, "cluster": "h100x2", "output_len": 40, "price": 2}
     free = best_of(plan(asked))
-    limit_s = 0.6 * free.serving[0].tpot_s.mean.value
+    limit_s = 0.9 * free.serving[0].tpot_s.mean.value
     results = plan(asked, slo=f"tpot.mean={1e3 * limit_s:.6g}ms")
     file.write(results, tmp_path)
     row = best_of(results)

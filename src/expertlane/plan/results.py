@@ -41,6 +41,7 @@ from expertlane.results.record import (
 )
 from expertlane.results.results import Assumption, EngineBest, NoPools, PlanSummary, Results
 from expertlane.results.serving_record import ServingRecord, with_places
+from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
 _NUM_BEST = 8
@@ -199,7 +200,7 @@ class Plan:
         self, finalist: Finalist, role: str, *, timelines: bool = False
     ) -> DeploymentRecord:
         record = self._record(finalist, role)
-        steps = [finalist.prefill, finalist.decode]
+        steps = [finalist.in_full[phase] for phase in Phase if phase in finalist.in_full]
         if timelines:
             of_phases = self.search.timelines(finalist)
             steps = [replace(each, timeline=of_phases[each.phase]) for each in steps]
@@ -292,7 +293,7 @@ def make_plan(
     progress.done()
     num_of_pools = of_pools.num_candidates
     progress.task("best of each engine", 1)
-    engines = of_each_engine(search, screened, ranking, pools, of_pools)
+    engines = of_each_engine(search, ranking, pools, of_pools)
     progress.done()
     return Plan(request, routing, cautions, search, found, ranking, pools, num_of_pools, engines)
 
