@@ -118,7 +118,7 @@ def test_those_without_a_place_wait_as_long_as_the_places_take(tmp_path):
     queued = expertlane.simulate(plan=tmp_path, batch=64).deployments[0].serving[0]
     assert queued.num_running == num
     longer_s = queued.ttft_s.mean.value - serving.ttft_s.mean.value
-    assert longer_s == pytest.approx(wait_s, rel=0.05)
+    assert longer_s == pytest.approx(wait_s, rel=0.1)  # of a sample
     assert queued.place_wait_s.value == pytest.approx(wait_s, rel=0.05)
 
 

@@ -19,7 +19,7 @@ from expertlane.plan.commands import ServedPool, ServeTarget, engine_commands, l
 from expertlane.plan.engines import Pool
 from expertlane.plan.experiment_text import experiment_text
 from expertlane.plan.explanation import best_of_families, gap_to, pareto
-from expertlane.plan.screen import ScreenedCandidate, fitting
+from expertlane.plan.screen import Known, ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, OnePool, Search
 from expertlane.plan.simulated import NUM_SIMULATED, simulated_pool
 from expertlane.plan.throughput import ThroughputCurve
@@ -39,7 +39,14 @@ from expertlane.results.record import (
     DeploymentRecord,
     PoolRole,
 )
-from expertlane.results.results import Assumption, EngineBest, NoPools, PlanSummary, Results
+from expertlane.results.results import (
+    Assumption,
+    EngineBest,
+    FewerDevices,
+    NoPools,
+    PlanSummary,
+    Results,
+)
 from expertlane.results.serving_record import ServingRecord, with_places
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
@@ -78,6 +85,15 @@ class Plan:
         """The one of one pool that is chosen."""
         return self.ranking.chosen.finalist.candidate
 
+    @property
+    def num_served(self) -> int:
+        """Requests that what it recommends serves at once."""
+        if isinstance(self.pools, TwoPools):
+            over = self._pools_tps(self.pools).over(self.ranking.fastest.tps)
+            if over.bounds[0] > 1:
+                return int(self.pools.served.num_seqs[0])
+        return self.ranking.chosen.finalist.num_seqs
+
     def results(
         self,
         *,
@@ -85,6 +101,7 @@ class Plan:
         loaded: ServeTarget,
         experiment: str | None,
         projection: ProjectionAsked | None = None,
+        fewer: FewerDevices | None = None,
     ) -> Results:
         """All that is shown.
 
@@ -93,6 +110,7 @@ class Plan:
             experiment: the path of the file with `experiment`.
             projection: what was asked for beside request and routing; None where nobody simulates a
                 row again.
+            fewer: what the next smaller cluster does, where this is the smallest that serves all.
         """
         found, request = self.found, self.request
         workload, types = request.workload, request.setting.types
@@ -114,6 +132,7 @@ class Plan:
             engine=request.engine,
             engines=tuple(self._engine(each, loaded) for each in self.engines),
             experiment=experiment,
+            fewer_devices=fewer,
         )
         asked = {"model": request.model, "workload": asdict(workload), "projection": projection}
         return Results.now(
@@ -273,13 +292,17 @@ def make_plan(
     routing: RoutingChoice,
     progress: Progress,
     cautions: tuple[str, ...] = (),
+    known: Known | None = None,
 ) -> Plan:
     """Search one pool of all devices, then two.
+
+    Args:
+        known: by plans for the same model on other numbers of these devices.
 
     Raises:
         UserError: no layout is valid, nothing fits, or nothing keeps the limits.
     """
-    search = Search(request)
+    search = Search(request, known)
     progress.task("aggregated: all layouts and options", len(search.candidates))
     screened = search.screen(progress.advance)
     progress.done()

@@ -175,7 +175,22 @@ def headline(results: Results) -> str:
     is_full = memory is not None and (serving(chosen).num_running or 0) >= memory
     by = " in memory" if is_full or not _has_limits(results) else " within the limits"
     waiting = places(serving(chosen), results.question["workload"]["num_sequences"], by)
-    return f"{said} It {waiting}." if waiting else said
+    return " ".join([*_devices(results), said, *([f"It {waiting}."] if waiting else [])])
+
+
+def _devices(results: Results) -> Iterator[str]:
+    """How many it takes, where that was asked for."""
+    fewer, num = results.plans[0].fewer_devices, results.projected_for.num_devices
+    if fewer is None:
+        return
+    asked = results.question["workload"]["num_sequences"]
+    within = " within the limits" if _has_limits(results) else ""
+    devices = counted(num, device_of(results))
+    said = f"{devices} serve{'s' * (num == 1)} all {asked:,} at once{within}"
+    if fewer.num_devices:
+        verb = "serves" if fewer.num_devices == 1 else "serve"
+        said += f", {fewer.num_devices:,} {verb} {fewer.num_served:,}"
+    yield f"{said}."
 
 
 def _has_limits(results: Results) -> bool:

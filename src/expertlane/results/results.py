@@ -135,6 +135,18 @@ class EngineBest(Strict):
 
 
 @dataclass(frozen=True)
+class FewerDevices(Strict):
+    """A cluster that is too small for a load.
+
+    Attributes:
+        num_served: requests at once within the limits; 0 where none keeps them, or nothing fits.
+    """
+
+    num_devices: int
+    num_served: int
+
+
+@dataclass(frozen=True)
 class PlanSummary(Strict):
     """What a search looked at; the deployments that it found are records.
 
@@ -156,6 +168,8 @@ class PlanSummary(Strict):
         engine: that was asked for; None where any deployment was looked for.
         engines: the best of each, or of the one asked for.
         experiment: the file for `expertlane compare` that was written; None if none was.
+        fewer_devices: the next smaller cluster, where the smallest that serves all was asked for;
+            `num_devices` is 0 where there is none.
     """
 
     top_k: int
@@ -175,6 +189,7 @@ class PlanSummary(Strict):
     engine: EngineName | None = None
     engines: tuple[EngineBest, ...] = ()
     experiment: str | None = None
+    fewer_devices: FewerDevices | None = None
 
 
 @dataclass(frozen=True)
