@@ -159,7 +159,8 @@ def plan(
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
             paper-tiny, paper-small, paper.
         cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
-            h100, h200, or a TOML file of expertlane calibrate).
+            h100, h200, or a TOML file of expertlane calibrate). PROFILExauto: the fewest
+            devices that serve all of --batch within --slo.
         engine: Only what this engine runs: vLLM, SGLang, TensorRT-LLM or expertlane.
         copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
             else on the own node, else any; balanced: the tokens of each step are distributed to

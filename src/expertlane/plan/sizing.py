@@ -69,7 +69,7 @@ class _Sizing:
         self._request, self._routing = request, routing
         self._progress, self._cautions = progress, cautions
         self._sizes = cluster_sizes(request.cluster.profile.ranks_per_node)
-        self._num_in_node = self._sizes.index(request.cluster.profile.ranks_per_node) + 1
+        self._num_in_node = self._sizes.index(request.cluster.profile.ranks_per_node)
         self._wanted = request.workload.num_sequences
         self._known = Known()
         self._plans: dict[int, Plan | UserError] = {}
@@ -86,8 +86,9 @@ class _Sizing:
                 place = self._next(place, served, high)
             else:
                 high = place
-                place = (low + high) // 2 if low >= 0 else max(0, high - step)
-                step = 1 if high < self._num_in_node else 2 * step
+                below = step if high > self._num_in_node else 1
+                place = (low + high) // 2 if low >= 0 else max(0, high - below)
+                step *= 2
         if high == len(sizes):
             raise UserError(self._too_many())
         plan = self._plans[sizes[high]]
