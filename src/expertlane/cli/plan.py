@@ -117,8 +117,8 @@ def run(
     is_auto = own.cluster.endswith(_AUTO)
     cluster = own.cluster.removesuffix(_AUTO) + "x1" if is_auto else own.cluster
     devices = served_cluster(cluster, projection.framework)
-    workload, goals = load.workload(found.config), Goals.of(load.slos)
-    workload.check_model(found.config, as_options=True)
+    asked, goals = load.load(found.config), Goals.of(load.slos)
+    workload = asked.means(load.seed)
     routing_trace = projection.routing_trace
     routing = choose_routing(found.config, routing_trace, projection.skew, load.seed)
     types = found.number_types(projection.dtype, projection.kv_dtype, devices)
@@ -136,7 +136,7 @@ def run(
     folder = call.folder(name)
     experiment = None if folder is None else folder / _EXPERIMENT
     cautions = *found.cautions(types), *stand_ins(devices.profile, types)
-    request = PlanRequest(found.config, devices, workload, goals, setting, own.engine)
+    request = PlanRequest(found.config, devices, workload, goals, setting, own.engine, asked)
     with output.progress_on_stderr() as progress:
         fewer = None
         if is_auto:
@@ -159,6 +159,7 @@ def run(
             mtp_acceptance=drafts.mtp_acceptance,
         ),
         fewer=fewer,
+        load=load.question(asked),
     )
     if load.price is not None:
         results = with_costs(results, load.price)

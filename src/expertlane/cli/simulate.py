@@ -175,6 +175,7 @@ def run(
     row = own.row()
     layout_text, cluster = _needed("--layout", own.layout), _needed("--cluster", own.cluster)
     if row is not None:
+        loads = [each.of_lengths() for each in loads]  # as a plan takes recorded requests
         found_model = FoundModel(row.model.name, row.model, None)
     else:
         found_model = find_model(_needed("MODEL", model), weights=False)

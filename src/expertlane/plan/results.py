@@ -1,7 +1,8 @@
 """A whole plan: search, rank what was found, and make records."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -102,6 +103,7 @@ class Plan:
         experiment: str | None,
         projection: ProjectionAsked | None = None,
         fewer: FewerDevices | None = None,
+        load: Mapping[str, Any] | None = None,
     ) -> Results:
         """All that is shown.
 
@@ -110,6 +112,7 @@ class Plan:
             experiment: the path of the file with `experiment`.
             projection: what was asked for beside request and routing; None where nobody simulates a
                 row again.
+            load: lengths as they were asked for.
             fewer: what the next smaller cluster does, where this is the smallest that serves all.
         """
         found, request = self.found, self.request
@@ -134,7 +137,12 @@ class Plan:
             experiment=experiment,
             fewer_devices=fewer,
         )
-        asked = {"model": request.model, "workload": asdict(workload), "projection": projection}
+        asked = {
+            "model": request.model,
+            "workload": asdict(workload),
+            "load": load,
+            "projection": projection,
+        }
         return Results.now(
             "plan",
             command,
@@ -170,7 +178,7 @@ class Plan:
             [self._served(option, role) for option, role in started],
             loaded,
             request.setting.types,
-            longest_request(request.workload, request.model),
+            longest_request(request.load_at(1), request.model),
         )
         row = choice.broken
         return EngineBest(

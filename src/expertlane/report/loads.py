@@ -1,9 +1,9 @@
 """Loads on deployments, of a simulation or a bench: what the answer says of them."""
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from expertlane.report.document import Answer, Column, Heading, Table, Words, number, text
 from expertlane.report.numbers import (
@@ -223,6 +223,16 @@ def _bursts(found: Sequence[Served]) -> str:
         return ""
     of = "" if len(bursts) == len(closed) else f" at {', '.join(map(whole, bursts))}"
     return f", burst{of}"
+
+
+def lengths_of(load: Mapping[str, Any], means: Mapping[str, int]) -> str:
+    """`1,000 in / 100–300 out`; of recorded requests, the means."""
+    names = "prompt_len", "output_len"
+    if load.get("requests") is not None:
+        prompt, output = (f"{means[name]:,}" for name in names)
+        return f"recorded, {prompt} in / {output} out on average"
+    prompt, output = (_lengths(str(load.get(name, means[name]))) for name in names)
+    return f"{prompt} in / {output} out"
 
 
 def _lengths(text: str) -> str:

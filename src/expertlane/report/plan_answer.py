@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from expertlane.report.document import Answer, Column, Figure, Section, Table, Words, number, text
-from expertlane.report.loads import Served, cost_of, device_of, places
+from expertlane.report.loads import Served, cost_of, device_of, lengths_of, places
 from expertlane.report.numbers import (
     COLUMNS,
     compact,
@@ -143,7 +143,7 @@ def verdict(results: Results) -> Section:
 
 def _setting(results: Results) -> str:
     question, workload = results.question, results.question["workload"]
-    lengths = f"{workload['prompt_len']:,} in / {workload['output_len']:,} out"
+    lengths = lengths_of(question.get("load") or {}, workload)
     limit = question["model"].get("max_position_embeddings", 0)
     if workload["prompt_len"] + workload["output_len"] - limit in (0, 1):  # the last is not read
         lengths += " (the model's limit)"

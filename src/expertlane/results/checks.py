@@ -84,6 +84,7 @@ class _OfComparison(_Question):
 class _OfPlan(_Question):
     model: _Model
     workload: Workload
+    load: _Lengths | None = None
     projection: ProjectionAsked | None = None
     max_tpot_s: _Seconds | None = None
     max_ttft_s: _Seconds | None = None

@@ -220,11 +220,12 @@ class Results(Strict):
         question: what was asked for. comparison: `experiment` (model, workload, seed, cluster and
             deployments), `skew` of its projection, `projection` as `ProjectionAsked` has it, and
             `traffic` where each deployment's is to be shown in detail; simulation: `model`,
-            `workload`, `serving`; plan: `model`, `workload`, `projection`, `max_tpot_s`,
-            `max_ttft_s`, and `slos` of other statistics; bench: `model`, `workload`,
-            `ranks_per_node`, or `urls`, `endpoint` and `rounds` of servers. The workload of a
-            simulation or bench has what is the same for all loads: `prompt_len`, `output_len`,
-            `seed`, and `requests`, the file they are from; `prefix_len` and `num_prefixes` where
+            `workload`, `serving`; plan: `model`, `workload` (means), `load` (lengths as asked for),
+            `projection`, `max_tpot_s`, `max_ttft_s`, and `slos` of other statistics; bench:
+            `model`, `workload`, `ranks_per_node`, or `urls`, `endpoint` and `rounds` of servers.
+            The workload of a simulation or bench has what is the same for all loads: `prompt_len`,
+            `output_len`, `seed`, and `requests`, the file they are from; `prefix_len` and
+            `num_prefixes` where
             prompts share their beginning.
             `price`: dollars an hour of a device, where one was given.
         machine: where it was measured; None where nothing was.

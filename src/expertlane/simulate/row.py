@@ -27,7 +27,10 @@ from expertlane.spec.tables import build
 
 POOLS = "pools"
 # Options of which one rules the others out: what is given leaves the others of a row away.
+_LENGTHS = "prompt_len", "output_len"
 _INSTEAD: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*_LENGTHS, "prefix_len"), ("requests",)),
+    "requests": _LENGTHS,
     "batch": ("rate",),
     "rate": ("batch",),
     "skew": ("routing_trace",),
@@ -60,9 +63,16 @@ class Row:
     kv_dtype: str
     asked: ProjectionAsked
     workload: Mapping[str, Any]
+    load: Mapping[str, Any]
     slos: tuple[SLO, ...]
     price: float | None
     cautions: tuple[str, ...]
+
+    def _lengths(self) -> dict[str, Any]:
+        """Of requests as they were asked for; of a comparison, all alike."""
+        if (path := self.load.get("requests")) is not None:
+            return {"requests": Path(path)}
+        return {name: str(self.load.get(name, self.workload[name])) for name in _LENGTHS}
 
     def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The options of `simulate` that serve it again, by name.
@@ -85,8 +95,7 @@ class Row:
             "num_redundant_experts": options.num_redundant_experts,
             "copies": options.copies,
             "batch": str(self.num_asked),
-            "prompt_len": str(workload["prompt_len"]),
-            "output_len": str(workload["output_len"]),
+            **self._lengths(),
             "seed": workload.get("seed", 0),
             "skew": asked.skew,
             "routing_trace": None if asked.routing_trace is None else Path(asked.routing_trace),
@@ -161,6 +170,7 @@ def _row(results: Results, row: str) -> Row:
         conditions.kv_dtype,
         build(ProjectionAsked, asked, "question.projection"),
         workload,
+        question.get("load") or {},
         _limits(question),
         question.get("price"),
         results.cautions,
