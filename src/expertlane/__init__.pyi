@@ -133,6 +133,7 @@ def plan(
     batch: Text | None = None,
     prompt_len: Text | None = None,
     output_len: Text | None = None,
+    requests: str | Path | None = None,
     seed: int = 0,
     slo: Text | Sequence[Text] | None = None,
     price: float | None = None,
@@ -166,8 +167,10 @@ def plan(
             else on the own node, else any; balanced: the tokens of each step are distributed to
             even out ranks' loads, where that saves time.
         batch: Closed loop: concurrency N.
-        prompt_len: Tokens per prompt.
-        output_len: Tokens per output.
+        prompt_len: Tokens per prompt. N:N: uniform in that range.
+        output_len: Tokens per output. N:N: uniform in that range.
+        requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
+            or Azure's CSV of LLM inference. Only their lengths are taken.
         seed: Seed of all random draws; reproducible for equal seeds.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or

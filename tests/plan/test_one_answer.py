@@ -1,5 +1,6 @@
 """plan, simulate and compare --project say the same of one question."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -66,6 +67,40 @@ def test_simulate_says_of_a_row_what_plan_says(seed, tmp_path):
     for name, row in rows.items():
         found = expertlane.simulate(plan=f"{tmp_path}#{name}")
         assert told(found.deployments[0]) == pytest.approx(told(row), rel=_SAME)
+
+
+def test_lengths_that_vary_are_simulated_as_they_are(tmp_path):
+    asked = draw(2) | {"prompt_len": "16:160", "output_len": "12:60"}
+    results = plan(asked)
+    file.write(results, tmp_path)
+    assert results.question["workload"]["prompt_len"] == 88
+    assert results.question["load"]["output_len"] == "12:60"
+    assert "16–160 in / 12–60 out" in " ".join(Results.of(results).answer.split())
+    found = expertlane.simulate(plan=tmp_path)
+    assert told(found.deployments[0]) == pytest.approx(told(best_of(results)), rel=_SAME)
+    alike = best_of(plan(asked | {"prompt_len": 88, "output_len": 36}))
+    assert told(best_of(results)) != pytest.approx(told(alike), rel=_SAME)
+
+
+def test_recorded_requests_are_simulated_by_their_lengths(tmp_path):
+    rows = [
+        {"timestamp": 100 * number, "input_length": 20 + 30 * number, "output_length": 4 + number}
+        | {"hash_ids": [1]}
+        for number in range(6)
+    ]
+    recorded = tmp_path / "requests.jsonl"
+    recorded.write_text("\n".join(map(json.dumps, rows)))
+    asked = {"cluster": "h100x2", "batch": 4, "requests": recorded, "skew": 0}
+    results = expertlane.plan("paper-small", **asked)
+    file.write(results, tmp_path)
+    assert results.question["workload"]["prompt_len"] == 95
+    assert "recorded, 95 in / 6 out on average" in " ".join(Results.of(results).answer.split())
+    found = expertlane.simulate(plan=tmp_path)
+    assert told(found.deployments[0]) == pytest.approx(told(best_of(results)), rel=_SAME)
+    with pytest.raises(expertlane.UserError, match="fewer than --batch 64"):
+        expertlane.plan("paper-small", **asked | {"batch": 64})
+    with pytest.raises(expertlane.UserError, match="exclude each other"):
+        expertlane.plan("paper-small", **asked, prompt_len=20)
 
 
 def test_a_row_keeps_drafts_types_and_framework(tmp_path):
