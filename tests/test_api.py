@@ -194,7 +194,7 @@ def test_values_are_given_as_python_has_them():
         ({"mtp": 1.5}, "mtp 1.5"),
         ({"trace": 1}, "trace 1 True False"),
         ({"trace": True}, "trace out='results/NAME'"),
-        ({"layout": None}, "layout None text"),
+        ({"layout": None}, "layout missing row plan"),
         ({"layout": "dp=3,ep=2"}, "layout"),
         ({"requests": 3}, "requests 3 path"),
         ({"cluster": "h100x0"}, ""),

@@ -13,9 +13,11 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.progress import Silent
 from expertlane.report.shown import Results
 from expertlane.results import file
+from expertlane.results.asked import ProjectionAsked
 from expertlane.results.record import BEST, EXPERIMENT, TWO_POOLS
-from expertlane.spec.deployment import Deployment
+from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
+from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
 
@@ -170,19 +172,15 @@ def test_a_price_is_of_whatever_is_shown():
 
 
 def test_a_row_of_a_comparison_is_what_compare_says(tmp_path):
-    folder = tmp_path / "experiment.toml"
-    folder.write_text(
-        """
-        name = "two"
-        model = { preset = "paper-small" }
-        workload = { num_sequences = 24, prompt_len = 100, output_len = 12 }
-        deployments = [
-            { name = "plain", layout = { tp = 2 } },
-            { name = "timed", layout = { dp = 2, ep = 2 }, options = { overlap = "auto" } },
-        ]
-        """
+    spread = Options(overlap="auto", num_redundant_experts=2)
+    deployments = (
+        Deployment("plain", Layout(tp=2)),
+        Deployment("timed", Layout(dp=2, ep=2), spread),
     )
-    results = expertlane.compare(folder, project=True, cluster="h100x2")
+    experiment = Experiment("two", PRESETS["paper-small"], Workload(24, 100, 12), deployments)
+    cluster, types = parse_cluster("h100x2"), NumberTypes.all_of("float16")
+    asked = ProjectionAsked(cluster="h100x2", skew=0.8)
+    results = ExperimentProjector(experiment, cluster, types, 0.8, asked).run(Silent(), "")
     file.write(results, tmp_path)
     rows = results.select("projected", EXPERIMENT, results.conditions[0])
     for place, row in enumerate(rows, 1):

@@ -62,13 +62,13 @@ def takes_groups(command: Callable[..., None], fill: Fill | None = None) -> Call
 
 
 def parameters_of(taker: Any) -> list[inspect.Parameter]:
-    """The options of a function that takes groups, all by keyword; a `Call` is no option."""
+    """The options of a function that takes groups, all by keyword; neither calls nor contexts."""
     found = []
     for each in inspect.signature(taker).parameters.values():
         if is_group(each.annotation):
             found += parameters_of(each.annotation)
             continue
-        if each.annotation is Call:
+        if each.annotation in (Call, typer.Context):
             continue
         if isinstance(each.default, OptionInfo):
             panel = each.default.rich_help_panel or getattr(taker, "panel", None)

@@ -51,6 +51,7 @@ class _Options:
     plan: str | None = typer.Option(
         None,
         metavar="FILE#N",
+        rich_help_panel=Panel.MORE_DEPLOYMENT,
         help="Row N of the results.json of expertlane plan or compare --project again, with its "
         "model, cluster and load; the first row without #N. #pools: disaggregated pools; #vllm, "
         "#sglang …: the best of an engine. Other options that are given take precedence.",
