@@ -16,6 +16,7 @@ from expertlane.cost.routing import NUM_SAMPLED_LAYERS, PowerLawRouting, Traffic
 from expertlane.errors import CapacityError, UserError
 from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.plan.candidates import Goals, PlanRequest, candidates_like
+from expertlane.plan.explanation import time_by_cause
 from expertlane.plan.project import (
     Projector,
     Setting,
@@ -25,7 +26,7 @@ from expertlane.plan.results import candidate_record
 from expertlane.plan.simulated import evaluated
 from expertlane.plan.ties import Contender, contender
 from expertlane.progress import Progress, each_of
-from expertlane.results.estimate import Estimate
+from expertlane.results.pair import choose_compared
 from expertlane.results.record import (
     EXPERIMENT,
     SCALING,
@@ -39,6 +40,7 @@ from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
+from expertlane.spec.workload import Workload
 
 CONTEXTS = (1, 128, 1024)  # and the prompt's length
 PREFILL_TOKENS = 512  # of a prompt in a prefill step
@@ -299,7 +301,7 @@ class ExperimentProjector:
                 contenders[place] = contender(found, request.workload)
                 served = candidate_record(found, 0, EXPERIMENT, self._usual).serving
                 rows[place] = replace(rows[place], serving=served)
-        return _verdict(rows, contenders)
+        return _verdict(rows, contenders, self._experiment.workload)
 
     def _plan(
         self, rows: list[DeploymentRecord], context: int, progress: Progress
@@ -321,23 +323,27 @@ class ExperimentProjector:
 
 
 def _verdict(
-    rows: Sequence[DeploymentRecord], contenders: Mapping[int, Contender]
+    rows: Sequence[DeploymentRecord], contenders: Mapping[int, Contender], workload: Workload
 ) -> WorkloadVerdict | None:
-    """The best that is no baseline, against the first and the best of the others."""
-    by_tps = sorted(contenders, key=lambda place: -contenders[place].tps.value)
-    if not by_tps:
-        return None
-    proposals = [place for place in by_tps if not rows[place].is_baseline]
-    one = (proposals or by_tps)[0]
-    other = next((place for place in by_tps if place != one), None)
-
-    def over(place: int | None) -> Estimate | None:
-        if place is None or place == one or place not in contenders:
-            return None
-        return contenders[one].tps.over(contenders[place].tps)
-
-    name = None if other is None else rows[other].name
-    return WorkloadVerdict(rows[one].name, rows[0].name, over(0), name, over(other))
+    """The one that is compared, against the others; of those that serve the workload."""
+    places = list(contenders)
+    tps = [contenders[place].tps.value for place in places]
+    compared = [places[each] for each in choose_compared([rows[p] for p in places], tps)]
+    if not compared:
+        return WorkloadVerdict(rows[places[0]].name) if places else None
+    one, *others = (contenders[place] for place in compared)
+    mine, rivals = (time_by_cause(each.finalist, workload) for each in (one, others[0]))
+    return WorkloadVerdict(
+        rows[compared[0]].name,
+        {
+            rows[place].name: one.tps.over(other.tps)
+            for place, other in zip(compared[1:], others, strict=True)
+        },
+        {
+            cause: mine.get(cause, 0.0) - rivals.get(cause, 0.0)
+            for cause in dict.fromkeys([*mine, *rivals])
+        },
+    )
 
 
 def _record(

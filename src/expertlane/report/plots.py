@@ -93,7 +93,7 @@ def _throughput(compared: Comparison, judged: Verdict | None) -> Chart | None:
     """How fast all deployments are, those that the verdict names in colours of their own."""
     slower, faster = judged.slower_and_faster if judged else (None, None)
     roles = {row.number: role for row, role in ((faster, FASTER), (slower, SLOWER)) if row}
-    bars = [Bar(row.name, row.tps_range, roles.get(row.number, "other")) for row in compared.rows]
+    bars = [Bar(row.name, row.step.tps, roles.get(row.number, "other")) for row in compared.rows]
     phase, fastest = compared.phase, compared.fastest
     done = "decodes" if phase is Phase.DECODE else "prefills"
     if judged is None or faster is None or slower is None:
@@ -104,21 +104,18 @@ def _throughput(compared: Comparison, judged: Verdict | None) -> Chart | None:
         value = judged.ratio.value if faster is judged.one else 1 / judged.ratio.value
         title = f"{faster.name} {done} {ratio(value)}× as fast as {slower.name}"
     unit = f"{phase} tokens/s"
-    between = "slowest–fastest run" if compared.is_run else "low–high"
+    between = "90 % interval" if compared.is_run else "low–high"
     return throughput_chart(title, unit, bars, between=between)
 
 
 def _step_difference(compared: Comparison, judged: Verdict) -> Chart:
-    """By the times that the verdict's ratio is of."""
     one, other, difference = judged.one, judged.other, judged.difference
-    least = compared.pair is not None and compared.source == "virtual"
-    how = ": each computation the shortest of all runs, in tables the shorter of two"
     return waterfall_chart(
         step_title(other.name, one.name, difference),
         other.name,
         one.name,
         difference,
-        note=f"ms of a {compared.phase} step, mean over ranks{how if least else ''}.",
+        note=f"ms of a {compared.phase} step, mean over ranks.",
     )
 
 

@@ -182,17 +182,21 @@ class WorkloadVerdict(Strict):
     """What one deployment of a projection has over others, under the whole workload.
 
     Attributes:
-        name: of the best that is no baseline; of the best where none is one.
-        first, other: the experiment's first deployment, and the best of the others.
-        over_first, over_other: output tokens/s over theirs, with the bounds that are left when what
-            both share has cancelled; None where it is itself the first, or there is no other.
+        name: of the one that is compared (`choose_compared`).
+        over: by the names of those that it is compared with, the best of them first: output
+            tokens/s over theirs, with the bounds that are left when what both share has cancelled.
+        causes_s: by cause, seconds of the whole system for an output token, less those of the best
+            of the others.
     """
 
     name: str
-    first: str
-    over_first: Estimate | None
-    other: str | None
-    over_other: Estimate | None
+    over: dict[str, Estimate] = field(default_factory=dict)
+    causes_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """All their names."""
+        return (self.name, *self.over) if self.over else ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -214,7 +218,8 @@ class Results(Strict):
         machine: where it was measured; None where nothing was.
         cluster: what was modelled; None where nothing was.
         virtual_time: None where nothing is in virtual time.
-        pairs: the two deployments of a comparison's verdict, by each clock that there is.
+        pairs: the deployment that a comparison's first sentence is about with each that it is
+            compared with, on each clock; the best of the others before the first.
         ratios: of two servers that were measured in turns, the first one's numbers over the
             second one's.
         cautions: what a reader must know of the numbers, in sentences.
@@ -315,6 +320,7 @@ class Results(Strict):
             assumptions=self.assumptions + projected.assumptions,
             plans=projected.plans,
             context=projected.context,
+            workload=projected.workload,
         )
 
     def with_traffic(self) -> "Results":
@@ -333,9 +339,9 @@ class Results(Strict):
             and (conditions is None or each.conditions == conditions)
         )
 
-    def pair_of(self, source: Source) -> PairRecord | None:
-        """The verdict's two deployments in numbers of one source, if they were measured."""
-        return next((each for each in self.pairs if each.source == source), None)
+    def pairs_of(self, source: Source) -> tuple[PairRecord, ...]:
+        """Those in numbers of one source."""
+        return tuple(each for each in self.pairs if each.source == source)
 
     @property
     def measured_on(self) -> Machine:
