@@ -70,7 +70,7 @@ def test_the_verdict_stands_first_with_every_part() -> None:
     )
     text = words(results, "Projected: verdict")
     assert tells(text, "16 GB 1 free")
-    assert tells(text, "first TP 8 × PP 2 4.21×")
+    assert in_order(text, "4.21× TP 8 × PP 2")
     assert tells(text, "skewed EP 16 overlap 2.11×")
     assert tells(text, "extrapolated 90%")
 

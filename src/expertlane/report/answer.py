@@ -87,7 +87,7 @@ def comparison_answer(
     parts: tuple[Words, ...] = (busy,) if busy else ()
     room = _FEWER_LINES if modelled else _MOST_LINES
     parts += _parts(results, own, room - 2 * len(parts))
-    if wall is not None and (beside := in_wall_time(wall, results)):
+    if modelled is None and wall is not None and (beside := in_wall_time(wall, results)):
         parts += (beside,)
     if modelled is not None:
         said = workload_headline(results, modelled) or headline(modelled, results)
@@ -140,12 +140,15 @@ def _of_workload(results: Results, modelled: Comparison) -> tuple[Words, ...]:
     notes = []
     if len(rows) < len(served):
         notes.append(f"{len(served) - len(rows)} more deployments: --full.")
-    notes += [
-        f"{row.name} has memory for {running:,} of the {modelled.num_seqs:,} sequences; the "
-        "others wait."
+    held = [
+        f"{running:,} with {row.name}"
         for row in modelled.compared
         if (running := row.record.serving[0].num_running or 0) < modelled.num_seqs
     ]
+    if held:
+        notes.append(
+            f"Of {modelled.num_seqs:,} sequences memory holds {', '.join(held)}; the others wait."
+        )
     if modelled.compared:
         notes.append(f"rel: against {modelled.compared[1].name}.")
     notes.append("TPOT and TTFT: means, in ms.")
@@ -198,18 +201,22 @@ def _parts(results: Results, comparison: Comparison, most_lines: int) -> tuple[W
     if judged is not None:
         notes.append(f"rel: against {judged.other.name}.")
         if comparison.is_run and judged.has_interval:
-            notes.append(f"In brackets: 90 % intervals{_on_links(comparison)}.")
+            notes.append(_intervals(comparison, judged))
         notes += rounding((judged.one, judged.other))
     if comparison.source == "virtual" and any(len(r.step.tps_of_runs) > 1 for r in rows):
         notes.append(LOWER_OF_TWO)
     return (*parts, " ".join(notes)) if notes else tuple(parts)
 
 
-def _on_links(comparison: Comparison) -> str:
+def _intervals(comparison: Comparison, judged: Verdict) -> str:
+    """What the intervals are of."""
     virtual = comparison.virtual
+    runs = f"90 %: interval of {judged.num_runs} runs; the other deployments ran twice."
+    if len(comparison.rows) == len(comparison.compared):
+        runs = f"90 %: interval of {judged.num_runs} runs."
     if virtual is None or not virtual.links:
-        return ""
-    return ", links half to twice as fast as assumed"
+        return f"{runs} In brackets: of the ratio."
+    return f"{runs} In brackets: of the ratio, with links half to twice as fast as assumed."
 
 
 def _shown(comparison: Comparison, first: Sequence[Row], most: int) -> list[Row]:

@@ -143,7 +143,7 @@ def workload_headline(results: Results, modelled: Comparison) -> str | None:
     found = results.workload
     if found is None:
         return None
-    where = f"serving the whole workload, projected for {results.projected_for.name}"
+    where = f"over the whole workload, projected for {results.projected_for.name}"
     if found.over:
         one, *others = modelled.compared
         against = [Factor(_called(modelled, each), found.over[each.name]) for each in others]
@@ -170,21 +170,16 @@ def factors(comparison: Comparison) -> tuple[Factor, ...]:
 
 
 def _called(comparison: Comparison, row: Row) -> str:
-    """With the part that it plays, where the first and another are compared with."""
-    others = comparison.compared[1:]
-    is_best = row is others[0] and len(comparison.rows) > 2
-    if not is_best or (len(others) == 1 and row is not comparison.first):
+    """With the part that it plays, where there are more than two."""
+    if row is not comparison.compared[1] or len(comparison.rows) < 3:
         return row.name
     kind = "baseline" if row.record.is_baseline and comparison.proposals else "of the others"
-    first = "the first and best" if row is comparison.first else "the best"
-    return f"{first} {kind}, {row.name}"
+    return f"the best {kind}, {row.name}"
 
 
 def spoken_of(comparison: Comparison, results: Results) -> list[Row]:
-    """The experiment's first deployment and the two of the verdict, in the experiment's order."""
-    judged = judge(comparison)
-    named = [comparison.first, *([judged.one, judged.other] if judged else [])]
-    numbers = {row.number for row in named}
+    """The first deployment and those that the first sentence is about, in the experiment's order."""
+    numbers = {row.number for row in (comparison.first, *comparison.compared)}
     return [row for row in comparison.rows if row.number in numbers]
 
 
@@ -262,7 +257,8 @@ def _clause(one: str, factor: Factor) -> str:
         return f"{one} is {_predicate(factor)}"
     why = ": depends on links" if factor.depends_on_links else ""
     found = f"{ratio(factor.ratio.value)}×, {_interval(factor.ratio)}{why}"
-    return f"whether {one} is faster than {factor.other} is not decided ({found})"
+    other = f"{factor.other}," if ", " in factor.other else factor.other
+    return f"whether {one} is faster than {other} is not decided ({found})"
 
 
 def _predicate(factor: Factor) -> str:
@@ -336,17 +332,12 @@ def _links(virtual: VirtualTime) -> str:
 
 
 def _numbers(comparison: Comparison, judged: Verdict) -> str:
-    """Both rates and latencies, and the first deployment where it is neither."""
-    one, other, first = judged.one, judged.other, comparison.first
-    sentence = (
+    """Both rates and latencies."""
+    one, other = judged.one, judged.other
+    return (
         f"{figures(one.tps)} against {figures(other.tps)} tok/s; {comparison.latency_name} "
         f"{milliseconds(one.latency_s)} against {milliseconds(other.latency_s)} ms."
     )
-    if first not in (one, other):
-        sentence += (
-            f" Against the first deployment, {first.name}: {times(comparison.factor(one, first))}."
-        )
-    return sentence
 
 
 def why(comparison: Comparison, judged: Verdict) -> str:
