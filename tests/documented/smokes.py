@@ -182,6 +182,7 @@ COVERED: Mapping[str, str] = {
     "docs/notebook.py": "tests/test_notebook.py",
     "docs/option_table.py": "tests/test_docs.py",
     "docs/pictures/deployments.py": "tests/test_docs.py",
+    "docs/printed.py": "tests/test_docs.py",
     "experiments/paper/likeness.py": "tests/compare/test_likeness.py",
     "experiments/paper/study.py": "tests/report/test_study.py",
     "experiments/paper/what_it_takes.py": "tests/report/test_what_it_takes.py",

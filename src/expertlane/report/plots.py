@@ -82,7 +82,7 @@ def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
 def first(results: Results, compared: Comparison) -> Section:
     """What a page's first screen shows beside the verdict: how fast all are, and why."""
     judged = judge(compared)
-    chart = _throughput(compared, judged)
+    chart = _served(results, compared) or _throughput(compared, judged)
     charts = [chart] if chart else []
     if judged is not None:
         charts.append(_step_difference(compared, judged))
@@ -106,6 +106,24 @@ def _throughput(compared: Comparison, judged: Verdict | None) -> Chart | None:
     unit = f"{phase} tokens/s"
     between = "90 % interval" if compared.is_run else "low–high"
     return throughput_chart(title, unit, bars, between=between)
+
+
+def _served(results: Results, compared: Comparison) -> Chart | None:
+    """Projected: how fast all deployments serve the whole workload, where that was simulated."""
+    if compared.is_run or results.workload is None or not results.workload.over:
+        return None
+    one, other = compared.compared[:2]
+    over = results.workload.over[other.name]
+    roles = {one.number: FASTER, other.number: SLOWER}
+    if over.value < 1:
+        roles = {one.number: SLOWER, other.number: FASTER}
+    bars = [
+        Bar(row.name, row.record.serving[0].output_tps, roles.get(row.number, "other"))
+        for row in compared.rows
+        if row.record.serving
+    ]
+    title = f"{one.name} serves {ratio(over.value)}× the tokens/s of {other.name}"
+    return throughput_chart(title, "output tokens/s, whole workload", bars, between="low–high")
 
 
 def _step_difference(compared: Comparison, judged: Verdict) -> Chart:

@@ -178,7 +178,7 @@ def _called(comparison: Comparison, row: Row) -> str:
 
 
 def spoken_of(comparison: Comparison, results: Results) -> list[Row]:
-    """The first deployment and those that the first sentence is about, in the experiment's order."""
+    """The first deployment and those that are compared, in the experiment's order."""
     numbers = {row.number for row in (comparison.first, *comparison.compared)}
     return [row for row in comparison.rows if row.number in numbers]
 
