@@ -422,5 +422,5 @@ def test_virtual_time_where_nothing_is_decoded(pools):
     assert found.virtual_time.speeds == ()
     assert all(each.prefill.wall_s.value > 0 for each in found.select("virtual"))
     shown = markdown.render(report_of(found))
-    assert "in prefill, virtual time (" in shown
+    assert "in prefill, virtual time." in shown
     assert "by the speed of links" not in shown

@@ -239,7 +239,7 @@ class ExperimentProjector:
         return PlacedModel(model, layout, self._types_of(deployment), placements).capacity(
             self._cluster.profile.device.memory_bytes,
             full_len or workload.max_len,
-            prefill_step_tokens(workload, layout, STEP_TOKENS),
+            prefill_step_tokens(workload, layout),
         )
 
     def _placed(self, deployment: Deployment) -> Placements:
