@@ -45,7 +45,7 @@ def test_no_option_beats_the_pareto_front(found):
 
 @pytest.fixture(scope="module")
 def ranking(found):
-    return ranked([contender(each, WORKLOAD) for each in found.finalists])
+    return ranked([contender(each, WORKLOAD) for each in found.finalists], Goals())
 
 
 def test_each_family_has_one_best(found, ranking):

@@ -6,7 +6,7 @@ from functools import partial
 
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.errors import UserError
-from expertlane.plan.candidates import Candidate
+from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.engines import ENGINES, Engine, PairRow, Row
 from expertlane.plan.screen import Screened
 from expertlane.plan.search import Search
@@ -14,6 +14,7 @@ from expertlane.plan.simulated import BestFirst, in_full, simulate
 from expertlane.plan.ties import Contender, Ranking, contender, pools_tps, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.results.results import NoPools
+from expertlane.spec.workload import Workload
 
 _MOST_SIMULATED = 3  # deployments of an engine that were not simulated before
 _MOST_PAIRS = 2  # likewise of pools
@@ -49,10 +50,7 @@ def of_each_engine(
         of_pools: by which `pools` were found.
     """
     found = pools if isinstance(pools, TwoPools) else None
-    workload = search.request.workload
-    pools_win = (
-        found is not None and pools_tps(found, workload).over(ranking.fastest.tps).bounds[0] > 1
-    )
+    pools_win = _pools_win(pools, ranking, search.request.workload)
     if search.request.engine is not None:
         return [EngineChoice(ENGINES[search.request.engine], ranking.chosen, found)]
     choices = []
@@ -67,6 +65,38 @@ def of_each_engine(
             row = engine.broken(ranking.chosen.finalist.candidate, search.request.model)
         choices.append(EngineChoice(engine, aggregated, own_pools, row))
     return choices
+
+
+def ranked_again(
+    choices: Sequence[EngineChoice],
+    ranking: Ranking,
+    request: PlanRequest,
+    pools: TwoPools | NoPools,
+) -> tuple[Ranking, list[EngineChoice]]:
+    """With what was simulated for engines ranked among all: none has more than what is chosen."""
+    model, goals = request.model, request.goals
+    found = {id(each.aggregated): each.aggregated for each in choices if each.aggregated}
+    more = [each for each in found.values() if each not in ranking.contenders]
+    if not more:
+        return ranking, list(choices)
+    ranking = ranked([*ranking.contenders, *more], goals)
+    anew = []
+    for choice in choices:
+        engine = choice.engine
+        own = [each for each in ranking.contenders if engine.runs(each.finalist.candidate, model)]
+        aggregated = ranked(own, goals).chosen if own else None
+        row = choice.broken
+        if not _pools_win(pools, ranking, request.workload):
+            row = engine.broken(ranking.chosen.finalist.candidate, model)
+        anew.append(replace(choice, aggregated=aggregated, broken=row))
+    return ranking, anew
+
+
+def _pools_win(pools: TwoPools | NoPools, ranking: Ranking, workload: Workload) -> bool:
+    """Whether disaggregated pools are faster than what was chosen, beyond their errors."""
+    if not isinstance(pools, TwoPools):
+        return False
+    return pools_tps(pools, workload).over(ranking.chosen.tps).bounds[0] > 1
 
 
 def _candidates(pools: TwoPools) -> tuple[Candidate, Candidate]:
@@ -110,4 +140,4 @@ def _aggregated(
     if found.kept and (told := in_full(request, run, found.kept[0])) is not None:
         finalist = own.finish(told.option).simulated(told.served)
         contenders.append(contender(finalist, request.workload))
-    return ranked(contenders).chosen if contenders else None
+    return ranked(contenders, request.goals).chosen if contenders else None
