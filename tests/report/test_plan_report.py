@@ -282,10 +282,10 @@ def test_one_deployment_has_no_rival():
 
 def test_gaps_are_given_where_they_exceed_the_noise():
     rows = planned(FIRST, 20_000, BEST), behind(SECOND, 0.95, 0.99, 1.02)
-    assert "Gap" not in said(plan(*rows))
+    assert "Gap" not in said(tied(*rows))
     slow = behind(Layout(tp=16), 0.7, 0.8, 0.9, why="µs per token: weight reads in decode +2")
-    assert in_order(said(plan(*rows, slow)), "#3 #1 weight reads decode +2")
-    cells = [row[-1] for row in answer(plan(*rows, slow)).parts[0].rows]
+    assert in_order(said(tied(*rows, slow)), "#3 #1 weight reads decode +2")
+    cells = [row[-1] for row in answer(tied(*rows, slow)).parts[0].rows]
     assert cells == ["—", "tie", "−20%"]
 
 

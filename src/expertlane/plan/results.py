@@ -8,7 +8,7 @@ import numpy as np
 from expertlane.cost.laws.execution import Execution, kernels_of
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE, MultiToken
-from expertlane.cost.records import cluster_record, conditions_of
+from expertlane.cost.records import cluster_record, conditions_of, no_surer_than_known
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
@@ -106,7 +106,7 @@ class Plan:
             experiment=experiment,
         )
         asked = {"model": request.model, "workload": sizes_of(workload)}
-        return Results.now(
+        results = Results.now(
             "plan",
             command,
             asked | asdict(request.goals),
@@ -116,11 +116,12 @@ class Plan:
                 *pareto_records(found.options, _NUM_PARETO, self._conditions),
                 *([] if isinstance(self.pools, str) else self._two(self.pools)),
             ],
-            cluster=cluster_record(request.cluster, types),
+            cluster=cluster_record(request.model, request.cluster, types),
             assumptions=_assumptions(request, self.routing),
             cautions=self.cautions,
             plans=(summary,),
         )
+        return no_surer_than_known(results, request.model, request.cluster.profile)
 
     def _engine(self, choice: EngineChoice, loaded: ServeTarget) -> EngineBest:
         """The best of an engine, and how to start the better of its server and its pools."""
