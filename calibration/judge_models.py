@@ -119,7 +119,7 @@ def _group(kind: Kind, sizes: np.ndarray, within: np.ndarray) -> JudgedGroup:
         output_within=tpot_within,
         ttft_within=1.0,
         model=model,
-        attention="grouped",
+        attention="sinks" if model.startswith("gpt-oss") else "grouped",
     )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.frameworks import judged, nearest
+from expertlane.cost.laws.frameworks import Attention, judged, nearest
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
@@ -28,11 +28,6 @@ def cluster_record(
 ) -> Cluster:
     """The cluster as results have it."""
     profile, device = cluster.profile, cluster.profile.device
-    kind = {
-        "has_latent_attention": model.latent is not None,
-        "has_two_pools": has_two_pools,
-        "has_drafts": has_drafts,
-    }
     return Cluster(
         name=str(cluster),
         device=device.name,
@@ -42,9 +37,27 @@ def cluster_record(
         memory_bytes_per_s=device.memory_bytes_per_s,
         flops_per_s=device.flops_per_s[types.weights],
         framework=profile.framework,
-        judged=judged(profile, types.weights, **kind),
-        nearest=nearest(profile, types.weights, **kind),
+        judged=judged(
+            profile,
+            types.weights,
+            attention=_attention_of(model),
+            has_two_pools=has_two_pools,
+            has_drafts=has_drafts,
+        ),
+        nearest=nearest(
+            profile,
+            types.weights,
+            attention=_attention_of(model),
+            has_two_pools=has_two_pools,
+            has_drafts=has_drafts,
+        ),
     )
+
+
+def _attention_of(model: ModelConfig) -> Attention:
+    if model.latent is not None:
+        return "latent"
+    return "sinks" if model.attention_sinks else "grouped"
 
 
 def no_surer_than_known(results: Results, model: ModelConfig, profile: Profile) -> Results:
@@ -59,7 +72,7 @@ def no_surer_than_known(results: Results, model: ModelConfig, profile: Profile) 
         known = nearest(
             profile,
             record.conditions.dtype,
-            has_latent_attention=model.latent is not None,
+            attention=_attention_of(model),
             has_two_pools=record.prefill_layout is not None,
             has_drafts=record.num_drafts > 0,
         )

@@ -27,6 +27,9 @@ from expertlane.spec.tables import build
 FILE = Path(__file__).with_name("frameworks.toml")
 
 
+Attention = Literal["latent", "grouped", "sinks"]
+
+
 @dataclass(frozen=True)
 class Framework:
     """How a framework serves.
@@ -66,7 +69,7 @@ class JudgedGroup(Strict):
         tpot_within, output_within, ttft_within: the factor that nine rows in ten are within; of
             TTFT 1 where what was measured is not what is projected.
         model: that was measured.
-        attention: its kind.
+        attention: its kind: with latents, of queries in groups, or such with sinks.
     """
 
     hardware: str
@@ -82,7 +85,7 @@ class JudgedGroup(Strict):
     output_within: float
     ttft_within: float
     model: str = "DeepSeek-R1"
-    attention: Literal["latent", "grouped"] = "latent"
+    attention: Attention = "latent"
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def judged(
     profile: Profile,
     weights: str,
     *,
-    has_latent_attention: bool,
+    attention: Attention,
     has_two_pools: bool = False,
     has_drafts: bool = False,
 ) -> Judged | None:
@@ -173,7 +176,7 @@ def judged(
         return CALIBRATED
     kind = profile.name, weights, has_two_pools, has_drafts, bool(profile.framework)
     for each in judged_groups():
-        if kind == _kind(each) and has_latent_attention == (each.attention == "latent"):
+        if kind == _kind(each) and attention == each.attention:
             return Judged(f"TPOT of {_what(each)}", each.num_rows, each.tpot)
     return None
 
@@ -185,7 +188,7 @@ def nearest(
     profile: Profile,
     weights: str,
     *,
-    has_latent_attention: bool,
+    attention: Attention,
     has_two_pools: bool = False,
     has_drafts: bool = False,
 ) -> KnownError | None:
@@ -200,7 +203,11 @@ def nearest(
     def distance(group: JudgedGroup) -> tuple[float, ...]:
         is_of_generation = any({profile.name, group.hardware} <= {*of} for of in _GENERATIONS)
         return (
-            (group.attention == "latent") != has_latent_attention,
+            0
+            if group.attention == attention
+            else 2
+            if "latent" in (group.attention, attention)
+            else 1,
             0 if group.hardware == profile.name else 1 if is_of_generation else 2,
             group.is_fitted != bool(profile.framework),
             group.weights != weights,
