@@ -18,10 +18,12 @@ from expertlane.plan.candidates import Goals
 from expertlane.plan.throughput import ThroughputCurve
 from expertlane.plan.ties import Contender, Uncertain, ranked
 from expertlane.report import planning, terminal
+from expertlane.report.break_even import measurement
 from expertlane.report.document import Figure
 from expertlane.report.plan_answer import answer, headline, how_sure, verdict
 from expertlane.report.planning import named
 from expertlane.report.sections import report_of
+from expertlane.results.break_even import BreakEven, Level
 from expertlane.results.cost import with_costs
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.hardware import Judged
@@ -415,3 +417,37 @@ def test_drafts_are_part_of_a_name():
     assert named(record).endswith(", 2 drafts") or named(record).endswith("; 2 drafts")
     assert named(replace(record, options=Options(), num_drafts=1)).endswith("; 1 draft")
     assert "draft" not in named(replace(record, num_drafts=0))
+
+
+def test_what_would_change_the_answer_is_said_with_what_is_lost():
+    rows = planned(FIRST, 20_000, BEST), behind(SECOND, 0.86, 0.9, 0.95)
+    third = behind(Layout(tp=16), 0.7, 0.8, 0.9)
+    skew = Level("skew", 0.8, 0.95, 1.2, 1.09, (0.0, 1.2))
+    more = Level("sequences", 512, 96.0, 32, 1.2, (32, 8192))
+    found = BreakEven(third.name, (skew, more), "drawn experts", 0.64)
+    words = said(plan(*rows, third, break_even=found))
+    assert in_order(words, "#1 leads #3 under skew 0.95 over 96 sequences skew 1.2 #3 9.0% more")
+    assert in_order(words, "with 32 sequences #3 20% more Measure first routing 64%")
+    assert "--routing-trace" in words
+    level = replace(skew, at=None, over_at_end=0.9)
+    words = said(plan(*rows, third, break_even=replace(found, levels=(level,), unsure="")))
+    assert "#1 leads #3 at any skew up to 1.2 (screened)." in words
+    assert "Measure first" not in words
+    limited = replace(more, over_at_end=None, end=8192, at=1024.0)
+    words = said(plan(*rows, third, break_even=replace(found, levels=(limited,))))
+    assert in_order(words, "under 1,024 sequences with 8,192 sequences #1 keeps no limit")
+
+
+@pytest.mark.parametrize(
+    ("unsure", "words"),
+    [
+        ("gemm.float32", "matrix products in float32 (expertlane calibrate)"),
+        ("dispatch.all_to_all.inter_node", "transfers between nodes (expertlane calibrate)"),
+        ("driver_s", "the host's time between steps (expertlane calibrate)"),
+        ("acceptance of drafts", "how many drafts are accepted (--mtp-acceptance)"),
+        ("skew of experts", "the routing of your traffic (--routing-trace)"),
+        ("hiding of transfers", "hiding of transfers (expertlane calibrate)"),
+    ],
+)
+def test_what_to_measure_first(unsure, words):
+    assert measurement(unsure) == words

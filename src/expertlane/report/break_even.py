@@ -87,5 +87,7 @@ def measurement(unsure: str) -> str:
     if unsure == _DRAFTS:
         return "how many drafts are accepted (--mtp-acceptance)"
     parts = unsure.split(".")
-    words = _LAWS.get(unsure) or _LAWS.get(parts[-1]) or _LAWS.get(parts[0]) or unsure
+    words = _LAWS.get(unsure) or _LAWS.get(parts[-1])
+    if words is None:
+        words = " in ".join((_LAWS.get(parts[0], parts[0]), *parts[1:]))
     return f"{words} (expertlane calibrate)"
