@@ -14,7 +14,7 @@ from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE, RANK_STEP_TOKENS
 from expertlane.plan.break_even import break_even
-from expertlane.plan.by_engine import EngineChoice, of_each_engine, ranked_again
+from expertlane.plan.by_engine import EngineChoice, of_each_engine
 from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.commands import ServedPool, ServeTarget, engine_commands, longest_request
 from expertlane.plan.engines import Pool
@@ -42,6 +42,7 @@ from expertlane.results.record import (
 )
 from expertlane.results.results import Assumption, EngineBest, NoPools, PlanSummary, Results
 from expertlane.results.serving_record import ServingRecord
+from expertlane.spec.names import Phase
 
 _NUM_BEST = 8
 _NUM_TIMELINES = 3
@@ -191,7 +192,7 @@ class Plan:
         self, finalist: Finalist, role: str, *, timelines: bool = False
     ) -> DeploymentRecord:
         record = candidate_record(finalist, 0, role, self._conditions)
-        steps = [finalist.prefill, finalist.decode]
+        steps = [finalist.in_full[phase] for phase in Phase if phase in finalist.in_full]
         if timelines:
             of_phases = self.search.timelines(finalist)
             steps = [replace(each, timeline=of_phases[each.phase]) for each in steps]
@@ -272,8 +273,7 @@ def make_plan(
     progress.done()
     num_of_pools = of_pools.num_candidates
     progress.task("best of each engine", 1)
-    engines = of_each_engine(search, screened, ranking, pools, of_pools)
-    ranking, engines = ranked_again(engines, ranking, request, pools)
+    engines = of_each_engine(search, ranking, pools, of_pools)
     progress.done()
     return Plan(
         request,
