@@ -59,15 +59,14 @@ def how_judged(results: Results) -> str:
     """How far off projections of this kind were."""
     cluster = results.projected_for
     judged, nearest = cluster.judged, cluster.nearest
-    least = "" if nearest is None else f"; bounds are at least {_within(nearest.output)}"
     if judged is None:
-        said = "Not validated: no projection like this was compared with measurements"
-        if nearest is not None:
-            of = f"of {nearest.what} nine in ten rows were"
-            said = (
-                f"Not validated; {of} within {_within(nearest.output)}, and bounds are no narrower"
-            )
-        return f"{said}."
+        if nearest is None:
+            return "Not validated: no projection like this was compared with measurements."
+        return (
+            f"Not validated itself: of the nearest kind ({nearest.what}) nine in ten rows were "
+            f"within {_within(nearest.output)}; bounds are no narrower."
+        )
+    least = "" if nearest is None else f"; bounds are at least {_within(nearest.output)}"
     framework = f", overheads of {cluster.framework}" if cluster.framework else ""
     return (
         f"Validated on {judged.what}{framework}: {percent(judged.median_error)} median error, "
