@@ -201,7 +201,23 @@ class Timelines:
     open: frozenset[str]
 
 
+@dataclass(frozen=True)
+class Commands:
+    """What to run for one choice among several, such as an engine.
+
+    Attributes:
+        title: the choice; empty where there is one alone.
+        parts: commands, each with a line of its own, and what must be known of them.
+    """
+
+    title: str
+    parts: tuple[str | Figure, ...]
+
+
 Words = str | Table | Figure
+# Of a page: the answer, what to run, what else was found, other loads and sizes, where time goes,
+# how it was measured and how sure it is, what was the same for all.
+ChapterName = Literal["answer", "run", "found", "loads", "why", "sure", "setup"]
 Plot = Chart | Multiples | Timelines
 
 
@@ -210,20 +226,41 @@ class Section:
     """A heading, then paragraphs, tables, figures and plots in order.
 
     Attributes:
+        heading: empty where words go on from the section before, which a page has elsewhere.
         place: beside the answer on a page's first screen (plots without a heading), on top of what
             follows, among the plots, which are on pages alone, or with the tables.
-        finding: what it shows, in a sentence; may be empty.
+        chapter: of a page; None where there is none.
     """
 
     heading: str
-    parts: tuple[Words | Plot, ...]
+    parts: tuple[Words | Commands | Plot, ...]
     place: Literal["first", "top", "plots", "tables"] = "tables"
-    finding: str = ""
+    chapter: ChapterName | None = None
 
     @property
     def words(self) -> Iterator[Words]:
         """All words but those of the plots."""
-        return (part for part in self.parts if isinstance(part, Words))
+        for part in self.parts:
+            if isinstance(part, Commands):
+                yield from filter(None, (part.title, *part.parts))
+            elif isinstance(part, Words):
+                yield part
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Sections that stand together on a page.
+
+    Attributes:
+        name: what its sections and links give.
+        says: what is in it, in a sentence.
+        is_box: whether it stands open below the answer, its commands first.
+    """
+
+    name: ChapterName
+    heading: str
+    says: str
+    is_box: bool = False
 
 
 @dataclass(frozen=True)
@@ -249,6 +286,10 @@ class Report:
         source: `measured`, `projected`, or what else a reader must know of all numbers.
         command, created: how it was made, and when (ISO 8601).
         sections: everything, also what the answer says.
+        chapters: of its page, the answer's first; empty where it has no page.
+
+    Raises:
+        ValueError: a section has no chapter of the page.
     """
 
     title: str
@@ -257,9 +298,13 @@ class Report:
     command: str
     created: str
     sections: tuple[Section, ...]
+    chapters: tuple[Chapter, ...] = ()
 
     def __post_init__(self) -> None:
         filled = tuple(each for each in self.sections if each.parts)
+        known = {each.name for each in self.chapters}
+        if lost := [each.heading for each in filled if known and each.chapter not in known]:
+            raise ValueError(f"in no chapter: {lost}")
         shown = {"title": self.title, "answer": self.answer, "sections": filled}
         for name, value in shown.items():
             object.__setattr__(self, name, _printable(value))
@@ -276,6 +321,6 @@ def _printable(part: Any) -> Any:
             return printable(part)
         case tuple():
             return tuple(map(_printable, part))
-        case Section() | Table() | Figure() | Heading() | Answer():
+        case Section() | Table() | Figure() | Commands() | Heading() | Answer():
             return replace(part, **{name: _printable(each) for name, each in vars(part).items()})
     return part

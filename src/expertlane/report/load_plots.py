@@ -41,8 +41,10 @@ def by_load(results: Results) -> tuple[Section, ...]:
     if _median_tpot(best) is not None and best.record.layout is not None:
         charts.append(_trade(by_layout, best, unit_of(source)))
     first, more = tuple(charts[:_NUM_FIRST]), tuple(charts[_NUM_FIRST:])
-    finding = more[0].title if more else ""
-    return Section(heading, first, "first"), Section(heading, more, "plots", finding)
+    return (
+        Section(heading, first, "first", "answer"),
+        Section(heading, more, "plots", "loads"),
+    )
 
 
 def _latencies(by_layout: Mapping[str, Sequence[Served]], best: Served) -> Iterator[Chart]:

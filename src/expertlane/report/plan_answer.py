@@ -121,8 +121,8 @@ def _fitting(table: Table, num_lines: int) -> Table:
     return replace(table, rows=tuple(rows))
 
 
-def verdict(results: Results) -> Section:
-    """The answer in sentences, and what was tried."""
+def verdict(results: Results) -> tuple[Section, Section]:
+    """The answer in sentences; then what was tried, and how sure it is."""
     found = results.plans[0]
     tried = (
         f"Tried: {counted(found.num_candidates, 'deployment')} aggregated ({found.num_too_large:,} "
@@ -131,9 +131,9 @@ def verdict(results: Results) -> Section:
     )
     tie = [f"Aggregated: {said}."] if faster_pools(results) and (said := _tie(results)) else []
     engines = [by_engine] if (by_engine := _engines(results)) else []
-    asked = (_setting(results), headline(results), *tie, *engines, _two_pools(results), tried)
-    sure = *how_ranked(results), *how_sure(results), *cautions(results)
-    return Section("Verdict", (*asked, *sure), "top")
+    said = (_setting(results), headline(results), *tie, *engines, _two_pools(results))
+    sure = tried, *how_ranked(results), *how_sure(results), *cautions(results)
+    return Section("Verdict", said, "top", "answer"), Section("", sure, "top", "sure")
 
 
 def _setting(results: Results) -> str:

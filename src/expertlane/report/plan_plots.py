@@ -26,12 +26,12 @@ def plan(results: Results) -> tuple[Section, ...]:
         for phase in PHASES
     }
     words = "One step of each, at its own batch size, given below it."
+    ranked = _ranked(results)
     return (
-        Section(
-            "projected", tuple(filter(None, (_plan_front(results), _ranked(results)))), "first"
-        ),
-        plot_section("Where the time goes, projected", causes(steps)),
-        plot_section("One step, rank by rank, projected", timelines(words, steps)),
+        Section("projected", (ranked,) if ranked else (), "first", "answer"),
+        plot_section("Throughput against latency", (_plan_front(results),), "found"),
+        plot_section("Where the time goes", causes(steps)),
+        plot_section("One step, rank by rank", timelines(words, steps)),
     )
 
 
