@@ -8,6 +8,7 @@ from expertlane.printable import printable
 from expertlane.report.numbers import NONE
 from expertlane.results.record import RUN, Source
 
+_FEWEST, _MOST = 4, 8  # numbers of a row that folds; fewer fit a phone, more are a matrix
 ColumnSource = Source | Literal["wall"] | None
 T = TypeVar("T")
 U = TypeVar("U")
@@ -103,6 +104,13 @@ class Table:
         rows = [(fact.heading, *(fact.cell(item) for _, item in items)) for fact in facts]
         headings = (Heading("", False), *(Heading(name) for name, _ in items))
         return cls(title, headings, tuple(row for row in rows if {*row[1:]} != {NONE}))
+
+    @property
+    def folds(self) -> bool:
+        """Whether a narrow screen shows each row's numbers below its name: of a few numbers."""
+        num_numbers = sum(each.is_number for each in self.columns)
+        is_named = bool(self.columns) and not self.columns[0].is_number
+        return is_named and _FEWEST <= num_numbers <= _MOST
 
     @classmethod
     def facts(cls, rows: Iterable[tuple[str, str]], title: str = "") -> "Table":

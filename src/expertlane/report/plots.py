@@ -147,7 +147,7 @@ def _overlap(compared: Comparison) -> list[Words | Plot]:
     difference = step_difference(pair.off, pair.on)
     pays = "pays" if pair.gained_s > 0 else "does not pay"
     chart = waterfall_chart(
-        f"Overlap {pays}: {step_title(pair.off.name, pair.on.name, difference)}",
+        f"Overlap {pays}. {step_title(pair.off.name, pair.on.name, difference)}",
         pair.off.name,
         pair.on.name,
         difference,
@@ -187,7 +187,7 @@ def _sizes(results: Results, source: Source) -> list[Chart]:
     name, values = next(iter(curves.items()))
     y = f"decode tokens/s per {unit}" if source in RUN else "decode tokens/s"
     factor = times(values[-1].value / values[0].value)
-    title = f"From {first} to {counted(last, unit)} {y} go to {factor} ({name})"
+    title = f"With {counted(last, unit)}, {factor} the {y} of {first} ({name})"
     drawn = [
         Curve(
             name,
@@ -253,8 +253,8 @@ def _growth(name: str, curves: Sequence[Curve], what: str) -> str:
     curve = next((each for each in curves if each.name == name), curves[0])
     first, *_, last = curve.points
     return (
-        f"{curve.name}'s TPOT goes from {figures(first.y)} to {figures(last.y)} ms "
-        f"from {first.x:,} to {last.x:,} {what}"
+        f"A token of {curve.name} takes {figures(first.y)} ms at {first.x:,}, {figures(last.y)} ms "
+        f"at {last.x:,} {what}"
     )
 
 

@@ -41,8 +41,8 @@ _SURE = Chapter(
 _SETUP = Chapter(
     "setup",
     "Setup and files",
-    "What was the same for all, on which machine and software. Every number is in results.json, "
-    "every table in report.md, where this page was written.",
+    "What was the same for all, on which machine and software; every number is in results.json, "
+    "which was written with this page.",
 )
 # By the kind of results, the chapters of its page.
 _CHAPTERS: dict[str, tuple[Chapter, ...]] = {
@@ -68,9 +68,9 @@ _CHAPTERS: dict[str, tuple[Chapter, ...]] = {
         Chapter("run", "Run it", "The commands that start it, by engine.", is_box=True),
         Chapter(
             "found",
-            "All that is worth a look",
-            "The best deployments, what they give a user and a device, the best of other kinds "
-            "and engines.",
+            "What else was found",
+            "The best deployments, those of other kinds and engines, and what the fastest answers "
+            "cost in throughput.",
         ),
         Chapter("why", "Why", "What a step's time is spent on, by cause and rank by rank."),
         _SURE,
@@ -194,7 +194,7 @@ def _projected(results: Results, modelled: Comparison) -> list[Section]:
         f"Projected: verdict ({results.projected_for.name}; nothing was measured there)"
     )
     return [
-        own if is_alone else replace(own, heading="Projected throughput", place="plots"),
+        *((own,) if is_alone else ()),
         Section(
             verdict_heading,
             (
@@ -215,6 +215,7 @@ def _projected(results: Results, modelled: Comparison) -> list[Section]:
             "top",
             "sure",
         ),
+        *(() if is_alone else (replace(own, heading="Projected throughput", place="plots"),)),
         *plots.comparison(results, modelled),
         *_of("loads", by_context(modelled), by_conditions(results, modelled)),
         *_of("setup", memory(results, modelled)),
