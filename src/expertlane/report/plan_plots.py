@@ -56,9 +56,9 @@ def _ranked(results: Results) -> Chart | None:
 def _lead(best: Sequence[DeploymentRecord], num_tied: int, *, has_pools: bool) -> str:
     """How far ahead the best are."""
     over = best[num_tied].over_best if num_tied < len(best) else None
-    said = "#1" if num_tied == 1 else f"#1 to #{num_tied} tie"
+    said = "Tokens/s of #1" if num_tied == 1 else f"#1 to #{num_tied} tie for most tokens/s"
     if over is not None and num_tied == 1:
-        said = f"#1 is {percent(1 / over.value - 1)} ahead of #2"
+        said = f"#1 gives {percent(1 / over.value - 1)} more tokens/s than #2"
     elif over is not None:
         said += f"; #{num_tied + 1} is {percent(1 - over.value)} behind"
     return f"Disaggregated pools are ahead; of the others, {said}" if has_pools else said

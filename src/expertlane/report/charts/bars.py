@@ -180,7 +180,7 @@ def _most_costly(seconds: Mapping[str, Mapping[str, float]], what: str) -> str:
     cause, share = _top(seconds[slow])
     said = f"Largest part of a {what}: {cause}, {percent(share)}"
     if slow == fast:
-        return said
+        return f"{said} of {slow}'s" if len(seconds) > 1 else said
     its_share = seconds[fast].get(cause, 0.0) / (sum(seconds[fast].values()) or 1.0)
     return f"{said} of the longest ({slow}), {percent(its_share)} of the shortest ({fast})"
 
