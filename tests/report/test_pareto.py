@@ -202,9 +202,16 @@ def test_of_few_loads_the_spread_of_each_latency_is_drawn(num):
 
 
 def test_of_many_deployments_the_best_load_s_latencies_are_drawn():
-    records = [replace(RECORD, name=name, serving=loads(1).deployments[0].serving) for name in "abcd"]
+    records = [
+        replace(RECORD, name=name, serving=loads(1).deployments[0].serving) for name in "abcd"
+    ]
     (chart,) = charts_of(replace(RESULTS, deployments=tuple(records)))
-    assert [each["row"] for each in values(chart) if "said" in each] == ["TTFT", "TPOT", "ITL", "E2E"]
+    assert [each["row"] for each in values(chart) if "said" in each] == [
+        "TTFT",
+        "TPOT",
+        "ITL",
+        "E2E",
+    ]
 
 
 def test_throughput_and_latency_by_load():
@@ -217,7 +224,7 @@ def test_throughput_and_latency_by_load():
     assert tells(output.title, "300 output tokens/s concurrency 4 3.00× 1")
     median, p95 = 1e3 * SPREAD.median.value, 1e3 * SPREAD.p95.value
     assert [(each["y"], each["high"]) for each in values(tpot)] == [(median, p95)] * 3
-    assert tells(ttft.title, "TTFT 123,456 ms concurrency 1 4")
+    assert tells(ttft.title, "TTFT stays 123,456 ms concurrency 1 4")
     assert [each["label"] for each in values(trade)] == ["batch 2", "batch 1", "batch 4"]
     assert len(output.legend) == 0  # one layout needs none
 

@@ -55,7 +55,7 @@ def _parted(headline: str) -> tuple[str, str]:
 
 
 def _beside(report: Report) -> list[Words | Plot]:
-    """What stands beside the verdict: plots, and the answer's tables where else it were alone."""
+    """What stands beside the verdict: plots, and the answer's tables if there is one at most."""
     plots: list[Words | Plot] = [
         part
         for section in report.of_place("first")
@@ -63,14 +63,7 @@ def _beside(report: Report) -> list[Words | Plot]:
         if not isinstance(part, Commands)
     ]
     tables: list[Words | Plot] = [each for each in report.answer.parts if isinstance(each, Table)]
-    said = f"{report.answer.setting}\n{report.answer.headline}"
-    has_words = any(
-        isinstance(part, str) and part not in said
-        for section in report.sections
-        if section.chapter == "answer"
-        for part in section.parts
-    )
-    return plots if len(plots) > 1 or (plots and has_words) else [*plots, *tables]
+    return plots if len(plots) > 1 else [*plots, *tables]
 
 
 class _Drawn:

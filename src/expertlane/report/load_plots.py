@@ -165,10 +165,12 @@ def _against_load(
     first, *_, last = points
     load, (name, _, unit) = _load_name(best), what.partition(", ")
     whose = f" of {best.record.name}" * (len(curves) > 1)
-    verb = "rises" if last.y.value > first.y.value else "falls"
+    change = f"{'rises' if last.y.value > first.y.value else 'falls'} from {figures(first.y)} to"
+    if figures(first.y) == figures(last.y):
+        change = "stays at"
     title = (
-        f"{name}{whose} {verb} from {figures(first.y)} to {figures(last.y)} {unit} between {load} "
-        f"{first.x:,.6g} and {last.x:,.6g}"
+        f"{name}{whose} {change} {figures(last.y)} {unit} between {load} {first.x:,.6g} and "
+        f"{last.x:,.6g}"
     )
     if not unit:
         factor = times(last.y.value / first.y.value)

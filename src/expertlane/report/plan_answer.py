@@ -131,9 +131,9 @@ def verdict(results: Results) -> tuple[Section, Section]:
     )
     tie = [f"Aggregated: {said}."] if faster_pools(results) and (said := _tie(results)) else []
     engines = [by_engine] if (by_engine := _engines(results)) else []
-    said = (_setting(results), headline(results), *tie, *engines, _two_pools(results))
+    asked = (_setting(results), headline(results), *tie, *engines, _two_pools(results))
     sure = tried, *how_ranked(results), *how_sure(results), *cautions(results)
-    return Section("Verdict", said, "top", "answer"), Section("", sure, "top", "sure")
+    return Section("Verdict", asked, "top", "answer"), Section("", sure, "top", "sure")
 
 
 def _setting(results: Results) -> str:

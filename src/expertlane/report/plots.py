@@ -13,7 +13,7 @@ from expertlane.report.numbers import counted, figures, times
 from expertlane.report.plan_plots import front_chart
 from expertlane.report.scaling import overlap_sentence
 from expertlane.report.serving import phases_of
-from expertlane.report.speed import in_words, unit_of
+from expertlane.report.speed import unit_of
 from expertlane.report.step_plots import (
     PHASES,
     by_rank,
@@ -55,7 +55,9 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
         own = plot_section(f"Experts and traffic ({where})", squares)
         front = []
     else:
-        own = plot_section(f"Longer contexts and other batches ({where})", _by_context(compared), "loads")
+        own = plot_section(
+            f"Longer contexts and other batches ({where})", _by_context(compared), "loads"
+        )
         front = _front(results, compared)
     return (
         plot_section(f"Where the time goes ({where})", (*largest, *causes(steps))),

@@ -111,9 +111,7 @@ def report_of(results: Results) -> Report:
     )
 
 
-def _with_sections(
-    chapters: Iterable[Chapter], sections: Iterable[Section]
-) -> tuple[Chapter, ...]:
+def _with_sections(chapters: Iterable[Chapter], sections: Iterable[Section]) -> tuple[Chapter, ...]:
     """The chapters that say something."""
     filled = {each.chapter for each in sections if each.parts}
     return tuple(each for each in chapters if each.name in filled)

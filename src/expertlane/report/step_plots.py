@@ -7,7 +7,7 @@ from expertlane.report.charts.load import alike, load_chart
 from expertlane.report.charts.timeline import timelines_chart
 from expertlane.report.charts.traffic import fan_out_chart, traffic_charts
 from expertlane.report.compared import Comparison
-from expertlane.report.document import Chart, ChapterName, Plot, Section, Words
+from expertlane.report.document import ChapterName, Chart, Plot, Section, Words
 from expertlane.report.numbers import likely, milliseconds
 from expertlane.report.verdict import spoken_of
 from expertlane.results.record import StepsRecord

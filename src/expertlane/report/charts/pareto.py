@@ -143,9 +143,7 @@ _Axis = Callable[[str], Spec]
 def _limit(limits_s: Sequence[float], across: _Axis) -> Spec:
     """A dashed line at each TPOT that users are promised."""
     return {
-        "data": {
-            "values": [{"x": 1.0 / each, "said": _limit_said(each)} for each in limits_s]
-        },
+        "data": {"values": [{"x": 1.0 / each, "said": _limit_said(each)} for each in limits_s]},
         "layer": [
             {
                 "mark": {"type": "rule", "strokeDash": [5, 4], "color": "--ink"},
