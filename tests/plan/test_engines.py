@@ -189,7 +189,7 @@ def test_the_best_of_each_engine_is_what_it_runs():
     ranking = ranked([contender(each, search.request.workload) for each in found.finalists])
     of_pools = TwoPoolSearch(search.request, search.known, fitting(screened))
     pools = of_pools.run()
-    choices = of_each_engine(search, screened, ranking, pools, of_pools)
+    choices = of_each_engine(search, ranking, pools, of_pools)
     assert [each.engine.name for each in choices] == list(ALL)
     for each in choices:
         best = each.aggregated
@@ -212,7 +212,7 @@ def test_what_was_asked_for_is_the_only_one():
     found = simulated_pool(search, screened, lambda _: None)
     ranking = ranked([contender(each, search.request.workload) for each in found.finalists])
     of_pools = TwoPoolSearch(search.request, search.known, fitting(screened))
-    (choice,) = of_each_engine(search, screened, ranking, "over limits", of_pools)
+    (choice,) = of_each_engine(search, ranking, "over limits", of_pools)
     assert choice.engine.name == "sglang"
     assert choice.aggregated is ranking.chosen
     assert choice.broken is None

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,15 +42,26 @@ class KnownWork:
     alone: dict[tuple[int, int], Clocks] = field(default_factory=dict)
 
 
+_Chunks = tuple[tuple[int, int, bool], ...]  # new and cached positions, whether it yields a token
+
+
+class _BatchSize(NamedTuple):
+    """Decoding sequences of a batch, their cached positions, and its chunks of prompts."""
+
+    num_decodes: int
+    num_cached: int
+    chunks: _Chunks
+
+
 class StepSharing:
     """The steps of one deployment, for runners that may share it.
 
-    A step takes the work of an earlier one that is alike on every node and micro-batch: the same
-    number of decoding sequences there, in all and on the fullest rank, to one in `_SEQS_APART`;
-    about as many cached positions of theirs, to a multiple of `context_step` a sequence, or of
-    `few_positions` a rank where that is more; and the same prompts beside each other on a rank, the
-    new and cached positions of each to a multiple of `context_step`. Ranks of a node may change
-    places: tokens of all of them choose experts by the same routing. So a step also takes an
+    A step takes the work of an earlier one that is alike in each micro-batch: the same number of
+    decoding sequences, in all and on the fullest rank, to one in `_SEQS_APART`; about as many
+    cached positions of theirs, to a multiple of `context_step` a sequence, or of `few_positions` a
+    rank where that is more; and the same prompts beside each other on a node, the new and cached
+    positions of each to a multiple of `context_step`. Ranks may change places: tokens of all of
+    them choose experts by the same routing. So a step also takes an
     earlier one's sample of the routing; up to `num_samples` steps that are alike draw their own,
     and later ones take those in turn. The steps used least lately are forgotten.
 
@@ -93,36 +105,32 @@ class StepSharing:
 
     def _sizes(self, batches: Sequence[Batch]) -> object:
         """What micro-batches that are alike have in common."""
+        sizes = [self._size(batch) for batch in batches]
         if self._nodes is None:
-            return tuple([self._node_size([batch]) for batch in batches])
-        of_nodes: dict[int, list[Batch]] = {}
-        for node, batch in zip(self._nodes, batches, strict=True):
-            of_nodes.setdefault(node, []).append(batch)
-        return tuple(sorted(map(self._node_size, of_nodes.values())))
+            return tuple([(*self._decodes([size]), size.chunks) for size in sizes])
+        prompts: dict[int, list[_Chunks]] = {}
+        for node, size in zip(self._nodes, sizes, strict=True):
+            if size.chunks:
+                prompts.setdefault(node, []).append(size.chunks)
+        of_nodes = sorted(tuple(sorted(each)) for each in prompts.values())
+        return *self._decodes(sizes), *of_nodes
 
-    def _node_size(self, batches: Sequence[Batch]) -> tuple[object, ...]:
-        counts, positions, prompts = [], 0, []
-        for batch in batches:
-            num_decodes, num_computed, chunks = self._size(batch)
-            counts.append(num_decodes)
-            positions += num_computed
-            if chunks:
-                prompts.append(chunks)
+    def _decodes(self, sizes: "Sequence[_BatchSize]") -> tuple[int, ...]:
+        """What decoding sequences of ranks have in common that are alike."""
+        counts = [size.num_decodes for size in sizes]
         num_decodes, most = sum(counts), max(counts)
-        alike = max(num_decodes * self._context_step, len(batches) * self._few_positions)
+        alike = max(num_decodes * self._context_step, len(sizes) * self._few_positions)
         return (
             num_decodes // max(num_decodes // _SEQS_APART, 1),
             most // max(most // _SEQS_APART, 1),
-            round(positions / alike),
+            round(sum(size.num_cached for size in sizes) / alike),
             counts.count(0),
-            tuple(sorted(prompts)),
         )
 
-    def _size(self, batch: Batch) -> tuple[int, int, tuple[tuple[int, int, bool], ...]]:
-        """Decoding sequences, their cached positions, and chunks of prompts of a batch."""
+    def _size(self, batch: Batch) -> "_BatchSize":
         step, num_computed = self._context_step, batch.num_computed_tokens
         if batch.num_tokens == batch.num_seqs:
-            return batch.num_seqs, int(num_computed.sum()), ()
+            return _BatchSize(batch.num_seqs, int(num_computed.sum()), ())
         is_chunk = batch.num_scheduled_tokens > 1
         chunks = sorted(
             (round(new / step), round(cached / step), yields)
@@ -133,7 +141,8 @@ class StepSharing:
                 strict=True,
             )
         )
-        return batch.num_seqs - len(chunks), int(num_computed[~is_chunk].sum()), tuple(chunks)
+        num_cached = int(num_computed[~is_chunk].sum())
+        return _BatchSize(batch.num_seqs - len(chunks), num_cached, tuple(chunks))
 
 
 @dataclass(eq=False)

@@ -1,22 +1,16 @@
 """The best that each engine runs, where it does not run what was chosen."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.errors import UserError
 from expertlane.plan.candidates import Candidate
 from expertlane.plan.engines import ENGINES, Engine, PairRow, Row
-from expertlane.plan.screen import Screened
 from expertlane.plan.search import Search
-from expertlane.plan.simulated import BestFirst, in_full, simulate
-from expertlane.plan.ties import Contender, Ranking, contender, pools_tps, ranked
+from expertlane.plan.ties import Contender, Ranking, pools_tps, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.results.results import NoPools
 
-_MOST_SIMULATED = 3  # deployments of an engine that were not simulated before
-_MOST_PAIRS = 2  # likewise of pools
+_MOST_PAIRS = 2  # of an engine's pools that are simulated
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +31,6 @@ class EngineChoice:
 
 def of_each_engine(
     search: Search,
-    screened: Sequence[Screened],
     ranking: Ranking,
     pools: TwoPools | NoPools,
     of_pools: TwoPoolSearch,
@@ -45,7 +38,7 @@ def of_each_engine(
     """The best of every engine; of the one that was asked for, what was chosen.
 
     Args:
-        search: for one pool, by which `screened` and `ranking` were found.
+        search: for one pool, by which `ranking` was found.
         of_pools: by which `pools` were found.
     """
     found = pools if isinstance(pools, TwoPools) else None
@@ -57,7 +50,7 @@ def of_each_engine(
         return [EngineChoice(ENGINES[search.request.engine], ranking.chosen, found)]
     choices = []
     for engine in ENGINES.values():
-        aggregated = _aggregated(engine, search, screened, ranking)
+        aggregated = _aggregated(engine, search, ranking)
         own_pools = None
         if found is not None and _may_win(found, aggregated):
             own_pools = _pools(engine, found, of_pools, search)
@@ -88,26 +81,12 @@ def _pools(
     return own if isinstance(own, TwoPools) else None
 
 
-def _aggregated(
-    engine: Engine, search: Search, screened: Sequence[Screened], ranking: Ranking
-) -> Contender | None:
+def _aggregated(engine: Engine, search: Search, ranking: Ranking) -> Contender | None:
     """The chosen one where the engine runs it; else the best of those that it runs."""
-    request = search.request
-    if engine.runs(ranking.chosen.finalist.candidate, request.model):
+    model = search.request.model
+    if engine.runs(ranking.chosen.finalist.candidate, model):
         return ranking.chosen
-    own = Search(replace(request, engine=engine.name), search.known)
-    try:
-        options = own.options(screened)
-    except UserError:  # it runs nothing that fits
-        return None
     contenders = [
-        each for each in ranking.contenders if engine.runs(each.finalist.candidate, request.model)
+        each for each in ranking.contenders if engine.runs(each.finalist.candidate, model)
     ]
-    known = {each.finalist.candidate for each in contenders}
-    others = [each for each in options if each.candidate not in known]
-    run = partial(simulate, request=request)
-    found = BestFirst(others, request, run, lambda _: None, _MOST_SIMULATED).result()
-    if found.kept and (told := in_full(request, run, found.kept[0])) is not None:
-        finalist = own.finish(told.option).simulated(told.served)
-        contenders.append(contender(finalist, request.workload))
     return ranked(contenders).chosen if contenders else None

@@ -40,6 +40,7 @@ from expertlane.results.record import (
 )
 from expertlane.results.results import Assumption, EngineBest, NoPools, PlanSummary, Results
 from expertlane.results.serving_record import ServingRecord
+from expertlane.spec.names import Phase
 
 _NUM_BEST = 8
 _NUM_TIMELINES = 3
@@ -188,7 +189,7 @@ class Plan:
         self, finalist: Finalist, role: str, *, timelines: bool = False
     ) -> DeploymentRecord:
         record = candidate_record(finalist, 0, role, self._conditions)
-        steps = [finalist.prefill, finalist.decode]
+        steps = [finalist.in_full[phase] for phase in Phase if phase in finalist.in_full]
         if timelines:
             of_phases = self.search.timelines(finalist)
             steps = [replace(each, timeline=of_phases[each.phase]) for each in steps]
@@ -278,7 +279,7 @@ def make_plan(
     progress.done()
     num_of_pools = of_pools.num_candidates
     progress.task("best of each engine", 1)
-    engines = of_each_engine(search, screened, ranking, pools, of_pools)
+    engines = of_each_engine(search, ranking, pools, of_pools)
     progress.done()
     return Plan(request, routing, cautions, search, found, ranking, pools, num_of_pools, engines)
 

@@ -83,15 +83,18 @@ class ScreenedCandidate:
         )
         return replace(self, steps=steps, served=one_pool(steps, workload), place=place)
 
-    def within(self, goals: Goals, factor: float = 1.0) -> tuple[int, float]:
+    def within(
+        self, goals: Goals, factor: float = 1.0, of_sequence: float = 0.0
+    ) -> tuple[int, float]:
         """The most sequences within the limits, and tokens a second with as many; 0 of none.
 
         Between the numbers that were priced, straight lines in logarithms.
 
         Args:
             factor: by which limits are missed beyond what the formula says.
+            of_sequence: what each sequence adds to the share of a limit that is used.
         """
-        missed = self.served.breach(goals) * factor
+        missed = self.served.breach(goals) * factor + of_sequence * self.steps.num_seqs
         tps = self.served.tps[LIKELY]
         kept = np.where(missed <= 1, tps, -1.0)
         place = int(kept.argmax())

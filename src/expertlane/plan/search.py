@@ -38,15 +38,25 @@ class Finalist(ScreenedCandidate):
         served: by the formula over steps in full; or as simulated.
         formula: by that formula.
         option: as screened, at its best number of sequences.
-        by_error: the seconds of both steps under the error of each law, with other experts drawn,
-            and with the most even and the most uneven popularity.
+        in_full: the steps of the phases that it computes.
+        by_error: their seconds under the error of each law, with other experts drawn, and with the
+            most even and the most uneven popularity.
     """
 
     formula: ThroughputCurve
     option: ScreenedCandidate
-    decode: StepsRecord
-    prefill: StepsRecord
+    in_full: Mapping[Phase, StepsRecord]
     by_error: Mapping[Phase, ErrorSeconds]
+
+    @property
+    def prefill(self) -> StepsRecord:
+        """A step of prompts."""
+        return self.in_full[Phase.PREFILL]
+
+    @property
+    def decode(self) -> StepsRecord:
+        """A step that decodes."""
+        return self.in_full[Phase.DECODE]
 
     def simulated(self, served: ThroughputCurve) -> "Finalist":
         """As simulated; bounds get those of skew in its decode step.
@@ -177,18 +187,15 @@ class Search:
         options = fitting(screened)
         if not options:
             raise UserError(self._too_large(screened))
-        if self.request.engine is None:
-            return options + with_fastest_prefill(options, self.request)
-        engine = ENGINES[self.request.engine]
         # Prompts of an engine may be dispatched as fast only by the library of its decodes.
         further: dict[Candidate, ScreenedCandidate] = {}
         for some in (options, *by_library(options, self.request.model)):
             further |= {each.candidate: each for each in with_fastest_prefill(some, self.request)}
-        found = [
-            each
-            for each in (*options, *further.values())
-            if engine.runs(each.candidate, self.request.model)
-        ]
+        options += further.values()
+        if self.request.engine is None:
+            return options
+        engine = ENGINES[self.request.engine]
+        found = [each for each in options if engine.runs(each.candidate, self.request.model)]
         if not found:
             raise UserError(
                 f"{engine.title} runs no deployment of {self.request.model.name} that fits "
@@ -196,45 +203,43 @@ class Search:
             )
         return found
 
-    def finish(self, option: ScreenedCandidate) -> Finalist:
-        """An option in full, at its best number of sequences; it may break a limit then."""
+    def finish(self, option: ScreenedCandidate, phases: Sequence[Phase] = tuple(Phase)) -> Finalist:
+        """An option in full, at its best number of sequences; it may break a limit then.
+
+        Args:
+            phases: that it computes; steps of another stay as screened.
+        """
         assert option.place is not None, "it meets the limits as screened"
         setting = self.request.setting
         projector, sizes = self._projected(option, setting)
-        decode, decode_by_error = projector.step_by_error(sizes[Phase.DECODE])
-        prefill, prefill_by_error = projector.step_by_error(sizes[Phase.PREFILL])
-        by_error = {Phase.DECODE: dict(decode_by_error), Phase.PREFILL: dict(prefill_by_error)}
+        in_full, by_error = {}, {}
+        for phase in phases:
+            in_full[phase], of_laws = projector.step_by_error(sizes[phase])
+            by_error[phase] = dict(of_laws)
         if option.candidate.layout.ep > 1:
-            of_draws = [self._likely_s(option, routing) for routing in self._redrawn]
-            of_skews = [self._likely_s(option, each) for each in extremes_of(setting.routing) or ()]
-            for step in (decode, prefill):
-                phase, likely_s = step.phase, step.round_s.value
+            extremes = extremes_of(setting.routing) or ()
+            of_draws = [self._likely_s(option, each, phases) for each in self._redrawn]
+            of_skews = [self._likely_s(option, each, phases) for each in extremes]
+            for phase, step in in_full.items():
+                likely_s = step.round_s.value
                 for number, other_s in enumerate(each[phase] for each in of_draws):
                     by_error[phase][_DRAW, (number,)] = other_s, likely_s**2 / other_s
                 if of_skews:
                     low_s, high_s = (each[phase] for each in of_skews)
                     by_error[phase][_SKEW, ()] = low_s, high_s
-            decode, prefill = (
-                _with_skews(step, [each[step.phase] for each in of_skews])
-                for step in (decode, prefill)
-            )
-        steps = replace(
-            option.steps,
-            num_seqs=np.array([option.num_seqs]),
-            decode_s=np.array(decode.round_s.bounds)[:, None],
-            prefill_s=np.array(prefill.round_s.bounds),
-            alone_s=option.steps.alone_s * (prefill.round_s.bounds / option.steps.prefill_s),
-        )
+                in_full[phase] = _with_skews(step, [each[phase] for each in of_skews])
+        steps = option.steps
+        if (prefill := in_full.get(Phase.PREFILL)) is not None:
+            bounds = np.array(prefill.round_s.bounds)
+            alone_s = steps.alone_s * (bounds / steps.prefill_s)
+            steps = replace(steps, prefill_s=bounds, alone_s=alone_s)
+        decode_s = steps.decode_s[:, option.place, None]
+        if (decode := in_full.get(Phase.DECODE)) is not None:
+            decode_s = np.array(decode.round_s.bounds)[:, None]
+        steps = replace(steps, num_seqs=np.array([option.num_seqs]), decode_s=decode_s)
         served = one_pool(steps, self.request.workload)
-        in_full = vars(option) | {"steps": steps, "served": served, "place": 0}
-        return Finalist(
-            **in_full,
-            formula=served,
-            option=option,
-            decode=decode,
-            prefill=prefill,
-            by_error=by_error,
-        )
+        known = vars(option) | {"steps": steps, "served": served, "place": 0}
+        return Finalist(**known, formula=served, option=option, in_full=in_full, by_error=by_error)
 
     def timelines(self, finalist: Finalist) -> dict[Phase, StepTimeline]:
         """What every rank does when, in the steps that it was projected by."""
@@ -247,10 +252,12 @@ class Search:
         routing = self.request.setting.routing
         return routing.redrawn(_NUM_REDRAWN) if isinstance(routing, PowerLawRouting) else []
 
-    def _likely_s(self, option: ScreenedCandidate, routing: Traffic) -> dict[Phase, float]:
-        """The seconds of both steps if tokens chose other experts."""
+    def _likely_s(
+        self, option: ScreenedCandidate, routing: Traffic, phases: Sequence[Phase]
+    ) -> dict[Phase, float]:
+        """The seconds of steps if tokens chose other experts."""
         projector, sizes = self._projected(option, replace(self.request.setting, routing=routing))
-        return {phase: projector.likely_s(size) for phase, size in sizes.items()}
+        return {phase: projector.likely_s(sizes[phase]) for phase in phases}
 
     def _projected(
         self, option: ScreenedCandidate, setting: Setting

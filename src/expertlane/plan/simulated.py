@@ -7,36 +7,52 @@ that `simulate` gives too.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import ceil, gcd, log
+from math import ceil, gcd, log, sqrt
 from typing import NamedTuple
 
 import numpy as np
 
+from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
+from expertlane.cost.step.operation import Floats
 from expertlane.errors import CapacityError, UserError
 from expertlane.plan.candidates import Candidate, Goals, PlanRequest, family_of
+from expertlane.plan.engines import ENGINES, Engine
 from expertlane.plan.screen import Screened, ScreenedCandidate, TooLarge, fitting
 from expertlane.plan.search import Finalist, OnePool, Search
 from expertlane.plan.throughput import ThroughputCurve
+from expertlane.results.metrics import ServedRequest
 from expertlane.simulate.setup import ServingSetup, scheduling_of
 from expertlane.simulate.simulator import Simulator
-from expertlane.simulate.steady import ROUGH, USUAL, Precision, steady_state
+from expertlane.simulate.steady import (
+    ROUGH,
+    USUAL,
+    Precision,
+    PrefillRates,
+    pools_apart,
+    steady_state,
+)
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import LengthRange, Load
 
 NUM_SIMULATED = 12  # options
-_MOST_TRIALS = 6  # numbers of sequences of an option
-_NUM_TOLD = 5  # of the best, beside the best with experts spread and without
-_CLOSE = 0.96  # of a limit, or of the most sequences: nearer is not worth another trial
+_MOST_TRIALS = 8  # numbers of sequences of an option
+_NUM_TOLD = 5  # of the best, the best with experts spread, without, and of each engine among them
+_CLOSE = 0.96  # of a number of sequences: the next is not nearer where only one side is known
 _AIM = 0.99  # of a limit
-_FURTHER = 1.3  # times as many sequences, where none broke a limit yet
+# Of tokens a second, less than which is not worth another trial: of the best, of others that are
+# told, and of those that are sought.
+_GAIN, _TOLD_GAIN, _SOUGHT_GAIN = 0.005, 0.03, 0.1
+_FLATTEST = 0.1  # slope of TPOT over sequences, in logarithms
+_NEAR, _STEP = 0.97, 1.1  # of a limit; times as many sequences to try where that is further
+_FURTHEST = 3.0  # times as many, where none broke a limit yet
 _MOST_OF_LAYOUT = 2
-_LEAST_SHARE = 0.5  # of the most that was screened, for a family to be worth a look
+_LEAST_SHARE = 0.5  # of the most tokens a second, to be worth a look or a row
 _MOST_RANKS = 1024  # of a replica: a step tells what each pair of a stage's ranks exchanges
 _MOST_REPLICAS = 16  # of both pools
 _NUM_NEAREST = 6  # of those that break a limit as screened
@@ -59,11 +75,16 @@ def simulate_pools(
     prefill: ScreenedCandidate,
     decode: ScreenedCandidate,
     request: PlanRequest,
-    precision: Precision = USUAL,
+    precision: Precision | None = USUAL,
+    known: PrefillRates | None = None,
 ) -> ThroughputCurve | None:
     """A closed load on two pools.
 
     None where too many of their replicas do not divide alike, or not even one request fits.
+
+    Args:
+        precision: None for what each pool does by itself, at a fraction of the cost.
+        known: of pools for prompts; more are added.
     """
     (first, of_prompts, _), (second, options, num_drafts) = prefill.candidate, decode.candidate
     num_parts = gcd(first.replicas, second.replicas)
@@ -71,7 +92,8 @@ def simulate_pools(
         return None
     of_rank = -(-decode.num_seqs // (second.replicas * second.dp))
     setup = _Served(second, options, num_drafts, of_rank)
-    return _rates(request, setup, (first, of_prompts), request.workload.num_sequences, precision)
+    num = request.workload.num_sequences
+    return _rates(request, setup, (first, of_prompts), num, precision, known)
 
 
 class _Served(NamedTuple):
@@ -88,7 +110,8 @@ def _rates(
     served: _Served,
     prefill: tuple[Layout, Options] | None,
     batch: int,
-    precision: Precision,
+    precision: Precision | None,
+    known: PrefillRates | None = None,
 ) -> ThroughputCurve | None:
     """What a load comes to."""
     setting, workload, profile = request.setting, request.workload, request.cluster.profile
@@ -110,11 +133,14 @@ def _rates(
     cluster = ModelledCluster(profile, setup.num_devices)
     try:
         simulator = Simulator(request.model, cluster, setup, load)
-        # Bounds of skew follow in `Finalist.simulated`.
-        state = steady_state(simulator, workload.seed, precision, with_skew=False)
+        if precision is None:
+            rates = pools_apart(simulator, workload.seed, known)
+            sample: Sequence[ServedRequest[Floats]] = ()
+        else:  # bounds of skew follow in `Finalist.simulated`
+            state = steady_state(simulator, workload.seed, precision, with_skew=False, known=known)
+            rates, sample = state.rates, state.served
     except CapacityError:
         return None
-    rates = state.rates
     assert rates.ttft_s is not None, "a closed load"
     goals = request.goals
     return ThroughputCurve(
@@ -122,7 +148,7 @@ def _rates(
         tps=rates.output_tps[::-1, None],
         tpot_s=rates.tpot_s[:, None],
         ttft_s=rates.ttft_s[:, None],
-        excess=np.array([goals.excess(rates.tpot_s, rates.ttft_s, state.served)]),
+        excess=np.array([goals.excess(rates.tpot_s, rates.ttft_s, sample)]),
     )
 
 
@@ -153,6 +179,7 @@ class SimulatedCandidate(ScreenedCandidate):
 
 
 Run = Callable[[ScreenedCandidate, Precision], ThroughputCurve | None]
+Group = Callable[[Candidate], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,28 +187,179 @@ class Simulations:
     """What was simulated.
 
     Attributes:
-        kept: options that keep the limits, each with the most tokens a second that it was found to
-            have within them, the best first.
+        able: trials of options that keep the limits, or may with fewer sequences, those that may
+            have most tokens a second first.
         broke: those that do not, each as near to the limits as it came.
         num_open: not simulated, though they may have more tokens a second than the best.
     """
 
-    kept: Sequence[SimulatedCandidate]
+    able: Sequence["Trials"]
     broke: Sequence[SimulatedCandidate]
     num_open: int
 
 
-class BestFirst:
+class Trials:
+    """An option, simulated at one number of sequences after the other.
+
+    The formula proposes the number; what a simulation has beyond the formula corrects it, and
+    between one that keeps the limits and one that does not lies the next.
+
+    Args:
+        num_seqs: the first; None for what the formula says.
+
+    Attributes:
+        found: in the order in which they were simulated.
+    """
+
+    def __init__(
+        self,
+        option: ScreenedCandidate,
+        request: PlanRequest,
+        run: Run,
+        precision: Precision,
+        num_seqs: int | None = None,
+    ) -> None:
+        self.option = option
+        self.found: list[SimulatedCandidate] = []
+        self._request, self._goals = request, request.goals
+        self._run, self._precision = run, precision
+        self._is_over = False
+        first, tps = option.within(request.goals)
+        self._first = num_seqs or max(first, 1), tps
+
+    def again(self, precision: Precision) -> "Trials":
+        """The same with another precision, from the number of sequences that seems best."""
+        num, _ = self.ahead(0.0)
+        if num is None and self.best is not None:
+            num = self.best.num_seqs
+        return Trials(self.option, self._request, self._run, precision, num)
+
+    @property
+    def best(self) -> SimulatedCandidate | None:
+        """The one with most tokens a second that keeps the limits, else the nearest to them."""
+        kept = [each for each in self.found if each.breach(self._goals) <= 1]
+        if kept:
+            return max(kept, key=lambda each: each.tps)
+        return min(self.found, key=lambda each: each.breach(self._goals), default=None)
+
+    @property
+    def tps(self) -> float:
+        """The most tokens a second within the limits so far."""
+        return max((each.tps for each in self.found if each.breach(self._goals) <= 1), default=0.0)
+
+    def ahead(self, least_gain: float) -> tuple[int | None, float]:
+        """The number of sequences to try next, and tokens a second that it may have.
+
+        Args:
+            least_gain: of tokens a second, that a further trial is worth.
+
+        Returns:
+            No number where what was found is close enough; then tokens a second that it has.
+        """
+        if not self.found and not self._is_over:
+            return self._first
+        num, tps = self._next()
+        known, at = self.tps, {each.num_seqs for each in self.found}
+        is_worth = tps > (1 + least_gain) * known and num > 0 and num not in at
+        if self._is_over or len(self.found) == _MOST_TRIALS or not is_worth:
+            return None, known
+        return num, tps
+
+    def advance(self, least_gain: float) -> None:
+        """Simulate the next number of sequences."""
+        num, _ = self.ahead(least_gain)
+        assert num is not None, "there is one"
+        option = self.option.at(num, self._request.workload)
+        if (served := self._run(option, self._precision)) is None:
+            self._is_over = True
+        else:
+            self.found.append(SimulatedCandidate.of(option, served))
+
+    def settle(self, least_gain: float) -> SimulatedCandidate | None:
+        """The best once no further trial is worth it; None where none can be simulated."""
+        while self.ahead(least_gain)[0] is not None:
+            self.advance(least_gain)
+        return self.best
+
+    def _next(self) -> tuple[int, float]:
+        """A number of sequences, 0 for none, and tokens a second that it may have."""
+        goals = self._goals
+        kept = [each for each in self.found if each.breach(goals) <= 1]
+        most = max(kept, key=_num_of, default=None)
+        above = 0 if most is None else most.num_seqs
+        broken = [each for each in self.found if each.breach(goals) > 1 and each.num_seqs > above]
+        few = min(broken, key=_num_of, default=None)
+        if few is None:
+            return (0, 0.0) if most is None else self._further(most, kept)
+        if most is None:
+            num, tps = self._corrected(few)
+            return min(num, int(_CLOSE * few.num_seqs)), tps
+        return self._between(most, few)
+
+    def _corrected(self, found: SimulatedCandidate) -> tuple[int, float]:
+        """What the formula says with its error at one that was simulated.
+
+        Its error may be a share of all, or grow with sequences: the answer is between.
+        """
+        served, place = found.option.served, found.option.place or 0
+        formula = float(served.breach(self._goals)[place])
+        if formula <= 0:  # a limit that it does not know
+            missed = found.breach(self._goals)
+            return int(found.num_seqs / missed) if missed > 0 else 0, found.tps
+        ratio = found.breach(self._goals) / formula
+        times, one_tps = self.option.within(self._goals, ratio / _AIM)
+        of_sequence = (found.breach(self._goals) - formula) / found.num_seqs
+        plus, other_tps = self.option.within(self._goals, 1 / _AIM, of_sequence / _AIM)
+        factor = found.tps / float(served.tps[LIKELY, place])
+        return int(sqrt(times * plus)), sqrt(one_tps * other_tps) * factor
+
+    def _further(
+        self, most: SimulatedCandidate, kept: Sequence[SimulatedCandidate]
+    ) -> tuple[int, float]:
+        """More sequences where none broke a limit yet, as TPOT grows from one to another."""
+        missed, limit = most.breach(self._goals), self.option.most_seqs
+        if most.num_seqs >= limit or missed <= 0:
+            return 0, 0.0
+        num, tps = self._corrected(most)
+        before = max((each for each in kept if each is not most), key=_num_of, default=None)
+        if before is not None and before.num_seqs < most.num_seqs:
+            of_num = log(most.num_seqs / before.num_seqs)
+            slope = log(missed / before.breach(self._goals)) / of_num
+            factor = min((_AIM / missed) ** (1 / max(slope, _FLATTEST)), _FURTHEST)
+            if int(most.num_seqs * factor) > num:
+                num, growth = int(most.num_seqs * factor), log(most.tps / before.tps) / of_num
+                tps = most.tps * factor ** max(growth, 0.0)
+        elif missed < _NEAR:  # it may hardly grow where the formula says that it does
+            num = max(num, ceil(most.num_seqs * _STEP))
+            tps = max(tps, most.tps * num / most.num_seqs)
+        return min(num, limit), tps
+
+    def _between(self, most: SimulatedCandidate, few: SimulatedCandidate) -> tuple[int, float]:
+        """By straight lines in logarithms between one that keeps the limits and one that breaks."""
+        low, high = most.breach(self._goals), few.breach(self._goals)
+        if low >= _AIM or few.num_seqs - most.num_seqs <= 1:
+            return 0, 0.0
+        share = log(_AIM / low) / log(high / low) if low > 0 else 0.5
+        tps = most.tps * (few.tps / most.tps) ** share
+        if len({each.breach(self._goals) > 1 for each in self.found[-2:]}) == 1:
+            share = 0.5  # the line leads astray
+        num = int(most.num_seqs * (few.num_seqs / most.num_seqs) ** share)
+        return max(num, most.num_seqs + 1), tps
+
+
+class Race:
     """Simulates those that may be the best, the likeliest first.
 
-    First the best of each family as screened, except where it is far from the most. Then those that
-    may have more tokens a second than the best has: screened ones times the largest ratio of
-    simulated to screened of their kind (data-parallel ranks, stages, experts spread or not), or of
-    all where none of the kind was simulated.
+    First the best of each family as screened, except where it is far from the most, and the best of
+    each engine. Then, of all, of those with experts spread and without, and of each engine's, those
+    that may have more tokens a second than the best of them: screened ones times the largest ratio
+    of simulated to screened of their kind (data-parallel ranks, stages, experts spread or not), or
+    of a wider kind where none of it was simulated; simulated ones with another number of sequences.
 
     Args:
         run: simulates an option; None where it cannot be.
         advance: called with 1 for each that is simulated.
+        groups: the best of each of which is wanted.
     """
 
     def __init__(
@@ -191,13 +369,12 @@ class BestFirst:
         run: Run,
         advance: Callable[[int], None],
         most: int = NUM_SIMULATED,
+        groups: Sequence[Group] = (),
     ) -> None:
         self._request, self._goals = request, request.goals
         self._run, self._advance, self._most = run, advance, most
-        self._kept: list[SimulatedCandidate] = []
-        self._broke: list[SimulatedCandidate] = []
-        self._of_layout = Counter[object]()
-        self._ratios: dict[object, float] = {}
+        self._groups = groups
+        self._started: list[Trials] = []
         able = [
             (tps, each)
             for each in options
@@ -208,131 +385,89 @@ class BestFirst:
 
     def result(self) -> Simulations:
         """All of it."""
+        self._start_families()
+        self._settle(_anything)
+        for group in self._groups:
+            self._settle(group)
+        may_have = [each.ahead(_SOUGHT_GAIN)[1] for each in self._started]
+        order = sorted(range(len(may_have)), key=lambda place: -may_have[place])
+        able = [self._started[place] for place in order if may_have[place]]
+        unable = [self._started[place] for place in order if not may_have[place]]
+        broke = [best for each in unable if (best := each.best) is not None]
+        best_tps = max((each.tps for each in able), default=0.0)
+        num_open = sum(tps > best_tps for tps, _ in self._expected(_anything))
+        return Simulations(able, broke, num_open)
+
+    def _start_families(self) -> None:
         best: dict[str, tuple[float, ScreenedCandidate]] = {}
         for tps, option in self._waiting:
             best.setdefault(family_of(option.candidate.layout), (tps, option))
         seen: set[bool] = set()
         most = self._waiting[0][0] if self._waiting else 0.0
         for tps, option in best.values():
-            if self._num_done >= self._most:
-                break
             has_experts = option.candidate.layout.ep > 1
             if tps >= _LEAST_SHARE * most or has_experts not in seen:
-                self._take(tps, option)
+                self._start(option)
                 seen.add(has_experts)
-        while self._num_done < self._most and (may_win := self._may_win()):
-            self._take(*may_win[0])
-        kept = sorted(self._kept, key=lambda each: -each.tps)
-        return Simulations(kept, self._broke, len(self._may_win()))
 
-    @property
-    def _num_done(self) -> int:
-        return len(self._kept) + len(self._broke)
+    def _settle(self, group: Group) -> None:
+        """Simulate until none of a group may be better than its best."""
+        while True:
+            started = [
+                (*each.ahead(_SOUGHT_GAIN), each)
+                for each in self._started
+                if group(each.option.candidate)
+            ]
+            num, tps, trials = max(started, key=lambda each: each[1], default=(None, 0.0, None))
+            waiting = self._expected(group) if len(self._started) < self._most else iter(())
+            expected, option = max(waiting, key=lambda each: each[0], default=(0.0, None))
+            if option is not None and expected > tps:
+                self._start(option)
+            elif num is not None and trials is not None:
+                trials.advance(_SOUGHT_GAIN)
+            else:
+                return
 
-    def _may_win(self) -> list[tuple[float, ScreenedCandidate]]:
-        """Those that may have more than the best, the likeliest first; few of one layout."""
-        best_tps = max((each.tps for each in self._kept), default=0.0)
-        usual = max(self._ratios.values(), default=1.0)
-        may_be = [
-            (tps * ratio, tps, each)
-            for tps, each in self._waiting
-            if tps * (ratio := self._ratios.get(_kind_of(each), usual)) > best_tps
-            and self._of_layout[each.candidate.layout] < _MOST_OF_LAYOUT
-        ]
-        return [(tps, each) for _, tps, each in sorted(may_be, key=lambda each: -each[0])]
+    def _expected(self, group: Group) -> Iterator[tuple[float, ScreenedCandidate]]:
+        """Tokens a second that those of a group may have that were only screened."""
+        of_layout = Counter(each.option.candidate.layout for each in self._started)
+        ratios: dict[object, float] = {}
+        for trials in self._started:
+            screened, tps = trials.option.within(self._goals)[1], trials.ahead(_SOUGHT_GAIN)[1]
+            for kind in _kinds_of(trials.option):
+                ratios[kind] = max(tps / screened, ratios.get(kind, 0.0))
+        for tps, each in self._waiting:
+            candidate = each.candidate
+            if of_layout[candidate.layout] < _MOST_OF_LAYOUT and group(candidate):
+                known = (ratios[kind] for kind in _kinds_of(each) if kind in ratios)
+                yield tps * next(known, 1.0), each
 
-    def _take(self, tps: float, option: ScreenedCandidate) -> None:
-        """Simulate an option with the number of sequences that suits the limits."""
+    def _start(self, option: ScreenedCandidate) -> None:
+        """Simulate an option for the first time."""
+        if len(self._started) == self._most:
+            return
         self._waiting = [pair for pair in self._waiting if pair[1] is not option]
-        found = settled(option, self._request, self._run, ROUGH)
-        if found is None:
-            return
-        self._advance(1)
-        if found.breach(self._goals) > 1:
-            self._broke.append(found)
-            return
-        kind = _kind_of(option)
-        self._ratios[kind] = max(found.tps / tps, self._ratios.get(kind, 0.0))
-        self._of_layout[option.candidate.layout] += 1
-        self._kept.append(found)
+        trials = Trials(option, self._request, self._run, ROUGH)
+        trials.advance(_SOUGHT_GAIN)
+        if trials.found:
+            self._started.append(trials)
+            self._advance(1)
 
 
-def settled(
-    option: ScreenedCandidate,
-    request: PlanRequest,
-    run: Run,
-    precision: Precision,
-    tried: Sequence[SimulatedCandidate] = (),
-    most_trials: int = _MOST_TRIALS,
-) -> SimulatedCandidate | None:
-    """An option with as many sequences as keep the limits when simulated, if any do.
-
-    The formula proposes their number; what a simulation has beyond the formula corrects it, and
-    between one that keeps the limits and one that does not lies the next.
-
-    Args:
-        tried: numbers of sequences that were simulated already.
-
-    Returns:
-        The one with most tokens a second that keeps the limits, else the nearest; None where none
-        can be simulated.
-    """
-    goals = request.goals
-    found = list(tried)
-    num = _next_num(option, goals, found)
-    for _ in range(most_trials):
-        if num is None:
-            break
-        at = option.at(num, request.workload)
-        served = run(at, precision)
-        if served is None:
-            break
-        found.append(SimulatedCandidate.of(at, served))
-        num = _next_num(option, goals, found)
-    kept = [each for each in found if each.breach(goals) <= 1]
-    if kept:
-        return max(kept, key=lambda each: each.tps)
-    return min(found, key=lambda each: each.breach(goals), default=None)
-
-
-def _next_num(
-    option: ScreenedCandidate, goals: Goals, found: Sequence[SimulatedCandidate]
-) -> int | None:
-    """How many sequences to try next; None where what was found is close enough."""
-    if not found:
-        return max(option.within(goals)[0], 1)
-    last = found[-1]
-    formula = float(last.option.served.breach(goals)[last.option.place or 0])
-    if formula <= 0:
-        return None
-    kept = max((each for each in found if each.breach(goals) <= 1), key=_num_of, default=None)
-    broken = [each for each in found if each.breach(goals) > 1]
-    few = min(broken, key=_num_of, default=None)
-    if kept is not None and few is not None and kept.num_seqs < few.num_seqs:
-        low, high = kept.breach(goals), few.breach(goals)
-        share = log(_AIM / low) / log(high / low) if low < _AIM else 0.0
-        if len({each.breach(goals) > 1 for each in found[-2:]}) == 1:  # the line leads astray
-            share = 0.5
-        num = int(kept.num_seqs * (few.num_seqs / kept.num_seqs) ** share)
-    else:
-        num, _ = option.within(goals, last.breach(goals) / formula / _AIM)
-        if few is not None:
-            num = min(num, int(_CLOSE * few.num_seqs))
-        elif kept is not None:  # where TPOT hardly grows, many more may keep the limit
-            num = min(max(num, ceil(_FURTHER * kept.num_seqs)), option.most_seqs)
-    if num < 1 or (kept is not None and num * _CLOSE <= kept.num_seqs):
-        return None
-    return num
+def _anything(candidate: Candidate) -> bool:
+    return True
 
 
 def _num_of(found: SimulatedCandidate) -> int:
     return found.num_seqs
 
 
-def _kind_of(option: ScreenedCandidate) -> object:
-    """What the ratio of simulated to screened turns on most."""
+def _kinds_of(option: ScreenedCandidate) -> list[object]:
+    """What the ratio of simulated to screened turns on most, from narrow to wide."""
     layout = option.candidate.layout
-    return layout.dp, layout.pp, layout.ep > 1
+    dp, pp, has_experts = layout.dp, layout.pp, layout.ep > 1
+    exact, wide = ("dp, pp, ep", dp, pp, has_experts), ("dp, pp", dp > 1, pp > 1)
+    return [exact, ("pp, ep", pp, has_experts), wide, "any"]
 
 
 def simulated_pool(
@@ -352,27 +487,37 @@ def simulated_pool(
         UserError: nothing fits, or nothing keeps the limits; with the nearest deployment.
     """
     request, options = search.request, search.options(screened)
-
     run = partial(simulate, request=request)
-    found = BestFirst(options, request, run, advance).result()
-    kept, broke = list(found.kept), list(found.broke)
-    if not kept:
-        for each in nearest_simulated(options, request, run):
-            (broke if each.breach(request.goals) > 1 else kept).append(each)
-    first = _told(kept) if with_families else kept[:2]
-    told = [each for each in map(partial(in_full, request, run), first) if each is not None]
+    groups = _groups_of(request) if with_families else []
+    found = Race(options, request, run, advance, groups=groups).result()
+    first = _told(found.able, groups) if with_families else list(found.able[:2])
+    broke = list(found.broke)
+    if not found.able:
+        near = nearest_simulated(options, request, run)
+        first = [each for each in near if each.ahead(_GAIN)[1]]
+        broke += [each.best for each in near if each.best is not None]
+    told, missed = in_full(request, run, first)
     if not told:
-        if not broke:
+        if not (broke := [*broke, *missed]):
             raise UserError(too_many_ranks(request))
-        nearest = min(broke, key=lambda each: each.breach(request.goals))
-        raise UserError(search.missed(nearest.option, nearest.served))
-    finalists = [
-        search.finish(each.option).simulated(each.served)
-        for each in sorted(told, key=lambda each: -each.tps)
-    ]
+        least = min(broke, key=lambda each: each.breach(request.goals))
+        raise UserError(search.missed(least.option, least.served))
+    finalists = [search.finish(each.option).simulated(each.served) for each in told]
     num_too_large = sum(isinstance(each, TooLarge) for each in screened)
-    num_simulated = len(kept) + len(broke)
+    num_simulated = len(found.able) + len(broke)
     return OnePool(options, finalists, len(screened), num_too_large, num_simulated, found.num_open)
+
+
+def _groups_of(request: PlanRequest) -> list[Group]:
+    """Those with experts spread and without; of each engine, where none was asked for."""
+    groups: list[Group] = [lambda each: each.layout.ep > 1, lambda each: each.layout.ep == 1]
+    if request.engine is None:
+        groups += [partial(_is_run, engine, request) for engine in ENGINES.values()]
+    return groups
+
+
+def _is_run(engine: Engine, request: PlanRequest, candidate: Candidate) -> bool:
+    return engine.runs(candidate, request.model)
 
 
 def evaluated(request: PlanRequest, candidates: Sequence[Candidate]) -> Finalist | None:
@@ -387,25 +532,37 @@ def evaluated(request: PlanRequest, candidates: Sequence[Candidate]) -> Finalist
 
     run = partial(simulate, request=request)
     best = max(options, key=lambda each: each.within(request.goals)[1])
-    found = settled(best, request, run, USUAL)
+    found = Trials(best, request, run, USUAL).settle(_GAIN)
     return None if found is None else search.finish(found.option).simulated(found.served)
 
 
-def _told(kept: Sequence[SimulatedCandidate]) -> list[SimulatedCandidate]:
-    """The few best, and the best with experts spread and without."""
-    best: dict[bool, SimulatedCandidate] = {}
-    for each in kept:
-        best.setdefault(each.candidate.layout.ep > 1, each)
-    return [each for place, each in enumerate(kept) if place < _NUM_TOLD or each in best.values()]
+def _told(able: Sequence[Trials], groups: Sequence[Group]) -> list[Trials]:
+    """The best of each group, and the few best of all that are not far from the best."""
+    best = [next((e for e in able if group(e.option.candidate)), None) for group in groups]
+    least = _LEAST_SHARE * able[0].ahead(_SOUGHT_GAIN)[1] if able else 0.0
+    told = [each for each in able if each in best]
+    others = [e for e in able if e not in told and e.ahead(_SOUGHT_GAIN)[1] >= least]
+    return told + others[: max(_NUM_TOLD - len(told), 0)]
 
 
-def in_full(request: PlanRequest, run: Run, found: SimulatedCandidate) -> SimulatedCandidate | None:
-    """The same in its steady state, with fewer sequences where it breaks a limit there."""
-    served = run(found.option, USUAL)
-    assert served is not None, "a short stretch of it was simulated"
-    told = SimulatedCandidate.of(found.option, served)
-    best = settled(found.option, request, run, USUAL, [told], most_trials=3)
-    return best if best is not None and best.breach(request.goals) <= 1 else None
+def in_full(
+    request: PlanRequest, run: Run, found: Sequence[Trials]
+) -> tuple[list[SimulatedCandidate], list[SimulatedCandidate]]:
+    """Steady states of those that keep the limits there, the best first; and of those that do not.
+
+    The best has as many sequences as keep the limits, the others nearly as many.
+    """
+    all_trials = [each.again(USUAL) for each in found]
+    for trials in all_trials:
+        trials.settle(_TOLD_GAIN)
+    while (leader := max(all_trials, key=lambda each: each.tps, default=None)) is not None:
+        if leader.ahead(_GAIN)[0] is None:
+            break
+        leader.advance(_GAIN)
+    simulated = [best for each in all_trials if (best := each.best) is not None]
+    kept = [each for each in simulated if each.breach(request.goals) <= 1]
+    missed = [each for each in simulated if each.breach(request.goals) > 1]
+    return sorted(kept, key=lambda each: -each.tps), missed
 
 
 def too_many_ranks(request: PlanRequest) -> str:
@@ -419,7 +576,7 @@ def too_many_ranks(request: PlanRequest) -> str:
 
 def nearest_simulated(
     options: Sequence[ScreenedCandidate], request: PlanRequest, run: Run
-) -> list[SimulatedCandidate]:
+) -> list[Trials]:
     """Those that come nearest to the limits as screened, one of each layout, simulated."""
     goals = request.goals
     breaches = [float(each.served.breach(goals).min()) for each in options]
@@ -430,5 +587,7 @@ def nearest_simulated(
             nearest.setdefault(option.candidate.layout, option.nearest(goals))
         if len(nearest) == _NUM_NEAREST:
             break
-    served = [(option, run(option, ROUGH)) for option in nearest.values()]
-    return [SimulatedCandidate.of(option, each) for option, each in served if each is not None]
+    found = [Trials(each, request, run, ROUGH, each.num_seqs) for each in nearest.values()]
+    for trials in found:
+        trials.advance(_GAIN)
+    return [each for each in found if each.found]

@@ -108,16 +108,16 @@ def pools_tps(pools: TwoPools, workload: Workload) -> Uncertain:
 
 
 def _errors_of(finalist: Finalist) -> list[LawError]:
-    of_phases = finalist.by_error
     drafts = [_ACCEPTANCE] * (finalist.candidate.num_drafts > 0)
-    return list(dict.fromkeys([*drafts, *of_phases[Phase.DECODE], *of_phases[Phase.PREFILL]]))
+    of_phases = [finalist.by_error.get(phase, {}) for phase in (Phase.DECODE, Phase.PREFILL)]
+    return list(dict.fromkeys([*drafts, *(error for each in of_phases for error in each)]))
 
 
 def _moved(finalist: Finalist, errors: Sequence[LawError]) -> Steps:
     """The steps at their likely times, then at the low and the high of each error."""
 
     def times(phase: Phase, likely_s: float) -> Floats:
-        of_phase = finalist.by_error[phase]
+        of_phase = finalist.by_error.get(phase, {})
         moved = [each for error in errors for each in of_phase.get(error, (likely_s, likely_s))]
         return np.array([likely_s, *moved])
 

@@ -1,7 +1,7 @@
 """Prefill and decode on disjoint devices: how to part them, and what each pool should run."""
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -20,9 +20,9 @@ from expertlane.plan.simulated import simulate_pools
 from expertlane.plan.throughput import ThroughputCurve, two_pools
 from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
-from expertlane.simulate.steady import ROUGH, USUAL
+from expertlane.simulate.steady import USUAL, Precision, PrefillRates
 from expertlane.spec.layout import Layout, divisors
-from expertlane.spec.names import EngineName
+from expertlane.spec.names import EngineName, Phase
 
 _PARTS = 4  # of a cluster of one node, of which some prefill
 _MOST_NODES = 16  # of which any number may prefill
@@ -99,6 +99,8 @@ class TwoPoolSearch:
         self._options: dict[int, list[ScreenedCandidate]] = {}
         self._found: dict[int, list[_Pair]] = {}
         self._simulated: dict[object, ThroughputCurve | None] = {}
+        self._prefill_rates: PrefillRates = {}
+        self._told: dict[object, TwoPools] = {}
 
     @property
     def num_splits(self) -> int:
@@ -233,37 +235,70 @@ class TwoPoolSearch:
         ]
 
     def _best_simulated(self, pairs: Sequence[_Pair], most: int) -> TwoPools | NoPools:
-        """The first that keeps the limits when it is simulated too."""
-        too_slow: set[tuple[object, int]] = set()
-        num_tried = 0
+        """The best that keeps the limits when it is simulated.
+
+        First each pool by itself, those first that may have most tokens a second: as screened,
+        times the ratio of simulated to screened of their kind of decode.
+
+        Args:
+            most: that are simulated.
+        """
+        ratios: dict[object, float] = {}
+        too_slow: set[object] = set()
+        kept: list[tuple[float, _Pair]] = []
+        waiting = list(pairs)
         why: NoPools = "over limits"
-        for pair in pairs:
-            decoding = pair.decode.candidate, pair.decode.num_seqs
-            if decoding in too_slow or num_tried == most:
-                continue
-            num_tried += 1
-            served = None
-            for precision in (ROUGH, USUAL):
-                key = pair.prefill.candidate, *decoding, precision
-                if key not in self._simulated:
-                    both = pair.prefill, pair.decode
-                    self._simulated[key] = simulate_pools(*both, self._request, precision)
-                served = self._simulated[key]
-                if served is None or served.breach(self._request.goals)[0] > 1:
-                    break
-            else:
-                assert served is not None, "checked"
-                return self._in_full(pair, served)
+        for _ in range(most):
+            expected = [_expected(pair, ratios) for pair in waiting]
+            place = max(range(len(waiting)), key=expected.__getitem__, default=None)
+            if place is None or expected[place] <= max(kept, default=(0.0, None))[0]:
+                break
+            pair = waiting.pop(place)
+            served = self._simulated_pair(pair, None)
             if served is None:
                 why = "not simulated"
+                continue
+            for kind in _kinds_of(pair.decode):
+                ratio = float(served.tps[LIKELY, 0]) / pair.tps
+                ratios[kind] = max(ratio, ratios.get(kind, 0.0))
+            if served.breach(self._request.goals)[0] <= 1:
+                kept.append((float(served.tps[LIKELY, 0]), pair))
             elif float(served.tpot_s[LIKELY, 0]) > (self._request.goals.of_means[0] or np.inf):
-                too_slow.add(decoding)
+                too_slow.add((pair.decode.candidate, pair.decode.num_seqs))
+                waiting = [
+                    each
+                    for each in waiting
+                    if (each.decode.candidate, each.decode.num_seqs) not in too_slow
+                ]
+        for _, pair in sorted(kept, key=lambda each: -each[0]):
+            served = self._simulated_pair(pair, USUAL)
+            if served is not None and served.breach(self._request.goals)[0] <= 1:
+                return self._in_full(pair, served)
         return why
 
+    def _simulated_pair(self, pair: _Pair, precision: Precision | None) -> ThroughputCurve | None:
+        """Likewise; each once."""
+        known, decode = self._simulated, pair.decode
+        key = pair.prefill.candidate, decode.candidate, decode.num_seqs, precision
+        if key not in known:
+            known[key] = simulate_pools(
+                pair.prefill, decode, self._request, precision, self._prefill_rates
+            )
+        return known[key]
+
     def _in_full(self, pair: _Pair, simulated: ThroughputCurve) -> TwoPools:
+        """What is told of a pair."""
+        key = pair.prefill.candidate, pair.decode.candidate, pair.decode.num_seqs
+        if key not in self._told:
+            self._told[key] = self._explained(pair, simulated)
+        return self._told[key]
+
+    def _explained(self, pair: _Pair, simulated: ThroughputCurve) -> TwoPools:
         prefill, decode = (
-            self._searches[size].finish(option)
-            for size, option in zip(pair.sizes, (pair.prefill, pair.decode), strict=True)
+            self._searches[size].finish(option, [phase])
+            for size, option, phase in zip(
+                pair.sizes, (pair.prefill, pair.decode), Phase, strict=True
+            )
         )
         transfer_s = self._transfer_s(prefill.candidate.layout, decode.candidate.layout)
         served = two_pools(prefill.steps, decode.steps, transfer_s, self._request.workload)
@@ -301,6 +336,20 @@ class TwoPoolSearch:
             for place in np.flatnonzero(served.breach(goals) <= 1).tolist():
                 tps = float(served.tps[LIKELY, place])
                 yield _Pair(sizes, whole, replace(second, place=place), tps)
+
+
+def _expected(pair: _Pair, ratios: Mapping[object, float]) -> float:
+    """Tokens a second that a pair may have."""
+    known = (ratios[kind] for kind in _kinds_of(pair.decode) if kind in ratios)
+    return pair.tps * next(known, 1.0)
+
+
+def _kinds_of(decode: ScreenedCandidate) -> list[object]:
+    """What the ratio of simulated to screened turns on most, from narrow to wide."""
+    layout, options, _ = decode.candidate
+    rotates = options.micro_batch_schedule == "rotating"
+    how = options.overlap, layout.pp > 1, rotates, layout.ep > 1
+    return [(layout, options), (layout.dp, layout.pp, how), how]
 
 
 def _decode_tps(option: ScreenedCandidate, goals: Goals) -> float:

@@ -65,6 +65,8 @@ class WaitingRequests:
         if not self._heap or self._waits_for_others(tables, num_steps):
             return
         most = self._max_num_admitted(tables[replica], num_groups)
+        places = _Places(drafts) if not self._limits.prefix_caching else None
+        num_prefills = sum(draft.num_prefills for draft in drafts)
         while self._heap:
             request = self._heap[0][1]
             if request.state is RequestState.FINISHED:
@@ -72,10 +74,9 @@ class WaitingRequests:
                 continue
             if request.is_masked and request.mask is None:  # it was preempted; soon
                 return
-            num_prefills = sum(draft.num_prefills for draft in drafts)
             if num_prefills >= most or self._is_loaded(replica, tables):
                 return
-            place = _place(request, drafts)
+            place = _place(request, drafts) if places is None else places.take(request)
             if place is None:
                 return
             heapq.heappop(self._heap)
@@ -83,6 +84,9 @@ class WaitingRequests:
             request.replica = replica
             request.dp_rank, cached = place
             drafts[request.dp_rank].admit(request, cached)
+            num_prefills += 1
+            if places is not None:
+                places.put_back(request.dp_rank)
 
     def _waits_for_others(self, tables: Sequence[Sequence[RunningTable]], num_steps: int) -> bool:
         """Whether prompts are held back until there is one for every data-parallel rank."""
@@ -105,6 +109,38 @@ class WaitingRequests:
             return False
         held = [sum(table.blocks.num_used for table in of_replica) for of_replica in tables]
         return held[replica] * len(held) >= sum(held) + self._num_blocks
+
+
+class _Places:
+    """Data-parallel ranks by how much they have to do, where no request shares blocks."""
+
+    def __init__(self, drafts: Sequence[BatchDraft]) -> None:
+        self._drafts = drafts
+        self._heap: list[tuple[int, int, int]] = []
+        for dp_rank in range(len(drafts)):
+            self.put_back(dp_rank)
+
+    def put_back(self, dp_rank: int) -> None:
+        """Let a rank take a further request, if it can."""
+        draft = self._drafts[dp_rank]
+        table = draft.table
+        if draft.budget and table.has_room():
+            key = table.num_pending, -table.blocks.num_free, dp_rank
+            heapq.heappush(self._heap, key)
+
+    def take(self, request: Request) -> tuple[int, list[int]] | None:
+        """As `_place`; the rank takes no other request until it is put back."""
+        passed = []
+        found = None
+        while self._heap and found is None:
+            key = heapq.heappop(self._heap)
+            if self._drafts[key[-1]].table.has_blocks_for(request, ()):
+                found = key[-1], list[int]()
+            else:
+                passed.append(key)
+        for key in passed:
+            heapq.heappush(self._heap, key)
+        return found
 
 
 def _place(request: Request, drafts: Sequence[BatchDraft]) -> tuple[int, list[int]] | None:

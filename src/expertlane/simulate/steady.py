@@ -27,14 +27,18 @@ from expertlane.results.metrics import PERCENTILES, ServedRequest
 from expertlane.results.statistics import half_interval
 from expertlane.simulate.pools import Pool, run_load
 from expertlane.simulate.simulator import Outcome, PoolRanks, Rates, SimulatedPool, Simulator
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
 from expertlane.spec.slo import SLO
 from expertlane.spec.workload import Load, TimedRequest
 
 _SETTLING_STEPS = 8
 _SETTLING_SHARE = 0.1  # of the steps that a stretch has at least
-_NUM_GUESSES = 4  # of how many requests decode while others wait for prefill
+_NUM_GUESSES = 4  # of how many requests decode, of those that arrive
+_SAME_RUNNING = 0.01  # of a guess: nearer ones are no other
 _PROBE_STEPS = 2
 _FULL_STEPS = 5  # of a pool that always has prompts; the first and the last of them do not count
+_FEW_IN_FLIGHT, _FEWEST_ROUNDS = 2, 8  # micro-batches, and rounds of more of them
 _NUM_PARTS = 20  # of a stretch, for its regression
 _FEWEST_FIRST = 4  # first tokens of a stretch, where so many are under way
 _STRATUM = 24  # steps
@@ -69,6 +73,15 @@ class Precision:
         asks_more = precision.num_first > cls().num_first
         return replace(precision, most_steps=_MOST_STEPS) if asks_more else precision
 
+    def of_rounds(self, num_in_flight: int) -> "Precision":
+        """For rounds of so many micro-batches: each is as many steps, which tell as much."""
+        share = _FEW_IN_FLIGHT / max(num_in_flight, _FEW_IN_FLIGHT)
+
+        def of(steps: int) -> int:
+            return min(max(_FEWEST_ROUNDS, ceil(share * steps)), steps)
+
+        return replace(self, least_steps=of(self.least_steps), most_steps=of(self.most_steps))
+
     @property
     def settling_steps(self) -> int:
         """Steps before the stretch."""
@@ -85,6 +98,9 @@ class Precision:
         of_quantile = ceil(log(0.05) / log(self.quantile)) if self.quantile else 1
         return max(of_quantile, self.least_first)
 
+
+PrefillRates = dict[tuple[Layout, Options], tuple[float, float]]
+"""Prompts a second of a pool that always has some, and seconds of a prompt alone."""
 
 USUAL = Precision()
 ROUGH = Precision(least_steps=24, most_steps=24, quantile=0.0)
@@ -137,6 +153,7 @@ def steady_state(
     *,
     with_skew: bool = True,
     with_totals: bool = False,
+    known: PrefillRates | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> SteadyState:
     """A load that goes on without end, in its steady state.
@@ -147,24 +164,53 @@ def steady_state(
     Args:
         with_skew: whether bounds hold those of an assumed routing; each asks for further steps.
         with_totals: whether steps are added up, to say where their time goes.
+        known: of pools for prompts; more are added.
         advance: called with a number of steps of `precision.most_steps` that are done.
     """
-    num_parts, load = simulator.setup.num_parts, simulator.load
-    if num_parts == 1:
-        stretch = _Stretch(simulator, seed, precision)
-        return stretch.run(with_skew=with_skew, with_totals=with_totals, advance=advance)
-    part = simulator.part(num_parts)
-    stretch = _Stretch(part, seed, precision)
+    part, factor = _part_of(simulator)
+    stretch = _Stretch(part, seed, precision, known)
     found = stretch.run(with_skew=with_skew, with_totals=with_totals, advance=advance)
-    factor = load.batch / (part.load.batch or 1) if load.batch else num_parts
+    if part is simulator:
+        return found
+    num_parts = simulator.setup.num_parts
     return replace(found, rates=found.rates.times(factor), num_parts=num_parts)
 
 
+def pools_apart(simulator: Simulator, seed: int, known: PrefillRates | None = None) -> Rates:
+    """A closed load on two pools, by what each does by itself.
+
+    One step of the pool that decodes stands for all, and the rate of the other is its largest.
+
+    Args:
+        known: of pools for prompts; more are added.
+    """
+    part, factor = _part_of(simulator)
+    return _Stretch(part, seed, ROUGH, known).apart().times(factor)
+
+
+def _part_of(simulator: Simulator) -> tuple[Simulator, float]:
+    """One of the parts that serve apart, and how many times as much all of them do."""
+    num_parts, load = simulator.setup.num_parts, simulator.load
+    if num_parts == 1:
+        return simulator, 1.0
+    part = simulator.part(num_parts)
+    return part, load.batch / (part.load.batch or 1) if load.batch else num_parts
+
+
 class _Stretch:
-    def __init__(self, simulator: Simulator, seed: int, precision: Precision) -> None:
+    def __init__(
+        self,
+        simulator: Simulator,
+        seed: int,
+        precision: Precision,
+        known: PrefillRates | None = None,
+    ) -> None:
         assert simulator.load.is_endless
         self._simulator = simulator
-        self._precision = precision
+        options = simulator.setup.options
+        rotates = options.micro_batch_schedule == "rotating"
+        self._num_in_flight = options.num_micro_batches if rotates else 1
+        self._precision = precision.of_rounds(self._num_in_flight)
         self._load = simulator.load
         self._rate, self._batch = simulator.load.rate, simulator.load.batch
         self._multi_token = simulator.setup.multi_token
@@ -172,6 +218,9 @@ class _Stretch:
         self._lengths = _Lengths(simulator.load, self._multi_token)
         self._mean_steps = self._lengths.mean_steps
         self._prefill_rate = self._prompt_s = 0.0
+        self._step_s: Floats = np.zeros(len(BOUNDS))
+        self._known = {} if known is None else known
+        self._zeros = np.zeros(self._load.max_len, dtype=np.int64)
 
     def run(
         self, *, with_skew: bool, with_totals: bool, advance: Callable[[int], None]
@@ -205,6 +254,22 @@ class _Stretch:
             each.totals.close()
         return self._sum(served, watch, pools, spread)
 
+    def apart(self) -> Rates:
+        """What two pools do, each by itself."""
+        assert self._batch is not None, "a closed load"
+        running = self._num_running()
+        step_s, further = self._step_s, max(self._mean_steps - 1, 1.0)
+        requests_per_s = np.minimum(running / (further * step_s), self._prefill_rate)
+        return Rates(
+            requests_per_s=requests_per_s,
+            output_tps=requests_per_s * self._load.mean_lens[1],
+            ttft_s=np.maximum((self._batch - running) / requests_per_s, self._prompt_s),
+            tpot_s=step_s / self._multi_token.tokens_per_step,
+            error=0.0,
+            num_decoding=float(running),
+            num_waiting=float(self._batch - running),
+        )
+
     def _prompt_share(self) -> float | None:
         """Tokens of prompts over those given; None where the pool that decodes computes none."""
         mean_prompt = self._load.mean_lens[0]
@@ -214,9 +279,7 @@ class _Stretch:
 
     def _steps_of_round(self) -> int:
         """Steps in which each request under way has a token."""
-        setup = self._simulator.setup
-        rotates = setup.options.micro_batch_schedule == "rotating"
-        return setup.layout.replicas * (setup.options.num_micro_batches if rotates else 1)
+        return self._simulator.setup.layout.replicas * self._num_in_flight
 
     def _spread(self, num_running: int) -> Floats:
         """[3]; a decode step by each bound's own routing, over one by the likely routing."""
@@ -240,7 +303,7 @@ class _Stretch:
             if self._rate is not None:
                 due_s += float(self._rng.exponential(1 / self._rate))
             prompt, output = self._lengths.draw(self._rng)
-            yield TimedRequest([0] * prompt, self._multi_token.num_steps(output), due_s)
+            yield TimedRequest(self._blank(prompt), self._multi_token.num_steps(output), due_s)
 
     def _steps_left(self, num_running: int) -> Ints:
         """[num_running]; steps until requests under way end, in random order.
@@ -267,20 +330,30 @@ class _Stretch:
             left[:soon] = np.minimum(begin + spaced.astype(int), self._lengths.most_steps)
         return self._rng.permutation(left)
 
+    def _blank(self, num_tokens: int) -> Ints:
+        """A prompt that nobody reads."""
+        if num_tokens > len(self._zeros):
+            self._zeros = np.zeros(num_tokens, dtype=np.int64)
+        return self._zeros[:num_tokens]
+
     def _under_way(self, steps_left: int) -> TimedRequest:
         """A request that ends after so many steps; longer ones are met more often."""
         prompt, output = self._lengths.draw(self._rng, steps_left)
         further = ceil(steps_left * self._multi_token.tokens_per_step)
         num_tokens = prompt + max(output - further, 1)
-        return TimedRequest([0] * num_tokens, steps_left, 0.0, num_arrived=num_tokens - 1)
+        return TimedRequest(self._blank(num_tokens), steps_left, 0.0, num_arrived=num_tokens - 1)
 
     def _num_running(self) -> int:
         """Requests past their first token: as many as have room and as prefill keeps up with."""
         pools = self._simulator.start(is_snapshot=True)[0]
         room = self._room(pools[-1].ranks)
         if len(pools) > 1 or self._rate is not None:
-            self._prefill_rate = self._rate_of_prompts(pools[0])
-            self._prompt_s = self._seconds_of_prompt(pools[0])
+            ranks = pools[0].ranks
+            key = ranks.layout, self._simulator.setup.options_of(ranks.role)
+            if key not in self._known:
+                of_pool = self._rate_of_prompts(pools[0]), self._seconds_of_prompt(pools[0])
+                self._known[key] = of_pool
+            self._prefill_rate, self._prompt_s = self._known[key]
         if self._rate is not None:
             running = self._num_arriving(pools[-1], room, self._rate)
             if running is not None:
@@ -289,12 +362,26 @@ class _Stretch:
         assert self._batch is not None, "a closed load"
         if self._mean_steps == 1:
             return 0
-        running = most = min(self._batch, room)
-        for _ in range(_NUM_GUESSES * (len(pools) > 1)):
-            step_s = float(self._decode_step_s(pools[-1], running)[LIKELY])
-            running = max(1, min(most, round(self._prefill_rate * self._mean_steps * step_s)))
-            if running == most:
-                break
+        running = min(self._batch, room)
+        return self._num_fed(pools[-1], running) if len(pools) > 1 else running
+
+    def _num_fed(self, pool: SimulatedPool, most: int) -> int:
+        """Requests that decode, as many as prefill keeps up with; a step takes `_step_s` then.
+
+        A step's time is taken to be a line over them.
+        """
+        first_s = self._step_s = self._decode_step_s(pool, most)
+        rate = self._prefill_rate * self._mean_steps
+        fed = round(rate * float(first_s[LIKELY]))
+        if fed >= (1 - _SAME_RUNNING) * most:
+            return most
+        fewer = max(fed, 1)
+        second_s = self._decode_step_s(pool, fewer)
+        slope = (first_s - second_s) / max(most - fewer, 1)
+        flat = second_s - slope * fewer
+        fed = round(rate * float(flat[LIKELY]) / max(1 - rate * float(slope[LIKELY]), 1e-9))
+        running = max(1, min(most, fed))
+        self._step_s = flat + slope * running
         return running
 
     def _num_arriving(self, pool: SimulatedPool, room: int, rate: float) -> int | None:
@@ -331,7 +418,7 @@ class _Stretch:
         in_flight = options.num_micro_batches if options.micro_batch_schedule == "rotating" else 1
         of_rank = max(1, limits.max_num_batched_tokens // prompt) * in_flight
         together = of_rank * layout.dp * layout.replicas
-        requests = [TimedRequest([0] * prompt, 1, 0.0)] * (_FULL_STEPS * together)
+        requests = [TimedRequest(self._blank(prompt), 1, 0.0)] * (_FULL_STEPS * together)
         served = run_load(self._alone(pool), requests, 2 * together)
         ends = np.sort([each.token_times_s[0][LIKELY] for each in served])
         # From the end of a step to that of another: all prompts of a step end at once.
@@ -341,7 +428,7 @@ class _Stretch:
     def _seconds_of_prompt(self, pool: SimulatedPool) -> float:
         """Of a prompt that finds the pool at rest."""
         (served,) = run_load(
-            self._alone(pool), [TimedRequest([0] * ceil(self._load.mean_lens[0]), 1, 0.0)]
+            self._alone(pool), [TimedRequest(self._blank(ceil(self._load.mean_lens[0])), 1, 0.0)]
         )
         return float((served.token_times_s[0] - served.due_s)[LIKELY])
 

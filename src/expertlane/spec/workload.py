@@ -256,7 +256,7 @@ class TimedRequest:
         num_arrived: positions of the prompt that come with keys and values; 0 but in a snapshot.
     """
 
-    prompt_token_ids: list[int]
+    prompt_token_ids: list[int] | npt.NDArray[np.int64]
     output_len: int
     due_s: float
     num_arrived: int = 0
