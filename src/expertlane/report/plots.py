@@ -52,7 +52,7 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
     if is_measured:
         loads = {row.label: row.record.num_tokens_per_expert for row in compared.rows}
         squares = experts_and_traffic(loads, steps, results.measured_on.ranks_per_node)
-        own = plot_section(f"Experts and traffic ({where})", squares)
+        own = plot_section(f"Load of experts, and who sends to whom ({where})", squares)
         front = []
     else:
         own = plot_section(
@@ -280,5 +280,5 @@ def simulation(results: Results) -> tuple[Section, ...]:
     return (
         Section("projected", (drawn,) if drawn else (), "first", "answer"),
         plot_section("One step, rank by rank", by_phase),
-        plot_section("Experts and traffic", squares),
+        plot_section("Load of experts, and who sends to whom", squares),
     )
