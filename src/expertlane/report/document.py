@@ -237,7 +237,7 @@ class Section:
         heading: empty where words go on from the section before, which a page has elsewhere.
         place: beside the answer on a page's first screen (plots without a heading), on top of what
             follows, among the plots, which are on pages alone, or with the tables.
-        chapter: of a page; None where there is none.
+        chapter: of a page; None where that has none.
     """
 
     heading: str
@@ -294,7 +294,7 @@ class Report:
         source: `measured`, `projected`, or what else a reader must know of all numbers.
         command, created: how it was made, and when (ISO 8601).
         sections: everything, also what the answer says.
-        chapters: of its page, the answer's first; empty where it has no page.
+        chapters: of its page, the answer's first; empty where all is in one.
 
     Raises:
         ValueError: a section has no chapter of the page.

@@ -27,11 +27,13 @@ from expertlane.report.document import (
     Words,
 )
 
+_WHOLE = Chapter("answer", "The answer", "")  # of a report without chapters
+
 
 def render(report: Report) -> str:
     """The whole page, its style sheet, drawings and script in it."""
     drawn, (headline, lead) = _Drawn(), _parted(report.answer.headline)
-    first, *chapters = [drawn.chapter(report, each) for each in report.chapters]
+    first, *chapters = [drawn.chapter(report, each) for each in report.chapters or (_WHOLE,)]
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -43,6 +45,7 @@ def render(report: Report) -> str:
         version=__version__,
         answer=first | {"beside": list(map(drawn.part, _beside(report)))},
         chapters=chapters,
+        is_sentence=lambda part: part["kind"] == "words" and not part["words"].endswith(":"),
         css=Markup(style_sheet() + _asset("page.css")),
         script=Markup(_asset("page.js")),
     )
@@ -77,7 +80,8 @@ class _Drawn:
         said = f"{report.answer.setting}\n{report.answer.headline}"
         sections = []
         for each in report.sections:
-            if each.chapter != chapter.name or each.place == "first":
+            is_elsewhere = report.chapters and each.chapter != chapter.name
+            if is_elsewhere or each.place == "first":
                 continue
             parts = [part for part in each.parts if not (isinstance(part, str) and part in said)]
             if not parts:

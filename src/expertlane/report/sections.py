@@ -57,8 +57,7 @@ _CHAPTERS: dict[str, tuple[Chapter, ...]] = {
         Chapter(
             "loads",
             "Other loads, links and sizes",
-            "How the order changes with context, batch, links, routing and the number of ranks; "
-            "what the planner would use.",
+            "How the order changes with context, batch, links, routing and the number of ranks.",
         ),
         _SURE,
         _SETUP,
@@ -220,7 +219,8 @@ def _projected(results: Results, modelled: Comparison) -> list[Section]:
         *_of("why", projected_time(modelled)),
         *_of("sure", rests_on(results, modelled)),
         *_of("why", parallelism(modelled), overlap(modelled)),
-        *_of("loads", sizes(results, modelled), planning.beside(results, modelled)),
+        *_of("loads", sizes(results, modelled)),
+        *_of("answer", planning.beside(results, modelled)),
         *_of("sure", assumptions(results, "projected", "Projected: assumptions")),
     ]
 
