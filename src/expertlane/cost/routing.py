@@ -225,8 +225,20 @@ class PowerLawRouting(Traffic):
         arrivals *= self._rarity(sample, is_earlier=is_earlier).astype(np.float32)
         if self.groups.n_group > 1:
             _close_groups(arrivals, self.groups)
-        topk_ids: Ints = np.argpartition(arrivals, self.top_k - 1, axis=1)[:, : self.top_k]
-        return topk_ids
+        return _first_places(arrivals, self.top_k)
+
+
+def _first_places(arrivals: npt.NDArray[np.float32], num: int) -> Ints:
+    """[T, num]; the places of the first arrivals of each token, in any order.
+
+    Positive floats sort as their bits do. The last of these give way to the place, so that sorting
+    need not carry it along: several times as fast as `argpartition`.
+    """
+    of_place = np.int32((1 << int(arrivals.shape[1] - 1).bit_length()) - 1)
+    keyed = (arrivals.view(np.int32) & ~of_place) | np.arange(arrivals.shape[1], dtype=np.int32)
+    keyed.partition(num - 1, axis=1)
+    places: Ints = (keyed[:, :num] & of_place).astype(np.int64)
+    return places
 
 
 def _close_groups(arrivals: npt.NDArray[np.float32], groups: Routing) -> None:

@@ -4,6 +4,7 @@ Every rank's own counts are priced and replayed on a virtual clock, so this is t
 where `plan.screen` has one rank stand for all.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing, StageWork
+from expertlane.cost.replay import Clocks
 from expertlane.cost.routing import Traffic, placed
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.operation import Floats
@@ -130,11 +132,15 @@ class Projector:
         return self._step(programs, works, size, run), clocks.seconds(run[0])
 
     def likely_s(self, size: StepSize) -> float:
-        """Likely seconds of one step, or round, of a deployment with a single mode."""
+        """Likely seconds of one step, or round, of a deployment with a single mode.
+
+        Micro-batches that rotate go as by themselves, which is nearly so: for ratios of such times.
+        """
         (mode,) = self._modes[size.phase]
         _, works = self._priced(size, mode)
         timeline = Timeline(self._terms, self._layout.pp, self._layout.stage_size)
-        return float(_last_round_s(self._rounds(works, timeline, self._terms), works)[LIKELY])
+        ran = self._rounds(works, timeline, self._terms, as_alone=True)
+        return float(_last_round_s(ran, works)[LIKELY])
 
     def _step(
         self,
@@ -245,7 +251,7 @@ class Projector:
         timeline = Timeline(terms, self._layout.pp, self._layout.stage_size)
         table = BreakdownTable(self._device, self._setting.types)
         ran = self._rounds(works, timeline, terms)
-        for times, _ in ran:
+        for times, _ in ran[-len(works) :]:
             table.add(times)
         return _last_round_s(ran, works), table.result()
 
@@ -256,8 +262,10 @@ class Projector:
         terms: Terms,
         *,
         may_skip: bool = True,
+        as_alone: bool = False,
     ) -> list[tuple[StepTimes, int]]:
         """Steps up to the steady state, each with its group; the last round is in it."""
+        alone: defaultdict[int, dict[tuple[int, int], Clocks]] = defaultdict(dict)
         driver_s = terms.step_s(self._layout)
         ends: Floats = np.zeros((len(works), terms.num_clocks))  # of each group's last step
         ran = []
@@ -270,7 +278,12 @@ class Projector:
             ran.append((first, 0))
         while len(ran) < len(works) * (_ROUNDS if len(works) > 1 else 2):
             for place, work in enumerate(works):
-                times = timeline.run(work, ends[place] + driver_s, may_skip=may_skip)
+                times = timeline.run(
+                    work,
+                    ends[place] + driver_s,
+                    may_skip=may_skip,
+                    alone=alone[id(work)] if as_alone and len(works) > 1 else None,
+                )
                 ends[place] = times.end_s
                 ran.append((times, place))
         return ran

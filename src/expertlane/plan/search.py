@@ -218,16 +218,20 @@ class Search:
             by_error[phase] = dict(of_laws)
         if option.candidate.layout.ep > 1:
             extremes = extremes_of(setting.routing) or ()
+            own_s = {phase: step.round_s.value for phase, step in in_full.items()}
+            if option.candidate.options.micro_batch_schedule == "rotating":
+                own_s = self._likely_s(option, setting.routing, phases)
             of_draws = [self._likely_s(option, each, phases) for each in self._redrawn]
             of_skews = [self._likely_s(option, each, phases) for each in extremes]
             for phase, step in in_full.items():
                 likely_s = step.round_s.value
-                for number, other_s in enumerate(each[phase] for each in of_draws):
-                    by_error[phase][_DRAW, (number,)] = other_s, likely_s**2 / other_s
-                if of_skews:
-                    low_s, high_s = (each[phase] for each in of_skews)
-                    by_error[phase][_SKEW, ()] = low_s, high_s
-                in_full[phase] = _with_skews(step, [each[phase] for each in of_skews])
+                for number, each in enumerate(of_draws):
+                    ratio = each[phase] / own_s[phase]
+                    by_error[phase][_DRAW, (number,)] = likely_s * ratio, likely_s / ratio
+                skewed_s = [likely_s * each[phase] / own_s[phase] for each in of_skews]
+                if skewed_s:
+                    by_error[phase][_SKEW, ()] = skewed_s[0], skewed_s[-1]
+                in_full[phase] = _with_skews(step, skewed_s)
         steps = option.steps
         if (prefill := in_full.get(Phase.PREFILL)) is not None:
             bounds = np.array(prefill.round_s.bounds)

@@ -44,11 +44,13 @@ NUM_SIMULATED = 12  # options
 _MOST_TRIALS = 8  # numbers of sequences of an option
 _NUM_TOLD = 5  # of the best, the best with experts spread, without, and of each engine among them
 _CLOSE = 0.96  # of a number of sequences: the next is not nearer where only one side is known
+KEPT = 1.001  # times a limit: steady states are equal to that
 _AIM = 0.99  # of a limit
 # Of tokens a second, less than which is not worth another trial: of the best, of others that are
 # told, and of those that are sought.
 _GAIN, _TOLD_GAIN, _SOUGHT_GAIN = 0.005, 0.03, 0.1
-_FLATTEST = 0.1  # slope of TPOT over sequences, in logarithms
+_FLATTEST, _STEEP = 0.02, 3.0  # slopes of TPOT over sequences, in logarithms; one over a slope
+_APART = 1.05  # times as many sequences, that tell a slope
 _NEAR, _STEP = 0.97, 1.1  # of a limit; times as many sequences to try where that is further
 _FURTHEST = 3.0  # times as many, where none broke a limit yet
 _MOST_OF_LAYOUT = 2
@@ -172,6 +174,10 @@ class SimulatedCandidate(ScreenedCandidate):
         """The factor by which it misses the worst limit; 1 or less where it keeps all."""
         return float(self.served.breach(goals)[0])
 
+    def keeps(self, goals: Goals) -> bool:
+        """Whether all limits are kept, as far as a steady state is known."""
+        return self.breach(goals) <= KEPT
+
     @classmethod
     def of(cls, option: ScreenedCandidate, served: ThroughputCurve) -> "SimulatedCandidate":
         """An option with what its simulation gave."""
@@ -189,12 +195,12 @@ class Simulations:
     Attributes:
         able: trials of options that keep the limits, or may with fewer sequences, those that may
             have most tokens a second first.
-        broke: those that do not, each as near to the limits as it came.
+        num_simulated: of all options.
         num_open: not simulated, though they may have more tokens a second than the best.
     """
 
     able: Sequence["Trials"]
-    broke: Sequence[SimulatedCandidate]
+    num_simulated: int
     num_open: int
 
 
@@ -206,6 +212,7 @@ class Trials:
 
     Args:
         num_seqs: the first; None for what the formula says.
+        kept: that keeps the limits by a rougher simulation.
 
     Attributes:
         found: in the order in which they were simulated.
@@ -218,26 +225,29 @@ class Trials:
         run: Run,
         precision: Precision,
         num_seqs: int | None = None,
+        kept: SimulatedCandidate | None = None,
     ) -> None:
         self.option = option
         self.found: list[SimulatedCandidate] = []
         self._request, self._goals = request, request.goals
         self._run, self._precision = run, precision
         self._is_over = False
+        self._kept = kept
         first, tps = option.within(request.goals)
         self._first = num_seqs or max(first, 1), tps
 
     def again(self, precision: Precision) -> "Trials":
         """The same with another precision, from the number of sequences that seems best."""
         num, _ = self.ahead(0.0)
+        kept = self.best if self.tps else None
         if num is None and self.best is not None:
             num = self.best.num_seqs
-        return Trials(self.option, self._request, self._run, precision, num)
+        return Trials(self.option, self._request, self._run, precision, num, kept)
 
     @property
     def best(self) -> SimulatedCandidate | None:
         """The one with most tokens a second that keeps the limits, else the nearest to them."""
-        kept = [each for each in self.found if each.breach(self._goals) <= 1]
+        kept = [each for each in self.found if each.keeps(self._goals)]
         if kept:
             return max(kept, key=lambda each: each.tps)
         return min(self.found, key=lambda each: each.breach(self._goals), default=None)
@@ -245,29 +255,30 @@ class Trials:
     @property
     def tps(self) -> float:
         """The most tokens a second within the limits so far."""
-        return max((each.tps for each in self.found if each.breach(self._goals) <= 1), default=0.0)
+        return max((each.tps for each in self.found if each.keeps(self._goals)), default=0.0)
 
-    def ahead(self, least_gain: float) -> tuple[int | None, float]:
+    def ahead(self, least_gain: float, *, boldly: bool = False) -> tuple[int | None, float]:
         """The number of sequences to try next, and tokens a second that it may have.
 
         Args:
             least_gain: of tokens a second, that a further trial is worth.
+            boldly: more sequences are tried also near a limit.
 
         Returns:
             No number where what was found is close enough; then tokens a second that it has.
         """
         if not self.found and not self._is_over:
             return self._first
-        num, tps = self._next()
+        num, tps = self._next(boldly=boldly)
         known, at = self.tps, {each.num_seqs for each in self.found}
         is_worth = tps > (1 + least_gain) * known and num > 0 and num not in at
         if self._is_over or len(self.found) == _MOST_TRIALS or not is_worth:
             return None, known
         return num, tps
 
-    def advance(self, least_gain: float) -> None:
+    def advance(self, least_gain: float, *, boldly: bool = False) -> None:
         """Simulate the next number of sequences."""
-        num, _ = self.ahead(least_gain)
+        num, _ = self.ahead(least_gain, boldly=boldly)
         assert num is not None, "there is one"
         option = self.option.at(num, self._request.workload)
         if (served := self._run(option, self._precision)) is None:
@@ -275,24 +286,26 @@ class Trials:
         else:
             self.found.append(SimulatedCandidate.of(option, served))
 
-    def settle(self, least_gain: float) -> SimulatedCandidate | None:
+    def settle(self, least_gain: float, *, boldly: bool = False) -> SimulatedCandidate | None:
         """The best once no further trial is worth it; None where none can be simulated."""
-        while self.ahead(least_gain)[0] is not None:
-            self.advance(least_gain)
+        while self.ahead(least_gain, boldly=boldly)[0] is not None:
+            self.advance(least_gain, boldly=boldly)
         return self.best
 
-    def _next(self) -> tuple[int, float]:
+    def _next(self, *, boldly: bool) -> tuple[int, float]:
         """A number of sequences, 0 for none, and tokens a second that it may have."""
         goals = self._goals
-        kept = [each for each in self.found if each.breach(goals) <= 1]
+        kept = [each for each in self.found if each.keeps(goals)]
         most = max(kept, key=_num_of, default=None)
         above = 0 if most is None else most.num_seqs
-        broken = [each for each in self.found if each.breach(goals) > 1 and each.num_seqs > above]
+        broken = [each for each in self.found if not each.keeps(goals) and each.num_seqs > above]
         few = min(broken, key=_num_of, default=None)
         if few is None:
-            return (0, 0.0) if most is None else self._further(most, kept)
+            return (0, 0.0) if most is None else self._further(most, kept, boldly=boldly)
         if most is None:
             num, tps = self._corrected(few)
+            if (known := self._kept) is not None and num < known.num_seqs < few.num_seqs:
+                return known.num_seqs, known.tps
             return min(num, int(_CLOSE * few.num_seqs)), tps
         return self._between(most, few)
 
@@ -314,37 +327,49 @@ class Trials:
         return int(sqrt(times * plus)), sqrt(one_tps * other_tps) * factor
 
     def _further(
-        self, most: SimulatedCandidate, kept: Sequence[SimulatedCandidate]
+        self, most: SimulatedCandidate, kept: Sequence[SimulatedCandidate], *, boldly: bool
     ) -> tuple[int, float]:
         """More sequences where none broke a limit yet, as TPOT grows from one to another."""
         missed, limit = most.breach(self._goals), self.option.most_seqs
         if most.num_seqs >= limit or missed <= 0:
             return 0, 0.0
         num, tps = self._corrected(most)
-        before = max((each for each in kept if each is not most), key=_num_of, default=None)
-        if before is not None and before.num_seqs < most.num_seqs:
-            of_num = log(most.num_seqs / before.num_seqs)
-            slope = log(missed / before.breach(self._goals)) / of_num
-            factor = min((_AIM / missed) ** (1 / max(slope, _FLATTEST)), _FURTHEST)
+        before = [each for each in kept if each.num_seqs * _APART <= most.num_seqs]
+        if before:
+            fewer = max(before, key=_num_of)
+            of_num = log(most.num_seqs / fewer.num_seqs)
+            slope = max(log(missed / fewer.breach(self._goals)) / of_num, _FLATTEST)
+            factor = min((_aim(slope) / missed) ** (1 / slope), _FURTHEST)
             if int(most.num_seqs * factor) > num:
-                num, growth = int(most.num_seqs * factor), log(most.tps / before.tps) / of_num
+                num, growth = int(most.num_seqs * factor), log(most.tps / fewer.tps) / of_num
                 tps = most.tps * factor ** max(growth, 0.0)
-        elif missed < _NEAR:  # it may hardly grow where the formula says that it does
+        elif missed < (_AIM if boldly else _NEAR):  # TPOT may grow less than the formula says
             num = max(num, ceil(most.num_seqs * _STEP))
-            tps = max(tps, most.tps * num / most.num_seqs)
+            tps = max(tps, most.tps * min(num / most.num_seqs, limit / most.num_seqs) * missed)
         return min(num, limit), tps
 
     def _between(self, most: SimulatedCandidate, few: SimulatedCandidate) -> tuple[int, float]:
         """By straight lines in logarithms between one that keeps the limits and one that breaks."""
         low, high = most.breach(self._goals), few.breach(self._goals)
-        if low >= _AIM or few.num_seqs - most.num_seqs <= 1:
+        if few.num_seqs - most.num_seqs <= 1:
             return 0, 0.0
-        share = log(_AIM / low) / log(high / low) if low > 0 else 0.5
-        tps = most.tps * (few.tps / most.tps) ** share
-        if len({each.breach(self._goals) > 1 for each in self.found[-2:]}) == 1:
+        grows = log(high / low) if low > 0 else 1.0
+        aim = _aim(grows / log(few.num_seqs / most.num_seqs))
+        tps = most.tps * (few.tps / most.tps) ** (-log(max(low, 1e-9)) / grows if low > 0 else 0.5)
+        share = log(aim / low) / grows if 0 < low < aim else 0.5
+        if len({each.keeps(self._goals) for each in self.found[-2:]}) == 1:
             share = 0.5  # the line leads astray
         num = int(most.num_seqs * (few.num_seqs / most.num_seqs) ** share)
         return max(num, most.num_seqs + 1), tps
+
+
+def _aim(slope: float) -> float:
+    """The share of a limit to aim at: where TPOT hardly grows, little of it is many sequences.
+
+    Args:
+        slope: of the share over sequences, in logarithms.
+    """
+    return 1 - (1 - _AIM) * min(1.0, _STEEP * slope)
 
 
 class Race:
@@ -392,11 +417,9 @@ class Race:
         may_have = [each.ahead(_SOUGHT_GAIN)[1] for each in self._started]
         order = sorted(range(len(may_have)), key=lambda place: -may_have[place])
         able = [self._started[place] for place in order if may_have[place]]
-        unable = [self._started[place] for place in order if not may_have[place]]
-        broke = [best for each in unable if (best := each.best) is not None]
         best_tps = max((each.tps for each in able), default=0.0)
         num_open = sum(tps > best_tps for tps, _ in self._expected(_anything))
-        return Simulations(able, broke, num_open)
+        return Simulations(able, len(self._started), num_open)
 
     def _start_families(self) -> None:
         best: dict[str, tuple[float, ScreenedCandidate]] = {}
@@ -491,20 +514,17 @@ def simulated_pool(
     groups = _groups_of(request) if with_families else []
     found = Race(options, request, run, advance, groups=groups).result()
     first = _told(found.able, groups) if with_families else list(found.able[:2])
-    broke = list(found.broke)
     if not found.able:
-        near = nearest_simulated(options, request, run)
-        first = [each for each in near if each.ahead(_GAIN)[1]]
-        broke += [each.best for each in near if each.best is not None]
+        first = _nearest(nearest_simulated(options, request, run), request.goals)
     told, missed = in_full(request, run, first)
     if not told:
-        if not (broke := [*broke, *missed]):
+        if not missed:
             raise UserError(too_many_ranks(request))
-        least = min(broke, key=lambda each: each.breach(request.goals))
+        least = min(missed, key=lambda each: each.breach(request.goals))
         raise UserError(search.missed(least.option, least.served))
     finalists = [search.finish(each.option).simulated(each.served) for each in told]
     num_too_large = sum(isinstance(each, TooLarge) for each in screened)
-    num_simulated = len(found.able) + len(broke)
+    num_simulated = found.num_simulated
     return OnePool(options, finalists, len(screened), num_too_large, num_simulated, found.num_open)
 
 
@@ -532,8 +552,15 @@ def evaluated(request: PlanRequest, candidates: Sequence[Candidate]) -> Finalist
 
     run = partial(simulate, request=request)
     best = max(options, key=lambda each: each.within(request.goals)[1])
-    found = Trials(best, request, run, USUAL).settle(_GAIN)
+    found = Trials(best, request, run, USUAL).settle(_GAIN, boldly=True)
     return None if found is None else search.finish(found.option).simulated(found.served)
+
+
+def _nearest(near: Sequence[Trials], goals: Goals) -> list[Trials]:
+    """Those that keep the limits, else the one that comes nearest to them."""
+    kept = [each for each in near if each.tps]
+    breaches = [min(found.breach(goals) for found in each.found) for each in near]
+    return kept or [near[place] for place in np.argsort(breaches)[:1]]
 
 
 def _told(able: Sequence[Trials], groups: Sequence[Group]) -> list[Trials]:
@@ -555,13 +582,15 @@ def in_full(
     all_trials = [each.again(USUAL) for each in found]
     for trials in all_trials:
         trials.settle(_TOLD_GAIN)
-    while (leader := max(all_trials, key=lambda each: each.tps, default=None)) is not None:
-        if leader.ahead(_GAIN)[0] is None:
+    while all_trials:
+        ahead = [each.ahead(_GAIN, boldly=True) for each in all_trials]
+        place = max(range(len(ahead)), key=lambda place: ahead[place][1])
+        if ahead[place][0] is None:
             break
-        leader.advance(_GAIN)
+        all_trials[place].advance(_GAIN, boldly=True)
     simulated = [best for each in all_trials if (best := each.best) is not None]
-    kept = [each for each in simulated if each.breach(request.goals) <= 1]
-    missed = [each for each in simulated if each.breach(request.goals) > 1]
+    kept = [each for each in simulated if each.keeps(request.goals)]
+    missed = [each for each in simulated if not each.keeps(request.goals)]
     return sorted(kept, key=lambda each: -each.tps), missed
 
 

@@ -16,7 +16,7 @@ from expertlane.plan.candidates import Candidate, Goals, PlanRequest
 from expertlane.plan.engines import ENGINES
 from expertlane.plan.screen import Known, ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, Search
-from expertlane.plan.simulated import simulate_pools
+from expertlane.plan.simulated import KEPT, simulate_pools
 from expertlane.plan.throughput import ThroughputCurve, two_pools
 from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
@@ -251,7 +251,8 @@ class TwoPoolSearch:
         for _ in range(most):
             expected = [_expected(pair, ratios) for pair in waiting]
             place = max(range(len(waiting)), key=expected.__getitem__, default=None)
-            if place is None or expected[place] <= max(kept, default=(0.0, None))[0]:
+            best_tps = max((tps for tps, _ in kept), default=0.0)
+            if place is None or expected[place] <= best_tps:
                 break
             pair = waiting.pop(place)
             served = self._simulated_pair(pair, None)
@@ -261,7 +262,7 @@ class TwoPoolSearch:
             for kind in _kinds_of(pair.decode):
                 ratio = float(served.tps[LIKELY, 0]) / pair.tps
                 ratios[kind] = max(ratio, ratios.get(kind, 0.0))
-            if served.breach(self._request.goals)[0] <= 1:
+            if served.breach(self._request.goals)[0] <= KEPT:
                 kept.append((float(served.tps[LIKELY, 0]), pair))
             elif float(served.tpot_s[LIKELY, 0]) > (self._request.goals.of_means[0] or np.inf):
                 too_slow.add((pair.decode.candidate, pair.decode.num_seqs))
@@ -272,7 +273,7 @@ class TwoPoolSearch:
                 ]
         for _, pair in sorted(kept, key=lambda each: -each[0]):
             served = self._simulated_pair(pair, USUAL)
-            if served is not None and served.breach(self._request.goals)[0] <= 1:
+            if served is not None and served.breach(self._request.goals)[0] <= KEPT:
                 return self._in_full(pair, served)
         return why
 

@@ -1,9 +1,10 @@
 """`results.json` of every kind: written whole or not at all, and read back strictly."""
 
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
+
+import msgspec
 
 from expertlane.errors import UserError, naming
 from expertlane.results.checks import check, check_numbers
@@ -20,7 +21,8 @@ _NUMBERS = re.compile(r"\[\s+(-?[\d.][-+\d.eE]*(?:,\s+-?[\d.][-+\d.eE]*)*)\s+\]"
 
 def to_json(results: Results) -> str:
     """The text of `results.json`."""
-    text = strict_json(asdict(results), indent=2, ensure_ascii=False)
+    text = strict_json(msgspec.to_builtins(results), ensure_ascii=False)
+    text = msgspec.json.format(text, indent=2)  # json.dumps with an indent is pure Python
     return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
