@@ -165,8 +165,8 @@ def _broken(table: Table) -> list[tuple[str, ...]]:
     ]
 
 
-def verdict(results: Results) -> Section:
-    """The answer in sentences, and what was tried."""
+def verdict(results: Results) -> tuple[Section, Section]:
+    """The answer in sentences; then what was tried, and how sure it is."""
     found, shown = results.plans[0], _all_rows(results)
     tried = (
         f"Tried: {counted(found.num_candidates, 'deployment')} aggregated ({found.num_too_large:,} "
@@ -177,9 +177,9 @@ def verdict(results: Results) -> Section:
     more = [f"Aggregated: {tie}."] if tie else []
     if engines := _engines(results, shown):
         more.append(engines)
-    asked = (_setting(results), headline(results), *more, _two_pools(results), tried)
-    sure = *how_ranked(results), *how_sure(results), *cautions(results)
-    return Section("Verdict", (*asked, *sure), "top")
+    asked = (_setting(results), headline(results), *more, _two_pools(results))
+    sure = tried, *how_ranked(results), *how_sure(results), *cautions(results)
+    return Section("Verdict", asked, "top", "answer"), Section("", sure, "top", "sure")
 
 
 def _setting(results: Results) -> str:

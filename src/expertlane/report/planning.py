@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from expertlane.report.compared import Comparison
-from expertlane.report.document import Column, Figure, Section, Table, Words, number, text
+from expertlane.report.document import Column, Commands, Figure, Section, Table, Words, number, text
 from expertlane.report.loads import is_of_cpus
 from expertlane.report.numbers import (
     bytes_si,
@@ -191,7 +191,7 @@ def _best(results: Results) -> Section:
     rows = of_role(results, BEST)
     place: Column[DeploymentRecord] = text("#", lambda each: 1 + rows.index(each))
     table = Table.of("", (place, _HOW, _SEQS, *_TPS, _TPOT[0], _TTFT, versus_column(results)), rows)
-    return Section("Best deployments", (table, *_gaps(place, rows)), "top")
+    return Section("Best deployments", (table, *_gaps(place, rows)), "top", "found")
 
 
 def _families(results: Results) -> Section:
@@ -201,7 +201,7 @@ def _families(results: Results) -> Section:
     kind: Column[DeploymentRecord] = text("kind", lambda each: each.name)
     columns = (kind, _HOW, _TPS[0], _TPOT[0], _TTFT, versus_column(results))
     parts = (Table.of("", columns, rows), *_gaps(kind, rows)) if rows else ()
-    return Section("Best of other kinds", parts)
+    return Section("Best of other kinds", parts, chapter="found")
 
 
 def pools_named(prefill: DeploymentRecord, decode: DeploymentRecord) -> str:
@@ -248,7 +248,7 @@ def _engines(results: Results) -> Section:
     source: Column[EngineBest] = text("source", lambda each: each.source)
     others = [each for each in engines if each.why]
     why = Table.of("What keeps it from the plan's choice", (name, does, version, source), others)
-    return Section(heading, (Table.of("", columns, engines), why))
+    return Section(heading, (Table.of("", columns, engines), why), chapter="found")
 
 
 def _gaps(name: Column[DeploymentRecord], rows: Sequence[DeploymentRecord]) -> list[Table]:
@@ -267,6 +267,7 @@ def _pareto(results: Results) -> Section:
             table,
             "No aggregated deployment has both more tokens/s and a lower TPOT than one of these.",
         ),
+        chapter="found",
     )
 
 
@@ -293,13 +294,14 @@ def _time(results: Results) -> Section:
     return Section(
         "Where the time goes, per step",
         (*tables, f"Mean over ranks. {HOW_TO_READ_FACTS}"),
+        chapter="why",
     )
 
 
 def _run_it(results: Results) -> Section:
     found, best = results.plans[0], results.select("projected", BEST)[0]
     memory = best.pools[0]
-    parts: list[Words] = [
+    parts: list[str | Commands] = [
         f"Each rank holds {bytes_si(memory.weight_bytes or 0)} of weights, "
         f"{bytes_si(memory.activation_bytes or 0)} of activations and "
         f"{bytes_si(memory.sequence_bytes or 0)} of KV per full-length sequence."
@@ -310,18 +312,20 @@ def _run_it(results: Results) -> Section:
             f"{found.experiment} (it runs no disaggregated pools)"
         )
     for each in engines_of(results):
-        if found.engine is None and (best_named := engine_best_named(each)):
-            parts.append(f"{each.title}: {best_named}")
+        named_best = engine_best_named(each) if found.engine is None else ""
+        lines: list[str | Figure] = []
         for command in each.commands:
-            parts.append(Figure(command.label, command.lines))
+            lines.append(Figure(command.label, command.lines))
             if command.note:
-                parts.append(f"({command.note})")
+                lines.append(f"({command.note})")
+        if named_best or lines:
+            parts.append(Commands(named_best and f"{each.title}: {named_best}", tuple(lines)))
     if any(each.commands for each in engines_of(results)):
         parts.append(
             "HOST0, HOST1 … are the names of the nodes. Limits are those of the plan: requests at "
             "once, tokens of a step, and tokens of a request with room above the mean."
         )
-    return Section("Run it", tuple(parts))
+    return Section("Run it", tuple(parts), chapter="run")
 
 
 def beside(results: Results, comparison: Comparison) -> Section:
