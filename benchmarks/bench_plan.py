@@ -1,27 +1,35 @@
-"""How fast the planner is: candidates a second, and what the command costs before it begins.
+"""How fast the planner is, and how good: candidates a second, and whether screening loses the best.
 
 python benchmarks/bench_plan.py [--devices 16]
+python benchmarks/bench_plan.py --screening 6 [--candidates 200]
 
-A model of 94 layers and 128 experts, on one core. Prints a table, then one JSON line.
+The first: a model of 94 layers and 128 experts, on one core, and what the command costs before it
+begins. The second: drawn questions, for each so many drawn candidates, all simulated: at which
+place as screened is the best as simulated, and how much less has the best of the ten best screened.
+Prints a table, then one JSON line.
 """
 
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
-from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.execution import LIKELY, Execution
 from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.plan.candidates import Goals, PlanRequest
 from expertlane.plan.project import Setting
 from expertlane.plan.search import Search
-from expertlane.plan.simulated import simulated_pool
+from expertlane.plan.simulated import Trials, simulate, simulated_pool
 from expertlane.plan.two_pools import TwoPoolSearch
+from expertlane.simulate.steady import ROUGH
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
 
@@ -59,10 +67,65 @@ def started_s(*words: str) -> float:
     return sorted(times)[len(times) // 2]
 
 
+_MOST_LOOKED_AT = 10  # as screened
+
+
+def drawn(dice: random.Random) -> PlanRequest:
+    """A model, a cluster and a load; every other one with a limit of TPOT."""
+    model = dice.choice([MODEL, PRESETS["paper"]])
+    cluster = parse_cluster(f"{dice.choice(['h100', 'h200'])}x{dice.choice([8, 16])}")
+    prompt_len, output_len = dice.choice([(2000, 500), (500, 500), (1000, 200), (100, 300)])
+    workload = Workload(dice.choice([32, 128, 512]), prompt_len, output_len, dice.randrange(9))
+    routing = PowerLawRouting.of(model, dice.choice([0.0, 0.5, 0.8]), num_sampled_layers=2)
+    setting = Setting(NumberTypes(), Execution.GRAPH, routing)
+    return PlanRequest(model, cluster, workload, Goals(), setting)
+
+
+def judge_screening(num_questions: int, num_candidates: int) -> None:
+    """Simulate drawn candidates of drawn questions, and compare with their order as screened."""
+    rows = []
+    for number in range(num_questions):
+        dice = random.Random(number)
+        request = drawn(dice)
+        search = Search(request)
+        options = search.options(search.screen())
+        if number % 2:  # what the best by the formula takes, and a quarter more
+            best = max(options, key=lambda each: each.tps)
+            limit_s = 1.25 * float(best.served.tpot_s[LIKELY, best.place or 0])
+            request = replace(request, goals=Goals(max_tpot_s=limit_s / dice.choice([1, 2])))
+        chosen = dice.sample(options, min(num_candidates, len(options)))
+        chosen.sort(key=lambda each: -each.within(request.goals)[1])
+        run = partial(simulate, request=request)
+        trials = [Trials(each, request, run, ROUGH) for each in chosen]
+        for each in trials:
+            each.settle(0.03)
+        tps = [each.tps for each in trials]
+        place = max(range(len(tps)), key=tps.__getitem__)
+        loss = 1 - max(tps[:_MOST_LOOKED_AT]) / tps[place] if tps[place] else 0.0
+        rows.append({"candidates": len(chosen), "place": place + 1, "loss": loss})
+        print(
+            f"{request.model.name:14} {request.cluster!s:8} {request.workload.num_sequences:4} at "
+            f"once, {len(chosen):3} candidates: best simulated is #{place + 1:<3} as screened, "
+            f"loss {loss:.1%}",
+            flush=True,
+        )
+    among = sum(row["place"] <= _MOST_LOOKED_AT for row in rows) / len(rows)
+    print(
+        f"among the ten best screened: {among:.0%}; largest loss {max(r['loss'] for r in rows):.1%}"
+    )
+    print(json.dumps({"questions": rows}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--devices", type=int, default=16)
-    num_devices = parser.parse_args().devices
+    parser.add_argument("--screening", type=int, metavar="QUESTIONS")
+    parser.add_argument("--candidates", type=int, default=200)
+    given = parser.parse_args()
+    num_devices = given.devices
+    if given.screening:
+        judge_screening(given.screening, given.candidates)
+        return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     cluster = parse_cluster(f"h100x{num_devices}")
     routing = PowerLawRouting.of(MODEL, 0.0, num_sampled_layers=2)

@@ -11,7 +11,7 @@ from expertlane.cost.laws.execution import OVERHEAD_S, Execution
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.records import cluster_record, conditions_of
+from expertlane.cost.records import cluster_record, conditions_of, no_surer_than_known
 from expertlane.cost.routing import NUM_SAMPLED_LAYERS, PowerLawRouting, Traffic, placed
 from expertlane.errors import CapacityError, UserError
 from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
@@ -122,12 +122,12 @@ class ExperimentProjector:
         scaling = self._scaling(context, progress)
         plans = self._plan(rows, context, progress)
         workload = self._serve(rows, progress)
-        return Results.now(
+        results = Results.now(
             "comparison",
             command,
             {"experiment": experiment, "skew": self._skew},
             [*rows, *scaling],
-            cluster=cluster_record(cluster, self._types),
+            cluster=cluster_record(self._model, cluster, self._types),
             assumptions=projected_assumptions(
                 experiment, cluster, self._types, self._skew, self._executions, self._prefill_size
             ),
@@ -135,6 +135,7 @@ class ExperimentProjector:
             context=context,
             workload=workload,
         )
+        return no_surer_than_known(results, self._model, cluster.profile)
 
     @property
     def _prefill_size(self) -> StepSize:

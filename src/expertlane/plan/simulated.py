@@ -89,13 +89,18 @@ def simulate_pools(
         known: of pools for prompts; more are added.
     """
     (first, of_prompts, _), (second, options, num_drafts) = prefill.candidate, decode.candidate
-    num_parts = gcd(first.replicas, second.replicas)
-    if (first.replicas + second.replicas) // num_parts > _MOST_REPLICAS:
+    if not divide_alike(first, second):
         return None
     of_rank = -(-decode.num_seqs // (second.replicas * second.dp))
     setup = _Served(second, options, num_drafts, of_rank)
     num = request.workload.num_sequences
     return _rates(request, setup, (first, of_prompts), num, precision, known)
+
+
+def divide_alike(prefill: Layout, decode: Layout) -> bool:
+    """Whether few replicas of two pools are like all of them together."""
+    num_parts = gcd(prefill.replicas, decode.replicas)
+    return (prefill.replicas + decode.replicas) // num_parts <= _MOST_REPLICAS
 
 
 class _Served(NamedTuple):

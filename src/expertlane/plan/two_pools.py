@@ -4,7 +4,7 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import islice, product
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from expertlane.plan.candidates import Candidate, Goals, PlanRequest
 from expertlane.plan.engines import ENGINES
 from expertlane.plan.screen import Known, ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, Search
-from expertlane.plan.simulated import KEPT, simulate_pools
+from expertlane.plan.simulated import KEPT, divide_alike, simulate_pools
 from expertlane.plan.throughput import ThroughputCurve, two_pools
 from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
@@ -322,21 +322,26 @@ class TwoPoolSearch:
         goals, model = self._request.goals, self._request.model
         prefill, decode = self._of_roles(sizes, engine)
         known = None if engine is None else ENGINES[engine]
-        fast = sorted(prefill, key=lambda each: -each.steps.prefill_tps[LIKELY])[:_NUM_PREFILL]
+
+        def fits(second: ScreenedCandidate, first: ScreenedCandidate) -> bool:
+            """Whether both may be one deployment, and be simulated."""
+            joins = known is None or known.joins(first.candidate, second.candidate, model)
+            return joins and divide_alike(first.candidate.layout, second.candidate.layout)
+
+        orders = [sorted(prefill, key=lambda each: -each.steps.prefill_tps[LIKELY])]
         if goals.of_means[1] is not None:
-            fast += sorted(prefill, key=lambda each: each.steps.prefill_s[LIKELY])[:_NUM_PREFILL]
+            orders.append(sorted(prefill, key=lambda each: each.steps.prefill_s[LIKELY]))
         good = sorted(decode, key=lambda each: -_decode_tps(each, goals))[:_NUM_DECODE]
         decoding = replace(goals, max_ttft_s=None, slos=())
         good = [each.at(max(each.within(decoding)[0], 1), self._request.workload) for each in good]
-        for first, second in product(fast, good):
-            if known is not None and not known.joins(first.candidate, second.candidate, model):
-                continue
-            whole = replace(first, place=len(first.steps.num_seqs) - 1)
-            moved_s = self._transfer_s(first.candidate.layout, second.candidate.layout)
-            served = two_pools(first.steps, second.steps, moved_s, self._request.workload)
-            for place in np.flatnonzero(served.breach(goals) <= 1).tolist():
-                tps = float(served.tps[LIKELY, place])
-                yield _Pair(sizes, whole, replace(second, place=place), tps)
+        for second, order in product(good, orders):
+            for first in islice(filter(partial(fits, second), order), _NUM_PREFILL):
+                whole = replace(first, place=len(first.steps.num_seqs) - 1)
+                moved_s = self._transfer_s(first.candidate.layout, second.candidate.layout)
+                served = two_pools(first.steps, second.steps, moved_s, self._request.workload)
+                for place in np.flatnonzero(served.breach(goals) <= 1).tolist():
+                    tps = float(served.tps[LIKELY, place])
+                    yield _Pair(sizes, whole, replace(second, place=place), tps)
 
 
 def _expected(pair: _Pair, ratios: Mapping[object, float]) -> float:

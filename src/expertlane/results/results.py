@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from expertlane.errors import UserError
+from expertlane.results.break_even import BreakEven
 from expertlane.results.estimate import Estimate
 from expertlane.results.hardware import Cluster, Machine, VirtualTime
 from expertlane.results.pair import PairRecord
@@ -144,13 +145,10 @@ class PlanSummary(Strict):
         num_pool_candidates: disaggregated deployments tried.
         num_simulated, num_open: of one pool, simulated request by request; and not simulated,
             though they may have more tokens a second than the best.
-        num_tied: of the best, the first so many tie with the one of most tokens a second.
+        num_tied: of the best, the first so many tie for most tokens a second.
         tie_spread: how far the least of them is below the most tokens a second; a share.
         tie_break: what decided among them; None where one was alone.
-        num_ttft_tied: how many of those that tie have a TTFT that ties with the lowest.
-        fastest: the one of one pool with most tokens a second; None where that is the best.
-        pools_over_fastest: output tokens/s of disaggregated pools over those of `fastest`, with
-            bounds as `over_best` has them.
+        break_even: what would change the answer; None without another kind.
         no_two_pools: why there are none: the devices cannot be split for the model, nothing fits,
             none keeps the limits, or the engine runs none.
         engine: that was asked for; None where any deployment was looked for.
@@ -168,9 +166,7 @@ class PlanSummary(Strict):
     num_tied: int = 1
     tie_spread: float = 0.0
     tie_break: TieBreak | None = None
-    num_ttft_tied: int = 1
-    fastest: DeploymentRecord | None = None
-    pools_over_fastest: Estimate | None = None
+    break_even: BreakEven | None = None
     no_two_pools: NoPools | None = None
     engine: EngineName | None = None
     engines: tuple[EngineBest, ...] = ()

@@ -38,7 +38,7 @@ _NUM_GUESSES = 4  # of how many requests decode, of those that arrive
 _SAME_RUNNING = 0.01  # of a guess: nearer ones are no other
 _PROBE_STEPS = 2
 _FULL_STEPS = 5  # of a pool that always has prompts; the first and the last of them do not count
-_FEW_IN_FLIGHT, _FEWEST_ROUNDS = 2, 8  # micro-batches, and rounds of more of them
+_FEW_STEPS, _FEWEST_ROUNDS = 2, 8  # of a round, and rounds of more steps
 _NUM_PARTS = 20  # of a stretch, for its regression
 _FEWEST_FIRST = 4  # first tokens of a stretch, where so many are under way
 _STRATUM = 24  # steps
@@ -73,9 +73,9 @@ class Precision:
         asks_more = precision.num_first > cls().num_first
         return replace(precision, most_steps=_MOST_STEPS) if asks_more else precision
 
-    def of_rounds(self, num_in_flight: int) -> "Precision":
-        """For rounds of so many micro-batches: each is as many steps, which tell as much."""
-        share = _FEW_IN_FLIGHT / max(num_in_flight, _FEW_IN_FLIGHT)
+    def of_rounds(self, num_steps: int) -> "Precision":
+        """For rounds of so many steps, of micro-batches and replicas: each step tells as much."""
+        share = _FEW_STEPS / max(num_steps, _FEW_STEPS)
 
         def of(steps: int) -> int:
             return min(max(_FEWEST_ROUNDS, ceil(share * steps)), steps)
@@ -210,7 +210,7 @@ class _Stretch:
         options = simulator.setup.options
         rotates = options.micro_batch_schedule == "rotating"
         self._num_in_flight = options.num_micro_batches if rotates else 1
-        self._precision = precision.of_rounds(self._num_in_flight)
+        self._precision = precision.of_rounds(self._steps_of_round())
         self._load = simulator.load
         self._rate, self._batch = simulator.load.rate, simulator.load.batch
         self._multi_token = simulator.setup.multi_token
