@@ -153,6 +153,7 @@ SMOKES: Mapping[str, Smoke] = {
     "benchmarks/narrow_quality.py": Smoke("0.01 2048", r"int8, whole rows +perplexity"),
     "calibration/fastest.py": Smoke("h200", r"\| h200 \| float8 \|", _no_tables),
     "calibration/fit.py": Smoke("h200 --output .", r"", _no_tables),
+    "calibration/judge_models.py": Smoke("{rows} --most 1", r"\|", _no_tables),
     "calibration/judge_published.py": Smoke("", r"\| decode EP72", _no_tables),
     "calibration/judge_serving.py": Smoke("{rows} --jobs 1", r"\| TensorRT-LLM \| driver_s"),
     "calibration/popularity.py": Smoke("DeepSeek-MoE-16B", r"Median of the published: 0\.2"),
