@@ -212,8 +212,8 @@ def test_unknown_and_missing_options_are_type_errors():
         simulated(skeww=1)
     with pytest.raises(TypeError, match=r"^bench\(\): .*'qqqqq'$"):
         expertlane.bench("paper-tiny", qqqqq=1)
-    with pytest.raises(TypeError, match=telling("simulate missing layout")):
-        expertlane.simulate("paper-tiny", cluster="h100x2")
+    with pytest.raises(TypeError, match=telling("plan missing model")):
+        expertlane.plan()
     with pytest.raises(TypeError, match=r"^diff\(\): .*'treshold'; did you mean threshold\?$"):
         expertlane.diff("a", "b", treshold=1)
     with pytest.raises(TypeError, match=telling("load_results missing path")):

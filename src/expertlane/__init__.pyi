@@ -133,6 +133,7 @@ def plan(
     batch: Text | None = None,
     prompt_len: Text | None = None,
     output_len: Text | None = None,
+    requests: str | Path | None = None,
     seed: int = 0,
     slo: Text | Sequence[Text] | None = None,
     price: float | None = None,
@@ -159,14 +160,17 @@ def plan(
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
             paper-tiny, paper-small, paper.
         cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
-            h100, h200, or a TOML file of expertlane calibrate).
+            h100, h200, or a TOML file of expertlane calibrate). PROFILExauto: the fewest
+            devices that serve all of --batch within --slo.
         engine: Only what this engine runs: vLLM, SGLang, TensorRT-LLM or expertlane.
         copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
             else on the own node, else any; balanced: the tokens of each step are distributed to
             even out ranks' loads, where that saves time.
         batch: Closed loop: concurrency N.
-        prompt_len: Tokens per prompt.
-        output_len: Tokens per output.
+        prompt_len: Tokens per prompt. N:N: uniform in that range.
+        output_len: Tokens per output. N:N: uniform in that range.
+        requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
+            or Azure's CSV of LLM inference. Only their lengths are taken.
         seed: Seed of all random draws; reproducible for equal seeds.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
@@ -196,10 +200,11 @@ def plan(
 
 
 def simulate(
-    model: Text,
+    model: Text | None = None,
     *,
-    layout: Text,
-    cluster: Text,
+    layout: Text | None = None,
+    cluster: Text | None = None,
+    plan: Text | None = None,
     prefill_layout: Text | None = None,
     cold_start: bool = False,
     trace: bool = False,
@@ -248,6 +253,10 @@ def simulate(
         layout: How ranks are arranged: dp=2,ep=2 for example.
         cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
             h100, h200, or a TOML file of expertlane calibrate).
+        plan: Row N of the results.json of expertlane plan or compare --project again, with its
+            model, cluster and load; the first row without #N. #pools: disaggregated pools;
+            #vllm, #sglang …: the best of an engine. Other options that are given take
+            precedence.
         prefill_layout: Disaggregated: a separate prefill pool, on further devices; --layout is
             then the decode pool's. --prefill-dispatch is the prefill pool's, all other options
             hold for both.

@@ -15,7 +15,7 @@ from expertlane.cli import compare as compare_command
 from expertlane.cli import plan as plan_command
 from expertlane.cli import simulate as simulate_command
 from expertlane.cli.diff import THRESHOLD_PERCENT
-from expertlane.cli.option_groups import call_with
+from expertlane.cli.option_groups import Fill, call_with
 from expertlane.cli.output import Call, Found, write_beside
 from expertlane.cli.python_options import PythonFunction, PythonOptions, names_itself
 from expertlane.errors import UserError
@@ -30,17 +30,22 @@ from expertlane.spec.ranges import take, take_flag
 __all__ = ["Difference", "Results", "bench", "compare", "diff", "load_results", "plan", "simulate"]
 
 
-def _function(module: ModuleType) -> PythonFunction[Results]:
-    """The command of a module as a function, with every option that it declares."""
+def _function(module: ModuleType, fill: Fill = lambda _: {}) -> PythonFunction[Results]:
+    """The command of a module as a function, with every option that it declares.
+
+    Args:
+        fill: as `takes_groups` takes it.
+    """
     name = module.__name__.rpartition(".")[2]
     options = PythonOptions.of(getattr(module, name), module.run)
 
     def function(*arguments: Any, **given: Any) -> Results:
-        values = options.take(*arguments, **given)
-        out = values.pop("out")
-        if out is None and values.get("trace"):
+        taken = options.take(*arguments, **given)
+        out = taken.pop("out", None)
+        if out is None and taken.get("trace"):
             raise UserError("trace writes files; say where: out='results/NAME'")
-        found = call_with(module.run, values | {"call": Call(options.command(values), out)})
+        call = Call(options.command(taken), out)
+        found = call_with(module.run, options.defaults() | taken | fill(taken) | {"call": call})
         if not isinstance(found, Found):
             with closing(found):  # of a comparison: one, of the one number of experts per token
                 (found,) = found
@@ -55,7 +60,7 @@ def _function(module: ModuleType) -> PythonFunction[Results]:
 
 compare = _function(compare_command)
 plan = _function(plan_command)
-simulate = _function(simulate_command)
+simulate = _function(simulate_command, simulate_command.of_plan)
 bench = _function(bench_command)
 
 

@@ -130,11 +130,11 @@ def test_limits_are_those_of_the_plan():
 
 def test_a_longest_request_is_above_the_mean_and_within_the_model():
     paper = PRESETS["paper"]
-    assert longest_request(Workload(8, 1000, 1000), MODEL) == 3072
+    assert longest_request(Workload(8, 1000, 1000).load, MODEL) == 3072
     small = paper.with_overrides(max_position_embeddings=2100)
-    assert longest_request(Workload(8, 1000, 1000), small) == 2100
+    assert longest_request(Workload(8, 1000, 1000).load, small) == 2100
     exact = paper.with_overrides(max_position_embeddings=1999)  # the last token is never read
-    assert longest_request(Workload(8, 1000, 1000), exact) == 2000
+    assert longest_request(Workload(8, 1000, 1000).load, exact) == 2000
 
 
 def test_attention_data_parallelism_and_drafts():

@@ -1,6 +1,8 @@
 """plan, simulate and compare --project say the same of one question."""
 
+import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +11,9 @@ from expertlane.compare.projection import ExperimentProjector
 from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.progress import Silent
-from expertlane.results.record import BEST
+from expertlane.report.shown import Results
+from expertlane.results import file
+from expertlane.results.record import BEST, EXPERIMENT, TWO_POOLS
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.model import PRESETS
@@ -51,23 +55,169 @@ def told(record):
 
 @pytest.mark.smoke(1)
 @pytest.mark.parametrize("seed", range(8))
-def test_simulate_says_of_a_row_what_plan_says(seed):
+def test_simulate_says_of_a_row_what_plan_says(seed, tmp_path):
     asked = draw(seed)
-    for row in plan(asked).select("projected", BEST)[:2]:
-        layout, num_seqs = row.known_layout, row.serving[0].num_running
-        options = row.known_options
-        found = expertlane.simulate(
-            **asked | {"batch": str(num_seqs)},
-            layout=str(layout),
-            dispatch=options.dispatch,
-            prefill_dispatch=options.prefill_dispatch,
-            overlap="on" if options.overlap else "off",
-            num_micro_batches=options.num_micro_batches,
-            micro_batch_schedule=options.micro_batch_schedule,
-            num_redundant_experts=options.num_redundant_experts,
-            max_num_seqs=-(-num_seqs // (layout.replicas * layout.dp)),
-        )
+    if seed % 2:
+        asked["skew"] = None  # the usual one, with bounds
+    results = plan(asked)
+    file.write(results, tmp_path)
+    rows = {str(place): row for place, row in enumerate(results.select("projected", BEST)[:2], 1)}
+    rows |= dict(zip(["pools"], results.select("projected", TWO_POOLS), strict=False))
+    rows |= {each.engine: each.best for each in results.plans[0].engines[:1] if each.best}
+    for name, row in rows.items():
+        found = expertlane.simulate(plan=f"{tmp_path}#{name}")
         assert told(found.deployments[0]) == pytest.approx(told(row), rel=_SAME)
+
+
+def test_lengths_that_vary_are_simulated_as_they_are(tmp_path):
+    asked = draw(2) | {"prompt_len": "16:160", "output_len": "12:60"}
+    results = plan(asked)
+    file.write(results, tmp_path)
+    assert results.question["workload"]["prompt_len"] == 88
+    assert results.question["load"]["output_len"] == "12:60"
+    assert "16–160 in / 12–60 out" in " ".join(Results.of(results).answer.split())
+    found = expertlane.simulate(plan=tmp_path)
+    assert told(found.deployments[0]) == pytest.approx(told(best_of(results)), rel=_SAME)
+    alike = best_of(plan(asked | {"prompt_len": 88, "output_len": 36}))
+    assert told(best_of(results)) != pytest.approx(told(alike), rel=_SAME)
+
+
+def test_recorded_requests_are_simulated_by_their_lengths(tmp_path):
+    rows = [
+        {"timestamp": 100 * number, "input_length": 20 + 30 * number, "output_length": 4 + number}
+        | {"hash_ids": [1]}
+        for number in range(6)
+    ]
+    recorded = tmp_path / "requests.jsonl"
+    recorded.write_text("\n".join(map(json.dumps, rows)))
+    asked = {"cluster": "h100x2", "batch": 4, "requests": recorded, "skew": 0}
+    results = expertlane.plan("paper-small", **asked)
+    file.write(results, tmp_path)
+    assert results.question["workload"]["prompt_len"] == 95
+    assert "recorded, 95 in / 6 out on average" in " ".join(Results.of(results).answer.split())
+    found = expertlane.simulate(plan=tmp_path)
+    assert told(found.deployments[0]) == pytest.approx(told(best_of(results)), rel=_SAME)
+    with pytest.raises(expertlane.UserError, match="fewer than --batch 64"):
+        expertlane.plan("paper-small", **asked | {"batch": 64})
+    with pytest.raises(expertlane.UserError, match="exclude each other"):
+        expertlane.plan("paper-small", **asked, prompt_len=20)
+
+
+def test_a_row_keeps_drafts_types_and_framework(tmp_path):
+    asked = {"cluster": "h100x2", "batch": 8, "prompt_len": 64, "output_len": 16, "price": 3}
+    own = {"mtp": 1, "mtp_acceptance": 0.7, "dtype": "float8", "framework": "trt", "seed": 2}
+    results = expertlane.plan("paper-small", **asked, **own, execution="eager")
+    file.write(results, tmp_path)
+    row = best_of(results)
+    found = expertlane.simulate(plan=tmp_path)
+    assert told(found.deployments[0]) == pytest.approx(told(row), rel=_SAME)
+    assert found.question["serving"]["mtp"] == row.num_drafts == 1
+    assert found.cluster.framework == "trt"
+    again = replace(found.deployments[0].conditions, routing=row.conditions.routing)
+    assert again == row.conditions
+    cost = found.deployments[0].serving[0].usd_per_million_output
+    assert cost.value == pytest.approx(row.serving[0].usd_per_million_output.value, rel=_SAME)
+
+
+def test_what_is_given_beside_a_row_takes_precedence(tmp_path):
+    asked = draw(2)
+    file.write(plan(asked), tmp_path)
+    found = expertlane.simulate(plan=tmp_path, batch=[2, 3], skew=0.3, prompt_len=20)
+    record = found.deployments[0]
+    assert [each.batch for each in record.serving] == [2, 3]
+    assert record.conditions.routing == "--skew 0.3"
+    assert found.question["workload"]["prompt_len"] == "20"
+    assert asked["output_len"] == 40
+    assert found.question["workload"]["output_len"] == "32:48"
+    open_loop = expertlane.simulate(plan=tmp_path, rate=1)
+    assert open_loop.deployments[0].serving[0].rate == 1
+    with pytest.raises(expertlane.UserError, match="--layout and --plan exclude each other"):
+        expertlane.simulate(plan=tmp_path, layout="tp=2")
+
+
+def test_those_without_a_place_wait_as_long_as_the_places_take(tmp_path):
+    """Planned by Little's law; simulated, with all of them in the queue."""
+    asked = draw(3) | {"batch": 64, "cluster": "h100x2", "output_len": 40, "price": 2}
+    free = best_of(plan(asked))
+    limit_s = 0.9 * free.serving[0].tpot_s.mean.value
+    results = plan(asked, slo=f"tpot.mean={1e3 * limit_s:.6g}ms")
+    file.write(results, tmp_path)
+    row = best_of(results)
+    serving = row.serving[0]
+    num = serving.num_running
+    assert num < 64
+    wait_s = (64 - num) / (serving.output_tps.value / 40)
+    assert serving.place_wait_s.value == pytest.approx(wait_s)
+    headline = " ".join(Results.of(results).headline.split())
+    assert f"serves {num} of 64 at once within the limits; {64 - num} wait" in headline
+    queued = expertlane.simulate(plan=tmp_path, batch=64).deployments[0].serving[0]
+    assert queued.num_running == num
+    longer_s = queued.ttft_s.mean.value - serving.ttft_s.mean.value
+    assert longer_s == pytest.approx(wait_s, rel=0.1)  # of a sample
+    assert queued.place_wait_s.value == pytest.approx(wait_s, rel=0.05)
+
+
+def test_a_price_is_of_whatever_is_shown():
+    asked = draw(4) | {"batch": 24, "price": 2}
+    results = plan(asked)
+    (pools,) = results.select("projected", TWO_POOLS)
+    shown = [pools, best_of(results), *(each.best for each in results.plans[0].engines)]
+    for record in shown:
+        tps = record.serving[0].output_tps.value
+        usd = record.serving[0].usd_per_million_output.value
+        assert usd == pytest.approx(1e6 * 2 / 3600 * record.num_ranks / tps)
+    assert all(each.num_ranks == 2 for each in shown)
+
+
+def test_a_row_of_a_comparison_is_what_compare_says(tmp_path):
+    folder = tmp_path / "experiment.toml"
+    folder.write_text(
+        """
+        name = "two"
+        model = { preset = "paper-small" }
+        workload = { num_sequences = 24, prompt_len = 100, output_len = 12 }
+        deployments = [
+            { name = "plain", layout = { tp = 2 } },
+            { name = "timed", layout = { dp = 2, ep = 2 }, options = { overlap = "auto" } },
+        ]
+        """
+    )
+    results = expertlane.compare(folder, project=True, cluster="h100x2")
+    file.write(results, tmp_path)
+    rows = results.select("projected", EXPERIMENT, results.conditions[0])
+    for place, row in enumerate(rows, 1):
+        found = expertlane.simulate(plan=f"{tmp_path}#{place}")
+        assert told(found.deployments[0]) == pytest.approx(told(row), rel=_SAME)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("#9", "there is no row '9'; valid: #1"),
+        ("#0", "there is no row '0'"),
+        ("#", "there is no row ''"),
+        ("#llamacpp", "#vllm, #sglang, #trtllm, #expertlane"),
+    ],
+)
+def test_a_row_that_there_is_not_gets_one_line(row, says, tmp_path):
+    file.write(plan(draw(0)), tmp_path)
+    with pytest.raises(expertlane.UserError) as caught:
+        expertlane.simulate(plan=f"{tmp_path}{row}")
+    assert str(caught.value).startswith("--plan: ")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_results_have_no_row(tmp_path):
+    load = {"batch": 2, "prompt_len": 8, "output_len": 8}
+    found = expertlane.simulate("paper-tiny", layout="tp=2", cluster="h100x2", **load)
+    file.write(found, tmp_path)
+    with pytest.raises(expertlane.UserError, match="it is of a simulation"):
+        expertlane.simulate(plan=tmp_path)
+    with pytest.raises(expertlane.UserError, match="No such file"):
+        expertlane.simulate(plan=tmp_path / "nowhere.json")
+    with pytest.raises(expertlane.UserError, match="--layout is missing: give it, or a row"):
+        expertlane.simulate("paper-tiny", cluster="h100x2")
 
 
 @pytest.mark.smoke(1)

@@ -257,6 +257,7 @@ def _projector(
     from expertlane.compare.projection import ExperimentProjector, usual_number_type
     from expertlane.cost.laws.frameworks import served_cluster
     from expertlane.cost.number_types import NumberTypes
+    from expertlane.results.asked import ProjectionAsked
 
     name = options.cluster or f"{DEFAULT_PROFILE}x{experiment.num_ranks}"
     cluster = served_cluster(name, options.framework)
@@ -266,7 +267,8 @@ def _projector(
         found = find_model(experiment.checkpoint, weights=False)
         types = found.number_types(dtype, "model", cluster)
     skew = DEFAULT_SKEW if options.skew is None else options.skew
-    return ExperimentProjector(experiment, cluster, types, skew)
+    asked = ProjectionAsked(cluster=name, framework=options.framework, skew=skew)
+    return ExperimentProjector(experiment, cluster, types, skew, asked)
 
 
 def _measure(

@@ -1,6 +1,6 @@
 """The options of a load: what plan, simulate and bench are to serve, within what limits."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +14,7 @@ from expertlane.spec.slo import SLO, parse_slos
 
 if TYPE_CHECKING:
     from expertlane.spec.model import ModelConfig
-    from expertlane.spec.workload import LengthRange, Load, RecordedRequest, Workload
+    from expertlane.spec.workload import LengthRange, Load, RecordedRequest
 
 _OPEN_SIZE = 100  # requests of an open loop
 
@@ -89,13 +89,12 @@ def _num_requests(defaults: Defaults, **how: Any) -> Any:
     )
 
 
-def _requests(**how: Any) -> Any:
+def _requests(taken: str = "With --batch or --rate only the lengths are taken.") -> Any:
     return _option(
         metavar="FILE",
         rich_help_panel=Panel.MORE_WORKLOAD,
         help="Recorded requests, with their lengths and arrival times: Mooncake's JSON lines or "
-        "Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.",
-        **how,
+        f"Azure's CSV of LLM inference. {taken}",
     )
 
 
@@ -264,14 +263,12 @@ class SimulatedLoad(LoadOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedLoad(SimulatedLoad):
-    """Of plan, whose load goes on without end: one concurrency, one length each, means."""
+    """Of plan, whose load goes on without end: one concurrency."""
 
     batch: str | None = _batch(f"{MODELLED.batch}, or as many as fit", "N")
-    prompt_len: str | None = _length("prompt", MODELLED.prompt_len, "N")
-    output_len: str | None = _length("output", MODELLED.output_len, "N")
     rate: str | None = _rate(hidden=True)
     num_requests: int | None = _num_requests(MODELLED, hidden=True)
-    requests: Path | None = _requests(hidden=True)
+    requests: Path | None = _requests("Only their lengths are taken.")
     prefix_len: int | None = _prefix_len(hidden=True)
     num_prefixes: int | None = _num_prefixes(hidden=True)
     slo: list[str] | None = _slo(
@@ -279,19 +276,19 @@ class PlannedLoad(SimulatedLoad):
         "p95 or p99. Deployments that miss one are left out.",
     )
 
-    def workload(self, model: "ModelConfig") -> "Workload":
+    def load(self, model: "ModelConfig") -> "Load":
         """What is served in the steady state; default lengths are cut to the model's positions.
 
         Raises:
-            UserError: it is of a load that begins and ends.
+            UserError: it is of a load that begins and ends, or that the model is too short for.
         """
-        from expertlane.spec.workload import Workload
+        from expertlane.spec.workload import check_lengths
 
-        for name in ("rate", "num_requests", "requests", "prefix_len", "num_prefixes"):
+        for name in ("rate", "num_requests", "prefix_len", "num_prefixes"):
             if getattr(self, name) is not None:
                 raise UserError(
                     f"--{name.replace('_', '-')} is for expertlane simulate and bench; plan takes "
-                    "a load without end: --batch, --prompt-len, --output-len"
+                    "a load without end: --batch, and --prompt-len, --output-len or --requests"
                 )
         text, allowed = self.batch or self.defaults.batch, RANGES["batch"]
         batch = allowed.parse(text)
@@ -299,32 +296,35 @@ class PlannedLoad(SimulatedLoad):
             raise UserError(
                 f"--batch is {shown(text)}; for plan it must be {allowed}; simulate takes several"
             )
-        lengths = {name: self._range(name) for name in ("prompt_len", "output_len")}
-        for name, length in lengths.items():
-            if length.low < length.high:
-                raise UserError(
-                    f"--{name.replace('_', '-')} is {length}; plan takes one length, the mean for "
-                    "example, simulate a range"
-                )
-        sizes = {name: each.low for name, each in lengths.items()}
-        if sizes["output_len"] == 1:
+        asked = replace(self, batch=text)
+        if self.requests is None:
+            cut = asked._cut(model.max_position_embeddings)
+            asked = replace(cut, num_requests=int(batch))
+        (load,) = asked.loads()
+        if load.output_len.high == 1:
             raise UserError(
                 "--output-len is 1; plan weighs prompts against decode steps, of which there are "
                 "none then: give 2 or more, or use expertlane simulate"
             )
-        return Workload(
-            int(batch), **self._cut(sizes, model.max_position_embeddings), seed=self.seed
-        )
+        if load.varies:
+            check_lengths(load, model.max_position_embeddings)
+        else:
+            load.means().check_model(model, as_options=True)
+        return load.of_lengths()
 
-    def _cut(self, lengths: dict[str, int], limit: int) -> dict[str, int]:
-        """Those that were not asked for no longer than fits; of both a fourth is output."""
-        cut = dict(lengths)
-        if sum(cut.values()) <= limit:
-            return cut
+    def _cut(self, limit: int) -> "PlannedLoad":
+        """Lengths that were not asked for no longer than fits; of both a fourth is output."""
+        prompt, output = (self._range(name).high for name in ("prompt_len", "output_len"))
+        if prompt + output <= limit:
+            return self
         if self.output_len is None:
-            room = limit // 4 if self.prompt_len is None else limit - cut["prompt_len"]
-            cut["output_len"] = min(cut["output_len"], room) if room > 0 else cut["output_len"]
-        room = limit - cut["output_len"]
+            room = limit // 4 if self.prompt_len is None else limit - prompt
+            output = min(output, room) if room > 0 else output
+        room = limit - output
         if self.prompt_len is None and room > 0:
-            cut["prompt_len"] = min(cut["prompt_len"], room)
-        return cut
+            prompt = min(prompt, room)
+        return replace(
+            self,
+            prompt_len=self.prompt_len or str(prompt),
+            output_len=self.output_len or str(output),
+        )

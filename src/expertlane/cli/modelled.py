@@ -20,15 +20,19 @@ CacheType = Literal["model", Dtype, "float8"]
 NumberType = Literal[Dtype, "float8", "nvfp4", "mxfp4"]
 
 
-def cluster_option(default: Any, show_default: bool | str = True) -> Any:
-    """A modelled cluster."""
+def cluster_option(default: Any, show_default: bool | str = True, *, more: str = "") -> Any:
+    """A modelled cluster.
+
+    Args:
+        more: further help.
+    """
     return typer.Option(
         default,
         metavar="PROFILExN",
         autocompletion=completion.clusters,
         show_default=show_default,
         help="The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300, h100, "
-        "h200, or a TOML file of expertlane calibrate).",
+        f"h200, or a TOML file of expertlane calibrate).{more}",
     )
 
 

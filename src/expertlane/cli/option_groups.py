@@ -2,24 +2,32 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import wraps
 from pathlib import Path
 from typing import Any, get_args
 
+import typer
 from typer.models import OptionInfo
 
 from expertlane.cli.output import Call
 from expertlane.errors import UserError
 from expertlane.spec.ranges import RANGES, take
 
+Fill = Callable[[Mapping[str, Any]], dict[str, Any]]
+_CONTEXT = "context"  # a parameter that typer fills in, and no option
+_GIVEN = ("COMMANDLINE", "ENVIRONMENT")  # where typer has a value from that somebody gave
 
-def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
+
+def takes_groups(command: Callable[..., None], fill: Fill | None = None) -> Callable[..., None]:
     """The command as typer takes it: in place of each group, its options, in the group's panel.
 
     Numbers of options are checked by the ranges of the fields that they are named like.
+
+    Args:
+        fill: from what is given, by name, gives values of other options in place of their defaults.
     """
 
     parameters = parameters_of(command)
@@ -28,6 +36,13 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**values: Any) -> None:
+        if fill is not None:
+            context = values.pop(_CONTEXT)
+            sources = {name: context.get_parameter_source(name) for name in values}
+            given = {
+                name: values[name] for name, source in sources.items() if source.name in _GIVEN
+            }
+            values |= fill(given)
         for each in parameters:
             _check(each, values[each.name])
             if isinstance(values[each.name], Path) and str(values[each.name]) in names:
@@ -37,8 +52,12 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
                 )
         call_with(command, values)
 
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    declared = list(parameters)
+    if fill is not None:
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        declared.append(inspect.Parameter(_CONTEXT, keyword, annotation=typer.Context))
+    run.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in declared}
     return run
 
 

@@ -28,9 +28,9 @@ MODEL_HELP = (
     "A checkpoint folder, a hub id (org/name), or a preset with random weights: "
     "paper-tiny, paper-small, paper."
 )
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", autocompletion=completion.models, help=MODEL_HELP)
-]
+_MODEL: Any = typer.Argument(metavar="MODEL", autocompletion=completion.models, help=MODEL_HELP)
+ModelArgument = Annotated[str, _MODEL]
+OptionalModel = Annotated[str | None, _MODEL]
 
 
 def timeout_option() -> Any:

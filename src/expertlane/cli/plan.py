@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from expertlane.plan.commands import ServeTarget
 
 _EXPERIMENT = "experiment.toml"
+_AUTO = "xauto"  # in place of a number of devices
 # A plan keeps what it makes: collecting it anew all the time is a tenth of its CPU time.
 _COLLECTED_AFTER = 100_000, 50, 50
 
@@ -33,7 +34,9 @@ _COLLECTED_AFTER = 100_000, 50, 50
 class _Options:
     panel: ClassVar = Panel.DEPLOYMENT
     model: ModelArgument
-    cluster: str = cluster_option("h100x16")
+    cluster: str = cluster_option(
+        "h100x16", more=" PROFILExauto: the fewest devices that serve all of --batch within --slo."
+    )
     engine: EngineName | None = typer.Option(
         None,
         show_default="any deployment, and the best of each engine",
@@ -77,6 +80,8 @@ def plan(
           with the routing of your own traffic
       expertlane plan org/model --cluster h200x16 --engine sglang
           what SGLang can run, and the commands that start it
+      expertlane plan org/model --cluster h200xauto --batch 512 --slo tpot.mean=50ms
+          how many H200 it takes
       expertlane plan mine --cluster machine.tomlx2
           on a machine that expertlane calibrate measured
       expertlane plan paper --json | jq '.deployments[0].layout'
@@ -101,16 +106,21 @@ def run(
     from expertlane.plan.candidates import Goals, PlanRequest
     from expertlane.plan.project import Setting
     from expertlane.plan.results import make_plan
+    from expertlane.plan.sizing import smallest_plan
+    from expertlane.results.asked import ProjectionAsked
     from expertlane.results.cost import with_costs
 
     multi_token = drafts.multi_token()
     if multi_token.num_drafts and own.engine == "expertlane":
         raise UserError("--mtp: expertlane has no drafts; leave it out with --engine expertlane")
     found = find_model(own.model, weights=False)
-    devices = served_cluster(own.cluster, projection.framework)
-    workload, goals = load.workload(found.config), Goals.of(load.slos)
-    workload.check_model(found.config, as_options=True)
-    routing = choose_routing(found.config, projection.routing_trace, projection.skew, load.seed)
+    is_auto = own.cluster.endswith(_AUTO)
+    cluster = own.cluster.removesuffix(_AUTO) + "x1" if is_auto else own.cluster
+    devices = served_cluster(cluster, projection.framework)
+    asked, goals = load.load(found.config), Goals.of(load.slos)
+    workload = asked.means(load.seed)
+    routing_trace = projection.routing_trace
+    routing = choose_routing(found.config, routing_trace, projection.skew, load.seed)
     types = found.number_types(projection.dtype, projection.kv_dtype, devices)
     is_narrow = types.weights in ("float8", "nvfp4")  # DeepEP sends float8 beside both
     payload: PayloadType = "float8" if is_narrow else "model"
@@ -122,17 +132,34 @@ def run(
         copies=own.copies,
         multi_token=multi_token,
     )
-    name = output.slug("plan", found.config.name, devices)
+    name = output.slug("plan", found.config.name, own.cluster if is_auto else devices)
     folder = call.folder(name)
     experiment = None if folder is None else folder / _EXPERIMENT
     cautions = *found.cautions(types), *stand_ins(devices.profile, types)
-    request = PlanRequest(found.config, devices, workload, goals, setting, own.engine)
+    request = PlanRequest(found.config, devices, workload, goals, setting, own.engine, asked)
     with output.progress_on_stderr() as progress:
-        plan = make_plan(request, routing, progress, cautions)
+        fewer = None
+        if is_auto:
+            sized = smallest_plan(request, routing, progress, cautions)
+            plan, fewer = sized.plan, sized.fewer
+            cluster = f"{own.cluster.removesuffix(_AUTO)}x{plan.request.cluster.num_devices}"
+        else:
+            plan = make_plan(request, routing, progress, cautions)
     results = plan.results(
         command=call.command,
         loaded=_served(found),
         experiment=None if experiment is None else str(experiment),
+        projection=ProjectionAsked(
+            cluster=cluster,
+            framework=projection.framework,
+            skew=projection.skew,
+            routing_trace=None if routing_trace is None else str(routing_trace),
+            execution=projection.execution,
+            mtp=drafts.mtp,
+            mtp_acceptance=drafts.mtp_acceptance,
+        ),
+        fewer=fewer,
+        load=load.question(asked),
     )
     if load.price is not None:
         results = with_costs(results, load.price)

@@ -188,7 +188,7 @@ class PythonOptions:
         )
 
     def take(self, *arguments: Any, **given: Any) -> dict[str, Any]:
-        """All values as the command gets them, defaults among them.
+        """The values that are given, as the command gets them.
 
         Raises:
             TypeError: an option that it lacks, or none where it needs one; the text names the
@@ -196,9 +196,19 @@ class PythonOptions:
             UserError: a value is not valid.
         """
         bound = bind(self.name, self.signature, arguments, given)
-        bound.apply_defaults()
-        taken = {each.name: each.take(bound.arguments[each.name]) for each in self.options}
-        return taken | {each.name: each.default for each in self.hidden}
+        named = bound.arguments
+        return {
+            each.name: each.take(named[each.name]) for each in self.options if each.name in named
+        }
+
+    def defaults(self) -> dict[str, Any]:
+        """The values of options that are not given; of those that have to be, none."""
+        options = (*self.options, *self.hidden)
+        return {
+            each.name: each.default
+            for each in options
+            if each.default is not inspect.Parameter.empty
+        }
 
     def command(self, values: Mapping[str, Any]) -> str:
         """The call as a user repeats it: what is not the default."""

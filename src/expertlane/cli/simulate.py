@@ -4,20 +4,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import typer
 
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import SimulatedLoad
-from expertlane.cli.model import find_model
+from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.modelled import DraftOptions, ProjectionOptions, cluster_option
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     TOKENS_OF_STEP,
     DeploymentOptions,
-    ModelArgument,
+    OptionalModel,
     RequestOptions,
     layout_option,
     placement_option,
@@ -28,11 +28,11 @@ from expertlane.errors import UserError, naming
 from expertlane.spec.deployment import PlacementMethod
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from expertlane.cli.model import FoundModel
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.results.results import Results
+    from expertlane.simulate.row import Row
     from expertlane.simulate.setup import ServingSetup
     from expertlane.simulate.simulator import Outcome, Simulator
     from expertlane.simulate.steady import Precision
@@ -46,8 +46,15 @@ _MAX_NUM_SEQS = 256  # of a data-parallel rank; more where the batch asks for mo
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     panel: ClassVar = Panel.DEPLOYMENT
-    layout: str = layout_option(...)
-    cluster: str = cluster_option(...)
+    layout: str | None = layout_option(None, show_default="--plan's")
+    cluster: str | None = cluster_option(None, show_default="--plan's")
+    plan: str | None = typer.Option(
+        None,
+        metavar="FILE#N",
+        help="Row N of the results.json of expertlane plan or compare --project again, with its "
+        "model, cluster and load; the first row without #N. #pools: disaggregated pools; #vllm, "
+        "#sglang …: the best of an engine. Other options that are given take precedence.",
+    )
     prefill_layout: str | None = typer.Option(
         None,
         metavar="LAYOUT",
@@ -63,6 +70,13 @@ class _Options:
         "Else the load is in its steady state, where one request comes as another ends.",
     )
     trace: bool = trace_option()
+
+    def row(self) -> "Row | None":
+        """The one that `--plan` names."""
+        from expertlane.simulate.row import find_row
+
+        with naming("--plan"):
+            return None if self.plan is None else find_row(self.plan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +107,26 @@ class _Scheduler(RequestOptions):
     )
 
 
-@takes_groups
+def of_plan(given: "Mapping[str, Any]") -> "dict[str, Any]":
+    """The options that a row of a plan stands for; none without `--plan`.
+
+    Raises:
+        UserError: there is no such row, or what it is of is given beside it.
+    """
+    if given.get("plan") is None:
+        return {}
+    from expertlane.simulate.row import find_row
+
+    for name in ("model", "layout", "prefill_layout"):
+        if given.get(name) is not None:
+            option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} and --plan exclude each other: a row has its own")
+    with naming("--plan"):
+        return find_row(given["plan"]).values(given)
+
+
+@partial(takes_groups, fill=of_plan)
 def simulate(
-    model: ModelArgument,
     own: _Options,
     output_options: OutputOptions,
     load_options: SimulatedLoad,
@@ -103,6 +134,7 @@ def simulate(
     deployment: _Deployment,
     drafts: DraftOptions,
     scheduler: _Scheduler,
+    model: OptionalModel = None,
 ) -> None:
     """Project one deployment on target hardware.
 
@@ -119,14 +151,15 @@ def simulate(
           --cluster h100x16 --rate 20 --prompt-len 512:2048 --skew 0.6
       expertlane simulate ./my-checkpoint --layout dp=8,ep=8 \\
           --prefill-layout tp=8 --cluster h100x16 --trace
+      expertlane simulate --plan results/plan-paper-h100x16/results.json#2
+          the second row of a plan again, in detail
     """
     call = output_options.call()
-    found = run(model, own, load_options, projection, deployment, drafts, scheduler, call)
+    found = run(own, load_options, projection, deployment, drafts, scheduler, call, model)
     output.publish(found, output_options)
 
 
 def run(
-    model: ModelArgument,
     own: _Options,
     load_options: SimulatedLoad,
     projection: ProjectionOptions,
@@ -134,11 +167,18 @@ def run(
     drafts: DraftOptions,
     scheduler: _Scheduler,
     call: output.Call,
+    model: OptionalModel = None,
 ) -> output.Found:
     """Simulate, without a word on standard output."""
     loads = load_options.loads()
     multi_token = drafts.multi_token()
-    found_model = find_model(model, weights=False)
+    row = own.row()
+    layout_text, cluster = _needed("--layout", own.layout), _needed("--cluster", own.cluster)
+    if row is not None:
+        loads = [each.of_lengths() for each in loads]  # as a plan takes recorded requests
+        found_model = FoundModel(row.model.name, row.model, None)
+    else:
+        found_model = find_model(_needed("MODEL", model), weights=False)
 
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.frameworks import served_cluster
@@ -151,49 +191,66 @@ def run(
     from expertlane.spec.workload import check_lengths
 
     config, seed = found_model.config, load_options.seed
-    modelled = served_cluster(own.cluster, projection.framework)
+    modelled = served_cluster(cluster, projection.framework)
     routing = choose_routing(config, projection.routing_trace, projection.skew, seed)
     with naming("--prefill-layout"):
         text = own.prefill_layout
         prefill_layout = None if text is None else found_model.lay_out(text)
-    layout, options = found_model.lay_out(own.layout), deployment.options
+    layout, options = found_model.lay_out(layout_text), deployment.options
     if options.placement == "load" and all(
         each is None or each.ep == 1 for each in (layout, prefill_layout)
     ):
         options = replace(options, placement="linear")  # every rank has a part of every expert
+    types = found_model.number_types(projection.dtype, projection.kv_dtype, modelled)
+    if row is not None:
+        types = replace(types, rounds_inputs=row.options.activations == "float8")
     setup = ServingSetup(
         layout=layout,
         prefill_layout=prefill_layout,
         options=options,
-        types=found_model.number_types(projection.dtype, projection.kv_dtype, modelled),
+        types=types,
         execution=Execution(projection.execution),
         routing=routing.source,
         multi_token=multi_token,
-        prefill_options=None,
+        prefill_options=None if row is None else row.prefill_options,
         **_sizes(scheduler, projection.framework, layout, loads),
     )
     for load in loads:
         check_lengths(load, config.max_position_embeddings)
     _check(found_model, setup, modelled)
-    folder = call.folder(output.slug("simulate", config.name, own.cluster))
+    folder = call.folder(output.slug("simulate", config.name, cluster))
     if not own.cold_start:
         loads = [each.varied(config.max_position_embeddings) for each in loads]
     simulators = [Simulator(config, modelled, setup, load) for load in loads]
+    # Unless objectives are given, as long a stretch as a row was found by.
     precision = Precision.of(load_options.slos, load_options.num_requests)
+    slos = load_options.slos or (row.slos if row is not None else ())
+    own_cautions = found_model.cautions(setup.types) if row is None else row.cautions
     run_one = partial(_run, seed=seed, precision=precision, cold_start=own.cold_start)
     runs = [(each, run_one(each, is_alone=len(loads) == 1)) for each in simulators]
     results = simulation(
         runs,
         load_options.question(loads[0]),
         routing,
-        load_options.slos,
+        slos,
         command=call.command,
-        cautions=found_model.cautions(setup.types),
+        cautions=own_cautions,
     )
     if load_options.price is not None:
         results = with_costs(results, load_options.price)
     traced = folder if own.trace else None
     return output.Found(results, folder, lambda: _write_trace(runs, results, traced))
+
+
+def _needed(name: str, value: str | None) -> str:
+    """A value that only a row of a plan may stand in for.
+
+    Raises:
+        UserError: there is none.
+    """
+    if value is None:
+        raise UserError(f"{name} is missing: give it, or a row of a plan, --plan FILE#N")
+    return value
 
 
 def _write_trace(
@@ -226,7 +283,7 @@ def _sizes(
     return of_framework | asked | {"max_num_seqs": max_num_seqs}
 
 
-def _check(found: "FoundModel", setup: "ServingSetup", modelled: "ModelledCluster") -> None:
+def _check(found: FoundModel, setup: "ServingSetup", modelled: "ModelledCluster") -> None:
     """Both pools.
 
     Raises:

@@ -50,9 +50,9 @@ def plan_beside(
         place = next((place for place, row in enumerate(own) if row is fastest), len(own))
         rows[place : place + 1] = [replace(fastest, roles=(*fastest.roles, FASTEST))]
     if found is not None:
-        rows.append(candidate_record(found.finalists[0], 0, BEST, conditions))
+        rows.append(candidate_record(found.finalists[0], 0, BEST, conditions, request.workload))
     if decoding.options:
-        rows += pareto_records(decoding.options, _NUM_PARETO, conditions)
+        rows += pareto_records(decoding.options, _NUM_PARETO, conditions, around)
     summary = PlanSummary(
         top_k=request.model.num_experts_per_tok,
         num_candidates=found.num_candidates if found else 0,

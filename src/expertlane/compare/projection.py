@@ -26,6 +26,7 @@ from expertlane.plan.results import candidate_record
 from expertlane.plan.simulated import evaluated
 from expertlane.plan.ties import Contender, contender
 from expertlane.progress import Progress, each_of
+from expertlane.results.asked import ProjectionAsked
 from expertlane.results.pair import choose_compared
 from expertlane.results.record import (
     EXPERIMENT,
@@ -75,19 +76,26 @@ class ExperimentProjector:
         types: of a deployment that does not say otherwise.
         skew: of the power law for skewed routing, the usual one; uniform routing, the best case, is
             projected too. 0 for uniform alone.
+        asked: the options of all that; None where nobody simulates a deployment again.
 
     Raises:
         CapacityError: the cluster has too few devices, with both numbers.
     """
 
     def __init__(
-        self, experiment: Experiment, cluster: ModelledCluster, types: NumberTypes, skew: float
+        self,
+        experiment: Experiment,
+        cluster: ModelledCluster,
+        types: NumberTypes,
+        skew: float,
+        asked: ProjectionAsked | None = None,
     ) -> None:
         self._experiment = experiment
         self._model = experiment.model
         self._cluster = cluster
         self._types = types
         self._skew = skew
+        self._asked = asked
         self._sources: dict[str, Traffic] = {}
         is_cpu = OVERHEAD_S in cluster.profile.terms
         gpu = [Execution.GRAPH, Execution.EAGER]
@@ -125,7 +133,7 @@ class ExperimentProjector:
         results = Results.now(
             "comparison",
             command,
-            {"experiment": experiment, "skew": self._skew},
+            {"experiment": experiment, "skew": self._skew, "projection": self._asked},
             [*rows, *scaling],
             cluster=cluster_record(self._model, cluster, self._types),
             assumptions=projected_assumptions(
@@ -300,8 +308,10 @@ class ExperimentProjector:
             found = evaluated(request, candidates_like(each.layout, each.options, per_node))
             if found is not None:
                 contenders[place] = contender(found, request.workload)
-                served = candidate_record(found, 0, EXPERIMENT, self._usual).serving
-                rows[place] = replace(rows[place], serving=served)
+                record = candidate_record(found, 0, EXPERIMENT, self._usual, request.workload)
+                rows[place] = replace(
+                    rows[place], serving=record.serving, served_with=record.options
+                )
         return _verdict(rows, contenders, self._experiment.workload)
 
     def _plan(

@@ -25,7 +25,7 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName
 from expertlane.spec.ranges import RANGES
 from expertlane.spec.slo import SLO
-from expertlane.spec.workload import Workload
+from expertlane.spec.workload import Load, Workload
 
 _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
     (1, "drained"),
@@ -95,7 +95,9 @@ class PlanRequest:
     """Which deployment of a model to choose on a cluster, for what.
 
     Attributes:
-        workload: in steady state, `num_sequences` at once where they fit; no prompt is read.
+        workload: in steady state, `num_sequences` at once where they fit; no prompt is read. Of
+            lengths that vary the means, which the formula takes.
+        load: lengths as they are, which simulations take; None for those of `workload`.
         engine: that must be able to run it; None for all that the cluster model has.
     """
 
@@ -105,6 +107,14 @@ class PlanRequest:
     goals: Goals
     setting: Setting
     engine: EngineName | None = None
+    load: Load | None = None
+
+    def load_at(self, batch: int) -> Load:
+        """The load as `simulate` serves it, with so many requests at once."""
+        load = self.load or self.workload.load
+        num_requests = load.num_requests if load.recorded else batch
+        at = replace(load, batch=batch, num_requests=num_requests)
+        return at.varied(self.model.max_position_embeddings)
 
 
 class Candidate(NamedTuple):

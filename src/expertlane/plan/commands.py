@@ -22,7 +22,7 @@ from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName
-from expertlane.spec.workload import Workload
+from expertlane.spec.workload import Load
 
 _PORT = 8000  # of the first server on a host
 _ROUTER_PORT = 8080
@@ -94,10 +94,14 @@ class ServedPool:
         return max(decodes, _LEAST_BUFFER if self.role == "decode" else self.step_tokens)
 
 
-def longest_request(workload: Workload, model: ModelConfig) -> int:
-    """Tokens that a server must take of a request; lengths of a plan are means."""
-    mean = workload.prompt_len + workload.output_len
-    wanted = ceil(_HEADROOM * mean / _BLOCK) * _BLOCK
+def longest_request(load: Load, model: ModelConfig) -> int:
+    """Tokens that a server must take of a request: the longest there are, or well above the mean.
+
+    A single length is a mean.
+    """
+    mean = ceil(sum(load.mean_lens))
+    longest = load.max_len + 1
+    wanted = ceil(max(_HEADROOM * mean, longest) / _BLOCK) * _BLOCK
     return max(mean, min(wanted, model.max_position_embeddings))
 
 

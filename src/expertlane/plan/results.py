@@ -1,7 +1,8 @@
 """A whole plan: search, rank what was found, and make records."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -18,15 +19,16 @@ from expertlane.plan.by_engine import EngineChoice, of_each_engine
 from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.commands import ServedPool, ServeTarget, engine_commands, longest_request
 from expertlane.plan.engines import Pool
-from expertlane.plan.experiment_text import experiment_text, sizes_of
+from expertlane.plan.experiment_text import experiment_text
 from expertlane.plan.explanation import best_of_families, gap_to, pareto
-from expertlane.plan.screen import ScreenedCandidate, fitting
+from expertlane.plan.screen import Known, ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, OnePool, Search
 from expertlane.plan.simulated import NUM_SIMULATED, simulated_pool
 from expertlane.plan.throughput import ThroughputCurve
 from expertlane.plan.ties import Contender, Ranking, Uncertain, contender, pools_tps, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress
+from expertlane.results.asked import ProjectionAsked
 from expertlane.results.break_even import BreakEven
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
@@ -40,9 +42,17 @@ from expertlane.results.record import (
     DeploymentRecord,
     PoolRole,
 )
-from expertlane.results.results import Assumption, EngineBest, NoPools, PlanSummary, Results
-from expertlane.results.serving_record import ServingRecord
+from expertlane.results.results import (
+    Assumption,
+    EngineBest,
+    FewerDevices,
+    NoPools,
+    PlanSummary,
+    Results,
+)
+from expertlane.results.serving_record import ServingRecord, with_places
 from expertlane.spec.names import Phase
+from expertlane.spec.workload import Workload
 
 _NUM_BEST = 8
 _NUM_TIMELINES = 3
@@ -80,12 +90,34 @@ class Plan:
         """The one of one pool that is chosen."""
         return self.ranking.chosen.finalist.candidate
 
-    def results(self, *, command: str, loaded: ServeTarget, experiment: str | None) -> Results:
+    @property
+    def num_served(self) -> int:
+        """Requests that what it recommends serves at once."""
+        if isinstance(self.pools, TwoPools):
+            over = self._pools_tps(self.pools).over(self.ranking.chosen.tps)
+            if over.bounds[0] > 1:
+                return int(self.pools.served.num_seqs[0])
+        return self.ranking.chosen.finalist.num_seqs
+
+    def results(
+        self,
+        *,
+        command: str,
+        loaded: ServeTarget,
+        experiment: str | None,
+        projection: ProjectionAsked | None = None,
+        fewer: FewerDevices | None = None,
+        load: Mapping[str, Any] | None = None,
+    ) -> Results:
         """All that is shown.
 
         Args:
             loaded: what other systems are to load.
             experiment: the path of the file with `experiment`.
+            projection: what was asked for beside request and routing; None where nobody simulates a
+                row again.
+            load: lengths as they were asked for.
+            fewer: what the next smaller cluster does, where this is the smallest that serves all.
         """
         found, request = self.found, self.request
         workload, types = request.workload, request.setting.types
@@ -105,8 +137,14 @@ class Plan:
             engine=request.engine,
             engines=tuple(self._engine(each, loaded) for each in self.engines),
             experiment=experiment,
+            fewer_devices=fewer,
         )
-        asked = {"model": request.model, "workload": sizes_of(workload)}
+        asked = {
+            "model": request.model,
+            "workload": asdict(workload),
+            "load": load,
+            "projection": projection,
+        }
         results = Results.now(
             "plan",
             command,
@@ -114,7 +152,7 @@ class Plan:
             [
                 *self._best(),
                 *self._families(),
-                *pareto_records(found.options, _NUM_PARETO, self._conditions),
+                *pareto_records(found.options, _NUM_PARETO, self._conditions, workload),
                 *([] if isinstance(self.pools, str) else self._two(self.pools)),
             ],
             cluster=cluster_record(request.model, request.cluster, types),
@@ -130,7 +168,7 @@ class Plan:
         aggregated = pools = None
         started: list[tuple[ScreenedCandidate, PoolRole]] = []
         if (server := choice.aggregated) is not None:
-            record = candidate_record(server.finalist, 0, BEST, self._conditions)
+            record = self._record(server.finalist, BEST)
             aggregated = self._ranked(record, server)
             started = [(server.finalist, "both")]
         if choice.pools is not None:
@@ -143,7 +181,7 @@ class Plan:
             [self._served(option, role) for option, role in started],
             loaded,
             request.setting.types,
-            longest_request(request.workload, request.model),
+            longest_request(request.load_at(1), request.model),
         )
         row = choice.broken
         return EngineBest(
@@ -191,7 +229,7 @@ class Plan:
     def _in_full(
         self, finalist: Finalist, role: str, *, timelines: bool = False
     ) -> DeploymentRecord:
-        record = candidate_record(finalist, 0, role, self._conditions)
+        record = self._record(finalist, role)
         steps = [finalist.in_full[phase] for phase in Phase if phase in finalist.in_full]
         if timelines:
             of_phases = self.search.timelines(finalist)
@@ -209,7 +247,7 @@ class Plan:
         """The best of each kind of deployment."""
         return [
             replace(
-                self._ranked(candidate_record(each.finalist, 0, FAMILY, self._conditions), each),
+                self._ranked(self._record(each.finalist, FAMILY), each),
                 name=family,
             )
             for family, each in best_of_families(self.ranking).items()
@@ -225,6 +263,9 @@ class Plan:
             is_tied = over.bounds[-1] >= 1
         why = "" if is_tied else gap_to(best, contender, self.request.workload)
         return replace(record, why=why, over_best=over)
+
+    def _record(self, finalist: Finalist, role: str) -> DeploymentRecord:
+        return candidate_record(finalist, 0, role, self._conditions, self.request.workload)
 
     def _pools_tps(self, found: TwoPools) -> Uncertain:
         return pools_tps(found, self.request.workload)
@@ -253,13 +294,17 @@ def make_plan(
     routing: RoutingChoice,
     progress: Progress,
     cautions: tuple[str, ...] = (),
+    known: Known | None = None,
 ) -> Plan:
     """Search one pool of all devices, then two.
+
+    Args:
+        known: by plans for the same model on other numbers of these devices.
 
     Raises:
         UserError: no layout is valid, nothing fits, or nothing keeps the limits.
     """
-    search = Search(request)
+    search = Search(request, known)
     progress.task("aggregated: all layouts and options", len(search.candidates))
     screened = search.screen(progress.advance)
     progress.done()
@@ -290,23 +335,28 @@ def make_plan(
 
 
 def pareto_records(
-    options: Sequence[ScreenedCandidate], num: int, conditions: Conditions
+    options: Sequence[ScreenedCandidate], num: int, conditions: Conditions, workload: Workload
 ) -> list[DeploymentRecord]:
     """At most so many points of the front, spread over TPOT, as screened."""
     front = pareto(options)
     places = np.unique(np.linspace(0, len(front) - 1, num).round().astype(int))
     return [
-        candidate_record(option, place, PARETO, conditions)
+        candidate_record(option, place, PARETO, conditions, workload)
         for option, place in (front[each] for each in places)
     ]
 
 
 def candidate_record(
-    candidate: ScreenedCandidate, place: int, role: str, conditions: Conditions
+    candidate: ScreenedCandidate,
+    place: int,
+    role: str,
+    conditions: Conditions,
+    workload: Workload,
 ) -> DeploymentRecord:
     """The record at one of the numbers of sequences that were screened, or projected in full."""
     layout, options, num_drafts = candidate.candidate
-    serving = serving_at(candidate.served, place)
+    serving = _serving_of(candidate, place, role, workload)
+    memory = replace(candidate.capacity.record(), num_resident=candidate.capacity.num_resident)
     prefill_tps = Estimate.between(candidate.steps.prefill_tps)
     return DeploymentRecord(
         name=str(candidate.candidate),
@@ -315,10 +365,21 @@ def candidate_record(
         source="projected",
         roles=(role,),
         conditions=conditions,
-        pools=(candidate.capacity.record(),),
+        pools=(memory,),
         serving=(replace(serving, prefill_tps=prefill_tps),),
         num_drafts=num_drafts,
     )
+
+
+def _serving_of(
+    candidate: ScreenedCandidate, place: int, role: str, workload: Workload
+) -> ServingRecord:
+    """With what those wait that have no place; a pool of two has places of its own."""
+    serving = serving_at(candidate.served, place)
+    if role in (PREFILL_POOL, DECODE_POOL) or serving.num_running is None:
+        return serving
+    requests_per_s = serving.output_tps / workload.output_len
+    return with_places(serving, serving.num_running, workload.num_sequences, requests_per_s)
 
 
 def serving_at(served: ThroughputCurve, place: int) -> ServingRecord:

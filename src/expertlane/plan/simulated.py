@@ -38,7 +38,6 @@ from expertlane.simulate.steady import (
 )
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.workload import LengthRange, Load
 
 NUM_SIMULATED = 12  # options
 _MOST_TRIALS = 8  # numbers of sequences of an option
@@ -134,9 +133,7 @@ def _rates(
         **scheduling_of(profile.framework, setting.step_tokens, served.max_num_seqs),
         prefill_options=None if prefill is None else prefill[1],
     )
-    lengths = workload.prompt_len, workload.output_len
-    prompt, output = (LengthRange(each, each) for each in lengths)
-    load = Load(batch, prompt, output, batch).varied(request.model.max_position_embeddings)
+    load = request.load_at(batch)
     cluster = ModelledCluster(profile, setup.num_devices)
     try:
         simulator = Simulator(request.model, cluster, setup, load)

@@ -1,15 +1,16 @@
 """Loads on deployments, of a simulation or a bench: what the answer says of them."""
 
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from expertlane.report.document import Answer, Column, Heading, Table, Words, number, text
 from expertlane.report.numbers import (
     COLUMNS,
     compact,
     counted,
+    duration,
     figures,
     low_high,
     low_high_compact,
@@ -162,8 +163,30 @@ def answer(
     )
 
 
+def places(serving: ServingRecord, num_asked: int, by: str = "") -> str:
+    """How many of a closed load are served at once, and what the others wait; empty if all are.
+
+    Args:
+        by: what keeps the others out, with a space before it.
+    """
+    if serving.place_wait_s is None or serving.num_running is None:
+        return ""
+    num = num_asked - serving.num_running
+    return (
+        f"serves {serving.num_running:,} of {num_asked:,} at once{by}; {num:,} "
+        f"wait{'s' * (num == 1)}, {duration(serving.place_wait_s)} longer on average"
+    )
+
+
 def headline(results: Results) -> str:
-    """The best load's rate and latency, in a sentence."""
+    """The best load's rate and latency, in a sentence; and what those wait that have no place."""
+    said, serving = _headline(results), best_of(served(results)).serving
+    if serving.batch is not None and (waiting := places(serving, serving.batch)):
+        return f"{said} It {waiting}."
+    return said
+
+
+def _headline(results: Results) -> str:
     found = served(results)
     best, several = best_of(found), len(found) > 1
     serving, where = best.serving, best.load
@@ -200,6 +223,16 @@ def _bursts(found: Sequence[Served]) -> str:
         return ""
     of = "" if len(bursts) == len(closed) else f" at {', '.join(map(whole, bursts))}"
     return f", burst{of}"
+
+
+def lengths_of(load: Mapping[str, Any], means: Mapping[str, int]) -> str:
+    """`1,000 in / 100–300 out`; of recorded requests, the means."""
+    names = "prompt_len", "output_len"
+    if load.get("requests") is not None:
+        prompt, output = (f"{means[name]:,}" for name in names)
+        return f"recorded, {prompt} in / {output} out on average"
+    prompt, output = (_lengths(str(load.get(name, means[name]))) for name in names)
+    return f"{prompt} in / {output} out"
 
 
 def _lengths(text: str) -> str:

@@ -44,6 +44,20 @@ def milliseconds(seconds: Amount) -> str:
     return figures(1e3 * likely(seconds))
 
 
+def duration(seconds: Amount) -> str:
+    """`350 ms`, `14 s`, `1 m 8 s`, `2 h 5 m`."""
+    value = likely(seconds)
+    if value < 1:
+        return f"{figures(1e3 * value)} ms"
+    if value < 9.95:
+        return f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left} m" if hours else f"{minutes} m {rest} s"
+
+
 def whole(count: float) -> str:
     """`1,234`."""
     return f"{count:,.0f}"

@@ -3,10 +3,11 @@
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from expertlane.report.break_even import rival_of, what_would_change
 from expertlane.report.document import Answer, Column, Figure, Section, Table, number, text
-from expertlane.report.loads import Served, cost_of, device_of
+from expertlane.report.loads import Served, cost_of, device_of, lengths_of, places
 from expertlane.report.numbers import (
     COLUMNS,
     compact,
@@ -103,13 +104,17 @@ def _around(results: Results, shown: Collection[int]) -> list[str]:
     """
     best = of_role(results, BEST)[0]
     tie = _tie(results, shown) if faster_pools(results) is not None else ""
-    cost = cost_of(results, Served(best, serving(best)))
+    costs = [
+        f"Cost of {name}: {cost}."
+        for name, each in (("the pools", faster_pools(results)), ("#1", best))
+        if each is not None and (cost := cost_of(results, Served(each, serving(each))))
+    ]
     return [
         *([f"Aggregated: {tie}."] if tie else []),
         *([engines] if (engines := _engines(results, shown)) else []),
         _two_pools(results),
         " ".join((*how_ranked(results), *how_sure(results), *cautions(results))),
-        *([f"Cost of #1: {cost}."] if cost else []),
+        *([" ".join(costs)] if costs else []),
     ]
 
 
@@ -184,7 +189,7 @@ def verdict(results: Results) -> tuple[Section, Section]:
 
 def _setting(results: Results) -> str:
     question, workload = results.question, results.question["workload"]
-    lengths = f"{workload['prompt_len']:,} in / {workload['output_len']:,} out"
+    lengths = lengths_of(question.get("load") or {}, workload)
     limit = question["model"].get("max_position_embeddings", 0)
     if workload["prompt_len"] + workload["output_len"] - limit in (0, 1):  # the last is not read
         lengths += " (the model's limit)"
@@ -210,11 +215,40 @@ def _limits(results: Results) -> list[str]:
 
 
 def headline(results: Results, shown: Collection[int] | None = None) -> str:
-    """What to use, and by what it was chosen.
+    """What to use, by what it was chosen, and what becomes of requests that it has no place for.
 
     Args:
         shown: rows of the table, from 1; None for all.
     """
+    said, chosen = _chosen(results, shown), faster_pools(results) or of_role(results, BEST)[0]
+    memory = chosen.pools[0].num_resident if chosen.pools else None
+    is_full = memory is not None and (serving(chosen).num_running or 0) >= memory
+    by = " in memory" if is_full or not _has_limits(results) else " within the limits"
+    waiting = places(serving(chosen), results.question["workload"]["num_sequences"], by)
+    return " ".join([*_devices(results), said, *([f"It {waiting}."] if waiting else [])])
+
+
+def _devices(results: Results) -> Iterator[str]:
+    """How many it takes, where that was asked for."""
+    fewer, num = results.plans[0].fewer_devices, results.projected_for.num_devices
+    if fewer is None:
+        return
+    asked = results.question["workload"]["num_sequences"]
+    within = " within the limits" if _has_limits(results) else ""
+    devices = counted(num, device_of(results))
+    said = f"{devices} serve{'s' * (num == 1)} all {asked:,} at once{within}"
+    if fewer.num_devices:
+        verb = "serves" if fewer.num_devices == 1 else "serve"
+        said += f", {fewer.num_devices:,} {verb} {fewer.num_served:,}"
+    yield f"{said}."
+
+
+def _has_limits(results: Results) -> bool:
+    return bool(_limits(results) or results.question.get("slos"))
+
+
+def _chosen(results: Results, shown: Collection[int] | None) -> str:
+    """What to use, and by what it was chosen."""
     best, *others = of_role(results, BEST)
     tps = serving(best).output_tps
     said = f"Use {named(best)}: {compact(tps)} tokens/s ({_plus_minus(tps)})"
@@ -344,7 +378,9 @@ def _engines(results: Results, shown: Collection[int]) -> str:
             if not each.why:
                 where = "these pools" if faster_pools(results) else "#1"
             tps = compact(serving(record).output_tps)
-            best = f"{tps} ({where or record.known_layout})"
+            usd = serving(record).usd_per_million_output
+            cost = "" if usd is None else f" at ${figures(usd)}/M"
+            best = f"{tps}{cost} ({where or record.known_layout})"
         by_best.setdefault(best, []).append(each.title)
     said = [f"{_listed(titles)} {best}" for best, titles in by_best.items()]
     return f"Tokens/s by engine: {'; '.join(said)}."
@@ -403,5 +439,8 @@ def _next(results: Results) -> tuple[str, ...]:
         lines.append(line if len(line) <= COLUMNS else short)
         if has_pools:
             lines.append("It has the best aggregated ones; compare runs no disaggregated pools.")
+        row = "pools" if has_pools else "1"
+        again = f"Again: expertlane simulate --plan {Path(found.experiment).parent}#{row}"
+        lines += [again] if len(again) <= COLUMNS else []
     titles = [each.title for each in engines_of(results) if each.commands]
     return (*lines, f"Commands of {_listed(titles)}: --full") if titles else tuple(lines)

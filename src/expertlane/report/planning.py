@@ -165,6 +165,10 @@ def versus_column(results: Results) -> Column[DeploymentRecord]:
 _HOW: Column[DeploymentRecord] = text("layout and options", lambda each: spaced(named(each)))
 _TTFT: Column[DeploymentRecord] = number("TTFT ms", ttft, milliseconds)
 _SEQS: Column[DeploymentRecord] = number("seqs", lambda each: serving(each).num_running, whole)
+_WAIT: Column[DeploymentRecord] = number("wait s", lambda each: serving(each).place_wait_s, figures)
+_COST: Column[DeploymentRecord] = number(
+    "$/M out", lambda each: serving(each).usd_per_million_output, figures
+)
 _TPS: tuple[Column[DeploymentRecord], ...] = (
     number("tokens/s", lambda each: serving(each).output_tps, figures),
     number("low–high", lambda each: serving(each).output_tps, low_high),
@@ -190,8 +194,25 @@ def plan(results: Results) -> tuple[Section, ...]:
 def _best(results: Results) -> Section:
     rows = of_role(results, BEST)
     place: Column[DeploymentRecord] = text("#", lambda each: 1 + rows.index(each))
-    table = Table.of("", (place, _HOW, _SEQS, *_TPS, _TPOT[0], _TTFT, versus_column(results)), rows)
-    return Section("Best deployments", (table, *_gaps(place, rows)), "top", "found")
+    others = (*_TPS, _TPOT[0], _TTFT, *_costs(rows), versus_column(results))
+    columns = (_HOW, _SEQS, *_waits(rows), *others)
+    said = (
+        ["wait s: what a request waits for one of the places (seqs); TTFT is from when it has one."]
+        if _waits(rows)
+        else []
+    )
+    parts: list[Words] = [Table.of("", (place, *columns), rows), *said, *_gaps(place, rows)]
+    return Section("Best deployments", tuple(parts), "top", "found")
+
+
+def _waits(rows: Sequence[DeploymentRecord]) -> list[Column[DeploymentRecord]]:
+    """What requests wait for a place, where any does."""
+    return [_WAIT] if any(serving(each).place_wait_s is not None for each in rows) else []
+
+
+def _costs(rows: Sequence[DeploymentRecord]) -> list[Column[DeploymentRecord]]:
+    """Dollars for a million output tokens, where a price was given."""
+    return [_COST] if any(serving(each).usd_per_million_output for each in rows) else []
 
 
 def _families(results: Results) -> Section:
@@ -199,7 +220,7 @@ def _families(results: Results) -> Section:
     best = {named(each) for each in of_role(results, BEST)}
     rows = [each for each in of_role(results, FAMILY) if named(each) not in best]
     kind: Column[DeploymentRecord] = text("kind", lambda each: each.name)
-    columns = (kind, _HOW, _TPS[0], _TPOT[0], _TTFT, versus_column(results))
+    columns = (kind, _HOW, _TPS[0], _TPOT[0], _TTFT, *_costs(rows), versus_column(results))
     parts = (Table.of("", columns, rows), *_gaps(kind, rows)) if rows else ()
     return Section("Best of other kinds", parts, chapter="found")
 
@@ -241,8 +262,9 @@ def _engines(results: Results) -> Section:
     how: Column[EngineBest] = text(
         _HOW.heading, lambda each: spaced(engine_best_named(each)) or None
     )
-    of_1 = versus_column(results)
-    columns = (name, how, *map(of_best, (_SEQS, _TPS[0], _TPOT[0], _TTFT, of_1)))
+    costs = _costs([each.best for each in engines if each.best is not None])
+    told = (_SEQS, _TPS[0], _TPOT[0], _TTFT, *costs, versus_column(results))
+    columns = (name, how, *map(of_best, told))
     version: Column[EngineBest] = text("version", lambda each: each.version)
     does: Column[EngineBest] = text("it", lambda each: each.why)
     source: Column[EngineBest] = text("source", lambda each: each.source)
@@ -260,7 +282,8 @@ def _gaps(name: Column[DeploymentRecord], rows: Sequence[DeploymentRecord]) -> l
 
 
 def _pareto(results: Results) -> Section:
-    table = Table.of("", (*_TPOT, *_TPS, _SEQS, _HOW), results.select("projected", PARETO))
+    rows = results.select("projected", PARETO)
+    table = Table.of("", (*_TPOT, *_TPS, _SEQS, *_costs(rows), _HOW), rows)
     return Section(
         "Pareto front: tokens/s against TPOT (screened)",
         (

@@ -13,6 +13,7 @@ from expertlane.report.loads import (
     headline,
     is_on_cpus,
     per_device,
+    places,
     served,
     whose,
 )
@@ -430,9 +431,12 @@ def _held_back(results: Results, record: DeploymentRecord) -> Iterator[str]:
             and (room < min(wanted, slots) or slots < wanted)
         ):
             lacking = "--max-num-seqs" if slots <= room else "memory"
-            waiting = record.best_load.sample
-            others = f"; {waiting.num_waiting:,.0f} wait for their first token" if waiting else ""
-            yield f"Concurrency reached {running:,} of {wanted:,}, limited by {lacking}{others}."
+            said = places(record.best_load, wanted, f", limited by {lacking}")
+            yield (
+                f"{said[0].upper()}{said[1:]}."
+                if said
+                else f"Concurrency reached {running:,} of {wanted:,}, limited by {lacking}."
+            )
     num_idle = results.projected_for.num_devices - record.num_ranks
     if num_idle:
         yield f"{counted(num_idle, 'device')} of the cluster stay idle."

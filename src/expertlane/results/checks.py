@@ -10,10 +10,12 @@ from itertools import product
 from typing import Annotated, Any, ClassVar
 
 from expertlane.errors import UserError, naming
+from expertlane.results.asked import ProjectionAsked
 from expertlane.results.record import BEST, EXPERIMENT, PARETO, DeploymentRecord
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase
 from expertlane.spec.ranges import Strict, Valid, shown, take_fields
+from expertlane.spec.slo import SLO
 from expertlane.spec.tables import build
 from expertlane.spec.workload import LengthRange, Workload
 
@@ -74,6 +76,7 @@ class _Question(Strict):
 class _OfComparison(_Question):
     experiment: _Experiment
     skew: float | None = None
+    projection: ProjectionAsked | None = None
     traffic: bool = False
 
 
@@ -81,8 +84,11 @@ class _OfComparison(_Question):
 class _OfPlan(_Question):
     model: _Model
     workload: Workload
+    load: _Lengths | None = None
+    projection: ProjectionAsked | None = None
     max_tpot_s: _Seconds | None = None
     max_ttft_s: _Seconds | None = None
+    slos: tuple[SLO, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from expertlane.results.estimate import Estimate
-from expertlane.results.record import DeploymentRecord
-from expertlane.results.results import Results
+from expertlane.results.record import DECODE_POOL, PREFILL_POOL, DeploymentRecord
+from expertlane.results.results import EngineBest, PlanSummary, Results
 from expertlane.results.serving_record import ServingRecord
 
 _MILLION, _S_PER_HOUR = 1e6, 3600
@@ -21,6 +21,8 @@ def with_costs(results: Results, usd_per_hour: float) -> Results:
     """
 
     def priced(record: DeploymentRecord) -> DeploymentRecord:
+        if record.roles and {*record.roles} <= {PREFILL_POOL, DECODE_POOL}:
+            return record  # half of a deployment: tokens cost what both pools do
         is_cpu = results.machine is not None and results.machine.device == "cpu"
         usd_per_s = usd_per_hour / _S_PER_HOUR * (1 if is_cpu else record.num_ranks or 1)
 
@@ -37,10 +39,18 @@ def with_costs(results: Results, usd_per_hour: float) -> Results:
         )
         return replace(record, serving=serving)
 
+    def of_engine(best: EngineBest) -> EngineBest:
+        aggregated = None if best.aggregated is None else priced(best.aggregated)
+        return replace(best, aggregated=aggregated, pools=tuple(map(priced, best.pools)))
+
+    def of_plan(plan: PlanSummary) -> PlanSummary:
+        return replace(plan, engines=tuple(map(of_engine, plan.engines)))
+
     return replace(
         results,
         question=results.question | {"price": usd_per_hour},
         deployments=tuple(map(priced, results.deployments)),
+        plans=tuple(map(of_plan, results.plans)),
     )
 
 

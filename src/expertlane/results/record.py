@@ -317,6 +317,7 @@ class DeploymentRecord(Strict):
         tokens_sha256: of all generated tokens, to compare runs by.
         why: what makes it slower than the best of a plan; empty where it ties with that.
         num_drafts: of multi-token prediction, as planned.
+        served_with: of a projected workload, what `options` came to where some are `auto`.
         over_best: its output tokens a second over those of the best of a plan, with the bounds that
             are left when the errors that both share have cancelled; None for that.
     """
@@ -342,6 +343,7 @@ class DeploymentRecord(Strict):
     why: str = ""
     over_best: Estimate | None = None
     num_drafts: int = 0
+    served_with: Options | None = None
 
     def __repr__(self) -> str:
         """A line: its parts have thousands of numbers."""

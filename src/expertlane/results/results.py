@@ -136,6 +136,18 @@ class EngineBest(Strict):
 
 
 @dataclass(frozen=True)
+class FewerDevices(Strict):
+    """A cluster that is too small for a load.
+
+    Attributes:
+        num_served: requests at once within the limits; 0 where none keeps them, or nothing fits.
+    """
+
+    num_devices: int
+    num_served: int
+
+
+@dataclass(frozen=True)
 class PlanSummary(Strict):
     """What a search looked at; the deployments that it found are records.
 
@@ -154,6 +166,8 @@ class PlanSummary(Strict):
         engine: that was asked for; None where any deployment was looked for.
         engines: the best of each, or of the one asked for.
         experiment: the file for `expertlane compare` that was written; None if none was.
+        fewer_devices: the next smaller cluster, where the smallest that serves all was asked for;
+            `num_devices` is 0 where there is none.
     """
 
     top_k: int
@@ -171,6 +185,7 @@ class PlanSummary(Strict):
     engine: EngineName | None = None
     engines: tuple[EngineBest, ...] = ()
     experiment: str | None = None
+    fewer_devices: FewerDevices | None = None
 
 
 @dataclass(frozen=True)
@@ -203,12 +218,14 @@ class Results(Strict):
         command: how a user repeats it.
         created: ISO 8601, UTC.
         question: what was asked for. comparison: `experiment` (model, workload, seed, cluster and
-            deployments), `skew` of its projection, and `traffic` where each deployment's is to be
-            shown in detail; simulation: `model`, `workload`, `serving`;
-            plan: `model`, `workload`, `max_tpot_s`, `max_ttft_s`; bench: `model`, `workload`,
-            `ranks_per_node`, or `urls`, `endpoint` and `rounds` of servers. The workload of a
-            simulation or bench has what is the same for all loads: `prompt_len`, `output_len`,
-            `seed`, and `requests`, the file they are from; `prefix_len` and `num_prefixes` where
+            deployments), `skew` of its projection, `projection` as `ProjectionAsked` has it, and
+            `traffic` where each deployment's is to be shown in detail; simulation: `model`,
+            `workload`, `serving`; plan: `model`, `workload` (means), `load` (lengths as asked for),
+            `projection`, `max_tpot_s`, `max_ttft_s`, and `slos` of other statistics; bench:
+            `model`, `workload`, `ranks_per_node`, or `urls`, `endpoint` and `rounds` of servers.
+            The workload of a simulation or bench has what is the same for all loads: `prompt_len`,
+            `output_len`, `seed`, and `requests`, the file they are from; `prefix_len` and
+            `num_prefixes` where
             prompts share their beginning.
             `price`: dollars an hour of a device, where one was given.
         machine: where it was measured; None where nothing was.

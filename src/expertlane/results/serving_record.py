@@ -130,7 +130,11 @@ class ServingRecord(Strict):
         batch: concurrency, requests kept unfinished; None in an open loop.
         rate: requests that arrive a second; None in a closed loop, and where they arrive as
             recorded in a file.
-        num_running: planned: sequences that run at once, over the whole system.
+        num_running: planned: sequences that run at once, over the whole system. Simulated: those of
+            a closed load that has more.
+        place_wait_s: what a request of a closed load waits for one of `num_running` places, on
+            average, as all places are taken; by Little's law. Planned TTFT is from when it has one,
+            simulated TTFT includes it. None where there is a place for each.
         wall_s: from the first request's due time to the last token.
         output_tps, total_tps: output tokens a second, and prompt and output tokens.
         prefill_tps: prompt tokens a second while nothing is decoded. Measured: over the time until
@@ -158,6 +162,7 @@ class ServingRecord(Strict):
     batch: int | None = None
     rate: float | None = None
     num_running: int | None = None
+    place_wait_s: Estimate | None = None
     num_requests: int | None = None
     num_prompt_tokens: int | None = None
     num_output_tokens: int | None = None
@@ -212,6 +217,18 @@ class ServingRecord(Strict):
                 for each in self.slos
             ),
         )
+
+
+def with_places(
+    record: ServingRecord, num_running: int, num_asked: int, requests_per_s: Estimate
+) -> ServingRecord:
+    """The same of a closed load with more requests at once than run.
+
+    Of `num_asked` requests that are unfinished each stays `num_asked / requests_per_s`, of those
+    that run `num_running / requests_per_s`; what is between them it waits.
+    """
+    wait_s = None if num_running >= num_asked else (num_asked - num_running) / requests_per_s
+    return replace(record, num_running=num_running, place_wait_s=wait_s)
 
 
 def best_load(serving: Sequence[ServingRecord]) -> ServingRecord:

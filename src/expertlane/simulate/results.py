@@ -33,6 +33,7 @@ from expertlane.results.serving_record import (
     SampleRecord,
     ServingRecord,
     best_load,
+    with_places,
 )
 from expertlane.results.step_record import StepRecord
 from expertlane.results.timeline import timelines_of
@@ -99,7 +100,7 @@ def simulation(
             has_drafts=bool(drafts.num_drafts),
         ),
         assumptions=_assumptions(simulator, routing),
-        cautions=(*cautions, *stand_ins(cluster.profile, setup.types)),
+        cautions=tuple(dict.fromkeys((*cautions, *stand_ins(cluster.profile, setup.types)))),
     )
     return no_surer_than_known(results, simulator.model, cluster.profile)
 
@@ -113,7 +114,7 @@ def _serving(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO]) -> Ser
     record = serving_record(outcome.served, slos)
     if outcome.rates is not None:
         record = steady_record(record, outcome, simulator.load)
-    return replace(
+    record = replace(
         record,
         batch=simulator.load.batch,
         rate=simulator.load.rate,
@@ -122,6 +123,16 @@ def _serving(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO]) -> Ser
         num_cached_tokens=outcome.pools[0].pool.scheduler.num_cached_tokens,
         basis=list(Basis)[int(_facts(outcome).basis_s.argmax())].label,
     )
+    return record if outcome.rates is None else _with_places(record, outcome)
+
+
+def _with_places(record: ServingRecord, outcome: Outcome) -> ServingRecord:
+    """What requests beyond those that run wait; of one pool, which a request has its place in."""
+    running = outcome.num_parts * outcome.pools[0].totals.most_running
+    batch, rate = record.batch, record.requests_per_s
+    if len(outcome.pools) > 1 or batch is None or rate is None or running >= batch:
+        return record
+    return with_places(record, running, batch, rate)
 
 
 def steady_record(record: ServingRecord, outcome: Outcome, load: Load) -> ServingRecord:
@@ -226,8 +237,8 @@ def _steps(pool: PoolRole, median: StepRecord, totals: PhaseTotals) -> StepsReco
         step_s=Summary.of(step_s),
         breakdown_s=dict(zip(map(str, ProjectedCause), shares.tolist(), strict=True)),
         floor_s=totals.facts.floor_s / num,
-        flops_utilisation=totals.flops_s / explained_s,
-        read_utilisation=totals.read_s / explained_s,
+        flops_utilisation=float(totals.flops_s / explained_s),
+        read_utilisation=float(totals.read_s / explained_s),
         basis_shares=basis_shares,
         extrapolated_share=extrapolated,
         traffic=_traffic(totals, median),
@@ -338,6 +349,7 @@ def _of_pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, 
         if setup.are_pools_apart(cluster.profile.ranks_per_node)
         else "on the same node"
     )
+    own = [("prefill pool", str(setup.prefill_options), "--plan", "it has options of its own")]
     return [
         (
             "disaggregated",
@@ -345,6 +357,7 @@ def _of_pools(setup: ServingSetup, cluster: ModelledCluster) -> list[tuple[str, 
             "--prefill-layout",
             "each pool with its own scheduler, starting on a node's first device",
         ),
+        *(own if setup.prefill_options is not None else []),
         (
             "KV transfer",
             where,

@@ -351,7 +351,9 @@ class Simulator:
                 max_num_seqs, setup.max_num_batched_tokens // load.prompt_len.low + 2
             )
         most_seqs = max_num_seqs
-        if load.is_closed or not load.is_endless:
+        if load.batch is not None:
+            most_seqs = min(max_num_seqs, load.batch)
+        elif not load.is_endless:
             most_seqs = min(max_num_seqs, load.num_requests)
         num_blocks = most_seqs * (ceil(max_len / setup.block_size) + 1)
         wanted = Limits(

@@ -218,6 +218,7 @@ class _Stretch:
         self._rate, self._batch = simulator.load.rate, simulator.load.batch
         self._multi_token = simulator.setup.multi_token
         self._rng = np.random.default_rng([seed])
+        self._seed = seed
         self._lengths = _Lengths(simulator.load, self._multi_token)
         self._mean_steps = self._lengths.mean_steps
         self._prefill_rate = self._prompt_s = 0.0
@@ -230,7 +231,6 @@ class _Stretch:
     ) -> SteadyState:
         """Serve the stretch and add it up."""
         num_running = self._num_running()
-        spread = self._spread(num_running) if with_skew else np.ones(len(BOUNDS))
         share = self._prompt_share()
         watch = _Watch(
             self._precision,
@@ -255,6 +255,8 @@ class _Stretch:
         )
         for each in pools:
             each.totals.close()
+        # Last, so that the likely times are the same with bounds of skew and without.
+        spread = self._spread(num_running) if with_skew else np.ones(len(BOUNDS))
         return self._sum(served, watch, pools, spread)
 
     def apart(self) -> Rates:
@@ -291,7 +293,8 @@ class _Stretch:
 
         def steps_s(lead: int) -> Floats:
             pools = self._simulator.start(lead, is_snapshot=True)[0]
-            return self._decode_step_s(pools[-1], num_running, lead)
+            rng = np.random.default_rng([self._seed, 1])  # the same requests for all
+            return self._decode_step_s(pools[-1], num_running, lead, rng)
 
         likely = steps_s(LIKELY)
         of_bounds = [steps_s(lead)[lead] / likely[lead] for lead in range(len(BOUNDS))]
@@ -300,7 +303,7 @@ class _Stretch:
     def _requests(self, num_running: int) -> Iterator[TimedRequest]:
         """Those under way, then those that wait, then others without end."""
         for left in self._steps_left(num_running).tolist():
-            yield self._under_way(left)
+            yield self._under_way(left, self._rng)
         due_s = 0.0
         while True:
             if self._rate is not None:
@@ -339,9 +342,9 @@ class _Stretch:
             self._zeros = np.zeros(num_tokens, dtype=np.int64)
         return self._zeros[:num_tokens]
 
-    def _under_way(self, steps_left: int) -> TimedRequest:
+    def _under_way(self, steps_left: int, rng: np.random.Generator) -> TimedRequest:
         """A request that ends after so many steps; longer ones are met more often."""
-        prompt, output = self._lengths.draw(self._rng, steps_left)
+        prompt, output = self._lengths.draw(rng, steps_left)
         further = ceil(steps_left * self._multi_token.tokens_per_step)
         num_tokens = prompt + max(output - further, 1)
         return TimedRequest(self._blank(num_tokens), steps_left, 0.0, num_arrived=num_tokens - 1)
@@ -435,11 +438,18 @@ class _Stretch:
         )
         return float((served.token_times_s[0] - served.due_s)[LIKELY])
 
-    def _decode_step_s(self, pool: SimulatedPool, num_running: int, lead: int = LIKELY) -> Floats:
+    def _decode_step_s(
+        self,
+        pool: SimulatedPool,
+        num_running: int,
+        lead: int = LIKELY,
+        rng: np.random.Generator | None = None,
+    ) -> Floats:
         """[3]; a step in which all decode."""
+        rng = rng or self._rng
         requests = [
-            replace(self._under_way(left), output_len=1 + _PROBE_STEPS)
-            for left in self._lengths.left_of(self._rng, num_running).tolist()
+            replace(self._under_way(left, rng), output_len=1 + _PROBE_STEPS)
+            for left in self._lengths.left_of(rng, num_running).tolist()
         ]
         served = run_load(self._alone(pool, lead), requests, num_running)
         times = [each.token_times_s for each in served]

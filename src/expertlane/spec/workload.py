@@ -33,6 +33,12 @@ class Workload(Strict):
         return self.prompt_len + self.output_len - 1
 
     @property
+    def load(self) -> "Load":
+        """The same as a closed loop."""
+        prompt, output = (LengthRange(each, each) for each in (self.prompt_len, self.output_len))
+        return Load(self.num_sequences, prompt, output, self.num_sequences)
+
+    @property
     def mean_context(self) -> int:
         """Positions cached before a decode step, on average."""
         return self.prompt_len + (self.output_len - 1) // 2
@@ -206,6 +212,12 @@ class Load:
         """Whether it has a steady state: requests go on coming, and none turns on another's."""
         return not self.has_prefixes and (self.is_closed or self.rate is not None)
 
+    @property
+    def varies(self) -> bool:
+        """Whether lengths differ."""
+        ends = self.prompt_len, self.output_len
+        return bool(self.recorded) or any(each.low < each.high for each in ends)
+
     def varied(self, num_positions: int) -> "Load":
         """With outputs drawn around a single length, as far as the model has positions.
 
@@ -240,6 +252,16 @@ class Load:
         ends = self.prompt_len, self.output_len
         prompt, output = ((each.low + each.high) / 2 for each in ends)
         return prompt, output
+
+    def of_lengths(self) -> "Load":
+        """The same, without knowing which prompts begin alike."""
+        return replace(self, recorded=tuple(replace(each, hash_ids=()) for each in self.recorded))
+
+    def means(self, seed: int = 0) -> Workload:
+        """A closed loop of requests that are all of the mean lengths."""
+        assert self.batch is not None, "a closed loop"
+        prompt, output = map(round, self.mean_lens)
+        return Workload(self.batch, prompt, output, seed)
 
     def __str__(self) -> str:
         if self.batch is not None:

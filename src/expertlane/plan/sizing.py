@@ -1,0 +1,170 @@
+"""How many devices a load takes: the smallest cluster whose plan serves all of it.
+
+What the formula makes of one pool proposes a number, plans around it settle it: more devices serve
+no less, so that between one that serves all and one that does not lies the answer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from expertlane.cost.routing import RoutingChoice
+from expertlane.errors import UserError
+from expertlane.plan.candidates import MOST_DEVICES, PlanRequest
+from expertlane.plan.results import Plan, make_plan
+from expertlane.plan.screen import Known, fitting
+from expertlane.plan.search import Search
+from expertlane.progress import Progress
+from expertlane.results.results import FewerDevices
+
+_MOST_STEP = 4  # times as many devices at most, where a plan does not serve all
+_MOST_USELESS = 4  # clusters in a row, each twice as large, on which no request keeps the limits
+
+
+@dataclass(frozen=True, eq=False)
+class Sized:
+    """The smallest cluster's plan.
+
+    Attributes:
+        fewer: what the next smaller one does; of no devices where there is none.
+    """
+
+    plan: Plan
+    fewer: FewerDevices
+
+
+def cluster_sizes(ranks_per_node: int) -> list[int]:
+    """Numbers of devices that make sense: powers of two in a node, then whole nodes."""
+    within, num = [], 1
+    while num < ranks_per_node:
+        within.append(num)
+        num *= 2
+    return within + list(range(ranks_per_node, MOST_DEVICES + 1, ranks_per_node))
+
+
+def smallest_plan(
+    request: PlanRequest,
+    routing: RoutingChoice,
+    progress: Progress,
+    cautions: tuple[str, ...] = (),
+) -> Sized:
+    """The plan on the fewest devices that serve all of a load at once within the limits.
+
+    Args:
+        request: on a cluster of any size.
+
+    Raises:
+        UserError: there are no such devices, or too many for a plan.
+    """
+    return _Sizing(request, routing, progress, cautions).run()
+
+
+class _Sizing:
+    def __init__(
+        self,
+        request: PlanRequest,
+        routing: RoutingChoice,
+        progress: Progress,
+        cautions: tuple[str, ...],
+    ) -> None:
+        self._request, self._routing = request, routing
+        self._progress, self._cautions = progress, cautions
+        self._sizes = cluster_sizes(request.cluster.profile.ranks_per_node)
+        self._num_in_node = self._sizes.index(request.cluster.profile.ranks_per_node)
+        self._wanted = request.workload.num_sequences
+        self._known = Known()
+        self._plans: dict[int, Plan | UserError] = {}
+
+    def run(self) -> Sized:
+        """Bracket the smallest that serves all by plans, from the one that the formula proposes."""
+        place = self._proposed()
+        sizes = self._sizes
+        low, high, step = -1, len(sizes), 1  # places: too few, and enough
+        while high - low > 1:
+            served = self._served(place)
+            if served < self._wanted:
+                low = place
+                place = self._next(place, served, high)
+            else:
+                high = place
+                below = step if high > self._num_in_node else 1
+                place = (low + high) // 2 if low >= 0 else max(0, high - below)
+                step *= 2
+        if high == len(sizes):
+            raise UserError(self._too_many())
+        plan = self._plans[sizes[high]]
+        assert isinstance(plan, Plan), "it serves all"
+        return Sized(plan, FewerDevices(0, 0) if high == 0 else self._fewer(high - 1))
+
+    def _request_of(self, num_devices: int) -> PlanRequest:
+        return replace(
+            self._request, cluster=replace(self._request.cluster, num_devices=num_devices)
+        )
+
+    def _proposed(self) -> int:
+        """The place of the first that serves all as screened; of the last where none does.
+
+        Sizes that are twice as large, then halves between; none beyond those of which several in a
+        row keep no limit with a single request.
+        """
+        low, high, num_useless = -1, 0, 0
+        while high < len(self._sizes) - 1 and (found := self._screened(high)) < self._wanted:
+            num_useless = num_useless + 1 if found == 0 else 0
+            if num_useless == _MOST_USELESS:
+                self._sizes = self._sizes[: high + 1]
+                return high
+            low, high = high, min(2 * high + 1, len(self._sizes) - 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            is_enough = self._screened(middle) >= self._wanted
+            low, high = (low, middle) if is_enough else (middle, high)
+        return high
+
+    def _screened(self, place: int) -> int:
+        """Requests at once within the limits, by the formula; -1 where the model does not fit."""
+        request = self._request_of(self._sizes[place])
+        search = Search(request, self._known)
+        options = fitting(search.screen()) if search.candidates else []
+        return max((each.within(request.goals)[0] for each in options), default=-1)
+
+    def _served(self, place: int) -> int:
+        """How many requests at once the plan on so many devices serves within the limits."""
+        num = self._sizes[place]
+        if num not in self._plans:
+            try:
+                self._plans[num] = make_plan(
+                    self._request_of(num),
+                    self._routing,
+                    self._progress,
+                    self._cautions,
+                    self._known,
+                )
+            except UserError as error:
+                self._plans[num] = error
+        plan = self._plans[num]
+        return 0 if isinstance(plan, UserError) else plan.num_served
+
+    def _next(self, place: int, served: int, high: int) -> int:
+        """Where to look beyond a place that does not serve all, by what it serves."""
+        factor = min(self._wanted / served, _MOST_STEP) if served else _MOST_STEP
+        further = _first_of(self._sizes, self._sizes[place] * factor)
+        return max(place + 1, min(further, high - 1))
+
+    def _fewer(self, place: int) -> FewerDevices:
+        """What a smaller cluster does; it was planned, or is now."""
+        return FewerDevices(self._sizes[place], self._served(place))
+
+    def _too_many(self) -> str:
+        most, profile = self._sizes[-1], self._request.cluster.profile
+        served = self._served(len(self._sizes) - 1)
+        why = self._plans[most]
+        told = f": {why}" if isinstance(why, UserError) else f", which serve {served:,}"
+        return (
+            f"no cluster of up to {most:,} {profile.name} serves all {self._wanted:,} requests at "
+            f"once within the limits{told}"
+        )
+
+
+def _first_of(sizes: Sequence[int], wanted: float) -> int:
+    """The place of the first that is as large; of the last where none is."""
+    found = (place for place, size in enumerate(sizes) if size >= wanted)
+    return next(found, len(sizes) - 1)

@@ -1,0 +1,238 @@
+"""A row of a plan or a projected comparison, as its results have it: what simulates it again."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from expertlane.errors import UserError, naming
+from expertlane.results import file
+from expertlane.results.asked import ProjectionAsked
+from expertlane.results.record import (
+    BEST,
+    DECODE_POOL,
+    EXPERIMENT,
+    PREFILL_POOL,
+    TWO_POOLS,
+    DeploymentRecord,
+)
+from expertlane.results.results import Results
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.ranges import shown
+from expertlane.spec.slo import SLO
+from expertlane.spec.tables import build
+
+POOLS = "pools"
+# Options of which one rules the others out: what is given leaves the others of a row away.
+_LENGTHS = "prompt_len", "output_len"
+_INSTEAD: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*_LENGTHS, "prefix_len"), ("requests",)),
+    "requests": _LENGTHS,
+    "batch": ("rate",),
+    "rate": ("batch",),
+    "skew": ("routing_trace",),
+    "routing_trace": ("skew",),
+    "mtp": ("mtp_acceptance",),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A deployment and the load that it was given.
+
+    Attributes:
+        layout, options: of the pool that decodes, where two serve.
+        num_seqs: that run at once, over the whole system.
+        num_asked: requests at once.
+        slos: that it was to keep.
+        cautions: what a reader must know of the model, in sentences.
+    """
+
+    model: ModelConfig
+    layout: Layout
+    options: Options
+    prefill_layout: Layout | None
+    prefill_options: Options | None
+    num_drafts: int
+    num_seqs: int
+    num_asked: int
+    dtype: str
+    kv_dtype: str
+    asked: ProjectionAsked
+    workload: Mapping[str, Any]
+    load: Mapping[str, Any]
+    slos: tuple[SLO, ...]
+    price: float | None
+    cautions: tuple[str, ...]
+
+    def _lengths(self) -> dict[str, Any]:
+        """Of requests as they were asked for; of a comparison, all alike."""
+        if (path := self.load.get("requests")) is not None:
+            return {"requests": Path(path)}
+        return {name: str(self.load.get(name, self.workload[name])) for name in _LENGTHS}
+
+    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of `simulate` that serve it again, by name.
+
+        Args:
+            given: options that are asked for otherwise; they and what they rule out are left away.
+        """
+        options, asked, workload = self.options, self.asked, self.workload
+        values: dict[str, Any] = {
+            "layout": str(self.layout),
+            "prefill_layout": None if self.prefill_layout is None else str(self.prefill_layout),
+            "cluster": asked.cluster,
+            "overlap": "on" if options.overlap else "off",
+            "num_micro_batches": options.num_micro_batches,
+            "micro_batch_schedule": options.micro_batch_schedule,
+            "dispatch": options.dispatch,
+            "prefill_dispatch": options.prefill_dispatch,
+            "payload": options.payload,
+            "placement": options.placement_file or _method(options),
+            "num_redundant_experts": options.num_redundant_experts,
+            "copies": options.copies,
+            "batch": str(self.num_asked),
+            **self._lengths(),
+            "seed": workload.get("seed", 0),
+            "skew": asked.skew,
+            "routing_trace": None if asked.routing_trace is None else Path(asked.routing_trace),
+            "dtype": self.dtype,
+            "kv_dtype": self.kv_dtype,
+            "execution": asked.execution,
+            "framework": asked.framework,
+            "mtp": self.num_drafts,
+            "mtp_acceptance": asked.mtp_acceptance if self.num_drafts else None,
+            "max_num_seqs": -(-self.num_seqs // (self.layout.replicas * self.layout.dp)),
+            "price": self.price,
+        }
+        left_away = {other for name in given for other in _INSTEAD.get(name, ())}
+        if self.num_seqs >= workload["num_sequences"] and {"batch", "rate"} & set(given):
+            left_away.add("max_num_seqs")  # all that came ran, so it tells nothing of a limit
+        return {name: each for name, each in values.items() if name not in {*given, *left_away}}
+
+
+def find_row(text: str) -> Row:
+    """Read `results.json#2`, a row of the results of a plan or a projected comparison.
+
+    After `#` stands the row's number, `pools` for disaggregated ones, or the name of an engine for
+    the best that it runs; the first row without.
+
+    Raises:
+        UserError: the file cannot be read or is of another kind, or it has no such row.
+    """
+    name, row = _split(text)
+    results = file.read(Path(name))
+    with naming(name):
+        return _row(results, row)
+
+
+def _split(text: str) -> tuple[str, str]:
+    name, mark, row = text.rpartition("#")
+    if not mark or os.path.exists(text) or not name:
+        return text, "1"
+    return name, row
+
+
+def _row(results: Results, row: str) -> Row:
+    question = results.question
+    if results.kind == "plan":
+        record, prefill, decode = _of_plan(results, row)
+        model, workload = question["model"], question["workload"]
+    elif results.kind == "comparison" and results.select("projected", EXPERIMENT):
+        record, prefill, decode = _of_comparison(results, row), None, None
+        model, workload = (question["experiment"][name] for name in ("model", "workload"))
+    else:
+        raise UserError(
+            f"it is of a {results.kind} without a projection of several; --plan takes one of plan "
+            "or compare --project"
+        )
+    asked = question.get("projection")
+    if asked is None or record.conditions is None:
+        raise UserError("it does not say what was asked for; repeat the command that wrote it")
+    decoding, conditions = decode or record, record.conditions
+    running = decoding.serving[0].num_running
+    if running is None:
+        raise UserError(f"row {row} does not say how many sequences run at once")
+    return Row(
+        build(ModelConfig, model, "question.model"),
+        record.known_layout,
+        decoding.served_with or decoding.known_options,
+        record.prefill_layout,
+        None if prefill is None else prefill.known_options,
+        decoding.num_drafts,
+        running,
+        # A pool that decodes keeps its number; those beyond it wait, and are served too.
+        running if decode is None else workload["num_sequences"],
+        conditions.dtype,
+        conditions.kv_dtype,
+        build(ProjectionAsked, asked, "question.projection"),
+        workload,
+        question.get("load") or {},
+        _limits(question),
+        question.get("price"),
+        results.cautions,
+    )
+
+
+def _method(options: Options) -> str:
+    """Experts that move while requests run are placed by load, as the cluster model has it."""
+    return "load" if options.is_by_load else options.placement
+
+
+_Parts = tuple[DeploymentRecord, DeploymentRecord | None, DeploymentRecord | None]
+
+
+def _of_plan(results: Results, row: str) -> _Parts:
+    """A record; of disaggregated pools that of both, for prefill, and for decode."""
+    if row == POOLS:
+        pools = [
+            each
+            for role in (TWO_POOLS, PREFILL_POOL, DECODE_POOL)
+            for each in results.select("projected", role)
+        ]
+        if not pools:
+            raise UserError("the plan has no disaggregated pools")
+        return _three(pools)
+    engines = {each.engine: each for each in results.plans[0].engines}
+    if (engine := next((each for name, each in engines.items() if name == row), None)) is not None:
+        if engine.best is None:
+            raise UserError(f"{engine.title} runs no deployment that meets the limits")
+        return _three(engine.pools) if engine.pools else (engine.best, None, None)
+    words = [*([POOLS] if results.select("projected", TWO_POOLS) else []), *engines]
+    return _numbered(results.select("projected", BEST), row, words), None, None
+
+
+def _three(pools: Sequence[DeploymentRecord]) -> _Parts:
+    together, prefill, decode = pools
+    return together, prefill, decode
+
+
+def _of_comparison(results: Results, row: str) -> DeploymentRecord:
+    usual = results.conditions[0]
+    record = _numbered(results.select("projected", EXPERIMENT, usual), row, [])
+    if not record.serving:
+        raise UserError(f"{record.name!r} does not fit, so that it was not simulated")
+    return record
+
+
+def _numbered(rows: Sequence[DeploymentRecord], row: str, words: Sequence[str]) -> DeploymentRecord:
+    number = int(row) if row.isascii() and row.isdigit() and len(row) < 10 else 0
+    if not 1 <= number <= len(rows):
+        numbers = f"#1 to #{len(rows)}" if len(rows) > 1 else "#1"
+        valid = ", ".join([numbers, *(f"#{word}" for word in words)])
+        raise UserError(f"there is no row {shown(row)}; valid: {valid}")
+    return rows[number - 1]
+
+
+def _limits(question: Mapping[str, Any]) -> tuple[SLO, ...]:
+    """Those of a plan; none of a comparison."""
+    means = {"max_tpot_s": SLO("tpot", "mean", 1.0), "max_ttft_s": SLO("ttft", "mean", 1.0)}
+    found = [
+        replace(slo, limit_s=question[key])
+        for key, slo in means.items()
+        if question.get(key) is not None
+    ]
+    return *found, *(build(SLO, each, "question.slos") for each in question.get("slos", ()))
