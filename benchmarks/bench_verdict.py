@@ -41,13 +41,12 @@ def compared(experiment: Experiment, repeats: Repeats) -> Results:
 
 
 def verdict_of(results: Results, reference: str) -> dict[str, Any]:
-    """Who won and why; the ratio is that of `reference` over the other, whoever won."""
+    """Who won and why; the ratio is that of `reference` over the other."""
     own, wall = run(results, "virtual"), run(results, "measured")
     assert own is not None
     assert wall is not None
-    judged, in_wall_time = judge(own), judge(wall)
+    judged = judge(own)
     assert judged is not None
-    assert in_wall_time is not None
 
     def bounds(ratio: Any) -> list[float]:
         low, value, high = ratio.bounds
@@ -55,12 +54,12 @@ def verdict_of(results: Results, reference: str) -> dict[str, Any]:
         return [low, value, high] if is_reference else [1 / high, 1 / value, 1 / low]
 
     return {
-        "winner": judged.one.name,
-        "significant": judged.is_told_apart,
-        "ratio": bounds(judged.ratio),
+        "winner": judged.slower_and_faster[1].name,
+        "significant": own.pairs[0].is_significant,
+        "ratio": bounds(own.pairs[0].ratio),  # on the links that are assumed
         "reason": judged.reasons[0][0] if judged.reasons else "none",
         "reason_ms": judged.reasons[0][1].value if judged.reasons else 0.0,
-        "wall_ratio": bounds(in_wall_time.ratio),
+        "wall_ratio": bounds(wall.pairs[0].ratio),
         "scale": results.virtual_time.scale if results.virtual_time else None,
         "foreign_cpu_share": results.foreign_cpu_share,
     }

@@ -28,7 +28,7 @@ from serving_rows import TYPES, Row, read_rows
 from serving_simulation import Question, project
 from serving_waves import all_in_waves
 
-from expertlane.cost.laws.frameworks import FILE, Framework, JudgedGroup
+from expertlane.cost.laws.frameworks import FILE, Framework, JudgedGroup, judged_groups
 
 
 def main() -> int:
@@ -66,7 +66,8 @@ def main() -> int:
     _print_frameworks(frameworks)
     if asked.write:
         judged = [pair for pair in pairs if pair[0].configuration not in fitted]
-        write(frameworks, [*_groups(judged, True), *_groups(rest, False)], FILE)
+        others = [each for each in judged_groups() if each.model != "DeepSeek-R1"]
+        write(frameworks, [*_groups(judged, True), *_groups(rest, False), *others], FILE)
     return 0
 
 
@@ -76,8 +77,10 @@ def _groups(pairs: Sequence[Pair], is_fitted: bool) -> Iterator[JudgedGroup]:
     for kind in sorted(kinds):
         own = [pair for pair in pairs if _kind(pair[0]) == kind]
         if len(own) >= FEWEST:
-            sizes = (round(Errors.of(what, own).size, 3) for what in NOISE)
-            yield JudgedGroup(*kind, is_fitted, len(own), *sizes)
+            errors = [Errors.of(what, own) for what in NOISE]
+            sizes = (round(each.size, 3) for each in errors)
+            within = (round(each.within, 3) for each in errors)
+            yield JudgedGroup(*kind, is_fitted, len(own), *sizes, *within)
 
 
 def _kind(row: Row) -> tuple[str, str, bool, bool]:

@@ -33,6 +33,7 @@ class Errors:
 
     Attributes:
         signed, size, p90: medians of the error and of its size, and its 90th percentile.
+        within: the factor that nine rows in ten are within, either way.
         inside: share of rows inside the bounds.
         half_width: median, as a share of the likely value.
     """
@@ -41,6 +42,7 @@ class Errors:
     signed: float
     size: float
     p90: float
+    within: float
     inside: float
     half_width: float
 
@@ -55,14 +57,15 @@ class Errors:
             float(np.median(errors)),
             float(np.median(np.abs(errors))),
             float(np.quantile(np.abs(errors), 0.9)),
+            float(np.exp(np.quantile(np.abs(np.log(likely / measured)), 0.9))),
             float(np.mean((low <= measured) & (measured <= high))),
             float(np.median((high - low) / 2 / likely)),
         )
 
     def __str__(self) -> str:
         return (
-            f"{self.signed:+.0%} | {self.size:.0%} | {self.p90:.0%} | {self.inside:.0%} | "
-            f"±{self.half_width:.0%}"
+            f"{self.signed:+.0%} | {self.size:.0%} | {self.p90:.0%} | {self.within:.2f} | "
+            f"{self.inside:.0%} | ±{self.half_width:.0%}"
         )
 
 
@@ -79,12 +82,13 @@ def by_group(pairs: Sequence[Pair], key: Callable[[Row], Any]) -> dict[str, list
 
 def table(groups: Mapping[str, Sequence[Pair]], fewest: int = FEWEST) -> Iterator[str]:
     """Markdown: a line for each quantity of each group."""
-    yield "| rows of | rows | of | median error | absolute | p90 | inside bounds | bounds |"
-    yield "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
+    heads = "median error", "absolute", "p90", "factor", "inside bounds", "bounds"
+    yield f"| rows of | rows | of | {' | '.join(heads)} |"
+    yield "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     for name, pairs in groups.items():
         for what in NOISE:
             if len(pairs) < fewest:
-                yield f"| {name} | {len(pairs)} | {what} | too few rows | | | | |"
+                yield f"| {name} | {len(pairs)} | {what} | too few rows | | | | | |"
                 break
             yield f"| {name} | {len(pairs)} | {what} | {Errors.of(what, pairs)} |"
 

@@ -98,14 +98,49 @@ def test_the_kubernetes_manifests_fit_together():
     }
 
 
-@pytest.fixture(scope="module")
-def option_table():
-    path = DOCS / "option_table.py"
-    spec = importlib.util.spec_from_file_location("option_table", path)
+def script(name):
+    """A script of the documentation, as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def option_table():
+    return script("option_table")
+
+
+@pytest.fixture(scope="module")
+def printed():
+    return script("printed")
+
+
+def test_every_output_that_is_shown_has_its_command(printed):
+    documents = printed.documents()
+    assert ROOT / "README.md" in documents
+    for each in documents:
+        text = each.read_text(encoding="utf-8")
+        num_shown = len(re.findall(r"^Printed on ", text, re.MULTILINE))
+        assert len(printed.commands_of(text)) == num_shown, each
+    with pytest.raises(ValueError, match="no command before"):
+        printed.commands_of("Printed on a day (here):\n\n```text\nold\n```\n")
+
+
+def test_what_a_command_prints_takes_the_place_of_what_it_printed(printed):
+    text = (
+        "One\n\n```bash\nexpertlane list \\\n    models   # all\nexpertlane list nothing\n```\n\n"
+        "Printed on a day (here, first 2 lines):\n\n```text\nold\n```\n\nTwo\n"
+    )
+    assert printed.renewed(text, ["plan", "bench"]) == text
+    before, _, rest = printed.renewed(text, ["models"]).partition("Printed on ")
+    line, _, after = rest.partition("\n\n```text\n")
+    assert before == text.partition("Printed on ")[0]
+    assert re.fullmatch(r"\d+ \w+ \d{4} \(.+, \d+ cores, \d+ s of CPU, first 2 lines\):", line)
+    assert (
+        after == "Models | random weights\n3 presets: paper, paper-small, paper-tiny.\n```\n\nTwo\n"
+    )
 
 
 def test_the_page_of_options_is_what_the_code_says(option_table):

@@ -18,22 +18,22 @@ HERE = Path(__file__).parent
 WIDTH = 1000
 FIRST = {"width": 1280, "height": 640}
 STYLE = """
-.zoom, details.numbers, .tabs > label, .tabs > input { display: none !important }
+.zoom, details.numbers { display: none !important }
 .chart, .timelines { padding: 14px; background: var(--card) }
 """
 # By the picture's name, the words that a section's heading begins with, and its part.
 PARTS = {
     "report-causes": ("Where the time goes", "figure >> nth=0"),
     "report-timelines": ("One step, rank by rank", ".timelines >> nth=0"),
-    "report-latency": ("Context and batch", "figure >> nth=0"),
+    "report-latency": ("Longer contexts and other batches", "figure >> nth=0"),
     "report-front": ("Throughput against latency", "figure >> nth=0"),
 }
 
 
 def part(page: Page, heading: str, selector: str) -> Locator:
     """Of the section whose heading has these words."""
-    section = page.locator("details.part", has=page.locator("h2", has_text=heading)).first
-    return section.locator(selector).first
+    section = page.locator("details.part > section", has=page.locator("h3", has_text=heading))
+    return section.first.locator(selector).first
 
 
 def main() -> None:

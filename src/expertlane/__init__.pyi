@@ -80,9 +80,9 @@ def compare(
             other.
         only: Run only these deployments, by their names or numbers in the experiment; no
             scaling layouts.
-        repeat: How often the two deployments of the verdict are measured; the others twice at
-            most. Fewer than 5 give no intervals.
-        min_time: Repeat until the steps of each of the two have taken so long.
+        repeat: How often the deployments of the answer's first sentence are measured; the
+            others twice at most. Fewer than 5 give no intervals.
+        min_time: Repeat until the steps of each of these have taken so long.
         resume: Go on with a comparison that was interrupted: what it measured is kept in the
             folder of its results until it is complete.
         traffic: Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks

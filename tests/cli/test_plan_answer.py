@@ -1,6 +1,7 @@
 """What plan prints where nothing else is asked for."""
 
 import json
+import re
 
 import pytest
 
@@ -29,6 +30,33 @@ def test_the_answer_fits_the_screen(run, tmp_path, monkeypatch, columns):
     assert best["why"] == ""
     num_tied = results["plans"][0]["num_tied"]
     assert (results["plans"][0]["tie_break"] is None) == (num_tied == 1)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("paper-tiny", *ASKED),
+        ("paper-small", "--cluster", "h100x4", "--batch", "32", "--skew", "0.4"),
+        pytest.param(
+            ("paper", "--cluster", "h200x16", "--batch", "256", "--slo", "tpot.mean=15ms"),
+            marks=pytest.mark.full,
+        ),
+    ],
+    ids=lambda asked: asked[0],
+)
+def test_rows_that_words_name_are_in_the_table(run, tmp_path, monkeypatch, asked):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run("plan", *asked)
+    assert code == 0, err
+    rows = re.findall(r"^(\d+)  \S", out, re.MULTILINE)
+    assert rows[0] == "1"
+    named = set(re.findall(r"#(\d+)", out))
+    assert named
+    assert named <= set(rows)
+    _, _, after = out.partition("\n\n")[2].partition("\n\n")
+    words = re.sub(r"(Disaggregated|Tokens/s by engine)[^\n]*(\n[^\n]+)*", "", after)
+    assert re.findall(r"\b(?:dp|tp|pp|ep|replicas)=\d+", words) == []  # #N in their place
 
 
 @pytest.mark.full

@@ -5,7 +5,7 @@ import pytest
 
 import example_results as example
 from expertlane.compare.pair import Repeated, pair_in_virtual_time, pair_in_wall_time
-from expertlane.results.pair import choose_pair
+from expertlane.results.pair import choose_compared
 from expertlane.spec.names import Cause, Phase
 
 
@@ -77,15 +77,16 @@ def records(*kinds):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "tps", "pair"),
+    ("kinds", "tps", "compared"),
     [
-        (["baseline", "baseline", "proposal", "proposal"], [1, 3, 4, 2], (2, 1)),
-        (["baseline", "baseline", "proposal", "proposal"], [1, 9, 4, 2], (1, 2)),
-        (["proposal"] * 3, [1, 2, 3], (2, 0)),  # the fastest and the first
-        (["proposal"] * 3, [3, 1, 2], (0, 2)),  # where it is the first: the next fastest
+        (["baseline", "baseline", "proposal", "proposal"], [1, 3, 4, 2], (2, 1, 0)),
+        (["baseline", "baseline", "proposal", "proposal"], [1, 9, 4, 2], (2, 1, 0)),  # the slower
+        (["baseline", "baseline", "proposal", "proposal"], [3, 1, 4, 9], (3, 0)),  # best and first
+        (["proposal"] * 3, [1, 2, 3], (2, 1, 0)),  # the fastest, the next and the first
+        (["proposal"] * 3, [3, 1, 2], (0, 2)),  # where it is the first
         (["baseline"] * 2, [2, 1], (0, 1)),
-        (["baseline"], [1], None),
+        (["baseline"], [1], ()),
     ],
 )
-def test_which_two(kinds, tps, pair):
-    assert choose_pair(records(*kinds), tps) == pair
+def test_which_are_compared(kinds, tps, compared):
+    assert choose_compared(records(*kinds), tps) == compared

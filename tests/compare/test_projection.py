@@ -113,7 +113,7 @@ def test_experts_that_move_are_where_the_load_wants_them():
         options = Options(num_redundant_experts=4, **more)
         moving = Deployment(name, EXPERT.layout, options)
         experiment = replace(SMALL, deployments=(moving,), scaling=())
-        projector = ExperimentProjector(experiment, parse_cluster("h100x4"), "float16", 1.2)
+        projector = ExperimentProjector(experiment, parse_cluster("h100x4"), FLOAT16, 1.2)
         seconds[name] = projector._rows(Silent())[0].prefill.wall_s.value
     assert seconds["moving"] < seconds["in order"]
 

@@ -8,17 +8,23 @@ import numpy as np
 import pytest
 
 from cli.screen import telling
+from example_plan import PLAN
 from expertlane.cost.laws.frameworks import (
     CALIBRATED,
     find_framework,
     frameworks,
     judged,
     judged_groups,
+    nearest,
     served_by,
 )
 from expertlane.cost.laws.profile_file import read_profile, shipped_profiles
 from expertlane.cost.laws.times import Basis
+from expertlane.cost.records import no_surer_than_known
 from expertlane.errors import SpecError
+from expertlane.spec.from_hf import from_hf
+from golden.cases import DEEPSEEK
+from plan.requests import MIXED
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +43,10 @@ def test_a_profile_measured_on_its_machine():
     surfaces = {
         name: replace(each, basis=Basis.MEASURED) for name, each in profile.surfaces.items()
     }
-    assert judged(replace(profile, surfaces=surfaces), "bfloat16") is CALIBRATED
+    measured = replace(profile, surfaces=surfaces)
+    for attention in ("latent", "grouped"):
+        assert judged(measured, "bfloat16", attention=attention) is CALIBRATED
+        assert nearest(measured, "bfloat16", attention=attention) is None
 
 
 @pytest.mark.parametrize("group", judged_groups(), ids=str)
@@ -45,17 +54,67 @@ def test_a_group_is_told_of_its_own_kind(group):
     profile = read_profile(group.hardware)
     if group.is_fitted:
         profile = served_by(profile, next(iter(frameworks().values())))
-    kind = {"has_two_pools": group.has_two_pools, "has_drafts": group.has_drafts}
+    kind = {
+        "attention": group.attention,
+        "has_two_pools": group.has_two_pools,
+        "has_drafts": group.has_drafts,
+    }
     said = judged(profile, group.weights, **kind)
-    assert (said.num_rows, said.median_error) == (group.num_rows, group.tpot)
+    assert said.median_error >= group.tpot
     assert group.hardware.upper() in said.what
     assert group.num_rows >= 20
+    known = nearest(profile, group.weights, **kind)
+    assert known.what in said.what
+    assert known.tpot >= group.tpot_within > 1 + group.tpot
+    assert known.ttft > 1
 
 
 def test_what_was_not_judged():
-    assert judged(read_profile("a100"), "bfloat16") is None
-    assert judged(read_profile("h200"), "bfloat16") is None
-    assert judged(read_profile("h200"), "mxfp4", has_drafts=True) is None
+    latent, grouped = ({"attention": each} for each in ("latent", "grouped"))
+    assert judged(read_profile("a100"), "bfloat16", **latent) is None
+    assert judged(read_profile("h200"), "bfloat16", **latent) is None
+    assert judged(read_profile("h200"), "mxfp4", has_drafts=True, **latent) is None
+    assert judged(read_profile("h200"), "float8", **grouped) is None
+
+
+@pytest.mark.parametrize(
+    ("card", "weights", "attention", "what"),
+    [
+        ("h200", "float8", "latent", "DeepSeek-R1, H200, float8, aggregated"),
+        ("h100", "float8", "latent", "DeepSeek-R1, H200, float8, aggregated"),
+        ("h100", "bfloat16", "grouped", "Qwen3-235B, H100, float8, aggregated"),
+        ("h100", "mxfp4", "sinks", "gpt-oss-120b, H200, mxfp4, aggregated"),
+        ("gb300", "float8", "latent", "DeepSeek-R1, GB300, all types, aggregated"),
+    ],
+)
+def test_the_nearest_kind_is_of_like_attention_then_of_the_card(card, weights, attention, what):
+    known = nearest(read_profile(card), weights, attention=attention)
+    assert known.what == what
+    assert min(known.tpot, known.output, known.ttft) > 1
+
+
+@pytest.mark.parametrize(
+    "asked", [MIXED, from_hf(DEEPSEEK, "DeepSeek-V3")], ids=["mixed", "latent"]
+)
+def test_bounds_are_no_narrower_than_the_error_of_the_nearest_kind(asked):
+    """Of records as plan, simulate and compare make them; ratios stay as they are."""
+    profile, weights = read_profile("h100"), PLAN.deployments[0].conditions.dtype
+    attention = "grouped" if asked.latent is None else "latent"
+    known = nearest(profile, weights, attention=attention)
+    before = replace(PLAN, cluster=replace(PLAN.cluster, nearest=known))
+    after = no_surer_than_known(before, asked, profile)
+    for one, other in zip(before.deployments, after.deployments, strict=True):
+        assert other.over_best == one.over_best
+        for narrow, wide in zip(one.serving, other.serving, strict=True):
+            assert wide.output_tps.value == narrow.output_tps.value
+            assert wide.output_tps.high >= wide.output_tps.value * known.output
+            assert wide.output_tps.low <= narrow.output_tps.low
+            assert wide.tpot_s.mean.high >= wide.tpot_s.mean.value * known.tpot
+            assert wide.ttft_s.mean.low <= wide.ttft_s.mean.value / known.ttft
+    assert after.plans[0].engines[0].aggregated.serving == after.deployments[0].serving
+    (said,) = (each for each in after.assumptions if each.name == "least bounds")
+    assert known.what in said.value
+    assert no_surer_than_known(PLAN, asked, profile) is PLAN  # measured on the machine itself
 
 
 def test_a_framework_s_terms_stand_in_place_of_the_profile_s():

@@ -15,7 +15,6 @@ from expertlane.cost.step.operation import RankGroups, Transfer, TransferKind
 from expertlane.cost.virtual import (
     VirtualClock,
     VirtualLinks,
-    least_of_all,
     undisturbed,
     without_each,
 )
@@ -577,8 +576,6 @@ def test_each_run_takes_the_lesser_times_of_itself_and_the_next():
     # Without a run, the one before it is followed by the one after it.
     assert seconds(without_each(runs)) == [(0, 1.0), (1, 3.0), (2, 1.0), (3, 3.0)]
     assert seconds(undisturbed(runs[:1])) == [(0, 4.0)]
-    # All, then without the first, the second and so on.
-    assert seconds(least_of_all(runs)) == [(0, 1.0), (1, 1.0), (2, 3.0), (3, 1.0), (4, 1.0)]
     later = [step_of(run, 2 * each, 7.0) for run, each in enumerate(times)]
     both = seconds(undisturbed([*runs, *later]))  # step by step
     assert both[:2] == [(0, 1.0), (0, 2.0)]

@@ -53,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = stage.folder
     assert stage.checkpoint.name == "my-checkpoint"
     (path / "mine.toml").write_text(EXPERIMENT)
+    (path / "docs").symlink_to(ROOT / "docs")
     for name in ("before", "after", "paper-small"):
         run_expertlane(path, "simulate", *PROJECTED, "--out", f"results/{name}")
     write_trace(path / "routing.npz")

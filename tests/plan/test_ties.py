@@ -3,11 +3,15 @@
 from dataclasses import dataclass, replace
 from math import exp, hypot, inf, log
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from expertlane.plan.candidates import Candidate
+from expertlane.plan.candidates import Candidate, Goals
 from expertlane.plan.search import Search
-from expertlane.plan.ties import Contender, Uncertain, contender, num_kinds, pools_tps, ranked
+from expertlane.plan.throughput import ThroughputCurve
+from expertlane.plan.ties import Contender, Uncertain, contender, pools_tps, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -77,58 +81,111 @@ class Named:
     """What a ranking reads of a finalist."""
 
     candidate: Candidate
+    served: ThroughputCurve
 
 
-def plan(layout: str, tps: float, ttft_s: float, error: float = 0.0) -> Contender:
-    """`error`: of both, as a share, a law's of its own."""
-    named = Named(Candidate(Layout.parse(layout), Options()))
-    own = (layout, ())
-
-    def of(value: float) -> Uncertain:
-        return Uncertain(value, {own: (value * (1 - error), value * (1 + error))})
-
-    return Contender(named, of(tps), of(ttft_s))  # type: ignore[arg-type]
+def plan(layout: str, tps: float, tpot_s: float, error: float = 0.0, ttft_s=0.1) -> Contender:
+    """`error`: of tokens/s, as a share, a law's of its own."""
+    one, times = np.ones((3, 1)), (tpot_s * np.ones((3, 1)), ttft_s * np.ones((3, 1)))
+    served = ThroughputCurve(np.array([1]), tps * one, *times)
+    named = Named(Candidate(Layout.parse(layout), Options()), served)
+    own = {(layout, ()): (tps * (1 - error), tps * (1 + error))}
+    return Contender(named, Uncertain(tps, own))  # type: ignore[arg-type]
 
 
 def layouts(ranking):
     return [str(each.finalist.candidate.layout) for each in ranking.contenders]
 
 
-def test_the_lowest_ttft_wins_a_tie():
+def test_most_tokens_win_a_tie_and_what_is_surely_slower_does_not_tie():
     found = ranked(
         [
             plan("tp=8", 90, 0.05, 0.01),
-            plan("dp=8,ep=8", 100, 0.3, 0.05),
-            plan("dp=2,tp=4,ep=8", 98, 0.2, 0.05),
-            plan("dp=4,tp=2,ep=8", 97, 0.1, 0.05),
-        ]
+            plan("dp=2,tp=4,ep=8", 98, 0.02, 0.05),
+            plan("dp=8,ep=8", 100, 0.03, 0.05),
+            plan("dp=4,tp=2,ep=8", 97, 0.01, 0.05),
+        ],
+        Goals(),
     )
-    assert layouts(found) == ["dp=4,tp=2,ep=8", "dp=2,tp=4,ep=8", "dp=8,ep=8", "tp=8"]
-    assert (found.num_tied, found.by) == (3, "lowest TTFT")
+    assert layouts(found) == ["dp=8,ep=8", "dp=2,tp=4,ep=8", "dp=4,tp=2,ep=8", "tp=8"]
+    assert (found.num_tied, found.by) == (3, "most tokens")
     assert found.spread == pytest.approx(0.03)
     assert found.chosen is found.contenders[0]
 
 
 def test_a_plan_that_is_alone_is_the_fastest():
-    found = ranked([plan("tp=8", 90, 0.1), plan("dp=8", 100, 0.3)])
+    found = ranked([plan("tp=8", 90, 0.1), plan("dp=8", 100, 0.3)], Goals())
     assert layouts(found) == ["dp=8", "tp=8"]
     assert (found.num_tied, found.by, found.spread) == (1, None, 0.0)
 
 
-def test_ttfts_that_tie_leave_it_to_fewer_kinds_of_parallelism_then_to_tokens():
-    mixed, plain = plan("dp=2,tp=4,ep=8", 100, 0.100, 0.05), plan("tp=8,ep=8", 99, 0.101, 0.05)
-    found = ranked([mixed, plain])
-    assert layouts(found) == ["tp=8,ep=8", "dp=2,tp=4,ep=8"]
-    assert (found.by, found.num_ttft_tied, found.fastest) == ("fewest kinds", 2, mixed)
-    assert found.spread == pytest.approx(0.01)
-    found = ranked([plan("dp=8,ep=8", 100, 0.101, 0.05), plan("tp=8,ep=8", 99, 0.100, 0.05)])
-    assert layouts(found)[0] == "dp=8,ep=8"
-    assert found.by == "most tokens"
+@pytest.mark.parametrize(
+    ("goals", "tps", "first"),
+    [
+        (Goals(max_tpot_s=0.05), 99.9, "tp=8,ep=8"),  # it leaves more room
+        (Goals(max_tpot_s=0.05), 99.0, "dp=8,ep=8"),  # more tokens count for more
+        (Goals(max_tpot_s=0.9), 99.9, "dp=8,ep=8"),  # kept 18 times over by both
+        (Goals(max_ttft_s=0.11), 99.9, "dp=8,ep=8"),  # of TTFT they take the same
+        (Goals(), 99.9, "dp=8,ep=8"),
+    ],
+)
+def test_a_limit_that_is_near_decides_among_those_with_as_many_tokens(goals, tps, first):
+    found = ranked([plan("dp=8,ep=8", 100, 0.049, 0.05), plan("tp=8,ep=8", tps, 0.03, 0.05)], goals)
+    assert layouts(found)[0] == first
+    assert found.by == ("farther from the limit" if first == "tp=8,ep=8" else "most tokens")
 
 
-def test_kinds_of_parallelism():
-    assert num_kinds(Layout.parse("tp=1")) == 0
-    assert num_kinds(Layout.parse("replicas=2,pp=2,dp=2,tp=2,ep=4")) == 5
+LAYOUTS = "tp=8", "dp=8", "dp=8,ep=8", "tp=8,ep=8", "dp=2,tp=4", "pp=2,tp=4", "dp=2,tp=4,ep=8"
+LIMITED = [
+    Goals(),
+    Goals(max_tpot_s=0.05),
+    Goals(max_ttft_s=0.2),
+    Goals(max_tpot_s=0.05, max_ttft_s=0.2),
+]
+
+
+@st.composite
+def contenders(draw) -> list[Contender]:
+    """Some plans that keep all of `LIMITED`, near each other."""
+    return [
+        plan(
+            layout,
+            draw(st.one_of(st.sampled_from([99.7, 100.0]), st.floats(80, 100))),
+            draw(st.one_of(st.just(0.02), st.floats(1e-3, 0.05))),
+            draw(st.floats(0, 0.2)),
+            draw(st.floats(1e-3, 0.2)),
+        )
+        for layout in draw(st.lists(st.sampled_from(LAYOUTS), min_size=1, unique=True))
+    ]
+
+
+@given(contenders(), st.sampled_from(LIMITED))
+def test_none_is_chosen_that_another_is_ahead_of_in_both(drawn, goals):
+    chosen = ranked(drawn, goals).chosen
+    for each in drawn:
+        has_more = each.tps.value > chosen.tps.value
+        assert not (has_more and each.taken(goals) < chosen.taken(goals))
+        assert not (has_more and goals == Goals())
+        assert chosen.tps.value >= 0.995 * each.tps.value
+
+
+@given(contenders(), st.sampled_from(LIMITED[1:]), st.floats(2.001, 18))
+def test_a_limit_that_is_kept_by_far_decides_nothing(drawn, goals, factor):
+    far = Goals(*(limit and factor * limit for limit in (goals.max_tpot_s, goals.max_ttft_s)))
+    assert layouts(ranked(drawn, far)) == layouts(ranked(drawn, Goals()))
+
+
+@given(contenders(), st.sampled_from(LIMITED))
+def test_those_tie_than_which_no_other_surely_has_more(drawn, goals):
+    found = ranked(drawn, goals)
+    for each in drawn:
+        is_beaten = any(other.tps.over(each.tps).bounds[0] > 1 for other in drawn)
+        assert (each in found.tied) == (not is_beaten)
+    values = [each.tps.value for each in found.contenders[1:]]
+    split = found.num_tied - 1
+    for part in (values[:split], values[split:]):
+        assert part == sorted(part, reverse=True)
+    assert (found.by is None) == (found.num_tied == 1)
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +194,10 @@ def found():
 
 
 @pytest.mark.full
-def test_contenders_have_the_throughput_and_ttft_of_the_plan(found):
+def test_contenders_have_the_throughput_of_the_plan(found):
     for each in found.finalists:
         made = contender(each, WORKLOAD)
         assert made.tps.value == pytest.approx(each.tps)
-        assert made.ttft_s.value == pytest.approx(float(each.served.ttft_s[1, 0]))
         low, _, high = each.served.tps[:, 0]
         for (name, _), (at_low, at_high) in made.tps.by_error.items():
             if name == "drawn experts":  # faster or slower, and as far the other way

@@ -20,7 +20,8 @@ from expertlane.report.verdict import judge
 from expertlane.results.estimate import Estimate
 from expertlane.results.hardware import VirtualTime
 from expertlane.results.pair import PairRecord
-from expertlane.results.results import Results
+from expertlane.results.record import EXPERIMENT
+from expertlane.results.results import Results, WorkloadVerdict
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Phase
@@ -67,6 +68,29 @@ def many(num: int, name: str = "{}") -> Results:
     return example.results([(each, 0.1 + 0.01 * place) for place, each in enumerate(made)])
 
 
+def served(num_running: dict[int, int]) -> Results:
+    """Deployments under the whole workload: 8,000, 4,000, 2,000 and 1,000 tokens/s.
+
+    Args:
+        num_running: sequences that those have memory for that do not hold all, from 1.
+    """
+    given = example_projection.usual()
+    usual = given.conditions[0]
+    own = given.select("projected", EXPERIMENT, usual)
+    rows = list(given.deployments)
+    for place, each in enumerate(own):
+        tps = Estimate(1e3, 0.5e3, 2e3) * 2.0 ** (3 - place)
+        running = num_running.get(place + 1, example_projection.NUM_SEQS)
+        load = example_projection.serving(running, tps, Estimate(0.1, 0.05, 0.2))
+        rows[rows.index(each)] = replace(each, serving=load)
+    verdict = WorkloadVerdict(
+        "EP 16",
+        {"DP 2 × TP 8, EP 2": Estimate(0.5, 0.45, 0.55), "TP 8 × PP 2": Estimate(0.25, 0.2, 0.3)},
+        {"imbalance in prefill": 300e-6, "weight reads in decode": -50e-6},
+    )
+    return replace(given, deployments=tuple(rows), workload=verdict)
+
+
 SURE = Estimate(1.06, 1.04, 1.09)
 CASES = {
     "usual": example.usual(),
@@ -77,16 +101,19 @@ CASES = {
     "ten with long names": with_pair(many(10, LONG + " {}"), SURE),
     "thirty": with_pair(many(30, "deployment number {} of all"), SURE),
     "projected": example_projection.usual(),
+    "whole workload": served({}),
+    "whole workload, little memory": served({1: 200, 2: 300, 3: 40}),
 }
 CASES |= {
     f"{name}, virtual": in_virtual_time(results)
     for name, results in CASES.items()
-    if name != "projected"
+    if results.machine is not None
 }
 CASES |= {
-    f"{name}, and projected": results.beside(example_projection.usual())
+    f"{name}, and {other}": results.beside(CASES[other])
     for name, results in CASES.items()
-    if name != "projected"
+    for other in ("projected", "whole workload, little memory")
+    if results.machine is not None
 }
 CASES |= {
     f"{name}, disturbed": replace(results, foreign_cpu_share=0.7)
@@ -133,31 +160,31 @@ def test_who_wins_by_how_much_how_surely_on_what_clock_and_why() -> None:
         ROUTER=Estimate(0.001, -0.001, 0.003),  # no more than noise
     )
     lines = shown(in_virtual_time(given))
-    setting, verdict, rest = lines[0], " ".join(lines[1:3]), " ".join(lines[12:-1])
+    setting, rest = " ".join(lines[:2]), " ".join(lines[9:-1])
     assert tells(setting, "example top-2 16 ranks 2 cores virtual h100")
-    assert in_order(verdict, "EP 16 1.06× TP 8 × PP 2 decode virtual 1.04–1.09 5")
-    assert lines[3:7] == [
+    assert lines[2:7] == [
+        "EP 16 is 1.06× as fast as TP 8 × PP 2 (1.04–1.09), in decode, virtual time.",
         "",
-        "deployment   tok/s  min–max  TPOT  p95   TTFT   rel  largest cost",
-        "TP 8 × PP 2   40.0        —   400  400  4,000  1.00  experts 50%",
-        "EP 16          160        —   100  100  1,000  1.06  experts 50%",
+        "deployment   tok/s  TPOT   TTFT   rel  largest cost",
+        "TP 8 × PP 2   40.0   400  4,000  1.00  experts 50%",
+        "EP 16          160   100  1,000  1.06  experts 50%",
     ]
     assert in_order(lines[8], "TP 8 × PP 2 400 EP 16 100")
     assert lines[9] == "  bubble −57.0   dispatch +22.0   other −265"
-    assert tells(lines[11], "TP 8 × PP 2 90")
-    assert in_order(rest, "EP 16 1.06× TP 8 × PP 2 decode wall 1.04–1.09 5")
-    assert in_order(rest, "virtual h100 1.50× 59.0× wall 16 2")
+    assert in_order(rest, "rel TP 8 × PP 2 90 5 runs ratio links half twice")
+    assert in_order(rest, "EP 16 1.06× TP 8 × PP 2 1.04–1.09 decode wall")
+    assert in_order(rest, "virtual h100 share of a step h100 wall 16 2")
     assert lines[-1] == "More: --full, or results/example/report.html"
 
 
-def test_not_significant_and_nothing_but_noise() -> None:
+def test_not_decided_and_nothing_but_noise() -> None:
     given = with_pair(
         example.results([(example.TENSOR, 0.1), (example.EXPERT, 0.1)]),
         Estimate(1.02, 0.98, 1.06),
         EXPERTS=Estimate(-0.002, -0.005, 0.001),
     )
     lines = shown(given)
-    assert in_order(lines[1], "Not significant EP 16 1.02× TP 8 × PP 2 decode")
+    assert in_order(" ".join(lines[1:3]), "EP 16 TP 8 × PP 2 not decided 1.02× 0.98–1.06 decode")
     assert in_order(" ".join(lines), "TP 8 × PP 2 100 EP 16 100 no cause")
 
 
@@ -241,6 +268,30 @@ def test_the_two_of_the_verdict_have_the_same_numbers_everywhere() -> None:
         ("other", "−13.0"),
         ("EP 16", "310"),
     ]
+
+
+def test_the_whole_workload_comes_first_and_says_what_memory_holds() -> None:
+    lines = shown(CASES["whole workload, little memory"])
+    text = " ".join(lines)
+    assert lines[1:3] == [
+        "EP 16 is 0.25× as fast as TP 8 × PP 2 (0.20–0.30) and 0.50× as fast as the best",
+        "baseline, DP 2 × TP 8, EP 2 (0.45–0.55), over the whole workload, projected for",
+    ]
+    assert in_order(text, "deployment tok/s bounds seqs TPOT TTFT rel")
+    (row,) = (line for line in lines if line.startswith("DP 2 × TP 8, EP 2 "))
+    assert in_order(row, "DP 2 × TP 8 EP 2 4,000 300 100 1.00")
+    assert in_order(text, "Why µs DP 2 × TP 8 EP 2 250 EP 16 500 weight −50.0 imbalance +300")
+    assert in_order(text, "Of 1,024 40 EP 16 300 DP 2 × TP 8 EP 2 200 TP 8 × PP 2 others wait")
+    assert "others wait" not in " ".join(shown(CASES["whole workload"]))
+
+
+@pytest.mark.parametrize("name", ["usual", "whole workload", "ten, virtual"])
+def test_a_reader_needs_few_terms_until_the_first_table_ends(name: str) -> None:
+    answer = report_of(CASES[name]).answer
+    table = next(part for part in answer.parts if isinstance(part, Table))
+    setting = [each for piece in answer.setting.split(" | ")[1:] for each in piece.split(", ")]
+    headings = [each.heading for each in table.columns]
+    assert len(setting) + len(headings) <= 15
 
 
 def test_of_too_many_the_pair_the_first_and_the_fastest_are_shown() -> None:

@@ -163,7 +163,7 @@ def test_a_waterfall_goes_from_one_step_to_the_other():
     ],
 )
 def test_what_a_waterfall_finds(causes, after, title):
-    assert tells(step_title("a", "b", StepDifference(10.0, after, causes)), f"b's a's {title}")
+    assert tells(step_title("a", "b", StepDifference(10.0, after, causes)), f"b a {title}")
 
 
 def test_parts_of_a_step_stand_end_to_end():

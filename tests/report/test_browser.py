@@ -102,14 +102,85 @@ def test_what_is_said_first_is_seen_first(opened, width):
     """The verdict and the plots beside it; most of the rest is closed."""
     page = opened(example_results.usual, width)
     assert page.locator("h1").bounding_box()["y"] < 100
-    shown = page.locator(".first .plot")
+    shown = page.locator(".columns .plot")
     assert shown.count() == 2
-    for plot in shown.all():
-        box = plot.bounding_box()
-        assert box["y"] + box["height"] < 900
-    assert (
-        1 <= page.locator("details.part[open]").count() < page.locator("details.part").count() / 3
-    )
+    box = shown.first.bounding_box()
+    assert box["y"] + box["height"] < 900
+    assert page.locator("details.part").count() == 4
+    assert page.locator("details.part[open]").count() == 0
+
+
+@pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
+def test_the_number_that_is_the_answer_is_seen_on_a_phone(opened, make):
+    """In the first heading, without a scroll to the side or down."""
+    page = opened(make, 390)
+    headline = page.locator("h1")
+    assert re.search(r"\d", headline.inner_text())
+    box = headline.bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+    assert box["y"] + box["height"] < 844
+    assert page.evaluate("document.querySelector('h1').scrollWidth") <= box["width"] + 1
+
+
+@pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
+def test_tables_fold_or_scroll_in_a_box_of_their_own(opened, make):
+    page = opened(make, 390)
+    open_all(page)
+    for table in page.locator(".scroll").all():
+        if not table.is_visible():
+            continue
+        box = table.bounding_box()
+        assert box["x"] + box["width"] <= 390
+        if "folds" in table.get_attribute("class").split():
+            assert table.evaluate("each => each.scrollWidth <= each.clientWidth")
+
+
+def test_a_link_of_the_contents_opens_its_chapter(opened):
+    page = opened(example_results.usual)
+    for name in ("why", "setup"):
+        chapter = page.locator(f"details#{name}")
+        assert not chapter.evaluate("each => each.open")
+        page.locator(f'nav a[href="#{name}"]').click()
+        page.wait_for_function(f"document.getElementById('{name}').open")
+        assert chapter.locator("summary").first.bounding_box()["y"] < 900
+
+
+def test_commands_are_copied_as_they_are(opened):
+    page = opened(example_pages.KINDS["plan"])
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    command = page.locator("pre.command").first
+    button = command.get_by_role("button")
+    button.click()
+    page.wait_for_function("each => each.textContent === 'Copied'", arg=button.element_handle())
+    lines = [
+        line
+        for engine in example_pages.KINDS["plan"]().plans[0].engines
+        for command in engine.commands
+        for line in command.lines
+    ]
+    assert page.evaluate("navigator.clipboard.readText()") == lines[0]
+
+
+@pytest.mark.full
+def test_columns_of_the_answer_end_near_each_other(opened):
+    """No half of it is empty."""
+    for make in (example_results.usual, example_pages.KINDS["bench"]):
+        page = opened(make, 1440)
+        ends = page.evaluate(
+            """() => {
+              const found = {};
+              for (const each of document.querySelectorAll(".columns :is(figure, p)")) {
+                const box = each.getBoundingClientRect();
+                const column = box.left > 700 ? "right" : "left";
+                found[column] = Math.max(found[column] || 0, box.bottom);
+              }
+              return found;
+            }"""
+        )
+        top = page.locator(".columns").bounding_box()
+        assert min(ends.values()) > top["y"] + top["height"] / 2
+        assert len(ends) == 2
 
 
 def timelines(page: Page):

@@ -111,8 +111,30 @@ def test_a_name_stands_away_from_its_point_rather_than_on_a_line():
     assert placed([(60.0, 50.0)], ["a long name"], (95.0, 72.0), everywhere) == [None]
 
 
+@pytest.mark.parametrize(("width", "size_px"), [("wide", 500), ("narrow", 275)])
+def test_no_name_crosses_the_limit(width, size_px):
+    """Points left and right of the limit's line, near to it, and on it."""
+    limit_s, user_tps = 0.05, (14, 18, 19, 20, 20, 21, 23, 60)
+    dots = [
+        dot("a deployment", 1e3 / tps, 100.0 * place, "other", f"a deployment {place}")
+        for place, tps in enumerate(user_tps, 1)
+    ]
+    chart = pareto_chart("title", dots, max_tpot_s=limit_s)
+    far = 1.12 * max(user_tps)
+    line = size_px / limit_s / far
+    said = line + 4 + 6.2 * len("TPOT ≤ 50 ms")
+    found = [(each[width], each["label"]) for each in values(chart) if width in each]
+    assert len(found) >= 4
+    for place, label in found:
+        left = place["x"] / far * size_px
+        right = left + 6.2 * len(label)
+        assert right <= line or left >= line, label
+        top = 300 * (1 - place["y"] / (1.12 * 800)) - 7
+        assert top >= 14 or left >= said or right <= line, "the limit's own words are free"
+
+
 def test_a_plan_s_front_has_each_name_once():
-    (chart, *_) = charts(plan(PLAN)[0])
+    (*_, chart) = charts(plan(PLAN)[0])
     best = PLAN.select("projected", BEST)[0]
     chosen = values(chart)[-1]
     assert (chosen["x"], chosen["y"]) == (pytest.approx(200.0), 20_000 / 16)
@@ -121,7 +143,7 @@ def test_a_plan_s_front_has_each_name_once():
     assert len(labels) == len(set(labels))
     assert not any(label == "expert parallel" for label in labels)  # it is the best, named so
     assert "no expert parallelism, pipeline" in labels
-    assert chart.title == ("#1 dp=8,tp=2,ep=16 gives 1,250 tokens/s per GPU at 200 per user")
+    assert tells(chart.title, "1,250 tokens/s GPU 200 user")
     assert best.num_ranks == 16
 
 
@@ -131,19 +153,19 @@ def test_what_to_use_is_emphasised_also_where_that_is_disaggregated():
         planned(EXPERT, 30_000, TWO_POOLS, in_full=False), over_best=Estimate(1.5, 1.2, 1.8)
     )
     results = replace(PLAN, deployments=(*PLAN.deployments, pools))
-    (chart, *_) = charts(plan(results)[0])
+    (*_, chart) = charts(plan(results)[0])
     assert values(chart)[-1]["label"] == "disaggregated"
     assert values(chart)[-1]["kind"] == "best"
     (aggregated,) = (each for each in values(chart) if each["label"].startswith("#1 "))
     assert aggregated["kind"] == "others"
-    assert chart.title.startswith("Disaggregated gives 1,875 tokens/s per GPU")
+    assert tells(chart.title, "1,875 tokens/s GPU")
 
 
 def test_plans_that_tie_stand_as_they_are_ranked():
     summary = replace(PLAN.plans[0], num_tied=3, tie_break="ttft")
     slower = [planned(Layout(dp=2, tp=tp), tps, BEST) for tp, tps in ((8, 900), (4, 950), (2, 800))]
     results = replace(PLAN, deployments=(*slower, *PLAN.select("projected", PARETO)))
-    (_, ranked) = charts(plan(replace(results, plans=(summary,)))[0])
+    (ranked, _) = charts(plan(replace(results, plans=(summary,)))[0])
     assert [each["value"] for each in values(ranked)] == [900, 950, 800]
     assert [each["role"] for each in values(ranked)] == ["faster", "other", "other"]
     assert tells(ranked.title, "#1 #3 tie tokens/s")
@@ -164,8 +186,32 @@ def charts_of(results):
 
 
 @pytest.mark.parametrize("num", [1, 2])
-def test_fewer_than_three_loads_are_a_table_s(num):
-    assert by_load(loads(num)) == ()
+def test_of_few_loads_the_spread_of_each_latency_is_drawn(num):
+    objective = SLOResult(SLO("ttft", "p95", 0.5), Estimate(0.6))
+    (chart,) = charts_of(loads(num, slos=(objective,)))
+    drawn = {(each["row"], each["what"]): each["ms"] for each in values(chart)}
+    names = ["TTFT"] if num == 1 else ["TTFT, batch 1", "TTFT, batch 2"]
+    for name in names:
+        assert drawn[name, "limit"] == 500.0
+        for what in ("median", "p95", "p99"):
+            assert drawn[name, what] == 1e3 * getattr(SPREAD, what).value
+    assert len({row for row, _ in drawn}) == 4 * num
+    assert [each["row"] for each in values(chart) if "said" in each][:num] == names
+    assert tells(chart.title, "first token 123,456 ms medians")
+    assert {each.label for each in chart.legend} == {"median", "p95", "p99", "limit"}
+
+
+def test_of_many_deployments_the_best_load_s_latencies_are_drawn():
+    records = [
+        replace(RECORD, name=name, serving=loads(1).deployments[0].serving) for name in "abcd"
+    ]
+    (chart,) = charts_of(replace(RESULTS, deployments=tuple(records)))
+    assert [each["row"] for each in values(chart) if "said" in each] == [
+        "TTFT",
+        "TPOT",
+        "ITL",
+        "E2E",
+    ]
 
 
 def test_throughput_and_latency_by_load():
@@ -175,10 +221,10 @@ def test_throughput_and_latency_by_load():
         (2, 200.0),
         (4, 300.0),
     ]
-    assert output.title == "Output tokens/s: from 100 at concurrency 1 to 300 at 4"
+    assert tells(output.title, "300 output tokens/s concurrency 4 3.00× 1")
     median, p95 = 1e3 * SPREAD.median.value, 1e3 * SPREAD.p95.value
     assert [(each["y"], each["high"]) for each in values(tpot)] == [(median, p95)] * 3
-    assert ttft.title.startswith("TTFT: from 123,")
+    assert tells(ttft.title, "TTFT stays 123,456 ms concurrency 1 4")
     assert [each["label"] for each in values(trade)] == ["batch 2", "batch 1", "batch 4"]
     assert len(output.legend) == 0  # one layout needs none
 
@@ -189,9 +235,9 @@ def test_a_limit_is_drawn_over_its_own_statistic_the_one_that_decides_first():
         SLOResult(SLO("ttft", "p95", 0.5), Estimate(0.6)),
     )
     _, ttft, tpot, trade = charts_of(loads(3, slos=objectives))
-    assert ttft.title.startswith("TTFT p95: from 600 ")
+    assert ttft.title == "TTFT p95 is over 500 ms"
     assert ttft.spec["layer"][-1]["data"]["values"] == [{"limit": 500.0}]
-    assert tpot.title.startswith("TPOT median: from 10.0 ")
+    assert tpot.title == "TPOT median stays within 20 ms"
     assert tpot.spec["layer"][-1]["data"]["values"] == [{"limit": 20.0}]
     assert trade.spec["layer"][0]["data"]["values"][0]["said"] == "TPOT ≤ 20 ms"
 
@@ -199,12 +245,23 @@ def test_a_limit_is_drawn_over_its_own_statistic_the_one_that_decides_first():
 def test_a_limit_on_the_mean_is_not_drawn_over_medians():
     mean = SLOResult(SLO("tpot", "mean", 0.02), Estimate(0.01))
     _, tpot, ttft, trade = charts_of(loads(3, slos=(mean,)))
-    assert tpot.title.startswith("TPOT mean: ")
+    assert tpot.title == "TPOT mean stays within 20 ms"
     assert "data" not in ttft.spec["layer"][-1]
     assert not any("strokeDash" in str(layer) for layer in trade.spec["layer"])
+
+
+def test_a_limit_is_kept_up_to_a_load():
+    points = tuple(
+        replace(each, slos=(SLOResult(SLO("ttft", "p95", 0.5), Estimate(seconds)),))
+        for each, seconds in zip(loads(3).deployments[0].serving, (0.1, 0.5, 0.7), strict=True)
+    )
+    _, ttft, *_ = charts_of(replace(RESULTS, deployments=(replace(RECORD, serving=points),)))
+    assert ttft.title == "Up to concurrency 2, TTFT p95 is within 500 ms"
 
 
 def test_recorded_arrivals_have_no_size_to_draw_by():
     recorded = tuple(replace(POINT, batch=None, rate=None) for _ in range(4))
     results = replace(RESULTS, deployments=(replace(RECORD, serving=recorded),))
-    assert by_load(results) == ()
+    (chart,) = charts_of(results)
+    assert tells(chart.words, "TTFT TPOT")
+    assert "concurrency" not in chart.words

@@ -1,20 +1,29 @@
 """What a plan answers, from made-up numbers."""
 
 import io
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from cli.screen import in_order, tells
 from example_plan import PLAN, planned
 from example_projection import step
+from expertlane.plan.candidates import Goals
+from expertlane.plan.throughput import ThroughputCurve
+from expertlane.plan.ties import Contender, Uncertain, ranked
 from expertlane.report import planning, terminal
+from expertlane.report.break_even import measurement
 from expertlane.report.document import Figure
 from expertlane.report.plan_answer import answer, headline, how_sure, verdict
 from expertlane.report.planning import named
 from expertlane.report.sections import report_of
+from expertlane.results.break_even import BreakEven, Level
 from expertlane.results.cost import with_costs
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.hardware import Judged
@@ -75,49 +84,105 @@ def test_the_fastest_is_named_with_its_gap():
     )
 
 
-@pytest.mark.parametrize(
-    ("by", "words"),
-    [
-        ("lowest TTFT", "lowest TTFT"),
-        (
-            "fewest kinds",
-            "3 tie #1 fewest",
-        ),
-        (
-            "most tokens",
-            "3 tie fewest #1 most tokens/s",
-        ),
-    ],
+def tied(*records: DeploymentRecord, by="most tokens", **changes) -> Results:
+    """#1 and #2 tie."""
+    return plan(*records, num_tied=2, tie_spread=0.02, tie_break=by, **changes)
+
+
+def test_a_tie_says_what_decided():
+    rows = planned(FIRST, 20_000, BEST), behind(SECOND, 0.9, 0.98, 1.1)
+    assert tells(headline(tied(*rows)), "#1–#2 tie tokens/s 2.0% #1 most")
+    assert tells(headline(tied(*rows, by="farther from the limit")), "#1 farthest limit")
+    assert tells(headline(tied(*rows), {1}), "2 plans tie")
+    assert tells(said(tied(*rows, *pools(1.1, 1.2, 1.3))), "Aggregated #1–#2 tie tokens/s")
+
+
+def test_what_is_surely_slower_than_another_that_ties_does_not_tie():
+    """Its ratio to #1 may be 1, by errors of its own."""
+    rows = planned(FIRST, 20_000, BEST), behind(SECOND, 0.99, 0.995, 1.0)
+    third = behind(Layout(tp=16), 0.9, 0.96, 1.02, why="µs per token: gate in decode +2")
+    results = tied(*rows, third, replace(third, roles=(FAMILY,)))
+    assert [row[-1] for row in answer(results).parts[0].rows] == ["—", "tie", "−4.0%"]
+    words = "Gap #3 #1 gate decode +2 without EP #3 4.0% slower #1 0.900–1.02×"
+    assert in_order(said(results), words)
+
+
+OTHERS = tuple(
+    map(Layout.parse, ("tp=8,pp=2", "dp=2,tp=8", "dp=8,tp=2,ep=16", "dp=4,tp=4,ep=4", "tp=16"))
 )
-def test_a_tie_says_what_decided(by, words):
-    rows = planned(FIRST, 20_000, BEST), behind(SECOND, 0.9, 1.02, 1.1)
-    tied = plan(*rows, num_tied=2, tie_spread=0.02, tie_break=by, num_ttft_tied=3)
-    assert tells(headline(tied), f"#1–#2 tie tokens/s 2.0% {words}")
-    many = plan(*rows, num_tied=11, tie_spread=0.02, tie_break=by)
-    assert tells(headline(many), "11 tie tokens/s")
+LONG = Options(overlap=True, dispatch="hierarchical", payload="float8", num_redundant_experts=16)
 
 
-def chosen_by_ttft(*more: DeploymentRecord, over_fastest: Estimate | None = None) -> Results:
-    """#2 has a tenth more tokens/s than #1, within error."""
-    rows = planned(FIRST, 20_000, BEST), behind(SECOND, 0.9, 1.1, 1.3)
-    tie = {"num_tied": 2, "tie_spread": 0.09, "tie_break": "lowest TTFT"}
-    return plan(*rows, *more, **tie, fastest=rows[1], pools_over_fastest=over_fastest)
+@dataclass(frozen=True)
+class Finalist:
+    """What a ranking reads of one."""
+
+    layout: Layout
+
+    @property
+    def served(self):
+        return ThroughputCurve(np.array([1]), *[np.ones((3, 1))] * 3)
 
 
-def test_what_a_choice_by_ttft_costs_is_said():
-    assert in_order(
-        headline(chosen_by_ttft()), "lowest TTFT 20.0k 1,000 ms dp=16,ep=16 22.0k 1,000 error"
+@st.composite
+def drawn_plans(draw) -> Results:
+    """A plan of drawn tokens/s, in rows as it makes them."""
+    contenders = [
+        Contender(Finalist(layout), Uncertain(value, {(str(layout), ()): (0.96 * value, value)}))
+        for layout in (FIRST, *draw(st.lists(st.sampled_from(OTHERS), unique=True)))
+        for value in (draw(st.floats(16_000, 20_000)),)
+    ]
+    ranking = ranked(contenders, Goals())
+    options = draw(st.sampled_from([Options(), LONG]))
+    why = "µs per token: weight reads in decode +2" + "; and more" * draw(st.integers(0, 40))
+    rows = []
+    for each in ranking.contenders:
+        over = None if each is ranking.chosen else each.tps.over(ranking.chosen.tps)
+        record = planned(each.finalist.layout, each.tps.value, BEST, in_full=False)
+        said_of = "" if each in ranking.tied else why
+        rows.append(replace(record, options=options, over_best=over, why=said_of))
+    kinds = {each.known_layout.ep > 1: replace(each, roles=(FAMILY,)) for each in rows[::-1]}
+    together = pools(1.1, 1.2, 1.3) if draw(st.booleans()) else ()
+    engines = engine("vllm", "vLLM", rows[-1], "has other stages")
+    found = plan(
+        *(*rows, *kinds.values(), *together),
+        num_tied=ranking.num_tied,
+        tie_break=ranking.by,
+        tie_spread=ranking.spread,
+        engines=(engines,),
     )
+    cautions = ("Mind the step. " * draw(st.integers(0, 30)),)
+    return replace(found, cautions=cautions)
 
 
-def test_disaggregated_pools_are_held_against_the_fastest_not_the_first():
-    faster = chosen_by_ttft(*pools(1.1, 1.4, 1.7), over_fastest=Estimate(1.27, 1.15, 1.4))
-    assert in_order(headline(faster), "1.27× 1.15–1.40 dp=16,ep=16")
-    assert in_order(said(faster), "Disaggregated 27% faster dp=16,ep=16 15–40%")
-    assert tells(said(faster), "Aggregated #1–#2 tie tokens/s")
-    tied = chosen_by_ttft(*pools(1.1, 1.2, 1.3), over_fastest=Estimate(1.09, 0.95, 1.2))
-    assert headline(tied).startswith("Use dp=2,tp=8,ep=16: ")
-    assert in_order(said(tied), "ties dp=16,ep=16 1.09× 0.950–1.20")
+@given(drawn_plans())
+def test_words_and_table_are_of_the_same_rows(results):
+    found = answer(results)
+    table, *others = found.parts
+    places = [int(row[0]) for row in table.rows]
+    words = [found.headline, *(each for each in others if isinstance(each, str))]
+    for number in re.findall(r"#(\d+)", " ".join(words)):
+        assert int(number) in places
+    rows = results.select("projected", BEST)
+    num_tied = results.plans[0].num_tied
+    assert [row[0] for row in table.rows if row[-1] == "tie"] == [
+        str(place) for place in places if 1 < place <= num_tied
+    ]
+    for first, last in re.findall(r"#(\d+)–#(\d+) tie", " ".join(words)):
+        assert (first, last) == ("1", str(num_tied))
+        assert places[:num_tied] == list(range(1, 1 + num_tied))
+    for gap in re.findall(r"Gap of #(\d+)", " ".join(words)):
+        assert int(gap) == num_tied + 1
+    # Pools have no rows; an engine's best is named by its layout where its row is not shown.
+    of_rows = [each for each in words if not each.startswith(("Disaggregated", "Tokens/s by"))]
+    named_rows = {named(rows[place - 1]) for place in places}
+    for each in rows:
+        if named(each) not in named_rows:
+            assert named(each) not in " ".join(of_rows)
+    lines = io.StringIO()
+    terminal.show_answer(report_of(results), Console(file=lines, width=80), Path("report.html"))
+    if len(places) > 1 and not results.cautions[0]:
+        assert len(lines.getvalue().splitlines()) <= 40
 
 
 def last_lines(results: Results) -> tuple[str, ...]:
@@ -144,7 +209,7 @@ def test_the_best_of_each_engine_is_said_where_they_differ():
     third = planned(Layout(tp=4, pp=4), 15_000, BEST)
     same = (engine("vllm", "vLLM", best), engine("sglang", "SGLang", best))
     assert "engine" not in said(plan(best, second, engines=same))
-    assert "engine" not in verdict(plan(best, second, engines=same)).heading
+    assert "engine" not in str(verdict(plan(best, second, engines=same)))
     differ = (
         *same,
         engine("trtllm", "TensorRT-LLM", second, "has no dp"),
@@ -219,19 +284,21 @@ def test_one_deployment_has_no_rival():
 
 def test_gaps_are_given_where_they_exceed_the_noise():
     rows = planned(FIRST, 20_000, BEST), behind(SECOND, 0.95, 0.99, 1.02)
-    assert "Gap" not in said(plan(*rows))
+    assert "Gap" not in said(tied(*rows))
     slow = behind(Layout(tp=16), 0.7, 0.8, 0.9, why="µs per token: weight reads in decode +2")
-    assert in_order(said(plan(*rows, slow)), "#3 #1 weight reads decode +2")
-    cells = [row[-1] for row in answer(plan(*rows, slow)).parts[0].rows]
+    assert in_order(said(tied(*rows, slow)), "#3 #1 weight reads decode +2")
+    cells = [row[-1] for row in answer(tied(*rows, slow)).parts[0].rows]
     assert cells == ["—", "tie", "−20%"]
 
 
-def test_the_best_without_experts_apart_is_named():
+def test_the_best_without_experts_apart_is_a_row():
     other = behind(Layout(tp=16), 0.7, 0.8, 0.9, FAMILY, "µs per token: weight reads +2")
-    assert in_order(
-        said(plan(planned(FIRST, 20_000, BEST), other)),
-        "without EP tp=16 20% slower #1 10–30% weight reads +2",
-    )
+    results = plan(planned(FIRST, 20_000, BEST), other)
+    assert in_order(said(results), "without EP #2 20% slower #1 10–30% weight reads +2")
+    assert [row[:2] for row in answer(results).parts[0].rows] == [
+        ("1", "dp=2,tp=8,ep=16"),
+        ("2", "tp=16"),
+    ]
 
 
 def pools(low: float, value: float, high: float) -> tuple[DeploymentRecord, ...]:
@@ -288,7 +355,9 @@ def test_what_most_time_rests_on_is_said():
 def test_cautions_are_part_of_the_answer():
     results = replace(plan(one()), cautions=("Mind the step.",))
     assert "Mind the step." in said(results)
-    assert verdict(results).parts[-1] == "Mind the step."
+    found, sure = verdict(results)
+    assert sure.parts[-1] == "Mind the step."
+    assert "Mind the step." not in found.parts
 
 
 def test_a_price_gives_the_cost_of_the_first():
@@ -350,3 +419,37 @@ def test_drafts_are_part_of_a_name():
     assert named(record).endswith(", 2 drafts") or named(record).endswith("; 2 drafts")
     assert named(replace(record, options=Options(), num_drafts=1)).endswith("; 1 draft")
     assert "draft" not in named(replace(record, num_drafts=0))
+
+
+def test_what_would_change_the_answer_is_said_with_what_is_lost():
+    rows = planned(FIRST, 20_000, BEST), behind(SECOND, 0.86, 0.9, 0.95)
+    third = behind(Layout(tp=16), 0.7, 0.8, 0.9)
+    skew = Level("skew", 0.8, 0.95, 1.2, 1.09, (0.0, 1.2))
+    more = Level("sequences", 512, 96.0, 32, 1.2, (32, 8192))
+    found = BreakEven(third.name, (skew, more), "drawn experts", 0.64)
+    words = said(plan(*rows, third, break_even=found))
+    assert in_order(words, "#1 leads #3 under skew 0.95 over 96 sequences skew 1.2 #3 9.0% more")
+    assert in_order(words, "with 32 sequences #3 20% more Measure first routing 64%")
+    assert "--routing-trace" in words
+    level = replace(skew, at=None, over_at_end=0.9)
+    words = said(plan(*rows, third, break_even=replace(found, levels=(level,), unsure="")))
+    assert "#1 leads #3 at any skew up to 1.2 (screened)." in words
+    assert "Measure first" not in words
+    limited = replace(more, over_at_end=None, end=8192, at=1024.0)
+    words = said(plan(*rows, third, break_even=replace(found, levels=(limited,))))
+    assert in_order(words, "under 1,024 sequences with 8,192 sequences #1 keeps no limit")
+
+
+@pytest.mark.parametrize(
+    ("unsure", "words"),
+    [
+        ("gemm.float32", "matrix products in float32 (expertlane calibrate)"),
+        ("dispatch.all_to_all.inter_node", "transfers between nodes (expertlane calibrate)"),
+        ("driver_s", "the host's time between steps (expertlane calibrate)"),
+        ("acceptance of drafts", "how many drafts are accepted (--mtp-acceptance)"),
+        ("skew of experts", "the routing of your traffic (--routing-trace)"),
+        ("hiding of transfers", "hiding of transfers (expertlane calibrate)"),
+    ],
+)
+def test_what_to_measure_first(unsure, words):
+    assert measurement(unsure) == words

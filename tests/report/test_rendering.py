@@ -142,7 +142,7 @@ def test_both_renderers_hold_every_part() -> None:
     text = " ".join(in_terminal(given, 100).split())
     for each in report_of(given).of_place("top", "tables"):
         assert each.heading in text
-        assert f"\n## {each.heading}\n" in page
+        assert not each.heading or f"\n## {each.heading}\n" in page
         for part in each.parts:
             if isinstance(part, str):
                 assert " ".join(part.split()) in text

@@ -7,7 +7,7 @@ import example_results as example
 from cli.screen import in_order, tells
 from expertlane.report.compared import projected, run
 from expertlane.report.setup import cautions
-from expertlane.report.verdict import in_wall_time, verdict
+from expertlane.report.verdict import Factor, in_wall_time, sentence, verdict
 from expertlane.results.estimate import Estimate
 from expertlane.results.hardware import LinkSpeed, VirtualTime
 from expertlane.results.pair import PairRecord
@@ -37,8 +37,9 @@ def two(slow_s: float = 0.4, fast_s: float = 0.1) -> Results:
 
 def test_proposal_against_the_best_baseline_and_the_first() -> None:
     which, numbers, why, critical = sentences(example.usual())
-    assert in_order(which, "EP 16 overlap 2.67× TP 8 × PP 2 decode wall 1")
-    assert in_order(numbers, "133 50.0 tok/s TPOT 120 320 first TP 8 × PP 2 3.33×")
+    best = "best baseline TP 8 × PP 2 2 rotating"
+    assert in_order(which, f"EP 16 overlap 3.33× TP 8 × PP 2 2.67× {best} decode wall 1")
+    assert in_order(numbers, "133 50.0 tok/s TPOT 120 320")
     assert in_order(why, "decode 120 EP 16 overlap 320 TP 8 × PP 2 experts −100")
     assert in_order(why, "Against dispatch")
     assert in_order(why, "EP 16 overlap experts 50%")
@@ -54,17 +55,90 @@ def test_a_significant_ratio_with_its_interval_and_causes_beyond_their_noise() -
         Cause.EXPERTS: Estimate(-0.100, -0.300, 0.100),  # the largest, and no more than noise
     }
     which, _, why, _ = sentences(with_pair(two(), Estimate(1.45, 1.38, 1.51), causes_s))
-    assert in_order(which, "EP 16 1.45× TP 8 × PP 2 decode wall 1.38–1.51 5")
+    assert in_order(which, "EP 16 1.45× TP 8 × PP 2 1.38–1.51 decode wall")
     assert in_order(why, "bubble −57.0 −60.0 −54.0 TP −15.0 dispatch +72.0 −300")
     assert "experts −" not in why
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "is_significant"), [(0.97, 1.09, False), (1.001, 1.09, True)]
+    ("low", "high", "words"),
+    [
+        (1.001, 1.09, "EP 16 is 1.02× as fast as TP 8 × PP 2 (1.00–1.09)"),
+        (0.90, 1.04, "Whether EP 16 is faster than TP 8 × PP 2 is not decided (1.02×, 0.90–1.04)"),
+        (0.97, 1.09, "Whether EP 16 is faster than TP 8 × PP 2 is not decided (1.02×, 0.97–1.09)"),
+        (0.97, 1.04, "EP 16 is level with TP 8 × PP 2 (0.97–1.04)"),
+    ],
 )
-def test_not_significant_where_the_interval_contains_1(low, high, is_significant) -> None:
-    which = sentences(with_pair(two(), Estimate(1.05, low, high), {}))[0]
-    assert which.startswith("Not significant: EP 16 is 1.05×") is not is_significant
+def test_an_interval_that_contains_1_is_level_or_not_decided(low, high, words) -> None:
+    which = sentences(with_pair(two(), Estimate(1.02, low, high), {}))[0]
+    assert which == f"{words}, in decode, wall time."
+
+
+FASTER, SLOWER = Estimate(1.66, 1.60, 1.72), Estimate(0.92, 0.9, 0.95)
+LEVEL, UNDECIDED = Estimate(1.01, 0.97, 1.04), Estimate(1.08, 0.95, 1.19)
+
+
+@pytest.mark.parametrize(
+    ("first", "best", "words"),
+    [
+        (FASTER, FASTER, "E is 1.66× as fast as F (1.60–1.72) and 1.66× as fast as B (1.60–1.72)"),
+        (FASTER, SLOWER, "E is 1.66× as fast as F (1.60–1.72) but 0.92× as fast as B (0.90–0.95)"),
+        (SLOWER, SLOWER, "E is 0.92× as fast as F (0.90–0.95) and 0.92× as fast as B (0.90–0.95)"),
+        (FASTER, LEVEL, "E is 1.66× as fast as F (1.60–1.72) and level with B (0.97–1.04)"),
+        (
+            FASTER,
+            UNDECIDED,
+            "E is 1.66× as fast as F (1.60–1.72); whether it is faster than B is not decided "
+            "(1.08×, 0.95–1.19)",
+        ),
+        (
+            UNDECIDED,
+            SLOWER,
+            "Whether E is faster than F is not decided (1.08×, 0.95–1.19); it is 0.92× as fast as "
+            "B (0.90–0.95)",
+        ),
+    ],
+)
+def test_against_the_first_and_the_best(first: Estimate, best: Estimate, words: str) -> None:
+    assert sentence("E", (Factor("F", first), Factor("B", best)), "here") == f"{words}, here."
+
+
+def on_links(results: Results, *of_scale: tuple[float, tuple[float, ...]]) -> Results:
+    """The same in virtual time too, with decode TPS of each deployment by the scale of links."""
+    virtual = tuple(replace(each, source="virtual") for each in results.select("measured"))
+    return replace(
+        results,
+        deployments=results.deployments + virtual,
+        pairs=(*results.pairs, *(replace(each, source="virtual") for each in results.pairs)),
+        virtual_time=VirtualTime("h100", 1.5, 1.0, tuple(LinkSpeed(*each) for each in of_scale)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("slow_tps", "fast_tps", "words"),
+    [
+        (40.0, 40.0, "EP 16 is 4.00× as fast as TP 8 × PP 2 (3.60–4.40)"),  # as at 1
+        (39.0, 44.0, "EP 16 is 4.00× as fast as TP 8 × PP 2 (3.27–4.51)"),
+        (
+            39.0,
+            400.0,
+            "Whether EP 16 is faster than TP 8 × PP 2 is not decided (4.00×, 0.36–4.51: depends "
+            "on links)",
+        ),
+    ],
+)
+def test_the_interval_has_links_half_to_twice_as_fast(slow_tps, fast_tps, words) -> None:
+    """The other deployment's TPS on slow and fast links; EP 16's do not change."""
+    given = on_links(
+        with_pair(two(), Estimate(4.0, 3.6, 4.4), {}),
+        (0.0, (9e9, 160.0)),  # further than twice as fast
+        (0.75, (fast_tps, 160.0)),
+        (1.5, (40.0, 160.0)),
+        (3.0, (slow_tps, 160.0)),
+        (6.0, (1e-9, 160.0)),
+    )
+    own = run(given, "virtual")
+    assert verdict(own, given)[0] == f"{words}, in decode, virtual time."
 
 
 def test_nothing_but_noise_has_no_reason() -> None:
@@ -94,26 +168,26 @@ def test_the_same_two_on_every_clock_and_link_speed() -> None:
     given = replace(
         given,
         deployments=given.deployments + virtual,
-        pairs=(*given.pairs, replace(given.pairs[0], source="virtual")),
+        pairs=(*given.pairs, *(replace(each, source="virtual") for each in given.pairs)),
         virtual_time=VirtualTime("h100", 1.0, 1.0, speeds),
     )
     own, wall = run(given, "virtual"), run(given, "measured")
-    names = "EP 16 overlap 1.50× TP 8 × PP 2 decode"
-    assert in_order(verdict(own, given)[0], f"{names} virtual 1.40–1.60 5")
+    assert in_order(verdict(own, given)[0], "EP 16 overlap TP 8 × PP 2 1.50× decode virtual")
     assert in_order(verdict(own, given)[3], "EP 16 overlap TP 8 × PP 2 2.00× without 0.67× 0.500×")
-    assert in_order(in_wall_time(wall, given), f"{names} 1.40–1.60 5 virtual h100 wall 16 2")
+    beside = "EP 16 overlap 1.50× TP 8 × PP 2 1.40–1.60 decode wall virtual h100 wall 16 2"
+    assert in_order(in_wall_time(wall, given), beside)
 
 
-def test_a_faster_baseline_goes_first() -> None:
+def test_a_slower_proposal_is_still_what_is_asked_about() -> None:
     which, _, why, _ = sentences(example.results([(example.TENSOR, 0.1), (example.EXPERT, 0.4)]))
-    assert in_order(which, "TP 8 × PP 2 4.00× EP 16 decode wall")
-    assert in_order(why, "experts −150")
+    assert in_order(which, "EP 16 0.25× TP 8 × PP 2 decode wall")
+    assert in_order(why, "experts +150")
 
 
 def test_critical_paths_may_say_the_contrary() -> None:
     # Tensor parallelism has twice the critical path at equal steps: two pipeline stages.
     critical = sentences(example.results([(example.TENSOR, 0.15), (example.EXPERT, 0.2)]))[3]
-    assert in_order(critical, "TP 8 × PP 2 0.67×")
+    assert in_order(critical, "EP 16 1.50×")
 
 
 def test_without_a_baseline_the_fastest_is_held_against_the_first() -> None:
@@ -218,9 +292,9 @@ def of_projection(results: Results) -> tuple[str, ...]:
 def test_a_projection_is_judged_in_the_same_words() -> None:
     which, numbers, why, by_context, prefill, skewed = of_projection(example_projection.usual())
     assert in_order(
-        which, "Within error EP 16 overlap 2.11× DP 2 × TP 8 EP 2 decode h100x16 0.53–8.42"
+        which, "EP 16 overlap 4.21× TP 8 × PP 2 best DP 2 × TP 8 EP 2 2.11× 0.53–8.42 h100x16"
     )
-    assert in_order(numbers, "134,737 64,000 tok/s TPOT 7.60 16.0 TP 8 × PP 2 4.21×")
+    assert in_order(numbers, "134,737 64,000 tok/s TPOT 7.60 16.0")
     assert in_order(why, "1,024 7.60 EP 16 overlap 16.0 DP 2 × TP 8 weight reads −4.20")
     assert in_order(by_context, "1 10,000 EP 16 overlap 2.11× DP 2 × TP 8 4.21× TP 8 × PP 2")
     assert prefill.startswith("Prefill: 862,316 TPS with EP 16 + overlap, 409,600 with DP 2 × TP 8")

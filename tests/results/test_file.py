@@ -3,6 +3,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import example_results as example
@@ -35,6 +36,14 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     path = write(given, tmp_path)
     assert read(path) == given
     assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_numbers_of_numpy_are_written_as_others(tmp_path: Path) -> None:
+    given = example.usual()
+    of_numpy = replace(given, foreign_cpu_share=np.float64(0.25), context=np.int64(128))
+    found = read(write(of_numpy, tmp_path))
+    assert found == replace(given, foreign_cpu_share=0.25, context=128)
+    assert (type(found.foreign_cpu_share), type(found.context)) == (float, int)
 
 
 def test_nothing_decoded_and_one_deployment(tmp_path: Path) -> None:

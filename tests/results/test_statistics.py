@@ -125,9 +125,8 @@ def test_a_ratio_of_pairs_that_drift_together_is_inside(num):
 
 @pytest.mark.parametrize("num", [5, 6, 7])
 @pytest.mark.parametrize("shared", [0.0, 0.03])
-@pytest.mark.parametrize("of_two", [True, False])
-def test_what_virtual_time_takes_repeats_within_its_intervals(num, shared, of_two):
-    """A sum over operations: of the lesser of each repetition and the next, or the least of all.
+def test_what_virtual_time_takes_repeats_within_its_intervals(num, shared):
+    """A sum over operations: of the lesser of each repetition and the next.
 
     The share of figures inside another measurement's interval, since that is what a user sees who
     measures twice.
@@ -137,13 +136,8 @@ def test_what_virtual_time_takes_repeats_within_its_intervals(num, shared, of_tw
     """
     random = np.random.default_rng(num)
 
-    def lesser_of_two(operations):
+    def figure(operations):
         return np.minimum(operations, np.roll(operations, -1, axis=0)).sum(axis=1).mean()
-
-    def least_of_all(operations):
-        return operations.min(axis=0).sum()
-
-    figure = lesser_of_two if of_two else least_of_all
 
     found = []
     for _ in range(400):

@@ -130,6 +130,62 @@ def test_it_is_used_by_keys_alone(opened, busy):
     assert all(names)
 
 
+BANDS = """() => {
+  const canvas = document.getElementById("speed");
+  const { data, width } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  const above = getComputedStyle(document.documentElement).getPropertyValue("--above").trim();
+  const wanted = [1, 3, 5].map(place => parseInt(above.slice(place, place + 2), 16));
+  const places = new Set();
+  for (let i = 0; i < data.length; i += 4)
+    if (data[i + 3] === 255 && wanted.every((value, c) => Math.abs(data[i + c] - value) < 3))
+      places.add((i / 4) % width);
+  return places.size;
+}"""
+
+
+def test_a_recovery_is_marked_on_the_rate(opened, stub_server, monkeypatch):
+    """Recorded snapshots: ten seconds of 100 tokens/s, a rank is lost, 3.5 s later steps go on."""
+    server = stub_server()
+    state = server.service.live.state
+    start, frame = state.start(), state.frame()
+    began = 1e9
+    speeds = [[began + second, 100 * second] for second in range(10)]
+    monkeypatch.setattr(state, "start", lambda: start | {"speeds": speeds})
+
+    def snapshot(second, num_tokens, of_state, changes):
+        return frame | {
+            "at": began + second,
+            "num_generation_tokens": num_tokens,
+            "num_running": 2,
+            "state": of_state,
+            "changes": changes,
+        }
+
+    lost = {"kind": "recovery", "began": began + 9.6, "seconds": None, "ranks": [1]}
+    now = snapshot(10, 1000, "running", [])
+    monkeypatch.setattr(state, "frame", lambda: dict(now))
+    page = opened(server)
+    expect(page.locator("h1")).to_have_text("100 output tokens/s; 2 requests running, 0 waiting")
+    assert page.evaluate(BANDS) == 0
+    assert not page.locator("#dip").is_visible()
+
+    now = snapshot(12, 1000, "recovering", [lost])
+    expect(page.locator("h1")).to_have_text("Recovering for 2 s: rank 1 lost; 2 requests wait")
+    expect(page.locator("#state")).to_have_text("recovering")
+    expect(page.locator("#dip")).to_have_text(
+        re.compile(r"^[\d:]+: rank 1 lost, recovering; the rate fell from 100 to 0 tokens/s\.$")
+    )
+    assert page.evaluate(BANDS) > 0
+
+    now = snapshot(14, 1100, "running", [lost | {"seconds": 3.5}])
+    expect(page.locator("#dip")).to_have_text(
+        re.compile(r"rank 1 lost, recovered in 3\.50 s; the rate fell from 100 to 0 tokens/s\.$")
+    )
+    expect(page.locator("h1")).to_have_text(re.compile(r"^\d+ output tokens/s; 2 requests"))
+    expect(page.locator("#state")).to_have_text("running")
+    assert page.evaluate(BANDS) > 0
+
+
 @pytest.mark.full
 def test_pause_holds_the_page_still(opened, busy):
     page = opened(busy)

@@ -74,6 +74,14 @@ def test_clients_see_no_more_than_a_pause(server, events):
         frame = next(frame for frame in frames if frame.get("num_recoveries"))
     assert frame["state"] == "running"
     assert frame["num_recovered"] > 0
+    (change,) = frame["changes"]
+    record = server.llm.engine.recovery.records[0]
+    assert change == {
+        "kind": "recovery",
+        "began": record.at,
+        "seconds": round(record.total_s, 3),
+        "ranks": [1],
+    }
     (event,) = [each["text"] for each in frame["events"] if each["kind"] == "recovery"]
     assert tells(event, "rank 1 killed SIGKILL")
     assert [text for kind, text in events if kind == "recovery"] == [event]

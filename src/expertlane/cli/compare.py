@@ -58,13 +58,13 @@ class _Options:
     repeat: int = typer.Option(
         DEFAULT_REPEAT,
         metavar="N",
-        help="How often the two deployments of the verdict are measured; the others twice at most. "
-        "Fewer than 5 give no intervals.",
+        help="How often the deployments of the answer's first sentence are measured; the others "
+        "twice at most. Fewer than 5 give no intervals.",
     )
     min_time: float = typer.Option(
         0.0,
         metavar="SECONDS",
-        help="Repeat until the steps of each of the two have taken so long.",
+        help="Repeat until the steps of each of these have taken so long.",
     )
     resume: bool = typer.Option(
         False,

@@ -77,7 +77,7 @@ class Server:
         }
         if self.form.ignores_eos:
             fields["ignore_eos"] = True
-        places = request.prompt_token_ids
+        places = list(request.prompt_token_ids)
         if self.form.as_tokens:
             fields["prompt"] = self.vocabulary.ids(places)
         else:

@@ -22,7 +22,7 @@ from expertlane.compare.virtual import VirtualRuns, VirtualSettings, without_sch
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.cost.virtual import least_of_all, undisturbed, without_each
+from expertlane.cost.virtual import undisturbed, without_each
 from expertlane.engine.commands import HeldBytes
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.pool import RankPool
@@ -276,16 +276,18 @@ class Deployed:
         """Each repetition by itself, in wall time."""
         return Repeated.of(speed_of_runs(self.deployment.layout, self._steps[self.phase]))
 
-    def virtual_time(self, runs: VirtualRuns) -> tuple[StepsRecord, Repeated]:
-        """In virtual time, all repetitions together, and without each of them (`least_of_all`).
+    def without_each(self, runs: VirtualRuns) -> Repeated:
+        """In virtual time, all repetitions but one, for each one (`cost.virtual.without_each`).
 
         With laws of computing, all repetitions are alike.
         """
-        steps, laws = self._steps[self.phase], self._laws()
-        if self.num_runs > 1 and not laws:
-            steps = least_of_all(steps)
-        whole, *without = self._replayed(runs, steps)
-        return whole, Repeated.of([whole, *without] if laws else without or [whole])
+        steps = self._steps[self.phase]
+        if self._laws():
+            return Repeated.of(self._replayed(runs, steps))
+        own, around = (
+            Repeated.of(self._replayed(runs, each(steps))) for each in (undisturbed, without_each)
+        )
+        return own.without_each(around)
 
     def _replayed(self, runs: VirtualRuns, steps: Sequence[StepRecord]) -> list[StepsRecord]:
         """Each run by itself."""
@@ -327,16 +329,9 @@ class Deployed:
             of_runs = latency([step for step in alone if step.phase is phase.phase]).tps_of_runs
             tps = phase.tps
             if phase.phase is self.phase and self.num_runs >= LEAST_RUNS:
-                tps = jackknife_interval(tps.value, self._without_each(runs).tps)
+                tps = jackknife_interval(tps.value, self.without_each(runs).tps)
             phases.append(replace(phase, tps=tps, tps_of_runs=of_runs))
         return replace(found, steps=tuple(phases))
-
-    def _without_each(self, runs: VirtualRuns) -> Repeated:
-        steps = self._steps[self.phase]
-        own, around = (
-            Repeated.of(self._replayed(runs, each(steps))) for each in (undisturbed, without_each)
-        )
-        return own.without_each(around)
 
     def _laws(self) -> ComputeLaws | None:
         """What is to say how long computing takes; None for what was measured."""

@@ -1,4 +1,4 @@
-"""The two deployments of the verdict: their repetitions, and how the two differ."""
+"""Two deployments that were measured in turns: their repetitions, and how the two differ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ def pair_in_wall_time(
     """From repetitions that were measured in pairs.
 
     Args:
-        names: the faster one first.
+        names: of the one that the first sentence is about, and of the other.
         repeated: each repetition of each.
     """
     one, other = repeated
@@ -108,7 +108,7 @@ def pair_in_virtual_time(
     """From all repetitions together, and from all but one.
 
     Args:
-        names: the faster one first.
+        names: of the one that the first sentence is about, and of the other.
         steps: all repetitions of each.
         repeated: without each repetition of each.
     """

@@ -11,11 +11,12 @@ from expertlane.cost.laws.execution import OVERHEAD_S, Execution
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.records import cluster_record, conditions_of
+from expertlane.cost.records import cluster_record, conditions_of, no_surer_than_known
 from expertlane.cost.routing import NUM_SAMPLED_LAYERS, PowerLawRouting, Traffic, placed
 from expertlane.errors import CapacityError, UserError
 from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.plan.candidates import Goals, PlanRequest, candidates_like
+from expertlane.plan.explanation import time_by_cause
 from expertlane.plan.project import (
     Projector,
     Setting,
@@ -26,7 +27,7 @@ from expertlane.plan.simulated import evaluated
 from expertlane.plan.ties import Contender, contender
 from expertlane.progress import Progress, each_of
 from expertlane.results.asked import ProjectionAsked
-from expertlane.results.estimate import Estimate
+from expertlane.results.pair import choose_compared
 from expertlane.results.record import (
     EXPERIMENT,
     SCALING,
@@ -40,6 +41,7 @@ from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
+from expertlane.spec.workload import Workload
 
 CONTEXTS = (1, 128, 1024)  # and the prompt's length
 PREFILL_TOKENS = 512  # of a prompt in a prefill step
@@ -128,12 +130,12 @@ class ExperimentProjector:
         scaling = self._scaling(context, progress)
         plans = self._plan(rows, context, progress)
         workload = self._serve(rows, progress)
-        return Results.now(
+        results = Results.now(
             "comparison",
             command,
             {"experiment": experiment, "skew": self._skew, "projection": self._asked},
             [*rows, *scaling],
-            cluster=cluster_record(cluster, self._types),
+            cluster=cluster_record(self._model, cluster, self._types),
             assumptions=projected_assumptions(
                 experiment, cluster, self._types, self._skew, self._executions, self._prefill_size
             ),
@@ -141,6 +143,7 @@ class ExperimentProjector:
             context=context,
             workload=workload,
         )
+        return no_surer_than_known(results, self._model, cluster.profile)
 
     @property
     def _prefill_size(self) -> StepSize:
@@ -245,7 +248,7 @@ class ExperimentProjector:
         return PlacedModel(model, layout, self._types_of(deployment), placements).capacity(
             self._cluster.profile.device.memory_bytes,
             full_len or workload.max_len,
-            prefill_step_tokens(workload, layout, STEP_TOKENS),
+            prefill_step_tokens(workload, layout),
         )
 
     def _placed(self, deployment: Deployment) -> Placements:
@@ -309,7 +312,7 @@ class ExperimentProjector:
                 rows[place] = replace(
                     rows[place], serving=record.serving, served_with=record.options
                 )
-        return _verdict(rows, contenders)
+        return _verdict(rows, contenders, self._experiment.workload)
 
     def _plan(
         self, rows: list[DeploymentRecord], context: int, progress: Progress
@@ -331,23 +334,27 @@ class ExperimentProjector:
 
 
 def _verdict(
-    rows: Sequence[DeploymentRecord], contenders: Mapping[int, Contender]
+    rows: Sequence[DeploymentRecord], contenders: Mapping[int, Contender], workload: Workload
 ) -> WorkloadVerdict | None:
-    """The best that is no baseline, against the first and the best of the others."""
-    by_tps = sorted(contenders, key=lambda place: -contenders[place].tps.value)
-    if not by_tps:
-        return None
-    proposals = [place for place in by_tps if not rows[place].is_baseline]
-    one = (proposals or by_tps)[0]
-    other = next((place for place in by_tps if place != one), None)
-
-    def over(place: int | None) -> Estimate | None:
-        if place is None or place == one or place not in contenders:
-            return None
-        return contenders[one].tps.over(contenders[place].tps)
-
-    name = None if other is None else rows[other].name
-    return WorkloadVerdict(rows[one].name, rows[0].name, over(0), name, over(other))
+    """The one that is compared, against the others; of those that serve the workload."""
+    places = list(contenders)
+    tps = [contenders[place].tps.value for place in places]
+    compared = [places[each] for each in choose_compared([rows[p] for p in places], tps)]
+    if not compared:
+        return WorkloadVerdict(rows[places[0]].name) if places else None
+    one, *others = (contenders[place] for place in compared)
+    mine, rivals = (time_by_cause(each.finalist, workload) for each in (one, others[0]))
+    return WorkloadVerdict(
+        rows[compared[0]].name,
+        {
+            rows[place].name: one.tps.over(other.tps)
+            for place, other in zip(compared[1:], others, strict=True)
+        },
+        {
+            cause: mine.get(cause, 0.0) - rivals.get(cause, 0.0)
+            for cause in dict.fromkeys([*mine, *rivals])
+        },
+    )
 
 
 def _record(

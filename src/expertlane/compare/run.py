@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Self
 
 from expertlane.compare.assumptions import measured_assumptions
@@ -19,7 +18,7 @@ from expertlane.engine.pool import RankPool
 from expertlane.ops.host import ForeignLoad
 from expertlane.progress import Progress
 from expertlane.results.hardware import MachinePeak, VirtualTime
-from expertlane.results.pair import PairRecord, choose_pair
+from expertlane.results.pair import PairRecord, choose_compared
 from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord
 from expertlane.results.results import Results
 from expertlane.results.step_record import StepRecord
@@ -39,11 +38,11 @@ _OWN_LINKS = (
 
 @dataclass(frozen=True)
 class Repeats:
-    """How often the two deployments of the verdict are measured; others twice at most.
+    """How often the deployments of the first sentence are measured; others twice at most.
 
     Attributes:
-        num_runs: of each of the two.
-        least_s: repeat until the steps of each of the two have taken so long.
+        num_runs: of each of them.
+        least_s: repeat until the steps of each of them have taken so long.
     """
 
     num_runs: int = DEFAULT_REPEAT
@@ -64,8 +63,8 @@ def run_comparison(
 ) -> Results:
     """Measure every deployment of the experiment on the ranks of `pool`.
 
-    Every one twice, the second time in the opposite order; then, in turns, those two that the
-    verdict is about (`choose_pair`); then those of scaling, once.
+    Every one twice, the second time in the opposite order; then, in turns, those that the first
+    sentence is about (`choose_compared`); then those of scaling, once.
 
     Args:
         command: how a user repeats it; kept in the results.
@@ -140,7 +139,7 @@ class _Measured:
         scaling: the layouts of growing size.
         runs: replays in virtual time; None without it.
         records: all, those in wall time first.
-        pairs: the two of the verdict, on each clock.
+        pairs: the one that the first sentence is about with each of the others, on each clock.
     """
 
     setting: Setting
@@ -178,8 +177,8 @@ class _Measured:
                 before = each
         self.runs = self._virtual_runs()
         first = {each.name: self._record(each) for each in own}
-        pair = self._pair(list(first.values()))
-        _in_turns(pair or own, repeats)
+        compared = self._compared(list(first.values()))
+        _in_turns(compared or own, repeats)
         for each in self.scaling:
             each.measure()
             each.measure_share()
@@ -188,8 +187,7 @@ class _Measured:
         for each in own if self.runs else ():
             if each.num_runs > num_of_others:
                 virtual[each.name] = self._record(each)
-        if pair:
-            self.pairs = self._pairs(pair)
+        self.pairs = tuple(self._pairs(compared, virtual))
         self.records = (
             *wall.values(),
             *(each.record(self.peak) for each in self.scaling),
@@ -258,31 +256,31 @@ class _Measured:
             return deployed.record(self.peak)
         return deployed.virtual_record(self.runs)
 
-    def _pair(self, records: Sequence[DeploymentRecord]) -> list[Deployed]:
-        """The two of the verdict, the faster first; none of a single deployment."""
+    def _compared(self, records: Sequence[DeploymentRecord]) -> list[Deployed]:
+        """Those that the first sentence is about; none of a single deployment."""
         phase = self.own[0].phase
-        places = choose_pair(records, [each.steps_of(phase)[0].tps.value for each in records])
-        return [self.own[place] for place in places or ()]
+        tps = [each.steps_of(phase)[0].tps.value for each in records]
+        return [self.own[place] for place in choose_compared(records, tps)]
 
-    def _pairs(self, pair: list[Deployed]) -> tuple[PairRecord, ...]:
-        """The two on each clock; the first is faster on the one that the verdict goes by."""
-        phase, runs = pair[0].phase, self.runs
-        if runs is None:
-            pair = sorted(pair, key=lambda each: median(each.wall_time().tps), reverse=True)
-            return (self._in_wall_time(pair),)
-        by_name = {each.name: each.virtual_time(runs) for each in pair}
-        pair = sorted(pair, key=lambda each: by_name[each.name][0].tps.value, reverse=True)
-        names = pair[0].name, pair[1].name
-        (first, alone), (second, others) = (by_name[name] for name in names)
-        return (
-            self._in_wall_time(pair),
-            pair_in_virtual_time(names, phase, (first, second), (alone, others)),
-        )
+    def _pairs(
+        self, compared: Sequence[Deployed], virtual: Mapping[str, DeploymentRecord]
+    ) -> Iterator[PairRecord]:
+        """The first with each of the others, on each clock.
 
-    def _in_wall_time(self, pair: list[Deployed]) -> PairRecord:
-        one, other = pair
-        repeated = one.wall_time(), other.wall_time()
-        return pair_in_wall_time((one.name, other.name), one.phase, repeated)
+        Args:
+            virtual: records in virtual time by name; empty without it.
+        """
+        if not compared:
+            return
+        one, *others = compared
+        alone = one.without_each(self.runs) if self.runs else None
+        for other in others:
+            names, phase = (one.name, other.name), one.phase
+            yield pair_in_wall_time(names, phase, (one.wall_time(), other.wall_time()))
+            if self.runs and alone:
+                steps = [virtual[name].steps_of(phase)[0] for name in names]
+                repeated = alone, other.without_each(self.runs)
+                yield pair_in_virtual_time(names, phase, (steps[0], steps[1]), repeated)
 
 
 def _in_turns(deployed: Sequence[Deployed], repeats: Repeats) -> None:

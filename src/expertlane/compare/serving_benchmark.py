@@ -72,7 +72,7 @@ def serve(
                 break
             request = waiting.popleft()
             params = SamplingParams(temperature=0, max_tokens=request.output_len, ignore_eos=True)
-            output = engine.add(str(len(served)), request.prompt_token_ids, params)
+            output = engine.add(str(len(served)), list(request.prompt_token_ids), params)
             # In a closed loop it takes the place of one that has just ended.
             begin_s = due_s if max_unfinished is None else output.arrival_s
             served.append(TimedOutput(begin_s, output))

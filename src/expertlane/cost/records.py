@@ -1,11 +1,16 @@
 """What results say of a cluster that was modelled, and of the conditions of a projection."""
 
+from dataclasses import replace
+
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.frameworks import judged
+from expertlane.cost.laws.frameworks import Attention, judged, nearest
+from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
-from expertlane.results.hardware import Cluster
-from expertlane.results.record import Conditions
+from expertlane.results.hardware import Cluster, KnownError
+from expertlane.results.record import Conditions, DeploymentRecord
+from expertlane.results.results import Assumption, EngineBest, Results
+from expertlane.spec.model import ModelConfig
 
 
 def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberTypes) -> Conditions:
@@ -14,6 +19,7 @@ def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberT
 
 
 def cluster_record(
+    model: ModelConfig,
     cluster: ModelledCluster,
     types: NumberTypes,
     *,
@@ -21,20 +27,90 @@ def cluster_record(
     has_drafts: bool = False,
 ) -> Cluster:
     """The cluster as results have it."""
-    device = cluster.profile.device
+    profile, device = cluster.profile, cluster.profile.device
     return Cluster(
         name=str(cluster),
         device=device.name,
         num_devices=cluster.num_devices,
-        ranks_per_node=cluster.profile.ranks_per_node,
+        ranks_per_node=profile.ranks_per_node,
         memory_bytes=device.memory_bytes,
         memory_bytes_per_s=device.memory_bytes_per_s,
         flops_per_s=device.flops_per_s[types.weights],
-        framework=cluster.profile.framework,
+        framework=profile.framework,
         judged=judged(
-            cluster.profile,
+            profile,
             types.weights,
+            attention=_attention_of(model),
+            has_two_pools=has_two_pools,
+            has_drafts=has_drafts,
+        ),
+        nearest=nearest(
+            profile,
+            types.weights,
+            attention=_attention_of(model),
             has_two_pools=has_two_pools,
             has_drafts=has_drafts,
         ),
     )
+
+
+def _attention_of(model: ModelConfig) -> Attention:
+    if model.latent is not None:
+        return "latent"
+    return "sinks" if model.attention_sinks else "grouped"
+
+
+def no_surer_than_known(results: Results, model: ModelConfig, profile: Profile) -> Results:
+    """What requests feel, with bounds no narrower than the error of the nearest kind measured.
+
+    Ratios stay: what two deployments share of such an error cancels in them.
+    """
+
+    def bounded(record: DeploymentRecord) -> DeploymentRecord:
+        if record.source != "projected" or record.conditions is None:
+            return record
+        known = nearest(
+            profile,
+            record.conditions.dtype,
+            attention=_attention_of(model),
+            has_two_pools=record.prefill_layout is not None,
+            has_drafts=record.num_drafts > 0,
+        )
+        if known is None:
+            return record
+        serving = tuple(each.no_surer_than(known) for each in record.serving)
+        return replace(record, serving=serving)
+
+    def of_engine(best: EngineBest) -> EngineBest:
+        aggregated = None if best.aggregated is None else bounded(best.aggregated)
+        return replace(best, aggregated=aggregated, pools=tuple(map(bounded, best.pools)))
+
+    known = results.projected_for.nearest
+    if known is None:
+        return results
+    plans = [replace(each, engines=tuple(map(of_engine, each.engines))) for each in results.plans]
+    return replace(
+        results,
+        deployments=tuple(map(bounded, results.deployments)),
+        plans=tuple(plans),
+        assumptions=(*results.assumptions, _least_bounds(known)),
+    )
+
+
+def _least_bounds(known: KnownError) -> Assumption:
+    said = f"TPOT {_size(known.tpot)}, tokens/s {_size(known.output)}"
+    why = f"nine in ten rows of the nearest kind that was measured were within: {known.what}"
+    if known.ttft_what:
+        said += f", TTFT {_size(known.ttft)}"
+    if known.ttft_what not in ("", known.what):
+        why += f"; TTFT: {known.ttft_what}"
+    return Assumption(
+        "least bounds",
+        f"at least {said}: {why}",
+        "of what requests feel; ratios of deployments, which share such errors, have their own",
+    )
+
+
+def _size(factor: float) -> str:
+    """`±18%`, or `a factor of 3.3` where that is more."""
+    return f"±{factor - 1:.0%}" if factor < 2 else f"a factor of {factor:.3g}"

@@ -103,23 +103,6 @@ def without_each(steps: Sequence[StepRecord]) -> list[StepRecord]:
     return found
 
 
-def least_of_all(steps: Sequence[StepRecord]) -> list[StepRecord]:
-    """One run with the least CPU time of each operation over all runs, as run 0; then without each.
-
-    Under 1 and up, in the order of runs, the same where that run is left out. The more runs, the
-    smaller the least: only deployments that ran equally often can be compared so.
-
-    Args:
-        steps: of one deployment, of two runs or more.
-    """
-    runs = sorted({step.run for step in steps})
-    found = []
-    for number, left_out in enumerate((None, *runs)):
-        first, *others = (run for run in runs if run != left_out)
-        found += [replace(each, run=number) for each in _least_of(steps, {first: others})]
-    return found
-
-
 def _least_of(steps: Sequence[StepRecord], others: Mapping[int, Sequence[int]]) -> list[StepRecord]:
     """The steps of some runs, with the least CPU time of each operation of theirs and others'.
 

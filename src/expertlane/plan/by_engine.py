@@ -44,7 +44,7 @@ def of_each_engine(
     found = pools if isinstance(pools, TwoPools) else None
     workload = search.request.workload
     pools_win = (
-        found is not None and pools_tps(found, workload).over(ranking.fastest.tps).bounds[0] > 1
+        found is not None and pools_tps(found, workload).over(ranking.chosen.tps).bounds[0] > 1
     )
     if search.request.engine is not None:
         return [EngineChoice(ENGINES[search.request.engine], ranking.chosen, found)]
@@ -89,4 +89,4 @@ def _aggregated(engine: Engine, search: Search, ranking: Ranking) -> Contender |
     contenders = [
         each for each in ranking.contenders if engine.runs(each.finalist.candidate, model)
     ]
-    return ranked(contenders).chosen if contenders else None
+    return ranked(contenders, search.request.goals).chosen if contenders else None

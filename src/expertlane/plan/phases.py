@@ -31,7 +31,7 @@ def with_fastest_prefill(
             least[key], fastest[key] = seconds, each
     arriving: dict[object, Arriving] = {}
     pairs = [
-        (each, _prefilled_as(each, fastest[key], request, arriving))
+        (each, prefilled_as(each, fastest[key], request, arriving))
         for key, seconds, each in zip(keys, prompt_s, options, strict=True)
         if seconds > (1 + _LEAST_GAIN) * least[key]
     ]
@@ -49,7 +49,7 @@ def _but_form(candidate: Candidate) -> object:
     return layout, how, options.num_redundant_experts, num_drafts
 
 
-def _prefilled_as(
+def prefilled_as(
     option: ScreenedCandidate,
     best: ScreenedCandidate,
     request: PlanRequest,

@@ -9,11 +9,12 @@ import numpy as np
 from expertlane.cost.laws.execution import Execution, kernels_of
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE, MultiToken
-from expertlane.cost.records import cluster_record, conditions_of
+from expertlane.cost.records import cluster_record, conditions_of, no_surer_than_known
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
 from expertlane.memory import FREE_SHARE, RANK_STEP_TOKENS
+from expertlane.plan.break_even import break_even
 from expertlane.plan.by_engine import EngineChoice, of_each_engine
 from expertlane.plan.candidates import Candidate, PlanRequest
 from expertlane.plan.commands import ServedPool, ServeTarget, engine_commands, longest_request
@@ -28,6 +29,7 @@ from expertlane.plan.ties import Contender, Ranking, Uncertain, contender, pools
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress
 from expertlane.results.asked import ProjectionAsked
+from expertlane.results.break_even import BreakEven
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
     BEST,
@@ -69,6 +71,7 @@ class Plan:
         pools: the best disaggregated pools, or why there are none.
         num_pool_candidates: disaggregated deployments tried.
         engines: the best of each engine, or of the one that was asked for.
+        break_even: where the best and its rival are level.
     """
 
     request: PlanRequest
@@ -80,6 +83,7 @@ class Plan:
     pools: TwoPools | NoPools
     num_pool_candidates: int
     engines: Sequence[EngineChoice]
+    break_even: BreakEven | None
 
     @property
     def best(self) -> Candidate:
@@ -90,7 +94,7 @@ class Plan:
     def num_served(self) -> int:
         """Requests that what it recommends serves at once."""
         if isinstance(self.pools, TwoPools):
-            over = self._pools_tps(self.pools).over(self.ranking.fastest.tps)
+            over = self._pools_tps(self.pools).over(self.ranking.chosen.tps)
             if over.bounds[0] > 1:
                 return int(self.pools.served.num_seqs[0])
         return self.ranking.chosen.finalist.num_seqs
@@ -128,9 +132,7 @@ class Plan:
             num_tied=self.ranking.num_tied,
             tie_spread=self.ranking.spread,
             tie_break=self.ranking.by,
-            num_ttft_tied=self.ranking.num_ttft_tied,
-            fastest=self._fastest(),
-            pools_over_fastest=self._pools_over_fastest(),
+            break_even=self.break_even,
             no_two_pools=None if isinstance(self.pools, TwoPools) else self.pools,
             engine=request.engine,
             engines=tuple(self._engine(each, loaded) for each in self.engines),
@@ -143,7 +145,7 @@ class Plan:
             "load": load,
             "projection": projection,
         }
-        return Results.now(
+        results = Results.now(
             "plan",
             command,
             asked | asdict(request.goals),
@@ -153,11 +155,12 @@ class Plan:
                 *pareto_records(found.options, _NUM_PARETO, self._conditions, workload),
                 *([] if isinstance(self.pools, str) else self._two(self.pools)),
             ],
-            cluster=cluster_record(request.cluster, types),
+            cluster=cluster_record(request.model, request.cluster, types),
             assumptions=_assumptions(request, self.routing),
             cautions=self.cautions,
             plans=(summary,),
         )
+        return no_surer_than_known(results, request.model, request.cluster.profile)
 
     def _engine(self, choice: EngineChoice, loaded: ServeTarget) -> EngineBest:
         """The best of an engine, and how to start the better of its server and its pools."""
@@ -254,24 +257,15 @@ class Plan:
         best = self.ranking.chosen
         if contender is best:
             return record
-        why = gap_to(best, contender, self.request.workload)
-        return replace(record, why=why, over_best=contender.tps.over(best.tps))
-
-    def _fastest(self) -> DeploymentRecord | None:
-        """The one of one pool with most tokens a second, where another is chosen."""
-        fastest = self.ranking.fastest
-        if fastest is self.ranking.chosen:
-            return None
-        return self._ranked(self._record(fastest.finalist, BEST), fastest)
+        over = contender.tps.over(best.tps)
+        is_tied = contender in self.ranking.tied
+        if contender not in self.ranking.contenders:
+            is_tied = over.bounds[-1] >= 1
+        why = "" if is_tied else gap_to(best, contender, self.request.workload)
+        return replace(record, why=why, over_best=over)
 
     def _record(self, finalist: Finalist, role: str) -> DeploymentRecord:
         return candidate_record(finalist, 0, role, self._conditions, self.request.workload)
-
-    def _pools_over_fastest(self) -> Estimate | None:
-        fastest = self.ranking.fastest
-        if not isinstance(self.pools, TwoPools) or fastest is self.ranking.chosen:
-            return None
-        return self._pools_tps(self.pools).over(fastest.tps)
 
     def _pools_tps(self, found: TwoPools) -> Uncertain:
         return pools_tps(found, self.request.workload)
@@ -316,7 +310,7 @@ def make_plan(
     progress.done()
     progress.task("simulating the best", NUM_SIMULATED)
     found = simulated_pool(search, screened, progress.advance)
-    ranking = ranked([contender(each, request.workload) for each in found.finalists])
+    ranking = ranked([contender(each, request.workload) for each in found.finalists], request.goals)
     progress.done()
     of_pools = TwoPoolSearch(request, search.known, fitting(screened))
     progress.task("disaggregated: prefill and decode apart", of_pools.num_splits)
@@ -326,7 +320,18 @@ def make_plan(
     progress.task("best of each engine", 1)
     engines = of_each_engine(search, ranking, pools, of_pools)
     progress.done()
-    return Plan(request, routing, cautions, search, found, ranking, pools, num_of_pools, engines)
+    return Plan(
+        request,
+        routing,
+        cautions,
+        search,
+        found,
+        ranking,
+        pools,
+        num_of_pools,
+        engines,
+        break_even(ranking, request, search.known),
+    )
 
 
 def pareto_records(

@@ -113,7 +113,7 @@ def _with_skews(step: StepsRecord, likely_s: Sequence[float]) -> StepsRecord:
     return replace(step, wall_s=wider, tps=step.num_tokens / wider)
 
 
-def _unseen(num: int) -> None:
+def unseen(num: int) -> None:
     """Progress that nobody watches."""
 
 
@@ -155,7 +155,7 @@ class Search:
 
     def screen(
         self,
-        advance: Callable[[int], None] = _unseen,
+        advance: Callable[[int], None] = unseen,
         candidates: Sequence[Candidate] | None = None,
     ) -> list[Screened]:
         """Candidates by the formula.

@@ -47,7 +47,7 @@ KEPT = 1.001  # times a limit: steady states are equal to that
 _AIM = 0.99  # of a limit
 # Of tokens a second, less than which is not worth another trial: of the best, of others that are
 # told, and of those that are sought.
-_GAIN, _TOLD_GAIN, _SOUGHT_GAIN = 0.005, 0.03, 0.1
+_GAIN, _TOLD_GAIN, _SOUGHT_GAIN = 0.005, 0.05, 0.1
 _FLATTEST, _STEEP = 0.02, 3.0  # slopes of TPOT over sequences, in logarithms; one over a slope
 _APART = 1.05  # times as many sequences, that tell a slope
 _NEAR, _STEP = 0.97, 1.1  # of a limit; times as many sequences to try where that is further

@@ -16,15 +16,17 @@ import numpy as np
 from expertlane.cost.by_law import LawError
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.step.operation import Floats
+from expertlane.plan.candidates import Goals
 from expertlane.plan.search import Finalist
 from expertlane.plan.throughput import Steps, ThroughputCurve, one_pool, two_pools
 from expertlane.plan.two_pools import TwoPools
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import TieBreak
-from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
+_LEVEL = 0.995  # of most tokens a second: nearer than simulations tell apart
+_NEAR = 0.5  # of a limit: one that is met twice over decides nothing
 _KV_TRANSFER: LawError = ("KV transfer", ())
 _ACCEPTANCE: LawError = ("acceptance of drafts", ())
 
@@ -50,15 +52,30 @@ class Uncertain:
             ratio = 1.0 if self.value == other.value else self.value / other.value
             return Estimate(ratio, ratio, ratio)
         down = up = 0.0
+        for low, high in self._apart(other).values():
+            down, up = hypot(down, low), hypot(up, high)
+        ratio = self.value / other.value
+        return Estimate(ratio, ratio * exp(-down), ratio * exp(up))
+
+    def shares(self, other: "Uncertain") -> dict[str, float]:
+        """What of the ratio's spread is each law's, as squares, the sizes of a law together."""
+        squares: dict[str, float] = {}
+        for (name, _), (low, high) in self._apart(other).items():
+            squares[name] = squares.get(name, 0.0) + low**2 + high**2
+        total = sum(squares.values())
+        return {name: each / total for name, each in squares.items()} if 0 < total < inf else {}
+
+    def _apart(self, other: "Uncertain") -> dict[LawError, tuple[float, float]]:
+        """How far down and up each error moves the ratio's logarithm; 0 or more."""
+        found = {}
         for error in {**self.by_error, **other.by_error}:
             mine, others = (each.by_error.get(error, (each.value,) * 2) for each in (self, other))
             moved = [
                 _difference(_log_ratio(a, self.value), _log_ratio(b, other.value))
                 for a, b in zip(mine, others, strict=True)
             ]
-            down, up = hypot(down, min(*moved, 0.0)), hypot(up, max(*moved, 0.0))
-        ratio = self.value / other.value
-        return Estimate(ratio, ratio * exp(-down), ratio * exp(up))
+            found[error] = -min(*moved, 0.0), max(*moved, 0.0)
+        return found
 
     def ties(self, other: "Uncertain") -> bool:
         """Whether the ratio may be 1."""
@@ -80,20 +97,19 @@ class Contender:
 
     finalist: Finalist
     tps: Uncertain
-    ttft_s: Uncertain
+
+    def taken(self, goals: Goals) -> float:
+        """The share of the worst limit that it takes; 0 without limits."""
+        return float(self.finalist.served.breach(goals)[0])
 
 
 def contender(finalist: Finalist, workload: Workload) -> Contender:
     """A deployment of one pool: what the formula makes of each error, as simulated."""
     errors = _errors_of(finalist)
-    served = one_pool(_moved(finalist, errors), workload)
-    tps, ttft_s = _uncertain(served, errors)
+    tps = _uncertain(one_pool(_moved(finalist, errors), workload), errors)
     simulated, formula = finalist.served, finalist.formula
-    return Contender(
-        finalist,
-        tps.scaled(float(simulated.tps[LIKELY, 0] / formula.tps[LIKELY, 0])),
-        ttft_s.scaled(float(simulated.ttft_s[LIKELY, 0] / formula.ttft_s[LIKELY, 0])),
-    )
+    factor = float(simulated.tps[LIKELY, 0] / formula.tps[LIKELY, 0])
+    return Contender(finalist, tps.scaled(factor))
 
 
 def pools_tps(pools: TwoPools, workload: Workload) -> Uncertain:
@@ -104,7 +120,7 @@ def pools_tps(pools: TwoPools, workload: Workload) -> Uncertain:
     at[1], at[2] = pools.transfer_s[0], pools.transfer_s[-1]
     served = two_pools(_moved(prefill, errors), _moved(decode, errors), at, workload)
     factor = pools.served.tps[LIKELY, 0] / pools.formula.tps[LIKELY, 0]
-    return _uncertain(served, errors)[0].scaled(float(factor))
+    return _uncertain(served, errors).scaled(float(factor))
 
 
 def _errors_of(finalist: Finalist) -> list[LawError]:
@@ -136,16 +152,11 @@ def _moved(finalist: Finalist, errors: Sequence[LawError]) -> Steps:
     )
 
 
-def _uncertain(served: ThroughputCurve, errors: Sequence[LawError]) -> tuple[Uncertain, Uncertain]:
-    """Tokens a second and TTFT of what `_moved` serves."""
-
-    def of(values: Floats) -> Uncertain:
-        value, *moved = values.tolist()
-        pairs = zip(moved[::2], moved[1::2], strict=True)
-        return Uncertain(value, dict(zip(errors, pairs, strict=True)))
-
-    tps = served.tps[::-1, 0]  # a curve's are the other way round than its times
-    return of(tps), of(served.ttft_s[:, 0])
+def _uncertain(served: ThroughputCurve, errors: Sequence[LawError]) -> Uncertain:
+    """Tokens a second of what `_moved` serves."""
+    value, *moved = served.tps[::-1, 0].tolist()  # a curve's are the other way round than its times
+    pairs = zip(moved[::2], moved[1::2], strict=True)
+    return Uncertain(value, dict(zip(errors, pairs, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,15 +164,13 @@ class Ranking:
     """Plans in order, the chosen one first.
 
     Attributes:
-        num_tied: how many of the first tie with the one that has most tokens a second.
+        num_tied: how many of the first tie for most tokens a second.
         by: what decided among them; None where one was alone.
-        num_ttft_tied: how many of those that tie have a TTFT that ties with the lowest.
     """
 
     contenders: Sequence[Contender]
     num_tied: int
     by: TieBreak | None
-    num_ttft_tied: int = 1
 
     @property
     def chosen(self) -> Contender:
@@ -169,24 +178,24 @@ class Ranking:
         return self.contenders[0]
 
     @property
-    def fastest(self) -> Contender:
-        """The one with most tokens a second."""
-        return max(self.contenders, key=lambda each: each.tps.value)
+    def tied(self) -> Sequence[Contender]:
+        """Those that tie; the chosen one alone where none does."""
+        return self.contenders[: self.num_tied]
 
     @property
     def spread(self) -> float:
         """How far the least of those that tie is below the most tokens a second; a share."""
-        tps = [each.tps.value for each in self.contenders[: self.num_tied]]
+        tps = [each.tps.value for each in self.tied]
         return 1 - min(tps) / max(tps)
 
 
-def ranked(contenders: Sequence[Contender]) -> Ranking:
-    """Those that tie for most tokens a second, then the others by tokens a second.
+def ranked(contenders: Sequence[Contender], goals: Goals) -> Ranking:
+    """Those that tie for most tokens a second, then the others; each by tokens a second.
 
     Those tie than which no other surely has more: one whose errors are its own may tie with the one
-    of most and surely be below a third. Of those that tie the one with the lowest TTFT is chosen;
-    where that ties too, the one with fewest kinds of parallelism, then with most tokens a second.
-    The others that tie follow by TTFT.
+    of most and surely be below a third. What was asked for decides among them: most tokens a
+    second; and where a limit is near and others are level with the one of most, which of these
+    stays farthest from it. So none is chosen that another is ahead of in both.
     """
     by_tps = sorted(contenders, key=lambda each: -each.tps.value)
     tied = [
@@ -195,19 +204,24 @@ def ranked(contenders: Sequence[Contender]) -> Ranking:
     others = [each for each in by_tps if each not in tied]
     if len(tied) == 1:
         return Ranking([*tied, *others], 1, None)
-    tied.sort(key=lambda each: each.ttft_s.value)
-    as_soon = [each for each in tied if each.ttft_s.ties(tied[0].ttft_s)]
-    fewest = min(num_kinds(each.finalist.candidate.layout) for each in as_soon)
-    simplest = [each for each in as_soon if num_kinds(each.finalist.candidate.layout) == fewest]
-    chosen = max(simplest, key=lambda each: each.tps.value)
-    by: TieBreak = "most tokens" if len(simplest) > 1 else "fewest kinds"
-    if chosen is tied[0]:
-        by = "lowest TTFT"
+    chosen = _chosen(tied, by_tps, goals)
+    by: TieBreak = "most tokens" if chosen is tied[0] else "farther from the limit"
     tied.remove(chosen)
-    return Ranking([chosen, *tied, *others], 1 + len(tied), by, len(as_soon))
+    return Ranking([chosen, *tied, *others], 1 + len(tied), by)
 
 
-def num_kinds(layout: Layout) -> int:
-    """Kinds of parallelism that a layout has."""
-    sizes = layout.replicas, layout.pp, layout.dp, layout.tp, layout.ep, layout.dcp
-    return sum(size > 1 for size in sizes)
+def _chosen(tied: Sequence[Contender], all_: Sequence[Contender], goals: Goals) -> Contender:
+    """Of those that tie, each by tokens a second."""
+    first = tied[0]
+    if first.taken(goals) < _NEAR:
+        return first
+    level = [
+        each
+        for each in tied
+        if each.tps.value >= _LEVEL * first.tps.value
+        and not any(
+            other.tps.value > each.tps.value and other.taken(goals) < each.taken(goals)
+            for other in all_
+        )
+    ]
+    return min(level, key=lambda each: each.taken(goals))

@@ -11,17 +11,24 @@ from expertlane.report.numbers import (
     NONE,
     counted,
     figures,
-    low_high,
     milliseconds,
     percent,
     signed,
     whole,
 )
 from expertlane.report.setup import foreign_load, how_judged
-from expertlane.report.speed import in_words
-from expertlane.report.verdict import Verdict, headline, in_wall_time, judge, ratio, rounding
+from expertlane.report.speed import LOWER_OF_TWO, in_words
+from expertlane.report.verdict import (
+    Verdict,
+    headline,
+    in_wall_time,
+    judge,
+    ratio,
+    rounding,
+    workload_headline,
+)
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.record import EXPERIMENT, StepsRecord
+from expertlane.results.record import StepsRecord
 from expertlane.results.results import Results
 from expertlane.spec.names import Cause, Phase, ProjectedCause
 
@@ -67,17 +74,11 @@ def comparison_answer(
     if own is None:
         assert modelled is not None, "something was measured or projected"
         setting = f"{name} | {_projected_setting(results, modelled)}"
-        served = workload_headline(results)
+        served = workload_headline(results, modelled)
         if served is None:
             only = _parts(results, modelled, _MOST_LINES - 1)
             return Answer(setting, headline(modelled, results), (*only, how_judged(results)))
-        step = (
-            f"One decode step of {modelled.num_seqs:,} sequences at {modelled.context:,} tokens of "
-            f"context: {headline(modelled, results)}"
-        )
-        of_step = _parts(results, modelled, _FEWER_LINES)
-        workload = _whole_workload(modelled)
-        return Answer(setting, served, (workload, step, *of_step, how_judged(results)))
+        return Answer(setting, served, (*_of_workload(results, modelled), how_judged(results)))
     machine = results.measured_on
     cores = counted(machine.num_cores, "core") if machine.device == "cpu" else machine.device
     ranks = counted(machine.num_ranks, "rank")
@@ -86,14 +87,16 @@ def comparison_answer(
     parts: tuple[Words, ...] = (busy,) if busy else ()
     room = _FEWER_LINES if modelled else _MOST_LINES
     parts += _parts(results, own, room - 2 * len(parts))
-    if wall is not None and (beside := in_wall_time(wall, results)):
+    if modelled is None and wall is not None and (beside := in_wall_time(wall, results)):
         parts += (beside,)
     if modelled is not None:
-        judged = judge(modelled)
+        said = workload_headline(results, modelled) or headline(modelled, results)
+        table = _served_table if results.workload else _table
+        cast = _shown(modelled, modelled.compared or modelled.cast, len(modelled.cast))
         parts += (
-            f"Also projected ({_projected_setting(results, modelled)}): "
-            f"{headline(modelled, results)} {how_judged(results)}",
-            _table(modelled, judged, _shown(modelled, judged, len(modelled.cast))),
+            f"Also projected ({_projected_setting(results, modelled)}): {said} "
+            f"{how_judged(results)}",
+            table(modelled, cast),
         )
     return Answer(setting, headline(own, results), parts)
 
@@ -102,10 +105,8 @@ def _clock(results: Results, own: Comparison) -> str:
     virtual = results.virtual_time
     if own.source != "virtual" or virtual is None:
         return "wall time"
-    if virtual.links is None:
-        return "virtual time without links"
-    scaled = "scaled from" if (virtual.scale, virtual.byte_scale) != (1, 1) else "of"
-    return f"virtual time, links {scaled} {virtual.links}"
+    links = f"links of {virtual.links}" if virtual.links else "no links"
+    return f"virtual time: a core per rank, {links}"
 
 
 def _projected_setting(results: Results, modelled: Comparison) -> str:
@@ -117,56 +118,81 @@ def _projected_setting(results: Results, modelled: Comparison) -> str:
     )
 
 
-def workload_headline(results: Results) -> str | None:
-    """What the whole workload comes to, against the first deployment and the best of the others."""
-    found = results.workload
-    if found is None:
-        return None
-    own = {each.name: each for each in results.select("projected", EXPERIMENT) if each.serving}
-    tps = own[found.name].serving[0].output_tps
-    said = f"{found.name} serves {figures(tps)} tokens/s of the whole workload ({low_high(tps)})"
-    against = []
-    if found.over_first is not None:
-        is_best = " and best of the others" if found.other == found.first else ""
-        against.append(f"{_factor(found.over_first)} {found.first}, the first{is_best}")
-    if found.over_other is not None and found.other != found.first:
-        against.append(f"{_factor(found.over_other)} {found.other}, the best of the others")
-    return f"{said}{': ' if against else ''}{'; '.join(against)}."
-
-
-def _factor(over: Estimate) -> str:
-    low, value, high = over.bounds
-    within = " (within error)" if low <= 1 <= high else ""
-    return f"{ratio(value)}× ({ratio(low)}–{ratio(high)}){within} that of"
-
-
-def _whole_workload(modelled: Comparison) -> Table:
-    """How each deployment serves it: with how many sequences, how fast."""
+def _of_workload(results: Results, modelled: Comparison) -> tuple[Words, ...]:
+    """How each deployment serves the whole workload, and where the time of two differs."""
     served = [row for row in modelled.rows if row.record.serving]
-    most = modelled.num_seqs
+    rows = _shown(replace(modelled, rows=tuple(served)), modelled.compared, _MOST_LINES)
+    parts: list[Words] = [_served_table(modelled, rows)]
+    verdict = results.workload
+    if verdict is not None and verdict.causes_s:
+        one, other = modelled.compared[:2]
+        tps = (each.record.serving[0].output_tps.value for each in (other, one))
+        before_us, after_us = (1e6 / each for each in tps)
+        causes_us = {cause: 1e6 * seconds for cause, seconds in verdict.causes_s.items()}
+        by_size = sorted(causes_us.items(), key=lambda each: -abs(each[1]))
+        difference = difference_of(before_us, after_us, dict(by_size[:_MOST_CAUSES]))
+        title = (
+            f"Why, µs per output token: {other.name} {figures(before_us)} → {one.name} "
+            f"{figures(after_us)}"
+        )
+        words = (f"{_short_in(cause)} {signed(us)}" for cause, us in difference.causes)
+        parts.append(Figure("", (title, "  " + "   ".join(words))))
+    notes = []
+    if len(rows) < len(served):
+        notes.append(f"{len(served) - len(rows)} more deployments: --full.")
+    held = [
+        f"{running:,} with {row.name}"
+        for row in modelled.compared
+        if (running := row.record.serving[0].num_running or 0) < modelled.num_seqs
+    ]
+    if held:
+        notes.append(
+            f"Of {modelled.num_seqs:,} sequences memory holds {', '.join(held)}; the others wait."
+        )
+    if modelled.compared:
+        notes.append(f"rel: against {modelled.compared[1].name}.")
+    notes.append("TPOT and TTFT: means, in ms.")
+    if judged := judge(modelled):
+        notes += rounding((judged.one, judged.other))
+    return (*parts, " ".join(notes))
 
-    def of(metric: str) -> Callable[[Row], Estimate | None]:
-        def mean(row: Row) -> Estimate | None:
+
+def _short_in(cause: str) -> str:
+    """A cause in a phase, in a few words."""
+    what, of, phase = cause.partition(" in ")
+    return f"{short(what)}{of}{phase}"
+
+
+def _served_table(modelled: Comparison, rows: Sequence[Row]) -> Table:
+    """How each deployment serves the whole workload: with how many sequences, how fast."""
+
+    def mean(metric: str) -> Callable[[Row], Estimate | None]:
+        def of(row: Row) -> Estimate | None:
             summary: Summary | None = getattr(row.record.serving[0], metric)
             return None if summary is None else summary.mean
 
-        return mean
+        return of
 
     columns: list[Column[Row]] = [
-        text("the whole workload", lambda row: row.name),
+        text("deployment", lambda row: row.name),
         number("tok/s", lambda row: row.record.serving[0].output_tps, compact_of),
         number("bounds", lambda row: row.record.serving[0].output_tps, compact_range),
-        number(f"seqs of {most:,}", lambda row: row.record.serving[0].num_running, whole),
-        number("TPOT", of("tpot_s"), milliseconds),
-        number("TTFT", of("ttft_s"), milliseconds),
+        number("seqs at once", lambda row: row.record.serving[0].num_running, whole),
+        number("TPOT", mean("tpot_s"), milliseconds),
+        number("TTFT", mean("ttft_s"), milliseconds),
     ]
-    return Table.of("", columns, served)
+    if modelled.compared:
+        best = modelled.compared[1].record.serving[0].output_tps.value
+        columns.append(
+            number("rel", lambda row: row.record.serving[0].output_tps.value / best, ratio)
+        )
+    return Table.of("", columns, rows)
 
 
 def _parts(results: Results, comparison: Comparison, most_lines: int) -> tuple[Words, ...]:
     judged = judge(comparison)
-    rows = _shown(comparison, judged, most_lines)
-    parts: list[Words] = [_table(comparison, judged, rows)]
+    rows = _shown(comparison, comparison.compared, most_lines)
+    parts: list[Words] = [_table(comparison, rows)]
     if judged is not None:
         parts.append(_why(comparison, judged))
     notes = []
@@ -175,29 +201,37 @@ def _parts(results: Results, comparison: Comparison, most_lines: int) -> tuple[W
     if judged is not None:
         notes.append(f"rel: against {judged.other.name}.")
         if comparison.is_run and judged.has_interval:
-            notes.append("In brackets: 90 % intervals.")
+            notes.append(_intervals(comparison, judged))
         notes += rounding((judged.one, judged.other))
     if comparison.source == "virtual" and any(len(r.step.tps_of_runs) > 1 for r in rows):
-        notes.append(
-            "min–max: single runs; tok/s lies at their top since virtual time drops disturbances: "
-            "each computation takes the shorter of two measurements."
-        )
-        if comparison.pair:
-            notes.append("The factor and Why take the shortest of all.")
+        notes.append(LOWER_OF_TWO)
     return (*parts, " ".join(notes)) if notes else tuple(parts)
 
 
-def _shown(comparison: Comparison, judged: Verdict | None, most: int) -> list[Row]:
-    """The rows that there is room for: the two of the verdict, the first, and the fastest.
+def _intervals(comparison: Comparison, judged: Verdict) -> str:
+    """What the intervals are of."""
+    virtual = comparison.virtual
+    runs = f"90 %: interval of {judged.num_runs} runs; the other deployments ran twice."
+    if len(comparison.rows) == len(comparison.compared):
+        runs = f"90 %: interval of {judged.num_runs} runs."
+    if virtual is None or not virtual.links:
+        return f"{runs} In brackets: of the ratio."
+    return f"{runs} In brackets: of the ratio, with links half to twice as fast as assumed."
+
+
+def _shown(comparison: Comparison, first: Sequence[Row], most: int) -> list[Row]:
+    """The rows that there is room for: those compared, the first, and the fastest.
 
     Under shorter names where all of them would take more lines than `most`.
+
+    Args:
+        first: of them, those that are shown in any case.
     """
     rows = list(comparison.rows)
     if sum(math.ceil(len(row.name) / _LETTERS) for row in rows) <= most:
         return rows
-    pair = [judged.one, judged.other] if judged else []
-    others = sorted((row for row in rows if row not in pair), key=lambda row: -row.tps)
-    kept = list(dict.fromkeys(row.number for row in [*pair, comparison.first, *others]))[:most]
+    others = sorted(rows, key=lambda row: -row.tps)
+    kept = list(dict.fromkeys(row.number for row in [*first, comparison.first, *others]))[:most]
     return [_shortened(row) for row in rows if row.number in kept]
 
 
@@ -209,27 +243,25 @@ def _shortened(row: Row) -> Row:
     return replace(row, record=replace(row.record, name=name))
 
 
-def _table(comparison: Comparison, judged: Verdict | None, rows: Sequence[Row]) -> Table:
-    is_decode = comparison.phase is Phase.DECODE
-    is_run = comparison.is_run
+def _table(comparison: Comparison, rows: Sequence[Row]) -> Table:
     columns: list[Column[Row]] = [
         text("deployment", lambda row: row.name),
         number("tok/s", lambda row: row.tps, compact),
-        number("min–max" if is_run else "bounds", lambda row: row.tps_range, compact_range),
     ]
-    if is_decode:
-        columns += [number("TPOT", lambda row: row.latency_s, milliseconds)]
-        if is_run:
-            columns += [number("p95", _p95, milliseconds)]
-    columns += [number("TTFT", lambda row: _ttft(row.record.prefill), milliseconds)]
-    if judged is not None:
-        columns += [number("rel", lambda row: comparison.factor(row, judged.other), ratio)]
-    columns += [text("largest cost", _largest)]
+    if any(row.step.tps.low is not None for row in comparison.rows):
+        range_of = "90 %" if comparison.is_run else "bounds"
+        columns.append(number(range_of, lambda row: row.step.tps, compact_range))
+    if comparison.phase is Phase.DECODE:
+        columns.append(number("TPOT", lambda row: row.latency_s, milliseconds))
+    columns.append(number("TTFT", lambda row: _ttft(row.record.prefill), milliseconds))
+    if comparison.compared:
+        by_number = {row.number: row for row in comparison.rows}  # under their whole names
+        other = comparison.compared[1]
+        columns.append(
+            number("rel", lambda row: comparison.factor(by_number[row.number], other), ratio)
+        )
+    columns.append(text("largest cost", _largest))
     return Table.of("", columns, rows)
-
-
-def _p95(row: Row) -> Estimate | None:
-    return row.step.token_s.p95 if row.step.token_s else None
 
 
 def _ttft(prefill: StepsRecord | None) -> Estimate | None:

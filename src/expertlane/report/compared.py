@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from expertlane.results.estimate import Estimate
-from expertlane.results.pair import PairRecord
+from expertlane.results.hardware import VirtualTime
+from expertlane.results.pair import PairRecord, choose_compared
 from expertlane.results.record import (
     EXPERIMENT,
     FASTEST,
@@ -18,6 +19,8 @@ from expertlane.results.record import (
 )
 from expertlane.results.results import Results
 from expertlane.spec.names import Cause, Phase, ProjectedCause
+
+LINK_RANGE = 2.0  # by which links may be faster or slower than assumed
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,6 @@ class Row:
     def critical_path_tps_per_rank(self) -> float:
         """`critical_path_tps` over the deployment's ranks."""
         return self.critical_path_tps / self.record.num_ranks
-
-    @property
-    def tps_range(self) -> Estimate:
-        """From the slowest to the fastest repetition; projected, from the low to the high bound."""
-        runs = self.step.tps_of_runs
-        if len(runs) < 2:
-            return self.step.tps
-        return Estimate(self.tps, min(*runs, self.tps), max(*runs, self.tps))
 
     @property
     def latency_s(self) -> float:
@@ -151,7 +146,10 @@ class Comparison:
         contexts: all there are, ascending.
         num_seqs: of the workload.
         planned: the fastest step that a planner found, if one was looked for.
-        pair: the verdict's two deployments, if they were measured in turns.
+        pairs: the deployment that the first sentence is about with each that it is compared with,
+            if they were measured in turns.
+        named: the same by their names, where the whole workload was projected.
+        virtual: of virtual time, what it assumes about links.
     """
 
     source: Source
@@ -162,7 +160,37 @@ class Comparison:
     contexts: tuple[int, ...] = ()
     num_seqs: int = 0
     planned: Row | None = None
-    pair: PairRecord | None = None
+    pairs: tuple[PairRecord, ...] = ()
+    named: tuple[str, ...] = ()
+    virtual: VirtualTime | None = None
+
+    @cached_property
+    def compared(self) -> tuple[Row, ...]:
+        """Those that the first sentence is about (`choose_compared`); none of a single one."""
+        names = self.named
+        if self.pairs:
+            names = (self.pairs[0].name, *(each.other for each in self.pairs))
+        if names:
+            by_name = {row.name: row for row in self.rows}
+            return tuple(by_name[name] for name in names)
+        rows = self.rows
+        places = choose_compared([row.record for row in rows], [row.tps for row in rows])
+        return tuple(rows[place] for place in places)
+
+    def pair_of(self, one: Row, other: Row) -> PairRecord | None:
+        """How the two differ, if they were measured in turns."""
+        names = one.name, other.name
+        return next((each for each in self.pairs if (each.name, each.other) == names), None)
+
+    def on_links(self, one: Row, other: Row) -> Estimate:
+        """By what the ratio of their TPS changes on links half to twice as fast as assumed."""
+        factors = [1.0]
+        if self.virtual is not None and self.virtual.scale and one.number and other.number:
+            for each in self.virtual.speeds:
+                if 1 / LINK_RANGE <= each.scale / self.virtual.scale <= LINK_RANGE:
+                    ratio = each.tps[one.number - 1] / each.tps[other.number - 1]
+                    factors.append(ratio / (one.tps / other.tps))
+        return Estimate(1.0, min(factors), max(factors))
 
     @property
     def is_run(self) -> bool:
@@ -216,10 +244,11 @@ class Comparison:
         return list({row.number: row for row in cast if row is not None}.values())
 
     def factor(self, row: Row, base: Row) -> float:
-        """TPS over another's; of the verdict's two deployments the verdict's own ratio."""
-        if self.pair and {row.name, base.name} == {self.pair.name, self.pair.other}:
-            ratio = self.pair.ratio.value
-            return ratio if row.name == self.pair.name else 1 / ratio
+        """TPS over another's; of two that were measured in turns, the ratio in those turns."""
+        if pair := self.pair_of(row, base):
+            return pair.ratio.value
+        if pair := self.pair_of(base, row):
+            return 1 / pair.ratio.value
         return row.tps / base.tps
 
     @property
@@ -268,7 +297,13 @@ def run(results: Results, source: Source) -> Comparison | None:
         return None
     phase = Phase.DECODE if all(each.decode for each in records) else Phase.PREFILL
     steps = [each.decode if phase is Phase.DECODE else each.prefill for each in records]
-    return Comparison(source, phase, _rows(records, steps), pair=results.pair_of(source))
+    return Comparison(
+        source,
+        phase,
+        _rows(records, steps),
+        pairs=results.pairs_of(source),
+        virtual=results.virtual_time if source == "virtual" else None,
+    )
 
 
 def projected(results: Results, conditions: Conditions | None = None) -> Comparison | None:
@@ -296,6 +331,7 @@ def projected(results: Results, conditions: Conditions | None = None) -> Compari
         tuple(sorted({step.context for step in decodes if step.context is not None})),
         num_seqs,
         planned[0] if planned else None,
+        named=results.workload.compared if results.workload else (),
     )
 
 

@@ -8,6 +8,7 @@ from expertlane.printable import printable
 from expertlane.report.numbers import NONE
 from expertlane.results.record import RUN, Source
 
+_FEWEST, _MOST = 4, 8  # numbers of a row that folds; fewer fit a phone, more are a matrix
 ColumnSource = Source | Literal["wall"] | None
 T = TypeVar("T")
 U = TypeVar("U")
@@ -103,6 +104,13 @@ class Table:
         rows = [(fact.heading, *(fact.cell(item) for _, item in items)) for fact in facts]
         headings = (Heading("", False), *(Heading(name) for name, _ in items))
         return cls(title, headings, tuple(row for row in rows if {*row[1:]} != {NONE}))
+
+    @property
+    def folds(self) -> bool:
+        """Whether a narrow screen shows each row's numbers below its name: of a few numbers."""
+        num_numbers = sum(each.is_number for each in self.columns)
+        is_named = bool(self.columns) and not self.columns[0].is_number
+        return is_named and _FEWEST <= num_numbers <= _MOST
 
     @classmethod
     def facts(cls, rows: Iterable[tuple[str, str]], title: str = "") -> "Table":
@@ -201,7 +209,23 @@ class Timelines:
     open: frozenset[str]
 
 
+@dataclass(frozen=True)
+class Commands:
+    """What to run for one choice among several, such as an engine.
+
+    Attributes:
+        title: the choice; empty where there is one alone.
+        parts: commands, each with a line of its own, and what must be known of them.
+    """
+
+    title: str
+    parts: tuple[str | Figure, ...]
+
+
 Words = str | Table | Figure
+# Of a page: the answer, what to run, what else was found, other loads and sizes, where time goes,
+# how it was measured and how sure it is, what was the same for all.
+ChapterName = Literal["answer", "run", "found", "loads", "why", "sure", "setup"]
 Plot = Chart | Multiples | Timelines
 
 
@@ -210,20 +234,41 @@ class Section:
     """A heading, then paragraphs, tables, figures and plots in order.
 
     Attributes:
+        heading: empty where words go on from the section before, which a page has elsewhere.
         place: beside the answer on a page's first screen (plots without a heading), on top of what
             follows, among the plots, which are on pages alone, or with the tables.
-        finding: what it shows, in a sentence; may be empty.
+        chapter: of a page; None where that has none.
     """
 
     heading: str
-    parts: tuple[Words | Plot, ...]
+    parts: tuple[Words | Commands | Plot, ...]
     place: Literal["first", "top", "plots", "tables"] = "tables"
-    finding: str = ""
+    chapter: ChapterName | None = None
 
     @property
     def words(self) -> Iterator[Words]:
         """All words but those of the plots."""
-        return (part for part in self.parts if isinstance(part, Words))
+        for part in self.parts:
+            if isinstance(part, Commands):
+                yield from filter(None, (part.title, *part.parts))
+            elif isinstance(part, Words):
+                yield part
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Sections that stand together on a page.
+
+    Attributes:
+        name: what its sections and links give.
+        says: what is in it, in a sentence.
+        is_box: whether it stands open below the answer, its commands first.
+    """
+
+    name: ChapterName
+    heading: str
+    says: str
+    is_box: bool = False
 
 
 @dataclass(frozen=True)
@@ -249,6 +294,10 @@ class Report:
         source: `measured`, `projected`, or what else a reader must know of all numbers.
         command, created: how it was made, and when (ISO 8601).
         sections: everything, also what the answer says.
+        chapters: of its page, the answer's first; empty where all is in one.
+
+    Raises:
+        ValueError: a section has no chapter of the page.
     """
 
     title: str
@@ -257,9 +306,13 @@ class Report:
     command: str
     created: str
     sections: tuple[Section, ...]
+    chapters: tuple[Chapter, ...] = ()
 
     def __post_init__(self) -> None:
         filled = tuple(each for each in self.sections if each.parts)
+        known = {each.name for each in self.chapters}
+        if lost := [each.heading for each in filled if known and each.chapter not in known]:
+            raise ValueError(f"in no chapter: {lost}")
         shown = {"title": self.title, "answer": self.answer, "sections": filled}
         for name, value in shown.items():
             object.__setattr__(self, name, _printable(value))
@@ -276,6 +329,6 @@ def _printable(part: Any) -> Any:
             return printable(part)
         case tuple():
             return tuple(map(_printable, part))
-        case Section() | Table() | Figure() | Heading() | Answer():
+        case Section() | Table() | Figure() | Commands() | Heading() | Answer():
             return replace(part, **{name: _printable(each) for name, each in vars(part).items()})
     return part

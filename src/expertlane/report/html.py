@@ -1,6 +1,5 @@
 """A report as one page that opens anywhere, offline and without scripts: `report.html`."""
 
-from collections.abc import Iterable
 from datetime import datetime
 from importlib.resources import files
 from itertools import count
@@ -15,45 +14,59 @@ from expertlane.report.charts.encoding import NARROW_PX
 from expertlane.report.charts.lanes import lanes_svg, ticks
 from expertlane.report.charts.svg import SMALL_PX, WIDE_PX, svg
 from expertlane.report.document import (
+    Chapter,
     Chart,
+    Commands,
     Figure,
     Lanes,
     Multiples,
     Plot,
     Report,
-    Section,
     Table,
     Timelines,
     Words,
 )
 
+_WHOLE = Chapter("answer", "The answer", "")  # of a report without chapters
+
 
 def render(report: Report) -> str:
     """The whole page, its style sheet, drawings and script in it."""
-    drawn, said = _Drawn(), f"{report.answer.setting}\n{report.answer.headline}"
+    drawn, (headline, lead) = _Drawn(), _parted(report.answer.headline)
+    first, *chapters = [drawn.chapter(report, each) for each in report.chapters or (_WHOLE,)]
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.from_string(_asset("template.html.j2")).render(
         report=report,
+        headline=headline,
+        lead=lead,
         created=datetime.fromisoformat(report.created).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
-        first=[list(map(drawn.part, card)) for card in _first(report)],
-        top=drawn.sections(report.of_place("top"), said),
-        plots=drawn.sections(report.of_place("plots")),
-        tables=drawn.sections(report.of_place("tables")),
+        answer=first | {"beside": list(map(drawn.part, _beside(report)))},
+        chapters=chapters,
+        is_sentence=lambda part: part["kind"] == "words" and not part["words"].endswith(":"),
         css=Markup(style_sheet() + _asset("page.css")),
         script=Markup(_asset("page.js")),
     )
 
 
-def _first(report: Report) -> list[list[Words | Plot]]:
-    """What stands beside the answer: plots, and its own tables where there is one plot at most."""
-    plots: list[list[Words | Plot]] = [
-        [part] for section in report.of_place("first") for part in section.parts
+def _parted(headline: str) -> tuple[str, str]:
+    """The first sentence, and what follows it."""
+    first, end, rest = headline.partition(". ")
+    return (f"{first}.", rest) if end else (headline, "")
+
+
+def _beside(report: Report) -> list[Words | Plot]:
+    """What stands beside the verdict: plots, and the answer's tables if there is one at most."""
+    plots: list[Words | Plot] = [
+        part
+        for section in report.of_place("first")
+        for part in section.parts
+        if not isinstance(part, Commands)
     ]
     tables: list[Words | Plot] = [each for each in report.answer.parts if isinstance(each, Table)]
-    return plots if len(plots) > 1 or not tables else [*plots, tables]
+    return plots if len(plots) > 1 else [*plots, *tables]
 
 
 class _Drawn:
@@ -62,23 +75,25 @@ class _Drawn:
     def __init__(self) -> None:
         self._sections, self._charts = count(1), count(1)
 
-    def sections(self, sections: Iterable[Section], said: str = "") -> list[dict[str, Any]]:
-        """With their parts, but for sentences that are said already."""
-        return [
-            {
-                "id": f"section-{next(self._sections)}",
-                "heading": each.heading,
-                "finding": each.finding,
-                "parts": [
-                    self.part(part)
-                    for part in each.parts
-                    if not (isinstance(part, str) and part in said)
-                ],
-            }
-            for each in sections
-        ]
+    def chapter(self, report: Report, chapter: Chapter) -> dict[str, Any]:
+        """With its sections, but for sentences that the page begins with."""
+        said = f"{report.answer.setting}\n{report.answer.headline}"
+        sections = []
+        for each in report.sections:
+            is_elsewhere = report.chapters and each.chapter != chapter.name
+            if is_elsewhere or each.place == "first":
+                continue
+            parts = [part for part in each.parts if not (isinstance(part, str) and part in said)]
+            if not parts:
+                continue
+            if chapter.is_box:
+                parts.sort(key=lambda part: not isinstance(part, Commands))
+            name = f"section-{next(self._sections)}"
+            shown = {"id": name, "heading": each.heading, "parts": list(map(self.part, parts))}
+            sections.append(shown)
+        return vars(chapter) | {"sections": sections}
 
-    def part(self, part: Words | Plot) -> dict[str, Any]:
+    def part(self, part: Words | Commands | Plot) -> dict[str, Any]:
         """By the kind that the template tells apart."""
         match part:
             case str():
@@ -87,6 +102,9 @@ class _Drawn:
                 return {"kind": "table", "table": part}
             case Figure():
                 return {"kind": "figure", "figure": part}
+            case Commands():
+                parts = list(map(self.part, part.parts))
+                return {"kind": "commands", "title": part.title, "parts": parts}
             case Chart():
                 return {"kind": "chart", "chart": self._chart(part)}
             case Multiples():

@@ -1,21 +1,24 @@
 """The plots of several loads, of an engine or simulated: how throughput and latency grow."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import get_args
 
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
 from expertlane.report.charts.pareto import Dot, pareto_chart
+from expertlane.report.charts.spread import Spread, spread_chart
 from expertlane.report.document import Chart, Section
-from expertlane.report.loads import Served, best_of, served
-from expertlane.report.numbers import figures
+from expertlane.report.loads import Served, best_of, served, typical_of
+from expertlane.report.numbers import figures, times
 from expertlane.report.speed import unit_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.results import Results
 from expertlane.results.serving_record import ServingRecord
-from expertlane.spec.slo import SLO
+from expertlane.spec.slo import SLO, LatencyMetric
 
 _MS_PER_S = 1e3
 _NUM_FIRST = 2  # beside the answer
-_LEAST_LOADS = 3  # of a layout; of fewer a table says all
+_LEAST_LOADS = 3  # of a layout; fewer are no curve
+_MOST_SPREADS = 3  # loads whose latencies are drawn one by one; of more, the best alone
 _LATENCIES: Mapping[str, Callable[[ServingRecord], Summary | None]] = {
     "TPOT": lambda serving: serving.tpot_s,
     "TTFT": lambda serving: serving.ttft_s,
@@ -23,7 +26,7 @@ _LATENCIES: Mapping[str, Callable[[ServingRecord], Summary | None]] = {
 
 
 def by_load(results: Results) -> tuple[Section, ...]:
-    """Throughput and latency against load; none where no layout has three loads or more."""
+    """Throughput and latency against load, or the spread of latencies where loads are few."""
     source = results.deployments[0].source
     heading = f"Latency and throughput by load, {source}"
     by_layout: dict[str, list[Served]] = {}
@@ -32,7 +35,8 @@ def by_load(results: Results) -> tuple[Section, ...]:
             by_layout.setdefault(each.record.name, []).append(each)
     by_layout = {name: all_ for name, all_ in by_layout.items() if len(all_) >= _LEAST_LOADS}
     if not by_layout:
-        return ()
+        spread = _spread(results)
+        return (Section(heading, (spread,), "first", "answer"),) if spread else ()
     best = best_of([each for of_layout in by_layout.values() for each in of_layout])
     charts = [
         _against_load(by_layout, best, "output tokens/s", lambda each: each.serving.output_tps),
@@ -41,8 +45,10 @@ def by_load(results: Results) -> tuple[Section, ...]:
     if _median_tpot(best) is not None and best.record.layout is not None:
         charts.append(_trade(by_layout, best, unit_of(source)))
     first, more = tuple(charts[:_NUM_FIRST]), tuple(charts[_NUM_FIRST:])
-    finding = more[0].title if more else ""
-    return Section(heading, first, "first"), Section(heading, more, "plots", finding)
+    return (
+        Section(heading, first, "first", "answer"),
+        Section(heading, more, "plots", "loads"),
+    )
 
 
 def _latencies(by_layout: Mapping[str, Sequence[Served]], best: Served) -> Iterator[Chart]:
@@ -58,6 +64,55 @@ def _latencies(by_layout: Mapping[str, Sequence[Served]], best: Served) -> Itera
         has_limit = any(slo.metric == name.lower() for slo in slos)
         if not has_limit and all(map(_median_ms(get), of_best)):
             yield _against_load(by_layout, best, f"{name}, ms", _median_ms(get))
+
+
+def _spread(results: Results) -> Chart | None:
+    """The statistics of each latency; None where none is known."""
+    found = served(results)
+    best = best_of(found)
+    shown = found if len(found) <= _MOST_SPREADS else [best]
+    spreads = [
+        Spread(
+            metric.upper() if len(shown) == 1 else f"{metric.upper()}, {_called(each, shown)}",
+            ms,
+            [
+                _MS_PER_S * result.slo.limit_s
+                for result in each.serving.slos
+                if result.slo.metric == metric
+            ],
+        )
+        for metric in get_args(LatencyMetric)
+        for each in shown
+        if (ms := _statistics_ms(getattr(each.serving, f"{metric}_s"), typical_of(results)))
+    ]
+    if not spreads:
+        return None
+    typical = typical_of(results)
+    named = [(name, _statistics_ms(get(best.serving), typical)) for name, get in _LATENCIES.items()]
+    told = {name: figures(ms[typical]) for name, ms in named if typical in ms}
+    title = f"Latencies at {best.load}"
+    if "TTFT" in told:
+        title = f"The first token comes after {told['TTFT']} ms"
+        title += f", then one every {told['TPOT']} ms" if "TPOT" in told else ""
+        title += f" ({typical}s{'' if len(shown) == 1 else f', {_called(best, shown)}'})"
+    return spread_chart(title, spreads, note="Further right is slower; the axis is logarithmic.")
+
+
+def _called(each: Served, shown: Sequence[Served]) -> str:
+    """By its load, its deployment, or both: whatever tells them apart."""
+    loads, names = ({one.load for one in shown}, {one.name for one in shown})
+    parts = [each.name] * (len(names) > 1) + [each.load] * (len(loads) > 1)
+    return ", ".join(parts) or each.load
+
+
+def _statistics_ms(seconds: Summary | None, first: str) -> dict[str, float]:
+    """By name, what is known, the one that is told first before the others."""
+    known = {
+        name: _MS_PER_S * found.value
+        for name in (first, "median", "p95", "p99")
+        if (found := getattr(seconds, name, None)) is not None and found.value > 0
+    }
+    return known if first in known else {}
 
 
 def _tightness(slo: SLO, loads: Sequence[Served]) -> tuple[int, float]:
@@ -106,19 +161,41 @@ def _against_load(
         )
         for name, of_layout in by_layout.items()
     ]
-    first, *_, last = next(curve for curve in curves if curve.name == best.record.name).points
+    points = next(curve for curve in curves if curve.name == best.record.name).points
+    first, *_, last = points
     load, (name, _, unit) = _load_name(best), what.partition(", ")
-    named = f"{name[:1].upper()}{name[1:]}" + (f" of {best.record.name}" * (len(curves) > 1))
+    whose = f" of {best.record.name}" * (len(curves) > 1)
+    change = f"{'rises' if last.y.value > first.y.value else 'falls'} from {figures(first.y)} to"
+    if figures(first.y) == figures(last.y):
+        change = "stays at"
     title = (
-        f"{named}: from {figures(first.y)} at {load} {first.x:,.6g} to {figures(last.y)}"
-        f"{f' {unit}' * bool(unit)} at {last.x:,.6g}"
+        f"{name}{whose} {change} {figures(last.y)} {unit} between {load} {first.x:,.6g} and "
+        f"{last.x:,.6g}"
     )
+    if not unit:
+        factor = times(last.y.value / first.y.value)
+        title = (
+            f"{figures(last.y)} {name}{whose} at {load} {last.x:,.6g}, {factor} those at "
+            f"{first.x:,.6g}"
+        )
+    elif limit is not None:
+        title = f"{_kept(points, limit, name + whose, load)} {limit:g} {unit}"
     measured = best.record.source == "measured"
     is_median = bool(unit) and limit is None
     note = "Medians over requests; vertical lines reach up to p95." if is_median else ""
     if not measured:
         note = f"{'Medians over requests. ' if is_median else ''}Vertical lines: low to high."
     return curves_chart(title, Axis(load, "log"), Axis(what), curves, note=note, limit=limit)
+
+
+def _kept(points: Sequence[Point], limit: float, name: str, load: str) -> str:
+    """Up to which load a limit is kept, but for the limit itself."""
+    kept = [point.x for point in points if point.y.value <= limit]
+    if len(kept) == len(points):
+        return f"{name} stays within"
+    least_missed = min(point.x for point in points if point.y.value > limit)
+    below = [x for x in kept if x < least_missed]
+    return f"Up to {load} {max(below):,.6g}, {name} is within" if below else f"{name} is over"
 
 
 def _median_ms(
@@ -162,8 +239,8 @@ def _trade(by_layout: Mapping[str, Sequence[Served]], best: Served, unit: str) -
     limits_s = (each.slo.limit_s for each in best.serving.slos if each.slo.name == "tpot.median")
     chosen = next(dot for dot in dots if dot.role == "chosen")
     return pareto_chart(
-        f"{best.load[:1].upper()}{best.load[1:]} gives {figures(chosen.device_tps)} tokens/s per "
-        f"{unit} at {figures(chosen.user_tps)} per user",
+        f"At {best.load}, {figures(chosen.device_tps)} tokens/s from each {unit}, "
+        f"{figures(chosen.user_tps)} for each user",
         dots,
         max_tpot_s=next(limits_s, None),
         device=unit,

@@ -9,7 +9,8 @@ def render(report: Report) -> str:
     """The report as Markdown, without its plots."""
     blocks = [f"# {_escaped(report.title)}"]
     for section in report.of_place("top", "tables"):
-        blocks.append(f"## {_escaped(section.heading)}")
+        if section.heading:
+            blocks.append(f"## {_escaped(section.heading)}")
         blocks += map(_part, section.words)
     return "\n\n".join(blocks) + "\n"
 

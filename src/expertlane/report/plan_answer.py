@@ -1,11 +1,12 @@
 """What a plan answers on one screen: what to use, what ties with it, and how accurate that is."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from expertlane.report.document import Answer, Column, Figure, Section, Table, Words, number, text
+from expertlane.report.break_even import rival_of, what_would_change
+from expertlane.report.document import Answer, Column, Figure, Section, Table, number, text
 from expertlane.report.loads import Served, cost_of, device_of, lengths_of, places
 from expertlane.report.numbers import (
     COLUMNS,
@@ -22,26 +23,26 @@ from expertlane.report.numbers import (
 )
 from expertlane.report.planning import (
     against,
+    best_of_other_kind,
     engines_of,
     faster_pools,
-    fastest,
     named,
     of_role,
-    over_fastest,
+    place_of,
     pools_named,
+    rows_of,
     serving,
     spaced,
-    tie_or_gap,
     tpot,
     ttft,
     versus,
+    versus_column,
 )
 from expertlane.report.setup import cautions, how_judged, routing_of
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     BEST,
     DECODE_POOL,
-    FAMILY,
     PREFILL_POOL,
     TWO_POOLS,
     DeploymentRecord,
@@ -56,12 +57,9 @@ _NO_POOLS: dict[NoPools, str] = {
     "not simulated": "the best have too many replicas to simulate",
     "not run": "not what the engine runs",
 }
-_WON_BY: dict[TieBreak, str] = {  # the others that tie follow by TTFT
-    "lowest TTFT": "the lowest TTFT wins",
-    "fewest kinds": "{} of their TTFTs tie with the lowest within error; of these #1 has the "
-    "fewest kinds of parallelism",
-    "most tokens": "{} of their TTFTs tie with the lowest within error; of these with the fewest "
-    "kinds of parallelism #1 has most tokens/s",
+_WON_BY: dict[TieBreak, str] = {  # the others that tie follow by tokens/s
+    "most tokens": "#1 has most",
+    "farther from the limit": "of those with most #1 stays farthest from the limit",
 }
 _MOST = 0.5  # of the time
 _LINES = 40  # of the answer
@@ -72,73 +70,121 @@ _SHORTEST_NAME = 12
 
 
 def answer(results: Results) -> Answer:
-    """At most 40 lines of 80 columns, whatever the names."""
-    setting, found = _setting(results), headline(results)
-    best = of_role(results, BEST)[0]
-    pools = faster_pools(results)
-    costs = [
-        f"Cost of {name}: {cost}."
-        for name, each in (("the pools", pools), ("#1", best))
-        if each is not None and (cost := cost_of(results, Served(each, serving(each))))
-    ]
-    sure = " ".join((*how_ranked(results), *how_sure(results), *cautions(results)))
-    chosen = [f"Aggregated: {tie}."] if faster_pools(results) and (tie := _tie(results)) else []
-    engines = [by_engine] if (by_engine := _engines(results)) else []
-    around = [*chosen, *engines, _two_pools(results), sure, *([" ".join(costs)] if costs else [])]
-    after = Figure("", _next(results))
-    said = *setting_lines(setting), found, *around
+    """At most 40 lines of 80 columns, whatever the names.
+
+    The rows that words speak of are in the table; where there is no room for them, the words go.
+    """
+    setting, after = _setting(results), Figure("", _next(results))
+    around = _around(results, (1,))  # what is not in the table is named at length
+    said = *setting_lines(setting), headline(results), *around
     num_taken = sum(map(_num_lines, said)) + len(after.lines)
     num_taken += 5 + len(around)  # blank lines, the table's head, and where the rest is
-    table, gaps = _table(results), " ".join(_gaps(results))
-    num_of_gaps = _num_lines(gaps) + 1 if gaps else 0
-    fitting = _fitting(table, _LINES - num_taken - num_of_gaps)
-    if len(fitting.rows) < min(_FEW, len(table.rows)):
-        fitting, gaps = _fitting(table, _LINES - num_taken), ""
-    parts: list[Words] = [fitting, *([gaps] if gaps else []), *around, after]
-    return Answer(setting, found, tuple(parts))
+    table, of_rows = _table(results), _of_rows(results)
+    for first in range(1 + len(of_rows)):
+        told = of_rows[first:]
+        room = _LINES - num_taken - sum(1 + _num_lines(words) for words, _ in told)
+        found = _fitting(table, room, {place for _, places in told for place in places})
+        if found is not None and (not told or len(found) >= min(_FEW, len(table.rows))):
+            break
+    shown, rows = found or (1,), _broken(table)
+    fitting = replace(table, rows=tuple(rows[place - 1] for place in shown))
+    words = [each for each, _ in told] + _around(results, shown)
+    return Answer(setting, headline(results, shown), (fitting, *words, after))
+
+
+def _all_rows(results: Results) -> Collection[int]:
+    return range(1, 1 + len(rows_of(results)))
+
+
+def _around(results: Results, shown: Collection[int]) -> list[str]:
+    """Paragraphs after the table.
+
+    Args:
+        shown: rows of the table, from 1.
+    """
+    best = of_role(results, BEST)[0]
+    tie = _tie(results, shown) if faster_pools(results) is not None else ""
+    costs = [
+        f"Cost of {name}: {cost}."
+        for name, each in (("the pools", faster_pools(results)), ("#1", best))
+        if each is not None and (cost := cost_of(results, Served(each, serving(each))))
+    ]
+    return [
+        *([f"Aggregated: {tie}."] if tie else []),
+        *([engines] if (engines := _engines(results, shown)) else []),
+        _two_pools(results),
+        " ".join((*how_ranked(results), *how_sure(results), *cautions(results))),
+        *([" ".join(costs)] if costs else []),
+    ]
 
 
 def _num_lines(said: str) -> int:
     return len(textwrap.wrap(said, COLUMNS, break_on_hyphens=False))
 
 
-def _fitting(table: Table, num_lines: int) -> Table:
-    """The first rows, as many as there are lines for; one at least.
+def _fitting(table: Table, num_lines: int, wanted: Collection[int]) -> tuple[int, ...] | None:
+    """The rows, from 1, that so many lines have room for: those wanted, then the first.
 
-    Layouts that are too wide get spaces to be broken at.
+    None where there is no room for those wanted; the first is always among them.
     """
-    place = [each.heading for each in table.columns].index("layout")
-    texts = zip(*(row for row in table.rows), strict=True)
+    place = _place_of_layout(table)
+    room = _room_for_layout(table)
+    num_of = [
+        len(textwrap.wrap(row[place], room, break_on_hyphens=False)) for row in _broken(table)
+    ]
+    shown = sorted({1, *wanted})
+    left = num_lines - sum(num_of[each - 1] for each in shown)
+    if left < 0 and len(shown) > 1:
+        return None
+    for each in range(1, 1 + len(num_of)):
+        if each in shown:
+            continue
+        left -= num_of[each - 1]
+        if left < 0:
+            break
+        shown.append(each)
+    return tuple(sorted(shown))
+
+
+def _place_of_layout(table: Table) -> int:
+    return [each.heading for each in table.columns].index("layout")
+
+
+def _room_for_layout(table: Table) -> int:
+    """Columns, with those of all rows in the other columns."""
     widths = [
         max(len(column.heading), *map(len, cells)) + _GAP
-        for column, cells in zip(table.columns, texts, strict=True)
+        for column, cells in zip(table.columns, zip(*table.rows, strict=True), strict=True)
     ]
-    room = max(_LEAST_ROOM, COLUMNS - (sum(widths) - widths[place]))
-    rows: list[tuple[str, ...]] = []
-    for row in table.rows:
-        name = row[place]
-        if max(map(len, name.split())) > room:
-            name = spaced(name)
-        num_lines -= len(textwrap.wrap(name, room, break_on_hyphens=False))
-        if rows and num_lines < 0:
-            break
-        rows.append((*row[:place], name, *row[place + 1 :]))
-    return replace(table, rows=tuple(rows))
+    return max(_LEAST_ROOM, COLUMNS - (sum(widths) - widths[_place_of_layout(table)]))
 
 
-def verdict(results: Results) -> Section:
-    """The answer in sentences, and what was tried."""
-    found = results.plans[0]
+def _broken(table: Table) -> list[tuple[str, ...]]:
+    """The rows; layouts that are too wide get spaces to be broken at."""
+    place, room = _place_of_layout(table), _room_for_layout(table)
+    return [
+        (*row[:place], spaced(row[place]), *row[place + 1 :])
+        if max(map(len, row[place].split())) > room
+        else row
+        for row in table.rows
+    ]
+
+
+def verdict(results: Results) -> tuple[Section, Section]:
+    """The answer in sentences; then what was tried, and how sure it is."""
+    found, shown = results.plans[0], _all_rows(results)
     tried = (
         f"Tried: {counted(found.num_candidates, 'deployment')} aggregated ({found.num_too_large:,} "
         f"do not fit, {found.num_over_limits:,} miss the limits), {found.num_pool_candidates:,} "
         "more disaggregated."
     )
-    tie = [f"Aggregated: {said}."] if faster_pools(results) and (said := _tie(results)) else []
-    engines = [by_engine] if (by_engine := _engines(results)) else []
-    asked = (_setting(results), headline(results), *tie, *engines, _two_pools(results), tried)
-    sure = *how_ranked(results), *how_sure(results), *cautions(results)
-    return Section("Verdict", (*asked, *sure), "top")
+    tie = _tie(results, shown) if faster_pools(results) is not None else ""
+    more = [f"Aggregated: {tie}."] if tie else []
+    if engines := _engines(results, shown):
+        more.append(engines)
+    asked = (_setting(results), headline(results), *more, _two_pools(results))
+    sure = tried, *how_ranked(results), *how_sure(results), *cautions(results)
+    return Section("Verdict", asked, "top", "answer"), Section("", sure, "top", "sure")
 
 
 def _setting(results: Results) -> str:
@@ -168,9 +214,13 @@ def _limits(results: Results) -> list[str]:
     ]
 
 
-def headline(results: Results) -> str:
-    """What to use, by what it was chosen, and what becomes of requests that it has no place for."""
-    said, chosen = _chosen(results), faster_pools(results) or of_role(results, BEST)[0]
+def headline(results: Results, shown: Collection[int] | None = None) -> str:
+    """What to use, by what it was chosen, and what becomes of requests that it has no place for.
+
+    Args:
+        shown: rows of the table, from 1; None for all.
+    """
+    said, chosen = _chosen(results, shown), faster_pools(results) or of_role(results, BEST)[0]
     memory = chosen.pools[0].num_resident if chosen.pools else None
     is_full = memory is not None and (serving(chosen).num_running or 0) >= memory
     by = " in memory" if is_full or not _has_limits(results) else " within the limits"
@@ -197,23 +247,23 @@ def _has_limits(results: Results) -> bool:
     return bool(_limits(results) or results.question.get("slos"))
 
 
-def _chosen(results: Results) -> str:
+def _chosen(results: Results, shown: Collection[int] | None) -> str:
     """What to use, and by what it was chosen."""
     best, *others = of_role(results, BEST)
     tps = serving(best).output_tps
     said = f"Use {named(best)}: {compact(tps)} tokens/s ({_plus_minus(tps)})"
-    pools, over = faster_pools(results), over_fastest(results)
-    if pools is not None and over is not None:
+    pools = faster_pools(results)
+    if pools is not None and (over := pools.over_best) is not None:
         tps = serving(pools).output_tps
         return (
             f"Use disaggregated pools, {_pools(results)}: {compact(tps)} tokens/s "
             f"({_plus_minus(tps)}), {figures(over)}× ({low_high(over)}) the best aggregated, "
-            f"{named(fastest(results))}."
+            f"{named(best)}."
         )
-    if tie := _tie(results):
+    if tie := _tie(results, range(1, 2 + len(others)) if shown is None else shown):
         return f"{said}. {tie}."
-    if others:
-        return f"{said}; #2 is {versus(others[0])}."
+    if others and (shown is None or 2 in shown):
+        return f"{said}; #2 is {versus(results, others[0])}."
     found, keeps = results.plans[0], "meet the limits" if _limits(results) else "fit"
     num = found.num_candidates - found.num_too_large - found.num_over_limits
     if num > 1:
@@ -221,23 +271,16 @@ def _chosen(results: Results) -> str:
     return f"{said}; no other deployment {keeps.replace('meet', 'meets').replace('fit', 'fits')}."
 
 
-def _tie(results: Results) -> str:
-    """How many tie, what decided among them, and what that costs; empty where one is alone."""
-    found, rows = results.plans[0], of_role(results, BEST)
+def _tie(results: Results, shown: Collection[int]) -> str:
+    """How many tie, and what decided among them; empty where one is alone."""
+    found = results.plans[0]
     if found.num_tied == 1 or found.tie_break is None:
         return ""
-    tied = f"#1–#{found.num_tied}" if found.num_tied <= len(rows) else f"{found.num_tied} plans"
-    by = _WON_BY[found.tie_break].format(found.num_ttft_tied)
-    said = f"{tied} tie for most tokens/s ({percent(found.tie_spread)} apart): {by}"
-    if found.fastest is None:
-        return said
-    (mine, soon), (most, later) = (
-        (compact(serving(each).output_tps), _ms(ttft(each))) for each in (rows[0], found.fastest)
-    )
-    return (
-        f"{said}. {mine} for TTFT {soon}; {named(found.fastest)} has {most} at {later}, within "
-        "error"
-    )
+    tied = f"{found.num_tied} plans"
+    if all(each in shown for each in range(1, 1 + found.num_tied)):
+        tied = f"#1–#{found.num_tied}"
+    by = _WON_BY[found.tie_break]
+    return f"{tied} tie for most tokens/s ({percent(found.tie_spread)} apart): {by}"
 
 
 def _ms(seconds: Estimate | None) -> str:
@@ -250,7 +293,7 @@ def _plus_minus(estimate: Estimate) -> str:
 
 
 def _table(results: Results) -> Table:
-    rows, wanted = of_role(results, BEST), results.question["workload"]["num_sequences"]
+    rows, wanted = rows_of(results), results.question["workload"]["num_sequences"]
     third: Column[DeploymentRecord] = number(
         f"/{device_of(results)}", lambda each: serving(each).output_tps / each.num_ranks, compact
     )
@@ -264,36 +307,48 @@ def _table(results: Results) -> Table:
         third,
         number("TPOT ms", tpot, milliseconds),
         number("TTFT ms", ttft, milliseconds),
-        number("vs #1", tie_or_gap),
+        versus_column(results),
     )
     return Table.of("", columns, rows)
 
 
+def _of_rows(results: Results) -> list[tuple[str, set[int]]]:
+    """Paragraphs about rows, and which, from 1; the first are the first to go."""
+    slower, other = _first_slower(results), best_of_other_kind(results)
+    places = slower, None if other is None else place_of(results, other)
+    paragraphs = (
+        (" ".join(_gaps(results)), places),
+        (" ".join(what_would_change(results)), (rival_of(results),)),
+    )
+    return [(words, {each for each in of if each is not None}) for words, of in paragraphs if words]
+
+
+def _first_slower(results: Results) -> int | None:
+    """The first row, from 1, that does not tie and says why."""
+    rows = of_role(results, BEST)
+    return next((place for place, each in enumerate(rows, 1) if each.why), None)
+
+
 def _gaps(results: Results) -> Iterator[str]:
     """Of the first that does not tie, and of the best with, or without, expert parallelism."""
-    rows = of_role(results, BEST)
-    slower = next((each for each in rows if each.why), None)
+    rows, slower = rows_of(results), _first_slower(results)
     if slower is not None:
-        yield f"Gap of #{1 + rows.index(slower)} to #1: {slower.why}."
-    has_experts = rows[0].known_layout.ep > 1
-    other = next(
-        (each for each in of_role(results, FAMILY) if (each.known_layout.ep > 1) != has_experts),
-        None,
-    )
+        yield f"Gap of #{slower} to #1: {rows[slower - 1].why}."
+    other = best_of_other_kind(results)
     if other is not None and other.over_best is not None:
-        kind = "without" if has_experts else "with"
-        why = f"; {other.why}" if other.why else ""
-        yield f"Best {kind} EP: {named(other)}, {versus(other)}{why}."
+        place = place_of(results, other)
+        kind = "with" if other.known_layout.ep > 1 else "without"
+        why = f"; {other.why}" if other.why and place != slower else ""
+        yield f"Best {kind} EP: #{place}, {versus(results, other)}{why}."
 
 
 def _two_pools(results: Results) -> str:
-    together, over = next(iter(of_role(results, TWO_POOLS)), None), over_fastest(results)
-    if together is None or over is None:
+    together = next(iter(of_role(results, TWO_POOLS)), None)
+    if together is None or together.over_best is None:
         return f"Disaggregated: {_NO_POOLS[results.plans[0].no_two_pools or 'over limits']}."
     names = f", {_pools(results)}" if faster_pools(results) is None else ""
-    best = results.plans[0].fastest
     return (
-        f"Disaggregated{names}: {against(over, '#1' if best is None else named(best))}, TPOT "
+        f"Disaggregated{names}: {against(together.over_best, '#1')}, TPOT "
         f"{_ms(tpot(together))}, TTFT {_ms(ttft(together))}, KV transfer "
         f"{milliseconds(serving(together).transfer_s or 0.0)} ms."
     )
@@ -304,12 +359,17 @@ def _pools(results: Results) -> str:
     return pools_named(prefill, decode)
 
 
-def _engines(results: Results) -> str:
-    """Which engines run what was chosen, and what the others run best; empty where all run it."""
+def _engines(results: Results, shown: Collection[int]) -> str:
+    """Which engines run what was chosen, and what the others run best; empty where all run it.
+
+    Args:
+        shown: rows of the table, from 1; others are named by their layouts.
+    """
     engines = engines_of(results)
     if results.plans[0].engine is not None or not any(each.why for each in engines):
         return ""
-    places = {named(each): f"#{place}" for place, each in enumerate(of_role(results, BEST), 1)}
+    rows = rows_of(results)
+    places = {named(rows[place - 1]): f"#{place}" for place in shown}
     by_best: dict[str, list[str]] = {}
     for each in engines:
         best = "none meets the limits"

@@ -8,7 +8,7 @@ from expertlane.report.charts.pareto import Dot, Role, pareto_chart
 from expertlane.report.compared import Comparison
 from expertlane.report.document import Chart, Section
 from expertlane.report.loads import device_of
-from expertlane.report.numbers import figures, times
+from expertlane.report.numbers import figures, percent, times
 from expertlane.report.planning import explained, faster_pools, named, serving, tpot
 from expertlane.report.speed import in_words
 from expertlane.report.step_plots import PHASES, causes, fits, plot_section, timelines
@@ -26,12 +26,11 @@ def plan(results: Results) -> tuple[Section, ...]:
         for phase in PHASES
     }
     words = "One step of each, at its own batch size, given below it."
+    ranked, front = _ranked(results), _plan_front(results)
     return (
-        Section(
-            "projected", tuple(filter(None, (_plan_front(results), _ranked(results)))), "first"
-        ),
-        plot_section("Where the time goes, projected", causes(steps)),
-        plot_section("One step, rank by rank, projected", timelines(words, steps)),
+        Section("projected", (*([ranked] if ranked else ()), front), "first", "answer"),
+        plot_section("Where the time goes", causes(steps)),
+        plot_section("One step, rank by rank", timelines(words, steps)),
     )
 
 
@@ -39,18 +38,30 @@ def _ranked(results: Results) -> Chart | None:
     """How fast the best are, in the order in which they are ranked; what to use is emphasised."""
     best, pools = results.select("projected", BEST), faster_pools(results)
     num_tied = min(results.plans[0].num_tied, len(best))
-    names = [f"#{place} {named(each)}" for place, each in enumerate(best, 1)]
+    layouts = [str(each.layout) for each in best]
+    names = [
+        f"#{place} {layout if layouts.count(layout) == 1 else named(each)}"
+        for place, (layout, each) in enumerate(zip(layouts, best, strict=True), 1)
+    ]
     bars = [
         Bar(name, serving(each).output_tps, FASTER if each is best[0] and not pools else "other")
         for name, each in zip(names, best, strict=True)
     ]
-    title = f"{names[0]} gives {figures(serving(best[0]).output_tps)} output tokens/s"
-    if num_tied > 1:
-        title = f"#1 to #{num_tied} tie for most output tokens/s"
     if pools is not None:
         bars.insert(0, Bar(_POOLS, serving(pools).output_tps, FASTER))
-        title = f"Disaggregated gives {figures(serving(pools).output_tps)} output tokens/s; {title}"
+    title = _lead(best, num_tied, has_pools=pools is not None)
     return throughput_chart(title, "output tokens/s", bars, between="low–high", is_ranked=True)
+
+
+def _lead(best: Sequence[DeploymentRecord], num_tied: int, *, has_pools: bool) -> str:
+    """How far ahead the best are."""
+    over = best[num_tied].over_best if num_tied < len(best) else None
+    said = "Tokens/s of #1" if num_tied == 1 else f"#1 to #{num_tied} tie for most tokens/s"
+    if over is not None and num_tied == 1:
+        said = f"#1 gives {percent(1 / over.value - 1)} more tokens/s than #2"
+    elif over is not None:
+        said += f"; #{num_tied + 1} is {percent(1 - over.value)} behind"
+    return f"Disaggregated pools are ahead; of the others, {said}" if has_pools else said
 
 
 def _plan_front(results: Results) -> Chart:
@@ -58,7 +69,7 @@ def _plan_front(results: Results) -> Chart:
     device = device_of(results)
     best, *_ = results.select("projected", BEST)
     front, pools = results.select("projected", PARETO), faster_pools(results)
-    chosen = _planned(best, "chosen", f"#1 {named(best)}")
+    chosen = _planned(best, "chosen", f"#1 {best.layout}")
     known = {named(best), *map(named, front)}
     kinds = {each: each.name for each in results.select("projected", FAMILY)}
     if pools is None:
@@ -76,10 +87,9 @@ def _plan_front(results: Results) -> Chart:
             if named(each) not in known
         ),
     ]
-    label = f"{chosen.label[:1].upper()}{chosen.label[1:]}"
     return pareto_chart(
-        f"{label} gives {figures(chosen.device_tps)} tokens/s per {device} at "
-        f"{figures(chosen.user_tps)} per user",
+        f"What to use: {figures(chosen.device_tps)} tokens/s from each {device}, "
+        f"{figures(chosen.user_tps)} for each user",
         dots,
         device=device,
         max_tpot_s=results.question.get("max_tpot_s"),
@@ -106,10 +116,10 @@ def front_chart(
     ]
     best = max(front, key=lambda each: serving(each).output_tps.value, default=None)
     ahead = compared.fastest
-    title = f"{ahead.name} decodes fastest of the experiment's deployments"
+    title = f"{ahead.name} decodes fastest of these deployments"
     if best is not None:
         factor = serving(best).output_tps.value / ahead.tps
-        title += f"; {named(best)} has {times(factor)} the throughput"
+        title += f"; the planner's best, {named(best)}, has {times(factor)} its throughput"
     return pareto_chart(
         title,
         [*_front_dots(front), *own, *others],

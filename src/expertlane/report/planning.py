@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from expertlane.report.compared import Comparison
-from expertlane.report.document import Column, Figure, Section, Table, Words, number, text
+from expertlane.report.document import Column, Commands, Figure, Section, Table, Words, number, text
 from expertlane.report.loads import is_of_cpus
 from expertlane.report.numbers import (
     bytes_si,
@@ -56,38 +56,72 @@ def of_role(results: Results, role: str) -> tuple[DeploymentRecord, ...]:
     return results.select("projected", role)
 
 
-def versus(record: DeploymentRecord) -> str:
+def rows_of(results: Results) -> tuple[DeploymentRecord, ...]:
+    """The best, the first wins; then the best of the other kind, if it is not among them."""
+    best, other = of_role(results, BEST), best_of_other_kind(results)
+    if other is None or named(other) in map(named, best):
+        return best
+    return (*best, other)
+
+
+def best_of_other_kind(results: Results) -> DeploymentRecord | None:
+    """The best with experts spread where #1 has them whole, or the other way round."""
+    has_experts = of_role(results, BEST)[0].known_layout.ep > 1
+    return next(
+        (each for each in of_role(results, FAMILY) if (each.known_layout.ep > 1) != has_experts),
+        None,
+    )
+
+
+def place_of(results: Results, record: DeploymentRecord) -> int | None:
+    """Its row's number, from 1; None where it has none."""
+    names = [named(each) for each in rows_of(results)]
+    return 1 + names.index(named(record)) if named(record) in names else None
+
+
+def is_tied(results: Results, record: DeploymentRecord) -> bool:
+    """Whether it ties for most tokens/s: one of a row by its place, others by their ratio to #1."""
+    place = place_of(results, record)
+    if place is not None:
+        return place <= results.plans[0].num_tied
+    return record.over_best is None or record.over_best.bounds[-1] >= 1
+
+
+def versus(results: Results, record: DeploymentRecord) -> str:
     """What a deployment is to #1: `9.3% slower than #1 (5.1–14%)`, or that they tie."""
-    return "#1" if record.over_best is None else against(record.over_best, "#1")
+    if record.over_best is None:
+        return "#1"
+    if is_tied(results, record):
+        return _tying(record.over_best, "#1")
+    return _differing(record.over_best, "#1")
 
 
 def against(ratio: Estimate, name: str) -> str:
     """A ratio to what is called so, in words."""
+    low, _, high = ratio.bounds
+    return _tying(ratio, name) if low <= 1 <= high else _differing(ratio, name)
+
+
+def _tying(ratio: Estimate, name: str) -> str:
+    return f"ties with {name} ({figures(ratio.value)}×, {low_high(ratio)})"
+
+
+def _differing(ratio: Estimate, name: str) -> str:
     low, value, high = ratio.bounds
-    if low <= 1 <= high:
-        return f"ties with {name} ({figures(value)}×, {low_high(ratio)})"
     least, most = sorted(abs(1 - each) for each in (low, high))
     word = "slower" if value < 1 else "faster"
     within = f"{percent(least).rstrip('%')}–{percent(most)}"
+    if low <= 1 <= high:  # it is surely slower than another that ties with #1
+        within = f"{low_high(ratio)}×"
     return f"{percent(abs(1 - value))} {word} than {name} ({within})"
 
 
-def fastest(results: Results) -> DeploymentRecord:
-    """The aggregated plan with most tokens/s: #1, or one that ties with it."""
-    return results.plans[0].fastest or of_role(results, BEST)[0]
-
-
-def over_fastest(results: Results) -> Estimate | None:
-    """Tokens/s of disaggregated pools over those of `fastest`; None without such pools."""
-    for pools in of_role(results, TWO_POOLS):
-        return results.plans[0].pools_over_fastest or pools.over_best
-    return None
-
-
 def faster_pools(results: Results) -> DeploymentRecord | None:
-    """Disaggregated pools that are faster than the fastest aggregated, beyond their errors."""
-    ratio = over_fastest(results)
-    return of_role(results, TWO_POOLS)[0] if ratio is not None and ratio.bounds[0] > 1 else None
+    """Disaggregated pools that are faster than #1, beyond their errors."""
+    for pools in of_role(results, TWO_POOLS):
+        if pools.over_best is not None and pools.over_best.bounds[0] > 1:
+            return pools
+    return None
 
 
 def serving(record: DeploymentRecord) -> ServingRecord:
@@ -113,20 +147,23 @@ def ttft(record: DeploymentRecord) -> Estimate | None:
     return found.mean if found else None
 
 
-def tie_or_gap(record: DeploymentRecord) -> str | None:
+def tie_or_gap(results: Results, record: DeploymentRecord) -> str | None:
     """`tie`, or the difference to #1; None of that."""
-    over = record.over_best
-    if over is None:
+    if record.over_best is None:
         return None
-    low, value, high = over.bounds
-    if low <= 1 <= high:
+    if is_tied(results, record):
         return "tie"
+    value = record.over_best.value
     return f"{'−' if value < 1 else '+'}{percent(abs(1 - value))}"
+
+
+def versus_column(results: Results) -> Column[DeploymentRecord]:
+    """The same, in tables."""
+    return number("vs #1", lambda each: tie_or_gap(results, each))
 
 
 _HOW: Column[DeploymentRecord] = text("layout and options", lambda each: spaced(named(each)))
 _TTFT: Column[DeploymentRecord] = number("TTFT ms", ttft, milliseconds)
-_VERSUS: Column[DeploymentRecord] = number("vs #1", tie_or_gap)
 _SEQS: Column[DeploymentRecord] = number("seqs", lambda each: serving(each).num_running, whole)
 _WAIT: Column[DeploymentRecord] = number("wait s", lambda each: serving(each).place_wait_s, figures)
 _COST: Column[DeploymentRecord] = number(
@@ -157,14 +194,15 @@ def plan(results: Results) -> tuple[Section, ...]:
 def _best(results: Results) -> Section:
     rows = of_role(results, BEST)
     place: Column[DeploymentRecord] = text("#", lambda each: 1 + rows.index(each))
-    columns = (_HOW, _SEQS, *_waits(rows), *_TPS, _TPOT[0], _TTFT, *_costs(rows), _VERSUS)
+    others = (*_TPS, _TPOT[0], _TTFT, *_costs(rows), versus_column(results))
+    columns = (_HOW, _SEQS, *_waits(rows), *others)
     said = (
         ["wait s: what a request waits for one of the places (seqs); TTFT is from when it has one."]
         if _waits(rows)
         else []
     )
     parts: list[Words] = [Table.of("", (place, *columns), rows), *said, *_gaps(place, rows)]
-    return Section("Best deployments", tuple(parts), "top")
+    return Section("Best deployments", tuple(parts), "top", "found")
 
 
 def _waits(rows: Sequence[DeploymentRecord]) -> list[Column[DeploymentRecord]]:
@@ -182,9 +220,9 @@ def _families(results: Results) -> Section:
     best = {named(each) for each in of_role(results, BEST)}
     rows = [each for each in of_role(results, FAMILY) if named(each) not in best]
     kind: Column[DeploymentRecord] = text("kind", lambda each: each.name)
-    columns = (kind, _HOW, _TPS[0], _TPOT[0], _TTFT, *_costs(rows), _VERSUS)
+    columns = (kind, _HOW, _TPS[0], _TPOT[0], _TTFT, *_costs(rows), versus_column(results))
     parts = (Table.of("", columns, rows), *_gaps(kind, rows)) if rows else ()
-    return Section("Best of other kinds", parts)
+    return Section("Best of other kinds", parts, chapter="found")
 
 
 def pools_named(prefill: DeploymentRecord, decode: DeploymentRecord) -> str:
@@ -225,13 +263,14 @@ def _engines(results: Results) -> Section:
         _HOW.heading, lambda each: spaced(engine_best_named(each)) or None
     )
     costs = _costs([each.best for each in engines if each.best is not None])
-    columns = (name, how, *map(of_best, (_SEQS, _TPS[0], _TPOT[0], _TTFT, *costs, _VERSUS)))
+    told = (_SEQS, _TPS[0], _TPOT[0], _TTFT, *costs, versus_column(results))
+    columns = (name, how, *map(of_best, told))
     version: Column[EngineBest] = text("version", lambda each: each.version)
     does: Column[EngineBest] = text("it", lambda each: each.why)
     source: Column[EngineBest] = text("source", lambda each: each.source)
     others = [each for each in engines if each.why]
     why = Table.of("What keeps it from the plan's choice", (name, does, version, source), others)
-    return Section(heading, (Table.of("", columns, engines), why))
+    return Section(heading, (Table.of("", columns, engines), why), chapter="found")
 
 
 def _gaps(name: Column[DeploymentRecord], rows: Sequence[DeploymentRecord]) -> list[Table]:
@@ -251,6 +290,7 @@ def _pareto(results: Results) -> Section:
             table,
             "No aggregated deployment has both more tokens/s and a lower TPOT than one of these.",
         ),
+        chapter="found",
     )
 
 
@@ -277,13 +317,14 @@ def _time(results: Results) -> Section:
     return Section(
         "Where the time goes, per step",
         (*tables, f"Mean over ranks. {HOW_TO_READ_FACTS}"),
+        chapter="why",
     )
 
 
 def _run_it(results: Results) -> Section:
     found, best = results.plans[0], results.select("projected", BEST)[0]
     memory = best.pools[0]
-    parts: list[Words] = [
+    parts: list[str | Commands] = [
         f"Each rank holds {bytes_si(memory.weight_bytes or 0)} of weights, "
         f"{bytes_si(memory.activation_bytes or 0)} of activations and "
         f"{bytes_si(memory.sequence_bytes or 0)} of KV per full-length sequence."
@@ -294,18 +335,20 @@ def _run_it(results: Results) -> Section:
             f"{found.experiment} (it runs no disaggregated pools)"
         )
     for each in engines_of(results):
-        if found.engine is None and (best_named := engine_best_named(each)):
-            parts.append(f"{each.title}: {best_named}")
+        named_best = engine_best_named(each) if found.engine is None else ""
+        lines: list[str | Figure] = []
         for command in each.commands:
-            parts.append(Figure(command.label, command.lines))
+            lines.append(Figure(command.label, command.lines))
             if command.note:
-                parts.append(f"({command.note})")
+                lines.append(f"({command.note})")
+        if named_best or lines:
+            parts.append(Commands(named_best and f"{each.title}: {named_best}", tuple(lines)))
     if any(each.commands for each in engines_of(results)):
         parts.append(
             "HOST0, HOST1 … are the names of the nodes. Limits are those of the plan: requests at "
             "once, tokens of a step, and tokens of a request with room above the mean."
         )
-    return Section("Run it", tuple(parts))
+    return Section("Run it", tuple(parts), chapter="run")
 
 
 def beside(results: Results, comparison: Comparison) -> Section:

@@ -13,7 +13,7 @@ from expertlane.report.numbers import counted, figures, times
 from expertlane.report.plan_plots import front_chart
 from expertlane.report.scaling import overlap_sentence
 from expertlane.report.serving import phases_of
-from expertlane.report.speed import in_words, unit_of
+from expertlane.report.speed import unit_of
 from expertlane.report.step_plots import (
     PHASES,
     by_rank,
@@ -42,8 +42,7 @@ _TWO = 2  # points, which are no curve
 def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
     """Plots of a comparison, under the usual conditions unless a plot says otherwise."""
     is_measured = compared.is_run
-    where = _WHERE.get(compared.source) or f"projected for {results.projected_for.name}"
-    what = where if is_measured else f"{where} ({in_words(compared.conditions)})"
+    where = _WHERE.get(compared.source, "projected")
     steps = {phase: _steps(compared, phase) for phase in PHASES}
     largest = [
         f"Largest cost of {row.name}: {row.record.bottleneck.sentence}."
@@ -53,19 +52,21 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
     if is_measured:
         loads = {row.label: row.record.num_tokens_per_expert for row in compared.rows}
         squares = experts_and_traffic(loads, steps, results.measured_on.ranks_per_node)
-        own = plot_section(f"Experts and traffic, {what}", squares)
+        own = plot_section(f"Load of experts, and who sends to whom ({where})", squares)
         front = []
     else:
-        own = plot_section(f"Context and batch, {what}", _by_context(compared))
+        own = plot_section(
+            f"Longer contexts and other batches ({where})", _by_context(compared), "loads"
+        )
         front = _front(results, compared)
     return (
-        plot_section(f"Prefill, {what}", _prefill(compared)),
-        plot_section(f"Where the time goes, {what}", (*largest, *causes(steps))),
-        plot_section(f"One step, rank by rank, {what}", by_rank(results, compared, steps)),
+        plot_section(f"Where the time goes ({where})", (*largest, *causes(steps))),
+        plot_section(f"One step, rank by rank ({where})", by_rank(results, compared, steps)),
         own,
-        plot_section(f"Overlap, {what}", _overlap(compared)),
-        plot_section(f"Scaling, {what}", _sizes(results, compared.source)),
-        plot_section(f"Throughput against latency, {where}", front),
+        plot_section(f"Overlap ({where})", _overlap(compared)),
+        plot_section(f"Prompts ({where})", _prefill(compared), "loads"),
+        plot_section(f"More ranks ({where})", _sizes(results, compared.source), "loads"),
+        plot_section(f"Throughput against latency ({where})", front, "loads"),
     )
 
 
@@ -82,18 +83,18 @@ def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
 def first(results: Results, compared: Comparison) -> Section:
     """What a page's first screen shows beside the verdict: how fast all are, and why."""
     judged = judge(compared)
-    chart = _throughput(compared, judged)
+    chart = _served(results, compared) or _throughput(compared, judged)
     charts = [chart] if chart else []
     if judged is not None:
         charts.append(_step_difference(compared, judged))
-    return Section(_WHERE.get(compared.source) or "projected", tuple(charts), "first")
+    return Section(_WHERE.get(compared.source, "projected"), tuple(charts), "first", "answer")
 
 
 def _throughput(compared: Comparison, judged: Verdict | None) -> Chart | None:
     """How fast all deployments are, those that the verdict names in colours of their own."""
     slower, faster = judged.slower_and_faster if judged else (None, None)
     roles = {row.number: role for row, role in ((faster, FASTER), (slower, SLOWER)) if row}
-    bars = [Bar(row.name, row.tps_range, roles.get(row.number, "other")) for row in compared.rows]
+    bars = [Bar(row.name, row.step.tps, roles.get(row.number, "other")) for row in compared.rows]
     phase, fastest = compared.phase, compared.fastest
     done = "decodes" if phase is Phase.DECODE else "prefills"
     if judged is None or faster is None or slower is None:
@@ -104,21 +105,36 @@ def _throughput(compared: Comparison, judged: Verdict | None) -> Chart | None:
         value = judged.ratio.value if faster is judged.one else 1 / judged.ratio.value
         title = f"{faster.name} {done} {ratio(value)}× as fast as {slower.name}"
     unit = f"{phase} tokens/s"
-    between = "slowest–fastest run" if compared.is_run else "low–high"
+    between = "90 % interval" if compared.is_run else "low–high"
     return throughput_chart(title, unit, bars, between=between)
 
 
+def _served(results: Results, compared: Comparison) -> Chart | None:
+    """Projected: how fast all deployments serve the whole workload, where that was simulated."""
+    if compared.is_run or results.workload is None or not results.workload.over:
+        return None
+    one, other = compared.compared[:2]
+    over = results.workload.over[other.name]
+    roles = {one.number: FASTER, other.number: SLOWER}
+    if over.value < 1:
+        roles = {one.number: SLOWER, other.number: FASTER}
+    bars = [
+        Bar(row.name, row.record.serving[0].output_tps, roles.get(row.number, "other"))
+        for row in compared.rows
+        if row.record.serving
+    ]
+    title = f"{one.name} serves {ratio(over.value)}× the tokens/s of {other.name}"
+    return throughput_chart(title, "output tokens/s, whole workload", bars, between="low–high")
+
+
 def _step_difference(compared: Comparison, judged: Verdict) -> Chart:
-    """By the times that the verdict's ratio is of."""
     one, other, difference = judged.one, judged.other, judged.difference
-    least = compared.pair is not None and compared.source == "virtual"
-    how = ": each computation the shortest of all runs, in tables the shorter of two"
     return waterfall_chart(
         step_title(other.name, one.name, difference),
         other.name,
         one.name,
         difference,
-        note=f"ms of a {compared.phase} step, mean over ranks{how if least else ''}.",
+        note=f"ms of a {compared.phase} step, mean over ranks.",
     )
 
 
@@ -148,7 +164,7 @@ def _overlap(compared: Comparison) -> list[Words | Plot]:
     difference = step_difference(pair.off, pair.on)
     pays = "pays" if pair.gained_s > 0 else "does not pay"
     chart = waterfall_chart(
-        f"Overlap {pays}: {step_title(pair.off.name, pair.on.name, difference)}",
+        f"Overlap {pays}. {step_title(pair.off.name, pair.on.name, difference)}",
         pair.off.name,
         pair.on.name,
         difference,
@@ -188,7 +204,7 @@ def _sizes(results: Results, source: Source) -> list[Chart]:
     name, values = next(iter(curves.items()))
     y = f"decode tokens/s per {unit}" if source in RUN else "decode tokens/s"
     factor = times(values[-1].value / values[0].value)
-    title = f"From {first} to {counted(last, unit)} {y} go to {factor} ({name})"
+    title = f"With {counted(last, unit)}, {factor} the {y} of {first} ({name})"
     drawn = [
         Curve(
             name,
@@ -254,8 +270,8 @@ def _growth(name: str, curves: Sequence[Curve], what: str) -> str:
     curve = next((each for each in curves if each.name == name), curves[0])
     first, *_, last = curve.points
     return (
-        f"{curve.name}'s TPOT goes from {figures(first.y)} to {figures(last.y)} ms "
-        f"from {first.x:,} to {last.x:,} {what}"
+        f"A token of {curve.name} takes {figures(first.y)} ms at {first.x:,}, {figures(last.y)} ms "
+        f"at {last.x:,} {what}"
     )
 
 
@@ -277,7 +293,7 @@ def simulation(results: Results) -> tuple[Section, ...]:
     words = "The step nearest to the median."
     by_phase = timelines(words, steps, "The median {} step, rank by rank")
     return (
-        Section("projected", (drawn,) if drawn else (), "first"),
-        plot_section("One step, rank by rank, projected", by_phase),
-        plot_section("Experts and traffic, projected", squares),
+        Section("projected", (drawn,) if drawn else (), "first", "answer"),
+        plot_section("One step, rank by rank", by_phase),
+        plot_section("Load of experts, and who sends to whom", squares),
     )

@@ -1,11 +1,12 @@
 """Which sections the report of each kind of results has, in order."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from expertlane.report import load_plots, plan_answer, plan_plots, planning, plots, servers, serving
 from expertlane.report.answer import comparison_answer
 from expertlane.report.compared import Comparison, Row, projected, run
-from expertlane.report.document import Answer, Report, Section
+from expertlane.report.document import Answer, Chapter, ChapterName, Report, Section
 from expertlane.report.loads import NAME_COLUMNS
 from expertlane.report.numbers import shortened
 from expertlane.report.scaling import overlap, parallelism, sizes
@@ -32,6 +33,66 @@ from expertlane.report.traffic import (
 from expertlane.report.verdict import in_wall_time, verdict
 from expertlane.results.results import Results
 
+_SURE = Chapter(
+    "sure",
+    "How sure it is",
+    "What was assumed, what rests on measurements, and what may have disturbed them.",
+)
+_SETUP = Chapter(
+    "setup",
+    "Setup and files",
+    "What was the same for all, on which machine and software; every number is in results.json, "
+    "which was written with this page.",
+)
+# By the kind of results, the chapters of its page.
+_CHAPTERS: dict[str, tuple[Chapter, ...]] = {
+    "comparison": (
+        Chapter("answer", "The answer", "Which deployment is faster, and all beside each other."),
+        Chapter(
+            "why",
+            "Why",
+            "What a step's time is spent on, by cause, rank by rank and expert by expert; what "
+            "overlap hides.",
+        ),
+        Chapter(
+            "loads",
+            "Other loads, links and sizes",
+            "How the order changes with context, batch, links, routing and the number of ranks.",
+        ),
+        _SURE,
+        _SETUP,
+    ),
+    "plan": (
+        Chapter("answer", "The answer", "What to use."),
+        Chapter("run", "Run it", "The commands that start it, by engine.", is_box=True),
+        Chapter(
+            "found",
+            "What else was found",
+            "The best deployments, those of other kinds and engines, and what the fastest answers "
+            "cost in throughput.",
+        ),
+        Chapter("why", "Why", "What a step's time is spent on, by cause and rank by rank."),
+        _SURE,
+    ),
+    "simulation": (
+        Chapter("answer", "The answer", "How fast it is, and what limits it."),
+        Chapter("loads", "Load by load", "Throughput, latency and objectives of each load."),
+        Chapter(
+            "why",
+            "Why",
+            "What a step's time is spent on, by cause and rank by rank; experts and traffic.",
+        ),
+        _SURE,
+        _SETUP,
+    ),
+    "bench": (
+        Chapter("answer", "The answer", "How fast it was."),
+        Chapter("loads", "Load by load", "Throughput, latency and objectives of each load."),
+        _SURE,
+        _SETUP,
+    ),
+}
+
 
 def report_of(results: Results) -> Report:
     """The whole report of any kind of results."""
@@ -45,7 +106,19 @@ def report_of(results: Results) -> Report:
         results.command,
         results.created,
         sections,
+        _with_sections(_CHAPTERS[results.kind], sections),
     )
+
+
+def _with_sections(chapters: Iterable[Chapter], sections: Iterable[Section]) -> tuple[Chapter, ...]:
+    """The chapters that say something."""
+    filled = {each.chapter for each in sections if each.parts}
+    return tuple(each for each in chapters if each.name in filled)
+
+
+def _of(chapter: ChapterName, *sections: Section) -> list[Section]:
+    """Sections of one chapter."""
+    return [replace(each, chapter=chapter) for each in sections]
 
 
 _Made = tuple[str, Answer, tuple[Section, ...]]
@@ -59,14 +132,20 @@ def _comparison(results: Results) -> _Made:
         said = verdict(own, results)
         sections.append(plots.first(results, own))
         beside = filter(None, (in_wall_time(wall, results),)) if virtual else ()
-        sections += [Section("Verdict", (*said, *beside, *cautions(results)), "top")]
+        sections += [
+            Section("Verdict", said, "top", "answer"),
+            Section("", (*beside, *cautions(results)), "top", "sure"),
+        ]
         sections += _run(results, own, wall)
     if modelled is not None:
         sections += _projected(results, modelled)
     sections += [
-        assumptions(results, "virtual", "Assumptions of virtual time"),
-        assumptions(results, "measured"),
-        setup(results, "Controlled variables (the same for every deployment)"),
+        *_of(
+            "sure",
+            assumptions(results, "virtual", "Assumptions of virtual time"),
+            assumptions(results, "measured"),
+        ),
+        *_of("setup", setup(results, "Controlled variables (the same for every deployment)")),
     ]
     experiment = results.question["experiment"]
     top_k = experiment.get("model", {}).get("num_experts_per_tok")
@@ -80,20 +159,23 @@ def _run(results: Results, own: Comparison, wall: Comparison) -> list[Section]:
     long_form = results.question.get("traffic", False)
     is_virtual = own is not wall
     return [
-        deployments(own, wall if is_virtual else None),
+        *_of("answer", deployments(own, wall if is_virtual else None)),
         *plots.comparison(results, own),
-        gains(own),
-        by_link_speed(results, own),
-        bottlenecks(own),
-        *((bottlenecks(wall, "Wall time: bottlenecks"),) if is_virtual else ()),
-        work_and_traffic(own),
-        hot_spots(own),
-        rebalancing(wall),
-        copies(wall),
-        *(details(own, results.measured_on.ranks_per_node) if long_form else ()),
-        parallelism(own),
-        overlap(own),
-        sizes(results, own),
+        *_of("why", gains(own)),
+        *_of("loads", by_link_speed(results, own)),
+        *_of(
+            "why",
+            bottlenecks(own),
+            *((bottlenecks(wall, "Wall time: bottlenecks"),) if is_virtual else ()),
+            work_and_traffic(own),
+            hot_spots(own),
+            rebalancing(wall),
+            copies(wall),
+            *(details(own, results.measured_on.ranks_per_node) if long_form else ()),
+            parallelism(own),
+            overlap(own),
+        ),
+        *_of("loads", sizes(results, own)),
     ]
 
 
@@ -105,31 +187,41 @@ def _projected(results: Results, modelled: Comparison) -> list[Section]:
         types += f", KV cache in {conditions.kv_dtype}"
     is_alone = not results.select("measured")
     own = plots.first(results, modelled)
+    verdict_heading = (
+        f"Projected: verdict ({results.projected_for.name}; nothing was measured there)"
+    )
     return [
-        own if is_alone else replace(own, heading="Throughput, projected", place="plots"),
+        *((own,) if is_alone else ()),
         Section(
-            f"Projected: verdict ({results.projected_for.name}; nothing was measured there)",
+            verdict_heading,
             (
                 f"Decode steps of {modelled.num_seqs:,} sequences at {modelled.context:,} "
                 f"tokens of context, {types}; likely values and bounds:",
                 speed(modelled, _cast(modelled), in_words(conditions)),
                 *verdict(modelled, results),
+            ),
+            "top",
+            "answer",
+        ),
+        Section(
+            "",
+            (
                 firmness([row.step for row in modelled.rows]),
                 *(cautions(results) if is_alone else ()),
             ),
             "top",
+            "sure",
         ),
+        *(() if is_alone else (replace(own, heading="Projected throughput", place="plots"),)),
         *plots.comparison(results, modelled),
-        by_context(modelled),
-        by_conditions(results, modelled),
-        memory(results, modelled),
-        projected_time(modelled),
-        rests_on(results, modelled),
-        parallelism(modelled),
-        overlap(modelled),
-        sizes(results, modelled),
-        planning.beside(results, modelled),
-        assumptions(results, "projected", "Projected: assumptions"),
+        *_of("loads", by_context(modelled), by_conditions(results, modelled)),
+        *_of("setup", memory(results, modelled)),
+        *_of("why", projected_time(modelled)),
+        *_of("sure", rests_on(results, modelled)),
+        *_of("why", parallelism(modelled), overlap(modelled)),
+        *_of("loads", sizes(results, modelled)),
+        *_of("answer", planning.beside(results, modelled)),
+        *_of("sure", assumptions(results, "projected", "Projected: assumptions")),
     ]
 
 
@@ -149,9 +241,13 @@ def _cast(modelled: Comparison) -> list[Row]:
 
 def _plan(results: Results) -> _Made:
     asked = f"{results.question['model']['name']} on {results.projected_for.name}"
-    sections = plan_answer.verdict(results), *planning.plan(results), *plan_plots.plan(results)
-    assumed = assumptions(results, "projected")
-    return f" plan: {asked}", plan_answer.answer(results), (*sections, assumed)
+    sections = (
+        *plan_answer.verdict(results),
+        *plan_plots.plan(results),
+        *planning.plan(results),
+        *_of("sure", assumptions(results, "projected")),
+    )
+    return f" plan: {asked}", plan_answer.answer(results), sections
 
 
 def _simulation(results: Results) -> _Made:
@@ -167,9 +263,9 @@ def _simulation(results: Results) -> _Made:
             *serving.simulation(results),
             *load_plots.by_load(results),
             *plots.simulation(results),
-            experts_and_traffic(record, serving.phases_of(record)),
-            assumptions(results, "projected"),
-            setup(results, "What was simulated"),
+            *_of("why", experts_and_traffic(record, serving.phases_of(record))),
+            *_of("sure", assumptions(results, "projected")),
+            *_of("setup", setup(results, "What was simulated")),
         ),
     )
 
@@ -190,6 +286,6 @@ def _bench(results: Results) -> _Made:
         (
             *own,
             *load_plots.by_load(results),
-            setup(results, "What was measured"),
+            *_of("setup", setup(results, "What was measured")),
         ),
     )

@@ -21,7 +21,7 @@ from expertlane.report.numbers import (
     shortened,
     whole,
 )
-from expertlane.report.serving import cost, latency, objectives, throughput
+from expertlane.report.serving import by_load
 from expertlane.report.setup import cautions
 from expertlane.results.ratio import RatioRecord
 from expertlane.results.results import Results
@@ -231,16 +231,13 @@ def of_servers(results: Results) -> tuple[Section, ...]:
     found = served(results)
     clients = _clients(found)
     failures = [(each, one) for each, client in clients for one in client.failures]
-    said = [verdict(results) or headline(results), *cautions(results)]
     compared = (_ratio_table(results.ratios),) if results.ratios else ()
     failed = (Table.of("Failed requests", _FAILURES, failures),) if failures else ()
     client = Table.of("", _OF_CLIENT, clients)
     return (
-        Section("Verdict", tuple(said), "top"),
-        Section("Differences", compared, "top"),
-        Section("Throughput, tokens/s (measured)", (throughput(results),), "top"),
-        Section("Latency, ms (measured)", (latency(results),)),
-        Section("Objectives and goodput (measured)", tuple(objectives(results)), "top"),
-        Section("Cost (measured)", tuple(cost(results))),
-        Section("Client", (client, *failed)),
+        Section("Verdict", (verdict(results) or headline(results),), "top", "answer"),
+        Section("", tuple(cautions(results)), "top", "sure"),
+        Section("Differences", compared, "top", "answer"),
+        *by_load(results),
+        Section("Client", (client, *failed), chapter="sure"),
     )

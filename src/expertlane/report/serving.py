@@ -162,11 +162,19 @@ def latency(results: Results) -> Table:
 def bench(results: Results) -> tuple[Section, ...]:
     """What a load on an engine gave."""
     return (
-        Section("Verdict", (headline(results), *_scaling(results), *cautions(results)), "top"),
-        Section("Throughput, tokens/s (measured)", (throughput(results),), "top"),
-        Section("Latency, ms (measured)", (latency(results),)),
-        Section("Objectives and goodput (measured)", tuple(objectives(results)), "top"),
-        Section("Cost (measured)", tuple(cost(results))),
+        Section("Verdict", (headline(results), *_scaling(results)), "top", "answer"),
+        Section("", tuple(cautions(results)), "top", "sure"),
+        *by_load(results),
+    )
+
+
+def by_load(results: Results) -> tuple[Section, ...]:
+    """What each load gave, measured."""
+    return (
+        Section("Throughput, tokens/s (measured)", (throughput(results),), "top", "loads"),
+        Section("Latency, ms (measured)", (latency(results),), chapter="loads"),
+        Section("Objectives and goodput (measured)", tuple(objectives(results)), "top", "loads"),
+        Section("Cost (measured)", tuple(cost(results)), chapter="loads"),
     )
 
 
@@ -226,7 +234,8 @@ def simulation(results: Results) -> tuple[Section, ...]:
     asked = results.question["workload"]
     of = "" if len(record.serving) == 1 else f" at {best_of(served(results)).load}"
     return (
-        Section("What limits it", tuple(limits(results)), "top"),
+        Section("What limits it", tuple(limits(results)), "top", "answer"),
+        Section("", tuple(_doubts(results)), "top", "sure"),
         Section(
             "Throughput and latency (projected)",
             (
@@ -238,6 +247,7 @@ def simulation(results: Results) -> tuple[Section, ...]:
                 *cost(results),
             ),
             "top",
+            "loads",
         ),
         Section(
             f"Where the time goes{of}",
@@ -248,6 +258,7 @@ def simulation(results: Results) -> tuple[Section, ...]:
                 "operations bound by memory bandwidth. Waiting: until the last rank of a group "
                 f"arrives; exposed: what that rank itself waits. {HOW_TO_READ_FACTS}",
             ),
+            chapter="why",
         ),
         Section(
             f"Memory per rank (the fullest){of}",
@@ -255,6 +266,7 @@ def simulation(results: Results) -> tuple[Section, ...]:
                 Table.across("", MEMORY, [(_pool_name(record, pool), pool) for pool in pools]),
                 "Sequences: in the whole pool. The KV cache is no larger than this load can use.",
             ),
+            chapter="setup",
         ),
     )
 
@@ -387,7 +399,13 @@ def limits(results: Results) -> Iterator[str]:
         name, step = busiest
         yield f"{percent(step.wall_s.value / total_s)} of the steps' time is {name}."
     yield from _held_back(results, record)
+
+
+def _doubts(results: Results) -> Iterator[str]:
+    """What a reader must know of the numbers, and how much lies outside of what was measured."""
     yield from cautions(results)
+    phases = phases_of(results.deployments[0])
+    total_s = sum(step.wall_s.value for _, step in phases)
     unsure = sum((step.extrapolated_share or 0) * step.wall_s.value for _, step in phases) / total_s
     if unsure > _UNSURE:
         yield (

@@ -58,14 +58,25 @@ def foreign_load(results: Results) -> str:
 def how_judged(results: Results) -> str:
     """How far off projections of this kind were."""
     cluster = results.projected_for
-    judged = cluster.judged
+    judged, nearest = cluster.judged, cluster.nearest
     if judged is None:
-        return "Not validated: no projection like this was compared with measurements."
+        if nearest is None:
+            return "Not validated: no projection like this was compared with measurements."
+        return (
+            f"Not validated itself: of the nearest kind ({nearest.what}) nine in ten rows were "
+            f"within {_within(nearest.output)}; bounds are no narrower."
+        )
+    least = "" if nearest is None else f"; bounds are at least {_within(nearest.output)}"
     framework = f", overheads of {cluster.framework}" if cluster.framework else ""
     return (
         f"Validated on {judged.what}{framework}: {percent(judged.median_error)} median error, "
-        f"{counted(judged.num_rows, 'row')}."
+        f"{counted(judged.num_rows, 'row')}{least}."
     )
+
+
+def _within(factor: float) -> str:
+    """`±18%`, or `a factor of 3.3` where that is more."""
+    return f"±{percent(factor - 1)}" if factor < 2 else f"a factor of {factor:.3g}"
 
 
 def routing_of(conditions: Conditions) -> str:

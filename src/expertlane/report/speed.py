@@ -36,12 +36,9 @@ NAMED: tuple[Column[Row], ...] = (
 )
 BEYOND = "*"  # of a step whose sequences do not all fit
 _EVEN = 0.05  # less is no difference
-_DROPPED = (
-    "; TPS lies at their top since virtual time drops disturbances: each computation takes the "
-    "shorter of two measurements"
+LOWER_OF_TWO = (
+    "Each computation takes the lower of its times in two runs, since other programs only add time."
 )
-_OWN_FACTOR = " Between the verdict's two deployments: the verdict's own{}."
-_OF_ALL = ", where each computation takes the shortest of all measurements"
 
 
 def unit_of(source: Source) -> str:
@@ -67,11 +64,9 @@ def deployments(comparison: Comparison, wall: Comparison | None = None) -> Secti
             Table.of("", columns, comparison.rows),
             speed(comparison, comparison.rows),
             _spread(comparison, wall),
-            f"Factors are of {comparison.phase} TPS{'' if wall else ', the median of runs'}."
-            f"{_OWN_FACTOR.format(_OF_ALL if wall else '') if comparison.pair else ''} 90 %: "
-            "the interval of TPS, with five runs or more. Slowest, fastest: single runs"
-            f"{_DROPPED if wall else ''}. TTFT and TPOT are medians. × best base: against the best "
-            "baseline.",
+            f"Factors are of {comparison.phase} TPS. 90 %: the interval of TPS, with five runs or "
+            "more. TTFT and TPOT are medians. × best base: against the best baseline. "
+            f"{LOWER_OF_TWO if wall else 'TPS: the median of runs.'}",
             *(
                 f"#{row.number} dispatches by {table}: tokens per rank in a micro-batch, timed at "
                 "startup."
@@ -109,7 +104,6 @@ def _spread(comparison: Comparison, wall: Comparison | None) -> Table:
         *NAMED,
         number("runs", lambda row: len(row.step.tps_of_runs)),
         number("90 %", lambda row: row.step.tps, low_high),
-        number("slowest–fastest", lambda row: row.tps_range, low_high),
     )
     if wall:
         columns += (number("wall TPS", lambda row: in_wall_time[row.number].tps, figures),)

@@ -7,7 +7,7 @@ from expertlane.report.charts.load import alike, load_chart
 from expertlane.report.charts.timeline import timelines_chart
 from expertlane.report.charts.traffic import fan_out_chart, traffic_charts
 from expertlane.report.compared import Comparison
-from expertlane.report.document import Chart, Multiples, Plot, Section, Timelines, Words
+from expertlane.report.document import ChapterName, Chart, Plot, Section, Words
 from expertlane.report.numbers import likely, milliseconds
 from expertlane.report.verdict import spoken_of
 from expertlane.results.record import StepsRecord
@@ -20,19 +20,11 @@ _UNTYPICAL = 0.25  # of the usual time
 Named = Mapping[str, StepsRecord]
 
 
-def plot_section(heading: str, parts: Iterable[Words | Plot]) -> Section:
-    """Among the plots, with what its first plot shows."""
-    parts = tuple(parts)
-    return Section(heading, parts, "plots", next(filter(None, map(_finding, parts)), ""))
-
-
-def _finding(part: Words | Plot) -> str:
-    match part:
-        case Chart() | Multiples():
-            return part.title
-        case Timelines():
-            return part.charts[0][1].title
-    return ""
+def plot_section(
+    heading: str, parts: Iterable[Words | Plot], chapter: ChapterName = "why"
+) -> Section:
+    """Among the plots."""
+    return Section(heading, tuple(parts), "plots", chapter)
 
 
 def causes(steps: Mapping[Phase, Named]) -> list[Chart]:

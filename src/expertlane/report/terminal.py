@@ -43,8 +43,9 @@ def show(report: Report, console: Console) -> None:
     console.print(Rule(Text(report.title, style="bold"), characters="═"))
     width = console.width - len(_INDENT)
     for section in report.of_place("top", "tables"):
-        console.print()
-        _print(console, folded(section.heading, console.width), "bold cyan")
+        if section.heading:
+            console.print()
+            _print(console, folded(section.heading, console.width), "bold cyan")
         for position, part in enumerate(section.words):
             if not isinstance(part, str):
                 if position:

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import itemgetter
+from typing import Literal
 
 from expertlane.report.compared import Comparison, Row, projected
 from expertlane.report.difference import (
@@ -24,23 +26,23 @@ from expertlane.report.numbers import (
 from expertlane.report.speed import speed_of_links
 from expertlane.results.estimate import Estimate
 from expertlane.results.hardware import VirtualTime
-from expertlane.results.pair import choose_pair
 from expertlane.results.results import Results
 from expertlane.results.statistics import is_told_apart
 from expertlane.spec.names import Phase
 
 _Causes = tuple[tuple[str, Estimate], ...]
+Rank = Literal["faster", "slower", "level", "undecided"]
+
+_LEVEL = 0.05  # an interval no further from 1 is level
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The two deployments of the verdict in the numbers of one source.
+    """The deployment that the first sentence is about, and the best of the others.
 
     Attributes:
-        one: the faster on the clock that the verdict goes by; on another it may be the slower.
-        other: what it is set against.
         ratio: TPS of `one` over that of `other`; with a 90 % interval where repetitions allow one,
-            with bounds where it is projected.
+            on links half to twice as fast as assumed; with bounds where it is projected.
         num_runs: repetitions of each; None of a projection.
         steps_s: seconds of a step of each, by the times that the ratio is of.
         reasons, counter: milliseconds of a step of `one` less those of `other` by cause, of the
@@ -80,16 +82,42 @@ class Verdict:
         return is_told_apart(self.ratio, 1.0)
 
 
-def judge(comparison: Comparison) -> Verdict | None:
-    """The two deployments that the verdict is about: the same ones on every clock.
+@dataclass(frozen=True)
+class Factor:
+    """How many times as fast one deployment is as another, for a sentence.
 
-    None of a single deployment.
+    Attributes:
+        other: what the other is called.
+        ratio: as `Verdict` has it.
+        depends_on_links: whether it is decided on the links that are assumed, and on links half to
+            twice as fast it is not.
     """
-    found = comparison.pair
+
+    other: str
+    ratio: Estimate
+    depends_on_links: bool = False
+
+    @property
+    def rank(self) -> Rank:
+        """What the ratio says."""
+        low, value, high = self.ratio.bounds
+        if self.ratio.low is not None and low <= 1 <= high:
+            is_level = low >= 1 - _LEVEL and high <= 1 + _LEVEL
+            return "level" if is_level else "undecided"
+        return "faster" if value > 1 else "slower"
+
+
+def judge(comparison: Comparison) -> Verdict | None:
+    """The deployment of the first sentence against the best of the others.
+
+    The same two on every clock; None of a single deployment.
+    """
+    if not comparison.compared:
+        return None
+    one, other = comparison.compared[:2]
+    found = comparison.pair_of(one, other)
     if found is None:
-        return _judge_once(comparison)
-    by_name = {row.name: row for row in comparison.rows}
-    one, other = by_name[found.name], by_name[found.other]
+        return _judge_once(comparison, one, other)
     causes_ms = {cause: seconds * 1e3 for cause, seconds in found.causes_s.items()}
     least_ms = 1e3 * LEAST_SHARE * found.other_step_s
     told = {
@@ -98,14 +126,60 @@ def judge(comparison: Comparison) -> Verdict | None:
         if abs(ms.value) >= least_ms and (ms.low is None or is_told_apart(ms, 0.0))
     }
     steps_s = found.step_s, found.other_step_s
-    return Verdict(one, other, found.ratio, found.num_runs, steps_s, *_reasons(told, found.ratio))
+    ratio = _with_links(comparison, one, other, found.ratio)
+    return Verdict(one, other, ratio, found.num_runs, steps_s, *_reasons(told, ratio))
+
+
+def _with_links(comparison: Comparison, one: Row, other: Row, ratio: Estimate) -> Estimate:
+    """The interval of a ratio, widened by what it changes on faster and slower links."""
+    if ratio.low is None or ratio.high is None:
+        return ratio
+    least, _, most = comparison.on_links(one, other).bounds
+    return Estimate(ratio.value, ratio.low * least, ratio.high * most)
+
+
+def workload_headline(results: Results, modelled: Comparison) -> str | None:
+    """How the first deployment compares with the others under the whole workload, if it was run."""
+    found = results.workload
+    if found is None:
+        return None
+    where = f"over the whole workload, projected for {results.projected_for.name}"
+    if found.over:
+        one, *others = modelled.compared
+        against = [Factor(_called(modelled, each), found.over[each.name]) for each in others]
+        return sentence(one.name, against[::-1], where)
+    (served,) = (row.record.serving[0] for row in modelled.rows if row.record.serving)
+    alone = "no other one fits" if len(modelled.rows) > 1 else "nothing to compare it with"
+    return (
+        f"{found.name} alone: {figures(served.output_tps)} tokens/s "
+        f"({low_high(served.output_tps)}), {where}; {alone}."
+    )
+
+
+def factors(comparison: Comparison) -> tuple[Factor, ...]:
+    """The deployment of the first sentence against the first one, then the best of the others."""
+    one, *others = comparison.compared
+    found = []
+    for other in others:
+        pair = comparison.pair_of(one, other)
+        own = pair.ratio if pair else _ratio_once(comparison, one, other)
+        ratio = _with_links(comparison, one, other, own)
+        depends = is_told_apart(own, 1.0) and not is_told_apart(ratio, 1.0)
+        found.append(Factor(_called(comparison, other), ratio, depends))
+    return tuple(reversed(found))
+
+
+def _called(comparison: Comparison, row: Row) -> str:
+    """With the part that it plays, where there are more than two."""
+    if row is not comparison.compared[1] or len(comparison.rows) < 3:
+        return row.name
+    kind = "baseline" if row.record.is_baseline and comparison.proposals else "of the others"
+    return f"the best {kind}, {row.name}"
 
 
 def spoken_of(comparison: Comparison, results: Results) -> list[Row]:
-    """The experiment's first deployment and the two of the verdict, in the experiment's order."""
-    judged = judge(comparison)
-    named = [comparison.first, *([judged.one, judged.other] if judged else [])]
-    numbers = {row.number for row in named}
+    """The first deployment and those that are compared, in the experiment's order."""
+    numbers = {row.number for row in (comparison.first, *comparison.compared)}
     return [row for row in comparison.rows if row.number in numbers]
 
 
@@ -116,18 +190,18 @@ def _reasons(causes_ms: Mapping[str, Estimate], ratio: Estimate) -> tuple[_Cause
     return (saved, added) if ratio.value >= 1 else (added, saved)
 
 
-def _judge_once(comparison: Comparison) -> Verdict | None:
-    """Of a projection, or of what was measured without a pair in turns."""
-    rows = comparison.rows
-    places = choose_pair([row.record for row in rows], [row.tps for row in rows])
-    if places is None:
-        return None
-    one, other = (rows[place] for place in places)
-    of_tps, num_runs = Estimate(one.tps / other.tps), len(one.step.tps_of_runs)
-    if not comparison.is_run:
-        low, _, high = one.step.tps.bounds
-        least, _, most = other.step.tps.bounds
-        of_tps = Estimate(of_tps.value, low / most, high / least)
+def _ratio_once(comparison: Comparison, one: Row, other: Row) -> Estimate:
+    """Of a projection, with bounds; or of what was not measured in turns."""
+    value = one.tps / other.tps
+    if comparison.is_run:
+        return Estimate(value)
+    low, _, high = one.step.tps.bounds
+    least, _, most = other.step.tps.bounds
+    return Estimate(value, low / most, high / least)
+
+
+def _judge_once(comparison: Comparison, one: Row, other: Row) -> Verdict:
+    of_tps, num_runs = _ratio_once(comparison, one, other), len(one.step.tps_of_runs)
     difference = step_difference(other, one)
     causes_ms = {cause: Estimate(ms) for cause, ms in difference.causes if cause != OTHER}
     return Verdict(
@@ -151,21 +225,47 @@ def _interval(estimate: Estimate) -> str:
 
 
 def headline(comparison: Comparison, results: Results) -> str:
-    """Who wins, by how much, with which confidence and on which clock: one sentence."""
+    """How much faster, with which confidence and on which clock: one sentence."""
     judged = judge(comparison)
     where = f"in {comparison.phase}, {_clock(comparison, results)}"
     if judged is None:
         return _alone(comparison, where)
-    num_runs, interval = judged.num_runs, _interval(judged.ratio)
-    factor = f"{ratio(judged.ratio.value)}×"
-    said = f"{judged.one.name} is {factor} as fast as {judged.other.name} {where}"
-    if num_runs is None:
-        within = "" if judged.is_told_apart else "Within error: "
-        return f"{within}{said} (bounds {interval})."
-    if not judged.has_interval:
-        return f"{said} ({counted(num_runs, 'run')}: too few for an interval)."
-    significant = "" if judged.is_told_apart else "Not significant: "
-    return f"{significant}{said} ({interval}, {counted(num_runs, 'run')})."
+    if judged.num_runs is not None and not judged.has_interval:
+        where += f" ({counted(judged.num_runs, 'run')}: too few for an interval)"
+    return sentence(judged.one.name, factors(comparison), where)
+
+
+def sentence(one: str, against: Sequence[Factor], where: str) -> str:
+    """How one deployment compares with others.
+
+    For example `A is 1.66× as fast as B (1.60–1.72) and level with the best baseline, C
+    (0.97–1.03), in decode.`
+    """
+    first, *others = against
+    words = _clause(one, first)
+    for before, each in pairwise((first, *others)):
+        if "undecided" in (before.rank, each.rank):
+            words += f"; {_clause('it', each)}"
+            continue
+        link = "but" if {before.rank, each.rank} == {"faster", "slower"} else "and"
+        words += f" {link} {_predicate(each)}"
+    return f"{words[0].upper() if first.rank == 'undecided' else words[0]}{words[1:]}, {where}."
+
+
+def _clause(one: str, factor: Factor) -> str:
+    if factor.rank != "undecided":
+        return f"{one} is {_predicate(factor)}"
+    why = ": depends on links" if factor.depends_on_links else ""
+    found = f"{ratio(factor.ratio.value)}×, {_interval(factor.ratio)}{why}"
+    other = f"{factor.other}," if ", " in factor.other else factor.other
+    return f"whether {one} is faster than {other} is not decided ({found})"
+
+
+def _predicate(factor: Factor) -> str:
+    within = "" if factor.ratio.low is None else f" ({_interval(factor.ratio)})"
+    if factor.rank == "level":
+        return f"level with {factor.other}{within}"
+    return f"{ratio(factor.ratio.value)}× as fast as {factor.other}{within}"
 
 
 def _alone(comparison: Comparison, where: str) -> str:
@@ -215,36 +315,29 @@ def which_clock(results: Results) -> str:
     if virtual is None or machine is None:
         return ""
     return (
-        f"Which to believe: virtual time for a cluster (a core per rank, {_links(virtual)}), wall "
-        f"time for this machine ({machine.num_ranks} ranks on "
-        f"{counted(machine.num_cores, 'core')})."
+        f"Believe virtual time for a cluster (a core per rank, {_links(virtual)}), wall time for "
+        f"this machine ({machine.num_ranks} ranks on {counted(machine.num_cores, 'core')})."
     )
 
 
 def _links(virtual: VirtualTime) -> str:
-    """Of which profile, and by what factors they differ from it."""
+    """Of which profile, and how they differ from it."""
     if not virtual.links:
         return "transfers that take no time"
     words = f"links of {virtual.links}"
-    if virtual.scale != 1:
-        words += f", transfers {times(virtual.scale)} as long"
     if virtual.byte_scale != 1:
-        words += f", messages {times(virtual.byte_scale)} as large"
-    return words
+        share = f"a transfer takes the share of a step that it takes on {virtual.links}"
+        return f"{words}, slowed so that {share}"
+    return words if virtual.scale == 1 else f"{words}, transfers {times(virtual.scale)} as long"
 
 
 def _numbers(comparison: Comparison, judged: Verdict) -> str:
-    """Both rates and latencies, and the first deployment where it is neither."""
-    one, other, first = judged.one, judged.other, comparison.first
-    sentence = (
+    """Both rates and latencies."""
+    one, other = judged.one, judged.other
+    return (
         f"{figures(one.tps)} against {figures(other.tps)} tok/s; {comparison.latency_name} "
         f"{milliseconds(one.latency_s)} against {milliseconds(other.latency_s)} ms."
     )
-    if first not in (one, other):
-        sentence += (
-            f" Against the first deployment, {first.name}: {times(comparison.factor(one, first))}."
-        )
-    return sentence
 
 
 def why(comparison: Comparison, judged: Verdict) -> str:

@@ -44,8 +44,7 @@ def with_costs(results: Results, usd_per_hour: float) -> Results:
         return replace(best, aggregated=aggregated, pools=tuple(map(priced, best.pools)))
 
     def of_plan(plan: PlanSummary) -> PlanSummary:
-        fastest = None if plan.fastest is None else priced(plan.fastest)
-        return replace(plan, fastest=fastest, engines=tuple(map(of_engine, plan.engines)))
+        return replace(plan, engines=tuple(map(of_engine, plan.engines)))
 
     return replace(
         results,

@@ -46,6 +46,11 @@ class Estimate(Strict):
         low, high = (self.value if each is None else each for each in (self.low, self.high))
         return low, self.value, high
 
+    def no_surer_than(self, factor: float) -> "Estimate":
+        """With bounds that are at least so many times apart from the value, either way."""
+        low, value, high = self.bounds
+        return Estimate(value, min(low, value / factor), max(high, value * factor))
+
     def __mul__(self, factor: float) -> "Estimate":
         """Scaled by a factor above 0."""
         low, high = (None if each is None else each * factor for each in (self.low, self.high))
@@ -89,6 +94,11 @@ class Summary(Strict):
             return None
         percentiles = np.percentile(values, _PERCENTILES, axis=0)
         return cls(*map(Estimate.of, (np.mean(values, axis=0), *percentiles)))
+
+    def no_surer_than(self, factor: float) -> "Summary":
+        """Each as of `Estimate`."""
+        values = (self.mean, self.median, self.p95, self.p99)
+        return Summary(*(each and each.no_surer_than(factor) for each in values))
 
 
 def _is_above_0(summary: Summary) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
+import numpy as np
 
 from expertlane.errors import UserError, naming
 from expertlane.results.checks import check, check_numbers
@@ -21,9 +22,17 @@ _NUMBERS = re.compile(r"\[\s+(-?[\d.][-+\d.eE]*(?:,\s+-?[\d.][-+\d.eE]*)*)\s+\]"
 
 def to_json(results: Results) -> str:
     """The text of `results.json`."""
-    text = strict_json(msgspec.to_builtins(results), ensure_ascii=False)
+    plain = msgspec.to_builtins(results, enc_hook=_number)
+    text = strict_json(plain, ensure_ascii=False)
     text = msgspec.json.format(text, indent=2)  # json.dumps with an indent is pure Python
     return _NUMBERS.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+
+
+def _number(value: Any) -> Any:
+    """A number of NumPy's as Python's own."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise NotImplementedError(f"{type(value)} in results")
 
 
 def write(results: Results, folder: Path) -> Path:

@@ -113,6 +113,25 @@ class Judged(Strict):
 
 
 @dataclass(frozen=True)
+class KnownError(Strict):
+    """How far off nine in ten projections of the nearest kind that was measured were; factors.
+
+    Attributes:
+        what, num_rows: that were projected and measured.
+        tpot, output: of TPOT, and of output throughput.
+        ttft_what: rows whose TTFT was, the nearest such; "" for none.
+        ttft: of TTFT; 1 for none.
+    """
+
+    what: str
+    num_rows: int
+    tpot: float
+    output: float
+    ttft_what: str = ""
+    ttft: float = 1.0
+
+
+@dataclass(frozen=True)
 class Cluster(Strict):
     """What was modelled; figures are of one device's datasheet.
 
@@ -121,6 +140,8 @@ class Cluster(Strict):
         flops_per_s: dense, in the type of weights.
         framework: whose overheads were taken; "" for none that is known.
         judged: how far off projections of such a kind were; None where none was judged.
+        nearest: of the nearest kind, which bounds of what requests feel are no narrower than; None
+            where it was measured on the machine itself.
     """
 
     name: str
@@ -132,3 +153,4 @@ class Cluster(Strict):
     flops_per_s: float
     framework: str = ""
     judged: Judged | None = None
+    nearest: KnownError | None = None

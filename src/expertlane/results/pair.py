@@ -1,4 +1,4 @@
-"""The two deployments of a comparison's verdict: which they are, and how they differ."""
+"""The deployments that a comparison's first sentence is about, and how two of them differ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,12 +18,11 @@ class PairRecord(Strict):
 
     Attributes:
         source: of the numbers; the pair is the same for all sources.
-        name: the one that is faster on the clock that the verdict goes by.
-        other: the one that it is set against.
+        name: the one that the first sentence is about.
+        other: the one that it is compared with.
         num_runs: repetitions of each.
-        ratio: TPS of `name` over that of `other`. In virtual time from the least CPU time of each
-            operation over all repetitions, which are as many of the one as of the other.
-        step_s, other_step_s: seconds of a step of each, by the same times.
+        ratio: TPS of `name` over that of `other`.
+        step_s, other_step_s: seconds of a step of each.
         causes_s: by cause, the seconds of a step of `name` less those of `other`.
     """
 
@@ -43,29 +42,23 @@ class PairRecord(Strict):
         return is_told_apart(self.ratio, 1.0)
 
 
-def choose_pair(
-    records: Sequence[DeploymentRecord], tps: Sequence[float]
-) -> tuple[int, int] | None:
-    """Places of the two, the faster first: the best proposal and the best baseline.
+def choose_compared(records: Sequence[DeploymentRecord], tps: Sequence[float]) -> tuple[int, ...]:
+    """Places of the best proposal, of the best baseline, and of the first if it is neither.
 
-    Where all are of one kind: the fastest, and the first, or the next fastest if it is that.
+    Where all are of one kind: of the fastest, of the next fastest, and of the first.
 
     Args:
         records: in the experiment's order.
         tps: of each.
 
     Returns:
-        None of a single deployment.
+        Empty of a single deployment.
     """
-    places = range(len(records))
-    proposals = [place for place in places if not records[place].is_baseline]
-    baselines = [place for place in places if records[place].is_baseline]
-    if proposals and baselines:
-        first, second = (max(each, key=tps.__getitem__) for each in (proposals, baselines))
-    elif len(records) > 1:
-        first = max(places, key=tps.__getitem__)
-        rest = [place for place in places if place != first]
-        second = 0 if first else max(rest, key=tps.__getitem__)
-    else:
-        return None
-    return (first, second) if tps[first] >= tps[second] else (second, first)
+    if len(records) < 2:
+        return ()
+    by_tps = sorted(range(len(records)), key=lambda place: -tps[place])
+    proposals = [place for place in by_tps if not records[place].is_baseline]
+    baselines = [place for place in by_tps if records[place].is_baseline]
+    best = (proposals or baselines)[0]
+    rival = (baselines if proposals and baselines else by_tps[1:])[0]
+    return tuple(dict.fromkeys((best, rival, *([0] if best else []))))

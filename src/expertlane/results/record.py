@@ -37,7 +37,7 @@ PREFILL_POOL = "prefill pool"  # and each of the two by itself
 DECODE_POOL = "decode pool"
 
 # What decided among the plans of a tie.
-TieBreak = Literal["lowest TTFT", "fewest kinds", "most tokens"]
+TieBreak = Literal["most tokens", "farther from the limit"]
 
 
 _CAUSES = {*Cause, *ProjectedCause}

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from expertlane.errors import UserError
+from expertlane.results.break_even import BreakEven
 from expertlane.results.estimate import Estimate
 from expertlane.results.hardware import Cluster, Machine, VirtualTime
 from expertlane.results.pair import PairRecord
@@ -156,13 +157,10 @@ class PlanSummary(Strict):
         num_pool_candidates: disaggregated deployments tried.
         num_simulated, num_open: of one pool, simulated request by request; and not simulated,
             though they may have more tokens a second than the best.
-        num_tied: of the best, the first so many tie with the one of most tokens a second.
+        num_tied: of the best, the first so many tie for most tokens a second.
         tie_spread: how far the least of them is below the most tokens a second; a share.
         tie_break: what decided among them; None where one was alone.
-        num_ttft_tied: how many of those that tie have a TTFT that ties with the lowest.
-        fastest: the one of one pool with most tokens a second; None where that is the best.
-        pools_over_fastest: output tokens/s of disaggregated pools over those of `fastest`, with
-            bounds as `over_best` has them.
+        break_even: what would change the answer; None without another kind.
         no_two_pools: why there are none: the devices cannot be split for the model, nothing fits,
             none keeps the limits, or the engine runs none.
         engine: that was asked for; None where any deployment was looked for.
@@ -182,9 +180,7 @@ class PlanSummary(Strict):
     num_tied: int = 1
     tie_spread: float = 0.0
     tie_break: TieBreak | None = None
-    num_ttft_tied: int = 1
-    fastest: DeploymentRecord | None = None
-    pools_over_fastest: Estimate | None = None
+    break_even: BreakEven | None = None
     no_two_pools: NoPools | None = None
     engine: EngineName | None = None
     engines: tuple[EngineBest, ...] = ()
@@ -197,17 +193,21 @@ class WorkloadVerdict(Strict):
     """What one deployment of a projection has over others, under the whole workload.
 
     Attributes:
-        name: of the best that is no baseline; of the best where none is one.
-        first, other: the experiment's first deployment, and the best of the others.
-        over_first, over_other: output tokens/s over theirs, with the bounds that are left when what
-            both share has cancelled; None where it is itself the first, or there is no other.
+        name: of the one that is compared (`choose_compared`).
+        over: by the names of those that it is compared with, the best of them first: output
+            tokens/s over theirs, with the bounds that are left when what both share has cancelled.
+        causes_s: by cause, seconds of the whole system for an output token, less those of the best
+            of the others.
     """
 
     name: str
-    first: str
-    over_first: Estimate | None
-    other: str | None
-    over_other: Estimate | None
+    over: dict[str, Estimate] = field(default_factory=dict)
+    causes_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """All their names."""
+        return (self.name, *self.over) if self.over else ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -231,7 +231,8 @@ class Results(Strict):
         machine: where it was measured; None where nothing was.
         cluster: what was modelled; None where nothing was.
         virtual_time: None where nothing is in virtual time.
-        pairs: the two deployments of a comparison's verdict, by each clock that there is.
+        pairs: the deployment that a comparison's first sentence is about with each that it is
+            compared with, on each clock; the best of the others before the first.
         ratios: of two servers that were measured in turns, the first one's numbers over the
             second one's.
         cautions: what a reader must know of the numbers, in sentences.
@@ -332,6 +333,7 @@ class Results(Strict):
             assumptions=self.assumptions + projected.assumptions,
             plans=projected.plans,
             context=projected.context,
+            workload=projected.workload,
         )
 
     def with_traffic(self) -> "Results":
@@ -350,9 +352,9 @@ class Results(Strict):
             and (conditions is None or each.conditions == conditions)
         )
 
-    def pair_of(self, source: Source) -> PairRecord | None:
-        """The verdict's two deployments in numbers of one source, if they were measured."""
-        return next((each for each in self.pairs if each.source == source), None)
+    def pairs_of(self, source: Source) -> tuple[PairRecord, ...]:
+        """Those in numbers of one source."""
+        return tuple(each for each in self.pairs if each.source == source)
 
     @property
     def measured_on(self) -> Machine:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.hardware import KnownError
 from expertlane.spec.ranges import Strict
 from expertlane.spec.slo import SLO
 
@@ -189,6 +190,33 @@ class ServingRecord(Strict):
     def keeps_slos(self) -> bool:
         """Whether all objectives are met."""
         return all(each.is_met for each in self.slos)
+
+    def no_surer_than(self, known: KnownError) -> "ServingRecord":
+        """With bounds no narrower than what is known of such projections."""
+        output = (self.output_tps, self.total_tps, self.requests_per_s, self.goodput)
+        output_tps, total_tps, requests_per_s, goodput = (
+            each and each.no_surer_than(known.output) for each in output
+        )
+        assert output_tps is not None, "every record has it"
+        later = max(known.tpot, known.ttft)
+        factors = {"ttft": known.ttft, "tpot": known.tpot, "itl": known.tpot, "e2e": later}
+        return replace(
+            self,
+            output_tps=output_tps,
+            total_tps=total_tps,
+            requests_per_s=requests_per_s,
+            goodput=goodput,
+            ttft_s=self.ttft_s and self.ttft_s.no_surer_than(known.ttft),
+            tpot_s=self.tpot_s and self.tpot_s.no_surer_than(known.tpot),
+            itl_s=self.itl_s and self.itl_s.no_surer_than(known.tpot),
+            e2e_s=self.e2e_s and self.e2e_s.no_surer_than(later),
+            slos=tuple(
+                replace(
+                    each, value=each.value and each.value.no_surer_than(factors[each.slo.metric])
+                )
+                for each in self.slos
+            ),
+        )
 
 
 def with_places(

@@ -67,6 +67,7 @@ class WaitingRequests:
         most = self._max_num_admitted(tables[replica], num_groups)
         places = _Places(drafts) if not self._limits.prefix_caching else None
         num_prefills = sum(draft.num_prefills for draft in drafts)
+        held = _num_held(tables)
         while self._heap:
             request = self._heap[0][1]
             if request.state is RequestState.FINISHED:
@@ -74,7 +75,7 @@ class WaitingRequests:
                 continue
             if request.is_masked and request.mask is None:  # it was preempted; soon
                 return
-            if num_prefills >= most or self._is_loaded(replica, tables):
+            if num_prefills >= most or self._is_loaded(replica, held):
                 return
             place = _place(request, drafts) if places is None else places.take(request)
             if place is None:
@@ -83,7 +84,10 @@ class WaitingRequests:
             self.forget(request)
             request.replica = replica
             request.dp_rank, cached = place
+            blocks = drafts[request.dp_rank].table.blocks
+            held[replica] -= blocks.num_used
             drafts[request.dp_rank].admit(request, cached)
+            held[replica] += blocks.num_used
             num_prefills += 1
             if places is not None:
                 places.put_back(request.dp_rank)
@@ -103,12 +107,21 @@ class WaitingRequests:
         num_rows = sum(len(table.requests) for table in tables)
         return -(-min(num_seqs, num_rows) // num_groups)
 
-    def _is_loaded(self, replica: int, tables: Sequence[Sequence[RunningTable]]) -> bool:
-        """Whether the next waiting request is for another replica."""
-        if len(tables) == 1:
-            return False
-        held = [sum(table.blocks.num_used for table in of_replica) for of_replica in tables]
-        return held[replica] * len(held) >= sum(held) + self._num_blocks
+    def _is_loaded(self, replica: int, held: Sequence[int]) -> bool:
+        """Whether the next waiting request is for another replica.
+
+        Args:
+            held: blocks of each.
+        """
+        is_alone = len(held) == 1
+        return not is_alone and held[replica] * len(held) >= sum(held) + self._num_blocks
+
+
+def _num_held(tables: Sequence[Sequence[RunningTable]]) -> list[int]:
+    """[replicas]; blocks that requests hold; not counted where there is one replica."""
+    if len(tables) == 1:
+        return [0]
+    return [sum(table.blocks.num_used for table in of_replica) for of_replica in tables]
 
 
 class _Places:

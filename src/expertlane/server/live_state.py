@@ -31,6 +31,7 @@ _MOST_EVENTS = 200
 _MOST_HISTORY = 500_000  # token counts that a page gets at its start
 _HISTORY_FRAMES = 60
 _KEPT_LOOKS = 120
+_MARKED_S = 180.0  # how long the page is told of a recovery; it draws two minutes
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ class LiveState:
             "ttft": _percentiles(metrics.recent_ttft),
             "tpot": _percentiles(metrics.recent_tpot),
             "alerts": list(self.alerts()),
+            "changes": self._changes(),
         }
         if watch is not None:
             reading = watch.readings[-1]
@@ -281,6 +283,24 @@ class LiveState:
             return "shrunk"
         scaling = self.service.model.scaling
         return "running" if scaling is None or scaling.ahead is None else PREPARING
+
+    def _changes(self) -> list[dict[str, Any]]:
+        """Recoveries and changes of the layout of the last minutes, also one under way.
+
+        `began` in seconds since 1970; `seconds` until a step was committed again, None before.
+        """
+        recovery = self.service.model.engine.recovery
+        since = time.time() - _MARKED_S
+        return [
+            {
+                "kind": each.kind.value,
+                "began": each.at,
+                "seconds": round(each.total_s, 3) if each.is_over else None,
+                "ranks": each.ranks,
+            }
+            for each in ([] if recovery is None else list(recovery.records))
+            if each.at > since
+        ]
 
     def _dp_ranks(self) -> dict[str, Any] | None:
         """Of all data-parallel ranks, those that serve; None where lost ranks are not replaced."""

@@ -209,7 +209,10 @@ class _Stretch:
         self._simulator = simulator
         options = simulator.setup.options
         rotates = options.micro_batch_schedule == "rotating"
-        self._num_in_flight = options.num_micro_batches if rotates else 1
+        in_flight, batch = options.num_micro_batches if rotates else 1, simulator.load.batch
+        if batch is not None:  # fewer requests fill no more
+            in_flight = min(in_flight, ceil(batch / simulator.setup.layout.replicas))
+        self._num_in_flight = in_flight
         self._precision = precision.of_rounds(self._steps_of_round())
         self._load = simulator.load
         self._rate, self._batch = simulator.load.rate, simulator.load.batch
@@ -665,7 +668,7 @@ class _Watch:
         self._num_told = num
         self.end_s = self._ended(num_done)[-1].end_s
         num_first = sum(map(self.has_in, served[self.num_running :]))
-        if num_first < (1 if num < 8 * self._precision.most_steps else 0):
+        if num_first < (1 if num < _MOST_STEPS else 0):
             return False
         if num >= self._precision.most_steps:
             return True

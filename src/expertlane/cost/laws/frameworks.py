@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.profile_file import (
@@ -18,12 +19,15 @@ from expertlane.cost.laws.profile_file import (
 )
 from expertlane.cost.laws.times import Basis
 from expertlane.errors import SpecError, naming
-from expertlane.results.hardware import Judged
+from expertlane.results.hardware import Judged, KnownError
 from expertlane.spec.files import CONFIG_BYTES, read_toml
 from expertlane.spec.ranges import Strict, shown
 from expertlane.spec.tables import build
 
 FILE = Path(__file__).with_name("frameworks.toml")
+
+
+Attention = Literal["latent", "grouped", "sinks"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,10 @@ class JudgedGroup(Strict):
         has_two_pools, has_drafts: prefill apart from decode; multi-token prediction.
         is_fitted: with the overheads of each row's framework; else without any.
         tpot, output, ttft: of TPOT, of output throughput, and of TTFT.
+        tpot_within, output_within, ttft_within: the factor that nine rows in ten are within; of
+            TTFT 1 where what was measured is not what is projected.
+        model: that was measured.
+        attention: its kind: with latents, of queries in groups, or such with sinks.
     """
 
     hardware: str
@@ -73,6 +81,11 @@ class JudgedGroup(Strict):
     tpot: float
     output: float
     ttft: float
+    tpot_within: float
+    output_within: float
+    ttft_within: float
+    model: str = "DeepSeek-R1"
+    attention: Attention = "latent"
 
 
 @dataclass(frozen=True)
@@ -141,22 +154,80 @@ def served_cluster(text: str, framework: str | None) -> ModelledCluster:
 CALIBRATED = Judged("step time, 36 deployments, after expertlane calibrate", 72, 0.056)
 
 
+def _is_measured(profile: Profile) -> bool:
+    firmest = min((law.basis for law in profile.surfaces.values()), default=Basis.BOUND)
+    return firmest is Basis.MEASURED
+
+
 def judged(
-    profile: Profile, weights: str, *, has_two_pools: bool = False, has_drafts: bool = False
+    profile: Profile,
+    weights: str,
+    *,
+    attention: Attention,
+    has_two_pools: bool = False,
+    has_drafts: bool = False,
 ) -> Judged | None:
-    """Of the same device, number type and way of serving; None where nothing like it was judged.
+    """Of the same attention, device, number type and way of serving; None where none was judged.
 
     A profile that was measured on its machine was judged as such. Others by their device's name:
     with the overheads of a framework where it has some.
     """
-    firmest = min((law.basis for law in profile.surfaces.values()), default=Basis.BOUND)
-    if firmest is Basis.MEASURED:
+    if _is_measured(profile):
         return CALIBRATED
     kind = profile.name, weights, has_two_pools, has_drafts, bool(profile.framework)
     for each in judged_groups():
-        if kind == _kind(each):
-            return Judged(_what(each), each.num_rows, each.tpot)
+        if kind == _kind(each) and attention == each.attention:
+            return Judged(f"TPOT of {_what(each)}", each.num_rows, each.tpot)
     return None
+
+
+_GENERATIONS = (("h100", "h200"), ("b200", "b300", "gb200", "gb300"))
+
+
+def nearest(
+    profile: Profile,
+    weights: str,
+    *,
+    attention: Attention,
+    has_two_pools: bool = False,
+    has_drafts: bool = False,
+) -> KnownError | None:
+    """How far off the nearest kind was that was judged; the widest where several are as near.
+
+    Nearest in attention, then card, then overheads of a framework, types, pools and drafts. None of
+    a profile that was measured on its machine, whose bounds held where it was judged.
+    """
+    if _is_measured(profile):
+        return None
+
+    def distance(group: JudgedGroup) -> tuple[float, ...]:
+        is_of_generation = any({profile.name, group.hardware} <= {*of} for of in _GENERATIONS)
+        return (
+            0
+            if group.attention == attention
+            else 2
+            if "latent" in (group.attention, attention)
+            else 1,
+            0 if group.hardware == profile.name else 1 if is_of_generation else 2,
+            group.is_fitted != bool(profile.framework),
+            group.weights != weights,
+            group.has_two_pools != has_two_pools,
+            group.has_drafts != has_drafts,
+            -group.tpot_within,
+        )
+
+    groups = sorted(judged_groups(), key=distance)
+    if not groups:
+        return None
+    one, of_ttft = groups[0], next((each for each in groups if each.ttft_within > 1), None)
+    return KnownError(
+        _what(one),
+        one.num_rows,
+        one.tpot_within,
+        one.output_within,
+        "" if of_ttft is None else _what(of_ttft),
+        1.0 if of_ttft is None else of_ttft.ttft_within,
+    )
 
 
 def _kind(group: JudgedGroup) -> tuple[str, str, bool, bool, bool]:
@@ -172,4 +243,4 @@ def _kind(group: JudgedGroup) -> tuple[str, str, bool, bool, bool]:
 def _what(group: JudgedGroup) -> str:
     pools = "disaggregated" if group.has_two_pools else "aggregated"
     drafts = ", multi-token prediction" if group.has_drafts else ""
-    return f"TPOT of DeepSeek-R1, {group.hardware.upper()}, {group.weights}, {pools}{drafts}"
+    return f"{group.model}, {group.hardware.upper()}, {group.weights}, {pools}{drafts}"

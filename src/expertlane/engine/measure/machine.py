@@ -32,7 +32,7 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
         host=socket.gethostname(),
         num_cores=context.share.num_cores,
         cpus=list(context.share.cpus) if context.is_pinned else [],
-        cpu_name=_cpu_name(),
+        cpu_name=cpu_name(),
         device="cpu" if chosen.device.type == "cpu" else chosen.device_name,
         backend=chosen.transport,
         dtype=chosen.dtype_name,
@@ -60,7 +60,8 @@ def _driver() -> str:
     return ""
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The name of this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

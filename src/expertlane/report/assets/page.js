@@ -4,6 +4,38 @@
 (() => {
   for (const each of document.querySelectorAll("details[data-folded]")) each.open = false;
 
+  // A link into a chapter that is folded opens it.
+  function reveal() {
+    const target = document.getElementById(location.hash.slice(1));
+    for (let each = target; each; each = each.parentElement) if (each.tagName === "DETAILS") each.open = true;
+    target?.scrollIntoView();
+  }
+  window.addEventListener("hashchange", reveal);
+  if (location.hash) reveal();
+  for (const link of document.querySelectorAll("nav a, .contents a")) {
+    link.addEventListener("click", () => { if (link.hash === location.hash) reveal(); });
+  }
+
+  // Commands are copied with a click; where a browser does not let that be, they are selected.
+  for (const command of document.querySelectorAll("pre.command")) {
+    const text = command.textContent;
+    const button = document.createElement("button");
+    button.className = "copy";
+    button.type = "button";
+    button.textContent = "Copy";
+    command.append(button);
+    button.addEventListener("click", async () => {
+      try {
+        await navigator.clipboard.writeText(text);
+        button.textContent = "Copied";
+      } catch {
+        getSelection().setBaseAndExtent(command.firstChild, 0, command.firstChild, text.length);
+        button.textContent = "Ctrl+C";
+      }
+      setTimeout(() => { button.textContent = "Copy"; }, 2e3);
+    });
+  }
+
   // Timelines of a group show the same stretch of time.
   for (const group of document.querySelectorAll(".timelines")) {
     const scrolled = [...group.querySelectorAll(".time")];

@@ -178,11 +178,11 @@ def _most_costly(seconds: Mapping[str, Mapping[str, float]], what: str) -> str:
     """The largest cause of the slowest one, and its part of the fastest one."""
     slow, fast = (by(seconds, key=lambda name: sum(seconds[name].values())) for by in (max, min))
     cause, share = _top(seconds[slow])
-    said = f"{percent(share)} of {slow}'s {what} is {cause}"
+    said = f"Largest part of a {what}: {cause}, {percent(share)}"
     if slow == fast:
-        return said
+        return f"{said} of {slow}'s" if len(seconds) > 1 else said
     its_share = seconds[fast].get(cause, 0.0) / (sum(seconds[fast].values()) or 1.0)
-    return f"{said}, {percent(its_share)} of {fast}'s"
+    return f"{said} of the longest ({slow}), {percent(its_share)} of the shortest ({fast})"
 
 
 def _top(seconds: Mapping[str, float]) -> tuple[str, float]:

@@ -8,7 +8,7 @@ from math import dist, hypot
 import numpy as np
 
 _Place = tuple[float, float]
-_CHARACTER_PX, _LINE_PX = 6.2, 14.0
+CHARACTER_PX, LINE_PX = 6.2, 14.0
 _GAP_PX, _POINT_PX = 7.0, 4.0
 _STEP_PX = 10.0  # between places further away that are tried
 # Which side of its point a name stands on, tried in this order: right of it, left, in the middle;
@@ -109,10 +109,10 @@ def placed(
 def _further(point: _Place, name: str, size_px: _Place) -> list[_Box]:
     """Places for a name anywhere right of its point or above it, the nearest first."""
     (x, _), (width, height) = point, size_px
-    size = _CHARACTER_PX * len(name)
+    size = CHARACTER_PX * len(name)
     lefts = np.arange(max(0.0, x - size), width - size, _STEP_PX).tolist()
-    tops = np.arange(0.0, height - _LINE_PX, _STEP_PX).tolist()
-    boxes = [_Box(left, top, left + size, top + _LINE_PX) for left in lefts for top in tops]
+    tops = np.arange(0.0, height - LINE_PX, _STEP_PX).tolist()
+    boxes = [_Box(left, top, left + size, top + LINE_PX) for left in lefts for top in tops]
     return sorted(boxes, key=lambda box: dist(box.nearest(point), point))
 
 
@@ -124,14 +124,14 @@ def _around(place: _Place) -> _Box:
 def _along(line: Sequence[_Place]) -> Iterator[_Place]:
     """Places on it that are no further from each other than a name is high."""
     for (x, y), (to_x, to_y) in pairwise(line):
-        num = 1 + int(hypot(to_x - x, to_y - y) / _LINE_PX)
+        num = 1 + int(hypot(to_x - x, to_y - y) / LINE_PX)
         for place in range(num):
             yield x + (to_x - x) * place / num, y + (to_y - y) * place / num
 
 
 def _box(point: _Place, side: tuple[int, int], name: str) -> _Box:
     across, down = side
-    width = _CHARACTER_PX * len(name)
+    width = CHARACTER_PX * len(name)
     left = point[0] + {1: _GAP_PX, 0: -width / 2, -1: -width - _GAP_PX}[across]
-    middle = point[1] + down * (_LINE_PX / 2 + (_GAP_PX if across == 0 else _POINT_PX))
-    return _Box(left, middle - _LINE_PX / 2, left + width, middle + _LINE_PX / 2)
+    middle = point[1] + down * (LINE_PX / 2 + (_GAP_PX if across == 0 else _POINT_PX))
+    return _Box(left, middle - LINE_PX / 2, left + width, middle + LINE_PX / 2)

@@ -14,7 +14,7 @@ from expertlane.report.charts.encoding import (
     quantity,
     tooltip_of,
 )
-from expertlane.report.charts.labels import placed
+from expertlane.report.charts.labels import CHARACTER_PX, LINE_PX, placed
 from expertlane.report.document import Chart, Column, Legend, Table, number, text
 from expertlane.report.numbers import NONE, counted, figures, low_high
 from expertlane.results.estimate import Estimate
@@ -23,6 +23,7 @@ _HEIGHT_PX = 300
 # Widths that a page draws in, without an axis, and up to which it is the narrower one.
 _WIDTHS_PX, _NARROW_PX = {"wide": 500, "narrow": 275}, 400
 _ROOM = 1.12  # of the largest value
+_LIMIT_GAP_PX = 4  # between a limit's line and its words
 _USER = "tokens/s per user (1/TPOT)"
 Role = Literal["chosen", "front", "other", "reported"]
 _LOOKS: dict[Role, Legend] = {
@@ -114,7 +115,7 @@ def _spec(
     size = by_name("kind", {each.label: _SIZES.get(each.label, 60) for each in looks})
     shape = by_name("kind", {each.label: PATHS.get(each.shape, each.shape) for each in looks})
     return {
-        "data": {"values": _values(dots, columns, far, high)},
+        "data": {"values": _values(dots, columns, far, high, limits)},
         "height": _HEIGHT_PX,
         "layer": [
             *([_limit(limits, across)] if limits else []),
@@ -142,20 +143,23 @@ _Axis = Callable[[str], Spec]
 def _limit(limits_s: Sequence[float], across: _Axis) -> Spec:
     """A dashed line at each TPOT that users are promised."""
     return {
-        "data": {
-            "values": [{"x": 1.0 / each, "said": f"TPOT ≤ {1e3 * each:g} ms"} for each in limits_s]
-        },
+        "data": {"values": [{"x": 1.0 / each, "said": _limit_said(each)} for each in limits_s]},
         "layer": [
             {
                 "mark": {"type": "rule", "strokeDash": [5, 4], "color": "--ink"},
                 "encoding": {"x": across("x")},
             },
             {
-                "mark": {"type": "text", "align": "left", "dx": 4, "baseline": "top", "dy": 2},
+                "mark": {"type": "text", "align": "left", "baseline": "top", "dy": 2}
+                | {"dx": _LIMIT_GAP_PX},
                 "encoding": {"x": across("x"), "y": {"value": 0}, "text": {"field": "said"}},
             },
         ],
     }
+
+
+def _limit_said(limit_s: float) -> str:
+    return f"TPOT ≤ {1e3 * limit_s:g} ms"
 
 
 def _names(across: _Axis, up: _Axis) -> list[Spec]:
@@ -207,7 +211,11 @@ def _bounds(across: _Axis, up: _Axis) -> list[Spec]:
 
 
 def _values(
-    dots: Sequence[Dot], columns: dict[str, Column[Dot]], far: float, high: float
+    dots: Sequence[Dot],
+    columns: dict[str, Column[Dot]],
+    far: float,
+    high: float,
+    limits_s: Sequence[float],
 ) -> list[Spec]:
     """What is drawn, what matters most last and so on top, with where names are at both widths."""
     dots = sorted(dots, key=lambda dot: list(_LOOKS).index(dot.role))
@@ -225,6 +233,10 @@ def _values(
             (width_px * value["x"] / far, _HEIGHT_PX * (1 - value["y"] / high)) for value in values
         ]
         lines = [[at for at, dot in zip(points, dots, strict=True) if dot.role == "front"]]
+        for each in limits_s:
+            x = width_px / each / far
+            end = x + _LIMIT_GAP_PX + CHARACTER_PX * len(_limit_said(each))
+            lines += [(x, 0.0), (x, float(_HEIGHT_PX))], [(x, LINE_PX / 2), (end, LINE_PX / 2)]
         for value, dot, (x, y) in zip(values, dots, points, strict=True):
             if dot.role == "chosen":
                 ends = value["slow"], value["fast"], value["high"], value["low"]

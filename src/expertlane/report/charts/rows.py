@@ -96,6 +96,11 @@ def rule(**looks: object) -> Spec:
     return {"type": "rule", "yOffset": down(_DOWN_PX), **looks}
 
 
+def point(**looks: object) -> Spec:
+    """A mark in the middle of a row's bar."""
+    return {"type": "point", "filled": True, "opacity": 1, "yOffset": down(_DOWN_PX), **looks}
+
+
 def along(field: str, title: str | None, most: float, least: float = 0.0) -> Spec:
     """Where a value is on the axis that all rows share; values are written, so it has no labels."""
     axis = {"labels": False, "grid": False, "domain": False, "ticks": False, "titlePadding": 2}

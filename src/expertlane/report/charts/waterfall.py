@@ -67,15 +67,14 @@ def step_title(from_name: str, to_name: str, difference: StepDifference) -> str:
     """What the difference is made of, in a line."""
     saved_ms = difference.slower_ms - difference.faster_ms
     if abs(saved_ms) < _EVEN * difference.slower_ms or not difference.causes:
-        return f"{to_name}'s step takes as long as {from_name}'s"
-    than = (
-        f"{figures(abs(saved_ms))} ms {'shorter' if saved_ms > 0 else 'longer'} than {from_name}'s"
-    )
+        return f"A step of {to_name} takes as long as one of {from_name}"
+    than = f"{figures(abs(saved_ms))} ms {'shorter' if saved_ms > 0 else 'longer'}"
+    said = f"A step of {to_name} is {than} than one of {from_name}"
     named = [(cause, ms) for cause, ms in difference.causes if ms * saved_ms < 0]
     if not named:
-        return f"{to_name}'s step is {than}"
+        return said
     cause, ms = max(named, key=lambda each: abs(each[1]))
-    return f"{to_name}'s step is {than}: {cause} {signed(ms)} ms"
+    return f"{said}, first of all by {cause} ({signed(ms)} ms)"
 
 
 def _rows(from_name: str, to_name: str, difference: StepDifference) -> list[Spec]:

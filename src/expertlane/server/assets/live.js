@@ -192,9 +192,12 @@
     if (!frame) return;
     setState(isPaused ? "paused" : frame.state);
     const speed = rate();
+    const change = frame.changes.find((each) => each.seconds === null);
     at("headline").textContent =
       frame.state === "ended"
         ? "The server has ended"
+        : change
+        ? `${sentence(told(change))}; ${count(frame.num_running + frame.num_waiting, "request")} wait`
         : `${number.format(speed)} output tokens/s; ${count(frame.num_running, "request")} running, ${number.format(frame.num_waiting)} waiting`;
     drawAlerts();
     drawTiles(speed);
@@ -278,9 +281,7 @@
     return [context, width];
   }
 
-  function drawSpeed() {
-    const height = 90;
-    const [context, width] = canvas("speed", height);
+  function ratesSoFar() {
     const rates = [];
     let before = speeds[0];
     for (const each of speeds) {
@@ -289,12 +290,83 @@
       rates.push({ at: each.at, rate: (each.tokens - before.tokens) / passed });
       before = each;
     }
+    return rates;
+  }
+
+  // Of recoveries and changes of the layout: while they last, and once they are over.
+  const CHANGES = {
+    recovery: ["recovering", "recovered in"],
+    growth: ["growing back", "grew back in"],
+    scaling: ["changing the layout", "layout changed in"],
+  };
+  const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+  const shortly = (change) => {
+    const [during, after] = CHANGES[change.kind];
+    return change.seconds === null ? during : `${after} ${seconds(change.seconds)}`;
+  };
+  const lost = (change) =>
+    change.ranks.length ? `${change.ranks.length > 1 ? "ranks" : "rank"} ${change.ranks.join(", ")} lost` : "";
+  /** While it lasts: for how long already, and which ranks are lost. */
+  function told(change) {
+    const passed = Math.max(0, frame.at - change.began);
+    const why = lost(change);
+    return `${shortly(change)} for ${passed.toFixed(0)} s${why ? `: ${why}` : ""}`;
+  }
+
+  /** What the latest change did to the rate, in a sentence; empty without one. */
+  function dip(rates) {
+    const change = frame.changes.at(-1);
+    if (!change || change.began < rates[0].at) return "";
+    const when = new Date(1e3 * change.began).toLocaleTimeString("en-GB");
+    const until = change.seconds === null ? frame.at : change.began + change.seconds;
+    const before = rates.filter((each) => each.at <= change.began).slice(-5);
+    const during = rates.filter((each) => each.at > change.began && each.at <= until + 1);
+    const usual = before.reduce((all, each) => all + each.rate, 0) / Math.max(1, before.length);
+    const least = Math.min(...during.map((each) => each.rate));
+    const fell = before.length && least < usual ? `; the rate fell from ${number.format(usual)} to ${number.format(least)} tokens/s` : "";
+    const why = lost(change);
+    return `${when}: ${why ? `${why}, ` : ""}${shortly(change)}${fell}.`;
+  }
+
+  /** A band from where a change begins to its end, or to now, with its words on top. */
+  function markChanges(context, x, from, to, bottom) {
+    let free = from;
+    for (const each of frame.changes) {
+      const until = each.seconds === null ? frame.at : each.began + each.seconds;
+      const left = Math.max(from, x(each.began));
+      const right = Math.min(to, Math.max(x(until), left + 2));
+      if (right <= from) continue;
+      context.fillStyle = colour("--above");
+      context.globalAlpha = 0.25;
+      context.fillRect(left, 14, right - left, bottom - 14);
+      context.globalAlpha = 1;
+      context.fillRect(left, 14, 2, bottom - 14);
+      const why = lost(each);
+      const words = `${why ? `${why}, ` : ""}${shortly(each)}`;
+      const wide = context.measureText(words).width;
+      const start = Math.min(left, to - wide);
+      if (start < free) continue; // the words of the one before are there
+      context.fillStyle = colour("--ink");
+      context.textAlign = "left";
+      context.fillText(words, start, 10);
+      free = start + wide + 8;
+    }
+  }
+
+  function drawSpeed() {
+    const height = 110;
+    const [context, width] = canvas("speed", height);
+    const rates = ratesSoFar();
     if (!rates.length) return;
+    const said = dip(rates);
+    at("dip").hidden = !said;
+    if (said !== at("dip").textContent) at("dip").textContent = said;
     const until = rates.at(-1).at;
     const span = Math.max(windowS(), 30);
     const most = Math.max(1, ...rates.map((each) => each.rate));
     const x = (when) => 44 + (width - 50) * (1 - (until - when) / span);
-    const y = (value) => 72 - 62 * (value / most);
+    const y = (value) => 92 - 74 * (value / most);
+    markChanges(context, x, 44, width - 6, 92);
     context.fillStyle = colour("--muted");
     context.strokeStyle = colour("--line");
     context.textAlign = "right";
@@ -306,11 +378,11 @@
       context.stroke();
     }
     context.textAlign = "left";
-    context.fillText(`${span} s ago`, 44, 87);
+    context.fillText(`${span} s ago`, 44, 107);
     context.textAlign = "center";
-    context.fillText("output tokens/s", width / 2, 87);
+    context.fillText("output tokens/s", width / 2, 107);
     context.textAlign = "right";
-    context.fillText("now", width - 6, 87);
+    context.fillText("now", width - 6, 107);
     context.strokeStyle = colour("--accent");
     context.lineWidth = 2;
     context.beginPath();
