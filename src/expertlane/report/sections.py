@@ -35,7 +35,7 @@ from expertlane.results.results import Results
 
 _SURE = Chapter(
     "sure",
-    "How sure it is",
+    "Accuracy and cautions",
     "What was assumed, what rests on measurements, and what may have disturbed them.",
 )
 _SETUP = Chapter(
