@@ -195,8 +195,9 @@ def last_lines(results: Results) -> tuple[str, ...]:
 def test_where_the_commands_are():
     best = planned(FIRST, 20_000, BEST)
     assert last_lines(plan(best))[-1] == "Commands of vLLM and expertlane: --full"
-    lines = last_lines(plan(best, *pools(1.1, 1.2, 1.3)))
-    assert any(tells(line, "aggregated compare no disaggregated") for line in lines[1:2])
+    _, why, again, _ = last_lines(plan(best, *pools(1.1, 1.2, 1.3)))
+    assert tells(why, "aggregated compare no disaggregated")
+    assert again == "Again: expertlane simulate --plan results/plan#pools"
 
 
 def engine(name: str, title: str, best: DeploymentRecord | None, why: str = "", **more):
