@@ -419,18 +419,21 @@ def ms_with_bounds(estimate: Estimate) -> str:
     return f"{milliseconds(estimate)} ({low_high_ms(estimate)})"
 
 
+_NEARLY = 0.95  # of the sequences that a pool has room for
+
+
 def _held_back(results: Results, record: DeploymentRecord) -> Iterator[str]:
     wanted, layout = record.best_load.batch, record.known_layout
     slots = layout.dp * layout.replicas * results.question["serving"]["max_num_seqs"]
     for pool in record.pools:
         running, room = pool.most_running or 0, pool.num_resident or 0
-        if (
-            pool.role != "prefill"
-            and wanted is not None
-            and running < wanted
-            and (room < min(wanted, slots) or slots < wanted)
-        ):
+        if pool.role == "prefill" or wanted is None or running >= wanted:
+            continue
+        is_fed_less = pool.role == "decode" and running < _NEARLY * min(wanted, slots, room)
+        if is_fed_less or room < min(wanted, slots) or slots < wanted:
             lacking = "--max-num-seqs" if slots <= room else "memory"
+            if is_fed_less:
+                lacking = "prefill"
             said = places(record.best_load, wanted, f", limited by {lacking}")
             yield (
                 f"{said[0].upper()}{said[1:]}."
