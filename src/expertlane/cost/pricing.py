@@ -3,6 +3,7 @@
 from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -277,6 +278,7 @@ class Pricing:
 
     def work(self, program: StepProgram) -> list[list[StageWork]]:
         """[num_stages][num_micro_batches]."""
+        self._look_up_together(program)
         return [
             [
                 StageWork(
@@ -309,20 +311,56 @@ class Pricing:
                 timed.append(TimedStep(step, times, self._links.contention(step).value))
         return timed
 
-    def _operation(self, step: Operation, num_ranks: int) -> Times:
-        dtype = law_dtype(self.types, step)
+    def _look_up_together(self, program: StepProgram) -> None:
+        """Price operations that one law gives in one call for all their sizes: one costs as much.
+
+        Those of other laws are priced one by one: which law is the fastest turns on their sizes.
+        """
+        wanted: defaultdict[Hashable, dict[Hashable, Operation]] = defaultdict(dict)
+        num_ranks = program.stages[0][0].mesh.size
+        sections = {id(each.steps): each for of in program.of_stages() for each in of.sections()}
+        for step in chain.from_iterable(each.steps for each in sections.values()):
+            if isinstance(step, Operation):
+                key = self._key(step, num_ranks)
+                if key not in self._known:
+                    wanted[step.kind, law_dtype(self.types, step)][key] = step
+        for alike in wanted.values():
+            steps = list(alike.values())
+            kind, dtype = steps[0].kind, law_dtype(self.types, steps[0])
+            if len(steps) == 1 or not self._device.has_one_law(kind, dtype):
+                continue
+            sizes = {
+                name: np.concatenate(
+                    [np.broadcast_to(each.sizes[name], (num_ranks,)) for each in steps]
+                )
+                for name in steps[0].sizes
+            }
+            times = self._device.times(kind, dtype, sizes)
+            for place, key in enumerate(alike):
+                self._keep(key, times.part(slice(place * num_ranks, (place + 1) * num_ranks)))
+
+    def _key(self, step: Operation, num_ranks: int) -> Hashable:
+        """What an operation's times turn on."""
         sizes = [
             size.tobytes() if isinstance(size, np.ndarray) else size for size in step.sizes.values()
         ]
-        key = step.kind, dtype, num_ranks, *step.sizes, *sizes
+        return step.kind, law_dtype(self.types, step), num_ranks, *step.sizes, *sizes
+
+    def _operation(self, step: Operation, num_ranks: int) -> Times:
+        key = self._key(step, num_ranks)
         times = self._known.get(key)
         if times is None:
-            times = self._device.times(step.kind, dtype, step.sizes).of_ranks(num_ranks)
-            if self._only_likely:
-                times = replace(times, bounds=np.broadcast_to(times.seconds, times.bounds.shape))
-            self._known[key] = times
-            if len(self._known) > _MOST_KNOWN:
-                self._known.popitem(last=False)
+            times = self._device.times(step.kind, law_dtype(self.types, step), step.sizes)
+            times = self._keep(key, times.of_ranks(num_ranks))
+        return times
+
+    def _keep(self, key: Hashable, times: Times) -> Times:
+        """Remember an operation's times."""
+        if self._only_likely:
+            times = replace(times, bounds=np.broadcast_to(times.seconds, times.bounds.shape))
+        self._known[key] = times
+        if len(self._known) > _MOST_KNOWN:
+            self._known.popitem(last=False)
         return times
 
     def _transfer(self, step: Transfer, known: dict[Hashable, Times]) -> Times:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from expertlane.cost.laws.execution import Execution, kernels_of
+from expertlane.cost.laws.execution import LIKELY, Execution, kernels_of
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE, MultiToken
 from expertlane.cost.records import cluster_record, conditions_of, no_surer_than_known
@@ -319,6 +319,9 @@ def make_plan(
     num_of_pools = of_pools.num_candidates
     progress.task("best of each engine", 1)
     engines = of_each_engine(search, ranking, pools, of_pools)
+    best = _best_pools(pools, engines)
+    if best is not pools:  # an engine's own search found better ones
+        pools, engines = best, of_each_engine(search, ranking, best, of_pools)
     progress.done()
     return Plan(
         request,
@@ -332,6 +335,14 @@ def make_plan(
         engines,
         break_even(ranking, request, search.known),
     )
+
+
+def _best_pools(pools: TwoPools | NoPools, engines: Sequence[EngineChoice]) -> TwoPools | NoPools:
+    """Those with most tokens a second, of all that were simulated."""
+    found = [
+        each for each in (pools, *(each.pools for each in engines)) if isinstance(each, TwoPools)
+    ]
+    return max(found, key=lambda each: float(each.served.tps[LIKELY, 0]), default=pools)
 
 
 def pareto_records(

@@ -38,6 +38,7 @@ class DeviceModel:
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
         self._laws: dict[tuple[Kind, str], tuple[Surface, float]] = {}
+        self._libraries: dict[str, list[Surface]] = {}
 
     def times(self, kind: Kind, dtype: str, sizes: Mapping[str, Floats | float]) -> Times:
         """Seconds with bounds, without launch overheads.
@@ -96,10 +97,17 @@ class DeviceModel:
             max(up.wider, activation.wider),
         )
 
+    def has_one_law(self, kind: Kind, dtype: str) -> bool:
+        """Whether one law gives all times of an operation, whatever its sizes."""
+        return kind is not Kind.EXPERTS and not self._others(kind, dtype)
+
     def _others(self, kind: Kind, dtype: str) -> list[Surface]:
         """Laws of other libraries for the same operation, named `experts.float8.<library>`."""
         begin = f"{kind}.{dtype}."
-        return [law for name, law in self._profile.surfaces.items() if name.startswith(begin)]
+        if begin not in self._libraries:
+            surfaces = self._profile.surfaces.items()
+            self._libraries[begin] = [law for name, law in surfaces if name.startswith(begin)]
+        return self._libraries[begin]
 
     def _law(self, kind: Kind, dtype: str) -> tuple[Surface, float]:
         types = ITEM_BYTES if kind in ATTENTION else WEIGHT_BYTES
@@ -186,7 +194,6 @@ def _no_faster_than_peak(times: Times, peak_s: Floats) -> Times:
 
 def _faster(times: Times, other: Surface, base: Roofline) -> Times:
     """The times, but another law's where it is faster and knows of such sizes."""
-    found = other.times(base.seconds, base.at)
-    _, doublings = other.look_up(base.at)
+    found, doublings = other.times_and_doublings(base.seconds, base.at)
     is_faster = (found.seconds < times.seconds) & (doublings <= _KNOWN_DOUBLINGS)
     return where(is_faster, found, times)

@@ -48,15 +48,22 @@ class Surface:
             roofline_s: [R].
             at: by axis, the sizes, positive; [R] or one for all. More than the axes may be given.
         """
+        return self.times_and_doublings(roofline_s, at)[0]
+
+    def times_and_doublings(
+        self, roofline_s: Floats, at: Mapping[str, Floats | float]
+    ) -> tuple[Times, Floats]:
+        """The same, and by how many doublings sizes lie outside the knots, [R]."""
         correction, doublings = self.look_up(at)
         seconds = roofline_s * np.exp(correction)
         wider = 1 + _WIDER_PER_DOUBLING * doublings
-        return Times(
+        times = Times(
             np.array([seconds * (self.low / wider), seconds, seconds * (self.high * wider)]),
             self.basis,
             np.broadcast_to(doublings > _OUTSIDE, seconds.shape),
             self.wider,
         )
+        return times, doublings
 
     def look_up(self, at: Mapping[str, Floats | float]) -> tuple[Floats, Floats]:
         """The correction, and by how many doublings sizes lie outside the knots; [R] each."""
