@@ -100,7 +100,7 @@ class Pair:
         return self._ahead(request, self._known if other is routing else known)
 
     def with_sequences(self, num: float) -> float:
-        """Logarithm of that ratio at a number of concurrent sequences, or as many as fit of them."""
+        """Logarithm of that ratio at a number of concurrent sequences, or as many as fit."""
         workload = replace(self._request.workload, num_sequences=round(num))
         return self._ahead(replace(self._request, workload=workload), self._known)
 

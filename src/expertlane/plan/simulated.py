@@ -42,7 +42,7 @@ from expertlane.spec.layout import Layout
 NUM_SIMULATED = 12  # options
 _MOST_TRIALS = 8  # numbers of sequences to simulate of an option
 _NUM_TOLD = 5  # options that are shown, the best with EP, without, and of each engine among them
-_CLOSE = 0.96  # of a number of sequences: no nearer next trial with a single bracket
+_CLOSE = 0.96  # of a number that misses the limits: the most to try next while none meets them
 KEPT = 1.001  # times a limit: the accuracy of steady states
 _AIM = 0.99  # of a limit
 # Gains in tokens/s that are worth another trial: of the best, of others that are shown, and while
@@ -331,7 +331,7 @@ class Trials:
     def _further(
         self, most: SimulatedCandidate, kept: Sequence[SimulatedCandidate], *, boldly: bool
     ) -> tuple[int, float]:
-        """More sequences while no trial has missed a limit, extrapolated from the growth of TPOT."""
+        """More sequences while no trial has missed a limit, extrapolated along TPOT."""
         missed, limit = most.breach(self._goals), self.option.most_seqs
         if most.num_seqs >= limit or missed <= 0:
             return 0, 0.0
@@ -351,7 +351,7 @@ class Trials:
         return min(num, limit), tps
 
     def _between(self, most: SimulatedCandidate, few: SimulatedCandidate) -> tuple[int, float]:
-        """The next number between one that meets the limits and one that misses: linear in logarithms."""
+        """The next number between one that meets the limits and one that misses; log-linear."""
         low, high = most.breach(self._goals), few.breach(self._goals)
         if few.num_seqs - most.num_seqs <= 1:
             return 0, 0.0
@@ -360,7 +360,7 @@ class Trials:
         tps = most.tps * (few.tps / most.tps) ** (-log(max(low, 1e-9)) / grows if low > 0 else 0.5)
         share = log(aim / low) / grows if 0 < low < aim else 0.5
         if len({each.keeps(self._goals) for each in self.found[-2:]}) == 1:
-            share = 0.5  # the line was wrong twice: bisect
+            share = 0.5  # the last two were on the same side: bisect
         num = int(most.num_seqs * (few.num_seqs / most.num_seqs) ** share)
         return max(num, most.num_seqs + 1), tps
 

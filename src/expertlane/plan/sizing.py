@@ -75,7 +75,7 @@ class _Sizing:
         self._plans: dict[int, Plan | UserError] = {}
 
     def run(self) -> Sized:
-        """Bracket the smallest size that serves all by plans, from the one that the formula proposes."""
+        """Bracket the smallest size that serves all, from the one that the formula proposes."""
         place = self._proposed()
         sizes = self._sizes
         low, high, step = -1, len(sizes), 1  # indices: too few, and enough

@@ -147,7 +147,8 @@ def _of_workload(results: Results, modelled: Comparison) -> tuple[Words, ...]:
     ]
     if held:
         notes.append(
-            f"Of {modelled.num_seqs:,} sequences, {', '.join(held)} fit in memory at once; others wait."
+            f"Of {modelled.num_seqs:,} sequences, {', '.join(held)} fit in memory at once; "
+            "the others wait."
         )
     if modelled.compared:
         notes.append(f"rel: against {modelled.compared[1].name}.")

@@ -140,8 +140,8 @@ class Cluster(Strict):
         flops_per_s: dense, in the type of weights.
         framework: whose overheads were taken; "" for none that is known.
         judged: how far off projections of such a kind were; None where none was judged.
-        nearest: errors of the nearest measured kind; bounds of throughput and latency are no narrower.
-            None where the profile was measured on the machine itself.
+        nearest: errors of the nearest measured kind, which bounds of throughput and latency are no
+            narrower than; None where the profile was measured on the machine itself.
     """
 
     name: str

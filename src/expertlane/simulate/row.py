@@ -146,8 +146,8 @@ def _row(results: Results, row: str) -> Row:
         model, workload = (question["experiment"][name] for name in ("model", "workload"))
     else:
         raise UserError(
-            f"it has results of a {results.kind} without projected rows; --plan takes those of plan "
-            "or compare --project"
+            f"it has results of a {results.kind} without projected rows; --plan takes those of "
+            "plan or compare --project"
         )
     asked = question.get("projection")
     if asked is None or record.conditions is None:

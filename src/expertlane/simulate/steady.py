@@ -35,7 +35,7 @@ from expertlane.spec.workload import Load, TimedRequest
 _SETTLING_STEPS = 8
 _SETTLING_SHARE = 0.1  # of the steps that a stretch has at least
 _NUM_GUESSES = 4  # iterations for the number of requests that decode, in an open loop
-_SAME_RUNNING = 0.01  # relative change at which that iteration has converged
+_SAME_RUNNING = 0.01  # relative difference of two numbers of requests that count as equal
 _PROBE_STEPS = 2
 _FULL_STEPS = 5  # of a pool that always has prompts; the first and the last of them do not count
 _FEW_STEPS, _FEWEST_ROUNDS = 2, 8  # of a round, the usual; least number of longer rounds
@@ -372,7 +372,7 @@ class _Stretch:
         return self._num_fed(pools[-1], running) if len(pools) > 1 else running
 
     def _num_fed(self, pool: SimulatedPool, most: int) -> int:
-        """Requests that decode, as many as prefill keeps up with; sets `_step_s`, a step of so many.
+        """Requests that decode, as many as prefill keeps up with; sets `_step_s` accordingly.
 
         Step time is taken to be linear in their number.
         """
