@@ -61,7 +61,7 @@ _NUM_PARETO = 12
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What was found, and for what.
+    """A plan and its question.
 
     Attributes:
         cautions: what a reader must know of the numbers, in sentences.

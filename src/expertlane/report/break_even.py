@@ -67,7 +67,7 @@ def _ahead(level: Level) -> str:
 
 
 def _is_lost(level: Level) -> bool:
-    """Whether the rival is ahead beyond the break-even point, by more than `_LEAST`."""
+    """True if the rival leads beyond the break-even point by more than `_LEAST`."""
     over = level.over_at_end
     return level.at is not None and (over is None or over > 1 + _LEAST)
 

@@ -76,7 +76,7 @@ class _Drawn:
         self._sections, self._charts = count(1), count(1)
 
     def chapter(self, report: Report, chapter: Chapter) -> dict[str, Any]:
-        """With its sections, but for sentences that the page begins with."""
+        """Template values of a chapter, without sentences that the page begins with."""
         said = f"{report.answer.setting}\n{report.answer.headline}"
         sections = []
         for each in report.sections:

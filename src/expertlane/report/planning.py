@@ -80,7 +80,7 @@ def place_of(results: Results, record: DeploymentRecord) -> int | None:
 
 
 def is_tied(results: Results, record: DeploymentRecord) -> bool:
-    """Whether it ties for most tokens/s: one of a row by its place, others by their ratio to #1."""
+    """True if it ties for most tokens/s: rows by their place, others by their ratio to #1."""
     place = place_of(results, record)
     if place is not None:
         return place <= results.plans[0].num_tied

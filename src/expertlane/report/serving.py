@@ -402,7 +402,7 @@ def limits(results: Results) -> Iterator[str]:
 
 
 def _doubts(results: Results) -> Iterator[str]:
-    """What a reader must know of the numbers, and how much lies outside of what was measured."""
+    """Cautions on the numbers, and the share that lies outside measured sizes."""
     yield from cautions(results)
     phases = phases_of(results.deployments[0])
     total_s = sum(step.wall_s.value for _, step in phases)

@@ -31,7 +31,7 @@ class Level(Strict):
 
 @dataclass(frozen=True)
 class BreakEven(Strict):
-    """What would change the answer between #1 and the best of another kind.
+    """Break-even points of #1 and the best of another kind.
 
     Attributes:
         rival: name of the rival.

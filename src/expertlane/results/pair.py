@@ -12,7 +12,7 @@ from expertlane.spec.ranges import Strict
 
 @dataclass(frozen=True)
 class PairRecord(Strict):
-    """How two deployments differ that were measured in turns.
+    """Difference of two deployments that were measured in turns.
 
     Estimates have 90 % intervals (`results.statistics`), or none of too few repetitions.
 

@@ -190,7 +190,7 @@ class PlanSummary(Strict):
 
 @dataclass(frozen=True)
 class WorkloadVerdict(Strict):
-    """What one deployment of a projection has over others, under the whole workload.
+    """Comparison of projected deployments on the whole workload.
 
     Attributes:
         name: the deployment that is compared (`choose_compared`).

@@ -192,7 +192,7 @@ class ServingRecord(Strict):
         return all(each.is_met for each in self.slos)
 
     def no_surer_than(self, known: KnownError) -> "ServingRecord":
-        """With bounds no narrower than the known error of such projections."""
+        """The record with bounds no narrower than the known error of such projections."""
         output = (self.output_tps, self.total_tps, self.requests_per_s, self.goodput)
         output_tps, total_tps, requests_per_s, goodput = (
             each and each.no_surer_than(known.output) for each in output
