@@ -77,7 +77,7 @@ class _Options:
         False,
         "--traffic",
         rich_help_panel=Panel.MORE_OUTPUT,
-        help="Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks "
+        help="Also show for each deployment: traffic matrix, fan-out of tokens, hottest ranks "
         "and experts, and the straggler.",
     )
     trace: bool = trace_option()

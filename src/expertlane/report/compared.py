@@ -183,7 +183,7 @@ class Comparison:
         return next((each for each in self.pairs if (each.name, each.other) == names), None)
 
     def on_links(self, one: Row, other: Row) -> Estimate:
-        """Factor on the ratio of their TPS, with bounds for links half to twice as fast as assumed."""
+        """Factor on the ratio of their TPS, with bounds for links half to twice as fast."""
         factors = [1.0]
         if self.virtual is not None and self.virtual.scale and one.number and other.number:
             for each in self.virtual.speeds:

@@ -58,7 +58,7 @@ def _parted(headline: str) -> tuple[str, str]:
 
 
 def _beside(report: Report) -> list[Words | Plot]:
-    """What stands beside the verdict: plots, and the answer's tables if there is one at most."""
+    """Parts beside the verdict: plots, and the answer's tables if there is at most one plot."""
     plots: list[Words | Plot] = [
         part
         for section in report.of_place("first")

@@ -89,8 +89,8 @@ class Factor:
     Attributes:
         other: name of the other in the sentence.
         ratio: as `Verdict` has it.
-        depends_on_links: true if the ratio is decided for the assumed links, but not for all links half
-            to twice as fast.
+        depends_on_links: true if the ratio is decided for the assumed links, but not for all links
+            half to twice as fast.
     """
 
     other: str
