@@ -429,7 +429,7 @@ def test_what_would_change_the_answer_is_said_with_what_is_lost():
     more = Level("sequences", 512, 96.0, 32, 1.2, (32, 8192))
     found = BreakEven(third.name, (skew, more), "drawn experts", 0.64)
     words = said(plan(*rows, third, break_even=found))
-    assert in_order(words, "#1 leads #3 under skew 0.95 over 96 sequences skew 1.2 #3 9.0% more")
+    assert in_order(words, "#1 leads #3 below skew 0.95 above 96 sequences skew 1.2 #3 9.0% more")
     assert in_order(words, "with 32 sequences #3 20% more Measure first routing 64%")
     assert "--routing-trace" in words
     level = replace(skew, at=None, over_at_end=0.9)
@@ -438,15 +438,15 @@ def test_what_would_change_the_answer_is_said_with_what_is_lost():
     assert "Measure first" not in words
     limited = replace(more, over_at_end=None, end=8192, at=1024.0)
     words = said(plan(*rows, third, break_even=replace(found, levels=(limited,))))
-    assert in_order(words, "under 1,024 sequences with 8,192 sequences #1 keeps no limit")
+    assert in_order(words, "below 1,024 sequences with 8,192 sequences #1 misses the limits")
 
 
 @pytest.mark.parametrize(
     ("unsure", "words"),
     [
-        ("gemm.float32", "matrix products in float32 (expertlane calibrate)"),
+        ("gemm.float32", "GEMMs in float32 (expertlane calibrate)"),
         ("dispatch.all_to_all.inter_node", "transfers between nodes (expertlane calibrate)"),
-        ("driver_s", "the host's time between steps (expertlane calibrate)"),
+        ("driver_s", "host time between steps (expertlane calibrate)"),
         ("acceptance of drafts", "how many drafts are accepted (--mtp-acceptance)"),
         ("skew of experts", "the routing of your traffic (--routing-trace)"),
         ("hiding of transfers", "hiding of transfers (expertlane calibrate)"),

@@ -64,7 +64,7 @@ class _Options:
     min_time: float = typer.Option(
         0.0,
         metavar="SECONDS",
-        help="Repeat until the steps of each of these have taken so long.",
+        help="Measure each of those deployments for at least this long.",
     )
     resume: bool = typer.Option(
         False,
@@ -77,7 +77,7 @@ class _Options:
         False,
         "--traffic",
         rich_help_panel=Panel.MORE_OUTPUT,
-        help="Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks "
+        help="Also show for each deployment: traffic matrix, fan-out of tokens, hottest ranks "
         "and experts, and the straggler.",
     )
     trace: bool = trace_option()
@@ -91,7 +91,7 @@ class _Projection:
         False,
         "--project",
         help="Also project the same deployments on a modelled cluster, in separate tables; "
-        "only project where this machine is too small to run them.",
+        "where this machine is too small to run them, only project.",
     )
     cluster: str | None = cluster_option(None, "as many h100 as ranks")
     skew: float | None = skew_option()

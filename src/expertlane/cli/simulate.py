@@ -52,9 +52,9 @@ class _Options:
         None,
         metavar="FILE#N",
         rich_help_panel=Panel.MORE_DEPLOYMENT,
-        help="Row N of the results.json of expertlane plan or compare --project again, with its "
-        "model, cluster and load; the first row without #N. #pools: disaggregated pools; #vllm, "
-        "#sglang …: the best of an engine. Other options that are given take precedence.",
+        help="Simulate row N of a results.json again (of expertlane plan or compare --project), "
+        "with its model, cluster and load. Without #N: row 1; #pools: disaggregated pools; #vllm, "
+        "#sglang …: the best of an engine. Options that are given take precedence.",
     )
     prefill_layout: str | None = typer.Option(
         None,
@@ -68,7 +68,7 @@ class _Options:
         "--cold-start",
         rich_help_panel=Panel.MORE_WORKLOAD,
         help="Begin idle, with all of --batch at once, and end with the last of --num-requests. "
-        "Else the load is in its steady state, where one request comes as another ends.",
+        "Otherwise the load is in its steady state: one request begins as another ends.",
     )
     trace: bool = trace_option()
 

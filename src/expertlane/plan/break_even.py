@@ -1,6 +1,6 @@
-"""What would change a plan's answer: where the best and its rival are level, as one thing varies.
+"""Break-even points of a plan: the skew, and the number of sequences, where #1 and its rival tie.
 
-The rival is the best without experts spread where those of the best are, or the other way round.
+The rival is the best without EP where #1 has EP, or with EP where #1 has none.
 Both are screened again under other skews and with other numbers of sequences; what each one's
 simulation had beyond the formula is taken to be the same there.
 """
@@ -20,16 +20,16 @@ from expertlane.results.break_even import BreakEven, Level, Varied
 
 _SKEWS = 0.0, 0.4, 0.8, 1.2  # beside the one asked for; public traces have up to 1.3
 _LOADS = 1 / 16, 1 / 4, 1, 4, 16  # times the sequences asked for
-_LEVEL = 0.01  # of a ratio's logarithm
-_MOST_TRIALS = 5  # between two that are known
+_LEVEL = 0.01  # largest logarithm of a ratio that counts as equal
+_MOST_TRIALS = 5  # between two known points
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where both were evaluated.
+    """A skew or number of sequences at which both were evaluated.
 
     Attributes:
-        ahead: the logarithm of tokens a second of the best over the rival's.
+        ahead: logarithm of the best's tokens/s over the rival's.
     """
 
     at: float
@@ -37,7 +37,7 @@ class Point:
 
 
 def break_even(ranking: Ranking, request: PlanRequest, known: Known) -> BreakEven | None:
-    """Of the chosen one and its rival; None without a rival."""
+    """Break-even points of the chosen deployment and its rival; None without a rival."""
     best, rival = ranking.chosen, rival_of(ranking)
     if rival is None:
         return None
@@ -58,9 +58,9 @@ def break_even(ranking: Ranking, request: PlanRequest, known: Known) -> BreakEve
 
 
 def rival_of(ranking: Ranking) -> Contender | None:
-    """The best with experts spread, or without, as the chosen one is not; else of another family.
+    """The best with EP where the chosen one has none, or without; else the best of another family.
 
-    None where there is no such.
+    None without one.
     """
     first = ranking.chosen.finalist.candidate.layout
     others = [(each, each.finalist.candidate.layout) for each in ranking.contenders[1:]]
@@ -84,15 +84,15 @@ class Pair:
 
     @property
     def is_known(self) -> bool:
-        """Whether the formula has both within the limits, as simulations have."""
+        """True if both meet the limits by the formula too, as they do when simulated."""
         return all(self._usual)
 
     def with_skew(self, skew: float) -> float:
-        """The logarithm of tokens a second of the first over the second's, at a skew."""
+        """Logarithm of the first one's tokens/s over the second's, at a skew."""
         setting = self._request.setting
         routing = setting.routing
-        assert isinstance(routing, PowerLawRouting), "of a trace there is no skew"
-        # Those of bounds are drawn, and experts placed by them, already.
+        assert isinstance(routing, PowerLawRouting), "a trace has no skew"
+        # The bounds' routings are drawn, and experts placed by them, already.
         drawn = {each.alpha: each for each in (routing, *(routing.extremes or ()))}
         other = drawn.get(skew) or replace(routing, alpha=skew, bounds=None)
         request = replace(self._request, setting=replace(setting, routing=other))
@@ -100,7 +100,7 @@ class Pair:
         return self._ahead(request, self._known if other is routing else known)
 
     def with_sequences(self, num: float) -> float:
-        """The same, at a number of sequences at once: as many of them as each one has room for."""
+        """Logarithm of that ratio at a number of concurrent sequences, or as many as fit."""
         workload = replace(self._request.workload, num_sequences=round(num))
         return self._ahead(replace(self._request, workload=workload), self._known)
 
@@ -118,7 +118,7 @@ class Pair:
 def screened_again(
     candidates: Sequence[Candidate], request: PlanRequest, known: Known
 ) -> list[ScreenedCandidate | None]:
-    """Deployments for another request of the same model and cluster; None of what does not fit."""
+    """Candidates screened for another request on the same cluster; None for what does not fit."""
     decodes, prompts = (
         [
             each._replace(options=replace(each.options, prefill_dispatch=None, dispatch=form))
@@ -141,7 +141,7 @@ def screened_again(
 
 
 def _within(finalist: Finalist, option: ScreenedCandidate, request: PlanRequest) -> float:
-    """Tokens a second as screened, within limits that are missed as much more as when simulated."""
+    """Screened tokens/s within the limits, corrected by simulated over screened use of a limit."""
     goals, place = request.goals, finalist.option.place
     screened = float(finalist.option.served.breach(goals)[place or 0])
     factor = float(finalist.served.breach(goals)[0]) / screened if screened else 1.0
@@ -151,7 +151,7 @@ def _within(finalist: Finalist, option: ScreenedCandidate, request: PlanRequest)
 def _level(
     varied: Varied, ahead: Callable[[float], float], tried: Sequence[float], asked: float
 ) -> Level:
-    """Where the two are level.
+    """Break-even point of one variable, and the rival's largest lead beyond it.
 
     Args:
         tried: ascending, with `asked` among them.
@@ -169,12 +169,12 @@ def _level(
 def level_of(
     points: Sequence[Point], asked: float, ahead: Callable[[float], float], *, is_log: bool = False
 ) -> float | None:
-    """The nearest place to `asked` where the sign of `ahead` changes; None where it does not.
+    """The value nearest to `asked` where the sign of `ahead` changes; None where it does not.
 
     Args:
         points: ascending, `asked` among them.
-        ahead: evaluated a few times more, between the two points on both sides of that place.
-        is_log: straight lines over the logarithm of places, which are whole numbers.
+        ahead: evaluated a few times more, between the points on both sides of that value.
+        is_log: interpolate over the logarithm of values, which are whole numbers.
     """
     to, back = (log, exp) if is_log else (float, float)
     pairs = [

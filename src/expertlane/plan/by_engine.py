@@ -10,7 +10,7 @@ from expertlane.plan.ties import Contender, Ranking, pools_tps, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.results.results import NoPools
 
-_MOST_PAIRS = 2  # of an engine's pools that are simulated
+_MOST_PAIRS = 2  # pairs of pools simulated for an engine
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ def of_each_engine(
     """The best of every engine; of the one that was asked for, what was chosen.
 
     Args:
-        search: for one pool, by which `ranking` was found.
+        search: the search of one pool that found `ranking`.
         of_pools: by which `pools` were found.
     """
     found = pools if isinstance(pools, TwoPools) else None

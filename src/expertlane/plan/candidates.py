@@ -95,9 +95,9 @@ class PlanRequest:
     """Which deployment of a model to choose on a cluster, for what.
 
     Attributes:
-        workload: in steady state, `num_sequences` at once where they fit; no prompt is read. Of
-            lengths that vary the means, which the formula takes.
-        load: lengths as they are, which simulations take; None for those of `workload`.
+        workload: in steady state, `num_sequences` at once where they fit; no prompt is read.
+            Lengths that vary are their means, which the formula takes.
+        load: the lengths themselves, which simulations take; None for those of `workload`.
         engine: that must be able to run it; None for all that the cluster model has.
     """
 

@@ -95,9 +95,9 @@ class ServedPool:
 
 
 def longest_request(load: Load, model: ModelConfig) -> int:
-    """Tokens that a server must take of a request: the longest there are, or well above the mean.
+    """Largest request, in tokens, that a server must accept: the longest, or well above the mean.
 
-    A single length is a mean.
+    A single length is a mean, so longer requests come.
     """
     mean = ceil(sum(load.mean_lens))
     longest = load.max_len + 1

@@ -134,7 +134,7 @@ class Projector:
     def likely_s(self, size: StepSize) -> float:
         """Likely seconds of one step, or round, of a deployment with a single mode.
 
-        Micro-batches that rotate go as by themselves, which is nearly so: for ratios of such times.
+        Rotating micro-batches are taken as independent, nearly so: use it for ratios of such times.
         """
         (mode,) = self._modes[size.phase]
         _, works = self._priced(size, mode)

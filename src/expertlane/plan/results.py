@@ -61,7 +61,7 @@ _NUM_PARETO = 12
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What was found, and for what.
+    """A plan and its question.
 
     Attributes:
         cautions: what a reader must know of the numbers, in sentences.
@@ -71,7 +71,7 @@ class Plan:
         pools: the best disaggregated pools, or why there are none.
         num_pool_candidates: disaggregated deployments tried.
         engines: the best of each engine, or of the one that was asked for.
-        break_even: where the best and its rival are level.
+        break_even: break-even points of the best and its rival.
     """
 
     request: PlanRequest
@@ -92,7 +92,7 @@ class Plan:
 
     @property
     def num_served(self) -> int:
-        """Requests that what it recommends serves at once."""
+        """Concurrent requests of the recommended deployment."""
         if isinstance(self.pools, TwoPools):
             over = self._pools_tps(self.pools).over(self.ranking.chosen.tps)
             if over.bounds[0] > 1:
@@ -116,8 +116,8 @@ class Plan:
             experiment: the path of the file with `experiment`.
             projection: what was asked for beside request and routing; None where nobody simulates a
                 row again.
-            load: lengths as they were asked for.
-            fewer: what the next smaller cluster does, where this is the smallest that serves all.
+            load: the lengths that were asked for.
+            fewer: the next smaller cluster, where this is the smallest that serves all.
         """
         found, request = self.found, self.request
         workload, types = request.workload, request.setting.types
@@ -299,7 +299,7 @@ def make_plan(
     """Search one pool of all devices, then two.
 
     Args:
-        known: by plans for the same model on other numbers of these devices.
+        known: prices from plans of the same model on other numbers of these devices.
 
     Raises:
         UserError: no layout is valid, nothing fits, or nothing keeps the limits.
@@ -385,7 +385,7 @@ def candidate_record(
 def _serving_of(
     candidate: ScreenedCandidate, place: int, role: str, workload: Workload
 ) -> ServingRecord:
-    """With what those wait that have no place; a pool of two has places of its own."""
+    """Serving record with the wait for a place; one of two pools has places of its own."""
     serving = serving_at(candidate.served, place)
     if role in (PREFILL_POOL, DECODE_POOL) or serving.num_running is None:
         return serving

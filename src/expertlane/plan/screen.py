@@ -86,13 +86,13 @@ class ScreenedCandidate:
     def within(
         self, goals: Goals, factor: float = 1.0, of_sequence: float = 0.0
     ) -> tuple[int, float]:
-        """The most sequences within the limits, and tokens a second with as many; 0 of none.
+        """The most sequences within the limits, and their tokens/s; 0 and 0 if none are.
 
-        Between the numbers that were priced, straight lines in logarithms.
+        Interpolates between priced numbers, linearly in logarithms.
 
         Args:
-            factor: by which limits are missed beyond what the formula says.
-            of_sequence: what each sequence adds to the share of a limit that is used.
+            factor: correction of the formula's use of a limit.
+            of_sequence: further use of a limit per sequence, a share.
         """
         missed = self.served.breach(goals) * factor + of_sequence * self.steps.num_seqs
         tps = self.served.tps[LIKELY]

@@ -35,12 +35,12 @@ class Finalist(ScreenedCandidate):
     """A candidate projected in full, at one number of sequences; `place` is 0.
 
     Attributes:
-        served: by the formula over steps in full; or as simulated.
-        formula: by that formula.
+        served: throughput by the formula over steps in full; or as simulated.
+        formula: throughput by that formula.
         option: as screened, at its best number of sequences.
         in_full: the steps of the phases that it computes.
-        by_error: their seconds under the error of each law, with other experts drawn, and with the
-            most even and the most uneven popularity.
+        by_error: seconds of those steps at the low and high of each law's error, with other experts
+            drawn, and with the most even and the most skewed popularity.
     """
 
     formula: ThroughputCurve
@@ -50,12 +50,12 @@ class Finalist(ScreenedCandidate):
 
     @property
     def prefill(self) -> StepsRecord:
-        """A step of prompts."""
+        """The prefill step in full."""
         return self.in_full[Phase.PREFILL]
 
     @property
     def decode(self) -> StepsRecord:
-        """A step that decodes."""
+        """The decode step in full."""
         return self.in_full[Phase.DECODE]
 
     def simulated(self, served: ThroughputCurve) -> "Finalist":
@@ -204,10 +204,10 @@ class Search:
         return found
 
     def finish(self, option: ScreenedCandidate, phases: Sequence[Phase] = tuple(Phase)) -> Finalist:
-        """An option in full, at its best number of sequences; it may break a limit then.
+        """An option projected in full, at its best number of sequences; it may then miss a limit.
 
         Args:
-            phases: that it computes; steps of another stay as screened.
+            phases: those that it computes; other steps stay as screened.
         """
         assert option.place is not None, "it meets the limits as screened"
         setting = self.request.setting
@@ -259,7 +259,7 @@ class Search:
     def _likely_s(
         self, option: ScreenedCandidate, routing: Traffic, phases: Sequence[Phase]
     ) -> dict[Phase, float]:
-        """The seconds of steps if tokens chose other experts."""
+        """Seconds of a step of each phase under another routing."""
         projector, sizes = self._projected(option, replace(self.request.setting, routing=routing))
         return {phase: projector.likely_s(sizes[phase]) for phase in phases}
 

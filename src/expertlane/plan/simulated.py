@@ -40,20 +40,20 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 
 NUM_SIMULATED = 12  # options
-_MOST_TRIALS = 8  # numbers of sequences of an option
-_NUM_TOLD = 5  # of the best, the best with experts spread, without, and of each engine among them
-_CLOSE = 0.96  # of a number of sequences: the next is not nearer where only one side is known
-KEPT = 1.001  # times a limit: steady states are equal to that
+_MOST_TRIALS = 8  # numbers of sequences to simulate of an option
+_NUM_TOLD = 5  # options that are shown, the best with EP, without, and of each engine among them
+_CLOSE = 0.96  # of a number that misses the limits: the most to try next while none meets them
+KEPT = 1.001  # times a limit: the accuracy of steady states
 _AIM = 0.99  # of a limit
-# Of tokens a second, less than which is not worth another trial: of the best, of others that are
-# told, and of those that are sought.
+# Gains in tokens/s that are worth another trial: of the best, of others that are shown, and while
+# searching.
 _GAIN, _TOLD_GAIN, _SOUGHT_GAIN = 0.005, 0.05, 0.1
 _FLATTEST, _STEEP = 0.02, 3.0  # slopes of TPOT over sequences, in logarithms; one over a slope
-_APART = 1.05  # times as many sequences, that tell a slope
+_APART = 1.05  # least ratio of two numbers of sequences that a slope is taken from
 _NEAR, _STEP = 0.97, 1.1  # of a limit; times as many sequences to try where that is further
-_FURTHEST = 3.0  # times as many, where none broke a limit yet
+_FURTHEST = 3.0  # largest step, times as many, while no trial has missed a limit
 _MOST_OF_LAYOUT = 2
-_LEAST_SHARE = 0.5  # of the most tokens a second, to be worth a look or a row
+_LEAST_SHARE = 0.5  # of the most tokens/s: options below it get no trial and no row
 _MOST_RANKS = 1024  # of a replica: a step tells what each pair of a stage's ranks exchanges
 _MOST_REPLICAS = 16  # of both pools
 _NUM_NEAREST = 6  # of those that break a limit as screened
@@ -84,8 +84,8 @@ def simulate_pools(
     None where too many of their replicas do not divide alike, or not even one request fits.
 
     Args:
-        precision: None for what each pool does by itself, at a fraction of the cost.
-        known: of pools for prompts; more are added.
+        precision: None takes each pool by itself, at a fraction of the cost.
+        known: rates of prefill pools; new ones are added.
     """
     (first, of_prompts, _), (second, options, num_drafts) = prefill.candidate, decode.candidate
     if not divide_alike(first, second):
@@ -97,7 +97,7 @@ def simulate_pools(
 
 
 def divide_alike(prefill: Layout, decode: Layout) -> bool:
-    """Whether few replicas of two pools are like all of them together."""
+    """True if a few replicas of both pools represent all of them."""
     num_parts = gcd(prefill.replicas, decode.replicas)
     return (prefill.replicas + decode.replicas) // num_parts <= _MOST_REPLICAS
 
@@ -177,7 +177,7 @@ class SimulatedCandidate(ScreenedCandidate):
         return float(self.served.breach(goals)[0])
 
     def keeps(self, goals: Goals) -> bool:
-        """Whether all limits are kept, as far as a steady state is known."""
+        """True if all limits are met, within the accuracy of a steady state."""
         return self.breach(goals) <= KEPT
 
     @classmethod
@@ -192,13 +192,13 @@ Group = Callable[[Candidate], bool]
 
 @dataclass(frozen=True, eq=False)
 class Simulations:
-    """What was simulated.
+    """Results of the simulations.
 
     Attributes:
-        able: trials of options that keep the limits, or may with fewer sequences, those that may
-            have most tokens a second first.
-        num_simulated: of all options.
-        num_open: not simulated, though they may have more tokens a second than the best.
+        able: trials of options that meet the limits, or may with fewer sequences, in order of
+            expected tokens/s.
+        num_simulated: options that were simulated.
+        num_open: options that were not, though they may have more tokens/s than the best.
     """
 
     able: Sequence["Trials"]
@@ -207,17 +207,17 @@ class Simulations:
 
 
 class Trials:
-    """An option, simulated at one number of sequences after the other.
+    """Simulations of an option at successive numbers of sequences.
 
-    The formula proposes the number; what a simulation has beyond the formula corrects it, and
-    between one that keeps the limits and one that does not lies the next.
+    The formula proposes the first number; each simulation corrects the formula, and once one number
+    meets the limits and one misses them, the next is interpolated.
 
     Args:
-        num_seqs: the first; None for what the formula says.
-        kept: that keeps the limits by a rougher simulation.
+        num_seqs: the first number; None for the formula's.
+        kept: a number that met the limits in a rougher simulation.
 
     Attributes:
-        found: in the order in which they were simulated.
+        found: simulated candidates in the order of their trials.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class Trials:
         self._first = num_seqs or max(first, 1), tps
 
     def again(self, precision: Precision) -> "Trials":
-        """The same with another precision, from the number of sequences that seems best."""
+        """New trials of this option with another precision, from the best number of sequences."""
         num, _ = self.ahead(0.0)
         kept = self.best if self.tps else None
         if num is None and self.best is not None:
@@ -248,7 +248,7 @@ class Trials:
 
     @property
     def best(self) -> SimulatedCandidate | None:
-        """The one with most tokens a second that keeps the limits, else the nearest to them."""
+        """The one with most tokens/s that meets the limits, else the nearest to them."""
         kept = [each for each in self.found if each.keeps(self._goals)]
         if kept:
             return max(kept, key=lambda each: each.tps)
@@ -256,18 +256,18 @@ class Trials:
 
     @property
     def tps(self) -> float:
-        """The most tokens a second within the limits so far."""
+        """The most tokens/s within the limits so far."""
         return max((each.tps for each in self.found if each.keeps(self._goals)), default=0.0)
 
     def ahead(self, least_gain: float, *, boldly: bool = False) -> tuple[int | None, float]:
-        """The number of sequences to try next, and tokens a second that it may have.
+        """The number of sequences to try next, and its expected tokens/s.
 
         Args:
-            least_gain: of tokens a second, that a further trial is worth.
-            boldly: more sequences are tried also near a limit.
+            least_gain: gain in tokens/s, a share, that is worth a trial.
+            boldly: try more sequences also near a limit.
 
         Returns:
-            No number where what was found is close enough; then tokens a second that it has.
+            None and the best tokens/s so far, where no trial is worth it.
         """
         if not self.found and not self._is_over:
             return self._first
@@ -281,7 +281,7 @@ class Trials:
     def advance(self, least_gain: float, *, boldly: bool = False) -> None:
         """Simulate the next number of sequences."""
         num, _ = self.ahead(least_gain, boldly=boldly)
-        assert num is not None, "there is one"
+        assert num is not None, "a trial is left"
         option = self.option.at(num, self._request.workload)
         if (served := self._run(option, self._precision)) is None:
             self._is_over = True
@@ -295,7 +295,7 @@ class Trials:
         return self.best
 
     def _next(self, *, boldly: bool) -> tuple[int, float]:
-        """A number of sequences, 0 for none, and tokens a second that it may have."""
+        """A number of sequences, 0 for none, and its expected tokens/s."""
         goals = self._goals
         kept = [each for each in self.found if each.keeps(goals)]
         most = max(kept, key=_num_of, default=None)
@@ -312,13 +312,13 @@ class Trials:
         return self._between(most, few)
 
     def _corrected(self, found: SimulatedCandidate) -> tuple[int, float]:
-        """What the formula says with its error at one that was simulated.
+        """The next number by the formula, corrected by its error at a simulated one.
 
-        Its error may be a share of all, or grow with sequences: the answer is between.
+        The error may be a constant factor, or grow with sequences: takes a number between both.
         """
         served, place = found.option.served, found.option.place or 0
         formula = float(served.breach(self._goals)[place])
-        if formula <= 0:  # a limit that it does not know
+        if formula <= 0:  # a limit that the formula does not model
             missed = found.breach(self._goals)
             return int(found.num_seqs / missed) if missed > 0 else 0, found.tps
         ratio = found.breach(self._goals) / formula
@@ -331,7 +331,7 @@ class Trials:
     def _further(
         self, most: SimulatedCandidate, kept: Sequence[SimulatedCandidate], *, boldly: bool
     ) -> tuple[int, float]:
-        """More sequences where none broke a limit yet, as TPOT grows from one to another."""
+        """More sequences while no trial has missed a limit, extrapolated along TPOT."""
         missed, limit = most.breach(self._goals), self.option.most_seqs
         if most.num_seqs >= limit or missed <= 0:
             return 0, 0.0
@@ -351,7 +351,7 @@ class Trials:
         return min(num, limit), tps
 
     def _between(self, most: SimulatedCandidate, few: SimulatedCandidate) -> tuple[int, float]:
-        """By straight lines in logarithms between one that keeps the limits and one that breaks."""
+        """The next number between one that meets the limits and one that misses; log-linear."""
         low, high = most.breach(self._goals), few.breach(self._goals)
         if few.num_seqs - most.num_seqs <= 1:
             return 0, 0.0
@@ -360,33 +360,33 @@ class Trials:
         tps = most.tps * (few.tps / most.tps) ** (-log(max(low, 1e-9)) / grows if low > 0 else 0.5)
         share = log(aim / low) / grows if 0 < low < aim else 0.5
         if len({each.keeps(self._goals) for each in self.found[-2:]}) == 1:
-            share = 0.5  # the line leads astray
+            share = 0.5  # the last two were on the same side: bisect
         num = int(most.num_seqs * (few.num_seqs / most.num_seqs) ** share)
         return max(num, most.num_seqs + 1), tps
 
 
 def _aim(slope: float) -> float:
-    """The share of a limit to aim at: where TPOT hardly grows, little of it is many sequences.
+    """Share of a limit to aim at: closer to it where TPOT hardly grows with sequences.
 
     Args:
-        slope: of the share over sequences, in logarithms.
+        slope: slope of that share over sequences, in logarithms.
     """
     return 1 - (1 - _AIM) * min(1.0, _STEEP * slope)
 
 
 class Race:
-    """Simulates those that may be the best, the likeliest first.
+    """Simulates the options that may be the best, in order of expected tokens/s.
 
-    First the best of each family as screened, except where it is far from the most, and the best of
-    each engine. Then, of all, of those with experts spread and without, and of each engine's, those
-    that may have more tokens a second than the best of them: screened ones times the largest ratio
-    of simulated to screened of their kind (data-parallel ranks, stages, experts spread or not), or
-    of a wider kind where none of it was simulated; simulated ones with another number of sequences.
+    First the best screened of each family, unless it is far behind, and of each engine. Then, in
+    each group (all, with EP, without, each engine's), the options that may beat the group's best.
+    Expected tokens/s of a screened option: screened ones times the largest ratio of simulated to
+    screened of its kind (data-parallel ranks, stages, EP or not), or of a wider kind where none of
+    it was simulated; of a simulated one: those at another number of sequences.
 
     Args:
         run: simulates an option; None where it cannot be.
         advance: called with 1 for each that is simulated.
-        groups: the best of each of which is wanted.
+        groups: the best of each is searched for.
     """
 
     def __init__(
@@ -436,7 +436,7 @@ class Race:
                 seen.add(has_experts)
 
     def _settle(self, group: Group) -> None:
-        """Simulate until none of a group may be better than its best."""
+        """Simulate until no option of a group may beat its best."""
         while True:
             started = [
                 (*each.ahead(_SOUGHT_GAIN), each)
@@ -454,7 +454,7 @@ class Race:
                 return
 
     def _expected(self, group: Group) -> Iterator[tuple[float, ScreenedCandidate]]:
-        """Tokens a second that those of a group may have that were only screened."""
+        """Expected tokens/s of a group's options that were only screened."""
         of_layout = Counter(each.option.candidate.layout for each in self._started)
         ratios: dict[object, float] = {}
         for trials in self._started:
@@ -488,7 +488,7 @@ def _num_of(found: SimulatedCandidate) -> int:
 
 
 def _kinds_of(option: ScreenedCandidate) -> list[object]:
-    """What the ratio of simulated to screened turns on most, from narrow to wide."""
+    """Kinds whose members have alike ratios of simulated to screened, from narrow to wide."""
     layout = option.candidate.layout
     dp, pp, has_experts = layout.dp, layout.pp, layout.ep > 1
     exact, wide = ("dp, pp, ep", dp, pp, has_experts), ("dp, pp", dp > 1, pp > 1)
@@ -531,7 +531,7 @@ def simulated_pool(
 
 
 def _groups_of(request: PlanRequest) -> list[Group]:
-    """Those with experts spread and without; of each engine, where none was asked for."""
+    """Options with EP, and without; and of each engine, where none was asked for."""
     groups: list[Group] = [lambda each: each.layout.ep > 1, lambda each: each.layout.ep == 1]
     if request.engine is None:
         groups += [partial(_is_run, engine, request) for engine in ENGINES.values()]
@@ -559,14 +559,14 @@ def evaluated(request: PlanRequest, candidates: Sequence[Candidate]) -> Finalist
 
 
 def _nearest(near: Sequence[Trials], goals: Goals) -> list[Trials]:
-    """Those that keep the limits, else the one that comes nearest to them."""
+    """The trials that meet the limits, else the one nearest to them."""
     kept = [each for each in near if each.tps]
     breaches = [min(found.breach(goals) for found in each.found) for each in near]
     return kept or [near[place] for place in np.argsort(breaches)[:1]]
 
 
 def _told(able: Sequence[Trials], groups: Sequence[Group]) -> list[Trials]:
-    """The best of each group, and the few best of all that are not far from the best."""
+    """Trials to show: the best of each group, and the best of all that are not far behind."""
     best = [next((e for e in able if group(e.option.candidate)), None) for group in groups]
     least = _LEAST_SHARE * able[0].ahead(_SOUGHT_GAIN)[1] if able else 0.0
     told = [each for each in able if each in best]
@@ -577,9 +577,9 @@ def _told(able: Sequence[Trials], groups: Sequence[Group]) -> list[Trials]:
 def in_full(
     request: PlanRequest, run: Run, found: Sequence[Trials]
 ) -> tuple[list[SimulatedCandidate], list[SimulatedCandidate]]:
-    """Steady states of those that keep the limits there, the best first; and of those that do not.
+    """Full-precision results that meet the limits, the best first; and those that miss them.
 
-    The best has as many sequences as keep the limits, the others nearly as many.
+    The best has as many sequences as the limits allow, the others nearly as many.
     """
     all_trials = [each.again(USUAL) for each in found]
     for trials in all_trials:

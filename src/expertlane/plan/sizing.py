@@ -1,7 +1,7 @@
-"""How many devices a load takes: the smallest cluster whose plan serves all of it.
+"""Devices that a load needs: the smallest cluster whose plan serves all of it.
 
-What the formula makes of one pool proposes a number, plans around it settle it: more devices serve
-no less, so that between one that serves all and one that does not lies the answer.
+The screened throughput of one pool proposes a number, and plans around it settle it by bisection:
+more devices never serve less.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from expertlane.plan.search import Search
 from expertlane.progress import Progress
 from expertlane.results.results import FewerDevices
 
-_MOST_STEP = 4  # times as many devices at most, where a plan does not serve all
-_MOST_USELESS = 4  # clusters in a row, each twice as large, on which no request keeps the limits
+_MOST_STEP = 4  # largest step, times as many devices, after a plan that does not serve all
+_MOST_USELESS = 4  # doublings in a row on which no request meets the limits, before giving up
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Sized:
     """The smallest cluster's plan.
 
     Attributes:
-        fewer: what the next smaller one does; of no devices where there is none.
+        fewer: the next smaller cluster and what it serves; 0 devices where there is none.
     """
 
     plan: Plan
@@ -33,7 +33,7 @@ class Sized:
 
 
 def cluster_sizes(ranks_per_node: int) -> list[int]:
-    """Numbers of devices that make sense: powers of two in a node, then whole nodes."""
+    """Sizes to consider: powers of two in a node, then whole nodes."""
     within, num = [], 1
     while num < ranks_per_node:
         within.append(num)
@@ -75,10 +75,10 @@ class _Sizing:
         self._plans: dict[int, Plan | UserError] = {}
 
     def run(self) -> Sized:
-        """Bracket the smallest that serves all by plans, from the one that the formula proposes."""
+        """Bracket the smallest size that serves all, from the one that the formula proposes."""
         place = self._proposed()
         sizes = self._sizes
-        low, high, step = -1, len(sizes), 1  # places: too few, and enough
+        low, high, step = -1, len(sizes), 1  # indices: too few, and enough
         while high - low > 1:
             served = self._served(place)
             if served < self._wanted:
@@ -92,7 +92,7 @@ class _Sizing:
         if high == len(sizes):
             raise UserError(self._too_many())
         plan = self._plans[sizes[high]]
-        assert isinstance(plan, Plan), "it serves all"
+        assert isinstance(plan, Plan), "a size that serves all has a plan"
         return Sized(plan, FewerDevices(0, 0) if high == 0 else self._fewer(high - 1))
 
     def _request_of(self, num_devices: int) -> PlanRequest:
@@ -101,10 +101,9 @@ class _Sizing:
         )
 
     def _proposed(self) -> int:
-        """The place of the first that serves all as screened; of the last where none does.
+        """Index of the first size that serves all as screened; of the last where none does.
 
-        Sizes that are twice as large, then halves between; none beyond those of which several in a
-        row keep no limit with a single request.
+        Doubles, then bisects; stops where several in a row miss the limits with one request.
         """
         low, high, num_useless = -1, 0, 0
         while high < len(self._sizes) - 1 and (found := self._screened(high)) < self._wanted:
@@ -120,14 +119,14 @@ class _Sizing:
         return high
 
     def _screened(self, place: int) -> int:
-        """Requests at once within the limits, by the formula; -1 where the model does not fit."""
+        """Concurrent requests within the limits by the formula; -1 where the model does not fit."""
         request = self._request_of(self._sizes[place])
         search = Search(request, self._known)
         options = fitting(search.screen()) if search.candidates else []
         return max((each.within(request.goals)[0] for each in options), default=-1)
 
     def _served(self, place: int) -> int:
-        """How many requests at once the plan on so many devices serves within the limits."""
+        """Concurrent requests that the plan on a size serves within the limits."""
         num = self._sizes[place]
         if num not in self._plans:
             try:
@@ -144,13 +143,13 @@ class _Sizing:
         return 0 if isinstance(plan, UserError) else plan.num_served
 
     def _next(self, place: int, served: int, high: int) -> int:
-        """Where to look beyond a place that does not serve all, by what it serves."""
+        """Index to try after a size that does not serve all, by what it serves."""
         factor = min(self._wanted / served, _MOST_STEP) if served else _MOST_STEP
         further = _first_of(self._sizes, self._sizes[place] * factor)
         return max(place + 1, min(further, high - 1))
 
     def _fewer(self, place: int) -> FewerDevices:
-        """What a smaller cluster does; it was planned, or is now."""
+        """A smaller cluster and what it serves; plans it unless that was done."""
         return FewerDevices(self._sizes[place], self._served(place))
 
     def _too_many(self) -> str:
@@ -165,6 +164,6 @@ class _Sizing:
 
 
 def _first_of(sizes: Sequence[int], wanted: float) -> int:
-    """The place of the first that is as large; of the last where none is."""
+    """Index of the first size of at least `wanted`; of the last where none is."""
     found = (place for place, size in enumerate(sizes) if size >= wanted)
     return next(found, len(sizes) - 1)

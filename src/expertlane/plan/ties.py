@@ -25,8 +25,8 @@ from expertlane.results.record import TieBreak
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
-_LEVEL = 0.995  # of most tokens a second: nearer than simulations tell apart
-_NEAR = 0.5  # of a limit: one that is met twice over decides nothing
+_LEVEL = 0.995  # of the most tokens/s: closer ones are equal within the simulation's error
+_NEAR = 0.5  # of a limit: with less of it used, it decides nothing
 _KV_TRANSFER: LawError = ("KV transfer", ())
 _ACCEPTANCE: LawError = ("acceptance of drafts", ())
 
@@ -58,7 +58,7 @@ class Uncertain:
         return Estimate(ratio, ratio * exp(-down), ratio * exp(up))
 
     def shares(self, other: "Uncertain") -> dict[str, float]:
-        """What of the ratio's spread is each law's, as squares, the sizes of a law together."""
+        """Each law's share of the ratio's squared uncertainty, over all of its sizes."""
         squares: dict[str, float] = {}
         for (name, _), (low, high) in self._apart(other).items():
             squares[name] = squares.get(name, 0.0) + low**2 + high**2
@@ -66,7 +66,7 @@ class Uncertain:
         return {name: each / total for name, each in squares.items()} if 0 < total < inf else {}
 
     def _apart(self, other: "Uncertain") -> dict[LawError, tuple[float, float]]:
-        """How far down and up each error moves the ratio's logarithm; 0 or more."""
+        """By error, how far it moves the ratio's logarithm down and up; 0 or more."""
         found = {}
         for error in {**self.by_error, **other.by_error}:
             mine, others = (each.by_error.get(error, (each.value,) * 2) for each in (self, other))
@@ -99,7 +99,7 @@ class Contender:
     tps: Uncertain
 
     def taken(self, goals: Goals) -> float:
-        """The share of the worst limit that it takes; 0 without limits."""
+        """Share of the tightest limit that is used; 0 without limits."""
         return float(self.finalist.served.breach(goals)[0])
 
 
@@ -153,8 +153,8 @@ def _moved(finalist: Finalist, errors: Sequence[LawError]) -> Steps:
 
 
 def _uncertain(served: ThroughputCurve, errors: Sequence[LawError]) -> Uncertain:
-    """Tokens a second of what `_moved` serves."""
-    value, *moved = served.tps[::-1, 0].tolist()  # a curve's are the other way round than its times
+    """Tokens/s of the steps of `_moved`."""
+    value, *moved = served.tps[::-1, 0].tolist()  # throughput is in reverse order of times
     pairs = zip(moved[::2], moved[1::2], strict=True)
     return Uncertain(value, dict(zip(errors, pairs, strict=True)))
 
@@ -164,8 +164,8 @@ class Ranking:
     """Plans in order, the chosen one first.
 
     Attributes:
-        num_tied: how many of the first tie for most tokens a second.
-        by: what decided among them; None where one was alone.
+        num_tied: length of the tie for most tokens/s at the front.
+        by: what decided among them; None without a tie.
     """
 
     contenders: Sequence[Contender]
@@ -179,7 +179,7 @@ class Ranking:
 
     @property
     def tied(self) -> Sequence[Contender]:
-        """Those that tie; the chosen one alone where none does."""
+        """The plans that tie; the chosen one alone without a tie."""
         return self.contenders[: self.num_tied]
 
     @property
@@ -190,12 +190,12 @@ class Ranking:
 
 
 def ranked(contenders: Sequence[Contender], goals: Goals) -> Ranking:
-    """Those that tie for most tokens a second, then the others; each by tokens a second.
+    """Plans that tie for most tokens/s, then the others; each group by tokens/s.
 
-    Those tie than which no other surely has more: one whose errors are its own may tie with the one
-    of most and surely be below a third. What was asked for decides among them: most tokens a
-    second; and where a limit is near and others are level with the one of most, which of these
-    stays farthest from it. So none is chosen that another is ahead of in both.
+    A plan is in the tie if no other has significantly more: one with errors of its own may tie
+    with the first and still be significantly slower than the second. Most tokens/s decide in the
+    tie; where a limit is near, the plan farthest below it of those with as many. The chosen plan
+    is never behind another in both.
     """
     by_tps = sorted(contenders, key=lambda each: -each.tps.value)
     tied = [
@@ -211,7 +211,7 @@ def ranked(contenders: Sequence[Contender], goals: Goals) -> Ranking:
 
 
 def _chosen(tied: Sequence[Contender], all_: Sequence[Contender], goals: Goals) -> Contender:
-    """Of those that tie, each by tokens a second."""
+    """The plan to recommend of those that tie, which are in order of tokens/s."""
     first = tied[0]
     if first.taken(goals) < _NEAR:
         return first

@@ -235,13 +235,13 @@ class TwoPoolSearch:
         ]
 
     def _best_simulated(self, pairs: Sequence[_Pair], most: int) -> TwoPools | NoPools:
-        """The best that keeps the limits when it is simulated.
+        """The best pair that meets the limits when simulated.
 
-        First each pool by itself, those first that may have most tokens a second: as screened,
-        times the ratio of simulated to screened of their kind of decode.
+        First simulates each pool by itself, in order of expected tokens/s: screened ones times the
+        ratio of simulated to screened of their kind of decode pool.
 
         Args:
-            most: that are simulated.
+            most: pairs to simulate.
         """
         ratios: dict[object, float] = {}
         too_slow: set[object] = set()
@@ -278,7 +278,7 @@ class TwoPoolSearch:
         return why
 
     def _simulated_pair(self, pair: _Pair, precision: Precision | None) -> ThroughputCurve | None:
-        """Likewise; each once."""
+        """Simulated throughput of a pair; None if it cannot be simulated. Each is run once."""
         known, decode = self._simulated, pair.decode
         key = pair.prefill.candidate, decode.candidate, decode.num_seqs, precision
         if key not in known:
@@ -288,7 +288,7 @@ class TwoPoolSearch:
         return known[key]
 
     def _in_full(self, pair: _Pair, simulated: ThroughputCurve) -> TwoPools:
-        """What is told of a pair."""
+        """A simulated pair with both pools projected in full."""
         key = pair.prefill.candidate, pair.decode.candidate, pair.decode.num_seqs
         if key not in self._told:
             self._told[key] = self._explained(pair, simulated)
@@ -324,7 +324,7 @@ class TwoPoolSearch:
         known = None if engine is None else ENGINES[engine]
 
         def fits(second: ScreenedCandidate, first: ScreenedCandidate) -> bool:
-            """Whether both may be one deployment, and be simulated."""
+            """True if both can be one deployment, and be simulated."""
             joins = known is None or known.joins(first.candidate, second.candidate, model)
             return joins and divide_alike(first.candidate.layout, second.candidate.layout)
 
@@ -345,13 +345,13 @@ class TwoPoolSearch:
 
 
 def _expected(pair: _Pair, ratios: Mapping[object, float]) -> float:
-    """Tokens a second that a pair may have."""
+    """Expected tokens/s of a pair."""
     known = (ratios[kind] for kind in _kinds_of(pair.decode) if kind in ratios)
     return pair.tps * next(known, 1.0)
 
 
 def _kinds_of(decode: ScreenedCandidate) -> list[object]:
-    """What the ratio of simulated to screened turns on most, from narrow to wide."""
+    """Kinds whose members have alike ratios of simulated to screened, from narrow to wide."""
     layout, options, _ = decode.candidate
     rotates = options.micro_batch_schedule == "rotating"
     how = options.overlap, layout.pp > 1, rotates, layout.ep > 1

@@ -119,7 +119,7 @@ def _projected_setting(results: Results, modelled: Comparison) -> str:
 
 
 def _of_workload(results: Results, modelled: Comparison) -> tuple[Words, ...]:
-    """How each deployment serves the whole workload, and where the time of two differs."""
+    """Throughput and latency of the whole workload, and why two deployments differ."""
     served = [row for row in modelled.rows if row.record.serving]
     rows = _shown(replace(modelled, rows=tuple(served)), modelled.compared, _MOST_LINES)
     parts: list[Words] = [_served_table(modelled, rows)]
@@ -147,7 +147,8 @@ def _of_workload(results: Results, modelled: Comparison) -> tuple[Words, ...]:
     ]
     if held:
         notes.append(
-            f"Of {modelled.num_seqs:,} sequences memory holds {', '.join(held)}; the others wait."
+            f"Of {modelled.num_seqs:,} sequences, {', '.join(held)} fit in memory at once; "
+            "the others wait."
         )
     if modelled.compared:
         notes.append(f"rel: against {modelled.compared[1].name}.")
@@ -164,7 +165,7 @@ def _short_in(cause: str) -> str:
 
 
 def _served_table(modelled: Comparison, rows: Sequence[Row]) -> Table:
-    """How each deployment serves the whole workload: with how many sequences, how fast."""
+    """Throughput, latency and concurrent sequences of each deployment on the whole workload."""
 
     def mean(metric: str) -> Callable[[Row], Estimate | None]:
         def of(row: Row) -> Estimate | None:
@@ -209,14 +210,14 @@ def _parts(results: Results, comparison: Comparison, most_lines: int) -> tuple[W
 
 
 def _intervals(comparison: Comparison, judged: Verdict) -> str:
-    """What the intervals are of."""
+    """Meaning of the intervals in the table and the first sentence."""
     virtual = comparison.virtual
     runs = f"90 %: interval of {judged.num_runs} runs; the other deployments ran twice."
     if len(comparison.rows) == len(comparison.compared):
         runs = f"90 %: interval of {judged.num_runs} runs."
     if virtual is None or not virtual.links:
-        return f"{runs} In brackets: of the ratio."
-    return f"{runs} In brackets: of the ratio, with links half to twice as fast as assumed."
+        return f"{runs} In brackets: that of the ratio."
+    return f"{runs} In brackets: that of the ratio, also for links half to twice as fast."
 
 
 def _shown(comparison: Comparison, first: Sequence[Row], most: int) -> list[Row]:
@@ -225,7 +226,7 @@ def _shown(comparison: Comparison, first: Sequence[Row], most: int) -> list[Row]
     Under shorter names where all of them would take more lines than `most`.
 
     Args:
-        first: of them, those that are shown in any case.
+        first: rows that are always shown.
     """
     rows = list(comparison.rows)
     if sum(math.ceil(len(row.name) / _LETTERS) for row in rows) <= most:

@@ -1,4 +1,4 @@
-"""What would change a plan's answer, in words: where #1 and its rival are level."""
+"""What would change a plan's answer, in words: break-even points of #1 and its rival."""
 
 from collections.abc import Iterator
 
@@ -8,19 +8,19 @@ from expertlane.results.break_even import Level
 from expertlane.results.results import Results
 
 _FIGURES = {"skew": "{:.2g}", "sequences": "{:,.0f}"}
-_LEAST = 0.01  # of tokens a second
+_LEAST = 0.01  # gain in tokens/s that is worth a sentence
 _ROUTING = "drawn experts", "skew of experts"
 _DRAFTS = "acceptance of drafts"
 _LAWS = {
-    "driver_s": "the host's time between steps",
-    "driver_per_rank_s": "the host's time for each rank",
-    "dp_sync_s": "how long data-parallel ranks take to agree",
-    "gemm": "matrix products",
-    "experts": "products of experts",
-    "prefill_attention": "attention of prompts",
-    "decode_attention": "attention of decodes",
-    "latent_prefill": "attention of prompts",
-    "latent_decode": "attention of decodes",
+    "driver_s": "host time between steps",
+    "driver_per_rank_s": "host time per rank",
+    "dp_sync_s": "synchronisation of data-parallel ranks",
+    "gemm": "GEMMs",
+    "experts": "expert GEMMs",
+    "prefill_attention": "prefill attention",
+    "decode_attention": "decode attention",
+    "latent_prefill": "prefill attention",
+    "latent_decode": "decode attention",
     "memory": "norms and copies",
     "intra_node": "transfers inside a node",
     "inter_node": "transfers between nodes",
@@ -28,7 +28,7 @@ _LAWS = {
 
 
 def rival_of(results: Results) -> int | None:
-    """The row, from 1, that #1 is held against; None of a plan without one."""
+    """Row number, from 1, of #1's rival; None without one."""
     found = results.plans[0].break_even
     if found is None:
         return None
@@ -37,7 +37,7 @@ def rival_of(results: Results) -> int | None:
 
 
 def what_would_change(results: Results) -> Iterator[str]:
-    """Where #1 and its rival are level, what is lost beyond, and what to measure first."""
+    """Sentences: break-even points, what #1 loses beyond them, and what to measure first."""
     found, rival = results.plans[0].break_even, rival_of(results)
     if found is None or rival is None:
         return
@@ -48,11 +48,12 @@ def what_would_change(results: Results) -> Iterator[str]:
         yield f"#1 leads #{rival} {ahead} (screened){lost}."
     if found.unsure:
         share = percent(found.unsure_share)
-        yield f"Measure first: {measurement(found.unsure)}, {share} of what is unsure between them."
+        what = measurement(found.unsure)
+        yield f"Measure first: {what}, {share} of the uncertainty of their ratio."
 
 
 def _ahead(level: Level) -> str:
-    """Where #1 is ahead."""
+    """The range in which #1 is ahead."""
     figure = _FIGURES[level.varied].format
     if level.at is None:
         low, high = map(figure, level.tried)
@@ -61,27 +62,27 @@ def _ahead(level: Level) -> str:
         return f"with {low} to {high} sequences"
     is_below = level.asked < level.at
     if level.varied == "skew":
-        return f"{'under' if is_below else 'over'} skew {figure(level.at)}"
-    return f"{'under' if is_below else 'over'} {figure(level.at)} sequences"
+        return f"{'below' if is_below else 'above'} skew {figure(level.at)}"
+    return f"{'below' if is_below else 'above'} {figure(level.at)} sequences"
 
 
 def _is_lost(level: Level) -> bool:
-    """Whether the guess matters."""
+    """True if the rival leads beyond the break-even point by more than `_LEAST`."""
     over = level.over_at_end
     return level.at is not None and (over is None or over > 1 + _LEAST)
 
 
 def _at_end(level: Level, rival: int) -> str:
-    """What is lost beyond."""
+    """What #1 loses beyond the break-even point."""
     end = _FIGURES[level.varied].format(level.end)
     where = f"at skew {end}" if level.varied == "skew" else f"with {end} sequences"
     if level.over_at_end is None:
-        return f"{where} #1 keeps no limit"
-    return f"{where} #{rival} has {percent(level.over_at_end - 1)} more"
+        return f"{where} #1 misses the limits"
+    return f"{where} #{rival} has {percent(level.over_at_end - 1)} more tokens/s"
 
 
 def measurement(unsure: str) -> str:
-    """An error in words, with what tells more of it."""
+    """The source of an error in words, with the option or command that measures it."""
     if unsure in _ROUTING:
         return "the routing of your traffic (--routing-trace)"
     if unsure == _DRAFTS:

@@ -20,7 +20,7 @@ from expertlane.results.record import (
 from expertlane.results.results import Results
 from expertlane.spec.names import Cause, Phase, ProjectedCause
 
-LINK_RANGE = 2.0  # by which links may be faster or slower than assumed
+LINK_RANGE = 2.0  # factor by which links may be faster or slower than assumed
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Comparison:
 
     @cached_property
     def compared(self) -> tuple[Row, ...]:
-        """Those that the first sentence is about (`choose_compared`); none of a single one."""
+        """Deployments of the first sentence (`choose_compared`); none if there is only one."""
         names = self.named
         if self.pairs:
             names = (self.pairs[0].name, *(each.other for each in self.pairs))
@@ -178,12 +178,12 @@ class Comparison:
         return tuple(rows[place] for place in places)
 
     def pair_of(self, one: Row, other: Row) -> PairRecord | None:
-        """How the two differ, if they were measured in turns."""
+        """Record of two that were measured in turns; None otherwise."""
         names = one.name, other.name
         return next((each for each in self.pairs if (each.name, each.other) == names), None)
 
     def on_links(self, one: Row, other: Row) -> Estimate:
-        """By what the ratio of their TPS changes on links half to twice as fast as assumed."""
+        """Factor on the ratio of their TPS, with bounds for links half to twice as fast."""
         factors = [1.0]
         if self.virtual is not None and self.virtual.scale and one.number and other.number:
             for each in self.virtual.speeds:

@@ -107,7 +107,7 @@ class Table:
 
     @property
     def folds(self) -> bool:
-        """Whether a narrow screen shows each row's numbers below its name: of a few numbers."""
+        """True if narrow screens show each row's numbers below its name: rows of a few numbers."""
         num_numbers = sum(each.is_number for each in self.columns)
         is_named = bool(self.columns) and not self.columns[0].is_number
         return is_named and _FEWEST <= num_numbers <= _MOST
@@ -211,11 +211,11 @@ class Timelines:
 
 @dataclass(frozen=True)
 class Commands:
-    """What to run for one choice among several, such as an engine.
+    """Commands for one choice among several, such as an engine.
 
     Attributes:
-        title: the choice; empty where there is one alone.
-        parts: commands, each with a line of its own, and what must be known of them.
+        title: the choice; empty where there is only one.
+        parts: commands, each on a line of its own, and notes on them.
     """
 
     title: str
@@ -234,10 +234,10 @@ class Section:
     """A heading, then paragraphs, tables, figures and plots in order.
 
     Attributes:
-        heading: empty where words go on from the section before, which a page has elsewhere.
+        heading: empty where it continues the section before; a page shows it elsewhere.
         place: beside the answer on a page's first screen (plots without a heading), on top of what
             follows, among the plots, which are on pages alone, or with the tables.
-        chapter: of a page; None where that has none.
+        chapter: its chapter of the page; None on pages without chapters.
     """
 
     heading: str
@@ -260,8 +260,8 @@ class Chapter:
     """Sections that stand together on a page.
 
     Attributes:
-        name: what its sections and links give.
-        says: what is in it, in a sentence.
+        name: key that its sections and links have.
+        says: its content in a sentence.
         is_box: whether it stands open below the answer, its commands first.
     """
 
@@ -294,7 +294,7 @@ class Report:
         source: `measured`, `projected`, or what else a reader must know of all numbers.
         command, created: how it was made, and when (ISO 8601).
         sections: everything, also what the answer says.
-        chapters: of its page, the answer's first; empty where all is in one.
+        chapters: chapters of its page, the answer first; empty for a page without.
 
     Raises:
         ValueError: a section has no chapter of the page.

@@ -58,7 +58,7 @@ def _parted(headline: str) -> tuple[str, str]:
 
 
 def _beside(report: Report) -> list[Words | Plot]:
-    """What stands beside the verdict: plots, and the answer's tables if there is one at most."""
+    """Parts beside the verdict: plots, and the answer's tables if there is at most one plot."""
     plots: list[Words | Plot] = [
         part
         for section in report.of_place("first")
@@ -76,7 +76,7 @@ class _Drawn:
         self._sections, self._charts = count(1), count(1)
 
     def chapter(self, report: Report, chapter: Chapter) -> dict[str, Any]:
-        """With its sections, but for sentences that the page begins with."""
+        """Template values of a chapter, without sentences that the page begins with."""
         said = f"{report.answer.setting}\n{report.answer.headline}"
         sections = []
         for each in report.sections:

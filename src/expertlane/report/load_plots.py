@@ -67,7 +67,7 @@ def _latencies(by_layout: Mapping[str, Sequence[Served]], best: Served) -> Itera
 
 
 def _spread(results: Results) -> Chart | None:
-    """The statistics of each latency; None where none is known."""
+    """Chart of each latency's statistics; None where none is known."""
     found = served(results)
     best = best_of(found)
     shown = found if len(found) <= _MOST_SPREADS else [best]
@@ -99,14 +99,14 @@ def _spread(results: Results) -> Chart | None:
 
 
 def _called(each: Served, shown: Sequence[Served]) -> str:
-    """By its load, its deployment, or both: whatever tells them apart."""
+    """Name of a load: its deployment, its load, or both, as needed to tell them apart."""
     loads, names = ({one.load for one in shown}, {one.name for one in shown})
     parts = [each.name] * (len(names) > 1) + [each.load] * (len(loads) > 1)
     return ", ".join(parts) or each.load
 
 
 def _statistics_ms(seconds: Summary | None, first: str) -> dict[str, float]:
-    """By name, what is known, the one that is told first before the others."""
+    """Milliseconds of each known statistic by name; `first` comes first."""
     known = {
         name: _MS_PER_S * found.value
         for name in (first, "median", "p95", "p99")
@@ -189,7 +189,7 @@ def _against_load(
 
 
 def _kept(points: Sequence[Point], limit: float, name: str, load: str) -> str:
-    """Up to which load a limit is kept, but for the limit itself."""
+    """Up to which load a limit is kept; the limit itself follows in the title."""
     kept = [point.x for point in points if point.y.value <= limit]
     if len(kept) == len(points):
         return f"{name} stays within"
@@ -239,8 +239,8 @@ def _trade(by_layout: Mapping[str, Sequence[Served]], best: Served, unit: str) -
     limits_s = (each.slo.limit_s for each in best.serving.slos if each.slo.name == "tpot.median")
     chosen = next(dot for dot in dots if dot.role == "chosen")
     return pareto_chart(
-        f"At {best.load}, {figures(chosen.device_tps)} tokens/s from each {unit}, "
-        f"{figures(chosen.user_tps)} for each user",
+        f"At {best.load}, {figures(chosen.device_tps)} tokens/s per {unit}, "
+        f"{figures(chosen.user_tps)} per user",
         dots,
         max_tpot_s=next(limits_s, None),
         device=unit,

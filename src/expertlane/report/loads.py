@@ -164,22 +164,22 @@ def answer(
 
 
 def places(serving: ServingRecord, num_asked: int, by: str = "") -> str:
-    """How many of a closed load are served at once, and what the others wait; empty if all are.
+    """Requests served at once of a closed load, and their wait for a place; empty if all are.
 
     Args:
-        by: what keeps the others out, with a space before it.
+        by: what limits them, with a space before it.
     """
     if serving.place_wait_s is None or serving.num_running is None:
         return ""
     num = num_asked - serving.num_running
     return (
         f"serves {serving.num_running:,} of {num_asked:,} at once{by}; {num:,} "
-        f"wait{'s' * (num == 1)}, {duration(serving.place_wait_s)} longer on average"
+        f"wait{'s' * (num == 1)}, each request {duration(serving.place_wait_s)} on average"
     )
 
 
 def headline(results: Results) -> str:
-    """The best load's rate and latency, in a sentence; and what those wait that have no place."""
+    """Throughput and latency of the best load; and the wait for a place, if there is one."""
     said, serving = _headline(results), best_of(served(results)).serving
     if serving.batch is not None and (waiting := places(serving, serving.batch)):
         return f"{said} It {waiting}."

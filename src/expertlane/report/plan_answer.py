@@ -57,9 +57,9 @@ _NO_POOLS: dict[NoPools, str] = {
     "not simulated": "the best have too many replicas to simulate",
     "not run": "not what the engine runs",
 }
-_WON_BY: dict[TieBreak, str] = {  # the others that tie follow by tokens/s
+_WON_BY: dict[TieBreak, str] = {  # the other tied plans follow by tokens/s
     "most tokens": "#1 has most",
-    "farther from the limit": "of those with most #1 stays farthest from the limit",
+    "farther from the limit": "of those with the most, #1 is farthest below the limit",
 }
 _MOST = 0.5  # of the time
 _LINES = 40  # of the answer
@@ -72,7 +72,7 @@ _SHORTEST_NAME = 12
 def answer(results: Results) -> Answer:
     """At most 40 lines of 80 columns, whatever the names.
 
-    The rows that words speak of are in the table; where there is no room for them, the words go.
+    Rows that paragraphs name are in the table; a paragraph is dropped where they find no room.
     """
     setting, after = _setting(results), Figure("", _next(results))
     around = _around(results, (1,))  # what is not in the table is named at length
@@ -151,7 +151,7 @@ def _place_of_layout(table: Table) -> int:
 
 
 def _room_for_layout(table: Table) -> int:
-    """Columns, with those of all rows in the other columns."""
+    """Characters left for a layout beside the other columns."""
     widths = [
         max(len(column.heading), *map(len, cells)) + _GAP
         for column, cells in zip(table.columns, zip(*table.rows, strict=True), strict=True)
@@ -215,7 +215,7 @@ def _limits(results: Results) -> list[str]:
 
 
 def headline(results: Results, shown: Collection[int] | None = None) -> str:
-    """What to use, by what it was chosen, and what becomes of requests that it has no place for.
+    """Recommendation, what decided it, and how long requests wait that it has no place for.
 
     Args:
         shown: rows of the table, from 1; None for all.
@@ -229,7 +229,7 @@ def headline(results: Results, shown: Collection[int] | None = None) -> str:
 
 
 def _devices(results: Results) -> Iterator[str]:
-    """How many it takes, where that was asked for."""
+    """Devices needed, where `--cluster` asked for as few as serve the load."""
     fewer, num = results.plans[0].fewer_devices, results.projected_for.num_devices
     if fewer is None:
         return
@@ -272,7 +272,7 @@ def _chosen(results: Results, shown: Collection[int] | None) -> str:
 
 
 def _tie(results: Results, shown: Collection[int]) -> str:
-    """How many tie, and what decided among them; empty where one is alone."""
+    """Number of plans that tie, and what decided among them; empty without a tie."""
     found = results.plans[0]
     if found.num_tied == 1 or found.tie_break is None:
         return ""
@@ -313,7 +313,7 @@ def _table(results: Results) -> Table:
 
 
 def _of_rows(results: Results) -> list[tuple[str, set[int]]]:
-    """Paragraphs about rows, and which, from 1; the first are the first to go."""
+    """Paragraphs about rows, with the rows' numbers; where room is short, the first go first."""
     slower, other = _first_slower(results), best_of_other_kind(results)
     places = slower, None if other is None else place_of(results, other)
     paragraphs = (
@@ -324,13 +324,13 @@ def _of_rows(results: Results) -> list[tuple[str, set[int]]]:
 
 
 def _first_slower(results: Results) -> int | None:
-    """The first row, from 1, that does not tie and says why."""
+    """Number of the first row that does not tie and has a reason; None without one."""
     rows = of_role(results, BEST)
     return next((place for place, each in enumerate(rows, 1) if each.why), None)
 
 
 def _gaps(results: Results) -> Iterator[str]:
-    """Of the first that does not tie, and of the best with, or without, expert parallelism."""
+    """Gaps to #1: of the first row that does not tie, and of the best with, or without, EP."""
     rows, slower = rows_of(results), _first_slower(results)
     if slower is not None:
         yield f"Gap of #{slower} to #1: {rows[slower - 1].why}."
@@ -349,7 +349,7 @@ def _two_pools(results: Results) -> str:
     names = f", {_pools(results)}" if faster_pools(results) is None else ""
     return (
         f"Disaggregated{names}: {against(together.over_best, '#1')}, TPOT "
-        f"{_ms(tpot(together))}, TTFT {_ms(ttft(together))}, KV transfer "
+        f"{_ms(tpot(together))}, TTFT {_ms(ttft(together))} with the queue, KV transfer "
         f"{milliseconds(serving(together).transfer_s or 0.0)} ms."
     )
 
@@ -372,7 +372,7 @@ def _engines(results: Results, shown: Collection[int]) -> str:
     places = {named(rows[place - 1]): f"#{place}" for place in shown}
     by_best: dict[str, list[str]] = {}
     for each in engines:
-        best = "none meets the limits"
+        best = "none meets the limits" if _has_limits(results) else "none fits"
         if (record := each.best) is not None:
             where = record.name if each.pools else places.get(named(record))
             if not each.why:

@@ -54,7 +54,7 @@ def _ranked(results: Results) -> Chart | None:
 
 
 def _lead(best: Sequence[DeploymentRecord], num_tied: int, *, has_pools: bool) -> str:
-    """How far ahead the best are."""
+    """Title: how far ahead the best are."""
     over = best[num_tied].over_best if num_tied < len(best) else None
     said = "Tokens/s of #1" if num_tied == 1 else f"#1 to #{num_tied} tie for most tokens/s"
     if over is not None and num_tied == 1:
@@ -88,8 +88,8 @@ def _plan_front(results: Results) -> Chart:
         ),
     ]
     return pareto_chart(
-        f"What to use: {figures(chosen.device_tps)} tokens/s from each {device}, "
-        f"{figures(chosen.user_tps)} for each user",
+        f"What to use: {figures(chosen.device_tps)} tokens/s per {device}, "
+        f"{figures(chosen.user_tps)} per user",
         dots,
         device=device,
         max_tpot_s=results.question.get("max_tpot_s"),

@@ -57,7 +57,7 @@ def of_role(results: Results, role: str) -> tuple[DeploymentRecord, ...]:
 
 
 def rows_of(results: Results) -> tuple[DeploymentRecord, ...]:
-    """The best, the first wins; then the best of the other kind, if it is not among them."""
+    """The best, the winner first; then the best of the other kind, if it is not among them."""
     best, other = of_role(results, BEST), best_of_other_kind(results)
     if other is None or named(other) in map(named, best):
         return best
@@ -80,7 +80,7 @@ def place_of(results: Results, record: DeploymentRecord) -> int | None:
 
 
 def is_tied(results: Results, record: DeploymentRecord) -> bool:
-    """Whether it ties for most tokens/s: one of a row by its place, others by their ratio to #1."""
+    """True if it ties for most tokens/s: rows by their place, others by their ratio to #1."""
     place = place_of(results, record)
     if place is not None:
         return place <= results.plans[0].num_tied
@@ -88,7 +88,7 @@ def is_tied(results: Results, record: DeploymentRecord) -> bool:
 
 
 def versus(results: Results, record: DeploymentRecord) -> str:
-    """What a deployment is to #1: `9.3% slower than #1 (5.1–14%)`, or that they tie."""
+    """A deployment's ratio to #1: `9.3% slower than #1 (5.1–14%)`, or that they tie."""
     if record.over_best is None:
         return "#1"
     if is_tied(results, record):
@@ -97,7 +97,7 @@ def versus(results: Results, record: DeploymentRecord) -> str:
 
 
 def against(ratio: Estimate, name: str) -> str:
-    """A ratio to what is called so, in words."""
+    """A ratio to the deployment `name`, in words."""
     low, _, high = ratio.bounds
     return _tying(ratio, name) if low <= 1 <= high else _differing(ratio, name)
 
@@ -158,7 +158,7 @@ def tie_or_gap(results: Results, record: DeploymentRecord) -> str | None:
 
 
 def versus_column(results: Results) -> Column[DeploymentRecord]:
-    """The same, in tables."""
+    """Column with `tie`, or the difference to #1."""
     return number("vs #1", lambda each: tie_or_gap(results, each))
 
 
@@ -197,7 +197,7 @@ def _best(results: Results) -> Section:
     others = (*_TPS, _TPOT[0], _TTFT, *_costs(rows), versus_column(results))
     columns = (_HOW, _SEQS, *_waits(rows), *others)
     said = (
-        ["wait s: what a request waits for one of the places (seqs); TTFT is from when it has one."]
+        ["wait s: mean wait of a request for one of the places (seqs); TTFT starts after it."]
         if _waits(rows)
         else []
     )
@@ -206,12 +206,12 @@ def _best(results: Results) -> Section:
 
 
 def _waits(rows: Sequence[DeploymentRecord]) -> list[Column[DeploymentRecord]]:
-    """What requests wait for a place, where any does."""
+    """Column of the wait for a place; none where no request waits."""
     return [_WAIT] if any(serving(each).place_wait_s is not None for each in rows) else []
 
 
 def _costs(rows: Sequence[DeploymentRecord]) -> list[Column[DeploymentRecord]]:
-    """Dollars for a million output tokens, where a price was given."""
+    """Column of dollars per million output tokens; none without a price."""
     return [_COST] if any(serving(each).usd_per_million_output for each in rows) else []
 
 
@@ -345,8 +345,8 @@ def _run_it(results: Results) -> Section:
             parts.append(Commands(named_best and f"{each.title}: {named_best}", tuple(lines)))
     if any(each.commands for each in engines_of(results)):
         parts.append(
-            "HOST0, HOST1 … are the names of the nodes. Limits are those of the plan: requests at "
-            "once, tokens of a step, and tokens of a request with room above the mean."
+            "HOST0, HOST1 … are the names of the nodes. The commands set the plan's limits: "
+            "concurrent requests, tokens per step, and tokens per request with room above the mean."
         )
     return Section("Run it", tuple(parts), chapter="run")
 

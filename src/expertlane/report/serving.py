@@ -169,7 +169,7 @@ def bench(results: Results) -> tuple[Section, ...]:
 
 
 def by_load(results: Results) -> tuple[Section, ...]:
-    """What each load gave, measured."""
+    """Measured throughput, latency, objectives and cost of each load."""
     return (
         Section("Throughput, tokens/s (measured)", (throughput(results),), "top", "loads"),
         Section("Latency, ms (measured)", (latency(results),), chapter="loads"),
@@ -350,7 +350,7 @@ def _sampling(serving: ServingRecord) -> Iterator[Note]:
             ends = (milliseconds(Estimate(each)) for each in sample.intervals[key])
             parts.append(f"{name} {'–'.join(ends)} ms")
     num = counted(serving.num_requests or 0, "first token")
-    yield "Sample", f"{num} in the steady state, for 90 %: {', '.join(parts)}"
+    yield "Sample", f"{num} in the steady state; 90 % intervals: {', '.join(parts)}"
 
 
 def _noted(sentences: Iterable[str]) -> list[Note]:
@@ -402,7 +402,7 @@ def limits(results: Results) -> Iterator[str]:
 
 
 def _doubts(results: Results) -> Iterator[str]:
-    """What a reader must know of the numbers, and how much lies outside of what was measured."""
+    """Cautions on the numbers, and the share that lies outside measured sizes."""
     yield from cautions(results)
     phases = phases_of(results.deployments[0])
     total_s = sum(step.wall_s.value for _, step in phases)

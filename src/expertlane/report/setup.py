@@ -63,8 +63,8 @@ def how_judged(results: Results) -> str:
         if nearest is None:
             return "Not validated: no projection like this was compared with measurements."
         return (
-            f"Not validated itself: of the nearest kind ({nearest.what}) nine in ten rows were "
-            f"within {_within(nearest.output)}; bounds are no narrower."
+            f"Not validated itself; of the nearest validated kind ({nearest.what}) 90% of rows "
+            f"were within {_within(nearest.output)}, and bounds are no narrower."
         )
     least = "" if nearest is None else f"; bounds are at least {_within(nearest.output)}"
     framework = f", overheads of {cluster.framework}" if cluster.framework else ""

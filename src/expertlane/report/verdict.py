@@ -84,13 +84,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Factor:
-    """How many times as fast one deployment is as another, for a sentence.
+    """Speed of one deployment over another, for a sentence.
 
     Attributes:
-        other: what the other is called.
+        other: name of the other in the sentence.
         ratio: as `Verdict` has it.
-        depends_on_links: whether it is decided on the links that are assumed, and on links half to
-            twice as fast it is not.
+        depends_on_links: true if the ratio is decided for the assumed links, but not for all links
+            half to twice as fast.
     """
 
     other: str
@@ -99,7 +99,7 @@ class Factor:
 
     @property
     def rank(self) -> Rank:
-        """What the ratio says."""
+        """`faster`, `slower`, `level` (all of the interval near 1) or `undecided`."""
         low, value, high = self.ratio.bounds
         if self.ratio.low is not None and low <= 1 <= high:
             is_level = low >= 1 - _LEVEL and high <= 1 + _LEVEL
@@ -131,7 +131,7 @@ def judge(comparison: Comparison) -> Verdict | None:
 
 
 def _with_links(comparison: Comparison, one: Row, other: Row, ratio: Estimate) -> Estimate:
-    """The interval of a ratio, widened by what it changes on faster and slower links."""
+    """A ratio whose interval also covers faster and slower links."""
     if ratio.low is None or ratio.high is None:
         return ratio
     least, _, most = comparison.on_links(one, other).bounds
@@ -139,7 +139,7 @@ def _with_links(comparison: Comparison, one: Row, other: Row, ratio: Estimate) -
 
 
 def workload_headline(results: Results, modelled: Comparison) -> str | None:
-    """How the first deployment compares with the others under the whole workload, if it was run."""
+    """Sentence that compares deployments on the whole workload; None if that was not simulated."""
     found = results.workload
     if found is None:
         return None
@@ -170,7 +170,7 @@ def factors(comparison: Comparison) -> tuple[Factor, ...]:
 
 
 def _called(comparison: Comparison, row: Row) -> str:
-    """With the part that it plays, where there are more than two."""
+    """Name of a deployment, with its role where there are more than two."""
     if row is not comparison.compared[1] or len(comparison.rows) < 3:
         return row.name
     kind = "baseline" if row.record.is_baseline and comparison.proposals else "of the others"
@@ -191,7 +191,7 @@ def _reasons(causes_ms: Mapping[str, Estimate], ratio: Estimate) -> tuple[_Cause
 
 
 def _ratio_once(comparison: Comparison, one: Row, other: Row) -> Estimate:
-    """Of a projection, with bounds; or of what was not measured in turns."""
+    """TPS ratio without runs in turns: of a projection, with bounds, or of single runs."""
     value = one.tps / other.tps
     if comparison.is_run:
         return Estimate(value)
@@ -225,7 +225,7 @@ def _interval(estimate: Estimate) -> str:
 
 
 def headline(comparison: Comparison, results: Results) -> str:
-    """How much faster, with which confidence and on which clock: one sentence."""
+    """One sentence: how much faster, with which interval, on which clock."""
     judged = judge(comparison)
     where = f"in {comparison.phase}, {_clock(comparison, results)}"
     if judged is None:
@@ -236,7 +236,7 @@ def headline(comparison: Comparison, results: Results) -> str:
 
 
 def sentence(one: str, against: Sequence[Factor], where: str) -> str:
-    """How one deployment compares with others.
+    """A sentence that compares one deployment with others.
 
     For example `A is 1.66× as fast as B (1.60–1.72) and level with the best baseline, C
     (0.97–1.03), in decode.`
@@ -321,7 +321,7 @@ def which_clock(results: Results) -> str:
 
 
 def _links(virtual: VirtualTime) -> str:
-    """Of which profile, and how they differ from it."""
+    """Links of virtual time in words: their profile, and how they differ from it."""
     if not virtual.links:
         return "transfers that take no time"
     words = f"links of {virtual.links}"

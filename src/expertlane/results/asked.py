@@ -1,4 +1,4 @@
-"""What a projection was asked for beside a workload, as options have it."""
+"""Options of a projection beside its workload."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ from expertlane.spec.ranges import Strict
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectionAsked(Strict):
-    """Options of a projection.
+    """Options of a projection, as on the command line.
 
     Attributes:
-        skew: None for the usual one with its bounds.
-        routing_trace: the file.
-        mtp: drafts of a step.
+        skew: None for the default with its bounds.
+        routing_trace: path of the file.
+        mtp: draft tokens per step.
     """
 
     cluster: str

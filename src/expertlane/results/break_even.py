@@ -1,4 +1,4 @@
-"""Where two plans are level: what would change an answer."""
+"""Break-even points of two plans: what would change the answer."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,15 +10,15 @@ Varied = Literal["skew", "sequences"]
 
 @dataclass(frozen=True)
 class Level(Strict):
-    """Where #1 and its rival have as many tokens a second, as one thing varies.
+    """Break-even point of #1 and its rival in one variable.
 
     Attributes:
-        asked: what the plan was made for.
-        at: where they are level, the nearest to `asked`; None where they are nowhere.
-        end: beyond `at`, or anywhere where that is None, where the rival does best.
-        over_at_end: tokens a second of the rival over those of #1 there; None where #1 keeps no
-            limit.
-        tried: the least and the most.
+        asked: value that the plan was made for.
+        at: value nearest to `asked` at which both have equal tokens/s; None without one.
+        end: value tried at which the rival does best, beyond `at` if there is one.
+        over_at_end: tokens/s of the rival over those of #1 at `end`; None where #1 misses the
+            limits there.
+        tried: the least and the largest value.
     """
 
     varied: Varied
@@ -31,14 +31,13 @@ class Level(Strict):
 
 @dataclass(frozen=True)
 class BreakEven(Strict):
-    """What would change the answer between #1 and the best of another kind.
+    """Break-even points of #1 and the best of another kind.
 
     Attributes:
-        rival: that one's name.
-        levels: of what varies for these two.
-        unsure: the error that their ratio is least sure by, of a law or of routing; empty where it
-            has none.
-        unsure_share: of the ratio's spread, as squares.
+        rival: name of the rival.
+        levels: break-even points, one per variable.
+        unsure: law or routing whose error makes most of the ratio's uncertainty; empty without any.
+        unsure_share: its share of the squared uncertainty.
     """
 
     rival: str

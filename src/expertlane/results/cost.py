@@ -22,7 +22,7 @@ def with_costs(results: Results, usd_per_hour: float) -> Results:
 
     def priced(record: DeploymentRecord) -> DeploymentRecord:
         if record.roles and {*record.roles} <= {PREFILL_POOL, DECODE_POOL}:
-            return record  # half of a deployment: tokens cost what both pools do
+            return record  # one of two pools: a token's price is that of both
         is_cpu = results.machine is not None and results.machine.device == "cpu"
         usd_per_s = usd_per_hour / _S_PER_HOUR * (1 if is_cpu else record.num_ranks or 1)
 

@@ -47,7 +47,7 @@ class Estimate(Strict):
         return low, self.value, high
 
     def no_surer_than(self, factor: float) -> "Estimate":
-        """With bounds that are at least so many times apart from the value, either way."""
+        """With bounds widened to at least a factor from the value, both ways."""
         low, value, high = self.bounds
         return Estimate(value, min(low, value / factor), max(high, value * factor))
 
@@ -96,7 +96,7 @@ class Summary(Strict):
         return cls(*map(Estimate.of, (np.mean(values, axis=0), *percentiles)))
 
     def no_surer_than(self, factor: float) -> "Summary":
-        """Each as of `Estimate`."""
+        """With the bounds of each statistic widened, as in `Estimate`."""
         values = (self.mean, self.median, self.p95, self.p99)
         return Summary(*(each and each.no_surer_than(factor) for each in values))
 

@@ -29,7 +29,7 @@ def to_json(results: Results) -> str:
 
 
 def _number(value: Any) -> Any:
-    """A number of NumPy's as Python's own."""
+    """A NumPy number as Python's own."""
     if isinstance(value, np.generic):
         return value.item()
     raise NotImplementedError(f"{type(value)} in results")

@@ -114,13 +114,13 @@ class Judged(Strict):
 
 @dataclass(frozen=True)
 class KnownError(Strict):
-    """How far off nine in ten projections of the nearest kind that was measured were; factors.
+    """Factors within which 90 % of projections of the nearest measured kind were.
 
     Attributes:
-        what, num_rows: that were projected and measured.
-        tpot, output: of TPOT, and of output throughput.
-        ttft_what: rows whose TTFT was, the nearest such; "" for none.
-        ttft: of TTFT; 1 for none.
+        what, num_rows: that kind in words, and the number of its rows.
+        tpot, output: factors of TPOT, and of output throughput.
+        ttft_what: the nearest kind whose TTFT was measured; "" for none.
+        ttft: factor of TTFT; 1 for none.
     """
 
     what: str
@@ -140,8 +140,8 @@ class Cluster(Strict):
         flops_per_s: dense, in the type of weights.
         framework: whose overheads were taken; "" for none that is known.
         judged: how far off projections of such a kind were; None where none was judged.
-        nearest: of the nearest kind, which bounds of what requests feel are no narrower than; None
-            where it was measured on the machine itself.
+        nearest: errors of the nearest measured kind, which bounds of throughput and latency are no
+            narrower than; None where the profile was measured on the machine itself.
     """
 
     name: str

@@ -12,14 +12,14 @@ from expertlane.spec.ranges import Strict
 
 @dataclass(frozen=True)
 class PairRecord(Strict):
-    """How two deployments differ that were measured in turns.
+    """Difference of two deployments that were measured in turns.
 
     Estimates have 90 % intervals (`results.statistics`), or none of too few repetitions.
 
     Attributes:
         source: of the numbers; the pair is the same for all sources.
-        name: the one that the first sentence is about.
-        other: the one that it is compared with.
+        name: the deployment that the first sentence is about.
+        other: the deployment that it is compared with.
         num_runs: repetitions of each.
         ratio: TPS of `name` over that of `other`.
         step_s, other_step_s: seconds of a step of each.
@@ -43,16 +43,16 @@ class PairRecord(Strict):
 
 
 def choose_compared(records: Sequence[DeploymentRecord], tps: Sequence[float]) -> tuple[int, ...]:
-    """Places of the best proposal, of the best baseline, and of the first if it is neither.
+    """Indices of the best proposal, the best baseline, and the first deployment if it is neither.
 
-    Where all are of one kind: of the fastest, of the next fastest, and of the first.
+    Where all are of one kind: of the fastest, the next fastest, and the first.
 
     Args:
         records: in the experiment's order.
         tps: of each.
 
     Returns:
-        Empty of a single deployment.
+        Empty for a single deployment.
     """
     if len(records) < 2:
         return ()

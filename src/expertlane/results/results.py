@@ -160,7 +160,7 @@ class PlanSummary(Strict):
         num_tied: of the best, the first so many tie for most tokens a second.
         tie_spread: how far the least of them is below the most tokens a second; a share.
         tie_break: what decided among them; None where one was alone.
-        break_even: what would change the answer; None without another kind.
+        break_even: what would change the answer; None without a rival.
         no_two_pools: why there are none: the devices cannot be split for the model, nothing fits,
             none keeps the limits, or the engine runs none.
         engine: that was asked for; None where any deployment was looked for.
@@ -190,14 +190,14 @@ class PlanSummary(Strict):
 
 @dataclass(frozen=True)
 class WorkloadVerdict(Strict):
-    """What one deployment of a projection has over others, under the whole workload.
+    """Comparison of projected deployments on the whole workload.
 
     Attributes:
-        name: of the one that is compared (`choose_compared`).
-        over: by the names of those that it is compared with, the best of them first: output
-            tokens/s over theirs, with the bounds that are left when what both share has cancelled.
-        causes_s: by cause, seconds of the whole system for an output token, less those of the best
-            of the others.
+        name: the deployment that is compared (`choose_compared`).
+        over: its output tokens/s over those of each other one by name, the best of them first, with
+            the bounds that are left when shared errors have cancelled.
+        causes_s: by cause, seconds of the whole system per output token, less those of the best of
+            the others.
     """
 
     name: str
@@ -206,7 +206,7 @@ class WorkloadVerdict(Strict):
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """All their names."""
+        """Names of all compared, the first sentence's deployment first."""
         return (self.name, *self.over) if self.over else ()
 
 
@@ -225,9 +225,8 @@ class Results(Strict):
             `model`, `workload`, `ranks_per_node`, or `urls`, `endpoint` and `rounds` of servers.
             The workload of a simulation or bench has what is the same for all loads: `prompt_len`,
             `output_len`, `seed`, and `requests`, the file they are from; `prefix_len` and
-            `num_prefixes` where
-            prompts share their beginning.
-            `price`: dollars an hour of a device, where one was given.
+            `num_prefixes` where prompts share a prefix. `price`: dollars per device-hour, where one
+            was given.
         machine: where it was measured; None where nothing was.
         cluster: what was modelled; None where nothing was.
         virtual_time: None where nothing is in virtual time.
@@ -353,7 +352,7 @@ class Results(Strict):
         )
 
     def pairs_of(self, source: Source) -> tuple[PairRecord, ...]:
-        """Those in numbers of one source."""
+        """Pairs in numbers of one source."""
         return tuple(each for each in self.pairs if each.source == source)
 
     @property

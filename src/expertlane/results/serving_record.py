@@ -124,7 +124,7 @@ class SampleRecord(Strict):
 
 @dataclass(frozen=True)
 class ServingRecord(Strict):
-    """What requests felt under one load.
+    """Throughput and latency under one load.
 
     Attributes:
         batch: concurrency, requests kept unfinished; None in an open loop.
@@ -192,7 +192,7 @@ class ServingRecord(Strict):
         return all(each.is_met for each in self.slos)
 
     def no_surer_than(self, known: KnownError) -> "ServingRecord":
-        """With bounds no narrower than what is known of such projections."""
+        """The record with bounds no narrower than the known error of such projections."""
         output = (self.output_tps, self.total_tps, self.requests_per_s, self.goodput)
         output_tps, total_tps, requests_per_s, goodput = (
             each and each.no_surer_than(known.output) for each in output
@@ -222,10 +222,10 @@ class ServingRecord(Strict):
 def with_places(
     record: ServingRecord, num_running: int, num_asked: int, requests_per_s: Estimate
 ) -> ServingRecord:
-    """The same of a closed load with more requests at once than run.
+    """The record of a closed load with more concurrent requests than run, with their wait.
 
-    Of `num_asked` requests that are unfinished each stays `num_asked / requests_per_s`, of those
-    that run `num_running / requests_per_s`; what is between them it waits.
+    By Little's law a request stays `num_asked / requests_per_s` seconds in all, and runs for
+    `num_running / requests_per_s` of them; it waits for the rest.
     """
     wait_s = None if num_running >= num_asked else (num_asked - num_running) / requests_per_s
     return replace(record, num_running=num_running, place_wait_s=wait_s)

@@ -127,7 +127,7 @@ def _serving(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO]) -> Ser
 
 
 def _with_places(record: ServingRecord, outcome: Outcome) -> ServingRecord:
-    """What requests beyond those that run wait; of one pool, which a request has its place in."""
+    """The record with the wait for a place, of one pool; two pools have places of their own."""
     running = outcome.num_parts * outcome.pools[0].totals.most_running
     batch, rate = record.batch, record.requests_per_s
     if len(outcome.pools) > 1 or batch is None or rate is None or running >= batch:

@@ -1,4 +1,4 @@
-"""A row of a plan or a projected comparison, as its results have it: what simulates it again."""
+"""A row of a plan or a projected comparison, read from its results to be simulated again."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from expertlane.spec.slo import SLO
 from expertlane.spec.tables import build
 
 POOLS = "pools"
-# Options of which one rules the others out: what is given leaves the others of a row away.
+# Options that exclude each other: one that is given removes a row's values of the others.
 _LENGTHS = "prompt_len", "output_len"
 _INSTEAD: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*_LENGTHS, "prefix_len"), ("requests",)),
@@ -45,9 +45,9 @@ class Row:
 
     Attributes:
         layout, options: of the pool that decodes, where two serve.
-        num_seqs: that run at once, over the whole system.
-        num_asked: requests at once.
-        slos: that it was to keep.
+        num_seqs: sequences that run at once, over the whole system.
+        num_asked: concurrent requests that were asked for.
+        slos: limits that were asked for.
         cautions: what a reader must know of the model, in sentences.
     """
 
@@ -69,7 +69,7 @@ class Row:
     cautions: tuple[str, ...]
 
     def _lengths(self) -> dict[str, Any]:
-        """Of requests as they were asked for; of a comparison, all alike."""
+        """Options for the lengths that were asked for."""
         if (path := self.load.get("requests")) is not None:
             return {"requests": Path(path)}
         return {name: str(self.load.get(name, self.workload[name])) for name in _LENGTHS}
@@ -78,7 +78,7 @@ class Row:
         """The options of `simulate` that serve it again, by name.
 
         Args:
-            given: options that are asked for otherwise; they and what they rule out are left away.
+            given: options with other values; they, and options that they exclude, are left out.
         """
         options, asked, workload = self.options, self.asked, self.workload
         values: dict[str, Any] = {
@@ -108,10 +108,10 @@ class Row:
             "max_num_seqs": -(-self.num_seqs // (self.layout.replicas * self.layout.dp)),
             "price": self.price,
         }
-        left_away = {other for name in given for other in _INSTEAD.get(name, ())}
+        left_out = {other for name in given for other in _INSTEAD.get(name, ())}
         if self.num_seqs >= workload["num_sequences"] and {"batch", "rate"} & set(given):
-            left_away.add("max_num_seqs")  # all that came ran, so it tells nothing of a limit
-        return {name: each for name, each in values.items() if name not in {*given, *left_away}}
+            left_out.add("max_num_seqs")  # all requests ran, so it is no limit
+        return {name: each for name, each in values.items() if name not in {*given, *left_out}}
 
 
 def find_row(text: str) -> Row:
@@ -146,16 +146,16 @@ def _row(results: Results, row: str) -> Row:
         model, workload = (question["experiment"][name] for name in ("model", "workload"))
     else:
         raise UserError(
-            f"it is of a {results.kind} without a projection of several; --plan takes one of plan "
-            "or compare --project"
+            f"it has results of a {results.kind} without projected rows; --plan takes those of "
+            "plan or compare --project"
         )
     asked = question.get("projection")
     if asked is None or record.conditions is None:
-        raise UserError("it does not say what was asked for; repeat the command that wrote it")
+        raise UserError("it lacks the options of its projection; repeat the command that wrote it")
     decoding, conditions = decode or record, record.conditions
     running = decoding.serving[0].num_running
     if running is None:
-        raise UserError(f"row {row} does not say how many sequences run at once")
+        raise UserError(f"row {row} lacks the number of sequences that run at once")
     return Row(
         build(ModelConfig, model, "question.model"),
         record.known_layout,
@@ -164,7 +164,7 @@ def _row(results: Results, row: str) -> Row:
         None if prefill is None else prefill.known_options,
         decoding.num_drafts,
         running,
-        # A pool that decodes keeps its number; those beyond it wait, and are served too.
+        # Of two pools, requests beyond the decode pool's places wait and are served too.
         running if decode is None else workload["num_sequences"],
         conditions.dtype,
         conditions.kv_dtype,
@@ -178,7 +178,7 @@ def _row(results: Results, row: str) -> Row:
 
 
 def _method(options: Options) -> str:
-    """Experts that move while requests run are placed by load, as the cluster model has it."""
+    """Placement option; experts that move while requests run count as placed by load."""
     return "load" if options.is_by_load else options.placement
 
 
@@ -186,7 +186,7 @@ _Parts = tuple[DeploymentRecord, DeploymentRecord | None, DeploymentRecord | Non
 
 
 def _of_plan(results: Results, row: str) -> _Parts:
-    """A record; of disaggregated pools that of both, for prefill, and for decode."""
+    """A row's record; for disaggregated pools also those of prefill and of decode."""
     if row == POOLS:
         pools = [
             each
@@ -214,7 +214,7 @@ def _of_comparison(results: Results, row: str) -> DeploymentRecord:
     usual = results.conditions[0]
     record = _numbered(results.select("projected", EXPERIMENT, usual), row, [])
     if not record.serving:
-        raise UserError(f"{record.name!r} does not fit, so that it was not simulated")
+        raise UserError(f"{record.name!r} does not fit, so it was not simulated")
     return record
 
 
@@ -228,7 +228,7 @@ def _numbered(rows: Sequence[DeploymentRecord], row: str, words: Sequence[str]) 
 
 
 def _limits(question: Mapping[str, Any]) -> tuple[SLO, ...]:
-    """Those of a plan; none of a comparison."""
+    """Limits that a plan was made for; empty for a comparison."""
     means = {"max_tpot_s": SLO("tpot", "mean", 1.0), "max_ttft_s": SLO("ttft", "mean", 1.0)}
     found = [
         replace(slo, limit_s=question[key])

@@ -34,11 +34,11 @@ from expertlane.spec.workload import Load, TimedRequest
 
 _SETTLING_STEPS = 8
 _SETTLING_SHARE = 0.1  # of the steps that a stretch has at least
-_NUM_GUESSES = 4  # of how many requests decode, of those that arrive
-_SAME_RUNNING = 0.01  # of a guess: nearer ones are no other
+_NUM_GUESSES = 4  # iterations for the number of requests that decode, in an open loop
+_SAME_RUNNING = 0.01  # relative difference of two numbers of requests that count as equal
 _PROBE_STEPS = 2
 _FULL_STEPS = 5  # of a pool that always has prompts; the first and the last of them do not count
-_FEW_STEPS, _FEWEST_ROUNDS = 2, 8  # of a round, and rounds of more steps
+_FEW_STEPS, _FEWEST_ROUNDS = 2, 8  # of a round, the usual; least number of longer rounds
 _NUM_PARTS = 20  # of a stretch, for its regression
 _FEWEST_FIRST = 4  # first tokens of a stretch, where so many are under way
 _STRATUM = 24  # steps
@@ -74,7 +74,7 @@ class Precision:
         return replace(precision, most_steps=_MOST_STEPS) if asks_more else precision
 
     def of_rounds(self, num_steps: int) -> "Precision":
-        """For rounds of so many steps, of micro-batches and replicas: each step tells as much."""
+        """Fewer rounds where each has many steps (micro-batches, replicas)."""
         share = _FEW_STEPS / max(num_steps, _FEW_STEPS)
 
         def of(steps: int) -> int:
@@ -100,7 +100,7 @@ class Precision:
 
 
 PrefillRates = dict[tuple[Layout, Options], tuple[float, float]]
-"""Prompts a second of a pool that always has some, and seconds of a prompt alone."""
+"""By pool: prompts/s when it never runs out of prompts, and seconds of a prompt alone."""
 
 USUAL = Precision()
 ROUGH = Precision(least_steps=24, most_steps=24, quantile=0.0)
@@ -164,7 +164,7 @@ def steady_state(
     Args:
         with_skew: whether bounds hold those of an assumed routing; each asks for further steps.
         with_totals: whether steps are added up, to say where their time goes.
-        known: of pools for prompts; more are added.
+        known: rates of prefill pools; new ones are added.
         advance: called with a number of steps of `precision.most_steps` that are done.
     """
     part, factor = _part_of(simulator)
@@ -177,19 +177,19 @@ def steady_state(
 
 
 def pools_apart(simulator: Simulator, seed: int, known: PrefillRates | None = None) -> Rates:
-    """A closed load on two pools, by what each does by itself.
+    """A closed load on two pools, each taken by itself.
 
-    One step of the pool that decodes stands for all, and the rate of the other is its largest.
+    One decode step represents all, and the prefill pool runs at its largest rate.
 
     Args:
-        known: of pools for prompts; more are added.
+        known: rates of prefill pools; new ones are added.
     """
     part, factor = _part_of(simulator)
     return _Stretch(part, seed, ROUGH, known).apart().times(factor)
 
 
 def _part_of(simulator: Simulator) -> tuple[Simulator, float]:
-    """One of the parts that serve apart, and how many times as much all of them do."""
+    """One of the independent parts, and the factor from its throughput to that of all."""
     num_parts, load = simulator.setup.num_parts, simulator.load
     if num_parts == 1:
         return simulator, 1.0
@@ -210,7 +210,7 @@ class _Stretch:
         options = simulator.setup.options
         rotates = options.micro_batch_schedule == "rotating"
         in_flight, batch = options.num_micro_batches if rotates else 1, simulator.load.batch
-        if batch is not None:  # fewer requests fill no more
+        if batch is not None:  # fewer requests fill fewer micro-batches
             in_flight = min(in_flight, ceil(batch / simulator.setup.layout.replicas))
         self._num_in_flight = in_flight
         self._precision = precision.of_rounds(self._steps_of_round())
@@ -260,7 +260,7 @@ class _Stretch:
         return self._sum(served, watch, pools, spread)
 
     def apart(self) -> Rates:
-        """What two pools do, each by itself."""
+        """Rates of two pools, each taken by itself."""
         assert self._batch is not None, "a closed load"
         running = self._num_running()
         step_s, further = self._step_s, max(self._mean_steps - 1, 1.0)
@@ -337,7 +337,7 @@ class _Stretch:
         return self._rng.permutation(left)
 
     def _blank(self, num_tokens: int) -> Ints:
-        """A prompt that nobody reads."""
+        """A prompt of zeros; a projection reads no tokens."""
         if num_tokens > len(self._zeros):
             self._zeros = np.zeros(num_tokens, dtype=np.int64)
         return self._zeros[:num_tokens]
@@ -372,9 +372,9 @@ class _Stretch:
         return self._num_fed(pools[-1], running) if len(pools) > 1 else running
 
     def _num_fed(self, pool: SimulatedPool, most: int) -> int:
-        """Requests that decode, as many as prefill keeps up with; a step takes `_step_s` then.
+        """Requests that decode, as many as prefill keeps up with; sets `_step_s` accordingly.
 
-        A step's time is taken to be a line over them.
+        Step time is taken to be linear in their number.
         """
         first_s = self._step_s = self._decode_step_s(pool, most)
         rate = self._prefill_rate * self._mean_steps

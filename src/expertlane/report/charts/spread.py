@@ -1,4 +1,4 @@
-"""How latencies are spread: a row for each, with its statistics on one axis."""
+"""Spread of latencies: a row for each, with its statistics on one axis."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _LOOKS = (
     Legend("p99", OTHERS, "square"),
     Legend(_LIMIT, "--ink", "cross"),
 )
-_ROOM = 1.15  # beyond the least and the largest value, on a logarithmic axis
+_ROOM = 1.15  # factor beyond the least and the largest value, on a logarithmic axis
 _TICKS = (1, 2, 5)
 
 
@@ -26,8 +26,8 @@ class Spread:
     """One latency under one load.
 
     Attributes:
-        ms: by statistic: `median`, `mean`, `p95` or `p99`; the first is said.
-        limits_ms: what was asked of it.
+        ms: milliseconds by statistic: `median`, `mean`, `p95` or `p99`; words name the first.
+        limits_ms: its objectives.
     """
 
     name: str
