@@ -82,10 +82,10 @@ def compare(
             scaling layouts.
         repeat: How often the deployments of the answer's first sentence are measured; the
             others twice at most. Fewer than 5 give no intervals.
-        min_time: Repeat until the steps of each of these have taken so long.
+        min_time: Measure each of those deployments for at least this long.
         resume: Go on with a comparison that was interrupted: what it measured is kept in the
             folder of its results until it is complete.
-        traffic: Also show, of each deployment: traffic matrix, fan-out of tokens, hottest ranks
+        traffic: Also show for each deployment: traffic matrix, fan-out of tokens, hottest ranks
             and experts, and the straggler.
         trace: Also write trace-NAME.json: what every rank does when, in one prefill and one
             decode step, for ui.perfetto.dev or chrome://tracing. In virtual time:
@@ -105,7 +105,7 @@ def compare(
         ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that
             its config.json does not use.
         project: Also project the same deployments on a modelled cluster, in separate tables;
-            only project where this machine is too small to run them.
+            where this machine is too small to run them, only project.
         cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
             h100, h200, or a TOML file of expertlane calibrate).
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
@@ -253,15 +253,14 @@ def simulate(
         layout: How ranks are arranged: dp=2,ep=2 for example.
         cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
             h100, h200, or a TOML file of expertlane calibrate).
-        plan: Row N of the results.json of expertlane plan or compare --project again, with its
-            model, cluster and load; the first row without #N. #pools: disaggregated pools;
-            #vllm, #sglang …: the best of an engine. Other options that are given take
-            precedence.
+        plan: Simulate row N of a results.json again (of expertlane plan or compare --project),
+            with its model, cluster and load. Without #N: row 1; #pools: disaggregated pools;
+            #vllm, #sglang …: the best of an engine. Options that are given take precedence.
         prefill_layout: Disaggregated: a separate prefill pool, on further devices; --layout is
             then the decode pool's. --prefill-dispatch is the prefill pool's, all other options
             hold for both.
         cold_start: Begin idle, with all of --batch at once, and end with the last of
-            --num-requests. Else the load is in its steady state, where one request comes as
+            --num-requests. Otherwise the load is in its steady state: one request begins as
             another ends.
         trace: Also write trace-NAME.json: what every rank does when, in one prefill and one
             decode step, for ui.perfetto.dev or chrome://tracing. In virtual time:

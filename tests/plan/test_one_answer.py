@@ -210,7 +210,9 @@ def test_other_results_have_no_row(tmp_path):
     load = {"batch": 2, "prompt_len": 8, "output_len": 8}
     found = expertlane.simulate("paper-tiny", layout="tp=2", cluster="h100x2", **load)
     file.write(found, tmp_path)
-    with pytest.raises(expertlane.UserError, match="it is of a simulation"):
+    with pytest.raises(
+        expertlane.UserError, match="results of a simulation without projected rows"
+    ):
         expertlane.simulate(plan=tmp_path)
     with pytest.raises(expertlane.UserError, match="No such file"):
         expertlane.simulate(plan=tmp_path / "nowhere.json")

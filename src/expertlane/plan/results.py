@@ -55,6 +55,7 @@ from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
 _NUM_BEST = 8
+_NEARLY = 0.01  # of tokens a second
 _NUM_TIMELINES = 3
 _NUM_PARETO = 12
 
@@ -338,11 +339,16 @@ def make_plan(
 
 
 def _best_pools(pools: TwoPools | NoPools, engines: Sequence[EngineChoice]) -> TwoPools | NoPools:
-    """Those with most tokens a second, of all that were simulated."""
-    found = [
-        each for each in (pools, *(each.pools for each in engines)) if isinstance(each, TwoPools)
-    ]
-    return max(found, key=lambda each: float(each.served.tps[LIKELY, 0]), default=pools)
+    """Those with most tokens a second; ones that an engine runs where they have nearly as many."""
+    of_engines = [each.pools for each in engines if isinstance(each.pools, TwoPools)]
+    if not isinstance(pools, TwoPools) or not of_engines:
+        return pools
+
+    def tps(each: TwoPools) -> float:
+        return float(each.served.tps[LIKELY, 0])
+
+    run = max(of_engines, key=tps)
+    return run if tps(run) >= (1 - _NEARLY) * tps(pools) else pools
 
 
 def pareto_records(

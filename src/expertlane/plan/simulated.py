@@ -18,14 +18,13 @@ import numpy as np
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
-from expertlane.cost.step.operation import Floats
 from expertlane.errors import CapacityError, UserError
 from expertlane.plan.candidates import Candidate, Goals, PlanRequest, family_of
 from expertlane.plan.engines import ENGINES, Engine
 from expertlane.plan.screen import Screened, ScreenedCandidate, TooLarge, fitting
 from expertlane.plan.search import Finalist, OnePool, Search
 from expertlane.plan.throughput import ThroughputCurve
-from expertlane.results.metrics import ServedRequest
+from expertlane.results.serving_record import KEPT
 from expertlane.simulate.setup import ServingSetup, scheduling_of
 from expertlane.simulate.simulator import Simulator
 from expertlane.simulate.steady import (
@@ -43,7 +42,6 @@ NUM_SIMULATED = 12  # options
 _MOST_TRIALS = 8  # numbers of sequences to simulate of an option
 _NUM_TOLD = 5  # options that are shown, the best with EP, without, and of each engine among them
 _CLOSE = 0.96  # of a number that misses the limits: the most to try next while none meets them
-KEPT = 1.001  # times a limit: the accuracy of steady states
 _AIM = 0.99  # of a limit
 # Gains in tokens/s that are worth another trial: of the best, of others that are shown, and while
 # searching.
@@ -137,9 +135,8 @@ def _rates(
     cluster = ModelledCluster(profile, setup.num_devices)
     try:
         simulator = Simulator(request.model, cluster, setup, load)
-        if precision is None:
-            rates = pools_apart(simulator, workload.seed, known)
-            sample: Sequence[ServedRequest[Floats]] = ()
+        if precision is None:  # requests by themselves have no percentiles
+            rates, sample = pools_apart(simulator, workload.seed, known), None
         else:  # bounds of skew follow in `Finalist.simulated`
             state = steady_state(simulator, workload.seed, precision, with_skew=False, known=known)
             rates, sample = state.rates, state.served
@@ -152,7 +149,9 @@ def _rates(
         tps=rates.output_tps[::-1, None],
         tpot_s=rates.tpot_s[:, None],
         ttft_s=rates.ttft_s[:, None],
-        excess=np.array([goals.excess(rates.tpot_s, rates.ttft_s, sample)]),
+        excess=None
+        if sample is None
+        else np.array([goals.excess(rates.tpot_s, rates.ttft_s, sample)]),
     )
 
 

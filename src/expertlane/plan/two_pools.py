@@ -16,10 +16,11 @@ from expertlane.plan.candidates import Candidate, Goals, PlanRequest
 from expertlane.plan.engines import ENGINES
 from expertlane.plan.screen import Known, ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, Search
-from expertlane.plan.simulated import KEPT, divide_alike, simulate_pools
+from expertlane.plan.simulated import divide_alike, simulate_pools
 from expertlane.plan.throughput import ThroughputCurve, two_pools
 from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
+from expertlane.results.serving_record import KEPT
 from expertlane.simulate.steady import USUAL, Precision, PrefillRates
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.names import EngineName, Phase
@@ -32,6 +33,7 @@ _NUM_SHAPES = 48  # for prefill, and for each number of sequences for decode
 _NUM_PREFILL, _NUM_DECODE = 4, 12  # of each pool, the best by themselves are tried together
 _MOST_TRIED = 6  # pairs that are simulated
 _MOST_WORSE = 2  # splits in a row that are no better, before those further on are left out
+_FEWER = 0.97  # of the sequences that broke a limit, at most, in the next trial
 _SLACK = 1.05  # a smaller pool has at most so many times the tokens a second of a larger one
 
 
@@ -244,7 +246,6 @@ class TwoPoolSearch:
             most: pairs to simulate.
         """
         ratios: dict[object, float] = {}
-        too_slow: set[object] = set()
         kept: list[tuple[float, _Pair]] = []
         waiting = list(pairs)
         why: NoPools = "over limits"
@@ -264,18 +265,30 @@ class TwoPoolSearch:
                 ratios[kind] = max(ratio, ratios.get(kind, 0.0))
             if served.breach(self._request.goals)[0] <= KEPT:
                 kept.append((float(served.tps[LIKELY, 0]), pair))
-            elif float(served.tpot_s[LIKELY, 0]) > (self._request.goals.of_means[0] or np.inf):
-                too_slow.add((pair.decode.candidate, pair.decode.num_seqs))
-                waiting = [
-                    each
-                    for each in waiting
-                    if (each.decode.candidate, each.decode.num_seqs) not in too_slow
-                ]
+            elif (fewer := self._with_fewer(pair, served)) is not None:
+                waiting.append(fewer)
         for _, pair in sorted(kept, key=lambda each: -each[0]):
             served = self._simulated_pair(pair, USUAL)
             if served is not None and served.breach(self._request.goals)[0] <= KEPT:
                 return self._in_full(pair, served)
         return why
+
+    def _with_fewer(self, pair: _Pair, served: ThroughputCurve) -> _Pair | None:
+        """The pair with as many sequences as its decode pool may have within the limit of TPOT.
+
+        None where its TPOT keeps that, or not even one sequence may.
+        """
+        limit, tpot_s = self._request.goals.of_means[0] or np.inf, float(served.tpot_s[LIKELY, 0])
+        formula = float(pair.decode.steps.token_s[LIKELY, pair.decode.place or 0])
+        if tpot_s <= KEPT * limit:
+            return None
+        least = int(pair.decode.num_seqs * limit / tpot_s)  # as if a step grew with sequences
+        num = max(_most_within(pair.decode, self._request.goals, tpot_s / formula), least)
+        num = min(num, int(_FEWER * pair.decode.num_seqs))
+        if num < 1:
+            return None
+        tps = float(served.tps[LIKELY, 0]) * num / pair.decode.num_seqs * (tpot_s / limit)
+        return replace(pair, decode=pair.decode.at(num, self._request.workload), tps=tps)
 
     def _simulated_pair(self, pair: _Pair, precision: Precision | None) -> ThroughputCurve | None:
         """Simulated throughput of a pair; None if it cannot be simulated. Each is run once."""
@@ -332,8 +345,7 @@ class TwoPoolSearch:
         if goals.of_means[1] is not None:
             orders.append(sorted(prefill, key=lambda each: each.steps.prefill_s[LIKELY]))
         good = sorted(decode, key=lambda each: -_decode_tps(each, goals))[:_NUM_DECODE]
-        decoding = replace(goals, max_ttft_s=None, slos=())
-        good = [each.at(max(each.within(decoding)[0], 1), self._request.workload) for each in good]
+        good = [each.at(_most_within(each, goals), self._request.workload) for each in good]
         for second, order in product(good, orders):
             for first in islice(filter(partial(fits, second), order), _NUM_PREFILL):
                 whole = replace(first, place=len(first.steps.num_seqs) - 1)
@@ -356,6 +368,18 @@ def _kinds_of(decode: ScreenedCandidate) -> list[object]:
     rotates = options.micro_batch_schedule == "rotating"
     how = options.overlap, layout.pp > 1, rotates, layout.ep > 1
     return [(layout, options), (layout.dp, layout.pp, how), how]
+
+
+def _most_within(option: ScreenedCandidate, goals: Goals, factor: float = 1.0) -> int:
+    """Sequences that a pool may decode within the limit of TPOT, one at least.
+
+    Args:
+        factor: of a step's time over what the formula says.
+    """
+    limit = goals.of_means[0] or np.inf
+    return max(
+        1, int(np.interp(limit, option.steps.token_s[LIKELY] * factor, option.steps.num_seqs))
+    )
 
 
 def _decode_tps(option: ScreenedCandidate, goals: Goals) -> float:

@@ -25,7 +25,6 @@ from expertlane.report.planning import (
     against,
     best_of_other_kind,
     engines_of,
-    faster_pools,
     named,
     of_role,
     place_of,
@@ -49,6 +48,8 @@ from expertlane.results.record import (
     TieBreak,
 )
 from expertlane.results.results import NoPools, Results
+from expertlane.spec.slo import SLO
+from expertlane.spec.tables import build
 
 _NO_POOLS: dict[NoPools, str] = {
     "no split": "the devices cannot be split",
@@ -103,10 +104,10 @@ def _around(results: Results, shown: Collection[int]) -> list[str]:
         shown: rows of the table, from 1.
     """
     best = of_role(results, BEST)[0]
-    tie = _tie(results, shown) if faster_pools(results) is not None else ""
+    tie = _tie(results, shown) if results.faster_pools is not None else ""
     costs = [
         f"Cost of {name}: {cost}."
-        for name, each in (("the pools", faster_pools(results)), ("#1", best))
+        for name, each in (("the pools", results.faster_pools), ("#1", best))
         if each is not None and (cost := cost_of(results, Served(each, serving(each))))
     ]
     return [
@@ -178,7 +179,7 @@ def verdict(results: Results) -> tuple[Section, Section]:
         f"do not fit, {found.num_over_limits:,} miss the limits), {found.num_pool_candidates:,} "
         "more disaggregated."
     )
-    tie = _tie(results, shown) if faster_pools(results) is not None else ""
+    tie = _tie(results, shown) if results.faster_pools is not None else ""
     more = [f"Aggregated: {tie}."] if tie else []
     if engines := _engines(results, shown):
         more.append(engines)
@@ -207,7 +208,8 @@ def _setting(results: Results) -> str:
 
 def _limits(results: Results) -> list[str]:
     """Those that were asked for, `TPOT ≤ 20 ms`."""
-    return [
+    others = [str(build(SLO, each, "slos")) for each in results.question.get("slos", ())]
+    return others + [
         f"{name} ≤ {1e3 * results.question[key]:g} ms"
         for name, key in (("TPOT", "max_tpot_s"), ("TTFT", "max_ttft_s"))
         if results.question.get(key) is not None
@@ -220,7 +222,7 @@ def headline(results: Results, shown: Collection[int] | None = None) -> str:
     Args:
         shown: rows of the table, from 1; None for all.
     """
-    said, chosen = _chosen(results, shown), faster_pools(results) or of_role(results, BEST)[0]
+    said, chosen = _chosen(results, shown), results.faster_pools or of_role(results, BEST)[0]
     memory = chosen.pools[0].num_resident if chosen.pools else None
     is_full = memory is not None and (serving(chosen).num_running or 0) >= memory
     by = " in memory" if is_full or not _has_limits(results) else " within the limits"
@@ -239,12 +241,13 @@ def _devices(results: Results) -> Iterator[str]:
     said = f"{devices} serve{'s' * (num == 1)} all {asked:,} at once{within}"
     if fewer.num_devices:
         verb = "serves" if fewer.num_devices == 1 else "serve"
-        said += f", {fewer.num_devices:,} {verb} {fewer.num_served:,}"
+        of_fewer = f"{verb} {fewer.num_served:,}" if fewer.num_served else "hold none"
+        said += f", {fewer.num_devices:,} {of_fewer}"
     yield f"{said}."
 
 
 def _has_limits(results: Results) -> bool:
-    return bool(_limits(results) or results.question.get("slos"))
+    return bool(_limits(results))
 
 
 def _chosen(results: Results, shown: Collection[int] | None) -> str:
@@ -252,7 +255,7 @@ def _chosen(results: Results, shown: Collection[int] | None) -> str:
     best, *others = of_role(results, BEST)
     tps = serving(best).output_tps
     said = f"Use {named(best)}: {compact(tps)} tokens/s ({_plus_minus(tps)})"
-    pools = faster_pools(results)
+    pools = results.faster_pools
     if pools is not None and (over := pools.over_best) is not None:
         tps = serving(pools).output_tps
         return (
@@ -346,7 +349,7 @@ def _two_pools(results: Results) -> str:
     together = next(iter(of_role(results, TWO_POOLS)), None)
     if together is None or together.over_best is None:
         return f"Disaggregated: {_NO_POOLS[results.plans[0].no_two_pools or 'over limits']}."
-    names = f", {_pools(results)}" if faster_pools(results) is None else ""
+    names = f", {_pools(results)}" if results.faster_pools is None else ""
     return (
         f"Disaggregated{names}: {against(together.over_best, '#1')}, TPOT "
         f"{_ms(tpot(together))}, TTFT {_ms(ttft(together))} with the queue, KV transfer "
@@ -376,7 +379,7 @@ def _engines(results: Results, shown: Collection[int]) -> str:
         if (record := each.best) is not None:
             where = record.name if each.pools else places.get(named(record))
             if not each.why:
-                where = "these pools" if faster_pools(results) else "#1"
+                where = "these pools" if results.faster_pools else "#1"
             tps = compact(serving(record).output_tps)
             usd = serving(record).usd_per_million_output
             cost = "" if usd is None else f" at ${figures(usd)}/M"
@@ -429,7 +432,7 @@ def how_sure(results: Results) -> Iterator[str]:
 
 def _next(results: Results) -> tuple[str, ...]:
     """How to go on; lines."""
-    found, has_pools = results.plans[0], faster_pools(results) is not None
+    found, has_pools = results.plans[0], results.faster_pools is not None
     lines = []
     if found.experiment is not None:
         line = f"Next, on such a cluster: expertlane compare {found.experiment}"

@@ -9,7 +9,7 @@ from expertlane.report.compared import Comparison
 from expertlane.report.document import Chart, Section
 from expertlane.report.loads import device_of
 from expertlane.report.numbers import figures, percent, times
-from expertlane.report.planning import explained, faster_pools, named, serving, tpot
+from expertlane.report.planning import explained, named, serving, tpot
 from expertlane.report.speed import in_words
 from expertlane.report.step_plots import PHASES, causes, fits, plot_section, timelines
 from expertlane.results.record import BEST, FAMILY, PARETO, TWO_POOLS, DeploymentRecord
@@ -36,7 +36,7 @@ def plan(results: Results) -> tuple[Section, ...]:
 
 def _ranked(results: Results) -> Chart | None:
     """How fast the best are, in the order in which they are ranked; what to use is emphasised."""
-    best, pools = results.select("projected", BEST), faster_pools(results)
+    best, pools = results.select("projected", BEST), results.faster_pools
     num_tied = min(results.plans[0].num_tied, len(best))
     layouts = [str(each.layout) for each in best]
     names = [
@@ -68,7 +68,7 @@ def _plan_front(results: Results) -> Chart:
     """The front, what to use, and the best of each kind that is on neither."""
     device = device_of(results)
     best, *_ = results.select("projected", BEST)
-    front, pools = results.select("projected", PARETO), faster_pools(results)
+    front, pools = results.select("projected", PARETO), results.faster_pools
     chosen = _planned(best, "chosen", f"#1 {best.layout}")
     known = {named(best), *map(named, front)}
     kinds = {each: each.name for each in results.select("projected", FAMILY)}

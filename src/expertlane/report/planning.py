@@ -26,7 +26,6 @@ from expertlane.results.record import (
     EXPERIMENT,
     FAMILY,
     PARETO,
-    TWO_POOLS,
     DeploymentRecord,
 )
 from expertlane.results.results import EngineBest, Results
@@ -114,14 +113,6 @@ def _differing(ratio: Estimate, name: str) -> str:
     if low <= 1 <= high:  # it is surely slower than another that ties with #1
         within = f"{low_high(ratio)}×"
     return f"{percent(abs(1 - value))} {word} than {name} ({within})"
-
-
-def faster_pools(results: Results) -> DeploymentRecord | None:
-    """Disaggregated pools that are faster than #1, beyond their errors."""
-    for pools in of_role(results, TWO_POOLS):
-        if pools.over_best is not None and pools.over_best.bounds[0] > 1:
-            return pools
-    return None
 
 
 def serving(record: DeploymentRecord) -> ServingRecord:

@@ -17,6 +17,7 @@ from expertlane.results.pair import PairRecord
 from expertlane.results.ratio import RatioRecord
 from expertlane.results.record import (
     EXPERIMENT,
+    TWO_POOLS,
     Conditions,
     DeploymentRecord,
     PoolRole,
@@ -350,6 +351,14 @@ class Results(Strict):
             and (role is None or role in each.roles)
             and (conditions is None or each.conditions == conditions)
         )
+
+    @property
+    def faster_pools(self) -> DeploymentRecord | None:
+        """A plan's disaggregated pools, where they are faster than #1 beyond their errors."""
+        for pools in self.select("projected", TWO_POOLS):
+            if pools.over_best is not None and pools.over_best.bounds[0] > 1:
+                return pools
+        return None
 
     def pairs_of(self, source: Source) -> tuple[PairRecord, ...]:
         """Pairs in numbers of one source."""

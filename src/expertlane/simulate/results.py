@@ -142,6 +142,12 @@ def steady_record(record: ServingRecord, outcome: Outcome, load: Load) -> Servin
     prompt, output = load.mean_lens
     tps, rate = Estimate.of(rates.output_tps), Estimate.of(rates.requests_per_s)
     tpot = None if record.tpot_s is None else replace(record.tpot_s, mean=Estimate.of(rates.tpot_s))
+    slos = tuple(
+        replace(each, value=tpot.mean)
+        if tpot is not None and each.slo.name == "tpot.mean"
+        else each
+        for each in record.slos
+    )
     is_endless = rates.ttft_s is None
     intervals = intervals_of(outcome.served)
     if is_endless:
@@ -158,6 +164,7 @@ def steady_record(record: ServingRecord, outcome: Outcome, load: Load) -> Servin
     return replace(
         record,
         wall_s=None,
+        slos=slos,
         output_tps=tps,
         total_tps=tps * ((prompt + output) / output),
         requests_per_s=rate,

@@ -26,6 +26,7 @@ from expertlane.spec.slo import SLO
 from expertlane.spec.tables import build
 
 POOLS = "pools"
+_CHOSEN = ""  # what the plan recommends; of a comparison the first row
 # Options that exclude each other: one that is given removes a row's values of the others.
 _LENGTHS = "prompt_len", "output_len"
 _INSTEAD: dict[str, tuple[str, ...]] = {
@@ -118,7 +119,7 @@ def find_row(text: str) -> Row:
     """Read `results.json#2`, a row of the results of a plan or a projected comparison.
 
     After `#` stands the row's number, `pools` for disaggregated ones, or the name of an engine for
-    the best that it runs; the first row without.
+    the best that it runs; without, what the plan recommends, or a comparison's first row.
 
     Raises:
         UserError: the file cannot be read or is of another kind, or it has no such row.
@@ -132,7 +133,7 @@ def find_row(text: str) -> Row:
 def _split(text: str) -> tuple[str, str]:
     name, mark, row = text.rpartition("#")
     if not mark or os.path.exists(text) or not name:
-        return text, "1"
+        return text, _CHOSEN
     return name, row
 
 
@@ -187,6 +188,8 @@ _Parts = tuple[DeploymentRecord, DeploymentRecord | None, DeploymentRecord | Non
 
 def _of_plan(results: Results, row: str) -> _Parts:
     """A row's record; for disaggregated pools also those of prefill and of decode."""
+    if row == _CHOSEN:
+        row = "1" if results.faster_pools is None else POOLS
     if row == POOLS:
         pools = [
             each
@@ -211,7 +214,7 @@ def _three(pools: Sequence[DeploymentRecord]) -> _Parts:
 
 
 def _of_comparison(results: Results, row: str) -> DeploymentRecord:
-    usual = results.conditions[0]
+    usual, row = results.conditions[0], row or "1"
     record = _numbered(results.select("projected", EXPERIMENT, usual), row, [])
     if not record.serving:
         raise UserError(f"{record.name!r} does not fit, so it was not simulated")
