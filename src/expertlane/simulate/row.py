@@ -26,7 +26,7 @@ from expertlane.spec.slo import SLO
 from expertlane.spec.tables import build
 
 POOLS = "pools"
-_CHOSEN = ""  # what the plan recommends; of a comparison the first row
+_CHOSEN = "chosen"  # what the plan recommends; of a comparison the first row
 # Options that exclude each other: one that is given removes a row's values of the others.
 _LENGTHS = "prompt_len", "output_len"
 _INSTEAD: dict[str, tuple[str, ...]] = {
@@ -214,7 +214,7 @@ def _three(pools: Sequence[DeploymentRecord]) -> _Parts:
 
 
 def _of_comparison(results: Results, row: str) -> DeploymentRecord:
-    usual, row = results.conditions[0], row or "1"
+    usual, row = results.conditions[0], "1" if row == _CHOSEN else row
     record = _numbered(results.select("projected", EXPERIMENT, usual), row, [])
     if not record.serving:
         raise UserError(f"{record.name!r} does not fit, so it was not simulated")
