@@ -27,7 +27,8 @@ from expertlane.cost.routing import PowerLawRouting
 from expertlane.plan.candidates import Goals, PlanRequest
 from expertlane.plan.project import Setting
 from expertlane.plan.search import Search
-from expertlane.plan.simulated import Trials, simulate, simulated_pool
+from expertlane.plan.simulated import simulate, simulated_pool
+from expertlane.plan.trials import Trials
 from expertlane.plan.two_pools import TwoPoolSearch
 from expertlane.simulate.steady import ROUGH
 from expertlane.spec.model import PRESETS

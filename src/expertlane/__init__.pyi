@@ -254,8 +254,10 @@ def simulate(
         cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
             h100, h200, or a TOML file of expertlane calibrate).
         plan: Simulate row N of a results.json again (of expertlane plan or compare --project),
-            with its model, cluster and load. Without #N: row 1; #pools: disaggregated pools;
-            #vllm, #sglang …: the best of an engine. Options that are given take precedence.
+            with its model, cluster and load. Without #N: what the plan recommends, or a
+            comparison's first row; #pools: disaggregated pools; #vllm, #sglang …: the best of
+            an engine. Options that are given take precedence; the model and layouts are the
+            row's.
         prefill_layout: Disaggregated: a separate prefill pool, on further devices; --layout is
             then the decode pool's. --prefill-dispatch is the prefill pool's, all other options
             hold for both.

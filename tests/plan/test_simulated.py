@@ -12,12 +12,12 @@ from expertlane.plan.screen import fitting
 from expertlane.plan.search import OnePool
 from expertlane.plan.simulated import (
     Race,
-    Trials,
     simulate,
     simulate_pools,
     simulated_pool,
 )
 from expertlane.plan.throughput import ThroughputCurve
+from expertlane.plan.trials import Trials
 from expertlane.simulate.steady import ROUGH
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload

@@ -53,8 +53,9 @@ class _Options:
         metavar="FILE#N",
         rich_help_panel=Panel.MORE_DEPLOYMENT,
         help="Simulate row N of a results.json again (of expertlane plan or compare --project), "
-        "with its model, cluster and load. Without #N: row 1; #pools: disaggregated pools; #vllm, "
-        "#sglang …: the best of an engine. Options that are given take precedence.",
+        "with its model, cluster and load. Without #N: what the plan recommends, or a comparison's "
+        "first row; #pools: disaggregated pools; #vllm, #sglang …: the best of an engine. Options "
+        "that are given take precedence; the model and layouts are the row's.",
     )
     prefill_layout: str | None = typer.Option(
         None,

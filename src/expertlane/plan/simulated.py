@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import ceil, gcd, log, sqrt
+from math import gcd
 from typing import NamedTuple
 
 import numpy as np
 
-from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.errors import CapacityError, UserError
@@ -24,7 +23,7 @@ from expertlane.plan.engines import ENGINES, Engine
 from expertlane.plan.screen import Screened, ScreenedCandidate, TooLarge, fitting
 from expertlane.plan.search import Finalist, OnePool, Search
 from expertlane.plan.throughput import ThroughputCurve
-from expertlane.results.serving_record import KEPT
+from expertlane.plan.trials import Run, SimulatedCandidate, Trials
 from expertlane.simulate.setup import ServingSetup, scheduling_of
 from expertlane.simulate.simulator import Simulator
 from expertlane.simulate.steady import (
@@ -39,17 +38,10 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 
 NUM_SIMULATED = 12  # options
-_MOST_TRIALS = 8  # numbers of sequences to simulate of an option
 _NUM_TOLD = 5  # options that are shown, the best with EP, without, and of each engine among them
-_CLOSE = 0.96  # of a number that misses the limits: the most to try next while none meets them
-_AIM = 0.99  # of a limit
 # Gains in tokens/s that are worth another trial: of the best, of others that are shown, and while
 # searching.
 _GAIN, _TOLD_GAIN, _SOUGHT_GAIN = 0.005, 0.05, 0.1
-_FLATTEST, _STEEP = 0.02, 3.0  # slopes of TPOT over sequences, in logarithms; one over a slope
-_APART = 1.05  # least ratio of two numbers of sequences that a slope is taken from
-_NEAR, _STEP = 0.97, 1.1  # of a limit; times as many sequences to try where that is further
-_FURTHEST = 3.0  # largest step, times as many, while no trial has missed a limit
 _MOST_OF_LAYOUT = 2
 _LEAST_SHARE = 0.5  # of the most tokens/s: options below it get no trial and no row
 _MOST_RANKS = 1024  # of a replica: a step tells what each pair of a stage's ranks exchanges
@@ -155,37 +147,6 @@ def _rates(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class SimulatedCandidate(ScreenedCandidate):
-    """A candidate that was simulated, at one number of sequences; `place` is 0.
-
-    Attributes:
-        served: as simulated.
-        option: as screened.
-    """
-
-    option: ScreenedCandidate
-
-    @property
-    def num_seqs(self) -> int:
-        """Running at once, over the whole system."""
-        return self.option.num_seqs
-
-    def breach(self, goals: Goals) -> float:
-        """The factor by which it misses the worst limit; 1 or less where it keeps all."""
-        return float(self.served.breach(goals)[0])
-
-    def keeps(self, goals: Goals) -> bool:
-        """True if all limits are met, within the accuracy of a steady state."""
-        return self.breach(goals) <= KEPT
-
-    @classmethod
-    def of(cls, option: ScreenedCandidate, served: ThroughputCurve) -> "SimulatedCandidate":
-        """An option with what its simulation gave."""
-        return cls(**vars(option) | {"served": served, "place": 0, "option": option})
-
-
-Run = Callable[[ScreenedCandidate, Precision], ThroughputCurve | None]
 Group = Callable[[Candidate], bool]
 
 
@@ -205,179 +166,11 @@ class Simulations:
     num_open: int
 
 
-class Trials:
-    """Simulations of an option at successive numbers of sequences.
-
-    The formula proposes the first number; each simulation corrects the formula, and once one number
-    meets the limits and one misses them, the next is interpolated.
-
-    Args:
-        num_seqs: the first number; None for the formula's.
-        kept: a number that met the limits in a rougher simulation.
-
-    Attributes:
-        found: simulated candidates in the order of their trials.
-    """
-
-    def __init__(
-        self,
-        option: ScreenedCandidate,
-        request: PlanRequest,
-        run: Run,
-        precision: Precision,
-        num_seqs: int | None = None,
-        kept: SimulatedCandidate | None = None,
-    ) -> None:
-        self.option = option
-        self.found: list[SimulatedCandidate] = []
-        self._request, self._goals = request, request.goals
-        self._run, self._precision = run, precision
-        self._is_over = False
-        self._kept = kept
-        first, tps = option.within(request.goals)
-        self._first = num_seqs or max(first, 1), tps
-
-    def again(self, precision: Precision) -> "Trials":
-        """New trials of this option with another precision, from the best number of sequences."""
-        num, _ = self.ahead(0.0)
-        kept = self.best if self.tps else None
-        if num is None and self.best is not None:
-            num = self.best.num_seqs
-        return Trials(self.option, self._request, self._run, precision, num, kept)
-
-    @property
-    def best(self) -> SimulatedCandidate | None:
-        """The one with most tokens/s that meets the limits, else the nearest to them."""
-        kept = [each for each in self.found if each.keeps(self._goals)]
-        if kept:
-            return max(kept, key=lambda each: each.tps)
-        return min(self.found, key=lambda each: each.breach(self._goals), default=None)
-
-    @property
-    def tps(self) -> float:
-        """The most tokens/s within the limits so far."""
-        return max((each.tps for each in self.found if each.keeps(self._goals)), default=0.0)
-
-    def ahead(self, least_gain: float, *, boldly: bool = False) -> tuple[int | None, float]:
-        """The number of sequences to try next, and its expected tokens/s.
-
-        Args:
-            least_gain: gain in tokens/s, a share, that is worth a trial.
-            boldly: try more sequences also near a limit.
-
-        Returns:
-            None and the best tokens/s so far, where no trial is worth it.
-        """
-        if not self.found and not self._is_over:
-            return self._first
-        num, tps = self._next(boldly=boldly)
-        known, at = self.tps, {each.num_seqs for each in self.found}
-        is_worth = tps > (1 + least_gain) * known and num > 0 and num not in at
-        if self._is_over or len(self.found) == _MOST_TRIALS or not is_worth:
-            return None, known
-        return num, tps
-
-    def advance(self, least_gain: float, *, boldly: bool = False) -> None:
-        """Simulate the next number of sequences."""
-        num, _ = self.ahead(least_gain, boldly=boldly)
-        assert num is not None, "a trial is left"
-        option = self.option.at(num, self._request.workload)
-        if (served := self._run(option, self._precision)) is None:
-            self._is_over = True
-        else:
-            self.found.append(SimulatedCandidate.of(option, served))
-
-    def settle(self, least_gain: float, *, boldly: bool = False) -> SimulatedCandidate | None:
-        """The best once no further trial is worth it; None where none can be simulated."""
-        while self.ahead(least_gain, boldly=boldly)[0] is not None:
-            self.advance(least_gain, boldly=boldly)
-        return self.best
-
-    def _next(self, *, boldly: bool) -> tuple[int, float]:
-        """A number of sequences, 0 for none, and its expected tokens/s."""
-        goals = self._goals
-        kept = [each for each in self.found if each.keeps(goals)]
-        most = max(kept, key=_num_of, default=None)
-        above = 0 if most is None else most.num_seqs
-        broken = [each for each in self.found if not each.keeps(goals) and each.num_seqs > above]
-        few = min(broken, key=_num_of, default=None)
-        if few is None:
-            return (0, 0.0) if most is None else self._further(most, kept, boldly=boldly)
-        if most is None:
-            num, tps = self._corrected(few)
-            if (known := self._kept) is not None and num < known.num_seqs < few.num_seqs:
-                return known.num_seqs, known.tps
-            return min(num, int(_CLOSE * few.num_seqs)), tps
-        return self._between(most, few)
-
-    def _corrected(self, found: SimulatedCandidate) -> tuple[int, float]:
-        """The next number by the formula, corrected by its error at a simulated one.
-
-        The error may be a constant factor, or grow with sequences: takes a number between both.
-        """
-        served, place = found.option.served, found.option.place or 0
-        formula = float(served.breach(self._goals)[place])
-        if formula <= 0:  # a limit that the formula does not model
-            missed = found.breach(self._goals)
-            return int(found.num_seqs / missed) if missed > 0 else 0, found.tps
-        ratio = found.breach(self._goals) / formula
-        times, one_tps = self.option.within(self._goals, ratio / _AIM)
-        of_sequence = (found.breach(self._goals) - formula) / found.num_seqs
-        plus, other_tps = self.option.within(self._goals, 1 / _AIM, of_sequence / _AIM)
-        factor = found.tps / float(served.tps[LIKELY, place])
-        return int(sqrt(times * plus)), sqrt(one_tps * other_tps) * factor
-
-    def _further(
-        self, most: SimulatedCandidate, kept: Sequence[SimulatedCandidate], *, boldly: bool
-    ) -> tuple[int, float]:
-        """More sequences while no trial has missed a limit, extrapolated along TPOT."""
-        missed, limit = most.breach(self._goals), self.option.most_seqs
-        if most.num_seqs >= limit or missed <= 0:
-            return 0, 0.0
-        num, tps = self._corrected(most)
-        before = [each for each in kept if each.num_seqs * _APART <= most.num_seqs]
-        if before:
-            fewer = max(before, key=_num_of)
-            of_num = log(most.num_seqs / fewer.num_seqs)
-            slope = max(log(missed / fewer.breach(self._goals)) / of_num, _FLATTEST)
-            factor = min((_aim(slope) / missed) ** (1 / slope), _FURTHEST)
-            if int(most.num_seqs * factor) > num:
-                num, growth = int(most.num_seqs * factor), log(most.tps / fewer.tps) / of_num
-                tps = most.tps * factor ** max(growth, 0.0)
-        elif missed < (_AIM if boldly else _NEAR):  # TPOT may grow less than the formula says
-            num = max(num, ceil(most.num_seqs * _STEP))
-            tps = max(tps, most.tps * min(num / most.num_seqs, limit / most.num_seqs) * missed)
-        return min(num, limit), tps
-
-    def _between(self, most: SimulatedCandidate, few: SimulatedCandidate) -> tuple[int, float]:
-        """The next number between one that meets the limits and one that misses; log-linear."""
-        low, high = most.breach(self._goals), few.breach(self._goals)
-        if few.num_seqs - most.num_seqs <= 1:
-            return 0, 0.0
-        grows = log(high / low) if low > 0 else 1.0
-        aim = _aim(grows / log(few.num_seqs / most.num_seqs))
-        tps = most.tps * (few.tps / most.tps) ** (-log(max(low, 1e-9)) / grows if low > 0 else 0.5)
-        share = log(aim / low) / grows if 0 < low < aim else 0.5
-        if len({each.keeps(self._goals) for each in self.found[-2:]}) == 1:
-            share = 0.5  # the last two were on the same side: bisect
-        num = int(most.num_seqs * (few.num_seqs / most.num_seqs) ** share)
-        return max(num, most.num_seqs + 1), tps
-
-
-def _aim(slope: float) -> float:
-    """Share of a limit to aim at: closer to it where TPOT hardly grows with sequences.
-
-    Args:
-        slope: slope of that share over sequences, in logarithms.
-    """
-    return 1 - (1 - _AIM) * min(1.0, _STEEP * slope)
-
-
 class Race:
     """Simulates the options that may be the best, in order of expected tokens/s.
 
-    First the best screened of each family, unless it is far behind, and of each engine. Then, in
-    each group (all, with EP, without, each engine's), the options that may beat the group's best.
+    First the best screened of each family, unless it is far behind. Then, in each group (all, with
+    EP, without, each engine's), the options that may beat the group's best.
     Expected tokens/s of a screened option: screened ones times the largest ratio of simulated to
     screened of its kind (data-parallel ranks, stages, EP or not), or of a wider kind where none of
     it was simulated; of a simulated one: those at another number of sequences.
@@ -419,7 +212,7 @@ class Race:
         order = sorted(range(len(may_have)), key=lambda place: -may_have[place])
         able = [self._started[place] for place in order if may_have[place]]
         best_tps = max((each.tps for each in able), default=0.0)
-        num_open = sum(tps > best_tps for tps, _ in self._expected(_anything))
+        num_open = sum(1 for _ in self._expected(_anything, best_tps))
         return Simulations(able, len(self._started), num_open)
 
     def _start_families(self) -> None:
@@ -443,28 +236,34 @@ class Race:
                 if group(each.option.candidate)
             ]
             num, tps, trials = max(started, key=lambda each: each[1], default=(None, 0.0, None))
-            waiting = self._expected(group) if len(self._started) < self._most else iter(())
-            expected, option = max(waiting, key=lambda each: each[0], default=(0.0, None))
-            if option is not None and expected > tps:
+            waiting = self._expected(group, tps) if len(self._started) < self._most else iter(())
+            _, option = max(waiting, key=lambda each: each[0], default=(0.0, None))
+            if option is not None:
                 self._start(option)
             elif num is not None and trials is not None:
                 trials.advance(_SOUGHT_GAIN)
             else:
                 return
 
-    def _expected(self, group: Group) -> Iterator[tuple[float, ScreenedCandidate]]:
-        """Expected tokens/s of a group's options that were only screened."""
+    def _expected(
+        self, group: Group, least_tps: float
+    ) -> Iterator[tuple[float, ScreenedCandidate]]:
+        """A group's options that were only screened, with more expected tokens/s than that."""
         of_layout = Counter(each.option.candidate.layout for each in self._started)
         ratios: dict[object, float] = {}
         for trials in self._started:
             screened, tps = trials.option.within(self._goals)[1], trials.ahead(_SOUGHT_GAIN)[1]
             for kind in _kinds_of(trials.option):
                 ratios[kind] = max(tps / screened, ratios.get(kind, 0.0))
+        most = max(ratios.values(), default=1.0)
         for tps, each in self._waiting:
-            candidate = each.candidate
-            if of_layout[candidate.layout] < _MOST_OF_LAYOUT and group(candidate):
-                known = (ratios[kind] for kind in _kinds_of(each) if kind in ratios)
-                yield tps * next(known, 1.0), each
+            if tps * most <= least_tps:  # nor may those after it, which were screened slower
+                return
+            known = (ratios[kind] for kind in _kinds_of(each) if kind in ratios)
+            expected = tps * next(known, 1.0)
+            is_open = of_layout[each.candidate.layout] < _MOST_OF_LAYOUT
+            if expected > least_tps and is_open and group(each.candidate):
+                yield expected, each
 
     def _start(self, option: ScreenedCandidate) -> None:
         """Simulate an option for the first time."""
@@ -480,10 +279,6 @@ class Race:
 
 def _anything(candidate: Candidate) -> bool:
     return True
-
-
-def _num_of(found: SimulatedCandidate) -> int:
-    return found.num_seqs
 
 
 def _kinds_of(option: ScreenedCandidate) -> list[object]:

@@ -189,13 +189,9 @@ class ThroughputCurve:
     ttft_s: Floats
     excess: Floats | None = None
 
-    def best(self, goals: Goals, below_tps: float = np.inf) -> int | None:
-        """The place with most tokens a second among those that keep the goals; None if none.
-
-        Args:
-            below_tps: only those with fewer tokens a second than that.
-        """
-        keeps = (self.breach(goals) <= 1) & (self.tps[LIKELY] < below_tps)
+    def best(self, goals: Goals) -> int | None:
+        """The place with most tokens a second among those that keep the goals; None if none."""
+        keeps = self.breach(goals) <= 1
         return int(np.where(keeps, self.tps[LIKELY], -1).argmax()) if keeps.any() else None
 
     def breach(self, goals: Goals) -> Floats:
