@@ -223,16 +223,6 @@ def _best(results: Results) -> Section:
     return Section("Best deployments", tuple(parts), "top", "found")
 
 
-_AT_RATE: tuple[Column[DeploymentRecord], ...] = (
-    number("TPOT ms", lambda each: mean_tpot(as_asked(each)), milliseconds),
-    number("low–high", lambda each: mean_tpot(as_asked(each)), low_high_ms),
-    number("TTFT ms", lambda each: mean_ttft(as_asked(each)), milliseconds),
-    number("p95", lambda each: _p95(as_asked(each).ttft_s), milliseconds),
-    number("decoding", lambda each: _sample(each).num_decoding, figures),
-    number("waiting", lambda each: _sample(each).num_waiting, figures),
-)
-
-
 def _p95(found: Summary | None) -> Estimate | None:
     return found.p95 if found else None
 
@@ -241,6 +231,21 @@ def _sample(record: DeploymentRecord) -> SampleRecord:
     sample = as_asked(record).sample
     assert sample is not None, "an open load is served in its steady state"
     return sample
+
+
+def _num_waiting(record: DeploymentRecord) -> float | None:
+    """None where a queue grows without end."""
+    return None if as_asked(record).ttft_s is None else _sample(record).num_waiting
+
+
+_AT_RATE: tuple[Column[DeploymentRecord], ...] = (
+    number("TPOT ms", lambda each: mean_tpot(as_asked(each)), milliseconds),
+    number("low–high", lambda each: mean_tpot(as_asked(each)), low_high_ms),
+    number("TTFT ms", lambda each: mean_ttft(as_asked(each)), milliseconds),
+    number("p95", lambda each: _p95(as_asked(each).ttft_s), milliseconds),
+    number("decoding", lambda each: _sample(each).num_decoding, figures),
+    number("waiting", _num_waiting, figures),
+)
 
 
 def _at_rate(results: Results) -> list[Section]:
