@@ -14,6 +14,7 @@ out.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from math import ceil, log, sqrt
 from typing import NamedTuple
 
@@ -25,12 +26,13 @@ from expertlane.cost.runner import PricedStep
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.results.metrics import PERCENTILES, ServedRequest
 from expertlane.results.statistics import half_interval
+from expertlane.schedule.blocks import ROOT, block_digest
 from expertlane.simulate.pools import Pool, run_load
 from expertlane.simulate.simulator import Outcome, PoolRanks, Rates, SimulatedPool, Simulator
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.slo import SLO
-from expertlane.spec.workload import Load, TimedRequest
+from expertlane.spec.workload import Load, SharedPrefixes, TimedRequest
 
 _SETTLING_STEPS = 8
 _SETTLING_SHARE = 0.1  # of the steps that a stretch has at least
@@ -45,6 +47,7 @@ _STRATUM = 24  # steps
 _MOST_STEPS = 4_000  # where many first tokens are asked for
 _FEWEST_PARTS = 5  # for a regression
 _FEWEST_PROMPT_TOKENS = 8  # of a prompt that is told from a decode
+_OF_PROMPTS = 2  # tells draws of prompts from others of the same seed
 
 
 @dataclass(frozen=True)
@@ -224,19 +227,19 @@ class _Stretch:
         self._prefill_rate = self._prompt_s = 0.0
         self._step_s: Floats = np.zeros(len(BOUNDS))
         self._known = {} if known is None else known
-        self._zeros = np.zeros(self._load.max_len, dtype=np.int64)
+        shared = self._load.shared(simulator.setup.block_size)
+        self._prompts = _Prompts(shared, simulator.model.vocab_size, seed)
 
     def run(
         self, *, with_skew: bool, with_totals: bool, advance: Callable[[int], None]
     ) -> SteadyState:
         """Serve the stretch and add it up."""
         num_running = self._num_running()
-        share = self._prompt_share()
         watch = _Watch(
             self._precision,
             num_running,
             self._steps_of_round(),
-            share,
+            self._prompt_share,
             advance,
             is_open=self._batch is None,
         )
@@ -246,6 +249,7 @@ class _Stretch:
             has_begun=(lambda: watch.has_begun) if with_totals else None,
         )
         watch.decode = pools[-1].pool
+        self._warm_up(pools[0])
         served = run_load(
             pools[0].pool,
             self._requests(num_running),
@@ -275,12 +279,17 @@ class _Stretch:
             num_waiting=float(self._batch - running),
         )
 
-    def _prompt_share(self) -> float | None:
-        """Tokens of prompts over those given; None where the pool that decodes computes none."""
-        mean_prompt = self._load.mean_lens[0]
-        if len(self._simulator.setup.pools) > 1 or mean_prompt < _FEWEST_PROMPT_TOKENS:
+    def _prompt_share(self, served: Sequence[ServedRequest[Floats]]) -> float | None:
+        """Computed tokens of prompts over those given; None where others compute them.
+
+        Args:
+            served: whose first token came shows how much of a prompt is found in the cache.
+        """
+        cached = [each.num_cached_tokens for each in served if each.token_times_s]
+        mean_new = self._load.mean_lens[0] - sum(cached) / max(len(cached), 1)
+        if len(self._simulator.setup.pools) > 1 or mean_new < _FEWEST_PROMPT_TOKENS:
             return None
-        return mean_prompt / self._mean_steps
+        return mean_new / self._mean_steps
 
     def _steps_of_round(self) -> int:
         """Steps in which each request under way has a token."""
@@ -309,7 +318,8 @@ class _Stretch:
             if self._rate is not None:
                 due_s += float(self._rng.exponential(1 / self._rate))
             prompt, output = self._lengths.draw(self._rng)
-            yield TimedRequest(self._blank(prompt), self._multi_token.num_steps(output), due_s)
+            tokens = self._prompts.draw(prompt)
+            yield TimedRequest(tokens, self._multi_token.num_steps(output), due_s)
 
     def _steps_left(self, num_running: int) -> Ints:
         """[num_running]; steps until requests under way end, in random order.
@@ -336,18 +346,13 @@ class _Stretch:
             left[:soon] = np.minimum(begin + spaced.astype(int), self._lengths.most_steps)
         return self._rng.permutation(left)
 
-    def _blank(self, num_tokens: int) -> Ints:
-        """A prompt of zeros; a projection reads no tokens."""
-        if num_tokens > len(self._zeros):
-            self._zeros = np.zeros(num_tokens, dtype=np.int64)
-        return self._zeros[:num_tokens]
-
     def _under_way(self, steps_left: int, rng: np.random.Generator) -> TimedRequest:
         """A request that ends after so many steps; longer ones are met more often."""
         prompt, output = self._lengths.draw(rng, steps_left)
         further = ceil(steps_left * self._multi_token.tokens_per_step)
         num_tokens = prompt + max(output - further, 1)
-        return TimedRequest(self._blank(num_tokens), steps_left, 0.0, num_arrived=num_tokens - 1)
+        tokens = self._prompts.draw(num_tokens)
+        return TimedRequest(tokens, steps_left, 0.0, num_arrived=num_tokens - 1)
 
     def _num_running(self) -> int:
         """Requests past their first token: as many as have room and as prefill keeps up with."""
@@ -411,21 +416,39 @@ class _Stretch:
     def _room(self, ranks: PoolRanks) -> int:
         """Requests under way that the cache of a pool holds."""
         prompt, output = self._load.mean_lens
-        limits, layout = ranks.limits, ranks.layout
-        blocks = (prompt + output / 2) / limits.block_size + 1.5  # half a block, and one to come
-        of_rank = min(int(limits.num_blocks / blocks), limits.max_num_seqs)
-        return max(1, of_rank * layout.dp * layout.replicas)
+        blocks = (prompt + output / 2) / ranks.limits.block_size + 1.5  # half, and one to come
+        return max(1, ranks.num_held(blocks))
+
+    def _own_blocks(self, ranks: PoolRanks) -> float:
+        """Blocks of a request that has ended, but for its prefix; on average."""
+        prompt, output = self._load.mean_lens
+        length = prompt if ranks.role == "prefill" else prompt + output - 1
+        return length / ranks.limits.block_size - ranks.prefixes.num_blocks
+
+    def _warm_up(self, pool: SimulatedPool) -> None:
+        """Let caches hold what earlier requests left, as far as there is room."""
+        ranks = pool.ranks
+        if not ranks.prefixes.num:
+            return
+        for table in chain.from_iterable(pool.pool.scheduler.tables):
+            table.blocks.fill(
+                self._prompts.left_behind(ranks.limits.num_blocks, self._own_blocks(ranks))
+            )
 
     def _rate_of_prompts(self, pool: SimulatedPool) -> float:
         """Prompts a second of a pool that always has some to compute."""
         layout, limits = pool.ranks.layout, pool.ranks.limits
-        prompt = ceil(self._load.mean_lens[0])
+        prompt, prefixes = ceil(self._load.mean_lens[0]), pool.ranks.prefixes
+        found = prefixes.found_share(limits.num_blocks, self._own_blocks(pool.ranks))
+        num_new = max(prompt - round(found * prefixes.num_tokens), 1)
         options = self._simulator.setup.options_of(pool.ranks.role)
         in_flight = options.num_micro_batches if options.micro_batch_schedule == "rotating" else 1
-        of_rank = max(1, limits.max_num_batched_tokens // prompt) * in_flight
+        of_rank = max(1, limits.max_num_batched_tokens // num_new) * in_flight
         together = of_rank * layout.dp * layout.replicas
-        requests = [TimedRequest(self._blank(prompt), 1, 0.0)] * (_FULL_STEPS * together)
-        served = run_load(self._alone(pool), requests, 2 * together)
+        requests = (
+            TimedRequest(self._prompts.draw(prompt), 1, 0.0) for _ in range(_FULL_STEPS * together)
+        )
+        served = run_load(self._alone(pool, is_warm=True), requests, 2 * together)
         ends = np.sort([each.token_times_s[0][LIKELY] for each in served])
         # From the end of a step to that of another: all prompts of a step end at once.
         begin, end = ends[together - 1], ends[-together - 1]
@@ -433,9 +456,8 @@ class _Stretch:
 
     def _seconds_of_prompt(self, pool: SimulatedPool) -> float:
         """Of a prompt that finds the pool at rest."""
-        (served,) = run_load(
-            self._alone(pool), [TimedRequest(self._blank(ceil(self._load.mean_lens[0])), 1, 0.0)]
-        )
+        prompt = self._prompts.draw(ceil(self._load.mean_lens[0]))
+        (served,) = run_load(self._alone(pool, is_warm=True), [TimedRequest(prompt, 1, 0.0)])
         return float((served.token_times_s[0] - served.due_s)[LIKELY])
 
     def _decode_step_s(
@@ -456,10 +478,17 @@ class _Stretch:
         gaps: Floats = np.median([each[-1] - each[0] for each in times], axis=0) / _PROBE_STEPS
         return gaps
 
-    def _alone(self, pool: SimulatedPool, lead: int = LIKELY) -> Pool:
-        """The same ranks at rest, with the steps that are known."""
+    def _alone(self, pool: SimulatedPool, lead: int = LIKELY, *, is_warm: bool = False) -> Pool:
+        """The same ranks at rest, with the steps that are known.
+
+        Args:
+            is_warm: their caches hold what earlier requests left.
+        """
         pools = self._simulator.start(lead, is_snapshot=True)[0]
-        return next(each.pool for each in pools if each.ranks is pool.ranks)
+        found = next(each for each in pools if each.ranks is pool.ranks)
+        if is_warm:
+            self._warm_up(found)
+        return found.pool
 
     def _sum(
         self,
@@ -470,7 +499,8 @@ class _Stretch:
     ) -> SteadyState:
         mean_output = self._load.mean_lens[1]
         was_calm = not any(each.pool.scheduler.num_preemptions for each in pools)
-        stretch = watch.stretch(self._prompt_share() if was_calm else None)
+        share = self._prompt_share(served[watch.num_running :]) if was_calm else None
+        stretch = watch.stretch(share)
         steps_of_bounds = 1 + (mean_output - 1) / self._multi_token.tokens_bounds
         factors = spread * steps_of_bounds / steps_of_bounds[LIKELY]
         seconds = stretch.seconds * factors
@@ -544,10 +574,75 @@ class _Stretch:
                     each.due_s,
                     each.token_times_s,
                     each.num_preemptions,
+                    each.num_cached_tokens,
                     pace_s,
                 )
             )
         return sample
+
+
+class _Prompts:
+    """Prompts that nobody reads, but to see which begin alike.
+
+    Args:
+        seed: of what they begin with.
+    """
+
+    def __init__(self, shared: SharedPrefixes, vocab_size: int, seed: int) -> None:
+        self._shared, self._vocab_size = shared, vocab_size
+        self._rng = np.random.default_rng([seed, _OF_PROMPTS])
+        self._heads: dict[int, Ints] = {}  # of prefixes, which are zeros after them
+        self._digests: dict[int, list[bytes]] = {}  # of their blocks
+        self._zeros = np.zeros(0, dtype=np.int64)
+
+    def draw(self, num_tokens: int) -> Ints:
+        """One of so many tokens; zeros where no prompts begin alike."""
+        shared = self._shared
+        if not shared.num:
+            if num_tokens > len(self._zeros):
+                self._zeros = np.zeros(num_tokens, dtype=np.int64)
+            return self._zeros[:num_tokens]
+        tokens = np.zeros(num_tokens, dtype=np.int64)
+        tokens[: shared.block_size] = self._head(int(self._rng.integers(shared.num)))
+        own = tokens[shared.num_tokens :][: shared.block_size]
+        own[:] = self._rng.integers(self._vocab_size, size=len(own))
+        return tokens
+
+    def left_behind(self, num_blocks: int, of_each: float) -> list[bytes | None]:
+        """What a full cache holds, as `BlockManager.fill` takes it.
+
+        Without what was there before all prefixes, which goes first, as blank blocks do.
+
+        Args:
+            of_each: blocks of a sequence that are its own.
+        """
+        shared, latest_first = self._shared, list[bytes | None]()
+        own: list[None] = [None] * round(of_each)
+        seen: set[int] = set()
+        while len(latest_first) < num_blocks and len(seen) < shared.num:
+            number = int(self._rng.integers(shared.num))
+            if number not in seen:
+                seen.add(number)
+                latest_first += self._digests_of(number)
+            latest_first += own
+        return latest_first[:num_blocks][::-1]
+
+    def _head(self, number: int) -> Ints:
+        """The first block of a prefix."""
+        if number not in self._heads:
+            size = self._shared.block_size
+            self._heads[number] = self._rng.integers(self._vocab_size, size=size)
+        return self._heads[number]
+
+    def _digests_of(self, number: int) -> list[bytes]:
+        """Of all blocks of a prefix."""
+        if number not in self._digests:
+            digest = block_digest(ROOT, self._head(number).tobytes())
+            found = self._digests[number] = [digest]
+            zeros = bytes(8 * self._shared.block_size)
+            for _ in range(self._shared.num_blocks - 1):
+                found.append(block_digest(found[-1], zeros))
+        return self._digests[number]
 
 
 class _Lengths:
@@ -625,7 +720,7 @@ class _Watch:
         precision: Precision,
         num_running: int,
         steps_of_round: int,
-        prompt_share: float | None,
+        prompt_share: Callable[[Sequence[ServedRequest[Floats]]], float | None],
         advance: Callable[[int], None],
         *,
         is_open: bool,
@@ -676,7 +771,8 @@ class _Watch:
             return False
         if self._is_open or num >= USUAL.most_steps:
             return True
-        return self.stretch(self._prompt_share).error <= self._precision.share
+        share = self._prompt_share(served[self.num_running :])
+        return self.stretch(share).error <= self._precision.share
 
     def _ended(self, num: int) -> list[_StepFacts]:
         """So many steps, in the order in which they end."""
