@@ -9,6 +9,7 @@ from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.step.operation import Floats
 from expertlane.errors import CapacityError, SpecError
+from expertlane.memory import BLOCK_SIZE
 from expertlane.plan.project import Setting
 from expertlane.results.metrics import ServedRequest, serving_record
 from expertlane.spec.deployment import (
@@ -25,7 +26,7 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName
 from expertlane.spec.ranges import RANGES
 from expertlane.spec.slo import SLO
-from expertlane.spec.workload import Load, Workload
+from expertlane.spec.workload import NOTHING_SHARED, Load, SharedPrefixes, Workload
 
 _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
     (1, "drained"),
@@ -108,6 +109,11 @@ class PlanRequest:
     setting: Setting
     engine: EngineName | None = None
     load: Load | None = None
+
+    @property
+    def prefixes(self) -> SharedPrefixes:
+        """What prompts share in a cache."""
+        return NOTHING_SHARED if self.load is None else self.load.shared(BLOCK_SIZE)
 
     def load_at(self, batch: int) -> Load:
         """The load as `simulate` serves it, with so many requests at once."""

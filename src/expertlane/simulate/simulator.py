@@ -33,7 +33,7 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
 from expertlane.spec.ranges import RANGES
-from expertlane.spec.workload import Load, SharedPrefixes, draw_requests
+from expertlane.spec.workload import NOTHING_SHARED, Load, SharedPrefixes, draw_requests
 
 _CONTEXTS_APART = 32  # a step's work is priced for so many different mean contexts
 _MOST_POSITIONS_ALIKE = 64
@@ -359,7 +359,7 @@ class Simulator:
             shortest = load.prompt_len.low - prefixes.num_tokens
             max_num_seqs = max(max_num_seqs, setup.max_num_batched_tokens // shortest + 2)
         if role == "decode":  # what arrives is whole
-            prefixes, shares = SharedPrefixes(0, 0, setup.block_size), False
+            prefixes, shares = NOTHING_SHARED, False
         most_seqs = max_num_seqs
         if load.batch is not None:
             most_seqs = min(max_num_seqs, load.batch)

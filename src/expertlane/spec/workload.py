@@ -340,6 +340,9 @@ class SharedPrefixes:
         return self.num_distinct(self.num_sharing(num_blocks, of_each)) / max(self.num, 1)
 
 
+NOTHING_SHARED = SharedPrefixes(0, 0, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class TimedRequest:
     """A request to come.
