@@ -1,6 +1,7 @@
 """Prompts with shared prefixes in the steady state, by the scheduler's own prefix cache."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -143,7 +144,7 @@ def test_a_longer_prefix_is_no_slower(layouts, num_prefixes, num_resident):
     lengths = (0, 128, 512, 1024, 1088)
     memory = None if num_resident is None else memory_for(layouts, num_resident)
     tps = [tps_of(layouts, 16, each, num_prefixes, memory=memory) for each in lengths]
-    for before, after in zip(tps, tps[1:], strict=False):
+    for before, after in pairwise(tps):
         assert after >= (1 - CALM) * before
 
 

@@ -308,7 +308,7 @@ class ExperimentProjector:
             found = evaluated(request, candidates_like(each.layout, each.options, per_node))
             if found is not None:
                 contenders[place] = contender(found, request.workload)
-                record = candidate_record(found, 0, EXPERIMENT, self._usual, request.workload)
+                record = candidate_record(found, 0, EXPERIMENT, self._usual, request)
                 rows[place] = replace(
                     rows[place], serving=record.serving, served_with=record.options
                 )
