@@ -227,8 +227,7 @@ class _Stretch:
         self._prefill_rate = self._prompt_s = 0.0
         self._step_s: Floats = np.zeros(len(BOUNDS))
         self._known = {} if known is None else known
-        shared = self._load.shared(simulator.setup.block_size)
-        self._prompts = _Prompts(shared, simulator.model.vocab_size, seed)
+        self._prompts = self._new_prompts()
 
     def run(
         self, *, with_skew: bool, with_totals: bool, advance: Callable[[int], None]
@@ -249,7 +248,7 @@ class _Stretch:
             has_begun=(lambda: watch.has_begun) if with_totals else None,
         )
         watch.decode = pools[-1].pool
-        self._warm_up(pools[0])
+        self._warm_up(pools[0], self._prompts)
         served = run_load(
             pools[0].pool,
             self._requests(num_running),
@@ -425,15 +424,18 @@ class _Stretch:
         length = prompt if ranks.role == "prefill" else prompt + output - 1
         return length / ranks.limits.block_size - ranks.prefixes.num_blocks
 
-    def _warm_up(self, pool: SimulatedPool) -> None:
+    def _new_prompts(self) -> "_Prompts":
+        """The same ones each time: what is known of a pool already must change no draw."""
+        shared = self._load.shared(self._simulator.setup.block_size)
+        return _Prompts(shared, self._simulator.model.vocab_size, self._seed)
+
+    def _warm_up(self, pool: SimulatedPool, prompts: "_Prompts") -> None:
         """Let caches hold what earlier requests left, as far as there is room."""
         ranks = pool.ranks
         if not ranks.prefixes.num:
             return
         for table in chain.from_iterable(pool.pool.scheduler.tables):
-            table.blocks.fill(
-                self._prompts.left_behind(ranks.limits.num_blocks, self._own_blocks(ranks))
-            )
+            table.blocks.fill(prompts.left_behind(ranks.limits.num_blocks, self._own_blocks(ranks)))
 
     def _rate_of_prompts(self, pool: SimulatedPool) -> float:
         """Prompts a second of a pool that always has some to compute."""
@@ -445,10 +447,11 @@ class _Stretch:
         in_flight = options.num_micro_batches if options.micro_batch_schedule == "rotating" else 1
         of_rank = max(1, limits.max_num_batched_tokens // num_new) * in_flight
         together = of_rank * layout.dp * layout.replicas
+        prompts = self._new_prompts()
         requests = (
-            TimedRequest(self._prompts.draw(prompt), 1, 0.0) for _ in range(_FULL_STEPS * together)
+            TimedRequest(prompts.draw(prompt), 1, 0.0) for _ in range(_FULL_STEPS * together)
         )
-        served = run_load(self._alone(pool, is_warm=True), requests, 2 * together)
+        served = run_load(self._alone(pool, prompts=prompts), requests, 2 * together)
         ends = np.sort([each.token_times_s[0][LIKELY] for each in served])
         # From the end of a step to that of another: all prompts of a step end at once.
         begin, end = ends[together - 1], ends[-together - 1]
@@ -456,8 +459,9 @@ class _Stretch:
 
     def _seconds_of_prompt(self, pool: SimulatedPool) -> float:
         """Of a prompt that finds the pool at rest."""
-        prompt = self._prompts.draw(ceil(self._load.mean_lens[0]))
-        (served,) = run_load(self._alone(pool, is_warm=True), [TimedRequest(prompt, 1, 0.0)])
+        prompts = self._new_prompts()
+        prompt = prompts.draw(ceil(self._load.mean_lens[0]))
+        (served,) = run_load(self._alone(pool, prompts=prompts), [TimedRequest(prompt, 1, 0.0)])
         return float((served.token_times_s[0] - served.due_s)[LIKELY])
 
     def _decode_step_s(
@@ -478,16 +482,18 @@ class _Stretch:
         gaps: Floats = np.median([each[-1] - each[0] for each in times], axis=0) / _PROBE_STEPS
         return gaps
 
-    def _alone(self, pool: SimulatedPool, lead: int = LIKELY, *, is_warm: bool = False) -> Pool:
+    def _alone(
+        self, pool: SimulatedPool, lead: int = LIKELY, *, prompts: "_Prompts | None" = None
+    ) -> Pool:
         """The same ranks at rest, with the steps that are known.
 
         Args:
-            is_warm: their caches hold what earlier requests left.
+            prompts: of earlier requests, which left their caches full; None where these are empty.
         """
         pools = self._simulator.start(lead, is_snapshot=True)[0]
         found = next(each for each in pools if each.ranks is pool.ranks)
-        if is_warm:
-            self._warm_up(found)
+        if prompts is not None:
+            self._warm_up(found, prompts)
         return found.pool
 
     def _sum(
