@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from expertlane.cost.laws.execution import LIKELY
+from expertlane.simulate.draws import Prompts
 from expertlane.simulate.simulator import Simulator
-from expertlane.simulate.steady import _Prompts, steady_state
+from expertlane.simulate.steady import steady_state
 from expertlane.spec.workload import LengthRange, Load, SharedPrefixes
 from simulate.test_steady import simulator_of
 
@@ -159,7 +160,7 @@ def test_in_an_open_loop_prompts_are_fewer_tokens():
 
 
 def test_prompts_share_their_prefix_alone():
-    prompts = _Prompts(SharedPrefixes(2, 2, 4), 9, 0)
+    prompts = Prompts(SharedPrefixes(2, 2, 4), 9, 0)
     drawn = [prompts.draw(17).tolist() for _ in range(40)]
     beginnings = [tuple(each[:8]) for each in drawn]
     assert len(set(beginnings)) == 2
@@ -171,14 +172,15 @@ def test_prompts_share_their_prefix_alone():
 
 def test_a_cache_is_left_with_the_latest_prefixes():
     """Of the latest request its own blocks before its prefix, whose first block goes last."""
-    prompts = _Prompts(SharedPrefixes(3, 2, 4), 9, 0)
+    prompts = Prompts(SharedPrefixes(3, 2, 4), 9, 0)
     left = prompts.left_behind(1000, 4.0)
     known = [each for each in left if each is not None]
     assert len(known) == len(set(known)) == 6
     assert left[-6:] == [None] * 4 + known[-2:]
     assert [known[-1], known[-2]] in [prompts._digests_of(number) for number in range(3)]
     assert len(left) < 1000
-    assert [each is None for each in prompts.left_behind(7, 4.0)] == [True] * 5 + [False] * 2
+    few = prompts.left_behind(7, 4.0)  # of the request before the latest, one block
+    assert [each is None for each in few[1:]] == [True] * 4 + [False] * 2
 
 
 @pytest.mark.parametrize("num", [1, 7, 1000])

@@ -21,7 +21,8 @@ from expertlane.plan.throughput import ThroughputCurve, two_pools
 from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
 from expertlane.results.serving_record import KEPT, ServingRecord, is_carried
-from expertlane.simulate.steady import USUAL, Precision, PrefillRates
+from expertlane.simulate.steady import PrefillRates
+from expertlane.simulate.watch import USUAL, Precision
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.names import EngineName, Phase
 
