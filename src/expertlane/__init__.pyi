@@ -135,6 +135,8 @@ def plan(
     prompt_len: Text | None = None,
     output_len: Text | None = None,
     requests: str | Path | None = None,
+    prefix_len: int | None = None,
+    num_prefixes: int | None = None,
     seed: int = 0,
     slo: Text | Sequence[Text] | None = None,
     price: float | None = None,
@@ -175,6 +177,8 @@ def plan(
         output_len: Tokens per output. N:N: uniform in that range.
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
             or Azure's CSV of LLM inference. Only their lengths are taken.
+        prefix_len: Length of the prefix that prompts share; part of --prompt-len.
+        num_prefixes: Number of different shared prefixes; each prompt has one of them.
         seed: Seed of all random draws; reproducible for equal seeds.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or

@@ -25,7 +25,7 @@ from expertlane.spec.tensors import (
     layer_shapes,
     tensor_shape,
 )
-from expertlane.spec.workload import Workload
+from expertlane.spec.workload import NOTHING_SHARED, SharedPrefixes, Workload
 
 BLOCK_SIZE = 16
 STEP_TOKENS = 16_384  # of a comparison, over all ranks
@@ -64,12 +64,14 @@ class Capacity:
         free_bytes: what a rank may take.
         max_seqs: sequences of full length that a data-parallel rank holds at once; 0 where not
             even weights, activations and one sequence fit.
+        num_blocks: of a data-parallel rank's cache.
     """
 
     layout: Layout
     memory: RankMemory
     free_bytes: float
     max_seqs: int
+    num_blocks: float
 
     @property
     def num_resident(self) -> int:
@@ -170,26 +172,37 @@ class PlacedModel:
         needs = (self.rank_memory(limits, rank) for rank in firsts)
         return max(needs, key=lambda need: need.total_bytes)
 
-    def capacity(self, device_bytes: float, full_len: int, num_batched_tokens: int) -> Capacity:
+    def capacity(
+        self,
+        device_bytes: float,
+        full_len: int,
+        num_batched_tokens: int,
+        prefixes: SharedPrefixes = NOTHING_SHARED,
+    ) -> Capacity:
         """How many sequences fit on the fullest rank, the first one of the first or the last stage.
 
         Args:
             full_len: positions of a sequence in the end.
             num_batched_tokens: of a data-parallel rank's largest step.
+            prefixes: that sequences begin with, each held once.
         """
         free = FREE_SHARE * device_bytes
         limits = Limits(
             vocab_size=self.model.vocab_size,
             max_model_len=full_len,
-            num_blocks=ceil(full_len / BLOCK_SIZE),
+            num_blocks=(num_full := ceil(full_len / BLOCK_SIZE)),
             max_num_batched_tokens=num_batched_tokens,
         )
         found = []
         for rank in dict.fromkeys((0, (self.layout.pp - 1) * self.layout.stage_size)):
             need = self.rank_memory(limits, rank)
-            room = (free - need.weight_bytes - need.activation_bytes) // need.kv_bytes
+            of_cache = free - need.weight_bytes - need.activation_bytes
+            room, num_blocks = of_cache // need.kv_bytes, of_cache / need.kv_bytes * num_full
+            if prefixes.num:
+                room = prefixes.num_sharing(num_blocks, num_full - prefixes.num_blocks)
             fits = need.total_bytes <= free
-            found.append(Capacity(self.layout, need, free, int(room) if fits else 0))
+            max_seqs = int(room) if fits else 0
+            found.append(Capacity(self.layout, need, free, max_seqs, max(num_blocks, 0.0)))
         return min(found, key=lambda each: each.max_seqs)
 
     def _layer_bytes(self, at: Coordinates, is_dense: bool, num_experts: int) -> int:

@@ -215,6 +215,17 @@ PROJECTED = (
         "paper-small cpu",
         "paper-small --cluster cpu.tomlx2 --batch 16 --prompt-len 64 --output-len 32",
     ),
+    _plan(
+        "paper h100x8 prefixes",
+        "paper --cluster h100x8 --batch 64 --prompt-len 1000 --output-len 100 "
+        "--prefix-len 800 --num-prefixes 4",
+    ),
+    _simulate(
+        "deepseek prefixes in two pools",
+        "./deepseek --layout dp=16,ep=16 --prefill-layout dp=2,tp=8,ep=16 --cluster h100x32 "
+        "--dtype float8 --batch 64 --prompt-len 1000:2000 --output-len 50:100 "
+        "--prefix-len 900 --num-prefixes 30",
+    ),
     _simulate("paper EP 16", f"paper --layout dp=16,ep=16 --cluster h100x16 {_LOAD}"),
     _simulate(
         "paper traced",

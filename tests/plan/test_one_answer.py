@@ -62,7 +62,21 @@ def test_simulate_says_of_a_row_what_plan_says(seed, tmp_path):
     asked = draw(seed)
     if seed % 2:
         asked["skew"] = None  # the usual one, with bounds
+    are_rows_simulated_alike(plan(asked), tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_simulate_serves_the_prefixes_that_plan_served(seed, tmp_path):
+    asked = draw(20 + seed) | {"prompt_len": 160, "prefix_len": 100 + 15 * seed}
+    asked["num_prefixes"] = (1, 3, 1000, 20)[seed]
     results = plan(asked)
+    shared = {name: results.question["load"][name] for name in ("prefix_len", "num_prefixes")}
+    assert shared == {name: asked[name] for name in shared}
+    assert f"160 in ({asked['prefix_len']} shared)" in " ".join(Results.of(results).answer.split())
+    are_rows_simulated_alike(results, tmp_path)
+
+
+def are_rows_simulated_alike(results, tmp_path):
     file.write(results, tmp_path)
     rows = {str(place): row for place, row in enumerate(results.select("projected", BEST)[:2], 1)}
     rows |= dict(zip(["pools"], results.select("projected", TWO_POOLS), strict=False))

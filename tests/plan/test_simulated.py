@@ -18,7 +18,7 @@ from expertlane.plan.simulated import (
 )
 from expertlane.plan.throughput import ThroughputCurve
 from expertlane.plan.trials import Trials
-from expertlane.simulate.steady import ROUGH
+from expertlane.simulate.watch import ROUGH
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
 from plan.requests import search_of

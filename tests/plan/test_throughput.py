@@ -22,7 +22,7 @@ def steps(
         np.array(num_seqs),
         BOUNDS[:, None] * np.array(decode_ms) / 1e3,
         BOUNDS * prefill_ms / 1e3,
-        Prompts(num_seqs=1, num_new=100, num_cached=0, num_steps=1),
+        Prompts(num_seqs=1, num_new=100, num_cached=0, num_steps=1, length=100),
         most_seqs,
         BOUNDS * alone_ms / 1e3,
     )

@@ -11,9 +11,11 @@ from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.results.metrics import serving_record
+from expertlane.simulate.draws import Lengths, poisson_quantiles
 from expertlane.simulate.setup import ServingSetup
 from expertlane.simulate.simulator import Simulator
-from expertlane.simulate.steady import USUAL, _Lengths, poisson_quantiles, steady_state
+from expertlane.simulate.steady import steady_state
+from expertlane.simulate.watch import USUAL
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
@@ -135,7 +137,7 @@ def test_an_open_loop_serves_what_arrives_until_it_cannot():
 
 def test_steps_left_are_those_of_requests_met_under_way():
     """Half of the requests have 10 steps, half 30: of 40 under way 10 and 30, all evenly along."""
-    lengths = _Lengths(Load(2, LengthRange(5, 5), LengthRange(11, 11), 2), NO_DRAFTS)
+    lengths = Lengths(Load(2, LengthRange(5, 5), LengthRange(11, 11), 2), NO_DRAFTS)
     lengths._further = np.array([10, 30])
     lengths.most_steps = 30
     chance = lengths.chance_in(np.arange(1, 31))

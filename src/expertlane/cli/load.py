@@ -202,7 +202,7 @@ class LoadOptions:
     def _shared(self, prompt_len: "LengthRange") -> dict[str, Any]:
         """The beginnings that prompts share; empty where they share none."""
         if not self.prefix_len:
-            if self.num_prefixes is not None:
+            if self.num_prefixes is not None and self.prefix_len is None:
                 raise UserError("--num-prefixes is given, but --prefix-len is not")
             return {}
         if self.prefix_len >= prompt_len.low:
@@ -274,8 +274,6 @@ class PlannedLoad(SimulatedLoad):
     )
     num_requests: int | None = _num_requests(MODELLED, hidden=True)
     requests: Path | None = _requests("Only their lengths are taken.")
-    prefix_len: int | None = _prefix_len(hidden=True)
-    num_prefixes: int | None = _num_prefixes(hidden=True)
     slo: list[str] | None = _slo(
         "For example: ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, "
         "p95 or p99. Deployments that miss one are left out.",
@@ -289,13 +287,11 @@ class PlannedLoad(SimulatedLoad):
         """
         from expertlane.spec.workload import check_lengths
 
-        for name in ("num_requests", "prefix_len", "num_prefixes"):
-            if getattr(self, name) is not None:
-                raise UserError(
-                    f"--{name.replace('_', '-')} is for expertlane simulate and bench; plan takes "
-                    "a load without end: --batch or --rate, and --prompt-len, --output-len or "
-                    "--requests"
-                )
+        if self.num_requests is not None:
+            raise UserError(
+                "--num-requests is for expertlane simulate and bench; plan takes a load without "
+                "end: --batch or --rate, and --prompt-len, --output-len or --requests"
+            )
         asked, num_requests = self, None
         if self.rate is None:
             asked = replace(self, batch=self.batch or self.defaults.batch)

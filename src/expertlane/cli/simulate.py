@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from expertlane.simulate.row import Row
     from expertlane.simulate.setup import ServingSetup
     from expertlane.simulate.simulator import Outcome, Simulator
-    from expertlane.simulate.steady import Precision
+    from expertlane.simulate.watch import Precision
     from expertlane.spec.layout import Layout
     from expertlane.spec.workload import Load
 
@@ -189,7 +189,7 @@ def run(
     from expertlane.simulate.results import simulation
     from expertlane.simulate.setup import ServingSetup
     from expertlane.simulate.simulator import Simulator
-    from expertlane.simulate.steady import Precision
+    from expertlane.simulate.watch import Precision
     from expertlane.spec.workload import check_lengths
 
     config, seed = found_model.config, load_options.seed

@@ -9,6 +9,7 @@ from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.step.operation import Floats
 from expertlane.errors import CapacityError, SpecError
+from expertlane.memory import BLOCK_SIZE
 from expertlane.plan.project import Setting
 from expertlane.results.metrics import ServedRequest, serving_record
 from expertlane.spec.deployment import (
@@ -25,7 +26,7 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName
 from expertlane.spec.ranges import MAX_TOKENS_OF_A_RUN, RANGES
 from expertlane.spec.slo import SLO
-from expertlane.spec.workload import Load, Workload
+from expertlane.spec.workload import NOTHING_SHARED, Load, SharedPrefixes, Workload
 
 _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
     (1, "drained"),
@@ -148,6 +149,11 @@ class PlanRequest:
     def rate(self) -> float | None:
         """Requests that arrive a second; None in a closed loop."""
         return None if self.load is None else self.load.rate
+
+    @property
+    def prefixes(self) -> SharedPrefixes:
+        """What prompts share in a cache."""
+        return NOTHING_SHARED if self.load is None else self.load.shared(BLOCK_SIZE)
 
     def load_at(self, batch: int) -> Load:
         """The load as `simulate` serves it, with so many requests at once."""

@@ -2,7 +2,8 @@
 
 Options and their choices were checked against the argument parsers of the versions in `ENGINES`
 (`tests/plan/test_commands.py`); TensorRT-LLM's are as documented (nvidia.github.io/TensorRT-LLM).
-What a command does not name, as the share of memory for keys and values, is the engine's default.
+What a command does not name, as the share of memory for keys and values, is the engine's default;
+all cache prefixes unless told not to, but for SGLang's decode pools, which share none here either.
 """
 
 import shlex

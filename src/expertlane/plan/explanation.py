@@ -44,7 +44,7 @@ def time_by_cause(finalist: Finalist, workload: Workload) -> dict[str, float]:
 
     What is left of those simulated is how requests met, beside steps of decodes or prompts alone.
     """
-    per_token = workload.prompt_len / workload.output_len
+    per_token = finalist.steps.prompts.length / workload.output_len
     of_phases = (
         (finalist.decode, 1 / (finalist.num_seqs * float(finalist.steps.tokens_per_step[LIKELY]))),
         (finalist.prefill, per_token / finalist.prefill.num_tokens),

@@ -56,12 +56,14 @@ class Sized(NamedTuple):
         shape: its parts', and its number.
         num_seqs: [N]; of a data-parallel rank, that decode steps are estimated for, ascending.
         prefill_tokens: of a data-parallel rank's prefill step, at most.
+        prompt_len: of a prompt, the mean of what is left to compute after a cached prefix.
     """
 
     layout: Layout
     shape: tuple[int, Shape]
     num_seqs: Ints
     prefill_tokens: int
+    prompt_len: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +72,7 @@ class Prefill:
 
     Attributes:
         seconds: [3, S]; of one step, or of a round of rotating ones.
-        num_seqs, num_new, num_cached, num_steps: as `Prompts` have them.
+        num_seqs, num_new, num_cached, num_steps, length: as `Prompts` have them.
     """
 
     seconds: Floats
@@ -78,6 +80,7 @@ class Prefill:
     num_new: Ints
     num_cached: Ints
     num_steps: Ints
+    length: Ints
 
 
 class _PrefillPart(NamedTuple):
@@ -86,13 +89,13 @@ class _PrefillPart(NamedTuple):
     Attributes:
         part_seqs: sequences of a part.
         num_micro_batches, overlap: how the step is cut: what holds one prompt is not.
-        others: `num_seqs`, `num_new`, `num_cached` and `num_steps` of `Prefill`.
+        others: `num_seqs`, `num_new`, `num_cached`, `num_steps` and `length` of `Prefill`.
     """
 
     part_seqs: Ints
     num_micro_batches: Ints
     overlap: npt.NDArray[np.bool_]
-    others: tuple[Ints, Ints, Ints, Ints]
+    others: tuple[Ints, Ints, Ints, Ints, Ints]
 
 
 @dataclass(eq=False)
@@ -128,6 +131,7 @@ class ManySteps:
         self.structure = np.arange(len(layouts)).repeat(self.num_sizes)  # [F]
         self._of_rank = np.concatenate([each.num_seqs for each in self.structures])
         self._tokens = np.array([each.prefill_tokens for each in self.structures])
+        self._prompt_len = np.array([each.prompt_len for each in self.structures])
         self._driver_s = np.stack([self.terms.step_s(each) for each in layouts], axis=1)
 
     @cached_property
@@ -218,7 +222,7 @@ class ManySteps:
             )
             for place, points in enumerate(self._alone_points)
         )
-        num_steps = -(-self.workload.prompt_len // self._alone_points[0].num_new)
+        num_steps = -(-self._prompt_len // self._alone_points[0].num_new)
         more_s: Floats = np.maximum(prompt_s - token_s, _LEAST_ADDED * prompt_s) * num_steps
         return more_s
 
@@ -310,10 +314,10 @@ class ManySteps:
     def _alone_points(self) -> tuple[Points, Points]:
         """A prompt, or a chunk of it, and a decode; one rank has it, and the others nothing."""
         every = np.arange(len(self.structures))
-        one, prompt_len = np.ones_like(every), self.workload.prompt_len
-        chunk = np.minimum(prompt_len, self._tokens)
+        one, cached = np.ones_like(every), self.workload.prompt_len - self._prompt_len
+        chunk = np.minimum(self._prompt_len, self._tokens)
         points = (
-            self._points(every, one, chunk, (prompt_len - chunk) // 2, 0),
+            self._points(every, one, chunk, cached + (self._prompt_len - chunk) // 2, 0),
             self._points(
                 every, one, 1 + self.num_drafts, self.workload.mean_context, self.num_drafts
             ),
@@ -349,19 +353,23 @@ class ManySteps:
     def _prefill_parts(self) -> dict[Pipelining, _PrefillPart]:
         last = np.cumsum(self.num_sizes) - 1
         most_running = self._of_rank[last]
+        lengths = self._prompt_len, self.workload.prompt_len - self._prompt_len
         return {
-            how: _prefill_part(how, self.workload.prompt_len, self._tokens, most_running)
+            how: _prefill_part(how, *lengths, self._tokens, most_running)
             for how in dict.fromkeys(self.hows)
         }
 
 
 def _prefill_part(
-    how: Pipelining, prompt_len: int, most_tokens: Ints, num_running: Ints
+    how: Pipelining, prompt_len: Ints, cached: Ints, most_tokens: Ints, num_running: Ints
 ) -> _PrefillPart:
     """A part of a prefill step, how the step is cut, and the whole of it.
 
     Steps are cut between sequences: what holds one prompt, or a chunk of one, is not. Rotating
     micro-batches are whole steps, in flight together, of prompts that may run at once.
+
+    Args:
+        prompt_len, cached: [S]; of a prompt, left to compute and found in the cache.
     """
     is_rotating = how.schedule == "rotating"
     rotating = np.minimum(how.num_micro_batches, num_running)
@@ -370,7 +378,7 @@ def _prefill_part(
     is_one = seqs < 2
     chunk = np.minimum(prompt_len, most_tokens)
     num_new = np.where(is_one, chunk, prompt_len)
-    num_cached = np.where(is_one, (prompt_len - chunk) // 2, 0)  # on average over its chunks
+    num_cached = cached + np.where(is_one, (prompt_len - chunk) // 2, 0)  # mean over its chunks
     num_parts = (1 + how.overlap) if is_rotating else how.num_parts
     is_cut = ~is_one & (num_parts <= seqs)
     parts = np.where(is_cut, num_parts, 1)
@@ -382,6 +390,7 @@ def _prefill_part(
         num_new,
         num_cached,
         np.where(is_one, -(-prompt_len // chunk), 1),
+        prompt_len,
     )
     return _PrefillPart(part_seqs, num_micro_batches, is_cut & how.overlap, others)
 

@@ -467,6 +467,7 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
             f"{workload.prompt_len:,} prompt + {workload.output_len:,} output tokens",
             "--batch, --prompt-len, --output-len",
         ),
+        *_of_prefixes(request),
         (
             "ranking",
             "the few that may be the best are simulated request by request on one replica, outputs "
@@ -499,6 +500,22 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
         _OF_BOUNDS,
     )
     return tuple(Assumption(name, value, change=change) for name, value, change in rows)
+
+
+def _of_prefixes(request: PlanRequest) -> list[_Row]:
+    load, prefixes = request.load, request.prefixes
+    if load is None or not prefixes.num:
+        return []
+    return [
+        (
+            "shared prefixes",
+            f"{load.num_prefixes:,} of {load.prefix_len:,} tokens, each as likely; of a prompt, "
+            f"{prefixes.num_tokens:,} tokens in whole blocks are found where a data-parallel "
+            "rank's cache has them, least recently used ones evicted; a decode pool gets keys and "
+            "values whole",
+            "--prefix-len, --num-prefixes",
+        )
+    ]
 
 
 def _of_drafts(drafts: MultiToken) -> list[_Row]:

@@ -30,7 +30,7 @@ from expertlane.plan.throughput import (
 )
 from expertlane.spec.deployment import CopyMethod, Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.workload import Workload
+from expertlane.spec.workload import NOTHING_SHARED, Workload
 
 
 class TooLarge(NamedTuple):
@@ -154,7 +154,7 @@ class Known:
 
     fan_outs: dict[_Spread, ExpectedFanOut] = field(default_factory=dict)
     slots: dict[tuple[int, int], Placement] = field(default_factory=dict)
-    rooms: dict[tuple[int, ...], Capacity] = field(default_factory=dict)
+    rooms: dict[object, Capacity] = field(default_factory=dict)
 
 
 class Screen:
@@ -162,10 +162,14 @@ class Screen:
 
     Args:
         known: by other screens.
+        are_pools: candidates are disaggregated; those that decode get prompts whole, so that
+            sequences share no memory.
     """
 
-    def __init__(self, request: PlanRequest, known: Known | None = None) -> None:
-        self._request = request
+    def __init__(
+        self, request: PlanRequest, known: Known | None = None, *, are_pools: bool = False
+    ) -> None:
+        self._request, self._are_pools = request, are_pools
         setting, profile = request.setting, request.cluster.profile
         self._profile = profile
         self._links = LinkModel(profile)
@@ -242,8 +246,19 @@ class Screen:
         mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
         fan_out = self._fan_out(mesh, options)
         shape = Shape(mesh, fan_out, form, options.payload)
-        sized = Sized(layout, (shared.add(shape), shape), num_seqs, prefill_tokens)
+        prompt_len = self._computed(room)
+        sized = Sized(layout, (shared.add(shape), shape), num_seqs, prefill_tokens, prompt_len)
         return _Structure(candidates, room, sized)
+
+    def _computed(self, room: Capacity) -> int:
+        """Tokens of a prompt that are left after what the cache has, on average."""
+        workload, prefixes = self._request.workload, self._request.prefixes
+        if not prefixes.num:
+            return workload.prompt_len
+        length = workload.prompt_len if self._are_pools else workload.max_len
+        of_each = length / prefixes.block_size - prefixes.num_blocks
+        found = prefixes.found_share(room.num_blocks, of_each)
+        return max(workload.prompt_len - round(found * prefixes.num_tokens), 1)
 
     def _slots(self, ep: int, num_redundant: int) -> Placement:
         known = self._known.slots
@@ -256,7 +271,8 @@ class Screen:
     ) -> Capacity:
         """Replicas are alike, and dispatch needs no memory that counts."""
         known, sizes = self._known.rooms, (layout.pp, layout.dp, layout.tp, layout.ep, layout.dcp)
-        key = *sizes, slots.num_slots, num_drafts, prefill_tokens
+        prefixes = NOTHING_SHARED if self._are_pools else self._request.prefixes
+        key = *sizes, slots.num_slots, num_drafts, prefill_tokens, prefixes
         if key not in known:
             model, types = self._request.model, self._request.setting.types
             placements: Placements = tuple(
@@ -265,10 +281,12 @@ class Screen:
             held = with_drafting_layer(model, num_drafts)
             of_drafts = placements[-1:] * (num_drafts > 0)
             known[key] = PlacedModel(held, layout, types, placements + of_drafts).capacity(
-                self._profile.device.memory_bytes, self._request.workload.max_len, prefill_tokens
+                self._profile.device.memory_bytes,
+                self._request.workload.max_len,
+                prefill_tokens,
+                prefixes,
             )
-        room = known[key]
-        return Capacity(layout, room.memory, room.free_bytes, room.max_seqs)
+        return replace(known[key], layout=layout)
 
     def _fan_out(self, mesh: StageMesh, options: Options) -> ExpectedFanOut:
         """The mean of a few layers, which are placed as in full."""
@@ -366,6 +384,7 @@ class _Curves:
             int(prefill.num_new[number]),
             int(prefill.num_cached[number]),
             int(prefill.num_steps[number]),
+            int(prefill.length[number]),
         )
         steps = Steps(
             candidate.layout,

@@ -122,13 +122,17 @@ class Search:
 
     Args:
         known: by other searches on parts of it.
+        are_pools: candidates are disaggregated, each for prompts or decodes alone.
 
     Raises:
         UserError: the cluster is larger than a plan can be made for.
     """
 
-    def __init__(self, request: PlanRequest, known: Known | None = None) -> None:
+    def __init__(
+        self, request: PlanRequest, known: Known | None = None, *, are_pools: bool = False
+    ) -> None:
         check_plan_size(request.cluster)
+        self._are_pools = are_pools
         self.known = known or Known()
         self.request = request
 
@@ -176,7 +180,8 @@ class Search:
                 f"{model.num_kv_heads} of keys and values and {model.num_hidden_layers} layers, "
                 "and tp must divide the heads"
             )
-        return Screen(self.request, self.known).run(candidates, advance)
+        screen = Screen(self.request, self.known, are_pools=self._are_pools)
+        return screen.run(candidates, advance)
 
     def options(self, screened: Sequence[Screened]) -> list[ScreenedCandidate]:
         """Those that fit, and further ones with prefill of their own; that the engine runs.

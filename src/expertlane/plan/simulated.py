@@ -28,14 +28,8 @@ from expertlane.results.serving_record import ServingRecord
 from expertlane.simulate.results import serving_of
 from expertlane.simulate.setup import ServingSetup, scheduling_of
 from expertlane.simulate.simulator import Simulator
-from expertlane.simulate.steady import (
-    ROUGH,
-    USUAL,
-    Precision,
-    PrefillRates,
-    pools_apart,
-    steady_state,
-)
+from expertlane.simulate.steady import PrefillRates, pools_apart, steady_state
+from expertlane.simulate.watch import ROUGH, USUAL, Precision
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Load

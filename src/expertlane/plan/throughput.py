@@ -104,12 +104,14 @@ class Prompts(NamedTuple):
         num_seqs: prompts, or one chunk of one in each step in flight.
         num_new, num_cached: tokens of each, and those before them.
         num_steps: that a prompt takes.
+        length: tokens of a prompt that are computed, in all steps.
     """
 
     num_seqs: int
     num_new: int
     num_cached: int
     num_steps: int
+    length: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +166,7 @@ class Steps:
 
     @property
     def prefill_tps(self) -> Floats:
-        """[3]; prompt tokens a second while nothing is decoded; of the low time first."""
+        """[3]; computed prompt tokens/s while nothing is decoded; of the low time first."""
         tps: Floats = self.num_prompts * self.prompts.num_new / self.prefill_s
         return tps
 
@@ -332,7 +334,7 @@ def two_pools(
     if num_asked is None:
         num_asked = np.full(len(decode.num_seqs), workload.num_sequences)
     could_tps = decode.num_seqs / decode.token_s
-    fed_tps = prefill.prefill_tps[:, None] / workload.prompt_len * workload.output_len
+    fed_tps = prefill.prefill_tps[:, None] / prefill.prompts.length * workload.output_len
     before_s = prefill.prompts.num_steps * prefill.prefill_s + transfer_s
     of_sequence_s = decode.token_s + before_s[:, None] / workload.output_len
     tps = np.minimum(np.minimum(could_tps, fed_tps), num_asked / of_sequence_s)
@@ -340,7 +342,7 @@ def two_pools(
     # All others wait for prefill or for a place: what Little's law leaves of a request's time.
     waited_s = num_asked * workload.output_len / tps - workload.output_len * decode.token_s
     busy = np.minimum(tps / fed_tps, _MOST_BUSY)
-    alone_s = _prompt_s(prefill, workload, busy) + transfer_s[:, None]
+    alone_s = _prompt_s(prefill, busy) + transfer_s[:, None]
     return ThroughputCurve(
         num_seqs=decode.num_seqs,
         tps=tps[::-1],
@@ -352,12 +354,12 @@ def two_pools(
 _MOST_BUSY = 0.95  # a queue that is never empty has no mean wait; admission keeps it short
 
 
-def _prompt_s(steps: Steps, workload: Workload, busy: Floats) -> Floats:
+def _prompt_s(steps: Steps, busy: Floats) -> Floats:
     """[3, N]; a prompt's own steps and its wait: M/D/1, a server for each data-parallel rank.
 
     Args:
         busy: [3, N]; the share of the time in which prompts are computed.
     """
-    own_s = workload.prompt_len * steps.num_caches / steps.prefill_tps[:, None]
+    own_s = steps.prompts.length * steps.num_caches / steps.prefill_tps[:, None]
     whole: Floats = own_s * busy / (2 * (1 - busy))
     return whole + steps.prompts.num_steps * steps.prefill_s[:, None]

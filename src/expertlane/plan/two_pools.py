@@ -21,7 +21,8 @@ from expertlane.plan.throughput import ThroughputCurve, two_pools
 from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
 from expertlane.results.serving_record import KEPT, ServingRecord, is_carried
-from expertlane.simulate.steady import USUAL, Precision, PrefillRates
+from expertlane.simulate.steady import PrefillRates
+from expertlane.simulate.watch import USUAL, Precision
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.names import EngineName, Phase
 
@@ -89,6 +90,7 @@ class TwoPoolSearch:
             size: Search(
                 replace(request, cluster=replace(cluster, num_devices=size), goals=Goals()),
                 known,
+                are_pools=True,
             )
             for size in sorted(sizes | {num_devices - size for size in sizes})
         }
@@ -168,7 +170,7 @@ class TwoPoolSearch:
         """Output tokens a second that its prefill is enough for."""
         workload = self._request.workload
         prefill_tps = float(option.steps.prefill_tps[LIKELY])
-        return prefill_tps / workload.prompt_len * workload.output_len
+        return prefill_tps / option.steps.prompts.length * workload.output_len
 
     def _screen(self, place: int, advance: Callable[[int], None]) -> None:
         """Find the pairs of a split."""

@@ -130,8 +130,7 @@ def answer(
         lead: what was found, where that is not the best load.
     """
     workload, found = results.question["workload"], served(results)
-    prompts, outputs = (_lengths(workload[f"{name}_len"]) for name in ("prompt", "output"))
-    asked = f"{prompts} in / {outputs} out"
+    asked = _in_out(workload)
     if source := workload["requests"]:
         asked += f", {shortened(source, NAME_COLUMNS)}"
     first = results.deployments[0]
@@ -226,13 +225,19 @@ def _bursts(found: Sequence[Served]) -> str:
 
 
 def lengths_of(load: Mapping[str, Any], means: Mapping[str, int]) -> str:
-    """`1,000 in / 100–300 out`; of recorded requests, the means."""
+    """`1,000 in (800 shared) / 100–300 out`; of recorded requests, the means."""
     names = "prompt_len", "output_len"
     if load.get("requests") is not None:
         prompt, output = (f"{means[name]:,}" for name in names)
         return f"recorded, {prompt} in / {output} out on average"
-    prompt, output = (_lengths(str(load.get(name, means[name]))) for name in names)
-    return f"{prompt} in / {output} out"
+    return _in_out({**means, **load})
+
+
+def _in_out(load: Mapping[str, Any]) -> str:
+    prompt, output = (_lengths(str(load[name])) for name in ("prompt_len", "output_len"))
+    shared = load.get("prefix_len")
+    of_them = f" ({shared:,} shared)" if shared else ""
+    return f"{prompt} in{of_them} / {output} out"
 
 
 def _lengths(text: str) -> str:

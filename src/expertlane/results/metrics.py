@@ -178,6 +178,7 @@ class ServedRequest(Generic[TimeT]):
     Attributes:
         due_s: when it arrived; in a closed loop, when there was room for it.
         token_times_s: of each step that gave it a token or more.
+        num_cached_tokens: of its prompt, found in the prefix cache; simulated.
     """
 
     prompt_len: int
@@ -185,6 +186,7 @@ class ServedRequest(Generic[TimeT]):
     due_s: TimeT
     token_times_s: list[TimeT] = field(default_factory=list)
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
 
     @property
     def ttft_s(self) -> TimeT:

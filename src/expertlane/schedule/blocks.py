@@ -26,7 +26,7 @@ class BlockManager:
 
     A block is *held* while its reference count is above 0. A free block keeps its content: one
     that was registered under a digest can be shared again until it is reused. Blank blocks are
-    reused first, then registered ones, least recently freed first.
+    reused first, then those that hold anything, least recently freed first.
 
     Attributes:
         num_hits: blocks found in the cache and shared, since the start.
@@ -113,13 +113,32 @@ class BlockManager:
         elif self._reusable:
             block, _ = self._reusable.popitem(last=False)
             digest = self._digests[block]
-            assert digest is not None
-            del self._registered[digest]
-            self._digests[block] = None
+            if digest is not None:
+                del self._registered[digest]
+                self._digests[block] = None
         else:
             raise ValueError(f"all {self.num_blocks} blocks are held")
         self._ref_counts[block] = 1
         return block
+
+    def fill(self, contents: Sequence[bytes | None]) -> None:
+        """Let blank blocks hold what sequences left, the least recently freed first.
+
+        Args:
+            contents: digests; None for what nobody asks for again.
+
+        Raises:
+            ValueError: fewer blocks are blank; nothing is filled.
+        """
+        first = len(self._blank) - len(contents)
+        if first < 0:
+            raise ValueError(f"{len(contents)} blocks are filled but {len(self._blank)} are blank")
+        blocks = self._blank[first:]
+        del self._blank[first:]
+        self._reusable.update(dict.fromkeys(blocks))
+        for block, digest in zip(blocks, contents, strict=True):
+            if digest is not None:
+                self.register(block, digest)
 
     def register(self, block: int, digest: bytes) -> None:
         """Let a full, computed block be shared; no effect if another has the same content."""

@@ -154,6 +154,8 @@ class RunningTable:
         self.last_step[row] = -1
         self.is_masked[row] = request.is_masked
         self.num_pending += num_tokens - int(self.num_computed[row])
+        if self._limits.prefix_caching:
+            self._share(row, len(cached), num_arrived // self._limits.block_size)
         request.state, request.row = RequestState.RUNNING, row
         request.has_cached = bool(cached)
         if request.num_cached_tokens is None:
@@ -299,12 +301,15 @@ class RunningTable:
         for row, begin, end in zip(
             rows[full].tolist(), first[full].tolist(), stop[full].tolist(), strict=True
         ):
-            if row in self._nan_rows:
-                continue
-            request = self.request(row)
-            blocks: list[int] = self.block_tables[row, begin:end].tolist()
-            for index, block in enumerate(blocks, start=begin):
-                self.blocks.register(block, request.digest(index, size))
+            if row not in self._nan_rows:
+                self._share(row, begin, end)
+
+    def _share(self, row: int, begin: int, end: int) -> None:
+        """Let some blocks of a row be shared, by their places in the sequence."""
+        request, size = self.request(row), self._limits.block_size
+        blocks: list[int] = self.block_tables[row, begin:end].tolist()
+        for index, block in enumerate(blocks, start=begin):
+            self.blocks.register(block, request.digest(index, size))
 
     def _append_tokens(self, rows: Rows, token_ids: dict[int, int]) -> list[Request]:
         tokens = list(map(token_ids.__getitem__, self.seq_ids[rows].tolist()))

@@ -165,6 +165,7 @@ def _place(request: Request, drafts: Sequence[BatchDraft]) -> tuple[int, list[in
             continue
         cached = table.find_cached(request)
         if table.has_blocks_for(request, cached):
-            num_pending = table.num_pending - len(cached) * table.blocks.block_size
+            num_cached = max(len(cached) * table.blocks.block_size, request.num_arrived_tokens)
+            num_pending = table.num_pending - num_cached
             places.append((num_pending, -table.blocks.num_free, dp_rank, cached))
     return min(places)[2:] if places else None

@@ -172,6 +172,8 @@ class _Serving:
     def _take_token(self, stepped: Stepped, *, is_first: bool) -> None:
         request, begin_s, at_s = stepped
         served = self._served[int(request.request_id)]
+        if is_first and request.num_cached_tokens is not None:
+            served.num_cached_tokens = request.num_cached_tokens
         if is_first and self._apart is not None and served.output_len > 1:
             served.num_preemptions += request.num_preemptions
             self._move(request, served.output_len - 1, at_s, *self._apart)

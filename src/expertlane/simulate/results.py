@@ -121,7 +121,9 @@ def serving_of(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO] = ())
         rate=simulator.load.rate,
         num_preemptions=outcome.num_parts
         * sum(each.pool.scheduler.num_preemptions for each in outcome.pools),
-        num_cached_tokens=outcome.pools[0].pool.scheduler.num_cached_tokens,
+        num_cached_tokens=outcome.pools[0].pool.scheduler.num_cached_tokens
+        if outcome.rates is None
+        else sum(each.num_cached_tokens for each in outcome.served),
         basis=_main_basis(outcome),
     )
     return record if outcome.rates is None else _with_places(record, outcome)
@@ -280,8 +282,6 @@ def _traffic(totals: PhaseTotals, median: StepRecord) -> TrafficRecord:
 def _assumptions(simulator: Simulator, routing: RoutingChoice) -> tuple[Assumption, ...]:
     """The assumptions, in the order in which a reader would ask for them."""
     setup, cluster, execution = simulator.setup, simulator.cluster, simulator.execution
-    shares = simulator.load.has_prefixes
-    prompts = "shared prefixes as hash_ids say" if shares else "no shared prefixes"
     rows = [
         (
             "weights",
@@ -311,7 +311,12 @@ def _assumptions(simulator: Simulator, routing: RoutingChoice) -> tuple[Assumpti
             "--cluster",
             "tensor-parallel ranks are innermost, so that they share a node",
         ),
-        ("prompts", prompts, "--requests", "free blocks of the cache keep prefixes"),
+        (
+            "prompts",
+            _prompts_of(simulator.load),
+            "--prefix-len, --requests",
+            "free blocks of the cache keep prefixes",
+        ),
         ("outputs", "full length", "--output-len", "no early end of sequence"),
         (
             "scheduler overhead",
@@ -325,6 +330,14 @@ def _assumptions(simulator: Simulator, routing: RoutingChoice) -> tuple[Assumpti
         rows.append(("kernels", f"of {kernels.name}", "", kernels.why))
     rows += _of_pools(setup, cluster) + _of_data_parallelism(simulator) + _of_drafts(setup)
     return tuple(Assumption(name, value, why, change) for name, value, change, why in rows)
+
+
+def _prompts_of(load: Load) -> str:
+    """What they share, in words."""
+    if load.prefix_len:
+        prefixes = "prefix" if load.num_prefixes == 1 else "prefixes"
+        return f"{load.num_prefixes:,} shared {prefixes} of {load.prefix_len:,} tokens"
+    return "shared prefixes as hash_ids say" if load.has_prefixes else "no shared prefixes"
 
 
 def _of_placement(setup: ServingSetup) -> list[tuple[str, str, str, str]]:

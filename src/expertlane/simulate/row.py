@@ -29,9 +29,10 @@ POOLS = "pools"
 _CHOSEN = "chosen"  # what the plan recommends; of a comparison the first row
 # Options that exclude each other: one that is given removes a row's values of the others.
 _LENGTHS = "prompt_len", "output_len"
+_SHARED = "prefix_len", "num_prefixes"
 _INSTEAD: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys((*_LENGTHS, "prefix_len"), ("requests",)),
-    "requests": _LENGTHS,
+    **dict.fromkeys((*_LENGTHS, *_SHARED), ("requests",)),
+    "requests": (*_LENGTHS, *_SHARED),
     "batch": ("rate",),
     "rate": ("batch",),
     "skew": ("routing_trace",),
@@ -75,7 +76,8 @@ class Row:
         """Options for the lengths that were asked for."""
         if (path := self.load.get("requests")) is not None:
             return {"requests": Path(path)}
-        return {name: str(self.load.get(name, self.workload[name])) for name in _LENGTHS}
+        lengths = {name: str(self.load.get(name, self.workload[name])) for name in _LENGTHS}
+        return lengths | {name: self.load[name] for name in _SHARED if name in self.load}
 
     def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The options of `simulate` that serve it again, by name.

@@ -33,7 +33,7 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
 from expertlane.spec.ranges import RANGES
-from expertlane.spec.workload import Load, draw_requests
+from expertlane.spec.workload import NOTHING_SHARED, Load, SharedPrefixes, draw_requests
 
 _CONTEXTS_APART = 32  # a step's work is priced for so many different mean contexts
 _MOST_POSITIONS_ALIKE = 64
@@ -49,6 +49,8 @@ class PoolRanks:
         limits: of the scheduler.
         memory: of the fullest rank, with the whole cache.
         sharing: [B]; of runs that each bound leads, all the same where routing has no bounds.
+        prefixes: that a cache shares; none in a pool that gets keys and values from another, whole
+            for each prompt.
     """
 
     role: PoolRole
@@ -56,14 +58,18 @@ class PoolRanks:
     limits: Limits
     memory: RankMemory
     sharing: tuple[StepSharing, ...]
+    prefixes: SharedPrefixes
 
     @property
     def num_resident(self) -> int:
         """Sequences of full length that the cache holds at once, over all ranks."""
-        limits, layout = self.limits, self.layout
-        blocks = ceil(limits.max_model_len / limits.block_size)
-        of_rank = min(limits.num_blocks // blocks, limits.max_num_seqs)
-        return of_rank * layout.dp * layout.replicas
+        return self.num_held(ceil(self.limits.max_model_len / self.limits.block_size))
+
+    def num_held(self, blocks: float) -> int:
+        """Sequences of so many blocks each, shared ones too, over all ranks."""
+        limits, prefixes = self.limits, self.prefixes
+        num = int(prefixes.num_sharing(limits.num_blocks, blocks - prefixes.num_blocks))
+        return min(num, limits.max_num_seqs) * self.layout.dp * self.layout.replicas
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +142,8 @@ class Simulator:
         self.model = model
         self.cluster = cluster
         self.setup = setup
+        if 0 < load.prefix_len < setup.block_size:  # nothing is shared
+            load = replace(load, prefix_len=0)
         self.load = load
         self._terms = Terms.of(cluster.profile, setup.execution)
         self._pricing = Pricing(cluster.profile, setup.types)
@@ -345,27 +353,34 @@ class Simulator:
             placements + placements[-1:] * (num_drafts > 0),
         )
         max_len = load.prompt_len.high if role == "prefill" else load.max_len
-        max_num_seqs = setup.max_num_seqs
+        max_num_seqs, prefixes = setup.max_num_seqs, load.shared(setup.block_size)
+        shares = load.has_prefixes
         if role == "prefill":
-            max_num_seqs = max(
-                max_num_seqs, setup.max_num_batched_tokens // load.prompt_len.low + 2
-            )
+            shortest = load.prompt_len.low - prefixes.num_tokens
+            max_num_seqs = max(max_num_seqs, setup.max_num_batched_tokens // shortest + 2)
+        if role == "decode":  # what arrives is whole
+            prefixes, shares = NOTHING_SHARED, False
         most_seqs = max_num_seqs
         if load.batch is not None:
             most_seqs = min(max_num_seqs, load.batch)
         elif not load.is_endless:
             most_seqs = min(max_num_seqs, load.num_requests)
-        num_blocks = most_seqs * (ceil(max_len / setup.block_size) + 1)
+        of_seq, most_blocks = ceil(max_len / setup.block_size), int(RANGES["num_blocks"].high)
+        num_blocks = most_seqs * (of_seq + 1)
+        if prefixes.num:
+            kept = prefixes.num_kept(of_seq - prefixes.num_blocks)
+            num_blocks = min(num_blocks + kept, most_blocks)
+        elif shares:  # as hash ids say: whatever is free keeps some
+            num_blocks = most_blocks
         wanted = Limits(
             vocab_size=self.model.vocab_size,
             max_model_len=max_len,
-            # What is free keeps prefixes: all that memory has room for is of use.
-            num_blocks=int(RANGES["num_blocks"].high) if load.has_prefixes else num_blocks,
+            num_blocks=num_blocks,
             block_size=setup.block_size,
             max_num_batched_tokens=setup.max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             prompt_wait_steps=0 if role == "decode" else setup.prompt_wait_steps,
-            prefix_caching=load.has_prefixes,
+            prefix_caching=shares,
         )
         limits = held.fit_cache(wanted, FREE_SHARE * self.cluster.profile.device.memory_bytes)
         memory = held.fullest(limits)
@@ -383,7 +398,7 @@ class Simulator:
             for each in self._routings
         }
         sharing = tuple(of_routing[each] for each in self._routings)
-        return PoolRanks(role, layout, limits, memory, sharing)
+        return PoolRanks(role, layout, limits, memory, sharing, prefixes)
 
     def _scheduled(self, limits: Limits, multi_token: MultiToken) -> Limits:
         """The scheduler counts a position a step; with more, a cache that is full as early."""

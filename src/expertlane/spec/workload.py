@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil, expm1, log
 
 import numpy as np
 import numpy.typing as npt
@@ -107,6 +108,8 @@ class LengthRange:
 
 
 _LENGTHS_APART = 0.2  # of a mean, below and above it
+_RARELY = 10  # of an event whose chance is e to the power of minus so much
+_HALVINGS = 40  # of an interval, until its ends are the same in all digits that count
 HASH_BLOCK = 512  # tokens that a hash id of a recorded request stands for
 
 
@@ -209,8 +212,11 @@ class Load:
 
     @property
     def is_endless(self) -> bool:
-        """Whether it has a steady state: requests go on coming, and none turns on another's."""
-        return not self.has_prefixes and (self.is_closed or self.rate is not None)
+        """Whether it has a steady state: requests go on coming, and all are drawn alike.
+
+        What recorded requests share turns on their order, so those are served as they come.
+        """
+        return not self._has_hash_ids and (self.is_closed or self.rate is not None)
 
     @property
     def varies(self) -> bool:
@@ -233,7 +239,16 @@ class Load:
     @property
     def has_prefixes(self) -> bool:
         """Whether it is known which prompts begin alike."""
-        return self.prefix_len > 0 or any(each.hash_ids for each in self.recorded)
+        return self.prefix_len > 0 or self._has_hash_ids
+
+    @property
+    def _has_hash_ids(self) -> bool:
+        return any(each.hash_ids for each in self.recorded)
+
+    def shared(self, block_size: int) -> "SharedPrefixes":
+        """The prefixes as a cache shares them."""
+        num = self.num_prefixes if self.prefix_len >= block_size else 0
+        return SharedPrefixes(num, self.prefix_len // block_size if num else 0, block_size)
 
     @property
     def max_len(self) -> int:
@@ -272,6 +287,65 @@ class Load:
         if self.batch is not None:
             return f"batch {self.batch}"
         return "recorded arrivals" if self.rate is None else f"{self.rate:g} req/s"
+
+
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """Beginnings of prompts, in whole blocks of a cache: what is over is not shared.
+
+    Attributes:
+        num: different ones, each as likely; 0 where none fills a block.
+        num_blocks: of each.
+    """
+
+    num: int
+    num_blocks: int
+    block_size: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Of each."""
+        return self.num_blocks * self.block_size
+
+    def num_distinct(self, num_seqs: float) -> float:
+        """Different ones among so many sequences, on average."""
+        return -self.num * expm1(-num_seqs / self.num) if self.num else 0.0
+
+    def num_sharing(self, num_blocks: float, of_each: float) -> float:
+        """Sequences that a cache of so many blocks holds, each prefix once.
+
+        Args:
+            of_each: blocks of a sequence that are its own; more than 0.
+        """
+        low, high = num_blocks / (of_each + self.num_blocks), num_blocks / of_each
+        for _ in range(_HALVINGS if self.num else 0):
+            middle = (low + high) / 2
+            needed = middle * of_each + self.num_distinct(middle) * self.num_blocks
+            low, high = (middle, high) if needed <= num_blocks else (low, middle)
+        return low
+
+    def num_kept(self, of_each: int) -> int:
+        """Blocks for all prefixes and all that is freed between two uses of one, hardly ever more.
+
+        Args:
+            of_each: blocks of a sequence that are its own.
+        """
+        between = ceil(self.num * (log(self.num) + _RARELY)) if self.num else 0
+        return self.num * self.num_blocks + between * of_each
+
+    def found_share(self, num_blocks: float, of_each: float) -> float:
+        """Share of prompts whose prefix is in a cache: that of the latest ones that it holds.
+
+        Least recently used ones go first, and a prefix is used by one prompt in `num` (Che, Tung
+        and Wang, Hierarchical Web Caching Systems, 2002).
+
+        Args:
+            of_each: as `num_sharing` has it.
+        """
+        return self.num_distinct(self.num_sharing(num_blocks, of_each)) / max(self.num, 1)
+
+
+NOTHING_SHARED = SharedPrefixes(0, 0, 1)
 
 
 @dataclass(frozen=True, eq=False)
