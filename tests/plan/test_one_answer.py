@@ -13,7 +13,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.progress import Silent
 from expertlane.report.shown import Results
 from expertlane.results import file
-from expertlane.results.asked import ProjectionAsked
+from expertlane.spec.projection import ProjectionAsked
 from expertlane.results.record import BEST, EXPERIMENT, TWO_POOLS
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment

@@ -205,11 +205,15 @@ def projected_assumptions(
     experiment: Experiment,
     cluster: ModelledCluster,
     types: NumberTypes,
-    skew: float,
+    routing: str,
     executions: Sequence[Execution],
     prefill: StepSize,
 ) -> tuple[Assumption, ...]:
-    """The assumptions of a projection of the experiment."""
+    """The assumptions of a projection of the experiment.
+
+    Args:
+        routing: the experts that tokens choose, in words.
+    """
     kernels = kernels_of(cluster.profile)
     rows = [
         *_of_cluster(cluster),
@@ -229,7 +233,7 @@ def projected_assumptions(
         ),
         Assumption(
             "routing",
-            "uniform" if not skew else f"skewed: Zipf's law, exponent {skew:g}; balanced: uniform",
+            routing,
             "published traces are skewed, so that is the usual case and uniform the best one; "
             "experts are drawn per token, so balanced loads vary too",
             "--skew",

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
-from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.step.operation import Floats
 from expertlane.errors import CapacityError, SpecError
 from expertlane.plan.project import Setting
+from expertlane.results.estimate import Estimate
 from expertlane.results.metrics import ServedRequest, serving_record
+from expertlane.results.serving_record import SLOResult
 from expertlane.spec.deployment import (
     CopyMethod,
     MicroBatchSchedule,
@@ -24,7 +25,7 @@ from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName
 from expertlane.spec.ranges import RANGES
-from expertlane.spec.slo import SLO
+from expertlane.spec.slo import SLO, LatencyMetric
 from expertlane.spec.workload import Load, Workload
 
 _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
@@ -74,20 +75,26 @@ class Goals:
         ttft += [] if self.max_ttft_s is None else [self.max_ttft_s]
         return min(tpot, default=None), min(ttft, default=None)
 
-    def excess(
+    def results(
         self, tpot_s: Floats, ttft_s: Floats, served: Sequence[ServedRequest[Floats]]
-    ) -> float:
-        """The factor by which the worst limit is missed, by likely times.
+    ) -> tuple[SLOResult, ...]:
+        """What comes of all limits.
 
         Args:
             tpot_s, ttft_s: [3]; means.
             served: a sample.
         """
-        limits = (self.max_tpot_s, tpot_s), (self.max_ttft_s, ttft_s)
-        worst = [float(value[LIKELY]) / limit for limit, value in limits if limit is not None]
-        if self.slos:
-            worst += [each.excess for each in serving_record(served, self.slos).slos]
-        return max(worst, default=0.0)
+        means: tuple[tuple[LatencyMetric, float | None, Floats], ...] = (
+            ("tpot", self.max_tpot_s, tpot_s),
+            ("ttft", self.max_ttft_s, ttft_s),
+        )
+        found = [
+            SLOResult(SLO(metric, "mean", limit), Estimate.between(value))
+            for metric, limit, value in means
+            if limit is not None
+        ]
+        others = serving_record(served, self.slos).slos if self.slos else ()
+        return *found, *others
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from expertlane.plan.throughput import ThroughputCurve
 from expertlane.plan.ties import Contender, Ranking, Uncertain, contender, pools_tps, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress
-from expertlane.results.asked import ProjectionAsked
 from expertlane.results.break_even import BreakEven
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
@@ -52,6 +51,7 @@ from expertlane.results.results import (
 )
 from expertlane.results.serving_record import ServingRecord, with_places
 from expertlane.spec.names import Phase
+from expertlane.spec.projection import Projection, ProjectionAsked
 from expertlane.spec.workload import Workload
 
 _NUM_BEST = 8
@@ -209,18 +209,21 @@ class Plan:
             profile.devices_per_host or profile.ranks_per_node,
         )
 
-    def experiment(self, name: str, checkpoint: str | None, comment: str) -> str:
+    def experiment(
+        self, name: str, checkpoint: str | None, comment: str, projection: Projection | None = None
+    ) -> str:
         """#1 of one pool, and the best without EP that it is to be held against, as TOML.
 
         Args:
             checkpoint: the model's folder, if it has one.
             comment: a line that begins the file.
+            projection: what was asked for beside the model and the workload.
         """
-        winner = self.best
-        ranked = [each.finalist.candidate for each in self.ranking.contenders]
-        plain = [each for each in ranked if each.layout.ep == 1 and each != winner]
+        winner = self.ranking.chosen.finalist
+        ranked = [each.finalist for each in self.ranking.contenders]
+        plain = [each for each in ranked if each.candidate.layout.ep == 1 and each is not winner]
         compared = [*plain[:1], winner]
-        return experiment_text(self.request, name, checkpoint, compared, comment)
+        return experiment_text(self.request, name, checkpoint, compared, comment, projection)
 
     @property
     def _conditions(self) -> Conditions:
