@@ -252,8 +252,8 @@ def run(
             reason = str(error)
     for each in comparisons:
         assert each.projection is not None, "the first process projects"
-        output.print_message(f"expertlane: nothing is measured on this machine: {reason}")
         yield output.Found(replace(each.projection, not_measured=reason), each.folder)
+    output.print_message(f"expertlane: projected, and not measured on this machine: {reason}")
 
 
 def _why_only_projected(projection: _Projection) -> str | None:

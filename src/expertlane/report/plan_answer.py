@@ -37,7 +37,7 @@ from expertlane.report.planning import (
     versus,
     versus_column,
 )
-from expertlane.report.setup import cautions, how_judged, routing_of
+from expertlane.report.setup import cautions, how_judged, limits_of, routing_of
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     BEST,
@@ -48,8 +48,6 @@ from expertlane.results.record import (
     TieBreak,
 )
 from expertlane.results.results import NoPools, Results
-from expertlane.spec.slo import SLO
-from expertlane.spec.tables import build
 
 _NO_POOLS: dict[NoPools, str] = {
     "no split": "the devices cannot be split",
@@ -203,17 +201,7 @@ def _setting(results: Results) -> str:
     only = [f"{each.title} {each.version}" for each in results.plans[0].engines]
     if results.plans[0].engine is None:
         only = []
-    return " | ".join([f"{name}{where}", *only, load, *_limits(results), "projected", *routing])
-
-
-def _limits(results: Results) -> list[str]:
-    """Those that were asked for, `TPOT ≤ 20 ms`."""
-    others = [str(build(SLO, each, "slos")) for each in results.question.get("slos", ())]
-    return others + [
-        f"{name} ≤ {1e3 * results.question[key]:g} ms"
-        for name, key in (("TPOT", "max_tpot_s"), ("TTFT", "max_ttft_s"))
-        if results.question.get(key) is not None
-    ]
+    return " | ".join([f"{name}{where}", *only, load, *limits_of(results), "projected", *routing])
 
 
 def headline(results: Results, shown: Collection[int] | None = None) -> str:
@@ -225,7 +213,7 @@ def headline(results: Results, shown: Collection[int] | None = None) -> str:
     said, chosen = _chosen(results, shown), results.faster_pools or of_role(results, BEST)[0]
     memory = chosen.pools[0].num_resident if chosen.pools else None
     is_full = memory is not None and (serving(chosen).num_running or 0) >= memory
-    by = " in memory" if is_full or not _has_limits(results) else " within the limits"
+    by = " in memory" if is_full or not limits_of(results) else " within the limits"
     waiting = places(serving(chosen), results.question["workload"]["num_sequences"], by)
     return " ".join([*_devices(results), said, *([f"It {waiting}."] if waiting else [])])
 
@@ -236,7 +224,7 @@ def _devices(results: Results) -> Iterator[str]:
     if fewer is None:
         return
     asked = results.question["workload"]["num_sequences"]
-    within = " within the limits" if _has_limits(results) else ""
+    within = " within the limits" if limits_of(results) else ""
     devices = counted(num, device_of(results))
     said = f"{devices} serve{'s' * (num == 1)} all {asked:,} at once{within}"
     if fewer.num_devices:
@@ -244,10 +232,6 @@ def _devices(results: Results) -> Iterator[str]:
         of_fewer = f"{verb} {fewer.num_served:,}" if fewer.num_served else "hold none"
         said += f", {fewer.num_devices:,} {of_fewer}"
     yield f"{said}."
-
-
-def _has_limits(results: Results) -> bool:
-    return bool(_limits(results))
 
 
 def _chosen(results: Results, shown: Collection[int] | None) -> str:
@@ -267,7 +251,7 @@ def _chosen(results: Results, shown: Collection[int] | None) -> str:
         return f"{said}. {tie}."
     if others and (shown is None or 2 in shown):
         return f"{said}; #2 is {versus(results, others[0])}."
-    found, keeps = results.plans[0], "meet the limits" if _limits(results) else "fit"
+    found, keeps = results.plans[0], "meet the limits" if limits_of(results) else "fit"
     num = found.num_candidates - found.num_too_large - found.num_over_limits
     if num > 1:
         return f"{said}, the most of {num:,} that {keeps}."
@@ -375,7 +359,7 @@ def _engines(results: Results, shown: Collection[int]) -> str:
     places = {named(rows[place - 1]): f"#{place}" for place in shown}
     by_best: dict[str, list[str]] = {}
     for each in engines:
-        best = "none meets the limits" if _has_limits(results) else "none fits"
+        best = "none meets the limits" if limits_of(results) else "none fits"
         if (record := each.best) is not None:
             where = record.name if each.pools else places.get(named(record))
             if not each.why:
