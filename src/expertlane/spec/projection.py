@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from expertlane.errors import SpecError
+from expertlane.errors import SpecError, naming
 from expertlane.spec.names import CacheType, GpuExecution, NumberType
 from expertlane.spec.ranges import RANGES, Strict, shown, take
 from expertlane.spec.slo import SLO, parse_slos
@@ -67,6 +67,10 @@ class Projection(_OnCluster):
     num_running: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        with naming("projection"):
+            self._check()
+
+    def _check(self) -> None:
         if self.skew is not None:
             take("skew", self.skew)
         if self.skew is not None and self.routing_trace is not None:
@@ -76,7 +80,7 @@ class Projection(_OnCluster):
         for name in ("prompt_len", "output_len"):
             self._range(name, 1)
         for name, num in self.num_running.items():
-            RANGES["num_sequences"].take(f"num_running of {name!r}", num)
+            take("num_sequences", num, f"num_running of {name!r}")
         _ = self.slos
 
     @property
