@@ -208,11 +208,13 @@ def projected_assumptions(
     routing: str,
     executions: Sequence[Execution],
     prefill: StepSize,
+    outputs: str,
 ) -> tuple[Assumption, ...]:
     """The assumptions of a projection of the experiment.
 
     Args:
         routing: the experts that tokens choose, in words.
+        outputs: lengths of outputs of the whole workload, in words.
     """
     kernels = kernels_of(cluster.profile)
     rows = [
@@ -238,6 +240,7 @@ def projected_assumptions(
             "experts are drawn per token, so balanced loads vary too",
             "--skew",
         ),
+        Assumption("outputs", outputs, "of the whole workload"),
         Assumption(
             "decode step",
             f"all {experiment.workload.num_sequences:,} sequences, one token each, all at the "

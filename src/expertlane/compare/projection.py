@@ -181,6 +181,7 @@ class ExperimentProjector:
                 self._routing_words,
                 self._executions,
                 self._prefill_size,
+                self._request(self._types).load_at(experiment.workload.num_sequences).outputs,
             ),
             plans=plans,
             context=context,
@@ -359,7 +360,8 @@ class ExperimentProjector:
         """The whole workload under the usual conditions."""
         routing, execution = self._served.routing.source, Execution(self._usual.execution)
         setting = Setting(types, execution, routing, step_tokens=STEP_TOKENS)
-        return PlanRequest(self._model, self._cluster, self._experiment.workload, Goals(), setting)
+        workload, load = self._experiment.workload, self._served.load
+        return PlanRequest(self._model, self._cluster, workload, Goals(), setting, load=load)
 
     def _serve(self, rows: list[DeploymentRecord], progress: Progress) -> WorkloadVerdict | None:
         """How each deployment serves the whole workload; the usual conditions come first.
@@ -373,7 +375,7 @@ class ExperimentProjector:
         for place, each in each_of(list(enumerate(deployments)), progress, "the whole workload"):
             request = self._request(self._types_of(each))
             setting = replace(request.setting, step_tokens=None)
-            request = replace(request, setting=setting, goals=goals, load=served.load)
+            request = replace(request, setting=setting, goals=goals)
             candidates = candidates_like(each.layout, each.options, per_node)
             found = evaluated(request, candidates, served.num_running.get(each.name))
             if found is None:

@@ -94,11 +94,17 @@ class Plan:
     @property
     def num_served(self) -> int:
         """Concurrent requests of the recommended deployment."""
-        if isinstance(self.pools, TwoPools):
-            over = self._pools_tps(self.pools).over(self.ranking.chosen.tps)
-            if over.bounds[0] > 1:
-                return int(self.pools.served.num_seqs[0])
+        if (pools := self._faster_pools) is not None:
+            return int(pools.served.num_seqs[0])
         return self.ranking.chosen.finalist.num_seqs
+
+    @property
+    def _faster_pools(self) -> TwoPools | None:
+        """Those that are recommended: faster than the best of one pool beyond the errors."""
+        if not isinstance(self.pools, TwoPools):
+            return None
+        over = self._pools_tps(self.pools).over(self.ranking.chosen.tps)
+        return self.pools if over.bounds[0] > 1 else None
 
     def results(
         self,
@@ -156,7 +162,13 @@ class Plan:
                 *pareto_records(found.options, _NUM_PARETO, self._conditions, workload),
                 *([] if isinstance(self.pools, str) else self._two(self.pools)),
             ],
-            cluster=cluster_record(request.model, request.cluster, types),
+            cluster=cluster_record(
+                request.model,
+                request.cluster,
+                types,
+                has_two_pools=self._faster_pools is not None,
+                has_drafts=self.ranking.chosen.finalist.candidate.num_drafts > 0,
+            ),
             assumptions=_assumptions(request, self.routing),
             cautions=self.cautions,
             plans=(summary,),
@@ -462,11 +474,11 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
         ),
         (
             "ranking",
-            "the few that may be the best are simulated request by request on one replica, outputs "
-            "drawn from 0.8 to 1.2 of their mean; a static formula screens all, and gives the "
-            "Pareto front",
+            "the few that may be the best are simulated request by request on one replica; a "
+            "static formula screens all, and gives the Pareto front",
             "",
         ),
+        ("outputs", request.load_at(num).outputs, "--output-len"),
         ("routing", routing.words, "--routing-trace, --skew"),
         (
             "placement of experts",

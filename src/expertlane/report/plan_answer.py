@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from expertlane.report.break_even import rival_of, what_would_change
@@ -71,7 +72,8 @@ _SHORTEST_NAME = 12
 def answer(results: Results) -> Answer:
     """At most 40 lines of 80 columns, whatever the names.
 
-    Rows that paragraphs name are in the table; a paragraph is dropped where they find no room.
+    Rows that tie, or that paragraphs name, are in the table; a paragraph is dropped where they find
+    no room.
     """
     setting, after = _setting(results), Figure("", _next(results))
     around = _around(results, (1,))  # what is not in the table is named at length
@@ -79,16 +81,21 @@ def answer(results: Results) -> Answer:
     num_taken = sum(map(_num_lines, said)) + len(after.lines)
     num_taken += 5 + len(around)  # blank lines, the table's head, and where the rest is
     table, of_rows = _table(results), _of_rows(results)
-    for first in range(1 + len(of_rows)):
+    for tied, first in product((_tied_rows(results), set[int]()), range(1 + len(of_rows))):
         told = of_rows[first:]
         room = _LINES - num_taken - sum(1 + _num_lines(words) for words, _ in told)
-        found = _fitting(table, room, {place for _, places in told for place in places})
+        found = _fitting(table, room, {place for _, places in told for place in places} | tied)
         if found is not None and (not told or len(found) >= min(_FEW, len(table.rows))):
             break
     shown, rows = found or (1,), _broken(table)
     fitting = replace(table, rows=tuple(rows[place - 1] for place in shown))
     words = [each for each, _ in told] + _around(results, shown)
     return Answer(setting, headline(results, shown), (fitting, *words, after))
+
+
+def _tied_rows(results: Results) -> set[int]:
+    """Rows, from 1, that tie for most tokens a second."""
+    return set(range(1, 1 + min(results.plans[0].num_tied, len(rows_of(results)))))
 
 
 def _all_rows(results: Results) -> Collection[int]:
@@ -332,12 +339,18 @@ def _gaps(results: Results) -> Iterator[str]:
 def _two_pools(results: Results) -> str:
     together = next(iter(of_role(results, TWO_POOLS)), None)
     if together is None or together.over_best is None:
-        return f"Disaggregated: {_NO_POOLS[results.plans[0].no_two_pools or 'over limits']}."
+        why = results.plans[0].no_two_pools or "over limits"
+        is_of_limits = why != "over limits" or limits_of(results)
+        return f"Disaggregated: {_NO_POOLS[why] if is_of_limits else 'none serves the load'}."
     names = f", {_pools(results)}" if results.faster_pools is None else ""
+    best = of_role(results, BEST)[0]
+    queued, place_wait_s = ttft(best), serving(best).place_wait_s
+    if queued is not None and place_wait_s is not None:
+        queued = queued + place_wait_s
     return (
         f"Disaggregated{names}: {against(together.over_best, '#1')}, TPOT "
-        f"{_ms(tpot(together))}, TTFT {_ms(ttft(together))} with the queue, KV transfer "
-        f"{milliseconds(serving(together).transfer_s or 0.0)} ms."
+        f"{_ms(tpot(together))}, TTFT {_ms(ttft(together))} with the queue (#1: {_ms(queued)}), KV "
+        f"transfer {milliseconds(serving(together).transfer_s or 0.0)} ms."
     )
 
 
@@ -359,7 +372,7 @@ def _engines(results: Results, shown: Collection[int]) -> str:
     places = {named(rows[place - 1]): f"#{place}" for place in shown}
     by_best: dict[str, list[str]] = {}
     for each in engines:
-        best = "none meets the limits" if limits_of(results) else "none fits"
+        best = "none that meets the limits" if limits_of(results) else "none that fits"
         if (record := each.best) is not None:
             where = record.name if each.pools else places.get(named(record))
             if not each.why:
@@ -394,6 +407,9 @@ def how_ranked(results: Results) -> Iterator[str]:
 def how_sure(results: Results) -> Iterator[str]:
     """How far off such projections were, and where most of the best one's time is not measured."""
     yield how_judged(results)
+    nearest = results.projected_for.nearest
+    if results.faster_pools is not None and nearest is not None and not nearest.has_two_pools:
+        yield "No such pools were measured."
     best = of_role(results, BEST)[0]
     if best.decode is None or best.prefill is None:
         return

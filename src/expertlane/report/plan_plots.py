@@ -124,7 +124,7 @@ def front_chart(
         title,
         [*_front_dots(front), *own, *others],
         note=f"Decode only, at {compared.context:,} tokens of context, "
-        f"{in_words(compared.conditions)}. The front is screened. Others: the experiment's, "
+        f"{how_run(compared.conditions)}. The front is screened. Others: the experiment's, "
         f"each with all {compared.num_seqs:,} sequences.{note}",
     )
 
