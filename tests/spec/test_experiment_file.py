@@ -269,16 +269,19 @@ WRONG_PROJECTIONS = {
     ),
     f"{_PROJECTION}skew = 11.5": "projection: skew is 11.5; it must be a number, 0 to 10",
     f'{_PROJECTION}skew = "0.5"': '[projection]: skew is "0.5"; it must be a number',
-    f'{_PROJECTION}skew = 1\nrouting_trace = "x"': "projection: skew and routing_trace exclude each other",
+    f'{_PROJECTION}skew = 1\nrouting_trace = "x"': (
+        "projection: skew and routing_trace exclude each other"
+    ),
     f'{_PROJECTION}execution = "serial"': (
         "[projection]: execution is \"serial\"; it must be 'graph' or 'eager'"
     ),
     f'{_PROJECTION}slo = "tpot=20ms"': (
-        "projection: slo is 'tpot=20ms': of which statistic? write tpot.mean=20ms, or .median, .p90, .p95, .p99"
+        "projection: slo is 'tpot=20ms': of which statistic? write tpot.mean=20ms, or .median, "
+        ".p90, .p95, .p99"
     ),
     f'{_PROJECTION}prompt_len = "9:3"': (
-        "projection: prompt_len is '9:3'; it must be a whole number, 1 to 16,777,216, or two, the lower one "
-        'first: "32:512"'
+        "projection: prompt_len is '9:3'; it must be a whole number, 1 to 16,777,216, or two, the "
+        'lower one first: "32:512"'
     ),
     f"{_PROJECTION}prompt_len = 9": "[projection]: prompt_len is 9; it must be a string",
     f'{_PROJECTION}prompt_len = "9"\nrequests = "x"': (

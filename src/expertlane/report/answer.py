@@ -114,10 +114,9 @@ def _clock(results: Results, own: Comparison) -> str:
 def _projected_setting(results: Results, modelled: Comparison) -> str:
     workload = results.question["experiment"]["workload"]
     lengths = lengths_of(results.question.get("load") or {}, workload)
-    how = [] if modelled.conditions is None else [how_run(modelled.conditions)]
     parts = [
         results.projected_for.name,
-        *how,
+        how_run(modelled.conditions),
         f"{workload['num_sequences']:,} × {lengths}",
         *limits_of(results),
     ]

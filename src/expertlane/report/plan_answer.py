@@ -346,7 +346,7 @@ def _two_pools(results: Results) -> str:
     best = of_role(results, BEST)[0]
     queued, place_wait_s = ttft(best), serving(best).place_wait_s
     if queued is not None and place_wait_s is not None:
-        queued = queued + place_wait_s
+        queued = Estimate(queued.value + place_wait_s.value)
     return (
         f"Disaggregated{names}: {against(together.over_best, '#1')}, TPOT "
         f"{_ms(tpot(together))}, TTFT {_ms(ttft(together))} with the queue (#1: {_ms(queued)}), KV "

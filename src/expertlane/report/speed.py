@@ -199,9 +199,9 @@ def in_words(conditions: Conditions | None) -> str:
     return f"top-{conditions.top_k}, {how_run(conditions)}"
 
 
-def how_run(conditions: Conditions) -> str:
+def how_run(conditions: Conditions | None) -> str:
     """`graph, balanced`."""
-    return f"{conditions.execution}, {conditions.routing}"
+    return "" if conditions is None else f"{conditions.execution}, {conditions.routing}"
 
 
 def by_context(comparison: Comparison) -> Section:
@@ -290,8 +290,7 @@ def _conditions(
 ) -> Table:
     def under(comparison: Comparison) -> Column[Row]:
         rows = {row.number: row for row in comparison.rows}
-        words = how_run(comparison.conditions) if comparison.conditions else ""
-        return number(words, lambda row: get(rows[row.number]), show)
+        return number(how_run(comparison.conditions), lambda row: get(rows[row.number]), show)
 
     named = NAMED if show is milliseconds or show is figures else NAMED[:1]
     return Table.of(title, (*named, *map(under, of_all)), of_all[0].rows)
