@@ -134,6 +134,7 @@ def plan(
     engine: Literal['vllm', 'sglang', 'trtllm', 'expertlane'] | None = None,
     copies: Literal['nearest', 'balanced'] = 'nearest',
     batch: Text | None = None,
+    rate: Text | None = None,
     prompt_len: Text | None = None,
     output_len: Text | None = None,
     requests: str | Path | None = None,
@@ -164,12 +165,15 @@ def plan(
             paper-tiny, paper-small, paper.
         cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
             h100, h200, or a TOML file of expertlane calibrate). PROFILExauto: the fewest
-            devices that serve all of --batch within --slo.
+            devices that serve --batch or --rate within --slo.
         engine: Only what this engine runs: vLLM, SGLang, TensorRT-LLM or expertlane.
         copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
             else on the own node, else any; balanced: the tokens of each step are distributed to
             even out ranks' loads, where that saves time.
         batch: Closed loop: concurrency N.
+        rate: Open loop instead of --batch: Poisson arrivals, R requests per second. Deployments
+            are ranked by the most requests per second that they serve within --slo; those shown
+            are then served at R.
         prompt_len: Tokens per prompt. N:N: uniform in that range.
         output_len: Tokens per output. N:N: uniform in that range.
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines

@@ -16,6 +16,7 @@ from expertlane.progress import Silent
 from expertlane.report.shown import Results
 from expertlane.results import file
 from expertlane.results.record import BEST, EXPERIMENT, TWO_POOLS
+from expertlane.results.serving_record import is_carried
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
@@ -105,6 +106,54 @@ def test_recorded_requests_are_simulated_by_their_lengths(tmp_path):
         expertlane.plan("paper-small", **asked | {"batch": 64})
     with pytest.raises(expertlane.UserError, match="exclude each other"):
         expertlane.plan("paper-small", **asked, prompt_len=20)
+
+
+def told_at_rate(record):
+    """Requests a second, mean TPOT and, if the queue has an end, mean TTFT of an open load."""
+    serving = record.serving[-1]
+    ttft = [] if serving.ttft_s is None else [serving.ttft_s.mean.value]
+    return [serving.requests_per_s.value, serving.tpot_s.mean.value, *ttft]
+
+
+@pytest.fixture
+def few_places(monkeypatch):
+    """At most 16 sequences of a device, so that simulations are short."""
+    monkeypatch.setattr("expertlane.plan.candidates._MOST_SEQS", 16)
+
+
+@pytest.mark.usefixtures("few_places")
+def test_an_open_load_is_served_at_its_rate(tmp_path):
+    asked = draw(2) | {"batch": None, "cluster": "h100x2"}
+    small, large = (plan(asked, rate=rate) for rate in (1, 1e6))
+    for results in (small, large):  # the most requests/s do not depend on the rate
+        assert told(best_of(results)) == told(best_of(small))
+        file.write(results, tmp_path)
+        rows = {"1": best_of(results)}
+        rows |= dict(zip(["pools"], results.select("projected", TWO_POOLS), strict=False))
+        for name, row in rows.items():
+            found = expertlane.simulate(plan=f"{tmp_path}#{name}").deployments[0]
+            assert told_at_rate(found) == pytest.approx(told_at_rate(row), rel=_SAME)
+            assert found.serving[0].rate == results.question["load"]["rate"]
+            assert is_carried(row.serving[-1]) == (results is small)
+    served = told_at_rate(best_of(small))
+    assert served[0] == pytest.approx(1, rel=_SAME)
+    assert served[1] < told(best_of(small))[1]  # fewer sequences in a step
+    assert told_at_rate(best_of(large))[0] == pytest.approx(
+        told(best_of(large))[0] / asked["output_len"], rel=0.05
+    )
+    said = " ".join(Results.of(large).answer.split())
+    assert "It does not serve 1e+06 requests/s, at most " in said
+    assert "At 1 requests/s: TPOT " in " ".join(Results.of(small).answer.split())
+
+
+@pytest.mark.usefixtures("few_places")
+def test_an_objective_that_nothing_meets_at_any_rate_is_refused():
+    asked = draw(2) | {"batch": None, "cluster": "h100x2"}
+    free = plan(asked, rate=1)
+    ttft_s = best_of(free).serving[-1].ttft_s.mean.value
+    slo = f"e2e.mean={1e3 * (ttft_s + 1e-6)}ms"  # less than one further token takes
+    with pytest.raises(expertlane.UserError, match="E2E mean"):
+        plan(asked, rate=1, slo=slo)
 
 
 def test_a_row_keeps_drafts_types_and_framework(tmp_path):

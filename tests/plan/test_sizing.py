@@ -5,6 +5,7 @@ import pytest
 import expertlane
 from expertlane.plan.sizing import cluster_sizes
 from expertlane.results.record import BEST
+from expertlane.results.serving_record import is_carried
 
 ASKED = {"batch": 64, "prompt_len": 100, "output_len": 12, "skew": 0.8}
 
@@ -37,6 +38,22 @@ def test_the_smallest_cluster_serves_all_and_the_next_smaller_does_not():
     assert num_served(smaller) == fewer.num_served
     same = expertlane.plan("paper-small", cluster=f"h100x{num}", **asked)
     assert same.deployments[0] == found.deployments[0]
+
+
+def test_the_smallest_cluster_for_a_rate_serves_it_and_the_next_smaller_does_not(monkeypatch):
+    monkeypatch.setattr("expertlane.plan.candidates._MOST_SEQS", 16)
+    asked = {key: value for key, value in ASKED.items() if key != "batch"}
+    one = expertlane.plan("paper-small", cluster="h100x1", rate=1, **asked)
+    rate = 1.5 * one.deployments[0].serving[0].output_tps.value / ASKED["output_len"]
+    found = expertlane.plan("paper-small", cluster="h100xauto", rate=rate, **asked)
+    num, fewer = found.cluster.num_devices, found.plans[0].fewer_devices
+    sizes = cluster_sizes(8)
+    assert sizes.index(num) == sizes.index(fewer.num_devices) + 1
+    assert fewer.requests_per_s < rate
+    assert " ".join(found.headline.split()).startswith(f"{num} GPUs serve {rate:g} requests/s, ")
+    served = found.faster_pools or found.deployments[0]
+    assert is_carried(served.serving[-1])
+    assert served.serving[-1].requests_per_s.value == pytest.approx(rate)
 
 
 def test_one_device_may_be_enough():

@@ -13,8 +13,11 @@ from expertlane.plan.search import Search
 from expertlane.plan.throughput import ThroughputCurve
 from expertlane.plan.ties import Contender, Uncertain, contender, pools_tps, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.serving_record import ServingRecord, SLOResult
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
+from expertlane.spec.slo import SLO
 from plan.requests import WORKLOAD, planned, search_of
 
 DRIVER, GEMM, LINK = ("driver", ()), ("gemm", (7,)), ("link", (20,))
@@ -241,6 +244,27 @@ def test_ratios_are_narrower_than_bounds(found):
     for each in others:
         low, value, _ = each.tps.over(first.tps).bounds
         assert 1 - low / value < alone / 2
+
+
+def test_those_that_do_not_serve_the_rate_come_last(found):
+    made = [contender(each, WORKLOAD) for each in found.finalists]
+    order = ranked(made, Goals()).contenders
+    overloaded = ServingRecord(Estimate(1.0), rate=2.0)
+    slow = SLOResult(SLO("tpot", "mean", 0.01), Estimate(0.02))
+    late = replace(overloaded, ttft_s=Summary(mean=Estimate(0.1)), slos=(slow,))
+    for failed in (overloaded, late):
+        first = replace(order[0], at_rate=failed)
+        others = [
+            replace(each, at_rate=replace(failed, ttft_s=late.ttft_s, slos=()))
+            for each in order[1:]
+        ]
+        ranking = ranked([first, *others], Goals())
+        assert ranking.contenders[-1] is first
+        assert ranking.chosen.finalist is ranked(order[1:], Goals()).chosen.finalist
+        assert first not in ranking.tied
+    none_serves = [replace(each, at_rate=overloaded) for each in order]
+    again = ranked(none_serves, Goals()).contenders
+    assert [each.finalist for each in again] == [each.finalist for each in order]
 
 
 def test_two_pools_are_held_against_one(found):

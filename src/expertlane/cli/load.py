@@ -266,7 +266,12 @@ class PlannedLoad(SimulatedLoad):
     """Of plan, whose load goes on without end: one concurrency."""
 
     batch: str | None = _batch(f"{MODELLED.batch}, or as many as fit", "N")
-    rate: str | None = _rate(hidden=True)
+    rate: str | None = _option(
+        metavar="R",
+        help="Open loop instead of --batch: Poisson arrivals, R requests per second. Deployments "
+        "are ranked by the most requests per second that they serve within --slo; those shown are "
+        "then served at R.",
+    )
     num_requests: int | None = _num_requests(MODELLED, hidden=True)
     requests: Path | None = _requests("Only their lengths are taken.")
     prefix_len: int | None = _prefix_len(hidden=True)
@@ -297,22 +302,22 @@ class PlannedLoad(SimulatedLoad):
         """
         from expertlane.spec.workload import check_lengths
 
-        for name in ("rate", "num_requests", "prefix_len", "num_prefixes"):
+        for name in ("num_requests", "prefix_len", "num_prefixes"):
             if getattr(self, name) is not None:
                 raise UserError(
                     f"--{name.replace('_', '-')} is for expertlane simulate and bench; plan takes "
-                    "a load without end: --batch, and --prompt-len, --output-len or --requests"
+                    "a load without end: --batch or --rate, and --prompt-len, --output-len or "
+                    "--requests"
                 )
-        text, allowed = self.batch or self.defaults.batch, RANGES["batch"]
-        batch = allowed.parse(text)
-        if batch is None:
-            raise UserError(
-                f"--batch is {shown(text)}; for plan it must be {allowed}; simulate takes several"
-            )
-        asked = replace(self, batch=text)
+        asked, num_requests = self, None
+        if self.rate is None:
+            asked = replace(self, batch=self.batch or self.defaults.batch)
+            num_requests = int(asked._single("batch"))
+        else:
+            self._single("rate")
         if self.requests is None:
             cut = asked._cut(model.max_position_embeddings)
-            asked = replace(cut, num_requests=int(batch))
+            asked = replace(cut, num_requests=num_requests)
         (load,) = asked.loads()
         if load.output_len.high == 1:
             raise UserError(
@@ -322,8 +327,23 @@ class PlannedLoad(SimulatedLoad):
         if load.varies:
             check_lengths(load, model.max_position_embeddings)
         else:
-            load.means().check_model(model, as_options=True)
+            load.means(batch=1).check_model(model, as_options=True)
         return load.of_lengths()
+
+    def question(self, load: "Load") -> dict[str, Any]:
+        """The load as results have it; with its rate, where it has one."""
+        of_rate = {} if load.rate is None else {"rate": load.rate}
+        return super().question(load) | of_rate
+
+    def _single(self, name: str) -> float:
+        """The value of `--batch` or `--rate`, of which plan takes one."""
+        text, allowed = getattr(self, name), RANGES[name]
+        value = allowed.parse(text)
+        if value is None:
+            raise UserError(
+                f"--{name} is {shown(text)}; for plan it must be {allowed}; simulate takes several"
+            )
+        return float(value)
 
     def _cut(self, limit: int) -> "PlannedLoad":
         """Lengths that were not asked for no longer than fits; of both a fourth is output."""

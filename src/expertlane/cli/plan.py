@@ -36,7 +36,8 @@ class _Options:
     panel: ClassVar = Panel.DEPLOYMENT
     model: ModelArgument
     cluster: str = cluster_option(
-        "h100x16", more=" PROFILExauto: the fewest devices that serve all of --batch within --slo."
+        "h100x16",
+        more=" PROFILExauto: the fewest devices that serve --batch or --rate within --slo.",
     )
     engine: EngineName | None = typer.Option(
         None,
@@ -81,8 +82,8 @@ def plan(
           with the routing of your own traffic
       expertlane plan org/model --cluster h200x16 --engine sglang
           what SGLang can run, and the commands that start it
-      expertlane plan org/model --cluster h200xauto --batch 512 --slo tpot.mean=50ms
-          how many H200 it takes
+      expertlane plan org/model --cluster h200xauto --rate 20 --slo tpot.mean=50ms
+          how many H200 it takes to serve 20 requests per second
       expertlane plan mine --cluster machine.tomlx2
           on a machine that expertlane calibrate measured
       expertlane plan paper --json | jq '.deployments[0].layout'
@@ -119,7 +120,6 @@ def run(
     cluster = own.cluster.removesuffix(_AUTO) + "x1" if is_auto else own.cluster
     devices = served_cluster(cluster, projection.framework)
     asked, goals = load.load(found.config), Goals.of(load.slos)
-    workload = asked.means(load.seed)
     routing_trace = projection.routing_trace
     routing = choose_routing(found.config, routing_trace, projection.skew, load.seed)
     types = found.number_types(projection.dtype, projection.kv_dtype, devices)
@@ -137,7 +137,9 @@ def run(
     folder = call.folder(name)
     experiment = None if folder is None else folder / _EXPERIMENT
     cautions = *found.cautions(types), *stand_ins(devices.profile, types)
-    request = PlanRequest(found.config, devices, workload, goals, setting, own.engine, asked)
+    request = PlanRequest.of_load(
+        asked, found.config, devices, goals, setting, own.engine, load.seed
+    )
     with output.progress_on_stderr() as progress:
         fewer = None
         if is_auto:

@@ -40,7 +40,8 @@ def plan_beside(
     num_seqs = request.workload.num_sequences
     # Prompts of one token and outputs around the context: next to nothing but decode steps.
     around = replace(request.workload, prompt_len=1, output_len=2 * context - 1)
-    decoding = _Screened(Search(replace(request, workload=around)))
+    of_decode = replace(request, workload=around)
+    decoding = _Screened(Search(of_decode))
     progress.advance()
     search = Search(replace(request, setting=replace(request.setting, step_tokens=None)))
     found = _best(search)
@@ -50,9 +51,9 @@ def plan_beside(
         place = next((place for place, row in enumerate(own) if row is fastest), len(own))
         rows[place : place + 1] = [replace(fastest, roles=(*fastest.roles, FASTEST))]
     if found is not None:
-        rows.append(candidate_record(found.finalists[0], 0, BEST, conditions, request.workload))
+        rows.append(candidate_record(found.finalists[0], 0, BEST, conditions, request))
     if decoding.options:
-        rows += pareto_records(decoding.options, _NUM_PARETO, conditions, around)
+        rows += pareto_records(decoding.options, _NUM_PARETO, conditions, of_decode)
     summary = PlanSummary(
         top_k=request.model.num_experts_per_tok,
         num_candidates=found.num_candidates if found else 0,

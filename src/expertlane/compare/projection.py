@@ -382,7 +382,7 @@ class ExperimentProjector:
                 continue
             is_kept = found.served.breach(goals)[0] <= KEPT
             (contenders if is_kept else missing)[place] = contender(found, request.workload)
-            record = candidate_record(found, 0, EXPERIMENT, self._usual, request.workload)
+            record = candidate_record(found, 0, EXPERIMENT, self._usual, request)
             (serving,) = record.serving
             rows[place] = replace(
                 rows[place],

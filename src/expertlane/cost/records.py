@@ -106,8 +106,7 @@ def _least_bounds(known: KnownError) -> Assumption:
         why += f"; TTFT: {known.ttft_what}"
     return Assumption(
         "least bounds",
-        f"at least {said}: {why}",
-        "of what requests feel; ratios of deployments, which share such errors, have their own",
+        f"at least {said}: {why}; ratios of deployments, which share such errors, have their own",
     )
 
 

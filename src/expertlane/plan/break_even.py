@@ -52,7 +52,7 @@ def break_even(ranking: Ranking, request: PlanRequest, known: Known) -> BreakEve
     if pair.is_known and isinstance(routing, PowerLawRouting) and is_apart:
         skews = sorted({*_SKEWS, routing.alpha})
         levels.append(_level("skew", pair.with_skew, skews, routing.alpha))
-    if pair.is_known:
+    if pair.is_known and request.rate is None:
         levels.append(_level("sequences", pair.with_sequences, loads, num))
     return BreakEven(str(rival.finalist.candidate), tuple(levels), unsure, shares.get(unsure, 0.0))
 

@@ -6,7 +6,7 @@ from expertlane.cost.laws.execution import LIKELY
 from expertlane.plan.candidates import Candidate
 from expertlane.plan.engines import ENGINES, Engine, PairRow, Row
 from expertlane.plan.search import Search
-from expertlane.plan.ties import Contender, Ranking, pools_tps, ranked
+from expertlane.plan.ties import Contender, Ranking, pools_win, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.results.results import NoPools
 
@@ -43,9 +43,7 @@ def of_each_engine(
     """
     found = pools if isinstance(pools, TwoPools) else None
     workload = search.request.workload
-    pools_win = (
-        found is not None and pools_tps(found, workload).over(ranking.chosen.tps).bounds[0] > 1
-    )
+    is_split = found is not None and pools_win(found, ranking.chosen, workload)
     if search.request.engine is not None:
         return [EngineChoice(ENGINES[search.request.engine], ranking.chosen, found)]
     choices = []
@@ -54,7 +52,7 @@ def of_each_engine(
         own_pools = None
         if found is not None and _may_win(found, aggregated):
             own_pools = _pools(engine, found, of_pools, search)
-        if pools_win and found is not None:
+        if is_split and found is not None:
             row = engine.broken_by_pools(*_candidates(found), search.request.model)
         else:
             row = engine.broken(ranking.chosen.finalist.candidate, search.request.model)

@@ -24,8 +24,8 @@ from expertlane.spec.dispatch import DispatchForm, dispatch_forms
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName
-from expertlane.spec.ranges import RANGES
-from expertlane.spec.slo import SLO, LatencyMetric
+from expertlane.spec.ranges import MAX_TOKENS_OF_A_RUN, RANGES
+from expertlane.spec.slo import SLO
 from expertlane.spec.workload import Load, Workload
 
 _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
@@ -37,6 +37,7 @@ _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
 )
 
 MOST_DEVICES = 4096  # of a plan
+_MOST_SEQS = 512  # of a device, in search of the most requests/s
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,14 @@ class Goals:
                 others.append(slo)
         return cls(**named, slos=tuple(others))
 
+    @property
+    def all(self) -> tuple[SLO, ...]:
+        """Every limit as an objective."""
+        tpot, ttft = self.max_tpot_s, self.max_ttft_s
+        of_means = [] if tpot is None else [SLO("tpot", "mean", tpot)]
+        of_means += [] if ttft is None else [SLO("ttft", "mean", ttft)]
+        return *of_means, *self.slos
+
     @cached_property
     def of_means(self) -> "tuple[float | None, float | None]":
         """Limits of mean TPOT and TTFT for a formula that knows means: none may be above them."""
@@ -84,15 +93,9 @@ class Goals:
             tpot_s, ttft_s: [3]; means.
             served: a sample.
         """
-        means: tuple[tuple[LatencyMetric, float | None, Floats], ...] = (
-            ("tpot", self.max_tpot_s, tpot_s),
-            ("ttft", self.max_ttft_s, ttft_s),
-        )
-        found = [
-            SLOResult(SLO(metric, "mean", limit), Estimate.between(value))
-            for metric, limit, value in means
-            if limit is not None
-        ]
+        means = {"tpot": tpot_s, "ttft": ttft_s}
+        of_means = self.all[: len(self.all) - len(self.slos)]
+        found = [SLOResult(each, Estimate.between(means[each.metric])) for each in of_means]
         others = serving_record(served, self.slos).slos if self.slos else ()
         return *found, *others
 
@@ -104,7 +107,10 @@ class PlanRequest:
     Attributes:
         workload: in steady state, `num_sequences` at once where they fit; no prompt is read.
             Lengths that vary are their means, which the formula takes.
-        load: the lengths themselves, which simulations take; None for those of `workload`.
+        load: the lengths themselves, which simulations take; None for those of `workload`. In an
+            open loop, deployments are ranked by the most requests/s that they can serve, so
+            `workload` has as many sequences as devices may hold, and what is told is then served at
+            the load's rate.
         engine: that must be able to run it; None for all that the cluster model has.
     """
 
@@ -116,12 +122,59 @@ class PlanRequest:
     engine: EngineName | None = None
     load: Load | None = None
 
+    @classmethod
+    def of_load(
+        cls,
+        load: Load,
+        model: ModelConfig,
+        cluster: ModelledCluster,
+        goals: Goals,
+        setting: Setting,
+        engine: EngineName | None = None,
+        seed: int = 0,
+    ) -> "PlanRequest":
+        """The request for a closed or an open load."""
+        batch = load.batch or _most_at_once(load, cluster.num_devices)
+        return cls(model, cluster, load.means(seed, batch), goals, setting, engine, load)
+
+    def on(self, num_devices: int) -> "PlanRequest":
+        """The same on another number of devices."""
+        cluster, workload = replace(self.cluster, num_devices=num_devices), self.workload
+        if self.rate is not None and self.load is not None:
+            num = _most_at_once(self.load, num_devices)
+            workload = replace(workload, num_sequences=num)
+        return replace(self, cluster=cluster, workload=workload)
+
+    @property
+    def rate(self) -> float | None:
+        """Requests that arrive a second; None in a closed loop."""
+        return None if self.load is None else self.load.rate
+
     def load_at(self, batch: int) -> Load:
         """The load as `simulate` serves it, with so many requests at once."""
         load = self.load or self.workload.load
         num_requests = load.num_requests if load.recorded else batch
-        at = replace(load, batch=batch, num_requests=num_requests)
+        at = replace(load, batch=batch, rate=None, num_requests=num_requests)
         return at.varied(self.model.max_position_embeddings)
+
+    def load_at_rate(self) -> Load:
+        """The open load as `simulate` serves it."""
+        assert self.load is not None, "an open loop"
+        return self.load.varied(self.model.max_position_embeddings)
+
+    def num_asked(self, num_places: int) -> int:
+        """Concurrent requests on a deployment that has places for so many to decode.
+
+        In an open loop as many as have a place, for the most requests/s.
+        """
+        return self.workload.num_sequences if self.rate is None else num_places
+
+
+def _most_at_once(load: Load, num_devices: int) -> int:
+    """More concurrent requests than devices usually serve, as far as a run may have them."""
+    of_request = load.prompt_len.high + load.output_len.high
+    most = min(MAX_TOKENS_OF_A_RUN // of_request, int(RANGES["num_sequences"].high))
+    return max(1, min(_MOST_SEQS * num_devices, most))
 
 
 class Candidate(NamedTuple):

@@ -34,12 +34,15 @@ def experiment_text(
         comment: a line that begins the file.
         projection: how the deployments were projected; their numbers of sequences are added.
     """
+    workload = request.workload
+    if request.rate is not None:  # no more than any deployment takes
+        workload = replace(workload, num_sequences=max(each.num_seqs for each in deployments))
     runs = {_named(run): (run, each) for each in deployments for run in (_as_run(each.candidate),)}
     document: dict[str, Any] = {
         "name": name,
         "seed": 0,
         "model": _model(request.model, checkpoint),
-        "workload": _given(request.workload),
+        "workload": _given(workload),
         "cluster": {"ranks_per_node": request.cluster.profile.ranks_per_node},
         "deployments": [
             {"name": called, "layout": str(run.layout), **_given(run.options)}

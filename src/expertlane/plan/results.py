@@ -23,9 +23,9 @@ from expertlane.plan.experiment_text import experiment_text
 from expertlane.plan.explanation import best_of_families, gap_to, pareto
 from expertlane.plan.screen import Known, ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, OnePool, Search
-from expertlane.plan.simulated import NUM_SIMULATED, simulated_pool
+from expertlane.plan.simulated import NUM_SIMULATED, serve_at_rate, simulated_pool
 from expertlane.plan.throughput import ThroughputCurve
-from expertlane.plan.ties import Contender, Ranking, Uncertain, contender, pools_tps, ranked
+from expertlane.plan.ties import Contender, Ranking, contender, pools_tps, pools_win, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress
 from expertlane.results.break_even import BreakEven
@@ -49,10 +49,9 @@ from expertlane.results.results import (
     PlanSummary,
     Results,
 )
-from expertlane.results.serving_record import ServingRecord, with_places
+from expertlane.results.serving_record import ServingRecord, is_carried, with_places
 from expertlane.spec.names import Phase
 from expertlane.spec.projection import Projection, ProjectionAsked
-from expertlane.spec.workload import Workload
 
 _NUM_BEST = 8
 _NEARLY = 0.01  # of tokens a second
@@ -92,19 +91,25 @@ class Plan:
         return self.ranking.chosen.finalist.candidate
 
     @property
-    def num_served(self) -> int:
-        """Concurrent requests of the recommended deployment."""
-        if (pools := self._faster_pools) is not None:
-            return int(pools.served.num_seqs[0])
-        return self.ranking.chosen.finalist.num_seqs
+    def served(self) -> FewerDevices:
+        """Concurrent requests, or requests/s of an open load, on the recommended deployment."""
+        chosen, pools = self.ranking.chosen, self._faster_pools
+        curve, at_rate = chosen.finalist.served, chosen.at_rate
+        if pools is not None:
+            curve, at_rate = pools.served, pools.at_rate
+        num_devices, rate = self.request.cluster.num_devices, self.request.rate
+        if rate is None:
+            return FewerDevices(num_devices, int(curve.num_seqs[0]))
+        most = float(curve.tps[LIKELY, 0]) / self.request.workload.output_len
+        return FewerDevices(num_devices, int(curve.num_seqs[0]), most, is_carried(at_rate))
 
     @property
     def _faster_pools(self) -> TwoPools | None:
         """Those that are recommended: faster than the best of one pool beyond the errors."""
-        if not isinstance(self.pools, TwoPools):
+        pools, workload = self.pools, self.request.workload
+        if not isinstance(pools, TwoPools):
             return None
-        over = self._pools_tps(self.pools).over(self.ranking.chosen.tps)
-        return self.pools if over.bounds[0] > 1 else None
+        return pools if pools_win(pools, self.ranking.chosen, workload) else None
 
     def results(
         self,
@@ -159,7 +164,7 @@ class Plan:
             [
                 *self._best(),
                 *self._families(),
-                *pareto_records(found.options, _NUM_PARETO, self._conditions, workload),
+                *pareto_records(found.options, _NUM_PARETO, self._conditions, request),
                 *([] if isinstance(self.pools, str) else self._two(self.pools)),
             ],
             cluster=cluster_record(
@@ -184,11 +189,10 @@ class Plan:
             record = self._record(server.finalist, BEST)
             aggregated = self._ranked(record, server)
             started = [(server.finalist, "both")]
-        if choice.pools is not None:
-            tps = self._pools_tps(choice.pools)
-            if server is None or tps.over(server.tps).bounds[0] > 1:
-                pools = self._two(choice.pools)
-                started = [(choice.pools.prefill, "prefill"), (choice.pools.decode, "decode")]
+        own = choice.pools
+        if own is not None and (server is None or pools_win(own, server, request.workload)):
+            pools = self._two(own)
+            started = [(own.prefill, "prefill"), (own.decode, "decode")]
         commands = engine_commands(
             engine,
             [self._served(option, role) for option, role in started],
@@ -271,6 +275,8 @@ class Plan:
 
     def _ranked(self, record: DeploymentRecord, contender: Contender) -> DeploymentRecord:
         best = self.ranking.chosen
+        if contender.at_rate is not None:
+            record = replace(record, serving=(*record.serving, contender.at_rate))
         if contender is best:
             return record
         over = contender.tps.over(best.tps)
@@ -281,16 +287,16 @@ class Plan:
         return replace(record, why=why, over_best=over)
 
     def _record(self, finalist: Finalist, role: str) -> DeploymentRecord:
-        return candidate_record(finalist, 0, role, self._conditions, self.request.workload)
-
-    def _pools_tps(self, found: TwoPools) -> Uncertain:
-        return pools_tps(found, self.request.workload)
+        return candidate_record(finalist, 0, role, self._conditions, self.request)
 
     def _two(self, found: TwoPools) -> list[DeploymentRecord]:
         """Disaggregated pools: both together, and each by itself."""
         prefill = self._in_full(found.prefill, PREFILL_POOL)
         decode = self._in_full(found.decode, DECODE_POOL)
-        serving = serving_at(found.served, 0)
+        serving = replace(
+            serving_at(found.served, 0), transfer_s=Estimate.between(found.transfer_s)
+        )
+        tps = pools_tps(found, self.request.workload)
         together = DeploymentRecord(
             name=f"prefill {prefill.layout}, decode {decode.layout}",
             layout=decode.layout,
@@ -299,8 +305,8 @@ class Plan:
             prefill_layout=prefill.layout,
             roles=(TWO_POOLS,),
             conditions=self._conditions,
-            serving=(replace(serving, transfer_s=Estimate.between(found.transfer_s)),),
-            over_best=self._pools_tps(found).over(self.ranking.chosen.tps),
+            serving=(serving,) if found.at_rate is None else (serving, found.at_rate),
+            over_best=tps.over(self.ranking.chosen.tps),
         )
         return [together, prefill, decode]
 
@@ -326,7 +332,12 @@ def make_plan(
     progress.done()
     progress.task("simulating the best", NUM_SIMULATED)
     found = simulated_pool(search, screened, progress.advance)
-    ranking = ranked([contender(each, request.workload) for each in found.finalists], request.goals)
+    contenders = [contender(each, request.workload) for each in found.finalists]
+    if request.rate is not None:
+        contenders = [
+            replace(each, at_rate=serve_at_rate(request, each.finalist)) for each in contenders
+        ]
+    ranking = ranked(contenders, request.goals)
     progress.done()
     of_pools = TwoPoolSearch(request, search.known, fitting(screened))
     progress.task("disaggregated: prefill and decode apart", of_pools.num_splits)
@@ -367,13 +378,13 @@ def _best_pools(pools: TwoPools | NoPools, engines: Sequence[EngineChoice]) -> T
 
 
 def pareto_records(
-    options: Sequence[ScreenedCandidate], num: int, conditions: Conditions, workload: Workload
+    options: Sequence[ScreenedCandidate], num: int, conditions: Conditions, request: PlanRequest
 ) -> list[DeploymentRecord]:
     """At most so many points of the front, spread over TPOT, as screened."""
     front = pareto(options)
     places = np.unique(np.linspace(0, len(front) - 1, num).round().astype(int))
     return [
-        candidate_record(option, place, PARETO, conditions, workload)
+        candidate_record(option, place, PARETO, conditions, request)
         for option, place in (front[each] for each in places)
     ]
 
@@ -383,11 +394,11 @@ def candidate_record(
     place: int,
     role: str,
     conditions: Conditions,
-    workload: Workload,
+    request: PlanRequest,
 ) -> DeploymentRecord:
     """The record at one of the numbers of sequences that were screened, or projected in full."""
     layout, options, num_drafts = candidate.candidate
-    serving = _serving_of(candidate, place, role, workload)
+    serving = _serving_of(candidate, place, role, request)
     memory = replace(candidate.capacity.record(), num_resident=candidate.capacity.num_resident)
     prefill_tps = Estimate.between(candidate.steps.prefill_tps)
     return DeploymentRecord(
@@ -404,14 +415,15 @@ def candidate_record(
 
 
 def _serving_of(
-    candidate: ScreenedCandidate, place: int, role: str, workload: Workload
+    candidate: ScreenedCandidate, place: int, role: str, request: PlanRequest
 ) -> ServingRecord:
     """Serving record with the wait for a place; one of two pools has places of its own."""
     serving = serving_at(candidate.served, place)
     if role in (PREFILL_POOL, DECODE_POOL) or serving.num_running is None:
         return serving
-    requests_per_s = serving.output_tps / workload.output_len
-    return with_places(serving, serving.num_running, workload.num_sequences, requests_per_s)
+    requests_per_s = serving.output_tps / request.workload.output_len
+    num_asked = request.num_asked(serving.num_running)
+    return with_places(serving, serving.num_running, num_asked, requests_per_s)
 
 
 def serving_at(served: ThroughputCurve, place: int) -> ServingRecord:

@@ -8,7 +8,7 @@ that `simulate` gives too.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
 from typing import NamedTuple
@@ -24,6 +24,8 @@ from expertlane.plan.screen import Screened, ScreenedCandidate, TooLarge, fittin
 from expertlane.plan.search import Finalist, OnePool, Search
 from expertlane.plan.throughput import ThroughputCurve
 from expertlane.plan.trials import Run, SimulatedCandidate, Trials
+from expertlane.results.serving_record import ServingRecord
+from expertlane.simulate.results import serving_of
 from expertlane.simulate.setup import ServingSetup, scheduling_of
 from expertlane.simulate.simulator import Simulator
 from expertlane.simulate.steady import (
@@ -36,6 +38,7 @@ from expertlane.simulate.steady import (
 )
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
+from expertlane.spec.workload import Load
 
 NUM_SIMULATED = 12  # options
 _NUM_TOLD = 5  # options that are shown, the best with EP, without, and of each engine among them
@@ -56,10 +59,7 @@ def simulate(
 
     None where not even one request of the longest output fits.
     """
-    layout, options, num_drafts = option.candidate
-    of_rank = -(-option.num_seqs // (layout.replicas * layout.dp))
-    setup = _Served(layout, options, num_drafts, of_rank)
-    return _rates(request, setup, None, option.num_seqs, precision)
+    return _rates(request, _Served.by(option), None, option.num_seqs, precision)
 
 
 def simulate_pools(
@@ -77,13 +77,28 @@ def simulate_pools(
         precision: None takes each pool by itself, at a fraction of the cost.
         known: rates of prefill pools; new ones are added.
     """
-    (first, of_prompts, _), (second, options, num_drafts) = prefill.candidate, decode.candidate
-    if not divide_alike(first, second):
+    first, of_prompts, _ = prefill.candidate
+    if not divide_alike(first, decode.candidate.layout):
         return None
-    of_rank = -(-decode.num_seqs // (second.replicas * second.dp))
-    setup = _Served(second, options, num_drafts, of_rank)
-    num = request.workload.num_sequences
-    return _rates(request, setup, (first, of_prompts), num, precision, known)
+    num = request.num_asked(decode.num_seqs)
+    return _rates(request, _Served.by(decode), (first, of_prompts), num, precision, known)
+
+
+def serve_at_rate(
+    request: PlanRequest, decode: ScreenedCandidate, prefill: ScreenedCandidate | None = None
+) -> ServingRecord:
+    """The open load that was asked for, on one pool or two, with as many sequences as they have.
+
+    Args:
+        decode: what decodes; computes prompts too where there is no `prefill`.
+    """
+    of_prompts = None
+    if prefill is not None:
+        of_prompts = prefill.candidate.layout, prefill.candidate.options
+    load = request.load_at_rate()
+    simulator = _simulator(request, _Served.by(decode), of_prompts, load)
+    state = steady_state(simulator, request.workload.seed)
+    return replace(serving_of(simulator, state, request.goals.all), num_running=decode.num_seqs)
 
 
 def divide_alike(prefill: Layout, decode: Layout) -> bool:
@@ -100,6 +115,12 @@ class _Served(NamedTuple):
     num_drafts: int
     max_num_seqs: int
 
+    @classmethod
+    def by(cls, option: ScreenedCandidate) -> "_Served":
+        """At the option's number of sequences."""
+        layout = option.candidate.layout
+        return cls(*option.candidate, -(-option.num_seqs // (layout.replicas * layout.dp)))
+
 
 def _rates(
     request: PlanRequest,
@@ -109,28 +130,14 @@ def _rates(
     precision: Precision | None,
     known: PrefillRates | None = None,
 ) -> ThroughputCurve | None:
-    """What a load comes to."""
-    setting, workload, profile = request.setting, request.workload, request.cluster.profile
-    setup = ServingSetup(
-        served.layout,
-        None if prefill is None else prefill[0],
-        served.options,
-        setting.types,
-        setting.execution,
-        setting.routing,
-        setting.multi_token if served.num_drafts else MultiToken(),
-        max_num_seqs=served.max_num_seqs,
-        **scheduling_of(profile.framework, setting.step_tokens, served.max_num_seqs),
-        prefill_options=None if prefill is None else prefill[1],
-    )
-    load = request.load_at(batch)
-    cluster = ModelledCluster(profile, setup.num_devices)
+    """Rates and means of a closed load; None where it does not fit."""
+    seed, load = request.workload.seed, request.load_at(batch)
     try:
-        simulator = Simulator(request.model, cluster, setup, load)
+        simulator = _simulator(request, served, prefill, load)
         if precision is None:  # requests by themselves have no percentiles
-            rates, sample = pools_apart(simulator, workload.seed, known), None
+            rates, sample = pools_apart(simulator, seed, known), None
         else:  # bounds of skew follow in `Finalist.simulated`
-            state = steady_state(simulator, workload.seed, precision, with_skew=False, known=known)
+            state = steady_state(simulator, seed, precision, with_skew=False, known=known)
             rates, sample = state.rates, state.served
     except CapacityError:
         return None
@@ -143,6 +150,31 @@ def _rates(
         ttft_s=rates.ttft_s[:, None],
         slos=None if sample is None else goals.results(rates.tpot_s, rates.ttft_s, sample),
     )
+
+
+def _simulator(
+    request: PlanRequest, served: _Served, prefill: tuple[Layout, Options] | None, load: Load
+) -> Simulator:
+    """A simulator of a load on one pool or two.
+
+    Raises:
+        CapacityError: not even one request fits.
+    """
+    setting, profile = request.setting, request.cluster.profile
+    setup = ServingSetup(
+        served.layout,
+        None if prefill is None else prefill[0],
+        served.options,
+        setting.types,
+        setting.execution,
+        setting.routing,
+        setting.multi_token if served.num_drafts else MultiToken(),
+        max_num_seqs=served.max_num_seqs,
+        **scheduling_of(profile.framework, setting.step_tokens, served.max_num_seqs),
+        prefill_options=None if prefill is None else prefill[1],
+    )
+    cluster = ModelledCluster(profile, setup.num_devices)
+    return Simulator(request.model, cluster, setup, load)
 
 
 Group = Callable[[Candidate], bool]

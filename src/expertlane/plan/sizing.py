@@ -5,7 +5,7 @@ more devices never serve less.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from expertlane.cost.routing import RoutingChoice
 from expertlane.errors import UserError
@@ -70,7 +70,7 @@ class _Sizing:
         self._progress, self._cautions = progress, cautions
         self._sizes = cluster_sizes(request.cluster.profile.ranks_per_node)
         self._num_in_node = self._sizes.index(request.cluster.profile.ranks_per_node)
-        self._wanted = request.workload.num_sequences
+        self._wanted = request.rate or request.workload.num_sequences
         self._known = Known()
         self._plans: dict[int, Plan | UserError] = {}
 
@@ -81,7 +81,7 @@ class _Sizing:
         low, high, step = -1, len(sizes), 1  # indices: too few, and enough
         while high - low > 1:
             served = self._served(place)
-            if served < self._wanted:
+            if not self._is_enough(served):
                 low = place
                 place = self._next(place, served, high)
             else:
@@ -93,12 +93,10 @@ class _Sizing:
             raise UserError(self._too_many())
         plan = self._plans[sizes[high]]
         assert isinstance(plan, Plan), "a size that serves all has a plan"
-        return Sized(plan, FewerDevices(0, 0) if high == 0 else self._fewer(high - 1))
+        return Sized(plan, FewerDevices(0, 0) if high == 0 else self._served(high - 1))
 
     def _request_of(self, num_devices: int) -> PlanRequest:
-        return replace(
-            self._request, cluster=replace(self._request.cluster, num_devices=num_devices)
-        )
+        return self._request.on(num_devices)
 
     def _proposed(self) -> int:
         """Index of the first size that serves all as screened; of the last where none does.
@@ -118,15 +116,25 @@ class _Sizing:
             low, high = (low, middle) if is_enough else (middle, high)
         return high
 
-    def _screened(self, place: int) -> int:
-        """Concurrent requests within the limits by the formula; -1 where the model does not fit."""
+    def _screened(self, place: int) -> float:
+        """Concurrent requests, or requests/s, within the limits by the formula.
+
+        -1 where the model does not fit.
+        """
         request = self._request_of(self._sizes[place])
         search = Search(request, self._known)
         options = fitting(search.screen()) if search.candidates else []
-        return max((each.within(request.goals)[0] for each in options), default=-1)
+        within = [each.within(request.goals) for each in options]
+        if request.rate is None:
+            return max((num for num, _ in within), default=-1)
+        return max((tps / request.workload.output_len for _, tps in within), default=-1)
 
-    def _served(self, place: int) -> int:
-        """Concurrent requests that the plan on a size serves within the limits."""
+    def _is_enough(self, served: FewerDevices) -> bool:
+        """True if all of the load is served within the limits."""
+        return served.is_carried and _amount(served) >= self._wanted
+
+    def _served(self, place: int) -> FewerDevices:
+        """What the plan on a size serves within the limits."""
         num = self._sizes[place]
         if num not in self._plans:
             try:
@@ -140,27 +148,28 @@ class _Sizing:
             except UserError as error:
                 self._plans[num] = error
         plan = self._plans[num]
-        return 0 if isinstance(plan, UserError) else plan.num_served
+        return FewerDevices(num, 0) if isinstance(plan, UserError) else plan.served
 
-    def _next(self, place: int, served: int, high: int) -> int:
+    def _next(self, place: int, served: FewerDevices, high: int) -> int:
         """Index to try after a size that does not serve all, by what it serves."""
-        factor = min(self._wanted / served, _MOST_STEP) if served else _MOST_STEP
+        amount = _amount(served)
+        factor = min(self._wanted / amount, _MOST_STEP) if amount else _MOST_STEP
         further = _first_of(self._sizes, self._sizes[place] * factor)
         return max(place + 1, min(further, high - 1))
-
-    def _fewer(self, place: int) -> FewerDevices:
-        """A smaller cluster and what it serves; plans it unless that was done."""
-        return FewerDevices(self._sizes[place], self._served(place))
 
     def _too_many(self) -> str:
         most, profile = self._sizes[-1], self._request.cluster.profile
         served = self._served(len(self._sizes) - 1)
         why = self._plans[most]
-        told = f": {why}" if isinstance(why, UserError) else f", which serve {served:,}"
-        return (
-            f"no cluster of up to {most:,} {profile.name} serves all {self._wanted:,} requests at "
-            f"once within the limits{told}"
-        )
+        told = f": {why}" if isinstance(why, UserError) else f", which serve {_amount(served):,.4g}"
+        rate = self._request.rate
+        load = f"all {self._wanted:,} requests at once" if rate is None else f"{rate:g} requests/s"
+        return f"no cluster of up to {most:,} {profile.name} serves {load} within the limits{told}"
+
+
+def _amount(served: FewerDevices) -> float:
+    """Concurrent requests; of an open load requests/s."""
+    return served.num_served if served.requests_per_s is None else served.requests_per_s
 
 
 def _first_of(sizes: Sequence[int], wanted: float) -> int:

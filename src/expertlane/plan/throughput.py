@@ -317,7 +317,11 @@ def together(
 
 
 def two_pools(
-    prefill: Steps, decode: Steps, transfer_s: Floats, workload: Workload
+    prefill: Steps,
+    decode: Steps,
+    transfer_s: Floats,
+    workload: Workload,
+    num_asked: Ints | None = None,
 ) -> ThroughputCurve:
     """A pool for prompts, and one for the rest.
 
@@ -326,17 +330,18 @@ def two_pools(
 
     Args:
         transfer_s: [3]; of a prompt's keys and values.
+        num_asked: [P]; concurrent requests; None for those of the workload.
     """
+    if num_asked is None:
+        num_asked = np.full(len(decode.num_seqs), workload.num_sequences)
     could_tps = decode.num_seqs / decode.token_s
     fed_tps = prefill.prefill_tps[:, None] / workload.prompt_len * workload.output_len
     before_s = prefill.prompts.num_steps * prefill.prefill_s + transfer_s
     of_sequence_s = decode.token_s + before_s[:, None] / workload.output_len
-    tps = np.minimum(np.minimum(could_tps, fed_tps), workload.num_sequences / of_sequence_s)
+    tps = np.minimum(np.minimum(could_tps, fed_tps), num_asked / of_sequence_s)
     # A pool that is fed less has fewer sequences running; a step of fewer is taken to be as long.
     # All others wait for prefill or for a place: what Little's law leaves of a request's time.
-    waited_s = workload.num_sequences * workload.output_len / tps - (
-        workload.output_len * decode.token_s
-    )
+    waited_s = num_asked * workload.output_len / tps - workload.output_len * decode.token_s
     busy = np.minimum(tps / fed_tps, _MOST_BUSY)
     alone_s = _prompt_s(prefill, workload, busy) + transfer_s[:, None]
     return ThroughputCurve(

@@ -22,6 +22,7 @@ from expertlane.plan.throughput import Steps, ThroughputCurve, one_pool, two_poo
 from expertlane.plan.two_pools import TwoPools
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import TieBreak
+from expertlane.results.serving_record import ServingRecord, is_carried
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
@@ -93,10 +94,15 @@ def _log_ratio(moved: float, value: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A plan as it is ranked."""
+    """A plan as it is ranked.
+
+    Attributes:
+        at_rate: the open load that was asked for; None for a closed one.
+    """
 
     finalist: Finalist
     tps: Uncertain
+    at_rate: ServingRecord | None = None
 
     def taken(self, goals: Goals) -> float:
         """Share of the tightest limit that is used; 0 without limits."""
@@ -119,8 +125,18 @@ def pools_tps(pools: TwoPools, workload: Workload) -> Uncertain:
     at = np.full(1 + 2 * len(errors), pools.transfer_s[LIKELY])
     at[1], at[2] = pools.transfer_s[0], pools.transfer_s[-1]
     served = two_pools(_moved(prefill, errors), _moved(decode, errors), at, workload)
-    factor = pools.served.tps[LIKELY, 0] / pools.formula.tps[LIKELY, 0]
-    return _uncertain(served, errors).scaled(float(factor))
+    formula = _uncertain(served, errors)
+    return formula.scaled(float(pools.served.tps[LIKELY, 0]) / formula.value)
+
+
+def pools_win(pools: TwoPools, chosen: Contender, workload: Workload) -> bool:
+    """True if disaggregated pools are better than the best of one pool.
+
+    They have more tokens a second beyond their errors, or alone serve the open load.
+    """
+    if is_carried(pools.at_rate) != is_carried(chosen.at_rate):
+        return is_carried(pools.at_rate)
+    return pools_tps(pools, workload).over(chosen.tps).bounds[0] > 1
 
 
 def _errors_of(finalist: Finalist) -> list[LawError]:
@@ -196,7 +212,14 @@ def ranked(contenders: Sequence[Contender], goals: Goals) -> Ranking:
     with the first and still be significantly slower than the second. Most tokens/s decide in the
     tie; where a limit is near, the plan farthest below it of those with as many. The chosen plan
     is never behind another in both.
+
+    Plans that do not serve an open load that was asked for come last.
     """
+    carry = [each for each in contenders if is_carried(each.at_rate)]
+    if 0 < len(carry) < len(contenders):
+        found = ranked(carry, goals)
+        rest = sorted(set(contenders) - set(carry), key=lambda each: -each.tps.value)
+        return replace(found, contenders=[*found.contenders, *rest])
     by_tps = sorted(contenders, key=lambda each: -each.tps.value)
     tied = [
         each for each in by_tps if all(other.tps.over(each.tps).bounds[0] <= 1 for other in by_tps)

@@ -16,11 +16,11 @@ from expertlane.plan.candidates import Candidate, Goals, PlanRequest
 from expertlane.plan.engines import ENGINES
 from expertlane.plan.screen import Known, ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, Search
-from expertlane.plan.simulated import divide_alike, simulate_pools
+from expertlane.plan.simulated import divide_alike, serve_at_rate, simulate_pools
 from expertlane.plan.throughput import ThroughputCurve, two_pools
 from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
-from expertlane.results.serving_record import KEPT
+from expertlane.results.serving_record import KEPT, ServingRecord, is_carried
 from expertlane.simulate.steady import USUAL, Precision, PrefillRates
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.names import EngineName, Phase
@@ -45,14 +45,14 @@ class TwoPools:
         prefill, decode: what each pool runs.
         transfer_s: [3]; of a prompt's keys and values from one to the other.
         served: as simulated; place 0.
-        formula: by the formula over steps in full.
+        at_rate: the open load that was asked for; None for a closed one.
     """
 
     prefill: Finalist
     decode: Finalist
     transfer_s: Floats
     served: ThroughputCurve
-    formula: ThroughputCurve
+    at_rate: ServingRecord | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,11 +267,14 @@ class TwoPoolSearch:
                 kept.append((float(served.tps[LIKELY, 0]), pair))
             elif (fewer := self._with_fewer(pair, served)) is not None:
                 waiting.append(fewer)
+        told: list[TwoPools] = []
         for _, pair in sorted(kept, key=lambda each: -each[0]):
             served = self._simulated_pair(pair, USUAL)
             if served is not None and served.breach(self._request.goals)[0] <= KEPT:
-                return self._in_full(pair, served)
-        return why
+                told.append(self._in_full(pair, served))
+                if is_carried(told[-1].at_rate):
+                    return told[-1]
+        return told[0] if told else why
 
     def _with_fewer(self, pair: _Pair, served: ThroughputCurve) -> _Pair | None:
         """The pair with as many sequences as its decode pool may have within the limit of TPOT.
@@ -315,8 +318,10 @@ class TwoPoolSearch:
             )
         )
         transfer_s = self._transfer_s(prefill.candidate.layout, decode.candidate.layout)
-        served = two_pools(prefill.steps, decode.steps, transfer_s, self._request.workload)
-        return TwoPools(prefill, decode, transfer_s, decode.with_skew(simulated), served)
+        at_rate = None
+        if self._request.rate is not None:
+            at_rate = serve_at_rate(self._request, pair.decode, pair.prefill)
+        return TwoPools(prefill, decode, transfer_s, decode.with_skew(simulated), at_rate)
 
     def _transfer_s(self, prefill: Layout, decode: Layout) -> Floats:
         """[3]; of a prompt's keys and values."""
@@ -350,7 +355,13 @@ class TwoPoolSearch:
             for first in islice(filter(partial(fits, second), order), _NUM_PREFILL):
                 whole = replace(first, place=len(first.steps.num_seqs) - 1)
                 moved_s = self._transfer_s(first.candidate.layout, second.candidate.layout)
-                served = two_pools(first.steps, second.steps, moved_s, self._request.workload)
+                served = two_pools(
+                    first.steps,
+                    second.steps,
+                    moved_s,
+                    self._request.workload,
+                    None if self._request.rate is None else second.steps.num_seqs,
+                )
                 for place in np.flatnonzero(served.breach(goals) <= 1).tolist():
                     tps = float(served.tps[LIKELY, place])
                     yield _Pair(sizes, whole, replace(second, place=place), tps)

@@ -24,8 +24,14 @@ from expertlane.report.numbers import (
 )
 from expertlane.report.planning import (
     against,
+    as_asked,
+    asked_rate,
     best_of_other_kind,
     engines_of,
+    how_carried,
+    mean_tpot,
+    mean_ttft,
+    most_requests,
     named,
     of_role,
     place_of,
@@ -48,7 +54,7 @@ from expertlane.results.record import (
     DeploymentRecord,
     TieBreak,
 )
-from expertlane.results.results import NoPools, Results
+from expertlane.results.results import FewerDevices, NoPools, Results
 
 _NO_POOLS: dict[NoPools, str] = {
     "no split": "the devices cannot be split",
@@ -113,7 +119,7 @@ def _around(results: Results, shown: Collection[int]) -> list[str]:
     costs = [
         f"Cost of {name}: {cost}."
         for name, each in (("the pools", results.faster_pools), ("#1", best))
-        if each is not None and (cost := cost_of(results, Served(each, serving(each))))
+        if each is not None and (cost := cost_of(results, Served(each, as_asked(each))))
     ]
     return [
         *([f"Aggregated: {tie}."] if tie else []),
@@ -199,7 +205,9 @@ def _setting(results: Results) -> str:
     limit = question["model"].get("max_position_embeddings", 0)
     if workload["prompt_len"] + workload["output_len"] - limit in (0, 1):  # the last is not read
         lengths += " (the model's limit)"
-    load = f"{workload['num_sequences']:,} concurrent, {lengths}"
+    rate = asked_rate(results)
+    load = f"{workload['num_sequences']:,} concurrent" if rate is None else f"{rate:g} requests/s"
+    load = f"{load}, {lengths}"
     where = f" on {results.projected_for.name}"
     room = COLUMNS - len(f"{where} | {load} |")
     name = shortened(question["model"]["name"], max(room, _SHORTEST_NAME))
@@ -218,6 +226,8 @@ def headline(results: Results, shown: Collection[int] | None = None) -> str:
         shown: rows of the table, from 1; None for all.
     """
     said, chosen = _chosen(results, shown), results.faster_pools or of_role(results, BEST)[0]
+    if asked_rate(results) is not None:
+        return " ".join([*_devices(results), said, f"{_at_rate(results, chosen)}."])
     memory = chosen.pools[0].num_resident if chosen.pools else None
     is_full = memory is not None and (serving(chosen).num_running or 0) >= memory
     by = " in memory" if is_full or not limits_of(results) else " within the limits"
@@ -230,15 +240,46 @@ def _devices(results: Results) -> Iterator[str]:
     fewer, num = results.plans[0].fewer_devices, results.projected_for.num_devices
     if fewer is None:
         return
-    asked = results.question["workload"]["num_sequences"]
+    asked, rate = results.question["workload"]["num_sequences"], asked_rate(results)
     within = " within the limits" if limits_of(results) else ""
     devices = counted(num, device_of(results))
-    said = f"{devices} serve{'s' * (num == 1)} all {asked:,} at once{within}"
+    load = f"all {asked:,} at once" if rate is None else f"{rate:g} requests/s"
+    said = f"{devices} serve{'s' * (num == 1)} {load}{within}"
     if fewer.num_devices:
         verb = "serves" if fewer.num_devices == 1 else "serve"
-        of_fewer = f"{verb} {fewer.num_served:,}" if fewer.num_served else "hold none"
+        of_fewer = f"{verb} {_amount(fewer)}" if fewer.num_served else "hold none"
         said += f", {fewer.num_devices:,} {of_fewer}"
     yield f"{said}."
+
+
+def _amount(fewer: FewerDevices) -> str:
+    """What a smaller cluster serves of the load."""
+    if fewer.requests_per_s is None:
+        return f"{fewer.num_served:,}"
+    return f"{fewer.requests_per_s:.3g}" + ("" if fewer.is_carried else " and miss a limit")
+
+
+def _at_rate(results: Results, record: DeploymentRecord) -> str:
+    """What comes of the open load that was asked for."""
+    rate, found, most = asked_rate(results), as_asked(record), most_requests(results, record)
+    within = " within the limits" if limits_of(results) else ""
+    at_most = f"at most {figures(most)} ({low_high(most)}){within}"
+    if found.ttft_s is None:
+        return (
+            f"It does not serve {rate:g} requests/s, {at_most}: a queue would grow without end "
+            f"(--cluster {_any_number(results)} says how many {device_of(results)}s do)"
+        )
+    times = f"TPOT {_ms(mean_tpot(found))}, TTFT {_ms(mean_ttft(found))}"
+    missed = how_carried(results, record)
+    if missed != "all":
+        return f"At {rate:g} requests/s it {missed}: {times}; it serves {at_most}"
+    return f"At {rate:g} requests/s: {times}; it serves {at_most}"
+
+
+def _any_number(results: Results) -> str:
+    """The option `--cluster` for as few devices as serve the load."""
+    cluster = results.projected_for
+    return f"{cluster.name.removesuffix(str(cluster.num_devices))}auto"
 
 
 def _chosen(results: Results, shown: Collection[int] | None) -> str:
@@ -288,6 +329,8 @@ def _plus_minus(estimate: Estimate) -> str:
 
 def _table(results: Results) -> Table:
     rows, wanted = rows_of(results), results.question["workload"]["num_sequences"]
+    if asked_rate(results) is not None:
+        return Table.of("", _columns_at_rate(results, rows), rows)
     third: Column[DeploymentRecord] = number(
         f"/{device_of(results)}", lambda each: serving(each).output_tps / each.num_ranks, compact
     )
@@ -304,6 +347,26 @@ def _table(results: Results) -> Table:
         versus_column(results),
     )
     return Table.of("", columns, rows)
+
+
+def _columns_at_rate(
+    results: Results, rows: Sequence[DeploymentRecord]
+) -> tuple[Column[DeploymentRecord], ...]:
+    """Columns for an open load: the most requests/s, and latencies at its rate."""
+
+    def most(record: DeploymentRecord) -> Estimate:
+        return most_requests(results, record)
+
+    return (
+        text("#", lambda each: 1 + rows.index(each)),
+        text("layout", named),
+        number("most req/s", most, figures),
+        number("range", most, low_high),
+        number("seqs", lambda each: serving(each).num_running, whole),
+        number("TPOT ms", lambda each: mean_tpot(as_asked(each)), milliseconds),
+        number("TTFT ms", lambda each: mean_ttft(as_asked(each)), milliseconds),
+        versus_column(results),
+    )
 
 
 def _of_rows(results: Results) -> list[tuple[str, set[int]]]:
@@ -343,15 +406,21 @@ def _two_pools(results: Results) -> str:
         is_of_limits = why != "over limits" or limits_of(results)
         return f"Disaggregated: {_NO_POOLS[why] if is_of_limits else 'none serves the load'}."
     names = f", {_pools(results)}" if results.faster_pools is None else ""
-    best = of_role(results, BEST)[0]
-    queued, place_wait_s = ttft(best), serving(best).place_wait_s
-    if queued is not None and place_wait_s is not None:
-        queued = Estimate(queued.value + place_wait_s.value)
+    found, rate = as_asked(together), asked_rate(results)
+    at, queue = "", f" with the queue (#1: {_ms(_queued(of_role(results, BEST)[0]))})"
+    if rate is not None:
+        at, queue = f"at {rate:g} requests/s ", ""
     return (
-        f"Disaggregated{names}: {against(together.over_best, '#1')}, TPOT "
-        f"{_ms(tpot(together))}, TTFT {_ms(ttft(together))} with the queue (#1: {_ms(queued)}), KV "
-        f"transfer {milliseconds(serving(together).transfer_s or 0.0)} ms."
+        f"Disaggregated{names}: {against(together.over_best, '#1')}, {at}TPOT "
+        f"{_ms(mean_tpot(found))}, TTFT {_ms(mean_ttft(found))}{queue}, KV transfer "
+        f"{milliseconds(serving(together).transfer_s or 0.0)} ms."
     )
+
+
+def _queued(record: DeploymentRecord) -> Estimate | None:
+    """Mean TTFT with the wait for a place."""
+    found, wait_s = ttft(record), serving(record).place_wait_s
+    return found if found is None or wait_s is None else Estimate(found.value + wait_s.value)
 
 
 def _pools(results: Results) -> str:

@@ -71,9 +71,9 @@ def _plan_front(results: Results) -> Chart:
     front, pools = results.select("projected", PARETO), results.faster_pools
     chosen = _planned(best, "chosen", f"#1 {best.layout}")
     known = {named(best), *map(named, front)}
-    kinds = {each: each.name for each in results.select("projected", FAMILY)}
+    kinds = [(each, each.name) for each in results.select("projected", FAMILY)]
     if pools is None:
-        kinds |= dict.fromkeys(results.select("projected", TWO_POOLS), _POOLS)
+        kinds += [(each, _POOLS) for each in results.select("projected", TWO_POOLS)]
         first = [chosen]
     else:
         chosen, aggregated = _planned(pools, "chosen", _POOLS), replace(chosen, role="other")
@@ -81,11 +81,7 @@ def _plan_front(results: Results) -> Chart:
     dots = [
         *first,
         *_front_dots(front, without=named(best)),
-        *(
-            _planned(each, "other", kind)
-            for each, kind in kinds.items()
-            if named(each) not in known
-        ),
+        *(_planned(each, "other", kind) for each, kind in kinds if named(each) not in known),
     ]
     return pareto_chart(
         f"What to use: {figures(chosen.device_tps)} tokens/s per {device}, "

@@ -20,16 +20,17 @@ from expertlane.report.numbers import (
 )
 from expertlane.report.serving import ms_with_bounds
 from expertlane.report.time_spent import FACTS, HOW_TO_READ_FACTS, causes
-from expertlane.results.estimate import Estimate
+from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
     BEST,
     EXPERIMENT,
     FAMILY,
     PARETO,
+    TWO_POOLS,
     DeploymentRecord,
 )
 from expertlane.results.results import EngineBest, Results
-from expertlane.results.serving_record import ServingRecord
+from expertlane.results.serving_record import SampleRecord, ServingRecord
 from expertlane.spec.deployment import drafts_text
 from expertlane.spec.names import Phase
 
@@ -120,22 +121,47 @@ def serving(record: DeploymentRecord) -> ServingRecord:
     return record.serving[0]
 
 
-def tpot(record: DeploymentRecord) -> Estimate:
-    """Mean.
+def asked_rate(results: Results) -> float | None:
+    """Requests that arrive a second, of a plan for an open load; None for a closed one."""
+    rate: float | None = (results.question.get("load") or {}).get("rate")
+    return rate
+
+
+def as_asked(record: DeploymentRecord) -> ServingRecord:
+    """How it serves the load that was asked for; of a closed load as `serving`."""
+    return record.serving[-1]
+
+
+def most_requests(results: Results, record: DeploymentRecord) -> Estimate:
+    """The most requests/s that it serves."""
+    output_len: int = results.question["workload"]["output_len"]
+    return serving(record).output_tps / output_len
+
+
+def mean_tpot(found: ServingRecord) -> Estimate:
+    """Mean TPOT.
 
     Raises:
         ValueError: it has none.
     """
-    found = serving(record).tpot_s
-    if found is None or found.mean is None:
-        raise ValueError(f"{record.name} has no TPOT")
-    return found.mean
+    if found.tpot_s is None or found.tpot_s.mean is None:
+        raise ValueError("a planned deployment has a TPOT")
+    return found.tpot_s.mean
+
+
+def mean_ttft(found: ServingRecord) -> Estimate | None:
+    """Mean TTFT; None where the queue would grow without end."""
+    return found.ttft_s.mean if found.ttft_s else None
+
+
+def tpot(record: DeploymentRecord) -> Estimate:
+    """Mean TPOT with as many sequences as it is planned with."""
+    return mean_tpot(serving(record))
 
 
 def ttft(record: DeploymentRecord) -> Estimate | None:
-    """Mean; None where the queue would grow without end."""
-    found = serving(record).ttft_s
-    return found.mean if found else None
+    """Mean TTFT with as many sequences as it is planned with."""
+    return mean_ttft(serving(record))
 
 
 def tie_or_gap(results: Results, record: DeploymentRecord) -> str | None:
@@ -174,6 +200,7 @@ def plan(results: Results) -> tuple[Section, ...]:
     """The sections of `expertlane plan` after its verdict."""
     return (
         _best(results),
+        *_at_rate(results),
         _families(results),
         _engines(results),
         _pareto(results),
@@ -194,6 +221,61 @@ def _best(results: Results) -> Section:
     )
     parts: list[Words] = [Table.of("", (place, *columns), rows), *said, *_gaps(place, rows)]
     return Section("Best deployments", tuple(parts), "top", "found")
+
+
+def _p95(found: Summary | None) -> Estimate | None:
+    return found.p95 if found else None
+
+
+def _sample(record: DeploymentRecord) -> SampleRecord:
+    sample = as_asked(record).sample
+    assert sample is not None, "an open load is served in its steady state"
+    return sample
+
+
+def _num_waiting(record: DeploymentRecord) -> float | None:
+    """None where a queue grows without end."""
+    return None if as_asked(record).ttft_s is None else _sample(record).num_waiting
+
+
+_AT_RATE: tuple[Column[DeploymentRecord], ...] = (
+    number("TPOT ms", lambda each: mean_tpot(as_asked(each)), milliseconds),
+    number("low–high", lambda each: mean_tpot(as_asked(each)), low_high_ms),
+    number("TTFT ms", lambda each: mean_ttft(as_asked(each)), milliseconds),
+    number("p95", lambda each: _p95(as_asked(each).ttft_s), milliseconds),
+    number("decoding", lambda each: _sample(each).num_decoding, figures),
+    number("waiting", _num_waiting, figures),
+)
+
+
+def _at_rate(results: Results) -> list[Section]:
+    """The best and the pools, at the rate that was asked for; empty for a closed load."""
+    if (rate := asked_rate(results)) is None:
+        return []
+    rows = (*of_role(results, BEST), *of_role(results, TWO_POOLS))
+    place: Column[DeploymentRecord] = text(
+        "#", lambda each: "pools" if each.prefill_layout else 1 + rows.index(each)
+    )
+    carried: Column[DeploymentRecord] = text("served", lambda each: how_carried(results, each))
+    most: Column[DeploymentRecord] = number(
+        "most req/s", lambda each: most_requests(results, each), with_bounds
+    )
+    said = (
+        "decoding, waiting: requests after and before their first token, on average. most req/s: "
+        "with as many sequences as the limits allow."
+    )
+    table = Table.of("", (place, carried, *_AT_RATE, most), rows)
+    return [Section(f"At {rate:g} requests/s", (table, said), chapter="found")]
+
+
+def how_carried(results: Results, record: DeploymentRecord) -> str:
+    """How much of an open load is served."""
+    found, rate = as_asked(record), asked_rate(results)
+    if found.ttft_s is None:
+        served = found.requests_per_s
+        return f"{figures(served)} of {rate:g} req/s" if served is not None else "a part"
+    missed = [each.slo.name for each in found.slos if not each.is_met]
+    return f"misses {', '.join(missed)}" if missed else "all"
 
 
 def _waits(rows: Sequence[DeploymentRecord]) -> list[Column[DeploymentRecord]]:

@@ -16,6 +16,7 @@ from expertlane.results.hardware import Cluster, Machine, VirtualTime
 from expertlane.results.pair import PairRecord
 from expertlane.results.ratio import RatioRecord
 from expertlane.results.record import (
+    BEST,
     EXPERIMENT,
     TWO_POOLS,
     Conditions,
@@ -24,6 +25,7 @@ from expertlane.results.record import (
     Source,
     TieBreak,
 )
+from expertlane.results.serving_record import is_carried
 from expertlane.spec.files import strict_json
 from expertlane.spec.names import EngineName
 from expertlane.spec.ranges import Strict, Valid
@@ -142,10 +144,14 @@ class FewerDevices(Strict):
 
     Attributes:
         num_served: requests at once within the limits; 0 where none keeps them, or nothing fits.
+        requests_per_s: of an open load, the most within the limits; None of a closed one.
+        is_carried: whether an open load is served within the limits.
     """
 
     num_devices: int
     num_served: int
+    requests_per_s: float | None = None
+    is_carried: bool = True
 
 
 @dataclass(frozen=True)
@@ -222,9 +228,10 @@ class Results(Strict):
             deployments), `skew` of its projection, `projection` as `ProjectionAsked` has it, limits
             and `load` as a plan's where there are any, and
             `traffic` where each deployment's is to be shown in detail; simulation: `model`,
-            `workload`, `serving`; plan: `model`, `workload` (means), `load` (lengths as asked for),
-            `projection`, `max_tpot_s`, `max_ttft_s`, and `slos` of other statistics; bench:
-            `model`, `workload`, `ranks_per_node`, or `urls`, `endpoint` and `rounds` of servers.
+            `workload`, `serving`; plan: `model`, `workload` (means), `load` (lengths and a rate, as
+            asked for), `projection`, `max_tpot_s`, `max_ttft_s`, and `slos` of other statistics;
+            bench: `model`, `workload`, `ranks_per_node`, or `urls`, `endpoint` and `rounds` of
+            servers.
             The workload of a simulation or bench has what is the same for all loads: `prompt_len`,
             `output_len`, `seed`, and `requests`, the file they are from; `prefix_len` and
             `num_prefixes` where prompts share a prefix. `price`: dollars per device-hour, where one
@@ -355,8 +362,15 @@ class Results(Strict):
 
     @property
     def faster_pools(self) -> DeploymentRecord | None:
-        """A plan's disaggregated pools, where they are faster than #1 beyond their errors."""
+        """A plan's disaggregated pools, where they are faster than #1 beyond their errors.
+
+        Of an open load, those that alone serve it.
+        """
         for pools in self.select("projected", TWO_POOLS):
+            best = self.select("projected", BEST)[0]
+            of_pools, of_best = (is_carried(each.serving[-1]) for each in (pools, best))
+            if of_pools != of_best:
+                return pools if of_pools else None
             if pools.over_best is not None and pools.over_best.bounds[0] > 1:
                 return pools
         return None

@@ -200,6 +200,8 @@ class ServingRecord(Strict):
             each and each.no_surer_than(known.output) for each in output
         )
         assert output_tps is not None, "every record has it"
+        if self.rate is not None and self.sample is not None and self.ttft_s is not None:
+            output_tps = replace(output_tps, high=output_tps.value)  # no more requests arrive
         later = max(known.tpot, known.ttft)
         factors = {"ttft": known.ttft, "tpot": known.tpot, "itl": known.tpot, "e2e": later}
         return replace(
@@ -219,6 +221,11 @@ class ServingRecord(Strict):
                 for each in self.slos
             ),
         )
+
+
+def is_carried(record: ServingRecord | None) -> bool:
+    """True if no queue grows without end, and all objectives are met; also without a load."""
+    return record is None or (record.ttft_s is not None and record.keeps_slos)
 
 
 def with_places(

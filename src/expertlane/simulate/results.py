@@ -86,7 +86,7 @@ def simulation(
             "mtp_acceptance": drafts.acceptance,
         },
     }
-    serving = tuple(_serving(*run, slos) for run in runs)
+    serving = tuple(serving_of(*run, slos) for run in runs)
     results = Results.now(
         "simulation",
         command,
@@ -110,7 +110,8 @@ def best_run(runs: Sequence[Run], serving: Sequence[ServingRecord]) -> Run:
     return runs[serving.index(best_load(serving))]
 
 
-def _serving(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO]) -> ServingRecord:
+def serving_of(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO] = ()) -> ServingRecord:
+    """Throughput and latency of a load that was served, and what came of objectives."""
     record = serving_record(outcome.served, slos)
     if outcome.rates is not None:
         record = steady_record(record, outcome, simulator.load)
@@ -121,7 +122,7 @@ def _serving(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO]) -> Ser
         num_preemptions=outcome.num_parts
         * sum(each.pool.scheduler.num_preemptions for each in outcome.pools),
         num_cached_tokens=outcome.pools[0].pool.scheduler.num_cached_tokens,
-        basis=list(Basis)[int(_facts(outcome).basis_s.argmax())].label,
+        basis=_main_basis(outcome),
     )
     return record if outcome.rates is None else _with_places(record, outcome)
 
@@ -174,6 +175,13 @@ def steady_record(record: ServingRecord, outcome: Outcome, load: Load) -> Servin
         goodput=None if record.good_share is None else record.good_share * rate.value,
         sample=sample,
     )
+
+
+def _main_basis(outcome: Outcome) -> str | None:
+    """The basis of most of the time; None where steps were not added up."""
+    if not any(pool.totals.phases for pool in outcome.pools):
+        return None
+    return list(Basis)[int(_facts(outcome).basis_s.argmax())].label
 
 
 def _facts(outcome: Outcome) -> StepFacts:

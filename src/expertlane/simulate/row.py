@@ -48,6 +48,7 @@ class Row:
         layout, options: of the pool that decodes, where two serve.
         num_seqs: sequences that run at once, over the whole system.
         num_asked: concurrent requests that were asked for.
+        rate: requests that arrive a second, of a plan for an open load; None for a closed one.
         slos: limits that were asked for.
         cautions: what a reader must know of the model, in sentences.
     """
@@ -60,6 +61,7 @@ class Row:
     num_drafts: int
     num_seqs: int
     num_asked: int
+    rate: float | None
     dtype: str
     kv_dtype: str
     asked: ProjectionAsked
@@ -95,7 +97,8 @@ class Row:
             "placement": options.placement_file or _method(options),
             "num_redundant_experts": options.num_redundant_experts,
             "copies": options.copies,
-            "batch": str(self.num_asked),
+            "batch": str(self.num_asked) if self.rate is None else None,
+            "rate": None if self.rate is None else f"{self.rate:g}",
             **self._lengths(),
             "seed": workload.get("seed", 0),
             "skew": asked.skew,
@@ -157,6 +160,7 @@ def _row(results: Results, row: str) -> Row:
     running = decoding.serving[0].num_running
     if running is None:
         raise UserError(f"row {row} lacks the number of sequences that run at once")
+    load = question.get("load") or {}
     return Row(
         build(ModelConfig, model, "question.model"),
         record.known_layout,
@@ -167,11 +171,12 @@ def _row(results: Results, row: str) -> Row:
         running,
         # Of two pools, requests beyond the decode pool's places wait and are served too.
         running if decode is None else workload["num_sequences"],
+        load.get("rate"),
         conditions.dtype,
         conditions.kv_dtype,
         build(ProjectionAsked, asked, "question.projection"),
         workload,
-        question.get("load") or {},
+        load,
         _limits(question),
         question.get("price"),
         results.cautions,

@@ -270,11 +270,16 @@ class Load:
         """The same, without knowing which prompts begin alike."""
         return replace(self, recorded=tuple(replace(each, hash_ids=()) for each in self.recorded))
 
-    def means(self, seed: int = 0) -> Workload:
-        """A closed loop of requests that are all of the mean lengths."""
-        assert self.batch is not None, "a closed loop"
+    def means(self, seed: int = 0, batch: int | None = None) -> Workload:
+        """A closed loop of requests that are all of the mean lengths.
+
+        Args:
+            batch: its concurrency; None for the load's own.
+        """
+        batch = batch or self.batch
+        assert batch is not None, "a closed loop"
         prompt, output = map(round, self.mean_lens)
-        return Workload(self.batch, prompt, output, seed)
+        return Workload(batch, prompt, output, seed)
 
     def __str__(self) -> str:
         if self.batch is not None:
