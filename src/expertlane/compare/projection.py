@@ -167,7 +167,7 @@ class ExperimentProjector:
             "comparison",
             command,
             {
-                "experiment": replace(experiment, projection=None),
+                "experiment": experiment.question,
                 "skew": self._skew,
                 "projection": self._asked,
             }

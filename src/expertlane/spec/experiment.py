@@ -87,6 +87,11 @@ class Experiment:
         """Ranks of the largest deployment."""
         return max(deployment.layout.world_size for deployment in self.deployments + self.scaling)
 
+    @property
+    def question(self) -> dict[str, Any]:
+        """All but how it is projected, as results have it."""
+        return {name: each for name, each in asdict(self).items() if name != "projection"}
+
     def only(self, names: str) -> "Experiment":
         """With these deployments alone, and no layouts of scaling.
 
