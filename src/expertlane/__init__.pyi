@@ -112,8 +112,8 @@ def compare(
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
             sglang. simulate also takes its --max-num-batched-tokens, unless that is given.
-        slo: Latency limits, as of expertlane plan: each deployment runs as many sequences as
-            they allow. For example: ttft.p95=2s,tpot.mean=20ms.
+        slo: Latency objectives, a statistic and its limit each. For example:
+            ttft.p95=2s,tpot.mean=20ms. Each deployment runs as many sequences as they allow.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 

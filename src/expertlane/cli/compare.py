@@ -102,8 +102,8 @@ class _Projection:
         None,
         metavar="SLO[,SLO…]",
         rich_help_panel=Panel.MODELLED,
-        help="Latency limits, as of expertlane plan: each deployment runs as many sequences as "
-        "they allow. For example: ttft.p95=2s,tpot.mean=20ms.",
+        help="Latency objectives, a statistic and its limit each. For example: "
+        "ttft.p95=2s,tpot.mean=20ms. Each deployment runs as many sequences as they allow.",
     )
 
     def __post_init__(self) -> None:
