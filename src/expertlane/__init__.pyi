@@ -60,6 +60,7 @@ def compare(
     cluster: Text | None = None,
     skew: float | None = None,
     framework: Text | None = None,
+    slo: Text | Sequence[Text] | None = None,
     out: str | Path | None = None,
 ) -> Results:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
@@ -111,6 +112,8 @@ def compare(
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
             sglang. simulate also takes its --max-num-batched-tokens, unless that is given.
+        slo: Latency objectives, a statistic and its limit each. For example:
+            ttft.p95=2s,tpot.mean=20ms. Each deployment runs as many sequences as they allow.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 

@@ -4,22 +4,24 @@ import json
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import expertlane
+from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.compare.projection import ExperimentProjector
 from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.progress import Silent
 from expertlane.report.shown import Results
 from expertlane.results import file
-from expertlane.results.asked import ProjectionAsked
 from expertlane.results.record import BEST, EXPERIMENT, TWO_POOLS
 from expertlane.results.serving_record import is_carried
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
+from expertlane.spec.projection import ProjectionAsked
 from expertlane.spec.workload import Workload
 
 _SKEWS = 0.0, 0.8
@@ -303,6 +305,95 @@ def test_compare_says_of_two_rows_what_plan_says(seed):
         assert told(mine) == pytest.approx(told(row), rel=_SAME)
     if len(rows) > 1:
         assert set(projected.workload.compared) == {"row 0", "row 1"}
+
+
+def recorded_requests(folder):
+    path = folder / "requests.jsonl"
+    rows = [
+        {"timestamp": 100 * number, "input_length": 20 + 10 * number, "output_length": 4 + number}
+        | {"hash_ids": [1]}
+        for number in range(30)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def recorded_routing(folder):
+    path, generator = folder / "routing.npz", np.random.default_rng(0)
+    ids = np.argsort(generator.random((4, 256, 16)), axis=2)[..., :2].astype(np.int16)
+    write_trace(RoutingTrace("paper-tiny", 16, (0, 1, 2, 3), ids, np.arange(256)), path)
+    return path
+
+
+def limit_of(asked, metric, share):
+    """A limit at a share of the mean without limits."""
+    free = getattr(best_of(plan(asked)).serving[0], f"{metric.partition('.')[0]}_s").mean.value
+    return f"{metric}={1e3 * share * free:.6g}ms"
+
+
+@pytest.mark.smoke(1)
+@pytest.mark.parametrize("case", ["limit", "lengths", "requests", "routing", "types", "percentile"])
+def test_compare_takes_the_experiment_of_a_plan(case, tmp_path, monkeypatch):
+    """Its table says all that was asked for: no option is needed, and no row differs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("expertlane.compare.machine.why_not_here", lambda *_: "for this test")
+    asked = draw(700 + len(case)) | {"batch": 24, "seed": 2}
+    match case:
+        case "limit":
+            asked |= {"model": "paper", "cluster": "h200x8", "batch": 64}
+            asked["slo"] = limit_of(asked, "tpot.mean", 0.9)
+        case "lengths":
+            asked |= {"prompt_len": "16:160", "output_len": "12:60", "skew": None}
+        case "requests":
+            for name in ("prompt_len", "output_len"):
+                del asked[name]
+            asked["requests"] = recorded_requests(tmp_path).name
+        case "routing":
+            asked |= {"model": "paper-tiny", "cluster": "h100x4", "skew": None}
+            asked["routing_trace"] = recorded_routing(tmp_path).name
+            asked |= {"prompt_len": 30, "output_len": 20}
+        case "types":
+            asked |= {"dtype": "float8", "kv_dtype": "float8", "framework": "trt"}
+            asked["execution"] = "eager"
+        case "percentile":
+            asked["slo"] = limit_of(asked, "ttft.p95", 1.1)
+    results = plan(asked, out="planned")
+    best, *others = results.select("projected", BEST)
+    plain = next((each for each in others if each.known_layout.ep == 1), None)
+    monkeypatch.chdir("/")  # paths of the file do not turn on where it is read
+    path = tmp_path / "planned" / "experiment.toml"
+    projected = expertlane.compare(path, project=True)
+    found = projected.select("projected", EXPERIMENT, projected.conditions[0])
+    rows = [*([plain] if plain is not None else []), best]
+    assert [told(each) for each in found] == [pytest.approx(told(each), rel=_SAME) for each in rows]
+    assert [each.serving[0].num_running for each in found] == [
+        each.serving[0].num_running for each in rows
+    ]
+    if case == "limit":
+        assert all(slo.is_met for each in found for slo in each.serving[0].slos)
+        assert found[-1].serving[0].num_running < asked["batch"]
+        assert "run at once within the limits" in " ".join(Results.of(projected).answer.split())
+        file.write(projected, tmp_path)
+        again = expertlane.simulate(plan=f"{tmp_path}#{len(found)}")
+        assert told(again.deployments[0]) == pytest.approx(told(best), rel=_SAME)
+
+
+def test_options_take_the_place_of_an_experiments_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("expertlane.compare.machine.why_not_here", lambda *_: "for this test")
+    asked = draw(3) | {"batch": 24, "cluster": "h100x2", "output_len": 20, "skew": 0.5}
+    plan(asked, slo=limit_of(asked, "tpot.mean", 0.9), out=tmp_path)
+    path = tmp_path / "experiment.toml"
+    given = {"cluster": "h200x2", "skew": 0.0, "slo": "tpot.mean=0.1ms", "dtype": "bfloat16"}
+    found = expertlane.compare(path, project=True, **given)
+    assert found.cluster.name == "h200x2"
+    assert found.question["projection"]["skew"] == 0
+    conditions = found.conditions[0]
+    assert (conditions.routing, conditions.dtype) == ("balanced", "bfloat16")
+    missed = found.select("projected", EXPERIMENT, conditions)
+    assert not any(each.serving[0].keeps_slos for each in missed)
+    said = " ".join(Results.of(found).answer.split())
+    assert "No deployment meets the limits" in said
+    assert "misses TPOT mean ≤ 0.1 ms with" in said
 
 
 def more_of(dice, asked):

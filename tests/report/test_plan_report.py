@@ -97,6 +97,30 @@ def test_a_tie_says_what_decided():
     assert tells(said(tied(*rows, *pools(1.1, 1.2, 1.3))), "Aggregated #1–#2 tie tokens/s")
 
 
+def test_rows_that_tie_are_in_the_table_before_paragraphs_of_others():
+    rows = [planned(FIRST, 20_000, BEST)]
+    rows += [behind(layout, 0.9, 0.98, 1.1) for layout in (SECOND, Layout(dp=8, tp=2, ep=16))]
+    rows += [behind(each, 0.6, 0.7, 0.8, why=20 * "far slower ") for each in OTHERS]
+    rows = [replace(each, options=LONG, name=f"{each.layout}; {LONG}") for each in rows]
+    results = plan(*rows, num_tied=3, tie_spread=0.02, tie_break="most tokens")
+    assert [row[0] for row in answer(results).parts[0].rows][:3] == ["1", "2", "3"]
+    assert tells(headline(results, {1, 2, 3}), "#1–#3 tie")
+    assert "#1–#3 tie" in answer(results).headline
+
+
+def test_pools_and_one_pool_are_told_with_the_same_queue():
+    best, behind_it = planned(FIRST, 20_000, BEST), behind(SECOND, 0.86, 0.9, 0.95)
+    ttft_s = Summary(mean=Estimate(0.04))
+    serving = replace(best.serving[0], ttft_s=ttft_s, place_wait_s=Estimate(0.1))
+    waiting = replace(best, serving=(serving,))
+    found = said(plan(waiting, behind_it, *pools(1.1, 1.2, 1.3)))
+    assert "with the queue (#1: 140 ms), KV transfer" in found
+    without = plan(best, behind_it, no_two_pools="over limits")
+    assert "Disaggregated: none meets the limits." in said(without)
+    free = {name: each for name, each in without.question.items() if not name.startswith("max_")}
+    assert "Disaggregated: none serves the load." in said(replace(without, question=free))
+
+
 def test_what_is_surely_slower_than_another_that_ties_does_not_tie():
     """Its ratio to #1 may be 1, by errors of its own."""
     rows = planned(FIRST, 20_000, BEST), behind(SECOND, 0.99, 0.995, 1.0)
@@ -219,7 +243,7 @@ def test_the_best_of_each_engine_is_said_where_they_differ():
     found = plan(best, second, engines=differ)
     assert (
         "Tokens/s by engine: vLLM and SGLang 20.0k (#1); TensorRT-LLM 18.0k (#2); expertlane none "
-        "meets the limits."
+        "that meets the limits."
     ) in said(found)
     other = plan(best, second, engines=(engine("vllm", "vLLM", third, "has no dp"),))
     assert "vLLM 15.0k (pp=4,tp=4)" in said(other)

@@ -156,6 +156,28 @@ def test_what_is_not_trustworthy_counts_if_strict_alone():
     assert diff(served(Estimate(100.0)), busy_now).regressions  # projections do not depend on it
 
 
+def test_less_than_a_thousandth_is_no_change():
+    before = served(Estimate(1000.0, 900.0, 1100.0))
+    for tps, verdict in ((999.5, "not significant"), (998.0, "slower")):
+        after = served(Estimate(tps, 0.9 * tps, 1.1 * tps))
+        assert diff(before, after).changes[0].verdict == verdict
+
+
+def test_a_deployment_that_runs_fewer_is_the_same_one():
+    first, second = (
+        replace(
+            SIMULATION.deployments[0],
+            serving=(replace(SIMULATION.deployments[0].serving[0], batch=None, num_running=num),),
+        )
+        for num in (235, 224)
+    )
+    found = diff(
+        *(replace(SIMULATION, deployments=(each,)) for each in (first, second)),
+    )
+    assert {each.where for each in found.changes} == {"235 at once → 224 at once"}
+    assert not found.unpaired
+
+
 def test_without_repetitions_there_is_no_interval():
     (change, *_) = diff(measured(0.4, 0.1), measured(0.5, 0.1)).with_verdict("slower")
     assert change.ratio == Estimate(pytest.approx(0.8))
@@ -258,6 +280,10 @@ def test_the_clock_that_both_have_counts():
 def test_different_commands_are_refused():
     with pytest.raises(UserError, match=telling("A plan B simulation")):
         diff(PLAN, SIMULATION)
+    with pytest.raises(UserError, match=telling("simulate --plan RESULTS#ROW simulation")):
+        diff(PLAN, SIMULATION)
+    with pytest.raises(UserError, match=telling("A comparison B plan compare --project")):
+        diff(example_pages.projected(), PLAN)
 
 
 def test_what_else_differs_is_listed():

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import expertlane
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.multi_token import MultiToken
@@ -61,6 +62,15 @@ def test_as_the_whole_load(layouts, batch, prompt, output, multi_token):
     assert rates.output_tps[1] == pytest.approx(served.output_tps.value, rel=0.05)
     assert rates.num_decoding + rates.num_waiting == pytest.approx(batch)
     assert (np.diff(rates.tpot_s) >= 0).all()
+
+
+def test_two_pools_have_the_pace_of_their_requests():
+    """The first token is no token of the pool that decodes."""
+    asked = {"cluster": "h100x4", "batch": 24, "prompt_len": 160, "output_len": 12, "skew": 0}
+    layouts = {"layout": "tp=2", "prefill_layout": "tp=2"}
+    found = expertlane.simulate("paper-small", **layouts, **asked).deployments[0].serving[0]
+    assert found.tpot_s.mean.value == pytest.approx(found.tpot_s.median.value, rel=0.005)
+    assert found.tpot_s.p95.value >= 0.995 * found.tpot_s.mean.value
 
 
 def test_a_short_stretch_is_cheap():

@@ -15,6 +15,7 @@ from expertlane.spec.experiment import (
 )
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
+from expertlane.spec.projection import Projection
 from expertlane.spec.workload import Workload
 
 SMALLEST = """\
@@ -259,6 +260,44 @@ WRONG_VALUES = {
     ),
 }
 
+_PROJECTION = '[projection]\ncluster = "h100x2"\n'
+WRONG_PROJECTIONS = {
+    "[projection]\n": "[projection]: cluster is missing",
+    f"{_PROJECTION}speed = 1": (
+        "unknown key 'speed' in [projection]; valid: cluster, framework, skew, routing_trace, "
+        "execution, slo, dtype, kv_dtype, prompt_len, output_len, requests, num_running"
+    ),
+    f"{_PROJECTION}skew = 11.5": "projection: skew is 11.5; it must be a number, 0 to 10",
+    f'{_PROJECTION}skew = "0.5"': '[projection]: skew is "0.5"; it must be a number',
+    f'{_PROJECTION}skew = 1\nrouting_trace = "x"': (
+        "projection: skew and routing_trace exclude each other"
+    ),
+    f'{_PROJECTION}execution = "serial"': (
+        "[projection]: execution is \"serial\"; it must be 'graph' or 'eager'"
+    ),
+    f'{_PROJECTION}slo = "tpot=20ms"': (
+        "projection: slo is 'tpot=20ms': of which statistic? write tpot.mean=20ms, or .median, "
+        ".p90, .p95, .p99"
+    ),
+    f'{_PROJECTION}prompt_len = "9:3"': (
+        "projection: prompt_len is '9:3'; it must be a whole number, 1 to 16,777,216, or two, the "
+        'lower one first: "32:512"'
+    ),
+    f"{_PROJECTION}prompt_len = 9": "[projection]: prompt_len is 9; it must be a string",
+    f'{_PROJECTION}prompt_len = "9"\nrequests = "x"': (
+        "projection: requests has lengths; leave out prompt_len and output_len"
+    ),
+    f"{_PROJECTION}num_running = {{ two = 3 }}": (
+        "unknown key 'two' in [projection.num_running]; valid: one"
+    ),
+    f"{_PROJECTION}num_running = {{ one = 0 }}": (
+        "projection: num_running of 'one' is 0; it must be a whole number, 1 to 1,048,576"
+    ),
+    f'{_PROJECTION}num_running = {{ one = "x" }}': (
+        '[projection]: num_running.one is "x"; it must be a whole number'
+    ),
+}
+
 MALFORMED = {
     ('name = "mine"', "name = mine"): "malformed TOML: Invalid value (at line 1, column 8)",
     ("[model]", "[model"): (
@@ -278,6 +317,47 @@ def test_a_mistake_gets_one_clear_line(error_of, change: tuple[str, str], line: 
     old, new = change
     assert old in SMALLEST
     assert error_of(SMALLEST.replace(old, new, 1)) == line
+
+
+@pytest.mark.parametrize(("table", "line"), WRONG_PROJECTIONS.items())
+def test_a_mistake_in_how_it_is_projected_gets_one_line(error_of, table: str, line: str):
+    assert error_of(f"{SMALLEST}{table}\n") == line
+
+
+def test_how_it_is_projected(tmp_path: Path):
+    """Paths are those beside the file."""
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        SMALLEST
+        + """
+        [projection]
+        cluster = "own.tomlx2"
+        framework = "trt"
+        routing_trace = "routing.npz"
+        execution = "eager"
+        slo = "ttft.p95=2s,tpot.mean=20ms"
+        dtype = "float8"
+        kv_dtype = "bfloat16"
+        prompt_len = "4:12"
+        num_running = { one = 3 }
+        """
+    )
+    found = read_experiment(path).projection
+    assert found == Projection(
+        cluster=f"{tmp_path}/own.tomlx2",
+        framework="trt",
+        routing_trace=f"{tmp_path}/routing.npz",
+        execution="eager",
+        slo="ttft.p95=2s,tpot.mean=20ms",
+        dtype="float8",
+        kv_dtype="bfloat16",
+        prompt_len="4:12",
+        num_running={"one": 3},
+    )
+    assert list(map(str, found.slos)) == ["TTFT p95 ≤ 2 s", "TPOT mean ≤ 20 ms"]
+    load = found.load(Workload(4, 8, 3))
+    assert load is not None
+    assert (str(load.prompt_len), str(load.output_len), load.batch) == ("4:12", "3", 4)
 
 
 def test_empty_file(error_of):

@@ -2,17 +2,17 @@
 
 import os
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from expertlane.cli import completion, output
 from expertlane.cli.help import Panel
-from expertlane.cli.model import find_model
+from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.modelled import cluster_option, framework_option, skew_option
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import MODEL_HELP, LaunchOptions, dtype_option, parse_list, trace_option
@@ -22,6 +22,7 @@ from expertlane.errors import CapacityError, MissingExtraError, UserError, namin
 from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_REPEAT, DEFAULT_SKEW, shown
+from expertlane.spec.slo import parse_slos
 
 if TYPE_CHECKING:
     from expertlane.compare.projection import ExperimentProjector
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from expertlane.results.results import Results
     from expertlane.results.step_record import StepRecord
     from expertlane.spec.experiment import Experiment
+    from expertlane.spec.projection import Projection
 
 _DEFAULT_EXPERIMENT = "paper-small"
 
@@ -96,13 +98,44 @@ class _Projection:
     cluster: str | None = cluster_option(None, "as many h100 as ranks")
     skew: float | None = skew_option()
     framework: str | None = framework_option()
+    slo: list[str] | None = typer.Option(
+        None,
+        metavar="SLO[,SLO…]",
+        rich_help_panel=Panel.MODELLED,
+        help="Latency objectives, a statistic and its limit each. For example: "
+        "ttft.p95=2s,tpot.mean=20ms. Each deployment runs as many sequences as they allow.",
+    )
 
     def __post_init__(self) -> None:
-        if self.project:
-            return
-        for name in ("cluster", "skew", "framework"):
-            if getattr(self, name) is not None:
-                raise UserError(f"--{name} needs a projection; add --project")
+        if not self.project and self.given:
+            name, *_ = self.given
+            raise UserError(f"--{name} needs a projection; add --project")
+        parse_slos(self.slo or ())
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that take precedence over an experiment's own."""
+        values = {
+            "cluster": self.cluster,
+            "skew": self.skew,
+            "framework": self.framework,
+            "slo": ",".join(self.slo) if self.slo else None,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def of(self, experiment: "Experiment", dtype: str | None) -> "Projection":
+        """The experiment's own projection, with what is given in its place."""
+        from expertlane.spec.projection import Projection
+
+        given = self.given | ({} if dtype is None else {"dtype": dtype})
+        if (own := experiment.projection) is None:
+            cluster = f"{DEFAULT_PROFILE}x{experiment.num_ranks}"
+            own = Projection(cluster=cluster, skew=DEFAULT_SKEW)
+        if "skew" in given:
+            given["routing_trace"] = None
+        if given:
+            given["num_running"] = {}
+        return replace(own, **given)
 
 
 @dataclass
@@ -219,8 +252,8 @@ def run(
             reason = str(error)
     for each in comparisons:
         assert each.projection is not None, "the first process projects"
-        output.print_message(f"expertlane: nothing is measured on this machine: {reason}")
         yield output.Found(replace(each.projection, not_measured=reason), each.folder)
+    output.print_message(f"expertlane: projected, and not measured on this machine: {reason}")
 
 
 def _why_only_projected(projection: _Projection) -> str | None:
@@ -254,21 +287,41 @@ def _projector(
     Raises:
         UserError: an unknown cluster, or one with too few devices.
     """
-    from expertlane.compare.projection import ExperimentProjector, usual_number_type
+    from expertlane.compare.projection import ExperimentProjector, Served, usual_number_type
+    from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.frameworks import served_cluster
-    from expertlane.cost.number_types import NumberTypes
-    from expertlane.results.asked import ProjectionAsked
+    from expertlane.cost.routing import choose_routing
+    from expertlane.plan.candidates import Goals
+    from expertlane.spec.projection import ProjectionAsked
+    from expertlane.spec.workload import check_lengths
 
-    name = options.cluster or f"{DEFAULT_PROFILE}x{experiment.num_ranks}"
-    cluster = served_cluster(name, options.framework)
-    if experiment.checkpoint is None:
-        types = NumberTypes.all_of(dtype or usual_number_type(cluster.profile))
-    else:
-        found = find_model(experiment.checkpoint, weights=False)
-        types = found.number_types(dtype, "model", cluster)
-    skew = DEFAULT_SKEW if options.skew is None else options.skew
-    asked = ProjectionAsked(cluster=name, framework=options.framework, skew=skew)
-    return ExperimentProjector(experiment, cluster, types, skew, asked)
+    asked = options.of(experiment, dtype)
+    is_own = experiment.projection is not None and not options.given
+    with naming("[projection]") if is_own else nullcontext():
+        cluster = served_cluster(asked.cluster, asked.framework)
+        model, skew, trace = experiment.model, asked.skew, asked.routing_trace
+        path = None if trace is None else Path(trace)
+        routing = choose_routing(model, path, skew, experiment.workload.seed)
+        load = asked.load(experiment.workload)
+        if load is not None:
+            check_lengths(load, model.max_position_embeddings)
+        if experiment.checkpoint is None:
+            found, usual = FoundModel(model.name, model, None), usual_number_type(cluster.profile)
+        else:
+            found, usual = find_model(experiment.checkpoint, weights=False), None
+        types = found.number_types(asked.dtype or usual, asked.kv_dtype, cluster)
+    served = Served(
+        routing, Goals.of(asked.slos), load, Execution(asked.execution), asked.num_running
+    )
+    on_cluster = ProjectionAsked(
+        cluster=asked.cluster,
+        framework=asked.framework,
+        skew=skew,
+        routing_trace=trace,
+        execution=asked.execution,
+    )
+    skew = DEFAULT_SKEW if skew is None else skew
+    return ExperimentProjector(experiment, cluster, types, skew, on_cluster, served)
 
 
 def _measure(
@@ -308,7 +361,7 @@ def _measure(
             on_trace = traces.__setitem__ if own.trace else None
             with output.progress_on_stderr() as progress, _telling_what_is_kept(each.folder):
                 results = run_comparison(
-                    each.experiment,
+                    replace(each.experiment, projection=None),
                     pool,
                     progress,
                     command=command,
@@ -397,6 +450,7 @@ def _comparisons(
                 name=output.slug(experiment.name, found.config.name),
                 model=found.config,
                 checkpoint=os.path.abspath(found.folder) if found.folder else None,
+                projection=_searched(experiment),
             )
     if own.only is not None:
         with naming(f"--only {own.only}"):
@@ -415,8 +469,15 @@ def _comparisons(
         part = f"top{k}" if len(top_ks) > 1 else ""
         own_call = call if call.out is None else replace(call, out=call.out / part)
         folder = own_call.folder(f"{experiment.name}-top{k}")
-        comparisons.append(_Comparison(replace(experiment, model=model), folder))
+        of_model = replace(experiment, model=model, projection=_searched(experiment))
+        comparisons.append(_Comparison(of_model, folder))
     return comparisons
+
+
+def _searched(experiment: "Experiment") -> "Projection | None":
+    """How it is projected, with numbers of sequences that are looked for again."""
+    own = experiment.projection
+    return None if own is None else replace(own, num_running={})
 
 
 def _dtype_of(comparisons: list[_Comparison], dtype: Dtype | None) -> str | None:

@@ -279,6 +279,19 @@ class PlannedLoad(SimulatedLoad):
         "p95 or p99. Deployments that miss one are left out.",
     )
 
+    @property
+    def limits(self) -> str | None:
+        """As one text."""
+        return ",".join(self.slo) if self.slo else None
+
+    def lengths(self, load: "Load") -> dict[str, str]:
+        """Lengths that vary, as an experiment's projection has them; else empty."""
+        if self.requests is not None:
+            return {"requests": str(self.requests)}
+        if not load.varies:
+            return {}
+        return {"prompt_len": str(load.prompt_len), "output_len": str(load.output_len)}
+
     def load(self, model: "ModelConfig") -> "Load":
         """What is served in the steady state; default lengths are cut to the model's positions.
 

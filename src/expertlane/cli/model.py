@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expertlane.cli.modelled import CacheType
 from expertlane.errors import UserError, require_extra
 from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.deployment import Deployment, Options
@@ -12,6 +11,7 @@ from expertlane.spec.from_hf import read_model
 from expertlane.spec.hf_config import Quantization, quantization_of, read_config
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.names import CacheType
 
 if TYPE_CHECKING:
     from expertlane.cost.laws.profile_file import ModelledCluster

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 
@@ -10,14 +10,11 @@ from expertlane.cli import completion
 from expertlane.cli.help import Panel
 from expertlane.cli.options import dtype_option
 from expertlane.errors import UserError, naming
-from expertlane.spec.names import Dtype
+from expertlane.spec.names import CacheType, GpuExecution, NumberType
 from expertlane.spec.ranges import DEFAULT_SKEW
 
 if TYPE_CHECKING:
     from expertlane.cost.multi_token import MultiToken
-
-CacheType = Literal["model", Dtype, "float8"]
-NumberType = Literal[Dtype, "float8", "nvfp4", "mxfp4"]
 
 
 def cluster_option(default: Any, show_default: bool | str = True, *, more: str = "") -> Any:
@@ -110,7 +107,7 @@ class ProjectionOptions:
     skew: float | None = skew_option()
     dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
     kv_dtype: CacheType = kv_dtype_option()
-    execution: Literal["graph", "eager"] = typer.Option(
+    execution: GpuExecution = typer.Option(
         "graph", help="Steps as CUDA graphs, or kernels launched one by one."
     )
     framework: str | None = framework_option()

@@ -4,7 +4,7 @@ import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 
@@ -22,6 +22,7 @@ from expertlane.spec.files import write_text
 from expertlane.spec.names import EngineName
 
 if TYPE_CHECKING:
+    from expertlane.cost.number_types import NumberTypes
     from expertlane.plan.commands import ServeTarget
 
 _EXPERIMENT = "experiment.toml"
@@ -108,8 +109,8 @@ def run(
     from expertlane.plan.project import Setting
     from expertlane.plan.results import make_plan
     from expertlane.plan.sizing import smallest_plan
-    from expertlane.results.asked import ProjectionAsked
     from expertlane.results.cost import with_costs
+    from expertlane.spec.projection import Projection, ProjectionAsked
 
     multi_token = drafts.multi_token()
     if multi_token.num_drafts and own.engine == "expertlane":
@@ -147,18 +148,19 @@ def run(
             cluster = f"{own.cluster.removesuffix(_AUTO)}x{plan.request.cluster.num_devices}"
         else:
             plan = make_plan(request, routing, progress, cautions)
+    on_cluster: dict[str, Any] = {
+        "cluster": cluster,
+        "framework": projection.framework,
+        "skew": projection.skew,
+        "routing_trace": None if routing_trace is None else str(routing_trace),
+        "execution": projection.execution,
+    }
     results = plan.results(
         command=call.command,
         loaded=_served(found),
         experiment=None if experiment is None else str(experiment),
         projection=ProjectionAsked(
-            cluster=cluster,
-            framework=projection.framework,
-            skew=projection.skew,
-            routing_trace=None if routing_trace is None else str(routing_trace),
-            execution=projection.execution,
-            mtp=drafts.mtp,
-            mtp_acceptance=drafts.mtp_acceptance,
+            **on_cluster, mtp=drafts.mtp, mtp_acceptance=drafts.mtp_acceptance
         ),
         fewer=fewer,
         load=load.question(asked),
@@ -171,9 +173,17 @@ def run(
         if experiment is None:
             return []
         written_by = f"Written by: {results.command}"
-        return [write_text(experiment, plan.experiment(name, checkpoint, written_by))]
+        own = on_cluster | load.lengths(asked) | _types(types) | {"slo": load.limits}
+        table = Projection(**own).located(Path.cwd())
+        return [write_text(experiment, plan.experiment(name, checkpoint, written_by, table))]
 
     return output.Found(results, folder, write_experiment)
+
+
+def _types(types: "NumberTypes") -> dict[str, str]:
+    """Number types as `--dtype` and `--kv-dtype` take them."""
+    kv_dtype = "model" if types.kv == types.activations else types.kv
+    return {"dtype": types.weights, "kv_dtype": kv_dtype}
 
 
 def _served(found: FoundModel) -> "ServeTarget":

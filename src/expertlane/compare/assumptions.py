@@ -205,11 +205,17 @@ def projected_assumptions(
     experiment: Experiment,
     cluster: ModelledCluster,
     types: NumberTypes,
-    skew: float,
+    routing: str,
     executions: Sequence[Execution],
     prefill: StepSize,
+    outputs: str,
 ) -> tuple[Assumption, ...]:
-    """The assumptions of a projection of the experiment."""
+    """The assumptions of a projection of the experiment.
+
+    Args:
+        routing: the experts that tokens choose, in words.
+        outputs: lengths of outputs of the whole workload, in words.
+    """
     kernels = kernels_of(cluster.profile)
     rows = [
         *_of_cluster(cluster),
@@ -229,11 +235,12 @@ def projected_assumptions(
         ),
         Assumption(
             "routing",
-            "uniform" if not skew else f"skewed: Zipf's law, exponent {skew:g}; balanced: uniform",
+            routing,
             "published traces are skewed, so that is the usual case and uniform the best one; "
             "experts are drawn per token, so balanced loads vary too",
             "--skew",
         ),
+        Assumption("outputs", outputs, "of the whole workload"),
         Assumption(
             "decode step",
             f"all {experiment.workload.num_sequences:,} sequences, one token each, all at the "

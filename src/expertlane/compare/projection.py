@@ -1,8 +1,9 @@
 """An experiment's deployments on a modelled cluster: what `compare --project` adds."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
+from typing import Any
 
 from expertlane.balance.placement_file import Placements
 from expertlane.compare.assumptions import projected_assumptions
@@ -12,7 +13,13 @@ from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.records import cluster_record, conditions_of, no_surer_than_known
-from expertlane.cost.routing import NUM_SAMPLED_LAYERS, PowerLawRouting, Traffic, placed
+from expertlane.cost.routing import (
+    PowerLawRouting,
+    RoutingChoice,
+    Traffic,
+    choose_routing,
+    placed,
+)
 from expertlane.errors import CapacityError, UserError
 from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.plan.candidates import Goals, PlanRequest, candidates_like
@@ -26,7 +33,6 @@ from expertlane.plan.results import candidate_record
 from expertlane.plan.simulated import evaluated
 from expertlane.plan.ties import Contender, contender
 from expertlane.progress import Progress, each_of
-from expertlane.results.asked import ProjectionAsked
 from expertlane.results.pair import choose_compared
 from expertlane.results.record import (
     EXPERIMENT,
@@ -37,11 +43,13 @@ from expertlane.results.record import (
     StepsRecord,
 )
 from expertlane.results.results import PlanSummary, Results, WorkloadVerdict
+from expertlane.results.serving_record import KEPT
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
-from expertlane.spec.workload import Workload
+from expertlane.spec.projection import ProjectionAsked
+from expertlane.spec.workload import Load, Workload
 
 CONTEXTS = (1, 128, 1024)  # and the prompt's length
 PREFILL_TOKENS = 512  # of a prompt in a prefill step
@@ -69,6 +77,22 @@ def check_has_law(deployment: Deployment) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Served:
+    """How deployments serve the whole workload.
+
+    Attributes:
+        load: lengths in place of the workload's.
+        num_running: by deployment, sequences to run at once; fewer where they miss a limit.
+    """
+
+    routing: RoutingChoice
+    goals: Goals = field(default_factory=Goals)
+    load: Load | None = None
+    execution: Execution = Execution.GRAPH
+    num_running: Mapping[str, int] = field(default_factory=dict)
+
+
 class ExperimentProjector:
     """Projects all deployments of an experiment.
 
@@ -77,6 +101,8 @@ class ExperimentProjector:
         skew: of the power law for skewed routing, the usual one; uniform routing, the best case, is
             projected too. 0 for uniform alone.
         asked: the options of all that; None where nobody simulates a deployment again.
+        served: None for routing by `skew`, without limits. Recorded routing is the usual one of
+            steps too.
 
     Raises:
         CapacityError: the cluster has too few devices, with both numbers.
@@ -89,6 +115,7 @@ class ExperimentProjector:
         types: NumberTypes,
         skew: float,
         asked: ProjectionAsked | None = None,
+        served: Served | None = None,
     ) -> None:
         self._experiment = experiment
         self._model = experiment.model
@@ -96,11 +123,17 @@ class ExperimentProjector:
         self._types = types
         self._skew = skew
         self._asked = asked
+        seed = experiment.workload.seed
+        self._served = served or Served(choose_routing(experiment.model, None, skew, seed))
         self._sources: dict[str, Traffic] = {}
         is_cpu = OVERHEAD_S in cluster.profile.terms
         gpu = [Execution.GRAPH, Execution.EAGER]
+        gpu.sort(key=lambda each: each is not self._served.execution)
         self._executions = [Execution.SERIAL] if is_cpu else gpu
         self._routings = ("skewed", "balanced") if skew else ("balanced",)
+        if not isinstance(self._served.routing.source, PowerLawRouting):
+            self._routings = ("recorded", "balanced")
+            self._sources["recorded"] = self._served.routing.source
         self._usual = self._conditions(self._executions[0], self._routings[0])  # those spoken of
         prompt_len = experiment.workload.prompt_len
         self._contexts = sorted({each for each in CONTEXTS if each < prompt_len} | {prompt_len})
@@ -133,17 +166,50 @@ class ExperimentProjector:
         results = Results.now(
             "comparison",
             command,
-            {"experiment": experiment, "skew": self._skew, "projection": self._asked},
+            {
+                "experiment": experiment.question,
+                "skew": self._skew,
+                "projection": self._asked,
+            }
+            | self._question,
             [*rows, *scaling],
             cluster=cluster_record(self._model, cluster, self._types),
             assumptions=projected_assumptions(
-                experiment, cluster, self._types, self._skew, self._executions, self._prefill_size
+                experiment,
+                cluster,
+                self._types,
+                self._routing_words,
+                self._executions,
+                self._prefill_size,
+                self._request(self._types).load_at(experiment.workload.num_sequences).outputs,
             ),
             plans=plans,
             context=context,
             workload=workload,
         )
         return no_surer_than_known(results, self._model, cluster.profile)
+
+    @property
+    def _question(self) -> dict[str, Any]:
+        """Limits and lengths, where there are any."""
+        goals, load, asked = self._served.goals, self._served.load, self._experiment.projection
+        found: dict[str, Any] = {} if goals == Goals() else asdict(goals)
+        if load is not None:
+            found["load"] = {
+                "prompt_len": str(load.prompt_len),
+                "output_len": str(load.output_len),
+                "requests": None if asked is None else asked.requests,
+            }
+        return found
+
+    @property
+    def _routing_words(self) -> str:
+        """The experts that tokens choose."""
+        if self._routings[0] == "recorded":
+            return f"{self._served.routing.words}; balanced: uniform"
+        if not self._skew:
+            return "uniform"
+        return f"skewed: Zipf's law, exponent {self._skew:g}; balanced: uniform"
 
     @property
     def _prefill_size(self) -> StepSize:
@@ -158,7 +224,9 @@ class ExperimentProjector:
         return conditions_of(self._model.num_experts_per_tok, execution, routing, self._types)
 
     def _types_of(self, deployment: Deployment) -> NumberTypes:
-        return NumberTypes.of_engine(self._types.weights, deployment.options)
+        types = NumberTypes.of_engine(self._types.weights, deployment.options)
+        own = deployment.options.kv_dtype
+        return replace(types, kv=self._types.kv) if own == "model" else types
 
     def _setting(self, types: NumberTypes, conditions: Conditions) -> Setting:
         routing = conditions.routing
@@ -290,29 +358,38 @@ class ExperimentProjector:
 
     def _request(self, types: NumberTypes) -> PlanRequest:
         """The whole workload under the usual conditions."""
-        routing = PowerLawRouting.of(
-            self._model, self._skew, self._experiment.workload.seed, NUM_SAMPLED_LAYERS
-        )
-        execution = Execution(self._usual.execution)
+        routing, execution = self._served.routing.source, Execution(self._usual.execution)
         setting = Setting(types, execution, routing, step_tokens=STEP_TOKENS)
-        return PlanRequest(self._model, self._cluster, self._experiment.workload, Goals(), setting)
+        workload, load = self._experiment.workload, self._served.load
+        return PlanRequest(self._model, self._cluster, workload, Goals(), setting, load=load)
 
     def _serve(self, rows: list[DeploymentRecord], progress: Progress) -> WorkloadVerdict | None:
-        """How each deployment serves the whole workload; the usual conditions come first."""
-        deployments = self._experiment.deployments
+        """How each deployment serves the whole workload; the usual conditions come first.
+
+        Those that miss a limit are compared only where all do.
+        """
+        deployments, served = self._experiment.deployments, self._served
+        goals, per_node = served.goals, self._cluster.profile.ranks_per_node
         contenders: dict[int, Contender] = {}
+        missing: dict[int, Contender] = {}
         for place, each in each_of(list(enumerate(deployments)), progress, "the whole workload"):
             request = self._request(self._types_of(each))
-            request = replace(request, setting=replace(request.setting, step_tokens=None))
-            per_node = self._cluster.profile.ranks_per_node
-            found = evaluated(request, candidates_like(each.layout, each.options, per_node))
-            if found is not None:
-                contenders[place] = contender(found, request.workload)
-                record = candidate_record(found, 0, EXPERIMENT, self._usual, request)
-                rows[place] = replace(
-                    rows[place], serving=record.serving, served_with=record.options
-                )
-        return _verdict(rows, contenders, self._experiment.workload)
+            setting = replace(request.setting, step_tokens=None)
+            request = replace(request, setting=setting, goals=goals)
+            candidates = candidates_like(each.layout, each.options, per_node)
+            found = evaluated(request, candidates, served.num_running.get(each.name))
+            if found is None:
+                continue
+            is_kept = found.served.breach(goals)[0] <= KEPT
+            (contenders if is_kept else missing)[place] = contender(found, request.workload)
+            record = candidate_record(found, 0, EXPERIMENT, self._usual, request)
+            (serving,) = record.serving
+            rows[place] = replace(
+                rows[place],
+                serving=(replace(serving, slos=found.served.slos or ()),),
+                served_with=record.options,
+            )
+        return _verdict(rows, contenders or missing, self._experiment.workload)
 
     def _plan(
         self, rows: list[DeploymentRecord], context: int, progress: Progress

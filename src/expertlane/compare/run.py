@@ -214,7 +214,7 @@ class _Measured:
         return Results.now(
             "comparison",
             command,
-            {"experiment": experiment},
+            {"experiment": experiment.question},
             self.records,
             torch_version=seen[0].torch_version,
             machine=machine,

@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
-from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.step.operation import Floats
 from expertlane.errors import CapacityError, SpecError
 from expertlane.memory import BLOCK_SIZE
 from expertlane.plan.project import Setting
+from expertlane.results.estimate import Estimate
 from expertlane.results.metrics import ServedRequest, serving_record
+from expertlane.results.serving_record import SLOResult
 from expertlane.spec.deployment import (
     CopyMethod,
     MicroBatchSchedule,
@@ -84,20 +85,20 @@ class Goals:
         ttft += [] if self.max_ttft_s is None else [self.max_ttft_s]
         return min(tpot, default=None), min(ttft, default=None)
 
-    def excess(
+    def results(
         self, tpot_s: Floats, ttft_s: Floats, served: Sequence[ServedRequest[Floats]]
-    ) -> float:
-        """The factor by which the worst limit is missed, by likely times.
+    ) -> tuple[SLOResult, ...]:
+        """What comes of all limits.
 
         Args:
             tpot_s, ttft_s: [3]; means.
             served: a sample.
         """
-        limits = (self.max_tpot_s, tpot_s), (self.max_ttft_s, ttft_s)
-        worst = [float(value[LIKELY]) / limit for limit, value in limits if limit is not None]
-        if self.slos:
-            worst += [each.excess for each in serving_record(served, self.slos).slos]
-        return max(worst, default=0.0)
+        means = {"tpot": tpot_s, "ttft": ttft_s}
+        of_means = self.all[: len(self.all) - len(self.slos)]
+        found = [SLOResult(each, Estimate.between(means[each.metric])) for each in of_means]
+        others = serving_record(served, self.slos).slos if self.slos else ()
+        return *found, *others
 
 
 @dataclass(frozen=True)

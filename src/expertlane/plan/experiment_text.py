@@ -1,14 +1,16 @@
 """The best deployments of a plan as an experiment file, for `expertlane compare`."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import MISSING, Field, asdict, fields, replace
 from typing import Any
 
 import tomli_w
 
 from expertlane.plan.candidates import Candidate, PlanRequest
+from expertlane.plan.screen import ScreenedCandidate
 from expertlane.spec.deployment import Options
 from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.projection import Projection
 from expertlane.spec.workload import Workload
 
 _REBALANCE_STEPS = 64  # often enough for a comparison, whose runs are short
@@ -18,8 +20,9 @@ def experiment_text(
     request: PlanRequest,
     name: str,
     checkpoint: str | None,
-    deployments: Sequence[Candidate],
+    deployments: Sequence[ScreenedCandidate],
     comment: str,
+    projection: Projection | None = None,
 ) -> str:
     """TOML; the first deployment is the baseline.
 
@@ -29,19 +32,51 @@ def experiment_text(
     Args:
         checkpoint: the model's folder; None for a preset, or a model by its sizes.
         comment: a line that begins the file.
+        projection: how the deployments were projected; their numbers of sequences are added.
     """
-    document = {
+    workload = request.workload
+    if request.rate is not None:  # no more than any deployment takes
+        workload = replace(workload, num_sequences=max(each.num_seqs for each in deployments))
+    runs = {_named(run): (run, each) for each in deployments for run in (_as_run(each.candidate),)}
+    document: dict[str, Any] = {
         "name": name,
         "seed": 0,
         "model": _model(request.model, checkpoint),
-        "workload": sizes_of(request.workload),
+        "workload": _given(workload),
         "cluster": {"ranks_per_node": request.cluster.profile.ranks_per_node},
         "deployments": [
-            {"name": _named(each), "layout": str(each.layout), **_given(each.options)}
-            for each in dict.fromkeys(map(_as_run, deployments))
+            {"name": called, "layout": str(run.layout), **_given(run.options)}
+            for called, (run, _) in runs.items()
         ],
     }
-    return f"# {comment}\n\n{tomli_w.dumps(document)}"
+    lines = [comment]
+    if projection is not None:
+        num_running = {
+            called: each.num_seqs
+            for called, (_, each) in runs.items()
+            if not _is_changed(each.candidate) and each.num_seqs < request.workload.num_sequences
+        }
+        document["projection"] = _given(replace(projection, num_running=num_running))
+        lines += _PROJECTED
+    if any(_is_changed(each.candidate) for each in deployments):
+        lines.append(_LEFT_OUT)
+    return "\n".join(f"# {line}" for line in lines) + f"\n\n{tomli_w.dumps(document)}"
+
+
+_PROJECTED = (
+    "[projection] is what the plan was made for: expertlane compare --project takes it, and gives",
+    "what the plan gives. num_running: sequences at once that the plan found within slo; without",
+    "it as many are looked for again. Where real ranks run, the table is not read.",
+)
+_LEFT_OUT = (
+    "Left out, as the engine does not run it: decode context parallelism, or drafts of multi-token "
+    "prediction; a projection differs from the plan's by that."
+)
+
+
+def _is_changed(candidate: Candidate) -> bool:
+    """Whether a deployment has what the engine does not run."""
+    return candidate.layout.dcp > 1 or candidate.num_drafts > 0
 
 
 def _as_run(candidate: Candidate) -> Candidate:
@@ -57,11 +92,6 @@ def _named(candidate: Candidate) -> str:
     return layout if options == "plain" else f"{layout}; {options}"
 
 
-def sizes_of(workload: Workload) -> dict[str, int]:
-    """A workload without a seed: a plan draws no prompt."""
-    return {key: num for key, num in asdict(workload).items() if key != "seed"}
-
-
 def _model(model: ModelConfig, checkpoint: str | None) -> dict[str, Any]:
     if checkpoint is not None:
         return {"checkpoint": checkpoint}
@@ -70,11 +100,18 @@ def _model(model: ModelConfig, checkpoint: str | None) -> dict[str, Any]:
     return _given(model)
 
 
-def _given(settings: ModelConfig | Options) -> dict[str, Any]:
+def _given(settings: ModelConfig | Options | Projection | Workload) -> dict[str, Any]:
     """The settings that are not the default."""
     values = asdict(settings)
     return {
         each.name: values[each.name]
         for each in fields(settings)
-        if each.default is MISSING or getattr(settings, each.name) != each.default
+        if getattr(settings, each.name) != _default(each)
     }
+
+
+def _default(setting: Field[Any]) -> Any:
+    """Its value where nothing is said; `MISSING` if it has none."""
+    if setting.default_factory is MISSING:
+        return setting.default
+    return setting.default_factory()

@@ -28,7 +28,6 @@ from expertlane.plan.throughput import ThroughputCurve
 from expertlane.plan.ties import Contender, Ranking, contender, pools_tps, pools_win, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress
-from expertlane.results.asked import ProjectionAsked
 from expertlane.results.break_even import BreakEven
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
@@ -52,6 +51,7 @@ from expertlane.results.results import (
 )
 from expertlane.results.serving_record import ServingRecord, is_carried, with_places
 from expertlane.spec.names import Phase
+from expertlane.spec.projection import Projection, ProjectionAsked
 
 _NUM_BEST = 8
 _NEARLY = 0.01  # of tokens a second
@@ -93,15 +93,23 @@ class Plan:
     @property
     def served(self) -> FewerDevices:
         """Concurrent requests, or requests/s of an open load, on the recommended deployment."""
-        chosen, pools = self.ranking.chosen, self.pools
+        chosen, pools = self.ranking.chosen, self._faster_pools
         curve, at_rate = chosen.finalist.served, chosen.at_rate
-        if isinstance(pools, TwoPools) and pools_win(pools, chosen, self.request.workload):
+        if pools is not None:
             curve, at_rate = pools.served, pools.at_rate
         num_devices, rate = self.request.cluster.num_devices, self.request.rate
         if rate is None:
             return FewerDevices(num_devices, int(curve.num_seqs[0]))
         most = float(curve.tps[LIKELY, 0]) / self.request.workload.output_len
         return FewerDevices(num_devices, int(curve.num_seqs[0]), most, is_carried(at_rate))
+
+    @property
+    def _faster_pools(self) -> TwoPools | None:
+        """Those that are recommended: faster than the best of one pool beyond the errors."""
+        pools, workload = self.pools, self.request.workload
+        if not isinstance(pools, TwoPools):
+            return None
+        return pools if pools_win(pools, self.ranking.chosen, workload) else None
 
     def results(
         self,
@@ -159,7 +167,13 @@ class Plan:
                 *pareto_records(found.options, _NUM_PARETO, self._conditions, request),
                 *([] if isinstance(self.pools, str) else self._two(self.pools)),
             ],
-            cluster=cluster_record(request.model, request.cluster, types),
+            cluster=cluster_record(
+                request.model,
+                request.cluster,
+                types,
+                has_two_pools=self._faster_pools is not None,
+                has_drafts=self.ranking.chosen.finalist.candidate.num_drafts > 0,
+            ),
             assumptions=_assumptions(request, self.routing),
             cautions=self.cautions,
             plans=(summary,),
@@ -211,18 +225,21 @@ class Plan:
             profile.devices_per_host or profile.ranks_per_node,
         )
 
-    def experiment(self, name: str, checkpoint: str | None, comment: str) -> str:
+    def experiment(
+        self, name: str, checkpoint: str | None, comment: str, projection: Projection | None = None
+    ) -> str:
         """#1 of one pool, and the best without EP that it is to be held against, as TOML.
 
         Args:
             checkpoint: the model's folder, if it has one.
             comment: a line that begins the file.
+            projection: what was asked for beside the model and the workload.
         """
-        winner = self.best
-        ranked = [each.finalist.candidate for each in self.ranking.contenders]
-        plain = [each for each in ranked if each.layout.ep == 1 and each != winner]
+        winner = self.ranking.chosen.finalist
+        ranked = [each.finalist for each in self.ranking.contenders]
+        plain = [each for each in ranked if each.candidate.layout.ep == 1 and each is not winner]
         compared = [*plain[:1], winner]
-        return experiment_text(self.request, name, checkpoint, compared, comment)
+        return experiment_text(self.request, name, checkpoint, compared, comment, projection)
 
     @property
     def _conditions(self) -> Conditions:
@@ -470,11 +487,11 @@ def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumpti
         *_of_prefixes(request),
         (
             "ranking",
-            "the few that may be the best are simulated request by request on one replica, outputs "
-            "drawn from 0.8 to 1.2 of their mean; a static formula screens all, and gives the "
-            "Pareto front",
+            "the few that may be the best are simulated request by request on one replica; a "
+            "static formula screens all, and gives the Pareto front",
             "",
         ),
+        ("outputs", request.load_at(num).outputs, "--output-len"),
         ("routing", routing.words, "--routing-trace, --skew"),
         (
             "placement of experts",

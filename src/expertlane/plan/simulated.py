@@ -142,9 +142,7 @@ def _rates(
         tps=rates.output_tps[::-1, None],
         tpot_s=rates.tpot_s[:, None],
         ttft_s=rates.ttft_s[:, None],
-        excess=None
-        if sample is None
-        else np.array([goals.excess(rates.tpot_s, rates.ttft_s, sample)]),
+        slos=None if sample is None else goals.results(rates.tpot_s, rates.ttft_s, sample),
     )
 
 
@@ -362,10 +360,15 @@ def _is_run(engine: Engine, request: PlanRequest, candidate: Candidate) -> bool:
     return engine.runs(candidate, request.model)
 
 
-def evaluated(request: PlanRequest, candidates: Sequence[Candidate]) -> Finalist | None:
+def evaluated(
+    request: PlanRequest, candidates: Sequence[Candidate], num_seqs: int | None = None
+) -> Finalist | None:
     """The best of some deployments, with as many sequences as serve the workload best.
 
     None where none of them holds a sequence.
+
+    Args:
+        num_seqs: that are to run at once; fewer where they do not fit, or miss a limit.
     """
     search = Search(request)
     options = fitting(search.screen(candidates=candidates))
@@ -374,7 +377,12 @@ def evaluated(request: PlanRequest, candidates: Sequence[Candidate]) -> Finalist
 
     run = partial(simulate, request=request)
     best = max(options, key=lambda each: each.within(request.goals)[1])
-    found = Trials(best, request, run, USUAL).settle(_GAIN, boldly=True)
+    num = None if num_seqs is None else min(num_seqs, best.most_seqs)
+    trials = Trials(best, request, run, USUAL, num)
+    trials.advance(_GAIN)
+    if num is None or not trials.tps:
+        trials.settle(_GAIN, boldly=True)
+    found = trials.best
     return None if found is None else search.finish(found.option).simulated(found.served)
 
 

@@ -21,6 +21,7 @@ from expertlane.cost.step.expected_counts import largest_normal
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.plan.candidates import Goals
 from expertlane.plan.stage_times import COMPUTE, IN_SERIES, LAUNCHES, MOVED, SLOWED
+from expertlane.results.serving_record import SLOResult
 from expertlane.spec.deployment import MicroBatchSchedule
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
@@ -182,14 +183,14 @@ class ThroughputCurve:
             one pool.
         ttft_s: [3, N]; from a prompt's arrival to its last step's end, or of two pools to the first
             step that decodes, with its waits; infinite where prefill takes all of the time.
-        excess: [N]; simulated: by what factor the worst limit is missed, those of percentiles too.
+        slos: simulated, at one number of sequences: what comes of all limits.
     """
 
     num_seqs: Ints
     tps: Floats
     tpot_s: Floats
     ttft_s: Floats
-    excess: Floats | None = None
+    slos: tuple[SLOResult, ...] | None = None
 
     def best(self, goals: Goals) -> int | None:
         """The place with most tokens a second among those that keep the goals; None if none."""
@@ -198,7 +199,9 @@ class ThroughputCurve:
 
     def breach(self, goals: Goals) -> Floats:
         """[N]; by what factor the worst limit is missed; 1 or less where all are kept."""
-        return breach(goals, self.tpot_s, self.ttft_s) if self.excess is None else self.excess
+        if self.slos is None:
+            return breach(goals, self.tpot_s, self.ttft_s)
+        return np.array([max((each.excess for each in self.slos), default=0.0)])
 
 
 def breach(goals: Goals, tpot_s: Floats, ttft_s: Floats) -> Floats:

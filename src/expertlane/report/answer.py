@@ -7,6 +7,7 @@ from dataclasses import replace
 from expertlane.report.compared import Comparison, Row
 from expertlane.report.difference import OTHER, difference_of
 from expertlane.report.document import Answer, Column, Figure, Table, Words, number, text
+from expertlane.report.loads import lengths_of
 from expertlane.report.numbers import (
     NONE,
     counted,
@@ -16,8 +17,8 @@ from expertlane.report.numbers import (
     signed,
     whole,
 )
-from expertlane.report.setup import foreign_load, how_judged
-from expertlane.report.speed import LOWER_OF_TWO, in_words
+from expertlane.report.setup import foreign_load, how_judged, limits_of
+from expertlane.report.speed import LOWER_OF_TWO, how_run
 from expertlane.report.verdict import (
     Verdict,
     headline,
@@ -30,6 +31,7 @@ from expertlane.report.verdict import (
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import StepsRecord
 from expertlane.results.results import Results
+from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.names import Cause, Phase, ProjectedCause
 
 _MOST_LINES, _FEWER_LINES = 16, 8  # of a table; of one that has another below it
@@ -111,11 +113,14 @@ def _clock(results: Results, own: Comparison) -> str:
 
 def _projected_setting(results: Results, modelled: Comparison) -> str:
     workload = results.question["experiment"]["workload"]
-    return (
-        f"{results.projected_for.name}, {in_words(modelled.conditions)}, "
-        f"{workload['num_sequences']:,} × {workload['prompt_len']:,} in / "
-        f"{workload['output_len']:,} out"
-    )
+    lengths = lengths_of(results.question.get("load") or {}, workload)
+    parts = [
+        results.projected_for.name,
+        how_run(modelled.conditions),
+        f"{workload['num_sequences']:,} × {lengths}",
+        *limits_of(results),
+    ]
+    return ", ".join(parts)
 
 
 def _of_workload(results: Results, modelled: Comparison) -> tuple[Words, ...]:
@@ -146,16 +151,31 @@ def _of_workload(results: Results, modelled: Comparison) -> tuple[Words, ...]:
         if (running := row.record.serving[0].num_running or 0) < modelled.num_seqs
     ]
     if held:
+        how = "run at once within the limits" if limits_of(results) else "fit in memory at once"
         notes.append(
-            f"Of {modelled.num_seqs:,} sequences, {', '.join(held)} fit in memory at once; "
-            "the others wait."
+            f"Of {modelled.num_seqs:,} sequences, {', '.join(held)} {how}; the others wait."
         )
+    notes += [
+        f"{row.name}, at {counted(serving.num_running or 0, 'sequence')}, misses {missed}."
+        for row in served
+        for serving in row.record.serving
+        if (missed := _missed(serving))
+    ]
     if modelled.compared:
         notes.append(f"rel: against {modelled.compared[1].name}.")
     notes.append("TPOT and TTFT: means, in ms.")
     if judged := judge(modelled):
         notes += rounding((judged.one, judged.other))
     return (*parts, " ".join(notes))
+
+
+def _missed(serving: ServingRecord) -> str:
+    """`TPOT mean ≤ 20 ms with 31 ms`; empty where all limits are met."""
+    return " and ".join(
+        f"{each.slo} with {milliseconds(each.value)} ms"
+        for each in serving.slos
+        if each.value is not None and not each.is_met
+    )
 
 
 def _short_in(cause: str) -> str:

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from expertlane.report.break_even import rival_of, what_would_change
@@ -43,7 +44,7 @@ from expertlane.report.planning import (
     versus,
     versus_column,
 )
-from expertlane.report.setup import cautions, how_judged, routing_of
+from expertlane.report.setup import cautions, how_judged, limits_of, routing_of
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     BEST,
@@ -54,8 +55,6 @@ from expertlane.results.record import (
     TieBreak,
 )
 from expertlane.results.results import FewerDevices, NoPools, Results
-from expertlane.spec.slo import SLO
-from expertlane.spec.tables import build
 
 _NO_POOLS: dict[NoPools, str] = {
     "no split": "the devices cannot be split",
@@ -79,7 +78,8 @@ _SHORTEST_NAME = 12
 def answer(results: Results) -> Answer:
     """At most 40 lines of 80 columns, whatever the names.
 
-    Rows that paragraphs name are in the table; a paragraph is dropped where they find no room.
+    Rows that tie, or that paragraphs name, are in the table; a paragraph is dropped where they find
+    no room.
     """
     setting, after = _setting(results), Figure("", _next(results))
     around = _around(results, (1,))  # what is not in the table is named at length
@@ -87,16 +87,21 @@ def answer(results: Results) -> Answer:
     num_taken = sum(map(_num_lines, said)) + len(after.lines)
     num_taken += 5 + len(around)  # blank lines, the table's head, and where the rest is
     table, of_rows = _table(results), _of_rows(results)
-    for first in range(1 + len(of_rows)):
+    for tied, first in product((_tied_rows(results), set[int]()), range(1 + len(of_rows))):
         told = of_rows[first:]
         room = _LINES - num_taken - sum(1 + _num_lines(words) for words, _ in told)
-        found = _fitting(table, room, {place for _, places in told for place in places})
+        found = _fitting(table, room, {place for _, places in told for place in places} | tied)
         if found is not None and (not told or len(found) >= min(_FEW, len(table.rows))):
             break
     shown, rows = found or (1,), _broken(table)
     fitting = replace(table, rows=tuple(rows[place - 1] for place in shown))
     words = [each for each, _ in told] + _around(results, shown)
     return Answer(setting, headline(results, shown), (fitting, *words, after))
+
+
+def _tied_rows(results: Results) -> set[int]:
+    """Rows, from 1, that tie for most tokens a second."""
+    return set(range(1, 1 + min(results.plans[0].num_tied, len(rows_of(results)))))
 
 
 def _all_rows(results: Results) -> Collection[int]:
@@ -211,17 +216,7 @@ def _setting(results: Results) -> str:
     only = [f"{each.title} {each.version}" for each in results.plans[0].engines]
     if results.plans[0].engine is None:
         only = []
-    return " | ".join([f"{name}{where}", *only, load, *_limits(results), "projected", *routing])
-
-
-def _limits(results: Results) -> list[str]:
-    """Those that were asked for, `TPOT ≤ 20 ms`."""
-    others = [str(build(SLO, each, "slos")) for each in results.question.get("slos", ())]
-    return others + [
-        f"{name} ≤ {1e3 * results.question[key]:g} ms"
-        for name, key in (("TPOT", "max_tpot_s"), ("TTFT", "max_ttft_s"))
-        if results.question.get(key) is not None
-    ]
+    return " | ".join([f"{name}{where}", *only, load, *limits_of(results), "projected", *routing])
 
 
 def headline(results: Results, shown: Collection[int] | None = None) -> str:
@@ -235,7 +230,7 @@ def headline(results: Results, shown: Collection[int] | None = None) -> str:
         return " ".join([*_devices(results), said, f"{_at_rate(results, chosen)}."])
     memory = chosen.pools[0].num_resident if chosen.pools else None
     is_full = memory is not None and (serving(chosen).num_running or 0) >= memory
-    by = " in memory" if is_full or not _has_limits(results) else " within the limits"
+    by = " in memory" if is_full or not limits_of(results) else " within the limits"
     waiting = places(serving(chosen), results.question["workload"]["num_sequences"], by)
     return " ".join([*_devices(results), said, *([f"It {waiting}."] if waiting else [])])
 
@@ -246,7 +241,7 @@ def _devices(results: Results) -> Iterator[str]:
     if fewer is None:
         return
     asked, rate = results.question["workload"]["num_sequences"], asked_rate(results)
-    within = " within the limits" if _has_limits(results) else ""
+    within = " within the limits" if limits_of(results) else ""
     devices = counted(num, device_of(results))
     load = f"all {asked:,} at once" if rate is None else f"{rate:g} requests/s"
     said = f"{devices} serve{'s' * (num == 1)} {load}{within}"
@@ -267,7 +262,7 @@ def _amount(fewer: FewerDevices) -> str:
 def _at_rate(results: Results, record: DeploymentRecord) -> str:
     """What comes of the open load that was asked for."""
     rate, found, most = asked_rate(results), as_asked(record), most_requests(results, record)
-    within = " within the limits" if _has_limits(results) else ""
+    within = " within the limits" if limits_of(results) else ""
     at_most = f"at most {figures(most)} ({low_high(most)}){within}"
     if found.ttft_s is None:
         return (
@@ -287,10 +282,6 @@ def _any_number(results: Results) -> str:
     return f"{cluster.name.removesuffix(str(cluster.num_devices))}auto"
 
 
-def _has_limits(results: Results) -> bool:
-    return bool(_limits(results))
-
-
 def _chosen(results: Results, shown: Collection[int] | None) -> str:
     """What to use, and by what it was chosen."""
     best, *others = of_role(results, BEST)
@@ -308,7 +299,7 @@ def _chosen(results: Results, shown: Collection[int] | None) -> str:
         return f"{said}. {tie}."
     if others and (shown is None or 2 in shown):
         return f"{said}; #2 is {versus(results, others[0])}."
-    found, keeps = results.plans[0], "meet the limits" if _limits(results) else "fit"
+    found, keeps = results.plans[0], "meet the limits" if limits_of(results) else "fit"
     num = found.num_candidates - found.num_too_large - found.num_over_limits
     if num > 1:
         return f"{said}, the most of {num:,} that {keeps}."
@@ -411,15 +402,25 @@ def _gaps(results: Results) -> Iterator[str]:
 def _two_pools(results: Results) -> str:
     together = next(iter(of_role(results, TWO_POOLS)), None)
     if together is None or together.over_best is None:
-        return f"Disaggregated: {_NO_POOLS[results.plans[0].no_two_pools or 'over limits']}."
+        why = results.plans[0].no_two_pools or "over limits"
+        is_of_limits = why != "over limits" or limits_of(results)
+        return f"Disaggregated: {_NO_POOLS[why] if is_of_limits else 'none serves the load'}."
     names = f", {_pools(results)}" if results.faster_pools is None else ""
     found, rate = as_asked(together), asked_rate(results)
-    at, queue = ("", " with the queue") if rate is None else (f"at {rate:g} requests/s ", "")
+    at, queue = "", f" with the queue (#1: {_ms(_queued(of_role(results, BEST)[0]))})"
+    if rate is not None:
+        at, queue = f"at {rate:g} requests/s ", ""
     return (
         f"Disaggregated{names}: {against(together.over_best, '#1')}, {at}TPOT "
         f"{_ms(mean_tpot(found))}, TTFT {_ms(mean_ttft(found))}{queue}, KV transfer "
         f"{milliseconds(serving(together).transfer_s or 0.0)} ms."
     )
+
+
+def _queued(record: DeploymentRecord) -> Estimate | None:
+    """Mean TTFT with the wait for a place."""
+    found, wait_s = ttft(record), serving(record).place_wait_s
+    return found if found is None or wait_s is None else Estimate(found.value + wait_s.value)
 
 
 def _pools(results: Results) -> str:
@@ -440,7 +441,7 @@ def _engines(results: Results, shown: Collection[int]) -> str:
     places = {named(rows[place - 1]): f"#{place}" for place in shown}
     by_best: dict[str, list[str]] = {}
     for each in engines:
-        best = "none meets the limits" if _has_limits(results) else "none fits"
+        best = "none that meets the limits" if limits_of(results) else "none that fits"
         if (record := each.best) is not None:
             where = record.name if each.pools else places.get(named(record))
             if not each.why:
@@ -475,6 +476,9 @@ def how_ranked(results: Results) -> Iterator[str]:
 def how_sure(results: Results) -> Iterator[str]:
     """How far off such projections were, and where most of the best one's time is not measured."""
     yield how_judged(results)
+    nearest = results.projected_for.nearest
+    if results.faster_pools is not None and nearest is not None and not nearest.has_two_pools:
+        yield "No such pools were measured."
     best = of_role(results, BEST)[0]
     if best.decode is None or best.prefill is None:
         return

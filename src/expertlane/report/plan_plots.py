@@ -10,7 +10,7 @@ from expertlane.report.document import Chart, Section
 from expertlane.report.loads import device_of
 from expertlane.report.numbers import figures, percent, times
 from expertlane.report.planning import explained, named, serving, tpot
-from expertlane.report.speed import in_words
+from expertlane.report.speed import how_run
 from expertlane.report.step_plots import PHASES, causes, fits, plot_section, timelines
 from expertlane.results.record import BEST, FAMILY, PARETO, TWO_POOLS, DeploymentRecord
 from expertlane.results.results import Results
@@ -120,7 +120,7 @@ def front_chart(
         title,
         [*_front_dots(front), *own, *others],
         note=f"Decode only, at {compared.context:,} tokens of context, "
-        f"{in_words(compared.conditions)}. The front is screened. Others: the experiment's, "
+        f"{how_run(compared.conditions)}. The front is screened. Others: the experiment's, "
         f"each with all {compared.num_seqs:,} sequences.{note}",
     )
 

@@ -17,6 +17,8 @@ from expertlane.report.numbers import (
 from expertlane.results.hardware import Machine
 from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source
 from expertlane.results.results import FOREIGN_LOAD, Assumption, Results
+from expertlane.spec.slo import SLO
+from expertlane.spec.tables import build
 
 _NAME_COLUMNS = 36  # of a file's name
 
@@ -77,6 +79,16 @@ def how_judged(results: Results) -> str:
 def _within(factor: float) -> str:
     """`±18%`, or `a factor of 3.3` where that is more."""
     return f"±{percent(factor - 1)}" if factor < 2 else f"a factor of {factor:.3g}"
+
+
+def limits_of(results: Results) -> list[str]:
+    """Those that were asked for, `TPOT ≤ 20 ms`."""
+    others = [str(build(SLO, each, "slos")) for each in results.question.get("slos", ())]
+    return others + [
+        f"{name} ≤ {1e3 * results.question[key]:g} ms"
+        for name, key in (("TPOT", "max_tpot_s"), ("TTFT", "max_ttft_s"))
+        if results.question.get(key) is not None
+    ]
 
 
 def routing_of(conditions: Conditions) -> str:

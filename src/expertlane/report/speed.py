@@ -196,7 +196,12 @@ def in_words(conditions: Conditions | None) -> str:
     """`top-2, graph, balanced`."""
     if conditions is None:
         return ""
-    return f"top-{conditions.top_k}, {conditions.execution}, {conditions.routing}"
+    return f"top-{conditions.top_k}, {how_run(conditions)}"
+
+
+def how_run(conditions: Conditions | None) -> str:
+    """`graph, balanced`."""
+    return "" if conditions is None else f"{conditions.execution}, {conditions.routing}"
 
 
 def by_context(comparison: Comparison) -> Section:
@@ -285,8 +290,7 @@ def _conditions(
 ) -> Table:
     def under(comparison: Comparison) -> Column[Row]:
         rows = {row.number: row for row in comparison.rows}
-        words = in_words(comparison.conditions).partition(", ")[2]
-        return number(words, lambda row: get(rows[row.number]), show)
+        return number(how_run(comparison.conditions), lambda row: get(rows[row.number]), show)
 
     named = NAMED if show is milliseconds or show is figures else NAMED[:1]
     return Table.of(title, (*named, *map(under, of_all)), of_all[0].rows)

@@ -144,13 +144,17 @@ def workload_headline(results: Results, modelled: Comparison) -> str | None:
     if found is None:
         return None
     where = f"over the whole workload, projected for {results.projected_for.name}"
+    all_served = {row.name: row.record.serving[0] for row in modelled.rows if row.record.serving}
+    served = all_served[found.name]
+    none = "" if served.keeps_slos else "No deployment meets the limits: "
     if found.over:
         one, *others = modelled.compared
         against = [Factor(_called(modelled, each), found.over[each.name]) for each in others]
-        return sentence(one.name, against[::-1], where)
-    (served,) = (row.record.serving[0] for row in modelled.rows if row.record.serving)
-    alone = "no other one fits" if len(modelled.rows) > 1 else "nothing to compare it with"
-    return (
+        return none + sentence(one.name, against[::-1], where)
+    alone = "no other one meets the limits" if len(all_served) > 1 else "no other one fits"
+    if len(modelled.rows) == 1:
+        alone = "nothing to compare it with"
+    return none + (
         f"{found.name} alone: {figures(served.output_tps)} tokens/s "
         f"({low_high(served.output_tps)}), {where}; {alone}."
     )

@@ -10,10 +10,10 @@ from itertools import product
 from typing import Annotated, Any, ClassVar
 
 from expertlane.errors import UserError, naming
-from expertlane.results.asked import ProjectionAsked
 from expertlane.results.record import BEST, EXPERIMENT, PARETO, DeploymentRecord
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase
+from expertlane.spec.projection import ProjectionAsked
 from expertlane.spec.ranges import Strict, Valid, shown, take_fields
 from expertlane.spec.slo import SLO
 from expertlane.spec.tables import build
@@ -77,6 +77,10 @@ class _OfComparison(_Question):
     experiment: _Experiment
     skew: float | None = None
     projection: ProjectionAsked | None = None
+    load: _Lengths | None = None
+    max_tpot_s: _Seconds | None = None
+    max_ttft_s: _Seconds | None = None
+    slos: tuple[SLO, ...] = ()
     traffic: bool = False
 
 

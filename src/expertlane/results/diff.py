@@ -26,6 +26,17 @@ _AS_SCREENED = {FAMILY, PARETO}  # of plans: the same deployments once more, les
 _LEADING: tuple[Source, ...] = ("virtual", "measured", "projected")
 _ORDERS = 20  # of all repetitions; two of them have those of A on one side of those of B
 _SAME = 1e-6  # a relative change that comes of rounding
+_LEAST = 1e-3  # smaller ones are never significant
+# How to get two results of one kind.
+_ALIKE: dict[frozenset[str], str] = {
+    frozenset(("plan", "comparison")): (
+        "expertlane compare --project with the plan's experiment.toml gives a comparison"
+    ),
+    frozenset(("plan", "simulation")): "expertlane simulate --plan RESULTS#ROW gives a simulation",
+    frozenset(("comparison", "simulation")): (
+        "of a projection, expertlane simulate --plan RESULTS#ROW gives a simulation"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -150,9 +161,10 @@ def difference(
         UserError: they are of different commands, or have nothing in common.
     """
     if first.kind != second.kind:
+        alike = _ALIKE.get(frozenset((first.kind, second.kind)), "")
         raise UserError(
             f"{names[0]} is of a {first.kind} and {names[1]} of a {second.kind}; "
-            "give two of the same command"
+            f"give two of the same command{alike and ': '}{alike}"
         )
     changes = list(_changes(first, second))
     both = {each.source for each in changes if each.before is not None and each.after is not None}
@@ -284,7 +296,8 @@ def _metrics(first: DeploymentRecord | None, second: DeploymentRecord | None) ->
         key, name, metrics = _steps, _where, _OF_STEPS
         parts = [() if each is None else each.steps for each in records]
     for before, after in _pairs(parts[0], parts[1], key):
-        where = name(before or after)
+        both = [name(each) for each in (before, after) if each is not None]
+        where = " → ".join(dict.fromkeys(both))
         for metric, get in metrics:
             values = [None if each is None else get(each) for each in (before, after)]
             known = [each if each is not None and each.value > 0 else None for each in values]
@@ -300,8 +313,10 @@ def _num_runs(record: StepsRecord | ServingRecord | None) -> int:
 def _load(record: ServingRecord) -> str:
     if record.rate is not None:
         return f"{record.rate:g} req/s"
-    size = record.batch if record.batch is not None else record.num_running
-    return "all requests" if size is None else f"batch {size:,}"
+    if record.batch is not None:
+        return f"batch {record.batch:,}"
+    num = record.num_running  # as many as the limits, or memory, allow
+    return "all requests" if num is None else f"{num:,} at once"
 
 
 def _steps(record: StepsRecord) -> Hashable:
@@ -357,7 +372,7 @@ def _change(deployment: str, source: Source, metric: _Metric, shared: bool) -> C
     verdict: Verdict
     if abs(ratio.value - 1) <= _SAME:
         verdict = "identical"
-    elif low - _SAME <= 1 <= high + _SAME:
+    elif abs(ratio.value - 1) < _LEAST or low - _SAME <= 1 <= high + _SAME:
         verdict = "not significant"
     else:
         verdict = "faster" if gain > 0 else "slower"

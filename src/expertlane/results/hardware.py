@@ -130,6 +130,11 @@ class KnownError(Strict):
     ttft_what: str = ""
     ttft: float = 1.0
 
+    @property
+    def has_two_pools(self) -> bool:
+        """Whether the nearest kind has pools for prefill and decode."""
+        return "disaggregated" in self.what
+
 
 @dataclass(frozen=True)
 class Cluster(Strict):

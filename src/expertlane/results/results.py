@@ -225,7 +225,8 @@ class Results(Strict):
         command: how a user repeats it.
         created: ISO 8601, UTC.
         question: what was asked for. comparison: `experiment` (model, workload, seed, cluster and
-            deployments), `skew` of its projection, `projection` as `ProjectionAsked` has it, and
+            deployments), `skew` of its projection, `projection` as `ProjectionAsked` has it, limits
+            and `load` as a plan's where there are any, and
             `traffic` where each deployment's is to be shown in detail; simulation: `model`,
             `workload`, `serving`; plan: `model`, `workload` (means), `load` (lengths and a rate, as
             asked for), `projection`, `max_tpot_s`, `max_ttft_s`, and `slos` of other statistics;

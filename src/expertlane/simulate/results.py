@@ -317,7 +317,7 @@ def _assumptions(simulator: Simulator, routing: RoutingChoice) -> tuple[Assumpti
             "--prefix-len, --requests",
             "free blocks of the cache keep prefixes",
         ),
-        ("outputs", "full length", "--output-len", "no early end of sequence"),
+        ("outputs", simulator.load.outputs, "--output-len", "no early end of sequence"),
         (
             "scheduler overhead",
             f"{1e3 * cluster.profile.terms[DRIVER_S].value:.3g} ms",

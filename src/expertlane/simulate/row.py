@@ -8,7 +8,6 @@ from typing import Any
 
 from expertlane.errors import UserError, naming
 from expertlane.results import file
-from expertlane.results.asked import ProjectionAsked
 from expertlane.results.record import (
     BEST,
     DECODE_POOL,
@@ -21,6 +20,7 @@ from expertlane.results.results import Results
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.projection import ProjectionAsked
 from expertlane.spec.ranges import shown
 from expertlane.spec.slo import SLO
 from expertlane.spec.tables import build

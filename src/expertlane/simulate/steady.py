@@ -152,6 +152,8 @@ class _Stretch:
             self._load, self._multi_token, self._precision, self._new_prompts(), seed
         )
         self._mean_steps = self._draws.lengths.mean_steps
+        # The first token is of the pool for prompts, where there is one.
+        self._decodes = max(self._mean_steps - (len(simulator.setup.pools) > 1), 1.0)
         self._prefill_rate = self._prompt_s = 0.0
         self._step_s: Floats = np.zeros(len(BOUNDS))
         self._known = {} if known is None else known
@@ -263,7 +265,7 @@ class _Stretch:
         Step time is taken to be linear in their number.
         """
         first_s = self._step_s = self._decode_step_s(pool, most)
-        rate = self._prefill_rate * self._mean_steps
+        rate = self._prefill_rate * self._decodes
         fed = round(rate * float(first_s[LIKELY]))
         if fed >= (1 - _SAME_RUNNING) * most:
             return most
@@ -392,7 +394,7 @@ class _Stretch:
         steps_of_bounds = 1 + (mean_output - 1) / self._multi_token.tokens_bounds
         factors = spread * steps_of_bounds / steps_of_bounds[LIKELY]
         seconds = stretch.seconds * factors
-        requests_per_s = stretch.num_tokens / self._mean_steps / seconds
+        requests_per_s = stretch.num_tokens / self._decodes / seconds
         if self._batch is not None:
             self._queue(served[watch.num_running : self._batch], requests_per_s)
         num_waiting = watch.waited_s(served) / (watch.end_s - watch.begin_s)
@@ -406,7 +408,7 @@ class _Stretch:
             num_decoding = np.maximum(self._batch - num_waiting, 0.0)
             tpot_s = num_decoding / (requests_per_s * further)
         sample = self._sampled(served, watch, tpot_s)
-        tokens = stretch.num_tokens * (1 - 1 / self._mean_steps)
+        tokens = stretch.num_tokens * (self._mean_steps - 1) / self._decodes
         tokens *= self._multi_token.tokens_per_step
         is_overloaded = self._simulator.load.rate is not None and self._rate is None
         rates = Rates(

@@ -13,6 +13,7 @@ from expertlane.spec.files import CONFIG_BYTES, read_toml
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.projection import Projection
 from expertlane.spec.ranges import Strict, take_fields
 from expertlane.spec.tables import build, check_keys, field_names, nearest, shown_json
 from expertlane.spec.workload import Workload
@@ -44,6 +45,7 @@ class Experiment:
             the last deployment is shown.
         seed: of the model's weights, where they come from no checkpoint.
         checkpoint: the folder the weights are in; None for seeded ones.
+        projection: how it is projected; None where the file does not say.
 
     Raises:
         SpecError: a seed out of its range, no deployment, a name or a scaling size given twice, or
@@ -58,6 +60,7 @@ class Experiment:
     cluster: Cluster = field(default_factory=Cluster)
     seed: int = 0
     checkpoint: str | None = None
+    projection: Projection | None = None
 
     def __post_init__(self) -> None:
         take_fields(self)
@@ -83,6 +86,11 @@ class Experiment:
     def num_ranks(self) -> int:
         """Ranks of the largest deployment."""
         return max(deployment.layout.world_size for deployment in self.deployments + self.scaling)
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """All but how it is projected, as results have it."""
+        return {name: each for name, each in asdict(self).items() if name != "projection"}
 
     def only(self, names: str) -> "Experiment":
         """With these deployments alone, and no layouts of scaling.
@@ -127,7 +135,7 @@ def _plain(name: str) -> str:
     return " ".join(name.replace("×", "x").lower().split())
 
 
-_TABLES = ("model", "workload", "cluster")
+_TABLES = ("model", "workload", "cluster", "projection")
 _ARRAYS = ("deployments", "scaling")
 _BESIDE_CHECKPOINT = "num_experts_per_tok"  # the one value of a checkpoint's that can be changed
 
@@ -226,7 +234,17 @@ def _experiment(document: dict[str, Any], base: Path, find: FindCheckpoint) -> E
         cluster=build(Cluster, document.get("cluster", {}), "[cluster]"),
         deployments=_deployments(document, "deployments", base),
         scaling=_deployments(document, "scaling", base),
+        projection=_projection(document, base),
     )
+
+
+def _projection(document: dict[str, Any], base: Path) -> Projection | None:
+    if "projection" not in document:
+        return None
+    found = build(Projection, document["projection"], "[projection]")
+    names = [each.get("name") for each in document.get("deployments", [])]
+    check_keys(found.num_running, names, "[projection.num_running]")
+    return found.located(base)
 
 
 def _model(

@@ -5,6 +5,11 @@ from typing import Literal
 
 Dtype = Literal["float32", "bfloat16", "float16"]  # of weights and activations
 
+# Of a projection: types of weights and of keys and values, and how a GPU's kernels are launched.
+NumberType = Literal[Dtype, "float8", "nvfp4", "mxfp4"]
+CacheType = Literal["model", Dtype, "float8"]
+GpuExecution = Literal["graph", "eager"]
+
 # Of instructions that our CPU kernels are compiled for; `ops/build.py` says what each has.
 CpuIsa = Literal["baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"]
 

@@ -39,29 +39,32 @@ class SLO(Strict):
         return f"{self.metric}.{self.statistic}"
 
 
-def parse_slos(texts: Iterable[str]) -> tuple[SLO, ...]:
+def parse_slos(texts: Iterable[str], option: str = "--slo") -> tuple[SLO, ...]:
     """Read `ttft.p95=500ms,tpot.mean=20ms`, each text with one objective or several.
+
+    Args:
+        option: what a message calls them.
 
     Raises:
         UserError: one is malformed, or given twice.
     """
     found: dict[str, SLO] = {}
     for part in (part for text in texts for part in text.split(",")):
-        slo = _parse(part.strip())
+        slo = _parse(part.strip(), option)
         if slo.name in found:
-            raise UserError(f"--slo: {slo.name} is given twice")
+            raise UserError(f"{option}: {slo.name} is given twice")
         found[slo.name] = slo
     return tuple(found.values())
 
 
-def _parse(text: str) -> SLO:
+def _parse(text: str, option: str) -> SLO:
     name, _, limit = text.partition("=")
     metric, _, statistic = (part.strip() for part in name.lower().partition("."))
     statistic = "median" if statistic == "p50" else statistic
     if not statistic and metric in get_args(LatencyMetric):
         first, *others = (f".{each}" for each in get_args(Statistic))
         raise UserError(
-            f"--slo is {shown(text)}: of which statistic? write "
+            f"{option} is {shown(text)}: of which statistic? write "
             f"{metric}{first}={limit.strip()}, or {', '.join(others)}"
         )
     for what, word, valid in (
@@ -70,7 +73,7 @@ def _parse(text: str) -> SLO:
     ):
         if word not in valid:
             raise UserError(
-                f"--slo is {shown(text)}: no {what} is called {shown(word)}; valid: "
+                f"{option} is {shown(text)}: no {what} is called {shown(word)}; valid: "
                 f"{', '.join(valid)}; an example: {_EXAMPLE}"
             )
     limit, allowed = limit.strip().lower(), RANGES["limit_s"]
@@ -78,7 +81,7 @@ def _parse(text: str) -> SLO:
     number = None if unit is None else allowed.parse(limit.removesuffix(unit))
     if unit is None or number is None:
         raise UserError(
-            f"--slo is {shown(text)}: the limit must be {allowed}, with its unit, ms or s; an "
+            f"{option} is {shown(text)}: the limit must be {allowed}, with its unit, ms or s; an "
             f"example: {_EXAMPLE}"
         )
     return SLO(metric, statistic, number * _UNITS_S[unit])  # type: ignore[arg-type]

@@ -237,6 +237,19 @@ class Load:
         return replace(self, output_len=LengthRange(low - away, high + away))
 
     @property
+    def outputs(self) -> str:
+        """Lengths of outputs in words, and why those of one mean differ."""
+        low, high = self.output_len.low, self.output_len.high
+        if self.recorded:
+            return "as recorded"
+        if low == high:
+            return f"{low:,} tokens each"
+        return (
+            f"drawn from {low:,} to {high:,} tokens: requests of equal length would stay in step, "
+            "and end together"
+        )
+
+    @property
     def has_prefixes(self) -> bool:
         """Whether it is known which prompts begin alike."""
         return self.prefix_len > 0 or self._has_hash_ids

@@ -1,0 +1,138 @@
+"""How deployments are projected: a command's options, and an experiment's table `[projection]`."""
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from expertlane.errors import SpecError, naming
+from expertlane.spec.names import CacheType, GpuExecution, NumberType
+from expertlane.spec.ranges import RANGES, Strict, shown, take
+from expertlane.spec.slo import SLO, parse_slos
+from expertlane.spec.workload import LengthRange, Load, Workload
+
+_PATHS = "routing_trace", "requests"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnCluster(Strict):
+    """A modelled cluster, and what its profile does not say.
+
+    Attributes:
+        skew: None for the default with its bounds.
+        routing_trace: path of the file.
+    """
+
+    cluster: str
+    framework: str | None = None
+    skew: float | None = None
+    routing_trace: str | None = None
+    execution: GpuExecution = "graph"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionAsked(_OnCluster):
+    """Options of a projection beside its workload, as on the command line.
+
+    Attributes:
+        mtp: draft tokens per step.
+    """
+
+    mtp: int = 0
+    mtp_acceptance: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection(_OnCluster):
+    """How an experiment is projected; where it is measured, nobody reads this.
+
+    Attributes:
+        slo: limits, as `--slo` takes them.
+        dtype: of weights; None for the checkpoint's own.
+        kv_dtype: of keys and values.
+        prompt_len, output_len: lengths in place of the workload's, as `--prompt-len` takes them.
+        requests: path of recorded requests, whose lengths are taken.
+        num_running: by deployment, sequences to run at once, over the whole system; fewer where
+            they miss a limit. Others run as many as the limits allow.
+
+    Raises:
+        UserError: a value is out of its range, or two exclude each other.
+    """
+
+    slo: str | None = None
+    dtype: NumberType | None = None
+    kv_dtype: CacheType = "model"
+    prompt_len: str | None = None
+    output_len: str | None = None
+    requests: str | None = None
+    num_running: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        with naming("projection"):
+            self._check()
+
+    def _check(self) -> None:
+        if self.skew is not None:
+            take("skew", self.skew)
+        if self.skew is not None and self.routing_trace is not None:
+            raise SpecError("skew and routing_trace exclude each other")
+        if self.requests is not None and (self.prompt_len or self.output_len):
+            raise SpecError("requests has lengths; leave out prompt_len and output_len")
+        for name in ("prompt_len", "output_len"):
+            self._range(name, 1)
+        for name, num in self.num_running.items():
+            take("num_sequences", num, f"num_running of {name!r}")
+        _ = self.slos
+
+    @property
+    def slos(self) -> tuple[SLO, ...]:
+        """The limits."""
+        return () if self.slo is None else parse_slos([self.slo], "slo")
+
+    def _range(self, name: str, mean: int) -> LengthRange:
+        """A length that is given, else the workload's.
+
+        Raises:
+            SpecError: it is no length.
+        """
+        text = getattr(self, name)
+        found = LengthRange(mean, mean) if text is None else LengthRange.parse(name, text)
+        if found is None:
+            raise SpecError(
+                f"{name} is {shown(text)}; it must be {RANGES[name]}, or two, the lower one "
+                'first: "32:512"'
+            )
+        return found
+
+    def load(self, workload: Workload) -> Load | None:
+        """The lengths that are served in a closed loop; None for those of the workload.
+
+        Raises:
+            UserError: the file of requests cannot be read, or has fewer than sequences.
+        """
+        num = workload.num_sequences
+        if self.requests is not None:
+            from expertlane.spec.request_file import read_requests
+
+            recorded = read_requests(Path(self.requests))
+            if len(recorded) < num:
+                raise SpecError(
+                    f"{self.requests} gives {len(recorded):,} requests, fewer than the workload's "
+                    f"{num:,} sequences"
+                )
+            return Load.of(recorded, num).of_lengths()
+        if self.prompt_len is None and self.output_len is None:
+            return None
+        prompt = self._range("prompt_len", workload.prompt_len)
+        return Load(num, prompt, self._range("output_len", workload.output_len), num)
+
+    def located(self, base: Path) -> "Projection":
+        """With absolute paths; `base` is where relative ones begin."""
+        paths = {
+            name: os.path.abspath(base / path)
+            for name in _PATHS
+            if (path := getattr(self, name)) is not None
+        }
+        profile, mark, count = self.cluster.rpartition("x")
+        if profile.endswith(".toml"):
+            paths["cluster"] = f"{os.path.abspath(base / profile)}{mark}{count}"
+        return replace(self, **paths)
