@@ -332,7 +332,9 @@ def limit_of(asked, metric, share):
 
 
 @pytest.mark.smoke(1)
-@pytest.mark.parametrize("case", ["limit", "lengths", "requests", "routing", "types", "percentile"])
+@pytest.mark.parametrize(
+    "case", ["limit", "lengths", "requests", "prefixes", "routing", "types", "percentile"]
+)
 def test_compare_takes_the_experiment_of_a_plan(case, tmp_path, monkeypatch):
     """Its table says all that was asked for: no option is needed, and no row differs."""
     monkeypatch.chdir(tmp_path)
@@ -348,6 +350,8 @@ def test_compare_takes_the_experiment_of_a_plan(case, tmp_path, monkeypatch):
             for name in ("prompt_len", "output_len"):
                 del asked[name]
             asked["requests"] = recorded_requests(tmp_path).name
+        case "prefixes":
+            asked |= {"prompt_len": 160, "prefix_len": 96, "num_prefixes": 3}
         case "routing":
             asked |= {"model": "paper-tiny", "cluster": "h100x4", "skew": None}
             asked["routing_trace"] = recorded_routing(tmp_path).name
@@ -369,6 +373,8 @@ def test_compare_takes_the_experiment_of_a_plan(case, tmp_path, monkeypatch):
     assert [each.serving[0].num_running for each in found] == [
         each.serving[0].num_running for each in rows
     ]
+    if case == "prefixes":
+        assert "160 in (96 shared) / " in " ".join(Results.of(projected).answer.split())
     if case == "limit":
         assert all(slo.is_met for each in found for slo in each.serving[0].slos)
         assert found[-1].serving[0].num_running < asked["batch"]

@@ -284,13 +284,14 @@ class PlannedLoad(SimulatedLoad):
         """As one text."""
         return ",".join(self.slo) if self.slo else None
 
-    def lengths(self, load: "Load") -> dict[str, str]:
-        """Lengths that vary, as an experiment's projection has them; else empty."""
+    def lengths(self, load: "Load") -> dict[str, Any]:
+        """Lengths that vary and shared prefixes, as an experiment's projection has them."""
         if self.requests is not None:
             return {"requests": str(self.requests)}
+        shared = self._shared(load.prompt_len)
         if not load.varies:
-            return {}
-        return {"prompt_len": str(load.prompt_len), "output_len": str(load.output_len)}
+            return shared
+        return {"prompt_len": str(load.prompt_len), "output_len": str(load.output_len)} | shared
 
     def load(self, model: "ModelConfig") -> "Load":
         """What is served in the steady state; default lengths are cut to the model's positions.

@@ -200,6 +200,11 @@ class ExperimentProjector:
                 "output_len": str(load.output_len),
                 "requests": None if asked is None else asked.requests,
             }
+            if load.prefix_len:
+                found["load"] |= {
+                    "prefix_len": load.prefix_len,
+                    "num_prefixes": load.num_prefixes,
+                }
         return found
 
     @property

@@ -51,6 +51,7 @@ class Projection(_OnCluster):
         kv_dtype: of keys and values.
         prompt_len, output_len: lengths in place of the workload's, as `--prompt-len` takes them.
         requests: path of recorded requests, whose lengths are taken.
+        prefix_len, num_prefixes: beginnings that prompts share, as `--prefix-len` takes them.
         num_running: by deployment, sequences to run at once, over the whole system; fewer where
             they miss a limit. Others run as many as the limits allow.
 
@@ -64,6 +65,8 @@ class Projection(_OnCluster):
     prompt_len: str | None = None
     output_len: str | None = None
     requests: str | None = None
+    prefix_len: int = 0
+    num_prefixes: int = 1
     num_running: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -75,8 +78,8 @@ class Projection(_OnCluster):
             take("skew", self.skew)
         if self.skew is not None and self.routing_trace is not None:
             raise SpecError("skew and routing_trace exclude each other")
-        if self.requests is not None and (self.prompt_len or self.output_len):
-            raise SpecError("requests has lengths; leave out prompt_len and output_len")
+        if self.requests is not None and (self.prompt_len or self.output_len or self.prefix_len):
+            raise SpecError("requests has lengths; leave out prompt_len, output_len and prefix_len")
         for name in ("prompt_len", "output_len"):
             self._range(name, 1)
         for name, num in self.num_running.items():
@@ -120,10 +123,13 @@ class Projection(_OnCluster):
                     f"{num:,} sequences"
                 )
             return Load.of(recorded, num).of_lengths()
-        if self.prompt_len is None and self.output_len is None:
+        if self.prompt_len is None and self.output_len is None and not self.prefix_len:
             return None
         prompt = self._range("prompt_len", workload.prompt_len)
-        return Load(num, prompt, self._range("output_len", workload.output_len), num)
+        output = self._range("output_len", workload.output_len)
+        return Load(
+            num, prompt, output, num, prefix_len=self.prefix_len, num_prefixes=self.num_prefixes
+        )
 
     def located(self, base: Path) -> "Projection":
         """With absolute paths; `base` is where relative ones begin."""
