@@ -176,11 +176,11 @@ def test_pools_with_replicas_that_divide_alike_are_simulated_in_part():
     of_layout = {str(each.candidate): each for each in fitting(search.screen())}
     option = of_layout["replicas=2,tp=2; plain"]
     whole = replace(option, place=len(option.steps.num_seqs) - 1)
-    served = simulate_pools(whole, whole, search.request)
+    served = simulate_pools(whole, whole, search.request, 32)
     half = replace(search.request, workload=Workload(16, 512, 64))
     one = replace(whole, candidate=whole.candidate._replace(layout=Layout(tp=2)))
     of_half = replace(one, steps=replace(one.steps, num_seqs=one.steps.num_seqs // 2))
-    alone = simulate_pools(one, of_half, half)
+    alone = simulate_pools(one, of_half, half, 16)
     assert served.tps == pytest.approx(2 * alone.tps)
     many = replace(whole, candidate=whole.candidate._replace(layout=Layout(replicas=17, tp=2)))
-    assert simulate_pools(many, one, search.request) is None
+    assert simulate_pools(many, one, search.request, 32) is None

@@ -86,16 +86,16 @@ def test_in_two_pools_the_slower_sets_the_pace():
     assert starved.ttft_s[1, 0] > 10 * fed.ttft_s[1, 0]
 
 
-def test_the_first_token_of_two_pools_comes_when_a_place_to_decode_is_there():
-    """After prompt and transfer, with half a step until one begins, or with a wait for a place."""
+def test_the_first_token_of_two_pools_comes_with_a_decode_step():
+    """After prompt and transfer, and half a step until one begins; others wait for a place."""
     near, far = (two_pools(steps(), steps(), np.full(3, s), WORKLOAD) for s in (0.0, 0.001))
     np.testing.assert_array_equal(far.tpot_s, near.tpot_s)
     assert far.tpot_s[1] == pytest.approx([0.010, 0.020])
-    no_place = 8 * 10 / 400 - 10 * 0.010  # 8 are there, 4 of them at once decode, 400 tokens/s
-    assert far.ttft_s[1, 0] == near.ttft_s[1, 0] == pytest.approx(no_place + 0.010 / 2)
-    busy = far.tps[1, 1] / 2000  # tokens a second, of those that prefill could feed
-    own = 0.010 + 0.010 * busy / (2 * (1 - busy))
-    assert far.ttft_s[1, 1] == pytest.approx(own + 0.001 + 0.020 / 2)
+    for found, transfer_s in ((near, 0.0), (far, 0.001)):
+        busy = found.tps[1] / 2000  # tokens a second, of those that prefill could feed
+        own_s = 0.010 + 0.010 * busy / (2 * (1 - busy))
+        expected = own_s + transfer_s + np.array([0.010, 0.020]) / 2
+        assert found.ttft_s[1] == pytest.approx(expected)
 
 
 def test_fewer_sequences_than_ranks_leave_some_idle():

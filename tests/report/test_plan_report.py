@@ -108,13 +108,13 @@ def test_rows_that_tie_are_in_the_table_before_paragraphs_of_others():
     assert "#1–#3 tie" in answer(results).headline
 
 
-def test_pools_and_one_pool_are_told_with_the_same_queue():
+def test_the_wait_for_a_place_is_told_beside_the_ttft_of_pools():
     best, behind_it = planned(FIRST, 20_000, BEST), behind(SECOND, 0.86, 0.9, 0.95)
-    ttft_s = Summary(mean=Estimate(0.04))
-    serving = replace(best.serving[0], ttft_s=ttft_s, place_wait_s=Estimate(0.1))
-    waiting = replace(best, serving=(serving,))
-    found = said(plan(waiting, behind_it, *pools(1.1, 1.2, 1.3)))
-    assert "with the queue (#1: 140 ms), KV transfer" in found
+    together, *apart = pools(1.1, 1.2, 1.3)
+    assert "for a place" not in said(plan(best, behind_it, together, *apart))
+    serving = replace(together.serving[0], place_wait_s=Estimate(0.1))
+    found = said(plan(best, behind_it, replace(together, serving=(serving,)), *apart))
+    assert "ms after 100 ms for a place, KV transfer" in found
     without = plan(best, behind_it, no_two_pools="over limits")
     assert "Disaggregated: none meets the limits." in said(without)
     free = {name: each for name, each in without.question.items() if not name.startswith("max_")}

@@ -265,7 +265,7 @@ WRONG_PROJECTIONS = {
     "[projection]\n": "[projection]: cluster is missing",
     f"{_PROJECTION}speed = 1": (
         "unknown key 'speed' in [projection]; valid: cluster, framework, skew, routing_trace, "
-        "execution, slo, dtype, kv_dtype, prompt_len, output_len, requests, num_running"
+        "execution, slo, dtype, kv_dtype, prompt_len, output_len, requests, prefix_len, num_prefixes, num_running"
     ),
     f"{_PROJECTION}skew = 11.5": "projection: skew is 11.5; it must be a number, 0 to 10",
     f'{_PROJECTION}skew = "0.5"': '[projection]: skew is "0.5"; it must be a number',
@@ -285,7 +285,7 @@ WRONG_PROJECTIONS = {
     ),
     f"{_PROJECTION}prompt_len = 9": "[projection]: prompt_len is 9; it must be a string",
     f'{_PROJECTION}prompt_len = "9"\nrequests = "x"': (
-        "projection: requests has lengths; leave out prompt_len and output_len"
+        "projection: requests has lengths; leave out prompt_len, output_len and prefix_len"
     ),
     f"{_PROJECTION}num_running = {{ two = 3 }}": (
         "unknown key 'two' in [projection.num_running]; valid: one"

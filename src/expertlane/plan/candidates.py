@@ -168,13 +168,6 @@ class PlanRequest:
         assert self.load is not None, "an open loop"
         return self.load.varied(self.model.max_position_embeddings)
 
-    def num_asked(self, num_places: int) -> int:
-        """Concurrent requests on a deployment that has places for so many to decode.
-
-        In an open loop as many as have a place, for the most requests/s.
-        """
-        return self.workload.num_sequences if self.rate is None else num_places
-
 
 def _most_at_once(load: Load, num_devices: int) -> int:
     """More concurrent requests than devices usually serve, as far as a run may have them."""

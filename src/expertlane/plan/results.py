@@ -293,9 +293,8 @@ class Plan:
         """Disaggregated pools: both together, and each by itself."""
         prefill = self._in_full(found.prefill, PREFILL_POOL)
         decode = self._in_full(found.decode, DECODE_POOL)
-        serving = replace(
-            serving_at(found.served, 0), transfer_s=Estimate.between(found.transfer_s)
-        )
+        serving = _with_wait(serving_at(found.served, 0), self.request)
+        serving = replace(serving, transfer_s=Estimate.between(found.transfer_s))
         tps = pools_tps(found, self.request.workload)
         together = DeploymentRecord(
             name=f"prefill {prefill.layout}, decode {decode.layout}",
@@ -419,10 +418,17 @@ def _serving_of(
 ) -> ServingRecord:
     """Serving record with the wait for a place; one of two pools has places of its own."""
     serving = serving_at(candidate.served, place)
-    if role in (PREFILL_POOL, DECODE_POOL) or serving.num_running is None:
+    if role in (PREFILL_POOL, DECODE_POOL):
+        return serving
+    return _with_wait(serving, request)
+
+
+def _with_wait(serving: ServingRecord, request: PlanRequest) -> ServingRecord:
+    """The record of a closed load with the wait for a place."""
+    if serving.num_running is None or request.rate is not None:
         return serving
     requests_per_s = serving.output_tps / request.workload.output_len
-    num_asked = request.num_asked(serving.num_running)
+    num_asked = request.workload.num_sequences
     return with_places(serving, serving.num_running, num_asked, requests_per_s)
 
 

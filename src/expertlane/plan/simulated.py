@@ -60,7 +60,7 @@ def simulate_pools(
     prefill: ScreenedCandidate,
     decode: ScreenedCandidate,
     request: PlanRequest,
-    precision: Precision | None = USUAL,
+    batch: int | None = None,
     known: PrefillRates | None = None,
 ) -> ThroughputCurve | None:
     """A closed load on two pools.
@@ -68,13 +68,14 @@ def simulate_pools(
     None where too many of their replicas do not divide alike, or not even one request fits.
 
     Args:
-        precision: None takes each pool by itself, at a fraction of the cost.
+        batch: concurrent requests. None takes each pool by itself, at a fraction of the cost, with
+            those that have a place to decode or are computed before.
         known: rates of prefill pools; new ones are added.
     """
     first, of_prompts, _ = prefill.candidate
     if not divide_alike(first, decode.candidate.layout):
         return None
-    num = request.num_asked(decode.num_seqs)
+    num, precision = batch or request.workload.num_sequences, USUAL if batch else None
     return _rates(request, _Served.by(decode), (first, of_prompts), num, precision, known)
 
 
@@ -130,6 +131,7 @@ def _rates(
         simulator = _simulator(request, served, prefill, load)
         if precision is None:  # requests by themselves have no percentiles
             rates, sample = pools_apart(simulator, seed, known), None
+            batch = round(rates.num_decoding + rates.num_waiting)
         else:  # bounds of skew follow in `Finalist.simulated`
             state = steady_state(simulator, seed, precision, with_skew=False, known=known)
             rates, sample = state.rates, state.served

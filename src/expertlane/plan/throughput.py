@@ -323,24 +323,23 @@ def two_pools(
     decode: Steps,
     transfer_s: Floats,
     workload: Workload,
-    num_asked: Ints | None = None,
 ) -> ThroughputCurve:
     """A pool for prompts, and one for the rest.
 
-    No more sequences are in both together than the workload has: while a prompt is computed and
-    travels, its sequence is not decoded.
+    No more sequences are in both together than the workload has, or than have a place to decode or
+    are computed before: while a prompt is computed and travels, its sequence is not decoded.
 
     Args:
         transfer_s: [3]; of a prompt's keys and values.
-        num_asked: [P]; concurrent requests; None for those of the workload.
     """
-    if num_asked is None:
-        num_asked = np.full(len(decode.num_seqs), workload.num_sequences)
     could_tps = decode.num_seqs / decode.token_s
     fed_tps = prefill.prefill_tps[:, None] / prefill.prompts.length * workload.output_len
     before_s = prefill.prompts.num_steps * prefill.prefill_s + transfer_s
     of_sequence_s = decode.token_s + before_s[:, None] / workload.output_len
-    tps = np.minimum(np.minimum(could_tps, fed_tps), num_asked / of_sequence_s)
+    tps = np.minimum(could_tps, fed_tps)
+    in_prefill = tps / workload.output_len * before_s[:, None]
+    num_asked = np.minimum(workload.num_sequences, decode.num_seqs + in_prefill)
+    tps = np.minimum(tps, num_asked / of_sequence_s)
     # A pool that is fed less has fewer sequences running; a step of fewer is taken to be as long.
     # All others wait for prefill or for a place: what Little's law leaves of a request's time.
     waited_s = num_asked * workload.output_len / tps - workload.output_len * decode.token_s

@@ -22,7 +22,6 @@ from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
 from expertlane.results.serving_record import KEPT, ServingRecord, is_carried
 from expertlane.simulate.steady import PrefillRates
-from expertlane.simulate.watch import USUAL, Precision
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.names import EngineName, Phase
 
@@ -258,7 +257,7 @@ class TwoPoolSearch:
             if place is None or expected[place] <= best_tps:
                 break
             pair = waiting.pop(place)
-            served = self._simulated_pair(pair, None)
+            served = self._simulated_pair(pair, apart=True)
             if served is None:
                 why = "not simulated"
                 continue
@@ -271,7 +270,7 @@ class TwoPoolSearch:
                 waiting.append(fewer)
         told: list[TwoPools] = []
         for _, pair in sorted(kept, key=lambda each: -each[0]):
-            served = self._simulated_pair(pair, USUAL)
+            served = self._simulated_pair(pair, apart=False)
             if served is not None and served.breach(self._request.goals)[0] <= KEPT:
                 told.append(self._in_full(pair, served))
                 if is_carried(told[-1].at_rate):
@@ -281,12 +280,17 @@ class TwoPoolSearch:
     def _with_fewer(self, pair: _Pair, served: ThroughputCurve) -> _Pair | None:
         """The pair with as many sequences as its decode pool may have within the limit of TPOT.
 
-        None where its TPOT keeps that, or not even one sequence may.
+        Where TPOT keeps that, with no more than prefill keeps up with, so that fewer wait for it.
+        None where that is not fewer, or not even one sequence may.
         """
         limit, tpot_s = self._request.goals.of_means[0] or np.inf, float(served.tpot_s[LIKELY, 0])
         formula = float(pair.decode.steps.token_s[LIKELY, pair.decode.place or 0])
         if tpot_s <= KEPT * limit:
-            return None
+            tps = float(served.tps[LIKELY, 0])
+            num = int(tps * tpot_s)
+            if not 1 <= num <= _FEWER * pair.decode.num_seqs:
+                return None
+            return replace(pair, decode=pair.decode.at(num, self._request.workload), tps=tps)
         least = int(pair.decode.num_seqs * limit / tpot_s)  # as if a step grew with sequences
         num = max(_most_within(pair.decode, self._request.goals, tpot_s / formula), least)
         num = min(num, int(_FEWER * pair.decode.num_seqs))
@@ -295,13 +299,20 @@ class TwoPoolSearch:
         tps = float(served.tps[LIKELY, 0]) * num / pair.decode.num_seqs * (tpot_s / limit)
         return replace(pair, decode=pair.decode.at(num, self._request.workload), tps=tps)
 
-    def _simulated_pair(self, pair: _Pair, precision: Precision | None) -> ThroughputCurve | None:
-        """Simulated throughput of a pair; None if it cannot be simulated. Each is run once."""
+    def _simulated_pair(self, pair: _Pair, *, apart: bool) -> ThroughputCurve | None:
+        """Simulated throughput of a pair; None if it cannot be simulated. Each is run once.
+
+        Args:
+            apart: each pool by itself, at a fraction of the cost.
+        """
         known, decode = self._simulated, pair.decode
-        key = pair.prefill.candidate, decode.candidate, decode.num_seqs, precision
+        key = pair.prefill.candidate, decode.candidate, decode.num_seqs, apart
         if key not in known:
+            num = None
+            if not apart and (found := self._simulated_pair(pair, apart=True)) is not None:
+                num = int(found.num_seqs[0])
             known[key] = simulate_pools(
-                pair.prefill, decode, self._request, precision, self._prefill_rates
+                pair.prefill, decode, self._request, num, self._prefill_rates
             )
         return known[key]
 
@@ -357,13 +368,7 @@ class TwoPoolSearch:
             for first in islice(filter(partial(fits, second), order), _NUM_PREFILL):
                 whole = replace(first, place=len(first.steps.num_seqs) - 1)
                 moved_s = self._transfer_s(first.candidate.layout, second.candidate.layout)
-                served = two_pools(
-                    first.steps,
-                    second.steps,
-                    moved_s,
-                    self._request.workload,
-                    None if self._request.rate is None else second.steps.num_seqs,
-                )
+                served = two_pools(first.steps, second.steps, moved_s, self._request.workload)
                 for place in np.flatnonzero(served.breach(goals) <= 1).tolist():
                     tps = float(served.tps[LIKELY, place])
                     yield _Pair(sizes, whole, replace(second, place=place), tps)

@@ -13,6 +13,7 @@ from expertlane.report.numbers import (
     COLUMNS,
     compact,
     counted,
+    duration,
     figures,
     low_high,
     low_high_compact,
@@ -407,20 +408,14 @@ def _two_pools(results: Results) -> str:
         return f"Disaggregated: {_NO_POOLS[why] if is_of_limits else 'none serves the load'}."
     names = f", {_pools(results)}" if results.faster_pools is None else ""
     found, rate = as_asked(together), asked_rate(results)
-    at, queue = "", f" with the queue (#1: {_ms(_queued(of_role(results, BEST)[0]))})"
-    if rate is not None:
-        at, queue = f"at {rate:g} requests/s ", ""
+    at = "" if rate is None else f"at {rate:g} requests/s "
+    wait_s = found.place_wait_s
+    after = "" if wait_s is None else f" after {duration(wait_s)} for a place"
     return (
         f"Disaggregated{names}: {against(together.over_best, '#1')}, {at}TPOT "
-        f"{_ms(mean_tpot(found))}, TTFT {_ms(mean_ttft(found))}{queue}, KV transfer "
+        f"{_ms(mean_tpot(found))}, TTFT {_ms(mean_ttft(found))}{after}, KV transfer "
         f"{milliseconds(serving(together).transfer_s or 0.0)} ms."
     )
-
-
-def _queued(record: DeploymentRecord) -> Estimate | None:
-    """Mean TTFT with the wait for a place."""
-    found, wait_s = ttft(record), serving(record).place_wait_s
-    return found if found is None or wait_s is None else Estimate(found.value + wait_s.value)
 
 
 def _pools(results: Results) -> str:

@@ -171,8 +171,7 @@ def _row(results: Results, row: str) -> Row:
         None if prefill is None else prefill.known_options,
         decoding.num_drafts,
         running,
-        # Of two pools, requests beyond the decode pool's places wait and are served too.
-        running if decode is None else workload["num_sequences"],
+        running if decode is None else record.serving[0].num_running or running,
         load.get("rate"),
         conditions.dtype,
         conditions.kv_dtype,

@@ -109,7 +109,8 @@ def steady_state(
 def pools_apart(simulator: Simulator, seed: int, known: PrefillRates | None = None) -> Rates:
     """A closed load on two pools, each taken by itself.
 
-    One decode step represents all, and the prefill pool runs at its largest rate.
+    One decode step represents all, and the prefill pool runs at its largest rate. Of more requests
+    than have a place to decode or are computed before, the others are left out.
 
     Args:
         known: rates of prefill pools; new ones are added.
@@ -197,14 +198,17 @@ class _Stretch:
         running = self._num_running()
         step_s, further = self._step_s, max(self._mean_steps - 1, 1.0)
         requests_per_s = np.minimum(running / (further * step_s), self._prefill_rate)
+        places = self._room(self._simulator.start(is_snapshot=True)[0][-1].ranks)
+        in_prefill = ceil(float(requests_per_s[LIKELY]) * self._prompt_s)
+        waiting = min(self._batch, places + in_prefill) - running
         return Rates(
             requests_per_s=requests_per_s,
             output_tps=requests_per_s * self._load.mean_lens[1],
-            ttft_s=np.maximum((self._batch - running) / requests_per_s, self._prompt_s),
+            ttft_s=np.maximum(waiting / requests_per_s, self._prompt_s),
             tpot_s=step_s / self._multi_token.tokens_per_step,
             error=0.0,
             num_decoding=float(running),
-            num_waiting=float(self._batch - running),
+            num_waiting=float(waiting),
         )
 
     def _prompt_share(self, served: Sequence[ServedRequest[Floats]]) -> float | None:
