@@ -128,7 +128,7 @@ def test_experts_that_no_ranks_divide_are_placed_once_for_all(monkeypatch, tmp_p
     assert len(outcome.served) == 144
     assert len(made) == 1
     path = tmp_path / "experiment.toml"
-    path.write_text(experiment_text(request, "wide", None, [candidate], "by a test"))
+    path.write_text(experiment_text(request, "wide", None, [screened], "by a test"))
     (written,) = read_experiment(path).deployments
     assert written.options.is_by_load
     assert written.options.num_redundant_experts == num_redundant

@@ -265,7 +265,8 @@ WRONG_PROJECTIONS = {
     "[projection]\n": "[projection]: cluster is missing",
     f"{_PROJECTION}speed = 1": (
         "unknown key 'speed' in [projection]; valid: cluster, framework, skew, routing_trace, "
-        "execution, slo, dtype, kv_dtype, prompt_len, output_len, requests, prefix_len, num_prefixes, num_running"
+        "execution, slo, dtype, kv_dtype, prompt_len, output_len, requests, prefix_len, "
+        "num_prefixes, num_running"
     ),
     f"{_PROJECTION}skew = 11.5": "projection: skew is 11.5; it must be a number, 0 to 10",
     f'{_PROJECTION}skew = "0.5"': '[projection]: skew is "0.5"; it must be a number',
