@@ -5,7 +5,7 @@ several fields or records together, and for `question`, a table of what was aske
 that no report uses are not checked.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Annotated, Any, ClassVar
 
@@ -25,7 +25,8 @@ def _is_length(text: str) -> bool:
 
 
 _Length = Annotated[str, Valid(_is_length, "a length, such as '32', or two, '4:8'")]
-_Seconds = Annotated[float, Valid(lambda seconds: seconds > 0, "above 0")]
+_Positive = Annotated[float, Valid(lambda number: number > 0, "above 0")]
+_Count = Annotated[int, Valid(lambda number: number >= 0, "0 or more")]
 _Urls = Annotated[tuple[str, ...], Valid(lambda urls: 0 < len(urls) <= 2, "a list of one or two")]
 
 
@@ -46,7 +47,7 @@ class _Model(_Part):
 class _Experiment(_Part):
     name: str
     model: _Model
-    workload: dict[str, Any] = field(default_factory=dict)
+    workload: Workload
     seed: int | None = None
     checkpoint: str | None = None
 
@@ -57,6 +58,9 @@ class _Lengths(_Part):
     output_len: _Length
     requests: str | None
     seed: int | None = None
+    rate: _Positive | None = None
+    prefix_len: _Count = 0
+    num_prefixes: _Count = 1
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class _OfComparison(_Question):
     skew: float | None = None
     projection: ProjectionAsked | None = None
     load: _Lengths | None = None
-    max_tpot_s: _Seconds | None = None
-    max_ttft_s: _Seconds | None = None
+    max_tpot_s: _Positive | None = None
+    max_ttft_s: _Positive | None = None
     slos: tuple[SLO, ...] = ()
     traffic: bool = False
 
@@ -90,8 +94,8 @@ class _OfPlan(_Question):
     workload: Workload
     load: _Lengths | None = None
     projection: ProjectionAsked | None = None
-    max_tpot_s: _Seconds | None = None
-    max_ttft_s: _Seconds | None = None
+    max_tpot_s: _Positive | None = None
+    max_ttft_s: _Positive | None = None
     slos: tuple[SLO, ...] = ()
 
 
