@@ -4,6 +4,8 @@ Run it after a change of an option: `python docs/option_table.py`. `make docs` d
 says where the page is out of date.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,14 +28,20 @@ class Option:
     """An option, in all commands that have it.
 
     Attributes:
-        values: what it takes, by command; likewise `texts` and `defaults`.
+        panels: where its help has it, by command; likewise `values`, what it takes, `texts` and
+            `defaults`.
     """
 
     name: str
-    panel: Panel
+    panels: dict[str, Panel] = field(default_factory=dict)
     values: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def panel(self) -> Panel:
+        """The panel that most commands have it in."""
+        return Counter(self.panels.values()).most_common(1)[0][0]
 
 
 def commands(group: Any = None, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -55,7 +63,8 @@ def options() -> list[Option]:
             for each in in_panel:
                 if (name := spellings(each)).endswith("--help"):
                     continue
-                option = found.setdefault(name, Option(name, panel))
+                option = found.setdefault(name, Option(name))
+                option.panels[path] = panel
                 option.values[path] = value_of(each)
                 _, option.texts[path], option.defaults[path] = option_record(each, context)
     order = list(Panel)
@@ -78,7 +87,20 @@ def render() -> str:
 
 
 def _words(option: Option) -> str:
-    return max(option.texts.values(), key=len).replace("|", "\\|")
+    """The sentences that all commands have; then the others, after the commands that have them."""
+    commands_of: dict[str, list[str]] = {}
+    for command, text in option.texts.items():
+        for sentence in re.split(r"(?<=\.) (?=[A-Z])", text):
+            commands_of.setdefault(sentence, []).append(command)
+    common = [each for each, of in commands_of.items() if len(of) == len(option.texts)]
+    if not common:
+        return max(option.texts.values(), key=len).replace("|", "\\|")
+    own: dict[str, list[str]] = {}
+    for sentence, of in commands_of.items():
+        if sentence not in common:
+            own.setdefault(", ".join(of), []).append(sentence)
+    parts = common + [f"{names}: {' '.join(said)}" for names, said in own.items()]
+    return " ".join(parts).replace("|", "\\|")
 
 
 def _commands(option: Option) -> str:

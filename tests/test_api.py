@@ -81,8 +81,8 @@ def is_hidden(option):
 
 
 def test_what_plan_refuses_is_no_option_of_it():
-    with pytest.raises(TypeError, match="num_prefixes"):
-        expertlane.plan("paper", num_prefixes=2)
+    with pytest.raises(TypeError, match="num_requests"):
+        expertlane.plan("paper", num_requests=2)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -106,14 +106,16 @@ def compare(
         ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that
             its config.json does not use.
         project: Also project the same deployments on a modelled cluster, in separate tables;
-            where this machine is too small to run them, only project.
+            where this machine is too small to run them, only project. An experiment's table
+            [projection] has values for the options below; those given take precedence.
         cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
             h100, h200, or a TOML file of expertlane calibrate).
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         framework: Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or
             sglang. simulate also takes its --max-num-batched-tokens, unless that is given.
         slo: Latency objectives, a statistic and its limit each. For example:
-            ttft.p95=2s,tpot.mean=20ms. Each deployment runs as many sequences as they allow.
+            ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
+            p99. Each deployment runs as many sequences as they allow.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 
@@ -174,8 +176,8 @@ def plan(
             even out ranks' loads, where that saves time.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second. Deployments
-            are ranked by the most requests per second that they serve within --slo; those shown
-            are then served at R.
+            are ranked by the most requests per second that they serve within --slo, then the
+            best are simulated at R.
         prompt_len: Tokens per prompt. N:N: uniform in that range.
         output_len: Tokens per output. N:N: uniform in that range.
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
@@ -185,7 +187,8 @@ def plan(
         seed: Seed of all random draws; reproducible for equal seeds.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
-            p99. Deployments that miss one are left out.
+            p99. Deployments that miss one are left out; those that miss one only at --rate come
+            last.
         price: Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million
             tokens.
         routing_trace: Routing as recorded by expertlane generate --record-routing.
@@ -289,8 +292,8 @@ def simulate(
         num_prefixes: Number of different shared prefixes; each prompt has one of them.
         seed: Seed of all random draws; reproducible for equal seeds.
         slo: Latency objectives, a statistic and its limit each. For example:
-            ttft.p95=500ms,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95
-            or p99. Goodput counts requests within all limits.
+            ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
+            p99. Goodput counts requests within all limits.
         price: Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million
             tokens.
         routing_trace: Routing as recorded by expertlane generate --record-routing.
@@ -419,8 +422,8 @@ def bench(
         num_prefixes: Number of different shared prefixes; each prompt has one of them.
         seed: Seed of all random draws; reproducible for equal seeds.
         slo: Latency objectives, a statistic and its limit each. For example:
-            ttft.p95=500ms,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95
-            or p99. Goodput counts requests within all limits.
+            ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
+            p99. Goodput counts requests within all limits.
         price: Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million
             tokens.
         url: Measure a server with the OpenAI API: expertlane serve, vLLM, SGLang…

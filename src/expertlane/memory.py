@@ -64,7 +64,7 @@ class Capacity:
         free_bytes: what a rank may take.
         max_seqs: sequences of full length that a data-parallel rank holds at once; 0 where not
             even weights, activations and one sequence fit.
-        num_blocks: of a data-parallel rank's cache.
+        num_blocks: blocks of a data-parallel rank's KV cache, not rounded.
     """
 
     layout: Layout
@@ -184,22 +184,24 @@ class PlacedModel:
         Args:
             full_len: positions of a sequence in the end.
             num_batched_tokens: of a data-parallel rank's largest step.
-            prefixes: that sequences begin with, each held once.
+            prefixes: that sequences share; the cache holds each once.
         """
         free = FREE_SHARE * device_bytes
+        blocks_per_seq = ceil(full_len / BLOCK_SIZE)
         limits = Limits(
             vocab_size=self.model.vocab_size,
             max_model_len=full_len,
-            num_blocks=(num_full := ceil(full_len / BLOCK_SIZE)),
+            num_blocks=blocks_per_seq,
             max_num_batched_tokens=num_batched_tokens,
         )
         found = []
         for rank in dict.fromkeys((0, (self.layout.pp - 1) * self.layout.stage_size)):
             need = self.rank_memory(limits, rank)
-            of_cache = free - need.weight_bytes - need.activation_bytes
-            room, num_blocks = of_cache // need.kv_bytes, of_cache / need.kv_bytes * num_full
+            cache_bytes = free - need.weight_bytes - need.activation_bytes
+            room = cache_bytes // need.kv_bytes
+            num_blocks = cache_bytes / need.kv_bytes * blocks_per_seq
             if prefixes.num:
-                room = prefixes.num_sharing(num_blocks, num_full - prefixes.num_blocks)
+                room = prefixes.num_sharing(num_blocks, blocks_per_seq - prefixes.num_blocks)
             fits = need.total_bytes <= free
             max_seqs = int(room) if fits else 0
             found.append(Capacity(self.layout, need, free, max_seqs, max(num_blocks, 0.0)))

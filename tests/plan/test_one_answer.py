@@ -16,7 +16,7 @@ from expertlane.progress import Silent
 from expertlane.report.shown import Results
 from expertlane.results import file
 from expertlane.results.record import BEST, EXPERIMENT, TWO_POOLS
-from expertlane.results.serving_record import is_carried
+from expertlane.results.serving_record import is_served
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
@@ -148,7 +148,7 @@ def test_an_open_load_is_served_at_its_rate(tmp_path):
             found = expertlane.simulate(plan=f"{tmp_path}#{name}").deployments[0]
             assert told_at_rate(found) == pytest.approx(told_at_rate(row), rel=_SAME)
             assert found.serving[0].rate == results.question["load"]["rate"]
-            assert is_carried(row.serving[-1]) == (results is small)
+            assert is_served(row.serving[-1]) == (results is small)
     served = told_at_rate(best_of(small))
     assert served[0] == pytest.approx(1, rel=_SAME)
     assert served[1] < told(best_of(small))[1]  # fewer sequences in a step

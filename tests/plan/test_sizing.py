@@ -5,7 +5,7 @@ import pytest
 import expertlane
 from expertlane.plan.sizing import cluster_sizes
 from expertlane.results.record import BEST
-from expertlane.results.serving_record import is_carried
+from expertlane.results.serving_record import is_served
 
 ASKED = {"batch": 64, "prompt_len": 100, "output_len": 12, "skew": 0.8}
 
@@ -53,7 +53,7 @@ def test_the_smallest_cluster_for_a_rate_serves_it_and_the_next_smaller_does_not
     assert fewer.requests_per_s < rate
     assert " ".join(found.headline.split()).startswith(f"{num} GPUs serve {rate:g} requests/s, ")
     served = found.faster_pools or found.deployments[0]
-    assert is_carried(served.serving[-1])
+    assert is_served(served.serving[-1])
     assert served.serving[-1].requests_per_s.value == pytest.approx(rate)
 
 

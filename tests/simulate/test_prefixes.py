@@ -173,13 +173,13 @@ def test_prompts_share_their_prefix_alone():
 def test_a_cache_is_left_with_the_latest_prefixes():
     """Of the latest request its own blocks before its prefix, whose first block goes last."""
     prompts = Prompts(SharedPrefixes(3, 2, 4), 9, 0)
-    left = prompts.left_behind(1000, 4.0)
+    left = prompts.cache_contents(1000, 4.0)
     known = [each for each in left if each is not None]
     assert len(known) == len(set(known)) == 6
     assert left[-6:] == [None] * 4 + known[-2:]
     assert [known[-1], known[-2]] in [prompts._digests_of(number) for number in range(3)]
     assert len(left) < 1000
-    few = prompts.left_behind(7, 4.0)  # of the request before the latest, one block
+    few = prompts.cache_contents(7, 4.0)  # of the request before the latest, one block
     assert [each is None for each in few[1:]] == [True] * 4 + [False] * 2
 
 

@@ -12,6 +12,7 @@ import typer
 
 from expertlane.cli import completion, output
 from expertlane.cli.help import Panel
+from expertlane.cli.load import slo_option
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.modelled import cluster_option, framework_option, skew_option
 from expertlane.cli.option_groups import takes_groups
@@ -93,17 +94,14 @@ class _Projection:
         False,
         "--project",
         help="Also project the same deployments on a modelled cluster, in separate tables; "
-        "where this machine is too small to run them, only project.",
+        "where this machine is too small to run them, only project. An experiment's table "
+        "[projection] has values for the options below; those given take precedence.",
     )
     cluster: str | None = cluster_option(None, "as many h100 as ranks")
     skew: float | None = skew_option()
     framework: str | None = framework_option()
-    slo: list[str] | None = typer.Option(
-        None,
-        metavar="SLO[,SLO…]",
-        rich_help_panel=Panel.MODELLED,
-        help="Latency objectives, a statistic and its limit each. For example: "
-        "ttft.p95=2s,tpot.mean=20ms. Each deployment runs as many sequences as they allow.",
+    slo: list[str] | None = slo_option(
+        "Each deployment runs as many sequences as they allow.", rich_help_panel=Panel.MODELLED
     )
 
     def __post_init__(self) -> None:
@@ -114,7 +112,7 @@ class _Projection:
 
     @property
     def given(self) -> dict[str, Any]:
-        """Those that take precedence over an experiment's own."""
+        """Options that were given; they take precedence over an experiment's `[projection]`."""
         values = {
             "cluster": self.cluster,
             "skew": self.skew,
@@ -123,8 +121,8 @@ class _Projection:
         }
         return {name: value for name, value in values.items() if value is not None}
 
-    def of(self, experiment: "Experiment", dtype: str | None) -> "Projection":
-        """The experiment's own projection, with what is given in its place."""
+    def applied_to(self, experiment: "Experiment", dtype: str | None) -> "Projection":
+        """The experiment's `[projection]`, or the default, changed by the options given."""
         from expertlane.spec.projection import Projection
 
         given = self.given | ({} if dtype is None else {"dtype": dtype})
@@ -287,7 +285,11 @@ def _projector(
     Raises:
         UserError: an unknown cluster, or one with too few devices.
     """
-    from expertlane.compare.projection import ExperimentProjector, Served, usual_number_type
+    from expertlane.compare.projection import (
+        ExperimentProjector,
+        ServingConditions,
+        usual_number_type,
+    )
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.frameworks import served_cluster
     from expertlane.cost.routing import choose_routing
@@ -295,7 +297,7 @@ def _projector(
     from expertlane.spec.projection import ProjectionAsked
     from expertlane.spec.workload import check_lengths
 
-    asked = options.of(experiment, dtype)
+    asked = options.applied_to(experiment, dtype)
     is_own = experiment.projection is not None and not options.given
     with naming("[projection]") if is_own else nullcontext():
         cluster = served_cluster(asked.cluster, asked.framework)
@@ -310,7 +312,7 @@ def _projector(
         else:
             found, usual = find_model(experiment.checkpoint, weights=False), None
         types = found.number_types(asked.dtype or usual, asked.kv_dtype, cluster)
-    served = Served(
+    served = ServingConditions(
         routing, Goals.of(asked.slos), load, Execution(asked.execution), asked.num_running
     )
     on_cluster = ProjectionAsked(
@@ -450,7 +452,7 @@ def _comparisons(
                 name=output.slug(experiment.name, found.config.name),
                 model=found.config,
                 checkpoint=os.path.abspath(found.folder) if found.folder else None,
-                projection=_searched(experiment),
+                projection=_without_num_running(experiment),
             )
     if own.only is not None:
         with naming(f"--only {own.only}"):
@@ -469,13 +471,13 @@ def _comparisons(
         part = f"top{k}" if len(top_ks) > 1 else ""
         own_call = call if call.out is None else replace(call, out=call.out / part)
         folder = own_call.folder(f"{experiment.name}-top{k}")
-        of_model = replace(experiment, model=model, projection=_searched(experiment))
+        of_model = replace(experiment, model=model, projection=_without_num_running(experiment))
         comparisons.append(_Comparison(of_model, folder))
     return comparisons
 
 
-def _searched(experiment: "Experiment") -> "Projection | None":
-    """How it is projected, with numbers of sequences that are looked for again."""
+def _without_num_running(experiment: "Experiment") -> "Projection | None":
+    """The experiment's `[projection]` for another model, without numbers found for its own."""
     own = experiment.projection
     return None if own is None else replace(own, num_running={})
 

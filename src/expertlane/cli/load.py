@@ -118,16 +118,24 @@ def _num_prefixes(**how: Any) -> Any:
     )
 
 
-def _slo(more: str) -> Any:
+def slo_option(more: str, **how: Any) -> Any:
+    """Latency objectives.
+
+    Args:
+        more: what the command does with them.
+    """
     return _option(
         metavar="SLO[,SLO…]",
-        help=f"Latency objectives, a statistic and its limit each. {more}",
+        help="Latency objectives, a statistic and its limit each. For example: "
+        "ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or p99. "
+        f"{more}",
+        **how,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """What is to be served, and how fast and dear it may be; of bench.
+    """The load, its latency objectives and the price of a GPU-hour; with the defaults of bench.
 
     Attributes:
         slos: as `--slo` says.
@@ -144,10 +152,7 @@ class LoadOptions:
     prefix_len: int | None = _prefix_len()
     num_prefixes: int | None = _num_prefixes()
     seed: int = seed_option(0)
-    slo: list[str] | None = _slo(
-        "For example: ttft.p95=500ms,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, "
-        "p90, p95 or p99. Goodput counts requests within all limits.",
-    )
+    slo: list[str] | None = slo_option("Goodput counts requests within all limits.")
     price: float | None = _option(
         metavar="DOLLARS",
         rich_help_panel=Panel.MORE_WORKLOAD,
@@ -200,7 +205,7 @@ class LoadOptions:
         return asked | self._shared(load.prompt_len)
 
     def _shared(self, prompt_len: "LengthRange") -> dict[str, Any]:
-        """The beginnings that prompts share; empty where they share none."""
+        """Shared prefixes of prompts; empty where there are none."""
         if not self.prefix_len:
             if self.num_prefixes is not None and self.prefix_len is None:
                 raise UserError("--num-prefixes is given, but --prefix-len is not")
@@ -208,7 +213,7 @@ class LoadOptions:
         if self.prefix_len >= prompt_len.low:
             raise UserError(
                 f"--prefix-len is {self.prefix_len}, --prompt-len {prompt_len}; a prompt must be "
-                "longer than the beginning that it shares"
+                "longer than its prefix"
             )
         return {"prefix_len": self.prefix_len, "num_prefixes": self.num_prefixes or 1}
 
@@ -252,7 +257,7 @@ class LoadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedLoad(LoadOptions):
-    """Of simulate: the sizes of a cluster."""
+    """The load of simulate, with defaults for a cluster."""
 
     defaults = MODELLED
     batch: str | None = _batch(MODELLED.batch)
@@ -263,29 +268,28 @@ class SimulatedLoad(LoadOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedLoad(SimulatedLoad):
-    """Of plan, whose load goes on without end: one concurrency."""
+    """The load of plan: one concurrency, or one rate, in the steady state."""
 
     batch: str | None = _batch(f"{MODELLED.batch}, or as many as fit", "N")
     rate: str | None = _option(
         metavar="R",
         help="Open loop instead of --batch: Poisson arrivals, R requests per second. Deployments "
-        "are ranked by the most requests per second that they serve within --slo; those shown are "
-        "then served at R.",
+        "are ranked by the most requests per second that they serve within --slo, then the best "
+        "are simulated at R.",
     )
     num_requests: int | None = _num_requests(MODELLED, hidden=True)
     requests: Path | None = _requests("Only their lengths are taken.")
-    slo: list[str] | None = _slo(
-        "For example: ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, "
-        "p95 or p99. Deployments that miss one are left out.",
+    slo: list[str] | None = slo_option(
+        "Deployments that miss one are left out; those that miss one only at --rate come last."
     )
 
     @property
     def limits(self) -> str | None:
-        """As one text."""
+        """`--slo` as one text; None where it is not given."""
         return ",".join(self.slo) if self.slo else None
 
     def lengths(self, load: "Load") -> dict[str, Any]:
-        """Lengths that vary and shared prefixes, as an experiment's projection has them."""
+        """Lengths that vary and shared prefixes, as an experiment's `[projection]` takes them."""
         if self.requests is not None:
             return {"requests": str(self.requests)}
         shared = self._shared(load.prompt_len)
@@ -297,7 +301,8 @@ class PlannedLoad(SimulatedLoad):
         """What is served in the steady state; default lengths are cut to the model's positions.
 
         Raises:
-            UserError: it is of a load that begins and ends, or that the model is too short for.
+            UserError: `--num-requests` is given, an output has one token, or the model has too few
+                positions.
         """
         from expertlane.spec.workload import check_lengths
 
@@ -343,7 +348,7 @@ class PlannedLoad(SimulatedLoad):
         return float(value)
 
     def _cut(self, limit: int) -> "PlannedLoad":
-        """Lengths that were not asked for no longer than fits; of both a fourth is output."""
+        """Default lengths cut to the model's positions; if both are cut, a fourth is output."""
         prompt, output = (self._range(name).high for name in ("prompt_len", "output_len"))
         if prompt + output <= limit:
             return self

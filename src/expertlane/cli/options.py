@@ -186,6 +186,7 @@ def copies_option() -> Any:
     """Which copy of a redundant expert computes a token."""
     return typer.Option(
         "nearest",
+        rich_help_panel=Panel.MORE_DEPLOYMENT,
         help="Which copy of a redundant expert computes a token. nearest: on the own rank, else on "
         "the own node, else any; balanced: the tokens of each step are distributed to even out "
         "ranks' loads, where that saves time.",

@@ -78,11 +78,12 @@ def check_has_law(deployment: Deployment) -> None:
 
 
 @dataclass(frozen=True)
-class Served:
-    """How deployments serve the whole workload.
+class ServingConditions:
+    """Routing, limits and lengths with which deployments serve the whole workload.
 
     Attributes:
-        load: lengths in place of the workload's.
+        goals: limits; each deployment runs as many sequences as they allow.
+        load: lengths and shared prefixes in place of the workload's; None for the workload's.
         num_running: by deployment, sequences to run at once; fewer where they miss a limit.
     """
 
@@ -101,8 +102,8 @@ class ExperimentProjector:
         skew: of the power law for skewed routing, the usual one; uniform routing, the best case, is
             projected too. 0 for uniform alone.
         asked: the options of all that; None where nobody simulates a deployment again.
-        served: None for routing by `skew`, without limits. Recorded routing is the usual one of
-            steps too.
+        served: for the whole workload; None for routing by `skew`, without limits. Its execution
+            comes first for single steps too, and so does recorded routing.
 
     Raises:
         CapacityError: the cluster has too few devices, with both numbers.
@@ -115,7 +116,7 @@ class ExperimentProjector:
         types: NumberTypes,
         skew: float,
         asked: ProjectionAsked | None = None,
-        served: Served | None = None,
+        served: ServingConditions | None = None,
     ) -> None:
         self._experiment = experiment
         self._model = experiment.model
@@ -124,7 +125,9 @@ class ExperimentProjector:
         self._skew = skew
         self._asked = asked
         seed = experiment.workload.seed
-        self._served = served or Served(choose_routing(experiment.model, None, skew, seed))
+        self._served = served or ServingConditions(
+            choose_routing(experiment.model, None, skew, seed)
+        )
         self._sources: dict[str, Traffic] = {}
         is_cpu = OVERHEAD_S in cluster.profile.terms
         gpu = [Execution.GRAPH, Execution.EAGER]
@@ -191,7 +194,7 @@ class ExperimentProjector:
 
     @property
     def _question(self) -> dict[str, Any]:
-        """Limits and lengths, where there are any."""
+        """Limits and lengths that differ from the workload's, as results record them."""
         goals, load, asked = self._served.goals, self._served.load, self._experiment.projection
         found: dict[str, Any] = {} if goals == Goals() else asdict(goals)
         if load is not None:
@@ -209,7 +212,7 @@ class ExperimentProjector:
 
     @property
     def _routing_words(self) -> str:
-        """The experts that tokens choose."""
+        """Routing, in words."""
         if self._routings[0] == "recorded":
             return f"{self._served.routing.words}; balanced: uniform"
         if not self._skew:

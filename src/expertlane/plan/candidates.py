@@ -38,7 +38,7 @@ _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
 )
 
 MOST_DEVICES = 4096  # of a plan
-_MOST_SEQS = 512  # of a device, in search of the most requests/s
+_MOST_SEQS = 512  # per device, in the search for the most requests/s
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Goals:
     def results(
         self, tpot_s: Floats, ttft_s: Floats, served: Sequence[ServedRequest[Floats]]
     ) -> tuple[SLOResult, ...]:
-        """What comes of all limits.
+        """Each limit, with the value that was reached.
 
         Args:
             tpot_s, ttft_s: [3]; means.
@@ -109,9 +109,9 @@ class PlanRequest:
         workload: in steady state, `num_sequences` at once where they fit; no prompt is read.
             Lengths that vary are their means, which the formula takes.
         load: the lengths themselves, which simulations take; None for those of `workload`. In an
-            open loop, deployments are ranked by the most requests/s that they can serve, so
-            `workload` has as many sequences as devices may hold, and what is told is then served at
-            the load's rate.
+            open loop `workload` has as many sequences as the devices may hold: deployments are
+            ranked by the most requests/s that they serve, and the best are then simulated at the
+            load's rate.
         engine: that must be able to run it; None for all that the cluster model has.
     """
 
@@ -135,14 +135,14 @@ class PlanRequest:
         seed: int = 0,
     ) -> "PlanRequest":
         """The request for a closed or an open load."""
-        batch = load.batch or _most_at_once(load, cluster.num_devices)
+        batch = load.batch or _most_concurrent(load, cluster.num_devices)
         return cls(model, cluster, load.means(seed, batch), goals, setting, engine, load)
 
     def on(self, num_devices: int) -> "PlanRequest":
-        """The same on another number of devices."""
+        """The same request for another number of devices."""
         cluster, workload = replace(self.cluster, num_devices=num_devices), self.workload
         if self.rate is not None and self.load is not None:
-            num = _most_at_once(self.load, num_devices)
+            num = _most_concurrent(self.load, num_devices)
             workload = replace(workload, num_sequences=num)
         return replace(self, cluster=cluster, workload=workload)
 
@@ -153,7 +153,7 @@ class PlanRequest:
 
     @property
     def prefixes(self) -> SharedPrefixes:
-        """What prompts share in a cache."""
+        """Shared prefixes of prompts, in whole blocks of a cache."""
         return NOTHING_SHARED if self.load is None else self.load.shared(BLOCK_SIZE)
 
     def load_at(self, batch: int) -> Load:
@@ -169,8 +169,8 @@ class PlanRequest:
         return self.load.varied(self.model.max_position_embeddings)
 
 
-def _most_at_once(load: Load, num_devices: int) -> int:
-    """More concurrent requests than devices usually serve, as far as a run may have them."""
+def _most_concurrent(load: Load, num_devices: int) -> int:
+    """Concurrent requests to try at most: more than devices usually serve, as a run may have."""
     of_request = load.prompt_len.high + load.output_len.high
     most = min(MAX_TOKENS_OF_A_RUN // of_request, int(RANGES["num_sequences"].high))
     return max(1, min(_MOST_SEQS * num_devices, most))

@@ -35,7 +35,7 @@ def experiment_text(
         projection: how the deployments were projected; their numbers of sequences are added.
     """
     workload = request.workload
-    if request.rate is not None:  # no more than any deployment takes
+    if request.rate is not None:  # as many as the largest deployment runs
         workload = replace(workload, num_sequences=max(each.num_seqs for each in deployments))
     runs = {_named(run): (run, each) for each in deployments for run in (_as_run(each.candidate),)}
     document: dict[str, Any] = {
@@ -58,24 +58,28 @@ def experiment_text(
         }
         document["projection"] = _given(replace(projection, num_running=num_running))
         lines += _PROJECTED
+        lines += [] if request.rate is None else [_WITHOUT_RATE]
     if any(_is_changed(each.candidate) for each in deployments):
         lines.append(_LEFT_OUT)
     return "\n".join(f"# {line}" for line in lines) + f"\n\n{tomli_w.dumps(document)}"
 
 
 _PROJECTED = (
-    "[projection] is what the plan was made for: expertlane compare --project takes it, and gives",
-    "what the plan gives. num_running: sequences at once that the plan found within slo; without",
-    "it as many are looked for again. Where real ranks run, the table is not read.",
+    "[projection] holds what the plan was asked; expertlane compare --project reads it, and gives",
+    "the plan's numbers. num_running: concurrent sequences that the plan found within slo; delete",
+    "it, and compare looks for them again. Runs on real ranks ignore the table.",
+)
+_WITHOUT_RATE = (
+    "The plan was for arrivals at a rate; the projection gives the most that is served within slo."
 )
 _LEFT_OUT = (
-    "Left out, as the engine does not run it: decode context parallelism, or drafts of multi-token "
-    "prediction; a projection differs from the plan's by that."
+    "Left out, since expertlane's engine does not run it: decode context parallelism, or drafts of "
+    "multi-token prediction. So a projection differs from the plan's."
 )
 
 
 def _is_changed(candidate: Candidate) -> bool:
-    """Whether a deployment has what the engine does not run."""
+    """True if the deployment has something that the engine does not run, and is left out."""
     return candidate.layout.dcp > 1 or candidate.num_drafts > 0
 
 
@@ -111,7 +115,7 @@ def _given(settings: ModelConfig | Options | Projection | Workload) -> dict[str,
 
 
 def _default(setting: Field[Any]) -> Any:
-    """Its value where nothing is said; `MISSING` if it has none."""
+    """The default of a field; `MISSING` if it has none."""
     if setting.default_factory is MISSING:
         return setting.default
     return setting.default_factory()

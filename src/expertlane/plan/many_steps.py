@@ -56,7 +56,7 @@ class Sized(NamedTuple):
         shape: its parts', and its number.
         num_seqs: [N]; of a data-parallel rank, that decode steps are estimated for, ascending.
         prefill_tokens: of a data-parallel rank's prefill step, at most.
-        prompt_len: of a prompt, the mean of what is left to compute after a cached prefix.
+        prompt_len: mean tokens of a prompt that are computed, those after a cached prefix.
     """
 
     layout: Layout
@@ -369,7 +369,7 @@ def _prefill_part(
     micro-batches are whole steps, in flight together, of prompts that may run at once.
 
     Args:
-        prompt_len, cached: [S]; of a prompt, left to compute and found in the cache.
+        prompt_len, cached: [S]; tokens of a prompt that are computed, and found in the cache.
     """
     is_rotating = how.schedule == "rotating"
     rotating = np.minimum(how.num_micro_batches, num_running)

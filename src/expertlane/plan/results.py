@@ -49,7 +49,7 @@ from expertlane.results.results import (
     PlanSummary,
     Results,
 )
-from expertlane.results.serving_record import ServingRecord, is_carried, with_places
+from expertlane.results.serving_record import ServingRecord, is_served, with_places
 from expertlane.spec.names import Phase
 from expertlane.spec.projection import Projection, ProjectionAsked
 
@@ -101,11 +101,11 @@ class Plan:
         if rate is None:
             return FewerDevices(num_devices, int(curve.num_seqs[0]))
         most = float(curve.tps[LIKELY, 0]) / self.request.workload.output_len
-        return FewerDevices(num_devices, int(curve.num_seqs[0]), most, is_carried(at_rate))
+        return FewerDevices(num_devices, int(curve.num_seqs[0]), most, is_served(at_rate))
 
     @property
     def _faster_pools(self) -> TwoPools | None:
-        """Those that are recommended: faster than the best of one pool beyond the errors."""
+        """Disaggregated pools, if the plan recommends them; else None."""
         pools, workload = self.pools, self.request.workload
         if not isinstance(pools, TwoPools):
             return None
@@ -532,10 +532,10 @@ def _of_prefixes(request: PlanRequest) -> list[_Row]:
     return [
         (
             "shared prefixes",
-            f"{load.num_prefixes:,} of {load.prefix_len:,} tokens, each as likely; of a prompt, "
-            f"{prefixes.num_tokens:,} tokens in whole blocks are found where a data-parallel "
-            "rank's cache has them, least recently used ones evicted; a decode pool gets keys and "
-            "values whole",
+            f"{load.num_prefixes:,} of {load.prefix_len:,} tokens, equally likely; each "
+            f"data-parallel rank caches {prefixes.num_tokens:,} tokens of each, in whole blocks, "
+            "and evicts the least recently used first; a decode pool gets the keys and values of "
+            "whole prompts",
             "--prefix-len, --num-prefixes",
         )
     ]

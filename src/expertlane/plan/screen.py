@@ -162,8 +162,8 @@ class Screen:
 
     Args:
         known: by other screens.
-        are_pools: candidates are disaggregated; those that decode get prompts whole, so that
-            sequences share no memory.
+        are_pools: candidates are pools, for prefill or for decode. Their sequences share no memory:
+            a decode pool gets the keys and values of whole prompts.
     """
 
     def __init__(
@@ -246,12 +246,12 @@ class Screen:
         mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
         fan_out = self._fan_out(mesh, options)
         shape = Shape(mesh, fan_out, form, options.payload)
-        prompt_len = self._computed(room)
+        prompt_len = self._computed_prompt_len(room)
         sized = Sized(layout, (shared.add(shape), shape), num_seqs, prefill_tokens, prompt_len)
         return _Structure(candidates, room, sized)
 
-    def _computed(self, room: Capacity) -> int:
-        """Tokens of a prompt that are left after what the cache has, on average."""
+    def _computed_prompt_len(self, room: Capacity) -> int:
+        """Mean tokens of a prompt that are computed, since the cache does not have them."""
         workload, prefixes = self._request.workload, self._request.prefixes
         if not prefixes.num:
             return workload.prompt_len

@@ -122,7 +122,7 @@ class Search:
 
     Args:
         known: by other searches on parts of it.
-        are_pools: candidates are disaggregated, each for prompts or decodes alone.
+        are_pools: candidates are pools, for prefill or for decode.
 
     Raises:
         UserError: the cluster is larger than a plan can be made for.

@@ -82,10 +82,10 @@ def simulate_pools(
 def serve_at_rate(
     request: PlanRequest, decode: ScreenedCandidate, prefill: ScreenedCandidate | None = None
 ) -> ServingRecord:
-    """The open load that was asked for, on one pool or two, with as many sequences as they have.
+    """Simulate the load at its rate, on one pool or two, with at most the planned sequences.
 
     Args:
-        decode: what decodes; computes prompts too where there is no `prefill`.
+        decode: the decode pool; it computes prompts too where there is no `prefill`.
     """
     of_prompts = None
     if prefill is not None:
@@ -112,7 +112,7 @@ class _Served(NamedTuple):
 
     @classmethod
     def by(cls, option: ScreenedCandidate) -> "_Served":
-        """At the option's number of sequences."""
+        """An option with the number of sequences that it was planned with."""
         layout = option.candidate.layout
         return cls(*option.candidate, -(-option.num_seqs // (layout.replicas * layout.dp)))
 
@@ -365,12 +365,13 @@ def _is_run(engine: Engine, request: PlanRequest, candidate: Candidate) -> bool:
 def evaluated(
     request: PlanRequest, candidates: Sequence[Candidate], num_seqs: int | None = None
 ) -> Finalist | None:
-    """The best of some deployments, with as many sequences as serve the workload best.
+    """The best of some deployments, simulated with the whole workload.
 
     None where none of them holds a sequence.
 
     Args:
-        num_seqs: that are to run at once; fewer where they do not fit, or miss a limit.
+        num_seqs: concurrent sequences; fewer where they do not fit, or miss a limit. None: as many
+            as serve the workload best.
     """
     search = Search(request)
     options = fitting(search.screen(candidates=candidates))

@@ -131,7 +131,7 @@ class _Sizing:
 
     def _is_enough(self, served: FewerDevices) -> bool:
         """True if all of the load is served within the limits."""
-        return served.is_carried and _amount(served) >= self._wanted
+        return served.is_served and _amount(served) >= self._wanted
 
     def _served(self, place: int) -> FewerDevices:
         """What the plan on a size serves within the limits."""
@@ -161,9 +161,11 @@ class _Sizing:
         most, profile = self._sizes[-1], self._request.cluster.profile
         served = self._served(len(self._sizes) - 1)
         why = self._plans[most]
-        told = f": {why}" if isinstance(why, UserError) else f", which serve {_amount(served):,.4g}"
         rate = self._request.rate
-        load = f"all {self._wanted:,} requests at once" if rate is None else f"{rate:g} requests/s"
+        load, found = f"all {self._wanted:,} requests at once", f"{_amount(served):,}"
+        if rate is not None:
+            load, found = f"{rate:g} requests/s", f"at most {_amount(served):,.1f}"
+        told = f": {why}" if isinstance(why, UserError) else f", which serve {found}"
         return f"no cluster of up to {most:,} {profile.name} serves {load} within the limits{told}"
 
 

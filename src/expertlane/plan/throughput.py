@@ -183,7 +183,7 @@ class ThroughputCurve:
             one pool.
         ttft_s: [3, N]; from a prompt's arrival to its last step's end, or of two pools to the first
             step that decodes, with its waits; infinite where prefill takes all of the time.
-        slos: simulated, at one number of sequences: what comes of all limits.
+        slos: each limit with the value reached; where simulated, at one number of sequences.
     """
 
     num_seqs: Ints

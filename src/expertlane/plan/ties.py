@@ -22,7 +22,7 @@ from expertlane.plan.throughput import Steps, ThroughputCurve, one_pool, two_poo
 from expertlane.plan.two_pools import TwoPools
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import TieBreak
-from expertlane.results.serving_record import ServingRecord, is_carried
+from expertlane.results.serving_record import ServingRecord, is_served
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
@@ -97,7 +97,7 @@ class Contender:
     """A plan as it is ranked.
 
     Attributes:
-        at_rate: the open load that was asked for; None for a closed one.
+        at_rate: how it serves an open load at its rate; None for a closed load.
     """
 
     finalist: Finalist
@@ -132,10 +132,10 @@ def pools_tps(pools: TwoPools, workload: Workload) -> Uncertain:
 def pools_win(pools: TwoPools, chosen: Contender, workload: Workload) -> bool:
     """True if disaggregated pools are better than the best of one pool.
 
-    They have more tokens a second beyond their errors, or alone serve the open load.
+    They have more tokens/s beyond the errors, or only they serve an open load at its rate.
     """
-    if is_carried(pools.at_rate) != is_carried(chosen.at_rate):
-        return is_carried(pools.at_rate)
+    if is_served(pools.at_rate) != is_served(chosen.at_rate):
+        return is_served(pools.at_rate)
     return pools_tps(pools, workload).over(chosen.tps).bounds[0] > 1
 
 
@@ -213,12 +213,12 @@ def ranked(contenders: Sequence[Contender], goals: Goals) -> Ranking:
     tie; where a limit is near, the plan farthest below it of those with as many. The chosen plan
     is never behind another in both.
 
-    Plans that do not serve an open load that was asked for come last.
+    Plans that do not serve an open load at its rate come last.
     """
-    carry = [each for each in contenders if is_carried(each.at_rate)]
-    if 0 < len(carry) < len(contenders):
-        found = ranked(carry, goals)
-        rest = sorted(set(contenders) - set(carry), key=lambda each: -each.tps.value)
+    serving = [each for each in contenders if is_served(each.at_rate)]
+    if 0 < len(serving) < len(contenders):
+        found = ranked(serving, goals)
+        rest = sorted(set(contenders) - set(serving), key=lambda each: -each.tps.value)
         return replace(found, contenders=[*found.contenders, *rest])
     by_tps = sorted(contenders, key=lambda each: -each.tps.value)
     tied = [

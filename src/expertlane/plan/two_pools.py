@@ -20,7 +20,7 @@ from expertlane.plan.simulated import divide_alike, serve_at_rate, simulate_pool
 from expertlane.plan.throughput import ThroughputCurve, two_pools
 from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
-from expertlane.results.serving_record import KEPT, ServingRecord, is_carried
+from expertlane.results.serving_record import KEPT, ServingRecord, is_served
 from expertlane.simulate.steady import PrefillRates
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.names import EngineName, Phase
@@ -45,7 +45,7 @@ class TwoPools:
         prefill, decode: what each pool runs.
         transfer_s: [3]; of a prompt's keys and values from one to the other.
         served: as simulated; place 0.
-        at_rate: the open load that was asked for; None for a closed one.
+        at_rate: how they serve an open load at its rate; None for a closed load.
     """
 
     prefill: Finalist
@@ -273,7 +273,7 @@ class TwoPoolSearch:
             served = self._simulated_pair(pair, apart=False)
             if served is not None and served.breach(self._request.goals)[0] <= KEPT:
                 told.append(self._in_full(pair, served))
-                if is_carried(told[-1].at_rate):
+                if is_served(told[-1].at_rate):
                     return told[-1]
         return told[0] if told else why
 

@@ -29,7 +29,7 @@ from expertlane.report.planning import (
     asked_rate,
     best_of_other_kind,
     engines_of,
-    how_carried,
+    how_served,
     mean_tpot,
     mean_ttft,
     most_requests,
@@ -187,9 +187,9 @@ def verdict(results: Results) -> tuple[Section, Section]:
     """The answer in sentences; then what was tried, and how sure it is."""
     found, shown = results.plans[0], _all_rows(results)
     tried = (
-        f"Tried: {counted(found.num_candidates, 'deployment')} aggregated ({found.num_too_large:,} "
-        f"do not fit, {found.num_over_limits:,} miss the limits), {found.num_pool_candidates:,} "
-        "more disaggregated."
+        f"Tried: {counted(found.num_candidates, 'deployment')} aggregated (too large: "
+        f"{found.num_too_large:,}, over the limits: {found.num_over_limits:,}), "
+        f"{found.num_pool_candidates:,} more disaggregated."
     )
     tie = _tie(results, shown) if results.faster_pools is not None else ""
     more = [f"Aggregated: {tie}."] if tie else []
@@ -257,28 +257,28 @@ def _amount(fewer: FewerDevices) -> str:
     """What a smaller cluster serves of the load."""
     if fewer.requests_per_s is None:
         return f"{fewer.num_served:,}"
-    return f"{fewer.requests_per_s:.3g}" + ("" if fewer.is_carried else " and miss a limit")
+    return figures(fewer.requests_per_s) + ("" if fewer.is_served else " and miss a limit")
 
 
 def _at_rate(results: Results, record: DeploymentRecord) -> str:
-    """What comes of the open load that was asked for."""
+    """How the recommended deployment serves an open load at its rate."""
     rate, found, most = asked_rate(results), as_asked(record), most_requests(results, record)
     within = " within the limits" if limits_of(results) else ""
     at_most = f"at most {figures(most)} ({low_high(most)}){within}"
     if found.ttft_s is None:
         return (
             f"It does not serve {rate:g} requests/s, {at_most}: a queue would grow without end "
-            f"(--cluster {_any_number(results)} says how many {device_of(results)}s do)"
+            f"(--cluster {_auto_cluster(results)} says how many {device_of(results)}s do)"
         )
     times = f"TPOT {_ms(mean_tpot(found))}, TTFT {_ms(mean_ttft(found))}"
-    missed = how_carried(results, record)
+    missed = how_served(results, record)
     if missed != "all":
         return f"At {rate:g} requests/s it {missed}: {times}; it serves {at_most}"
     return f"At {rate:g} requests/s: {times}; it serves {at_most}"
 
 
-def _any_number(results: Results) -> str:
-    """The option `--cluster` for as few devices as serve the load."""
+def _auto_cluster(results: Results) -> str:
+    """Value of `--cluster` for the fewest devices that serve the load."""
     cluster = results.projected_for
     return f"{cluster.name.removesuffix(str(cluster.num_devices))}auto"
 
@@ -287,12 +287,13 @@ def _chosen(results: Results, shown: Collection[int] | None) -> str:
     """What to use, and by what it was chosen."""
     best, *others = of_role(results, BEST)
     tps = serving(best).output_tps
-    said = f"Use {named(best)}: {compact(tps)} tokens/s ({_plus_minus(tps)})"
+    most = "" if asked_rate(results) is None else "at most "
+    said = f"Use {named(best)}: {most}{compact(tps)} tokens/s ({_plus_minus(tps)})"
     pools = results.faster_pools
     if pools is not None and (over := pools.over_best) is not None:
         tps = serving(pools).output_tps
         return (
-            f"Use disaggregated pools, {_pools(results)}: {compact(tps)} tokens/s "
+            f"Use disaggregated pools, {_pools(results)}: {most}{compact(tps)} tokens/s "
             f"({_plus_minus(tps)}), {figures(over)}× ({low_high(over)}) the best aggregated, "
             f"{named(best)}."
         )

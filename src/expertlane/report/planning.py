@@ -128,12 +128,12 @@ def asked_rate(results: Results) -> float | None:
 
 
 def as_asked(record: DeploymentRecord) -> ServingRecord:
-    """How it serves the load that was asked for; of a closed load as `serving`."""
+    """How it serves the load: an open one at its rate, a closed one as `serving` has it."""
     return record.serving[-1]
 
 
 def most_requests(results: Results, record: DeploymentRecord) -> Estimate:
-    """The most requests/s that it serves."""
+    """The most requests/s that it serves within the limits."""
     output_len: int = results.question["workload"]["output_len"]
     return serving(record).output_tps / output_len
 
@@ -256,20 +256,20 @@ def _at_rate(results: Results) -> list[Section]:
     place: Column[DeploymentRecord] = text(
         "#", lambda each: "pools" if each.prefill_layout else 1 + rows.index(each)
     )
-    carried: Column[DeploymentRecord] = text("served", lambda each: how_carried(results, each))
+    is_served: Column[DeploymentRecord] = text("served", lambda each: how_served(results, each))
     most: Column[DeploymentRecord] = number(
         "most req/s", lambda each: most_requests(results, each), with_bounds
     )
     said = (
-        "decoding, waiting: requests after and before their first token, on average. most req/s: "
-        "with as many sequences as the limits allow."
+        "decoding, waiting: mean number of requests after and before their first token. most "
+        "req/s: with as many sequences as the limits allow."
     )
-    table = Table.of("", (place, carried, *_AT_RATE, most), rows)
+    table = Table.of("", (place, is_served, *_AT_RATE, most), rows)
     return [Section(f"At {rate:g} requests/s", (table, said), chapter="found")]
 
 
-def how_carried(results: Results, record: DeploymentRecord) -> str:
-    """How much of an open load is served."""
+def how_served(results: Results, record: DeploymentRecord) -> str:
+    """How much of an open load is served, or which limits it misses."""
     found, rate = as_asked(record), asked_rate(results)
     if found.ttft_s is None:
         served = found.requests_per_s
@@ -339,10 +339,12 @@ def _engines(results: Results) -> Section:
     told = (_SEQS, _TPS[0], _TPOT[0], _TTFT, *costs, versus_column(results))
     columns = (name, how, *map(of_best, told))
     version: Column[EngineBest] = text("version", lambda each: each.version)
-    does: Column[EngineBest] = text("it", lambda each: each.why)
+    does: Column[EngineBest] = text("because it", lambda each: each.why)
     source: Column[EngineBest] = text("source", lambda each: each.source)
     others = [each for each in engines if each.why]
-    why = Table.of("What keeps it from the plan's choice", (name, does, version, source), others)
+    why = Table.of(
+        "Why an engine does not run the plan's choice", (name, does, version, source), others
+    )
     return Section(heading, (Table.of("", columns, engines), why), chapter="found")
 
 

@@ -132,7 +132,7 @@ class KnownError(Strict):
 
     @property
     def has_two_pools(self) -> bool:
-        """Whether the nearest kind has pools for prefill and decode."""
+        """True if the nearest kind has pools for prefill and decode."""
         return "disaggregated" in self.what
 
 

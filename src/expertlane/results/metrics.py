@@ -178,7 +178,7 @@ class ServedRequest(Generic[TimeT]):
     Attributes:
         due_s: when it arrived; in a closed loop, when there was room for it.
         token_times_s: of each step that gave it a token or more.
-        num_cached_tokens: of its prompt, found in the prefix cache; simulated.
+        num_cached_tokens: prompt tokens found in the prefix cache; simulated requests only.
     """
 
     prompt_len: int

@@ -25,7 +25,7 @@ from expertlane.results.record import (
     Source,
     TieBreak,
 )
-from expertlane.results.serving_record import is_carried
+from expertlane.results.serving_record import is_served
 from expertlane.spec.files import strict_json
 from expertlane.spec.names import EngineName
 from expertlane.spec.ranges import Strict, Valid
@@ -145,13 +145,14 @@ class FewerDevices(Strict):
     Attributes:
         num_served: requests at once within the limits; 0 where none keeps them, or nothing fits.
         requests_per_s: of an open load, the most within the limits; None of a closed one.
-        is_carried: whether an open load is served within the limits.
+        is_served: true if an open load is served at its rate within the limits, or the load is
+            closed.
     """
 
     num_devices: int
     num_served: int
     requests_per_s: float | None = None
-    is_carried: bool = True
+    is_served: bool = True
 
 
 @dataclass(frozen=True)
@@ -364,11 +365,11 @@ class Results(Strict):
     def faster_pools(self) -> DeploymentRecord | None:
         """A plan's disaggregated pools, where they are faster than #1 beyond their errors.
 
-        Of an open load, those that alone serve it.
+        For an open load also where only they serve it at its rate.
         """
         for pools in self.select("projected", TWO_POOLS):
             best = self.select("projected", BEST)[0]
-            of_pools, of_best = (is_carried(each.serving[-1]) for each in (pools, best))
+            of_pools, of_best = (is_served(each.serving[-1]) for each in (pools, best))
             if of_pools != of_best:
                 return pools if of_pools else None
             if pools.over_best is not None and pools.over_best.bounds[0] > 1:

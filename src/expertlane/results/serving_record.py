@@ -223,8 +223,8 @@ class ServingRecord(Strict):
         )
 
 
-def is_carried(record: ServingRecord | None) -> bool:
-    """True if no queue grows without end, and all objectives are met; also without a load."""
+def is_served(record: ServingRecord | None) -> bool:
+    """True if no queue grows without end and all objectives are met; true for None."""
     return record is None or (record.ttft_s is not None and record.keeps_slos)
 
 

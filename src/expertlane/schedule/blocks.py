@@ -122,10 +122,10 @@ class BlockManager:
         return block
 
     def fill(self, contents: Sequence[bytes | None]) -> None:
-        """Let blank blocks hold what sequences left, the least recently freed first.
+        """Give blank blocks the contents that earlier sequences left, least recently freed first.
 
         Args:
-            contents: digests; None for what nobody asks for again.
+            contents: digests; None for contents that no request shares.
 
         Raises:
             ValueError: fewer blocks are blank; nothing is filled.

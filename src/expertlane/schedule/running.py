@@ -305,7 +305,7 @@ class RunningTable:
                 self._share(row, begin, end)
 
     def _share(self, row: int, begin: int, end: int) -> None:
-        """Let some blocks of a row be shared, by their places in the sequence."""
+        """Let the blocks `begin` to `end` of a row's sequence be shared."""
         request, size = self.request(row), self._limits.block_size
         blocks: list[int] = self.block_tables[row, begin:end].tolist()
         for index, block in enumerate(blocks, start=begin):

@@ -1,4 +1,4 @@
-"""Requests of a stretch of a steady state: under way at its start, waiting, and arriving."""
+"""Requests of a stretch of a steady state: running at its start, waiting, and arriving."""
 
 from collections.abc import Iterator
 from math import ceil, log, sqrt
@@ -19,8 +19,8 @@ class Draws:
     """Draws the requests of a stretch.
 
     Attributes:
-        rng: of all but prompts.
-        lengths, prompts: of the load.
+        rng: random numbers for all but prompts.
+        lengths, prompts: of the load's requests.
     """
 
     def __init__(
@@ -37,10 +37,11 @@ class Draws:
         self._multi_token, self._precision = multi_token, precision
 
     def requests(self, num_running: int, rate: float | None) -> Iterator[TimedRequest]:
-        """Those under way, then those that wait, then others without end.
+        """Requests that run, then those that wait, then new ones without end.
 
         Args:
-            rate: that further ones arrive a second; None where they are due as there is room.
+            rate: arrivals per second; None in a closed loop, where a request is due once there is
+                room.
         """
         for left in self._steps_left(num_running).tolist():
             yield self.under_way(left, self.rng)
@@ -78,7 +79,7 @@ class Draws:
         return self.rng.permutation(left)
 
     def under_way(self, steps_left: int, rng: np.random.Generator) -> TimedRequest:
-        """A request that ends after so many steps; longer ones are met more often."""
+        """A running request that ends after so many steps; long ones are likelier to run."""
         prompt, output = self.lengths.draw(rng, steps_left)
         further = ceil(steps_left * self._multi_token.tokens_per_step)
         num_tokens = prompt + max(output - further, 1)
@@ -87,10 +88,10 @@ class Draws:
 
 
 class Prompts:
-    """Prompts that nobody reads, but to see which begin alike.
+    """Token ids of prompts; they matter only for the prefixes that prompts share.
 
     Args:
-        seed: of what they begin with.
+        seed: of the prefixes, and of which prompt has which.
     """
 
     def __init__(self, shared: SharedPrefixes, vocab_size: int, seed: int) -> None:
@@ -101,7 +102,7 @@ class Prompts:
         self._zeros = np.zeros(0, dtype=np.int64)
 
     def draw(self, num_tokens: int) -> Ints:
-        """One of so many tokens; zeros where no prompts begin alike."""
+        """A prompt of so many tokens; zeros where prompts share no prefix."""
         shared = self._shared
         if not shared.num:
             if num_tokens > len(self._zeros):
@@ -113,10 +114,10 @@ class Prompts:
         own[:] = self._rng.integers(self._vocab_size, size=len(own))
         return tokens
 
-    def left_behind(self, num_blocks: int, of_each: float) -> list[bytes | None]:
-        """What a full cache holds, as `BlockManager.fill` takes it.
+    def cache_contents(self, num_blocks: int, of_each: float) -> list[bytes | None]:
+        """Contents of a full cache, as `BlockManager.fill` takes them.
 
-        Without what was there before all prefixes, which goes first, as blank blocks do.
+        Blocks older than all prefixes are left out: they are reused first, as blank ones are.
 
         Args:
             of_each: blocks of a sequence that are its own.
@@ -140,7 +141,7 @@ class Prompts:
         return self._heads[number]
 
     def _digests_of(self, number: int) -> list[bytes]:
-        """Of all blocks of a prefix."""
+        """Digests of all blocks of a prefix."""
         if number not in self._digests:
             digest = block_digest(ROOT, self._head(number).tobytes())
             found = self._digests[number] = [digest]
@@ -172,14 +173,14 @@ class Lengths:
         self._further = further[self._order]
 
     def draw(self, rng: np.random.Generator, least_steps: int = 0) -> tuple[int, int]:
-        """A prompt and its output, of so many steps at least after its first token."""
+        """Lengths of a prompt and of an output that takes so many steps or more after a token."""
         first = int(np.searchsorted(self._further, least_steps))
         number = int(self._order[rng.integers(first, len(self._order))])
         low, high = self._prompts[number]
         return int(rng.integers(low, high + 1)), int(self._outputs[number])
 
     def chance_in(self, steps: Ints) -> Floats:
-        """[steps]; that a request under way ends in a step: as many do not end before it."""
+        """[steps]; chance that a running request ends in each step."""
         longer = len(self._further) - np.searchsorted(self._further, steps)
         chance: Floats = longer / self._further.sum()
         return chance
@@ -193,7 +194,7 @@ class Lengths:
 
 
 def poisson_quantiles(mean: float, ranks: Floats) -> Ints:
-    """[ranks]; the numbers of a Poisson distribution that lie at shares of it."""
+    """[ranks]; quantiles of a Poisson distribution; a rank is a share from 0 to 1."""
     counts = np.arange(ceil(mean + 12 * sqrt(mean)) + 12)
     logs = counts * log(mean) - mean - np.cumsum(np.log(np.maximum(counts, 1)))
     numbers: Ints = np.searchsorted(np.cumsum(np.exp(logs)), ranks)

@@ -111,7 +111,7 @@ def best_run(runs: Sequence[Run], serving: Sequence[ServingRecord]) -> Run:
 
 
 def serving_of(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO] = ()) -> ServingRecord:
-    """Throughput and latency of a load that was served, and what came of objectives."""
+    """Throughput and latency of a load that was served, with the objectives that it met."""
     record = serving_record(outcome.served, slos)
     if outcome.rates is not None:
         record = steady_record(record, outcome, simulator.load)
@@ -180,7 +180,7 @@ def steady_record(record: ServingRecord, outcome: Outcome, load: Load) -> Servin
 
 
 def _main_basis(outcome: Outcome) -> str | None:
-    """The basis of most of the time; None where steps were not added up."""
+    """What most of the time rests on (`Basis`); None where steps were not added up."""
     if not any(pool.totals.phases for pool in outcome.pools):
         return None
     return list(Basis)[int(_facts(outcome).basis_s.argmax())].label
@@ -333,7 +333,7 @@ def _assumptions(simulator: Simulator, routing: RoutingChoice) -> tuple[Assumpti
 
 
 def _prompts_of(load: Load) -> str:
-    """What they share, in words."""
+    """Shared prefixes of prompts, in words."""
     if load.prefix_len:
         prefixes = "prefix" if load.num_prefixes == 1 else "prefixes"
         return f"{load.num_prefixes:,} shared {prefixes} of {load.prefix_len:,} tokens"

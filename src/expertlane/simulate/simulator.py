@@ -49,8 +49,8 @@ class PoolRanks:
         limits: of the scheduler.
         memory: of the fullest rank, with the whole cache.
         sharing: [B]; of runs that each bound leads, all the same where routing has no bounds.
-        prefixes: that a cache shares; none in a pool that gets keys and values from another, whole
-            for each prompt.
+        prefixes: that sequences share in the cache; none in a decode pool, which gets the keys and
+            values of whole prompts.
     """
 
     role: PoolRole
@@ -358,7 +358,7 @@ class Simulator:
         if role == "prefill":
             shortest = load.prompt_len.low - prefixes.num_tokens
             max_num_seqs = max(max_num_seqs, setup.max_num_batched_tokens // shortest + 2)
-        if role == "decode":  # what arrives is whole
+        if role == "decode":  # keys and values of whole prompts arrive
             prefixes, shares = NOTHING_SHARED, False
         most_seqs = max_num_seqs
         if load.batch is not None:
@@ -370,7 +370,7 @@ class Simulator:
         if prefixes.num:
             kept = prefixes.num_kept(of_seq - prefixes.num_blocks)
             num_blocks = min(num_blocks + kept, most_blocks)
-        elif shares:  # as hash ids say: whatever is free keeps some
+        elif shares:  # by hash ids: all free memory keeps prefixes
             num_blocks = most_blocks
         wanted = Limits(
             vocab_size=self.model.vocab_size,

@@ -212,10 +212,12 @@ class _Stretch:
         )
 
     def _prompt_share(self, served: Sequence[ServedRequest[Floats]]) -> float | None:
-        """Computed tokens of prompts over those given; None where others compute them.
+        """Computed prompt tokens per token given; None where another pool computes prompts.
+
+        None too where next to nothing of a prompt is computed.
 
         Args:
-            served: whose first token came shows how much of a prompt is found in the cache.
+            served: those with a first token tell how much of a prompt the cache has.
         """
         cached = [each.num_cached_tokens for each in served if each.token_times_s]
         mean_new = self._load.mean_lens[0] - sum(cached) / max(len(cached), 1)
@@ -307,23 +309,25 @@ class _Stretch:
         return max(1, ranks.num_held(blocks))
 
     def _own_blocks(self, ranks: PoolRanks) -> float:
-        """Blocks of a request that has ended, but for its prefix; on average."""
+        """Mean blocks of a finished request after its shared prefix."""
         prompt, output = self._load.mean_lens
         length = prompt if ranks.role == "prefill" else prompt + output - 1
         return length / ranks.limits.block_size - ranks.prefixes.num_blocks
 
     def _new_prompts(self) -> Prompts:
-        """The same ones each time: what is known of a pool already must change no draw."""
+        """New prompts, equal each time: rates of a pool that are known must change no draw."""
         shared = self._load.shared(self._simulator.setup.block_size)
         return Prompts(shared, self._simulator.model.vocab_size, self._seed)
 
     def _warm_up(self, pool: SimulatedPool, prompts: Prompts) -> None:
-        """Let caches hold what earlier requests left, as far as there is room."""
+        """Fill prefix caches with what earlier requests left."""
         ranks = pool.ranks
         if not ranks.prefixes.num:
             return
         for table in chain.from_iterable(pool.pool.scheduler.tables):
-            table.blocks.fill(prompts.left_behind(ranks.limits.num_blocks, self._own_blocks(ranks)))
+            table.blocks.fill(
+                prompts.cache_contents(ranks.limits.num_blocks, self._own_blocks(ranks))
+            )
 
     def _rate_of_prompts(self, pool: SimulatedPool) -> float:
         """Prompts a second of a pool that always has some to compute."""
@@ -376,7 +380,7 @@ class _Stretch:
         """The same ranks at rest, with the steps that are known.
 
         Args:
-            prompts: of earlier requests, which left their caches full; None where these are empty.
+            prompts: of earlier requests, to fill the prefix caches; None leaves them empty.
         """
         pools = self._simulator.start(lead, is_snapshot=True)[0]
         found = next(each for each in pools if each.ranks is pool.ranks)

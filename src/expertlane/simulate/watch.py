@@ -32,14 +32,14 @@ _FEWEST_PARTS = 5  # for a regression
 
 @dataclass(frozen=True)
 class Precision:
-    """When a stretch is long enough.
+    """How precise a stretch must be, and so how long.
 
     Attributes:
         least_steps, most_steps: of the pool that decodes.
-        share: half of the 90 % interval of tokens a second, over them; in a closed loop, and not
-            for longer than usual.
-        quantile: that is to be known of TTFT: so many first tokens that one is likely above it.
-        least_first: first tokens.
+        share: half of the 90 % interval of tokens/s, as a share of them; in a closed loop, and up
+            to the usual number of steps.
+        quantile: of TTFT; there must be so many first tokens that one is likely above it.
+        least_first: first tokens, at least.
     """
 
     least_steps: int = 96
@@ -50,7 +50,7 @@ class Precision:
 
     @classmethod
     def of(cls, slos: Sequence[SLO], num_requests: int | None = None) -> "Precision":
-        """What tells the statistics of the objectives, of so many first tokens at least."""
+        """Enough for the objectives' statistics, and at least `num_requests` first tokens."""
         shares = [PERCENTILES[each.statistic] / 100 for each in slos if each.statistic != "mean"]
         precision = cls(quantile=max([cls.quantile, *shares]), least_first=num_requests or 0)
         asks_more = precision.num_first > cls().num_first
@@ -138,7 +138,7 @@ class Watch:
         self._steps.append(_StepFacts(step.times.end_s, num_tokens, num_prompt_tokens))
 
     def is_done(self, served: Sequence[ServedRequest[Floats]]) -> bool:
-        """Whether steps are enough, and first tokens."""
+        """True once there are enough steps and first tokens."""
         assert self.decode is not None
         num_done = len(self._steps) - self.decode.num_in_flight
         if not self.has_begun:
@@ -170,12 +170,12 @@ class Watch:
         return sorted(self._steps, key=lambda step: float(step.end_s[LIKELY]))[:num]
 
     def has_in(self, request: ServedRequest[Floats]) -> bool:
-        """Whether a request has its first token in the stretch."""
+        """True if a request has its first token in the stretch."""
         times = request.token_times_s
         return bool(times) and self.begin_s[LIKELY] < times[0][LIKELY] <= self.end_s[LIKELY]
 
     def waited_s(self, served: Sequence[ServedRequest[Floats]]) -> Floats:
-        """[3]; for first tokens, in the stretch and over all requests."""
+        """[3]; seconds that all requests waited for first tokens within the stretch."""
         waited = np.zeros(len(BOUNDS))
         for each in served[self.num_running :]:
             until = each.token_times_s[0] if each.token_times_s else self.end_s
@@ -204,8 +204,8 @@ class Watch:
         """The stretch with as many tokens of prompts as it should have.
 
         Args:
-            prompt_share: tokens of prompts over those given, in the steady state; None where that
-                is not known.
+            prompt_share: computed prompt tokens per token given, in the steady state; None if
+                unknown.
         """
         steps = [
             step

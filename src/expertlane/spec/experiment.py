@@ -89,7 +89,7 @@ class Experiment:
 
     @property
     def question(self) -> dict[str, Any]:
-        """All but how it is projected, as results have it."""
+        """The experiment without its `[projection]`, as results record it."""
         return {name: each for name, each in asdict(self).items() if name != "projection"}
 
     def only(self, names: str) -> "Experiment":

@@ -15,7 +15,7 @@ _PATHS = "routing_trace", "requests"
 
 @dataclass(frozen=True, kw_only=True)
 class _OnCluster(Strict):
-    """A modelled cluster, and what its profile does not say.
+    """A modelled cluster, and how the model runs on it.
 
     Attributes:
         skew: None for the default with its bounds.
@@ -43,7 +43,7 @@ class ProjectionAsked(_OnCluster):
 
 @dataclass(frozen=True, kw_only=True)
 class Projection(_OnCluster):
-    """How an experiment is projected; where it is measured, nobody reads this.
+    """How an experiment is projected; runs on real ranks ignore it.
 
     Attributes:
         slo: limits, as `--slo` takes them.
@@ -51,9 +51,9 @@ class Projection(_OnCluster):
         kv_dtype: of keys and values.
         prompt_len, output_len: lengths in place of the workload's, as `--prompt-len` takes them.
         requests: path of recorded requests, whose lengths are taken.
-        prefix_len, num_prefixes: beginnings that prompts share, as `--prefix-len` takes them.
-        num_running: by deployment, sequences to run at once, over the whole system; fewer where
-            they miss a limit. Others run as many as the limits allow.
+        prefix_len, num_prefixes: shared prefixes, as `--prefix-len` and `--num-prefixes` take them.
+        num_running: by deployment, concurrent sequences of the whole system; fewer where they miss
+            a limit. Deployments not named run as many as the limits allow.
 
     Raises:
         UserError: a value is out of its range, or two exclude each other.
@@ -92,10 +92,10 @@ class Projection(_OnCluster):
         return () if self.slo is None else parse_slos([self.slo], "slo")
 
     def _range(self, name: str, mean: int) -> LengthRange:
-        """A length that is given, else the workload's.
+        """A range of lengths that is given, else the workload's mean.
 
         Raises:
-            SpecError: it is no length.
+            SpecError: it is no range of lengths.
         """
         text = getattr(self, name)
         found = LengthRange(mean, mean) if text is None else LengthRange.parse(name, text)
@@ -110,7 +110,8 @@ class Projection(_OnCluster):
         """The lengths that are served in a closed loop; None for those of the workload.
 
         Raises:
-            UserError: the file of requests cannot be read, or has fewer than sequences.
+            UserError: the file of requests cannot be read, or has fewer requests than the workload
+                has sequences.
         """
         num = workload.num_sequences
         if self.requests is not None:

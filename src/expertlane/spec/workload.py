@@ -193,7 +193,7 @@ class Load:
         if self.prefix_len >= self.prompt_len.low:
             raise UserError(
                 f"prefix_len is {self.prefix_len}, prompt_len {self.prompt_len}; a prompt must be "
-                "longer than the beginning that it shares"
+                "longer than its prefix"
             )
         num_tokens = self.num_requests * (self.prompt_len.high + self.output_len.high)
         if self.recorded:
@@ -212,9 +212,9 @@ class Load:
 
     @property
     def is_endless(self) -> bool:
-        """Whether it has a steady state: requests go on coming, and all are drawn alike.
+        """True if it has a steady state: requests keep arriving, and all are drawn alike.
 
-        What recorded requests share turns on their order, so those are served as they come.
+        Recorded requests with hash ids have none: what they share depends on their order.
         """
         return not self._has_hash_ids and (self.is_closed or self.rate is not None)
 
@@ -238,20 +238,20 @@ class Load:
 
     @property
     def outputs(self) -> str:
-        """Lengths of outputs in words, and why those of one mean differ."""
+        """Lengths of outputs, in words."""
         low, high = self.output_len.low, self.output_len.high
         if self.recorded:
             return "as recorded"
         if low == high:
             return f"{low:,} tokens each"
         return (
-            f"drawn from {low:,} to {high:,} tokens: requests of equal length would stay in step, "
-            "and end together"
+            f"drawn from {low:,} to {high:,} tokens (a single length is a mean: requests of equal "
+            "length would all end together)"
         )
 
     @property
     def has_prefixes(self) -> bool:
-        """Whether it is known which prompts begin alike."""
+        """True if prompts share prefixes."""
         return self.prefix_len > 0 or self._has_hash_ids
 
     @property
@@ -282,7 +282,7 @@ class Load:
         return prompt, output
 
     def of_lengths(self) -> "Load":
-        """The same, without knowing which prompts begin alike."""
+        """The load without hash ids: prompts share nothing."""
         return replace(self, recorded=tuple(replace(each, hash_ids=()) for each in self.recorded))
 
     def means(self, seed: int = 0, batch: int | None = None) -> Workload:
@@ -304,11 +304,11 @@ class Load:
 
 @dataclass(frozen=True)
 class SharedPrefixes:
-    """Beginnings of prompts, in whole blocks of a cache: what is over is not shared.
+    """Prefixes that prompts share, in whole blocks of a cache; the rest of them is not shared.
 
     Attributes:
-        num: different ones, each as likely; 0 where none fills a block.
-        num_blocks: of each.
+        num: different prefixes, equally likely; 0 where they are shorter than a block.
+        num_blocks: whole blocks of each prefix.
     """
 
     num: int
@@ -317,11 +317,11 @@ class SharedPrefixes:
 
     @property
     def num_tokens(self) -> int:
-        """Of each."""
+        """Tokens of each prefix that are shared."""
         return self.num_blocks * self.block_size
 
     def num_distinct(self, num_seqs: float) -> float:
-        """Different ones among so many sequences, on average."""
+        """Mean number of different prefixes among so many sequences."""
         return -self.num * expm1(-num_seqs / self.num) if self.num else 0.0
 
     def num_sharing(self, num_blocks: float, of_each: float) -> float:
@@ -338,7 +338,7 @@ class SharedPrefixes:
         return low
 
     def num_kept(self, of_each: int) -> int:
-        """Blocks for all prefixes and all that is freed between two uses of one, hardly ever more.
+        """Blocks for all prefixes and nearly all that is freed between two uses of one.
 
         Args:
             of_each: blocks of a sequence that are its own.
@@ -347,10 +347,10 @@ class SharedPrefixes:
         return self.num * self.num_blocks + between * of_each
 
     def found_share(self, num_blocks: float, of_each: float) -> float:
-        """Share of prompts whose prefix is in a cache: that of the latest ones that it holds.
+        """Share of prompts whose prefix is found in a cache of so many blocks.
 
-        Least recently used ones go first, and a prefix is used by one prompt in `num` (Che, Tung
-        and Wang, Hierarchical Web Caching Systems, 2002).
+        The cache holds the latest sequences, since it evicts the least recently used first (Che,
+        Tung and Wang, Hierarchical Web Caching Systems, 2002).
 
         Args:
             of_each: as `num_sharing` has it.
