@@ -156,8 +156,9 @@ def test_an_open_load_is_served_at_its_rate(tmp_path):
         told(best_of(large))[0] / asked["output_len"], rel=0.05
     )
     said = " ".join(Results.of(large).answer.split())
-    assert "It does not serve 1e+06 requests/s, at most " in said
-    assert "At 1 requests/s: TPOT " in " ".join(Results.of(small).answer.split())
+    assert " of the 1e+06 requests/s. " in said
+    assert "Devices for 1e+06 requests/s: --cluster h100xauto." in said
+    assert ": 1 requests/s with TPOT " in " ".join(Results.of(small).answer.split())
 
 
 @pytest.mark.usefixtures("few_places")
@@ -281,7 +282,7 @@ def test_other_results_have_no_row(tmp_path):
         expertlane.simulate(plan=tmp_path)
     with pytest.raises(expertlane.UserError, match="No such file"):
         expertlane.simulate(plan=tmp_path / "nowhere.json")
-    with pytest.raises(expertlane.UserError, match="--layout is missing: give it, or a row"):
+    with pytest.raises(expertlane.UserError, match="--layout is missing: give a layout, or a row"):
         expertlane.simulate("paper-tiny", cluster="h100x2")
 
 

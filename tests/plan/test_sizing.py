@@ -51,7 +51,7 @@ def test_the_smallest_cluster_for_a_rate_serves_it_and_the_next_smaller_does_not
     sizes = cluster_sizes(8)
     assert sizes.index(num) == sizes.index(fewer.num_devices) + 1
     assert fewer.requests_per_s < rate
-    assert " ".join(found.headline.split()).startswith(f"{num} GPUs serve {rate:g} requests/s, ")
+    assert " ".join(found.headline.split()).startswith(f"{num} GPUs serve {rate:,g} requests/s, ")
     served = found.faster_pools or found.deployments[0]
     assert is_served(served.serving[-1])
     assert served.serving[-1].requests_per_s.value == pytest.approx(rate)

@@ -251,7 +251,8 @@ def _needed(name: str, value: str | None) -> str:
         UserError: there is none.
     """
     if value is None:
-        raise UserError(f"{name} is missing: give it, or a row of a plan, --plan FILE#N")
+        what = name.lstrip("-").lower()
+        raise UserError(f"{name} is missing: give a {what}, or a row of a plan, --plan FILE#N")
     return value
 
 

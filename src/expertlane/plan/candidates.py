@@ -38,7 +38,8 @@ _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
 )
 
 MOST_DEVICES = 4096  # of a plan
-_MOST_SEQS = 512  # per device, in the search for the most requests/s
+# Sequences of a device, in search of the most requests/s: without a limit of TPOT, and with one.
+_MOST_SEQS, _MOST_LIMITED_SEQS = 512, 4096
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,14 @@ class PlanRequest:
         seed: int = 0,
     ) -> "PlanRequest":
         """The request for a closed or an open load."""
-        batch = load.batch or _most_concurrent(load, cluster.num_devices)
+        batch = load.batch or _most_concurrent(load, cluster.num_devices, goals)
         return cls(model, cluster, load.means(seed, batch), goals, setting, engine, load)
 
     def on(self, num_devices: int) -> "PlanRequest":
         """The same request for another number of devices."""
         cluster, workload = replace(self.cluster, num_devices=num_devices), self.workload
         if self.rate is not None and self.load is not None:
-            num = _most_concurrent(self.load, num_devices)
+            num = _most_concurrent(self.load, num_devices, self.goals)
             workload = replace(workload, num_sequences=num)
         return replace(self, cluster=cluster, workload=workload)
 
@@ -169,11 +170,12 @@ class PlanRequest:
         return self.load.varied(self.model.max_position_embeddings)
 
 
-def _most_concurrent(load: Load, num_devices: int) -> int:
+def _most_concurrent(load: Load, num_devices: int, goals: Goals) -> int:
     """Concurrent requests to try at most: more than devices usually serve, as a run may have."""
     of_request = load.prompt_len.high + load.output_len.high
     most = min(MAX_TOKENS_OF_A_RUN // of_request, int(RANGES["num_sequences"].high))
-    return max(1, min(_MOST_SEQS * num_devices, most))
+    of_device = _MOST_SEQS if goals.of_means[0] is None else _MOST_LIMITED_SEQS
+    return max(1, min(of_device * num_devices, most))
 
 
 class Candidate(NamedTuple):

@@ -286,7 +286,7 @@ def cost_of(results: Results, served: Served) -> str | None:
     output, total = served.serving.usd_per_million_output, served.serving.usd_per_million_total
     if output is None or total is None:
         return None
-    bounds = "" if output.low is None else f" ({low_high(output)})"
+    bounds = "" if output.low in (None, output.high) else f" ({low_high(output)})"
     num = served.record.num_ranks
     is_whole = is_on_cpus(results) or served.record.layout is None
     of = "in all" if is_whole else f"for each of {counted(num, device_of(results))}"

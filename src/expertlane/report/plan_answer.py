@@ -207,7 +207,7 @@ def _setting(results: Results) -> str:
     if workload["prompt_len"] + workload["output_len"] - limit in (0, 1):  # the last is not read
         lengths += " (the model's limit)"
     rate = asked_rate(results)
-    load = f"{workload['num_sequences']:,} concurrent" if rate is None else f"{rate:g} requests/s"
+    load = f"{workload['num_sequences']:,} concurrent" if rate is None else f"{rate:,g} requests/s"
     load = f"{load}, {lengths}"
     where = f" on {results.projected_for.name}"
     room = COLUMNS - len(f"{where} | {load} |")
@@ -227,8 +227,11 @@ def headline(results: Results, shown: Collection[int] | None = None) -> str:
         shown: rows of the table, from 1; None for all.
     """
     said, chosen = _chosen(results, shown), results.faster_pools or of_role(results, BEST)[0]
-    if asked_rate(results) is not None:
-        return " ".join([*_devices(results), said, f"{_at_rate(results, chosen)}."])
+    if (rate := asked_rate(results)) is not None:
+        more = ""
+        if as_asked(chosen).ttft_s is None:
+            more = f"Devices for {rate:,g} requests/s: --cluster {_auto_cluster(results)}."
+        return " ".join([*_devices(results), said, *([more] if more else [])])
     memory = chosen.pools[0].num_resident if chosen.pools else None
     is_full = memory is not None and (serving(chosen).num_running or 0) >= memory
     by = " in memory" if is_full or not limits_of(results) else " within the limits"
@@ -244,7 +247,7 @@ def _devices(results: Results) -> Iterator[str]:
     asked, rate = results.question["workload"]["num_sequences"], asked_rate(results)
     within = " within the limits" if limits_of(results) else ""
     devices = counted(num, device_of(results))
-    load = f"all {asked:,} at once" if rate is None else f"{rate:g} requests/s"
+    load = f"all {asked:,} at once" if rate is None else f"{rate:,g} requests/s"
     said = f"{devices} serve{'s' * (num == 1)} {load}{within}"
     if fewer.num_devices:
         verb = "serves" if fewer.num_devices == 1 else "serve"
@@ -260,21 +263,20 @@ def _amount(fewer: FewerDevices) -> str:
     return figures(fewer.requests_per_s) + ("" if fewer.is_served else " and miss a limit")
 
 
-def _at_rate(results: Results, record: DeploymentRecord) -> str:
-    """How the recommended deployment serves an open load at its rate."""
-    rate, found, most = asked_rate(results), as_asked(record), most_requests(results, record)
+def _output(results: Results, record: DeploymentRecord) -> str:
+    """Tokens/s of a deployment; of an open load how it serves that, and the most requests/s."""
+    if (rate := asked_rate(results)) is None:
+        tps = serving(record).output_tps
+        return f"{compact(tps)} tokens/s ({_plus_minus(tps)})"
+    found, most = as_asked(record), most_requests(results, record)
     within = " within the limits" if limits_of(results) else ""
-    at_most = f"at most {figures(most)} ({low_high(most)}){within}"
+    at_most = f"{figures(most)} ({low_high(most)})"
     if found.ttft_s is None:
-        return (
-            f"It does not serve {rate:g} requests/s, {at_most}: a queue would grow without end "
-            f"(--cluster {_auto_cluster(results)} says how many {device_of(results)}s do)"
-        )
-    times = f"TPOT {_ms(mean_tpot(found))}, TTFT {_ms(mean_ttft(found))}"
-    missed = how_served(results, record)
-    if missed != "all":
-        return f"At {rate:g} requests/s it {missed}: {times}; it serves {at_most}"
-    return f"At {rate:g} requests/s: {times}; it serves {at_most}"
+        return f"at most {at_most} of the {rate:,g} requests/s{within}"
+    times = f"{rate:,g} requests/s with TPOT {_ms(mean_tpot(found))}, TTFT {_ms(mean_ttft(found))}"
+    if (missed := how_served(results, record)) != "all":
+        return f"{times}, which {missed}; at most {at_most}{within}"
+    return f"{times}; at most {at_most}{within}"
 
 
 def _auto_cluster(results: Results) -> str:
@@ -286,16 +288,12 @@ def _auto_cluster(results: Results) -> str:
 def _chosen(results: Results, shown: Collection[int] | None) -> str:
     """What to use, and by what it was chosen."""
     best, *others = of_role(results, BEST)
-    tps = serving(best).output_tps
-    most = "" if asked_rate(results) is None else "at most "
-    said = f"Use {named(best)}: {most}{compact(tps)} tokens/s ({_plus_minus(tps)})"
+    said = f"Use {named(best)}: {_output(results, best)}"
     pools = results.faster_pools
     if pools is not None and (over := pools.over_best) is not None:
-        tps = serving(pools).output_tps
         return (
-            f"Use disaggregated pools, {_pools(results)}: {most}{compact(tps)} tokens/s "
-            f"({_plus_minus(tps)}), {figures(over)}× ({low_high(over)}) the best aggregated, "
-            f"{named(best)}."
+            f"Use disaggregated pools, {_pools(results)}: {_output(results, pools)}, "
+            f"{figures(over)}× ({low_high(over)}) the best aggregated, {named(best)}."
         )
     if tie := _tie(results, range(1, 2 + len(others)) if shown is None else shown):
         return f"{said}. {tie}."
@@ -317,7 +315,8 @@ def _tie(results: Results, shown: Collection[int]) -> str:
     if all(each in shown for each in range(1, 1 + found.num_tied)):
         tied = f"#1–#{found.num_tied}"
     by = _WON_BY[found.tie_break]
-    return f"{tied} tie for most tokens/s ({percent(found.tie_spread)} apart): {by}"
+    most = "tokens/s" if asked_rate(results) is None else "requests/s"
+    return f"{tied} tie for most {most} ({percent(found.tie_spread)} apart): {by}"
 
 
 def _ms(seconds: Estimate | None) -> str:
@@ -409,7 +408,7 @@ def _two_pools(results: Results) -> str:
         return f"Disaggregated: {_NO_POOLS[why] if is_of_limits else 'none serves the load'}."
     names = f", {_pools(results)}" if results.faster_pools is None else ""
     found, rate = as_asked(together), asked_rate(results)
-    at = "" if rate is None else f"at {rate:g} requests/s "
+    at = "" if rate is None else f"at {rate:,g} requests/s "
     wait_s = found.place_wait_s
     after = "" if wait_s is None else f" after {duration(wait_s)} for a place"
     return (
@@ -443,12 +442,15 @@ def _engines(results: Results, shown: Collection[int]) -> str:
             if not each.why:
                 where = "these pools" if results.faster_pools else "#1"
             tps = compact(serving(record).output_tps)
-            usd = serving(record).usd_per_million_output
+            if asked_rate(results) is not None:
+                tps = figures(most_requests(results, record))
+            usd = as_asked(record).usd_per_million_output
             cost = "" if usd is None else f" at ${figures(usd)}/M"
             best = f"{tps}{cost} ({where or record.known_layout})"
         by_best.setdefault(best, []).append(each.title)
     said = [f"{_listed(titles)} {best}" for best, titles in by_best.items()]
-    return f"Tokens/s by engine: {'; '.join(said)}."
+    what = "Tokens/s" if asked_rate(results) is None else "Most requests/s"
+    return f"{what} by engine: {'; '.join(said)}."
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ from expertlane.results.record import (
     DeploymentRecord,
 )
 from expertlane.results.results import EngineBest, Results
-from expertlane.results.serving_record import SampleRecord, ServingRecord
+from expertlane.results.serving_record import SampleRecord, ServingRecord, is_served
 from expertlane.spec.deployment import drafts_text
 from expertlane.spec.names import Phase
 
@@ -133,9 +133,13 @@ def as_asked(record: DeploymentRecord) -> ServingRecord:
 
 
 def most_requests(results: Results, record: DeploymentRecord) -> Estimate:
-    """The most requests/s that it serves within the limits."""
+    """The most requests/s that it serves; at least the rate that was asked for, if it serves it."""
     output_len: int = results.question["workload"]["output_len"]
-    return serving(record).output_tps / output_len
+    most, rate = serving(record).output_tps / output_len, asked_rate(results)
+    if rate is None or rate <= most.value or not is_served(as_asked(record)):
+        return most
+    low, _, high = most.bounds
+    return Estimate(rate, low, max(high, rate))
 
 
 def mean_tpot(found: ServingRecord) -> Estimate:
@@ -265,7 +269,7 @@ def _at_rate(results: Results) -> list[Section]:
         "req/s: with as many sequences as the limits allow."
     )
     table = Table.of("", (place, is_served, *_AT_RATE, most), rows)
-    return [Section(f"At {rate:g} requests/s", (table, said), chapter="found")]
+    return [Section(f"At {rate:,g} requests/s", (table, said), chapter="found")]
 
 
 def how_served(results: Results, record: DeploymentRecord) -> str:

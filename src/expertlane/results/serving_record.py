@@ -201,7 +201,9 @@ class ServingRecord(Strict):
         )
         assert output_tps is not None, "every record has it"
         if self.rate is not None and self.sample is not None and self.ttft_s is not None:
-            output_tps = replace(output_tps, high=output_tps.value)  # no more requests arrive
+            # What is served at a rate is what arrives.
+            output_tps, total_tps = self.output_tps, self.total_tps
+            requests_per_s, goodput = self.requests_per_s, self.goodput
         later = max(known.tpot, known.ttft)
         factors = {"ttft": known.ttft, "tpot": known.tpot, "itl": known.tpot, "e2e": later}
         return replace(

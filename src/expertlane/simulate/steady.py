@@ -447,7 +447,11 @@ class _Stretch:
     def _sampled(
         self, served: Sequence[ServedRequest[Floats]], watch: Watch, tpot_s: Floats
     ) -> list[SampledRequest]:
-        """Those whose first token came in the stretch; with another's pace if seen too briefly."""
+        """Those whose first token came in the stretch; with another's pace if seen too briefly.
+
+        Args:
+            tpot_s: [3]; mean TPOT of the load, which paces are scaled to.
+        """
         tokens = self._multi_token.tokens_per_step
         least = min(watch.num_steps_of_request(served) / 2, self._mean_steps - 1)
         paces: dict[int, Floats] = {}
@@ -476,4 +480,9 @@ class _Stretch:
                     pace_s,
                 )
             )
+        # The load's mean is known better than the sample's; percentiles follow it.
+        own_s = [each.pace_s for each in sample if each.output_len > 1]
+        factor = tpot_s / np.mean(own_s, axis=0) if own_s else np.ones(len(BOUNDS))
+        for each in sample:
+            each.pace_s = each.pace_s * factor
         return sample

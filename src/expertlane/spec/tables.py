@@ -79,8 +79,9 @@ def _find(value: Any, keys: Iterable[int | str]) -> tuple[str, Any]:
     """The place that keys lead to, and its value; a type that was tried is no key."""
     place = ""
     for key in keys:
-        if isinstance(value, list) or (isinstance(value, dict) and key in value):
-            place, value = f"{place}.{printable(str(key))}", value[key]  # type: ignore[index]
+        is_item = isinstance(value, list) and isinstance(key, int)
+        if is_item or (isinstance(value, dict) and key in value):
+            place, value = f"{place}.{printable(str(key))}", value[key]
     return place.removeprefix("."), value
 
 
