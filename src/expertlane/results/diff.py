@@ -342,11 +342,14 @@ def _tps(record: StepsRecord) -> Estimate:
 
 
 def _typical(name: str) -> Callable[[ServingRecord], Estimate | None]:
-    """The median of a time in milliseconds, or its mean where no median is known."""
+    """The median of a time in milliseconds; its mean in a steady state, or without a median."""
 
     def get(record: ServingRecord) -> Estimate | None:
         summary = getattr(record, name)
-        typical = None if summary is None else summary.median or summary.mean
+        if summary is None:
+            return None
+        median = summary.median if record.sample is None else None
+        typical = median or summary.mean
         return None if typical is None else typical * 1e3
 
     return get
