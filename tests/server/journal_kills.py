@@ -265,11 +265,12 @@ async def load(front: Front, url: str, seed: int, number: int, num_kills: int) -
                     break
             await starts
             ready_s = time.monotonic() - killed_s
-            resumed = await _counter(http, "journal_resumed")
             for _ in range(200):
                 if client.first_further_s is not None or client.wrong:
                     break
                 await asyncio.sleep(0.02)
+            # A server is ready before it has resumed all.
+            resumed = await _counter(http, "journal_resumed")
             further_s = client.first_further_s
             further_s = None if further_s is None else further_s - killed_s
             kills.append(Kill(after_s, ready_s, further_s, resumed, rank, recoveries))
