@@ -88,7 +88,7 @@ def test_a_pipe_without_a_reader_ends_in_141_without_a_word(tmp_path, kept, as_j
     done = shell(command % f"{SIMULATE} --out kept{as_json}", tmp_path)
     assert (tmp_path / "code").read_text() == "141\n"
     assert [each.partition(":")[0] for each in done.stderr.splitlines()] == [
-        "simulating 8 requests"
+        "simulating a steady state"
     ]
     assert made(kept) == FILES
     done = shell(command % f"report kept{as_json}", tmp_path)
