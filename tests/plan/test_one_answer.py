@@ -385,6 +385,18 @@ def test_compare_takes_the_experiment_of_a_plan(case, tmp_path, monkeypatch):
         assert told(again.deployments[0]) == pytest.approx(told(best), rel=_SAME)
 
 
+@pytest.mark.usefixtures("few_places")
+def test_recorded_requests_at_a_rate_are_fewer_than_sequences(tmp_path, monkeypatch):
+    monkeypatch.setattr("expertlane.compare.machine.why_not_here", lambda *_: "for this test")
+    asked = {"cluster": "h100x2", "requests": recorded_requests(tmp_path), "rate": 1, "skew": 0}
+    results = expertlane.plan("paper-small", **asked, out=tmp_path / "planned")
+    best = best_of(results)
+    assert best.serving[0].num_running > 30  # requests of the file
+    projected = expertlane.compare(tmp_path / "planned" / "experiment.toml", project=True)
+    found = projected.select("projected", EXPERIMENT, projected.conditions[0])[-1]
+    assert told(found) == pytest.approx(told(best), rel=_SAME)
+
+
 def test_options_take_the_place_of_an_experiments_own(tmp_path, monkeypatch):
     monkeypatch.setattr("expertlane.compare.machine.why_not_here", lambda *_: "for this test")
     asked = draw(3) | {"batch": 24, "cluster": "h100x2", "output_len": 20, "skew": 0.5}

@@ -483,6 +483,6 @@ def _without_num_running(experiment: "Experiment") -> "Projection | None":
 
 
 def _dtype_of(comparisons: list[_Comparison], dtype: Dtype | None) -> str | None:
-    """What was asked for, else a checkpoint's own type, else None, the machine's choice."""
+    """`--dtype`, else a checkpoint's own type, else None for the machine's choice."""
     first = comparisons[0].experiment  # they differ in experts per token alone
     return dtype or (first.model.own_dtype if first.checkpoint else None)

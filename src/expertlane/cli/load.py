@@ -165,7 +165,7 @@ class LoadOptions:
         object.__setattr__(self, "slos", parse_slos(self.slo or ()))
 
     def loads(self) -> "list[Load]":
-        """What to serve, one load for each batch size or rate.
+        """The loads, one for each batch size or rate.
 
         Raises:
             UserError: it is not clear what, or the file of requests cannot be read.
@@ -195,7 +195,7 @@ class LoadOptions:
         ]
 
     def question(self, load: "Load") -> dict[str, Any]:
-        """What is the same for all loads, as results have it."""
+        """The lengths, seed and source of all loads, as results record them."""
         asked = {
             "prompt_len": str(load.prompt_len),
             "output_len": str(load.output_len),
@@ -298,7 +298,7 @@ class PlannedLoad(SimulatedLoad):
         return {"prompt_len": str(load.prompt_len), "output_len": str(load.output_len)} | shared
 
     def load(self, model: "ModelConfig") -> "Load":
-        """What is served in the steady state; default lengths are cut to the model's positions.
+        """The load in its steady state; default lengths are cut to the model's positions.
 
         Raises:
             UserError: `--num-requests` is given, an output has one token, or the model has too few

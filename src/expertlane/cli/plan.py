@@ -22,8 +22,11 @@ from expertlane.spec.files import write_text
 from expertlane.spec.names import EngineName
 
 if TYPE_CHECKING:
+    from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
+    from expertlane.cost.routing import RoutingChoice
     from expertlane.plan.commands import ServeTarget
+    from expertlane.plan.project import Setting
 
 _EXPERIMENT = "experiment.toml"
 _AUTO = "xauto"  # in place of a number of devices
@@ -102,43 +105,27 @@ def run(
 ) -> output.Found:
     """Plan, without a word on standard output."""
     from expertlane.cost.laws.device import stand_ins
-    from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.frameworks import served_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.plan.candidates import Goals, PlanRequest
-    from expertlane.plan.project import Setting
     from expertlane.plan.results import make_plan
     from expertlane.plan.sizing import smallest_plan
     from expertlane.results.cost import with_costs
     from expertlane.spec.projection import Projection, ProjectionAsked
 
-    multi_token = drafts.multi_token()
-    if multi_token.num_drafts and own.engine == "expertlane":
-        raise UserError("--mtp: expertlane has no drafts; leave it out with --engine expertlane")
     found = find_model(own.model, weights=False)
     is_auto = own.cluster.endswith(_AUTO)
     cluster = own.cluster.removesuffix(_AUTO) + "x1" if is_auto else own.cluster
     devices = served_cluster(cluster, projection.framework)
-    asked, goals = load.load(found.config), Goals.of(load.slos)
-    routing_trace = projection.routing_trace
-    routing = choose_routing(found.config, routing_trace, projection.skew, load.seed)
-    types = found.number_types(projection.dtype, projection.kv_dtype, devices)
-    is_narrow = types.weights in ("float8", "nvfp4")  # DeepEP sends float8 beside both
-    payload: PayloadType = "float8" if is_narrow else "model"
-    setting = Setting(
-        types,
-        Execution(projection.execution),
-        routing.source,
-        payload,
-        copies=own.copies,
-        multi_token=multi_token,
-    )
+    asked, trace = load.load(found.config), projection.routing_trace
+    routing = choose_routing(found.config, trace, projection.skew, load.seed)
+    setting = _setting(own, projection, drafts, routing, found, devices)
     name = output.slug("plan", found.config.name, own.cluster if is_auto else devices)
     folder = call.folder(name)
     experiment = None if folder is None else folder / _EXPERIMENT
-    cautions = *found.cautions(types), *stand_ins(devices.profile, types)
+    cautions = *found.cautions(setting.types), *stand_ins(devices.profile, setting.types)
     request = PlanRequest.of_load(
-        asked, found.config, devices, goals, setting, own.engine, load.seed
+        asked, found.config, devices, Goals.of(load.slos), setting, own.engine, load.seed
     )
     with output.progress_on_stderr() as progress:
         fewer = None
@@ -152,7 +139,7 @@ def run(
         "cluster": cluster,
         "framework": projection.framework,
         "skew": projection.skew,
-        "routing_trace": None if routing_trace is None else str(routing_trace),
+        "routing_trace": None if trace is None else str(trace),
         "execution": projection.execution,
     }
     results = plan.results(
@@ -173,11 +160,43 @@ def run(
         if experiment is None:
             return []
         written_by = f"Written by: {results.command}"
-        own = on_cluster | load.lengths(asked) | _types(types) | {"slo": load.limits}
-        table = Projection(**own).located(Path.cwd())
+        own_table = on_cluster | load.lengths(asked) | _types(setting.types) | {"slo": load.limits}
+        table = Projection(**own_table).located(Path.cwd())
         return [write_text(experiment, plan.experiment(name, checkpoint, written_by, table))]
 
     return output.Found(results, folder, write_experiment)
+
+
+def _setting(
+    own: _Options,
+    projection: ProjectionOptions,
+    drafts: DraftOptions,
+    routing: "RoutingChoice",
+    found: FoundModel,
+    devices: "ModelledCluster",
+) -> "Setting":
+    """Number types, execution, routing, payload and drafts of all deployments.
+
+    Raises:
+        UserError: drafts are asked for of an engine that has none.
+    """
+    from expertlane.cost.laws.execution import Execution
+    from expertlane.plan.project import Setting
+
+    multi_token = drafts.multi_token()
+    if multi_token.num_drafts and own.engine == "expertlane":
+        raise UserError("--mtp: expertlane has no drafts; leave it out with --engine expertlane")
+    types = found.number_types(projection.dtype, projection.kv_dtype, devices)
+    is_narrow = types.weights in ("float8", "nvfp4")  # DeepEP sends float8 beside both
+    payload: PayloadType = "float8" if is_narrow else "model"
+    return Setting(
+        types,
+        Execution(projection.execution),
+        routing.source,
+        payload,
+        copies=own.copies,
+        multi_token=multi_token,
+    )
 
 
 def _types(types: "NumberTypes") -> dict[str, str]:

@@ -38,7 +38,7 @@ _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
 )
 
 MOST_DEVICES = 4096  # of a plan
-# Sequences of a device, in search of the most requests/s: without a limit of TPOT, and with one.
+# Sequences per device, in the search for the most requests/s: without a limit of TPOT, with one.
 _MOST_SEQS, _MOST_LIMITED_SEQS = 512, 4096
 
 
@@ -171,7 +171,7 @@ class PlanRequest:
 
 
 def _most_concurrent(load: Load, num_devices: int, goals: Goals) -> int:
-    """Concurrent requests to try at most: more than devices usually serve, as a run may have."""
+    """Concurrent requests that a plan for an open load tries at most."""
     of_request = load.prompt_len.high + load.output_len.high
     most = min(MAX_TOKENS_OF_A_RUN // of_request, int(RANGES["num_sequences"].high))
     of_device = _MOST_SEQS if goals.of_means[0] is None else _MOST_LIMITED_SEQS

@@ -44,10 +44,10 @@ from expertlane.results.record import (
 from expertlane.results.results import (
     Assumption,
     EngineBest,
-    FewerDevices,
     NoPools,
     PlanSummary,
     Results,
+    ServedLoad,
 )
 from expertlane.results.serving_record import ServingRecord, is_served, with_places
 from expertlane.spec.names import Phase
@@ -91,7 +91,7 @@ class Plan:
         return self.ranking.chosen.finalist.candidate
 
     @property
-    def served(self) -> FewerDevices:
+    def served(self) -> ServedLoad:
         """Concurrent requests, or requests/s of an open load, on the recommended deployment."""
         chosen, pools = self.ranking.chosen, self._faster_pools
         curve, at_rate = chosen.finalist.served, chosen.at_rate
@@ -99,9 +99,9 @@ class Plan:
             curve, at_rate = pools.served, pools.at_rate
         num_devices, rate = self.request.cluster.num_devices, self.request.rate
         if rate is None:
-            return FewerDevices(num_devices, int(curve.num_seqs[0]))
+            return ServedLoad(num_devices, int(curve.num_seqs[0]))
         most = float(curve.tps[LIKELY, 0]) / self.request.workload.output_len
-        return FewerDevices(num_devices, int(curve.num_seqs[0]), most, is_served(at_rate))
+        return ServedLoad(num_devices, int(curve.num_seqs[0]), most, is_served(at_rate))
 
     @property
     def _faster_pools(self) -> TwoPools | None:
@@ -118,7 +118,7 @@ class Plan:
         loaded: ServeTarget,
         experiment: str | None,
         projection: ProjectionAsked | None = None,
-        fewer: FewerDevices | None = None,
+        fewer: ServedLoad | None = None,
         load: Mapping[str, Any] | None = None,
     ) -> Results:
         """All that is shown.

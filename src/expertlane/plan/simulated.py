@@ -8,7 +8,7 @@ that `simulate` gives too.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import gcd
 from typing import NamedTuple
@@ -93,7 +93,7 @@ def serve_at_rate(
     load = request.load_at_rate()
     simulator = _simulator(request, _Served.by(decode), of_prompts, load)
     state = steady_state(simulator, request.workload.seed)
-    return replace(serving_of(simulator, state, request.goals.all), num_running=decode.num_seqs)
+    return serving_of(simulator, state, request.goals.all)
 
 
 def divide_alike(prefill: Layout, decode: Layout) -> bool:

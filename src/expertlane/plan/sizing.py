@@ -14,7 +14,7 @@ from expertlane.plan.results import Plan, make_plan
 from expertlane.plan.screen import Known, fitting
 from expertlane.plan.search import Search
 from expertlane.progress import Progress
-from expertlane.results.results import FewerDevices
+from expertlane.results.results import ServedLoad
 
 _MOST_STEP = 4  # largest step, times as many devices, after a plan that does not serve all
 _MOST_USELESS = 4  # doublings in a row on which no request meets the limits, before giving up
@@ -29,7 +29,7 @@ class Sized:
     """
 
     plan: Plan
-    fewer: FewerDevices
+    fewer: ServedLoad
 
 
 def cluster_sizes(ranks_per_node: int) -> list[int]:
@@ -93,7 +93,7 @@ class _Sizing:
             raise UserError(self._too_many())
         plan = self._plans[sizes[high]]
         assert isinstance(plan, Plan), "a size that serves all has a plan"
-        return Sized(plan, FewerDevices(0, 0) if high == 0 else self._served(high - 1))
+        return Sized(plan, ServedLoad(0, 0) if high == 0 else self._served(high - 1))
 
     def _request_of(self, num_devices: int) -> PlanRequest:
         return self._request.on(num_devices)
@@ -129,11 +129,13 @@ class _Sizing:
             return max((num for num, _ in within), default=-1)
         return max((tps / request.workload.output_len for _, tps in within), default=-1)
 
-    def _is_enough(self, served: FewerDevices) -> bool:
+    def _is_enough(self, served: ServedLoad) -> bool:
         """True if all of the load is served within the limits."""
-        return served.is_served and _amount(served) >= self._wanted
+        if self._request.rate is not None:
+            return served.is_served
+        return served.num_served >= self._wanted
 
-    def _served(self, place: int) -> FewerDevices:
+    def _served(self, place: int) -> ServedLoad:
         """What the plan on a size serves within the limits."""
         num = self._sizes[place]
         if num not in self._plans:
@@ -148,9 +150,11 @@ class _Sizing:
             except UserError as error:
                 self._plans[num] = error
         plan = self._plans[num]
-        return FewerDevices(num, 0) if isinstance(plan, UserError) else plan.served
+        if isinstance(plan, UserError):
+            return ServedLoad(num, 0, is_served=False)
+        return plan.served
 
-    def _next(self, place: int, served: FewerDevices, high: int) -> int:
+    def _next(self, place: int, served: ServedLoad, high: int) -> int:
         """Index to try after a size that does not serve all, by what it serves."""
         amount = _amount(served)
         factor = min(self._wanted / amount, _MOST_STEP) if amount else _MOST_STEP
@@ -169,7 +173,7 @@ class _Sizing:
         return f"no cluster of up to {most:,} {profile.name} serves {load} within the limits{told}"
 
 
-def _amount(served: FewerDevices) -> float:
+def _amount(served: ServedLoad) -> float:
     """Concurrent requests; of an open load requests/s."""
     return served.num_served if served.requests_per_s is None else served.requests_per_s
 

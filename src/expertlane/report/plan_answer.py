@@ -55,7 +55,7 @@ from expertlane.results.record import (
     DeploymentRecord,
     TieBreak,
 )
-from expertlane.results.results import FewerDevices, NoPools, Results
+from expertlane.results.results import NoPools, Results, ServedLoad
 
 _NO_POOLS: dict[NoPools, str] = {
     "no split": "the devices cannot be split",
@@ -250,17 +250,20 @@ def _devices(results: Results) -> Iterator[str]:
     load = f"all {asked:,} at once" if rate is None else f"{rate:,g} requests/s"
     said = f"{devices} serve{'s' * (num == 1)} {load}{within}"
     if fewer.num_devices:
-        verb = "serves" if fewer.num_devices == 1 else "serve"
-        of_fewer = f"{verb} {_amount(fewer)}" if fewer.num_served else "hold none"
-        said += f", {fewer.num_devices:,} {of_fewer}"
+        said += f", {fewer.num_devices:,} {_amount(fewer, rate)}"
     yield f"{said}."
 
 
-def _amount(fewer: FewerDevices) -> str:
-    """What a smaller cluster serves of the load."""
-    if fewer.requests_per_s is None:
-        return f"{fewer.num_served:,}"
-    return figures(fewer.requests_per_s) + ("" if fewer.is_served else " and miss a limit")
+def _amount(fewer: ServedLoad, rate: float | None) -> str:
+    """What a smaller cluster does with the load."""
+    verb = "serves" if fewer.num_devices == 1 else "serve"
+    if not fewer.num_served:
+        return "holds none" if fewer.num_devices == 1 else "hold none"
+    if rate is None or fewer.requests_per_s is None:
+        return f"{verb} {fewer.num_served:,}"
+    if fewer.requests_per_s < rate:
+        return f"{verb} {figures(fewer.requests_per_s)}"
+    return f"{'misses' if fewer.num_devices == 1 else 'miss'} a limit at that rate"
 
 
 def _output(results: Results, record: DeploymentRecord) -> str:

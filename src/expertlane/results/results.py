@@ -139,8 +139,8 @@ class EngineBest(Strict):
 
 
 @dataclass(frozen=True)
-class FewerDevices(Strict):
-    """A cluster that is too small for a load.
+class ServedLoad(Strict):
+    """How much of a load a plan on some devices serves.
 
     Attributes:
         num_served: requests at once within the limits; 0 where none keeps them, or nothing fits.
@@ -193,7 +193,7 @@ class PlanSummary(Strict):
     engine: EngineName | None = None
     engines: tuple[EngineBest, ...] = ()
     experiment: str | None = None
-    fewer_devices: FewerDevices | None = None
+    fewer_devices: ServedLoad | None = None
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class SampledRequest(ServedRequest[Floats]):
 
 @dataclass(frozen=True, eq=False)
 class SteadyState(Outcome):
-    """A stretch of a load, and what the load comes to.
+    """A stretch of a load, with the load's rates.
 
     Attributes:
         steps_per_token: likely; steps of the pool that decodes, over tokens of a request in them.

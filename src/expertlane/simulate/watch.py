@@ -1,4 +1,4 @@
-"""Watches a stretch of a steady state: when it is long enough, and what it comes to.
+"""Watches a stretch of a steady state: when it is long enough, its tokens and its corrected time.
 
 A stretch has some prompts more or less than its share, each of which takes time. What the share is
 follows from the load, so the surplus is a control variate (Law and Kelton, Simulation Modeling and
@@ -95,7 +95,7 @@ class _StepFacts(NamedTuple):
 
 
 class _Stretched(NamedTuple):
-    """What a stretch comes to once prompts have their share: seconds [3], tokens, and steps."""
+    """A stretch corrected for its surplus of prompts: seconds [3], tokens, steps, and the error."""
 
     seconds: Floats
     num_tokens: float

@@ -110,20 +110,14 @@ class Projection(_OnCluster):
         """The lengths that are served in a closed loop; None for those of the workload.
 
         Raises:
-            UserError: the file of requests cannot be read, or has fewer requests than the workload
-                has sequences.
+            UserError: the file of requests cannot be read.
         """
         num = workload.num_sequences
         if self.requests is not None:
             from expertlane.spec.request_file import read_requests
 
-            recorded = read_requests(Path(self.requests))
-            if len(recorded) < num:
-                raise SpecError(
-                    f"{self.requests} gives {len(recorded):,} requests, fewer than the workload's "
-                    f"{num:,} sequences"
-                )
-            return Load.of(recorded, num).of_lengths()
+            # Lengths are drawn from them, so they may be fewer than sequences.
+            return Load.of(read_requests(Path(self.requests)), num).of_lengths()
         if self.prompt_len is None and self.output_len is None and not self.prefix_len:
             return None
         prompt = self._range("prompt_len", workload.prompt_len)
