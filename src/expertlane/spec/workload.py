@@ -202,7 +202,7 @@ class Load:
             raise UserError(
                 f"{self.num_requests:,} requests with prompts of {self.prompt_len} and outputs of "
                 f"{self.output_len} tokens may be {num_tokens:,} in all; a run holds at most "
-                f"{MAX_TOKENS_OF_A_RUN:,}: give fewer with --num-requests"
+                f"{MAX_TOKENS_OF_A_RUN:,}: give fewer requests or shorter ones"
             )
 
     @property
