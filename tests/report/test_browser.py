@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 import example_pages
 import example_results
@@ -142,7 +142,7 @@ def test_a_link_of_the_contents_opens_its_chapter(opened):
         chapter = page.locator(f"details#{name}")
         assert not chapter.evaluate("each => each.open")
         page.locator(f'nav a[href="#{name}"]').click()
-        page.wait_for_function(f"document.getElementById('{name}').open")
+        expect(chapter).to_have_attribute("open", "")
         assert chapter.locator("summary").first.bounding_box()["y"] < 900
 
 
@@ -152,7 +152,7 @@ def test_commands_are_copied_as_they_are(opened):
     command = page.locator("pre.command").first
     button = command.get_by_role("button")
     button.click()
-    page.wait_for_function("each => each.textContent === 'Copied'", arg=button.element_handle())
+    expect(button).to_have_text("Copied")
     lines = [
         line
         for engine in example_pages.KINDS["plan"]().plans[0].engines
@@ -207,9 +207,7 @@ def test_timelines_are_stretched_together(opened, has_scripts):
     if has_scripts:
         scrolled = group.locator(".time")
         scrolled.first.evaluate("each => { each.scrollLeft = 200; }")
-        page.wait_for_function(
-            "each => each.scrollLeft === 200", arg=scrolled.nth(1).element_handle()
-        )
+        expect(scrolled.nth(1)).to_have_js_property("scrollLeft", 200)
 
 
 @pytest.mark.full
