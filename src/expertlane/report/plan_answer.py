@@ -314,12 +314,13 @@ def _tie(results: Results, shown: Collection[int]) -> str:
     found = results.plans[0]
     if found.num_tied == 1 or found.tie_break is None:
         return ""
-    tied = f"{found.num_tied} plans"
+    tied = f"{found.num_tied} plans (--full names them)"
     if all(each in shown for each in range(1, 1 + found.num_tied)):
         tied = f"#1–#{found.num_tied}"
     by = _WON_BY[found.tie_break]
     most = "tokens/s" if asked_rate(results) is None else "requests/s"
-    return f"{tied} tie for most {most} ({percent(found.tie_spread)} apart): {by}"
+    apart = f"{percent(found.tie_spread)} apart, within the error of their ratio"
+    return f"{tied} tie for most {most} ({apart}): {by}"
 
 
 def _ms(seconds: Estimate | None) -> str:
