@@ -169,6 +169,12 @@ def test_plans_that_tie_stand_as_they_are_ranked():
     assert [each["value"] for each in values(ranked)] == [900, 950, 800]
     assert [each["role"] for each in values(ranked)] == ["faster", "other", "other"]
     assert tells(ranked.title, "#1 #3 tie tokens/s")
+    question = PLAN.question | {"load": {"rate": 0.01}}
+    at_rate = replace(results, plans=(summary,), question=question)
+    (ranked, _) = charts(plan(at_rate)[0])
+    length = question["workload"]["output_len"]
+    assert [length * each["value"] for each in values(ranked)] == pytest.approx([900, 950, 800])
+    assert tells(ranked.title, "#1 #3 tie requests/s")
 
 
 def loads(num, **changes):

@@ -9,9 +9,17 @@ from expertlane.report.compared import Comparison
 from expertlane.report.document import Chart, Section
 from expertlane.report.loads import device_of
 from expertlane.report.numbers import figures, percent, times
-from expertlane.report.planning import explained, named, serving, tpot
+from expertlane.report.planning import (
+    asked_rate,
+    explained,
+    most_requests,
+    named,
+    serving,
+    tpot,
+)
 from expertlane.report.speed import how_run
 from expertlane.report.step_plots import PHASES, causes, fits, plot_section, timelines
+from expertlane.results.estimate import Estimate
 from expertlane.results.record import BEST, FAMILY, PARETO, TWO_POOLS, DeploymentRecord
 from expertlane.results.results import Results
 
@@ -43,22 +51,35 @@ def _ranked(results: Results) -> Chart | None:
         f"#{place} {layout if layouts.count(layout) == 1 else named(each)}"
         for place, (layout, each) in enumerate(zip(layouts, best, strict=True), 1)
     ]
+    is_at_rate = asked_rate(results) is not None
+
+    def most(record: DeploymentRecord) -> Estimate:
+        return most_requests(results, record) if is_at_rate else serving(record).output_tps
+
     bars = [
-        Bar(name, serving(each).output_tps, FASTER if each is best[0] and not pools else "other")
+        Bar(name, most(each), FASTER if each is best[0] and not pools else "other")
         for name, each in zip(names, best, strict=True)
     ]
     if pools is not None:
-        bars.insert(0, Bar(_POOLS, serving(pools).output_tps, FASTER))
-    title = _lead(best, num_tied, has_pools=pools is not None)
-    return throughput_chart(title, "output tokens/s", bars, between="low–high", is_ranked=True)
+        bars.insert(0, Bar(_POOLS, most(pools), FASTER))
+    what = "requests/s" if is_at_rate else "tokens/s"
+    title = _lead(best, num_tied, what, has_pools=pools is not None)
+    axis = "most requests/s" if is_at_rate else "output tokens/s"
+    return throughput_chart(title, axis, bars, between="low–high", is_ranked=True)
 
 
-def _lead(best: Sequence[DeploymentRecord], num_tied: int, *, has_pools: bool) -> str:
-    """Title: how far ahead the best are."""
+def _lead(best: Sequence[DeploymentRecord], num_tied: int, what: str, *, has_pools: bool) -> str:
+    """Title: how far ahead the best are.
+
+    Args:
+        what: they are ranked by, `tokens/s` or `requests/s`.
+    """
     over = best[num_tied].over_best if num_tied < len(best) else None
-    said = "Tokens/s of #1" if num_tied == 1 else f"#1 to #{num_tied} tie for most tokens/s"
+    said = (
+        f"{what.capitalize()} of #1" if num_tied == 1 else f"#1 to #{num_tied} tie for most {what}"
+    )
     if over is not None and num_tied == 1:
-        said = f"#1 gives {percent(1 / over.value - 1)} more tokens/s than #2"
+        said = f"#1 gives {percent(1 / over.value - 1)} more {what} than #2"
     elif over is not None:
         said += f"; #{num_tied + 1} is {percent(1 - over.value)} behind"
     return f"Disaggregated pools are ahead; of the others, {said}" if has_pools else said
