@@ -171,3 +171,9 @@ def test_seeds_agree_within_the_error_that_is_told(layout):
     ]
     tps = [each.output_tps[1] for each in found]
     assert max(tps) / min(tps) - 1 <= 2 * max(max(each.error for each in found), 0.005)
+
+
+def test_a_replica_takes_one_step_a_token():
+    for layouts in (("tp=2",), ("replicas=4",), ("tp=2", "replicas=3,dp=2")):
+        found = steady_state(simulator_of(layouts, 12, 12, (8, 8), (200, 200)), 0)
+        assert found.steps_per_token == pytest.approx(1, rel=0.15), layouts

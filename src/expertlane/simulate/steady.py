@@ -62,7 +62,7 @@ class SteadyState(Outcome):
     """A stretch of a load, with the load's rates.
 
     Attributes:
-        steps_per_token: likely; steps of the pool that decodes, over tokens of a request in them.
+        steps_per_token: likely; steps of a replica that decodes, over tokens of a request in them.
         prefill_rate: likely prompts a second of a pool for prompts that always has some; 0 without.
         prompt_s: likely seconds that this pool takes for a prompt alone; 0 without.
         num_steps, num_priced: of all pools, in the stretch and before it.
@@ -428,11 +428,12 @@ class _Stretch:
             num_decoding=float(num_decoding[LIKELY]),
             num_waiting=float(num_waiting[LIKELY]),
         )
+        num_steps = stretch.num_steps / self._simulator.setup.layout.replicas  # of each
         return SteadyState(
             served=sample,
             pools=pools,
             rates=rates,
-            steps_per_token=stretch.num_steps * rates.num_decoding / max(tokens, 1.0),
+            steps_per_token=num_steps * rates.num_decoding / max(tokens, 1.0),
             prefill_rate=self._prefill_rate,
             prompt_s=self._prompt_s,
             num_steps=sum(len(each.pool.runner.bounds) for each in pools),
