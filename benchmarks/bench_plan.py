@@ -6,8 +6,8 @@ python benchmarks/bench_plan.py --screening 6 [--candidates 200]
 The first: a model of 94 layers and 128 experts, on one core, and what the command costs before it
 begins. The second: drawn questions, for each so many drawn candidates, all simulated roughly: at
 which place as screened is the best as simulated, and how much less has the best of the ten best
-screened. Of many that are nearly as good the rough best is also the luckiest, so the loss is that
-of both simulated again, precisely. Prints a table, then one JSON line.
+screened, and what `plan` finds of them. Of many that are nearly as good the rough best is also the
+luckiest, so losses are those of both simulated again, precisely. Prints a table, then a JSON line.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -28,7 +28,7 @@ from expertlane.cost.routing import PowerLawRouting
 from expertlane.plan.candidates import Goals, PlanRequest
 from expertlane.plan.project import Setting
 from expertlane.plan.search import Search
-from expertlane.plan.simulated import simulate, simulated_pool
+from expertlane.plan.simulated import Race, simulate, simulated_pool
 from expertlane.plan.trials import Trials
 from expertlane.plan.two_pools import TwoPoolSearch
 from expertlane.simulate.watch import ROUGH, USUAL
@@ -102,25 +102,37 @@ def judge_screening(num_questions: int, num_candidates: int) -> None:
         for each in trials:
             each.settle(0.03)
         best = max(trials, key=lambda each: each.tps)
-        place, loss = trials.index(best), 0.0
-        if place >= _MOST_LOOKED_AT:
-            ahead = max(trials[:_MOST_LOOKED_AT], key=lambda each: each.tps)
-            again = [each.again(USUAL) for each in (ahead, best)]
-            for each in again:
-                each.settle(0.005)
-            loss = max(1 - again[0].tps / again[1].tps, 0.0) if again[1].tps else 0.0
-        rows.append({"candidates": len(chosen), "place": place + 1, "loss": loss})
+        place = trials.index(best)
+        raced = Race(chosen, request, run, lambda _: None).result()
+        ahead = max(trials[:_MOST_LOOKED_AT], key=lambda each: each.tps)
+        losses = [
+            0.0 if place < _MOST_LOOKED_AT else loss_of([ahead], best),
+            loss_of(raced.able[:3], best),
+        ]
+        rows.append(
+            {"candidates": len(chosen), "place": place + 1}
+            | dict(zip(("loss", "raced"), losses, strict=True))
+        )
         print(
-            f"{request.model.name:14} {request.cluster!s:8} {request.workload.num_sequences:4} at "
-            f"once, {len(chosen):3} candidates: best simulated is #{place + 1:<3} as screened, "
-            f"loss {loss:.1%}",
+            f"{number:2} {request.model.name:10} {request.cluster!s:8} "
+            f"{request.workload.num_sequences:4} at once, {len(chosen):3} candidates: best "
+            f"simulated is #{place + 1:<3} as screened; ten best {losses[0]:.1%} below it, "
+            f"raced ({raced.num_simulated}) {losses[1]:.1%}",
             flush=True,
         )
     among = sum(row["place"] <= _MOST_LOOKED_AT for row in rows) / len(rows)
-    print(
-        f"among the ten best screened: {among:.0%}; largest loss {max(r['loss'] for r in rows):.1%}"
-    )
+    loss, raced = (max(row[name] for row in rows) for name in ("loss", "raced"))
+    print(f"among the ten best screened: {among:.0%}; largest loss {loss:.1%}, raced {raced:.1%}")
     print(json.dumps({"questions": rows}))
+
+
+def loss_of(some: Sequence[Trials], best: Trials) -> float:
+    """How much less the best of some has than the best of all, simulated precisely; a share."""
+    most, *others = [each.again(USUAL) for each in (best, *some)]
+    for each in (most, *others):
+        each.settle(0.005)
+    have = max((each.tps for each in others), default=0.0)
+    return max(1 - have / most.tps, 0.0) if most.tps else 0.0
 
 
 def main() -> None:

@@ -175,6 +175,8 @@ def _latent_prefills(card: Card, cache: str) -> tuple[Source, ...]:
     return _latent_prefill(path.format("sglang/0.5.14"), cache, _LATENT), widened
 
 
+# Sizes of the experts of DeepSeek-V3, cut by tensor parallelism; Kimi-K2's are the same.
+_OF_DEEPSEEK = {"hidden": (7168,), "inner": (16, 64, 128, 256, 512, 1024, 2048)}
 # Beyond, time goes to tokens of other ranks, which a dispatch does not bring.
 _UP_TO_64 = (1, 2, 4, 8, 16, 32, 64)
 
@@ -241,6 +243,7 @@ def _laws_of_products(card: Card) -> list[Law]:
             for dtype, kernel, rows, what, library in experts
         ),
         *(_triton(card) if is_hopper else _flashinfer(card)),
+        _int4(card),
         _deepgemm(card),
     ]
 
@@ -283,18 +286,34 @@ def _triton(card: Card) -> list[Law]:
     what = "SGLang's fused kernel in Triton with routing around, scales by block, balanced"
     all_rows = _experts(path, where)
     rows = _experts(path, {**where, **deepseek}, shape=("moe_tp_size", "moe_ep_size"))
-    inner = {"hidden": (7168,), "inner": (16, 64, 128, 256, 512, 1024, 2048)}
     return [
         Law(Kind.EXPERTS, "float8", (all_rows,), axes, what, smoothness=1.0, library="triton"),
         Law(
             Kind.EXPERTS,
             "float8",
             (rows,),
-            {**axes, **inner},
+            {**axes, **_OF_DEEPSEEK},
             f"{what}; DeepSeek-V3's sizes",
             library="triton_deepseek",
         ),
     ]
+
+
+def _int4(card: Card) -> Law:
+    """Weights of four bits that are widened as they are read; timed for Kimi-K2's sizes alone."""
+    kernel, what = "sglang_flashinfer_trtllm_moe", "TensorRT-LLM's grouped GEMM in FlashInfer"
+    if card.generation is Generation.HOPPER:
+        kernel, what = "sglang_marlin_moe", "Marlin's grouped GEMM"
+    path = f"{card.folder}/moe/sglang/0.5.14/moe_perf.parquet"
+    where = {"kernel_source": kernel, "moe_dtype": "int4_wo", "moe_ep_size": _UP_TO_64}
+    return Law(
+        Kind.EXPERTS,
+        "int4",
+        (_experts(path, where, ("moe_tp_size", "moe_ep_size")),),
+        {**axes_of(card.generation)["experts"], **_OF_DEEPSEEK},
+        f"{what} with routing around, scales by 32, balanced; Kimi-K2's sizes",
+        smoothness=1.0,
+    )
 
 
 def _deepgemm(card: Card) -> Law:

@@ -78,8 +78,8 @@ _TERMS = {
         _ASSUMED + "between steps: a step is planned and sent to the ranks, tokens come back",
     ),
 }
-_WIDENED = "; mxfp4 weights are widened to bfloat16 as they are read"
-_WITH_FLOAT8 = "; mxfp4 is multiplied with 8-bit activations"
+_WIDENED = "; mxfp4 and int4 weights are widened to bfloat16 as they are read"
+_WITH_FLOAT8 = "; mxfp4 is multiplied with 8-bit activations, int4 widened to bfloat16"
 # Rates in TFLOP/s; memory in GB and TB/s; links in GB/s a direction.
 _HOPPER = {"float32": 67, "float16": 989, "bfloat16": 989, "float8": 1979, "mxfp4": 989}
 _B200 = {"float32": 75, "float16": 2250, "bfloat16": 2250, "float8": 4500, "mxfp4": 4500}
@@ -95,13 +95,14 @@ def _sheet(
     near: tuple[float, str],
     far: tuple[float, str],
 ) -> Profile:
+    rates = {**tflops, "int4": tflops["bfloat16"]}
     return Profile(
         name=name,
         device=Device(
             name=device,
             memory_bytes=memory[0] * 1e9,
             memory_bytes_per_s=memory[1] * 1e12,
-            flops_per_s={dtype: rate * 1e12 for dtype, rate in tflops.items()},
+            flops_per_s={dtype: rate * 1e12 for dtype, rate in rates.items()},
             origin=origin,
             # Rows of Blackwell's tables reach 1.3 × bfloat16's peak; of Hopper's 0.76.
             float8_attention="float8" if "nvfp4" in tflops else "bfloat16",

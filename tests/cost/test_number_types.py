@@ -17,6 +17,7 @@ _PARTS = ("attention", "mlp", "experts")
         ("float8", 128 * 128 + 4),  # a float32 for all of them
         ("nvfp4", 128 * 128 // 2 + 128 * 128 // 16),
         ("mxfp4", 128 * 128 // 2 + 128 * 128 // 32),
+        ("int4", 128 * 128 // 2 + 2 * 128 * 128 // 32),
     ],
 )
 def test_scales_are_counted(number_type, num_bytes):
@@ -35,6 +36,7 @@ def test_scales_are_counted(number_type, num_bytes):
         ("float8", ("attention", "mlp", "experts")),
         ("nvfp4", ("mlp", "experts")),
         ("mxfp4", ("experts",)),
+        ("int4", ("experts",)),
     ],
 )
 def test_what_is_not_quantised_stays_as_wide_as_activations(weights, narrow):
@@ -52,5 +54,5 @@ def test_one_type_for_everything():
 def test_types_of_weights_alone_are_no_types_of_a_cache():
     with pytest.raises(SpecError, match=telling("kv nvfp4 float32 float16 bfloat16")):
         NumberTypes("nvfp4", "bfloat16", "nvfp4")
-    with pytest.raises(SpecError, match=telling("weights int4 nvfp4 mxfp4")):
-        NumberTypes("int4")
+    with pytest.raises(SpecError, match=telling("weights int2 nvfp4 mxfp4 int4")):
+        NumberTypes("int2")

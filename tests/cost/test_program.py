@@ -317,8 +317,8 @@ def test_hand_over_between_nodes():
 
 
 def test_types_that_are_none():
-    with pytest.raises(SpecError, match=telling("weights int4")):
-        NumberTypes("int4")
+    with pytest.raises(SpecError, match=telling("weights int2")):
+        NumberTypes("int2")
     with pytest.raises(SpecError, match="float8"):
         NumberTypes.all_of("float8")
 

@@ -644,6 +644,41 @@ def test_reading_the_file(tmp_path):
     assert read_config(tmp_path) == MIXTRAL
 
 
+_INT_OF_FOUR = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4, "group_size": 32}}},
+}
+
+
+def test_modelopts_file_beside_a_config_says_how_weights_are_quantised(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    beside = tmp_path / "hf_quant_config.json"
+    beside.write_text('{"producer": {}, "quantization": {"quant_algo": "NVFP4"}}')
+    assert quantization_of(read_config(tmp_path)).number_type == "nvfp4"
+    own = MIXTRAL | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    assert quantization_of(read_config(tmp_path)).method == "fp8"
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    beside.write_text('{"quantization": "NVFP4"}')
+    with pytest.raises(SpecError, match=telling("hf_quant_config.json quantization object")):
+        read_config(tmp_path)
+
+
+def test_a_language_model_inside_another_configuration_is_projected(tmp_path):
+    inside = DEEPSEEK_V3 | {"quantization_config": _INT_OF_FOUR}
+    wrapped = {
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "model_type": "kimi_k25",
+        "text_config": inside,
+    }
+    model = from_hf(wrapped, weights=False)
+    assert model == from_hf(DEEPSEEK_V3, weights=False)
+    assert quantization_of(wrapped).number_type == "int4"
+    with pytest.raises(SpecError, match=telling("weights KimiK25ForConditionalGeneration plan simulate")):
+        from_hf(wrapped)
+
+
 @pytest.mark.parametrize(
     ("entry", "number_type"),
     [
@@ -652,7 +687,12 @@ def test_reading_the_file(tmp_path):
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
         ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "mxfp4"),
-        ({"quant_method": "awq", "bits": 4}, None),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "float8"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, "int4"),
+        ({"quant_method": "awq", "bits": 4}, "int4"),
+        ({"quant_method": "gptq", "bits": 8}, None),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, None),
+        (_INT_OF_FOUR, "int4"),
         ({"quant_method": "modelopt", "quant_algo": 4}, None),
     ],
 )

@@ -14,20 +14,23 @@ from expertlane.spec.hf_config import NarrowType
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1}
 SCALED_VALUES = 128  # of a float8 payload, values with one float32 scale
 # Of a weight with its share of the scales: float8 has a float32 for every 128 × 128 weights, NVFP4
-# a byte for every 16, MXFP4 (OCP Microscaling Formats 1.0) a byte for every 32.
+# a byte for every 16, MXFP4 (OCP Microscaling Formats 1.0) a byte for every 32, INT4 (as Kimi-K2.5
+# has it) a bfloat16 for every 32.
 WEIGHT_BYTES: dict[str, float] = {
     **ITEM_BYTES,
     "float8": 1 + 4 / 128**2,
     "nvfp4": 1 / 2 + 1 / 16,
     "mxfp4": 1 / 2 + 1 / 32,
+    "int4": 1 / 2 + 2 / 32,
 }
 # What checkpoints so quantised have in the type: of DeepSeek-V3, of NVIDIA's DeepSeek-R1-FP4, of
-# gpt-oss.
+# gpt-oss, of Kimi-K2.5.
 _QUANTISED: dict[str, tuple[str, ...]] = {
     "float8": ("attention", "mlp", "experts"),
     "int8": ("attention", "mlp", "experts"),
     "nvfp4": ("mlp", "experts"),
     "mxfp4": ("experts",),
+    "int4": ("experts",),
 }
 
 
@@ -42,7 +45,7 @@ class NumberTypes:
 
     Where weights are narrower than activations, what checkpoints so quantised keep stays in the
     type of activations: embedding, output head and the absorbed products of latent attention;
-    beside NVFP4 all of attention; beside MXFP4 all but the experts. Router weights are always
+    beside NVFP4 all of attention; beside MXFP4 and INT4 all but the experts. Router weights are always
     float32.
 
     Attributes:

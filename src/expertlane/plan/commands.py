@@ -343,7 +343,7 @@ def _weights(asked: _Asked) -> list[str]:
 
 def _kept_weights(asked: _Asked) -> list[str]:
     types, stored = asked.types, asked.served.quantization
-    if stored is None and types.weights in ("nvfp4", "mxfp4"):
+    if stored is None and types.weights in ("nvfp4", "mxfp4", "int4"):
         return [f"it needs a checkpoint quantised to {types.weights}"]
     if stored is None or stored.number_type == types.weights:
         return []

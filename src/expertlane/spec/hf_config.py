@@ -13,10 +13,17 @@ from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, RANGES, Range, shown
 
 _KIND_NAMES: dict[type, str] = {bool: "true or false", str: "a string"}
 
-_FLOAT8_METHODS = ("fp8", "fbgemm_fp8")
+_MODELOPT = "hf_quant_config.json"
 MXFP4_BLOCK = 32  # values that share a scale
 _E4M3 = ("e4m3", "float8_e4m3fn")
-_FLOAT4_NAMES = {"nvfp4": {"nvfp4", "nvfp4-pack-quantized"}, "mxfp4": {"mxfp4"}}
+# By type of weights, how NVIDIA's ModelOpt, compressed-tensors and others call it.
+_NAMES_OF_TYPE = {
+    "float8": {"fp8", "fbgemm_fp8", "float-quantized", "fp8_pb_wo", "fp8_per_channel_per_token"},
+    "nvfp4": {"nvfp4", "nvfp4-pack-quantized", "nvfp4_awq"},
+    "mxfp4": {"mxfp4"},
+    "int4": {"int4_awq", "w4a16", "w4a16_awq"},
+}
+_WEIGHT_ONLY = ("auto-round", "awq", "gptq")  # methods that tell `bits`
 
 T = TypeVar("T", int, float, bool, str)
 
@@ -29,6 +36,8 @@ class Family:
         num_experts: names of the field for the number of experts; where a config has several, the
             first counts.
         num_experts_per_tok: the same for how many of them a token goes to.
+        wrappers: other architectures whose language model, in `text_config`, is of this family;
+            their weights have names of their own, which are not read.
         unread: what names of tensors begin with that are no part of the language model.
         defaults: of all fields that are read; those of transformers 5's config classes.
             transformers 4.57 differs in two: DeepSeek-V2's vocab_size was 32000, and a null
@@ -39,6 +48,7 @@ class Family:
     num_experts: list[str]
     defaults: dict[str, Any]
     num_experts_per_tok: list[str] = field(default_factory=lambda: ["num_experts_per_tok"])
+    wrappers: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
 
 
@@ -54,7 +64,7 @@ class Quantization:
 
     Attributes:
         method: its `quant_method`.
-        number_type: `float8`, `nvfp4` or `mxfp4`; None where it is none that is known here.
+        number_type: `float8`, `nvfp4`, `mxfp4` or `int4`; None where it is none that is known here.
     """
 
     method: str
@@ -69,6 +79,8 @@ class Quantization:
 def read_config(folder: Path) -> dict[str, Any]:
     """The `config.json` of a checkpoint's folder.
 
+    How weights are quantised may stand in ModelOpt's `hf_quant_config.json` alone; it is added.
+
     Raises:
         SpecError: there is none, it cannot be read, or it is not a JSON object.
     """
@@ -77,7 +89,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SpecError(f"{folder} is a file; give the checkpoint's folder")
     if not os.path.lexists(path):
         raise SpecError(f"{folder}: there is no config.json; it is no checkpoint's folder")
-    return read_json_object(path, CONFIG_BYTES, lenient=True)
+    config, beside = read_json_object(path, CONFIG_BYTES, lenient=True), folder / _MODELOPT
+    if language_model_of(config).get("quantization_config") is None and os.path.lexists(beside):
+        said = read_json_object(beside, CONFIG_BYTES, lenient=True).get("quantization")
+        if not isinstance(said, dict):
+            raise SpecError(f"{beside}: quantization is {shown(said)}; it must be an object")
+        config["quantization_config"] = {"quant_method": "modelopt"} | said
+    return config
 
 
 def family_of(config: dict[str, Any]) -> str:
@@ -88,7 +106,10 @@ def family_of(config: dict[str, Any]) -> str:
     """
     architectures, model_type = config.get("architectures"), config.get("model_type")
     for family, known in FAMILIES.items():
-        if architectures == [known.architecture] or (not architectures and model_type == family):
+        names = [known.architecture, *known.wrappers]
+        if architectures in [[each] for each in names] or (
+            not architectures and model_type == family
+        ):
             return family
     given = architectures or model_type
     given = given[0] if isinstance(given, list) and len(given) == 1 else given
@@ -117,7 +138,7 @@ def quantization_of(config: dict[str, Any]) -> Quantization | None:
     Raises:
         SpecError: the entry has another form than checkpoints have.
     """
-    quantization = config.get("quantization_config")
+    quantization = language_model_of(config).get("quantization_config")
     if quantization is None:
         return None
     if not isinstance(quantization, dict):
@@ -127,15 +148,30 @@ def quantization_of(config: dict[str, Any]) -> Quantization | None:
         raise SpecError(
             f"quantization_config: quant_method is {shown(method)}; it must be a string"
         )
-    if method in _FLOAT8_METHODS or quantization.get("format") == "float-quantized":
-        return Quantization(method, "float8")
-    # As NVIDIA's ModelOpt and compressed-tensors write it.
     names = [method, quantization.get("quant_algo"), quantization.get("format")]
     said = {name.lower() for name in names if isinstance(name, str)}
-    for number_type, spellings in _FLOAT4_NAMES.items():
+    for number_type, spellings in _NAMES_OF_TYPE.items():
         if said & spellings:
             return Quantization(method, number_type)
-    return Quantization(method, None)
+    return Quantization(method, "int4" if _is_int4(method, quantization) else None)
+
+
+def _is_int4(method: str, quantization: dict[str, Any]) -> bool:
+    """Whether weights are integers of four bits."""
+    if method in _WEIGHT_ONLY:
+        return quantization.get("bits") == 4
+    weights = _weights_of_groups(quantization)
+    return bool(weights) and all(
+        isinstance(each, dict) and (each.get("type"), each.get("num_bits")) == ("int", 4)
+        for each in weights
+    )
+
+
+def _weights_of_groups(quantization: dict[str, Any]) -> list[Any]:
+    """What compressed-tensors says of the weights of each group of matrices; None for nothing."""
+    groups = quantization.get("config_groups")
+    schemes = [*groups.values()] if isinstance(groups, dict) else []
+    return [each.get("weights") if isinstance(each, dict) else None for each in schemes]
 
 
 NarrowType = Literal["int8", "float8"]
@@ -177,7 +213,7 @@ def narrow_scheme(config: dict[str, Any]) -> NarrowScheme | None:
     found = quantization_of(config)
     if found is None or is_mxfp4(config):
         return None
-    quantization = config["quantization_config"]
+    quantization = language_model_of(config)["quantization_config"]
     if found.method == "compressed-tensors":
         return _compressed(quantization)
     if found.method != "fp8":
@@ -205,9 +241,7 @@ _COMPRESSED: dict[str, tuple[str, NarrowType]] = {
 
 def _compressed(quantization: dict[str, Any]) -> NarrowScheme:
     """A scheme of compressed-tensors: one for all matrices that are not left out."""
-    groups, fmt = quantization.get("config_groups"), quantization.get("format")
-    schemes = [*groups.values()] if isinstance(groups, dict) else []
-    weights = [each.get("weights") if isinstance(each, dict) else None for each in schemes]
+    weights, fmt = _weights_of_groups(quantization), quantization.get("format")
     of = weights[0] if weights else None
     if not isinstance(of, dict) or any(each != of for each in weights):
         raise SpecError(

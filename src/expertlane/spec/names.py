@@ -6,7 +6,7 @@ from typing import Literal
 Dtype = Literal["float32", "bfloat16", "float16"]  # of weights and activations
 
 # Of a projection: types of weights and of keys and values, and how a GPU's kernels are launched.
-NumberType = Literal[Dtype, "float8", "nvfp4", "mxfp4"]
+NumberType = Literal[Dtype, "float8", "nvfp4", "mxfp4", "int4"]
 CacheType = Literal["model", Dtype, "float8"]
 GpuExecution = Literal["graph", "eager"]
 
