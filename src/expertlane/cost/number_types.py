@@ -45,8 +45,8 @@ class NumberTypes:
 
     Where weights are narrower than activations, what checkpoints so quantised keep stays in the
     type of activations: embedding, output head and the absorbed products of latent attention;
-    beside NVFP4 all of attention; beside MXFP4 and INT4 all but the experts. Router weights are always
-    float32.
+    beside NVFP4 all of attention; beside MXFP4 and INT4 all but the experts. Router weights are
+    always float32.
 
     Attributes:
         narrow_head: the output head has one byte too: it was rounded while loading.

@@ -51,8 +51,8 @@ def from_hf(
     if weights:
         if config.get("architectures") != [known.architecture] and config.get("architectures"):
             raise SpecError(
-                f"weights of {shown(config['architectures'][0])} cannot be read; plan, simulate and "
-                "compare --project take its config.json"
+                f"weights of {shown(config['architectures'][0])} cannot be read; plan, simulate "
+                "and compare --project take its config.json"
             )
         narrow_scheme(config)
     fields = ConfigReader(language_model_of(config), name or family, known.defaults)
