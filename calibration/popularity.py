@@ -1,11 +1,17 @@
 """How skewed routing is: published statistics of experts' loads, and the exponent that has each.
 
 python calibration/popularity.py              prints Markdown
-python calibration/popularity.py Nemotron-30B some of the models
+python calibration/popularity.py deepseek_v3  some of the families
 
 Routing is taken as a projection draws it: the expert at place i of an order has a weight of
-(1 + i)^-exponent, and a token draws its experts by weight, none twice. The default of every
-projection, and its bounds, stand in `expertlane.spec.ranges`.
+(1 + i)^-exponent, and a token draws its experts by weight, none twice. A family's exponent (`skew`
+in `spec/families.json`) is the median over its sources, rounded to 0.05; of families without any it
+is the median over those with some (`spec.ranges.DEFAULT_SKEW`). Statistics of routing alone are
+used, no throughput. Rows of one narrow kind of requests bound the exponent from above
+(`SKEW_BOUNDS`); they count among a family's where no others are known.
+
+Popularity also drifts after experts were placed by it. How much (`DRIFT`) follows from the last
+table: what is left of the imbalance of DeepSeek-R1's 32 ranks after they were balanced.
 
 aiconfigurator draws loads, not experts, from a power law, so its exponents are not ours: of the
 density x^-1.01 of loads between 1 and 0.8 of the tokens, the busiest fifth of 256 experts has most
@@ -23,6 +29,7 @@ from skew import busiest_rank
 from tables import Array
 
 from expertlane.cost.routing import PowerLawRouting
+from expertlane.spec.layout import Layout
 from expertlane.spec.model import Routing
 
 EXPONENTS = np.arange(0.0, 1.61, 0.1)
@@ -36,10 +43,13 @@ class Published:
     """A statistic of the loads of a layer's experts, the mean over layers where there are more.
 
     Attributes:
+        family: its `model_type`; "" of a family that is not supported.
         value: as it was published.
         is_least: whether the source says that, or more.
+        is_narrow: measured on requests of one narrow kind.
     """
 
+    family: str
     model: str
     num_experts: int
     top_k: int
@@ -49,6 +59,7 @@ class Published:
     source: str
     groups: Routing = field(default_factory=Routing)
     is_least: bool = False
+    is_narrow: bool = False
 
 
 def share_of_busiest(part: float) -> Statistic:
@@ -116,60 +127,137 @@ _FIRST = (
 _AIC = "aiconfigurator, docs/POWER_LAW_DISTRIBUTION.md"
 _DODOCO = "arXiv 2605.20982, WikiText"
 _HANDBOOK = "gpu-container handbook (mcp-tool-shop), Routing De-risk"
+_TRT = "TensorRT-LLM, tech blog 4, table 1: decode of translations"
+_NINE = "moe-speed-of-light (harshithkantamneni), policy study §2: 160 conversations"
+_QUARTER = "share of the busiest quarter"
 
 
 def _own(loads: Sequence[int]) -> float:
     return deviation_of(len(loads))(np.array(loads, dtype=np.float64))
 
 
+def _nine(family: str, model: str, experts: int, top_k: int, value: float) -> Published:
+    quarter = round(experts / 4) / experts
+    return Published(
+        family, model, experts, top_k, _QUARTER, share_of_busiest(quarter), value, _NINE
+    )
+
+
 PUBLISHED = (
-    Published("DeepSeek-R1", 256, 8, "share of the busiest fifth, 30 to 40 %",
+    Published("deepseek_v3", "DeepSeek-R1", 256, 8, "share of the busiest fifth, 30 to 40 %",
               share_of_busiest(0.2), 0.35, f"{_AIC}: CNN/DailyMail, OpenOrca", _DEEPSEEK),
-    Published("DeepSeek-V3", 256, 8, "deviation of 16 experts' counts", deviation_of(16),
-              _own(_OF_A_RANK), "SGLang, pull request 5524, 2025-05-13", _DEEPSEEK),
-    Published("256 experts, EPLB", 256, 8, "deviation of 23 experts' counts", deviation_of(23),
-              _own(_FIRST), "deepseek-ai/EPLB, issue 22: collected top-k traces", _DEEPSEEK),
-    Published("DeepSeek-V2-Lite", 64, 6, "Gini", gini, 0.24, _DODOCO, is_least=True),
-    Published("DeepSeek-MoE-16B", 64, 6, "Gini", gini, 0.105, _DODOCO),
-    Published("Nemotron-30B", 128, 6, "Gini", gini, 0.15, _DODOCO),
-    Published("Qwen3.5-35B", 256, 8, "Gini", gini, 0.24, _DODOCO, is_least=True),
-    Published("Qwen3.6-35B-A3B", 256, 8, "busiest of 4 ranks over the mean", busiest_of_ranks(4),
-              1.35, "aiconfigurator, EXPERT_ROUTING_CAPTURE.md: measured on B300"),
-    Published("Qwen3-30B-A3B", 128, 8, "experts for 90 % of the load, prose, code, mathematics",
-              num_for(0.9), 65, _HANDBOOK),
-    Published("Qwen3-30B-A3B", 128, 8, "experts for 90 % of the load, Python alone", num_for(0.9),
-              58, _HANDBOOK),
-    Published("Qwen3.8-Flash-Next", 512, 10, "busiest expert over the mean", busiest_expert, 2.5,
-              "llama.cpp, pull request 28544"),
+    Published("deepseek_v3", "DeepSeek-R1", 256, 8, "busiest of 32 ranks over the mean",
+              busiest_of_ranks(32), 2.564, _TRT, _DEEPSEEK, is_narrow=True),
+    Published("deepseek_v3", "DeepSeek-R1", 256, 8, "deviation of all experts' counts",
+              deviation_of(256), 1.282, _TRT, _DEEPSEEK, is_narrow=True),
+    Published("deepseek_v3", "DeepSeek-V3", 256, 8, "deviation of 16 experts' counts",
+              deviation_of(16), _own(_OF_A_RANK), "SGLang, pull request 5524, 2025-05-13",
+              _DEEPSEEK),
+    Published("deepseek_v3", "256 experts, EPLB", 256, 8, "deviation of 23 experts' counts",
+              deviation_of(23), _own(_FIRST), "deepseek-ai/EPLB, issue 22: collected top-k traces",
+              _DEEPSEEK),
+    Published("deepseek_v2", "DeepSeek-V2-Lite", 64, 6, "Gini", gini, 0.24, _DODOCO, is_least=True),
+    _nine("deepseek_v2", "DeepSeek-V2-Lite", 64, 6, 0.31),
+    Published("", "DeepSeek-MoE-16B", 64, 6, "Gini", gini, 0.105, _DODOCO),
+    _nine("mixtral", "Mixtral-8x7B", 8, 2, 0.29),
+    _nine("qwen2_moe", "Qwen1.5-MoE", 60, 4, 0.32),
+    _nine("qwen2_moe", "Qwen2-57B", 64, 8, 0.45),
+    _nine("qwen3_moe", "Qwen3-30B-A3B", 128, 8, 0.43),
+    Published("qwen3_moe", "Qwen3-30B-A3B", 128, 8, "experts for 90 % of the load, three kinds",
+              num_for(0.9), 65, _HANDBOOK, is_narrow=True),
+    Published("qwen3_moe", "Qwen3-30B-A3B", 128, 8, "experts for 90 % of the load, Python alone",
+              num_for(0.9), 58, _HANDBOOK, is_narrow=True),
+    _nine("olmoe", "OLMoE", 64, 8, 0.50),
+    _nine("gpt_oss", "gpt-oss-20b", 32, 4, 0.45),
+    _nine("gpt_oss", "gpt-oss-120b", 128, 4, 0.56),
+    _nine("", "Phi-3.5-MoE", 16, 2, 0.39),
+    Published("", "GLM-5.2", 256, 8, "share of the busiest fifth", share_of_busiest(0.2), 0.60,
+              "mi210-vllm (davetha), docs/ROUTING.md: six kinds of text"),
+    Published("", "Nemotron-30B", 128, 6, "Gini", gini, 0.15, _DODOCO),
+    Published("", "Qwen3.5-35B", 256, 8, "Gini", gini, 0.24, _DODOCO, is_least=True),
+    Published("", "Qwen3.6-35B-A3B", 256, 8, "busiest of 4 ranks over the mean",
+              busiest_of_ranks(4), 1.35, "aiconfigurator, EXPERT_ROUTING_CAPTURE.md: on B300"),
+    Published("", "Qwen3.8-Flash-Next", 512, 10, "busiest expert over the mean", busiest_expert,
+              2.5, "llama.cpp, pull request 28544"),
 )  # fmt: skip
+# Of its ranks after balancing with one more slot each: the busiest over the mean (the same table).
+_BALANCED = 1.109
+_DRIFTS = np.arange(0.0, 0.45, 0.05)
 
 
 def main() -> None:
-    """Print the table, and what follows for the default."""
+    """Print the tables, and what follows for the defaults."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    every = list(dict.fromkeys(each.model for each in PUBLISHED))
-    parser.add_argument("models", nargs="*", choices=[[], *every], metavar="MODEL")
-    models = parser.parse_args().models or every
+    known = list(dict.fromkeys(each.family for each in PUBLISHED if each.family))
+    parser.add_argument("families", nargs="*", choices=[[], *known], metavar="FAMILY")
+    families = parser.parse_args().families
     print("| model | statistic | published | exponent | source |")
     print("| --- | --- | ---: | ---: | --- |")
-    found = []
-    for each in (each for each in PUBLISHED if each.model in models):
-        exponent = exponent_of(each)
-        found.append(exponent)
+    found: list[tuple[Published, float]] = []
+    for each in PUBLISHED:
+        if families and each.family not in families:
+            continue
+        found.append((each, exponent_of(each)))
         least = "≥ " if each.is_least else ""
+        narrow = "; one kind of requests" if each.is_narrow else ""
         print(
-            f"| {each.model} | {each.what} | {least}{each.value:.3g} | {least}{exponent:.2f} | "
-            f"{each.source} |"
+            f"| {each.model} | {each.what} | {least}{each.value:.3g} | {least}{found[-1][1]:.2f} | "
+            f"{each.source}{narrow} |",
+            flush=True,
         )
-    for alpha in (1.01, 1.2) if models == every else ():
+    of_families = _by_family(found)
+    for name, exponent in of_families.items():
+        print(f"\n{name or 'unsupported'}: {exponent:.2f}", end="")
+    print(f"\n\nMedian over models: {median(_by_model(found).values()):.2f}")
+    if families:
+        return
+    for alpha in (1.01, 1.2):
         drawn = _drawn_by_aiconfigurator(alpha)
-        same = Published("", 256, 8, "", busiest_of_ranks(8), drawn, "")
+        same = Published("", "", 256, 8, "", busiest_of_ranks(8), drawn, "")
         print(
-            f"| (aiconfigurator draws) | busiest of 8 ranks over the mean, density x^-{alpha} | "
-            f"{drawn:.3g} | {exponent_of(same):.2f} | calibration/skew.py |"
+            f"aiconfigurator draws loads of density x^-{alpha}: busiest of 8 ranks {drawn:.3g} "
+            f"times the mean, exponent {exponent_of(same):.2f}"
         )
-    print(f"\nMedian of the published: {median(found):.2f}; from {min(found):.2f} to "
-          f"{max(found):.2f}.")  # fmt: skip
+    exponent = next(of for each, of in found if each.source == _TRT)
+    left = [_left_after_balancing(exponent, float(drift)) for drift in _DRIFTS]
+    print("\n| drift | busiest of 32 ranks after balancing, over the mean |\n| ---: | ---: |")
+    for drift, imbalance in zip(_DRIFTS, left, strict=True):
+        print(f"| {drift:.2f} | {imbalance:.3f} |")
+    drift = np.interp(_BALANCED, np.maximum.accumulate(left), _DRIFTS)
+    print(f"\nDrift with which it is {_BALANCED} at exponent {exponent:.2f}: {drift:.2f}")
+
+
+def _by_model(found: Sequence[tuple[Published, float]]) -> dict[str, float]:
+    """Median of each model's sources; of narrow kinds of requests where there are no others."""
+    usual: dict[str, list[float]] = {}
+    for is_narrow in (False, True):
+        for each, exponent in found:
+            if each.is_narrow == is_narrow and (is_narrow is False or each.model not in usual):
+                usual.setdefault(each.model, []).append(exponent)
+    return {model: median(exponents) for model, exponents in usual.items()}
+
+
+def _by_family(found: Sequence[tuple[Published, float]]) -> dict[str, float]:
+    families = dict.fromkeys(each.family for each, _ in found)
+    return {
+        family: median(_by_model([pair for pair in found if pair[0].family == family]).values())
+        for family in families
+    }
+
+
+def _left_after_balancing(exponent: float, drift: float) -> float:
+    """Busiest of 32 ranks of DeepSeek-R1 over the mean, with one more slot on each."""
+    layers, layout = range(_NUM_LAYERS), Layout(dp=32, ep=32)
+    routing = PowerLawRouting(
+        256, 8, exponent, num_sampled_layers=_NUM_LAYERS, groups=_DEEPSEEK, drift=drift
+    )
+    none, owned = np.zeros(1, dtype=np.int64), np.array([_NUM_TOKENS])
+    found = []
+    for layer, placement in zip(layers, routing.placements(layers, layout, 32, 32), strict=True):
+        counts = np.bincount(routing.topk_ids(layer, 0, none, owned).ravel(), minlength=256)
+        by_rank = placement.rank_loads(counts, 32)
+        found.append(by_rank.max() / by_rank.mean())
+    return float(np.mean(found))
 
 
 def exponent_of(published: Published) -> float:

@@ -22,7 +22,7 @@ from expertlane.cli.virtual_time import DEFAULT_PROFILE, VirtualTimeOptions
 from expertlane.errors import CapacityError, MissingExtraError, UserError, naming, require_extra
 from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.names import Dtype
-from expertlane.spec.ranges import DEFAULT_REPEAT, DEFAULT_SKEW, shown
+from expertlane.spec.ranges import DEFAULT_REPEAT, shown
 from expertlane.spec.slo import parse_slos
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class _Projection:
         given = self.given | ({} if dtype is None else {"dtype": dtype})
         if (own := experiment.projection) is None:
             cluster = f"{DEFAULT_PROFILE}x{experiment.num_ranks}"
-            own = Projection(cluster=cluster, skew=DEFAULT_SKEW)
+            own = Projection(cluster=cluster, skew=experiment.model.usual_skew)
         if "skew" in given:
             given["routing_trace"] = None
         if given:
@@ -322,7 +322,7 @@ def _projector(
         routing_trace=trace,
         execution=asked.execution,
     )
-    skew = DEFAULT_SKEW if skew is None else skew
+    skew = model.usual_skew if skew is None else skew
     return ExperimentProjector(experiment, cluster, types, skew, on_cluster, served)
 
 

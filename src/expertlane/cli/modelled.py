@@ -38,7 +38,7 @@ def skew_option() -> Any:
     return typer.Option(
         None,
         metavar="ALPHA",
-        show_default=f"{DEFAULT_SKEW:g}",
+        show_default=f"as published of the model's family, else {DEFAULT_SKEW:g}",
         rich_help_panel=Panel.MODELLED,
         help="Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.",
     )

@@ -23,7 +23,7 @@ from expertlane.errors import SpecError, UserError
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig, Routing
-from expertlane.spec.ranges import DEFAULT_SKEW, DRIFT, SKEW_BOUNDS, take_option
+from expertlane.spec.ranges import DRIFT, SKEW_BOUNDS, take_option
 
 NUM_SAMPLED_LAYERS = 2  # of a power law, where a load is served step by step; layers take turns
 _DRAWN_TOGETHER = 1024  # tokens
@@ -129,7 +129,7 @@ def placed(
 class PowerLawRouting(Traffic):
     """Experts of unequal popularity, drawn without replacement.
 
-    Popularity drifts: that of earlier tokens, which experts are placed by, was another, by `DRIFT`.
+    Popularity drifts: that of earlier tokens, which experts are placed by, was another.
 
     The expert at place i of an order drawn for each layer has a weight of (1 + i)^-alpha, as the
     router of seeded weights with a skew has it; K experts are drawn by weights, none twice. Where a
@@ -141,6 +141,7 @@ class PowerLawRouting(Traffic):
         num_sampled_layers: layers take turns with so many samples.
         groups: those of the router; none by default.
         bounds: of `alpha`, where it is assumed and nobody asked for it.
+        drift: deviation of the logarithm of popularity since earlier tokens, over `alpha`.
     """
 
     num_experts: int
@@ -150,6 +151,7 @@ class PowerLawRouting(Traffic):
     num_sampled_layers: int = 4
     groups: Routing = field(default_factory=Routing)
     bounds: tuple[float, float] | None = None
+    drift: float = DRIFT
     _drawn: dict[int, Ints] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -203,7 +205,7 @@ class PowerLawRouting(Traffic):
         rarity: Floats = np.power(1.0 + places, self.alpha, dtype=np.float64)
         if is_earlier:
             rng = np.random.default_rng((self.seed, sample, 0, 1))
-            rarity *= np.exp(self.alpha * DRIFT * rng.standard_normal(self.num_experts))
+            rarity *= np.exp(self.alpha * self.drift * rng.standard_normal(self.num_experts))
         return rarity
 
     def _tokens(self, sample: int, at_least: int) -> Ints:
@@ -346,7 +348,7 @@ def choose_routing(
     """A trace, else experts whose popularity falls with their rank to the power of -`skew`.
 
     Args:
-        skew: None for the default with its bounds, without a trace.
+        skew: None for the usual one of the model with its bounds, without a trace.
         num_sampled_layers: for a power law; see `PowerLawRouting.of`.
 
     Raises:
@@ -355,7 +357,7 @@ def choose_routing(
     take_option("--skew", skew)
     if trace is None:
         bounds = SKEW_BOUNDS if skew is None else None
-        skew = DEFAULT_SKEW if skew is None else skew
+        skew = model.usual_skew if skew is None else skew
         source = PowerLawRouting.of(model, skew, seed, num_sampled_layers, bounds)
         words = (
             f"expert popularity by Zipf's law, exponent {skew:g}, in a random order per layer"
@@ -365,7 +367,7 @@ def choose_routing(
         if skew:
             words += f", whose logarithm drifts by {skew * DRIFT:.2g} after experts are placed"
         if bounds is not None:
-            words += f"; bounds go from uniform to exponent {bounds[1]:g}"
+            words += f"; bounds go from exponent {bounds[0]:g} to {bounds[1]:g}"
         if model.routing.n_group > 1:
             words += (
                 f"; within the top {model.routing.topk_group} of {model.routing.n_group} groups "

@@ -61,6 +61,7 @@ def from_hf(
     return ModelConfig(
         num_experts=fields.get(int, *known.num_experts),
         num_experts_per_tok=fields.get(int, *known.num_experts_per_tok),
+        usual_skew=known.skew,
         **_common(fields) | READERS[family](fields),
     )
 

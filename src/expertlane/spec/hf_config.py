@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from expertlane.errors import SpecError
 from expertlane.spec.files import CONFIG_BYTES, read_json_object
-from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, RANGES, Range, shown
+from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, DEFAULT_SKEW, RANGES, Range, shown
 
 _KIND_NAMES: dict[type, str] = {bool: "true or false", str: "a string"}
 
@@ -38,6 +38,7 @@ class Family:
         num_experts_per_tok: the same for how many of them a token goes to.
         wrappers: other architectures whose language model, in `text_config`, is of this family;
             their weights have names of their own, which are not read.
+        skew: `usual_skew` of `ModelConfig`, by calibration/popularity.py.
         unread: what names of tensors begin with that are no part of the language model.
         defaults: of all fields that are read; those of transformers 5's config classes.
             transformers 4.57 differs in two: DeepSeek-V2's vocab_size was 32000, and a null
@@ -49,6 +50,7 @@ class Family:
     defaults: dict[str, Any]
     num_experts_per_tok: list[str] = field(default_factory=lambda: ["num_experts_per_tok"])
     wrappers: list[str] = field(default_factory=list)
+    skew: float = DEFAULT_SKEW
     unread: list[str] = field(default_factory=list)
 
 

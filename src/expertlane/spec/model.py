@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from expertlane.errors import SpecError
 from expertlane.spec.names import Dtype
-from expertlane.spec.ranges import MAX_PARAMS, Strict, take_fields
+from expertlane.spec.ranges import DEFAULT_SKEW, MAX_PARAMS, Strict, take_fields
 from expertlane.spec.tensors import num_params
 
 
@@ -123,6 +123,7 @@ class ModelConfig(Strict):
         shared_expert_gate: its output is multiplied by the sigmoid of a projection to one value.
         tie_word_embeddings: the output head is the embedding.
         dtype: what the weights are stored in, or are meant for where they are quantised.
+        usual_skew: exponent of Zipf's law that its experts' popularity is taken to follow.
 
     Raises:
         SpecError: numbers that are out of their ranges or do not fit each other.
@@ -167,6 +168,7 @@ class ModelConfig(Strict):
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: Dtype = "float32"
+    usual_skew: float = DEFAULT_SKEW
 
     def __post_init__(self) -> None:
         take_fields(self, f"model {self.name}: {{}}".format)

@@ -17,14 +17,14 @@ from expertlane.errors import SpecError, UserError
 MAX_TOKENS_OF_A_RUN = 2**28  # prompts and outputs together; they are held in memory
 MAX_RANKS = 1_000_000
 MAX_PARAMS = 10**14
-# Of expert popularity, in every projection: published traces have 0.2 to 1.3, what aiconfigurator
-# assumes is 0.7 to 0.9 (calibration/popularity.py has all, and their sources). Bounds go from
-# uniform to the most skew that was measured on the ranks of an engine.
-DEFAULT_SKEW = 0.8
-SKEW_BOUNDS = (0.0, 1.0)
+# Of expert popularity, of models whose family has no published statistics: the median of those that
+# have some (calibration/popularity.py). Bounds go from the flattest family to requests of one
+# narrow kind.
+DEFAULT_SKEW = 0.45
+SKEW_BOUNDS = (0.15, 1.0)
 # Deviation of the logarithm of an expert's popularity since tokens that it was placed by, over the
-# exponent: as much as SGLang's prefill lost by it (calibration/judge_published.py).
-DRIFT = 0.44
+# exponent: as much as DeepSeek-R1 is uneven after it was balanced (calibration/popularity.py).
+DRIFT = 0.13
 DEFAULT_REPEAT = 7  # fewer give intervals over 5 % wide (docs/log.md)
 SHOWN_LENGTH = 60  # of a wrong value, in a message
 REFUSED = "refused"  # pydantic's type of an error of a class itself
@@ -176,7 +176,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "rate": _number(1e-3, 1e6),
     "limit_s": _above(0, 1e9),  # of an SLO, in its unit
     "price": _above(0, 1e6),
-    "skew": _number(0, 10),
+    "skew usual_skew": _number(0, 10),
     "threshold": _number(0, 1e3),
     "link_scale": _number(1e-6, 1e9),
     "repeat rounds": _whole(1, 1000),
