@@ -30,7 +30,6 @@ from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.ranges import DEFAULT_SKEW
 
 _BLOG = "LMSYS, 2025-05-05, Deploying DeepSeek with PD Disaggregation and Large-scale EP"
 _MTP_ACCEPTANCE = 0.6  # as the write-up takes it for DeepSeek's own profile
@@ -44,9 +43,8 @@ class Published:
     Attributes:
         num_seqs, num_new, num_cached: of a GPU's step.
         tokens_per_seq: that a step yields.
-        skew: of routing, 0 where it was balanced; else experts are placed by load, as SGLang's
-            balancer had them. How much popularity drifts after that (`spec.ranges.DRIFT`) was
-            chosen so that the first such row is slower than the balanced one by as much as here.
+        is_routed: with the model's usual skew, and experts placed by load, as SGLang's balancer
+            had them; else routing was balanced.
     """
 
     name: str
@@ -57,7 +55,7 @@ class Published:
     num_new: int
     num_cached: int
     tokens_per_seq: float = 1.0
-    skew: float = 0.0
+    is_routed: bool = False
 
 
 def _options(form: DispatchForm, num_redundant: int, placement: PlacementMethod) -> Options:
@@ -73,7 +71,7 @@ def _options(form: DispatchForm, num_redundant: int, placement: PlacementMethod)
 _EP32, _EP72, _EP128 = (Layout(dp=size, ep=size) for size in (32, 72, 128))
 _BALANCED = _options("hierarchical", 32, "linear")
 _PREFILL, _DECODE = (_options(form, 32, "load") for form in ("hierarchical", "all_to_all"))
-_ROUTED = 1.0, DEFAULT_SKEW
+_ROUTED = 1.0, True
 PUBLISHED = (
     Published("prefill EP32, 4 × 4,096, DeepSeek's profile", 62_713, _EP32, _BALANCED, 4, 4096, 0),
     Published("the same, SGLang, balanced by simulation", 59_337, _EP32, _BALANCED, 4, 4096, 0),
@@ -101,7 +99,7 @@ PUBLISHED = (
         1,
         2000,
         (1 + _MTP_ACCEPTANCE) / 2,
-        DEFAULT_SKEW,
+        True,
     ),
 )
 
@@ -152,13 +150,14 @@ def _judge_published(package: Path) -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for each in PUBLISHED:
         num_seqs = each.num_seqs * each.layout.world_size
-        step = _projector(model, each.layout, each.options, each.skew).step(
+        skew = model.usual_skew if each.is_routed else 0.0
+        step = _projector(model, each.layout, each.options, skew).step(
             StepSize(num_seqs, each.num_new, each.num_cached)
         )
         scale = each.tokens_per_seq * _PER_NODE / each.layout.world_size
         low, tps, high = (scale * bound for bound in step.tps.bounds)
         print(
-            f"| {each.name} | {each.skew:g} | {each.tps:,} | {tps:,.0f} | {low:,.0f} | "
+            f"| {each.name} | {skew:g} | {each.tps:,} | {tps:,.0f} | {low:,.0f} | "
             f"{high:,.0f} | {tps / each.tps - 1:+.0%} |"
         )
 

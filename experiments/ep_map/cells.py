@@ -28,7 +28,7 @@ from expertlane.results.record import StepsRecord
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.ranges import DEFAULT_SKEW, SKEW_BOUNDS
+from expertlane.spec.ranges import SKEW_BOUNDS
 from expertlane.spec.workload import Workload
 
 SEQS_PER_DEVICE = (0.5, 2.0, 8.0, 32.0, 128.0)
@@ -105,9 +105,16 @@ class Cell:
         return "even"
 
 
-def request_of(model: str, hardware: Hardware, num_devices: int, skew: float) -> PlanRequest:
-    """The question of a cluster; its workload is the largest load of the map."""
+def request_of(
+    model: str, hardware: Hardware, num_devices: int, skew: float | None = None
+) -> PlanRequest:
+    """The question of a cluster; its workload is the largest load of the map.
+
+    Args:
+        skew: of routing; None for the model's usual one.
+    """
     config, dtype = MODELS[model]
+    skew = config.usual_skew if skew is None else skew
     workload = Workload(int(SEQS_PER_DEVICE[-1] * num_devices), PROMPT_LEN, OUTPUT_LEN)
     routing = PowerLawRouting.of(config, skew, num_sampled_layers=2)
     payload = "float8" if dtype == "float8" else "model"
@@ -144,7 +151,7 @@ def tps_at(option: ScreenedCandidate, num_seqs: float) -> float:
 
 def cells_of(model: str, hardware: Hardware, num_devices: int) -> list[Cell]:
     """A cluster's cells, one for each load."""
-    request = request_of(model, hardware, num_devices, DEFAULT_SKEW)
+    request = request_of(model, hardware, num_devices)
     options = fitting(Screen(request).run(candidates(request), lambda _: None))
     best = [_best(options, round(each * num_devices)) for each in SEQS_PER_DEVICE]
     closer = {id(each): each for sides in best for side in sides for each in side[:_NUM_SKEWED]}
@@ -191,7 +198,7 @@ def decode_steps(cell: Cell) -> tuple[StepsRecord, StepsRecord] | None:
     """A decode step of both best in full, with EP first; None where one side is missing."""
     if cell.with_ep is None or cell.without is None:
         return None
-    request = request_of(cell.model, cell.hardware, cell.num_devices, DEFAULT_SKEW)
+    request = request_of(cell.model, cell.hardware, cell.num_devices)
     first, second = (
         Projector(
             *(request.model, each.candidate.layout, each.candidate.options),
@@ -236,7 +243,7 @@ def projected_factor(pair: Pair) -> float | None:
     hardware = next((each for each in HARDWARE if each.profile == pair.hardware), None)
     if hardware is None:
         return None
-    request = request_of("DeepSeek-V3", hardware, pair.num_devices, DEFAULT_SKEW)
+    request = request_of("DeepSeek-V3", hardware, pair.num_devices)
     dtype = {"fp8": "float8", "fp4": "nvfp4"}[pair.dtype]
     setting = replace(request.setting, types=NumberTypes.asked(dtype))
     workload = Workload(pair.num_seqs, pair.prompt_len, pair.output_len)

@@ -54,7 +54,7 @@ from expertlane.report.document import (
 from expertlane.report.numbers import counted, milliseconds, signed, times
 from expertlane.report.verdict import ratio
 from expertlane.spec.files import write_text
-from expertlane.spec.ranges import DEFAULT_SKEW, SKEW_BOUNDS
+from expertlane.spec.ranges import SKEW_BOUNDS
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
@@ -69,13 +69,15 @@ SIDES = {
 }
 MARKS = {"EP": "triangle-up", "no EP": "triangle-down", "even": "circle"}
 ROW_PX, GAP_PX, TITLE_PX = 26, 14, 22
+_EXPONENTS = ", ".join(f"{name} {config.usual_skew:g}" for name, (config, _) in MODELS.items())
 HOW = (
     f"A square is one load on one cluster: requests of {PROMPT_LEN:,} prompt and {OUTPUT_LEN:,} "
     "output tokens, and a number of concurrent sequences per GPU. Its number is a ratio of output "
     "tokens/s: the best deployment with experts spread over GPUs (ep > 1), over the best without "
     "(ep = 1). Both use all of these GPUs, as expertlane plan screens them. Routing follows Zipf's "
-    f"law with exponent {DEFAULT_SKEW:g}. A square is grey if the two are within {SAME - 1:.0%}, "
-    f"or if uniform routing or exponent {SKEW_BOUNDS[1]:g} would reverse their order."
+    f"law with the usual exponent of the model ({_EXPONENTS}). A square is grey if the two are "
+    f"within {SAME - 1:.0%}, or if exponent {SKEW_BOUNDS[0]:g} or {SKEW_BOUNDS[1]:g} would reverse "
+    "their order."
 )
 
 
