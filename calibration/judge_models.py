@@ -25,7 +25,7 @@ from judge_published import model_of
 from serving_errors import FEWEST
 
 from expertlane.cost.laws.execution import LIKELY, Execution
-from expertlane.cost.laws.frameworks import JudgedGroup
+from expertlane.cost.laws.frameworks import JudgedGroup, attention_of, sizes_of
 from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import choose_routing
@@ -38,6 +38,7 @@ from expertlane.plan.simulated import simulate
 from expertlane.simulate.steady import ROUGH
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
 
 _MODELS = {
@@ -62,6 +63,7 @@ def main() -> int:
     if spec is None or spec.origin is None:
         print("install the tables first: pip install '.[calibration]'", file=sys.stderr)
         return 2
+    package = Path(spec.origin).parent
     kinds: defaultdict[Kind, list[Row]] = defaultdict(list)
     with asked.file.open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -75,7 +77,7 @@ def main() -> int:
             print(f"| {' | '.join(kind)} | {len(rows)} | too few rows | | | |", flush=True)
             continue
         some = np.random.default_rng(_SEED).permutation(len(rows))[: asked.most]
-        found = list(_errors(kind, [rows[each] for each in sorted(some.tolist())], spec.origin))
+        found = list(_errors(kind, [rows[each] for each in sorted(some.tolist())], package))
         if len(found) < FEWEST:
             print(f"| {' | '.join(kind)} | {len(found)} | too few fit | | | |", flush=True)
             continue
@@ -88,7 +90,7 @@ def main() -> int:
                 f"× {np.quantile(within[:, place], 0.9):.2f} |",
                 flush=True,
             )
-        groups.append(_group(kind, sizes, within))
+        groups.append(_group(kind, model_of(package, rows[0]["model_path"]), sizes, within))
     print(f"\n{tomli_w.dumps({'judged': [asdict(each) for each in groups]})}")
     return 0
 
@@ -101,7 +103,7 @@ def _kind(row: Row) -> Kind:
     return model, row["system"].removesuffix("_sxm"), weights
 
 
-def _group(kind: Kind, sizes: np.ndarray, within: np.ndarray) -> JudgedGroup:
+def _group(kind: Kind, config: ModelConfig, sizes: np.ndarray, within: np.ndarray) -> JudgedGroup:
     model, hardware, weights = kind
     tpot, ttft = np.median(sizes, axis=0).round(3).tolist()
     tpot_within = round(float(np.quantile(within[:, 0], 0.9)), 2)
@@ -110,7 +112,7 @@ def _group(kind: Kind, sizes: np.ndarray, within: np.ndarray) -> JudgedGroup:
         weights,
         has_two_pools=False,
         has_drafts=False,
-        is_fitted=False,
+        framework="",
         num_rows=len(sizes),
         tpot=tpot,
         output=tpot,
@@ -119,15 +121,16 @@ def _group(kind: Kind, sizes: np.ndarray, within: np.ndarray) -> JudgedGroup:
         output_within=tpot_within,
         ttft_within=1.0,
         model=model,
-        attention="sinks" if model.startswith("gpt-oss") else "grouped",
+        sizes=sizes_of(config),
+        attention=attention_of(config),
     )
 
 
-def _errors(kind: Kind, rows: Sequence[Row], package: str) -> Iterator[tuple[float, float]]:
+def _errors(kind: Kind, rows: Sequence[Row], package: Path) -> Iterator[tuple[float, float]]:
     """TPOT and TTFT, projected over measured; of rows that fit."""
     for row in rows:
         try:
-            found = _projected(kind, row, Path(package).parent)
+            found = _projected(kind, row, package)
         except UserError as error:
             print(f"{row['id']}: {error}", file=sys.stderr)
             continue

@@ -10,7 +10,7 @@ change, so that an interrupted run goes on.
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -67,24 +67,32 @@ def main() -> int:
     if asked.write:
         judged = [pair for pair in pairs if pair[0].configuration not in fitted]
         others = [each for each in judged_groups() if each.model != "DeepSeek-R1"]
-        write(frameworks, [*_groups(judged, True), *_groups(rest, False), *others], FILE)
+        write(frameworks, [*_groups(judged, _own), *_groups(rest, _none), *others], FILE)
     return 0
 
 
-def _groups(pairs: Sequence[Pair], is_fitted: bool) -> Iterator[JudgedGroup]:
+def _own(row: Row) -> str:
+    return row.framework
+
+
+def _none(row: Row) -> str:
+    return ""
+
+
+def _groups(pairs: Sequence[Pair], overheads_of: Callable[[Row], str]) -> Iterator[JudgedGroup]:
     """Those with enough rows to be told of."""
-    kinds = {_kind(row): None for row, _ in pairs}
-    for kind in sorted(kinds):
-        own = [pair for pair in pairs if _kind(pair[0]) == kind]
+
+    def kind_of(row: Row) -> tuple[str, str, bool, bool, str]:
+        types, framework = TYPES[row.precision], overheads_of(row)
+        return row.hardware, types, row.prefill is not None, row.is_speculative, framework
+
+    for kind in sorted({kind_of(row) for row, _ in pairs}):
+        own = [pair for pair in pairs if kind_of(pair[0]) == kind]
         if len(own) >= FEWEST:
             errors = [Errors.of(what, own) for what in NOISE]
             sizes = (round(each.size, 3) for each in errors)
             within = (round(each.within, 3) for each in errors)
-            yield JudgedGroup(*kind, is_fitted, len(own), *sizes, *within)
-
-
-def _kind(row: Row) -> tuple[str, str, bool, bool]:
-    return row.hardware, TYPES[row.precision], row.prefill is not None, row.is_speculative
+            yield JudgedGroup(*kind, len(own), *sizes, *within)
 
 
 def _print(fitted: Set[object], pairs: Sequence[Pair]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from serving_rows import Row
 from serving_simulation import Bounds, Projected
 
-FEWEST = 20  # rows of a group that is judged
+FEWEST = 10  # rows of a group that is judged
 # How much repeats of the same point differ in the file: pairs nearer than that have no order.
 NOISE = {"TPOT": 0.11, "output": 0.14, "TTFT": 0.34}
 

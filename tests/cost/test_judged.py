@@ -27,6 +27,9 @@ from golden.cases import DEEPSEEK
 from plan.requests import MIXED
 
 ROOT = Path(__file__).parents[2]
+LATENT = from_hf(DEEPSEEK, "DeepSeek-V3")
+PLAIN = MIXED.with_overrides(dense_layers=(), sliding_window=())
+SINKS = PLAIN.with_overrides(attention_sinks=True)
 
 
 def test_calibrated_rows_are_those_measured():
@@ -44,25 +47,29 @@ def test_a_profile_measured_on_its_machine():
         name: replace(each, basis=Basis.MEASURED) for name, each in profile.surfaces.items()
     }
     measured = replace(profile, surfaces=surfaces)
-    for attention in ("latent", "grouped"):
-        assert judged(measured, "bfloat16", attention=attention) is CALIBRATED
-        assert nearest(measured, "bfloat16", attention=attention) is None
+    for model in (LATENT, MIXED):
+        assert judged(measured, "bfloat16", model=model) is CALIBRATED
+        assert nearest(measured, "bfloat16", model=model) is None
 
 
 @pytest.mark.parametrize("group", judged_groups(), ids=str)
 def test_a_group_is_told_of_its_own_kind(group):
     profile = read_profile(group.hardware)
-    if group.is_fitted:
-        profile = served_by(profile, next(iter(frameworks().values())))
+    if group.framework:
+        profile = served_by(profile, find_framework(group.framework))
+    layers, hidden, experts = group.sizes
+    base = {"latent": LATENT, "sinks": SINKS, "grouped": PLAIN}[group.attention]
     kind = {
-        "attention": group.attention,
+        "model": base.with_overrides(
+            num_hidden_layers=layers, hidden_size=hidden, num_experts=experts
+        ),
         "has_two_pools": group.has_two_pools,
         "has_drafts": group.has_drafts,
     }
     said = judged(profile, group.weights, **kind)
     assert said.median_error >= group.tpot
     assert group.hardware.upper() in said.what
-    assert group.num_rows >= 20
+    assert group.num_rows >= 10
     known = nearest(profile, group.weights, **kind)
     assert known.what in said.what
     assert known.tpot >= group.tpot_within > 1 + group.tpot
@@ -70,37 +77,38 @@ def test_a_group_is_told_of_its_own_kind(group):
 
 
 def test_what_was_not_judged():
-    latent, grouped = ({"attention": each} for each in ("latent", "grouped"))
-    assert judged(read_profile("a100"), "bfloat16", **latent) is None
-    assert judged(read_profile("h200"), "bfloat16", **latent) is None
-    assert judged(read_profile("h200"), "mxfp4", has_drafts=True, **latent) is None
-    assert judged(read_profile("h200"), "float8", **grouped) is None
+    assert judged(read_profile("a100"), "bfloat16", model=LATENT) is None
+    assert judged(read_profile("h200"), "bfloat16", model=LATENT) is None
+    assert judged(read_profile("h200"), "mxfp4", model=LATENT, has_drafts=True) is None
+    assert judged(read_profile("h200"), "float8", model=MIXED) is None
+    smaller = LATENT.with_overrides(num_hidden_layers=30)
+    assert judged(read_profile("h200"), "float8", model=LATENT) is not None
+    assert judged(read_profile("h200"), "float8", model=smaller) is None
+    other = served_by(read_profile("h200"), find_framework("dynamo-trt"))
+    assert judged(other, "float8", model=LATENT) is None  # TensorRT-LLM was judged there
 
 
 @pytest.mark.parametrize(
-    ("card", "weights", "attention", "what"),
+    ("card", "weights", "model", "what"),
     [
-        ("h200", "float8", "latent", "DeepSeek-R1, H200, float8, aggregated"),
-        ("h100", "float8", "latent", "DeepSeek-R1, H200, float8, aggregated"),
-        ("h100", "bfloat16", "grouped", "Qwen3-235B, H100, float8, aggregated"),
-        ("h100", "mxfp4", "sinks", "gpt-oss-120b, H200, mxfp4, aggregated"),
-        ("gb300", "float8", "latent", "DeepSeek-R1, GB300, all types, aggregated"),
+        ("h200", "float8", LATENT, "DeepSeek-R1, H200, float8, aggregated"),
+        ("h100", "float8", LATENT, "DeepSeek-R1, H200, float8, aggregated"),
+        ("h100", "bfloat16", MIXED, "Qwen3-235B, H100, float8, aggregated"),
+        ("h100", "mxfp4", SINKS, "gpt-oss-120b, H200, mxfp4, aggregated"),
+        ("gb300", "float8", LATENT, "DeepSeek-R1, GB300, all types, aggregated"),
     ],
 )
-def test_the_nearest_kind_is_of_like_attention_then_of_the_card(card, weights, attention, what):
-    known = nearest(read_profile(card), weights, attention=attention)
+def test_the_nearest_kind_is_of_like_attention_then_of_the_card(card, weights, model, what):
+    known = nearest(read_profile(card), weights, model=model)
     assert known.what == what
     assert min(known.tpot, known.output, known.ttft) > 1
 
 
-@pytest.mark.parametrize(
-    "asked", [MIXED, from_hf(DEEPSEEK, "DeepSeek-V3")], ids=["mixed", "latent"]
-)
+@pytest.mark.parametrize("asked", [MIXED, LATENT], ids=["mixed", "latent"])
 def test_bounds_are_no_narrower_than_the_error_of_the_nearest_kind(asked):
     """Of records as plan, simulate and compare make them; ratios stay as they are."""
     profile, weights = read_profile("h100"), PLAN.deployments[0].conditions.dtype
-    attention = "grouped" if asked.latent is None else "latent"
-    known = nearest(profile, weights, attention=attention)
+    known = nearest(profile, weights, model=asked)
     before = replace(PLAN, cluster=replace(PLAN.cluster, nearest=known))
     after = no_surer_than_known(before, asked, profile)
     for one, other in zip(before.deployments, after.deployments, strict=True):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.frameworks import Attention, judged, nearest
+from expertlane.cost.laws.frameworks import judged, nearest
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
@@ -40,24 +40,18 @@ def cluster_record(
         judged=judged(
             profile,
             types.weights,
-            attention=_attention_of(model),
+            model=model,
             has_two_pools=has_two_pools,
             has_drafts=has_drafts,
         ),
         nearest=nearest(
             profile,
             types.weights,
-            attention=_attention_of(model),
+            model=model,
             has_two_pools=has_two_pools,
             has_drafts=has_drafts,
         ),
     )
-
-
-def _attention_of(model: ModelConfig) -> Attention:
-    if model.latent is not None:
-        return "latent"
-    return "sinks" if model.attention_sinks else "grouped"
 
 
 def no_surer_than_known(results: Results, model: ModelConfig, profile: Profile) -> Results:
@@ -72,7 +66,7 @@ def no_surer_than_known(results: Results, model: ModelConfig, profile: Profile) 
         known = nearest(
             profile,
             record.conditions.dtype,
-            attention=_attention_of(model),
+            model=model,
             has_two_pools=record.prefill_layout is not None,
             has_drafts=record.num_drafts > 0,
         )

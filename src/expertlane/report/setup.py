@@ -69,9 +69,8 @@ def how_judged(results: Results) -> str:
             f"were within {_within(nearest.output)}, and bounds are no narrower."
         )
     least = "" if nearest is None else f"; bounds are at least {_within(nearest.output)}"
-    framework = f", overheads of {cluster.framework}" if cluster.framework else ""
     return (
-        f"Validated on {judged.what}{framework}: {percent(judged.median_error)} median error, "
+        f"Validated on {judged.what}: {percent(judged.median_error)} median error, "
         f"{counted(judged.num_rows, 'row')}{least}."
     )
 

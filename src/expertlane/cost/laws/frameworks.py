@@ -21,6 +21,7 @@ from expertlane.cost.laws.times import Basis
 from expertlane.errors import SpecError, naming
 from expertlane.results.hardware import Judged, KnownError
 from expertlane.spec.files import CONFIG_BYTES, read_toml
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.ranges import Strict, shown
 from expertlane.spec.tables import build
 
@@ -64,11 +65,13 @@ class JudgedGroup(Strict):
         hardware: the profile's name.
         weights: their number type.
         has_two_pools, has_drafts: prefill apart from decode; multi-token prediction.
-        is_fitted: with the overheads of each row's framework; else without any.
+        framework: whose rows they are, projected with its overheads; "" for rows of all frameworks,
+            projected without any.
         tpot, output, ttft: of TPOT, of output throughput, and of TTFT.
         tpot_within, output_within, ttft_within: the factor that nine rows in ten are within; of
             TTFT 1 where what was measured is not what is projected.
         model: that was measured.
+        sizes: its layers, hidden size, and experts.
         attention: its kind: with latents, of queries in groups, or such with sinks.
     """
 
@@ -76,7 +79,7 @@ class JudgedGroup(Strict):
     weights: str
     has_two_pools: bool
     has_drafts: bool
-    is_fitted: bool
+    framework: str
     num_rows: int
     tpot: float
     output: float
@@ -85,6 +88,7 @@ class JudgedGroup(Strict):
     output_within: float
     ttft_within: float
     model: str = "DeepSeek-R1"
+    sizes: tuple[int, int, int] = (61, 7168, 256)
     attention: Attention = "latent"
 
 
@@ -163,22 +167,34 @@ def judged(
     profile: Profile,
     weights: str,
     *,
-    attention: Attention,
+    model: ModelConfig,
     has_two_pools: bool = False,
     has_drafts: bool = False,
 ) -> Judged | None:
-    """Of the same attention, device, number type and way of serving; None where none was judged.
+    """Of the same model, device, number type and way of serving; None where none was judged.
 
-    A profile that was measured on its machine was judged as such. Others by their device's name:
-    with the overheads of a framework where it has some.
+    A profile that was measured on its machine was judged as such. Others by their device's name,
+    and by the framework whose overheads they have.
     """
     if _is_measured(profile):
         return CALIBRATED
-    kind = profile.name, weights, has_two_pools, has_drafts, bool(profile.framework)
+    kind = profile.name, weights, has_two_pools, has_drafts, profile.framework
     for each in judged_groups():
-        if kind == _kind(each) and attention == each.attention:
+        if kind == _kind(each) and sizes_of(model) == each.sizes:
             return Judged(f"TPOT of {_what(each)}", each.num_rows, each.tpot)
     return None
+
+
+def sizes_of(model: ModelConfig) -> tuple[int, int, int]:
+    """Layers, hidden size and experts, by which a model is known again."""
+    return model.num_hidden_layers, model.hidden_size, model.num_experts
+
+
+def attention_of(model: ModelConfig) -> Attention:
+    """Which kind of attention it has."""
+    if model.latent is not None:
+        return "latent"
+    return "sinks" if model.attention_sinks else "grouped"
 
 
 _GENERATIONS = (("h100", "h200"), ("b200", "b300", "gb200", "gb300"))
@@ -188,28 +204,28 @@ def nearest(
     profile: Profile,
     weights: str,
     *,
-    attention: Attention,
+    model: ModelConfig,
     has_two_pools: bool = False,
     has_drafts: bool = False,
 ) -> KnownError | None:
     """How far off the nearest kind was that was judged; the widest where several are as near.
 
-    Nearest in attention, then card, then overheads of a framework, types, pools and drafts. None of
-    a profile that was measured on its machine, whose bounds held where it was judged.
+    Nearest in attention, then card, model, overheads of a framework, types, pools and drafts. None
+    of a profile that was measured on its machine, whose bounds held where it was judged.
     """
     if _is_measured(profile):
         return None
+    attention, sizes = attention_of(model), sizes_of(model)
 
     def distance(group: JudgedGroup) -> tuple[float, ...]:
         is_of_generation = any({profile.name, group.hardware} <= {*of} for of in _GENERATIONS)
+        is_latent = "latent" in (group.attention, attention)
         return (
-            0
-            if group.attention == attention
-            else 2
-            if "latent" in (group.attention, attention)
-            else 1,
+            0 if group.attention == attention else 2 if is_latent else 1,
             0 if group.hardware == profile.name else 1 if is_of_generation else 2,
-            group.is_fitted != bool(profile.framework),
+            group.sizes != sizes,
+            bool(group.framework) != bool(profile.framework),
+            group.framework != profile.framework,
             group.weights != weights,
             group.has_two_pools != has_two_pools,
             group.has_drafts != has_drafts,
@@ -230,17 +246,18 @@ def nearest(
     )
 
 
-def _kind(group: JudgedGroup) -> tuple[str, str, bool, bool, bool]:
+def _kind(group: JudgedGroup) -> tuple[str, str, bool, bool, str]:
     return (
         group.hardware,
         group.weights,
         group.has_two_pools,
         group.has_drafts,
-        group.is_fitted,
+        group.framework,
     )
 
 
 def _what(group: JudgedGroup) -> str:
     pools = "disaggregated" if group.has_two_pools else "aggregated"
     drafts = ", multi-token prediction" if group.has_drafts else ""
-    return f"{group.model}, {group.hardware.upper()}, {group.weights}, {pools}{drafts}"
+    by = f", {frameworks()[group.framework].title}" if group.framework else ""
+    return f"{group.model}, {group.hardware.upper()}, {group.weights}, {pools}{drafts}{by}"
