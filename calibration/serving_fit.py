@@ -7,19 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import serving_rows
 import tomli_w
 from serving_rows import Row
 from serving_simulation import Projected
 
 from expertlane.cost.laws.execution import ARRIVAL_S, DRIVER_S, LIKELY
-from expertlane.cost.laws.frameworks import Framework, JudgedGroup
+from expertlane.cost.laws.frameworks import Framework, JudgedGroup, sizes_of
 from expertlane.cost.laws.profile import Term
 from expertlane.cost.laws.times import Basis
 
 TITLES = {"trt": "TensorRT-LLM", "dynamo-trt": "Dynamo with TensorRT-LLM", "sglang": "SGLang"}
 _CHUNKS = {"trt": 8192, "dynamo-trt": 8192, "sglang": 16384}  # assumed, not fitted
-# TensorRT-LLM's with attention data parallelism: TTFT of the rows to fit to, at little load.
+# TensorRT-LLM's with attention data parallelism: `timeout_iters` of the public scripts that started
+# the servers.
 _WAITS = {"trt": 60, "dynamo-trt": 0, "sglang": 0}
+# No rows to fit to: vLLM has the default budget of a server on cards of 70 GiB and more.
+_NOT_FITTED = (
+    Framework("vllm", "vLLM", 8192, 0, {}),
+    Framework("dynamo-sglang", "Dynamo with SGLang", _CHUNKS["sglang"], 0, {}),
+)
 _FEW_OPEN = 64  # requests
 _SEED = 18
 _SAMPLES = np.concatenate([np.arange(0.0, 0.02, 1e-4), np.arange(0.02, 1.0, 5e-3)])
@@ -64,7 +71,8 @@ def _framework(name: str, terms: Mapping[str, tuple[float, float, float]]) -> Fr
         term: Term(value, low, high, Basis.FITTED, _ORIGIN)
         for term, (low, value, high) in terms.items()
     }
-    return Framework(name, TITLES[name], _CHUNKS[name], _WAITS[name], known)
+    fitted_to = sizes_of(serving_rows.model())
+    return Framework(name, TITLES[name], _CHUNKS[name], _WAITS[name], known, fitted_to)
 
 
 def acceptances(rows: Sequence[Row]) -> dict[tuple[str, int, int], float]:
@@ -193,10 +201,11 @@ def _nearest(
 def write(frameworks: Mapping[str, Framework], judged: Sequence[JudgedGroup], path: Path) -> None:
     """The file that expertlane reads."""
     tables = {
-        name: {
+        each.name: {
             "title": each.title,
             "max_num_batched_tokens": each.max_num_batched_tokens,
             "prompt_wait_steps": each.prompt_wait_steps,
+            **({} if each.fitted_to is None else {"fitted_to": list(each.fitted_to)}),
             "terms": {
                 term: {
                     "value": float(f"{law.value:.3g}"),
@@ -208,7 +217,7 @@ def write(frameworks: Mapping[str, Framework], judged: Sequence[JudgedGroup], pa
                 for term, law in each.terms.items()
             },
         }
-        for name, each in frameworks.items()
+        for each in (*frameworks.values(), *_NOT_FITTED)
     }
     data = {"frameworks": tables, "judged": [asdict(each) for each in judged]}
     path.write_text(tomli_w.dumps(data), encoding="utf-8")

@@ -150,7 +150,8 @@ def simulate(question: Question) -> Projected:
         UserError: the deployment does not fit.
     """
     row, framework = question.row, question.framework
-    model, profile = serving_rows.model(), served_by(read_profile(row.hardware), framework)
+    model = serving_rows.model()
+    profile = served_by(read_profile(row.hardware), framework, model)
     decode = row.decode.layout
     of_rank = -(-row.conc // (decode.replicas * decode.dp))
     setup = ServingSetup(

@@ -56,7 +56,7 @@ def test_a_profile_measured_on_its_machine():
 def test_a_group_is_told_of_its_own_kind(group):
     profile = read_profile(group.hardware)
     if group.framework:
-        profile = served_by(profile, find_framework(group.framework))
+        profile = served_by(profile, find_framework(group.framework), LATENT)
     layers, hidden, experts = group.sizes
     base = {"latent": LATENT, "sinks": SINKS, "grouped": PLAIN}[group.attention]
     kind = {
@@ -84,7 +84,7 @@ def test_what_was_not_judged():
     smaller = LATENT.with_overrides(num_hidden_layers=30)
     assert judged(read_profile("h200"), "float8", model=LATENT) is not None
     assert judged(read_profile("h200"), "float8", model=smaller) is None
-    other = served_by(read_profile("h200"), find_framework("dynamo-trt"))
+    other = served_by(read_profile("h200"), find_framework("dynamo-trt"), LATENT)
     assert judged(other, "float8", model=LATENT) is None  # TensorRT-LLM was judged there
 
 
@@ -129,9 +129,15 @@ def test_a_framework_s_terms_stand_in_place_of_the_profile_s():
     assert {each.hardware for each in judged_groups()} <= set(shipped_profiles())
     profile = read_profile("h200")
     for name, each in frameworks().items():
-        served = served_by(profile, each)
-        assert served.framework == name
-        assert served.terms["driver_s"] is each.terms["driver_s"]
+        served, other = (served_by(profile, each, model) for model in (LATENT, MIXED))
+        assert served.framework == other.framework == name
+        fitted = each.terms.get("driver_s", profile.terms["driver_s"])
+        assert served.terms["driver_s"] is fitted
+        assert other.terms["driver_s"] is profile.terms["driver_s"]  # fitted to another model
         assert served.terms["launch_s"] is profile.terms["launch_s"]
-    with pytest.raises(SpecError, match=telling("framework vllm")):
-        find_framework("vllm")
+    assert {name for name, each in frameworks().items() if not each.terms} == {
+        "vllm",
+        "dynamo-sglang",
+    }
+    with pytest.raises(SpecError, match=telling("framework ollama")):
+        find_framework("ollama")

@@ -300,8 +300,8 @@ def _projector(
     asked = options.applied_to(experiment, dtype)
     is_own = experiment.projection is not None and not options.given
     with naming("[projection]") if is_own else nullcontext():
-        cluster = served_cluster(asked.cluster, asked.framework)
         model, skew, trace = experiment.model, asked.skew, asked.routing_trace
+        cluster = served_cluster(asked.cluster, asked.framework, model)
         path = None if trace is None else Path(trace)
         routing = choose_routing(model, path, skew, experiment.workload.seed)
         load = asked.load(experiment.workload)

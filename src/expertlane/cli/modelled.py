@@ -59,8 +59,9 @@ def framework_option() -> Any:
         None,
         metavar="NAME",
         show_default="the profile's own overheads",
-        help="Overheads fitted to a serving framework: trt (TensorRT-LLM), dynamo-trt or sglang. "
-        "simulate also takes its --max-num-batched-tokens, unless that is given.",
+        help="A serving framework, its overheads where those were fitted: vllm, sglang, trt "
+        "(TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its "
+        "--max-num-batched-tokens, unless that is given.",
         rich_help_panel=Panel.MODELLED,
     )
 

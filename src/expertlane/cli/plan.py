@@ -116,7 +116,7 @@ def run(
     found = find_model(own.model, weights=False)
     is_auto = own.cluster.endswith(_AUTO)
     cluster = own.cluster.removesuffix(_AUTO) + "x1" if is_auto else own.cluster
-    devices = served_cluster(cluster, projection.framework)
+    devices = served_cluster(cluster, projection.framework, found.config)
     asked, trace = load.load(found.config), projection.routing_trace
     routing = choose_routing(found.config, trace, projection.skew, load.seed)
     setting = _setting(own, projection, drafts, routing, found, devices)

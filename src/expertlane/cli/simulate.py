@@ -193,7 +193,7 @@ def run(
     from expertlane.spec.workload import check_lengths
 
     config, seed = found_model.config, load_options.seed
-    modelled = served_cluster(cluster, projection.framework)
+    modelled = served_cluster(cluster, projection.framework, config)
     routing = choose_routing(config, projection.routing_trace, projection.skew, seed)
     with naming("--prefill-layout"):
         text = own.prefill_layout

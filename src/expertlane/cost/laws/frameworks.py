@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from expertlane.cost.laws.execution import DRIVER_S
 from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.profile_file import (
     ModelledCluster,
@@ -39,7 +40,9 @@ class Framework:
         title: as its makers write it.
         max_num_batched_tokens: of a step and data-parallel rank.
         prompt_wait_steps: as of `schedule.request.Limits`.
-        terms: in place of a profile's: `driver_s`, `arrival_s`.
+        terms: in place of a profile's: `driver_s`, `arrival_s`; of frameworks that were not fitted
+            none.
+        fitted_to: `sizes_of` the model that the terms were fitted to.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Framework:
     max_num_batched_tokens: int
     prompt_wait_steps: int
     terms: Mapping[str, Term]
+    fitted_to: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,8 @@ class _Framework(Strict):
     title: str
     max_num_batched_tokens: int
     prompt_wait_steps: int
-    terms: dict[str, TermTable]
+    terms: dict[str, TermTable] = field(default_factory=dict)
+    fitted_to: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ def frameworks() -> Mapping[str, Framework]:
                 each.max_num_batched_tokens,
                 each.prompt_wait_steps,
                 {term: read_term(law, f"{name}.{term}") for term, law in each.terms.items()},
+                each.fitted_to,
             )
             for name, each in _file().frameworks.items()
         }
@@ -136,14 +142,20 @@ def find_framework(name: str) -> Framework:
     return known[name]
 
 
-def served_by(profile: Profile, framework: Framework) -> Profile:
-    """The profile with a framework's terms in place of its own."""
-    terms = {**profile.terms, **framework.terms}
-    return replace(profile, terms=terms, framework=framework.name)
+def served_by(profile: Profile, framework: Framework, model: ModelConfig) -> Profile:
+    """The profile with a framework's terms in place of its own.
+
+    The time between steps holds for the model that it was fitted to alone: it also stands for what
+    laws of that model's layers lack. With others on the same card it made errors larger.
+    """
+    terms = dict(framework.terms)
+    if framework.fitted_to != sizes_of(model):
+        terms.pop(DRIVER_S, None)
+    return replace(profile, terms={**profile.terms, **terms}, framework=framework.name)
 
 
-def served_cluster(text: str, framework: str | None) -> ModelledCluster:
-    """Read a cluster, as `parse_cluster`, and how it is served.
+def served_cluster(text: str, framework: str | None, model: ModelConfig) -> ModelledCluster:
+    """Read a cluster, as `parse_cluster`, and how a model is served on it.
 
     Raises:
         SpecError: no such cluster or framework.
@@ -151,7 +163,8 @@ def served_cluster(text: str, framework: str | None) -> ModelledCluster:
     cluster = parse_cluster(text)
     if framework is None:
         return cluster
-    return replace(cluster, profile=served_by(cluster.profile, find_framework(framework)))
+    served = served_by(cluster.profile, find_framework(framework), model)
+    return replace(cluster, profile=served)
 
 
 # benchmarks/results/2026-11-25-bench_projection-final.json; nothing of it was fitted.
