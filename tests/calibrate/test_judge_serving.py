@@ -160,7 +160,9 @@ def test_what_is_written_is_read(tmp_path, monkeypatch):
     finally:
         for each in (frameworks, sys.modules["expertlane.cost.laws.frameworks"]._file):
             each.cache_clear()
-    assert set(read) == set(serving_fit.TITLES)
+    assert set(read) == {*serving_fit.TITLES, "vllm", "dynamo-sglang"}
+    assert read["trt"].fitted_to == (61, 7168, 256)
+    assert read["vllm"].fitted_to is None
     assert read["trt"].terms["driver_s"].value == pytest.approx(0.002, abs=1e-4)
     assert np.isfinite([term.high for each in read.values() for term in each.terms.values()]).all()
 

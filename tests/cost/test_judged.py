@@ -95,7 +95,7 @@ def test_what_was_not_judged():
         ("h100", "float8", LATENT, "DeepSeek-R1, H200, float8, aggregated"),
         ("h100", "bfloat16", MIXED, "Qwen3-235B, H100, float8, aggregated"),
         ("h100", "mxfp4", SINKS, "gpt-oss-120b, H200, mxfp4, aggregated"),
-        ("gb300", "float8", LATENT, "DeepSeek-R1, GB300, all types, aggregated"),
+        ("gb300", "float8", LATENT, "DeepSeek-R1, GB300, float8, disaggregated"),
     ],
 )
 def test_the_nearest_kind_is_of_like_attention_then_of_the_card(card, weights, model, what):
