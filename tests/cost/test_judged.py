@@ -94,7 +94,7 @@ def test_what_was_not_judged():
         ("h200", "float8", LATENT, "DeepSeek-R1, H200, float8, aggregated"),
         ("h100", "float8", LATENT, "DeepSeek-R1, H200, float8, aggregated"),
         ("h100", "bfloat16", MIXED, "Qwen3-235B, H100, float8, aggregated"),
-        ("h100", "mxfp4", SINKS, "gpt-oss-120b, H200, mxfp4, aggregated"),
+        ("h100", "mxfp4", SINKS, "gpt-oss-120b, H100, mxfp4, aggregated"),
         ("gb300", "float8", LATENT, "DeepSeek-R1, GB300, float8, disaggregated"),
     ],
 )
