@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import tomli_w
 from judge_published import model_of
-from serving_errors import FEWEST
+from serving_errors import FEWEST, range_of
 
 from expertlane.cost.laws.execution import LIKELY, Execution
 from expertlane.cost.laws.frameworks import JudgedGroup, attention_of, sizes_of
@@ -35,6 +35,7 @@ from expertlane.plan.project import Setting
 from expertlane.plan.screen import fitting
 from expertlane.plan.search import Search
 from expertlane.plan.simulated import simulate
+from expertlane.results.hardware import below_above
 from expertlane.simulate.steady import ROUGH
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -82,15 +83,15 @@ def main() -> int:
             print(f"| {' | '.join(kind)} | {len(found)} | too few fit | | | |", flush=True)
             continue
         ratios = np.array(found)
-        sizes, within = np.abs(ratios - 1), np.exp(np.abs(np.log(ratios)))
+        sizes = np.abs(ratios - 1)
         for place, what in enumerate(("TPOT", "TTFT")):
             print(
                 f"| {' | '.join(kind)} | {len(found)} | {what} | "
                 f"{np.median(ratios[:, place]) - 1:+.0%} | {np.median(sizes[:, place]):.0%} | "
-                f"× {np.quantile(within[:, place], 0.9):.2f} |",
+                f"{below_above(range_of(ratios[:, place]))} |",
                 flush=True,
             )
-        groups.append(_group(kind, model_of(package, rows[0]["model_path"]), sizes, within))
+        groups.append(_group(kind, model_of(package, rows[0]["model_path"]), ratios))
     print(f"\n{tomli_w.dumps({'judged': [asdict(each) for each in groups]})}")
     return 0
 
@@ -103,23 +104,23 @@ def _kind(row: Row) -> Kind:
     return model, row["system"].removesuffix("_sxm"), weights
 
 
-def _group(kind: Kind, config: ModelConfig, sizes: np.ndarray, within: np.ndarray) -> JudgedGroup:
+def _group(kind: Kind, config: ModelConfig, ratios: np.ndarray) -> JudgedGroup:
     model, hardware, weights = kind
-    tpot, ttft = np.median(sizes, axis=0).round(3).tolist()
-    tpot_within = round(float(np.quantile(within[:, 0], 0.9)), 2)
+    tpot, ttft = np.median(np.abs(ratios - 1), axis=0).round(3).tolist()
+    low, high = range_of(ratios[:, 0])
     return JudgedGroup(
         hardware,
         weights,
         has_two_pools=False,
         has_drafts=False,
         framework="",
-        num_rows=len(sizes),
+        num_rows=len(ratios),
         tpot=tpot,
         output=tpot,
         ttft=ttft,
-        tpot_within=tpot_within,
-        output_within=tpot_within,
-        ttft_within=1.0,
+        tpot_range=(low, high),
+        output_range=(round(1 / high, 3), round(1 / low, 3)),
+        ttft_range=(1.0, 1.0),
         model=model,
         sizes=sizes_of(config),
         attention=attention_of(config),

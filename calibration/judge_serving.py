@@ -91,8 +91,8 @@ def _groups(pairs: Sequence[Pair], overheads_of: Callable[[Row], str]) -> Iterat
         if len(own) >= FEWEST:
             errors = [Errors.of(what, own) for what in NOISE]
             sizes = (round(each.size, 3) for each in errors)
-            within = (round(each.within, 3) for each in errors)
-            yield JudgedGroup(*kind, len(own), *sizes, *within)
+            ranges = (each.ratios for each in errors)
+            yield JudgedGroup(*kind, len(own), *sizes, *ranges)
 
 
 def _print(fitted: Set[object], pairs: Sequence[Pair]) -> None:

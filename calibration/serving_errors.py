@@ -10,6 +10,8 @@ import numpy as np
 from serving_rows import Row
 from serving_simulation import Bounds, Projected
 
+from expertlane.results.hardware import below_above
+
 FEWEST = 10  # rows of a group that is judged
 # How much repeats of the same point differ in the file: pairs nearer than that have no order.
 NOISE = {"TPOT": 0.11, "output": 0.14, "TTFT": 0.34}
@@ -33,7 +35,7 @@ class Errors:
 
     Attributes:
         signed, size, p90: medians of the error and of its size, and its 90th percentile.
-        within: the factor that nine rows in ten are within, either way.
+        ratios: of what was measured over what was projected, as `range_of` has it.
         inside: share of rows inside the bounds.
         half_width: median, as a share of the likely value.
     """
@@ -42,7 +44,7 @@ class Errors:
     signed: float
     size: float
     p90: float
-    within: float
+    ratios: tuple[float, float]
     inside: float
     half_width: float
 
@@ -57,16 +59,26 @@ class Errors:
             float(np.median(errors)),
             float(np.median(np.abs(errors))),
             float(np.quantile(np.abs(errors), 0.9)),
-            float(np.exp(np.quantile(np.abs(np.log(likely / measured)), 0.9))),
+            range_of(likely / measured),
             float(np.mean((low <= measured) & (measured <= high))),
             float(np.median((high - low) / 2 / likely)),
         )
 
     def __str__(self) -> str:
         return (
-            f"{self.signed:+.0%} | {self.size:.0%} | {self.p90:.0%} | {self.within:.2f} | "
+            f"{self.signed:+.0%} | {self.size:.0%} | {self.p90:.0%} | {below_above(self.ratios)} | "
             f"{self.inside:.0%} | ±{self.half_width:.0%}"
         )
+
+
+def range_of(ratios: np.ndarray) -> tuple[float, float]:
+    """What was measured over what was projected: 5th and 95th percentile, or 1.
+
+    Args:
+        ratios: [N]; projected over measured.
+    """
+    low, high = np.quantile(1 / np.asarray(ratios), (0.05, 0.95))
+    return round(min(float(low), 1.0), 3), round(max(float(high), 1.0), 3)
 
 
 def by_group(pairs: Sequence[Pair], key: Callable[[Row], Any]) -> dict[str, list[Pair]]:
@@ -82,7 +94,7 @@ def by_group(pairs: Sequence[Pair], key: Callable[[Row], Any]) -> dict[str, list
 
 def table(groups: Mapping[str, Sequence[Pair]], fewest: int = FEWEST) -> Iterator[str]:
     """Markdown: a line for each quantity of each group."""
-    heads = "median error", "absolute", "p90", "factor", "inside bounds", "bounds"
+    heads = "median error", "absolute", "p90", "measured", "inside bounds", "bounds"
     yield f"| rows of | rows | of | {' | '.join(heads)} |"
     yield "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     for name, pairs in groups.items():

@@ -72,8 +72,9 @@ def test_a_group_is_told_of_its_own_kind(group):
     assert group.num_rows >= 10
     known = nearest(profile, group.weights, **kind)
     assert known.what in said.what
-    assert known.tpot >= group.tpot_within > 1 + group.tpot
-    assert known.ttft > 1
+    assert known.tpot[1] / known.tpot[0] >= group.tpot_range[1] / group.tpot_range[0]
+    assert 0 < known.tpot[0] <= 1 <= known.tpot[1] > known.tpot[0]
+    assert known.ttft[0] <= 1 < known.ttft[1]
 
 
 def test_what_was_not_judged():
@@ -101,7 +102,8 @@ def test_what_was_not_judged():
 def test_the_nearest_kind_is_of_like_attention_then_of_the_card(card, weights, model, what):
     known = nearest(read_profile(card), weights, model=model)
     assert known.what == what
-    assert min(known.tpot, known.output, known.ttft) > 1
+    for low, high in (known.tpot, known.output, known.ttft):
+        assert 0 < low <= 1 <= high > low
 
 
 @pytest.mark.parametrize("asked", [MIXED, LATENT], ids=["mixed", "latent"])
@@ -115,10 +117,11 @@ def test_bounds_are_no_narrower_than_the_error_of_the_nearest_kind(asked):
         assert other.over_best == one.over_best
         for narrow, wide in zip(one.serving, other.serving, strict=True):
             assert wide.output_tps.value == narrow.output_tps.value
-            assert wide.output_tps.high >= wide.output_tps.value * known.output
+            assert wide.output_tps.high >= wide.output_tps.value * known.output[1]
+            assert wide.output_tps.low <= wide.output_tps.value * known.output[0]
             assert wide.output_tps.low <= narrow.output_tps.low
-            assert wide.tpot_s.mean.high >= wide.tpot_s.mean.value * known.tpot
-            assert wide.ttft_s.mean.low <= wide.ttft_s.mean.value / known.ttft
+            assert wide.tpot_s.mean.high >= wide.tpot_s.mean.value * known.tpot[1]
+            assert wide.ttft_s.mean.low <= wide.ttft_s.mean.value * known.ttft[0]
     assert after.plans[0].engines[0].aggregated.serving == after.deployments[0].serving
     (said,) = (each for each in after.assumptions if each.name == "least bounds")
     assert known.what in said.value

@@ -7,7 +7,7 @@ from expertlane.cost.laws.frameworks import judged, nearest
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
-from expertlane.results.hardware import Cluster, KnownError
+from expertlane.results.hardware import Cluster, KnownError, below_above
 from expertlane.results.record import Conditions, DeploymentRecord
 from expertlane.results.results import Assumption, EngineBest, Results
 from expertlane.spec.model import ModelConfig
@@ -92,18 +92,13 @@ def no_surer_than_known(results: Results, model: ModelConfig, profile: Profile) 
 
 
 def _least_bounds(known: KnownError) -> Assumption:
-    said = f"TPOT {_size(known.tpot)}, tokens/s {_size(known.output)}"
+    said = f"TPOT {below_above(known.tpot)}, tokens/s {below_above(known.output)}"
     why = f"nine in ten rows of the nearest kind that was measured were within: {known.what}"
     if known.ttft_what:
-        said += f", TTFT {_size(known.ttft)}"
+        said += f", TTFT {below_above(known.ttft)}"
     if known.ttft_what not in ("", known.what):
         why += f"; TTFT: {known.ttft_what}"
     return Assumption(
         "least bounds",
         f"at least {said}: {why}; ratios of deployments, which share such errors, have their own",
     )
-
-
-def _size(factor: float) -> str:
-    """`±18%`, or `a factor of 3.3` where that is more."""
-    return f"±{factor - 1:.0%}" if factor < 2 else f"a factor of {factor:.3g}"

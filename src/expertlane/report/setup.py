@@ -14,7 +14,7 @@ from expertlane.report.numbers import (
     rate_si,
     shortened,
 )
-from expertlane.results.hardware import Machine
+from expertlane.results.hardware import Machine, below_above
 from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source
 from expertlane.results.results import FOREIGN_LOAD, Assumption, Results
 from expertlane.spec.slo import SLO
@@ -66,18 +66,13 @@ def how_judged(results: Results) -> str:
             return "Not validated: no projection like this was compared with measurements."
         return (
             f"Not validated itself; of the nearest validated kind ({nearest.what}) 90% of rows "
-            f"were within {_within(nearest.output)}, and bounds are no narrower."
+            f"were within {below_above(nearest.output)}, and bounds are no narrower."
         )
-    least = "" if nearest is None else f"; bounds are at least {_within(nearest.output)}"
+    least = "" if nearest is None else f"; bounds are at least {below_above(nearest.output)}"
     return (
         f"Validated on {judged.what}: {percent(judged.median_error)} median error, "
         f"{counted(judged.num_rows, 'row')}{least}."
     )
-
-
-def _within(factor: float) -> str:
-    """`±18%`, or `a factor of 3.3` where that is more."""
-    return f"±{percent(factor - 1)}" if factor < 2 else f"a factor of {factor:.3g}"
 
 
 def limits_of(results: Results) -> list[str]:

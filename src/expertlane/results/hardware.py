@@ -112,23 +112,29 @@ class Judged(Strict):
     median_error: float
 
 
+def below_above(ratios: tuple[float, float]) -> str:
+    """A range about 1 in words: `−18%/+20%`, `−58%/2.4×`."""
+    low, high = ratios
+    return f"−{1 - low:.0%}/" + (f"+{high - 1:.0%}" if high < 2 else f"{high:.2g}×")
+
+
 @dataclass(frozen=True)
 class KnownError(Strict):
-    """Factors within which 90 % of projections of the nearest measured kind were.
+    """What was measured over what was projected, of 90 % of rows of the nearest measured kind.
 
     Attributes:
         what, num_rows: that kind in words, and the number of its rows.
-        tpot, output: factors of TPOT, and of output throughput.
+        tpot, output: least and largest ratio of TPOT, and of output throughput; 1 is between.
         ttft_what: the nearest kind whose TTFT was measured; "" for none.
-        ttft: factor of TTFT; 1 for none.
+        ttft: ratios of TTFT; (1, 1) for none.
     """
 
     what: str
     num_rows: int
-    tpot: float
-    output: float
+    tpot: tuple[float, float]
+    output: tuple[float, float]
     ttft_what: str = ""
-    ttft: float = 1.0
+    ttft: tuple[float, float] = (1.0, 1.0)
 
     @property
     def has_two_pools(self) -> bool:

@@ -204,7 +204,8 @@ class ServingRecord(Strict):
             # What is served at a rate is what arrives.
             output_tps, total_tps = self.output_tps, self.total_tps
             requests_per_s, goodput = self.requests_per_s, self.goodput
-        later = max(known.tpot, known.ttft)
+        (low, high), (first_low, first_high) = known.tpot, known.ttft
+        later = min(low, first_low), max(high, first_high)
         factors = {"ttft": known.ttft, "tpot": known.tpot, "itl": known.tpot, "e2e": later}
         return replace(
             self,

@@ -30,6 +30,7 @@ FILE = Path(__file__).with_name("frameworks.toml")
 
 
 Attention = Literal["latent", "grouped", "sinks"]
+Ratios = tuple[float, float]  # a low and a high one
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class JudgedGroup(Strict):
         framework: whose rows they are, projected with its overheads; "" for rows of all frameworks,
             projected without any.
         tpot, output, ttft: of TPOT, of output throughput, and of TTFT.
-        tpot_within, output_within, ttft_within: the factor that nine rows in ten are within; of
-            TTFT 1 where what was measured is not what is projected.
+        tpot_range, output_range, ttft_range: of what was measured over what was projected, the 5th
+            and 95th percentile, or 1; of TTFT (1, 1) where what was measured is not projected.
         model: that was measured.
         sizes: its layers, hidden size, and experts.
         attention: its kind: with latents, of queries in groups, or such with sinks.
@@ -89,9 +90,9 @@ class JudgedGroup(Strict):
     tpot: float
     output: float
     ttft: float
-    tpot_within: float
-    output_within: float
-    ttft_within: float
+    tpot_range: Ratios
+    output_range: Ratios
+    ttft_range: Ratios
     model: str = "DeepSeek-R1"
     sizes: tuple[int, int, int] = (61, 7168, 256)
     attention: Attention = "latent"
@@ -242,20 +243,20 @@ def nearest(
             group.weights != weights,
             group.has_two_pools != has_two_pools,
             group.has_drafts != has_drafts,
-            -group.tpot_within,
+            -group.tpot_range[1] / group.tpot_range[0],
         )
 
     groups = sorted(judged_groups(), key=distance)
     if not groups:
         return None
-    one, of_ttft = groups[0], next((each for each in groups if each.ttft_within > 1), None)
+    one, of_ttft = groups[0], next((each for each in groups if each.ttft_range[1] > 1), None)
     return KnownError(
         _what(one),
         one.num_rows,
-        one.tpot_within,
-        one.output_within,
+        one.tpot_range,
+        one.output_range,
         "" if of_ttft is None else _what(of_ttft),
-        1.0 if of_ttft is None else of_ttft.ttft_within,
+        (1.0, 1.0) if of_ttft is None else of_ttft.ttft_range,
     )
 
 
