@@ -160,6 +160,16 @@ class Simulator:
             load = replace(load, rate=load.rate / num_parts)
         return Simulator(self.model, self.cluster, self.setup.part(num_parts), load)
 
+    def single(self) -> "Simulator":
+        """One replica of each pool, with the whole load."""
+        setup, first = self.setup, self.setup.prefill_layout
+        one = replace(
+            setup,
+            layout=replace(setup.layout, replicas=1),
+            prefill_layout=None if first is None else replace(first, replicas=1),
+        )
+        return self if one == setup else Simulator(self.model, self.cluster, one, self.load)
+
     @property
     def execution(self) -> Execution:
         """How work gets onto the devices: a CPU's profile has one way alone."""

@@ -17,6 +17,7 @@ import numpy as np
 from expertlane.cost.laws.execution import BOUNDS, LIKELY
 from expertlane.cost.step.operation import Floats
 from expertlane.results.metrics import ServedRequest
+from expertlane.results.record import PoolRole
 from expertlane.simulate.draws import Draws, Prompts
 from expertlane.simulate.pools import Pool, run_load
 from expertlane.simulate.simulator import Outcome, PoolRanks, Rates, SimulatedPool, Simulator
@@ -137,7 +138,7 @@ class _Stretch:
         known: PrefillRates | None = None,
     ) -> None:
         assert simulator.load.is_endless
-        self._simulator = simulator
+        self._simulator, self._single = simulator, simulator.single()
         options = simulator.setup.options
         rotates = options.micro_batch_schedule == "rotating"
         in_flight, batch = options.num_micro_batches if rotates else 1, simulator.load.batch
@@ -249,11 +250,13 @@ class _Stretch:
         room = self._room(pools[-1].ranks)
         if len(pools) > 1 or self._rate is not None:
             ranks = pools[0].ranks
-            key = ranks.layout, self._simulator.setup.options_of(ranks.role)
+            of_one = replace(ranks.layout, replicas=1)
+            key = of_one, self._simulator.setup.options_of(ranks.role)
             if key not in self._known:
-                of_pool = self._rate_of_prompts(pools[0]), self._seconds_of_prompt(pools[0])
+                of_pool = self._rate_of_prompts(ranks.role), self._seconds_of_prompt(ranks.role)
                 self._known[key] = of_pool
-            self._prefill_rate, self._prompt_s = self._known[key]
+            rate, self._prompt_s = self._known[key]
+            self._prefill_rate = ranks.layout.replicas * rate
         if self._rate is not None:
             running = self._num_arriving(pools[-1], room, self._rate)
             if running is not None:
@@ -329,31 +332,33 @@ class _Stretch:
                 prompts.cache_contents(ranks.limits.num_blocks, self._own_blocks(ranks))
             )
 
-    def _rate_of_prompts(self, pool: SimulatedPool) -> float:
-        """Prompts a second of a pool that always has some to compute."""
-        layout, limits = pool.ranks.layout, pool.ranks.limits
-        prompt, prefixes = ceil(self._load.mean_lens[0]), pool.ranks.prefixes
-        found = prefixes.found_share(limits.num_blocks, self._own_blocks(pool.ranks))
+    def _rate_of_prompts(self, role: PoolRole) -> float:
+        """Prompts a second of a replica that always has some to compute."""
+        prompts = self._new_prompts()
+        pool, ranks = self._alone(role, prompts=prompts)
+        layout, limits = ranks.layout, ranks.limits
+        prompt, prefixes = ceil(self._load.mean_lens[0]), ranks.prefixes
+        found = prefixes.found_share(limits.num_blocks, self._own_blocks(ranks))
         num_new = max(prompt - round(found * prefixes.num_tokens), 1)
-        options = self._simulator.setup.options_of(pool.ranks.role)
+        options = self._simulator.setup.options_of(role)
         in_flight = options.num_micro_batches if options.micro_batch_schedule == "rotating" else 1
         of_rank = max(1, limits.max_num_batched_tokens // num_new) * in_flight
-        together = of_rank * layout.dp * layout.replicas
-        prompts = self._new_prompts()
+        together = of_rank * layout.dp
         requests = (
             TimedRequest(prompts.draw(prompt), 1, 0.0) for _ in range(_FULL_STEPS * together)
         )
-        served = run_load(self._alone(pool, prompts=prompts), requests, 2 * together)
+        served = run_load(pool, requests, 2 * together)
         ends = np.sort([each.token_times_s[0][LIKELY] for each in served])
         # From the end of a step to that of another: all prompts of a step end at once.
         begin, end = ends[together - 1], ends[-together - 1]
         return float(np.sum((begin < ends) & (ends <= end)) / max(end - begin, 1e-9))
 
-    def _seconds_of_prompt(self, pool: SimulatedPool) -> float:
+    def _seconds_of_prompt(self, role: PoolRole) -> float:
         """Of a prompt that finds the pool at rest."""
         prompts = self._new_prompts()
         prompt = prompts.draw(ceil(self._load.mean_lens[0]))
-        (served,) = run_load(self._alone(pool, prompts=prompts), [TimedRequest(prompt, 1, 0.0)])
+        pool, _ = self._alone(role, prompts=prompts)
+        (served,) = run_load(pool, [TimedRequest(prompt, 1, 0.0)])
         return float((served.token_times_s[0] - served.due_s)[LIKELY])
 
     def _decode_step_s(
@@ -363,30 +368,30 @@ class _Stretch:
         lead: int = LIKELY,
         rng: np.random.Generator | None = None,
     ) -> Floats:
-        """[3]; a step in which all decode."""
-        rng = rng or self._draws.rng
+        """[3]; a step in which all decode, of a replica with its share of them."""
+        rng, num = rng or self._draws.rng, ceil(num_running / pool.ranks.layout.replicas)
         requests = [
             replace(self._draws.under_way(left, rng), output_len=1 + _PROBE_STEPS)
-            for left in self._draws.lengths.left_of(rng, num_running).tolist()
+            for left in self._draws.lengths.left_of(rng, num).tolist()
         ]
-        served = run_load(self._alone(pool, lead), requests, num_running)
+        served = run_load(self._alone(pool.ranks.role, lead)[0], requests, num)
         times = [each.token_times_s for each in served]
         gaps: Floats = np.median([each[-1] - each[0] for each in times], axis=0) / _PROBE_STEPS
         return gaps
 
     def _alone(
-        self, pool: SimulatedPool, lead: int = LIKELY, *, prompts: Prompts | None = None
-    ) -> Pool:
-        """The same ranks at rest, with the steps that are known.
+        self, role: PoolRole, lead: int = LIKELY, *, prompts: Prompts | None = None
+    ) -> tuple[Pool, PoolRanks]:
+        """One replica of a pool at rest, with the steps that are known.
 
         Args:
             prompts: of earlier requests, to fill the prefix caches; None leaves them empty.
         """
-        pools = self._simulator.start(lead, is_snapshot=True)[0]
-        found = next(each for each in pools if each.ranks is pool.ranks)
+        pools = self._single.start(lead, is_snapshot=True)[0]
+        found = next(each for each in pools if each.ranks.role == role)
         if prompts is not None:
             self._warm_up(found, prompts)
-        return found.pool
+        return found.pool, found.ranks
 
     def _sum(
         self,
