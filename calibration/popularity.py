@@ -5,8 +5,8 @@ python calibration/popularity.py deepseek_v3  some of the families
 
 Routing is taken as a projection draws it: the expert at place i of an order has a weight of
 (1 + i)^-exponent, and a token draws its experts by weight, none twice. A family's exponent (`skew`
-in `spec/families.json`) is the median over its sources, rounded to 0.05; of families without any it
-is the median over those with some (`spec.ranges.DEFAULT_SKEW`). Statistics of routing alone are
+in `spec/families.json`) is the median over its models, rounded to 0.05; of families without any it
+is the median over all models (`spec.ranges.DEFAULT_SKEW`). Statistics of routing alone are
 used, no throughput. Rows of one narrow kind of requests bound the exponent from above
 (`SKEW_BOUNDS`); they count among a family's where no others are known.
 

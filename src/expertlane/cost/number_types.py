@@ -78,7 +78,7 @@ class NumberTypes:
 
     @classmethod
     def asked(cls, weights: str, kv: str = "model") -> "NumberTypes":
-        """As a user names them: hidden states are bfloat16 beside narrower weights.
+        """Types by the names of `--dtype` and `--kv-dtype`; beside narrow weights bfloat16.
 
         Args:
             kv: `model` for that of hidden states.
@@ -93,7 +93,7 @@ class NumberTypes:
 
     @classmethod
     def of_engine(cls, number_type: str, options: Options) -> "NumberTypes":
-        """As the engine has them where weights of one byte are widened."""
+        """Types of the engine where it widens weights of one byte."""
         rounds_inputs = options.activations == "float8"
         return replace(cls.asked(number_type, options.kv_dtype), rounds_inputs=rounds_inputs)
 
@@ -101,7 +101,7 @@ class NumberTypes:
     def kept_as(
         cls, number_type: str, options: Options, stored: NarrowType | Literal["mxfp4"] | None
     ) -> "NumberTypes":
-        """As the engine has them where it can keep weights of one byte.
+        """Types of the engine where it can keep weights of one byte.
 
         Args:
             stored: what most matrices of a checkpoint are in, if in one byte: they stay so. Experts

@@ -365,7 +365,9 @@ def choose_routing(
             else "uniform over experts; real traffic is not, so this is the best case"
         )
         if skew:
-            words += f", whose logarithm drifts by {skew * DRIFT:.2g} after experts are placed"
+            words += (
+                f", whose logarithm drifts by {skew * source.drift:.2g} after experts are placed"
+            )
         if bounds is not None:
             words += f"; bounds go from exponent {bounds[0]:g} to {bounds[1]:g}"
         if model.routing.n_group > 1:

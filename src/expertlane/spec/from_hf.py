@@ -20,7 +20,6 @@ from expertlane.spec.hf_config import (
 from expertlane.spec.hf_families import READERS
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Dtype
-from expertlane.spec.ranges import shown
 
 _SAME = (  # in every family
     "num_hidden_layers",
@@ -49,11 +48,12 @@ def from_hf(
     family = family_of(config)
     known = FAMILIES[family]
     if weights:
-        if config.get("architectures") != [known.architecture] and config.get("architectures"):
-            raise SpecError(
-                f"weights of {shown(config['architectures'][0])} cannot be read; plan, simulate "
-                "and compare --project take its config.json"
-            )
+        for wrapper in known.wrappers:
+            if config.get("architectures") == [wrapper]:
+                raise SpecError(
+                    f"weights of {wrapper} cannot be read; plan, simulate and compare --project "
+                    "take its config.json"
+                )
         narrow_scheme(config)
     fields = ConfigReader(language_model_of(config), name or family, known.defaults)
     if fields.get(str, "hidden_act") not in ("silu", "swish"):  # one function of two names

@@ -17,9 +17,9 @@ from expertlane.errors import SpecError, UserError
 MAX_TOKENS_OF_A_RUN = 2**28  # prompts and outputs together; they are held in memory
 MAX_RANKS = 1_000_000
 MAX_PARAMS = 10**14
-# Of expert popularity, of models whose family has no published statistics: the median of those that
-# have some (calibration/popularity.py). Bounds go from the flattest family to requests of one
-# narrow kind.
+# Of expert popularity, of models whose family has no published statistics: the median over all
+# models that have some (calibration/popularity.py). Bounds go from the flattest family to requests
+# of one narrow kind.
 DEFAULT_SKEW = 0.45
 SKEW_BOUNDS = (0.15, 1.0)
 # Deviation of the logarithm of an expert's popularity since tokens that it was placed by, over the

@@ -127,7 +127,7 @@ def frameworks() -> Mapping[str, Framework]:
 
 
 def judged_groups() -> Sequence[JudgedGroup]:
-    """What was judged, of enough rows to say so."""
+    """Kinds of rows that projections were held against, of ten rows and more."""
     return _file().judged
 
 
@@ -185,7 +185,7 @@ def judged(
     has_two_pools: bool = False,
     has_drafts: bool = False,
 ) -> Judged | None:
-    """Of the same model, device, number type and way of serving; None where none was judged.
+    """Error of projections of the same model, device, number type and way of serving, if known.
 
     A profile that was measured on its machine was judged as such. Others by their device's name,
     and by the framework whose overheads they have.
