@@ -17,16 +17,24 @@ from expertlane.cost.laws.frameworks import Framework, JudgedGroup, sizes_of
 from expertlane.cost.laws.profile import Term
 from expertlane.cost.laws.times import Basis
 
-TITLES = {"trt": "TensorRT-LLM", "dynamo-trt": "Dynamo with TensorRT-LLM", "sglang": "SGLang"}
-_CHUNKS = {"trt": 8192, "dynamo-trt": 8192, "sglang": 16384}  # assumed, not fitted
+TITLES = {
+    "trt": "TensorRT-LLM",
+    "dynamo-trt": "Dynamo with TensorRT-LLM",
+    "sglang": "SGLang",
+    "dynamo-sglang": "Dynamo with SGLang",
+    "vllm": "vLLM",
+}
+# Assumed, not fitted; vLLM has the default budget of a server on cards of 70 GiB and more.
+_CHUNKS = {
+    "trt": 8192,
+    "dynamo-trt": 8192,
+    "sglang": 16384,
+    "dynamo-sglang": 16384,
+    "vllm": 8192,
+}
 # TensorRT-LLM's with attention data parallelism: `timeout_iters` of the public scripts that started
 # the servers.
-_WAITS = {"trt": 60, "dynamo-trt": 0, "sglang": 0}
-# No rows to fit to: vLLM has the default budget of a server on cards of 70 GiB and more.
-_NOT_FITTED = (
-    Framework("vllm", "vLLM", 8192, 0, {}),
-    Framework("dynamo-sglang", "Dynamo with SGLang", _CHUNKS["sglang"], 0, {}),
-)
+_WAITS = {"trt": 60}
 _FEW_OPEN = 64  # requests
 _SEED = 18
 _SAMPLES = np.concatenate([np.arange(0.0, 0.02, 1e-4), np.arange(0.02, 1.0, 5e-3)])
@@ -71,8 +79,8 @@ def _framework(name: str, terms: Mapping[str, tuple[float, float, float]]) -> Fr
         term: Term(value, low, high, Basis.FITTED, _ORIGIN)
         for term, (low, value, high) in terms.items()
     }
-    fitted_to = sizes_of(serving_rows.model())
-    return Framework(name, TITLES[name], _CHUNKS[name], _WAITS[name], known, fitted_to)
+    fitted_to = sizes_of(serving_rows.model_of(serving_rows.DEEPSEEK))
+    return Framework(name, TITLES[name], _CHUNKS[name], _WAITS.get(name, 0), known, fitted_to)
 
 
 def acceptances(rows: Sequence[Row]) -> dict[tuple[str, int, int], float]:
@@ -217,7 +225,7 @@ def write(frameworks: Mapping[str, Framework], judged: Sequence[JudgedGroup], pa
                 for term, law in each.terms.items()
             },
         }
-        for each in (*frameworks.values(), *_NOT_FITTED)
+        for each in frameworks.values()
     }
     data = {"frameworks": tables, "judged": [asdict(each) for each in judged]}
     path.write_text(tomli_w.dumps(data), encoding="utf-8")

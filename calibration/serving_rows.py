@@ -1,11 +1,16 @@
-"""Public end-to-end measurements of DeepSeek-R1, and the deployment that each was made on.
+"""Public end-to-end measurements, and the deployment that each was made on.
 
-A row of the file says hardware, framework, number type, layouts, lengths and concurrency, and what
-was measured. What it does not say is assumed here, the same for all rows:
+A row says model, hardware, framework, number type, layouts, lengths and concurrency, and what was
+measured. Two kinds of files are read: InferenceX's results of DeepSeek-R1, which tell medians and
+throughput, and aiconfigurator's list of measurements (`silicon_*.csv`, with its columns
+`split_layout` and `split_concurrency`), which tells means and neither throughput nor drafts. What
+they do not say is assumed here, the same for all rows of a benchmark:
 
-- Lengths are drawn uniformly from 80 to 100 % of `isl` and `osl`: from the medians of latency, TTFT
-  and TPOT follow outputs of 0.90 × `osl` (0.85 to 0.94 in nine rows of ten).
-- Keys and values are float8; requests come as others end (a closed loop of `conc`).
+- InferenceX draws lengths uniformly from 80 to 100 % of `isl` and `osl`: from the medians of
+  latency, TTFT and TPOT follow outputs of 0.90 × `osl` (0.85 to 0.94 in nine rows of ten). Others
+  have the lengths that they name.
+- Requests come as others end (a closed loop of `conc`), ten times `conc` in all.
+- Keys and values are float8 where public scripts say so (`_KV`), and else as the model computes.
 - Clients of TensorRT-LLM see the tokens of 10, 20 or 100 steps at once, as rows without multi-token
   prediction show (ITL over TPOT); with it that ratio tells the tokens of a step.
 - Where pools are apart, a rank decodes at most `Row.decode_seqs` requests at once. The file lacks
@@ -16,12 +21,18 @@ was measured. What it does not say is assumed here, the same for all rows:
 """
 
 import csv
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from expertlane.cost.laws.profile import Profile
+from expertlane.errors import SpecError
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.from_hf import from_hf
@@ -29,8 +40,27 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import LengthRange, Load
 
-TYPES = {"fp8": "float8", "fp4": "nvfp4"}
+DEEPSEEK = "DeepSeek-R1"
+_TYPES = {"bf16": "bfloat16", "fp8": "float8", "fp4": "nvfp4"}
 _SHORTEST = 0.8  # of lengths, as a share of the longest
+# Models of aiconfigurator's list, and DeepSeek-R1's by other names.
+_NAMES = {
+    "deepseek-ai/DeepSeek-V3": DEEPSEEK,
+    "nvidia/DeepSeek-R1-NVFP4": DEEPSEEK,
+    "nvidia/DeepSeek-V3.1-NVFP4": DEEPSEEK,
+    "Qwen/Qwen3-235B-A22B-FP8": "Qwen3-235B",
+    "Qwen/Qwen3.5-397B-A17B": "Qwen3.5-397B",
+    "openai/gpt-oss-120b": "gpt-oss-120b",
+    "MiniMaxAI/MiniMax-M2.5": "MiniMax-M2.5",
+}
+_PATHS = {name: path for path, name in _NAMES.items()}
+_FRAMEWORKS = {
+    ("trtllm", "agg"): "trt",
+    ("trtllm", "disagg"): "dynamo-trt",
+    ("sglang", "agg"): "sglang",
+    ("sglang", "disagg"): "dynamo-sglang",
+    ("vllm", "agg"): "vllm",
+}
 _LIMITS = (1, 3, 4, *(most << place for place in range(2, 12) for most in (2, 3)))
 
 # Sizes that transformers gives a DeepseekV3Config are the model's; these two it leaves out.
@@ -44,9 +74,30 @@ _MODEL = {
 }
 
 
-def model() -> ModelConfig:
-    """DeepSeek-R1, of DeepSeek-V3's sizes."""
-    return from_hf(_MODEL, "DeepSeek-R1")
+@cache
+def model_of(name: str) -> ModelConfig:
+    """A model of the files; all but DeepSeek-R1 as aiconfigurator-core brings its configuration.
+
+    Raises:
+        SpecError: expertlane does not know its architecture, or aiconfigurator-core is missing.
+    """
+    if name == DEEPSEEK:
+        return from_hf(_MODEL, name)
+    path = _PATHS.get(name, name)
+    file = tables_package() / "model_configs" / f"{path.replace('/', '--')}_config.json"
+    return from_hf(json.loads(file.read_text(encoding="utf-8")), path)
+
+
+def tables_package() -> Path:
+    """Where aiconfigurator-core is installed.
+
+    Raises:
+        SpecError: it is not.
+    """
+    spec = importlib.util.find_spec("aiconfigurator_core")
+    if spec is None or spec.origin is None:
+        raise SpecError("install the tables first: pip install '.[calibration]'")
+    return Path(spec.origin).parent
 
 
 @dataclass(frozen=True)
@@ -75,12 +126,18 @@ class Row:
     """One measurement.
 
     Attributes:
+        id: of the file, or the number of its line.
+        version: of the framework; "" where the file does not say.
         prefill: None in one pool.
-        ttft_s, tpot_s, itl_s: medians.
-        tps_per_gpu: of inputs and outputs together, of all devices.
-        output_tps: of a GPU that decodes.
+        date: of the measurement.
+        has_means: TTFT and TPOT are means, and else medians.
+        is_exact: whether lengths are `isl` and `osl`, and not drawn.
+        output_tps: of a GPU that decodes; None where the file does not say, as `itl_s`.
     """
 
+    id: str
+    model: str
+    version: str
     hardware: str
     framework: str
     precision: str
@@ -93,21 +150,43 @@ class Row:
     date: str
     ttft_s: float
     tpot_s: float
-    itl_s: float
-    tps_per_gpu: float
-    output_tps: float
+    itl_s: float | None
+    output_tps: float | None
+    has_means: bool = False
+    is_exact: bool = False
+
+    @property
+    def weights(self) -> str:
+        """Their number type, as `NumberTypes.asked` takes it."""
+        if self.model.startswith("gpt-oss"):
+            return "mxfp4"
+        return _TYPES[self.precision]
+
+    @property
+    def kv(self) -> str:
+        """Number type of keys and values."""
+        has_float8 = self.framework in ("trt", "dynamo-trt") or self.model == DEEPSEEK
+        return "float8" if has_float8 and not self.is_exact else "bfloat16"
 
     @property
     def configuration(self) -> tuple[Any, ...]:
         """Hardware, layout, number type and the like: all but the load and the day."""
         return (
+            self.model,
             self.hardware,
             self.framework,
+            self.version,
             self.precision,
             self.is_speculative,
             self.prefill,
             self.decode,
         )
+
+    @property
+    def deployment(self) -> tuple[Any, ...]:
+        """All of a configuration but the framework's version."""
+        model, hardware, framework, _, *others = self.configuration
+        return model, hardware, framework, *others
 
     @property
     def point(self) -> tuple[Any, ...]:
@@ -139,7 +218,8 @@ class Row:
     @property
     def load(self) -> Load:
         """Requests kept unfinished."""
-        ends = (LengthRange(round(_SHORTEST * each), each) for each in self.lengths)
+        shortest = 1.0 if self.is_exact else _SHORTEST
+        ends = (LengthRange(round(shortest * each), each) for each in self.lengths)
         return Load(self.conc, *ends, batch=self.conc)
 
     @property
@@ -162,6 +242,7 @@ class Row:
         """Of a step with multi-token prediction; None where it cannot be told."""
         if not self.is_speculative or self.framework not in ("trt", "dynamo-trt"):
             return None
+        assert self.itl_s is not None, "InferenceX tells it"
         ratio = self.itl_s / self.tpot_s
         if self.framework == "trt":
             return ratio / 10
@@ -184,15 +265,35 @@ class Row:
         return Options(dispatch=form, payload="float8" if form == "all_to_all" else "model")
 
 
-def read_rows(path: Path) -> tuple[list[Row], list[Row]]:
-    """Rows to judge, and those of layouts that no deployment can have."""
+def read_rows(paths: Sequence[Path]) -> tuple[list[Row], list[Row]]:
+    """Rows to judge, and those of layouts that no deployment can have.
+
+    A measurement that both kinds of files have is read once, from InferenceX's.
+    """
+    rows: list[Row] = []
+    for path in sorted(paths, key=_is_list):
+        with path.open(encoding="utf-8") as file:
+            read = [
+                _of_list(fields) if "split_layout" in fields else _of_inferencex(line, fields)
+                for line, fields in enumerate(csv.DictReader(file), 2)
+            ]
+        known = {(each.date, *each.deployment, *each.lengths, each.conc) for each in rows}
+        rows += [
+            each
+            for each in read
+            if not each.has_means
+            or (each.date, *each.deployment, *each.lengths, each.conc) not in known
+        ]
+    known_rows = [row for row in rows if _is_known(row)]
+    return known_rows, [row for row in rows if not _is_known(row)]
+
+
+def _is_list(path: Path) -> bool:
     with path.open(encoding="utf-8") as file:
-        rows = [_row(fields) for fields in csv.DictReader(file)]
-    known = [row for row in rows if _is_known(row)]
-    return known, [row for row in rows if not _is_known(row)]
+        return "split_layout" in file.readline()
 
 
-def _row(fields: dict[str, str]) -> Row:
+def _of_inferencex(line: int, fields: dict[str, str]) -> Row:
     def workers(role: str) -> Workers:
         return Workers(
             int(fields[f"{role}_tp"]),
@@ -202,6 +303,9 @@ def _row(fields: dict[str, str]) -> Row:
         )
 
     return Row(
+        id=f"line {line}",
+        model=DEEPSEEK,
+        version="",
         hardware=fields["hardware"],
         framework=fields["framework"],
         precision=fields["precision"],
@@ -215,9 +319,47 @@ def _row(fields: dict[str, str]) -> Row:
         ttft_s=float(fields["median_ttft"]),
         tpot_s=float(fields["median_tpot"]),
         itl_s=float(fields["median_itl"]),
-        tps_per_gpu=float(fields["tput_per_gpu"]),
         output_tps=float(fields["output_tput_per_gpu"]),
     )
+
+
+def _of_list(fields: dict[str, str]) -> Row:
+    source = fields["silicon_data_source"]
+    date = re.search(r"measured=(\d{4}-\d{2}-\d{2})", source)
+    *prefill, decode = _workers(fields["split_layout"])
+    return Row(
+        id=fields["id"],
+        model=_NAMES[fields["model_path"]],
+        version=fields["backend_version"],
+        hardware=fields["system"].removesuffix("_sxm"),
+        framework=_FRAMEWORKS[fields["backend"], fields["mode"]],
+        precision=fields["precision"],
+        is_speculative=False,
+        prefill=prefill[0] if prefill else None,
+        decode=decode,
+        isl=int(fields["isl"]),
+        osl=int(fields["osl"]),
+        conc=int(fields["split_concurrency"]),
+        date=date[1] if date else "",
+        ttft_s=float(fields["silicon_ttft_ms"]) / 1e3,
+        tpot_s=float(fields["silicon_tpot_ms"]) / 1e3,
+        itl_s=None,
+        output_tps=None,
+        has_means=True,
+        is_exact="gap-analysis/data" in source,
+    )
+
+
+def _workers(layout: str) -> Iterator[Workers]:
+    """Of `tp=8,dp=1,ep=8`, or of workers, TP, DP and EP of two pools, `1/1/4/4/2/1/8/8`."""
+    if "=" in layout:
+        of_all = [dict(each.split("=") for each in layout.split(","))]
+        pools = [[1, *(int(each[axis]) for axis in ("tp", "dp", "ep"))] for each in of_all]
+    else:
+        sizes = [int(each) for each in layout.split("/")]
+        pools = [sizes[:4], sizes[4:]]
+    for num, tp, dp, ep in pools:
+        yield Workers(max(tp, dp), ep, dp > 1, num)
 
 
 def _is_known(row: Row) -> bool:

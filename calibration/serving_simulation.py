@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import serving_rows
-from serving_rows import TYPES, Row
+from serving_rows import Row, model_of
 
 import expertlane
 from expertlane.cost.laws.execution import Execution
@@ -24,7 +25,7 @@ from expertlane.cost.routing import choose_routing
 from expertlane.errors import UserError
 from expertlane.simulate.setup import ServingSetup
 from expertlane.simulate.simulator import Simulator
-from expertlane.simulate.steady import ROUGH, steady_state
+from expertlane.simulate.steady import ROUGH, steady_state, step_times
 
 _CACHE = Path("build/judge_serving.jsonl")
 _MODELLED = ("cost", "simulate", "schedule", "balance", "spec", "memory.py")
@@ -39,7 +40,10 @@ class Projected:
 
     Attributes:
         output_tps: of a GPU that decodes.
-        steps_per_token, num_waiting, prefill_rate, prompt_s: as `SteadyState` has them.
+        steps_per_token, num_waiting, prefill_rate, prompt_s: as `SteadyState` has them; in one pool
+            the last two as `StepTimes`.
+        num_places: requests that the pool which decodes has room for.
+        decode_s: by sequences of a replica, seconds of a step that decodes; of one pool.
         seconds: that the simulation took.
         refused: why there is none; all else is 0 then.
     """
@@ -51,6 +55,8 @@ class Projected:
     num_waiting: float = 0.0
     prefill_rate: float = 0.0
     prompt_s: float = 0.0
+    num_places: int = 0
+    decode_s: Sequence[tuple[int, float]] = ()
     num_steps: int = 0
     num_priced: int = 0
     seconds: float = 0.0
@@ -70,6 +76,7 @@ class Question:
         """Of the answer, as long as the model stays as it is."""
         asked = [
             str(self.row.point),
+            self.row.is_exact,
             self.row.num_drafts,
             self.acceptance,
             asdict(self.framework),
@@ -150,7 +157,7 @@ def simulate(question: Question) -> Projected:
         UserError: the deployment does not fit.
     """
     row, framework = question.row, question.framework
-    model = serving_rows.model()
+    model = model_of(row.model)
     profile = served_by(read_profile(row.hardware), framework, model)
     decode = row.decode.layout
     of_rank = -(-row.conc // (decode.replicas * decode.dp))
@@ -158,7 +165,7 @@ def simulate(question: Question) -> Projected:
         layout=decode,
         prefill_layout=None if row.prefill is None else row.prefill.layout,
         options=row.options(profile),
-        types=NumberTypes.asked(TYPES[row.precision], "float8"),
+        types=NumberTypes.asked(row.weights, row.kv),
         execution=Execution.GRAPH,
         routing=choose_routing(model, None, None, _SEED, num_sampled_layers=1).source,
         multi_token=MultiToken(row.num_drafts, question.acceptance),
@@ -170,17 +177,27 @@ def simulate(question: Question) -> Projected:
     state = steady_state(simulator, _SEED, ROUGH)
     rates = state.rates
     assert rates.ttft_s is not None, "a closed load"
-    devices = decode.world_size
-    return Projected(
+    found = Projected(
         tpot_s=_bounds(rates.tpot_s),
         ttft_s=_bounds(rates.ttft_s),
-        output_tps=_bounds(rates.output_tps / devices),
+        output_tps=_bounds(rates.output_tps / decode.world_size),
         steps_per_token=state.steps_per_token,
         num_waiting=rates.num_waiting,
         prefill_rate=state.prefill_rate,
         prompt_s=state.prompt_s,
         num_steps=state.num_steps,
         num_priced=state.num_priced,
+    )
+    if row.prefill is not None:
+        return found
+    of_replica = ceil(row.conc / decode.replicas)
+    times = step_times(simulator, _SEED, [1, max(of_replica // 4, 1), of_replica])
+    return replace(
+        found,
+        prefill_rate=times.prompts_per_s,
+        prompt_s=times.prompt_s,
+        num_places=times.num_places,
+        decode_s=tuple(times.decode_s.items()),
     )
 
 

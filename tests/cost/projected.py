@@ -80,5 +80,5 @@ def make_scheduler(layout="tp=1", options=None, *, num_requests=0, flags=None, *
         Layout.parse(layout), options or Options(), limits, **(flags or {})
     )
     for number in range(num_requests):
-        scheduler.add(Request(str(number), [1 + number] * 5, max_tokens=3))
+        scheduler.add(Request(str(number), [1 + number % 96] * 5, max_tokens=3))
     return scheduler

@@ -146,6 +146,20 @@ def test_prompts_share_their_work_too():
     assert sharing.num_priced == 2  # prompts, and decodes
 
 
+@pytest.mark.parametrize("num_seqs", [128, 192, 256])
+def test_steps_with_many_sequences_share_with_about_as_many_alone(num_seqs):
+    flags = {"max_num_seqs": 256, "num_blocks": 4096}
+    few, many = (
+        next(plan for plan, _ in project("tp=1", Options(), num_requests=num, **flags)[1][1:])
+        for num in (64, num_seqs)
+    )
+    assert [plan.micro_batches[0][0].num_seqs for plan in (few, many)] == [64, num_seqs]
+    sharing, made = StepSharing(64, 1), []
+    for plan in (few, many):
+        sharing.find(plan, lambda: made.append(1) or KnownWork(None, []))
+    assert len(made) == 2
+
+
 def test_steps_used_least_lately_are_forgotten():
     sharing = StepSharing(1, num_ranks=1 << 20)
     plans = [plan for plan, _ in project("tp=1", Options(), max_num_seqs=1, num_requests=70)[1]]

@@ -121,8 +121,8 @@ class StepSharing:
         num_decodes, most = sum(counts), max(counts)
         alike = max(num_decodes * self._context_step, len(sizes) * self._few_positions)
         return (
-            num_decodes // max(num_decodes // _SEQS_APART, 1),
-            most // max(most // _SEQS_APART, 1),
+            _rounded(num_decodes),
+            _rounded(most),
             round(sum(size.num_cached for size in sizes) / alike),
             counts.count(0),
         )
@@ -143,6 +143,11 @@ class StepSharing:
         )
         num_cached = int(num_computed[~is_chunk].sum())
         return _BatchSize(batch.num_seqs - len(chunks), num_cached, tuple(chunks))
+
+
+def _rounded(num_seqs: int) -> int:
+    """Down to a multiple of its part in `_SEQS_APART`."""
+    return num_seqs - num_seqs % max(num_seqs // _SEQS_APART, 1)
 
 
 @dataclass(eq=False)

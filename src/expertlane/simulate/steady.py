@@ -7,7 +7,7 @@ for those that decode), requests wait: how many is found from a step's time befo
 waited as long as such a queue lets them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import ceil
@@ -120,6 +120,32 @@ def pools_apart(simulator: Simulator, seed: int, known: PrefillRates | None = No
     return _Stretch(part, seed, ROUGH, known).apart().times(factor)
 
 
+@dataclass(frozen=True, eq=False)
+class StepTimes:
+    """Likely seconds of a replica's steps, of a load on one pool.
+
+    Attributes:
+        decode_s: by sequences of a replica, of a step in which each has one token.
+        prompt_s: of a step with a prompt of mean length alone.
+        prompts_per_s: where steps are always full of prompts.
+        num_places: sequences that the cache of a replica holds.
+    """
+
+    decode_s: Mapping[int, float]
+    prompt_s: float
+    prompts_per_s: float
+    num_places: int
+
+
+def step_times(simulator: Simulator, seed: int, num_seqs: Sequence[int]) -> StepTimes:
+    """What a benchmark is played with whose steps are not priced one by one.
+
+    Args:
+        num_seqs: numbers of sequences of a replica to price.
+    """
+    return _Stretch(simulator, seed, ROUGH).step_times(num_seqs)
+
+
 def _part_of(simulator: Simulator) -> tuple[Simulator, float]:
     """One of the independent parts, and the factor from its throughput to that of all."""
     num_parts, load = simulator.setup.num_parts, simulator.load
@@ -210,6 +236,20 @@ class _Stretch:
             error=0.0,
             num_decoding=float(running),
             num_waiting=float(waiting),
+        )
+
+    def step_times(self, num_seqs: Sequence[int]) -> StepTimes:
+        """Of a replica of the pool that computes prompts and tokens."""
+        pool = self._simulator.start(is_snapshot=True)[0][-1]
+        replicas = pool.ranks.layout.replicas
+        return StepTimes(
+            {
+                num: float(self._decode_step_s(pool, num * replicas)[LIKELY])
+                for num in sorted(set(num_seqs))
+            },
+            self._seconds_of_prompt("both"),
+            self._rate_of_prompts("both"),
+            self._room(pool.ranks) // replicas,
         )
 
     def _prompt_share(self, served: Sequence[ServedRequest[Floats]]) -> float | None:
